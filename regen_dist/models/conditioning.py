@@ -1,0 +1,84 @@
+"""Latent conditioning C_e: two latent frames to one embedding per latent cell and frame (paper, Fig. 3).
+
+    C_e(x, y, t) = M_s( z_c(x, y) (+) M_t(t; z_m(x, y)) )
+
+with M_t a SIREN (Sitzmann et al., 2020) over a real-valued time and M_s a linear projection.
+
+Legend: B batch, T decoded frames, h x w latent cells, Z latent channels, M width of the SIREN, D width of the transformer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from regen_dist.config.schema import ModelConfig
+from regen_dist.models.encoder import Latents
+
+
+class TimeWave(nn.Module):
+    """First layer of the SIREN: sin(omega (W t + b)), t real. [B, T] to [B, T, M]. Always in float32: the phase is what it is about."""
+
+    def __init__(self, width: int, omega: float) -> None:
+        super().__init__()
+        self.omega = omega
+        self.weight = nn.Parameter(torch.empty(width).uniform_(-1.0, 1.0))
+        self.bias = nn.Parameter(torch.empty(width).uniform_(-math.pi / omega, math.pi / omega))
+
+    def forward(self, times: Tensor) -> Tensor:
+        phase = times.float().unsqueeze(-1) * self.weight.float() + self.bias.float()
+        return torch.sin(self.omega * phase).to(self.weight.dtype)
+
+
+class SineLayer(nn.Module):
+    """A hidden SIREN layer whose phase and rate the motion latent sets for each cell.
+
+    The modulation has no bias: a motion latent of zeros leaves the layer as it is.
+    """
+
+    def __init__(self, width: int, latent_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.modulation = nn.Linear(latent_channels, 2 * width, bias=False)
+        with torch.no_grad():
+            self.linear.weight.uniform_(-math.sqrt(6.0 / width), math.sqrt(6.0 / width))
+
+    def forward(self, hidden: Tensor, motion: Tensor) -> Tensor:
+        """hidden [B, T, h, w, M] (or with h = w = 1), motion [B, T, h, w, Z]."""
+        rate, phase = self.modulation(motion).chunk(2, -1)  # [B, T, h, w, M]
+        return torch.sin(self.linear(hidden) * (1 + rate) + phase)
+
+
+class LatentConditioning(nn.Module):
+    """C_e, the decoder's only positional information.
+
+    Time is a real number of frames from the clip's first: any subset of frames, times between them, and times slightly past the clip's
+    end can be asked for.
+
+    First-frame rule (paper, Fig. 3, as we read it): what the SIREN says of the first frame does not depend on the motion latent, so that
+    the first frame of a clip and the same frame as an image are conditioned alike. The motion latent fades in over the first interval,
+    its weight being min(|t|, 1), which keeps C_e continuous in time.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        conditioning, channels = config.conditioning, config.latent.channels
+        self.scale = 1.0 / config.temporal_compression
+        self.first_frame_rule = conditioning.first_frame_rule
+        self.wave = TimeWave(conditioning.width, conditioning.omega)
+        self.layers = nn.ModuleList(SineLayer(conditioning.width, channels) for _ in range(conditioning.layers))
+        self.project = nn.Linear(channels + conditioning.width, config.decoder.width)
+
+    def forward(self, latents: Latents, times: Tensor) -> Tensor:
+        """Latents [B, Z, h, w] and times [B, T] in frames to C_e [B, T, h, w, D]."""
+        content, motion = (latent.movedim(1, -1).unsqueeze(1) for latent in latents)  # [B, 1, h, w, Z]
+        if self.first_frame_rule:
+            motion = motion * times.abs().clamp(max=1.0)[:, :, None, None, None].to(motion.dtype)  # [B, T, h, w, Z]
+        hidden = self.wave(times * self.scale)[:, :, None, None]  # [B, T, 1, 1, M]
+        for layer in self.layers:
+            hidden = layer(hidden, motion)  # [B, T, h, w, M]
+        content = content.expand(*hidden.shape[:-1], -1)
+        return self.project(torch.cat([content, hidden], -1))  # type: ignore[no-any-return]

@@ -1,0 +1,43 @@
+"""The baseline's decoder: the encoder's stages mirrored, causal, from two latent frames to a clip (after MAGVIT-v2, continuous latents).
+
+Legend: B batch, T frames, h x w latent cells, H = 8h, W = 8w.
+"""
+
+from __future__ import annotations
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from regen_dist.config.schema import ModelConfig
+from regen_dist.models.encoder import Latents
+from regen_dist.models.layers import CausalConv, CausalUpsample, ChannelNorm, Frames, ResidualBlock, join_first, unfold_patches
+
+
+class ConvDecoder(nn.Module):
+    """Latents [B, 8, h, w] to pixels [B, 3, T, H, W]; the motion latent is a second latent frame."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.patch = config.encoder.stem_patch
+        channels = config.encoder.stages[-1].channels
+        self.stem = CausalConv(config.latent.channels, channels)
+        layers: list[nn.Module] = [ResidualBlock(channels, channels) for _ in range(config.encoder.out_blocks)]
+        for stage in reversed(config.encoder.stages):
+            if stage.spatial * stage.temporal > 1:
+                layers.append(CausalUpsample(channels, stage.channels, stage.spatial, stage.temporal))
+                channels = stage.channels
+            for _ in range(stage.blocks):
+                layers.append(ResidualBlock(channels, stage.channels))
+                channels = stage.channels
+        self.layers = nn.ModuleList(layers)
+        self.norm = ChannelNorm(channels)
+        self.head = CausalConv(channels, 3 * self.patch**2)
+
+    def forward(self, latents: Latents, num_frames: int) -> Tensor:
+        motion = latents.motion.unsqueeze(2) if num_frames > 1 else None
+        frames = self.stem(Frames(latents.content, motion))
+        for layer in self.layers:
+            frames = layer(frames)
+        frames = self.head(frames.map(self.norm).map(F.silu))
+        return join_first(unfold_patches(frames, self.patch)).float()

@@ -1,0 +1,130 @@
+"""The generative decoder: a diffusion transformer on the pixels of a clip (paper, Sec. 3; blocks after DiT, Peebles & Xie 2023).
+
+Legend: B batch, T frames, H x W pixels, h = H/8, w = W/8, P = 8, L = T*h*w tokens, N heads, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from regen_dist.config.schema import SPATIAL_COMPRESSION as P
+from regen_dist.config.schema import DecoderConfig
+from regen_dist.models.attention import Grid, attention
+
+NUM_FREQUENCIES = 128
+
+
+def fold_tokens(video: Tensor) -> Tensor:
+    """[B, 3, T, H, W] to [B, L, 3*P*P]: one token per latent cell and frame."""
+    b, c, t, height, width = video.shape
+    patches = video.reshape(b, c, t, height // P, P, width // P, P)
+    return patches.permute(0, 2, 3, 5, 1, 4, 6).reshape(b, -1, c * P * P)
+
+
+def unfold_tokens(tokens: Tensor, grid: Grid) -> Tensor:
+    """[B, L, 3*P*P] to [B, 3, T, H, W]."""
+    t, h, w = grid
+    patches = tokens.reshape(-1, t, h, w, 3, P, P)
+    return patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(-1, 3, t, h * P, w * P)
+
+
+class TimestepEmbedding(nn.Module):
+    """The diffusion time t in (0, 1] to one modulation vector, [B] to [B, D], through sinusoids and a two-layer network."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+    def forward(self, t: Tensor) -> Tensor:
+        steps = torch.arange(NUM_FREQUENCIES, device=t.device, dtype=torch.float32)
+        frequencies = 1000.0 * torch.exp(-math.log(10000.0) / NUM_FREQUENCIES * steps)
+        angles = t.float()[:, None] * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.net[0].weight.dtype)
+        return self.net(waves)  # type: ignore[no-any-return]
+
+
+class Modulation(nn.Module):
+    """adaLN: the timestep's vector to `parts` vectors of width D for all blocks, [B, D] to [B, parts, D].
+
+    One projection serves every block, and each block adds a table of its own (adaLN-single, PixArt-alpha). Zero at the start, so that the
+    gates of all blocks are closed and the transformer begins as the identity.
+    """
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(width, parts * width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.linear(vector).unflatten(-1, (self.parts, -1))  # type: ignore[no-any-return]
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer norm without parameters of its own, then scale and shift. x [B, L, D], scale and shift [B, 1, D]."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+
+
+class Block(nn.Module):
+    """Self-attention and a two-layer network, both behind adaLN gates. Odd blocks shift their attention windows."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.heads, self.attention, self.shifted = config.heads, config.attention, index % 2 == 1
+        self.table = nn.Parameter(torch.zeros(6, width))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, modulation: Tensor, grid: Grid) -> Tensor:
+        """x [B, L, D], modulation [B, 6, D]."""
+        parts = (modulation + self.table).unsqueeze(2).unbind(1)  # six of [B, 1, D]
+        x = torch.addcmul(x, parts[2], self._attend(modulate(x, parts[0], parts[1]), grid))
+        return torch.addcmul(x, parts[5], self.contract(F.gelu(self.expand(modulate(x, parts[3], parts[4])))))
+
+    def _attend(self, x: Tensor, grid: Grid) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, L, E] each
+        mixed = attention(q, k, v, grid, self.attention, self.shifted)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class GenerativeDecoder(nn.Module):
+    """Noisy pixels, diffusion time and C_e to a prediction in pixel space."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3 * P * P, config.width)
+        self.timestep = TimestepEmbedding(config.width)
+        self.modulation = Modulation(config.width, 6)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.blocks))
+        self.final_modulation = Modulation(config.width, 2)
+        self.head = nn.Linear(config.width, 3 * P * P)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.activation_checkpointing = False
+
+    def forward(self, noisy: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+        """noisy [B, 3, T, H, W], t [B], conditioning C_e [B, T, h, w, D] to a prediction [B, 3, T, H, W] in float32."""
+        grid: Grid = (noisy.shape[2], noisy.shape[3] // P, noisy.shape[4] // P)
+        vector = self.timestep(t)
+        modulation = self.modulation(vector)
+        x = self.embed(fold_tokens(noisy.to(self.embed.weight.dtype))) + conditioning.flatten(1, 3)  # [B, L, D]
+        for block in self.blocks:
+            x = self._run(block, x, modulation, grid)
+        scale, shift = self.final_modulation(vector).unsqueeze(2).unbind(1)
+        return unfold_tokens(self.head(modulate(x, scale, shift)).float(), grid)
+
+    def _run(self, block: nn.Module, x: Tensor, modulation: Tensor, grid: Grid) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(partial(block, grid=grid), x, modulation, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(x, modulation, grid)  # type: ignore[no-any-return]

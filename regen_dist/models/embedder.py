@@ -1,0 +1,105 @@
+"""The two video embedders: REGEN, and the MAGVIT-v2 style baseline that it is compared with.
+
+Legend: B batch, T frames, H x W pixels, h = H/8, w = W/8.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from regen_dist.config.schema import ModelConfig
+from regen_dist.models.conditioning import LatentConditioning
+from regen_dist.models.convdecoder import ConvDecoder
+from regen_dist.models.decoder import GenerativeDecoder
+from regen_dist.models.encoder import Encoder, Latents
+
+
+class VideoEmbedder(nn.Module):
+    """What both embedders share: the encoder and the shape of its latents."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+
+    def encode(self, video: Tensor) -> Latents:
+        """Clips [B, 3, k+1, H, W] (or images, one frame) in [-1, 1] to latents [B, 8, h, w].
+
+        Raises:
+            DataError: the number of frames or the sides do not fit.
+        """
+        return self.encoder(video)  # type: ignore[no-any-return]
+
+    def frame_times(self, video: Tensor) -> Tensor:
+        """The times [B, T] of a video's own frames: 0, 1, 2, ..."""
+        times = torch.arange(video.shape[2], device=video.device, dtype=torch.float32)
+        return times.expand(video.shape[0], -1)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        for module in self.modules():
+            if hasattr(module, "activation_checkpointing"):
+                module.activation_checkpointing = enabled
+
+
+class Regen(VideoEmbedder):
+    """Encoder, latent conditioning and generative decoder (paper, Fig. 2), trained end to end."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.conditioning = LatentConditioning(config)
+        self.decoder = GenerativeDecoder(config.decoder)
+
+    def denoise(self, noisy: Tensor, t: Tensor, latents: Latents, times: Tensor) -> Tensor:
+        """One prediction of the decoder.
+
+        Args:
+            noisy: [B, 3, T, H, W].
+            t: diffusion time [B] in (0, 1].
+            latents: of the clips.
+            times: [B, T] real, in frames from each clip's first.
+
+        Returns:
+            The prediction target (x0, velocity or noise, as trained), [B, 3, T, H, W] in float32.
+        """
+        return self.decoder(noisy, t, self.conditioning(latents, times))  # type: ignore[no-any-return]
+
+    def forward(
+        self, video: Tensor, noisy: Tensor, t: Tensor, latent_noise: Latents | None = None
+    ) -> tuple[Tensor, Latents]:
+        """Encode `video` and predict from `noisy`: what one training step needs, in one call. Returns the clean latents too."""
+        latents = self.encode(video)
+        seen = latents if latent_noise is None else _perturb(latents, latent_noise)
+        return self.denoise(noisy, t, seen, self.frame_times(video)), latents
+
+
+class Baseline(VideoEmbedder):
+    """MAGVIT-v2 style autoencoder with continuous latents: same encoder, same latent budget, a mirrored causal convolutional decoder."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.decoder = ConvDecoder(config)
+
+    def reconstruct(self, latents: Latents, num_frames: int) -> Tensor:
+        """Latents to a clip [B, 3, T, H, W] in float32; `num_frames` is k+1, or 1 for an image."""
+        return self.decoder(latents, num_frames)  # type: ignore[no-any-return]
+
+    def forward(self, video: Tensor, latent_noise: Latents | None = None) -> tuple[Tensor, Latents]:
+        """Encode and reconstruct `video`. Returns the clean latents too."""
+        latents = self.encode(video)
+        seen = latents if latent_noise is None else _perturb(latents, latent_noise)
+        return self.reconstruct(seen, video.shape[2]), latents
+
+
+def _perturb(latents: Latents, noise: Latents) -> Latents:
+    """Latents plus noise; the motion latent of an image stays zero."""
+    content, motion = (latent + eps.to(latent.dtype) for latent, eps in zip(latents, noise, strict=True))
+    is_clip = (latents.motion != 0).any(1, keepdim=True)
+    return Latents(content, torch.where(is_clip, motion, latents.motion))
+
+
+def build_model(config: ModelConfig) -> Regen | Baseline:
+    """The embedder that a config describes, with fresh weights."""
+    return Regen(config) if config.kind == "regen" else Baseline(config)

@@ -1,0 +1,139 @@
+"""Causal building blocks of the encoder and of the baseline's decoder.
+
+Legend: B batch, C channels, T frames, H rows, W columns.
+
+A clip travels as `Frames`: its first frame apart from those that follow. The first frame sees nothing but itself, so it is computed by
+2D operations that are the same, call for call, whether one frame or a whole clip is given. That makes the content latent of a clip equal
+to that of its first frame bit for bit, and spends no work on frames of padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Frames(NamedTuple):
+    """A clip: `first` [B, C, H, W] and `rest` [B, C, T-1, H, W], or None for an image."""
+
+    first: Tensor
+    rest: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Frames:
+        """Apply what works on each position by itself to both parts."""
+        return Frames(function(self.first), None if self.rest is None else function(self.rest))
+
+    def add(self, other: Frames) -> Frames:
+        """Sum of two clips of one shape."""
+        rest = None if self.rest is None or other.rest is None else self.rest + other.rest
+        return Frames(self.first + other.first, rest)
+
+
+def split_first(video: Tensor) -> Frames:
+    """[B, C, T, H, W] to `Frames`."""
+    return Frames(video[:, :, 0].contiguous(), video[:, :, 1:].contiguous() if video.shape[2] > 1 else None)
+
+
+def join_first(frames: Frames) -> Tensor:
+    """`Frames` to [B, C, T, H, W]."""
+    first = frames.first.unsqueeze(2)
+    return first if frames.rest is None else torch.cat([first, frames.rest], 2)
+
+
+def fold_patches(frames: Frames, patch: int) -> Frames:
+    """Fold patch x patch pixels into channels: C to C*patch*patch, sides divided by `patch`."""
+    return frames.map(lambda x: _per_frame(x, lambda y: F.pixel_unshuffle(y, patch)))
+
+
+def unfold_patches(frames: Frames, patch: int) -> Frames:
+    """The inverse of `fold_patches`."""
+    return frames.map(lambda x: _per_frame(x, lambda y: F.pixel_shuffle(y, patch)))
+
+
+def _per_frame(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    if x.ndim == 4:
+        return function(x)
+    return function(x.transpose(1, 2)).transpose(1, 2)  # pixel (un)shuffle takes any leading dimensions
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over the channels of each position: mixes neither frames nor pixels."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + self.eps).to(x.dtype)  # [B, 1, ...]
+        return x * scale * self.gain.view(-1, *[1] * (x.ndim - 2))
+
+
+class CausalConv(nn.Module):
+    """3D convolution that looks back in time only; with `temporal` = 2 it folds pairs of the frames after the first.
+
+    Args:
+        temporal: stride in time over the frames after the first; their number must be a multiple of it.
+        spatial: stride in space.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int = 3, spatial: int = 1, temporal: int = 1) -> None:
+        super().__init__()
+        conv = nn.Conv3d(channels_in, channels_out, kernel)  # torch's initialisation
+        self.weight, self.bias = conv.weight, conv.bias
+        self.kernel, self.spatial, self.temporal = kernel, spatial, temporal
+
+    def forward(self, frames: Frames) -> Frames:
+        pad = self.kernel // 2
+        first = F.conv2d(frames.first, self.weight[:, :, -1], self.bias, self.spatial, pad)
+        if frames.rest is None:
+            return Frames(first, None)
+        stride = (self.temporal, self.spatial, self.spatial)
+        rest = F.conv3d(self._with_past(frames), self.weight, self.bias, stride, (0, pad, pad))
+        return Frames(first, rest)
+
+    def _with_past(self, frames: Frames) -> Tensor:
+        """The frames after the first, behind as many of the past (the first frame, then zeros) as the kernel reaches back to."""
+        assert frames.rest is not None
+        reach = self.kernel - self.temporal
+        if reach == 0:
+            return frames.rest
+        clip = torch.cat([frames.first.unsqueeze(2), frames.rest], 2)
+        return F.pad(clip, (0, 0, 0, 0, reach - 1, 0)) if reach > 1 else clip
+
+
+class CausalUpsample(nn.Module):
+    """The mirror of a strided `CausalConv`: doubles the sides and, with `temporal` = 2, the frames after the first."""
+
+    def __init__(self, channels_in: int, channels_out: int, spatial: int, temporal: int) -> None:
+        super().__init__()
+        self.spatial, self.temporal = spatial, temporal
+        self.conv = CausalConv(channels_in, channels_out * spatial * spatial * temporal)
+
+    def forward(self, frames: Frames) -> Frames:
+        first, rest = self.conv(frames)
+        first = first.chunk(self.temporal, 1)[-1]  # the first frame has no partner in time
+        if rest is not None:
+            rest = torch.stack(rest.chunk(self.temporal, 1), 3).flatten(2, 3)  # [B, C, T-1, H, W] -> [B, C/2, 2(T-1), H, W]
+        return unfold_patches(Frames(first, rest), self.spatial)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, causal convolution, twice, around a skip."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm_in, self.norm_out = ChannelNorm(channels_in), ChannelNorm(channels_out)
+        self.conv_in = CausalConv(channels_in, channels_out)
+        self.conv_out = CausalConv(channels_out, channels_out)
+        self.skip = CausalConv(channels_in, channels_out, kernel=1) if channels_in != channels_out else None
+
+    def forward(self, frames: Frames) -> Frames:
+        hidden = self.conv_in(frames.map(self.norm_in).map(F.silu))
+        hidden = self.conv_out(hidden.map(self.norm_out).map(F.silu))
+        return hidden.add(frames if self.skip is None else self.skip(frames))
