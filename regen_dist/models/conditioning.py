@@ -33,6 +33,14 @@ class TimeWave(nn.Module):
         return torch.sin(self.omega * phase).to(self.weight.dtype)
 
 
+class SineLinear(nn.Linear):
+    """A linear layer with the SIREN's initialisation, which keeps the variance through a sine."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        nn.init.uniform_(self.weight, -math.sqrt(6.0 / width), math.sqrt(6.0 / width))
+
+
 class SineLayer(nn.Module):
     """A hidden SIREN layer whose phase and rate the motion latent sets for each cell.
 
@@ -41,10 +49,8 @@ class SineLayer(nn.Module):
 
     def __init__(self, width: int, latent_channels: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width)
+        self.linear = SineLinear(width)
         self.modulation = nn.Linear(latent_channels, 2 * width, bias=False)
-        with torch.no_grad():
-            self.linear.weight.uniform_(-math.sqrt(6.0 / width), math.sqrt(6.0 / width))
 
     def forward(self, hidden: Tensor, motion: Tensor) -> Tensor:
         """hidden [B, T, h, w, M] (or with h = w = 1), motion [B, T, h, w, Z]."""

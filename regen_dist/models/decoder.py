@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from regen_dist.config.schema import SPATIAL_COMPRESSION as P
 from regen_dist.config.schema import DecoderConfig
 from regen_dist.models.attention import Grid, attention
+from regen_dist.models.layers import ZeroLinear
 
 NUM_FREQUENCIES = 128
 
@@ -60,9 +61,7 @@ class Modulation(nn.Module):
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(width, parts * width)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = ZeroLinear(width, parts * width)
 
     def forward(self, vector: Tensor) -> Tensor:
         return self.linear(vector).unflatten(-1, (self.parts, -1))  # type: ignore[no-any-return]
@@ -108,9 +107,7 @@ class GenerativeDecoder(nn.Module):
         self.modulation = Modulation(config.width, 6)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.blocks))
         self.final_modulation = Modulation(config.width, 2)
-        self.head = nn.Linear(config.width, 3 * P * P)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = ZeroLinear(config.width, 3 * P * P)
         self.activation_checkpointing = False
 
     def forward(self, noisy: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:

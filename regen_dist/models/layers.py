@@ -74,34 +74,43 @@ class ChannelNorm(nn.Module):
         return x * scale * self.gain.view(-1, *[1] * (x.ndim - 2))
 
 
-class CausalConv(nn.Module):
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: gates and heads, which open as training goes.
+
+    Every module initialises its own parameters inside its own `__init__`, because under ZeRO-3 (`engine.partitioned_init`) they are
+    sharded, and out of reach, as soon as that returns.
+    """
+
+    def __init__(self, features_in: int, features_out: int) -> None:
+        super().__init__(features_in, features_out)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class CausalConv(nn.Conv3d):
     """3D convolution that looks back in time only; with `temporal` = 2 it folds pairs of the frames after the first.
 
     Args:
-        temporal: stride in time over the frames after the first; their number must be a multiple of it.
+        kernel: 1 or 3, in time and space.
         spatial: stride in space.
+        temporal: stride in time over the frames after the first; their number must be a multiple of it.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int = 3, spatial: int = 1, temporal: int = 1) -> None:
-        super().__init__()
-        conv = nn.Conv3d(channels_in, channels_out, kernel)  # torch's initialisation
-        self.weight, self.bias = conv.weight, conv.bias
-        self.kernel, self.spatial, self.temporal = kernel, spatial, temporal
+        pad = kernel // 2
+        super().__init__(channels_in, channels_out, kernel, (temporal, spatial, spatial), (0, pad, pad))
 
-    def forward(self, frames: Frames) -> Frames:
-        pad = self.kernel // 2
-        first = F.conv2d(frames.first, self.weight[:, :, -1], self.bias, self.spatial, pad)
+    def forward(self, frames: Frames) -> Frames:  # type: ignore[override]
+        first = F.conv2d(frames.first, self.weight[:, :, -1], self.bias, self.stride[1:], self.padding[1:])
         if frames.rest is None:
             return Frames(first, None)
-        stride = (self.temporal, self.spatial, self.spatial)
-        rest = F.conv3d(self._with_past(frames), self.weight, self.bias, stride, (0, pad, pad))
-        return Frames(first, rest)
+        return Frames(first, super().forward(self._with_past(frames)))
 
     def _with_past(self, frames: Frames) -> Tensor:
         """The frames after the first, behind as many of the past (the first frame, then zeros) as the kernel reaches back to."""
         assert frames.rest is not None
-        reach = self.kernel - self.temporal
-        if reach == 0:
+        reach = self.kernel_size[0] - self.stride[0]
+        if reach == 0:  # a pointwise convolution
             return frames.rest
         clip = torch.cat([frames.first.unsqueeze(2), frames.rest], 2)
         return F.pad(clip, (0, 0, 0, 0, reach - 1, 0)) if reach > 1 else clip
