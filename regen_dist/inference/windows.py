@@ -1,0 +1,71 @@
+"""How a long video is cut into clips that overlap, and how much each clip counts at a given time.
+
+Frames are numbered from 0 and stand for bins of width one; a window of `n` frames that starts at frame `s` covers the times
+`[s, s + n - 1]`. Two windows that share `m` frames are cross-faded by a linear ramp over these `m` bins: with one shared
+frame each window counts one half there, with two the weights go 1/4, 3/4. The blending is our own choice, not the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regen_dist.errors import ConfigError
+
+
+def plan_windows(num_frames_video: int, num_frames_clip: int, overlap: int = 1) -> list[int]:
+    """First frame of each window, ascending, so that every frame of the video is in at least one window.
+
+    Neighbours share `overlap` frames, except that the last window is moved back until it is full, and then shares more. A
+    video that is not longer than a clip has one window (which the caller pads by repeating the last frame).
+
+    Raises ConfigError when a count is not positive or `overlap` is not in `[0, num_frames_clip - 1]`.
+    """
+    if num_frames_video < 1 or num_frames_clip < 1:
+        raise ConfigError(
+            f"a video of {num_frames_video} frames cannot be cut into clips of {num_frames_clip}; both must be at least 1"
+        )
+    if not 0 <= overlap <= num_frames_clip - 1:
+        raise ConfigError(
+            f"overlap is {overlap}; clips of {num_frames_clip} frames can share 0 to {num_frames_clip - 1} of them"
+        )
+    if num_frames_video <= num_frames_clip:
+        return [0]
+    last = num_frames_video - num_frames_clip
+    return [*range(0, last, num_frames_clip - overlap), last]
+
+
+def blend_weights(starts: Sequence[float], num_frames: int, times: Tensor) -> Tensor:
+    """Weight of every window at every time: `[num_windows, F]`, columns sum to 1, zero where a window does not reach.
+
+    Args:
+        starts: first frame of each window, ascending.
+        num_frames: frames of each window.
+        times: `[F]` real, in frames of the video. A time that no window covers (before the first, past the last, or in the
+            gap between windows that share no frame) belongs to the nearest window, which extrapolates.
+    """
+    dtype = times.dtype if times.dtype.is_floating_point else torch.float32
+    at = times.to(dtype)[None, :]  # 1 F
+    first = torch.as_tensor(list(starts), dtype=dtype, device=times.device)[:, None]  # W 1
+    last = first + (num_frames - 1)
+    inside = (at >= first) & (at <= last)  # W F
+    weights = torch.where(inside, _ramps(first, last, at), 0.0)
+    distance = torch.maximum(first - at, at - last)  # W F, how far outside
+    nearest = torch.nn.functional.one_hot(distance.argmin(dim=0), len(starts)).T.to(dtype)
+    weights = torch.where(inside.any(dim=0), weights, nearest)
+    return weights / weights.sum(dim=0, keepdim=True)
+
+
+def _ramps(first: Tensor, last: Tensor, at: Tensor) -> Tensor:
+    """Rise over the frames shared with the window before, fall over those shared with the next: `[W, F]`, not normalised."""
+    rise, fall = torch.ones_like(first + at), torch.ones_like(first + at)
+    shared = last[:-1] - first[1:] + 1  # W-1 1: frames that a window shares with the next one
+    bins = shared.clamp(min=1.0)
+    rise[1:] = ((at - first[1:] + 0.5) / bins).clamp(0.0, 1.0)
+    fall[:-1] = ((last[:-1] - at + 0.5) / bins).clamp(0.0, 1.0)
+    overlaps = shared > 0
+    rise[1:] = torch.where(overlaps, rise[1:], 1.0)
+    fall[:-1] = torch.where(overlaps, fall[:-1], 1.0)
+    return torch.minimum(rise, fall)
