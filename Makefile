@@ -1,0 +1,53 @@
+# Everything starts from a fresh clone: the targets that need the environment create it first.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+JIT := .cache/torch_extensions
+SUITES := $(patsubst tests/%/,%,$(wildcard tests/unit/ tests/dist/ tests/fault/ tests/e2e/ tests/cluster/))
+
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(JIT)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help venv demo test check lint unit clean $(addprefix test-,$(SUITES))
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z%-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+venv: $(STAMP) ## the environment in .venv, pinned by constraints.txt
+
+demo: $(STAMP) ## real video -> shards -> two-rank ZeRO-3 training, stopped and resumed -> a report page
+	regen demo
+
+test: $(addprefix test-,$(SUITES)) ## every suite, servers included
+	@echo "all suites passed: $(SUITES)"
+
+check: lint unit ## ruff, mypy --strict, import contracts, unit tests: before every commit
+
+lint: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+unit: test-unit
+
+test-unit: $(STAMP)
+	@echo "== unit =="
+	OMP_NUM_THREADS=1 pytest tests/unit -n logical -q
+
+test-dist test-fault test-e2e test-cluster: test-%: $(STAMP)
+	@echo "== $* =="
+	pytest tests/$* -q
+
+# torch first and pinned: an open range would take a CUDA build of several gigabytes on a machine without a GPU.
+$(STAMP): pyproject.toml constraints.txt
+	.ci/system-packages $(PYTHON)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch setuptools
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,cluster,text]'
+	$(VENV)/bin/python -m tools.prebuild
+	touch $@
+
+clean: ## removes caches and builds; keeps runs and the environment
+	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache $(JIT)

@@ -1,0 +1,29 @@
+"""Settings and fixtures for every suite. A test's folder gives its marker; see pyproject.toml for what each one means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+_MARKED = ("dist", "fault", "cluster", "e2e")
+
+# Before anything imports torch: several workers share few cores, and the ranks share one folder of compiled operators.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        suite = item.path.relative_to(ROOT / "tests").parts[0]
+        if suite in _MARKED:
+            item.add_marker(suite)
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
