@@ -1,0 +1,1 @@
+"""Checkpoints: sharded, elastic, committed atomically."""

@@ -1,0 +1,1 @@
+"""Diffusion: counter-based noise, paths and targets, timestep densities, samplers."""

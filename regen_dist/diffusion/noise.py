@@ -1,0 +1,128 @@
+"""Random numbers as a pure function of what they are for: a counter-based generator, Philox4x32-10 (Salmon et al., SC 2011).
+
+No state, no order: the noise of a pixel depends on (seed, sample id, frame time, y, x) alone. The same video therefore gets the same noise
+whatever the batch it is in, the rank that holds it, the tile or the window that is being decoded, and resuming needs no saved generator.
+
+Legend: B batch, C channels (up to 4), T frames, H rows, W columns. Words are 32-bit, held in int64 tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+TICKS_PER_FRAME = 1024  # frame times are keyed in steps of 1/1024 of a frame
+CHUNK = 1 << 13  # counters worked on at a time, so that the rounds stay in the processor's cache
+
+
+class Stream(IntEnum):
+    """What the numbers are for; one sample's streams are independent of each other."""
+
+    PIXELS = 0
+    TIMESTEP = 1
+    LATENT_CONTENT = 2
+    LATENT_MOTION = 3
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four counter words and two key words (int64 tensors that broadcast, values below 2**32) to four random words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for step in range(ROUNDS):
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # wraps modulo 2**64, which keeps both halves' bits
+        c0, c2 = ((product1 >> 32) & MASK) ^ c1 ^ k0, ((product0 >> 32) & MASK) ^ c3 ^ k1
+        c1, c3 = product1 & MASK, product0 & MASK
+        if step + 1 < ROUNDS:
+            k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele et al., 2014) on int64 tensors: spreads every bit over all bits."""
+    z = (z ^ _shift(z, 30)) * -0x40A7B892E31B1A47
+    z = (z ^ _shift(z, 27)) * -0x6B2FB644ECCEEE15
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def sample_keys(seed: int, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The two key words of each sample. seed below 2**63, sample_ids int64 [B] to two int64 [B]."""
+    mixed = _mix(_mix(sample_ids.long() + 1) ^ seed)
+    return mixed & MASK, _shift(mixed, 32)
+
+
+def _uniform(word: Tensor) -> Tensor:
+    """A word to float32 in (0, 1): the centre of one of 2**23 cells, so neither end is ever reached."""
+    return ((word >> 9).float() + 0.5) * 2.0**-23
+
+
+def _normals(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Four words to four standard normals (Box and Muller, 1958)."""
+    out: tuple[Tensor, ...] = ()
+    for first, second in (words[:2], words[2:]):
+        radius = torch.sqrt(-2.0 * torch.log(_uniform(first)))
+        angle = _uniform(second) * (2.0 * math.pi)
+        out += (radius * torch.cos(angle), radius * torch.sin(angle))
+    return out
+
+
+def uniforms(seed: int, sample_ids: Tensor, draw: int, stream: Stream) -> Tensor:
+    """Four uniform numbers in (0, 1) for each sample and draw: sample_ids [B] to float32 [B, 4]."""
+    zero = torch.zeros_like(sample_ids)
+    words = philox((zero, zero, zero + (draw & MASK), zero + int(stream)), sample_keys(seed, sample_ids))
+    return torch.stack([_uniform(word) for word in words], -1)
+
+
+def gaussian(
+    seed: int,
+    sample_ids: Tensor,
+    times: Tensor,
+    size: tuple[int, int],
+    *,
+    channels: int = 3,
+    origin: tuple[int, int] = (0, 0),
+    draw: int = 0,
+    stream: Stream = Stream.PIXELS,
+) -> Tensor:
+    """Standard normal noise of a video, keyed by (seed, sample id, frame time, y, x).
+
+    Args:
+        seed: of the run, below 2**63.
+        sample_ids: int64 [B].
+        times: of the frames in the video's own frames, real, [B, T]; equal times get equal noise.
+        size: H, W of the part that is wanted.
+        channels: up to 4.
+        origin: row and column of the part's first pixel in the whole frame: the noise of a tile is a cut from the whole frame's noise.
+        draw: the training step, or 0.
+        stream: what the noise is for.
+
+    Returns:
+        float32 [B, channels, T, H, W].
+    """
+    ticks = torch.round(times.double() * TICKS_PER_FRAME).long() & MASK  # [B, T]
+    (height, width), device = size, sample_ids.device
+    rows, columns = (torch.arange(n, device=device) + start for n, start in zip(size, origin, strict=True))
+    place = ((rows[:, None] << 16) | columns).flatten()  # [H*W], one word a pixel
+    keys = sample_keys(seed, sample_ids)
+    out = torch.empty(*ticks.shape, channels, height * width, device=device)  # [B, T, C, H*W]
+    for b in range(ticks.shape[0]):
+        key = (keys[0][b], keys[1][b])
+        for start in range(0, place.numel(), CHUNK):
+            part = place[None, start : start + CHUNK]  # [1, n]
+            frames = ticks[b, :, None]  # [T, 1]
+            words = philox((part, frames, torch.full_like(part, draw & MASK), torch.full_like(part, int(stream))), key)
+            normals = _normals(words)[:channels]
+            out[b, :, :, start : start + part.shape[1]] = torch.stack(normals, 1)
+    return out.unflatten(-1, (height, width)).transpose(1, 2)
+

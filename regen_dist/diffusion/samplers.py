@@ -1,0 +1,62 @@
+"""Deterministic samplers from pure noise to video, with any number of steps; one is the default (paper: one step already reconstructs well).
+
+A denoiser is any function (x_t, t) -> estimate of x0, so that a caller can blend the estimates of overlapping windows inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from regen_dist.diffusion.path import PathName, coefficients
+from regen_dist.errors import ConfigError
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def sample(
+    denoise: Denoiser, noise: Tensor, *, path: PathName, steps: int = 1, method: Literal["euler", "heun"] = "euler"
+) -> Tensor:
+    """Integrate from noise (t = 1) to data (t = 0) in equal steps of t.
+
+    Args:
+        denoise: (x_t [B, C, T, H, W], t [B]) to the estimate of x0.
+        noise: the starting point.
+        path: the noise path that the model was trained on.
+        steps: evaluations for `euler`; `heun` takes two for each step but the last.
+        method: `euler` keeps the noise that x0 implies (DDIM; Euler's rule on a rectified flow); `heun` averages the velocities at
+            both ends of the step (second order).
+
+    Raises:
+        ConfigError: fewer than one step.
+    """
+    if steps < 1:
+        raise ConfigError(f"the number of sampling steps must be at least 1, found {steps}")
+    times = torch.linspace(1.0, 0.0, steps + 1)
+    x = noise
+    for now, then in zip(times[:-1], times[1:], strict=True):
+        x0 = denoise(x, now.expand(x.shape[0]))
+        if then == 0:
+            return x0
+        ahead = _move(path, x, x0, now, then)
+        if method == "heun":
+            later = denoise(ahead, then.expand(x.shape[0]))
+            slope = _velocity(path, x, x0, now) + _velocity(path, ahead, later, then)
+            ahead = x + (then - now).to(x.device) * slope / 2
+        x = ahead
+    return x
+
+
+def _move(path: PathName, x: Tensor, x0: Tensor, now: Tensor, then: Tensor) -> Tensor:
+    """From x_now along the noise that x0 implies to x_then."""
+    a, b = (coefficients(path, time.view(1).to(x.device)) for time in (now, then))
+    return b.alpha * x0 + b.sigma * (x - a.alpha * x0) / a.sigma
+
+
+def _velocity(path: PathName, x: Tensor, x0: Tensor, time: Tensor) -> Tensor:
+    """dx/dt at x_t, given the estimate of x0."""
+    c = coefficients(path, time.view(1).to(x.device))
+    return c.d_alpha * x0 + c.d_sigma * (x - c.alpha * x0) / c.sigma

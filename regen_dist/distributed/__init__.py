@@ -1,0 +1,1 @@
+"""Ranks: their environment, their collectives, and the engines that run a step."""

@@ -1,0 +1,122 @@
+"""The interface of what runs a training step.
+
+An engine keeps float32 master weights, two moments and the weights' moving average (EMA); the forward and backward passes run in the
+configured precision. State is exposed as *pieces*: for every parameter the flat chunk that this rank holds (`ranks.chunk`), which is how
+ZeRO-3 lays it out, so that a checkpoint is made and read without communication.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from math import prod
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from regen_dist.config.schema import RunConfig
+from regen_dist.distributed.ranks import Ranks, chunk
+
+Pieces = dict[str, Tensor]  # "<kind>/<parameter>" to a flat float32 tensor: kind is master, ema, exp_avg or exp_avg_sq
+
+
+class PieceSource(Protocol):
+    """Where stored pieces are read from."""
+
+    def read(self, key: str, low: int, high: int) -> Tensor:
+        """Elements low..high of the flat parameter behind `key` ("<kind>/<parameter>")."""
+
+
+class StepResult(NamedTuple):
+    """What became of an optimizer step: not applied means that a gradient was not finite on some rank, and nothing changed on any."""
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine(ABC):
+    """One rank's share of the model and of its optimizer."""
+
+    module: nn.Module
+    ema: Pieces
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config, self.ranks, self.num_updates = config, ranks, 0
+
+    def __call__(self, *args: Any) -> Any:
+        """The module's forward pass."""
+        return self._forward(*args)
+
+    def step(self, lr: float) -> StepResult:
+        """Clip, update the weights and their EMA, clear the gradients."""
+        result = self._update(lr)
+        if result.applied:
+            self.num_updates += 1
+            self._update_ema()
+        return result
+
+    @abstractmethod
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate the gradients of one micro-batch; `is_last` closes the accumulation."""
+
+    @abstractmethod
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's flat float32 piece of every parameter, without padding: a view that updates write through."""
+
+    @abstractmethod
+    def named_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's flat piece of every moment, named `<moment>/<parameter>`: views."""
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The full shape of every parameter."""
+        return self._shapes
+
+    def pieces(self) -> Pieces:
+        """Everything that a checkpoint must hold of this rank: views, valid until the next step."""
+        masters = {f"master/{name}": tensor for name, tensor in self.named_masters()}
+        return masters | {f"ema/{name}": tensor for name, tensor in self.ema.items()} | dict(self.named_moments())
+
+    @torch.no_grad()
+    def restore(self, source: PieceSource, num_updates: int) -> None:
+        """Fill every piece of this rank, and refresh what is derived from them."""
+        self.num_updates = num_updates
+        for name, piece in self.pieces().items():
+            low, _ = chunk(self._numel(name), self.ranks.world_size, self.ranks.rank)
+            piece.copy_(source.read(name, low, low + piece.numel()))
+        self._after_restore()
+
+    def _numel(self, piece_name: str) -> int:
+        return prod(self._shapes[piece_name.split("/", 1)[1]])
+
+    @abstractmethod
+    def _forward(self, *args: Any) -> Any: ...
+
+    @abstractmethod
+    def _update(self, lr: float) -> StepResult: ...
+
+    @abstractmethod
+    def _after_restore(self) -> None: ...
+
+    def _start(self) -> None:
+        """To be called once the module and the masters exist."""
+        self._shapes = {name: list(full_shape(param)) for name, param in self.module.named_parameters()}
+        self._live = dict(self.named_masters())
+        self.ema = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        """Move the average towards the weights, faster at first so that it forgets the initialisation. No communication."""
+        decay = min(self.config.train.ema_decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(list(self.ema.values()), list(self._live.values()), 1 - decay)
+
+
+def precision_of(name: str) -> torch.dtype:
+    """The dtype of the working weights: `bf16` or `fp32`."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def full_shape(param: Tensor) -> torch.Size:
+    """A parameter's shape, sharded or not."""
+    return getattr(param, "ds_shape", param.shape)  # type: ignore[no-any-return]

@@ -1,0 +1,110 @@
+"""DeepSpeed ZeRO-3 behind the engine interface. The only module that imports deepspeed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from regen_dist.config.schema import OptimizerConfig, RunConfig
+from regen_dist.distributed.base import Engine, StepResult
+from regen_dist.distributed.optimizer import MOMENTS, build_optimizer, fresh_state, set_lr, set_num_updates
+from regen_dist.distributed.plain import PlainEngine
+from regen_dist.distributed.ranks import Ranks, chunk
+
+
+class Zero3Engine(Engine):
+    """DeepSpeed ZeRO-3: weights, gradients, masters, moments and EMA all sharded over the ranks."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
+        super().__init__(config, ranks)
+        deepspeed = _import_deepspeed(ranks)
+        settings = deepspeed_settings(config, ranks.world_size)
+        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32, enabled=config.engine.partitioned_init):
+            module = build()
+        optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device)
+        self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self.module = self._engine.module
+        self._params = dict(self.module.named_parameters())
+        for group in self._zero.fp32_partitioned_groups_flat:
+            self._zero.optimizer.state[group] = fresh_state(config.optimizer, group)
+        self._start()
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss)
+
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self._own(name, None)) for name in self._params)
+
+    def named_moments(self) -> Iterator[tuple[str, Tensor]]:
+        return ((f"{moment}/{name}", self._own(name, moment)) for moment in MOMENTS for name in self._params)
+
+    def _own(self, name: str, moment: str | None) -> Tensor:
+        """This rank's chunk of a parameter's master or moment, cut free of ZeRO-3's padding."""
+        param = self._params[name]
+        piece = self._zero.get_local_fp32_param(param, moment)
+        low, high = chunk(param.ds_numel, self.ranks.world_size, self.ranks.rank)
+        return piece[: high - low]
+
+    def _forward(self, *args: Any) -> Any:
+        return self._engine(*args)
+
+    def _update(self, lr: float) -> StepResult:
+        set_lr(self._zero.optimizer, lr)
+        self._engine.step()
+        return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm() or 0.0))
+
+    def _after_restore(self) -> None:
+        """ZeRO-3 keeps the working weights apart from the masters, and the small ones whole on every rank: write both anew."""
+        set_num_updates(self._zero.optimizer, self.num_updates)
+        whole = self._zero.persistent_parameters
+        if whole:
+            whole[0].partition(whole)
+        for param in self._params.values():
+            param.ds_tensor.data.copy_(self._zero.get_local_fp32_param(param).view_as(param.ds_tensor))
+        if whole:
+            whole[0].all_gather(whole)
+
+
+def build_engine(config: RunConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> Engine:
+    """The engine that the config names, around the module that `build` makes (the same on every rank)."""
+    return {"plain": PlainEngine, "zero3": Zero3Engine}[config.engine.kind](config, ranks, build)
+
+
+def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own config: everything it must know is derived from ours."""
+    train = config.train
+    return {
+        "train_batch_size": train.batch_global,
+        "train_micro_batch_size_per_gpu": train.batch_global // (world_size * train.accumulation),
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": config.engine.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 3, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 30,
+    }
+
+
+def _import_deepspeed(ranks: Ranks) -> Any:
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__ as compatible
+
+    compatible["deepspeed_shm_comm"] = False  # for inference only; building it on a CPU takes minutes, and a killed build hangs the next
+    deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+    return deepspeed
+
+
+def deepspeed_cpu_adam(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """DeepSpeed's vectorised Adam for state that lies in host memory; compiled at its first use (about a minute)."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, adamw_mode=True)  # type: ignore[no-any-return]

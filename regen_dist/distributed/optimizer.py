@@ -1,0 +1,75 @@
+"""AdamW behind one function: torch's by default, DeepSpeed's CPU Adam or apex's FusedAdam where they can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regen_dist.config.schema import OptimizerConfig
+from regen_dist.errors import BackendError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(config: OptimizerConfig, params: Iterable[Tensor], device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer that the config names. Matrices and kernels decay; vectors (biases, norm gains, tables of one row) do not.
+
+    Raises:
+        BackendError: the optimizer cannot run on this device or is not installed.
+    """
+    params = list(params)
+    decayed = [p for p in params if len(getattr(p, "ds_shape", p.shape)) > 1]
+    rest = [p for p in params if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    make = {"adamw": _adamw, "cpu_adam": _cpu_adam, "fused_adam": _fused_adam}[config.kind]
+    return make(groups, config, device)
+
+
+def _adamw(groups: list[dict[str, object]], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, foreach=True)
+
+
+def _cpu_adam(groups: list[dict[str, object]], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    if device.type != "cpu":
+        raise BackendError(f"optimizer.kind=cpu_adam keeps its state on the CPU, the model is on {device}; set optimizer.kind=adamw")
+    from regen_dist.distributed.engine import deepspeed_cpu_adam
+
+    return deepspeed_cpu_adam(groups, config)
+
+
+def _fused_adam(groups: list[dict[str, object]], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    if device.type != "cuda":
+        raise BackendError(f"optimizer.kind=fused_adam (apex) needs a CUDA device, found {device}; set optimizer.kind=adamw")
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise BackendError(
+            f"optimizer.kind=fused_adam needs NVIDIA apex ({error}), which is built from source (see environment.yml; PyPI's `apex` is "
+            "another package); or set optimizer.kind=adamw"
+        ) from error
+    return FusedAdam(groups, lr=config.lr, betas=config.betas, adam_w_mode=True)  # type: ignore[no-any-return]
+
+
+def fresh_state(config: OptimizerConfig, param: Tensor) -> dict[str, Any]:
+    """The optimizer's state of a parameter before its first step, made early so that a checkpoint can be restored into it."""
+    moments: dict[str, Any] = {moment: torch.zeros_like(param, requires_grad=False) for moment in MOMENTS}
+    return moments if config.kind == "fused_adam" else moments | {"step": 0 if config.kind == "cpu_adam" else torch.tensor(0.0)}
+
+
+def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
+    """Tell the optimizer how many updates it has made, wherever it keeps that number (its bias correction depends on it)."""
+    for slot in optimizer.state.values():
+        if "step" in slot:
+            slot["step"] = torch.tensor(float(num_updates)) if torch.is_tensor(slot["step"]) else num_updates
+    for group in optimizer.param_groups:
+        if "step" in group:  # apex
+            group["step"] = num_updates
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

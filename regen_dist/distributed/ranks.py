@@ -1,0 +1,112 @@
+"""Who this process is among the ranks, and how it joins them. The one place that reads rank variables.
+
+`RANK`, `WORLD_SIZE` and `LOCAL_RANK` come from torchrun or from our launcher; Slurm's variables are understood too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from regen_dist.errors import ConfigError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: global rank, number of ranks, and rank on this machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The sums over all ranks, in float64. A collective: every rank must call it."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()  # type: ignore[no-any-return]
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says so. A collective."""
+        return self.sum([float(flag)])[0] > 0
+
+    def broadcast(self, value: int) -> int:
+        """Rank 0's value. A collective."""
+        return int(self.sum([float(value if self.is_main else 0)])[0])
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """The place that the environment gives this process; a process alone when it gives none.
+
+    Raises:
+        ConfigError: the variables of torchrun and of Slurm disagree, or are incomplete.
+    """
+    torchrun = _read(environment, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    slurm = _read(environment, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+    if torchrun is None and slurm is not None and "MASTER_ADDR" not in environment:
+        slurm = None  # inside an allocation, but not started as one of its tasks
+    if torchrun and slurm and slurm.world_size > 1 and torchrun != slurm:
+        raise ConfigError(f"RANK/WORLD_SIZE/LOCAL_RANK say {torchrun}, SLURM_* say {slurm}; start the ranks by one of the two")
+    return torchrun or slurm or Ranks()
+
+
+def _read(environment: Mapping[str, str], names: tuple[str, str, str]) -> Ranks | None:
+    found = [environment.get(name) for name in names]
+    if found[0] is None or found[1] is None:
+        return None
+    try:
+        ranks = Ranks(*(int(value or 0) for value in found))
+    except ValueError as error:
+        raise ConfigError(f"{', '.join(names)} must be whole numbers, found {found}") from error
+    if not 0 <= ranks.rank < ranks.world_size:
+        raise ConfigError(f"{names[0]}={ranks.rank} is not below {names[1]}={ranks.world_size}")
+    return ranks
+
+
+@contextmanager
+def process_group(ranks: Ranks, needed: bool) -> Iterator[None]:
+    """Join the other ranks for the duration of the block: NCCL on GPUs, gloo on CPUs."""
+    if not needed and ranks.world_size == 1:
+        yield
+        return
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    if ranks.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def chunk(size: int, world_size: int, rank: int) -> tuple[int, int]:
+    """The half-open range of a flat parameter of `size` elements that a rank holds under ZeRO-3: even chunks, the last ones short."""
+    length = -(-size // world_size)
+    low = min(rank * length, size)
+    return low, min(low + length, size)
+

@@ -1,0 +1,1 @@
+"""Watching a run: the metrics record, the progress line, wandb."""

@@ -1,0 +1,37 @@
+"""What the machine can do at best, and how much memory is in use: the denominators of the metrics."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+# Dense bf16 TFLOP/s from the makers' data sheets, by a part of the device's name.
+GPU_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "A10": 125.0, "4090": 165.0, "V100": 125.0}
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """Peak TFLOP/s of one rank: the data sheet's for a known GPU, else measured by square matrix products for `seconds`."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in GPU_PEAK_TFLOPS.items():
+            if part in name:
+                return peak
+    side = 8192 if device.type == "cuda" else 512
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best / 1e12
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank so far: allocated on the GPU, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

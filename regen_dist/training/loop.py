@@ -1,0 +1,117 @@
+"""The training loop of every task: load, step, guard, log, validate, save, stop?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from regen_dist.checkpoint.commit import CheckpointStore
+from regen_dist.config import config_hash
+from regen_dist.config.schema import RunConfig
+from regen_dist.data.loader import ClipBatch, clip_batches, validation_clip
+from regen_dist.distributed.base import StepResult, precision_of
+from regen_dist.distributed.engine import build_engine
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError
+from regen_dist.models.accounting import training_flops_per_clip
+from regen_dist.observe.hardware import peak_tflops
+from regen_dist.training.guards import NonFiniteGuard
+from regen_dist.training.meter import Meter
+from regen_dist.training.reporter import Reporter
+from regen_dist.training.schedule import learning_rate
+from regen_dist.training.stopping import Stopper
+from regen_dist.training.tasks import build_task
+
+
+class Trainer:
+    """One rank of a run: builds its parts, resumes from the newest checkpoint, trains."""
+
+    def __init__(self, config: RunConfig, run: Path, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.task = build_task(config, ranks.device)
+        self.engine = build_engine(config, ranks, self.task.build)
+        self.store = CheckpointStore(run, ranks)
+        self.guard = NonFiniteGuard(config.train.nonfinite_budget)
+        self.step = self._resume()
+        self.meter = self._build_meter()
+        self.reporter = Reporter(config, run, ranks, self.step)
+        self.validation_clip = validation_clip(config.data, num_frames=config.model.num_frames)
+
+    def fit(self, stopper: Stopper) -> int:
+        """Train to the last step, or until the ranks agree to stop. Returns the exit code."""
+        train, batches = self.config.train, self._batches()
+        while self.step < train.steps:
+            lr = learning_rate(self.config.optimizer, self.step, train.steps)
+            result = self._train_step(batches, lr)
+            self.step += 1
+            self.guard.check(self.step, result)
+            if self._due(train.log_every):
+                self.reporter.train(self.step, self.meter.read(lr, result) | {"skipped": self.guard.skipped})
+            if self._due(train.validate_every):
+                self._validate()
+            stop = self.ranks.agree(stopper.wanted())
+            if stop or self._due(train.save_every):
+                self._save()
+            if stop and self.step < train.steps:
+                self.reporter.say(self.step, f"stopped by {stopper.reason or 'another rank'} after step {self.step}: run it again to go on")
+                return EXIT_RESUME
+        self.reporter.say(self.step, f"done: {self.step} steps")
+        return EXIT_OK
+
+    def close(self) -> None:
+        """End the record, the progress line and the tracker."""
+        self.reporter.close()
+
+    def _train_step(self, batches: Iterator[ClipBatch], lr: float) -> StepResult:
+        """One optimizer step: every micro-batch forward and backward, then the update."""
+        for micro in range(self.config.train.accumulation):
+            with self.meter.waiting():
+                batch = next(batches)
+            loss = self.task.loss(self.engine, batch, self.step)
+            self.engine.backward(loss.value, is_last=micro + 1 == self.config.train.accumulation)
+            self.meter.add(loss.value, loss.figures)
+        result = self.engine.step(lr)
+        self.meter.end_step()
+        return result
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.train.steps
+
+    def _batches(self) -> Iterator[ClipBatch]:
+        """This rank's micro-batches from the current step on: the data's place is the step alone."""
+        train = self.config.train
+        return clip_batches(
+            self.config.data, num_frames=self.config.model.num_frames, batch_global=train.batch_global,
+            accumulation=train.accumulation, seed=train.seed, rank=self.ranks.rank, world_size=self.ranks.world_size,
+            cursor=self.step * train.batch_global,
+        )  # fmt: skip
+
+    def _validate(self) -> None:
+        self.reporter.validation(self.step, self.task.validate(self.engine, self.validation_clip))
+        self.meter.pause()
+
+    def _save(self) -> None:
+        state = {"num_updates": self.engine.num_updates, "skipped": self.guard.skipped}
+        keep = self.config.train.keep_checkpoints
+        self.store.save(self.step, self.engine.pieces(), self.engine.shapes(), state, config_hash(self.config), keep)
+        self.meter.pause()
+
+    def _resume(self) -> int:
+        """Restore the newest checkpoint, if there is one. Returns the step to go on from."""
+        manifest = self.store.latest()
+        if manifest is None:
+            return 0
+        if manifest.shapes != self.engine.shapes():
+            raise CheckpointError(
+                f"the checkpoint of step {manifest.step} in {self.store.folder} was saved by another model; "
+                "give the run another name, or restore the model section of its config"
+            )
+        self.engine.restore(self.store.reader(manifest), manifest.state["num_updates"])
+        self.guard.skipped = manifest.state["skipped"]
+        return manifest.step
+
+    def _build_meter(self) -> Meter:
+        train, engine = self.config.train, self.config.engine
+        flops = training_flops_per_clip(self.config.model, self.config.data.size)
+        peak = train.peak_tflops or peak_tflops(self.ranks.device, precision_of(engine.precision))
+        return Meter(self.ranks, train.batch_global, flops, peak)

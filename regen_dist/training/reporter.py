@@ -1,0 +1,58 @@
+"""Where the figures and pictures of a run go: the record, the progress line, wandb, picture files. Only rank 0 reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from regen_dist.config.schema import RunConfig
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.evaluation.sheet import save_clip_sheet
+from regen_dist.observe.progress import ProgressLine
+from regen_dist.observe.record import Record
+from regen_dist.observe.tracker import Tracker
+from regen_dist.training.tasks import Validation
+
+
+class Reporter:
+    """Reports on rank 0; silent elsewhere."""
+
+    def __init__(self, config: RunConfig, run: Path, ranks: Ranks, step: int) -> None:
+        self._silent, self._run = not ranks.is_main, run
+        if self._silent:
+            return
+        self._record = Record(run / "metrics.jsonl", step)
+        self._line = ProgressLine(config.train.steps, step)
+        self._tracker = Tracker(config, run)
+        self._line.say(f"{run}: {'resumed at' if step else 'starting at'} step {step} on {ranks.world_size} rank(s)")
+        self._record.write("event", step, {"event": "start", "world_size": ranks.world_size})
+
+    def train(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures of the steps since the last log line."""
+        if self._silent:
+            return
+        self._record.write("train", step, figures)
+        self._line.train(step, figures)
+        self._tracker.log(step, {f"train/{name}": value for name, value in figures.items()})
+
+    def validation(self, step: int, result: Validation) -> None:
+        """Figures of the validation clips, and a picture of the first: source, reconstruction, error."""
+        if self._silent:
+            return
+        picture = self._run / "pictures" / f"step-{step:08d}.png"
+        save_clip_sheet(picture, result.source[0], result.reconstruction[0], title=f"step {step}")
+        self._record.write("validation", step, result.figures)
+        self._line.validation(result.figures)
+        self._tracker.log(step, {f"validation/{n}": v for n, v in result.figures.items()}, {"validation/clip": picture})
+
+    def say(self, step: int, text: str) -> None:
+        """Something that happened: on the terminal and in the record."""
+        if not self._silent:
+            self._line.say(text)
+            self._record.write("event", step, {"event": text})
+
+    def close(self) -> None:
+        if not self._silent:
+            self._line.close()
+            self._record.close()
+            self._tracker.close()
