@@ -1,8 +1,9 @@
 """How a long video is cut into clips that overlap, and how much each clip counts at a given time.
 
-Frames are numbered from 0 and stand for bins of width one; a window of `n` frames that starts at frame `s` covers the times
-`[s, s + n - 1]`. Two windows that share `m` frames are cross-faded by a linear ramp over these `m` bins: with one shared
-frame each window counts one half there, with two the weights go 1/4, 3/4. The blending is our own choice, not the paper's.
+Frames are numbered from 0 and stand for bins of width one; a window of `n` frames that starts at frame `s` covers
+the times `[s, s + n - 1]`. Two windows that share `m` frames are cross-faded by a linear ramp over these `m` bins:
+with one shared frame each window counts one half there, with two the weights go 1/4, 3/4. The blending is our own
+choice, not the paper's.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from regen_dist.errors import ConfigError
 def plan_windows(num_frames_video: int, num_frames_clip: int, overlap: int = 1) -> list[int]:
     """First frame of each window, ascending, so that every frame of the video is in at least one window.
 
-    Neighbours share `overlap` frames, except that the last window is moved back until it is full, and then shares more. A
-    video that is not longer than a clip has one window (which the caller pads by repeating the last frame).
+    Neighbours share `overlap` frames, except that the last window is moved back until it is full, and then shares
+    more. A video that is not longer than a clip has one window (which the caller pads by repeating the last frame).
 
     Raises ConfigError when a count is not positive or `overlap` is not in `[0, num_frames_clip - 1]`.
     """
     if num_frames_video < 1 or num_frames_clip < 1:
         raise ConfigError(
-            f"a video of {num_frames_video} frames cannot be cut into clips of {num_frames_clip}; both must be at least 1"
+            f"a video of {num_frames_video} frames cannot be cut into clips of {num_frames_clip} frames; "
+            "both must be at least 1"
         )
     if not 0 <= overlap <= num_frames_clip - 1:
         raise ConfigError(
@@ -43,8 +45,8 @@ def blend_weights(starts: Sequence[float], num_frames: int, times: Tensor) -> Te
     Args:
         starts: first frame of each window, ascending.
         num_frames: frames of each window.
-        times: `[F]` real, in frames of the video. A time that no window covers (before the first, past the last, or in the
-            gap between windows that share no frame) belongs to the nearest window, which extrapolates.
+        times: `[F]` real, in frames of the video. A time that no window covers (before the first, past the last, or
+            in the gap between windows that share no frame) belongs to the nearest window, which extrapolates.
     """
     dtype = times.dtype if times.dtype.is_floating_point else torch.float32
     at = times.to(dtype)[None, :]  # 1 F
@@ -59,7 +61,7 @@ def blend_weights(starts: Sequence[float], num_frames: int, times: Tensor) -> Te
 
 
 def _ramps(first: Tensor, last: Tensor, at: Tensor) -> Tensor:
-    """Rise over the frames shared with the window before, fall over those shared with the next: `[W, F]`, not normalised."""
+    """Rise over what is shared with the window before, fall over what is shared with the next: `[W, F]`."""
     rise, fall = torch.ones_like(first + at), torch.ones_like(first + at)
     shared = last[:-1] - first[1:] + 1  # W-1 1: frames that a window shares with the next one
     bins = shared.clamp(min=1.0)

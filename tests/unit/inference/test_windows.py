@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def test_every_frame_is_covered_and_windows_are_full() -> None:
                 assert covered >= set(range(frames))
                 assert starts == sorted(set(starts))
                 assert frames < clip or starts[-1] + clip == frames
-                assert all(b - a <= clip - overlap for a, b in zip(starts, starts[1:], strict=False))
+                assert all(b - a <= clip - overlap for a, b in pairwise(starts))
 
 
 @pytest.mark.parametrize(("frames", "clip", "overlap"), [(0, 9, 1), (9, 0, 0), (30, 9, 9), (30, 9, -1)])

@@ -1,0 +1,201 @@
+"""Whole videos, frame by frame: read from a file, written as H.264. Memory does not grow with the length."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import ColorRange, Colorspace
+
+from regen_dist.data.video import RESIZE, VideoReader, frame_to_rgb
+from regen_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
+
+Frame = npt.NDArray[np.uint8]  # H W 3, RGB
+Seconds = npt.NDArray[np.float64]
+
+BT709 = 1  # the number of this matrix, these primaries and this transfer in the H.264 tables
+CLOCK = 90_000  # ticks a second of files in which each frame has its own time
+FALLBACK_RATE = Fraction(25)
+
+
+class SourceVideo:
+    """A video file that can be read through any number of times.
+
+    Args:
+        path: the file.
+        short_side: resize so that the shorter side has this many pixels; None keeps the stored size. Pixels are taken
+            as square.
+        max_frames: read only the first frames.
+
+    Attributes:
+        timestamps: float64 [F], seconds from the first frame, increasing; the rate may vary.
+        rate: average frames a second.
+        stored: (height, width) of the file, upright.
+        height, width: of the frames that `frames` yields.
+
+    Raises:
+        DataError: there is no such file, or it is not a video that can be read.
+    """
+
+    def __init__(self, path: Path, *, short_side: int | None = None, max_frames: int | None = None) -> None:
+        for name, value in (("short side", short_side), ("largest number of frames", max_frames)):
+            if value is not None and value < 1:
+                raise DataError(f"the {name} is {value}; it must be at least 1")
+        if not path.is_file():
+            raise DataError(f"no video at {path}: " + ("it is a folder" if path.is_dir() else "there is no such file"))
+        self.path = path
+        with _named_errors(path), VideoReader(path) as reader:
+            self._table = reader.table
+            self.timestamps = _seconds(reader, max_frames)
+            self.rate = _average_rate(reader, self.timestamps)
+            self.stored = _upright_sides(reader)
+        scale = short_side / min(self.stored) if short_side else 1.0
+        self.height, self.width = (max(1, round(side * scale)) for side in self.stored)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that `frames` yields."""
+        return len(self.timestamps)
+
+    def frames(self) -> Iterator[Frame]:
+        """Every frame in order, upright, uint8 [height, width, 3]. Raises DataError at the first that is damaged."""
+        with _named_errors(self.path), VideoReader(self.path, self._table) as reader:
+            for _, frame in reader.frames(range(self.num_frames)):
+                yield frame_to_rgb(frame, self.height, self.width)
+
+
+def _seconds(reader: VideoReader, max_frames: int | None) -> Seconds:
+    pts = np.asarray(reader.table.pts[:max_frames], dtype=np.float64)
+    seconds: Seconds = (pts - pts[0]) * float(reader.stream.time_base or Fraction(1, CLOCK))
+    return seconds
+
+
+def _average_rate(reader: VideoReader, timestamps: Seconds) -> Fraction:
+    """From the timestamps; what the container says is only asked for where there is a single frame."""
+    if len(timestamps) > 1:
+        return Fraction((len(timestamps) - 1) / timestamps[-1]).limit_denominator(1001)
+    return Fraction(reader.stream.average_rate or reader.stream.guessed_rate or FALLBACK_RATE)
+
+
+def _upright_sides(reader: VideoReader) -> tuple[int, int]:
+    frame = next(frame for _, frame in reader.frames([0]))
+    return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Name the file in what the reader reports."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path} cannot be used as a video: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+class VideoWriter:
+    """Writes uint8 RGB frames as an H.264 mp4 (yuv420p, BT.709), under a temporary name until it is complete.
+
+    A context manager: leaving it normally moves the file to `path`; leaving it by an exception removes it. Odd sides
+    get one more row or column, a copy of the last, because 4:2:0 needs even ones.
+
+    Args:
+        path: the file; its folder must exist.
+        rate: frames a second; the pace of the file, unless `write` is told the time of every frame.
+        crf: x264's constant rate factor; 0 is lossless but for the 4:2:0 colour.
+        preset: x264's preset.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, rate: Fraction | float, *, crf: int = 16, preset: str = "medium") -> None:
+        if rate <= 0:
+            raise DataError(f"{path.name}: the frame rate is {float(rate):g}; it must be above 0")
+        self.path = path
+        self._rate = Fraction(rate).limit_denominator(1001)
+        self._options = {"crf": str(crf), "preset": preset}
+        self._partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+        self._stream: VideoStream | None = None
+        self._num_written = 0
+
+    def __enter__(self) -> VideoWriter:
+        if not self.path.parent.is_dir():
+            raise DataError(f"{self.path} cannot be written: there is no folder {self.path.parent}")
+        with self._write_errors():
+            self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
+        return self
+
+    def write(self, frame: Frame, seconds: float | None = None) -> None:
+        """Add one frame [H, W, 3]. All frames have one size; `seconds` is given for all of them or for none."""
+        frame = _even_sides(frame)
+        with self._write_errors():
+            if self._stream is None:
+                self._stream = self._add_stream(frame, timed=seconds is not None)
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="yuv420p",
+                interpolation=RESIZE,
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+            )
+            picture.pts = self._num_written if seconds is None else round(seconds * CLOCK)
+            picture.time_base = self._stream.codec_context.time_base
+            self._container.mux(self._stream.encode(picture))
+        self._num_written += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+            else:
+                self._container.close()
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._stream is None:
+            self._container.close()
+            raise DataError(f"{self.path.name} was given no frames")
+        with self._write_errors():
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+            with self._partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(self._partial, self.path)
+
+    def _add_stream(self, frame: Frame, *, timed: bool) -> VideoStream:
+        stream = self._container.add_stream("libx264", rate=self._rate, options=self._options)
+        stream.height, stream.width = frame.shape[:2]
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.time_base = Fraction(1, CLOCK) if timed else 1 / self._rate
+        context.color_range = int(ColorRange.MPEG)
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        return stream
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            raise DataError(f"{self.path} cannot be written: {error}") from error
+
+
+def _even_sides(frame: Frame) -> Frame:
+    rows, columns = frame.shape[0] % 2, frame.shape[1] % 2
+    if not rows and not columns:
+        return np.ascontiguousarray(frame)
+    return np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge")

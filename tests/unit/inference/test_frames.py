@@ -1,0 +1,140 @@
+"""Videos are read upright and in time, and written whole or not at all."""
+
+from __future__ import annotations
+
+import subprocess
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from regen_dist.errors import DataError
+from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
+
+
+def gradient(num_frames: int, height: int, width: int) -> list[Frame]:
+    """Colours that change over space and time, smooth so that 4:2:0 keeps them."""
+    y, x = np.mgrid[0:height, 0:width]
+    red, green = 40 + 170 * y / height, 220 - 180 * x / width
+    return [np.stack([red, green, np.full_like(red, 30 + 8 * t)], -1).astype(np.uint8) for t in range(num_frames)]
+
+
+def write(path: Path, frames: list[Frame], rate: Fraction | float = 25, seconds: list[float] | None = None) -> Path:
+    with VideoWriter(path, rate, crf=4, preset="ultrafast") as writer:
+        for index, frame in enumerate(frames):
+            writer.write(frame, None if seconds is None else seconds[index])
+    return path
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    frames = gradient(6, 48, 64)
+    source = SourceVideo(write(tmp_path / "a.mp4", frames, Fraction(30000, 1001)))
+    read = list(source.frames())
+    assert (source.num_frames, source.height, source.width) == (6, 48, 64)
+    assert source.rate == Fraction(30000, 1001)
+    np.testing.assert_allclose(source.timestamps, np.arange(6) * 1001 / 30000, atol=1e-9)
+    assert np.abs(np.stack(read).astype(int) - np.stack(frames)).mean() < 2  # colours survive the YUV matrices
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.mp4"]
+
+
+@pytest.mark.parametrize("rate", [0.5, 12.5, 23.976, 59.94, 120])
+def test_any_rate(tmp_path: Path, rate: float) -> None:
+    source = SourceVideo(write(tmp_path / "a.mp4", gradient(3, 16, 16), rate))
+    assert float(source.rate) == pytest.approx(rate, rel=1e-4)
+
+
+def test_variable_rate(tmp_path: Path) -> None:
+    seconds = [0.0, 0.1, 0.15, 0.5]
+    source = SourceVideo(write(tmp_path / "a.mp4", gradient(4, 16, 16), 10, seconds))
+    np.testing.assert_allclose(source.timestamps, seconds, atol=1e-4)
+
+
+def test_odd_sides_are_padded_by_the_edge(tmp_path: Path) -> None:
+    frames = gradient(2, 31, 45)
+    source = SourceVideo(write(tmp_path / "a.mp4", frames))
+    assert (source.height, source.width) == (32, 46)
+    first = next(source.frames()).astype(int)
+    assert np.abs(first[:31, :45] - frames[0]).mean() < 3
+    assert np.abs(first[31] - first[30]).max() < 8
+
+
+def test_short_side_and_max_frames(tmp_path: Path) -> None:
+    source = SourceVideo(write(tmp_path / "a.mp4", gradient(5, 48, 96)), short_side=24, max_frames=3)
+    frames = list(source.frames())
+    assert len(frames) == source.num_frames == 3
+    assert frames[0].shape == (24, 48, 3)
+    assert source.stored == (48, 96)
+    assert len(list(source.frames())) == 3  # a second time
+
+
+def test_rotation_is_honoured(tmp_path: Path) -> None:
+    frames = gradient(2, 32, 64)
+    path = write(tmp_path / "a.mp4", frames)
+    turned = tmp_path / "turned.mp4"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-display_rotation", "90", "-i", str(path), "-c", "copy"]
+    subprocess.run([*command, str(turned)], check=True)
+    source = SourceVideo(turned)
+    assert source.stored == (64, 32)
+    assert np.abs(next(source.frames()).astype(int) - np.rot90(frames[0])).mean() < 3
+
+
+def test_unreadable(tmp_path: Path) -> None:
+    text = tmp_path / "text.mp4"
+    text.write_text("this is not a video")
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    sound = tmp_path / "sound.wav"
+    with av.open(str(sound), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound_frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        sound_frame.sample_rate = 8000
+        container.mux(stream.encode(sound_frame))
+    for path in (tmp_path / "missing.mp4", tmp_path, text, empty, sound):
+        with pytest.raises(DataError, match=path.name):
+            SourceVideo(path)
+
+
+def test_cut_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", gradient(30, 64, 64))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"a\.mp4"):
+        list(SourceVideo(path).frames())
+
+
+@pytest.mark.parametrize("options", [{"short_side": 0}, {"max_frames": 0}])
+def test_refuses_counts_below_one(tmp_path: Path, options: dict[str, int]) -> None:
+    with pytest.raises(DataError, match="at least 1"):
+        SourceVideo(tmp_path / "a.mp4", **options)
+
+
+def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+
+    def fail() -> None:
+        with VideoWriter(path, 25) as writer:
+            writer.write(gradient(1, 16, 16)[0])
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    with pytest.raises(DataError, match="no frames"), VideoWriter(path, 25):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_file_stays_when_writing_fails(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", gradient(2, 16, 16))
+    before = path.read_bytes()
+    with pytest.raises(DataError), VideoWriter(path, 25):
+        pass
+    assert path.read_bytes() == before
+
+
+def test_writer_names_what_it_cannot_write(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere.*cannot be written"), VideoWriter(tmp_path / "nowhere" / "a.mp4", 25):
+        pass
+    with pytest.raises(DataError, match="above 0"):
+        VideoWriter(tmp_path / "a.mp4", 0)
