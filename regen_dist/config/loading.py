@@ -1,0 +1,76 @@
+"""Loads, validates, saves and fingerprints the config of a run. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from regen_dist.config.composing import Composed, compose
+from regen_dist.config.files import write_text_atomically
+from regen_dist.config.problems import describe, message
+from regen_dist.config.schema import RunConfig
+from regen_dist.config.yamlfile import read_yaml, shown
+from regen_dist.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+HASH_FILE = "config.hash"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The validated config in `path`, with the files it extends and the overrides laid over it.
+
+    Args:
+        path: a YAML file; `extends` in it names the files that it builds on.
+        overrides: `a.b=c`, the value typed as YAML; later ones win.
+
+    Raises:
+        ConfigError: one error with every problem found, each with its file and line or "command line".
+    """
+    return _validate(compose(Path(path), overrides), Path(path))
+
+
+def load_saved_config(folder: str | Path) -> RunConfig:
+    """The config that `save_config` left in a run folder; equal to the one that was saved.
+
+    Raises:
+        ConfigError: there is none, or it does not validate (a run of another version).
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"{shown(Path(folder))}: no {CONFIG_FILE} in it, so it is not a run folder; give runs/NAME")
+    values, lines = read_yaml(path)
+    return _validate(Composed(values, {key: f"{shown(path)}:{line}" for key, line in lines.items()}), path)
+
+
+def save_config(config: RunConfig, folder: str | Path) -> None:
+    """Write the resolved config and its hash into `folder`, each atomically, the hash last."""
+    write_text_atomically(Path(folder) / CONFIG_FILE, to_yaml(config))
+    write_text_atomically(Path(folder) / HASH_FILE, config_hash(config) + "\n")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_hash(config: RunConfig) -> str:
+    """Hex SHA-256 of the resolved config as canonical JSON: neither key order nor the file's place changes it."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def _validate(composed: Composed, path: Path) -> RunConfig:
+    problems = list(composed.problems)
+    config = None
+    try:
+        config = RunConfig.model_validate(composed.values)
+    except ValidationError as error:
+        problems += describe(error, composed, RunConfig, shown(path))
+    if config is None or problems:
+        raise ConfigError(message(shown(path), problems))
+    return config

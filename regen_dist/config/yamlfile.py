@@ -1,0 +1,106 @@
+"""Reads one YAML file: plain containers, and the line on which each key stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from regen_dist.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without surprises: `1e-4` is a number, as it is everywhere else."""
+
+
+_Loader.yaml_implicit_resolvers = {  # a date is a text
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of one YAML document. Raises yaml.YAMLError when it cannot be parsed."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in the file, and the line (from 1) of every dotted key, list elements included.
+
+    Raises:
+        ConfigError: the file is missing, is not UTF-8, not YAML, not a mapping, or has a key twice.
+    """
+    text = _read_text(path)
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = parse_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{shown(path)}:{mark.line + 1}" if mark else shown(path)
+        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{shown(path)}: not valid YAML: {error}") from error
+    if not isinstance(values, dict) or node is None:
+        kind = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"{shown(path)}: found {kind} at the top; a config is a mapping of sections, like `train: …`")
+    lines: dict[str, int] = {}
+    _walk(node, "", lines, path)
+    return values, lines
+
+
+def shown(path: Path) -> str:
+    """The path as a user would type it: relative to the current directory where it lies below it."""
+    path = Path(path)
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{shown(path)}: no such file{_neighbours(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{shown(path)}: is a folder; give the YAML file inside it") from None
+    except OSError as error:
+        raise ConfigError(f"{shown(path)}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown(path)}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+
+
+def _neighbours(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; there is no folder {shown(path.parent)} either"
+    names = sorted(each.name for each in path.parent.glob("*.yaml"))
+    return f"; {shown(path.parent)} has: {', '.join(names)}" if names else ""
+
+
+def _walk(node: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> None:
+    """Record lines; refuse keys that are not strings, or that stand twice (YAML would silently keep the last)."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                found = getattr(key, "value", "a list or a mapping")
+                raise ConfigError(f"{shown(path)}:{key.start_mark.line + 1}: a key must be a name; found {found!r}")
+            _record(key.value, key, value, prefix, lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _record(str(index), value, value, prefix, lines, path)
+
+
+def _record(name: str, at: yaml.Node, value: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> None:
+    dotted = f"{prefix}{name}"
+    line = at.start_mark.line + 1
+    if dotted in lines:
+        raise ConfigError(f"{shown(path)}:{line}: {dotted} stands twice (first on line {lines[dotted]}); keep one")
+    lines[dotted] = line
+    _walk(value, f"{dotted}.", lines, path)
