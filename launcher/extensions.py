@@ -1,7 +1,7 @@
 """Where DeepSpeed's compiled operators live, and the locks that a killed build leaves there.
 
-torch guards each build folder with a file named `lock`, which its builder keeps open and deletes at the end. A builder that
-is killed leaves the file, and every later process waits for it without a word and without an end.
+torch guards each build folder with a file named `lock`, which its builder keeps open and deletes at the end. A builder
+that is killed leaves the file, and every later process waits for it without a word and without an end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _GRACE_UNKNOWN_S = 1800.0  # where /proc cannot tell who builds, only a lock old
 
 
 def extensions_folder() -> Path:
-    """The folder of compiled operators: TORCH_EXTENSIONS_DIR, or the project's own cache under the current directory."""
+    """The folder of compiled operators: TORCH_EXTENSIONS_DIR, or a cache of the project under the current directory."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or DEFAULT_FOLDER).resolve()
 
 

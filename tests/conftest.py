@@ -1,4 +1,4 @@
-"""Settings and fixtures for every suite. A test's folder gives its marker; see pyproject.toml for what each one means."""
+"""Settings and fixtures for every suite. A test's folder gives its marker; pyproject.toml says what each means."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`python -m tools.prebuild`: compiles, once and in one process, the operator that DeepSpeed needs on a CPU.
 
-Without it, the first distributed run compiles while its ranks wait (one to two minutes). Where DeepSpeed finds a GPU there is
-nothing to do. Run by the Makefile after every install.
+Without it, the first distributed run compiles while its ranks wait (one to two minutes). Where DeepSpeed finds a GPU
+there is nothing to do. Run by the Makefile after every install.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def prebuild() -> str:
         print(f"deleted the lock of a build that was killed: {lock}")
     if shutil.which("g++") is None and shutil.which("c++") is None:
         raise BackendError(
-            "no C++ compiler found: DeepSpeed compiles its CPU collectives. Install g++ and run it again."
+            "no C++ compiler found, and DeepSpeed compiles its CPU collectives. Install g++, then run again."
         )
     return _build(folder)
 
