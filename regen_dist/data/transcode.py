@@ -1,0 +1,178 @@
+"""Cutting and encoding: what the worker processes of `regen shards build` do. Imports neither torch nor pyarrow."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+from av.video.reformatter import ColorRange
+
+from regen_dist.data.video import RESIZE, FrameTable, VideoInfo, VideoReader, frame_to_rgb
+from regen_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+KEYFRAME_INTERVAL = 12  # clips are read at random places: decoding one wastes 6 frames on average
+PRESET = "fast"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Frames [start, stop) of a source, which become the sample `key`. `number` counts the segments of the source."""
+
+    key: str
+    number: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How a segment is stored: short side in pixels (None keeps the sides), x264's constant rate factor, or the
+    file as it is."""
+
+    short_side: int | None
+    crf: int
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A finished segment: the file's bytes and what is in it, or the reason why there is none."""
+
+    segment: Segment
+    data: bytes = b""
+    info: VideoInfo | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A source file: its content hash and what is in it, or the reason why it cannot be used."""
+
+    content: str = ""
+    info: VideoInfo | None = None
+    problem: str = ""
+
+
+def probe(path: Path) -> Probed:
+    """Read through a file: content hash, frames, sides, rate. Problems are returned, not raised."""
+    try:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        with VideoReader(path) as reader:
+            info = reader.info()
+    except (DataError, OSError) as error:
+        return Probed(problem=str(error))
+    return Probed(content, info)
+
+
+def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:
+    """Every segment of one source, in order. A segment that cannot be decoded comes back with its problem.
+
+    Neighbouring segments are decoded in one pass; where that fails, each is tried by itself, so that damage stays
+    where it is.
+    """
+    if options.keep:
+        return [_explain(path, segment, lambda _: path.read_bytes()) for segment in segments]
+    try:
+        return _encode_run(path, segments, options)
+    except (DataError, OSError):
+        return [_explain(path, segment, lambda one: _encode_run(path, [one], options)[0].data) for segment in segments]
+
+
+def _explain(path: Path, segment: Segment, make: Callable[[Segment], bytes]) -> Encoded:
+    try:
+        return _checked(segment, make(segment))
+    except (DataError, OSError) as error:
+        return Encoded(segment, problem=str(error))
+
+
+def _encode_run(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:
+    """Transcode segments that follow one another."""
+    with VideoReader(path, _frame_table(path)) as reader:
+        decoded = (frame for _, frame in reader.frames(range(segments[0].start, segments[-1].stop)))
+        done = []
+        for segment in segments:
+            frames = (_prepare(frame, options.short_side) for frame in islice(decoded, segment.stop - segment.start))
+            data = _encode(frames, reader, first_pts=reader.table.pts[segment.start], crf=options.crf)
+            done.append(_checked(segment, data))
+    return done
+
+
+def _checked(segment: Segment, data: bytes) -> Encoded:
+    with VideoReader(data) as reader:
+        info = reader.info()
+    if info.frames != segment.stop - segment.start:
+        raise DataError(f"{segment.stop - segment.start} frames went in, {info.frames} came out")
+    return Encoded(segment, data, info)
+
+
+@lru_cache(maxsize=4)
+def _frame_table(path: Path) -> FrameTable:
+    """A process cuts many segments from one source: read through it once."""
+    with VideoReader(path) as reader:
+        return reader.table
+
+
+def _encode(frames: Iterator[VideoFrame], reader: VideoReader, *, first_pts: int, crf: int) -> bytes:
+    """H.264 in mp4: yuv420p, upright, even sides, timestamps from zero at the source's pace."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        stream: VideoStream | None = None
+        for frame in frames:
+            stream = stream or _add_stream(output, frame, reader, crf)
+            frame.pts = (frame.pts or 0) - first_pts
+            output.mux(stream.encode(frame))
+        if stream is not None:
+            output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def _add_stream(output: av.container.OutputContainer, frame: VideoFrame, reader: VideoReader, crf: int) -> VideoStream:
+    # One thread and no other changing input: the same source and options give the same bytes.
+    options = {
+        "crf": str(crf),
+        "preset": PRESET,
+        "threads": "1",
+        "x264-params": f"keyint={KEYFRAME_INTERVAL}:scenecut=0",
+    }
+    stream = output.add_stream("libx264", rate=reader.rate, options=options)
+    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
+    context, source = stream.codec_context, reader.stream.codec_context
+    if reader.stream.time_base is not None:
+        context.time_base = reader.stream.time_base
+    context.color_range = int(ColorRange.MPEG)
+    context.colorspace, context.color_primaries, context.color_trc = (
+        source.colorspace,
+        source.color_primaries,
+        source.color_trc,
+    )
+    return stream
+
+
+def _prepare(frame: VideoFrame, short_side: int | None) -> VideoFrame:
+    """The frame upright, resized to `short_side`, with even sides, as yuv420p of limited range."""
+    scale = short_side / min(frame.height, frame.width) if short_side else 1.0
+    height, width = (max(2, round(side * scale / 2) * 2) for side in (frame.height, frame.width))
+    pts, time_base = frame.pts, frame.time_base
+    if frame.rotation % 360:
+        turned = frame.rotation % 180 != 0
+        image = frame_to_rgb(frame, *((width, height) if turned else (height, width)))
+        frame = av.VideoFrame.from_ndarray(image.copy(), format="rgb24")
+        height, width = frame.height, frame.width
+    ready = frame.reformat(
+        width=width, height=height, format="yuv420p", interpolation=RESIZE, dst_color_range=ColorRange.MPEG, threads=1
+    )
+    ready.pts, ready.time_base = pts, time_base
+    ready.pict_type = av.video.frame.PictureType.NONE  # else the encoder repeats the source's picture types
+    return ready
