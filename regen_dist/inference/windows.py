@@ -9,11 +9,21 @@ choice, not the paper's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from regen_dist.errors import ConfigError
+from regen_dist.models.encoder import Latents
+
+
+class Window(NamedTuple):
+    """One encoded clip of a longer video: latents (B = 1), the video's frame where it starts, and its frames."""
+
+    latents: Latents
+    start: float
+    length: int
 
 
 def plan_windows(num_frames_video: int, num_frames_clip: int, overlap: int = 1) -> list[int]:

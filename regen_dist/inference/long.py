@@ -1,0 +1,260 @@
+"""Encoding and decoding of a video of any length, a few clips at a time.
+
+The video is cut into overlapping windows (`regen_dist.inference.windows`), which are encoded and decoded in groups: inside
+a group the codec blends the denoised estimates of neighbours at every sampling step; between groups the finished frames
+are cross-faded by the same weights. So memory depends on the size of a group alone, and clip borders do not show.
+
+Positions are real numbers, in frames of the video: 2.5 lies halfway between frames 2 and 3.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from regen_dist.config.schema import SPATIAL_COMPRESSION
+from regen_dist.errors import ConfigError, DataError
+from regen_dist.inference.frames import Frame, Seconds
+from regen_dist.inference.windows import Window, blend_weights, plan_windows
+from regen_dist.models.encoder import Latents
+
+Positions = npt.NDArray[np.float64]  # F, in frames of the video, increasing
+DEFAULT_GROUP = 4
+_COMPLETE = 1.0 - 1e-4  # the sum of float32 weights at which a frame is finished
+
+
+class VideoCodec(Protocol):
+    """What is needed of a codec: `regen_dist.inference.codec.Codec`, or a stand-in of the same shape."""
+
+    num_frames: int
+    kind: str
+
+    def encode(self, clips: Tensor) -> Latents:
+        """Clips [B, 3, T, H, W] in [-1, 1], T of 1 or `num_frames`, to latents."""
+        ...
+
+    def decode_windows(self, windows: list[Window], times: Tensor, *, steps: int, seed: int, sample_id: int) -> Tensor:
+        """Frames [1, 3, F, H, W] in [-1, 1] at `times` [F] from windows that overlap."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one video is cut: `starts` of windows of `clip` frames (1 for an image), decoded `group` at a time."""
+
+    num_frames: int
+    clip: int
+    starts: tuple[int, ...]
+    group: int
+
+    @property
+    def groups(self) -> list[range]:
+        """Numbers of the windows of each group."""
+        count = len(self.starts)
+        return [range(first, min(first + self.group, count)) for first in range(0, count, self.group)]
+
+    def share(self, group: range, positions: Positions) -> Tensor:
+        """How much of the frames at `positions` comes from this group: [F], 0 to 1; the groups' shares sum to 1."""
+        first, last = self.starts[group[0]], self.starts[group[-1]]
+        near = [i for i, start in enumerate(self.starts) if first - 2 * self.clip <= start <= last + 2 * self.clip]
+        weights = blend_weights([self.starts[i] for i in near], self.clip, torch.from_numpy(positions))
+        return weights[[i in group for i in near]].sum(dim=0).float()
+
+
+def make_plan(num_frames_video: int, num_frames_clip: int, *, overlap: int = 1, group: int = DEFAULT_GROUP) -> Plan:
+    """Plan the windows of a video; ConfigError when the overlap or the group do not fit."""
+    if group < 1:
+        raise ConfigError(f"windows are decoded {group} at a time; it must be at least 1")
+    starts = plan_windows(num_frames_video, num_frames_clip, overlap)
+    return Plan(num_frames_video, 1 if num_frames_video == 1 else num_frames_clip, tuple(starts), group)
+
+
+def output_positions(timestamps: Seconds, fps: float | None) -> Positions:
+    """Where the frames of the output lie, in frames of the source.
+
+    Args:
+        timestamps: seconds of the source's frames [F], increasing; the rate may vary.
+        fps: frames a second of the output; None means the source's own frames.
+
+    Returns:
+        Positions [N], from 0 to at most F - 1: nothing is made up past the last frame.
+
+    Raises:
+        ConfigError: `fps` is not above 0.
+    """
+    numbers = np.arange(len(timestamps), dtype=np.float64)
+    if fps is None:
+        return numbers
+    if not fps > 0:
+        raise ConfigError(f"fps is {fps:g}; it must be above 0")
+    times = np.arange(int(timestamps[-1] * fps + 1e-6) + 1) / fps
+    return np.interp(times, timestamps, numbers)
+
+
+def pad_sides(frame: Frame, multiple: int = SPATIAL_COMPRESSION) -> Frame:
+    """Repeat the last row and column until both sides are multiples of `multiple`; cropping the top left undoes it."""
+    rows, columns = (-side % multiple for side in frame.shape[:2])
+    return np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else frame
+
+
+def to_video(frames: Sequence[Frame]) -> Tensor:
+    """uint8 frames [H, W, 3] to a float video [3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+
+
+def to_frames(video: Tensor) -> npt.NDArray[np.uint8]:
+    """A float video [3, T, H, W] in [-1, 1] to uint8 frames [T, H, W, 3]."""
+    pixels = (video.float() + 1.0) * 127.5
+    frames: npt.NDArray[np.uint8] = pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    return frames
+
+
+@dataclass
+class Speed:
+    """Seconds spent in the codec and what was done in them; frames shared by windows count once for each window."""
+
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    frames_encoded: int = 0
+    frames_decoded: int = 0
+    latent_values: int = 0
+
+
+@dataclass
+class _Track:
+    """One series of positions to decode, and its frames that still wait for the next group."""
+
+    positions: Positions
+    pending: dict[int, Tensor] = field(default_factory=dict)  # index: weighted sum of frames [3, H, W]
+    weight: dict[int, float] = field(default_factory=dict)
+    num_done: int = 0
+
+    def add(self, indices: npt.NDArray[np.int64], video: Tensor, shares: Tensor) -> None:
+        """Add one group's frames [3, N, H, W], each with its share."""
+        for place, (index, share) in enumerate(zip(indices.tolist(), shares.tolist(), strict=True)):
+            frame = video[:, place] * share
+            self.pending[index] = self.pending[index] + frame if index in self.pending else frame
+            self.weight[index] = self.weight.get(index, 0.0) + share
+
+    def finished(self, height: int, width: int) -> list[Frame]:
+        """Take the frames, in order, that no later group adds to; cropped to the video's sides."""
+        done = []
+        while self.weight.get(self.num_done, 0.0) >= _COMPLETE:
+            self.weight.pop(self.num_done)
+            done.append(to_frames(self.pending.pop(self.num_done)[:, None, :height, :width])[0])
+            self.num_done += 1
+        return done
+
+
+def encode_groups(codec: VideoCodec, frames: Iterable[Frame], plan: Plan, speed: Speed) -> Iterator[list[Window]]:
+    """Encode a video's frames, group by group. A video shorter than a clip is filled up with its last frame."""
+    source = iter(frames)
+    held: deque[Frame] = deque()
+    first = 0  # number of the frame held[0]
+    for group in plan.groups:
+        start, stop = plan.starts[group[0]], plan.starts[group[-1]] + plan.clip
+        for _ in range(min(start - first, len(held))):
+            held.popleft()
+        first = start
+        held.extend(pad_sides(frame) for frame in islice(source, min(stop, plan.num_frames) - first - len(held)))
+        if len(held) < min(stop, plan.num_frames) - first:
+            raise DataError(
+                f"the video ends after frame {first + len(held) - 1}; {plan.num_frames} frames were announced"
+            )
+        filled = [*held, *[held[-1]] * (stop - first - len(held))]
+        clips = [filled[plan.starts[i] - first : plan.starts[i] - first + plan.clip] for i in group]
+        yield _encode(codec, clips, [plan.starts[i] for i in group], speed)
+
+
+def _encode(codec: VideoCodec, clips: list[list[Frame]], starts: list[int], speed: Speed) -> list[Window]:
+    videos = torch.stack([to_video(clip) for clip in clips])  # W 3 T H W
+    began = time.perf_counter()
+    latents = codec.encode(videos)
+    _wait_for_device()
+    speed.encode_s += time.perf_counter() - began
+    speed.frames_encoded += videos.shape[0] * videos.shape[2]
+    parts = latents if videos.shape[2] > 1 else latents[:1]  # an image has no motion latent to store
+    speed.latent_values += sum(part.numel() for part in parts)
+    return [
+        Window(Latents(*(part[place : place + 1] for part in latents)), float(start), len(clips[0]))
+        for place, start in enumerate(starts)
+    ]
+
+
+def decode_stream(
+    codec: VideoCodec,
+    groups: Iterable[list[Window]],
+    plan: Plan,
+    tracks: Sequence[Positions],
+    *,
+    sides: tuple[int, int],
+    steps: int,
+    seed: int = 0,
+    sample_id: int = 0,
+    speed: Speed | None = None,
+) -> Iterator[list[list[Frame]]]:
+    """Decode groups as they come; for each group, the frames of every track that are now finished.
+
+    Args:
+        codec: decodes.
+        groups: encoded windows, as `encode_groups` yields them.
+        plan: the plan they follow.
+        tracks: series of positions to decode, each increasing; every series is decoded by itself.
+        sides: (height, width) to crop to.
+        steps: sampling steps.
+        seed: of the noise.
+        sample_id: of the noise; two videos of one seed differ in it.
+        speed: added to.
+    """
+    speed = Speed() if speed is None else speed
+    states = [_Track(positions) for positions in tracks]
+    for numbers, windows in zip(plan.groups, groups, strict=True):
+        for state in states:
+            indices, shares = _indices(plan, numbers, state.positions)
+            for phase in _phases(indices, state.positions):
+                times = torch.from_numpy(state.positions[indices[phase]])
+                began = time.perf_counter()
+                video = codec.decode_windows(windows, times, steps=steps, seed=seed, sample_id=sample_id)[0]
+                _wait_for_device()
+                speed.decode_s += time.perf_counter() - began
+                speed.frames_decoded += len(times)
+                state.add(indices[phase], video.cpu(), shares[phase])
+        yield [state.finished(*sides) for state in states]
+
+
+def _indices(plan: Plan, group: range, positions: Positions) -> tuple[npt.NDArray[np.int64], Tensor]:
+    """Which of the positions a group has a share in, and the shares."""
+    first, last = plan.starts[group[0]] - 1, plan.starts[group[-1]] + plan.clip
+    low, high = np.searchsorted(positions, [first, last], side="left")
+    indices = np.arange(low, high)
+    if not len(indices):
+        return indices, torch.zeros(0)
+    shares = plan.share(group, positions[indices])
+    used = shares > 0
+    return indices[used.numpy()], shares[used]
+
+
+def _phases(indices: npt.NDArray[np.int64], positions: Positions) -> list[slice]:
+    """Split dense positions into interleaved series about one frame apart, the spacing that a model is trained on.
+
+    Times between frames are then decoded among as many others as the model knows, whatever the output's rate (ours).
+    """
+    if not len(indices):
+        return []
+    span = positions[indices[-1]] - positions[indices[0]] + 1.0
+    count = max(1, round(len(indices) / span))
+    return [slice(phase, None, count) for phase in range(min(count, len(indices)))]
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
