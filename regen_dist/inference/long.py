@@ -1,8 +1,8 @@
 """Encoding and decoding of a video of any length, a few clips at a time.
 
-The video is cut into overlapping windows (`regen_dist.inference.windows`), which are encoded and decoded in groups: inside
-a group the codec blends the denoised estimates of neighbours at every sampling step; between groups the finished frames
-are cross-faded by the same weights. So memory depends on the size of a group alone, and clip borders do not show.
+The video is cut into overlapping windows (`regen_dist.inference.windows`), encoded and decoded in groups: in a group
+the codec blends the denoised estimates of neighbours at every sampling step; between groups the finished frames are
+cross-faded by the same weights. So memory depends on the size of a group alone, and clip borders do not show.
 
 Positions are real numbers, in frames of the video: 2.5 lies halfway between frames 2 and 3.
 """
@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +61,14 @@ class Plan:
         """Numbers of the windows of each group."""
         count = len(self.starts)
         return [range(first, min(first + self.group, count)) for first in range(0, count, self.group)]
+
+    def crosses(self) -> list[bool]:
+        """For each frame but the last, whether the step to the next crosses from clip to clip, or through a blend."""
+        steps = [False] * (self.num_frames - 1)
+        for before, after in pairwise(self.starts):
+            for frame in range(after - 1, min(before + self.clip, self.num_frames - 1)):
+                steps[frame] = True
+        return steps
 
     def share(self, group: range, positions: Positions) -> Tensor:
         """How much of the frames at `positions` comes from this group: [F], 0 to 1; the groups' shares sum to 1."""

@@ -1,0 +1,124 @@
+"""A contact sheet: a few frames of the source, what was made of them, and where it is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from regen_dist.evaluation.metrics import Frame, psnr_db, squared_error
+
+ERROR_GAIN = 4  # an error of a quarter of the range is shown at full brightness
+COLUMNS = 6
+
+_BACKGROUND, _INK, _FAINT = (255, 255, 255), (24, 28, 36), (112, 120, 134)
+_MARGIN, _GAP, _LABELS_WIDTH, _CAPTION = 28, 10, 168, 26
+_CELL_WIDTH, _LARGEST_CELL_HEIGHT = 236, 320
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    note: str
+    cells: list[Image.Image]
+    captions: list[str]
+
+
+def sheet_frames(num_frames: int, columns: int = COLUMNS) -> list[int]:
+    """Numbers of frames spread evenly over a video, the first and the last among them."""
+    return sorted({round(number) for number in np.linspace(0, num_frames - 1, min(columns, num_frames))})
+
+
+def write_sheet(
+    path: Path,
+    numbers: Sequence[int],
+    source: Sequence[Frame],
+    others: Mapping[str, Sequence[Frame]],
+    *,
+    title: str = "",
+    errors: bool = True,
+) -> None:
+    """Write the sheet as PNG: a row for the source, then for each of `others` its frames and its amplified error.
+
+    Args:
+        path: the file, replaced in one move.
+        numbers: number of each frame, for the captions.
+        source: one frame [H, W, 3] for each number.
+        others: label to frames that correspond to the source's.
+        title: above the rows.
+        errors: whether to draw the error rows.
+    """
+    cell = _cell_size(source[0])
+    rows = [_Row("Source", "", _scaled(source, cell), [f"frame {number}" for number in numbers])]
+    for label, frames in others.items():
+        quality = [f"{psnr_db(squared_error(a, b)):.1f} dB" for a, b in zip(source, frames, strict=True)]
+        rows.append(_Row(label, "PSNR below each frame", _scaled(frames, cell), quality))
+        if errors:
+            wrong = [_error_map(a, b) for a, b in zip(source, frames, strict=True)]
+            rows.append(_Row(f"|Error| × {ERROR_GAIN}", "mean over colours", _scaled(wrong, cell), []))
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.png")
+    try:
+        _draw(rows, cell, title).save(partial, optimize=True)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cell_size(frame: Frame) -> tuple[int, int]:
+    """(width, height) of a picture on the sheet."""
+    height, width = frame.shape[:2]
+    scale = min(_CELL_WIDTH / width, _LARGEST_CELL_HEIGHT / height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _scaled(frames: Sequence[Frame], cell: tuple[int, int]) -> list[Image.Image]:
+    return [Image.fromarray(np.ascontiguousarray(frame)).resize(cell, Image.Resampling.LANCZOS) for frame in frames]
+
+
+def _error_map(source: Frame, other: Frame) -> Frame:
+    """Mean absolute error over colours, amplified, in the colours of matplotlib's magma: black is right."""
+    error = np.abs(source.astype(np.float32) - other).mean(axis=2)
+    levels = np.clip(error * ERROR_GAIN, 0, 255).astype(np.uint8)
+    colours = np.asarray(matplotlib.colormaps["magma"](np.arange(256)))[:, :3] * 255
+    mapped: Frame = colours.round().astype(np.uint8)[levels]
+    return mapped
+
+
+def _draw(rows: list[_Row], cell: tuple[int, int], title: str) -> Image.Image:
+    columns = len(rows[0].cells)
+    heights = [cell[1] + (_CAPTION if row.captions else 0) for row in rows]
+    head = 44 if title else 0
+    width = 2 * _MARGIN + _LABELS_WIDTH + columns * cell[0] + (columns - 1) * _GAP
+    height = 2 * _MARGIN + head + sum(heights) + (len(rows) - 1) * _GAP
+    image = Image.new("RGB", (width, height), _BACKGROUND)
+    pen = ImageDraw.Draw(image)
+    if title:
+        pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(20, bold=True))
+    top = _MARGIN + head
+    for row, row_height in zip(rows, heights, strict=True):
+        middle = top + cell[1] // 2
+        pen.text(
+            (_MARGIN, middle - (11 if row.note else 0)), row.label, fill=_INK, font=_font(15, bold=True), anchor="lm"
+        )
+        pen.text((_MARGIN, middle + 11), row.note, fill=_FAINT, font=_font(11), anchor="lm")
+        for column, picture in enumerate(row.cells):
+            left = _MARGIN + _LABELS_WIDTH + column * (cell[0] + _GAP)
+            image.paste(picture, (left, top))
+            if row.captions:
+                place = (left + cell[0] // 2, top + cell[1] + _CAPTION // 2)
+                pen.text(place, row.captions[column], fill=_FAINT, font=_font(13), anchor="mm")
+        top += row_height + _GAP
+    return image
+
+
+@lru_cache(maxsize=8)
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

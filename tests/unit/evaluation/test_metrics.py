@@ -1,0 +1,103 @@
+"""The measures equal their formulas on cases that can be worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regen_dist.errors import DataError
+from regen_dist.evaluation.metrics import (
+    PSNR_CEILING,
+    Meter,
+    bits_per_pixel,
+    psnr_db,
+    seam_ratio,
+    ssim,
+    vmaf,
+)
+from regen_dist.inference.frames import VideoWriter
+
+
+def flat(value: int, side: int = 16) -> np.ndarray:
+    return np.full((side, side, 3), value, np.uint8)
+
+
+def test_psnr_of_the_whole_video_and_mean_over_frames() -> None:
+    meter = Meter()
+    meter.add(flat(100), flat(101))
+    meter.add(flat(100), flat(110))
+    assert meter.psnr_db == pytest.approx(10 * np.log10(255**2 / 50.5))
+    assert meter.psnr_mean_over_frames_db == pytest.approx((48.1308 + 28.1308) / 2, abs=1e-3)
+    assert meter.psnr_mean_over_frames_db >= meter.psnr_db
+
+
+def test_equal_frames_have_a_finite_psnr() -> None:
+    meter = Meter()
+    meter.add(flat(7), flat(7))
+    assert meter.psnr_db == meter.psnr_mean_over_frames_db == PSNR_CEILING == psnr_db(0.0)
+    assert meter.ssim == pytest.approx(1.0)
+
+
+def test_errors_do_not_wrap_around() -> None:
+    meter = Meter()
+    meter.add(flat(0), flat(255))
+    assert meter.psnr_db == pytest.approx(0.0)
+
+
+def test_ssim_falls_with_noise_and_needs_its_window() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
+    noisy = np.clip(picture + rng.normal(0, 40, picture.shape), 0, 255).astype(np.uint8)
+    assert ssim(picture, picture) == pytest.approx(1.0)
+    assert 0.3 < (ssim(picture, noisy) or 0) < 0.95
+    assert ssim(flat(1, side=8), flat(1, side=8)) is None
+
+
+def test_sides_must_agree() -> None:
+    with pytest.raises(DataError, match="cannot be compared"):
+        Meter().add(flat(0, 16), flat(0, 24))
+
+
+def test_seam_ratio() -> None:
+    assert seam_ratio([1, 1, 3, 1], [False, False, True, False]) == pytest.approx(3.0)
+    assert seam_ratio([2, 2, 2, 2], [False, True, False, True]) == pytest.approx(1.0)
+    assert seam_ratio([1, 1], [True, True]) is None
+    assert seam_ratio([1, 1], [False, False]) is None
+    assert seam_ratio([0, 1], [False, True]) is None
+
+
+def test_changes_are_means_of_absolute_differences() -> None:
+    meter = Meter()
+    for value in (10, 13, 3):
+        meter.add(flat(value), flat(2 * value))
+    assert meter.source_changes == [3, 10]
+    assert meter.changes == [6, 20]
+
+
+def test_bits_per_pixel() -> None:
+    # 9 frames of 64 x 64 in two latent frames of 8 channels, 8 x 8 cells: 1024 values of 16 bits
+    assert bits_per_pixel(2 * 8 * 8 * 8, 9, 64, 64) == pytest.approx(1024 * 16 / (9 * 64 * 64))
+
+
+def test_vmaf(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / "good.mp4", tmp_path / "bad.mp4"]
+    coarse = rng.integers(0, 255, (12, 12, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    for path, crf in zip(paths, (0, 45), strict=True):
+        with VideoWriter(path, 25, crf=crf, preset="ultrafast") as writer:
+            for t in range(4):
+                writer.write(np.roll(coarse, 3 * t, 1))
+    same, worse = vmaf(paths[0], paths[0]), vmaf(paths[0], paths[1])
+    assert same.score is not None
+    assert worse.score is not None
+    assert same.score > 90 > worse.score
+
+
+def test_vmaf_says_why_it_has_no_score(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.mp4"
+    for executable in (None, "/bin/false", str(tmp_path / "no-ffmpeg")):
+        result = vmaf(missing, missing, executable=executable)
+        assert result.score is None
+        assert result.reason

@@ -1,0 +1,132 @@
+"""`regen reconstruct`: encode a video, decode it from its latents alone, and measure what came back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from regen_dist.inference.codec import Codec
+    from regen_dist.inference.frames import SourceVideo
+
+
+class Weights(StrEnum):
+    """Which weights of a checkpoint decode."""
+
+    ema = "ema"
+    plain = "plain"
+
+
+def reconstruct(
+    video: Annotated[Path, typer.Argument(help="Any video file: any length, sides and frame rate.")],
+    run: Annotated[Path, typer.Option(help="Run folder with a checkpoint, such as runs/demo.")],
+    out: Annotated[Path, typer.Option(help="Folder for the videos, the contact sheet and metrics.json.")],
+    steps: Annotated[int, typer.Option(help="Sampling steps of the decoder.")] = 1,
+    fps: Annotated[float | None, typer.Option(help="Frames a second of the output; the source's by default.")] = None,
+    overlap: Annotated[int, typer.Option(help="Frames that neighbouring clips share.")] = 1,
+    short_side: Annotated[int | None, typer.Option(help="Resize the source first, to this shorter side.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Take only the first frames.")] = None,
+    weights: Annotated[Weights, typer.Option(help="EMA weights, or those of the last step.")] = Weights.ema,
+    seed: Annotated[int, typer.Option(help="Of the decoder's noise.")] = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Also measure the trivial decoders.")] = False,
+) -> None:
+    """Encode a video clip by clip, decode it from the latents alone, and measure the result.
+
+    Example: regen reconstruct runs/videos/bikes.mp4 --run runs/demo --out runs/demo/bikes --short-side 64 --steps 4
+    """
+    from rich.console import Console
+
+    from regen_dist.evaluation.measure import Options
+    from regen_dist.evaluation.reconstruction import reconstruct as job
+    from regen_dist.inference.codec import Codec
+    from regen_dist.inference.frames import SourceVideo
+
+    console = Console()
+    options = Options(steps=steps, fps=fps, overlap=overlap, seed=seed)
+    source = SourceVideo(video, short_side=short_side, max_frames=max_frames)
+    codec = Codec.load(run, weights=weights.value)
+    if (source.height, source.width) != source.stored:
+        height, width = source.stored
+        console.print(
+            f"The source is resized from {height}x{width} to {source.height}x{source.width} before everything."
+        )
+    with _progress(source) as progress:
+        report = job(
+            source,
+            codec,
+            out,
+            options,
+            label=_label(codec, steps),
+            model=_model(run, codec, weights),
+            compare=compare,
+            progress=progress,
+        )
+    console.print(_table(report))
+    for note in report["notes"]:
+        console.print(f"Note: {note}", highlight=False)
+    console.print(f"Written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
+
+
+def _label(codec: Codec, steps: int) -> str:
+    if codec.kind == "magvit2":
+        return "MAGVIT-v2 baseline"
+    return f"REGEN, {steps} step{'s' if steps > 1 else ''}"
+
+
+def _model(run: Path, codec: Codec, weights: Weights) -> dict[str, Any]:
+    """What metrics.json records of the model."""
+    hash_file = run / "config.hash"
+    return {
+        "run": run.name,
+        "config_hash": hash_file.read_text().strip() if hash_file.is_file() else None,
+        "kind": codec.kind,
+        "temporal_compression": codec.temporal_compression,
+        "latent_channels": codec.latent_channels,
+        "weights": weights.value,
+        "step": getattr(codec, "step", None),
+    }
+
+
+@contextmanager
+def _progress(source: SourceVideo) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"reconstructing {source.path.name}", total=source.num_frames)
+        yield lambda frame: bar.update(task, completed=frame)
+
+
+def _table(report: dict[str, Any]) -> Table:
+    """The measures, one row for the codec and one for each trivial decoder that was compared."""
+    from rich.table import Table
+
+    video, options = report["video"], report["options"]
+    rate = f"{video['fps']:.4g} fps" + (f" in, {options['fps']:.4g} out" if options["fps"] else "")
+    title = f"{video['file']}: {video['frames']} frames of {video['height']}x{video['width']}, {rate}"
+    table = Table(title=title, caption=_caption(report))
+    table.add_column("decoder")
+    for name in ("PSNR dB", "mean over frames", "SSIM", "VMAF"):
+        table.add_column(name, justify="right")
+    for row in (report, *report.get("trivial", {}).values()):
+        psnr = f"{row['psnr_db']:.2f}", f"{row['psnr_mean_over_frames_db']:.2f}"
+        table.add_row(row["label"], *psnr, _figure(row["ssim"], 3), _figure(row["vmaf"], 1))
+    return table
+
+
+def _caption(report: dict[str, Any]) -> str:
+    seams = f"seam ratio {_figure(report['seam_ratio'], 3)}, the source's {_figure(report['seam_ratio_source'], 3)}"
+    size = f"{report['latent_bits_per_pixel']:.3f} bits of latent per pixel, 1:{report['compression']:.0f} of raw RGB"
+    encode, decode = (f"{report[f'{what}_frames_per_s']:.1f} frames/s" for what in ("encode", "decode"))
+    return "\n".join([size, f"encodes {encode}, decodes {decode}", f"{report['windows']} clips, {seams}"])
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
