@@ -56,7 +56,7 @@ def nearest(dotted: str, schema: type[BaseModel]) -> str | None:
         return f"{section}.{here[0]}" if section else here[0]
     known = list(known_keys(schema))
     same_name = [key for key in known if key.rpartition(".")[2] == name]
-    guesses = same_name or difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
+    guesses = same_name or [key for key in difflib.get_close_matches(dotted, known, n=1, cutoff=0.6) if key != section]
     return guesses[0] if guesses else None
 
 
@@ -72,7 +72,8 @@ def _problem(error: ErrorDetails, schema: type[BaseModel]) -> str:
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     allowed = error["msg"].replace("Input should be ", "").replace("Input should have ", "")
-    return f"found {_shown(error['input'])}; allowed: {allowed}"
+    hint = "; quote it to make it one, as in name='\"7\"'" if error["type"] == "string_type" else ""
+    return f"found {_shown(error['input'])}; allowed: {allowed}{hint}"
 
 
 def _shown(value: object) -> str:

@@ -46,7 +46,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         where = f"{shown(path)}:{mark.line + 1}" if mark else shown(path)
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{shown(path)}: not valid YAML: {error}") from error
+        raise ConfigError(f"{shown(path)}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or node is None:
         kind = "nothing" if values is None else f"a {type(values).__name__}"
         raise ConfigError(f"{shown(path)}: found {kind} at the top; a config is a mapping of sections, like `train: …`")

@@ -1,0 +1,221 @@
+"""Starts the ranks of one job on this machine, and sees them through to one exit code.
+
+Rank 0 keeps the terminal (its progress line stays live), the others write to RUN/logs/rank_N.log. A signal that reaches
+the launcher reaches every rank once. When a rank fails the others are asked to end, and after a grace period made to;
+when the launcher itself is killed, the kernel kills the ranks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from launcher.extensions import clear_stale_locks, extensions_folder
+from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
+
+GRACE_S = 20.0  # between asking a rank to end and killing it
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1
+_TAIL_LINES = 15
+
+
+def launch(
+    command: Sequence[str],
+    *,
+    ranks: int,
+    logs: Path,
+    environment: Mapping[str, str] | None = None,
+    grace_s: float = GRACE_S,
+) -> int:
+    """Run `command` as `ranks` processes that find each other through RANK, WORLD_SIZE, MASTER_ADDR and their kin.
+
+    Args:
+        command: program and arguments, passed on literally to every rank.
+        ranks: number of processes.
+        logs: folder for rank_N.log of the ranks above 0; appended to.
+        environment: what the ranks inherit; this process's own environment by default.
+        grace_s: seconds between asking a rank to end and killing it.
+
+    Returns:
+        0 when every rank ended well; 75 when every rank asks to be resumed; otherwise the code of the first rank that
+        failed (128+n where signal n ended it), or TrainingError's where some finished and some ask to be resumed.
+    """
+    for lock in clear_stale_locks(extensions_folder()):
+        print(f"deleted the lock of a build that was killed: {lock}", file=sys.stderr)
+    base = rank_environment(os.environ if environment is None else environment, ranks)
+    job = _Job(grace_s=grace_s, logs=logs)
+    with job.forwarding_signals():
+        try:
+            for rank in range(ranks):
+                job.start(command, rank, base)
+            return job.wait()
+        finally:
+            job.kill()
+
+
+def rank_environment(inherited: Mapping[str, str], ranks: int) -> dict[str, str]:
+    """What all ranks have in common: the meeting point, a share of the cores, the folder of compiled operators."""
+    common = dict(inherited)
+    common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    common.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
+    common.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    common.setdefault("PYTHONUNBUFFERED", "1")  # a log must be complete when its rank is killed
+    programs = str(Path(sys.executable).parent)  # ninja, for DeepSpeed, lives beside the interpreter
+    common["PATH"] = os.pathsep.join([programs, common.get("PATH", os.defpath)])
+    common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return common
+
+
+@dataclass
+class _Job:
+    """The ranks that were started, and how they ended."""
+
+    grace_s: float
+    logs: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    codes: dict[int, int] = field(default_factory=dict)  # in the order in which the ranks ended
+    ended: queue.Queue[tuple[int, int]] = field(default_factory=queue.Queue)
+    interrupts: int = 0
+
+    def start(self, command: Sequence[str], rank: int, base: Mapping[str, str]) -> None:
+        output = self._open_log(rank, command)
+        process = subprocess.Popen(
+            command,
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            start_new_session=True,  # so that the terminal's Ctrl-C reaches the ranks through us, once
+            preexec_fn=_die_with(os.getpid()),
+        )
+        if output:
+            output.close()
+        self.processes.append(process)
+
+    def wait(self) -> int:
+        """Block until every rank has ended, then give the job's exit code."""
+        for rank, process in enumerate(self.processes):  # only now: a fork beside running threads could deadlock
+            threading.Thread(target=self._await, args=(rank, process), daemon=True).start()
+        deadline_s: float | None = None
+        while len(self.codes) < len(self.processes):
+            timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            try:
+                rank, returned = self.ended.get(timeout=timeout_s)
+            except queue.Empty:
+                self._say(f"killing the ranks that did not end within {self.grace_s:.0f} s: {self._running()}")
+                self.kill()
+                deadline_s = None
+                continue
+            self.codes[rank] = code = returned if returned >= 0 else 128 - returned
+            if code not in (EXIT_OK, EXIT_RESUME) and deadline_s is None and self._running():
+                self._say(f"rank {rank} {_ending(returned)}; ending the other ranks")
+                self._send(signal.SIGTERM)
+                deadline_s = time.monotonic() + self.grace_s
+        return self._verdict()
+
+    def _await(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+        self.ended.put((rank, process.wait()))
+
+    def kill(self) -> None:
+        """End every rank that still runs, with what it started."""
+        for rank in self._running():
+            _send_to_group(self.processes[rank].pid, signal.SIGKILL)
+
+    @contextmanager
+    def forwarding_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1 and number == signal.SIGINT:
+            self.kill()  # asked twice from the keyboard: now, without saving
+        else:
+            self._send(signal.Signals(number))
+
+    def _send(self, number: signal.Signals) -> None:
+        for rank in self._running():
+            self.processes[rank].send_signal(number)
+
+    def _running(self) -> list[int]:
+        return [rank for rank, process in enumerate(self.processes) if process.returncode is None]
+
+    def _verdict(self) -> int:
+        failed = [(rank, code) for rank, code in self.codes.items() if code not in (EXIT_OK, EXIT_RESUME)]
+        if failed:
+            rank, code = failed[0]
+            self._say(f"rank {rank} failed first, with exit code {code}{self._tail(rank)}")
+            return code
+        if len(set(self.codes.values())) == 1:
+            return self.codes[0]
+        self._say(f"some ranks finished and some ask to be resumed: {dict(sorted(self.codes.items()))}")
+        return TrainingError.exit_code
+
+    def _open_log(self, rank: int, command: Sequence[str]) -> IO[bytes] | None:
+        if rank == 0:
+            return None
+        self.logs.mkdir(parents=True, exist_ok=True)
+        log = self._log(rank).open("ab")
+        log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
+        log.flush()
+        return log
+
+    def _log(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank}.log"
+
+    def _tail(self, rank: int) -> str:
+        if rank == 0:
+            return ""
+        lines = self._log(rank).read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        return "\n".join([f"; {self._log(rank)} ends with:", *(f"  | {line}" for line in lines)])
+
+    def _say(self, text: str) -> None:
+        print(f"launcher: {text}", file=sys.stderr, flush=True)
+
+
+def _ending(returned: int) -> str:
+    return f"ended with exit code {returned}" if returned >= 0 else f"was ended by {signal.Signals(-returned).name}"
+
+
+def _send_to_group(leader: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(leader, number)
+    except ProcessLookupError:  # it ended by itself meanwhile
+        return
+
+
+def _free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """What a new rank does first: ask the kernel to kill it when the launcher is gone, however that ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # the launcher ended before the line above
+            os._exit(1)
+
+    return prepare

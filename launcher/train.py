@@ -1,0 +1,28 @@
+"""Training on this machine: the config is checked here, before any rank starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.local import launch
+from regen_dist.config import RunConfig, load_config
+from regen_dist.config.worldsize import clips_per_rank
+
+
+def train_locally(config: Path, overrides: Sequence[str], *, ranks: int) -> int:
+    """Train `config` on `ranks` processes of this machine; returns their exit code (see `launcher.local.launch`).
+
+    Raises:
+        ConfigError: the config is wrong, or does not fit this number of ranks.
+    """
+    checked = load_config(config, overrides)
+    clips_per_rank(checked, ranks)
+    command = [sys.executable, "-m", "tools.cli", "train", str(config), *overrides]
+    return launch(command, ranks=ranks, logs=run_folder(checked) / "logs")
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run keeps everything it writes."""
+    return Path(config.output) / config.name

@@ -1,0 +1,40 @@
+"""ZeRO-3 memory per GPU, term by term ("ZeRO", Rajbhandari et al., 2020, Sec. 3; AdamW in mixed precision)."""
+
+from __future__ import annotations
+
+from regen_dist.config.schema import EngineConfig
+from regen_dist.models.accounting import Account
+
+_REDUCE_GROUP = 1_000_000_000  # DeepSpeed's default sub_group_size: parameters that one inner optimizer step handles
+
+
+def memory_bytes(model: Account, engine: EngineConfig, *, world_size: int, clips_per_gpu: int) -> dict[str, int]:
+    """Bytes per GPU of each term while training.
+
+    Args:
+        model: counted with the precision and checkpointing of `engine`.
+        engine: `plain` shards nothing.
+        world_size: GPUs that the states are sharded over.
+        clips_per_gpu: clips of one micro-batch on one GPU.
+    """
+    shards = world_size if engine.kind == "zero3" else 1
+    share = -(-model.num_parameters // shards)
+    mixed = engine.kind == "zero3" and engine.precision == "bf16"
+    low = 2 if mixed else 4
+    terms = {
+        f"weights ({'bf16' if mixed else 'fp32'}, sharded)": low * share,
+        f"gradients ({'bf16' if mixed else 'fp32'}, sharded)": low * share,
+        "fp32 master weights (sharded)": 4 * share if engine.kind == "zero3" else 0,
+        "AdamW's two moments (fp32, sharded)": 8 * share,
+        "EMA (fp32, sharded)": 4 * share,
+        "fp32 gradients during the update": 4 * min(share, _REDUCE_GROUP) if mixed else 0,
+        "largest block gathered, and the next": 2 * low * model.largest_block_parameters if shards > 1 else 0,
+        f"activations of {clips_per_gpu} clip{'s' if clips_per_gpu != 1 else ''}": clips_per_gpu
+        * model.activation_bytes,
+    }
+    kept = {name: size for name, size in terms.items() if size}
+    return (
+        kept
+        if shards > 1
+        else {name.replace(", sharded", "").replace(" (sharded)", ""): size for name, size in kept.items()}
+    )

@@ -1,0 +1,168 @@
+"""The local launcher, with small Python programs for ranks: environment, exit codes, signals, and no orphans."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.local import launch, rank_environment
+from regen_dist.errors import TrainingError
+
+
+def program(code: str) -> list[str]:
+    """A rank that runs `code`, with its rank in `rank`."""
+    return [sys.executable, "-c", f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{code}"]
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited too long"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def start_launcher(code: str, folder: Path, ranks: int = 2, grace_s: float = 20.0) -> subprocess.Popen[str]:
+    """A launcher in a process of its own, so that signals can be sent to it."""
+    text = (
+        "import sys; from pathlib import Path; from launcher.local import launch\n"
+        f"sys.exit(launch({program(code)!r}, ranks={ranks}, logs=Path({str(folder)!r}), grace_s={grace_s}))"
+    )
+    return subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True)
+
+
+def test_every_rank_is_told_who_it_is_and_where_to_meet(tmp_path: Path) -> None:
+    code = f"""
+import json
+names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+open(f"{tmp_path}/{{rank}}.json", "w").write(json.dumps([os.environ[name] for name in names]))
+"""
+    assert launch(program(code), ranks=3, logs=tmp_path) == 0
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert [each[:4] for each in told] == [[str(rank), str(rank), "3", "3"] for rank in range(3)]
+    assert {tuple(each[4:]) for each in told} == {("127.0.0.1", told[0][5])}
+    assert 1024 < int(told[0][5]) < 65536
+
+
+def test_cores_are_shared_out_unless_the_user_has_said_otherwise() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert rank_environment({}, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert rank_environment({}, 10 * cores)["OMP_NUM_THREADS"] == "1"
+    assert rank_environment({"OMP_NUM_THREADS": "7"}, 2)["OMP_NUM_THREADS"] == "7"
+
+
+def test_ranks_above_zero_write_to_their_own_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(program("print('hello from', rank)"), ranks=2, logs=tmp_path / "logs") == 0
+    assert "hello from 0" in capfd.readouterr().out
+    assert "hello from 1" in (tmp_path / "logs" / "rank_1.log").read_text()
+    assert not (tmp_path / "logs" / "rank_0.log").exists()
+
+
+def test_arguments_reach_the_ranks_literally(tmp_path: Path) -> None:
+    argument = "a b 'c' \"d\" $(touch x) *"
+    code = f"open('{tmp_path}/argument', 'w').write(sys.argv[1])"
+    assert launch([*program(code), argument], ranks=1, logs=tmp_path) == 0
+    assert (tmp_path / "argument").read_text() == argument
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [((0, 0), 0), ((75, 75), 75), ((0, 75), TrainingError.exit_code), ((0, 4), 4), ((75, 4), 4)],
+)
+def test_exit_code(codes: tuple[int, int], expected: int, tmp_path: Path) -> None:
+    assert launch(program(f"sys.exit({codes}[rank])"), ranks=2, logs=tmp_path) == expected
+
+
+def test_when_a_rank_fails_the_others_are_ended_and_its_code_is_returned(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = "if rank == 1:\n    print('what went wrong')\n    sys.exit(3)\ntime.sleep(60)"
+    started_s = time.monotonic()
+    assert launch(program(code), ranks=3, logs=tmp_path) == 3
+    assert time.monotonic() - started_s < 20
+    said = capfd.readouterr().err
+    assert "rank 1 failed first, with exit code 3" in said
+    assert "what went wrong" in said
+
+
+def test_a_rank_that_does_not_end_when_asked_is_killed(tmp_path: Path) -> None:
+    code = f"""
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(f"{tmp_path}/{{rank}}", "w").close()
+while not os.path.exists("{tmp_path}/0"): time.sleep(0.01)
+if rank == 1: sys.exit(9)
+time.sleep(60)
+"""
+    started_s = time.monotonic()
+    assert launch(program(code), ranks=2, logs=tmp_path, grace_s=0.5) == 9
+    assert time.monotonic() - started_s < 20
+
+
+def test_death_by_a_signal_is_128_plus_its_number(tmp_path: Path) -> None:
+    code = "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(60)"
+    assert launch(program(code), ranks=2, logs=tmp_path) == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_every_rank_once(number: signal.Signals, tmp_path: Path) -> None:
+    code = f"""
+seen = []
+signal.signal({int(number)}, lambda number, frame: seen.append(number))
+open(f"{tmp_path}/ready{{rank}}", "w").close()
+deadline = time.monotonic() + 30
+while not seen and time.monotonic() < deadline: time.sleep(0.01)
+time.sleep(0.3)
+open(f"{tmp_path}/seen{{rank}}", "w").write(str(len(seen)))
+sys.exit(75)
+"""
+    launcher = start_launcher(code, tmp_path)
+    wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(2)))
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=30) == 75
+    assert [(tmp_path / f"seen{rank}").read_text() for rank in range(2)] == ["1", "1"]
+
+
+def test_a_second_interrupt_ends_the_ranks_at_once(tmp_path: Path) -> None:
+    code = f"""
+seen = []
+signal.signal(signal.SIGINT, lambda number, frame: open(f"{tmp_path}/seen{{rank}}", "w").close())
+open(f"{tmp_path}/ready{{rank}}", "w").close()
+time.sleep(60); time.sleep(60)
+"""
+    launcher = start_launcher(code, tmp_path)
+    wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(2)))
+    launcher.send_signal(signal.SIGINT)
+    wait_until(lambda: all((tmp_path / f"seen{rank}").exists() for rank in range(2)))
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=30) == 128 + signal.SIGKILL
+
+
+def test_the_ranks_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    code = f"""
+open(f"{tmp_path}/tmp{{rank}}", "w").write(str(os.getpid()))
+os.rename(f"{tmp_path}/tmp{{rank}}", f"{tmp_path}/pid{{rank}}")
+time.sleep(60)
+"""
+    launcher = start_launcher(code, tmp_path)
+    files = [tmp_path / f"pid{rank}" for rank in range(2)]
+    wait_until(lambda: all(file.exists() for file in files))
+    pids = [int(file.read_text()) for file in files]
+    assert all(alive(pid) for pid in pids)
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not any(alive(pid) for pid in pids))

@@ -1,0 +1,80 @@
+"""`regen`: one console command, a subcommand for each job. Imports nothing heavy, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from regen_dist import __version__
+from regen_dist.errors import RegenError
+
+app = typer.Typer(
+    name="regen",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_COMMANDS = {
+    "demo": ("demo", "demo"),
+    "train": ("train", "train"),
+    "reconstruct": ("reconstruct", "reconstruct"),
+    "describe": ("describe", "describe"),
+    "fetch-videos": ("fetch_videos", "fetch_videos"),
+}
+_GROUPS = {"shards": "shards", "config": "config", "bench": "bench"}
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error comes from (also REGEN_DEBUG=1).")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    """REGEN: compact video embeddings with a (re-)generative decoder.
+
+    Start with `regen demo`. Every command explains itself: `regen COMMAND --help`.
+    """
+    if debug:
+        os.environ["REGEN_DEBUG"] = "1"
+    if version:
+        print(f"regen-dist {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
+def _register() -> None:
+    for name, (module, function) in _COMMANDS.items():
+        if importlib.util.find_spec(f"tools.{module}"):
+            app.command(name)(getattr(import_module(f"tools.{module}"), function))
+    for name, module in _GROUPS.items():
+        if importlib.util.find_spec(f"tools.{module}"):
+            app.add_typer(import_module(f"tools.{module}").app, name=name)
+
+
+_register()
+
+
+def main() -> None:
+    """Entry point. A RegenError becomes one message on stderr and its exit code; anything else keeps its traceback."""
+    try:
+        app(prog_name="regen")
+    except RegenError as error:
+        if os.environ.get("REGEN_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

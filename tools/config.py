@@ -1,0 +1,61 @@
+"""`regen config`: look at a config as a run would see it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regen_dist.config import RunConfig, config_hash, load_config, load_saved_config, to_yaml
+
+app = typer.Typer(no_args_is_help=True, help="Show a resolved config, or the difference between two.")
+
+
+@app.command()
+def show(
+    config: Annotated[Path, typer.Argument(help="A YAML file, or the folder of a run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
+) -> None:
+    """Print the whole config, defaults and inherited keys included, and its hash.
+
+    Example: regen config show configs/embedder/nano.yaml train.steps=200
+    """
+    loaded = _load(config, overrides)
+    print(f"# config hash {config_hash(loaded)}")
+    print(to_yaml(loaded), end="")
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A YAML file, or the folder of a run.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Print the keys in which two resolved configs differ; exit code 1 when there are any.
+
+    Example: regen config diff configs/embedder/regen_k8.yaml configs/embedder/regen_k32.yaml
+    """
+    left, right = (_flat(_load(path, None).model_dump(mode="json")) for path in (first, second))
+    differing = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
+    for key in differing:
+        print(f"{key}: {_shown(left, key)} -> {_shown(right, key)}")
+    raise typer.Exit(1 if differing else 0)
+
+
+def _load(path: Path, overrides: list[str] | None) -> RunConfig:
+    return load_saved_config(path) if path.is_dir() and not overrides else load_config(path, overrides or [])
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "(absent)"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of the leaves, elements of lists by number."""
+    if not isinstance(value, (dict, list)) or not value:
+        return {prefix: value}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    flat: dict[str, Any] = {}
+    for key, inner in pairs:
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
