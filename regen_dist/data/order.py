@@ -8,7 +8,7 @@ take slices of it, so neither the number of ranks nor of workers can change whic
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ UInt64s = npt.NDArray[np.uint64]
 
 _ROUNDS = 8
 _CHUNK = 1 << 15  # elements permuted at once: their temporaries stay in the processor's cache
+_SHARE_UNIT = 1 << 30  # image_fraction in whole units, so that counting steps is exact however far the run is
 _GOLDEN = 0x9E3779B97F4A7C15
 _CLIP_STREAM = 0x636C6970  # sets the per-clip draws apart from any other use of the same seed
 
@@ -88,8 +89,8 @@ class Order:
 
     def is_image(self, step: int) -> bool:
         """Whether a step trains on single frames: exactly `image_fraction` of any long run of steps, evenly spread."""
-        share = Fraction(self.image_fraction).limit_denominator(1 << 20)
-        return (step + 1) * share // 1 > step * share // 1
+        share = ceil(self.image_fraction * _SHARE_UNIT)
+        return (step + 1) * share // _SHARE_UNIT > step * share // _SHARE_UNIT
 
     def _positions(self, step: int, first: int, count: int) -> MicroBatch:
         start = step * self.batch_global + first

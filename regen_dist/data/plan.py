@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regen_dist.data.index import SCHEMA_VERSION, Skip
-from regen_dist.data.transcode import KEYFRAME_INTERVAL, PRESET, EncodeOptions, Probed, Segment
+from regen_dist.data.transcode import PRESET, X264_PARAMS, EncodeOptions, Probed, Segment
 from regen_dist.data.video import VideoInfo
 from regen_dist.errors import DataError
 
@@ -221,7 +221,7 @@ def _joined(tasks: Sequence[Task]) -> list[Task]:
 def _identity(
     sources: Sequence[SourceFile], probed: Sequence[Probed], options: BuildOptions, captions: dict[str, str]
 ) -> dict[str, Any]:
-    encoder = {"codec": "libx264", "preset": PRESET, "keyframe_interval": KEYFRAME_INTERVAL}
+    encoder = {"codec": "libx264", "preset": PRESET, "x264_params": X264_PARAMS}
     return {
         "schema_version": SCHEMA_VERSION,
         "options": asdict(options) | ({} if options.keep else encoder),

@@ -75,17 +75,22 @@ def build_shards(
 
 
 def verify_dataset(url: str | Path, progress: Progress = lambda stage, done, total: None) -> list[str]:
-    """Check every shard's size and every sample's checksum. Returns one line for each thing that is bad."""
+    """Check every shard's size and SHA-256. Returns a line for each bad shard, and for each bad sample in it."""
     dataset = open_dataset(url)
     sizes = dataset.store.list()
     bad = []
     for number, entry in enumerate(dataset.manifest.shards):
+        progress("verify", number, len(dataset.manifest.shards))
         if sizes.get(entry.name) != entry.size:
             found = f"{sizes[entry.name]} bytes" if entry.name in sizes else "missing"
             bad.append(f"{entry.name}: {found}, the manifest says {entry.size} bytes")
+        elif dataset.store.sha256(entry.name) != entry.sha256:
+            bad.append(f"{entry.name}: the bytes differ from those that were written")
+        else:
+            continue
         if entry.name in sizes:
             bad += _verify_samples(dataset, entry.name)
-        progress("verify", number + 1, len(dataset.manifest.shards))
+    progress("verify", len(dataset.manifest.shards), len(dataset.manifest.shards))
     return bad
 
 

@@ -6,6 +6,7 @@ message, manifest or config can leak them.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 BUCKET_SCHEMES = ("s3", "gs", "az")
+_PIECE_BYTES = 4 << 20
 ALLOWED = "a plain path, file://, s3://, gs:// or az://"
 
 
@@ -62,6 +64,16 @@ class Store:
                 "run `regen shards verify` and build the shard again"
             )
         return data
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of an object in hex, read piece by piece."""
+        import obstore
+
+        digest = hashlib.sha256()
+        with self._failures(name, "read"):
+            for piece in obstore.get(self._open(), name).stream(min_chunk_size=_PIECE_BYTES):
+                digest.update(piece)
+        return digest.hexdigest()
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object whole or not at all. Locally: temporary name, fsync, rename."""
@@ -159,7 +171,7 @@ def _parse(url: str) -> tuple[str, Path | None]:
         folder = Path(os.path.abspath(Path(url).expanduser()))
         return folder.as_uri(), folder
     parts = urlsplit(url)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         folder = Path(os.path.abspath(unquote(parts.path)))
         return folder.as_uri(), folder
     if parts.scheme not in BUCKET_SCHEMES:

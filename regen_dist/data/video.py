@@ -36,6 +36,8 @@ RESIZE = (
     Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 )
 
+_RATE_TOLERANCE = 1e-3  # timestamps in milliseconds make 24 fps look like 24.005
+
 
 class FrameTable(NamedTuple):
     """Timestamps of a video's frames in order of presentation, and for each keyframe (its timestamp, where to seek
@@ -100,11 +102,13 @@ class VideoReader:
 
     @property
     def rate(self) -> Fraction:
-        """Average frames per second; DataError when the file does not tell."""
-        rate = self.stream.average_rate or self.stream.guessed_rate
-        if not rate:
+        """Frames per second: the nominal rate, or the average where they differ; DataError if there is neither."""
+        average, nominal = self.stream.average_rate, self.stream.guessed_rate
+        if average and nominal and abs(average / nominal - 1) < _RATE_TOLERANCE:
+            return Fraction(nominal)
+        if not average and not nominal:
             raise DataError("the video has no frame rate; remux it, for example with ffmpeg -i IN -c copy OUT.mp4")
-        return Fraction(rate)
+        return Fraction(average or nominal or 0)
 
     def info(self) -> VideoInfo:
         """Frames, sides and rate; decodes the first frame, for only it tells the rotation."""

@@ -1,0 +1,64 @@
+"""Small real H.264 videos made from numpy."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+UInt8s = npt.NDArray[np.uint8]
+
+
+def moving_square(num_frames: int, height: int = 64, width: int = 96, seed: int = 0) -> UInt8s:
+    """A bright square that crosses a gradient: [T, H, W, 3]. Another seed gives other colours and another direction."""
+    random = np.random.default_rng(seed)
+    rows, columns = np.mgrid[0:height, 0:width]
+    background = (rows * 100 // height + columns * 100 // width)[..., None] * random.uniform(0.3, 1.0, 3)
+    frames = np.repeat(background[None], num_frames, axis=0)
+    side, colour, speed = height // 4, random.uniform(120, 255, 3), random.uniform(0.5, 2.0, 2)
+    for index in range(num_frames):
+        top, left = (int(speed[0] * index) % (height - side), int(speed[1] * index) % (width - side))
+        frames[index, top : top + side, left : left + side] = colour
+    return frames.astype(np.uint8)
+
+
+def numbered_frames(num_frames: int, height: int = 48, width: int = 64) -> UInt8s:
+    """Frames that tell their number (below 256) in eight upright bars, dark for 0 and bright for 1."""
+    bits = (np.arange(num_frames)[:, None] >> np.arange(8)) & 1
+    bars = np.repeat(60 + 140 * bits, width // 8, axis=1)
+    frames = np.broadcast_to(bars[:, None, :, None], (num_frames, height, width, 3))
+    return np.ascontiguousarray(frames, dtype=np.uint8)
+
+
+def frame_numbers(clip: UInt8s) -> list[int]:
+    """The numbers that `numbered_frames` wrote, from a clip [3, T, H, W] of the whole width."""
+    bars = clip.mean((0, 2)).reshape(clip.shape[1], 8, -1).mean(-1)
+    return [int(number) for number in (bars > 130) @ (1 << np.arange(8))]
+
+
+def write_video(
+    path: Path,
+    frames: UInt8s,
+    *,
+    fps: int = 24,
+    crf: int = 18,
+    keyframe_interval: int = 24,
+    ticks: list[int] | None = None,
+) -> Path:
+    """Encode [T, H, W, 3] with B-frames. `ticks` gives each frame's time in 1/1000 s, for a variable frame rate."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        options = {"crf": str(crf), "preset": "fast", "x264-params": f"keyint={keyframe_interval}:bframes=3:threads=1"}
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000) if ticks else Fraction(1, fps)
+        for index, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts = ticks[index] if ticks else index
+            frame.time_base = stream.codec_context.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from regen_dist.config.schema import DataConfig
+from regen_dist.data.index import open_dataset
+from regen_dist.data.loader import ClipBatch, clip_batches, dataset_fingerprint, validation_clip
+from regen_dist.errors import ConfigError, DataError
+from tests.unit.data.test_build import flip_byte
+
+
+@pytest.fixture
+def config(dataset_folder: Path) -> DataConfig:
+    return DataConfig(
+        url=str(dataset_folder), size=(32, 40), short_side=48, stride=(1, 2), image_fraction=0.25, workers=0
+    )
+
+
+def read(config: DataConfig, number: int, **changes: Any) -> list[ClipBatch]:
+    """The first batches of a loader with the defaults of these tests."""
+    arguments: dict[str, Any] = {
+        "num_frames": 9,
+        "batch_global": 8,
+        "accumulation": 1,
+        "seed": 3,
+        "rank": 0,
+        "world_size": 1,
+        "cursor": 0,
+    }
+    iterator = clip_batches(config, **(arguments | changes))
+    try:
+        return list(islice(iterator, number))
+    finally:
+        iterator.close()  # type: ignore[attr-defined]
+
+
+def equal(left: list[ClipBatch], right: list[ClipBatch]) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(a.video, b.video) and torch.equal(a.sample_ids, b.sample_ids)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_batches_have_the_promised_shape(config: DataConfig) -> None:
+    batches = read(config, 8)
+    frames = [batch.video.shape[2] for batch in batches]
+    assert frames == [1 if step % 4 == 3 else 9 for step in range(8)]  # a quarter of the batches are images
+    for batch in batches:
+        assert batch.video.dtype == torch.uint8
+        assert batch.video.shape == (8, 3, batch.video.shape[2], 32, 40)
+        assert batch.sample_ids.dtype == torch.int64
+    ids = open_dataset(config.url).ids.tolist()
+    stream = [int(i) for batch in batches for i in batch.sample_ids]
+    assert sorted(stream[:11]) == sorted(stream[11:22]) == sorted(ids)
+    assert stream[:11] != stream[11:22]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(config: DataConfig, workers: int) -> None:
+    parallel = config.model_copy(update={"workers": workers})
+    assert equal(read(parallel, 6), read(config, 6))
+
+
+def test_a_cursor_goes_on_where_it_stands(config: DataConfig) -> None:
+    whole = read(config, 8)
+    assert equal(read(config, 3, cursor=40), whole[5:])
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (4, 1), (1, 4), (2, 2), (8, 1)])
+def test_ranks_and_accumulation_cut_the_same_global_batches(
+    config: DataConfig, world_size: int, accumulation: int
+) -> None:
+    whole = read(config, 2, cursor=16)
+    ranks = [
+        read(config, 2 * accumulation, rank=rank, world_size=world_size, accumulation=accumulation, cursor=16)
+        for rank in range(world_size)
+    ]
+    for step in range(2):
+        parts = [
+            ranks[rank][step * accumulation + micro] for micro in range(accumulation) for rank in range(world_size)
+        ]
+        joined = ClipBatch(torch.cat([part.video for part in parts]), torch.cat([part.sample_ids for part in parts]))
+        assert equal([joined], [whole[step]])
+
+
+def test_another_seed_gives_other_clips(config: DataConfig) -> None:
+    assert not equal(read(config, 1, seed=4), read(config, 1))
+
+
+def test_the_runs_random_state_is_left_alone(config: DataConfig) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    read(config, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_byte_names_shard_and_key(
+    config: DataConfig, dataset_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset_folder, folder)
+    sample = open_dataset(folder).sample(6)
+    flip_byte(folder / sample.shard, sample.offset + 100)
+    bad = config.model_copy(update={"url": str(folder), "workers": workers})
+    with pytest.raises(DataError, match=f"^sample {sample.key} in {sample.shard}: the bytes differ"):
+        read(bad, 2, batch_global=11)
+
+
+def test_a_clip_longer_than_the_video_names_the_sample(config: DataConfig) -> None:
+    with pytest.raises(DataError, match=r"^sample .* in shard-.*: the video has 24 frames, a clip needs 33"):
+        read(config, 2, num_frames=33, batch_global=11)
+
+
+def test_a_dead_worker_is_an_error_and_not_a_hang(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # seconds between looks; 5 by default
+    parallel = config.model_copy(update={"workers": 1, "prefetch": 1})
+    iterator = clip_batches(
+        parallel, num_frames=9, batch_global=8, accumulation=1, seed=3, rank=0, world_size=1, cursor=0
+    )
+    next(iterator)
+    os.kill(_worker(iterator), signal.SIGKILL)
+    with pytest.raises(DataError, match="a decoding process died before step"):
+        list(islice(iterator, 8))
+
+
+def _worker(iterator: Any) -> int:
+    """The process id of a loader's only worker."""
+    return int(iterator.gi_frame.f_locals["batches"]._workers[0].pid)
+
+
+def test_what_cannot_be_divided_is_refused_before_reading(config: DataConfig) -> None:
+    with pytest.raises(ConfigError, match="batch_global 8 is not a multiple of world size 3"):
+        read(config, 0, world_size=3)
+    with pytest.raises(ConfigError, match="cursor"):
+        read(config, 0, cursor=12)
+    with pytest.raises(ConfigError, match="rank 2"):
+        read(config, 0, rank=2, world_size=2)
+
+
+def test_validation_clips_are_fixed_and_centred(config: DataConfig) -> None:
+    first, again = validation_clip(config, num_frames=9), validation_clip(config, num_frames=9)
+    assert first.video.shape == (4, 3, 9, 32, 40)
+    assert equal([first], [again])
+    other = validation_clip(config.model_copy(update={"url": "unused", "validation_url": config.url}), num_frames=9)
+    assert equal([first], [other])
+
+
+def test_the_fingerprint_is_the_datasets(config: DataConfig) -> None:
+    assert dataset_fingerprint(config) == open_dataset(config.url).fingerprint
+
+
+def test_a_crop_larger_than_the_video_is_enlarged_to_fit(config: DataConfig) -> None:
+    large = config.model_copy(update={"size": (64, 96), "short_side": None})
+    assert read(large, 1)[0].video.shape == (8, 3, 9, 64, 96)
