@@ -180,7 +180,8 @@ class _Saved(TorchFunctionMode):
         if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         self.fused = True
-        output = function(*args, **(kwargs or {}))
+        output = function(*args, **(kwargs or {}))  # [..., N, L, E], laid out as the kernels do: [..., L, N, E]
+        output = output.transpose(-3, -2).contiguous().transpose(-3, -2)
         self.fused = False
         for tensor in (*args, output):
             self._keep(tensor)

@@ -75,8 +75,8 @@ def test_a_file_is_laid_over_the_one_it_extends(write: Write) -> None:
 def test_of_several_parents_the_later_wins_and_lists_are_replaced(write: Write) -> None:
     write("a.yaml", COMPLETE + "optimizer: {lr: 1e-3, warmup_steps: 7}\n")
     write("b.yaml", "optimizer: {lr: 2e-3}\nmodel: {encoder: {stages: [{channels: 32, spatial: 2, temporal: 2}]}}\n")
-    child = write("c.yaml", "extends: [a.yaml, b.yaml]\nmodel: {encoder: {stages: [{channels: 4, spatial: 2, temporal: 2},"
-                  " {channels: 5, temporal: 2}]}}\n")  # fmt: skip
+    stages = "[{channels: 4, spatial: 2, temporal: 2}, {channels: 5, temporal: 2}]"
+    child = write("c.yaml", f"extends: [a.yaml, b.yaml]\nmodel: {{encoder: {{stages: {stages}}}}}\n")
     config = load_config(child)
     assert (config.optimizer.lr, config.optimizer.warmup_steps) == (2e-3, 7)
     assert [stage.channels for stage in config.model.encoder.stages] == [4, 5]

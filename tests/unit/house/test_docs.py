@@ -1,0 +1,50 @@
+"""What the pages say exists: files they link to, commands they show, dependencies they explain."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from regen_dist import errors
+
+ROOT = Path(__file__).parents[3]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").rglob("*.md")
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    local = [target for target in targets if not re.match(r"[a-z]+:", target)]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configs_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"configs/[\w/.-]+\.yaml", page.read_text()))
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_every_dependency_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    assert [name for name in (Requirement(line).name for line in lines) if f"| `{name}` |" not in page] == []
+
+
+def test_the_readme_lists_the_exit_codes() -> None:
+    readme = (ROOT / "README.md").read_text()
+    family = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.RegenError)]
+    codes = {each.exit_code for each in family} | {errors.EXIT_OK, errors.EXIT_RESUME}
+    assert [code for code in sorted(codes) if f"| {code} |" not in readme] == []
+
+
+def test_every_config_begins_with_the_command_that_runs_it() -> None:
+    configs = sorted((ROOT / "configs").rglob("*.yaml"))
+    headers = {path: re.match(r"(#.*\n)+", path.read_text()) for path in configs}
+    assert [str(path) for path, header in headers.items() if not header or "regen " not in header.group()] == []

@@ -1,0 +1,107 @@
+"""Counts on the meta device against formulas, and against a real forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from regen_dist.config import RunConfig, load_config
+from regen_dist.config.schema import AttentionConfig, EngineConfig
+from regen_dist.models import build_model
+from regen_dist.models.accounting import Account, account
+from regen_dist.models.memory import memory_bytes
+
+
+@pytest.fixture
+def nano(root: Path) -> RunConfig:
+    return load_config(root / "configs/embedder/nano.yaml")
+
+
+def _decoder_flops(config: RunConfig, tokens: int, seen: int) -> int:
+    """The transformer's matrix products, by hand: `tokens` of them, each of which sees `seen`."""
+    decoder = config.model.decoder
+    width = decoder.width
+    per_token = 2 * width * (3 + 1) * width + 2 * 2 * width * int(width * decoder.mlp_ratio) + 2 * 2 * width * seen
+    pixels = 2 * 2 * tokens * width * 3 * 64  # embedding and head
+    modulation = 2 * (256 * width + width * width + (6 + 2) * width * width)
+    return decoder.blocks * tokens * per_token + pixels + modulation
+
+
+def test_decoder_flops_equal_the_formula(nano: RunConfig) -> None:
+    tokens = 9 * 8 * 8
+    assert account(nano.model, (64, 64)).forward_flops["decoder"] == _decoder_flops(nano, tokens, tokens)
+
+
+def test_windows_make_attention_linear(nano: RunConfig) -> None:
+    decoder = nano.model.decoder.model_copy(update={"attention": AttentionConfig(pattern="window", window=(9, 4, 4))})
+    model = nano.model.model_copy(update={"decoder": decoder})
+    small, large = (account(model, size).forward_flops["decoder"] for size in ((64, 64), (64, 128)))
+    full = account(nano.model, (64, 64)).forward_flops["decoder"]
+    assert small < full
+    assert large / small == pytest.approx(2.0, rel=0.02)
+
+
+def test_parameters_are_those_of_the_real_model(nano: RunConfig) -> None:
+    real = build_model(nano.model)
+    assert account(nano.model, (64, 64)).num_parameters == sum(each.numel() for each in real.parameters())
+
+
+def test_activations_are_what_autograd_keeps_in_a_real_forward_pass(nano: RunConfig) -> None:
+    model = build_model(nano.model)
+    weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    clip = torch.rand(1, 3, 9, 64, 64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(clip, clip, torch.ones(1))
+    counted = account(nano.model, (64, 64), precision="fp32").activation_bytes
+    assert output is not None
+    assert counted == pytest.approx(sum(kept.values()), rel=0.01)
+
+
+def test_checkpointing_trades_memory_for_operations(nano: RunConfig) -> None:
+    plain = account(nano.model, (64, 64))
+    checkpointed = account(nano.model, (64, 64), activation_checkpointing=True)
+    assert plain.num_training_flops == 3 * plain.num_forward_flops
+    assert 3 * plain.num_forward_flops < checkpointed.num_training_flops <= 4 * plain.num_forward_flops
+    assert checkpointed.activation_bytes < 0.7 * plain.activation_bytes
+
+
+def test_both_kinds_keep_the_same_latents(nano: RunConfig, root: Path) -> None:
+    baseline = account(load_config(root / "configs/embedder/nano_magvit2.yaml").model, (64, 64))
+    embedder = account(nano.model, (64, 64))
+    assert baseline.latent_shape == embedder.latent_shape == (8, 8, 8)
+    assert baseline.bits_per_pixel == embedder.bits_per_pixel == pytest.approx(16 * 2 * 8 / (9 * 64))
+    assert baseline.compression == embedder.compression == pytest.approx(12 * 9)
+
+
+def test_every_attention_backend_counts_alike(nano: RunConfig) -> None:
+    decoder = nano.model.decoder.model_copy(update={"attention": AttentionConfig(backend="flash")})
+    flash = account(nano.model.model_copy(update={"decoder": decoder}), (64, 64))
+    assert flash == account(nano.model, (64, 64))
+
+
+COUNTED = Account((3, 9, 64, 64), (8, 8, 8), {"encoder": 600, "decoder": 1000}, 100, {"decoder": 1}, 0, 7)
+
+
+def test_zero3_shards_the_states_and_not_the_rest() -> None:
+    one = memory_bytes(COUNTED, EngineConfig(), world_size=1, clips_per_gpu=3)
+    eight = memory_bytes(COUNTED, EngineConfig(), world_size=8, clips_per_gpu=3)
+    assert sum(one.values()) == 1600 * (2 + 2 + 4 + 8 + 4 + 4) + 3 * 7
+    assert sum(eight.values()) == 200 * (2 + 2 + 4 + 8 + 4 + 4) + 2 * 2 * 100 + 3 * 7
+
+
+def test_one_process_training_keeps_fp32_weights_and_no_second_copy() -> None:
+    terms = memory_bytes(COUNTED, EngineConfig(kind="plain"), world_size=1, clips_per_gpu=1)
+    assert sum(terms.values()) == 1600 * (4 + 4 + 8 + 4) + 7
+    assert not any("sharded" in name for name in terms)

@@ -1,0 +1,85 @@
+"""The console command: quick help, an example in every help text, and errors without a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from regen_dist import __version__
+from tools.cli import app
+
+ROOT = Path(__file__).parents[3]
+
+
+def _regen(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def _commands(group: typer.Typer, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Name and help of every command, groups included."""
+    for each in group.registered_commands:
+        assert each.callback is not None
+        name = each.name or each.callback.__name__
+        yield f"{prefix}{name}", each.help or each.callback.__doc__ or ""
+    for inner in group.registered_groups:
+        assert inner.typer_instance is not None
+        yield from _commands(inner.typer_instance, f"{prefix}{inner.name} ")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, tools.cli\n"
+        "heavy = {'torch', 'deepspeed', 'wandb', 'av', 'pyarrow', 'matplotlib', 'skimage', 'scipy', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("name", "text"), list(_commands(app)), ids=lambda value: value.split("\n")[0][:30])
+def test_every_command_shows_an_example(name: str, text: str) -> None:
+    assert f"regen {name}" in text, f"the help of `regen {name}` has no example that starts with it"
+
+
+def test_an_error_of_the_user_is_one_message_and_its_exit_code() -> None:
+    done = _regen("config", "show", "configs/embedder/nano.yaml", "train.stepz=1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: configs/embedder/nano.yaml: 1 problem\n  command line: train.stepz: ")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    done = _regen("--debug", "config", "show", "absent.yaml")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "absent.yaml: no such file" in done.stderr
+
+
+def test_config_show_prints_what_a_run_would_save(tmp_path: Path) -> None:
+    shown = _regen("config", "show", "configs/embedder/nano.yaml", "train.steps=7")
+    (tmp_path / "config.yaml").write_text(shown.stdout)
+    again = _regen("config", "show", str(tmp_path))
+    assert shown.stdout == again.stdout
+    assert shown.stdout.startswith("# config hash ")
+    assert "steps: 7" in shown.stdout
+
+
+def test_config_diff_names_the_keys_that_differ() -> None:
+    done = _regen("config", "diff", "configs/embedder/nano.yaml", "configs/embedder/nano_magvit2.yaml")
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == ["name: 'nano' -> 'nano_magvit2'", "model.kind: 'regen' -> 'magvit2'"]
+    assert _regen("config", "diff", "configs/embedder/nano.yaml", "configs/embedder/nano.yaml").returncode == 0
+
+
+def test_version_and_no_command() -> None:
+    assert _regen("--version").stdout == f"regen-dist {__version__}\n"
+    nothing = _regen()
+    assert nothing.returncode == 2
+    assert "Usage: regen" in nothing.stdout + nothing.stderr

@@ -1,0 +1,51 @@
+"""`regen describe` runs for every config of the repository."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from regen_dist.config import load_config
+from regen_dist.errors import ConfigError
+from tools.describe import describe, gather
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "base")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_can_be_described(path: Path) -> None:
+    config = load_config(path)
+    facts = gather(config, world_size=8)
+    channels, frames, height, width = facts["input_shape"]
+    assert (channels, frames) == (3, config.model.temporal_compression + 1)
+    assert (facts["latent_frames"], facts["latent_shape"]) == (2, [8, height // 8, width // 8])
+    assert facts["parameters"]["total"] == sum(facts["parameters"].values()) / 2
+    assert facts["training_flops_per_clip"] >= 3 * facts["forward_flops_per_clip"]["total"] > 0
+    assert all(size > 0 for size in facts["memory_bytes_per_gpu"].values())
+    assert facts["training_flops_per_step"] == facts["training_flops_per_clip"] * config.train.batch_global
+
+
+def test_the_full_size_embedder_at_k_32(capsys: pytest.CaptureFixture[str]) -> None:
+    describe(ROOT / "configs/embedder/regen_k32.yaml", world_size=64)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "33 frames of 3 x 192 x 320" in text
+    assert "2 latent frames of 8 channels, 24 x 40" in text
+    assert "24 blocks x width 2048 x 16 heads" in text
+    assert "Memory per GPU while training on 64" in text
+
+
+def test_json_holds_what_the_tables_say(capsys: pytest.CaptureFixture[str]) -> None:
+    describe(ROOT / "configs/embedder/nano.yaml", ["data.size=[64,128]"], world_size=2, as_json=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["input_shape"] == [3, 9, 64, 128]
+    assert facts["world_size"] * facts["clips_per_gpu"] == 8
+    assert math.isclose(facts["compression"], 12 * 9)
+
+
+def test_a_world_size_that_does_not_divide_the_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not a multiple of 3 ranks"):
+        gather(load_config(ROOT / "configs/embedder/nano.yaml"), world_size=3)
