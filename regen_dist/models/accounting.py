@@ -97,6 +97,14 @@ def account(
     )
 
 
+def training_flops_per_clip(config: ModelConfig, size: tuple[int, int]) -> int:
+    """Operations that training needs for one clip of `size` = (height, width) pixels: what MFU is measured against.
+
+    What activation checkpointing computes a second time is no progress, and is left out.
+    """
+    return account(config, size).num_training_flops
+
+
 def _meta_model(config: ModelConfig, precision: str) -> nn.Module:
     """The model without storage. Which attention kernel it uses changes no count, and not every kernel runs on meta."""
     attention = config.decoder.attention.model_copy(update={"backend": "sdpa"})
