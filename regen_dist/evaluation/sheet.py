@@ -18,7 +18,7 @@ ERROR_GAIN = 4  # an error of a quarter of the range is shown at full brightness
 COLUMNS = 6
 
 _BACKGROUND, _INK, _FAINT = (255, 255, 255), (24, 28, 36), (112, 120, 134)
-_MARGIN, _GAP, _LABELS_WIDTH, _CAPTION = 28, 10, 168, 26
+_MARGIN, _GAP, _LABELS_WIDTH, _CAPTION = 28, 10, 196, 30
 _CELL_WIDTH, _LARGEST_CELL_HEIGHT = 236, 320
 
 
@@ -58,7 +58,7 @@ def write_sheet(
     rows = [_Row("Source", "", _scaled(source, cell), [f"frame {number}" for number in numbers])]
     for label, frames in others.items():
         quality = [f"{psnr_db(squared_error(a, b)):.1f} dB" for a, b in zip(source, frames, strict=True)]
-        rows.append(_Row(label, "PSNR below each frame", _scaled(frames, cell), quality))
+        rows.append(_Row(label, "PSNR below", _scaled(frames, cell), quality))
         if errors:
             wrong = [_error_map(a, b) for a, b in zip(source, frames, strict=True)]
             rows.append(_Row(f"|Error| × {ERROR_GAIN}", "mean over colours", _scaled(wrong, cell), []))
@@ -93,26 +93,26 @@ def _error_map(source: Frame, other: Frame) -> Frame:
 def _draw(rows: list[_Row], cell: tuple[int, int], title: str) -> Image.Image:
     columns = len(rows[0].cells)
     heights = [cell[1] + (_CAPTION if row.captions else 0) for row in rows]
-    head = 44 if title else 0
+    head = 52 if title else 0
     width = 2 * _MARGIN + _LABELS_WIDTH + columns * cell[0] + (columns - 1) * _GAP
     height = 2 * _MARGIN + head + sum(heights) + (len(rows) - 1) * _GAP
     image = Image.new("RGB", (width, height), _BACKGROUND)
     pen = ImageDraw.Draw(image)
     if title:
-        pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(20, bold=True))
+        pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(24, bold=True))
     top = _MARGIN + head
     for row, row_height in zip(rows, heights, strict=True):
         middle = top + cell[1] // 2
         pen.text(
-            (_MARGIN, middle - (11 if row.note else 0)), row.label, fill=_INK, font=_font(15, bold=True), anchor="lm"
+            (_MARGIN, middle - (11 if row.note else 0)), row.label, fill=_INK, font=_font(18, bold=True), anchor="lm"
         )
-        pen.text((_MARGIN, middle + 11), row.note, fill=_FAINT, font=_font(11), anchor="lm")
+        pen.text((_MARGIN, middle + 11), row.note, fill=_FAINT, font=_font(14), anchor="lm")
         for column, picture in enumerate(row.cells):
             left = _MARGIN + _LABELS_WIDTH + column * (cell[0] + _GAP)
             image.paste(picture, (left, top))
             if row.captions:
                 place = (left + cell[0] // 2, top + cell[1] + _CAPTION // 2)
-                pen.text(place, row.captions[column], fill=_FAINT, font=_font(13), anchor="mm")
+                pen.text(place, row.captions[column], fill=_FAINT, font=_font(16), anchor="mm")
         top += row_height + _GAP
     return image
 
