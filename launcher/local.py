@@ -27,7 +27,11 @@ from launcher.extensions import clear_stale_locks, extensions_folder
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
 
 GRACE_S = 20.0  # between asking a rank to end and killing it
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What the launcher is told, and what it tells the ranks. A terminal that closes (SIGHUP) is no reason to lose work.
+FORWARDED = {
+    **{number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)},
+    signal.SIGHUP: signal.SIGTERM,
+}
 _PR_SET_PDEATHSIG = 1
 _TAIL_LINES = 15
 
@@ -137,7 +141,10 @@ class _Job:
 
     @contextmanager
     def forwarding_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        wanted = [
+            number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN
+        ]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, self._forward) for number in wanted}
         try:
             yield
         finally:
@@ -149,7 +156,7 @@ class _Job:
         if self.interrupts > 1 and number == signal.SIGINT:
             self.kill()  # asked twice from the keyboard: now, without saving
         else:
-            self._send(signal.Signals(number))
+            self._send(FORWARDED[signal.Signals(number)])
 
     def _send(self, number: signal.Signals) -> None:
         for rank in self._running():

@@ -175,13 +175,13 @@ class _Saved(TorchFunctionMode):
         return _bytes({**self.kept[""], **self.inputs}) + largest
 
     def __enter__(self) -> _Saved:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         self.scope.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.scope.__exit__(*error)
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """A fused attention kernel keeps inputs and output; on the meta device it is made of parts that keep more."""

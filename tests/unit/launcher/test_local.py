@@ -118,11 +118,20 @@ def test_death_by_a_signal_is_128_plus_its_number(tmp_path: Path) -> None:
     assert launch(program(code), ranks=2, logs=tmp_path) == 128 + signal.SIGKILL
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_every_rank_once(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGUSR1, signal.SIGUSR1),
+        (signal.SIGUSR2, signal.SIGUSR2),
+        (signal.SIGHUP, signal.SIGTERM),
+    ],
+)
+def test_a_signal_reaches_every_rank_once(number: signal.Signals, told: signal.Signals, tmp_path: Path) -> None:
     code = f"""
 seen = []
-signal.signal({int(number)}, lambda number, frame: seen.append(number))
+signal.signal({int(told)}, lambda number, frame: seen.append(number))
 open(f"{tmp_path}/ready{{rank}}", "w").close()
 deadline = time.monotonic() + 30
 while not seen and time.monotonic() < deadline: time.sleep(0.01)
