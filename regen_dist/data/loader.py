@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from regen_dist.config.schema import DataConfig
 from regen_dist.data import index, video
 from regen_dist.data.order import MicroBatch, Order, draw_clip, micro_batch_size
+from regen_dist.data.pool import end_with_parent
 from regen_dist.data.store import Store
 from regen_dist.errors import ConfigError, DataError
 
@@ -193,6 +194,7 @@ def _start_worker(_: int) -> None:
     its workers."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(signal.Signals[name], signal.SIG_IGN)
+    end_with_parent()
     torch.set_num_threads(1)
 
 

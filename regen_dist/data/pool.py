@@ -76,13 +76,21 @@ def _first(waiting: deque[tuple[Tag, Future[Result]]]) -> tuple[Tag, Result]:
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it does, even by SIGKILL: a worker that waits for work would stay
-    for ever."""
+    """Leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """In a worker: end when the process that started it does, even by SIGKILL.
+
+    Neither kind of worker would notice by itself: a pool's waits on a queue that it holds open too, and a loader's sees
+    only the fork server, which lives as long as its workers.
+    """
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = parent_process()
     assert parent is not None, "only worker processes run this"
     wait([parent.sentinel])

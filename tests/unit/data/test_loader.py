@@ -3,6 +3,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -120,8 +123,7 @@ def test_a_clip_longer_than_the_video_names_the_sample(config: DataConfig) -> No
         read(config, 2, num_frames=33, batch_global=11)
 
 
-def test_a_dead_worker_is_an_error_and_not_a_hang(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # seconds between looks; 5 by default
+def test_a_dead_worker_is_an_error_and_not_a_hang(config: DataConfig) -> None:
     parallel = config.model_copy(update={"workers": 1, "prefetch": 1})
     iterator = clip_batches(
         parallel, num_frames=9, batch_global=8, accumulation=1, seed=3, rank=0, world_size=1, cursor=0
@@ -161,3 +163,42 @@ def test_the_fingerprint_is_the_datasets(config: DataConfig) -> None:
 def test_a_crop_larger_than_the_video_is_enlarged_to_fit(config: DataConfig) -> None:
     large = config.model_copy(update={"size": (64, 96), "short_side": None})
     assert read(large, 1)[0].video.shape == (8, 3, 9, 64, 96)
+
+
+_KILLED = """
+import os, signal, sys
+from regen_dist.config.schema import DataConfig
+from regen_dist.data.loader import clip_batches
+
+if __name__ == "__main__":
+    config = DataConfig(url=sys.argv[1], size=(32, 40), workers=2)
+    batches = clip_batches(
+        config, num_frames=9, batch_global=8, accumulation=1, seed=3, rank=0, world_size=1, cursor=0
+    )
+    next(batches)
+    print(*[worker.pid for worker in batches.gi_frame.f_locals["batches"]._workers], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_killed_run(dataset_folder: Path, tmp_path: Path, root: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(_KILLED)
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    # A file, not a pipe: the workers hold a pipe open as long as they live.
+    with (tmp_path / "pids").open("w") as output:
+        subprocess.run([sys.executable, str(script), str(dataset_folder)], stdout=output, env=environment, check=False)
+    workers = [Path("/proc") / pid for pid in (tmp_path / "pids").read_text().split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(map(_running, workers)):
+        assert time.monotonic() < deadline, "the workers outlived the run that started them"
+        time.sleep(0.05)
+
+
+def _running(process: Path) -> bool:
+    """Whether a process is there and not merely waiting to be reaped."""
+    try:
+        return (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
