@@ -189,7 +189,7 @@ class EngineConfig(Section):
 
     kind: Literal["zero3", "plain"] = "zero3"
     precision: Literal["bf16", "fp32"] = "bf16"
-    partitioned_init: bool = False  # build each parameter already sharded (zero.Init): for models larger than one GPU
+    partitioned_init: bool = False  # build each parameter already sharded (zero.Init), in the working precision: for models larger than one GPU
     activation_checkpointing: bool = False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from regen_dist.config.schema import OptimizerConfig, RunConfig
-from regen_dist.distributed.base import Engine, StepResult
+from regen_dist.distributed.base import Engine, StepResult, full_shape
 from regen_dist.distributed.optimizer import MOMENTS, build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.plain import PlainEngine
 from regen_dist.distributed.ranks import Ranks, chunk
@@ -24,14 +25,17 @@ class Zero3Engine(Engine):
         super().__init__(config, ranks)
         deepspeed = _import_deepspeed(ranks)
         settings = deepspeed_settings(config, ranks.world_size)
-        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32, enabled=config.engine.partitioned_init):
-            module = build()
+        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=config.engine.partitioned_init):
+            module = build()  # sharded as it is built, then in the working precision: the initial weights are rounded to it
+        exact = {name: self._chunk_of(param).float().clone() for name, param in module.named_parameters()}
         optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device)
         self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = self._engine.module
         self._params = dict(self.module.named_parameters())
         for group in self._zero.fp32_partitioned_groups_flat:
             self._zero.optimizer.state[group] = fresh_state(config.optimizer, group)
+        for name, master in self.named_masters():  # DeepSpeed makes the masters from the rounded working weights
+            master.detach().copy_(exact[name])
         self._start()
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -47,9 +51,14 @@ class Zero3Engine(Engine):
     def _own(self, name: str, moment: str | None) -> Tensor:
         """This rank's chunk of a parameter's master or moment, cut free of ZeRO-3's padding."""
         param = self._params[name]
-        piece = self._zero.get_local_fp32_param(param, moment)
         low, high = chunk(param.ds_numel, self.ranks.world_size, self.ranks.rank)
-        return piece[: high - low]
+        return self._zero.get_local_fp32_param(param, moment)[: high - low]
+
+    def _chunk_of(self, param: Tensor) -> Tensor:
+        """This rank's chunk of a parameter that DeepSpeed has not taken over yet, sharded or not."""
+        whole = prod(full_shape(param))
+        low, high = chunk(whole, self.ranks.world_size, self.ranks.rank)
+        return param.ds_tensor[: high - low] if hasattr(param, "ds_tensor") else param.detach().flatten()[low:high]
 
     def _forward(self, *args: Any) -> Any:
         return self._engine(*args)

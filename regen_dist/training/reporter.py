@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
 from regen_dist.config.schema import RunConfig
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.evaluation.sheet import save_clip_sheet
+from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.observe.progress import ProgressLine
 from regen_dist.observe.record import Record
 from regen_dist.observe.tracker import Tracker
 from regen_dist.training.tasks import Validation
+
+
+def to_frames(video: Tensor) -> list[npt.NDArray[np.uint8]]:
+    """[3, T, H, W] in [-1, 1] to T pictures, uint8 [H, W, 3]."""
+    pixels = video.float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
+    return list(pixels.permute(1, 2, 3, 0).numpy())
 
 
 class Reporter:
@@ -40,10 +50,17 @@ class Reporter:
         if self._silent:
             return
         picture = self._run / "pictures" / f"step-{step:08d}.png"
-        save_clip_sheet(picture, result.source[0], result.reconstruction[0], title=f"step {step}")
+        self._draw(picture, result, f"step {step}: {result.figures['psnr_db']:.2f} dB in one step")
         self._record.write("validation", step, result.figures)
         self._line.validation(result.figures)
         self._tracker.log(step, {f"validation/{n}": v for n, v in result.figures.items()}, {"validation/clip": picture})
+
+    @staticmethod
+    def _draw(path: Path, result: Validation, title: str) -> None:
+        source, reconstruction = (to_frames(video[0]) for video in (result.source, result.reconstruction))
+        numbers = sheet_frames(len(source))
+        path.parent.mkdir(exist_ok=True)
+        write_sheet(path, numbers, [source[n] for n in numbers], {"one step": [reconstruction[n] for n in numbers]}, title=title)
 
     def say(self, step: int, text: str) -> None:
         """Something that happened: on the terminal and in the record."""
