@@ -109,7 +109,7 @@ def _dress(axes: Axes, kind: _Kind, values: Sequence[float]) -> None:
 
 def _for_page(svg: str, title: str) -> str:
     """The element alone, scaling with the page, in the page's font and colours."""
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
     svg = re.sub(r"font: (\d+)px[^;\"]*", r"font-size: \1px; font-family: inherit", svg)

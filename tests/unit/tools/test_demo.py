@@ -1,0 +1,78 @@
+"""The demo stops its training once, goes on by the same command, and skips what is done."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from regen_dist.config import load_config
+from regen_dist.config.schema import RunConfig
+from regen_dist.errors import EXIT_RESUME
+from tools import demo
+
+# Stands in for `regen train`: a step every 20 ms, code 75 when it finds the file STOP; a second start goes on.
+TRAINING = """
+import json, pathlib, sys, time
+run, total = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+run.mkdir(parents=True, exist_ok=True)
+record, stop = run / "metrics.jsonl", run / "STOP"
+stop.unlink(missing_ok=True)
+lines = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
+step = max((line["step"] for line in lines), default=0)
+file = record.open("a", buffering=1)
+file.write(json.dumps({"kind": "event", "step": step, "event": "start"}) + "\\n")
+while step < total:
+    if stop.exists():
+        sys.exit(75)
+    step += 1
+    file.write(json.dumps({"kind": "train", "step": step}) + "\\n")
+    time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return load_config(Path("configs/demo/embedder.yaml"), ["train.steps=60"])
+
+
+@pytest.fixture
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run folder of a stand-in for the training."""
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    monkeypatch.setattr(demo, "_command", lambda arguments: [sys.executable, str(script), *arguments])
+    monkeypatch.setattr(demo, "_POLL_S", 0.02)
+    return tmp_path / "run"
+
+
+def starts(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["kind"] == "event"]
+
+
+def test_stops_once_and_goes_on(training: Path, config: RunConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    demo._train([str(training), "60"], config, training)
+    first, second = starts(training)
+    assert first == 0
+    assert 30 <= second < 60
+    assert demo._last_step(training) == 60
+    demo._train([str(training), "60"], config, training)
+    assert len(starts(training)) == 2
+    assert "has all its 60 steps" in capfd.readouterr().out
+
+
+def test_a_run_that_was_resumed_is_not_stopped_again(training: Path, config: RunConfig) -> None:
+    assert demo._train_until([str(training), "60"], training, 10) == EXIT_RESUME
+    assert demo._train_until([str(training), "60"], training, demo._last_step(training) + 10) == EXIT_RESUME
+    demo._train([str(training), "60"], config, training)
+    assert len(starts(training)) == 3
+
+
+def test_a_failure_ends_the_demo_with_its_code(training: Path, config: RunConfig) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        demo._train([str(training), "not a number"], config, training)
+    assert ended.value.exit_code == 1

@@ -1,0 +1,179 @@
+"""`regen demo`: from video files to a re-generated clip, by the commands that a user would type."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regen_dist.errors import EXIT_RESUME, RegenError
+
+if TYPE_CHECKING:
+    from regen_dist.config import RunConfig
+    from regen_dist.evaluation.report import Row
+
+# Trained on an animated film; tried on filmed street scenes with fast motion and cuts.
+TRAIN_VIDEO, HELD_OUT_VIDEO = "bbb.mp4", "bikes.mp4"
+SHORT_SIDE = 128  # of the shards and of the held-out video
+STEPS = (1, 4)
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the demo keeps what it makes."""
+
+    videos: Path
+    run: Path
+    reconstructions: tuple[Path, ...]
+    report: Path
+
+
+def demo(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
+    config: Annotated[Path, typer.Option(help="What to train.")] = Path("configs/demo/embedder.yaml"),
+    videos: Annotated[Path, typer.Option(help="Folder of the fetched videos.")] = Path("runs/videos"),
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that train.")] = 2,
+) -> None:
+    """Fetch real video, build shards, train on two ranks, stop and resume once, reconstruct a held-out video, report.
+
+    The same command again goes on where it stopped and skips what is done. Fails if a trivial decoder does better.
+
+    Example: regen demo
+    """
+    from regen_dist.config import load_config
+
+    began = time.monotonic()
+    loaded = load_config(config, overrides or [])
+    base = Path(loaded.output)
+    names = [f"{steps}_step{'s' if steps > 1 else ''}" for steps in STEPS]
+    run = base / loaded.name
+    places = _Places(videos, run, tuple(base / "reconstructions" / name for name in names), base / "report")
+    _run(["fetch-videos", "--out", str(videos), "--only", TRAIN_VIDEO, "--only", HELD_OUT_VIDEO])
+    _build_shards(loaded, videos)
+    _train(["train", str(config), "--ranks", str(ranks), *(overrides or [])], loaded, places.run)
+    _reconstruct(places)
+    _conclude(places, time.monotonic() - began)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """Print and run one `regen` command; its failure ends the demo with its exit code."""
+    _announce(arguments)
+    code = subprocess.run(_command(arguments), check=False).returncode
+    if code:
+        raise typer.Exit(code)
+
+
+def _announce(arguments: Sequence[str]) -> None:
+    print(f"\n$ regen {shlex.join(arguments)}", flush=True)
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "tools.cli", *arguments]
+
+
+def _build_shards(config: RunConfig, videos: Path) -> None:
+    held_out = config.data.validation_url
+    if held_out is None:
+        raise RegenError("the demo needs data.validation_url in its config: the held-out video goes there")
+    for video, url in ((TRAIN_VIDEO, config.data.url), (HELD_OUT_VIDEO, held_out)):
+        _run(["shards", "build", str(videos / video), "--out", url, "--short-side", str(SHORT_SIDE)])
+
+
+def _train(arguments: Sequence[str], config: RunConfig, run: Path) -> None:
+    """Train to the end; the first time, stop half-way through by the file STOP and start again by the same command."""
+    total = config.train.steps
+    if _last_step(run) >= total:
+        _announce(arguments)
+        print(f"skipped: {run} has all its {total} steps")
+        return
+    _announce(arguments)
+    stop_at = None if _was_resumed(run) else total // 2
+    code = _train_until(arguments, run, stop_at)
+    if code == EXIT_RESUME and stop_at is not None:
+        print(f"It was stopped half-way on purpose (exit code {EXIT_RESUME}). The same command goes on:", flush=True)
+        _announce(arguments)
+        code = _train_until(arguments, run, None)
+    if code:
+        raise typer.Exit(code)
+
+
+def _train_until(arguments: Sequence[str], run: Path, stop_at: int | None) -> int:
+    """Run the training command; once the record has reached `stop_at`, ask it to stop. Returns its exit code."""
+    process = subprocess.Popen(_command(arguments))
+    try:
+        while process.poll() is None:
+            time.sleep(_POLL_S)
+            if stop_at is not None and _last_step(run) >= stop_at:
+                (run / "STOP").touch()
+                stop_at = None
+    except KeyboardInterrupt:
+        pass  # the terminal sent it to the training too, which saves and ends
+    return process.wait()
+
+
+def _record(run: Path) -> list[dict[str, Any]]:
+    from regen_dist.observe.record import read_record
+
+    path = run / "metrics.jsonl"
+    return read_record(path) if path.is_file() else []
+
+
+def _last_step(run: Path) -> int:
+    return max((line["step"] for line in _record(run) if line["kind"] == "train"), default=0)
+
+
+def _was_resumed(run: Path) -> bool:
+    return any(line.get("event") == "start" and line["step"] > 0 for line in _record(run))
+
+
+def _reconstruct(places: _Places) -> None:
+    video, record = places.videos / HELD_OUT_VIDEO, places.run / "metrics.jsonl"
+    for steps, out in zip(STEPS, places.reconstructions, strict=True):
+        arguments = ["reconstruct", str(video), "--run", str(places.run), "--out", str(out), "--steps", str(steps)]
+        arguments += ["--short-side", str(SHORT_SIDE), *(["--compare"] if steps == STEPS[0] else [])]
+        metrics = out / "metrics.json"
+        if metrics.is_file() and metrics.stat().st_mtime > record.stat().st_mtime:
+            _announce(arguments)
+            print(f"skipped: {metrics} is newer than the training")
+        else:
+            _run(arguments)
+
+
+def _conclude(places: _Places, seconds: float) -> None:
+    """Print the table, write the page, and fail if a trivial decoder does as well as one step of ours."""
+    from rich.console import Console
+
+    from regen_dist.evaluation.report import comparison, read_metrics, write_report
+
+    rows = comparison([read_metrics(folder) for folder in places.reconstructions])
+    title = f"REGEN, re-generating {HELD_OUT_VIDEO}"
+    page = write_report(places.report, title=title, run=places.run, reconstructions=places.reconstructions)
+    console = Console()
+    console.print()
+    console.print(_table(rows))
+    console.print(f"{seconds / 60:.1f} minutes. The page: {page}", highlight=False)
+    better = [row for row in rows if not row.trained and row.psnr_db >= rows[0].psnr_db]
+    if better:
+        names = ", ".join(f"{row.label} ({row.psnr_db:.2f} dB)" for row in better)
+        raise RegenError(f"{rows[0].label} has {rows[0].psnr_db:.2f} dB; it is not better than: {names}")
+
+
+def _table(rows: Sequence[Row]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{HELD_OUT_VIDEO}, never trained on")
+    table.add_column("decoder")
+    for name in ("PSNR dB", "SSIM", "VMAF"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ssim, vmaf = ("-" if value is None else f"{value:.{n}f}" for value, n in ((row.ssim, 3), (row.vmaf, 1)))
+        table.add_row(row.label, f"{row.psnr_db:.2f}", ssim, vmaf, style="bold" if row.trained else "")
+    return table
