@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regen_dist.config import RunConfig, config_hash, load_config, load_saved_config, to_yaml
+if TYPE_CHECKING:
+    from regen_dist.config import RunConfig
 
 app = typer.Typer(no_args_is_help=True, help="Show a resolved config, or the difference between two.")
 
@@ -21,6 +22,8 @@ def show(
 
     Example: regen config show configs/embedder/nano.yaml train.steps=200
     """
+    from regen_dist.config import config_hash, to_yaml
+
     loaded = _load(config, overrides)
     print(f"# config hash {config_hash(loaded)}")
     print(to_yaml(loaded), end="")
@@ -43,6 +46,8 @@ def diff(
 
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:
+    from regen_dist.config import load_config, load_saved_config
+
     return load_saved_config(path) if path.is_dir() and not overrides else load_config(path, overrides or [])
 
 
