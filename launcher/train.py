@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.local import launch
-from regen_dist.config import RunConfig, load_config
+from regen_dist.config import load_config
 from regen_dist.config.worldsize import clips_per_rank
 
 
@@ -20,9 +20,4 @@ def train_locally(config: Path, overrides: Sequence[str], *, ranks: int) -> int:
     checked = load_config(config, overrides)
     clips_per_rank(checked, ranks)
     command = [sys.executable, "-m", "tools.cli", "train", str(config), *overrides]
-    return launch(command, ranks=ranks, logs=run_folder(checked) / "logs")
-
-
-def run_folder(config: RunConfig) -> Path:
-    """Where a run keeps everything it writes."""
-    return Path(config.output) / config.name
+    return launch(command, ranks=ranks, logs=checked.folder / "logs")

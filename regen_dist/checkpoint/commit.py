@@ -57,7 +57,13 @@ class CheckpointStore:
         self.folder, self.ranks = run / "checkpoints", ranks
 
     def save(
-        self, step: int, pieces: dict[str, Tensor], shapes: dict[str, list[int]], state: dict[str, Any], config_hash: str, keep: int
+        self,
+        step: int,
+        pieces: dict[str, Tensor],
+        shapes: dict[str, list[int]],
+        state: dict[str, Any],
+        config_hash: str,
+        keep: int,
     ) -> None:
         """Commit a checkpoint; nothing to do when that step is committed already. A collective; raises on every rank when any rank failed, and then the older checkpoints are untouched.
 
@@ -88,7 +94,9 @@ class CheckpointStore:
         pointer = self.folder / "latest"
         if not pointer.exists():
             if found := self.steps():
-                raise CheckpointError(f"{self.folder} holds {len(found)} checkpoints but no pointer `latest`; write one's name into it")
+                raise CheckpointError(
+                    f"{self.folder} holds {len(found)} checkpoints but no pointer `latest`; write one's name into it"
+                )
             return None
         return self.manifest(pointer.read_text(encoding="utf-8").strip())
 
@@ -104,7 +112,9 @@ class CheckpointStore:
         for file, facts in manifest.files.items():
             size = (folder / file).stat().st_size if (folder / file).exists() else None
             if size != facts["bytes"]:
-                raise CheckpointError(f"checkpoint {folder}: {file} has {size} bytes, the manifest says {facts['bytes']}")
+                raise CheckpointError(
+                    f"checkpoint {folder}: {file} has {size} bytes, the manifest says {facts['bytes']}"
+                )
         return manifest
 
     def reader(self, manifest: Manifest) -> ShardReader:
@@ -115,7 +125,9 @@ class CheckpointStore:
         """The committed steps, oldest first."""
         return sorted(int(path.parent.name[5:]) for path in self.folder.glob("step-*[0-9]/manifest.json"))
 
-    def _commit(self, temporary: Path, step: int, shapes: dict[str, list[int]], state: dict[str, Any], config_hash: str) -> None:
+    def _commit(
+        self, temporary: Path, step: int, shapes: dict[str, list[int]], state: dict[str, Any], config_hash: str
+    ) -> None:
         files = {path.name: _facts(path) for path in sorted(temporary.glob("*.safetensors"))}
         manifest = Manifest(SCHEMA, step, self.ranks.world_size, config_hash, __version__, state, shapes, files)
         write_atomically(temporary / "manifest.json", json.dumps(asdict(manifest), indent=1))

@@ -6,6 +6,7 @@ Imports neither torch nor the library, so that a launcher can validate a config 
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -69,7 +70,7 @@ class ConditioningConfig(Section):
 class AttentionConfig(Section):
     """How self-attention runs: the kernel (`backend`) and who sees whom (`pattern`)."""
 
-    backend: Literal["sdpa", "flash", "reference"] = "sdpa"
+    backend: Literal["sdpa", "eager", "flash", "reference"] = "sdpa"
     pattern: Literal["full", "window"] = "full"
     window: tuple[PositiveInt, PositiveInt, PositiveInt] = (9, 8, 8)  # frames, rows, columns of tokens
 
@@ -236,3 +237,8 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
     wandb: WandbConfig = WandbConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: where a run keeps everything it writes."""
+        return Path(self.output) / self.name

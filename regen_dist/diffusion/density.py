@@ -20,6 +20,10 @@ def timesteps(config: DensityConfig, uniforms: Tensor) -> Tensor:
     noise by t -> s t / (1 + (s - 1) t) (same paper, Eq. 23). The second decides the share of samples that start from pure noise.
     """
     quantile, chance = uniforms[:, 0], uniforms[:, 1]
-    t = quantile if config.kind == "uniform" else torch.sigmoid(config.mean + config.std * torch.special.ndtri(quantile))
+    t = (
+        quantile
+        if config.kind == "uniform"
+        else torch.sigmoid(config.mean + config.std * torch.special.ndtri(quantile))
+    )
     t = config.shift * t / (1 + (config.shift - 1) * t)
     return torch.where(chance < config.pure_noise, torch.ones_like(t), t.clamp(min=SMALLEST, max=1.0))

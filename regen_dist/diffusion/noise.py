@@ -31,12 +31,17 @@ class Stream(IntEnum):
     LATENT_MOTION = 3
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four counter words and two key words (int64 tensors that broadcast, values below 2**32) to four random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for step in range(ROUNDS):
-        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # wraps modulo 2**64, which keeps both halves' bits
+        product0, product1 = (
+            c0 * MULTIPLIERS[0],
+            c2 * MULTIPLIERS[1],
+        )  # wraps modulo 2**64, which keeps both halves' bits
         c0, c2 = ((product1 >> 32) & MASK) ^ c1 ^ k0, ((product0 >> 32) & MASK) ^ c3 ^ k1
         c1, c3 = product1 & MASK, product0 & MASK
         if step + 1 < ROUNDS:
@@ -125,4 +130,3 @@ def gaussian(
             normals = _normals(words)[:channels]
             out[b, :, :, start : start + part.shape[1]] = torch.stack(normals, 1)
     return out.unflatten(-1, (height, width)).transpose(1, 2)
-

@@ -79,7 +79,9 @@ def x0_from(path: PathName, target: Target, prediction: Tensor, x_t: Tensor, t: 
     return (x_t - c.sigma * prediction) / c.alpha
 
 
-def squared_error_weight(path: PathName, target: Target, space: Literal["x0", "velocity"], t: Tensor, limit: float = 100.0) -> Tensor:
+def squared_error_weight(
+    path: PathName, target: Target, space: Literal["x0", "velocity"], t: Tensor, limit: float = 100.0
+) -> Tensor:
     """What turns a squared error of the target into one of x0 or of the velocity, [B, 1, 1, 1, 1], limited where it diverges.
 
     For one x_t, an error d in x0 is an error d * alpha / sigma in e and d * wronskian / sigma in v.

@@ -26,7 +26,9 @@ class Zero3Engine(Engine):
         deepspeed = _import_deepspeed(ranks)
         settings = deepspeed_settings(config, ranks.world_size)
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=config.engine.partitioned_init):
-            module = build()  # sharded as it is built, then in the working precision: the initial weights are rounded to it
+            module = (
+                build()
+            )  # sharded as it is built, then in the working precision: the initial weights are rounded to it
         exact = {name: self._chunk_of(param).float().clone() for name, param in module.named_parameters()}
         optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device)
         self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -107,7 +109,9 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible
 
-    compatible["deepspeed_shm_comm"] = False  # for inference only; building it on a CPU takes minutes, and a killed build hangs the next
+    compatible["deepspeed_shm_comm"] = (
+        False  # for inference only; building it on a CPU takes minutes, and a killed build hangs the next
+    )
     deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
 

@@ -34,15 +34,21 @@ def _adamw(groups: list[dict[str, object]], config: OptimizerConfig, device: tor
 
 def _cpu_adam(groups: list[dict[str, object]], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     if device.type != "cpu":
-        raise BackendError(f"optimizer.kind=cpu_adam keeps its state on the CPU, the model is on {device}; set optimizer.kind=adamw")
+        raise BackendError(
+            f"optimizer.kind=cpu_adam keeps its state on the CPU, the model is on {device}; set optimizer.kind=adamw"
+        )
     from regen_dist.distributed.engine import deepspeed_cpu_adam
 
     return deepspeed_cpu_adam(groups, config)
 
 
-def _fused_adam(groups: list[dict[str, object]], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def _fused_adam(
+    groups: list[dict[str, object]], config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
     if device.type != "cuda":
-        raise BackendError(f"optimizer.kind=fused_adam (apex) needs a CUDA device, found {device}; set optimizer.kind=adamw")
+        raise BackendError(
+            f"optimizer.kind=fused_adam (apex) needs a CUDA device, found {device}; set optimizer.kind=adamw"
+        )
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
@@ -56,7 +62,11 @@ def _fused_adam(groups: list[dict[str, object]], config: OptimizerConfig, device
 def fresh_state(config: OptimizerConfig, param: Tensor) -> dict[str, Any]:
     """The optimizer's state of a parameter before its first step, made early so that a checkpoint can be restored into it."""
     moments: dict[str, Any] = {moment: torch.zeros_like(param, requires_grad=False) for moment in MOMENTS}
-    return moments if config.kind == "fused_adam" else moments | {"step": 0 if config.kind == "cpu_adam" else torch.tensor(0.0)}
+    return (
+        moments
+        if config.kind == "fused_adam"
+        else moments | {"step": 0 if config.kind == "cpu_adam" else torch.tensor(0.0)}
+    )
 
 
 def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:

@@ -23,7 +23,9 @@ class PlainEngine(Engine):
     def __init__(self, config: RunConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
         super().__init__(config, ranks)
         if ranks.world_size > 1:
-            raise BackendError(f"engine.kind=plain runs in one process, found {ranks.world_size} ranks; set engine.kind=zero3 or --ranks 1")
+            raise BackendError(
+                f"engine.kind=plain runs in one process, found {ranks.world_size} ranks; set engine.kind=zero3 or --ranks 1"
+            )
         self.module = build().to(ranks.device)
         self._masters = {name: param.detach().float().clone() for name, param in self.module.named_parameters()}
         self.optimizer = build_optimizer(config.optimizer, list(self._masters.values()), ranks.device)
@@ -51,7 +53,9 @@ class PlainEngine(Engine):
     @torch.no_grad()
     def _update(self, lr: float) -> StepResult:
         params = dict(self.module.named_parameters())
-        grads = [torch.zeros_like(m) if params[n].grad is None else params[n].grad.float() for n, m in self._masters.items()]
+        grads = [
+            torch.zeros_like(m) if params[n].grad is None else params[n].grad.float() for n, m in self._masters.items()
+        ]
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
         self.module.zero_grad(set_to_none=True)
         if not math.isfinite(norm):

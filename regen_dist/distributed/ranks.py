@@ -67,7 +67,9 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
     if torchrun is None and slurm is not None and "MASTER_ADDR" not in environment:
         slurm = None  # inside an allocation, but not started as one of its tasks
     if torchrun and slurm and slurm.world_size > 1 and torchrun != slurm:
-        raise ConfigError(f"RANK/WORLD_SIZE/LOCAL_RANK say {torchrun}, SLURM_* say {slurm}; start the ranks by one of the two")
+        raise ConfigError(
+            f"RANK/WORLD_SIZE/LOCAL_RANK say {torchrun}, SLURM_* say {slurm}; start the ranks by one of the two"
+        )
     return torchrun or slurm or Ranks()
 
 
@@ -109,4 +111,3 @@ def chunk(size: int, world_size: int, rank: int) -> tuple[int, int]:
     length = -(-size // world_size)
     low = min(rank * length, size)
     return low, min(low + length, size)
-

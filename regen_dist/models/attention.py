@@ -1,4 +1,4 @@
-"""Self-attention over a grid of video tokens: one function, three kernels, two patterns.
+"""Self-attention over a grid of video tokens: one function, four kernels, two patterns.
 
 Legend: B batch, T token frames, H rows, W columns, L = T*H*W tokens, N heads, E width of a head.
 
@@ -45,6 +45,15 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def attend_eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two batched matrix products around a softmax, in the working precision. Shapes [B, N, L, E].
+
+    On CPUs and for windows of up to a few hundred tokens several times faster, backward included, than the fused kernel.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.softmax(-1) @ v
+
+
 def attend_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention (package flash-attn). Shapes [B, N, L, E]; half precision on a CUDA device."""
     require_flash(q.device.type, q.dtype)
@@ -64,14 +73,18 @@ def require_flash(device: str, dtype: torch.dtype) -> None:
     if device != "cuda":
         raise BackendError(f"attention backend 'flash' needs a CUDA device, the tensors are on '{device}'; {mend}")
     if dtype not in (torch.bfloat16, torch.float16):
-        raise BackendError(f"attention backend 'flash' needs bf16 or fp16, found {dtype}; set engine.precision=bf16, or {mend}")
+        raise BackendError(
+            f"attention backend 'flash' needs bf16 or fp16, found {dtype}; set engine.precision=bf16, or {mend}"
+        )
     try:
         import flash_attn  # noqa: F401
     except ImportError as error:
-        raise BackendError(f"attention backend 'flash' needs the package flash-attn ({error}); install it, or {mend}") from error
+        raise BackendError(
+            f"attention backend 'flash' needs the package flash-attn ({error}); install it, or {mend}"
+        ) from error
 
 
-BACKENDS = {"sdpa": attend_sdpa, "flash": attend_flash, "reference": attend_reference}
+BACKENDS = {"sdpa": attend_sdpa, "eager": attend_eager, "flash": attend_flash, "reference": attend_reference}
 
 
 def segments(length: int, window: int, shift: int) -> list[Span]:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from regen_dist.config.schema import ModelConfig
 from regen_dist.models.encoder import Latents
-from regen_dist.models.layers import CausalConv, CausalUpsample, ChannelNorm, Frames, ResidualBlock, join_first, unfold_patches
+from regen_dist.models.layers import (
+    CausalConv,
+    CausalUpsample,
+    ChannelNorm,
+    Frames,
+    ResidualBlock,
+    join_first,
+    unfold_patches,
+)
 
 
 class ConvDecoder(nn.Module):

@@ -43,9 +43,13 @@ def check_clip(video: Tensor, num_frames: int) -> None:
         raise DataError(f"a clip has the shape [batch, 3, frames, height, width], found {list(video.shape)}")
     frames, height, width = video.shape[2:]
     if frames not in (1, num_frames):
-        raise DataError(f"a clip has {num_frames} frames (an image 1), found {frames}; cut the video into clips of {num_frames}")
+        raise DataError(
+            f"a clip has {num_frames} frames (an image 1), found {frames}; cut the video into clips of {num_frames}"
+        )
     if not height or not width or height % SPATIAL_COMPRESSION or width % SPATIAL_COMPRESSION:
-        raise DataError(f"sides must be multiples of {SPATIAL_COMPRESSION}, found {height}x{width}; pad or crop the video first")
+        raise DataError(
+            f"sides must be multiples of {SPATIAL_COMPRESSION}, found {height}x{width}; pad or crop the video first"
+        )
 
 
 class Encoder(nn.Module):

@@ -96,7 +96,9 @@ class CausalConv(nn.Conv3d):
         temporal: stride in time over the frames after the first; their number must be a multiple of it.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, kernel: int = 3, spatial: int = 1, temporal: int = 1) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel: int = 3, spatial: int = 1, temporal: int = 1
+    ) -> None:
         pad = kernel // 2
         super().__init__(channels_in, channels_out, kernel, (temporal, spatial, spatial), (0, pad, pad))
 
@@ -128,7 +130,9 @@ class CausalUpsample(nn.Module):
         first, rest = self.conv(frames)
         first = first.chunk(self.temporal, 1)[-1]  # the first frame has no partner in time
         if rest is not None:
-            rest = torch.stack(rest.chunk(self.temporal, 1), 3).flatten(2, 3)  # [B, C, T-1, H, W] -> [B, C/2, 2(T-1), H, W]
+            rest = torch.stack(rest.chunk(self.temporal, 1), 3).flatten(
+                2, 3
+            )  # [B, C, T-1, H, W] -> [B, C/2, 2(T-1), H, W]
         return unfold_patches(Frames(first, rest), self.spatial)
 
 

@@ -8,7 +8,16 @@ import time
 import torch
 
 # Dense bf16 TFLOP/s from the makers' data sheets, by a part of the device's name.
-GPU_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "A10": 125.0, "4090": 165.0, "V100": 125.0}
+GPU_PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10": 125.0,
+    "4090": 165.0,
+    "V100": 125.0,
+}
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -20,7 +20,11 @@ class ProgressLine:
         self._total, self._start, self._began, self._printed = total_steps, start, time.monotonic(), 0.0
         self._psnr: float | None = None
         self._bar = Progress(
-            BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn(), console=self._console, transient=True
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
         )
         self._task = self._bar.add_task("starting", total=total_steps, completed=start)
         if self._console.is_terminal:

@@ -38,8 +38,15 @@ class Tracker:
 
         settings = config.wandb
         self._run = wandb.init(
-            project=settings.project, entity=settings.entity, name=config.name, id=config.name, resume="allow", mode=settings.mode,
-            dir=str(run), config=config.model_dump(mode="json"), settings=wandb.Settings(init_timeout=60, silent=True),
+            project=settings.project,
+            entity=settings.entity,
+            name=config.name,
+            id=config.name,
+            resume="allow",
+            mode=settings.mode,
+            dir=str(run),
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(init_timeout=60, silent=True),
         )
 
     def _send(self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Generator, Iterator
 
 from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config import config_hash
@@ -26,23 +25,24 @@ from regen_dist.training.tasks import build_task
 class Trainer:
     """One rank of a run: builds its parts, resumes from the newest checkpoint, trains."""
 
-    def __init__(self, config: RunConfig, run: Path, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.task = build_task(config, ranks.device)
         self.engine = build_engine(config, ranks, self.task.build)
-        self.store = CheckpointStore(run, ranks)
+        self.store = CheckpointStore(config.folder, ranks)
         self.guard = NonFiniteGuard(config.train.nonfinite_budget)
         self.step = self._resume()
         self.meter = self._build_meter()
-        self.reporter = Reporter(config, run, ranks, self.step)
+        self.reporter = Reporter(config, ranks, self.step)
+        self.batches = self._batches()
         self.validation_clip = validation_clip(config.data, num_frames=config.model.num_frames)
 
     def fit(self, stopper: Stopper) -> int:
         """Train to the last step, or until the ranks agree to stop. Returns the exit code."""
-        train, batches = self.config.train, self._batches()
+        train = self.config.train
         while self.step < train.steps:
             lr = learning_rate(self.config.optimizer, self.step, train.steps)
-            result = self._train_step(batches, lr)
+            result = self._train_step(self.batches, lr)
             self.step += 1
             self.guard.check(self.step, result)
             if self._due(train.log_every):
@@ -53,13 +53,17 @@ class Trainer:
             if stop or self._due(train.save_every):
                 self._save()
             if stop and self.step < train.steps:
-                self.reporter.say(self.step, f"stopped by {stopper.reason or 'another rank'} after step {self.step}: run it again to go on")
+                self.reporter.say(
+                    self.step,
+                    f"stopped by {stopper.reason or 'another rank'} after step {self.step}: run it again to go on",
+                )
                 return EXIT_RESUME
         self.reporter.say(self.step, f"done: {self.step} steps")
         return EXIT_OK
 
     def close(self) -> None:
-        """End the record, the progress line and the tracker."""
+        """End the data workers, the record, the progress line and the tracker."""
+        self.batches.close()
         self.reporter.close()
 
     def _train_step(self, batches: Iterator[ClipBatch], lr: float) -> StepResult:
@@ -77,7 +81,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
 
-    def _batches(self) -> Iterator[ClipBatch]:
+    def _batches(self) -> Generator[ClipBatch]:
         """This rank's micro-batches from the current step on: the data's place is the step alone."""
         train = self.config.train
         return clip_batches(

@@ -54,12 +54,19 @@ class Meter:
         """The figures since the last reading, averaged over ranks. A collective."""
         names = list(self._sums)
         totals = self._ranks.sum([float(torch.as_tensor(self._sums[name])) for name in names])
-        means = {name: total / (self._micro * self._ranks.world_size) for name, total in zip(names, totals, strict=True)}
+        means = {
+            name: total / (self._micro * self._ranks.world_size) for name, total in zip(names, totals, strict=True)
+        }
         elapsed = time.perf_counter() - self._began
         figures = {
-            **means, "grad_norm": result.grad_norm, "lr": lr, "step_s": elapsed / self._steps,
-            "clips_per_s": self._clips * self._steps / elapsed, "mfu": self._flops * self._steps / elapsed / self._peak,
-            "data_wait": self._waited / elapsed, "memory_bytes": memory_bytes(self._ranks.device),
+            **means,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "step_s": elapsed / self._steps,
+            "clips_per_s": self._clips * self._steps / elapsed,
+            "mfu": self._flops * self._steps / elapsed / self._peak,
+            "data_wait": self._waited / elapsed,
+            "memory_bytes": memory_bytes(self._ranks.device),
         }
         self._reset()
         return figures

@@ -5,36 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-from torch import Tensor
-
 from regen_dist.config.schema import RunConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
+from regen_dist.inference.long import to_frames
 from regen_dist.observe.progress import ProgressLine
 from regen_dist.observe.record import Record
 from regen_dist.observe.tracker import Tracker
 from regen_dist.training.tasks import Validation
 
 
-def to_frames(video: Tensor) -> list[npt.NDArray[np.uint8]]:
-    """[3, T, H, W] in [-1, 1] to T pictures, uint8 [H, W, 3]."""
-    pixels = video.float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
-    return list(pixels.permute(1, 2, 3, 0).numpy())
-
-
 class Reporter:
     """Reports on rank 0; silent elsewhere."""
 
-    def __init__(self, config: RunConfig, run: Path, ranks: Ranks, step: int) -> None:
-        self._silent, self._run = not ranks.is_main, run
+    def __init__(self, config: RunConfig, ranks: Ranks, step: int) -> None:
+        self._silent, self._run = not ranks.is_main, config.folder
         if self._silent:
             return
-        self._record = Record(run / "metrics.jsonl", step)
+        self._record = Record(self._run / "metrics.jsonl", step)
         self._line = ProgressLine(config.train.steps, step)
-        self._tracker = Tracker(config, run)
-        self._line.say(f"{run}: {'resumed at' if step else 'starting at'} step {step} on {ranks.world_size} rank(s)")
+        self._tracker = Tracker(config, self._run)
+        self._line.say(
+            f"{self._run}: {'resumed at' if step else 'starting at'} step {step} on {ranks.world_size} rank(s)"
+        )
         self._record.write("event", step, {"event": "start", "world_size": ranks.world_size})
 
     def train(self, step: int, figures: Mapping[str, float]) -> None:
@@ -60,7 +53,9 @@ class Reporter:
         source, reconstruction = (to_frames(video[0]) for video in (result.source, result.reconstruction))
         numbers = sheet_frames(len(source))
         path.parent.mkdir(exist_ok=True)
-        write_sheet(path, numbers, [source[n] for n in numbers], {"one step": [reconstruction[n] for n in numbers]}, title=title)
+        write_sheet(
+            path, numbers, [source[n] for n in numbers], {"one step": [reconstruction[n] for n in numbers]}, title=title
+        )
 
     def say(self, step: int, text: str) -> None:
         """Something that happened: on the terminal and in the record."""

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 import torch
 
 from regen_dist.config import save_config
 from regen_dist.config.schema import RunConfig
+from regen_dist.distributed.base import precision_of
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.models.attention import require_flash
-from regen_dist.distributed.base import precision_of
 from regen_dist.training.loop import Trainer
 from regen_dist.training.stopping import Stopper
-
-
-def run_folder(config: RunConfig) -> Path:
-    """Where a run keeps its config, metrics, checkpoints and pictures."""
-    return Path(config.output) / config.name
 
 
 def train(config: RunConfig, ranks: Ranks | None = None) -> int:
@@ -30,11 +24,10 @@ def train(config: RunConfig, ranks: Ranks | None = None) -> int:
     """
     ranks = ranks or read_environment()
     _prepare_process(config, ranks)
-    run = run_folder(config)
-    with Stopper(run, ranks) as stopper, process_group(ranks, needed=config.engine.kind == "zero3"):
+    with Stopper(config.folder, ranks) as stopper, process_group(ranks, needed=config.engine.kind == "zero3"):
         if ranks.is_main:
-            save_config(config, run)
-        trainer = Trainer(config, run, ranks)
+            save_config(config, config.folder)
+        trainer = Trainer(config, ranks)
         try:
             return trainer.fit(stopper)
         finally:

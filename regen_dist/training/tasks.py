@@ -119,7 +119,9 @@ def latent_noise(config: RunConfig, x0: Tensor, ids: Tensor, step: int) -> Laten
     if std == 0:
         return None
     size = (x0.shape[3] // 8, x0.shape[4] // 8)
-    planes = torch.arange(-(-channels // 4), device=x0.device).expand(x0.shape[0], -1)  # the generator gives four channels a plane
+    planes = torch.arange(-(-channels // 4), device=x0.device).expand(
+        x0.shape[0], -1
+    )  # the generator gives four channels a plane
 
     def draw(stream: Stream) -> Tensor:
         noise = gaussian(config.train.seed, ids, planes, size, channels=4, draw=step, stream=stream)
@@ -131,7 +133,8 @@ def latent_noise(config: RunConfig, x0: Tensor, ids: Tensor, step: int) -> Laten
 def latent_figures(latents: Latents) -> dict[str, Tensor]:
     """The latents' spread over positions: near 0 a latent says nothing, near 1 it uses its whole bound."""
     return {
-        f"latent_std_{name}": latent.detach().float().std((0, 2, 3)).mean() for name, latent in latents._asdict().items()
+        f"latent_std_{name}": latent.detach().float().std((0, 2, 3)).mean()
+        for name, latent in latents._asdict().items()
     }
 
 
@@ -139,7 +142,9 @@ def validation(source: Tensor, reconstruction: Tensor, latents: Latents) -> Vali
     """Figures of a one-step reconstruction."""
     reconstruction = reconstruction.clamp(-1, 1)
     figures = {"psnr_db": psnr_db(source, reconstruction)}
-    return Validation(figures | {name: float(value) for name, value in latent_figures(latents).items()}, source, reconstruction)
+    return Validation(
+        figures | {name: float(value) for name, value in latent_figures(latents).items()}, source, reconstruction
+    )
 
 
 def build_task(config: RunConfig, device: torch.device) -> Task:
