@@ -36,7 +36,11 @@ class VideoCodec(Protocol):
     """What is needed of a codec: `regen_dist.inference.codec.Codec`, or a stand-in of the same shape."""
 
     num_frames: int
-    kind: str
+
+    @property
+    def kind(self) -> str:
+        """`regen`, `magvit2`, or the name of a stand-in."""
+        ...
 
     def encode(self, clips: Tensor) -> Latents:
         """Clips [B, 3, T, H, W] in [-1, 1], T of 1 or `num_frames`, to latents."""
