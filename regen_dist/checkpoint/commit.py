@@ -1,6 +1,7 @@
 """The commit protocol: a checkpoint exists as a whole or not at all.
 
-    every rank writes its shard into `step-N.tmp/`  ->  all ranks agree that they succeeded  ->  rank 0 writes `manifest.json`
+    every rank writes its shard into `step-N.tmp/`  ->  all ranks agree that they succeeded  ->  rank 0 writes
+    `manifest.json`
     ->  rename to `step-N/`  ->  the pointer `latest`, atomically, last  ->  only then older ones are deleted
 
 Layout: RUN/checkpoints/latest, RUN/checkpoints/step-00001000/{manifest.json, rank-00000-of-00002.safetensors, ...}
@@ -28,7 +29,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed checkpoint says of itself. `state` is whatever the run needs besides tensors (counters, the data's place)."""
+    """What a committed checkpoint says of itself. `state` is whatever the run needs besides tensors (counters, the
+    data's place)."""
 
     schema: int
     step: int
@@ -53,8 +55,8 @@ def write_atomically(path: Path, text: str) -> None:
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, run: Path, ranks: Ranks = Ranks()) -> None:
-        self.folder, self.ranks = run / "checkpoints", ranks
+    def __init__(self, run: Path, ranks: Ranks | None = None) -> None:
+        self.folder, self.ranks = run / "checkpoints", ranks or Ranks()
 
     def save(
         self,
@@ -65,7 +67,8 @@ class CheckpointStore:
         config_hash: str,
         keep: int,
     ) -> None:
-        """Commit a checkpoint; nothing to do when that step is committed already. A collective; raises on every rank when any rank failed, and then the older checkpoints are untouched.
+        """Commit a checkpoint; nothing to do when that step is committed already. A collective; raises on every rank
+        when any rank failed, and then the older checkpoints are untouched.
 
         Raises:
             CheckpointError: some rank could not write its shard.
@@ -152,7 +155,7 @@ def _attempt(path: Path, pieces: dict[str, Tensor]) -> Exception | None:
         write_shard(path, pieces)
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
-    except Exception as error:  # handed to the vote: no rank may leave before the others know
+    except Exception as error:  # noqa: BLE001 - handed to the vote: no rank may leave before the others know
         return error
     return None
 

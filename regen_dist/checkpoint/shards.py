@@ -1,8 +1,9 @@
 """The sharded state of a run on disk, readable at any number of ranks.
 
-Every rank writes the pieces that it holds into one safetensors file. A piece is an even chunk of a flat parameter (`ranks.chunk`), so where
-any element lies follows from the parameter's size and the number of ranks that saved: reading at another number of ranks is reading other
-slices, without a conversion and without communication. Nothing is unpickled.
+Every rank writes the pieces that it holds into one safetensors file. A piece is an even chunk of a flat parameter
+(`ranks.chunk`), so where any element lies follows from the parameter's size and the number of ranks that saved: reading
+at another number of ranks is reading other slices, without a conversion and without communication. Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class ShardReader:
         if rank not in self._files:
             path = self._folder / shard_name(rank, self._world_size)
             try:
-                self._files[rank] = safe_open(path, framework="pt").__enter__()
+                self._files[rank] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"cannot read {path}: {error}") from error
         return self._files[rank]

@@ -34,7 +34,8 @@ class StageConfig(Section):
 
 
 class EncoderConfig(Section):
-    """Causal 3D-convolutional encoder. `stem_patch` folds that many pixels a side into channels before the first convolution."""
+    """Causal 3D-convolutional encoder. `stem_patch` folds that many pixels a side into channels before the first
+    convolution."""
 
     stem_patch: Literal[1, 2, 4] = 1
     stages: tuple[StageConfig, ...] = Field(min_length=1)
@@ -52,7 +53,8 @@ class EncoderConfig(Section):
 
 
 class LatentConfig(Section):
-    """Latents are RMS-normalised over their channels; `noise_std` is Gaussian noise added in training, for robust decoders."""
+    """Latents are RMS-normalised over their channels; `noise_std` is Gaussian noise added in training, for robust
+    decoders."""
 
     channels: PositiveInt = 8
     noise_std: Annotated[float, Field(ge=0.0)] = 0.0
@@ -92,7 +94,8 @@ class DecoderConfig(Section):
 
 
 class ModelConfig(Section):
-    """The embedder: `regen` (diffusion transformer decoder) or `magvit2` (the mirrored causal convolutional baseline)."""
+    """The embedder: `regen` (diffusion transformer decoder) or `magvit2` (the mirrored causal convolutional
+    baseline)."""
 
     kind: Literal["regen", "magvit2"] = "regen"
     temporal_compression: TemporalCompression = 8
@@ -122,7 +125,8 @@ class ModelConfig(Section):
 
 
 class DensityConfig(Section):
-    """Where training puts its timesteps in (0, 1]; 1 is pure noise. `pure_noise` is the share of samples at exactly 1."""
+    """Where training puts its timesteps in (0, 1]; 1 is pure noise. `pure_noise` is the share of samples at exactly
+    1."""
 
     kind: Literal["uniform", "logit_normal"] = "logit_normal"
     mean: float = 0.0
@@ -190,7 +194,8 @@ class EngineConfig(Section):
 
     kind: Literal["zero3", "plain"] = "zero3"
     precision: Literal["bf16", "fp32"] = "bf16"
-    partitioned_init: bool = False  # build each parameter already sharded (zero.Init), in the working precision: for models larger than one GPU
+    # Build each parameter already sharded (zero.Init), in the working precision: for models larger than one GPU.
+    partitioned_init: bool = False
     activation_checkpointing: bool = False
 
 

@@ -6,7 +6,7 @@ Shapes: b clips of this rank and micro-batch, T frames, H x W pixels of the crop
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ def clip_batches(
     rank: int,
     world_size: int,
     cursor: int,
-) -> Iterator[ClipBatch]:
+) -> Generator[ClipBatch]:
     """This rank's micro-batches, without end: `accumulation` of them for each global step, from the step that
     starts at `cursor`.
 
@@ -198,7 +198,7 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _iterate(loader: DataLoader[ClipBatch | DataError], plan: _Plan) -> Iterator[ClipBatch]:
+def _iterate(loader: DataLoader[ClipBatch | DataError], plan: _Plan) -> Generator[ClipBatch]:
     batches = iter(loader)
     for expected in plan:
         try:

@@ -1,7 +1,9 @@
-"""Random numbers as a pure function of what they are for: a counter-based generator, Philox4x32-10 (Salmon et al., SC 2011).
+"""Random numbers as a pure function of what they are for: a counter-based generator, Philox4x32-10 (Salmon et al., SC
+2011).
 
-No state, no order: the noise of a pixel depends on (seed, sample id, frame time, y, x) alone. The same video therefore gets the same noise
-whatever the batch it is in, the rank that holds it, the tile or the window that is being decoded, and resuming needs no saved generator.
+No state, no order: the noise of a pixel depends on (seed, sample id, frame time, y, x) alone. The same video therefore
+gets the same noise whatever the batch it is in, the rank that holds it, the tile or the window that is being decoded,
+and resuming needs no saved generator.
 
 Legend: B batch, C channels (up to 4), T frames, H rows, W columns. Words are 32-bit, held in int64 tensors.
 """
@@ -34,7 +36,8 @@ class Stream(IntEnum):
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four counter words and two key words (int64 tensors that broadcast, values below 2**32) to four random words."""
+    """Philox4x32-10: four counter words and two key words (int64 tensors that broadcast, values below 2**32) to four
+    random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for step in range(ROUNDS):
@@ -108,7 +111,8 @@ def gaussian(
         times: of the frames in the video's own frames, real, [B, T]; equal times get equal noise.
         size: H, W of the part that is wanted.
         channels: up to 4.
-        origin: row and column of the part's first pixel in the whole frame: the noise of a tile is a cut from the whole frame's noise.
+        origin: row and column of the part's first pixel in the whole frame: the noise of a tile is a cut from the whole
+            frame's noise.
         draw: the training step, or 0.
         stream: what the noise is for.
 
@@ -129,4 +133,5 @@ def gaussian(
             words = philox((part, frames, torch.full_like(part, draw & MASK), torch.full_like(part, int(stream))), key)
             normals = _normals(words)[:channels]
             out[b, :, :, start : start + part.shape[1]] = torch.stack(normals, 1)
-    return out.unflatten(-1, (height, width)).transpose(1, 2)
+    video: Tensor = out.unflatten(-1, (height, width))  # [B, T, C, H, W]
+    return video.transpose(1, 2)

@@ -1,7 +1,8 @@
 """Noise paths and prediction targets.
 
-A path takes data x0 to noise e as x_t = alpha(t) x0 + sigma(t) e, with t from 0 (data) to 1 (noise), and has the velocity
-v = alpha'(t) x0 + sigma'(t) e. Rectified flow: Liu et al., 2022 (straight lines). Cosine VP: Nichol and Dhariwal, 2021 (alpha^2 + sigma^2 = 1).
+A path takes data x0 to noise e as x_t = alpha(t) x0 + sigma(t) e, with t from 0 (data) to 1 (noise), and has the
+velocity v = alpha'(t) x0 + sigma'(t) e. Rectified flow: Liu et al., 2022 (straight lines). Cosine VP: Nichol and
+Dhariwal, 2021 (alpha^2 + sigma^2 = 1).
 
 Legend: videos are [B, C, T, H, W]; t is [B].
 """
@@ -73,8 +74,8 @@ def x0_from(path: PathName, target: Target, prediction: Tensor, x_t: Tensor, t: 
         return (c.d_sigma * x_t - c.sigma * prediction) / c.wronskian
     if bool((c.alpha <= 0).any()):
         raise ConfigError(
-            "a noise prediction (diffusion.target=eps) cannot be turned into pixels at pure noise: x0 = (x_t - sigma e) / alpha with "
-            "alpha = 0. One-step decoding needs diffusion.target=x0 or velocity"
+            "a noise prediction (diffusion.target=eps) cannot be turned into pixels at pure noise: "
+            "x0 = (x_t - sigma e) / alpha with alpha = 0. One-step decoding needs diffusion.target=x0 or velocity"
         )
     return (x_t - c.sigma * prediction) / c.alpha
 
@@ -82,7 +83,8 @@ def x0_from(path: PathName, target: Target, prediction: Tensor, x_t: Tensor, t: 
 def squared_error_weight(
     path: PathName, target: Target, space: Literal["x0", "velocity"], t: Tensor, limit: float = 100.0
 ) -> Tensor:
-    """What turns a squared error of the target into one of x0 or of the velocity, [B, 1, 1, 1, 1], limited where it diverges.
+    """What turns a squared error of the target into one of x0 or of the velocity, [B, 1, 1, 1, 1], limited where it
+    diverges.
 
     For one x_t, an error d in x0 is an error d * alpha / sigma in e and d * wronskian / sigma in v.
     """

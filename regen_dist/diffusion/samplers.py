@@ -1,11 +1,14 @@
-"""Deterministic samplers from pure noise to video, with any number of steps; one is the default (paper: one step already reconstructs well).
+"""Deterministic samplers from pure noise to video, with any number of steps; one is the default (paper: one step
+already reconstructs well).
 
-A denoiser is any function (x_t, t) -> estimate of x0, so that a caller can blend the estimates of overlapping windows inside it.
+A denoiser is any function (x_t, t) -> estimate of x0, so that a caller can blend the estimates of overlapping windows
+inside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -27,8 +30,8 @@ def sample(
         noise: the starting point.
         path: the noise path that the model was trained on.
         steps: evaluations for `euler`; `heun` takes two for each step but the last.
-        method: `euler` keeps the noise that x0 implies (DDIM; Euler's rule on a rectified flow); `heun` averages the velocities at
-            both ends of the step (second order).
+        method: `euler` keeps the noise that x0 implies (DDIM; Euler's rule on a rectified flow); `heun` averages the
+            velocities at both ends of the step (second order).
 
     Raises:
         ConfigError: fewer than one step.
@@ -37,7 +40,7 @@ def sample(
         raise ConfigError(f"the number of sampling steps must be at least 1, found {steps}")
     times = torch.linspace(1.0, 0.0, steps + 1)
     x = noise
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         x0 = denoise(x, now.expand(x.shape[0]))
         if then == 0:
             return x0

@@ -1,8 +1,8 @@
 """The interface of what runs a training step.
 
-An engine keeps float32 master weights, two moments and the weights' moving average (EMA); the forward and backward passes run in the
-configured precision. State is exposed as *pieces*: for every parameter the flat chunk that this rank holds (`ranks.chunk`), which is how
-ZeRO-3 lays it out, so that a checkpoint is made and read without communication.
+An engine keeps float32 master weights, two moments and the weights' moving average (EMA); the forward and backward
+passes run in the configured precision. State is exposed as *pieces*: for every parameter the flat chunk that this rank
+holds (`ranks.chunk`), which is how ZeRO-3 lays it out, so that a checkpoint is made and read without communication.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class PieceSource(Protocol):
 
 
 class StepResult(NamedTuple):
-    """What became of an optimizer step: not applied means that a gradient was not finite on some rank, and nothing changed on any."""
+    """What became of an optimizer step: not applied means that a gradient was not finite on some rank, and nothing
+    changed on any."""
 
     applied: bool
     grad_norm: float
@@ -107,7 +108,8 @@ class Engine(ABC):
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        """Move the average towards the weights, faster at first so that it forgets the initialisation. No communication."""
+        """Move the average towards the weights, faster at first so that it forgets the initialisation. No
+        communication."""
         decay = min(self.config.train.ema_decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(list(self.ema.values()), list(self._live.values()), 1 - decay)
 
@@ -119,4 +121,4 @@ def precision_of(name: str) -> torch.dtype:
 
 def full_shape(param: Tensor) -> torch.Size:
     """A parameter's shape, sharded or not."""
-    return getattr(param, "ds_shape", param.shape)  # type: ignore[no-any-return]
+    return getattr(param, "ds_shape", param.shape)

@@ -33,7 +33,7 @@ class Zero3Engine(Engine):
         optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device)
         self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = self._engine.module
-        self._params = dict(self.module.named_parameters())
+        self._params: dict[str, Any] = dict(self.module.named_parameters())  # with the attributes that ZeRO-3 adds
         for group in self._zero.fp32_partitioned_groups_flat:
             self._zero.optimizer.state[group] = fresh_state(config.optimizer, group)
         for name, master in self.named_masters():  # DeepSpeed makes the masters from the rounded working weights
@@ -54,13 +54,17 @@ class Zero3Engine(Engine):
         """This rank's chunk of a parameter's master or moment, cut free of ZeRO-3's padding."""
         param = self._params[name]
         low, high = chunk(param.ds_numel, self.ranks.world_size, self.ranks.rank)
-        return self._zero.get_local_fp32_param(param, moment)[: high - low]
+        piece: Tensor = self._zero.get_local_fp32_param(param, moment)[: high - low]
+        return piece
 
-    def _chunk_of(self, param: Tensor) -> Tensor:
+    def _chunk_of(self, param: Any) -> Tensor:
         """This rank's chunk of a parameter that DeepSpeed has not taken over yet, sharded or not."""
         whole = prod(full_shape(param))
         low, high = chunk(whole, self.ranks.world_size, self.ranks.rank)
-        return param.ds_tensor[: high - low] if hasattr(param, "ds_tensor") else param.detach().flatten()[low:high]
+        own: Tensor = (
+            param.ds_tensor[: high - low] if hasattr(param, "ds_tensor") else param.detach().flatten()[low:high]
+        )
+        return own
 
     def _forward(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -71,7 +75,8 @@ class Zero3Engine(Engine):
         return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm() or 0.0))
 
     def _after_restore(self) -> None:
-        """ZeRO-3 keeps the working weights apart from the masters, and the small ones whole on every rank: write both anew."""
+        """ZeRO-3 keeps the working weights apart from the masters, and the small ones whole on every rank: write both
+        anew."""
         set_num_updates(self._zero.optimizer, self.num_updates)
         whole = self._zero.persistent_parameters
         if whole:

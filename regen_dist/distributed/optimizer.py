@@ -15,7 +15,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(config: OptimizerConfig, params: Iterable[Tensor], device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that the config names. Matrices and kernels decay; vectors (biases, norm gains, tables of one row) do not.
+    """The optimizer that the config names. Matrices and kernels decay; vectors (biases, norm gains, tables of one row)
+    do not.
 
     Raises:
         BackendError: the optimizer cannot run on this device or is not installed.
@@ -53,14 +54,15 @@ def _fused_adam(
         from apex.optimizers import FusedAdam
     except ImportError as error:
         raise BackendError(
-            f"optimizer.kind=fused_adam needs NVIDIA apex ({error}), which is built from source (see environment.yml; PyPI's `apex` is "
-            "another package); or set optimizer.kind=adamw"
+            f"optimizer.kind=fused_adam needs NVIDIA apex ({error}), which is built from source (see environment.yml; "
+            "PyPI's `apex` is another package); or set optimizer.kind=adamw"
         ) from error
     return FusedAdam(groups, lr=config.lr, betas=config.betas, adam_w_mode=True)  # type: ignore[no-any-return]
 
 
 def fresh_state(config: OptimizerConfig, param: Tensor) -> dict[str, Any]:
-    """The optimizer's state of a parameter before its first step, made early so that a checkpoint can be restored into it."""
+    """The optimizer's state of a parameter before its first step, made early so that a checkpoint can be restored into
+    it."""
     moments: dict[str, Any] = {moment: torch.zeros_like(param, requires_grad=False) for moment in MOMENTS}
     return (
         moments
@@ -70,7 +72,8 @@ def fresh_state(config: OptimizerConfig, param: Tensor) -> dict[str, Any]:
 
 
 def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
-    """Tell the optimizer how many updates it has made, wherever it keeps that number (its bias correction depends on it)."""
+    """Tell the optimizer how many updates it has made, wherever it keeps that number (its bias correction depends on
+    it)."""
     for slot in optimizer.state.values():
         if "step" in slot:
             slot["step"] = torch.tensor(float(num_updates)) if torch.is_tensor(slot["step"]) else num_updates

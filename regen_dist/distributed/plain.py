@@ -24,7 +24,8 @@ class PlainEngine(Engine):
         super().__init__(config, ranks)
         if ranks.world_size > 1:
             raise BackendError(
-                f"engine.kind=plain runs in one process, found {ranks.world_size} ranks; set engine.kind=zero3 or --ranks 1"
+                f"engine.kind=plain runs in one process, found {ranks.world_size} ranks; set engine.kind=zero3, "
+                "or --ranks 1"
             )
         self.module = build().to(ranks.device)
         self._masters = {name: param.detach().float().clone() for name, param in self.module.named_parameters()}
@@ -35,7 +36,7 @@ class PlainEngine(Engine):
         self._start()
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        (loss / self.config.train.accumulation).backward()  # type: ignore[no-untyped-call]
+        (loss / self.config.train.accumulation).backward()
 
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, master.view(-1)) for name, master in self._masters.items())
@@ -53,9 +54,7 @@ class PlainEngine(Engine):
     @torch.no_grad()
     def _update(self, lr: float) -> StepResult:
         params = dict(self.module.named_parameters())
-        grads = [
-            torch.zeros_like(m) if params[n].grad is None else params[n].grad.float() for n, m in self._masters.items()
-        ]
+        grads = [_gradient(params[n]) for n, m in self._masters.items()]
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
         self.module.zero_grad(set_to_none=True)
         if not math.isfinite(norm):
@@ -76,3 +75,8 @@ class PlainEngine(Engine):
     def _after_restore(self) -> None:
         set_num_updates(self.optimizer, self.num_updates)
         self._refresh_weights()
+
+
+def _gradient(param: nn.Parameter) -> Tensor:
+    """The gradient in float32; zeros where the parameter took no part (the motion path of a batch of images)."""
+    return torch.zeros_like(param, dtype=torch.float32) if param.grad is None else param.grad.float()

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from regen_dist.errors import ConfigError
 
@@ -41,7 +42,7 @@ class Ranks:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        return tensor.tolist()  # type: ignore[no-any-return]
+        return tensor.tolist()
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank says so. A collective."""
@@ -97,7 +98,7 @@ def process_group(ranks: Ranks, needed: bool) -> Iterator[None]:
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     if ranks.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
@@ -107,7 +108,8 @@ def process_group(ranks: Ranks, needed: bool) -> Iterator[None]:
 
 
 def chunk(size: int, world_size: int, rank: int) -> tuple[int, int]:
-    """The half-open range of a flat parameter of `size` elements that a rank holds under ZeRO-3: even chunks, the last ones short."""
+    """The half-open range of a flat parameter of `size` elements that a rank holds under ZeRO-3: even chunks, the last
+    ones short."""
     length = -(-size // world_size)
     low = min(rank * length, size)
     return low, min(low + length, size)

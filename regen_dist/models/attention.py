@@ -2,9 +2,10 @@
 
 Legend: B batch, T token frames, H rows, W columns, L = T*H*W tokens, N heads, E width of a head.
 
-A *backend* is the kernel; a *pattern* says which tokens see each other. A window pattern cuts the grid into boxes and attends inside
-each box alone, so that the cost grows linearly with the size of the video. Odd layers shift the boxes by half their size, so that
-information crosses their borders after two layers. Boxes at a border are smaller instead of padded: no mask is needed, any backend runs.
+A *backend* is the kernel; a *pattern* says which tokens see each other. A window pattern cuts the grid into boxes and
+attends inside each box alone, so that the cost grows linearly with the size of the video. Odd layers shift the boxes by
+half their size, so that information crosses their borders after two layers. Boxes at a border are smaller instead of
+padded: no mask is needed, any backend runs.
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ Grid = tuple[int, int, int]
 
 
 class Span(NamedTuple):
-    """A run of equal segments along one axis: `count` segments of `size` tokens from `start`."""
+    """A run of equal segments along one axis: `repeats` segments of `size` tokens from `start`."""
 
     start: int
     size: int
-    count: int
+    repeats: int
 
     @property
     def stop(self) -> int:
-        return self.start + self.size * self.count
+        """The first token behind the run."""
+        return self.start + self.size * self.repeats
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention as the textbook writes it, in float32: softmax(q k^T / sqrt(E)) v. Shapes [B, N, L, E]."""
     scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
-    return (scores.softmax(-1) @ v.float()).to(v.dtype)
+    mixed: Tensor = scores.softmax(-1) @ v.float()
+    return mixed.to(v.dtype)
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,10 +51,12 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend_eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Two batched matrix products around a softmax, in the working precision. Shapes [B, N, L, E].
 
-    On CPUs and for windows of up to a few hundred tokens several times faster, backward included, than the fused kernel.
+    On CPUs and for windows of up to a few hundred tokens several times faster, backward included, than the fused
+    kernel.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores.softmax(-1) @ v
+    mixed: Tensor = scores.softmax(-1) @ v
+    return mixed
 
 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -142,7 +147,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, config: AttentionConf
 
 def _fold(tokens: Tensor, box: tuple[Span, ...]) -> Tensor:
     """[B, N, nt*t, nh*h, nw*w, E] to [B*nt*nh*nw, N, t*h*w, E]."""
-    (nt, t), (nh, h), (nw, w) = ((span.count, span.size) for span in box)
+    (nt, t), (nh, h), (nw, w) = ((span.repeats, span.size) for span in box)
     batch, heads, *_, width = tokens.shape
     tokens = tokens.reshape(batch, heads, nt, t, nh, h, nw, w, width)
     return tokens.permute(0, 2, 4, 6, 1, 3, 5, 7, 8).reshape(batch * nt * nh * nw, heads, t * h * w, width)
@@ -150,7 +155,7 @@ def _fold(tokens: Tensor, box: tuple[Span, ...]) -> Tensor:
 
 def _unfold(windows: Tensor, box: tuple[Span, ...], batch: int) -> Tensor:
     """The inverse of `_fold`."""
-    (nt, t), (nh, h), (nw, w) = ((span.count, span.size) for span in box)
+    (nt, t), (nh, h), (nw, w) = ((span.repeats, span.size) for span in box)
     heads, width = windows.shape[1], windows.shape[-1]
     windows = windows.reshape(batch, nt, nh, nw, heads, t, h, w, width)
     return windows.permute(0, 4, 1, 5, 2, 6, 3, 7, 8).reshape(batch, heads, nt * t, nh * h, nw * w, width)

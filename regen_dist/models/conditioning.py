@@ -4,7 +4,8 @@
 
 with M_t a SIREN (Sitzmann et al., 2020) over a real-valued time and M_s a linear projection.
 
-Legend: B batch, T decoded frames, h x w latent cells, Z latent channels, M width of the SIREN, D width of the transformer.
+Legend: B batch, T decoded frames, h x w latent cells, Z latent channels, M width of the SIREN, D width of the
+    transformer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from regen_dist.models.encoder import Latents
 
 
 class TimeWave(nn.Module):
-    """First layer of the SIREN: sin(omega (W t + b)), t real. [B, T] to [B, T, M]. Always in float32: the phase is what it is about."""
+    """First layer of the SIREN: sin(omega (W t + b)), t real. [B, T] to [B, T, M]. Always in float32: the phase is what
+    it is about."""
 
     def __init__(self, width: int, omega: float) -> None:
         super().__init__()
@@ -61,12 +63,12 @@ class SineLayer(nn.Module):
 class LatentConditioning(nn.Module):
     """C_e, the decoder's only positional information.
 
-    Time is a real number of frames from the clip's first: any subset of frames, times between them, and times slightly past the clip's
-    end can be asked for.
+    Time is a real number of frames from the clip's first: any subset of frames, times between them, and times slightly
+    past the clip's end can be asked for.
 
-    First-frame rule (paper, Fig. 3, as we read it): what the SIREN says of the first frame does not depend on the motion latent, so that
-    the first frame of a clip and the same frame as an image are conditioned alike. The motion latent fades in over the first interval,
-    its weight being min(|t|, 1), which keeps C_e continuous in time.
+    First-frame rule (paper, Fig. 3, as we read it): what the SIREN says of the first frame does not depend on the
+    motion latent, so that the first frame of a clip and the same frame as an image are conditioned alike. The motion
+    latent fades in over the first interval, its weight being min(|t|, 1), which keeps C_e continuous in time.
     """
 
     def __init__(self, config: ModelConfig) -> None:

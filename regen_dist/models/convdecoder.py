@@ -1,4 +1,5 @@
-"""The baseline's decoder: the encoder's stages mirrored, causal, from two latent frames to a clip (after MAGVIT-v2, continuous latents).
+"""The baseline's decoder: the encoder's stages mirrored, causal, from two latent frames to a clip (after MAGVIT-v2,
+continuous latents).
 
 Legend: B batch, T frames, h x w latent cells, H = 8h, W = 8w.
 """
@@ -15,6 +16,7 @@ from regen_dist.models.layers import (
     CausalConv,
     CausalUpsample,
     ChannelNorm,
+    Checkpointed,
     Frames,
     ResidualBlock,
     join_first,
@@ -22,7 +24,7 @@ from regen_dist.models.layers import (
 )
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(Checkpointed):
     """Latents [B, 8, h, w] to pixels [B, 3, T, H, W]; the motion latent is a second latent frame."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,6 +48,6 @@ class ConvDecoder(nn.Module):
         motion = latents.motion.unsqueeze(2) if num_frames > 1 else None
         frames = self.stem(Frames(latents.content, motion))
         for layer in self.layers:
-            frames = layer(frames)
+            frames = self.run(layer, frames)
         frames = self.head(frames.map(self.norm).map(F.silu))
         return join_first(unfold_patches(frames, self.patch)).float()

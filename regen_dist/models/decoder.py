@@ -1,4 +1,5 @@
-"""The generative decoder: a diffusion transformer on the pixels of a clip (paper, Sec. 3; blocks after DiT, Peebles & Xie 2023).
+"""The generative decoder: a diffusion transformer on the pixels of a clip (paper, Sec. 3; blocks after DiT, Peebles &
+Xie 2023).
 
 Legend: B batch, T frames, H x W pixels, h = H/8, w = W/8, P = 8, L = T*h*w tokens, N heads, D width.
 """
@@ -6,18 +7,16 @@ Legend: B batch, T frames, H x W pixels, h = H/8, w = W/8, P = 8, L = T*h*w toke
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from regen_dist.config.schema import SPATIAL_COMPRESSION as P
 from regen_dist.config.schema import DecoderConfig
 from regen_dist.models.attention import Grid, attention
-from regen_dist.models.layers import ZeroLinear
+from regen_dist.models.layers import Checkpointed, ZeroLinear
 
 NUM_FREQUENCIES = 128
 
@@ -37,7 +36,8 @@ def unfold_tokens(tokens: Tensor, grid: Grid) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """The diffusion time t in (0, 1] to one modulation vector, [B] to [B, D], through sinusoids and a two-layer network."""
+    """The diffusion time t in (0, 1] to one modulation vector, [B] to [B, D], through sinusoids and a two-layer
+    network."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,15 +47,15 @@ class TimestepEmbedding(nn.Module):
         steps = torch.arange(NUM_FREQUENCIES, device=t.device, dtype=torch.float32)
         frequencies = 1000.0 * torch.exp(-math.log(10000.0) / NUM_FREQUENCIES * steps)
         angles = t.float()[:, None] * frequencies
-        waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.net[0].weight.dtype)
+        waves = torch.cat([angles.cos(), angles.sin()], -1).to(next(self.parameters()).dtype)
         return self.net(waves)  # type: ignore[no-any-return]
 
 
 class Modulation(nn.Module):
     """adaLN: the timestep's vector to `parts` vectors of width D for all blocks, [B, D] to [B, parts, D].
 
-    One projection serves every block, and each block adds a table of its own (adaLN-single, PixArt-alpha). Zero at the start, so that the
-    gates of all blocks are closed and the transformer begins as the identity.
+    One projection serves every block, and each block adds a table of its own (adaLN-single, PixArt-alpha). Zero at the
+    start, so that the gates of all blocks are closed and the transformer begins as the identity.
     """
 
     def __init__(self, width: int, parts: int) -> None:
@@ -97,7 +97,7 @@ class Block(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-class GenerativeDecoder(nn.Module):
+class GenerativeDecoder(Checkpointed):
     """Noisy pixels, diffusion time and C_e to a prediction in pixel space."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -105,23 +105,19 @@ class GenerativeDecoder(nn.Module):
         self.embed = nn.Linear(3 * P * P, config.width)
         self.timestep = TimestepEmbedding(config.width)
         self.modulation = Modulation(config.width, 6)
+        self.noise_gate = Modulation(config.width, 1)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.blocks))
         self.final_modulation = Modulation(config.width, 2)
         self.head = ZeroLinear(config.width, 3 * P * P)
-        self.activation_checkpointing = False
 
     def forward(self, noisy: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
         """noisy [B, 3, T, H, W], t [B], conditioning C_e [B, T, h, w, D] to a prediction [B, 3, T, H, W] in float32."""
         grid: Grid = (noisy.shape[2], noisy.shape[3] // P, noisy.shape[4] // P)
         vector = self.timestep(t)
         modulation = self.modulation(vector)
-        x = self.embed(fold_tokens(noisy.to(self.embed.weight.dtype))) + conditioning.flatten(1, 3)  # [B, L, D]
+        pixels = self.embed(fold_tokens(noisy.to(self.embed.weight.dtype)))  # [B, L, D]
+        x = torch.addcmul(conditioning.flatten(1, 3), pixels, self.noise_gate(vector))
         for block in self.blocks:
-            x = self._run(block, x, modulation, grid)
+            x = self.run(block, x, modulation, grid=grid)
         scale, shift = self.final_modulation(vector).unsqueeze(2).unbind(1)
         return unfold_tokens(self.head(modulate(x, scale, shift)).float(), grid)
-
-    def _run(self, block: nn.Module, x: Tensor, modulation: Tensor, grid: Grid) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(partial(block, grid=grid), x, modulation, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x, modulation, grid)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from regen_dist.models.conditioning import LatentConditioning
 from regen_dist.models.convdecoder import ConvDecoder
 from regen_dist.models.decoder import GenerativeDecoder
 from regen_dist.models.encoder import Encoder, Latents
+from regen_dist.models.layers import Checkpointed
 
 
 class VideoEmbedder(nn.Module):
@@ -40,7 +41,7 @@ class VideoEmbedder(nn.Module):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         for module in self.modules():
-            if hasattr(module, "activation_checkpointing"):
+            if isinstance(module, Checkpointed):
                 module.activation_checkpointing = enabled
 
 
@@ -69,14 +70,16 @@ class Regen(VideoEmbedder):
     def forward(
         self, video: Tensor, noisy: Tensor, t: Tensor, latent_noise: Latents | None = None
     ) -> tuple[Tensor, Latents]:
-        """Encode `video` and predict from `noisy`: what one training step needs, in one call. Returns the clean latents too."""
+        """Encode `video` and predict from `noisy`: what one training step needs, in one call. Returns the clean latents
+        too."""
         latents = self.encode(video)
         seen = latents if latent_noise is None else _perturb(latents, latent_noise)
         return self.denoise(noisy, t, seen, self.frame_times(video)), latents
 
 
 class Baseline(VideoEmbedder):
-    """MAGVIT-v2 style autoencoder with continuous latents: same encoder, same latent budget, a mirrored causal convolutional decoder."""
+    """MAGVIT-v2 style autoencoder with continuous latents: same encoder, same latent budget, a mirrored causal
+    convolutional decoder."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

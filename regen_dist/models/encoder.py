@@ -1,4 +1,5 @@
-"""Causal 3D-convolutional encoder: a clip to two latent frames (paper, Sec. 3 and Fig. 3; architecture after MAGVIT-v2).
+"""Causal 3D-convolutional encoder: a clip to two latent frames (paper, Sec. 3 and Fig. 3; architecture after
+MAGVIT-v2).
 
 Legend: B batch, k temporal compression, H x W pixels, h = H/8, w = W/8.
 """
@@ -14,14 +15,22 @@ from torch import Tensor
 
 from regen_dist.config.schema import SPATIAL_COMPRESSION, ModelConfig
 from regen_dist.errors import DataError
-from regen_dist.models.layers import CausalConv, ChannelNorm, Frames, ResidualBlock, fold_patches, split_first
+from regen_dist.models.layers import (
+    CausalConv,
+    ChannelNorm,
+    Checkpointed,
+    Frames,
+    ResidualBlock,
+    fold_patches,
+    split_first,
+)
 
 
 class Latents(NamedTuple):
     """What is kept of a clip: the content latent and the motion latent, [B, 8, h, w] each.
 
-    The content latent is a function of the first frame alone. The motion latent of an image is all zeros: every motion latent of a clip
-    has an RMS of 1 over its channels, so zero is the one value that no clip has.
+    The content latent is a function of the first frame alone. The motion latent of an image is all zeros: every motion
+    latent of a clip has an RMS of 1 over its channels, so zero is the one value that no clip has.
     """
 
     content: Tensor
@@ -52,7 +61,7 @@ def check_clip(video: Tensor, num_frames: int) -> None:
         )
 
 
-class Encoder(nn.Module):
+class Encoder(Checkpointed):
     """Video [B, 3, T, H, W] in [-1, 1], T = k+1 or 1, to `Latents`.
 
     No operation mixes frames but the causal convolutions, and none of them shows the first frame a later one.
@@ -80,7 +89,7 @@ class Encoder(nn.Module):
         frames = fold_patches(split_first(video.to(self.stem.weight.dtype)), self.patch)
         frames = self.stem(frames)
         for layer in self.layers:
-            frames = layer(frames)
+            frames = self.run(layer, frames)
         content, motion = self._head(frames)
         return Latents(content, torch.zeros_like(content) if motion is None else motion)
 

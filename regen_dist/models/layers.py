@@ -2,20 +2,21 @@
 
 Legend: B batch, C channels, T frames, H rows, W columns.
 
-A clip travels as `Frames`: its first frame apart from those that follow. The first frame sees nothing but itself, so it is computed by
-2D operations that are the same, call for call, whether one frame or a whole clip is given. That makes the content latent of a clip equal
-to that of its first frame bit for bit, and spends no work on frames of padding.
+A clip travels as `Frames`: its first frame apart from those that follow. The first frame sees nothing but itself, so it
+is computed by 2D operations that are the same, call for call, whether one frame or a whole clip is given. That makes
+the content latent of a clip equal to that of its first frame bit for bit, and spends no work on frames of padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class Frames(NamedTuple):
@@ -74,11 +75,23 @@ class ChannelNorm(nn.Module):
         return x * scale * self.gain.view(-1, *[1] * (x.ndim - 2))
 
 
+class Checkpointed(nn.Module):
+    """A module that can run its parts with recomputation: their activations are made again in the backward pass."""
+
+    activation_checkpointing = False
+
+    def run(self, part: nn.Module, *inputs: Any, **fixed: Any) -> Any:
+        """`part(*inputs, **fixed)`; `fixed` holds what is no tensor."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False, **fixed)
+        return part(*inputs, **fixed)
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero: gates and heads, which open as training goes.
 
-    Every module initialises its own parameters inside its own `__init__`, because under ZeRO-3 (`engine.partitioned_init`) they are
-    sharded, and out of reach, as soon as that returns.
+    Every module initialises its own parameters inside its own `__init__`, because under ZeRO-3
+    (`engine.partitioned_init`) they are sharded, and out of reach, as soon as that returns.
     """
 
     def __init__(self, features_in: int, features_out: int) -> None:
@@ -109,7 +122,8 @@ class CausalConv(nn.Conv3d):
         return Frames(first, super().forward(self._with_past(frames)))
 
     def _with_past(self, frames: Frames) -> Tensor:
-        """The frames after the first, behind as many of the past (the first frame, then zeros) as the kernel reaches back to."""
+        """The frames after the first, behind as many of the past (the first frame, then zeros) as the kernel reaches
+        back to."""
         assert frames.rest is not None
         reach = self.kernel_size[0] - self.stride[0]
         if reach == 0:  # a pointwise convolution
@@ -148,5 +162,5 @@ class ResidualBlock(nn.Module):
 
     def forward(self, frames: Frames) -> Frames:
         hidden = self.conv_in(frames.map(self.norm_in).map(F.silu))
-        hidden = self.conv_out(hidden.map(self.norm_out).map(F.silu))
-        return hidden.add(frames if self.skip is None else self.skip(frames))
+        change: Frames = self.conv_out(hidden.map(self.norm_out).map(F.silu))
+        return change.add(frames if self.skip is None else self.skip(frames))

@@ -21,7 +21,8 @@ GPU_PEAK_TFLOPS = {
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Peak TFLOP/s of one rank: the data sheet's for a known GPU, else measured by square matrix products for `seconds`."""
+    """Peak TFLOP/s of one rank: the data sheet's for a known GPU, else measured by square matrix products for
+    `seconds`."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, peak in GPU_PEAK_TFLOPS.items():

@@ -13,14 +13,15 @@ Kind = Literal["train", "validation", "event"]
 
 
 class Record:
-    """Appends lines; on resuming it first drops those of steps that will be done again, so that every step stands in it once."""
+    """Appends lines; on resuming it first drops those of steps that will be done again, so that every step stands in it
+    once."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._drop_after(resumed_step)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # closed by close()
 
     def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
         """One line. Floats are written so that they read back bit for bit."""

@@ -58,7 +58,7 @@ class Tracker:
     def _guard(self, action: Any) -> None:
         try:
             action()
-        except Exception as error:  # an outage of a web service must not end weeks of training
+        except Exception as error:  # noqa: BLE001 - an outage of a web service must not end weeks of training
             self.failures += 1
             self._run = None
             log.warning("wandb failed and is off for the rest of this run (metrics.jsonl goes on): %s", error)

@@ -7,7 +7,8 @@ from regen_dist.errors import TrainingError
 
 
 class NonFiniteGuard:
-    """Counts the steps that every rank skipped because a gradient was not finite somewhere; stops the run when there are too many.
+    """Counts the steps that every rank skipped because a gradient was not finite somewhere; stops the run when there
+    are too many.
 
     A skipped step changes no weight, moment or average on any rank, and its clips are not trained on again.
     """
@@ -24,6 +25,6 @@ class NonFiniteGuard:
         self.skipped += not result.applied
         if self.skipped > self.budget:
             raise TrainingError(
-                f"step {step}: {self.skipped} steps had non-finite gradients, train.nonfinite_budget allows {self.budget}. Lower "
-                "optimizer.lr, look at the latents' std in metrics.jsonl, or raise the budget"
+                f"step {step}: {self.skipped} steps had non-finite gradients, train.nonfinite_budget allows "
+                f"{self.budget}. Lower optimizer.lr, look at the latents' std in metrics.jsonl, or raise the budget"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config import config_hash
@@ -42,7 +42,7 @@ class Trainer:
         train = self.config.train
         while self.step < train.steps:
             lr = learning_rate(self.config.optimizer, self.step, train.steps)
-            result = self._train_step(self.batches, lr)
+            result = self._train_step(lr)
             self.step += 1
             self.guard.check(self.step, result)
             if self._due(train.log_every):
@@ -66,11 +66,11 @@ class Trainer:
         self.batches.close()
         self.reporter.close()
 
-    def _train_step(self, batches: Iterator[ClipBatch], lr: float) -> StepResult:
+    def _train_step(self, lr: float) -> StepResult:
         """One optimizer step: every micro-batch forward and backward, then the update."""
         for micro in range(self.config.train.accumulation):
             with self.meter.waiting():
-                batch = next(batches)
+                batch = next(self.batches)
             loss = self.task.loss(self.engine, batch, self.step)
             self.engine.backward(loss.value, is_last=micro + 1 == self.config.train.accumulation)
             self.meter.add(loss.value, loss.figures)

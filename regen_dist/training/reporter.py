@@ -1,4 +1,5 @@
-"""Where the figures and pictures of a run go: the record, the progress line, wandb, picture files. Only rank 0 reports."""
+"""Where the figures and pictures of a run go: the record, the progress line, wandb, picture files. Only rank 0
+reports."""
 
 from __future__ import annotations
 

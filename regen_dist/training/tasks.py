@@ -1,6 +1,7 @@
 """What a step computes: the loss of a batch, and the validation of a fixed clip.
 
-The task is all that differs between training the embedder, its baseline, and (later) text to video; the loop is the same.
+The task is all that differs between training the embedder, its baseline, and (later) text to video; the loop is the
+same.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from regen_dist.diffusion.path import noisy, squared_error_weight, target_of, x0
 from regen_dist.distributed.base import Engine
 from regen_dist.models import Latents, build_model
 
-
-LATEST_EPS_TIME = 0.98  # a noise prediction has no one-step reconstruction from pure noise: validate as near to it as the division allows
+# A noise prediction has no one-step reconstruction from pure noise: validate as near to it as the division allows.
+LATEST_EPS_TIME = 0.98
 
 
 class Loss(NamedTuple):
-    """The loss of a micro-batch (a scalar that carries gradients) and figures to log (plain numbers, averaged over micro-batches and ranks)."""
+    """The loss of a micro-batch (a scalar that carries gradients) and figures to log (plain numbers, averaged over
+    micro-batches and ranks)."""
 
     value: Tensor
     figures: dict[str, Tensor]

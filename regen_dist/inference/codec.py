@@ -1,0 +1,164 @@
+"""A trained embedder as a codec: clips to latents, latents to frames at any times.
+
+Legend: B clips, T frames, F frames of a longer video, H x W pixels, h = H/8, w = W/8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from regen_dist.checkpoint.commit import CheckpointStore
+from regen_dist.config import load_saved_config
+from regen_dist.config.schema import RunConfig
+from regen_dist.diffusion.noise import gaussian
+from regen_dist.diffusion.path import x0_from
+from regen_dist.diffusion.samplers import Denoiser, sample
+from regen_dist.distributed.base import precision_of
+from regen_dist.errors import CheckpointError, ConfigError
+from regen_dist.inference.windows import Window, blend_weights
+from regen_dist.models import Baseline, Latents, Regen, build_model
+
+Weights = Literal["ema", "plain"]
+
+
+class Codec:
+    """An embedder for inference. Takes and gives float32 videos in [-1, 1]; works in the precision that it was trained
+    in."""
+
+    def __init__(self, model: Regen | Baseline, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.model = model.to(device, precision_of(config.engine.precision)).eval()
+        self.kind, self.num_frames = config.model.kind, config.model.num_frames
+        self.temporal_compression = config.model.temporal_compression
+        self.latent_channels = config.model.latent.channels
+
+    @classmethod
+    def load(cls, run: Path, weights: Weights = "ema", device: torch.device | None = None) -> Codec:
+        """The newest checkpoint of a run, its averaged weights by default.
+
+        Raises:
+            CheckpointError: the run has no committed checkpoint, or a damaged one.
+            ConfigError: the folder is not a run.
+        """
+        config, store = load_saved_config(run), CheckpointStore(run)
+        manifest = store.latest()
+        if manifest is None:
+            raise CheckpointError(
+                f"{run} has no checkpoint yet; train it with `regen train`, or wait for its first train.save_every"
+            )
+        model, reader = build_model(config.model), store.reader(manifest)
+        kind = "ema" if weights == "ema" else "master"
+        model.load_state_dict({name: reader.whole(f"{kind}/{name}") for name in manifest.shapes})
+        return cls(model, config, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @torch.no_grad()
+    def encode(self, clips: Tensor) -> Latents:
+        """Clips [B, 3, k+1 or 1, H, W], sides multiples of 8, to latents [B, 8, h, w]; DataError when they do not
+        fit."""
+        return self.model.encode(clips.to(self.device))
+
+    def decode(
+        self,
+        latents: Latents,
+        times: Tensor,
+        *,
+        steps: int = 1,
+        seed: int = 0,
+        sample_ids: Sequence[int] | None = None,
+        starts: Sequence[float] | None = None,
+    ) -> Tensor:
+        """Decode clips, each by itself.
+
+        Args:
+            latents: [B, 8, h, w] each.
+            times: [T] real, in frames from each clip's first; any subset of frames, times between them, slightly past
+                the end.
+            steps: evaluations of the decoder.
+            seed, sample_ids, starts: what the noise is keyed by: the sample (its number in the batch by default) and
+                the absolute time, `starts` (0 by default) being the position of each clip's first frame in its video.
+
+        Returns:
+            [B, 3, T, H, W] in [-1, 1].
+        """
+        count = len(latents.content)
+        ids, firsts = sample_ids or range(count), starts or [0.0] * count
+        frames = []
+        for clip in range(count):
+            own = Latents(*(latent[clip : clip + 1] for latent in latents))
+            window = Window(own, firsts[clip], self.num_frames if bool((own.motion != 0).any()) else 1)
+            absolute = times.to(torch.float64) + firsts[clip]
+            frames.append(self.decode_windows([window], absolute, steps=steps, seed=seed, sample_id=ids[clip]))
+        return torch.cat(frames)
+
+    @torch.no_grad()
+    def decode_windows(
+        self, windows: list[Window], times: Tensor, *, steps: int = 1, seed: int = 0, sample_id: int = 0
+    ) -> Tensor:
+        """Decode a stretch of a video from windows that may overlap: one noise, keyed by absolute time, and one
+        estimate, blended from the windows' estimates at every step (METHOD: long videos).
+
+        Args:
+            windows: encoded clips of one video.
+            times: [F] real, in frames of the video.
+
+        Returns:
+            [1, 3, F, H, W] in [-1, 1], float32.
+
+        Raises:
+            ConfigError: fewer than one step; or the baseline, which knows whole frames alone, was asked for times
+                between them.
+        """
+        weights = blend_weights([window.start for window in windows], windows[0].length, times).to(self.device).float()
+        denoise = self._blended(windows, times.to(self.device), weights)
+        if isinstance(self.model, Baseline):
+            if steps != 1:
+                raise ConfigError(f"the baseline decodes in one pass; found {steps} steps, use 1")
+            return denoise(torch.empty(1, device=self.device), torch.ones(1)).clamp(-1, 1)
+        height, width = (8 * side for side in windows[0].latents.content.shape[-2:])
+        noise = gaussian(
+            seed, torch.tensor([sample_id], device=self.device), times[None].to(self.device), (height, width)
+        )
+        settings = self.config.diffusion
+        return sample(denoise, noise, path=settings.path, steps=steps, method=settings.sampler).clamp(-1, 1)
+
+    def _blended(self, windows: list[Window], times: Tensor, weights: Tensor) -> Denoiser:
+        """(x_t [1, 3, F, H, W], t [1]) to the windows' estimates of x0, weighted by `weights` [windows, F]."""
+
+        def estimate(x: Tensor, t: Tensor) -> Tensor:
+            total: Tensor | None = None
+            for window, weight in zip(windows, weights, strict=True):
+                seen = weight.nonzero().squeeze(1)
+                if len(seen) == 0:
+                    continue
+                part = self._window(window, times[seen] - window.start, x, seen, t)
+                if total is None:
+                    total = part.new_zeros(1, 3, len(times), *part.shape[-2:])
+                total[:, :, seen] += weight[seen, None, None] * part
+            assert total is not None, "every time belongs to some window"
+            return total
+
+        return estimate
+
+    def _window(self, window: Window, times: Tensor, x: Tensor, seen: Tensor, t: Tensor) -> Tensor:
+        """One window's estimate of the frames `seen`, [1, 3, n, H, W]."""
+        if isinstance(self.model, Baseline):
+            frames = self.model.reconstruct(window.latents, window.length)
+            return frames[:, :, _whole(times, window.length)]
+        x, t, settings = x[:, :, seen], t.to(self.device), self.config.diffusion
+        prediction = self.model.denoise(x, t, window.latents, times[None].float())
+        return x0_from(settings.path, settings.target, prediction, x, t)
+
+
+def _whole(times: Tensor, length: int) -> Tensor:
+    """Times as numbers of frames."""
+    numbers = times.round().long()
+    if bool(((times - numbers).abs() > 1e-4).any()) or bool((numbers < 0).any()) or bool((numbers >= length).any()):
+        raise ConfigError(
+            f"the baseline decodes the frames 0 to {length - 1} of a clip alone, not times between or beyond them"
+        )
+    return numbers

@@ -1,0 +1,35 @@
+"""`regen train`: start or resume a run, as one rank or as several on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file under configs/.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+) -> None:
+    """Train an embedder. The same command again resumes from the newest checkpoint.
+
+    Ends with 0 when done and with 75 when it was stopped early (a signal, or a file STOP in the run folder) with
+    everything saved.
+
+    Example: regen train configs/embedder/nano.yaml --ranks 2 train.steps=200
+    """
+    if ranks > 1 and "RANK" not in os.environ:
+        from launcher.train import train_locally
+
+        raise typer.Exit(train_locally(config, overrides or [], ranks=ranks))
+    from regen_dist.config import load_config
+
+    loaded = load_config(config, overrides or [])  # before torch is imported: a wrong config is told at once
+    from regen_dist.training.run import train as train_rank
+
+    raise typer.Exit(train_rank(loaded))
