@@ -1,0 +1,146 @@
+"""Counter-based noise: the published generator, and a function of its key alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from regen_dist.diffusion.noise import CHUNK, Stream, gaussian, philox, uniforms
+
+# Random123's known answers for Philox4x32-10 (file kat_vectors of the reference implementation).
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def _words(text: str) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor([int(word, 16)]) for word in text.split())
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_known_answers(counter: str, key: str, expected: str) -> None:
+    """The generator is Philox4x32-10 and no lookalike."""
+    found = philox(_words(counter), _words(key))  # type: ignore[arg-type]
+    assert " ".join(f"{int(word):08x}" for word in found) == expected
+
+
+IDS = torch.tensor([3, 77, 2**62 - 1])
+TIMES = torch.tensor([[0.0, 1.0, 2.0, 2.5]] * 3)
+
+
+def _whole(**changes: object) -> Tensor:
+    return gaussian(**{"seed": 5, "sample_ids": IDS, "times": TIMES, "size": (24, 40), **changes})  # type: ignore[arg-type]
+
+
+def test_shape_and_repeatability() -> None:
+    """Float32 [B, C, T, H, W], the same at every call, whatever torch's own generator did meanwhile."""
+    first = _whole()
+    torch.randn(7)
+    assert first.shape == (3, 3, 4, 24, 40)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, _whole())
+    assert torch.equal(first, _whole(channels=4)[:, :3])
+
+
+def test_tilings_get_cuts_of_one_noise() -> None:
+    """The noise of a tile is a cut from the whole frame's noise, bit for bit, wherever the tile lies."""
+    whole = _whole()
+    for top, left, height, width in ((0, 0, 8, 8), (8, 16, 16, 24), (3, 5, 7, 1), (23, 39, 1, 1)):
+        tile = _whole(size=(height, width), origin=(top, left))
+        assert torch.equal(tile, whole[..., top : top + height, left : left + width])
+
+
+def test_a_frame_larger_than_the_working_chunk_has_no_seam() -> None:
+    """Pixels are worked on in pieces; where a piece ends must not show."""
+    side = int(CHUNK**0.5) + 9
+    large = gaussian(1, IDS[:1], TIMES[:1, :1], (side, side))
+    tile = gaussian(1, IDS[:1], TIMES[:1, :1], (20, side), origin=(side - 20, 0))
+    assert torch.equal(large[..., -20:, :], tile)
+
+
+def test_batches_do_not_matter() -> None:
+    """A sample's noise is the same alone, in another order, and beside other samples: so on any rank."""
+    whole = _whole()
+    order = [2, 0, 1]
+    assert torch.equal(_whole(sample_ids=IDS[order], times=TIMES[order]), whole[order])
+    for place in range(3):
+        assert torch.equal(_whole(sample_ids=IDS[place, None], times=TIMES[place, None]), whole[place, None])
+
+
+def test_times_are_keys_and_not_places() -> None:
+    """Any subset of frames in any order gets its rows; windows that overlap in time share noise there."""
+    whole, order = _whole(), [3, 1]
+    assert torch.equal(_whole(times=TIMES[:, order]), whole[:, :, order])
+    twice = _whole(times=torch.tensor([[1.0, 1.0]] * 3))
+    assert torch.equal(twice[:, :, 0], twice[:, :, 1])
+    assert torch.equal(_whole(times=TIMES.double()), whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 6},
+        {"seed": 2**62},
+        {"draw": 1},
+        {"stream": Stream.LATENT_CONTENT},
+        {"stream": Stream.LATENT_MOTION},
+        {"sample_ids": IDS + 1},
+        {"times": TIMES + 0.5},
+        {"times": TIMES - 8},
+        {"origin": (1, 0)},
+        {"origin": (0, 1)},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_every_part_of_the_key_matters(change: dict[str, object]) -> None:
+    """Another seed, step, stream, sample, time or place gives noise that is unrelated at every pixel."""
+    whole, other = _whole(), _whole(**change)
+    assert (whole == other).double().mean() < 1e-3
+    correlation = (whole * other).mean()
+    assert abs(correlation) < 5 / whole.numel() ** 0.5
+
+
+def test_moments_of_a_standard_normal() -> None:
+    """Mean, variance, skewness and kurtosis lie within five standard errors of a normal's, for each channel."""
+    noise = gaussian(0, torch.arange(4), torch.arange(8.0).expand(4, -1), (64, 64), channels=4)
+    for channel in noise.unbind(1):
+        x, count = channel.double().flatten(), channel.numel()
+        assert abs(x.mean()) < 5 * (1 / count) ** 0.5
+        assert abs(x.var() - 1) < 5 * (2 / count) ** 0.5
+        assert abs((x**3).mean()) < 5 * (15 / count) ** 0.5
+        assert abs((x**4).mean() - 3) < 5 * (96 / count) ** 0.5
+        assert 4 < x.abs().max() < 6
+
+
+def test_no_correlation_between_neighbours() -> None:
+    """Channels, frames, rows, columns and samples that follow each other are uncorrelated, their squares too."""
+    noise = gaussian(0, torch.arange(4), torch.arange(8.0).expand(4, -1), (64, 64), channels=4).double()
+    for axis in range(5):
+        for values in (noise, noise.square() - 1):
+            before, after = (
+                values.narrow(axis, 0, values.shape[axis] - 1),
+                values.narrow(axis, 1, values.shape[axis] - 1),
+            )
+            spread = values.square().mean()
+            assert abs((before * after).mean() / spread) < 5 / before.numel() ** 0.5
+
+
+def test_uniforms() -> None:
+    """Four numbers a sample, in (0, 1), keyed by seed, sample, draw and stream, evenly spread."""
+    ids = torch.arange(20_000)
+    numbers = uniforms(1, ids, 7, Stream.TIMESTEP)
+    assert numbers.shape == (20_000, 4)
+    assert 0 < numbers.min()
+    assert numbers.max() < 1
+    assert torch.equal(numbers[11:13], uniforms(1, ids[11:13], 7, Stream.TIMESTEP))
+    for other in (
+        uniforms(2, ids, 7, Stream.TIMESTEP),
+        uniforms(1, ids, 8, Stream.TIMESTEP),
+        uniforms(1, ids, 7, Stream.PIXELS),
+    ):
+        assert abs(((numbers - 0.5) * (other - 0.5)).mean() * 12) < 5 / numbers.numel() ** 0.5
+    shares = torch.histc(numbers, 10, 0, 1) / numbers.numel()
+    assert (shares - 0.1).abs().max() < 5 * (0.09 / numbers.numel()) ** 0.5

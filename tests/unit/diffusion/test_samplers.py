@@ -1,0 +1,89 @@
+"""Samplers: exact where they must be, and of the order that they promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from regen_dist.diffusion.path import coefficients
+from regen_dist.diffusion.samplers import Denoiser, sample
+from regen_dist.errors import ConfigError
+
+PATHS = ("rectified_flow", "cosine_vp")
+METHODS = ("euler", "heun")
+MEAN, STD = 0.7, 0.6  # of the data, which is Gaussian: then everything is known in closed form
+
+
+def _noise() -> Tensor:
+    return torch.linspace(-2, 2, 24, dtype=torch.double).reshape(2, 3, 1, 2, 2)
+
+
+def _posterior_mean(path: str) -> Denoiser:
+    """E[x0 | x_t] for x0 ~ N(MEAN, STD^2): what a perfectly trained decoder would say."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        c = coefficients(path, t)
+        gain = c.alpha * STD**2 / (c.alpha**2 * STD**2 + c.sigma**2)
+        return MEAN + gain * (x - c.alpha * MEAN)
+
+    return denoise
+
+
+def _error(path: str, method: str, steps: int) -> float:
+    """Distance to the exact end of the flow: x_t keeps its place among the marginal's quantiles, so x_0 = MEAN + STD
+    x_1."""
+    found = sample(_posterior_mean(path), _noise(), path=path, steps=steps, method=method)
+    return float((found - (MEAN + STD * _noise())).abs().max())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", PATHS)
+def test_an_oracle_is_exact_in_any_number_of_steps(path: str, method: str, steps: int) -> None:
+    """If the denoiser knows x0, every sampler returns it, from one step on."""
+    x0 = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample(lambda x, t: x0, _noise(), path=path, steps=steps, method=method), x0)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("path", PATHS)
+def test_order_of_convergence(path: str, method: str, order: int) -> None:
+    """Twice the steps divide the error by 2 (Euler) or by 4 (Heun), on a flow whose end is known exactly."""
+    errors = [_error(path, method, steps) for steps in (32, 64, 128)]
+    orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    assert orders == pytest.approx([order, order], abs=0.25)
+    assert errors[-1] < 0.02
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_heun_is_better_at_equal_evaluations(path: str) -> None:
+    """Worth its second evaluation once there are a few steps."""
+    assert _error(path, "heun", 16) < _error(path, "euler", 31)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "calls"), [("euler", 1, 1), ("euler", 4, 4), ("heun", 1, 1), ("heun", 4, 7)]
+)
+def test_evaluations(method: str, steps: int, calls: int) -> None:
+    """One evaluation a step, Heun two for all but the last; they start at pure noise and never ask for t = 0."""
+    seen: list[float] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        assert t.shape == (2,)
+        seen.append(float(t[0]))
+        return x
+
+    sample(denoise, _noise(), path="rectified_flow", steps=steps, method=method)
+    assert len(seen) == calls
+    assert seen[0] == 1
+    assert min(seen) > 0
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_steps_are_refused(steps: int) -> None:
+    """An error, not the noise as a video."""
+    with pytest.raises(ConfigError, match=f"at least 1, found {steps}"):
+        sample(lambda x, t: x, _noise(), path="rectified_flow", steps=steps)

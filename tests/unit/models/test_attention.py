@@ -1,0 +1,132 @@
+"""Attention: kernels that agree, windows that cut exactly, cost that grows as promised."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from regen_dist.config.schema import AttentionConfig
+from regen_dist.errors import BackendError
+from regen_dist.models.attention import Grid, attention, require_flash
+
+BACKENDS = ("sdpa", "eager", "reference")
+ODD = [
+    ((5, 7, 9), (2, 3, 4)),
+    ((9, 8, 8), (9, 4, 4)),
+    ((1, 5, 6), (4, 2, 3)),  # the window is larger than an axis
+    ((3, 2, 11), (8, 8, 4)),
+    ((4, 4, 4), (2, 2, 2)),
+    ((5, 3, 3), (1, 3, 3)),
+    ((9, 1, 1), (4, 1, 1)),
+]
+
+
+def _qkv(grid: Grid, batch: int = 2, heads: int = 2, width: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, batch, heads, math.prod(grid), width, generator=generator).unbind(0)
+    return 2 * q, 2 * k, v
+
+
+def _boxes(grid: Grid, window: Grid, shifted: bool) -> Tensor:
+    """Which box each token is in, [L, 3]: by division, where the library cuts the axes into runs."""
+    axes = []
+    for length, size in zip(grid, window, strict=True):
+        shift = size // 2 if shifted and size < length else 0
+        axes.append(torch.tensor([math.floor((place - shift) / size) for place in range(length)]))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention over the tokens that a mask [L, L] allows, written out."""
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_agree(backend: str) -> None:
+    """sdpa, eager, reference and windows with one window compute the same attention."""
+    grid = (3, 4, 5)
+    q, k, v = _qkv(grid)
+    expected = _masked(q, k, v, torch.ones(60, 60, dtype=torch.bool))
+    for window in ((3, 4, 5), (9, 8, 8)):
+        for pattern in ("full", "window"):
+            for shifted in (False, True):
+                config = AttentionConfig(backend=backend, pattern=pattern, window=window)
+                torch.testing.assert_close(attention(q, k, v, grid, config, shifted), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(("grid", "window"), ODD)
+def test_each_token_attends_to_exactly_its_own_box(grid: Grid, window: Grid, shifted: bool, backend: str) -> None:
+    """Also where the windows do not divide the grid, and where a window is larger than an axis: equal to full
+    attention under a mask."""
+    q, k, v = _qkv(grid)
+    boxes = _boxes(grid, window, shifted)
+    mask = (boxes[:, None] == boxes[None]).all(-1)
+    config = AttentionConfig(backend=backend, pattern="window", window=window)
+    torch.testing.assert_close(attention(q, k, v, grid, config, shifted), _masked(q, k, v, mask), rtol=1e-5, atol=1e-5)
+
+
+def _seen(shifts: list[bool], source: int) -> Tensor:
+    """Tokens of a (4, 8, 8) grid that change when token `source` does, after one attention per entry of `shifts`."""
+    grid, config = (4, 8, 8), AttentionConfig(pattern="window", window=(2, 4, 4))
+    _, _, x = _qkv(grid, batch=1)
+    changed = x.clone()
+    changed[:, :, source] += 1
+    for shifted in shifts:
+        x, changed = (attention(y, y, y, grid, config, shifted) for y in (x, changed))
+    return (x != changed).any(-1).all((0, 1)).view(grid)
+
+
+def test_other_windows_have_no_influence() -> None:
+    """Bit for bit: what happens in one window changes that window and nothing else."""
+    seen = _seen([False], 0)
+    assert seen[:2, :4, :4].all()
+    assert seen.sum() == 2 * 4 * 4
+
+
+def test_shifted_layers_connect_the_windows() -> None:
+    """A layer with shifted windows carries information across the borders that unshifted layers never cross."""
+    source = (1 * 8 + 3) * 8 + 3  # the last token of the first window, on the border in all three axes
+    alone, connected = _seen([False, False], source), _seen([False, True], source)
+    assert alone.sum() == 2 * 4 * 4
+    assert connected[:, 4:, 4:].any()
+    assert connected[2:].any()
+    assert _seen([False, True, False, True, False, True], source).all()
+
+
+def _flops(grid: Grid, pattern: str) -> int:
+    q, k, v = _qkv(grid)
+    config = AttentionConfig(backend="eager", pattern=pattern, window=(2, 4, 4))
+    with FlopCounterMode(display=False) as counter:
+        attention(q, k, v, grid, config)
+    return counter.get_total_flops()
+
+
+def test_windows_cost_linear_and_full_attention_quadratic() -> None:
+    """Twice the frames, or twice the columns: twice the work with windows, four times with full attention."""
+    for larger in ((8, 8, 8), (4, 8, 16)):
+        assert _flops(larger, "window") == 2 * _flops((4, 8, 8), "window")
+        assert _flops(larger, "full") == 4 * _flops((4, 8, 8), "full")
+
+
+def test_flash_is_refused_where_it_cannot_run() -> None:
+    """A BackendError that says why, and which value mends it: on the CPU, in float32, without the package."""
+    q, k, v = _qkv((1, 2, 2))
+    with pytest.raises(BackendError, match=r"needs a CUDA device.*'cpu'.*backend=sdpa"):
+        attention(q, k, v, (1, 2, 2), AttentionConfig(backend="flash"))
+    with pytest.raises(BackendError, match=r"bf16 or fp16, found torch.float32"):
+        require_flash("cuda", torch.float32)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_flash_without_its_package_is_refused() -> None:
+    """The missing package is named, and so is what to do without it."""
+    with pytest.raises(BackendError, match=r"package flash-attn .*; install it, or set .*backend=sdpa"):
+        require_flash("cuda", torch.bfloat16)
