@@ -41,4 +41,6 @@ def _prepare_process(config: RunConfig, ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would write NaN over DeepSpeed's communication buckets, gigabytes a rank that otherwise stay untouched.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
