@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -50,7 +51,7 @@ def test_shift_moves_every_time_towards_noise(kind: str) -> None:
     """A larger shift moves no time towards the data, keeps the order, and is t -> s t / (1 + (s - 1) t)."""
     quantiles = [i / 50 for i in range(1, 50)]
     times = [_quantiles(DensityConfig(kind=kind, shift=shift), quantiles) for shift in (0.5, 1.0, 2.0, 4.0)]
-    for smaller, larger in zip(times, times[1:], strict=False):
+    for smaller, larger in itertools.pairwise(times):
         assert (larger > smaller).all()
         assert (larger.diff() > 0).all()
     torch.testing.assert_close(times[3], 4 * times[1] / (1 + 3 * times[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -53,7 +54,7 @@ def test_an_oracle_is_exact_in_any_number_of_steps(path: str, method: str, steps
 def test_order_of_convergence(path: str, method: str, order: int) -> None:
     """Twice the steps divide the error by 2 (Euler) or by 4 (Heun), on a flow whose end is known exactly."""
     errors = [_error(path, method, steps) for steps in (32, 64, 128)]
-    orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert orders == pytest.approx([order, order], abs=0.25)
     assert errors[-1] < 0.02
 
