@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -96,27 +98,41 @@ def _train(arguments: Sequence[str], config: RunConfig, run: Path) -> None:
         return
     _announce(arguments)
     stop_at = None if _was_resumed(run) else total // 2
-    code = _train_until(arguments, run, stop_at)
-    if code == EXIT_RESUME and stop_at is not None:
+    code, stopped = _train_until(arguments, run, stop_at)
+    if code == EXIT_RESUME and stopped:
         print(f"It was stopped half-way on purpose (exit code {EXIT_RESUME}). The same command goes on:", flush=True)
         _announce(arguments)
-        code = _train_until(arguments, run, None)
+        code, _ = _train_until(arguments, run, None)
     if code:
         raise typer.Exit(code)
 
 
-def _train_until(arguments: Sequence[str], run: Path, stop_at: int | None) -> int:
-    """Run the training command; once the record has reached `stop_at`, ask it to stop. Returns its exit code."""
-    process = subprocess.Popen(_command(arguments))
+def _train_until(arguments: Sequence[str], run: Path, stop_at: int | None) -> tuple[int, bool]:
+    """Run the training command; once the record has reached `stop_at`, ask it to stop.
+
+    A signal to the demo is handed on to the training, which saves and ends.
+
+    Returns:
+        The exit code, and whether it was the demo that asked.
+    """
+    process, stopped, signalled = subprocess.Popen(_command(arguments)), False, False
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        nonlocal signalled
+        signalled = True
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while process.poll() is None:
             time.sleep(_POLL_S)
-            if stop_at is not None and _last_step(run) >= stop_at:
+            if stop_at is not None and not stopped and _last_step(run) >= stop_at:
                 (run / "STOP").touch()
-                stop_at = None
-    except KeyboardInterrupt:
-        pass  # the terminal sent it to the training too, which saves and ends
-    return process.wait()
+                stopped = True
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return process.returncode, stopped and not signalled
 
 
 def _record(run: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,17 +44,19 @@ class Curve:
 class _Kind:
     title: str
     line_kind: str
-    key: str
+    keys: tuple[str, ...]
     unit: str = ""
     logarithmic: bool = False
 
 
 _KINDS = (
-    _Kind("Training loss", "train", "loss", logarithmic=True),
-    _Kind("PSNR of the validation clips, one step", "validation", "psnr_db", " dB"),
-    _Kind("Standard deviation of the latents", "train", "latent_std"),
-    _Kind("Speed", "train", "clips_per_s", " clips/s"),
+    _Kind("Training loss", "train", ("loss",), logarithmic=True),
+    _Kind("PSNR of the validation clips, one step", "validation", ("psnr_db",), " dB"),
+    _Kind("Standard deviation of the latents", "train", ("latent_std_content", "latent_std_motion")),
+    _Kind("Speed", "train", ("clips_per_s",), " clips/s"),
 )
+_DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)))  # of the first and the second series
+Series = list[tuple[int, float]]  # step, value
 
 
 def draw_curves(lines: Sequence[dict[str, Any]]) -> list[Curve]:
@@ -66,29 +68,38 @@ def draw_curves(lines: Sequence[dict[str, Any]]) -> list[Curve]:
     resumed = [line["step"] for line in lines if line.get("event") == "start" and line["step"] > 0]
     curves = []
     for kind in _KINDS:
-        points = [
-            (line["step"], line[kind.key])
-            for line in lines
-            if line["kind"] == kind.line_kind and _is_number(line.get(kind.key))
-        ]
-        if points:
-            curves.append(Curve(kind.title, f"{points[-1][1]:.3g}{kind.unit}", _draw(kind, points, resumed)))
+        found = {key: _series(lines, kind.line_kind, key) for key in kind.keys}
+        series = {key: points for key, points in found.items() if points}
+        if series:
+            last = " · ".join(f"{points[-1][1]:.3g}" for points in series.values())
+            curves.append(Curve(kind.title, f"{last}{kind.unit}", _draw(kind, series, resumed)))
     return curves
+
+
+def _series(lines: Sequence[dict[str, Any]], line_kind: str, key: str) -> Series:
+    return [(line["step"], line[key]) for line in lines if line["kind"] == line_kind and _is_number(line.get(key))]
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _draw(kind: _Kind, points: Sequence[tuple[int, float]], resumed: Sequence[int]) -> str:
+def _draw(kind: _Kind, series: Mapping[str, Series], resumed: Sequence[int]) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, color=_ACCENT, linewidth=1.8, marker="o" if len(points) < 40 else "", markersize=3)
+        for (key, points), dashes in zip(series.items(), _DASHES, strict=False):
+            steps, values = zip(*points, strict=True)
+            marker = "o" if len(points) < 40 else ""
+            label = key.rsplit("_", 1)[-1]
+            axes.plot(
+                steps, values, color=_ACCENT, linewidth=1.8, linestyle=dashes, marker=marker, markersize=3, label=label
+            )
+        if len(series) > 1:
+            axes.legend(frameon=False, handlelength=2.6)
         for step in resumed:
             axes.axvline(step, color=_INK, linestyle=(0, (3, 3)), linewidth=1)
-        _dress(axes, kind, values)
+        _dress(axes, kind, [value for points in series.values() for _, value in points])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _for_page(buffer.getvalue(), kind.title)

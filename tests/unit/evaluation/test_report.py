@@ -22,7 +22,14 @@ from regen_dist.inference.frames import SourceVideo, VideoWriter
 LINES = [
     {"kind": "event", "step": 0, "event": "start"},
     *(
-        {"kind": "train", "step": step, "loss": 1 / step, "clips_per_s": 3.0, "latent_std": 1.0}
+        {
+            "kind": "train",
+            "step": step,
+            "loss": 1 / step,
+            "clips_per_s": 3.0,
+            "latent_std_content": 1.0,
+            "latent_std_motion": 0.9,
+        }
         for step in (10, 20, 30)
     ),
     {"kind": "event", "step": 20, "event": "start"},

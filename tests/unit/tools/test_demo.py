@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,14 +17,17 @@ from regen_dist.config.schema import RunConfig
 from regen_dist.errors import EXIT_RESUME
 from tools import demo
 
+CONFIG = Path("configs/demo/embedder.yaml")
+
 # Stands in for `regen train`: a step every 20 ms, code 75 when it finds the file STOP; a second start goes on.
 TRAINING = """
-import json, pathlib, sys, time
+import json, pathlib, signal, sys, time
 run, total = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 run.mkdir(parents=True, exist_ok=True)
 record, stop = run / "metrics.jsonl", run / "STOP"
 stop.unlink(missing_ok=True)
 lines = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 step = max((line["step"] for line in lines), default=0)
 file = record.open("a", buffering=1)
 file.write(json.dumps({"kind": "event", "step": step, "event": "start"}) + "\\n")
@@ -36,7 +42,7 @@ while step < total:
 
 @pytest.fixture
 def config() -> RunConfig:
-    return load_config(Path("configs/demo/embedder.yaml"), ["train.steps=60"])
+    return load_config(CONFIG, ["train.steps=60"])
 
 
 @pytest.fixture
@@ -66,10 +72,19 @@ def test_stops_once_and_goes_on(training: Path, config: RunConfig, capfd: pytest
 
 
 def test_a_run_that_was_resumed_is_not_stopped_again(training: Path, config: RunConfig) -> None:
-    assert demo._train_until([str(training), "60"], training, 10) == EXIT_RESUME
-    assert demo._train_until([str(training), "60"], training, demo._last_step(training) + 10) == EXIT_RESUME
+    assert demo._train_until([str(training), "60"], training, 10) == (EXIT_RESUME, True)
+    assert demo._train_until([str(training), "60"], training, demo._last_step(training) + 10) == (EXIT_RESUME, True)
     demo._train([str(training), "60"], config, training)
     assert len(starts(training)) == 3
+
+
+def test_a_signal_is_handed_on_and_ends_the_demo(training: Path) -> None:
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(typer.Exit) as ended:
+        demo._train([str(training), "6000"], load_config(CONFIG, ["train.steps=6000"]), training)
+    assert ended.value.exit_code == EXIT_RESUME
+    assert len(starts(training)) == 1
 
 
 def test_a_failure_ends_the_demo_with_its_code(training: Path, config: RunConfig) -> None:
