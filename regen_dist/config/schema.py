@@ -53,7 +53,7 @@ class EncoderConfig(Section):
 
 
 class LatentConfig(Section):
-    """Latents are RMS-normalised over their channels; `noise_std` is Gaussian noise added in training, for robust
+    """Latents lie in a ball by construction (`encoder.bound_latent`); `noise_std` is Gaussian noise added in training, for robust
     decoders."""
 
     channels: PositiveInt = 8
@@ -161,6 +161,7 @@ class DataConfig(Section):
     url: str
     validation_url: str | None = None
     size: tuple[PositiveInt, PositiveInt] = (64, 64)  # height, width of the training crop
+    validation_size: tuple[PositiveInt, PositiveInt] | None = None  # height, width of the validation crop; None: `size`
     short_side: PositiveInt | None = None  # the frame is resized to this before the crop; None keeps the stored size
     stride: tuple[PositiveInt, ...] = (1,)  # frame strides, drawn per clip
     image_fraction: Fraction = 0.0  # share of global batches that are one-frame clips
@@ -170,9 +171,10 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _sides_fit_the_latent(self) -> DataConfig:
-        if any(side % SPATIAL_COMPRESSION for side in self.size):
-            raise ValueError(f"size {self.size} must be multiples of {SPATIAL_COMPRESSION}")
-        if self.short_side is not None and self.short_side < max(self.size):
+        for name, size in (("size", self.size), ("validation_size", self.validation_size or self.size)):
+            if any(side % SPATIAL_COMPRESSION for side in size):
+                raise ValueError(f"{name} {size} must be multiples of {SPATIAL_COMPRESSION}")
+        if self.short_side is not None and self.short_side < min(self.size):
             raise ValueError(f"short_side {self.short_side} is smaller than the crop {self.size}")
         return self
 

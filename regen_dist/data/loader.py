@@ -81,12 +81,13 @@ def dataset_fingerprint(config: DataConfig) -> str:
 def validation_clip(config: DataConfig, *, num_frames: int) -> ClipBatch:
     """One to four fixed clips, spread over the validation data (the training data where there is none).
 
-    First frames, stride 1, centre crop, not mirrored. Read in this process.
+    First frames, stride 1, centre crop of `config.validation_size`, not mirrored. Read in this process.
     """
     dataset = index.open_dataset(config.validation_url or config.url)
     number = min(_VALIDATION_CLIPS, len(dataset))
     samples = [dataset.sample(row * len(dataset) // number) for row in range(number)]
-    clips = [_read(dataset, sample, range(num_frames), config) for sample in samples]
+    larger = config.model_copy(update={"size": config.validation_size or config.size})
+    clips = [_read(dataset, sample, range(num_frames), larger) for sample in samples]
     return _batch(clips, samples)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from regen_dist.errors import DataError
 from regen_dist.evaluation.measure import Measurement, Options, Pair, Passage, measure
@@ -21,6 +18,7 @@ from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.evaluation.trivial import LABELS, TRIVIAL_KINDS, TrivialCodec
 from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
 from regen_dist.inference.long import VideoCodec
+from regen_dist.observe.hardware import describe_machine
 
 RECONSTRUCTION, SIDE_BY_SIDE, SHEET, METRICS = (
     "reconstruction.mp4",
@@ -136,25 +134,6 @@ def _report(
         **asdict(measurement),
         "machine": describe_machine(),
     }
-
-
-def describe_machine() -> dict[str, Any]:
-    """Hardware and versions that figures depend on."""
-    packages = ("regen-dist", "torch", "av", "scikit-image", "imageio-ffmpeg")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _beside(left: Frame, right: Frame) -> Frame:

@@ -29,17 +29,21 @@ from regen_dist.models.layers import (
 class Latents(NamedTuple):
     """What is kept of a clip: the content latent and the motion latent, [B, 8, h, w] each.
 
-    The content latent is a function of the first frame alone. The motion latent of an image is all zeros: every motion
-    latent of a clip has an RMS of 1 over its channels, so zero is the one value that no clip has.
+    The content latent is a function of the first frame alone. The motion latent of an image is all zeros, the centre of
+    the ball in which latents lie: nothing moves.
     """
 
     content: Tensor
     motion: Tensor
 
 
-def normalise_latent(latent: Tensor, eps: float = 1e-6) -> Tensor:
-    """Bound a latent by construction: RMS of 1 over the channels of each cell. Shape [B, C, h, w]."""
-    return latent * torch.rsqrt(latent.float().square().mean(1, keepdim=True) + eps).to(latent.dtype)
+def bound_latent(latent: Tensor) -> Tensor:
+    """Bound a latent by construction: z / sqrt(1 + mean z^2) over the channels of each cell. Shape [B, C, h, w].
+
+    The RMS over the channels stays below 1 whatever the encoder does, and small latents pass unchanged, so that, unlike on
+    a sphere (RMS of exactly 1), the magnitude still carries information: docs/embedder.md has the measurement.
+    """
+    return latent * torch.rsqrt(1 + latent.float().square().mean(1, keepdim=True)).to(latent.dtype)
 
 
 def check_clip(video: Tensor, num_frames: int) -> None:
@@ -95,4 +99,4 @@ class Encoder(Checkpointed):
 
     def _head(self, frames: Frames) -> tuple[Tensor, Tensor | None]:
         first, rest = self.head(frames.map(self.norm).map(F.silu))  # rest: [B, 8, 1, h, w]
-        return normalise_latent(first), None if rest is None else normalise_latent(rest.squeeze(2))
+        return bound_latent(first), None if rest is None else bound_latent(rest.squeeze(2))

@@ -1,0 +1,36 @@
+"""Several commands side by side on this machine, each with its log; what is done already is skipped by the commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from regen_dist.errors import TrainingError
+
+
+def run_side_by_side(
+    commands: Mapping[str, Sequence[str]], *, logs: Path, at_once: int, done: Callable[[str], None] = lambda name: None
+) -> None:
+    """Run every command, `at_once` at a time with an equal share of the cores each; `done(name)` is told as they end.
+
+    Raises:
+        TrainingError: some failed (the others have still run); names them and their logs.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+
+    def run(name: str) -> int:
+        with (logs / f"{name}.log").open("ab") as log:
+            code = subprocess.run(commands[name], env=environment, stdout=log, stderr=log, check=False).returncode
+        done(name)
+        return code
+
+    with ThreadPoolExecutor(at_once) as pool:
+        codes = dict(zip(commands, pool.map(run, commands), strict=True))
+    if failed := {name: code for name, code in codes.items() if code}:
+        listed = ", ".join(f"{name} (exit code {code}, see {logs / name}.log)" for name, code in failed.items())
+        raise TrainingError(f"{len(failed)} of {len(codes)} runs failed: {listed}")
