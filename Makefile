@@ -46,7 +46,6 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch setuptools
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,cluster,text]'
-	$(VENV)/bin/python -m tools.prebuild
 	touch $@
 
 clean: ## removes caches and builds; keeps runs and the environment

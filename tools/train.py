@@ -23,7 +23,7 @@ def train(
 
     Example: regen train configs/embedder/nano.yaml --ranks 2 train.steps=200
     """
-    if ranks > 1 and "RANK" not in os.environ:
+    if "RANK" not in os.environ and "MASTER_ADDR" not in os.environ:  # not started as a rank: start them
         from launcher.train import train_locally
 
         raise typer.Exit(train_locally(config, overrides or [], ranks=ranks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 import torch
 
@@ -44,3 +45,4 @@ def _prepare_process(config: RunConfig, ranks: Ranks) -> None:
     # It would write NaN over DeepSpeed's communication buckets, gigabytes a rank that otherwise stay untouched.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
