@@ -1,4 +1,5 @@
-"""`regen bench`: measurements that write JSON, with the hardware, the versions and the config's hash beside the figures."""
+"""`regen bench`: measurements that write JSON, with the hardware, the versions and the config's hash beside the
+figures."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # Trained on an animated film; tried on filmed street scenes with fast motion and cuts.
 TRAIN_VIDEO, HELD_OUT_VIDEO = "bbb.mp4", "bikes.mp4"
-# Short sides in pixels. Small training frames hold more detail a pixel, and are quicker to decode; the model takes any size.
+# Short sides in pixels. Small training frames hold more detail a pixel, and are quicker to decode; the model takes any
+# size.
 TRAIN_SHORT_SIDE, SHORT_SIDE = 64, 128
 STEPS = (1, 4)
 _POLL_S = 0.5

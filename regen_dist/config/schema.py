@@ -53,8 +53,8 @@ class EncoderConfig(Section):
 
 
 class LatentConfig(Section):
-    """Latents lie in a ball by construction (`encoder.bound_latent`); `noise_std` is Gaussian noise added in training, for robust
-    decoders."""
+    """Latents lie in a ball by construction (`encoder.bound_latent`); `noise_std` is Gaussian noise added in training,
+    for robust decoders."""
 
     channels: PositiveInt = 8
     noise_std: Annotated[float, Field(ge=0.0)] = 0.0

@@ -114,7 +114,8 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible
 
-    # Its shared-memory operator serves inference only; building it takes minutes, and a killed build hangs every later run.
+    # Its shared-memory operator serves inference only; building it takes minutes, and a killed build hangs every later
+    # run.
     compatible["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     return deepspeed

@@ -1,6 +1,7 @@
 """The diffusion ablation: prediction target x timestep density x loss weighting, every arm at the same budget.
 
-An arm is an ordinary training run with other overrides; this module names the arms, reads what they reached and tabulates it.
+An arm is an ordinary training run with other overrides; this module names the arms, reads what they reached and
+tabulates it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Arm(NamedTuple):
 
 
 def arms() -> Iterator[Arm]:
-    """Every combination that can be trained: a noise prediction takes no samples at pure noise, where it says nothing of x0."""
+    """Every combination that can be trained: a noise prediction takes no samples at pure noise, where it says nothing
+    of x0."""
     for target, density, pure_noise, weighting in product(
         ("x0", "velocity", "eps"), ("uniform", "logit_normal"), (NONE, HALF), ("x0", "velocity")
     ):
@@ -56,7 +58,8 @@ def arms() -> Iterator[Arm]:
 
 
 def measure_arm(arm: Arm, run: Path) -> dict[str, Any]:
-    """What an arm reached: PSNR of the validation clips in 1 and 4 steps (None where that is impossible), and its training."""
+    """What an arm reached: PSNR of the validation clips in 1 and 4 steps (None where that is impossible), and its
+    training."""
     config, codec = load_saved_config(run), Codec.load(run)
     batch = validation_clip(config.data, num_frames=codec.num_frames)
     training = read_record(run / "metrics.jsonl", "train")

@@ -40,8 +40,8 @@ class Latents(NamedTuple):
 def bound_latent(latent: Tensor) -> Tensor:
     """Bound a latent by construction: z / sqrt(1 + mean z^2) over the channels of each cell. Shape [B, C, h, w].
 
-    The RMS over the channels stays below 1 whatever the encoder does, and small latents pass unchanged, so that, unlike on
-    a sphere (RMS of exactly 1), the magnitude still carries information: docs/embedder.md has the measurement.
+    The RMS over the channels stays below 1 whatever the encoder does, and small latents pass unchanged, so that, unlike
+    on a sphere (RMS of exactly 1), the magnitude still carries information: docs/embedder.md has the measurement.
     """
     return latent * torch.rsqrt(1 + latent.float().square().mean(1, keepdim=True)).to(latent.dtype)
 
