@@ -1,0 +1,106 @@
+"""The runs that the tests of this suite look at: few starts of ranks, because a start costs seconds."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from regen_dist.checkpoint.commit import CheckpointStore
+from regen_dist.config.schema import RunConfig
+from regen_dist.observe.record import read_record
+from tests.helpers.ranks import Job, forget_moments, run_ranks, train_jobs
+from tests.helpers.tiny import tiny_dataset, tiny_run
+
+STEPS, STOP = 20, 12
+COMMON = {"train__steps": STEPS, "engine__kind": "zero3", "model__latent__noise_std": 0.1}
+BF16: dict[str, Any] = {"engine__precision": "bf16"}
+PLAIN: dict[str, Any] = {"engine__kind": "plain"}
+SHORT: dict[str, Any] = {"train__steps": 6}
+COPIES = {  # stopped run: the runs that go on from it, each with the ranks that saved and the ranks that resume
+    "halted": ("two_to_two", "two_to_one", "two_to_one_forgetful"),
+    "halted_bf16": ("two_to_two_bf16",),
+    "halted_one": ("one_to_two",),
+}
+
+
+class Runs(NamedTuple):
+    """A folder of finished runs, and what to read of them. `starts`: engine to each rank's master weights before the
+    first step."""
+
+    folder: Path
+    starts: dict[str, list[dict[str, Any]]]
+
+    def losses(self, name: str) -> Tensor:
+        """The loss of every step, float64 [steps]; fails when a step is missing or stands there twice."""
+        lines = read_record(self.folder / name / "metrics.jsonl", "train")
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        return torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+
+    def tensors(self, name: str, step: int = STEPS) -> dict[str, Tensor]:
+        """Everything in a checkpoint, gathered: `<kind>/<parameter>` to its whole tensor."""
+        store = CheckpointStore(self.folder / name)
+        manifest = store.manifest(f"step-{step:08d}")
+        reader = store.reader(manifest)
+        kinds = ("master", "ema", "exp_avg", "exp_avg_sq")
+        return {f"{kind}/{name}": reader.whole(f"{kind}/{name}") for kind in kinds for name in manifest.shapes}
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every run of the suite, in four starts of ranks; the names say what they are."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = _maker(folder, tiny_dataset(folder / "data"))
+    starts = {
+        "zero3": [results[-1] for results in run_ranks(train_jobs, 2, _first_start_of_two(made))],
+        "plain": [results[-1] for results in run_ranks(train_jobs, 1, _first_start_of_one(made))],
+    }
+    for source, copies in COPIES.items():
+        for copy in copies:
+            shutil.copytree(folder / source, folder / copy)
+    forget_moments(folder / "two_to_one_forgetful")
+    again = [made("two_to_two"), made("two_to_two_bf16", **BF16), made("one_to_two")]
+    run_ranks(train_jobs, 2, [Job(config) for config in again])
+    run_ranks(train_jobs, 1, [Job(made(name)) for name in ("two_to_one", "two_to_one_forgetful")])
+    return Runs(folder, starts)
+
+
+def _maker(folder: Path, data: Path) -> Callable[..., RunConfig]:
+    def make(name: str, **changes: Any) -> RunConfig:
+        return tiny_run(folder, data, name=name, **{**COMMON, **changes})
+
+    return make
+
+
+def _first_start_of_two(made: Callable[..., RunConfig]) -> list[Job]:
+    return [
+        Job(made("bf16", **BF16)),
+        Job(made("fp32")),
+        Job(made("halted"), stop_after=STOP),
+        Job(made("halted_bf16", **BF16), stop_after=STOP),
+        Job(made("accumulated", train__accumulation=2, **SHORT)),
+        Job(made("recomputed", engine__activation_checkpointing=True, **SHORT)),
+        Job(made("partitioned", engine__partitioned_init=True, **SHORT)),
+        Job(made("partitioned_bf16", engine__partitioned_init=True, **BF16, **SHORT)),
+        Job(made("baseline", model__kind="magvit2", **SHORT)),
+        Job(made("images", data__image_fraction=0.5, **SHORT)),
+        Job(made("start", **BF16), stop_after=0),
+    ]
+
+
+def _first_start_of_one(made: Callable[..., RunConfig]) -> list[Job]:
+    return [
+        Job(made("plain_bf16", **PLAIN, **BF16)),
+        Job(made("plain_fp32", **PLAIN)),
+        Job(made("plain_short_again", **PLAIN, **SHORT)),
+        Job(made("halted_one"), stop_after=STOP),
+        Job(made("plain_short", **PLAIN, **SHORT)),
+        Job(made("plain_baseline", model__kind="magvit2", **PLAIN, **SHORT)),
+        Job(made("plain_images", data__image_fraction=0.5, **PLAIN, **SHORT)),
+        Job(made("plain_start", **PLAIN, **BF16), stop_after=0),
+    ]

@@ -1,0 +1,60 @@
+"""Resuming: bit for bit at the same number of ranks, the same state at another."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.dist.conftest import STEPS, STOP, Runs
+
+# After the change of ranks the losses differ by the order of float32 sums alone.
+ELASTIC = 1e-4
+
+
+@pytest.mark.parametrize(
+    ("resumed", "undisturbed"), [("two_to_two", "fp32"), ("two_to_two_bf16", "bf16")], ids=["fp32", "bf16"]
+)
+def test_resuming_is_bit_exact(runs: Runs, resumed: str, undisturbed: str) -> None:
+    """Twelve steps, new processes, eight more: every loss and every piece of state (weights, both moments, EMA) equals
+    that of twenty steps in one go, bit for bit."""
+    assert torch.equal(runs.losses(resumed), runs.losses(undisturbed))
+    after, expected = runs.tensors(resumed), runs.tensors(undisturbed)
+    assert after.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(after[name], expected[name])]
+    assert not different
+    assert any((runs.tensors(resumed, STOP)[name] != expected[name]).any() for name in expected)
+
+
+def test_the_resumed_run_really_started_anew(runs: Runs) -> None:
+    """The record tells both starts, and that the second one went on at the step where the first one stopped."""
+    lines = [json.loads(line) for line in (runs.folder / "two_to_two" / "metrics.jsonl").read_text().splitlines()]
+    starts = [(line["step"], line["world_size"]) for line in lines if line.get("event") == "start"]
+    assert starts == [(0, 2), (STOP, 2)]
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("two_to_one", (2, 1)), ("one_to_two", (1, 2))])
+def test_resuming_at_another_number_of_ranks(runs: Runs, name: str, ranks: tuple[int, int]) -> None:
+    """Saved by two and resumed by one, and the other way round: the losses follow those of the undisturbed run."""
+    folder = runs.folder / name / "checkpoints"
+    saved = [json.loads((folder / f"step-{step:08d}" / "manifest.json").read_text()) for step in (STOP, STEPS)]
+    assert tuple(manifest["world_size"] for manifest in saved) == ranks
+    torch.testing.assert_close(runs.losses(name), runs.losses("fp32"), rtol=0, atol=ELASTIC)
+
+
+def test_the_gathered_state_does_not_depend_on_who_saved_it(runs: Runs) -> None:
+    """A checkpoint of two ranks and one of a single rank hold the same tensors, once gathered."""
+    two, one = runs.tensors("halted", STOP), runs.tensors("halted_one", STOP)
+    assert two.keys() == one.keys()
+    for name in two:
+        assert two[name].shape == one[name].shape
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=ELASTIC)
+
+
+def test_a_wrong_state_would_show(runs: Runs) -> None:
+    """Negative control: the same resume with the moments forgotten leaves the tolerance at once, so that the tests
+    above can fail."""
+    forgetful, expected = runs.losses("two_to_one_forgetful"), runs.losses("fp32")
+    assert forgetful[STOP] == pytest.approx(float(expected[STOP]), abs=ELASTIC), "its weights are the right ones"
+    assert (forgetful[STOP + 1 :] - expected[STOP + 1 :]).abs().max() > 10 * ELASTIC

@@ -1,0 +1,43 @@
+"""A config file on a real dataset, and the losses of its undisturbed run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from regen_dist.config import to_yaml
+from regen_dist.observe.record import read_record
+from tests.helpers.ranks import run_regen
+from tests.helpers.tiny import tiny_dataset, tiny_run
+
+STEPS, SAVE_EVERY = 16, 4
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step; fails when a step is missing or stands in the record twice."""
+    lines = read_record(run / "metrics.jsonl", "train")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks by default of the tests, ZeRO-3, bf16, a checkpoint every four of sixteen steps."""
+    folder = tmp_path_factory.mktemp("fault")
+    made = tiny_run(
+        folder / "runs", tiny_dataset(folder / "data"), engine__kind="zero3", engine__precision="bf16",
+        train__steps=STEPS, train__save_every=SAVE_EVERY,
+    )  # fmt: skip
+    path = folder / "tiny.yaml"
+    path.write_text(to_yaml(made))
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(config: Path) -> list[float]:
+    """The losses of a run that nothing happens to."""
+    assert run_regen("train", config, "--ranks", 2, "name=undisturbed", log=config.with_name("undisturbed.log")) == 0
+    values = losses(config.parent / "runs" / "undisturbed")
+    assert len(values) == STEPS
+    return values
