@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from importlib import import_module
@@ -55,11 +54,9 @@ def _options(
 
 def _register() -> None:
     for name, (module, function) in _COMMANDS.items():
-        if importlib.util.find_spec(f"tools.{module}"):
-            app.command(name)(getattr(import_module(f"tools.{module}"), function))
+        app.command(name)(getattr(import_module(f"tools.{module}"), function))
     for name, module in _GROUPS.items():
-        if importlib.util.find_spec(f"tools.{module}"):
-            app.add_typer(import_module(f"tools.{module}").app, name=name)
+        app.add_typer(import_module(f"tools.{module}").app, name=name)
 
 
 _register()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from regen_dist import __version__
 from regen_dist.checkpoint.shards import ShardReader, shard_name, write_shard
+from regen_dist.config.files import write_text_atomically
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError
 
@@ -42,16 +43,6 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # name to {bytes, sha256}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file as a whole: temporary name in the same folder, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 class CheckpointStore:
     """The checkpoints of one run."""
 
@@ -67,14 +58,14 @@ class CheckpointStore:
         config_hash: str,
         keep: int,
     ) -> None:
-        """Commit a checkpoint; nothing to do when that step is committed already. A collective; raises on every rank
-        when any rank failed, and then the older checkpoints are untouched.
+        """Commit a checkpoint; nothing to do when the pointer names that step already. A collective; raises on every
+        rank when any rank failed, and then the older checkpoints are untouched.
 
         Raises:
             CheckpointError: some rank could not write its shard.
         """
-        if self.ranks.agree(self.ranks.is_main and step in self.steps()):
-            return  # already committed: a run that was stopped right after it resumed
+        if self.ranks.agree(self.ranks.is_main and self._is_latest(step)):
+            return  # a run that was stopped right after it resumed
         temporary = self.folder / f"{_name(step)}.tmp"
         if self.ranks.is_main:
             self._clear_debris()
@@ -85,7 +76,7 @@ class CheckpointStore:
             raise CheckpointError(f"step {step} was not saved: {error or 'another rank failed, see its log'}")
         if self.ranks.is_main:
             self._commit(temporary, step, shapes, state, config_hash)
-            self._prune(keep)
+            self._prune(step, keep)
         self.ranks.barrier()
 
     def latest(self) -> Manifest | None:
@@ -133,17 +124,27 @@ class CheckpointStore:
     ) -> None:
         files = {path.name: _facts(path) for path in sorted(temporary.glob("*.safetensors"))}
         manifest = Manifest(SCHEMA, step, self.ranks.world_size, config_hash, __version__, state, shapes, files)
-        write_atomically(temporary / "manifest.json", json.dumps(asdict(manifest), indent=1))
-        os.replace(temporary, self.folder / _name(step))
-        write_atomically(self.folder / "latest", _name(step) + "\n")
+        write_text_atomically(temporary / "manifest.json", json.dumps(asdict(manifest), indent=1))
+        target = self.folder / _name(step)
+        if target.exists():  # of a save that died before the pointer moved, or of a future that was gone back from
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        write_text_atomically(self.folder / "latest", _name(step) + "\n")
 
-    def _prune(self, keep: int) -> None:
-        for step in self.steps()[:-keep]:
+    def _is_latest(self, step: int) -> bool:
+        pointer = self.folder / "latest"
+        return step in self.steps() and pointer.exists() and pointer.read_text(encoding="utf-8").strip() == _name(step)
+
+    def _prune(self, newest: int, keep: int) -> None:
+        """Later steps than the one just saved do not count: they belong to a future that was gone back from."""
+        for step in [step for step in self.steps() if step <= newest][:-keep]:
             shutil.rmtree(self.folder / _name(step))
 
     def _clear_debris(self) -> None:
         for path in self.folder.glob("step-*.tmp"):
             shutil.rmtree(path)
+        for path in self.folder.glob(".latest.*"):
+            path.unlink()
 
 
 def _name(step: int) -> str:

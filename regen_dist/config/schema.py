@@ -199,6 +199,7 @@ class EngineConfig(Section):
     # Build each parameter already sharded (zero.Init), in the working precision: for models larger than one GPU.
     partitioned_init: bool = False
     activation_checkpointing: bool = False
+    persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank
 
 
 class TrainConfig(Section):

@@ -102,7 +102,12 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": config.engine.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": 3, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "stage3_param_persistence_threshold": config.engine.persistence_threshold,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
     }

@@ -30,8 +30,8 @@ class Codec:
     """An embedder for inference. Takes and gives float32 videos in [-1, 1]; works in the precision that it was trained
     in."""
 
-    def __init__(self, model: Regen | Baseline, config: RunConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, model: Regen | Baseline, config: RunConfig, device: torch.device, step: int = 0) -> None:
+        self.config, self.device, self.step = config, device, step
         self.model = model.to(device, precision_of(config.engine.precision)).eval()
         self.kind, self.num_frames = config.model.kind, config.model.num_frames
         self.temporal_compression = config.model.temporal_compression
@@ -54,7 +54,8 @@ class Codec:
         model, reader = build_model(config.model), store.reader(manifest)
         kind = "ema" if weights == "ema" else "master"
         model.load_state_dict({name: reader.whole(f"{kind}/{name}") for name in manifest.shapes})
-        return cls(model, config, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model, config, device, manifest.step)
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Latents:

@@ -109,15 +109,19 @@ class GenerativeDecoder(Checkpointed):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.blocks))
         self.final_modulation = Modulation(config.width, 2)
         self.head = ZeroLinear(config.width, 3 * P * P)
+        self.shortcut = ZeroLinear(
+            config.width, 3 * P * P
+        )  # ours: a linear decoding of C_e, beside the normalised head
 
     def forward(self, noisy: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
         """noisy [B, 3, T, H, W], t [B], conditioning C_e [B, T, h, w, D] to a prediction [B, 3, T, H, W] in float32."""
         grid: Grid = (noisy.shape[2], noisy.shape[3] // P, noisy.shape[4] // P)
         vector = self.timestep(t)
         modulation = self.modulation(vector)
-        pixels = self.embed(fold_tokens(noisy.to(self.embed.weight.dtype)))  # [B, L, D]
-        x = torch.addcmul(conditioning.flatten(1, 3), pixels, self.noise_gate(vector))
+        seen = self.embed(fold_tokens(noisy.to(self.embed.weight.dtype)))  # [B, L, D]
+        x = torch.addcmul(conditioning.flatten(1, 3), seen, self.noise_gate(vector))
         for block in self.blocks:
             x = self.run(block, x, modulation, grid=grid)
         scale, shift = self.final_modulation(vector).unsqueeze(2).unbind(1)
-        return unfold_tokens(self.head(modulate(x, scale, shift)).float(), grid)
+        pixels = self.head(modulate(x, scale, shift)) + self.shortcut(conditioning.flatten(1, 3))
+        return unfold_tokens(pixels.float(), grid)
