@@ -18,7 +18,12 @@ from tests.helpers.ranks import Job, forget_moments, run_ranks, train_jobs
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 STEPS, STOP = 20, 12
-COMMON = {"train__steps": STEPS, "engine__kind": "zero3", "model__latent__noise_std": 0.1}
+COMMON = {
+    "train__steps": STEPS,
+    "engine__kind": "zero3",
+    "engine__persistence_threshold": 500,  # so that some parameters are gathered and some stay
+    "model__latent__noise_std": 0.1,
+}
 BF16: dict[str, Any] = {"engine__precision": "bf16"}
 PLAIN: dict[str, Any] = {"engine__kind": "plain"}
 SHORT: dict[str, Any] = {"train__steps": 6}
@@ -87,6 +92,7 @@ def _first_start_of_two(made: Callable[..., RunConfig]) -> list[Job]:
         Job(made("recomputed", engine__activation_checkpointing=True, **SHORT)),
         Job(made("partitioned", engine__partitioned_init=True, **SHORT)),
         Job(made("partitioned_bf16", engine__partitioned_init=True, **BF16, **SHORT)),
+        Job(made("persistent", engine__persistence_threshold=100_000, **SHORT)),
         Job(made("baseline", model__kind="magvit2", **SHORT)),
         Job(made("images", data__image_fraction=0.5, **SHORT)),
         Job(made("start", **BF16), stop_after=0),

@@ -67,6 +67,11 @@ def test_activation_checkpointing_changes_nothing(runs: Runs) -> None:
     torch.testing.assert_close(runs.losses("recomputed"), runs.losses("plain_short"), rtol=0, atol=FP32)
 
 
+def test_parameters_that_stay_whole_change_nothing(runs: Runs) -> None:
+    """Whether ZeRO-3 keeps small parameters on every rank or gathers them each time: the same losses."""
+    torch.testing.assert_close(runs.losses("persistent"), runs.losses("plain_short"), rtol=0, atol=FP32)
+
+
 def test_partitioned_init(runs: Runs) -> None:
     """A model that is sharded while it is built starts from the same weights: in float32 exactly; in bf16 from their
     rounding, which the losses show, but only just."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from regen_dist.config.schema import ModelConfig
 from regen_dist.errors import DataError
 from regen_dist.models import build_model
-from regen_dist.models.encoder import normalise_latent
+from regen_dist.models.encoder import bound_latent
 from regen_dist.models.layers import CausalConv, ChannelNorm, Frames, split_first
 from tests.helpers.tiny import clips, tiny_model
 
@@ -63,18 +63,27 @@ def test_exactly_two_latent_frames_of_eight_channels(k: int, kind: str) -> None:
 
 @torch.no_grad()
 def test_the_motion_latent_of_an_image_is_zero_and_of_a_clip_is_not() -> None:
-    """An image is told from a clip by its motion latent: all zeros, where every cell of a clip's has an RMS of 1."""
+    """An image is told from a clip by its motion latent: all zeros, the centre of the ball in which latents lie."""
     encoder = _encoder(tiny_model())
     assert not encoder(clips(2, 1)).motion.any()
-    for latent in encoder(clips(2, 5)):
-        torch.testing.assert_close(latent.square().mean(1).sqrt(), torch.ones(2, 4, 4), rtol=0, atol=1e-2)
+    assert (encoder(clips(2, 5)).motion != 0).all()
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 3.6e4])
-def test_latents_are_bounded_by_construction(scale: float) -> None:
-    """However large the encoder's output grows in training, the latent keeps its spread."""
-    latent = normalise_latent(scale * torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)))
-    torch.testing.assert_close(latent.square().mean(1), torch.ones(2, 4, 4), rtol=0, atol=0.02)
+@torch.no_grad()
+def test_latents_are_bounded_by_construction() -> None:
+    """However large the encoder's output grows in training, the RMS over a cell's channels stays below 1; small
+    latents pass as they are, and a direction is never changed."""
+    raw = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-3, 1.0, 3.6e4):
+        latent = bound_latent(scale * raw)
+        assert latent.square().mean(1).max() <= 1 + 1e-5
+        torch.testing.assert_close(torch.cosine_similarity(latent, raw), torch.ones(2, 4, 4))
+    torch.testing.assert_close(bound_latent(1e-3 * raw), 1e-3 * raw, rtol=1e-5, atol=0)
+    model = build_model(tiny_model())
+    model.encoder.head.weight.mul_(1e6)
+    for latent in model.encode(clips()):
+        assert latent.square().mean(1).max() <= 1 + 1e-5
+        assert latent.square().mean() > 0.9
 
 
 @pytest.mark.parametrize(

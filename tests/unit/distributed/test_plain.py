@@ -1,0 +1,158 @@
+"""The plain engine: the arithmetic that ZeRO-3 is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regen_dist.distributed.plain import PlainEngine
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.errors import BackendError
+from tests.helpers.tiny import tiny_run
+
+
+class Net(nn.Module):
+    """Two layers, and one that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.idle = nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+def _engine(**changes: Any) -> PlainEngine:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Net()
+
+    return PlainEngine(tiny_run(**changes), Ranks(), build)
+
+
+def _data(seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def _step(engine: PlainEngine, *batches: Tensor, lr: float = 1e-2) -> Any:
+    for number, batch in enumerate(batches):
+        engine.backward((engine(batch) - 1).square().mean(), is_last=number + 1 == len(batches))
+    return engine.step(lr)
+
+
+def _snapshot(engine: PlainEngine) -> dict[str, Tensor]:
+    return {name: piece.clone() for name, piece in engine.pieces().items()}
+
+
+def test_accumulation_equals_one_large_batch() -> None:
+    """Two micro-batches of a step give the update of one batch with all their samples."""
+    whole, halves = _engine(), _engine(train__accumulation=2)
+    for seed in range(3):
+        batch = _data(seed)
+        result, other = _step(whole, batch), _step(halves, batch[:2], batch[2:])
+        assert other.grad_norm == pytest.approx(result.grad_norm, rel=1e-5)
+    for name, piece in whole.pieces().items():
+        torch.testing.assert_close(halves.pieces()[name], piece, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_clipped_to_the_norm() -> None:
+    """A gradient above the limit is scaled to it, one below is left; the norm that is told is the one before."""
+    for scale, clip in ((1.0, 0.01), (1.0, 100.0)):
+        engine = _engine(optimizer__clip_norm=clip)
+        result = _step(engine, _data(scale=scale))
+        first_moment = torch.cat([piece for name, piece in engine.named_moments() if name.startswith("exp_avg/")])
+        used = float(first_moment.norm()) / (1 - engine.config.optimizer.betas[0])
+        assert used == pytest.approx(min(clip, result.grad_norm), rel=1e-3)
+    assert result.grad_norm < 100.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_with_a_bad_gradient_changes_nothing(bad: float) -> None:
+    """Weights, moments, EMA and the number of updates stay as they were, the gradients are gone, and the next step is
+    the one that would have come without it."""
+    engine, clean = _engine(), _engine()
+    for each in (engine, clean):
+        _step(each, _data())
+    before = _snapshot(engine)
+    engine.backward(engine(_data(1)).sum() * bad, is_last=True)
+    result = engine.step(1e-2)
+    assert not result.applied
+    assert engine.num_updates == 1
+    after = engine.pieces()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+    for each in (engine, clean):
+        assert _step(each, _data(2)).applied
+    assert all(torch.equal(a, b) for a, b in zip(engine.pieces().values(), clean.pieces().values(), strict=True))
+
+
+def test_ema_formula() -> None:
+    """ema <- d ema + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) at update n."""
+    engine = _engine(train__ema_decay=0.25)
+    expected = {name: master.clone() for name, master in engine.named_masters()}
+    for update in range(1, 6):
+        _step(engine, _data(update))
+        decay = min(0.25, (1 + update) / (10 + update))
+        for name, master in engine.named_masters():
+            expected[name] = decay * expected[name] + (1 - decay) * master
+    for name, average in engine.ema.items():
+        torch.testing.assert_close(average, expected[name], rtol=1e-5, atol=1e-7)
+        assert name.startswith("idle") or not torch.equal(average, dict(engine.named_masters())[name])
+
+
+def test_bf16_keeps_masters_in_float32() -> None:
+    """Working weights are the rounded masters; updates too small for bf16 add up in the masters."""
+    engine = _engine(engine__precision="bf16")
+    start = _snapshot(engine)
+    for seed in range(3):
+        engine.backward((engine(_data(seed).bfloat16()).float() - 1).square().mean(), is_last=True)
+        engine.step(1e-6)
+    masters = dict(engine.named_masters())
+    assert not torch.equal(masters["a.weight"], start["master/a.weight"])
+    for name, parameter in engine.module.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert masters[name].dtype == torch.float32
+        assert torch.equal(parameter.flatten(), masters[name].bfloat16())
+
+
+class _Source:
+    """Pieces in memory, read as a checkpoint's are."""
+
+    def __init__(self, pieces: dict[str, Tensor]) -> None:
+        self._pieces = pieces
+
+    def read(self, key: str, low: int, high: int) -> Tensor:
+        return self._pieces[key][low:high]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_restored_state_goes_on_bit_for_bit(precision: str) -> None:
+    """Three steps, a new engine from the pieces, two more: equal to five steps in every piece and every output."""
+
+    def data() -> Iterator[Tensor]:
+        return (_data(seed).to(torch.bfloat16 if precision == "bf16" else torch.float32) for seed in range(5))
+
+    straight, first = _engine(engine__precision=precision), _engine(engine__precision=precision)
+    batches = list(data())
+    for batch in batches:
+        _step(straight, batch)
+    for batch in batches[:3]:
+        _step(first, batch)
+    second = _engine(engine__precision=precision)
+    second.restore(_Source(_snapshot(first)), first.num_updates)
+    assert torch.equal(second(batches[0]), first(batches[0]))
+    for batch in batches[3:]:
+        _step(second, batch)
+    assert second.num_updates == straight.num_updates
+    for name, piece in straight.pieces().items():
+        assert torch.equal(second.pieces()[name], piece), name
+
+
+def test_more_ranks_are_refused() -> None:
+    """One process cannot pretend to be two: the message says which engine can."""
+    with pytest.raises(BackendError, match=r"found 2 ranks; set engine\.kind=zero3"):
+        PlainEngine(tiny_run(), Ranks(0, 2, 0), Net)

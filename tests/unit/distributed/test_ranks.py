@@ -1,0 +1,67 @@
+"""Who a process is among the ranks, and which part of a parameter it holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from regen_dist.distributed.ranks import Ranks, chunk, process_group, read_environment
+from regen_dist.errors import ConfigError
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+MEETING = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Ranks(0, 1, 0)),
+        (TORCHRUN, Ranks(3, 8, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Ranks(0, 1, 0)),
+        ({**SLURM, **MEETING}, Ranks(3, 8, 1)),
+        ({**TORCHRUN, **SLURM, **MEETING}, Ranks(3, 8, 1)),
+        (SLURM, Ranks(0, 1, 0)),  # in an allocation, but started by hand
+        ({**TORCHRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, Ranks(3, 8, 1)),
+    ],
+    ids=["alone", "torchrun", "one-rank", "slurm", "both-agree", "allocation-by-hand", "torchrun-in-one-task"],
+)
+def test_the_environment_gives_the_place(environment: dict[str, str], expected: Ranks) -> None:
+    """torchrun's variables, Slurm's, both, or none."""
+    assert read_environment(environment) == expected
+
+
+def test_a_disagreement_is_an_error() -> None:
+    """Two launchers that say different things are not settled by choosing one of them."""
+    with pytest.raises(ConfigError, match=r"start the ranks by one of the two"):
+        read_environment({**TORCHRUN, **SLURM, **MEETING, "SLURM_PROCID": "4"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"RANK": "8"}, "RANK=8 is not below WORLD_SIZE=8"), ({"RANK": "x"}, "must be whole numbers")],
+)
+def test_values_that_make_no_sense(change: dict[str, str], message: str) -> None:
+    """A rank beyond the number of ranks, or no number."""
+    with pytest.raises(ConfigError, match=message):
+        read_environment({**TORCHRUN, **change})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 6, 64, 1001])
+def test_chunks_cover_without_overlap(size: int, world_size: int) -> None:
+    """Every element of a parameter belongs to exactly one rank, in order; no chunk is longer than the even share."""
+    chunks = [chunk(size, world_size, rank) for rank in range(world_size)]
+    held = [element for low, high in chunks for element in range(low, high)]
+    assert held == list(range(size))
+    assert all(high - low <= -(-size // world_size) for low, high in chunks)
+
+
+def test_one_rank_needs_no_others() -> None:
+    """Sums, votes and broadcasts of a process alone are what it says, without a process group."""
+    ranks = Ranks()
+    with process_group(ranks, needed=False):
+        assert ranks.sum([1.5, 2.0]) == [1.5, 2.0]
+        assert ranks.agree(True)
+        assert not ranks.agree(False)
+        assert ranks.broadcast(7) == 7
+        ranks.barrier()
