@@ -1,0 +1,56 @@
+"""The record on disk: every step once, whatever happened in between."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from regen_dist.observe.record import Record, read_record
+
+
+def _write(path: Path, resumed: int, steps: range) -> None:
+    record = Record(path, resumed)
+    record.write("event", resumed, {"event": "start"})
+    for step in steps:
+        record.write("train", step, {"loss": step / 3})
+    record.close()
+
+
+def test_lines_are_json_and_read_back_bit_for_bit(tmp_path: Path) -> None:
+    """One object a line, with kind, step and time; floats keep all their bits."""
+    path = tmp_path / "run" / "metrics.jsonl"
+    _write(path, 0, range(1, 4))
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["event", "train", "train", "train"]
+    assert all(line["time"] > 1.5e9 for line in lines)
+    assert [line["loss"] for line in read_record(path, "train")] == [1 / 3, 2 / 3, 1.0]
+
+
+def test_steps_that_are_done_again_stand_there_once(tmp_path: Path) -> None:
+    """Resumed at step 3 of 5: steps 4 and 5 of the first start go, the events of both starts stay."""
+    path = tmp_path / "metrics.jsonl"
+    _write(path, 0, range(1, 6))
+    _write(path, 3, range(4, 7))
+    assert [line["step"] for line in read_record(path, "train")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in read_record(path, "event")] == [0, 3]
+
+
+def test_a_cut_last_line_does_no_harm(tmp_path: Path) -> None:
+    """A crash in the middle of a line: the others are read, and the next start writes on a line of its own."""
+    path = tmp_path / "metrics.jsonl"
+    _write(path, 0, range(1, 4))
+    path.write_bytes(path.read_bytes()[:-12])
+    assert [line["step"] for line in read_record(path, "train")] == [1, 2]
+    _write(path, 2, range(3, 5))
+    assert [line["step"] for line in read_record(path, "train")] == [1, 2, 3, 4]
+    assert len(path.read_text().splitlines()) == 6
+
+
+def test_a_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    """What was written is seen by a reader before the record is closed: a killed run keeps its lines."""
+    record = Record(tmp_path / "metrics.jsonl", 0)
+    record.write("train", 1, {"loss": float("nan")})
+    (line,) = read_record(tmp_path / "metrics.jsonl")
+    assert math.isnan(line["loss"])
+    record.close()
