@@ -1,0 +1,244 @@
+"""The codec: clips to latents and back, at any times, from windows that overlap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from regen_dist.checkpoint.commit import CheckpointStore
+from regen_dist.config import save_config
+from regen_dist.diffusion.noise import gaussian
+from regen_dist.distributed.plain import PlainEngine
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.errors import CheckpointError, ConfigError, DataError
+from regen_dist.inference.codec import Codec
+from regen_dist.inference.windows import Window
+from regen_dist.models import Latents, build_model
+from regen_dist.training.tasks import build_task
+from tests.helpers.tiny import clips, tiny_run, wake
+
+CPU = torch.device("cpu")
+
+
+def _codec(**changes: Any) -> Codec:
+    config = tiny_run(**changes)
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    wake(model)
+    for parameter in model.decoder.parameters():
+        if (
+            parameter.shape[0] == 3 * 64
+        ):  # what gives pixels: estimates that stay inside [-1, 1], where nothing is clamped
+            parameter.data.mul_(0.1)
+    return Codec(model, config, CPU)
+
+
+def _one(latents: Latents, clip: int) -> Latents:
+    return Latents(*(latent[clip : clip + 1] for latent in latents))
+
+
+def _times(*times: float) -> Tensor:
+    return torch.tensor(times, dtype=torch.float64)
+
+
+def test_decode_equals_one_window() -> None:
+    """Clips decoded each by itself are windows decoded alone, with the noise of their sample, seed and place."""
+    codec = _codec()
+    latents, times = codec.encode(clips(2)), _times(0, 1.5, 4)
+    both = codec.decode(latents, times, steps=2, seed=9, sample_ids=[5, 6], starts=[0.0, 8.0])
+    assert both.shape == (2, 3, 3, 32, 32)
+    assert both.dtype == torch.float32
+    for clip, (start, sample_id) in enumerate([(0.0, 5), (8.0, 6)]):
+        window = Window(_one(latents, clip), start, 5)
+        alone = codec.decode_windows([window], times + start, steps=2, seed=9, sample_id=sample_id)
+        assert torch.equal(both[clip : clip + 1], alone)
+
+
+def test_what_the_noise_is_keyed_by_shows() -> None:
+    """Another seed, sample or place in the video gives another reconstruction; the same ones the same, bit for bit."""
+    codec = _codec()
+    latents, times = codec.encode(clips(1)), _times(0, 1, 2)
+    given: dict[str, Any] = {"seed": 1, "sample_ids": [2], "starts": [3.0]}
+    frames = codec.decode(latents, times, **given)
+    assert torch.equal(codec.decode(latents, times, **given), frames)
+    for change in ({"seed": 2}, {"sample_ids": [3]}, {"starts": [4.0]}):
+        assert not torch.allclose(codec.decode(latents, times, **{**given, **change}), frames, atol=1e-4)
+
+
+@pytest.fixture
+def pair() -> tuple[Codec, list[Window]]:
+    """Two windows of five frames that share frame 4."""
+    codec = _codec()
+    latents = codec.encode(clips(2))
+    return codec, [Window(_one(latents, 0), 0.0, 5), Window(_one(latents, 1), 4.0, 5)]
+
+
+def test_overlapping_windows_are_blended(pair: tuple[Codec, list[Window]]) -> None:
+    """In one step: frames of one window alone are as if it were decoded alone (from the same noise, which is keyed by
+    the time in the video), and the shared frame is the mean of both estimates."""
+    codec, (first, second) = pair
+    together = codec.decode_windows([first, second], torch.arange(9.0), seed=3)
+    left = codec.decode_windows([first], torch.arange(5.0), seed=3)
+    right = codec.decode_windows([second], torch.arange(4.0, 9.0), seed=3)
+    assert together.shape == (1, 3, 9, 32, 32)
+    assert together.abs().max() < 1
+    torch.testing.assert_close(together[:, :, :4], left[:, :, :4])
+    torch.testing.assert_close(together[:, :, 5:], right[:, :, 1:])
+    torch.testing.assert_close(together[:, :, 4], (left[:, :, 4] + right[:, :, 0]) / 2)
+    assert not torch.allclose(left[:, :, 4], right[:, :, 0], atol=1e-3)
+
+
+def test_the_estimates_are_blended_at_every_step(pair: tuple[Codec, list[Window]]) -> None:
+    """With two steps the windows already agree after the first: not the same as blending two finished decodings."""
+    codec, (first, second) = pair
+    together = codec.decode_windows([first, second], torch.arange(9.0), steps=2)
+    left = codec.decode_windows([first], torch.arange(5.0), steps=2)
+    assert not torch.allclose(together[:, :, :4], left[:, :, :4], atol=1e-4)
+
+
+def test_the_blend_of_equal_estimates_is_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of all windows sum to one at every time, between frames and past the end too."""
+    codec = _codec()
+    target = torch.full((1, 3, 1, 32, 32), 0.25)
+    monkeypatch.setattr(codec.model, "denoise", lambda x, t, latents, times: target.expand_as(x))
+    latents = codec.encode(clips(3))
+    windows = [Window(_one(latents, clip), start, 5) for clip, start in enumerate((0.0, 3.0, 6.0))]
+    frames = codec.decode_windows(windows, _times(0, 0.5, 3, 3.7, 4, 6.1, 7, 10, 10.5), steps=3)
+    torch.testing.assert_close(frames, torch.full_like(frames, 0.25))
+
+
+def test_the_noise_does_not_depend_on_grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a window starts from is the video's noise at its frames' absolute times, whichever other windows and times
+    are decoded with it, and also for a part of the frame's size."""
+    codec = _codec()
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def denoise(x: Tensor, t: Tensor, latents: Latents, times: Tensor) -> Tensor:
+        seen.append((x, times))
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(codec.model, "denoise", denoise)
+    latents = codec.encode(clips(2))
+    windows = [Window(_one(latents, 0), 0.0, 5), Window(_one(latents, 1), 3.0, 5)]
+    for group, times in ((windows, torch.arange(8.0)), (windows[1:], torch.arange(3.0, 8.0)), (windows, _times(7, 3))):
+        seen.clear()
+        codec.decode_windows(group, times, seed=4, sample_id=11)
+        starts = [window.start for window in group]
+        for start, (x, local) in zip(starts[-len(seen) :], seen, strict=True):
+            expected = gaussian(4, torch.tensor([11]), local + start, (32, 32))
+            assert torch.equal(x, expected)
+            tile = gaussian(4, torch.tensor([11]), local + start, (8, 16), origin=(24, 16))
+            assert torch.equal(x[..., 24:, 16:], tile)
+
+
+def test_times_between_and_past_the_frames() -> None:
+    """Any times: half frames, finer ones, a little past the end; finite, inside [-1, 1], and each its own picture."""
+    codec = _codec()
+    frames = codec.decode(codec.encode(clips(1)), _times(0, 0.25, 0.5, 3.999, 4.5), steps=2)
+    assert frames.shape == (1, 3, 5, 32, 32)
+    assert frames.isfinite().all()
+    assert frames.abs().max() <= 1
+    assert all(not torch.equal(frames[:, :, a], frames[:, :, a + 1]) for a in range(4))
+
+
+def test_an_image() -> None:
+    """One frame in, one frame out."""
+    codec = _codec()
+    latents = codec.encode(clips(2, 1))
+    assert codec.decode(latents, _times(0)).shape == (2, 3, 1, 32, 32)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 32, 32), (1, 3, 5, 30, 32), (3, 5, 32, 32)])
+def test_clips_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    """The model's own DataError reaches the caller."""
+    with pytest.raises(DataError):
+        _codec().encode(torch.zeros(shape))
+
+
+def test_no_steps_are_refused() -> None:
+    """Zero steps would be noise."""
+    codec = _codec()
+    with pytest.raises(ConfigError, match="at least 1"):
+        codec.decode(codec.encode(clips(1)), _times(0), steps=0)
+
+
+def test_bf16_gives_float32_close_to_that_of_fp32() -> None:
+    """A codec works in the precision that it was trained in, and still takes and gives float32."""
+    exact, rounded = _codec(), _codec(engine__precision="bf16")
+    video = clips(1)
+    a, b = (codec.decode(codec.encode(video), _times(0, 2, 4)) for codec in (exact, rounded))
+    assert a.dtype == b.dtype == torch.float32
+    assert next(rounded.model.parameters()).dtype == torch.bfloat16
+    torch.testing.assert_close(a, b, rtol=0, atol=0.1)
+
+
+class TestBaseline:
+    """The convolutional baseline behind the same interface."""
+
+    def test_frames(self) -> None:
+        """Whole frames, in any order, from a window anywhere in the video: rows of one reconstruction."""
+        codec = _baseline()
+        latents = codec.encode(clips(1))
+        with torch.no_grad():
+            whole = codec.model.reconstruct(latents, 5).clamp(-1, 1)  # type: ignore[operator]
+        assert torch.equal(codec.decode(latents, _times(3, 0)), whole[:, :, [3, 0]])
+        frames = codec.decode_windows([Window(latents, 8.0, 5)], _times(8, 12))
+        assert torch.equal(frames, whole[:, :, [0, 4]])
+
+    @pytest.mark.parametrize("time", [0.5, 3.99, -1.0, 5.0])
+    def test_times_that_are_no_frames_are_refused(self, time: float) -> None:
+        """It knows the clip's frames and nothing between or beyond: an error, not the nearest frame."""
+        codec = _baseline()
+        with pytest.raises(ConfigError, match=r"the frames 0 to 4 of a clip alone"):
+            codec.decode(codec.encode(clips(1)), _times(time))
+
+    def test_more_steps_are_refused(self) -> None:
+        """It decodes in one pass; asking for more is a mistake that is told."""
+        codec = _baseline()
+        with pytest.raises(ConfigError, match=r"one pass; found 4 steps, use 1"):
+            codec.decode(codec.encode(clips(1)), _times(0), steps=4)
+
+
+def _baseline() -> Codec:
+    config = tiny_run(model__kind="magvit2")
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    wake(model)
+    return Codec(model, config, CPU)
+
+
+class TestLoad:
+    """From a run folder."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> tuple[Path, PlainEngine]:
+        config = tiny_run(tmp_path)
+        engine = PlainEngine(config, Ranks(), build_task(config, CPU).build)
+        for average in engine.ema.values():
+            average.add_(0.01)
+        save_config(config, config.folder)
+        CheckpointStore(config.folder).save(7, engine.pieces(), engine.shapes(), {}, "hash", 2)
+        return config.folder, engine
+
+    def test_averaged_weights_by_default(self, run: tuple[Path, PlainEngine]) -> None:
+        """EMA weights unless those of the last step are asked for; every parameter, bit for bit."""
+        folder, engine = run
+        ema, plain = Codec.load(folder, device=CPU), Codec.load(folder, "plain", device=CPU)
+        for name, parameter in ema.model.named_parameters():
+            assert torch.equal(parameter.flatten(), engine.ema[name])
+        masters = dict(engine.named_masters())
+        for name, parameter in plain.model.named_parameters():
+            assert torch.equal(parameter.flatten(), masters[name])
+        assert (ema.num_frames, ema.temporal_compression, ema.latent_channels, ema.kind) == (5, 4, 8, "regen")
+
+    def test_no_run_and_no_checkpoint(self, tmp_path: Path) -> None:
+        """Both are told apart, with the way out."""
+        with pytest.raises(ConfigError, match="not a run folder"):
+            Codec.load(tmp_path / "nothing")
+        save_config(tiny_run(tmp_path), tmp_path / "fresh")
+        with pytest.raises(CheckpointError, match=r"no checkpoint yet; train it with `regen train`"):
+            Codec.load(tmp_path / "fresh")
