@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regen_dist.config.schema import OptimizerConfig, RunConfig
 from regen_dist.distributed.base import Engine, StepResult, full_shape
-from regen_dist.distributed.optimizer import MOMENTS, build_optimizer, fresh_state, set_lr, set_num_updates
+from regen_dist.distributed.optimizer import MOMENTS, Groups, build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.plain import PlainEngine
 from regen_dist.distributed.ranks import Ranks, chunk
 
@@ -30,7 +30,8 @@ class Zero3Engine(Engine):
                 build()
             )  # sharded as it is built, then in the working precision: the initial weights are rounded to it
         exact = {name: self._chunk_of(param).float().clone() for name, param in module.named_parameters()}
-        optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device)
+        makers = {"cpu_adam": _cpu_adam} if ranks.device.type == "cpu" else {}
+        optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device, makers)
         self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = self._engine.module
         self._params: dict[str, Any] = dict(self.module.named_parameters())  # with the attributes that ZeRO-3 adds
@@ -72,6 +73,9 @@ class Zero3Engine(Engine):
     def _update(self, lr: float) -> StepResult:
         set_lr(self._zero.optimizer, lr)
         self._engine.step()
+        # DeepSpeed overwrites the gradients of the parameters that took part, and would use those of the others again
+        # (the motion path in a step of images).
+        self._zero.grad_partitions_flat_buffer.zero_()
         return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm() or 0.0))
 
     def _after_restore(self) -> None:
@@ -126,8 +130,8 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     return deepspeed
 
 
-def deepspeed_cpu_adam(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """DeepSpeed's vectorised Adam for state that lies in host memory; compiled at its first use (about a minute)."""
+def _cpu_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """DeepSpeed's vectorised Adam for state in host memory; compiled at its first use (g++, about a minute)."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, adamw_mode=True)  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,21 @@ from regen_dist.errors import BackendError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(config: OptimizerConfig, params: Iterable[Tensor], device: torch.device) -> torch.optim.Optimizer:
+Groups = list[dict[str, Any]]
+Maker = Callable[[Groups, OptimizerConfig, torch.device], torch.optim.Optimizer]
+
+
+def build_optimizer(
+    config: OptimizerConfig, params: Iterable[Tensor], device: torch.device, makers: Mapping[str, Maker] | None = None
+) -> torch.optim.Optimizer:
     """The optimizer that the config names. Matrices and kernels decay; vectors (biases, norm gains, tables of one row)
     do not.
+
+    Args:
+        config: the kind and its numbers.
+        params: what it updates.
+        device: where they are.
+        makers: kinds that the calling engine adds to those known here.
 
     Raises:
         BackendError: the optimizer cannot run on this device or is not installed.
@@ -25,27 +37,23 @@ def build_optimizer(config: OptimizerConfig, params: Iterable[Tensor], device: t
     decayed = [p for p in params if len(getattr(p, "ds_shape", p.shape)) > 1]
     rest = [p for p in params if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    make = {"adamw": _adamw, "cpu_adam": _cpu_adam, "fused_adam": _fused_adam}[config.kind]
-    return make(groups, config, device)
+    known: dict[str, Maker] = {"adamw": _adamw, "cpu_adam": _no_cpu_adam, "fused_adam": _fused_adam}
+    return (known | dict(makers or {}))[config.kind](groups, config, device)
 
 
-def _adamw(groups: list[dict[str, object]], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def _adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, foreach=True)
 
 
-def _cpu_adam(groups: list[dict[str, object]], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def _no_cpu_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     if device.type != "cpu":
         raise BackendError(
             f"optimizer.kind=cpu_adam keeps its state on the CPU, the model is on {device}; set optimizer.kind=adamw"
         )
-    from regen_dist.distributed.engine import deepspeed_cpu_adam
-
-    return deepspeed_cpu_adam(groups, config)
+    raise BackendError("optimizer.kind=cpu_adam is DeepSpeed's; set engine.kind=zero3, or optimizer.kind=adamw")
 
 
-def _fused_adam(
-    groups: list[dict[str, object]], config: OptimizerConfig, device: torch.device
-) -> torch.optim.Optimizer:
+def _fused_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     if device.type != "cuda":
         raise BackendError(
             f"optimizer.kind=fused_adam (apex) needs a CUDA device, found {device}; set optimizer.kind=adamw"
