@@ -27,6 +27,7 @@ COMMON = {
 BF16: dict[str, Any] = {"engine__precision": "bf16"}
 PLAIN: dict[str, Any] = {"engine__kind": "plain"}
 SHORT: dict[str, Any] = {"train__steps": 6}
+IMAGES: dict[str, Any] = {"data__image_fraction": 0.5, "train__accumulation": 2}
 COPIES = {  # stopped run: the runs that go on from it, each with the ranks that saved and the ranks that resume
     "halted": ("two_to_two", "two_to_one", "two_to_one_forgetful"),
     "halted_bf16": ("two_to_two_bf16",),
@@ -94,7 +95,8 @@ def _first_start_of_two(made: Callable[..., RunConfig]) -> list[Job]:
         Job(made("partitioned_bf16", engine__partitioned_init=True, **BF16, **SHORT)),
         Job(made("persistent", engine__persistence_threshold=100_000, **SHORT)),
         Job(made("baseline", model__kind="magvit2", **SHORT)),
-        Job(made("images", data__image_fraction=0.5, **SHORT)),
+        Job(made("images", **IMAGES, **SHORT)),
+        Job(made("baseline_images", model__kind="magvit2", **IMAGES, **SHORT)),
         Job(made("start", **BF16), stop_after=0),
     ]
 
@@ -107,6 +109,7 @@ def _first_start_of_one(made: Callable[..., RunConfig]) -> list[Job]:
         Job(made("halted_one"), stop_after=STOP),
         Job(made("plain_short", **PLAIN, **SHORT)),
         Job(made("plain_baseline", model__kind="magvit2", **PLAIN, **SHORT)),
-        Job(made("plain_images", data__image_fraction=0.5, **PLAIN, **SHORT)),
+        Job(made("plain_images", **PLAIN, **IMAGES, **SHORT)),
+        Job(made("plain_baseline_images", model__kind="magvit2", **PLAIN, **IMAGES, **SHORT)),
         Job(made("plain_start", **PLAIN, **BF16), stop_after=0),
     ]
