@@ -7,7 +7,7 @@ from collections.abc import Generator
 from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config import config_hash
 from regen_dist.config.schema import RunConfig
-from regen_dist.data.loader import ClipBatch, clip_batches, validation_clip
+from regen_dist.data.loader import ClipBatch, clip_batches, dataset_fingerprint, validation_clip
 from regen_dist.distributed.base import StepResult, precision_of
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks
@@ -91,14 +91,24 @@ class Trainer:
         )  # fmt: skip
 
     def _validate(self) -> None:
-        self.reporter.validation(self.step, self.task.validate(self.engine, self.validation_clip))
-        self.meter.pause()
+        with self.meter.paused():
+            self.reporter.validation(self.step, self.task.validate(self.engine, self.validation_clip))
 
     def _save(self) -> None:
-        state = {"num_updates": self.engine.num_updates, "skipped": self.guard.skipped}
-        keep = self.config.train.keep_checkpoints
-        self.store.save(self.step, self.engine.pieces(), self.engine.shapes(), state, config_hash(self.config), keep)
-        self.meter.pause()
+        state = {"num_updates": self.engine.num_updates, "skipped": self.guard.skipped, "data": self._data_identity()}
+        keep, digest = self.config.train.keep_checkpoints, config_hash(self.config)
+        with self.meter.paused():
+            self.store.save(self.step, self.engine.pieces(), self.engine.shapes(), state, digest, keep)
+
+    def _data_identity(self) -> dict[str, int | str | float]:
+        """What the order of the data depends on: while this stays the same, the step says which batches come next."""
+        train, data = self.config.train, self.config.data
+        return {
+            "dataset fingerprint": dataset_fingerprint(data),
+            "train.batch_global": train.batch_global,
+            "train.seed": train.seed,
+            "data.image_fraction": data.image_fraction,
+        }
 
     def _resume(self) -> int:
         """Restore the newest checkpoint, if there is one. Returns the step to go on from."""
@@ -109,6 +119,12 @@ class Trainer:
             raise CheckpointError(
                 f"the checkpoint of step {manifest.step} in {self.store.folder} was saved by another model; "
                 "give the run another name, or restore the model section of its config"
+            )
+        before, now = manifest.state["data"], self._data_identity()
+        if changed := [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]:
+            raise CheckpointError(
+                f"the run cannot go on at step {manifest.step}, because the order of its data has changed: "
+                f"{'; '.join(changed)}. Restore that, or give the run another name"
             )
         self.engine.restore(self.store.reader(manifest), manifest.state["num_updates"])
         self.guard.skipped = manifest.state["skipped"]

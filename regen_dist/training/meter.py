@@ -71,6 +71,9 @@ class Meter:
         self._reset()
         return figures
 
-    def pause(self) -> None:
-        """Forget the time since the last reading: validation and saving are not training."""
-        self._reset()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in the block does not count: validation and saving are not training."""
+        start = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - start

@@ -80,9 +80,12 @@ def test_mfu_counts_every_rank(clock: Clock, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_validation_and_saving_are_not_training_time(clock: Clock) -> None:
-    """After a pause the clock starts again."""
+    """Neither their time nor the losses before them are lost: they are left out of the clock, and the sums go on."""
     meter = Meter(Ranks(), 4, 1e9, 1.0)
-    clock.now += 1000
-    meter.pause()
+    _step(meter, clock, [3.0], 0.0, 2.0)
+    with meter.paused():
+        clock.now += 1000
     _step(meter, clock, [1.0], 0.0, 2.0)
-    assert meter.read(0.1, RESULT)["step_s"] == pytest.approx(2.0)
+    figures = meter.read(0.1, RESULT)
+    assert figures["step_s"] == pytest.approx(2.0)
+    assert figures["loss"] == 2.0

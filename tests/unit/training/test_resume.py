@@ -1,0 +1,42 @@
+"""A run resumes only where its checkpoint belongs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regen_dist.errors import CheckpointError
+from regen_dist.training.run import train
+from tests.helpers.tiny import tiny_dataset, tiny_run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train__seed": 4}, r"train\.seed was 3, is 4"),
+        ({"train__batch_global": 8}, r"train\.batch_global was 4, is 8"),
+        ({"model__decoder__blocks": 1}, "saved by another model"),
+    ],
+)
+def test_changed_data_order_or_model_is_refused_and_named(
+    tmp_path: Path, data: Path, changes: dict[str, Any], told: str
+) -> None:
+    """Going on would train on other clips, or put weights where they do not belong, without a word."""
+    assert train(tiny_run(tmp_path, data, train__steps=1)) == 0
+    with pytest.raises(CheckpointError, match=told):
+        train(tiny_run(tmp_path, data, train__steps=2, **changes))
+
+
+def test_more_steps_go_on_from_the_checkpoint(tmp_path: Path, data: Path) -> None:
+    """What may change does: the same run with more steps goes on, and does not start again."""
+    assert train(tiny_run(tmp_path, data, train__steps=1)) == 0
+    assert train(tiny_run(tmp_path, data, train__steps=2)) == 0
+    record = (tmp_path / "tiny" / "metrics.jsonl").read_text()
+    assert record.count('"kind": "train"') == 2
