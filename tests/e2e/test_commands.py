@@ -113,6 +113,16 @@ def test_training_again_when_done_changes_nothing(run: Path, config: Path, folde
     assert read_record(run / "metrics.jsonl", "train") == before
 
 
+def test_one_process_needs_no_ranks(config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 without `--ranks` and without any rank variable: a job of one, its data read in the process itself."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    log = folder / "alone.log"
+    assert run_regen("train", config, "name=alone", "train.steps=2", "data.workers=0", log=log) == 0, log.read_text()
+    assert "starting at step 0 on 1 rank(s)" in log.read_text()
+    assert len(read_record(folder / "runs" / "alone" / "metrics.jsonl", "train")) == 2
+
+
 def test_reconstruct(run: Path, folder: Path) -> None:
     """A video that was not trained on, of sides that are no multiples of 8 and a length that is no multiple of a clip:
     all files, the measures, twice the frame rate."""

@@ -72,6 +72,7 @@ def test_state_made_early_equals_state_made_by_the_first_step() -> None:
     ("kind", "device", "message"),
     [
         ("fused_adam", CPU, r"apex\) needs a CUDA device, found cpu; set optimizer\.kind=adamw"),
+        ("cpu_adam", CPU, r"is DeepSpeed's; set engine\.kind=zero3, or optimizer\.kind=adamw"),
         ("cpu_adam", CUDA, r"the model is on cuda; set optimizer\.kind=adamw"),
     ],
 )
