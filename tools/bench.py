@@ -54,5 +54,5 @@ def ablation(
     facts |= {"config": str(config), "overrides": overrides or [], "config_hash": config_hash(base), "arms": results}
     (out / "ablation.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (out / "ablation.md").write_text(table(results), encoding="utf-8")
-    console.print(table(results), markup=False)
+    print(table(results))
     console.print(f"written: {out / 'ablation.json'}, {out / 'ablation.md'}")
