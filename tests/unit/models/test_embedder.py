@@ -94,6 +94,22 @@ def test_the_decoder_knows_places_by_the_conditioning_alone() -> None:
 
 
 @torch.no_grad()
+def test_the_decoder_mixes_tokens_by_attention_alone() -> None:
+    """With one layer of windows, nothing outside a window changes a pixel inside it, bit for bit: no other part of the
+    decoder looks over the whole clip."""
+    model = _regen(decoder__blocks=1, decoder__attention={"pattern": "window", "window": [2, 2, 2]})
+    noisy, conditioning = torch.randn(1, 3, 4, 32, 32), torch.randn(1, 4, 4, 4, 32)
+    before = model.decoder(noisy, torch.ones(1), conditioning)
+    noisy[:, :, 2:] *= -1
+    conditioning[:, 2:] *= -1
+    noisy[..., 16:] *= -1
+    conditioning[:, :, :, 2:] *= -1
+    after = model.decoder(noisy, torch.ones(1), conditioning)
+    assert torch.equal(before[:, :, :2, :, :16], after[:, :, :2, :, :16])
+    assert not torch.equal(before[:, :, 2:], after[:, :, 2:])
+
+
+@torch.no_grad()
 def test_the_gates_start_closed() -> None:
     """A fresh transformer is the identity and its head says zero, so that training starts from a plain state."""
     torch.manual_seed(0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist.config.schema import ModelConfig
 from regen_dist.errors import DataError
 from regen_dist.models import build_model
 from regen_dist.models.encoder import bound_latent
-from regen_dist.models.layers import CausalConv, ChannelNorm, Frames, split_first
+from regen_dist.models.layers import CausalConv, ChannelNorm, Frames, join_first, split_first
 from tests.helpers.tiny import clips, tiny_model
 
 KS = (4, 8, 16, 32)
@@ -129,6 +130,15 @@ def test_no_operation_of_the_encoder_reaches_over_the_whole_frame() -> None:
     for before, after in zip(encoder(clip), encoder(changed), strict=True):
         assert not torch.equal(before[..., :4], after[..., :4])
         assert torch.equal(before[..., -16:], after[..., -16:])
+
+
+@torch.no_grad()
+def test_the_first_frame_is_part_of_the_same_convolution() -> None:
+    """Computed apart, the first frame still is what one 3D convolution over a clip behind two zero frames gives."""
+    torch.manual_seed(0)
+    conv, video = CausalConv(2, 3), torch.randn(1, 2, 5, 4, 4)
+    whole = F.conv3d(F.pad(video, (1, 1, 1, 1, 2, 0)), conv.weight, conv.bias)
+    torch.testing.assert_close(join_first(conv(split_first(video))), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temporal", [1, 2])
