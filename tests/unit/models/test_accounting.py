@@ -12,11 +12,12 @@ from regen_dist.config.schema import AttentionConfig, EngineConfig
 from regen_dist.models import build_model
 from regen_dist.models.accounting import Account, account
 from regen_dist.models.memory import memory_bytes
+from tests.helpers.presets import NANO_AT_8
 
 
 @pytest.fixture
 def nano(root: Path) -> RunConfig:
-    return load_config(root / "configs/embedder/nano.yaml")
+    return load_config(root / "configs/embedder/nano.yaml", NANO_AT_8)
 
 
 def _decoder_flops(config: RunConfig, tokens: int, seen: int) -> int:
@@ -24,8 +25,8 @@ def _decoder_flops(config: RunConfig, tokens: int, seen: int) -> int:
     decoder = config.model.decoder
     width = decoder.width
     per_token = 2 * width * (3 + 1) * width + 2 * 2 * width * int(width * decoder.mlp_ratio) + 2 * 2 * width * seen
-    pixels = 2 * 2 * tokens * width * 3 * 64  # embedding and head
-    modulation = 2 * (256 * width + width * width + (6 + 2) * width * width)
+    pixels = 3 * 2 * tokens * width * 3 * 64  # embedding, head and the linear decoding beside it
+    modulation = 2 * (256 * width + width * width + (6 + 2 + 1) * width * width)  # blocks, head, noise gate
     return decoder.blocks * tokens * per_token + pixels + modulation
 
 
@@ -78,7 +79,7 @@ def test_checkpointing_trades_memory_for_operations(nano: RunConfig) -> None:
 
 
 def test_both_kinds_keep_the_same_latents(nano: RunConfig, root: Path) -> None:
-    baseline = account(load_config(root / "configs/embedder/nano_magvit2.yaml").model, (64, 64))
+    baseline = account(load_config(root / "configs/embedder/nano_magvit2.yaml", NANO_AT_8).model, (64, 64))
     embedder = account(nano.model, (64, 64))
     assert baseline.latent_shape == embedder.latent_shape == (8, 8, 8)
     assert baseline.bits_per_pixel == embedder.bits_per_pixel == pytest.approx(16 * 2 * 8 / (9 * 64))

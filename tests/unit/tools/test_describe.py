@@ -10,6 +10,7 @@ import pytest
 
 from regen_dist.config import load_config
 from regen_dist.errors import ConfigError
+from tests.helpers.presets import NANO_AT_8
 from tools.describe import describe, gather
 
 ROOT = Path(__file__).parents[3]
@@ -19,7 +20,7 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.pa
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_can_be_described(path: Path) -> None:
     config = load_config(path)
-    facts = gather(config, world_size=8)
+    facts = gather(config, world_size=1 if config.engine.kind == "plain" else 8)
     channels, frames, height, width = facts["input_shape"]
     assert (channels, frames) == (3, config.model.temporal_compression + 1)
     assert (facts["latent_frames"], facts["latent_shape"]) == (2, [8, height // 8, width // 8])
@@ -39,7 +40,7 @@ def test_the_full_size_embedder_at_k_32(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_json_holds_what_the_tables_say(capsys: pytest.CaptureFixture[str]) -> None:
-    describe(ROOT / "configs/embedder/nano.yaml", ["data.size=[64,128]"], world_size=2, as_json=True)
+    describe(ROOT / "configs/embedder/nano.yaml", [*NANO_AT_8, "data.size=[64,128]"], world_size=2, as_json=True)
     facts = json.loads(capsys.readouterr().out)
     assert facts["input_shape"] == [3, 9, 64, 128]
     assert facts["world_size"] * facts["clips_per_gpu"] == 8

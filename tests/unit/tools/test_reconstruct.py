@@ -15,10 +15,11 @@ from regen_dist.errors import CheckpointError, ConfigError, DataError, RegenErro
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import SourceVideo, VideoWriter
 from regen_dist.models import build_model
+from tests.helpers.presets import NANO_AT_8
 from tools.cli import app
 
 CONFIG = Path("configs/embedder/nano.yaml")
-OVERRIDES = ["data.url=none", "data.validation_url=none", "model.decoder.blocks=1", "engine.precision=fp32"]
+OVERRIDES = [*NANO_AT_8, "data.url=none", "data.validation_url=none", "model.decoder.blocks=1", "engine.precision=fp32"]
 
 
 @pytest.fixture(scope="module")
