@@ -33,6 +33,7 @@ FORWARDED = {
     signal.SIGHUP: signal.SIGTERM,
 }
 _PR_SET_PDEATHSIG = 1
+_WAKE_S = 0.5  # a signal that comes just before the main thread blocks is handled when it wakes: never wait for ever
 _TAIL_LINES = 15
 
 
@@ -94,6 +95,8 @@ class _Job:
     codes: dict[int, int] = field(default_factory=dict)  # in the order in which the ranks ended
     ended: queue.Queue[tuple[int, int]] = field(default_factory=queue.Queue)
     interrupts: int = 0
+    told: list[signal.Signals] = field(default_factory=list)  # what all ranks must hear, and
+    heard: list[int] = field(default_factory=list)  # how much of it each has been sent
 
     def start(self, command: Sequence[str], rank: int, base: Mapping[str, str]) -> None:
         output = self._open_log(rank, command)
@@ -109,6 +112,8 @@ class _Job:
         if output:
             output.close()
         self.processes.append(process)
+        self.heard.append(0)
+        self._deliver()  # a signal that came while it started
 
     def wait(self) -> int:
         """Block until every rank has ended, then give the job's exit code."""
@@ -116,10 +121,12 @@ class _Job:
             threading.Thread(target=self._await, args=(rank, process), daemon=True).start()
         deadline_s: float | None = None
         while len(self.codes) < len(self.processes):
-            timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            left_s = _WAKE_S if deadline_s is None else max(0.0, deadline_s - time.monotonic())
             try:
-                rank, returned = self.ended.get(timeout=timeout_s)
+                rank, returned = self.ended.get(timeout=min(left_s, _WAKE_S))
             except queue.Empty:
+                if deadline_s is None or time.monotonic() < deadline_s:
+                    continue
                 self._say(f"killing the ranks that did not end within {self.grace_s:.0f} s: {self._running()}")
                 self.kill()
                 deadline_s = None
@@ -159,8 +166,16 @@ class _Job:
             self._send(FORWARDED[signal.Signals(number)])
 
     def _send(self, number: signal.Signals) -> None:
+        self.told.append(number)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Send every rank what it has not been sent yet. A handler may interrupt this: counted first, nothing is sent
+        twice."""
         for rank in self._running():
-            self.processes[rank].send_signal(number)
+            while rank < len(self.heard) and self.heard[rank] < len(self.told):
+                self.heard[rank] += 1
+                self.processes[rank].send_signal(self.told[self.heard[rank] - 1])
 
     def _running(self) -> list[int]:
         return [rank for rank, process in enumerate(self.processes) if process.returncode is None]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local import launch, rank_environment
+from launcher.local import _Job, launch, rank_environment
 from regen_dist.errors import TrainingError
 
 
@@ -144,6 +144,24 @@ sys.exit(75)
     launcher.send_signal(number)
     assert launcher.wait(timeout=30) == 75
     assert [(tmp_path / f"seen{rank}").read_text() for rank in range(2)] == ["1", "1"]
+
+
+def test_a_signal_that_comes_while_ranks_start_reaches_those_that_follow(tmp_path: Path) -> None:
+    """Otherwise rank 0 would stop, and wait for ever for a rank that was never told."""
+    code = f"""
+if rank == 0: signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(75))
+open(f"{tmp_path}/ready{{rank}}", "w").close()
+time.sleep(10); sys.exit(75)
+"""
+    job, environment = _Job(grace_s=5.0, logs=tmp_path), rank_environment(os.environ, 2)
+    try:
+        job.start(program(code), 0, environment)
+        wait_until((tmp_path / "ready0").exists)
+        job._send(signal.SIGUSR1)
+        job.start(program(code), 1, environment)
+        assert job.wait() == 128 + signal.SIGUSR1  # rank 1 was told before it could listen
+    finally:
+        job.kill()
 
 
 def test_a_second_interrupt_ends_the_ranks_at_once(tmp_path: Path) -> None:
