@@ -31,6 +31,7 @@ class Trainer:
         self.engine = build_engine(config, ranks, self.task.build)
         self.store = CheckpointStore(config.folder, ranks)
         self.guard = NonFiniteGuard(config.train.nonfinite_budget)
+        self.data_identity = data_identity(config)
         self.step = self._resume()
         self.meter = self._build_meter()
         self.reporter = Reporter(config, ranks, self.step)
@@ -95,20 +96,10 @@ class Trainer:
             self.reporter.validation(self.step, self.task.validate(self.engine, self.validation_clip))
 
     def _save(self) -> None:
-        state = {"num_updates": self.engine.num_updates, "skipped": self.guard.skipped, "data": self._data_identity()}
+        state = {"num_updates": self.engine.num_updates, "skipped": self.guard.skipped, "data": self.data_identity}
         keep, digest = self.config.train.keep_checkpoints, config_hash(self.config)
         with self.meter.paused():
             self.store.save(self.step, self.engine.pieces(), self.engine.shapes(), state, digest, keep)
-
-    def _data_identity(self) -> dict[str, int | str | float]:
-        """What the order of the data depends on: while this stays the same, the step says which batches come next."""
-        train, data = self.config.train, self.config.data
-        return {
-            "dataset fingerprint": dataset_fingerprint(data),
-            "train.batch_global": train.batch_global,
-            "train.seed": train.seed,
-            "data.image_fraction": data.image_fraction,
-        }
 
     def _resume(self) -> int:
         """Restore the newest checkpoint, if there is one. Returns the step to go on from."""
@@ -120,7 +111,7 @@ class Trainer:
                 f"the checkpoint of step {manifest.step} in {self.store.folder} was saved by another model; "
                 "give the run another name, or restore the model section of its config"
             )
-        before, now = manifest.state["data"], self._data_identity()
+        before, now = manifest.state["data"], self.data_identity
         if changed := [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]:
             raise CheckpointError(
                 f"the run cannot go on at step {manifest.step}, because the order of its data has changed: "
@@ -135,3 +126,13 @@ class Trainer:
         flops = training_flops_per_clip(self.config.model, self.config.data.size)
         peak = train.peak_tflops or peak_tflops(self.ranks.device, precision_of(engine.precision))
         return Meter(self.ranks, train.batch_global, flops, peak)
+
+
+def data_identity(config: RunConfig) -> dict[str, int | str | float]:
+    """What the order of the data depends on: while this stays the same, the step says which batches come next."""
+    return {
+        "dataset fingerprint": dataset_fingerprint(config.data),
+        "train.batch_global": config.train.batch_global,
+        "train.seed": config.train.seed,
+        "data.image_fraction": config.data.image_fraction,
+    }
