@@ -25,10 +25,9 @@ class Zero3Engine(Engine):
         super().__init__(config, ranks)
         deepspeed = _import_deepspeed(ranks)
         settings = deepspeed_settings(config, ranks.world_size)
+        # Partitioned: sharded as it is built, in the working precision, so that the initial weights are rounded to it.
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=config.engine.partitioned_init):
-            module = (
-                build()
-            )  # sharded as it is built, then in the working precision: the initial weights are rounded to it
+            module = build()
         exact = {name: self._chunk_of(param).float().clone() for name, param in module.named_parameters()}
         makers = {"cpu_adam": _cpu_adam} if ranks.device.type == "cpu" else {}
         optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device, makers)

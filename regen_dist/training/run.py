@@ -26,10 +26,10 @@ def train(config: RunConfig, ranks: Ranks | None = None) -> int:
     ranks = ranks or read_environment()
     _prepare_process(config, ranks)
     with Stopper(config.folder, ranks) as stopper, process_group(ranks, needed=config.engine.kind == "zero3"):
-        if ranks.is_main:
-            save_config(config, config.folder)
         trainer = Trainer(config, ranks)
         try:
+            if ranks.is_main:  # only now: a config that is refused must not take the place of the run's own
+                save_config(config, config.folder)
             return trainer.fit(stopper)
         finally:
             trainer.close()

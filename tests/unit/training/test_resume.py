@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from regen_dist.config import load_saved_config
 from regen_dist.errors import CheckpointError
 from regen_dist.training.run import train
 from tests.helpers.tiny import tiny_dataset, tiny_run
@@ -28,10 +29,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_changed_data_order_or_model_is_refused_and_named(
     tmp_path: Path, data: Path, changes: dict[str, Any], told: str
 ) -> None:
-    """Going on would train on other clips, or put weights where they do not belong, without a word."""
-    assert train(tiny_run(tmp_path, data, train__steps=1)) == 0
+    """Going on would train on other clips, or put weights where they do not belong, without a word. The run keeps
+    its own config, which its checkpoint is read by."""
+    first = tiny_run(tmp_path, data, train__steps=1)
+    assert train(first) == 0
     with pytest.raises(CheckpointError, match=told):
         train(tiny_run(tmp_path, data, train__steps=2, **changes))
+    assert load_saved_config(first.folder) == first
 
 
 def test_more_steps_go_on_from_the_checkpoint(tmp_path: Path, data: Path) -> None:
