@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 JIT := .cache/torch_extensions
-SUITES := unit dist fault e2e
+SUITES := unit dist fault cluster e2e
 
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(JIT)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	.ci/system-packages $(PYTHON)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch setuptools
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,cluster,text]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,cluster,text,bench]'
 	touch $@
 
 clean: ## removes caches and builds; keeps runs and the environment
