@@ -1,0 +1,13 @@
+"""`regen shards`: make, look at and check datasets of WebDataset tars with an index. One file a subcommand."""
+
+from __future__ import annotations
+
+import typer
+
+from tools.shards.build import build
+from tools.shards.inspect import inspect
+from tools.shards.verify import verify
+
+app = typer.Typer(name="shards", help="Build, inspect and verify datasets.", no_args_is_help=True)
+for command in (build, inspect, verify):
+    app.command()(command)
