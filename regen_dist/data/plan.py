@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from regen_dist.data.index import SCHEMA_VERSION, Skip
+from regen_dist.data.index import SCHEMA_VERSION
+from regen_dist.data.manifest import Skip
 from regen_dist.data.transcode import PRESET, X264_PARAMS, EncodeOptions, Probed, Segment
 from regen_dist.data.video import VideoInfo
 from regen_dist.errors import DataError
@@ -75,29 +76,11 @@ class Task:
 
 
 @dataclass(frozen=True)
-class ShardPlan:
-    """A shard to make: its file name without extension, and its tasks in order."""
-
-    stem: str
-    tasks: tuple[Task, ...]
-
-    @property
-    def tar(self) -> str:
-        """Name of the tar."""
-        return f"{self.stem}.tar"
-
-    @property
-    def index(self) -> str:
-        """Name of the index."""
-        return f"{self.stem}.parquet"
-
-
-@dataclass(frozen=True)
 class BuildPlan:
-    """All shards to make, what is left out from the start, and the identity by which a later build knows its own
+    """All tasks in order, what is left out from the start, and the identity by which a later build knows its own
     folder."""
 
-    shards: tuple[ShardPlan, ...]
+    tasks: tuple[Task, ...]
     skipped: tuple[Skip, ...]
     encode: EncodeOptions
     identity: dict[str, Any]
@@ -142,10 +125,9 @@ def make_plan(
         skipped += short
         caption = captions.get(source.name, captions.get(Path(source.name).name))
         tasks += [Task(source, caption, (segment,)) for segment in segments]
-    size = options.samples_per_shard
-    groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-    shards = tuple(ShardPlan(f"shard-{number:06d}", tuple(_joined(group))) for number, group in enumerate(groups))
-    return BuildPlan(shards, tuple(skipped), options.encode, _identity(sources, probed, options, captions))
+    return BuildPlan(
+        tuple(_joined(tasks)), tuple(skipped), options.encode, _identity(sources, probed, options, captions)
+    )
 
 
 def read_captions(path: Path) -> dict[str, str]:
