@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -45,6 +46,18 @@ class EncodeOptions:
     short_side: int | None
     crf: int
     keep: bool
+
+
+@dataclass(frozen=True)
+class StreamTags:
+    """What a stream says of its frames: frames per second, the unit of their timestamps in seconds, colours (numbers
+    of H.273)."""
+
+    rate: Fraction
+    time_base: Fraction | None
+    colorspace: int
+    primaries: int
+    transfer: int
 
 
 @dataclass(frozen=True)
@@ -127,20 +140,32 @@ def _frame_table(path: Path) -> FrameTable:
 
 
 def _encode(frames: Iterator[VideoFrame], reader: VideoReader, *, first_pts: int, crf: int) -> bytes:
-    """H.264 in mp4: yuv420p, upright, even sides, timestamps from zero at the source's pace."""
+    """A segment with the source's pace and colours, timestamps from zero."""
+    source = reader.stream.codec_context
+    tags = StreamTags(reader.rate, reader.stream.time_base, source.colorspace, source.color_primaries, source.color_trc)
+    return encode_frames(_moved(frames, first_pts), tags, crf)
+
+
+def _moved(frames: Iterator[VideoFrame], first_pts: int) -> Iterator[VideoFrame]:
+    for frame in frames:
+        frame.pts = (frame.pts or 0) - first_pts
+        yield frame
+
+
+def encode_frames(frames: Iterable[VideoFrame], tags: StreamTags, crf: int) -> bytes:
+    """H.264 in mp4 of yuv420p frames of limited range with even sides, `pts` set. Equal input gives equal bytes."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as output:
         stream: VideoStream | None = None
         for frame in frames:
-            stream = stream or _add_stream(output, frame, reader, crf)
-            frame.pts = (frame.pts or 0) - first_pts
+            stream = stream or _add_stream(output, frame, tags, crf)
             output.mux(stream.encode(frame))
         if stream is not None:
             output.mux(stream.encode(None))
     return buffer.getvalue()
 
 
-def _add_stream(output: av.container.OutputContainer, frame: VideoFrame, reader: VideoReader, crf: int) -> VideoStream:
+def _add_stream(output: av.container.OutputContainer, frame: VideoFrame, tags: StreamTags, crf: int) -> VideoStream:
     # One thread and no other changing input: the same source and options give the same bytes.
     options = {
         "crf": str(crf),
@@ -148,17 +173,13 @@ def _add_stream(output: av.container.OutputContainer, frame: VideoFrame, reader:
         "threads": "1",
         "x264-params": X264_PARAMS,
     }
-    stream = output.add_stream("libx264", rate=reader.rate, options=options)
+    stream = output.add_stream("libx264", rate=tags.rate, options=options)
     stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
-    context, source = stream.codec_context, reader.stream.codec_context
-    if reader.stream.time_base is not None:
-        context.time_base = reader.stream.time_base
+    context = stream.codec_context
+    if tags.time_base is not None:
+        context.time_base = tags.time_base
     context.color_range = int(ColorRange.MPEG)
-    context.colorspace, context.color_primaries, context.color_trc = (
-        source.colorspace,
-        source.color_primaries,
-        source.color_trc,
-    )
+    context.colorspace, context.color_primaries, context.color_trc = tags.colorspace, tags.primaries, tags.transfer
     return stream
 
 
