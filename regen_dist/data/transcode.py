@@ -118,7 +118,7 @@ def _encode_run(path: Path, segments: Sequence[Segment], options: EncodeOptions)
         decoded = (frame for _, frame in reader.frames(range(segments[0].start, segments[-1].stop)))
         done = []
         for segment in segments:
-            frames = (_prepare(frame, options.short_side) for frame in islice(decoded, segment.stop - segment.start))
+            frames = (prepare(frame, options.short_side) for frame in islice(decoded, segment.stop - segment.start))
             data = _encode(frames, reader, first_pts=reader.table.pts[segment.start], crf=options.crf)
             done.append(_checked(segment, data))
     return done
@@ -183,7 +183,7 @@ def _add_stream(output: av.container.OutputContainer, frame: VideoFrame, tags: S
     return stream
 
 
-def _prepare(frame: VideoFrame, short_side: int | None) -> VideoFrame:
+def prepare(frame: VideoFrame, short_side: int | None) -> VideoFrame:
     """The frame upright, resized to `short_side`, with even sides, as yuv420p of limited range."""
     scale = short_side / min(frame.height, frame.width) if short_side else 1.0
     height, width = (max(2, round(side * scale / 2) * 2) for side in (frame.height, frame.width))
