@@ -32,12 +32,12 @@ _MEANINGS: dict[str, tuple[str, str]] = {
     **{name: ("shape", name) for name in SHAPES},
     **{name: ("size", name) for name in SIZES},
     **{name: ("background", name) for name in BACKGROUNDS},
-    **{word: ("speed", "slow") for word in ("slow", "slowly")},
-    **{word: ("speed", "fast") for word in ("fast", "quickly")},
-    **{word: ("vertical", "up") for word in ("up", "upwards", "upper")},
-    **{word: ("vertical", "down") for word in ("down", "downwards", "lower")},
-    **{word: ("horizontal", "left") for word in ("left", "leftwards")},
-    **{word: ("horizontal", "right") for word in ("right", "rightwards")},
+    **dict.fromkeys(("slow", "slowly"), ("speed", "slow")),
+    **dict.fromkeys(("fast", "quickly"), ("speed", "fast")),
+    **dict.fromkeys(("up", "upwards", "upper"), ("vertical", "up")),
+    **dict.fromkeys(("down", "downwards", "lower"), ("vertical", "down")),
+    **dict.fromkeys(("left", "leftwards"), ("horizontal", "left")),
+    **dict.fromkeys(("right", "rightwards"), ("horizontal", "right")),
 }
 _WORDS = re.compile(r"[a-z]+")
 

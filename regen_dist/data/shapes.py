@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import pi, sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 UInt8s = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]  # float32 all through
 
 # At least 110 apart from each other in RGB, and 48 in the plane of chroma, where all backgrounds lie at its centre.
 COLOURS: dict[str, tuple[int, int, int]] = {
