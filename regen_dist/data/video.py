@@ -7,44 +7,38 @@ B-frames and files that do not start at zero read like any other.
 
 from __future__ import annotations
 
-import io
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Self
 
 import av
 import numpy as np
-import numpy.typing as npt
-from av.video.reformatter import Interpolation
+from av.video.reformatter import VideoReformatter
 
+from regen_dist.data.pixels import RESIZE, Geometry, UInt8s, fit_geometry, frame_to_planes, frame_to_rgb
+from regen_dist.data.timing import FrameTable, clip_frames, has_variable_rate
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+    from typing_extensions import Buffer
 
-UInt8s = npt.NDArray[np.uint8]
-
-# Bicubic whose support grows with the reduction, so it filters before it drops pixels; exact rounding and full
-# chroma cost little and keep the result equal over machines.
-RESIZE = (
-    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-)
+__all__ = [
+    "VideoInfo", "VideoReader", "read_clip",
+    "FrameTable", "clip_frames", "has_variable_rate",
+    "RESIZE", "Geometry", "UInt8s", "fit_geometry", "frame_to_rgb",
+]  # fmt: skip
 
 _RATE_TOLERANCE = 1e-3  # timestamps in milliseconds make 24 fps look like 24.005
-
-
-class FrameTable(NamedTuple):
-    """Timestamps of a video's frames in order of presentation, and for each keyframe (its timestamp, where to seek
-    to for it)."""
-
-    pts: tuple[int, ...]
-    keyframes: tuple[tuple[int, int], ...]
+_NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -62,30 +56,20 @@ class VideoInfo:
         return self.frames / self.fps
 
 
-class Geometry(NamedTuple):
-    """Resize to `height` x `width`, then cut `crop` (height, width) with its corner at (`top`, `left`)."""
-
-    height: int
-    width: int
-    top: int
-    left: int
-    crop: tuple[int, int]
-
-
 class VideoReader:
     """Frames of one video by number. A context manager.
 
     Args:
-        source: a path, or the bytes of a whole file.
+        source: a path, or the bytes of a whole file: any buffer, which is read in place.
         table: the frame table of the same video, when it is known; saves reading through the file once.
 
     Raises:
         DataError: it is not a video, holds no frames, or its container is damaged.
     """
 
-    def __init__(self, source: Path | bytes, table: FrameTable | None = None) -> None:
+    def __init__(self, source: Path | Buffer, table: FrameTable | None = None) -> None:
         with _av_failures("cannot be opened"):
-            file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+            file = str(source) if isinstance(source, Path) else _BufferFile(source)
             self._container: InputContainer = av.open(file, "r")
         try:
             self.stream = self._video_stream()
@@ -94,7 +78,7 @@ class VideoReader:
             self._container.close()
             raise
 
-    def __enter__(self) -> VideoReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -117,36 +101,100 @@ class VideoReader:
         return VideoInfo(len(self.table.pts), height, width, float(self.rate))
 
     def frames(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
-        """The frames of these numbers (increasing), each with its number; DataError when one cannot be decoded."""
+        """The frames of these numbers (never decreasing), each once, with its number.
+
+        Raises:
+            DataError: a number is not in the video, or a frame cannot be decoded.
+        """
         if not 0 <= numbers[0] <= numbers[-1] < len(self.table.pts):
             raise DataError(f"frames {numbers[0]} to {numbers[-1]} were asked for, the video has {len(self.table.pts)}")
-        wanted = {self.table.pts[number]: number for number in numbers}
         with _av_failures("cannot be decoded"):
-            for frame in self._decode_from(self.table.pts[numbers[0]]):
-                number = wanted.pop(frame.pts, None) if frame.pts is not None else None
-                if number is not None:
-                    if frame.is_corrupt:
-                        raise DataError(f"frame {number} is damaged")
-                    yield number, frame
-                if not wanted:
+            for run in self._runs(numbers):
+                yield from self._run(run)
+
+    def _runs(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """The numbers in parts that are decoded in one go: parted where a whole group of pictures is not needed."""
+        run, last_group = [numbers[0]], self._group(numbers[0])
+        for number in numbers[1:]:
+            group = self._group(number)
+            if group > last_group + 1:
+                yield run
+                run = []
+            if not run or number != run[-1]:
+                run.append(number)
+            last_group = group
+        yield run
+
+    def _group(self, number: int) -> int:
+        """Which group of pictures a frame is in: the place of the last keyframe that is not after it."""
+        return bisect_right(self.table.keyframes, (self.table.pts[number], _NO_LIMIT)) - 1
+
+    def _run(self, numbers: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """Leanly where the codec allows it; what that does not give is decoded with everything before it."""
+        pts = [self.table.pts[number] for number in numbers]
+        done = 0
+        for lean in (True, False) if self.stream.codec_context.name == "h264" else (False,):
+            first = self._group(numbers[done])
+            for frame in self._decode_lean(first, pts[done:]) if lean else self._decode(first, pts[done]):
+                if frame.pts is None or frame.pts < pts[done]:
+                    continue
+                if frame.pts > pts[done] or (lean and frame.is_corrupt):
+                    break
+                if frame.is_corrupt:
+                    raise DataError(f"frame {numbers[done]} is damaged")
+                yield numbers[done], frame
+                done += 1
+                if done == len(numbers):
                     return
-        raise DataError(f"{len(wanted)} of {len(numbers)} frames could not be decoded, first: {min(wanted.values())}")
+        raise DataError(f"{len(numbers) - done} of {len(numbers)} frames could not be decoded, first: {numbers[done]}")
 
-    def _decode_from(self, pts: int) -> Iterator[VideoFrame]:
-        """Frames from the keyframe that `pts` depends on; from the very first one where the container seeks too far."""
-        keyframe = bisect_right(self.table.keyframes, (pts, 1 << 62)) - 1
-        if keyframe > 0:
-            frames = self._decode_at(self.table.keyframes[keyframe][1])
-            first = next(frames, None)
-            if first is not None and first.pts is not None and first.pts <= pts:
-                yield first
-                yield from frames
-                return
-        yield from self._decode_at(min(self.table.keyframes[0][1], self.table.pts[0]) if self.table.keyframes else 0)
+    def _decode_lean(self, group: int, wanted: Sequence[int]) -> Iterator[VideoFrame]:
+        """From a group of pictures on, without the unwanted frames that no other frame refers to, until all of
+        `wanted` (timestamps) are out. Interlaced video may keep half a frame in a packet: none of it comes out."""
+        context, left = self.stream.codec_context, set(wanted)
+        try:
+            for packet in self._packets(group):
+                context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in left else "NONREF"
+                for frame in packet.decode():
+                    if frame.interlaced_frame:
+                        return
+                    yield frame
+                left.discard(packet.pts)
+                if not left:
+                    break
+            for frame in context.decode(None):  # what waits for its turn; the next seek makes the decoder new
+                frame.time_base = self.stream.time_base
+                yield frame
+        finally:
+            context.skip_frame = "DEFAULT"
 
-    def _decode_at(self, position: int) -> Iterator[VideoFrame]:
+    def _decode(self, group: int, pts: int) -> Iterator[VideoFrame]:
+        """Every frame from a group of pictures on; from the very first one where that does not give frame `pts`."""
+        frames = (frame for packet in self._packets(group) for frame in packet.decode())
+        first = next(frames, None)
+        if first is not None and first.pts is not None and first.pts <= pts:
+            return chain([first], frames)
+        return (frame for packet in self._packets(0) for frame in packet.decode())
+
+    def _packets(self, group: int) -> Iterator[Packet[VideoStream]]:
+        """Packets from a keyframe on, or from earlier where the container cannot seek there.
+
+        Some containers seek by time of presentation, others by time of decoding, which is before it. So both are
+        tried, and where we came out is looked at: a keyframe too late loses frames, one too early costs a whole group.
+        """
+        if group > 0:
+            shown, decoded = self.table.keyframes[group]
+            for position in (shown, decoded):
+                packets = self._seek(position)
+                first = next(packets, None)
+                at = None if first is None else first.pts if first.dts is None else first.dts
+                if first is not None and at is not None and at <= decoded:
+                    return chain([first], packets)
+        return self._seek(min(self.table.keyframes[0][1], self.table.pts[0]) if self.table.keyframes else 0)
+
+    def _seek(self, position: int) -> Iterator[Packet[VideoStream]]:
         self._container.seek(position, stream=self.stream)
-        return self._container.decode(self.stream)
+        return self._container.demux(self.stream)
 
     def _video_stream(self) -> VideoStream:
         if not self._container.streams.video:
@@ -172,44 +220,41 @@ class VideoReader:
         return FrameTable(tuple(sorted(set(pts))), tuple(sorted(keyframes)))
 
 
-def frame_to_rgb(frame: VideoFrame, height: int | None = None, width: int | None = None) -> UInt8s:
-    """One decoded frame as uint8 RGB [height, width, 3], upright, resized with antialiasing (None: not resized).
+class _BufferFile:
+    """A buffer as a file to read from. `io.BytesIO` would copy all of it, unless it is `bytes`."""
 
-    The frame's colour tags are followed; where it has none, BT.601 limited range is taken.
-    """
-    turned = frame.rotation % 180 != 0
-    rows, columns = (width, height) if turned else (height, width)
-    scaled = frame.reformat(width=columns, height=rows, format="rgb24", interpolation=RESIZE, threads=1)
-    image = np.asarray(scaled.to_ndarray(), dtype=np.uint8)
-    return np.rot90(image, frame.rotation // 90) if frame.rotation % 360 else image
+    def __init__(self, data: Buffer) -> None:
+        self._view, self._at = memoryview(data).cast("B"), 0
 
+    def read(self, size: int) -> bytes:
+        data = bytes(self._view[self._at : self._at + size])
+        self._at += len(data)
+        return data
 
-def fit_geometry(
-    height: int, width: int, size: tuple[int, int], short_side: int | None, crop_y: float = 0.5, crop_x: float = 0.5
-) -> Geometry:
-    """How a frame of `height` x `width` becomes a crop of `size`.
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, len(self._view))[whence])
+        return self._at
 
-    The frame is resized so that its short side is `short_side` (None: kept), and enlarged further only if the crop
-    would not fit. `crop_y`, `crop_x` in [0, 1) place the crop in the room that is left; 0.5 is the centre.
-    """
-    scale = short_side / min(height, width) if short_side else 1.0
-    scale = max(scale, size[0] / height, size[1] / width)
-    rows, columns = max(round(height * scale), size[0]), max(round(width * scale), size[1])
-    return Geometry(rows, columns, int(crop_y * (rows - size[0] + 1)), int(crop_x * (columns - size[1] + 1)), size)
+    def tell(self) -> int:
+        return self._at
 
 
 def read_clip(reader: VideoReader, numbers: Sequence[int], geometry: Geometry, *, flip: bool = False) -> UInt8s:
-    """The frames of these numbers as one clip.
+    """The frames of these numbers as one clip. A number that comes several times is decoded once.
 
     Returns:
         uint8 RGB [3, T, *geometry.crop], contiguous.
     """
     rows, columns = geometry.crop
+    part = np.s_[geometry.top : geometry.top + rows, geometry.left : geometry.left + columns]
     clip = np.empty((3, len(numbers), rows, columns), dtype=np.uint8)
-    for index, (_, frame) in enumerate(reader.frames(numbers)):
-        image = frame_to_rgb(frame, geometry.height, geometry.width)
-        image = image[geometry.top : geometry.top + rows, geometry.left : geometry.left + columns]
-        clip[:, index] = (image[:, ::-1] if flip else image).transpose(2, 0, 1)
+    reformatter, index = VideoReformatter(), 0
+    for number, frame in reader.frames(numbers):
+        start = index
+        while index < len(numbers) and numbers[index] == number:
+            index += 1
+        for channel, plane in enumerate(frame_to_planes(frame, geometry.height, geometry.width, reformatter)):
+            clip[channel, start:index] = plane[part][:, ::-1] if flip else plane[part]
     return clip
 
 

@@ -47,12 +47,19 @@ def write_video(
     crf: int = 18,
     keyframe_interval: int = 24,
     ticks: list[int] | None = None,
+    x264: str = "",
+    codec: str = "libx264",
 ) -> Path:
-    """Encode [T, H, W, 3] with B-frames. `ticks` gives each frame's time in 1/1000 s, for a variable frame rate."""
+    """Encode [T, H, W, 3] with B-frames. `ticks` gives each frame's time in 1/1000 s, for a variable frame rate;
+    `x264` more of x264's own options ("open-gop=1:tff=1"); another `codec` gets `keyframe_interval` only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        options = {"crf": str(crf), "preset": "fast", "x264-params": f"keyint={keyframe_interval}:bframes=3:threads=1"}
-        stream = container.add_stream("libx264", rate=fps, options=options)
+        params = f"keyint={keyframe_interval}:bframes=3:threads=1" + f":{x264}" * bool(x264)
+        options = {"crf": str(crf), "preset": "fast", "x264-params": params}
+        if codec != "libx264":
+            options = {"g": str(keyframe_interval)}
+        stream = container.add_stream(codec, rate=fps, options=options)
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000) if ticks else Fraction(1, fps)
         for index, image in enumerate(frames):

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import struct
 import subprocess
+import tracemalloc
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+import obstore
 import pytest
+from obstore.store import MemoryStore
 
+from regen_dist.data.pixels import RESIZE, frame_to_planes
 from regen_dist.data.transcode import EncodeOptions, Segment, encode_segments, probe
-from regen_dist.data.video import Geometry, VideoReader, fit_geometry, frame_to_rgb, read_clip
+from regen_dist.data.video import Geometry, UInt8s, VideoReader, fit_geometry, frame_to_rgb, read_clip
 from regen_dist.errors import DataError
 from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
 
@@ -36,6 +42,110 @@ def test_one_reader_serves_any_order_of_requests(numbered: Path) -> None:
     with VideoReader(numbered.read_bytes()) as reader:
         for start in (80, 3, 45, 0):
             assert frame_numbers(read_clip(reader, range(start, start + 5), WHOLE)) == list(range(start, start + 5))
+
+
+# Groups of pictures that lean on their neighbours, frames that only some others refer to, frames in halves, no
+# keyframes but in slices, time of presentation apart from decoding, other codecs and containers.
+ENCODINGS = {
+    "pyramid.mp4": {"x264": "bframes=6:b-pyramid=normal:ref=4:weightb=1:direct=temporal"},
+    "open.mp4": {"x264": "open-gop=1"},
+    "open.ts": {"x264": "open-gop=1"},
+    "open.mkv": {"x264": "open-gop=1"},
+    "refresh.mp4": {"x264": "intra-refresh=1:bframes=0"},
+    "interlaced.mp4": {"x264": "tff=1"},
+    "plain.flv": {},
+    "mpeg4.avi": {"codec": "mpeg4"},
+    "mpeg2.ts": {"codec": "mpeg2video"},
+    "vp9.webm": {"codec": "libvpx-vp9"},
+}
+
+
+@pytest.fixture(scope="module")
+def busy() -> UInt8s:
+    """Movement over noise that moves too: nothing is ever copied from the frame before unchanged."""
+    noise = np.random.default_rng(0).integers(0, 90, (90, 48, 64, 3), dtype=np.uint8)
+    return moving_square(90, 48, 64) // 2 + noise
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_every_clip_is_exactly_what_decoding_everything_gives(tmp_path: Path, busy: UInt8s, name: str) -> None:
+    path = write_video(tmp_path / name, busy, keyframe_interval=20, **ENCODINGS[name])  # type: ignore[arg-type]
+    with av.open(str(path)) as container:
+        expected = {frame.pts: frame.to_ndarray() for frame in container.decode(video=0)}
+    with VideoReader(path.read_bytes()) as reader:
+        assert list(reader.table.pts) == sorted(pts for pts in expected if pts is not None)
+        for start, stride, length in (
+            (0, 1, 90),
+            (19, 1, 9),
+            (20, 1, 1),
+            (39, 2, 9),
+            (41, 3, 9),
+            (7, 7, 12),
+            (81, 1, 9),
+        ):
+            wanted = range(start, start + stride * length, stride)
+            found = {number: frame.to_ndarray() for number, frame in reader.frames(wanted)}
+            assert list(found) == list(wanted)
+            assert all(np.array_equal(found[number], expected[reader.table.pts[number]]) for number in wanted)
+
+
+class Counted(VideoReader):
+    """Counts packets given to the decoder and frames that came out of it."""
+
+    packets = decoded = 0
+
+    def _packets(self, group: int) -> Iterator[av.Packet[av.VideoStream]]:
+        for packet in super()._packets(group):
+            self.packets += 1
+            yield packet
+
+    def _decode_lean(self, *arguments: object) -> Iterator[av.VideoFrame]:
+        for frame in super()._decode_lean(*arguments):  # type: ignore[arg-type]
+            self.decoded += 1
+            yield frame
+
+
+def test_only_the_groups_of_pictures_that_are_needed_are_decoded(tmp_path: Path, busy: UInt8s) -> None:
+    path = write_video(tmp_path / "video.mp4", busy, keyframe_interval=30, x264="scenecut=0")
+    with Counted(path.read_bytes()) as reader:
+        assert [number for number, _ in reader.frames(range(60, 69))] == list(range(60, 69))
+        assert reader.packets <= 9 + 3  # a keyframe is a start: 60 frames before are not touched, none after decoded
+        assert reader.decoded <= 9 + 1
+        reader.packets = reader.decoded = 0
+        list(reader.frames(range(75, 80)))
+        assert reader.packets <= 20 + 3
+        assert 5 <= reader.decoded < 20  # of the 15 frames before, only those that others refer to
+        reader.packets = reader.decoded = 0
+        assert [number for number, _ in reader.frames([1, 61, 62])] == [1, 61, 62]
+        assert reader.packets <= 12  # the group between is jumped over
+        assert list(reader.frames([5, 5])) != []
+
+
+def test_a_number_that_comes_again_is_decoded_once(numbered: Path) -> None:
+    numbers = [28, 28, 29, 31, 31, 31, 95]
+    with Counted(numbered.read_bytes()) as reader:
+        assert frame_numbers(read_clip(reader, numbers, WHOLE)) == numbers
+        assert [number for number, _ in reader.frames(numbers)] == [28, 29, 31, 95]
+
+
+def test_any_buffer_is_read_in_place(numbered: Path) -> None:
+    data = numbered.read_bytes()
+    padding = 32 << 20  # a box that says of itself that it can be left out
+    large = np.frombuffer(data + struct.pack(">I4s", padding, b"free") + bytes(padding - 8), np.uint8)
+    for source in (bytearray(data), memoryview(data), large.data, obstore_bytes(data)):
+        tracemalloc.start()
+        with VideoReader(source) as reader:
+            assert frame_numbers(read_clip(reader, range(40, 45), WHOLE)) == list(range(40, 45))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 << 20
+
+
+def obstore_bytes(data: bytes) -> obstore.Bytes:
+    """What a request to a store gives."""
+    store = MemoryStore()
+    obstore.put(store, "video", data)
+    return obstore.get_range(store, "video", start=0, length=len(data))
 
 
 def test_variable_frame_rate_is_read_by_timestamps(tmp_path: Path) -> None:
@@ -106,6 +216,15 @@ def test_reducing_filters_first(tmp_path: Path) -> None:
     with VideoReader(path) as reader:
         clip = read_clip(reader, [2], Geometry(24, 24, 0, 0, (24, 24)))
     assert np.abs(clip.astype(int)[..., 2:-2, 2:-2] - 127).max() < 12
+
+
+@pytest.mark.parametrize("source", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "gray", "rgb24"])
+def test_planes_are_what_swscale_makes_of_interleaved_pixels(source: str) -> None:
+    picture = av.VideoFrame.from_ndarray(moving_square(1, 97, 129)[0], format="rgb24").reformat(format=source)
+    for height, width in ((97, 129), (40, 50), (150, 200)):
+        plain = picture.reformat(width, height, "rgb24", interpolation=RESIZE, threads=1).to_ndarray()
+        assert np.array_equal(frame_to_rgb(picture, height, width), plain)
+        assert np.array_equal(np.stack(frame_to_planes(picture, height, width)), plain.transpose(2, 0, 1))
 
 
 def test_geometry() -> None:

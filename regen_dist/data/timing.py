@@ -1,0 +1,72 @@
+"""Which frames make a clip: by number where a video's frame rate is constant, by time where it is not."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from regen_dist.errors import DataError
+
+JITTER = 0.1  # share of the mean interval by which a constant rate's intervals may differ
+
+
+class FrameTable(NamedTuple):
+    """Timestamps of a video's frames in order of presentation, and for each keyframe (its timestamp, where to seek
+    to for it)."""
+
+    pts: tuple[int, ...]
+    keyframes: tuple[tuple[int, int], ...]
+
+
+def has_variable_rate(table: FrameTable) -> bool:
+    """Whether frame numbers and times tell a different pace.
+
+    Constant is a video whose timestamps all lie within one tick of an even grid from first to last (an even rate,
+    rounded: 23.976 frames/s in a time base of 1/1000), or whose intervals all lie within a tenth of their mean (a
+    clock that trembles, or 24 that turns to 25). Everything else is variable: frames left out, screen recordings,
+    films of two rates.
+    """
+    last = len(table.pts) - 1
+    if last < 1:
+        return False
+    pts = np.asarray(table.pts, dtype=np.int64) - table.pts[0]
+    off_grid = np.abs(pts * last - np.arange(last + 1) * pts[-1])  # in ticks times `last`: whole numbers, so exact
+    return bool(off_grid.max() > last and np.abs(np.diff(pts) * last - pts[-1]).max() > JITTER * pts[-1])
+
+
+def clip_frames(table: FrameTable, start: int, stride: int, num_frames: int) -> list[int]:
+    """Numbers of the frames of a clip: `num_frames` at an even pace of `stride` mean intervals, from frame `start`.
+
+    At a constant rate these are start, start + stride, ...; at a variable one the frames nearest in time (the
+    earlier of two), so that motion keeps its pace: a number comes again where a frame is shown for long, and frames
+    that pass faster are left out. Where the clip would run past the last frame, it starts as much earlier as
+    it must; where the whole video is too short for the stride, the clip is the whole video at an even pace.
+
+    Returns:
+        numbers in [0, frames), never decreasing.
+
+    Raises:
+        DataError: `start` is no frame of the video, or stride or num_frames is not positive.
+    """
+    frames = len(table.pts)
+    if not 0 <= start < frames or stride < 1 or num_frames < 1:
+        raise DataError(
+            f"a clip of {num_frames} frames, {stride} apart, from frame {start} was asked for; the video has {frames}"
+        )
+    times: Sequence[int] = table.pts if has_variable_rate(table) else range(frames)
+    length, intervals, steps = times[-1] - times[0], max(frames - 1, 1), stride * (num_frames - 1)
+    if steps > intervals:  # too short: `steps` mean intervals become the whole length
+        intervals = steps
+    first = min(times[start] * intervals, times[-1] * intervals - steps * length)  # in ticks times `intervals`
+    return [_nearest(times, first + index * stride * length, intervals) for index in range(num_frames)]
+
+
+def _nearest(times: Sequence[int], numerator: int, denominator: int) -> int:
+    """The place in `times` (increasing) nearest to numerator / denominator."""
+    before = max(bisect_right(times, numerator // denominator) - 1, 0)
+    if before + 1 == len(times) or 2 * numerator <= (times[before] + times[before + 1]) * denominator:
+        return before
+    return before + 1
