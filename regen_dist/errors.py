@@ -21,6 +21,26 @@ class DataError(RegenError):
     exit_code = 3
 
 
+class ObjectMissing(DataError):
+    """There is no such object, or no such bucket."""
+
+
+class ObjectCut(DataError):
+    """An object is shorter than the range that was asked of it."""
+
+
+class AccessDenied(DataError):
+    """The store knows no such user, or does not let this one do it; or there are no credentials."""
+
+
+class StoreUnavailable(DataError):
+    """The store gave no usable answer until the deadline passed."""
+
+
+class DiskFull(DataError):
+    """The disk has no room for what is being written."""
+
+
 class CheckpointError(RegenError):
     """A checkpoint is missing, incomplete, damaged, or does not belong to this config."""
 

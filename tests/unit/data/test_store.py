@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -36,11 +37,11 @@ def test_a_write_that_fails_leaves_the_old_object(tmp_path: Path, monkeypatch: p
     store = Store(tmp_path)
     store.put("one.bin", b"old")
 
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def broken_disk(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(DataError, match="No space left"):
+    monkeypatch.setattr(os, "replace", broken_disk)
+    with pytest.raises(DataError, match="Input/output error"):
         store.put("one.bin", b"new")
     assert store.get("one.bin") == b"old"
     assert os.listdir(tmp_path) == ["one.bin"]

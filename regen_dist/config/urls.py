@@ -1,0 +1,71 @@
+"""URLs of folders of objects: read once, in one place, so that nothing that runs through a shell gets further.
+
+No message repeats what may be a secret: user information and queries are never quoted.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+BUCKET_SCHEMES = ("s3", "gs", "az")
+ALLOWED = "a plain path, file://, s3://, gs:// or az://"
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a URL points. `url` is its one spelling; `folder` is set for local ones, `bucket` for the others."""
+
+    url: str
+    scheme: str
+    folder: Path | None = None
+    bucket: str | None = None
+
+
+def parse_url(url: str) -> Location:
+    """What a URL or a plain path means.
+
+    Args:
+        url: a plain path (relative ones are taken from the current folder), `file:///folder`, `s3://bucket/prefix`,
+            `gs://bucket/prefix` or `az://container/prefix`.
+
+    Raises:
+        ValueError: another scheme, credentials or a query inside, no bucket. Says what is allowed.
+    """
+    scheme, colon, _ = url.partition(":")
+    if not url.strip():
+        raise ValueError(f"the URL is empty; use {ALLOWED}")
+    if "://" not in url and not (colon and scheme in ("pipe", "file")):
+        return _local(Path(url).expanduser())
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that are no address, for instance; its message would repeat the URL
+        raise ValueError(f"not a URL; use {ALLOWED}") from None
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
+        return _local(Path(unquote(parts.path)))
+    if parts.scheme not in BUCKET_SCHEMES:
+        raise ValueError(
+            f"URL scheme {parts.scheme + ':'!r} is not supported (nothing is run through a shell); use {ALLOWED}"
+        )
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            f"a {parts.scheme}:// URL must not carry credentials, a query or a fragment; set the service's "
+            "environment variables instead (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+        )
+    if not parts.netloc:
+        raise ValueError(f"{parts.scheme}://{parts.path}: no bucket; write {parts.scheme}://BUCKET/PREFIX")
+    prefix = "/".join(part for part in parts.path.split("/") if part)
+    return Location(f"{parts.scheme}://{parts.netloc}{'/' if prefix else ''}{prefix}", parts.scheme, None, parts.netloc)
+
+
+def checked_url(url: str) -> str:
+    """`url` unchanged; ValueError when it is not one (for the config's validators)."""
+    parse_url(url)
+    return url
+
+
+def _local(path: Path) -> Location:
+    folder = Path(os.path.abspath(path))
+    return Location(folder.as_uri(), "file", folder)
