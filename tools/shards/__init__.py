@@ -6,8 +6,9 @@ import typer
 
 from tools.shards.build import build
 from tools.shards.inspect import inspect
+from tools.shards.synthetic import synthetic
 from tools.shards.verify import verify
 
 app = typer.Typer(name="shards", help="Build, inspect and verify datasets.", no_args_is_help=True)
-for command in (build, inspect, verify):
+for command in (build, inspect, synthetic, verify):
     app.command()(command)

@@ -1,0 +1,65 @@
+"""Claiming a folder for a dataset: what is asked for is written down first, and a folder that holds anything else is
+left alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from regen_dist.data.manifest import to_json
+from regen_dist.data.store import Store
+from regen_dist.errors import DataError
+
+PLAN = "plan.json"  # written first: it marks a folder as ours, and holds what was asked for
+_NAMED = 4  # differences told of each part
+
+
+def claim(store: Store, identity: dict[str, Any]) -> None:
+    """Make sure that the folder is ours: empty, or begun with this same `identity` (JSON; with its "kind").
+
+    Several processes may claim the same folder with the same identity at once: all write the same plan, and nobody
+    writes anything before it.
+
+    Raises:
+        DataError: it holds something else; nothing was changed.
+    """
+    found = [name for name in store.list() if not (name.startswith(".") and name.endswith(".tmp"))]
+    theirs = _plan(store) if PLAN in found else None
+    if theirs is not None:
+        changes = _changes(theirs, identity)
+        if changes:
+            raise DataError(
+                f"{store.url}: holds a dataset that was asked for otherwise ({'; '.join(changes)}). Give the same "
+                "options to finish it, or another --out; nothing was changed"
+            )
+        return
+    if found:
+        raise DataError(
+            f"{store.url}: holds files that no command of `regen shards` made ({', '.join(found[:3])}); choose an "
+            "empty --out. Nothing was changed"
+        )
+    store.put(PLAN, to_json(identity))
+
+
+def _plan(store: Store) -> dict[str, Any] | None:
+    """The plan that is there; None when another program wrote it."""
+    try:
+        plan = json.loads(store.get(PLAN))
+    except ValueError:
+        return None
+    return plan if isinstance(plan, dict) and "schema_version" in plan else None
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    changes = []
+    for part in sorted(old.keys() | new.keys()):
+        before, after = old.get(part), new.get(part)
+        if isinstance(before, dict) and isinstance(after, dict):
+            names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+            changes += [
+                f"{part}.{name}: {before.get(name, 'absent')} there, {after.get(name, 'absent')} now"
+                for name in names[:_NAMED]
+            ]
+        elif before != after:
+            changes.append(f"{part}: {before} there, {after} now")
+    return changes
