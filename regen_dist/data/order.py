@@ -1,72 +1,88 @@
-"""Which sample comes when: pure functions of (seed, epoch, cursor), without IO, tables or walking.
+"""Which sample comes when: a pure function of (seed, step) and the sizes of the data, without IO or walking.
 
-The training stream is an endless line of positions. Position p belongs to epoch p // size, and inside an epoch a keyed
-permutation maps its place to a row of the dataset. A global batch is a run of positions; ranks and micro-batches
-take slices of it, so neither the number of ranks nor of workers can change which samples a step sees.
+Three levels, each with random access. Global batches come from one bucket each, in exact shares. Inside a bucket the
+datasets are merged sample by sample, in exact shares. A *line*, all samples of one dataset in one bucket, is an endless
+sequence of epochs: position j is in epoch j // size, and a keyed permutation of that epoch says which row it is. Ranks
+and micro-batches take slices of a global batch, so neither their number nor that of workers changes what a step sees.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import ceil
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from regen_dist.errors import ConfigError, DataError
+from regen_dist.data.interleave import Interleave
+from regen_dist.data.mixture import Bucket, Share, Stream, expected, quotas
+from regen_dist.data.permutation import Int64s, combine, permute
+from regen_dist.errors import ConfigError
 
-Int64s = npt.NDArray[np.int64]
-UInt64s = npt.NDArray[np.uint64]
+__all__ = ["Bucket", "MicroBatch", "Order", "Share", "Stream", "micro_batch_size"]
 
-_ROUNDS = 8
-_CHUNK = 1 << 15  # elements permuted at once: their temporaries stay in the processor's cache
-_SHARE_UNIT = 1 << 30  # image_fraction in whole units, so that counting steps is exact however far the run is
-_GOLDEN = 0x9E3779B97F4A7C15
-_CLIP_STREAM = 0x636C6970  # sets the per-clip draws apart from any other use of the same seed
+# Set the uses of one seed apart from each other.
+_BUCKETS, _DATASETS, _STAND_INS = 0x62756B74, 0x64617461, 0x7374616E
+
+_ANY_BUCKET = Bucket(256, 256, 17)
 
 
 class MicroBatch(NamedTuple):
-    """What one rank reads at once. `epochs` and `rows` are int64 [b]; `image` says that the clips have one frame."""
+    """What one rank reads at once: b samples of one stream, whose number and bucket these are.
 
-    step: int
-    epochs: Int64s
-    rows: Int64s
-    image: bool
-
-
-class ClipDraw(NamedTuple):
-    """The random choices of one clip: frames `start + i * stride`; crop position in [0, 1) of the room there is."""
-
-    start: int
-    stride: int
-    crop_y: float
-    crop_x: float
-    flip: bool
-
-
-@dataclass(frozen=True)
-class Order:
-    """The order of a dataset of `size` samples, cut into global batches.
-
-    Args:
-        size: samples in the dataset.
-        batch_global: samples of one optimizer step, over all ranks and micro-batches.
-        seed: a different seed gives different permutations.
-        image_fraction: share of the global batches whose clips have one frame; spread evenly over the steps.
-
-    Raises:
-        DataError: the dataset is empty.
+    `datasets`, `epochs` and `rows` are int64 [b]; a row is counted within its line.
     """
 
-    size: int
-    batch_global: int
-    seed: int
-    image_fraction: float = 0.0
+    step: int
+    bucket: Bucket
+    stream: int
+    datasets: Int64s
+    epochs: Int64s
+    rows: Int64s
 
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise DataError("the dataset has no samples; build it again with videos that are long enough")
+
+class Order:
+    """The order of some datasets sorted into buckets, cut into global batches.
+
+    Args:
+        streams: the buckets, with one line for each dataset.
+        batch_global: samples of one optimizer step, over all ranks and micro-batches.
+        seed: in [0, 2**63); a different one gives different permutations.
+        weights: share of each dataset, relative to the others'; None draws every video equally often.
+        image_fraction: share of the global batches that come from buckets of one frame; 0 leaves those out.
+
+    Raises:
+        ConfigError: weights or image_fraction do not fit the data.
+        DataError: there are no samples.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        batch_global: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        image_fraction: float = 0.0,
+    ) -> None:
+        self.streams, self.batch_global, self.seed = tuple(streams), batch_global, seed
+        self._quotas = quotas(self.streams, weights, image_fraction)
+        batches = [sum(row, Fraction()) / batch_global for row in self._quotas]
+        self._batches = Interleave.of(batches, combine(seed, _BUCKETS))
+        self._samples = {
+            stream: Interleave.of(row, combine(seed, _DATASETS, stream))
+            for stream, row in enumerate(self._quotas)
+            if any(row)
+        }
+        self._sizes = np.array([stream.sizes for stream in self.streams], dtype=np.int64)
+
+    @classmethod
+    def single(cls, size: int, batch_global: int, seed: int, bucket: Bucket = _ANY_BUCKET) -> Order:
+        """The order of one dataset of `size` samples in one bucket."""
+        return cls([Stream(bucket, (size,))], batch_global, seed)
+
+    def expected(self) -> tuple[Share, ...]:
+        """What each stream has in the long run."""
+        return expected(self.streams, self._quotas)
 
     def step_of(self, cursor: int) -> int:
         """The step that starts after `cursor` samples; ConfigError when that is inside a global batch."""
@@ -78,25 +94,45 @@ class Order:
             )
         return step
 
+    def stream_of(self, step: int) -> int:
+        """Number of the stream that a step's samples come from."""
+        return self._batch(step)[0]
+
     def global_batch(self, step: int) -> MicroBatch:
-        """All samples of a step: positions [step * batch_global, (step + 1) * batch_global) of the stream."""
-        return self._positions(step, 0, self.batch_global)
+        """All samples of a step."""
+        return self._slice(step, 0, self.batch_global)
 
     def micro_batch(self, step: int, micro: int, accumulation: int, rank: int, world_size: int) -> MicroBatch:
         """The slice of a global batch that `rank` reads as its micro-batch number `micro`."""
         count = micro_batch_size(self.batch_global, accumulation, world_size)
-        return self._positions(step, (micro * world_size + rank) * count, count)
+        return self._slice(step, (micro * world_size + rank) * count, count)
 
-    def is_image(self, step: int) -> bool:
-        """Whether a step trains on single frames: exactly `image_fraction` of any long run of steps, evenly spread."""
-        share = ceil(self.image_fraction * _SHARE_UNIT)
-        return (step + 1) * share // _SHARE_UNIT > step * share // _SHARE_UNIT
+    def stand_in(self, stream: int, dataset: int, epoch: int, row: int, attempt: int) -> int:
+        """Another row of the same line, to take the place of a bad one.
 
-    def _positions(self, step: int, first: int, count: int) -> MicroBatch:
-        start = step * self.batch_global + first
-        positions = np.arange(start, start + count, dtype=np.int64)
-        epochs, places = np.divmod(positions, self.size)
-        return MicroBatch(step, epochs, permute(places, epochs, self.size, self.seed), self.is_image(step))
+        Attempts 0, 1, … give every other row once, in an order of their own for each (seed, line, epoch, row), before
+        any comes again. A line of one row has no other: it gives that row.
+        """
+        size = self.streams[stream].sizes[dataset]
+        if size == 1:
+            return row
+        again, place = divmod(attempt, size - 1)
+        key = combine(self.seed, _STAND_INS, stream, dataset, epoch, row)
+        return (row + 1 + int(permute(np.array([place]), np.array([again]), size - 1, key)[0])) % size
+
+    def _batch(self, step: int) -> tuple[int, int]:
+        """Stream of a step, and the number of this batch among the stream's own."""
+        streams, numbers = self._batches.at(step, 1)
+        return int(streams[0]), int(numbers[0])
+
+    def _slice(self, step: int, first: int, count: int) -> MicroBatch:
+        stream, number = self._batch(step)
+        datasets, positions = self._samples[stream].at(number * self.batch_global + first, count)
+        sizes = self._sizes[stream, datasets]
+        epochs, places = np.divmod(positions, sizes)
+        lines = stream * self._sizes.shape[1] + datasets
+        rows = permute(places, epochs, sizes, self.seed, lines)
+        return MicroBatch(step, self.streams[stream].bucket, stream, datasets, epochs, rows)
 
 
 def micro_batch_size(batch_global: int, accumulation: int, world_size: int) -> int:
@@ -109,82 +145,3 @@ def micro_batch_size(batch_global: int, accumulation: int, world_size: int) -> i
             f"number of ranks"
         )
     return size
-
-
-def permute(places: Int64s, epochs: Int64s, size: int, seed: int) -> Int64s:
-    """Rows of the samples at `places` (int64 in [0, size)) of their `epochs`, same shape [n].
-
-    For each (seed, epoch) the map is a permutation of [0, size): a Feistel network over the next power of two,
-    walked until it lands inside. Constant time and memory per element, whatever the size.
-    """
-    rows = np.empty(len(places), dtype=np.int64)
-    for start in range(0, len(places), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        rows[part] = _permute_chunk(places[part], epochs[part], size, seed)
-    return rows
-
-
-def _permute_chunk(places: Int64s, epochs: Int64s, size: int, seed: int) -> Int64s:
-    keys = _mix(epochs.astype(np.uint64) + _mix(np.full(1, seed, dtype=np.uint64)))
-    values = _feistel(places.astype(np.uint64), keys, size)
-    outside = np.flatnonzero(values >= size)
-    while len(outside):
-        values[outside] = _feistel(values[outside], keys[outside], size)
-        outside = outside[values[outside] >= size]
-    return values.astype(np.int64)
-
-
-def _feistel(values: UInt64s, keys: UInt64s, size: int) -> UInt64s:
-    """A keyed bijection of [0, 2**bits), the smallest power of two that holds `size` (at least 4)."""
-    bits = max(2, (size - 1).bit_length())
-    low_bits = np.uint64(bits - bits // 2)
-    low_mask, high_mask = np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << (bits // 2)) - 1)
-    high, low = values >> low_bits, values & low_mask
-    for index in range(_ROUNDS):
-        key = keys + np.uint64((index + 1) * _GOLDEN & 0xFFFFFFFFFFFFFFFF)
-        if index % 2:
-            low = low ^ (_mix(high + key) & low_mask)
-        else:
-            high = high ^ (_mix(low + key) & high_mask)
-    return (high << low_bits) | low
-
-
-def _mix(values: UInt64s) -> UInt64s:
-    """A bijection of 64-bit words in which every input bit reaches every output bit (the finaliser of SplitMix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def draw_clip(
-    seed: int, epoch: int, sample_id: int, frames: int, num_frames: int, strides: tuple[int, ...]
-) -> ClipDraw:
-    """The random choices for one sample in one epoch, from a counter-based generator: no state, any order.
-
-    Args:
-        frames: frames of the stored video; `num_frames` of them are taken, `stride` apart.
-        strides: allowed strides, one drawn evenly; where it does not fit, the largest that does.
-
-    Raises:
-        DataError: the video has fewer than `num_frames` frames.
-    """
-    generator = np.random.Generator(np.random.Philox(key=[seed, _CLIP_STREAM], counter=[0, 0, epoch, sample_id]))
-    stride_u, start_u, crop_y, crop_x, flip_u = (float(value) for value in generator.random(5))
-    stride = fit_stride(strides[int(stride_u * len(strides))], strides, frames, num_frames)
-    room = frames - stride * (num_frames - 1)
-    return ClipDraw(int(start_u * room), stride, crop_y, crop_x, flip_u < 0.5)
-
-
-def fit_stride(wanted: int, strides: tuple[int, ...], frames: int, num_frames: int) -> int:
-    """`wanted` where it fits, else the largest of `strides` that does, else the largest there is; DataError if not
-    even 1 fits."""
-    if frames < num_frames:
-        raise DataError(
-            f"the video has {frames} frames, a clip needs {num_frames}; build the shards with --min-frames "
-            f"{num_frames}, "
-            "or train a model of smaller temporal compression"
-        )
-    if num_frames == 1:
-        return wanted
-    largest = (frames - 1) // (num_frames - 1)
-    return wanted if wanted <= largest else max((stride for stride in strides if stride <= largest), default=largest)
