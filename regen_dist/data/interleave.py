@@ -35,7 +35,7 @@ class Interleave:
     def of(cls, quotas: Sequence[Fraction], key: int) -> Interleave:
         """A merge in which the parts come in the proportion of `quotas` (at least one is above 0), shuffled by `key`.
 
-        After each `sum(quotas)` items, where that is a whole number, part i has had exactly `quotas[i]`.
+        Where the quotas are whole, every `sum(quotas)` items from the start hold exactly `quotas[i]` of part i.
         """
         period = sum(quotas, Fraction())
         rounds = Fraction(ceil(period / _ROUND)) if period >= 1 else 1 / Fraction(ceil(1 / period))
