@@ -8,44 +8,43 @@ from typing import Any
 
 from regen_dist.data.manifest import to_json
 from regen_dist.data.store import Store
-from regen_dist.errors import DataError
+from regen_dist.errors import DataError, ObjectMissing
 
 PLAN = "plan.json"  # written first: it marks a folder as ours, and holds what was asked for
 _NAMED = 4  # differences told of each part
 
 
 def claim(store: Store, identity: dict[str, Any]) -> None:
-    """Make sure that the folder is ours: empty, or begun with this same `identity` (JSON; with its "kind").
+    """Make sure that the folder is ours: empty, or begun with this same `identity` (JSON; with its "kind" and its
+    "schema_version").
 
-    Several processes may claim the same folder with the same identity at once: all write the same plan, and nobody
-    writes anything before it.
+    Several processes may claim the same folder at once: one writes the plan, the others find it.
 
     Raises:
         DataError: it holds something else; nothing was changed.
     """
-    found = [name for name in store.list() if not (name.startswith(".") and name.endswith(".tmp"))]
-    theirs = _plan(store) if PLAN in found else None
-    if theirs is not None:
-        changes = _changes(theirs, identity)
-        if changes:
-            raise DataError(
-                f"{store.url}: holds a dataset that was asked for otherwise ({'; '.join(changes)}). Give the same "
-                "options to finish it, or another --out; nothing was changed"
-            )
+    found = list(store.list())
+    if not found and store.put_new(PLAN, to_json(identity)):
         return
-    if found:
+    theirs = _plan(store)
+    if theirs is None:
         raise DataError(
             f"{store.url}: holds files that no command of `regen shards` made ({', '.join(found[:3])}); choose an "
             "empty --out. Nothing was changed"
         )
-    store.put(PLAN, to_json(identity))
+    changes = _changes(theirs, identity)
+    if changes:
+        raise DataError(
+            f"{store.url}: holds a dataset that was asked for otherwise ({'; '.join(changes)}). Give the same options "
+            "to finish it, or another --out; nothing was changed"
+        )
 
 
 def _plan(store: Store) -> dict[str, Any] | None:
-    """The plan that is there; None when another program wrote it."""
+    """The plan that is there; None when there is none, or another program wrote it."""
     try:
         plan = json.loads(store.get(PLAN))
-    except ValueError:
+    except (ObjectMissing, ValueError):
         return None
     return plan if isinstance(plan, dict) and "schema_version" in plan else None
 

@@ -18,13 +18,14 @@ from regen_dist.data.index import SCHEMA_VERSION, Described
 from regen_dist.data.manifest import Kind, Manifest, write_manifest
 from regen_dist.data.moving_shapes import DRAWING_VERSION, Clip, SyntheticOptions, make_clip
 from regen_dist.data.pool import Pool, worker_pool
-from regen_dist.data.store import Store
+from regen_dist.data.store import Store, remove_leftovers
 from regen_dist.data.transcode import PRESET, X264_PARAMS
 from regen_dist.data.writing import Finished, Limits, NewSample, ShardWriter, finished_shards, index_name
 from regen_dist.errors import DataError
 
 KIND: Kind = "synthetic"
 _CLIPS_PER_CALL = 16  # what a worker makes at a time
+_IDLE_S = 3600.0  # other tasks may be at work on other machines: what they write is newer than that
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -76,9 +77,15 @@ def build_synthetic(
     store, runs = Store(out), _runs(options)
     claim(store, _identity(options))
     mine = runs[index::count]
-    _remove_leftovers(store, mine)
+    if store.folder is not None:
+        remove_leftovers(store.folder, idle_s=_IDLE_S if count > 1 else 0)
     with worker_pool(workers) as pool:
         made = _make_missing(store, mine, options, pool, progress)
+    return _finish(store, runs, options, made)
+
+
+def _finish(store: Store, runs: Sequence[Run], options: SyntheticOptions, made: int) -> Made:
+    """Write the manifest when nothing is missing. Of tasks that end together each may do so: it is the same one."""
     done = {run: finished_shards(store, run.stem) for run in runs}
     missing = sum(run.size - finished.units for run, finished in done.items())
     if missing:
@@ -137,11 +144,3 @@ def _sample(clip: Clip, options: SyntheticOptions) -> NewSample:
     facts = asdict(scene.attributes) | {"number": clip.number, "radius": scene.radius}
     facts |= {"start_xy": scene.start, "end_xy": scene.end}
     return NewSample(f"{options.split}-{options.content}-{clip.number:09d}", clip.data, described, facts=facts)
-
-
-def _remove_leftovers(store: Store, runs: Sequence[Run]) -> None:
-    """Remove the temporary files that a killed call left of these runs; other tasks may be at work beside this one."""
-    stems = {run.stem for run in runs}
-    for path in store.folder.glob(".shapes-*.tmp") if store.folder else ():
-        if path.name[1:].rpartition("-")[0] in stems:
-            path.unlink(missing_ok=True)
