@@ -8,7 +8,7 @@ first minutes, cyclists in a film, and a video call:
   other change is 26;
 - a still picture, encoded with crf 18 to 32, has a mean of 0.003 to 0.23, which overlaps: encoders refresh the
   picture at every keyframe, a pulse of up to 5. Its 90 % quantile, which such rare pulses do not reach, is 0.005 to
-  0.16, that of the shots 0.16 and 0.23 (an animal far away; one that only breathes), then 0.8 and more. A picture that
+  0.16, that of the shots 0.16 and 0.23 (an animal that only breathes; one far away), then 0.8 and more. A picture that
   creeps by one pixel in eight frames has 0.57. Hence `is_frozen` looks at that quantile.
 """
 
@@ -53,7 +53,7 @@ def analyse(
 ) -> Analysis:
     """Cuts and changes of a whole video, or of the frames given, in one pass.
 
-    Keeps two small pictures and four bytes a frame, however long the video is.
+    Keeps two small pictures and four bytes a frame, however long the video is (a reader, its table of frames).
 
     Args:
         threshold: the least change that is a cut.
