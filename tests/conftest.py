@@ -14,6 +14,9 @@ _MARKED = ("dist", "fault", "cluster", "e2e")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault(
+    "REGEN_CACHE", str(ROOT / ".cache" / "tests")
+)  # what tests compile is not left in the home folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -84,10 +84,10 @@ def _command(arguments: Sequence[str]) -> list[str]:
 
 
 def _build_shards(config: RunConfig, videos: Path) -> None:
-    held_out = config.data.validation_url
-    if held_out is None:
-        raise RegenError("the demo needs data.validation_url in its config: the held-out video goes there")
-    for video, url, side in ((TRAIN_VIDEO, config.data.url, TRAIN_SHORT_SIDE), (HELD_OUT_VIDEO, held_out, SHORT_SIDE)):
+    train, held_out = config.data.url, config.data.validation_url
+    if train is None or held_out is None:
+        raise RegenError("the demo needs data.url and data.validation_url in its config: the shards go there")
+    for video, url, side in ((TRAIN_VIDEO, train, TRAIN_SHORT_SIDE), (HELD_OUT_VIDEO, held_out, SHORT_SIDE)):
         _run(["shards", "build", str(videos / video), "--out", url, "--short-side", str(side)])
 
 

@@ -82,6 +82,11 @@ class Dataset:
         """Changes when a sample, its bytes or the order of samples does; not when the dataset is moved or copied."""
         return self.manifest.fingerprint
 
+    @property
+    def catalogue(self) -> Path:
+        """The compiled file. Its name changes with anything in the manifest, so also when samples only moved."""
+        return self._path
+
     @cached_property
     def records(self) -> npt.NDArray[np.void]:
         """All rows [N] of `RECORD`, mapped, read-only."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -74,12 +75,13 @@ def account(
     config: ModelConfig,
     size: tuple[int, int],
     *,
+    num_frames: int | None = None,
     precision: Literal["bf16", "fp32"] = "bf16",
     activation_checkpointing: bool = False,
 ) -> Account:
-    """Count the costs of a model for clips of k+1 frames and `size` = (height, width) pixels."""
-    model = _meta_model(config, precision)
-    clip = torch.empty(1, 3, config.num_frames, *size, device="meta", dtype=_DTYPE[precision])
+    """Count the costs of a model for clips of `num_frames` (k+1 by default) and `size` = (height, width) pixels."""
+    model, num_frames = _meta_model(config, precision), num_frames or config.num_frames
+    clip = torch.empty(1, 3, num_frames, *size, device="meta", dtype=_DTYPE[precision])
     units = _checkpointed_units(model)
     with FlopCounterMode(display=False) as flops, _Saved(model, units) as saved:
         output = _forward(model, clip)
@@ -87,7 +89,7 @@ def account(
     root = type(model).__name__
     del output  # what the backward pass needs lives as long as this
     return Account(
-        clip_shape=(3, config.num_frames, *size),
+        clip_shape=(3, num_frames, *size),
         latent_shape=(config.latent.channels, size[0] // SPATIAL_COMPRESSION, size[1] // SPATIAL_COMPRESSION),
         parameters={name: _count(part) for name, part in model.named_children()},
         largest_block_parameters=max(_count(block) for block in _gathered_units(model)),
@@ -97,12 +99,13 @@ def account(
     )
 
 
-def training_flops_per_clip(config: ModelConfig, size: tuple[int, int]) -> int:
+@lru_cache(maxsize=256)
+def training_flops_per_clip(config: ModelConfig, size: tuple[int, int], num_frames: int | None = None) -> int:
     """Operations that training needs for one clip of `size` = (height, width) pixels: what MFU is measured against.
 
     What activation checkpointing computes a second time is no progress, and is left out.
     """
-    return account(config, size).num_training_flops
+    return account(config, size, num_frames=num_frames).num_training_flops
 
 
 def _meta_model(config: ModelConfig, precision: str) -> nn.Module:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from regen_dist.distributed.base import StepResult
-from regen_dist.errors import TrainingError
+from regen_dist.errors import DataError, TrainingError
+
+_FEW_CLIPS = 1000  # before so many, a share says little: as many bad samples are borne as of this number
 
 
 class NonFiniteGuard:
@@ -28,3 +32,36 @@ class NonFiniteGuard:
                 f"step {step}: {self.skipped} steps had non-finite gradients, train.nonfinite_budget allows "
                 f"{self.budget}. Lower optimizer.lr, look at the latents' std in metrics.jsonl, or raise the budget"
             )
+
+
+class BadSampleGuard:
+    """Counts the samples that could not be read, and stops the run when they are too large a share of all.
+
+    What it judges is summed over the ranks, so all of them stop at the same step.
+    """
+
+    def __init__(self, max_share: float) -> None:
+        self._max_share = max_share
+        self.bad, self.clips = 0, 0
+
+    def check(self, step: int, figures: Mapping[str, float]) -> None:
+        """Take note of `bad_samples` among `clips` since the last check.
+
+        Raises:
+            DataError: the share is exceeded.
+        """
+        self.bad, self.clips = self.bad + int(figures["bad_samples"]), self.clips + int(figures["clips"])
+        if self.bad > self._max_share * max(self.clips, _FEW_CLIPS):
+            raise DataError(
+                f"step {step}: {self.bad} of {self.clips} samples could not be read, data.max_bad_share allows "
+                f"{self._max_share:g}. They are listed in bad_samples/ in the run folder; run `regen shards verify`, "
+                "build the bad shards again, or raise the share"
+            )
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"bad": self.bad, "clips": self.clips}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on counting from a checkpoint's state."""
+        self.bad, self.clips = state.get("bad", 0), state.get("clips", 0)

@@ -7,16 +7,19 @@ from collections.abc import Generator
 from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config import config_hash
 from regen_dist.config.schema import RunConfig
-from regen_dist.data.loader import ClipBatch, clip_batches, dataset_fingerprint, validation_clip
+from regen_dist.data.loader import ClipBatch, clip_batches
+from regen_dist.data.training_set import TrainingSet
+from regen_dist.data.validation import validation_clip
 from regen_dist.distributed.base import StepResult, precision_of
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError
 from regen_dist.models.accounting import training_flops_per_clip
 from regen_dist.observe.hardware import peak_tflops
-from regen_dist.training.guards import NonFiniteGuard
+from regen_dist.training.guards import BadSampleGuard, NonFiniteGuard
 from regen_dist.training.meter import Meter
 from regen_dist.training.reporter import Reporter
+from regen_dist.training.sample_log import SampleLog
 from regen_dist.training.schedule import learning_rate
 from regen_dist.training.stopping import Stopper
 from regen_dist.training.tasks import build_task
@@ -31,10 +34,16 @@ class Trainer:
         self.engine = build_engine(config, ranks, self.task.build)
         self.store = CheckpointStore(config.folder, ranks)
         self.guard = NonFiniteGuard(config.train.nonfinite_budget)
-        self.data_identity = data_identity(config)
+        self.bad_samples = BadSampleGuard(config.data.max_bad_share)
+        self.data = TrainingSet(
+            config.data, num_frames=config.model.num_frames, batch_global=config.train.batch_global,
+            seed=config.train.seed,
+        )  # fmt: skip
         self.step = self._resume()
         self.meter = self._build_meter()
         self.reporter = Reporter(config, ranks, self.step)
+        self.reporter.say(self.step, self.data.summary())
+        self.sample_log = SampleLog(config, ranks, self.step)
         self.batches = self._batches()
         self.validation_clip = validation_clip(config.data, num_frames=config.model.num_frames)
 
@@ -47,7 +56,9 @@ class Trainer:
             self.step += 1
             self.guard.check(self.step, result)
             if self._due(train.log_every):
-                self.reporter.train(self.step, self.meter.read(lr, result) | {"skipped": self.guard.skipped})
+                figures = self.meter.read(lr, result) | {"skipped": self.guard.skipped}
+                self.reporter.train(self.step, figures)
+                self.bad_samples.check(self.step, figures)
             if self._due(train.validate_every):
                 self._validate()
             stop = self.ranks.agree(stopper.wanted())
@@ -65,6 +76,7 @@ class Trainer:
     def close(self) -> None:
         """End the data workers, the record, the progress line and the tracker."""
         self.batches.close()
+        self.sample_log.close()
         self.reporter.close()
 
     def _train_step(self, lr: float) -> StepResult:
@@ -74,7 +86,8 @@ class Trainer:
                 batch = next(self.batches)
             loss = self.task.loss(self.engine, batch, self.step)
             self.engine.backward(loss.value, is_last=micro + 1 == self.config.train.accumulation)
-            self.meter.add(loss.value, loss.figures)
+            self.meter.add(loss.value, loss.figures, self._flops(batch), bad_samples=len(batch.bad))
+            self.sample_log.write(self.step + 1, micro, batch)
         result = self.engine.step(lr)
         self.meter.end_step()
         return result
@@ -84,10 +97,9 @@ class Trainer:
 
     def _batches(self) -> Generator[ClipBatch]:
         """This rank's micro-batches from the current step on: the data's place is the step alone."""
-        train = self.config.train
+        train, ranks = self.config.train, self.ranks
         return clip_batches(
-            self.config.data, num_frames=self.config.model.num_frames, batch_global=train.batch_global,
-            accumulation=train.accumulation, seed=train.seed, rank=self.ranks.rank, world_size=self.ranks.world_size,
+            self.data, accumulation=train.accumulation, rank=ranks.rank, world_size=ranks.world_size,
             cursor=self.step * train.batch_global,
         )  # fmt: skip
 
@@ -96,7 +108,8 @@ class Trainer:
             self.reporter.validation(self.step, self.task.validate(self.engine, self.validation_clip))
 
     def _save(self) -> None:
-        state = {"num_updates": self.engine.num_updates, "skipped": self.guard.skipped, "data": self.data_identity}
+        state = {"num_updates": self.engine.num_updates, "skipped": self.guard.skipped, "data": self.data.identity()}
+        state |= {"bad_samples": self.bad_samples.state()}
         keep, digest = self.config.train.keep_checkpoints, config_hash(self.config)
         with self.meter.paused():
             self.store.save(self.step, self.engine.pieces(), self.engine.shapes(), state, digest, keep)
@@ -111,28 +124,28 @@ class Trainer:
                 f"the checkpoint of step {manifest.step} in {self.store.folder} was saved by another model; "
                 "give the run another name, or restore the model section of its config"
             )
-        before, now = manifest.state["data"], self.data_identity
-        if changed := [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]:
+        before, now = manifest.state["data"], self.data.identity()
+        names = [*now, *(name for name in before if name not in now)]
+        if changed := [
+            f"{name} was {before.get(name, 'not told')}, is {now.get(name, 'not told')}"
+            for name in names
+            if before.get(name) != now.get(name)
+        ]:
             raise CheckpointError(
                 f"the run cannot go on at step {manifest.step}, because the order of its data has changed: "
                 f"{'; '.join(changed)}. Restore that, or give the run another name"
             )
         self.engine.restore(self.store.reader(manifest), manifest.state["num_updates"])
         self.guard.skipped = manifest.state["skipped"]
+        self.bad_samples.restore(manifest.state.get("bad_samples", {}))
         return manifest.step
 
     def _build_meter(self) -> Meter:
         train, engine = self.config.train, self.config.engine
-        flops = training_flops_per_clip(self.config.model, self.config.data.size)
         peak = train.peak_tflops or peak_tflops(self.ranks.device, precision_of(engine.precision))
-        return Meter(self.ranks, train.batch_global, flops, peak)
+        return Meter(self.ranks, train.batch_global, peak)
 
-
-def data_identity(config: RunConfig) -> dict[str, int | str | float]:
-    """What the order of the data depends on: while this stays the same, the step says which batches come next."""
-    return {
-        "dataset fingerprint": dataset_fingerprint(config.data),
-        "train.batch_global": config.train.batch_global,
-        "train.seed": config.train.seed,
-        "data.image_fraction": config.data.image_fraction,
-    }
+    def _flops(self, batch: ClipBatch) -> float:
+        """Operations that training on a micro-batch needs; buckets differ."""
+        clips, _, num_frames, height, width = batch.video.shape
+        return clips * training_flops_per_clip(self.config.model, (height, width), num_frames)

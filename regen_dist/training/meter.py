@@ -19,20 +19,19 @@ class Meter:
 
     Args:
         clips_per_step: of the global batch.
-        flops_per_clip: of one training step (forward and backward), without recomputation.
         peak_tflops: of one rank.
     """
 
-    def __init__(self, ranks: Ranks, clips_per_step: int, flops_per_clip: float, peak_tflops: float) -> None:
+    def __init__(self, ranks: Ranks, clips_per_step: int, peak_tflops: float) -> None:
         self._ranks, self._clips = ranks, clips_per_step
-        self._flops, self._peak = flops_per_clip * clips_per_step, peak_tflops * 1e12 * ranks.world_size
+        self._peak = peak_tflops * 1e12 * ranks.world_size
         self._sums: dict[str, Tensor | float] = {}
         self._reset()
 
     def _reset(self) -> None:
         self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
         self._sums = {}
-        self._micro = 0
+        self._micro, self._flops, self._bad_samples = 0, 0.0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -41,11 +40,20 @@ class Meter:
         yield
         self._waited += time.perf_counter() - start
 
-    def add(self, loss: Tensor, figures: Mapping[str, Tensor]) -> None:
-        """The loss and the figures of a micro-batch. Kept on the device: no synchronisation."""
+    def add(self, loss: Tensor, figures: Mapping[str, Tensor], flops: float, bad_samples: int = 0) -> None:
+        """The loss and the figures of a micro-batch of this rank. Kept on the device: no synchronisation.
+
+        Args:
+            flops: operations that training on it needs (forward and backward), without recomputation.
+            bad_samples: how many of its clips are stand-ins.
+        """
         for name, value in {"loss": loss.detach(), **figures}.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
-        self._micro += 1
+        self._micro, self._flops, self._bad_samples = (
+            self._micro + 1,
+            self._flops + flops,
+            self._bad_samples + bad_samples,
+        )
 
     def end_step(self) -> None:
         self._steps += 1
@@ -53,7 +61,8 @@ class Meter:
     def read(self, lr: float, result: StepResult) -> dict[str, float]:
         """The figures since the last reading, averaged over ranks. A collective."""
         names = list(self._sums)
-        totals = self._ranks.sum([float(torch.as_tensor(self._sums[name])) for name in names])
+        values = [float(torch.as_tensor(self._sums[name])) for name in names]
+        *totals, bad_samples, flops = self._ranks.sum([*values, float(self._bad_samples), self._flops])
         means = {
             name: total / (self._micro * self._ranks.world_size) for name, total in zip(names, totals, strict=True)
         }
@@ -64,9 +73,11 @@ class Meter:
             "lr": lr,
             "step_s": elapsed / self._steps,
             "clips_per_s": self._clips * self._steps / elapsed,
-            "mfu": self._flops * self._steps / elapsed / self._peak,
+            "mfu": flops / elapsed / self._peak,
             "data_wait": self._waited / elapsed,
             "memory_bytes": memory_bytes(self._ranks.device),
+            "bad_samples": bad_samples,
+            "clips": self._clips * self._steps,
         }
         self._reset()
         return figures

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import pytest
 import torch
 
 from regen_dist.config.schema import DataConfig
-from regen_dist.data.index import open_dataset
-from regen_dist.data.loader import ClipBatch, clip_batches, dataset_fingerprint, validation_clip
+from regen_dist.data.catalogue import open_dataset
+from regen_dist.data.index import Sample
+from regen_dist.data.loader import ClipBatch, clip_batches
+from regen_dist.data.training_set import TrainingSet
+from regen_dist.data.validation import validation_clip
 from regen_dist.errors import ConfigError, DataError
 from tests.unit.data.test_build import flip_byte
 
@@ -27,22 +31,21 @@ def config(dataset_folder: Path) -> DataConfig:
     )
 
 
+def start(config: DataConfig, **changes: Any) -> Generator[ClipBatch]:
+    """A loader with the defaults of these tests."""
+    of_set: dict[str, Any] = {"num_frames": 9, "batch_global": 8, "seed": 3}
+    of_rank: dict[str, Any] = {"accumulation": 1, "rank": 0, "world_size": 1, "cursor": 0}
+    data = TrainingSet(config, **{name: changes.get(name, value) for name, value in of_set.items()})
+    return clip_batches(data, **{name: changes.get(name, value) for name, value in of_rank.items()})
+
+
 def read(config: DataConfig, number: int, **changes: Any) -> list[ClipBatch]:
-    """The first batches of a loader with the defaults of these tests."""
-    arguments: dict[str, Any] = {
-        "num_frames": 9,
-        "batch_global": 8,
-        "accumulation": 1,
-        "seed": 3,
-        "rank": 0,
-        "world_size": 1,
-        "cursor": 0,
-    }
-    iterator = clip_batches(config, **(arguments | changes))
+    """Its first batches."""
+    iterator = start(config, **changes)
     try:
         return list(islice(iterator, number))
     finally:
-        iterator.close()  # type: ignore[attr-defined]
+        iterator.close()
 
 
 def equal(left: list[ClipBatch], right: list[ClipBatch]) -> bool:
@@ -55,13 +58,13 @@ def equal(left: list[ClipBatch], right: list[ClipBatch]) -> bool:
 def test_batches_have_the_promised_shape(config: DataConfig) -> None:
     batches = read(config, 8)
     frames = [batch.video.shape[2] for batch in batches]
-    assert frames == [1 if step % 4 == 3 else 9 for step in range(8)]  # a quarter of the batches are images
+    assert sorted(frames) == [1, 1, 9, 9, 9, 9, 9, 9]  # a quarter of the batches are images
     for batch in batches:
         assert batch.video.dtype == torch.uint8
         assert batch.video.shape == (8, 3, batch.video.shape[2], 32, 40)
         assert batch.sample_ids.dtype == torch.int64
     ids = open_dataset(config.url).ids.tolist()
-    stream = [int(i) for batch in batches for i in batch.sample_ids]
+    stream = [int(i) for batch in batches if batch.video.shape[2] == 9 for i in batch.sample_ids]
     assert sorted(stream[:11]) == sorted(stream[11:22]) == sorted(ids)
     assert stream[:11] != stream[11:22]
 
@@ -105,32 +108,87 @@ def test_the_runs_random_state_is_left_alone(config: DataConfig) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_flipped_byte_names_shard_and_key(
-    config: DataConfig, dataset_folder: Path, tmp_path: Path, workers: int
-) -> None:
+@pytest.fixture
+def damaged(config: DataConfig, dataset_folder: Path, tmp_path: Path) -> tuple[DataConfig, Sample]:
+    """A copy of the dataset, with one byte of this sample flipped."""
     folder = tmp_path / "copy"
     shutil.copytree(dataset_folder, folder)
     sample = open_dataset(folder).sample(6)
     flip_byte(folder / sample.shard, sample.offset + 100)
-    bad = config.model_copy(update={"url": str(folder), "workers": workers})
-    with pytest.raises(DataError, match=f"^sample {sample.key} in {sample.shard}: the bytes differ"):
-        read(bad, 2, batch_global=11)
+    return config.model_copy(update={"url": str(folder), "image_fraction": 0.0}), sample
 
 
-def test_a_clip_longer_than_the_video_names_the_sample(config: DataConfig) -> None:
-    with pytest.raises(DataError, match=r"^sample .* in shard-.*: the video has 24 frames, a clip needs 33"):
-        read(config, 2, num_frames=33, batch_global=11)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_another_sample_stands_in_for_a_bad_one(
+    config: DataConfig, damaged: tuple[DataConfig, Sample], workers: int
+) -> None:
+    bad, sample = damaged
+    whole = read(config.model_copy(update={"image_fraction": 0.0}), 4, batch_global=11)
+    found = read(bad.model_copy(update={"workers": workers}), 4, batch_global=11)
+    for before, after in zip(whole, found, strict=True):
+        slots = (before.sample_ids == sample.id).nonzero().flatten().tolist()
+        assert len(slots) == 1, "an epoch is a batch here"
+        others = [slot for slot in range(11) if slot not in slots]
+        assert torch.equal(before.video[others], after.video[others])
+        assert torch.equal(before.sample_ids[others], after.sample_ids[others])
+        assert after.sample_ids[slots[0]] != sample.id
+        assert [(each.shard, each.key) for each in after.bad] == [(sample.shard, sample.key)]
+        assert after.bad[0].reason.startswith("the bytes differ from those that were written")
+    assert (
+        len(
+            {
+                int(batch.sample_ids[(before.sample_ids == sample.id)])
+                for before, batch in zip(whole, found, strict=True)
+            }
+        )
+        > 1
+    )
+
+
+def test_the_stand_in_is_the_same_however_the_work_is_divided(damaged: tuple[DataConfig, Sample]) -> None:
+    bad, _ = damaged
+    whole = read(bad, 4, batch_global=4)
+    ranks = [
+        read(bad.model_copy(update={"workers": rank}), 4, batch_global=4, rank=rank, world_size=2) for rank in (0, 1)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [ranks[0][step], ranks[1][step]]
+        assert torch.equal(batch.sample_ids, torch.cat([part.sample_ids for part in parts]))
+        assert torch.equal(batch.video, torch.cat([part.video for part in parts]))
+    assert any(batch.bad for batch in whole)
+
+
+def test_when_everything_is_bad_the_error_says_so(damaged: tuple[DataConfig, Sample]) -> None:
+    bad, _ = damaged
+    for shard in Path(str(bad.url)).glob("*.tar"):
+        shard.unlink()
+    with pytest.raises(
+        DataError, match=r"8 samples were tried in place of \S+, and each was bad; the last: .*not found"
+    ):
+        read(bad, 1)
+
+
+def test_videos_too_short_for_a_clip_are_left_out_and_told(config: DataConfig) -> None:
+    lengths = open_dataset(config.url).records["frames"]
+    longer = int((lengths >= 33).sum())
+    assert 0 < longer < len(lengths)
+    plain = config.model_copy(update={"image_fraction": 0.0})
+    data = TrainingSet(plain, num_frames=33, batch_global=longer, seed=0)
+    assert f"{len(lengths) - longer} have fewer than 33 frames and are left out" in data.summary()
+    batch = read(plain, 1, num_frames=33, batch_global=longer)[0]
+    assert sorted(batch.sample_ids.tolist()) == sorted(open_dataset(config.url).ids[lengths >= 33].tolist())
+    with pytest.raises(DataError, match="37 frames"):
+        TrainingSet(plain, num_frames=37, batch_global=1, seed=0)
 
 
 def test_a_dead_worker_is_an_error_and_not_a_hang(config: DataConfig) -> None:
     parallel = config.model_copy(update={"workers": 1, "prefetch": 1})
-    iterator = clip_batches(
-        parallel, num_frames=9, batch_global=8, accumulation=1, seed=3, rank=0, world_size=1, cursor=0
-    )
+    iterator = start(parallel)
     next(iterator)
     os.kill(_worker(iterator), signal.SIGKILL)
-    with pytest.raises(DataError, match="a decoding process died before step"):
+    with pytest.raises(
+        DataError, match=r"a decoding process died while it decoded sample \S+ in \S+\.tar \(DataLoader"
+    ):
         list(islice(iterator, 8))
 
 
@@ -156,10 +214,6 @@ def test_validation_clips_are_fixed_and_centred(config: DataConfig) -> None:
     assert equal([first], [other])
 
 
-def test_the_fingerprint_is_the_datasets(config: DataConfig) -> None:
-    assert dataset_fingerprint(config) == open_dataset(config.url).fingerprint
-
-
 def test_a_crop_larger_than_the_video_is_enlarged_to_fit(config: DataConfig) -> None:
     large = config.model_copy(update={"size": (64, 96), "short_side": None})
     assert read(large, 1)[0].video.shape == (8, 3, 9, 64, 96)
@@ -169,12 +223,12 @@ _KILLED = """
 import os, signal, sys
 from regen_dist.config.schema import DataConfig
 from regen_dist.data.loader import clip_batches
+from regen_dist.data.training_set import TrainingSet
 
 if __name__ == "__main__":
     config = DataConfig(url=sys.argv[1], size=(32, 40), workers=2)
-    batches = clip_batches(
-        config, num_frames=9, batch_global=8, accumulation=1, seed=3, rank=0, world_size=1, cursor=0
-    )
+    data = TrainingSet(config, num_frames=9, batch_global=8, seed=3)
+    batches = clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)
     next(batches)
     print(*[worker.pid for worker in batches.gi_frame.f_locals["batches"]._workers], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,70 @@
+"""What each rank notes of its samples: the bad ones, once each, and on demand the id of every clip trained on."""
+
+from __future__ import annotations
+
+import sys
+
+from regen_dist.config.schema import RunConfig
+from regen_dist.data.clips import BadSample
+from regen_dist.data.loader import ClipBatch
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.observe.record import Record, read_record
+
+
+class SampleLog:
+    """One rank's notes: `bad_samples/rank-00000.jsonl` and, with `train.trace_samples`, `samples/rank-00000.jsonl`.
+
+    A resumed run drops the notes of the steps that it does again. Rank 0 also does so for ranks that are no more.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, step: int) -> None:
+        self._name = f"rank-{ranks.rank:05d}.jsonl"
+        self._bad, self._trace = config.folder / "bad_samples", config.folder / "samples"
+        self._step = step
+        self._records: dict[str, Record] = {}
+        self._told: set[str] = set()
+        self._known = self._read_known()
+        if config.train.trace_samples:
+            self._open("samples")
+        if ranks.is_main:
+            self._trim_lost_ranks(ranks.world_size)
+
+    def write(self, step: int, micro: int, batch: ClipBatch) -> None:
+        """Note a micro-batch of `step` (counted from 1)."""
+        if "samples" in self._records:
+            self._records["samples"].write("samples", step, {"micro": micro, "ids": batch.sample_ids.tolist()})
+        for sample in batch.bad:
+            self._note(step, sample)
+        if batch.problem and batch.problem not in self._told:
+            self._told.add(batch.problem)
+            print(f"warning: {batch.problem}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        for record in self._records.values():
+            record.close()
+
+    def _note(self, step: int, sample: BadSample) -> None:
+        if (sample.shard, sample.key) in self._known:
+            return
+        self._known.add((sample.shard, sample.key))
+        self._open("bad_samples").write("bad_sample", step, sample._asdict())
+        print(
+            f"warning: sample {sample.key} in {sample.shard} is bad, another stands in for it: {sample.reason}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    def _open(self, kind: str) -> Record:
+        if kind not in self._records:
+            folder = self._trace if kind == "samples" else self._bad
+            self._records[kind] = Record(folder / self._name, self._step)
+        return self._records[kind]
+
+    def _read_known(self) -> set[tuple[str, str]]:
+        path = self._bad / self._name
+        lines = read_record(path) if path.exists() else []
+        return {(line["shard"], line["key"]) for line in lines if line["step"] <= self._step}
+
+    def _trim_lost_ranks(self, world_size: int) -> None:
+        for path in [*self._trace.glob("rank-*.jsonl"), *self._bad.glob("rank-*.jsonl")]:
+            if int(path.stem.partition("-")[2]) >= world_size:
+                Record(path, self._step).close()
