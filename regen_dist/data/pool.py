@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from regen_dist.errors import DataError
 
@@ -20,64 +22,86 @@ Tag = TypeVar("Tag")
 Result = TypeVar("Result")
 
 
+class Call(Generic[Result]):
+    """A call that was handed to a pool."""
+
+    def __init__(self, wait_for: Callable[[], Result]) -> None:
+        self._wait_for = functools.cache(wait_for)
+
+    def result(self) -> Result:
+        """Wait for it. Raises what the function raised; DataError when a worker process died."""
+        try:
+            return self._wait_for()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process died (killed, out of memory, or a video that crashes the decoder). Run the same "
+                "command again: finished shards stay; with --workers 0 the program stops at the video that does it"
+            ) from error
+
+
 class Pool:
-    """Runs a function over many arguments, in worker processes or in this one, at most `ahead` calls before the
-    consumer."""
+    """Runs functions in worker processes, or in this one when their results are asked for."""
 
     def __init__(self, executor: ProcessPoolExecutor | None, ahead: int) -> None:
         self._executor, self._ahead = executor, ahead
 
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
+        """Begin `function(*arguments)`."""
+        if self._executor is None:
+            return Call(lambda: function(*arguments))
+        try:
+            return Call(self._executor.submit(function, *arguments).result)
+        except BrokenProcessPool as error:
+            broken = error
+            return Call(lambda: _raise(broken))
+
     def run(
         self, function: Callable[..., Result], calls: Iterable[tuple[Tag, tuple[Any, ...]]]
     ) -> Iterator[tuple[Tag, Result]]:
-        """For each (tag, arguments): the tag and `function(*arguments)`, in the order of `calls`.
+        """For each (tag, arguments): the tag and `function(*arguments)`, in the order of `calls`; so many of them are
+        under way at once as keeps all workers busy, however many there are.
 
         Raises:
             DataError: a worker process died.
         """
-        if self._executor is None:
-            for tag, arguments in calls:
-                yield tag, function(*arguments)
-            return
-        waiting: deque[tuple[Tag, Future[Result]]] = deque()
-        try:
-            for tag, arguments in calls:
-                waiting.append((tag, self._executor.submit(function, *arguments)))
-                if len(waiting) > self._ahead:
-                    yield _first(waiting)
-            while waiting:
-                yield _first(waiting)
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process died (killed, out of memory, or a video that crashes the decoder). Run the same "
-                "command "
-                "again: finished shards stay; with --workers 0 the program stops at the video that does it"
-            ) from error
+        waiting: deque[tuple[Tag, Call[Result]]] = deque()
+        for tag, arguments in calls:
+            waiting.append((tag, self.submit(function, *arguments)))
+            if len(waiting) > self._ahead:
+                first, call = waiting.popleft()
+                yield first, call.result()
+        for tag, call in waiting:
+            yield tag, call.result()
 
 
 @contextmanager
 def worker_pool(workers: int | None) -> Iterator[Pool]:
     """A pool of `workers` processes: all cores for None, this process for 0. Spawned, because obstore's threads do
-    not survive a fork."""
+    not survive a fork. An exception ends the workers at once, whatever they are doing."""
     count = len(os.sched_getaffinity(0)) if workers is None else workers
     if count == 0:
         yield Pool(None, 0)
         return
+    before = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
         yield Pool(executor, 2 * count)
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()  # what they make is only ever handed back here
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _first(waiting: deque[tuple[Tag, Future[Result]]]) -> tuple[Tag, Result]:
-    tag, future = waiting.popleft()
-    return tag, future.result()
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave Ctrl-C, and the signals by which a batch system ends a job, to the parent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 

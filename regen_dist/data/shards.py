@@ -1,172 +1,187 @@
-"""Building and checking a dataset. A build is resumable: shards that are finished stay, the rest is made, the
-manifest is last."""
+"""Building a dataset. A build is resumable: what is finished stays, the rest is made, the manifest is last."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from regen_dist.data.catalogue import Dataset, open_dataset
-from regen_dist.data.index import Described, samples_of
-from regen_dist.data.manifest import Manifest, Skip, listed, to_json, write_manifest
-from regen_dist.data.plan import BuildOptions, BuildPlan, Task, find_sources, make_plan, read_captions
+from regen_dist.data.claim import claim
+from regen_dist.data.copies import Copies, local_copies
+from regen_dist.data.index import Described
+from regen_dist.data.manifest import MANIFEST, Manifest, Skip, read_manifest, write_manifest
+from regen_dist.data.parts import Part, Planned, Work, count_units, cut_parts, files_of, work_of, write_done
+from regen_dist.data.plan import KIND, BuildOptions, identity
+from regen_dist.data.planning import Begun, Planner
 from regen_dist.data.pool import Pool, worker_pool
+from regen_dist.data.sources import Source, find_sources
 from regen_dist.data.store import Store, remove_leftovers
-from regen_dist.data.transcode import Encoded, Probed, encode_segments, probe
-from regen_dist.data.writing import Limits, NewSample, ShardWriter, finished_shards, index_name
-from regen_dist.errors import DataError
+from regen_dist.data.transcode import Encoded, Segment, encode_segments
+from regen_dist.data.writing import NewSample, ShardWriter
 
-STEM = "shard"
-PLAN = "plan.json"  # written first: it marks a folder as ours, and holds what the build was asked for
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
+MAX_BAD_SHARE = 0.5
+_IDLE_S = 3600.0  # other tasks may be at work on other machines: what they write is newer than that
 
 
 class Built(NamedTuple):
-    """A finished build: its manifest, and how many of its shards this call made."""
+    """What a call did: the manifest, or None while parts are left to other tasks; how many shards it made; how many
+    parts there are and how many are missing."""
 
-    manifest: Manifest
+    manifest: Manifest | None
     shards_made: int
+    parts: int
+    parts_missing: int
 
 
 def build_shards(
-    sources: Sequence[Path],
+    sources: Sequence[str | Path],
     out: str | Path,
     options: BuildOptions | None = None,
     *,
-    captions: Path | None = None,
+    captions: str | Path | None = None,
+    task: tuple[int, int] = (0, 1),
     workers: int | None = None,
+    max_bad_share: float = MAX_BAD_SHARE,
     progress: Progress = lambda stage, done, total: None,
 ) -> Built:
     """Make (or finish) the dataset of `sources` at `out`.
 
     Args:
-        sources: video files, and folders that are searched for them.
+        sources: video files, folders, prefixes of buckets, and lists (`find_sources`).
         out: folder or URL of the dataset: empty, or begun by the same sources and options.
-        captions: CSV or JSONL with the columns `video` and `caption`.
+        captions: a list that gives captions to what is in folders.
+        task: (i, n): make the i-th (from 0) of every n parts. The call that finds all parts made writes the manifest.
         workers: processes; all cores by default, 0 works in this process.
-        progress: called with ("probe" or "build", done, total).
+        max_bad_share: stop when a larger share of many sources cannot be read.
+        progress: called with ("probe", "build" or "parts", done, total).
 
     Raises:
         DataError: a source is missing, `out` holds something else, or no sample is left.
     """
     options, store = options or BuildOptions(), Store(out)
-    with worker_pool(workers) as pool:
-        plan = _plan(sources, options, read_captions(captions) if captions else {}, pool, progress)
-        _claim(store, plan)
-        writer = _make_missing(store, plan, pool, options, progress)
-    indices = [index_name(STEM, number) for number in range(writer.shards)]
-    return Built(write_manifest(store, indices, "build", plan.identity["options"], plan.skipped), writer.made)
+    found = find_sources(sources, captions)
+    parts = cut_parts(found.found, options.part_gb * 1e9)
+    claim(store, identity(found, options))
+    if store.folder is not None:
+        remove_leftovers(store.folder, idle_s=_IDLE_S if task[1] > 1 else 0)
+    todo = _unfinished(store, parts[task[0] :: task[1]])
+    with local_copies([source for part in todo for source in part.sources]) as copies, worker_pool(workers) as pool:
+        builder = _Builder(store, parts, todo, options, pool, copies, max_bad_share, progress)
+        builder.run()
+    missing = _missing(store, parts)
+    if missing:
+        return Built(None, builder.shards_made, len(parts), missing)
+    if not todo and store.size(MANIFEST) is not None:
+        return Built(read_manifest(store), 0, len(parts), 0)
+    indices = [name for _, files in files_of(store, parts) for name in files if name.endswith(".parquet")]
+    manifest = write_manifest(store, indices, KIND, options.recorded(), found.skipped)
+    return Built(manifest, builder.shards_made, len(parts), 0)
 
 
-def verify_dataset(url: str | Path, progress: Progress = lambda stage, done, total: None) -> list[str]:
-    """Check every shard's size and SHA-256. Returns a line for each bad shard, and for each bad sample in it."""
-    dataset = open_dataset(url)
-    sizes = dataset.store.list()
-    bad = []
-    for number, entry in enumerate(dataset.manifest.shards):
-        progress("verify", number, len(dataset.manifest.shards))
-        if sizes.get(entry.name) != entry.size:
-            found = f"{sizes[entry.name]} bytes" if entry.name in sizes else "missing"
-            bad.append(f"{entry.name}: {found}, the manifest says {entry.size} bytes")
-        elif dataset.store.sha256(entry.name) != entry.sha256:
-            bad.append(f"{entry.name}: the bytes differ from those that were written")
-        else:
-            continue
-        if entry.name in sizes:
-            bad += _verify_samples(dataset, entry.name)
-    progress("verify", len(dataset.manifest.shards), len(dataset.manifest.shards))
-    return bad
+def _missing(store: Store, parts: Sequence[Part]) -> int:
+    found = store.list("part-")
+    return sum(part.done_name not in found for part in parts)
 
 
-def _verify_samples(dataset: Dataset, shard: str) -> Iterator[str]:
-    for sample in samples_of(dataset.table()):
-        try:
-            if sample.shard == shard:
-                dataset.read(sample)
-        except DataError as error:
-            yield f"{sample.name}: {str(error).split(';')[0]}"
+def _unfinished(store: Store, parts: Sequence[Part]) -> list[Part]:
+    """Parts that are not done, or of which something was lost since."""
+    found = store.list("part-")
+    done = {
+        part
+        for part, files in files_of(store, [part for part in parts if part.done_name in found])
+        if all(found.get(name) == size for name, size in files.items())
+    }
+    return [part for part in parts if part not in done]
 
 
-def _plan(
-    sources: Sequence[Path], options: BuildOptions, captions: dict[str, str], pool: Pool, progress: Progress
-) -> BuildPlan:
-    files = find_sources(sources)
-    probed: list[Probed] = []
-    for _, result in pool.run(probe, ((file, (file.path,)) for file in files)):
-        probed.append(result)
-        progress("probe", len(probed), len(files))
-    plan = make_plan(files, probed, options, captions)
-    if not plan.tasks:
-        raise DataError(f"no sample is left of {len(files)} files:\n{listed(plan.skipped)}")
-    return plan
+class _Builder:
+    """Makes parts one after the other; while one is encoded, the workers look into the sources of the next."""
+
+    def __init__(
+        self,
+        store: Store,
+        parts: Sequence[Part],
+        todo: Sequence[Part],
+        options: BuildOptions,
+        pool: Pool,
+        copies: Copies,
+        max_bad_share: float,
+        progress: Progress,
+    ) -> None:
+        self._store, self._todo, self._options, self._pool = store, todo, options, pool
+        self._copies, self._progress = copies, progress
+        self._planner = Planner(store, parts, options, pool, copies, max_bad_share, self._looked)
+        self._sources = sum(len(part.sources) for part in todo)
+        self._sources_done = self._units = self._units_done = self.shards_made = 0
+
+    def run(self) -> None:
+        """Make all parts."""
+        begun: list[Begun] = []
+        self._looked(0)
+        for number, part in enumerate(self._todo):
+            self._progress("parts", number, len(self._todo))
+            begun.append(self._planner.begin(part))
+            if len(begun) > 1:
+                self._make(begun.pop(0))
+        for last in begun:
+            self._make(last)
+        if self._todo:
+            self._progress("parts", len(self._todo), len(self._todo))
+
+    def _make(self, begun: Begun) -> None:
+        part, plan = begun.part, self._planner.finish(begun)
+        self._units += count_units(part, plan)
+        self._built(begun.after.units)
+        with ShardWriter(self._store, part.stem, self._options.limits, begun.after) as writer:
+            for work, results in self._results(begun, plan):
+                self._write(writer, part.sources[work.source], plan[work.source], work, results)
+                self._built(len(work.units))
+        write_done(self._store, part, plan)
+        self._copies.remove(part)
+        self.shards_made += writer.made
+
+    def _results(self, begun: Begun, plan: Sequence[Planned]) -> Iterator[tuple[Work, list[Encoded]]]:
+        # Whole files are read here, one at a time: through workers several of them would be held in memory.
+        pool = Pool(None, 0) if self._options.keep else self._pool
+        return pool.run(encode_segments, self._calls(begun, plan))
+
+    def _calls(self, begun: Begun, plan: Sequence[Planned]) -> Iterator[tuple[Work, tuple[object, ...]]]:
+        for work in work_of(begun.part, plan, begun.after.units):
+            if work.source in begun.copying and work.segments:
+                begun.copying[work.source].result()
+            yield work, (begun.origins[work.source].path, work.segments, self._options.encode)
+
+    def _write(
+        self, writer: ShardWriter, source: Source, planned: Planned, work: Work, results: Sequence[Encoded]
+    ) -> None:
+        """The units of a piece of work, in order."""
+        encoded = iter(results)
+        for unit in work.units:
+            if isinstance(unit, Skip):
+                writer.skip(unit)
+                continue
+            result = next(encoded)
+            if result.info is None:
+                writer.skip(Skip(source=source.name, segment=unit.number, reason=f"damaged: {result.problem}"))
+            else:
+                writer.add(_sample(source, planned, unit, result, self._extension(source)))
+
+    def _extension(self, source: Source) -> str:
+        return source.suffix[1:] if self._options.keep else "mp4"
+
+    def _looked(self, sources: int) -> None:
+        self._sources_done += sources
+        self._progress("probe", self._sources_done, self._sources)
+
+    def _built(self, units: int) -> None:
+        self._units_done += units
+        self._progress("build", self._units_done, self._units)
 
 
-def _claim(store: Store, plan: BuildPlan) -> None:
-    """Make sure that the folder is ours: empty, or begun by this same plan."""
-    found = store.list()
-    if PLAN in found:
-        theirs = json.loads(store.get(PLAN))
-        changes = _changes(theirs, plan.identity)
-        if changes:
-            raise DataError(
-                f"{store.url}: holds a dataset built from something else ({'; '.join(changes)}). "
-                "Give the same options to finish it, or another --out; nothing was changed"
-            )
-        if store.folder is not None:
-            remove_leftovers(store.folder)
-    elif found:
-        some = ", ".join(list(found)[:3])
-        raise DataError(
-            f"{store.url}: holds files that no build made ({some}); choose an empty --out. Nothing was changed"
-        )
-    else:
-        store.put(PLAN, to_json(plan.identity))
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    changes = []
-    for part in sorted(old.keys() | new.keys()):
-        before, after = old.get(part), new.get(part)
-        if isinstance(before, dict) and isinstance(after, dict):
-            names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
-            changes += [
-                f"{part}.{name}: {before.get(name, 'absent')} there, {after.get(name, 'absent')} now"
-                for name in names[:4]
-            ]
-        elif before != after:
-            changes.append(f"{part}: {before} there, {after} now")
-    return changes
-
-
-def _make_missing(store: Store, plan: BuildPlan, pool: Pool, options: BuildOptions, progress: Progress) -> ShardWriter:
-    after = finished_shards(store, STEM)
-    total, todo = sum(len(task.segments) for task in plan.tasks), _after(plan.tasks, after.units)
-    progress("build", after.units, total)
-    calls = ((task, (task.source.path, task.segments, plan.encode)) for task in todo)
-    with ShardWriter(store, STEM, Limits(samples=options.samples_per_shard), after) as writer:
-        for task, results in pool.run(encode_segments, calls):
-            for result in results:
-                _write(writer, task, result)
-            progress("build", writer.units, total)
-    return writer
-
-
-def _after(tasks: Sequence[Task], units: int) -> Iterator[Task]:
-    """The tasks without their first segments."""
-    for task in tasks:
-        left = task.segments[units:]
-        units = max(0, units - len(task.segments))
-        if left:
-            yield Task(task.source, task.caption, left)
-
-
-def _write(writer: ShardWriter, task: Task, result: Encoded) -> None:
-    if result.info is None:
-        writer.skip(Skip(source=task.source.name, segment=result.segment.number, reason=result.problem))
-        return
-    info = result.info
-    described = Described(info.frames, info.height, info.width, info.fps, task.source.name, task.caption)
-    facts = {"first_frame": result.segment.start}
-    writer.add(NewSample(result.segment.key, result.data, described, facts=facts))
+def _sample(source: Source, planned: Planned, segment: Segment, result: Encoded, extension: str) -> NewSample:
+    assert result.info is not None, "what could be encoded has been looked at"
+    info, motion = result.info, planned.candidates[segment.number].motion
+    caption = source.caption or planned.caption
+    described = Described(info.frames, info.height, info.width, info.fps, source.name, caption, motion)
+    return NewSample(segment.key, result.data, described, extension, {"first_frame": segment.start})

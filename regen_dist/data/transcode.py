@@ -79,33 +79,42 @@ class Probed:
     problem: str = ""
 
 
+def new_hash() -> hashlib.blake2b:
+    """What content hashes are made with: BLAKE2b of 16 bytes."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a local file's bytes, in hex; OSError when it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, new_hash).hexdigest()
+
+
 def probe(path: Path) -> Probed:
     """Read through a file: content hash, frames, sides, rate. Problems are returned, not raised."""
+    content = ""
     try:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        content = content_hash(path)
         with VideoReader(path) as reader:
-            info = reader.info()
+            return Probed(content, reader.info())
     except (DataError, OSError) as error:
-        return Probed(problem=str(error))
-    return Probed(content, info)
+        return Probed(content, problem=str(error))
 
 
 def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:
     """Every segment of one source, in order. A segment that cannot be decoded comes back with its problem.
 
-    Neighbouring segments are decoded in one pass; where that fails, each is tried by itself, so that damage stays
-    where it is.
+    All are decoded in one pass; where that fails, each is tried by itself, so that damage stays where it is.
     """
     if options.keep:
-        return [_explain(path, segment, lambda _: path.read_bytes()) for segment in segments]
+        return [_explain(segment, lambda _: path.read_bytes()) for segment in segments]
     try:
         return _encode_run(path, segments, options)
     except (DataError, OSError):
-        return [_explain(path, segment, lambda one: _encode_run(path, [one], options)[0].data) for segment in segments]
+        return [_explain(segment, lambda one: _encode_run(path, [one], options)[0].data) for segment in segments]
 
 
-def _explain(path: Path, segment: Segment, make: Callable[[Segment], bytes]) -> Encoded:
+def _explain(segment: Segment, make: Callable[[Segment], bytes]) -> Encoded:
     try:
         return _checked(segment, make(segment))
     except (DataError, OSError) as error:
@@ -113,9 +122,10 @@ def _explain(path: Path, segment: Segment, make: Callable[[Segment], bytes]) -> 
 
 
 def _encode_run(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:
-    """Transcode segments that follow one another."""
+    """Transcode segments that are in order, and near enough to one another to be decoded in one pass."""
+    numbers = [number for segment in segments for number in range(segment.start, segment.stop)]
     with VideoReader(path, _frame_table(path)) as reader:
-        decoded = (frame for _, frame in reader.frames(range(segments[0].start, segments[-1].stop)))
+        decoded = (frame for _, frame in reader.frames(numbers))
         done = []
         for segment in segments:
             frames = (prepare(frame, options.short_side) for frame in islice(decoded, segment.stop - segment.start))

@@ -69,7 +69,7 @@ def finished_shards(store: Store, stem: str) -> Finished:
 
 class ShardWriter:
     """Writes `STEM-000000.tar`, `STEM-000000.parquet`, and so on. A context manager: leaving it well closes the last
-    shard, leaving it by an exception leaves nothing of the shard that was being written.
+    shard, leaving it by an exception leaves nothing of the shard that was being written. A full disk raises DiskFull.
 
     Args:
         store: where to.
@@ -87,10 +87,15 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if kind is None and (self._described or self._skipped):
-            self._finish()
-        self._open_files.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._open_files.__exit__(kind, error, trace)  # tells a full disk as one
+            return
+        with self._open_files:
+            if self._described or self._skipped:
+                self._finish()
 
     def add(self, sample: NewSample) -> None:
         """Append a sample; closes the shard when that fills it."""

@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tools.shards.progress import progress_bar
+from tools.shards.stopping import stopping_cleanly
+from tools.shards.task import parse_task
 
 if TYPE_CHECKING:
     from regen_dist.data.manifest import Manifest
 
+_SHOWN = 10
+
 
 def build(
     sources: Annotated[
-        list[Path], typer.Argument(help="Video files, and folders to search for them.", metavar="SOURCE…")
+        list[str],
+        typer.Argument(
+            help="Videos, folders, prefixes of buckets (s3://…), and lists (.csv, .jsonl, .parquet) with the columns "
+            "video and caption.",
+            metavar="SOURCE…",
+        ),
     ],
     out: Annotated[str, typer.Option(help="Folder or URL of the dataset; empty, or begun by this same command.")],
-    segment_seconds: Annotated[float, typer.Option(help="Length of a sample.")] = 4.0,
+    segment_seconds: Annotated[float, typer.Option(help="Length of a sample, at most.")] = 4.0,
     short_side: Annotated[int, typer.Option(help="Resize the short side to this many pixels; 0 keeps the size.")] = 128,
     crf: Annotated[int, typer.Option(help="Quality of x264: 0 (best) to 51.")] = 18,
     keep: Annotated[
         bool, typer.Option("--keep", help="Store whole files as they are: no cutting, no encoding.")
     ] = False,
-    samples_per_shard: Annotated[int, typer.Option(help="Samples in one tar.")] = 64,
+    scenes: Annotated[
+        bool, typer.Option(help="Cut at scene changes, measure motion; without it samples may hold cuts.")
+    ] = True,
+    scene_threshold: Annotated[float, typer.Option(help="Change between two frames that is a cut.")] = 27.0,
+    min_motion: Annotated[float, typer.Option(help="Leave out what moves less: frozen shots.")] = 0.1,
     min_frames: Annotated[int, typer.Option(help="Leave out what is shorter: a clip of k = 32 needs 33.")] = 33,
+    min_side: Annotated[int | None, typer.Option(help="Leave out sources with a shorter side.")] = None,
+    max_aspect: Annotated[
+        float | None, typer.Option(help="Leave out sources whose long side is more times the short.")
+    ] = None,
     start_seconds: Annotated[float, typer.Option(help="Leave out the beginning of every source.")] = 0.0,
     max_seconds: Annotated[float | None, typer.Option(help="Use at most this much of every source.")] = None,
-    captions: Annotated[Path | None, typer.Option(help="CSV or JSONL with the columns video and caption.")] = None,
+    captions: Annotated[
+        str | None,
+        typer.Option(help="List with the columns video and caption, for folders. NAME.txt beside also does."),
+    ] = None,
+    shard_mb: Annotated[float, typer.Option(help="Size at which a tar is closed.")] = 256.0,
+    samples_per_shard: Annotated[int | None, typer.Option(help="Samples in one tar, at most.")] = None,
+    part_gb: Annotated[float, typer.Option(help="Sources that are planned and made at a time.")] = 4.0,
+    max_bad_share: Annotated[float, typer.Option(help="Stop when more of many sources cannot be read.")] = 0.5,
+    task: Annotated[
+        str, typer.Option(help="Make every N-th part from the I-th (from 0), I/N; slurm: as its array says.")
+    ] = "0/1",
     workers: Annotated[
         int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
     ] = None,
@@ -45,26 +72,50 @@ def build(
         short_side=short_side or None,
         crf=crf,
         keep=keep,
-        samples_per_shard=samples_per_shard,
+        scenes=scenes,
+        scene_threshold=scene_threshold,
+        min_motion=min_motion,
         min_frames=min_frames,
+        min_side=min_side,
+        max_aspect=max_aspect,
         start_seconds=start_seconds,
         max_seconds=max_seconds,
+        shard_mb=shard_mb,
+        samples_per_shard=samples_per_shard,
+        part_gb=part_gb,
     )
-    with progress_bar() as progress:
-        built = build_shards(sources, out, options, captions=captions, workers=workers, progress=progress)
-    _print_summary(built.manifest, built.shards_made, out)
+    with stopping_cleanly(), progress_bar() as progress:
+        built = build_shards(
+            sources,
+            out,
+            options,
+            captions=captions,
+            task=parse_task(task),
+            workers=workers,
+            max_bad_share=max_bad_share,
+            progress=progress,
+        )
+    if built.manifest is None:
+        typer.echo(
+            f"{out}: {built.shards_made} shards made now; {built.parts_missing} of {built.parts} parts are left to "
+            "other tasks"
+        )
+    else:
+        _print_summary(built.manifest, built.shards_made, out)
 
 
 def _print_summary(manifest: Manifest, made: int, out: str) -> None:
-    totals = manifest.totals
+    totals, skipped = manifest.totals, manifest.skipped
     typer.echo(
         f"{out}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
-        f"{totals.shards} shards "
-        f"({made} made now), {len(manifest.skipped)} left out"
+        f"{totals.shards} shards ({made} made now), {len(skipped)} left out"
     )
-    for skip in manifest.skipped[:10]:
-        typer.echo(
-            f"  left out: {skip.source}{'' if skip.segment is None else f' segment {skip.segment}'}: {skip.reason}"
-        )
-    if len(manifest.skipped) > 10:
-        typer.echo(f"  and {len(manifest.skipped) - 10} more, listed in manifest.json")
+    if not skipped:
+        return
+    for kind, number in Counter(skip.reason.partition(":")[0] for skip in skipped).most_common():
+        typer.echo(f"{number:8d}  {kind}")
+    for skip in skipped[:_SHOWN]:
+        part = "" if skip.segment is None else f" segment {skip.segment}"
+        typer.echo(f"  left out: {skip.source}{part}: {skip.reason}")
+    if len(skipped) > _SHOWN:
+        typer.echo(f"  and {len(skipped) - _SHOWN} more, listed in manifest.json")

@@ -15,10 +15,9 @@ from regen_dist.data import shards
 from regen_dist.data.catalogue import open_dataset
 from regen_dist.data.index import checksum, sample_id
 from regen_dist.data.manifest import MANIFEST, Manifest
-from regen_dist.data.plan import BuildOptions, find_sources, make_plan
-from regen_dist.data.shards import build_shards, verify_dataset
-from regen_dist.data.transcode import Probed
-from regen_dist.data.video import VideoInfo, VideoReader
+from regen_dist.data.plan import BuildOptions
+from regen_dist.data.shards import Built, build_shards
+from regen_dist.data.video import VideoReader
 from regen_dist.errors import DataError
 from tests.helpers.video import moving_square, write_video
 from tests.unit.data.conftest import OPTIONS
@@ -27,6 +26,11 @@ from tests.unit.data.conftest import OPTIONS
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Bytes and modification time of every file."""
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())}
+
+
+def manifest_of(built: Built) -> Manifest:
+    assert built.manifest is not None
+    return built.manifest
 
 
 def test_the_index_describes_every_sample(dataset_folder: Path) -> None:
@@ -76,17 +80,26 @@ def test_building_again_does_nothing(dataset_folder: Path, sources: Path, monkey
     assert contents(dataset_folder) == before
 
 
-@pytest.mark.parametrize("lost", [["manifest.json"], ["shard-000001.parquet", "manifest.json"], ["shard-000002.tar"]])
+@pytest.mark.parametrize(
+    ("lost", "made"),
+    [
+        (["manifest.json"], 0),
+        (["part-00000-000001.parquet", "manifest.json"], 2),
+        (["part-00000-000002.tar"], 1),
+        (["part-00000.json", "part-00000.plan.json"], 0),
+        (["part-00000.json", "part-00000-000002.parquet", "part-00000-000000.tar"], 3),
+    ],
+)
 def test_a_killed_build_is_finished_with_the_same_bytes(
-    dataset_folder: Path, sources: Path, tmp_path: Path, lost: list[str]
+    dataset_folder: Path, sources: Path, tmp_path: Path, lost: list[str], made: int
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(dataset_folder, folder)
     for name in lost:
         (folder / name).unlink()
-    (folder / ".shard-000001.tar.99.tmp").write_bytes(b"half")
+    (folder / ".part-00000-000001.tar.99.tmp").write_bytes(b"half")
     built = build_shards([sources], folder, OPTIONS, workers=0)
-    assert built.shards_made == {1: 0, 2: 2}[len(lost)] if lost[0] != "shard-000002.tar" else 1
+    assert built.shards_made == made
     assert {name: data for name, (data, _) in contents(folder).items()} == {
         name: data for name, (data, _) in contents(dataset_folder).items()
     }
@@ -100,21 +113,21 @@ def test_worker_processes_make_the_same_bytes(dataset_folder: Path, sources: Pat
         name: data for name, (data, _) in contents(dataset_folder).items()
     }
     assert ("probe", 3, 3) in stages
-    assert stages[-1] == ("build", 11, 11)
+    assert stages[-2:] == [("build", 11, 11), ("parts", 1, 1)]
 
 
 def test_another_datasets_folder_is_not_touched(dataset_folder: Path, sources: Path) -> None:
     before = contents(dataset_folder)
     with pytest.raises(DataError, match=r"options\.crf: 20 there, 30 now"):
         build_shards([sources], dataset_folder, replace(OPTIONS, crf=30), workers=0)
-    with pytest.raises(DataError, match=r"sources\.tall\.mp4: .* there, absent now"):
+    with pytest.raises(DataError, match=r"sources\.files: 3 there, 1 now"):
         build_shards([sources / "wide.mp4"], dataset_folder, OPTIONS, workers=0)
     assert contents(dataset_folder) == before
 
 
 def test_foreign_files_are_not_touched(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match=r"holds files that no build made \(thesis\.txt\)"):
+    with pytest.raises(DataError, match=r"holds files that no command of `regen shards` made \(thesis\.txt\)"):
         build_shards([sources], tmp_path, OPTIONS, workers=0)
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
@@ -127,12 +140,12 @@ def test_what_is_left_out_is_listed_with_the_reason(tmp_path: Path) -> None:
     (folder / "broken.mp4").write_bytes(b"this is no video" * 50)
     (folder / "cut.mp4").write_bytes(good.read_bytes()[:3000])
     (folder / "notes.txt").write_text("not looked at")
-    manifest = build_shards([folder], tmp_path / "out", OPTIONS, workers=0).manifest
+    manifest = manifest_of(build_shards([folder], tmp_path / "out", OPTIONS, workers=0))
     reasons = {skip.source: skip.reason for skip in manifest.skipped}
     assert sorted(reasons) == ["broken.mp4", "cut.mp4", "good.mp4", "tiny.mp4"]
     assert "cannot be opened" in reasons["broken.mp4"]
-    assert reasons["good.mp4"] == "same content as copy of good.mp4"
-    assert reasons["tiny.mp4"] == "10 frames, fewer than --min-frames 20"
+    assert reasons["good.mp4"] == "duplicate: same content as copy of good.mp4"
+    assert reasons["tiny.mp4"] == "too short: 10 frames, below --min-frames 20"
     assert manifest.totals.samples == 1
 
 
@@ -147,7 +160,7 @@ def test_a_file_cut_behind_its_header_is_noticed(tmp_path: Path) -> None:
                 target.mux(packet)
     data = front.read_bytes()
     front.write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(DataError, match=r"front\.mp4: packet \d+ is damaged"):
+    with pytest.raises(DataError, match=r"front\.mp4: unreadable: packet \d+ is damaged"):
         build_shards([front], tmp_path / "out", OPTIONS, workers=0)
 
 
@@ -156,11 +169,12 @@ def test_nothing_left_is_an_error_that_tells_why(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no videos"):
         build_shards([tmp_path / "in"], tmp_path / "out", workers=0)
     (tmp_path / "in" / "broken.mp4").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"(?s)no sample is left of 1 files.*broken\.mp4: it cannot be opened"):
+    with pytest.raises(DataError, match=r"(?s)no sample is left.*broken\.mp4: unreadable: it cannot be opened"):
         build_shards([tmp_path / "in"], tmp_path / "out", workers=0)
     with pytest.raises(DataError, match="no such file or folder"):
-        build_shards([tmp_path / "absent"], tmp_path / "out", workers=0)
-    assert not (tmp_path / "out").exists()
+        build_shards([tmp_path / "absent"], tmp_path / "other", workers=0)
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "out" / MANIFEST).exists()
 
 
 def test_keep_stores_the_files_as_they_are(sources: Path, tmp_path: Path) -> None:
@@ -178,52 +192,11 @@ def test_start_and_max_seconds_bound_every_source(sources: Path, tmp_path: Path)
     assert len(dataset) == 2
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_captions_reach_index_and_tar(sources: Path, tmp_path: Path, kind: str) -> None:
-    rows = [("wide.mp4", "a square, moving"), ("absent.mp4", "nothing")]
-    file = tmp_path / f"captions.{kind}"
-    lines = ["video,caption", *(f'{video},"{caption}"' for video, caption in rows)]
-    file.write_text(
-        "\n".join(lines if kind == "csv" else [json.dumps({"video": v, "caption": c}) for v, c in rows]) + "\n"
-    )
-    files = [sources / "wide.mp4", sources / "tall.mp4"]
-    manifest = build_shards(files, tmp_path / "out", OPTIONS, captions=file, workers=0).manifest
-    dataset = open_dataset(tmp_path / "out")
-    captions = {dataset.sample(row).source: dataset.sample(row).caption for row in range(len(dataset))}
-    assert captions == {"wide.mp4": "a square, moving", "tall.mp4": None}
-    assert [skip.source for skip in manifest.skipped] == ["absent.mp4"]
-    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
-        assert sum(name.endswith(".txt") for name in tar.getnames()) == 4
-
-
-def test_captions_of_no_video_are_refused(sources: Path, tmp_path: Path) -> None:
-    (tmp_path / "captions.csv").write_text("video,caption\nother.mp4,hello\n")
-    with pytest.raises(DataError, match="no caption belongs to a video"):
-        build_shards([sources], tmp_path / "out", OPTIONS, captions=tmp_path / "captions.csv", workers=0)
-    (tmp_path / "captions.csv").write_text("file,text\nother.mp4,hello\n")
-    with pytest.raises(DataError, match="every row needs a video"):
-        build_shards([sources], tmp_path / "out", OPTIONS, captions=tmp_path / "captions.csv", workers=0)
-
-
-def test_verify_names_what_is_bad(dataset_folder: Path, tmp_path: Path) -> None:
-    assert verify_dataset(dataset_folder) == []
-    folder = tmp_path / "copy"
-    shutil.copytree(dataset_folder, folder)
-    sample = open_dataset(folder).sample(5)
-    flip_byte(folder / sample.shard, sample.offset + sample.size // 2)
-    (folder / "shard-000002.tar").unlink()
-    bad = verify_dataset(folder)
-    assert len(bad) == 3
-    assert bad[0] == f"{sample.shard}: the bytes differ from those that were written"
-    assert sample.key in bad[1]
-    assert "shard-000002.tar: missing" in bad[2]
-
-
 def test_damaged_manifest_and_index_are_refused(dataset_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(dataset_folder, folder)
-    flip_byte(folder / "shard-000001.parquet", 100)
-    with pytest.raises(DataError, match=r"shard-000001\.parquet: differs from the manifest"):
+    flip_byte(folder / "part-00000-000001.parquet", 100)
+    with pytest.raises(DataError, match=r"part-00000-000001\.parquet: differs from the manifest"):
         open_dataset(folder, cache=tmp_path / "cache")
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 99}))
@@ -240,24 +213,15 @@ def test_damaged_manifest_and_index_are_refused(dataset_folder: Path, tmp_path: 
 def test_the_fingerprint_follows_the_data_not_the_place(dataset_folder: Path, sources: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset_folder, tmp_path / "copy")
     assert open_dataset(tmp_path / "copy").fingerprint == open_dataset(dataset_folder).fingerprint
-    other = build_shards([sources], tmp_path / "other", replace(OPTIONS, crf=30), workers=0).manifest
+    other = manifest_of(build_shards([sources], tmp_path / "other", replace(OPTIONS, crf=30), workers=0))
     assert other.fingerprint != open_dataset(dataset_folder).fingerprint
 
 
-def test_plan_cuts_and_groups(tmp_path: Path) -> None:
-    for name in ("a.mp4", "b.mp4"):
-        (tmp_path / name).write_bytes(b"")
-    files = find_sources([tmp_path])
-    probed = [Probed("aa" * 16, VideoInfo(1000, 720, 1280, 25.0)), Probed("bb" * 16, VideoInfo(120, 720, 1280, 30.0))]
-    plan = make_plan(files, probed, BuildOptions(segment_seconds=4, samples_per_shard=6))
-    assert [len(task.segments) for task in plan.tasks] == [8, 2, 1]
-    assert [(s.start, s.stop) for s in plan.tasks[1].segments][-1] == (900, 1000)
-    assert plan == make_plan(files, probed, BuildOptions(segment_seconds=4, samples_per_shard=6))
-
-
 def test_wrong_options_are_told_at_once() -> None:
-    with pytest.raises(DataError, match=r"--samples-per-shard 0.*--short-side 8.*--crf 99"):
-        BuildOptions(samples_per_shard=0, short_side=8, crf=99)
+    with pytest.raises(
+        DataError, match=r"--samples-per-shard 0.*--short-side 8.*--crf 99.*--max-aspect 0.5.*--min-motion"
+    ):
+        BuildOptions(samples_per_shard=0, short_side=8, crf=99, max_aspect=0.5, min_motion=-1)
 
 
 def test_the_manifest_holds_what_was_written(dataset_folder: Path) -> None:

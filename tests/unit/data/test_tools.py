@@ -30,7 +30,7 @@ def test_build_inspect_verify(sources: Path, tmp_path: Path) -> None:
     assert "2 from 1 sources" in shown
     assert "crf=18" in shown
     assert "everything is as it was written" in run("verify", out)
-    flip_byte(tmp_path / "out" / "shard-000000.tar", 1000)
+    flip_byte(tmp_path / "out" / "part-00000-000000.tar", 1000)
     with pytest.raises(DataError, match="1 problems in") as caught:
         run("verify", out)
     assert caught.value.exit_code == 3
