@@ -20,22 +20,34 @@ from regen_dist.data.catalogue import Dataset
 from regen_dist.data.clips import BadSample, ClipReader
 from regen_dist.data.order import MicroBatch
 from regen_dist.data.pool import end_with_parent
-from regen_dist.data.reading import Fetcher, Place
+from regen_dist.data.reading import Fetcher
 from regen_dist.data.training_set import TrainingSet
 from regen_dist.errors import ConfigError, DataError
+
+_ODD, _NOT_NEGATIVE = 0x1E3779B97F4A7C15, (1 << 63) - 1
 
 
 class ClipBatch(NamedTuple):
     """Clips of one micro-batch.
 
-    `video` is uint8 RGB [b, 3, T, H, W]; `sample_ids` int64 [b] are the dataset's own, whatever the rank. `bad` are the
-    samples that others stand in for, `problem` what else should be known (once) of the reading.
+    `video` is uint8 RGB [b, 3, T, H, W]; `sample_ids` int64 [b] are the dataset's own, whatever the rank; `epochs`
+    int64 [b] tell how often each sample has come before (None: never). `bad` are the samples that others stand in for,
+    `problem` what else should be known (once) of the reading.
     """
 
     video: Tensor
     sample_ids: Tensor
+    epochs: Tensor | None = None
     bad: tuple[BadSample, ...] = ()
     problem: str | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """What the randomness of each clip is keyed by, int64 [b], not negative: its sample, and which time that comes
+        round, so that one that comes twice in a batch is not noised alike."""
+        if self.epochs is None:
+            return self.sample_ids
+        return (self.sample_ids + self.epochs * _ODD) & _NOT_NEGATIVE
 
 
 def clip_batches(
@@ -100,19 +112,11 @@ class _Clips(IterableDataset[ClipBatch | DataError]):
             try:
                 for batch, found in fetcher.ahead((batch, data.places(batch)) for batch in mine):
                     clips, places, bad = reader.read(batch, found)
-                    yield _batch(clips, places, tuple(bad), fetcher.problem)
+                    ids = torch.tensor([place.row.id for place in places], dtype=torch.int64)
+                    video = torch.from_numpy(np.stack(clips))
+                    yield ClipBatch(video, ids, torch.from_numpy(batch.epochs), tuple(bad), fetcher.problem)
             except DataError as error:
                 yield error
-
-
-def _batch(
-    clips: list[np.ndarray[Any, np.dtype[np.uint8]]],
-    places: list[Place],
-    bad: tuple[BadSample, ...],
-    problem: str | None,
-) -> ClipBatch:
-    ids = torch.tensor([place.row.id for place in places], dtype=torch.int64)
-    return ClipBatch(torch.from_numpy(np.stack(clips)), ids, bad, problem)
 
 
 def _loader(plan: Plan, board: Tensor) -> DataLoader[ClipBatch | DataError]:

@@ -78,7 +78,7 @@ class EmbedderTask:
         return model
 
     def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
-        x0, ids, settings = to_float(batch.video, self.device), batch.sample_ids.to(self.device), self.config.diffusion
+        x0, ids, settings = to_float(batch.video, self.device), batch.keys.to(self.device), self.config.diffusion
         t = timesteps(settings.density, uniforms(self.config.train.seed, ids, step, Stream.TIMESTEP))
         noise = self._noise(x0, ids, step)
         x_t = noisy(settings.path, x0, noise, t)
@@ -89,7 +89,7 @@ class EmbedderTask:
 
     @torch.no_grad()
     def validate(self, engine: Engine, batch: ClipBatch) -> Validation:
-        x0, ids = to_float(batch.video, self.device), batch.sample_ids.to(self.device)
+        x0, ids = to_float(batch.video, self.device), batch.keys.to(self.device)
         settings, noise = self.config.diffusion, self._noise(x0, ids, 0)
         t = torch.full((len(ids),), LATEST_EPS_TIME if settings.target == "eps" else 1.0, device=self.device)
         prediction, latents = engine(x0, noise, t, None)
@@ -104,7 +104,7 @@ class BaselineTask(EmbedderTask):
     """The MAGVIT-v2 style baseline: the same encoder and budget, trained on the pixels' squared error."""
 
     def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
-        x0, ids = to_float(batch.video, self.device), batch.sample_ids.to(self.device)
+        x0, ids = to_float(batch.video, self.device), batch.keys.to(self.device)
         reconstruction, latents = engine(x0, latent_noise(self.config, x0, ids, step))
         return Loss(F.mse_loss(reconstruction, x0), latent_figures(latents))
 

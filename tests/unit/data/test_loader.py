@@ -256,3 +256,12 @@ def _running(process: Path) -> bool:
         return (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_sample_that_comes_twice_in_a_batch_has_two_keys(config: DataConfig) -> None:
+    """Noise and timestep are keyed by them; the first time round the key is the sample's id."""
+    batch = read(config.model_copy(update={"image_fraction": 0.0}), 1, batch_global=22)[0]
+    assert sorted(batch.sample_ids[:11].tolist()) == sorted(batch.sample_ids[11:].tolist())
+    assert torch.equal(batch.keys[:11], batch.sample_ids[:11])
+    assert len(set(batch.keys.tolist())) == 22
+    assert (batch.keys >= 0).all()

@@ -1,0 +1,72 @@
+"""`regen shards order`: what a run trains on, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from regen_dist.data.training_set import TrainingSet
+
+
+def order(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Name the samples of this step, counted from 1 as in metrics.jsonl.")
+    ] = None,
+) -> None:
+    """Show the buckets and shares of a run's data, or the samples of one step, without reading a video.
+
+    Example: regen shards order configs/embedder/nano.yaml data.url=runs/shards --step 100
+    """
+    from rich.console import Console
+
+    from regen_dist.config import load_config
+    from regen_dist.data.training_set import TrainingSet
+
+    loaded = load_config(config, overrides or [])
+    data = TrainingSet(
+        loaded.data,
+        num_frames=loaded.model.num_frames,
+        batch_global=loaded.train.batch_global,
+        seed=loaded.train.seed,
+    )
+    Console().print(_buckets(data) if step is None else _batch(data, step))
+
+
+def _buckets(data: TrainingSet) -> Table:
+    from rich.table import Table
+
+    table = Table(title=data.summary(), title_justify="left")
+    for name in ("frames x height x width", "samples", "share of steps", "times an epoch", "by dataset"):
+        table.add_column(name, justify="right")
+    for share in data.order.expected():
+        height, width, frames = share.bucket
+        table.add_row(
+            f"{frames} x {height} x {width}",
+            f"{share.samples}",
+            f"{share.steps:.1%}",
+            f"{share.samples_per_epoch / share.samples:.2f}" if share.samples else "",
+            ", ".join(f"{part:.1%}" for part in share.datasets),
+        )
+    return table
+
+
+def _batch(data: TrainingSet, step: int) -> Table:
+    from rich.table import Table
+
+    batch = data.order.global_batch(step - 1)
+    height, width, frames = batch.bucket
+    table = Table(title=f"step {step}: {len(batch.rows)} clips of {frames} x {height} x {width}", title_justify="left")
+    for name in ("dataset", "epoch", "id", "key", "shard"):
+        table.add_column(name)
+    for place, epoch in zip(data.places(batch), batch.epochs.tolist(), strict=True):
+        dataset = data.datasets[place.dataset]
+        sample = dataset.sample(place.row.row)
+        table.add_row(dataset.store.url, str(epoch), str(sample.id), sample.key, sample.shard)
+    return table
