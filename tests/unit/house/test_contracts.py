@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 OWN = {"regen_dist", "launcher", "tools", "tests"}
 NOT_IMPORTED = {"ninja"}  # it compiles DeepSpeed's operators
 NOT_INSTALLED = {"flash_attn", "apex"}  # optional kernels
-COMPANIONS = {"pydantic-core", "markupsafe"}  # a part of pydantic, and of jinja2, under a name of its own
+COMPANIONS = {"pydantic-core", "markupsafe", "typing-extensions"}  # parts of pydantic and of jinja2, by their own names
 
 
 def _sources() -> list[Path]:
