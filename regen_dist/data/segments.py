@@ -1,6 +1,6 @@
 """Which frames of a source become samples, and which are left out with what reason. Pure: no file is touched.
 
-A reason begins with its kind and a colon ("frozen: motion 0.02 …"), by which summaries count.
+A reason begins with its kind and a colon ("frozen: …"), by which summaries count.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from regen_dist.data.plan import BuildOptions
 from regen_dist.data.probing import Stretch
-from regen_dist.data.scenes import missed_cut, motion, shots
+from regen_dist.data.scenes import Float32s, is_frozen, missed_cut, motion, shots
 from regen_dist.data.transcode import Segment
 from regen_dist.data.video import VideoInfo
 
@@ -83,11 +83,10 @@ def _judged(one: Stretch, start: int, stop: int, options: BuildOptions) -> Candi
     if one.analysis is None:
         return Candidate(start, stop, None, _too_short(start, stop, options))
     change, here = one.analysis.change, (start - one.start, stop - one.start)
-    moved = motion(change, *here)
-    problem = _too_short(start, stop, options) or _frozen(moved, options)
+    problem = _too_short(start, stop, options) or _frozen(change, *here, options)
     if not problem and missed_cut(change, *here, options.scene_threshold):
         problem = "cut inside: too near to another cut, or to the start of the video"
-    return Candidate(start, stop, moved, problem)
+    return Candidate(start, stop, motion(change, *here), problem)
 
 
 def _kept(info: VideoInfo, stretches: Sequence[Stretch], options: BuildOptions) -> Candidate:
@@ -96,8 +95,8 @@ def _kept(info: VideoInfo, stretches: Sequence[Stretch], options: BuildOptions) 
     analysis = stretches[0].analysis
     if damage or analysis is None:
         return Candidate(0, info.frames, None, damage or _too_short(0, info.frames, options))
-    moved = motion(analysis.change, 0, info.frames)
-    return Candidate(0, info.frames, moved, _too_short(0, info.frames, options) or _frozen(moved, options))
+    problem = _too_short(0, info.frames, options) or _frozen(analysis.change, 0, info.frames, options)
+    return Candidate(0, info.frames, motion(analysis.change, 0, info.frames), problem)
 
 
 def _too_short(start: int, stop: int, options: BuildOptions) -> str:
@@ -105,7 +104,6 @@ def _too_short(start: int, stop: int, options: BuildOptions) -> str:
     return f"too short: {frames} frames, below --min-frames {options.min_frames}" if frames < options.min_frames else ""
 
 
-def _frozen(moved: float, options: BuildOptions) -> str:
-    return (
-        f"frozen: motion {moved:.3f}, below --min-motion {options.min_motion:g}" if moved < options.min_motion else ""
-    )
+def _frozen(change: Float32s, start: int, stop: int, options: BuildOptions) -> str:
+    frozen = is_frozen(change, start, stop, options.min_motion)
+    return f"frozen: nine of ten changes are below --min-motion {options.min_motion:g}" if frozen else ""

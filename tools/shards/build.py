@@ -37,7 +37,7 @@ def build(
         bool, typer.Option(help="Cut at scene changes, measure motion; without it samples may hold cuts.")
     ] = True,
     scene_threshold: Annotated[float, typer.Option(help="Change between two frames that is a cut.")] = 27.0,
-    min_motion: Annotated[float, typer.Option(help="Leave out what moves less: frozen shots.")] = 0.1,
+    min_motion: Annotated[float, typer.Option(help="Leave out what changes less from frame to frame.")] = 0.15,
     min_frames: Annotated[int, typer.Option(help="Leave out what is shorter: a clip of k = 32 needs 33.")] = 33,
     min_side: Annotated[int | None, typer.Option(help="Leave out sources with a shorter side.")] = None,
     max_aspect: Annotated[
