@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from regen_dist.errors import ConfigError
 from tools.shards.progress import progress_bar
+from tools.shards.stopping import stopping_cleanly
+from tools.shards.task import parse_task
 
 
 class Split(StrEnum):
@@ -37,7 +37,9 @@ def synthetic(
     workers: Annotated[
         int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
     ] = None,
-    task: Annotated[str, typer.Option(help="Make part I of N (from 0); the last part to end finishes.")] = "0/1",
+    task: Annotated[
+        str, typer.Option(help="Make every N-th shard from the I-th (from 0), I/N; slurm: as its array says.")
+    ] = "0/1",
 ) -> None:
     """Draw captioned moving shapes as H.264 files. The same command again finishes what was killed.
 
@@ -49,8 +51,8 @@ def synthetic(
     options = SyntheticOptions(
         number, seed, side, frames, fps, crf, split.value, held_out_share, samples_per_shard, shard_mb
     )
-    with progress_bar() as progress:
-        made = build_synthetic(out, options, task=_task(task), workers=workers, progress=progress)
+    with stopping_cleanly(), progress_bar() as progress:
+        made = build_synthetic(out, options, task=parse_task(task), workers=workers, progress=progress)
     if made.manifest is None:
         typer.echo(f"{out}: {made.shards_made} shards made; {made.samples_missing} samples are left to other tasks")
         return
@@ -59,10 +61,3 @@ def synthetic(
         f"{out}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
         f"{totals.shards} shards ({made.shards_made} made now)"
     )
-
-
-def _task(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match:
-        raise ConfigError(f"--task {text}: write I/N, for example $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")
-    return int(match[1]), int(match[2])
