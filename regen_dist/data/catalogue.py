@@ -10,11 +10,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from regen_dist.data.index import Sample, checksum, read_index, samples_of
 from regen_dist.data.manifest import Manifest, manifest_bytes, parse_manifest, read_all
-from regen_dist.data.store import Store
+from regen_dist.data.store import Limits, Store
 from regen_dist.errors import DataError
 
 RECORD = np.dtype(
@@ -71,8 +71,10 @@ class Dataset:
         self.shards = Store(manifest.shards_url) if manifest.shards_url else store
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the mapping: the other process maps the same file."""
-        return {name: value for name, value in vars(self).items() if name != "records"}
+        """Without the mapping (the other process maps the same file) and the list of what was left out, which may be
+        longer than that of the shards."""
+        state = {name: value for name, value in vars(self).items() if name != "records"}
+        return state | {"manifest": self.manifest.model_copy(update={"skipped": ()})}
 
     def __len__(self) -> int:
         return self.manifest.totals.samples
@@ -90,7 +92,10 @@ class Dataset:
     @cached_property
     def records(self) -> npt.NDArray[np.void]:
         """All rows [N] of `RECORD`, mapped, read-only."""
-        records: npt.NDArray[np.void] = np.load(self._path, mmap_mode="r")
+        try:
+            records: npt.NDArray[np.void] = np.load(self._path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self._path}: damaged ({error}); remove it and run the same again") from error
         return records
 
     @property
@@ -153,37 +158,55 @@ def cache_folder(configured: str | Path | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regen"
 
 
-def open_dataset(url: str | Path, cache: str | Path | None = None) -> Dataset:
+def open_dataset(url: str | Path, cache: str | Path | None = None, limits: Limits = Limits()) -> Dataset:  # noqa: B008
     """Read the manifest of a dataset, and compile its indices unless this node has done so before.
+
+    Args:
+        cache: as for `cache_folder`.
+        limits: patience with a bucket.
 
     Raises:
         DataError: manifest or an index is missing, damaged or of another version, or the disk is full.
     """
-    store = Store(url)
+    store = Store(url, limits)
     data = manifest_bytes(store)
     manifest = parse_manifest(store, data)
     folder = cache_folder(cache) / "catalogues"
     path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.npy"
-    if not path.exists():
-        with _disk_failures(folder), _alone(path):
-            if not path.exists():
-                _compile(store, manifest, path)
+    make_once(path, lambda file: _compile(store, manifest, file))
     return Dataset(store, manifest, path)
 
 
-def _compile(store: Store, manifest: Manifest, path: Path) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        # The shape is known, so rows are written where they belong; a short disk shows here, not as a bus error later.
-        with temporary.open("wb") as file:
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": RECORD.descr, "fortran_order": False, "shape": (manifest.totals.samples,)}
-            )
-            for records in _records(store, manifest):
-                file.write(records.tobytes())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def make_once(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Make a local file that all processes of this machine share, unless it is there: by one of them, whole or not at
+    all. It may be mapped: it has no holes, so a short disk shows here, not as a bus error later.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    if path.exists():
+        return
+    with _disk_failures(path.parent), _alone(path):
+        if path.exists():
+            return
+        for left in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed, for we are alone
+            left.unlink(missing_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _compile(store: Store, manifest: Manifest, file: IO[bytes]) -> None:
+    shape = (manifest.totals.samples,)
+    np.lib.format.write_array_header_1_0(file, {"descr": RECORD.descr, "fortran_order": False, "shape": shape})
+    for records in _records(store, manifest):
+        file.write(records.tobytes())
 
 
 def _records(store: Store, manifest: Manifest) -> Iterator[npt.NDArray[np.void]]:

@@ -29,23 +29,31 @@ class BadSample(NamedTuple):
     reason: str
 
 
+class Clips(NamedTuple):
+    """What came of a micro-batch: every clip, uint8 [3, T, H, W], and the sample that it comes from; the samples that
+    were bad, stand-ins among them; how many clips are stand-ins."""
+
+    clips: list[video.UInt8s]
+    places: list[Place]
+    bad: tuple[BadSample, ...]
+    stand_ins: int
+
+
 class ClipReader:
     """Decodes the clips of micro-batches, in one process.
 
     Args:
         data: samples, order and how clips are cut.
         fetcher: where a stand-in's bytes come from.
-        board: int64 [3], where this process notes its id and what it is decoding.
+        board: int64 [3], where this process notes its id and what it is decoding (see `decoding`).
     """
 
     def __init__(self, data: TrainingSet, fetcher: Fetcher, board: Tensor) -> None:
         self._data, self._fetcher, self._board = data, fetcher, board
         board[0] = os.getpid()
 
-    def read(
-        self, batch: MicroBatch, found: Sequence[Bytes]
-    ) -> tuple[list[video.UInt8s], list[Place], list[BadSample]]:
-        """Every clip of a micro-batch, uint8 [3, T, H, W]; the samples that they come from; those that were bad.
+    def read(self, batch: MicroBatch, found: Sequence[Bytes]) -> Clips:
+        """Decode a micro-batch.
 
         A bad sample's stand-in follows from the seed and the sample's place in the order alone, so every number of
         ranks and workers takes the same one.
@@ -53,13 +61,14 @@ class ClipReader:
         Raises:
             DataError: a sample is bad, and so is everything that could stand in for it.
         """
-        clips, places, bad = [], [], []
+        clips, places, bad, stand_ins = [], [], [], 0
         for slot, first in enumerate(self._data.places(batch)):
             place, data = first, found[slot]
             for attempt in range(1, _STAND_INS + 2):
                 try:
                     clips.append(self._clip(batch, slot, place, data))
                     places.append(place)
+                    stand_ins += attempt > 1
                     break
                 except DataError as error:
                     bad.append(self._bad(place, str(error)))
@@ -70,16 +79,22 @@ class ClipReader:
                     f"{_STAND_INS} samples were tried in place of {bad[-1 - _STAND_INS].key}, and each was bad; the "
                     f"last: {bad[-1].reason}. Run `regen shards verify` on the dataset"
                 )
-        return clips, places, bad
+        return Clips(clips, places, tuple(bad), stand_ins)
 
     def _clip(self, batch: MicroBatch, slot: int, place: Place, found: Bytes) -> video.UInt8s:
         if found.problem is not None:
             raise DataError(found.problem)
         self._board[1], self._board[2] = place.dataset, place.row.row
+        try:
+            return self._decoded(batch, slot, place, found.data)
+        finally:
+            self._board[1] = ~place.dataset
+
+    def _decoded(self, batch: MicroBatch, slot: int, place: Place, data: bytes) -> video.UInt8s:
         config, row, frames = self._data.config, place.row, batch.bucket.frames
         draw = draw_clip(self._data.seed, int(batch.epochs[slot]), row.id, row.frames, frames, config.stride)
         geometry = clip_geometry(row.height, row.width, batch.bucket, config.short_side, (draw.crop_y, draw.crop_x))
-        with video.VideoReader(found.data) as reader:
+        with video.VideoReader(data) as reader:
             numbers = video.clip_frames(reader.table, draw.start, draw.stride, frames)
             return video.read_clip(reader, numbers, geometry, flip=draw.flip and config.flip)
 
@@ -90,6 +105,13 @@ class ClipReader:
         except DataError:
             key = f"row {place.row.row}"
         return BadSample(place.row.shard, key, reason)
+
+
+def decoding(board: Sequence[int]) -> tuple[int, int, bool] | None:
+    """What a process noted on its board: the (dataset, row) that it decoded last, and whether it still does. None:
+    it has decoded nothing."""
+    _, dataset, row = board
+    return None if row < 0 else (dataset if dataset >= 0 else ~dataset, row, dataset >= 0)
 
 
 def clip_geometry(

@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Generator, Iterator
 from itertools import count, islice
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,13 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from regen_dist.data.catalogue import Dataset
-from regen_dist.data.clips import BadSample, ClipReader
+from regen_dist.data.clips import BadSample, ClipReader, decoding
 from regen_dist.data.order import MicroBatch
 from regen_dist.data.pool import end_with_parent
 from regen_dist.data.reading import Fetcher
 from regen_dist.data.training_set import TrainingSet
+from regen_dist.data.video import UInt8s
 from regen_dist.errors import ConfigError, DataError
 
+_DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited|is killed)")  # in torch's words
 _ODD, _NOT_NEGATIVE = 0x1E3779B97F4A7C15, (1 << 63) - 1
 
 
@@ -31,14 +34,16 @@ class ClipBatch(NamedTuple):
     """Clips of one micro-batch.
 
     `video` is uint8 RGB [b, 3, T, H, W]; `sample_ids` int64 [b] are the dataset's own, whatever the rank; `epochs`
-    int64 [b] tell how often each sample has come before (None: never). `bad` are the samples that others stand in for,
-    `problem` what else should be known (once) of the reading.
+    int64 [b] tell how often each sample has come before (None: never). `bad` are the samples that were found to be bad,
+    and `stand_ins` how many of the clips come from others in their place; `problem` what else should be known (once) of
+    the reading.
     """
 
     video: Tensor
     sample_ids: Tensor
     epochs: Tensor | None = None
     bad: tuple[BadSample, ...] = ()
+    stand_ins: int = 0
     problem: str | None = None
 
     @property
@@ -106,17 +111,35 @@ class _Clips(IterableDataset[ClipBatch | DataError]):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         data, board = self._plan.data, self._board[number]
-        with Fetcher(data.datasets, data.config.read) as fetcher:
-            reader = ClipReader(data, fetcher, board)
-            mine = islice(self._plan, number, None, workers)
-            try:
+        try:
+            with Fetcher(data.datasets, data.config.read) as fetcher:
+                reader = ClipReader(data, fetcher, board)
+                mine = islice(self._plan, number, None, workers)
                 for batch, found in fetcher.ahead((batch, data.places(batch)) for batch in mine):
-                    clips, places, bad = reader.read(batch, found)
+                    clips, places, bad, stand_ins = reader.read(batch, found)
                     ids = torch.tensor([place.row.id for place in places], dtype=torch.int64)
-                    video = torch.from_numpy(np.stack(clips))
-                    yield ClipBatch(video, ids, torch.from_numpy(batch.epochs), tuple(bad), fetcher.problem)
-            except DataError as error:
-                yield error
+                    video, epochs = _stacked(clips, shared=worker is not None), torch.from_numpy(batch.epochs)
+                    yield ClipBatch(video, ids, epochs, bad, stand_ins, fetcher.problem)
+        except DataError as error:
+            yield error
+
+
+def _stacked(clips: list[UInt8s], *, shared: bool) -> Tensor:
+    """The clips as one tensor; in a worker in shared memory from the start. Left to itself, the loader would move it
+    there in a thread, where a lack of room is printed, and the batch waited for without end."""
+    if not shared:
+        return torch.from_numpy(np.stack(clips))
+    shape = (len(clips), *clips[0].shape)
+    try:
+        storage = torch.UntypedStorage._new_shared(prod(shape))
+    except RuntimeError as error:
+        raise DataError(
+            f"no shared memory for a batch of {prod(shape) / 1e6:.1f} MB ({str(error).splitlines()[0]}): give this "
+            "machine or container more of it (docker run --shm-size), or lower data.prefetch or data.workers"
+        ) from error
+    video = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    np.stack(clips, out=video.numpy())
+    return video
 
 
 def _loader(plan: Plan, board: Tensor) -> DataLoader[ClipBatch | DataError]:
@@ -158,25 +181,36 @@ def _start_worker(_: int) -> None:
 def _iterate(plan: Plan) -> Generator[ClipBatch]:
     board = torch.full((max(1, plan.data.config.workers), 3), -1, dtype=torch.int64).share_memory_()
     batches = iter(_loader(plan, board))
-    while True:
-        try:
-            batch = next(batches)
-        except RuntimeError as error:
-            raise DataError(_obituary(str(error), board, plan.data.datasets)) from error
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                if not (dead := _DEAD.search(str(error))):
+                    raise
+                raise DataError(_obituary(dead, board, plan.data.datasets)) from error
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        # They ignore milder signals, and would first end what they do: minutes, where the store is slow. They hold
+        # nothing that is worth keeping.
+        for worker in getattr(batches, "_workers", ()):
+            worker.kill()
 
 
-def _obituary(message: str, board: Tensor, datasets: tuple[Dataset, ...]) -> str:
-    """What to say of a worker that died: the sample that it was decoding."""
-    dead = {int(number) for number in re.findall(r"\d+", message.partition("pid")[2])}
-    lost = [(int(d), int(row)) for pid, d, row in board.tolist() if pid in dead]
-    names = [name_of(datasets[dataset], row) for dataset, row in lost if dataset >= 0]
+def _obituary(dead: re.Match[str], board: Tensor, datasets: tuple[Dataset, ...]) -> str:
+    """What to say of workers that died: the samples that they were decoding."""
+    pids = set(map(int, re.findall(r"\d+", dead[1])))
+    notes = [decoding(row) for row in board.tolist() if row[0] in pids]
+    told = [
+        f"{'while it decoded' if still else 'between two samples, the last was'} {name_of(datasets[dataset], row)}"
+        for dataset, row, still in filter(None, notes)
+    ]
     return (
-        f"a decoding process died while it decoded {', '.join(names) or 'its first sample'} "
-        f"({message.splitlines()[0]}). If it was killed for memory, lower data.workers, data.prefetch or "
-        "data.read.ahead_mb; if it is the video, build its shard again without it"
+        f"a decoding process died {', '.join(told) or 'before its first sample'} ({dead.string.splitlines()[0]}). If "
+        "it was killed for memory, lower data.workers, data.prefetch or data.read.ahead_mb; if it is the video, build "
+        "its shard again without it"
     )
 
 

@@ -6,18 +6,17 @@ without being enlarged. Every sample can be an image; those with enough frames a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from regen_dist.data.catalogue import Dataset
+from regen_dist.data.catalogue import Dataset, make_once
 from regen_dist.data.order import Bucket
+from regen_dist.errors import DataError
 
 Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
@@ -29,11 +28,11 @@ _SAME_ASPECT = 0.05  # aspect ratios nearer than this (in their logarithm) count
 class Pools(NamedTuple):
     """Rows of one dataset by bucket. Crosses process boundaries.
 
-    `rows` maps the rows of all buckets, one after the other; None when there is one bucket and it holds every row.
-    `bounds[i]` is where bucket i begins, and `bounds[i + 1]` where it ends.
+    The file at `path` holds `bounds`, and after them the rows of all buckets, one after the other; no rows where there
+    is one bucket and it holds every row. `bounds[i]` is where bucket i begins, and `bounds[i + 1]` where it ends.
     """
 
-    path: Path | None
+    path: Path
     bounds: tuple[int, ...]
 
     def size(self, bucket: int) -> int:
@@ -45,8 +44,8 @@ class PoolRows:
     """The mapped rows of `Pools`, in one process."""
 
     def __init__(self, pools: Pools) -> None:
-        self._bounds = pools.bounds
-        self._rows: Int64s | None = None if pools.path is None else np.load(pools.path, mmap_mode="r")
+        rows = _mapped(pools.path)[len(pools.bounds) :]
+        self._bounds, self._rows = pools.bounds, rows if len(rows) else None
 
     def row(self, bucket: int, number: int) -> int:
         """The dataset's row of a bucket's sample."""
@@ -59,17 +58,14 @@ def make_pools(dataset: Dataset, buckets: Sequence[Bucket], folder: Path) -> Poo
     Args:
         buckets: distinct; those of one frame are for images.
         folder: on a local disk.
+
+    Raises:
+        DataError: it cannot be written there.
     """
-    sizes = sorted({(bucket.height, bucket.width) for bucket in buckets})
-    if len(sizes) == 1 and (len(buckets) == 1) and _shortest(dataset) >= buckets[0].frames:
-        return Pools(None, (0, len(dataset)))
-    described = f"{dataset.catalogue.stem}:{[tuple(bucket) for bucket in buckets]}"
+    described = f"2:{dataset.catalogue.stem}:{[tuple(bucket) for bucket in buckets]}"
     path = folder / f"pools-{hashlib.sha256(described.encode()).hexdigest()[:32]}.npy"
-    best, frames = _best_sizes(dataset, sizes)
-    counts = [int(_members(bucket, sizes, best, frames).sum()) for bucket in buckets]
-    if not path.exists():
-        _write(path, (_members(bucket, sizes, best, frames) for bucket in buckets), sum(counts))
-    return Pools(path, tuple(np.cumsum([0, *counts]).tolist()))
+    make_once(path, lambda file: _write(file, dataset, buckets))
+    return Pools(path, tuple(_mapped(path)[: len(buckets) + 1].tolist()))
 
 
 def best_size(height: Int32s, width: Int32s, sizes: Sequence[tuple[int, int]]) -> npt.NDArray[np.uint8]:
@@ -87,42 +83,44 @@ def best_size(height: Int32s, width: Int32s, sizes: Sequence[tuple[int, int]]) -
     return best
 
 
-def _shortest(dataset: Dataset) -> int:
-    return min((int(part["frames"].min()) for part in _chunks(dataset)), default=0)
+def _write(file: IO[bytes], dataset: Dataset, buckets: Sequence[Bucket]) -> None:
+    """Bounds and rows as one .npy file."""
+    sizes = sorted({(bucket.height, bucket.width) for bucket in buckets})
+    best, frames = _best_sizes(dataset, sizes)
+    members = [(sizes.index((bucket.height, bucket.width)), bucket.frames) for bucket in buckets]
+    counts = [sum(int(part.sum()) for _, part in _members(best, frames, *each)) for each in members]
+    all_in_one = counts == [len(dataset)]
+    total = 0 if all_in_one else sum(counts)
+    header = {"descr": "<i8", "fortran_order": False, "shape": (len(counts) + 1 + total,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(np.cumsum([0, *counts], dtype="<i8").tobytes())
+    for each in members if total else ():
+        for start, part in _members(best, frames, *each):
+            file.write((np.flatnonzero(part) + start).astype("<i8").tobytes())
 
 
 def _best_sizes(dataset: Dataset, sizes: list[tuple[int, int]]) -> tuple[npt.NDArray[np.uint8], Int32s]:
     """By row: the number of the best size, and the frames. Five bytes a row."""
-    parts = [(best_size(part["height"], part["width"], sizes), np.array(part["frames"])) for part in _chunks(dataset)]
-    best, frames = zip(*parts, strict=True) if parts else ((np.empty(0, np.uint8),), (np.empty(0, np.int32),))
-    return np.concatenate(best), np.concatenate(frames)
-
-
-def _chunks(dataset: Dataset) -> Iterator[npt.NDArray[np.void]]:
+    best, frames = np.empty(len(dataset), np.uint8), np.empty(len(dataset), np.int32)
     for start in range(0, len(dataset), _CHUNK):
-        yield dataset.records[start : start + _CHUNK]
+        rows = slice(start, start + _CHUNK)
+        part = dataset.records[rows]
+        best[rows], frames[rows] = best_size(part["height"], part["width"], sizes), part["frames"]
+    return best, frames
 
 
 def _members(
-    bucket: Bucket, sizes: list[tuple[int, int]], best: npt.NDArray[np.uint8], frames: Int32s
-) -> npt.NDArray[np.bool_]:
-    number = sizes.index((bucket.height, bucket.width))
-    members: npt.NDArray[np.bool_] = (best == number) & (frames >= bucket.frames)
-    return members
+    best: npt.NDArray[np.uint8], frames: Int32s, size: int, least_frames: int
+) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+    """Chunk by chunk: its first row, and which rows go to a bucket."""
+    for start in range(0, len(best), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        yield start, (best[rows] == size) & (frames[rows] >= least_frames)
 
 
-def _write(path: Path, members: Iterator[npt.NDArray[np.bool_]], total: int) -> None:
-    """All rows of all buckets as one .npy file, atomically; by one process at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            with temporary.open("wb") as file:
-                header = {"descr": "<i8", "fortran_order": False, "shape": (total,)}
-                np.lib.format.write_array_header_1_0(file, header)
-                for each in members:
-                    file.write(np.flatnonzero(each).astype("<i8").tobytes())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+def _mapped(path: Path) -> Int64s:
+    try:
+        rows: Int64s = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove it and run the same again") from error
+    return rows

@@ -50,7 +50,7 @@ class Fetcher:
         self._cache = _cache(config)
         self._threads = ThreadPoolExecutor(config.requests, thread_name_prefix="fetch")
         for dataset in datasets:
-            dataset.shards.limits = Limits(stall_s=config.stall_s, deadline_s=config.deadline_s)
+            dataset.store.limits = dataset.shards.limits = limits_of(config)
 
     def __enter__(self) -> Fetcher:
         return self
@@ -77,15 +77,16 @@ class Fetcher:
         return None if self._cache is None else self._cache.problem
 
     def _windows(self, wanted: Iterator[Wanted[Item]]) -> Iterator[list[Wanted[Item]]]:
-        limit, most = _FIRST_WINDOW_BYTES, self._config.ahead_mb * (1 << 20) // 2
+        most = self._config.ahead_mb * (1 << 20) // 2
+        limit = min(_FIRST_WINDOW_BYTES, most)
         window: list[Wanted[Item]] = []
         held = 0
         for item, places in wanted:
             window.append((item, places))
             held += sum(place.row.size for place in places)
-            if held >= min(limit, most):
+            if held >= limit:
                 yield window
-                window, held, limit = [], 0, 2 * limit
+                window, held, limit = [], 0, min(2 * limit, most)
         if window:
             yield window
 
@@ -173,6 +174,11 @@ class Fetcher:
     def _keep(self, place: Place, data: bytes) -> None:
         if self._cache is not None and self._datasets[place.dataset].shards.folder is None:
             self._cache.put(place.row.checksum, data)
+
+
+def limits_of(config: ReadConfig) -> Limits:
+    """Patience with a store, as configured."""
+    return Limits(stall_s=config.stall_s, deadline_s=config.deadline_s)
 
 
 def _cache(config: ReadConfig) -> DiskCache | None:

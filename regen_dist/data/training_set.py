@@ -9,7 +9,7 @@ from regen_dist.config.schema import DataConfig
 from regen_dist.data.catalogue import Dataset, cache_folder, open_dataset
 from regen_dist.data.order import Bucket, MicroBatch, Order, Stream
 from regen_dist.data.pools import PoolRows, Pools, make_pools
-from regen_dist.data.reading import Place
+from regen_dist.data.reading import Place, limits_of
 from regen_dist.errors import DataError
 
 
@@ -28,7 +28,9 @@ class TrainingSet:
 
     def __init__(self, config: DataConfig, *, num_frames: int, batch_global: int, seed: int) -> None:
         self.config, self.seed, self._num_frames = config, seed, num_frames
-        self.datasets: tuple[Dataset, ...] = tuple(open_dataset(url, config.read.cache) for url in config.sources)
+        self.datasets: tuple[Dataset, ...] = tuple(
+            open_dataset(url, config.read.cache, limits_of(config.read)) for url in config.sources
+        )
         self.buckets = _buckets(config, num_frames)
         folder = cache_folder(config.read.cache) / "catalogues"
         self._pools: tuple[Pools, ...] = tuple(make_pools(each, self.buckets, folder) for each in self.datasets)

@@ -11,6 +11,7 @@ from regen_dist.data.catalogue import Dataset, open_dataset
 from regen_dist.data.clips import clip_geometry
 from regen_dist.data.loader import ClipBatch
 from regen_dist.data.order import Bucket
+from regen_dist.data.reading import limits_of
 from regen_dist.errors import DataError
 
 _MOST_CLIPS = 4
@@ -24,7 +25,7 @@ def validation_clip(config: DataConfig, *, num_frames: int) -> ClipBatch:
     Raises:
         DataError: a clip cannot be read; nothing stands in for a validation clip.
     """
-    dataset = open_dataset(config.validation_url or config.sources[0], config.read.cache)
+    dataset = open_dataset(config.validation_url or config.sources[0], config.read.cache, limits_of(config.read))
     number = min(_MOST_CLIPS, len(dataset))
     rows = [row * len(dataset) // number for row in range(number)]
     bucket = Bucket(*(config.validation_size or config.sizes[0]), num_frames)

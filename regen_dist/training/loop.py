@@ -86,7 +86,7 @@ class Trainer:
                 batch = next(self.batches)
             loss = self.task.loss(self.engine, batch, self.step)
             self.engine.backward(loss.value, is_last=micro + 1 == self.config.train.accumulation)
-            self.meter.add(loss.value, loss.figures, self._flops(batch), bad_samples=len(batch.bad))
+            self.meter.add(loss.value, loss.figures, self._flops(batch), bad_samples=batch.stand_ins)
             self.sample_log.write(self.step + 1, micro, batch)
         result = self.engine.step(lr)
         self.meter.end_step()

@@ -14,7 +14,8 @@ from regen_dist.observe.record import Record, read_record
 class SampleLog:
     """One rank's notes: `bad_samples/rank-00000.jsonl` and, with `train.trace_samples`, `samples/rank-00000.jsonl`.
 
-    A resumed run drops the notes of the steps that it does again. Rank 0 also does so for ranks that are no more.
+    A resumed run drops the notes of the steps that it does again; rank 0 does so for ranks that are no more, too. What
+    any rank has noted before is not noted again.
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks, step: int) -> None:
@@ -24,10 +25,12 @@ class SampleLog:
         self._records: dict[str, Record] = {}
         self._told: set[str] = set()
         self._known = self._read_known()
+        for path in [*self._trace.glob("rank-*.jsonl"), *self._bad.glob("rank-*.jsonl")]:
+            rank = int(path.stem.partition("-")[2])
+            if rank == ranks.rank or (ranks.is_main and rank >= ranks.world_size):
+                Record(path, step).close()
         if config.train.trace_samples:
             self._open("samples")
-        if ranks.is_main:
-            self._trim_lost_ranks(ranks.world_size)
 
     def write(self, step: int, micro: int, batch: ClipBatch) -> None:
         """Note a micro-batch of `step` (counted from 1)."""
@@ -60,11 +63,5 @@ class SampleLog:
         return self._records[kind]
 
     def _read_known(self) -> set[tuple[str, str]]:
-        path = self._bad / self._name
-        lines = read_record(path) if path.exists() else []
+        lines = [line for path in self._bad.glob("rank-*.jsonl") for line in read_record(path)]
         return {(line["shard"], line["key"]) for line in lines if line["step"] <= self._step}
-
-    def _trim_lost_ranks(self, world_size: int) -> None:
-        for path in [*self._trace.glob("rank-*.jsonl"), *self._bad.glob("rank-*.jsonl")]:
-            if int(path.stem.partition("-")[2]) >= world_size:
-                Record(path, self._step).close()
