@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from regen_dist.errors import DataError
 from tools.shards.progress import progress_bar
 
+if TYPE_CHECKING:
+    from regen_dist.data.checking import Depth
 
-def verify(url: Annotated[str, typer.Argument(help="Folder or URL of a dataset.", metavar="URL")]) -> None:
-    """Check every shard's size and every sample's checksum. Ends with exit code 3 when something is bad.
+_MEND = {
+    "index": "copy the tars named again from where they came; remove the indices that are bad, or whose tars were "
+    "changed on purpose, and run `regen shards index` again",
+    "build": "remove the shards named, with their indices, and run the build again",
+    "synthetic": "remove the shards named, with their indices, and run `regen shards synthetic` again",
+}
+_CHECKED: dict[Depth, str] = {
+    "quick": "every object is there and has its size (no byte was read)",
+    "bytes": "everything is as it was written",
+    "deep": "everything is as it was written, and every frame decodes",
+}
 
-    Example: regen shards verify runs/shards
+
+def verify(
+    url: Annotated[str, typer.Argument(help="Folder or URL of a dataset.", metavar="URL")],
+    quick: Annotated[bool, typer.Option("--quick", help="List the objects and compare sizes; read no shard.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also decode every frame of every sample.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
+    ] = None,
+) -> None:
+    """Check every shard, index and sample against its checksum. Names what is bad, and ends with exit code 3 then.
+
+    Example: regen shards verify runs/shards --deep
     """
-    from regen_dist.data.shards import verify_dataset
+    from regen_dist.data.checking import verify_dataset
 
+    if quick and deep:
+        raise typer.BadParameter("--quick and --deep exclude each other")
+    depth: Depth = "quick" if quick else "deep" if deep else "bytes"
     with progress_bar() as progress:
-        bad = verify_dataset(url, progress)
-    if bad:
-        raise DataError(
-            "\n".join([f"{len(bad)} problems in {url}; remove the shards named and run the build again:", *bad])
-        )
-    typer.echo(f"{url}: everything is as it was written")
+        verdict = verify_dataset(url, depth, workers=workers, progress=progress)
+    for note in verdict.notes:
+        typer.echo(f"Note: {note}")
+    if verdict.bad:
+        title = f"{len(verdict.bad)} problems in {url}; {_MEND[verdict.manifest.kind]}:"
+        raise DataError("\n".join([title, *verdict.bad]))
+    totals = verdict.manifest.totals
+    typer.echo(f"{url}: {_CHECKED[depth]}: {totals.samples} samples in {totals.shards} shards")
