@@ -36,14 +36,17 @@ def order(
         batch_global=loaded.train.batch_global,
         seed=loaded.train.seed,
     )
-    Console().print(_buckets(data) if step is None else _batch(data, step))
+    if step is None:
+        Console().print(_buckets(data))
+    else:
+        typer.echo(_batch(data, step))
 
 
 def _buckets(data: TrainingSet) -> Table:
     from rich.table import Table
 
     table = Table(title=data.summary(), title_justify="left")
-    for name in ("frames x height x width", "samples", "share of steps", "times an epoch", "by dataset"):
+    for name in ("clip", "samples", "share of steps", "times an epoch", "by dataset"):
         table.add_column(name, justify="right")
     for share in data.order.expected():
         height, width, frames = share.bucket
@@ -57,16 +60,13 @@ def _buckets(data: TrainingSet) -> Table:
     return table
 
 
-def _batch(data: TrainingSet, step: int) -> Table:
-    from rich.table import Table
-
+def _batch(data: TrainingSet, step: int) -> str:
+    """A line for each sample, wide and plain: it is copied and searched rather than looked at."""
     batch = data.order.global_batch(step - 1)
     height, width, frames = batch.bucket
-    table = Table(title=f"step {step}: {len(batch.rows)} clips of {frames} x {height} x {width}", title_justify="left")
-    for name in ("dataset", "epoch", "id", "key", "shard"):
-        table.add_column(name)
+    lines = [f"step {step}: {len(batch.rows)} clips of {frames} x {height} x {width}", "epoch  id  key  shard  dataset"]
     for place, epoch in zip(data.places(batch), batch.epochs.tolist(), strict=True):
         dataset = data.datasets[place.dataset]
         sample = dataset.sample(place.row.row)
-        table.add_row(dataset.store.url, str(epoch), str(sample.id), sample.key, sample.shard)
-    return table
+        lines.append(f"{epoch}  {sample.id}  {sample.key}  {sample.shard}  {dataset.store.url}")
+    return "\n".join(lines)
