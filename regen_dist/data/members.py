@@ -99,8 +99,6 @@ def _sample(shard: str, group: _Group) -> Sample:
             info = reader.info()
     except DataError as error:
         raise _Unusable(str(error)) from error
-    except AttributeError as error:  # PyAV has no codec context where it knows no decoder
-        raise _Unusable("there is no decoder for it") from error
     facts = Described(info.frames, info.height, info.width, info.fps, source=member.name, caption=caption)
     return replace(indexed(group.key, shard, member, data, facts), id=sample_id(f"{shard}/{group.key}"))
 

@@ -200,6 +200,8 @@ class VideoReader:
         if not self._container.streams.video:
             raise DataError("it has no video stream")
         stream = self._container.streams.video[0]
+        if stream.codec_context is None:  # so PyAV says it, against its types
+            raise DataError("there is no decoder for its video")
         stream.codec_context.thread_count = 1  # the cores are shared out by process, a clip is too short for more
         return stream
 

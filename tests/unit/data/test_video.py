@@ -280,3 +280,9 @@ def test_odd_sides_become_even(tmp_path: Path) -> None:
     (result,) = encode_segments(path, [Segment("a", 0, 0, 24)], EncodeOptions(33, 20, keep=False))
     assert result.info is not None
     assert (result.info.height, result.info.width) == (32, 44)
+
+
+def test_a_codec_without_a_decoder_is_said(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "unknown.mp4", moving_square(5)).read_bytes().replace(b"avc1", b"zzz9")
+    with pytest.raises(DataError, match="no decoder"):
+        VideoReader(video)
