@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from regen_dist.data.scenes import Analysis, analyse
 from regen_dist.data.store import Store
-from regen_dist.data.transcode import content_hash, new_hash, probe
+from regen_dist.data.transcode import content_hash, new_hash, probe, told
 from regen_dist.data.video import VideoInfo, VideoReader
 from regen_dist.errors import DataError
 
@@ -72,7 +72,7 @@ def survey(origin: Origin, threshold: float | None) -> Surveyed:
         with VideoReader(origin.path) as reader:
             stretches = (Stretch(0, probed.info.frames),) if threshold is None else tuple(_stretches(reader, threshold))
     except (DataError, OSError) as error:
-        return Surveyed(probed.content, problem=f"unreadable: {error}")
+        return Surveyed(probed.content, problem=f"unreadable: {told(error, origin.path)}")
     return Surveyed(probed.content, probed.info, stretches, caption)
 
 

@@ -66,7 +66,7 @@ def build_shards(
     if store.folder is not None:
         remove_leftovers(store.folder, idle_s=_IDLE_S if task[1] > 1 else 0)
     todo = _unfinished(store, parts[task[0] :: task[1]])
-    with local_copies([source for part in todo for source in part.sources]) as copies, worker_pool(workers) as pool:
+    with local_copies(found.found) as copies, worker_pool(workers) as pool:
         builder = _Builder(store, parts, todo, options, pool, copies, max_bad_share, progress)
         builder.run()
     missing = _missing(store, parts)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from regen_dist.data.captions import is_list, read_captions, read_rows, refuse
+from regen_dist.data.captions import Row, is_list, read_captions, read_rows, refuse
 from regen_dist.data.index import VIDEO_EXTENSIONS
 from regen_dist.data.manifest import Skip
 from regen_dist.data.store import Store
@@ -132,19 +132,19 @@ def _place(place: str) -> tuple[str, str]:
 def _listed(place: str) -> Iterator[Source]:
     """The videos that a list names, in its order. DataError for all its rows that name none."""
     base, _ = _place(place) if "://" not in place else (Store(place).url.rpartition("/")[0], "")
-    rows, wrong, located = read_rows(place), [], {}
+    located: dict[Row, tuple[str, str]] = {}
+    wrong: dict[Row, str] = {}
     by_folder: dict[str, list[str]] = defaultdict(list)
+    rows = read_rows(place)
     for row in rows:
         try:
             folder, file = located[row] = _locate(base, row.video)
             by_folder[folder].append(file)
         except DataError as error:
-            wrong.append(f"{row.where}: {error}")
+            wrong[row] = str(error)
     sizes = dict(_sizes_of_all(by_folder))
-    wrong += [
-        f"{row.where}: there is no {row.video}" for row, (folder, file) in located.items() if file not in sizes[folder]
-    ]
-    refuse(place, wrong)
+    wrong |= {row: f"there is no {row.video}" for row, (folder, file) in located.items() if file not in sizes[folder]}
+    refuse(place, [f"{row.where}: {wrong[row]}" for row in rows if row in wrong])
     for row, (folder, file) in located.items():
         yield Source(_name(base, row.video, file), folder, file, sizes[folder][file], row.caption)
 

@@ -98,7 +98,12 @@ def probe(path: Path) -> Probed:
         with VideoReader(path) as reader:
             return Probed(content, reader.info())
     except (DataError, OSError) as error:
-        return Probed(content, problem=str(error))
+        return Probed(content, problem=told(error, path))
+
+
+def told(error: Exception, path: Path) -> str:
+    """An error without the path of this machine: it is kept with the dataset, which calls the source by its name."""
+    return str(error).replace(f": {str(path)!r}", "").replace(str(path), path.name)
 
 
 def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:
@@ -107,18 +112,18 @@ def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOpti
     All are decoded in one pass; where that fails, each is tried by itself, so that damage stays where it is.
     """
     if options.keep:
-        return [_explain(segment, lambda _: path.read_bytes()) for segment in segments]
+        return [_explain(path, segment, lambda _: path.read_bytes()) for segment in segments]
     try:
         return _encode_run(path, segments, options)
     except (DataError, OSError):
-        return [_explain(segment, lambda one: _encode_run(path, [one], options)[0].data) for segment in segments]
+        return [_explain(path, segment, lambda one: _encode_run(path, [one], options)[0].data) for segment in segments]
 
 
-def _explain(segment: Segment, make: Callable[[Segment], bytes]) -> Encoded:
+def _explain(path: Path, segment: Segment, make: Callable[[Segment], bytes]) -> Encoded:
     try:
         return _checked(segment, make(segment))
     except (DataError, OSError) as error:
-        return Encoded(segment, problem=str(error))
+        return Encoded(segment, problem=told(error, path))
 
 
 def _encode_run(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:

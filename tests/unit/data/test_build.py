@@ -19,6 +19,7 @@ from regen_dist.data.plan import BuildOptions
 from regen_dist.data.shards import Built, build_shards
 from regen_dist.data.video import VideoReader
 from regen_dist.errors import DataError
+from tests.helpers.builds import objects
 from tests.helpers.video import moving_square, write_video
 from tests.unit.data.conftest import OPTIONS
 
@@ -147,6 +148,7 @@ def test_what_is_left_out_is_listed_with_the_reason(tmp_path: Path) -> None:
     assert reasons["good.mp4"] == "duplicate: same content as copy of good.mp4"
     assert reasons["tiny.mp4"] == "too short: 10 frames, below --min-frames 20"
     assert manifest.totals.samples == 1
+    assert not [name for name, data in objects(tmp_path / "out").items() if str(tmp_path).encode() in data]
 
 
 def test_a_file_cut_behind_its_header_is_noticed(tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""Builds out of a bucket and into one: the same bytes as between local folders, whoever is killed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from regen_dist.data.catalogue import open_dataset
+from regen_dist.data.index import samples_of
+from regen_dist.data.shards import build_shards
+from regen_dist.data.store import Store
+from regen_dist.errors import DataError
+from tests.helpers.builds import objects, run_builds, start_build, wait_for
+from tests.helpers.video import moving_square, write_video
+
+FLAGS = ["--segment-seconds", "1.5", "--short-side", "48", "--crf", "20", "--min-frames", "20"]
+FLAGS += ["--part-gb", "1e-6", "--samples-per-shard", "2"]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three videos, a copy of one, and one that is broken; one has a caption beside it."""
+    folder = tmp_path_factory.mktemp("sources")
+    write_video(folder / "wide.mp4", moving_square(180, 64, 96, seed=1))
+    write_video(folder / "tall #1%20.mp4", moving_square(108, 96, 64, seed=2))
+    write_video(folder / "more" / "short one.mkv", moving_square(96, 64, 64, seed=3))
+    (folder / "wide.txt").write_text("a caption")
+    (folder / "zz copy.mp4").write_bytes((folder / "wide.mp4").read_bytes())
+    (folder / "broken.mp4").write_bytes(b"this is no video" * 50)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(local: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one undisturbed build of the local folder makes in a local folder."""
+    out = tmp_path_factory.mktemp("whole")
+    run_builds([local, "--out", out, *FLAGS, "--workers", "1"])
+    return objects(out)
+
+
+@pytest.fixture
+def source_url(local: Path, bucket_url: str) -> str:
+    """The same videos under a prefix of a bucket."""
+    store = Store(f"{bucket_url}/videos")
+    for path in local.rglob("*.*"):
+        store.put(path.relative_to(local).as_posix(), path.read_bytes())
+    return store.url
+
+
+def copies() -> list[Path]:
+    """What builds keep of sources on this machine just now."""
+    return list(Path(tempfile.gettempdir()).glob("regen-sources-*/*"))
+
+
+def test_a_build_from_bucket_to_bucket_that_is_killed_goes_on_with_the_same_bytes(
+    source_url: str, bucket_url: str, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    out = f"{bucket_url}/dataset"
+    for name in ("part-00001.plan.json", "part-00002-000000.parquet"):
+        process = start_build(source_url, "--out", out, *FLAGS, "--workers", "1")
+        wait_for(Store(out), name, process)
+        process.kill()
+        process.communicate()
+    assert "manifest.json" not in Store(out).list()
+    assert list(tmp_path.glob("regen-sources-*/*")), "a killed build leaves its copies"
+    run_builds([source_url, "--out", out, *FLAGS, "--workers", "1"])
+    assert objects(out) == whole
+    assert not list(tmp_path.glob("regen-sources-*/*")), "the next one removes them"
+    assert "(0 made now)" in run_builds([source_url, "--out", out, *FLAGS])[0]
+
+
+def test_three_tasks_at_once_make_the_dataset_of_one(source_url: str, bucket_url: str, whole: dict[str, bytes]) -> None:
+    out = f"{bucket_url}/dataset"
+    flags = [source_url, "--out", out, *FLAGS, "--workers", "0"]
+    outputs = run_builds(*([*flags, "--task", f"{task}/3"] for task in range(3)))
+    assert objects(out) == whole
+    assert any("11 samples" in output for output in outputs)
+
+
+def test_lists_in_buckets_name_videos_anywhere(source_url: str, bucket_url: str, local: Path, tmp_path: Path) -> None:
+    rows = [
+        ("../videos/tall #1%20.mp4", "relative"),
+        (f"{source_url}/wide.mp4", "by URL"),
+        (str(local / "more" / "short one.mkv"), "local"),
+    ]
+    text = io.StringIO()
+    csv.writer(text).writerows([("video", "caption"), *rows])
+    Store(f"{bucket_url}/lists").put("all.csv", text.getvalue().encode())
+    build_shards([f"{bucket_url}/lists/all.csv"], tmp_path / "out", workers=0)
+    found = samples_of(open_dataset(tmp_path / "out").table())
+    assert {(sample.source, sample.caption) for sample in found} == {
+        ("../videos/tall #1%20.mp4", "relative"),
+        (f"{source_url}/wide.mp4", "by URL"),
+        ("short one.mkv", "local"),
+    }
+    Store(f"{bucket_url}/lists").put("bad.csv", b"video\nnone.mp4\n../../../../other.mp4\n")
+    with pytest.raises(DataError, match=r"(?s)2 rows are wrong.*line 2: there is no none\.mp4.*line 3: .*leads out"):
+        build_shards([f"{bucket_url}/lists/bad.csv"], tmp_path / "bad", workers=0)
+
+
+def test_single_objects_and_empty_prefixes(source_url: str, bucket_url: str, tmp_path: Path) -> None:
+    build_shards([f"{source_url}/wide.mp4"], tmp_path / "out", workers=0)
+    (caption,) = {sample.caption for sample in samples_of(open_dataset(tmp_path / "out").table())}
+    assert caption == "a caption"
+    with pytest.raises(DataError, match="no videos"):
+        build_shards([f"{bucket_url}/nothing"], tmp_path / "none", workers=0)
+
+
+def test_copies_are_removed_after_an_error(source_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(DataError, match="no sample is left"):
+        build_shards([f"{source_url}/broken.mp4"], tmp_path / "out", workers=0)
+    assert not copies()
+
+
+def test_a_disk_too_small_for_the_copies_is_told_before(
+    source_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little: Callable[[Path], int] = lambda folder: 1000  # noqa: E731
+    monkeypatch.setattr("regen_dist.data.copies.free_bytes", little)
+    with pytest.raises(DataError, match="set TMPDIR to a folder on another disk"):
+        build_shards([source_url], tmp_path / "out", workers=0)

@@ -1,0 +1,41 @@
+"""Starting `regen shards build` as users do, and looking at what it made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from regen_dist.data.store import Store
+
+
+def start_build(*arguments: str | Path) -> subprocess.Popen[str]:
+    """The command, running; its output is kept."""
+    command = [sys.executable, "-m", "tools.cli", "shards", "build", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_builds(*commands: Sequence[str | Path]) -> list[str]:
+    """Run commands side by side to their end; their output. Fails when one does."""
+    processes = [start_build(*arguments) for arguments in commands]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+def wait_for(store: Store, name: str, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Until an object is there; fails when the process has ended by then."""
+    deadline = time.monotonic() + seconds
+    while store.size(name) is None:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{name} did not come"
+        time.sleep(0.02)
+
+
+def objects(url: str | Path) -> dict[str, bytes]:
+    """Everything at a URL."""
+    store = Store(url)
+    return {name: store.get(name) for name in store.list()}
