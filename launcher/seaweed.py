@@ -18,18 +18,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.local import _die_with
 from regen_dist.errors import BackendError
 
-START_S = 30.0  # it needs 3 s on an idle machine
-GRACE_S = 1.0  # it takes 15 s to end by itself, and keeps nothing in memory that a restart would miss
+START_S = 30.0  # it needs 1 s on an idle machine
+GRACE_S = 5.0  # it needs 2 s
 LOG = "weed.log"
 ALL_ACTIONS = ("Admin", "Read", "Write", "List", "Tagging")
-_SERVICES = ("master", "volume", "filer", "s3")
+_SERVICES = ("master", "volume", "filer", "s3", "admin")
 _ATTEMPTS = 3  # a port that was free may be taken before the server binds it
 _POLL_S = 0.05
 
@@ -141,6 +141,8 @@ def _spawn(folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
 
 
 def _command(folder: Path, ports: dict[str, int]) -> list[str]:
+    # `mini` starts its parts one after the other. `server` starts them at once, and when the volumes come before the
+    # master is elected (every other time) the first write takes 5 s more.
     flags = {
         "dir": folder / "data",
         "ip": "127.0.0.1",
@@ -148,9 +150,9 @@ def _command(folder: Path, ports: dict[str, int]) -> list[str]:
         "master.telemetry": "false",
         "master.volumeSizeLimitMB": 1024,
         "volume.max": 200,  # a bucket opens seven at once; an empty one takes no room
-        "filer": "true",
+        "admin.ui": "false",
+        "webdav": "false",
         "filer.localSocket": folder / "filer.sock",
-        "s3": "true",
         "s3.localSocket": folder / "s3.sock",
         "s3.config": folder / "s3.json",
         "s3.autoCreateBucket": "false",  # as real services do: a bucket that is missing is an error
@@ -159,7 +161,7 @@ def _command(folder: Path, ports: dict[str, int]) -> list[str]:
     }
     for service in _SERVICES:
         flags |= {f"{service}.port": ports[service], f"{service}.port.grpc": ports[f"{service}.grpc"]}
-    return [_weed(), "-logtostderr=true", "server", *(f"-{name}={value}" for name, value in flags.items())]
+    return [_weed(), "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in flags.items())]
 
 
 def _weed() -> str:
@@ -220,13 +222,18 @@ def _end(server: ObjectServer) -> None:
 
 
 def _free_ports(s3: int | None) -> dict[str, int]:
-    """A free loopback port for every name that the server listens under; all are held while the rest are drawn."""
+    """A loopback port for every name that the server listens under, all held while they are drawn; BackendError when
+    `s3`, the one that was asked for, is taken."""
     names = [name for service in _SERVICES for name in (service, f"{service}.grpc")]
-    held = {name: socket.create_server(("127.0.0.1", 0)) for name in names}
-    ports = {name: int(probe.getsockname()[1]) for name, probe in held.items()}
-    for probe in held.values():
-        probe.close()
-    return ports if s3 is None else {**ports, "s3": s3}
+    with ExitStack() as held:
+        try:
+            probes = {
+                name: held.enter_context(socket.create_server(("127.0.0.1", s3 or 0 if name == "s3" else 0)))
+                for name in names
+            }
+        except OSError as error:
+            raise BackendError(f"port {s3} of 127.0.0.1 cannot be used: {error.strerror}; choose another") from None
+        return {name: int(probe.getsockname()[1]) for name, probe in probes.items()}
 
 
 def _last(folder: Path) -> str:

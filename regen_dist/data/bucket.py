@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from regen_dist.config.urls import Location
-from regen_dist.data.connection import Limits, explained, open_backend
+from regen_dist.data.connection import Limits, checked_name, explained, open_backend
 from regen_dist.data.ranges import Range, exact, joined, split
 from regen_dist.errors import BackendError, ObjectMissing, StoreUnavailable
 
@@ -170,6 +170,8 @@ class Bucket:
         from obstore.exceptions import BaseError
 
         begun = time.monotonic()
+        if verb != "list":
+            checked_name(name, self._place.url)
 
         def once() -> Result:
             try:

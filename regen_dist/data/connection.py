@@ -33,7 +33,10 @@ _CHAINS = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
-_CREDENTIAL_CODES = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthFailure")
+_DENIED = (
+    *("AccessDenied", "AllAccessDisabled", "AuthFailure", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken"),
+    *("SignatureDoesNotMatch",),
+)
 _METADATA = "http://169.254.169.254"
 _METADATA_PATHS = ("/latest/api/token", "/latest/meta-data", "/computeMetadata/", "/metadata/identity")
 _METADATA_S = 1.0  # it is one hop away, where there is one
@@ -89,16 +92,12 @@ def explained(error: Exception, place: Location, name: str, verb: str, waited_s:
 
     text = str(error)
     status = int(found[1]) if (found := re.search(r"status code: (\d{3})\b", text)) else None
-    code = found[1] if (found := re.search(r"<Code>(\w{1,60})</Code>", text)) else ""
+    code = found[1] or found[2] if (found := re.search(r"<Code>(\w{1,60})</Code>|\(code: (\w{1,60})\)", text)) else ""
     where = f"{place.url}/{name}"
     said = " ".join(part for part in (f"HTTP {status}" if status else "", code) if part)
     if any(path in text for path in _METADATA_PATHS):
         return no_credentials(place)
-    if (
-        isinstance(error, PermissionDeniedError | UnauthenticatedError)
-        or status in (401, 403)
-        or code in _CREDENTIAL_CODES
-    ):
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403) or code in _DENIED:
         return AccessDenied(
             f"{where}: access denied when trying to {verb} ({said or 'no reason given'}); check that these keys may do "
             f"that, and what is set of {LOOKED_AT[place.scheme]}"
@@ -121,6 +120,13 @@ def explained(error: Exception, place: Location, name: str, verb: str, waited_s:
         f"{where}: could not {verb} it in {waited_s:.0f} s (last: {said or _kind(text)}){_endpoint()}; check that the "
         "store is up and can be reached, then run the same again"
     )
+
+
+def checked_name(name: str, url: str) -> str:
+    """`name` when it is one inside the folder `url`; DataError otherwise."""
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise DataError(f"{url}: {name!r} is not a name that an object can have")
+    return name
 
 
 def no_credentials(place: Location) -> AccessDenied:
@@ -147,7 +153,7 @@ def _retries(limits: Limits, writing: bool) -> RetryConfig:
     return {
         "backoff": {
             "init_backoff": timedelta(seconds=0.1),
-            "max_backoff": timedelta(seconds=min(3.0, seconds / 4)),
+            "max_backoff": timedelta(seconds=max(0.2, min(3.0, seconds / 4))),  # less than the first: it panics
             "base": 2,
         },
         "max_retries": _NEVER,

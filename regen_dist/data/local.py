@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from regen_dist.data.bucket import Found
+from regen_dist.data.connection import checked_name
 from regen_dist.data.ranges import Range, exact
 from regen_dist.errors import AccessDenied, DataError, DiskFull, ObjectMissing
 
@@ -121,9 +122,7 @@ class LocalFolder:
             temporary.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        if not name or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
-            raise DataError(f"{self._url}: {name!r} is not a name that an object can have")
-        return self.folder / name
+        return self.folder / checked_name(name, self._url)
 
     @contextmanager
     def _failures(self, name: str, verb: str) -> Iterator[None]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Literal, NamedTuple, Self
 
-Kind = Literal["status", "drop", "reset", "short", "stall", "slow", "wrong"]
+Kind = Literal["status", "late", "drop", "reset", "short", "stall", "slow", "wrong"]
 _PIECE = 64 << 10
 _ABORT = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds: close() sends a reset
 _REASONS = {403: "AccessDenied", 404: "NoSuchKey", 500: "InternalError", 503: "SlowDown"}
@@ -28,10 +28,11 @@ class Fault:
     """What goes wrong, and when.
 
     Args:
-        kind: `status` answers with `status` and asks nobody; `drop` lets the server do the request and resets the
-            connection instead of answering; `reset` does so in the middle of the body; `short` promises the whole body
-            and ends it early; `stall` stops for `seconds` in the middle of the body, then goes on, or ends the
-            connection where `resume` is False; `slow` sends `bytes_per_s`; `wrong` flips a byte.
+        kind: `status` answers with `status` and asks nobody; `late` waits `seconds` before the request goes on; `drop`
+            lets the server do the request and resets the connection instead of answering; `reset` does so in the middle
+            of the body; `short` promises the whole body and ends it early; `stall` stops for `seconds` in the middle of
+            the body, then goes on where `resume` is set, or ends the connection; `slow` sends `bytes_per_s`; `wrong`
+            flips a byte.
         match: text that "METHOD target" of the request contains.
         times: how many requests it strikes; None strikes without end.
         every: strikes each n-th of the matching requests, beginning with the first.
@@ -157,6 +158,9 @@ class FaultProxy:
         if fault is not None and fault.kind == "status":
             client.sendall(_answer(fault.status))
             return True
+        if fault is not None and fault.kind == "late":
+            self._closing.wait(fault.seconds)
+            fault = None
         server.sendall((_with_length(head, len(body)) if _header(head, "transfer-encoding") else head) + body)
         answer = _read_head(answering)
         while answer.startswith(b"HTTP/1.1 1"):
