@@ -23,15 +23,17 @@ def claim(store: Store, identity: dict[str, Any]) -> None:
     Raises:
         DataError: it holds something else; nothing was changed.
     """
-    found = list(store.list())
-    if not found and store.put_new(PLAN, to_json(identity)):
-        return
     theirs = _plan(store)
-    if theirs is None:
-        raise DataError(
-            f"{store.url}: holds files that no command of `regen shards` made ({', '.join(found[:3])}); choose an "
-            "empty --out. Nothing was changed"
-        )
+    if theirs is None:  # only now is everything listed: a finished dataset may have a million objects
+        found = list(store.list())
+        if not found and store.put_new(PLAN, to_json(identity)):
+            return
+        theirs = _plan(store)  # of another process, which was quicker
+        if theirs is None:
+            raise DataError(
+                f"{store.url}: holds files that no command of `regen shards` made ({', '.join(found[:3])}); choose an "
+                "empty --out. Nothing was changed"
+            )
     changes = _changes(theirs, identity)
     if changes:
         raise DataError(

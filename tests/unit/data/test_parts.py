@@ -21,10 +21,11 @@ from regen_dist.data.manifest import Manifest
 from regen_dist.data.plan import BuildOptions
 from regen_dist.data.shards import Built, build_shards
 from regen_dist.data.store import Store
-from regen_dist.errors import DataError
+from regen_dist.errors import ConfigError, DataError
 from tests.helpers.builds import objects, run_builds, start_build, wait_for
 from tests.helpers.video import moving_square, write_video
 from tests.unit.data.conftest import OPTIONS
+from tools.shards.task import parse_task
 
 PARTS = replace(OPTIONS, part_gb=1e-6, samples_per_shard=2)  # every source is a part
 FLAGS = ["--segment-seconds", "1.5", "--short-side", "48", "--crf", "20", "--min-frames", "20"]
@@ -312,3 +313,18 @@ def test_options_none_are_the_defaults_of_the_command(sources: Path, tmp_path: P
     run_builds([sources / "tall.mp4", "--out", tmp_path / "command", "--workers", "0"])
     build_shards([sources / "tall.mp4"], tmp_path / "library", BuildOptions(), workers=0)
     assert objects(tmp_path / "command") == objects(tmp_path / "library")
+
+
+@pytest.mark.parametrize(
+    ("text", "task"),
+    [("0/1", (0, 1)), ("7/8", (7, 8)), ("slurm", (2, 4))],
+)
+def test_tasks_are_numbered_from_nought_or_by_slurm(text: str, task: tuple[int, int]) -> None:
+    environ = {"ID": "8", "MIN": "4", "MAX": "10", "STEP": "2", "COUNT": "4"}  # --array=4-10:2
+    assert parse_task(text, {f"SLURM_ARRAY_TASK_{name}": value for name, value in environ.items()}) == task
+
+
+@pytest.mark.parametrize("text", ["8/8", "1", "a/b", "-1/2", "0/0", "slurm"])
+def test_what_is_no_task_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--task"):
+        parse_task(text, {})
