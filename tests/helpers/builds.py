@@ -6,9 +6,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from regen_dist.data.plan import BuildOptions
 from regen_dist.data.store import Store
+from tests.helpers.video import moving_square, write_video
+
+OPTIONS = BuildOptions(segment_seconds=1.5, short_side=48, crf=20, samples_per_shard=4, min_frames=20)
+PARTS = replace(OPTIONS, part_gb=1e-6, samples_per_shard=2)  # every source is a part
+FLAGS = ["--segment-seconds", "1.5", "--short-side", "48", "--crf", "20", "--min-frames", "20"]
+FLAGS += ["--part-gb", "1e-6", "--samples-per-shard", "2"]
+
+
+def write_sources(folder: Path) -> Path:
+    """Three videos, one in a folder of its own: 10 segments of 36 frames and one of 24, with OPTIONS."""
+    write_video(folder / "wide.mp4", moving_square(180, 64, 96, seed=1))
+    write_video(folder / "tall.mp4", moving_square(108, 96, 64, seed=2))
+    write_video(folder / "more" / "short one.mkv", moving_square(96, 64, 64, seed=3))
+    return folder
 
 
 def start_build(*arguments: str | Path) -> subprocess.Popen[str]:

@@ -4,21 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.data.plan import BuildOptions
 from regen_dist.data.shards import build_shards
-from tests.helpers.video import moving_square, write_video
-
-OPTIONS = BuildOptions(segment_seconds=1.5, short_side=48, crf=20, samples_per_shard=4, min_frames=20)
+from tests.helpers.builds import OPTIONS, write_sources
 
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three videos, one in a folder of its own: 10 segments of 36 frames and one of 24, with OPTIONS."""
-    folder = tmp_path_factory.mktemp("sources")
-    write_video(folder / "wide.mp4", moving_square(180, 64, 96, seed=1))
-    write_video(folder / "tall.mp4", moving_square(108, 96, 64, seed=2))
-    write_video(folder / "more" / "short one.mkv", moving_square(96, 64, 64, seed=3))
-    return folder
+    return write_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from regen_dist.data.video import VideoReader
 from regen_dist.errors import DataError
 from tests.helpers.builds import objects
 from tests.helpers.video import moving_square, write_video
-from tests.unit.data.conftest import OPTIONS
+from tests.helpers.builds import OPTIONS
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:

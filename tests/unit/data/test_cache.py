@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,14 @@ def occupied(folder: Path) -> int:
     return sum(sizes.values())
 
 
+@contextmanager
+def standstill(folder: Path) -> Iterator[None]:
+    """Holds what the processes agree by: a listing of a changing folder could count what was removed for what came."""
+    with (folder / "usage").open("rb") as record:
+        fcntl.flock(record, fcntl.LOCK_EX)
+        yield
+
+
 def recorded(disk: DiskCache) -> int:
     with open(os.path.join(disk.folder, "usage"), "rb") as file:
         return int.from_bytes(file.read(8), "little")
@@ -106,10 +117,13 @@ def test_another_process_gets_the_folder_and_its_own_counters(tmp_path: Path) ->
 
 def test_processes_share_one_bounded_cache(tmp_path: Path) -> None:
     limit = 400_000  # 60 values of 32 to 48000 bytes do not fit
+    DiskCache(tmp_path, limit)
     hammers = [start(HAMMER, tmp_path, limit, seed) for seed in range(2)]
     sampled = []
     while any(hammer.poll() is None for hammer in hammers):
-        sampled.append(occupied(tmp_path))
+        with standstill(tmp_path):
+            sampled.append(occupied(tmp_path))
+        time.sleep(0.002)
     for hammer in hammers:
         wrong, hits, evicted, failures = map(int, hammer.communicate()[0].split())
         assert (hammer.returncode, wrong, failures) == (0, 0, 0)

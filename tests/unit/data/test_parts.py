@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,18 +15,11 @@ from regen_dist.data import planning
 from regen_dist.data.catalogue import open_dataset
 from regen_dist.data.index import Sample, samples_of
 from regen_dist.data.manifest import Manifest
-from regen_dist.data.plan import BuildOptions
 from regen_dist.data.shards import Built, build_shards
-from regen_dist.data.store import Store
 from regen_dist.errors import ConfigError, DataError
-from tests.helpers.builds import objects, run_builds, start_build, wait_for
+from tests.helpers.builds import OPTIONS, PARTS, objects
 from tests.helpers.video import moving_square, write_video
-from tests.unit.data.conftest import OPTIONS
 from tools.shards.task import parse_task
-
-PARTS = replace(OPTIONS, part_gb=1e-6, samples_per_shard=2)  # every source is a part
-FLAGS = ["--segment-seconds", "1.5", "--short-side", "48", "--crf", "20", "--min-frames", "20"]
-FLAGS += ["--part-gb", "1e-6", "--samples-per-shard", "2"]
 
 
 def manifest_of(built: Built) -> Manifest:
@@ -74,46 +64,6 @@ def test_tasks_one_after_the_other_make_the_same_dataset(
     assert built.parts_missing == 1
     assert build_shards([sources], tmp_path / "out", PARTS, task=(order[-1], 3), workers=0).manifest
     assert objects(tmp_path / "out") == whole
-
-
-def test_tasks_at_the_same_time_make_the_same_dataset(sources: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
-    out = tmp_path / "out"
-    flags: list[str | Path] = [sources, "--out", out, *FLAGS, "--workers", "0"]
-    outputs = run_builds(*([*flags, "--task", f"{task}/3"] for task in range(3)))
-    assert objects(out) == whole
-    assert any("11 samples" in output for output in outputs)
-
-
-def test_a_build_killed_at_any_moment_goes_on_and_makes_the_same_bytes(
-    sources: Path, tmp_path: Path, whole: dict[str, bytes]
-) -> None:
-    out = tmp_path / "out"
-    for name in ("part-00000.plan.json", "part-00000-000000.parquet", "part-00002-000000.parquet"):
-        process = start_build(sources, "--out", out, *FLAGS, "--workers", "1")
-        wait_for(Store(out), name, process)
-        process.kill()
-        process.communicate()
-    assert "manifest.json" not in Store(out).list()
-    run_builds([sources, "--out", out, *FLAGS, "--workers", "1"])
-    assert objects(out) == whole
-    assert not list(out.glob(".*"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_build_that_is_asked_to_stop_says_how_to_go_on(
-    sources: Path, tmp_path: Path, whole: dict[str, bytes], number: signal.Signals
-) -> None:
-    out = tmp_path / "out"
-    process = start_build(sources, "--out", out, *FLAGS, "--workers", "1")
-    wait_for(Store(out), "part-00000-000000.parquet", process)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 75, output
-    assert "run the same command again" in output
-    assert "Traceback" not in output
-    assert not list(out.glob(".*"))
-    run_builds([sources, "--out", out, *FLAGS, "--workers", "1"])
-    assert objects(out) == whole
 
 
 def test_what_is_known_of_sources_is_not_looked_for_again(
@@ -261,58 +211,6 @@ def test_a_source_list_that_is_wholly_wrong_stops_the_build(sources: Path, tmp_p
         build_shards([folder], tmp_path / "out", OPTIONS, workers=0)
     built = build_shards([folder], tmp_path / "out", OPTIONS, workers=0, max_bad_share=1.0)
     assert len(manifest_of(built).skipped) == 30
-
-
-def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(sources: Path, tmp_path: Path) -> None:
-    """On a disk of 200 KB, mounted in a namespace of its own."""
-    code = """if True:
-        import sys
-        from dataclasses import replace
-        from pathlib import Path
-        from regen_dist.data.shards import build_shards
-        from tests.unit.data.test_parts import PARTS
-
-        try:
-            build_shards([sys.argv[1]], sys.argv[2], replace(PARTS, keep=True), workers=0)
-        except Exception as error:
-            print(type(error).__name__, error, sorted(path.name for path in Path(sys.argv[2]).glob(".*")))
-    """
-    noise = np.random.default_rng(1).integers(0, 255, (40, 96, 96, 3), np.uint8)
-    big = write_video(tmp_path / "in" / "big.mp4", noise, crf=8)
-    assert big.stat().st_size > 300_000
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    script = f"mount -t tmpfs -o size=200k none '{disk}' || exit 42; exec \"$@\""
-    ran = subprocess.run(
-        [
-            "unshare",
-            "--user",
-            "--map-root-user",
-            "--mount",
-            "sh",
-            "-c",
-            script,
-            *f"- {sys.executable} -c".split(),
-            code,
-            str(big),
-            str(disk),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    if ran.returncode == 42 or "unshare" in ran.stderr:
-        pytest.skip(f"no small disk can be mounted here: {ran.stderr.strip()}")
-    assert ran.stdout.startswith("DiskFull"), ran.stdout + ran.stderr
-    assert "make room and run the same again" in ran.stdout
-    assert ran.stdout.strip().endswith("[]")
-
-
-def test_options_none_are_the_defaults_of_the_command(sources: Path, tmp_path: Path) -> None:
-    run_builds([sources / "tall.mp4", "--out", tmp_path / "command", "--workers", "0"])
-    build_shards([sources / "tall.mp4"], tmp_path / "library", BuildOptions(), workers=0)
-    assert objects(tmp_path / "command") == objects(tmp_path / "library")
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import product
@@ -262,26 +258,6 @@ def test_tasks_in_any_order_make_the_same_bytes(made: Path, tmp_path: Path) -> N
     last = build_synthetic(tmp_path, SMALL, task=(1, 3), workers=0)
     assert last.manifest is not None
     assert contents(tmp_path) == contents(made)
-
-
-def test_a_build_killed_in_the_middle_is_finished_with_the_same_bytes(tmp_path: Path) -> None:
-    options = replace(SMALL, number=400, samples_per_shard=40)
-    command = [sys.executable, "-m", "tools.cli", "shards", "synthetic", "--out", str(tmp_path / "killed")]
-    command += ["--number", "400", "--seed", "11", "--side", "32", "--frames", "9", "--samples-per-shard", "40"]
-    process = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "shapes-000001-000000.parquet").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "manifest.json").exists()
-    again = build_synthetic(tmp_path / "killed", options, workers=0)
-    assert 0 < again.shards_made < 10
-    assert build_synthetic(tmp_path / "whole", options, workers=0).shards_made == 10
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert build_synthetic(tmp_path / "killed", options, workers=0).shards_made == 0
 
 
 def test_a_shard_is_closed_at_its_size_and_resumed_inside_its_run(tmp_path: Path) -> None:
