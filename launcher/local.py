@@ -107,7 +107,7 @@ class _Job:
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             start_new_session=True,  # so that the terminal's Ctrl-C reaches the ranks through us, once
-            preexec_fn=_die_with(os.getpid()),
+            preexec_fn=die_with(os.getpid()),
         )
         if output:
             output.close()
@@ -231,7 +231,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _die_with(parent: int) -> Callable[[], None]:
+def die_with(parent: int) -> Callable[[], None]:
     """What a new rank does first: ask the kernel to kill it when the launcher is gone, however that ends."""
     libc = ctypes.CDLL(None, use_errno=True)
 

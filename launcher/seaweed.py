@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.local import _die_with
+from launcher.local import die_with
 from regen_dist.errors import BackendError
 
 START_S = 30.0  # it needs 1 s on an idle machine
@@ -136,7 +136,7 @@ def _spawn(folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for us; we end it
-            preexec_fn=_die_with(os.getpid()),
+            preexec_fn=die_with(os.getpid()),
         )
 
 
