@@ -12,18 +12,17 @@ from itertools import count, islice
 from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from regen_dist.data.catalogue import Dataset
 from regen_dist.data.clips import BadSample, ClipReader, decoding
-from regen_dist.data.order import MicroBatch
+from regen_dist.data.order import MicroBatch, micro_batch_size
 from regen_dist.data.pool import end_with_parent
 from regen_dist.data.reading import Fetcher
+from regen_dist.data.slots import Slots
 from regen_dist.data.training_set import TrainingSet
-from regen_dist.data.video import UInt8s
 from regen_dist.errors import ConfigError, DataError
 
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited|is killed)")  # in torch's words
@@ -96,18 +95,36 @@ class Plan:
             for micro in range(self._accumulation):
                 yield order.micro_batch(step, micro, self._accumulation, self._rank, self._world_size)
 
+    def slots(self) -> Slots:
+        """Room for what the workers prepare ahead, and for what the receiver still looks at."""
+        config, order = self.data.config, self.data.order
+        clips = micro_batch_size(order.batch_global, self._accumulation, self._world_size)
+        return Slots(config.workers, config.prefetch + 2, clips * max(3 * prod(bucket) for bucket in self.data.buckets))
 
-class _Clips(IterableDataset[ClipBatch | DataError]):
+
+class _Made(NamedTuple):
+    """A batch on its way from a worker: what is small goes as it is, the clips by shared memory, in a slot."""
+
+    video: Tensor
+    slot: int
+    sample_ids: list[int]
+    epochs: list[int]
+    bad: tuple[BadSample, ...]
+    stand_ins: int
+    problem: str | None
+
+
+class _Clips(IterableDataset[_Made | DataError]):
     """Reads every n-th micro-batch; runs in the workers.
 
     An error is handed over as an item: raised in a worker, it would lose its message. `board` tells, for each worker,
     its process and what it decodes (process id, dataset, row), so that a dead one can be asked what killed it.
     """
 
-    def __init__(self, plan: Plan, board: Tensor) -> None:
-        self._plan, self._board = plan, board
+    def __init__(self, plan: Plan, board: Tensor, slots: Slots) -> None:
+        self._plan, self._board, self._slots = plan, board, slots
 
-    def __iter__(self) -> Iterator[ClipBatch | DataError]:
+    def __iter__(self) -> Iterator[_Made | DataError]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         data, board = self._plan.data, self._board[number]
@@ -117,35 +134,17 @@ class _Clips(IterableDataset[ClipBatch | DataError]):
                 mine = islice(self._plan, number, None, workers)
                 for batch, found in fetcher.ahead((batch, data.places(batch)) for batch in mine):
                     clips, places, bad, stand_ins = reader.read(batch, found)
-                    ids = torch.tensor([place.row.id for place in places], dtype=torch.int64)
-                    video, epochs = _stacked(clips, shared=worker is not None), torch.from_numpy(batch.epochs)
-                    yield ClipBatch(video, ids, epochs, bad, stand_ins, fetcher.problem)
+                    video, slot = self._slots.fill(number, clips)
+                    ids = [place.row.id for place in places]
+                    yield _Made(video, slot, ids, batch.epochs.tolist(), bad, stand_ins, fetcher.problem)
         except DataError as error:
             yield error
 
 
-def _stacked(clips: list[UInt8s], *, shared: bool) -> Tensor:
-    """The clips as one tensor; in a worker in shared memory from the start. Left to itself, the loader would move it
-    there in a thread, where a lack of room is printed, and the batch waited for without end."""
-    if not shared:
-        return torch.from_numpy(np.stack(clips))
-    shape = (len(clips), *clips[0].shape)
-    try:
-        storage = torch.UntypedStorage._new_shared(prod(shape))
-    except RuntimeError as error:
-        raise DataError(
-            f"no shared memory for a batch of {prod(shape) / 1e6:.1f} MB ({str(error).splitlines()[0]}): give this "
-            "machine or container more of it (docker run --shm-size), or lower data.prefetch or data.workers"
-        ) from error
-    video = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-    np.stack(clips, out=video.numpy())
-    return video
-
-
-def _loader(plan: Plan, board: Tensor) -> DataLoader[ClipBatch | DataError]:
+def _loader(plan: Plan, board: Tensor, slots: Slots) -> DataLoader[_Made | DataError]:
     config = plan.data.config
     return DataLoader(
-        _Clips(plan, board),
+        _Clips(plan, board, slots),
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
@@ -180,23 +179,30 @@ def _start_worker(_: int) -> None:
 
 def _iterate(plan: Plan) -> Generator[ClipBatch]:
     board = torch.full((max(1, plan.data.config.workers), 3), -1, dtype=torch.int64).share_memory_()
-    batches = iter(_loader(plan, board))
+    slots = plan.slots()
+    batches = iter(_loader(plan, board, slots))
     try:
         while True:
             try:
-                batch = next(batches)
+                made = next(batches)
             except RuntimeError as error:
                 if not (dead := _DEAD.search(str(error))):
                     raise
                 raise DataError(_obituary(dead, board, plan.data.datasets)) from error
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+            if isinstance(made, DataError):
+                raise made
+            yield _received(made, slots)
     finally:
         # They ignore milder signals, and would first end what they do: minutes, where the store is slow. They hold
         # nothing that is worth keeping.
         for worker in getattr(batches, "_workers", ()):
             worker.kill()
+
+
+def _received(made: _Made, slots: Slots) -> ClipBatch:
+    video = slots.lend(made.video, made.slot, copied=torch.cuda.is_available())
+    ids, epochs = torch.tensor([made.sample_ids, made.epochs], dtype=torch.int64)
+    return ClipBatch(video, ids, epochs, made.bad, made.stand_ins, made.problem)
 
 
 def _obituary(dead: re.Match[str], board: Tensor, datasets: tuple[Dataset, ...]) -> str:
