@@ -1,5 +1,4 @@
-"""`regen bench`: measurements that write JSON, with the hardware, the versions and the config's hash beside the
-figures."""
+"""`regen bench ablation`: prediction target, timestep density and loss weighting against each other."""
 
 from __future__ import annotations
 
@@ -10,15 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(name="bench", help="Measure, and write JSON.", no_args_is_help=True)
 
-
-@app.callback()
-def _group() -> None:
-    """Keeps `regen bench` a group while it has one command."""
-
-
-@app.command()
 def ablation(
     config: Annotated[Path, typer.Argument(help="What every arm starts from.")] = Path("configs/bench/ablation.yaml"),
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as a.b=value.")] = None,

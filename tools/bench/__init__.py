@@ -1,0 +1,13 @@
+"""`regen bench`: measurements that write JSON, with the hardware, the versions and the config's hash beside the
+figures. One file a subcommand."""
+
+from __future__ import annotations
+
+import typer
+
+from tools.bench.ablation import ablation
+from tools.bench.data import data
+
+app = typer.Typer(name="bench", help="Measure, and write JSON.", no_args_is_help=True)
+for command in (ablation, data):
+    app.command()(command)
