@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Generator, Iterator, Sequence
 from itertools import count, islice
 from math import prod
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from regen_dist.data.training_set import TrainingSet
 from regen_dist.errors import ConfigError, DataError
 
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited|is killed)")  # in torch's words
+_DEATH_S = 2.0  # a connection that a dead worker held breaks at once; that it died is known a moment later
 _ODD, _NOT_NEGATIVE = 0x1E3779B97F4A7C15, (1 << 63) - 1
 
 
@@ -185,8 +188,8 @@ def _iterate(plan: Plan) -> Generator[ClipBatch]:
         while True:
             try:
                 made = next(batches)
-            except RuntimeError as error:
-                if not (dead := _DEAD.search(str(error))):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not (dead := _dead_workers(error, batches)):
                     raise
                 raise DataError(_obituary(dead, board, plan.data.datasets)) from error
             if isinstance(made, DataError):
@@ -195,8 +198,26 @@ def _iterate(plan: Plan) -> Generator[ClipBatch]:
     finally:
         # They ignore milder signals, and would first end what they do: minutes, where the store is slow. They hold
         # nothing that is worth keeping.
-        for worker in getattr(batches, "_workers", ()):
+        for worker in _workers(batches):
             worker.kill()
+
+
+def _workers(batches: object) -> Sequence[BaseProcess]:
+    return getattr(batches, "_workers", ())
+
+
+def _dead_workers(error: Exception, batches: object) -> list[int]:
+    """Process ids of the workers whose death an error tells of."""
+    if found := _DEAD.search(str(error)):
+        return [int(number) for number in re.findall(r"\d+", found[1])]
+    if isinstance(error, RuntimeError):
+        return []
+    deadline = time.monotonic() + _DEATH_S
+    while (workers := _workers(batches)) and time.monotonic() < deadline:
+        if dead := [worker.pid for worker in workers if worker.pid is not None and not worker.is_alive()]:
+            return dead
+        time.sleep(0.01)
+    return []
 
 
 def _received(made: _Made, slots: Slots) -> ClipBatch:
@@ -205,18 +226,18 @@ def _received(made: _Made, slots: Slots) -> ClipBatch:
     return ClipBatch(video, ids, epochs, made.bad, made.stand_ins, made.problem)
 
 
-def _obituary(dead: re.Match[str], board: Tensor, datasets: tuple[Dataset, ...]) -> str:
-    """What to say of workers that died: the samples that they were decoding."""
-    pids = set(map(int, re.findall(r"\d+", dead[1])))
-    notes = [decoding(row) for row in board.tolist() if row[0] in pids]
+def _obituary(dead: Sequence[int], board: Tensor, datasets: tuple[Dataset, ...]) -> str:
+    """What to say of workers that died (their process ids): the samples that they were decoding."""
+    notes = [decoding(row) for row in board.tolist() if row[0] in dead]
     told = [
         f"{'while it decoded' if still else 'between two samples, the last was'} {name_of(datasets[dataset], row)}"
         for dataset, row, still in filter(None, notes)
     ]
+    pids = ", ".join(map(str, dead))
     return (
-        f"a decoding process died {', '.join(told) or 'before its first sample'} ({dead.string.splitlines()[0]}). If "
-        "it was killed for memory, lower data.workers, data.prefetch or data.read.ahead_mb; if it is the video, build "
-        "its shard again without it"
+        f"a decoding process died {', '.join(told) or 'before its first sample'} (process {pids}). "
+        "If it was killed for memory, lower data.workers, data.prefetch or data.read.ahead_mb; if it is the video, "
+        "build its shard again without it"
     )
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -184,23 +183,6 @@ def test_videos_too_short_for_a_clip_are_left_out_and_told(config: DataConfig) -
     assert sorted(batch.sample_ids.tolist()) == sorted(open_dataset(config.url).ids[lengths >= 33].tolist())
     with pytest.raises(DataError, match="37 frames"):
         TrainingSet(plain, num_frames=37, batch_global=1, seed=0)
-
-
-def test_a_dead_worker_is_an_error_and_not_a_hang(config: DataConfig) -> None:
-    parallel = config.model_copy(update={"workers": 1, "prefetch": 1})
-    iterator = start(parallel)
-    next(iterator)
-    os.kill(_worker(iterator), signal.SIGKILL)
-    with pytest.raises(
-        DataError,
-        match=r"a decoding process died (while it decoded|between two samples, the last was) sample \S+ in \S+\.tar \(",
-    ):
-        list(islice(iterator, 8))
-
-
-def _worker(iterator: Any) -> int:
-    """The process id of a loader's only worker."""
-    return int(iterator.gi_frame.f_locals["batches"]._workers[0].pid)
 
 
 def test_what_cannot_be_divided_is_refused_before_reading(config: DataConfig) -> None:
