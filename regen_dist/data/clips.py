@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from regen_dist.data import video
-from regen_dist.data.catalogue import Dataset
+from regen_dist.data.catalogue import Dataset, Row
 from regen_dist.data.draws import draw_clip
 from regen_dist.data.order import Bucket, MicroBatch
 from regen_dist.data.reading import Bytes, Fetcher, Place
@@ -30,10 +30,9 @@ class BadSample(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """What came of a micro-batch: every clip, uint8 [3, T, H, W], and the sample that it comes from; the samples that
-    were bad, stand-ins among them; how many clips are stand-ins."""
+    """What came of a micro-batch: the sample that each clip comes from; the samples that were bad, stand-ins among
+    them; how many clips are stand-ins."""
 
-    clips: list[video.UInt8s]
     places: list[Place]
     bad: tuple[BadSample, ...]
     stand_ins: int
@@ -52,8 +51,8 @@ class ClipReader:
         self._data, self._fetcher, self._board = data, fetcher, board
         board[0] = os.getpid()
 
-    def read(self, batch: MicroBatch, found: Sequence[Bytes]) -> Clips:
-        """Decode a micro-batch.
+    def read(self, batch: MicroBatch, found: Sequence[Bytes], out: video.UInt8s) -> Clips:
+        """Decode a micro-batch into `out`, [b, 3, T, H, W].
 
         A bad sample's stand-in follows from the seed and the sample's place in the order alone, so every number of
         ranks and workers takes the same one.
@@ -61,12 +60,12 @@ class ClipReader:
         Raises:
             DataError: a sample is bad, and so is everything that could stand in for it.
         """
-        clips, places, bad, stand_ins = [], [], [], 0
+        places, bad, stand_ins = [], [], 0
         for slot, first in enumerate(self._data.places(batch)):
             place, data = first, found[slot]
             for attempt in range(1, _STAND_INS + 2):
                 try:
-                    clips.append(self._clip(batch, slot, place, data))
+                    self._decode(batch, slot, place, data, out[slot])
                     places.append(place)
                     stand_ins += attempt > 1
                     break
@@ -79,24 +78,24 @@ class ClipReader:
                     f"{_STAND_INS} samples were tried in place of {bad[-1 - _STAND_INS].key}, and each was bad; the "
                     f"last: {bad[-1].reason}. Run `regen shards verify` on the dataset"
                 )
-        return Clips(clips, places, tuple(bad), stand_ins)
+        return Clips(places, tuple(bad), stand_ins)
 
-    def _clip(self, batch: MicroBatch, slot: int, place: Place, found: Bytes) -> video.UInt8s:
+    def _decode(self, batch: MicroBatch, slot: int, place: Place, found: Bytes, out: video.UInt8s) -> None:
         if found.problem is not None:
             raise DataError(found.problem)
         self._board[1], self._board[2] = place.dataset, place.row.row
         try:
-            return self._decoded(batch, slot, place, found.data)
+            self._decode_bytes(batch, slot, place.row, found.data, out)
         finally:
             self._board[1] = ~place.dataset
 
-    def _decoded(self, batch: MicroBatch, slot: int, place: Place, data: bytes) -> video.UInt8s:
-        config, row, frames = self._data.config, place.row, batch.bucket.frames
+    def _decode_bytes(self, batch: MicroBatch, slot: int, row: Row, data: bytes, out: video.UInt8s) -> None:
+        config, frames = self._data.config, batch.bucket.frames
         draw = draw_clip(self._data.seed, int(batch.epochs[slot]), row.id, row.frames, frames, config.stride)
         geometry = clip_geometry(row.height, row.width, batch.bucket, config.short_side, (draw.crop_y, draw.crop_x))
         with video.VideoReader(data) as reader:
             numbers = video.clip_frames(reader.table, draw.start, draw.stride, frames)
-            return video.read_clip(reader, numbers, geometry, flip=draw.flip and config.flip)
+            video.read_clip(reader, numbers, geometry, flip=draw.flip and config.flip, out=out)
 
     def _bad(self, place: Place, reason: str) -> BadSample:
         dataset: Dataset = self._data.datasets[place.dataset]

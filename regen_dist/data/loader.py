@@ -117,6 +117,11 @@ class _Made(NamedTuple):
     problem: str | None
 
 
+def _sides(batch: MicroBatch) -> tuple[int, int, int]:
+    """T, H, W of its clips."""
+    return batch.bucket.frames, batch.bucket.height, batch.bucket.width
+
+
 class _Clips(IterableDataset[_Made | DataError]):
     """Reads every n-th micro-batch; runs in the workers.
 
@@ -136,8 +141,8 @@ class _Clips(IterableDataset[_Made | DataError]):
                 reader = ClipReader(data, fetcher, board)
                 mine = islice(self._plan, number, None, workers)
                 for batch, found in fetcher.ahead((batch, data.places(batch)) for batch in mine):
-                    clips, places, bad, stand_ins = reader.read(batch, found)
-                    video, slot = self._slots.fill(number, clips)
+                    video, slot = self._slots.take(number, (len(found), 3, *_sides(batch)))
+                    places, bad, stand_ins = reader.read(batch, found, video.numpy())
                     ids = [place.row.id for place in places]
                     yield _Made(video, slot, ids, batch.epochs.tolist(), bad, stand_ins, fetcher.problem)
         except DataError as error:

@@ -7,11 +7,9 @@ import weakref
 from collections.abc import Sequence
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from regen_dist.data.video import UInt8s
 from regen_dist.errors import DataError
 
 NONE = -1
@@ -37,16 +35,14 @@ class Slots:
         self._room = _shared(workers * each * batch_bytes).view(workers * each, batch_bytes)
         self._taken = torch.zeros(workers * each, dtype=torch.uint8).share_memory_()
 
-    def fill(self, worker: int, clips: Sequence[UInt8s]) -> tuple[Tensor, int]:
-        """In a worker: its clips, uint8 [3, T, H, W], as one tensor [b, 3, T, H, W] in shared memory, and the number of
-        its slot (NONE: it has none)."""
+    def take(self, worker: int, shape: Sequence[int]) -> tuple[Tensor, int]:
+        """In a worker: room for a batch of uint8 of this shape, not set to anything, and the number of its slot (NONE:
+        it has none)."""
         if not len(self._taken):
-            return torch.from_numpy(np.stack(clips)), NONE
-        shape, slot = (len(clips), *clips[0].shape), self._take(worker)
+            return torch.empty(*shape, dtype=torch.uint8), NONE
+        slot = self._free(worker)
         room = _shared(prod(shape)) if slot == NONE else self._room[slot, : prod(shape)]
-        video = room.view(shape)
-        np.stack(clips, out=video.numpy())
-        return video, slot
+        return room.view(*shape), slot
 
     def lend(self, video: Tensor, slot: int, *, copied: bool) -> Tensor:
         """In the rank: the same clips, which give their slot back when neither they nor any view of them is left; at
@@ -60,8 +56,8 @@ class Slots:
         weakref.finalize(pixels, self._taken.numpy().__setitem__, slot, 0).atexit = False
         return torch.from_numpy(pixels)  # holds on to `pixels` as long as its storage lives
 
-    def _take(self, worker: int) -> int:
-        """A free slot of a worker. Only the worker itself takes any."""
+    def _free(self, worker: int) -> int:
+        """Takes a free slot of a worker. Only the worker itself does."""
         for slot in range(worker * self._each, (worker + 1) * self._each):
             if not self._taken[slot]:
                 self._taken[slot] = 1

@@ -241,15 +241,22 @@ class _BufferFile:
         return self._at
 
 
-def read_clip(reader: VideoReader, numbers: Sequence[int], geometry: Geometry, *, flip: bool = False) -> UInt8s:
+def read_clip(
+    reader: VideoReader,
+    numbers: Sequence[int],
+    geometry: Geometry,
+    *,
+    flip: bool = False,
+    out: UInt8s | None = None,
+) -> UInt8s:
     """The frames of these numbers as one clip. A number that comes several times is decoded once.
 
     Returns:
-        uint8 RGB [3, T, *geometry.crop], contiguous.
+        uint8 RGB [3, T, *geometry.crop]: `out` where it is given, else new memory, contiguous.
     """
     rows, columns = geometry.crop
     part = np.s_[geometry.top : geometry.top + rows, geometry.left : geometry.left + columns]
-    clip = np.empty((3, len(numbers), rows, columns), dtype=np.uint8)
+    clip = np.empty((3, len(numbers), rows, columns), dtype=np.uint8) if out is None else out
     reformatter, index = VideoReformatter(), 0
     for number, frame in reader.frames(numbers):
         start = index
