@@ -6,32 +6,18 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from regen_dist.checkpoint.commit import CheckpointStore
 from tests.fault.conftest import SAVE_EVERY, STEPS, losses
+from tests.helpers.processes import wait_until_gone
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step
 
 
 def _children(process_id: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
-
-
-def _wait_until_gone(process_ids: list[int], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while any(_runs(process_id) for process_id in process_ids):
-        assert time.monotonic() < deadline, f"some of {process_ids} outlived the launcher"
-        time.sleep(0.02)
-
-
-def _runs(process_id: int) -> bool:
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_killed_run_comes_back_by_the_same_command(config: Path, undisturbed: list[float]) -> None:
@@ -46,7 +32,7 @@ def test_a_killed_run_comes_back_by_the_same_command(config: Path, undisturbed: 
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    _wait_until_gone(ranks)
+    wait_until_gone(ranks)
     saved = CheckpointStore(run).latest()
     assert saved is not None
     assert SAVE_EVERY <= saved.step < STEPS

@@ -4,11 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Generator
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +12,12 @@ import torch
 from regen_dist.config.schema import DataConfig
 from regen_dist.data.catalogue import open_dataset
 from regen_dist.data.index import Sample
-from regen_dist.data.loader import ClipBatch, clip_batches
+from regen_dist.data.loader import ClipBatch
 from regen_dist.data.training_set import TrainingSet
 from regen_dist.data.validation import validation_clip
 from regen_dist.errors import ConfigError, DataError
+from tests.helpers.processes import wait_until_gone
+from tests.helpers.workers import read
 from tests.unit.data.test_build import flip_byte
 
 
@@ -28,23 +26,6 @@ def config(dataset_folder: Path) -> DataConfig:
     return DataConfig(
         url=str(dataset_folder), size=(32, 40), short_side=48, stride=(1, 2), image_fraction=0.25, workers=0
     )
-
-
-def start(config: DataConfig, **changes: Any) -> Generator[ClipBatch]:
-    """A loader with the defaults of these tests."""
-    of_set: dict[str, Any] = {"num_frames": 9, "batch_global": 8, "seed": 3}
-    of_rank: dict[str, Any] = {"accumulation": 1, "rank": 0, "world_size": 1, "cursor": 0}
-    data = TrainingSet(config, **{name: changes.get(name, value) for name, value in of_set.items()})
-    return clip_batches(data, **{name: changes.get(name, value) for name, value in of_rank.items()})
-
-
-def read(config: DataConfig, number: int, **changes: Any) -> list[ClipBatch]:
-    """Its first batches."""
-    iterator = start(config, **changes)
-    try:
-        return list(islice(iterator, number))
-    finally:
-        iterator.close()
 
 
 def equal(left: list[ClipBatch], right: list[ClipBatch]) -> bool:
@@ -230,20 +211,9 @@ def test_workers_end_with_a_killed_run(dataset_folder: Path, tmp_path: Path, roo
     # A file, not a pipe: the workers hold a pipe open as long as they live.
     with (tmp_path / "pids").open("w") as output:
         subprocess.run([sys.executable, str(script), str(dataset_folder)], stdout=output, env=environment, check=False)
-    workers = [Path("/proc") / pid for pid in (tmp_path / "pids").read_text().split()]
+    workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(workers) == 2
-    deadline = time.monotonic() + 10
-    while any(map(_running, workers)):
-        assert time.monotonic() < deadline, "the workers outlived the run that started them"
-        time.sleep(0.05)
-
-
-def _running(process: Path) -> bool:
-    """Whether a process is there and not merely waiting to be reaped."""
-    try:
-        return (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    wait_until_gone(workers)
 
 
 def test_a_sample_that_comes_twice_in_a_batch_has_two_keys(config: DataConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -31,9 +31,7 @@ class Shards:
         self.asked: dict[int, int] = {}
         self.given_bytes = 0
         self.limits = None
-
-    def trouble(self, row: int, times: int) -> bytes | None:
-        return None
+        self.trouble: Callable[[int, int], bytes | None] = lambda row, times: None
 
     def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]], join_bytes: int = 0) -> list[bytes]:
         rows = [int(name) * 10 + offset // self.size for offset, _ in ranges]
@@ -92,14 +90,14 @@ def test_nothing_is_fetched_for_nothing() -> None:
 @pytest.mark.parametrize("times", [1, 2])
 def test_wrong_bytes_are_asked_for_again(times: int) -> None:
     shards = Shards()
-    shards.trouble = lambda row, asked: b"x" * SIZE if row == 4 and asked <= times else None  # type: ignore[method-assign]
+    shards.trouble = lambda row, asked: b"x" * SIZE if row == 4 and asked <= times else None
     assert fetch(shards, [[3, 4, 5]]) == [(0, [Bytes(content(row)) for row in (3, 4, 5)])]
     assert shards.asked == {3: 1, 4: times + 1, 5: 1}
 
 
 def test_what_stays_wrong_is_told_and_alone() -> None:
     shards = Shards()
-    shards.trouble = lambda row, asked: b"x" * SIZE if row == 4 else None  # type: ignore[method-assign]
+    shards.trouble = lambda row, asked: b"x" * SIZE if row == 4 else None
     (_, found), = fetch(shards, [[3, 4, 5]])  # fmt: skip
     assert [each.problem is None for each in found] == [True, False, True]
     assert "the bytes differ from those that were written" in (found[1].problem or "")

@@ -106,7 +106,7 @@ def test_ranks_and_workers_cut_the_same_global_batches(
 
 def _as_workers_do(plan: Plan, number: int, workers: int) -> list[Any]:
     """The first micro-batches of a rank, each worker going through every n-th by itself."""
-    lines = [islice(plan, worker, None, workers) for worker in range(workers)] or [iter(plan)]
+    lines = [islice(plan, worker, None, workers or 1) for worker in range(workers or 1)]
     return [next(lines[index % len(lines)]) for index in range(number)]
 
 
