@@ -52,9 +52,7 @@ def gather(config: RunConfig, world_size: int) -> dict[str, Any]:
     clips = clips_per_rank(config, world_size)
     checkpointing = config.engine.activation_checkpointing
     largest = max(config.data.sizes, key=lambda size: size[0] * size[1])
-    counted = account(
-        config.model, largest, precision=config.engine.precision, activation_checkpointing=checkpointing
-    )
+    counted = account(config.model, largest, precision=config.engine.precision, activation_checkpointing=checkpointing)
     return {
         "name": config.name,
         "kind": config.model.kind,

@@ -1,1 +1,2 @@
-"""Shards, their index, the order of samples, and the loader that turns them into clips."""
+"""Datasets of WebDataset tars with an index: making them (`making`), what they are (`dataset`), where they lie (`objects`),
+in which order a run sees them (`order`), and how they become clips (`reading`, `video`)."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 
 from regen_dist.config import load_saved_config
-from regen_dist.data.validation import validation_clip
+from regen_dist.data.reading.validation import validation_clip
 from regen_dist.errors import ConfigError
 from regen_dist.inference.codec import Codec
 from regen_dist.observe.record import read_record

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace
 
-from regen_dist.data.video import RESIZE, VideoReader, frame_to_rgb
+from regen_dist.data.video.reader import RESIZE, VideoReader, frame_to_rgb
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:

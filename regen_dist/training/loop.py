@@ -7,9 +7,9 @@ from collections.abc import Generator
 from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config import config_hash
 from regen_dist.config.schema import RunConfig
-from regen_dist.data.loader import ClipBatch, clip_batches
-from regen_dist.data.training_set import TrainingSet
-from regen_dist.data.validation import validation_clip
+from regen_dist.data.reading.loader import ClipBatch, clip_batches
+from regen_dist.data.reading.training_set import TrainingSet
+from regen_dist.data.reading.validation import validation_clip
 from regen_dist.distributed.base import StepResult, precision_of
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks

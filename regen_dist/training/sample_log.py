@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from regen_dist.config.schema import RunConfig
-from regen_dist.data.clips import BadSample
-from regen_dist.data.loader import ClipBatch
+from regen_dist.data.reading.clips import BadSample
+from regen_dist.data.reading.loader import ClipBatch
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.observe.record import Record, read_record
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist.config.schema import RunConfig
-from regen_dist.data.loader import ClipBatch
+from regen_dist.data.reading.loader import ClipBatch
 from regen_dist.diffusion.density import timesteps
 from regen_dist.diffusion.noise import Stream, gaussian, uniforms
 from regen_dist.diffusion.path import noisy, squared_error_weight, target_of, x0_from

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from regen_dist.config.schema import ReadConfig
-from regen_dist.data.catalogue import open_dataset
+from regen_dist.data.dataset.catalogue import open_dataset
 from regen_dist.evaluation.data_speed import fetching, others
 from regen_dist.evaluation.data_speed.small_samples import make_small_samples
 

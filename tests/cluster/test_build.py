@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.data.catalogue import open_dataset
-from regen_dist.data.index import samples_of
-from regen_dist.data.shards import build_shards
-from regen_dist.data.store import Store
+from regen_dist.data.dataset.catalogue import open_dataset
+from regen_dist.data.dataset.index import samples_of
+from regen_dist.data.making.build import build_shards
+from regen_dist.data.objects.store import Store
 from regen_dist.errors import DataError
 from tests.helpers.builds import objects, run_builds, start_build, wait_for
 from tests.helpers.video import moving_square, write_video
@@ -123,6 +123,6 @@ def test_a_disk_too_small_for_the_copies_is_told_before(
     source_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     little: Callable[[Path], int] = lambda folder: 1000  # noqa: E731
-    monkeypatch.setattr("regen_dist.data.copies.free_bytes", little)
+    monkeypatch.setattr("regen_dist.data.making.copies.free_bytes", little)
     with pytest.raises(DataError, match="set TMPDIR to a folder on another disk"):
         build_shards([source_url], tmp_path / "out", workers=0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from regen_dist.data.store import AccessDenied, Limits, ObjectMissing, Store, StoreUnavailable
+from regen_dist.data.objects.store import AccessDenied, Limits, ObjectMissing, Store, StoreUnavailable
 from tests.helpers.objects import Proxied
 from tests.helpers.proxy import FaultProxy, Kind
 

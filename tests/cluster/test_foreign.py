@@ -8,11 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.seaweed import ObjectServer
-from regen_dist.data.catalogue import open_dataset
-from regen_dist.data.checking import verify_dataset
-from regen_dist.data.foreign import index_tars
-from regen_dist.data.manifest import MANIFEST, Manifest
-from regen_dist.data.store import Store
+from regen_dist.data.dataset.catalogue import open_dataset
+from regen_dist.data.dataset.checking import verify_dataset
+from regen_dist.data.dataset.manifest import MANIFEST, Manifest
+from regen_dist.data.making.foreign import index_tars
+from regen_dist.data.objects.store import Store
 from regen_dist.errors import AccessDenied, DataError
 from tests.helpers.foreign import members, write_shards
 from tests.helpers.objects import READER, Proxied, use

@@ -15,13 +15,13 @@ import torch
 
 from launcher.seaweed import ObjectServer
 from regen_dist.config.schema import DataConfig, ReadConfig
-from regen_dist.data.catalogue import Dataset, open_dataset
-from regen_dist.data.index import Sample, checksum
-from regen_dist.data.loader import ClipBatch
-from regen_dist.data.moving_shapes import SyntheticOptions
-from regen_dist.data.store import Store
-from regen_dist.data.synthetic import build_synthetic
-from regen_dist.data.validation import validation_clip
+from regen_dist.data.dataset.catalogue import Dataset, open_dataset
+from regen_dist.data.dataset.index import Sample, checksum
+from regen_dist.data.making.moving_shapes import SyntheticOptions
+from regen_dist.data.making.synthetic import build_synthetic
+from regen_dist.data.objects.store import Store
+from regen_dist.data.reading.loader import ClipBatch
+from regen_dist.data.reading.validation import validation_clip
 from regen_dist.errors import AccessDenied, DataError, StoreUnavailable
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import train

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.seaweed import start_store
-from regen_dist.data.store import Store
+from regen_dist.data.objects.store import Store
 from tests.helpers.objects import use
 
 

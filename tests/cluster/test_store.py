@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launcher.seaweed import ObjectServer
-from regen_dist.data.store import AccessDenied, Limits, ObjectMissing, Store, StoreUnavailable
+from regen_dist.data.objects.store import AccessDenied, Limits, ObjectMissing, Store, StoreUnavailable
 from regen_dist.errors import BackendError, DataError
 from tests.helpers.objects import READER, Proxied, use
 from tests.helpers.storecontract import DATA, StoreContract
@@ -189,7 +189,7 @@ def test_stores_in_other_processes(bucket_url: str, start: str, expected: int) -
 def test_a_killed_upload_leaves_no_object(bucket_url: str, proxied: Proxied, tmp_path: Path, root: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(os.urandom(30 << 20))
-    code = "import sys, pathlib; from regen_dist.data.store import Store; "
+    code = "import sys, pathlib; from regen_dist.data.objects.store import Store; "
     code += "Store(sys.argv[1]).put_file('a/large', pathlib.Path(sys.argv[2]))"
     with proxied() as proxy:
         proxy.add("late", "partNumber=3", seconds=60)

@@ -15,8 +15,8 @@ import pytest
 from launcher.seaweed import ObjectServer
 from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config import load_config, to_yaml
-from regen_dist.data.catalogue import open_dataset
-from regen_dist.data.store import Store
+from regen_dist.data.dataset.catalogue import open_dataset
+from regen_dist.data.objects.store import Store
 from regen_dist.errors import AccessDenied, CheckpointError
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import train

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from regen_dist.config import to_yaml
-from regen_dist.data.catalogue import open_dataset
-from regen_dist.data.index import Sample
+from regen_dist.data.dataset.catalogue import open_dataset
+from regen_dist.data.dataset.index import Sample
 from regen_dist.observe.record import read_record
 from tests.helpers.ranks import run_regen
 from tests.helpers.tiny import tiny_dataset, tiny_run

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.data.moving_shapes import SyntheticOptions
-from regen_dist.data.plan import BuildOptions
-from regen_dist.data.shards import build_shards
-from regen_dist.data.store import Store
-from regen_dist.data.synthetic import build_synthetic
+from regen_dist.data.making.build import build_shards
+from regen_dist.data.making.moving_shapes import SyntheticOptions
+from regen_dist.data.making.plan import BuildOptions
+from regen_dist.data.making.synthetic import build_synthetic
+from regen_dist.data.objects.store import Store
 from tests.helpers.builds import FLAGS, PARTS, objects, run_builds, start_build, wait_for, write_sources
 from tests.helpers.video import write_video
 
@@ -80,7 +80,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(sources:
         import sys
         from dataclasses import replace
         from pathlib import Path
-        from regen_dist.data.shards import build_shards
+        from regen_dist.data.making.build import build_shards
         from tests.helpers.builds import PARTS
 
         try:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from regen_dist.config.schema import ModelConfig, RunConfig
-from regen_dist.data.plan import BuildOptions
-from regen_dist.data.shards import build_shards
+from regen_dist.data.making.build import build_shards
+from regen_dist.data.making.plan import BuildOptions
 from tests.helpers.video import moving_square, write_video
 
 SIDE = 32

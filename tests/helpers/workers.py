@@ -8,8 +8,8 @@ from multiprocessing import forkserver
 from typing import Any
 
 from regen_dist.config.schema import DataConfig
-from regen_dist.data.loader import ClipBatch, clip_batches
-from regen_dist.data.training_set import TrainingSet
+from regen_dist.data.reading.loader import ClipBatch, clip_batches
+from regen_dist.data.reading.training_set import TrainingSet
 
 
 def forget_environment() -> None:

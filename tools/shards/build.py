@@ -12,7 +12,7 @@ from tools.shards.stopping import stopping_cleanly
 from tools.shards.task import parse_task
 
 if TYPE_CHECKING:
-    from regen_dist.data.manifest import Manifest
+    from regen_dist.data.dataset.manifest import Manifest
 
 _SHOWN = 10
 
@@ -64,8 +64,8 @@ def build(
 
     Example: regen shards build runs/videos --out runs/shards --short-side 128
     """
-    from regen_dist.data.plan import BuildOptions
-    from regen_dist.data.shards import build_shards
+    from regen_dist.data.making.build import build_shards
+    from regen_dist.data.making.plan import BuildOptions
 
     options = BuildOptions(
         segment_seconds=segment_seconds,

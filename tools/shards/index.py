@@ -27,8 +27,8 @@ def index(
 
     Example: regen shards index s3://bucket/videos --out runs/videos-index
     """
-    from regen_dist.data.foreign import index_tars
-    from regen_dist.data.manifest import listed
+    from regen_dist.data.dataset.manifest import listed
+    from regen_dist.data.making.foreign import index_tars
 
     with progress_bar() as progress:
         made = index_tars(url, out, workers=workers, skip_broken=skip_broken, progress=progress)

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from regen_dist.data.catalogue import Dataset
-    from regen_dist.data.overview import Overview
-    from regen_dist.data.tally import Histogram
+    from regen_dist.data.dataset.catalogue import Dataset
+    from regen_dist.data.dataset.overview import Overview
+    from regen_dist.data.dataset.tally import Histogram
 
 _BAR, _REASONS = 30, 12
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -43,9 +43,9 @@ def inspect(
 
     from rich.console import Console
 
-    from regen_dist.data.catalogue import open_dataset
-    from regen_dist.data.contact import choose_rows, write_contact_sheet
-    from regen_dist.data.overview import make_overview
+    from regen_dist.data.dataset.catalogue import open_dataset
+    from regen_dist.data.dataset.contact import choose_rows, write_contact_sheet
+    from regen_dist.data.dataset.overview import make_overview
 
     dataset = open_dataset(url)
     with progress_bar() as progress:
@@ -62,7 +62,7 @@ def inspect(
 
 def _default_sheet(dataset: Dataset) -> Path:
     """Not in the dataset, which may lie in a bucket, nor wherever the user happens to stand."""
-    from regen_dist.data.catalogue import cache_folder
+    from regen_dist.data.dataset.catalogue import cache_folder
 
     name = dataset.store.url.rstrip("/").rpartition("/")[2]
     return cache_folder() / "sheets" / f"{name}-{dataset.fingerprint[:8]}.png"

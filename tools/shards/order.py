@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from regen_dist.data.training_set import TrainingSet
+    from regen_dist.data.reading.training_set import TrainingSet
 
 
 def order(
@@ -27,7 +27,7 @@ def order(
     from rich.console import Console
 
     from regen_dist.config import load_config
-    from regen_dist.data.training_set import TrainingSet
+    from regen_dist.data.reading.training_set import TrainingSet
 
     loaded = load_config(config, overrides or [])
     data = TrainingSet(

@@ -45,8 +45,8 @@ def synthetic(
 
     Example: regen shards synthetic --out runs/shapes --number 2000 --seed 1 --split train
     """
-    from regen_dist.data.moving_shapes import SyntheticOptions
-    from regen_dist.data.synthetic import build_synthetic
+    from regen_dist.data.making.moving_shapes import SyntheticOptions
+    from regen_dist.data.making.synthetic import build_synthetic
 
     options = SyntheticOptions(
         number, seed, side, frames, fps, crf, split.value, held_out_share, samples_per_shard, shard_mb

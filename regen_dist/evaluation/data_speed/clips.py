@@ -11,11 +11,11 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, NamedTuple
 
 from regen_dist.config.schema import DataConfig
-from regen_dist.data import video
-from regen_dist.data.clips import clip_geometry
-from regen_dist.data.draws import ClipDraw, draw_clip
-from regen_dist.data.loader import Plan, clip_batches
-from regen_dist.data.training_set import TrainingSet
+from regen_dist.data.order.draws import ClipDraw, draw_clip
+from regen_dist.data.reading.clips import clip_geometry
+from regen_dist.data.reading.loader import Plan, clip_batches
+from regen_dist.data.reading.training_set import TrainingSet
+from regen_dist.data.video import reader as video
 from regen_dist.evaluation.data_speed.turns import Turn, measured, turn_of
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import numpy as np
 
 from regen_dist.config.schema import ReadConfig
 from regen_dist.config.urls import parse_url
-from regen_dist.data.catalogue import Dataset, open_dataset
-from regen_dist.data.connection import Limits, open_backend
-from regen_dist.data.reading import Bytes, Fetcher, Place
+from regen_dist.data.dataset.catalogue import Dataset, open_dataset
+from regen_dist.data.objects.connection import Limits, open_backend
+from regen_dist.data.reading.fetching import Bytes, Fetcher, Place
 from regen_dist.errors import DataError
 from regen_dist.evaluation.data_speed.turns import Turn, measured, turn_of
 

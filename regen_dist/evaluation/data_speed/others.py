@@ -10,9 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from regen_dist.config.urls import parse_url
-from regen_dist.data.catalogue import open_dataset
-from regen_dist.data.connection import Limits, open_backend
-from regen_dist.data.index import VIDEO_EXTENSIONS
+from regen_dist.data.dataset.catalogue import open_dataset
+from regen_dist.data.dataset.index import VIDEO_EXTENSIONS
+from regen_dist.data.objects.connection import Limits, open_backend
 from regen_dist.evaluation.data_speed.turns import Turn, measured, turn_of
 
 _VALID_S = 3600

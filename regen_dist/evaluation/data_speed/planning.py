@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from regen_dist.data.order import Bucket, Order, Stream
+from regen_dist.data.order.order import Bucket, Order, Stream
 
 BATCH = 8192
 _WEIGHTS = (1.0, 2.0, 3.0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from regen_dist.data.catalogue import open_dataset
-from regen_dist.data.manifest import MANIFEST
-from regen_dist.data.moving_shapes import SyntheticOptions
-from regen_dist.data.plan import BuildOptions
-from regen_dist.data.shards import build_shards
-from regen_dist.data.store import Store
-from regen_dist.data.synthetic import build_synthetic
+from regen_dist.data.dataset.catalogue import open_dataset
+from regen_dist.data.dataset.manifest import MANIFEST
+from regen_dist.data.making.build import build_shards
+from regen_dist.data.making.moving_shapes import SyntheticOptions
+from regen_dist.data.making.plan import BuildOptions
+from regen_dist.data.making.synthetic import build_synthetic
+from regen_dist.data.objects.store import Store
 from regen_dist.errors import DataError
 
 SHORT_SIDE = 128

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from regen_dist.data.claim import claim
-from regen_dist.data.index import SCHEMA_VERSION, Described
-from regen_dist.data.manifest import MANIFEST, write_manifest
-from regen_dist.data.store import Store
-from regen_dist.data.writing import Limits, NewSample, ShardWriter, index_name
+from regen_dist.data.dataset.claim import claim
+from regen_dist.data.dataset.index import SCHEMA_VERSION, Described
+from regen_dist.data.dataset.manifest import MANIFEST, write_manifest
+from regen_dist.data.dataset.writing import Limits, NewSample, ShardWriter, index_name
+from regen_dist.data.objects.store import Store
 
 _DESCRIBED = Described(frames=17, height=64, width=64, fps=24.0, source="drawn bytes, not a video")
 

@@ -37,8 +37,8 @@ def first_batch(url: str, cache: Path, *, crop: int, num_frames: int, batch: int
 
 def _measure(url: str, crop: int, num_frames: int, batch: int) -> dict[str, float]:
     from regen_dist.config.schema import DataConfig
-    from regen_dist.data.loader import clip_batches
-    from regen_dist.data.training_set import TrainingSet
+    from regen_dist.data.reading.loader import clip_batches
+    from regen_dist.data.reading.training_set import TrainingSet
 
     imported = time.perf_counter()
     config = DataConfig(url=url, size=(crop, crop), short_side="fit", workers=2)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from regen_dist.config.schema import DataConfig, ReadConfig
-from regen_dist.data.catalogue import open_dataset
+from regen_dist.data.dataset.catalogue import open_dataset
 from regen_dist.evaluation.data_speed import clips as clipping
 from regen_dist.evaluation.data_speed import fetching, others, planning, starting
 from regen_dist.evaluation.data_speed.turns import Case, Rounds, Turn, in_turn, ratio, spread, summary

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from regen_dist.config.schema import DataConfig, ReadConfig
-from regen_dist.data.catalogue import open_dataset
-from regen_dist.data.loader import clip_batches
-from regen_dist.data.moving_shapes import SyntheticOptions
-from regen_dist.data.synthetic import build_synthetic
+from regen_dist.data.dataset.catalogue import open_dataset
+from regen_dist.data.making.moving_shapes import SyntheticOptions
+from regen_dist.data.making.synthetic import build_synthetic
+from regen_dist.data.reading.loader import clip_batches
 from regen_dist.errors import DataError
 from regen_dist.evaluation.data_speed import clips, fetching, planning, starting
 from regen_dist.evaluation.data_speed.others import by_webdataset, piped

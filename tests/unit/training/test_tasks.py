@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from regen_dist.config.schema import RunConfig
-from regen_dist.data.loader import ClipBatch
+from regen_dist.data.reading.loader import ClipBatch
 from regen_dist.distributed.plain import PlainEngine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.training.tasks import build_task, latent_noise, psnr_db, to_float

@@ -1,0 +1,1 @@
+"""What a dataset is: index, manifest, shards, the mapped catalogue; checking and looking at one."""

@@ -1,0 +1,209 @@
+"""The manifest of a dataset: `manifest.json`, written last. A folder without it is not finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from regen_dist.data.dataset.index import SCHEMA_VERSION, read_index
+from regen_dist.data.objects.store import Store
+from regen_dist.errors import DataError
+
+MANIFEST = "manifest.json"
+Kind = Literal["build", "index", "synthetic"]
+_READS_AT_ONCE = 16
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Skip(_Record):
+    """A source, or a segment of one, that was left out, and why."""
+
+    source: str
+    segment: int | None = None
+    reason: str
+
+
+class ShardEntry(_Record):
+    """A shard in the manifest: sizes in bytes, SHA-256 in hex of the tar and of its index."""
+
+    name: str
+    size: int
+    sha256: str
+    index: str
+    index_sha256: str
+    samples: int
+
+
+class Totals(_Record):
+    """Sums over a dataset."""
+
+    shards: int
+    samples: int
+    frames: int
+    seconds: float
+    bytes: int
+
+
+class Manifest(_Record):
+    """What a dataset consists of.
+
+    `kind` is the command that made it, `options` what it was asked for, `skipped` what was left out. `shards_url` says
+    where the tars are when they do not lie beside their indices.
+    """
+
+    schema_version: int
+    kind: Kind
+    fingerprint: str
+    totals: Totals
+    shards: tuple[ShardEntry, ...]
+    options: dict[str, Any]
+    skipped: tuple[Skip, ...]
+    shards_url: str | None = None
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of a folder; DataError when there is none or it is of another schema version."""
+    return parse_manifest(store, manifest_bytes(store))
+
+
+def manifest_bytes(store: Store) -> bytes:
+    """The manifest as it is stored; DataError when there is none."""
+    if MANIFEST not in store.list(MANIFEST):
+        raise DataError(
+            f"{store.url}: there is no {MANIFEST}, so no finished dataset. Build one with `regen shards build SOURCE "
+            f"--out {store.url}`, or index tars that are there with `regen shards index {store.url}`"
+        )
+    return store.get(MANIFEST)
+
+
+def parse_manifest(store: Store, data: bytes) -> Manifest:
+    """Read what `manifest_bytes` gave."""
+    try:
+        raw = json.loads(data)
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DataError(
+                f"{store.url}/{MANIFEST}: schema version {version}, this program reads {SCHEMA_VERSION}; build the "
+                f"shards again"
+            )
+        return Manifest.model_validate(raw)
+    except (ValidationError, ValueError) as error:
+        raise DataError(
+            f"{store.url}/{MANIFEST}: damaged ({str(error).splitlines()[0]}); run the build again"
+        ) from error
+
+
+def write_manifest(
+    store: Store,
+    indices: Sequence[str],
+    kind: Kind,
+    options: dict[str, Any],
+    skipped: Iterable[Skip] = (),
+    shards_url: str | None = None,
+) -> Manifest:
+    """Gather what the indices of these names say, in this order, and write the manifest.
+
+    Raises:
+        DataError: an index is missing or damaged, or there is no sample in any.
+    """
+    entries, left_out, totals, digest = [], list(skipped), _Sums(), Fingerprint()
+    for name, data in read_all(store, indices):
+        table, facts = read_index(data)
+        left_out += [Skip(**skip) for skip in facts["skipped"]]
+        if table.num_rows:
+            entries.append(_entry(name, data, facts, table.num_rows))
+            totals.add(table, facts["size"])
+            digest.add(table)
+    if not entries:
+        raise DataError(f"{store.url}: no sample is left:\n{listed(left_out)}")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        kind=kind,
+        fingerprint=digest.hex(),
+        totals=totals.over(len(entries)),
+        shards=tuple(entries),
+        options=options,
+        skipped=tuple(left_out),
+        shards_url=shards_url,
+    )
+    data = to_json(manifest.model_dump(mode="json"))
+    if MANIFEST not in store.list(MANIFEST) or store.get(MANIFEST) != data:
+        store.put(MANIFEST, data)
+    return manifest
+
+
+def read_all(store: Store, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Small objects, several requests at once, in the order of their names; few are held at a time."""
+    with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+        for start in range(0, len(names), 4 * _READS_AT_ONCE):
+            some = names[start : start + 4 * _READS_AT_ONCE]
+            yield from zip(some, threads.map(store.get, some), strict=True)
+
+
+class Fingerprint:
+    """Identity of a dataset: schema version, ids and checksums in row order, whatever shards they lie in."""
+
+    def __init__(self) -> None:
+        self._ids = hashlib.blake2b(f"regen-dataset-{SCHEMA_VERSION}".encode(), digest_size=16)
+        self._checksums = hashlib.blake2b(digest_size=16)
+
+    def add(self, table: pa.Table) -> None:
+        """The next rows."""
+        self._ids.update(np.ascontiguousarray(table["id"].to_numpy()).tobytes())
+        self._checksums.update("".join(table["checksum"].to_pylist()).encode())
+
+    def hex(self) -> str:
+        """The digest of all rows so far."""
+        both = self._ids.copy()
+        both.update(self._checksums.digest())
+        return both.hexdigest()
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.samples, self.frames, self.seconds, self.bytes = 0, 0, 0.0, 0
+
+    def add(self, table: pa.Table, size: int) -> None:
+        frames, fps = table["frames"].to_numpy(), table["fps"].to_numpy()
+        self.samples, self.bytes = self.samples + table.num_rows, self.bytes + size
+        self.frames, self.seconds = self.frames + int(frames.sum()), self.seconds + float((frames / fps).sum())
+
+    def over(self, shards: int) -> Totals:
+        return Totals(
+            shards=shards, samples=self.samples, frames=self.frames, seconds=round(self.seconds, 3), bytes=self.bytes
+        )
+
+
+def _entry(index: str, data: bytes, facts: dict[str, Any], samples: int) -> ShardEntry:
+    return ShardEntry(
+        name=facts["name"],
+        size=facts["size"],
+        sha256=facts["sha256"],
+        index=index,
+        index_sha256=hashlib.sha256(data).hexdigest(),
+        samples=samples,
+    )
+
+
+def to_json(value: Any) -> bytes:
+    """Readable JSON that is the same for equal values."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def listed(skipped: Sequence[Skip]) -> str:
+    """The first of what was left out, a line each."""
+    lines = [
+        f"  {skip.source}{'' if skip.segment is None else f' segment {skip.segment}'}: {skip.reason}"
+        for skip in skipped
+    ]
+    return "\n".join(lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else []))

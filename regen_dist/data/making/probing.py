@@ -1,0 +1,145 @@
+"""Looking into sources: what the worker processes of `regen shards build` do before anything is cut. Imports neither
+torch nor pyarrow."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from regen_dist.data.objects.store import Store
+from regen_dist.data.video.reader import VideoInfo, VideoReader
+from regen_dist.data.video.scenes import Analysis, analyse
+from regen_dist.data.video.transcode import content_hash, new_hash, probe, told
+from regen_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
+
+
+class Origin(NamedTuple):
+    """Where a source is: the store's URL, its name there, that of the text beside it; and the local path where it is
+    read, to which it is copied first if it is not there yet."""
+
+    folder: str
+    file: str
+    text: str | None
+    path: Path
+
+
+class Stretch(NamedTuple):
+    """Frames [start, stop) of a source that could be decoded, with what was found in them (cuts count from `start`;
+    None where nothing was looked for), or the problem."""
+
+    start: int
+    stop: int
+    analysis: Analysis | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """A source that was looked into. Without `info` it cannot be used, and `problem` says why."""
+
+    content: str
+    info: VideoInfo | None = None
+    stretches: tuple[Stretch, ...] = ()
+    caption: str | None = None
+    problem: str = ""
+
+
+def fetch(origin: Origin) -> Path:
+    """Bring a source to its path. Errors of the store are raised: they say nothing of the video."""
+    if not origin.path.exists() and not origin.folder.startswith("file:"):
+        Store(origin.folder).download(origin.file, origin.path)
+    return origin.path
+
+
+def survey(origin: Origin, threshold: float | None) -> Surveyed:
+    """Read through a source: content hash, frames, sides, rate, cuts, motion. Its problems are returned, not raised.
+
+    Args:
+        origin: where it is.
+        threshold: of a cut; None looks for no cuts, so that only the first frame is decoded.
+    """
+    probed = probe(fetch(origin))
+    if probed.info is None:
+        return Surveyed(probed.content, problem=f"unreadable: {probed.problem}")
+    try:
+        caption = _caption(origin)
+        with VideoReader(origin.path) as reader:
+            stretches = (Stretch(0, probed.info.frames),) if threshold is None else tuple(_stretches(reader, threshold))
+    except (DataError, OSError) as error:
+        return Surveyed(probed.content, problem=f"unreadable: {told(error, origin.path)}")
+    return Surveyed(probed.content, probed.info, stretches, caption)
+
+
+def fetch_again(origin: Origin, content: str) -> None:
+    """Bring a source that was looked into before; DataError when it has changed since."""
+    if content_of(origin, keep=True) != content:
+        raise DataError(
+            f"{origin.folder}/{origin.file}: has changed since this build began; build into another --out, or bring "
+            "the file back"
+        )
+
+
+def content_of(origin: Origin, keep: bool) -> str:
+    """Content hash of a source; empty when a local file cannot be read. `keep`: of one in a bucket a copy stays."""
+    if keep:
+        fetch(origin)
+    if origin.path.exists() or origin.folder.startswith("file:"):
+        try:
+            return content_hash(origin.path)
+        except OSError:
+            return ""
+    digest = new_hash()
+    for piece in Store(origin.folder).stream(origin.file):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _caption(origin: Origin) -> str | None:
+    if origin.text is None:
+        return None
+    try:
+        return Store(origin.folder).get(origin.text).decode("utf-8-sig").strip() or None
+    except UnicodeDecodeError as error:
+        raise DataError(f"its caption {origin.text} is not UTF-8") from error
+
+
+def _stretches(reader: VideoReader, threshold: float) -> Iterator[Stretch]:
+    """Analyse a video; where a frame is damaged, go on at the next keyframe behind it."""
+    start, frames = 0, len(reader.table.pts)
+    while start < frames:
+        part = _UntilDamage(reader, start)
+        analysis = analyse(part, threshold=threshold)
+        if part.stop > start:
+            yield Stretch(start, part.stop, analysis)
+        start = part.stop
+        if part.problem:
+            start = _next_keyframe(reader, part.stop)
+            yield Stretch(part.stop, start, problem=part.problem)
+
+
+class _UntilDamage:
+    """Frames from `start` on; ends before the first that cannot be decoded, and says why."""
+
+    def __init__(self, reader: VideoReader, start: int) -> None:
+        self._reader, self.stop, self.problem = reader, start, ""
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        try:
+            for number, frame in self._reader.frames(range(self.stop, len(self._reader.table.pts))):
+                yield frame
+                self.stop = number + 1
+        except DataError as error:
+            self.problem = str(error)
+
+
+def _next_keyframe(reader: VideoReader, number: int) -> int:
+    """Number of the first keyframe behind a frame; the number of frames when there is none."""
+    pts, keyframes = reader.table.pts, [shown for shown, _ in reader.table.keyframes]
+    place = bisect_right(keyframes, pts[number])
+    return bisect_right(pts, keyframes[place]) - 1 if place < len(keyframes) else len(pts)

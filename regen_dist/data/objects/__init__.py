@@ -1,0 +1,1 @@
+"""Objects by URL: buckets and local folders behind one interface."""

@@ -1,0 +1,147 @@
+"""Which sample comes when: a pure function of (seed, step) and the sizes of the data, without IO or walking.
+
+Three levels, each with random access. Global batches come from one bucket each, in exact shares. Inside a bucket the
+datasets are merged sample by sample, in exact shares. A *line*, all samples of one dataset in one bucket, is an endless
+sequence of epochs: position j is in epoch j // size, and a keyed permutation of that epoch says which row it is. Ranks
+and micro-batches take slices of a global batch, so neither their number nor that of workers changes what a step sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from regen_dist.data.order.interleave import Interleave
+from regen_dist.data.order.mixture import Bucket, Share, Stream, expected, quotas
+from regen_dist.data.order.permutation import Int64s, combine, permute
+from regen_dist.errors import ConfigError
+
+__all__ = ["Bucket", "MicroBatch", "Order", "Share", "Stream", "micro_batch_size"]
+
+# Set the uses of one seed apart from each other.
+_BUCKETS, _DATASETS, _STAND_INS = 0x62756B74, 0x64617461, 0x7374616E
+
+_ANY_BUCKET = Bucket(256, 256, 17)
+
+
+class MicroBatch(NamedTuple):
+    """What one rank reads at once: b samples of one stream, whose number and bucket these are.
+
+    `datasets`, `epochs` and `rows` are int64 [b]; a row is counted within its line.
+    """
+
+    step: int
+    bucket: Bucket
+    stream: int
+    datasets: Int64s
+    epochs: Int64s
+    rows: Int64s
+
+
+class Order:
+    """The order of some datasets sorted into buckets, cut into global batches.
+
+    Args:
+        streams: the buckets, with one line for each dataset.
+        batch_global: samples of one optimizer step, over all ranks and micro-batches.
+        seed: in [0, 2**63); a different one gives different permutations.
+        weights: share of each dataset, relative to the others'; None draws every video equally often.
+        image_fraction: share of the global batches that come from buckets of one frame; 0 leaves those out.
+
+    Raises:
+        ConfigError: weights or image_fraction do not fit the data.
+        DataError: there are no samples.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        batch_global: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        image_fraction: float = 0.0,
+    ) -> None:
+        self.streams, self.batch_global, self.seed = tuple(streams), batch_global, seed
+        self._quotas = quotas(self.streams, weights, image_fraction)
+        batches = [sum(row, Fraction()) / batch_global for row in self._quotas]
+        self._batches = Interleave.of(batches, combine(seed, _BUCKETS))
+        self._samples = {
+            stream: Interleave.of(row, combine(seed, _DATASETS, stream))
+            for stream, row in enumerate(self._quotas)
+            if any(row)
+        }
+        self._sizes = np.array([stream.sizes for stream in self.streams], dtype=np.int64)
+
+    @classmethod
+    def single(cls, size: int, batch_global: int, seed: int, bucket: Bucket = _ANY_BUCKET) -> Order:
+        """The order of one dataset of `size` samples in one bucket."""
+        return cls([Stream(bucket, (size,))], batch_global, seed)
+
+    def expected(self) -> tuple[Share, ...]:
+        """What each stream has in the long run."""
+        return expected(self.streams, self._quotas)
+
+    def step_of(self, cursor: int) -> int:
+        """The step that starts after `cursor` samples; ConfigError when that is inside a global batch."""
+        step, rest = divmod(cursor, self.batch_global)
+        if rest:
+            raise ConfigError(
+                f"the cursor ({cursor} samples) is not a multiple of train.batch_global ({self.batch_global}); "
+                "resume with the batch_global that the run was started with"
+            )
+        return step
+
+    def stream_of(self, step: int) -> int:
+        """Number of the stream that a step's samples come from."""
+        return self._batch(step)[0]
+
+    def global_batch(self, step: int) -> MicroBatch:
+        """All samples of a step."""
+        return self._slice(step, 0, self.batch_global)
+
+    def micro_batch(self, step: int, micro: int, accumulation: int, rank: int, world_size: int) -> MicroBatch:
+        """The slice of a global batch that `rank` reads as its micro-batch number `micro`."""
+        count = micro_batch_size(self.batch_global, accumulation, world_size)
+        return self._slice(step, (micro * world_size + rank) * count, count)
+
+    def stand_in(self, stream: int, dataset: int, epoch: int, row: int, attempt: int) -> int:
+        """Another row of the same line, to take the place of a bad one.
+
+        Attempts 0, 1, … give every other row once, in an order of their own for each (seed, line, epoch, row), before
+        any comes again. A line of one row has no other: it gives that row.
+        """
+        size = self.streams[stream].sizes[dataset]
+        if size == 1:
+            return row
+        again, place = divmod(attempt, size - 1)
+        key = combine(self.seed, _STAND_INS, stream, dataset, epoch, row)
+        return (row + 1 + int(permute(np.array([place]), np.array([again]), size - 1, key)[0])) % size
+
+    def _batch(self, step: int) -> tuple[int, int]:
+        """Stream of a step, and the number of this batch among the stream's own."""
+        streams, numbers = self._batches.at(step, 1)
+        return int(streams[0]), int(numbers[0])
+
+    def _slice(self, step: int, first: int, count: int) -> MicroBatch:
+        stream, number = self._batch(step)
+        datasets, positions = self._samples[stream].at(number * self.batch_global + first, count)
+        sizes = self._sizes[stream, datasets]
+        epochs, places = np.divmod(positions, sizes)
+        lines = stream * self._sizes.shape[1] + datasets
+        rows = permute(places, epochs, sizes, self.seed, lines)
+        return MicroBatch(step, self.streams[stream].bucket, stream, datasets, epochs, rows)
+
+
+def micro_batch_size(batch_global: int, accumulation: int, world_size: int) -> int:
+    """Samples per rank and micro-batch; ConfigError when the global batch does not divide evenly."""
+    size, rest = divmod(batch_global, accumulation * world_size)
+    if rest or not size:
+        raise ConfigError(
+            f"train.batch_global {batch_global} is not a multiple of world size {world_size} x "
+            f"train.accumulation {accumulation} = {accumulation * world_size}; set it to a multiple, or change the "
+            f"number of ranks"
+        )
+    return size

@@ -1,0 +1,1 @@
+"""Reading, cutting and encoding video."""

@@ -1,0 +1,275 @@
+"""Reading video with PyAV: frame-accurate, from a file or from bytes in memory, only the groups of pictures that
+are needed.
+
+A frame's number is its place in order of presentation. It is found by its timestamp, so variable frame rates,
+B-frames and files that do not start at zero read like any other.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from regen_dist.data.video.pixels import RESIZE, Geometry, UInt8s, fit_geometry, frame_to_planes, frame_to_rgb
+from regen_dist.data.video.timing import FrameTable, clip_frames, has_variable_rate
+from regen_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+    from typing_extensions import Buffer
+
+__all__ = [
+    "VideoInfo", "VideoReader", "read_clip",
+    "FrameTable", "clip_frames", "has_variable_rate",
+    "RESIZE", "Geometry", "UInt8s", "fit_geometry", "frame_to_rgb",
+]  # fmt: skip
+
+_RATE_TOLERANCE = 1e-3  # timestamps in milliseconds make 24 fps look like 24.005
+_NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video is. Sides in pixels as shown (rotation applied), `fps` the average frame rate."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+    @property
+    def seconds(self) -> float:
+        """Length at the average frame rate."""
+        return self.frames / self.fps
+
+
+class VideoReader:
+    """Frames of one video by number. A context manager.
+
+    Args:
+        source: a path, or the bytes of a whole file: any buffer, which is read in place.
+        table: the frame table of the same video, when it is known; saves reading through the file once.
+
+    Raises:
+        DataError: it is not a video, holds no frames, or its container is damaged.
+    """
+
+    def __init__(self, source: Path | Buffer, table: FrameTable | None = None) -> None:
+        with _av_failures("cannot be opened"):
+            file = str(source) if isinstance(source, Path) else _BufferFile(source)
+            self._container: InputContainer = av.open(file, "r")
+        try:
+            self.stream = self._video_stream()
+            self.table = table or self._read_table()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._container.close()
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames per second: the nominal rate, or the average where they differ; DataError if there is neither."""
+        average, nominal = self.stream.average_rate, self.stream.guessed_rate
+        if average and nominal and abs(average / nominal - 1) < _RATE_TOLERANCE:
+            return Fraction(nominal)
+        if not average and not nominal:
+            raise DataError("the video has no frame rate; remux it, for example with ffmpeg -i IN -c copy OUT.mp4")
+        return Fraction(average or nominal or 0)
+
+    def info(self) -> VideoInfo:
+        """Frames, sides and rate; decodes the first frame, for only it tells the rotation."""
+        for _, frame in self.frames([0]):
+            height, width = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+        return VideoInfo(len(self.table.pts), height, width, float(self.rate))
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """The frames of these numbers (never decreasing), each once, with its number.
+
+        Raises:
+            DataError: a number is not in the video, or a frame cannot be decoded.
+        """
+        if not 0 <= numbers[0] <= numbers[-1] < len(self.table.pts):
+            raise DataError(f"frames {numbers[0]} to {numbers[-1]} were asked for, the video has {len(self.table.pts)}")
+        with _av_failures("cannot be decoded"):
+            for run in self._runs(numbers):
+                yield from self._run(run)
+
+    def _runs(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """The numbers in parts that are decoded in one go: parted where a whole group of pictures is not needed."""
+        run, last_group = [numbers[0]], self._group(numbers[0])
+        for number in numbers[1:]:
+            group = self._group(number)
+            if group > last_group + 1:
+                yield run
+                run = []
+            if not run or number != run[-1]:
+                run.append(number)
+            last_group = group
+        yield run
+
+    def _group(self, number: int) -> int:
+        """Which group of pictures a frame is in: the place of the last keyframe that is not after it."""
+        return bisect_right(self.table.keyframes, (self.table.pts[number], _NO_LIMIT)) - 1
+
+    def _run(self, numbers: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """Leanly where the codec allows it; what that does not give is decoded with everything before it."""
+        pts = [self.table.pts[number] for number in numbers]
+        done = 0
+        for lean in (True, False) if self.stream.codec_context.name == "h264" else (False,):
+            first = self._group(numbers[done])
+            for frame in self._decode_lean(first, pts[done:]) if lean else self._decode(first, pts[done]):
+                if frame.pts is None or frame.pts < pts[done]:
+                    continue
+                if frame.pts > pts[done] or (lean and frame.is_corrupt):
+                    break
+                if frame.is_corrupt:
+                    raise DataError(f"frame {numbers[done]} is damaged")
+                yield numbers[done], frame
+                done += 1
+                if done == len(numbers):
+                    return
+        raise DataError(f"{len(numbers) - done} of {len(numbers)} frames could not be decoded, first: {numbers[done]}")
+
+    def _decode_lean(self, group: int, wanted: Sequence[int]) -> Iterator[VideoFrame]:
+        """From a group of pictures on, without the unwanted frames that no other frame refers to, until all of
+        `wanted` (timestamps) are out. Interlaced video may keep half a frame in a packet: none of it comes out."""
+        context, left = self.stream.codec_context, set(wanted)
+        try:
+            for packet in self._packets(group):
+                context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in left else "NONREF"
+                for frame in packet.decode():
+                    if frame.interlaced_frame:
+                        return
+                    yield frame
+                left.discard(packet.pts)
+                if not left:
+                    break
+            for frame in context.decode(None):  # what waits for its turn; the next seek makes the decoder new
+                frame.time_base = self.stream.time_base
+                yield frame
+        finally:
+            context.skip_frame = "DEFAULT"
+
+    def _decode(self, group: int, pts: int) -> Iterator[VideoFrame]:
+        """Every frame from a group of pictures on; from the very first one where that does not give frame `pts`."""
+        frames = (frame for packet in self._packets(group) for frame in packet.decode())
+        first = next(frames, None)
+        if first is not None and first.pts is not None and first.pts <= pts:
+            return chain([first], frames)
+        return (frame for packet in self._packets(0) for frame in packet.decode())
+
+    def _packets(self, group: int) -> Iterator[Packet[VideoStream]]:
+        """Packets from a keyframe on, or from earlier where the container cannot seek there.
+
+        Some containers seek by time of presentation, others by time of decoding, which is before it. So both are
+        tried, and where we came out is looked at: a keyframe too late loses frames, one too early costs a whole group.
+        """
+        if group > 0:
+            shown, decoded = self.table.keyframes[group]
+            for position in (shown, decoded):
+                packets = self._seek(position)
+                first = next(packets, None)
+                at = None if first is None else first.pts if first.dts is None else first.dts
+                if first is not None and at is not None and at <= decoded:
+                    return chain([first], packets)
+        return self._seek(min(self.table.keyframes[0][1], self.table.pts[0]) if self.table.keyframes else 0)
+
+    def _seek(self, position: int) -> Iterator[Packet[VideoStream]]:
+        self._container.seek(position, stream=self.stream)
+        return self._container.demux(self.stream)
+
+    def _video_stream(self) -> VideoStream:
+        if not self._container.streams.video:
+            raise DataError("it has no video stream")
+        stream = self._container.streams.video[0]
+        if stream.codec_context is None:  # so PyAV says it, against its types
+            raise DataError("there is no decoder for its video")
+        stream.codec_context.thread_count = 1  # the cores are shared out by process, a clip is too short for more
+        return stream
+
+    def _read_table(self) -> FrameTable:
+        pts: list[int] = []
+        keyframes: list[tuple[int, int]] = []
+        with _av_failures("is damaged"):
+            for packet in self._container.demux(self.stream):
+                if packet.is_corrupt:
+                    raise DataError(f"packet {len(pts)} is damaged")
+                if packet.pts is None or packet.is_discard:
+                    continue
+                pts.append(packet.pts)
+                if packet.is_keyframe:
+                    keyframes.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
+        if not pts:
+            raise DataError("it has no frames")
+        return FrameTable(tuple(sorted(set(pts))), tuple(sorted(keyframes)))
+
+
+class _BufferFile:
+    """A buffer as a file to read from. `io.BytesIO` would copy all of it, unless it is `bytes`."""
+
+    def __init__(self, data: Buffer) -> None:
+        self._view, self._at = memoryview(data).cast("B"), 0
+
+    def read(self, size: int) -> bytes:
+        data = bytes(self._view[self._at : self._at + size])
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, len(self._view))[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+
+def read_clip(
+    reader: VideoReader,
+    numbers: Sequence[int],
+    geometry: Geometry,
+    *,
+    flip: bool = False,
+    out: UInt8s | None = None,
+) -> UInt8s:
+    """The frames of these numbers as one clip. A number that comes several times is decoded once.
+
+    Returns:
+        uint8 RGB [3, T, *geometry.crop]: `out` where it is given, else new memory, contiguous.
+    """
+    rows, columns = geometry.crop
+    part = np.s_[geometry.top : geometry.top + rows, geometry.left : geometry.left + columns]
+    clip = np.empty((3, len(numbers), rows, columns), dtype=np.uint8) if out is None else out
+    reformatter, index = VideoReformatter(), 0
+    for number, frame in reader.frames(numbers):
+        start = index
+        while index < len(numbers) and numbers[index] == number:
+            index += 1
+        for channel, plane in enumerate(frame_to_planes(frame, geometry.height, geometry.width, reformatter)):
+            clip[channel, start:index] = plane[part][:, ::-1] if flip else plane[part]
+    return clip
+
+
+@contextmanager
+def _av_failures(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (av.FFmpegError, UnicodeDecodeError) as error:
+        raise DataError(f"it {what}: {error}") from error

@@ -1,0 +1,216 @@
+"""Cutting and encoding: what the worker processes of `regen shards build` do. Imports neither torch nor pyarrow."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+from av.video.reformatter import ColorRange
+
+from regen_dist.data.video.reader import RESIZE, FrameTable, VideoInfo, VideoReader, frame_to_rgb
+from regen_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+KEYFRAME_INTERVAL = 12  # clips are read at random places: decoding one wastes 6 frames on average
+PRESET = "fast"
+# Without cpu-independent, the same input gave other bytes from call to call (x264 core 165, AVX-512, measured).
+X264_PARAMS = f"keyint={KEYFRAME_INTERVAL}:scenecut=0:cpu-independent=1"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Frames [start, stop) of a source, which become the sample `key`. `number` counts the segments of the source."""
+
+    key: str
+    number: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How a segment is stored: short side in pixels (None keeps the sides), x264's constant rate factor, or the
+    file as it is."""
+
+    short_side: int | None
+    crf: int
+    keep: bool
+
+
+@dataclass(frozen=True)
+class StreamTags:
+    """What a stream says of its frames: frames per second, the unit of their timestamps in seconds, colours (numbers
+    of H.273)."""
+
+    rate: Fraction
+    time_base: Fraction | None
+    colorspace: int
+    primaries: int
+    transfer: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A finished segment: the file's bytes and what is in it, or the reason why there is none."""
+
+    segment: Segment
+    data: bytes = b""
+    info: VideoInfo | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A source file: its content hash and what is in it, or the reason why it cannot be used."""
+
+    content: str = ""
+    info: VideoInfo | None = None
+    problem: str = ""
+
+
+def new_hash() -> hashlib.blake2b:
+    """What content hashes are made with: BLAKE2b of 16 bytes."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a local file's bytes, in hex; OSError when it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, new_hash).hexdigest()
+
+
+def probe(path: Path) -> Probed:
+    """Read through a file: content hash, frames, sides, rate. Problems are returned, not raised."""
+    content = ""
+    try:
+        content = content_hash(path)
+        with VideoReader(path) as reader:
+            return Probed(content, reader.info())
+    except (DataError, OSError) as error:
+        return Probed(content, problem=told(error, path))
+
+
+def told(error: Exception, path: Path) -> str:
+    """An error without the path of this machine: it is kept with the dataset, which calls the source by its name."""
+    return str(error).replace(f": {str(path)!r}", "").replace(str(path), path.name)
+
+
+def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:
+    """Every segment of one source, in order. A segment that cannot be decoded comes back with its problem.
+
+    All are decoded in one pass; where that fails, each is tried by itself, so that damage stays where it is.
+    """
+    if options.keep:
+        return [_explain(path, segment, lambda _: path.read_bytes()) for segment in segments]
+    try:
+        return _encode_run(path, segments, options)
+    except (DataError, OSError):
+        return [_explain(path, segment, lambda one: _encode_run(path, [one], options)[0].data) for segment in segments]
+
+
+def _explain(path: Path, segment: Segment, make: Callable[[Segment], bytes]) -> Encoded:
+    try:
+        return _checked(segment, make(segment))
+    except (DataError, OSError) as error:
+        return Encoded(segment, problem=told(error, path))
+
+
+def _encode_run(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:
+    """Transcode segments that are in order, and near enough to one another to be decoded in one pass."""
+    numbers = [number for segment in segments for number in range(segment.start, segment.stop)]
+    with VideoReader(path, _frame_table(path)) as reader:
+        decoded = (frame for _, frame in reader.frames(numbers))
+        done = []
+        for segment in segments:
+            frames = (prepare(frame, options.short_side) for frame in islice(decoded, segment.stop - segment.start))
+            data = _encode(frames, reader, first_pts=reader.table.pts[segment.start], crf=options.crf)
+            done.append(_checked(segment, data))
+    return done
+
+
+def _checked(segment: Segment, data: bytes) -> Encoded:
+    with VideoReader(data) as reader:
+        info = reader.info()
+    if info.frames != segment.stop - segment.start:
+        raise DataError(f"{segment.stop - segment.start} frames went in, {info.frames} came out")
+    return Encoded(segment, data, info)
+
+
+@lru_cache(maxsize=4)
+def _frame_table(path: Path) -> FrameTable:
+    """A process cuts many segments from one source: read through it once."""
+    with VideoReader(path) as reader:
+        return reader.table
+
+
+def _encode(frames: Iterator[VideoFrame], reader: VideoReader, *, first_pts: int, crf: int) -> bytes:
+    """A segment with the source's pace and colours, timestamps from zero."""
+    source = reader.stream.codec_context
+    tags = StreamTags(reader.rate, reader.stream.time_base, source.colorspace, source.color_primaries, source.color_trc)
+    return encode_frames(_moved(frames, first_pts), tags, crf)
+
+
+def _moved(frames: Iterator[VideoFrame], first_pts: int) -> Iterator[VideoFrame]:
+    for frame in frames:
+        frame.pts = (frame.pts or 0) - first_pts
+        yield frame
+
+
+def encode_frames(frames: Iterable[VideoFrame], tags: StreamTags, crf: int) -> bytes:
+    """H.264 in mp4 of yuv420p frames of limited range with even sides, `pts` set. Equal input gives equal bytes."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        stream: VideoStream | None = None
+        for frame in frames:
+            stream = stream or _add_stream(output, frame, tags, crf)
+            output.mux(stream.encode(frame))
+        if stream is not None:
+            output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def _add_stream(output: av.container.OutputContainer, frame: VideoFrame, tags: StreamTags, crf: int) -> VideoStream:
+    # One thread and no other changing input: the same source and options give the same bytes.
+    options = {
+        "crf": str(crf),
+        "preset": PRESET,
+        "threads": "1",
+        "x264-params": X264_PARAMS,
+    }
+    stream = output.add_stream("libx264", rate=tags.rate, options=options)
+    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
+    context = stream.codec_context
+    if tags.time_base is not None:
+        context.time_base = tags.time_base
+    context.color_range = int(ColorRange.MPEG)
+    context.colorspace, context.color_primaries, context.color_trc = tags.colorspace, tags.primaries, tags.transfer
+    return stream
+
+
+def prepare(frame: VideoFrame, short_side: int | None) -> VideoFrame:
+    """The frame upright, resized to `short_side`, with even sides, as yuv420p of limited range."""
+    scale = short_side / min(frame.height, frame.width) if short_side else 1.0
+    height, width = (max(2, round(side * scale / 2) * 2) for side in (frame.height, frame.width))
+    pts, time_base = frame.pts, frame.time_base
+    if frame.rotation % 360:
+        turned = frame.rotation % 180 != 0
+        image = frame_to_rgb(frame, *((width, height) if turned else (height, width)))
+        frame = av.VideoFrame.from_ndarray(image.copy(), format="rgb24")
+        height, width = frame.height, frame.width
+    ready = frame.reformat(
+        width=width, height=height, format="yuv420p", interpolation=RESIZE, dst_color_range=ColorRange.MPEG, threads=1
+    )
+    ready.pts, ready.time_base = pts, time_base
+    ready.pict_type = av.video.frame.PictureType.NONE  # else the encoder repeats the source's picture types
+    return ready

@@ -1,0 +1,119 @@
+"""The local file of a dataset's rows: made once, whole or not at all, and mapped by everybody."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pytest
+
+from regen_dist.data.dataset.catalogue import RECORD, Dataset, cache_folder, make_once, open_dataset
+from regen_dist.data.dataset.manifest import Skip
+from regen_dist.data.objects.store import Limits
+from regen_dist.errors import DataError
+
+
+def test_rows_and_samples_agree(dataset_folder: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(dataset_folder, tmp_path)
+    table = dataset.table().to_pylist()
+    assert len(table) == len(dataset) == 11
+    for number, entry in enumerate(table):
+        row, sample = dataset.row(number), dataset.sample(number)
+        for name in ("id", "shard", "offset", "size", "checksum", "frames", "height", "width"):
+            assert getattr(row, name) == getattr(sample, name) == entry[name]
+        assert row.row == number
+        assert row.fps == pytest.approx(entry["fps"])
+        assert dataset.records["motion"][number] == pytest.approx(entry["motion"], nan_ok=True)
+    assert dataset.ids.tolist() == [entry["id"] for entry in table]
+
+
+def test_it_is_compiled_once_for_all_copies(dataset_folder: Path, tmp_path: Path) -> None:
+    first = open_dataset(dataset_folder, tmp_path)
+    shutil.copytree(dataset_folder, tmp_path / "copy")
+    for index in (tmp_path / "copy").glob("*.parquet"):
+        index.unlink()
+    second = open_dataset(tmp_path / "copy", tmp_path)
+    assert second.catalogue == first.catalogue
+    assert np.array_equal(second.records, first.records)
+
+
+def test_one_of_many_makes_it(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def write(file: IO[bytes]) -> None:
+        made.append(1)
+        file.write(b"whole")
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: make_once(tmp_path / "a" / "x.npy", write), range(8)))
+    assert made == [1]
+    assert (tmp_path / "a" / "x.npy").read_bytes() == b"whole"
+
+
+def test_it_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail(file: IO[bytes]) -> None:
+        file.write(b"half")
+        raise DataError("an index is damaged")
+
+    with pytest.raises(DataError, match="an index is damaged"):
+        make_once(tmp_path / "x.npy", fail)
+    assert list(tmp_path.glob("x*.[nt][pm]*")) == []
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "x.999999999.tmp").write_bytes(bytes(1000))
+    (tmp_path / "y.999999999.tmp").write_bytes(bytes(1000))
+    make_once(tmp_path / "x.npy", lambda file: None)
+    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == ["y.999999999.tmp"], "others may be at work on y"
+
+
+def test_a_damaged_catalogue_is_told(dataset_folder: Path, tmp_path: Path) -> None:
+    path = open_dataset(dataset_folder, tmp_path).catalogue
+    os.truncate(path, path.stat().st_size - 10)
+    with pytest.raises(DataError, match=rf"{path.name}: damaged .*; remove it and run the same again"):
+        open_dataset(dataset_folder, tmp_path).row(0)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(dataset_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="catalogue cannot be written: Not a directory; make room there"):
+        open_dataset(dataset_folder, tmp_path / "file")
+
+
+def test_it_crosses_to_other_processes_small(dataset_folder: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(dataset_folder, tmp_path)
+    many = tuple(Skip(source=f"video {number}", reason="too short") for number in range(10_000))
+    large = Dataset(dataset.store, dataset.manifest.model_copy(update={"skipped": many}), dataset.catalogue)
+    assert len(large.records) == 11
+    data = pickle.dumps(large)
+    assert len(data) < 10_000
+    copy = pickle.loads(data)
+    assert (len(copy), copy.row(3), copy.sample(3)) == (11, large.row(3), large.sample(3))
+    assert copy.read(copy.row(3)) == dataset.read(dataset.row(3))
+    assert len(large.manifest.skipped) == 10_000, "it keeps them itself"
+
+
+def test_limits_are_those_of_its_store(dataset_folder: Path) -> None:
+    assert open_dataset(dataset_folder, None, Limits(1.0, 2.0, 3.0)).store.limits == Limits(1.0, 2.0, 3.0)
+
+
+def test_where_local_copies_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REGEN_CACHE", str(tmp_path / "chosen"))
+    assert cache_folder(tmp_path / "configured") == tmp_path / "configured"
+    assert cache_folder() == tmp_path / "chosen"
+    monkeypatch.delenv("REGEN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "regen"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("~/here") == tmp_path / "here"
+    assert cache_folder() == tmp_path / ".cache" / "regen"
+
+
+def test_a_row_takes_64_bytes() -> None:
+    assert RECORD.itemsize == 64

@@ -1,0 +1,207 @@
+"""What a build finds to build from: folders, files, lists, captions. No video is opened."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from regen_dist.data.making.captions import read_rows
+from regen_dist.data.making.sources import Sources, find_sources
+from regen_dist.errors import DataError
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """A folder whose "videos" are three bytes each."""
+    for name in ("b.mp4", "a #1%20.MKV", "deep/c.webm", "deep/.hidden.mp4", "notes.txt", "deep/c.jpg"):
+        path = tmp_path / "videos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"abc")
+    return tmp_path / "videos"
+
+
+def names(found: Sources) -> list[str]:
+    return [source.name for source in found.found]
+
+
+def write_list(path: Path, rows: list[dict[str, str | None]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def test_folders_give_their_videos_by_name(videos: Path) -> None:
+    found = find_sources([videos])
+    assert names(found) == ["a #1%20.MKV", "b.mp4", "deep/c.webm"]
+    assert [source.local for source in found.found] == [videos / name for name in names(found)]
+    assert [source.size for source in found.found] == [3, 3, 3]
+
+
+def test_each_video_comes_once_in_order_of_the_places(videos: Path) -> None:
+    assert names(find_sources([videos / "b.mp4", videos / "deep", videos])) == ["b.mp4", "c.webm", "a #1%20.MKV"]
+    assert names(find_sources([videos.as_uri()])) == names(find_sources([videos]))
+
+
+def test_a_dangling_link_is_a_source_that_cannot_be_read(videos: Path) -> None:
+    (videos / "z.mp4").symlink_to(videos / "absent.mp4")
+    assert names(find_sources([videos]))[-1] == "z.mp4"
+
+
+def test_what_is_missing_is_told_at_once(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file or folder: .*x\.mp4, .*y"):
+        find_sources([videos, tmp_path / "x.mp4", tmp_path / "y"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no videos"):
+        find_sources([tmp_path / "empty"])
+    with pytest.raises(DataError, match="pipe:"):
+        find_sources(["pipe://cat"])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_lists_name_videos_with_captions(videos: Path, kind: str) -> None:
+    rows: list[dict[str, str | None]] = [
+        {"video": "deep/c.webm", "caption": 'a "quoted", caption\nof two lines'},
+        {"video": str(videos / "b.mp4"), "caption": None},
+        {"video": (videos / "a #1%20.MKV").as_uri(), "caption": " spaces "},
+    ]
+    found = find_sources([write_list(videos / f"list.{kind}", rows)])
+    assert names(found) == ["deep/c.webm", "b.mp4", "a #1%20.MKV"]
+    assert [source.caption for source in found.found] == ['a "quoted", caption\nof two lines', None, "spaces"]
+    assert [source.size for source in found.found] == [3, 3, 3]
+
+
+def test_a_list_may_point_outside_its_folder_and_tells_no_absolute_path(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    rows: list[dict[str, str | None]] = [{"video": "../videos/b.mp4"}, {"video": str(videos / "deep" / "c.webm")}]
+    found = find_sources([write_list(tmp_path / "lists" / "l.csv", rows)])
+    assert names(found) == ["../videos/b.mp4", "c.webm"]
+    assert str(tmp_path) not in repr(found.identity())
+    assert [source.local for source in found.found] == [videos / "b.mp4", videos / "deep" / "c.webm"]
+
+
+def test_a_video_named_twice_is_used_once(videos: Path) -> None:
+    found = find_sources([write_list(videos / "l.csv", [{"video": "b.mp4"}, {"video": "./b.mp4"}])])
+    assert names(found) == ["b.mp4"]
+    assert [(skip.source, skip.reason) for skip in found.skipped] == [
+        ("./b.mp4", "named twice: only the first is used")
+    ]
+
+
+def test_all_wrong_rows_of_a_list_are_told_with_their_lines(videos: Path) -> None:
+    lines = [
+        '{"video": "b.mp4"}',
+        "",
+        "{",
+        "[1]",
+        '{"caption": "x"}',
+        '{"video": 7}',
+        '{"video": "b.mp4", "caption": 1}',
+    ]
+    (videos / "l.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        find_sources([videos / "l.jsonl"])
+    message = str(caught.value)
+    assert "5 rows are wrong" in message
+    for line in ("line 3: not JSON", "line 4: not a JSON object", "line 5: it has no video", "line 6: its video is 7"):
+        assert line in message
+    assert "line 7: its caption is 1" in message
+    (videos / "l.csv").write_text('video,caption\nb.mp4,"two\nlines"\nb.mp4,a,b\n,no video\n')
+    with pytest.raises(DataError, match=r"(?s)2 rows.*line 4: more fields than columns.*line 5: it has no video"):
+        find_sources([videos / "l.csv"])
+
+
+def test_rows_that_name_nothing_are_told_together(videos: Path) -> None:
+    rows: list[dict[str, str | None]] = [
+        {"video": "b.mp4"},
+        {"video": "gone.mp4"},
+        {"video": "pipe:cat b.mp4"},
+        {"video": "s3://key:secret@bucket/b.mp4"},
+        {"video": "http://server/b.mp4"},
+    ]
+    with pytest.raises(DataError) as caught:
+        find_sources([write_list(videos / "l.parquet", rows)])
+    message = str(caught.value)
+    assert "4 rows are wrong" in message
+    assert "row 2: there is no gone.mp4" in message
+    assert all(f"row {number}: " in message for number in (3, 4, 5))
+    assert "secret" not in message
+
+
+def test_what_is_no_list_is_told(videos: Path) -> None:
+    for name, data, message in (
+        ("l.csv", b"file,text\nb.mp4,x\n", "every row needs a video; the columns are file, text"),
+        ("l.csv", b"", "every row needs a video; the columns are none"),
+        ("l.csv", b"video\n", "the list is empty"),
+        ("l.csv", b"video\n\xff\n", "cannot be read as a list"),
+        ("l.parquet", b"PAR1 no", "cannot be read as a list"),
+        ("l.jsonl", b"\n\n", "the list is empty"),
+    ):
+        (videos / name).write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            read_rows(videos / name)
+
+
+def test_a_spreadsheet_s_byte_order_mark_is_not_part_of_the_column(videos: Path) -> None:
+    (videos / "l.csv").write_bytes("﻿video,caption\nb.mp4,été\n".encode())
+    assert read_rows(videos / "l.csv")[0][1:] == ("b.mp4", "été")
+
+
+def test_captions_for_folders_by_path_or_by_name(videos: Path) -> None:
+    rows: list[dict[str, str | None]] = [
+        {"video": "c.webm", "caption": "by name"},
+        {"video": "deep/c.webm", "caption": "by path"},
+        {"video": "b.mp4", "caption": "b"},
+        {"video": "absent.mp4", "caption": "nothing"},
+    ]
+    found = find_sources([videos], write_list(videos / "captions.jsonl", rows))
+    assert {source.name: source.caption for source in found.found} == {
+        "a #1%20.MKV": None,
+        "b.mp4": "b",
+        "deep/c.webm": "by path",
+    }
+    assert [(skip.source, skip.reason) for skip in found.skipped] == [
+        ("absent.mp4", "no video: a caption without a video")
+    ]
+
+
+def test_captions_that_fit_nothing_or_contradict_are_refused(videos: Path) -> None:
+    with pytest.raises(DataError, match="no caption belongs to a video"):
+        find_sources([videos], write_list(videos / "c.csv", [{"video": "other.mp4", "caption": "hello"}]))
+    with pytest.raises(DataError, match="every row needs a video and a caption"):
+        find_sources([videos], write_list(videos / "c.csv", [{"video": "b.mp4", "text": "hello"}]))
+    with pytest.raises(DataError, match=r"line 2: it has no caption"):
+        find_sources([videos], write_list(videos / "c.csv", [{"video": "b.mp4", "caption": ""}]))
+    rows: list[dict[str, str | None]] = [{"video": "b.mp4", "caption": text} for text in ("one", "another")]
+    with pytest.raises(DataError, match=r"line 3: another caption for b\.mp4"):
+        find_sources([videos], write_list(videos / "c.csv", rows))
+
+
+def test_texts_beside_videos_are_found(videos: Path) -> None:
+    (videos / "deep" / "c.txt").write_text("a caption")
+    found = find_sources([videos]).found
+    assert [(source.text, source.text_size) for source in found] == [(None, 0), (None, 0), ("deep/c.txt", 9)]
+    assert find_sources([videos / "deep" / "c.webm"]).found[0].text == "c.txt"
+
+
+def test_the_identity_follows_names_sizes_and_captions(videos: Path, tmp_path: Path) -> None:
+    before = find_sources([videos]).identity()
+    (tmp_path / "moved").mkdir()
+    videos.rename(tmp_path / "moved" / "videos")
+    videos = tmp_path / "moved" / "videos"
+    assert find_sources([videos]).identity() == before
+    (videos / "b.txt").write_text("caption")
+    captioned = find_sources([videos]).identity()
+    (videos / "b.mp4").write_bytes(b"longer")
+    assert len({str(one) for one in (before, captioned, find_sources([videos]).identity())}) == 3

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import pickle
+import time
+import tracemalloc
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from regen_dist.data.order.order import Bucket, MicroBatch, Order, Stream
+from regen_dist.errors import ConfigError, DataError
+
+WIDE, TALL, LONG, IMAGE = Bucket(64, 96, 9), Bucket(96, 64, 9), Bucket(64, 96, 33), Bucket(64, 64, 1)
+STREAMS = [
+    Stream(WIDE, (100, 31, 2)),
+    Stream(TALL, (0, 17, 1)),
+    Stream(LONG, (40, 0, 3)),
+    Stream(IMAGE, (9, 5, 30)),
+]
+Samples = list[tuple[int, int, int, int]]
+
+
+def mixed(
+    batch_global: int = 32, *, seed: int = 5, weights: tuple[float, ...] | None = None, images: float = 0.0
+) -> Order:
+    return Order(STREAMS, batch_global, seed, weights, images)
+
+
+def samples(batch: MicroBatch) -> Samples:
+    """(stream, dataset, epoch, row) of each sample, in order."""
+    columns = zip(batch.datasets.tolist(), batch.epochs.tolist(), batch.rows.tolist(), strict=True)
+    return [(batch.stream, *sample) for sample in columns]
+
+
+def plan(order: Order, steps: range, accumulation: int, rank: int, world_size: int) -> list[MicroBatch]:
+    """What a rank reads in some steps."""
+    return [
+        order.micro_batch(step, micro, accumulation, rank, world_size)
+        for step in steps
+        for micro in range(accumulation)
+    ]
+
+
+def lines_of(order: Order, num_steps: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """(epoch, row) in the order in which they come, for each line."""
+    lines: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for step in range(num_steps):
+        for stream, dataset, epoch, row in samples(order.global_batch(step)):
+            lines.setdefault((stream, dataset), []).append((epoch, row))
+    return lines
+
+
+SETTINGS: dict[str, tuple[list[Stream], tuple[float, ...] | None, float]] = {
+    "single": ([Stream(WIDE, (1001,))], None, 0.0),
+    "tiny": ([Stream(WIDE, (3,))], None, 0.0),
+    "buckets": (STREAMS, None, 0.0),
+    "weights": (STREAMS, (1.0, 5.0, 0.5), 0.0),
+    "images": (STREAMS, None, 0.3),
+    "images alone": (STREAMS, None, 1.0),
+    "all": (STREAMS, (0.2, 0.7, 0.1), 0.1),
+}
+ORDERS = {name: Order(streams, 32, 5, weights, images) for name, (streams, weights, images) in SETTINGS.items()}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_ranks_and_accumulation_only_slice_the_global_batch(name: str, world_size: int, accumulation: int) -> None:
+    order = ORDERS[name]
+    for step in (0, 1, 17, 10**9):
+        whole = order.global_batch(step)
+        parts = [
+            order.micro_batch(step, micro, accumulation, rank, world_size)
+            for micro in range(accumulation)
+            for rank in range(world_size)
+        ]
+        assert [sample for part in parts for sample in samples(part)] == samples(whole)
+        assert {(part.step, part.bucket, part.stream) for part in parts} == {(step, whole.bucket, whole.stream)}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("cursor", [0, 3 * 32, 10**6 * 32])
+def test_workers_that_take_turns_give_the_plan_of_none(workers: int, cursor: int) -> None:
+    for rank in (0, 1):
+        first = ORDERS["all"].step_of(cursor)
+        whole = plan(ORDERS["all"], range(first, first + 20), 2, rank, 2)
+        taken = [iter(list(islice(whole, worker, None, workers))) for worker in range(workers)]
+        merged = [next(taken[number % workers]) for number in range(len(whole))]
+        assert [samples(batch) for batch in merged] == [samples(batch) for batch in whole]
+
+
+@pytest.mark.parametrize("cursor", [0, 32, 7 * 32, 10**9 * 32])
+def test_a_resumed_order_goes_on_with_the_same_batches_at_any_world_size(cursor: int) -> None:
+    for order in ORDERS.values():
+        first = order.step_of(cursor)
+        expected = [samples(order.global_batch(step)) for step in range(first, first + 5)]
+        for world_size in (1, 2, 4, 8):
+            fresh = pickle.loads(pickle.dumps(order))
+            ranks = [plan(fresh, range(first, first + 5), 1, rank, world_size) for rank in range(world_size)]
+            merged = [
+                [sample for batch in batches for sample in samples(batch)] for batches in zip(*ranks, strict=True)
+            ]
+            assert merged == expected
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("batch_global", [1, 7, 32, 500])
+def test_each_line_goes_epoch_by_epoch_with_each_row_once(name: str, batch_global: int) -> None:
+    streams, weights, images = SETTINGS[name]
+    order = Order(streams, batch_global, 0, weights, images)
+    lines = lines_of(order, 6000 // batch_global)
+    for (stream, dataset), seen in lines.items():
+        size = order.streams[stream].sizes[dataset]
+        for epoch in range(len(seen) // size + 1):
+            rows = seen[epoch * size : (epoch + 1) * size]
+            assert {number for number, _ in rows} <= {epoch}
+            assert len({row for _, row in rows}) == len(rows)
+            assert all(0 <= row < size for _, row in rows)
+    kinds = {False} if not images else {True} if images == 1 else {False, True}
+    drawn = [(stream, bucket.is_image in kinds, sizes) for stream, (bucket, sizes) in enumerate(streams)]
+    assert set(lines) == {(stream, d) for stream, used, sizes in drawn for d, size in enumerate(sizes) if used and size}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 10, 63, 64, 65, 1000])
+def test_batches_of_one_dataset_have_no_gaps(size: int) -> None:
+    batches = [Order.single(size, 7, 0).global_batch(step) for step in range(3 * size)]
+    seen = np.concatenate([batch.epochs * size + batch.rows for batch in batches])
+    assert sorted(seen.tolist()) == list(range(21 * size))
+
+
+def test_an_epoch_of_several_datasets_in_one_bucket_holds_everything_once() -> None:
+    sizes = (100, 31, 2)
+    order = Order([Stream(WIDE, sizes)], sum(sizes), 0)
+    for epoch in range(5):
+        seen = samples(order.global_batch(epoch))
+        assert sorted(seen) == [(0, dataset, epoch, row) for dataset, size in enumerate(sizes) for row in range(size)]
+
+
+def test_batches_larger_than_the_data_run_over_several_epochs() -> None:
+    batch = Order.single(size=3, batch_global=8, seed=1).global_batch(0)
+    assert batch.epochs.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    order = Order([Stream(WIDE, (1, 2)), Stream(TALL, (1, 0))], 64, 0)
+    counts: Counter[tuple[int, int]] = Counter()
+    for step in range(60):
+        counts.update(sample[:2] for sample in samples(order.global_batch(step)))
+    assert counts[0, 0] + counts[0, 1] + counts[1, 0] == 60 * 64
+    assert max(counts[0, 0], counts[1, 0]) - min(counts[0, 0], counts[1, 0]) <= 64
+    assert abs(counts[0, 1] - 2 * counts[0, 0]) <= 4
+
+
+def test_one_dataset_in_one_bucket_keeps_the_order_that_earlier_runs_had() -> None:
+    for (size, batch_global, seed), step, epochs, rows in (
+        ((10, 4, 0), 0, [0, 0, 0, 0], [5, 2, 6, 0]),
+        ((10, 4, 0), 2, [0, 0, 1, 1], [1, 9, 1, 5]),
+        ((1000, 8, 1234), 7, [0] * 8, [270, 726, 189, 950, 748, 408, 412, 190]),
+        ((3, 8, 1), 5, [13, 13, 14, 14, 14, 15, 15, 15], [1, 0, 0, 1, 2, 2, 1, 0]),
+        ((10**12, 4, 7), 10**8, [0] * 4, [518784849823, 547886648294, 975278503191, 738004720404]),
+        ((1_000_003, 6, 2**63 - 1), 300_000, [1] * 6, [960275, 570506, 684106, 36254, 746726, 929954]),
+        ((2, 5, 9), 2, [5, 5, 6, 6, 7], [0, 1, 0, 1, 0]),
+    ):
+        batch = Order.single(size, batch_global, seed).global_batch(step)
+        assert (batch.epochs.tolist(), batch.rows.tolist()) == (epochs, rows)
+
+
+def test_the_order_of_a_mixture_stays_as_it_is() -> None:
+    order = mixed(8, weights=(0.2, 0.7, 0.1), images=0.25)
+    assert [order.stream_of(step) for step in range(16)] == [3, 0, 0, 2, 0, 0, 1, 1, 3, 1, 0, 1, 0, 2, 3, 3]
+    batch = order.global_batch(10**6)
+    assert batch.stream == 0
+    assert batch.datasets.tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert batch.epochs.tolist() == [87499, 87499, 87499, 87499, 87499, 8571, 8571, 8571]
+    assert batch.rows.tolist() == [29, 30, 1, 17, 22, 47, 58, 87]
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    rows = [
+        tuple(Order.single(1000, 1000, seed).global_batch(epoch).rows.tolist())
+        for seed in (0, 1, 2**63 - 1)
+        for epoch in (0, 1)
+    ]
+    assert len(set(rows)) == 6
+    streams = [tuple(mixed(seed=seed).stream_of(step) for step in range(200)) for seed in range(3)]
+    assert len(set(streams)) == 3
+
+
+def test_lines_of_one_size_do_not_come_in_the_same_order() -> None:
+    order = Order([Stream(WIDE, (100, 100)), Stream(TALL, (100, 100))], 10, 0)
+    lines = lines_of(order, 120)
+    orders = {tuple(row for epoch, row in seen if epoch < 2) for seen in lines.values()}
+    assert len(lines) == len(orders) == 4
+
+
+def test_rows_of_an_often_drawn_dataset_do_not_come_again_before_the_others() -> None:
+    order = Order([Stream(WIDE, (100_000, 50))], 100, 0, weights=[1.0, 1.0])
+    seen = lines_of(order, 40)[0, 1]
+    assert len(seen) >= 1900
+    assert [epoch for epoch, _ in seen] == sorted(epoch for epoch, _ in seen)
+    assert {len({row for e, row in seen if e == epoch}) for epoch in range(len(seen) // 50)} == {50}
+
+
+def test_a_million_samples_are_planned_in_under_a_second() -> None:
+    started = time.process_time()
+    rows = Order.single(1_000_000, 1_000_000, 0).global_batch(0).rows
+    assert time.process_time() - started < 1.0
+    assert len(np.unique(rows)) == 1_000_000
+
+
+def test_a_walk_and_a_far_step_hold_a_batch_and_no_table() -> None:
+    streams = [
+        Stream(Bucket(64, 64, frames), (10**12 + frames, 10**10, 10**6 // frames)) for frames in (1, 9, 17, 33, 65, 129)
+    ]
+    tracemalloc.start()
+    order = Order(streams, 1024, 0, weights=(0.6, 0.3, 0.1), image_fraction=0.1)
+    for step in (*range(100), 10**11, 10**12):
+        order.global_batch(step)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
+def test_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batch_global 12 is not a multiple of world size 4 x train\.accumulation 2"):
+        Order.single(100, 12, 0).micro_batch(0, 0, accumulation=2, rank=0, world_size=4)
+
+
+def test_cursor_inside_a_batch_is_refused() -> None:
+    order = Order.single(100, 12, 0)
+    assert order.step_of(24) == 2
+    with pytest.raises(ConfigError, match=r"not a multiple of train\.batch_global"):
+        order.step_of(25)
+
+
+def test_data_and_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(DataError, match="no samples"):
+        Order.single(0, 1, 0)
+    with pytest.raises(ConfigError, match="2 weights for 3 datasets"):
+        mixed(weights=(1.0, 2.0))

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from regen_dist.config.schema import DataConfig
+from regen_dist.data.dataset.catalogue import open_dataset
+from regen_dist.data.dataset.index import Sample
+from regen_dist.data.reading.loader import ClipBatch
+from regen_dist.data.reading.training_set import TrainingSet
+from regen_dist.data.reading.validation import validation_clip
+from regen_dist.errors import ConfigError, DataError
+from tests.helpers.processes import wait_until_gone
+from tests.helpers.workers import read
+from tests.unit.data.making.test_build import flip_byte
+
+
+@pytest.fixture
+def config(dataset_folder: Path) -> DataConfig:
+    return DataConfig(
+        url=str(dataset_folder), size=(32, 40), short_side=48, stride=(1, 2), image_fraction=0.25, workers=0
+    )
+
+
+def equal(left: list[ClipBatch], right: list[ClipBatch]) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(a.video, b.video) and torch.equal(a.sample_ids, b.sample_ids)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_batches_have_the_promised_shape(config: DataConfig) -> None:
+    batches = read(config, 8)
+    frames = [batch.video.shape[2] for batch in batches]
+    assert sorted(frames) == [1, 1, 9, 9, 9, 9, 9, 9]  # a quarter of the batches are images
+    for batch in batches:
+        assert batch.video.dtype == torch.uint8
+        assert batch.video.shape == (8, 3, batch.video.shape[2], 32, 40)
+        assert batch.sample_ids.dtype == torch.int64
+    ids = open_dataset(config.url).ids.tolist()
+    stream = [int(i) for batch in batches if batch.video.shape[2] == 9 for i in batch.sample_ids]
+    assert sorted(stream[:11]) == sorted(stream[11:22]) == sorted(ids)
+    assert stream[:11] != stream[11:22]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(config: DataConfig, workers: int) -> None:
+    parallel = config.model_copy(update={"workers": workers})
+    assert equal(read(parallel, 6), read(config, 6))
+
+
+def test_batches_that_are_kept_are_not_overwritten(config: DataConfig) -> None:
+    few = config.model_copy(update={"workers": 1, "prefetch": 1})  # three slots
+    assert equal(read(few, 8), read(config, 8))
+
+
+def test_a_cursor_goes_on_where_it_stands(config: DataConfig) -> None:
+    whole = read(config, 8)
+    assert equal(read(config, 3, cursor=40), whole[5:])
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (4, 1), (1, 4), (2, 2), (8, 1)])
+def test_ranks_and_accumulation_cut_the_same_global_batches(
+    config: DataConfig, world_size: int, accumulation: int
+) -> None:
+    whole = read(config, 2, cursor=16)
+    ranks = [
+        read(config, 2 * accumulation, rank=rank, world_size=world_size, accumulation=accumulation, cursor=16)
+        for rank in range(world_size)
+    ]
+    for step in range(2):
+        parts = [
+            ranks[rank][step * accumulation + micro] for micro in range(accumulation) for rank in range(world_size)
+        ]
+        joined = ClipBatch(torch.cat([part.video for part in parts]), torch.cat([part.sample_ids for part in parts]))
+        assert equal([joined], [whole[step]])
+
+
+def test_another_seed_gives_other_clips(config: DataConfig) -> None:
+    assert not equal(read(config, 1, seed=4), read(config, 1))
+
+
+def test_the_runs_random_state_is_left_alone(config: DataConfig) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    read(config, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def damaged(config: DataConfig, dataset_folder: Path, tmp_path: Path) -> tuple[DataConfig, Sample]:
+    """A copy of the dataset, with one byte of this sample flipped."""
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset_folder, folder)
+    sample = open_dataset(folder).sample(6)
+    flip_byte(folder / sample.shard, sample.offset + 100)
+    return config.model_copy(update={"url": str(folder), "image_fraction": 0.0}), sample
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_another_sample_stands_in_for_a_bad_one(
+    config: DataConfig, damaged: tuple[DataConfig, Sample], workers: int
+) -> None:
+    bad, sample = damaged
+    whole = read(config.model_copy(update={"image_fraction": 0.0}), 4, batch_global=11)
+    found = read(bad.model_copy(update={"workers": workers}), 4, batch_global=11)
+    for before, after in zip(whole, found, strict=True):
+        slots = (before.sample_ids == sample.id).nonzero().flatten().tolist()
+        assert len(slots) == 1, "an epoch is a batch here"
+        others = [slot for slot in range(11) if slot not in slots]
+        assert torch.equal(before.video[others], after.video[others])
+        assert torch.equal(before.sample_ids[others], after.sample_ids[others])
+        assert after.sample_ids[slots[0]] != sample.id
+        assert [(each.shard, each.key) for each in after.bad] == [(sample.shard, sample.key)]
+        assert after.bad[0].reason.startswith("the bytes differ from those that were written")
+    assert (
+        len(
+            {
+                int(batch.sample_ids[(before.sample_ids == sample.id)])
+                for before, batch in zip(whole, found, strict=True)
+            }
+        )
+        > 1
+    )
+
+
+def test_the_stand_in_is_the_same_however_the_work_is_divided(damaged: tuple[DataConfig, Sample]) -> None:
+    bad, _ = damaged
+    whole = read(bad, 4, batch_global=4)
+    ranks = [
+        read(bad.model_copy(update={"workers": rank}), 4, batch_global=4, rank=rank, world_size=2) for rank in (0, 1)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [ranks[0][step], ranks[1][step]]
+        assert torch.equal(batch.sample_ids, torch.cat([part.sample_ids for part in parts]))
+        assert torch.equal(batch.video, torch.cat([part.video for part in parts]))
+    assert any(batch.bad for batch in whole)
+
+
+def test_when_everything_is_bad_the_error_says_so(damaged: tuple[DataConfig, Sample]) -> None:
+    bad, _ = damaged
+    for shard in Path(str(bad.url)).glob("*.tar"):
+        shard.unlink()
+    with pytest.raises(
+        DataError, match=r"8 samples were tried in place of \S+, and each was bad; the last: .*not found"
+    ):
+        read(bad, 1)
+
+
+def test_videos_too_short_for_a_clip_are_left_out_and_told(config: DataConfig) -> None:
+    lengths = open_dataset(config.url).records["frames"]
+    longer = int((lengths >= 33).sum())
+    assert 0 < longer < len(lengths)
+    plain = config.model_copy(update={"image_fraction": 0.0})
+    data = TrainingSet(plain, num_frames=33, batch_global=longer, seed=0)
+    assert f"{len(lengths) - longer} have fewer than 33 frames and are left out" in data.summary()
+    batch = read(plain, 1, num_frames=33, batch_global=longer)[0]
+    assert sorted(batch.sample_ids.tolist()) == sorted(open_dataset(config.url).ids[lengths >= 33].tolist())
+    with pytest.raises(DataError, match="37 frames"):
+        TrainingSet(plain, num_frames=37, batch_global=1, seed=0)
+
+
+def test_what_cannot_be_divided_is_refused_before_reading(config: DataConfig) -> None:
+    with pytest.raises(ConfigError, match="batch_global 8 is not a multiple of world size 3"):
+        read(config, 0, world_size=3)
+    with pytest.raises(ConfigError, match="cursor"):
+        read(config, 0, cursor=12)
+    with pytest.raises(ConfigError, match="rank 2"):
+        read(config, 0, rank=2, world_size=2)
+
+
+def test_validation_clips_are_fixed_and_centred(config: DataConfig) -> None:
+    first, again = validation_clip(config, num_frames=9), validation_clip(config, num_frames=9)
+    assert first.video.shape == (4, 3, 9, 32, 40)
+    assert equal([first], [again])
+    other = validation_clip(config.model_copy(update={"url": "unused", "validation_url": config.url}), num_frames=9)
+    assert equal([first], [other])
+
+
+def test_a_crop_larger_than_the_video_is_enlarged_to_fit(config: DataConfig) -> None:
+    large = config.model_copy(update={"size": (64, 96), "short_side": None})
+    assert read(large, 1)[0].video.shape == (8, 3, 9, 64, 96)
+
+
+_KILLED = """
+import os, signal, sys
+from regen_dist.config.schema import DataConfig
+from regen_dist.data.reading.loader import clip_batches
+from regen_dist.data.reading.training_set import TrainingSet
+
+if __name__ == "__main__":
+    config = DataConfig(url=sys.argv[1], size=(32, 40), workers=2)
+    data = TrainingSet(config, num_frames=9, batch_global=8, seed=3)
+    batches = clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)
+    next(batches)
+    print(*[worker.pid for worker in batches.gi_frame.f_locals["batches"]._workers], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_killed_run(dataset_folder: Path, tmp_path: Path, root: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(_KILLED)
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    # A file, not a pipe: the workers hold a pipe open as long as they live.
+    with (tmp_path / "pids").open("w") as output:
+        subprocess.run([sys.executable, str(script), str(dataset_folder)], stdout=output, env=environment, check=False)
+    workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(workers) == 2
+    wait_until_gone(workers)
+
+
+def test_a_sample_that_comes_twice_in_a_batch_has_two_keys(config: DataConfig) -> None:
+    """Noise and timestep are keyed by them; the first time round the key is the sample's id."""
+    batch = read(config.model_copy(update={"image_fraction": 0.0}), 1, batch_global=22)[0]
+    assert sorted(batch.sample_ids[:11].tolist()) == sorted(batch.sample_ids[11:].tolist())
+    assert torch.equal(batch.keys[:11], batch.sample_ids[:11])
+    assert len(set(batch.keys.tolist())) == 22
+    assert (batch.keys >= 0).all()

@@ -1,0 +1,197 @@
+"""Buckets and mixtures end to end: which clips a run sees, however it is cut into ranks and workers."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from regen_dist.config.schema import DataConfig, SourceConfig
+from regen_dist.data.dataset.catalogue import RECORD, Dataset, open_dataset
+from regen_dist.data.dataset.manifest import Skip
+from regen_dist.data.making.moving_shapes import SyntheticOptions
+from regen_dist.data.making.synthetic import build_synthetic
+from regen_dist.data.reading import training_set as module
+from regen_dist.data.reading.loader import ClipBatch, Plan
+from regen_dist.data.reading.training_set import TrainingSet
+from tests.helpers.workers import read
+
+SIZES = ((32, 48), (48, 32), (32, 32))
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six squares of twelve frames."""
+    folder = tmp_path_factory.mktemp("shapes")
+    build_synthetic(folder, SyntheticOptions(6, seed=1, side=48, frames=12), workers=0)
+    return folder
+
+
+@pytest.fixture
+def mixed(dataset_folder: Path, shapes: Path) -> DataConfig:
+    """Real videos of three aspects (wide, tall, square) and shapes, two to one; a quarter of the batches are images."""
+    mixture = [{"url": str(dataset_folder), "weight": 2}, {"url": str(shapes), "weight": 1}]
+    values = {"mixture": mixture, "buckets": SIZES, "short_side": "fit", "stride": [1, 2], "image_fraction": 0.25}
+    return DataConfig.model_validate(values | {"workers": 0})
+
+
+def made(config: DataConfig, **changes: Any) -> TrainingSet:
+    return TrainingSet(config, **{"num_frames": 9, "batch_global": 8, "seed": 3} | changes)
+
+
+def test_each_batch_has_one_shape_and_each_video_its_best(mixed: DataConfig) -> None:
+    data = made(mixed)
+    best = {(bucket.height, bucket.width) for bucket in data.buckets}
+    assert best == set(SIZES)
+    seen = Counter(data.order.global_batch(step).bucket for step in range(48))
+    assert set(seen) == set(data.buckets)
+    assert sum(count for bucket, count in seen.items() if bucket.is_image) == 12
+    for step in range(48):
+        batch = data.order.global_batch(step)
+        for place in data.places(batch):
+            aspect = np.sign(place.row.width - place.row.height)
+            assert aspect == np.sign(batch.bucket.width - batch.bucket.height)
+            assert place.row.frames >= batch.bucket.frames
+
+
+def test_clips_have_the_shape_of_their_bucket(mixed: DataConfig) -> None:
+    data = made(mixed)
+    found = read(mixed, 12)
+    assert len({batch.video.shape for batch in found}) >= 4
+    for step, batch in enumerate(found):
+        assert batch.video.shape == (8, 3, *[data.order.global_batch(step).bucket[i] for i in (2, 0, 1)])
+        assert batch.video.float().std() > 1
+
+
+def test_weights_are_shares_of_the_samples(mixed: DataConfig) -> None:
+    data = made(mixed)
+    drawn = Counter(np.concatenate([data.order.global_batch(step).datasets for step in range(300)]).tolist())
+    assert drawn[0] / drawn.total() == pytest.approx(2 / 3, abs=0.01)
+
+
+def test_every_sample_of_a_bucket_comes_before_any_comes_again(mixed: DataConfig) -> None:
+    data = made(mixed)
+    epochs: dict[tuple[int, int, int], list[int]] = {}
+    for step in range(120):
+        batch = data.order.global_batch(step)
+        for dataset, epoch, row in zip(batch.datasets, batch.epochs, batch.rows, strict=True):
+            epochs.setdefault((batch.stream, int(dataset), int(epoch)), []).append(int(row))
+    for rows in epochs.values():
+        assert len(set(rows)) == len(rows)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("step", [0, 2, 10, 12_345])
+def test_ranks_and_workers_cut_the_same_global_batches(
+    mixed: DataConfig, world_size: int, workers: int, step: int
+) -> None:
+    data = made(mixed)
+    expected = [data.places(data.order.global_batch(number)) for number in range(step, step + 3)]
+    for accumulation in (1, 8 // world_size):
+        found: list[list[Any]] = [[] for _ in range(3)]
+        plans = [Plan(data, step, accumulation, rank, world_size) for rank in range(world_size)]
+        lines = [_as_workers_do(plan, 3 * accumulation, workers) for plan in plans]
+        for number in range(3 * accumulation):
+            for line in lines:
+                found[number // accumulation] += data.places(line[number])
+        assert found == expected
+
+
+def _as_workers_do(plan: Plan, number: int, workers: int) -> list[Any]:
+    """The first micro-batches of a rank, each worker going through every n-th by itself."""
+    lines = [islice(plan, worker, None, workers or 1) for worker in range(workers or 1)]
+    return [next(lines[index % len(lines)]) for index in range(number)]
+
+
+@pytest.mark.parametrize(("world_size", "workers", "cursor"), [(1, 3, 0), (2, 1, 16), (8, 0, 80)])
+def test_the_pixels_are_the_same_too(mixed: DataConfig, world_size: int, workers: int, cursor: int) -> None:
+    whole = read(mixed, 2, cursor=cursor)
+    parts = [
+        read(mixed.model_copy(update={"workers": workers}), 2, cursor=cursor, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for step, expected in enumerate(whole):
+        _same([rank[step] for rank in parts], expected)
+
+
+def _same(parts: list[ClipBatch], whole: ClipBatch) -> None:
+    for name in ("video", "sample_ids", "epochs"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "data sizes": ({"buckets": SIZES[:2]}, {}),
+    "frames of a clip": ({}, {"num_frames": 5}),
+    "data.image_fraction": ({"image_fraction": 0.5}, {}),
+    "data.short_side": ({"short_side": 48}, {}),
+    "data.stride": ({"stride": (2, 1)}, {}),
+    "data.flip": ({"flip": False}, {}),
+    "train.batch_global": ({}, {"batch_global": 16}),
+    "train.seed": ({}, {"seed": 4}),
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_what_changes_the_clips_changes_the_identity(mixed: DataConfig, name: str) -> None:
+    of_data, others = OPTIONS[name]
+    before, after = made(mixed).identity(), made(mixed.model_copy(update=of_data), **others).identity()
+    assert [key for key in before if before[key] != after[key]] == [name]
+
+
+def test_weights_order_and_datasets_are_part_of_the_identity(mixed: DataConfig) -> None:
+    before = made(mixed).identity()
+    first, second = mixed.mixture
+    for mixture, changed in (
+        (_weighed([first, second], [3.0, 1.0]), ["data.mixture weights"]),
+        (_weighed([second, first], [2.0, 1.0]), ["dataset fingerprint"]),
+        (_weighed([first], [1.0]), ["dataset fingerprint", "data.mixture weights"]),
+    ):
+        after = made(mixed.model_copy(update={"mixture": mixture})).identity()
+        assert [key for key in before if before[key] != after[key]] == changed
+
+
+def _weighed(sources: list[SourceConfig], weights: list[float]) -> tuple[SourceConfig, ...]:
+    return tuple(source.model_copy(update={"weight": each}) for source, each in zip(sources, weights, strict=True))
+
+
+def test_what_does_not_change_the_clips_does_not_change_the_identity(
+    mixed: DataConfig, tmp_path: Path, dataset_folder: Path
+) -> None:
+    before = made(mixed).identity()
+    spelt = [source.model_copy(update={"url": f"{Path(source.url).as_uri()}/"}) for source in mixed.mixture]
+    reading = mixed.read.model_copy(update={"cache": str(tmp_path), "ahead_mb": 1, "join_kb": 0, "requests": 1})
+    values = {"mixture": tuple(spelt), "workers": 3, "prefetch": 9, "read": reading, "max_bad_share": 0.5}
+    assert made(mixed.model_copy(update=values)).identity() == before
+
+
+def test_it_crosses_to_workers_small_however_large_the_data(
+    dataset_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million rows of a thousand shards, in two buckets; the catalogue is made up, the rest is real."""
+    monkeypatch.setenv("REGEN_CACHE", str(tmp_path))
+    small, rows = open_dataset(dataset_folder), 1_000_000
+    records = np.zeros(rows, RECORD)
+    records["id"], records["shard"], records["frames"] = np.arange(rows), np.arange(rows) // 1000, 20
+    records["height"], records["width"] = 64, np.where(np.arange(rows) % 3, 64, 128)
+    np.save(tmp_path / "large.npy", records)
+    one = small.manifest.shards[0].model_copy(update={"samples": 1000})
+    shards = tuple(one.model_copy(update={"name": f"s-{n}.tar", "index": f"s-{n}.parquet"}) for n in range(1000))
+    skipped = tuple(Skip(source=f"video {number}", reason="too short") for number in range(20_000))
+    totals = small.manifest.totals.model_copy(update={"samples": rows})
+    manifest = small.manifest.model_copy(update={"shards": shards, "skipped": skipped, "totals": totals})
+    monkeypatch.setattr(module, "open_dataset", lambda *_: Dataset(small.store, manifest, tmp_path / "large.npy"))
+    data = made(DataConfig(url="there", buckets=((32, 32), (32, 64)), workers=0))
+    before = data.places(data.order.global_batch(5))
+    sent = pickle.dumps(data)
+    assert len(sent) < 1_000_000, "the shards' names and sums, and no rows"
+    copy = pickle.loads(sent)
+    assert copy.places(copy.order.global_batch(5)) == before
+    assert copy.identity() == data.identity()
+    assert sorted(stream.sizes for stream in data.order.streams) == [(333_334,), (666_666,)]
