@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from regen_dist.config import to_yaml
+from regen_dist.data.making.build import build_shards
 from regen_dist.observe.record import read_record
+from tests.helpers.builds import OPTIONS, write_sources
 from tests.helpers.ranks import run_regen
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
@@ -19,6 +21,14 @@ def losses(run: Path) -> list[float]:
     lines = read_record(run / "metrics.jsonl", "train")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven samples of two or three seconds. Read it, do not change it."""
+    folder = tmp_path_factory.mktemp("dataset")
+    build_shards([write_sources(tmp_path_factory.mktemp("sources"))], folder, OPTIONS, workers=0)
+    return folder
 
 
 @pytest.fixture(scope="session")

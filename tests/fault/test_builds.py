@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 
 from regen_dist.data.making.build import build_shards
+from regen_dist.data.making.foreign import index_tars
 from regen_dist.data.making.moving_shapes import SyntheticOptions
 from regen_dist.data.making.plan import BuildOptions
 from regen_dist.data.making.synthetic import build_synthetic
 from regen_dist.data.objects.store import Store
 from tests.helpers.builds import FLAGS, PARTS, objects, run_builds, start_build, wait_for, write_sources
+from tests.helpers.foreign import numbered, write_tar
 from tests.helpers.video import write_video
 
 
@@ -144,3 +147,28 @@ def test_a_killed_synthetic_build_is_finished_with_the_same_bytes(tmp_path: Path
     assert build_synthetic(tmp_path / "whole", options, workers=0).shards_made == 10
     assert objects(tmp_path / "killed") == objects(tmp_path / "whole")
     assert build_synthetic(tmp_path / "killed", options, workers=0).shards_made == 0
+
+
+def test_a_killed_index_goes_on_where_it_was(tmp_path: Path) -> None:
+    for shard in range(24):
+        write_tar(tmp_path / "killed" / f"{shard:05d}.tar", numbered(8, start=8 * shard))
+    shutil.copytree(tmp_path / "killed", tmp_path / "whole")
+    program = "from tools.shards import app; app()"
+    command = [sys.executable, "-c", program, "index", str(tmp_path / "killed"), "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while len(list((tmp_path / "killed").glob("*.index.parquet"))) < 3:
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.3)  # the worker ends with its parent
+    made = {name: data for name, data in objects(tmp_path / "killed").items() if name.endswith(".index.parquet")}
+    assert 3 <= len(made) < 24
+    assert "manifest.json" not in Store(tmp_path / "killed").list()
+    (tmp_path / "killed" / ".00003.index.parquet.0.999999999.tmp").write_bytes(b"half of an ind")
+    finished = index_tars(tmp_path / "killed", workers=0)
+    after = objects(tmp_path / "killed")
+    assert finished.shards_made <= 24 - len(made)
+    assert {name: after[name] for name in made} == made
+    index_tars(tmp_path / "whole", workers=0)
+    assert after == objects(tmp_path / "whole")

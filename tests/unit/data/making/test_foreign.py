@@ -6,11 +6,7 @@ import gzip
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -390,33 +386,6 @@ def test_a_failing_store_is_no_broken_tar(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(DataError, match=r"^the network is gone$"):
         index(tmp_path, skip_broken=True)
     assert not (tmp_path / MANIFEST).exists()
-
-
-def test_a_killed_index_goes_on_where_it_was(tmp_path: Path) -> None:
-    for shard in range(24):
-        write_tar(tmp_path / "killed" / f"{shard:05d}.tar", numbered(8, start=8 * shard))
-    shutil.copytree(tmp_path / "killed", tmp_path / "whole")
-    program = "from tools.shards import app; app()"
-    command = [sys.executable, "-c", program, "index", str(tmp_path / "killed"), "--workers", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while len(list((tmp_path / "killed").glob("*.index.parquet"))) < 3:
-        assert process.poll() is None, "it ended by itself"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    made = {name: file for name, file in contents(tmp_path / "killed").items() if name.endswith(".index.parquet")}
-    time.sleep(0.3)  # the worker ends with its parent
-    assert 3 <= len(made) < 24
-    assert not (tmp_path / "killed" / MANIFEST).exists()
-    (tmp_path / "killed" / ".00003.index.parquet.0.999999999.tmp").write_bytes(b"half of an ind")
-    finished = index(tmp_path / "killed")
-    after = contents(tmp_path / "killed")
-    assert finished.shards_made <= 24 - len(made)
-    assert {name: after[name] for name in made} == made
-    index(tmp_path / "whole")
-    assert {name: data for name, (data, _) in after.items()} == {
-        name: data for name, (data, _) in contents(tmp_path / "whole").items()
-    }
 
 
 def test_no_address_is_taken_from_the_description(tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,6 @@ from regen_dist.data.reading.loader import ClipBatch
 from regen_dist.data.reading.training_set import TrainingSet
 from regen_dist.data.reading.validation import validation_clip
 from regen_dist.errors import ConfigError, DataError
-from tests.helpers.processes import wait_until_gone
 from tests.helpers.workers import read
 from tests.unit.data.making.test_build import flip_byte
 
@@ -186,34 +182,6 @@ def test_validation_clips_are_fixed_and_centred(config: DataConfig) -> None:
 def test_a_crop_larger_than_the_video_is_enlarged_to_fit(config: DataConfig) -> None:
     large = config.model_copy(update={"size": (64, 96), "short_side": None})
     assert read(large, 1)[0].video.shape == (8, 3, 9, 64, 96)
-
-
-_KILLED = """
-import os, signal, sys
-from regen_dist.config.schema import DataConfig
-from regen_dist.data.reading.loader import clip_batches
-from regen_dist.data.reading.training_set import TrainingSet
-
-if __name__ == "__main__":
-    config = DataConfig(url=sys.argv[1], size=(32, 40), workers=2)
-    data = TrainingSet(config, num_frames=9, batch_global=8, seed=3)
-    batches = clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)
-    next(batches)
-    print(*[worker.pid for worker in batches.gi_frame.f_locals["batches"]._workers], flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_workers_end_with_a_killed_run(dataset_folder: Path, tmp_path: Path, root: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(_KILLED)
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    # A file, not a pipe: the workers hold a pipe open as long as they live.
-    with (tmp_path / "pids").open("w") as output:
-        subprocess.run([sys.executable, str(script), str(dataset_folder)], stdout=output, env=environment, check=False)
-    workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-    assert len(workers) == 2
-    wait_until_gone(workers)
 
 
 def test_a_sample_that_comes_twice_in_a_batch_has_two_keys(config: DataConfig) -> None:

@@ -130,7 +130,7 @@ def test_nothing_and_damage(tmp_path: Path) -> None:
 
 def test_the_detector_is_imported_late_and_keeps_to_one_thread() -> None:
     script = (
-        "import sys; from regen_dist.data import scenes; assert not {'cv2', 'scenedetect'} & set(sys.modules)\n"
+        "import sys; from regen_dist.data.video import scenes; assert not {'cv2', 'scenedetect'} & set(sys.modules)\n"
         "scenes.analyse([]); import cv2; assert cv2.getNumThreads() == 1"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -167,3 +167,31 @@ def test_too_little_shared_memory_is_one_clear_error(dataset_folder: Path, scrip
     assert ran.returncode == 3, ran.stderr
     assert "no shared memory for " in ran.stdout
     assert "docker run --shm-size" in ran.stdout
+
+
+_KILLED = """
+import os, signal, sys
+from regen_dist.config.schema import DataConfig
+from regen_dist.data.reading.loader import clip_batches
+from regen_dist.data.reading.training_set import TrainingSet
+
+if __name__ == "__main__":
+    config = DataConfig(url=sys.argv[1], size=(32, 40), workers=2)
+    data = TrainingSet(config, num_frames=9, batch_global=8, seed=3)
+    batches = clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)
+    next(batches)
+    print(*[worker.pid for worker in batches.gi_frame.f_locals["batches"]._workers], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_killed_run(dataset_folder: Path, tmp_path: Path, root: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(_KILLED)
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    # A file, not a pipe: the workers hold a pipe open as long as they live.
+    with (tmp_path / "pids").open("w") as output:
+        subprocess.run([sys.executable, str(script), str(dataset_folder)], stdout=output, env=environment, check=False)
+    workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(workers) == 2
+    wait_until_gone(workers)
