@@ -1,2 +1,2 @@
-"""Datasets of WebDataset tars with an index: making them (`making`), what they are (`dataset`), where they lie (`objects`),
-in which order a run sees them (`order`), and how they become clips (`reading`, `video`)."""
+"""Datasets of WebDataset tars with an index: what they are (`dataset`), where they lie (`objects`), making them (`making`),
+looking at them (`inspection`), in which order a run sees them (`order`), how they become clips (`reading`, `video`)."""

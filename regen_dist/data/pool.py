@@ -20,6 +20,7 @@ from regen_dist.errors import DataError
 
 Tag = TypeVar("Tag")
 Result = TypeVar("Result")
+Progress = Callable[[str, int, int], None]  # told (stage, done, total) by whatever takes long
 
 
 class Call(Generic[Result]):

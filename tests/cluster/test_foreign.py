@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from launcher.seaweed import ObjectServer
 from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.checking import verify_dataset
 from regen_dist.data.dataset.manifest import MANIFEST, Manifest
+from regen_dist.data.inspection.checking import verify_dataset
 from regen_dist.data.making.foreign import index_tars
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import AccessDenied, DataError

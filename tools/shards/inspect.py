@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from regen_dist.data.dataset.catalogue import Dataset
-    from regen_dist.data.dataset.overview import Overview
-    from regen_dist.data.dataset.tally import Histogram
+    from regen_dist.data.inspection.overview import Overview
+    from regen_dist.data.inspection.tally import Histogram
 
 _BAR, _REASONS = 30, 12
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -44,8 +44,8 @@ def inspect(
     from rich.console import Console
 
     from regen_dist.data.dataset.catalogue import open_dataset
-    from regen_dist.data.dataset.contact import choose_rows, write_contact_sheet
-    from regen_dist.data.dataset.overview import make_overview
+    from regen_dist.data.inspection.contact import choose_rows, write_contact_sheet
+    from regen_dist.data.inspection.overview import make_overview
 
     dataset = open_dataset(url)
     with progress_bar() as progress:

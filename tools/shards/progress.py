@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from regen_dist.data.making.build import Progress
+    from regen_dist.data.pool import Progress
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from regen_dist.errors import DataError
 from tools.shards.progress import progress_bar
 
 if TYPE_CHECKING:
-    from regen_dist.data.dataset.checking import Depth
+    from regen_dist.data.inspection.checking import Depth
 
 _MEND = {
     "index": "copy the tars named again from where they came; remove the indices that are bad, or whose tars were "
@@ -37,7 +37,7 @@ def verify(
 
     Example: regen shards verify runs/shards --deep
     """
-    from regen_dist.data.dataset.checking import verify_dataset
+    from regen_dist.data.inspection.checking import verify_dataset
 
     if quick and deep:
         raise typer.BadParameter("--quick and --deep exclude each other")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +16,9 @@ from regen_dist.data.making.plan import KIND, BuildOptions, identity
 from regen_dist.data.making.planning import Begun, Planner
 from regen_dist.data.making.sources import Source, find_sources
 from regen_dist.data.objects.store import Store, remove_leftovers
-from regen_dist.data.pool import Pool, worker_pool
+from regen_dist.data.pool import Pool, Progress, worker_pool
 from regen_dist.data.video.transcode import Encoded, Segment, encode_segments
 
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 MAX_BAD_SHARE = 0.5
 _IDLE_S = 3600.0  # other tasks may be at work on other machines: what they write is newer than that
 

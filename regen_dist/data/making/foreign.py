@@ -22,7 +22,7 @@ from regen_dist.data.pool import worker_pool
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
-    from regen_dist.data.making.build import Progress
+    from regen_dist.data.pool import Progress
 
 _COMPRESSED = (
     "it is compressed: samples are read by byte ranges, which a compressed tar does not have; unpack it (videos are "

@@ -6,7 +6,7 @@ holds depends on the options alone: not on who makes it, in how many processes o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -19,14 +19,13 @@ from regen_dist.data.dataset.manifest import Kind, Manifest, write_manifest
 from regen_dist.data.dataset.writing import Finished, Limits, NewSample, ShardWriter, finished_shards, index_name
 from regen_dist.data.making.moving_shapes import DRAWING_VERSION, Clip, SyntheticOptions, make_clip
 from regen_dist.data.objects.store import Store, remove_leftovers
-from regen_dist.data.pool import Pool, worker_pool
+from regen_dist.data.pool import Pool, Progress, worker_pool
 from regen_dist.data.video.transcode import PRESET, X264_PARAMS
 from regen_dist.errors import DataError
 
 KIND: Kind = "synthetic"
 _CLIPS_PER_CALL = 16  # what a worker makes at a time
 _IDLE_S = 3600.0  # other tasks may be at work on other machines: what they write is newer than that
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 class Made(NamedTuple):

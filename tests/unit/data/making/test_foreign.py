@@ -14,10 +14,10 @@ import pytest
 import webdataset
 
 from regen_dist.data.dataset.catalogue import Dataset, open_dataset
-from regen_dist.data.dataset.checking import verify_dataset
 from regen_dist.data.dataset.index import Sample, sample_id
 from regen_dist.data.dataset.manifest import MANIFEST
 from regen_dist.data.dataset.writing import NewSample, ShardWriter
+from regen_dist.data.inspection.checking import verify_dataset
 from regen_dist.data.making import foreign, members
 from regen_dist.data.making.foreign import IndexedTars, index_name, index_tars
 from regen_dist.data.objects.store import Store

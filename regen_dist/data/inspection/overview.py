@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from regen_dist.data.dataset.catalogue import Dataset
 from regen_dist.data.dataset.index import read_index, sample_id
 from regen_dist.data.dataset.manifest import Skip, Totals, read_all
-from regen_dist.data.dataset.tally import Histogram, Tally
+from regen_dist.data.inspection.tally import Histogram, Tally
 
 if TYPE_CHECKING:
-    from regen_dist.data.making.build import Progress
+    from regen_dist.data.pool import Progress
 
 _ROWS_AT_ONCE = 1 << 20
 _SIDES = 8  # how many pairs of sides are listed by themselves

@@ -14,11 +14,11 @@ import av
 import pytest
 from typer.testing import CliRunner
 
-from regen_dist.data.dataset import checking
 from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.checking import verify_dataset
 from regen_dist.data.dataset.index import Sample, read_index, samples_of, write_index
 from regen_dist.data.dataset.manifest import MANIFEST, to_json
+from regen_dist.data.inspection import checking
+from regen_dist.data.inspection.checking import verify_dataset
 from regen_dist.data.making.foreign import index_tars
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import DataError

@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from regen_dist.data.dataset import overview
 from regen_dist.data.dataset.catalogue import Dataset, open_dataset
-from regen_dist.data.dataset.contact import choose_rows, write_contact_sheet
 from regen_dist.data.dataset.index import Described
 from regen_dist.data.dataset.manifest import Skip, write_manifest
-from regen_dist.data.dataset.overview import count_reasons, make_overview
-from regen_dist.data.dataset.tally import Bar, Tally
 from regen_dist.data.dataset.writing import Limits, NewSample, ShardWriter, index_name
+from regen_dist.data.inspection import overview
+from regen_dist.data.inspection.contact import choose_rows, write_contact_sheet
+from regen_dist.data.inspection.overview import count_reasons, make_overview
+from regen_dist.data.inspection.tally import Bar, Tally
 from regen_dist.data.making.foreign import index_tars
 from regen_dist.data.objects.store import Store
 from tests.helpers.foreign import change, clip, write_tar

@@ -20,7 +20,7 @@ from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
-    from regen_dist.data.making.build import Progress
+    from regen_dist.data.pool import Progress
 
 Depth = Literal["quick", "bytes", "deep"]
 _OURS = (PLAN, MANIFEST)
