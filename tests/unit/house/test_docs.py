@@ -48,3 +48,15 @@ def test_every_config_begins_with_the_command_that_runs_it() -> None:
     configs = sorted((ROOT / "configs").rglob("*.yaml"))
     headers = {path: re.match(r"(#.*\n)+", path.read_text()) for path in configs}
     assert [str(path) for path, header in headers.items() if not header or "regen " not in header.group()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    """`tests/a/test_b.py::test_c` as it stands, and `…::test_d` for another test of the file named before."""
+    file, missing = "", []
+    for found in re.finditer(r"`(?:(tests/[\w/]+\.py)|…)(?:::(\w+))?`", page.read_text()):
+        file = found[1] or file
+        source = (ROOT / file).read_text() if (ROOT / file).is_file() else ""
+        if not source or (found[2] and f"def {found[2]}(" not in source):
+            missing.append(found[0])
+    assert missing == []
