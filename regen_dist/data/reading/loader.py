@@ -23,7 +23,7 @@ from regen_dist.data.order.order import MicroBatch, micro_batch_size
 from regen_dist.data.pool import end_with_parent
 from regen_dist.data.reading.clips import BadSample, ClipReader, decoding
 from regen_dist.data.reading.fetching import Fetcher
-from regen_dist.data.reading.slots import Slots
+from regen_dist.data.reading.slots import Sent, Slots
 from regen_dist.data.reading.training_set import TrainingSet
 from regen_dist.errors import ConfigError, DataError
 
@@ -108,7 +108,7 @@ class Plan:
 class _Made(NamedTuple):
     """A batch on its way from a worker: what is small goes as it is, the clips by shared memory, in a slot."""
 
-    video: Tensor
+    video: Tensor | Sent  # `Sent` by a worker, and a tensor where it arrives
     slot: int
     sample_ids: list[int]
     epochs: list[int]
@@ -144,7 +144,8 @@ class _Clips(IterableDataset[_Made | DataError]):
                     video, slot = self._slots.take(number, (len(found), 3, *_sides(batch)))
                     places, bad, stand_ins = reader.read(batch, found, video.numpy())
                     ids = [place.row.id for place in places]
-                    yield _Made(video, slot, ids, batch.epochs.tolist(), bad, stand_ins, fetcher.problem)
+                    sent = self._slots.sent(video, slot)
+                    yield _Made(sent, slot, ids, batch.epochs.tolist(), bad, stand_ins, fetcher.problem)
         except DataError as error:
             yield error
 
@@ -226,6 +227,7 @@ def _dead_workers(error: Exception, batches: object) -> list[int]:
 
 
 def _received(made: _Made, slots: Slots) -> ClipBatch:
+    assert isinstance(made.video, Tensor), "it has arrived"
     video = slots.lend(made.video, made.slot, copied=torch.cuda.is_available())
     ids, epochs = torch.tensor([made.sample_ids, made.epochs], dtype=torch.int64)
     return ClipBatch(video, ids, epochs, made.bad, made.stand_ins, made.problem)

@@ -4,7 +4,8 @@ does, and so does giving it back."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from math import prod
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from regen_dist.errors import DataError
 
 NONE = -1
+_made_here: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
+_numbers = count()
 
 
 class Slots:
@@ -31,7 +34,8 @@ class Slots:
     """
 
     def __init__(self, workers: int, each: int, batch_bytes: int) -> None:
-        self._each = each
+        self._each, self._number = each, next(_numbers)
+        _made_here[self._number] = self
         self._room = _shared(workers * each * batch_bytes).view(workers * each, batch_bytes)
         self._taken = torch.zeros(workers * each, dtype=torch.uint8).share_memory_()
 
@@ -41,8 +45,15 @@ class Slots:
         if not len(self._taken):
             return torch.empty(*shape, dtype=torch.uint8), NONE
         slot = self._free(worker)
-        room = _shared(prod(shape)) if slot == NONE else self._room[slot, : prod(shape)]
-        return room.view(*shape), slot
+        return _shared(prod(shape)).view(*shape) if slot == NONE else self.view(slot, shape), slot
+
+    def sent(self, video: Tensor, slot: int) -> Tensor | Sent:
+        """In a worker: what goes to the rank in place of a batch."""
+        return video if slot == NONE else Sent(self._number, slot, tuple(video.shape))
+
+    def view(self, slot: int, shape: Sequence[int]) -> Tensor:
+        """What lies in a slot, uint8 of this shape."""
+        return self._room[slot, : prod(shape)].view(*shape)
 
     def lend(self, video: Tensor, slot: int, *, copied: bool) -> Tensor:
         """In the rank: the same clips, which give their slot back when neither they nor any view of them is left; at
@@ -63,6 +74,21 @@ class Slots:
                 self._taken[slot] = 1
                 return slot
         return NONE
+
+
+class Sent:
+    """A batch on its way to the rank, where it arrives as a tensor: the rank has its slot mapped. To send the tensor
+    itself would take a file descriptor through a socket each time."""
+
+    def __init__(self, slots: int, slot: int, shape: tuple[int, ...]) -> None:
+        self._place = slots, slot, shape
+
+    def __reduce__(self) -> tuple[Callable[[int, int, tuple[int, ...]], Tensor], tuple[int, int, tuple[int, ...]]]:
+        return _arrived, self._place
+
+
+def _arrived(slots: int, slot: int, shape: tuple[int, ...]) -> Tensor:
+    return _made_here[slots].view(slot, shape)
 
 
 def _shared(size: int) -> Tensor:

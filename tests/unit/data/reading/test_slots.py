@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 
 import numpy as np
 import pytest
@@ -49,6 +50,15 @@ def test_batches_that_are_kept_stay_what_they_are() -> None:
     kept = [of(slots, number, number % 2) for number in range(8)]
     assert [slot for _, slot in kept] == [0, 2, 1, 3] + 4 * [NONE]
     assert all(np.array_equal(batch.numpy(), clips(number)) for number, (batch, _) in enumerate(kept))
+
+
+def test_what_a_worker_sends_arrives_as_a_tensor_of_the_same_memory() -> None:
+    slots = Slots(workers=1, each=1, batch_bytes=2 * 3 * 2 * 8 * 8)
+    video, slot = filled(slots, 1)
+    arrived = pickle.loads(pickle.dumps(slots.sent(video, slot)))
+    assert (arrived.data_ptr(), arrived.shape) == (video.data_ptr(), video.shape)
+    fresh, none = filled(slots, 2)
+    assert slots.sent(fresh, none) is fresh, "memory of its own goes by itself"
 
 
 def test_a_smaller_batch_fits_too() -> None:
