@@ -48,12 +48,12 @@ def data(
     videos: Annotated[Path | None, typer.Option(help="Folder of videos; runs/videos, else moving shapes.")] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Moving shapes, whatever videos there are.")] = False,
     samples: Annotated[int, typer.Option(help="Small samples that are fetched.", min=16)] = 3000,
-    seconds: Annotated[float, typer.Option(help="Length of one measurement of clips, about.")] = 4.0,
-    repeats: Annotated[int, typer.Option(help="Rounds in which everything is measured in turn.", min=1)] = 3,
+    seconds: Annotated[float, typer.Option(help="Length of one measurement of clips, about.")] = 5.0,
+    repeats: Annotated[int, typer.Option(help="Rounds in which everything is measured in turn.", min=1)] = 5,
     only: Annotated[list[Part] | None, typer.Option(help="Measure this alone; may be given again.")] = None,
 ) -> None:
     """Measure reading: the loader against decoding alone, fetching against obstore alone and WebDataset, data wait,
-    planning, starting. Takes about six minutes.
+    planning, starting. Takes six minutes on two cores.
 
     Example: regen bench data --only clips --only small
     """
