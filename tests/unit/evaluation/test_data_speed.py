@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from regen_dist.config.schema import DataConfig, ReadConfig
+from regen_dist.config.schema import ReadConfig
 from regen_dist.data.dataset.catalogue import open_dataset
 from regen_dist.data.making.moving_shapes import SyntheticOptions
 from regen_dist.data.making.synthetic import build_synthetic
-from regen_dist.data.reading.loader import clip_batches
 from regen_dist.errors import DataError
-from regen_dist.evaluation.data_speed import clips, fetching, planning, starting
+from regen_dist.evaluation.data_speed import fetching, planning
 from regen_dist.evaluation.data_speed.others import by_webdataset, piped
 from regen_dist.evaluation.data_speed.prepare import copy_dataset
 from regen_dist.evaluation.data_speed.report import table
@@ -69,26 +67,6 @@ def test_a_summary_has_the_median_and_both_ends() -> None:
 def test_the_stores_cpu_time_is_taken_out_of_all_cores() -> None:
     turn = without_store(Turn(100, 10, {"store_cpu_s": 4.0}), cores=2)
     assert turn.rate == pytest.approx(100 / 8)
-
-
-def test_decoding_alone_decodes_the_loaders_clips(shapes: Path) -> None:
-    config = DataConfig(url=str(shapes), size=(32, 32), short_side="fit", stride=(1, 2))
-    stretch = clips.Stretch(config, num_frames=5, batch=3, batches=2, workers=2, seed=1)
-    batches = clip_batches(stretch.open(), accumulation=1, rank=0, world_size=1, cursor=0)
-    loaded = [batch.video.numpy() for batch in islice(batches, stretch.first, stretch.first + 4)]
-    batches.close()
-    for worker in range(2):
-        alone = [clip.decode() for clip in clips.clips_of(stretch, worker)]
-        assert np.array_equal(np.stack(alone), np.concatenate(loaded[worker::2]))
-
-
-def test_both_sides_count_every_clip(shapes: Path) -> None:
-    config = DataConfig(url=str(shapes), size=(32, 32), short_side="fit")
-    stretch = clips.Stretch(config, num_frames=5, batch=3, batches=2, workers=2)
-    for turn in (clips.from_memory(stretch), clips.through_loader(stretch)):
-        assert turn.amount == 12
-        assert turn.seconds > 0
-        assert turn.facts["own_cpu_s"] >= 0
 
 
 def test_every_way_of_reading_brings_every_byte(small: str) -> None:
@@ -151,12 +129,6 @@ def test_planning_costs_time_and_memory(mixed: bool) -> None:
     assert found["peak_mb"] >= found["before_mb"] > 0
     streams = planning.make_order(20_000, mixed=mixed).streams
     assert sum(sum(stream.sizes) for stream in streams) == pytest.approx(20_000, rel=0.001)
-
-
-def test_a_start_is_told_in_parts(shapes: Path, tmp_path: Path) -> None:
-    found = starting.first_batch(str(shapes), tmp_path, crop=32, num_frames=5, batch=2)
-    assert 0 < found["import_s"] + found["open_s"] + found["batch_s"] <= found["seconds"]
-    assert list((tmp_path / "catalogues").glob("*.npy")), "it opened the dataset with this cache"
 
 
 def lines(*waits: tuple[float, float]) -> list[dict[str, float]]:
