@@ -34,14 +34,19 @@ unit: test-unit
 
 test-unit: $(STAMP)
 	@echo "== unit =="
-	OMP_NUM_THREADS=1 pytest tests/unit -n logical -q
+	OMP_NUM_THREADS=1 pytest tests/unit -n logical --dist worksteal -q
 
-test-dist test-fault test-e2e test-cluster: test-%: $(STAMP)
+test-dist: $(STAMP)
+	@echo "== dist =="
+	pytest tests/dist -q
+
+# Much of their time is waiting: two files at once.
+test-fault test-cluster test-e2e: test-%: $(STAMP)
 	@echo "== $* =="
-	pytest tests/$* -q
+	pytest tests/$* -n 2 --dist loadfile -q
 
 # torch first and pinned: an open range would take a CUDA build of several gigabytes on a machine without a GPU.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt .ci/system-packages
 	.ci/system-packages $(PYTHON)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch setuptools

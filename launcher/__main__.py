@@ -24,12 +24,13 @@ def train(
     config: Annotated[Path, typer.Argument(help="A YAML file under configs/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start from scratch where no checkpoint is whole.")] = False,
 ) -> None:
     """Train a config on this machine.
 
     Example: python -m launcher train configs/embedder/nano.yaml --ranks 2 train.steps=200
     """
-    raise typer.Exit(train_locally(config, overrides or [], ranks=ranks))
+    raise typer.Exit(train_locally(config, overrides or [], ranks=ranks, fresh=fresh))
 
 
 def main() -> None:

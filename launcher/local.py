@@ -125,6 +125,8 @@ class _Job:
             try:
                 rank, returned = self.ended.get(timeout=min(left_s, _WAKE_S))
             except queue.Empty:
+                if deadline_s is not None:
+                    self._kill_stopped()
                 if deadline_s is None or time.monotonic() < deadline_s:
                     continue
                 self._say(f"killing the ranks that did not end within {self.grace_s:.0f} s: {self._running()}")
@@ -145,6 +147,13 @@ class _Job:
         """End every rank that still runs, with what it started."""
         for rank in self._running():
             _send_to_group(self.processes[rank].pid, signal.SIGKILL)
+
+    def _kill_stopped(self) -> None:
+        """End the ranks that SIGSTOP has stopped: they cannot hear that they were asked to end."""
+        for rank in self._running():
+            if _is_stopped(self.processes[rank].pid):
+                self._say(f"rank {rank} is stopped; killing it")
+                _send_to_group(self.processes[rank].pid, signal.SIGKILL)
 
     @contextmanager
     def forwarding_signals(self) -> Iterator[None]:
@@ -215,6 +224,14 @@ class _Job:
 
 def _ending(returned: int) -> str:
     return f"ended with exit code {returned}" if returned >= 0 else f"was ended by {signal.Signals(-returned).name}"
+
+
+def _is_stopped(process_id: int) -> bool:
+    try:
+        stat = Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # it ended by itself meanwhile
+        return False
+    return stat.rpartition(")")[2].split()[0] in "Tt"
 
 
 def _send_to_group(leader: int, number: signal.Signals) -> None:

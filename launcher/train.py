@@ -11,7 +11,7 @@ from regen_dist.config import load_config
 from regen_dist.config.worldsize import clips_per_rank
 
 
-def train_locally(config: Path, overrides: Sequence[str], *, ranks: int) -> int:
+def train_locally(config: Path, overrides: Sequence[str], *, ranks: int, fresh: bool = False) -> int:
     """Train `config` on `ranks` processes of this machine; returns their exit code (see `launcher.local.launch`).
 
     Raises:
@@ -19,5 +19,5 @@ def train_locally(config: Path, overrides: Sequence[str], *, ranks: int) -> int:
     """
     checked = load_config(config, overrides)
     clips_per_rank(checked, ranks)
-    command = [sys.executable, "-m", "tools.cli", "train", str(config), *overrides]
+    command = [sys.executable, "-m", "tools.cli", "train", *(["--fresh"] if fresh else []), str(config), *overrides]
     return launch(command, ranks=ranks, logs=checked.folder / "logs")

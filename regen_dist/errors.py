@@ -59,5 +59,11 @@ class TrainingError(RegenError):
     exit_code = 6
 
 
+class HangError(RegenError):
+    """A rank stood still for longer than `guards.hang` allows."""
+
+    exit_code = 7
+
+
 EXIT_OK = 0
 EXIT_RESUME = 75  # stopped early with everything saved: run the same command again (EX_TEMPFAIL of sysexits.h)

@@ -55,16 +55,29 @@ def demo(
     from regen_dist.config import load_config
 
     began = time.monotonic()
-    loaded = load_config(config, overrides or [])
+    overrides = [*_suited_to_this_machine(), *(overrides or [])]
+    loaded = load_config(config, overrides)
     base = Path(loaded.output)
     names = [f"{steps}_step{'s' if steps > 1 else ''}" for steps in STEPS]
     run = base / loaded.name
     places = _Places(videos, run, tuple(base / "reconstructions" / name for name in names), base / "report")
     _run(["fetch-videos", "--out", str(videos), "--only", TRAIN_VIDEO, "--only", HELD_OUT_VIDEO])
     _build_shards(loaded, videos)
-    _train(["train", str(config), "--ranks", str(ranks), *(overrides or [])], loaded, places.run)
+    _train(["train", str(config), "--ranks", str(ranks), *overrides], loaded, places.run)
     _reconstruct(places)
     _conclude(places, time.monotonic() - began)
+
+
+def _suited_to_this_machine() -> list[str]:
+    """Changes to the config without which the demo would take hours here."""
+    import torch
+
+    from regen_dist.observe.hardware import multiplies_bf16
+
+    if torch.cuda.is_available() or multiplies_bf16():
+        return []
+    print("This CPU does not multiply bf16 itself: the demo trains in float32.", flush=True)
+    return ["engine.precision=fp32"]
 
 
 def _run(arguments: Sequence[str]) -> None:

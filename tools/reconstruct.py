@@ -26,14 +26,19 @@ class Weights(StrEnum):
 
 def reconstruct(
     video: Annotated[Path, typer.Argument(help="Any video file: any length, sides and frame rate.")],
-    run: Annotated[Path, typer.Option(help="Run folder with a checkpoint, such as runs/demo.")],
+    run: Annotated[
+        Path, typer.Option(help="Run folder with a checkpoint, such as runs/demo; or a model that was exported.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the videos, the contact sheet and metrics.json.")],
     steps: Annotated[int, typer.Option(help="Sampling steps of the decoder.")] = 1,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the output; the source's by default.")] = None,
     overlap: Annotated[int, typer.Option(help="Frames that neighbouring clips share.")] = 1,
     short_side: Annotated[int | None, typer.Option(help="Resize the source first, to this shorter side.")] = None,
     max_frames: Annotated[int | None, typer.Option(help="Take only the first frames.")] = None,
-    weights: Annotated[Weights, typer.Option(help="EMA weights, or those of the last step.")] = Weights.ema,
+    weights: Annotated[
+        Weights | None,
+        typer.Option(help="EMA weights (a run's default), or those of the last step; an export has one kind."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the decoder's noise.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Also measure the trivial decoders.")] = False,
 ) -> None:
@@ -51,7 +56,7 @@ def reconstruct(
     console = Console()
     options = Options(steps=steps, fps=fps, overlap=overlap, seed=seed)
     source = SourceVideo(video, short_side=short_side, max_frames=max_frames)
-    codec = Codec.load(run, weights=weights.value)
+    codec = Codec.load(run, weights=None if weights is None else weights.value)
     if (source.height, source.width) != source.stored:
         height, width = source.stored
         console.print(
@@ -64,7 +69,7 @@ def reconstruct(
             out,
             options,
             label=_label(codec, steps),
-            model=_model(run, codec, weights),
+            model=_model(run, codec),
             compare=compare,
             progress=progress,
         )
@@ -80,17 +85,17 @@ def _label(codec: Codec, steps: int) -> str:
     return f"REGEN, {steps} step{'s' if steps > 1 else ''}"
 
 
-def _model(run: Path, codec: Codec, weights: Weights) -> dict[str, Any]:
+def _model(run: Path, codec: Codec) -> dict[str, Any]:
     """What metrics.json records of the model."""
-    hash_file = run / "config.hash"
+    hash_file, origin = run / "config.hash", codec.config.origin
     return {
         "run": run.name,
-        "config_hash": hash_file.read_text().strip() if hash_file.is_file() else None,
+        "config_hash": origin.config_hash if origin else hash_file.read_text().strip() if hash_file.is_file() else None,
         "kind": codec.kind,
         "temporal_compression": codec.temporal_compression,
         "latent_channels": codec.latent_channels,
-        "weights": weights.value,
-        "step": getattr(codec, "step", None),
+        "weights": codec.weights,
+        "step": codec.step,
     }
 
 

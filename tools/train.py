@@ -15,21 +15,25 @@ def train(
         list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Start from scratch where there are checkpoints, and none of them is whole."),
+    ] = False,
 ) -> None:
     """Train an embedder. The same command again resumes from the newest checkpoint.
 
-    Ends with 0 when done and with 75 when it was stopped early (a signal, or a file STOP in the run folder) with
-    everything saved.
+    Ends with 0 when done and with 75 when it was stopped early (a signal, a file STOP in the run folder, or
+    train.time_limit_s) with everything saved.
 
     Example: regen train configs/embedder/nano.yaml --ranks 2 train.steps=200
     """
     if "RANK" not in os.environ and "MASTER_ADDR" not in os.environ:  # not started as a rank: start them
         from launcher.train import train_locally
 
-        raise typer.Exit(train_locally(config, overrides or [], ranks=ranks))
+        raise typer.Exit(train_locally(config, overrides or [], ranks=ranks, fresh=fresh))
     from regen_dist.config import load_config
 
     loaded = load_config(config, overrides or [])  # before torch is imported: a wrong config is told at once
     from regen_dist.training.run import train as train_rank
 
-    raise typer.Exit(train_rank(loaded))
+    raise typer.Exit(train_rank(loaded, fresh=fresh))

@@ -44,7 +44,8 @@ def load_saved_config(folder: str | Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"{shown(Path(folder))}: no {CONFIG_FILE} in it, so it is not a run folder; give runs/NAME")
     values, lines = read_yaml(path)
-    return _validate(Composed(values, {key: f"{shown(path)}:{line}" for key, line in lines.items()}), path)
+    where = shown(path)
+    return _validate(Composed(values, {key: f"{where}:{line}" for key, line in lines.items()}), path)
 
 
 def save_config(config: RunConfig, folder: str | Path) -> None:

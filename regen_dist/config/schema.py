@@ -9,22 +9,22 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from regen_dist.config.keeping import CheckpointConfig, GuardsConfig, HangConfig, LatentStdConfig, SpikeConfig
+from regen_dist.config.section import Fraction, PositiveFloat, PositiveInt, Section
 from regen_dist.config.urls import parse_url
+
+__all__ = [
+    "AttentionConfig", "CheckpointConfig", "ConditioningConfig", "DataConfig", "DecoderConfig", "DensityConfig",
+    "DiffusionConfig", "EncoderConfig", "EngineConfig", "GuardsConfig", "HangConfig", "LatentConfig", "LatentStdConfig",
+    "ModelConfig", "OptimizerConfig", "ReadConfig", "RunConfig", "SourceConfig", "SpikeConfig", "StageConfig",
+    "TrainConfig", "WandbConfig",
+]  # fmt: skip
 
 SPATIAL_COMPRESSION = 8  # paper: one latent cell per 8x8 pixels
 
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 TemporalCompression = Literal[4, 8, 16, 32]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class StageConfig(Section):
@@ -280,16 +280,24 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 500
-    save_every: PositiveInt = 1000
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # at least 2: the newest may be half-written when a machine dies
+    time_limit_s: PositiveFloat | None = None  # save and end (code 75) before this much time has passed since the start
+    time_limit_lead_s: Annotated[float, Field(ge=0.0)] = 120.0  # how long before: time for a step and a save
     trace_samples: bool = False  # write the ids of every clip that was trained on to samples/ in the run folder
-    nonfinite_budget: Annotated[int, Field(ge=0)] = 100
     peak_tflops: float | None = None  # per rank, for MFU; None looks the GPU up or measures the CPU
 
     @model_validator(mode="after")
     def _accumulation_divides_the_batch(self) -> TrainConfig:
         if self.batch_global % self.accumulation:
             raise ValueError(f"batch_global {self.batch_global} is not a multiple of accumulation {self.accumulation}")
+        return self
+
+    @model_validator(mode="after")
+    def _the_lead_leaves_time_to_train(self) -> TrainConfig:
+        if self.time_limit_s is not None and self.time_limit_lead_s >= self.time_limit_s:
+            raise ValueError(
+                f"time_limit_lead_s {self.time_limit_lead_s:g} leaves no time to train within time_limit_s "
+                f"{self.time_limit_s:g}; raise time_limit_s or lower time_limit_lead_s"
+            )
         return self
 
 
@@ -313,9 +321,18 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
     wandb: WandbConfig = WandbConfig()
 
     @property
     def folder(self) -> Path:
         """The run folder: where a run keeps everything it writes."""
         return Path(self.output) / self.name
+
+    @property
+    def checkpoints(self) -> str:
+        """URL or path of the folder that holds this run's checkpoints."""
+        if self.checkpoint.url is None:
+            return str(self.folder / "checkpoints")
+        return f"{self.checkpoint.url.rstrip('/')}/{self.name}"

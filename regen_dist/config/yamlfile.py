@@ -10,8 +10,11 @@ import yaml
 
 from regen_dist.errors import ConfigError
 
+# libyaml reads ten times faster; wheels of PyYAML have it, some distributions' builds do not.
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-class _Loader(yaml.SafeLoader):
+
+class _Loader(_Base):  # type: ignore[misc]
     """YAML without surprises: `1e-4` is a number, as it is everywhere else."""
 
 

@@ -8,7 +8,7 @@ holds (`ranks.chunk`), which is how ZeRO-3 lays it out, so that a checkpoint is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from regen_dist.config.schema import RunConfig
 from regen_dist.distributed.ranks import Ranks, chunk
+from regen_dist.errors import RegenError
 
 Pieces = dict[str, Tensor]  # "<kind>/<parameter>" to a flat float32 tensor: kind is master, ema, exp_avg or exp_avg_sq
 
@@ -25,8 +26,8 @@ Pieces = dict[str, Tensor]  # "<kind>/<parameter>" to a flat float32 tensor: kin
 class PieceSource(Protocol):
     """Where stored pieces are read from."""
 
-    def read(self, key: str, low: int, high: int) -> Tensor:
-        """Elements low..high of the flat parameter behind `key` ("<kind>/<parameter>")."""
+    def read_all(self, wanted: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
+        """Elements low..high of the flat parameter behind each key ("<kind>/<parameter>"), in the order given."""
 
 
 class StepResult(NamedTuple):
@@ -81,15 +82,25 @@ class Engine(ABC):
 
     @torch.no_grad()
     def restore(self, source: PieceSource, num_updates: int) -> None:
-        """Fill every piece of this rank, and refresh what is derived from them."""
+        """Fill every piece of this rank, and refresh what is derived from them. A collective.
+
+        Raises:
+            RegenError: some rank could not read its pieces; on every rank. The state is then half the old one.
+        """
+        pieces, error = self.pieces(), None
+        try:
+            for name, stored in source.read_all({name: self._range(name) for name in pieces}):
+                pieces[name].copy_(stored)
+        except RegenError as caught:
+            error = caught
+        self.ranks.raise_together(error)
         self.num_updates = num_updates
-        for name, piece in self.pieces().items():
-            low, _ = chunk(self._numel(name), self.ranks.world_size, self.ranks.rank)
-            piece.copy_(source.read(name, low, low + piece.numel()))
         self._after_restore()
 
-    def _numel(self, piece_name: str) -> int:
-        return prod(self._shapes[piece_name.split("/", 1)[1]])
+    def _range(self, piece_name: str) -> tuple[int, int]:
+        """Which elements of the flat parameter a piece of this rank holds."""
+        size = prod(self._shapes[piece_name.split("/", 1)[1]])
+        return chunk(size, self.ranks.world_size, self.ranks.rank)
 
     @abstractmethod
     def _forward(self, *args: Any) -> Any: ...

@@ -50,6 +50,11 @@ class Zero3Engine(Engine):
     def named_moments(self) -> Iterator[tuple[str, Tensor]]:
         return ((f"{moment}/{name}", self._own(name, moment)) for moment in MOMENTS for name in self._params)
 
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's own engine, for measurements of what it does without us."""
+        return self._engine
+
     def _own(self, name: str, moment: str | None) -> Tensor:
         """This rank's chunk of a parameter's master or moment, cut free of ZeRO-3's padding."""
         param = self._params[name]

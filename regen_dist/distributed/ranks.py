@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from regen_dist.errors import ConfigError
+from regen_dist.errors import ConfigError, RegenError
 
 TIMEOUT = timedelta(minutes=30)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    group: Any = field(default=None, compare=False, repr=False)  # None: the job's own, on the device
 
     @property
     def is_main(self) -> bool:
@@ -40,21 +43,52 @@ class Ranks:
         """The sums over all ranks, in float64. A collective: every rank must call it."""
         if self.world_size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        device = self.device if self.group is None else torch.device("cpu")
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(tensor, group=self.group)
         return tensor.tolist()
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank says so. A collective."""
         return self.sum([float(flag)])[0] > 0
 
-    def broadcast(self, value: int) -> int:
-        """Rank 0's value. A collective."""
-        return int(self.sum([float(value if self.is_main else 0)])[0])
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank says, in the order of ranks. Small picklable things. A collective."""
+        if self.world_size == 1:
+            return [value]
+        said: list[Any] = [None] * self.world_size
+        dist.all_gather_object(said, value, group=self.group)
+        return said
+
+    def raise_together(self, error: RegenError | None) -> None:
+        """Raise on every rank when some rank has an error: the same one, that of the lowest rank. A collective."""
+        for each in self.gather(error):
+            if each is not None:
+                raise each
+
+    def on_main(self, job: Callable[[], Result]) -> Result:
+        """Do something on rank 0 alone; every rank gets what it returns, or raises what it raises. A collective."""
+        if self.world_size == 1:
+            return job()
+        told: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                told[0] = job()
+            except Exception as error:  # noqa: BLE001 - told to all, then raised by all
+                told[1] = error if isinstance(error, RegenError) else RegenError(f"{type(error).__name__}: {error}")
+        dist.broadcast_object_list(told, src=0, group=self.group)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]  # type: ignore[no-any-return]
+
+    def apart(self) -> Ranks:
+        """The same ranks with a gloo group of their own, for a thread that talks while the main thread does. A
+        collective."""
+        return self if self.world_size == 1 else replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:

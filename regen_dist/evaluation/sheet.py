@@ -64,7 +64,7 @@ def write_sheet(
             rows.append(_Row(f"|Error| × {ERROR_GAIN}", "mean over colours", _scaled(wrong, cell), []))
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.png")
     try:
-        _draw(rows, cell, title).save(partial, optimize=True)
+        _draw(rows, cell, title).save(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

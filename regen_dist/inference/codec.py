@@ -7,55 +7,87 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.commit import CheckpointStore
-from regen_dist.config import load_saved_config
+from regen_dist.checkpoint.export import (
+    STATISTICS_FILE,
+    Weights,
+    checkpoint_weights,
+    find_checkpoint,
+    is_export,
+    model_with,
+    open_run,
+    read_model,
+)
+from regen_dist.config.exported import ExportConfig, load_export_config
 from regen_dist.config.schema import RunConfig
 from regen_dist.diffusion.noise import gaussian
 from regen_dist.diffusion.path import x0_from
 from regen_dist.diffusion.samplers import Denoiser, sample
 from regen_dist.distributed.base import precision_of
 from regen_dist.errors import CheckpointError, ConfigError
+from regen_dist.inference.statistics import LatentStatistics, read_statistics
 from regen_dist.inference.windows import Window, blend_weights
-from regen_dist.models import Baseline, Latents, Regen, build_model
-
-Weights = Literal["ema", "plain"]
+from regen_dist.models import Baseline, Latents, Regen
 
 
 class Codec:
     """An embedder for inference. Takes and gives float32 videos in [-1, 1]; works in the precision that it was trained
     in."""
 
-    def __init__(self, model: Regen | Baseline, config: RunConfig, device: torch.device, step: int = 0) -> None:
-        self.config, self.device, self.step = config, device, step
-        self.model = model.to(device, precision_of(config.engine.precision)).eval()
+    def __init__(
+        self,
+        model: Regen | Baseline,
+        config: RunConfig | ExportConfig,
+        device: torch.device,
+        step: int = 0,
+        statistics: LatentStatistics | None = None,
+    ) -> None:
+        self.config = ExportConfig.of(config) if isinstance(config, RunConfig) else config
+        self.device, self.step, self.weights, self.statistics = device, step, self.config.weights, statistics
+        self.model = model.to(device, precision_of(self.config.precision)).eval()
         self.kind, self.num_frames = config.model.kind, config.model.num_frames
         self.temporal_compression = config.model.temporal_compression
         self.latent_channels = config.model.latent.channels
 
     @classmethod
-    def load(cls, run: Path, weights: Weights = "ema", device: torch.device | None = None) -> Codec:
-        """The newest checkpoint of a run, its averaged weights by default.
+    def load(cls, path: str | Path, weights: Weights | None = None, device: torch.device | None = None) -> Codec:
+        """A trained embedder, out of a run folder or of an exported one. Nothing is unpickled.
+
+        Args:
+            path: a run folder, whose newest good checkpoint is taken; or what `regen checkpoint export` wrote.
+            weights: the averaged ones (`ema`) or those of the last step (`plain`); None takes the averaged ones of a
+                run, and of an export those that are in it.
+            device: CUDA where there is one, by default.
 
         Raises:
-            CheckpointError: the run has no committed checkpoint, or a damaged one.
-            ConfigError: the folder is not a run.
+            CheckpointError: there is no checkpoint, or it is damaged; an export has other weights than those asked for.
+            ConfigError: the folder is neither a run nor an export.
         """
-        config, store = load_saved_config(run), CheckpointStore(run)
-        manifest = store.latest()
-        if manifest is None:
-            raise CheckpointError(
-                f"{run} has no checkpoint yet; train it with `regen train`, or wait for its first train.save_every"
-            )
-        model, reader = build_model(config.model), store.reader(manifest)
-        kind = "ema" if weights == "ema" else "master"
-        model.load_state_dict({name: reader.whole(f"{kind}/{name}") for name in manifest.shapes})
+        path = Path(path)
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model, config, device, manifest.step)
+        return cls._of_export(path, weights, device) if is_export(path) else cls._of_run(path, weights or "ema", device)
+
+    @classmethod
+    def _of_run(cls, run: Path, weights: Weights, device: torch.device) -> Codec:
+        config, folder = open_run(run)
+        manifest = find_checkpoint(folder, checksums=False)
+        tensors = checkpoint_weights(folder, manifest, weights)
+        model = model_with(config.model, tensors, f"the parameters of step {manifest.step} in {folder.url}")
+        return cls(model, ExportConfig.of(config, weights), device, manifest.step)
+
+    @classmethod
+    def _of_export(cls, folder: Path, weights: Weights | None, device: torch.device) -> Codec:
+        config = load_export_config(folder)
+        if weights not in (None, config.weights):
+            raise CheckpointError(
+                f"{folder} holds the {config.weights} weights alone; export the run again with --weights {weights}"
+            )
+        model = model_with(config.model, read_model(folder, config), f"the parameters in {folder}")
+        step = 0 if config.origin is None else config.origin.step
+        return cls(model, config, device, step, read_statistics(folder / STATISTICS_FILE))
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Latents:

@@ -45,6 +45,17 @@ def peak_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     return 2 * side**3 / best / 1e12
 
 
+def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's CPU multiplies bf16 itself (AMX, AVX-512 BF16, or ARM's BF16). Others convert every number
+    back and forth: measured on an AMD EPYC of such a kind, a training step took 11 times as long as in float32."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux: nothing is known against it
+        return True
+    flags = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
+    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
 def memory_bytes(device: torch.device) -> int:
     """Peak memory of this rank so far: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":

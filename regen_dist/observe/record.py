@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["train", "validation", "event", "samples", "bad_sample"]
+Kind = Literal["train", "validation", "event", "checkpoint", "samples", "bad_sample"]
 
 
 class Record:

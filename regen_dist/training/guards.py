@@ -3,11 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from regen_dist.config.schema import LatentStdConfig, RunConfig
 from regen_dist.distributed.base import StepResult
 from regen_dist.errors import DataError, TrainingError
+from regen_dist.training.spikes import SpikeGuard
+
+_LATENT_STD = "latent_std_"  # a task's figures of its latents begin so
 
 _FEW_CLIPS = 1000  # before so many, a share says little: as many bad samples are borne as of this number
+
+
+def nowhere_finite(loss: Tensor) -> Tensor:
+    """The loss, with gradients that are nowhere finite when it is not finite itself: so the one check of the gradients,
+    over all ranks, finds both."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+class Guards:
+    """All guards of a run, with what a checkpoint keeps of them. Each judges what all ranks know, so all decide
+    alike."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.nonfinite = NonFiniteGuard(config.guards.nonfinite_budget)
+        self.bad_samples = BadSampleGuard(config.data.max_bad_share)
+        self.spikes = SpikeGuard(config.guards.spike)
+        self.latents = LatentGuard(config.guards.latent_std)
+        self._clips = config.train.batch_global
+
+    def after_step(self, step: int, result: StepResult, stand_ins: int) -> None:
+        """Take note of a step: what became of it, and how many of the global batch's clips were stand-ins.
+
+        Raises:
+            TrainingError, DataError: too many steps were skipped, or too many samples are bad.
+        """
+        self.nonfinite.check(step, result)
+        self.bad_samples.check(step, {"bad_samples": stand_ins, "clips": self._clips})
+
+    def figures(self) -> dict[str, float]:
+        """What the log shows of them."""
+        return {"skipped": self.nonfinite.skipped, "rollbacks": self.spikes.rollbacks}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {name: getattr(self, name).state() for name in _GUARDS}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        for name in _GUARDS:
+            getattr(self, name).restore(state.get(name, {}))
+
+    def after_going_back(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state to go on with at an older checkpoint: its own memory of losses and latents, but what was counted
+        since still counts, and so does this rollback."""
+        counted = {name: getattr(self, name).state() for name in ("nonfinite", "bad_samples")}
+        return {**state, **counted, "spikes": {**state.get("spikes", {}), "rollbacks": self.spikes.rollbacks + 1}}
+
+
+_GUARDS = ("nonfinite", "bad_samples", "spikes", "latents")
 
 
 class NonFiniteGuard:
@@ -29,15 +86,24 @@ class NonFiniteGuard:
         self.skipped += not result.applied
         if self.skipped > self.budget:
             raise TrainingError(
-                f"step {step}: {self.skipped} steps had non-finite gradients, train.nonfinite_budget allows "
+                f"step {step}: {self.skipped} steps had non-finite gradients, guards.nonfinite_budget allows "
                 f"{self.budget}. Lower optimizer.lr, look at the latents' std in metrics.jsonl, or raise the budget"
             )
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"skipped": self.skipped}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from a checkpoint's state; other entries of it are left alone."""
+        self.skipped = state.get("skipped", 0)
 
 
 class BadSampleGuard:
     """Counts the samples that could not be read, and stops the run when they are too large a share of all.
 
-    What it judges is summed over the ranks, so all of them stop at the same step.
+    What it judges is summed over the ranks, so all of them stop at the same step. Checked at every step, its state is
+    complete at every step; checked at log lines alone, a checkpoint between two of them misses what came since.
     """
 
     def __init__(self, max_share: float) -> None:
@@ -65,3 +131,66 @@ class BadSampleGuard:
     def restore(self, state: Mapping[str, int]) -> None:
         """Go on counting from a checkpoint's state."""
         self.bad, self.clips = state.get("bad", 0), state.get("clips", 0)
+
+
+class LatentGuard:
+    """Watches the figures `latent_std_<name>` of the log lines: the spread of each latent over its positions.
+
+    A latent is out of range while its figure is outside [low, high] or not finite. What is said or done comes at the
+    `patience`-th log line in a row, once until the latent was back in range. Figures without such names are left alone.
+    """
+
+    def __init__(self, config: LatentStdConfig) -> None:
+        self._config = config
+        self._outside: dict[str, int] = {}  # name of a latent -> log lines in a row
+
+    def check(self, step: int, figures: Mapping[str, float]) -> list[str]:
+        """Take note of a log line, averaged over the ranks. Returns what to warn of, one line a latent.
+
+        Raises:
+            TrainingError: a latent is out of range, and `guards.latent_std.action` is "stop".
+        """
+        if self._config.action == "off":
+            return []
+        names = [name for name in figures if name.startswith(_LATENT_STD)]
+        found = [self._judge(name.removeprefix(_LATENT_STD), figures[name]) for name in names]
+        problems = [problem for problem in found if problem is not None]
+        if problems and self._config.action == "stop":
+            raise TrainingError(
+                f"step {step}: {'; '.join(problems)}. To go on all the same: guards.latent_std.action=warn"
+            )
+        return problems
+
+    def _judge(self, name: str, std: float) -> str | None:
+        """What is wrong with a latent, at the log line that completes the row; when to stop, at later ones too."""
+        config = self._config
+        if config.low <= std <= config.high:
+            self._outside.pop(name, None)
+            return None
+        lines = self._outside[name] = self._outside.get(name, 0) + 1
+        if lines < config.patience or (lines > config.patience and config.action == "warn"):
+            return None
+        return (
+            f"the std of the {name} latent is {std:.4g} and was out of range at {lines} log lines in a row; "
+            f"guards.latent_std allows {config.low:g} to {config.high:g}. {_advice(std, config)}"
+        )
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return dict(self._outside)
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from a checkpoint's state: what was said already is not said again."""
+        self._outside = dict(state)
+
+
+def _advice(std: float, config: LatentStdConfig) -> str:
+    """What to try when a latent's std is `std`."""
+    if std < config.low:
+        return (
+            "The decoder learns next to nothing from it: lower model.latent.noise_std or optimizer.lr, "
+            "or lengthen optimizer.warmup_steps"
+        )
+    if std > config.high:
+        return "It does little but touch its bound: lower optimizer.lr or raise optimizer.weight_decay"
+    return "The model's weights or inputs are broken: look at grad_norm in metrics.jsonl, and lower optimizer.lr"

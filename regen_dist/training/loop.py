@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
 
-from regen_dist.checkpoint.commit import CheckpointStore
-from regen_dist.config import config_hash
+from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.reader import warn
+from regen_dist.checkpoint.saver import Outcome
 from regen_dist.config.schema import RunConfig
 from regen_dist.data.reading.loader import ClipBatch, clip_batches
 from regen_dist.data.reading.training_set import TrainingSet
@@ -16,30 +18,58 @@ from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError
 from regen_dist.models.accounting import training_flops_per_clip
 from regen_dist.observe.hardware import peak_tflops
-from regen_dist.training.guards import BadSampleGuard, NonFiniteGuard
+from regen_dist.training.checkpoints import RunCheckpoints
+from regen_dist.training.guards import Guards, nowhere_finite
 from regen_dist.training.meter import Meter
 from regen_dist.training.reporter import Reporter
 from regen_dist.training.sample_log import SampleLog
 from regen_dist.training.schedule import learning_rate
+from regen_dist.training.spikes import Spike
 from regen_dist.training.stopping import Stopper
 from regen_dist.training.tasks import build_task
 
+_IN_A_STEP = ("data", "forward and backward", "update")
+
+
+class Pulse(NamedTuple):
+    """What all ranks know after a step: the global mean loss, the stand-ins among the global batch's clips, whether
+    some rank wants to stop, and whether a save has ended."""
+
+    loss: float
+    stand_ins: int
+    stop: bool
+    saved: bool
+
 
 class Trainer:
-    """One rank of a run: builds its parts, resumes from the newest checkpoint, trains."""
+    """One rank of a run: builds its parts, resumes from the newest checkpoint, trains.
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
+    Args:
+        config: of the run.
+        ranks: this process's place.
+        mark: told what this rank does next, and in which step: for its heartbeat.
+        fresh: start from scratch where the run has checkpoints and none of them is whole.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        *,
+        mark: Callable[[str, int], None] = lambda phase, step: None,
+        fresh: bool = False,
+    ) -> None:
+        self.config, self.ranks, self._tell = config, ranks, mark
         self.task = build_task(config, ranks.device)
         self.engine = build_engine(config, ranks, self.task.build)
-        self.store = CheckpointStore(config.folder, ranks)
-        self.guard = NonFiniteGuard(config.train.nonfinite_budget)
-        self.bad_samples = BadSampleGuard(config.data.max_bad_share)
+        self.guards = Guards(config)
         self.data = TrainingSet(
             config.data, num_frames=config.model.num_frames, batch_global=config.train.batch_global,
             seed=config.train.seed,
         )  # fmt: skip
-        self.step = self._resume()
+        self.checkpoints = RunCheckpoints(config, ranks, self.engine.shapes(), self.data.identity(), self._saved)
+        self.step, self.data_shift, self.metrics = 0, 0, dict[str, float]()
+        self._resume(fresh)
         self.meter = self._build_meter()
         self.reporter = Reporter(config, ranks, self.step)
         self.reporter.say(self.step, self.data.summary())
@@ -52,93 +82,144 @@ class Trainer:
         train = self.config.train
         while self.step < train.steps:
             lr = learning_rate(self.config.optimizer, self.step, train.steps)
-            result = self._train_step(lr)
+            result, batch = self._train_step(lr)
             self.step += 1
-            self.guard.check(self.step, result)
+            pulse = self._pulse(stopper)
+            self.guards.after_step(self.step, result, pulse.stand_ins)
+            spike = self.guards.spikes.judge(self.step, pulse.loss, batch.kind)
+            if spike and self._went_back(spike):
+                continue
             if self._due(train.log_every):
-                figures = self.meter.read(lr, result) | {"skipped": self.guard.skipped}
-                self.reporter.train(self.step, figures)
-                self.bad_samples.check(self.step, figures)
+                self._log(lr, result)
             if self._due(train.validate_every):
                 self._validate()
-            stop = self.ranks.agree(stopper.wanted())
-            if stop or self._due(train.save_every):
-                self._save()
-            if stop and self.step < train.steps:
-                self.reporter.say(
-                    self.step,
-                    f"stopped by {stopper.reason or 'another rank'} after step {self.step}: run it again to go on",
-                )
+            if pulse.saved:
+                self._mark("save")
+                self.checkpoints.settle()
+            if pulse.stop or self._due(self.config.checkpoint.every):
+                self._save(wait=pulse.stop or self.step == train.steps)
+            if pulse.stop and self.step < train.steps:
+                why = stopper.reason or "another rank"
+                self.reporter.say(self.step, f"stopped by {why} after step {self.step}: run it again to go on")
                 return EXIT_RESUME
         self.reporter.say(self.step, f"done: {self.step} steps")
         return EXIT_OK
 
     def close(self) -> None:
-        """End the data workers, the record, the progress line and the tracker."""
+        """End the data workers, a save in flight, the record, the progress line and the tracker."""
         self.batches.close()
+        self.checkpoints.close()
         self.sample_log.close()
         self.reporter.close()
 
-    def _train_step(self, lr: float) -> StepResult:
+    def _train_step(self, lr: float) -> tuple[StepResult, ClipBatch]:
         """One optimizer step: every micro-batch forward and backward, then the update."""
         for micro in range(self.config.train.accumulation):
+            self._mark("data")
             with self.meter.waiting():
                 batch = next(self.batches)
+            self._mark("forward and backward")
             loss = self.task.loss(self.engine, batch, self.step)
-            self.engine.backward(loss.value, is_last=micro + 1 == self.config.train.accumulation)
+            self.engine.backward(nowhere_finite(loss.value), is_last=micro + 1 == self.config.train.accumulation)
             self.meter.add(loss.value, loss.figures, self._flops(batch), bad_samples=batch.stand_ins)
             self.sample_log.write(self.step + 1, micro, batch)
-        result = self.engine.step(lr)
-        self.meter.end_step()
-        return result
+        self._mark("update")
+        return self.engine.step(lr), batch
+
+    def _pulse(self, stopper: Stopper) -> Pulse:
+        """What the ranks tell each other after every step, in one collective."""
+        self._mark("agree")
+        loss, stand_ins = self.meter.end_step()
+        own = [loss, stand_ins, stopper.wanted(), self.checkpoints.finished]
+        total, bad, stop, saved = self.ranks.sum([float(value) for value in own])
+        return Pulse(total / self.ranks.world_size, int(bad), stop > 0, saved > 0)
+
+    def _mark(self, phase: str) -> None:
+        """Steps are told as the record counts them, from 1: the one at work, or the one just made."""
+        self._tell(phase, self.step + (phase in _IN_A_STEP))
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
 
+    def _log(self, lr: float, result: StepResult) -> None:
+        self._mark("log")
+        figures = self.meter.read(lr, result) | self.guards.figures()
+        self.reporter.train(self.step, figures)
+        for warning in self.guards.latents.check(self.step, figures):
+            self.reporter.say(self.step, f"warning: {warning}")
+
+    def _validate(self) -> None:
+        self._mark("validate")
+        with self.meter.paused():
+            result = self.task.validate(self.engine, self.validation_clip)
+            self.metrics = result.figures
+            self.reporter.validation(self.step, result)
+
+    def _save(self, *, wait: bool) -> None:
+        self._mark("save")
+        state = {"num_updates": self.engine.num_updates, "data_shift": self.data_shift, "guards": self.guards.state()}
+        with self.meter.paused():
+            self.checkpoints.save(self.step, self.engine.pieces(), state, self.metrics, wait=wait)
+
+    def _saved(self, outcome: Outcome) -> None:
+        self.reporter.checkpoint(outcome)
+
+    def _resume(self, fresh: bool) -> None:
+        """Be where the newest whole checkpoint is. One whose sizes are right may still turn out to be damaged."""
+        manifest = self.checkpoints.newest(fresh=fresh)
+        try:
+            self._restore(manifest)
+        except CheckpointError as error:
+            warn(str(error))
+            self._restore(self.checkpoints.newest(doubt=True))
+
+    def _restore(self, manifest: Manifest | None) -> None:
+        """Be where a checkpoint is; None is the beginning."""
+        if manifest is None:
+            return
+        self.engine.restore(self.checkpoints.reader(manifest), manifest.state["num_updates"])
+        self.guards.restore(manifest.state["guards"])
+        self.step, self.data_shift, self.metrics = manifest.step, manifest.state["data_shift"], manifest.metrics
+
+    def _went_back(self, spike: Spike) -> bool:
+        """Tell of a spike; if the config says so, go back to a checkpoint from before it, to go on with the samples
+        that come after it."""
+        self.reporter.say(self.step, f"warning: {spike}")
+        if self.config.guards.spike.action != "rollback":
+            return False
+        self._mark("go back")
+        self.guards.spikes.allow_rollback(spike)
+        reached, next_batch = self.step, self.step + self.data_shift
+
+        def beyond_the_spike(manifest: Manifest) -> dict[str, Any]:
+            guards = self.guards.after_going_back(manifest.state["guards"])
+            return manifest.state | {"data_shift": next_batch - manifest.step, "guards": guards}
+
+        # The loss of a step is that of the weights before it: the update of the step before is suspect too.
+        self._reopen(self.checkpoints.go_back(before=spike.first_step - 1, state=beyond_the_spike))
+        self.reporter.say(
+            self.step,
+            f"went back from step {reached} to {self.step}; the {reached - self.step} batches between are left out",
+        )
+        return True
+
+    def _reopen(self, manifest: Manifest) -> None:
+        """Go on from a checkpoint within the same start."""
+        self.batches.close()
+        self.sample_log.close()
+        self._restore(manifest)
+        self.meter = self._build_meter()
+        self.reporter.rewind(self.step)
+        self.sample_log = SampleLog(self.config, self.ranks, self.step)
+        self.batches = self._batches()
+
     def _batches(self) -> Generator[ClipBatch]:
-        """This rank's micro-batches from the current step on: the data's place is the step alone."""
+        """This rank's micro-batches from the current step on: the data's place is the step and what was left out."""
         train, ranks = self.config.train, self.ranks
         return clip_batches(
             self.data, accumulation=train.accumulation, rank=ranks.rank, world_size=ranks.world_size,
-            cursor=self.step * train.batch_global,
+            cursor=(self.step + self.data_shift) * train.batch_global,
         )  # fmt: skip
-
-    def _validate(self) -> None:
-        with self.meter.paused():
-            self.reporter.validation(self.step, self.task.validate(self.engine, self.validation_clip))
-
-    def _save(self) -> None:
-        state = {"num_updates": self.engine.num_updates, "skipped": self.guard.skipped, "data": self.data.identity()}
-        state |= {"bad_samples": self.bad_samples.state()}
-        keep, digest = self.config.train.keep_checkpoints, config_hash(self.config)
-        with self.meter.paused():
-            self.store.save(self.step, self.engine.pieces(), self.engine.shapes(), state, digest, keep)
-
-    def _resume(self) -> int:
-        """Restore the newest checkpoint, if there is one. Returns the step to go on from."""
-        manifest = self.store.latest()
-        if manifest is None:
-            return 0
-        if manifest.shapes != self.engine.shapes():
-            raise CheckpointError(
-                f"the checkpoint of step {manifest.step} in {self.store.folder} was saved by another model; "
-                "give the run another name, or restore the model section of its config"
-            )
-        before, now = manifest.state["data"], self.data.identity()
-        names = [*now, *(name for name in before if name not in now)]
-        if changed := [
-            f"{name} was {before.get(name, 'not told')}, is {now.get(name, 'not told')}"
-            for name in names
-            if before.get(name) != now.get(name)
-        ]:
-            raise CheckpointError(
-                f"the run cannot go on at step {manifest.step}, because the order of its data has changed: "
-                f"{'; '.join(changed)}. Restore that, or give the run another name"
-            )
-        self.engine.restore(self.store.reader(manifest), manifest.state["num_updates"])
-        self.guard.skipped = manifest.state["skipped"]
-        self.bad_samples.restore(manifest.state.get("bad_samples", {}))
-        return manifest.step
 
     def _build_meter(self) -> Meter:
         train, engine = self.config.train, self.config.engine

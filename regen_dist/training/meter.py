@@ -31,7 +31,10 @@ class Meter:
     def _reset(self) -> None:
         self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
         self._sums = {}
-        self._micro, self._flops, self._bad_samples = 0, 0.0, 0
+        self._counts: dict[str, int] = {}  # batches of one step have the same figures on all ranks, steps may differ
+        self._flops, self._bad_samples = 0.0, 0
+        self._step_losses: list[Tensor] = []
+        self._step_bad = 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -49,14 +52,17 @@ class Meter:
         """
         for name, value in {"loss": loss.detach(), **figures}.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
-        self._micro, self._flops, self._bad_samples = (
-            self._micro + 1,
-            self._flops + flops,
-            self._bad_samples + bad_samples,
-        )
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._flops += flops
+        self._step_losses.append(loss.detach().double())
+        self._step_bad += bad_samples
 
-    def end_step(self) -> None:
-        self._steps += 1
+    def end_step(self) -> tuple[float, int]:
+        """Close a step. Returns this rank's mean loss of it, and how many of its clips were stand-ins."""
+        loss, bad = float(torch.stack(self._step_losses).mean()), self._step_bad
+        self._step_losses, self._step_bad = [], 0
+        self._steps, self._bad_samples = self._steps + 1, self._bad_samples + bad
+        return loss, bad
 
     def read(self, lr: float, result: StepResult) -> dict[str, float]:
         """The figures since the last reading, averaged over ranks. A collective."""
@@ -64,7 +70,8 @@ class Meter:
         values = [float(torch.as_tensor(self._sums[name])) for name in names]
         *totals, bad_samples, flops = self._ranks.sum([*values, float(self._bad_samples), self._flops])
         means = {
-            name: total / (self._micro * self._ranks.world_size) for name, total in zip(names, totals, strict=True)
+            name: total / (self._counts[name] * self._ranks.world_size)
+            for name, total in zip(names, totals, strict=True)
         }
         elapsed = time.perf_counter() - self._began
         figures = {

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from regen_dist.checkpoint.saver import Outcome
 from regen_dist.config.schema import RunConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
@@ -63,6 +64,19 @@ class Reporter:
         if not self._silent:
             self._line.say(text)
             self._record.write("event", step, {"event": text})
+
+    def checkpoint(self, outcome: Outcome) -> None:
+        """A save that has ended, well or not."""
+        if self._silent:
+            return
+        figures = {"seconds": outcome.seconds, "blocked_s": outcome.blocked_s, "bytes": outcome.size_bytes}
+        self._record.write("checkpoint", outcome.step, figures | {"problem": outcome.problem or None})
+
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`: what was recorded of later ones is dropped."""
+        if not self._silent:
+            self._record.close()
+            self._record = Record(self._run / "metrics.jsonl", step)
 
     def close(self) -> None:
         if not self._silent:

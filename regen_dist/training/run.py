@@ -8,25 +8,38 @@ import warnings
 
 import torch
 
+from regen_dist.checkpoint.reader import warn
 from regen_dist.config import save_config
 from regen_dist.config.schema import RunConfig
 from regen_dist.distributed.base import precision_of
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.models.attention import require_flash
+from regen_dist.observe.hardware import multiplies_bf16
+from regen_dist.observe.watchdog import Watchdog
 from regen_dist.training.loop import Trainer
 from regen_dist.training.stopping import Stopper
 
 
-def train(config: RunConfig, ranks: Ranks | None = None) -> int:
+def train(config: RunConfig, ranks: Ranks | None = None, *, fresh: bool = False) -> int:
     """Train as one of the ranks that the environment describes; the same call resumes. Returns the exit code.
+
+    Args:
+        config: of the run.
+        ranks: this process's place; the environment's by default.
+        fresh: start from scratch where the run has checkpoints and none of them is whole.
 
     Raises:
         RegenError: whatever a user can mend, on every rank alike where one rank alone could not go on.
     """
     ranks = ranks or read_environment()
     _prepare_process(config, ranks)
-    with Stopper(config.folder, ranks) as stopper, process_group(ranks, needed=config.engine.kind == "zero3"):
-        trainer = Trainer(config, ranks)
+    limit_s, lead_s = config.train.time_limit_s, config.train.time_limit_lead_s
+    with (
+        Watchdog(config.folder, ranks.rank, ranks.world_size, config.guards.hang) as watchdog,
+        Stopper(config.folder, ranks, time_limit_s=limit_s, lead_s=lead_s) as stopper,
+        process_group(ranks, needed=config.engine.kind == "zero3"),
+    ):
+        trainer = Trainer(config, ranks, mark=watchdog.mark, fresh=fresh)
         try:
             if ranks.is_main:  # only now: a config that is refused must not take the place of the run's own
                 save_config(config, config.folder)
@@ -39,6 +52,8 @@ def _prepare_process(config: RunConfig, ranks: Ranks) -> None:
     """Refuse what cannot run here before anything is built, and make the arithmetic repeatable."""
     if config.model.kind == "regen" and config.model.decoder.attention.backend == "flash":
         require_flash(ranks.device.type, precision_of(config.engine.precision))
+    if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not multiplies_bf16():
+        warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")
     if ranks.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

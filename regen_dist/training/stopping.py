@@ -1,8 +1,12 @@
-"""Stopping early: a signal or a file sets a flag; the ranks agree on it at a step boundary, save together and end."""
+"""Stopping early: a signal, a file or the time sets a flag; the ranks agree on it at a step boundary, save together and
+end."""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -11,14 +15,48 @@ from regen_dist.distributed.ranks import Ranks
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+_STAT = Path("/proc/self/stat")
+_START_TICKS = 19  # the process's start among the fields that follow its name: proc(5), field 22
+
+
+def process_age_s(stat: Path = _STAT) -> float:
+    """Seconds since this process started; 0 where the system does not tell."""
+    try:
+        fields = stat.read_text().rpartition(")")[2].split()  # the name may hold spaces and brackets
+        started_s = int(fields[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started_s, 0.0)
+    except (OSError, AttributeError, IndexError, ValueError):  # no Linux, or a /proc that is not like Linux's
+        return 0.0
+
+
 class Stopper:
-    """Collects the wish to stop. The handler only sets a flag: no collective, no IO.
+    """Collects the wish to stop. A handler only sets a flag: no collective, no IO; so that a second signal finds
+    nothing to disturb, even while a checkpoint is being written. The first reason stays.
 
     Used as a context manager, it gives the handlers back that were there before.
+
+    Args:
+        run: the run folder.
+        time_limit_s: stop when this much time has passed since the process started; None: there is no limit. A
+            process that torchrun or a scheduler started again has its time from the beginning.
+        lead_s: so much earlier, less than the limit (`TrainConfig` refuses others).
+        clock: seconds that go up.
+        age_s: how old the process is now; None asks the system. Where that does not tell, time counts from now.
     """
 
-    def __init__(self, run: Path, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        run: Path,
+        ranks: Ranks,
+        *,
+        time_limit_s: float | None = None,
+        lead_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        age_s: float | None = None,
+    ) -> None:
         self._file, self._ranks = run / "STOP", ranks
+        self._limit_s, self._lead_s, self._clock = time_limit_s, lead_s, clock
+        self._started = clock() - (process_age_s() if age_s is None else age_s)
         self.reason: str | None = None
 
     def __enter__(self) -> Stopper:
@@ -32,10 +70,16 @@ class Stopper:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.reason = self.reason or signal.Signals(number).name
+        self._ask(signal.Signals(number).name)
+
+    def _ask(self, reason: str) -> None:
+        self.reason = self.reason or reason
 
     def wanted(self) -> bool:
-        """Whether this rank wants to stop. Only rank 0 looks at the file."""
+        """Whether this rank wants to stop. Only rank 0 looks at the file; each rank has a clock of its own."""
         if self.reason is None and self._ranks.is_main and self._file.exists():
-            self.reason = "the file STOP"
+            self._ask("the file STOP")
+        limit_s = self._limit_s
+        if limit_s is not None and self._clock() - self._started >= limit_s - self._lead_s:
+            self._ask(f"the time limit of {limit_s:.12g} s")
         return self.reason is not None

@@ -85,7 +85,7 @@ class EmbedderTask:
         prediction, latents = engine(x0, x_t, t, latent_noise(self.config, x0, ids, step))
         errors = (prediction - target_of(settings.path, settings.target, x0, noise, t)).square()
         weighted = errors * squared_error_weight(settings.path, settings.target, settings.weighting, t)
-        return Loss(weighted.mean(), latent_figures(latents))
+        return Loss(weighted.mean(), latent_figures(latents, x0.shape[2]))
 
     @torch.no_grad()
     def validate(self, engine: Engine, batch: ClipBatch) -> Validation:
@@ -106,7 +106,7 @@ class BaselineTask(EmbedderTask):
     def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
         x0, ids = to_float(batch.video, self.device), batch.keys.to(self.device)
         reconstruction, latents = engine(x0, latent_noise(self.config, x0, ids, step))
-        return Loss(F.mse_loss(reconstruction, x0), latent_figures(latents))
+        return Loss(F.mse_loss(reconstruction, x0), latent_figures(latents, x0.shape[2]))
 
     @torch.no_grad()
     def validate(self, engine: Engine, batch: ClipBatch) -> Validation:
@@ -132,11 +132,13 @@ def latent_noise(config: RunConfig, x0: Tensor, ids: Tensor, step: int) -> Laten
     return Latents(draw(Stream.LATENT_CONTENT), draw(Stream.LATENT_MOTION))
 
 
-def latent_figures(latents: Latents) -> dict[str, Tensor]:
-    """The latents' spread over positions: near 0 a latent says nothing, near 1 it uses its whole bound."""
+def latent_figures(latents: Latents, num_frames: int) -> dict[str, Tensor]:
+    """The latents' spread over positions: near 0 a latent says nothing, near 1 it uses its whole bound. Images have no
+    motion latent to tell of."""
     return {
         f"latent_std_{name}": latent.detach().float().std((0, 2, 3)).mean()
         for name, latent in latents._asdict().items()
+        if name != "motion" or num_frames > 1
     }
 
 
@@ -145,7 +147,9 @@ def validation(source: Tensor, reconstruction: Tensor, latents: Latents) -> Vali
     reconstruction = reconstruction.clamp(-1, 1)
     figures = {"psnr_db": psnr_db(source, reconstruction)}
     return Validation(
-        figures | {name: float(value) for name, value in latent_figures(latents).items()}, source, reconstruction
+        figures | {name: float(value) for name, value in latent_figures(latents, source.shape[2]).items()},
+        source,
+        reconstruction,
     )
 
 

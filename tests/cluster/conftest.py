@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from uuid import uuid4
@@ -9,7 +10,9 @@ from uuid import uuid4
 import pytest
 
 from launcher.seaweed import Identity, ObjectServer, start_store
+from launcher.slurm_loopback import SlurmCluster, missing_packages, start_slurm
 from tests.helpers.objects import READER, Proxied, use
+from tests.helpers.slurm import clear_jobs
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,25 @@ def bucket_url(object_store: ObjectServer, monkeypatch: pytest.MonkeyPatch, requ
 def proxied(object_store: ObjectServer, bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> Proxied:
     """`with proxied() as proxy:` puts a fault proxy in front of the server for stores opened inside."""
     return Proxied(object_store, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def slurm_packages() -> None:
+    """For tests that need Slurm: skips them where it is not installed, unless REGEN_REQUIRE_SLURM=1, as in CI."""
+    missing = missing_packages(accounting=True)
+    if missing and os.environ.get("REGEN_REQUIRE_SLURM") != "1":
+        pytest.skip(f"Slurm is not installed ({', '.join(missing)} missing); .ci/system-packages installs it on Debian")
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(slurm_packages: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """A running Slurm of two nodes with two fake GPUs each."""
+    with start_slurm(tmp_path_factory.mktemp("slurm"), grace_s=5) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm(slurm_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
+    """The running Slurm, which this test has to itself: the jobs that it leaves are cancelled."""
+    yield slurm_cluster
+    clear_jobs(slurm_cluster)

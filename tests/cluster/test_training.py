@@ -13,13 +13,13 @@ from uuid import uuid4
 import pytest
 
 from launcher.seaweed import ObjectServer
-from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config import load_config, to_yaml
 from regen_dist.data.dataset.catalogue import open_dataset
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import AccessDenied, CheckpointError
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import train
+from tests.helpers.checkpoints import newest
 from tests.helpers.objects import use
 from tests.helpers.processes import descendants, wait_until_gone
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step
@@ -65,7 +65,7 @@ def shop(object_store: ObjectServer, tmp_path_factory: pytest.TempPathFactory) -
         assert shop.regen(*build, "--min-frames", 20, "--samples-per-shard", 5, log="build") == 0, shop.said("build")
         made = tiny_run(
             folder / "runs", shop.url, data__workers=1, data__stride=[1, 2], engine__kind="zero3",
-            engine__precision="bf16", train__steps=STEPS, train__save_every=SAVE_EVERY, train__trace_samples=True,
+            engine__precision="bf16", train__steps=STEPS, checkpoint__every=SAVE_EVERY, train__trace_samples=True,
         )  # fmt: skip
         shop.config.write_text(to_yaml(made))
         yield shop
@@ -130,8 +130,7 @@ def test_a_killed_run_trains_on_exactly_the_samples_of_an_undisturbed_one(
 ) -> None:
     """SIGKILL in the middle: ranks and workers go with the launcher (see `killed`); the same command goes on from the
     last checkpoint; no step trains on anything else, and the losses are the same bit for bit."""
-    saved = CheckpointStore(shop.run("left")).latest()
-    assert saved is not None
+    saved = newest(shop.run("left"))
     assert SAVE_EVERY <= saved.step < STEPS
     assert f"resumed at step {saved.step} on 2 rank(s)" in shop.said("killed_again")
     assert trained_on(killed, 2) == trained_on(undisturbed, 2)
@@ -141,8 +140,7 @@ def test_a_killed_run_trains_on_exactly_the_samples_of_an_undisturbed_one(
 def test_another_number_of_ranks_goes_on_with_the_same_samples(shop: Workshop, undisturbed: Path, killed: Path) -> None:
     run = shop.run("alone")
     shutil.copytree(shop.run("left"), run)
-    saved = CheckpointStore(run).latest()
-    assert saved is not None
+    saved = newest(run)
     before = [read_record(run / "samples" / f"rank-{rank:05d}.jsonl") for rank in (0, 1)]
     assert train(load_config(shop.config, ["name=alone", *HERE])) == 0
     assert '"world_size": 1' in (run / "metrics.jsonl").read_text()

@@ -11,36 +11,45 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config.schema import RunConfig
 from regen_dist.observe.record import read_record
+from tests.helpers.checkpoints import tensors
 from tests.helpers.ranks import Job, forget_moments, run_ranks, train_jobs
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 STEPS, STOP, SHORTER = 20, 12, 5
+LEGS = {2: STOP, 1: 15, 4: 17}  # the run that goes around: so many ranks train it to this step, and two to the end
+START_S = 600.0  # for all runs of a start, on a machine that is busy
 COMMON = {
     "train__steps": STEPS,
     "engine__kind": "zero3",
     "engine__persistence_threshold": 500,  # so that some parameters are gathered and some stay
     "model__latent__noise_std": 0.1,
+    "train__trace_samples": True,
 }
 BF16: dict[str, Any] = {"engine__precision": "bf16", "engine__persistence_threshold": 100_000}  # here all of them stay
 PLAIN: dict[str, Any] = {"engine__kind": "plain"}
 SHORT: dict[str, Any] = {"train__steps": SHORTER}
 IMAGES: dict[str, Any] = {"data__image_fraction": 0.5, "train__accumulation": 2}
 COPIES = {  # stopped run: the runs that go on from it, each with the ranks that saved and the ranks that resume
-    "halted": ("two_to_two", "two_to_one", "two_to_one_forgetful"),
-    "halted_bf16": ("two_to_two_bf16",),
+    "halted": ("two_to_two", "two_to_one", "two_to_one_forgetful", "two_to_four", "around", "loaded"),
+    "halted_bf16": ("two_to_two_bf16", "two_to_one_bf16"),
     "halted_one": ("one_to_two",),
 }
 
 
 class Runs(NamedTuple):
-    """A folder of finished runs, and what to read of them. `starts`: engine to each rank's master weights before the
-    first step."""
+    """A folder of finished runs, and what to read of them.
+
+    Args:
+        folder: of the runs.
+        starts: engine to each rank's master weights before the first step.
+        loaded: number of ranks to each rank's pieces of the state, right after a checkpoint of two ranks was loaded.
+    """
 
     folder: Path
     starts: dict[str, list[dict[str, Any]]]
+    loaded: dict[int, list[dict[str, Any]]]
 
     def losses(self, name: str) -> Tensor:
         """The loss of every step, float64 [steps]; fails when a step is missing or stands there twice."""
@@ -50,30 +59,60 @@ class Runs(NamedTuple):
 
     def tensors(self, name: str, step: int = STEPS) -> dict[str, Tensor]:
         """Everything in a checkpoint, gathered: `<kind>/<parameter>` to its whole tensor."""
-        store = CheckpointStore(self.folder / name)
-        manifest = store.manifest(f"step-{step:08d}")
-        reader = store.reader(manifest)
-        kinds = ("master", "ema", "exp_avg", "exp_avg_sq")
-        return {f"{kind}/{name}": reader.whole(f"{kind}/{name}") for kind in kinds for name in manifest.shapes}
+        return tensors(self.folder / name, step)
+
+    def batches(self, name: str) -> list[list[int]]:
+        """The samples of each step's global batch, sorted, whichever rank had them."""
+        found: dict[int, list[int]] = {}
+        for path in (self.folder / name / "samples").glob("rank-*.jsonl"):
+            for line in read_record(path, "samples"):
+                found.setdefault(line["step"], []).extend(line["ids"])
+        assert sorted(found) == list(range(1, len(found) + 1))
+        return [sorted(found[step]) for step in sorted(found)]
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Every run of the suite, in four starts of ranks; the names say what they are."""
+    """Every run of the suite, in few starts of ranks; the names say what they are."""
     folder = tmp_path_factory.mktemp("runs")
     made = _maker(folder, tiny_dataset(folder / "data"))
     starts = {
-        "zero3": [results[-1] for results in run_ranks(train_jobs, 2, _first_start_of_two(made))],
-        "plain": [results[-1] for results in run_ranks(train_jobs, 1, _first_start_of_one(made))],
+        "zero3": [results[-1] for results in _run(2, _first_start_of_two(made))],
+        "plain": [results[-1] for results in _run(1, _first_start_of_one(made))],
     }
     for source, copies in COPIES.items():
         for copy in copies:
             shutil.copytree(folder / source, folder / copy)
     forget_moments(folder / "two_to_one_forgetful")
-    again = [made("two_to_two"), made("two_to_two_bf16", **BF16), made("one_to_two")]
-    run_ranks(train_jobs, 2, [Job(config) for config in again])
-    run_ranks(train_jobs, 1, [Job(made(name)) for name in ("two_to_one", "two_to_one_forgetful")])
-    return Runs(folder, starts)
+    loaded = {count: run_ranks(_load, count, made("loaded"), timeout_s=START_S) for count in (1, 2, 4)}
+    around = made("around")
+    _run(1, [
+        *(Job(made(name)) for name in ("two_to_one", "two_to_one_forgetful")),
+        Job(made("two_to_one_bf16", **BF16)),
+        Job(around, stop_after=LEGS[1] - LEGS[2]),
+    ])  # fmt: skip
+    _run(4, [Job(made("two_to_four")), Job(around, stop_after=LEGS[4] - LEGS[1])])
+    _run(2, [Job(made("two_to_two")), Job(made("two_to_two_bf16", **BF16)), Job(made("one_to_two")), Job(around)])
+    return Runs(folder, starts, loaded)
+
+
+def _run(world_size: int, jobs: list[Job]) -> list[Any]:
+    return run_ranks(train_jobs, world_size, jobs, timeout_s=START_S)
+
+
+def _load(config: RunConfig) -> dict[str, Any]:
+    """This rank's pieces of the state that a run goes on from, as numpy arrays; runs in the ranks."""
+    from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.training.loop import Trainer
+
+    ranks = read_environment()
+    with process_group(ranks, needed=True):
+        trainer = Trainer(config, ranks)
+        try:
+            assert trainer.step == STOP
+            return {name: piece.detach().clone().numpy() for name, piece in trainer.engine.pieces().items()}
+        finally:
+            trainer.close()
 
 
 def _maker(folder: Path, data: Path) -> Callable[..., RunConfig]:

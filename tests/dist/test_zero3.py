@@ -9,6 +9,8 @@ import torch
 from regen_dist.distributed.ranks import chunk
 from tests.dist.conftest import SHORTER, STEPS, Runs
 
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for every run of the suite
+
 # Both engines keep float32 masters. In float32 they differ by the order of sums alone; in bf16 each gradient is rounded
 # to 8 bits (relative error 2**-9) once per rank, before and after the sum over ranks: measured 2.2e-4 on losses from
 # 0.37 to 0.12, so that 2e-3 stands between that and any error in what is computed.

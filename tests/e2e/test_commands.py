@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config import config_hash, load_saved_config, to_yaml
 from regen_dist.inference.frames import SourceVideo
 from regen_dist.observe.record import read_record
+from tests.helpers.checkpoints import newest
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
@@ -63,8 +63,7 @@ def run(config: Path, folder: Path) -> Path:
         assert process.wait(60) == 75, (folder / "train.log").read_text()
     finally:
         process.send_signal(signal.SIGTERM)
-    saved = CheckpointStore(run).latest()
-    assert saved is not None
+    saved = newest(run)
     assert saved.step < STEPS
     assert f"stopped by the file STOP after step {saved.step}" in (folder / "train.log").read_text()
     assert run_regen(*command, log=folder / "resume.log") == 0, (folder / "resume.log").read_text()

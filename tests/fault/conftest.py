@@ -37,7 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fault")
     made = tiny_run(
         folder / "runs", tiny_dataset(folder / "data"), engine__kind="zero3", engine__precision="bf16",
-        train__steps=STEPS, train__save_every=SAVE_EVERY,
+        train__steps=STEPS, checkpoint__every=SAVE_EVERY,
     )  # fmt: skip
     path = folder / "tiny.yaml"
     path.write_text(to_yaml(made))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config.schema import RunConfig
 from regen_dist.observe.record import read_record
+from tests.helpers.checkpoints import folder_of, tensors
 from tests.helpers.ranks import Job, run_ranks, train_jobs
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     configs = [
         tiny_run(
             folder, data, name=precision, engine__kind="zero3", engine__precision=precision, train__steps=6,
-            train__save_every=1, train__keep_checkpoints=9,
+            checkpoint__every=1, checkpoint__keep_last=9,
         )
         for precision in ("fp32", "bf16")
     ]  # fmt: skip
@@ -48,24 +48,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    store = CheckpointStore(run)
-    manifest = store.manifest(f"step-{step:08d}")
-    reader = store.reader(manifest)
-    kinds = ("master", "ema", "exp_avg", "exp_avg_sq")
-    return {f"{kind}/{name}": reader.whole(f"{kind}/{name}") for kind in kinds for name in manifest.shapes}
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_ranks_skip_together(folder: Path, precision: str) -> None:
     """A NaN on rank 1 alone: no rank changes a weight, a moment or an average in that step, it is counted once, and the
     next step trains on from the state before it."""
     run = folder / precision
-    before, after, later = (_state(run, step) for step in (BAD_STEP, BAD_STEP + 1, BAD_STEP + 2))
+    before, after, later = (tensors(run, step) for step in (BAD_STEP, BAD_STEP + 1, BAD_STEP + 2))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(tensor.isfinite().all() for tensor in later.values())
     assert any(not torch.equal(after[name], later[name]) for name in after)
-    states = [CheckpointStore(run).manifest(f"step-{step:08d}").state for step in (BAD_STEP, BAD_STEP + 1, 6)]
-    assert [state["skipped"] for state in states] == [0, 1, 1]
+    states = [folder_of(run).manifest(step).state for step in (BAD_STEP, BAD_STEP + 1, 6)]
+    assert [state["guards"]["nonfinite"]["skipped"] for state in states] == [0, 1, 1]
     assert [state["num_updates"] for state in states] == [BAD_STEP, BAD_STEP, 5]
     assert [line["skipped"] for line in read_record(run / "metrics.jsonl", "train")] == [0, 0, 0, 1, 1, 1]

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher.local import rank_environment
 from regen_dist.config.schema import RunConfig
+from regen_dist.data.pool import end_with_parent
 from regen_dist.observe.record import read_record
+from tests.helpers.rank_server import RankContext, check_server
 
 
 class Job(NamedTuple):
@@ -37,22 +37,92 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Function, arguments and results must pickle; send tensors as numpy arrays. When a rank fails or time is up, every
     rank is killed by its process id, and the failure is raised here with the rank's traceback.
     """
-    context = multiprocessing.get_context("spawn")
+    with start_ranks(function, world_size, *args) as started:
+        return started.results(timeout_s)
+
+
+def start_ranks(function: Callable[..., Any], world_size: int, *args: Any, logs: Path | None = None) -> Started:
+    """The same without waiting for the end: a handle to look at the ranks, and to kill them. Use it in a `with`.
+
+    Args:
+        function: called in every rank.
+        world_size: number of ranks.
+        args: of the function.
+        logs: folder for what each rank prints, `rank_N.log`, written anew; by default it goes where this process's
+            output goes.
+    """
+    context = RankContext()
     common = rank_environment(os.environ, world_size)
-    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
-    processes = [
-        context.Process(target=_rank, args=(sender, common, rank, function, args), daemon=True)
-        for rank, (_, sender) in enumerate(pipes)
-    ]
+    started = Started()
     try:
-        for process, (_, sender) in zip(processes, pipes, strict=True):
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            log = None if logs is None else logs / f"rank_{rank}.log"
+            process = context.Process(target=_rank, args=(sender, environment, log, function, args), daemon=True)
             process.start()
             sender.close()  # the rank's own end is what must close when it dies
-        return _collect([receiver for receiver, _ in pipes], timeout_s)
-    finally:
-        for process in processes:
-            process.join(timeout=5)
+            started.processes.append(process)
+            started.receivers.append(receiver)
+    except BaseException:
+        started.kill()
+        raise
+    return started
+
+
+class Started:
+    """Ranks that were started, at `began` (seconds of the clock). Its `with` block ends them."""
+
+    def __init__(self) -> None:
+        self.began = time.time()
+        self.processes: list[BaseProcess] = []
+        self.receivers: list[Connection] = []
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def pids(self) -> list[int]:
+        """The process id of every rank."""
+        return [process.pid for process in self.processes if process.pid is not None]
+
+    @property
+    def running(self) -> list[int]:
+        """The ranks that have not ended."""
+        return [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+
+    def results(self, timeout_s: float = 150.0) -> list[Any]:
+        """Wait for what every rank returns.
+
+        Raises:
+            RuntimeError: a rank failed (with its traceback), or ended without a result.
+            TimeoutError: time was up.
+        """
+        return _collect(self.receivers, timeout_s)
+
+    def exit_codes(self, timeout_s: float = 60.0) -> list[int]:
+        """Wait until every rank has ended, however it did. Exit codes: 0 when it returned a result, 1 when it raised,
+        negative when a signal ended it.
+
+        Raises:
+            TimeoutError: time was up.
+        """
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        if self.running:
+            raise TimeoutError(f"after {timeout_s:.0f} s the ranks {self.running} run")
+        return [process.exitcode or 0 for process in self.processes]
+
+    def kill(self, ranks: Sequence[int] | None = None) -> None:
+        """End ranks by SIGKILL, by default all that still run, and wait until they are gone."""
+        chosen = self.processes if ranks is None else [self.processes[rank] for rank in ranks]
+        for process in chosen:
             process.kill()
+        for process in chosen:
             process.join()
 
 
@@ -78,14 +148,38 @@ def _collect(receivers: Sequence[Connection], timeout_s: float) -> list[Any]:
 
 
 def _rank(
-    sender: Connection, common: dict[str, str], rank: int, function: Callable[..., Any], args: tuple[Any, ...]
+    sender: Connection,
+    environment: dict[str, str],
+    log: Path | None,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
-    os.environ.update(common, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.clear()  # that of the server is as old as the server
+    os.environ.update(environment)
+    end_with_parent()
     try:
+        check_server()
+        if log is not None:
+            _print_to(log)
         sender.send((True, function(*args)))
-    except BaseException:  # noqa: BLE001 - told to the parent, which raises it
-        sender.send((False, traceback.format_exc()))
-    sender.close()
+    except BaseException as error:
+        traceback.print_exc()
+        with suppress(BrokenPipeError):  # the parent has given up on this rank
+            sender.send((False, traceback.format_exc()))
+        raise SystemExit(1) from error
+    finally:
+        sender.close()
+
+
+def _print_to(log: Path) -> None:
+    """All that this process and its libraries print."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # complete when the rank is killed
 
 
 def start_regen(*arguments: object, log: Path) -> subprocess.Popen[bytes]:
@@ -158,12 +252,17 @@ def _stopper_after(stopper: type[Any], steps: int | None) -> type[Any]:
 def forget_moments(run: Path) -> None:
     """Set the optimizer's moments in a run's checkpoints to zero, and make their manifests agree: a checkpoint that
     loads, but is wrong."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
-    for shard in run.glob("checkpoints/step-*/*.safetensors"):
-        tensors = {name: 0 * x if name.startswith("exp_avg") else x for name, x in load_file(shard).items()}
-        save_file(tensors, shard)
-        manifest = shard.with_name("manifest.json")
-        content = json.loads(manifest.read_text())
-        content["files"][shard.name]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
-        manifest.write_text(json.dumps(content))
+    from regen_dist.checkpoint.folder import CheckpointFolder
+    from regen_dist.checkpoint.shards import write_shard
+
+    folder = CheckpointFolder(run / "checkpoints")
+    for step in folder.steps():
+        facts = {}
+        for shard in run.glob(f"checkpoints/step-{step:08d}/*.safetensors"):
+            mapped = load_file(shard)  # of a file that is about to be written anew
+            tensors = {name: 0 * x if name.startswith("exp_avg") else x.clone() for name, x in mapped.items()}
+            with shard.open("wb") as file:
+                facts[shard.name] = write_shard(file, tensors)
+        folder.amend(folder.manifest(step), files=facts)

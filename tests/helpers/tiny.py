@@ -46,9 +46,9 @@ def tiny_run(output: Path | str = "runs", url: Path | str = "none", **changes: A
             "ema_decay": 0.9,
             "log_every": 1,
             "validate_every": 1000,
-            "save_every": 1000,
             "peak_tflops": 0.1,
         },
+        "checkpoint": {"every": 1000},
     }
     return RunConfig.model_validate(_changed(values, changes))
 

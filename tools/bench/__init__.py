@@ -6,8 +6,9 @@ from __future__ import annotations
 import typer
 
 from tools.bench.ablation import ablation
+from tools.bench.checkpoint import checkpoint
 from tools.bench.data import data
 
 app = typer.Typer(name="bench", help="Measure, and write JSON.", no_args_is_help=True)
-for command in (ablation, data):
+for command in (ablation, checkpoint, data):
     app.command()(command)

@@ -58,7 +58,7 @@ def write_contact_sheet(dataset: Dataset, path: Path, rows: Sequence[int]) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.png")
     try:
-        _draw(cards, box, title).save(partial, optimize=True)
+        _draw(cards, box, title).save(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

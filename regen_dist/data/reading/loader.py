@@ -56,6 +56,11 @@ class ClipBatch(NamedTuple):
             return self.sample_ids
         return (self.sample_ids + self.epochs * _ODD) & _NOT_NEGATIVE
 
+    @property
+    def kind(self) -> str:
+        """Frames and sides, as "17x64x64": the same for all batches of a step; losses of different kinds differ."""
+        return "x".join(map(str, self.video.shape[2:]))
+
 
 def clip_batches(
     data: TrainingSet, *, accumulation: int, rank: int, world_size: int, cursor: int

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from regen_dist.config import config_hash, load_config, load_saved_config, save_config
+from regen_dist.config.schema import HangConfig
 from regen_dist.errors import ConfigError
 
 Write = Callable[[str, str], Path]
@@ -289,3 +290,10 @@ def test_loading_imports_no_torch(root: Path) -> None:
     code = "import sys; from regen_dist.config import load_config; load_config('configs/embedder/nano.yaml')"
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("hang", [{"warn_s": 900}, {"beat_s": 200}, {"start_limit_s": 60}])
+def test_hang_limits_out_of_order_are_refused(hang: dict[str, float]) -> None:
+    """A warning that comes after the end, or a heartbeat rarer than what it is to show, would never be noticed."""
+    with pytest.raises(ValidationError, match=r"beat_s .* <= warn_s .* < limit_s .* <= start_limit_s"):
+        HangConfig.model_validate(hang)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -125,8 +125,8 @@ class _Source:
     def __init__(self, pieces: dict[str, Tensor]) -> None:
         self._pieces = pieces
 
-    def read(self, key: str, low: int, high: int) -> Tensor:
-        return self._pieces[key][low:high]
+    def read_all(self, wanted: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
+        return ((key, self._pieces[key][low:high]) for key, (low, high) in wanted.items())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -57,11 +57,18 @@ def test_chunks_cover_without_overlap(size: int, world_size: int) -> None:
 
 
 def test_one_rank_needs_no_others() -> None:
-    """Sums, votes and broadcasts of a process alone are what it says, without a process group."""
+    """Sums, votes and what rank 0 does are what a process alone says, without a process group; errors too."""
     ranks = Ranks()
     with process_group(ranks, needed=False):
         assert ranks.sum([1.5, 2.0]) == [1.5, 2.0]
         assert ranks.agree(True)
         assert not ranks.agree(False)
-        assert ranks.broadcast(7) == 7
+        assert ranks.gather("x") == ["x"]
+        assert ranks.on_main(lambda: 7) == 7
+        assert ranks.apart() == ranks
         ranks.barrier()
+        ranks.raise_together(None)
+        with pytest.raises(ConfigError, match="mine"):
+            ranks.raise_together(ConfigError("mine"))
+        with pytest.raises(ZeroDivisionError):
+            ranks.on_main(lambda: 1 // 0)

@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from regen_dist import errors
+from regen_dist.inference.card import SNIPPET
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -60,3 +61,9 @@ def test_tests_that_are_named_exist(page: Path) -> None:
         if not source or (found[2] and f"def {found[2]}(" not in source):
             missing.append(found[0])
     assert missing == []
+
+
+def test_the_snippet_of_the_docs_is_the_model_cards() -> None:
+    """Which is run, where DeepSpeed cannot be imported, by tests/e2e/test_export.py."""
+    text = SNIPPET.format(folder="runs/demo-model", height=64, width=64, channels=8, whole="")
+    assert f"```python\n{text}```" in (ROOT / "docs" / "checkpoints.md").read_text()

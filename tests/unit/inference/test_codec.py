@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.commit import CheckpointStore
 from regen_dist.config import save_config
 from regen_dist.diffusion.noise import gaussian
 from regen_dist.distributed.plain import PlainEngine
@@ -19,6 +18,7 @@ from regen_dist.inference.codec import Codec
 from regen_dist.inference.windows import Window
 from regen_dist.models import Latents, build_model
 from regen_dist.training.tasks import build_task
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.tiny import clips, tiny_run, wake
 
 CPU = torch.device("cpu")
@@ -221,7 +221,7 @@ class TestLoad:
         for average in engine.ema.values():
             average.add_(0.01)
         save_config(config, config.folder)
-        CheckpointStore(config.folder).save(7, engine.pieces(), engine.shapes(), {}, "hash", 2)
+        write_checkpoint(config.folder, 7, engine.pieces(), engine.shapes())
         return config.folder, engine
 
     def test_averaged_weights_by_default(self, run: tuple[Path, PlainEngine]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from regen_dist.checkpoint.reader import NoGoodCheckpoint
 from regen_dist.config import load_saved_config
 from regen_dist.errors import CheckpointError
 from regen_dist.training.run import train
@@ -44,3 +46,15 @@ def test_more_steps_go_on_from_the_checkpoint(tmp_path: Path, data: Path) -> Non
     assert train(tiny_run(tmp_path, data, train__steps=2)) == 0
     record = (tmp_path / "tiny" / "metrics.jsonl").read_text()
     assert record.count('"kind": "train"') == 2
+
+
+def test_a_folder_of_checkpoints_that_is_gone_is_no_new_run(tmp_path: Path, data: Path) -> None:
+    """Not mounted, or emptied: the record tells that there was a checkpoint, so starting from scratch must be asked
+    for."""
+    config = tiny_run(tmp_path, data, train__steps=1)
+    assert train(config) == 0
+    shutil.rmtree(config.folder / "checkpoints")
+    with pytest.raises(NoGoodCheckpoint, match=r"metrics\.jsonl tells of a checkpoint of step 1, .* mounted.*--fresh"):
+        train(config)
+    assert train(config, fresh=True) == 0
+    assert train(config) == 0

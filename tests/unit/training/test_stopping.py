@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from regen_dist.config.schema import TrainConfig
 from regen_dist.distributed.base import StepResult
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import TrainingError
 from regen_dist.training.guards import NonFiniteGuard
-from regen_dist.training.stopping import SIGNALS, Stopper
+from regen_dist.training.stopping import SIGNALS, Stopper, process_age_s
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -61,6 +66,98 @@ def test_the_file_stop(tmp_path: Path) -> None:
     with Stopper(tmp_path, Ranks()) as again:
         assert not again.wanted()
         assert not (tmp_path / "STOP").exists()
+
+
+def test_signals_while_saving_disturb_nothing(tmp_path: Path) -> None:
+    """Ten more signals come while a read and a write are blocked: both end as if nothing had been, and the reason is
+    still the first one."""
+    reader, writer = os.pipe()
+    payload = os.urandom(1 << 20)  # many times what a pipe holds, so that the writer blocks again and again
+
+    def disturb() -> None:
+        for _ in range(10):
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+            time.sleep(0.005)
+        with os.fdopen(writer, "wb") as file:
+            file.write(payload)
+
+    with Stopper(tmp_path, Ranks()) as stopper:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopper.wanted()
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        with os.fdopen(reader, "rb") as file:
+            saved = file.read()
+        thread.join()
+        assert stopper.reason == "SIGINT"
+    assert saved == payload
+
+
+def test_the_time_limit(tmp_path: Path) -> None:
+    """Each rank wants to stop the lead before the limit, counted from when the process started, and not before."""
+    now = 5000.0
+    stopper = Stopper(tmp_path, Ranks(1, 2, 1), time_limit_s=3600, lead_s=120, clock=lambda: now, age_s=30)
+    now = 5000.0 + 3600 - 120 - 30 - 0.001
+    assert not stopper.wanted()
+    now += 0.002
+    assert stopper.wanted()
+    assert stopper.reason == "the time limit of 3600 s"
+    now = 0.0
+    assert stopper.wanted(), "once wanted it stays so"
+
+
+def test_no_limit_and_an_earlier_reason(tmp_path: Path) -> None:
+    """Without a limit no time is too long; a signal that came before the limit stays the reason."""
+    now = 0.0
+    assert not Stopper(tmp_path, Ranks(), clock=lambda: now, age_s=1e9).wanted()
+    with Stopper(tmp_path, Ranks(), time_limit_s=1209600, clock=lambda: now, age_s=0) as stopper:
+        os.kill(os.getpid(), signal.SIGTERM)
+        now = 1e7
+        assert stopper.wanted()
+        assert stopper.reason == "SIGTERM"
+    late = Stopper(tmp_path, Ranks(), time_limit_s=1209600, clock=lambda: now, age_s=1209600)
+    assert late.wanted()
+    assert late.reason == "the time limit of 1209600 s"
+
+
+def test_the_age_of_a_process() -> None:
+    """Importing counts: a process is as old as the system says, whether or not it asked before; this one is older than
+    one that it starts."""
+    began = time.monotonic()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        time.sleep(0.3)
+        age_s = process_age_s(Path(f"/proc/{child.pid}/stat"))
+        passed_s = time.monotonic() - began
+        child.communicate()
+    assert 0.2 < age_s < passed_s + 0.1  # the system counts in hundredths
+    assert age_s < process_age_s() < 7 * 24 * 3600
+
+
+def test_a_name_with_brackets_and_spaces(tmp_path: Path) -> None:
+    """The fields are counted from the end of the name, whatever the name holds: this one started 0 ticks after boot."""
+    stat = tmp_path / "stat"
+    stat.write_text("7 (a) 9 (b c) S " + "999999999999 " * 18 + "0 " + "999999999999 " * 30)
+    boot_age_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert boot_age_s <= process_age_s(stat) < boot_age_s + 10
+
+
+@pytest.mark.parametrize("text", ["", "7 (a) b) S 1 2", "7 (name) S " + "x " * 30])
+def test_a_system_that_does_not_tell_the_age(tmp_path: Path, text: str) -> None:
+    """No such file, a short one, another form: the age is 0, and time counts from then on."""
+    stat = tmp_path / "stat"
+    assert process_age_s(stat) == 0.0
+    stat.write_text(text)
+    assert process_age_s(stat) == 0.0
+
+
+@pytest.mark.parametrize("lead_s", [100.0, 120.0])
+def test_a_lead_as_long_as_the_limit_is_refused(lead_s: float) -> None:
+    """A run that would stop after its first step is a mistake in its config, and told so."""
+    train = {"steps": 10, "batch_global": 2, "time_limit_s": 100.0}
+    with pytest.raises(ValidationError, match=r"time_limit_lead_s 1\d0 leaves no time .* time_limit_s 100; raise"):
+        TrainConfig.model_validate(train | {"time_limit_lead_s": lead_s})
+    assert TrainConfig.model_validate(train | {"time_limit_lead_s": 99.0}).time_limit_s == 100
 
 
 def test_the_budget_of_bad_steps() -> None:

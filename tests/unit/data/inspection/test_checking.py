@@ -199,13 +199,6 @@ def test_what_belongs_to_nothing_is_mentioned(folder: Path) -> None:
     )
 
 
-def test_worker_processes_say_the_same(folder: Path) -> None:
-    damaged = sample(folder, 9)
-    change(folder / damaged.shard, damaged.offset)
-    (folder / "00000.tar").unlink()
-    assert verify_dataset(folder, "deep", workers=2) == verify_dataset(folder, "deep", workers=0)
-
-
 def test_samples_are_never_all_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the tars nor the rows of the dataset are read as a whole."""
 

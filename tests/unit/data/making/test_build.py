@@ -105,17 +105,6 @@ def test_a_killed_build_is_finished_with_the_same_bytes(
     }
 
 
-def test_worker_processes_make_the_same_bytes(dataset_folder: Path, sources: Path, tmp_path: Path) -> None:
-    stages = []
-    progress = lambda stage, done, total: stages.append((stage, done, total))  # noqa: E731
-    build_shards([sources], tmp_path / "out", OPTIONS, workers=2, progress=progress)
-    assert {name: data for name, (data, _) in contents(tmp_path / "out").items()} == {
-        name: data for name, (data, _) in contents(dataset_folder).items()
-    }
-    assert ("probe", 3, 3) in stages
-    assert stages[-2:] == [("build", 11, 11), ("parts", 1, 1)]
-
-
 def test_another_datasets_folder_is_not_touched(dataset_folder: Path, sources: Path) -> None:
     before = contents(dataset_folder)
     with pytest.raises(DataError, match=r"options\.crf: 20 there, 30 now"):

@@ -166,20 +166,6 @@ def test_damage_in_the_middle_costs_what_is_damaged(tmp_path: Path) -> None:
     assert made[-1][1] == 240 or manifest.skipped[-1].reason.startswith("too short")
 
 
-def test_whole_files_keep_their_kind_and_their_bytes(sources: Path, tmp_path: Path) -> None:
-    write_video(tmp_path / "still.mp4", np.repeat(moving_square(1), 40, axis=0))
-    manifest = manifest_of(
-        build_shards([sources, tmp_path / "still.mp4"], tmp_path / "out", replace(OPTIONS, keep=True), workers=2)
-    )
-    assert reasons(manifest) == {"still.mp4": "frozen"}
-    dataset = open_dataset(tmp_path / "out")
-    found = {sample.source: sample for sample in samples(tmp_path / "out")}
-    assert found["more/short one.mkv"].member.endswith(".mkv")
-    for name, sample in found.items():
-        assert dataset.read(sample) == (sources / name).read_bytes()
-    assert "codec" not in manifest.options
-
-
 def test_captions_of_lists_and_of_texts_reach_index_and_tar(sources: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     shutil.copytree(sources, folder)

@@ -110,7 +110,7 @@ def test_a_resumed_order_goes_on_with_the_same_batches_at_any_world_size(cursor:
 def test_each_line_goes_epoch_by_epoch_with_each_row_once(name: str, batch_global: int) -> None:
     streams, weights, images = SETTINGS[name]
     order = Order(streams, batch_global, 0, weights, images)
-    lines = lines_of(order, 6000 // batch_global)
+    lines = lines_of(order, max(3000 // batch_global, 12))
     for (stream, dataset), seen in lines.items():
         size = order.streams[stream].sizes[dataset]
         for epoch in range(len(seen) // size + 1):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -8,20 +7,17 @@ import torch
 
 from regen_dist.config.schema import DataConfig
 from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import Sample
 from regen_dist.data.reading.loader import ClipBatch
 from regen_dist.data.reading.training_set import TrainingSet
 from regen_dist.data.reading.validation import validation_clip
 from regen_dist.errors import ConfigError, DataError
+from tests.helpers.dataconfigs import single
 from tests.helpers.workers import read
-from tests.unit.data.making.test_build import flip_byte
 
 
 @pytest.fixture
 def config(dataset_folder: Path) -> DataConfig:
-    return DataConfig(
-        url=str(dataset_folder), size=(32, 40), short_side=48, stride=(1, 2), image_fraction=0.25, workers=0
-    )
+    return single(dataset_folder)
 
 
 def equal(left: list[ClipBatch], right: list[ClipBatch]) -> bool:
@@ -43,17 +39,6 @@ def test_batches_have_the_promised_shape(config: DataConfig) -> None:
     stream = [int(i) for batch in batches if batch.video.shape[2] == 9 for i in batch.sample_ids]
     assert sorted(stream[:11]) == sorted(stream[11:22]) == sorted(ids)
     assert stream[:11] != stream[11:22]
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(config: DataConfig, workers: int) -> None:
-    parallel = config.model_copy(update={"workers": workers})
-    assert equal(read(parallel, 6), read(config, 6))
-
-
-def test_batches_that_are_kept_are_not_overwritten(config: DataConfig) -> None:
-    few = config.model_copy(update={"workers": 1, "prefetch": 1})  # three slots
-    assert equal(read(few, 8), read(config, 8))
 
 
 def test_a_cursor_goes_on_where_it_stands(config: DataConfig) -> None:
@@ -87,66 +72,6 @@ def test_the_runs_random_state_is_left_alone(config: DataConfig) -> None:
     before = torch.get_rng_state()
     read(config, 1)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.fixture
-def damaged(config: DataConfig, dataset_folder: Path, tmp_path: Path) -> tuple[DataConfig, Sample]:
-    """A copy of the dataset, with one byte of this sample flipped."""
-    folder = tmp_path / "copy"
-    shutil.copytree(dataset_folder, folder)
-    sample = open_dataset(folder).sample(6)
-    flip_byte(folder / sample.shard, sample.offset + 100)
-    return config.model_copy(update={"url": str(folder), "image_fraction": 0.0}), sample
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_another_sample_stands_in_for_a_bad_one(
-    config: DataConfig, damaged: tuple[DataConfig, Sample], workers: int
-) -> None:
-    bad, sample = damaged
-    whole = read(config.model_copy(update={"image_fraction": 0.0}), 4, batch_global=11)
-    found = read(bad.model_copy(update={"workers": workers}), 4, batch_global=11)
-    for before, after in zip(whole, found, strict=True):
-        slots = (before.sample_ids == sample.id).nonzero().flatten().tolist()
-        assert len(slots) == 1, "an epoch is a batch here"
-        others = [slot for slot in range(11) if slot not in slots]
-        assert torch.equal(before.video[others], after.video[others])
-        assert torch.equal(before.sample_ids[others], after.sample_ids[others])
-        assert after.sample_ids[slots[0]] != sample.id
-        assert [(each.shard, each.key) for each in after.bad] == [(sample.shard, sample.key)]
-        assert after.bad[0].reason.startswith("the bytes differ from those that were written")
-    assert (
-        len(
-            {
-                int(batch.sample_ids[(before.sample_ids == sample.id)])
-                for before, batch in zip(whole, found, strict=True)
-            }
-        )
-        > 1
-    )
-
-
-def test_the_stand_in_is_the_same_however_the_work_is_divided(damaged: tuple[DataConfig, Sample]) -> None:
-    bad, _ = damaged
-    whole = read(bad, 4, batch_global=4)
-    ranks = [
-        read(bad.model_copy(update={"workers": rank}), 4, batch_global=4, rank=rank, world_size=2) for rank in (0, 1)
-    ]
-    for step, batch in enumerate(whole):
-        parts = [ranks[0][step], ranks[1][step]]
-        assert torch.equal(batch.sample_ids, torch.cat([part.sample_ids for part in parts]))
-        assert torch.equal(batch.video, torch.cat([part.video for part in parts]))
-    assert any(batch.bad for batch in whole)
-
-
-def test_when_everything_is_bad_the_error_says_so(damaged: tuple[DataConfig, Sample]) -> None:
-    bad, _ = damaged
-    for shard in Path(str(bad.url)).glob("*.tar"):
-        shard.unlink()
-    with pytest.raises(
-        DataError, match=r"8 samples were tried in place of \S+, and each was bad; the last: .*not found"
-    ):
-        read(bad, 1)
 
 
 def test_videos_too_short_for_a_clip_are_left_out_and_told(config: DataConfig) -> None:

@@ -15,30 +15,21 @@ import torch
 from regen_dist.config.schema import DataConfig, SourceConfig
 from regen_dist.data.dataset.catalogue import RECORD, Dataset, open_dataset
 from regen_dist.data.dataset.manifest import Skip
-from regen_dist.data.making.moving_shapes import SyntheticOptions
-from regen_dist.data.making.synthetic import build_synthetic
 from regen_dist.data.reading import training_set as module
-from regen_dist.data.reading.loader import ClipBatch, Plan
+from regen_dist.data.reading.loader import Plan
 from regen_dist.data.reading.training_set import TrainingSet
+from tests.helpers.dataconfigs import SIZES, draw_shapes, mixed_with
 from tests.helpers.workers import read
-
-SIZES = ((32, 48), (48, 32), (32, 32))
 
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six squares of twelve frames."""
-    folder = tmp_path_factory.mktemp("shapes")
-    build_synthetic(folder, SyntheticOptions(6, seed=1, side=48, frames=12), workers=0)
-    return folder
+    return draw_shapes(tmp_path_factory.mktemp("shapes"))
 
 
 @pytest.fixture
 def mixed(dataset_folder: Path, shapes: Path) -> DataConfig:
-    """Real videos of three aspects (wide, tall, square) and shapes, two to one; a quarter of the batches are images."""
-    mixture = [{"url": str(dataset_folder), "weight": 2}, {"url": str(shapes), "weight": 1}]
-    values = {"mixture": mixture, "buckets": SIZES, "short_side": "fit", "stride": [1, 2], "image_fraction": 0.25}
-    return DataConfig.model_validate(values | {"workers": 0})
+    return mixed_with(dataset_folder, shapes)
 
 
 def made(config: DataConfig, **changes: Any) -> TrainingSet:
@@ -110,20 +101,19 @@ def _as_workers_do(plan: Plan, number: int, workers: int) -> list[Any]:
     return [next(lines[index % len(lines)]) for index in range(number)]
 
 
-@pytest.mark.parametrize(("world_size", "workers", "cursor"), [(1, 3, 0), (2, 1, 16), (8, 0, 80)])
-def test_the_pixels_are_the_same_too(mixed: DataConfig, world_size: int, workers: int, cursor: int) -> None:
-    whole = read(mixed, 2, cursor=cursor)
-    parts = [
-        read(mixed.model_copy(update={"workers": workers}), 2, cursor=cursor, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
+def check_pixels(config: DataConfig, world_size: int, cursor: int, **changes: Any) -> None:
+    """The ranks' clips, put together, are those of one rank in one process."""
+    whole = read(config, 2, cursor=cursor)
+    divided = config.model_copy(update=changes)
+    parts = [read(divided, 2, cursor=cursor, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, expected in enumerate(whole):
-        _same([rank[step] for rank in parts], expected)
+        for name in ("video", "sample_ids", "epochs"):
+            found = torch.cat([getattr(rank[step], name) for rank in parts])
+            assert torch.equal(found, getattr(expected, name))
 
 
-def _same(parts: list[ClipBatch], whole: ClipBatch) -> None:
-    for name in ("video", "sample_ids", "epochs"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+def test_the_pixels_are_the_same_too(mixed: DataConfig) -> None:
+    check_pixels(mixed, world_size=8, cursor=80)
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

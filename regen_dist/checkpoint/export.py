@@ -1,0 +1,169 @@
+"""An exported model: one safetensors file and a config, a folder that needs neither its run nor DeepSpeed.
+
+EXPORT/model.safetensors    every parameter whole, under the model's own names
+EXPORT/config.yaml          what rebuilds the model, and where the weights come from (config/exported.py)
+EXPORT/statistics.json      mean and std of each latent channel (inference/statistics.py); may be left out
+EXPORT/README.md            the model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.reader import newest_good
+from regen_dist.config import load_saved_config
+from regen_dist.config.exported import EXPORT_CONFIG_FILE, ExportConfig
+from regen_dist.config.schema import ModelConfig, RunConfig
+from regen_dist.data.objects.local import sync
+from regen_dist.data.reading.fetching import limits_of
+from regen_dist.errors import CheckpointError
+from regen_dist.models import Baseline, Regen, build_model
+
+MODEL_FILE, STATISTICS_FILE, CARD_FILE = "model.safetensors", "statistics.json", "README.md"
+Weights = Literal["ema", "plain"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NAMED = 4  # parameters that a message names
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an exported model rather than a run."""
+    return (folder / MODEL_FILE).is_file()
+
+
+def open_run(run: Path) -> tuple[RunConfig, CheckpointFolder]:
+    """A run's config and its checkpoints: those in the folder given, wherever it was moved, unless its config has a
+    URL for them.
+
+    Raises:
+        ConfigError: the folder is not a run.
+    """
+    config = load_saved_config(run)
+    url = run / "checkpoints" if config.checkpoint.url is None else config.checkpoints
+    return config, CheckpointFolder(url, limits_of(config.data.read))
+
+
+def find_checkpoint(folder: CheckpointFolder, step: int | None = None, *, checksums: bool) -> Manifest:
+    """The checkpoint of a step, or the newest good one.
+
+    Args:
+        folder: of the run.
+        step: which; None takes the newest that is good.
+        checksums: whether every byte is read before it is believed, or only sizes are compared.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if step is None:
+        newest = newest_good(folder, checksums=checksums)
+        if newest is None:
+            raise CheckpointError(
+                f"{folder.url} has no checkpoint yet; train it with `regen train`, or wait for its first "
+                "checkpoint.every"
+            )
+        return newest
+    if step not in (steps := folder.steps()):
+        held = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(f"{folder.url} has no checkpoint of step {step}; there are: {held}")
+    manifest = folder.manifest(step)
+    if problems := folder.problems(manifest, checksums=checksums):
+        raise CheckpointError(f"the checkpoint of step {step} in {folder.url} is damaged: {'; '.join(problems)}")
+    return manifest
+
+
+def checkpoint_weights(folder: CheckpointFolder, manifest: Manifest, weights: Weights) -> dict[str, Tensor]:
+    """Every parameter of a checkpoint, whole, in float32: the averaged ones, or those of the last step."""
+    kind = "ema" if weights == "ema" else "master"
+    wanted = {f"{kind}/{name}": (0, prod(shape)) for name, shape in manifest.shapes.items()}
+    flat = folder.reader(manifest).read_all(wanted)
+    return {key.split("/", 1)[1]: tensor.view(manifest.shapes[key.split("/", 1)[1]]) for key, tensor in flat}
+
+
+def write_model(path: Path, weights: Mapping[str, Tensor], dtype: str) -> str:
+    """Write the weights as `float32` or `bfloat16`, synced. Returns the file's SHA-256."""
+    save_file(
+        {name: tensor.to(_DTYPES[dtype]).contiguous() for name, tensor in weights.items()}, path, {"format": "pt"}
+    )
+    sync(path)
+    return _sha256(path)
+
+
+def read_model(folder: Path, config: ExportConfig) -> dict[str, Tensor]:
+    """The weights of an exported model, as they are stored.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not the one whose SHA-256 the config says.
+    """
+    path = folder / MODEL_FILE
+    try:
+        if config.sha256 is not None and _sha256(path) != config.sha256:
+            raise CheckpointError(
+                f"{path} does not have the SHA-256 that its config says: copy it again; or, if it was changed on "
+                f"purpose, remove the line `sha256` from {folder / EXPORT_CONFIG_FILE}"
+            )
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of every parameter of an exported model; no weights are read."""
+    path = folder / MODEL_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def model_shapes(config: ModelConfig) -> dict[str, list[int]]:
+    """The shape of every parameter of the model that a config describes; nothing is allocated."""
+    return {name: list(param.shape) for name, param in _on_meta(config).named_parameters()}
+
+
+def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+    """Compare parameters by name and shape.
+
+    Raises:
+        CheckpointError: they differ; names the first few. `what` says whose the found ones are.
+    """
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not in the model" for name in found if name not in wanted]
+    problems += [
+        f"{name} has the shape {list(found[name])}, the model's has {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and list(found[name]) != list(shape)
+    ]
+    if problems:
+        more = f", and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise CheckpointError(f"{what} do not fit the config's model: {'; '.join(problems[:_NAMED])}{more}")
+
+
+def model_with(config: ModelConfig, weights: Mapping[str, Tensor], what: str) -> Regen | Baseline:
+    """The model that a config describes, made of these weights (which it takes over); CheckpointError when they do not
+    fit. `what` says whose they are."""
+    model = _on_meta(config)
+    shapes = {name: list(param.shape) for name, param in model.named_parameters()}
+    check_shapes({name: tensor.shape for name, tensor in weights.items()}, shapes, what)
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def _on_meta(config: ModelConfig) -> Regen | Baseline:
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,257 @@
+"""The checkpoints of one run, in a local or shared folder or in a bucket. One process; no collectives.
+
+    RUN/checkpoints/latest                                        the name of the checkpoint to go on from
+    RUN/checkpoints/step-00001000/manifest.json                   what makes it one: written last, removed first
+    RUN/checkpoints/step-00001000/rank-00000-of-00002.safetensors
+    RUN/checkpoints/step-00001000/pinned                          never deleted while this is there
+    RUN/checkpoints/step-00002000.tmp/                            one that is being written, or debris
+
+A folder is written under a temporary name and renamed when it is complete. A bucket knows no renaming: there the shards
+lie under their own names at once, and the manifest alone commits them. Whatever has no manifest is debris.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from regen_dist.checkpoint.manifest import FileFacts, Manifest, parse_manifest, to_text
+from regen_dist.checkpoint.shards import ShardReader, write_shard
+from regen_dist.data.objects.local import full_disk, sync
+from regen_dist.data.objects.store import Limits, Store, remove_leftovers
+from regen_dist.errors import CheckpointError, ObjectMissing
+
+MANIFEST, POINTER, PIN = "manifest.json", "latest", "pinned"
+_CHECKPOINT = re.compile(r"^step-(\d{8,})(\.tmp)?/(.+)$")
+
+Phase = Callable[[str], None]
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of a step's checkpoint in its folder."""
+    return f"step-{step:08d}"
+
+
+class CheckpointFolder:
+    """What is in a run's checkpoint folder, and the single steps that the saver's protocol is made of.
+
+    Args:
+        url: a plain path, `file://`, `s3://`, `gs://` or `az://`.
+        limits: patience with a bucket.
+
+    Raises:
+        DataError: the URL cannot be used; from every method: the store does not answer, denies access, or is full.
+    """
+
+    def __init__(self, url: str | Path, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
+        self.store = Store(url, limits)
+        self.url = self.store.url
+
+    def steps(self) -> list[int]:
+        """The committed steps, ascending. Their files may still be damaged: see `manifest` and `problems`."""
+        return sorted(step for step, temporary, file, _ in self._files() if file == MANIFEST and not temporary)
+
+    def manifest(self, step: int) -> Manifest:
+        """What a committed checkpoint says of itself.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged or of another schema.
+        """
+        name = f"{checkpoint_name(step)}/{MANIFEST}"
+        try:
+            manifest = parse_manifest(self.store.get(name), f"checkpoint {self.url}/{name}")
+        except ObjectMissing:
+            raise CheckpointError(f"checkpoint {self.url}/{checkpoint_name(step)} has no {MANIFEST}") from None
+        if manifest.step != step:
+            raise CheckpointError(f"checkpoint {self.url}/{name} is of step {manifest.step}; it was moved there")
+        return manifest
+
+    def problems(self, manifest: Manifest, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
+        """What is wrong with a checkpoint's files, in words; empty when nothing is.
+
+        Args:
+            manifest: of the checkpoint.
+            checksums: read every byte, too. Otherwise only the sizes are compared.
+            share: (n, of): look at every `of`-th file from the n-th on, so that ranks can share the work.
+        """
+        found = self.store.list(f"{checkpoint_name(manifest.step)}/")
+        told = []
+        for file, facts in sorted(manifest.files.items())[share[0] :: share[1]]:
+            name = f"{checkpoint_name(manifest.step)}/{file}"
+            size = found.get(name)
+            if size != facts["bytes"]:
+                held = "is missing" if size is None else f"has {size} bytes"
+                told.append(f"{file} {held}, the manifest says {facts['bytes']} bytes")
+            elif checksums and self._sha256(name) != facts["sha256"]:
+                told.append(f"{file} does not have the SHA-256 that the manifest says")
+        return told
+
+    def reader(self, manifest: Manifest) -> ShardReader:
+        """Reads the tensors of a checkpoint."""
+        return ShardReader(self.store, checkpoint_name(manifest.step), manifest)
+
+    def pointer(self) -> int | None:
+        """The step that `latest` names; None when there is no such file.
+
+        Raises:
+            CheckpointError: it does not name a checkpoint.
+        """
+        try:
+            text = self.store.get(POINTER).decode("utf-8", "replace").strip()
+        except ObjectMissing:
+            return None
+        if not (match := re.fullmatch(r"step-(\d{8,})", text)):
+            raise CheckpointError(f"the pointer {self.url}/{POINTER} is damaged: it says {text[:40]!r}")
+        return int(match[1])
+
+    def point_to(self, step: int) -> None:
+        """Make `latest` name a step, atomically."""
+        self.store.put(POINTER, f"{checkpoint_name(step)}\n".encode())
+
+    def pins(self) -> set[int]:
+        """The steps that are never deleted."""
+        return {step for step, temporary, file, _ in self._files() if file == PIN and not temporary}
+
+    def pin(self, step: int) -> None:
+        """Keep a committed checkpoint for good; CheckpointError when there is none of that step."""
+        self.manifest(step)
+        self.store.put(f"{checkpoint_name(step)}/{PIN}", b"")
+
+    def unpin(self, step: int) -> None:
+        """Let retention decide again."""
+        self.store.delete(f"{checkpoint_name(step)}/{PIN}")
+
+    def remove(self, step: int) -> None:
+        """Delete a checkpoint: its manifest first, so that a deletion that is cut off leaves debris."""
+        self.store.delete(f"{checkpoint_name(step)}/{MANIFEST}")
+        self._delete(checkpoint_name(step))
+
+    def debris(self) -> dict[str, int]:
+        """Folders of checkpoints that were never committed, or whose deletion was cut off, with their bytes."""
+        found: dict[str, int] = {}
+        files = self._files()
+        committed = {step for step, temporary, file, _ in files if file == MANIFEST and not temporary}
+        for step, temporary, _, size in files:
+            if temporary or step not in committed:
+                folder = checkpoint_name(step) + temporary
+                found[folder] = found.get(folder, 0) + size
+        return found
+
+    def clear_debris(self) -> None:
+        """Delete what was never committed. Not while another process saves."""
+        for folder in self._empty_folders() | set(self.debris()):
+            self._delete(folder)
+        if self.store.folder is not None:
+            remove_leftovers(self.store.folder)
+
+    def begin(self, step: int) -> None:
+        """Make room for a checkpoint of `step`. Where there is one of a future that was gone back from, it is removed
+        when it would be in the way of the new one."""
+        self.clear_debris()
+        if self.store.folder is None and step in self.steps():
+            self.store.delete(f"{checkpoint_name(step)}/{MANIFEST}")
+            self._delete(checkpoint_name(step), but=PIN)
+
+    def write_shard(self, step: int, name: str, pieces: Mapping[str, Tensor]) -> FileFacts:
+        """Write one file of a checkpoint that is not committed yet; on a disk, synced."""
+        if self.store.folder is None:
+            with self.store.staging(name) as path:
+                facts = _write(path, pieces)
+                self.store.put_file(f"{checkpoint_name(step)}/{name}", path)
+            return facts
+        folder = self._temporary(step)
+        with full_disk(self.store.folder, str(folder / name)):
+            folder.mkdir(parents=True, exist_ok=True)
+            return _write(folder / name, pieces)
+
+    def commit(self, manifest: Manifest, phase: Phase = lambda name: None) -> None:
+        """Make the files that the manifest names a checkpoint, and point to it. `phase` is told what comes next.
+
+        Raises:
+            CheckpointError: a file is not there as its writer left it (a folder that the ranks do not share).
+        """
+        self._check_written(manifest)
+        phase("manifest")
+        text = to_text(manifest).encode()
+        if self.store.folder is None:
+            self.store.put(f"{checkpoint_name(manifest.step)}/{MANIFEST}", text)
+        else:
+            self.store.put(f"{checkpoint_name(manifest.step)}.tmp/{MANIFEST}", text)
+            phase("rename")
+            self._rename(manifest.step)
+        phase("pointer")
+        self.point_to(manifest.step)
+
+    def amend(self, manifest: Manifest, **changes: Any) -> Manifest:
+        """Change what a committed checkpoint says of itself, atomically; its tensors stay. Returns the new one."""
+        amended = replace(manifest, **changes)
+        self.store.put(f"{checkpoint_name(manifest.step)}/{MANIFEST}", to_text(amended).encode())
+        return amended
+
+    def _rename(self, step: int) -> None:
+        assert self.store.folder is not None, "buckets do not rename"
+        target = self.store.folder / checkpoint_name(step)
+        if target.exists():  # of a future that was gone back from
+            if (target / PIN).exists():
+                (self._temporary(step) / PIN).touch()
+            self.remove(step)
+        sync(self._temporary(step))
+        os.replace(self._temporary(step), target)
+        sync(self.store.folder)
+
+    def _check_written(self, manifest: Manifest) -> None:
+        folder = checkpoint_name(manifest.step) + ("" if self.store.folder is None else ".tmp")
+        sizes = self.store.list(f"{folder}/")
+        wrong = [file for file, facts in manifest.files.items() if sizes.get(f"{folder}/{file}") != facts["bytes"]]
+        if wrong:
+            raise CheckpointError(
+                f"{len(wrong)} of {len(manifest.files)} shards are not in {self.url}/{folder} as their ranks wrote "
+                f"them, among them {wrong[0]}; checkpoints must lie in a folder that all ranks share"
+            )
+
+    def _temporary(self, step: int) -> Path:
+        assert self.store.folder is not None, "buckets have no temporary names"
+        return self.store.folder / f"{checkpoint_name(step)}.tmp"
+
+    def _delete(self, folder: str, but: str = "") -> None:
+        if self.store.folder is not None:
+            shutil.rmtree(self.store.folder / folder)
+            return
+        for name in self.store.list(f"{folder}/"):
+            if name != f"{folder}/{but}":
+                self.store.delete(name)
+
+    def _files(self) -> list[tuple[int, str, str, int]]:
+        """Every file of every checkpoint: its step, ".tmp" or "", its name, its bytes."""
+        matches = ((_CHECKPOINT.match(name), size) for name, size in self.store.list().items())
+        return [(int(match[1]), match[2] or "", match[3], size) for match, size in matches if match]
+
+    def _empty_folders(self) -> set[str]:
+        """Folders on a disk that a killed process left before it wrote the first file, or after it deleted the last."""
+        if self.store.folder is None or not self.store.folder.is_dir():
+            return set()
+        folders = [
+            path for path in self.store.folder.iterdir() if _CHECKPOINT.match(f"{path.name}/x") and path.is_dir()
+        ]
+        return {path.name for path in folders if not (path / MANIFEST).exists() or path.name.endswith(".tmp")}
+
+    def _sha256(self, name: str) -> str:
+        try:
+            return self.store.sha256(name)
+        except ObjectMissing:
+            return "missing"
+
+
+def _write(path: Path, pieces: Mapping[str, Tensor]) -> FileFacts:
+    with path.open("wb") as file:
+        facts = write_shard(file, pieces)
+        file.flush()
+        os.fsync(file.fileno())
+    return facts

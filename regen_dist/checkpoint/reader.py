@@ -1,0 +1,162 @@
+"""Which checkpoint to go on from: the newest that is whole. All ranks look, and all come to the same answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.errors import CheckpointError, RegenError
+
+Say = Callable[[str], None]
+
+
+class NoGoodCheckpoint(CheckpointError):
+    """There are checkpoints, but none that can be used."""
+
+
+class _Candidate(NamedTuple):
+    """A committed checkpoint, or why it cannot be read."""
+
+    step: int
+    manifest: Manifest | None
+    problem: str
+
+
+def warn(text: str) -> None:
+    """Say something on stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def newest_good(
+    folder: CheckpointFolder,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    *,
+    checksums: bool = False,
+    before: int | None = None,
+    say: Say = warn,
+) -> Manifest | None:
+    """The checkpoint that `latest` names when it is whole; else the newest whole one that it was trained from. A
+    collective: either every rank gets the same manifest, or every rank raises the same error.
+
+    Args:
+        folder: the run's checkpoints.
+        ranks: who looks. They share the reading.
+        checksums: read every byte of every file; else only the sizes are compared.
+        before: only checkpoints of steps below this.
+        say: told of every checkpoint that is passed over, with the file and the reason; on every rank.
+
+    Returns:
+        the manifest; None when the folder holds no committed checkpoint.
+
+    Raises:
+        NoGoodCheckpoint: there are some, and none is whole.
+        DataError: the store does not answer or denies access. Never taken for damage.
+    """
+    candidates = _candidates(folder, before)
+    passed_over: list[str] = []
+    while (candidate := ranks.on_main(lambda: next(candidates, None))) is not None:
+        problem = candidate.problem or _problem(folder, ranks, candidate.manifest, checksums)
+        if not problem:
+            if passed_over:
+                say(f"going on from {folder.url} at step {candidate.step}, the newest checkpoint that is whole")
+            return candidate.manifest
+        say(problem)
+        passed_over.append(problem)
+    if passed_over:
+        raise NoGoodCheckpoint(
+            f"{folder.url} holds no checkpoint{'' if before is None else f' before step {before}'} that can be used: "
+            f"{'; '.join(passed_over)}. Restore the files, or start the run from scratch with --fresh"
+        )
+    return None
+
+
+def go_back(
+    folder: CheckpointFolder,
+    ranks: Ranks,
+    *,
+    before: int,
+    rollbacks: list[int],
+    state: Callable[[Manifest], dict[str, object]],
+    checksums: bool = False,
+) -> Manifest:
+    """Choose the newest whole checkpoint before a step, and make it the one that the run goes on from, for good: its
+    manifest says so, in one atomic write, and then the pointer does. Its tensors stay as they are. A collective.
+
+    Args:
+        before: only checkpoints of steps below this.
+        rollbacks: the steps that the run went back to until now.
+        state: what the checkpoint's state is to be, made of its manifest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    manifest = newest_good(folder, ranks, checksums=checksums, before=before)
+    if manifest is None:
+        raise CheckpointError(
+            f"{folder.url} holds no checkpoint before step {before} to go back to; save more often (checkpoint.every)"
+        )
+
+    def amend() -> Manifest:
+        amended = folder.amend(manifest, state=state(manifest), rollbacks=[*rollbacks, manifest.step])
+        folder.point_to(manifest.step)
+        return amended
+
+    return ranks.on_main(amend)
+
+
+def _candidates(folder: CheckpointFolder, before: int | None) -> Iterator[_Candidate]:
+    """What to try, in order. The first is known without reading all manifests."""
+    first = pointed = None
+    try:
+        pointed = folder.pointer()
+    except CheckpointError as error:
+        yield _Candidate(-1, None, str(error))
+    if pointed is not None and (before is None or pointed < before):
+        first = _read(folder, pointed)
+        yield first
+    committed = folder.steps()
+    others = sorted((_read(folder, step) for step in committed if step != pointed), key=_newest_first)
+    others = [each for each in others if before is None or each.step < before]
+    yield from (each for each in others if _leads_to(each, first, pointed))
+    if pointed not in (None, *committed):  # a pointer that was flipped to a lower step says nothing of later ones
+        yield from (each for each in others if not _leads_to(each, first, pointed))
+
+
+def _read(folder: CheckpointFolder, step: int) -> _Candidate:
+    try:
+        return _Candidate(step, folder.manifest(step), "")
+    except CheckpointError as error:
+        return _Candidate(step, None, str(error))
+
+
+def _newest_first(candidate: _Candidate) -> tuple[float, int]:
+    """What cannot be read counts as new, so that it is named."""
+    rollbacks = float("inf") if candidate.manifest is None else len(candidate.manifest.rollbacks)
+    return -rollbacks, -candidate.step
+
+
+def _leads_to(candidate: _Candidate, first: _Candidate | None, pointed: int | None) -> bool:
+    """Whether what the pointer names was trained from this one, as far as that can be told."""
+    if first is not None and first.manifest is not None and candidate.manifest is not None:
+        return candidate.manifest.is_followed_by(first.manifest)
+    return pointed is None or candidate.step < pointed
+
+
+def _problem(folder: CheckpointFolder, ranks: Ranks, manifest: Manifest | None, checksums: bool) -> str:
+    """What is wrong with a checkpoint's files, empty when nothing is. The ranks share the reading of the bytes."""
+    assert manifest is not None, "a candidate without a problem has a manifest"
+    share = (ranks.rank, ranks.world_size) if checksums else (0, 1)
+    told: list[str] = []
+    error: RegenError | None = None
+    if checksums or ranks.is_main:
+        try:
+            told = folder.problems(manifest, checksums=checksums, share=share)
+        except RegenError as caught:
+            error = caught
+    ranks.raise_together(error)
+    found = [problem for each in ranks.gather(told) for problem in each]
+    return f"checkpoint of step {manifest.step} in {folder.url}: {'; '.join(found)}" if found else ""

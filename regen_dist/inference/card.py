@@ -1,0 +1,114 @@
+"""The README of an exported model."""
+
+from __future__ import annotations
+
+from math import prod
+
+from regen_dist.checkpoint.export import MODEL_FILE
+from regen_dist.config.exported import ExportConfig, OriginConfig
+from regen_dist.config.schema import SPATIAL_COMPRESSION
+from regen_dist.inference.statistics import LatentSpread, LatentStatistics
+
+_KINDS = {
+    "regen": "REGEN: a causal convolutional encoder and a generative (diffusion transformer) decoder",
+    "magvit2": "the MAGVIT-v2 style baseline: a causal convolutional encoder and a mirrored decoder",
+}
+_WEIGHTS = {"ema": "the moving average (EMA) of the weights", "plain": "the weights of the last step"}
+SNIPPET = """\
+import torch
+from regen_dist.inference.codec import Codec
+
+codec = Codec.load("{folder}")  # or a run folder; needs no DeepSpeed
+clip = torch.rand(1, 3, codec.num_frames, {height}, {width}) * 2 - 1  # [B, 3, k + 1, H, W] in [-1, 1]
+latents = codec.encode(clip)  # content and motion, [B, {channels}, H / 8, W / 8] each
+times = torch.tensor([0.0, 0.5, 1.0]{whole})  # in frames from the clip's first
+frames = codec.decode(latents, times, steps=1)  # [B, 3, len(times), H, W] in [-1, 1]
+print(tuple(latents.content.shape), tuple(frames.shape))
+"""
+
+
+def snippet(config: ExportConfig, folder: str, size: tuple[int, int]) -> str:
+    """Python that loads the model from `folder`, encodes a clip of (height, width) and decodes it."""
+    baseline = config.model.kind == "magvit2"  # it knows whole frames alone
+    text = SNIPPET.replace("[0.0, 0.5, 1.0]{whole}", "[0.0, 1.0, 2.0]" if baseline else "[0.0, 0.5, 1.0]")
+    return text.format(folder=folder, height=size[0], width=size[1], channels=config.model.latent.channels)
+
+
+def model_card(
+    config: ExportConfig,
+    origin: OriginConfig,
+    shapes: dict[str, list[int]],
+    size: tuple[int, int],
+    statistics: LatentStatistics | None,
+) -> str:
+    """The README of an export, in Markdown.
+
+    Args:
+        config: of the export.
+        origin: the checkpoint that it was taken from.
+        shapes: of its parameters.
+        size: height and width that it was trained at.
+        statistics: as they are in it; None when they were not measured.
+    """
+    sections = {
+        "What it is": _facts(config, origin, shapes, size),
+        "Loading it": _loading(config, size),
+        "Latent statistics": _statistics(statistics),
+        "License": "No license was chosen yet: who publishes this model says here under which it may be used, and "
+        "what the training data allows.",
+    }
+    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
+    return f"# {origin.run}, a video embedder\n\n{text}\n"
+
+
+def _facts(config: ExportConfig, origin: OriginConfig, shapes: dict[str, list[int]], size: tuple[int, int]) -> str:
+    model, count = config.model, sum(map(prod, shapes.values()))
+    rows = {
+        "model": _KINDS[model.kind],
+        "parameters": f"{count:,} in {len(shapes)} tensors, stored as {config.dtype}",
+        "temporal compression k": f"{model.temporal_compression}: a clip is {model.num_frames} frames, the first and "
+        f"k that follow (or an image: one frame)",
+        "latents": f"content and motion, each {model.latent.channels} channels of H/{SPATIAL_COMPRESSION} x "
+        f"W/{SPATIAL_COMPRESSION} for a clip of H x W pixels",
+        "trained at": f"{size[0]} x {size[1]} pixels",
+        "prediction": f"{config.diffusion.target} on the path {config.diffusion.path}, {config.precision} weights",
+        "weights": _WEIGHTS[config.weights],
+        "run": f"{origin.run}, step {origin.step:,}, after {origin.samples:,} clips, saved {origin.saved_at}",
+        "config hash": f"`{origin.config_hash}`",
+        "made by": f"regen-dist {origin.version}",
+        "data fingerprint": f"`{origin.data.get('dataset fingerprint', 'not known')}`",
+        "validation": ", ".join(f"{name} {value:.4g}" for name, value in origin.metrics.items()) or "none was recorded",
+    }
+    if model.kind == "magvit2":
+        del rows["prediction"]
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in rows.items())])
+
+
+def _loading(config: ExportConfig, size: tuple[int, int]) -> str:
+    return (
+        "With the package `regen-dist`; sides of clips must be multiples of 8.\n\n"
+        f"```python\n{snippet(config, 'PATH/OF/THIS/FOLDER', size)}```\n\n"
+        "`regen reconstruct VIDEO --run THIS_FOLDER --out FOLDER` takes a video of any length. "
+        f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build."
+    )
+
+
+def _statistics(statistics: LatentStatistics | None) -> str:
+    if statistics is None:
+        return "They were not measured (`--no-statistics`)."
+    parts = {"clips": statistics.clips, "images": statistics.images}
+    lines = [f"- {_spread(name, part)}" for name, part in parts.items() if part is not None]
+    return "\n".join(
+        ["Mean and std of each channel are in `statistics.json` (`codec.statistics`). Over all channels:", "", *lines]
+    )
+
+
+def _spread(name: str, part: LatentSpread) -> str:
+    latents = {"content": part.content, "motion": part.motion}
+    told = [
+        f"{latent}: means {each.mean.min():.3f} to {each.mean.max():.3f}, std {each.std.min():.3f} to "
+        f"{each.std.max():.3f}"
+        for latent, each in latents.items()
+        if each is not None
+    ]
+    return f"{part.num_clips} {name}; " + "; ".join(told)

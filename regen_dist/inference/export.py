@@ -1,0 +1,174 @@
+"""Exports a model out of a run: verified, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from regen_dist.checkpoint.export import (
+    CARD_FILE,
+    MODEL_FILE,
+    STATISTICS_FILE,
+    Weights,
+    check_shapes,
+    checkpoint_weights,
+    find_checkpoint,
+    is_export,
+    model_shapes,
+    open_run,
+    write_model,
+)
+from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.config.exported import EXPORT_CONFIG_FILE, ExportConfig, OriginConfig
+from regen_dist.config.files import write_text_atomically
+from regen_dist.config.schema import DataConfig, RunConfig
+from regen_dist.data.objects.local import full_disk, sync
+from regen_dist.errors import CheckpointError, DataError
+from regen_dist.inference.card import model_card
+from regen_dist.inference.codec import Codec
+from regen_dist.inference.statistics import LatentStatistics, measure_statistics
+
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is exported.
+
+    Args:
+        step: of the checkpoint; None takes the newest good one.
+        weights: averaged, or those of the last step.
+        dtype: in which they are stored.
+        statistics_clips: clips that the latent statistics are measured on; 0 leaves the statistics out.
+        data: URL of the clips for the statistics; None takes the run's training data.
+        force: replace the exported model that is in the target folder.
+    """
+
+    step: int | None = None
+    weights: Weights = "ema"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    statistics_clips: int = 64
+    data: str | None = None
+    force: bool = False
+
+
+def export_model(
+    run: Path, out: Path, options: ExportOptions, progress: Progress = lambda what, done, total: None
+) -> ExportConfig:
+    """Write the model of a run's checkpoint into the folder `out`, which is there whole or not at all.
+
+    Every byte of the checkpoint is compared with its checksum first; the statistics are those of the weights as they
+    are stored. Returns what the export says of itself.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or `out` is not empty.
+        ConfigError: `run` is not a run.
+        DataError: the clips for the statistics cannot be read, or the disk is full.
+    """
+    _check_target(out, options.force)
+    config, folder = open_run(run)
+    progress("verify", 0, 1)
+    manifest = find_checkpoint(folder, options.step, checksums=True)
+    check_shapes(manifest.shapes, model_shapes(config.model), f"the parameters of step {manifest.step} in {folder.url}")
+    progress("verify", 1, 1)
+    with _made_whole(out, options.force) as made:
+        weights = checkpoint_weights(folder, manifest, options.weights)
+        digest = write_model(made / MODEL_FILE, weights, options.dtype)
+        del weights
+        exported = _described(config, manifest, options, digest)
+        write_text_atomically(made / EXPORT_CONFIG_FILE, exported.to_yaml())
+        statistics = _statistics(made, config, options, progress) if options.statistics_clips else None
+        if statistics is not None:
+            write_text_atomically(made / STATISTICS_FILE, statistics.to_text())
+        assert exported.origin is not None, "it was described with one"
+        card = model_card(exported, exported.origin, manifest.shapes, config.data.sizes[0], statistics)
+        write_text_atomically(made / CARD_FILE, card)
+    return exported
+
+
+def _described(config: RunConfig, manifest: Manifest, options: ExportOptions, digest: str) -> ExportConfig:
+    origin = OriginConfig(
+        run=config.name,
+        step=manifest.step,
+        samples=manifest.samples,
+        config_hash=manifest.config_hash,
+        version=manifest.version,
+        saved_at=manifest.saved_at,
+        data=manifest.state.get("data") or {},
+        metrics=manifest.metrics,
+    )
+    return ExportConfig.of(config, options.weights).model_copy(
+        update={"dtype": options.dtype, "sha256": digest, "origin": origin}
+    )
+
+
+def _statistics(made: Path, config: RunConfig, options: ExportOptions, progress: Progress) -> LatentStatistics:
+    data = config.data if options.data is None else _data_at(config.data, options.data)
+    codec = Codec.load(made)
+    try:
+        return measure_statistics(
+            codec, data, num_clips=options.statistics_clips, seed=config.train.seed,
+            progress=lambda done, total: progress("statistics", done, total),
+        )  # fmt: skip
+    except DataError as error:
+        raise DataError(
+            f"the clips for the latent statistics cannot be read; give --data URL, where such clips are, or "
+            f"--no-statistics: {error}"
+        ) from error
+
+
+def _data_at(data: DataConfig, url: str) -> DataConfig:
+    """The same way of cutting clips, from another place."""
+    return DataConfig.model_validate(data.model_dump() | {"url": url, "mixture": ()})
+
+
+def _check_target(out: Path, force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; give a folder that is empty or not there yet")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not is_export(out):
+        raise CheckpointError(f"{out} holds something else than an exported model; give another folder")
+    if not force:
+        raise CheckpointError(f"{out} holds an exported model; give another folder, or --force to replace it")
+
+
+@contextmanager
+def _made_whole(out: Path, force: bool) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends well, and is removed when it does not."""
+    out = Path(os.path.abspath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
+    try:
+        with full_disk(out.parent, str(out)):
+            yield made
+            made.chmod(0o755)
+            sync(made)
+            _check_target(out, force)  # again: it took a while
+            _take_place(made, out)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _take_place(made: Path, out: Path) -> None:
+    """Rename `made` to `out`. An export that is there is moved aside first, comes back when that fails, and is deleted
+    last."""
+    aside = made.with_suffix(".old")
+    replaced = out.exists()
+    if replaced:
+        os.replace(out, aside)
+    try:
+        os.replace(made, out)
+    except OSError:
+        if replaced:
+            os.replace(aside, out)
+        raise
+    sync(out.parent)
+    if replaced:
+        shutil.rmtree(aside)

@@ -1,0 +1,192 @@
+"""A run and its checkpoints: which one it starts from, what goes into one, and what a failed save means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.reader import NoGoodCheckpoint, go_back, newest_good, warn
+from regen_dist.checkpoint.saver import Outcome, Saver
+from regen_dist.checkpoint.shards import ShardReader
+from regen_dist.config import config_hash
+from regen_dist.config.schema import RunConfig
+from regen_dist.config.version import code_version
+from regen_dist.data.reading.fetching import limits_of
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.errors import CheckpointError
+from regen_dist.observe.record import read_record
+
+_CLOSE_S = 60.0  # for a save in flight when a run ends with an error
+
+
+class RunCheckpoints:
+    """The checkpoints of one run, as its loop needs them. Collective throughout.
+
+    Args:
+        config: of the run.
+        ranks: of the job.
+        shapes: the full shape of every parameter.
+        identity: of the data's order (`TrainingSet.identity`).
+        told: told of every save that has ended.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        shapes: dict[str, list[int]],
+        identity: dict[str, str],
+        told: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> None:
+        self._config, self._ranks, self._shapes, self._identity = config, ranks, shapes, identity
+        self.folder = CheckpointFolder(config.checkpoints, limits_of(config.data.read))
+        self._saver = Saver(self.folder, ranks, config.checkpoint)
+        self._told = told
+        self._newest: int | None = None  # the step of the newest one that is committed
+        self._rollbacks: list[int] = []
+        self._hash = config_hash(config)
+        self._version = code_version() if ranks.is_main else ""  # rank 0 writes the manifest
+        self._topology = {
+            "world_size": ranks.world_size,
+            "engine": config.engine.kind,
+            "precision": config.engine.precision,
+        }
+
+    def newest(self, *, fresh: bool = False, doubt: bool = False) -> Manifest | None:
+        """The checkpoint to go on from; None to start from scratch.
+
+        Args:
+            fresh: start from scratch where there were checkpoints and none of them is whole.
+            doubt: compare checksums, whatever the config says.
+
+        Raises:
+            CheckpointError: it does not belong to this model or this data, or none is whole, or the run's record tells
+                of checkpoints and there are none.
+        """
+        try:
+            manifest = newest_good(self.folder, self._ranks, checksums=self._checksums or fresh or doubt)
+            if manifest is None:
+                self._ranks.on_main(self._refuse_lost)
+        except NoGoodCheckpoint as error:
+            if not fresh:
+                raise
+            warn(f"starting from scratch, as told by --fresh: {error}")
+            return None
+        if manifest is not None:
+            self._check_belongs(manifest)
+            self._newest, self._rollbacks = manifest.step, manifest.rollbacks
+        return manifest
+
+    def reader(self, manifest: Manifest) -> ShardReader:
+        """Reads the tensors of a checkpoint."""
+        return self.folder.reader(manifest)
+
+    def save(
+        self, step: int, pieces: Mapping[str, Tensor], state: dict[str, Any], metrics: dict[str, float], *, wait: bool
+    ) -> None:
+        """Save, unless this step is committed already (a run that is stopped right after it resumed).
+
+        Args:
+            step: that was made last.
+            pieces: of this rank.
+            state: what else the run needs.
+            metrics: of the newest validation.
+            wait: until it is committed; else a thread writes it while training goes on.
+
+        Raises:
+            CheckpointError: this save failed and was waited for, or the one before failed and the policy is to stop.
+        """
+        self.settle()
+        if step == self._newest:
+            return
+        self._saver.save(self._manifest(step, state, metrics), pieces)
+        if wait or not self._config.checkpoint.asynchronous:
+            self.settle(must_succeed=wait)
+
+    @property
+    def finished(self) -> bool:
+        """Whether this rank's part of a save has ended since it was last settled: vote on it, then `settle`."""
+        return self._saver.finished
+
+    def settle(self, *, must_succeed: bool = False) -> None:
+        """Wait for the save in flight, if there is one.
+
+        Raises:
+            CheckpointError: it failed, and must not or the policy is to stop. Older checkpoints are untouched.
+        """
+        outcome = self._saver.settle()
+        if outcome is None:
+            return
+        self._told(outcome)
+        if not outcome.problem:
+            self._newest = outcome.step
+            return
+        text = f"the checkpoint of step {outcome.step} was not saved: {outcome.problem}"
+        if must_succeed or self._config.checkpoint.on_failure == "stop":
+            raise CheckpointError(f"{text}. The older checkpoints in {self.folder.url} are untouched")
+        warn(f"{text}. Training goes on (checkpoint.on_failure=continue)")
+
+    def go_back(self, before: int, state: Callable[[Manifest], dict[str, Any]]) -> Manifest:
+        """Go back, for good, to the newest whole checkpoint before a step, with another state; see `reader.go_back`."""
+        self.settle()
+        manifest = go_back(
+            self.folder, self._ranks, before=before, rollbacks=self._rollbacks, state=state, checksums=self._checksums
+        )
+        self._newest, self._rollbacks = manifest.step, manifest.rollbacks
+        return manifest
+
+    def close(self) -> None:
+        """Let a save in flight end, for a while: the run ends with an error, and that one is told."""
+        self._saver.settle(_CLOSE_S)
+
+    def _manifest(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> Manifest:
+        return Manifest(
+            step=step,
+            samples=step * self._config.train.batch_global,
+            config_hash=self._hash,
+            version=self._version,
+            topology=self._topology,
+            state=state | {"data": self._identity},
+            metrics=metrics,
+            rollbacks=self._rollbacks,
+            shapes=self._shapes,
+        )
+
+    def _refuse_lost(self) -> None:
+        """A folder that is not mounted, or was emptied, is no new run."""
+        record = self._config.folder / "metrics.jsonl"
+        lines = read_record(record, "checkpoint") if record.exists() else []
+        if saved := [line["step"] for line in lines if not line["problem"]]:
+            raise NoGoodCheckpoint(
+                f"{record} tells of a checkpoint of step {saved[-1]}, but {self.folder.url} holds none. Is that folder "
+                "mounted, and checkpoint.url the one it was? Restore them, or start the run from scratch with --fresh"
+            )
+
+    @property
+    def _checksums(self) -> bool:
+        return self._config.checkpoint.verify == "checksums"
+
+    def _check_belongs(self, manifest: Manifest) -> None:
+        where = f"the checkpoint of step {manifest.step} in {self.folder.url}"
+        if manifest.shapes != self._shapes:
+            raise CheckpointError(
+                f"{where} was saved by another model; give the run another name, or restore the model section of its "
+                "config"
+            )
+        before, now = manifest.state["data"], self._identity
+        if before is None:  # imported weights: any data will do
+            return
+        names = [*now, *(name for name in before if name not in now)]
+        if changed := [
+            f"{name} was {before.get(name, 'not told')}, is {now.get(name, 'not told')}"
+            for name in names
+            if before.get(name) != now.get(name)
+        ]:
+            raise CheckpointError(
+                f"the run cannot go on from {where}, because the order of its data has changed: "
+                f"{'; '.join(changed)}. Restore that, or give the run another name"
+            )

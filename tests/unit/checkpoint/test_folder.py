@@ -1,0 +1,142 @@
+"""A checkpoint is there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.errors import CheckpointError
+from tests.unit.checkpoint.conftest import Write
+
+SHARD = "rank-00000-of-00001.safetensors"
+
+
+def _inside(folder: CheckpointFolder, *names: str) -> Path:
+    assert folder.store.folder is not None
+    return folder.store.folder.joinpath(*names)
+
+
+def test_what_was_committed_is_read(folder: CheckpointFolder) -> None:
+    """Tensors, step, shapes; on disk as JSON and safetensors alone; the pointer names the newest."""
+    manifest = folder.manifest(3)
+    assert (folder.steps(), folder.pointer(), manifest.step) == ([1, 2, 3], 3, 3)
+    assert torch.equal(folder.reader(manifest).whole("master/weight"), torch.full((2, 3), 3.0))
+    assert folder.problems(manifest, checksums=True) == []
+    assert {path.name for path in _inside(folder, "step-00000003").iterdir()} == {"manifest.json", SHARD}
+
+
+def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    """A fresh run starts from scratch, without an error."""
+    folder = CheckpointFolder(tmp_path / "none")
+    assert (folder.steps(), folder.pointer(), folder.pins(), folder.debris()) == ([], None, set(), {})
+
+
+def test_a_step_that_is_there_is_replaced(folder: CheckpointFolder, write: Write) -> None:
+    """Of a future that was gone back from; a pin stays."""
+    folder.pin(3)
+    before = _inside(folder, "step-00000003", SHARD).stat().st_ino
+    write(3, state={"again": True})
+    assert folder.manifest(3).state == {"again": True}
+    assert _inside(folder, "step-00000003", SHARD).stat().st_ino != before
+    assert folder.pins() == {3}
+
+
+@pytest.mark.parametrize("debris", ["step-00000009.tmp", "step-00000009"])
+def test_what_was_never_committed_is_debris(folder: CheckpointFolder, write: Write, debris: str) -> None:
+    """It is no checkpoint, it is told, and the next save clears it."""
+    shutil.copytree(_inside(folder, "step-00000003"), _inside(folder, debris))
+    if not debris.endswith(".tmp"):
+        _inside(folder, debris, "manifest.json").unlink()
+    assert folder.steps() == [1, 2, 3]
+    assert list(folder.debris()) == [debris]
+    write(4)
+    assert folder.debris() == {}
+    assert not _inside(folder, debris).exists()
+    assert folder.steps() == [1, 2, 3, 4]
+
+
+def test_empty_folders_and_temporary_files_of_the_dead_are_cleared(folder: CheckpointFolder) -> None:
+    """What a process leaves that dies before the first byte of a shard, or in the middle of the pointer."""
+    _inside(folder, "step-00000009.tmp").mkdir()
+    _inside(folder, ".latest.0.4194305.tmp").touch()  # no process has so high a number
+    folder.clear_debris()
+    assert {path.name for path in _inside(folder).iterdir()} == {
+        *(f"step-{step:08d}" for step in (1, 2, 3)), "latest"
+    }  # fmt: skip
+
+
+def test_a_deletion_that_is_cut_off_leaves_debris(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest goes first: a checkpoint that lost files is never taken for one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_: None)
+        folder.remove(2)
+    assert (folder.steps(), list(folder.debris())) == ([1, 3], ["step-00000002"])
+
+
+def test_a_shard_that_rank_0_does_not_see(folder: CheckpointFolder) -> None:
+    """Ranks that write to disks of their own: nothing is committed, and the reason is told."""
+    manifest = folder.manifest(3)
+    folder.begin(4)
+    with pytest.raises(CheckpointError, match=r"1 of 1 shards are not in .* a folder that all ranks share"):
+        folder.commit(manifest.with_files(manifest.files))
+    assert folder.steps() == [1, 2, 3]
+
+
+def test_amending_keeps_the_tensors(folder: CheckpointFolder) -> None:
+    """The manifest says something else, in one atomic write; the files are the same."""
+    before = _inside(folder, "step-00000002", SHARD).stat().st_ino
+    folder.amend(folder.manifest(2), state={"data_shift": 5}, rollbacks=[2])
+    amended = folder.manifest(2)
+    assert (amended.state, amended.rollbacks) == ({"data_shift": 5}, [2])
+    assert folder.problems(amended, checksums=True) == []
+    assert _inside(folder, "step-00000002", SHARD).stat().st_ino == before
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_problems_are_told_with_the_file(folder: CheckpointFolder) -> None:
+    """Sizes always; bytes where checksums are asked for; a share of the files where ranks share the work."""
+    manifest, shard = folder.manifest(3), _inside(folder, "step-00000003", SHARD)
+    _flip(shard)
+    assert folder.problems(manifest, checksums=False) == []
+    assert folder.problems(manifest, checksums=True) == [f"{SHARD} does not have the SHA-256 that the manifest says"]
+    assert folder.problems(manifest, checksums=True, share=(1, 2)) == []
+    os.truncate(shard, 5)
+    size = manifest.files[SHARD]["bytes"]
+    assert folder.problems(manifest, checksums=True) == [f"{SHARD} has 5 bytes, the manifest says {size} bytes"]
+    shard.unlink()
+    assert folder.problems(manifest, checksums=False) == [f"{SHARD} is missing, the manifest says {size} bytes"]
+
+
+def test_a_checkpoint_that_was_moved_is_refused(folder: CheckpointFolder) -> None:
+    """Its name and its manifest must agree on the step."""
+    os.replace(_inside(folder, "step-00000002"), _inside(folder, "step-00000008"))
+    with pytest.raises(CheckpointError, match="is of step 2; it was moved there"):
+        folder.manifest(8)
+
+
+@pytest.mark.parametrize("text", ["", "step-3", "step-00000003\nstep-00000002", "../step-00000003", "\xff\xfe"])
+def test_a_damaged_pointer_is_named(folder: CheckpointFolder, text: str) -> None:
+    """Never half believed."""
+    _inside(folder, "latest").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match="latest is damaged: it says"):
+        folder.pointer()
+
+
+def test_pins(folder: CheckpointFolder) -> None:
+    """Only what is committed can be pinned."""
+    folder.pin(1)
+    assert folder.pins() == {1}
+    folder.unpin(1)
+    assert folder.pins() == set()
+    with pytest.raises(CheckpointError, match=r"step-00000009 has no manifest\.json"):
+        folder.pin(9)

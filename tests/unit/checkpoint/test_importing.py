@@ -1,0 +1,136 @@
+"""A run begins from an exported model: the weights are its checkpoint 0, and nothing else is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.checkpoint.importing import import_model
+from regen_dist.config.schema import RunConfig
+from regen_dist.distributed.plain import PlainEngine
+from regen_dist.distributed.ranks import Ranks, chunk
+from regen_dist.errors import CheckpointError
+from regen_dist.inference.export import ExportOptions, export_model
+from regen_dist.models import build_model
+from tests.helpers.checkpoints import KINDS, newest, tensors
+from tests.helpers.saved import model_state, saved_run
+from tests.helpers.tiny import tiny_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return saved_run(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def export(source: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "model"
+    export_model(source.folder, out, ExportOptions(statistics_clips=0))
+    return out
+
+
+def _new(tmp_path: Path, **changes: Any) -> RunConfig:
+    return tiny_run(tmp_path / "runs", **{"name": "new", **changes})
+
+
+def test_what_is_in_checkpoint_0(source: RunConfig, export: Path, tmp_path: Path) -> None:
+    """Masters and averages are the exported (averaged) weights, the moments zero; no step, sample or data was seen;
+    where the weights come from is told."""
+    run = _new(tmp_path)
+    assert import_model(export, run) == []
+    manifest, state = newest(run.folder), model_state(source)
+    found = tensors(run.folder, 0)
+    for name in manifest.shapes:
+        assert torch.equal(found[f"master/{name}"], state[f"ema/{name}"])
+        assert torch.equal(found[f"ema/{name}"], state[f"ema/{name}"])
+        assert not found[f"exp_avg/{name}"].any()
+        assert not found[f"exp_avg_sq/{name}"].any()
+    assert (manifest.step, manifest.samples, manifest.state["num_updates"], manifest.state["data"]) == (0, 0, 0, None)
+    assert manifest.state["imported"]["origin"]["step"] == 7
+    assert manifest.state["imported"]["weights"] == "ema"
+
+
+def test_an_engine_takes_it_up(export: Path, source: RunConfig, tmp_path: Path) -> None:
+    """The working weights of an engine that restores checkpoint 0 are the exported ones."""
+    run = _new(tmp_path)
+    import_model(export, run)
+    folder, manifest = CheckpointFolder(run.checkpoints), newest(run.folder)
+    engine = PlainEngine(run, Ranks(), lambda: build_model(run.model))
+    engine.restore(folder.reader(manifest), manifest.state["num_updates"])
+    state = model_state(source)
+    assert all(torch.equal(param, state[f"ema/{name}"]) for name, param in engine.module.named_parameters())
+
+
+def test_any_number_of_ranks_reads_it(export: Path, tmp_path: Path) -> None:
+    """Written as one rank's shard: the chunks of three ranks are the slices of the whole."""
+    run = _new(tmp_path)
+    import_model(export, run)
+    reader, manifest = CheckpointFolder(run.checkpoints).reader(newest(run.folder)), newest(run.folder)
+    for key in (f"{kind}/{name}" for kind in KINDS for name in list(manifest.shapes)[:5]):
+        whole = reader.whole(key).flatten()
+        for rank in range(3):
+            low, high = chunk(whole.numel(), 3, rank)
+            assert torch.equal(reader.read(key, low, high), whole[low:high])
+
+
+def test_bfloat16_becomes_float32(source: RunConfig, tmp_path: Path) -> None:
+    """Masters are float32 whatever the export was stored in."""
+    out, run = tmp_path / "half", _new(tmp_path)
+    export_model(source.folder, out, ExportOptions(statistics_clips=0, dtype="bfloat16", weights="plain"))
+    import_model(out, run)
+    state = model_state(source)
+    name, tensor = next((key, each) for key, each in tensors(run.folder, 0).items() if key.startswith("master/"))
+    assert torch.equal(tensor, state[name].to(torch.bfloat16).float())
+
+
+def test_a_model_that_does_not_fit_is_refused(export: Path, tmp_path: Path) -> None:
+    """Names the first parameters that differ, and how many more; the run's folder is not made."""
+    run = _new(tmp_path, model__decoder__width=48)
+    with pytest.raises(CheckpointError, match=r"do not fit the config's model: .*has the shape .*, and \d+ more"):
+        import_model(export, run)
+    assert not run.folder.exists()
+    deeper = _new(tmp_path, model__decoder__blocks=3)
+    with pytest.raises(CheckpointError, match=r"decoder\.blocks\.2\.\S+ is missing"):
+        import_model(export, deeper)
+
+
+def test_a_run_that_has_checkpoints_is_refused(export: Path, source: RunConfig) -> None:
+    """An import never takes the place of training that was done."""
+    with pytest.raises(CheckpointError, match=r"holds 1 checkpoints, the newest of step 7; give the run another name"):
+        import_model(export, source)
+    assert newest(source.folder).step == 7
+
+
+def test_settings_that_shapes_do_not_show_are_told(export: Path, tmp_path: Path) -> None:
+    """The same shapes can mean another model: what differs is named; what changes no number is not."""
+    run = _new(
+        tmp_path, model__conditioning__omega=20.0, model__decoder__heads=4, model__decoder__attention__backend="eager",
+        diffusion={"target": "velocity"},
+    )  # fmt: skip
+    assert import_model(export, run) == [
+        "model.conditioning.omega is 20.0, the weights were trained with 10.0",
+        "model.decoder.heads is 4, the weights were trained with 2",
+        "diffusion.target is velocity, the weights were trained with x0",
+    ]
+
+
+def test_a_damaged_export_is_refused(source: RunConfig, tmp_path: Path) -> None:
+    """Checksums are compared before anything is committed."""
+    out, run = tmp_path / "damaged", _new(tmp_path)
+    export_model(source.folder, out, ExportOptions(statistics_clips=0))
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-9] ^= 4
+    (out / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        import_model(out, run)
+    assert CheckpointFolder(run.checkpoints).steps() == []
+    (out / "config.yaml").write_text(re.sub("format: 1", "format: 2", (out / "config.yaml").read_text()))
+    with pytest.raises(CheckpointError, match="no exported model of this version"):
+        import_model(out, run)

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.slurm_loopback import missing_packages, start_slurm, startup
+from launcher.slurm_loopback.configuration import Design, files, gres_conf, hosts, slurm_conf
+from launcher.slurm_loopback.daemons import Daemons, host_command, listens
+from launcher.slurm_loopback.folder import held, short_path, write
+from regen_dist.errors import BackendError
+from tests.helpers.processes import descendants, runs, wait_until_gone
+
+DESIGN = Design(
+    folder=Path("/x"),
+    host="here",
+    user="me",
+    nodes=2,
+    cpus=4,
+    gpus=2,
+    accounting=True,
+    grace_s=7,
+    ports={"slurmctld": 7001, "slurmdbd": 7002, "node1": 7003, "node2": 7004},
+    first_job_id=1234,
+)
+
+
+def test_the_configuration_says_what_was_asked_for() -> None:
+    """Every part of a design is in the text; every address that is listened on is loopback."""
+    lines = slurm_conf(DESIGN).splitlines()
+    for line in [
+        "SlurmctldHost=here(127.0.0.1)",
+        "SlurmctldPort=7001",
+        "SlurmUser=me",
+        "FirstJobId=1234",
+        "CommunicationParameters=NoCtldInAddrAny,NoInAddrAny",
+        "SlurmctldParameters=preempt_send_user_signal",
+        "AccountingStoragePort=7002",
+        "GresTypes=gpu",
+        "NodeName=node1 NodeAddr=127.0.0.1 Port=7003 CPUs=4 RealMemory=4000 Gres=gpu:2",
+        "NodeName=node2 NodeAddr=127.0.0.1 Port=7004 CPUs=4 RealMemory=4000 Gres=gpu:2",
+        "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=7",
+        "PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE PriorityTier=10",
+    ]:
+        assert line in lines
+    assert sorted(files(DESIGN)) == ["gres.conf", "slurm.conf", "slurmdbd.conf"]
+    assert {"DbdAddr=127.0.0.1", "DbdPort=7002"} <= set(files(DESIGN)["slurmdbd.conf"].splitlines())
+
+
+def test_a_cluster_without_gpus_or_accounting_names_neither() -> None:
+    """What is not asked for is not configured: Slurm refuses a GRES type without devices."""
+    text = slurm_conf(replace(DESIGN, gpus=0, accounting=False))
+    assert "gres" not in text.lower().replace("accountingstoragetres", "")
+    assert "AccountingStorageType=accounting_storage/none" in text.splitlines()
+    assert sorted(files(replace(DESIGN, accounting=False))) == ["gres.conf", "slurm.conf"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "text"), [(0, ""), (1, "Name=gpu File=/x/dev/gpu0\n"), (3, "Name=gpu File=/x/dev/gpu[0-2]\n")]
+)
+def test_every_gpu_has_a_device(gpus: int, text: str) -> None:
+    assert gres_conf(replace(DESIGN, gpus=gpus)) == text
+
+
+def test_the_names_of_the_cluster_are_loopback_whatever_the_machine_says() -> None:
+    """A container's host name is another interface's address: Slurm would listen there."""
+    text = hosts(DESIGN, "127.0.0.1 localhost\n172.17.0.2 here.example here # me\n10.0.0.1 node1\n10.0.0.9 other\n")
+    assert text.splitlines() == ["127.0.0.1 localhost here node1 node2", "127.0.0.1 localhost", "10.0.0.9 other"]
+
+
+def test_where_hosts_cannot_have_names_of_their_own_the_machines_must_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither root's right nor a user namespace, as in many containers: the line for /etc/hosts is told."""
+    (tmp_path / "etc").mkdir()
+    design = replace(DESIGN, folder=tmp_path)
+    monkeypatch.setattr(startup, "can_isolate", lambda path: True)
+    assert startup.own_hosts(design) == tmp_path / "etc" / "hosts"
+    monkeypatch.setattr(startup, "can_isolate", lambda path: False)
+    addresses = {"here": "127.0.0.1", "node1": "127.0.0.1", "node2": "127.0.0.1"}
+    monkeypatch.setattr(socket, "gethostbyname", addresses.__getitem__)
+    assert startup.own_hosts(design) is None
+    addresses["here"] = "172.17.0.2"
+    with pytest.raises(BackendError, match=r"`127\.0\.0\.1 here node1 node2` to the top of /etc/hosts"):
+        startup.own_hosts(design)
+
+
+def test_missing_packages_are_told_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda program, **_: None if program in ("slurmd", "mariadbd") else program)
+    assert missing_packages(accounting=False) == ["slurm-wlm"]
+    with (
+        pytest.raises(BackendError, match="apt-get install --no-install-recommends slurm-wlm mariadb-server-core`"),
+        start_slurm(tmp_path),
+    ):
+        pytest.fail("it started")
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    """The folders of a cluster are deleted at its start: never those of somebody else."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "thesis.tex").write_text("mine")
+    with pytest.raises(BackendError, match="choose a new folder"), held(tmp_path):
+        pytest.fail("it was taken")
+    assert (tmp_path / "state" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BackendError, match="Slurm cannot use the folder"), held(tmp_path / "file" / "below"):
+        pytest.fail("it was taken")
+
+
+def test_a_folder_is_one_clusters_at_a_time(tmp_path: Path) -> None:
+    with held(tmp_path / "c"), pytest.raises(BackendError, match=r"runs in .* already"), held(tmp_path / "c"):
+        pytest.fail("it was taken twice")
+    with held(tmp_path / "c"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["long" * 20, "a b", "a,b"])
+def test_a_path_that_slurm_does_not_take_has_a_short_one(tmp_path: Path, name: str) -> None:
+    """Sockets have 107 bytes and Slurm's files split at blanks and commas; the link is gone afterwards."""
+    (tmp_path / name).mkdir()
+    with short_path(tmp_path / name) as short:
+        assert len(str(short)) < 40
+        assert not set(" ,") & set(str(short))
+        assert short.resolve() == (tmp_path / name).resolve()
+    assert not short.parent.exists()
+
+
+def test_a_cluster_starts_empty_and_its_secrets_are_its_owners(tmp_path: Path) -> None:
+    """The state of an earlier cluster would give its nodes and job ids to this one."""
+    design = replace(DESIGN, folder=tmp_path)
+    write(design)
+    (tmp_path / "state" / "job_state").write_text("old")
+    key = (tmp_path / "run" / "munge.key").read_bytes()
+    write(design)
+    assert not list((tmp_path / "state").iterdir())
+    assert (tmp_path / "run" / "munge.key").read_bytes() != key
+    for private in ("run/munge.key", "etc/slurmdbd.conf"):
+        assert stat.S_IMODE((tmp_path / private).stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
+
+
+def test_a_daemon_that_does_not_come_up_quotes_its_log(tmp_path: Path) -> None:
+    daemons = Daemons(tmp_path, {"PATH": "/usr/bin:/bin"}, None)
+    daemons.start("slurmctld", ["sh", "-c", "echo it began; echo no luck today; exit 3"])
+    with pytest.raises(
+        BackendError, match=r"exit code 3.*slurmctld\.out ends with:\n  \| it began\n  \| no luck today"
+    ):
+        daemons.wait_for("slurmctld", "did not listen", lambda: False, time.monotonic() + 20)
+    daemons.start("munged", ["sleep", "60"])
+    with pytest.raises(BackendError, match=r"munged runs, but did not listen in time"):
+        daemons.wait_for("munged", "did not listen", lambda: False, time.monotonic())
+    daemons.end()
+    assert not daemons.running
+
+
+def test_whatever_a_daemon_leaves_behind_ends_with_it(tmp_path: Path) -> None:
+    """Slurm's steps detach themselves from slurmd, and a job may from its step: all end with the node."""
+    marks = [tmp_path / name for name in ("detached", "child")]
+    daemons = Daemons(tmp_path, {"PATH": "/usr/bin:/bin"}, None)
+    daemons.start(
+        "node1", ["sh", "-c", f"(setsid sh -c 'echo $$ > {marks[0]}; exec sleep 60' &); echo $$ > {marks[1]}; sleep 60"]
+    )
+    left = [_number_in(mark) for mark in marks]
+    assert all(map(runs, left))
+    daemons.end()
+    wait_until_gone(left, 0.0)
+
+
+def test_daemons_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """Nobody is left to end them when it is killed: their hosts do it."""
+    mark = tmp_path / "detached"
+    command = ["sh", "-c", f"(setsid sh -c 'echo $$ > {mark}; exec sleep 60' &); sleep 60"]
+    code = (
+        "import sys, time, pathlib; from launcher.slurm_loopback.daemons import Daemons\n"
+        f"Daemons(pathlib.Path({str(tmp_path)!r}), {{'PATH': '/usr/bin:/bin'}}, None).start('node1', {command!r})\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3]) as parent:
+        try:
+            started = {_number_in(mark), *descendants(parent.pid)}
+        finally:
+            parent.kill()
+    wait_until_gone(list(started))
+
+
+def test_a_host_passes_the_exit_code_on(tmp_path: Path) -> None:
+    for script, code in [("exit 5", 5), ("kill -9 $$", 137), ("true", 0)]:
+        assert subprocess.run(host_command(["--", "sh", "-c", script]), check=False).returncode == code
+
+
+def test_listeners_are_found_without_calling_them() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert listens(port)
+    assert not listens(port)
+
+
+def _number_in(path: Path) -> int:
+    deadline = time.monotonic() + 20
+    while not (path.exists() and path.read_text().endswith("\n")):
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.02)
+    return int(path.read_text())

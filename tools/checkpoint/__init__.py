@@ -1,0 +1,19 @@
+"""`regen checkpoint`: look at a run's checkpoints, check them, export models, begin runs from them. One file a
+subcommand."""
+
+from __future__ import annotations
+
+import typer
+
+from tools.checkpoint.export import export
+from tools.checkpoint.importing import import_model
+from tools.checkpoint.listing import list_checkpoints
+from tools.checkpoint.pin import pin, unpin
+from tools.checkpoint.prune import prune
+from tools.checkpoint.verify import verify
+
+app = typer.Typer(name="checkpoint", help="List, check, export and delete checkpoints.", no_args_is_help=True)
+app.command("list")(list_checkpoints)
+app.command("import")(import_model)
+for command in (verify, export, prune, pin, unpin):
+    app.command()(command)

@@ -1,0 +1,60 @@
+"""`regen checkpoint export`: a model without its run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tools.checkpoint.place import progress_bar
+from tools.reconstruct import Weights
+from tools.shards.stopping import stopping_cleanly
+
+
+class Dtype(StrEnum):
+    """How numbers are stored."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder with a checkpoint, such as runs/demo.", metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="Folder for the model; empty, or not there yet.")],
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; the newest good one by default.", min=0)] = None,
+    weights: Annotated[Weights, typer.Option(help="EMA weights, or those of the last step.")] = Weights.ema,
+    statistics_clips: Annotated[
+        int, typer.Option(help="Clips of the training data that the latents' mean and std are measured on.", min=1)
+    ] = 64,
+    statistics: Annotated[bool, typer.Option(help="Measure the latents' mean and std.")] = True,
+    data: Annotated[
+        str | None, typer.Option(help="Dataset for the statistics, where the run's own is not within reach.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="In which the weights are stored.")] = Dtype.float32,
+    force: Annotated[bool, typer.Option("--force", help="Replace an exported model that is there.")] = False,
+) -> None:
+    """Write the weights of a checkpoint, a config, a model card and the latents' statistics into a folder, which
+    `regen reconstruct --run FOLDER` and `Codec.load(FOLDER)` read without DeepSpeed.
+
+    Example: regen checkpoint export runs/demo --out runs/demo-model
+    """
+    from regen_dist.inference.export import ExportOptions, export_model
+
+    options = ExportOptions(
+        step=step,
+        weights=weights.value,
+        dtype=dtype.value,
+        statistics_clips=statistics_clips if statistics else 0,
+        data=data,
+        force=force,
+    )
+    with stopping_cleanly(), progress_bar() as progress:
+        made = export_model(run, out, options, progress)
+    assert made.origin is not None, "it comes from a checkpoint"
+    size = sum(path.stat().st_size for path in out.iterdir())
+    typer.echo(
+        f"{out}: the {weights.value} weights of {made.origin.run} at step {made.origin.step} as {dtype.value}, "
+        f"{size / 1e6:,.1f} MB: {', '.join(sorted(path.name for path in out.iterdir()))}"
+    )
