@@ -1,8 +1,8 @@
 """Starts the ranks of one job on this machine, and sees them through to one exit code.
 
-Rank 0 keeps the terminal (its progress line stays live), the others write to RUN/logs/rank_N.log. A signal that reaches
-the launcher reaches every rank once. When a rank fails the others are asked to end, and after a grace period made to;
-when the launcher itself is killed, the kernel kills the ranks.
+At a terminal rank 0 keeps it (its progress line stays live); the others write to RUN/logs/rank_N.log. A signal that
+reaches the launcher reaches every rank once. When a rank fails the others are asked to end, and after a grace period
+made to; when the launcher itself is killed, the kernel kills the ranks.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, NamedTuple
 
 from launcher.extensions import clear_stale_locks, extensions_folder
+from regen_dist.distributed.environment import Place, rank_variables
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
 
 GRACE_S = 20.0  # between asking a rank to end and killing it
@@ -58,31 +59,71 @@ def launch(
         0 when every rank ended well; 75 when every rank asks to be resumed; otherwise the code of the first rank that
         failed (128+n where signal n ended it), or TrainingError's where some finished and some ask to be resumed.
     """
+    base = rank_environment(os.environ if environment is None else environment, ranks)
+    return supervise(command, rank_environments(base, ranks), logs=logs, grace_s=grace_s, terminal=True).code
+
+
+def supervise(
+    command: Sequence[str],
+    environments: Mapping[int, Mapping[str, str]],
+    *,
+    logs: Path,
+    grace_s: float = GRACE_S,
+    terminal: bool = False,
+) -> Ended:
+    """Run `command` as the ranks of this machine, and see them through.
+
+    Args:
+        command: program and arguments, passed on literally to every rank.
+        environments: the whole environment of each rank, by its number.
+        logs: folder for rank_N.log; appended to.
+        grace_s: seconds between asking a rank to end and killing it.
+        terminal: rank 0 prints where this process does, not to a log.
+    """
     for lock in clear_stale_locks(extensions_folder()):
         print(f"deleted the lock of a build that was killed: {lock}", file=sys.stderr)
-    base = rank_environment(os.environ if environment is None else environment, ranks)
-    job = _Job(grace_s=grace_s, logs=logs)
+    job = _Job(grace_s=grace_s, logs=logs, terminal=terminal)
     with job.forwarding_signals():
         try:
-            for rank in range(ranks):
-                job.start(command, rank, base)
-            return job.wait()
+            for rank, environment in environments.items():
+                job.start(command, rank, environment)
+            return Ended(job.wait(), dict(job.codes), tuple(each.name for each in job.told))
         finally:
             job.kill()
 
 
+class Ended(NamedTuple):
+    """How a job ended: its one code (see `launch`), that of each rank in the order in which they ended, and the signals
+    that they were sent."""
+
+    code: int
+    codes: dict[int, int]
+    told: tuple[str, ...]
+
+
+def rank_environments(base: Mapping[str, str], ranks: int) -> dict[int, dict[str, str]]:
+    """The environment of each of `ranks` processes that meet on this machine."""
+    port = _free_port()
+    places = [Place(rank, ranks, rank) for rank in range(ranks)]
+    told = [rank_variables(place, local_world_size=ranks, address="127.0.0.1", port=port) for place in places]
+    return {rank: {**base, **variables} for rank, variables in enumerate(told)}
+
+
 def rank_environment(inherited: Mapping[str, str], ranks: int) -> dict[str, str]:
-    """What all ranks have in common: the meeting point, a share of the cores, the folder of compiled operators."""
+    """What all ranks of this machine have in common: a share of its cores, and the folder of compiled operators."""
     common = dict(inherited)
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    common.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     common.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return program_environment(common)
+
+
+def program_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """What every process of a job needs, wherever it runs."""
+    common = dict(inherited)
+    common.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     common.setdefault("PYTHONUNBUFFERED", "1")  # a log must be complete when its rank is killed
     programs = str(Path(sys.executable).parent)  # ninja, for DeepSpeed, lives beside the interpreter
-    common["PATH"] = os.pathsep.join([programs, common.get("PATH", os.defpath)])
-    common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    return common
+    return common | {"PATH": os.pathsep.join([programs, common.get("PATH", os.defpath)])}
 
 
 @dataclass
@@ -91,18 +132,19 @@ class _Job:
 
     grace_s: float
     logs: Path
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    terminal: bool = False
+    processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     codes: dict[int, int] = field(default_factory=dict)  # in the order in which the ranks ended
     ended: queue.Queue[tuple[int, int]] = field(default_factory=queue.Queue)
     interrupts: int = 0
     told: list[signal.Signals] = field(default_factory=list)  # what all ranks must hear, and
-    heard: list[int] = field(default_factory=list)  # how much of it each has been sent
+    heard: dict[int, int] = field(default_factory=dict)  # how much of it each has been sent
 
-    def start(self, command: Sequence[str], rank: int, base: Mapping[str, str]) -> None:
+    def start(self, command: Sequence[str], rank: int, environment: Mapping[str, str]) -> None:
         output = self._open_log(rank, command)
         process = subprocess.Popen(
             command,
-            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
@@ -111,13 +153,13 @@ class _Job:
         )
         if output:
             output.close()
-        self.processes.append(process)
-        self.heard.append(0)
+        self.heard[rank] = 0
+        self.processes[rank] = process
         self._deliver()  # a signal that came while it started
 
     def wait(self) -> int:
         """Block until every rank has ended, then give the job's exit code."""
-        for rank, process in enumerate(self.processes):  # only now: a fork beside running threads could deadlock
+        for rank, process in self.processes.items():  # only now: a fork beside running threads could deadlock
             threading.Thread(target=self._await, args=(rank, process), daemon=True).start()
         deadline_s: float | None = None
         while len(self.codes) < len(self.processes):
@@ -182,12 +224,12 @@ class _Job:
         """Send every rank what it has not been sent yet. A handler may interrupt this: counted first, nothing is sent
         twice."""
         for rank in self._running():
-            while rank < len(self.heard) and self.heard[rank] < len(self.told):
+            while self.heard[rank] < len(self.told):
                 self.heard[rank] += 1
                 self.processes[rank].send_signal(self.told[self.heard[rank] - 1])
 
     def _running(self) -> list[int]:
-        return [rank for rank, process in enumerate(self.processes) if process.returncode is None]
+        return [rank for rank, process in list(self.processes.items()) if process.returncode is None]
 
     def _verdict(self) -> int:
         failed = [(rank, code) for rank, code in self.codes.items() if code not in (EXIT_OK, EXIT_RESUME)]
@@ -196,12 +238,12 @@ class _Job:
             self._say(f"rank {rank} failed first, with exit code {code}{self._tail(rank)}")
             return code
         if len(set(self.codes.values())) == 1:
-            return self.codes[0]
+            return next(iter(self.codes.values()))
         self._say(f"some ranks finished and some ask to be resumed: {dict(sorted(self.codes.items()))}")
         return TrainingError.exit_code
 
     def _open_log(self, rank: int, command: Sequence[str]) -> IO[bytes] | None:
-        if rank == 0:
+        if rank == 0 and self.terminal:
             return None
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self._log(rank).open("ab")
@@ -213,7 +255,7 @@ class _Job:
         return self.logs / f"rank_{rank}.log"
 
     def _tail(self, rank: int) -> str:
-        if rank == 0:
+        if rank == 0 and self.terminal:
             return ""
         lines = self._log(rank).read_text(errors="replace").splitlines()[-_TAIL_LINES:]
         return "\n".join([f"; {self._log(rank)} ends with:", *(f"  | {line}" for line in lines)])

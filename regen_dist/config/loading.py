@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from regen_dist.config.composing import Composed, compose
 from regen_dist.config.files import write_text_atomically
@@ -19,6 +20,7 @@ from regen_dist.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
 HASH_FILE = "config.hash"
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -31,7 +33,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one error with every problem found, each with its file and line or "command line".
     """
-    return _validate(compose(Path(path), overrides), Path(path))
+    return load_section(RunConfig, path, overrides)
+
+
+def load_section(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> Schema:
+    """A file of another kind (a cluster, a pipeline), read by the same rules as a run's config.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return _validate(schema, compose(Path(path), overrides), Path(path))
 
 
 def load_saved_config(folder: str | Path) -> RunConfig:
@@ -45,7 +56,7 @@ def load_saved_config(folder: str | Path) -> RunConfig:
         raise ConfigError(f"{shown(Path(folder))}: no {CONFIG_FILE} in it, so it is not a run folder; give runs/NAME")
     values, lines = read_yaml(path)
     where = shown(path)
-    return _validate(Composed(values, {key: f"{where}:{line}" for key, line in lines.items()}), path)
+    return _validate(RunConfig, Composed(values, {key: f"{where}:{line}" for key, line in lines.items()}), path)
 
 
 def save_config(config: RunConfig, folder: str | Path) -> None:
@@ -65,13 +76,13 @@ def config_hash(config: RunConfig) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def _validate(composed: Composed, path: Path) -> RunConfig:
+def _validate(schema: type[Schema], composed: Composed, path: Path) -> Schema:
     problems = list(composed.problems)
     config = None
     try:
-        config = RunConfig.model_validate(composed.values)
+        config = schema.model_validate(composed.values)
     except ValidationError as error:
-        problems += describe(error, composed, RunConfig, shown(path))
+        problems += describe(error, composed, schema, shown(path))
     if config is None or problems:
         raise ConfigError(message(shown(path), problems))
     return config

@@ -9,11 +9,16 @@ from pathlib import Path
 from regen_dist import __version__
 
 
+VERSION_FILE = "VERSION"  # beside the packages where code was copied for a job
+
+
 @cache
 def code_version() -> str:
     """The package's version, and where it runs from a git checkout the commit: "0.1.0+g0123456789ab", with ".dirty"
-    when files differ from it."""
+    when files differ from it. A copy that was made for a job says what its original said."""
     root = Path(__file__).resolve().parents[2]
+    if (root / VERSION_FILE).is_file():
+        return (root / VERSION_FILE).read_text(encoding="utf-8").strip()
     if not (root / ".git").exists():
         return __version__
     try:

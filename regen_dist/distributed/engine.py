@@ -126,7 +126,11 @@ def _import_deepspeed(ranks: Ranks) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible
+    from deepspeed.runtime import compiler
 
+    # It decorates the functions of an optimizer that is not used here, and to do so imports all of the compiler: a
+    # second or more of every rank's start.
+    compiler.compile = lambda: lambda function: function
     # Its shared-memory operator serves inference only; building it takes minutes, and a killed build hangs every later
     # run.
     compatible["deepspeed_shm_comm"] = False

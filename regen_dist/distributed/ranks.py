@@ -1,7 +1,4 @@
-"""Who this process is among the ranks, and how it joins them. The one place that reads rank variables.
-
-`RANK`, `WORLD_SIZE` and `LOCAL_RANK` come from torchrun or from our launcher; Slurm's variables are understood too.
-"""
+"""Who this process is among the ranks, how it joins them, and what they tell each other."""
 
 from __future__ import annotations
 
@@ -16,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from regen_dist.errors import ConfigError, RegenError
+from regen_dist.distributed.environment import read_place
+from regen_dist.errors import RegenError
 
 TIMEOUT = timedelta(minutes=30)
 Result = TypeVar("Result")
@@ -92,33 +90,12 @@ class Ranks:
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """The place that the environment gives this process; a process alone when it gives none.
+    """The place that the environment gives this process (see `environment.read_place`).
 
     Raises:
-        ConfigError: the variables of torchrun and of Slurm disagree, or are incomplete.
+        ConfigError: the variables of torchrun, Slurm and Submitit disagree, or make no sense.
     """
-    torchrun = _read(environment, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    slurm = _read(environment, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-    if torchrun is None and slurm is not None and "MASTER_ADDR" not in environment:
-        slurm = None  # inside an allocation, but not started as one of its tasks
-    if torchrun and slurm and slurm.world_size > 1 and torchrun != slurm:
-        raise ConfigError(
-            f"RANK/WORLD_SIZE/LOCAL_RANK say {torchrun}, SLURM_* say {slurm}; start the ranks by one of the two"
-        )
-    return torchrun or slurm or Ranks()
-
-
-def _read(environment: Mapping[str, str], names: tuple[str, str, str]) -> Ranks | None:
-    found = [environment.get(name) for name in names]
-    if found[0] is None or found[1] is None:
-        return None
-    try:
-        ranks = Ranks(*(int(value or 0) for value in found))
-    except ValueError as error:
-        raise ConfigError(f"{', '.join(names)} must be whole numbers, found {found}") from error
-    if not 0 <= ranks.rank < ranks.world_size:
-        raise ConfigError(f"{names[0]}={ranks.rank} is not below {names[1]}={ranks.world_size}")
-    return ranks
+    return Ranks(*read_place(environment))
 
 
 @contextmanager

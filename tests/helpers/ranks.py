@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.local import rank_environment
+from launcher.local import rank_environment, rank_environments
 from regen_dist.config.schema import RunConfig
 from regen_dist.data.pool import end_with_parent
 from regen_dist.observe.record import read_record
@@ -52,12 +52,12 @@ def start_ranks(function: Callable[..., Any], world_size: int, *args: Any, logs:
             output goes.
     """
     context = RankContext()
-    common = rank_environment(os.environ, world_size)
+    environments = rank_environments(rank_environment(os.environ, world_size), world_size)
     started = Started()
     try:
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = environments[rank]
             log = None if logs is None else logs / f"rank_{rank}.log"
             process = context.Process(target=_rank, args=(sender, environment, log, function, args), daemon=True)
             process.start()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from regen_dist.distributed.environment import Place, meeting_port, rank_variables, read_place
 from regen_dist.distributed.ranks import Ranks, chunk, process_group, read_environment
 from regen_dist.errors import ConfigError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+SUBMITIT = {"SUBMITIT_LOCAL_GLOBALID": "3", "SUBMITIT_LOCAL_NTASKS": "8", "SUBMITIT_LOCAL_LOCALID": "1"}
 MEETING = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
 
@@ -21,9 +23,21 @@ MEETING = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
         ({**SLURM, **MEETING}, Ranks(3, 8, 1)),
         ({**TORCHRUN, **SLURM, **MEETING}, Ranks(3, 8, 1)),
         (SLURM, Ranks(0, 1, 0)),  # in an allocation, but started by hand
+        ({**SUBMITIT, **MEETING}, Ranks(3, 8, 1)),
+        ({**TORCHRUN, **SLURM, **SUBMITIT, **MEETING}, Ranks(3, 8, 1)),
         ({**TORCHRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, Ranks(3, 8, 1)),
     ],
-    ids=["alone", "torchrun", "one-rank", "slurm", "both-agree", "allocation-by-hand", "torchrun-in-one-task"],
+    ids=[
+        "alone",
+        "torchrun",
+        "one-rank",
+        "slurm",
+        "both-agree",
+        "allocation-by-hand",
+        "submitit",
+        "all-agree",
+        "torchrun-in-one-task",
+    ],
 )
 def test_the_environment_gives_the_place(environment: dict[str, str], expected: Ranks) -> None:
     """torchrun's variables, Slurm's, both, or none."""
@@ -32,8 +46,10 @@ def test_the_environment_gives_the_place(environment: dict[str, str], expected: 
 
 def test_a_disagreement_is_an_error() -> None:
     """Two launchers that say different things are not settled by choosing one of them."""
-    with pytest.raises(ConfigError, match=r"start the ranks by one of the two"):
+    with pytest.raises(ConfigError, match=r"Start the ranks by one of them"):
         read_environment({**TORCHRUN, **SLURM, **MEETING, "SLURM_PROCID": "4"})
+    with pytest.raises(ConfigError, match=r"SLURM_NTASKS.* of 8.*SUBMITIT_LOCAL_NTASKS.* of 9"):
+        read_environment({**SLURM, **SUBMITIT, **MEETING, "SUBMITIT_LOCAL_NTASKS": "9"})
 
 
 @pytest.mark.parametrize(
@@ -44,6 +60,16 @@ def test_values_that_make_no_sense(change: dict[str, str], message: str) -> None
     """A rank beyond the number of ranks, or no number."""
     with pytest.raises(ConfigError, match=message):
         read_environment({**TORCHRUN, **change})
+
+
+def test_what_a_rank_is_told_is_what_it_reads() -> None:
+    """The variables that the launcher sets, and a meeting port of its own for each start."""
+    told = rank_variables(Place(5, 8, 1), local_world_size=4, address="node1", port=meeting_port("job 7", 0))
+    assert read_place(told) == Place(5, 8, 1)
+    assert told["MASTER_ADDR"] == "node1"
+    ports = {meeting_port(f"job {job}", restart) for job in range(10) for restart in range(10)}
+    assert len(ports) > 90
+    assert all(1024 < port < 32768 for port in ports)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local import _Job, launch, rank_environment
+from launcher.local import _Job, launch, rank_environment, rank_environments
 from regen_dist.errors import TrainingError
 
 
@@ -153,12 +153,12 @@ if rank == 0: signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(75))
 open(f"{tmp_path}/ready{{rank}}", "w").close()
 time.sleep(10); sys.exit(75)
 """
-    job, environment = _Job(grace_s=5.0, logs=tmp_path), rank_environment(os.environ, 2)
+    job, environments = _Job(grace_s=5.0, logs=tmp_path), rank_environments(rank_environment(os.environ, 2), 2)
     try:
-        job.start(program(code), 0, environment)
+        job.start(program(code), 0, environments[0])
         wait_until((tmp_path / "ready0").exists)
         job._send(signal.SIGUSR1)
-        job.start(program(code), 1, environment)
+        job.start(program(code), 1, environments[1])
         assert job.wait() == 128 + signal.SIGUSR1  # rank 1 was told before it could listen
     finally:
         job.kill()

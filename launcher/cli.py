@@ -1,0 +1,133 @@
+"""`regen submit`, which is also `python -m launcher`: every job of this project reaches machines by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from regen_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.submitting import Order
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Start a job on a cluster, or on this machine.",
+)
+
+Cluster = Annotated[str, typer.Option(help="A file of configs/cluster by its name, or a path to one.")]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Nodes of the job.")]
+Gpus = Annotated[int | None, typer.Option(min=0, help="GPUs of each node; each gets a rank.")]
+Tasks = Annotated[int | None, typer.Option(min=1, help="Ranks of each node, where it is not one a GPU.")]
+Time = Annotated[int | None, typer.Option(min=1, help="Time limit in minutes.", metavar="MINUTES")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Another key of the cluster's file, as partition=high.", metavar="a=b")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the batch script and the resolved job; submit nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Submit in spite of what the checks find.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Come back when the job has ended, with its exit code.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file under configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+    ] = None,
+    cluster: Cluster = "local",
+    nodes: Nodes = None,
+    gpus_per_node: Gpus = None,
+    tasks_per_node: Tasks = None,
+    time: Time = None,
+    settings: Set = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="One run for each value, as one array; again for every combination.", metavar="a.b=c,d"),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="As of `regen train`.")] = False,
+    dry_run: DryRun = False,
+    force: Force = False,
+    wait: Wait = False,
+) -> None:
+    """Train a config; again, it goes on from the newest checkpoint.
+
+    Examples:
+
+      regen submit train configs/embedder/regen_k32.yaml --cluster slurm --nodes 8 --gpus-per-node 8
+
+      regen submit train configs/embedder/nano.yaml --tasks-per-node 2 --sweep optimizer.lr=1e-3,3e-3
+    """
+    from launcher.cluster import load_cluster
+    from launcher.submitting import train_order
+    from launcher.sweeps import expand, sweep_order
+    from regen_dist.config import load_config
+
+    place = load_cluster(cluster, asked(nodes, gpus_per_node, tasks_per_node, time, settings))
+    if not sweep:
+        finish(train_order(load_config(config, overrides or []), place, cluster, fresh=fresh), dry_run, force, wait)
+        return
+    if fresh:
+        raise ConfigError("--fresh is for a single run; give it to the one whose checkpoints are damaged")
+    finish(sweep_order(expand(config, overrides or [], sweep), place, cluster), dry_run, force, wait)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def run(
+    name: Annotated[str, typer.Argument(help="Of the job; it keeps its logs in OUTPUT/NAME.")],
+    command: Annotated[
+        list[str], typer.Argument(help="A command of regen with its arguments.", metavar="-- COMMAND …")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the job's folder.")] = Path("runs"),
+    array: Annotated[
+        int, typer.Option(min=1, help="So many tasks; {task} and {tasks} in an argument are filled in.")
+    ] = 1,
+    cluster: Cluster = "local",
+    gpus_per_node: Gpus = None,
+    time: Time = None,
+    settings: Set = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    wait: Wait = False,
+) -> None:
+    """Run any command of regen as a job, or as an array of tasks that share its work.
+
+    Example: regen submit run shards --cluster slurm --array 16 -- shards build s3://raw/videos --out s3://data/train
+    --task {task}/{tasks}
+    """
+    from launcher.cluster import load_cluster
+    from launcher.submitting import command_order
+
+    place = load_cluster(cluster, asked(1, gpus_per_node, None, time, settings))
+    finish(command_order(name, output / name, command, place, cluster, tasks=array), dry_run, force, wait)
+
+
+def asked(
+    nodes: int | None, gpus: int | None, tasks: int | None, time: int | None, settings: Sequence[str] | None
+) -> list[str]:
+    """The options as overrides of the cluster's file."""
+    given = {"nodes": nodes, "gpus_per_node": gpus, "tasks_per_node": tasks, "time_min": time}
+    return [*(settings or []), *(f"{name}={value}" for name, value in given.items() if value is not None)]
+
+
+def finish(order: Order, dry_run: bool, force: bool, wait: bool) -> None:
+    """Check, submit, and tell what to do next."""
+    from launcher.showing import check_and_say, say_submitted, show
+    from launcher.submitting import submit
+
+    if dry_run:
+        show(order)
+        return
+    check_and_say(order, force=force)
+    job = submit(order)
+    say_submitted(job)
+    if wait:
+        from launcher.waiting import wait_for
+
+        raise typer.Exit(wait_for(job))

@@ -1,0 +1,136 @@
+"""From a job to Submitit's executors, and to the batch script that Slurm gets.
+
+Nothing of a job is pasted into a shell: what the script holds is quoted, and commands travel as lists of arguments.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from launcher.attempt import NOTHING_TO_DO
+from launcher.cluster import ClusterConfig
+from launcher.job import Job
+from launcher.task import SlurmTask
+from regen_dist.errors import ConfigError
+
+
+class BatchExecutor(submitit.SlurmExecutor):
+    """Submitit's, also where Slurm is not installed: there the script can at least be shown."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def slurm_executor(job: Job, dependency: str | None = None) -> BatchExecutor:
+    """The executor that submits this job."""
+    python = job.cluster.python or shlex.quote(sys.executable)
+    executor = BatchExecutor(submission_folder(job), max_num_timeout=job.cluster.retry.starts, python=python)
+    executor.update_parameters(**parameters(job, dependency))
+    return executor
+
+
+def submission_folder(job: Job) -> Path:
+    """Where Submitit keeps what it writes.
+
+    Raises:
+        ConfigError: Slurm would read something else in this path.
+    """
+    path = job.folder / "submitit"
+    if wrong := sorted({character for character in str(path) if character in "%\\\n"}):
+        raise ConfigError(
+            f"{str(path)!r}: Slurm gives {', '.join(map(repr, wrong))} in the path of a log a meaning of its own; "
+            "choose another output folder"
+        )
+    return path
+
+
+def batch_script(job: Job, dependency: str | None = None) -> str:
+    """The text that sbatch gets."""
+    executor = slurm_executor(job, dependency)
+    if job.is_array:
+        executor.parameters["map_count"] = len(job.tasks)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, job.name))
+
+
+def parameters(job: Job, dependency: str | None = None) -> dict[str, Any]:
+    """What Submitit is told of a job."""
+    cluster = job.cluster
+    asked = {
+        "job_name": job.name,
+        "time": cluster.time_min,
+        "signal_delay_s": cluster.signal_lead_s,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.ranks_per_node if job.distributed else 1,
+        "cpus_per_task": cluster.cpus_per_task,
+        "gpus_per_node": _gpus(cluster),
+        "mem": f"{round(cluster.memory_gb * 1024)}M" if cluster.memory_gb else None,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "exclude": ",".join(cluster.exclude) or None,
+        "nodelist": ",".join(cluster.nodelist) or None,
+        "exclusive": cluster.exclusive or None,
+        "dependency": dependency,
+        "array_parallelism": cluster.array_parallelism,
+        "srun_args": [*_srun(cluster), *cluster.srun],
+        "setup": _before(job),
+        "teardown": _after(job),
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    return given | {"wckey": None, "additional_parameters": _options(job, dependency)}
+
+
+def _srun(cluster: ClusterConfig) -> list[str]:
+    """A rank that fails takes the others with it, which would wait for it until they notice. Since Slurm 22.05 srun no
+    longer hears of the cores of a task from sbatch."""
+    cores = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
+    return ["--kill-on-bad-exit=1", *cores]
+
+
+def _gpus(cluster: ClusterConfig) -> int | str | None:
+    if not cluster.gpus_per_node:
+        return None
+    return f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else cluster.gpus_per_node
+
+
+def _options(job: Job, dependency: str | None) -> dict[str, str | int | bool]:
+    own: dict[str, str | int | bool] = {"chdir": str(job.workdir), "requeue": True}
+    if dependency:
+        own["kill-on-invalid-dep"] = "yes"  # or it would wait for ever
+    chosen = {name.replace("_", "-"): value for name, value in job.cluster.sbatch.items() if value is not False}
+    return chosen | own
+
+
+def _before(job: Job) -> list[str]:
+    """Shell lines ahead of the ranks: the environment, and whether the task goes at all."""
+    exported = {**job.cluster.environment, "PYTHONSAFEPATH": "1"}
+    return [
+        *job.cluster.activate,
+        *(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
+        f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "trap : TERM  # this shell outlives what it is sent, to say what follows",
+        f"{_attempt('begin', job)}; verdict=$?",
+        f"[ $verdict -ne {NOTHING_TO_DO} ] || exit 0",
+        "[ $verdict -eq 0 ] || exit $verdict",
+    ]
+
+
+def _after(job: Job) -> list[str]:
+    return ["code=$?", f'{_attempt("end", job)} "$code"', "exit $?"]
+
+
+def _attempt(action: str, job: Job) -> str:
+    return shlex.join([sys.executable, "-m", "launcher.attempt", action, str(job.folder)])
+
+
+def callables(job: Job) -> Sequence[SlurmTask]:
+    """One for each task; which task it is, its array says."""
+    return [SlurmTask(str(job.folder))] * len(job.tasks)
