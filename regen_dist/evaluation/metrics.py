@@ -16,7 +16,6 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
-from skimage.metrics import structural_similarity
 
 from regen_dist.errors import DataError
 
@@ -46,6 +45,8 @@ def ssim(source: Frame, other: Frame) -> float | None:
     """Structural similarity over the three colours, Gaussian window; None for frames smaller than the window."""
     if min(source.shape[:2]) < SSIM_WINDOW:
         return None
+    from skimage.metrics import structural_similarity  # here: training measures no SSIM, and scipy costs its start
+
     images = source.astype(np.float32), other.astype(np.float32)
     gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     similarity = structural_similarity(*images, data_range=PEAK, channel_axis=2, **gaussian)  # type: ignore[no-untyped-call]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -83,6 +82,8 @@ def _scaled(frames: Sequence[Frame], cell: tuple[int, int]) -> list[Image.Image]
 
 def _error_map(source: Frame, other: Frame) -> Frame:
     """Mean absolute error over colours, amplified, in the colours of matplotlib's magma: black is right."""
+    import matplotlib
+
     error = np.abs(source.astype(np.float32) - other).mean(axis=2)
     levels = np.clip(error * ERROR_GAIN, 0, 255).astype(np.uint8)
     colours = np.asarray(matplotlib.colormaps["magma"](np.arange(256)))[:, :3] * 255
@@ -120,5 +121,7 @@ def _draw(rows: list[_Row], cell: tuple[int, int], title: str) -> Image.Image:
 @lru_cache(maxsize=8)
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib."""
+    import matplotlib
+
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

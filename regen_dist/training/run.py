@@ -56,7 +56,8 @@ def _prepare_process(config: RunConfig, ranks: Ranks) -> None:
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")
     if ranks.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # As use_deterministic_algorithms(True, warn_only=True), which imports the compiler to tell it, too.
+    torch.set_deterministic_debug_mode("warn")
     # It would write NaN over DeepSpeed's communication buckets, gigabytes a rank that otherwise stay untouched.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -17,17 +17,19 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest import mock
 
-# Modules that are installed, so that the server finds them wherever it is started. DeepSpeed imports torch's compiler
-# (5 s) when its engine is built, and torch does when it is told to be deterministic.
+# Modules that are installed, so that the server finds them wherever it is started; all that a rank of a small run
+# imports, also where it does so late: DeepSpeed when its engine is built, torch when an optimizer is.
 _PRELOAD = [
     "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.module_inject.auto_ep_config",
     "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.ops.triton_ops.group_gemm_triton",
+    "matplotlib",
     "regen_dist.training.run",
     "safetensors.torch",
+    "setuptools",
     "torch._dynamo",
-    "torch._inductor.compile_fx",
+    "torch.utils.flop_counter",
 ]
 _ENVIRONMENT = {  # what these modules read while they are imported
     "DS_ACCELERATOR": "cpu",
