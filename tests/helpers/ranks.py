@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -154,6 +155,7 @@ def _rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    gc.freeze()  # what the server imported is no garbage: a collection would touch, and so copy, all of its pages
     os.environ.clear()  # that of the server is as old as the server
     os.environ.update(environment)
     end_with_parent()
