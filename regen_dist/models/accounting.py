@@ -35,10 +35,10 @@ class Account:
     clip_shape: tuple[int, int, int, int]  # channels, frames, height, width
     latent_shape: tuple[int, int, int]  # channels, rows, columns of each of the two latent frames
     parameters: dict[str, int]
-    largest_block_parameters: int  # of the largest unit that ZeRO-3 gathers at once
     forward_flops: dict[str, int]
     recomputed_flops: int  # forward operations done a second time by activation checkpointing
     activation_bytes: int  # kept per clip for the backward pass
+    parameter_sizes: tuple[int, ...]  # elements of each parameter
 
     @property
     def num_parameters(self) -> int:
@@ -92,10 +92,10 @@ def account(
         clip_shape=(3, num_frames, *size),
         latent_shape=(config.latent.channels, size[0] // SPATIAL_COMPRESSION, size[1] // SPATIAL_COMPRESSION),
         parameters={name: _count(part) for name, part in model.named_children()},
-        largest_block_parameters=max(_count(block) for block in _gathered_units(model)),
         forward_flops={name: operations.get(f"{root}.{name}", 0) for name, _ in model.named_children()},
         recomputed_flops=sum(operations.get(f"{root}.{name}", 0) for name in units) if activation_checkpointing else 0,
         activation_bytes=saved.checkpointed_bytes() if activation_checkpointing else saved.num_bytes(),
+        parameter_sizes=tuple(parameter.numel() for parameter in model.parameters()),
     )
 
 
@@ -133,18 +133,6 @@ def _checkpointed_units(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(units, nn.ModuleList)
         for index, unit in enumerate(units)
     }
-
-
-def _gathered_units(module: nn.Module) -> Iterator[nn.Module]:
-    """Elements of module lists as a whole, and the leaves outside of them."""
-    children = list(module.children())
-    if isinstance(module, nn.ModuleList):
-        yield from children
-    elif not children:
-        yield module
-    else:
-        for child in children:
-            yield from _gathered_units(child)
 
 
 def _count(module: nn.Module) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from regen_dist.config.schema import EngineConfig
 from regen_dist.models.accounting import Account
 
-_REDUCE_GROUP = 1_000_000_000  # DeepSpeed's default sub_group_size: parameters that one inner optimizer step handles
+# DeepSpeed's defaults, in elements, which the engine does not change.
+_REDUCE_GROUP = 1_000_000_000  # sub_group_size: parameters that one inner optimizer step handles
+_BUCKET = 500_000_000  # reduce_bucket_size: gradients that are reduced at once
+_LIVE = 1_000_000_000  # stage3_max_live_parameters: weights that may be gathered at once
 
 
 def memory_bytes(model: Account, engine: EngineConfig, *, world_size: int, clips_per_gpu: int) -> dict[str, int]:
@@ -23,12 +26,15 @@ def memory_bytes(model: Account, engine: EngineConfig, *, world_size: int, clips
     low = 2 if mixed else 4
     terms = {
         f"weights ({'bf16' if mixed else 'fp32'}, sharded)": low * share,
-        f"gradients ({'bf16' if mixed else 'fp32'}, sharded)": low * share,
+        "gradients (fp32, sharded)": 4 * share,  # summed over micro-batches in fp32, whatever they are reduced in
         "fp32 master weights (sharded)": 4 * share if engine.kind == "zero3" else 0,
         "AdamW's two moments (fp32, sharded)": 8 * share,
         "EMA (fp32, sharded)": 4 * share,
-        "fp32 gradients during the update": 4 * min(share, _REDUCE_GROUP) if mixed else 0,
-        "largest block gathered, and the next": 2 * low * model.largest_block_parameters if shards > 1 else 0,
+        "fp32 gradients during the update": 4 * min(share, _REDUCE_GROUP) if engine.kind == "zero3" else 0,
+        "weights gathered, at most": low * min(model.num_parameters, _LIVE) if shards > 1 else 0,
+        "gradients on their way: a bucket, and its copy": low * (_BUCKET + min(model.num_parameters, _BUCKET))
+        if engine.kind == "zero3"
+        else 0,
         f"activations of {clips_per_gpu} clip{'s' if clips_per_gpu != 1 else ''}": clips_per_gpu
         * model.activation_bytes,
     }

@@ -1,0 +1,63 @@
+"""What ZeRO-3 sends: bytes of each GPU in one optimizer step, and how long the wires need for them.
+
+In every micro-batch ("ZeRO", Rajbhandari et al., 2020, Sec. 7.2.2) weights are gathered twice, for the forward and for
+the backward pass, and all gradients are reduced to their owners; both in the working precision. What activation
+checkpointing computes again shares its gather with the backward pass that follows at once. Small weights stay whole,
+and are gathered once, after the update. It is an upper bound: DeepSpeed keeps up to 10^9 elements gathered and looks
+ahead (stage3_max_live_parameters, stage3_max_reuse_distance), so that some weights need no second gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from regen_dist.config.schema import EngineConfig
+
+_GATHERS = 2  # of a large weight in a micro-batch
+_GIGABIT = 1e9 / 8  # bytes
+
+
+def sent_bytes(
+    parameter_sizes: Sequence[int], engine: EngineConfig, *, world_size: int, accumulation: int
+) -> dict[str, int]:
+    """Bytes that one GPU sends in one optimizer step, by what for; it receives as many.
+
+    Of S bytes that are gathered from N GPUs, or reduced to them, each sends (N-1)/N S (ring algorithms).
+
+    Args:
+        parameter_sizes: elements of each parameter.
+        engine: `plain` has one rank, which sends nothing.
+        world_size: GPUs that the states are sharded over.
+        accumulation: micro-batches of a step.
+    """
+    small = sum(size for size in parameter_sizes if size <= engine.persistence_threshold)
+    elements = {
+        "weights gathered": accumulation * _GATHERS * (sum(parameter_sizes) - small),
+        "gradients reduced": accumulation * sum(parameter_sizes),
+        "small weights gathered after the update": small,
+    }
+    width = 2 if engine.precision == "bf16" else 4
+    return {name: width * count * (world_size - 1) // world_size for name, count in elements.items()}
+
+
+def network_bytes(sent: int, *, world_size: int, gpus_per_node: int) -> int:
+    """Bytes that each node sends over its network interfaces, where each of its GPUs sends `sent`.
+
+    A ring passes through the GPUs of a node one after the other and leaves it once, whichever GPU that is: as many
+    bytes leave the node as one GPU sends.
+    """
+    return sent if world_size > gpus_per_node else 0
+
+
+def wire_seconds(sent: int, network: int, *, nvlink_gbps: float, network_gbps: float) -> float:
+    """Time that the slowest wire of a ring needs: links between the GPUs of a node, or the node's network interfaces.
+
+    Latency is not in it, nor anything that keeps a collective from the full bandwidth.
+
+    Args:
+        sent: bytes that one GPU sends to the next.
+        network: bytes that one node sends to the next.
+        nvlink_gbps: of one GPU in one direction, gigabits per second.
+        network_gbps: of all interfaces of one node in one direction, gigabits per second.
+    """
+    return max(sent / (nvlink_gbps * _GIGABIT), network / (network_gbps * _GIGABIT))

@@ -1,0 +1,107 @@
+"""What `regen describe` says, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regen_dist.config import RunConfig
+    from regen_dist.config.schema import ModelConfig
+    from regen_dist.models.accounting import Account
+    from regen_dist.models.cost import Assumptions
+
+
+def gather(config: RunConfig, world_size: int, assumed: Assumptions | None = None) -> dict[str, Any]:
+    """Everything that `regen describe` prints, as plain values: shapes, counts, operations, bytes, time and dollars.
+
+    Raises:
+        ConfigError: the global batch cannot be divided over `world_size` ranks.
+    """
+    from regen_dist.config import config_hash
+    from regen_dist.config.worldsize import clips_per_rank
+    from regen_dist.models.memory import memory_bytes
+
+    clips, train = clips_per_rank(config, world_size), config.train
+    largest = max(config.data.sizes, key=lambda size: size[0] * size[1])
+    counted = _account(config.model, largest, config.engine.precision, config.engine.activation_checkpointing)
+    return {
+        "name": config.name,
+        "kind": config.model.kind,
+        "config_hash": config_hash(config),
+        "world_size": world_size,
+        "clips_per_gpu": clips,
+        "accumulation": train.accumulation,
+        "batch_global": train.batch_global,
+        **_shapes(config, counted),
+        "parameters": {**counted.parameters, "total": counted.num_parameters},
+        "forward_flops_per_clip": {**counted.forward_flops, "total": counted.num_forward_flops},
+        "training_flops_per_clip": counted.num_training_flops,
+        "recomputed_flops_per_clip": counted.recomputed_flops,
+        "training_flops_per_step": counted.num_training_flops * train.batch_global,
+        "memory_bytes_per_gpu": memory_bytes(counted, config.engine, world_size=world_size, clips_per_gpu=clips),
+        **_costs(config, counted, world_size, assumed),
+    }
+
+
+def with_clips_per_gpu(config: RunConfig, world_size: int, clips: int) -> RunConfig:
+    """The config with the `train.accumulation` that puts so many clips at once on each of `world_size` GPUs.
+
+    Raises:
+        ConfigError: the global batch is no multiple of the clips of all GPUs.
+    """
+    from regen_dist.errors import ConfigError
+
+    train = config.train
+    accumulation, rest = divmod(train.batch_global, world_size * clips)
+    if rest:
+        raise ConfigError(
+            f"train.batch_global {train.batch_global} is not a multiple of {world_size * clips} clips ({clips} at once "
+            f"on each of {world_size} GPUs); change --clips-per-gpu or --world-size, or set "
+            f"train.batch_global={(accumulation + 1) * world_size * clips}"
+        )
+    return config.model_copy(update={"train": train.model_copy(update={"accumulation": accumulation})})
+
+
+@lru_cache(maxsize=32)
+def _account(model: ModelConfig, size: tuple[int, int], precision: Any, checkpointing: bool) -> Account:
+    from regen_dist.models.accounting import account
+
+    return account(model, size, precision=precision, activation_checkpointing=checkpointing)
+
+
+def _costs(config: RunConfig, counted: Account, world_size: int, assumed: Assumptions | None) -> dict[str, Any]:
+    from regen_dist.models.communication import sent_bytes
+    from regen_dist.models.cost import Assumptions, Cost
+
+    train, assumed = config.train, assumed or Assumptions()
+    sent = sent_bytes(counted.parameter_sizes, config.engine, world_size=world_size, accumulation=train.accumulation)
+    cost = Cost(
+        world_size=world_size,
+        model_flops=(counted.num_training_flops - counted.recomputed_flops) * train.batch_global,
+        recomputed_flops=counted.recomputed_flops * train.batch_global,
+        sent_bytes=sum(sent.values()),
+        steps=train.steps,
+        assumed=assumed,
+    )
+    return {"sent_bytes_per_gpu_and_step": sent, "assumptions": asdict(assumed), "cost": cost.facts()}
+
+
+def _shapes(config: RunConfig, counted: Account) -> dict[str, Any]:
+    decoder = config.model.decoder
+    is_transformer = config.model.kind == "regen"
+    return {
+        "temporal_compression": config.model.temporal_compression,
+        "input_shape": list(counted.clip_shape),
+        "latent_frames": 2,
+        "latent_shape": list(counted.latent_shape),
+        "compression": counted.compression,
+        "bits_per_pixel": counted.bits_per_pixel,
+        "decoder": {"blocks": decoder.blocks, "width": decoder.width, "heads": decoder.heads}
+        if is_transformer
+        else None,
+        "tokens_per_clip": counted.clip_shape[1] * counted.latent_shape[1] * counted.latent_shape[2]
+        if is_transformer
+        else None,
+    }
