@@ -10,11 +10,14 @@ import pytest
 
 from regen_dist.config import load_config
 from regen_dist.errors import ConfigError
+from regen_dist.models.cost import Assumptions
 from tests.helpers.presets import NANO_AT_8
 from tools.describe import describe, gather
+from tools.describe.facts import with_clips_per_gpu
 
 ROOT = Path(__file__).parents[3]
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "base")
+NOT_RUNS = ("base", "cluster")  # fragments, and places to run at
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in NOT_RUNS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -31,22 +34,50 @@ def test_every_config_can_be_described(path: Path) -> None:
 
 
 def test_the_full_size_embedder_at_k_32(capsys: pytest.CaptureFixture[str]) -> None:
-    describe(ROOT / "configs/embedder/regen_k32.yaml", world_size=64)
+    describe(ROOT / "configs/embedder/regen_k32.yaml", world_size=[64])
     text = " ".join(capsys.readouterr().out.split())
     assert "33 frames of 3 x 192 x 320" in text
     assert "2 latent frames of 8 channels, 24 x 40" in text
     assert "24 blocks x width 2048 x 16 heads" in text
     assert "Memory per GPU while training on 64" in text
+    assert "A step on 64" in text
+    assert "A run on 64" in text
 
 
 def test_json_holds_what_the_tables_say(capsys: pytest.CaptureFixture[str]) -> None:
-    describe(ROOT / "configs/embedder/nano.yaml", [*NANO_AT_8, "data.size=[64,128]"], world_size=2, as_json=True)
+    describe(ROOT / "configs/embedder/nano.yaml", [*NANO_AT_8, "data.size=[64,128]"], world_size=[2], as_json=True)
     facts = json.loads(capsys.readouterr().out)
     assert facts["input_shape"] == [3, 9, 64, 128]
     assert facts["world_size"] * facts["clips_per_gpu"] == 8
+    assert facts["cost"]["communication_s"] == sum(facts["sent_bytes_per_gpu_and_step"].values()) / 450e9
     assert math.isclose(facts["compression"], 12 * 9)
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match="not a multiple of 3 ranks"):
         gather(load_config(ROOT / "configs/embedder/nano.yaml"), world_size=3)
+
+
+def test_several_world_sizes_are_an_object_by_world_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with the facts that it has alone."""
+    options = {"clips_per_gpu": 1, "mfu": 0.5, "peak_tflops": 100.0, "as_json": True}
+    describe(ROOT / "configs/embedder/nano.yaml", world_size=[1, 2, 8], **options)
+    several = json.loads(capsys.readouterr().out)["by_world_size"]
+    assert {size: facts["accumulation"] for size, facts in several.items()} == {"1": 8, "2": 4, "8": 1}
+    describe(ROOT / "configs/embedder/nano.yaml", ["train.accumulation=4"], world_size=[2], **options)
+    assert json.loads(capsys.readouterr().out) == several["2"]
+
+
+def test_a_step_takes_the_time_of_its_operations_at_the_mfu() -> None:
+    """What activation checkpointing computes again is not counted."""
+    config = load_config(ROOT / "configs/embedder/regen_k8.yaml")
+    facts = gather(config, 64, Assumptions(mfu=0.25, peak_tflops=1000))
+    operations = 3 * facts["forward_flops_per_clip"]["total"] * config.train.batch_global
+    assert facts["cost"]["step_s"] == pytest.approx(operations / (64 * 250e12))
+    assert facts["training_flops_per_step"] > operations
+
+
+def test_clips_per_gpu_that_do_not_divide_the_batch_are_refused() -> None:
+    config = load_config(ROOT / "configs/embedder/nano.yaml")
+    with pytest.raises(ConfigError, match=r"batch_global 8 is not a multiple of 6 clips .* train.batch_global=12"):
+        with_clips_per_gpu(config, 3, 2)
