@@ -53,8 +53,8 @@ CASES = {
     "nothing_stays": _case(0, 0),
     "nothing_stays_bf16": _case(0, 0, engine__precision="bf16", engine__persistence_threshold=1000),
     "nothing_stays_baseline": _case(0, 0, model__kind="magvit2"),
-    "a_block_stays": _case(300_000, 0, **WIDE, **RECOMPUTED),
-    "full_size_by_256": _case(LIVE // 256, PREFETCH // 256, **WIDE, **RECOMPUTED),  # a sixteenth of the width
+    "a_block_stays": _case(100_000, 0, model__decoder__width=64, model__decoder__blocks=12, **RECOMPUTED),
+    "full_size_by_256": _case(LIVE // 256, PREFETCH // 256, **WIDE, **RECOMPUTED),
     "defaults": _case(LIVE, PREFETCH, **RECOMPUTED),
 }
 
@@ -79,15 +79,15 @@ def test_bytes_of_a_step_are_those_of_the_formula(measured: dict[str, Measured],
 def test_recomputation_shares_its_gather_with_the_backward_pass(measured: dict[str, Measured]) -> None:
     """Where no more than a block stays gathered: still two gathers of every weight, not three (less the last block)."""
     sent, formula = measured["a_block_stays"].sent, _formula("a_block_stays")
-    assert sent == {purpose: pytest.approx(size, rel=0.02) for purpose, size in formula.items()}
+    assert sent == {purpose: pytest.approx(size, rel=0.05) for purpose, size in formula.items()}
 
 
 @pytest.mark.parametrize(("name", "gathers"), [("full_size_by_256", 1.25), ("defaults", 1.0)])
 def test_what_stays_gathered_makes_the_formula_an_upper_bound(
     measured: dict[str, Measured], name: str, gathers: float
 ) -> None:
-    """A small model is gathered once. One with all widths and DeepSpeed's distances in the proportions of the full size
-    is gathered 1.25 times instead of twice."""
+    """A small model is gathered once. The full-size decoder at a sixteenth of its width, with DeepSpeed's distances
+    scaled alike, is gathered 1.25 times instead of twice."""
     sent, formula = measured[name].sent, _formula(name)
     assert 2 * sent.pop(GATHERED) / formula.pop(GATHERED) == pytest.approx(gathers, abs=0.05)
     assert sent == {purpose: pytest.approx(size, rel=1e-3) for purpose, size in formula.items()}
