@@ -10,7 +10,7 @@ from regen_dist.config import to_yaml
 from regen_dist.data.making.build import build_shards
 from regen_dist.observe.record import read_record
 from tests.helpers.builds import OPTIONS, write_sources
-from tests.helpers.ranks import run_regen
+from tests.helpers.commands import run_regen_ranks
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 STEPS, SAVE_EVERY = 16, 4
@@ -47,7 +47,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(config: Path) -> list[float]:
     """The losses of a run that nothing happens to."""
-    assert run_regen("train", config, "--ranks", 2, "name=undisturbed", log=config.with_name("undisturbed.log")) == 0
+    assert run_regen_ranks("train", config, "name=undisturbed", logs=config.with_name("undisturbed")) == [0, 0]
     values = losses(config.parent / "runs" / "undisturbed")
     assert len(values) == STEPS
     return values

@@ -11,7 +11,7 @@ from regen_dist.config import to_yaml
 from regen_dist.data.dataset.catalogue import open_dataset
 from regen_dist.data.dataset.index import Sample
 from regen_dist.observe.record import read_record
-from tests.helpers.ranks import run_regen
+from tests.helpers.commands import run_regen_ranks, said
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 STEPS = 2  # of four samples each: an epoch
@@ -39,7 +39,8 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sample]:
 
 def test_both_ranks_go_on_where_one_meets_a_bad_sample(spoilt: tuple[Path, Sample]) -> None:
     config, sample = spoilt
-    assert run_regen("train", config, "--ranks", 2, "name=goes_on", log=config.with_name("goes_on.log")) == 0
+    logs = config.with_name("goes_on")
+    assert run_regen_ranks("train", config, "name=goes_on", logs=logs) == [0, 0]
     run = config.parent / "runs" / "goes_on"
     noted = [(path.name, line) for path in sorted(run.glob("bad_samples/*")) for line in read_record(path)]
     assert [(line["shard"], line["key"]) for _, line in noted] == [(sample.shard, sample.key)], (
@@ -49,18 +50,17 @@ def test_both_ranks_go_on_where_one_meets_a_bad_sample(spoilt: tuple[Path, Sampl
     ids = [i for path in run.glob("samples/*") for line in read_record(path) for i in line["ids"]]
     assert len(ids) == 4 * STEPS
     assert sample.id not in ids
-    met = {"rank-00000.jsonl": config.with_name("goes_on.log"), "rank-00001.jsonl": run / "logs" / "rank_1.log"}
-    assert f"warning: sample {sample.key} in {sample.shard} is bad" in met[noted[0][0]].read_text()
+    met = dict(zip(("rank-00000.jsonl", "rank-00001.jsonl"), said(logs), strict=True))
+    assert f"warning: sample {sample.key} in {sample.shard} is bad" in met[noted[0][0]]
 
 
 def test_both_ranks_stop_together_past_the_share(spoilt: tuple[Path, Sample]) -> None:
-    """Whichever met it, both say the same of the same step, and the job ends with the exit code of bad data."""
+    """Whichever met it, both say the same of the same step, and both end with the exit code of bad data."""
     config, _ = spoilt
-    log = config.with_name("stops.log")
-    assert run_regen("train", config, "--ranks", 2, "name=stops", "data.max_bad_share=0", log=log) == 3
-    others = config.parent / "runs" / "stops" / "logs" / "rank_1.log"
+    logs = config.with_name("stops")
+    assert run_regen_ranks("train", config, "name=stops", "data.max_bad_share=0", logs=logs) == [3, 3]
     words = r"^error: (step \d: 1 of \d+ samples could not be read, data\.max_bad_share allows 0\..*)$"
-    told = [re.findall(words, path.read_text(), re.MULTILINE) for path in (log, others)]
+    told = [re.findall(words, text, re.MULTILINE) for text in said(logs)]
     assert len(told[0]) == len(told[1]) == 1, "each rank once"
     assert told[0] == told[1]
-    assert "Traceback" not in log.read_text() + others.read_text()
+    assert "Traceback" not in "".join(said(logs))

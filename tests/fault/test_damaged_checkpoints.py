@@ -15,7 +15,7 @@ from tests.fault.conftest import SAVE_EVERY, STEPS, losses
 from tests.helpers.checkpoints import folder_of, newest
 from tests.helpers.commands import run_regen_ranks, said
 from tests.helpers.damage import Answer, Case, Damage, ask, flip
-from tests.helpers.ranks import run_ranks, run_regen
+from tests.helpers.ranks import run_ranks
 from tests.helpers.saved import save_checkpoint, small_state
 
 OLDER, NEWEST = 4, 8
@@ -139,15 +139,14 @@ def test_a_run_goes_on_from_the_one_before(config: Path, undisturbed: list[float
     """One byte of one shard of the newest checkpoint: both ranks say which, the run does the last steps again, and ends
     as the undisturbed one, bit for bit."""
     run = _copy(config.parent / "runs" / "undisturbed", "flipped")
-    (run / "logs" / "rank_1.log").unlink()
     shard = run / "checkpoints" / f"step-{STEPS:08d}" / SHARDS[1]
     flip(shard, shard.stat().st_size // 2)
     before = folder_of(run).manifest(STEPS).files
-    assert run_regen("train", config, "--ranks", 2, "name=flipped", log=config.with_name("flipped.log")) == 0
-    log = config.with_name("flipped.log").read_text()
-    for text in (log, (run / "logs" / "rank_1.log").read_text()):
+    logs = config.with_name("flipped")
+    assert run_regen_ranks("train", config, "name=flipped", logs=logs) == [0, 0]
+    for text in said(logs):
         assert text.count(f"{SHARDS[1]} does not have the SHA-256 that the manifest says") == 1
-    assert f"resumed at step {STEPS - SAVE_EVERY} on 2 rank(s)" in log
+    assert f"resumed at step {STEPS - SAVE_EVERY} on 2 rank(s)" in said(logs)[0]
     assert losses(run) == undisturbed
     assert newest(run).step == STEPS
     assert newest(run).files == before, "the very same bytes"

@@ -11,6 +11,7 @@ import pytest
 
 from tests.fault.conftest import SAVE_EVERY, STEPS, losses
 from tests.helpers.checkpoints import folder_of, newest
+from tests.helpers.commands import run_regen_ranks, said
 from tests.helpers.processes import wait_until_gone
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step
 
@@ -63,8 +64,9 @@ def test_sigterm_saves_and_asks_to_be_resumed(terminated: Path, config: Path, un
     assert f"stopped by SIGTERM after step {saved.step}: run it again to go on" in text
     copy = terminated.with_name("terminated_copy")
     shutil.copytree(terminated, copy)
-    command = ("train", config, "--ranks", 2, "name=terminated_copy")
-    assert run_regen(*command, log=config.with_name("terminated_again.log")) == 0
+    logs = config.with_name("terminated_again")
+    assert run_regen_ranks("train", config, "name=terminated_copy", logs=logs) == [0, 0]
+    assert f"resumed at step {saved.step} on 2 rank(s)" in said(logs)[0]
     assert losses(copy) == undisturbed
 
 
@@ -75,8 +77,8 @@ def test_a_missing_pointer_is_no_new_start(terminated: Path, config: Path, undis
     shutil.copytree(terminated, run)
     saved = newest(run)
     (run / "checkpoints" / "latest").unlink()
-    log = config.with_name("pointerless.log")
-    assert run_regen("train", config, "--ranks", 2, "name=pointerless", log=log) == 0
-    assert f"resumed at step {saved.step} on 2 rank(s)" in log.read_text()
+    logs = config.with_name("pointerless")
+    assert run_regen_ranks("train", config, "name=pointerless", logs=logs) == [0, 0]
+    assert f"resumed at step {saved.step} on 2 rank(s)" in said(logs)[0]
     assert folder_of(run).pointer() == STEPS
     assert losses(run) == undisturbed

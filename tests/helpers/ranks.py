@@ -60,7 +60,8 @@ def start_ranks(function: Callable[..., Any], world_size: int, *args: Any, logs:
             receiver, sender = context.Pipe(duplex=False)
             environment = environments[rank]
             log = None if logs is None else logs / f"rank_{rank}.log"
-            process = context.Process(target=_rank, args=(sender, environment, log, function, args), daemon=True)
+            # No daemon, which may have no workers of its own; it ends with this process all the same.
+            process = context.Process(target=_rank, args=(sender, environment, log, function, args), daemon=False)
             process.start()
             sender.close()  # the rank's own end is what must close when it dies
             started.processes.append(process)
