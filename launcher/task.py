@@ -7,17 +7,19 @@ ended. It is light, so that what kills a rank (as the kernel does when memory ru
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from launcher import ends
 from launcher.attempt import begin, end, say
 from launcher.job import Job, Task, read_job
-from launcher.local import Ended, program_environment, rank_environment, rank_environments, supervise
+from launcher.local import FORWARDED, Ended, program_environment, rank_environment, rank_environments, supervise
 from launcher.places import LocalPlace
 from launcher.policy import Verdict
 from regen_dist.config.files import write_text_atomically
@@ -51,11 +53,13 @@ class SlurmTask:
         environment = child_environment(job)
         if job.distributed:
             environment |= _rank_variables(job, here.hostnames[0], here.raw_job_id, restart)
+        for number in FORWARDED:  # not Submitit's handlers, which would requeue the job when its command has ended
+            signal.signal(number, _leave_alone)
         ended = supervise([*COMMAND, *task.command], {rank: environment}, logs=task.logs)
-        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        ends.write(task.launch, here.raw_job_id, restart, rank=rank, node=node, code=ended.code, told=ended.told)
-        if ended.code not in (EXIT_OK, EXIT_RESUME):
-            raise SystemExit(ended.code)
+        node, code = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(ended.code, ended.told)
+        ends.write(task.launch, here.raw_job_id, restart, rank=rank, node=node, code=code, told=ended.told)
+        if code not in (EXIT_OK, EXIT_RESUME):
+            raise SystemExit(code)
 
     def checkpoint(self) -> DelayedSubmission:
         """What Submitit asks of a task that is told to stop before it has begun: nothing is saved, the same goes on."""
@@ -100,11 +104,12 @@ class LocalTask:
     @staticmethod
     def _start(job: Job, task: Task, place: LocalPlace) -> Verdict:
         ended = _run_here(job, task)
-        for rank, code in ended.codes.items():
+        codes = {rank: _code(code, ended.told) for rank, code in ended.codes.items()}
+        for rank, code in codes.items():
             ends.write(
                 task.launch, place.job, place.restart, rank=rank, node=place.nodes[0], code=code, told=ended.told
             )
-        verdict = end(job, task, place, ended.code)
+        verdict = end(job, task, place, _code(ended.code, ended.told))
         say(f"{task.name}: {verdict.text}")
         return verdict
 
@@ -113,6 +118,15 @@ class LocalTask:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def _leave_alone(_number: int, _frame: FrameType | None) -> None:
+    """What a process does with a signal when its command has ended."""
+
+
+def _code(code: int, told: Sequence[str]) -> int:
+    """A command that one of the signals ended that it was told has not failed: it cannot listen to them, or not yet."""
+    return EXIT_RESUME if code in {128 + signal.Signals[each] for each in told} else code
 
 
 def _run_here(job: Job, task: Task) -> Ended:

@@ -32,8 +32,10 @@ def train(
 
         raise typer.Exit(train_locally(config, overrides or [], ranks=ranks, fresh=fresh))
     from regen_dist.config import load_config
+    from regen_dist.training.signals import Inbox
 
+    earlier = Inbox().listen()
     loaded = load_config(config, overrides or [])  # before torch is imported: a wrong config is told at once
     from regen_dist.training.run import train as train_rank
 
-    raise typer.Exit(train_rank(loaded, fresh=fresh))
+    raise typer.Exit(train_rank(loaded, fresh=fresh, earlier=earlier))

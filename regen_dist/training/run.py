@@ -17,16 +17,18 @@ from regen_dist.models.attention import require_flash
 from regen_dist.observe.hardware import multiplies_bf16
 from regen_dist.observe.watchdog import Watchdog
 from regen_dist.training.loop import Trainer
+from regen_dist.training.signals import Inbox
 from regen_dist.training.stopping import Stopper
 
 
-def train(config: RunConfig, ranks: Ranks | None = None, *, fresh: bool = False) -> int:
+def train(config: RunConfig, ranks: Ranks | None = None, *, fresh: bool = False, earlier: Inbox | None = None) -> int:
     """Train as one of the ranks that the environment describes; the same call resumes. Returns the exit code.
 
     Args:
         config: of the run.
         ranks: this process's place; the environment's by default.
         fresh: start from scratch where the run has checkpoints and none of them is whole.
+        earlier: signals that came before this.
 
     Raises:
         RegenError: whatever a user can mend, on every rank alike where one rank alone could not go on.
@@ -36,7 +38,7 @@ def train(config: RunConfig, ranks: Ranks | None = None, *, fresh: bool = False)
     limit_s, lead_s = config.train.time_limit_s, config.train.time_limit_lead_s
     with (
         Watchdog(config.folder, ranks.rank, ranks.world_size, config.guards.hang) as watchdog,
-        Stopper(config.folder, ranks, time_limit_s=limit_s, lead_s=lead_s) as stopper,
+        Stopper(config.folder, ranks, time_limit_s=limit_s, lead_s=lead_s, earlier=earlier) as stopper,
         process_group(ranks, needed=config.engine.kind == "zero3"),
     ):
         trainer = Trainer(config, ranks, mark=watchdog.mark, fresh=fresh)

@@ -11,9 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from regen_dist.distributed.ranks import Ranks
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
+from regen_dist.training.signals import SIGNALS, Inbox
 
 _STAT = Path("/proc/self/stat")
 _START_TICKS = 19  # the process's start among the fields that follow its name: proc(5), field 22
@@ -41,6 +39,7 @@ class Stopper:
             process that torchrun or a scheduler started again has its time from the beginning.
         lead_s: so much earlier, less than the limit (`TrainConfig` refuses others).
         clock: seconds that go up.
+        earlier: what came before this began.
         age_s: how old the process is now; None asks the system. Where that does not tell, time counts from now.
     """
 
@@ -53,11 +52,13 @@ class Stopper:
         lead_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         age_s: float | None = None,
+        earlier: Inbox | None = None,
     ) -> None:
         self._file, self._ranks = run / "STOP", ranks
         self._limit_s, self._lead_s, self._clock = time_limit_s, lead_s, clock
         self._started = clock() - (process_age_s() if age_s is None else age_s)
         self.reason: str | None = None
+        self._earlier = earlier or Inbox()
 
     def __enter__(self) -> Stopper:
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -77,6 +78,8 @@ class Stopper:
 
     def wanted(self) -> bool:
         """Whether this rank wants to stop. Only rank 0 looks at the file; each rank has a clock of its own."""
+        if self._earlier.first:
+            self._ask(self._earlier.first)
         if self.reason is None and self._ranks.is_main and self._file.exists():
             self._ask("the file STOP")
         limit_s = self._limit_s

@@ -17,7 +17,8 @@ from regen_dist.distributed.base import StepResult
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import TrainingError
 from regen_dist.training.guards import NonFiniteGuard
-from regen_dist.training.stopping import SIGNALS, Stopper, process_age_s
+from regen_dist.training.signals import SIGNALS, Inbox
+from regen_dist.training.stopping import Stopper, process_age_s
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -37,6 +38,22 @@ def test_the_first_reason_stays(tmp_path: Path) -> None:
             os.kill(os.getpid(), number)
         assert stopper.wanted()
         assert stopper.reason == "SIGUSR1"
+
+
+def test_a_signal_that_came_before_the_run_began(tmp_path: Path) -> None:
+    """While a rank imports and builds; and after the run a signal is kept, too, instead of ending the process."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        inbox = Inbox().listen()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with Stopper(tmp_path, Ranks(), earlier=inbox) as stopper:
+            assert stopper.wanted()
+            assert stopper.reason == "SIGUSR2"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert inbox.first == "SIGUSR2"
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_the_handlers_are_given_back(tmp_path: Path) -> None:
