@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -52,6 +53,14 @@ def start_ranks(function: Callable[..., Any], world_size: int, *args: Any, logs:
         logs: folder for what each rank prints, `rank_N.log`, written anew; by default it goes where this process's
             output goes.
     """
+    with _one_start_at_a_time:
+        return _start_ranks(function, world_size, args, logs)
+
+
+_one_start_at_a_time = threading.Lock()  # a start changes this process's environment for a moment
+
+
+def _start_ranks(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], logs: Path | None) -> Started:
     context = RankContext()
     environments = rank_environments(rank_environment(os.environ, world_size), world_size)
     started = Started()
