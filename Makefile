@@ -40,8 +40,12 @@ test-dist: $(STAMP)
 	@echo "== dist =="
 	pytest tests/dist -q
 
-# Much of their time is waiting: two files at once.
-test-fault test-cluster test-e2e: test-%: $(STAMP)
+# Much of their time is waiting: two files at once, or three; tests/fault/conftest.py puts those that last longest first.
+test-fault: $(STAMP)
+	@echo "== fault =="
+	pytest tests/fault -n 3 --dist loadfile --no-loadscope-reorder -q
+
+test-cluster test-e2e: test-%: $(STAMP)
 	@echo "== $* =="
 	pytest tests/$* -n 2 --dist loadfile -q
 

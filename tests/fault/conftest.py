@@ -14,6 +14,17 @@ from tests.helpers.commands import run_regen_ranks
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 STEPS, SAVE_EVERY = 16, 4
+LONGEST = ("test_hangs", "test_random_kills", "test_killed", "test_writer_deaths", "test_builds")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that last longest come first, so that workers that share the suite by files end together."""
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.stem
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 def losses(run: Path) -> list[float]:
