@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +13,8 @@ import typer
 
 from regen_dist.errors import EXIT_RESUME
 
+_AGAIN_S = 0.05
+
 
 @contextmanager
 def stopping_cleanly() -> Iterator[None]:
@@ -19,7 +22,8 @@ def stopping_cleanly() -> Iterator[None]:
     there, so the same command goes on. Exit code 75."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        yield
+        with _heard_in_destructors():
+            yield
     except KeyboardInterrupt:
         print("Stopped. What is finished stays; run the same command again to go on.", file=sys.stderr)
         raise typer.Exit(EXIT_RESUME) from None
@@ -29,3 +33,27 @@ def stopping_cleanly() -> Iterator[None]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+@contextmanager
+def _heard_in_destructors() -> Iterator[None]:
+    """What a signal raises while an object is being deleted is told of, and lost: the signal is sent again a moment
+    later."""
+    tell, main = sys.unraisablehook, threading.main_thread().ident or 0
+    again: list[threading.Timer] = []
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            tell(lost)
+            return
+        again.append(threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGTERM)))
+        again[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = tell
+        for timer in again:
+            timer.cancel()
+            timer.join()
