@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,12 @@ def test_a_run_that_was_resumed_is_not_stopped_again(training: Path, config: Run
 
 
 def test_a_signal_is_handed_on_and_ends_the_demo(training: Path) -> None:
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    def signal_in_the_middle() -> None:
+        while not demo._last_step(training):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=signal_in_the_middle, daemon=True).start()
     with pytest.raises(typer.Exit) as ended:
         demo._train([str(training), "6000"], load_config(CONFIG, ["train.steps=6000"]), training)
     assert ended.value.exit_code == EXIT_RESUME
