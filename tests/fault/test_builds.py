@@ -22,19 +22,23 @@ from regen_dist.data.objects.store import Store
 from tests.helpers.builds import FLAGS, PARTS, objects, run_builds, start_build, wait_for, write_sources
 from tests.helpers.foreign import numbered, write_tar
 from tests.helpers.processes import descendants, wait_until_gone
-from tests.helpers.video import write_video
+from tests.helpers.video import moving_square, write_video
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sources(tmp_path_factory.mktemp("sources"))
+    """Those of the helper, and after them some more: a build that is met at the first ones is far from its end."""
+    folder = write_sources(tmp_path_factory.mktemp("sources"))
+    for seed in range(4, 9):
+        write_video(folder / f"wide and after it {seed}.mp4", moving_square(72, 96, 64, seed=seed))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def whole(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one undisturbed process makes of the sources in parts."""
     folder = tmp_path_factory.mktemp("whole")
-    assert build_shards([sources], folder, PARTS, workers=0).parts == 3
+    assert build_shards([sources], folder, PARTS, workers=0).parts == 8
     return objects(folder)
 
 
@@ -43,7 +47,7 @@ def test_tasks_at_the_same_time_make_the_same_dataset(sources: Path, tmp_path: P
     flags: list[str | Path] = [sources, "--out", out, *FLAGS, "--workers", "0"]
     outputs = run_builds(*([*flags, "--task", f"{task}/3"] for task in range(3)))
     assert objects(out) == whole
-    assert any("11 samples" in output for output in outputs)
+    assert any("21 samples" in output for output in outputs)
 
 
 def test_a_build_killed_at_any_moment_goes_on_and_makes_the_same_bytes(
