@@ -100,7 +100,16 @@ def submit(order: Order, dependency: str | None = None) -> Job:
     job = order.job(new_folder(order.base), code)
     for task, config in zip(order.tasks, order.configs, strict=False):
         write_text_atomically(task.launch / "config.yaml", to_yaml(config))
-    for task in order.tasks:
+    return hand_over(job, dependency)
+
+
+def hand_over(job: Job, dependency: str | None = None) -> Job:
+    """Give a job, whose folder and code are there, to its scheduler.
+
+    Raises:
+        RegenError: as of `submit`.
+    """
+    for task in job.tasks:
         task.stop_file.unlink(missing_ok=True)
     write_job(job)
     if job.cluster.kind == "local":

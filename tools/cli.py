@@ -27,7 +27,7 @@ _COMMANDS = {
     "describe": ("describe", "describe"),
     "fetch-videos": ("fetch_videos", "fetch_videos"),
 }
-_GROUPS = {name: name for name in ("submit", "shards", "checkpoint", "config", "bench")}
+_GROUPS = {name: name for name in ("submit", "jobs", "shards", "checkpoint", "config", "bench")}
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,195 @@
+"""`regen jobs stop`: save and end, or end at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from launcher import slurm
+from launcher.attempt import newest_step
+from launcher.history import End, now, read_history, write_entry
+from launcher.job import Job
+from launcher.jobs.figures import duration
+from launcher.jobs.finding import Member, shown_name
+from launcher.jobs.queue import ask, has_ended
+from launcher.jobs.standing import Standing, standing
+from regen_dist.errors import BackendError, RegenError
+
+_POLL_S, _ASK_EVERY_S, _SAY_EVERY_S = 0.3, 3.0, 60.0
+_AT_ONCE = 200  # ids in one call of scancel
+
+
+class Stopping:
+    """The stopping of some tasks: every look asks again for what has not been heard."""
+
+    def __init__(self, members: Sequence[Member], *, at_once: bool) -> None:
+        self._active, self._at_once = list(members), at_once
+        self._told: set[str] = set()  # those that were sent a signal
+        self._asked_at = float("-inf")
+        self.stands: dict[Member, Standing] = {}
+
+    def look(self) -> list[Member]:
+        """Which tasks go on still; they are told (again). Asks a scheduler only every few seconds.
+
+        Raises:
+            BackendError: Slurm gives no answer, or refuses.
+        """
+        left = [each for each in self._active if not has_ended(each)]
+        if left and time.monotonic() - self._asked_at < _ASK_EVERY_S:
+            return left
+        queue = ask(left, must=True)
+        self.stands |= {each: standing(each, queue) for each in self._active}
+        self._asked_at = time.monotonic()
+        self._active = [each for each in left if self.stands[each].active]
+        self._tell(self._active)
+        return self._active
+
+    def _tell(self, active: Sequence[Member]) -> None:
+        for member in active:  # also again: a rank that starts deletes the file, which was meant for an earlier start
+            member.task.folder.mkdir(parents=True, exist_ok=True)
+            member.task.stop_file.touch()
+        for job, members in _by_job(active):
+            if job.cluster.kind == "slurm":
+                self._tell_slurm(members)
+            else:
+                self._tell_here(job, members)
+
+    def _tell_slurm(self, members: Sequence[Member]) -> None:
+        waiting = [each for each in members if self.stands[each].state in ("pending", "requeued")]
+        _scancel(waiting, "--state=PENDING")  # not one that has started meanwhile: it sees the file
+        working = self._new([each for each in members if each not in waiting])
+        if self._at_once:
+            _scancel(working, "--signal=KILL")  # its ranks alone: the batch script notes the end
+            _scancel(working)
+        else:
+            _scancel([each for each in working if each.task.progress is None], "--signal=TERM")
+
+    def _tell_here(self, job: Job, members: Sequence[Member]) -> None:
+        """The process above all tasks is told where all shall end, else those above the single tasks."""
+        if self._at_once:
+            for process in _processes(job, members):
+                _kill(process, signal.SIGKILL)
+        elif len(members) == sum(not has_ended(Member(job, index)) for index in range(len(job.tasks))):
+            if self._new(members):
+                _kill(int(job.id() or 0), signal.SIGTERM)
+        else:
+            for member in self._new([each for each in members if each.task.progress is None]):
+                for process in _controllers(member):
+                    _kill(process, signal.SIGTERM)
+
+    def _new(self, members: Iterable[Member]) -> list[Member]:
+        """Those that have not been sent a signal yet: it is sent once."""
+        found = [each for each in members if each.queue_id not in self._told]
+        self._told |= {each.queue_id for each in found}
+        return found
+
+
+def _by_job(members: Sequence[Member]) -> list[tuple[Job, list[Member]]]:
+    found: dict[Path, list[Member]] = {}
+    for member in members:
+        found.setdefault(member.job.folder, []).append(member)
+    return [(each[0].job, each) for each in found.values()]
+
+
+def _scancel(members: Sequence[Member], *options: str) -> None:
+    for first in range(0, len(members), _AT_ONCE):
+        try:
+            slurm.ask("scancel", *options, *(each.queue_id for each in members[first : first + _AT_ONCE]))
+        except BackendError as error:
+            if "not found" in str(error):
+                raise
+            print(f"note: {error}", file=sys.stderr)  # as of a job that has ended meanwhile; the next look tells
+
+
+def _controllers(member: Member) -> list[int]:
+    """The process of Submitit above a running task of this machine, which hands signals on."""
+    history = read_history(member.task.launch)
+    return [int(history[-1].start.job)] if history and history[-1].end is None else []
+
+
+def _processes(job: Job, members: Sequence[Member]) -> list[int]:
+    """What to kill so that some tasks of this machine end at once; their ranks end with the process above them."""
+    active = {member.index for member in members}
+    others = [Member(job, index) for index in range(len(job.tasks)) if index not in active]
+    whole = all(has_ended(each) for each in others)
+    tops = [int(job.id() or 0)] if whole else [process for member in members for process in _controllers(member)]
+    return [process for top in tops if top for process in [top, *_descendants(top)]]
+
+
+def _descendants(process: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:  # it has ended
+        return []
+    return [each for child in map(int, children) for each in [child, *_descendants(child)]]
+
+
+def _kill(process: int, number: signal.Signals) -> None:
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:  # it has ended by itself
+        return
+    except PermissionError:
+        raise RegenError(f"process {process} of the job belongs to somebody else, who alone can stop it") from None
+
+
+def stop(members: Sequence[Member], root: Path, *, at_once: bool, wait: bool) -> bool:
+    """Stop some tasks, and tell how each ended; whether all ended well.
+
+    Args:
+        at_once: without saving.
+        wait: until they have ended; else they are told once.
+
+    Raises:
+        BackendError: Slurm gives no answer.
+    """
+    stopping = Stopping(members, at_once=at_once)
+    active = stopping.look()
+    before = {each for each in members if each not in active}
+    if not wait:
+        for member in active:
+            print(f"{shown_name(member.task.folder, root)}: was told to {'end' if at_once else 'save and end'}")
+    elif active:
+        _wait(stopping, active, root, at_once=at_once)
+    for member in members:
+        if member in before or wait:
+            _say(member, stopping.stands[member], root, was_over=member in before)
+    return all(stopping.stands[each].state in ("stopped", "done") for each in members) if wait else True
+
+
+def _wait(stopping: Stopping, active: list[Member], root: Path, *, at_once: bool) -> None:
+    began = said = time.monotonic()
+    told = active
+    while active := stopping.look():
+        if time.monotonic() - said > _SAY_EVERY_S:
+            said = time.monotonic()
+            names = ", ".join(shown_name(each.task.folder, root) for each in active[:3])
+            hint = "" if at_once else "; `regen jobs stop RUN --now` ends it without saving"
+            print(f"waiting for {len(active)} task(s) since {duration(said - began)}: {names}{hint}", file=sys.stderr)
+        time.sleep(_POLL_S)
+    if at_once:
+        for member in told:
+            _note_end(member)
+
+
+def _note_end(member: Member) -> None:
+    """Where nobody was left to note it: else the next start would take it for a failure."""
+    history = read_history(member.task.launch)
+    if history and history[-1].end is None:
+        text = "ended by `regen jobs stop --now`"
+        entry = End(why="stopped", code=128 + signal.SIGKILL, text=text, again=False, time=now())
+        write_entry(member.task.launch, entry)
+
+
+def _say(member: Member, stands: Standing, root: Path, *, was_over: bool) -> None:
+    name = shown_name(member.task.folder, root)
+    over = "has ended before: " if was_over else ""
+    text = f"{name}: {over}{stands.state}{f' ({stands.note})' if stands.note else ''}"
+    step = newest_step(member.task.progress)
+    if member.task.progress is not None and step is not None:
+        text += f"; saved at step {step} of {member.task.progress.steps}"
+    print(text if stands.state == "done" else f"{text}; to go on: regen jobs resume {name}")

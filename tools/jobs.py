@@ -1,0 +1,5 @@
+"""`regen jobs`: watch what `regen submit` has started (see `launcher.jobs`)."""
+
+from launcher.jobs.cli import app
+
+__all__ = ["app"]
