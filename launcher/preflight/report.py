@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from launcher.preflight.findings import Check, Finding, Subject, problem
+from launcher.preflight.memory import gpu_memory
+from launcher.preflight.places import folders, shared
+from launcher.preflight.runs import alive, standing
+from launcher.preflight.scheduler import scheduler
+from launcher.preflight.settings import kernels, world_size
+from launcher.preflight.space import space
+from launcher.preflight.storage import checkpoints, data
+from launcher.preflight.timing import times
+from launcher.preflight.tracking import wandb_key
 from launcher.submitting import Order
-from regen_dist.config.worldsize import clips_per_rank
 from regen_dist.errors import ConfigError, RegenError
+
+CHECKS: Sequence[Check] = (
+    world_size, kernels, folders, shared, data, checkpoints, space, times, gpu_memory, wandb_key, scheduler, alive,
+    standing,
+)  # fmt: skip
+_STORES = ("AWS_", "GOOGLE_", "AZURE_")
 
 
 class PreflightError(ConfigError):
@@ -29,23 +47,45 @@ class Report:
             raise PreflightError(f"{name} was not submitted: {count}\n{listed}\nMend them, or submit with --force")
 
 
-Check = Callable[[Order], Iterator[str]]
+def check(order: Order, *, produced: Collection[str] = (), checks: Sequence[Check] = CHECKS) -> Report:
+    """Every check, side by side, each on its own: one that fails does not hide the others.
+
+    Args:
+        order: of the job.
+        produced: URLs and paths of data that is not there yet, because an earlier job makes it.
+        checks: all, unless told otherwise.
+    """
+    subject = Subject(order, produced)
+    with _storage_variables(order.cluster.environment), ThreadPoolExecutor(len(checks)) as threads:
+        found = list(threads.map(lambda each: _run(each, subject), checks))
+    findings = dict.fromkeys(finding for each in found for finding in each)
+    return Report(
+        problems=[each.text for each in findings if each.forbids],
+        notes=[each.text for each in findings if not each.forbids],
+    )
 
 
-def check(order: Order) -> Report:
-    """Every check, each on its own: one that fails does not hide the others."""
-    report = Report()
-    for each in (_world_size,):
-        try:
-            report.problems += each(order)
-        except RegenError as error:
-            report.problems.append(str(error))
-    return report
+def _run(each: Check, subject: Subject) -> list[Finding]:
+    try:
+        return list(each(subject))
+    except RegenError as error:
+        return [problem(str(error))]
+    except Exception as error:  # noqa: BLE001 - told as a problem, beside what the other checks found
+        name = f"{each.__module__.rpartition('.')[2]}.{getattr(each, '__name__', each)}"
+        return [problem(f"the check {name} itself failed: {type(error).__name__}: {error}")]
 
 
-def _world_size(order: Order) -> Iterator[str]:
-    for config in order.configs:
-        try:
-            clips_per_rank(config, order.cluster.world_size)
-        except ConfigError as error:
-            yield f"{config.name}: {error}"
+@contextmanager
+def _storage_variables(environment: Mapping[str, str]) -> Iterator[None]:
+    """Stores are asked as the job will ask them: with the endpoints that the cluster's file sets for it."""
+    ours = {name: value for name, value in environment.items() if name.startswith(_STORES)}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -13,6 +13,7 @@ from regen_dist.checkpoint.reader import NoGoodCheckpoint, go_back, newest_good,
 from regen_dist.checkpoint.saver import Outcome, Saver
 from regen_dist.checkpoint.shards import ShardReader
 from regen_dist.config import config_hash
+from regen_dist.config.identity import order_changes
 from regen_dist.config.schema import RunConfig
 from regen_dist.config.version import code_version
 from regen_dist.data.reading.fetching import limits_of
@@ -180,12 +181,7 @@ class RunCheckpoints:
         before, now = manifest.state["data"], self._identity
         if before is None:  # imported weights: any data will do
             return
-        names = [*now, *(name for name in before if name not in now)]
-        if changed := [
-            f"{name} was {before.get(name, 'not told')}, is {now.get(name, 'not told')}"
-            for name in names
-            if before.get(name) != now.get(name)
-        ]:
+        if changed := order_changes(before, now):
             raise CheckpointError(
                 f"the run cannot go on from {where}, because the order of its data has changed: "
                 f"{'; '.join(changed)}. Restore that, or give the run another name"

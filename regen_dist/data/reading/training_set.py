@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
+from regen_dist.config.identity import order_identity
 from regen_dist.config.schema import DataConfig
 from regen_dist.data.dataset.catalogue import Dataset, cache_folder, open_dataset
 from regen_dist.data.order.order import Bucket, MicroBatch, Order, Stream
@@ -61,20 +61,10 @@ class TrainingSet:
     def identity(self) -> dict[str, str]:
         """Everything that decides which clips a step sees: while this stays the same, the step alone says which. Told
         in the words of the config."""
-        config, order = self.config, self.order
-        facts = {
-            "dataset fingerprint": [each.fingerprint for each in self.datasets],
-            "data.mixture weights": config.weights,
-            "data sizes": self.config.sizes,
-            "frames of a clip": self._num_frames,
-            "data.image_fraction": config.image_fraction,
-            "data.short_side": config.short_side,
-            "data.stride": config.stride,
-            "data.flip": config.flip,
-            "train.batch_global": order.batch_global,
-            "train.seed": self.seed,
-        }
-        return {name: str(_plain(value)) for name, value in facts.items()}
+        return order_identity(
+            self.config, [each.fingerprint for each in self.datasets], num_frames=self._num_frames,
+            batch_global=self.order.batch_global, seed=self.seed,
+        )  # fmt: skip
 
     def summary(self) -> str:
         """One line for the log: how many samples there are, and how many no bucket can use."""
@@ -106,8 +96,3 @@ def _buckets(config: DataConfig, num_frames: int) -> tuple[Bucket, ...]:
     clips = [Bucket(height, width, num_frames) for height, width in config.sizes if config.image_fraction < 1]
     images = [Bucket(height, width, 1) for height, width in config.sizes if config.image_fraction > 0]
     return tuple(dict.fromkeys([*clips, *images]))
-
-
-def _plain(value: object) -> object:
-    """Tuples as lists, so that what was saved as JSON compares equal."""
-    return [_plain(each) for each in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

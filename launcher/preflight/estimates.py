@@ -1,0 +1,107 @@
+"""What a model needs, as `regen describe` says. That builds it, with torch, so it runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.snapshot import ROOT
+from regen_dist.config import RunConfig, to_yaml
+from regen_dist.errors import RegenError
+
+_PATIENCE_S = 60.0  # for all models of an order together
+
+
+class NoEstimate(RegenError):
+    """`regen describe` did not answer; says why."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Parameters of a model, and bytes of a GPU by what they are for."""
+
+    parameters: int
+    memory: dict[str, int]
+
+
+@dataclass
+class Estimates:
+    """Asks once for each model, its clips and a number of ranks, whoever wants to know. Threads may share it."""
+
+    patience_s: float = _PATIENCE_S
+    _known: dict[str, Estimate | NoEstimate] = field(default_factory=dict)
+    _spent_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def of(self, config: RunConfig, world_size: int) -> Estimate:
+        """The estimate for a run.
+
+        Raises:
+            NoEstimate: torch is not here, it took too long, or it failed.
+        """
+        key = _key(config, world_size)
+        with self._lock:
+            if key not in self._known:
+                began = time.monotonic()
+                self._known[key] = self._ask(config, world_size)
+                self._spent_s += time.monotonic() - began
+        found = self._known[key]
+        if isinstance(found, NoEstimate):
+            raise found
+        return found
+
+    def _ask(self, config: RunConfig, world_size: int) -> Estimate | NoEstimate:
+        left_s = self.patience_s - self._spent_s
+        try:
+            return describe(config, world_size, left_s) if left_s > 0 else _too_long(self.patience_s)
+        except subprocess.TimeoutExpired:
+            return _too_long(self.patience_s)
+        except NoEstimate as error:
+            return error
+
+
+def describe(config: RunConfig, world_size: int, timeout_s: float) -> Estimate:
+    """Ask `regen describe`.
+
+    Raises:
+        NoEstimate: it failed, with its last word.
+        subprocess.TimeoutExpired: it took longer than `timeout_s`.
+    """
+    with tempfile.TemporaryDirectory(prefix="regen-") as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(to_yaml(config), encoding="utf-8")
+        command = [sys.executable, "-m", "tools.cli", "describe", str(path), "--world-size", str(world_size), "--json"]
+        ended = subprocess.run(
+            command, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s,
+            check=False,
+        )  # fmt: skip
+    if ended.returncode:
+        said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
+        raise NoEstimate(f"`regen describe` failed: {said[-1]}")
+    told = json.loads(ended.stdout)
+    return Estimate(told["parameters"]["total"], told["memory_bytes_per_gpu"])
+
+
+def _environment() -> dict[str, str]:
+    """With the code that this process runs, from whatever folder it was started, and without a look at this machine's
+    GPUs."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _too_long(patience_s: float) -> NoEstimate:
+    return NoEstimate(f"`regen describe` took longer than {patience_s:.0f} s")
+
+
+def _key(config: RunConfig, world_size: int) -> str:
+    """All that an estimate depends on, and nothing that runs of a sweep usually differ in."""
+    train = config.train
+    parts = [config.model.model_dump_json(), config.engine.model_dump_json(), config.optimizer.kind]
+    return repr([parts, config.data.sizes, train.batch_global, train.accumulation, world_size])

@@ -1,0 +1,116 @@
+"""What Slurm itself says to the job, before it gets it."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher import slurm
+from launcher.cluster import ClusterConfig
+from launcher.job import LAUNCH
+from launcher.preflight.findings import Finding, Subject, problem
+from launcher.script import batch_script
+from regen_dist.errors import BackendError
+
+_TIMEOUT_S = 60.0
+_NOTHING = ("UNLIMITED", "INFINITE", "N/A", "")
+
+
+def scheduler(subject: Subject) -> Iterator[Finding]:
+    """Slurm judges the very script; what it would only let wait for ever is compared here."""
+    if not subject.on_slurm:
+        return
+    order, cluster = subject.order, subject.order.cluster
+    script = batch_script(order.job(order.base / LAUNCH / "DATE", order.base / LAUNCH / "code" / "HASH"))
+    if not slurm.is_here():
+        yield problem("sbatch is not found: submit where Slurm's programs are, or with --cluster local")
+        return
+    partitions = _chosen(_partitions(), cluster.partition)
+    if said := refusal(script):
+        what = f"{cluster.nodes} node(s) x {cluster.gpus_per_node} GPU(s) for {cluster.time_min} min"
+        yield problem(f"Slurm would refuse the job ({what}): {said}. {_allowed(partitions, cluster)}")
+    elif partitions:
+        yield from _would_wait(partitions, cluster)
+
+
+def refusal(script: str) -> str:
+    """What `sbatch --test-only` says against a script; "" when it would take it."""
+    with tempfile.TemporaryDirectory(prefix="regen-") as folder:
+        path = Path(folder) / "job.sh"
+        path.write_text(script, encoding="utf-8")
+        try:
+            ended = subprocess.run(
+                ["sbatch", "--test-only", str(path)], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                timeout=_TIMEOUT_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise BackendError(f"sbatch gave no answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
+    if ended.returncode == 0:
+        return ""
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in ended.stderr.splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith("Try ")) or f"code {ended.returncode}"
+
+
+def _partitions() -> list[dict[str, str]]:
+    """What the controller says of each partition."""
+    lines = slurm.ask("scontrol", "show", "partition", "--oneliner").splitlines()
+    return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+
+
+def _chosen(partitions: list[dict[str, str]], named: str | None) -> list[dict[str, str]]:
+    """Those that the job may start in: the ones that were named, or the default."""
+    if named is None:
+        return [each for each in partitions if each.get("Default") == "YES"]
+    return [each for each in partitions if each["PartitionName"] in named.split(",")]
+
+
+def _allowed(partitions: list[dict[str, str]], cluster: ClusterConfig) -> str:
+    """What there is, in the place of what was asked for."""
+    if not partitions:
+        known = ", ".join(each["PartitionName"] for each in _partitions())
+        return f"There is no partition {cluster.partition!r}; set partition to one of: {known}"
+    told = []
+    for each in partitions:
+        name = each["PartitionName"]
+        nodes = (
+            each["TotalNodes"] if each["MaxNodes"] in _NOTHING else min(each["TotalNodes"], each["MaxNodes"], key=int)
+        )
+        told.append(f"partition {name}: at most {nodes} node(s) ({_node_kinds(name)}), {each['MaxTime']}")
+    return f"There is: {'; '.join(told)} (nodes, of which each has; time limit)"
+
+
+def _node_kinds(partition: str) -> str:
+    lines = slurm.ask("sinfo", "--noheader", f"--partition={partition}", "--format=%G|%c|%m").splitlines()
+    kinds = [line.split("|") for line in dict.fromkeys(lines)]
+    return " or ".join(
+        f"{gres if gres != '(null)' else 'no GPU'}, {cores} cores, {memory} MB" for gres, cores, memory in kinds
+    )
+
+
+def _would_wait(partitions: list[dict[str, str]], cluster: ClusterConfig) -> Iterator[Finding]:
+    """Slurm takes jobs that are too long for their partition, and lets them wait for ever (EnforcePartLimits=NO)."""
+    asked_min = cluster.time_min or 0
+    names = ", ".join(each["PartitionName"] for each in partitions)
+    if all(each["State"] != "UP" for each in partitions):
+        states = ", ".join(dict.fromkeys(each["State"] for each in partitions))
+        yield problem(
+            f"partition {names} is {states}: the job would wait for ever; set another by --set partition=NAME"
+        )
+    limits = [_minutes(each["MaxTime"]) for each in partitions]
+    longest = max((limit for limit in limits if limit is not None), default=0.0)
+    if None not in limits and asked_min > longest:
+        yield problem(
+            f"time_min {asked_min} is longer than partition {names} allows ({longest:g} min): the job would wait for "
+            f"ever; give --time {int(longest)}, it is requeued and goes on"
+        )
+
+
+def _minutes(told: str) -> float | None:
+    """ "2-00:30:00" in minutes; None where there is no limit."""
+    if told in _NOTHING:
+        return None
+    days, _, clock = told.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return (int(days or 0) * 24 + hours) * 60 + minutes + seconds / 60
