@@ -12,11 +12,10 @@ from typing import NamedTuple
 from launcher.job import JOB_FILE, LAUNCH, Job, Task, read_job
 from regen_dist.errors import ConfigError, RegenError
 
+TASKS = "tasks"
 DEPTH = 3  # runs/NAME, runs/PIPELINE/STEP, runs/ARRAY/tasks/00000
 # What a run folder holds is not searched: there may be very much of it.
-_NO_RUNS = frozenset(
-    {LAUNCH, "checkpoints", "logs", "heartbeats", "stacks", "pictures", "samples", "wandb", "shards", "__pycache__"}
-)
+_NO_RUNS = frozenset({LAUNCH, "checkpoints", "logs", "heartbeats", "stacks", "pictures", "wandb", "__pycache__"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +128,9 @@ def choose(name: str, root: Path) -> list[Member]:
 
 
 def _folder(name: str, root: Path) -> Path:
-    for folder in (Path(name), root / name):
+    array, _, number = name.rpartition("/")
+    task = Path(array, TASKS, f"{int(number):05d}") if array and number.isdecimal() else Path(name)
+    for folder in (Path(name), root / name, task, root / task):
         if folder.is_dir():
             return folder.resolve() if folder.is_symlink() else Path(os.path.normpath(folder.absolute()))
     known = _names(find(root).runs, root)
@@ -154,6 +155,8 @@ def _names(runs: Sequence[Run], root: Path) -> list[str]:
 
 
 def shown_name(folder: Path, root: Path) -> str:
-    """A run's name as it is given to `regen jobs`: relative to the root."""
+    """A run's name as it is given to `regen jobs`: relative to the root, and a task of an array as ARRAY/NUMBER."""
     root = root.absolute()
+    if folder.parent.name == TASKS and folder.name.isdecimal():
+        folder = folder.parents[1] / str(int(folder.name))
     return str(folder.relative_to(root)) if folder.is_relative_to(root) and folder != root else str(folder)

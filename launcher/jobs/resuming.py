@@ -73,7 +73,10 @@ def changed_cluster(job: Job, name: str | None, overrides: Sequence[str]) -> tup
     with tempfile.TemporaryDirectory() as folder:  # overrides are laid over files
         path = Path(folder) / f"{job.cluster_name.replace('/', '_')}.yaml"
         path.write_text(_to_yaml(job.cluster), encoding="utf-8")
-        return load_section(ClusterConfig, path, overrides), job.cluster_name
+        try:
+            return load_section(ClusterConfig, path, overrides), job.cluster_name
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(path), f"the cluster of {job.name}")) from None
 
 
 def _to_yaml(section: Section) -> str:

@@ -121,11 +121,14 @@ def _processes(job: Job, members: Sequence[Member]) -> list[int]:
 
 
 def _descendants(process: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    except OSError:  # it has ended
-        return []
-    return [each for child in map(int, children) for each in [child, *_descendants(child)]]
+    """All that a process has started, by whichever of its threads, and what these have."""
+    children: list[int] = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        try:
+            children += map(int, path.read_text().split())
+        except OSError:  # it has ended
+            continue
+    return [each for child in children for each in [child, *_descendants(child)]]
 
 
 def _kill(process: int, number: signal.Signals) -> None:

@@ -31,7 +31,7 @@ def _table(rows: Sequence[Row], wide: bool) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits in 80 columns
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0) if wide else 0)  # fits in 80 columns
     table.add_column("run", overflow="fold", min_width=8)
     if wide:
         table.add_column("job", no_wrap=True)

@@ -1,0 +1,97 @@
+"""How a task stands: every state, from made-up histories and answers of a scheduler."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from launcher.history import Attempt, End, Start, Why
+from launcher.jobs.queue import Told
+from launcher.jobs.standing import Standing, judge
+
+
+def start() -> Attempt:
+    return Attempt(Start(job="12", restart=0, nodes=("node1",), step=0, time=1.0), None)
+
+
+def over(why: Why, *, again: bool = False, ago_s: float = 1000.0, text: str = "the reason") -> Attempt:
+    end = End(why=why, code=75, text=text, again=again, time=time.time() - ago_s)
+    return start()._replace(end=end)
+
+
+RUNNING, PENDING = Told("RUNNING"), Told("PENDING", "Priority")
+GONE, CANCELLED, FAILED = Told(), Told("CANCELLED"), Told("FAILED", "NonZeroExitCode")
+
+
+@pytest.mark.parametrize(
+    ("history", "told", "expected"),
+    [
+        pytest.param([], PENDING, Standing("pending", "Priority"), id="waits"),
+        pytest.param([], Told("PENDING", "None"), Standing("pending"), id="waits, no reason yet"),
+        pytest.param([], RUNNING, Standing("running", "it is starting"), id="before its first word"),
+        pytest.param([start()], RUNNING, Standing("running"), id="runs"),
+        pytest.param([over("preempted", again=True)], PENDING, Standing("requeued", "preempted; Priority"), id="again"),
+        pytest.param([start()], PENDING, Standing("requeued", "it was cut off; Priority"), id="after a power cut"),
+        pytest.param([over("time limit", again=True)], Told("COMPLETING"), Standing("requeued", "time limit"), id="CG"),
+        pytest.param(
+            [over("signal", again=True, ago_s=1)], Told("COMPLETED"), Standing("requeued", "signal"), id="moment"
+        ),
+        pytest.param([over("preempted", again=True), start()], RUNNING, Standing("running"), id="runs again"),
+        pytest.param([over("done")], GONE, Standing("done"), id="done"),
+        pytest.param([over("done")], RUNNING, Standing("done"), id="done, its job not yet"),
+        pytest.param([over("stopped")], FAILED, Standing("stopped"), id="stopped"),
+        pytest.param([over("failed")], FAILED, Standing("failed", "the reason"), id="failed"),
+        pytest.param([over("preempted")], GONE, Standing("failed", "the reason"), id="gets nowhere"),
+        pytest.param(
+            [over("preempted", again=True)], GONE,
+            Standing("lost", "preempted, and then it was not requeued"), id="requeue failed",
+        ),
+        pytest.param(
+            [start()], Told("NODE_FAIL"),
+            Standing("lost", "it was cut off (Slurm: NODE_FAIL), and is not in the queue"), id="lost its node",
+        ),
+        pytest.param([], GONE, Standing("lost", "it never began, and is not in the queue"), id="never began"),
+        pytest.param([], CANCELLED, Standing("stopped", "cancelled in the queue of Slurm"), id="scancel"),
+    ],
+)  # fmt: skip
+def test_states(history: list[Attempt], told: Told, expected: Standing) -> None:
+    assert judge(history, told, stop=False, complete=False) == expected
+
+
+def test_a_job_that_ends_before_it_begins_has_failed() -> None:
+    found = judge([], FAILED, stop=False, complete=False)
+    assert found.state == "failed"
+    assert "--launcher" in found.note
+
+
+@pytest.mark.parametrize(
+    ("history", "told", "state"),
+    [
+        pytest.param([start()], RUNNING, "stopping", id="runs"),
+        pytest.param([start()], GONE, "stopped", id="was killed"),
+        pytest.param([], CANCELLED, "stopped", id="waited"),
+        pytest.param([over("preempted", again=True, ago_s=1)], Told("COMPLETED"), "stopped", id="was to be requeued"),
+        pytest.param([over("done")], GONE, "done", id="was done before"),
+    ],
+)
+def test_with_a_file_that_asks_it_to_stop(history: list[Attempt], told: Told, state: str) -> None:
+    assert judge(history, told, stop=True, complete=False).state == state
+
+
+def test_a_complete_run_that_was_submitted_again_is_done() -> None:
+    assert judge([], Told("COMPLETED"), stop=False, complete=True) == Standing("done")
+
+
+@pytest.mark.parametrize(
+    ("history", "stop", "state"),
+    [
+        ([], False, "pending"),
+        ([start()], False, "running"),
+        ([start()], True, "stopping"),
+        ([over("preempted", again=True)], False, "requeued"),
+        ([over("failed")], False, "failed"),
+    ],
+)
+def test_where_the_scheduler_is_silent_the_history_tells(history: list[Attempt], stop: bool, state: str) -> None:
+    assert judge(history, None, stop=stop, complete=False).state == state
