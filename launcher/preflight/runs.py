@@ -52,16 +52,20 @@ def _sweeps(folder: Path) -> list[Path]:
 def standing(subject: Subject) -> Iterator[Finding]:
     """What a run has done already: all of it, or something that this config cannot go on from."""
     fresh = any("--fresh" in task.command for task in subject.order.tasks)
-    yield from by_run(subject.configs, lambda config: _standing(config, fresh=fresh))
+    down: set[str | None] = set()  # stores; of many runs, not each shall wait for one
+    yield from by_run(subject.configs, lambda config: _standing(config, down, fresh=fresh))
 
 
-def _standing(config: RunConfig, *, fresh: bool) -> Iterator[Finding]:
+def _standing(config: RunConfig, down: set[str | None], *, fresh: bool) -> Iterator[Finding]:
+    if config.checkpoint.url in down:
+        return
     try:
         manifest = newest_checkpoint(config.checkpoints)
     except CheckpointError as error:
         yield note(f"{error}; the run goes on from the newest checkpoint that is whole")
         return
     except DataError:  # the store is out of reach, which another check tells
+        down.add(config.checkpoint.url)
         return
     if manifest is None:
         yield from () if fresh else _lost(config)

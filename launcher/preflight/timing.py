@@ -53,7 +53,7 @@ def _too_short(name: str, lead_s: float, found: Measured, cluster: ClusterConfig
     at_least = _ROUND_S * (math.floor(needed_s / _ROUND_S) + 1)
     yield problem(
         f"{name} {lead_s:g} is too short for two steps of {step_s:.1f} s and {saves}, {needed_s:.1f} s in all "
-        f"(measured by this run{_on(found, cluster)}); set {key}={at_least}"
+        f"(measured by this run{_on(found, cluster)}); give {key}={at_least}"
     )
 
 

@@ -1,0 +1,228 @@
+"""What is told before a job is submitted: each refusal, all at once, without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.cluster import ClusterConfig
+from launcher.preflight import check
+from launcher.preflight.findings import Finding, Subject, note, problem
+from launcher.preflight.report import PreflightError, Report
+from launcher.preflight.settings import kernels, world_size
+from launcher.preflight.tracking import wandb_key
+from launcher.submitting import Order, command_order, train_order
+from launcher.sweeps import sweep_order
+from regen_dist.config import to_yaml
+from regen_dist.errors import BackendError
+from tests.helpers.tiny import tiny_run
+
+HERE = {"kind": "local"}
+
+
+def order(cluster: dict[str, Any] | None = None, **changes: Any) -> Order:
+    """A run of four clips a step under ZeRO-3, on this machine unless told otherwise."""
+    config = tiny_run(changes.pop("output", "runs"), **{"engine__kind": "zero3", **changes})
+    return train_order(config, ClusterConfig.model_validate(cluster or HERE), "test")
+
+
+def problems(found: Iterator[Finding]) -> list[str]:
+    return [each.text for each in found if each.forbids]
+
+
+def notes(found: Iterator[Finding]) -> list[str]:
+    return [each.text for each in found if not each.forbids]
+
+
+def test_a_batch_that_does_not_fit_the_ranks() -> None:
+    told = problems(world_size(Subject(order({"kind": "local", "tasks_per_node": 3}))))
+    assert told == [
+        "train.batch_global 4 over train.accumulation 1 is 4 clips at a time, not a multiple of 3 ranks; ranks that "
+        "fit: 1, 2, 4"
+    ]
+
+
+def test_one_process_engine_on_several_ranks() -> None:
+    told = problems(world_size(Subject(order({"kind": "local", "tasks_per_node": 2}, engine__kind="plain"))))
+    assert len(told) == 1
+    assert "engine.kind=plain trains in one process, found 2 ranks; set engine.kind=zero3" in told[0]
+
+
+def test_ranks_that_share_a_gpu() -> None:
+    told = problems(world_size(Subject(order({"kind": "local", "gpus_per_node": 1, "tasks_per_node": 2}))))
+    assert told == ["2 ranks on a node of 1 GPU(s), and each needs one; set --tasks-per-node 1"]
+
+
+def test_gpus_that_idle_are_a_note() -> None:
+    subject = Subject(order({"kind": "local", "gpus_per_node": 8, "tasks_per_node": 2}))
+    assert problems(world_size(subject)) == []
+    assert notes(world_size(subject)) == ["6 of 8 GPUs of each node will idle: each rank uses one, and there are 2"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "told"),
+    [
+        (0, {"model__decoder__attention": {"backend": "flash"}}, "backend=flash needs GPUs, and the job has none"),
+        (1, {"model__decoder__attention": {"backend": "flash"}}, "computes in bf16; set engine.precision=bf16"),
+        (
+            0,
+            {"optimizer__kind": "fused_adam"},
+            "fused_adam (apex) needs GPUs, and the job has none; set optimizer.kind",
+        ),
+        (1, {"optimizer__kind": "cpu_adam"}, "cpu_adam is for models on the CPU, and the job has GPUs"),
+        (0, {"optimizer__kind": "cpu_adam", "engine__kind": "plain"}, "cpu_adam is DeepSpeed's; set engine.kind=zero3"),
+    ],
+)
+def test_what_cannot_run_on_the_device(
+    gpus: int, changes: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.preflight.settings._is_installed", lambda *_: True)
+    found = problems(kernels(Subject(order({"kind": "local", "gpus_per_node": gpus}, **changes))))
+    assert len(found) == 1
+    assert told in found[0]
+
+
+def test_what_runs_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.preflight.settings._is_installed", lambda *_: True)
+    on_gpus = {"model__decoder__attention": {"backend": "flash"}, "engine__precision": "bf16"}
+    subject = Subject(order({"kind": "local", "gpus_per_node": 1}, optimizer__kind="fused_adam", **on_gpus))
+    assert list(kernels(subject)) == []
+    assert list(kernels(Subject(order(optimizer__kind="cpu_adam")))) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model__decoder__attention": {"backend": "flash"}, "engine__precision": "bf16"}, "the package flash-attn"),
+        ({"optimizer__kind": "fused_adam"}, "NVIDIA apex, which is built from source"),
+    ],
+)
+def test_a_package_that_is_missing(
+    changes: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyPI's apex, which is another package, is none. What another Python has cannot be seen from here."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    found = problems(kernels(Subject(order({"kind": "local", "gpus_per_node": 1}, **changes))))
+    assert len(found) == 1
+    assert told in found[0]
+    elsewhere = {"kind": "local", "gpus_per_node": 1, "python": "apptainer exec --nv image.sif python"}
+    assert list(kernels(Subject(order(elsewhere, **changes)))) == []
+
+
+def test_wandb_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    online = {"wandb__mode": "online"}
+    told = problems(wandb_key(Subject(order(**online))))
+    assert len(told) == 1
+    assert f"WANDB_API_KEY is not set, and {tmp_path}/netrc has none for api.wandb.ai; run `wandb login`" in told[0]
+    assert list(wandb_key(Subject(order(wandb__mode="offline")))) == []
+    assert list(wandb_key(Subject(order({**HERE, "environment": {"WANDB_API_KEY": "x"}}, **online)))) == []
+    (tmp_path / "netrc").write_text("machine other.example login a password b\n")
+    assert problems(wandb_key(Subject(order(**online)))) == told
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert list(wandb_key(Subject(order(**online)))) == []
+
+
+def test_several_runs_with_the_same_problem_are_told_once() -> None:
+    runs = [
+        tiny_run(name=f"run{n}", engine__kind="zero3", train__batch_global=b) for n, b in enumerate((4, 4, 4, 4, 6))
+    ]
+    swept = sweep_order([(run, "run") for run in runs], ClusterConfig(kind="local", tasks_per_node=3), "test")
+    told = problems(world_size(Subject(swept)))
+    assert len(told) == 1
+    assert told[0].startswith("run0, run1, run2 and 1 more: train.batch_global 4")
+
+
+def test_a_check_that_stumbles_does_not_hide_the_others() -> None:
+    def stumbles(subject: Subject) -> Iterator[Finding]:
+        yield problem("never told, for it goes wrong later")
+        raise ZeroDivisionError("by accident")
+
+    def refuses(subject: Subject) -> Iterator[Finding]:
+        raise BackendError("no answer")
+
+    def tells(subject: Subject) -> Iterator[Finding]:
+        yield note("by the way")
+        yield problem("wrong")
+
+    report = check(order(), checks=[stumbles, refuses, tells])
+    assert report.problems[1:] == ["no answer", "wrong"]
+    assert "stumbles itself failed: ZeroDivisionError: by accident" in report.problems[0]
+    assert report.notes == ["by the way"]
+
+
+def test_all_problems_are_in_one_error() -> None:
+    with pytest.raises(PreflightError, match=r"(?s)tiny was not submitted: 2 problems\n  - one\n  - two\n.*--force"):
+        Report(problems=["one", "two"]).raise_problems("tiny")
+    Report(notes=["only a note"]).raise_problems("tiny")
+
+
+def test_the_storage_variables_of_a_cluster_count_while_it_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setenv("AWS_REGION", "here")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    seen = []
+
+    def look(subject: Subject) -> Iterator[Finding]:
+        seen.append((os.environ.get("AWS_REGION"), os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("OTHER")))
+        yield from ()
+
+    environment = {"AWS_REGION": "there", "AWS_ENDPOINT_URL": "http://store", "OTHER": "x"}
+    check(order({**HERE, "environment": environment}), checks=[look])
+    assert seen == [("there", "http://store", None)]
+    assert os.environ["AWS_REGION"] == "here"
+    assert "AWS_ENDPOINT_URL" not in os.environ
+
+
+def test_a_command_that_is_no_training_is_checked_too(tmp_path: Path) -> None:
+    report = check(command_order("shards", tmp_path / "job", ["shards", "build"], ClusterConfig(kind="local"), "test"))
+    assert report.problems == []
+
+
+def _submit(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.cli", "submit", "train", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_everything_that_is_wrong_is_told_at_once_and_force_submits_anyway(tmp_path: Path) -> None:
+    """By the command line: exit code 2, each problem a line, nothing left; with --force they are warnings."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(to_yaml(tiny_run("runs", "nowhere", optimizer__kind="cpu_adam", wandb__mode="offline")))
+    asked = (config, "--tasks-per-node", 2)
+    refused = _submit(*asked, cwd=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert "tiny was not submitted: 3 problems\n" in refused.stderr
+    for told in (
+        "  - engine.kind=plain trains in one process, found 2 ranks",
+        "  - optimizer.kind=cpu_adam is DeepSpeed's",
+        f"  - data: there is no folder {tmp_path}/nowhere",
+        "submit with --force",
+    ):
+        assert told in refused.stderr
+    assert not (tmp_path / "runs").exists()
+    forced = _submit(*asked, "--force", "--wait", cwd=tmp_path)
+    assert forced.stdout.startswith("submitted tiny on this machine as job ")
+    assert forced.stderr.count("warning: submitted in spite of: ") == 3
+    assert forced.returncode != 0, "the ranks say the same"
+
+
+def test_no_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny_run("runs", "nowhere")))
+    code = (
+        "import sys; from launcher.cluster import load_cluster; from launcher.preflight import check\n"
+        "from launcher.submitting import train_order; from regen_dist.config import load_config\n"
+        "report = check(train_order(load_config('tiny.yaml'), load_cluster('local'), 'local'))\n"
+        "assert len(report.problems) == 1, report\n"
+        "sys.exit(bool({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
