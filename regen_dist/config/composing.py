@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regen_dist.config.yamlfile import parse_yaml, read_yaml, shown
+from regen_dist.config.yamlfile import parse_value, read_yaml, shown
 from regen_dist.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -96,7 +96,7 @@ def _add_override(composed: Composed, override: str) -> None:
         composed.problems.append((COMMAND_LINE, override, "not an override; allowed: a.b=value, like train.steps=100"))
         return
     try:
-        value = parse_yaml(text)
+        value = parse_value(text)
     except yaml.YAMLError as error:
         problem = (
             f"the value {text!r} is not valid YAML ({str(error).splitlines()[0]}); quote it, like '{dotted}=\"…\"'"

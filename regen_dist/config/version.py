@@ -8,7 +8,6 @@ from pathlib import Path
 
 from regen_dist import __version__
 
-
 VERSION_FILE = "VERSION"  # beside the packages where code was copied for a job
 
 

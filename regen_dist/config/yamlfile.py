@@ -34,6 +34,16 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def parse_value(text: str) -> Any:
+    """The value of an override. A text without quotes is taken as it stands: from a command line nothing is a comment.
+
+    Raises yaml.YAMLError when it cannot be parsed.
+    """
+    node = yaml.compose(text, Loader=_Loader)
+    plain = isinstance(node, yaml.ScalarNode) and not node.style and node.tag == "tag:yaml.org,2002:str"
+    return text.strip() if plain else parse_yaml(text)
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The mapping in the file, and the line (from 1) of every dotted key, list elements included.
 

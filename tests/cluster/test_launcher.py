@@ -177,7 +177,7 @@ def test_a_stopped_run_goes_on_with_one_node(
     assert job.id()
     assert wait_for(slurm, str(job.id())) == "FAILED"  # with exit code 75: whatever depends on it shall not run
     train(regen_submit, shop, "fewer", "--nodes", 1)
-    assert wait_for_end(run) == "done", told(run)
+    assert wait_for_end(run, starts=2) == "done", told(run)
     assert [each.start.nodes for each in attempts(run)] == [("node1", "node2"), ("node1",)]
     found = losses(run)
     assert sorted(found) == sorted(undisturbed)

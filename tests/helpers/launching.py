@@ -60,12 +60,12 @@ def whys(folder: Path) -> list[str]:
     return [each.end.why if each.end else "" for each in attempts(folder)]
 
 
-def wait_for_end(folder: Path, timeout_s: float = 180.0) -> str:
-    """Block until a task has ended for good; why."""
+def wait_for_end(folder: Path, *, starts: int = 1, timeout_s: float = 180.0) -> str:
+    """Block until a task has ended for good, after at least so many starts; why."""
 
     def ended() -> bool:
         history = attempts(folder)
-        return bool(history) and history[-1].end is not None and not history[-1].end.again
+        return len(history) >= starts and history[-1].end is not None and not history[-1].end.again
 
     wait_until(ended, lambda: told(folder), timeout_s)
     return whys(folder)[-1]

@@ -104,6 +104,8 @@ def test_one_ancestor_may_be_reached_twice(write: Write) -> None:
         ("optimizer.lr=3e-4", "optimizer", "lr", 3e-4),
         ("data.size=[16, 24]", "data", "size", (16, 24)),
         ("data.url=a b'c $(x)=y", "data", "url", "a b'c $(x)=y"),
+        ("data.url=a #b", "data", "url", "a #b"),
+        ("data.url='a' # b", "data", "url", "a"),
         ("data.validation_url=null", "data", "validation_url", None),
         ("data.flip=false", "data", "flip", False),
     ],
