@@ -6,6 +6,7 @@ import fcntl
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from regen_dist.checkpoint.manifest import Manifest, to_text
 from regen_dist.config import save_config
 from regen_dist.config.identity import order_identity
 from regen_dist.config.schema import ModelConfig, RunConfig
-from regen_dist.errors import BackendError
+from regen_dist.errors import BackendError, StoreUnavailable
 from regen_dist.models import build_model
 from tests.helpers.tiny import tiny_model, tiny_run
 
@@ -49,8 +50,8 @@ def record(config: RunConfig, *lines: dict[str, Any]) -> None:
     (config.folder / "metrics.jsonl").write_text("".join(json.dumps({"step": 1, **line}) + "\n" for line in lines))
 
 
-def began(ranks: int = 1, time: float = 0.0) -> dict[str, Any]:
-    return {"kind": "event", "event": "start", "world_size": ranks, "time": time}
+def began(ranks: int = 1, at: float = 0.0) -> dict[str, Any]:
+    return {"kind": "event", "event": "start", "world_size": ranks, "time": at}
 
 
 def step(seconds: float) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def test_a_run_that_has_measured_nothing_is_a_note(tmp_path: Path) -> None:
 
 def test_a_limit_that_ends_before_the_next_checkpoint_is_a_note(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, checkpoint__every=60)
-    record(config, began(time=1050.0), step(9.0), step(9.0), saved(10.0))
+    record(config, began(at=1050.0), step(9.0), step(9.0), saved(10.0))
     (config.folder / "launch").mkdir()
     start = history.Start(job="1", restart=0, nodes=("a",), time=1000.0)
     history.write_entry(config.folder / "launch", start)
@@ -369,3 +370,17 @@ def test_describe_is_asked_with_the_overrides(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(NoEstimate, match="exit code 1"):
         estimates.describe(tiny_run(), 1, 60.0)
+
+
+def test_a_store_that_is_down_is_not_waited_for_by_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def down(url: str) -> None:
+        asked.append(url)
+        time.sleep(0.1)  # so that those beside it have begun
+        raise StoreUnavailable("no answer")
+
+    monkeypatch.setattr(runs, "newest_checkpoint", down)
+    swept = [(tiny_run(tmp_path, name=f"run{n}", checkpoint__url="s3://down/runs"), "run") for n in range(40)]
+    assert list(runs.standing(Subject(sweep_order(swept, LOCAL, "test")))) == []
+    assert 1 <= len(asked) <= 16
