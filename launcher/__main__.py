@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import launcher.pipelines.cli  # noqa: F401 - adds its command
 from launcher.cli import app
 from regen_dist.errors import RegenError
 

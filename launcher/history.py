@@ -79,6 +79,12 @@ def write_entry(launch: Path, entry: Start | End) -> None:
         os.fsync(file.fileno())
 
 
+def set_aside(launch: Path, name: str) -> None:
+    """Begin a new history; the old one is kept as `starts-NAME.jsonl`."""
+    if (launch / FILE).is_file():
+        os.replace(launch / FILE, launch / f"starts-{name}.jsonl")
+
+
 def _ends_well(path: Path) -> bool:
     with path.open("rb") as file:
         if file.seek(0, os.SEEK_END) == 0:

@@ -70,6 +70,7 @@ class Job(Section):
     workdir: Path  # relative paths in commands and configs count from here
     code: Path
     submitted: float  # seconds since the epoch
+    fingerprint: str = ""  # of what it runs
 
     @property
     def is_array(self) -> bool:

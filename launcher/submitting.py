@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from launcher import here, slurm
 from launcher.cluster import ClusterConfig
+from launcher.history import set_aside
 from launcher.job import ID_FILE, LAUNCH, Job, Progress, Task, new_folder, write_job
 from launcher.script import callables, slurm_executor
 from launcher.snapshot import take_snapshot
-from regen_dist.config import RunConfig, to_yaml
+from regen_dist.config import RunConfig, config_hash, to_yaml
 from regen_dist.config.files import write_text_atomically
-from regen_dist.errors import BackendError
+from regen_dist.errors import BackendError, RegenError
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,18 @@ class Order:
     cluster: ClusterConfig
     cluster_name: str
     configs: tuple[RunConfig, ...] = ()
+    whole: str = ""  # fingerprint of the order that this is a part of
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is run: another one, and a job that was done before is another job. Hexadecimal."""
+        what = [[*task.command] for task in self.tasks] + [[config_hash(config)] for config in self.configs]
+        return self.whole or hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+    def part(self, tasks: Sequence[Task]) -> Order:
+        """The same for some of its tasks."""
+        configs = tuple(c for task, c in zip(self.tasks, self.configs, strict=False) if task in tasks)
+        return replace(self, tasks=tuple(tasks), configs=configs, whole=self.fingerprint)
 
     @property
     def distributed(self) -> bool:
@@ -48,6 +64,7 @@ class Order:
         return Job(
             name=self.name, kind=self.kind, cluster=self.cluster, cluster_name=self.cluster_name, tasks=self.tasks,
             distributed=self.distributed, folder=folder, workdir=Path.cwd(), code=code, submitted=time.time(),
+            fingerprint=self.fingerprint,
         )  # fmt: skip
 
 
@@ -98,6 +115,9 @@ def submit(order: Order, dependency: str | None = None) -> Job:
     """
     code = take_snapshot(order.base / LAUNCH / "code")
     job = order.job(new_folder(order.base), code)
+    for task in order.tasks:
+        if task.progress is None:  # a command that is submitted again shall run again
+            set_aside(task.launch, job.folder.name)
     for task, config in zip(order.tasks, order.configs, strict=False):
         write_text_atomically(task.launch / "config.yaml", to_yaml(config))
     return hand_over(job, dependency)
@@ -112,10 +132,14 @@ def hand_over(job: Job, dependency: str | None = None) -> Job:
     for task in job.tasks:
         task.stop_file.unlink(missing_ok=True)
     write_job(job)
-    if job.cluster.kind == "local":
-        here.start(job)
-    else:
-        write_text_atomically(job.folder / ID_FILE, f"{_sbatch(job, dependency)}\n")
+    try:
+        if job.cluster.kind == "local":
+            here.start(job)
+        else:
+            write_text_atomically(job.folder / ID_FILE, f"{_sbatch(job, dependency)}\n")
+    except RegenError:
+        shutil.rmtree(job.folder, ignore_errors=True)  # it never was a job
+        raise
     return job
 
 

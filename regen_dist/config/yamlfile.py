@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def parse_value(text: str) -> Any:
     node = yaml.compose(text, Loader=_Loader)
     plain = isinstance(node, yaml.ScalarNode) and not node.style and node.tag == "tag:yaml.org,2002:str"
     return text.strip() if plain else parse_yaml(text)
+
+
+def shown_value(value: object) -> str:
+    """A plain value as an override's text: `parse_value` reads it back."""
+    return json.dumps(value)
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
