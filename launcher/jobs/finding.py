@@ -131,7 +131,8 @@ def _folder(name: str, root: Path) -> Path:
     array, _, number = name.rpartition("/")
     task = Path(array, TASKS, f"{int(number):05d}") if array and number.isdecimal() else Path(name)
     for folder in (Path(name), root / name, task, root / task):
-        if folder.is_dir():
+        waits = folder.parent.name == TASKS and (folder.parents[1] / LAUNCH).is_dir()  # it has no folder yet
+        if folder.is_dir() or waits:
             return folder.resolve() if folder.is_symlink() else Path(os.path.normpath(folder.absolute()))
     known = _names(find(root).runs, root)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[-5:]
@@ -141,7 +142,7 @@ def _folder(name: str, root: Path) -> Path:
 
 def _siblings(folder: Path) -> list[Path]:
     """Beside it: a sweep's folder lies beside those of its runs."""
-    return [each for each in sorted(folder.parent.iterdir()) if each != folder and (each / LAUNCH).is_dir()]
+    return [each.parent for each in sorted(folder.parent.glob(f"*/{LAUNCH}")) if each.parent != folder]
 
 
 def _nothing_there(folder: Path) -> str:

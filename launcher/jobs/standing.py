@@ -12,6 +12,7 @@ from launcher.jobs.queue import Queue, Told
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "stopped", "failed", "lost"]
 ACTIVE: tuple[State, ...] = ("pending", "running", "stopping", "requeued")
+NEVER = "it does not begin"
 _MOMENT_S = 60.0  # a job that is requeued is COMPLETED or unknown for so long at most
 
 
@@ -51,7 +52,7 @@ def judge(history: Sequence[Attempt], told: Told | None, *, stop: bool, complete
     if told is None:
         return _by_history(history, end, stop=stop, complete=complete)
     if told.waits:
-        return _waits(history, end, told.reason)
+        return Standing("stopping", NEVER) if stop and not history else _waits(history, end, told.reason)
     if told.works:
         if end:
             return _waits(history, end, "")

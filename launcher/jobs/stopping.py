@@ -16,7 +16,7 @@ from launcher.job import Job
 from launcher.jobs.figures import duration
 from launcher.jobs.finding import Member, shown_name
 from launcher.jobs.queue import ask, has_ended
-from launcher.jobs.standing import Standing, standing
+from launcher.jobs.standing import NEVER, Standing, standing
 from regen_dist.errors import BackendError, RegenError
 
 _POLL_S, _ASK_EVERY_S, _SAY_EVERY_S = 0.3, 3.0, 60.0
@@ -30,6 +30,8 @@ class Stopping:
         self._active, self._at_once = list(members), at_once
         self._told: set[str] = set()  # those that were sent a signal
         self._asked_at = float("-inf")
+        here_alone = all(each.job.cluster.kind == "local" for each in members)
+        self._ask_every_s = _POLL_S if here_alone else _ASK_EVERY_S
         self.stands: dict[Member, Standing] = {}
 
     def look(self) -> list[Member]:
@@ -39,14 +41,24 @@ class Stopping:
             BackendError: Slurm gives no answer, or refuses.
         """
         left = [each for each in self._active if not has_ended(each)]
-        if left and time.monotonic() - self._asked_at < _ASK_EVERY_S:
+        if left and time.monotonic() - self._asked_at < self._ask_every_s:
             return left
         queue = ask(left, must=True)
         self.stands |= {each: standing(each, queue) for each in self._active}
         self._asked_at = time.monotonic()
         self._active = [each for each in left if self.stands[each].active]
         self._tell(self._active)
+        self._leave_to_their_job()
         return self._active
+
+    def _leave_to_their_job(self) -> None:
+        """A task of this machine that waits for others, which are not stopped, is not waited for: it keeps its place,
+        and does not begin when its turn comes."""
+        for job, members in _by_job(self._active):
+            if job.cluster.kind == "local" and not _all_that_is_left(job, members):
+                waiting = [each for each in members if not read_history(each.task.launch)]
+                self.stands |= dict.fromkeys(waiting, Standing("stopping", NEVER))
+                self._active = [each for each in self._active if each not in waiting]
 
     def _tell(self, active: Sequence[Member]) -> None:
         for member in active:  # also again: a rank that starts deletes the file, which was meant for an earlier start
@@ -63,7 +75,7 @@ class Stopping:
         _scancel(waiting, "--state=PENDING")  # not one that has started meanwhile: it sees the file
         working = self._new([each for each in members if each not in waiting])
         if self._at_once:
-            _scancel(working, "--signal=KILL")  # its ranks alone: the batch script notes the end
+            _scancel(working, "--signal=KILL", step=".0")  # the ranks alone: the batch script notes the end
             _scancel(working)
         else:
             _scancel([each for each in working if each.task.progress is None], "--signal=TERM")
@@ -73,7 +85,7 @@ class Stopping:
         if self._at_once:
             for process in _processes(job, members):
                 _kill(process, signal.SIGKILL)
-        elif len(members) == sum(not has_ended(Member(job, index)) for index in range(len(job.tasks))):
+        elif _all_that_is_left(job, members):
             if self._new(members):
                 _kill(int(job.id() or 0), signal.SIGTERM)
         else:
@@ -88,6 +100,11 @@ class Stopping:
         return found
 
 
+def _all_that_is_left(job: Job, members: Sequence[Member]) -> bool:
+    stopped = {each.index for each in members}
+    return all(has_ended(Member(job, index)) for index in range(len(job.tasks)) if index not in stopped)
+
+
 def _by_job(members: Sequence[Member]) -> list[tuple[Job, list[Member]]]:
     found: dict[Path, list[Member]] = {}
     for member in members:
@@ -95,14 +112,14 @@ def _by_job(members: Sequence[Member]) -> list[tuple[Job, list[Member]]]:
     return [(each[0].job, each) for each in found.values()]
 
 
-def _scancel(members: Sequence[Member], *options: str) -> None:
+def _scancel(members: Sequence[Member], *options: str, step: str = "") -> None:
+    """Tell Slurm; where it refuses, as for a job that has ended meanwhile, the next look tells what is."""
     for first in range(0, len(members), _AT_ONCE):
         try:
-            slurm.ask("scancel", *options, *(each.queue_id for each in members[first : first + _AT_ONCE]))
+            slurm.ask("scancel", *options, *(f"{each.queue_id}{step}" for each in members[first : first + _AT_ONCE]))
         except BackendError as error:
-            if "not found" in str(error):
-                raise
-            print(f"note: {error}", file=sys.stderr)  # as of a job that has ended meanwhile; the next look tells
+            if not step:  # which may not have begun
+                print(f"note: {error}", file=sys.stderr)
 
 
 def _controllers(member: Member) -> list[int]:
@@ -113,9 +130,7 @@ def _controllers(member: Member) -> list[int]:
 
 def _processes(job: Job, members: Sequence[Member]) -> list[int]:
     """What to kill so that some tasks of this machine end at once; their ranks end with the process above them."""
-    active = {member.index for member in members}
-    others = [Member(job, index) for index in range(len(job.tasks)) if index not in active]
-    whole = all(has_ended(each) for each in others)
+    whole = _all_that_is_left(job, members)
     tops = [int(job.id() or 0)] if whole else [process for member in members for process in _controllers(member)]
     return [process for top in tops if top for process in [top, *_descendants(top)]]
 
@@ -152,16 +167,16 @@ def stop(members: Sequence[Member], root: Path, *, at_once: bool, wait: bool) ->
     """
     stopping = Stopping(members, at_once=at_once)
     active = stopping.look()
-    before = {each for each in members if each not in active}
+    before = {each for each in members if not stopping.stands[each].active}
     if not wait:
-        for member in active:
+        for member in [each for each in members if each not in before]:
             print(f"{shown_name(member.task.folder, root)}: was told to {'end' if at_once else 'save and end'}")
     elif active:
         _wait(stopping, active, root, at_once=at_once)
     for member in members:
         if member in before or wait:
             _say(member, stopping.stands[member], root, was_over=member in before)
-    return all(stopping.stands[each].state in ("stopped", "done") for each in members) if wait else True
+    return not wait or all(stopping.stands[each].state in ("stopped", "stopping", "done") for each in members)
 
 
 def _wait(stopping: Stopping, active: list[Member], root: Path, *, at_once: bool) -> None:
@@ -195,4 +210,4 @@ def _say(member: Member, stands: Standing, root: Path, *, was_over: bool) -> Non
     step = newest_step(member.task.progress)
     if member.task.progress is not None and step is not None:
         text += f"; saved at step {step} of {member.task.progress.steps}"
-    print(text if stands.state == "done" else f"{text}; to go on: regen jobs resume {name}")
+    print(text if stands.state in ("done", "stopping") else f"{text}; to go on: regen jobs resume {name}")

@@ -1,0 +1,154 @@
+"""`regen jobs` on a real Slurm: what waits and why, what runs, stopping it, and going on on fewer nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.slurm_loopback import SlurmCluster
+from regen_dist.config import to_yaml
+from tests.helpers.launching import Submitter, attempts, held, losses, told, wait_for_end, wait_until, whys
+from tests.helpers.slurm import state, wait_for
+from tests.helpers.tiny import tiny_dataset, tiny_run
+
+STEPS, SAVE_EVERY = 400, 10
+
+
+class Desk:
+    """A folder with a config, and a user who sits there."""
+
+    def __init__(self, folder: Path, slurm: SlurmCluster) -> None:
+        self.folder, self.slurm = folder, slurm
+        self.submit = Submitter(folder, slurm.environment())
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def train(self, name: str, *more: object) -> str:
+        """Submit a run on two nodes, each of them whole; the job's id."""
+        arguments = ("--cluster", "loopback", "--nodes", 2, "--set", "exclusive=true", *more)
+        return str(self.submit.job(self.run(name), "train", self.folder / "tiny.yaml", f"name={name}", *arguments).id())
+
+    def jobs(self, *arguments: object, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """`regen jobs ARGUMENTS` to its end."""
+        with self.started(*arguments) as process:
+            out, err = process.communicate(timeout=timeout_s)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def started(self, *arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tools.cli", "jobs", *map(str, arguments)]
+        return subprocess.Popen(
+            command, cwd=self.folder, env={**os.environ, **self.slurm.environment(), "COLUMNS": "80"},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def row(self, name: str) -> dict[str, Any]:
+        """One row of the table, for scripts."""
+        return next(row for row in json.loads(self.jobs("--json").stdout)["runs"] if row["run"] == name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("desk")
+    data = tiny_dataset(folder / "data")
+    made = tiny_run(
+        folder / "runs", data, engine__kind="zero3", train__steps=STEPS, checkpoint__every=SAVE_EVERY,
+        guards__hang__beat_s=1.0,
+    )  # fmt: skip
+    (folder / "tiny.yaml").write_text(to_yaml(made))
+    return folder
+
+
+@pytest.fixture
+def desk(folder: Path, slurm: SlurmCluster) -> Desk:
+    return Desk(folder, slurm)
+
+
+def test_a_run_is_watched_stopped_and_resumed_on_one_node(desk: Desk) -> None:
+    """While another waits for its nodes, and is never started."""
+    first = desk.train("first")
+    waiting = desk.train("waiting")
+    with held(desk.run("first"), 2, SAVE_EVERY + 1):
+        row = desk.row("first")
+        assert (row["state"], row["job"], row["nodes"], row["ranks_per_node"]) == ("running", first, 2, 1)
+        assert row["step"] > SAVE_EVERY
+        assert (row["steps"], row["restarts"], row["checkpoint_step"] > 0) == (STEPS, 0, True)
+        assert row["loss"] == losses(desk.run("first"))[row["step"]]
+        assert row["clips_per_s"] > 0
+        assert row["eta_s"] > 0
+        other = desk.row("waiting")
+        assert other["state"] == "pending"
+        assert other["note"] in ("Resources", "Priority")
+        table = desk.jobs().stdout
+        assert "waiting" in table
+        assert all(len(line) <= 80 for line in table.splitlines())
+        refused = desk.jobs("resume", "first")
+        assert refused.returncode == 2
+        assert f"cannot be resumed while it is running, as job {first}" in refused.stderr
+
+        stopped = desk.jobs("stop", "waiting")
+        assert "waiting: stopped" in stopped.stdout, stopped.stderr
+        assert state(desk.slurm, waiting) == "CANCELLED"
+        following = desk.started("logs", "first", "--follow", "--lines", 1)
+        stopping = desk.started("stop", "first")
+        wait_until(lambda: (desk.run("first") / "STOP").exists(), lambda: told(desk.run("first")))
+        assert desk.row("first")["state"] == "stopping"
+    said, err = stopping.communicate(timeout=60)
+    assert stopping.returncode == 0, said + err
+    assert whys(desk.run("first")) == ["stopped"]
+    reached = max(losses(desk.run("first")))
+    assert said == f"first: stopped; saved at step {reached} of {STEPS}; to go on: regen jobs resume first\n"
+    log, err = following.communicate(timeout=60)
+    assert f"stopped by the file STOP after step {reached}" in log
+    assert err == "first: stopped\n"
+    assert wait_for(desk.slurm, first) == "FAILED", "with code 75, and not requeued"
+    assert desk.row("first")["state"] == "stopped"
+
+    (desk.run("first") / "launch" / "config.yaml").write_text(
+        (desk.run("first") / "launch" / "config.yaml").read_text().replace(f"steps: {STEPS}", f"steps: {reached + 5}")
+    )
+    resumed = desk.jobs("resume", "first", "--nodes", 1)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "1 node(s) x 1 rank(s)" in resumed.stdout
+    assert wait_for_end(desk.run("first"), starts=2) == "done", told(desk.run("first"))
+    before, after = attempts(desk.run("first"))
+    assert (len(before.start.nodes), len(after.start.nodes), after.start.step) == (2, 1, reached)
+    assert sorted(losses(desk.run("first"))) == list(range(1, reached + 6))
+    row = desk.row("first")
+    assert (row["state"], row["restarts"], row["nodes"], row["step"]) == ("done", 1, 1, reached + 5)
+
+
+def test_stopping_now_saves_nothing_and_is_no_failure(desk: Desk) -> None:
+    """Ranks that hang are ended too; it goes on from the last checkpoint."""
+    desk.train("now", "--nodes", 1, "engine.kind=plain")
+    with held(desk.run("now"), 1, SAVE_EVERY + 3):
+        reached = max(losses(desk.run("now")))
+        saved = desk.row("now")["checkpoint_step"]
+        stopped = desk.jobs("stop", "now", "--now")
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"now: stopped; saved at step {saved} of {STEPS}" in stopped.stdout
+    assert saved < reached
+    assert whys(desk.run("now")) == ["stopped"]
+    assert desk.row("now")["state"] == "stopped"
+    resumed = desk.jobs("resume", "now")
+    assert resumed.returncode == 0, resumed.stderr
+    wait_until(lambda: len(attempts(desk.run("now"))) == 2, lambda: told(desk.run("now")))
+    assert attempts(desk.run("now"))[1].start.step == saved
+
+
+def test_a_command_that_knows_of_no_steps_is_told_by_a_signal(desk: Desk) -> None:
+    arguments = ("run", "watcher", "--cluster", "loopback", "--", "jobs", "--watch", "1")
+    job = desk.submit.job(desk.run("watcher"), *arguments)
+    log = desk.run("watcher") / "logs" / "rank_0.log"
+    wait_until(lambda: log.exists() and "watcher" in log.read_text(), lambda: told(desk.run("watcher")))
+    stopped = desk.jobs("stop", "watcher")
+    assert stopped.stdout == "watcher: stopped; to go on: regen jobs resume watcher\n", stopped.stderr
+    assert whys(desk.run("watcher")) == ["stopped"]
+    assert wait_for(desk.slurm, str(job.id())) == "FAILED"

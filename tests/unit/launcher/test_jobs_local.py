@@ -1,0 +1,226 @@
+"""Stopping and resuming, with real jobs on this machine: a command that lasts, and one that fails at first."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import here, slurm
+from launcher.cluster import ClusterConfig
+from launcher.history import read_history
+from launcher.job import Job, newest_job
+from launcher.jobs.finding import choose
+from launcher.jobs.resuming import left_to_do, orders, resubmit
+from launcher.jobs.stopping import stop
+from launcher.submitting import command_order, submit
+from launcher.waiting import wait_for
+from regen_dist.config import to_yaml
+from regen_dist.errors import ConfigError, RegenError
+from tests.helpers.jobs import LOCAL, array_tasks, committed, ended, made_job, started
+from tests.helpers.launching import wait_until, whys
+from tests.helpers.tiny import tiny_run
+
+
+class Here:
+    """Jobs on this machine, by the API that the command line calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "runs"
+        self.jobs: list[Job] = []
+
+    def watcher(self, name: str, **options: int) -> Job:
+        """A job of a command that does not end by itself, and does not listen to signals."""
+        return self.submit(name, ["jobs", "--watch", "1", "--root", str(self.root)], **options)
+
+    def submit(self, name: str, command: list[str], *, tasks: int = 1, parallel: int = 1) -> Job:
+        cluster = ClusterConfig(kind="local", array_parallelism=parallel)
+        job = submit(command_order(name, self.root / name, command, cluster, "local", tasks=tasks))
+        self.jobs.append(job)
+        return job
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Here]:
+    local = Here(tmp_path)
+    local.root.mkdir()
+    yield local
+    for job in local.jobs:
+        stop(choose(str(job.folder.parents[1]), local.root), local.root, at_once=True, wait=True)
+
+
+def is_printing(job: Job, index: int = 0) -> bool:
+    log = job.tasks[index].logs / "rank_0.log"
+    return log.is_file() and "running" in log.read_text()
+
+
+def processes_of(folder: Path) -> list[str]:
+    """The command lines that name a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return [each for each in found if str(folder) in each]
+
+
+def test_a_command_is_stopped_for_good(local: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    job = local.watcher("w")
+    wait_until(lambda: is_printing(job), lambda: (job.folder / here.LOG).read_text())
+    with pytest.raises(ConfigError, match=r"w: cannot be resumed while it is running, as job \d+; `regen jobs stop w`"):
+        left_to_do(choose("w", local.root), local.root)
+    assert stop(choose("w", local.root), local.root, at_once=False, wait=True)
+    assert whys(job.tasks[0].folder) == ["stopped"]
+    assert capsys.readouterr().out == "w: stopped; to go on: regen jobs resume w\n"
+    wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root))
+
+
+def test_now_kills_every_process(local: Here) -> None:
+    """And leaves word, so that the next start does not take it for a failure."""
+    job = local.watcher("w", tasks=2, parallel=2)
+    wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / here.LOG).read_text())
+    assert stop(choose("w", local.root), local.root, at_once=True, wait=True)
+    wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root), timeout_s=10)
+    for task in job.tasks:
+        (attempt,) = read_history(task.launch)
+        assert attempt.end is not None
+        assert (attempt.end.why, attempt.end.code, attempt.end.again) == ("stopped", 137, False)
+
+
+def test_one_task_of_an_array_is_stopped_alone(local: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    job = local.watcher("w", tasks=3, parallel=2)
+    wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / here.LOG).read_text())
+    assert stop(choose("w/2", local.root), local.root, at_once=False, wait=True)
+    assert capsys.readouterr().out == "w/2: stopping (it does not begin)\n"
+    with pytest.raises(ConfigError, match="w/2: cannot be resumed while it is stopping"):
+        left_to_do(choose("w/2", local.root), local.root)
+    assert stop(choose("w/0", local.root), local.root, at_once=False, wait=True)
+    assert whys(job.tasks[0].folder) == ["stopped"]
+    assert whys(job.tasks[1].folder) == [""]
+    assert stop(choose("w", local.root), local.root, at_once=False, wait=True)
+    assert whys(job.tasks[1].folder) == ["stopped"]
+    assert not (job.tasks[2].folder / "launch").exists()
+
+
+def test_the_task_that_failed_alone_is_resumed(local: Here) -> None:
+    """With the code that it was submitted with, in the array's folder; then nothing is left to do."""
+    for number in (0, 2):
+        (local.root / f"{number}.yaml").write_text(to_yaml(tiny_run()))
+    command = ["config", "show", f"{local.root}/{{task}}.yaml"]
+    job = local.submit("a", command, tasks=3, parallel=3)
+    assert wait_for(job) != 0
+    (local.root / "1.yaml").write_text(to_yaml(tiny_run()))
+    ((before, order),) = orders(left_to_do(choose("a", local.root), local.root), None, [])
+    again = resubmit(before, order)
+    assert again.tasks == job.tasks[1:2]
+    assert again.code == job.code
+    assert wait_for(again) == 0
+    assert [whys(task.folder) for task in job.tasks] == [["done"], ["failed", "done"], ["done"]]
+    with pytest.raises(ConfigError, match="a: nothing is left to do"):
+        left_to_do(choose("a", local.root), local.root)
+
+
+def test_a_complete_training_is_not_resumed(tmp_path: Path) -> None:
+    job = made_job(tmp_path / "a", steps=100, cluster=LOCAL)
+    started(job.tasks[0])
+    ended(job.tasks[0], "stopped")
+    committed(tmp_path / "a", 90, at=time.time())
+    assert len(left_to_do(choose("a", tmp_path), tmp_path)) == 1
+    committed(tmp_path / "a", 100, at=time.time())
+    with pytest.raises(ConfigError, match="a: nothing is left to do, all is complete; for more steps submit it again"):
+        left_to_do(choose("a", tmp_path), tmp_path)
+
+
+def test_what_slurm_does_not_tell_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may run; --force takes it for ended."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    job = made_job(tmp_path / "a", array_tasks(tmp_path / "a", 1), steps=None)
+    started(job.tasks[0])
+    with pytest.raises(RegenError, match="squeue is not found"):
+        left_to_do(choose("a", tmp_path), tmp_path)
+    assert len(left_to_do(choose("a", tmp_path), tmp_path, force=True)) == 1
+
+
+def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overrides are laid over what it was submitted with, and named where they are wrong."""
+    run = tmp_path / "a"
+    job = made_job(run, steps=8)
+    (run / "launch" / "config.yaml").write_text(to_yaml(tiny_run(tmp_path)))
+    members = choose("a", tmp_path)
+    ((_, same),) = orders(members, None, [])
+    assert (same.cluster, same.cluster_name, same.base, same.tasks) == (job.cluster, "slurm", run, job.tasks)
+    assert [config.name for config in same.configs] == ["tiny"]
+    ((_, fewer),) = orders(members, None, ["nodes=1"])
+    assert fewer.cluster == job.cluster.model_copy(update={"nodes": 1})
+    ((_, moved),) = orders(members, "local", [])
+    assert (moved.cluster.kind, moved.cluster_name) == ("local", "local")
+    with pytest.raises(ConfigError, match=r"the cluster of a: 1 problem\n  command line: nodez: .* nodes\?"):
+        orders(members, None, ["nodez=1"])
+
+    handed: list[Job] = []
+    monkeypatch.setattr("launcher.jobs.resuming.hand_over", lambda job: handed.append(job) or job)
+    assert resubmit(job, fewer).code == job.code
+    fresh = resubmit(job, fewer, new_code=True)
+    assert fresh.code != job.code
+    assert (fresh.code / "launcher" / "jobs").is_dir()
+    assert (fresh.workdir, fresh.kind, fresh.cluster.nodes) == (job.workdir, "train", 1)
+    os.rmdir(job.code)
+    with pytest.raises(RegenError, match="the copy of the code is gone; --new-code"):
+        resubmit(job, fewer)
+
+
+def test_a_job_that_waits_in_slurm_is_cancelled_and_begins_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only while it waits: one that has started meanwhile saves, since it sees the file."""
+    state = {"12": ("PENDING", "Priority")}
+    calls = []
+
+    def ask(*command: str) -> str:
+        calls.append(command)
+        state["12"] = ("CANCELLED", "None")
+        return ""
+
+    monkeypatch.setattr(slurm, "queue", lambda _jobs: dict(state))
+    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr("launcher.jobs.stopping._ASK_EVERY_S", 0.0)
+    job = made_job(tmp_path / "a")
+    assert stop(choose("a", tmp_path), tmp_path, at_once=False, wait=True)
+    assert calls == [("scancel", "--state=PENDING", "12")]
+    assert job.tasks[0].stop_file.exists()
+    assert capsys.readouterr().out == "a: stopped; saved at step 0 of 100; to go on: regen jobs resume a\n"
+    assert newest_job(tmp_path / "a") == job
+
+
+def test_a_file_that_a_starting_rank_deletes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = made_job(tmp_path / "a")
+    task = job.tasks[0]
+    started(task)
+    looks = []
+
+    def queue(_jobs: list[str]) -> dict[str, tuple[str, str]]:
+        looks.append(task.stop_file.exists())
+        if len(looks) == 2:
+            task.stop_file.unlink()
+        if len(looks) == 4:
+            ended(task, "stopped")
+        return {"12": ("RUNNING", "None")}
+
+    monkeypatch.setattr(slurm, "queue", queue)
+    monkeypatch.setattr("launcher.jobs.stopping._ASK_EVERY_S", 0.0)
+    assert stop(choose("a", tmp_path), tmp_path, at_once=False, wait=True)
+    assert looks == [False, True, True, True]
+    assert task.stop_file.exists()
+
+
+def test_what_has_ended_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = made_job(tmp_path / "a")
+    started(job.tasks[0])
+    ended(job.tasks[0], "failed", text="exit code 3")
+    assert not stop(choose("a", tmp_path), tmp_path, at_once=False, wait=True)
+    assert capsys.readouterr().out.startswith("a: has ended before: failed (exit code 3)")
+    assert not job.tasks[0].stop_file.exists()
