@@ -34,7 +34,8 @@ def begin(job: Job, task: Task, place: Scheduler) -> Verdict:
         history = read_history(task.launch)
     step = newest_step(task.progress)
     steps = task.progress.steps if task.progress else None
-    verdict = judge_start(history, step=step, steps=steps, stop=task.stop_file.exists(), retry=job.cluster.retry)
+    stop, retry = task.stop_file.exists(), job.cluster.retry
+    verdict = judge_start(history, step=step, steps=steps, stop=stop, retry=retry, since=job.submitted)
     if verdict.go:
         start = Start(job=place.job, restart=place.restart, nodes=place.nodes, step=step, time=now())
         write_entry(task.launch, start)
@@ -61,7 +62,7 @@ def end(job: Job, task: Task, place: Scheduler, srun_code: int) -> Verdict:
     why = _why(job, task, place, code)
     at_fault = _at_fault(task, code, found, place) if why == "failed" else ()
     step = newest_step(task.progress)
-    verdict = judge_end(history, code=code, why=why, step=step, retry=job.cluster.retry)
+    verdict = judge_end(history, code=code, why=why, step=step, retry=job.cluster.retry, since=job.submitted)
     text = f"{verdict.text}{_who(code, found)}"
     entry = End(why=why, code=code, text=text, again=verdict.go, at_fault=at_fault, time=now())
     write_entry(task.launch, entry)

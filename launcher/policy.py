@@ -31,7 +31,13 @@ class Verdict(NamedTuple):
 
 
 def judge_start(
-    history: Sequence[Attempt], *, step: int | None, steps: int | None, stop: bool, retry: RetryConfig
+    history: Sequence[Attempt],
+    *,
+    step: int | None,
+    steps: int | None,
+    stop: bool,
+    retry: RetryConfig,
+    since: float = 0.0,
 ) -> Verdict:
     """Whether a task that a scheduler has just started should do anything.
 
@@ -41,6 +47,8 @@ def judge_start(
         steps: that make it complete.
         stop: it was asked to stop for good.
         retry: limits.
+        since: when it was submitted, in seconds since the epoch. Tries of earlier submissions do not count: a person
+            has looked at them.
     """
     if is_complete(history, step=step, steps=steps):
         return Verdict(False, f"nothing is left to do: all {steps} steps are done" if steps else "it was done before")
@@ -48,7 +56,11 @@ def judge_start(
         return Verdict(
             False, "it was asked to stop (its folder has a file STOP); `regen jobs resume` goes on", EXIT_RESUME
         )
-    return _within_limits(history, step, retry)
+    return _within_limits(_tries(history, since), step, retry)
+
+
+def _tries(history: Sequence[Attempt], since: float) -> Sequence[Attempt]:
+    return [each for each in history if each.start.time >= since]
 
 
 def is_complete(history: Sequence[Attempt], *, step: int | None, steps: int | None) -> bool:
@@ -58,7 +70,9 @@ def is_complete(history: Sequence[Attempt], *, step: int | None, steps: int | No
     return any(each.end is not None and each.end.why == "done" for each in history)
 
 
-def judge_end(history: Sequence[Attempt], *, code: int, why: Why, step: int | None, retry: RetryConfig) -> Verdict:
+def judge_end(
+    history: Sequence[Attempt], *, code: int, why: Why, step: int | None, retry: RetryConfig, since: float = 0.0
+) -> Verdict:
     """What follows when a start has ended.
 
     Args:
@@ -67,7 +81,9 @@ def judge_end(history: Sequence[Attempt], *, code: int, why: Why, step: int | No
         why: it ended.
         step: the newest committed one.
         retry: limits.
+        since: as of `judge_start`.
     """
+    history = _tries(history, since)
     if why in ("done", "stopped"):
         return Verdict(False, why, code)
     if code in PERMANENT:

@@ -127,18 +127,15 @@ def resume(
 
     from launcher.cli import asked
     from launcher.jobs.finding import choose
-    from launcher.jobs.resuming import left_to_do, orders, resubmit
+    from launcher.jobs.resuming import left_to_do, order_again, resubmit
     from launcher.showing import check_and_say, say_submitted
     from launcher.waiting import wait_for
 
     overrides = asked(nodes, gpus_per_node, tasks_per_node, time, settings)
-    chosen = orders(left_to_do(choose(run, root), root, force=force), cluster, overrides)
-    for job, order in chosen:
-        with chdir(job.workdir):
-            check_and_say(order, force=force)
-    submitted = [resubmit(job, order, new_code=new_code) for job, order in chosen]
-    for each in submitted:
-        say_submitted(each)
-    codes = [wait_for(each) for each in submitted] if wait else []
-    if code := next((code for code in codes if code), 0):
-        raise typer.Exit(code)
+    job, order = order_again(left_to_do(choose(run, root), root, force=force), cluster, overrides)
+    with chdir(job.workdir):
+        check_and_say(order, force=force)
+    submitted = resubmit(job, order, new_code=new_code)
+    say_submitted(submitted)
+    if wait:
+        raise typer.Exit(wait_for(submitted))

@@ -86,19 +86,21 @@ def _to_yaml(section: Section) -> str:
     return str(yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
-def orders(members: Sequence[Member], cluster: str | None, overrides: Sequence[str]) -> list[tuple[Job, Order]]:
-    """What to submit: for each submission that has some of the tasks, its job and an order of these tasks alone.
+def order_again(members: Sequence[Member], cluster: str | None, overrides: Sequence[str]) -> tuple[Job, Order]:
+    """What to submit: the newest job that has some of the tasks, and an order of these tasks alone.
 
     Raises:
-        ConfigError: the cluster, or the config of a run, is wrong.
+        ConfigError: they are of several folders; or the cluster, or the config of a run, is wrong.
     """
     by_base: dict[Path, list[Member]] = {}
     for member in members:
         by_base.setdefault(member.base, []).append(member)
-    return [_order(chosen, cluster, overrides) for chosen in by_base.values()]
-
-
-def _order(members: Sequence[Member], cluster: str | None, overrides: Sequence[str]) -> tuple[Job, Order]:
+    if len(by_base) > 1:
+        names = ", ".join(base.name for base in by_base)
+        raise ConfigError(
+            f"{names}: these are jobs of their own, of which one may wait for another; resume one of them, or give "
+            "`regen submit pipeline` again, which runs the steps that are left in their order"
+        )
     job = max((each.job for each in members), key=lambda each: each.submitted)
     place, name = changed_cluster(job, cluster, overrides)
     tasks = tuple(each.task for each in members)

@@ -141,6 +141,7 @@ def test_stopping_now_saves_nothing_and_is_no_failure(desk: Desk) -> None:
     assert resumed.returncode == 0, resumed.stderr
     wait_until(lambda: len(attempts(desk.run("now"))) == 2, lambda: told(desk.run("now")))
     assert attempts(desk.run("now"))[1].start.step == saved
+    desk.jobs("stop", "now", "--now")
 
 
 def test_a_command_that_knows_of_no_steps_is_told_by_a_signal(desk: Desk) -> None:

@@ -14,13 +14,14 @@ from launcher.cluster import ClusterConfig
 from launcher.history import read_history
 from launcher.job import Job, newest_job
 from launcher.jobs.finding import choose
-from launcher.jobs.resuming import left_to_do, orders, resubmit
+from launcher.jobs.resuming import left_to_do, order_again, resubmit
 from launcher.jobs.stopping import stop
+from launcher.policy import judge_start
 from launcher.submitting import command_order, submit
 from launcher.waiting import wait_for
 from regen_dist.config import to_yaml
 from regen_dist.errors import ConfigError, RegenError
-from tests.helpers.jobs import LOCAL, array_tasks, committed, ended, made_job, started
+from tests.helpers.jobs import LOCAL, SUBMITTED, array_tasks, committed, ended, made_job, started
 from tests.helpers.launching import wait_until, whys
 from tests.helpers.tiny import tiny_run
 
@@ -114,7 +115,7 @@ def test_the_task_that_failed_alone_is_resumed(local: Here) -> None:
     job = local.submit("a", command, tasks=3, parallel=3)
     assert wait_for(job) != 0
     (local.root / "1.yaml").write_text(to_yaml(tiny_run()))
-    ((before, order),) = orders(left_to_do(choose("a", local.root), local.root), None, [])
+    before, order = order_again(left_to_do(choose("a", local.root), local.root), None, [])
     again = resubmit(before, order)
     assert again.tasks == job.tasks[1:2]
     assert again.code == job.code
@@ -135,6 +136,25 @@ def test_a_complete_training_is_not_resumed(tmp_path: Path) -> None:
         left_to_do(choose("a", tmp_path), tmp_path)
 
 
+def test_steps_of_a_pipeline_are_not_resumed_beside_each_other(tmp_path: Path) -> None:
+    for name in ("shards", "train"):
+        made_job(tmp_path / "paper" / name, cluster=LOCAL)
+    with pytest.raises(ConfigError, match=r"shards, train: .*`regen submit pipeline` again"):
+        order_again(choose("paper", tmp_path), None, [])
+
+
+def test_tries_before_a_resume_do_not_count(tmp_path: Path) -> None:
+    """What was given up begins again: a person has looked at it."""
+    job = made_job(tmp_path / "a", steps=None, cluster=LOCAL)
+    for number in range(job.cluster.retry.starts_without_progress):
+        started(job.tasks[0], at=SUBMITTED + number)
+        ended(job.tasks[0], "failed", at=SUBMITTED + number)
+    history = read_history(job.tasks[0].launch)
+    asked = {"step": 0, "steps": 9, "stop": False, "retry": job.cluster.retry}
+    assert not judge_start(history, since=job.submitted, **asked).go
+    assert judge_start(history, since=SUBMITTED + 100, **asked).go
+
+
 def test_what_slurm_does_not_tell_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may run; --force takes it for ended."""
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -151,15 +171,15 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     job = made_job(run, steps=8)
     (run / "launch" / "config.yaml").write_text(to_yaml(tiny_run(tmp_path)))
     members = choose("a", tmp_path)
-    ((_, same),) = orders(members, None, [])
+    _, same = order_again(members, None, [])
     assert (same.cluster, same.cluster_name, same.base, same.tasks) == (job.cluster, "slurm", run, job.tasks)
     assert [config.name for config in same.configs] == ["tiny"]
-    ((_, fewer),) = orders(members, None, ["nodes=1"])
+    _, fewer = order_again(members, None, ["nodes=1"])
     assert fewer.cluster == job.cluster.model_copy(update={"nodes": 1})
-    ((_, moved),) = orders(members, "local", [])
+    _, moved = order_again(members, "local", [])
     assert (moved.cluster.kind, moved.cluster_name) == ("local", "local")
     with pytest.raises(ConfigError, match=r"the cluster of a: 1 problem\n  command line: nodez: .* nodes\?"):
-        orders(members, None, ["nodez=1"])
+        order_again(members, None, ["nodez=1"])
 
     handed: list[Job] = []
     monkeypatch.setattr("launcher.jobs.resuming.hand_over", lambda job: handed.append(job) or job)
