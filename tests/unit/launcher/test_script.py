@@ -19,7 +19,7 @@ from regen_dist.errors import ConfigError
 
 HOME = Path("/fsx/you/regen")
 GOLDEN = Path(__file__).parent / "golden" / "64x8.sh"
-ODD = "it's \"odd\" $(touch pwned) `x` & ; * #"
+ODD = 'it\'s "odd" $(touch pwned) `x` & ; * #'
 
 
 def place(job: Job, home: Path) -> Job:
@@ -37,7 +37,7 @@ def large(root: Path) -> Job:
 
 
 def test_64_nodes_with_8_gpus(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole script is kept; docs/slurm.md quotes it. After a change on purpose write it anew from what this prints."""
+    """The whole script is kept, and quoted by docs/slurm.md. After a change on purpose take what this prints."""
     monkeypatch.setattr(sys, "executable", f"{HOME}/.venv/bin/python")
     script = batch_script(large(root))
     assert script == GOLDEN.read_text(), script
@@ -61,7 +61,7 @@ def test_what_is_quoted_comes_out_as_it_was(tmp_path: Path) -> None:
     )  # fmt: skip
     assert told.stdout.splitlines() == [ODD, f"/tmp/{ODD}/code"]
     (begin,) = [line for line in before.splitlines() if " begin " in line]
-    assert shlex.split(begin.partition(";")[0] if ODD not in begin else begin)[3] == "begin"
+    assert shlex.split(begin.removesuffix("; verdict=$?"))[-2:] == ["begin", f"/tmp/{ODD}/launch/{ODD}"]
     assert not list(tmp_path.iterdir())
     assert ODD not in re.sub(r"'[^']*'|\"'\"", "", script), "it stands in quotes wherever it stands"
 
@@ -97,7 +97,9 @@ def test_options_of_the_cluster_reach_sbatch() -> None:
 
 
 def test_an_array_is_one_script() -> None:
-    order = command_order("many", Path("/tmp/many"), ["a", "{task}/{tasks}"], ClusterConfig(time_min=9), "mine", tasks=3)
+    order = command_order(
+        "many", Path("/tmp/many"), ["a", "{task}/{tasks}"], ClusterConfig(time_min=9), "mine", tasks=3
+    )
     job = order.job(order.base / LAUNCH / "D", order.base / "code")
     assert "#SBATCH --array=0-2%3" in batch_script(job)
     assert [task.command for task in job.tasks] == [("a", f"{number}/3") for number in range(3)]

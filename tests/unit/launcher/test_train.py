@@ -19,7 +19,7 @@ def _launcher(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_wrong_config_ends_with_code_2_before_any_rank_starts(root: Path) -> None:
-    done = _launcher("train", "configs/embedder/nano.yaml", "--ranks", "2", "train.stepz=3", cwd=root)
+    done = _launcher("train", "configs/embedder/nano.yaml", "--tasks-per-node", "2", "train.stepz=3", cwd=root)
     assert done.returncode == 2
     assert "train.stepz" in done.stderr
     assert "did you mean train.steps?" in done.stderr

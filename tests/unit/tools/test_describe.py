@@ -16,7 +16,7 @@ from tools.describe import describe, gather
 from tools.describe.facts import with_clips_per_gpu
 
 ROOT = Path(__file__).parents[3]
-NOT_RUNS = ("base", "cluster")  # fragments, and places to run at
+NOT_RUNS = ("base", "cluster", "pipelines")  # fragments, places to run at, jobs after jobs
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in NOT_RUNS)
 
 

@@ -1,0 +1,90 @@
+"""`regen submit --cluster local`: by Submitit's local executor, in the background, by the rules of a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.job import newest_job
+from launcher.waiting import is_alive
+from regen_dist.config import to_yaml
+from tests.helpers.launching import (
+    Submitter,
+    attempts,
+    has_been_told,
+    held,
+    losses,
+    told,
+    wait_for_end,
+    wait_until,
+    whys,
+)
+from tests.helpers.tiny import tiny_dataset, tiny_run
+
+STEPS = 30
+TWO_RANKS = ("--tasks-per-node", 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a dataset, and the config of a run of two ranks."""
+    folder = tmp_path_factory.mktemp("here")
+    url = tiny_dataset(folder / "data")
+    made = tiny_run(folder / "runs", url, engine__kind="zero3", train__steps=STEPS, checkpoint__every=10)
+    (folder / "tiny.yaml").write_text(to_yaml(made))
+    return folder
+
+
+def test_a_rank_that_is_killed_is_started_again(folder: Path) -> None:
+    """The losses are those of a run that nothing happened to."""
+    submit, first, second = Submitter(folder, {}), folder / "runs" / "first", folder / "runs" / "second"
+    submit.job(first, "train", "tiny.yaml", "name=first", *TWO_RANKS, "--wait")
+    assert whys(first) == ["done"]
+    submit.job(second, "train", "tiny.yaml", "name=second", *TWO_RANKS)
+    with held(second, 2, 12) as ranks:
+        os.kill(ranks[1], signal.SIGKILL)
+    assert wait_for_end(second) == "done", told(second)
+    assert whys(second) == ["failed", "done"]
+    assert attempts(second)[1].start.step == 10
+    assert losses(first) == losses(second)
+
+
+def test_a_time_limit_begins_anew_with_every_start(folder: Path) -> None:
+    """A minute, told ten seconds after the start: saved, started again by Submitit, done."""
+    run = folder / "runs" / "limited"
+    limit = ("--time", 1, "--set", "signal_lead_s=48")
+    job = Submitter(folder, {}).job(run, "train", "tiny.yaml", "name=limited", *TWO_RANKS, *limit)
+    with held(run, 2, 3) as ranks:
+        wait_until(lambda: all(has_been_told(each, signal.SIGUSR2) for each in ranks.values()), lambda: told(run))
+    assert wait_for_end(run, starts=2) == "done", told(run)
+    assert whys(run) == ["time limit", "done"]
+    wait_until(lambda: not is_alive(job), lambda: told(run))
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+
+
+def test_a_pipeline_on_this_machine(folder: Path) -> None:
+    """Step by step, to the first that fails; again, from there."""
+    steps = {
+        "embedder": {"train": "tiny.yaml", "overrides": ["name=piped"], "cluster": {"tasks_per_node": 2}},
+        "model": {"command": ["checkpoint", "export", "runs/piped", "--out", "runs/model", "--no-statistics"],
+                  "outputs": ["runs/model/config.yaml"]},
+        "look": {"command": ["config", "show", "missing.yaml"]},
+    }  # fmt: skip
+    (folder / "p.yaml").write_text(yaml.safe_dump({"name": "p", "steps": steps}, sort_keys=False))
+    submit = Submitter(folder, {})
+    failed = submit("pipeline", "p.yaml")
+    assert failed.returncode == 2, failed.stdout + failed.stderr
+    assert "look ended with exit code 2" in failed.stdout
+    (folder / "missing.yaml").symlink_to("tiny.yaml")
+    again = submit("pipeline", "p.yaml")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [line.partition(",")[0] for line in again.stdout.splitlines()[:2]] == ["embedder: skipped", "model: skipped"]
+    last = submit("pipeline", "p.yaml")
+    assert last.stdout.count("skipped, its output is complete") == 3
+    job = newest_job(folder / "runs" / "p" / "look")
+    assert job is not None
+    assert not is_alive(job)

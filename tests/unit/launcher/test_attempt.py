@@ -1,0 +1,186 @@
+"""The first and the last word on a start: what is read, what is noted, and who is at fault."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher import ends
+from launcher.attempt import begin, end, newest_step
+from launcher.cluster import ClusterConfig
+from launcher.history import Start, Why, read_history, set_aside, write_entry
+from launcher.job import Job, Progress, Task, new_folder, newest_job, read_job, write_job
+from launcher.snapshot import take_snapshot
+from regen_dist.config.version import code_version
+from regen_dist.errors import RegenError
+
+
+class Place:
+    """A scheduler that says what it was told to."""
+
+    def __init__(self, restart: int = 0, nodes: tuple[str, ...] = ("node1", "node2"), why: Why = "signal") -> None:
+        self.job, self.restart, self.nodes = "77", restart, nodes
+        self.why, self.down = why, tuple[str, ...]()
+
+    def why_stopped(self, job: Job) -> Why:
+        return self.why
+
+    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(node for node in nodes if node in self.down)
+
+    def leave_out(self, job: Job, nodes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(nodes)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Training of 40 steps on two nodes."""
+    progress = Progress(checkpoints=str(tmp_path / "checkpoints"), steps=40)
+    task = Task(name="run", folder=tmp_path, command=("train", "x"), progress=progress)
+    made = Job(
+        name="run", kind="train", cluster=ClusterConfig(time_min=60, nodes=2), cluster_name="mine", tasks=(task,),
+        distributed=True, folder=new_folder(tmp_path), workdir=tmp_path, code=tmp_path, submitted=1.5,
+    )  # fmt: skip
+    write_job(made)
+    return made
+
+
+def checkpoint(job: Job, step: int) -> None:
+    folder = job.tasks[0].folder / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    (folder / "latest").write_text(f"step-{step:08d}")
+
+
+def ranks_end(job: Job, restart: int, *codes: int) -> None:
+    for rank, code in enumerate(codes):
+        ends.write(job.tasks[0].launch, "77", restart, rank=rank, node=f"node{rank + 1}", code=code, told=())
+
+
+def test_a_job_is_read_as_it_was_written(job: Job, tmp_path: Path) -> None:
+    assert read_job(job.folder) == job
+    assert newest_job(tmp_path) == job
+    later = job.model_copy(update={"folder": new_folder(tmp_path)})
+    write_job(later)
+    assert newest_job(tmp_path) == later
+    (later.folder / "job.json").write_text('{"name": 1}')
+    with pytest.raises(RegenError, match="not a job of this version"):
+        newest_job(tmp_path)
+
+
+def test_a_run_from_start_to_end(job: Job) -> None:
+    task = job.tasks[0]
+    assert begin(job, task, Place()).go
+    checkpoint(job, 20)
+    ranks_end(job, 0, 75, 75)
+    assert end(job, task, Place(why="preempted"), 0).go
+    assert begin(job, task, Place(restart=1)).text == "from step 20"
+    checkpoint(job, 40)
+    ranks_end(job, 1, 0, 0)
+    assert end(job, task, Place(restart=1), 0) == (False, "done", 0)
+    assert not begin(job, task, Place(restart=2)).go
+    assert [(each.start.step, each.end and each.end.why) for each in read_history(task.launch)] == [
+        (0, "preempted"), (20, "done")
+    ]  # fmt: skip
+
+
+def test_the_file_stop_ends_it_for_good(job: Job) -> None:
+    task = job.tasks[0]
+    begin(job, task, Place())
+    ranks_end(job, 0, 75, 75)
+    task.stop_file.touch()
+    assert end(job, task, Place(), 0) == (False, "stopped", 75)
+    assert begin(job, task, Place(restart=1)).code == 75
+
+
+def test_the_rank_that_failed_first_names_the_node(job: Job) -> None:
+    """Also when the others fail because of it; an error of ours says nothing about a node."""
+    task = job.tasks[0]
+    begin(job, task, Place())
+    ends.write(task.launch, "77", 0, rank=1, node="node2", code=137, told=())
+    ends.write(task.launch, "77", 0, rank=0, node="node1", code=1, told=("SIGTERM",))
+    verdict = end(job, task, Place(), 137)
+    assert verdict.go
+    assert "(rank 1 on node2, exit code 137)" in verdict.text
+    begin(job, task, Place(restart=1))
+    ranks_end(job, 1, 3, 3)
+    end(job, task, Place(restart=1), 3)
+    assert [each.end.at_fault for each in read_history(task.launch) if each.end] == [("node2",), ()]
+
+
+def test_a_hang_names_the_node_of_the_rank_that_stood_still(job: Job) -> None:
+    """Not that of the rank that told of it."""
+    task = job.tasks[0]
+    begin(job, task, Place())
+    ranks_end(job, 0, 7, 137)
+    told = {"kind": "quiet", "ranks": [{"host": "node2.cluster.local"}]}
+    (task.folder / "hang.json").write_text(json.dumps(told))
+    end(job, task, Place(), 7)
+    (only,) = read_history(task.launch)
+    assert only.end is not None
+    assert only.end.at_fault == ("node2",)
+
+
+@pytest.mark.parametrize("down", [(), ("node2",)])
+def test_a_start_that_left_no_word(job: Job, down: tuple[str, ...]) -> None:
+    """The next one notes it: its node is down, or it is not known."""
+    task, place = job.tasks[0], Place(restart=1, nodes=("node1", "node3"))
+    begin(job, task, Place())
+    place.down = down
+    assert begin(job, task, place).go
+    first, second = read_history(task.launch)
+    assert first.end is not None
+    assert (first.end.why, first.end.at_fault) == (("node lost", ("node2",)) if down else ("unknown", ()))
+    assert second.end is None
+
+
+def test_lines_that_were_cut_short_are_left_out(job: Job) -> None:
+    task = job.tasks[0]
+    begin(job, task, Place())
+    with (task.launch / "starts.jsonl").open("a") as file:
+        file.write('{"kind":"end","why":"do')
+    ranks_end(job, 0, 0, 0)
+    end(job, task, Place(), 0)
+    (only,) = read_history(task.launch)
+    assert only.end is not None
+    assert only.end.why == "done"
+
+
+def test_a_history_that_is_set_aside_is_kept(job: Job) -> None:
+    task = job.tasks[0]
+    begin(job, task, Place())
+    set_aside(task.launch, "old")
+    assert read_history(task.launch) == []
+    assert (task.launch / "starts-old.jsonl").exists()
+    write_entry(task.launch, Start(job="1", restart=0, nodes=("n",), time=0.0))
+    assert len(read_history(task.launch)) == 1
+
+
+def test_how_far_a_run_is(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing yet is 0; a pointer that makes no sense, or a store that does not answer, is not known."""
+    progress = job.tasks[0].progress
+    assert newest_step(None) is None
+    assert newest_step(progress) == 0
+    checkpoint(job, 30)
+    assert newest_step(progress) == 30
+    (job.tasks[0].folder / "checkpoints" / "latest").write_text("nonsense")
+    assert newest_step(progress) is None
+    assert "cannot tell how far it is" in capsys.readouterr().err
+
+
+def test_the_copy_of_the_code(tmp_path: Path, root: Path) -> None:
+    """The packages and configs as they are, once; it says which version it is; nothing of git or caches is in it."""
+    copy = take_snapshot(tmp_path / "code")
+    assert take_snapshot(tmp_path / "code") == copy
+    assert (copy / "regen_dist" / "training" / "loop.py").read_bytes() == (
+        root / "regen_dist" / "training" / "loop.py"
+    ).read_bytes()
+    assert (copy / "VERSION").read_text().strip() == code_version()
+    assert not list(copy.rglob("__pycache__"))
+    assert not list((tmp_path / "code").glob(".*"))
+    changed = tmp_path / "other"
+    (changed / "launcher").mkdir(parents=True)
+    (changed / "launcher" / "x.py").write_text("")
+    assert take_snapshot(tmp_path / "code", changed) != copy

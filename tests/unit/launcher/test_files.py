@@ -1,0 +1,121 @@
+"""The files of clusters and pipelines, and what a sweep makes of a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster import load_cluster
+from launcher.pipelines.planning import plan
+from launcher.pipelines.schema import load_pipeline
+from launcher.sweeps import expand, sweep_order
+from regen_dist.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+NANO = ROOT / "configs" / "embedder" / "nano.yaml"
+CLUSTERS = sorted(path.stem for path in (ROOT / "configs" / "cluster").glob("*.yaml"))
+PIPELINES = sorted((ROOT / "configs" / "pipelines").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_every_cluster_is_whole(name: str) -> None:
+    assert load_cluster(name).world_size >= 1
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("cluster", ["slurm", "local"])
+def test_every_pipeline_has_a_plan(path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With all its configs, from a folder where nothing has been done yet."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    if path.stem == "paper" and cluster == "local":
+        with pytest.raises(ConfigError, match="kind: local is this machine"):
+            plan(load_pipeline(path), cluster, [])
+        return
+    planned = plan(load_pipeline(path), cluster, [])
+    assert {each.state for each in planned} == {"run"}
+    assert planned[0].name == "shards"
+
+
+def test_a_cluster_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"no cluster 'slurmm'; there are .*local.*slurm"):
+        load_cluster("slurmm")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("nodess=2", "did you mean nodes?"),
+        ("time_min=5", "leaves no time to work within 5 min"),
+        ("time_min=null", "time_min is required for kind: slurm"),
+        ("sbatch={output: x}", "set by the launcher"),
+        ("sbatch={partition: x}", "has a key of its own in this file"),
+        ("environment={a-b: x}", "no name of an environment variable"),
+    ],
+)
+def test_what_a_cluster_cannot_be(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_cluster("slurm", [override])
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ("{a: {command: [x], after: [b]}, b: {command: [x]}}", "steps.a.after names b; allowed: steps above it (none)"),
+        ("{a: {command: [x], train: y.yaml}}", "give either train"),
+        ("{a: {}}", "give either train"),
+        ("{a: {train: y.yaml, array: 2}}", "a training is one task"),
+        ("{a: {command: [x], overrides: [b=c]}}", "overrides change the config of a training"),
+        ("{a: {command: [x], nodes: 2}}", "steps.a.nodes: unknown key"),
+        ("{}", "steps is empty"),
+    ],
+)
+def test_what_a_pipeline_cannot_be(steps: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(f"name: p\nsteps: {steps}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_pipeline(path)
+    assert expected in str(caught.value)
+
+
+def test_two_steps_in_one_folder_are_told_with_what_else_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        f"name: p\nsteps:\n  a: {{train: {NANO}}}\n  b: {{train: {NANO}}}\n"
+        f"  c: {{train: {NANO}, overrides: [train.stepz=1]}}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        plan(load_pipeline(path), "local", [])
+    assert "steps a and b have one folder" in str(caught.value)
+    assert "did you mean train.steps?" in str(caught.value)
+
+
+def test_a_sweep_gives_every_combination_a_name() -> None:
+    runs = expand(NANO, ["train.steps=9"], ["optimizer.lr=1e-3,3e-3", "data.size=[32, 32],[64, 96]"])
+    assert [run.name for run, _ in runs] == [
+        f"nano-lr{lr}-size{size}" for lr in ("1e-3", "3e-3") for size in ("32_32", "64_96")
+    ]
+    assert [(run.optimizer.lr, run.data.size) for run, _ in runs] == [
+        (lr, size) for lr in (1e-3, 3e-3) for size in ((32, 32), (64, 96))
+    ]
+    assert {run.train.steps for run, _ in runs} == {9}
+    order = sweep_order(runs, load_cluster("local"), "local")
+    assert (order.name, order.base.name, len(order.tasks)) == ("nano-sweep", "nano-sweep", 4)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "expected"),
+    [
+        ("optimizer.lr", "write a.b=value,value"),
+        ("optimizer.lr=1e-3", "found 1 value(s)"),
+        ("optimizer.lr=1e-3,[", "not valid YAML"),
+        ("name=a/b,a*b", "would be named nano-namea_b"),
+        ("train.stepz=1,2", "did you mean train.steps?"),
+    ],
+)
+def test_what_is_no_sweep(sweep: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand(NANO, [], [sweep])
+    assert expected in str(caught.value)
