@@ -40,14 +40,14 @@ test-dist: $(STAMP)
 	@echo "== dist =="
 	pytest tests/dist -q
 
-# Much of their time is waiting: two files at once, or three; tests/fault/conftest.py puts those that last longest first.
-test-fault: $(STAMP)
-	@echo "== fault =="
-	pytest tests/fault -n 3 --dist loadfile --no-loadscope-reorder -q
-
-test-cluster test-e2e: test-%: $(STAMP)
+# Much of their time is waiting: three files at once. Their conftest.py puts those that last longest first.
+test-fault test-cluster: test-%: $(STAMP)
 	@echo "== $* =="
-	pytest tests/$* -n 2 --dist loadfile -q
+	pytest tests/$* -n 3 --dist loadfile --no-loadscope-reorder -q
+
+test-e2e: $(STAMP)
+	@echo "== e2e =="
+	pytest tests/e2e -n 2 --dist loadfile -q
 
 # torch first and pinned: an open range would take a CUDA build of several gigabytes on a machine without a GPU.
 $(STAMP): pyproject.toml constraints.txt .ci/system-packages

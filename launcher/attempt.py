@@ -39,6 +39,7 @@ def begin(job: Job, task: Task, place: Scheduler) -> Verdict:
     if verdict.go:
         start = Start(job=place.job, restart=place.restart, nodes=place.nodes, step=step, time=now())
         write_entry(task.launch, start)
+        ends.prune(task.launch)
     return verdict
 
 

@@ -4,6 +4,7 @@ killed."""
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,13 @@ def write(launch: Path, job: str, restart: int, *, rank: int, node: str, code: i
     """Leave word of a rank that has ended."""
     ended = RankEnd(rank=rank, node=node, code=code, told=tuple(told), time=time.time())
     write_text_atomically(folder(launch, job, restart) / f"rank-{rank:05d}.json", ended.model_dump_json() + "\n")
+
+
+def prune(launch: Path, keep: int = 3) -> None:
+    """Delete what the ranks of older starts have left: hundreds of files each."""
+    folders = sorted((launch / "ranks").glob("*"), key=lambda each: each.stat().st_mtime)
+    for old in folders[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read(launch: Path, job: str, restart: int, world_size: int) -> list[RankEnd | None]:

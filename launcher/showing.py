@@ -20,8 +20,9 @@ def show(order: Order) -> None:
     if job.cluster.kind == "slurm":
         print("# the batch script")
         print(batch_script(job), end="")
-    for problem in check(order).problems:
-        print(f"problem: {problem}", file=sys.stderr)
+    report = check(order)
+    for found in [*(f"note: {note}" for note in report.notes), *(f"problem: {each}" for each in report.problems)]:
+        print(found, file=sys.stderr)
 
 
 def check_and_say(order: Order, *, force: bool) -> None:

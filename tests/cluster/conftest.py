@@ -14,6 +14,14 @@ from launcher.slurm_loopback import SlurmCluster, missing_packages, start_slurm
 from tests.helpers.objects import READER, Proxied, use
 from tests.helpers.slurm import clear_jobs
 
+# Workers that share the suite by files end together when these come first.
+LONGEST = ("test_launcher", "test_launcher_jobs", "test_slurm", "test_pipelines", "test_jobs", "test_checkpoints")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that last longest come first; most of their time is waiting for Slurm."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:

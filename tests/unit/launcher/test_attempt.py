@@ -136,6 +136,15 @@ def test_a_start_that_left_no_word(job: Job, down: tuple[str, ...]) -> None:
     assert second.end is None
 
 
+def test_what_ranks_leave_does_not_pile_up(job: Job) -> None:
+    task = job.tasks[0]
+    for restart in range(6):
+        ranks_end(job, restart, 0, 0)
+    assert begin(job, task, Place(restart=6)).go
+    assert len(list((task.launch / "ranks").iterdir())) == 3
+    assert ends.read(task.launch, "77", 5, 2)[0] is not None
+
+
 def test_lines_that_were_cut_short_are_left_out(job: Job) -> None:
     task = job.tasks[0]
     begin(job, task, Place())
