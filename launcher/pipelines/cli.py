@@ -36,21 +36,28 @@ def pipeline(
     """
     from launcher.cluster import load_cluster
     from launcher.pipelines.planning import plan
-    from launcher.pipelines.running import check_all, run_here, run_on_slurm
+    from launcher.pipelines.running import check_all, held, run_here, run_on_slurm, see_jobs_through
     from launcher.pipelines.schema import load_pipeline
 
-    planned = plan(load_pipeline(file, overrides or []), cluster, settings or [])
+    found = load_pipeline(file, overrides or [])
     if dry_run:
-        _show(planned)
+        _show(plan(found, cluster, settings or []))
         return
-    check_all(planned, force=force, tell=_warn)
-    if load_cluster(cluster, settings or []).kind == "local":
-        raise typer.Exit(run_here(planned, print))
-    jobs = run_on_slurm(planned, print)
+    with held(found.folder, _warn):
+        planned = plan(found, cluster, settings or [])
+        if all(each.state == "complete" for each in planned):
+            _say("\n".join([*(f"{each.name}: skipped, {each.why}" for each in planned), "nothing is left to do"]))
+            return
+        check_all(planned, force=force, tell=_warn)
+        if load_cluster(cluster, settings or []).kind == "local":
+            raise typer.Exit(run_here(planned, _say))
+        jobs = run_on_slurm(planned, _say)
     if wait:
-        from launcher.waiting import wait_for
+        raise typer.Exit(see_jobs_through(jobs, _say))
 
-        raise typer.Exit(next((code for code in map(wait_for, jobs) if code), 0))
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # whoever reads it from a pipe wants it while the steps run
 
 
 def _warn(text: str) -> None:
@@ -58,17 +65,10 @@ def _warn(text: str) -> None:
 
 
 def _show(planned: Sequence[Planned]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from launcher.pipelines.running import problems
+    from launcher.pipelines.showing import scripts, table
 
-    from launcher.showing import show
-
-    table = Table("step", "after", "state", "nodes", "tasks", "why")
-    for each in planned:
-        size = f"{each.order.cluster.nodes} x {each.order.cluster.ranks_per_node}" if each.order.distributed else "1"
-        table.add_row(each.name, ", ".join(each.before), each.state, size, str(len(each.order.tasks)), each.why)
-    Console().print(table)
-    for each in planned:
-        if each.state == "run":
-            print(f"\n# step {each.name}")
-            show(each.order)
+    for line in (*table(planned), *scripts(planned)):
+        print(line)
+    for problem in problems(planned, _warn):
+        _warn(f"problem: {problem}")

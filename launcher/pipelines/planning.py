@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from launcher.attempt import newest_step
 from launcher.cluster import load_cluster
 from launcher.history import read_history
-from launcher.job import Task, newest_job
+from launcher.job import Job, Task, newest_job
+from launcher.pipelines.files import missing_outputs, with_inputs
 from launcher.pipelines.schema import Pipeline, Step
 from launcher.policy import is_complete
 from launcher.submitting import Order, command_order, train_order
 from launcher.waiting import is_alive
 from regen_dist.config import load_config
 from regen_dist.config.yamlfile import shown_value
-from regen_dist.data.objects.store import Store
-from regen_dist.errors import ConfigError, ObjectMissing
+from regen_dist.errors import ConfigError
 
 
-@dataclass
+@dataclass(frozen=True)
 class Planned:
     """A step, what it would submit, and what stands in the way of that.
 
-    complete: nothing is left to do. alive: an earlier submission runs or waits (`job`). run: `order` is to be
-    submitted.
+    complete: nothing is left to do. alive: an earlier submission runs or waits (`job`). run: `order`, which may be a
+    part of an array, is to be submitted.
     """
 
     name: str
@@ -35,11 +35,19 @@ class Planned:
     order: Order
     state: Literal["complete", "alive", "run"]
     why: str
-    job: str | None = field(default=None)
+    job: Job | None = None
+    problem: str = ""  # why this cannot go on as it is
+
+
+class Left(NamedTuple):
+    """The tasks of a step that are still to be run, and why; or why none is."""
+
+    tasks: Sequence[Task]
+    why: str
 
 
 def plan(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> list[Planned]:
-    """Every step, in order.
+    """Every step, each behind those that it waits for.
 
     Args:
         pipeline: what to run.
@@ -49,6 +57,15 @@ def plan(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> list[Plan
     Raises:
         ConfigError: with the problems of all steps: a config or a cluster is wrong, or two steps share a folder.
     """
+    orders = _orders(pipeline, cluster, settings)
+    planned: dict[str, Planned] = {}
+    for name in pipeline.ordered:
+        before = {each: planned[each] for each in pipeline.before[name]}
+        planned[name] = _planned(name, pipeline.steps[name], orders[name], before)
+    return list(planned.values())
+
+
+def _orders(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> dict[str, Order]:
     orders, problems = {}, []
     for name, step in pipeline.steps.items():
         try:
@@ -58,23 +75,21 @@ def plan(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> list[Plan
     problems += _shared_folders(orders)
     if problems:
         raise ConfigError("\n".join([f"{pipeline.name}: {len(problems)} step(s) are wrong", *problems]))
-    planned: dict[str, Planned] = {}
-    for name, order in orders.items():
-        before = pipeline.before(name)
-        again = [each for each in before if planned[each].state != "complete"]
-        planned[name] = _planned(name, pipeline.steps[name], before, order, again)
-    return list(planned.values())
+    return orders
 
 
 def _order(pipeline: Pipeline, name: str, step: Step, cluster: str, settings: Sequence[str]) -> Order:
-    place = load_cluster(cluster, [*settings, *(f"{key}={shown_value(value)}" for key, value in step.cluster.items())])
+    one_node = [] if step.train else ["nodes=1"]  # a command is one process
+    own = [f"{key}={shown_value(value)}" for key, value in step.cluster.items()]
+    place = load_cluster(cluster, [*settings, *one_node, *own])
     if step.train is not None:
         return train_order(load_config(step.train, step.overrides), place, cluster)
-    base = Path(pipeline.output) / pipeline.name / name
-    return command_order(f"{pipeline.name}.{name}", base, step.command or (), place, cluster, tasks=step.array)
+    job = f"{pipeline.name}.{name}"
+    order = command_order(job, pipeline.folder / name, step.command or (), place, cluster, tasks=step.array)
+    return with_inputs(order, step.inputs)
 
 
-def _shared_folders(orders: dict[str, Order]) -> list[str]:
+def _shared_folders(orders: Mapping[str, Order]) -> list[str]:
     by_folder: dict[Path, list[str]] = {}
     for name, order in orders.items():
         by_folder.setdefault(order.base, []).append(name)
@@ -85,50 +100,93 @@ def _shared_folders(orders: dict[str, Order]) -> list[str]:
     ]
 
 
-def _planned(name: str, step: Step, before: tuple[str, ...], order: Order, again: list[str]) -> Planned:
-    job = newest_job(order.base)
+def _planned(name: str, step: Step, order: Order, before: Mapping[str, Planned]) -> Planned:
+    names, job = tuple(before), newest_job(order.base)
     if job is not None and is_alive(job):
-        return Planned(name, step, before, order, "alive", f"job {job.id()} runs or waits", job.id())
+        why = f"job {job.id()} runs or waits"
+        return Planned(name, step, names, order, "alive", why, job, _conflict(job, order, before))
+    left = _left_of_training(order, job, before) if order.configs else _left_of_command(order, step, job, before)
+    if not left.tasks:
+        return Planned(name, step, names, order, "complete", left.why, job)
+    part = order if len(left.tasks) == len(order.tasks) else order.part(left.tasks)
+    return Planned(name, step, names, part, "run", left.why, job)
+
+
+def _conflict(job: Job, order: Order, before: Mapping[str, Planned]) -> str:
+    """Why a job that runs or waits is not the one that is wanted; "" where it is."""
+    what = f"job {job.id()} ({job.cluster_name}) runs or waits"
+    first = f"wait for it, or end it first: regen jobs stop {order.base}"
+    if job.cluster.kind != order.cluster.kind:
+        return f"{what}, elsewhere than on {order.cluster_name}; {first}"
+    if job.fingerprint != order.fingerprint:
+        return f"{what} with another {'config' if order.configs else 'command'} than this one; {first}"
+    if again := [name for name, each in before.items() if each.state == "run"]:
+        return f"{what}, while {_and(again)} before it must run again; {first}"
+    if failed := [task.name for task in job.tasks if _has_failed(task)]:
+        return f"{what}, but {_and(failed)} failed, so that what follows would be cancelled; {first}"
+    return ""
+
+
+def _has_failed(task: Task) -> bool:
+    """Whether a task has ended for good, without being done."""
+    history = read_history(task.launch)
+    end = history[-1].end if history else None
+    return end is not None and not end.again and end.why != "done"
+
+
+def _left_of_training(order: Order, job: Job | None, before: Mapping[str, Planned]) -> Left:
+    """Told by the checkpoints. Training that is complete is never thrown away because something before it changed."""
+    (task,), (config,) = order.tasks, order.configs
+    step, steps = newest_step(task.progress), config.train.steps
+    if step is None:
+        return Left(order.tasks, "how far it is could not be told")
+    if step < steps:
+        return Left(order.tasks, f"it is at step {step} of {steps}" if step or job else "it has not run yet")
+    changes = ["its config has changed"] if job is not None and job.fingerprint != order.fingerprint else []
+    changes += [f"{_and(again)} runs before it" for again in [_not_complete(before)] if again]
+    changes += [f"{_and(newer)} ran again after it" for newer in [_newer(job, before)] if newer]
+    remark = f", though {' and '.join(changes)}: another name in its config trains anew" if changes else ""
+    return Left((), f"all {steps} steps are done{remark}")
+
+
+def _left_of_command(order: Order, step: Step, job: Job | None, before: Mapping[str, Planned]) -> Left:
+    """Told by the histories of its tasks and by its outputs, if they are those of this command and of what is before
+    it now."""
     if job is None:
-        left, why = list(order.tasks), "it has not run yet"
-    elif again and not order.configs:
-        left, why = list(order.tasks), f"{' and '.join(again)} runs before it"
-    elif order.configs:
-        left = [task for task in order.tasks if not _done(task)]
-        why = "its run has not reached its last step"
-    elif job.fingerprint != order.fingerprint:
-        left, why = list(order.tasks), "its command has changed"
-    else:
-        left, why = _left(order, step)
-    if not left:
-        return Planned(name, step, before, order, "complete", "its output is complete")
-    return Planned(name, step, before, order if len(left) == len(order.tasks) else order.part(left), "run", why)
+        return Left(order.tasks, "it has not run yet")
+    if again := _not_complete(before):
+        return Left(order.tasks, f"{_and(again)} runs before it")
+    if job.fingerprint != order.fingerprint:
+        return Left(order.tasks, "its command or its inputs have changed")
+    if newer := _newer(job, before):
+        return Left(order.tasks, f"{_and(newer)} ran again after it")
+    left = [task for task in order.tasks if not is_complete(read_history(task.launch), step=None, steps=None)]
+    gone = missing_outputs(order, step)
+    makers = [task for tasks in gone.values() for task in tasks]
+    texts = [f"{_tasks(left, order)} not ended well"] if left else []
+    texts += [f"{_first(gone)} not there"] if gone else []
+    return Left(
+        [each for each in order.tasks if each in left or each in makers], "; ".join(texts) or "its output is complete"
+    )
 
 
-def _left(order: Order, step: Step) -> tuple[list[Task], str]:
-    left = [task for task in order.tasks if not _done(task)]
-    if left:
-        return left, "it has not ended well" if len(order.tasks) == 1 else f"{len(left)} of its tasks are left"
-    if gone := [url for url in step.outputs if not exists(url)]:
-        return list(order.tasks), f"{gone[0]} is not there"
-    return [], ""
+def _not_complete(before: Mapping[str, Planned]) -> list[str]:
+    return [name for name, each in before.items() if each.state != "complete"]
 
 
-def _done(task: Task) -> bool:
-    steps = task.progress.steps if task.progress else None
-    return is_complete(read_history(task.launch), step=newest_step(task.progress), steps=steps)
+def _newer(job: Job | None, before: Mapping[str, Planned]) -> list[str]:
+    """Steps that were submitted again later than this one, as when a pipeline was interrupted between them."""
+    return [name for name, each in before.items() if job and each.job and each.job.submitted > job.submitted]
 
 
-def exists(url: str) -> bool:
-    """Whether there is an object, a file or a folder with something in it.
+def _tasks(left: Sequence[Task], order: Order) -> str:
+    return "it has" if len(order.tasks) == 1 else f"{len(left)} of {len(order.tasks)} tasks have"
 
-    Raises:
-        DataError: the store does not answer.
-    """
-    parent, _, name = url.rstrip("/").rpartition("/")
-    if "://" not in url:
-        return Path(url).exists()
-    try:
-        return Store(parent).size(name) is not None or bool(Store(url).list())
-    except ObjectMissing:
-        return False
+
+def _first(gone: Mapping[str, object]) -> str:
+    more = len(gone) - 1
+    return f"{next(iter(gone))} is" if not more else f"{next(iter(gone))} and {more} more are"
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(names)

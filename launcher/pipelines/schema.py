@@ -1,4 +1,4 @@
-"""The file of a pipeline: named steps, each a training or a command, in the order in which they may run."""
+"""The file of a pipeline: named steps, each a training or a command."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from launcher.pipelines import graph
 from regen_dist.config.loading import load_section
 from regen_dist.config.section import PositiveInt, Section
+from regen_dist.config.urls import parse_url
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -21,14 +23,25 @@ class Step(Section):
     overrides: tuple[str, ...] = ()
     command: tuple[str, ...] | None = None
     array: PositiveInt = 1  # tasks of a command; {task} and {tasks} in its arguments are filled in
-    after: tuple[str, ...] | None = None  # steps above; None: the one before
-    outputs: tuple[str, ...] = ()  # paths or URLs that must be there for the step to be complete
+    after: tuple[str, ...] | None = None  # the steps that it waits for; None: the one above
+    inputs: tuple[Path, ...] = ()  # files that a command reads and that count as part of it, as a config
+    outputs: tuple[str, ...] = ()  # paths or URLs that must be there for a command to be complete; {task}: of each task
     cluster: dict[str, Any] = Field(default_factory=dict)  # keys of the cluster's file, as nodes or time_min
 
     @field_validator("command", "overrides", "outputs", mode="before")
     @classmethod
     def _numbers_are_text(cls, values: object) -> object:
-        return [str(each) for each in values] if isinstance(values, list) else values
+        plain = (str, int, float)
+        return (
+            [str(each) if isinstance(each, plain) else each for each in values] if isinstance(values, list) else values
+        )
+
+    @field_validator("outputs")
+    @classmethod
+    def _outputs_are_places(cls, outputs: tuple[str, ...]) -> tuple[str, ...]:
+        for each in outputs:
+            parse_url(each)
+        return outputs
 
     @model_validator(mode="after")
     def _is_one_of_the_two(self) -> Step:
@@ -38,6 +51,8 @@ class Step(Section):
             raise ValueError("overrides change the config of a training; put a command's options into its list")
         if self.train is not None and self.array > 1:
             raise ValueError("a training is one task; runs of different values are a sweep")
+        if self.train is not None and (self.inputs or self.outputs):
+            raise ValueError("inputs and outputs are a command's; a training is complete at its last step")
         return self
 
 
@@ -47,27 +62,26 @@ class Pipeline(Section):
     name: Annotated[str, Field(pattern=NAME)]
     output: str = "runs"
     variables: dict[str, str | int | float] = Field(default_factory=dict)  # for ${variables.NAME} elsewhere in the file
-    steps: dict[Annotated[str, Field(pattern=NAME)], Step]
+    steps: Annotated[dict[Annotated[str, Field(pattern=NAME)], Step], Field(min_length=1)]
 
-    @model_validator(mode="after")
-    def _steps_come_after_what_they_need(self) -> Pipeline:
-        if not self.steps:
-            raise ValueError("steps is empty; a pipeline has at least one")
-        above: list[str] = []
-        for name, step in self.steps.items():
-            if unknown := [each for each in step.after or () if each not in above]:
-                allowed = f"steps above it ({', '.join(above) or 'none'})"
-                raise ValueError(f"steps.{name}.after names {', '.join(unknown)}; allowed: {allowed}")
-            above.append(name)
-        return self
+    @property
+    def folder(self) -> Path:
+        """Of all its traces."""
+        return (Path(self.output) / self.name).absolute()
 
-    def before(self, name: str) -> tuple[str, ...]:
-        """The steps that this one waits for."""
-        after = self.steps[name].after
-        if after is not None:
-            return after
-        names = list(self.steps)
-        return tuple(names[: names.index(name)][-1:])
+    @property
+    def before(self) -> dict[str, tuple[str, ...]]:
+        """The steps that each waits for."""
+        return graph.predecessors(self._after)
+
+    @property
+    def ordered(self) -> list[str]:
+        """The steps, each behind those that it waits for."""
+        return graph.in_order(self._after)
+
+    @property
+    def _after(self) -> dict[str, tuple[str, ...] | None]:
+        return {name: step.after for name, step in self.steps.items()}
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
@@ -76,4 +90,4 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     Raises:
         ConfigError: with all that is wrong in it.
     """
-    return load_section(Pipeline, path, overrides)
+    return load_section(Pipeline, path, overrides, graph.problems)

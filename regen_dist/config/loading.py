@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,6 +21,7 @@ from regen_dist.errors import ConfigError
 CONFIG_FILE = "config.yaml"
 HASH_FILE = "config.hash"
 Schema = TypeVar("Schema", bound=BaseModel)
+Look = Callable[[dict[str, Any]], Iterable[tuple[str, str]]]  # dotted key and problem
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -36,13 +37,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_section(RunConfig, path, overrides)
 
 
-def load_section(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> Schema:
+def load_section(
+    schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), look: Look | None = None
+) -> Schema:
     """A file of another kind (a cluster, a pipeline), read by the same rules as a run's config.
+
+    Args:
+        schema: of the file.
+        path: to it.
+        overrides: as of `load_config`.
+        look: finds what else is wrong in the composed values, of which nothing is checked yet.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    return _validate(schema, compose(Path(path), overrides), Path(path))
+    composed, file = compose(Path(path), overrides), shown(Path(path))
+    for dotted, problem in look(composed.values) if look else ():
+        composed.problems.append((composed.origin(dotted) or file, dotted, problem))
+    return _validate(schema, composed, Path(path))
 
 
 def load_saved_config(folder: str | Path) -> RunConfig:

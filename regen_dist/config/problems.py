@@ -89,7 +89,8 @@ def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | 
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             field = annotation.model_fields.get(name)
             annotation = field.annotation if field else None
-        else:  # tuple[Section, ...]: the number of an element
+        else:  # the number of an element of tuple[Section, ...], or a name of dict[str, Section]
             arguments = typing.get_args(annotation)
-            annotation = arguments[0] if arguments and name.isdigit() else None
+            named = typing.get_origin(annotation) is dict
+            annotation = arguments[-1] if named else arguments[0] if arguments and name.isdigit() else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

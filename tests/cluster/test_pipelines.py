@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from uuid import uuid4
@@ -10,14 +11,14 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from launcher.job import newest_job
-from launcher.pipelines.planning import exists
+from launcher.job import Job, newest_job
+from launcher.pipelines.files import exists
 from launcher.seaweed import ObjectServer
 from launcher.slurm_loopback import SlurmCluster
 from regen_dist.config import to_yaml
-from tests.helpers.launching import Submitter, attempts, held, told, wait_for_end, wait_until, whys
+from tests.helpers.launching import Submitter, attempts, has_been_told, held, told, wait_for_end, wait_until, whys
 from tests.helpers.objects import use
-from tests.helpers.slurm import wait_for
+from tests.helpers.slurm import submit, wait_for
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
 
@@ -59,7 +60,7 @@ class Workshop:
                     "outputs": [f"{model}/config.yaml"],
                 },
                 "evaluate": {
-                    "command": measure, "array": 2, "outputs": [f"{out}/0/metrics.json", f"{out}/1/metrics.json"]
+                    "command": measure, "array": 2, "outputs": [f"{out}/{{task}}/metrics.json"]
                 },
             },
         }  # fmt: skip
@@ -82,6 +83,12 @@ def regen_submit(shop: Workshop, slurm: SlurmCluster) -> Submitter:
     return Submitter(shop.folder, slurm.environment())
 
 
+def newest(base: Path) -> Job:
+    job = newest_job(base)
+    assert job is not None
+    return job
+
+
 def write_pipeline(file: Path, shop: Workshop, name: str, steps: Mapping[str, object]) -> None:
     text = yaml.safe_dump({"name": name, "output": str(shop.folder / "runs"), "steps": steps}, sort_keys=False)
     file.write_text(text)
@@ -89,130 +96,175 @@ def write_pipeline(file: Path, shop: Workshop, name: str, steps: Mapping[str, ob
 
 def run_pipeline(regen_submit: Submitter, file: Path, *more: object) -> list[str]:
     """What `regen submit pipeline` printed."""
-    ended = regen_submit("pipeline", file, "--cluster", "loopback", *more)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout.splitlines()
+    made = regen_submit("pipeline", file, "--cluster", "loopback", *more)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return made.stdout.splitlines()
+
+
+def ended(folder: Path) -> float:
+    """When the newest start of a task ended."""
+    end = attempts(folder)[-1].end
+    assert end is not None
+    return end.time
 
 
 def test_a_pipeline_from_videos_to_measured_reconstructions(
     regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster
 ) -> None:
-    """Shards by an array, training on two nodes that is preempted by a signal on its way, an export, an array that
-    measures. While it runs a second submission submits nothing; after it everything is skipped."""
+    """Shards by an array, training on two nodes that a job of higher priority takes away on its way, an export, an
+    array that measures. While it runs a second submission submits nothing; what follows waits for the training's real
+    end, not for the moment of its requeue; after it everything is skipped."""
     lines = run_pipeline(regen_submit, shop.file)
     assert [line.partition(":")[0] for line in lines] == list(STEPS)
     assert "after shards" in lines[1]
-    embedder = newest_job(shop.folder_of("embedder"))
-    assert embedder is not None
-    with held(shop.folder_of("embedder"), 2, 3):
+    run = shop.folder_of("embedder")
+    with held(run, 2, 3) as ranks:
         again = run_pipeline(regen_submit, shop.file)
-        assert "skipped, its output is complete" in again[0]
-        assert all("runs or waits" in line for line in again[1:]), again
-        slurm.run("scancel", "--signal=USR2", str(embedder.id()))
-    assert wait_for_end(shop.folder_of("embedder"), starts=2) == "done", told(shop.folder_of("embedder"))
-    assert whys(shop.folder_of("embedder")) == ["signal", "done"]
-    evaluate = newest_job(shop.folder_of("evaluate"))
-    assert evaluate is not None
+        assert again[0] == "shards: skipped, its output is complete"
+        assert all("not submitted again" in line for line in again[1:]), again
+        submit(slurm, shop.folder, "true", "--partition=high", "--nodes=2", "--exclusive")
+        wait_until(lambda: all(has_been_told(rank, signal.SIGUSR2) for rank in ranks.values()), lambda: told(run))
+    assert wait_for_end(run, starts=2) == "done", told(run)
+    assert whys(run) == ["preempted", "done"]
+    evaluate = newest(shop.folder_of("evaluate"))
     for task in evaluate.tasks:
         assert wait_for_end(task.folder) == "done", told(task.folder)
+    assert attempts(shop.folder_of("model"))[0].start.time >= ended(run)
     for number in range(2):
         measured = json.loads((shop.folder / "runs" / "test" / str(number) / "metrics.json").read_text())
-        assert measured
-    assert wait_for(slurm, f"{evaluate.id()}_1") == "COMPLETED"
+        assert measured["video"]["frames"] == 12
+        assert measured["psnr_db"] > 0
+        assert measured["model"]["step"] == 30
+    assert wait_for(slurm, str(evaluate.id())) == "COMPLETED"
     done = run_pipeline(regen_submit, shop.file)
-    assert done == [f"{step}: skipped, its output is complete" for step in STEPS]
-    assert len(attempts(shop.folder_of("embedder"))) == 2
+    complete = dict.fromkeys(STEPS, "its output is complete") | {"embedder": "all 30 steps are done"}
+    assert done == [*(f"{step}: skipped, {why}" for step, why in complete.items()), "nothing is left to do"]
+    assert len(attempts(run)) == 2
 
 
 def test_what_changed_runs_again_with_what_comes_after(
     regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster
 ) -> None:
-    """An output that is gone, and a command with another option: that step and the later ones, not the earlier."""
+    """An output that is gone: the task that makes it, alone. A command with another option: that step and the later
+    ones, not the earlier."""
     (shop.folder / "runs" / "test" / "1" / "metrics.json").unlink()
     lines = run_pipeline(regen_submit, shop.file)
     assert ["skipped" in line for line in lines] == [True, True, True, False]
-    assert "metrics.json is not there" in lines[3]
-    evaluate = newest_job(shop.folder_of("evaluate"))
-    assert evaluate is not None
-    for task in evaluate.tasks:
-        assert wait_for_end(task.folder) == "done", told(task.folder)
-    for task in range(2):
-        assert wait_for(slurm, f"{evaluate.id()}_{task}") == "COMPLETED"
+    assert "1/metrics.json is not there" in lines[3]
+    evaluate = newest(shop.folder_of("evaluate"))
+    assert [task.name for task in evaluate.tasks] == ["mini.evaluate[1]"]
+    assert wait_for(slurm, str(evaluate.id())) == "COMPLETED"
+    assert (shop.folder / "runs" / "test" / "1" / "metrics.json").exists()
     changed = shop.steps()
     steps: dict[str, dict[str, list[object]]] = changed["steps"]  # type: ignore[assignment]
     steps["model"]["command"] += ["--force"]
     other = shop.folder / "changed.yaml"
     other.write_text(yaml.safe_dump(changed, sort_keys=False))
-    ended = regen_submit("pipeline", other, "--cluster", "loopback", "--dry-run")
-    assert "command has" in ended.stdout
-    assert "model runs before" in " ".join(ended.stdout.split())
+    shown = regen_submit("pipeline", other, "--cluster", "loopback", "--dry-run")
+    table = {line.split()[0]: line for line in shown.stdout.splitlines()[: len(STEPS) + 1]}
+    assert "its command or its inputs have changed" in table["model"]
+    assert "model runs before it" in table["evaluate"]
+    assert " complete " in table["shards"]
+    assert " complete " in table["embedder"]
+    assert "#SBATCH --dependency=afterok:JOB-OF-model" in shown.stdout
+    assert shown.stdout.count("#SBATCH --job-name=") == 2
 
 
 def test_a_step_that_fails_ends_what_follows(regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster) -> None:
-    """Nothing waits for ever: Slurm cancels the later steps."""
+    """Nothing waits for ever: Slurm cancels the later steps, and who waits for the pipeline is told."""
+    config = str(shop.folder / "tiny.yaml")
     steps = {
         "wrong": {"command": ["config", "show", "/dev/null"]},
-        "next": {"command": ["config", "show", str(shop.folder / "tiny.yaml")]},
-        "last": {"command": ["config", "show", str(shop.folder / "tiny.yaml")]},
+        "next": {"command": ["config", "show", config]},
+        "last": {"command": ["config", "show", config]},
+        "beside": {"command": ["config", "show", config], "after": []},
     }
     file = shop.folder / "failing.yaml"
-    file.write_text(
-        yaml.safe_dump({"name": "failing", "output": str(shop.folder / "runs"), "steps": steps}, sort_keys=False)
-    )
-    run_pipeline(regen_submit, file)
+    write_pipeline(file, shop, "failing", steps)
+    waited = regen_submit("pipeline", file, "--cluster", "loopback", "--wait", timeout_s=180)
+    assert waited.returncode == 2, waited.stdout + waited.stderr
     jobs = {name: newest_job(shop.folder / "runs" / "failing" / name) for name in steps}
     ids = {name: str(job.id()) for name, job in jobs.items() if job}
-    assert wait_for(slurm, ids["wrong"]) == "FAILED"
-    assert wait_for(slurm, ids["next"]) == "CANCELLED"
-    assert wait_for(slurm, ids["last"]) == "CANCELLED"
+    states = {name: wait_for(slurm, number) for name, number in ids.items()}
+    assert states == {"wrong": "FAILED", "next": "CANCELLED", "last": "CANCELLED", "beside": "COMPLETED"}
     assert attempts(shop.folder / "runs" / "failing" / "next") == []
+    assert waited.stdout.splitlines()[-4:] == [
+        "wrong: ended with exit code 2", "next: did not run", "last: did not run", "beside: done",
+    ]  # fmt: skip
 
 
 def test_a_task_of_an_array_that_failed_runs_again_alone(
     regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster
 ) -> None:
-    """The second submission of the pipeline runs the one that is left."""
-    needed = shop.folder / "later.yaml"
+    """The others finish, and what waits for the array is cancelled. A second submission runs the one that is left, and
+    then what follows."""
     command = ["config", "show", f"{shop.folder}/{{task}}.yaml"]
-    (shop.folder / "0.yaml").symlink_to(shop.folder / "tiny.yaml")
-    file = shop.folder / "array.yaml"
-    steps = {"many": {"command": command, "array": 2}}
+    for number in (0, 2):
+        (shop.folder / f"{number}.yaml").symlink_to(shop.folder / "tiny.yaml")
+    file, base = shop.folder / "array.yaml", shop.folder / "runs" / "array"
+    steps = {
+        "many": {"command": command, "array": 3},
+        "last": {"command": ["config", "show", str(shop.folder / "0.yaml")]},
+    }
     write_pipeline(file, shop, "array", steps)
     run_pipeline(regen_submit, file)
-    first, second = (shop.folder / "runs" / "array" / "many" / "tasks" / f"0000{number}" for number in range(2))
-    assert wait_for_end(first) == "done", told(first)
-    assert wait_for_end(second) == "failed", told(second)
-    job = newest_job(shop.folder / "runs" / "array" / "many")
-    assert job is not None
-    assert wait_for(slurm, f"{job.id()}_1") == "FAILED"
-    needed.symlink_to(shop.folder / "tiny.yaml")
-    needed.rename(shop.folder / "1.yaml")
-    (line,) = run_pipeline(regen_submit, file)
-    assert "1 of its tasks are left" in line
-    wait_until(lambda: whys(second) == ["done"], lambda: told(second))
-    assert len(attempts(first)) == 1
+    tasks = [base / "many" / "tasks" / f"0000{number}" for number in range(3)]
+    assert [wait_for_end(task) for task in tasks] == ["done", "failed", "done"]
+    last = newest(base / "last")
+    assert wait_for(slurm, str(last.id())) == "CANCELLED"
+    (shop.folder / "1.yaml").symlink_to(shop.folder / "tiny.yaml")
+    many, following = run_pipeline(regen_submit, file, "--wait")[:2]
+    assert "1 task(s) (1 of 3 tasks have not ended well)" in many
+    assert "after many (many runs before it)" in following
+    assert [whys(task) for task in (*tasks, base / "last")] == [["done"]] * 4
+    assert len(newest(base / "many").tasks) == 1
+    assert run_pipeline(regen_submit, file)[-1] == "nothing is left to do"
 
 
 def test_nothing_is_submitted_when_a_step_has_a_problem(regen_submit: Submitter, shop: Workshop) -> None:
     """The checks of all steps are told at once; what an earlier step makes is not missed."""
+    far, fit = ({"train": str(shop.folder / "tiny.yaml"), "cluster": {"nodes": 2}} for _ in range(2))
     steps = {
-        "good": {"command": ["config", "show", str(shop.folder / "tiny.yaml")]},
-        "far": {"train": str(shop.folder / "tiny.yaml"), "overrides": ["name=far", "train.batch_global=3"],
-                "cluster": {"nodes": 2}},
-    }  # fmt: skip
+        "good": {"command": ["config", "show", str(shop.folder / "tiny.yaml")], "outputs": ["later/manifest.json"]},
+        "fit": {**fit, "overrides": ["name=fit", "data.url=later"]},
+        "far": {**far, "overrides": ["name=far", "train.batch_global=3"]},
+        "lost": {**far, "overrides": ["name=lost", "data.url=nowhere"]},
+    }
     file = shop.folder / "refused.yaml"
-    file.write_text(
-        yaml.safe_dump({"name": "refused", "output": str(shop.folder / "runs"), "steps": steps}, sort_keys=False)
-    )
-    ended = regen_submit("pipeline", file, "--cluster", "loopback")
-    assert ended.returncode == 2
-    assert "far: " in ended.stderr
-    assert "nothing was submitted" in ended.stderr
+    write_pipeline(file, shop, "refused", steps)
+    refused = regen_submit("pipeline", file, "--cluster", "loopback")
+    assert refused.returncode == 2
+    assert "nothing was submitted: 2 problem(s)" in refused.stderr, refused.stderr
+    assert "- far: " in refused.stderr
+    assert "- lost: " in refused.stderr
     assert newest_job(shop.folder / "runs" / "refused" / "good") is None
+
+
+def test_steps_before_one_that_slurm_refuses_are_cancelled(
+    regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster
+) -> None:
+    """And it is told. The checks would have refused it, too: hence --force."""
+    command = ["config", "show", str(shop.folder / "tiny.yaml")]
+    steps = {"first": {"command": command}, "second": {"command": command, "cluster": {"partition": "none such"}}}
+    file = shop.folder / "half.yaml"
+    write_pipeline(file, shop, "half", steps)
+    slurm.run("scontrol", "update", "PartitionName=main", "State=DOWN")  # so that the first waits
+    try:
+        refused = regen_submit("pipeline", file, "--cluster", "loopback", "--force")
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=main", "State=UP")
+    first = newest(shop.folder / "runs" / "half" / "first")
+    assert refused.returncode != 0
+    assert "step second: Slurm refused the job" in refused.stderr, refused.stderr
+    assert f"cancelled again: first (job {first.id()})" in refused.stderr
+    assert wait_for(slurm, str(first.id())) == "CANCELLED"
+    assert newest_job(shop.folder / "runs" / "half" / "second") is None
 
 
 def test_outputs_in_a_store(shop: Workshop) -> None:
     assert exists(f"{shop.url}/train/manifest.json")
     assert exists(f"{shop.url}/train")
+    assert exists(shop.url.rpartition("/")[0])
     assert not exists(f"{shop.url}/train/no such object")
     assert not exists(f"{shop.url}/nothing here")
+    assert not exists("s3://no-such-bucket/nothing")

@@ -63,13 +63,17 @@ def test_what_a_cluster_cannot_be(override: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
-        ("{a: {command: [x], after: [b]}, b: {command: [x]}}", "steps.a.after names b; allowed: steps above it (none)"),
+        ("{a: {command: [x], after: [c]}, b: {command: [x]}}", "there is no step 'c'; Allowed: b"),
+        ("{a: {command: [x], after: [bb]}, bbb: {command: [x]}}", "did you mean bbb?"),
+        ("{a: {command: [x], after: [b]}, b: {command: [x]}}", "these steps wait for each other: "),
+        ("{a: {command: [x], outputs: ['http://x/y']}}", "is not supported"),
+        ("{a: {train: y.yaml, outputs: [z]}}", "inputs and outputs are a command's"),
         ("{a: {command: [x], train: y.yaml}}", "give either train"),
         ("{a: {}}", "give either train"),
         ("{a: {train: y.yaml, array: 2}}", "a training is one task"),
         ("{a: {command: [x], overrides: [b=c]}}", "overrides change the config of a training"),
         ("{a: {command: [x], nodes: 2}}", "steps.a.nodes: unknown key"),
-        ("{}", "steps is empty"),
+        ("{}", "steps: found {}"),
     ],
 )
 def test_what_a_pipeline_cannot_be(steps: str, expected: str, tmp_path: Path) -> None:
