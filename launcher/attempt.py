@@ -40,6 +40,9 @@ def begin(job: Job, task: Task, place: Scheduler) -> Verdict:
         start = Start(job=place.job, restart=place.restart, nodes=place.nodes, step=step, time=now())
         write_entry(task.launch, start)
         ends.prune(task.launch)
+    elif history and history[-1].end and history[-1].end.again:  # it was to go on, and does not
+        why: Why = "done" if not verdict.code else "stopped" if stop else "failed"
+        write_entry(task.launch, End(why=why, code=verdict.code, text=verdict.text, again=False, time=now()))
     return verdict
 
 

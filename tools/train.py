@@ -38,4 +38,6 @@ def train(
     loaded = load_config(config, overrides or [])  # before torch is imported: a wrong config is told at once
     from regen_dist.training.run import train as train_rank
 
-    raise typer.Exit(train_rank(loaded, fresh=fresh, earlier=earlier))
+    code = train_rank(loaded, fresh=fresh, earlier=earlier)
+    earlier.close()
+    raise typer.Exit(code)

