@@ -86,4 +86,4 @@ def made(step: Step, order: Order) -> list[str]:
     its run."""
     outputs = [filled(each, number, step.array) for each in step.outputs for number in range(step.array)]
     datasets = [each.removesuffix(_DATASET) for each in outputs if each.endswith(_DATASET)]
-    return [*outputs, *datasets, str(order.base)]
+    return list(dict.fromkeys([*outputs, *datasets, str(order.base)]))

@@ -1,0 +1,168 @@
+"""What is made of a plan: the checks of all steps, one command at a time, steps that are refused, what is printed."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher import slurm
+from launcher.job import Job, new_folder
+from launcher.pipelines import running
+from launcher.pipelines.planning import Planned, plan
+from launcher.pipelines.running import check_all, held, run_here, run_on_slurm
+from launcher.pipelines.schema import load_pipeline
+from launcher.pipelines.showing import scripts, table
+from launcher.preflight import Report
+from launcher.preflight.report import PreflightError
+from launcher.submitting import Order
+from regen_dist.errors import BackendError, DataError, RegenError
+
+STEPS = {
+    "first": {"command": ["look", "{task}"], "array": 5, "outputs": ["s3://data/train/manifest.json"]},
+    "second": {"command": ["see"], "outputs": ["made"]},
+    "third": {"command": ["tell", "it's $(odd)"], "after": ["first", "second"]},
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def planned(cluster: str = "loopback") -> list[Planned]:
+    Path("p.yaml").write_text(yaml.safe_dump({"name": "p", "steps": STEPS}, sort_keys=False))
+    return plan(load_pipeline(Path("p.yaml")), cluster, [])
+
+
+class Scheduler:
+    """Takes jobs, all but those that it is told to refuse."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuses: str = "") -> None:
+        self.refuses, self.taken, self.cancelled = refuses, list[tuple[str, str | None]](), list[str]()
+        monkeypatch.setattr(running, "submit", self.submit)
+        monkeypatch.setattr(slurm, "cancel", self.cancelled.append)
+
+    def submit(self, order: Order, dependency: str | None = None) -> Job:
+        if order.name == self.refuses:
+            raise BackendError("Slurm refused the job: no")
+        self.taken.append((order.name, dependency))
+        job = order.job(new_folder(order.base), Path("code"))
+        (job.folder / "job_id").write_text(f"{100 + len(self.taken)}\n")
+        return job
+
+
+def test_jobs_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, lines = Scheduler(monkeypatch), list[str]()
+    jobs = run_on_slurm(planned(), lines.append)
+    assert scheduler.taken == [("p.first", None), ("p.second", "afterok:101"), ("p.third", "afterok:101:102")]
+    assert {name: job.id() for name, job in jobs.items()} == {"first": "101", "second": "102", "third": "103"}
+    assert lines[0] == "first: job 101, 5 task(s) (it has not run yet)"
+    assert lines[2] == "third: job 103, after first and second (it has not run yet)"
+
+
+def test_what_was_submitted_before_a_refusal_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(monkeypatch, refuses="p.third")
+    with pytest.raises(RegenError, match=r"step third: Slurm refused the job: no; cancelled again: first \(job 101\)"):
+        run_on_slurm(planned(), print)
+    assert scheduler.cancelled == ["101", "102"]
+
+
+def test_what_could_not_be_cancelled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller that refused the last step may be out of reach for the first ones, too."""
+
+    def silent(job: str) -> None:
+        raise BackendError("no answer")
+
+    Scheduler(monkeypatch, refuses="p.second")
+    monkeypatch.setattr(slurm, "cancel", silent)
+    expected = r"step second: Slurm refused.*; could NOT be cancelled, and will run: first \(job 101: no answer\)"
+    with pytest.raises(RegenError, match=expected):
+        run_on_slurm(planned(), print)
+
+
+def test_the_problems_of_all_steps_forbid_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each check knows what the steps before it make."""
+    known: dict[str, list[str]] = {}
+
+    def check(order: Order, produced: list[str]) -> Report:
+        known[order.name] = [*produced]
+        return Report(problems=[f"bad {order.name}"] if order.name != "p.second" else [], notes=["by the way"])
+
+    monkeypatch.setattr(running, "check", check)
+    said = list[str]()
+    with pytest.raises(PreflightError) as caught:
+        check_all(planned(), force=False, tell=said.append)
+    assert str(caught.value).splitlines()[:3] == [
+        "nothing was submitted: 2 problem(s)", "  - first: bad p.first", "  - third: bad p.third",
+    ]  # fmt: skip
+    assert said == [f"note: {name}: by the way" for name in STEPS]
+    assert known["p.first"] == []
+    made = ["s3://data/train/manifest.json", "s3://data/train", str(Path("runs/p/first").absolute())]
+    assert known["p.second"] == made
+    assert known["p.third"] == [*made, "made", str(Path("runs/p/second").absolute())]
+    check_all(planned(), force=True, tell=said.append)
+    assert said[-1] == "warning: submitted in spite of: third: bad p.third"
+
+
+def test_on_this_machine_a_failure_stops_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, lines = Scheduler(monkeypatch), list[str]()
+    codes = {"p.first": 0, "p.second": 4}
+    monkeypatch.setattr(running, "missing_outputs", lambda order, step: {})
+    monkeypatch.setattr(running, "wait_for", lambda job: codes[job.name])
+    assert run_here(planned("local"), lines.append) == 4
+    assert [name for name, _ in scheduler.taken] == ["p.first", "p.second"]
+    assert lines[-1] == "second ended with exit code 4; nothing after it was started"
+
+
+def test_a_step_that_does_not_make_what_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise what follows would fail, or the pipeline never be complete, without a word of why."""
+    Scheduler(monkeypatch)
+    monkeypatch.setattr(running, "wait_for", lambda job: 0)
+    second = [each for each in planned("local") if each.name == "second"]
+    with pytest.raises(DataError, match="step second ended well, but made is not there"):
+        run_here(second, print)
+
+
+def test_one_command_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "p"
+    with held(folder, print):
+        program = (
+            "import sys; from pathlib import Path; from launcher.pipelines.running import held\n"
+            "with held(Path(sys.argv[1]), print): pass"
+        )
+        other = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=False)
+        assert "another `regen submit pipeline` (process " in other.stderr
+    with held(folder, print):
+        pass
+
+
+def test_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    said = list[str]()
+    with held(tmp_path, said.append):
+        assert "no locks there (Function not implemented)" in said[0]
+
+
+def test_the_plan_that_is_printed() -> None:
+    lines = list(table(planned()))
+    assert lines[0].split("  ")[0] == "step"
+    assert " ".join(lines[1].split()) == "first - look {task} run 1 x 1 5 it has not run yet"
+    assert lines[3].split()[:3] == ["third", "first,", "second"]
+    assert len({line.index("run") for line in lines[1:]}) == 1, "columns stand under each other"
+
+
+def test_the_scripts_that_are_printed() -> None:
+    text = "\n".join(scripts(planned()))
+    assert "# regen look 2\n# … 5 tasks in all\n#!/bin/bash" in text
+    assert "# regen tell 'it'\"'\"'s $(odd)'" in text
+    assert "#SBATCH --dependency=afterok:JOB-OF-first:JOB-OF-second" in text
+    assert text.count("#SBATCH --kill-on-invalid-dep=yes") == 2
+    assert "#SBATCH" not in "\n".join(scripts(planned("local")))
