@@ -27,10 +27,10 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-def ends(task: Task, why: Why) -> None:
-    """A start of a task that ended for good."""
+def ends(task: Task, why: Why, *, again: bool = False) -> None:
+    """A start of a task that ended: for good, or to be requeued."""
     write_entry(task.launch, Start(job="1", restart=0, nodes=("a",), time=1.0))
-    write_entry(task.launch, End(why=why, code=0, text="", again=False, time=2.0))
+    write_entry(task.launch, End(why=why, code=0, text="", again=again, time=2.0))
 
 
 class Pipe:
@@ -221,7 +221,11 @@ def fail_one(pipe: Pipe) -> None:
 def test_a_job_that_runs_but_is_not_what_is_wanted(pipe: Pipe, change: Callable[[Pipe], None], expected: str) -> None:
     pipe.submit(pipe.plan()["shards"].order, why=None)
     pipe.alive = {"p.shards"}
-    assert pipe.plan()["shards"].problem == ""
+    job = newest_job(Path("runs/p/shards").absolute())
+    assert job is not None
+    ends(job.tasks[0], "done")
+    ends(job.tasks[1], "preempted", again=True)
+    assert pipe.plan()["shards"].problem == "", "it is requeued"
     change(pipe)
     problem = pipe.plan()["shards"].problem
     assert expected in problem
