@@ -115,10 +115,15 @@ def held(run: Path, ranks: int, step: int, *, starts: int = 1) -> Iterator[dict[
     for process in stopped.values():
         os.kill(process, signal.SIGSTOP)
     try:
+        wait_until(lambda: all(map(_is_stopped, stopped.values())), lambda: told(run))
         yield stopped
     finally:
         for process in stopped.values():
             _send(process, signal.SIGCONT)
+
+
+def _is_stopped(process: int) -> bool:
+    return "State:\tT" in Path(f"/proc/{process}/status").read_text()
 
 
 def _send(process: int, number: signal.Signals) -> None:
@@ -134,7 +139,7 @@ def has_been_told(process: int, number: signal.Signals) -> bool:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except FileNotFoundError:
         return True
-    if not any(line.startswith("State:\tT") for line in lines):
+    if not _is_stopped(process):
         return True
     masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
     return any(mask >> (number - 1) & 1 for mask in masks)
