@@ -136,15 +136,10 @@ def _send(process: int, number: signal.Signals) -> None:
 def has_been_told(process: int, number: signal.Signals) -> bool:
     """Whether a signal waits for a process that was stopped, or it has gone on already: Slurm wakes what it tells."""
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        status = Path(f"/proc/{process}/status").read_text()
     except FileNotFoundError:
         return True
-    if not _is_stopped(process):
+    if "State:\tT" not in status:
         return True
-    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
     return any(mask >> (number - 1) & 1 for mask in masks)
-
-
-def logged_checkpoints(run: Path) -> list[int]:
-    """The steps of the saves that stand in the record."""
-    return [line["step"] for line in read_record(run / "metrics.jsonl", "checkpoint")]
