@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -92,6 +93,12 @@ def train(regen_submit: Submitter, shop: Workshop, name: str, *more: object) -> 
     return regen_submit.job(shop.run(name), "train", shop.config, f"name={name}", *ON_TWO_NODES, *more)
 
 
+def set_time_limit(slurm: SlurmCluster, run: Path, number: str) -> None:
+    """In one to two minutes from now: not before the run is where it shall be told, however slow the machine is."""
+    minutes = int(time.time() - attempts(run)[0].start.time) // 60 + 2
+    slurm.run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
+
+
 def test_two_nodes_train_from_the_store_as_two_ranks_here(
     regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster, undisturbed: dict[int, float]
 ) -> None:
@@ -125,7 +132,8 @@ def test_a_job_that_must_go_saves_and_goes_on(
     resumed; the losses are those of a run that nothing happened to, bit for bit."""
     name = how.replace(" ", "_")
     run = shop.run(name)
-    job = train(regen_submit, shop, name, *(("--time", 1, "--set", "signal_lead_s=50") if how == "time limit" else ()))
+    lead = ("--set", "signal_lead_s=110") if how == "time limit" else ()
+    job = train(regen_submit, shop, name, *lead, "checkpoint.every=1000")
     number = job.id()
     assert number
     other = None
@@ -134,6 +142,8 @@ def test_a_job_that_must_go_saves_and_goes_on(
             other = submit(slurm, shop.folder, "true", "--partition=high", "--nodes=2", "--exclusive")
         elif how == "signal":
             slurm.run("scancel", "--signal=USR2", number)
+        else:
+            set_time_limit(slurm, run, number)
         wait_until(lambda: all(has_been_told(each, signal.SIGUSR2) for each in ranks.values()), lambda: told(run))
     if how == "time limit":  # long enough for the rest
         wait_until(lambda: whys(run)[0], lambda: told(run))
@@ -144,8 +154,7 @@ def test_a_job_that_must_go_saves_and_goes_on(
     assert whys(run) == [how, "done"]
     first, second = attempts(run)
     assert first.start.step == 0
-    assert second.start.step is not None
-    assert second.start.step % SAVE_EVERY, f"{second.start.step}: it went on from a save at the step it was told in"
+    assert (second.start.step or 0) >= 5, "there was no save but the one when it was told"
     assert losses(run) == undisturbed
     assert wait_for(slurm, number) == "COMPLETED"
 
@@ -163,7 +172,7 @@ def test_a_rank_that_is_killed_goes_on_from_the_last_checkpoint(
     first, second = attempts(run)
     assert first.end is not None
     assert (first.end.code, first.end.at_fault) == (128 + signal.SIGKILL, ("node2",))
-    assert second.start.step == SAVE_EVERY
+    assert second.start.step in range(SAVE_EVERY, STEPS, SAVE_EVERY)
     assert losses(run) == undisturbed
 
 

@@ -49,7 +49,7 @@ def test_a_rank_that_is_killed_is_started_again(folder: Path) -> None:
         os.kill(ranks[1], signal.SIGKILL)
     assert wait_for_end(second) == "done", told(second)
     assert whys(second) == ["failed", "done"]
-    assert attempts(second)[1].start.step == 10
+    assert attempts(second)[1].start.step in (10, 20)
     assert losses(first) == losses(second)
 
 
