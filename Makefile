@@ -8,7 +8,7 @@ SUITES := unit dist fault cluster e2e
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(JIT)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help venv demo test check lint unit clean $(addprefix test-,$(SUITES))
+.PHONY: help venv demo miniature test check lint unit clean $(addprefix test-,$(SUITES))
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -18,6 +18,9 @@ venv: $(STAMP) ## the environment in .venv, pinned by constraints.txt
 
 demo: $(STAMP) ## real video -> shards -> two-rank ZeRO-3 training, stopped and resumed -> a report page
 	regen demo
+
+miniature: $(STAMP) ## drawn videos -> embedder -> latents -> text to video, preempted once -> generated videos, scored
+	regen miniature
 
 test: $(addprefix test-,$(SUITES)) ## every suite, servers included
 	@echo "all suites passed: $(SUITES)"
@@ -54,7 +57,7 @@ $(STAMP): pyproject.toml constraints.txt .ci/system-packages
 	.ci/system-packages $(PYTHON)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch setuptools
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,text,bench]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
 
 clean: ## removes caches and builds; keeps runs and the environment

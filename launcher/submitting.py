@@ -17,7 +17,7 @@ from launcher.history import set_aside
 from launcher.job import ID_FILE, LAUNCH, Job, Progress, Task, new_folder, write_job
 from launcher.script import callables, slurm_executor
 from launcher.snapshot import take_snapshot
-from regen_dist.config import RunConfig, config_hash, to_yaml
+from regen_dist.config import AnyRunConfig, config_hash, to_yaml
 from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import BackendError, RegenError
 
@@ -41,7 +41,7 @@ class Order:
     tasks: tuple[Task, ...]
     cluster: ClusterConfig
     cluster_name: str
-    configs: tuple[RunConfig, ...] = ()
+    configs: tuple[AnyRunConfig, ...] = ()
     whole: str = ""  # fingerprint of the order that this is a part of
 
     @property
@@ -68,7 +68,7 @@ class Order:
         )  # fmt: skip
 
 
-def train_task(config: RunConfig, *, fresh: bool = False) -> Task:
+def train_task(config: AnyRunConfig, *, fresh: bool = False) -> Task:
     """Training as a task: by a copy of the resolved config in the run folder, so that nothing changes under a job that
     waits."""
     folder = config.folder.absolute()
@@ -82,7 +82,7 @@ def _absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).absolute())
 
 
-def train_order(config: RunConfig, cluster: ClusterConfig, cluster_name: str, *, fresh: bool = False) -> Order:
+def train_order(config: AnyRunConfig, cluster: ClusterConfig, cluster_name: str, *, fresh: bool = False) -> Order:
     """One run."""
     task = train_task(config, fresh=fresh)
     return Order(config.name, "train", task.folder, (task,), cluster, cluster_name, (config,))

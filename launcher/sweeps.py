@@ -12,14 +12,14 @@ import yaml
 
 from launcher.cluster import ClusterConfig
 from launcher.submitting import Order, train_task
-from regen_dist.config import RunConfig, load_config
+from regen_dist.config import AnyRunConfig, load_config
 from regen_dist.config.yamlfile import parse_yaml
 from regen_dist.errors import ConfigError
 
 _SUFFIX = "-sweep"
 
 
-def expand(config: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[tuple[RunConfig, str]]:
+def expand(config: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[tuple[AnyRunConfig, str]]:
     """The config of every run of a sweep, and the name of the run that all of them change.
 
     Each is named after what is its own: `nano` swept over `optimizer.lr=1e-3,3e-3` gives `nano-lr1e-3`, `nano-lr3e-3`.
@@ -72,7 +72,7 @@ def _plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_")
 
 
-def sweep_order(runs: Sequence[tuple[RunConfig, str]], cluster: ClusterConfig, cluster_name: str) -> Order:
+def sweep_order(runs: Sequence[tuple[AnyRunConfig, str]], cluster: ClusterConfig, cluster_name: str) -> Order:
     """The runs as one array. Each keeps its own folder; the array's stands beside them, by the name NAME-sweep."""
     configs = tuple(config for config, _ in runs)
     name = f"{runs[0][1]}{_SUFFIX}"

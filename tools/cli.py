@@ -22,12 +22,16 @@ app = typer.Typer(
 
 _COMMANDS = {
     "demo": ("demo", "demo"),
+    "miniature": ("miniature", "miniature"),
     "train": ("train", "train"),
+    "preencode": ("preencode", "preencode"),
+    "generate": ("generate", "generate"),
     "reconstruct": ("reconstruct", "reconstruct"),
+    "score-shapes": ("score_shapes", "score_shapes"),
     "describe": ("describe", "describe"),
     "fetch-videos": ("fetch_videos", "fetch_videos"),
 }
-_GROUPS = {name: name for name in ("submit", "jobs", "shards", "checkpoint", "config", "bench")}
+_GROUPS = {name: name for name in ("submit", "jobs", "shards", "text", "checkpoint", "config", "bench")}
 
 
 @app.callback(invoke_without_command=True)

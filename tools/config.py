@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from regen_dist.config import RunConfig
+    from regen_dist.config import AnyRunConfig
 
 app = typer.Typer(no_args_is_help=True, help="Show a resolved config, or the difference between two.")
 
@@ -45,7 +45,7 @@ def diff(
     raise typer.Exit(1 if differing else 0)
 
 
-def _load(path: Path, overrides: list[str] | None) -> RunConfig:
+def _load(path: Path, overrides: list[str] | None) -> AnyRunConfig:
     from regen_dist.config import load_config, load_saved_config
 
     return load_saved_config(path) if path.is_dir() and not overrides else load_config(path, overrides or [])

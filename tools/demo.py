@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from regen_dist.errors import EXIT_RESUME, RegenError
+from tools import stages
 
 if TYPE_CHECKING:
     from regen_dist.config import RunConfig
@@ -27,7 +23,6 @@ TRAIN_VIDEO, HELD_OUT_VIDEO = "bbb.mp4", "bikes.mp4"
 # size.
 TRAIN_SHORT_SIDE, SHORT_SIDE = 64, 128
 STEPS = (1, 4)
-_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,16 +47,16 @@ def demo(
 
     Example: regen demo
     """
-    from regen_dist.config import load_config
+    from regen_dist.config import load_embedder_config
 
     began = time.monotonic()
     overrides = [*_suited_to_this_machine(), *(overrides or [])]
-    loaded = load_config(config, overrides)
+    loaded = load_embedder_config(config, overrides)
     base = Path(loaded.output)
     names = [f"{steps}_step{'s' if steps > 1 else ''}" for steps in STEPS]
     run = base / loaded.name
     places = _Places(videos, run, tuple(base / "reconstructions" / name for name in names), base / "report")
-    _run(["fetch-videos", "--out", str(videos), "--only", TRAIN_VIDEO, "--only", HELD_OUT_VIDEO])
+    stages.run(["fetch-videos", "--out", str(videos), "--only", TRAIN_VIDEO, "--only", HELD_OUT_VIDEO])
     _build_shards(loaded, videos)
     _train(["train", str(config), "--ranks", str(ranks), *overrides], loaded, places.run)
     _reconstruct(places)
@@ -70,30 +65,10 @@ def demo(
 
 def _suited_to_this_machine() -> list[str]:
     """Changes to the config without which the demo would take hours here."""
-    import torch
-
-    from regen_dist.observe.hardware import multiplies_bf16
-
-    if torch.cuda.is_available() or multiplies_bf16():
+    if stages.working_precision() == "bf16":
         return []
     print("This CPU does not multiply bf16 itself: the demo trains in float32.", flush=True)
     return ["engine.precision=fp32"]
-
-
-def _run(arguments: Sequence[str]) -> None:
-    """Print and run one `regen` command; its failure ends the demo with its exit code."""
-    _announce(arguments)
-    code = subprocess.run(_command(arguments), check=False).returncode
-    if code:
-        raise typer.Exit(code)
-
-
-def _announce(arguments: Sequence[str]) -> None:
-    print(f"\n$ regen {shlex.join(arguments)}", flush=True)
-
-
-def _command(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "tools.cli", *arguments]
 
 
 def _build_shards(config: RunConfig, videos: Path) -> None:
@@ -101,68 +76,24 @@ def _build_shards(config: RunConfig, videos: Path) -> None:
     if train is None or held_out is None:
         raise RegenError("the demo needs data.url and data.validation_url in its config: the shards go there")
     for video, url, side in ((TRAIN_VIDEO, train, TRAIN_SHORT_SIDE), (HELD_OUT_VIDEO, held_out, SHORT_SIDE)):
-        _run(["shards", "build", str(videos / video), "--out", url, "--short-side", str(side)])
+        stages.run(["shards", "build", str(videos / video), "--out", url, "--short-side", str(side)])
 
 
 def _train(arguments: Sequence[str], config: RunConfig, run: Path) -> None:
     """Train to the end; the first time, stop half-way through by the file STOP and start again by the same command."""
     total = config.train.steps
-    if _last_step(run) >= total:
-        _announce(arguments)
+    stages.announce(arguments)
+    if stages.last_step(run) >= total:
         print(f"skipped: {run} has all its {total} steps")
         return
-    _announce(arguments)
-    stop_at = None if _was_resumed(run) else total // 2
-    code, stopped = _train_until(arguments, run, stop_at)
-    if code == EXIT_RESUME and stopped:
+    stop_at = None if stages.was_resumed(run) else total // 2
+    ended = stages.run_until(arguments, run, stop_at)
+    if ended.code == EXIT_RESUME and ended.on_purpose:
         print(f"It was stopped half-way on purpose (exit code {EXIT_RESUME}). The same command goes on:", flush=True)
-        _announce(arguments)
-        code, _ = _train_until(arguments, run, None)
-    if code:
-        raise typer.Exit(code)
-
-
-def _train_until(arguments: Sequence[str], run: Path, stop_at: int | None) -> tuple[int, bool]:
-    """Run the training command; once the record has reached `stop_at`, ask it to stop.
-
-    A signal to the demo is handed on to the training, which saves and ends.
-
-    Returns:
-        The exit code, and whether it was the demo that asked.
-    """
-    process, stopped, signalled = subprocess.Popen(_command(arguments)), False, False
-
-    def hand_on(number: int, _frame: FrameType | None) -> None:
-        nonlocal signalled
-        signalled = True
-        process.send_signal(number)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while process.poll() is None:
-            time.sleep(_POLL_S)
-            if stop_at is not None and not stopped and _last_step(run) >= stop_at:
-                (run / "STOP").touch()
-                stopped = True
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return process.returncode, stopped and not signalled
-
-
-def _record(run: Path) -> list[dict[str, Any]]:
-    from regen_dist.observe.record import read_record
-
-    path = run / "metrics.jsonl"
-    return read_record(path) if path.is_file() else []
-
-
-def _last_step(run: Path) -> int:
-    return max((line["step"] for line in _record(run) if line["kind"] == "train"), default=0)
-
-
-def _was_resumed(run: Path) -> bool:
-    return any(line.get("event") == "start" and line["step"] > 0 for line in _record(run))
+        stages.announce(arguments)
+        ended = stages.run_until(arguments, run, None)
+    if ended.code:
+        raise typer.Exit(ended.code)
 
 
 def _reconstruct(places: _Places) -> None:
@@ -172,10 +103,10 @@ def _reconstruct(places: _Places) -> None:
         arguments += ["--short-side", str(SHORT_SIDE), *(["--compare"] if steps == STEPS[0] else [])]
         metrics = out / "metrics.json"
         if metrics.is_file() and metrics.stat().st_mtime > record.stat().st_mtime:
-            _announce(arguments)
+            stages.announce(arguments)
             print(f"skipped: {metrics} is newer than the training")
         else:
-            _run(arguments)
+            stages.run(arguments)
 
 
 def _conclude(places: _Places, seconds: float) -> None:

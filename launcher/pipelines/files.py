@@ -18,7 +18,7 @@ from regen_dist.config.urls import parse_url
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import ConfigError, ObjectMissing
 
-_DATASET = "/manifest.json"
+_MARKS = ("/manifest.json", "/config.yaml")  # of a dataset, of an exported model: the last that is written
 
 
 def with_inputs(order: Order, inputs: Sequence[Path]) -> Order:
@@ -82,8 +82,8 @@ def exists(url: str) -> bool:
 
 
 def made(step: Step, order: Order) -> list[str]:
-    """What later steps may count on: outputs, the dataset whose manifest is one, and the step's folder. A training:
-    its run."""
+    """What later steps may count on: outputs, the dataset whose manifest or the model whose config is one of them, and
+    the step's folder. A training: its run."""
     outputs = [filled(each, number, step.array) for each in step.outputs for number in range(step.array)]
-    datasets = [each.removesuffix(_DATASET) for each in outputs if each.endswith(_DATASET)]
-    return list(dict.fromkeys([*outputs, *datasets, str(order.base)]))
+    wholes = [each.removesuffix(mark) for each in outputs for mark in _MARKS if each.endswith(mark)]
+    return list(dict.fromkeys([*outputs, *wholes, str(order.base)]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.snapshot import ROOT
-from regen_dist.config import RunConfig, to_yaml
+from regen_dist.config import AnyRunConfig, RunConfig, to_yaml
 from regen_dist.errors import RegenError
 
 _PATIENCE_S = 60.0  # for all models of an order together
@@ -40,7 +40,7 @@ class Estimates:
     _spent_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def of(self, config: RunConfig, world_size: int) -> Estimate:
+    def of(self, config: AnyRunConfig, world_size: int) -> Estimate:
         """The estimate for a run.
 
         Raises:
@@ -57,7 +57,7 @@ class Estimates:
             raise found
         return found
 
-    def _ask(self, config: RunConfig, world_size: int) -> Estimate | NoEstimate:
+    def _ask(self, config: AnyRunConfig, world_size: int) -> Estimate | NoEstimate:
         left_s = self.patience_s - self._spent_s
         try:
             return describe(config, world_size, left_s) if left_s > 0 else _too_long(self.patience_s)
@@ -67,7 +67,7 @@ class Estimates:
             return error
 
 
-def describe(config: RunConfig, world_size: int, timeout_s: float) -> Estimate:
+def describe(config: AnyRunConfig, world_size: int, timeout_s: float) -> Estimate:
     """Ask `regen describe`.
 
     Raises:
@@ -100,8 +100,9 @@ def _too_long(patience_s: float) -> NoEstimate:
     return NoEstimate(f"`regen describe` took longer than {patience_s:.0f} s")
 
 
-def _key(config: RunConfig, world_size: int) -> str:
+def _key(config: AnyRunConfig, world_size: int) -> str:
     """All that an estimate depends on, and nothing that runs of a sweep usually differ in."""
     train = config.train
     parts = [config.model.model_dump_json(), config.engine.model_dump_json(), config.optimizer.kind]
-    return repr([parts, config.data.sizes, train.batch_global, train.accumulation, world_size])
+    cut = config.data.sizes if isinstance(config, RunConfig) else config.data.clips
+    return repr([parts, cut, train.batch_global, train.accumulation, world_size])

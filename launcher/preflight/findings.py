@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from launcher.preflight.estimates import Estimates
 from launcher.submitting import Order
-from regen_dist.config import RunConfig
+from regen_dist.config import AnyRunConfig
 from regen_dist.config.urls import parse_url
 
 One = TypeVar("One")
@@ -50,7 +50,7 @@ class Subject:
     estimates: Estimates = field(default_factory=Estimates)
 
     @property
-    def configs(self) -> Sequence[RunConfig]:
+    def configs(self) -> Sequence[AnyRunConfig]:
         """Of the runs; none where the job is no training."""
         return self.order.configs
 
@@ -68,7 +68,7 @@ class Subject:
 Check = Callable[[Subject], Iterator[Finding]]
 
 
-def by_run(configs: Sequence[RunConfig], look: Callable[[RunConfig], Iterable[Finding]]) -> Iterator[Finding]:
+def by_run(configs: Sequence[AnyRunConfig], look: Callable[[AnyRunConfig], Iterable[Finding]]) -> Iterator[Finding]:
     """What is found of each run, told once; with the names of the runs where it is not said of all."""
     runs: dict[Finding, list[str]] = {}
     for config, findings in zip(configs, side_by_side(lambda each: list(look(each)), configs), strict=True):

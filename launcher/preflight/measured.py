@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from launcher.history import read_history
 from launcher.job import LAUNCH
-from regen_dist.config import RunConfig
+from regen_dist.config import AnyRunConfig
 from regen_dist.observe.record import read_record
 
 _NEWEST = 20
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
     ranks: int
 
 
-def measured(config: RunConfig) -> Measured | None:
+def measured(config: AnyRunConfig) -> Measured | None:
     """Of a run; None before it has made steps."""
     path = config.folder / "metrics.jsonl"
     lines = read_record(path) if path.is_file() else []

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from launcher.preflight.estimates import NoEstimate
 from launcher.preflight.findings import Finding, Subject, by_run, note, problem
-from regen_dist.config import RunConfig
+from regen_dist.config import AnyRunConfig
 from regen_dist.config.worldsize import clips_per_rank
 from regen_dist.errors import ConfigError
 
@@ -22,7 +22,7 @@ def gpu_memory(subject: Subject) -> Iterator[Finding]:
         yield from by_run(subject.configs, lambda config: _memory_of(config, subject, cluster.gpu_memory_gb or 0.0))
 
 
-def _memory_of(config: RunConfig, subject: Subject, card_gb: float) -> Iterator[Finding]:
+def _memory_of(config: AnyRunConfig, subject: Subject, card_gb: float) -> Iterator[Finding]:
     world_size = subject.order.cluster.world_size
     try:
         clips_per_rank(config, world_size)
@@ -50,7 +50,7 @@ def _largest(terms: dict[str, int]) -> str:
     return "; ".join(f"{name} {size / GIB:.1f} GiB" for name, size in ordered)
 
 
-def _mend(config: RunConfig) -> str:
+def _mend(config: AnyRunConfig) -> str:
     """What lowers it, as far as this config has not done so."""
     ways = ["take more GPUs"] if config.engine.kind == "zero3" else ["set engine.kind=zero3 and take more GPUs"]
     ways.append(f"raise train.accumulation (now {config.train.accumulation})")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.preflight.findings import Finding, Subject, note, problem
+from regen_dist.config import T2VConfig
 from regen_dist.config.urls import parse_url
 
 
@@ -45,6 +46,8 @@ def _exchanged(subject: Subject) -> list[tuple[str, Path]]:
         named += [("the data", url) for url in config.data.sources]
         named += [("the validation data", url) for url in [config.data.validation_url] if url]
         named += [("checkpoint.url", config.checkpoint.url)] if config.checkpoint.url else []
+        if isinstance(config, T2VConfig) and config.generation.embedder:
+            named.append(("generation.embedder", config.generation.embedder))
     local = [(what, parse_url(url).folder) for what, url in named]
     return list(dict.fromkeys((what, folder) for what, folder in local if folder is not None))
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from launcher.preflight.findings import Check, Finding, Subject, problem
+from launcher.preflight.latents import latents
 from launcher.preflight.memory import gpu_memory
 from launcher.preflight.places import folders, shared
 from launcher.preflight.runs import alive, standing
@@ -22,8 +23,8 @@ from launcher.submitting import Order
 from regen_dist.errors import ConfigError, RegenError
 
 CHECKS: Sequence[Check] = (
-    world_size, kernels, folders, shared, data, checkpoints, space, times, gpu_memory, wandb_key, scheduler, alive,
-    standing,
+    world_size, kernels, folders, shared, data, latents, checkpoints, space, times, gpu_memory, wandb_key, scheduler,
+    alive, standing,
 )  # fmt: skip
 _STORES = ("AWS_", "GOOGLE_", "AZURE_")
 

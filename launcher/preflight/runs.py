@@ -11,9 +11,10 @@ from launcher.preflight.findings import Finding, Subject, by_run, note, problem,
 from launcher.preflight.storage import READING, dataset_manifest
 from launcher.waiting import is_alive
 from regen_dist.checkpoint.manifest import Manifest, parse_manifest
-from regen_dist.config import RunConfig, load_saved_config
-from regen_dist.config.identity import order_changes, order_identity
+from regen_dist.config import AnyRunConfig, T2VConfig, load_saved_config
+from regen_dist.config.identity import latent_identity, order_changes, order_identity
 from regen_dist.config.schema import ModelConfig
+from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import CheckpointError, ConfigError, DataError, ObjectMissing, RegenError
 from regen_dist.observe.record import read_record
@@ -56,7 +57,7 @@ def standing(subject: Subject) -> Iterator[Finding]:
     yield from by_run(subject.configs, lambda config: _standing(config, down, fresh=fresh))
 
 
-def _standing(config: RunConfig, down: set[str | None], *, fresh: bool) -> Iterator[Finding]:
+def _standing(config: AnyRunConfig, down: set[str | None], *, fresh: bool) -> Iterator[Finding]:
     if config.checkpoint.url in down:
         return
     try:
@@ -91,7 +92,7 @@ def newest_checkpoint(url: str) -> Manifest | None:
         return None
 
 
-def _lost(config: RunConfig) -> Iterator[Finding]:
+def _lost(config: AnyRunConfig) -> Iterator[Finding]:
     """The record tells of checkpoints, and there are none."""
     path = config.folder / "metrics.jsonl"
     lines = read_record(path, "checkpoint") if path.is_file() else []
@@ -103,7 +104,7 @@ def _lost(config: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _refusals(config: RunConfig, manifest: Manifest) -> Iterator[Finding]:
+def _refusals(config: AnyRunConfig, manifest: Manifest) -> Iterator[Finding]:
     """What every rank would say at its start."""
     where = f"the checkpoint of step {manifest.step} in {config.checkpoints}"
     if changed := _model_changes(config):
@@ -121,20 +122,26 @@ def _refusals(config: RunConfig, manifest: Manifest) -> Iterator[Finding]:
         )
 
 
-def _identity(config: RunConfig, before: dict[str, str]) -> dict[str, str]:
+def _identity(config: AnyRunConfig, before: dict[str, str]) -> dict[str, str]:
     try:
         prints = [str(each["fingerprint"]) for each in side_by_side(dataset_manifest, config.data.sources)]
     except (DataError, KeyError, ValueError):  # which another check tells; compared is the rest
         prints = None
-    found = order_identity(
-        config.data, prints or [], num_frames=config.model.num_frames, batch_global=config.train.batch_global,
-        seed=config.train.seed,
-    )  # fmt: skip
+    found = _order_of(config, prints or [])
     name = "dataset fingerprint"
     return found if prints else found | {name: before.get(name, "not told")}
 
 
-def _model_changes(config: RunConfig) -> Sequence[str]:
+def _order_of(config: AnyRunConfig, prints: Sequence[str]) -> dict[str, str]:
+    train = config.train
+    if isinstance(config, T2VConfig):
+        return latent_identity(config.data, prints, batch_global=train.batch_global, seed=train.seed)
+    return order_identity(
+        config.data, prints, num_frames=config.model.num_frames, batch_global=train.batch_global, seed=train.seed
+    )
+
+
+def _model_changes(config: AnyRunConfig) -> Sequence[str]:
     """Keys of the model by which its parameters differ from those that the run was started with, as far as the config
     in its folder tells."""
     try:
@@ -145,9 +152,12 @@ def _model_changes(config: RunConfig) -> Sequence[str]:
     return [f"model.{key}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
 
 
-def parameter_keys(model: ModelConfig) -> dict[str, Any]:
+def parameter_keys(model: ModelConfig | T2VModelConfig) -> dict[str, Any]:
     """The sections of a model's config, without what leaves names and shapes of its parameters as they are."""
     values = model.model_dump(mode="json")
+    if isinstance(model, T2VModelConfig):
+        del values["attention"]  # heads stay: queries and keys are normed by them
+        return values
     values["latent"].pop("noise_std")
     if model.kind == "magvit2":  # has neither
         del values["decoder"], values["conditioning"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.cluster import ClusterConfig
 from launcher.preflight.findings import Finding, Subject, by_run, note, problem
-from regen_dist.config import RunConfig
+from regen_dist.config import AnyRunConfig, T2VConfig
 from regen_dist.config.worldsize import clips_per_rank
 from regen_dist.errors import ConfigError
 
@@ -19,7 +19,7 @@ def world_size(subject: Subject) -> Iterator[Finding]:
     if subject.configs and cluster.gpus_per_node:
         yield from _ranks_and_gpus(cluster)
 
-    def look(config: RunConfig) -> Iterator[Finding]:
+    def look(config: AnyRunConfig) -> Iterator[Finding]:
         try:
             clips_per_rank(config, cluster.world_size)
         except ConfigError as error:
@@ -41,22 +41,29 @@ def kernels(subject: Subject) -> Iterator[Finding]:
     yield from by_run(subject.configs, lambda config: _kernels_of(config, subject.order.cluster))
 
 
-def _kernels_of(config: RunConfig, cluster: ClusterConfig) -> Iterator[Finding]:
+def _kernels_of(config: AnyRunConfig, cluster: ClusterConfig) -> Iterator[Finding]:
     has_gpus = cluster.gpus_per_node > 0
-    if config.model.kind == "regen" and config.model.decoder.attention.backend == "flash":
-        mend = "set model.decoder.attention.backend=sdpa"
+    key, backend = _attention(config)
+    if backend == "flash":
+        mend = f"set {key}=sdpa"
         if not has_gpus:
-            yield problem(f"model.decoder.attention.backend=flash needs GPUs, and the job has none; {mend}")
+            yield problem(f"{key}=flash needs GPUs, and the job has none; {mend}")
         elif config.engine.precision != "bf16":
-            yield problem(
-                f"model.decoder.attention.backend=flash computes in bf16; set engine.precision=bf16, or {mend}"
-            )
+            yield problem(f"{key}=flash computes in bf16; set engine.precision=bf16, or {mend}")
         if _is_ours(cluster) and not _is_installed("flash_attn"):
-            yield problem(f"model.decoder.attention.backend=flash needs the package flash-attn; install it, or {mend}")
+            yield problem(f"{key}=flash needs the package flash-attn; install it, or {mend}")
     yield from _optimizer(config, cluster, has_gpus)
 
 
-def _optimizer(config: RunConfig, cluster: ClusterConfig, has_gpus: bool) -> Iterator[Finding]:
+def _attention(config: AnyRunConfig) -> tuple[str, str]:
+    """The key that names the kernel of attention, and its value; "" for a model without."""
+    if isinstance(config, T2VConfig):
+        return "model.attention.backend", config.model.attention.backend
+    attends = config.model.kind == "regen"
+    return "model.decoder.attention.backend", config.model.decoder.attention.backend if attends else ""
+
+
+def _optimizer(config: AnyRunConfig, cluster: ClusterConfig, has_gpus: bool) -> Iterator[Finding]:
     kind, mend = config.optimizer.kind, "set optimizer.kind=adamw"
     if kind == "fused_adam" and not has_gpus:
         yield problem(f"optimizer.kind=fused_adam (apex) needs GPUs, and the job has none; {mend}")

@@ -9,7 +9,7 @@ from launcher.preflight.estimates import NoEstimate
 from launcher.preflight.findings import Finding, Subject, note, problem, shortened
 from launcher.preflight.measured import measured
 from launcher.preflight.places import nearest
-from regen_dist.config import RunConfig
+from regen_dist.config import AnyRunConfig
 from regen_dist.config.urls import parse_url
 from regen_dist.config.worldsize import clips_per_rank
 from regen_dist.data.objects.store import Store, free_bytes
@@ -21,7 +21,7 @@ GIB = 2**30
 
 def space(subject: Subject) -> Iterator[Finding]:
     """Every local disk has room for what its runs will keep, beside what they hold already."""
-    disks: dict[int, list[tuple[RunConfig, Path]]] = {}
+    disks: dict[int, list[tuple[AnyRunConfig, Path]]] = {}
     for config in subject.configs:
         folder = parse_url(config.checkpoints).folder
         if folder is not None:
@@ -30,7 +30,7 @@ def space(subject: Subject) -> Iterator[Finding]:
         yield from _one_disk(runs, subject)
 
 
-def _one_disk(runs: list[tuple[RunConfig, Path]], subject: Subject) -> Iterator[Finding]:
+def _one_disk(runs: list[tuple[AnyRunConfig, Path]], subject: Subject) -> Iterator[Finding]:
     needed = 0
     try:
         for config, folder in runs:
@@ -51,7 +51,7 @@ def _one_disk(runs: list[tuple[RunConfig, Path]], subject: Subject) -> Iterator[
         )
 
 
-def checkpoints_kept(config: RunConfig) -> int:
+def checkpoints_kept(config: AnyRunConfig) -> int:
     """The most that lie there at once: what retention keeps, one that is written, and the debris of one."""
     policy = config.checkpoint
     for_good = config.train.steps // policy.keep_every if policy.keep_every else 0
@@ -60,7 +60,7 @@ def checkpoints_kept(config: RunConfig) -> int:
     return min(wanted, ever) + 2
 
 
-def _checkpoint_bytes(config: RunConfig, subject: Subject) -> int:
+def _checkpoint_bytes(config: AnyRunConfig, subject: Subject) -> int:
     found, world_size = measured(config), subject.order.cluster.world_size
     if found is not None and found.save_bytes is not None:
         return found.save_bytes

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.preflight.findings import Finding, Subject, problem, side_by_side
 from launcher.preflight.places import unwritable
-from regen_dist.config import RunConfig
+from regen_dist.config import AnyRunConfig
 from regen_dist.config.urls import parse_url
 from regen_dist.data.objects.store import Limits, Store
 from regen_dist.errors import DataError, ObjectMissing, StoreUnavailable
@@ -68,7 +68,7 @@ def dataset_manifest(url: str) -> dict[str, Any]:
             raise
         raise DataError(
             f"{store.url}: there is no {MANIFEST}, so no finished dataset; build one with `regen shards build SOURCE "
-            f"--out {url}`, or correct the URL"
+            f"--out {url}`, a cache of latents with `regen preencode`, or correct the URL"
         ) from None
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
@@ -80,7 +80,7 @@ def dataset_manifest(url: str) -> dict[str, Any]:
 
 def checkpoints(subject: Subject) -> Iterator[Finding]:
     """Where checkpoints go an object can be written and deleted again. Those that are there are not touched."""
-    first: dict[str | None, RunConfig] = {}  # of the runs that share a place
+    first: dict[str | None, AnyRunConfig] = {}  # of the runs that share a place
     for config in subject.configs:
         first.setdefault(config.checkpoint.url, config)
     chosen = list(first.values())

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from launcher.cluster import ClusterConfig
 from launcher.preflight.findings import Finding, Subject, by_run, note, problem
 from launcher.preflight.measured import Measured, measured
-from regen_dist.config import RunConfig
+from regen_dist.config import AnyRunConfig
 
 _ROUND_S = 10
 
@@ -18,7 +18,7 @@ def times(subject: Subject) -> Iterator[Finding]:
     yield from by_run(subject.configs, lambda config: _times_of(config, subject.order.cluster))
 
 
-def _times_of(config: RunConfig, cluster: ClusterConfig) -> Iterator[Finding]:
+def _times_of(config: AnyRunConfig, cluster: ClusterConfig) -> Iterator[Finding]:
     limit_s = None if cluster.time_min is None else cluster.time_min * 60.0
     own_s = config.train.time_limit_s
     if limit_s is not None and own_s is not None and own_s > limit_s - cluster.signal_lead_s:
@@ -67,7 +67,7 @@ def _on(found: Measured, cluster: ClusterConfig) -> str:
     return f" on {found.ranks} ranks; now there are {cluster.world_size}" if other else ""
 
 
-def _hardly_any_time(config: RunConfig, left_s: float, found: Measured, cluster: ClusterConfig) -> Iterator[Finding]:
+def _hardly_any_time(config: AnyRunConfig, left_s: float, found: Measured, cluster: ClusterConfig) -> Iterator[Finding]:
     start_s = found.start_s or 0.0
     interval_s = config.checkpoint.every * _step_s(found, cluster) + (found.save_s or 0.0)
     if left_s <= start_s + interval_s:

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from launcher.preflight.findings import Finding, Subject, by_run, problem
-from regen_dist.config import RunConfig
+from regen_dist.config import AnyRunConfig
 
 _SERVICE = "https://api.wandb.ai"
 
@@ -18,7 +18,7 @@ def wandb_key(subject: Subject) -> Iterator[Finding]:
     """A key is there for wandb.mode=online."""
     given = {**os.environ, **subject.order.cluster.environment}
 
-    def look(config: RunConfig) -> Iterator[Finding]:
+    def look(config: AnyRunConfig) -> Iterator[Finding]:
         if config.wandb.mode == "online" and not given.get("WANDB_API_KEY") and not _in_netrc(given):
             yield problem(
                 f"wandb.mode=online, but there is no key: WANDB_API_KEY is not set, and {_netrc(given)} has none for "

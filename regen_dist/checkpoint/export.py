@@ -2,7 +2,8 @@
 
 EXPORT/model.safetensors    every parameter whole, under the model's own names
 EXPORT/config.yaml          what rebuilds the model, and where the weights come from (config/exported.py)
-EXPORT/statistics.json      mean and std of each latent channel (inference/statistics.py); may be left out
+EXPORT/statistics.json      of an embedder: mean and std of each latent channel (inference/statistics.py); optional
+EXPORT/latent_space/        of a text-to-video model: what its latents and texts are (inference/space_files.py)
 EXPORT/README.md            the model card
 """
 
@@ -12,23 +13,24 @@ import hashlib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.checkpoint.reader import newest_good
-from regen_dist.config import load_saved_config
-from regen_dist.config.exported import EXPORT_CONFIG_FILE, ExportConfig
-from regen_dist.config.schema import ModelConfig, RunConfig
+from regen_dist.config import AnyRunConfig, load_saved_config
+from regen_dist.config.exported import EXPORT_CONFIG_FILE, CommonExportConfig
+from regen_dist.config.schema import ModelConfig
+from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.data.objects.local import sync
 from regen_dist.data.reading.fetching import limits_of
 from regen_dist.errors import CheckpointError
-from regen_dist.models import Baseline, Regen, build_model
+from regen_dist.models import Baseline, Regen, TextToVideo, build_model
 
 MODEL_FILE, STATISTICS_FILE, CARD_FILE = "model.safetensors", "statistics.json", "README.md"
 Weights = Literal["ema", "plain"]
@@ -41,7 +43,7 @@ def is_export(folder: Path) -> bool:
     return (folder / MODEL_FILE).is_file()
 
 
-def open_run(run: Path) -> tuple[RunConfig, CheckpointFolder]:
+def open_run(run: Path) -> tuple[AnyRunConfig, CheckpointFolder]:
     """A run's config and its checkpoints: those in the folder given, wherever it was moved, unless its config has a
     URL for them.
 
@@ -81,12 +83,16 @@ def find_checkpoint(folder: CheckpointFolder, step: int | None = None, *, checks
     return manifest
 
 
-def checkpoint_weights(folder: CheckpointFolder, manifest: Manifest, weights: Weights) -> dict[str, Tensor]:
-    """Every parameter of a checkpoint, whole, in float32: the averaged ones, or those of the last step."""
+def checkpoint_weights(
+    folder: CheckpointFolder, manifest: Manifest, weights: Weights, prefix: str = ""
+) -> dict[str, Tensor]:
+    """The parameters of a checkpoint whose names begin with `prefix`, whole, in float32: the averaged ones, or those of
+    the last step. The others are not read."""
     kind = "ema" if weights == "ema" else "master"
-    wanted = {f"{kind}/{name}": (0, prod(shape)) for name, shape in manifest.shapes.items()}
+    shapes = {name: shape for name, shape in manifest.shapes.items() if name.startswith(prefix)}
+    wanted = {f"{kind}/{name}": (0, prod(shape)) for name, shape in shapes.items()}
     flat = folder.reader(manifest).read_all(wanted)
-    return {key.split("/", 1)[1]: tensor.view(manifest.shapes[key.split("/", 1)[1]]) for key, tensor in flat}
+    return {key.split("/", 1)[1]: tensor.view(shapes[key.split("/", 1)[1]]) for key, tensor in flat}
 
 
 def write_model(path: Path, weights: Mapping[str, Tensor], dtype: str) -> str:
@@ -98,8 +104,9 @@ def write_model(path: Path, weights: Mapping[str, Tensor], dtype: str) -> str:
     return _sha256(path)
 
 
-def read_model(folder: Path, config: ExportConfig) -> dict[str, Tensor]:
-    """The weights of an exported model, as they are stored.
+def read_model(folder: Path, config: CommonExportConfig, prefix: str = "") -> dict[str, Tensor]:
+    """The weights of an exported model whose names begin with `prefix`, as they are stored. Of the others no tensor is
+    made; the checksum is of the whole file.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not the one whose SHA-256 the config says.
@@ -111,9 +118,19 @@ def read_model(folder: Path, config: ExportConfig) -> dict[str, Tensor]:
                 f"{path} does not have the SHA-256 that its config says: copy it again; or, if it was changed on "
                 f"purpose, remove the line `sha256` from {folder / EXPORT_CONFIG_FILE}"
             )
-        return dict(load_file(path))
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
+            return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def check_weights(folder: Path, config: CommonExportConfig, weights: Weights | None) -> None:
+    """CheckpointError when an export has other weights than those asked for; None asks for what is in it."""
+    if weights not in (None, config.weights):
+        raise CheckpointError(
+            f"{folder} holds the {config.weights} weights alone; export the run again with --weights {weights}"
+        )
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
@@ -126,7 +143,7 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def model_shapes(config: ModelConfig) -> dict[str, list[int]]:
+def model_shapes(config: ModelConfig | T2VModelConfig) -> dict[str, list[int]]:
     """The shape of every parameter of the model that a config describes; nothing is allocated."""
     return {name: list(param.shape) for name, param in _on_meta(config).named_parameters()}
 
@@ -149,7 +166,17 @@ def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str)
         raise CheckpointError(f"{what} do not fit the config's model: {'; '.join(problems[:_NAMED])}{more}")
 
 
-def model_with(config: ModelConfig, weights: Mapping[str, Tensor], what: str) -> Regen | Baseline:
+@overload
+def model_with(config: ModelConfig, weights: Mapping[str, Tensor], what: str) -> Regen | Baseline: ...
+
+
+@overload
+def model_with(config: T2VModelConfig, weights: Mapping[str, Tensor], what: str) -> TextToVideo: ...
+
+
+def model_with(
+    config: ModelConfig | T2VModelConfig, weights: Mapping[str, Tensor], what: str
+) -> Regen | Baseline | TextToVideo:
     """The model that a config describes, made of these weights (which it takes over); CheckpointError when they do not
     fit. `what` says whose they are."""
     model = _on_meta(config)
@@ -159,7 +186,7 @@ def model_with(config: ModelConfig, weights: Mapping[str, Tensor], what: str) ->
     return model
 
 
-def _on_meta(config: ModelConfig) -> Regen | Baseline:
+def _on_meta(config: ModelConfig | T2VModelConfig) -> Regen | Baseline | TextToVideo:
     with torch.device("meta"):
         return build_model(config)
 

@@ -13,20 +13,20 @@ from regen_dist.checkpoint.export import check_shapes, model_shapes, read_model,
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.checkpoint.shards import shard_name
-from regen_dist.config import config_hash, save_config
-from regen_dist.config.exported import ExportConfig, load_export_config
-from regen_dist.config.schema import RunConfig
+from regen_dist.config import AnyRunConfig, config_hash, save_config
+from regen_dist.config.exported import AnyExportConfig, load_any_export_config
 from regen_dist.config.section import Section
 from regen_dist.config.version import code_version
 from regen_dist.data.reading.fetching import limits_of
 from regen_dist.distributed.optimizer import MOMENTS
 from regen_dist.errors import CheckpointError
 
-# What a model's numbers do not depend on: which kernel computes attention, and noise that only training adds.
-_FREE = ("decoder.attention.backend", "latent.noise_std")
+# What a model's numbers do not depend on: which kernel computes attention, noise that only training adds, and what
+# generation takes by default.
+_FREE = {"model.decoder.attention.backend", "model.attention.backend", "model.latent.noise_std", "diffusion.guidance"}
 
 
-def import_model(export: Path, config: RunConfig) -> list[str]:
+def import_model(export: Path, config: AnyRunConfig) -> list[str]:
     """Commit checkpoint 0 of the run that `config` describes: masters and EMA are the exported weights, the moments
     are zero, and no data was seen.
 
@@ -36,7 +36,8 @@ def import_model(export: Path, config: RunConfig) -> list[str]:
     Raises:
         CheckpointError: the export is damaged or does not fit the config's model, or the run has checkpoints.
     """
-    exported = load_export_config(export)
+    exported = load_any_export_config(export)
+    _check_kind(export, exported, config)
     shapes = model_shapes(config.model)
     check_shapes(stored_shapes(export), shapes, f"the parameters in {export}")
     folder = CheckpointFolder(config.checkpoints, limits_of(config.data.read))
@@ -52,21 +53,29 @@ def import_model(export: Path, config: RunConfig) -> list[str]:
     return differences(exported, config)
 
 
-def differences(exported: ExportConfig, config: RunConfig) -> list[str]:
+def differences(exported: AnyExportConfig, config: AnyRunConfig) -> list[str]:
     """Settings of the model and of its diffusion that are not as they were when the weights were trained, in words."""
     pairs: list[tuple[str, Section, Section]] = [("model", exported.model, config.model)]
-    if config.model.kind == "regen":
+    if config.model.kind != "magvit2":
         pairs.append(("diffusion", exported.diffusion, config.diffusion))
-    free = {f"model.{name}" for name in _FREE}
     told = []
     for section, before, now in pairs:
         then, here = (dict(_leaves(each.model_dump(mode="json"), section)) for each in (before, now))
         told += [
             f"{name} is {here.get(name)}, the weights were trained with {then.get(name)}"
             for name in {**then, **here}
-            if name not in free and then.get(name) != here.get(name)
+            if name not in _FREE and then.get(name) != here.get(name)
         ]
     return told
+
+
+def _check_kind(export: Path, exported: AnyExportConfig, config: AnyRunConfig) -> None:
+    """An embedder is no text-to-video model; REGEN and the baseline are told apart by their parameters."""
+    if (exported.model.kind == "t2v") != (config.task == "t2v"):
+        raise CheckpointError(
+            f"{export} holds a model of kind {exported.model.kind}, the config is of task {config.task}; give a config "
+            "of the same kind of run"
+        )
 
 
 def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -85,7 +94,7 @@ def _pieces(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return pieces | {f"{kind}/{name}": zero.expand(len(tensor)) for kind in MOMENTS for name, tensor in flat.items()}
 
 
-def _manifest(export: Path, exported: ExportConfig, config: RunConfig, shapes: dict[str, list[int]]) -> Manifest:
+def _manifest(export: Path, exported: AnyExportConfig, config: AnyRunConfig, shapes: dict[str, list[int]]) -> Manifest:
     origin = None if exported.origin is None else exported.origin.model_dump(mode="json")
     imported = {"from": str(export), "weights": exported.weights, "origin": origin}
     return Manifest(

@@ -1,6 +1,19 @@
 """The config of a run: a typed schema, YAML files composed by inheritance, dotted overrides. Imports no torch."""
 
-from regen_dist.config.loading import config_hash, load_config, load_saved_config, save_config, to_yaml
+from regen_dist.config.loading import (
+    AnyRunConfig,
+    config_hash,
+    embedder_only,
+    load_config,
+    load_embedder_config,
+    load_saved_config,
+    save_config,
+    to_yaml,
+)
 from regen_dist.config.schema import RunConfig
+from regen_dist.config.t2v import T2VConfig
 
-__all__ = ["RunConfig", "config_hash", "load_config", "load_saved_config", "save_config", "to_yaml"]
+__all__ = [
+    "AnyRunConfig", "RunConfig", "T2VConfig", "config_hash", "embedder_only", "load_config", "load_embedder_config",
+    "load_saved_config", "save_config", "to_yaml",
+]  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -11,7 +12,8 @@ from pydantic import Field, ValidationError
 from regen_dist.config.composing import Composed
 from regen_dist.config.problems import describe, message
 from regen_dist.config.schema import DiffusionConfig, ModelConfig, RunConfig
-from regen_dist.config.section import Section
+from regen_dist.config.section import PositiveInt, Section
+from regen_dist.config.t2v import FlowConfig, T2VConfig, T2VModelConfig
 from regen_dist.config.yamlfile import read_yaml, shown
 from regen_dist.errors import CheckpointError, ConfigError
 
@@ -31,30 +33,73 @@ class OriginConfig(Section):
     metrics: dict[str, float] = Field(default_factory=dict)  # of the newest validation before the checkpoint
 
 
-class ExportConfig(Section):
-    """A model without its run. `sha256` is that of model.safetensors; None is not compared."""
+class CommonExportConfig(Section):
+    """What exported models of every task say. `sha256` is that of model.safetensors; None is not compared."""
 
     format: Literal[1] = 1
-    model: ModelConfig
-    diffusion: DiffusionConfig = DiffusionConfig()
     precision: Literal["bf16", "fp32"] = "bf16"  # of the working weights
     weights: Literal["ema", "plain"] = "ema"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of what is stored
     sha256: str | None = None
     origin: OriginConfig | None = None
 
-    @classmethod
-    def of(cls, run: RunConfig, weights: Literal["ema", "plain"] = "ema") -> ExportConfig:
-        """What a run's config says of its model alone."""
-        return cls(model=run.model, diffusion=run.diffusion, precision=run.engine.precision, weights=weights)
-
     def to_yaml(self) -> str:
         """The whole of it, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class ExportConfig(CommonExportConfig):
+    """An embedder without its run."""
+
+    model: ModelConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+
+    @classmethod
+    def of(cls, run: RunConfig, weights: Literal["ema", "plain"] = "ema") -> ExportConfig:
+        """What a run's config says of its model alone."""
+        return cls(model=run.model, diffusion=run.diffusion, precision=run.engine.precision, weights=weights)
+
+
+class T2VExportConfig(CommonExportConfig):
+    """A text-to-video model without its run."""
+
+    model: T2VModelConfig
+    diffusion: FlowConfig = FlowConfig()
+    clips: tuple[PositiveInt, ...] = ()  # lengths of the rows that it was trained on; none when on images alone
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # that its weights were drawn with
+
+    @classmethod
+    def of(cls, run: T2VConfig, weights: Literal["ema", "plain"] = "ema") -> T2VExportConfig:
+        """What a run's config says of its model alone."""
+        return cls(
+            model=run.model, diffusion=run.diffusion, precision=run.engine.precision, weights=weights,
+            clips=run.data.clips if run.data.image_fraction < 1 else (), seed=run.train.seed,
+        )  # fmt: skip
+
+
+AnyExportConfig = ExportConfig | T2VExportConfig
+
+
 def load_export_config(folder: Path) -> ExportConfig:
-    """The config of an exported model.
+    """The config of an exported embedder; raises as `load_any_export_config`, and CheckpointError when it is of a
+    text-to-video model."""
+    config = load_any_export_config(folder)
+    if not isinstance(config, ExportConfig):
+        raise CheckpointError(f"{shown(folder)} is a text-to-video model; this needs an embedder")
+    return config
+
+
+def load_t2v_export_config(folder: Path) -> T2VExportConfig:
+    """The config of an exported text-to-video model; raises as `load_any_export_config`, and CheckpointError when it is
+    of an embedder."""
+    config = load_any_export_config(folder)
+    if not isinstance(config, T2VExportConfig):
+        raise CheckpointError(f"{shown(folder)} is an embedder; this needs a text-to-video model")
+    return config
+
+
+def load_any_export_config(folder: Path) -> AnyExportConfig:
+    """The config of an exported model, whatever it is of.
 
     Raises:
         CheckpointError: there is none, or it does not validate (an export of another version).
@@ -64,10 +109,17 @@ def load_export_config(folder: Path) -> ExportConfig:
         values, lines = read_yaml(path)
     except ConfigError as error:
         raise CheckpointError(f"{shown(folder)} is no exported model: {error}") from error
-    where = shown(path)
+    where, schema = shown(path), _schema_of(values)
     composed = Composed(values, {key: f"{where}:{line}" for key, line in lines.items()})
     try:
-        return ExportConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        problems = describe(error, composed, ExportConfig, where)
+        problems = describe(error, composed, schema, where)
         raise CheckpointError(message(f"{shown(folder)} is no exported model of this version", problems)) from error
+
+
+def _schema_of(values: Mapping[str, Any]) -> type[ExportConfig] | type[T2VExportConfig]:
+    """By the model's kind; what is wrong with it is told by the schema."""
+    model = values.get("model")
+    is_t2v = isinstance(model, Mapping) and model.get("kind") == "t2v"
+    return T2VExportConfig if is_t2v else ExportConfig

@@ -1,10 +1,11 @@
-"""What decides which clips a step sees: a run goes on only while it stays the same. Imports no torch."""
+"""What decides which samples a step sees: a run goes on only while it stays the same. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from regen_dist.config.schema import DataConfig
+from regen_dist.config.t2v import LatentDataConfig
 
 
 def order_identity(
@@ -31,7 +32,30 @@ def order_identity(
         "train.batch_global": batch_global,
         "train.seed": seed,
     }
-    return {name: str(_plain(value)) for name, value in facts.items()}
+    return _told(facts)
+
+
+def latent_identity(
+    config: LatentDataConfig, fingerprints: Sequence[str], *, batch_global: int, seed: int
+) -> dict[str, str]:
+    """The same for rows of cached latents: while this is the same, a step alone says which rows and texts it sees.
+
+    Args:
+        config: of the data.
+        fingerprints: of its caches, in the order of `config.sources`.
+        batch_global: samples of one optimizer step.
+        seed: of the order.
+    """
+    facts = {
+        "dataset fingerprint": fingerprints,
+        "data.mixture weights": config.weights,
+        "data.clips": config.clips,
+        "data.image_fraction": config.image_fraction,
+        "data.text_dropout": config.text_dropout,
+        "train.batch_global": batch_global,
+        "train.seed": seed,
+    }
+    return _told(facts)
 
 
 def order_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -42,6 +66,10 @@ def order_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str
         for name in names
         if before.get(name) != now.get(name)
     ]
+
+
+def _told(facts: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(_plain(value)) for name, value in facts.items()}
 
 
 def _plain(value: object) -> object:

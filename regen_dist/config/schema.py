@@ -6,23 +6,21 @@ Imports neither torch nor the library, so that a launcher can validate a config 
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from regen_dist.config.data import DataConfig, MixtureConfig, ReadConfig, SourceConfig
+from regen_dist.config.job import CommonConfig, EngineConfig, OptimizerConfig, TrainConfig, WandbConfig
 from regen_dist.config.keeping import CheckpointConfig, GuardsConfig, HangConfig, LatentStdConfig, SpikeConfig
-from regen_dist.config.section import Fraction, PositiveFloat, PositiveInt, Section
-from regen_dist.config.urls import parse_url
+from regen_dist.config.section import SPATIAL_COMPRESSION, Fraction, PositiveInt, Section
 
 __all__ = [
-    "AttentionConfig", "CheckpointConfig", "ConditioningConfig", "DataConfig", "DecoderConfig", "DensityConfig",
-    "DiffusionConfig", "EncoderConfig", "EngineConfig", "GuardsConfig", "HangConfig", "LatentConfig", "LatentStdConfig",
-    "ModelConfig", "OptimizerConfig", "ReadConfig", "RunConfig", "SourceConfig", "SpikeConfig", "StageConfig",
-    "TrainConfig", "WandbConfig",
+    "SPATIAL_COMPRESSION", "AttentionConfig", "CheckpointConfig", "CommonConfig", "ConditioningConfig", "DataConfig",
+    "DecoderConfig", "DensityConfig", "DiffusionConfig", "EncoderConfig", "EngineConfig", "GuardsConfig", "HangConfig",
+    "LatentConfig", "LatentStdConfig", "MixtureConfig", "ModelConfig", "OptimizerConfig", "ReadConfig", "RunConfig",
+    "SourceConfig", "SpikeConfig", "StageConfig", "TrainConfig", "WandbConfig",
 ]  # fmt: skip
-
-SPATIAL_COMPRESSION = 8  # paper: one latent cell per 8x8 pixels
 
 TemporalCompression = Literal[4, 8, 16, 32]
 
@@ -64,12 +62,14 @@ class LatentConfig(Section):
 
 
 class ConditioningConfig(Section):
-    """SIREN over time, modulated by the motion latent, joined with the content latent (paper, Fig. 3)."""
+    """SIREN over time, modulated by the motion latent, joined with the content latent (paper, Fig. 3). Each cell's
+    embedding sees the latents of `neighbourhood` x `neighbourhood` cells; the paper's is 1."""
 
     width: PositiveInt = 256
     layers: PositiveInt = 3
     omega: Annotated[float, Field(gt=0.0)] = 10.0
     first_frame_rule: bool = True
+    neighbourhood: Literal[1, 3, 5] = 1
 
 
 class AttentionConfig(Section):
@@ -106,6 +106,9 @@ class ModelConfig(Section):
     latent: LatentConfig = LatentConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     decoder: DecoderConfig = DecoderConfig()
+    # Of the linear code beside encoder and decoder: a cosine transform, for decoders that predict x0 (the baseline's
+    # too); at random, and zero in the decoder, for the others.
+    linear_start: Literal["dct", "random"] = "dct"
 
     @property
     def num_frames(self) -> int:
@@ -158,181 +161,10 @@ class DiffusionConfig(Section):
         return self
 
 
-class ReadConfig(Section):
-    """How bytes come from the store to a decoding process. Nothing here changes what is trained on."""
+class RunConfig(CommonConfig):
+    """Everything that training an embedder needs. Saved, resolved, in its run folder together with its hash."""
 
-    requests: PositiveInt = 8  # at once, for each decoding process
-    ahead_mb: PositiveInt = 64  # bytes fetched ahead of the decoder, for each decoding process
-    join_kb: Annotated[int, Field(ge=0)] = 256  # neighbours in a shard with a smaller gap come by one request
-    stall_s: PositiveFloat = 10.0  # a request that brings nothing for so long is tried again
-    deadline_s: PositiveFloat = 120.0  # all tries of a request together; then the run stops and says so
-    cache: str | None = None  # folder on a local disk for samples from object storage; None: they are not kept
-    cache_gb: PositiveFloat = 20.0
-
-
-class SourceConfig(Section):
-    """One dataset of a mixture. `weight` is its share of the samples, relative to the others' weights."""
-
-    url: str
-    weight: PositiveFloat = 1.0
-
-    @field_validator("url")
-    @classmethod
-    def _url_is_one_we_read(cls, url: str) -> str:
-        parse_url(url)
-        return url
-
-
-class DataConfig(Section):
-    """Where the clips come from and how they are cut. Sides in pixels, time in frames."""
-
-    url: str | None = None  # one dataset; or
-    mixture: tuple[SourceConfig, ...] = ()  # several, drawn by weight
-    validation_url: str | None = None
-    size: tuple[PositiveInt, PositiveInt] = (64, 64)  # height, width of the training crop
-    buckets: tuple[tuple[PositiveInt, PositiveInt], ...] = ()  # several crops: each video goes to the one it fits best
-    validation_size: tuple[PositiveInt, PositiveInt] | None = None  # height, width of the validation crop; None: `size`
-    # The frame is resized to this before the crop; None keeps the stored size, "fit" makes the crop just fit.
-    short_side: PositiveInt | Literal["fit"] | None = None
-    stride: tuple[PositiveInt, ...] = (1,)  # frame strides, drawn per clip
-    image_fraction: Fraction = 0.0  # share of global batches that are one-frame clips
-    flip: bool = True
-    max_bad_share: Fraction = 0.01  # of the clips may be stand-ins for samples that cannot be read; then the run stops
-    workers: Annotated[int, Field(ge=0)] = 1  # decoding processes per rank; 0 decodes in the rank itself
-    prefetch: PositiveInt = 4  # batches that a worker prepares ahead
-    read: ReadConfig = ReadConfig()
-
-    @property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Every crop that training uses, (height, width)."""
-        return self.buckets or (self.size,)
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """URLs of the training data."""
-        return tuple(source.url for source in self.mixture) if self.url is None else (self.url,)
-
-    @property
-    def weights(self) -> tuple[float, ...] | None:
-        """The weights of `sources`; None for a single dataset."""
-        return tuple(source.weight for source in self.mixture) if self.url is None else None
-
-    @field_validator("url", "validation_url")
-    @classmethod
-    def _url_is_one_we_read(cls, url: str | None) -> str | None:
-        if url is not None:
-            parse_url(url)
-        return url
-
-    @model_validator(mode="after")
-    def _one_source_or_a_mixture(self) -> DataConfig:
-        if (self.url is None) == (not self.mixture):
-            raise ValueError("give either url (one dataset) or mixture (a list of {url, weight})")
-        if len(set(self.sources)) < len(self.sources):
-            raise ValueError("a dataset stands in the mixture twice; give it once, with the sum of the weights")
-        return self
-
-    @model_validator(mode="after")
-    def _sides_fit_the_latent(self) -> DataConfig:
-        named = [("size", self.size), ("validation_size", self.validation_size or self.size)]
-        for name, size in [*named, *(("buckets", size) for size in self.buckets)]:
-            if any(side % SPATIAL_COMPRESSION for side in size):
-                raise ValueError(f"{name} {size} must be multiples of {SPATIAL_COMPRESSION}")
-        if isinstance(self.short_side, int):
-            for size in self.sizes:
-                if self.short_side < min(size):
-                    raise ValueError(f"short_side {self.short_side} is smaller than the crop {size}")
-        if len(set(self.buckets)) < len(self.buckets):
-            raise ValueError("a size stands in buckets twice")
-        return self
-
-
-class OptimizerConfig(Section):
-    """AdamW: torch's by default; DeepSpeed's CPU Adam or apex's FusedAdam where they can run."""
-
-    kind: Literal["adamw", "cpu_adam", "fused_adam"] = "adamw"
-    lr: Annotated[float, Field(gt=0.0)] = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    warmup_steps: Annotated[int, Field(ge=0)] = 1000
-    min_lr_ratio: Fraction = 0.1
-    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
-
-
-class EngineConfig(Section):
-    """How the step is distributed: DeepSpeed ZeRO-3, or plain PyTorch in one process."""
-
-    kind: Literal["zero3", "plain"] = "zero3"
-    precision: Literal["bf16", "fp32"] = "bf16"
-    # Build each parameter already sharded (zero.Init), in the working precision: for models larger than one GPU.
-    partitioned_init: bool = False
-    activation_checkpointing: bool = False
-    persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank
-
-
-class TrainConfig(Section):
-    """Length, batch and rhythm of a run. A step is an optimizer step."""
-
-    steps: PositiveInt
-    batch_global: PositiveInt
-    accumulation: PositiveInt = 1
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
-    log_every: PositiveInt = 10
-    validate_every: PositiveInt = 500
-    time_limit_s: PositiveFloat | None = None  # save and end (code 75) before this much time has passed since the start
-    time_limit_lead_s: Annotated[float, Field(ge=0.0)] = 120.0  # how long before: time for a step and a save
-    trace_samples: bool = False  # write the ids of every clip that was trained on to samples/ in the run folder
-    peak_tflops: float | None = None  # per rank, for MFU; None looks the GPU up or measures the CPU
-
-    @model_validator(mode="after")
-    def _accumulation_divides_the_batch(self) -> TrainConfig:
-        if self.batch_global % self.accumulation:
-            raise ValueError(f"batch_global {self.batch_global} is not a multiple of accumulation {self.accumulation}")
-        return self
-
-    @model_validator(mode="after")
-    def _the_lead_leaves_time_to_train(self) -> TrainConfig:
-        if self.time_limit_s is not None and self.time_limit_lead_s >= self.time_limit_s:
-            raise ValueError(
-                f"time_limit_lead_s {self.time_limit_lead_s:g} leaves no time to train within time_limit_s "
-                f"{self.time_limit_s:g}; raise time_limit_s or lower time_limit_lead_s"
-            )
-        return self
-
-
-class WandbConfig(Section):
-    """Weights & Biases. An outage is logged once and never stops a run."""
-
-    mode: Literal["disabled", "offline", "online"] = "disabled"
-    project: str = "regen"
-    entity: str | None = None
-
-
-class RunConfig(Section):
-    """Everything that a run needs. Saved, resolved, in its run folder together with its hash."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     task: Literal["embedder"] = "embedder"
-    output: str = "runs"
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    engine: EngineConfig = EngineConfig()
-    train: TrainConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    guards: GuardsConfig = GuardsConfig()
-    wandb: WandbConfig = WandbConfig()
-
-    @property
-    def folder(self) -> Path:
-        """The run folder: where a run keeps everything it writes."""
-        return Path(self.output) / self.name
-
-    @property
-    def checkpoints(self) -> str:
-        """URL or path of the folder that holds this run's checkpoints."""
-        if self.checkpoint.url is None:
-            return str(self.folder / "checkpoints")
-        return f"{self.checkpoint.url.rstrip('/')}/{self.name}"

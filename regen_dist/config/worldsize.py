@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.job import CommonConfig
 from regen_dist.errors import ConfigError
 
 
-def clips_per_rank(config: RunConfig, world_size: int) -> int:
+def clips_per_rank(config: CommonConfig, world_size: int) -> int:
     """Clips of one micro-batch on one rank.
 
     Raises:
@@ -21,6 +21,6 @@ def clips_per_rank(config: RunConfig, world_size: int) -> int:
         fitting = ", ".join(str(number) for number in range(1, micro_batch + 1) if micro_batch % number == 0)
         raise ConfigError(
             f"train.batch_global {config.train.batch_global} over train.accumulation {config.train.accumulation} is "
-            f"{micro_batch} clips at a time, not a multiple of {world_size} ranks; ranks that fit: {fitting}"
+            f"{micro_batch} samples at a time, not a multiple of {world_size} ranks; ranks that fit: {fitting}"
         )
     return micro_batch // world_size

@@ -21,6 +21,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 TICKS_PER_FRAME = 1024  # frame times are keyed in steps of 1/1024 of a frame
+PLANE = 4  # normals that one call of the generator gives
 CHUNK = 1 << 13  # counters worked on at a time, so that the rounds stay in the processor's cache
 
 
@@ -31,6 +32,8 @@ class Stream(IntEnum):
     TIMESTEP = 1
     LATENT_CONTENT = 2
     LATENT_MOTION = 3
+    LATENT_ROW = 4
+    TEXT = 5
 
 
 def philox(
@@ -135,3 +138,39 @@ def gaussian(
             out[b, :, :, start : start + part.shape[1]] = torch.stack(normals, 1)
     video: Tensor = out.unflatten(-1, (height, width))  # [B, T, C, H, W]
     return video.transpose(1, 2)
+
+
+def latent_gaussian(
+    seed: int,
+    sample_ids: Tensor,
+    num_frames: int,
+    channels: int,
+    size: tuple[int, int],
+    *,
+    draw: int = 0,
+    stream: Stream = Stream.LATENT_ROW,
+) -> Tensor:
+    """Standard normal noise of latent frames, keyed by (seed, sample id, frame, channel, y, x).
+
+    The first frames are the same however many follow, and a smaller grid's noise is a cut from a larger one's. The key
+    holds the number of planes of four channels: with 5 to 8 channels the noise is another than with 4, but the first
+    channels of 5 and of 8 are the same.
+
+    Args:
+        seed: of the run, below 2**63.
+        sample_ids: int64 [B].
+        num_frames: F, latent frames.
+        channels: C, any number.
+        size: h, w in latent cells.
+        draw: the training step, or 0.
+        stream: what the noise is for.
+
+    Returns:
+        float32 [B, C, F, h, w].
+    """
+    planes = -(-channels // PLANE)  # the generator gives four channels a plane
+    places = torch.arange(num_frames * planes, device=sample_ids.device).expand(len(sample_ids), -1)
+    noise = gaussian(seed, sample_ids, places, size, channels=PLANE, draw=draw, stream=stream)  # [B, 4, F*planes, h, w]
+    frames = noise.unflatten(2, (num_frames, planes)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # [B, F, 4*planes, h, w]
+    row: Tensor = frames[:, :, :channels].transpose(1, 2)
+    return row

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from regen_dist.diffusion.density import shifted
 from regen_dist.diffusion.path import PathName, coefficients
 from regen_dist.errors import ConfigError
 
@@ -21,9 +22,15 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def sample(
-    denoise: Denoiser, noise: Tensor, *, path: PathName, steps: int = 1, method: Literal["euler", "heun"] = "euler"
+    denoise: Denoiser,
+    noise: Tensor,
+    *,
+    path: PathName,
+    steps: int = 1,
+    method: Literal["euler", "heun"] = "euler",
+    shift: float = 1.0,
 ) -> Tensor:
-    """Integrate from noise (t = 1) to data (t = 0) in equal steps of t.
+    """Integrate from noise (t = 1) to data (t = 0) in equal steps of t, or of a shifted t.
 
     Args:
         denoise: (x_t [B, C, T, H, W], t [B]) to the estimate of x0.
@@ -32,13 +39,14 @@ def sample(
         steps: evaluations for `euler`; `heun` takes two for each step but the last.
         method: `euler` keeps the noise that x0 implies (DDIM; Euler's rule on a rectified flow); `heun` averages the
             velocities at both ends of the step (second order).
+        shift: s takes steps at s t / (1 + (s - 1) t): above 1 more of them near noise (Esser et al., 2024, Eq. 23).
 
     Raises:
         ConfigError: fewer than one step.
     """
     if steps < 1:
         raise ConfigError(f"the number of sampling steps must be at least 1, found {steps}")
-    times = torch.linspace(1.0, 0.0, steps + 1)
+    times = shifted(torch.linspace(1.0, 0.0, steps + 1), shift)
     x = noise
     for now, then in pairwise(times):
         x0 = denoise(x, now.expand(x.shape[0]))

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.job import CommonConfig
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.errors import RegenError
 
@@ -44,7 +44,7 @@ class Engine(ABC):
     module: nn.Module
     ema: Pieces
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, config: CommonConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.num_updates = config, ranks, 0
 
     def __call__(self, *args: Any) -> Any:

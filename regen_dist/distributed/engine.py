@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.schema import OptimizerConfig, RunConfig
+from regen_dist.config.job import CommonConfig, OptimizerConfig
 from regen_dist.distributed.base import Engine, StepResult, full_shape
 from regen_dist.distributed.optimizer import MOMENTS, Groups, build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.plain import PlainEngine
@@ -21,7 +21,7 @@ from regen_dist.distributed.ranks import Ranks, chunk
 class Zero3Engine(Engine):
     """DeepSpeed ZeRO-3: weights, gradients, masters, moments and EMA all sharded over the ranks."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
+    def __init__(self, config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
         super().__init__(config, ranks)
         deepspeed = _import_deepspeed(ranks)
         settings = deepspeed_settings(config, ranks.world_size)
@@ -95,12 +95,12 @@ class Zero3Engine(Engine):
             whole[0].all_gather(whole)
 
 
-def build_engine(config: RunConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> Engine:
+def build_engine(config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> Engine:
     """The engine that the config names, around the module that `build` makes (the same on every rank)."""
     return {"plain": PlainEngine, "zero3": Zero3Engine}[config.engine.kind](config, ranks, build)
 
 
-def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own config: everything it must know is derived from ours."""
     train = config.train
     return {

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.job import CommonConfig
 from regen_dist.distributed.base import Engine, StepResult, precision_of
 from regen_dist.distributed.optimizer import MOMENTS, build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.ranks import Ranks
@@ -20,7 +20,7 @@ from regen_dist.errors import BackendError
 class PlainEngine(Engine):
     """One process, no DeepSpeed: working weights in the configured precision, float32 masters beside them."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
+    def __init__(self, config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
         super().__init__(config, ranks)
         if ranks.world_size > 1:
             raise BackendError(

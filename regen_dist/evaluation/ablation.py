@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 
-from regen_dist.config import load_saved_config
+from regen_dist.config import embedder_only, load_saved_config
 from regen_dist.data.reading.validation import validation_clip
 from regen_dist.errors import ConfigError
 from regen_dist.inference.codec import Codec
@@ -60,7 +60,7 @@ def arms() -> Iterator[Arm]:
 def measure_arm(arm: Arm, run: Path) -> dict[str, Any]:
     """What an arm reached: PSNR of the validation clips in 1 and 4 steps (None where that is impossible), and its
     training."""
-    config, codec = load_saved_config(run), Codec.load(run)
+    config, codec = embedder_only(load_saved_config(run), str(run)), Codec.load(run)
     batch = validation_clip(config.data, num_frames=codec.num_frames)
     training = read_record(run / "metrics.jsonl", "train")
     facts = {

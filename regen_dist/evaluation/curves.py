@@ -52,6 +52,7 @@ class _Kind:
 _KINDS = (
     _Kind("Training loss", "train", ("loss",), logarithmic=True),
     _Kind("PSNR of the validation clips, one step", "validation", ("psnr_db",), " dB"),
+    _Kind("Loss on the validation rows", "validation", ("loss",), logarithmic=True),
     _Kind("Standard deviation of the latents", "train", ("latent_std_content", "latent_std_motion")),
     _Kind("Speed", "train", ("clips_per_s",), " clips/s"),
 )

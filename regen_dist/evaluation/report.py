@@ -86,7 +86,7 @@ def write_report(out: Path, *, title: str, run: Path, reconstructions: Sequence[
     record = run / "metrics.jsonl"
     config = run / "config.yaml"
     page = (
-        _environment()
+        page_environment()
         .get_template("report.html.j2")
         .render(
             title=title,
@@ -98,7 +98,7 @@ def write_report(out: Path, *, title: str, run: Path, reconstructions: Sequence[
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )
-    _replace(out / PAGE, lambda file: file.write_text(page, encoding="utf-8"))
+    replace_file(out / PAGE, lambda file: file.write_text(page, encoding="utf-8"))
     return out / PAGE
 
 
@@ -107,12 +107,13 @@ def _show(folder: Path, report: Mapping[str, Any], out: Path) -> _Shown:
     links = {}
     for name in (SIDE_BY_SIDE, RECONSTRUCTION, SHEET):
         target = out / MEDIA / f"{folder.name}_{name}"
-        _replace(target, partial(shutil.copyfile, folder / name))
+        replace_file(target, partial(shutil.copyfile, folder / name))
         links[name] = f"{MEDIA}/{target.name}"
     return _Shown(report["label"], report, links[SIDE_BY_SIDE], links[RECONSTRUCTION], links[SHEET])
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under another name, then move it into place."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(unfinished)
@@ -121,7 +122,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _environment() -> jinja2.Environment:
+def page_environment() -> jinja2.Environment:
+    """Templates of pages: what they show is escaped, and what they miss is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

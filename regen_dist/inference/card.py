@@ -13,7 +13,11 @@ _KINDS = {
     "regen": "REGEN: a causal convolutional encoder and a generative (diffusion transformer) decoder",
     "magvit2": "the MAGVIT-v2 style baseline: a causal convolutional encoder and a mirrored decoder",
 }
-_WEIGHTS = {"ema": "the moving average (EMA) of the weights", "plain": "the weights of the last step"}
+WEIGHTS = {"ema": "the moving average (EMA) of the weights", "plain": "the weights of the last step"}
+LICENSE = (
+    "No license was chosen yet: who publishes this model says here under which it may be used, and what the training "
+    "data allows."
+)
 SNIPPET = """\
 import torch
 from regen_dist.inference.codec import Codec
@@ -54,11 +58,31 @@ def model_card(
         "What it is": _facts(config, origin, shapes, size),
         "Loading it": _loading(config, size),
         "Latent statistics": _statistics(statistics),
-        "License": "No license was chosen yet: who publishes this model says here under which it may be used, and "
-        "what the training data allows.",
+        "License": LICENSE,
     }
-    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
-    return f"# {origin.run}, a video embedder\n\n{text}\n"
+    return page(f"{origin.run}, a video embedder", sections)
+
+
+def page(title: str, sections: dict[str, str]) -> str:
+    """Markdown of titled sections."""
+    text = "\n\n".join(f"## {name}\n\n{body}" for name, body in sections.items())
+    return f"# {title}\n\n{text}\n"
+
+
+def table(rows: dict[str, str]) -> str:
+    """A Markdown table of two columns."""
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in rows.items())])
+
+
+def origin_rows(origin: OriginConfig, what: str) -> dict[str, str]:
+    """Where a model comes from; `what` its samples are called."""
+    return {
+        "run": f"{origin.run}, step {origin.step:,}, after {origin.samples:,} {what}, saved {origin.saved_at}",
+        "config hash": f"`{origin.config_hash}`",
+        "made by": f"regen-dist {origin.version}",
+        "data fingerprint": f"`{origin.data.get('dataset fingerprint', 'not known')}`",
+        "validation": ", ".join(f"{name} {value:.4g}" for name, value in origin.metrics.items()) or "none was recorded",
+    }
 
 
 def _facts(config: ExportConfig, origin: OriginConfig, shapes: dict[str, list[int]], size: tuple[int, int]) -> str:
@@ -72,16 +96,12 @@ def _facts(config: ExportConfig, origin: OriginConfig, shapes: dict[str, list[in
         f"W/{SPATIAL_COMPRESSION} for a clip of H x W pixels",
         "trained at": f"{size[0]} x {size[1]} pixels",
         "prediction": f"{config.diffusion.target} on the path {config.diffusion.path}, {config.precision} weights",
-        "weights": _WEIGHTS[config.weights],
-        "run": f"{origin.run}, step {origin.step:,}, after {origin.samples:,} clips, saved {origin.saved_at}",
-        "config hash": f"`{origin.config_hash}`",
-        "made by": f"regen-dist {origin.version}",
-        "data fingerprint": f"`{origin.data.get('dataset fingerprint', 'not known')}`",
-        "validation": ", ".join(f"{name} {value:.4g}" for name, value in origin.metrics.items()) or "none was recorded",
+        "weights": WEIGHTS[config.weights],
+        **origin_rows(origin, "clips"),
     }
     if model.kind == "magvit2":
         del rows["prediction"]
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in rows.items())])
+    return table(rows)
 
 
 def _loading(config: ExportConfig, size: tuple[int, int]) -> str:

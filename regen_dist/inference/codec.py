@@ -14,6 +14,7 @@ from torch import Tensor
 from regen_dist.checkpoint.export import (
     STATISTICS_FILE,
     Weights,
+    check_weights,
     checkpoint_weights,
     find_checkpoint,
     is_export,
@@ -22,12 +23,14 @@ from regen_dist.checkpoint.export import (
     read_model,
 )
 from regen_dist.config.exported import ExportConfig, load_export_config
+from regen_dist.config.loading import embedder_only
 from regen_dist.config.schema import RunConfig
 from regen_dist.diffusion.noise import gaussian
 from regen_dist.diffusion.path import x0_from
 from regen_dist.diffusion.samplers import Denoiser, sample
 from regen_dist.distributed.base import precision_of
-from regen_dist.errors import CheckpointError, ConfigError
+from regen_dist.errors import ConfigError
+from regen_dist.inference.latent_space import only_raw
 from regen_dist.inference.statistics import LatentStatistics, read_statistics
 from regen_dist.inference.windows import Window, blend_weights
 from regen_dist.models import Baseline, Latents, Regen
@@ -47,7 +50,8 @@ class Codec:
     ) -> None:
         self.config = ExportConfig.of(config) if isinstance(config, RunConfig) else config
         self.device, self.step, self.weights, self.statistics = device, step, self.config.weights, statistics
-        self.model = model.to(device, precision_of(self.config.precision)).eval()
+        self._dtype = precision_of(self.config.precision)
+        self.model = model.to(device, self._dtype).eval()
         self.kind, self.num_frames = config.model.kind, config.model.num_frames
         self.temporal_compression = config.model.temporal_compression
         self.latent_channels = config.model.latent.channels
@@ -63,8 +67,9 @@ class Codec:
             device: CUDA where there is one, by default.
 
         Raises:
-            CheckpointError: there is no checkpoint, or it is damaged; an export has other weights than those asked for.
-            ConfigError: the folder is neither a run nor an export.
+            CheckpointError: there is no checkpoint, or it is damaged; an export has other weights than those asked for,
+                or is a text-to-video model.
+            ConfigError: the folder is neither a run of an embedder nor an export.
         """
         path = Path(path)
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,6 +78,7 @@ class Codec:
     @classmethod
     def _of_run(cls, run: Path, weights: Weights, device: torch.device) -> Codec:
         config, folder = open_run(run)
+        config = embedder_only(config, str(run))
         manifest = find_checkpoint(folder, checksums=False)
         tensors = checkpoint_weights(folder, manifest, weights)
         model = model_with(config.model, tensors, f"the parameters of step {manifest.step} in {folder.url}")
@@ -81,10 +87,7 @@ class Codec:
     @classmethod
     def _of_export(cls, folder: Path, weights: Weights | None, device: torch.device) -> Codec:
         config = load_export_config(folder)
-        if weights not in (None, config.weights):
-            raise CheckpointError(
-                f"{folder} holds the {config.weights} weights alone; export the run again with --weights {weights}"
-            )
+        check_weights(folder, config, weights)
         model = model_with(config.model, read_model(folder, config), f"the parameters in {folder}")
         step = 0 if config.origin is None else config.origin.step
         return cls(model, config, device, step, read_statistics(folder / STATISTICS_FILE))
@@ -117,8 +120,12 @@ class Codec:
 
         Returns:
             [B, 3, T, H, W] in [-1, 1].
+
+        Raises:
+            DataError: the latents are normalised ones.
+            ConfigError: as `decode_windows`.
         """
-        count = len(latents.content)
+        count = len(only_raw(latents).content)
         ids, firsts = sample_ids or range(count), starts or [0.0] * count
         frames = []
         for clip in range(count):
@@ -179,11 +186,12 @@ class Codec:
 
     def _window(self, window: Window, times: Tensor, x: Tensor, seen: Tensor, t: Tensor) -> Tensor:
         """One window's estimate of the frames `seen`, [1, 3, n, H, W]."""
+        latents = Latents(*(each.to(self.device, self._dtype) for each in window.latents))  # of a cache, or generated
         if isinstance(self.model, Baseline):
-            frames = self.model.reconstruct(window.latents, window.length)
+            frames = self.model.reconstruct(latents, window.length)
             return frames[:, :, _whole(times, window.length)]
         x, t, settings = x[:, :, seen], t.to(self.device), self.config.diffusion
-        prediction = self.model.denoise(x, t, window.latents, times[None].float())
+        prediction = self.model.denoise(x, t, latents, times[None].float())
         return x0_from(settings.path, settings.target, prediction, x, t)
 
 

@@ -25,14 +25,23 @@ from regen_dist.checkpoint.export import (
     write_model,
 )
 from regen_dist.checkpoint.manifest import Manifest
-from regen_dist.config.exported import EXPORT_CONFIG_FILE, ExportConfig, OriginConfig
+from regen_dist.config import AnyRunConfig, RunConfig
+from regen_dist.config.exported import (
+    EXPORT_CONFIG_FILE,
+    AnyExportConfig,
+    ExportConfig,
+    OriginConfig,
+    T2VExportConfig,
+)
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.schema import DataConfig, RunConfig
+from regen_dist.config.schema import DataConfig
 from regen_dist.data.objects.local import full_disk, sync
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.card import model_card
 from regen_dist.inference.codec import Codec
+from regen_dist.inference.space_files import read_space
 from regen_dist.inference.statistics import LatentStatistics, measure_statistics
+from regen_dist.inference.t2v_card import t2v_card
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
@@ -45,7 +54,8 @@ class ExportOptions:
         step: of the checkpoint; None takes the newest good one.
         weights: averaged, or those of the last step.
         dtype: in which they are stored.
-        statistics_clips: clips that the latent statistics are measured on; 0 leaves the statistics out.
+        statistics_clips: clips that an embedder's latent statistics are measured on; 0 leaves the statistics out. Those
+            of a text-to-video model are its caches'.
         data: URL of the clips for the statistics; None takes the run's training data.
         force: replace the exported model that is in the target folder.
     """
@@ -60,14 +70,15 @@ class ExportOptions:
 
 def export_model(
     run: Path, out: Path, options: ExportOptions, progress: Progress = lambda what, done, total: None
-) -> ExportConfig:
+) -> AnyExportConfig:
     """Write the model of a run's checkpoint into the folder `out`, which is there whole or not at all.
 
-    Every byte of the checkpoint is compared with its checksum first; the statistics are those of the weights as they
-    are stored. Returns what the export says of itself.
+    Every byte of the checkpoint is compared with its checksum first; an embedder's statistics are those of the weights
+    as they are stored. Returns what the export says of itself.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is damaged, or `out` is not empty.
+        CheckpointError: there is no such checkpoint, it is damaged, or `out` is not empty; or the run of a
+            text-to-video model has lost its latent space.
         ConfigError: `run` is not a run.
         DataError: the clips for the statistics cannot be read, or the disk is full.
     """
@@ -83,16 +94,11 @@ def export_model(
         del weights
         exported = _described(config, manifest, options, digest)
         write_text_atomically(made / EXPORT_CONFIG_FILE, exported.to_yaml())
-        statistics = _statistics(made, config, options, progress) if options.statistics_clips else None
-        if statistics is not None:
-            write_text_atomically(made / STATISTICS_FILE, statistics.to_text())
-        assert exported.origin is not None, "it was described with one"
-        card = model_card(exported, exported.origin, manifest.shapes, config.data.sizes[0], statistics)
-        write_text_atomically(made / CARD_FILE, card)
+        write_text_atomically(made / CARD_FILE, _complete(run, made, config, exported, manifest, options, progress))
     return exported
 
 
-def _described(config: RunConfig, manifest: Manifest, options: ExportOptions, digest: str) -> ExportConfig:
+def _described(config: AnyRunConfig, manifest: Manifest, options: ExportOptions, digest: str) -> AnyExportConfig:
     origin = OriginConfig(
         run=config.name,
         step=manifest.step,
@@ -103,9 +109,29 @@ def _described(config: RunConfig, manifest: Manifest, options: ExportOptions, di
         data=manifest.state.get("data") or {},
         metrics=manifest.metrics,
     )
-    return ExportConfig.of(config, options.weights).model_copy(
-        update={"dtype": options.dtype, "sha256": digest, "origin": origin}
+    exported: AnyExportConfig = (
+        ExportConfig.of(config, options.weights)
+        if isinstance(config, RunConfig)
+        else T2VExportConfig.of(config, options.weights)
     )
+    return exported.model_copy(update={"dtype": options.dtype, "sha256": digest, "origin": origin})
+
+
+def _complete(
+    run: Path, made: Path, config: AnyRunConfig, exported: AnyExportConfig, manifest: Manifest, options: ExportOptions,
+    progress: Progress,
+) -> str:  # fmt: skip
+    """Add what a model of this kind needs beside its weights; returns its card."""
+    assert exported.origin is not None, "it was described with one"
+    if isinstance(exported, T2VExportConfig):
+        space = read_space(run)
+        space.write(made)
+        return t2v_card(exported, exported.origin, manifest.shapes, space)
+    assert isinstance(config, RunConfig), "what is exported is of the run's kind"
+    statistics = _statistics(made, config, options, progress) if options.statistics_clips else None
+    if statistics is not None:
+        write_text_atomically(made / STATISTICS_FILE, statistics.to_text())
+    return model_card(exported, exported.origin, manifest.shapes, config.data.sizes[0], statistics)
 
 
 def _statistics(made: Path, config: RunConfig, options: ExportOptions, progress: Progress) -> LatentStatistics:

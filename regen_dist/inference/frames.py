@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -192,6 +192,13 @@ class VideoWriter:
             yield
         except (av.FFmpegError, OSError) as error:
             raise DataError(f"{self.path} cannot be written: {error}") from error
+
+
+def write_video(path: Path, frames: Iterable[Frame], rate: Fraction | float, *, crf: int = 16) -> None:
+    """Write frames [H, W, 3] as an mp4, whole or not at all; see `VideoWriter`."""
+    with VideoWriter(path, rate, crf=crf) as writer:
+        for frame in frames:
+            writer.write(frame)
 
 
 def _even_sides(frame: Frame) -> Frame:

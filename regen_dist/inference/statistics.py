@@ -6,7 +6,7 @@ Legend: B clips, C channels, h x w latent cells.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -137,6 +137,14 @@ class LatentStatistics:
         parts = {name: None if part is None else part.to_json() for name, part in self._parts().items()}
         return json.dumps({"format": STATISTICS_FORMAT, **parts, "measured_on": self.measured_on}, indent=1) + "\n"
 
+    def __add__(self, other: LatentStatistics) -> LatentStatistics:
+        """Those of both sets of latents."""
+        clips, images = (
+            mine + theirs if mine and theirs else mine or theirs
+            for mine, theirs in ((self.clips, other.clips), (self.images, other.images))
+        )
+        return LatentStatistics(clips, images, self.measured_on)
+
     def _parts(self) -> dict[str, LatentSpread | None]:
         return {"clips": self.clips, "images": self.images}
 
@@ -151,14 +159,26 @@ def read_statistics(path: Path) -> LatentStatistics | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no latent statistics: {type(error).__name__}: {error}") from error
+    return parse_statistics(found, str(path))
+
+
+def parse_statistics(found: Mapping[str, Any], where: str) -> LatentStatistics:
+    """The statistics in parsed JSON.
+
+    Raises:
+        CheckpointError: it is not what `LatentStatistics.to_text` writes; `where` says whose it is.
+    """
+    try:
         if found["format"] != STATISTICS_FORMAT:
             raise ValueError(f"it has format {found['format']}, this version reads {STATISTICS_FORMAT}")
         clips, images = (
             LatentSpread.from_json(part) if (part := found[name]) else None for name in ("clips", "images")
         )
         return LatentStatistics(clips, images, found["measured_on"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} holds no latent statistics: {type(error).__name__}: {error}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{where} holds no latent statistics: {type(error).__name__}: {error}") from error
 
 
 class Encoder(Protocol):

@@ -9,21 +9,30 @@ choice, not the paper's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from regen_dist.errors import ConfigError
+from regen_dist.inference.latent_space import only_raw
 from regen_dist.models.encoder import Latents
 
 
-class Window(NamedTuple):
-    """One encoded clip of a longer video: latents (B = 1), the video's frame where it starts, and its frames."""
+@dataclass(frozen=True, eq=False)
+class Window:
+    """One encoded clip of a longer video: latents (B = 1), the video's frame where it starts, and its frames.
+
+    Raises:
+        DataError: the latents are normalised ones.
+    """
 
     latents: Latents
     start: float
     length: int
+
+    def __post_init__(self) -> None:
+        only_raw(self.latents)
 
 
 def plan_windows(num_frames_video: int, num_frames_clip: int, overlap: int = 1) -> list[int]:

@@ -1,6 +1,9 @@
-"""The video embedders: encoder, latent conditioning, generative decoder, and the convolutional baseline."""
+"""The video embedders (encoder, latent conditioning, generative decoder, and the convolutional baseline), and the
+text-to-video transformer on their latents."""
 
-from regen_dist.models.embedder import Baseline, Regen, VideoEmbedder, build_model
+from regen_dist.models.building import build_model
+from regen_dist.models.embedder import Baseline, Regen, VideoEmbedder
 from regen_dist.models.encoder import Latents
+from regen_dist.models.t2v import TextToVideo
 
-__all__ = ["Baseline", "Latents", "Regen", "VideoEmbedder", "build_model"]
+__all__ = ["Baseline", "Latents", "Regen", "TextToVideo", "VideoEmbedder", "build_model"]

@@ -6,39 +6,37 @@ that all do; its matrix of weights is not counted as kept, because no fused kern
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config.schema import SPATIAL_COMPRESSION, ModelConfig
-from regen_dist.models.embedder import build_model
+from regen_dist.config.t2v import T2VModelConfig
+from regen_dist.models.building import build_model
+from regen_dist.models.counting import Pass, count_pass
+from regen_dist.models.t2v import token_grid
 
-NUM_LATENT_FRAMES = 2  # the content latent and the motion latent
+NUM_LATENT_FRAMES = 2  # of a clip: the content latent and the motion latent
+Precision = Literal["bf16", "fp32"]
 _DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _FORWARD_AND_BACKWARD = 3  # the backward pass costs two forward passes: gradients of inputs and of weights
 
 
 @dataclass(frozen=True)
 class Account:
-    """Costs of one clip, or of the model, by part (`encoder`, `conditioning`, `decoder`)."""
+    """Costs of one sample, or of the model, by part (of an embedder `encoder`, `conditioning`, `decoder`)."""
 
-    clip_shape: tuple[int, int, int, int]  # channels, frames, height, width
-    latent_shape: tuple[int, int, int]  # channels, rows, columns of each of the two latent frames
     parameters: dict[str, int]
     forward_flops: dict[str, int]
     recomputed_flops: int  # forward operations done a second time by activation checkpointing
-    activation_bytes: int  # kept per clip for the backward pass
+    activation_bytes: int  # kept per sample for the backward pass
     parameter_sizes: tuple[int, ...]  # elements of each parameter
+
+    unit: ClassVar[str] = "sample"  # what one is called
 
     @property
     def num_parameters(self) -> int:
@@ -47,13 +45,23 @@ class Account:
 
     @property
     def num_forward_flops(self) -> int:
-        """Operations of one forward pass of one clip; a multiplication with an addition counts as two."""
+        """Operations of one forward pass of one sample; a multiplication with an addition counts as two."""
         return sum(self.forward_flops.values())
 
     @property
     def num_training_flops(self) -> int:
-        """Operations of one training step for one clip: forward, backward, and what checkpointing computes again."""
+        """Operations of one training step for one sample: forward, backward, and what checkpointing computes again."""
         return _FORWARD_AND_BACKWARD * self.num_forward_flops + self.recomputed_flops
+
+
+@dataclass(frozen=True)
+class ClipAccount(Account):
+    """An embedder's, for one clip."""
+
+    clip_shape: tuple[int, int, int, int]  # channels, frames, height, width
+    latent_shape: tuple[int, int, int]  # channels, rows, columns of each of the two latent frames
+
+    unit: ClassVar[str] = "clip"
 
     @property
     def compression(self) -> float:
@@ -71,32 +79,76 @@ class Account:
         return 16 * self.num_latent_values / _product(self.clip_shape[1:])
 
 
+@dataclass(frozen=True)
+class RowAccount(Account):
+    """The text-to-video transformer's, for one row of clips and its text."""
+
+    latent_shape: tuple[int, int, int, int]  # channels, latent frames, rows, columns
+    text_tokens: int
+
+    unit: ClassVar[str] = "row"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the latents."""
+        _, *latents = self.latent_shape
+        return _product(token_grid((latents[0], latents[1], latents[2])))
+
+
 def account(
     config: ModelConfig,
     size: tuple[int, int],
     *,
     num_frames: int | None = None,
-    precision: Literal["bf16", "fp32"] = "bf16",
+    precision: Precision = "bf16",
     activation_checkpointing: bool = False,
-) -> Account:
-    """Count the costs of a model for clips of `num_frames` (k+1 by default) and `size` = (height, width) pixels."""
-    model, num_frames = _meta_model(config, precision), num_frames or config.num_frames
+) -> ClipAccount:
+    """Count the costs of an embedder for clips of `num_frames` (k+1 by default) and `size` = (height, width) pixels."""
+    num_frames = num_frames or config.num_frames
     clip = torch.empty(1, 3, num_frames, *size, device="meta", dtype=_DTYPE[precision])
-    units = _checkpointed_units(model)
-    with FlopCounterMode(display=False) as flops, _Saved(model, units) as saved:
-        output = _forward(model, clip)
-    operations = {name: sum(each.values()) for name, each in flops.get_flop_counts().items()}
-    root = type(model).__name__
-    del output  # what the backward pass needs lives as long as this
-    return Account(
+    model = _on_meta(config, precision)
+    inputs = (clip, clip, _ones(1)) if config.kind == "regen" else (clip,)
+    return ClipAccount(
+        **_parameters(model),
+        **count_pass(model, lambda: model(*inputs), activation_checkpointing)._asdict(),
         clip_shape=(3, num_frames, *size),
         latent_shape=(config.latent.channels, size[0] // SPATIAL_COMPRESSION, size[1] // SPATIAL_COMPRESSION),
-        parameters={name: _count(part) for name, part in model.named_children()},
-        forward_flops={name: operations.get(f"{root}.{name}", 0) for name, _ in model.named_children()},
-        recomputed_flops=sum(operations.get(f"{root}.{name}", 0) for name in units) if activation_checkpointing else 0,
-        activation_bytes=saved.checkpointed_bytes() if activation_checkpointing else saved.num_bytes(),
-        parameter_sizes=tuple(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def account_row(
+    config: T2VModelConfig,
+    frames: int,
+    size: tuple[int, int],
+    text_tokens: int,
+    *,
+    precision: Precision = "bf16",
+    activation_checkpointing: bool = False,
+) -> RowAccount:
+    """Count the costs of the text-to-video transformer for one row of clips.
+
+    Args:
+        config: of the model.
+        frames: latent frames of the row: two per clip, or 1 for an image.
+        size: rows and columns of the latents: the video's sides over 8.
+        text_tokens: of the text, padding included.
+        precision: that it computes in.
+        activation_checkpointing: whether blocks are recomputed.
+
+    Raises:
+        DataError: an odd side.
+    """
+    shape = (config.latent_channels, frames, *size)
+    counted = _count_row(config, shape, text_tokens, precision, activation_checkpointing)
+    return RowAccount(
+        **_parameters(_on_meta(config, precision)), **counted._asdict(), latent_shape=shape, text_tokens=text_tokens
+    )
+
+
+def row_forward_flops(config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int) -> int:
+    """Operations of one forward pass of a row, as `account_row` counts them, sooner: of one block."""
+    flops = _count_blocks(config, 1, (config.latent_channels, frames, *size), text_tokens).forward_flops
+    return sum(flops.values()) + (config.blocks - 1) * flops["blocks"]
 
 
 @lru_cache(maxsize=256)
@@ -108,116 +160,63 @@ def training_flops_per_clip(config: ModelConfig, size: tuple[int, int], num_fram
     return account(config, size, num_frames=num_frames).num_training_flops
 
 
-def _meta_model(config: ModelConfig, precision: str) -> nn.Module:
-    """The model without storage. Which attention kernel it uses changes no count, and not every kernel runs on meta."""
-    attention = config.decoder.attention.model_copy(update={"backend": "sdpa"})
-    decoder = config.decoder.model_copy(update={"attention": attention})
+@lru_cache(maxsize=256)
+def training_flops_per_row(config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int) -> int:
+    """The same for one row of `frames` latent frames of `size` = (h, w) cells, with so many text tokens."""
+    return account_row(config, frames, size, text_tokens).num_training_flops
+
+
+def _count_row(
+    config: T2VModelConfig, shape: tuple[int, ...], text_tokens: int, precision: Precision, checkpointing: bool
+) -> Pass:
+    """All blocks are alike, and the meta device is slow: a model of one block and one of two are counted, and each
+    further block costs what the second does."""
+    one, two = (_count_blocks(config, blocks, shape, text_tokens, precision, checkpointing) for blocks in (1, 2))
+    more = config.blocks - 1
+    return Pass(
+        {name: flops + more * (two.forward_flops[name] - flops) for name, flops in one.forward_flops.items()},
+        one.recomputed_flops + more * (two.recomputed_flops - one.recomputed_flops),
+        one.activation_bytes + more * (two.activation_bytes - one.activation_bytes),
+    )
+
+
+def _count_blocks(
+    config: T2VModelConfig,
+    blocks: int,
+    shape: tuple[int, ...],
+    text_tokens: int,
+    precision: Precision = "bf16",
+    checkpointing: bool = False,
+) -> Pass:
+    """One pass of a row through a model of so many blocks."""
+    model = _on_meta(config.model_copy(update={"blocks": blocks}), precision)
+    inputs = _ones(1, *shape), _ones(1), _ones(1, text_tokens, config.text_width), _ones(1, text_tokens).bool()
+    return count_pass(model, lambda: model(*inputs), checkpointing)
+
+
+def _with_sdpa(config: Any) -> Any:
+    """The config with the kernel that runs on the meta device; which one it is changes no count."""
+    if isinstance(config, ModelConfig):
+        return config.model_copy(update={"decoder": _with_sdpa(config.decoder)})
+    return config.model_copy(update={"attention": config.attention.model_copy(update={"backend": "sdpa"})})
+
+
+def _on_meta(config: ModelConfig | T2VModelConfig, precision: Precision) -> nn.Module:
+    """The model without storage."""
     with torch.device("meta"):
-        return build_model(config.model_copy(update={"decoder": decoder})).to(_DTYPE[precision])
+        return build_model(_with_sdpa(config)).to(_DTYPE[precision])  # type: ignore[no-any-return]
 
 
-def _forward(model: nn.Module, clip: Tensor) -> object:
-    """One training forward pass of either kind of model."""
-    if hasattr(model, "denoise"):
-        return model(clip, clip, torch.ones(clip.shape[0], device="meta"))
-    return model(clip)
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(shape, device="meta")
 
 
-def _checkpointed_units(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that are recomputed as a whole when activation checkpointing is on, by name."""
-    owners = [(name, each) for name, each in model.named_modules() if hasattr(each, "activation_checkpointing")]
+def _parameters(model: nn.Module) -> dict[str, Any]:
     return {
-        f"{owner_name}.{list_name}.{index}": unit
-        for owner_name, owner in owners
-        for list_name, units in owner.named_children()
-        if isinstance(units, nn.ModuleList)
-        for index, unit in enumerate(units)
+        "parameters": {name: sum(each.numel() for each in part.parameters()) for name, part in model.named_children()},
+        "parameter_sizes": tuple(each.numel() for each in model.parameters()),
     }
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _product(sizes: tuple[int, ...]) -> int:
     return int(torch.Size(sizes).numel())
-
-
-class _Saved(TorchFunctionMode):
-    """Counts what autograd keeps for the backward pass, weights apart: each storage once, by the unit that kept it."""
-
-    def __init__(self, model: nn.Module, units: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.weights = {_storage(parameter) for parameter in model.parameters()}
-        self.units = units
-        self.unit = ""  # the one that runs now; "" between units
-        self.fused = False
-        self.kept: dict[str, dict[int, Tensor]] = {"": {}, **{name: {} for name in units}}
-        self.inputs: dict[int, Tensor] = {}
-        self.scope = self._watch()
-
-    def num_bytes(self) -> int:
-        """Kept without checkpointing."""
-        return _bytes({key: each for kept in self.kept.values() for key, each in kept.items()})
-
-    def checkpointed_bytes(self) -> int:
-        """Kept with checkpointing: what lies outside the units, their inputs, and one unit while it is recomputed."""
-        largest = max((_bytes(self.kept[name]) for name in self.units), default=0)
-        return _bytes({**self.kept[""], **self.inputs}) + largest
-
-    def __enter__(self) -> _Saved:
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self.scope.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.scope.__exit__(*error)
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """A fused attention kernel keeps inputs and output; on the meta device it is made of parts that keep more."""
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
-        self.fused = True
-        output = function(*args, **(kwargs or {}))  # [..., N, L, E], laid out as the kernels do: [..., L, N, E]
-        output = output.transpose(-3, -2).contiguous().transpose(-3, -2)
-        self.fused = False
-        for tensor in (*args, output):
-            self._keep(tensor)
-        return output
-
-    @contextmanager
-    def _watch(self) -> Iterator[None]:
-        handles = [unit.register_forward_pre_hook(self._entering(name)) for name, unit in self.units.items()]
-        handles += [unit.register_forward_hook(self._left) for unit in self.units.values()]
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _entering(self, name: str) -> Any:
-        def enter(unit: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self.unit = name
-            self.inputs |= {_storage(each): each for each in tree_leaves(inputs) if isinstance(each, Tensor)}
-
-        return enter
-
-    def _left(self, unit: nn.Module, inputs: Any, output: Any) -> None:
-        self.unit = ""
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = _storage(tensor)
-        if not self.fused and storage not in self.weights:
-            self.kept[self.unit].setdefault(storage, tensor)
-        return tensor
-
-
-def _storage(tensor: Tensor) -> int:
-    """Tells storages apart; on the meta device all data pointers are zero."""
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _bytes(tensors: dict[int, Tensor]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())

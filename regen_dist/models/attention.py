@@ -1,6 +1,6 @@
-"""Self-attention over a grid of video tokens: one function, four kernels, two patterns.
+"""Self-attention over a grid of video tokens (one function, four kernels, two patterns), and attention to text.
 
-Legend: B batch, T token frames, H rows, W columns, L = T*H*W tokens, N heads, E width of a head.
+Legend: B batch, T token frames, H rows, W columns, L = T*H*W tokens, M text tokens, N heads, E width of a head.
 
 A *backend* is the kernel; a *pattern* says which tokens see each other. A window pattern cuts the grid into boxes and
 attends inside each box alone, so that the cost grows linearly with the size of the video. Odd layers shift the boxes by
@@ -74,7 +74,7 @@ def require_flash(device: str, dtype: torch.dtype) -> None:
     Raises:
         BackendError: no CUDA device, a dtype that the kernel does not take, or no flash-attn package.
     """
-    mend = "set model.decoder.attention.backend=sdpa"
+    mend = "set model.decoder.attention.backend=sdpa (of text to video: model.attention.backend=sdpa)"
     if device != "cuda":
         raise BackendError(f"attention backend 'flash' needs a CUDA device, the tensors are on '{device}'; {mend}")
     if dtype not in (torch.bfloat16, torch.float16):
@@ -90,6 +90,64 @@ def require_flash(device: str, dtype: torch.dtype) -> None:
 
 
 BACKENDS = {"sdpa": attend_sdpa, "eager": attend_eager, "flash": attend_flash, "reference": attend_reference}
+
+
+def cross_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The textbook's attention to the tokens of a mask, in float32. q [B, N, L, E], k and v [B, N, M, E], mask
+    [B, M]."""
+    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, N, L, M]
+    mixed: Tensor = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1) @ v.float()
+    return mixed.to(v.dtype)
+
+
+def cross_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """PyTorch's fused attention, which takes masks. Shapes as of `cross_reference`."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+
+
+def cross_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Two matrix products around a softmax, in the working precision. Shapes as of `cross_reference`."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    mixed: Tensor = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1) @ v
+    return mixed
+
+
+def cross_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """FlashAttention on the tokens of the mask alone, packed one text after the other. Shapes as of
+    `cross_reference`."""
+    require_flash(q.device.type, q.dtype)
+    from flash_attn import flash_attn_varlen_func
+
+    batch, _, length, _ = q.shape
+    packed_k, packed_v = (tensor.transpose(1, 2)[mask] for tensor in (k, v))  # [tokens of all texts, N, E]
+    starts_q = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * length
+    starts_k = F.pad(mask.sum(-1).cumsum(0), (1, 0)).int()
+    packed_q = q.transpose(1, 2).flatten(0, 1)  # [B*L, N, E]
+    mixed = flash_attn_varlen_func(packed_q, packed_k, packed_v, starts_q, starts_k, length, mask.shape[1])
+    return mixed.unflatten(0, (batch, length)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+CROSS_BACKENDS = {"sdpa": cross_sdpa, "eager": cross_eager, "flash": cross_flash, "reference": cross_reference}
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, backend: str) -> Tensor:
+    """Attention of a video's tokens to those of a text, of which the mask says which count.
+
+    Args:
+        q: [B, N, L, E].
+        k, v: [B, N, M, E]; what they hold where the mask is False changes nothing, as long as `k` is finite.
+        mask: bool [B, M], True where a token counts. A text without any gives zeros.
+        backend: of `AttentionConfig`.
+
+    Returns:
+        [B, N, L, E].
+
+    Raises:
+        BackendError: the backend cannot run here.
+    """
+    v = v.masked_fill(~mask[:, None, :, None], 0.0)
+    seen = mask | ~mask.any(-1, keepdim=True)  # a text without tokens sees its zeros: a softmax over nothing is NaN
+    return CROSS_BACKENDS[backend](q, k, v, seen)
 
 
 def segments(length: int, window: int, shift: int) -> list[Span]:

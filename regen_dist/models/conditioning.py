@@ -14,6 +14,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist.config.schema import ModelConfig
@@ -54,10 +55,21 @@ class SineLayer(nn.Module):
         self.linear = SineLinear(width)
         self.modulation = nn.Linear(latent_channels, 2 * width, bias=False)
 
-    def forward(self, hidden: Tensor, motion: Tensor) -> Tensor:
-        """hidden [B, T, h, w, M] (or with h = w = 1), motion [B, T, h, w, Z]."""
-        rate, phase = self.modulation(motion).chunk(2, -1)  # [B, T, h, w, M]
+    def forward(self, hidden: Tensor, motion: Tensor, share: Tensor) -> Tensor:
+        """hidden [B, T, h, w, M] (or with h = w = 1), motion [B, 1, h, w, Z], and the share [B, T, 1, 1, 1] of it that
+        counts at each time."""
+        rate, phase = (self.modulation(motion) * share).chunk(2, -1)  # [B, T, h, w, M]
         return torch.sin(self.linear(hidden) * (1 + rate) + phase)
+
+
+def with_neighbours(latent: Tensor, side: int) -> Tensor:
+    """Each cell's latent with those of the `side` x `side` cells around it (zeros outside): [B, Z, h, w] to
+    [B, Z*side*side, h, w]."""
+    if side == 1:
+        return latent
+    columns = F.unfold(latent, side, padding=side // 2)  # [B, Z*side*side, h*w]
+    around: Tensor = columns.unflatten(-1, latent.shape[-2:])
+    return around
 
 
 class LatentConditioning(nn.Module):
@@ -69,11 +81,16 @@ class LatentConditioning(nn.Module):
     First-frame rule (paper, Fig. 3, as we read it): what the SIREN says of the first frame does not depend on the
     motion latent, so that the first frame of a clip and the same frame as an image are conditioned alike. The motion
     latent fades in over the first interval, its weight being min(|t|, 1), which keeps C_e continuous in time.
+
+    Ours, if asked for: a cell's embedding is made from the latents of the cells around it, too, so that an edge that
+    crosses cells is told by all of them. The same for every cell, so any size can still be decoded.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        conditioning, channels = config.conditioning, config.latent.channels
+        conditioning = config.conditioning
+        self.neighbourhood = conditioning.neighbourhood
+        channels = config.latent.channels * self.neighbourhood**2
         self.scale = 1.0 / config.temporal_compression
         self.first_frame_rule = conditioning.first_frame_rule
         self.wave = TimeWave(conditioning.width, conditioning.omega)
@@ -82,11 +99,12 @@ class LatentConditioning(nn.Module):
 
     def forward(self, latents: Latents, times: Tensor) -> Tensor:
         """Latents [B, Z, h, w] and times [B, T] in frames to C_e [B, T, h, w, D]."""
-        content, motion = (latent.movedim(1, -1).unsqueeze(1) for latent in latents)  # [B, 1, h, w, Z]
-        if self.first_frame_rule:
-            motion = motion * times.abs().clamp(max=1.0)[:, :, None, None, None].to(motion.dtype)  # [B, T, h, w, Z]
+        seen = (with_neighbours(latent, self.neighbourhood) for latent in latents)
+        content, motion = (latent.movedim(1, -1).unsqueeze(1) for latent in seen)  # [B, 1, h, w, Z]
+        share = times.abs().clamp(max=1.0) if self.first_frame_rule else torch.ones_like(times)
+        share = share[:, :, None, None, None].to(motion.dtype)  # [B, T, 1, 1, 1]
         hidden = self.wave(times * self.scale)[:, :, None, None]  # [B, T, 1, 1, M]
         for layer in self.layers:
-            hidden = layer(hidden, motion)  # [B, T, h, w, M]
+            hidden = layer(hidden, motion, share)  # [B, T, h, w, M]
         content = content.expand(*hidden.shape[:-1], -1)
         return self.project(torch.cat([content, hidden], -1))  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.schema import SPATIAL_COMPRESSION, ModelConfig
+from regen_dist.config.schema import ModelConfig
 from regen_dist.models.encoder import Latents
 from regen_dist.models.layers import (
     CausalConv,
@@ -20,29 +20,11 @@ from regen_dist.models.layers import (
     Checkpointed,
     Frames,
     ResidualBlock,
-    ZeroLinear,
+    ZeroConv,
     join_first,
     unfold_patches,
 )
-
-
-class PatchDecoder(nn.Module):
-    """The linear part of the decoder, the mirror of `PatchEncoder`: pixels as a linear map of the latents of their
-    cell."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        pixels, channels = 3 * SPATIAL_COMPRESSION**2, config.latent.channels
-        self.first = ZeroLinear(channels, pixels)
-        self.rest = ZeroLinear(2 * channels, pixels * config.temporal_compression)
-
-    def forward(self, latents: Latents, num_frames: int) -> Frames:
-        """Latents [B, 8, h, w] to pixels [B, 3, H, W] and [B, 3, k, H, W]."""
-        first = self.first(latents.content.movedim(1, -1)).movedim(-1, 1)
-        if num_frames == 1:
-            return unfold_patches(Frames(first, None), SPATIAL_COMPRESSION)
-        rest = self.rest(torch.cat(latents, 1).movedim(1, -1)).movedim(-1, 1)  # [B, 192 k, h, w]
-        return unfold_patches(Frames(first, rest.unflatten(1, (-1, num_frames - 1))), SPATIAL_COMPRESSION)
+from regen_dist.models.linear import LinearDecoder
 
 
 class ConvDecoder(Checkpointed):
@@ -63,8 +45,8 @@ class ConvDecoder(Checkpointed):
                 channels = stage.channels
         self.layers = nn.ModuleList(layers)
         self.norm = ChannelNorm(channels)
-        self.head = CausalConv(channels, 3 * self.patch**2)
-        self.shortcut = PatchDecoder(config)
+        self.head = ZeroConv(channels, 3 * self.patch**2)
+        self.linear = LinearDecoder(config)
 
     def forward(self, latents: Latents, num_frames: int) -> Tensor:
         motion = latents.motion.unsqueeze(2) if num_frames > 1 else None
@@ -72,4 +54,6 @@ class ConvDecoder(Checkpointed):
         for layer in self.layers:
             frames = self.run(layer, frames)
         frames = self.head(frames.map(self.norm).map(F.silu))
-        return join_first(unfold_patches(frames, self.patch).add(self.shortcut(latents, num_frames))).float()
+        times = torch.arange(num_frames, device=latents.content.device, dtype=torch.float32)
+        linear = self.linear(*latents, times.expand(len(latents.content), -1))
+        return join_first(unfold_patches(frames, self.patch)).float() + linear  # type: ignore[no-any-return]

@@ -6,8 +6,6 @@ Legend: B batch, T frames, H x W pixels, h = H/8, w = W/8, P = 8, L = T*h*w toke
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -17,8 +15,7 @@ from regen_dist.config.schema import SPATIAL_COMPRESSION as P
 from regen_dist.config.schema import DecoderConfig
 from regen_dist.models.attention import Grid, attention
 from regen_dist.models.layers import Checkpointed, ZeroLinear
-
-NUM_FREQUENCIES = 128
+from regen_dist.models.modulation import Modulation, TimestepEmbedding, modulate
 
 
 def fold_tokens(video: Tensor) -> Tensor:
@@ -33,43 +30,6 @@ def unfold_tokens(tokens: Tensor, grid: Grid) -> Tensor:
     t, h, w = grid
     patches = tokens.reshape(-1, t, h, w, 3, P, P)
     return patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(-1, 3, t, h * P, w * P)
-
-
-class TimestepEmbedding(nn.Module):
-    """The diffusion time t in (0, 1] to one modulation vector, [B] to [B, D], through sinusoids and a two-layer
-    network."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-
-    def forward(self, t: Tensor) -> Tensor:
-        steps = torch.arange(NUM_FREQUENCIES, device=t.device, dtype=torch.float32)
-        frequencies = 1000.0 * torch.exp(-math.log(10000.0) / NUM_FREQUENCIES * steps)
-        angles = t.float()[:, None] * frequencies
-        waves = torch.cat([angles.cos(), angles.sin()], -1).to(next(self.parameters()).dtype)
-        return self.net(waves)  # type: ignore[no-any-return]
-
-
-class Modulation(nn.Module):
-    """adaLN: the timestep's vector to `parts` vectors of width D for all blocks, [B, D] to [B, parts, D].
-
-    One projection serves every block, and each block adds a table of its own (adaLN-single, PixArt-alpha). Zero at the
-    start, so that the gates of all blocks are closed and the transformer begins as the identity.
-    """
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__()
-        self.parts = parts
-        self.linear = ZeroLinear(width, parts * width)
-
-    def forward(self, vector: Tensor) -> Tensor:
-        return self.linear(vector).unflatten(-1, (self.parts, -1))  # type: ignore[no-any-return]
-
-
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Layer norm without parameters of its own, then scale and shift. x [B, L, D], scale and shift [B, 1, D]."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
 
 
 class Block(nn.Module):
@@ -109,9 +69,6 @@ class GenerativeDecoder(Checkpointed):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.blocks))
         self.final_modulation = Modulation(config.width, 2)
         self.head = ZeroLinear(config.width, 3 * P * P)
-        self.shortcut = ZeroLinear(
-            config.width, 3 * P * P
-        )  # ours: a linear decoding of C_e, beside the normalised head
 
     def forward(self, noisy: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
         """noisy [B, 3, T, H, W], t [B], conditioning C_e [B, T, h, w, D] to a prediction [B, 3, T, H, W] in float32."""
@@ -123,5 +80,5 @@ class GenerativeDecoder(Checkpointed):
         for block in self.blocks:
             x = self.run(block, x, modulation, grid=grid)
         scale, shift = self.final_modulation(vector).unsqueeze(2).unbind(1)
-        pixels = self.head(modulate(x, scale, shift)) + self.shortcut(conditioning.flatten(1, 3))
+        pixels = self.head(modulate(x, scale, shift))
         return unfold_tokens(pixels.float(), grid)

@@ -14,7 +14,8 @@ from regen_dist.models.conditioning import LatentConditioning
 from regen_dist.models.convdecoder import ConvDecoder
 from regen_dist.models.decoder import GenerativeDecoder
 from regen_dist.models.encoder import Encoder, Latents
-from regen_dist.models.layers import Checkpointed
+from regen_dist.models.layers import recompute_activations
+from regen_dist.models.linear import LinearDecoder
 
 
 class VideoEmbedder(nn.Module):
@@ -40,9 +41,7 @@ class VideoEmbedder(nn.Module):
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
-        for module in self.modules():
-            if isinstance(module, Checkpointed):
-                module.activation_checkpointing = enabled
+        recompute_activations(self, enabled)
 
 
 class Regen(VideoEmbedder):
@@ -52,6 +51,7 @@ class Regen(VideoEmbedder):
         super().__init__(config)
         self.conditioning = LatentConditioning(config)
         self.decoder = GenerativeDecoder(config.decoder)
+        self.linear = LinearDecoder(config)
 
     def denoise(self, noisy: Tensor, t: Tensor, latents: Latents, times: Tensor) -> Tensor:
         """One prediction of the decoder.
@@ -65,7 +65,8 @@ class Regen(VideoEmbedder):
         Returns:
             The prediction target (x0, velocity or noise, as trained), [B, 3, T, H, W] in float32.
         """
-        return self.decoder(noisy, t, self.conditioning(latents, times))  # type: ignore[no-any-return]
+        linear: Tensor = self.linear(*latents, times)
+        return linear + self.decoder(noisy, t, self.conditioning(latents, times))  # type: ignore[no-any-return]
 
     def forward(
         self, video: Tensor, noisy: Tensor, t: Tensor, latent_noise: Latents | None = None
@@ -101,8 +102,3 @@ def _perturb(latents: Latents, noise: Latents) -> Latents:
     content, motion = (latent + eps.to(latent.dtype) for latent, eps in zip(latents, noise, strict=True))
     is_clip = (latents.motion != 0).any(1, keepdim=True)
     return Latents(content, torch.where(is_clip, motion, latents.motion))
-
-
-def build_model(config: ModelConfig) -> Regen | Baseline:
-    """The embedder that a config describes, with fresh weights."""
-    return Regen(config) if config.kind == "regen" else Baseline(config)

@@ -19,11 +19,12 @@ from regen_dist.models.layers import (
     CausalConv,
     ChannelNorm,
     Checkpointed,
-    Frames,
     ResidualBlock,
+    ZeroConv,
     fold_patches,
     split_first,
 )
+from regen_dist.models.linear import LinearEncoder
 
 
 class Latents(NamedTuple):
@@ -65,29 +66,6 @@ def check_clip(video: Tensor, num_frames: int) -> None:
         )
 
 
-class PatchEncoder(nn.Module):
-    """The linear part of the encoder: each latent cell as a linear map of the pixels that it stands for.
-
-    Ours. Beside it the convolutions learn what a linear code leaves; without it the first thousand steps go into
-    finding more than the mean colour of a cell (docs/embedder.md has the measurement).
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        pixels, channels = 3 * SPATIAL_COMPRESSION**2, config.latent.channels
-        self.content = nn.Linear(pixels, channels)
-        self.motion = nn.Linear(pixels * config.num_frames, channels)
-
-    def forward(self, clip: Frames) -> Frames:
-        """Pixels [B, 3, H, W] and [B, 3, k, H, W] to [B, 8, h, w] and [B, 8, 1, h, w]."""
-        first, rest = fold_patches(clip, SPATIAL_COMPRESSION)
-        content = self.content(first.movedim(1, -1)).movedim(-1, 1)
-        if rest is None:
-            return Frames(content, None)
-        cells = torch.cat([first.unsqueeze(2), rest], 2).flatten(1, 2)  # [B, 192 (k+1), h, w]
-        return Frames(content, self.motion(cells.movedim(1, -1)).movedim(-1, 1).unsqueeze(2))
-
-
 class Encoder(Checkpointed):
     """Video [B, 3, T, H, W] in [-1, 1], T = k+1 or 1, to `Latents`.
 
@@ -109,8 +87,8 @@ class Encoder(Checkpointed):
         layers += [ResidualBlock(channels, channels) for _ in range(config.encoder.out_blocks)]
         self.layers = nn.ModuleList(layers)
         self.norm = ChannelNorm(channels)
-        self.head = CausalConv(channels, config.latent.channels)
-        self.shortcut = PatchEncoder(config)
+        self.head = ZeroConv(channels, config.latent.channels)
+        self.linear = LinearEncoder(config)
 
     def forward(self, video: Tensor) -> Latents:
         check_clip(video, self.num_frames)
@@ -118,7 +96,7 @@ class Encoder(Checkpointed):
         frames = self.stem(fold_patches(clip, self.patch))
         for layer in self.layers:
             frames = self.run(layer, frames)
-        frames = self.head(frames.map(self.norm).map(F.silu)).add(self.shortcut(clip))
+        frames = self.head(frames.map(self.norm).map(F.silu)).add(self.linear(clip))
         content = bound_latent(frames.first)
         return Latents(
             content, torch.zeros_like(content) if frames.rest is None else bound_latent(frames.rest[:, :, 0])

@@ -87,6 +87,13 @@ class Checkpointed(nn.Module):
         return part(*inputs, **fixed)
 
 
+def recompute_activations(model: nn.Module, enabled: bool) -> None:
+    """Make activations again in the backward pass instead of keeping them, in every `Checkpointed` part of a model."""
+    for module in model.modules():
+        if isinstance(module, Checkpointed):
+            module.activation_checkpointing = enabled
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero: gates and heads, which open as training goes.
 
@@ -130,6 +137,16 @@ class CausalConv(nn.Conv3d):
             return frames.rest
         clip = torch.cat([frames.first.unsqueeze(2), frames.rest], 2)
         return F.pad(clip, (0, 0, 0, 0, reach - 1, 0)) if reach > 1 else clip
+
+
+class ZeroConv(CausalConv):
+    """A causal convolution that starts at zero: a head beside a linear part."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out)
+        nn.init.zeros_(self.weight)
+        assert self.bias is not None, "convolutions here have one"
+        nn.init.zeros_(self.bias)
 
 
 class CausalUpsample(nn.Module):

@@ -18,7 +18,7 @@ def memory_bytes(model: Account, engine: EngineConfig, *, world_size: int, clips
         model: counted with the precision and checkpointing of `engine`.
         engine: `plain` shards nothing.
         world_size: GPUs that the states are sharded over.
-        clips_per_gpu: clips of one micro-batch on one GPU.
+        clips_per_gpu: samples (clips, or rows of clips) of one micro-batch on one GPU.
     """
     shards = world_size if engine.kind == "zero3" else 1
     share = -(-model.num_parameters // shards)
@@ -35,7 +35,7 @@ def memory_bytes(model: Account, engine: EngineConfig, *, world_size: int, clips
         "gradients on their way: a bucket, and its copy": low * (_BUCKET + min(model.num_parameters, _BUCKET))
         if engine.kind == "zero3"
         else 0,
-        f"activations of {clips_per_gpu} clip{'s' if clips_per_gpu != 1 else ''}": clips_per_gpu
+        f"activations of {clips_per_gpu} {model.unit}{'s' if clips_per_gpu != 1 else ''}": clips_per_gpu
         * model.activation_bytes,
     }
     kept = {name: size for name, size in terms.items() if size}

@@ -13,12 +13,12 @@ PLAIN_EVERY_S = 10.0
 
 
 class ProgressLine:
-    """Step, loss, validation PSNR, clips/s, MFU, data wait, memory and ETA."""
+    """Step, loss, validation, clips/s, MFU, data wait, memory and ETA."""
 
     def __init__(self, total_steps: int, start: int, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._total, self._start, self._began, self._printed = total_steps, start, time.monotonic(), 0.0
-        self._psnr: float | None = None
+        self._validation = ""
         self._bar = Progress(
             BarColumn(bar_width=20),
             TextColumn("{task.description}"),
@@ -32,7 +32,7 @@ class ProgressLine:
 
     def train(self, step: int, values: Mapping[str, Any]) -> None:
         """Show the newest figures of training."""
-        line = describe(step, self._total, values, self._psnr)
+        line = describe(step, self._total, values, self._validation)
         self._bar.update(self._task, completed=step, description=line)
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._printed > PLAIN_EVERY_S or step == self._total):
@@ -41,8 +41,9 @@ class ProgressLine:
             self._console.print(f"{line}  eta {eta / 60:.1f} min", highlight=False, soft_wrap=True)
 
     def validation(self, values: Mapping[str, Any]) -> None:
-        """Keep the newest validation PSNR on the line."""
-        self._psnr = values["psnr_db"]
+        """Keep the newest validation PSNR, or loss, on the line."""
+        named = [f"val {value:.2f} dB" for name, value in values.items() if name == "psnr_db"]
+        self._validation = (named or [f"val {value:.4f}" for name, value in values.items() if name == "loss"] or [""])[0]
 
     def say(self, text: str) -> None:
         """A line of its own."""
@@ -52,11 +53,11 @@ class ProgressLine:
         self._bar.stop()
 
 
-def describe(step: int, total: int, values: Mapping[str, Any], psnr: float | None) -> str:
-    """The figures as one line."""
+def describe(step: int, total: int, values: Mapping[str, Any], validation: str = "") -> str:
+    """The figures as one line; `validation` is what to say of the newest one."""
     parts = [f"step {step}/{total}", f"loss {values['loss']:.4f}"]
-    if psnr is not None:
-        parts.append(f"val {psnr:.2f} dB")
+    if validation:
+        parts.append(validation)
     parts += [
         f"{values['clips_per_s']:.1f} clips/s",
         f"MFU {values['mfu']:.1%}",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.job import CommonConfig
 
 log = logging.getLogger(__name__)
 
@@ -18,22 +18,28 @@ log = logging.getLogger(__name__)
 class Tracker:
     """Sends metrics and pictures to wandb; switches itself off at the first failure."""
 
-    def __init__(self, config: RunConfig, run: Path) -> None:
+    def __init__(self, config: CommonConfig, run: Path) -> None:
         self._run: Any = None
         self.failures = 0
         if config.wandb.mode != "disabled":
             self._guard(lambda: self._start(config, run))
 
-    def log(self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path] | None = None) -> None:
-        """Metrics (and pictures by name) of one step."""
+    def log(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        pictures: Mapping[str, Path] | None = None,
+        videos: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Metrics (and pictures and videos by name) of one step."""
         if self._run is not None:
-            self._guard(lambda: self._send(step, values, pictures or {}))
+            self._guard(lambda: self._send(step, values, pictures or {}, videos or {}))
 
     def close(self) -> None:
         if self._run is not None:
             self._guard(self._run.finish)
 
-    def _start(self, config: RunConfig, run: Path) -> None:
+    def _start(self, config: CommonConfig, run: Path) -> None:
         import wandb
 
         settings = config.wandb
@@ -49,11 +55,15 @@ class Tracker:
             settings=wandb.Settings(init_timeout=60, silent=True),
         )
 
-    def _send(self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
+    def _send(
+        self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
+    ) -> None:
         import wandb
 
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        self._run.log(numbers | {name: wandb.Image(str(path)) for name, path in pictures.items()}, step=step)
+        shown = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+        played = {name: wandb.Video(str(path), format="mp4") for name, path in videos.items()}
+        self._run.log({**numbers, **shown, **played}, step=step)
 
     def _guard(self, action: Any) -> None:
         try:

@@ -12,9 +12,8 @@ from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.checkpoint.reader import NoGoodCheckpoint, go_back, newest_good, warn
 from regen_dist.checkpoint.saver import Outcome, Saver
 from regen_dist.checkpoint.shards import ShardReader
-from regen_dist.config import config_hash
+from regen_dist.config import AnyRunConfig, config_hash
 from regen_dist.config.identity import order_changes
-from regen_dist.config.schema import RunConfig
 from regen_dist.config.version import code_version
 from regen_dist.data.reading.fetching import limits_of
 from regen_dist.distributed.ranks import Ranks
@@ -37,7 +36,7 @@ class RunCheckpoints:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: AnyRunConfig,
         ranks: Ranks,
         shapes: dict[str, list[int]],
         identity: dict[str, str],

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regen_dist.config.schema import LatentStdConfig, RunConfig
+from regen_dist.config import AnyRunConfig
+from regen_dist.config.schema import LatentStdConfig
 from regen_dist.distributed.base import StepResult
 from regen_dist.errors import DataError, TrainingError
 from regen_dist.training.spikes import SpikeGuard
@@ -28,7 +29,7 @@ class Guards:
     """All guards of a run, with what a checkpoint keeps of them. Each judges what all ranks know, so all decide
     alike."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: AnyRunConfig) -> None:
         self.nonfinite = NonFiniteGuard(config.guards.nonfinite_budget)
         self.bad_samples = BadSampleGuard(config.data.max_bad_share)
         self.spikes = SpikeGuard(config.guards.spike)

@@ -8,15 +8,11 @@ from typing import Any, NamedTuple
 from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.checkpoint.reader import warn
 from regen_dist.checkpoint.saver import Outcome
-from regen_dist.config.schema import RunConfig
-from regen_dist.data.reading.loader import ClipBatch, clip_batches
-from regen_dist.data.reading.training_set import TrainingSet
-from regen_dist.data.reading.validation import validation_clip
+from regen_dist.config import AnyRunConfig
 from regen_dist.distributed.base import StepResult, precision_of
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError
-from regen_dist.models.accounting import training_flops_per_clip
 from regen_dist.observe.hardware import peak_tflops
 from regen_dist.training.checkpoints import RunCheckpoints
 from regen_dist.training.guards import Guards, nowhere_finite
@@ -26,7 +22,7 @@ from regen_dist.training.sample_log import SampleLog
 from regen_dist.training.schedule import learning_rate
 from regen_dist.training.spikes import Spike
 from regen_dist.training.stopping import Stopper
-from regen_dist.training.tasks import build_task
+from regen_dist.training.tasks import Batch, build_task
 
 _IN_A_STEP = ("data", "forward and backward", "update")
 
@@ -53,7 +49,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: AnyRunConfig,
         ranks: Ranks,
         *,
         mark: Callable[[str, int], None] = lambda phase, step: None,
@@ -63,19 +59,14 @@ class Trainer:
         self.task = build_task(config, ranks.device)
         self.engine = build_engine(config, ranks, self.task.build)
         self.guards = Guards(config)
-        self.data = TrainingSet(
-            config.data, num_frames=config.model.num_frames, batch_global=config.train.batch_global,
-            seed=config.train.seed,
-        )  # fmt: skip
-        self.checkpoints = RunCheckpoints(config, ranks, self.engine.shapes(), self.data.identity(), self._saved)
+        self.checkpoints = RunCheckpoints(config, ranks, self.engine.shapes(), self.task.data.identity(), self._saved)
         self.step, self.data_shift, self.metrics = 0, 0, dict[str, float]()
         self._resume(fresh)
         self.meter = self._build_meter()
         self.reporter = Reporter(config, ranks, self.step)
-        self.reporter.say(self.step, self.data.summary())
+        self.reporter.say(self.step, self.task.data.summary())
         self.sample_log = SampleLog(config, ranks, self.step)
         self.batches = self._batches()
-        self.validation_clip = validation_clip(config.data, num_frames=config.model.num_frames)
 
     def fit(self, stopper: Stopper) -> int:
         """Train to the last step, or until the ranks agree to stop. Returns the exit code."""
@@ -112,7 +103,7 @@ class Trainer:
         self.sample_log.close()
         self.reporter.close()
 
-    def _train_step(self, lr: float) -> tuple[StepResult, ClipBatch]:
+    def _train_step(self, lr: float) -> tuple[StepResult, Batch]:
         """One optimizer step: every micro-batch forward and backward, then the update."""
         for micro in range(self.config.train.accumulation):
             self._mark("data")
@@ -121,7 +112,7 @@ class Trainer:
             self._mark("forward and backward")
             loss = self.task.loss(self.engine, batch, self.step)
             self.engine.backward(nowhere_finite(loss.value), is_last=micro + 1 == self.config.train.accumulation)
-            self.meter.add(loss.value, loss.figures, self._flops(batch), bad_samples=batch.stand_ins)
+            self.meter.add(loss.value, loss.figures, self.task.flops(batch), bad_samples=batch.stand_ins)
             self.sample_log.write(self.step + 1, micro, batch)
         self._mark("update")
         return self.engine.step(lr), batch
@@ -151,7 +142,7 @@ class Trainer:
     def _validate(self) -> None:
         self._mark("validate")
         with self.meter.paused():
-            result = self.task.validate(self.engine, self.validation_clip)
+            result = self.task.validate(self.engine)
             self.metrics = result.figures
             self.reporter.validation(self.step, result)
 
@@ -213,20 +204,11 @@ class Trainer:
         self.sample_log = SampleLog(self.config, self.ranks, self.step)
         self.batches = self._batches()
 
-    def _batches(self) -> Generator[ClipBatch]:
+    def _batches(self) -> Generator[Batch]:
         """This rank's micro-batches from the current step on: the data's place is the step and what was left out."""
-        train, ranks = self.config.train, self.ranks
-        return clip_batches(
-            self.data, accumulation=train.accumulation, rank=ranks.rank, world_size=ranks.world_size,
-            cursor=(self.step + self.data_shift) * train.batch_global,
-        )  # fmt: skip
+        return self.task.batches(self.ranks, (self.step + self.data_shift) * self.config.train.batch_global)
 
     def _build_meter(self) -> Meter:
         train, engine = self.config.train, self.config.engine
         peak = train.peak_tflops or peak_tflops(self.ranks.device, precision_of(engine.precision))
         return Meter(self.ranks, train.batch_global, peak)
-
-    def _flops(self, batch: ClipBatch) -> float:
-        """Operations that training on a micro-batch needs; buckets differ."""
-        clips, _, num_frames, height, width = batch.video.shape
-        return clips * training_flops_per_clip(self.config.model, (height, width), num_frames)

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from regen_dist.checkpoint.saver import Outcome
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.files import write_text_atomically
+from regen_dist.config.job import CommonConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
+from regen_dist.inference.frames import write_video
 from regen_dist.inference.long import to_frames
 from regen_dist.observe.progress import ProgressLine
 from regen_dist.observe.record import Record
@@ -20,7 +22,7 @@ from regen_dist.training.tasks import Validation
 class Reporter:
     """Reports on rank 0; silent elsewhere."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, step: int) -> None:
+    def __init__(self, config: CommonConfig, ranks: Ranks, step: int) -> None:
         self._silent, self._run = not ranks.is_main, config.folder
         if self._silent:
             return
@@ -41,23 +43,39 @@ class Reporter:
         self._tracker.log(step, {f"train/{name}": value for name, value in figures.items()})
 
     def validation(self, step: int, result: Validation) -> None:
-        """Figures of the validation clips, and a picture of the first: source, reconstruction, error."""
+        """Figures of the validation, and what there is to look at: a picture of the first sample's source and what was
+        made of it; videos, where they were generated from captions."""
         if self._silent:
             return
-        picture = self._run / "pictures" / f"step-{step:08d}.png"
-        self._draw(picture, result, f"step {step}: {result.figures['psnr_db']:.2f} dB in one step")
         self._record.write("validation", step, result.figures)
         self._line.validation(result.figures)
-        self._tracker.log(step, {f"validation/{n}": v for n, v in result.figures.items()}, {"validation/clip": picture})
+        figures = {f"validation/{name}": value for name, value in result.figures.items()}
+        self._tracker.log(step, figures, self._draw(step, result), self._write_videos(step, result))
 
-    @staticmethod
-    def _draw(path: Path, result: Validation, title: str) -> None:
-        source, reconstruction = (to_frames(video[0]) for video in (result.source, result.reconstruction))
-        numbers = sheet_frames(len(source))
+    def _draw(self, step: int, result: Validation) -> dict[str, Path]:
+        if result.source is None or result.made is None:
+            return {}
+        path = self._run / "pictures" / f"step-{step:08d}.png"
+        source, made = (to_frames(video[0]) for video in (result.source, result.made))
+        numbers = sheet_frames(min(len(source), len(made)))
         path.parent.mkdir(exist_ok=True)
         write_sheet(
-            path, numbers, [source[n] for n in numbers], {"one step": [reconstruction[n] for n in numbers]}, title=title
-        )
+            path, numbers, [source[n] for n in numbers], {result.label: [made[n] for n in numbers]},
+            title=f"step {step}: {result.title}", errors=not result.captions,
+        )  # fmt: skip
+        return {"validation/clip": path}
+
+    def _write_videos(self, step: int, result: Validation) -> dict[str, Path]:
+        """Videos that were generated, in `generated/` in the run folder, each named by its number; their captions."""
+        if result.made is None or not result.captions:
+            return {}
+        folder = self._run / "generated" / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / "captions.txt", "".join(f"{caption}\n" for caption in result.captions))
+        paths = [folder / f"{number:02d}.mp4" for number in range(len(result.captions))]
+        for path, video in zip(paths, result.made, strict=True):
+            write_video(path, to_frames(video), result.fps)
+        return {f"validation/video {number}": path for number, path in enumerate(paths)}
 
     def say(self, step: int, text: str) -> None:
         """Something that happened: on the terminal and in the record."""

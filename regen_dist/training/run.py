@@ -9,8 +9,7 @@ import warnings
 import torch
 
 from regen_dist.checkpoint.reader import warn
-from regen_dist.config import save_config
-from regen_dist.config.schema import RunConfig
+from regen_dist.config import AnyRunConfig, save_config
 from regen_dist.distributed.base import precision_of
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.models.attention import require_flash
@@ -21,7 +20,9 @@ from regen_dist.training.signals import Inbox
 from regen_dist.training.stopping import Stopper
 
 
-def train(config: RunConfig, ranks: Ranks | None = None, *, fresh: bool = False, earlier: Inbox | None = None) -> int:
+def train(
+    config: AnyRunConfig, ranks: Ranks | None = None, *, fresh: bool = False, earlier: Inbox | None = None
+) -> int:
     """Train as one of the ranks that the environment describes; the same call resumes. Returns the exit code.
 
     Args:
@@ -50,7 +51,7 @@ def train(config: RunConfig, ranks: Ranks | None = None, *, fresh: bool = False,
             trainer.close()
 
 
-def _prepare_process(config: RunConfig, ranks: Ranks) -> None:
+def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     """Refuse what cannot run here before anything is built, and make the arithmetic repeatable."""
     if config.model.kind == "regen" and config.model.decoder.attention.backend == "flash":
         require_flash(ranks.device.type, precision_of(config.engine.precision))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from regen_dist.config.schema import RunConfig
-from regen_dist.data.reading.clips import BadSample
-from regen_dist.data.reading.loader import ClipBatch
+from regen_dist.config.job import CommonConfig
+from regen_dist.data.reading.stand_ins import BadSample
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.observe.record import Record, read_record
+from regen_dist.training.tasks import Batch
 
 
 class SampleLog:
@@ -18,7 +18,7 @@ class SampleLog:
     any rank has noted before is not noted again.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, step: int) -> None:
+    def __init__(self, config: CommonConfig, ranks: Ranks, step: int) -> None:
         self._name = f"rank-{ranks.rank:05d}.jsonl"
         self._bad, self._trace = config.folder / "bad_samples", config.folder / "samples"
         self._step = step
@@ -32,7 +32,7 @@ class SampleLog:
         if config.train.trace_samples:
             self._open("samples")
 
-    def write(self, step: int, micro: int, batch: ClipBatch) -> None:
+    def write(self, step: int, micro: int, batch: Batch) -> None:
         """Note a micro-batch of `step` (counted from 1)."""
         if "samples" in self._records:
             self._records["samples"].write("samples", step, {"micro": micro, "ids": batch.sample_ids.tolist()})

@@ -20,7 +20,7 @@ BAD_STEP = 3  # counted from 0: the fourth step
 
 def _train_with_a_nan(configs: list[RunConfig], bad_rank: int) -> list[Any]:
     """Train, with a loss that is NaN in one step on one rank; runs in the ranks."""
-    from regen_dist.training.tasks import EmbedderTask
+    from regen_dist.training.embedder import EmbedderTask
 
     clean = EmbedderTask.loss
 

@@ -60,7 +60,7 @@ def _play(scripts: list[Script], outcomes: Path) -> None:
 
 def _rewrite(patch: pytest.MonkeyPatch, script: Script, rank: int) -> None:
     from regen_dist.training import loop
-    from regen_dist.training.tasks import EmbedderTask
+    from regen_dist.training.embedder import EmbedderTask
 
     clip_batches, clean_loss, went_back = loop.clip_batches, EmbedderTask.loss, loop.Trainer._went_back
     place = 0

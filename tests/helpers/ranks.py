@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher.local import rank_environment, rank_environments
-from regen_dist.config.schema import RunConfig
+from regen_dist.config import AnyRunConfig
 from regen_dist.data.pool import end_with_parent
 from regen_dist.observe.record import read_record
 from tests.helpers.rank_server import RankContext, check_server
@@ -29,7 +29,7 @@ class Job(NamedTuple):
     With 0 steps it is not trained: the result is this rank's master weights at the start, as numpy arrays.
     """
 
-    config: RunConfig
+    config: AnyRunConfig
     stop_after: int | None = None
 
 
@@ -238,7 +238,7 @@ def train_jobs(jobs: Sequence[Job]) -> list[Any]:
     return results
 
 
-def _starting_masters(config: RunConfig, ranks: Any) -> dict[str, Any]:
+def _starting_masters(config: AnyRunConfig, ranks: Any) -> dict[str, Any]:
     from regen_dist.distributed.engine import build_engine
     from regen_dist.training.tasks import build_task
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.checkpoint.shards import shard_name
-from regen_dist.config import RunConfig, config_hash, save_config
+from regen_dist.config import AnyRunConfig, RunConfig, config_hash, save_config
 from regen_dist.distributed.ranks import chunk
 from regen_dist.models import build_model
 from tests.helpers.checkpoints import KINDS
@@ -59,7 +59,7 @@ def small_state(value: float = 1.0) -> dict[str, Tensor]:
     return {f"{kind}/weight": torch.full((6, 2), value) for kind in KINDS}
 
 
-def model_state(config: RunConfig, seed: int = 0) -> dict[str, Tensor]:
+def model_state(config: AnyRunConfig, seed: int = 0) -> dict[str, Tensor]:
     """Random weights that do something, averages a little beside them, and moments."""
     torch.manual_seed(seed)
     model = build_model(config.model)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from regen_dist.config.schema import ModelConfig, RunConfig
+from regen_dist.config.t2v import T2VConfig, T2VModelConfig
 from regen_dist.data.making.build import build_shards
 from regen_dist.data.making.plan import BuildOptions
 from tests.helpers.video import moving_square, write_video
@@ -28,6 +29,19 @@ def tiny_model(temporal_compression: int = 4, **changes: Any) -> ModelConfig:
         "decoder": {"blocks": 2, "heads": 2, "width": 32, "mlp_ratio": 2.0},
     }
     return ModelConfig.model_validate(_changed(values, changes))
+
+
+def tiny_t2v_model(**changes: Any) -> T2VModelConfig:
+    """A text-to-video model of about 30,000 parameters."""
+    values: dict[str, Any] = {
+        "blocks": 2,
+        "heads": 2,
+        "width": 32,
+        "mlp_ratio": 2.0,
+        "text_width": 12,
+        "attention": {"backend": "eager"},
+    }
+    return T2VModelConfig.model_validate(_changed(values, changes))
 
 
 def tiny_run(output: Path | str = "runs", url: Path | str = "none", **changes: Any) -> RunConfig:
@@ -51,6 +65,31 @@ def tiny_run(output: Path | str = "runs", url: Path | str = "none", **changes: A
         "checkpoint": {"every": 1000},
     }
     return RunConfig.model_validate(_changed(values, changes))
+
+
+def tiny_t2v(output: Path | str = "runs", url: Path | str = "none", **changes: Any) -> T2VConfig:
+    """A text-to-video config around `tiny_t2v_model`, with texts as wide as those of `write_cache`: one process,
+    float32, four rows a step, every step logged."""
+    values: dict[str, Any] = {
+        "name": "tiny_t2v",
+        "output": str(output),
+        "model": tiny_t2v_model(text_width=16).model_dump(mode="json"),
+        "diffusion": {"steps": 4, "guidance": 2.0, "shift_tokens": 8},
+        "data": {"url": str(url), "clips": [1]},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+        "engine": {"kind": "plain", "precision": "fp32"},
+        "train": {
+            "steps": 8,
+            "batch_global": 4,
+            "seed": 3,
+            "ema_decay": 0.9,
+            "log_every": 1,
+            "validate_every": 1000,
+            "peak_tflops": 0.1,
+        },
+        "checkpoint": {"every": 1000},
+    }
+    return T2VConfig.model_validate(_changed(values, changes))
 
 
 def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def checkpoint(
     """
     from rich.console import Console
 
-    from regen_dist.config import config_hash, load_config
+    from regen_dist.config import config_hash, load_embedder_config
     from regen_dist.config.worldsize import clips_per_rank
     from regen_dist.data.making.moving_shapes import SyntheticOptions
     from regen_dist.data.making.synthetic import build_synthetic
@@ -47,7 +47,7 @@ def checkpoint(
 
     console = Console(stderr=True)
     own = [*(overrides or []), "train.log_every=1", "data.validation_url=null", "checkpoint.url=null"]
-    base = load_config(config, own)
+    base = load_embedder_config(config, own)
     clips_per_rank(base, ranks)
     facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}
     facts |= {"load_before": os.getloadavg(), "config": str(config), "overrides": own, "config_hash": config_hash(base)}

@@ -60,7 +60,7 @@ def data(
     """
     from rich.console import Console
 
-    from regen_dist.config import config_hash, load_config
+    from regen_dist.config import config_hash, load_embedder_config
     from regen_dist.evaluation.data_speed.prepare import copy_dataset, make_clips
     from regen_dist.evaluation.data_speed.report import table
     from regen_dist.evaluation.data_speed.small_samples import make_small_samples
@@ -80,7 +80,7 @@ def data(
         copy_dataset(folder, f"{place.url}/clips")
         make_small_samples(f"{place.url}/small", samples)
         own = [*(overrides or []), f"data.url={place.url}/clips"]
-        base = load_config(config, own)
+        base = load_embedder_config(config, own)
         facts |= {"config": str(config), "overrides": own, "config_hash": config_hash(base)}
         suite = Suite(
             folder, f"{place.url}/clips", f"{place.url}/small", base.model.num_frames, base.data.read, seconds, repeats,

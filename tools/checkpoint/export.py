@@ -36,10 +36,12 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an exported model that is there.")] = False,
 ) -> None:
     """Write the weights of a checkpoint, a config, a model card and the latents' statistics into a folder, which
-    `regen reconstruct --run FOLDER` and `Codec.load(FOLDER)` read without DeepSpeed.
+    `regen reconstruct --run FOLDER` and `Codec.load(FOLDER)` read without DeepSpeed; of a text-to-video run, with the
+    statistics of its caches, `regen generate --run FOLDER`.
 
     Example: regen checkpoint export runs/demo --out runs/demo-model
     """
+    from regen_dist.config.exported import T2VExportConfig
     from regen_dist.inference.export import ExportOptions, export_model
 
     options = ExportOptions(
@@ -53,7 +55,9 @@ def export(
     with stopping_cleanly(), progress_bar() as progress:
         made = export_model(run, out, options, progress)
     assert made.origin is not None, "it comes from a checkpoint"
-    size = sum(path.stat().st_size for path in out.iterdir())
+    if isinstance(made, T2VExportConfig) and (data or not statistics):
+        typer.echo("Note: a text-to-video model has the statistics of its caches; options about them were ignored")
+    size = sum(path.stat().st_size for path in out.rglob("*"))
     typer.echo(
         f"{out}: the {weights.value} weights of {made.origin.run} at step {made.origin.step} as {dtype.value}, "
         f"{size / 1e6:,.1f} MB: {', '.join(sorted(path.name for path in out.iterdir()))}"

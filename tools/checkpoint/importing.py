@@ -19,9 +19,12 @@ def import_model(
     Example: regen checkpoint import runs/demo-model configs/demo/embedder.yaml name=tuned
     """
     from regen_dist.checkpoint.importing import import_model as job
-    from regen_dist.config import load_config
+    from regen_dist.config import T2VConfig, load_config
+    from regen_dist.inference.space_files import read_space
 
     loaded = load_config(config, overrides or [])
     for difference in job(export, loaded):
         typer.echo(f"Note: {difference}")
+    if isinstance(loaded, T2VConfig):  # so that it can generate before it has trained
+        read_space(export).write(loaded.folder)
     typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `regen train {config} …`")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from regen_dist.config import RunConfig
+    from regen_dist.config import AnyRunConfig
 
 _DEFAULT_WORLD_SIZE = 8
 
@@ -26,7 +26,7 @@ def describe(
     ] = None,
     clips_per_gpu: Annotated[
         int | None,
-        typer.Option(min=1, help="Clips at once on each GPU: sets train.accumulation, for each number of GPUs."),
+        typer.Option(min=1, help="Clips (rows) at once on each GPU: sets train.accumulation, for each number of GPUs."),
     ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="Share of the GPUs' peak that the model's operations reach.")
@@ -42,26 +42,44 @@ def describe(
         float, typer.Option(min=0.001, help="Gigabits per second of one node in one direction.")
     ] = 3200.0,
     dollars_per_gpu_hour: Annotated[float, typer.Option(min=0.0, help="The price.")] = 3.0,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HEIGHTxWIDTH", help="Of text to video: the videos' sides in pixels [default: 192x320]."),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of text to video: a video's frames, in clips of 33 [default: as data.clips says]."),
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of text to video: tokens of a caption [default: 256].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print latent shapes, parameters and FLOPs of a config, and what it needs of GPUs: memory, communication, time and
-    dollars. The model is built on the meta device. MFU, bandwidths and the price are assumptions that you state.
+    dollars. The model is built on the meta device. MFU, bandwidths and the price are assumptions that you state. A
+    text-to-video config also shows what a video costs by the embedder that makes its latents.
 
-    Example: regen describe configs/embedder/regen_k32.yaml --world-size 64 data.size='[256, 256]'
+    Examples:
+
+    regen describe configs/embedder/regen_k32.yaml --world-size 64 data.size='[256, 256]'
+
+    regen describe configs/t2v/5b.yaml --world-size 64 --size 384x640 --frames 264
     """
     from regen_dist.config import load_config
     from regen_dist.models.cost import Assumptions
     from regen_dist.observe.hardware import GPU_PEAK_TFLOPS
     from tools.describe.facts import gather, with_clips_per_gpu
     from tools.describe.tables import show
+    from tools.describe.video import chosen_video
 
     loaded = load_config(config, overrides or [])
     peak = GPU_PEAK_TFLOPS["H100"] if peak_tflops is None else peak_tflops
     assumed = Assumptions(mfu, peak, gpus_per_node, nvlink_gbps, network_gbps, dollars_per_gpu_hour)
+    video = chosen_video(size, frames, text_tokens)
     each = []
     for ranks in world_size or [_default_world_size(loaded)]:
         chosen = loaded if clips_per_gpu is None else with_clips_per_gpu(loaded, ranks, clips_per_gpu)
-        each.append(gather(chosen, ranks, assumed))
+        each.append(gather(chosen, ranks, assumed, video))
     if as_json:
         by_size = {"by_world_size": {str(facts["world_size"]): facts for facts in each}}
         print(json.dumps(each[0] if len(each) == 1 else by_size, indent=2))
@@ -69,5 +87,5 @@ def describe(
         show(each)
 
 
-def _default_world_size(config: RunConfig) -> int:
+def _default_world_size(config: AnyRunConfig) -> int:
     return 1 if config.engine.kind == "plain" else _DEFAULT_WORLD_SIZE

@@ -4,49 +4,61 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from regen_dist.config import RunConfig
+    from regen_dist.config import AnyRunConfig, RunConfig
     from regen_dist.config.schema import ModelConfig
-    from regen_dist.models.accounting import Account
+    from regen_dist.models.accounting import Account, ClipAccount
     from regen_dist.models.cost import Assumptions
+    from tools.describe.video import Video
+
+Config = TypeVar("Config", bound="AnyRunConfig")
 
 
-def gather(config: RunConfig, world_size: int, assumed: Assumptions | None = None) -> dict[str, Any]:
+def gather(
+    config: AnyRunConfig, world_size: int, assumed: Assumptions | None = None, video: Video | None = None
+) -> dict[str, Any]:
     """Everything that `regen describe` prints, as plain values: shapes, counts, operations, bytes, time and dollars.
 
+    Args:
+        config: of an embedder, whose samples are clips, or of text to video, whose samples are rows of clips.
+        world_size: GPUs.
+        assumed: what is stated and not measured.
+        video: that a text-to-video config is described for.
+
     Raises:
-        ConfigError: the global batch cannot be divided over `world_size` ranks.
+        ConfigError: the global batch cannot be divided over `world_size` ranks, or an embedder was given a video.
     """
     from regen_dist.config import config_hash
     from regen_dist.config.worldsize import clips_per_rank
     from regen_dist.models.memory import memory_bytes
 
-    clips, train = clips_per_rank(config, world_size), config.train
-    largest = max(config.data.sizes, key=lambda size: size[0] * size[1])
-    counted = _account(config.model, largest, config.engine.precision, config.engine.activation_checkpointing)
+    per_gpu, train = clips_per_rank(config, world_size), config.train
+    counted, shapes = _counted(config, video)
+    unit = counted.unit
     return {
         "name": config.name,
         "kind": config.model.kind,
+        "unit": unit,
         "config_hash": config_hash(config),
         "world_size": world_size,
-        "clips_per_gpu": clips,
+        f"{unit}s_per_gpu": per_gpu,
         "accumulation": train.accumulation,
         "batch_global": train.batch_global,
-        **_shapes(config, counted),
+        **shapes,
         "parameters": {**counted.parameters, "total": counted.num_parameters},
-        "forward_flops_per_clip": {**counted.forward_flops, "total": counted.num_forward_flops},
-        "training_flops_per_clip": counted.num_training_flops,
-        "recomputed_flops_per_clip": counted.recomputed_flops,
+        f"forward_flops_per_{unit}": {**counted.forward_flops, "total": counted.num_forward_flops},
+        f"training_flops_per_{unit}": counted.num_training_flops,
+        f"recomputed_flops_per_{unit}": counted.recomputed_flops,
         "training_flops_per_step": counted.num_training_flops * train.batch_global,
-        "memory_bytes_per_gpu": memory_bytes(counted, config.engine, world_size=world_size, clips_per_gpu=clips),
+        "memory_bytes_per_gpu": memory_bytes(counted, config.engine, world_size=world_size, clips_per_gpu=per_gpu),
         **_costs(config, counted, world_size, assumed),
     }
 
 
-def with_clips_per_gpu(config: RunConfig, world_size: int, clips: int) -> RunConfig:
-    """The config with the `train.accumulation` that puts so many clips at once on each of `world_size` GPUs.
+def with_clips_per_gpu(config: Config, world_size: int, clips: int) -> Config:
+    """The config with the `train.accumulation` that puts so many clips (or rows) at once on each of `world_size` GPUs.
 
     Raises:
         ConfigError: the global batch is no multiple of the clips of all GPUs.
@@ -57,21 +69,44 @@ def with_clips_per_gpu(config: RunConfig, world_size: int, clips: int) -> RunCon
     accumulation, rest = divmod(train.batch_global, world_size * clips)
     if rest:
         raise ConfigError(
-            f"train.batch_global {train.batch_global} is not a multiple of {world_size * clips} clips ({clips} at once "
-            f"on each of {world_size} GPUs); change --clips-per-gpu or --world-size, or set "
+            f"train.batch_global {train.batch_global} is not a multiple of {world_size * clips} {_units(config)} ({clips} at "
+            f"once on each of {world_size} GPUs); change --clips-per-gpu or --world-size, or set "
             f"train.batch_global={(accumulation + 1) * world_size * clips}"
         )
     return config.model_copy(update={"train": train.model_copy(update={"accumulation": accumulation})})
 
 
+def _units(config: AnyRunConfig) -> str:
+    return "rows" if config.task == "t2v" else "clips"
+
+
+def _counted(config: AnyRunConfig, video: Video | None) -> tuple[Account, dict[str, Any]]:
+    """The account of one sample, and its shapes."""
+    from regen_dist.config import T2VConfig
+    from regen_dist.errors import ConfigError
+    from tools.describe.video import Video, row_account, row_shapes
+
+    if isinstance(config, T2VConfig):
+        video = video or Video()
+        row = row_account(config, video)
+        return row, row_shapes(config, row, video)
+    if video is not None:
+        raise ConfigError(
+            "--size, --frames and --text-tokens are for configs of text to video; of an embedder set data.size"
+        )
+    largest = max(config.data.sizes, key=lambda size: size[0] * size[1])
+    clip = _account(config.model, largest, config.engine.precision, config.engine.activation_checkpointing)
+    return clip, _clip_shapes(config, clip)
+
+
 @lru_cache(maxsize=32)
-def _account(model: ModelConfig, size: tuple[int, int], precision: Any, checkpointing: bool) -> Account:
+def _account(model: ModelConfig, size: tuple[int, int], precision: Any, checkpointing: bool) -> ClipAccount:
     from regen_dist.models.accounting import account
 
     return account(model, size, precision=precision, activation_checkpointing=checkpointing)
 
 
-def _costs(config: RunConfig, counted: Account, world_size: int, assumed: Assumptions | None) -> dict[str, Any]:
+def _costs(config: AnyRunConfig, counted: Account, world_size: int, assumed: Assumptions | None) -> dict[str, Any]:
     from regen_dist.models.communication import sent_bytes
     from regen_dist.models.cost import Assumptions, Cost
 
@@ -88,7 +123,7 @@ def _costs(config: RunConfig, counted: Account, world_size: int, assumed: Assump
     return {"sent_bytes_per_gpu_and_step": sent, "assumptions": asdict(assumed), "cost": cost.facts()}
 
 
-def _shapes(config: RunConfig, counted: Account) -> dict[str, Any]:
+def _clip_shapes(config: RunConfig, counted: ClipAccount) -> dict[str, Any]:
     decoder = config.model.decoder
     is_transformer = config.model.kind == "regen"
     return {

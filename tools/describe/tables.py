@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tools.describe.rows import Row, embedder_tables, operation_rows, shape_rows
+from tools.describe.units import bytes_text, decimal_bytes, scaled
+
 
 def show(each: list[dict[str, Any]]) -> None:
     """Print the facts of each number of GPUs."""
@@ -23,10 +26,10 @@ def show(each: list[dict[str, Any]]) -> None:
         sizes = ", ".join(str(facts["world_size"]) for facts in each[:-1])
         title = f"{first['name']} on {sizes} and {each[-1]['world_size']} GPUs (estimate)"
         console.print(_table(title, _compared_rows(each)))
-    console.print(_assumed_text(first["assumptions"]))
+    console.print(_assumed_text(first["assumptions"], first["unit"]))
 
 
-def _table(title: str, rows: list[tuple[str, ...]]) -> Any:
+def _table(title: str, rows: list[Row]) -> Any:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", show_header=False, min_width=72)
@@ -38,24 +41,23 @@ def _table(title: str, rows: list[tuple[str, ...]]) -> Any:
     return table
 
 
-def _model_tables(facts: dict[str, Any], title: str) -> dict[str, list[tuple[str, ...]]]:
+def _model_tables(facts: dict[str, Any], title: str) -> dict[str, list[Row]]:
     """Rows of text, by the title of their table: what no number of GPUs changes."""
     return {
-        title: _shape_rows(facts),
-        "Parameters": [
-            (name, _scaled(count, 1000, ("", "K", "M", "B"))) for name, count in facts["parameters"].items()
-        ],
-        "Operations (multiplication and addition count as two)": _operation_rows(facts),
+        title: shape_rows(facts),
+        **embedder_tables(facts),
+        "Parameters": [(name, scaled(count, 1000, ("", "K", "M", "B"))) for name, count in facts["parameters"].items()],
+        "Operations (multiplication and addition count as two)": operation_rows(facts),
     }
 
 
-def _machine_tables(facts: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
+def _machine_tables(facts: dict[str, Any]) -> dict[str, list[Row]]:
     """The same for one number of GPUs."""
     memory, ranks = facts["memory_bytes_per_gpu"], facts["world_size"]
-    tables: dict[str, list[tuple[str, ...]]] = {
+    tables: dict[str, list[Row]] = {
         f"Memory per GPU while training on {ranks} (estimate)": [
-            *((name, _bytes(size)) for name, size in memory.items()),
-            ("total", _bytes(sum(memory.values()))),
+            *((name, bytes_text(size)) for name, size in memory.items()),
+            ("total", bytes_text(sum(memory.values()))),
         ],
         f"A step on {ranks} (estimate)": _chosen(facts, [*_STEP_ROWS, *_WIRE_ROWS, *_TIME_ROWS]),
         f"A run on {ranks} (estimate)": _chosen(facts, _RUN_ROWS),
@@ -63,29 +65,31 @@ def _machine_tables(facts: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
     return tables
 
 
-def _compared_rows(each: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def _compared_rows(each: list[dict[str, Any]]) -> list[Row]:
     named = [("GPUs", lambda facts: str(facts["world_size"])), *_STEP_ROWS, *_MEMORY_ROWS]
     columns = [_chosen(facts, [*named, *_WIRE_ROWS, *_TIME_ROWS, *_RUN_ROWS]) for facts in each]
     return [(row[0][0], *(value for _, value in row)) for row in zip(*columns, strict=True)]
 
 
-def _chosen(facts: dict[str, Any], rows: list[tuple[str, Callable[[dict[str, Any]], str]]]) -> list[tuple[str, ...]]:
-    return [(name, text(facts)) for name, text in rows]
+def _chosen(facts: dict[str, Any], rows: list[tuple[str, Callable[[dict[str, Any]], str]]]) -> list[Row]:
+    return [(name.format(unit=facts["unit"]), text(facts)) for name, text in rows]
 
 
 def _memory(*beginnings: str) -> Callable[[dict[str, Any]], str]:
     """The sum of the terms whose names begin so; without any, of all terms."""
-    return lambda facts: _bytes(
+    return lambda facts: bytes_text(
         sum(size for name, size in facts["memory_bytes_per_gpu"].items() if name.startswith(beginnings or ""))
     )
 
 
 def _states(facts: dict[str, Any]) -> str:
-    return _bytes(sum(size for name, size in facts["memory_bytes_per_gpu"].items() if not name.startswith(_NOT_STATES)))
+    return bytes_text(
+        sum(size for name, size in facts["memory_bytes_per_gpu"].items() if not name.startswith(_NOT_STATES))
+    )
 
 
 def _sent(purpose: str) -> Callable[[dict[str, Any]], str]:
-    return lambda facts: _decimal_bytes(facts["sent_bytes_per_gpu_and_step"][purpose])
+    return lambda facts: decimal_bytes(facts["sent_bytes_per_gpu_and_step"][purpose])
 
 
 def _hidden(facts: dict[str, Any]) -> str:
@@ -98,7 +102,7 @@ _BUFFERS = ("weights gathered", "gradients on their way")
 _NOT_STATES = (*_BUFFERS, "activations")
 
 _STEP_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-    ("clips at once on each GPU", lambda facts: str(facts["clips_per_gpu"])),
+    ("{unit}s at once on each GPU", lambda facts: str(facts[f"{facts['unit']}s_per_gpu"])),
     ("train.accumulation", lambda facts: str(facts["accumulation"])),
 ]
 _MEMORY_ROWS = [
@@ -113,9 +117,9 @@ _WIRE_ROWS = [
     ("sent: small weights, after the update", _sent("small weights gathered after the update")),
     (
         "sent by each GPU in a step",
-        lambda facts: _decimal_bytes(sum(facts["sent_bytes_per_gpu_and_step"].values())),
+        lambda facts: decimal_bytes(sum(facts["sent_bytes_per_gpu_and_step"].values())),
     ),
-    ("sent by each node over the network", lambda facts: _decimal_bytes(facts["cost"]["network_bytes_per_node"])),
+    ("sent by each node over the network", lambda facts: decimal_bytes(facts["cost"]["network_bytes_per_node"])),
 ]
 _TIME_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("communication", lambda facts: f"{facts['cost']['communication_s']:.3f} s"),
@@ -132,57 +136,10 @@ _RUN_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
 ]
 
 
-def _assumed_text(assumed: dict[str, Any]) -> str:
+def _assumed_text(assumed: dict[str, Any], unit: str) -> str:
     return (
-        f"Assumed: MFU {assumed['mfu']:g} of {assumed['peak_tflops']:g} TFLOP/s; every step on full clips;\n"
+        f"Assumed: MFU {assumed['mfu']:g} of {assumed['peak_tflops']:g} TFLOP/s; every step on full {unit}s;\n"
         f"{assumed['gpus_per_node']} GPUs a node, {assumed['nvlink_gbps']:g} Gbit/s each; "
         f"{assumed['network_gbps']:g} Gbit/s between nodes;\n"
         f"{assumed['dollars_per_gpu_hour']:g} dollars for a GPU and hour."
     )
-
-
-def _shape_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
-    channels, frames, height, width = facts["input_shape"]
-    latent_channels, rows, columns = facts["latent_shape"]
-    decoder = facts["decoder"]
-    table: list[tuple[str, ...]] = [
-        ("input", f"{frames} frames of {channels} x {height} x {width}"),
-        ("latent", f"{facts['latent_frames']} latent frames of {latent_channels} channels, {rows} x {columns}"),
-        ("temporal compression k", f"{facts['temporal_compression']}"),
-        ("values in per value kept", f"{facts['compression']:.0f}"),
-        ("bits of latent per pixel (bf16)", f"{facts['bits_per_pixel']:.3f}"),
-    ]
-    if decoder:
-        size = f"{decoder['blocks']} blocks x width {decoder['width']} x {decoder['heads']} heads"
-        return [*table, ("decoder", size), ("decoder tokens per clip", f"{facts['tokens_per_clip']:,}")]
-    return [*table, ("decoder", "convolutions, the mirrored encoder")]
-
-
-def _operation_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
-    forward = facts["forward_flops_per_clip"]
-    rows: list[tuple[str, ...]] = [(f"forward, {name}, per clip", _flops(count)) for name, count in forward.items()]
-    if facts["recomputed_flops_per_clip"]:
-        rows.append(("computed again by checkpointing, per clip", _flops(facts["recomputed_flops_per_clip"])))
-    rows.append(("training, per clip", _flops(facts["training_flops_per_clip"])))
-    return [*rows, ("training, per step of the global batch", _flops(facts["training_flops_per_step"]))]
-
-
-def _flops(count: int) -> str:
-    return _scaled(count, 1000, (" FLOP", " KFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP"))
-
-
-def _bytes(count: int) -> str:
-    return _scaled(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _decimal_bytes(count: int) -> str:
-    """Traffic is counted in powers of 1000, as bandwidths are."""
-    return _scaled(count, 1000, (" B", " kB", " MB", " GB", " TB"))
-
-
-def _scaled(count: float, base: int, units: tuple[str, ...]) -> str:
-    """Three or so significant digits with the largest unit that keeps the number at 1 or above."""
-    power = 0
-    while count >= base and power < len(units) - 1:
-        count, power = count / base, power + 1
-    return f"{count:.0f}{units[0]}" if power == 0 else f"{count:.2f}{units[power]}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from regen_dist.data.inspection.tally import Histogram
 
 _BAR, _REASONS = 30, 12
+_LONG = "statistics"  # of latents: dozens of numbers, which --json prints
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -35,7 +36,7 @@ def inspect(
         bool, typer.Option("--json", help="Print the numbers as JSON; a sheet is made with --sheet only.")
     ] = False,
 ) -> None:
-    """Show what a dataset holds: a table, histograms, what was left out, and a contact sheet.
+    """Show what a dataset holds: a table, histograms, what was left out, and a contact sheet (none of a latent cache).
 
     Example: regen shards inspect runs/shards --sheet runs/shards.png --samples 12
     """
@@ -44,17 +45,20 @@ def inspect(
     from rich.console import Console
 
     from regen_dist.data.dataset.catalogue import open_dataset
+    from regen_dist.data.dataset.manifest import only_videos
     from regen_dist.data.inspection.contact import choose_rows, write_contact_sheet
     from regen_dist.data.inspection.overview import make_overview
 
     dataset = open_dataset(url)
+    if sheet:
+        only_videos(dataset.manifest, url)
     with progress_bar() as progress:
         overview = make_overview(dataset, progress)
     if as_json:
         typer.echo(json.dumps(overview.to_json(), indent=1, ensure_ascii=False))
     else:
         _show(overview, Console())
-    if samples and (sheet or not as_json):
+    if samples and (sheet or not as_json) and dataset.manifest.kind != "latents":
         path = sheet or _default_sheet(dataset)
         write_contact_sheet(dataset, path, choose_rows(len(dataset), samples, seed))
         typer.echo(f"Contact sheet: {path}", err=as_json)
@@ -91,14 +95,14 @@ def _table(overview: Overview) -> Table:
     sources = "" if overview.sources is None else f" from {overview.sources:,} sources"
     table = Table(title=overview.url, show_header=False)
     rows = {
-        "made by": f"regen shards {overview.kind}",
+        "made by": "regen preencode" if overview.kind == "latents" else f"regen shards {overview.kind}",
         "samples": f"{totals.samples:,}{sources}",
         "length": f"{_duration(totals.seconds)}, {totals.frames:,} frames",
         "size": f"{totals.bytes / 1e6:,.1f} MB in {totals.shards:,} shards",
         "shards lie in": overview.shards_url or "",
         "captions": f"{overview.captions:,} samples have one",
         "left out": f"{sum(count for _, count in overview.left_out):,}",
-        "options": ", ".join(f"{name}={value}" for name, value in overview.options.items()),
+        "options": ", ".join(f"{name}={value}" for name, value in overview.options.items() if name != _LONG),
         "fingerprint": overview.fingerprint,
     }
     for name, text in rows.items():

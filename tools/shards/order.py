@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from regen_dist.data.reading.training_set import TrainingSet
+    from regen_dist.config import AnyRunConfig
+    from regen_dist.data.reading.sample_set import SampleSet
 
 
 def order(
@@ -20,29 +21,33 @@ def order(
         int | None, typer.Option(min=1, help="Name the samples of this step, counted from 1 as in metrics.jsonl.")
     ] = None,
 ) -> None:
-    """Show the buckets and shares of a run's data, or the samples of one step, without reading a video.
+    """Show the buckets and shares of a run's data, or the samples of one step, without reading a video or a latent.
 
     Example: regen shards order configs/embedder/nano.yaml data.url=runs/shards --step 100
     """
     from rich.console import Console
 
     from regen_dist.config import load_config
-    from regen_dist.data.reading.training_set import TrainingSet
 
-    loaded = load_config(config, overrides or [])
-    data = TrainingSet(
-        loaded.data,
-        num_frames=loaded.model.num_frames,
-        batch_global=loaded.train.batch_global,
-        seed=loaded.train.seed,
-    )
+    data = _opened(load_config(config, overrides or []))
     if step is None:
         Console().print(_buckets(data))
     else:
         typer.echo(_batch(data, step))
 
 
-def _buckets(data: TrainingSet) -> Table:
+def _opened(config: AnyRunConfig) -> SampleSet[Any]:
+    from regen_dist.config import RunConfig
+    from regen_dist.data.reading.latents import LatentSet
+    from regen_dist.data.reading.training_set import TrainingSet
+
+    batch, seed = config.train.batch_global, config.train.seed
+    if isinstance(config, RunConfig):
+        return TrainingSet(config.data, num_frames=config.model.num_frames, batch_global=batch, seed=seed)
+    return LatentSet(config.data, batch_global=batch, seed=seed)
+
+
+def _buckets(data: SampleSet[Any]) -> Table:
     from rich.table import Table
 
     table = Table(title=data.summary(), title_justify="left")
@@ -60,7 +65,7 @@ def _buckets(data: TrainingSet) -> Table:
     return table
 
 
-def _batch(data: TrainingSet, step: int) -> str:
+def _batch(data: SampleSet[Any], step: int) -> str:
     """A line for each sample, wide and plain: it is copied and searched rather than looked at."""
     batch = data.order.global_batch(step - 1)
     height, width, frames = batch.bucket

@@ -17,18 +17,20 @@ _MEND = {
     "changed on purpose, and run `regen shards index` again",
     "build": "remove the shards named, with their indices, and run the build again",
     "synthetic": "remove the shards named, with their indices, and run `regen shards synthetic` again",
+    "latents": "remove the shards named, with their indices, and run `regen preencode` again",
 }
 _CHECKED: dict[Depth, str] = {
     "quick": "every object is there and has its size (no byte was read)",
     "bytes": "everything is as it was written",
     "deep": "everything is as it was written, and every frame decodes",
 }
+_UNPACKED = "everything is as it was written, and all latents unpack"
 
 
 def verify(
     url: Annotated[str, typer.Argument(help="Folder or URL of a dataset.", metavar="URL")],
     quick: Annotated[bool, typer.Option("--quick", help="List the objects and compare sizes; read no shard.")] = False,
-    deep: Annotated[bool, typer.Option("--deep", help="Also decode every frame of every sample.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also decode every frame, or unpack all latents.")] = False,
     workers: Annotated[
         int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
     ] = None,
@@ -50,4 +52,5 @@ def verify(
         title = f"{len(verdict.bad)} problems in {url}; {_MEND[verdict.manifest.kind]}:"
         raise DataError("\n".join([title, *verdict.bad]))
     totals = verdict.manifest.totals
-    typer.echo(f"{url}: {_CHECKED[depth]}: {totals.samples} samples in {totals.shards} shards")
+    checked = _UNPACKED if depth == "deep" and verdict.manifest.kind == "latents" else _CHECKED[depth]
+    typer.echo(f"{url}: {checked}: {totals.samples} samples in {totals.shards} shards")

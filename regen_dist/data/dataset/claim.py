@@ -14,11 +14,15 @@ PLAN = "plan.json"  # written first: it marks a folder as ours, and holds what w
 _NAMED = 4  # differences told of each part
 
 
-def claim(store: Store, identity: dict[str, Any]) -> None:
+def claim(store: Store, identity: dict[str, Any], *, by: str = "regen shards", out: str = "--out") -> None:
     """Make sure that the folder is ours: empty, or begun with this same `identity` (JSON; with its "kind" and its
     "schema_version").
 
     Several processes may claim the same folder at once: one writes the plan, the others find it.
+
+    Args:
+        by: the command, as messages call it.
+        out: its option that names the folder.
 
     Raises:
         DataError: it holds something else; nothing was changed.
@@ -31,14 +35,14 @@ def claim(store: Store, identity: dict[str, Any]) -> None:
         theirs = _plan(store)  # of another process, which was quicker
         if theirs is None:
             raise DataError(
-                f"{store.url}: holds files that no command of `regen shards` made ({', '.join(found[:3])}); choose an "
-                "empty --out. Nothing was changed"
+                f"{store.url}: holds files that no command of `{by}` made ({', '.join(found[:3])}); choose an empty "
+                f"{out}. Nothing was changed"
             )
-    changes = _changes(theirs, identity)
-    if changes:
+    different = changes(theirs, identity)
+    if different:
         raise DataError(
-            f"{store.url}: holds a dataset that was asked for otherwise ({'; '.join(changes)}). Give the same options "
-            "to finish it, or another --out; nothing was changed"
+            f"{store.url}: holds a dataset that was asked for otherwise ({'; '.join(different)}). Give the same "
+            f"options to finish it, or another {out}; nothing was changed"
         )
 
 
@@ -51,16 +55,17 @@ def _plan(store: Store) -> dict[str, Any] | None:
     return plan if isinstance(plan, dict) and "schema_version" in plan else None
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    changes = []
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Where an identity that is there differs from the one that is asked for now, in words."""
+    found = []
     for part in sorted(old.keys() | new.keys()):
         before, after = old.get(part), new.get(part)
         if isinstance(before, dict) and isinstance(after, dict):
             names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
-            changes += [
+            found += [
                 f"{part}.{name}: {before.get(name, 'absent')} there, {after.get(name, 'absent')} now"
                 for name in names[:_NAMED]
             ]
         elif before != after:
-            changes.append(f"{part}: {before} there, {after} now")
-    return changes
+            found.append(f"{part}: {before} there, {after} now")
+    return found

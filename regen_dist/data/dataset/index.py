@@ -22,6 +22,7 @@ from regen_dist.errors import DataError
 
 SCHEMA_VERSION = 2
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts"})
+PAYLOAD_EXTENSIONS = VIDEO_EXTENSIONS | {"safetensors"}  # what a shard of our own writing holds samples as
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -44,7 +45,7 @@ INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of the index: a video inside a shard.
+    """One row of the index: a video inside a shard, or the latents of one.
 
     Offset and size in bytes, sides in pixels as shown, `fps` the average frame rate, `motion` the mean change between
     neighbouring frames (`scenes.motion`; None where it was not measured).
@@ -85,12 +86,12 @@ class Described:
 
 
 def scan_shard(path: Path, name: str, described: dict[str, Described]) -> list[Sample]:
-    """Index a finished local tar.
+    """Index a finished local tar that `ShardWriter` made.
 
     Args:
         path: the tar.
         name: what the shard is called in its dataset.
-        described: by key; videos that are not in it are left out.
+        described: by key; samples that are not in it are left out.
     """
     with tarfile.open(path) as tar:
         members = [(split_member(member.name), member) for member in tar if member.isfile()]
@@ -98,7 +99,7 @@ def scan_shard(path: Path, name: str, described: dict[str, Described]) -> list[S
         return [
             _scanned(raw, key, name, member, described[key])
             for (key, extension), member in members
-            if extension in VIDEO_EXTENSIONS and key in described
+            if extension in PAYLOAD_EXTENSIONS and key in described
         ]
 
 

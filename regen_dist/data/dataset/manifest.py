@@ -17,7 +17,7 @@ from regen_dist.data.objects.store import Store
 from regen_dist.errors import DataError
 
 MANIFEST = "manifest.json"
-Kind = Literal["build", "index", "synthetic"]
+Kind = Literal["build", "index", "synthetic", "latents"]
 _READS_AT_ONCE = 16
 
 
@@ -101,6 +101,24 @@ def parse_manifest(store: Store, data: bytes) -> Manifest:
         raise DataError(
             f"{store.url}/{MANIFEST}: damaged ({str(error).splitlines()[0]}); run the build again"
         ) from error
+
+
+def only_latents(manifest: Manifest, url: str) -> None:
+    """DataError when a dataset holds videos."""
+    if manifest.kind != "latents":
+        raise DataError(
+            f"{url} holds videos, not latents (it was made by `regen shards {manifest.kind}`); make a cache of it with "
+            "`regen preencode`, and give that cache"
+        )
+
+
+def only_videos(manifest: Manifest, url: str) -> None:
+    """DataError when a dataset holds latents."""
+    if manifest.kind == "latents":
+        raise DataError(
+            f"{url} holds latents that `regen preencode` made, not videos; give the dataset of videos, or train a "
+            "text-to-video model on it (task: t2v)"
+        )
 
 
 def write_manifest(

@@ -26,10 +26,11 @@ DEFAULT_SHARD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class NewSample:
-    """A sample to write: `video` holds the bytes of a whole file. `facts` are added to its JSON member."""
+    """A sample to write: `data` holds the bytes of a whole file, a video's or that of latents. `facts` are added to its
+    JSON member."""
 
     key: str
-    video: bytes
+    data: bytes
     described: Described
     extension: str = "mp4"
     facts: dict[str, Any] = field(default_factory=dict)
@@ -102,7 +103,7 @@ class ShardWriter:
         if not self._described:
             self._open()
         facts = {name: value for name, value in vars(sample.described).items() if value is not None} | sample.facts
-        members: dict[str, Any] = {"__key__": sample.key, sample.extension: sample.video}
+        members: dict[str, Any] = {"__key__": sample.key, sample.extension: sample.data}
         members["json"] = json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
         if sample.described.caption:
             members["txt"] = sample.described.caption.encode()

@@ -1,16 +1,19 @@
-"""Whether a dataset is what was written: sizes and checksums, and on demand every frame of every video."""
+"""Whether a dataset is what was written: sizes and checksums, and on demand every frame of every video, or every tensor
+of a latent cache."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from regen_dist.data.dataset.claim import PLAN
 from regen_dist.data.dataset.index import Sample, checksum, read_index, samples_of
+from regen_dist.data.dataset.latents import CacheFacts, read_null_text, unpack_latents
 from regen_dist.data.dataset.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
 from regen_dist.data.making.foreign import index_name
 from regen_dist.data.making.tarscan import Pieces
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from regen_dist.data.pool import Progress
 
 Depth = Literal["quick", "bytes", "deep"]
+Look = Callable[[Sample, bytes], str]  # what is wrong with a sample whose bytes are right; empty when nothing is
 _OURS = (PLAN, MANIFEST)
 _SAMPLES_NAMED = 20  # of one shard
 
@@ -49,7 +53,7 @@ def verify_dataset(
     Args:
         url: folder or URL of the dataset.
         depth: "quick" lists the objects and compares sizes; "bytes" reads everything once and compares checksums;
-            "deep" also decodes every frame, and compares their number and sides with the index.
+            "deep" also decodes every frame, or unpacks all latents, and compares number and sides with the index.
         workers: processes; all cores by default, 0 works in this process.
         progress: called with ("verify", done, total) in shards.
 
@@ -58,12 +62,14 @@ def verify_dataset(
     """
     store = Store(url)
     manifest = read_manifest(store)
+    facts = CacheFacts.of(manifest, store.url) if manifest.kind == "latents" else None
     shards = Store(manifest.shards_url) if manifest.shards_url else store
     found = store.list()
     tars = shards.list() if manifest.shards_url else found
-    bad = _against_totals(manifest)
+    bad = _against_totals(manifest) + ([] if facts is None else _check_null_text(store, facts, found, depth))
     calls = (
-        (entry, (store, shards, entry, entry.index in found, tars.get(entry.name), depth)) for entry in manifest.shards
+        (entry, (store, shards, entry, entry.index in found, tars.get(entry.name), depth, facts))
+        for entry in manifest.shards
     )
     progress("verify", 0, len(manifest.shards))
     with worker_pool(0 if depth == "quick" else workers) as pool:
@@ -74,7 +80,13 @@ def verify_dataset(
 
 
 def check_shard(
-    store: Store, shards: Store, entry: ShardEntry, has_index: bool, size: int | None, depth: Depth
+    store: Store,
+    shards: Store,
+    entry: ShardEntry,
+    has_index: bool,
+    size: int | None,
+    depth: Depth,
+    facts: CacheFacts | None = None,
 ) -> list[str]:
     """What is wrong with one shard.
 
@@ -85,6 +97,7 @@ def check_shard(
         has_index: whether the index is there.
         size: of the tar that is there in bytes; None when there is none.
         depth: as in `verify_dataset`.
+        facts: of the latents; None where the samples are videos.
     """
     bad = [] if has_index else [f"{entry.index}: missing"]
     if size != entry.size:
@@ -97,7 +110,8 @@ def check_shard(
     if has_index:
         samples, problem = _read_samples(store, entry)
         bad += problem
-    return bad if size is None else bad + _check_tar(shards, entry, size, samples, decode=depth == "deep")
+    look = None if depth != "deep" else _decode if facts is None else partial(_unpack, facts)
+    return bad if size is None else bad + _check_tar(shards, entry, size, samples, look)
 
 
 def _read_samples(store: Store, entry: ShardEntry) -> tuple[list[Sample], list[str]]:
@@ -114,13 +128,13 @@ def _read_samples(store: Store, entry: ShardEntry) -> tuple[list[Sample], list[s
     return sorted(samples, key=lambda sample: sample.offset), []
 
 
-def _check_tar(shards: Store, entry: ShardEntry, size: int, samples: Sequence[Sample], *, decode: bool) -> list[str]:
-    """One pass over a tar: the checksum of the whole, and of each sample."""
+def _check_tar(shards: Store, entry: ShardEntry, size: int, samples: Sequence[Sample], look: Look | None) -> list[str]:
+    """One pass over a tar: the checksum of the whole, and of each sample; and what `look` finds in it."""
     bad = []
     with Pieces(shards, entry.name) as pieces:
         for sample in samples:
             pieces.skip(max(0, sample.offset - pieces.position))
-            problem = _check_sample(sample, pieces.take(sample.size), decode=decode)
+            problem = _check_sample(sample, pieces.take(sample.size), look)
             bad += [f"{sample.name}: {problem}"] if problem else []
         same = pieces.sha256() == entry.sha256
     more = [f"{entry.name}: and {len(bad) - _SAMPLES_NAMED} samples more"] if len(bad) > _SAMPLES_NAMED else []
@@ -131,12 +145,12 @@ def _check_tar(shards: Store, entry: ShardEntry, size: int, samples: Sequence[Sa
     return bad
 
 
-def _check_sample(sample: Sample, data: bytes, *, decode: bool) -> str:
+def _check_sample(sample: Sample, data: bytes, look: Look | None) -> str:
     if len(data) < sample.size:
         return f"{len(data)} of its {sample.size} bytes are there"
     if checksum(data) != sample.checksum:
         return f"the bytes differ from those that were written (checksum {checksum(data)}, not {sample.checksum})"
-    return _decode(sample, data) if decode else ""
+    return look(sample, data) if look else ""
 
 
 def _decode(sample: Sample, data: bytes) -> str:
@@ -155,6 +169,29 @@ def _decode(sample: Sample, data: bytes) -> str:
     return f"the sides change within it: {', '.join(f'{h}x{w}' for h, w in sides)}" if len(sides) > 1 else ""
 
 
+def _unpack(facts: CacheFacts, sample: Sample, data: bytes) -> str:
+    """Compare the tensors with the index and the manifest, and look for values that are not finite."""
+    try:
+        entry = unpack_latents(data)
+        facts.check(entry, sample.frames, sample.height, sample.width)
+    except DataError as error:
+        return str(error)
+    tensors = {"content": entry.content, "motion": entry.motion, "text": entry.text}
+    broken = [name for name, tensor in tensors.items() if tensor is not None and not bool(tensor.isfinite().all())]
+    return f"{', '.join(broken)}: not all values are finite" if broken else ""
+
+
+def _check_null_text(store: Store, facts: CacheFacts, found: dict[str, int], depth: Depth) -> list[str]:
+    if facts.null_text is not None and facts.null_text not in found:
+        return [f"{facts.null_text}: missing"]
+    try:
+        if depth != "quick":
+            read_null_text(store, facts)
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
 def _against_totals(manifest: Manifest) -> list[str]:
     sums = len(manifest.shards), sum(s.samples for s in manifest.shards), sum(s.size for s in manifest.shards)
     totals = manifest.totals.shards, manifest.totals.samples, manifest.totals.bytes
@@ -166,6 +203,7 @@ def _against_totals(manifest: Manifest) -> list[str]:
 def _unknown(store: Store, manifest: Manifest, found: dict[str, int]) -> Iterator[str]:
     """What lies in the dataset's folder and belongs to nothing."""
     known = {*_OURS, *(entry.name for entry in manifest.shards), *(entry.index for entry in manifest.shards)}
+    known |= {str(manifest.options["null_text"])} if manifest.kind == "latents" else set()
     tars = {skip.source.partition(": ")[0] for skip in manifest.skipped} if manifest.kind == "index" else set()
     known |= tars | {index_name(tar) for tar in tars}  # tars that are broken, or hold nothing that can be used
     left = [path.name for path in sorted(store.folder.glob(".*.tmp"))] if store.folder is not None else []

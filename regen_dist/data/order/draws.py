@@ -8,7 +8,8 @@ import numpy as np
 
 from regen_dist.errors import DataError
 
-_CLIP_STREAM = 0x636C6970  # sets the per-clip draws apart from any other use of the same seed
+# Set the draws of clips, and of rows of clips, apart from any other use of the same seed.
+_CLIP_STREAM, _ROW_STREAM = 0x636C6970, 0x726F7773
 
 
 class ClipDraw(NamedTuple):
@@ -33,11 +34,24 @@ def draw_clip(
     Raises:
         DataError: the video has fewer than `num_frames` frames.
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed, _CLIP_STREAM], counter=[0, 0, epoch, sample_id]))
-    stride_u, start_u, crop_y, crop_x, flip_u = (float(value) for value in generator.random(5))
+    stride_u, start_u, crop_y, crop_x, flip_u = _uniforms(seed, _CLIP_STREAM, epoch, sample_id, 5)
     stride = fit_stride(strides[int(stride_u * len(strides))], strides, frames, num_frames)
     room = frames - stride * (num_frames - 1)
     return ClipDraw(int(start_u * room), stride, crop_y, crop_x, flip_u < 0.5)
+
+
+def draw_row(seed: int, epoch: int, sample_id: int, clips: int, num_clips: int) -> int:
+    """Where a row of `num_clips` clips begins in a video of `clips` clips; each place is as likely. By the same rules
+    as `draw_clip`.
+
+    Raises:
+        DataError: the video has fewer than `num_clips` clips.
+    """
+    if clips < num_clips:
+        raise DataError(f"the entry has {clips} clips, a row needs {num_clips}")
+    if clips == num_clips:
+        return 0
+    return int(_uniforms(seed, _ROW_STREAM, epoch, sample_id, 1)[0] * (clips - num_clips + 1))
 
 
 def fit_stride(wanted: int, strides: tuple[int, ...], frames: int, num_frames: int) -> int:
@@ -52,3 +66,9 @@ def fit_stride(wanted: int, strides: tuple[int, ...], frames: int, num_frames: i
         return wanted
     largest = (frames - 1) // (num_frames - 1)
     return wanted if wanted <= largest else max((stride for stride in strides if stride <= largest), default=largest)
+
+
+def _uniforms(seed: int, stream: int, epoch: int, sample_id: int, number: int) -> list[float]:
+    """Numbers in [0, 1) that these alone decide."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, epoch, sample_id]))
+    return [float(value) for value in generator.random(number)]

@@ -1,41 +1,22 @@
-"""From bytes to clips: decode, crop, mirror; and stand-ins for the samples that cannot be decoded or read."""
+"""From bytes to clips: decode, crop, mirror."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from regen_dist.data.dataset.catalogue import Dataset, Row
+from regen_dist.data.dataset.catalogue import Row
 from regen_dist.data.order.draws import draw_clip
 from regen_dist.data.order.order import Bucket, MicroBatch
 from regen_dist.data.reading.fetching import Bytes, Fetcher, Place
+from regen_dist.data.reading.stand_ins import Taken, take_all
 from regen_dist.data.video import reader as video
-from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
     from regen_dist.data.reading.training_set import TrainingSet
-
-_STAND_INS = 8  # tried before a sample's neighbours count as bad too
-
-
-class BadSample(NamedTuple):
-    """A sample that another one stood in for, and why."""
-
-    shard: str
-    key: str
-    reason: str
-
-
-class Clips(NamedTuple):
-    """What came of a micro-batch: the sample that each clip comes from; the samples that were bad, stand-ins among
-    them; how many clips are stand-ins."""
-
-    places: list[Place]
-    bad: tuple[BadSample, ...]
-    stand_ins: int
 
 
 class ClipReader:
@@ -51,43 +32,21 @@ class ClipReader:
         self._data, self._fetcher, self._board = data, fetcher, board
         board[0] = os.getpid()
 
-    def read(self, batch: MicroBatch, found: Sequence[Bytes], out: video.UInt8s) -> Clips:
-        """Decode a micro-batch into `out`, [b, 3, T, H, W].
-
-        A bad sample's stand-in follows from the seed and the sample's place in the order alone, so every number of
-        ranks and workers takes the same one.
+    def read(self, batch: MicroBatch, found: Sequence[Bytes], out: video.UInt8s) -> Taken:
+        """Decode a micro-batch, or what stands in for its bad samples (`take_all`), into `out`, [b, 3, T, H, W].
 
         Raises:
             DataError: a sample is bad, and so is everything that could stand in for it.
         """
-        places, bad, stand_ins = [], [], 0
-        for slot, first in enumerate(self._data.places(batch)):
-            place, data = first, found[slot]
-            for attempt in range(1, _STAND_INS + 2):
-                try:
-                    self._decode(batch, slot, place, data, out[slot])
-                    places.append(place)
-                    stand_ins += attempt > 1
-                    break
-                except DataError as error:
-                    bad.append(self._bad(place, str(error)))
-                place = self._data.stand_in(batch, slot, attempt)
-                data = self._fetcher.one(place)
-            else:
-                raise DataError(
-                    f"{_STAND_INS} samples were tried in place of {bad[-1 - _STAND_INS].key}, and each was bad; the "
-                    f"last: {bad[-1].reason}. Run `regen shards verify` on the dataset"
-                )
-        return Clips(places, tuple(bad), stand_ins)
 
-    def _decode(self, batch: MicroBatch, slot: int, place: Place, found: Bytes, out: video.UInt8s) -> None:
-        if found.problem is not None:
-            raise DataError(found.problem)
-        self._board[1], self._board[2] = place.dataset, place.row.row
-        try:
-            self._decode_bytes(batch, slot, place.row, found.data, out)
-        finally:
-            self._board[1] = ~place.dataset
+        def decode(slot: int, place: Place, data: bytes) -> None:
+            self._board[1], self._board[2] = place.dataset, place.row.row
+            try:
+                self._decode_bytes(batch, slot, place.row, data, out[slot])
+            finally:
+                self._board[1] = ~place.dataset
+
+        return take_all(self._data, self._fetcher, batch, found, decode)
 
     def _decode_bytes(self, batch: MicroBatch, slot: int, row: Row, data: bytes, out: video.UInt8s) -> None:
         config, frames = self._data.config, batch.bucket.frames
@@ -96,14 +55,6 @@ class ClipReader:
         with video.VideoReader(data) as reader:
             numbers = video.clip_frames(reader.table, draw.start, draw.stride, frames)
             video.read_clip(reader, numbers, geometry, flip=draw.flip and config.flip, out=out)
-
-    def _bad(self, place: Place, reason: str) -> BadSample:
-        dataset: Dataset = self._data.datasets[place.dataset]
-        try:
-            key = dataset.sample(place.row.row).key
-        except DataError:
-            key = f"row {place.row.row}"
-        return BadSample(place.row.shard, key, reason)
 
 
 def decoding(board: Sequence[int]) -> tuple[int, int, bool] | None:

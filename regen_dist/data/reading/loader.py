@@ -9,7 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
-from itertools import count, islice
+from itertools import islice
 from math import prod
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from regen_dist.data.dataset.catalogue import Dataset
-from regen_dist.data.order.order import MicroBatch, micro_batch_size
+from regen_dist.data.order.order import MicroBatch
 from regen_dist.data.pool import end_with_parent
-from regen_dist.data.reading.clips import BadSample, ClipReader, decoding
+from regen_dist.data.reading.clips import ClipReader, decoding
 from regen_dist.data.reading.fetching import Fetcher
+from regen_dist.data.reading.keys import sample_keys
+from regen_dist.data.reading.plan import Plan
 from regen_dist.data.reading.slots import Sent, Slots
+from regen_dist.data.reading.stand_ins import BadSample
 from regen_dist.data.reading.training_set import TrainingSet
-from regen_dist.errors import ConfigError, DataError
+from regen_dist.errors import DataError
 
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited|is killed)")  # in torch's words
 _DEATH_S = 2.0  # a connection that a dead worker held breaks at once; that it died is known a moment later
-_ODD, _NOT_NEGATIVE = 0x1E3779B97F4A7C15, (1 << 63) - 1
 
 
 class ClipBatch(NamedTuple):
@@ -50,11 +52,8 @@ class ClipBatch(NamedTuple):
 
     @property
     def keys(self) -> Tensor:
-        """What the randomness of each clip is keyed by, int64 [b], not negative: its sample, and which time that comes
-        round, so that one that comes twice in a batch is not noised alike."""
-        if self.epochs is None:
-            return self.sample_ids
-        return (self.sample_ids + self.epochs * _ODD) & _NOT_NEGATIVE
+        """What the randomness of each clip is keyed by, int64 [b] (see `sample_keys`)."""
+        return sample_keys(self.sample_ids, self.epochs)
 
     @property
     def kind(self) -> str:
@@ -82,32 +81,15 @@ def clip_batches(
         ConfigError: the batch does not divide, or the cursor is not a multiple of it.
         DataError: a sample and all that could stand in for it are bad, a worker died, or the store does not answer.
     """
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"rank {rank} is not in [0, {world_size})")
-    plan = Plan(data, data.order.step_of(cursor), accumulation, rank, world_size)
-    next(iter(plan))  # a batch that does not divide is refused now
+    plan = Plan.from_cursor(data, accumulation=accumulation, rank=rank, world_size=world_size, cursor=cursor)
     return _iterate(plan)
 
 
-class Plan:
-    """The micro-batches of one rank, in order, without end; any part of them can be begun anew."""
-
-    def __init__(self, data: TrainingSet, first_step: int, accumulation: int, rank: int, world_size: int) -> None:
-        self.data = data
-        self._first_step, self._accumulation = first_step, accumulation
-        self._rank, self._world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        order = self.data.order
-        for step in count(self._first_step):
-            for micro in range(self._accumulation):
-                yield order.micro_batch(step, micro, self._accumulation, self._rank, self._world_size)
-
-    def slots(self) -> Slots:
-        """Room for what the workers prepare ahead, and for what the receiver still looks at."""
-        config, order = self.data.config, self.data.order
-        clips = micro_batch_size(order.batch_global, self._accumulation, self._world_size)
-        return Slots(config.workers, config.prefetch + 2, clips * max(3 * prod(bucket) for bucket in self.data.buckets))
+def _slots(plan: Plan[TrainingSet]) -> Slots:
+    """Room for what the workers prepare ahead, and for what the receiver still looks at."""
+    config = plan.data.config
+    values = max(3 * prod(bucket) for bucket in plan.data.buckets)
+    return Slots(config.workers, config.prefetch + 2, plan.samples * values)
 
 
 class _Made(NamedTuple):
@@ -134,7 +116,7 @@ class _Clips(IterableDataset[_Made | DataError]):
     its process and what it decodes (process id, dataset, row), so that a dead one can be asked what killed it.
     """
 
-    def __init__(self, plan: Plan, board: Tensor, slots: Slots) -> None:
+    def __init__(self, plan: Plan[TrainingSet], board: Tensor, slots: Slots) -> None:
         self._plan, self._board, self._slots = plan, board, slots
 
     def __iter__(self) -> Iterator[_Made | DataError]:
@@ -155,7 +137,7 @@ class _Clips(IterableDataset[_Made | DataError]):
             yield error
 
 
-def _loader(plan: Plan, board: Tensor, slots: Slots) -> DataLoader[_Made | DataError]:
+def _loader(plan: Plan[TrainingSet], board: Tensor, slots: Slots) -> DataLoader[_Made | DataError]:
     config = plan.data.config
     return DataLoader(
         _Clips(plan, board, slots),
@@ -191,9 +173,9 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _iterate(plan: Plan) -> Generator[ClipBatch]:
+def _iterate(plan: Plan[TrainingSet]) -> Generator[ClipBatch]:
     board = torch.full((max(1, plan.data.config.workers), 3), -1, dtype=torch.int64).share_memory_()
-    slots = plan.slots()
+    slots = _slots(plan)
     batches = iter(_loader(plan, board, slots))
     try:
         while True:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regen_dist.config import RunConfig, load_saved_config
+from regen_dist.config import RunConfig, embedder_only, load_saved_config
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.evaluation.checkpoint_speed.cases import Measured
@@ -53,7 +53,7 @@ def main() -> None:
         _print_to(log_file(given.folder, ranks.world_size))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with process_group(ranks, needed=True):
-        found = measure(load_saved_config(given.folder), ranks, given.folder, given.url, given.repeats, given.load)
+        found = measure(embedder_only(load_saved_config(given.folder), str(given.folder)), ranks, given.folder, given.url, given.repeats, given.load)
         if ranks.is_main:
             result_file(given.folder, ranks.world_size).write_text(json.dumps(found) + "\n", encoding="utf-8")
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from regen_dist.config.schema import DataConfig
 from regen_dist.data.order.draws import ClipDraw, draw_clip
 from regen_dist.data.reading.clips import clip_geometry
-from regen_dist.data.reading.loader import Plan, clip_batches
+from regen_dist.data.reading.loader import clip_batches
+from regen_dist.data.reading.plan import Plan
 from regen_dist.data.reading.training_set import TrainingSet
 from regen_dist.data.video import reader as video
 from regen_dist.evaluation.data_speed.turns import Turn, measured, turn_of

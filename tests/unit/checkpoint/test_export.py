@@ -16,12 +16,13 @@ from torch import Tensor
 from regen_dist.checkpoint import export as exporting
 from regen_dist.checkpoint.export import check_shapes, model_shapes
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.config.exported import load_export_config
+from regen_dist.config.exported import load_export_config, load_t2v_export_config
 from regen_dist.config.schema import RunConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from tests.helpers.saved import model_state, save_checkpoint, saved_run
+from tests.helpers.t2v import saved_t2v
 from tests.helpers.tiny import clips, tiny_dataset, tiny_run
 
 CPU = torch.device("cpu")
@@ -239,6 +240,65 @@ class TestDamage:
         (out / "config.yaml").unlink()
         with pytest.raises(CheckpointError, match="is no exported model"):
             Codec.load(out, device=CPU)
+
+
+class TestTextToVideo:
+    """A text-to-video model: its weights, and the latent space without which they say nothing."""
+
+    @pytest.mark.parametrize(("weights", "kind"), [("ema", "ema"), ("plain", "master")])
+    def test_what_is_in_it(self, tmp_path: Path, weights: str, kind: str) -> None:
+        """The weights bit for bit, the run's own latent space byte for byte; no clips are read for statistics."""
+        run = saved_t2v(tmp_path / "runs")
+        out = tmp_path / "model"
+        exported = export_model(run.folder, out, ExportOptions(weights=weights))  # type: ignore[arg-type]
+        assert {path.name for path in out.iterdir()} == FILES | {"latent_space"}
+        found, state = load_file(out / "model.safetensors"), model_state(run)
+        assert all(torch.equal(found[name], state[f"{kind}/{name}"]) for name in found)
+        for name in ("facts.json", "null_text.safetensors"):
+            assert (out / "latent_space" / name).read_bytes() == (run.folder / "latent_space" / name).read_bytes()
+        assert load_t2v_export_config(out) == exported
+        assert (exported.model, exported.diffusion) == (run.model, run.diffusion)
+        assert (exported.clips, exported.seed, exported.precision) == ((1,), 3, "fp32")  # type: ignore[union-attr]
+
+    def test_the_card(self, tmp_path: Path) -> None:
+        run = saved_t2v(tmp_path / "runs", saved_run(tmp_path / "runs"), data__clips=(2, 1))
+        export_model(run.folder, tmp_path / "model", BARE)
+        card = (tmp_path / "model" / "README.md").read_text()
+        for text in (
+            "# tiny_t2v, a text-to-video model", "trained on | 5 frames, 10 frames at 8 frames a second",
+            "2 blocks, width 32, 2 heads", "step 7, after 28 rows", "loss 0.5", "regen generate", "stand-in",
+            "embedder: run tiny, step 7", "No license was chosen yet",
+        ):  # fmt: skip
+            assert text in card, text
+
+    def test_a_run_without_its_latent_space(self, tmp_path: Path) -> None:
+        """Nothing is written."""
+        run = saved_t2v(tmp_path / "runs")
+        shutil.rmtree(run.folder / "latent_space")
+        with pytest.raises(CheckpointError, match="is not there or not whole"):
+            export_model(run.folder, tmp_path / "model", BARE)
+        assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+    def test_it_is_no_embedder(self, tmp_path: Path) -> None:
+        """Neither the run nor its export decodes videos: one clear error each."""
+        run = saved_t2v(tmp_path / "runs")
+        export_model(run.folder, tmp_path / "model", BARE)
+        with pytest.raises(ConfigError, match="config of task 't2v'; this needs one of an embedder"):
+            Codec.load(run.folder, device=CPU)
+        with pytest.raises(CheckpointError, match="is a text-to-video model; this needs an embedder"):
+            Codec.load(tmp_path / "model", device=CPU)
+
+    def test_a_config_of_neither_kind(self, tmp_path: Path) -> None:
+        """Problems are told by the schema of the kind that it says it is."""
+        run = saved_t2v(tmp_path / "runs")
+        export_model(run.folder, tmp_path / "model", BARE)
+        config = tmp_path / "model" / "config.yaml"
+        config.write_text(config.read_text().replace("blocks: 2", "bloks: 2"))
+        with pytest.raises(CheckpointError, match=r"did you mean model\.blocks"):
+            load_t2v_export_config(tmp_path / "model")
+        config.write_text("model: 3\n")
+        with pytest.raises(CheckpointError, match="no exported model of this version"):
+            load_t2v_export_config(tmp_path / "model")
 
 
 def test_many_problems_are_counted() -> None:

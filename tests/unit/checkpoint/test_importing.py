@@ -19,7 +19,8 @@ from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models import build_model
 from tests.helpers.checkpoints import KINDS, newest, tensors
 from tests.helpers.saved import model_state, saved_run
-from tests.helpers.tiny import tiny_run
+from tests.helpers.t2v import saved_t2v
+from tests.helpers.tiny import tiny_run, tiny_t2v
 
 CPU = torch.device("cpu")
 
@@ -119,6 +120,31 @@ def test_settings_that_shapes_do_not_show_are_told(export: Path, tmp_path: Path)
         "model.decoder.heads is 4, the weights were trained with 2",
         "diffusion.target is velocity, the weights were trained with x0",
     ]
+
+
+def test_text_to_video(tmp_path: Path) -> None:
+    """Its weights become checkpoint 0, too; defaults of generation and kernels are no difference, the shift is."""
+    source = saved_t2v(tmp_path / "source")
+    export_model(source.folder, tmp_path / "model", ExportOptions())
+    run = saved_t2v(tmp_path / "other", name="other")  # has checkpoints
+    with pytest.raises(CheckpointError, match="give the run another name"):
+        import_model(tmp_path / "model", run)
+    run = tiny_t2v(
+        tmp_path / "runs", model__text_width=4, model__attention__backend="sdpa", diffusion__guidance=9.0,
+        diffusion__shift=2.0,
+    )  # fmt: skip
+    assert import_model(tmp_path / "model", run) == ["diffusion.shift is 2.0, the weights were trained with 1.0"]
+    state, found = model_state(source), tensors(run.folder, 0)
+    assert all(torch.equal(found[f"master/{name}"], state[f"ema/{name}"]) for name in newest(run.folder).shapes)
+
+
+def test_kinds_of_models_are_not_mixed(export: Path, tmp_path: Path) -> None:
+    """An embedder's weights for a text-to-video run, and the other way round: told by their kinds."""
+    with pytest.raises(CheckpointError, match="holds a model of kind regen, the config is of task t2v"):
+        import_model(export, tiny_t2v(tmp_path))
+    export_model(saved_t2v(tmp_path).folder, tmp_path / "model", ExportOptions())
+    with pytest.raises(CheckpointError, match="holds a model of kind t2v, the config is of task embedder"):
+        import_model(tmp_path / "model", _new(tmp_path))
 
 
 def test_a_damaged_export_is_refused(source: RunConfig, tmp_path: Path) -> None:

@@ -55,3 +55,11 @@ def test_shift_moves_every_time_towards_noise(kind: str) -> None:
         assert (larger > smaller).all()
         assert (larger.diff() > 0).all()
     torch.testing.assert_close(times[3], 4 * times[1] / (1 + 3 * times[1]))
+
+
+def test_a_shift_of_the_row_comes_after_that_of_the_config() -> None:
+    """Both are one shift of their product; at pure noise nothing moves."""
+    config = DensityConfig(shift=2.0, pure_noise=0.25)
+    both = timesteps(config, NUMBERS, 1.5)
+    torch.testing.assert_close(both, timesteps(DensityConfig(shift=3.0, pure_noise=0.25), NUMBERS))
+    assert torch.equal(both == 1, timesteps(config, NUMBERS) == 1)

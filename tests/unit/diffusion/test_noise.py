@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.diffusion.noise import CHUNK, Stream, gaussian, philox, uniforms
+from regen_dist.diffusion.noise import CHUNK, Stream, gaussian, latent_gaussian, philox, uniforms
 
 # Random123's known answers for Philox4x32-10 (file kat_vectors of the reference implementation).
 KNOWN_ANSWERS = [
@@ -144,3 +144,52 @@ def test_uniforms() -> None:
         assert abs(((numbers - 0.5) * (other - 0.5)).mean() * 12) < 5 / numbers.numel() ** 0.5
     shares = torch.histc(numbers, 10, 0, 1) / numbers.numel()
     assert (shares - 0.1).abs().max() < 5 * (0.09 / numbers.numel()) ** 0.5
+
+
+class TestLatentNoise:
+    """Noise of rows of latent frames."""
+
+    @staticmethod
+    def _row(frames: int = 4, channels: int = 8, size: tuple[int, int] = (4, 6), **changes: object) -> Tensor:
+        return latent_gaussian(5, IDS, frames, channels, size, **changes)  # type: ignore[arg-type]
+
+    def test_shape_and_repeatability(self) -> None:
+        assert self._row().shape == (3, 8, 4, 4, 6)
+        assert self._row().dtype == torch.float32
+        assert torch.equal(self._row(), self._row())
+
+    def test_what_a_longer_or_larger_row_shares(self) -> None:
+        """The first frames whatever follows, the top left cells of a larger grid, the first of up to as many channels
+        as make a plane more; a plane more is other noise."""
+        whole = self._row()
+        assert torch.equal(self._row(frames=9)[:, :, :4], whole)
+        assert torch.equal(self._row(size=(7, 9))[..., :4, :6], whole)
+        assert torch.equal(self._row(channels=6), whole[:, :6])
+        assert not torch.equal(self._row(channels=4)[:, :, 1], whole[:, :4, 1])
+
+    def test_samples_are_their_own(self) -> None:
+        """In any batch; other seeds, steps and samples give other noise."""
+        assert torch.equal(latent_gaussian(5, IDS[1:2], 4, 8, (4, 6)), self._row()[1:2])
+        for other in (
+            self._row(draw=1),
+            self._row(stream=Stream.LATENT_CONTENT),
+            latent_gaussian(6, IDS, 4, 8, (4, 6)),
+        ):
+            assert (other == self._row()).double().mean() < 1e-3
+
+    def test_standard_normal_and_independent(self) -> None:
+        """Of all channels and frames; no two of them are correlated."""
+        noise = latent_gaussian(0, torch.arange(64), 3, 6, (8, 8)).double()
+        count = noise.numel()
+        assert abs(noise.mean()) < 5 * count**-0.5
+        assert abs(noise.var() - 1) < 5 * (2 / count) ** 0.5
+        planes = noise.permute(1, 2, 0, 3, 4).reshape(18, -1)
+        correlation = torch.corrcoef(planes) - torch.eye(18)
+        assert correlation.abs().max() < 5 / planes.shape[1] ** 0.5
+
+    def test_one_frame_is_what_embedders_are_trained_with(self) -> None:
+        """Planes of four channels one after the other: runs that trained with noise on their latents go on with it."""
+        planes = torch.arange(2).expand(3, -1)
+        old = gaussian(5, IDS, planes, (4, 6), channels=4, draw=3, stream=Stream.LATENT_MOTION)
+        new = self._row(frames=1, channels=7, draw=3, stream=Stream.LATENT_MOTION)
+        assert torch.equal(new[:, :, 0], old.transpose(1, 2).flatten(1, 2)[:, :7])

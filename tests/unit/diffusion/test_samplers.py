@@ -83,6 +83,29 @@ def test_evaluations(method: str, steps: int, calls: int) -> None:
     assert min(seen) > 0
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shifted_steps(shift: float) -> None:
+    """Times are s t / (1 + (s - 1) t) of equal ones: above 1 most of them near noise; both ends stay."""
+    seen: list[float] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(float(t[0]))
+        return x
+
+    sample(denoise, _noise(), path="rectified_flow", steps=4, shift=shift)
+    assert seen == pytest.approx([shift * t / (1 + (shift - 1) * t) for t in (1.0, 0.75, 0.5, 0.25)])
+    assert (sum(seen) / 4 > 0.625) == (shift > 1)
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_shifted_steps_end_at_the_same_place(shift: float) -> None:
+    """A flow is the same whichever steps are taken along it."""
+    found = sample(
+        _posterior_mean("rectified_flow"), _noise(), path="rectified_flow", steps=64, method="heun", shift=shift
+    )
+    assert float((found - (MEAN + STD * _noise())).abs().max()) < 1e-2
+
+
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_steps_are_refused(steps: int) -> None:
     """An error, not the noise as a video."""

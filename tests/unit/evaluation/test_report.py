@@ -111,6 +111,11 @@ def test_curves() -> None:
     assert draw_curves([]) == []
 
 
+def test_the_validation_loss_of_text_to_video_has_a_curve() -> None:
+    curves = draw_curves([{"kind": "validation", "step": step, "loss": 0.5} for step in (10, 20)])
+    assert [(curve.title, curve.last) for curve in curves] == [("Loss on the validation rows", "0.5")]
+
+
 @pytest.mark.parametrize(("height", "width"), [(16, 24), (40, 8), (300, 500)])
 def test_sheet(tmp_path: Path, height: int, width: int) -> None:
     frames = [np.full((height, width, 3), 40 * t, np.uint8) for t in range(5)]

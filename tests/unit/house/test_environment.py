@@ -58,7 +58,7 @@ def test_constraints_pin_every_requirement_inside_its_range() -> None:
     pins = _pins()
     project = _project()
     lines = [*project["dependencies"]]
-    for extra in ("bench", "dev", "text"):
+    for extra in ("bench", "dev"):
         lines += project["optional-dependencies"][extra]
     for line in lines:
         wanted = Requirement(line)

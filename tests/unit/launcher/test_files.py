@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from launcher.cluster import load_cluster
+from launcher.pipelines.files import filled
 from launcher.pipelines.planning import plan
 from launcher.pipelines.schema import load_pipeline
 from launcher.sweeps import expand, sweep_order
 from regen_dist.errors import ConfigError
+from tools.cli import app
 
 ROOT = Path(__file__).parents[3]
 NANO = ROOT / "configs" / "embedder" / "nano.yaml"
@@ -36,6 +41,22 @@ def test_every_pipeline_has_a_plan(path: Path, cluster: str, monkeypatch: pytest
     planned = plan(load_pipeline(path), cluster, [])
     assert {each.state for each in planned} == {"run"}
     assert planned[0].name == "shards"
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
+def test_commands_of_every_pipeline_can_be_read(path: Path) -> None:
+    """By the console command: there are such commands, with such options."""
+    for step in load_pipeline(path).steps.values():
+        if step.command:
+            read(get_command(app), [filled(word, 0, step.array) for word in step.command])
+
+
+def read(command: Any, words: list[str]) -> None:
+    """Parse words as a command does, without running it."""
+    context = command.make_context("regen", list(words))
+    if isinstance(command, TyperGroup):
+        _, inner, rest = command.resolve_command(context, words)
+        read(inner, rest)
 
 
 def test_a_cluster_that_is_not_there() -> None:

@@ -42,7 +42,7 @@ def notes(found: Iterator[Finding]) -> list[str]:
 def test_a_batch_that_does_not_fit_the_ranks() -> None:
     told = problems(world_size(Subject(order({"kind": "local", "tasks_per_node": 3}))))
     assert told == [
-        "train.batch_global 4 over train.accumulation 1 is 4 clips at a time, not a multiple of 3 ranks; ranks that "
+        "train.batch_global 4 over train.accumulation 1 is 4 samples at a time, not a multiple of 3 ranks; ranks that "
         "fit: 1, 2, 4"
     ]
 

@@ -6,18 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 
-from regen_dist.config import RunConfig, load_config
+from regen_dist.config import RunConfig, load_embedder_config
 from regen_dist.config.schema import AttentionConfig, EngineConfig
+from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.models import build_model
-from regen_dist.models.accounting import Account, account
+from regen_dist.models.accounting import Account, account, account_row, training_flops_per_row
+from regen_dist.models.counting import count_pass
 from regen_dist.models.memory import memory_bytes
 from tests.helpers.presets import NANO_AT_8
+from tests.helpers.tiny import tiny_t2v_model
 
 
 @pytest.fixture
 def nano(root: Path) -> RunConfig:
-    return load_config(root / "configs/embedder/nano.yaml", NANO_AT_8)
+    return load_embedder_config(root / "configs/embedder/nano.yaml", NANO_AT_8)
 
 
 def _decoder_flops(config: RunConfig, tokens: int, seen: int) -> int:
@@ -49,8 +53,8 @@ def test_parameters_are_those_of_the_real_model(nano: RunConfig) -> None:
     assert account(nano.model, (64, 64)).num_parameters == sum(each.numel() for each in real.parameters())
 
 
-def test_activations_are_what_autograd_keeps_in_a_real_forward_pass(nano: RunConfig) -> None:
-    model = build_model(nano.model)
+def _kept_bytes(model: nn.Module, *inputs: torch.Tensor) -> int:
+    """Of what autograd keeps in a real forward pass, weights apart."""
     weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
     kept: dict[int, int] = {}
     alive = []
@@ -62,12 +66,16 @@ def test_activations_are_what_autograd_keeps_in_a_real_forward_pass(nano: RunCon
             alive.append(tensor)
         return tensor
 
-    clip = torch.rand(1, 3, 9, 64, 64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(clip, clip, torch.ones(1))
-    counted = account(nano.model, (64, 64), precision="fp32").activation_bytes
+        output = model(*inputs)
     assert output is not None
-    assert counted == pytest.approx(sum(kept.values()), rel=0.01)
+    return sum(kept.values())
+
+
+def test_activations_are_what_autograd_keeps_in_a_real_forward_pass(nano: RunConfig) -> None:
+    clip = torch.rand(1, 3, 9, 64, 64)
+    counted = account(nano.model, (64, 64), precision="fp32").activation_bytes
+    assert counted == pytest.approx(_kept_bytes(build_model(nano.model), clip, clip, torch.ones(1)), rel=0.01)
 
 
 def test_checkpointing_trades_memory_for_operations(nano: RunConfig) -> None:
@@ -79,7 +87,7 @@ def test_checkpointing_trades_memory_for_operations(nano: RunConfig) -> None:
 
 
 def test_both_kinds_keep_the_same_latents(nano: RunConfig, root: Path) -> None:
-    baseline = account(load_config(root / "configs/embedder/nano_magvit2.yaml", NANO_AT_8).model, (64, 64))
+    baseline = account(load_embedder_config(root / "configs/embedder/nano_magvit2.yaml", NANO_AT_8).model, (64, 64))
     embedder = account(nano.model, (64, 64))
     assert baseline.latent_shape == embedder.latent_shape == (8, 8, 8)
     assert baseline.bits_per_pixel == embedder.bits_per_pixel == pytest.approx(16 * 2 * 8 / (9 * 64))
@@ -92,7 +100,7 @@ def test_every_attention_backend_counts_alike(nano: RunConfig) -> None:
     assert flash == account(nano.model, (64, 64))
 
 
-COUNTED = Account((3, 9, 64, 64), (8, 8, 8), {"encoder": 600, "decoder": 1000}, {"decoder": 1}, 0, 7, (600, 1000))
+COUNTED = Account({"encoder": 600, "decoder": 1000}, {"decoder": 1}, 0, 7, (600, 1000))
 BUCKET = 5 * 10**8  # elements, DeepSpeed's own
 
 
@@ -107,3 +115,53 @@ def test_one_process_training_keeps_fp32_weights_and_no_second_copy() -> None:
     terms = memory_bytes(COUNTED, EngineConfig(kind="plain"), world_size=1, clips_per_gpu=1)
     assert sum(terms.values()) == 1600 * (4 + 4 + 8 + 4) + 7
     assert not any("sharded" in name for name in terms)
+
+
+ROW = (8, (8, 12), 7)  # latent frames, cells, text tokens: 8 * 4 * 6 = 192 tokens
+
+
+def _wide() -> T2VModelConfig:
+    return tiny_t2v_model(width=64, blocks=5, attention__backend="sdpa")
+
+
+def test_operations_of_a_row_equal_the_formula() -> None:
+    config, tokens, text = _wide(), 192, 7
+    width, hidden, values = config.width, 2 * config.width, 4 * config.latent_channels
+    products = tokens * (4 + 2) * width**2 + text * 2 * width**2 + 2 * tokens * width * hidden  # projections, network
+    attention = 2 * tokens * (tokens + text) * width
+    caption = text * (config.text_width * width + width**2)
+    modulation = 256 * width + width**2 + (6 + 2) * width**2
+    multiplications = config.blocks * (products + attention) + caption + modulation + 2 * tokens * values * width
+    counted = account_row(config, *ROW)
+    assert counted.num_forward_flops == 2 * multiplications
+    assert counted.num_tokens == tokens
+    assert training_flops_per_row(config, *ROW) == 3 * 2 * multiplications
+
+
+def test_activations_of_a_row_are_what_autograd_keeps() -> None:
+    inputs = torch.rand(1, 8, 8, 8, 12), torch.ones(1), torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
+    counted = account_row(_wide(), *ROW, precision="fp32").activation_bytes
+    assert counted == pytest.approx(_kept_bytes(build_model(_wide()), *inputs), rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_counting_two_blocks_is_counting_all(checkpointing: bool) -> None:
+    """The shortcut of `account_row` against the pass of the whole model."""
+    config = _wide()
+    with torch.device("meta"):
+        model = build_model(config).bfloat16()
+    x, t, text = (torch.ones(shape, device="meta") for shape in ((1, 8, 8, 8, 12), (1,), (1, 7, 12)))
+    whole = count_pass(model, lambda: model(x, t, text, text[..., 0].bool()), checkpointing)
+    counted = account_row(config, *ROW, activation_checkpointing=checkpointing)
+    assert (counted.forward_flops, counted.recomputed_flops) == (whole.forward_flops, whole.recomputed_flops)
+    assert counted.activation_bytes == whole.activation_bytes
+    assert counted.num_parameters == sum(each.numel() for each in model.parameters())
+    assert sum(counted.parameter_sizes) == counted.num_parameters
+
+
+def test_checkpointing_recomputes_the_blocks_of_a_row() -> None:
+    plain, checkpointed = (account_row(_wide(), *ROW, activation_checkpointing=on) for on in (False, True))
+    assert checkpointed.recomputed_flops == plain.forward_flops["blocks"]
+    assert checkpointed.activation_bytes < 0.5 * plain.activation_bytes
+    terms = memory_bytes(checkpointed, EngineConfig(), world_size=8, clips_per_gpu=2)
+    assert terms["activations of 2 rows"] == 2 * checkpointed.activation_bytes

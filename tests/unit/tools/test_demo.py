@@ -16,7 +16,7 @@ import typer
 from regen_dist.config import load_config
 from regen_dist.config.schema import RunConfig
 from regen_dist.errors import EXIT_RESUME
-from tools import demo
+from tools import demo, stages
 
 CONFIG = Path("configs/demo/embedder.yaml")
 
@@ -51,8 +51,8 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run folder of a stand-in for the training."""
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
-    monkeypatch.setattr(demo, "_command", lambda arguments: [sys.executable, str(script), *arguments])
-    monkeypatch.setattr(demo, "_POLL_S", 0.02)
+    monkeypatch.setattr(stages, "command", lambda arguments: [sys.executable, str(script), *arguments])
+    monkeypatch.setattr(stages, "_POLL_S", 0.02)
     return tmp_path / "run"
 
 
@@ -66,22 +66,22 @@ def test_stops_once_and_goes_on(training: Path, config: RunConfig, capfd: pytest
     first, second = starts(training)
     assert first == 0
     assert 30 <= second < 60
-    assert demo._last_step(training) == 60
+    assert stages.last_step(training) == 60
     demo._train([str(training), "60"], config, training)
     assert len(starts(training)) == 2
     assert "has all its 60 steps" in capfd.readouterr().out
 
 
 def test_a_run_that_was_resumed_is_not_stopped_again(training: Path, config: RunConfig) -> None:
-    assert demo._train_until([str(training), "60"], training, 10) == (EXIT_RESUME, True)
-    assert demo._train_until([str(training), "60"], training, demo._last_step(training) + 10) == (EXIT_RESUME, True)
+    assert stages.run_until([str(training), "60"], training, 10) == (EXIT_RESUME, True)
+    assert stages.run_until([str(training), "60"], training, stages.last_step(training) + 10) == (EXIT_RESUME, True)
     demo._train([str(training), "60"], config, training)
     assert len(starts(training)) == 3
 
 
 def test_a_signal_is_handed_on_and_ends_the_demo(training: Path) -> None:
     def signal_in_the_middle() -> None:
-        while not demo._last_step(training):
+        while not stages.last_step(training):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from regen_dist.config import load_config
+from regen_dist.config import RunConfig, T2VConfig, load_config
 from regen_dist.errors import ConfigError
 from regen_dist.models.cost import Assumptions
 from tests.helpers.presets import NANO_AT_8
 from tools.describe import describe, gather
 from tools.describe.facts import with_clips_per_gpu
+from tools.describe.video import Video
 
 ROOT = Path(__file__).parents[3]
-NOT_RUNS = ("base", "cluster", "pipelines")  # fragments, places to run at, jobs after jobs
+NOT_RUNS = ("base", "cluster", "pipelines", "preencode")  # fragments, places to run at, jobs after jobs, caches
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in NOT_RUNS)
 
 
@@ -24,13 +26,25 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.pa
 def test_every_config_can_be_described(path: Path) -> None:
     config = load_config(path)
     facts = gather(config, world_size=1 if config.engine.kind == "plain" else 2)
+    _check_clip(config, facts) if isinstance(config, RunConfig) else _check_row(config, facts)
+    unit = facts["unit"]
+    assert facts["parameters"]["total"] == sum(facts["parameters"].values()) / 2
+    assert facts[f"training_flops_per_{unit}"] >= 3 * facts[f"forward_flops_per_{unit}"]["total"] > 0
+    assert all(size > 0 for size in facts["memory_bytes_per_gpu"].values())
+    assert facts["training_flops_per_step"] == facts[f"training_flops_per_{unit}"] * config.train.batch_global
+
+
+def _check_clip(config: RunConfig, facts: dict[str, Any]) -> None:
     channels, frames, height, width = facts["input_shape"]
     assert (channels, frames) == (3, config.model.temporal_compression + 1)
     assert (facts["latent_frames"], facts["latent_shape"]) == (2, [8, height // 8, width // 8])
-    assert facts["parameters"]["total"] == sum(facts["parameters"].values()) / 2
-    assert facts["training_flops_per_clip"] >= 3 * facts["forward_flops_per_clip"]["total"] > 0
-    assert all(size > 0 for size in facts["memory_bytes_per_gpu"].values())
-    assert facts["training_flops_per_step"] == facts["training_flops_per_clip"] * config.train.batch_global
+
+
+def _check_row(config: T2VConfig, facts: dict[str, Any]) -> None:
+    clips = max(config.data.clips)
+    assert facts["video"] == {"frames": 33 * clips, "size": [192, 320]}
+    assert (facts["clips"], facts["latent_frames"], facts["latent_shape"]) == (clips, 2 * clips, [8, 24, 40])
+    assert facts["tokens_per_row"] == 2 * clips * 12 * 20
 
 
 def test_the_full_size_embedder_at_k_32(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,3 +95,51 @@ def test_clips_per_gpu_that_do_not_divide_the_batch_are_refused() -> None:
     config = load_config(ROOT / "configs/embedder/nano.yaml")
     with pytest.raises(ConfigError, match=r"batch_global 8 is not a multiple of 6 clips .* train.batch_global=12"):
         with_clips_per_gpu(config, 3, 2)
+
+
+def test_the_full_size_text_to_video_model(capsys: pytest.CaptureFixture[str]) -> None:
+    describe(ROOT / "configs/t2v/5b.yaml", world_size=[64])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "8 latent frames of 8 channels, 24 x 40" in text
+    assert "32 blocks x width 3072 x 24 heads" in text
+    assert "rows at once on each GPU" in text
+    assert "every step on full rows" in text
+    assert 4.8e9 < gather(load_config(ROOT / "configs/t2v/5b.yaml"), 64)["parameters"]["total"] < 5.2e9
+
+
+def test_a_video_costs_less_at_higher_compression(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--size` and `--frames` in the JSON: 100 frames are 20, 12, 6 and 4 clips, whatever the row of the config is."""
+    options = {"size": "64x96", "frames": 100, "text_tokens": 20, "world_size": [2], "as_json": True}
+    describe(ROOT / "configs/t2v/nano.yaml", **options)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["video"] == {"frames": 100, "size": [64, 96]}
+    assert (facts["latent_frames"], facts["text_tokens"]) == (8, 20)
+    rows = {(row["embedder"], row["temporal_compression"]): row for row in facts["by_embedder"]}
+    assert {key: row["latent_frames"] for key, row in rows.items()} == {
+        ("conventional", 4): 25, ("regen", 4): 40, ("regen", 8): 24, ("regen", 16): 12, ("regen", 32): 8,
+    }  # fmt: skip
+    assert all(row["tokens"] == row["latent_frames"] * 4 * 6 for row in rows.values())
+    assert rows["regen", 32]["forward_flops"] == facts["forward_flops_per_row"]["total"]
+    assert rows["conventional", 4]["flops_ratio"] == 1
+    assert rows["regen", 32]["flops_ratio"] > 25 / 8 > 1 > rows["regen", 4]["flops_ratio"]
+
+
+def test_an_image_is_a_row_of_one_latent_frame() -> None:
+    facts = gather(load_config(ROOT / "configs/t2v/nano.yaml"), 2, video=Video((32, 32), frames=1))
+    assert (facts["clips"], facts["latent_frames"], facts["tokens_per_row"]) == (1, 1, 4)
+
+
+@pytest.mark.parametrize("size", ["192", "192x", "192x328", "0x16", "192X320"])
+def test_a_size_that_cannot_be_cut_into_tokens_is_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match=r"give HEIGHTxWIDTH in multiples of 16, as in 192x320"):
+        describe(ROOT / "configs/t2v/nano.yaml", size=size)
+
+
+def test_an_embedder_says_itself_what_its_clips_are() -> None:
+    with pytest.raises(ConfigError, match=r"--size, .* of an embedder set data.size"):
+        describe(ROOT / "configs/embedder/nano.yaml", frames=33)
+
+
+def test_rows_that_do_not_divide_the_batch_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batch_global 32 is not a multiple of 6 rows"):
+        with_clips_per_gpu(load_config(ROOT / "configs/t2v/nano.yaml"), 3, 2)

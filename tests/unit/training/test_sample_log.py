@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from regen_dist.config.schema import RunConfig
-from regen_dist.data.reading.clips import BadSample
 from regen_dist.data.reading.loader import ClipBatch
+from regen_dist.data.reading.stand_ins import BadSample
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.observe.record import read_record
 from regen_dist.training.sample_log import SampleLog

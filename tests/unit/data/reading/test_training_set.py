@@ -16,7 +16,7 @@ from regen_dist.config.schema import DataConfig, SourceConfig
 from regen_dist.data.dataset.catalogue import RECORD, Dataset, open_dataset
 from regen_dist.data.dataset.manifest import Skip
 from regen_dist.data.reading import training_set as module
-from regen_dist.data.reading.loader import Plan
+from regen_dist.data.reading.plan import Plan
 from regen_dist.data.reading.training_set import TrainingSet
 from tests.helpers.dataconfigs import SIZES, draw_shapes, mixed_with
 from tests.helpers.workers import read
@@ -95,7 +95,7 @@ def test_ranks_and_workers_cut_the_same_global_batches(
         assert found == expected
 
 
-def _as_workers_do(plan: Plan, number: int, workers: int) -> list[Any]:
+def _as_workers_do(plan: Plan[TrainingSet], number: int, workers: int) -> list[Any]:
     """The first micro-batches of a rank, each worker going through every n-th by itself."""
     lines = [islice(plan, worker, None, workers or 1) for worker in range(workers or 1)]
     return [next(lines[index % len(lines)]) for index in range(number)]

@@ -1,0 +1,98 @@
+"""Sections that runs of every task have. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from regen_dist.config.keeping import CheckpointConfig, GuardsConfig
+from regen_dist.config.section import Fraction, PositiveFloat, PositiveInt, Section
+
+
+class OptimizerConfig(Section):
+    """AdamW: torch's by default; DeepSpeed's CPU Adam or apex's FusedAdam where they can run."""
+
+    kind: Literal["adamw", "cpu_adam", "fused_adam"] = "adamw"
+    lr: Annotated[float, Field(gt=0.0)] = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    min_lr_ratio: Fraction = 0.1
+    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class EngineConfig(Section):
+    """How the step is distributed: DeepSpeed ZeRO-3, or plain PyTorch in one process."""
+
+    kind: Literal["zero3", "plain"] = "zero3"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    # Build each parameter already sharded (zero.Init), in the working precision: for models larger than one GPU.
+    partitioned_init: bool = False
+    activation_checkpointing: bool = False
+    persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank
+
+
+class TrainConfig(Section):
+    """Length, batch and rhythm of a run. A step is an optimizer step."""
+
+    steps: PositiveInt
+    batch_global: PositiveInt
+    accumulation: PositiveInt = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    log_every: PositiveInt = 10
+    validate_every: PositiveInt = 500
+    time_limit_s: PositiveFloat | None = None  # save and end (code 75) before this much time has passed since the start
+    time_limit_lead_s: Annotated[float, Field(ge=0.0)] = 120.0  # how long before: time for a step and a save
+    trace_samples: bool = False  # write the ids of every clip that was trained on to samples/ in the run folder
+    peak_tflops: float | None = None  # per rank, for MFU; None looks the GPU up or measures the CPU
+
+    @model_validator(mode="after")
+    def _accumulation_divides_the_batch(self) -> TrainConfig:
+        if self.batch_global % self.accumulation:
+            raise ValueError(f"batch_global {self.batch_global} is not a multiple of accumulation {self.accumulation}")
+        return self
+
+    @model_validator(mode="after")
+    def _the_lead_leaves_time_to_train(self) -> TrainConfig:
+        if self.time_limit_s is not None and self.time_limit_lead_s >= self.time_limit_s:
+            raise ValueError(
+                f"time_limit_lead_s {self.time_limit_lead_s:g} leaves no time to train within time_limit_s "
+                f"{self.time_limit_s:g}; raise time_limit_s or lower time_limit_lead_s"
+            )
+        return self
+
+
+class WandbConfig(Section):
+    """Weights & Biases. An outage is logged once and never stops a run."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "regen"
+    entity: str | None = None
+
+
+class CommonConfig(Section):
+    """What runs of every task need."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    output: str = "runs"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: where a run keeps everything it writes."""
+        return Path(self.output) / self.name
+
+    @property
+    def checkpoints(self) -> str:
+        """URL or path of the folder that holds this run's checkpoints."""
+        if self.checkpoint.url is None:
+            return str(self.folder / "checkpoints")
+        return f"{self.checkpoint.url.rstrip('/')}/{self.name}"

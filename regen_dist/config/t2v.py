@@ -1,0 +1,97 @@
+"""The config of a text-to-video run: a diffusion transformer on cached latents. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from regen_dist.config.data import MixtureConfig
+from regen_dist.config.job import CommonConfig
+from regen_dist.config.schema import AttentionConfig, DensityConfig
+from regen_dist.config.section import Fraction, PositiveFloat, PositiveInt, Section
+from regen_dist.config.urls import parse_url
+
+LATENT_PATCH = 2  # latent cells a side of one token (paper: patch 2x2)
+
+
+class T2VModelConfig(Section):
+    """Diffusion transformer on latent frames with cross-attention to text. `latent_channels` and `text_width` are those
+    of the cache."""
+
+    kind: Literal["t2v"] = "t2v"
+    blocks: PositiveInt = 32
+    heads: PositiveInt = 24
+    width: PositiveInt = 3072
+    mlp_ratio: PositiveFloat = 4.0
+    latent_channels: PositiveInt = 8
+    text_width: PositiveInt = 4096
+    attention: AttentionConfig = AttentionConfig()
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> T2VModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; choose a width that is")
+        if self.width // self.heads % 2 or self.width // self.heads < 6:
+            raise ValueError(
+                f"heads of width {self.width // self.heads}: rotary positions over three axes need an even width of at "
+                "least 6"
+            )
+        if self.attention.pattern != "full":
+            raise ValueError("attention.pattern: text to video attends to all latent frames; set it to full")
+        return self
+
+
+class FlowConfig(Section):
+    """Rectified flow with velocity prediction. `shift` s moves times towards noise at a row of `shift_tokens` tokens;
+    a row of n tokens is shifted by s * sqrt(n / shift_tokens) (Esser et al., 2024, Eq. 23)."""
+
+    density: DensityConfig = DensityConfig(pure_noise=0.0)
+    shift: PositiveFloat = 1.0
+    shift_tokens: PositiveInt = 256
+    sampler: Literal["euler", "heun"] = "euler"
+    steps: PositiveInt = 30
+    guidance: Annotated[float, Field(ge=0.0)] = 6.0  # 1 is no guidance
+
+    def shift_at(self, tokens: int) -> float:
+        """The shift of a row of so many tokens."""
+        return float(self.shift * (tokens / self.shift_tokens) ** 0.5)
+
+
+class LatentDataConfig(MixtureConfig):
+    """Where cached latents come from, and how rows of clips are cut from them."""
+
+    clips: tuple[PositiveInt, ...] = (1,)  # clips in a row; several: each is a bucket of its own
+    text_dropout: Fraction = 0.1  # share of the samples that are trained with the null embedding, for guidance
+
+    @field_validator("clips")
+    @classmethod
+    def _clips_stand_once(cls, clips: tuple[int, ...]) -> tuple[int, ...]:
+        if not clips or len(set(clips)) < len(clips):
+            raise ValueError(f"clips {list(clips)}: give at least one number, and none twice")
+        return clips
+
+
+class GenerationConfig(Section):
+    """What is generated while a run trains, at every validation."""
+
+    embedder: str | None = None  # a run or an exported model that decodes; None: only the loss is validated
+    prompts: PositiveInt = 4  # the captions of so many samples of the validation data
+    decode_steps: PositiveInt = 1
+
+    @field_validator("embedder")
+    @classmethod
+    def _embedder_is_local(cls, embedder: str | None) -> str | None:
+        if embedder is not None and parse_url(embedder).folder is None:
+            raise ValueError(f"embedder {embedder}: must be a local folder")
+        return embedder
+
+
+class T2VConfig(CommonConfig):
+    """Everything that a text-to-video run needs."""
+
+    task: Literal["t2v"] = "t2v"
+    model: T2VModelConfig = T2VModelConfig()
+    diffusion: FlowConfig = FlowConfig()
+    data: LatentDataConfig
+    generation: GenerationConfig = GenerationConfig()

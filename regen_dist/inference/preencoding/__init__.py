@@ -1,0 +1,1 @@
+"""Videos to a cache of latents: what one shard takes, and what all shards together say."""

@@ -1,0 +1,211 @@
+"""The text-to-video transformer: velocity of a rectified flow on the latent frames of a row of clips (paper, Sec. 4;
+DiT, Peebles & Xie, 2023; adaLN-single and caption projection after PixArt-alpha, Chen et al., 2024; norm of queries and
+keys after SD3, Esser et al., 2024; rotary positions after RoFormer, Su et al., 2021).
+
+Legend: B batch, C latent channels, F latent frames (2 per clip: content, motion; 1 for an image), h x w latent cells,
+P = 2 cells a side of a token, L = F*(h/P)*(w/P) tokens, M text tokens, Dt their width, D width, N heads, E = D/N.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from regen_dist.config.section import SPATIAL_COMPRESSION
+from regen_dist.config.t2v import LATENT_PATCH as P
+from regen_dist.config.t2v import T2VModelConfig
+from regen_dist.errors import DataError
+from regen_dist.models.attention import Grid, attention, cross_attention
+from regen_dist.models.layers import Checkpointed, ZeroLinear, recompute_activations
+from regen_dist.models.modulation import Modulation, TimestepEmbedding, modulate
+from regen_dist.models.rotary import Turns, rotate, turns
+
+FRAMES_PER_CLIP = 2  # content and motion
+_NORM_EPS = 1e-6
+
+
+def token_grid(latents: tuple[int, int, int]) -> Grid:
+    """Frames, rows and columns of the tokens of (F, h, w) latents.
+
+    Raises:
+        DataError: h or w is odd.
+    """
+    frames, height, width = latents
+    if not frames or not height or not width or height % P or width % P:
+        raise DataError(
+            f"latents of {height}x{width} cells and {frames} frames cannot be cut into tokens of {P}x{P}; sides of the "
+            f"video must be multiples of {P * SPATIAL_COMPRESSION}, and pre-encoded so"
+        )
+    return frames, height // P, width // P
+
+
+def fold_latents(x: Tensor) -> Tensor:
+    """[B, C, F, h, w] to [B, L, C*P*P]: one token per P x P cells and latent frame."""
+    b, c, f, h, w = x.shape
+    patches = x.reshape(b, c, f, h // P, P, w // P, P)
+    return patches.permute(0, 2, 3, 5, 1, 4, 6).reshape(b, -1, c * P * P)
+
+
+def unfold_latents(tokens: Tensor, grid: Grid) -> Tensor:
+    """The inverse of `fold_latents`."""
+    f, h, w = grid
+    patches = tokens.reshape(tokens.shape[0], f, h, w, -1, P, P)
+    return patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(tokens.shape[0], -1, f, h * P, w * P)
+
+
+def token_positions(grid: Grid, device: torch.device) -> Tensor:
+    """(clip, row, column) of every token, [L, 3]: content and motion of a clip are at one place."""
+    axes = [torch.arange(length, device=device) for length in grid]
+    axes[0] = axes[0] // FRAMES_PER_CLIP
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+
+
+class KindEmbedding(nn.Module):
+    """Tells content from motion: one learned vector for each, added to every token of its frames."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(0.02 * torch.randn(FRAMES_PER_CLIP, width))
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """tokens [B, L, D]."""
+        kinds = torch.arange(grid[0], device=tokens.device) % FRAMES_PER_CLIP
+        return tokens + self.table[kinds].repeat_interleave(grid[1] * grid[2], 0)  # [B, L, D] + [L, D]
+
+
+class TextProjection(nn.Module):
+    """The text encoder's tokens to the transformer's width, [B, M, Dt] to [B, M, D] (caption projection of PixArt)."""
+
+    def __init__(self, text_width: int, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(text_width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.out(F.gelu(self.expand(text), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class SelfAttention(nn.Module):
+    """Every token sees every token of the row; queries and keys are normed per head (SD3, Sec. 5.3.2), then turned."""
+
+    def __init__(self, config: T2VModelConfig) -> None:
+        super().__init__()
+        self.heads, self.attention = config.heads, config.attention
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.norm_q, self.norm_k = (nn.RMSNorm(config.width // config.heads, eps=_NORM_EPS) for _ in range(2))
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, positions: Turns, grid: Grid) -> Tensor:
+        """x [B, L, D]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, L, N, E] each
+        q, k = rotate(self.norm_q(q), positions), rotate(self.norm_k(k), positions)
+        mixed = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), grid, self.attention)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Every token sees the text. Starts closed: its output is zero until the last projection has learned something."""
+
+    def __init__(self, config: T2VModelConfig) -> None:
+        super().__init__()
+        self.heads, self.backend = config.heads, config.attention.backend
+        self.q = nn.Linear(config.width, config.width)
+        self.kv = nn.Linear(config.width, 2 * config.width)
+        self.norm_q, self.norm_k = (nn.RMSNorm(config.width // config.heads, eps=_NORM_EPS) for _ in range(2))
+        self.out = ZeroLinear(config.width, config.width)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """x [B, L, D], text [B, M, D], mask [B, M], True where a text token counts."""
+        q = self.norm_q(self.q(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, N, L, E]
+        k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).unbind(2)  # [B, M, N, E] each
+        mixed = cross_attention(q, self.norm_k(k).transpose(1, 2), v.transpose(1, 2), mask, self.backend)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class TextToVideoBlock(nn.Module):
+    """Self-attention and a two-layer network behind adaLN gates; between them, ungated, attention to the text."""
+
+    def __init__(self, config: T2VModelConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.table = nn.Parameter(torch.zeros(6, width))
+        self.self_attention = SelfAttention(config)
+        self.cross_attention = CrossAttention(config)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, text: Tensor, mask: Tensor, positions: Turns, grid: Grid
+    ) -> Tensor:
+        """x [B, L, D], modulation [B, 6, D], text [B, M, D], mask [B, M]."""
+        parts = (modulation + self.table).unsqueeze(2).unbind(1)  # six of [B, 1, D]
+        x = torch.addcmul(x, parts[2], self.self_attention(modulate(x, parts[0], parts[1]), positions, grid))
+        x = x + self.cross_attention(F.layer_norm(x, x.shape[-1:]), text, mask)
+        hidden = F.gelu(self.expand(modulate(x, parts[3], parts[4])), approximate="tanh")
+        return torch.addcmul(x, parts[5], self.contract(hidden))
+
+
+class TextToVideo(Checkpointed):
+    """Noisy normalised latents, diffusion time and text to the velocity of the rectified flow.
+
+    Zero at the start. Any even sides and any number of clips are taken: positions are relative, and there is no table.
+    """
+
+    def __init__(self, config: T2VModelConfig) -> None:
+        super().__init__()
+        self.config, values = config, config.latent_channels * P * P
+        self.embed = nn.Linear(values, config.width)
+        self.kind = KindEmbedding(config.width)
+        self.text = TextProjection(config.text_width, config.width)
+        self.timestep = TimestepEmbedding(config.width)
+        self.modulation = Modulation(config.width, 6)
+        self.blocks = nn.ModuleList(TextToVideoBlock(config) for _ in range(config.blocks))
+        self.final_modulation = Modulation(config.width, 2)
+        self.head = ZeroLinear(config.width, values)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """One prediction; computed in the dtype of the weights.
+
+        Args:
+            x: [B, C, F, h, w], the frames of n clips in the order content, motion, content, motion, ...; an image has
+                F = 1.
+            t: diffusion time [B] in (0, 1].
+            text: embeddings [B, M, Dt]; of a caption that was dropped, those of the empty caption.
+            mask: bool [B, M], True where a text token counts; what lies elsewhere changes nothing.
+
+        Returns:
+            The velocity, [B, C, F, h, w] in float32.
+
+        Raises:
+            DataError: odd sides, or channels or text of another width than the config's.
+            BackendError: the attention backend cannot run here.
+        """
+        grid, dtype = self._checked_grid(x, text), self.embed.weight.dtype
+        positions = turns(token_positions(grid, x.device), self.config.width // self.config.heads)
+        tokens = self.kind(self.embed(fold_latents(x.to(dtype))), grid)  # [B, L, D]
+        text, vector = self.text(text.to(dtype)), self.timestep(t)  # [B, M, D], [B, D]
+        modulation = self.modulation(vector)
+        for block in self.blocks:
+            tokens = self.run(block, tokens, modulation, text, mask, positions, grid=grid)
+        scale, shift = self.final_modulation(vector).unsqueeze(2).unbind(1)
+        return unfold_latents(self.head(modulate(tokens, scale, shift)).float(), grid)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        recompute_activations(self, enabled)
+
+    def _checked_grid(self, x: Tensor, text: Tensor) -> Grid:
+        channels, width = self.config.latent_channels, self.config.text_width
+        if x.ndim != 5 or x.shape[1] != channels:
+            raise DataError(
+                f"latents have the shape [batch, {channels}, frames, h, w], found {list(x.shape)}; "
+                "model.latent_channels must be the cache's"
+            )
+        if text.ndim != 3 or text.shape[2] != width:
+            raise DataError(
+                f"text has the shape [batch, tokens, {width}], found {list(text.shape)}; "
+                "model.text_width must be the cache's"
+            )
+        return token_grid((x.shape[2], x.shape[3], x.shape[4]))

@@ -1,0 +1,147 @@
+"""The embedders' tasks: REGEN, trained end to end with one diffusion loss, and the baseline.
+
+Legend: B clips, T frames, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from functools import cached_property
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from regen_dist.config.schema import RunConfig
+from regen_dist.data.reading.loader import ClipBatch, clip_batches
+from regen_dist.data.reading.training_set import TrainingSet
+from regen_dist.data.reading.validation import validation_clip
+from regen_dist.diffusion.density import timesteps
+from regen_dist.diffusion.noise import Stream, gaussian, latent_gaussian, uniforms
+from regen_dist.diffusion.path import noisy, squared_error_weight, target_of, x0_from
+from regen_dist.distributed.base import Engine
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.models import Latents, build_model
+from regen_dist.models.accounting import training_flops_per_clip
+from regen_dist.training.tasks import Loss, Validation
+
+# A noise prediction has no one-step reconstruction from pure noise: validate as near to it as the division allows.
+LATEST_EPS_TIME = 0.98
+
+
+def to_float(video: Tensor, device: torch.device) -> Tensor:
+    """uint8 [B, 3, T, H, W] to float32 in [-1, 1] on the device."""
+    return video.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)
+
+
+def psnr_db(a: Tensor, b: Tensor) -> float:
+    """PSNR of two videos in [-1, 1], of the mean squared error over everything."""
+    return float(10 * torch.log10(4.0 / F.mse_loss(a, b).clamp(min=1e-10)))
+
+
+class EmbedderTask:
+    """REGEN: encoder, conditioning and decoder trained end to end with one diffusion loss (paper, Sec. 3)."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+
+    @cached_property
+    def data(self) -> TrainingSet:
+        config = self.config
+        return TrainingSet(
+            config.data, num_frames=config.model.num_frames, batch_global=config.train.batch_global,
+            seed=config.train.seed,
+        )  # fmt: skip
+
+    @cached_property
+    def _validation_clips(self) -> ClipBatch:
+        return validation_clip(self.config.data, num_frames=self.config.model.num_frames)
+
+    def batches(self, ranks: Ranks, cursor: int) -> Generator[ClipBatch]:
+        accumulation = self.config.train.accumulation
+        return clip_batches(
+            self.data, accumulation=accumulation, rank=ranks.rank, world_size=ranks.world_size, cursor=cursor
+        )
+
+    def flops(self, batch: ClipBatch) -> float:
+        """Operations that training on a micro-batch needs; buckets differ."""
+        clips, _, num_frames, height, width = batch.video.shape
+        return clips * training_flops_per_clip(self.config.model, (height, width), num_frames)
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(self.config.train.seed)
+        model = build_model(self.config.model)
+        model.set_activation_checkpointing(self.config.engine.activation_checkpointing)
+        return model
+
+    def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
+        x0, ids, settings = to_float(batch.video, self.device), batch.keys.to(self.device), self.config.diffusion
+        t = timesteps(settings.density, uniforms(self.config.train.seed, ids, step, Stream.TIMESTEP))
+        noise = self._noise(x0, ids, step)
+        x_t = noisy(settings.path, x0, noise, t)
+        prediction, latents = engine(x0, x_t, t, latent_noise(self.config, x0, ids, step))
+        errors = (prediction - target_of(settings.path, settings.target, x0, noise, t)).square()
+        weighted = errors * squared_error_weight(settings.path, settings.target, settings.weighting, t)
+        return Loss(weighted.mean(), latent_figures(latents, x0.shape[2]))
+
+    @torch.no_grad()
+    def validate(self, engine: Engine) -> Validation:
+        batch = self._validation_clips
+        x0, ids = to_float(batch.video, self.device), batch.keys.to(self.device)
+        settings, noise = self.config.diffusion, self._noise(x0, ids, 0)
+        t = torch.full((len(ids),), LATEST_EPS_TIME if settings.target == "eps" else 1.0, device=self.device)
+        prediction, latents = engine(x0, noise, t, None)
+        return validation(x0, x0_from(settings.path, settings.target, prediction, noise, t), latents)
+
+    def _noise(self, x0: Tensor, ids: Tensor, step: int) -> Tensor:
+        times = torch.arange(x0.shape[2], device=x0.device).expand(x0.shape[0], -1)
+        return gaussian(self.config.train.seed, ids, times, (x0.shape[3], x0.shape[4]), draw=step)
+
+
+class BaselineTask(EmbedderTask):
+    """The MAGVIT-v2 style baseline: the same encoder and budget, trained on the pixels' squared error."""
+
+    def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
+        x0, ids = to_float(batch.video, self.device), batch.keys.to(self.device)
+        reconstruction, latents = engine(x0, latent_noise(self.config, x0, ids, step))
+        return Loss(F.mse_loss(reconstruction, x0), latent_figures(latents, x0.shape[2]))
+
+    @torch.no_grad()
+    def validate(self, engine: Engine) -> Validation:
+        batch = self._validation_clips
+        x0 = to_float(batch.video, self.device)
+        reconstruction, latents = engine(x0, None)
+        return validation(x0, reconstruction, latents)
+
+
+def latent_noise(config: RunConfig, x0: Tensor, ids: Tensor, step: int) -> Latents | None:
+    """Gaussian noise for the latents, keyed like the pixels' noise; None when the config asks for none."""
+    std, channels = config.model.latent.noise_std, config.model.latent.channels
+    if std == 0:
+        return None
+    size = (x0.shape[3] // 8, x0.shape[4] // 8)
+
+    def draw(stream: Stream) -> Tensor:
+        noise = latent_gaussian(config.train.seed, ids, 1, channels, size, draw=step, stream=stream)
+        return std * noise[:, :, 0]  # [B, Z, h, w]
+
+    return Latents(draw(Stream.LATENT_CONTENT), draw(Stream.LATENT_MOTION))
+
+
+def latent_figures(latents: Latents, num_frames: int) -> dict[str, Tensor]:
+    """The latents' spread over positions: near 0 a latent says nothing, near 1 it uses its whole bound. Images have no
+    motion latent to tell of."""
+    return {
+        f"latent_std_{name}": latent.detach().float().std((0, 2, 3)).mean()
+        for name, latent in latents._asdict().items()
+        if name != "motion" or num_frames > 1
+    }
+
+
+def validation(source: Tensor, reconstruction: Tensor, latents: Latents) -> Validation:
+    """Figures of a one-step reconstruction."""
+    reconstruction = reconstruction.clamp(-1, 1)
+    figures = {"psnr_db": psnr_db(source, reconstruction)}
+    figures |= {name: float(value) for name, value in latent_figures(latents, source.shape[2]).items()}
+    return Validation(figures, source, reconstruction, f"{figures['psnr_db']:.2f} dB in one step", "one step")

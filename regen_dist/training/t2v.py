@@ -1,0 +1,185 @@
+"""The text-to-video task: a rectified flow on cached latents, with text from the cache. No video is decoded and no text
+encoded, but for the samples that are looked at.
+
+Legend: B rows, n clips, C channels, F latent frames, h x w latent cells, M text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from functools import cached_property, reduce
+from operator import add
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from regen_dist.config.t2v import T2VConfig
+from regen_dist.data.reading.latent_batches import LatentBatch, latent_batches
+from regen_dist.data.reading.latents import LatentSet
+from regen_dist.data.reading.validation import ValidationRows, validation_rows
+from regen_dist.diffusion.density import timesteps
+from regen_dist.diffusion.noise import Stream, latent_gaussian, uniforms
+from regen_dist.diffusion.path import noisy, target_of
+from regen_dist.distributed.base import Engine
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.errors import DataError
+from regen_dist.inference.codec import Codec
+from regen_dist.inference.encoder import check_embedder
+from regen_dist.inference.latent_sampling import Text, row_tokens, sample_latents
+from regen_dist.inference.latent_space import LatentScale, NormalisedLatents
+from regen_dist.inference.rows import decode_row
+from regen_dist.inference.space_files import LatentSpace
+from regen_dist.inference.statistics import parse_statistics
+from regen_dist.models import build_model
+from regen_dist.models.accounting import training_flops_per_row
+from regen_dist.training.tasks import Loss, Validation
+
+_VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class TextToVideoTask:
+    """Text to video on the frozen embedder's latents (paper, Sec. 4). An image is a row of one content latent."""
+
+    def __init__(self, config: T2VConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+
+    @cached_property
+    def data(self) -> LatentSet:
+        """The caches; checked against the model, and noted in the run folder."""
+        config = self.config
+        data = LatentSet(config.data, batch_global=config.train.batch_global, seed=config.train.seed)
+        self._check(data)
+        return data
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(self.config.train.seed)
+        model = build_model(self.config.model)
+        model.set_activation_checkpointing(self.config.engine.activation_checkpointing)
+        return model
+
+    def batches(self, ranks: Ranks, cursor: int) -> Generator[LatentBatch]:
+        if ranks.is_main:
+            self._space.write(self.config.folder)
+        accumulation = self.config.train.accumulation
+        return latent_batches(
+            self.data, accumulation=accumulation, rank=ranks.rank, world_size=ranks.world_size, cursor=cursor
+        )
+
+    def loss(self, engine: Engine, batch: LatentBatch, step: int) -> Loss:
+        seed, ids = self.config.train.seed, batch.keys.to(self.device)
+        x0, flow = self._normalised(batch).frames, self.config.diffusion
+        chances = uniforms(seed, ids, step, Stream.TIMESTEP)
+        t = timesteps(flow.density, chances, flow.shift_at(row_tokens(x0.shape[2:])))
+        noise = latent_gaussian(seed, ids, x0.shape[2], x0.shape[1], (x0.shape[3], x0.shape[4]), draw=step)
+        text = self._with_dropout(self._text(batch), uniforms(seed, ids, step, Stream.TEXT)[:, 0])
+        velocity = engine(noisy("rectified_flow", x0, noise, t), t, *text)
+        return Loss(F.mse_loss(velocity, target_of("rectified_flow", "velocity", x0, noise, t)), {})
+
+    def flops(self, batch: LatentBatch) -> float:
+        """Operations that training on a micro-batch needs; rows differ in length."""
+        rows, clips, _, height, width = batch.content.shape
+        frames = 1 if batch.motion.shape[1] == 0 else 2 * clips
+        tokens = self._text(batch).mask.shape[1]
+        return rows * training_flops_per_row(self.config.model, frames, (height, width), tokens)
+
+    @torch.no_grad()
+    def validate(self, engine: Engine) -> Validation:
+        """The loss of fixed rows at fixed times, and videos generated from their captions by the weights of this step,
+        where the config names an embedder that decodes them."""
+        batch = self._rows
+        x0, text = self._normalised(batch).frames, self._text(batch)
+        noise = self._noise(batch, x0)
+        losses = [self._loss_at(engine, x0, noise, text, time) for time in _VALIDATION_TIMES]
+        figures = {"loss": sum(losses) / len(losses)}
+        if self._codec is None:
+            return Validation(figures)
+        made = self._generated(engine, noise, text)
+        if not engine.ranks.is_main:
+            return Validation(figures)
+        videos = [self._decoded(rows) for rows in (NormalisedLatents(x0[: len(made.frames)]), made)]
+        loss = f"loss {figures['loss']:.4f}"
+        return Validation(figures, videos[0], videos[1], loss, "generated", self._captions, self._validation.fps[0])
+
+    def _loss_at(self, engine: Engine, x0: Tensor, noise: Tensor, text: Text, time: float) -> float:
+        t = torch.full((len(x0),), time, device=self.device)
+        velocity = engine(noisy("rectified_flow", x0, noise, t), t, *text)
+        return float(F.mse_loss(velocity, target_of("rectified_flow", "velocity", x0, noise, t)))
+
+    def _generated(self, engine: Engine, noise: Tensor, text: Text) -> NormalisedLatents:
+        """A collective: every rank computes the same."""
+        count = len(self._captions)
+        wanted = Text(text.text[:count], text.mask[:count])
+        return sample_latents(engine, noise[:count], wanted, self._null.expanded(count), self.config.diffusion)
+
+    def _decoded(self, rows: NormalisedLatents) -> Tensor:
+        assert self._codec is not None, "nothing is generated without one"
+        return decode_row(self._codec, self._scale.restore(rows), steps=self.config.generation.decode_steps)
+
+    def _noise(self, batch: LatentBatch, x0: Tensor) -> Tensor:
+        size, seed = (x0.shape[3], x0.shape[4]), self.config.train.seed
+        return latent_gaussian(seed, batch.sample_ids.to(self.device), x0.shape[2], x0.shape[1], size)
+
+    def _normalised(self, batch: LatentBatch) -> NormalisedLatents:
+        return self._scale.normalise(batch.content.to(self.device), batch.motion.to(self.device))
+
+    def _text(self, batch: LatentBatch) -> Text:
+        assert batch.text is not None, "the caches were checked for text"
+        assert batch.mask is not None, "the caches were checked for text"
+        return Text(batch.text.to(self.device), batch.mask.to(self.device))
+
+    def _with_dropout(self, text: Text, chances: Tensor) -> Text:
+        """The empty caption in the place of a share of the captions, for guidance (Ho and Salimans, 2022)."""
+        dropped = chances < self.config.data.text_dropout
+        return text.where(dropped, self._null.expanded(len(chances)))
+
+    @cached_property
+    def _space(self) -> LatentSpace:
+        """Of all caches together."""
+        data, null = self.data, self.data.null_text()
+        assert null is not None, "the caches were checked for text"
+        parsed = [parse_statistics(each, data.facts.url) for each in data.statistics]
+        return LatentSpace.of(data.facts, reduce(add, parsed), null)
+
+    @cached_property
+    def _scale(self) -> LatentScale:
+        return self._space.scale
+
+    @cached_property
+    def _null(self) -> Text:
+        null = self._space.null_text
+        return Text(null.text[None].to(self.device), null.mask[None].to(self.device))
+
+    @cached_property
+    def _validation(self) -> ValidationRows:
+        return validation_rows(self.config.data, self.data.facts, rows=max(4, self.config.generation.prompts))
+
+    @property
+    def _rows(self) -> LatentBatch:
+        return self._validation.batch
+
+    @property
+    def _captions(self) -> tuple[str, ...]:
+        return self._validation.captions[: self.config.generation.prompts]
+
+    @cached_property
+    def _codec(self) -> Codec | None:
+        """What decodes samples; the same that encoded the caches."""
+        if self.config.generation.embedder is None:
+            return None
+        codec = Codec.load(self.config.generation.embedder, device=self.device)
+        check_embedder(codec, self.data.facts.encoder, self.config.generation.embedder)
+        return codec
+
+    def _check(self, data: LatentSet) -> None:
+        """DataError when the model cannot be trained on these caches."""
+        facts, model = data.facts, self.config.model
+        if facts.text_width is None:
+            raise DataError(f"{facts.url} holds no text embeddings; pre-encode it again with text")
+        for name, has, wants in (
+            ("latent_channels", facts.channels, model.latent_channels),
+            ("text_width", facts.text_width, model.text_width),
+        ):
+            if has != wants:
+                raise DataError(f"model.{name} is {wants}, {facts.url} has {has}; set model.{name}={has}")

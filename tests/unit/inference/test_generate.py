@@ -1,0 +1,346 @@
+"""Generation: prompts to files, the same whatever the batch, the task and the place that the model comes from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regen_dist.config.schema import RunConfig
+from regen_dist.config.t2v import T2VConfig
+from regen_dist.errors import CheckpointError, ConfigError, DataError
+from regen_dist.inference.codec import Codec
+from regen_dist.inference.export import ExportOptions, export_model
+from regen_dist.inference.frames import SourceVideo
+from regen_dist.inference.generate import Generated, generate, sample_rows
+from regen_dist.inference.generation_settings import clips_for, frame_positions, settings_for
+from regen_dist.inference.prompts import Prompt, embed_prompts, read_prompts
+from regen_dist.inference.text_to_video import TextToVideoModel
+from tests.helpers.saved import saved_run
+from tests.helpers.t2v import CPU, WordEncoder, latent_space, saved_t2v
+
+PROMPTS = [Prompt(n, text) for n, text in enumerate(["a red square", "a dog", "two small blue circles move left"])]
+LONG = "one two three four five six seven eight"
+
+
+class Made(NamedTuple):
+    """A trained embedder and a text-to-video run on its latents, as configs and loaded."""
+
+    embedder: RunConfig
+    run: T2VConfig
+    model: TextToVideoModel
+    codec: Codec
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("generate")
+    embedder = saved_run(folder)
+    run = saved_t2v(folder, embedder)
+    return Made(embedder, run, TextToVideoModel.load(run.folder, device=CPU), Codec.load(embedder.folder, device=CPU))
+
+
+def _settings(made: Made, **changes: Any) -> Any:
+    return settings_for(made.model, **{"steps": 2, **changes})
+
+
+def _generate(
+    made: Made, out: Path, prompts: list[Prompt] = PROMPTS, *, model: TextToVideoModel | None = None, batch: int = 8,
+    encoder: WordEncoder | None = None, **changes: Any,
+) -> Generated:  # fmt: skip
+    model = model or made.model
+    settings = _settings(made, **changes)
+    return generate(model, made.codec, lambda: encoder or WordEncoder(), prompts, out, settings, batch=batch)
+
+
+def _rows(made: Made, prompts: list[Prompt], model: TextToVideoModel | None = None, **changes: Any) -> list[Any]:
+    model = model or made.model
+    settings = _settings(made, **changes)
+    found = embed_prompts(WordEncoder(), model.space, prompts, settings.negative)
+    return sample_rows(model, [prompt.number for prompt in prompts], found.texts, found.null, settings)
+
+
+def _content(rows: list[Any]) -> torch.Tensor:
+    return torch.stack([each.content for each in rows])
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.suffix != ".json"}
+
+
+class TestFiles:
+    """A video and a JSON file for each prompt, by its number."""
+
+    def test_what_is_written(self, made: Made, tmp_path: Path) -> None:
+        """A row of one clip as trained: its frames, sides and rate; the record says everything that makes it again."""
+        found = _generate(made, tmp_path / "out")
+        assert found == Generated(PROMPTS, [], [])
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+            f"0000{n}.{kind}" for n in range(3) for kind in ("json", "mp4")
+        )
+        video = SourceVideo(tmp_path / "out" / "00002.mp4")
+        assert (video.num_frames, video.height, video.width, float(video.rate)) == (5, 32, 32, 8.0)
+        record = json.loads((tmp_path / "out" / "00002.json").read_text())
+        assert (record["prompt"], record["number"], record["file"]) == (PROMPTS[2].text, 2, "00002.mp4")
+        assert record["settings"] == asdict(_settings(made))
+        facts = {name: record["model"][name] for name in ("run", "step", "weights")}
+        assert facts == {"run": "tiny_t2v", "step": 7, "weights": "ema"}
+        assert record["embedder"]["fingerprint"] == made.model.space.facts["encoder"]["fingerprint"]
+        assert record["text_encoder"]["fingerprint"] == "stand-in"
+        assert record.keys() >= {"version", "machine", "paths", "space", "clips"}
+
+    def test_a_second_call_makes_what_is_missing_alone(self, made: Made, tmp_path: Path) -> None:
+        """Nothing is made twice, and the text encoder not even loaded; a lost or damaged record, a lost video, and
+        another prompt of the same number are made anew."""
+        _generate(made, tmp_path)
+        before = _bytes(tmp_path)
+
+        def never() -> WordEncoder:
+            raise AssertionError("there is nothing to embed")
+
+        again = generate(made.model, made.codec, never, PROMPTS, tmp_path, _settings(made))
+        assert (again.made, again.skipped) == ([], PROMPTS)
+        (tmp_path / "00000.json").write_text("{")
+        (tmp_path / "00001.mp4").unlink()
+        assert _generate(made, tmp_path).made == PROMPTS[:2]
+        assert _bytes(tmp_path).keys() == before.keys()
+        assert _generate(made, tmp_path, [Prompt(1, "another")]).made == [Prompt(1, "another")]
+
+    @pytest.mark.parametrize("change", [{"seed": 1}, {"guidance": 1.0}, {"fps": 4.0}, {"negative": "a cat"}])
+    def test_other_settings_are_another_video(self, made: Made, tmp_path: Path, change: dict[str, Any]) -> None:
+        _generate(made, tmp_path, PROMPTS[:1])
+        assert _generate(made, tmp_path, PROMPTS[:1], **change).made == PROMPTS[:1]
+
+    def test_the_record_never_vouches_for_another_video(self, made: Made, tmp_path: Path) -> None:
+        """When making a video anew fails, the old record is gone."""
+        _generate(made, tmp_path, PROMPTS[:1])
+        (tmp_path / "00000.mp4").unlink()
+        (tmp_path / "00000.mp4").mkdir()
+        with pytest.raises(DataError, match="cannot be written"):
+            _generate(made, tmp_path, PROMPTS[:1])
+        assert not (tmp_path / "00000.json").exists()
+
+    def test_images(self, made: Made, tmp_path: Path) -> None:
+        """One frame is a PNG, of a content latent alone; it takes the place of a video of the same number."""
+        _generate(made, tmp_path, PROMPTS[:1])
+        _generate(made, tmp_path, PROMPTS[:1], frames=1, size=(48, 32))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.json", "00000.png"]
+        assert Image.open(tmp_path / "00000.png").size == (32, 48)
+        (row,) = _rows(made, PROMPTS[:1], frames=1)
+        assert not row.motion.any()
+
+
+class TestWhereItIsMade:
+    """Batches, tasks, a run or its export: the same videos."""
+
+    def test_the_batch_changes_rounding_alone(self, made: Made) -> None:
+        """Together and alone, in another order, beside longer texts: the noise is the prompt's own."""
+        together = _content(_rows(made, PROMPTS))
+        for place in (2, 0, 1):
+            alone = _content(_rows(made, [PROMPTS[place]]))
+            torch.testing.assert_close(alone[:, 0], together[:, place], rtol=1e-4, atol=1e-5)
+        assert (together[:, 0] - together[:, 1]).abs().max() > 0.1
+
+    def test_tasks_give_the_bytes_of_one_call(self, made: Made, tmp_path: Path) -> None:
+        """Two tasks that share the prompts leave what one call leaves."""
+        _generate(made, tmp_path / "one", batch=1)
+        for task in range(2):
+            _generate(made, tmp_path / "two", PROMPTS[task::2], batch=1)
+        assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
+        assert len(_bytes(tmp_path / "two")) == 3
+
+    def test_an_export_generates_as_its_run_does(self, made: Made, tmp_path: Path) -> None:
+        """The same bytes; even the records say the same model, so that nothing is made twice."""
+        export_model(made.run.folder, tmp_path / "model", ExportOptions())
+        exported = TextToVideoModel.load(tmp_path / "model", device=CPU)
+        _generate(made, tmp_path / "run")
+        _generate(made, tmp_path / "export", model=exported)
+        assert _bytes(tmp_path / "run") == _bytes(tmp_path / "export")
+        assert _generate(made, tmp_path / "run", model=exported).made == []
+
+
+class TestWeights:
+    """Which weights generate."""
+
+    def test_averaged_ones_by_default(self, made: Made) -> None:
+        """Those of the last step make something else; they are taken when asked for."""
+        default = _content(_rows(made, PROMPTS[:1]))
+        ema, plain = (TextToVideoModel.load(made.run.folder, kind, CPU) for kind in ("ema", "plain"))
+        assert torch.equal(default, _content(_rows(made, PROMPTS[:1], ema)))
+        assert not torch.allclose(default, _content(_rows(made, PROMPTS[:1], plain)), atol=1e-3)
+        assert (made.model.facts()["weights"], plain.facts()["weights"]) == ("ema", "plain")
+
+    def test_an_export_has_one_kind(self, made: Made, tmp_path: Path) -> None:
+        export_model(made.run.folder, tmp_path / "model", ExportOptions(weights="plain"))
+        assert TextToVideoModel.load(tmp_path / "model", device=CPU).facts()["weights"] == "plain"
+        with pytest.raises(CheckpointError, match="holds the plain weights alone"):
+            TextToVideoModel.load(tmp_path / "model", "ema", CPU)
+
+    def test_untrained(self, made: Made, tmp_path: Path) -> None:
+        """The weights that training begins with, which predict nothing yet: noise in the scale of the latents. Of a
+        run and of its export alike, without any checkpoint; torch's own generator stays as it was."""
+        export_model(made.run.folder, tmp_path / "model", ExportOptions())
+        run = Path(shutil.copytree(made.run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+        before = torch.random.get_rng_state()
+        models = [TextToVideoModel.load(path, device=CPU, untrained=True) for path in (run, tmp_path / "model")]
+        assert torch.equal(before, torch.random.get_rng_state())
+        one, other = (_content(_rows(made, PROMPTS[:1], model)) for model in models)
+        assert torch.equal(one, other)
+        assert not torch.allclose(one, _content(_rows(made, PROMPTS[:1])), atol=1e-3)
+        assert models[0].facts() == models[1].facts()
+        assert models[0].facts()["weights"] == "untrained"
+
+    def test_what_is_no_text_to_video_model(self, made: Made, tmp_path: Path) -> None:
+        """An embedder's run and its export are told by name; so is a run without its latent space."""
+        export_model(made.embedder.folder, tmp_path / "model", ExportOptions(statistics_clips=0))
+        with pytest.raises(ConfigError, match="config of task 'embedder'; this needs one of text to video"):
+            TextToVideoModel.load(made.embedder.folder, device=CPU)
+        with pytest.raises(CheckpointError, match="is an embedder; this needs a text-to-video model"):
+            TextToVideoModel.load(tmp_path / "model", device=CPU)
+        bare = shutil.copytree(made.run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("latent_space"))
+        with pytest.raises(CheckpointError, match="has begun to train"):
+            TextToVideoModel.load(bare, device=CPU)
+
+
+class TestShapes:
+    """Sizes, lengths and rates that were not trained on."""
+
+    @pytest.mark.parametrize(
+        ("frames", "fps", "clips"), [(1, 8, 1), (2, 8, 1), (5, 8, 1), (6, 8, 2), (10, 16, 1), (11, 16, 2), (3, 2, 2)]
+    )
+    def test_clips_that_a_length_needs(self, made: Made, frames: int, fps: float, clips: int) -> None:
+        """Frames need not be a multiple of the clip's five; at twice the rate they lie twice as densely, and past the
+        last frame by less than one."""
+        positions = frame_positions(_settings(made, frames=frames, fps=fps), 8.0)
+        assert clips_for(positions, 5) == clips
+
+    def test_positions_are_not_lost_to_rounding(self, made: Made) -> None:
+        """33 frames at 30 a second of what was 24 a second, and back: whole positions stay whole."""
+        positions = frame_positions(_settings(made, frames=100, fps=30.0), 24.0)
+        assert all(float(positions[5 * n]) == 4 * n for n in range(20))
+
+    def test_other_lengths_sizes_and_rates(self, made: Made, tmp_path: Path) -> None:
+        """Seven frames at three quarters of the rate, a wide picture: two clips, where one was trained on."""
+        _generate(made, tmp_path, PROMPTS[:1], frames=7, fps=6.0, size=(32, 64))
+        video = SourceVideo(tmp_path / "00000.mp4")
+        assert (video.num_frames, video.height, video.width, float(video.rate)) == (7, 32, 64, 6.0)
+        assert json.loads((tmp_path / "00000.json").read_text())["clips"] == 2
+
+    def test_the_rate_changes_nothing_but_times(self, made: Made, tmp_path: Path) -> None:
+        """Every second frame of a video at twice the rate is a frame of the one at its own, as near as coding leaves
+        it."""
+        _generate(made, tmp_path / "own", PROMPTS[:1])
+        _generate(made, tmp_path / "twice", PROMPTS[:1], frames=9, fps=16.0)
+        own, twice = (
+            np.stack(list(SourceVideo(tmp_path / name / "00000.mp4").frames())).astype(float)
+            for name in ("own", "twice")
+        )
+        assert np.abs(own - twice[::2]).mean() < 0.3 * np.abs(own[:-1] - own[1:]).mean()
+
+    def test_more_clips_begin_with_the_same_noise(self, made: Made) -> None:
+        """A longer row is another sample, but not by its noise: untrained models give the same first clip."""
+        model = TextToVideoModel.load(made.run.folder, device=CPU, untrained=True)
+        one, three = (_rows(made, PROMPTS[:1], model, frames=frames) for frames in (5, 15))
+        assert (len(one), len(three)) == (1, 3)
+        torch.testing.assert_close(one[0], three[0])
+
+    def test_bf16_models_generate(self, tmp_path: Path) -> None:
+        """Embedder and generator in bf16: latents are float32 between them, and the decoder takes them."""
+        embedder = saved_run(tmp_path, engine__precision="bf16")
+        run = saved_t2v(tmp_path, embedder, engine__precision="bf16")
+        model, codec = (
+            kind.load(each.folder, device=CPU) for kind, each in ((TextToVideoModel, run), (Codec, embedder))
+        )
+        settings = settings_for(model, steps=1)
+        generate(model, codec, WordEncoder, PROMPTS[:1], tmp_path / "out", settings)
+        assert SourceVideo(tmp_path / "out" / "00000.mp4").num_frames == 5
+
+
+class TestSettings:
+    """What is not given is as trained; what cannot be is refused, all of it at once."""
+
+    def test_defaults(self, made: Made) -> None:
+        settings = settings_for(made.model)
+        assert (settings.height, settings.width, settings.frames, settings.fps) == (32, 32, 5, 8.0)
+        assert (settings.steps, settings.guidance, settings.sampler) == (4, 2.0, "euler")
+
+    def test_caches_of_several_sizes(self, made: Made) -> None:
+        """No size is the trained one: the paper's is taken."""
+        space = latent_space(buckets=((32, 32), (32, 48)))
+        model = TextToVideoModel(made.model.model, made.model.config, space, CPU, {})
+        settings = settings_for(model)
+        assert (settings.height, settings.width) == (192, 320)
+
+    def test_all_problems_at_once(self, made: Made) -> None:
+        with pytest.raises(ConfigError) as caught:
+            settings_for(made.model, size=(100, 32), frames=0, fps=0.0, steps=0, guidance=-1.0)
+        for text in (
+            "size is 100x32; sides are multiples of 16, the nearest is 96x32", "frames is 0; it must be at least 1",
+            "fps is 0; it must be above 0", "steps is 0", "guidance is -1",
+        ):  # fmt: skip
+            assert text in str(caught.value)
+
+    def test_an_empty_batch(self, made: Made, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="the batch is 0"):
+            _generate(made, tmp_path, batch=0)
+
+
+class TestTexts:
+    """Prompts are embedded as captions were."""
+
+    def test_another_text_encoder_is_refused(self, made: Made, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"not the one that the caches were made with .* give that one"):
+            _generate(made, tmp_path, encoder=WordEncoder("other"))
+        assert not list(tmp_path.iterdir())
+
+    def test_another_embedder_is_refused(self, made: Made, tmp_path: Path) -> None:
+        """Its latents mean something else."""
+        codec = Codec.load(saved_run(tmp_path, step=8).folder, device=CPU)
+        codec.model.encoder.load_state_dict({n: t + 0.01 for n, t in codec.model.encoder.state_dict().items()})
+        with pytest.raises(CheckpointError, match="is not the one that the latents were made with"):
+            generate(made.model, codec, WordEncoder, PROMPTS, tmp_path / "out", _settings(made))
+
+    def test_embeddings_are_rounded_as_in_a_cache(self, made: Made) -> None:
+        found = embed_prompts(WordEncoder(), made.model.space, PROMPTS)
+        for text, whole in zip(found.texts, WordEncoder().encode([each.text for each in PROMPTS]), strict=True):
+            assert torch.equal(text, whole.bfloat16().float())
+        assert torch.equal(found.null, made.model.space.null_text.text)
+
+    def test_long_prompts_are_told(self, made: Made, tmp_path: Path) -> None:
+        assert _generate(made, tmp_path, [Prompt(0, LONG), Prompt(1, "short")]).cut == [LONG]
+        assert _generate(made, tmp_path, [Prompt(1, "short")], negative=LONG).cut == [LONG]
+
+    def test_a_negative_prompt_leads_elsewhere(self, made: Made) -> None:
+        """With guidance alone: at 1 nothing is led away from."""
+        for guidance, same in ((3.0, False), (1.0, True)):
+            found = [
+                _content(_rows(made, PROMPTS[:1], guidance=guidance, negative=text)) for text in (None, "a green cat")
+            ]
+            assert torch.equal(*found) == same
+
+    def test_prompts_of_a_file(self, tmp_path: Path) -> None:
+        """One a line, numbered without the empty ones; no file, none in it, and no text are told."""
+        path = tmp_path / "prompts.txt"
+        path.write_text("a red square \n\n  ein Hund, größer\n")
+        assert read_prompts(path) == [Prompt(0, "a red square"), Prompt(1, "ein Hund, größer")]
+        path.write_text("\n \n")
+        with pytest.raises(DataError, match="holds no prompt; write one a line"):
+            read_prompts(path)
+        path.write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(DataError, match="cannot read prompts"):
+            read_prompts(path)
+        with pytest.raises(DataError, match="cannot read prompts"):
+            read_prompts(tmp_path / "none.txt")
+
+
+def test_settings_are_frozen_values(made: Made) -> None:
+    """Checked also when they are changed."""
+    with pytest.raises(ConfigError, match="decode_steps is 0"):
+        replace(_settings(made), decode_steps=0)

@@ -1,0 +1,62 @@
+"""`regen shards captions`: the first captions of a dataset, in its order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from regen_dist.data.dataset.catalogue import open_dataset
+from regen_dist.data.dataset.index import Described
+from regen_dist.data.dataset.manifest import write_manifest
+from regen_dist.data.dataset.writing import Limits, NewSample, ShardWriter, index_name
+from regen_dist.data.objects.store import Store
+from regen_dist.errors import DataError
+from tools import shards
+
+CAPTIONS = ("a red\n square", None, "", "a blue disc", "ein grüner Kreis", "a yellow star")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write(tmp_path / "data", CAPTIONS)
+
+
+def write(folder: Path, captions: tuple[str | None, ...]) -> Path:
+    """Samples of a few bytes in shards of two; nothing here looks at the videos."""
+    store = Store(folder)
+    with ShardWriter(store, "part", Limits(samples=2)) as writer:
+        for number, caption in enumerate(captions):
+            described = Described(5, 32, 32, 8.0, f"{number}.mp4", caption)
+            writer.add(NewSample(f"{number:06d}", b"video", described))
+    write_manifest(store, [index_name("part", number) for number in range(writer.shards)], "build", {})
+    return folder
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(shards.app, ["captions", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_one_a_line_in_the_order_of_the_dataset(dataset: Path, tmp_path: Path) -> None:
+    assert len(open_dataset(dataset)) == len(CAPTIONS)
+    said = run(dataset, "--out", tmp_path / "new" / "prompts.txt", "--number", 3)
+    assert (tmp_path / "new" / "prompts.txt").read_text().splitlines() == [
+        "a red square", "a blue disc", "ein grüner Kreis"
+    ]  # fmt: skip
+    assert "3 captions" in said
+    assert "fewer" not in said
+
+
+def test_it_says_when_there_are_fewer(dataset: Path, tmp_path: Path) -> None:
+    assert "4 captions" in (said := run(dataset, "--out", tmp_path / "prompts.txt"))
+    assert "fewer than the 200" in said
+
+
+def test_a_dataset_without_captions(tmp_path: Path) -> None:
+    silent = write(tmp_path / "silent", (None, ""))
+    with pytest.raises(DataError, match="no sample has a caption"):
+        run(silent, "--out", tmp_path / "prompts.txt")
+    assert not (tmp_path / "prompts.txt").exists()

@@ -1,0 +1,145 @@
+"""The video that a text-to-video config is described for, and what it costs by the embedder that makes its latents."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from regen_dist.config.section import SPATIAL_COMPRESSION
+from regen_dist.config.t2v import LATENT_PATCH
+from regen_dist.config.text import TextConfig
+from regen_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from regen_dist.config import T2VConfig
+    from regen_dist.config.t2v import T2VModelConfig
+    from regen_dist.models.accounting import RowAccount
+
+COMPRESSIONS = (4, 8, 16, 32)  # k
+CONVENTIONAL = 4  # frames per latent frame of the embedder that others are compared with
+TOKEN_SIDE = LATENT_PATCH * SPATIAL_COMPRESSION  # pixels a side of a token
+_CLIP_FRAMES = 33  # k = 32
+_TEXT_TOKENS: int = TextConfig.model_fields["max_tokens"].default
+
+
+@dataclass(frozen=True)
+class Video:
+    """Which config says only how many clips are in a row: the sides and the text are the cache's.
+
+    Args:
+        size: (height, width) in pixels, multiples of 16.
+        frames: in all, as clips of 33; None: the longest row of `data.clips`. One is an image.
+        text_tokens: of the caption, padding included.
+    """
+
+    size: tuple[int, int] = (192, 320)
+    frames: int | None = None
+    text_tokens: int = _TEXT_TOKENS
+
+    def num_frames(self, config: T2VConfig) -> int:
+        """Of the whole video."""
+        return self.frames or max(config.data.clips) * _CLIP_FRAMES
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of its latents."""
+        return self.size[0] // SPATIAL_COMPRESSION, self.size[1] // SPATIAL_COMPRESSION
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of each latent frame."""
+        return (self.cells[0] // LATENT_PATCH) * (self.cells[1] // LATENT_PATCH)
+
+
+def chosen_video(size: str | None, frames: int | None, text_tokens: int | None) -> Video | None:
+    """By the command's options; None when none was given.
+
+    Raises:
+        ConfigError: of `parse_size`.
+    """
+    if size is None and frames is None and text_tokens is None:
+        return None
+    usual = Video()
+    return Video(parse_size(size) if size else usual.size, frames, text_tokens or usual.text_tokens)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH, as in 192x320.
+
+    Raises:
+        ConfigError: it is something else, or the sides are no multiples of 16.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    sides = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(sides) or any(side % TOKEN_SIDE for side in sides):
+        raise ConfigError(f"--size {text}: give HEIGHTxWIDTH in multiples of {TOKEN_SIDE}, as in 192x320")
+    return sides
+
+
+def latent_frames(frames: int, k: int) -> int:
+    """Latent frames of a video in clips of k+1 frames, two for each; the last clip is counted as a whole one. An image
+    has one."""
+    return 1 if frames == 1 else 2 * -(-frames // (k + 1))
+
+
+def row_account(config: T2VConfig, video: Video) -> RowAccount:
+    """Of the video as one row."""
+    frames, engine = latent_frames(video.num_frames(config), _CLIP_FRAMES - 1), config.engine
+    return _account(
+        config.model, frames, video.cells, video.text_tokens, engine.precision, engine.activation_checkpointing
+    )
+
+
+def row_shapes(config: T2VConfig, counted: RowAccount, video: Video) -> dict[str, Any]:
+    """What `regen describe` says of the row and the transformer."""
+    channels, frames, *cells = counted.latent_shape
+    model = config.model
+    return {
+        "video": {"frames": video.num_frames(config), "size": list(video.size)},
+        "clips": -(-frames // 2),
+        "latent_frames": frames,
+        "latent_shape": [channels, *cells],
+        "transformer": {"blocks": model.blocks, "width": model.width, "heads": model.heads},
+        "tokens_per_row": counted.num_tokens,
+        "text_tokens": counted.text_tokens,
+        "text_width": model.text_width,
+        "by_embedder": by_embedder(config, video),
+    }
+
+
+def by_embedder(config: T2VConfig, video: Video) -> list[dict[str, Any]]:
+    """One forward pass of the model for the same video, with the latents of this project's embedders and of a
+    conventional one, which makes a latent frame of each four frames. First the conventional one."""
+    whole = video.num_frames(config)
+    frames = {("conventional", CONVENTIONAL): -(-whole // CONVENTIONAL)}
+    frames |= {("regen", k): latent_frames(whole, k) for k in COMPRESSIONS}
+    flops = {key: _forward_flops(config.model, count, video.cells, video.text_tokens) for key, count in frames.items()}
+    return [
+        {
+            "embedder": embedder,
+            "temporal_compression": k,
+            "latent_frames": count,
+            "tokens": count * video.tokens_per_frame,
+            "forward_flops": flops[embedder, k],
+            "flops_ratio": flops["conventional", CONVENTIONAL] / flops[embedder, k],
+        }
+        for (embedder, k), count in frames.items()
+    ]
+
+
+@lru_cache(maxsize=64)
+def _forward_flops(model: T2VModelConfig, frames: int, cells: tuple[int, int], text_tokens: int) -> int:
+    from regen_dist.models.accounting import row_forward_flops
+
+    return row_forward_flops(model, frames, cells, text_tokens)
+
+
+@lru_cache(maxsize=64)
+def _account(
+    model: T2VModelConfig, frames: int, cells: tuple[int, int], text_tokens: int, precision: Any, checkpointing: bool
+) -> RowAccount:
+    from regen_dist.models.accounting import account_row
+
+    return account_row(model, frames, cells, text_tokens, precision=precision, activation_checkpointing=checkpointing)

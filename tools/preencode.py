@@ -1,0 +1,99 @@
+"""`regen preencode`: a dataset of videos to a cache of latents and text embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from regen_dist.errors import DataError
+from tools.shards.progress import progress_bar
+from tools.shards.stopping import stopping_cleanly
+from tools.shards.task import parse_task
+
+if TYPE_CHECKING:
+    from regen_dist.config.preencode import PreencodeConfig
+    from regen_dist.inference.preencode import Preencoded
+
+_SHOWN = 10
+
+
+def preencode(
+    config: Annotated[Path, typer.Argument(help="YAML file under configs/preencode/.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="Encode every N-th shard from the I-th (from 0), I/N; slurm: as its array says.")
+    ] = "0/1",
+    max_bad_share: Annotated[
+        float, typer.Option(help="Stop when more of many videos of a shard cannot be encoded.")
+    ] = 0.5,
+    verify: Annotated[
+        int, typer.Option(min=0, help="Encode so many entries of a finished cache again, and compare them.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="With --verify: another seed takes other entries.")] = 0,
+) -> None:
+    """Encode videos clip by clip, and embed their captions. The same command again finishes what was stopped.
+
+    Only the encoder is loaded. A folder that was begun with other weights, another config or other videos is refused.
+
+    Example: regen preencode configs/preencode/nano.yaml embedder=runs/nano
+    """
+    from regen_dist.config.preencode import load_preencode_config
+
+    number, count = parse_task(task)
+    loaded = load_preencode_config(config, tuple(overrides or ()))  # before torch: a wrong config is told at once
+    if verify:
+        _verify(loaded, verify, seed)
+        return
+    from regen_dist.inference.preencode import preencode as encode
+
+    with stopping_cleanly(), progress_bar() as progress:
+        made = encode(loaded, task=(number, count), max_bad_share=max_bad_share, progress=progress)
+    _print(made, loaded.output)
+
+
+def _verify(config: PreencodeConfig, samples: int, seed: int) -> None:
+    from regen_dist.inference.preencoding.verifying import verify_cache
+
+    with progress_bar() as progress:
+        verdict = verify_cache(config, samples=samples, seed=seed, progress=progress)
+    if verdict.mismatches:
+        title = f"{len(verdict.mismatches)} of {verdict.entries} entries in {config.output} are not what is made now:"
+        raise DataError("\n".join([title, *verdict.mismatches]))
+    typer.echo(
+        f"{config.output}: {verdict.entries} entries encoded again; all agree (largest difference "
+        f"{verdict.largest:.2g})"
+    )
+
+
+def _print(made: Preencoded, output: str) -> None:
+    if made.shards_made:
+        clips, images = made.encoded
+        typer.echo(f"{clips} clips and {images} images in {made.seconds:.1f} s: {made.clips_per_s:.1f} a second")
+    if made.manifest is None:
+        typer.echo(
+            f"{output}: {made.shards_made} shards made now; {made.shards_missing} of {made.shards} are left to other "
+            "tasks"
+        )
+        return
+    totals, options, skipped = made.manifest.totals, made.manifest.options, made.manifest.skipped
+    typer.echo(
+        f"{output}: {totals.samples} entries in {totals.shards} shards ({made.shards_made} made now), {len(skipped)} "
+        f"videos and {options['frames_left_out']} frames left out"
+    )
+    source, pixels = options["sizes"]["source_bytes"], options["sizes"]["pixel_bytes"]
+    typer.echo(
+        f"{totals.bytes / 1e6:.2f} MB: {_share(totals.bytes, source)} of the videos' shards ({source / 1e6:.2f} MB), "
+        f"{_share(totals.bytes, pixels)} of the pixels ({pixels / 1e6:.2f} MB)"
+    )
+    for skip in skipped[:_SHOWN]:
+        typer.echo(f"  left out: {skip.source}: {skip.reason}")
+    if len(skipped) > _SHOWN:
+        typer.echo(f"  and {len(skipped) - _SHOWN} more, listed in manifest.json")
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"

@@ -1,0 +1,113 @@
+"""What programs have in common that show the whole way by the commands that a user would type: they run them, and stop
+a training once on purpose."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import typer
+
+_POLL_S = 0.5
+
+
+class Ended(NamedTuple):
+    """The exit code of a command, and whether it was asked to stop on purpose, by nobody else."""
+
+    code: int
+    on_purpose: bool
+
+
+def working_precision() -> str:
+    """`engine.precision` on this machine: bf16 takes hours on a CPU that does not multiply it itself."""
+    import torch
+
+    from regen_dist.observe.hardware import multiplies_bf16
+
+    return "bf16" if torch.cuda.is_available() or multiplies_bf16() else "fp32"
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Print and run one `regen` command; its failure ends the program with its exit code."""
+    announce(arguments)
+    code = subprocess.run(command(arguments), check=False).returncode
+    if code:
+        raise typer.Exit(code)
+
+
+def announce(arguments: Sequence[str]) -> None:
+    """Print a command as a user would type it."""
+    print(f"\n$ regen {shlex.join(arguments)}", flush=True)
+
+
+def command(arguments: Sequence[str]) -> list[str]:
+    """What runs a `regen` command in this Python."""
+    return [sys.executable, "-m", "tools.cli", *arguments]
+
+
+def run_until(
+    arguments: Sequence[str], training: Path, stop_at: int | None, environment: Mapping[str, str] | None = None
+) -> Ended:
+    """Run a command; once the record of a training that it runs has reached a step, ask that training to stop.
+
+    A signal to this program is handed on to the command, which saves and ends.
+
+    Args:
+        arguments: of `regen`.
+        training: folder of the run.
+        stop_at: the step; None never asks.
+        environment: of the command; None: this program's own.
+    """
+    process = subprocess.Popen(command(arguments), env=environment, start_new_session=True)  # one signal, not two
+    asked = False
+    with _handed_on(process) as signals:
+        while process.poll() is None:
+            time.sleep(_POLL_S)
+            if stop_at is not None and not asked and last_step(training) >= stop_at:
+                (training / "STOP").touch()
+                asked = True
+    return Ended(process.returncode, asked and not signals)
+
+
+@contextmanager
+def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Signals to this program go to the command, as the launcher hands them to ranks; yields those that came."""
+    from launcher.local import FORWARDED
+
+    came: list[int] = []
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        process.send_signal(FORWARDED[signal.Signals(number)])
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def last_step(training: Path) -> int:
+    """The newest step in the record of a run; 0 before the first."""
+    return max((line["step"] for line in _record(training) if line["kind"] == "train"), default=0)
+
+
+def was_resumed(training: Path) -> bool:
+    """Whether a run has gone on from a checkpoint."""
+    return any(line.get("event") == "start" and line["step"] > 0 for line in _record(training))
+
+
+def _record(training: Path) -> list[dict[str, Any]]:
+    from regen_dist.observe.record import read_record
+
+    path = training / "metrics.jsonl"
+    return read_record(path) if path.is_file() else []
