@@ -159,6 +159,7 @@ def parameter_keys(model: ModelConfig | T2VModelConfig) -> dict[str, Any]:
         del values["attention"]  # heads stay: queries and keys are normed by them
         return values
     values["latent"].pop("noise_std")
+    values.pop("linear_start")
     if model.kind == "magvit2":  # has neither
         del values["decoder"], values["conditioning"]
         return values

@@ -23,7 +23,13 @@ from regen_dist.errors import CheckpointError
 
 # What a model's numbers do not depend on: which kernel computes attention, noise that only training adds, and what
 # generation takes by default.
-_FREE = {"model.decoder.attention.backend", "model.attention.backend", "model.latent.noise_std", "diffusion.guidance"}
+_FREE = {
+    "model.decoder.attention.backend",
+    "model.attention.backend",
+    "model.latent.noise_std",
+    "model.linear_start",
+    "diffusion.guidance",
+}
 
 
 def import_model(export: Path, config: AnyRunConfig) -> list[str]:

@@ -147,6 +147,9 @@ class DiffusionConfig(Section):
     path: Literal["rectified_flow", "cosine_vp"] = "rectified_flow"
     target: Literal["x0", "velocity", "eps"] = "x0"
     weighting: Literal["x0", "velocity"] = "x0"
+    # Of each clip the decoder is trained on so many frames in a step, drawn anew for each; None: on all. The encoder
+    # sees them all.
+    train_frames: PositiveInt | None = None
     density: DensityConfig = DensityConfig()
     sampler: Literal["euler", "heun"] = "euler"
     steps: PositiveInt = 1

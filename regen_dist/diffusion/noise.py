@@ -34,6 +34,7 @@ class Stream(IntEnum):
     LATENT_MOTION = 3
     LATENT_ROW = 4
     TEXT = 5
+    FRAMES = 6
 
 
 def philox(

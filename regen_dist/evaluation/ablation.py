@@ -44,6 +44,7 @@ class Arm(NamedTuple):
             f"diffusion.density.kind={self.density}",
             f"diffusion.density.pure_noise={self.pure_noise}",
             f"diffusion.weighting={self.weighting}",
+            f"model.linear_start={'dct' if self.target == 'x0' else 'random'}",  # which decodes x0
         ]
 
 

@@ -152,12 +152,20 @@ def row_forward_flops(config: T2VModelConfig, frames: int, size: tuple[int, int]
 
 
 @lru_cache(maxsize=256)
-def training_flops_per_clip(config: ModelConfig, size: tuple[int, int], num_frames: int | None = None) -> int:
+def training_flops_per_clip(
+    config: ModelConfig, size: tuple[int, int], num_frames: int | None = None, decoded: int | None = None
+) -> int:
     """Operations that training needs for one clip of `size` = (height, width) pixels: what MFU is measured against.
 
-    What activation checkpointing computes a second time is no progress, and is left out.
+    What activation checkpointing computes a second time is no progress, and is left out. Where only `decoded` of the
+    frames are, all but the encoder counts by that share (attention a little too high).
     """
-    return account(config, size, num_frames=num_frames).num_training_flops
+    counted = account(config, size, num_frames=num_frames)
+    if decoded is None or decoded == counted.clip_shape[1]:
+        return counted.num_training_flops
+    encoder = counted.forward_flops["encoder"]
+    rest = (counted.num_forward_flops - encoder) * decoded // counted.clip_shape[1]
+    return _FORWARD_AND_BACKWARD * (encoder + rest)
 
 
 @lru_cache(maxsize=256)

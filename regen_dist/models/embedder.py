@@ -69,13 +69,18 @@ class Regen(VideoEmbedder):
         return linear + self.decoder(noisy, t, self.conditioning(latents, times))  # type: ignore[no-any-return]
 
     def forward(
-        self, video: Tensor, noisy: Tensor, t: Tensor, latent_noise: Latents | None = None
+        self,
+        video: Tensor,
+        noisy: Tensor,
+        t: Tensor,
+        latent_noise: Latents | None = None,
+        times: Tensor | None = None,
     ) -> tuple[Tensor, Latents]:
-        """Encode `video` and predict from `noisy`: what one training step needs, in one call. Returns the clean latents
-        too."""
+        """Encode `video` and predict from `noisy`: what one training step needs, in one call. `noisy` are the frames at
+        `times` [B, T]; the video's own by default. Returns the clean latents too."""
         latents = self.encode(video)
         seen = latents if latent_noise is None else _perturb(latents, latent_noise)
-        return self.denoise(noisy, t, seen, self.frame_times(video)), latents
+        return self.denoise(noisy, t, seen, self.frame_times(video) if times is None else times), latents
 
 
 class Baseline(VideoEmbedder):

@@ -173,7 +173,7 @@ class TextToVideo(Checkpointed):
                 F = 1.
             t: diffusion time [B] in (0, 1].
             text: embeddings [B, M, Dt]; of a caption that was dropped, those of the empty caption.
-            mask: bool [B, M], True where a text token counts; what lies elsewhere changes nothing.
+            mask: [B, M], bool or numbers, true where a text token counts; what lies elsewhere changes nothing.
 
         Returns:
             The velocity, [B, C, F, h, w] in float32.
@@ -188,7 +188,7 @@ class TextToVideo(Checkpointed):
         text, vector = self.text(text.to(dtype)), self.timestep(t)  # [B, M, D], [B, D]
         modulation = self.modulation(vector)
         for block in self.blocks:
-            tokens = self.run(block, tokens, modulation, text, mask, positions, grid=grid)
+            tokens = self.run(block, tokens, modulation, text, mask.bool(), positions, grid=grid)
         scale, shift = self.final_modulation(vector).unsqueeze(2).unbind(1)
         return unfold_latents(self.head(modulate(tokens, scale, shift)).float(), grid)
 

@@ -43,7 +43,9 @@ class ProgressLine:
     def validation(self, values: Mapping[str, Any]) -> None:
         """Keep the newest validation PSNR, or loss, on the line."""
         named = [f"val {value:.2f} dB" for name, value in values.items() if name == "psnr_db"]
-        self._validation = (named or [f"val {value:.4f}" for name, value in values.items() if name == "loss"] or [""])[0]
+        self._validation = (named or [f"val {value:.4f}" for name, value in values.items() if name == "loss"] or [""])[
+            0
+        ]
 
     def say(self, text: str) -> None:
         """A line of its own."""

@@ -67,7 +67,8 @@ class EmbedderTask:
     def flops(self, batch: ClipBatch) -> float:
         """Operations that training on a micro-batch needs; buckets differ."""
         clips, _, num_frames, height, width = batch.video.shape
-        return clips * training_flops_per_clip(self.config.model, (height, width), num_frames)
+        decoded = min(self.config.diffusion.train_frames or num_frames, num_frames)
+        return clips * training_flops_per_clip(self.config.model, (height, width), num_frames, decoded)
 
     def build(self) -> nn.Module:
         torch.manual_seed(self.config.train.seed)
@@ -78,10 +79,13 @@ class EmbedderTask:
     def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
         x0, ids, settings = to_float(batch.video, self.device), batch.keys.to(self.device), self.config.diffusion
         t = timesteps(settings.density, uniforms(self.config.train.seed, ids, step, Stream.TIMESTEP))
-        noise = self._noise(x0, ids, step)
-        x_t = noisy(settings.path, x0, noise, t)
-        prediction, latents = engine(x0, x_t, t, latent_noise(self.config, x0, ids, step))
-        errors = (prediction - target_of(settings.path, settings.target, x0, noise, t)).square()
+        frames = train_frames(self.config, x0.shape[2], step).to(self.device)
+        seen, noise = x0[:, :, frames], self._noise(x0, ids, step, frames)
+        x_t = noisy(settings.path, seen, noise, t)
+        prediction, latents = engine(
+            x0, x_t, t, latent_noise(self.config, x0, ids, step), frames.float().expand(len(ids), -1)
+        )
+        errors = (prediction - target_of(settings.path, settings.target, seen, noise, t)).square()
         weighted = errors * squared_error_weight(settings.path, settings.target, settings.weighting, t)
         return Loss(weighted.mean(), latent_figures(latents, x0.shape[2]))
 
@@ -89,13 +93,15 @@ class EmbedderTask:
     def validate(self, engine: Engine) -> Validation:
         batch = self._validation_clips
         x0, ids = to_float(batch.video, self.device), batch.keys.to(self.device)
-        settings, noise = self.config.diffusion, self._noise(x0, ids, 0)
+        settings, every = self.config.diffusion, torch.arange(x0.shape[2], device=self.device)
+        noise = self._noise(x0, ids, 0, every)
         t = torch.full((len(ids),), LATEST_EPS_TIME if settings.target == "eps" else 1.0, device=self.device)
         prediction, latents = engine(x0, noise, t, None)
         return validation(x0, x0_from(settings.path, settings.target, prediction, noise, t), latents)
 
-    def _noise(self, x0: Tensor, ids: Tensor, step: int) -> Tensor:
-        times = torch.arange(x0.shape[2], device=x0.device).expand(x0.shape[0], -1)
+    def _noise(self, x0: Tensor, ids: Tensor, step: int, frames: Tensor) -> Tensor:
+        """Of these frames [n] of clips."""
+        times = frames.expand(x0.shape[0], -1)
         return gaussian(self.config.train.seed, ids, times, (x0.shape[3], x0.shape[4]), draw=step)
 
 
@@ -113,6 +119,15 @@ class BaselineTask(EmbedderTask):
         x0 = to_float(batch.video, self.device)
         reconstruction, latents = engine(x0, None)
         return validation(x0, reconstruction, latents)
+
+
+def train_frames(config: RunConfig, num_frames: int, step: int) -> Tensor:
+    """Numbers of the frames that the decoder is trained on in a step, ascending, int64 [n]: the same for all clips."""
+    wanted = config.diffusion.train_frames
+    if wanted is None or wanted >= num_frames:
+        return torch.arange(num_frames)
+    chances = uniforms(config.train.seed, torch.arange(num_frames), step, Stream.FRAMES)[:, 0]
+    return chances.argsort()[:wanted].sort().values
 
 
 def latent_noise(config: RunConfig, x0: Tensor, ids: Tensor, step: int) -> Latents | None:

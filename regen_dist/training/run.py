@@ -53,7 +53,8 @@ def train(
 
 def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     """Refuse what cannot run here before anything is built, and make the arithmetic repeatable."""
-    if config.model.kind == "regen" and config.model.decoder.attention.backend == "flash":
+    attention = config.model.attention if config.model.kind == "t2v" else config.model.decoder.attention
+    if config.model.kind != "magvit2" and attention.backend == "flash":
         require_flash(ranks.device.type, precision_of(config.engine.precision))
     if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not multiplies_bf16():
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")

@@ -81,7 +81,7 @@ def test_the_block_really_runs(built: list[Built]) -> None:
 def test_a_rank_of_512_holds_its_share_alone() -> None:
     """The same model in one of 512 ranks, of which the others are pretended (collectives do nothing): what it holds is
     a 512th, up to one element a parameter."""
-    config = load_config(ROOT / "configs/t2v/5b.yaml", ["model.blocks=1"])
+    config = load_config(ROOT / "configs/t2v/5b.yaml", ["model.blocks=1", "train.accumulation=1"])
     (shards,) = run_ranks(_build_among_many, 1, config)
     for name, (own, whole) in shards.items():
         assert own == -(-whole // LARGE_WORLD), name

@@ -8,7 +8,8 @@ import typer
 from tools.bench.ablation import ablation
 from tools.bench.checkpoint import checkpoint
 from tools.bench.data import data
+from tools.bench.t2v import t2v
 
 app = typer.Typer(name="bench", help="Measure, and write JSON.", no_args_is_help=True)
-for command in (ablation, checkpoint, data):
+for command in (ablation, checkpoint, data, t2v):
     app.command()(command)

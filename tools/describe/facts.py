@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from regen_dist.config import AnyRunConfig, RunConfig
+    from regen_dist.config.job import CommonConfig
     from regen_dist.config.schema import ModelConfig
     from regen_dist.models.accounting import Account, ClipAccount
     from regen_dist.models.cost import Assumptions
     from tools.describe.video import Video
 
-Config = TypeVar("Config", bound="AnyRunConfig")
+Config = TypeVar("Config", bound="CommonConfig")
 
 
 def gather(
@@ -69,15 +70,17 @@ def with_clips_per_gpu(config: Config, world_size: int, clips: int) -> Config:
     accumulation, rest = divmod(train.batch_global, world_size * clips)
     if rest:
         raise ConfigError(
-            f"train.batch_global {train.batch_global} is not a multiple of {world_size * clips} {_units(config)} ({clips} at "
-            f"once on each of {world_size} GPUs); change --clips-per-gpu or --world-size, or set "
+            f"train.batch_global {train.batch_global} is not a multiple of {world_size * clips} {_units(config)} "
+            f"({clips} at once on each of {world_size} GPUs); change --clips-per-gpu or --world-size, or set "
             f"train.batch_global={(accumulation + 1) * world_size * clips}"
         )
     return config.model_copy(update={"train": train.model_copy(update={"accumulation": accumulation})})
 
 
-def _units(config: AnyRunConfig) -> str:
-    return "rows" if config.task == "t2v" else "clips"
+def _units(config: CommonConfig) -> str:
+    from regen_dist.config import T2VConfig
+
+    return "rows" if isinstance(config, T2VConfig) else "clips"
 
 
 def _counted(config: AnyRunConfig, video: Video | None) -> tuple[Account, dict[str, Any]]:

@@ -53,7 +53,14 @@ def main() -> None:
         _print_to(log_file(given.folder, ranks.world_size))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with process_group(ranks, needed=True):
-        found = measure(embedder_only(load_saved_config(given.folder), str(given.folder)), ranks, given.folder, given.url, given.repeats, given.load)
+        found = measure(
+            embedder_only(load_saved_config(given.folder), str(given.folder)),
+            ranks,
+            given.folder,
+            given.url,
+            given.repeats,
+            given.load,
+        )
         if ranks.is_main:
             result_file(given.folder, ranks.world_size).write_text(json.dumps(found) + "\n", encoding="utf-8")
 

@@ -111,7 +111,7 @@ def test_the_decoder_mixes_tokens_by_attention_alone() -> None:
 
 @torch.no_grad()
 def test_the_gates_start_closed() -> None:
-    """A fresh transformer is the identity and its head says zero, so that training starts from a plain state."""
+    """A fresh transformer is the identity and its head says zero, so that training starts from the linear code."""
     torch.manual_seed(0)
     model = build_model(tiny_model())
     assert isinstance(model, Regen)
@@ -119,8 +119,9 @@ def test_the_gates_start_closed() -> None:
     assert not modulation.any()
     for block in model.decoder.blocks:
         assert torch.equal(block(x, modulation, (5, 4, 4)), x)
-    video = clips()
-    assert not model(video, torch.randn_like(video), torch.ones(2))[0].any()
+    video, times = clips(), torch.arange(5.0).expand(2, -1)
+    prediction, latents = model(video, torch.randn_like(video), torch.ones(2))
+    assert torch.equal(prediction, model.linear(*latents, times))
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:

@@ -11,7 +11,7 @@ from regen_dist.config.schema import RunConfig
 from regen_dist.data.reading.loader import ClipBatch
 from regen_dist.distributed.plain import PlainEngine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.training.embedder import latent_noise, psnr_db, to_float
+from regen_dist.training.embedder import latent_noise, psnr_db, to_float, train_frames
 from regen_dist.training.tasks import build_task
 from tests.helpers.tiny import tiny_run, wake
 
@@ -145,3 +145,27 @@ def test_every_rank_builds_the_same_model() -> None:
         states.append(build_task(tiny_run(train__seed=seed), CPU).build().state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_the_decoder_is_trained_on_some_frames_of_each_clip() -> None:
+    """As many as the config says, other ones in each step, the same on every rank; the encoder sees the whole clip."""
+    task, engine = _task(diffusion__train_frames=2)
+    drawn = [train_frames(task.config, 5, step) for step in range(12)]
+    assert all(len(frames) == 2 and frames[0] < frames[1] and int(frames.max()) < 5 for frames in drawn)
+    assert len({tuple(frames.tolist()) for frames in drawn}) > 3
+    assert torch.equal(train_frames(task.config, 1, 3), torch.arange(1))
+    seen: list[Any] = []
+    forward = engine.module.forward
+    engine.module.forward = lambda *inputs: seen.append(inputs) or forward(*inputs)
+    loss = task.loss(engine, _batch(), 7)
+    assert loss.value.isfinite()
+    video, noisy, _, _, times = seen[0]
+    assert video.shape[2] == 5
+    assert noisy.shape[2] == 2
+    assert times[0].tolist() == drawn[7].tolist()
+
+
+def test_frames_that_are_left_out_cost_nothing() -> None:
+    """What MFU counts: all of the encoder, and of the rest the share of the frames that are decoded."""
+    whole, part = (_task(**changes)[0].flops(_batch()) for changes in ({}, {"diffusion__train_frames": 2}))
+    assert 0.2 * whole < part < 0.95 * whole

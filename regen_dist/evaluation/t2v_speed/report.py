@@ -1,0 +1,45 @@
+"""The figures of `regen bench t2v` as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from regen_dist.evaluation.t2v_speed.suite import CACHE, MEMORY
+
+_HEAD = [
+    "| training from | steps/s (lowest to highest) | waits for data | the cache's speed against it | target |",
+    "| --- | ---: | ---: | ---: | ---: |",
+]
+_SIZES = ["| on disk | bytes | of the videos |", "| --- | ---: | ---: |"]
+
+
+def table(facts: Mapping[str, Any]) -> str:
+    """Speeds, then sizes."""
+    rows = [*_HEAD, *_speeds(facts["training"]), "", *_SIZES, *_sizes(facts["data"])]
+    return "\n".join(rows) + "\n"
+
+
+def _speeds(section: Mapping[str, Any]) -> Iterator[str]:
+    for name, case in section["cases"].items():
+        found, target = section["ratios"].get(name), ""
+        against = _spread(found) if found else ""
+        if name == MEMORY:
+            target = f"≥ {section['target']:g}"
+        yield f"| {name} | {_spread(case['per_s'])} | {case['data_wait']:.1%} | {against} | {target} |"
+
+
+def _sizes(data: Mapping[str, Any]) -> Iterator[str]:
+    videos = data["source_bytes"]
+    parts = {
+        f"{data['videos']} videos of {data['frames']} frames of {data['side']}x{data['side']}": videos,
+        "their pixels": data["pixel_bytes"],
+        CACHE: data["cache_bytes"],
+        "text embeddings in it": data["text_bytes"],
+    }
+    for name, size in parts.items():
+        yield f"| {name} | {size:,} | {size / videos:.2f} |"
+
+
+def _spread(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
