@@ -15,7 +15,15 @@ from tests.helpers.objects import READER, Proxied, use
 from tests.helpers.slurm import clear_jobs
 
 # Workers that share the suite by files end together when these come first.
-LONGEST = ("test_miniature", "test_launcher", "test_launcher_jobs", "test_slurm", "test_pipelines", "test_jobs", "test_checkpoints")
+LONGEST = (
+    "test_miniature",
+    "test_launcher",
+    "test_launcher_jobs",
+    "test_slurm",
+    "test_pipelines",
+    "test_jobs",
+    "test_checkpoints",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

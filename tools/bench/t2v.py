@@ -100,7 +100,7 @@ class _Training:
         for micro in range(accumulation):
             loss = self._task.loss(self._engine, next(batches), self._steps).value
             self._engine.backward(nowhere_finite(loss), is_last=micro + 1 == accumulation)
-            float(loss)
+            float(loss.detach())
         self._engine.step(self._config.optimizer.lr)
         self._steps += 1
 
@@ -126,7 +126,7 @@ class _Training:
     @property
     def text_bytes(self) -> int:
         """Of all captions' embeddings in the cache."""
-        return sum(each.text.nbytes for each in self._texts.values())
+        return sum(text.nbytes for text, _ in self._texts.values())
 
 
 def _run(config: Path, asked: Sequence[str]) -> tuple[T2VConfig, list[str]]:
@@ -146,5 +146,5 @@ def _embedder(config: Path, run: T2VConfig) -> tuple[RunConfig, list[str]]:
     from regen_dist.config import load_embedder_config
 
     own = [f"model.latent.channels={run.model.latent_channels}", f"engine.precision={run.engine.precision}"]
-    own += ["data.image_fraction=0", "data.stride=[1]", "data.validation_url=null"]
+    own += ["data.image_fraction=0", "data.stride=[1]", "data.flip=false", "data.validation_url=null"]
     return load_embedder_config(config, own), own
