@@ -65,7 +65,7 @@ def t2v(
         trained = _Training(run, made)
         console.print(f"measuring, {repeats} turns of {seconds:g} s each")
         facts["training"] = compare(
-            trained.step, trained.feeds(encoding, side), seconds=seconds, repeats=repeats,
+            trained.step, trained.take, trained.feeds(encoding, side), seconds=seconds, repeats=repeats,
             told=lambda name, turn: console.print(f"  {name}: {turn.rate:.2f} steps/s"),
         )  # fmt: skip
         facts["data"] = made.facts | {"reads": "local folder, warm page cache", "text_bytes": trained.text_bytes}
@@ -103,6 +103,11 @@ class _Training:
             float(loss.detach())
         self._engine.step(self._config.optimizer.lr)
         self._steps += 1
+
+    def take(self, batches: Iterator[LatentBatch]) -> None:
+        """The batches of a step, which is not made."""
+        for _ in range(self._config.train.accumulation):
+            next(batches)
 
     def feeds(self, embedder: RunConfig, side: int) -> dict[str, Feed]:
         """Where batches come from."""

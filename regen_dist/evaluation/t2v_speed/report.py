@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from regen_dist.evaluation.t2v_speed.suite import CACHE, MEMORY
+from regen_dist.evaluation.t2v_speed.suite import CACHE, MEMORY, READER
 
 _HEAD = [
     "| training from | steps/s (lowest to highest) | waits for batches | the cache's speed against it | by CPU time | "
@@ -23,9 +23,11 @@ def table(facts: Mapping[str, Any]) -> str:
 
 def _speeds(section: Mapping[str, Any]) -> Iterator[str]:
     for name, case in section["cases"].items():
-        against = " | ".join(_spread(section[kind][name]) if name != CACHE else "" for kind in ("ratios", "by_cpu"))
+        compared = [section[kind].get(name) for kind in ("ratios", "by_cpu")]
+        against = " | ".join(_spread(found) if found else "" for found in compared)
         target = f"≥ {section['target']:g}" if name == MEMORY else ""
-        yield f"| {name} | {_spread(case['per_s'])} | {case['data_wait']:.1%} | {against} | {target} |"
+        waits = f"{case['data_wait']:.1%}" if name != READER else ""
+        yield f"| {name} | {_spread(case['per_s'])} | {waits} | {against} | {target} |"
 
 
 def _sizes(data: Mapping[str, Any]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from regen_dist.data.reading.latent_batches import LatentBatch
 from regen_dist.evaluation.data_speed.turns import Rounds, Turn, in_turn, measured, ratio, summary, turn_of
 
 CACHE, MEMORY, ENCODER = "latent cache", "the same batches, from memory", "videos, encoded in the loop"
+READER = "latent cache, read and let go"
 CACHE_TARGET = 0.95
 WARM_STEPS = 4  # of each turn, before the clock starts: what was read ahead until then is used up
 _TICK_S = 0.01  # no CPU time is known better
@@ -19,18 +20,22 @@ Feed = Callable[[], Generator[LatentBatch]]  # begins anew, without end
 
 
 def compare(
-    step: Step, feeds: Mapping[str, Feed], *, seconds: float, repeats: int, told: Callable[[str, Turn], None]
-) -> dict[str, Any]:
-    """Steps per second of every feed in turn, and the ratios that say what a cache costs and gains.
+    step: Step, take: Step, feeds: Mapping[str, Feed], *, seconds: float, repeats: int,
+    told: Callable[[str, Turn], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Steps per second of every feed in turn, and the ratios that say what a cache costs and gains; and how fast the
+    cache's reader is when nothing is done with what it reads.
 
     Args:
         step: what is fed.
+        take: takes the batches of a step, and does nothing else.
         feeds: named `CACHE`, `MEMORY` and `ENCODER`.
         seconds: of a turn, at least.
         repeats: turns of each.
         told: hears of each turn.
     """
     cases = {name: _case(step, feed, seconds) for name, feed in feeds.items()}
+    cases[READER] = _case(take, feeds[CACHE], seconds)
     return section(in_turn(cases, repeats, told))
 
 

@@ -13,7 +13,13 @@ CONFIG = Path(__file__).parents[3] / "configs" / "bench" / "ablation.yaml"
 def test_every_arm_is_a_valid_config_that_differs_from_the_others_only_in_its_diffusion() -> None:
     configs = [load_config(CONFIG, arm.overrides) for arm in arms()]
     assert len({config.diffusion for config in configs}) == len(configs) == 20
-    assert len({config.model_copy(update={"diffusion": configs[0].diffusion}) for config in configs}) == 1
+    same = {"diffusion": configs[0].diffusion}
+    assert len({config.model_copy(update=same) for config in configs if config.diffusion.target == "x0"}) == 1
+    same["model"] = configs[0].model  # whose linear code begins at random where it would not decode x0
+    assert len({config.model_copy(update=same) for config in configs}) == 1
+    assert {(each.diffusion.target == "x0", each.model.linear_start) for each in configs} == {
+        (True, "dct"), (False, "random"),
+    }  # fmt: skip
 
 
 def test_the_table_puts_the_best_one_step_psnr_first_and_says_what_is_impossible() -> None:

@@ -23,6 +23,7 @@ from regen_dist.evaluation.t2v_speed.suite import (
     CACHE,
     ENCODER,
     MEMORY,
+    READER,
     WARM_STEPS,
     compare,
     section,
@@ -79,11 +80,13 @@ def test_every_feed_has_its_turn_in_every_round() -> None:
     sources = {name: Source(0.0) for name in (MEMORY, CACHE, ENCODER)}
     told: list[str] = []
     found = compare(
-        step, {name: source.batches for name, source in sources.items()}, seconds=0.0, repeats=2,
+        step, next, {name: source.batches for name, source in sources.items()}, seconds=0.0, repeats=2,
         told=lambda name, turn: told.append(name),
     )  # fmt: skip
-    assert told == [MEMORY, CACHE, ENCODER] * 2
-    assert {source.taken for source in sources.values()} == {2 * 2 * (WARM_STEPS + 1)}
+    assert told == [MEMORY, CACHE, ENCODER, READER] * 2
+    of_steps, read = 2 * 2 * (WARM_STEPS + 1), 2 * (WARM_STEPS + 1)
+    taken = {name: source.taken for name, source in sources.items()}
+    assert taken == {MEMORY: of_steps, CACHE: of_steps + read, ENCODER: of_steps}
     cases = found["cases"]
     first = cases[CACHE]["turns"][0] / cases[ENCODER]["turns"][0]
     assert found["ratios"][ENCODER]["min"] <= first <= found["ratios"][ENCODER]["max"]
@@ -100,6 +103,7 @@ def found() -> dict[str, Any]:
         MEMORY: turns(100, 10, 100, cpu_s=10),
         CACHE: turns(96, 10, 100, cpu_s=12),
         ENCODER: turns(24, 10, 100, cpu_s=30),
+        READER: turns(5000, 10, 100, cpu_s=10),
     }
     return section(rounds)
 
@@ -121,6 +125,7 @@ def test_the_tables_tell_speeds_the_target_and_sizes(found: dict[str, Any]) -> N
     ratios = "0.96 (0.96 to 0.96) | 0.80 (0.80 to 0.80)"
     assert f"| {MEMORY} | 5.50 (1.00 to 10.00) | 25.0% | {ratios} | ≥ 0.95 |" in text
     assert f"| {CACHE} | 5.28 (0.96 to 9.60) | 25.0% |  |  |  |" in text
+    assert f"| {READER} | 275.00 (50.00 to 500.00) |  |  |  |  |" in text
     assert "| 8 videos of 17 frames of 64x64 | 1,000 | 1.00 |" in text
     assert f"| {CACHE} | 500 | 0.50 |" in text
 

@@ -15,8 +15,11 @@ def start() -> Attempt:
     return Attempt(Start(job="12", restart=0, nodes=("node1",), step=0, time=1.0), None)
 
 
+NOW = time.time()  # for all tests alike: they run long after they were collected
+
+
 def over(why: Why, *, again: bool = False, ago_s: float = 1000.0, text: str = "the reason") -> Attempt:
-    end = End(why=why, code=75, text=text, again=again, time=time.time() - ago_s)
+    end = End(why=why, code=75, text=text, again=again, time=NOW - ago_s)
     return start()._replace(end=end)
 
 
@@ -55,7 +58,8 @@ GONE, CANCELLED, FAILED = Told(), Told("CANCELLED"), Told("FAILED", "NonZeroExit
         pytest.param([], CANCELLED, Standing("stopped", "cancelled in the queue of Slurm"), id="scancel"),
     ],
 )  # fmt: skip
-def test_states(history: list[Attempt], told: Told, expected: Standing) -> None:
+def test_states(history: list[Attempt], told: Told, expected: Standing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.jobs.standing.time.time", lambda: NOW)
     assert judge(history, told, stop=False, complete=False) == expected
 
 

@@ -40,7 +40,7 @@ def test_a_fresh_embedder_reconstructs_smooth_video(kind: str) -> None:
     arguments = (video, torch.randn_like(video), torch.ones(2)) if kind == "regen" else (video,)
     fresh = _psnr_db(_model(kind=kind)(*arguments)[0], video)
     assert fresh > 35
-    assert fresh > 10 + _psnr_db(video[:, :, :1].expand_as(video), video)
+    assert fresh > 6 + _psnr_db(video[:, :, :1].expand_as(video), video)
     random = _model(kind=kind, linear_start="random")
     assert not random(*arguments)[0].any()
 
