@@ -43,14 +43,18 @@ test-dist: $(STAMP)
 	@echo "== dist =="
 	pytest tests/dist -q
 
+# These suites kill and delay real processes by the clock, on machines that others share: a test that fails is run once
+# more, and the summary names it (RERUN). One that fails twice fails the suite.
+AGAIN := --reruns 1 -raR
+
 # Much of their time is waiting: three files at once. Their conftest.py puts those that last longest first.
 test-fault test-cluster: test-%: $(STAMP)
 	@echo "== $* =="
-	pytest tests/$* -n 3 --dist loadfile --no-loadscope-reorder -q
+	pytest tests/$* -n 3 --dist loadfile --no-loadscope-reorder -q $(AGAIN)
 
 test-e2e: $(STAMP)
 	@echo "== e2e =="
-	pytest tests/e2e -n 2 --dist loadfile -q
+	pytest tests/e2e -n 2 --dist loadfile -q $(AGAIN)
 
 # torch first and pinned: an open range would take a CUDA build of several gigabytes on a machine without a GPU.
 $(STAMP): pyproject.toml constraints.txt .ci/system-packages

@@ -62,14 +62,12 @@ class LatentConfig(Section):
 
 
 class ConditioningConfig(Section):
-    """SIREN over time, modulated by the motion latent, joined with the content latent (paper, Fig. 3). Each cell's
-    embedding sees the latents of `neighbourhood` x `neighbourhood` cells; the paper's is 1."""
+    """SIREN over time, modulated by the motion latent, joined with the content latent (paper, Fig. 3)."""
 
     width: PositiveInt = 256
     layers: PositiveInt = 3
     omega: Annotated[float, Field(gt=0.0)] = 10.0
     first_frame_rule: bool = True
-    neighbourhood: Literal[1, 3, 5] = 1
 
 
 class AttentionConfig(Section):

@@ -14,7 +14,6 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist.config.schema import ModelConfig
@@ -62,16 +61,6 @@ class SineLayer(nn.Module):
         return torch.sin(self.linear(hidden) * (1 + rate) + phase)
 
 
-def with_neighbours(latent: Tensor, side: int) -> Tensor:
-    """Each cell's latent with those of the `side` x `side` cells around it (zeros outside): [B, Z, h, w] to
-    [B, Z*side*side, h, w]."""
-    if side == 1:
-        return latent
-    columns = F.unfold(latent, side, padding=side // 2)  # [B, Z*side*side, h*w]
-    around: Tensor = columns.unflatten(-1, latent.shape[-2:])
-    return around
-
-
 class LatentConditioning(nn.Module):
     """C_e, the decoder's only positional information.
 
@@ -81,16 +70,12 @@ class LatentConditioning(nn.Module):
     First-frame rule (paper, Fig. 3, as we read it): what the SIREN says of the first frame does not depend on the
     motion latent, so that the first frame of a clip and the same frame as an image are conditioned alike. The motion
     latent fades in over the first interval, its weight being min(|t|, 1), which keeps C_e continuous in time.
-
-    Ours, if asked for: a cell's embedding is made from the latents of the cells around it, too, so that an edge that
-    crosses cells is told by all of them. The same for every cell, so any size can still be decoded.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         conditioning = config.conditioning
-        self.neighbourhood = conditioning.neighbourhood
-        channels = config.latent.channels * self.neighbourhood**2
+        channels = config.latent.channels
         self.scale = 1.0 / config.temporal_compression
         self.first_frame_rule = conditioning.first_frame_rule
         self.wave = TimeWave(conditioning.width, conditioning.omega)
@@ -99,8 +84,7 @@ class LatentConditioning(nn.Module):
 
     def forward(self, latents: Latents, times: Tensor) -> Tensor:
         """Latents [B, Z, h, w] and times [B, T] in frames to C_e [B, T, h, w, D]."""
-        seen = (with_neighbours(latent, self.neighbourhood) for latent in latents)
-        content, motion = (latent.movedim(1, -1).unsqueeze(1) for latent in seen)  # [B, 1, h, w, Z]
+        content, motion = (latent.movedim(1, -1).unsqueeze(1) for latent in latents)  # [B, 1, h, w, Z]
         share = times.abs().clamp(max=1.0) if self.first_frame_rule else torch.ones_like(times)
         share = share[:, :, None, None, None].to(motion.dtype)  # [B, T, 1, 1, 1]
         hidden = self.wave(times * self.scale)[:, :, None, None]  # [B, T, 1, 1, M]

@@ -79,7 +79,7 @@ def test_bytes_of_a_step_are_those_of_the_formula(measured: dict[str, Measured],
 def test_recomputation_shares_its_gather_with_the_backward_pass(measured: dict[str, Measured]) -> None:
     """Where no more than a block stays gathered: still two gathers of every weight, not three (less the last block)."""
     sent, formula = measured["a_block_stays"].sent, _formula("a_block_stays")
-    assert sent == {purpose: pytest.approx(size, rel=0.05) for purpose, size in formula.items()}
+    assert sent == {purpose: pytest.approx(size, rel=0.06) for purpose, size in formula.items()}
 
 
 @pytest.mark.parametrize(("name", "gathers"), [("full_size_by_256", 1.25), ("defaults", 1.0)])
