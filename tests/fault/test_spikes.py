@@ -59,10 +59,10 @@ def _play(scripts: list[Script], outcomes: Path) -> None:
 
 
 def _rewrite(patch: pytest.MonkeyPatch, script: Script, rank: int) -> None:
-    from regen_dist.training import loop
+    from regen_dist.training import embedder, loop
     from regen_dist.training.embedder import EmbedderTask
 
-    clip_batches, clean_loss, went_back = loop.clip_batches, EmbedderTask.loss, loop.Trainer._went_back
+    clip_batches, clean_loss, went_back = embedder.clip_batches, EmbedderTask.loss, loop.Trainer._went_back
     place = 0
 
     def batches(data: Any, *, cursor: int, **others: Any) -> Generator[Any]:
@@ -87,7 +87,7 @@ def _rewrite(patch: pytest.MonkeyPatch, script: Script, rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return gone
 
-    patch.setattr(loop, "clip_batches", batches)
+    patch.setattr(embedder, "clip_batches", batches)
     patch.setattr(EmbedderTask, "loss", loss)
     patch.setattr(loop.Trainer, "_went_back", going_back)
 
