@@ -95,3 +95,13 @@ class T2VConfig(CommonConfig):
     diffusion: FlowConfig = FlowConfig()
     data: LatentDataConfig
     generation: GenerationConfig = GenerationConfig()
+
+    @model_validator(mode="after")
+    def _the_best_is_by_what_is_measured(self) -> T2VConfig:
+        kept = self.checkpoint
+        if kept.keep_best and (kept.best_metric, kept.best_is) != ("loss", "min"):
+            raise ValueError(
+                f"checkpoint.keep_best={kept.keep_best} by {kept.best_metric} ({kept.best_is}): the validation of text "
+                "to video measures the loss alone; set checkpoint.best_metric=loss and checkpoint.best_is=min"
+            )
+        return self
