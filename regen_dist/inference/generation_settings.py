@@ -105,8 +105,8 @@ def settings_for(
 
 def trained_size(space: LatentSpace) -> tuple[int, int] | None:
     """The (height, width) that all videos of the caches have; None where there are several, or they do not say."""
-    buckets = space.facts["preprocessing"].get("buckets") or []
-    return (int(buckets[0][0]), int(buckets[0][1])) if len(buckets) == 1 else None
+    sizes = space.facts.get("sizes") or space.facts["preprocessing"].get("buckets") or []
+    return (int(sizes[0][0]), int(sizes[0][1])) if len(sizes) == 1 else None
 
 
 def frame_positions(settings: GenerationSettings, space_fps: float) -> Positions:

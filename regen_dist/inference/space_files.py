@@ -8,7 +8,7 @@ FOLDER/latent_space/facts.json               encoder, text encoder, statistics a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,16 @@ class LatentSpace:
         return float(self.facts["fps"])
 
     @classmethod
-    def of(cls, facts: CacheFacts, statistics: LatentStatistics, null_text: TextEmbedding) -> LatentSpace:
-        """That of a cache."""
-        return cls({name: _plain(getattr(facts, name)) for name in _KEPT}, statistics, null_text)
+    def of(
+        cls,
+        facts: CacheFacts,
+        statistics: LatentStatistics,
+        null_text: TextEmbedding,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> LatentSpace:
+        """That of a cache; `sizes` are the (height, width) of the videos in it."""
+        kept = {name: _plain(getattr(facts, name)) for name in _KEPT}
+        return cls({**kept, "sizes": [list(size) for size in sizes]}, statistics, null_text)
 
     def write(self, folder: Path) -> None:
         """Keep it in a run folder or an exported model; nothing is written when the same is there."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.data.reading.latent_batches import LatentBatch, latent_batches
-from regen_dist.data.reading.latents import LatentSet
+from regen_dist.data.reading.latents import LatentSet, sizes_of
 from regen_dist.data.reading.validation import ValidationRows, validation_rows
 from regen_dist.diffusion.density import timesteps
 from regen_dist.diffusion.noise import Stream, latent_gaussian, uniforms
@@ -140,7 +140,7 @@ class TextToVideoTask:
         data, null = self.data, self.data.null_text()
         assert null is not None, "the caches were checked for text"
         parsed = [parse_statistics(each, data.facts.url) for each in data.statistics]
-        return LatentSpace.of(data.facts, reduce(add, parsed), null)
+        return LatentSpace.of(data.facts, reduce(add, parsed), null, sizes_of(data.datasets))
 
     @cached_property
     def _scale(self) -> LatentScale:

@@ -13,6 +13,7 @@ from regen_dist.data.reading.latent_batches import LatentBatch
 from regen_dist.distributed.plain import PlainEngine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, DataError
+from regen_dist.inference.generation_settings import trained_size
 from regen_dist.inference.space_files import read_space
 from regen_dist.inference.statistics import parse_statistics
 from regen_dist.training.t2v import TextToVideoTask
@@ -179,6 +180,7 @@ class TestCaches:
         assert space.statistics.images.num_clips == 16  # type: ignore[union-attr]
         assert torch.equal(space.null_text.text, read_space_null(task))
         assert (space.num_frames, space.fps) == (5, 8.0)
+        assert trained_size(space) == (32, 32)  # of the videos, though they were encoded without buckets
         before = {path.name: path.stat().st_mtime_ns for path in (config.folder / "latent_space").iterdir()}
         TextToVideoTask(config, CPU).batches(Ranks(), 0).close()
         assert before == {path.name: path.stat().st_mtime_ns for path in (config.folder / "latent_space").iterdir()}
