@@ -20,7 +20,7 @@ def train(
         typer.Option("--fresh", help="Start from scratch where there are checkpoints, and none of them is whole."),
     ] = False,
 ) -> None:
-    """Train an embedder. The same command again resumes from the newest checkpoint.
+    """Train an embedder or text to video. The same command again resumes from the newest checkpoint.
 
     Ends with 0 when done and with 75 when it was stopped early (a signal, a file STOP in the run folder, or
     train.time_limit_s) with everything saved.

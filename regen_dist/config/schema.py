@@ -1,4 +1,4 @@
-"""The typed, frozen config of a run. One class a section; every file under `configs/` validates against `RunConfig`.
+"""The typed, frozen config of an embedder's run, one class a section; `config/t2v.py` has that of text to video.
 
 Imports neither torch nor the library, so that a launcher can validate a config on a login node.
 """

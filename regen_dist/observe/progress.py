@@ -42,10 +42,8 @@ class ProgressLine:
 
     def validation(self, values: Mapping[str, Any]) -> None:
         """Keep the newest validation PSNR, or loss, on the line."""
-        named = [f"val {value:.2f} dB" for name, value in values.items() if name == "psnr_db"]
-        self._validation = (named or [f"val {value:.4f}" for name, value in values.items() if name == "loss"] or [""])[
-            0
-        ]
+        texts = {"psnr_db": "val {:.2f} dB", "loss": "val {:.4f}"}
+        self._validation = next((text.format(values[name]) for name, text in texts.items() if name in values), "")
 
     def say(self, text: str) -> None:
         """A line of its own."""

@@ -47,7 +47,7 @@ class TextToVideoTask:
 
     @cached_property
     def data(self) -> LatentSet:
-        """The caches; checked against the model, and noted in the run folder."""
+        """The caches; checked against the model."""
         config = self.config
         data = LatentSet(config.data, batch_global=config.train.batch_global, seed=config.train.seed)
         self._check(data)
