@@ -40,6 +40,11 @@ def reconstruct(
         typer.Option(help="EMA weights (a run's default), or those of the last step; an export has one kind."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the decoder's noise.")] = 0,
+    group: Annotated[int, typer.Option(help="Clips that are decoded together; 1 takes the least memory.")] = 4,
+    tile: Annotated[
+        int | None,
+        typer.Option(help="Work in tiles of so many pixels a side: less memory for large frames, the same result."),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also measure the trivial decoders.")] = False,
 ) -> None:
     """Encode a video clip by clip, decode it from the latents alone, and measure the result.
@@ -54,9 +59,10 @@ def reconstruct(
     from regen_dist.inference.frames import SourceVideo
 
     console = Console()
-    options = Options(steps=steps, fps=fps, overlap=overlap, seed=seed)
+    options = Options(steps=steps, fps=fps, overlap=overlap, seed=seed, group=group, tile=tile)
     source = SourceVideo(video, short_side=short_side, max_frames=max_frames)
     codec = Codec.load(run, weights=None if weights is None else weights.value)
+    codec.use_tiles(tile)
     if (source.height, source.width) != source.stored:
         height, width = source.stored
         console.print(

@@ -160,11 +160,13 @@ def parameter_keys(model: ModelConfig | T2VModelConfig) -> dict[str, Any]:
         return values
     values["latent"].pop("noise_std")
     values.pop("linear_start")
-    if model.kind == "magvit2":  # has neither
-        del values["decoder"], values["conditioning"]
-        return values
+    if model.kind == "magvit2":  # of the two it has the linear code alone
+        del values["conditioning"]
+        return values | {"decoder": {"linear": model.decoder.linear}}
     for key in ("heads", "attention"):
         values["decoder"].pop(key)
+    if model.conditioning.kind == "in_context":  # takes nothing else
+        return values | {"conditioning": {"kind": "in_context"}}
     for key in ("omega", "first_frame_rule"):
         values["conditioning"].pop(key)
     return values

@@ -32,6 +32,35 @@ class EngineConfig(Section):
     partitioned_init: bool = False
     activation_checkpointing: bool = False
     persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank
+    # So many consecutive ranks share samples: each has a part of every transformer's row of tokens, and of the heads.
+    sequence_parallel: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _one_process_shares_nothing(self) -> EngineConfig:
+        if self.kind == "plain" and self.sequence_parallel > 1:
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel}: kind 'plain' has one rank, which shares no row of "
+                "tokens; set engine.kind=zero3, or engine.sequence_parallel=1"
+            )
+        return self
+
+    def check_heads(self, key: str, heads: int) -> None:
+        """Ranks that share a row of tokens share out the heads of its attention.
+
+        Args:
+            key: of the config, that sets them.
+            heads: of the transformer.
+
+        Raises:
+            ValueError: they do not divide.
+        """
+        if heads % self.sequence_parallel:
+            fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            raise ValueError(
+                f"engine.sequence_parallel {self.sequence_parallel} does not divide {key} {heads}: ranks that share a "
+                f"row of tokens share out its heads; set engine.sequence_parallel to one of {fitting}, or {key} to a "
+                "multiple of it"
+            )
 
 
 class TrainConfig(Section):

@@ -62,8 +62,15 @@ class LatentConfig(Section):
 
 
 class ConditioningConfig(Section):
-    """SIREN over time, modulated by the motion latent, joined with the content latent (paper, Fig. 3)."""
+    """How the decoder is told of the latents.
 
+    `content_aware`: a function of time, modulated by the motion latent, joined with the content latent (paper, Fig. 3).
+    The function is a SIREN, or one learned vector for each frame (`time`). `in_context`: latents as tokens in front of
+    the pixels' (the rival in the paper's conditioning ablation), which takes none of the other settings.
+    """
+
+    kind: Literal["content_aware", "in_context"] = "content_aware"
+    time: Literal["siren", "learned"] = "siren"
     width: PositiveInt = 256
     layers: PositiveInt = 3
     omega: Annotated[float, Field(gt=0.0)] = 10.0
@@ -79,13 +86,15 @@ class AttentionConfig(Section):
 
 
 class DecoderConfig(Section):
-    """Pixel-space diffusion transformer (paper: 24 blocks, 16 heads, width 2048, patch 8)."""
+    """Pixel-space diffusion transformer (paper: 24 blocks, 16 heads, width 2048, patch 8). `linear`: whether the linear
+    code of `models/linear.py` stands beside the decoder, the baseline's too, which takes nothing else from here."""
 
     blocks: PositiveInt = 24
     heads: PositiveInt = 16
     width: PositiveInt = 2048
     mlp_ratio: Annotated[float, Field(gt=0.0)] = 4.0
     attention: AttentionConfig = AttentionConfig()
+    linear: bool = True
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> DecoderConfig:
@@ -106,7 +115,8 @@ class ModelConfig(Section):
     decoder: DecoderConfig = DecoderConfig()
     # Of the linear code beside encoder and decoder: a cosine transform, for decoders that predict x0 (the baseline's
     # too); at random, and zero in the decoder, for the others.
-    linear_start: Literal["dct", "random"] = "dct"
+    # "pca" fits it, before the first step, to the first clips of the data (models/principal.py).
+    linear_start: Literal["dct", "pca", "random"] = "dct"
 
     @property
     def num_frames(self) -> int:
@@ -124,6 +134,17 @@ class ModelConfig(Section):
             raise ValueError(
                 f"the temporal strides of encoder.stages multiply to {self.encoder.temporal}; "
                 f"they must multiply to temporal_compression = {self.temporal_compression}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _windows_hold_pixels_alone(self) -> ModelConfig:
+        pattern = self.decoder.attention.pattern
+        if self.kind == "regen" and self.conditioning.kind == "in_context" and pattern != "full":
+            raise ValueError(
+                f"conditioning.kind 'in_context' needs decoder.attention.pattern 'full', found {pattern!r}: windows "
+                "are cut from the grid of pixel tokens, where latent tokens have no place; set "
+                "model.decoder.attention.pattern=full, or model.conditioning.kind=content_aware"
             )
         return self
 
@@ -169,3 +190,23 @@ class RunConfig(CommonConfig):
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
+
+    @model_validator(mode="after")
+    def _what_is_fitted_is_whole(self) -> RunConfig:
+        if self.model.linear_start == "pca" and self.engine.partitioned_init:
+            raise ValueError(
+                "model.linear_start=pca fits the linear code before the weights are sharded; set "
+                "engine.partitioned_init=false, or model.linear_start=dct"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_can_share_rows(self) -> RunConfig:
+        if self.model.kind == "regen":
+            self.engine.check_heads("model.decoder.heads", self.model.decoder.heads)
+        elif self.engine.sequence_parallel > 1:
+            raise ValueError(
+                f"engine.sequence_parallel {self.engine.sequence_parallel}: the convolutional baseline has no row of "
+                "tokens to share; set engine.sequence_parallel=1"
+            )
+        return self

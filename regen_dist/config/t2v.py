@@ -49,6 +49,9 @@ class FlowConfig(Section):
     density: DensityConfig = DensityConfig(pure_noise=0.0)
     shift: PositiveFloat = 1.0
     shift_tokens: PositiveInt = 256
+    # Of each channel's std, how much normalisation takes out: 1 makes all channels equally strong; below it the weak
+    # ones, which hold detail, stay weaker (std^(1 - whitening)) and drown in noise first, as they do in pixels.
+    whitening: Fraction = 1.0
     sampler: Literal["euler", "heun"] = "euler"
     steps: PositiveInt = 30
     guidance: Annotated[float, Field(ge=0.0)] = 6.0  # 1 is no guidance
@@ -95,6 +98,11 @@ class T2VConfig(CommonConfig):
     diffusion: FlowConfig = FlowConfig()
     data: LatentDataConfig
     generation: GenerationConfig = GenerationConfig()
+
+    @model_validator(mode="after")
+    def _ranks_can_share_rows(self) -> T2VConfig:
+        self.engine.check_heads("model.heads", self.model.heads)
+        return self
 
     @model_validator(mode="after")
     def _the_best_is_by_what_is_measured(self) -> T2VConfig:

@@ -15,12 +15,17 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
+
+from regen_dist.errors import DataError
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 TICKS_PER_FRAME = 1024  # frame times are keyed in steps of 1/1024 of a frame
+STREAM_BITS = 8  # of the word that the stream shares with what ticks have beyond 32 bits
+LONGEST_SIDE = 1 << 16
 PLANE = 4  # normals that one call of the generator gives
 CHUNK = 1 << 13  # counters worked on at a time, so that the rounds stay in the processor's cache
 
@@ -122,23 +127,50 @@ def gaussian(
 
     Returns:
         float32 [B, channels, T, H, W].
+
+    Raises:
+        DataError: a row or column of 65536 or more.
     """
-    ticks = torch.round(times.double() * TICKS_PER_FRAME).long() & MASK  # [B, T]
+    with record_function("noise"):  # its name in a profile
+        return _gaussian(seed, sample_ids, times, size, channels, origin, draw, stream)
+
+
+def _gaussian(
+    seed: int,
+    sample_ids: Tensor,
+    times: Tensor,
+    size: tuple[int, int],
+    channels: int,
+    origin: tuple[int, int],
+    draw: int,
+    stream: Stream,
+) -> Tensor:
+    ticks = torch.round(times.double() * TICKS_PER_FRAME).long()  # [B, T]
+    low, last = ticks & MASK, int(stream) | (((ticks >> 32) & (MASK >> STREAM_BITS)) << STREAM_BITS)
     (height, width), device = size, sample_ids.device
-    rows, columns = (torch.arange(n, device=device) + start for n, start in zip(size, origin, strict=True))
-    place = ((rows[:, None] << 16) | columns).flatten()  # [H*W], one word a pixel
+    place = _places(size, origin, device)
     keys = sample_keys(seed, sample_ids)
     out = torch.empty(*ticks.shape, channels, height * width, device=device)  # [B, T, C, H*W]
     for b in range(ticks.shape[0]):
         key = (keys[0][b], keys[1][b])
         for start in range(0, place.numel(), CHUNK):
             part = place[None, start : start + CHUNK]  # [1, n]
-            frames = ticks[b, :, None]  # [T, 1]
-            words = philox((part, frames, torch.full_like(part, draw & MASK), torch.full_like(part, int(stream))), key)
+            words = philox((part, low[b, :, None], torch.full_like(part, draw & MASK), last[b, :, None]), key)
             normals = _normals(words)[:channels]
             out[b, :, :, start : start + part.shape[1]] = torch.stack(normals, 1)
     video: Tensor = out.unflatten(-1, (height, width))  # [B, T, C, H, W]
     return video.transpose(1, 2)
+
+
+def _places(size: tuple[int, int], origin: tuple[int, int], device: torch.device) -> Tensor:
+    """One word a pixel, [H*W]: half of its bits for the row, half for the column."""
+    if any(start < 0 or start + length > LONGEST_SIDE for start, length in zip(origin, size, strict=True)):
+        raise DataError(
+            f"noise is keyed by rows and columns from 0 to {LONGEST_SIDE - 1}; asked for {size[0]}x{size[1]} pixels "
+            f"from row {origin[0]}, column {origin[1]}: resize the video"
+        )
+    rows, columns = (torch.arange(n, device=device) + start for n, start in zip(size, origin, strict=True))
+    return ((rows[:, None] << 16) | columns).flatten()
 
 
 def latent_gaussian(

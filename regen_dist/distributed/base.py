@@ -18,6 +18,7 @@ from torch import Tensor
 
 from regen_dist.config.job import CommonConfig
 from regen_dist.distributed.ranks import Ranks, chunk
+from regen_dist.distributed.sequence import RowGroup
 from regen_dist.errors import RegenError
 
 Pieces = dict[str, Tensor]  # "<kind>/<parameter>" to a flat float32 tensor: kind is master, ema, exp_avg or exp_avg_sq
@@ -46,6 +47,7 @@ class Engine(ABC):
 
     def __init__(self, config: CommonConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.num_updates = config, ranks, 0
+        self.rows = RowGroup(ranks)  # which ranks share samples with this one
 
     def __call__(self, *args: Any) -> Any:
         """The module's forward pass."""

@@ -16,6 +16,8 @@ from regen_dist.distributed.base import Engine, StepResult, full_shape
 from regen_dist.distributed.optimizer import MOMENTS, Groups, build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.plain import PlainEngine
 from regen_dist.distributed.ranks import Ranks, chunk
+from regen_dist.distributed.sequence import join_rows
+from regen_dist.models.sequence import share_rows
 
 
 class Zero3Engine(Engine):
@@ -97,15 +99,20 @@ class Zero3Engine(Engine):
 
 def build_engine(config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> Engine:
     """The engine that the config names, around the module that `build` makes (the same on every rank)."""
-    return {"plain": PlainEngine, "zero3": Zero3Engine}[config.engine.kind](config, ranks, build)
+    engine = {"plain": PlainEngine, "zero3": Zero3Engine}[config.engine.kind](config, ranks, build)
+    engine.rows = join_rows(ranks, config.engine.sequence_parallel)
+    share_rows(engine.module, engine.rows)
+    return engine
 
 
 def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own config: everything it must know is derived from ours."""
     train = config.train
+    # It knows of no ranks that share samples: by its count each of them has samples of its own.
+    batch = train.batch_global * config.engine.sequence_parallel
     return {
-        "train_batch_size": train.batch_global,
-        "train_micro_batch_size_per_gpu": train.batch_global // (world_size * train.accumulation),
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": batch // (world_size * train.accumulation),
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": config.engine.precision == "bf16"},

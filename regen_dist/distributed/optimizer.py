@@ -42,7 +42,10 @@ def build_optimizer(
 
 
 def _adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, foreach=True)
+    """On CPUs in one pass over the state instead of ten, and without a copy of the second moments' roots
+    (docs/performance.md)."""
+    one_pass = device.type == "cpu"
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=one_pass, foreach=not one_pass)
 
 
 def _no_cpu_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -18,7 +18,8 @@ from regen_dist.errors import BackendError
 
 
 class PlainEngine(Engine):
-    """One process, no DeepSpeed: working weights in the configured precision, float32 masters beside them."""
+    """One process, no DeepSpeed: working weights in the configured precision, float32 masters beside them. In float32
+    the masters are the working weights themselves."""
 
     def __init__(self, config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
         super().__init__(config, ranks)
@@ -28,7 +29,7 @@ class PlainEngine(Engine):
                 "or --ranks 1"
             )
         self.module = build().to(ranks.device)
-        self._masters = {name: param.detach().float().clone() for name, param in self.module.named_parameters()}
+        self._masters = {name: param.detach().float() for name, param in self.module.named_parameters()}
         self.optimizer = build_optimizer(config.optimizer, list(self._masters.values()), ranks.device)
         self.module.to(precision_of(config.engine.precision))
         for master in self._masters.values():
@@ -59,7 +60,8 @@ class PlainEngine(Engine):
         self.module.zero_grad(set_to_none=True)
         if not math.isfinite(norm):
             return StepResult(False, norm)
-        torch._foreach_mul_(grads, min(1.0, self.config.optimizer.clip_norm / (norm + 1e-6)))
+        if (scale := self.config.optimizer.clip_norm / (norm + 1e-6)) < 1:
+            torch._foreach_mul_(grads, scale)
         for master, grad in zip(self._masters.values(), grads, strict=True):
             master.grad = grad
         set_lr(self.optimizer, lr)
@@ -69,6 +71,8 @@ class PlainEngine(Engine):
         return StepResult(True, norm)
 
     def _refresh_weights(self) -> None:
+        if self.config.engine.precision == "fp32":
+            return
         params = dict(self.module.named_parameters())
         torch._foreach_copy_([params[name].data for name in self._masters], list(self._masters.values()))
 

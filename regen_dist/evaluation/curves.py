@@ -15,19 +15,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 # Stand-ins that matplotlib draws with; the page's own variables take their place in the SVG.
-_INK, _LINE, _ACCENT = "#010203", "#040506", "#070809"
-_VARIABLES = {_INK: "var(--faint)", _LINE: "var(--line)", _ACCENT: "var(--accent)"}
-_STYLE: Any = {
+INK, LINE, ACCENT = "#010203", "#040506", "#070809"
+_VARIABLES = {INK: "var(--faint)", LINE: "var(--line)", ACCENT: "var(--accent)"}
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "regen",
     "font.family": "sans-serif",
     "font.size": 10,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
-    "grid.color": _LINE,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "grid.color": LINE,
 }
 
 
@@ -86,7 +86,7 @@ def _is_number(value: object) -> bool:
 
 
 def _draw(kind: _Kind, series: Mapping[str, Series], resumed: Sequence[int]) -> str:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
         for (key, points), dashes in zip(series.items(), _DASHES, strict=False):
@@ -94,16 +94,16 @@ def _draw(kind: _Kind, series: Mapping[str, Series], resumed: Sequence[int]) -> 
             marker = "o" if len(points) < 40 else ""
             label = key.rsplit("_", 1)[-1]
             axes.plot(
-                steps, values, color=_ACCENT, linewidth=1.8, linestyle=dashes, marker=marker, markersize=3, label=label
+                steps, values, color=ACCENT, linewidth=1.8, linestyle=dashes, marker=marker, markersize=3, label=label
             )
         if len(series) > 1:
             axes.legend(frameon=False, handlelength=2.6)
         for step in resumed:
-            axes.axvline(step, color=_INK, linestyle=(0, (3, 3)), linewidth=1)
+            axes.axvline(step, color=INK, linestyle=(0, (3, 3)), linewidth=1)
         _dress(axes, kind, [value for points in series.values() for _, value in points])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _for_page(buffer.getvalue(), kind.title)
+    return for_page(buffer.getvalue(), kind.title)
 
 
 def _dress(axes: Axes, kind: _Kind, values: Sequence[float]) -> None:
@@ -119,7 +119,7 @@ def _dress(axes: Axes, kind: _Kind, values: Sequence[float]) -> None:
     axes.margins(x=0.02)
 
 
-def _for_page(svg: str, title: str) -> str:
+def for_page(svg: str, title: str) -> str:
     """The element alone, scaling with the page, in the page's font and colours."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():

@@ -45,6 +45,7 @@ class Options:
         overlap: frames that neighbouring clips share.
         seed: of the decoder's noise.
         group: clips that are decoded together; bounds the memory.
+        tile: pixels a side of the tiles that the codec was told to use (`Codec.use_tiles`), for the record; None: none.
     """
 
     steps: int = 1
@@ -52,6 +53,7 @@ class Options:
     overlap: int = 1
     seed: int = 0
     group: int = DEFAULT_GROUP
+    tile: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -5,7 +5,7 @@ Legend: B clips, T frames, F frames of a longer video, H x W pixels, h = H/8, w 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from regen_dist.checkpoint.export import (
 )
 from regen_dist.config.exported import ExportConfig, load_export_config
 from regen_dist.config.loading import embedder_only
+from regen_dist.config.schema import SPATIAL_COMPRESSION as P
 from regen_dist.config.schema import RunConfig
 from regen_dist.diffusion.noise import gaussian
 from regen_dist.diffusion.path import x0_from
@@ -32,13 +33,23 @@ from regen_dist.distributed.base import precision_of
 from regen_dist.errors import ConfigError
 from regen_dist.inference.latent_space import only_raw
 from regen_dist.inference.statistics import LatentStatistics, read_statistics
+from regen_dist.inference.tiles import Tile, decode_in_tiles, encode_in_tiles
 from regen_dist.inference.windows import Window, blend_weights
 from regen_dist.models import Baseline, Latents, Regen
+from regen_dist.models.encoder import check_clip
+from regen_dist.models.reach import decoder_reach, encoder_reach
+
+_SMALLEST_TILE = 64
+Decode = Callable[[Latents, Tile | None], Tensor]  # latents of a tile, or of the whole frame (None), to pixels
 
 
 class Codec:
     """An embedder for inference. Takes and gives float32 videos in [-1, 1]; works in the precision that it was trained
-    in."""
+    in.
+
+    Attributes:
+        tile: pixels a side of the tiles that frames are worked on in, or None: whole frames (`use_tiles`).
+    """
 
     def __init__(
         self,
@@ -55,6 +66,7 @@ class Codec:
         self.kind, self.num_frames = config.model.kind, config.model.num_frames
         self.temporal_compression = config.model.temporal_compression
         self.latent_channels = config.model.latent.channels
+        self.tile: int | None = None
 
     @classmethod
     def load(cls, path: str | Path, weights: Weights | None = None, device: torch.device | None = None) -> Codec:
@@ -92,11 +104,36 @@ class Codec:
         step = 0 if config.origin is None else config.origin.step
         return cls(model, config, device, step, read_statistics(folder / STATISTICS_FILE))
 
+    def use_tiles(self, side: int | None) -> None:
+        """Encode and decode frames in tiles from now on, which bounds the memory that large ones take.
+
+        Each tile is read with as much around it as its inside depends on, so the result is that of whole frames up to
+        rounding (docs/codec.md has the tolerance, and what it costs).
+
+        Args:
+            side: of a tile, in pixels; rounded down to the decoder's windows. None: whole frames again.
+
+        Raises:
+            ConfigError: the decoder attends over whole frames; or the side is below 64.
+        """
+        if side is not None and side < _SMALLEST_TILE:
+            raise ConfigError(f"a tile of {side} pixels; it must have at least {_SMALLEST_TILE} a side")
+        if side is not None and decoder_reach(self.config.model) is None:
+            raise ConfigError(
+                "this decoder attends over whole frames (model.decoder.attention.pattern=full), so a tile cannot give "
+                "what the whole frame gives; leave the tiles out, or take a model with pattern=window"
+            )
+        self.tile = side
+
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Latents:
         """Clips [B, 3, k+1 or 1, H, W], sides multiples of 8, to latents [B, 8, h, w]; DataError when they do not
         fit."""
-        return self.model.encode(clips.to(self.device))
+        if self.tile is None:
+            return self.model.encode(clips.to(self.device))
+        check_clip(clips, self.num_frames)
+        reach = encoder_reach(self.config.model.encoder)
+        return encode_in_tiles(lambda part: self.model.encode(part.to(self.device)), clips, self.tile, reach)
 
     def decode(
         self,
@@ -159,7 +196,7 @@ class Codec:
             if steps != 1:
                 raise ConfigError(f"the baseline decodes in one pass; found {steps} steps, use 1")
             return denoise(torch.empty(1, device=self.device), torch.ones(1)).clamp(-1, 1)
-        height, width = (8 * side for side in windows[0].latents.content.shape[-2:])
+        height, width = (P * side for side in windows[0].latents.content.shape[-2:])
         noise = gaussian(
             seed, torch.tensor([sample_id], device=self.device), times[None].to(self.device), (height, width)
         )
@@ -188,11 +225,30 @@ class Codec:
         """One window's estimate of the frames `seen`, [1, 3, n, H, W]."""
         latents = Latents(*(each.to(self.device, self._dtype) for each in window.latents))  # of a cache, or generated
         if isinstance(self.model, Baseline):
-            frames = self.model.reconstruct(latents, window.length)
+            frames = self._in_tiles(self._reconstruct(self.model, window.length), latents, window.length)
             return frames[:, :, _whole(times, window.length)]
         x, t, settings = x[:, :, seen], t.to(self.device), self.config.diffusion
-        prediction = self.model.denoise(x, t, latents, times[None].float())
+        prediction = self._in_tiles(self._denoise(self.model, x, t, times[None].float()), latents, len(seen))
         return x0_from(settings.path, settings.target, prediction, x, t)
+
+    def _in_tiles(self, decode: Decode, latents: Latents, frames: int) -> Tensor:
+        """Pixels of the whole frames, [1, 3, n, H, W]."""
+        if self.tile is None:
+            return decode(latents, None)
+        reach = decoder_reach(self.config.model)
+        assert reach is not None, "use_tiles has refused"
+        return decode_in_tiles(decode, latents, frames, self.tile, reach)
+
+    @staticmethod
+    def _denoise(model: Regen, x: Tensor, t: Tensor, times: Tensor) -> Decode:
+        def decode(latents: Latents, tile: Tile | None) -> Tensor:
+            return model.denoise(x if tile is None else tile.read(x, P), t, latents, times)
+
+        return decode
+
+    @staticmethod
+    def _reconstruct(model: Baseline, length: int) -> Decode:
+        return lambda latents, tile: model.reconstruct(latents, length)
 
 
 def _whole(times: Tensor, length: int) -> Tensor:

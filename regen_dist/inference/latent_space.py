@@ -1,4 +1,5 @@
-"""The space in which a text-to-video model works: latents with the mean and std of each channel taken out.
+"""The space in which a text-to-video model works: latents with the mean and std of each channel taken out (of the std
+only a part, where the run says so).
 
 `NormalisedLatents` are a type of their own, so that nothing can decode them by mistake: a codec takes `Latents` alone,
 and only `LatentScale.restore` makes those of them.
@@ -40,14 +41,16 @@ class LatentScale:
     else those of clips' content, which are latents of first frames, too.
     """
 
-    def __init__(self, statistics: LatentStatistics) -> None:
+    def __init__(self, statistics: LatentStatistics, whitening: float = 1.0) -> None:
+        """`whitening` in [0, 1] is the share of the channels' different strengths that is taken out: 1 gives each a std
+        of 1, less leaves it std^(1 - whitening), scaled so that the mean square over the channels is 1."""
         clips, images = statistics.clips, statistics.images
         content = clips or images
         if content is None:
             raise CheckpointError("the latent statistics are of nothing; run `regen preencode` again")
         motion = None if clips is None else clips.motion
-        self._clip = [_scale(content.content), _scale(motion or content.content)]
-        self._image = _scale((images or content).content)
+        self._clip = [_scale(content.content, whitening), _scale(motion or content.content, whitening)]
+        self._image = _scale((images or content).content, whitening)
 
     def normalise(self, content: Tensor, motion: Tensor) -> NormalisedLatents:
         """Latents of rows of clips, each [B, n, C, h, w] of any floating type; of images, motion [B, 0, C, h, w]."""
@@ -86,6 +89,9 @@ def only_raw(latents: Latents) -> Latents:
     return latents
 
 
-def _scale(of: ChannelStatistics) -> tuple[Tensor, Tensor]:
+def _scale(of: ChannelStatistics, whitening: float) -> tuple[Tensor, Tensor]:
+    """What is taken off each channel, and what it is then divided by."""
     std = of.std.float()
-    return of.mean.float(), torch.where(std < _LEAST_STD, 1.0, std)
+    known = torch.where(std < _LEAST_STD, 1.0, std)
+    left = known ** (1 - whitening)
+    return of.mean.float(), known / left * left.square().mean().sqrt()

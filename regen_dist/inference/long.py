@@ -10,6 +10,7 @@ Positions are real numbers, in frames of the video: 2.5 lies halfway between fra
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Plan:
     def share(self, group: range, positions: Positions) -> Tensor:
         """How much of the frames at `positions` comes from this group: [F], 0 to 1; the groups' shares sum to 1."""
         first, last = self.starts[group[0]], self.starts[group[-1]]
-        near = [i for i, start in enumerate(self.starts) if first - 2 * self.clip <= start <= last + 2 * self.clip]
+        near = range(bisect_left(self.starts, first - 2 * self.clip), bisect_right(self.starts, last + 2 * self.clip))
         weights = blend_weights([self.starts[i] for i in near], self.clip, torch.from_numpy(positions))
         return weights[[i in group for i in near]].sum(dim=0).float()
 
@@ -182,9 +183,16 @@ def encode_groups(codec: VideoCodec, frames: Iterable[Frame], plan: Plan, speed:
             raise DataError(
                 f"the video ends after frame {first + len(held) - 1}; {plan.num_frames} frames were announced"
             )
-        filled = [*held, *[held[-1]] * (stop - first - len(held))]
-        clips = [filled[plan.starts[i] - first : plan.starts[i] - first + plan.clip] for i in group]
-        yield _encode(codec, clips, [plan.starts[i] for i in group], speed)
+        starts = [plan.starts[i] for i in group]
+        # Nothing here keeps the clips while the group is decoded.
+        yield _encode(codec, _clips(held, [start - first for start in starts], plan.clip), starts, speed)
+
+
+def _clips(held: Iterable[Frame], starts: Sequence[int], length: int) -> list[list[Frame]]:
+    """Clips of `length` frames that begin at these of the frames held; the last frame fills up what is missing."""
+    frames = list(held)
+    frames += [frames[-1]] * (starts[-1] + length - len(frames))
+    return [frames[start : start + length] for start in starts]
 
 
 def _encode(codec: VideoCodec, clips: list[list[Frame]], starts: list[int], speed: Speed) -> list[Window]:

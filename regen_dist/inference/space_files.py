@@ -2,7 +2,7 @@
 the run folder and in every exported model.
 
 FOLDER/latent_space/null_text.safetensors    the embedding of the empty caption
-FOLDER/latent_space/facts.json               encoder, text encoder, statistics and frame rate; written last
+FOLDER/latent_space/facts.json               encoder, text encoder, statistics, whitening and frame rate; written last
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LatentSpace:
     @property
     def scale(self) -> LatentScale:
         """Normalises latents and undoes it."""
-        return LatentScale(self.statistics)
+        return LatentScale(self.statistics, float(self.facts.get("whitening", 1.0)))
 
     @property
     def num_frames(self) -> int:
@@ -54,10 +54,11 @@ class LatentSpace:
         statistics: LatentStatistics,
         null_text: TextEmbedding,
         sizes: Sequence[tuple[int, int]] = (),
+        whitening: float = 1.0,
     ) -> LatentSpace:
-        """That of a cache; `sizes` are the (height, width) of the videos in it."""
+        """That of a cache; `sizes` are the (height, width) of the videos in it, `whitening` as of `LatentScale`."""
         kept = {name: _plain(getattr(facts, name)) for name in _KEPT}
-        return cls({**kept, "sizes": [list(size) for size in sizes]}, statistics, null_text)
+        return cls({**kept, "sizes": [list(size) for size in sizes], "whitening": whitening}, statistics, null_text)
 
     def write(self, folder: Path) -> None:
         """Keep it in a run folder or an exported model; nothing is written when the same is there."""

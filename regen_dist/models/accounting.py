@@ -1,7 +1,7 @@
 """What a model costs, counted on the meta device: parameters, floating point operations, activations.
 
 Attention counts as two matrix products over the tokens that see each other, 4 L^2 D operations for L tokens of width D
-that all do; its matrix of weights is not counted as kept, because no fused kernel keeps it.
+that all do. Its matrix of weights is counted as kept where the backend keeps it: `eager` does, fused kernels do not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from regen_dist.config.schema import SPATIAL_COMPRESSION, ModelConfig
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.models.building import build_model
 from regen_dist.models.counting import Pass, count_pass
+from regen_dist.models.sequence import PretendedRows, share_rows
 from regen_dist.models.t2v import token_grid
 
 NUM_LATENT_FRAMES = 2  # of a clip: the content latent and the motion latent
@@ -32,8 +33,8 @@ class Account:
 
     parameters: dict[str, int]
     forward_flops: dict[str, int]
-    recomputed_flops: int  # forward operations done a second time by activation checkpointing
-    activation_bytes: int  # kept per sample for the backward pass
+    recomputed_flops: int  # operations done again: by activation checkpointing, or by each rank that shares the sample
+    activation_bytes: int  # kept per sample for the backward pass, on each of the ranks that share it
     parameter_sizes: tuple[int, ...]  # elements of each parameter
 
     unit: ClassVar[str] = "sample"  # what one is called
@@ -102,15 +103,17 @@ def account(
     num_frames: int | None = None,
     precision: Precision = "bf16",
     activation_checkpointing: bool = False,
+    sequence_parallel: int = 1,
 ) -> ClipAccount:
-    """Count the costs of an embedder for clips of `num_frames` (k+1 by default) and `size` = (height, width) pixels."""
+    """Count the costs of an embedder for clips of `num_frames` (k+1 by default) and `size` = (height, width) pixels, of
+    which `sequence_parallel` ranks share each."""
     num_frames = num_frames or config.num_frames
     clip = torch.empty(1, 3, num_frames, *size, device="meta", dtype=_DTYPE[precision])
     model = _on_meta(config, precision)
     inputs = (clip, clip, _ones(1)) if config.kind == "regen" else (clip,)
     return ClipAccount(
         **_parameters(model),
-        **count_pass(model, lambda: model(*inputs), activation_checkpointing)._asdict(),
+        **_count_shared(model, inputs, activation_checkpointing, sequence_parallel)._asdict(),
         clip_shape=(3, num_frames, *size),
         latent_shape=(config.latent.channels, size[0] // SPATIAL_COMPRESSION, size[1] // SPATIAL_COMPRESSION),
     )
@@ -124,6 +127,7 @@ def account_row(
     *,
     precision: Precision = "bf16",
     activation_checkpointing: bool = False,
+    sequence_parallel: int = 1,
 ) -> RowAccount:
     """Count the costs of the text-to-video transformer for one row of clips.
 
@@ -134,12 +138,13 @@ def account_row(
         text_tokens: of the text, padding included.
         precision: that it computes in.
         activation_checkpointing: whether blocks are recomputed.
+        sequence_parallel: ranks that share a row.
 
     Raises:
         DataError: an odd side.
     """
     shape = (config.latent_channels, frames, *size)
-    counted = _count_row(config, shape, text_tokens, precision, activation_checkpointing)
+    counted = _count_row(config, shape, text_tokens, precision, activation_checkpointing, sequence_parallel)
     return RowAccount(
         **_parameters(_on_meta(config, precision)), **counted._asdict(), latent_shape=shape, text_tokens=text_tokens
     )
@@ -175,11 +180,17 @@ def training_flops_per_row(config: T2VModelConfig, frames: int, size: tuple[int,
 
 
 def _count_row(
-    config: T2VModelConfig, shape: tuple[int, ...], text_tokens: int, precision: Precision, checkpointing: bool
+    config: T2VModelConfig,
+    shape: tuple[int, ...],
+    text_tokens: int,
+    precision: Precision,
+    checkpointing: bool,
+    sequence_parallel: int,
 ) -> Pass:
     """All blocks are alike, and the meta device is slow: a model of one block and one of two are counted, and each
     further block costs what the second does."""
-    one, two = (_count_blocks(config, blocks, shape, text_tokens, precision, checkpointing) for blocks in (1, 2))
+    how = precision, checkpointing, sequence_parallel
+    one, two = (_count_blocks(config, blocks, shape, text_tokens, *how) for blocks in (1, 2))
     more = config.blocks - 1
     return Pass(
         {name: flops + more * (two.forward_flops[name] - flops) for name, flops in one.forward_flops.items()},
@@ -195,24 +206,40 @@ def _count_blocks(
     text_tokens: int,
     precision: Precision = "bf16",
     checkpointing: bool = False,
+    sequence_parallel: int = 1,
 ) -> Pass:
     """One pass of a row through a model of so many blocks."""
     model = _on_meta(config.model_copy(update={"blocks": blocks}), precision)
     inputs = _ones(1, *shape), _ones(1), _ones(1, text_tokens, config.text_width), _ones(1, text_tokens).bool()
-    return count_pass(model, lambda: model(*inputs), checkpointing)
+    return _count_shared(model, inputs, checkpointing, sequence_parallel)
 
 
-def _with_sdpa(config: Any) -> Any:
-    """The config with the kernel that runs on the meta device; which one it is changes no count."""
+def _count_shared(model: nn.Module, inputs: tuple[Tensor, ...], checkpointing: bool, sequence_parallel: int) -> Pass:
+    """Operations of a sample; what is done again, by checkpointing and by ranks that share it and do the same beside
+    each other; and what each of these keeps."""
+    whole = count_pass(model, lambda: model(*inputs), checkpointing)
+    if sequence_parallel == 1:
+        return whole
+    share_rows(model, PretendedRows(sequence_parallel))
+    part = count_pass(model, lambda: model(*inputs), checkpointing)
+    needed, done = (_FORWARD_AND_BACKWARD * sum(each.forward_flops.values()) for each in (whole, part))
+    again = sequence_parallel * (done + part.recomputed_flops) - needed
+    return whole._replace(recomputed_flops=again, activation_bytes=part.activation_bytes)
+
+
+def _for_meta(config: Any) -> Any:
+    """The config with a kernel that runs on the meta device: of the fused ones it is PyTorch's, and they count
+    alike."""
     if isinstance(config, ModelConfig):
-        return config.model_copy(update={"decoder": _with_sdpa(config.decoder)})
-    return config.model_copy(update={"attention": config.attention.model_copy(update={"backend": "sdpa"})})
+        return config.model_copy(update={"decoder": _for_meta(config.decoder)})
+    backend = "sdpa" if config.attention.backend == "flash" else config.attention.backend
+    return config.model_copy(update={"attention": config.attention.model_copy(update={"backend": backend})})
 
 
 def _on_meta(config: ModelConfig | T2VModelConfig, precision: Precision) -> nn.Module:
     """The model without storage."""
     with torch.device("meta"):
-        return build_model(_with_sdpa(config)).to(_DTYPE[precision])  # type: ignore[no-any-return]
+        return build_model(_for_meta(config)).to(_DTYPE[precision])  # type: ignore[no-any-return]
 
 
 def _ones(*shape: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from regen_dist.config.schema import AttentionConfig
 from regen_dist.errors import BackendError
+from regen_dist.models.sequence import WHOLE, Share
 
 Grid = tuple[int, int, int]
 
@@ -172,21 +173,30 @@ def segments(length: int, window: int, shift: int) -> list[Span]:
     return spans
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, config: AttentionConfig, shifted: bool = False) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, config: AttentionConfig, shifted: bool = False, share: Share = WHOLE
+) -> Tensor:
     """Self-attention of a video's tokens.
 
     Args:
-        q, k, v: [B, N, L, E] with L = T*H*W in row-major order of `grid`.
+        q, k, v: [B, N, L, E] with L = T*H*W in row-major order of `grid`; of a shared row this rank's part.
         grid: (T, H, W).
         config: backend and pattern.
         shifted: shift the windows by half their size (every other layer does).
+        share: this rank's part of the row.
 
     Returns:
-        [B, N, L, E].
+        As `q`, [B, N, L, E].
 
     Raises:
         BackendError: the backend cannot run here.
     """
+    q, k, v = share.to_heads(q, k, v)
+    return share.to_tokens(_attend_row(q, k, v, grid, config, shifted))
+
+
+def _attend_row(q: Tensor, k: Tensor, v: Tensor, grid: Grid, config: AttentionConfig, shifted: bool) -> Tensor:
+    """Of whole rows, by any number of heads."""
     kernel = BACKENDS[config.backend]
     if config.pattern == "full" or all(w >= g for w, g in zip(config.window, grid, strict=True)):
         return kernel(q, k, v)

@@ -40,6 +40,25 @@ def sent_bytes(
     return {name: width * count * (world_size - 1) // world_size for name, count in elements.items()}
 
 
+def exchanged_bytes(engine: EngineConfig, *, tokens: int, width: int, blocks: int, samples: int) -> int:
+    """Bytes that one GPU sends in one optimizer step to those that share its rows of tokens.
+
+    In every block queries, keys, values and what attention makes of them: of each GPU's part of the row all but its own
+    part of the heads, in the forward and the backward pass, and where activations are computed again. The prediction,
+    which is gathered once, is not in it: it is narrow.
+
+    Args:
+        engine: how many GPUs share a row, the precision, and whether activations are computed again.
+        tokens: of a row.
+        width: of the transformer.
+        blocks: of the transformer.
+        samples: of the step that each group of GPUs shares.
+    """
+    shared, passes = engine.sequence_parallel, 3 if engine.activation_checkpointing else 2
+    elements = 4 * passes * blocks * samples * tokens * width
+    return (2 if engine.precision == "bf16" else 4) * elements * (shared - 1) // shared**2
+
+
 def network_bytes(sent: int, *, world_size: int, gpus_per_node: int) -> int:
     """Bytes that each node sends over its network interfaces, where each of its GPUs sends `sent`.
 

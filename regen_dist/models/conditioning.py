@@ -4,8 +4,8 @@
 
 with M_t a SIREN (Sitzmann et al., 2020) over a real-valued time and M_s a linear projection.
 
-Legend: B batch, T decoded frames, h x w latent cells, Z latent channels, M width of the SIREN, D width of the
-    transformer.
+Legend: B batch, T decoded frames, k temporal compression, h x w latent cells, Z latent channels, M width of the SIREN,
+    D width of the transformer.
 """
 
 from __future__ import annotations
@@ -21,18 +21,38 @@ from regen_dist.models.encoder import Latents
 
 
 class TimeWave(nn.Module):
-    """First layer of the SIREN: sin(omega (W t + b)), t real. [B, T] to [B, T, M]. Always in float32: the phase is what
-    it is about."""
+    """First layer of the SIREN: sin(omega (W t/k + b)), t in frames. [B, T] to [B, T, M]. Always in float32: the phase
+    is what it is about."""
 
-    def __init__(self, width: int, omega: float) -> None:
+    def __init__(self, k: int, width: int, omega: float) -> None:
         super().__init__()
-        self.omega = omega
+        self.scale, self.omega = 1.0 / k, omega
         self.weight = nn.Parameter(torch.empty(width).uniform_(-1.0, 1.0))
         self.bias = nn.Parameter(torch.empty(width).uniform_(-math.pi / omega, math.pi / omega))
 
     def forward(self, times: Tensor) -> Tensor:
-        phase = times.float().unsqueeze(-1) * self.weight.float() + self.bias.float()
+        phase = (times.float() * self.scale).unsqueeze(-1) * self.weight.float() + self.bias.float()
         return torch.sin(self.omega * phase).to(self.weight.dtype)
+
+
+class TimeTable(nn.Module):
+    """One learned vector for each of the frames 0, 1, ..., k: the SIREN's first layer in its ablation. [B, T] to
+    [B, T, M].
+
+    Between two frames their vectors are interpolated linearly; before the first and past the last frame the nearest
+    vector is held.
+    """
+
+    def __init__(self, k: int, width: int) -> None:
+        super().__init__()
+        # About as large as the sines that the layers behind it are initialised for.
+        self.vectors = nn.Parameter(torch.empty(k + 1, width).uniform_(-1.0, 1.0))
+
+    def forward(self, times: Tensor) -> Tensor:
+        frames = torch.arange(len(self.vectors), device=times.device, dtype=torch.float32)
+        at = times.float().clamp(0.0, len(self.vectors) - 1.0).unsqueeze(-1)
+        shares = (1 - (at - frames).abs()).clamp(min=0.0)  # [B, T, k+1], of at most two frames
+        return (shares @ self.vectors.float()).to(self.vectors.dtype)
 
 
 class SineLinear(nn.Linear):
@@ -75,10 +95,13 @@ class LatentConditioning(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         conditioning = config.conditioning
-        channels = config.latent.channels
-        self.scale = 1.0 / config.temporal_compression
+        channels, k = config.latent.channels, config.temporal_compression
         self.first_frame_rule = conditioning.first_frame_rule
-        self.wave = TimeWave(conditioning.width, conditioning.omega)
+        self.wave: TimeWave | TimeTable
+        if conditioning.time == "siren":
+            self.wave = TimeWave(k, conditioning.width, conditioning.omega)
+        else:
+            self.wave = TimeTable(k, conditioning.width)
         self.layers = nn.ModuleList(SineLayer(conditioning.width, channels) for _ in range(conditioning.layers))
         self.project = nn.Linear(channels + conditioning.width, config.decoder.width)
 
@@ -87,7 +110,7 @@ class LatentConditioning(nn.Module):
         content, motion = (latent.movedim(1, -1).unsqueeze(1) for latent in latents)  # [B, 1, h, w, Z]
         share = times.abs().clamp(max=1.0) if self.first_frame_rule else torch.ones_like(times)
         share = share[:, :, None, None, None].to(motion.dtype)  # [B, T, 1, 1, 1]
-        hidden = self.wave(times * self.scale)[:, :, None, None]  # [B, T, 1, 1, M]
+        hidden = self.wave(times)[:, :, None, None]  # [B, T, 1, 1, M]
         for layer in self.layers:
             hidden = layer(hidden, motion, share)  # [B, T, h, w, M]
         content = content.expand(*hidden.shape[:-1], -1)

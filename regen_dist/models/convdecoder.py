@@ -46,7 +46,7 @@ class ConvDecoder(Checkpointed):
         self.layers = nn.ModuleList(layers)
         self.norm = ChannelNorm(channels)
         self.head = ZeroConv(channels, 3 * self.patch**2)
-        self.linear = LinearDecoder(config)
+        self.linear = LinearDecoder(config) if config.decoder.linear else None
 
     def forward(self, latents: Latents, num_frames: int) -> Tensor:
         motion = latents.motion.unsqueeze(2) if num_frames > 1 else None
@@ -54,6 +54,8 @@ class ConvDecoder(Checkpointed):
         for layer in self.layers:
             frames = self.run(layer, frames)
         frames = self.head(frames.map(self.norm).map(F.silu))
+        decoded = join_first(unfold_patches(frames, self.patch)).float()
+        if self.linear is None:
+            return decoded
         times = torch.arange(num_frames, device=latents.content.device, dtype=torch.float32)
-        linear = self.linear(*latents, times.expand(len(latents.content), -1))
-        return join_first(unfold_patches(frames, self.patch)).float() + linear  # type: ignore[no-any-return]
+        return decoded + self.linear(*latents, times.expand(len(latents.content), -1))  # type: ignore[no-any-return]

@@ -1,10 +1,13 @@
 """The generative decoder: a diffusion transformer on the pixels of a clip (paper, Sec. 3; blocks after DiT, Peebles &
 Xie 2023).
 
-Legend: B batch, T frames, H x W pixels, h = H/8, w = W/8, P = 8, L = T*h*w tokens, N heads, D width.
+Legend: B batch, T frames, H x W pixels, h = H/8, w = W/8, P = 8, L = T*h*w tokens of pixels, M tokens of the context,
+    N heads, D width.
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import torch
 import torch.nn as nn
@@ -16,6 +19,7 @@ from regen_dist.config.schema import DecoderConfig
 from regen_dist.models.attention import Grid, attention
 from regen_dist.models.layers import Checkpointed, ZeroLinear
 from regen_dist.models.modulation import Modulation, TimestepEmbedding, modulate
+from regen_dist.models.sequence import WHOLE, RowSharing, Share
 
 
 def fold_tokens(video: Tensor) -> Tensor:
@@ -45,19 +49,19 @@ class Block(nn.Module):
         self.expand = nn.Linear(width, hidden)
         self.contract = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, grid: Grid) -> Tensor:
-        """x [B, L, D], modulation [B, 6, D]."""
+    def forward(self, x: Tensor, modulation: Tensor, grid: Grid, share: Share = WHOLE) -> Tensor:
+        """x [B, M+L, D], modulation [B, 6, D]; of a shared row this rank's part of x."""
         parts = (modulation + self.table).unsqueeze(2).unbind(1)  # six of [B, 1, D]
-        x = torch.addcmul(x, parts[2], self._attend(modulate(x, parts[0], parts[1]), grid))
+        x = torch.addcmul(x, parts[2], self._attend(modulate(x, parts[0], parts[1]), grid, share))
         return torch.addcmul(x, parts[5], self.contract(F.gelu(self.expand(modulate(x, parts[3], parts[4])))))
 
-    def _attend(self, x: Tensor, grid: Grid) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, L, E] each
-        mixed = attention(q, k, v, grid, self.attention, self.shifted)
+    def _attend(self, x: Tensor, grid: Grid, share: Share) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, M+L, E] each
+        mixed = attention(q, k, v, grid, self.attention, self.shifted, share)
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-class GenerativeDecoder(Checkpointed):
+class GenerativeDecoder(Checkpointed, RowSharing):
     """Noisy pixels, diffusion time and C_e to a prediction in pixel space."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -70,15 +74,46 @@ class GenerativeDecoder(Checkpointed):
         self.final_modulation = Modulation(config.width, 2)
         self.head = ZeroLinear(config.width, 3 * P * P)
 
-    def forward(self, noisy: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
-        """noisy [B, 3, T, H, W], t [B], conditioning C_e [B, T, h, w, D] to a prediction [B, 3, T, H, W] in float32."""
+    def forward(self, noisy: Tensor, t: Tensor, conditioning: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict from noisy pixels.
+
+        Args:
+            noisy: [B, 3, T, H, W].
+            t: diffusion time [B].
+            conditioning: C_e, or what else is added to the pixel tokens, [B, T, h, w, D]; without context of the
+                frames `own_frames` alone.
+            context: tokens [B, M, D] that stand in front of the pixels' and are dropped in the end; full attention
+                alone can take them.
+
+        Returns:
+            [B, 3, T, H, W] in float32.
+        """
         grid: Grid = (noisy.shape[2], noisy.shape[3] // P, noisy.shape[4] // P)
         vector = self.timestep(t)
         modulation = self.modulation(vector)
-        seen = self.embed(fold_tokens(noisy.to(self.embed.weight.dtype)))  # [B, L, D]
-        x = torch.addcmul(conditioning.flatten(1, 3), seen, self.noise_gate(vector))
+        told, gate = conditioning.flatten(1, 3), self.noise_gate(vector)
+        x, share = self._start(fold_tokens(noisy.to(self.embed.weight.dtype)), told, gate, grid, context)
         for block in self.blocks:
-            x = self.run(block, x, modulation, grid=grid)
+            x = self.run(block, x, modulation, grid=grid, share=share)
         scale, shift = self.final_modulation(vector).unsqueeze(2).unbind(1)
-        pixels = self.head(modulate(x, scale, shift))
-        return unfold_tokens(pixels.float(), grid)
+        pixels = share.whole(self.head(modulate(x, scale, shift)))
+        return unfold_tokens(pixels[:, -prod(grid) :].float(), grid)
+
+    def own_frames(self, grid: Grid) -> slice:
+        """The frames that this rank's part of a row of pixel tokens lies in."""
+        frames, cells = grid[0], grid[1] * grid[2]
+        start, stop, _ = self.rows.share(frames * cells).own.indices(frames * cells)
+        return slice(start // cells, -(-stop // cells))
+
+    def _start(
+        self, pixels: Tensor, told: Tensor, gate: Tensor, grid: Grid, context: Tensor | None
+    ) -> tuple[Tensor, Share]:
+        """What the blocks begin with, [B, l, D], and this rank's share of the row."""
+        if context is not None:
+            x = torch.cat([context, torch.addcmul(told, self.embed(pixels), gate)], 1)  # [B, M+L, D]
+            share = self.rows.share(x.shape[1])
+            return x[:, share.own], share
+        share = self.rows.share(pixels.shape[1])
+        start, stop, _ = share.own.indices(pixels.shape[1])
+        before = self.own_frames(grid).start * grid[1] * grid[2]  # tokens of frames that are not in `told`
+        return torch.addcmul(told[:, start - before : stop - before], self.embed(pixels[:, share.own]), gate), share

@@ -9,11 +9,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from regen_dist.config.schema import SPATIAL_COMPRESSION as P
 from regen_dist.config.schema import ModelConfig
 from regen_dist.models.conditioning import LatentConditioning
 from regen_dist.models.convdecoder import ConvDecoder
 from regen_dist.models.decoder import GenerativeDecoder
 from regen_dist.models.encoder import Encoder, Latents
+from regen_dist.models.in_context import InContextConditioning
 from regen_dist.models.layers import recompute_activations
 from regen_dist.models.linear import LinearDecoder
 
@@ -45,13 +47,17 @@ class VideoEmbedder(nn.Module):
 
 
 class Regen(VideoEmbedder):
-    """Encoder, latent conditioning and generative decoder (paper, Fig. 2), trained end to end."""
+    """Encoder, latent conditioning and generative decoder (paper, Fig. 2), trained end to end.
+
+    Its variants for ablations: `model.conditioning` and `model.decoder` of the config.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.conditioning = LatentConditioning(config)
+        self.in_context = config.conditioning.kind == "in_context"
+        self.conditioning = InContextConditioning(config) if self.in_context else LatentConditioning(config)
         self.decoder = GenerativeDecoder(config.decoder)
-        self.linear = LinearDecoder(config)
+        self.linear = LinearDecoder(config) if config.decoder.linear else None
 
     def denoise(self, noisy: Tensor, t: Tensor, latents: Latents, times: Tensor) -> Tensor:
         """One prediction of the decoder.
@@ -65,8 +71,11 @@ class Regen(VideoEmbedder):
         Returns:
             The prediction target (x0, velocity or noise, as trained), [B, 3, T, H, W] in float32.
         """
-        linear: Tensor = self.linear(*latents, times)
-        return linear + self.decoder(noisy, t, self.conditioning(latents, times))  # type: ignore[no-any-return]
+        linear = None if self.linear is None else self.linear(*latents, times)
+        grid = (noisy.shape[2], noisy.shape[3] // P, noisy.shape[4] // P)
+        told = self.conditioning(latents, times if self.in_context else times[:, self.decoder.own_frames(grid)])
+        decoded: Tensor = self.decoder(noisy, t, *told) if self.in_context else self.decoder(noisy, t, told)
+        return decoded if linear is None else linear + decoded
 
     def forward(
         self,

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regen_dist.models.strips import Convolution, convolve_in_strips
+
 
 class Frames(NamedTuple):
     """A clip: `first` [B, C, H, W] and `rest` [B, C, T-1, H, W], or None for an image."""
@@ -123,10 +125,25 @@ class CausalConv(nn.Conv3d):
         super().__init__(channels_in, channels_out, kernel, (temporal, spatial, spatial), (0, pad, pad))
 
     def forward(self, frames: Frames) -> Frames:  # type: ignore[override]
-        first = F.conv2d(frames.first, self.weight[:, :, -1], self.bias, self.stride[1:], self.padding[1:])
+        first = self._convolve(self._first, frames.first)
         if frames.rest is None:
             return Frames(first, None)
-        return Frames(first, super().forward(self._with_past(frames)))
+        return Frames(first, self._convolve(self._rest, self._with_past(frames)))
+
+    def _first(self, frame: Tensor, rows: int) -> Tensor:
+        """Of the first frame, with so many rows of zeros above and below it."""
+        return F.conv2d(frame, self.weight[:, :, -1], self.bias, self.stride[1:], (rows, self.padding[2]))
+
+    def _rest(self, frames: Tensor, rows: int) -> Tensor:
+        """Of the frames after it, behind their past."""
+        return F.conv3d(frames, self.weight, self.bias, self.stride, (0, rows, self.padding[2]))
+
+    def _convolve(self, convolution: Convolution, x: Tensor) -> Tensor:
+        kernel, stride, padding = self.kernel_size[1], self.stride[1], self.padding[1]
+        assert isinstance(padding, int), "the constructor gives numbers"
+        return convolve_in_strips(
+            convolution, x, channels_out=self.out_channels, kernel=kernel, stride=stride, padding=padding
+        )
 
     def _with_past(self, frames: Frames) -> Tensor:
         """The frames after the first, behind as many of the past (the first frame, then zeros) as the kernel reaches

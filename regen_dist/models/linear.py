@@ -102,8 +102,8 @@ class LinearEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         channels, k = config.latent.channels, config.temporal_compression
-        self.content = EvenLinear(_content_start(channels, config.linear_start == "dct"))
-        self.motion = EvenLinear(_motion_start(channels, k, config.linear_start == "dct"))
+        self.content = EvenLinear(_content_start(channels, config.linear_start != "random"))
+        self.motion = EvenLinear(_motion_start(channels, k, config.linear_start != "random"))
 
     def forward(self, clip: Frames) -> Frames:
         """Pixels [B, 3, H, W] and [B, 3, k, H, W] to [B, C, h, w] and [B, C, 1, h, w]."""
@@ -147,18 +147,23 @@ class LinearDecoder(nn.Module):
         self.k = config.temporal_compression
         self.weight = nn.Parameter(torch.zeros(PIXELS, config.latent.channels * (1 + 2 * TIME_MODES)))
         self.bias = nn.Parameter(torch.zeros(PIXELS))
-        if config.linear_start == "dct":
+        if config.linear_start != "random":
             with torch.no_grad():
                 self.weight.copy_(_decoder_start(config.latent.channels, self.k))
 
     def forward(self, content: Tensor, motion: Tensor, times: Tensor) -> Tensor:
         """Latents [B, C, h, w] each and times [B, T] in frames to pixels [B, 3, T, 8h, 8w] in float32."""
         y_c, y_m = (unbound_latent(latent).movedim(1, -1).unsqueeze(1) for latent in (content, motion))
+        pixels = F.linear(self.features(y_c, y_m, times), self.weight, self.bias)  # [B, T, h, w, 192]
+        return _unfold(pixels.float())
+
+    def features(self, y_c: Tensor, y_m: Tensor, times: Tensor) -> Tensor:
+        """What the pixels are linear in: [B, T, h, w, C*(1 + 2J)] of unbound latents [B, 1, h, w, C] at times
+        [B, T]."""
         waves = self._waves(times).to(y_c.dtype)  # [B, T, J]
         moving = (waves[:, :, None, None, :, None] * part.unsqueeze(-2) for part in (y_m, y_c))
         parts = [y_c.expand(-1, times.shape[1], -1, -1, -1), *(part.flatten(-2) for part in moving)]
-        pixels = F.linear(torch.cat(parts, -1), self.weight, self.bias)  # [B, T, h, w, 192]
-        return _unfold(pixels.float())
+        return torch.cat(parts, -1)
 
     def _waves(self, times: Tensor) -> Tensor:
         at = times.float() - 1

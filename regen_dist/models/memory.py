@@ -11,7 +11,9 @@ _BUCKET = 500_000_000  # reduce_bucket_size: gradients that are reduced at once
 _LIVE = 1_000_000_000  # stage3_max_live_parameters: weights that may be gathered at once
 
 
-def memory_bytes(model: Account, engine: EngineConfig, *, world_size: int, clips_per_gpu: int) -> dict[str, int]:
+def memory_bytes(
+    model: Account, engine: EngineConfig, *, world_size: int, clips_per_gpu: int, on_gpu: bool = True
+) -> dict[str, int]:
     """Bytes per GPU of each term while training.
 
     Args:
@@ -19,11 +21,14 @@ def memory_bytes(model: Account, engine: EngineConfig, *, world_size: int, clips
         engine: `plain` shards nothing.
         world_size: GPUs that the states are sharded over.
         clips_per_gpu: samples (clips, or rows of clips) of one micro-batch on one GPU.
+        on_gpu: a buffer takes its whole size there. In host memory it takes what was written to: of the bucket, as much
+            as there are gradients.
     """
     shards = world_size if engine.kind == "zero3" else 1
     share = -(-model.num_parameters // shards)
     mixed = engine.kind == "zero3" and engine.precision == "bf16"
     low = 2 if mixed else 4
+    bucket = _BUCKET if on_gpu else min(model.num_parameters, _BUCKET)
     terms = {
         f"weights ({'bf16' if mixed else 'fp32'}, sharded)": low * share,
         "gradients (fp32, sharded)": 4 * share,  # summed over micro-batches in fp32, whatever they are reduced in
@@ -32,7 +37,7 @@ def memory_bytes(model: Account, engine: EngineConfig, *, world_size: int, clips
         "EMA (fp32, sharded)": 4 * share,
         "fp32 gradients during the update": 4 * min(share, _REDUCE_GROUP) if engine.kind == "zero3" else 0,
         "weights gathered, at most": low * min(model.num_parameters, _LIVE) if shards > 1 else 0,
-        "gradients on their way: a bucket, and its copy": low * (_BUCKET + min(model.num_parameters, _BUCKET))
+        "gradients on their way: a bucket, and its copy": low * (bucket + min(model.num_parameters, _BUCKET))
         if engine.kind == "zero3"
         else 0,
         f"activations of {clips_per_gpu} {model.unit}{'s' if clips_per_gpu != 1 else ''}": clips_per_gpu

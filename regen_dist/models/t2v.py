@@ -8,6 +8,8 @@ P = 2 cells a side of a token, L = F*(h/P)*(w/P) tokens, M text tokens, Dt their
 
 from __future__ import annotations
 
+from math import pi, prod
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,9 +23,11 @@ from regen_dist.models.attention import Grid, attention, cross_attention
 from regen_dist.models.layers import Checkpointed, ZeroLinear, recompute_activations
 from regen_dist.models.modulation import Modulation, TimestepEmbedding, modulate
 from regen_dist.models.rotary import Turns, rotate, turns
+from regen_dist.models.sequence import WHOLE, RowSharing, Share
 
 FRAMES_PER_CLIP = 2  # content and motion
 _NORM_EPS = 1e-6
+_PLACE_OCTAVES = 4  # of the sinusoids that tell a token where in its frame it lies
 
 
 def token_grid(latents: tuple[int, int, int]) -> Grid:
@@ -69,10 +73,37 @@ class KindEmbedding(nn.Module):
         super().__init__()
         self.table = nn.Parameter(0.02 * torch.randn(FRAMES_PER_CLIP, width))
 
-    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """tokens [B, L, D]."""
+    def forward(self, tokens: Tensor, grid: Grid, share: Share = WHOLE) -> Tensor:
+        """tokens [B, L, D]; of a shared row this rank's part."""
         kinds = torch.arange(grid[0], device=tokens.device) % FRAMES_PER_CLIP
-        return tokens + self.table[kinds].repeat_interleave(grid[1] * grid[2], 0)  # [B, L, D] + [L, D]
+        return tokens + self.table[kinds].repeat_interleave(grid[1] * grid[2], 0)[share.own]  # [B, L, D] + [L, D]
+
+
+class FramePlace(nn.Module):
+    """Tells every token where in its frame it lies, as shares of the frame's height and width, added like a position.
+
+    Ours: rotary positions tell tokens apart from each other, not from the border, which every object keeps away from.
+    Shares instead of a table, so that any size can be taken. Adds nothing at the start.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = ZeroLinear(4 * _PLACE_OCTAVES, width)
+
+    def forward(self, tokens: Tensor, grid: Grid, share: Share = WHOLE) -> Tensor:
+        """tokens [B, L, D]; of a shared row this rank's part."""
+        waves = frame_places(grid, tokens.device)[share.own].to(tokens.dtype)  # [L, 4*octaves]
+        return tokens + self.project(waves)  # type: ignore[no-any-return]
+
+
+def frame_places(grid: Grid, device: torch.device) -> Tensor:
+    """Sinusoids of every token's centre in its frame, [L, 4*octaves]: of half a turn to eight half turns a side."""
+    centres = [(torch.arange(length, device=device) + 0.5) / length for length in grid]
+    _, rows, columns = torch.meshgrid(*centres, indexing="ij")
+    places = torch.stack([rows, columns], -1).flatten(0, 2)  # [L, 2]
+    octaves = pi * 2.0 ** torch.arange(_PLACE_OCTAVES, device=device, dtype=torch.float32)
+    angles = (places[..., None] * octaves).flatten(1)  # [L, 2*octaves]
+    return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 class TextProjection(nn.Module):
@@ -97,11 +128,12 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(config.width // config.heads, eps=_NORM_EPS) for _ in range(2))
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, positions: Turns, grid: Grid) -> Tensor:
-        """x [B, L, D]."""
+    def forward(self, x: Tensor, positions: Turns, grid: Grid, share: Share = WHOLE) -> Tensor:
+        """x [B, L, D]; of a shared row this rank's part, at its positions."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, L, N, E] each
         q, k = rotate(self.norm_q(q), positions), rotate(self.norm_k(k), positions)
-        mixed = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), grid, self.attention)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # [B, N, L, E] each
+        mixed = attention(q, k, v, grid, self.attention, share=share)
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -137,20 +169,28 @@ class TextToVideoBlock(nn.Module):
         self.contract = nn.Linear(hidden, width)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, text: Tensor, mask: Tensor, positions: Turns, grid: Grid
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        positions: Turns,
+        grid: Grid,
+        share: Share = WHOLE,
     ) -> Tensor:
-        """x [B, L, D], modulation [B, 6, D], text [B, M, D], mask [B, M]."""
+        """x [B, L, D], of a shared row this rank's part; modulation [B, 6, D], text [B, M, D], mask [B, M]."""
         parts = (modulation + self.table).unsqueeze(2).unbind(1)  # six of [B, 1, D]
-        x = torch.addcmul(x, parts[2], self.self_attention(modulate(x, parts[0], parts[1]), positions, grid))
+        x = torch.addcmul(x, parts[2], self.self_attention(modulate(x, parts[0], parts[1]), positions, grid, share))
         x = x + self.cross_attention(F.layer_norm(x, x.shape[-1:]), text, mask)
         hidden = F.gelu(self.expand(modulate(x, parts[3], parts[4])), approximate="tanh")
         return torch.addcmul(x, parts[5], self.contract(hidden))
 
 
-class TextToVideo(Checkpointed):
+class TextToVideo(Checkpointed, RowSharing):
     """Noisy normalised latents, diffusion time and text to the velocity of the rectified flow.
 
-    Zero at the start. Any even sides and any number of clips are taken: positions are relative, and there is no table.
+    Zero at the start. Any even sides and any number of clips are taken: positions are relative, or shares of
+    the frame, and there is no table.
     """
 
     def __init__(self, config: T2VModelConfig) -> None:
@@ -158,6 +198,7 @@ class TextToVideo(Checkpointed):
         self.config, values = config, config.latent_channels * P * P
         self.embed = nn.Linear(values, config.width)
         self.kind = KindEmbedding(config.width)
+        self.place = FramePlace(config.width)
         self.text = TextProjection(config.text_width, config.width)
         self.timestep = TimestepEmbedding(config.width)
         self.modulation = Modulation(config.width, 6)
@@ -183,14 +224,17 @@ class TextToVideo(Checkpointed):
             BackendError: the attention backend cannot run here.
         """
         grid, dtype = self._checked_grid(x, text), self.embed.weight.dtype
-        positions = turns(token_positions(grid, x.device), self.config.width // self.config.heads)
-        tokens = self.kind(self.embed(fold_latents(x.to(dtype))), grid)  # [B, L, D]
+        share = self.rows.share(prod(grid))
+        positions = turns(token_positions(grid, x.device)[share.own], self.config.width // self.config.heads)
+        tokens = self.kind(self.embed(fold_latents(x.to(dtype))[:, share.own]), grid, share)  # [B, L, D]
+        tokens = self.place(tokens, grid, share)
         text, vector = self.text(text.to(dtype)), self.timestep(t)  # [B, M, D], [B, D]
         modulation = self.modulation(vector)
         for block in self.blocks:
-            tokens = self.run(block, tokens, modulation, text, mask.bool(), positions, grid=grid)
+            tokens = self.run(block, tokens, modulation, text, mask.bool(), positions, grid=grid, share=share)
         scale, shift = self.final_modulation(vector).unsqueeze(2).unbind(1)
-        return unfold_latents(self.head(modulate(tokens, scale, shift)).float(), grid)
+        velocities = share.whole(self.head(modulate(tokens, scale, shift)))
+        return unfold_latents(velocities.float(), grid)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""

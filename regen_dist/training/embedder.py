@@ -24,6 +24,8 @@ from regen_dist.distributed.base import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.models import Latents, build_model
 from regen_dist.models.accounting import training_flops_per_clip
+from regen_dist.models.principal import fit_linear_code
+from regen_dist.training.fitting import first_cells
 from regen_dist.training.tasks import Loss, Validation
 
 # A noise prediction has no one-step reconstruction from pure noise: validate as near to it as the division allows.
@@ -73,6 +75,8 @@ class EmbedderTask:
     def build(self) -> nn.Module:
         torch.manual_seed(self.config.train.seed)
         model = build_model(self.config.model)
+        if self.config.model.linear_start == "pca":
+            fit_linear_code(model, first_cells(self.data))
         model.set_activation_checkpointing(self.config.engine.activation_checkpointing)
         return model
 

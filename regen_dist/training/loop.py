@@ -112,8 +112,11 @@ class Trainer:
             self._mark("forward and backward")
             loss = self.task.loss(self.engine, batch, self.step)
             self.engine.backward(nowhere_finite(loss.value), is_last=micro + 1 == self.config.train.accumulation)
-            self.meter.add(loss.value, loss.figures, self.task.flops(batch), bad_samples=batch.stand_ins)
-            self.sample_log.write(self.step + 1, micro, batch)
+            leads = self.engine.rows.leads  # what ranks share is counted once
+            flops, bad_samples = self.task.flops(batch) * leads, batch.stand_ins * leads
+            self.meter.add(loss.value, loss.figures, flops, bad_samples=bad_samples)
+            if leads:
+                self.sample_log.write(self.step + 1, micro, batch)
         self._mark("update")
         return self.engine.step(lr), batch
 
@@ -206,7 +209,8 @@ class Trainer:
 
     def _batches(self) -> Generator[Batch]:
         """This rank's micro-batches from the current step on: the data's place is the step and what was left out."""
-        return self.task.batches(self.ranks, (self.step + self.data_shift) * self.config.train.batch_global)
+        rows, cursor = self.engine.rows, (self.step + self.data_shift) * self.config.train.batch_global
+        return rows.read(lambda: self.task.batches(rows.readers, cursor))
 
     def _build_meter(self) -> Meter:
         train, engine = self.config.train, self.config.engine

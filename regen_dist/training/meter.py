@@ -30,6 +30,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._cpu_began = time.process_time()
         self._sums = {}
         self._counts: dict[str, int] = {}  # batches of one step have the same figures on all ranks, steps may differ
         self._flops, self._bad_samples = 0.0, 0
@@ -79,6 +80,7 @@ class Meter:
             "grad_norm": result.grad_norm,
             "lr": lr,
             "step_s": elapsed / self._steps,
+            "cpu_step_s": (time.process_time() - self._cpu_began) / self._steps,  # of rank 0, all its threads
             "clips_per_s": self._clips * self._steps / elapsed,
             "mfu": flops / elapsed / self._peak,
             "data_wait": self._waited / elapsed,
@@ -92,6 +94,7 @@ class Meter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time in the block does not count: validation and saving are not training."""
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield
         self._began += time.perf_counter() - start
+        self._cpu_began += time.process_time() - cpu_start

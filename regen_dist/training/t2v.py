@@ -140,7 +140,8 @@ class TextToVideoTask:
         data, null = self.data, self.data.null_text()
         assert null is not None, "the caches were checked for text"
         parsed = [parse_statistics(each, data.facts.url) for each in data.statistics]
-        return LatentSpace.of(data.facts, reduce(add, parsed), null, sizes_of(data.datasets))
+        sizes, whitening = sizes_of(data.datasets), self.config.diffusion.whitening
+        return LatentSpace.of(data.facts, reduce(add, parsed), null, sizes, whitening)
 
     @cached_property
     def _scale(self) -> LatentScale:

@@ -83,7 +83,8 @@ class Task(Protocol):
         """A fresh model, the same on every rank."""
 
     def batches(self, ranks: Ranks, cursor: int) -> Generator[Any]:
-        """This rank's micro-batches (`Batch`) from a cursor on (samples consumed so far by all ranks)."""
+        """This rank's micro-batches (`Batch`) from a cursor on (samples consumed so far by all ranks). Ranks that share
+        samples count as one of `ranks`."""
 
     def loss(self, engine: Engine, batch: Any, step: int) -> Loss:
         """The mean loss of a micro-batch. Randomness is a function of (seed, step, sample id)."""

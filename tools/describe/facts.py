@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from regen_dist.config import AnyRunConfig, RunConfig
     from regen_dist.config.job import CommonConfig
-    from regen_dist.config.schema import ModelConfig
+    from regen_dist.config.schema import DecoderConfig, ModelConfig
+    from regen_dist.config.t2v import T2VModelConfig
     from regen_dist.models.accounting import Account, ClipAccount
     from regen_dist.models.cost import Assumptions
     from tools.describe.video import Video
 
 Config = TypeVar("Config", bound="CommonConfig")
+EXCHANGED = "tokens exchanged for attention"  # of `sent_bytes_per_gpu_and_step`, where GPUs share rows of tokens
 
 
 def gather(
@@ -44,6 +46,7 @@ def gather(
         "unit": unit,
         "config_hash": config_hash(config),
         "world_size": world_size,
+        "sequence_parallel": config.engine.sequence_parallel,
         f"{unit}s_per_gpu": per_gpu,
         "accumulation": train.accumulation,
         "batch_global": train.batch_global,
@@ -59,20 +62,24 @@ def gather(
 
 
 def with_clips_per_gpu(config: Config, world_size: int, clips: int) -> Config:
-    """The config with the `train.accumulation` that puts so many clips (or rows) at once on each of `world_size` GPUs.
+    """The config with the `train.accumulation` that puts so many clips (or rows) at once on each of `world_size` GPUs,
+    or on each group of GPUs that share them.
 
     Raises:
         ConfigError: the global batch is no multiple of the clips of all GPUs.
     """
+    from regen_dist.config.worldsize import num_readers
     from regen_dist.errors import ConfigError
 
-    train = config.train
-    accumulation, rest = divmod(train.batch_global, world_size * clips)
+    train, shared = config.train, config.engine.sequence_parallel
+    at_once = num_readers(config, world_size) * clips
+    accumulation, rest = divmod(train.batch_global, at_once)
     if rest:
+        groups = f", of which {shared} share them" if shared > 1 else ""
         raise ConfigError(
-            f"train.batch_global {train.batch_global} is not a multiple of {world_size * clips} {_units(config)} "
-            f"({clips} at once on each of {world_size} GPUs); change --clips-per-gpu or --world-size, or set "
-            f"train.batch_global={(accumulation + 1) * world_size * clips}"
+            f"train.batch_global {train.batch_global} is not a multiple of {at_once} {_units(config)} "
+            f"({clips} at once on each of {world_size} GPUs{groups}); change --clips-per-gpu or --world-size, or set "
+            f"train.batch_global={(accumulation + 1) * at_once}"
         )
     return config.model_copy(update={"train": train.model_copy(update={"accumulation": accumulation})})
 
@@ -98,23 +105,33 @@ def _counted(config: AnyRunConfig, video: Video | None) -> tuple[Account, dict[s
             "--size, --frames and --text-tokens are for configs of text to video; of an embedder set data.size"
         )
     largest = max(config.data.sizes, key=lambda size: size[0] * size[1])
-    clip = _account(config.model, largest, config.engine.precision, config.engine.activation_checkpointing)
+    engine = config.engine
+    clip = _account(config.model, largest, engine.precision, engine.activation_checkpointing, engine.sequence_parallel)
     return clip, _clip_shapes(config, clip)
 
 
 @lru_cache(maxsize=32)
-def _account(model: ModelConfig, size: tuple[int, int], precision: Any, checkpointing: bool) -> ClipAccount:
+def _account(
+    model: ModelConfig, size: tuple[int, int], precision: Any, checkpointing: bool, shared: int
+) -> ClipAccount:
     from regen_dist.models.accounting import account
 
-    return account(model, size, precision=precision, activation_checkpointing=checkpointing)
+    return account(model, size, precision=precision, activation_checkpointing=checkpointing, sequence_parallel=shared)
 
 
 def _costs(config: AnyRunConfig, counted: Account, world_size: int, assumed: Assumptions | None) -> dict[str, Any]:
-    from regen_dist.models.communication import sent_bytes
+    from regen_dist.config.worldsize import clips_per_rank
+    from regen_dist.models.communication import exchanged_bytes, sent_bytes
     from regen_dist.models.cost import Assumptions, Cost
 
     train, assumed = config.train, assumed or Assumptions()
     sent = sent_bytes(counted.parameter_sizes, config.engine, world_size=world_size, accumulation=train.accumulation)
+    if config.engine.sequence_parallel > 1:
+        transformer, tokens = _transformer(config, counted)
+        samples = train.accumulation * clips_per_rank(config, world_size)
+        sent[EXCHANGED] = exchanged_bytes(
+            config.engine, tokens=tokens, width=transformer.width, blocks=transformer.blocks, samples=samples
+        )
     cost = Cost(
         world_size=world_size,
         model_flops=(counted.num_training_flops - counted.recomputed_flops) * train.batch_global,
@@ -139,7 +156,26 @@ def _clip_shapes(config: RunConfig, counted: ClipAccount) -> dict[str, Any]:
         "decoder": {"blocks": decoder.blocks, "width": decoder.width, "heads": decoder.heads}
         if is_transformer
         else None,
-        "tokens_per_clip": counted.clip_shape[1] * counted.latent_shape[1] * counted.latent_shape[2]
-        if is_transformer
-        else None,
+        "tokens_per_clip": _tokens(config.model, counted) if is_transformer else None,
     }
+
+
+def _tokens(model: ModelConfig, counted: ClipAccount) -> int:
+    """What the decoder's blocks see: one token per latent cell and frame, and those of latents in context."""
+    from regen_dist.models.accounting import NUM_LATENT_FRAMES
+
+    in_context = NUM_LATENT_FRAMES if model.conditioning.kind == "in_context" else 0
+    _, rows, columns = counted.latent_shape
+    return (counted.clip_shape[1] + in_context) * rows * columns
+
+
+def _transformer(config: AnyRunConfig, counted: Account) -> tuple[DecoderConfig | T2VModelConfig, int]:
+    """The part of a model that GPUs can share the rows of, and how many tokens a row has."""
+    from regen_dist.config import T2VConfig
+    from regen_dist.models.accounting import ClipAccount, RowAccount
+
+    if isinstance(config, T2VConfig):
+        assert isinstance(counted, RowAccount), "what a row was counted as"
+        return config.model, counted.num_tokens
+    assert isinstance(counted, ClipAccount), "what a clip was counted as"
+    return config.model.decoder, _tokens(config.model, counted)

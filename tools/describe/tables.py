@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tools.describe.facts import EXCHANGED
 from tools.describe.rows import Row, embedder_tables, operation_rows, shape_rows
 from tools.describe.units import bytes_text, decimal_bytes, scaled
 
@@ -59,20 +60,29 @@ def _machine_tables(facts: dict[str, Any]) -> dict[str, list[Row]]:
             *((name, bytes_text(size)) for name, size in memory.items()),
             ("total", bytes_text(sum(memory.values()))),
         ],
-        f"A step on {ranks} (estimate)": _chosen(facts, [*_STEP_ROWS, *_WIRE_ROWS, *_TIME_ROWS]),
+        f"A step on {ranks} (estimate)": _chosen(facts, [*_step_rows(facts), *_wire_rows(facts), *_TIME_ROWS]),
         f"A run on {ranks} (estimate)": _chosen(facts, _RUN_ROWS),
     }
     return tables
 
 
 def _compared_rows(each: list[dict[str, Any]]) -> list[Row]:
-    named = [("GPUs", lambda facts: str(facts["world_size"])), *_STEP_ROWS, *_MEMORY_ROWS]
-    columns = [_chosen(facts, [*named, *_WIRE_ROWS, *_TIME_ROWS, *_RUN_ROWS]) for facts in each]
+    named = [("GPUs", lambda facts: str(facts["world_size"])), *_step_rows(each[0]), *_MEMORY_ROWS]
+    columns = [_chosen(facts, [*named, *_wire_rows(each[0]), *_TIME_ROWS, *_RUN_ROWS]) for facts in each]
     return [(row[0][0], *(value for _, value in row)) for row in zip(*columns, strict=True)]
 
 
 def _chosen(facts: dict[str, Any], rows: list[tuple[str, Callable[[dict[str, Any]], str]]]) -> list[Row]:
     return [(name.format(unit=facts["unit"]), text(facts)) for name, text in rows]
+
+
+def _step_rows(facts: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    return [*(_SHARED_ROWS if facts["sequence_parallel"] > 1 else []), *_STEP_ROWS]
+
+
+def _wire_rows(facts: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    shared = [(f"sent: {EXCHANGED}", _sent(EXCHANGED))] if facts["sequence_parallel"] > 1 else []
+    return [*shared, *_WIRE_ROWS]
 
 
 def _memory(*beginnings: str) -> Callable[[dict[str, Any]], str]:
@@ -101,6 +111,9 @@ def _hidden(facts: dict[str, Any]) -> str:
 _BUFFERS = ("weights gathered", "gradients on their way")
 _NOT_STATES = (*_BUFFERS, "activations")
 
+_SHARED_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    ("GPUs that share each {unit}", lambda facts: str(facts["sequence_parallel"]))
+]
 _STEP_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("{unit}s at once on each GPU", lambda facts: str(facts[f"{facts['unit']}s_per_gpu"])),
     ("train.accumulation", lambda facts: str(facts["accumulation"])),

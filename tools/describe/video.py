@@ -87,9 +87,8 @@ def latent_frames(frames: int, k: int) -> int:
 def row_account(config: T2VConfig, video: Video) -> RowAccount:
     """Of the video as one row."""
     frames, engine = latent_frames(video.num_frames(config), _CLIP_FRAMES - 1), config.engine
-    return _account(
-        config.model, frames, video.cells, video.text_tokens, engine.precision, engine.activation_checkpointing
-    )
+    how = engine.precision, engine.activation_checkpointing, engine.sequence_parallel
+    return _account(config.model, frames, video.cells, video.text_tokens, *how)
 
 
 def row_shapes(config: T2VConfig, counted: RowAccount, video: Video) -> dict[str, Any]:
@@ -138,8 +137,15 @@ def _forward_flops(model: T2VModelConfig, frames: int, cells: tuple[int, int], t
 
 @lru_cache(maxsize=64)
 def _account(
-    model: T2VModelConfig, frames: int, cells: tuple[int, int], text_tokens: int, precision: Any, checkpointing: bool
+    model: T2VModelConfig,
+    frames: int,
+    cells: tuple[int, int],
+    text_tokens: int,
+    precision: Any,
+    checkpointing: bool,
+    shared: int,
 ) -> RowAccount:
     from regen_dist.models.accounting import account_row
 
-    return account_row(model, frames, cells, text_tokens, precision=precision, activation_checkpointing=checkpointing)
+    how = {"precision": precision, "activation_checkpointing": checkpointing, "sequence_parallel": shared}
+    return account_row(model, frames, cells, text_tokens, **how)

@@ -32,6 +32,9 @@ def synthetic(
         Split, typer.Option(help="All combinations of colour, shape and direction, or one of two parts.")
     ] = Split.ALL,
     held_out_share: Annotated[float, typer.Option(help="Share of the combinations that train never shows.")] = 0.15,
+    backgrounds: Annotated[
+        str | None, typer.Option(help="What shapes move over, such as black,grey,white; all by default.")
+    ] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Clips in one tar, at most.")] = 1024,
     shard_mb: Annotated[int, typer.Option(help="Megabytes at which a tar is closed, at the latest.")] = 256,
     workers: Annotated[
@@ -49,8 +52,9 @@ def synthetic(
     from regen_dist.data.making.synthetic import build_synthetic
 
     options = SyntheticOptions(
-        number, seed, side, frames, fps, crf, split.value, held_out_share, samples_per_shard, shard_mb
-    )
+        number, seed, side, frames, fps, crf, split.value, held_out_share, samples_per_shard=samples_per_shard,
+        shard_mb=shard_mb, **({} if backgrounds is None else {"backgrounds": tuple(backgrounds.split(","))}),
+    )  # fmt: skip
     with stopping_cleanly(), progress_bar() as progress:
         made = build_synthetic(out, options, task=parse_task(task), workers=workers, progress=progress)
     if made.manifest is None:

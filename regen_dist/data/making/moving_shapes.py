@@ -39,7 +39,7 @@ from regen_dist.data.video.transcode import StreamTags, encode_frames, prepare
 from regen_dist.errors import DataError
 
 Split = Literal["all", "train", "held-out"]
-DRAWING_VERSION = 1  # raise it when the same options would show or say something else
+DRAWING_VERSION = 2  # raise it when the same options would show or say something else
 _SCENE_STREAM, _COMBINATION_STREAM = 0x7363656E, 0x636F6D62  # set the draws apart from other uses of a seed
 _BT601 = 6  # colour matrix, primaries and transfer: what RGB is turned into without being told
 _MAX_HELD_OUT = 0.5
@@ -50,7 +50,8 @@ class SyntheticOptions:
     """Options of `regen shards synthetic`.
 
     `number` clips of a `split`, drawn by `seed`; `side` in pixels, `crf` x264's constant rate factor,
-    `held_out_share` of all combinations. A shard is closed at `samples_per_shard` or `shard_mb` megabytes.
+    `held_out_share` of all combinations, over `backgrounds` alone. A shard is closed at `samples_per_shard` or
+    `shard_mb` megabytes.
     """
 
     number: int
@@ -61,6 +62,7 @@ class SyntheticOptions:
     crf: int = 8
     split: Split = "all"
     held_out_share: float = 0.15
+    backgrounds: tuple[str, ...] = BACKGROUNDS
     samples_per_shard: int = 1024
     shard_mb: int = 256
 
@@ -76,6 +78,11 @@ class SyntheticOptions:
             f"--held-out-share {self.held_out_share}: must be in 0 to {_MAX_HELD_OUT}": not 0
             <= self.held_out_share
             <= _MAX_HELD_OUT,
+            f"--backgrounds {','.join(self.backgrounds)}: must be some of {', '.join(BACKGROUNDS)}, each once": (
+                not self.backgrounds
+                or not set(self.backgrounds) <= set(BACKGROUNDS)
+                or len(set(self.backgrounds)) < len(self.backgrounds)
+            ),
             f"--samples-per-shard {self.samples_per_shard}: must be above 0": self.samples_per_shard < 1,
             f"--shard-mb {self.shard_mb}: must be above 0": self.shard_mb < 1,
         }
@@ -154,7 +161,7 @@ def describe(number: int, options: SyntheticOptions) -> tuple[Scene, str]:
         **_combination(number, options)._asdict(),
         size=list(SIZES)[int(size * len(SIZES))],
         speed=list(SPEEDS)[int(speed * len(SPEEDS))],
-        background=BACKGROUNDS[int(background * len(BACKGROUNDS))],
+        background=options.backgrounds[int(background * len(options.backgrounds))],
     )
     scene = place(attributes, options.side, options.frames, draws=(radius, length, x, y), turn=int(turn * TURNS))
     return scene, caption(attributes, int(wording * WORDINGS))

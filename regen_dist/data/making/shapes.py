@@ -31,9 +31,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (255, 105, 185),
 }
 # Radius of the circle of the same area, as a share of the frame's side.
-SIZES = {"small": 0.12, "medium": 0.155, "large": 0.19}
+SIZES = {"small": 0.17, "medium": 0.2, "large": 0.24}
 # Length of the whole path, as a share of the frame's side: from, to.
-SPEEDS = {"slow": (0.16, 0.20), "fast": (0.36, 0.42)}
+SPEEDS = {"slow": (0.11, 0.13), "fast": (0.19, 0.22)}
 _SLANT = sqrt(0.5)
 # Unit vectors: x to the right, y down.
 DIRECTIONS: dict[str, tuple[float, float]] = {

@@ -103,7 +103,8 @@ def _runs(options: SyntheticOptions) -> list[Run]:
 
 def _identity(options: SyntheticOptions) -> dict[str, Any]:
     drawing = {"drawing_version": DRAWING_VERSION, "codec": "libx264", "preset": PRESET, "x264_params": X264_PARAMS}
-    return {"kind": KIND, "schema_version": SCHEMA_VERSION, "options": asdict(options) | drawing}
+    asked = asdict(options) | {"backgrounds": list(options.backgrounds)}  # as JSON has them
+    return {"kind": KIND, "schema_version": SCHEMA_VERSION, "options": asked | drawing}
 
 
 def _make_missing(store: Store, runs: Sequence[Run], options: SyntheticOptions, pool: Pool, progress: Progress) -> int:

@@ -34,8 +34,8 @@ class ValidationRows(NamedTuple):
     fps: tuple[float, ...]
 
 
-def validation_clip(config: DataConfig, *, num_frames: int) -> ClipBatch:
-    """One to four fixed clips, spread over the validation data (the training data where there is none).
+def validation_clip(config: DataConfig, *, num_frames: int, most: int = _MOST_CLIPS) -> ClipBatch:
+    """One to `most` fixed clips, spread over the validation data (the training data where there is none).
 
     First frames, stride 1, centre crop of `config.validation_size`, not mirrored. Read in this process.
 
@@ -43,7 +43,7 @@ def validation_clip(config: DataConfig, *, num_frames: int) -> ClipBatch:
         DataError: a clip cannot be read; nothing stands in for a validation clip.
     """
     dataset = open_videos(config.validation_url or config.sources[0], config)
-    number = min(_MOST_CLIPS, len(dataset))
+    number = min(most, len(dataset))
     rows = [row * len(dataset) // number for row in range(number)]
     bucket = Bucket(*(config.validation_size or config.sizes[0]), num_frames)
     clips = [_clip(dataset, row, bucket, config.short_side) for row in rows]

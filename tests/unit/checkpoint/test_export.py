@@ -72,6 +72,19 @@ def test_an_export_decodes_as_its_run_does(tmp_path: Path, changes: dict[str, An
     assert other.statistics is None
 
 
+@pytest.mark.parametrize(
+    "changes", [{"model__conditioning__kind": "in_context"}, {"model__conditioning__time": "learned"}], ids=str
+)
+def test_an_export_is_of_its_runs_variant(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The config that is stored says of which; there is no linear code here. Frames are close and not equal: where
+    weights lie in a file decides how their rows are aligned, and that how products are summed."""
+    run = saved_run(tmp_path / "runs", model__decoder__linear=False, **changes)
+    one, other = Codec.load(run.folder, device=CPU), Codec.load(_export(run), device=CPU)
+    assert one.config.model == other.config.model == run.model
+    assert {*one.model.state_dict()} == {*other.model.state_dict()}
+    torch.testing.assert_close(_frames(one), _frames(other), rtol=0, atol=1e-4)
+
+
 def test_it_can_be_stored_in_bfloat16(run: RunConfig) -> None:
     """Half the size; the values are the rounded ones, and it loads into the precision that it was trained in."""
     out = _export(run, dtype="bfloat16")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.diffusion.noise import CHUNK, Stream, gaussian, latent_gaussian, philox, uniforms
+from regen_dist.errors import DataError
 
 # Random123's known answers for Philox4x32-10 (file kat_vectors of the reference implementation).
 KNOWN_ANSWERS = [
@@ -193,3 +194,52 @@ class TestLatentNoise:
         old = gaussian(5, IDS, planes, (4, 6), channels=4, draw=3, stream=Stream.LATENT_MOTION)
         new = self._row(frames=1, channels=7, draw=3, stream=Stream.LATENT_MOTION)
         assert torch.equal(new[:, :, 0], old.transpose(1, 2).flatten(1, 2)[:, :7])
+
+
+class TestFarAway:
+    """Places, times and samples that do not fit 32 bits: no two of them share noise, and none is silently another."""
+
+    @staticmethod
+    def _frame(time: float, **changes: object) -> Tensor:
+        return gaussian(1, IDS[:1], torch.tensor([[time]], dtype=torch.float64), (4, 6), **changes)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("time", [2.0**22, 2.0**23, 2.0**31, 2.0**40])
+    def test_times_past_four_million_frames(self, time: float) -> None:
+        """Where ticks of 1/1024 of a frame pass 32 bits: another frame's noise is not met again."""
+        far = self._frame(time)
+        for near in (0.0, 2.0**22, time - 2.0**22, time - 1 / 1024, time + 1 / 1024):
+            if near != time:
+                assert (far == self._frame(near)).double().mean() < 0.05
+        assert torch.equal(far, self._frame(time))
+
+    def test_streams_stay_apart_there(self) -> None:
+        """What ticks have beyond 32 bits does not reach the stream's bits."""
+        frames = [self._frame(time, stream=stream) for time in (2.0**22, 2.0**24) for stream in Stream]
+        for place, frame in enumerate(frames):
+            assert all((frame == other).double().mean() < 0.05 for other in frames[:place])
+
+    def test_the_last_pixels_that_have_a_key(self) -> None:
+        """A corner of a frame of 65536 x 65536, four thousand million pixels; of one pixel more, nothing."""
+        last = (1 << 16) - 2
+        corner = self._frame(3.0, origin=(last - 2, last - 4))
+        assert torch.equal(
+            corner[..., 1:, 2:], gaussian(1, IDS[:1], torch.tensor([[3.0]]), (3, 4), origin=(last - 1, last - 2))
+        )
+        assert not torch.equal(corner, self._frame(3.0))
+        for origin in ((1 << 16, 0), (0, (1 << 16) - 5), (-1, 0)):
+            with pytest.raises(DataError, match="rows and columns from 0 to 65535"):
+                self._frame(3.0, origin=origin)
+
+    def test_samples_past_32_bits(self) -> None:
+        ids = torch.tensor([5, 5 + 2**32, 5 + 2**40, 2**62])
+        noise = gaussian(1, ids, torch.zeros(4, 1), (16, 16))
+        for place in range(4):
+            assert torch.equal(gaussian(1, ids[place, None], torch.zeros(1, 1), (16, 16))[0], noise[place])
+            assert all((noise[place] == noise[other]).double().mean() < 0.01 for other in range(place))
+
+    def test_latent_frames_past_a_million(self) -> None:
+        """Planes of a row are keyed by whole frames, 1024 ticks each."""
+        planes = torch.tensor([[2**22 - 1, 2**22, 2**22 + 1]]).expand(3, -1)
+        noise = gaussian(5, IDS, planes, (4, 6), channels=4, stream=Stream.LATENT_ROW)
+        row = latent_gaussian(5, IDS, 1, 4, (4, 6))
+        assert all((noise[:, :, place] == row[:, :, 0]).double().mean() < 0.05 for place in range(3))

@@ -51,6 +51,21 @@ def test_statistics_of_what_was_measured_are_taken_out() -> None:
         torch.testing.assert_close(values.std(1, correction=0), torch.ones(CHANNELS), atol=1e-5, rtol=0)
 
 
+def test_without_whitening_channels_keep_their_proportions() -> None:
+    """And the mean square over all of them is one, as with it; between lies what is between."""
+    content, motion = (part * (1 + torch.arange(CHANNELS)[:, None, None]) for part in _latents(1, 16))
+    statistics = LatentStatistics(LatentSpread.of(Latents(content[:, 0], motion[:, 0])), None, {})
+    frames = {share: LatentScale(statistics, share).normalise(content, motion).frames for share in (0.0, 0.5, 1.0)}
+    std = {share: each.transpose(0, 1).flatten(1).std(1) for share, each in frames.items()}
+    own = content.flatten(0, 1).transpose(0, 1).flatten(1).std(1)
+    for share, of in std.items():
+        torch.testing.assert_close(of / of[0], (own / own[0]) ** (1 - share), rtol=0.05, atol=0)
+        torch.testing.assert_close(of.square().mean(), torch.tensor(1.0), rtol=0.05, atol=0)
+    for share, each in frames.items():
+        back = LatentScale(statistics, share).restore(NormalisedLatents(each))
+        torch.testing.assert_close(back[0].motion, motion[:, 0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_restoring_undoes_it(dtype: torch.dtype) -> None:
     """Clip by clip the latents that came in, from what a cache stores, too."""

@@ -259,6 +259,10 @@ def _shapes(model: ModelConfig) -> dict[str, Any]:
         {"decoder__width": 64},
         {"decoder__blocks": 3},
         {"conditioning__width": 8},
+        {"conditioning__time": "learned"},
+        {"conditioning__kind": "in_context"},
+        {"decoder__linear": False},
+        {"kind": "magvit2", "decoder__linear": False},
         {"latent__channels": 4},
         {"encoder__out_blocks": 2},
     ],
@@ -269,6 +273,13 @@ def test_a_model_is_another_where_its_parameters_are(changes: dict[str, Any]) ->
     plain, changed = tiny_model(kind=changes.get("kind", "regen")), tiny_model(**changes)
     same = _shapes(plain) == _shapes(changed)
     assert (runs.parameter_keys(plain) == runs.parameter_keys(changed)) == same
+
+
+def test_latents_in_context_take_no_other_setting_of_conditioning() -> None:
+    plain = tiny_model(conditioning__kind="in_context")
+    changed = tiny_model(conditioning={"kind": "in_context", "width": 8, "layers": 1, "time": "learned"})
+    assert _shapes(plain) == _shapes(changed)
+    assert runs.parameter_keys(plain) == runs.parameter_keys(changed)
 
 
 def test_a_damaged_checkpoint_is_a_note(tmp_path: Path) -> None:

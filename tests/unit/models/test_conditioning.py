@@ -1,4 +1,4 @@
-"""Latent conditioning: real-valued time, the first-frame rule."""
+"""Latent conditioning: real-valued time, by a SIREN or by learned vectors; the first-frame rule."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from regen_dist.models import Latents
-from regen_dist.models.conditioning import LatentConditioning
+from regen_dist.models.conditioning import LatentConditioning, TimeTable
 from tests.helpers.tiny import tiny_model
 
+TIMES = ["siren", "learned"]
 
-def _conditioning(k: int = 8, rule: bool = True) -> LatentConditioning:
+
+def _conditioning(k: int = 8, rule: bool = True, time: str = "siren") -> LatentConditioning:
     torch.manual_seed(0)
-    return LatentConditioning(tiny_model(k, conditioning__first_frame_rule=rule)).eval()
+    return LatentConditioning(tiny_model(k, conditioning__first_frame_rule=rule, conditioning__time=time)).eval()
 
 
 def _latents(seed: int = 0) -> Latents:
@@ -31,22 +33,24 @@ def test_shape() -> None:
     assert _at(_conditioning(), _latents(), [0.0, 1.5, 8.0]).shape == (2, 3, 3, 4, 32)
 
 
-def test_an_image_and_the_first_frame_of_a_clip_are_conditioned_alike() -> None:
+@pytest.mark.parametrize("time", TIMES)
+def test_an_image_and_the_first_frame_of_a_clip_are_conditioned_alike(time: str) -> None:
     """First-frame rule: at t = 0 C_e does not depend on the motion latent, so image and clip agree; without the rule
     they do not; later frames do depend on it."""
     clip = _latents()
     image = Latents(clip.content, torch.zeros_like(clip.motion))
-    ruled, free = _conditioning(rule=True), _conditioning(rule=False)
+    ruled, free = _conditioning(rule=True, time=time), _conditioning(rule=False, time=time)
     assert torch.equal(_at(ruled, clip, [0.0]), _at(ruled, image, [0.0]))
     torch.testing.assert_close(_at(ruled, clip, [0.0, 1, 2])[:, :1], _at(ruled, image, [0.0]))
     assert not torch.allclose(_at(free, clip, [0.0]), _at(free, image, [0.0]), atol=1e-2)
     assert not torch.allclose(_at(ruled, clip, [1.0]), _at(ruled, image, [1.0]), atol=1e-2)
 
 
+@pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("moment", [0.0, 1.0, 2.5, 8.0])
-def test_continuous_in_time(moment: float) -> None:
+def test_continuous_in_time(moment: float, time: str) -> None:
     """C_e has no jump: at the first frame, where the motion latent fades in, at frames, between and at the end."""
-    conditioning, latents, step = _conditioning(), _latents(), 1e-3
+    conditioning, latents, step = _conditioning(time=time), _latents(), 1e-3
     near = _at(conditioning, latents, [moment - step, moment, moment + step])
     frames = _at(conditioning, latents, [0.0, 1.0])
     frame_change = (frames[:, 1] - frames[:, 0]).abs().max()
@@ -54,9 +58,10 @@ def test_continuous_in_time(moment: float) -> None:
     assert near.diff(dim=1).abs().max() < 20 * step * frame_change
 
 
-def test_times_are_coordinates_and_not_places_in_a_list() -> None:
+@pytest.mark.parametrize("time", TIMES)
+def test_times_are_coordinates_and_not_places_in_a_list(time: str) -> None:
     """Any subset of the frames, in any order, gets the rows of the full C_e."""
-    conditioning, latents = _conditioning(), _latents()
+    conditioning, latents = _conditioning(time=time), _latents()
     full = _at(conditioning, latents, [float(t) for t in range(9)])
     for subset in ([0, 2, 5], [7, 1], [3]):
         torch.testing.assert_close(_at(conditioning, latents, [float(t) for t in subset]), full[:, subset])
@@ -80,3 +85,39 @@ def test_cells_are_conditioned_by_their_own_latents_alone() -> None:
     different = (_at(conditioning, latents, [3.0]) - _at(conditioning, other, [3.0])).abs().amax((0, 1, 4)) > 1e-4
     assert different[0, 0]
     assert different.sum() == 1
+
+
+@torch.no_grad()
+def test_learned_vectors_are_interpolated_between_frames_and_held_beyond_them() -> None:
+    """At a frame its own vector, bit for bit."""
+    torch.manual_seed(0)
+    table = TimeTable(8, 16)
+    frames = table(torch.arange(9.0)[None])[0]
+    assert torch.equal(frames, table.vectors)
+    found = table(torch.tensor([[2.25, 7.5, 8.0, 9.5, -0.5]]))[0]
+    torch.testing.assert_close(found[0], 0.75 * frames[2] + 0.25 * frames[3])
+    torch.testing.assert_close(found[1], (frames[7] + frames[8]) / 2)
+    assert torch.equal(found[2:], frames[[8, 8, 0]])
+
+
+def test_learned_time_differs_from_the_siren_in_its_first_layer_alone() -> None:
+    """The layers behind it have the same shapes and, from one seed of their own, do the same."""
+    siren, learned = _conditioning(), _conditioning(time="learned")
+    shapes = [{name: each.shape for name, each in model.named_parameters()} for model in (siren, learned)]
+    assert {name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name)} == {
+        "wave.weight", "wave.bias", "wave.vectors",
+    }  # fmt: skip
+    rest = {name: each for name, each in siren.state_dict().items() if not name.startswith("wave.")}
+    learned.load_state_dict(rest, strict=False)
+    learned.wave = siren.wave
+    times = [0.0, 1.5, 8.0]
+    assert torch.equal(_at(learned, _latents(), times), _at(siren, _latents(), times))
+
+
+@torch.no_grad()
+def test_both_times_begin_as_large() -> None:
+    """What the layers behind them take has the spread of a sine's values, whichever it is."""
+    torch.manual_seed(0)
+    for time in TIMES:
+        wave = LatentConditioning(tiny_model(8, conditioning__time=time, conditioning__width=256)).wave
+        assert 0.5 < wave(torch.arange(9.0)[None]).std() < 0.8

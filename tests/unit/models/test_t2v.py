@@ -14,7 +14,7 @@ from regen_dist.config import load_config
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.errors import DataError
 from regen_dist.models import TextToVideo, build_model
-from regen_dist.models.t2v import fold_latents, token_positions, unfold_latents
+from regen_dist.models.t2v import fold_latents, frame_places, token_positions, unfold_latents
 from tests.helpers.tiny import tiny_t2v_model, wake
 
 TEXT, TOKENS = 12, 5
@@ -51,6 +51,27 @@ def test_tokens_fold_and_unfold() -> None:
     assert tokens.shape == (2, 4 * 2 * 3, 32)
     assert torch.equal(tokens[0, 4].view(8, 2, 2), x[0, :, 0, 2:4, 2:4])  # frame 0, second row, second column
     assert torch.equal(unfold_latents(tokens, (4, 2, 3)), x)
+
+
+def test_places_are_shares_of_the_frame() -> None:
+    """The middle of a frame is told alike at any size and in every latent frame, corners are not."""
+    small, large = (frame_places(grid, torch.device("cpu")).view(*grid, -1) for grid in ((2, 3, 5), (4, 9, 15)))
+    torch.testing.assert_close(small[0, 1, 2], large[3, 4, 7])
+    assert torch.equal(small[0], small[1])
+    assert len({tuple(place.tolist()) for place in small[0].flatten(0, 1)}) == 15
+
+
+def test_a_token_knows_where_in_its_frame_it_lies() -> None:
+    """Equal tokens everywhere: without places, positions that are only relative leave them nearly alike."""
+    model, (x, t, text, mask) = _model(), _inputs(frames=2)
+    velocity = model(torch.ones_like(x), t, text, mask)
+    corners = velocity[:, :, 0, :2, :2] - velocity[:, :, 0, 2:, 4:]
+    with torch.no_grad():
+        model.place.project.weight.zero_()
+        model.place.project.bias.zero_()
+    velocity = model(torch.ones_like(x), t, text, mask)
+    without = velocity[:, :, 0, :2, :2] - velocity[:, :, 0, 2:, 4:]
+    assert corners.abs().mean() > 3 * without.abs().mean()
 
 
 def test_content_and_motion_of_a_clip_are_at_one_place() -> None:

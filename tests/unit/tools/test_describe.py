@@ -19,7 +19,10 @@ from tools.describe.video import Video
 
 ROOT = Path(__file__).parents[3]
 NOT_RUNS = ("base", "cluster", "pipelines", "preencode")  # fragments, places to run at, jobs after jobs, caches
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in NOT_RUNS)
+LISTS = ("compression_clips.yaml",)  # of test clips
+CONFIGS = sorted(
+    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in NOT_RUNS and path.name not in LISTS
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -65,6 +68,19 @@ def test_json_holds_what_the_tables_say(capsys: pytest.CaptureFixture[str]) -> N
     assert facts["world_size"] * facts["clips_per_gpu"] == 8
     assert facts["cost"]["communication_s"] == sum(facts["sent_bytes_per_gpu_and_step"].values()) / 450e9
     assert math.isclose(facts["compression"], 12 * 9)
+
+
+def test_latents_in_context_are_tokens_of_the_decoder() -> None:
+    """Two latent frames of 4 x 4 cells beside the clip's 9; the other variants leave the tokens as they are."""
+    path, expected = ROOT / "configs/embedder/nano.yaml", {"kind=in_context": 11 * 16, "time=learned": 9 * 16}
+    for variant, tokens in expected.items():
+        facts = gather(load_config(path, [*NANO_AT_8, f"model.conditioning.{variant}"]), 2)
+        assert facts["tokens_per_clip"] == tokens
+
+
+def test_parts_that_are_not_built_are_not_described() -> None:
+    facts = gather(load_config(ROOT / "configs/embedder/nano.yaml", [*NANO_AT_8, "model.decoder.linear=false"]), 2)
+    assert {*facts["parameters"], *facts["forward_flops_per_clip"]} == {"encoder", "conditioning", "decoder", "total"}
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused() -> None:

@@ -93,3 +93,15 @@ def test_validation_and_saving_are_not_training_time(clock: Clock) -> None:
     figures = meter.read(0.1, RESULT)
     assert figures["step_s"] == pytest.approx(2.0)
     assert figures["loss"] == 2.0
+
+
+def test_cpu_time_is_counted_without_pauses(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Clock()
+    monkeypatch.setattr(time, "process_time", cpu)
+    meter = Meter(Ranks(), clips_per_step=1, peak_tflops=1.0)
+    for _ in range(2):
+        _step(meter, clock, [1.0], wait_s=1.0, work_s=1.0)
+        cpu.now += 1.5
+    with meter.paused():
+        cpu.now += 100.0
+    assert meter.read(lr=0.1, result=RESULT)["cpu_step_s"] == pytest.approx(1.5)

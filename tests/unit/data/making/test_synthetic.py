@@ -295,14 +295,18 @@ def test_different_clips_have_different_keys() -> None:
         replace(SMALL, crf=0),
         replace(SMALL, split="train"),
         replace(SMALL, held_out_share=0.2),
+        replace(SMALL, backgrounds=("black", "grey")),
     ]
-    assert len({SMALL.content, *(other.content for other in others)}) == 8
+    assert len({SMALL.content, *(other.content for other in others)}) == 9
     assert replace(SMALL, number=99, samples_per_shard=7, shard_mb=3).content == SMALL.content
 
 
 def test_wrong_options_are_told_at_once() -> None:
     with pytest.raises(DataError, match=r"--number 0.*--side 33.*--frames 1.*--crf 60.*--held-out-share 0\.9"):
         SyntheticOptions(number=0, seed=0, side=33, frames=1, crf=60, held_out_share=0.9)
+    for wrong in ((), ("pink",), ("grey", "grey")):
+        with pytest.raises(DataError, match=r"--backgrounds .*must be some of black, grey"):
+            SyntheticOptions(number=1, seed=0, backgrounds=wrong)
     with pytest.raises(DataError, match="no combination is left"):
         SyntheticOptions(number=1, seed=0, split="held-out", held_out_share=0)
     with pytest.raises(DataError, match=r"--task 3/3: must be one of 0/3 to 2/3"):
@@ -312,10 +316,12 @@ def test_wrong_options_are_told_at_once() -> None:
 def test_the_command(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     command = ["synthetic", "--out", out, "--number", "6", "--seed", "3", "--side", "32", "--frames", "5"]
-    command += ["--split", "held-out", "--samples-per-shard", "3", "--workers", "0"]
+    command += ["--split", "held-out", "--samples-per-shard", "3", "--workers", "0", "--backgrounds", "black,white"]
     assert "1 shards made; 3 samples are left to other tasks" in run(*command, "--task", "1/2")
     assert "6 samples, 1 s of video" in run(*command, "--task", "0/2")
     assert "2 shards (0 made now)" in run(*command)
+    captions = open_dataset(out).table()["caption"].to_pylist()
+    assert {parse_caption(text).background for text in captions} <= {"black", "white"}
     held_out = set(split_combinations(0.15)[1])
     for text in open_dataset(out).table()["caption"].to_pylist():
         said = parse_caption(text)

@@ -1,0 +1,1 @@
+"""What encoding and decoding a clip costs, beside the codecs that a user would take instead: `regen bench codec`."""

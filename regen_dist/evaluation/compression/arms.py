@@ -1,0 +1,140 @@
+"""The arms of the comparison: what each trains, beside what it stands, and what the paper says.
+
+An arm is an ordinary run with other overrides of one config, so encoder, latents, data and optimizer are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from regen_dist.config import RunConfig
+from regen_dist.errors import ConfigError
+
+Kind = Literal["regen", "magvit2"]
+KINDS: tuple[Kind, ...] = ("regen", "magvit2")
+COMPRESSIONS = (4, 8, 16, 32)
+ABLATED = 16  # the temporal compression at which learning rates are tuned and variants are compared
+
+STEPS = (1, 2, 4, 8)
+
+_FULL = ("model.decoder.attention.pattern=full", "model.decoder.attention.backend=sdpa")
+_NO_LINEAR = ("model.decoder.linear=false",)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run. `against` is the arm that it differs from in one thing only."""
+
+    kind: Kind
+    k: int
+    variant: str = ""
+    changes: tuple[str, ...] = ()
+    what: str = ""
+    against: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of its run."""
+        return f"{self.kind}-k{self.k}" + (f"-{self.variant}" if self.variant else "")
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables and pictures."""
+        kind = "REGEN" if self.kind == "regen" else "MAGVIT-v2"
+        return f"{kind}, k = {self.k}" + (f", {self.what}" if self.what else "")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Sampling steps that it is measured at: variants, and the baseline that has no others, decode in one."""
+        return STEPS if self.kind == "regen" and not self.variant else STEPS[:1]
+
+    def overrides(self, base: RunConfig) -> list[str]:
+        """What sets it apart from the config that all start from.
+
+        Raises:
+            ConfigError: that config has too few stages for this temporal compression.
+        """
+        stages = stages_of(base, self.k)
+        return [
+            f"name={self.name}",
+            f"model.kind={self.kind}",
+            f"model.temporal_compression={self.k}",
+            f"model.encoder.stages={json.dumps(stages)}",
+            *self.changes,
+        ]
+
+
+VARIANTS = (
+    Arm("regen", ABLATED, "full", _FULL, "full attention", f"regen-k{ABLATED}"),
+    Arm(
+        "regen", ABLATED, "learned_time", ("model.conditioning.time=learned",), "learned time embedding",
+        f"regen-k{ABLATED}",
+    ),
+    Arm(
+        "regen", ABLATED, "no_first_frame_rule", ("model.conditioning.first_frame_rule=false",),
+        "without the first-frame rule", f"regen-k{ABLATED}",
+    ),
+    Arm("regen", ABLATED, "no_linear", _NO_LINEAR, "without the linear code", f"regen-k{ABLATED}"),
+    Arm("magvit2", ABLATED, "no_linear", _NO_LINEAR, "without the linear code", f"magvit2-k{ABLATED}"),
+    Arm(
+        "regen", ABLATED, "full-no_linear", (*_FULL, *_NO_LINEAR), "full attention, without the linear code",
+        f"regen-k{ABLATED}-no_linear",
+    ),
+    Arm(
+        "regen", ABLATED, "in_context-no_linear", ("model.conditioning.kind=in_context", *_FULL, *_NO_LINEAR),
+        "latents in context, full attention, without the linear code", f"regen-k{ABLATED}-full-no_linear",
+    ),
+)  # fmt: skip
+
+# Over the baseline in one step, dB of PSNR: the paper's margins on MCL-JCV.
+MARGIN_TARGETS_DB = {8: 3.6, 16: 3.8, 32: 5.7}
+# At twice the training resolution, over latents in context (the paper's conditioning ablation has 29.41 and 23.39 dB).
+IN_CONTEXT_TARGET_DB = 6.0
+CONTENT_AWARE, IN_CONTEXT = f"regen-k{ABLATED}-full-no_linear", f"regen-k{ABLATED}-in_context-no_linear"
+# One-step PSNR in dB, (baseline, REGEN); at k = 4 of videos of 512x512.
+PAPER_DB = {
+    "MCL-JCV": {8: (29.14, 32.74), 16: (26.62, 30.41), 32: (22.97, 28.71)},
+    "DAVIS": {8: (24.75, 29.34), 16: (21.21, 26.27), 32: (18.23, 23.49)},
+    "512x512": {4: (31.49, 32.94)},
+}
+
+
+def all_arms() -> Iterator[Arm]:
+    """Both kinds at every temporal compression, then the variants."""
+    yield from (Arm(kind, k) for k in COMPRESSIONS for kind in KINDS)
+    yield from VARIANTS
+
+
+def chosen_arms(pattern: str) -> list[Arm]:
+    """The arms whose whole name a regular expression matches.
+
+    Raises:
+        ConfigError: it is none, or matches none.
+    """
+    try:
+        found = [arm for arm in all_arms() if re.fullmatch(pattern, arm.name)]
+    except re.error as error:
+        raise ConfigError(f"--arms {pattern!r} is no regular expression: {error}") from error
+    if not found:
+        names = ", ".join(arm.name for arm in all_arms())
+        raise ConfigError(f"--arms {pattern!r} matches no arm; there are {names}")
+    return found
+
+
+def stages_of(base: RunConfig, k: int) -> list[dict[str, int]]:
+    """The first stages of the config's encoder, so many as make the temporal compression k.
+
+    Raises:
+        ConfigError: there are too few, or one of them keeps the frames.
+    """
+    number, stages = k.bit_length() - 1, base.model.encoder.stages
+    if len(stages) < number or any(stage.temporal == 1 for stage in stages[:number]):
+        raise ConfigError(
+            f"model.encoder.stages has {len(stages)} stages; an encoder of k = {k} is made of the first {number}, each "
+            "with temporal: 2"
+        )
+    return [stage.model_dump() for stage in stages[:number]]

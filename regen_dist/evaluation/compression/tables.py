@@ -1,0 +1,246 @@
+"""The tables of the comparison, out of its JSON: for the page and, as Markdown, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from regen_dist.evaluation.compression.arms import (
+    ABLATED,
+    CONTENT_AWARE,
+    IN_CONTEXT,
+    IN_CONTEXT_TARGET_DB,
+    MARGIN_TARGETS_DB,
+    PAPER_DB,
+    VARIANTS,
+)
+from regen_dist.evaluation.compression.measuring import DOUBLE, OTHER, TRAINED
+
+Facts = Mapping[str, Any]
+MET, MISSED = "✓", "✗ missed"
+_MEASURES = ("PSNR dB", "SSIM", "VMAF", "Fréchet")
+_SIZES = (TRAINED, DOUBLE, OTHER)
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` are texts; `ours` the numbers of the rows that stand out."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    ours: frozenset[int] = frozenset()
+
+
+def tables(facts: Facts) -> list[Table]:
+    """All tables that the arms which were trained can fill."""
+    made = [_headline(facts), _variants(facts), _steps(facts), _sizes(facts), _between(facts), _cost(facts)]
+    return [table for table in made if table.rows]
+
+
+def markdown(facts: Facts) -> str:
+    """The tables as Markdown, with the targets that are missed."""
+    parts = [f"`{facts['command']}`, {facts['minutes_per_arm']:g} minutes of one core an arm."]
+    parts += [_markdown(table) for table in tables(facts)]
+    missed = facts["missed"]
+    parts.append("Missed: " + "; ".join(missed) + "." if missed else "No target that was measured is missed.")
+    parts += [f"Not measured: {each}." for each in not_measured(facts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    rule = ["---", *["---:"] * (len(table.columns) - 1)]
+    lines = ["| " + " | ".join(row) + " |" for row in (table.columns, rule, *table.rows)]
+    return "\n".join([f"### {table.title}", "", *lines, *(["", table.note] if table.note else [])])
+
+
+def psnr_db(facts: Facts, arm: str, size: str = TRAINED, steps: int = 1) -> float | None:
+    """Of an arm; None where it was not trained."""
+    found = facts["arms"].get(arm)
+    return None if found is None else found["measures"][size][str(steps)]["psnr_db"]
+
+
+def margin_db(facts: Facts, arm: str, other: str, size: str = TRAINED) -> float | None:
+    """One-step PSNR of an arm less that of another; None where one was not trained."""
+    a, b = (psnr_db(facts, name, size) for name in (arm, other))
+    return None if a is None or b is None else a - b
+
+
+def margins(facts: Facts) -> dict[str, Any]:
+    """Each target beside what was reached: `margin_db` (None where an arm is missing), `target_db`, `met`."""
+    found = {
+        f"k = {k}": (margin_db(facts, f"regen-k{k}", f"magvit2-k{k}"), MARGIN_TARGETS_DB.get(k)) for k in _ks(facts)
+    }
+    in_context = margin_db(facts, CONTENT_AWARE, IN_CONTEXT, DOUBLE)
+    found["over latents in context, at twice the resolution"] = (in_context, IN_CONTEXT_TARGET_DB)
+    return {
+        name: {"margin_db": margin, "target_db": target, "met": None if target is None else margin >= target}
+        for name, (margin, target) in found.items()
+        if margin is not None
+    }
+
+
+def missed(facts: Facts) -> list[str]:
+    """Targets that are measured and not met, in words."""
+    return [
+        f"{name}: {each['margin_db']:+.2f} dB, the target is {each['target_db']:+.1f} dB"
+        for name, each in margins(facts).items()
+        if each["met"] is False
+    ] + _not_growing(facts)
+
+
+def _not_growing(facts: Facts) -> list[str]:
+    """The margin over the baseline is to grow with k."""
+    found = [(k, margin_db(facts, f"regen-k{k}", f"magvit2-k{k}")) for k in sorted(MARGIN_TARGETS_DB)]
+    known = [(k, margin) for k, margin in found if margin is not None]
+    falls = [(a, b) for a, b in pairwise(known) if b[1] <= a[1]]
+    return [f"the margin does not grow from k = {a[0]} to k = {b[0]}" for a, b in falls]
+
+
+def _ks(facts: Facts) -> list[int]:
+    return sorted({arm["k"] for arm in facts["arms"].values()})
+
+
+def _headline(facts: Facts) -> Table:
+    rows: list[list[str]] = []
+    ours: set[int] = set()
+    for k in _ks(facts):
+        margin, target = margin_db(facts, f"regen-k{k}", f"magvit2-k{k}"), MARGIN_TARGETS_DB.get(k)
+        for kind in ("magvit2", "regen"):
+            if (arm := facts["arms"].get(f"{kind}-k{k}")) is None:
+                continue
+            if kind == "regen":
+                ours.add(len(rows))
+            end = _against(margin, target) if kind == "regen" else ["", "", ""]
+            rows.append([arm["label"], *_quality(arm["measures"][TRAINED]["1"]), *end, _paper(k, kind == "regen")])
+    columns = ["one step, training resolution", *_MEASURES, "over the baseline", "target", "", "paper, MCL-JCV / DAVIS"]
+    note = (
+        "PSNR is the mean over stretches; the frames that whole clips of k + 1 cover differ a little between k. The "
+        "paper's figures are of other videos, models and sizes: what compares is the margin."
+    )
+    return Table("REGEN beside the baseline", columns, rows, note, frozenset(ours))
+
+
+def _against(margin: float | None, target: float | None) -> list[str]:
+    if margin is None:
+        return ["", "" if target is None else f"≥ {target:+.1f}", ""]
+    verdict = "" if target is None else MET if margin >= target else MISSED
+    return [f"{margin:+.2f} dB", "" if target is None else f"≥ {target:+.1f} dB", verdict]
+
+
+def _paper(k: int, ours: bool) -> str:
+    figures = [PAPER_DB[name].get(k) for name in ("MCL-JCV", "DAVIS")]
+    return " / ".join(f"{pair[ours]:.2f}" for pair in figures if pair is not None)
+
+
+def _quality(found: Facts) -> list[str]:
+    digits = {"psnr_db": 2, "ssim": 3, "vmaf": 1, "frechet": 1}
+    return ["–" if found[name] is None else f"{found[name]:.{number}f}" for name, number in digits.items()]
+
+
+def _steps(facts: Facts) -> Table:
+    rows = [
+        [arm["label"], steps, *_quality(found)]
+        for arm in facts["arms"].values()
+        if len(arm["measures"][TRAINED]) > 1 and not arm["against"]
+        for steps, found in arm["measures"][TRAINED].items()
+    ]
+    return Table("More steps, training resolution", ["decoder", "steps", *_MEASURES], rows)
+
+
+def _sizes(facts: Facts) -> Table:
+    shown = {name: f"{size['crop'][0]}×{size['crop'][1]}" for name, size in facts["sizes"].items()}
+    rows = [
+        [arm["label"], f"{name}, {shown[name]}", *_quality(arm["measures"][name]["1"])]
+        for arm in facts["arms"].values()
+        for name in _SIZES
+    ]
+    return Table("Sizes that were never trained on, one step", ["decoder", "size", *_MEASURES], rows)
+
+
+def _variants(facts: Facts) -> Table:
+    rows = []
+    for variant in VARIANTS:
+        if variant.name not in facts["arms"]:
+            continue
+        figures = [_db(psnr_db(facts, variant.name, size)) for size in _SIZES]
+        changes = [_signed(margin_db(facts, variant.name, variant.against, size)) for size in _SIZES]
+        against = facts["arms"].get(variant.against, {}).get("label", variant.against)
+        rows.append([variant.label, against, *(f"{a} ({b})" for a, b in zip(figures, changes, strict=True))])
+    columns = ["variant", "differs in one thing from", *(f"{size}: PSNR dB (change)" for size in _SIZES)]
+    return Table(f"Variants at k = {ABLATED}, one step", columns, rows, _in_context(facts))
+
+
+def _in_context(facts: Facts) -> str:
+    margin = margin_db(facts, CONTENT_AWARE, IN_CONTEXT, DOUBLE)
+    if margin is None:
+        return ""
+    shown, target, verdict = _against(margin, IN_CONTEXT_TARGET_DB)
+    return (
+        f"Content-aware positions over latents in context, at twice the training resolution: {shown}, the target is "
+        f"{target} {verdict} (the paper: +6.02 dB)."
+    )
+
+
+def _between(facts: Facts) -> Table:
+    rows = []
+    for arm in facts["arms"].values():
+        found = arm["measures"]["between"]
+        ways = [_db(found.get(f"{way}_db")) for way in ("decoded", "decoded_then_blended", "blended")]
+        rows.append([arm["label"], f"{found['clips']}", *ways])
+    columns = ["decoder", "clips", "decoded at half times", "decoded, then blended", "the source's neighbours blended"]
+    note = (
+        "Every second of 2k + 1 frames is encoded; PSNR in dB of those that were not, training resolution, one step. "
+        "The last column has the source's own frames, which no decoder has."
+    )
+    return Table("Between frames", columns, [row for row in rows if row[1] != "0"], note)
+
+
+def _cost(facts: Facts) -> Table:
+    columns = [
+        "decoder", "learning rate", "steps", "core seconds", "seconds by the clock", "training TFLOP", "parameters",
+        "GFLOP to decode a clip",
+    ]  # fmt: skip
+    return Table("What each arm took", columns, list(_cost_rows(facts)), _tuning(facts))
+
+
+def _cost_rows(facts: Facts) -> Iterator[list[str]]:
+    for arm in facts["arms"].values():
+        training = arm["training"]
+        parameters = sum(training["parameters"].values())
+        yield [
+            arm["label"], f"{training['lr']:.2g}", f"{training['steps']}", f"{training['cpu_seconds']:.0f}",
+            f"{training['seconds']:.0f}", f"{training['flops'] / 1e12:.1f}", f"{parameters / 1e6:.2f} M",
+            f"{training['decode_flops'] / 1e9:.2f}",
+        ]  # fmt: skip
+
+
+def _tuning(facts: Facts) -> str:
+    told = []
+    for kind, found in facts["tuning"].items():
+        tried = ", ".join(f"{each['lr']:.2g}: {each['psnr_db']:.2f} dB" for each in found["tried"])
+        told.append(
+            f"{kind} {found['lr']:.2g}" + (f" (tried {tried}{'; at the edge' * found['at_edge']})" if tried else "")
+        )
+    return "Learning rates, chosen on held-out video of the training film: " + "; ".join(told) + "."
+
+
+def _db(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
+
+
+def not_measured(facts: Facts) -> list[str]:
+    """What could not be measured, and why."""
+    return [
+        f"{arm['label']}, {size}: {note}"
+        for arm in facts["arms"].values()
+        for size in _SIZES
+        for note in arm["measures"][size]["1"]["notes"]
+    ]

@@ -1,0 +1,76 @@
+"""What rank processes found (`tools/bench/step_rank.py`): the price of sharding, and memory beside its estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from regen_dist.config import AnyRunConfig, RunConfig
+from regen_dist.evaluation.data_speed.turns import spread
+from regen_dist.models.accounting import Account, account, account_row
+from regen_dist.models.memory import memory_bytes
+
+CPU_TARGET, MEMORY_TARGET = 1.3, 0.1
+Found = Mapping[str, Any]  # of one rank
+Job = Sequence[Found]  # of all ranks of a start
+
+
+def cpu_s(job: Job) -> float:
+    """CPU seconds of a step over all ranks: the median of the steps."""
+    return median(sum(rank["steps"][step]["cpu_s"] for rank in job) for step in range(len(job[0]["steps"])))
+
+
+def wall_s(job: Job) -> float:
+    """Seconds of a step, of the slowest rank."""
+    return median(max(rank["steps"][step]["seconds"] for rank in job) for step in range(len(job[0]["steps"])))
+
+
+def compared(jobs: Mapping[str, Sequence[Job]], against: str) -> dict[str, Any]:
+    """Jobs that were started in turn, each kind beside another's of the same round.
+
+    Args:
+        jobs: by kind, one a round.
+        against: the kind that the others are divided by.
+    """
+    base = [cpu_s(job) for job in jobs[against]]
+    return {
+        "against": against,
+        "parameters": jobs[against][0][0]["parameters"],
+        "cases": {
+            kind: {"cpu_s": spread([cpu_s(job) for job in each]), "step_s": spread([wall_s(job) for job in each])}
+            for kind, each in jobs.items()
+        },
+        "cpu_ratios": {
+            kind: spread([cpu_s(job) / one for job, one in zip(each, base, strict=True)])
+            for kind, each in jobs.items()
+            if kind != against
+        },
+    }
+
+
+def memory(job: Job, config: AnyRunConfig) -> dict[str, Any]:
+    """The memory that the fullest rank of a job took, beside the estimate of `regen describe` for what is resident."""
+    terms = estimate(job[0]["sample"], config, world_size=len(job))
+    measured, estimated = max(rank["peak_bytes"] for rank in job), sum(terms.values())
+    return {"measured_bytes": measured, "estimated_bytes": estimated, "ratio": measured / estimated, "terms": terms}
+
+
+def estimate(sample: Mapping[str, Any], config: AnyRunConfig, *, world_size: int) -> dict[str, int]:
+    """The terms of the estimate for batches like `sample`."""
+    engine = config.engine
+    return memory_bytes(
+        _account(sample, config), engine, world_size=world_size, clips_per_gpu=sample["samples"], on_gpu=False
+    )
+
+
+def _account(sample: Mapping[str, Any], config: AnyRunConfig) -> Account:
+    height, width = sample["size"]
+    kept: Any = {
+        "precision": config.engine.precision,
+        "activation_checkpointing": config.engine.activation_checkpointing,
+        "sequence_parallel": config.engine.sequence_parallel,
+    }
+    if isinstance(config, RunConfig):
+        return account(config.model, (height, width), num_frames=sample["frames"], **kept)
+    return account_row(config.model, sample["frames"], (height, width), sample["text_tokens"], **kept)

@@ -1,0 +1,114 @@
+"""What an arm is measured by: sizes, clips in and out of a codec, times between frames, and measures that are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from regen_dist.config.schema import RunConfig
+from regen_dist.errors import ConfigError
+from regen_dist.evaluation.compression import measuring
+from regen_dist.evaluation.compression.clips import Stretch, TestSet
+from regen_dist.evaluation.compression.quality import Decoded, mean_psnr_db, quality
+from regen_dist.inference.codec import Codec
+from regen_dist.models import Latents, build_model
+from tests.helpers.saved import saved_run
+from tests.helpers.tiny import tiny_model, tiny_run
+from tests.helpers.video import moving_square, write_video
+
+
+def _config(**changes: Any) -> RunConfig:
+    return tiny_run(data__short_side=48, **changes)
+
+
+def _codec(kind: str = "regen") -> Codec:
+    config = _config(model=tiny_model(kind=kind).model_dump(mode="json"))
+    torch.manual_seed(0)
+    return Codec(build_model(config.model), config, torch.device("cpu"))
+
+
+def test_sizes_follow_the_training_crop() -> None:
+    sizes = measuring.sizes_of(_config(data__size=[48, 48]))
+    assert sizes == {"training": ((48, 48), 48), "double": ((96, 96), 96), "other aspect": ((32, 72), 48)}
+    assert measuring.sizes_of(_config())["other aspect"].crop == (24, 40)
+    with pytest.raises(ConfigError, match=r"data\.short_side is None"):
+        measuring.sizes_of(tiny_run())
+
+
+def test_quality_is_of_all_stretches_and_says_what_it_lacks() -> None:
+    video = moving_square(9, 32, 32)
+    worse = np.clip(video.astype(int) + 8, 0, 255).astype(np.uint8)
+    found = quality([Decoded(video, worse), Decoded(video, video)])
+    one = mean_psnr_db([Decoded(video, worse)])
+    assert found["psnr_of_stretches_db"] == pytest.approx([one, 100.0])
+    assert found["psnr_db"] == pytest.approx((one + 100) / 2)
+    assert found["psnr_pooled_db"] == pytest.approx(one + 10 * np.log10(2), abs=1e-6)
+    assert 0.5 < found["ssim"] < 1
+    assert found["frames"] == 18
+    assert [name for name in ("vmaf", "frechet") if found[name] is None] == [
+        {"VMAF": "vmaf"}.get(note.split(":")[0], "frechet") for note in found["notes"]
+    ]
+
+
+def test_small_frames_have_no_ssim() -> None:
+    video = moving_square(3, 8, 8)
+    found = quality([Decoded(video, video)])
+    assert found["ssim"] is None
+    assert any(note.startswith("SSIM: ") for note in found["notes"])
+
+
+def test_between_frames_are_the_held_out_ones() -> None:
+    """Of a picture that brightens evenly, blending neighbours is exact."""
+    ramp = np.broadcast_to(np.arange(40, 76, 4, dtype=np.uint8)[:, None, None, None], (9, 32, 32, 3))
+    found = measuring.between(_codec(), [ramp, ramp[:8]])
+    assert found.keys() == {"clips", "decoded_db", "decoded_then_blended_db", "blended_db"}
+    assert (found["clips"], found["blended_db"]) == (1, 100.0)
+    assert measuring.between(_codec("magvit2"), [ramp]).keys() == {"clips", "decoded_then_blended_db", "blended_db"}
+    assert measuring.between(_codec(), [ramp[:8]]) == {"clips": 0}
+
+
+def test_decoding_at_half_times_is_what_is_compared() -> None:
+    """A codec that blends its two frames linearly is exact on such a picture, between the frames as on them."""
+
+    class Linear:
+        """With the interface of a codec."""
+
+        kind, temporal_compression, num_frames = "regen", 4, 5
+
+        def encode(self, clips: torch.Tensor) -> Latents:
+            return Latents(clips[:, :, 0], clips[:, :, -1])
+
+        def decode(self, latents: Latents, times: torch.Tensor, **_: Any) -> torch.Tensor:
+            along = (times / 4).float()[:, None, None]
+            return torch.lerp(latents.content[:, :, None], latents.motion[:, :, None], along)
+
+    codec: Any = Linear()
+    ramp = np.broadcast_to(np.arange(40, 76, 4, dtype=np.uint8)[:, None, None, None], (9, 16, 16, 3))
+    found = measuring.between(codec, [ramp])
+    assert found == {"clips": 1, "decoded_db": 100.0, "decoded_then_blended_db": 100.0, "blended_db": 100.0}
+
+
+def test_measures_are_kept_until_weights_or_clips_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "videos" / "a.mp4", moving_square(20, 48, 64))
+    tests = TestSet(tmp_path / "videos", (Stretch(video="a.mp4", first=0, frames=11),), "by hand")
+    config = saved_run(tmp_path, data__short_side=48)
+    sizes, kept = {"training": measuring.sizes_of(config)["training"]}, tmp_path / "kept.json"
+    found = measuring.measure_arm(config.folder, tests, sizes, kept, (1, 2))
+    assert found["training"].keys() == {"1", "2"}
+    assert found["training"]["1"]["frames"] == 10
+    with np.load(kept.with_suffix(".npz")) as frames:
+        assert {name: frames[name].shape for name in frames.files} == {
+            "training/0/source": (10, 32, 32, 3),
+            "training/0/made": (10, 32, 32, 3),
+        }
+    measured: list[Path] = []
+    monkeypatch.setattr(measuring.Codec, "load", lambda run: measured.append(run) or _codec())
+    assert measuring.measure_arm(config.folder, tests, sizes, kept, (1, 2)) == found
+    assert not measured
+    measuring.measure_arm(config.folder, tests, sizes, kept, (1, 2), fresh=True)
+    measuring.measure_arm(config.folder, tests, sizes, kept, (1,))
+    assert len(measured) == 2

@@ -1,0 +1,72 @@
+"""Convolutions of more elements than 32 bits count are done in strips, each small enough, with the same result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from regen_dist.models import Baseline, build_model, strips
+from regen_dist.models.layers import CausalConv, Frames
+from tests.helpers.tiny import clips, tiny_model, wake
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for tensors of billions of elements."""
+    monkeypatch.setattr(strips, "MOST_ELEMENTS", 2000)
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", 1500)
+
+
+@pytest.mark.parametrize(("kernel", "spatial", "temporal"), [(3, 1, 1), (3, 2, 1), (3, 2, 2), (1, 1, 1)])
+@pytest.mark.usefixtures("small_limits")
+def test_strips_give_what_one_call_gives(
+    kernel: int, spatial: int, temporal: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, of the first frame and of the others, for every shape of kernel that models have."""
+    torch.manual_seed(0)
+    conv = CausalConv(3, 4, kernel, spatial, temporal)
+    frames = Frames(torch.randn(2, 3, 26, 20, requires_grad=True), torch.randn(2, 3, 4, 26, 20, requires_grad=True))
+    calls: list[int] = []
+    rest = conv._rest
+    monkeypatch.setattr(conv, "_rest", lambda x, rows: (calls.append(x.shape[-2]), rest(x, rows))[1])
+    cut = conv(frames)
+    assert len(calls) > 3
+    assert max(calls) < 26
+    monkeypatch.setattr(strips, "MOST_ELEMENTS", 2**31 - 1)
+    whole = conv(frames)
+    assert len(calls) == calls.index(26) + 1
+    for part, other in zip(cut, whole, strict=True):
+        torch.testing.assert_close(part, other, rtol=0, atol=1e-5)
+    gradients = [torch.autograd.grad(sum(part.square().sum() for part in each), frames) for each in (cut, whole)]
+    for part, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_whole_model_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoder and the baseline's decoder: what one call of each convolution gives."""
+    torch.manual_seed(0)
+    model = build_model(tiny_model(kind="magvit2"))
+    assert isinstance(model, Baseline)
+    wake(model)
+    video = clips(1, 5, 64, 48)
+    whole, _ = model(video)
+    monkeypatch.setattr(strips, "MOST_ELEMENTS", 3000)
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", 1500)
+    torch.testing.assert_close(model(video)[0], whole, rtol=0, atol=1e-4)
+
+
+def test_at_the_real_limit_no_call_sees_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip of 17 frames of 1080x1920 at 128 channels, without storage: more than 2**32 elements."""
+    with torch.device("meta"):
+        conv, x = CausalConv(128, 128), torch.empty(1, 128, 18, 1080, 1920)
+    seen: list[Tensor] = []
+    rest = conv._rest
+    monkeypatch.setattr(conv, "_rest", lambda x, rows: (seen.append(x), rest(x, rows))[1])
+    out = conv(Frames(x[:, :, 0], x[:, :, 1:]))
+    assert out.rest is not None
+    assert out.rest.shape == (1, 128, 17, 1080, 1920)
+    assert out.rest.numel() > 2**32
+    assert len(seen) > 4
+    assert all(each.numel() < 2**31 for each in seen)

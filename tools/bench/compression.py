@@ -1,0 +1,157 @@
+"""`regen bench compression`: REGEN beside its baseline and its variants at one budget, on real video."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tools import stages
+from tools.shards.stopping import stopping_cleanly
+
+if TYPE_CHECKING:
+    from regen_dist.config import RunConfig
+    from regen_dist.evaluation.compression.arms import Arm
+    from regen_dist.evaluation.compression.clips import TestSet
+    from regen_dist.evaluation.compression.measuring import Size
+    from tools.bench.compression_runs import Runs
+
+_CONFIG = Path("configs/bench/compression.yaml")
+_VIDEOS, _FILM, _TESTS = Path("runs/videos"), "bbb.mp4", ("bikes.mp4", "carphone.mp4")
+_HELD_BACK_S = 60  # of the film's beginning: what learning rates are chosen on
+
+
+def compression(
+    config: Annotated[Path, typer.Argument(help="What every arm starts from.", metavar="[CONFIG]")] = _CONFIG,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the shards, the runs, the JSON and the page.")] = Path(
+        "runs/compression"
+    ),
+    minutes_per_arm: Annotated[float, typer.Option(help="Training time of an arm, on one core.", min=0.001)] = 10.0,
+    tests: Annotated[
+        Path | None, typer.Option(help="Folder of videos to test on, in the place of the listed clips.")
+    ] = None,
+    clips: Annotated[Path, typer.Option(help="List of the test clips.")] = Path("configs/bench/compression_clips.yaml"),
+    arms: Annotated[str, typer.Option(help="Regular expression of the arms' names.", metavar="REGEX")] = ".*",
+    at_once: Annotated[int, typer.Option(min=1, help="Arms that train side by side, one thread each.")] = 2,
+    tune: Annotated[bool, typer.Option(help="Choose the learning rate of each kind by short runs first.")] = True,
+    fresh_measures: Annotated[bool, typer.Option("--fresh-measures", help="Measure again what is measured.")] = False,
+) -> None:
+    """Train every arm for the same time, measure all on video that none was trained on, and write a page. All arms take
+    about two hours on two cores.
+
+    The same command again goes on where it stopped; what is trained and measured is not done again.
+
+    Example: regen bench compression --arms 'regen-k16|magvit2-k16' --minutes-per-arm 2
+    """
+    from rich.console import Console
+
+    from regen_dist.config import config_hash, load_embedder_config
+    from regen_dist.evaluation.compression.arms import chosen_arms
+    from regen_dist.evaluation.compression.measuring import sizes_of
+    from regen_dist.observe.hardware import describe_machine
+    from tools.bench.compression_runs import Runs
+
+    config, asked = _told_apart(config, overrides or [])
+    own = _changes(out, asked)
+    base, chosen = load_embedder_config(config, own), chosen_arms(arms)
+    sizes, loads = sizes_of(base), {"before": os.getloadavg()}
+    runs = Runs(config, tuple(own), base, out, minutes_per_arm, at_once, Console(stderr=True).print)
+    with stopping_cleanly():
+        runs.claim()
+        _make_shards(base)
+        test_set = _test_set(tests, clips)
+        runs.pace(chosen, tune=tune)
+        tuning = runs.tune(chosen, tune=tune)
+        runs.train(chosen, tuning)
+        loads["after_training"] = os.getloadavg()
+        measures = _measure(runs, chosen, test_set, sizes, fresh_measures)
+    facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}
+    facts |= {"config": str(config), "overrides": own, "config_hash": config_hash(base)}
+    facts |= {"minutes_per_arm": minutes_per_arm, "at_once": at_once, "load": loads | {"after": os.getloadavg()}}
+    facts |= {"sizes": {name: size._asdict() for name, size in sizes.items()}, "tests": test_set.facts()}
+    facts |= {"tuning": tuning}
+    facts["arms"] = {arm.name: {**runs.facts(arm), "measures": measures[arm.name]} for arm in chosen}
+    _write(out, facts, {arm.name: runs.kept(arm).with_suffix(".npz") for arm in chosen})
+
+
+def _told_apart(config: Path, overrides: Sequence[str]) -> tuple[Path, list[str]]:
+    """The config may be left out: then what stands in its place is a change to the default one."""
+    given = "=" not in str(config)
+    return config if given else _CONFIG, [*([] if given else [str(config)]), *overrides]
+
+
+def _changes(out: Path, asked: Sequence[str]) -> list[str]:
+    """To the config that every arm starts from."""
+    first = [
+        f"data.url={out}/shards",
+        f"data.validation_url={out}/tuning",
+        f"engine.precision={stages.working_precision()}",
+    ]
+    return [*first, *asked, "engine.kind=plain", f"output={out}/arms"]
+
+
+def _make_shards(base: RunConfig) -> None:
+    """Where the config's datasets are not there: of the film, all but its beginning, and its beginning."""
+    from regen_dist.data.dataset.manifest import MANIFEST
+
+    train, tuning, side = base.data.url, base.data.validation_url, base.data.short_side
+    parts = ((train, ["--start-seconds", f"{_HELD_BACK_S}"]), (tuning, ["--max-seconds", f"{_HELD_BACK_S}"]))
+    missing = [(url, part) for url, part in parts if url and "://" not in url and not (Path(url) / MANIFEST).is_file()]
+    if missing:
+        stages.run(["fetch-videos", "--out", str(_VIDEOS), "--only", _FILM])
+    for url, part in missing:
+        film = str(_VIDEOS / _FILM)
+        stages.run(["shards", "build", film, "--out", str(url), "--short-side", str(side), *part])
+
+
+def _test_set(tests: Path | None, clips: Path) -> TestSet:
+    from regen_dist.evaluation.compression.clips import find_clips, load_clips
+
+    if tests is not None:
+        return find_clips(tests)
+    stages.run(["fetch-videos", "--out", str(_VIDEOS), *(each for name in _TESTS for each in ("--only", name))])
+    return load_clips(clips, _VIDEOS)
+
+
+def _measure(runs: Runs, chosen: list[Arm], tests: TestSet, sizes: Mapping[str, Size], fresh: bool) -> dict[str, Any]:
+    """All measures of every arm, several arms side by side."""
+    from functools import partial
+
+    from regen_dist.data.pool import worker_pool
+    from regen_dist.evaluation.compression.measuring import measure_arm
+
+    found = {}
+    with worker_pool(runs.at_once) as pool:
+        threads = max(1, len(os.sched_getaffinity(0)) // runs.at_once)
+        measure = partial(measure_arm, fresh=fresh, threads=threads)
+        given = {arm: (runs.folder(arm), tests, sizes, runs.kept(arm), arm.steps) for arm in chosen}
+        for arm, measures in pool.run(measure, given.items()):
+            runs.say(f"measured: {arm.name}")
+            found[arm.name] = measures
+    return found
+
+
+def _write(out: Path, facts: dict[str, Any], kept: Mapping[str, Path]) -> None:
+    """JSON, plots, tables and page."""
+    from regen_dist.evaluation.compression.page import write_page
+    from regen_dist.evaluation.compression.plots import draw
+    from regen_dist.evaluation.compression.tables import margins, markdown, missed
+
+    facts |= {"margins": margins(facts), "missed": missed(facts)}
+    plots, text = draw(facts), markdown(facts)
+    (out / "plots").mkdir(exist_ok=True)
+    for plot in plots:
+        (out / "plots" / f"{plot.name}.svg").write_text(plot.file, encoding="utf-8")
+    (out / "compression.md").write_text(text, encoding="utf-8")
+    page = write_page(out, facts, plots, kept)
+    (out / "compression.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(text)
+    print(f"written: {out / 'compression.json'}, {out / 'compression.md'}, {page}", file=sys.stderr)

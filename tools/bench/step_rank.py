@@ -1,0 +1,177 @@
+"""One rank of `regen bench step`: `python tools/bench/step_rank.py --help`.
+
+Trains a run for a few steps, and leaves what they took in `OUT/rank-N.json`. It uses nothing of the programs beside it,
+so that it can measure the library of another checkout (`PYTHONPATH`), for a comparison of before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from regen_dist.config import AnyRunConfig, load_config
+from regen_dist.distributed.engine import build_engine
+from regen_dist.distributed.ranks import Ranks, process_group, read_environment
+from regen_dist.training.guards import nowhere_finite
+from regen_dist.training.tasks import build_task
+
+_KIB = 1024
+
+
+def result_file(folder: Path, rank: int) -> Path:
+    """Where a rank leaves its figures."""
+    return folder / f"rank-{rank}.json"
+
+
+def quiet() -> None:
+    """The arithmetic of a training run (`training.run`), without its warnings."""
+    torch.set_deterministic_debug_mode("warn")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    warnings.filterwarnings("ignore", message=".*deterministic.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+class Training:
+    """A run's task, engine and batches in this process.
+
+    Args:
+        config: of the run.
+        ranks: this process's place.
+        compiled: whether the model goes through `torch.compile`; of the plain engine alone.
+        before_model: called when the data is open and a batch was read, before there is a model.
+    """
+
+    def __init__(
+        self,
+        config: AnyRunConfig,
+        ranks: Ranks,
+        *,
+        compiled: bool = False,
+        before_model: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config, self._steps = config, 0
+        self._task = build_task(config, ranks.device)
+        self._batches = self._task.batches(_readers(config, ranks), 0)
+        self._held = next(self._batches)
+        self.sample = _shape(self._held)
+        before_model()
+        self.engine = build_engine(config, ranks, self._task.build)
+        self.parameters = sum(math.prod(shape) for shape in self.engine.shapes().values())
+        if compiled:
+            self.engine.module.compile()
+
+    def step(self) -> float:
+        """One step as the loop of training makes it; the loss is waited for. Returns the model's operations in it."""
+        with record_function("step"):
+            accumulation = self._config.train.accumulation
+            flops = sum(self._micro(is_last=micro + 1 == accumulation) for micro in range(accumulation))
+            with record_function("update"):
+                self.engine.step(self._config.optimizer.lr)
+        self._steps += 1
+        return flops
+
+    def close(self) -> None:
+        """End the data workers."""
+        self._batches.close()
+
+    def _micro(self, *, is_last: bool) -> float:
+        with record_function("batches"):
+            batch = next(self._batches)
+        loss = self._task.loss(self.engine, batch, self._steps).value
+        self.engine.backward(nowhere_finite(loss), is_last=is_last)
+        self.loss = float(loss.detach())
+        return self._task.flops(batch)
+
+
+def _readers(config: AnyRunConfig, ranks: Ranks) -> Ranks:
+    """The place among those that have samples of their own: ranks that share rows of tokens read the same."""
+    shared = getattr(config.engine, "sequence_parallel", 1)  # another checkout may not know of it
+    return Ranks(ranks.rank // shared, ranks.world_size // shared, ranks.local_rank)
+
+
+def _shape(batch: Any) -> dict[str, Any]:
+    """What an account of the batch depends on: its number of samples, and their sizes."""
+    if hasattr(batch, "video"):
+        samples, _, frames, *size = batch.video.shape
+        return {"samples": samples, "frames": frames, "size": size}
+    samples, clips, _, *size = batch.content.shape
+    return {"samples": samples, "frames": 2 * clips, "size": size, "text_tokens": batch.mask.shape[1]}
+
+
+def memory_now_bytes(name: str) -> int:
+    """A figure of /proc/self/status: `VmRSS` is resident now, `VmHWM` was at most since the process began, or since
+    `forget_peak`."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * _KIB for line in lines if line.startswith(f"{name}:"))
+
+
+def forget_peak() -> None:
+    """Let `VmHWM` begin anew (Linux, proc(5): clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def measure(config: AnyRunConfig, ranks: Ranks, *, warm: int, steps: int) -> dict[str, Any]:
+    """CPU and wall seconds of each of `steps` steady steps, and the memory at most above what the process had before
+    there was a model."""
+    base: list[int] = []
+
+    def before_model() -> None:
+        _import_backend(config)
+        forget_peak()
+        base.append(memory_now_bytes("VmRSS"))
+
+    training = Training(config, ranks, before_model=before_model)
+    turns = []
+    try:
+        for _ in range(warm):
+            training.step()
+        for _ in range(steps):
+            begun, cpu_begun = time.perf_counter(), time.process_time()
+            flops = training.step()
+            cpu_s = time.process_time() - cpu_begun
+            turns.append({"seconds": time.perf_counter() - begun, "cpu_s": cpu_s, "flops": flops})
+    finally:
+        training.close()
+    memory = {"base_bytes": base[0], "peak_bytes": memory_now_bytes("VmHWM") - base[0]}
+    told = {"parameters": training.parameters, "sample": training.sample, "loss": training.loss}
+    return {"steps": turns, **memory, **told, "threads": torch.get_num_threads()}
+
+
+def _import_backend(config: AnyRunConfig) -> None:
+    """What the code of DeepSpeed, of optimizers and of products takes by itself is no part of the state."""
+    if config.engine.kind == "zero3":
+        import deepspeed  # noqa: F401
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    (weight @ weight).sum().backward()
+    torch.optim.AdamW([weight]).step()
+
+
+def main() -> None:
+    """Measure as the rank that the environment describes."""
+    parser = argparse.ArgumentParser(description="One rank of `regen bench step`.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
+    parser.add_argument("--warm", type=int, default=2, help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, default=3, help="steps that are measured")
+    given = parser.parse_args()
+    quiet()
+    ranks, config = read_environment(), load_config(given.config, given.overrides)
+    with process_group(ranks, needed=config.engine.kind == "zero3"):
+        found = measure(config, ranks, warm=given.warm, steps=given.steps)
+    result_file(given.out, ranks.rank).write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
