@@ -42,8 +42,9 @@ class Tile(NamedTuple):
     def keep(self, out: Tensor, made: Tensor, scale: int = 1) -> None:
         """Put what was made of a tile into the whole frame; what is around it is dropped."""
         rows, columns = (slice(cut.start * scale, cut.stop * scale) for cut in self)
-        inner = (slice((cut.start - cut.first) * scale, (cut.stop - cut.first) * scale) for cut in self)
-        out[..., rows, columns] = made[..., *inner]
+        top, left = ((cut.start - cut.first) * scale for cut in self)
+        height, width = ((cut.stop - cut.start) * scale for cut in self)
+        out[..., rows, columns] = made[..., top : top + height, left : left + width]
 
 
 def cuts(length: int, tile: int, reach: int, step: int) -> Iterator[Cut]:

@@ -123,6 +123,7 @@ class CausalConv(nn.Conv3d):
     ) -> None:
         pad = kernel // 2
         super().__init__(channels_in, channels_out, kernel, (temporal, spatial, spatial), (0, pad, pad))
+        self._pad = pad
 
     def forward(self, frames: Frames) -> Frames:  # type: ignore[override]
         first = self._convolve(self._first, frames.first)
@@ -132,17 +133,16 @@ class CausalConv(nn.Conv3d):
 
     def _first(self, frame: Tensor, rows: int) -> Tensor:
         """Of the first frame, with so many rows of zeros above and below it."""
-        return F.conv2d(frame, self.weight[:, :, -1], self.bias, self.stride[1:], (rows, self.padding[2]))
+        return F.conv2d(frame, self.weight[:, :, -1], self.bias, self.stride[1:], (rows, self._pad))
 
     def _rest(self, frames: Tensor, rows: int) -> Tensor:
         """Of the frames after it, behind their past."""
-        return F.conv3d(frames, self.weight, self.bias, self.stride, (0, rows, self.padding[2]))
+        return F.conv3d(frames, self.weight, self.bias, self.stride, (0, rows, self._pad))
 
     def _convolve(self, convolution: Convolution, x: Tensor) -> Tensor:
-        kernel, stride, padding = self.kernel_size[1], self.stride[1], self.padding[1]
-        assert isinstance(padding, int), "the constructor gives numbers"
+        kernel, stride = self.kernel_size[1], self.stride[1]
         return convolve_in_strips(
-            convolution, x, channels_out=self.out_channels, kernel=kernel, stride=stride, padding=padding
+            convolution, x, channels_out=self.out_channels, kernel=kernel, stride=stride, padding=self._pad
         )
 
     def _with_past(self, frames: Frames) -> Tensor:

@@ -22,13 +22,14 @@ def memory_bytes(
         world_size: GPUs that the states are sharded over.
         clips_per_gpu: samples (clips, or rows of clips) of one micro-batch on one GPU.
         on_gpu: a buffer takes its whole size there. In host memory it takes what was written to: of the bucket, as much
-            as there are gradients.
+            as there are gradients; and gloo copies that once more.
     """
     shards = world_size if engine.kind == "zero3" else 1
     share = -(-model.num_parameters // shards)
     mixed = engine.kind == "zero3" and engine.precision == "bf16"
     low = 2 if mixed else 4
-    bucket = _BUCKET if on_gpu else min(model.num_parameters, _BUCKET)
+    copied = min(model.num_parameters, _BUCKET)
+    bucket = _BUCKET + copied if on_gpu else 3 * copied
     terms = {
         f"weights ({'bf16' if mixed else 'fp32'}, sharded)": low * share,
         "gradients (fp32, sharded)": 4 * share,  # summed over micro-batches in fp32, whatever they are reduced in
@@ -37,9 +38,7 @@ def memory_bytes(
         "EMA (fp32, sharded)": 4 * share,
         "fp32 gradients during the update": 4 * min(share, _REDUCE_GROUP) if engine.kind == "zero3" else 0,
         "weights gathered, at most": low * min(model.num_parameters, _LIVE) if shards > 1 else 0,
-        "gradients on their way: a bucket, and its copy": low * (bucket + min(model.num_parameters, _BUCKET))
-        if engine.kind == "zero3"
-        else 0,
+        "gradients on their way: a bucket, and its copy": low * bucket if engine.kind == "zero3" else 0,
         f"activations of {clips_per_gpu} {model.unit}{'s' if clips_per_gpu != 1 else ''}": clips_per_gpu
         * model.activation_bytes,
     }

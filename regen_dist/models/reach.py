@@ -20,7 +20,8 @@ class Reach(NamedTuple):
 
 def encoder_reach(config: EncoderConfig) -> Reach:
     """Of the encoder: the sum over its convolutions, each of which sees one place further at its own resolution."""
-    side = pixels = config.stem_patch  # the stem's own convolution
+    side: int = config.stem_patch
+    pixels = side  # the stem's own convolution
     for stage in config.stages:
         pixels += 2 * stage.blocks * side + (side if stage.spatial * stage.temporal > 1 else 0)
         side *= stage.spatial

@@ -10,9 +10,11 @@ from tools.bench.checkpoint import checkpoint
 from tools.bench.codec import codec
 from tools.bench.compression import compression
 from tools.bench.data import data
+from tools.bench.everything import everything
 from tools.bench.step import step
 from tools.bench.t2v import t2v
 
 app = typer.Typer(name="bench", help="Measure, and write JSON.", no_args_is_help=True)
 for command in (ablation, checkpoint, codec, compression, data, step, t2v):
     app.command()(command)
+app.command("all")(everything)

@@ -32,7 +32,7 @@ def codec(
     systems: Annotated[str, typer.Option(help="Regular expression: the codecs that take part.")] = ".",
     repeats: Annotated[int, typer.Option(help="Passes of each that are timed, after a first.", min=0)] = 2,
     rounds: Annotated[int, typer.Option(help="How often all of it is done, by new processes.", min=1)] = 1,
-    threads: Annotated[int, typer.Option(help="Of every codec.", min=1)] = 2,
+    threads: Annotated[int, typer.Option(help="Of every codec.", min=1)] = 1,
     limit_seconds: Annotated[float, typer.Option(help="Of one codec at one size, loading included.", min=1.0)] = 300.0,
     limit_gib: Annotated[float, typer.Option(help="Of memory that one codec may take.", min=0.5)] = 12.0,
     packages: Annotated[

@@ -125,7 +125,7 @@ class Bench:
             self.say(f"  {name}: {training.parameters / 1e6:.1f} million parameters")
             training.step()
             training.step()  # what the allocator and the kernels learn from the first
-        cases = {name: steps_case(training.step, peak, self.steps) for name, training in trained.items()}
+        cases = {name: steps_case(each.step, each.flops, peak, self.steps) for name, each in trained.items()}
         rounds = in_turn(cases, self.repeats, lambda name, turn: self.say(f"  {name}: {_mfu(turn):.2f} of the peak"))
         against = {name: name.rpartition(", ")[0] for name in trained if ", " in name}
         figures = section(rounds, threads=torch.get_num_threads(), against=against)

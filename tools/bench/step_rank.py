@@ -60,7 +60,7 @@ class Training:
         compiled: bool = False,
         before_model: Callable[[], None] = lambda: None,
     ) -> None:
-        self._config, self._steps = config, 0
+        self._config, self._steps, self._uncounted = config, 0, list[Any]()
         self._task = build_task(config, ranks.device)
         self._batches = self._task.batches(_readers(config, ranks), 0)
         self._held = next(self._batches)
@@ -71,27 +71,33 @@ class Training:
         if compiled:
             self.engine.module.compile()
 
-    def step(self) -> float:
-        """One step as the loop of training makes it; the loss is waited for. Returns the model's operations in it."""
+    def step(self) -> None:
+        """One step as the loop of training makes it; the loss is waited for."""
+        accumulation = self._config.train.accumulation
         with record_function("step"):
-            accumulation = self._config.train.accumulation
-            flops = sum(self._micro(is_last=micro + 1 == accumulation) for micro in range(accumulation))
+            for micro in range(accumulation):
+                self._micro(is_last=micro + 1 == accumulation)
             with record_function("update"):
                 self.engine.step(self._config.optimizer.lr)
         self._steps += 1
-        return flops
+
+    def flops(self) -> float:
+        """The model's operations in the steps since the last call. Counting a shape that is new takes a while: not to
+        be called while a clock runs."""
+        batches, self._uncounted = self._uncounted, []
+        return sum(self._task.flops(batch) for batch in batches)
 
     def close(self) -> None:
         """End the data workers."""
         self._batches.close()
 
-    def _micro(self, *, is_last: bool) -> float:
+    def _micro(self, *, is_last: bool) -> None:
         with record_function("batches"):
             batch = next(self._batches)
         loss = self._task.loss(self.engine, batch, self._steps).value
         self.engine.backward(nowhere_finite(loss), is_last=is_last)
         self.loss = float(loss.detach())
-        return self._task.flops(batch)
+        self._uncounted.append(batch)
 
 
 def _readers(config: AnyRunConfig, ranks: Ranks) -> Ranks:
@@ -132,20 +138,21 @@ def measure(config: AnyRunConfig, ranks: Ranks, *, warm: int, steps: int) -> dic
         base.append(memory_now_bytes("VmRSS"))
 
     training = Training(config, ranks, before_model=before_model)
-    turns = []
     try:
         for _ in range(warm):
             training.step()
-        for _ in range(steps):
-            begun, cpu_begun = time.perf_counter(), time.process_time()
-            flops = training.step()
-            cpu_s = time.process_time() - cpu_begun
-            turns.append({"seconds": time.perf_counter() - begun, "cpu_s": cpu_s, "flops": flops})
+        turns = [_timed(training) for _ in range(steps)]
     finally:
         training.close()
     memory = {"base_bytes": base[0], "peak_bytes": memory_now_bytes("VmHWM") - base[0]}
     told = {"parameters": training.parameters, "sample": training.sample, "loss": training.loss}
     return {"steps": turns, **memory, **told, "threads": torch.get_num_threads()}
+
+
+def _timed(training: Training) -> dict[str, float]:
+    begun, cpu_begun = time.perf_counter(), time.process_time()
+    training.step()
+    return {"cpu_s": time.process_time() - cpu_begun, "seconds": time.perf_counter() - begun}
 
 
 def _import_backend(config: AnyRunConfig) -> None:

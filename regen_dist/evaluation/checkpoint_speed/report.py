@@ -12,6 +12,7 @@ from typing import Any
 
 from regen_dist.evaluation.checkpoint_speed.blocking import Saving
 from regen_dist.evaluation.data_speed.turns import spread
+from regen_dist.evaluation.figures import Figure
 
 BLOCKED_TARGET = 0.05  # of one step, beside one bare copy of the state
 STATE_BYTES = 16  # a parameter: master weight, moving average and two moments in float32
@@ -192,3 +193,18 @@ def _share(found: Mapping[str, float]) -> str:
 
 def _ratio(found: Mapping[str, float]) -> str:
     return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
+    """What two records are compared by."""
+    training = facts["training"]
+    yield Figure("a step, s", training["step_s"]["median"], False, noise=0.25)
+    for kind in ("asynchronous", "synchronous"):
+        yield Figure(f"{kind} save costs, s", training[kind]["cost_s"]["median"], False, noise=0.5)
+    sections = {f"saving by {facts['ranks']} ranks": facts["save"]}
+    sections |= {f"loading by {ranks} rank(s)": section for ranks, section in facts["load"].items()}
+    for verb, section in sections.items():
+        for name, ratio in section["ratios"].items():
+            if name.startswith(("ours", "bucket: ours")):
+                yield Figure(f"{verb}, {name}, beside {section['against']}", ratio["median"], False, noise=0.25)
+    yield Figure("bytes written over the state's", facts["state"]["ratio"], False, noise=0.01)

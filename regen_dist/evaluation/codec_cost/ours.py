@@ -30,13 +30,16 @@ class OwnCoder:
         self._codec = Codec(build_model(config.model), config, torch.device("cpu"))
 
     def encode(self, video: Tensor) -> tuple[list[Window], tuple[int, int, int]]:
-        """The windows of a clip, one after the other, and the clip's size."""
+        """The windows of a clip, a group of them at a time, and the clip's size."""
         frames, height, width = video.shape[2:]
         plan = make_plan(frames, self._codec.num_frames)
-        windows = []
-        for start in plan.starts:
-            clip = _filled(video[:, :, start : start + plan.clip], plan.clip)
-            windows.append(Window(self._codec.encode(clip), float(start), plan.clip))
+        windows: list[Window] = []
+        for group in plan.groups:
+            starts = [plan.starts[number] for number in group]
+            clips = [_filled(video[:, :, start : start + plan.clip], plan.clip) for start in starts]
+            latents = self._codec.encode(torch.cat(clips))
+            own = (Latents(*(part[place, None] for part in latents)) for place in range(len(starts)))
+            windows += [Window(each, float(start), plan.clip) for each, start in zip(own, starts, strict=True)]
         return windows, (frames, height, width)
 
     def decode(self, latents: tuple[list[Window], tuple[int, int, int]]) -> list[Frame]:
@@ -99,7 +102,7 @@ def _decode(model: Regen | Baseline, latents: Latents, frames: int, clip: int) -
             model.reconstruct(latents, clip)
         else:
             model.denoise(noisy, torch.ones(1), latents, times)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def _filled(clip: Tensor, length: int) -> Tensor:

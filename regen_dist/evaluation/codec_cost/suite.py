@@ -77,8 +77,8 @@ def measure_all(
             for system in systems:
                 told(f"round {number + 1} of {rounds}: {system.name} at {size}")
                 passes.setdefault((size, system.name), []).extend(run(limits.job("measure", system, [size]), limits))
-    for key, found in passes.items():
-        rows[key] |= summary(found)
+    for key, told_of in passes.items():
+        rows[key] |= summary(told_of)
     return list(rows.values())
 
 

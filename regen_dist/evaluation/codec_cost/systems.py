@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from regen_dist.errors import ConfigError
+from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.codec_cost.magvit2 import Magvit2Coder
 from regen_dist.evaluation.codec_cost.others import diffusers_coder
 from regen_dist.evaluation.codec_cost.ours import OwnCoder, count_own, own_config
@@ -105,7 +105,23 @@ def count_other(build: Callable[[], Any], size: Size) -> Counted:
         with FlopCounterMode(display=False) as encoding:
             latents = coder.encode(video)
         with FlopCounterMode(display=False) as decoding:
-            coder.decode(latents)
+            frames = coder.decode(latents)
+        check_frames(frames, size.frames)
         parameters = sum(each.numel() for each in coder.model.parameters())
         flops = encoding.get_total_flops(), decoding.get_total_flops()
         return Counted(parameters, *flops, (tuple(latents.shape),), coder.bits(latents))
+
+
+def check_frames(decoded: Any, frames: int) -> None:
+    """Make sure that a codec gives the frames that it was given.
+
+    Args:
+        decoded: [1, 3, T, H, W], or a list of frames.
+        frames: that there were.
+
+    Raises:
+        DataError: it gives more or fewer.
+    """
+    found = decoded.shape[2] if isinstance(decoded, torch.Tensor) else len(decoded)
+    if found != frames:
+        raise DataError(f"gives {found} frames of a clip of {frames}")

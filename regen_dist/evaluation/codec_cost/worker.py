@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from regen_dist.evaluation.codec_cost.sizes import Coder, Size, parse_size
-from regen_dist.evaluation.codec_cost.systems import DTYPES, System, named
+from regen_dist.evaluation.codec_cost.systems import DTYPES, System, check_frames, named
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _C = ctypes.CDLL(None)
@@ -114,7 +114,8 @@ def one_pass(coder: Coder, video: torch.Tensor, base: int | None, number: int) -
     """Encode and decode once; returns the seconds of both."""
     latents, encoding = spent(lambda: coder.encode(video), base)
     tell(encode=encoding._asdict(), number=number)
-    _, decoding = spent(lambda: coder.decode(latents), base)
+    frames, decoding = spent(lambda: coder.decode(latents), base)
+    check_frames(frames, video.shape[2])
     tell(decode=decoding._asdict(), number=number)
     return encoding.wall_s + decoding.wall_s
 

@@ -90,6 +90,13 @@ VARIANTS = (
     ),
 )  # fmt: skip
 
+# The baseline as it was published has no linear code beside it: at every k, for the margin over that.
+PUBLISHED = {
+    k: next((arm for arm in VARIANTS if (arm.kind, arm.k, arm.variant) == ("magvit2", k, "no_linear")), None)
+    or Arm("magvit2", k, "no_linear", _NO_LINEAR, "without the linear code", f"magvit2-k{k}")
+    for k in COMPRESSIONS
+}
+
 # Over the baseline in one step, dB of PSNR: the paper's margins on MCL-JCV.
 MARGIN_TARGETS_DB = {8: 3.6, 16: 3.8, 32: 5.7}
 # At twice the training resolution, over latents in context (the paper's conditioning ablation has 29.41 and 23.39 dB).
@@ -104,9 +111,10 @@ PAPER_DB = {
 
 
 def all_arms() -> Iterator[Arm]:
-    """Both kinds at every temporal compression, then the variants."""
+    """Both kinds at every temporal compression, then the variants, and the baseline as published at the other k."""
     yield from (Arm(kind, k) for k in COMPRESSIONS for kind in KINDS)
     yield from VARIANTS
+    yield from (arm for arm in PUBLISHED.values() if arm not in VARIANTS)
 
 
 def chosen_arms(pattern: str) -> list[Arm]:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from regen_dist.evaluation.compression.arms import COMPRESSIONS, MARGIN_TARGETS_DB, PAPER_DB
+from regen_dist.evaluation.compression.arms import COMPRESSIONS, PAPER_DB
 from regen_dist.evaluation.compression.features import NAME
 from regen_dist.evaluation.compression.measuring import TRAINED
 from regen_dist.evaluation.compression.tables import Facts, margin_db, psnr_db
@@ -69,10 +69,9 @@ def _margins(facts: Facts) -> Iterator[_Series]:
     if not (here := _known(found)):
         return
     yield _Series("here", here)
-    for name, dashes, marker in (("MCL-JCV", _DASHED, "s"), ("DAVIS", _DOTTED, "^")):
+    for name, what, dashes, marker in (("MCL-JCV", " (the target)", _DASHED, "s"), ("DAVIS", "", _DOTTED, "^")):
         leads = {k: ours - theirs for k, (theirs, ours) in PAPER_DB[name].items()}
-        yield _Series(f"paper, {name}", _known(leads), INK, dashes, marker)
-    yield _Series("target", _known(MARGIN_TARGETS_DB), INK, (0, (1, 0)), "_")
+        yield _Series(f"paper, {name}{what}", _known(leads), INK, dashes, marker)
 
 
 def _by_steps(facts: Facts, measure: str) -> Iterator[_Series]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from regen_dist.evaluation.figures import Figure
+
 _SCALES = {"clips": (1.0, "clips/s"), "bytes": (1e6, "MB/s")}
 _HEAD = ["| measured | figure | ratio (lowest to highest) | target |", "| --- | ---: | ---: | ---: |"]
 
@@ -55,3 +57,14 @@ def _starts(states: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     for state, found in states.items():
         parts = ", ".join(f"{found[f'{part}_s']['median']:.1f} s {part}" for part in ("import", "open", "batch"))
         yield f"start to first batch, {state} catalogue", f"{found['seconds']['median']:.1f} s ({parts})", "", ""
+
+
+def figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
+    """What two records are compared by. Ratios within a round move less than rates."""
+    for section in [*facts.get("clips", []), *filter(None, [facts.get("small"), facts.get("others")])]:
+        for name, case in section["cases"].items():
+            yield Figure(f"{section['what']}: {name}, per s", case["per_s"]["median"], True, noise=0.25)
+        for name, ratio in section["ratios"].items():
+            yield Figure(f"{section['what']}: {name}, ratio", ratio["median"], True)
+    for name, run in facts.get("wait", {}).items():
+        yield Figure(f"step of a training run, {name}, s", run["step_s"], False, noise=0.25)

@@ -18,12 +18,12 @@ Job = Sequence[Found]  # of all ranks of a start
 
 def cpu_s(job: Job) -> float:
     """CPU seconds of a step over all ranks: the median of the steps."""
-    return median(sum(rank["steps"][step]["cpu_s"] for rank in job) for step in range(len(job[0]["steps"])))
+    return float(median(sum(rank["steps"][step]["cpu_s"] for rank in job) for step in range(len(job[0]["steps"]))))
 
 
 def wall_s(job: Job) -> float:
     """Seconds of a step, of the slowest rank."""
-    return median(max(rank["steps"][step]["seconds"] for rank in job) for step in range(len(job[0]["steps"])))
+    return float(median(max(rank["steps"][step]["seconds"] for rank in job) for step in range(len(job[0]["steps"]))))
 
 
 def compared(jobs: Mapping[str, Sequence[Job]], against: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from regen_dist.evaluation.figures import Figure
 from regen_dist.evaluation.step_speed.ranks import MEMORY_TARGET
 
 _HEAD = ["| measured | figure | ratio (lowest to highest) | target |", "| --- | ---: | ---: | ---: |"]
@@ -74,3 +75,17 @@ def _profile(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _spread(found: Mapping[str, float]) -> str:
     return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
+    """What two records are compared by. By CPU time they move less than by the clock."""
+    found = facts.get("utilisation", {"cases": {}, "time_ratios": {}})
+    for name, case in found["cases"].items():
+        yield Figure(f"{name}, of the peak, by CPU time", case["mfu_by_cpu"]["median"], True)
+        yield Figure(f"{name}, step, s", case["step_s"]["median"], False, noise=0.25)
+    for name, case in facts.get("memory", {}).items():
+        yield Figure(f"{name}, peak bytes", case["measured_bytes"], False, noise=0.05)
+    for name, case in facts.get("sharding", {"memory": {}})["memory"].items():
+        yield Figure(f"{name}, peak bytes", case["measured_bytes"], False, noise=0.05)
+    for name, ratio in facts.get("sharding", {}).get("cpu_ratios", {}).items():
+        yield Figure(f"{name}, CPU time beside one process", ratio["median"], False)

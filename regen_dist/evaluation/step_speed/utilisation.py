@@ -17,7 +17,8 @@ from regen_dist.observe.hardware import peak_tflops
 MFU_TARGET = 0.6
 PEAK_S = 0.4  # of matrix products, on either side of the steps
 
-Step = Callable[[], float]  # one optimizer step; returns the model's operations in it
+Step = Callable[[], object]  # one optimizer step
+Flops = Callable[[], float]  # the model's operations in the steps since it was last called
 Peak = Callable[[], float]  # operations per second of bare matrix products
 
 
@@ -26,16 +27,18 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = PEAK_
     return lambda: peak_tflops(device, dtype, seconds) * 1e12
 
 
-def steps_case(step: Step, peak: Peak, steps: int) -> Case:
+def steps_case(step: Step, flops: Flops, peak: Peak, steps: int) -> Case:
     """So many steps as one turn: `amount` are operations of the model; `peak` the best rate of bare products before and
     after them, `cpu_s` the CPU seconds of this process."""
 
     def turn() -> Turn:
+        flops()  # of what came before
         before = peak()
         begun, cpu_begun = time.perf_counter(), time.process_time()
-        flops = sum(step() for _ in range(steps))
+        for _ in range(steps):
+            step()
         seconds, cpu_s = time.perf_counter() - begun, time.process_time() - cpu_begun
-        return Turn(flops, seconds, {"peak": max(before, peak()), "cpu_s": cpu_s, "steps": steps})
+        return Turn(flops(), seconds, {"peak": max(before, peak()), "cpu_s": cpu_s, "steps": steps})
 
     return turn
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from regen_dist.evaluation.figures import Figure
 from regen_dist.evaluation.t2v_speed.suite import CACHE, MEMORY, READER
 
 _HEAD = [
@@ -44,3 +45,12 @@ def _sizes(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _spread(found: Mapping[str, float]) -> str:
     return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
+    """What two records are compared by. Ratios within a round move less than rates."""
+    for name, case in facts["training"]["cases"].items():
+        yield Figure(f"{name}, steps/s", case["per_s"]["median"], True, noise=0.25)
+    for name, ratio in facts["training"]["by_cpu"].items():
+        yield Figure(f"latent cache against {name}, by CPU time", ratio["median"], True)
+    yield Figure("bytes of the cache", facts["data"]["cache_bytes"], False, noise=0.01)

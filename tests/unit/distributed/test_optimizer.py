@@ -98,3 +98,18 @@ def test_deepspeed_is_told_what_the_config_says() -> None:
     assert settings["gradient_clipping"] == 0.7
     assert settings["bf16"]["enabled"]
     assert settings["zero_optimization"]["stage"] == 3
+
+
+def test_one_pass_over_the_state_is_the_same_rule() -> None:
+    """The fused kernel of the CPU beside torch's one that is made of single operations."""
+    config = OptimizerConfig(weight_decay=0.1, lr=1e-2)
+    ours, plain = ([torch.nn.Parameter(torch.linspace(-1, 1, 35).view(5, 7))] for _ in range(2))
+    optimizers = [
+        build_optimizer(config, ours, CPU),
+        torch.optim.AdamW(plain, lr=1e-2, betas=config.betas, weight_decay=0.1, foreach=False, fused=False),
+    ]
+    for step in range(5):
+        for params, optimizer in zip((ours, plain), optimizers, strict=True):
+            params[0].grad = torch.sin(torch.arange(35.0).view(5, 7) + step)
+            optimizer.step()
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-6, atol=1e-7)

@@ -156,3 +156,23 @@ def test_more_ranks_are_refused() -> None:
     """One process cannot pretend to be two: the message says which engine can."""
     with pytest.raises(BackendError, match=r"found 2 ranks; set engine\.kind=zero3"):
         PlainEngine(tiny_run(), Ranks(0, 2, 0), Net)
+
+
+@pytest.mark.parametrize(("precision", "shared"), [("fp32", True), ("bf16", False)])
+def test_float32_weights_are_their_own_masters(precision: str, shared: bool) -> None:
+    """No second copy, which a step would have to write too; in bf16 there must be one."""
+    engine = _engine(engine__precision=precision)
+    _step(engine, _data().to(engine.module.a.weight.dtype))
+    masters, weights = dict(engine.named_masters()), dict(engine.module.named_parameters())
+    for name, weight in weights.items():
+        assert (masters[name].data_ptr() == weight.data_ptr()) is shared
+        torch.testing.assert_close(masters[name].view_as(weight).to(weight.dtype), weight, rtol=0, atol=0)
+
+
+def test_small_gradients_are_not_scaled() -> None:
+    """A norm below the limit changes nothing, whatever the limit."""
+    one, other = (_engine(optimizer__clip_norm=limit) for limit in (10.0, 1e6))
+    for engine in (one, other):
+        assert _step(engine, _data()).grad_norm < 10.0
+    for name, piece in one.pieces().items():
+        assert torch.equal(other.pieces()[name], piece), name

@@ -78,6 +78,15 @@ def test_activations_are_what_autograd_keeps_in_a_real_forward_pass(nano: RunCon
     assert counted == pytest.approx(_kept_bytes(build_model(nano.model), clip, clip, torch.ones(1)), rel=0.01)
 
 
+def test_weights_of_attention_are_counted_where_the_backend_keeps_them() -> None:
+    config = tiny_t2v_model(width=64, attention__backend="eager")
+    inputs = torch.rand(1, 8, 8, 8, 12), torch.ones(1), torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
+    counted = account_row(config, *ROW, precision="fp32").activation_bytes
+    assert counted == pytest.approx(_kept_bytes(build_model(config), *inputs), rel=0.02)
+    fused = account_row(tiny_t2v_model(width=64, attention__backend="sdpa"), *ROW, precision="fp32").activation_bytes
+    assert counted > fused + config.blocks * config.heads * 192 * 192 * 4
+
+
 def test_checkpointing_trades_memory_for_operations(nano: RunConfig) -> None:
     plain = account(nano.model, (64, 64))
     checkpointed = account(nano.model, (64, 64), activation_checkpointing=True)

@@ -88,7 +88,7 @@ def test_markdown_has_every_table_and_every_shortfall() -> None:
     assert "| REGEN, k = 32 | 8 | 23.80 |" in text
     assert "| MAGVIT-v2, k = 16 | 2 | – | 21.00 | 25.00 |" in text
     assert "| REGEN, k = 8 | 0.001 | 50 | 59 | 61 | 32.0 | 1.50 M | 2.00 |" in text
-    assert "regen 0.001 (tried 0.001: 21.00 dB; at the edge)" in text
+    assert "regen 0.001 (of 0.001: 21.00 dB, on held-out video of the training film, at the edge)" in text
     assert "Missed: k = 16: +3.50 dB, the target is +3.8 dB;" in text
     assert "Not measured: REGEN, k = 8, training: VMAF: no ffmpeg." in text
 

@@ -1,0 +1,146 @@
+"""`regen bench all`: every bench of speed at short settings, and what got slower since an old record."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regen_dist.errors import ConfigError, DataError, TrainingError
+
+if TYPE_CHECKING:
+    from regen_dist.evaluation.comparing import Declared
+    from regen_dist.evaluation.figures import Figure
+
+
+class Bench(StrEnum):
+    """The benches of speed; the others measure quality, for hours."""
+
+    CHECKPOINT = "checkpoint"
+    CODEC = "codec"
+    DATA = "data"
+    STEP = "step"
+    T2V = "t2v"
+
+
+_SHORT = {  # settings with which each takes a few minutes
+    Bench.CHECKPOINT: ["--no-bucket", "--rounds=1", "--repeats=1"],
+    Bench.CODEC: ["--size=17x64x64", "--counted=17x64x64", "--repeats=1"],
+    Bench.DATA: ["--synthetic", "--only=clips", "--only=small", "--seconds=2", "--repeats=3"],
+    Bench.STEP: ["--only=utilisation", "--only=memory", "--steps=2", "--repeats=3"],
+    Bench.T2V: ["--videos=64", "--seconds=5", "--repeats=2"],
+}
+_FILE = "all.json"
+
+
+def everything(
+    further: Annotated[
+        list[str] | None,
+        typer.Argument(help="After `--`: of the one bench that --only names, in place of the short ones."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("runs/bench/all"),
+    only: Annotated[list[Bench] | None, typer.Option(help="Run this alone; may be given again.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An old all.json: print what changed since.")] = None,
+    new: Annotated[Path | None, typer.Option(help="With --compare: this all.json, and run nothing.")] = None,
+    require: Annotated[bool, typer.Option("--require", help="End with code 6 where a figure got worse.")] = False,
+) -> None:
+    """Run the benches of speed at short settings into one JSON, and compare it with an older one: each figure old and
+    new, and which changed by more than it does by itself. Takes twenty minutes on two cores.
+
+    Examples:
+
+    regen bench all --only step --only t2v --compare old/all.json
+
+    regen bench all --compare old/all.json --new runs/bench/all/all.json --require
+    """
+    if new is not None and compare is None:
+        raise ConfigError("--new is compared with an old record; give that as --compare OLD.json")
+    chosen = only or list(Bench)
+    if further and len(chosen) > 1:
+        raise ConfigError(f"options after -- go to one bench, {len(chosen)} are chosen; name one with --only")
+    old = None if compare is None else _read(compare)  # before anything runs for nothing
+    found = _run(chosen, further or [], out) if new is None else _read(new)
+    if old is not None:
+        worse = _compared(old, found)
+        if worse and require:
+            raise TrainingError(f"{worse} figure{'s' if worse > 1 else ''} got worse")
+
+
+def _run(chosen: Sequence[Bench], further: Sequence[str], out: Path) -> dict[str, Any]:
+    """The facts of each bench, which are written as they come."""
+    from regen_dist.config.files import write_text_atomically
+
+    found: dict[str, Any] = {}
+    for bench in chosen:
+        folder = out / bench
+        arguments = ["bench", bench.value, *(further or _SHORT[bench]), f"--out={folder}"]
+        print(f"$ regen {' '.join(arguments)}", flush=True)
+        code = subprocess.run([sys.executable, "-m", "tools.cli", *arguments], check=False).returncode
+        if code:
+            raise TrainingError(f"the bench {bench} ended with exit code {code}; leave it out with --only, or mend it")
+        found[bench.value] = _json(folder / f"{bench}.json")
+        write_text_atomically(out / _FILE, json.dumps(found, indent=1) + "\n")
+    print(f"written: {out / _FILE}")
+    return found
+
+
+def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
+    """Print the table; returns how many figures got worse."""
+    from regen_dist.evaluation.comparing import Verdict, changes, table
+
+    found = changes(old, new, declared())
+    print(table(found))
+    for bench in sorted(old.keys() & new.keys()):
+        before, after = (facts[bench].get("machine", {}) for facts in (old, new))
+        if before != after:
+            print(f"{bench}: measured on other machines or versions: {before} and {after}")
+    return sum(change.verdict is Verdict.WORSE for change in found)
+
+
+def declared() -> dict[str, Declared]:
+    """What each bench says its figures are."""
+    from regen_dist.evaluation.checkpoint_speed import report as checkpoint
+    from regen_dist.evaluation.data_speed import report as data
+    from regen_dist.evaluation.step_speed import report as step
+    from regen_dist.evaluation.t2v_speed import report as t2v
+
+    return {
+        Bench.CHECKPOINT.value: checkpoint.figures,
+        Bench.CODEC.value: _codec_figures,
+        Bench.DATA.value: data.figures,
+        Bench.STEP.value: step.figures,
+        Bench.T2V.value: t2v.figures,
+    }
+
+
+def _codec_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
+    """CPU seconds of our codecs."""
+    from regen_dist.evaluation.codec_cost.report import figures
+    from regen_dist.evaluation.figures import Figure
+
+    return (Figure(name, value, False) for name, value in figures(facts).items())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record of all benches.
+
+    Raises:
+        DataError: it is none.
+    """
+    found = _json(path)
+    if not isinstance(found, dict) or not found.keys() <= {bench.value for bench in Bench}:
+        raise DataError(f"{path} is no record of `regen bench all`, which is one JSON object {{bench: facts}}")
+    return found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}); give a file that `regen bench all` wrote") from error
