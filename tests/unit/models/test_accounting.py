@@ -141,6 +141,7 @@ def test_operations_of_a_row_equal_the_formula() -> None:
     caption = text * (config.text_width * width + width**2)
     modulation = 256 * width + width**2 + (6 + 2) * width**2
     multiplications = config.blocks * (products + attention) + caption + modulation + 2 * tokens * values * width
+    multiplications += tokens * 16 * width  # where in its frame a token lies
     counted = account_row(config, *ROW)
     assert counted.num_forward_flops == 2 * multiplications
     assert counted.num_tokens == tokens
