@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from regen_dist.errors import DataError
 from regen_dist.evaluation.measure import Measurement, Options, Pair, Passage, measure
@@ -18,7 +19,7 @@ from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.evaluation.trivial import LABELS, TRIVIAL_KINDS, TrivialCodec
 from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
 from regen_dist.inference.long import VideoCodec
-from regen_dist.observe.hardware import describe_machine
+from regen_dist.observe.hardware import describe_machine, memory_bytes
 
 RECONSTRUCTION, SIDE_BY_SIDE, SHEET, METRICS = (
     "reconstruction.mp4",
@@ -132,6 +133,7 @@ def _report(
         "model": dict(model),
         "options": asdict(options),
         **asdict(measurement),
+        "peak_memory_bytes": memory_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "machine": describe_machine(),
     }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tools import stages
+from tools.shards.stopping import stopping_cleanly
 
 if TYPE_CHECKING:
     from regen_dist.evaluation.codec_cost.systems import System
@@ -70,7 +71,8 @@ def codec(
     facts |= {"rounds": rounds, "limit_seconds": limit_seconds, "limit_gib": limit_gib, "load_before": os.getloadavg()}
     facts |= {"config_hashes": {name: config_hash(config) for name, config in _configs(found).items()}}
     out.mkdir(parents=True, exist_ok=True)
-    facts["rows"] = measure_all(found, run, count, limits, rounds=rounds, told=console.print)
+    with stopping_cleanly():
+        facts["rows"] = measure_all(found, run, count, limits, rounds=rounds, told=console.print)
     facts["load_after"] = os.getloadavg()
     write_text_atomically(out / "codec.json", json.dumps(facts, indent=1) + "\n")
     write_text_atomically(out / "codec.md", table(facts))

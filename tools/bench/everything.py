@@ -42,7 +42,7 @@ _FILE = "all.json"
 def everything(
     further: Annotated[
         list[str] | None,
-        typer.Argument(help="After `--`: of the one bench that --only names, in place of the short ones."),
+        typer.Argument(help="After `--`: options of the bench that --only names, not the short ones."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("runs/bench/all"),
     only: Annotated[list[Bench] | None, typer.Option(help="Run this alone; may be given again.")] = None,

@@ -39,7 +39,8 @@ def step(
     only: Annotated[list[Part] | None, typer.Option(help="Measure this alone; may be given again.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="The steps through torch.compile, too.")] = False,
     against: Annotated[
-        Path | None, typer.Option(help="Another checkout of this repository, whose steps are measured in turn.")
+        Path | None,
+        typer.Option(help="Another checkout of this repository: measure its steps beside these, and nothing else."),
     ] = None,
 ) -> None:
     """Measure a training step: the model's operations per second beside bare matrix products, a profile, the price of
@@ -55,7 +56,7 @@ def step(
     from tools.bench.step_parts import EMBEDDER, SHARDED, T2V, Bench, prepared
     from tools.bench.step_rank import quiet
 
-    console, parts = Console(stderr=True), only or list(Part)
+    console, parts = Console(stderr=True), only or ([] if against else list(Part))
     facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}
     facts |= {"load_before": os.getloadavg(), "precision": stages.working_precision()}
     facts |= {"steps": steps, "repeats": repeats, "runs": {}}

@@ -38,7 +38,11 @@ def compared(jobs: Mapping[str, Sequence[Job]], against: str) -> dict[str, Any]:
         "against": against,
         "parameters": jobs[against][0][0]["parameters"],
         "cases": {
-            kind: {"cpu_s": spread([cpu_s(job) for job in each]), "step_s": spread([wall_s(job) for job in each])}
+            kind: {
+                "cpu_s": spread([cpu_s(job) for job in each]),
+                "step_s": spread([wall_s(job) for job in each]),
+                "peak_bytes": max(rank["peak_bytes"] for job in each for rank in job),
+            }
             for kind, each in jobs.items()
         },
         "cpu_ratios": {

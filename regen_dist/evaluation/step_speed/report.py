@@ -60,8 +60,11 @@ def _sharding(facts: Mapping[str, Any]) -> Iterator[Row]:
 def _against(facts: Mapping[str, Any]) -> Iterator[Row]:
     for run, found in facts.get("against", {}).items():
         for name, ratio in found["cpu_ratios"].items():
-            figure = f"{found['cases'][name]['cpu_s']['median']:.3f} s"
-            yield f"{run}: CPU time of a step, {name} beside {found['against']}", figure, _spread(ratio), ""
+            own, other = (found["cases"][place] for place in (name, found["against"]))
+            beside = f"{name} beside {found['against']}"
+            yield f"{run}: CPU time of a step, {beside}", f"{own['cpu_s']['median']:.3f} s", _spread(ratio), ""
+            less = f"{own['peak_bytes'] / other['peak_bytes']:.2f}"
+            yield f"{run}: peak memory, {beside}", f"{own['peak_bytes'] / 1e6:.0f} MB", less, ""
 
 
 def _profile(found: Mapping[str, Any]) -> Iterator[str]:

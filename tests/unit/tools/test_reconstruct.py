@@ -63,6 +63,7 @@ def test_command(video: Path, run_folder: Path, tmp_path: Path) -> None:
     assert metrics["model"]["config_hash"]
     assert metrics["model"]["kind"] == "regen"
     assert metrics["options"]["steps"] == 2
+    assert metrics["peak_memory_bytes"] > 10_000_000
     assert metrics["latent_bits_per_pixel"] == pytest.approx(2 * 2 * 8 * 2 * 3 * 16 / (12 * 16 * 24))
     assert (
         SourceVideo(out / "reconstruction.mp4").num_frames == 17
