@@ -18,6 +18,8 @@ from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.layers import fold_patches, split_first
 from regen_dist.models.linear import EvenLinear, LinearDecoder
 
+LINEAR_CODES = ("encoder.linear.", "linear.", "decoder.linear.")  # what it sets, of REGEN and of the baseline
+
 _RMS = 0.3  # of the latents over channels: well inside the ball that they lie in
 _SPREAD = 0.5  # of a component's std how much stays in its channel's: all channels bear latent noise about as well
 _RIDGE = 1e-6  # of the mean square of a feature

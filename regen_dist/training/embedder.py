@@ -22,9 +22,9 @@ from regen_dist.diffusion.noise import Stream, gaussian, latent_gaussian, unifor
 from regen_dist.diffusion.path import noisy, squared_error_weight, target_of, x0_from
 from regen_dist.distributed.base import Engine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.models import Latents, build_model
+from regen_dist.models import Baseline, Latents, Regen, build_model
 from regen_dist.models.accounting import training_flops_per_clip
-from regen_dist.models.principal import fit_linear_code
+from regen_dist.models.principal import LINEAR_CODES, fit_linear_code
 from regen_dist.training.fitting import first_cells
 from regen_dist.training.tasks import Loss, Validation
 
@@ -72,13 +72,19 @@ class EmbedderTask:
         decoded = min(self.config.diffusion.train_frames or num_frames, num_frames)
         return clips * training_flops_per_clip(self.config.model, (height, width), num_frames, decoded)
 
-    def build(self) -> nn.Module:
+    def build(self, ranks: Ranks = Ranks()) -> nn.Module:  # noqa: B008 - frozen
         torch.manual_seed(self.config.train.seed)
         model = build_model(self.config.model)
         if self.config.model.linear_start == "pca":
-            fit_linear_code(model, first_cells(self.data))
+            # Read and fitted once: a stand-in on one rank alone would give it another code than the others'.
+            model.load_state_dict(ranks.on_main(lambda: self._fitted(model)), strict=False)
         model.set_activation_checkpointing(self.config.engine.activation_checkpointing)
         return model
+
+    def _fitted(self, model: Regen | Baseline) -> dict[str, Tensor]:
+        """The weights of the linear code that fits the data; `model` has them then."""
+        fit_linear_code(model, first_cells(self.data))
+        return {name: weight for name, weight in model.state_dict().items() if name.startswith(LINEAR_CODES)}
 
     def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
         x0, ids, settings = to_float(batch.video, self.device), batch.keys.to(self.device), self.config.diffusion

@@ -1,5 +1,4 @@
-"""The cells that an embedder's linear code is fitted to before its first step: of the first clips of the order, the
-same on every rank.
+"""The cells that an embedder's linear code is fitted to before its first step: of the first clips of the order.
 
 Legend: B clips, M cells, k temporal compression, P = 8 pixels a side of a cell.
 """

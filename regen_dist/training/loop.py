@@ -57,7 +57,7 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self._tell = config, ranks, mark
         self.task = build_task(config, ranks.device)
-        self.engine = build_engine(config, ranks, self.task.build)
+        self.engine = build_engine(config, ranks, lambda: self.task.build(ranks))
         self.guards = Guards(config)
         self.checkpoints = RunCheckpoints(config, ranks, self.engine.shapes(), self.task.data.identity(), self._saved)
         self.step, self.data_shift, self.metrics = 0, 0, dict[str, float]()

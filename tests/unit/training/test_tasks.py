@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from regen_dist.config.schema import RunConfig
+from regen_dist.data.making.moving_shapes import SyntheticOptions
+from regen_dist.data.making.synthetic import build_synthetic
 from regen_dist.data.reading.loader import ClipBatch
 from regen_dist.distributed.plain import PlainEngine
 from regen_dist.distributed.ranks import Ranks
+from regen_dist.models.principal import LINEAR_CODES
 from regen_dist.training.embedder import latent_noise, psnr_db, to_float, train_frames
 from regen_dist.training.tasks import build_task
 from tests.helpers.tiny import tiny_run, wake
@@ -145,6 +149,30 @@ def test_every_rank_builds_the_same_model() -> None:
         states.append(build_task(tiny_run(train__seed=seed), CPU).build().state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+class _SecondRank(Ranks):
+    """A rank that is told what the first one found."""
+
+    told: Any = None
+
+    def on_main(self, job: Any) -> Any:
+        return self.told
+
+
+def test_a_linear_code_is_fitted_by_one_rank_for_all(tmp_path: Path) -> None:
+    """The others read nothing (there is no data here), and begin with the same weights."""
+    options = SyntheticOptions(number=48, seed=1, side=32, frames=5)
+    build_synthetic(tmp_path / "shapes", options, workers=0)
+    changes: dict[str, Any] = {"model__linear_start": "pca", "data__size": (32, 32), "data__workers": 0}
+    first = build_task(tiny_run(**changes, data__url=str(tmp_path / "shapes")), CPU).build()
+    plain = build_task(tiny_run(), CPU).build()
+    assert not torch.equal(first.linear.weight, plain.linear.weight)
+    second = _SecondRank(1, 2)
+    told = {name: weight for name, weight in first.state_dict().items() if name.startswith(LINEAR_CODES)}
+    object.__setattr__(second, "told", told)
+    other = build_task(tiny_run(**changes, data__url=str(tmp_path / "nowhere")), CPU).build(second)
+    assert all(torch.equal(weight, first.state_dict()[name]) for name, weight in other.state_dict().items())
 
 
 def test_the_decoder_is_trained_on_some_frames_of_each_clip() -> None:
