@@ -141,9 +141,10 @@ def _measure(runs: Runs, chosen: list[Arm], tests: TestSet, sizes: Mapping[str, 
 
 def _write(out: Path, facts: dict[str, Any], kept: Mapping[str, Path]) -> None:
     """JSON, plots, tables and page."""
+    from regen_dist.evaluation.compression.leads import margins, missed
     from regen_dist.evaluation.compression.page import write_page
     from regen_dist.evaluation.compression.plots import draw
-    from regen_dist.evaluation.compression.tables import margins, markdown, missed
+    from regen_dist.evaluation.compression.tables import markdown
 
     facts |= {"margins": margins(facts), "missed": missed(facts)}
     plots, text = draw(facts), markdown(facts)

@@ -12,7 +12,7 @@ from launcher.arms import run_side_by_side
 from regen_dist.config import RunConfig, load_saved_config, save_config
 from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import ConfigError
-from regen_dist.evaluation.compression.arms import ABLATED, KINDS, Arm
+from regen_dist.evaluation.compression.arms import ABLATED, Arm, baseline, regen
 from regen_dist.evaluation.compression.budget import (
     best_rate,
     is_trained,
@@ -25,7 +25,7 @@ from regen_dist.evaluation.compression.budget import (
 from tools import stages
 
 _PROBED_STEPS, _WARM_STEPS = 8, 3
-_RATES = (0.5, 1.0, 2.0)  # of the config's learning rate
+_RATES = (0.5, 1.0, 2.0, 4.0)  # of the config's learning rate
 _TUNED_SHARE = 0.25  # of an arm's steps, for each rate that is tried
 _NEVER = 10**9
 
@@ -166,7 +166,7 @@ class Runs:
 def _tuned(arms: Iterable[Arm]) -> list[Arm]:
     """The arms at which the learning rates of these arms' kinds are chosen."""
     kinds = {arm.kind for arm in arms}
-    return [Arm(kind, ABLATED) for kind in KINDS if kind in kinds]
+    return [arm for arm in (regen(ABLATED), baseline(ABLATED)) if arm.kind in kinds]
 
 
 def _unique(arms: Iterable[Arm]) -> list[Arm]:

@@ -68,34 +68,45 @@ class Arm:
         ]
 
 
+def regen(k: int) -> Arm:
+    """REGEN as this project builds it, with the linear code beside its decoder."""
+    return Arm("regen", k)
+
+
+def baseline(k: int) -> Arm:
+    """The baseline as it was published, without our linear code: what the paper's margins are over."""
+    return Arm("magvit2", k, changes=_NO_LINEAR)
+
+
+def regen_alone(k: int) -> Arm:
+    """REGEN's decoder as the paper has it, without the linear code."""
+    return Arm("regen", k, "no_linear", _NO_LINEAR, "without the linear code", regen(k).name)
+
+
+def baseline_with_code(k: int) -> Arm:
+    """The baseline with our linear code beside its decoder."""
+    return Arm("magvit2", k, "linear", (), "with our linear code", baseline(k).name)
+
+
 VARIANTS = (
-    Arm("regen", ABLATED, "full", _FULL, "full attention", f"regen-k{ABLATED}"),
+    Arm("regen", ABLATED, "full", _FULL, "full attention", regen(ABLATED).name),
     Arm(
         "regen", ABLATED, "learned_time", ("model.conditioning.time=learned",), "learned time embedding",
-        f"regen-k{ABLATED}",
+        regen(ABLATED).name,
     ),
     Arm(
         "regen", ABLATED, "no_first_frame_rule", ("model.conditioning.first_frame_rule=false",),
-        "without the first-frame rule", f"regen-k{ABLATED}",
+        "without the first-frame rule", regen(ABLATED).name,
     ),
-    Arm("regen", ABLATED, "no_linear", _NO_LINEAR, "without the linear code", f"regen-k{ABLATED}"),
-    Arm("magvit2", ABLATED, "no_linear", _NO_LINEAR, "without the linear code", f"magvit2-k{ABLATED}"),
     Arm(
         "regen", ABLATED, "full-no_linear", (*_FULL, *_NO_LINEAR), "full attention, without the linear code",
-        f"regen-k{ABLATED}-no_linear",
+        regen_alone(ABLATED).name,
     ),
     Arm(
         "regen", ABLATED, "in_context-no_linear", ("model.conditioning.kind=in_context", *_FULL, *_NO_LINEAR),
         "latents in context, full attention, without the linear code", f"regen-k{ABLATED}-full-no_linear",
     ),
 )  # fmt: skip
-
-# The baseline as it was published has no linear code beside it: at every k, for the margin over that.
-PUBLISHED = {
-    k: next((arm for arm in VARIANTS if (arm.kind, arm.k, arm.variant) == ("magvit2", k, "no_linear")), None)
-    or Arm("magvit2", k, "no_linear", _NO_LINEAR, "without the linear code", f"magvit2-k{k}")
-    for k in COMPRESSIONS
-}
 
 # Over the baseline in one step, dB of PSNR: the paper's margins on MCL-JCV.
 MARGIN_TARGETS_DB = {8: 3.6, 16: 3.8, 32: 5.7}
@@ -111,10 +122,12 @@ PAPER_DB = {
 
 
 def all_arms() -> Iterator[Arm]:
-    """Both kinds at every temporal compression, then the variants, and the baseline as published at the other k."""
-    yield from (Arm(kind, k) for k in COMPRESSIONS for kind in KINDS)
+    """Both kinds at every temporal compression, each with and without the linear code, then the variants."""
+    for k in COMPRESSIONS:
+        yield from (regen(k), baseline(k))
+    for k in COMPRESSIONS:
+        yield from (regen_alone(k), baseline_with_code(k))
     yield from VARIANTS
-    yield from (arm for arm in PUBLISHED.values() if arm not in VARIANTS)
 
 
 def chosen_arms(pattern: str) -> list[Arm]:

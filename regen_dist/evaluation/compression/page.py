@@ -16,9 +16,10 @@ from PIL import Image
 
 from regen_dist.evaluation.compression.arms import COMPRESSIONS, CONTENT_AWARE, IN_CONTEXT
 from regen_dist.evaluation.compression.features import FEATURE, NAME
+from regen_dist.evaluation.compression.leads import Facts, margins
 from regen_dist.evaluation.compression.measuring import DOUBLE, TRAINED
 from regen_dist.evaluation.compression.plots import Plot
-from regen_dist.evaluation.compression.tables import MISSED, Facts, margins, not_measured, tables
+from regen_dist.evaluation.compression.tables import MISSED, not_measured, tables
 from regen_dist.evaluation.metrics import Frame
 from regen_dist.evaluation.report import PAGE, page_environment, replace_file
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet

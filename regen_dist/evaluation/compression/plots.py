@@ -12,10 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from regen_dist.evaluation.compression.arms import COMPRESSIONS, PAPER_DB
+from regen_dist.evaluation.compression.arms import (
+    COMPRESSIONS,
+    PAPER_DB,
+    baseline,
+    baseline_with_code,
+    regen,
+    regen_alone,
+)
 from regen_dist.evaluation.compression.features import NAME
+from regen_dist.evaluation.compression.leads import Facts, lead_db, psnr_db
 from regen_dist.evaluation.compression.measuring import TRAINED
-from regen_dist.evaluation.compression.tables import Facts, margin_db, psnr_db
 from regen_dist.evaluation.curves import ACCENT, INK, LINE, STYLE, for_page
 
 # For files that stand alone, the light page's colours.
@@ -59,13 +66,19 @@ def draw(facts: Facts) -> list[Plot]:
 
 
 def _psnr(facts: Facts) -> Iterator[_Series]:
-    for kind, label, colour, dashes in (("regen", "REGEN", ACCENT, "solid"), ("magvit2", "baseline", INK, _DASHED)):
-        found = {k: psnr_db(facts, f"{kind}-k{k}") for k in COMPRESSIONS}
-        yield _Series(label, _known(found), colour, dashes)
+    shown = (
+        (regen, "REGEN", ACCENT, "solid", "o"),
+        (regen_alone, "REGEN's decoder alone", ACCENT, _DASHED, "o"),
+        (baseline_with_code, "baseline with our linear code", INK, _DASHED, "s"),
+        (baseline, "baseline", INK, "solid", "s"),
+    )
+    for arm, label, colour, dashes, marker in shown:
+        found = {k: psnr_db(facts, arm(k).name) for k in COMPRESSIONS}
+        yield _Series(label, _known(found), colour, dashes, marker)
 
 
 def _margins(facts: Facts) -> Iterator[_Series]:
-    found = {k: margin_db(facts, f"regen-k{k}", f"magvit2-k{k}") for k in COMPRESSIONS}
+    found = {k: lead_db(facts, k) for k in COMPRESSIONS}
     if not (here := _known(found)):
         return
     yield _Series("here", here)

@@ -15,7 +15,9 @@ from regen_dist.evaluation.compression.arms import (
     VARIANTS,
     Arm,
     all_arms,
+    baseline,
     chosen_arms,
+    regen,
     stages_of,
 )
 
@@ -30,7 +32,7 @@ def _config(arm: Arm) -> RunConfig:
 def test_every_arm_is_a_valid_config_of_its_kind_and_compression() -> None:
     arms = list(all_arms())
     configs = [_config(arm) for arm in arms]
-    assert len({arm.name for arm in arms}) == len({config.model for config in configs}) == len(arms) == 18
+    assert len({arm.name for arm in arms}) == len({config.model for config in configs}) == len(arms) == 21
     for arm, config in zip(arms, configs, strict=True):
         assert (config.model.kind, config.model.temporal_compression) == (arm.kind, arm.k)
     same = {"name": "", "model": BASE.model}
@@ -39,11 +41,22 @@ def test_every_arm_is_a_valid_config_of_its_kind_and_compression() -> None:
 
 @pytest.mark.parametrize("k", COMPRESSIONS)
 def test_both_kinds_have_the_same_encoder_and_latents(k: int) -> None:
-    ours, theirs = (_config(Arm(kind, k)).model for kind in ("regen", "magvit2"))
-    assert (ours.encoder, ours.latent) == (theirs.encoder, theirs.latent)
+    ours, theirs = (_config(arm).model for arm in (regen(k), baseline(k)))
+    assert (ours.encoder, ours.latent, ours.linear_start) == (theirs.encoder, theirs.latent, theirs.linear_start)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda arm: arm.name)
+@pytest.mark.parametrize("k", COMPRESSIONS)
+def test_the_linear_code_is_regens_and_each_kind_is_trained_with_and_without_it(k: int) -> None:
+    has_code = {arm.name: _config(arm).model.decoder.linear for arm in all_arms() if arm.k == k and arm not in VARIANTS}
+    assert has_code == {
+        f"regen-k{k}": True,
+        f"magvit2-k{k}": False,
+        f"regen-k{k}-no_linear": False,
+        f"magvit2-k{k}-linear": True,
+    }
+
+
+@pytest.mark.parametrize("variant", [arm for arm in all_arms() if arm.against], ids=lambda arm: arm.name)
 def test_a_variant_differs_in_one_thing_from_the_arm_that_it_stands_beside(variant: Arm) -> None:
     beside = next(arm for arm in all_arms() if arm.name == variant.against)
     ours, theirs = (_config(arm).model.model_dump(mode="json") for arm in (variant, beside))
@@ -63,7 +76,7 @@ def test_a_variant_differs_in_one_thing_from_the_arm_that_it_stands_beside(varia
 
 def test_arms_are_chosen_by_their_whole_names() -> None:
     assert [arm.name for arm in chosen_arms("regen-k16|magvit2-k4")] == ["magvit2-k4", "regen-k16"]
-    assert len(chosen_arms(".*")) == 18
+    assert len(chosen_arms(".*")) == 21
     with pytest.raises(ConfigError, match="matches no arm; there are regen-k4, "):
         chosen_arms("regen")
     with pytest.raises(ConfigError, match="no regular expression"):

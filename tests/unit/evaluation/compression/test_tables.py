@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from regen_dist.evaluation.compression.arms import IN_CONTEXT, all_arms
+from regen_dist.evaluation.compression.leads import margins, missed
 from regen_dist.evaluation.compression.measuring import DOUBLE, OTHER, TRAINED
 from regen_dist.evaluation.compression.page import write_page
 from regen_dist.evaluation.compression.plots import draw
-from regen_dist.evaluation.compression.tables import margins, markdown, missed, tables
+from regen_dist.evaluation.compression.tables import markdown, tables
 
 PSNR = {
     "magvit2-k8": 20.0,
@@ -79,6 +80,16 @@ def test_conditioning_is_judged_at_twice_the_resolution() -> None:
     assert len(variants.rows) == 2
     assert variants.rows[1][2:] == ["15.00 (-5.50)", "14.00 (-5.50)", "14.50 (-5.50)"]
     assert "+5.50 dB, the target is ≥ +6.0 dB ✗ missed" in variants.note
+
+
+def test_leads_are_told_without_the_linear_code_and_with_it_in_both() -> None:
+    facts = _facts(PSNR | {"regen-k8-no_linear": 22.5, "magvit2-k8-linear": 23.75, "magvit2-k16-linear": 21.0})
+    table = next(table for table in tables(facts) if table.title == "What the linear code does")
+    assert table.rows == [
+        ["8", "20.00", "22.50", "+2.50", "23.75", "24.00", "+0.25", "+4.00"],
+        ["16", "19.00", "–", "–", "21.00", "22.50", "+1.50", "+3.50"],
+    ]
+    assert not any(table.title == "What the linear code does" for table in tables(_facts(PSNR)))
 
 
 def test_markdown_has_every_table_and_every_shortfall() -> None:
