@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from regen_dist.evaluation.compression.arms import COMPRESSIONS, CONTENT_AWARE, IN_CONTEXT
+from regen_dist.evaluation.compression.arms import (
+    COMPRESSIONS,
+    CONTENT_AWARE,
+    IN_CONTEXT,
+    baseline,
+    baseline_with_code,
+    regen,
+    regen_alone,
+)
 from regen_dist.evaluation.compression.features import FEATURE, NAME
 from regen_dist.evaluation.compression.leads import Facts, margins
 from regen_dist.evaluation.compression.measuring import DOUBLE, TRAINED
@@ -62,8 +70,10 @@ def write_page(out: Path, facts: Facts, plots: Sequence[Plot], kept: Mapping[str
 
 
 def _sheets(facts: Facts, kept: Mapping[str, Path]) -> list[Sheet]:
-    """Of each k the baseline and REGEN on the same clips, then both ways of conditioning at twice the resolution."""
-    wanted = [((f"magvit2-k{k}", f"regen-k{k}"), TRAINED, f"k = {k}") for k in COMPRESSIONS]
+    """Of each k both kinds, with and without the linear code, on the same clips; then both ways of conditioning at
+    twice the resolution."""
+    kinds = (baseline, regen_alone, baseline_with_code, regen)
+    wanted = [(tuple(arm(k).name for arm in kinds), TRAINED, f"k = {k}") for k in COMPRESSIONS]
     wanted.append(((IN_CONTEXT, CONTENT_AWARE), DOUBLE, "twice the training resolution"))
     found = []
     for arms, size, title in wanted:
