@@ -23,6 +23,12 @@ from regen_dist.observe.record import read_record
 _CLOSE_S = 60.0  # for a save in flight when a run ends with an error
 
 
+def has_checkpoints(config: AnyRunConfig, ranks: Ranks) -> bool:
+    """Whether the run has any, whole or not. A collective."""
+    folder = CheckpointFolder(config.checkpoints, limits_of(config.data.read))
+    return ranks.on_main(lambda: bool(folder.steps()))
+
+
 class RunCheckpoints:
     """The checkpoints of one run, as its loop needs them. Collective throughout.
 

@@ -72,10 +72,10 @@ class EmbedderTask:
         decoded = min(self.config.diffusion.train_frames or num_frames, num_frames)
         return clips * training_flops_per_clip(self.config.model, (height, width), num_frames, decoded)
 
-    def build(self, ranks: Ranks = Ranks()) -> nn.Module:  # noqa: B008 - frozen
+    def build(self, ranks: Ranks = Ranks(), *, resumes: bool = False) -> nn.Module:  # noqa: B008 - frozen
         torch.manual_seed(self.config.train.seed)
         model = build_model(self.config.model)
-        if self.config.model.linear_start == "pca":
+        if self.config.model.linear_start == "pca" and not resumes:
             # Read and fitted once: a stand-in on one rank alone would give it another code than the others'.
             model.load_state_dict(ranks.on_main(lambda: self._fitted(model)), strict=False)
         model.set_activation_checkpointing(self.config.engine.activation_checkpointing)

@@ -14,7 +14,7 @@ from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError
 from regen_dist.observe.hardware import peak_tflops
-from regen_dist.training.checkpoints import RunCheckpoints
+from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
 from regen_dist.training.guards import Guards, nowhere_finite
 from regen_dist.training.meter import Meter
 from regen_dist.training.reporter import Reporter
@@ -57,7 +57,8 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self._tell = config, ranks, mark
         self.task = build_task(config, ranks.device)
-        self.engine = build_engine(config, ranks, lambda: self.task.build(ranks))
+        resumes = not fresh and has_checkpoints(config, ranks)
+        self.engine = build_engine(config, ranks, lambda: self.task.build(ranks, resumes=resumes))
         self.guards = Guards(config)
         self.checkpoints = RunCheckpoints(config, ranks, self.engine.shapes(), self.task.data.identity(), self._saved)
         self.step, self.data_shift, self.metrics = 0, 0, dict[str, float]()

@@ -53,7 +53,7 @@ class TextToVideoTask:
         self._check(data)
         return data
 
-    def build(self, ranks: Ranks = Ranks()) -> nn.Module:  # noqa: B008 - frozen
+    def build(self, ranks: Ranks = Ranks(), *, resumes: bool = False) -> nn.Module:  # noqa: B008 - frozen
         torch.manual_seed(self.config.train.seed)
         model = build_model(self.config.model)
         model.set_activation_checkpointing(self.config.engine.activation_checkpointing)

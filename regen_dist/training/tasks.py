@@ -79,8 +79,9 @@ class Task(Protocol):
     def data(self) -> Source:
         """The training data, opened at the first use."""
 
-    def build(self, ranks: Ranks = Ranks()) -> nn.Module:  # noqa: B008 - frozen
-        """A fresh model, the same on every rank. A collective of `ranks` where the data decide how it begins."""
+    def build(self, ranks: Ranks = Ranks(), *, resumes: bool = False) -> nn.Module:  # noqa: B008 - frozen
+        """A fresh model, the same on every rank. A collective of `ranks` where the data decide how it begins, which
+        they need not if it `resumes`: then a checkpoint sets every weight."""
 
     def batches(self, ranks: Ranks, cursor: int) -> Generator[Any]:
         """This rank's micro-batches (`Batch`) from a cursor on (samples consumed so far by all ranks). Ranks that share

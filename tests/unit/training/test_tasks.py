@@ -175,6 +175,13 @@ def test_a_linear_code_is_fitted_by_one_rank_for_all(tmp_path: Path) -> None:
     assert all(torch.equal(weight, first.state_dict()[name]) for name, weight in other.state_dict().items())
 
 
+def test_a_run_that_resumes_fits_nothing() -> None:
+    """A checkpoint sets the weights; there is no data here to be read."""
+    task = build_task(tiny_run(model__linear_start="pca", data__url="nowhere"), CPU)
+    resumed, plain = task.build(resumes=True), build_task(tiny_run(), CPU).build()
+    assert torch.equal(resumed.linear.weight, plain.linear.weight)
+
+
 def test_the_decoder_is_trained_on_some_frames_of_each_clip() -> None:
     """As many as the config says, other ones in each step, the same on every rank; the encoder sees the whole clip."""
     task, engine = _task(diffusion__train_frames=2)
