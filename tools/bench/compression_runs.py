@@ -12,7 +12,7 @@ from launcher.arms import run_side_by_side
 from regen_dist.config import RunConfig, load_saved_config, save_config
 from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import ConfigError
-from regen_dist.evaluation.compression.arms import ABLATED, Arm, baseline, regen
+from regen_dist.evaluation.compression.arms import Arm, tuned_at
 from regen_dist.evaluation.compression.budget import (
     best_rate,
     is_trained,
@@ -95,23 +95,22 @@ class Runs:
         return known
 
     def tune(self, arms: Sequence[Arm], *, tune: bool) -> dict[str, dict[str, Any]]:
-        """The learning rate of each kind among the arms, chosen at k = 16 by as many short runs for each.
-
-        Where it is not tuned, it is the config's.
+        """The learning rates of the arms, by the name of the arm of k = 16 at which each was chosen (`tuned_at`), by as
+        many short runs for each. Where they are not tuned, they are the config's.
         """
         lr, path = self.base.optimizer.lr, self.out / "tuning.json"
         if not tune:
-            return {arm.kind: {"lr": lr, "at_edge": False, "tried": []} for arm in arms}
+            return {arm.name: {"lr": lr, "at_edge": False, "tried": []} for arm in _tuned(arms)}
         known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        tried = {arm: [lr * factor for factor in _RATES] for arm in _tuned(arms) if arm.kind not in known}
+        tried = {arm: [lr * factor for factor in _RATES] for arm in _tuned(arms) if arm.name not in known}
         self._run(
             "tuning", {_tuning_name(arm, lr): self._tuning(arm, lr) for arm, rates in tried.items() for lr in rates}
         )
         for arm, rates in tried.items():
             folder = self.out / "tuning_runs"
             results = [{"lr": lr, "psnr_db": validation_psnr_db(folder / _tuning_name(arm, lr))} for lr in rates]
-            known[arm.kind] = best_rate(results)
-            self.say(f"{arm.kind}: learning rate {known[arm.kind]['lr']:.2g}")
+            known[arm.name] = best_rate(results)
+            self.say(f"{arm.name}: learning rate {known[arm.name]['lr']:.2g}")
         write_text_atomically(path, json.dumps(known, indent=1) + "\n")
         return known
 
@@ -122,7 +121,7 @@ class Runs:
         commands = {}
         for arm in left:
             changes = paced(arm.overrides(self.base), steps[arm.name], self.base.optimizer.warmup_steps)
-            commands[arm.name] = self._command([*changes, f"optimizer.lr={tuning[arm.kind]['lr']}"])
+            commands[arm.name] = self._command([*changes, f"optimizer.lr={tuning[tuned_at(arm).name]['lr']}"])
         self._run("arms", commands)
 
     def facts(self, arm: Arm) -> dict[str, Any]:
@@ -164,9 +163,8 @@ class Runs:
 
 
 def _tuned(arms: Iterable[Arm]) -> list[Arm]:
-    """The arms at which the learning rates of these arms' kinds are chosen."""
-    kinds = {arm.kind for arm in arms}
-    return [arm for arm in (regen(ABLATED), baseline(ABLATED)) if arm.kind in kinds]
+    """The arms at which the learning rates of these are chosen."""
+    return _unique(map(tuned_at, arms))
 
 
 def _unique(arms: Iterable[Arm]) -> list[Arm]:

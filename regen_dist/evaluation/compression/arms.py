@@ -15,7 +15,6 @@ from regen_dist.config import RunConfig
 from regen_dist.errors import ConfigError
 
 Kind = Literal["regen", "magvit2"]
-KINDS: tuple[Kind, ...] = ("regen", "magvit2")
 COMPRESSIONS = (4, 8, 16, 32)
 ABLATED = 16  # the temporal compression at which learning rates are tuned and variants are compared
 
@@ -51,6 +50,11 @@ class Arm:
     def steps(self) -> tuple[int, ...]:
         """Sampling steps that it is measured at: variants, and the baseline that has no others, decode in one."""
         return STEPS if self.kind == "regen" and not self.variant else STEPS[:1]
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the linear code stands beside its decoder."""
+        return _NO_LINEAR[0] not in self.changes
 
     def overrides(self, base: RunConfig) -> list[str]:
         """What sets it apart from the config that all start from.
@@ -88,16 +92,14 @@ def baseline_with_code(k: int) -> Arm:
     return Arm("magvit2", k, "linear", (), "with our linear code", baseline(k).name)
 
 
+def tuned_at(arm: Arm) -> Arm:
+    """Where an arm's learning rate is chosen: at the arm of its kind, with or without the linear code as it is."""
+    where = {"regen": (regen_alone, regen), "magvit2": (baseline, baseline_with_code)}
+    return where[arm.kind][arm.has_code](ABLATED)
+
+
+# Without the linear code, which would hide what they do: with it a short training hardly leaves where it began.
 VARIANTS = (
-    Arm("regen", ABLATED, "full", _FULL, "full attention", regen(ABLATED).name),
-    Arm(
-        "regen", ABLATED, "learned_time", ("model.conditioning.time=learned",), "learned time embedding",
-        regen(ABLATED).name,
-    ),
-    Arm(
-        "regen", ABLATED, "no_first_frame_rule", ("model.conditioning.first_frame_rule=false",),
-        "without the first-frame rule", regen(ABLATED).name,
-    ),
     Arm(
         "regen", ABLATED, "full-no_linear", (*_FULL, *_NO_LINEAR), "full attention, without the linear code",
         regen_alone(ABLATED).name,
@@ -105,6 +107,15 @@ VARIANTS = (
     Arm(
         "regen", ABLATED, "in_context-no_linear", ("model.conditioning.kind=in_context", *_FULL, *_NO_LINEAR),
         "latents in context, full attention, without the linear code", f"regen-k{ABLATED}-full-no_linear",
+    ),
+    Arm(
+        "regen", ABLATED, "learned_time-no_linear", ("model.conditioning.time=learned", *_NO_LINEAR),
+        "learned time embedding, without the linear code", regen_alone(ABLATED).name,
+    ),
+    Arm(
+        "regen", ABLATED, "no_first_frame_rule-no_linear",
+        ("model.conditioning.first_frame_rule=false", *_NO_LINEAR),
+        "without the first-frame rule and the linear code", regen_alone(ABLATED).name,
     ),
 )  # fmt: skip
 

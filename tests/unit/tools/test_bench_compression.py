@@ -19,7 +19,7 @@ from tools.bench.compression_runs import Runs
 
 ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "configs" / "bench" / "compression.yaml"
-ARMS = chosen_arms("regen-k4|magvit2-k4|regen-k16-full")
+ARMS = chosen_arms("regen-k4|magvit2-k4|regen-k16-full-no_linear")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Sequence[str]]]:
     monkeypatch.setattr(compression_runs, "run_side_by_side", run)
     monkeypatch.setattr(compression_runs, "pace", lambda run, warm: {"cpu_s": 0.5, "wall_s": 0.6})
     monkeypatch.setattr(compression_runs, "is_trained", lambda run, steps: run.name == "regen-k4")
-    rates = {"0.00075": 20.0, "0.0015": 21.0, "0.003": 19.0}
+    rates = {"0.00075": 20.0, "0.0015": 21.0, "0.003": 19.0, "0.006": 18.0}
     monkeypatch.setattr(
         compression_runs, "validation_psnr_db", lambda run: rates[f"{float(run.name.partition('-lr')[2]):.2g}"]
     )
@@ -52,13 +52,17 @@ def test_every_arm_is_paced_tuned_and_trained_once(tmp_path: Path, started: list
         runs.pace(ARMS, tune=True)
         tuning = runs.tune(ARMS, tune=True)
     probes, tuned = started
-    assert set(probes) == {"regen-k4", "magvit2-k4", "regen-k16-full", "regen-k16", "magvit2-k16"}
-    assert len(tuned) == 6, "as many rates for either kind"
+    assert set(probes) == {arm.name for arm in ARMS} | {"regen-k16", "magvit2-k16", "regen-k16-no_linear"}
+    assert len(tuned) == 12, "as many rates for each"
     assert all("train.steps=60" in command for command in tuned.values()), "a quarter of 240"
-    assert {kind: found["lr"] for kind, found in tuning.items()} == {"regen": 0.0015, "magvit2": 0.0015}
+    assert {name: found["lr"] for name, found in tuning.items()} == {
+        "regen-k16": 0.0015,
+        "magvit2-k16": 0.0015,
+        "regen-k16-no_linear": 0.0015,
+    }
     runs.train(ARMS, tuning)
     trained = started[-1]
-    assert set(trained) == {"magvit2-k4", "regen-k16-full"}
+    assert set(trained) == {"magvit2-k4", "regen-k16-full-no_linear"}
     for command in trained.values():
         assert {"train.steps=240", "optimizer.warmup_steps=24", "optimizer.lr=0.0015"} <= set(command)
         config = load_embedder_config(CONFIG, list(command[command.index(str(CONFIG)) + 1 :]))
@@ -69,7 +73,7 @@ def test_without_tuning_the_rate_is_the_configs(tmp_path: Path, started: list[di
     runs = _runs(tmp_path)
     runs.pace(ARMS, tune=False)
     assert set(started[0]) == {arm.name for arm in ARMS}
-    assert runs.tune(ARMS, tune=False)["regen"] == {"lr": 1.5e-3, "at_edge": False, "tried": []}
+    assert runs.tune(ARMS, tune=False)["regen-k16-no_linear"] == {"lr": 1.5e-3, "at_edge": False, "tried": []}
     assert len(started) == 1
 
 
