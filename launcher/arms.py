@@ -16,6 +16,8 @@ def run_side_by_side(
 ) -> None:
     """Run every command, `at_once` at a time with an equal share of the cores each; `done(name)` is told as they end.
 
+    Where this is interrupted, nothing more is started, and what runs is told to end (SIGTERM) and waited for.
+
     Raises:
         TrainingError: some failed (the others have still run); names them and their logs.
     """
@@ -23,14 +25,23 @@ def run_side_by_side(
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
+    running: dict[str, subprocess.Popen[bytes]] = {}
+
     def run(name: str) -> int:
         with (logs / f"{name}.log").open("ab") as log:
-            code = subprocess.run(commands[name], env=environment, stdout=log, stderr=log, check=False).returncode
+            running[name] = subprocess.Popen(commands[name], env=environment, stdout=log, stderr=log)
+            code = running[name].wait()
         done(name)
         return code
 
     with ThreadPoolExecutor(at_once) as pool:
-        codes = dict(zip(commands, pool.map(run, commands), strict=True))
+        try:
+            codes = dict(zip(commands, pool.map(run, commands), strict=True))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running.values():
+                process.terminate()  # nothing where it has ended
+            raise
     if failed := {name: code for name, code in codes.items() if code}:
         listed = ", ".join(f"{name} (exit code {code}, see {logs / name}.log)" for name, code in failed.items())
         raise TrainingError(f"{len(failed)} of {len(codes)} runs failed: {listed}")

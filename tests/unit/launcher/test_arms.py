@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -29,3 +32,26 @@ def test_a_failure_is_named_after_the_others_have_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"1 of 2 runs failed: bad \(exit code 7"):
         run_side_by_side(commands, logs=tmp_path, at_once=1)
     assert (tmp_path / "ran").exists()
+
+
+def test_an_interruption_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
+    started, saved, later = (tmp_path / name for name in ("started", "saved", "later"))
+    runs = _python(
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (open({str(saved)!r}, 'w'), sys.exit(75)))\n"
+        f"open({str(started)!r}, 'w')\n"
+        "time.sleep(120)"
+    )
+
+    def interrupt() -> None:
+        while not started.exists():
+            time.sleep(0.02)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_side_by_side({"first": runs, "second": _python(f"open({str(later)!r}, 'w')")}, logs=tmp_path, at_once=1)
+    assert saved.exists()
+    assert not later.exists()
+    assert time.monotonic() - began < 60
