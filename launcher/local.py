@@ -110,10 +110,12 @@ def rank_environments(base: Mapping[str, str], ranks: int) -> dict[int, dict[str
 
 
 def rank_environment(inherited: Mapping[str, str], ranks: int) -> dict[str, str]:
-    """What all ranks of this machine have in common: a share of its cores, and the folder of compiled operators."""
+    """What all ranks of this machine have in common: a share of its cores, large pages for their heaps (where the
+    system gives them on request, they save faults: docs/performance.md), and the folder of compiled operators."""
     common = dict(inherited)
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     common.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    common.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     return program_environment(common)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,27 +54,25 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("desk")
-    data = tiny_dataset(folder / "data")
-    made = tiny_run(
-        folder / "runs", data, engine__kind="zero3", train__steps=STEPS, checkpoint__every=SAVE_EVERY,
-        guards__hang__beat_s=1.0,
-    )  # fmt: skip
-    (folder / "tiny.yaml").write_text(to_yaml(made))
-    return folder
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def desk(folder: Path, slurm: SlurmCluster) -> Desk:
-    return Desk(folder, slurm)
+def desk(data: Path, tmp_path: Path, slurm: SlurmCluster) -> Desk:
+    made = tiny_run(
+        tmp_path / "runs", data, engine__kind="zero3", train__steps=STEPS, checkpoint__every=SAVE_EVERY,
+        guards__hang__beat_s=1.0,
+    )  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(to_yaml(made))
+    return Desk(tmp_path, slurm)
 
 
 def test_a_run_is_watched_stopped_and_resumed_on_one_node(desk: Desk) -> None:
     """While another waits for its nodes, and is never started."""
     first = desk.train("first")
     waiting = desk.train("waiting")
-    with held(desk.run("first"), 2, SAVE_EVERY + 1):
+    with held(desk.run("first"), 2, SAVE_EVERY + 1, saved=True):
         row = desk.row("first")
         assert (row["state"], row["job"], row["nodes"], row["ranks_per_node"]) == ("running", first, 2, 1)
         assert row["step"] > SAVE_EVERY
@@ -128,7 +125,7 @@ def test_a_run_is_watched_stopped_and_resumed_on_one_node(desk: Desk) -> None:
 def test_stopping_now_saves_nothing_and_is_no_failure(desk: Desk) -> None:
     """Ranks that hang are ended too; it goes on from the last checkpoint."""
     desk.train("now", "--nodes", 1, "engine.kind=plain")
-    with held(desk.run("now"), 1, SAVE_EVERY + 3):
+    with held(desk.run("now"), 1, SAVE_EVERY + 3, saved=True):
         reached = max(losses(desk.run("now")))
         saved = desk.row("now")["checkpoint_step"]
         stopped = desk.jobs("stop", "now", "--now")

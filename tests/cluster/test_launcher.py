@@ -165,7 +165,7 @@ def test_a_rank_that_is_killed_goes_on_from_the_last_checkpoint(
     """No save, no word of the rank: the process above it tells. The same job goes on."""
     run = shop.run("killed")
     train(regen_submit, shop, "killed")
-    with held(run, 2, SAVE_EVERY + 2) as ranks:
+    with held(run, 2, SAVE_EVERY + 2, saved=True) as ranks:
         os.kill(ranks[1], signal.SIGKILL)
     assert wait_for_end(run) == "done", told(run)
     assert whys(run) == ["failed", "done"]

@@ -111,7 +111,7 @@ def test_a_node_that_loses_power(regen_submit: Submitter, folder: Path, slurm: S
     run = folder / "runs" / "power"
     path = config(folder, folder / "runs", name="power", train__steps=200, checkpoint__every=5)
     regen_submit.job(run, "train", path, "--cluster", "loopback")
-    with held(run, 1, 6):
+    with held(run, 1, 6, saved=True):
         lost = attempts(run)[0].start.nodes[0]
         slurm.end_node(lost)
     try:

@@ -53,5 +53,6 @@ def test_ranks_share_the_batch_and_leave_their_figures(small: list[str], tmp_pat
     assert found["cases"].keys() == found["memory"].keys() == {"one process", "ZeRO-3, two ranks"}
     assert found["cpu_ratios"]["ZeRO-3, two ranks"]["median"] > 0
     for memory in found["memory"].values():
-        assert memory["measured_bytes"] > 0
+        assert memory["resident_bytes"] > 0
+        assert memory["tensor_bytes"] > memory["terms"]["activations of 4 rows"] > 0
         assert sum(memory["terms"].values()) == memory["estimated_bytes"]

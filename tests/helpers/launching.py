@@ -95,8 +95,11 @@ def processes(run: Path, ranks: int, since: float) -> dict[int, int]:
 
 
 @contextmanager
-def held(run: Path, ranks: int, step: int, *, starts: int = 1) -> Iterator[dict[int, int]]:
+def held(run: Path, ranks: int, step: int, *, starts: int = 1, saved: bool = False) -> Iterator[dict[int, int]]:
     """Stop the ranks of start number `starts` once the run has logged `step`, so that it gets no further meanwhile.
+
+    Args:
+        saved: wait for a committed checkpoint, too: it is written beside the steps, and may come well after its own.
 
     Yields:
         The process of each rank. All go on afterwards, those that still are.
@@ -108,6 +111,7 @@ def held(run: Path, ranks: int, step: int, *, starts: int = 1) -> Iterator[dict[
             (run / "metrics.jsonl").exists()
             and max(losses(run), default=0) >= step
             and len(processes(run, ranks, since)) == ranks
+            and (not saved or any(read_record(run / "metrics.jsonl", "checkpoint")))
         ),
         lambda: told(run),
     )

@@ -140,7 +140,7 @@ class Bench:
         for name in (EMBEDDER, T2V):
             for kind, changes in (("activations kept", []), (CHECKPOINTED, [_CHECKPOINTING])):
                 run = self.runs[name].with_changes(*changes)
-                found[f"{name}, {kind}"] = self._memory(f"{name}, {kind}", self._job(run, 1), run.config)
+                found[f"{name}, {kind}"] = self._memory(f"{name}, {kind}", self._job(run, 1), run)
         return found
 
     def sharding(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class Bench:
             for name, run in runs.items():
                 jobs[name].append(self._job(run, 1 if name == ONE else 2))
                 self.say(f"  {name}: {found_by_ranks.cpu_s(jobs[name][-1]):.2f} s of CPU time a step")
-        memory = {name: self._memory(name, each[-1], runs[name].config) for name, each in jobs.items()}
+        memory = {name: self._memory(name, each[-1], runs[name]) for name, each in jobs.items()}
         target = {"target": found_by_ranks.CPU_TARGET}
         return {**found_by_ranks.compared(jobs, ONE), **target, "memory": memory, **self.runs[SHARDED].facts()}
 
@@ -168,15 +168,18 @@ class Bench:
             found[name] = found_by_ranks.compared(jobs, THERE) | {"losses": _losses(jobs)}
         return found
 
-    def _memory(self, name: str, job: found_by_ranks.Job, config: AnyRunConfig) -> dict[str, Any]:
-        figures = found_by_ranks.memory(job, config)
-        self.say(f"  memory, {name}: {figures['measured_bytes'] / 1e6:.0f} MB, {figures['ratio']:.2f} of the estimate")
+    def _memory(self, name: str, job: found_by_ranks.Job, run: Run) -> dict[str, Any]:
+        """Of ranks that were timed, and of as many more whose tensors are counted."""
+        figures = found_by_ranks.memory(job, self._job(run, len(job), options=["--tensors"]), run.config)
+        self.say(f"  memory, {name}: {figures['tensor_bytes'] / 1e6:.0f} MB, {figures['ratio']:.2f} of the estimate")
         return figures
 
-    def _job(self, run: Run, ranks: int, environment: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    def _job(
+        self, run: Run, ranks: int, environment: Mapping[str, str] | None = None, options: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
         """What each rank of a start of its own found, on one thread a rank."""
         program = [sys.executable, "-P", str(_RANK), str(run.path.resolve()), *run.overrides]
-        program += ["--out", str(self.work), "--steps", str(self.steps)]
+        program += ["--out", str(self.work), "--steps", str(self.steps), *options]
         own = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         code = launch(program, ranks=ranks, logs=self.work, environment=own)
         if code == EXIT_RESUME:

@@ -14,10 +14,11 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from regen_dist.config import AnyRunConfig, load_config
 from regen_dist.distributed.engine import build_engine
@@ -127,9 +128,39 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+def tensor_peak(work: Callable[[], object]) -> int:
+    """Bytes that tensors in host memory held at most while `work` ran, of those that it made: what
+    `torch.cuda.max_memory_allocated` tells of a GPU. Slow; what the profiler keeps is not counted."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        found.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
+    told = [each["args"] for each in sorted(events, key=lambda each: each["ts"]) if each["name"] == "[memory]"]
+    before = told[0]["Total Allocated"] - told[0]["Bytes"] if told else 0  # by what was profiled earlier
+    return max((each["Total Allocated"] - before for each in told), default=0)
+
+
+def measure_tensors(config: AnyRunConfig, ranks: Ranks, *, warm: int) -> dict[str, Any]:
+    """The most that the tensors of a run held, from the building of the model through its first `warm` steps."""
+    made: list[Training] = []
+
+    def work() -> None:
+        made.append(Training(config, ranks))
+        for _ in range(warm):
+            made[0].step()
+
+    try:
+        return {"tensor_bytes": tensor_peak(work), "sample": made[0].sample}
+    finally:
+        for training in made:
+            training.close()
+
+
 def measure(config: AnyRunConfig, ranks: Ranks, *, warm: int, steps: int) -> dict[str, Any]:
-    """CPU and wall seconds of each of `steps` steady steps, and the memory at most above what the process had before
-    there was a model."""
+    """CPU and wall seconds of each of `steps` steady steps, and the resident memory at most above what the process had
+    before there was a model."""
     base: list[int] = []
 
     def before_model() -> None:
@@ -172,11 +203,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
     parser.add_argument("--warm", type=int, default=2, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=3, help="steps that are measured")
+    parser.add_argument("--tensors", action="store_true", help="measure the memory of tensors, and no time")
     given = parser.parse_args()
     quiet()
     ranks, config = read_environment(), load_config(given.config, given.overrides)
     with process_group(ranks, needed=config.engine.kind == "zero3"):
-        found = measure(config, ranks, warm=given.warm, steps=given.steps)
+        found = (
+            measure_tensors(config, ranks, warm=given.warm)
+            if given.tensors
+            else measure(config, ranks, warm=given.warm, steps=given.steps)
+        )
     result_file(given.out, ranks.rank).write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 

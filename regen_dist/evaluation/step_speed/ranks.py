@@ -53,18 +53,31 @@ def compared(jobs: Mapping[str, Sequence[Job]], against: str) -> dict[str, Any]:
     }
 
 
-def memory(job: Job, config: AnyRunConfig) -> dict[str, Any]:
-    """The memory that the fullest rank of a job took, beside the estimate of `regen describe` for what is resident."""
-    terms = estimate(job[0]["sample"], config, world_size=len(job))
-    measured, estimated = max(rank["peak_bytes"] for rank in job), sum(terms.values())
-    return {"measured_bytes": measured, "estimated_bytes": estimated, "ratio": measured / estimated, "terms": terms}
+def memory(job: Job, tensors: Job, config: AnyRunConfig) -> dict[str, Any]:
+    """The memory that the fullest rank took, beside the estimate of `regen describe`.
+
+    Args:
+        job: what each rank had resident: of a buffer what was written to, with what the heap keeps of tensors that are
+            gone, and what libraries take for themselves.
+        tensors: what the tensors of each rank held at once, which the estimate is of.
+        config: of the run.
+    """
+    terms = estimate(tensors[0]["sample"], config, world_size=len(tensors))
+    written = estimate(job[0]["sample"], config, world_size=len(job), resident=True)
+    measured, estimated = max(rank["tensor_bytes"] for rank in tensors), sum(terms.values())
+    resident = max(rank["peak_bytes"] for rank in job)
+    told = {"tensor_bytes": measured, "estimated_bytes": estimated, "ratio": measured / estimated}
+    return {**told, "resident_bytes": resident, "resident_ratio": resident / sum(written.values()), "terms": terms}
 
 
-def estimate(sample: Mapping[str, Any], config: AnyRunConfig, *, world_size: int) -> dict[str, int]:
-    """The terms of the estimate for batches like `sample`."""
-    engine = config.engine
+def estimate(
+    sample: Mapping[str, Any], config: AnyRunConfig, *, world_size: int, resident: bool = False
+) -> dict[str, int]:
+    """The terms of the estimate for batches like `sample`; of tensors, or of what of them is resident in host
+    memory."""
+    counted = _account(sample, config)
     return memory_bytes(
-        _account(sample, config), engine, world_size=world_size, clips_per_gpu=sample["samples"], on_gpu=False
+        counted, config.engine, world_size=world_size, clips_per_gpu=sample["samples"], on_gpu=not resident
     )
 
 

@@ -40,8 +40,9 @@ def _threads(found: Mapping[str, Any]) -> str:
 def _memory(found: Mapping[str, Any]) -> Iterator[Row]:
     target = f"{1 - MEMORY_TARGET:g} to {1 + MEMORY_TARGET:g}"
     for name, case in found.items():
-        figure = f"{case['measured_bytes'] / 1e6:.0f} MB"
-        yield f"{name}: peak memory, beside the estimate of `regen describe`", figure, f"{case['ratio']:.2f}", target
+        figure, resident = (f"{case[f'{kind}_bytes'] / 1e6:.0f} MB" for kind in ("tensor", "resident"))
+        yield f"{name}: peak of tensors, beside the estimate of `regen describe`", figure, f"{case['ratio']:.2f}", target
+        yield f"{name}: peak of resident memory, beside the same", resident, f"{case['resident_ratio']:.2f}", ""
 
 
 def _sharding(facts: Mapping[str, Any]) -> Iterator[Row]:
@@ -86,9 +87,9 @@ def figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
     for name, case in found["cases"].items():
         yield Figure(f"{name}, of the peak, by CPU time", case["mfu_by_cpu"]["median"], True)
         yield Figure(f"{name}, step, s", case["step_s"]["median"], False, noise=0.25)
-    for name, case in facts.get("memory", {}).items():
-        yield Figure(f"{name}, peak bytes", case["measured_bytes"], False, noise=0.05)
-    for name, case in facts.get("sharding", {"memory": {}})["memory"].items():
-        yield Figure(f"{name}, peak bytes", case["measured_bytes"], False, noise=0.05)
+    memory = {**facts.get("memory", {}), **facts.get("sharding", {"memory": {}})["memory"]}
+    for name, case in memory.items():
+        yield Figure(f"{name}, peak of tensors, bytes", case["tensor_bytes"], False, noise=0.01)
+        yield Figure(f"{name}, peak resident bytes", case["resident_bytes"], False, noise=0.05)
     for name, ratio in facts.get("sharding", {}).get("cpu_ratios", {}).items():
         yield Figure(f"{name}, CPU time beside one process", ratio["median"], False)

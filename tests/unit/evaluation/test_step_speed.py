@@ -19,6 +19,7 @@ from regen_dist.evaluation.step_speed.utilisation import matrix_peak, section, s
 from regen_dist.models.accounting import account, account_row
 from regen_dist.models.memory import memory_bytes
 from tests.helpers.tiny import tiny_run, tiny_t2v
+from tools.bench.step_rank import tensor_peak
 
 CLIPS = {"samples": 4, "frames": 5, "size": [32, 32]}
 ROWS = {"samples": 4, "frames": 4, "size": [4, 4], "text_tokens": 7}
@@ -104,6 +105,21 @@ class TestUtilisation:
         assert 1e8 < matrix_peak(torch.device("cpu"), torch.float32, seconds=0.01)() < 1e14
 
 
+def test_the_peak_of_tensors_is_of_what_lives_at_once() -> None:
+    before = [torch.zeros(10_000)]
+
+    def work() -> None:
+        first = torch.zeros(1000)
+        second = torch.zeros(2000)
+        del first
+        before.clear()
+        third = torch.zeros(500)
+        del second, third
+
+    assert tensor_peak(work) == 4 * 3000
+    assert tensor_peak(lambda: None) == 0
+
+
 def _rank(*cpu_s: float, peak_bytes: int = 100, sample: dict[str, Any] = CLIPS) -> dict[str, Any]:
     steps = [{"cpu_s": each, "seconds": each / 2} for each in cpu_s]
     return {"steps": steps, "peak_bytes": peak_bytes, "sample": sample, "parameters": 7, "loss": 0.5}
@@ -125,13 +141,14 @@ class TestRanks:
         config = tiny_run()
         counted = account(config.model, (32, 32), precision="fp32")
         whole = sum(memory_bytes(counted, config.engine, world_size=1, clips_per_gpu=4).values())
-        found = ranks.memory([_rank(1.0, peak_bytes=2 * whole)], config)
-        assert (found["estimated_bytes"], found["ratio"]) == (whole, 2.0)
+        tensors = [{"tensor_bytes": whole, "sample": CLIPS}, {"tensor_bytes": 2 * whole, "sample": CLIPS}]
+        found = ranks.memory([_rank(1.0, peak_bytes=3 * whole)], tensors, config)
+        assert (found["estimated_bytes"], found["ratio"], found["resident_ratio"]) == (whole, 2.0, 3.0)
 
     def test_rows_are_estimated_too(self) -> None:
         config = tiny_t2v(engine__kind="zero3", engine__activation_checkpointing=True)
         counted = account_row(config.model, 4, (4, 4), 7, precision="fp32", activation_checkpointing=True)
-        terms = ranks.estimate(ROWS, config, world_size=2)
+        terms = ranks.estimate(ROWS, config, world_size=2, resident=True)
         assert terms["activations of 4 rows"] == 4 * counted.activation_bytes
         on_gpu = memory_bytes(counted, config.engine, world_size=2, clips_per_gpu=4)
         changed = {name for name in terms if terms[name] != on_gpu[name]}
@@ -153,7 +170,11 @@ FACTS: dict[str, Any] = {
         against={"embedder, again": "embedder"},
     )
     | {"profile": {"embedder": {"groups": dict.fromkeys(profiling.GROUPS, 0.1)}}},
-    "memory": {"embedder": {"measured_bytes": 2e6, "estimated_bytes": 2e6, "ratio": 1.0}},
+    "memory": {
+        "embedder": {
+            "tensor_bytes": 2e6, "estimated_bytes": 2e6, "ratio": 1.0, "resident_bytes": 3e6, "resident_ratio": 1.5,
+        }
+    },  # fmt: skip
     "sharding": ranks.compared({"one": [[_rank(1.0)]], "two": [[_rank(1.0), _rank(1.0)]]}, "one")
     | {"target": 1.3, "memory": {}},
     "against": {"embedder": ranks.compared({"there": [[_rank(2.0)]], "here": [[_rank(1.0)]]}, "there")},
@@ -180,7 +201,8 @@ def test_parts_that_were_left_out_are_missing() -> None:
 def test_figures_say_what_is_better() -> None:
     found = {figure.name: figure for figure in figures(FACTS)}
     assert found["embedder, of the peak, by CPU time"].higher_is_better
-    assert not found["embedder, peak bytes"].higher_is_better
+    assert not found["embedder, peak of tensors, bytes"].higher_is_better
+    assert found["embedder, peak resident bytes"].value == 3e6
     assert found["two, CPU time beside one process"].value == 2.0
 
 

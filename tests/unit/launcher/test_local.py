@@ -66,6 +66,11 @@ def test_cores_are_shared_out_unless_the_user_has_said_otherwise() -> None:
     assert rank_environment({"OMP_NUM_THREADS": "7"}, 2)["OMP_NUM_THREADS"] == "7"
 
 
+def test_heaps_take_large_pages_unless_the_user_has_tuned_them() -> None:
+    assert rank_environment({}, 1)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert rank_environment({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, 1)["GLIBC_TUNABLES"].endswith("=0")
+
+
 def test_ranks_above_zero_write_to_their_own_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(program("print('hello from', rank)"), ranks=2, logs=tmp_path / "logs") == 0
     assert "hello from 0" in capfd.readouterr().out
