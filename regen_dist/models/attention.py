@@ -52,8 +52,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend_eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Two batched matrix products around a softmax, in the working precision. Shapes [B, N, L, E].
 
-    On CPUs and for windows of up to a few hundred tokens several times faster, backward included, than the fused
-    kernel.
+    For small windows on CPUs whose fused kernel is slow at them: measure both (docs/performance.md).
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     mixed: Tensor = scores.softmax(-1) @ v

@@ -12,7 +12,13 @@ _LIVE = 1_000_000_000  # stage3_max_live_parameters: weights that may be gathere
 
 
 def memory_bytes(
-    model: Account, engine: EngineConfig, *, world_size: int, clips_per_gpu: int, on_gpu: bool = True
+    model: Account,
+    engine: EngineConfig,
+    *,
+    world_size: int,
+    clips_per_gpu: int,
+    accumulation: int = 1,
+    on_gpu: bool = True,
 ) -> dict[str, int]:
     """Bytes per GPU of each term while training.
 
@@ -21,26 +27,28 @@ def memory_bytes(
         engine: `plain` shards nothing.
         world_size: GPUs that the states are sharded over.
         clips_per_gpu: samples (clips, or rows of clips) of one micro-batch on one GPU.
+        accumulation: micro-batches whose gradients are summed.
         on_gpu: a buffer takes its whole size there. In host memory it takes what was written to: of the bucket, as much
             as there are gradients; and gloo copies that once more.
     """
-    shards = world_size if engine.kind == "zero3" else 1
+    zero3, mixed = engine.kind == "zero3", engine.precision == "bf16"
+    shards = world_size if zero3 else 1
     share = -(-model.num_parameters // shards)
-    mixed = engine.kind == "zero3" and engine.precision == "bf16"
     low = 2 if mixed else 4
     copied = min(model.num_parameters, _BUCKET)
     bucket = _BUCKET + copied if on_gpu else 3 * copied
+    activations = clips_per_gpu * model.activation_bytes
+    gradients = (4 if zero3 or not mixed else low + 4) * share  # in fp32 for the update, whatever they are reduced in
     terms = {
-        f"weights ({'bf16' if mixed else 'fp32'}, sharded)": low * share,
-        "gradients (fp32, sharded)": 4 * share,  # summed over micro-batches in fp32, whatever they are reduced in
-        "fp32 master weights (sharded)": 4 * share if engine.kind == "zero3" else 0,
+        f"weights ({engine.precision}, sharded)": low * share,
+        "gradients (fp32, sharded)": max(gradients - _replaced(activations, engine, accumulation), 0),
+        "fp32 master weights (sharded)": 4 * share if zero3 or mixed else 0,
         "AdamW's two moments (fp32, sharded)": 8 * share,
         "EMA (fp32, sharded)": 4 * share,
-        "fp32 gradients during the update": 4 * min(share, _REDUCE_GROUP) if engine.kind == "zero3" else 0,
+        "fp32 gradients during the update": 4 * min(share, _REDUCE_GROUP) if zero3 else 0,
         "weights gathered, at most": low * min(model.num_parameters, _LIVE) if shards > 1 else 0,
-        "gradients on their way: a bucket, and its copy": low * bucket if engine.kind == "zero3" else 0,
-        f"activations of {clips_per_gpu} {model.unit}{'s' if clips_per_gpu != 1 else ''}": clips_per_gpu
-        * model.activation_bytes,
+        "gradients on their way: a bucket, and its copy": low * bucket if zero3 else 0,
+        f"activations of {clips_per_gpu} {model.unit}{'s' if clips_per_gpu != 1 else ''}": activations,
     }
     kept = {name: size for name, size in terms.items() if size}
     return (
@@ -48,3 +56,10 @@ def memory_bytes(
         if shards > 1
         else {name.replace(", sharded", "").replace(" (sharded)", ""): size for name, size in kept.items()}
     )
+
+
+def _replaced(activations: int, engine: EngineConfig, accumulation: int) -> int:
+    """Activations that are gone once there are gradients. ZeRO-3 has a place for all gradients from the start (fp32,
+    whatever they are reduced in); sums of micro-batches outlive a backward pass; what is recomputed comes back."""
+    frees = engine.kind == "plain" and accumulation == 1 and not engine.activation_checkpointing
+    return activations if frees else 0

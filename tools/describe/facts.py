@@ -56,7 +56,9 @@ def gather(
         f"training_flops_per_{unit}": counted.num_training_flops,
         f"recomputed_flops_per_{unit}": counted.recomputed_flops,
         "training_flops_per_step": counted.num_training_flops * train.batch_global,
-        "memory_bytes_per_gpu": memory_bytes(counted, config.engine, world_size=world_size, clips_per_gpu=per_gpu),
+        "memory_bytes_per_gpu": memory_bytes(
+            counted, config.engine, world_size=world_size, clips_per_gpu=per_gpu, accumulation=train.accumulation
+        ),
         **_costs(config, counted, world_size, assumed),
     }
 

@@ -75,9 +75,13 @@ def estimate(
 ) -> dict[str, int]:
     """The terms of the estimate for batches like `sample`; of tensors, or of what of them is resident in host
     memory."""
-    counted = _account(sample, config)
     return memory_bytes(
-        counted, config.engine, world_size=world_size, clips_per_gpu=sample["samples"], on_gpu=not resident
+        _account(sample, config),
+        config.engine,
+        world_size=world_size,
+        clips_per_gpu=sample["samples"],
+        accumulation=config.train.accumulation,
+        on_gpu=not resident,
     )
 
 

@@ -40,8 +40,8 @@ def _threads(found: Mapping[str, Any]) -> str:
 def _memory(found: Mapping[str, Any]) -> Iterator[Row]:
     target = f"{1 - MEMORY_TARGET:g} to {1 + MEMORY_TARGET:g}"
     for name, case in found.items():
-        figure, resident = (f"{case[f'{kind}_bytes'] / 1e6:.0f} MB" for kind in ("tensor", "resident"))
-        yield f"{name}: peak of tensors, beside the estimate of `regen describe`", figure, f"{case['ratio']:.2f}", target
+        held, resident = (f"{case[f'{kind}_bytes'] / 1e6:.0f} MB" for kind in ("tensor", "resident"))
+        yield f"{name}: peak of tensors, beside the estimate of `regen describe`", held, f"{case['ratio']:.2f}", target
         yield f"{name}: peak of resident memory, beside the same", resident, f"{case['resident_ratio']:.2f}", ""
 
 

@@ -172,9 +172,13 @@ FACTS: dict[str, Any] = {
     | {"profile": {"embedder": {"groups": dict.fromkeys(profiling.GROUPS, 0.1)}}},
     "memory": {
         "embedder": {
-            "tensor_bytes": 2e6, "estimated_bytes": 2e6, "ratio": 1.0, "resident_bytes": 3e6, "resident_ratio": 1.5,
+            "tensor_bytes": 2e6,
+            "estimated_bytes": 2e6,
+            "ratio": 1.0,
+            "resident_bytes": 3e6,
+            "resident_ratio": 1.5,
         }
-    },  # fmt: skip
+    },
     "sharding": ranks.compared({"one": [[_rank(1.0)]], "two": [[_rank(1.0), _rank(1.0)]]}, "one")
     | {"target": 1.3, "memory": {}},
     "against": {"embedder": ranks.compared({"there": [[_rank(2.0)]], "here": [[_rank(1.0)]]}, "there")},

@@ -121,9 +121,34 @@ def test_zero3_shards_the_states_and_not_the_rest() -> None:
 
 
 def test_one_process_training_keeps_fp32_weights_and_no_second_copy() -> None:
-    terms = memory_bytes(COUNTED, EngineConfig(kind="plain"), world_size=1, clips_per_gpu=1)
+    alone = EngineConfig(kind="plain", precision="fp32")
+    terms = memory_bytes(COUNTED, alone, world_size=1, clips_per_gpu=1, accumulation=2)
     assert sum(terms.values()) == 1600 * (4 + 4 + 8 + 4) + 7
     assert not any("sharded" in name for name in terms)
+
+
+def test_one_process_in_bf16_keeps_masters_and_gradients_in_both() -> None:
+    alone = EngineConfig(kind="plain", precision="bf16")
+    terms = memory_bytes(COUNTED, alone, world_size=1, clips_per_gpu=1, accumulation=2)
+    assert sum(terms.values()) == 1600 * (2 + 4 + (2 + 4) + 8 + 4) + 7
+
+
+@pytest.mark.parametrize(
+    ("engine", "accumulation", "both"),
+    [
+        (EngineConfig(kind="plain", precision="fp32"), 1, False),
+        (EngineConfig(kind="plain", precision="fp32"), 2, True),
+        (EngineConfig(kind="plain", precision="fp32", activation_checkpointing=True), 1, True),
+        (EngineConfig(kind="zero3", precision="fp32"), 1, True),
+    ],
+)
+def test_gradients_take_the_place_of_activations_where_these_are_gone(
+    engine: EngineConfig, accumulation: int, both: bool
+) -> None:
+    """A thousand samples keep more than all gradients take."""
+    terms = memory_bytes(COUNTED, engine, world_size=1, clips_per_gpu=1000, accumulation=accumulation)
+    assert ("gradients (fp32)" in terms) == both
+    assert terms["activations of 1000 samples"] == 7000
 
 
 ROW = (8, (8, 12), 7)  # latent frames, cells, text tokens: 8 * 4 * 6 = 192 tokens
