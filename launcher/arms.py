@@ -7,8 +7,9 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Lock
 
-from regen_dist.errors import TrainingError
+from regen_dist.errors import EXIT_RESUME, TrainingError
 
 
 def run_side_by_side(
@@ -26,12 +27,16 @@ def run_side_by_side(
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
     running: dict[str, subprocess.Popen[bytes]] = {}
+    starting, stopping = Lock(), Event()
 
     def run(name: str) -> int:
-        with (logs / f"{name}.log").open("ab") as log:
+        with (logs / f"{name}.log").open("ab") as log, starting:
+            if stopping.is_set():
+                return EXIT_RESUME
             running[name] = subprocess.Popen(commands[name], env=environment, stdout=log, stderr=log)
-            code = running[name].wait()
-        done(name)
+        code = running[name].wait()
+        if not stopping.is_set():
+            done(name)
         return code
 
     with ThreadPoolExecutor(at_once) as pool:
@@ -39,8 +44,10 @@ def run_side_by_side(
             codes = dict(zip(commands, pool.map(run, commands), strict=True))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in running.values():
-                process.terminate()  # nothing where it has ended
+            with starting:
+                stopping.set()
+                for process in running.values():
+                    process.terminate()  # nothing where it has ended
             raise
     if failed := {name: code for name, code in codes.items() if code}:
         listed = ", ".join(f"{name} (exit code {code}, see {logs / name}.log)" for name, code in failed.items())

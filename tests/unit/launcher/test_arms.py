@@ -49,9 +49,11 @@ def test_an_interruption_ends_what_runs_and_starts_nothing_more(tmp_path: Path) 
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    began = time.monotonic()
+    began, done = time.monotonic(), list[str]()
+    commands = {"first": runs, "second": _python(f"open({str(later)!r}, 'w')")}
     with pytest.raises(KeyboardInterrupt):
-        run_side_by_side({"first": runs, "second": _python(f"open({str(later)!r}, 'w')")}, logs=tmp_path, at_once=1)
+        run_side_by_side(commands, logs=tmp_path, at_once=1, done=done.append)
     assert saved.exists()
     assert not later.exists()
+    assert done == [], "what was ended is not done"
     assert time.monotonic() - began < 60
