@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
-from regen_dist.evaluation.step_speed.ranks import MEMORY_TARGET
-from tools.bench.step_parts import CHECKPOINTED, EMBEDDER, T2V, Bench, prepared
+import pytest
+
+from launcher.local import launch
+from regen_dist.evaluation.step_speed.ranks import MEMORY_TARGET, estimate
+from tools.bench import step_rank
+from tools.bench.step_parts import EMBEDDER, T2V, Run, prepared
 
 
-def test_tensors_hold_what_was_promised(root: Path, tmp_path: Path) -> None:
-    """Twenty million parameters, with activations kept and recomputed."""
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Run]:
+    """Of twenty million parameters."""
     paths = {EMBEDDER: root / "configs/bench/step_embedder.yaml", T2V: root / "configs/bench/step_t2v.yaml"}
-    bench = Bench(prepared(paths, tmp_path, side=128), tmp_path, steps=1, repeats=1, say=print)
-    found = bench.memory()
-    assert found.keys() == {f"{n}, {kind}" for n in paths for kind in ("activations kept", CHECKPOINTED)}
-    ratios = {name: each["ratio"] for name, each in found.items()}
-    assert all(abs(ratio - 1) <= MEMORY_TARGET for ratio in ratios.values()), ratios
-    assert all(each["resident_ratio"] > each["ratio"] for each in found.values())
+    return prepared(paths, tmp_path_factory.mktemp("memory"), side=128)
+
+
+@pytest.mark.parametrize(("name", "recomputed"), [(EMBEDDER, "false"), (T2V, "true")])
+def test_tensors_hold_what_was_promised(runs: dict[str, Run], name: str, recomputed: str, tmp_path: Path) -> None:
+    run = runs[name].with_changes(f"engine.activation_checkpointing={recomputed}")
+    program = [sys.executable, "-P", step_rank.__file__, str(run.path), *run.overrides]
+    assert launch([*program, "--tensors", "--warm", "1", "--out", str(tmp_path)], ranks=1, logs=tmp_path) == 0
+    found = json.loads(step_rank.result_file(tmp_path, 0).read_text())
+    promised = sum(estimate(found["sample"], run.config, world_size=1).values())
+    assert found["tensor_bytes"] == pytest.approx(promised, rel=MEMORY_TARGET)

@@ -137,7 +137,8 @@ def tensor_peak(work: Callable[[], object]) -> int:
         trace = Path(folder) / "trace.json"
         found.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
-    told = [each["args"] for each in sorted(events, key=lambda each: each["ts"]) if each["name"] == "[memory]"]
+    changes = sorted((each for each in events if each["name"] == "[memory]"), key=lambda each: each["ts"])
+    told = [each["args"] for each in changes]
     before = told[0]["Total Allocated"] - told[0]["Bytes"] if told else 0  # by what was profiled earlier
     return max((each["Total Allocated"] - before for each in told), default=0)
 
