@@ -54,5 +54,6 @@ def test_ranks_share_the_batch_and_leave_their_figures(small: list[str], tmp_pat
     assert found["cpu_ratios"]["ZeRO-3, two ranks"]["median"] > 0
     for memory in found["memory"].values():
         assert memory["resident_bytes"] > 0
-        assert memory["tensor_bytes"] > memory["terms"]["activations of 4 rows"] > 0
+        (activations,) = [size for name, size in memory["terms"].items() if name.startswith("activations of")]
+        assert memory["tensor_bytes"] > activations > 0
         assert sum(memory["terms"].values()) == memory["estimated_bytes"]
