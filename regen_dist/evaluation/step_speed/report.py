@@ -42,7 +42,7 @@ def _memory(found: Mapping[str, Any]) -> Iterator[Row]:
     for name, case in found.items():
         held, resident = (f"{case[f'{kind}_bytes'] / 1e6:.0f} MB" for kind in ("tensor", "resident"))
         yield f"{name}: peak of tensors, beside the estimate of `regen describe`", held, f"{case['ratio']:.2f}", target
-        yield f"{name}: peak of resident memory, beside the same", resident, f"{case['resident_ratio']:.2f}", ""
+        yield f"{name}: peak resident, beside what is written to", resident, f"{case['resident_ratio']:.2f}", ""
 
 
 def _sharding(facts: Mapping[str, Any]) -> Iterator[Row]:
