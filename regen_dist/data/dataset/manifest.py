@@ -33,6 +33,13 @@ class Skip(_Record):
     reason: str
 
 
+class Note(_Record):
+    """How the samples of a source differ from what is in its file: "KIND: what was done"."""
+
+    source: str
+    note: str
+
+
 class ShardEntry(_Record):
     """A shard in the manifest: sizes in bytes, SHA-256 in hex of the tar and of its index."""
 
@@ -57,8 +64,8 @@ class Totals(_Record):
 class Manifest(_Record):
     """What a dataset consists of.
 
-    `kind` is the command that made it, `options` what it was asked for, `skipped` what was left out. `shards_url` says
-    where the tars are when they do not lie beside their indices.
+    `kind` is the command that made it, `options` what it was asked for, `skipped` what was left out, `notes` what was
+    converted. `shards_url` says where the tars are when they do not lie beside their indices.
     """
 
     schema_version: int
@@ -69,6 +76,7 @@ class Manifest(_Record):
     options: dict[str, Any]
     skipped: tuple[Skip, ...]
     shards_url: str | None = None
+    notes: tuple[Note, ...] = ()
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -135,9 +143,11 @@ def write_manifest(
         DataError: an index is missing or damaged, or there is no sample in any.
     """
     entries, left_out, totals, digest = [], list(skipped), _Sums(), Fingerprint()
+    notes: dict[Note, None] = {}
     for name, data in read_all(store, indices):
         table, facts = read_index(data)
         left_out += [Skip(**skip) for skip in facts["skipped"]]
+        notes |= {Note(**note): None for note in facts.get("notes", ())}
         if table.num_rows:
             entries.append(_entry(name, data, facts, table.num_rows))
             totals.add(table, facts["size"])
@@ -153,6 +163,7 @@ def write_manifest(
         options=options,
         skipped=tuple(left_out),
         shards_url=shards_url,
+        notes=tuple(notes),
     )
     data = to_json(manifest.model_dump(mode="json"))
     if MANIFEST not in store.list(MANIFEST) or store.get(MANIFEST) != data:

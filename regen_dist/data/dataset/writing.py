@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regen_dist.data.dataset.index import Described, read_index, scan_shard, write_index
-from regen_dist.data.dataset.manifest import Skip
+from regen_dist.data.dataset.manifest import Note, Skip
 from regen_dist.data.objects.store import Store
 
 if TYPE_CHECKING:
@@ -118,10 +118,15 @@ class ShardWriter:
         self._skipped.append(skip)
         self.units += 1
 
+    def note(self, note: Note) -> None:
+        """Say in the current shard how samples of a source were converted; said twice it is kept once."""
+        self._notes[note] = None
+
     def _reset(self) -> None:
         self._open_files = ExitStack()
         self._described: dict[str, Described] = {}
         self._skipped: list[Skip] = []
+        self._notes: dict[Note, None] = {}
 
     @property
     def _name(self) -> str:
@@ -143,6 +148,7 @@ class ShardWriter:
         samples = []
         facts: dict[str, Any] = {"name": self._name, "size": 0, "sha256": "", "units": self.units}
         facts["skipped"] = [skip.model_dump() for skip in self._skipped]
+        facts["notes"] = [note.model_dump() for note in self._notes]
         if self._described:
             self._tar.close()
             self._file.close()

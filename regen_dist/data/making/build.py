@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from regen_dist.data.dataset.claim import claim
 from regen_dist.data.dataset.index import Described
-from regen_dist.data.dataset.manifest import MANIFEST, Manifest, Skip, read_manifest, write_manifest
+from regen_dist.data.dataset.manifest import MANIFEST, Manifest, Note, Skip, read_manifest, write_manifest
 from regen_dist.data.dataset.writing import NewSample, ShardWriter
 from regen_dist.data.making.copies import Copies, local_copies
 from regen_dist.data.making.parts import Part, Planned, Work, count_units, cut_parts, files_of, work_of, write_done
@@ -164,6 +164,8 @@ class _Builder:
             if result.info is None:
                 writer.skip(Skip(source=source.name, segment=unit.number, reason=f"damaged: {result.problem}"))
             else:
+                for note in planned.notes:
+                    writer.note(Note(source=source.name, note=note))
                 writer.add(_sample(source, planned, unit, result, self._extension(source)))
 
     def _extension(self, source: Source) -> str:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regen_dist.data.dataset.claim import PLAN
 from regen_dist.data.dataset.index import SCHEMA_VERSION, Sample, read_index, write_index
-from regen_dist.data.dataset.manifest import MANIFEST, Manifest, Skip, read_all, to_json, write_manifest
-from regen_dist.data.making.members import samples_in, wanted
+from regen_dist.data.dataset.manifest import MANIFEST, Manifest, Note, Skip, read_all, to_json, write_manifest
+from regen_dist.data.making.members import NOTHING, samples_in, wanted
 from regen_dist.data.making.tarscan import BrokenTar, Pieces, scan_members
 from regen_dist.data.objects.store import Store, remove_leftovers
 from regen_dist.data.pool import worker_pool
+from regen_dist.data.video.conversion import LeftOut
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def index_tars(
     *,
     workers: int | None = None,
     skip_broken: bool = False,
+    left_out: LeftOut = NOTHING,
     progress: Progress = lambda stage, done, total: None,
 ) -> IndexedTars:
     """Make (or finish) the dataset of the tars below `url`: an index beside each, the manifest last.
@@ -54,6 +56,8 @@ def index_tars(
         out: where the indices go when `url` cannot be written to; the tars stay where they are.
         workers: processes; all cores by default, 0 works in this process.
         skip_broken: leave out the tars that cannot be read to their end, and finish without them.
+        left_out: which videos are not used; all others stay as they are in the tars, and are converted when they are
+            read. A tar that has its index is not looked into again: other choices need another folder.
         progress: called with ("index", done, total).
 
     Raises:
@@ -70,7 +74,7 @@ def index_tars(
     todo = _unfinished(store, tars)
     if todo and MANIFEST in store.list(MANIFEST):
         store.delete(MANIFEST)  # it speaks of indices that are about to change
-    calls = ((name, (source, store, name)) for name in todo)
+    calls = ((name, (source, store, name, left_out)) for name in todo)
     progress("index", len(tars) - len(todo), len(tars))
     with worker_pool(workers) as pool:
         for done, (name, problem) in enumerate(pool.run(index_tar, calls), len(tars) - len(todo) + 1):
@@ -84,15 +88,18 @@ def index_tars(
     return IndexedTars(manifest, len(todo) - len(left_out & tars.keys()), tuple(broken))
 
 
-def index_tar(source: Store, store: Store, name: str) -> str:
+def index_tar(source: Store, store: Store, name: str, left_out: LeftOut = NOTHING) -> str:
     """Read one tar and write its index. Returns why there is none, or nothing."""
     samples: list[Sample] = []
     skipped: list[Skip] = []
+    notes: list[Note] = []
     with Pieces(source, name) as pieces:
         try:
-            for found in samples_in(name, scan_members(pieces, wanted)):
+            for found in samples_in(name, scan_members(pieces, wanted), left_out):
                 if isinstance(found, Skip):
                     skipped.append(found)
+                elif isinstance(found, Note):
+                    notes.append(found)
                 else:
                     samples.append(found)
         except BrokenTar as error:
@@ -100,6 +107,7 @@ def index_tar(source: Store, store: Store, name: str) -> str:
         skipped += _behind_the_end(name, pieces)
         facts: dict[str, Any] = {"name": name, "sha256": pieces.sha256(), "size": pieces.position}
     facts |= {"units": len(samples) + len(skipped), "skipped": [skip.model_dump() for skip in skipped]}
+    facts["notes"] = [note.model_dump() for note in notes]
     store.put(index_name(name), write_index(samples, facts))
     return ""
 

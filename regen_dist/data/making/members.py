@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from regen_dist.data.dataset.index import VIDEO_EXTENSIONS, Described, Sample, indexed, sample_id, split_member
-from regen_dist.data.dataset.manifest import Skip
+from regen_dist.data.dataset.manifest import Note, Skip
 from regen_dist.data.making.tarscan import printable
+from regen_dist.data.video.conversion import LeftOut
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 
 LARGEST_VIDEO_BYTES = 2 << 30  # a sample is read whole, by every reader
 _LARGEST_TEXT_BYTES = 16 << 20
+NOTHING = LeftOut()
 _CAPTION_KEYS = ("caption", "text")
 
 
@@ -39,8 +41,11 @@ def wanted(member: tarfile.TarInfo) -> bool:
     return extension in ("txt", "json") and member.size <= _LARGEST_TEXT_BYTES
 
 
-def samples_in(shard: str, members: Iterable[tuple[tarfile.TarInfo, bytes | None]]) -> Iterator[Sample | Skip]:
-    """The samples of a shard in order, and for each that cannot be used the reason.
+def samples_in(
+    shard: str, members: Iterable[tuple[tarfile.TarInfo, bytes | None]], left_out: LeftOut = NOTHING
+) -> Iterator[Sample | Skip | Note]:
+    """The samples of a shard in order, each followed by how readers convert it; for what cannot be used, or is
+    `left_out`, the reason.
 
     A sample's id is made of the shard's name and the key. Its source is the video's name in the tar.
     """
@@ -49,11 +54,13 @@ def samples_in(shard: str, members: Iterable[tuple[tarfile.TarInfo, bytes | None
         try:
             if group.key in seen:
                 raise _Unusable("the key came before in this shard; pack the members of a sample next to each other")
-            found: Sample | Skip = _sample(shard, group)
+            found, notes = _sample(shard, group, left_out)
             seen.add(group.key)
         except _Unusable as reason:
-            found = Skip(source=f"{shard}: {printable(group.key)}", reason=str(reason))
+            yield Skip(source=f"{shard}: {printable(group.key)}", reason=str(reason))
+            continue
         yield found
+        yield from (Note(source=f"{shard}: {printable(group.key)}", note=note) for note in notes)
 
 
 def _groups(members: Iterable[tuple[tarfile.TarInfo, bytes | None]]) -> Iterator[_Group]:
@@ -85,7 +92,7 @@ def _is_video(extension: str) -> bool:
     return extension.rpartition(".")[2] in VIDEO_EXTENSIONS
 
 
-def _sample(shard: str, group: _Group) -> Sample:
+def _sample(shard: str, group: _Group, left_out: LeftOut) -> tuple[Sample, tuple[str, ...]]:
     if group.repeated:
         raise _Unusable(f"two members are called {printable(group.repeated)}")
     member, data = _video(group)
@@ -97,10 +104,13 @@ def _sample(shard: str, group: _Group) -> Sample:
     try:
         with VideoReader(data) as reader:
             info = reader.info()
+            notes = reader.notes
     except DataError as error:
         raise _Unusable(str(error)) from error
+    if reason := left_out.reason(notes):
+        raise _Unusable(reason)
     facts = Described(info.frames, info.height, info.width, info.fps, source=member.name, caption=caption)
-    return replace(indexed(group.key, shard, member, data, facts), id=sample_id(f"{shard}/{group.key}"))
+    return replace(indexed(group.key, shard, member, data, facts), id=sample_id(f"{shard}/{group.key}")), notes
 
 
 def _video(group: _Group) -> tuple[tarfile.TarInfo, bytes]:

@@ -48,13 +48,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Planned:
-    """What will be made of a source. `caption` is what a text beside it says."""
+    """What will be made of a source. `caption` is what a text beside it says, `notes` how its frames are
+    converted."""
 
     content: str
     info: VideoInfo | None = None
     candidates: tuple[Candidate, ...] = ()
     caption: str | None = None
     problem: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Work(NamedTuple):
@@ -101,10 +103,14 @@ def read_plan(store: Store, part: Part) -> list[Planned]:
         ) from error
 
 
-def _planned(info: dict[str, Any] | None, candidates: list[tuple[int, int, float | None, str]], **rest: Any) -> Planned:
-    return Planned(
-        info=VideoInfo(**info) if info else None, candidates=tuple(Candidate(*one) for one in candidates), **rest
-    )
+def _planned(
+    info: dict[str, Any] | None,
+    candidates: list[tuple[int, int, float | None, str]],
+    notes: Sequence[str] = (),
+    **rest: Any,
+) -> Planned:
+    found, cut = VideoInfo(**info) if info else None, tuple(Candidate(*one) for one in candidates)
+    return Planned(info=found, candidates=cut, notes=tuple(notes), **rest)
 
 
 def work_of(part: Part, planned: Sequence[Planned], after: int = 0) -> Iterator[Work]:

@@ -10,10 +10,12 @@ from regen_dist.data.dataset.manifest import Kind
 from regen_dist.data.dataset.writing import Limits
 from regen_dist.data.making.sources import Sources
 from regen_dist.data.video.scenes import CUT, FROZEN
+from regen_dist.data.video.conversion import LeftOut
 from regen_dist.data.video.transcode import PRESET, X264_PARAMS, EncodeOptions
 from regen_dist.errors import DataError
 
 KIND: Kind = "build"
+LARGEST_SIDE = 4320  # of a sample, the shorter one: 8K video
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class BuildOptions:
     """Options of `regen shards build`: all that decides about the dataset's bytes beside its sources.
 
     Times in seconds, sides in pixels. `keep` stores whole files as they are. `scenes` cuts at scene changes and
-    measures motion; without it `min_motion` has no say. `shard_mb` (10^6 bytes) and `samples_per_shard` close a shard,
+    measures motion; without it `min_motion` has no say.
+    `hdr` ("tone-map" or "leave-out") is of sources of high dynamic range or wide primaries, `interlaced` ("deinterlace"
+    or "leave-out") of those with fields. `shard_mb` (10^6 bytes) and `samples_per_shard` close a shard,
     `part_gb` (10^9 bytes of sources) is what is planned and made at a time. None: no limit.
     """
 
@@ -35,6 +39,8 @@ class BuildOptions:
     min_frames: int = 33
     min_side: int | None = None
     max_aspect: float | None = None
+    hdr: str = "tone-map"
+    interlaced: str = "deinterlace"
     start_seconds: float = 0.0
     max_seconds: float | None = None
     shard_mb: float = 256.0
@@ -53,8 +59,19 @@ class BuildOptions:
         if self.max_aspect is not None and self.max_aspect < 1:
             wrong.append(f"--max-aspect {self.max_aspect}: long side over short side, must be at least 1")
         wrong += [f"{_flag(n)} must not be negative" for n in ("start_seconds", "min_motion") if getattr(self, n) < 0]
+        if self.short_side is not None and self.short_side > LARGEST_SIDE:
+            wrong.append(f"--short-side {self.short_side}: must be at most {LARGEST_SIDE}")
+        try:
+            _ = self.sources_left_out
+        except DataError as error:
+            wrong.append(str(error))
         if wrong:
             raise DataError("; ".join(wrong))
+
+    @property
+    def sources_left_out(self) -> LeftOut:
+        """Which sources are not converted but left out."""
+        return LeftOut.of(self.hdr, self.interlaced)
 
     @property
     def encode(self) -> EncodeOptions:

@@ -117,11 +117,11 @@ class Planner:
     def _planned(self, source: Source, found: Surveyed) -> Planned:
         if found.info is None:
             return Planned(found.content, problem=found.problem)
-        problem = unsuitable(found.info, self._options)
+        problem = unsuitable(found.info, self._options) or self._options.sources_left_out.reason(found.notes)
         if self._options.keep and source.suffix[1:] not in VIDEO_EXTENSIONS:
             problem = f"unknown kind: --keep needs a name that ends in one of {', '.join(sorted(VIDEO_EXTENSIONS))}"
         cut = () if problem else tuple(candidates(found.info, found.stretches, self._options))
-        return Planned(found.content, found.info, cut, found.caption, problem)
+        return Planned(found.content, found.info, cut, found.caption, problem, found.notes)
 
     def _guard(self, part: Part, plan: Sequence[Planned]) -> None:
         bad = [

@@ -48,6 +48,7 @@ class Surveyed:
     stretches: tuple[Stretch, ...] = ()
     caption: str | None = None
     problem: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def fetch(origin: Origin) -> Path:
@@ -71,9 +72,10 @@ def survey(origin: Origin, threshold: float | None) -> Surveyed:
         caption = _caption(origin)
         with VideoReader(origin.path) as reader:
             stretches = (Stretch(0, probed.info.frames),) if threshold is None else tuple(_stretches(reader, threshold))
+            notes = tuple(dict.fromkeys((*probed.notes, *reader.notes)))
     except (DataError, OSError) as error:
         return Surveyed(probed.content, problem=f"unreadable: {told(error, origin.path)}")
-    return Surveyed(probed.content, probed.info, stretches, caption)
+    return Surveyed(probed.content, probed.info, stretches, caption, notes=notes)
 
 
 def fetch_again(origin: Origin, content: str) -> None:

@@ -20,7 +20,9 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from regen_dist.data.video.conversion import Converter, deinterlaced
 from regen_dist.data.video.pixels import RESIZE, Geometry, UInt8s, fit_geometry, frame_to_planes, frame_to_rgb
+from regen_dist.data.video.streams import choose_video
 from regen_dist.data.video.timing import FrameTable, clip_frames, has_variable_rate
 from regen_dist.errors import DataError
 
@@ -43,7 +45,7 @@ _NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is. Sides in pixels as shown (rotation applied), `fps` the average frame rate."""
+    """What a video is. Sides in square pixels as shown (rotation applied), `fps` the average frame rate."""
 
     frames: int
     height: int
@@ -73,6 +75,7 @@ class VideoReader:
             self._container: InputContainer = av.open(file, "r")
         try:
             self.stream = self._video_stream()
+            self._converter = Converter(self.stream.sample_aspect_ratio)
             self.table = table or self._read_table()
         except BaseException:
             self._container.close()
@@ -101,7 +104,8 @@ class VideoReader:
         return VideoInfo(len(self.table.pts), height, width, float(self.rate))
 
     def frames(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
-        """The frames of these numbers (never decreasing), each once, with its number.
+        """The frames of these numbers (never decreasing), each once, with its number, as a player shows them
+        (conversion.py): square pixels, standard range, no fields. `notes` says what that took.
 
         Raises:
             DataError: a number is not in the video, or a frame cannot be decoded.
@@ -109,8 +113,18 @@ class VideoReader:
         if not 0 <= numbers[0] <= numbers[-1] < len(self.table.pts):
             raise DataError(f"frames {numbers[0]} to {numbers[-1]} were asked for, the video has {len(self.table.pts)}")
         with _av_failures("cannot be decoded"):
-            for run in self._runs(numbers):
-                yield from self._run(run)
+            for number, frame in deinterlaced(self._decoded, numbers, len(self.table.pts), self._converter):
+                yield number, self._converter(frame)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the frames that were read so far differ from those in the file, each note with its kind and a colon."""
+        return tuple(self._converter.notes)
+
+    def _decoded(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """The frames of these numbers as they are in the file."""
+        for run in self._runs(numbers):
+            yield from self._run(run)
 
     def _runs(self, numbers: Sequence[int]) -> Iterator[list[int]]:
         """The numbers in parts that are decoded in one go: parted where a whole group of pictures is not needed."""
@@ -197,11 +211,7 @@ class VideoReader:
         return self._container.demux(self.stream)
 
     def _video_stream(self) -> VideoStream:
-        if not self._container.streams.video:
-            raise DataError("it has no video stream")
-        stream = self._container.streams.video[0]
-        if stream.codec_context is None:  # so PyAV says it, against its types
-            raise DataError("there is no decoder for its video")
+        stream = choose_video(self._container)
         stream.codec_context.thread_count = 1  # the cores are shared out by process, a clip is too short for more
         return stream
 

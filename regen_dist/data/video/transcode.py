@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import av
 from av.video.reformatter import ColorRange
 
+from regen_dist.data.video.conversion import to_yuv
 from regen_dist.data.video.reader import RESIZE, FrameTable, VideoInfo, VideoReader, frame_to_rgb
 from regen_dist.errors import DataError
 
@@ -72,11 +73,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Probed:
-    """A source file: its content hash and what is in it, or the reason why it cannot be used."""
+    """A source file: its content hash, what is in it and how its frames are converted, or the reason why it cannot be
+    used."""
 
     content: str = ""
     info: VideoInfo | None = None
     problem: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def new_hash() -> hashlib.blake2b:
@@ -96,7 +99,7 @@ def probe(path: Path) -> Probed:
     try:
         content = content_hash(path)
         with VideoReader(path) as reader:
-            return Probed(content, reader.info())
+            return Probed(content, reader.info(), notes=reader.notes)
     except (DataError, OSError) as error:
         return Probed(content, problem=told(error, path))
 
@@ -155,10 +158,11 @@ def _frame_table(path: Path) -> FrameTable:
 
 
 def _encode(frames: Iterator[VideoFrame], reader: VideoReader, *, first_pts: int, crf: int) -> bytes:
-    """A segment with the source's pace and colours, timestamps from zero."""
-    source = reader.stream.codec_context
-    tags = StreamTags(reader.rate, reader.stream.time_base, source.colorspace, source.color_primaries, source.color_trc)
-    return encode_frames(_moved(frames, first_pts), tags, crf)
+    """A segment with the source's pace, timestamps from zero, tagged with the colours of its frames."""
+    first = next(frames)
+    colours = first.colorspace, first.color_primaries, first.color_trc
+    tags = StreamTags(reader.rate, reader.stream.time_base, *colours)
+    return encode_frames(_moved(chain([first], frames), first_pts), tags, crf)
 
 
 def _moved(frames: Iterator[VideoFrame], first_pts: int) -> Iterator[VideoFrame]:
@@ -206,11 +210,10 @@ def prepare(frame: VideoFrame, short_side: int | None) -> VideoFrame:
     if frame.rotation % 360:
         turned = frame.rotation % 180 != 0
         image = frame_to_rgb(frame, *((width, height) if turned else (height, width)))
-        frame = av.VideoFrame.from_ndarray(image.copy(), format="rgb24")
-        height, width = frame.height, frame.width
-    ready = frame.reformat(
-        width=width, height=height, format="yuv420p", interpolation=RESIZE, dst_color_range=ColorRange.MPEG, threads=1
-    )
+        upright = av.VideoFrame.from_ndarray(image.copy(), format="rgb24")
+        upright.color_primaries, upright.color_trc = frame.color_primaries, frame.color_trc
+        frame, height, width = upright, upright.height, upright.width
+    ready = to_yuv(frame, width, height, RESIZE)
     ready.pts, ready.time_base = pts, time_base
     ready.pict_type = av.video.frame.PictureType.NONE  # else the encoder repeats the source's picture types
     return ready

@@ -1,0 +1,297 @@
+"""From decoded frames to frames as a player shows them: square pixels, standard range and primaries of BT.709, no fields.
+
+Most frames are that already and pass as they are. The others go through filters of ffmpeg. Orientation is not done
+here: frames keep their display matrix.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple
+
+import av
+from av.filter import Graph
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+from regen_dist.data.video.colour import HDR, WIDE, cube
+from regen_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from av.filter.context import FilterContext
+    from av.video.frame import VideoFrame
+
+    Frames = Callable[[Sequence[int]], Iterator[tuple[int, VideoFrame]]]
+
+HDR_KIND, WIDE_KIND, INTERLACED_KIND, PIXELS_KIND = "HDR", "wide primaries", "interlaced", "non-square pixels"
+_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+_BT2020_MATRICES = (9, 10)  # with constant luminance or without
+_UNREADABLE_MATRICES = {10: "BT.2020 of constant luminance", 11: "Y'D'zD'x", 13: "constant luminance", 14: "ICtCp"}
+_UNSPECIFIED = 2
+_LARGEST_SIDE = 32_768  # swscale can do no more, and a wrong shape of pixels must not ask for gigabytes
+
+
+class LeftOut(NamedTuple):
+    """Which videos are left out instead of being converted."""
+
+    hdr: bool = False
+    interlaced: bool = False
+
+    @classmethod
+    def of(cls, hdr: str, interlaced: str) -> LeftOut:
+        """From the values of `--hdr` and `--interlaced`; DataError for others."""
+        for name, value, convert in (("--hdr", hdr, "tone-map"), ("--interlaced", interlaced, "deinterlace")):
+            if value not in (convert, "leave-out"):
+                raise DataError(f"{name} {value}: must be {convert} or leave-out")
+        return cls(hdr == "leave-out", interlaced == "leave-out")
+
+    def reason(self, notes: Iterable[str]) -> str:
+        """Why a video with these notes (`Converter.notes`) is left out, with its kind and a colon; empty when it is
+        not."""
+        unwanted = {HDR_KIND: "--hdr", WIDE_KIND: "--hdr"} if self.hdr else {}
+        unwanted |= {INTERLACED_KIND: "--interlaced"} if self.interlaced else {}
+        for kind, _, what in (note.partition(": ") for note in notes):
+            if kind in unwanted:
+                return f"{kind}: {what.partition(',')[0]}, and {unwanted[kind]} is leave-out"
+        return ""
+
+
+class Look(NamedTuple):
+    """What decides how frames are converted: sides, format, colours (numbers of H.273)."""
+
+    width: int
+    height: int
+    format: str
+    matrix: int
+    range: int
+    transfer: int
+    primaries: int
+
+    @classmethod
+    def of(cls, frame: VideoFrame) -> Look:
+        """Read it from a frame. Primaries and transfer that are not told follow from the matrix."""
+        primaries, transfer = frame.color_primaries, frame.color_trc
+        if primaries in (0, _UNSPECIFIED) and (transfer in HDR or frame.colorspace in _BT2020_MATRICES):
+            primaries = int(ColorPrimaries.BT2020)
+        names = (frame.format.name, frame.colorspace, frame.color_range)
+        return cls(frame.width, frame.height, *names, transfer, primaries)
+
+    @property
+    def colours(self) -> str:
+        """Why the colours must be converted, beginning with the kind; empty when they need not."""
+        if self.transfer in HDR:
+            return f"{HDR_KIND}: {HDR[self.transfer]}, tone-mapped to BT.709 of standard range"
+        if self.primaries in WIDE:
+            return f"{WIDE_KIND}: {WIDE[self.primaries]}, converted to BT.709"
+        return ""
+
+
+class Converter:
+    """Makes frames of one video presentable, one at a time. `notes` says what was done so far, once each.
+
+    Args:
+        pixel_aspect: width of a pixel over its height, as the container or the codec tells it; None or 0: square.
+    """
+
+    def __init__(self, pixel_aspect: Fraction | None) -> None:
+        self._aspect = Fraction(pixel_aspect) if pixel_aspect else Fraction(1)
+        self._filters: dict[Look, _Filters] = {}
+        self.notes: dict[str, None] = {}
+
+    def __call__(self, frame: VideoFrame) -> VideoFrame:
+        """The frame, or a new one in its place with the same time and orientation.
+
+        Raises:
+            DataError: its colours or the shape of its pixels cannot be converted.
+        """
+        look = Look.of(frame)
+        if look.matrix in _UNREADABLE_MATRICES and not frame.format.is_rgb:
+            matrix = _UNREADABLE_MATRICES[look.matrix]
+            raise DataError(f"its colours are {matrix} (matrix {look.matrix} of H.273), which cannot be converted")
+        width, height = self._square(look)
+        if not look.colours and (width, height) == (look.width, look.height):
+            return frame
+        if (width, height) != (look.width, look.height):
+            aspect = f"{self._aspect.numerator}:{self._aspect.denominator}"
+            note = f"{PIXELS_KIND}: of {aspect}, {look.height}x{look.width} scaled to {height}x{width}"
+            self.notes[note] = None
+        if look.colours:
+            self.notes[look.colours] = None
+        if look not in self._filters:
+            self._filters.clear()  # a change within a video is rare, a filter's memory is that of some frames
+            self._filters[look] = _Filters(look, frame, _steps(look, width, height))
+        (done,) = self._filters[look].run(frame)
+        return _tagged(done, frame, look)
+
+    def _square(self, look: Look) -> tuple[int, int]:
+        """Width and height in square pixels. The side whose pixels are long grows: nothing is thrown away."""
+        width = round(look.width * max(self._aspect, Fraction(1)))
+        height = round(look.height / min(self._aspect, Fraction(1)))
+        if max(width, height) > _LARGEST_SIDE:
+            raise DataError(
+                f"pixels of {self._aspect} would make {look.height}x{look.width} into {height}x{width}, more than "
+                f"{_LARGEST_SIDE} a side; mend the file, for example with ffmpeg -i IN -vf setsar=1 OUT.mp4"
+            )
+        return width, height
+
+    def note_interlaced(self) -> None:
+        """Remember that fields were found, and joined."""
+        self.notes[f"{INTERLACED_KIND}: frames of two fields, deinterlaced by bwdif"] = None
+
+
+def deinterlaced(frames: Frames, numbers: Sequence[int], count: int, converter: Converter) -> Iterator[tuple[int, VideoFrame]]:
+    """As `frames(numbers)`, with frames that consist of two fields deinterlaced (bwdif, one frame for one).
+
+    From the first interlaced frame on, each frame is decoded with its neighbours, so that a frame looks the same
+    however it was reached. A frame that is not flagged as interlaced passes as it is.
+
+    Args:
+        frames: gives decoded frames by their numbers, with these.
+        numbers: never decreasing, without repetitions.
+        count: of the video's frames.
+        converter: is told when there was something to do.
+    """
+    rest = list(dict.fromkeys(numbers))
+    for done, (number, frame) in enumerate(frames(rest)):
+        if frame.interlaced_frame:
+            converter.note_interlaced()
+            yield from _with_neighbours(frames, rest[done:], count)
+            return
+        yield number, frame
+
+
+def _with_neighbours(frames: Frames, numbers: list[int], count: int) -> Iterator[tuple[int, VideoFrame]]:
+    wanted = set(numbers)
+    wider = sorted({near for number in numbers for near in range(max(number - 1, 0), min(number + 2, count))})
+    filters: _Filters | None = None
+    waiting: list[tuple[int, VideoFrame]] = []  # went in and are not out
+    last = -2
+
+    def out(ready: list[VideoFrame]) -> Iterator[tuple[int, VideoFrame]]:
+        for done in ready:
+            number, source = waiting.pop(0)
+            _timed(done, source)
+            if number in wanted:
+                yield number, done
+
+    for number, frame in frames(wider):
+        if filters is not None and (number != last + 1 or not filters.takes(frame)):
+            yield from out(filters.finish())
+            filters = None
+        filters = filters or _Filters(Look.of(frame), frame, [("bwdif", "mode=send_frame:deint=interlaced")])
+        waiting.append((number, frame))
+        yield from out(filters.run(frame))
+        last = number
+    if filters is not None:
+        yield from out(filters.finish())
+
+
+def _steps(look: Look, width: int, height: int) -> list[tuple[str, str]]:
+    """Filters in order with their arguments: colours at full precision, then the shape of pixels, then 8 bits."""
+    resize = [("scale", f"{width}:{height}:flags={_FLAGS}")] if (width, height) != (look.width, look.height) else []
+    if not look.colours:
+        return [*resize, ("setsar", "1")]
+    known = f"in_color_matrix={_matrix(look)}:flags={_FLAGS}"
+    steps = [("scale", known), ("format", "gbrp16le"), ("lut3d", "interp=tetrahedral"), *resize]
+    return [*steps, ("setsar", "1"), ("scale", f"flags={_FLAGS}"), ("format", "gbrp")]
+
+
+def _matrix(look: Look) -> str:
+    """Name of the matrix that makes R'G'B' of a frame; where it is not told, that of its primaries."""
+    if look.matrix in (0, _UNSPECIFIED, 3):
+        return "bt2020" if look.primaries == ColorPrimaries.BT2020 else "bt709"
+    return "auto"
+
+
+class _Filters:
+    """A chain of ffmpeg's filters for frames of one look."""
+
+    def __init__(self, look: Look, frame: VideoFrame, steps: Sequence[tuple[str, str]]) -> None:
+        self._look, self._graph = look, Graph()
+        self._graph.threads = 1
+        base = frame.time_base or Fraction(1, 1000)
+        size = f"video_size={look.width}x{look.height}:pix_fmt={look.format}"
+        colours = f"colorspace={frame.colorspace}:range={frame.color_range}"
+        node = self._graph.add("buffer", f"{size}:time_base={base}:pixel_aspect=1/1:{colours}")
+        with tempfile.NamedTemporaryFile("w", suffix=".cube") as table:
+            for name, options in steps:
+                if name == "lut3d":
+                    table.write(cube(look.transfer, look.primaries))
+                    table.flush()
+                    options = f"file='{table.name}':{options}"
+                node = self._linked(node, self._graph.add(name, options))
+            self._linked(node, self._graph.add("buffersink"))
+            self._graph.configure()
+
+    def _linked(self, node: FilterContext, following: FilterContext) -> FilterContext:
+        node.link_to(following)
+        return following
+
+    def takes(self, frame: VideoFrame) -> bool:
+        """Whether a frame has the look that the chain was made for."""
+        return Look.of(frame) == self._look
+
+    def run(self, frame: VideoFrame) -> list[VideoFrame]:
+        """Put a frame in; what is ready comes out."""
+        self._graph.vpush(frame)
+        return self._ready()
+
+    def finish(self) -> list[VideoFrame]:
+        """The frames that waited for another."""
+        self._graph.vpush(None)
+        return self._ready()
+
+    def _ready(self) -> list[VideoFrame]:
+        ready = []
+        with suppress(av.BlockingIOError, av.EOFError):
+            while True:
+                ready.append(self._graph.vpull())
+        return ready
+
+
+def _tagged(done: VideoFrame, source: VideoFrame, look: Look) -> VideoFrame:
+    """Say of a converted frame what it is, and when it is shown."""
+    _timed(done, source)
+    if look.colours:
+        done.colorspace, done.color_range = 0, int(ColorRange.JPEG)  # 0: R'G'B'
+        done.color_primaries = int(ColorPrimaries.BT709)
+        done.color_trc = standard_transfer(look.transfer)
+    return done
+
+
+def _timed(done: VideoFrame, source: VideoFrame) -> None:
+    """Filters count time in their own units."""
+    done.pts = source.pts
+    if source.time_base is not None:
+        done.time_base = source.time_base
+
+
+def standard_transfer(transfer: int) -> int:
+    """The transfer of a converted frame: that of sRGB stays, all others (HDR, BT.2020's) are BT.709."""
+    return transfer if transfer == ColorTrc.IEC61966_2_1 else int(ColorTrc.BT709)
+
+
+def to_yuv(frame: VideoFrame, width: int, height: int, interpolation: int) -> VideoFrame:
+    """A frame as yuv420p of limited range, tagged as what it is: R'G'B' by BT.709's matrix (and sRGB, where it does not
+    say otherwise), YUV by its own."""
+    is_rgb = frame.format.is_rgb or frame.format.name == "pal8"
+    ready = frame.reformat(
+        width=width,
+        height=height,
+        format="yuv420p",
+        interpolation=interpolation,
+        dst_colorspace=Colorspace.ITU709 if is_rgb else None,
+        dst_color_range=ColorRange.MPEG,
+        threads=1,
+    )
+    if is_rgb:
+        ready.colorspace = int(Colorspace.ITU709)
+        if ready.color_primaries == _UNSPECIFIED:
+            ready.color_primaries = int(ColorPrimaries.BT709)
+        if ready.color_trc == _UNSPECIFIED:
+            ready.color_trc = int(ColorTrc.IEC61966_2_1)
+    return ready
