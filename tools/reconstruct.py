@@ -68,6 +68,8 @@ def reconstruct(
         console.print(
             f"The source is resized from {height}x{width} to {source.height}x{source.width} before everything."
         )
+    for note in source.notes:
+        console.print(f"Note: {note}", highlight=False)
     with _progress(source) as progress:
         report = job(
             source,

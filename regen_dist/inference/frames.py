@@ -26,6 +26,7 @@ Seconds = npt.NDArray[np.float64]
 
 BT709 = 1  # the number of this matrix, these primaries and this transfer in the H.264 tables
 CLOCK = 90_000  # ticks a second of files in which each frame has its own time
+LARGEST_SIDE = 4320  # of 8K video, its shorter one
 FALLBACK_RATE = Fraction(25)
 
 
@@ -34,14 +35,14 @@ class SourceVideo:
 
     Args:
         path: the file.
-        short_side: resize so that the shorter side has this many pixels; None keeps the stored size. Pixels are taken
-            as square.
+        short_side: resize so that the shorter side has this many pixels; None keeps the size.
         max_frames: read only the first frames.
 
     Attributes:
         timestamps: float64 [F], seconds from the first frame, increasing; the rate may vary.
         rate: average frames a second.
-        stored: (height, width) of the file, upright.
+        stored: (height, width) of the file, upright, in square pixels.
+        notes: how frames differ from those in the file ("non-square pixels: …"), as far as the first tells.
         height, width: of the frames that `frames` yields.
 
     Raises:
@@ -52,6 +53,8 @@ class SourceVideo:
         for name, value in (("short side", short_side), ("largest number of frames", max_frames)):
             if value is not None and value < 1:
                 raise DataError(f"the {name} is {value}; it must be at least 1")
+        if short_side is not None and short_side > LARGEST_SIDE:
+            raise DataError(f"the short side is {short_side}; it must be at most {LARGEST_SIDE}")
         if not path.is_file():
             raise DataError(f"no video at {path}: " + ("it is a folder" if path.is_dir() else "there is no such file"))
         self.path = path
@@ -60,6 +63,7 @@ class SourceVideo:
             self.timestamps = _seconds(reader, max_frames)
             self.rate = _average_rate(reader, self.timestamps)
             self.stored = _upright_sides(reader)
+            self.notes = reader.notes
         scale = short_side / min(self.stored) if short_side else 1.0
         self.height, self.width = (max(1, round(side * scale)) for side in self.stored)
 
@@ -134,7 +138,7 @@ class VideoWriter:
         if not self.path.parent.is_dir():
             raise DataError(f"{self.path} cannot be written: there is no folder {self.path.parent}")
         with self._write_errors():
-            self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
+            self._container = av.open(f"file:{self._partial}", "w", format="mp4", options={"movflags": "+faststart"})
         return self
 
     def write(self, frame: Frame, seconds: float | None = None) -> None:

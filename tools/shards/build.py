@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from regen_dist.data.dataset.manifest import Manifest
 
 _SHOWN = 10
+HDR_HELP = "High dynamic range and wide primaries (PQ, HLG, BT.2020, P3): tone-map to BT.709, or leave-out."
+INTERLACED_HELP = "Frames that consist of two fields: deinterlace, or leave-out."
 
 
 def build(
@@ -43,6 +45,8 @@ def build(
     max_aspect: Annotated[
         float | None, typer.Option(help="Leave out sources whose long side is more times the short.")
     ] = None,
+    hdr: Annotated[str, typer.Option(help=HDR_HELP)] = "tone-map",
+    interlaced: Annotated[str, typer.Option(help=INTERLACED_HELP)] = "deinterlace",
     start_seconds: Annotated[float, typer.Option(help="Leave out the beginning of every source.")] = 0.0,
     max_seconds: Annotated[float | None, typer.Option(help="Use at most this much of every source.")] = None,
     captions: Annotated[
@@ -78,6 +82,8 @@ def build(
         min_frames=min_frames,
         min_side=min_side,
         max_aspect=max_aspect,
+        hdr=hdr,
+        interlaced=interlaced,
         start_seconds=start_seconds,
         max_seconds=max_seconds,
         shard_mb=shard_mb,
@@ -110,6 +116,7 @@ def _print_summary(manifest: Manifest, made: int, out: str) -> None:
         f"{out}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
         f"{totals.shards} shards ({made} made now), {len(skipped)} left out"
     )
+    print_notes(manifest)
     if not skipped:
         return
     for kind, number in Counter(skip.reason.partition(":")[0] for skip in skipped).most_common():
@@ -119,3 +126,9 @@ def _print_summary(manifest: Manifest, made: int, out: str) -> None:
         typer.echo(f"  left out: {skip.source}{part}: {skip.reason}")
     if len(skipped) > _SHOWN:
         typer.echo(f"  and {len(skipped) - _SHOWN} more, listed in manifest.json")
+
+
+def print_notes(manifest: Manifest) -> None:
+    """Count what was converted, by kind; manifest.json names each source."""
+    for kind, number in Counter(note.note.partition(":")[0] for note in manifest.notes).most_common():
+        typer.echo(f"Converted, {kind}: {number} sources; manifest.json says how under notes")

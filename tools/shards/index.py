@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tools.shards.build import HDR_HELP, INTERLACED_HELP, print_notes
 from tools.shards.progress import progress_bar
 
 
@@ -20,6 +21,8 @@ def index(
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Leave out tars that cannot be read to their end.")
     ] = False,
+    hdr: Annotated[str, typer.Option(help=HDR_HELP)] = "tone-map",
+    interlaced: Annotated[str, typer.Option(help=INTERLACED_HELP)] = "deinterlace",
 ) -> None:
     """Make the index of WebDataset tars that others wrote, so that they can be trained from. Every tar is read once.
 
@@ -29,9 +32,11 @@ def index(
     """
     from regen_dist.data.dataset.manifest import listed
     from regen_dist.data.making.foreign import index_tars
+    from regen_dist.data.video.conversion import LeftOut
 
+    unwanted = LeftOut.of(hdr, interlaced)
     with progress_bar() as progress:
-        made = index_tars(url, out, workers=workers, skip_broken=skip_broken, progress=progress)
+        made = index_tars(url, out, workers=workers, skip_broken=skip_broken, unwanted=unwanted, progress=progress)
     manifest, totals = made.manifest, made.manifest.totals
     typer.echo(
         f"{out or url}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
@@ -41,3 +46,4 @@ def index(
         typer.echo(
             f"Left out (all are in manifest.json, `regen shards inspect` counts them):\n{listed(manifest.skipped)}"
         )
+    print_notes(manifest)

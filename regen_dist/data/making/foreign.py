@@ -46,7 +46,7 @@ def index_tars(
     *,
     workers: int | None = None,
     skip_broken: bool = False,
-    left_out: LeftOut = NOTHING,
+    unwanted: LeftOut = NOTHING,
     progress: Progress = lambda stage, done, total: None,
 ) -> IndexedTars:
     """Make (or finish) the dataset of the tars below `url`: an index beside each, the manifest last.
@@ -56,8 +56,8 @@ def index_tars(
         out: where the indices go when `url` cannot be written to; the tars stay where they are.
         workers: processes; all cores by default, 0 works in this process.
         skip_broken: leave out the tars that cannot be read to their end, and finish without them.
-        left_out: which videos are not used; all others stay as they are in the tars, and are converted when they are
-            read. A tar that has its index is not looked into again: other choices need another folder.
+        unwanted: which videos are left out; all others stay as they are in the tars, and are converted when they are
+            read.
         progress: called with ("index", done, total).
 
     Raises:
@@ -71,10 +71,10 @@ def index_tars(
     if not tars and not broken:
         raise DataError(f"{source.url}: there is no *.tar below it; give the folder that holds the shards")
     _claim(store, [index_name(name) for name in tars], apart)
-    todo = _unfinished(store, tars)
+    todo = _unfinished(store, tars, unwanted)
     if todo and MANIFEST in store.list(MANIFEST):
         store.delete(MANIFEST)  # it speaks of indices that are about to change
-    calls = ((name, (source, store, name, left_out)) for name in todo)
+    calls = ((name, (source, store, name, unwanted)) for name in todo)
     progress("index", len(tars) - len(todo), len(tars))
     with worker_pool(workers) as pool:
         for done, (name, problem) in enumerate(pool.run(index_tar, calls), len(tars) - len(todo) + 1):
@@ -84,18 +84,20 @@ def index_tars(
     if broken and not skip_broken:
         raise DataError(_refusal(broken, len(tars.keys() | left_out)))
     indices = [index_name(name) for name in tars if name not in left_out]
-    manifest = write_manifest(store, indices, "index", {"skip_broken": skip_broken}, broken, apart)
+    manifest = write_manifest(
+        store, indices, "index", {"skip_broken": skip_broken} | unwanted.recorded(), broken, apart
+    )
     return IndexedTars(manifest, len(todo) - len(left_out & tars.keys()), tuple(broken))
 
 
-def index_tar(source: Store, store: Store, name: str, left_out: LeftOut = NOTHING) -> str:
+def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHING) -> str:
     """Read one tar and write its index. Returns why there is none, or nothing."""
     samples: list[Sample] = []
     skipped: list[Skip] = []
     notes: list[Note] = []
     with Pieces(source, name) as pieces:
         try:
-            for found in samples_in(name, scan_members(pieces, wanted), left_out):
+            for found in samples_in(name, scan_members(pieces, wanted), unwanted):
                 if isinstance(found, Skip):
                     skipped.append(found)
                 elif isinstance(found, Note):
@@ -107,6 +109,7 @@ def index_tar(source: Store, store: Store, name: str, left_out: LeftOut = NOTHIN
         skipped += _behind_the_end(name, pieces)
         facts: dict[str, Any] = {"name": name, "sha256": pieces.sha256(), "size": pieces.position}
     facts |= {"units": len(samples) + len(skipped), "skipped": [skip.model_dump() for skip in skipped]}
+    facts["options"] = unwanted.recorded()
     facts["notes"] = [note.model_dump() for note in notes]
     store.put(index_name(name), write_index(samples, facts))
     return ""
@@ -156,8 +159,8 @@ def _plan(data: bytes) -> dict[str, Any] | None:
     return plan if isinstance(plan, dict) and "schema_version" in plan else None
 
 
-def _unfinished(store: Store, tars: dict[str, int]) -> list[str]:
-    """The tars without an index that speaks of a tar of this name and size."""
+def _unfinished(store: Store, tars: dict[str, int], unwanted: LeftOut) -> list[str]:
+    """The tars without an index that speaks of a tar of this name and size, and leaves the same out."""
     found = store.list()
     there = {index_name(name): name for name in tars if index_name(name) in found}
     finished = set()
@@ -166,7 +169,8 @@ def _unfinished(store: Store, tars: dict[str, int]) -> list[str]:
             facts = read_index(data)[1]
         except DataError:
             continue  # damaged or of another version: made again
-        if (facts["name"], facts["size"]) == (there[index], tars[there[index]]):
+        options = facts.get("options", NOTHING.recorded())
+        if (facts["name"], facts["size"], options) == (there[index], tars[there[index]], unwanted.recorded()):
             finished.add(there[index])
     return [name for name in tars if name not in finished]
 

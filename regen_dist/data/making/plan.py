@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 from regen_dist.data.dataset.index import SCHEMA_VERSION
@@ -52,6 +53,8 @@ class BuildOptions:
         values = {name: getattr(self, name) for name in (*names, "shard_mb", "part_gb")}
         given = {name: value for name, value in values.items() if value is not None}
         wrong = [f"{_flag(name)} {value}: must be above 0" for name, value in given.items() if value <= 0]
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        wrong += [f"{_flag(name)} {value}: must be finite" for name, value in numbers.items() if not isfinite(value)]
         if self.short_side is not None and self.short_side < 16:
             wrong.append(f"--short-side {self.short_side}: must be at least 16")
         if not 0 <= self.crf <= 51:

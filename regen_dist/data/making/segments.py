@@ -105,5 +105,7 @@ def _too_short(start: int, stop: int, options: BuildOptions) -> str:
 
 
 def _frozen(change: Float32s, start: int, stop: int, options: BuildOptions) -> str:
+    if options.min_motion == 0:
+        return ""  # not even a single frame, in which nothing can move
     frozen = is_frozen(change, start, stop, options.min_motion)
     return f"frozen: nine of ten changes are below --min-motion {options.min_motion:g}" if frozen else ""

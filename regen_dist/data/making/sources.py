@@ -114,9 +114,9 @@ def find_sources(places: Sequence[str | Path], captions: str | Path | None = Non
 def _below(place: str) -> Iterator[Source]:
     """The videos of a folder or a prefix in order of their names; or the one that the place names."""
     folder, file = _place(place)
-    sizes = _sizes(folder, [file, _beside(file)]) if file else _files_below(folder)
+    sizes = _sizes(folder, [file, *_beside(file)]) if file else _files_below(folder)
     for name in [file] if file else sorted(name for name in sizes if _is_video(name)):
-        text = _beside(name) if _beside(name) in sizes else None
+        text = next((text for text in _beside(name) if text in sizes), None)
         yield Source(name, folder, name, sizes[name], text=text, text_size=sizes[text] if text else 0)
 
 
@@ -240,6 +240,8 @@ def _is_video(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
 
 
-def _beside(name: str) -> str:
-    """The text file that may hold a video's caption."""
-    return str(PurePosixPath(name).with_suffix(".txt"))
+def _beside(name: str) -> list[str]:
+    """The text files that may hold a video's caption: cameras and their cards write CLIP.TXT or Clip.Txt, too."""
+    stem = PurePosixPath(name).with_suffix("")
+    stems = dict.fromkeys((stem, stem.with_name(stem.name.lower()), stem.with_name(stem.name.upper())))
+    return [f"{one}{suffix}" for one in stems for suffix in (".txt", ".TXT", ".Txt")]

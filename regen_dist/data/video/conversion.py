@@ -49,6 +49,11 @@ class LeftOut(NamedTuple):
                 raise DataError(f"{name} {value}: must be {convert} or leave-out")
         return cls(hdr == "leave-out", interlaced == "leave-out")
 
+    def recorded(self) -> dict[str, str]:
+        """The options as they are recorded in a manifest."""
+        hdr, interlaced = ("leave-out" if self.hdr else "tone-map"), "leave-out" if self.interlaced else "deinterlace"
+        return {"hdr": hdr, "interlaced": interlaced}
+
     def reason(self, notes: Iterable[str]) -> str:
         """Why a video with these notes (`Converter.notes`) is left out, with its kind and a colon; empty when it is
         not."""
@@ -143,7 +148,9 @@ class Converter:
         self.notes[f"{INTERLACED_KIND}: frames of two fields, deinterlaced by bwdif"] = None
 
 
-def deinterlaced(frames: Frames, numbers: Sequence[int], count: int, converter: Converter) -> Iterator[tuple[int, VideoFrame]]:
+def deinterlaced(
+    frames: Frames, numbers: Sequence[int], count: int, converter: Converter
+) -> Iterator[tuple[int, VideoFrame]]:
     """As `frames(numbers)`, with frames that consist of two fields deinterlaced (bwdif, one frame for one).
 
     From the first interlaced frame on, each frame is decoded with its neighbours, so that a frame looks the same

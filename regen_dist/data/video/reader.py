@@ -71,7 +71,7 @@ class VideoReader:
 
     def __init__(self, source: Path | Buffer, table: FrameTable | None = None) -> None:
         with _av_failures("cannot be opened"):
-            file = str(source) if isinstance(source, Path) else _BufferFile(source)
+            file = f"file:{source}" if isinstance(source, Path) else _BufferFile(source)
             self._container: InputContainer = av.open(file, "r")
         try:
             self.stream = self._video_stream()
@@ -91,11 +91,25 @@ class VideoReader:
     def rate(self) -> Fraction:
         """Frames per second: the nominal rate, or the average where they differ; DataError if there is neither."""
         average, nominal = self.stream.average_rate, self.stream.guessed_rate
-        if average and nominal and abs(average / nominal - 1) < _RATE_TOLERANCE:
-            return Fraction(nominal)
+        told, measured = [rate for rate in (nominal, average) if rate], self._measured_rate()
+        if measured:
+            near = (rate for rate in told if abs(measured / rate - 1) < _RATE_TOLERANCE)
+            return Fraction(next(near, measured))
         if not average and not nominal:
             raise DataError("the video has no frame rate; remux it, for example with ffmpeg -i IN -c copy OUT.mp4")
         return Fraction(average or nominal or 0)
+
+    def _measured_rate(self) -> Fraction | None:
+        """Frames per second by the timestamps of the first and the last frame; None where these are one frame, or
+        lie too near to each other for their ticks to tell a rate that the container does not."""
+        ticks, steps = self.table.pts[-1] - self.table.pts[0], len(self.table.pts) - 1
+        if ticks <= 0 or not self.stream.time_base:
+            return None
+        rates = [rate for rate in (self.stream.guessed_rate, self.stream.average_rate) if rate]
+        for rate in rates:
+            if abs(steps / rate / self.stream.time_base - ticks) <= 1:
+                return Fraction(rate)
+        return Fraction(steps / (ticks * self.stream.time_base)).limit_denominator(1001)
 
     def info(self) -> VideoInfo:
         """Frames, sides and rate; decodes the first frame, for only it tells the rotation."""

@@ -106,7 +106,7 @@ def probe(path: Path) -> Probed:
 
 def told(error: Exception, path: Path) -> str:
     """An error without the path of this machine: it is kept with the dataset, which calls the source by its name."""
-    return str(error).replace(f": {str(path)!r}", "").replace(str(path), path.name)
+    return str(error).replace(f": {f'file:{path}'!r}", "").replace(str(path), path.name)
 
 
 def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:
@@ -174,13 +174,16 @@ def _moved(frames: Iterator[VideoFrame], first_pts: int) -> Iterator[VideoFrame]
 def encode_frames(frames: Iterable[VideoFrame], tags: StreamTags, crf: int) -> bytes:
     """H.264 in mp4 of yuv420p frames of limited range with even sides, `pts` set. Equal input gives equal bytes."""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as output:
-        stream: VideoStream | None = None
-        for frame in frames:
-            stream = stream or _add_stream(output, frame, tags, crf)
-            output.mux(stream.encode(frame))
-        if stream is not None:
-            output.mux(stream.encode(None))
+    try:
+        with av.open(buffer, "w", format="mp4") as output:
+            stream: VideoStream | None = None
+            for frame in frames:
+                stream = stream or _add_stream(output, frame, tags, crf)
+                output.mux(stream.encode(frame))
+            if stream is not None:
+                output.mux(stream.encode(None))
+    except av.FFmpegError as error:
+        raise DataError(f"it cannot be encoded: {error}") from error
     return buffer.getvalue()
 
 
