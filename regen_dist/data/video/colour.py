@@ -131,4 +131,4 @@ def cube(transfer: int, primaries: int, side: int = 33) -> str:
     steps = np.linspace(0, 1, side)
     blue, green, red = np.meshgrid(steps, steps, steps, indexing="ij")
     table = to_standard(np.stack([red, green, blue], axis=-1).reshape(-1, 3), transfer, primaries)
-    return f"LUT_3D_SIZE {side}\n" + "\n".join("%.6f %.6f %.6f" % tuple(row) for row in table) + "\n"
+    return f"LUT_3D_SIZE {side}\n" + "\n".join(" ".join(f"{value:.6f}" for value in row) for row in table) + "\n"

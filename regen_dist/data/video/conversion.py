@@ -1,4 +1,4 @@
-"""From decoded frames to frames as a player shows them: square pixels, standard range and primaries of BT.709, no fields.
+"""From decoded frames to frames as a player shows them: square pixels, BT.709 of standard range, no fields.
 
 Most frames are that already and pass as they are. The others go through filters of ffmpeg. Orientation is not done
 here: frames keep their display matrix.

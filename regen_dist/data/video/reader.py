@@ -64,17 +64,20 @@ class VideoReader:
     Args:
         source: a path, or the bytes of a whole file: any buffer, which is read in place.
         table: the frame table of the same video, when it is known; saves reading through the file once.
+        convert: give frames as a player shows them (conversion.py): square pixels, standard range, no fields; else as
+            they are in the file.
 
     Raises:
         DataError: it is not a video, holds no frames, or its container is damaged.
     """
 
-    def __init__(self, source: Path | Buffer, table: FrameTable | None = None) -> None:
+    def __init__(self, source: Path | Buffer, table: FrameTable | None = None, *, convert: bool = True) -> None:
         with _av_failures("cannot be opened"):
             file = f"file:{source}" if isinstance(source, Path) else _BufferFile(source)
             self._container: InputContainer = av.open(file, "r")
         try:
             self.stream = self._video_stream()
+            self._convert = convert
             self._converter = Converter(self.stream.sample_aspect_ratio)
             self.table = table or self._read_table()
         except BaseException:
@@ -118,8 +121,8 @@ class VideoReader:
         return VideoInfo(len(self.table.pts), height, width, float(self.rate))
 
     def frames(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
-        """The frames of these numbers (never decreasing), each once, with its number, as a player shows them
-        (conversion.py): square pixels, standard range, no fields. `notes` says what that took.
+        """The frames of these numbers (never decreasing), each once, with its number; `notes` says how they
+        were converted.
 
         Raises:
             DataError: a number is not in the video, or a frame cannot be decoded.
@@ -127,6 +130,9 @@ class VideoReader:
         if not 0 <= numbers[0] <= numbers[-1] < len(self.table.pts):
             raise DataError(f"frames {numbers[0]} to {numbers[-1]} were asked for, the video has {len(self.table.pts)}")
         with _av_failures("cannot be decoded"):
+            if not self._convert:
+                yield from self._decoded(numbers)
+                return
             for number, frame in deinterlaced(self._decoded, numbers, len(self.table.pts), self._converter):
                 yield number, self._converter(frame)
 
