@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace
 
+from regen_dist.data.video.pixels import shown_sides
 from regen_dist.data.video.reader import RESIZE, VideoReader, frame_to_rgb
 from regen_dist.errors import DataError
 
@@ -75,7 +76,13 @@ class SourceVideo:
     def frames(self) -> Iterator[Frame]:
         """Every frame in order, upright, uint8 [height, width, 3]. Raises DataError at the first that is damaged."""
         with _named_errors(self.path), VideoReader(self.path, self._table) as reader:
-            for _, frame in reader.frames(range(self.num_frames)):
+            for number, frame in reader.frames(range(self.num_frames)):
+                if shown_sides(frame) != self.stored:
+                    (height, width), (now_high, now_wide) = self.stored, shown_sides(frame)
+                    raise DataError(
+                        f"the picture changes from {height}x{width} to {now_high}x{now_wide} at frame {number}; cut "
+                        f"the file there, or take the frames before it (--max-frames {number})"
+                    )
                 yield frame_to_rgb(frame, self.height, self.width)
 
 
@@ -93,8 +100,7 @@ def _average_rate(reader: VideoReader, timestamps: Seconds) -> Fraction:
 
 
 def _upright_sides(reader: VideoReader) -> tuple[int, int]:
-    frame = next(frame for _, frame in reader.frames([0]))
-    return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+    return shown_sides(next(frame for _, frame in reader.frames([0])))
 
 
 @contextmanager

@@ -104,11 +104,15 @@ def _sample(shard: str, group: _Group, left_out: LeftOut) -> tuple[Sample, tuple
     try:
         with VideoReader(data) as reader:
             info = reader.info()
-            notes = reader.notes
+            notes, breaks, lost = reader.notes, reader.breaks(), reader.table.lost
     except DataError as error:
         raise _Unusable(str(error)) from error
     if reason := left_out.reason(notes):
         raise _Unusable(reason)
+    if lost:
+        raise _Unusable(f"it is damaged: {lost} packets cannot be decoded; `regen shards build` keeps what can")
+    if breaks:
+        raise _Unusable(f"{next(iter(breaks.values()))}; cut it there, for example with `regen shards build`")
     facts = Described(info.frames, info.height, info.width, info.fps, source=member.name, caption=caption)
     return replace(indexed(group.key, shard, member, data, facts), id=sample_id(f"{shard}/{group.key}")), notes
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -71,7 +72,7 @@ def survey(origin: Origin, threshold: float | None) -> Surveyed:
     try:
         caption = _caption(origin)
         with VideoReader(origin.path) as reader:
-            stretches = (Stretch(0, probed.info.frames),) if threshold is None else tuple(_stretches(reader, threshold))
+            stretches = tuple(_whole(reader) if threshold is None else _stretches(reader, threshold))
             notes = tuple(dict.fromkeys((*probed.notes, *reader.notes)))
     except (DataError, OSError) as error:
         return Surveyed(probed.content, problem=f"unreadable: {told(error, origin.path)}")
@@ -111,8 +112,15 @@ def _caption(origin: Origin) -> str | None:
         raise DataError(f"its caption {origin.text} is not UTF-8") from error
 
 
+def _whole(reader: VideoReader) -> Iterator[Stretch]:
+    """All frames, cut where the video breaks off and begins anew."""
+    edges = [0, *reader.breaks(), len(reader.table.pts)]
+    return (Stretch(start, stop) for start, stop in pairwise(edges))
+
+
 def _stretches(reader: VideoReader, threshold: float) -> Iterator[Stretch]:
-    """Analyse a video; where a frame is damaged, go on at the next keyframe behind it."""
+    """Analyse a video, cut where it breaks off and begins anew, or changes the size of its picture; where a frame is
+    damaged, go on at the next keyframe behind it."""
     start, frames = 0, len(reader.table.pts)
     while start < frames:
         part = _UntilDamage(reader, start)
@@ -126,14 +134,20 @@ def _stretches(reader: VideoReader, threshold: float) -> Iterator[Stretch]:
 
 
 class _UntilDamage:
-    """Frames from `start` on; ends before the first that cannot be decoded, and says why."""
+    """Frames from `start` on; ends before a break, before another size of the picture, and before the first frame that
+    cannot be decoded, of which it says why."""
 
     def __init__(self, reader: VideoReader, start: int) -> None:
         self._reader, self.stop, self.problem = reader, start, ""
+        self._end = next((number for number in reader.breaks() if number > start), len(reader.table.pts))
 
     def __iter__(self) -> Iterator[VideoFrame]:
+        sides: tuple[int, int] | None = None
         try:
-            for number, frame in self._reader.frames(range(self.stop, len(self._reader.table.pts))):
+            for number, frame in self._reader.frames(range(self.stop, self._end)):
+                if sides not in (None, (frame.width, frame.height)):
+                    return
+                sides = frame.width, frame.height
                 yield frame
                 self.stop = number + 1
         except DataError as error:

@@ -92,6 +92,8 @@ def _judged(one: Stretch, start: int, stop: int, options: BuildOptions) -> Candi
 def _kept(info: VideoInfo, stretches: Sequence[Stretch], options: BuildOptions) -> Candidate:
     """A whole file: it may hold cuts, but no damage."""
     damage = next((f"damaged: {one.problem}" for one in stretches if one.problem), "")
+    if not damage and len(stretches) > 1:
+        damage = f"several takes: it breaks off in front of frame {stretches[1].start}; without --keep it is cut there"
     analysis = stretches[0].analysis
     if damage or analysis is None:
         return Candidate(0, info.frames, None, damage or _too_short(0, info.frames, options))

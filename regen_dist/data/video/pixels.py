@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import struct
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
+    from typing_extensions import Buffer
 
 UInt8s = npt.NDArray[np.uint8]
 
@@ -18,6 +20,39 @@ UInt8s = npt.NDArray[np.uint8]
 RESIZE = (
     Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 )
+
+
+class Orientation(NamedTuple):
+    """How a stored picture is shown: rows and columns exchanged (`turned`), then mirrored."""
+
+    turned: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
+
+    @classmethod
+    def of(cls, frame: VideoFrame) -> Orientation:
+        """Read a frame's display matrix: of its eight right-angled orientations, mirrored ones too, the nearest."""
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return UPRIGHT
+        # A stored place (x, y), y downwards, is shown at (a x + c y, b x + d y).
+        a, b, _, c, d, *_ = struct.unpack("<9i", memoryview(cast("Buffer", matrix))[:36])
+        if abs(a) + abs(d) >= abs(b) + abs(c):
+            return cls(False, d < 0, a < 0)
+        return cls(True, b < 0, c < 0)
+
+    def apply(self, plane: UInt8s) -> UInt8s:
+        """A picture [H, W, ...] as it is shown: a view of it."""
+        shown = plane.swapaxes(0, 1) if self.turned else plane
+        return shown[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+
+
+UPRIGHT = Orientation()
+
+
+def shown_sides(frame: VideoFrame) -> tuple[int, int]:
+    """Height and width of a frame as it is shown."""
+    return (frame.width, frame.height) if Orientation.of(frame).turned else (frame.height, frame.width)
 
 
 class Geometry(NamedTuple):
@@ -60,8 +95,8 @@ def frame_to_planes(
     Planes, because swscale makes them in a third of the time that it takes for the same pixels interleaved.
     `reformatter` is kept over the frames of a clip: its tables are made once.
     """
-    turned = frame.rotation % 180 != 0
-    rows, columns = (width, height) if turned else (height, width)
+    orientation = Orientation.of(frame)
+    rows, columns = (width, height) if orientation.turned else (height, width)
     scaled = (reformatter or VideoReformatter()).reformat(
         frame, width=columns, height=rows, format="gbrp", interpolation=RESIZE, threads=1
     )
@@ -69,7 +104,4 @@ def frame_to_planes(
         np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: scaled.height, : scaled.width]
         for plane in scaled.planes
     )
-    if not frame.rotation % 360:
-        return red, green, blue
-    turns = frame.rotation // 90
-    return np.rot90(red, turns), np.rot90(green, turns), np.rot90(blue, turns)
+    return orientation.apply(red), orientation.apply(green), orientation.apply(blue)

@@ -1,8 +1,9 @@
-"""Reading video with PyAV: frame-accurate, from a file or from bytes in memory, only the groups of pictures that
-are needed.
+"""Reading video with PyAV: frame-accurate, from a file or from bytes in memory.
 
-A frame's number is its place in order of presentation. It is found by its timestamp, so variable frame rates,
-B-frames and files that do not start at zero read like any other.
+A frame's number is its place in order of presentation, as ffmpeg's command line shows the video. In containers whose
+timestamps can be trusted it is found by its timestamp, and only the groups of pictures that are needed are decoded. In
+all others (program streams, AVI, GIF, elementary streams …) timestamps are missing, repeated or made up: there frames
+are counted as the decoder gives them from the beginning.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from regen_dist.data.video.conversion import Converter, deinterlaced
-from regen_dist.data.video.pixels import RESIZE, Geometry, UInt8s, fit_geometry, frame_to_planes, frame_to_rgb
+from regen_dist.data.video.pixels import (
+    RESIZE,
+    Geometry,
+    UInt8s,
+    fit_geometry,
+    frame_to_planes,
+    frame_to_rgb,
+    shown_sides,
+)
 from regen_dist.data.video.streams import choose_video
-from regen_dist.data.video.timing import FrameTable, clip_frames, has_variable_rate
+from regen_dist.data.video.timing import FrameTable, clip_frames, gaps, has_variable_rate, presentation_times
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,6 +48,9 @@ __all__ = [
     "RESIZE", "Geometry", "UInt8s", "fit_geometry", "frame_to_rgb",
 ]  # fmt: skip
 
+# Containers that give every packet its own timestamp and seek by it. A transport stream does the first, but its clock
+# may jump and its packets may be lost.
+_INDEXED = {"mov", "mp4", "matroska", "webm"}
 _RATE_TOLERANCE = 1e-3  # timestamps in milliseconds make 24 fps look like 24.005
 _NO_LIMIT = 1 << 62
 
@@ -72,14 +84,13 @@ class VideoReader:
     """
 
     def __init__(self, source: Path | Buffer, table: FrameTable | None = None, *, convert: bool = True) -> None:
-        with _av_failures("cannot be opened"):
-            file = f"file:{source}" if isinstance(source, Path) else _BufferFile(source)
-            self._container: InputContainer = av.open(file, "r")
+        self._source, self._convert = source, convert
+        self._container, self.stream = self._open()
+        self._counted: tuple[int, Iterator[VideoFrame]] | None = None  # where counting stopped, to go on from there
+        self._lost, self._aspect = 0, self.stream.sample_aspect_ratio
         try:
-            self.stream = self._video_stream()
-            self._convert = convert
-            self._converter = Converter(self.stream.sample_aspect_ratio)
             self.table = table or self._read_table()
+            self._converter = Converter(self.table.pixel_aspect or self.stream.sample_aspect_ratio)
         except BaseException:
             self._container.close()
             raise
@@ -116,9 +127,23 @@ class VideoReader:
 
     def info(self) -> VideoInfo:
         """Frames, sides and rate; decodes the first frame, for only it tells the rotation."""
-        for _, frame in self.frames([0]):
-            height, width = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+        height, width = shown_sides(next(frame for _, frame in self.frames([0])))
         return VideoInfo(len(self.table.pts), height, width, float(self.rate))
+
+    @property
+    def gaps(self) -> list[int]:
+        """Numbers of the frames before which the video pauses as if it were another one."""
+        return gaps(self.table, float(self.stream.time_base or 0) or 1.0)
+
+    def breaks(self) -> dict[int, str]:
+        """Frames at which what follows does not belong with what came before, and why: a gap in time, or another size
+        of the picture as far as the table knows of it."""
+        tick = float(self.stream.time_base or 0)
+        pts = self.table.pts
+        found = {n: f"a gap of {(pts[n] - pts[n - 1]) * tick:.1f} s in front of frame {n}" for n in self.gaps}
+        return dict(
+            sorted((found | {n: f"the picture changes its size at frame {n}" for n in self.table.resized}).items())
+        )
 
     def frames(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
         """The frames of these numbers (never decreasing), each once, with its number; `notes` says how they
@@ -139,12 +164,64 @@ class VideoReader:
     @property
     def notes(self) -> tuple[str, ...]:
         """How the frames that were read so far differ from those in the file, each note with its kind and a colon."""
-        return tuple(self._converter.notes)
+        lost = self.table.lost
+        damage = [f"damaged: {lost} packet{'s' * (lost > 1)} are damaged"] if lost else []
+        return (*self._converter.notes, *damage)
 
     def _decoded(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
         """The frames of these numbers as they are in the file."""
+        if not self.table.seekable:
+            yield from self._count(numbers)
+            return
         for run in self._runs(numbers):
             yield from self._run(run)
+
+    def _count(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """The frames of these numbers, counted from the beginning, or from where the last call stopped."""
+        at, frames = self._counted or (0, self._from_the_beginning())
+        self._counted = None  # in use: another call in between counts for itself
+        if at > numbers[0]:
+            at, frames = 0, self._from_the_beginning()
+        wanted = iter(dict.fromkeys(numbers))
+        number = next(wanted)
+        for frame in frames:
+            at += 1
+            if at <= number:
+                continue
+            frame.pts, frame.time_base = self.table.pts[number], self.stream.time_base
+            following = next(wanted, None)
+            if following is None:
+                self._counted = at, frames
+            yield number, frame
+            if following is None:
+                return
+            number = following
+        raise DataError(f"frame {number} could not be decoded")
+
+    def _from_the_beginning(self) -> Iterator[VideoFrame]:
+        """Every frame that can be decoded, by a container and a decoder of their own: what is delivered only once (a
+        palette, parameter sets) is there again. Packets that cannot be decoded are counted and passed over."""
+        container, stream = self._open()
+        self._lost = 0
+        try:
+            packets = container.demux(stream)
+            while True:
+                try:
+                    packet = next(packets, None)
+                except av.FFmpegError:  # the file breaks off here
+                    self._lost += 1
+                    packet = None
+                try:
+                    yield from stream.codec_context.decode(packet)
+                except av.EOFError:
+                    return
+                except av.FFmpegError:
+                    self._lost += 1
+                if packet is None or packet.size == 0:
+                    return
+        finally:
+            self._aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+            container.close()
 
     def _runs(self, numbers: Sequence[int]) -> Iterator[list[int]]:
         """The numbers in parts that are decoded in one go: parted where a whole group of pictures is not needed."""
@@ -230,26 +307,65 @@ class VideoReader:
         self._container.seek(position, stream=self.stream)
         return self._container.demux(self.stream)
 
-    def _video_stream(self) -> VideoStream:
-        stream = choose_video(self._container)
+    def _open(self) -> tuple[InputContainer, VideoStream]:
+        with _av_failures("cannot be opened"):
+            source = self._source
+            container = av.open(f"file:{source}" if isinstance(source, Path) else _BufferFile(source), "r")
+        try:
+            stream = choose_video(container)
+        except BaseException:
+            container.close()
+            raise
         stream.codec_context.thread_count = 1  # the cores are shared out by process, a clip is too short for more
-        return stream
+        return container, stream
 
     def _read_table(self) -> FrameTable:
+        """By the packets where they can be trusted, else by decoding."""
+        if not _INDEXED & set(self._container.format.name.split(",")):
+            return self._counted_table()
         pts: list[int] = []
         keyframes: list[tuple[int, int]] = []
+        lost = 0
         with _av_failures("is damaged"):
             for packet in self._container.demux(self.stream):
-                if packet.is_corrupt:
-                    raise DataError(f"packet {len(pts)} is damaged")
-                if packet.pts is None or packet.is_discard:
+                if packet.size == 0 and packet.pts is None:
+                    continue  # behind the last
+                if packet.is_discard:
                     continue
+                if packet.pts is None:
+                    return self._counted_table()
+                lost += packet.is_corrupt  # its frame is refused when it is asked for
                 pts.append(packet.pts)
                 if packet.is_keyframe:
                     keyframes.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
         if not pts:
             raise DataError("it has no frames")
-        return FrameTable(tuple(sorted(set(pts))), tuple(sorted(keyframes)))
+        if len(set(pts)) < len(pts) and not self._holds_fields():
+            return self._counted_table()
+        return FrameTable(tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost)
+
+    def _holds_fields(self) -> bool:
+        """Whether the first frame is interlaced: its two halves may come in packets of one timestamp."""
+        self._seek(0)
+        frame = next((frame for packet in self._container.demux(self.stream) for frame in packet.decode()), None)
+        return frame is not None and frame.interlaced_frame
+
+    def _counted_table(self) -> FrameTable:
+        """Of every frame that the decoder gives."""
+        times: list[int | None] = []
+        resized, sides = list[int](), (0, 0)
+        for frame in self._from_the_beginning():
+            if sides not in ((0, 0), (frame.width, frame.height)):
+                resized.append(len(times))
+            sides = frame.width, frame.height
+            times.append(frame.pts)
+        if not times:
+            raise DataError(
+                "it has no frames" + (f": none of {self._lost} packets can be decoded" if self._lost else "")
+            )
+        rate = self.stream.guessed_rate or self.stream.average_rate
+        step = max(1, round(1 / (rate * self.stream.time_base))) if rate and self.stream.time_base else 1
+        return FrameTable(presentation_times(times, step), (), False, tuple(resized), self._lost, self._aspect)
 
 
 class _BufferFile:
@@ -288,7 +404,11 @@ def read_clip(
     part = np.s_[geometry.top : geometry.top + rows, geometry.left : geometry.left + columns]
     clip = np.empty((3, len(numbers), rows, columns), dtype=np.uint8) if out is None else out
     reformatter, index = VideoReformatter(), 0
+    sides: tuple[int, int] | None = None
     for number, frame in reader.frames(numbers):
+        if sides not in (None, shown_sides(frame)):
+            raise DataError(f"the picture changes its size at frame {number}")
+        sides = shown_sides(frame)
         start = index
         while index < len(numbers) and numbers[index] == number:
             index += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -13,12 +14,63 @@ from regen_dist.errors import DataError
 JITTER = 0.1  # share of the mean interval by which a constant rate's intervals may differ
 
 
+GAP_INTERVALS, GAP_S = 10, 2.0  # a longer pause between frames than both (in median intervals, in seconds) is a gap
+
+
 class FrameTable(NamedTuple):
-    """Timestamps of a video's frames in order of presentation, and for each keyframe (its timestamp, where to seek
-    to for it)."""
+    """A video's frames in order of presentation.
+
+    Attributes:
+        pts: their timestamps, strictly increasing.
+        keyframes: for each keyframe (its timestamp, where to seek to for it).
+        seekable: whether a frame can be found by its timestamp after a seek. Otherwise (containers whose timestamps
+            are missing, repeated or made up) it is found by counting what the decoder gives from the beginning.
+        resized: frames at which the picture changes its size.
+        lost: packets that could not be decoded.
+        pixel_aspect: width of a pixel over its height where only decoding tells it; None: as the container says.
+    """
 
     pts: tuple[int, ...]
     keyframes: tuple[tuple[int, int], ...]
+    seekable: bool = True
+    resized: tuple[int, ...] = ()
+    lost: int = 0
+    pixel_aspect: Fraction | None = None
+
+
+def gaps(table: FrameTable, tick_s: float) -> list[int]:
+    """Numbers of the frames in front of which a video pauses for so long that it is another take.
+
+    Args:
+        table: of the video.
+        tick_s: seconds of one unit of its timestamps.
+    """
+    intervals = np.diff(np.asarray(table.pts, dtype=np.float64))
+    if not len(intervals):
+        return []
+    longest = max(GAP_INTERVALS * float(np.median(intervals)), GAP_S / tick_s)
+    return [int(place) + 1 for place in np.flatnonzero(intervals > longest)]
+
+
+def presentation_times(found: Sequence[int | None], step: int) -> tuple[int, ...]:
+    """Strictly increasing timestamps of frames in order of presentation.
+
+    Args:
+        found: what the container says of each; None where it says nothing.
+        step: ticks of a frame at the nominal rate.
+
+    Returns:
+        The same numbers, in order, where they are all there and differ. Otherwise frames without one, and those that
+        are not later than the one before, follow that one by `step`.
+    """
+    known = [each for each in found if each is not None]
+    if len(known) == len(found) == len(set(known)):
+        return tuple(sorted(known))
+    times: list[int] = []
+    for each in found:
+        after = times[-1] + step if times else 0
+        times.append(after if each is None or (times and each <= times[-1]) else each)
+    return tuple(times)
 
 
 def has_variable_rate(table: FrameTable) -> bool:

@@ -16,6 +16,7 @@ import av
 from av.video.reformatter import ColorRange
 
 from regen_dist.data.video.conversion import to_yuv
+from regen_dist.data.video.pixels import UPRIGHT, Orientation
 from regen_dist.data.video.reader import RESIZE, FrameTable, VideoInfo, VideoReader, frame_to_rgb
 from regen_dist.errors import DataError
 
@@ -210,9 +211,9 @@ def prepare(frame: VideoFrame, short_side: int | None) -> VideoFrame:
     scale = short_side / min(frame.height, frame.width) if short_side else 1.0
     height, width = (max(2, round(side * scale / 2) * 2) for side in (frame.height, frame.width))
     pts, time_base = frame.pts, frame.time_base
-    if frame.rotation % 360:
-        turned = frame.rotation % 180 != 0
-        image = frame_to_rgb(frame, *((width, height) if turned else (height, width)))
+    orientation = Orientation.of(frame)
+    if orientation != UPRIGHT:
+        image = frame_to_rgb(frame, *((width, height) if orientation.turned else (height, width)))
         upright = av.VideoFrame.from_ndarray(image.copy(), format="rgb24")
         upright.color_primaries, upright.color_trc = frame.color_primaries, frame.color_trc
         frame, height, width = upright, upright.height, upright.width
