@@ -10,8 +10,8 @@ from regen_dist.data.dataset.index import SCHEMA_VERSION
 from regen_dist.data.dataset.manifest import Kind
 from regen_dist.data.dataset.writing import Limits
 from regen_dist.data.making.sources import Sources
-from regen_dist.data.video.scenes import CUT, FROZEN
 from regen_dist.data.video.conversion import LeftOut
+from regen_dist.data.video.scenes import CUT, FROZEN
 from regen_dist.data.video.transcode import PRESET, X264_PARAMS, EncodeOptions
 from regen_dist.errors import DataError
 
