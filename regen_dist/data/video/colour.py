@@ -1,7 +1,7 @@
 """Colours of high dynamic range and wide primaries as BT.709 of standard range: formulas, and the table made of them.
 
-- Light of a PQ signal (SMPTE ST 2084; BT.2100, table 4) is in cd/m². Light of an HLG signal follows from BT.2100,
-  table 5: inverse OETF, then the OOTF of a display of 1000 cd/m², whose gamma is 1.2.
+- Light of a PQ signal (SMPTE ST 2084; BT.2100, table 4) is in cd/m². Light of an HLG signal follows from BT.2100, table
+  5: inverse OETF, then the OOTF of a display of 1000 cd/m², whose gamma is 1.2.
 - It is tone-mapped by the curve of BT.2390, section 5.4.1 (a knee in PQ, then a Hermite spline), from 1000 to 100 cd/m².
   The largest of red, green and blue goes through the curve, the others keep their ratio to it, and with it the hue.
   Brighter than 1000 cd/m² is white, whatever the mastering display says: the same signal always gives the same pixel.

@@ -119,14 +119,14 @@ def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOpti
         return [_explain(path, segment, lambda _: path.read_bytes()) for segment in segments]
     try:
         return _encode_run(path, segments, options)
-    except (DataError, OSError):
+    except (DataError, OSError, av.FFmpegError):
         return [_explain(path, segment, lambda one: _encode_run(path, [one], options)[0].data) for segment in segments]
 
 
 def _explain(path: Path, segment: Segment, make: Callable[[Segment], bytes]) -> Encoded:
     try:
         return _checked(segment, make(segment))
-    except (DataError, OSError) as error:
+    except (DataError, OSError, av.FFmpegError) as error:  # FFmpeg's are of sides that no scaler or encoder takes
         return Encoded(segment, problem=told(error, path))
 
 
@@ -175,16 +175,13 @@ def _moved(frames: Iterator[VideoFrame], first_pts: int) -> Iterator[VideoFrame]
 def encode_frames(frames: Iterable[VideoFrame], tags: StreamTags, crf: int) -> bytes:
     """H.264 in mp4 of yuv420p frames of limited range with even sides, `pts` set. Equal input gives equal bytes."""
     buffer = io.BytesIO()
-    try:
-        with av.open(buffer, "w", format="mp4") as output:
-            stream: VideoStream | None = None
-            for frame in frames:
-                stream = stream or _add_stream(output, frame, tags, crf)
-                output.mux(stream.encode(frame))
-            if stream is not None:
-                output.mux(stream.encode(None))
-    except av.FFmpegError as error:
-        raise DataError(f"it cannot be encoded: {error}") from error
+    with av.open(buffer, "w", format="mp4") as output:
+        stream: VideoStream | None = None
+        for frame in frames:
+            stream = stream or _add_stream(output, frame, tags, crf)
+            output.mux(stream.encode(frame))
+        if stream is not None:
+            output.mux(stream.encode(None))
     return buffer.getvalue()
 
 
