@@ -51,6 +51,7 @@ __all__ = [
 # Containers that give every packet its own timestamp and seek by it. A transport stream does the first, but its clock
 # may jump and its packets may be lost.
 _INDEXED = {"mov", "mp4", "matroska", "webm"}
+_MADE_UP = {"avi"}  # containers without timestamps: those that ffmpeg gives count packets, B-frames out of order
 _RATE_TOLERANCE = 1e-3  # timestamps in milliseconds make 24 fps look like 24.005
 _NO_LIMIT = 1 << 62
 
@@ -165,7 +166,7 @@ class VideoReader:
     def notes(self) -> tuple[str, ...]:
         """How the frames that were read so far differ from those in the file, each note with its kind and a colon."""
         lost = self.table.lost
-        damage = [f"damaged: {lost} packet{'s' * (lost > 1)} are damaged"] if lost else []
+        damage = [f"damaged: {lost} packet{'s' * (lost > 1)} could not be decoded whole"] if lost else []
         return (*self._converter.notes, *damage)
 
     def _decoded(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
@@ -200,7 +201,7 @@ class VideoReader:
 
     def _from_the_beginning(self) -> Iterator[VideoFrame]:
         """Every frame that can be decoded, by a container and a decoder of their own: what is delivered only once (a
-        palette, parameter sets) is there again. Packets that cannot be decoded are counted and passed over."""
+        palette, parameter sets) is there again. Damaged packets are counted, and decoded as far as they can be."""
         container, stream = self._open()
         self._lost = 0
         try:
@@ -211,12 +212,16 @@ class VideoReader:
                 except av.FFmpegError:  # the file breaks off here
                     self._lost += 1
                     packet = None
+                damaged = packet is not None and packet.is_corrupt
                 try:
-                    yield from stream.codec_context.decode(packet)
+                    for frame in stream.codec_context.decode(packet):
+                        damaged |= frame.is_corrupt
+                        yield frame
                 except av.EOFError:
                     return
                 except av.FFmpegError:
-                    self._lost += 1
+                    damaged = True
+                self._lost += damaged
                 if packet is None or packet.size == 0:
                     return
         finally:
@@ -353,12 +358,13 @@ class VideoReader:
     def _counted_table(self) -> FrameTable:
         """Of every frame that the decoder gives."""
         times: list[int | None] = []
+        made_up = _MADE_UP & set(self._container.format.name.split(","))
         resized, sides = list[int](), (0, 0)
         for frame in self._from_the_beginning():
             if sides not in ((0, 0), (frame.width, frame.height)):
                 resized.append(len(times))
             sides = frame.width, frame.height
-            times.append(frame.pts)
+            times.append(None if made_up else frame.pts)
         if not times:
             raise DataError(
                 "it has no frames" + (f": none of {self._lost} packets can be decoded" if self._lost else "")

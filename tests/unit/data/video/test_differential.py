@@ -1,0 +1,207 @@
+"""Our frames are ffmpeg's: number, order, orientation and colour, over containers, codecs and what files do to readers;
+in one pass, and by seeks to every keyframe and its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regen_dist.data.video.reader import VideoReader, frame_to_rgb
+from tests.helpers.ffmpeg import H264, PATTERN, UInt8s, ffmpeg, shown_frames
+
+# testsrc2 counts frames in large digits and moves everything: another frame differs by more than this.
+TOLERANCE = 4.0  # mean difference of 8-bit values; versions of swscale differ in how they enlarge chroma
+
+HEVC = ("-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=error:pools=1:keyint=20")
+VP9 = ("-c:v", "libvpx-vp9", "-cpu-used", "8", "-deadline", "realtime", "-g", "20")
+MPEG2 = ("-c:v", "mpeg2video", "-q:v", "2", "-bf", "2")
+MPEG4 = ("-c:v", "mpeg4", "-q:v", "2", "-bf", "2")
+GOP = (*H264, "-g", "20")
+NO_B = (*GOP, "-bf", "0")
+
+MATRIX: dict[str, tuple[str, ...]] = {
+    "mp4": ("h264", "h264-no-b", "hevc", "mpeg4", "vp9"),
+    "mov": ("h264", "prores", "raw422"),
+    "mkv": ("h264", "h264-no-b", "hevc", "mpeg2", "mpeg4", "vp9", "ffv1", "rawvideo"),
+    "webm": ("vp9",),
+    "avi": ("h264-no-b", "mpeg4", "ffv1", "rawvideo"),
+    "mpg": ("mpeg2", "h264", "h264-no-b"),
+    "vob": ("mpeg2",),
+    "ts": ("h264", "h264-no-b", "hevc", "mpeg2"),
+    "gif": ("gif",),
+    "png": ("png",),
+}
+CODECS: dict[str, tuple[str, ...]] = {
+    "h264": GOP,
+    "h264-no-b": NO_B,
+    "hevc": HEVC,
+    "mpeg2": MPEG2,
+    "mpeg4": MPEG4,
+    "vp9": VP9,
+    "prores": ("-c:v", "prores_ks"),
+    "ffv1": ("-c:v", "ffv1"),
+    "rawvideo": ("-c:v", "rawvideo", "-pix_fmt", "yuv420p"),
+    "raw422": ("-c:v", "rawvideo", "-pix_fmt", "uyvy422"),
+    "gif": (),
+    "png": ("-frames:v", "1"),
+}
+CASES = [(container, codec) for container, codecs in MATRIX.items() for codec in codecs]
+
+
+def plain(folder: Path, container: str, codec: str) -> Path:
+    path = folder / f"a.{container}"
+    ffmpeg(*PATTERN, *CODECS[codec], *(("-f", "mpeg") if container == "mpg" else ()), path)
+    return path
+
+
+def sequentially(path: Path) -> UInt8s:
+    with VideoReader(path) as reader:
+        return np.stack([frame_to_rgb(frame) for _, frame in reader.frames(range(len(reader.table.pts)))])
+
+
+def assert_as_ffmpeg(path: Path) -> None:
+    """All frames in one pass, then those around every keyframe, each by a call of its own."""
+    ours = sequentially(path)
+    theirs = shown_frames(path, *ours.shape[1:3])
+    assert len(ours) == len(theirs)
+    differences = np.abs(ours.astype(np.int16) - theirs).mean((1, 2, 3))
+    assert differences.max() < TOLERANCE, np.flatnonzero(differences >= TOLERANCE)
+    for near in (1, -1):  # a frame is nearer to its own than to a neighbour: order, not only likeness
+        others = np.abs(ours.astype(np.int16) - np.roll(theirs, near, 0)).mean((1, 2, 3))
+        assert (others > differences).all() or len(ours) == 1
+    with VideoReader(path) as reader:
+        pts = reader.table.pts
+        keys = [pts.index(shown) for shown, _ in reader.table.keyframes] or range(0, len(pts), 20)
+        around = sorted(
+            {near for key in keys for near in (key - 1, key, key + 1) if 0 <= near < len(pts)}, reverse=True
+        )
+        for number in around:
+            ((_, frame),) = reader.frames([number])
+            assert np.array_equal(frame_to_rgb(frame), ours[number]), number
+
+
+@pytest.mark.parametrize(("container", "codec"), CASES)
+def test_frames_are_ffmpegs(tmp_path: Path, container: str, codec: str) -> None:
+    assert_as_ffmpeg(plain(tmp_path, container, codec))
+
+
+ORIENTED: dict[str, tuple[str, ...]] = {
+    "hflip": ("-display_hflip",),
+    "vflip": ("-display_vflip",),
+    "both flips": ("-display_hflip", "-display_vflip"),
+    "90": ("-display_rotation", "90"),
+    "180": ("-display_rotation", "180"),
+    "270": ("-display_rotation", "270"),
+    "89.9": ("-display_rotation", "89.9"),
+    "179.5": ("-display_rotation", "179.5"),
+    "90 mirrored": ("-display_rotation", "90", "-display_hflip"),
+    "270 mirrored": ("-display_rotation", "270", "-display_vflip"),
+}
+
+
+@pytest.mark.parametrize("how", ORIENTED)
+@pytest.mark.parametrize("container", ["mp4", "mov"])
+def test_orientation_is_ffmpegs(tmp_path: Path, container: str, how: str) -> None:
+    base = plain(tmp_path, "mkv", "h264")
+    path = tmp_path / f"turned.{container}"
+    ffmpeg(*ORIENTED[how], "-i", base, "-c", "copy", path)
+    assert_as_ffmpeg(path)
+
+
+def _copied(container: str, *options: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        base, path = plain(folder, "mp4", "h264"), folder / f"b.{container}"
+        programs = ("-bsf:v", "h264_mp4toannexb", "-f", "mpeg") if container == "mpg" else ()
+        ffmpeg(*options, "-i", base, "-c", "copy", *programs, path)
+        return path
+
+    return make
+
+
+def _variable_rate(folder: Path) -> Path:
+    path = folder / "b.mkv"
+    ffmpeg(*PATTERN, "-vf", "select='not(mod(n,3))+gt(n,40)'", "-fps_mode", "passthrough", *GOP, path)
+    return path
+
+
+def _offset(folder: Path) -> Path:
+    base, path = plain(folder, "mp4", "h264"), folder / "b.ts"
+    ffmpeg("-itsoffset", "100", "-i", base, "-c", "copy", path)
+    return path
+
+
+def _damaged(folder: Path) -> Path:
+    """One video packet in the middle of a transport stream overwritten."""
+    path = plain(folder, "ts", "h264-no-b")
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2 // 188 * 188
+    data[middle + 40 : middle + 184] = bytes(144)
+    path.write_bytes(data)
+    return path
+
+
+def _no_times(folder: Path) -> Path:
+    """An elementary stream: no timestamp anywhere."""
+    path = folder / "b.h264"
+    ffmpeg(*PATTERN, *GOP, "-f", "h264", path)
+    return path
+
+
+FEATURES: dict[str, Callable[[Path], Path]] = {
+    "B-frames copied into avi": _copied("avi"),
+    "B-frames copied into mpg": _copied("mpg"),
+    "copied into ts": _copied("ts"),
+    "edit list: starts inside a group of pictures": _copied("mov", "-ss", "0.4"),
+    "variable rate": _variable_rate,
+    "starts at 100 s": _offset,
+    "a damaged packet in ts": _damaged,
+    "no timestamps": _no_times,
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_files_do_to_readers(tmp_path: Path, feature: str) -> None:
+    assert_as_ffmpeg(FEATURES[feature](tmp_path))
+
+
+def test_a_rate_is_not_made_of_a_containers_ticks(tmp_path: Path) -> None:
+    with VideoReader(_copied("avi")(tmp_path)) as reader:
+        assert float(reader.rate) == 24
+
+
+def test_lost_packets_are_counted(tmp_path: Path) -> None:
+    path = plain(tmp_path, "ts", "mpeg2")
+    data = bytearray(path.read_bytes())
+    for start in range(len(data) // 2 // 188 * 188, len(data) * 3 // 4 // 188 * 188, 188):
+        data[start + 4 : start + 188] = bytes(184)
+    path.write_bytes(data)
+    with VideoReader(path) as reader:
+        assert 20 < len(reader.table.pts) < 60
+        assert reader.table.lost > 0
+        assert any(note.startswith("damaged: ") for note in reader.notes)
+        assert [number for number, _ in reader.frames(range(len(reader.table.pts)))]
+
+
+def test_a_gap_in_time_is_a_break(tmp_path: Path) -> None:
+    """Half the frames an hour later."""
+    path = tmp_path / "a.mkv"
+    ffmpeg(*PATTERN, "-vf", "setpts=PTS+gte(N\\,30)*3600/TB", "-fps_mode", "passthrough", *GOP, path)
+    assert_as_ffmpeg(path)
+    with VideoReader(path) as reader:
+        assert list(reader.breaks()) == [30]
+        assert "3600" in reader.breaks()[30]
+
+
+def test_a_change_of_size_is_a_break(tmp_path: Path) -> None:
+    parts = [tmp_path / "1.ts", tmp_path / "2.ts"]
+    for part, size in zip(parts, ("192x128", "128x192"), strict=True):
+        ffmpeg("-f", "lavfi", "-i", f"testsrc2=size={size}:rate=24:duration=1", *NO_B, part)
+    path = tmp_path / "both.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with VideoReader(path) as reader:
+        sides = [(frame.height, frame.width) for _, frame in reader.frames(range(48))]
+        assert list(reader.breaks()) == [24]
+    assert sides == [(128, 192)] * 24 + [(192, 128)] * 24
