@@ -63,6 +63,7 @@ def hlg_light(signal: Floats) -> Floats:
     signal = np.clip(signal, 0, 1)
     scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - _C) / _A) + _B) / 12)
     luminance = scene @ np.array([0.2627, 0.6780, 0.0593])
+    # Not channel by channel, as zscale does it, which keeps greys and makes colours too strong or too weak.
     light: Floats = PEAK * luminance[..., None] ** (_OOTF_GAMMA - 1) * scene
     return light
 
