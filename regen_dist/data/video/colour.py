@@ -3,8 +3,8 @@
 - Light of a PQ signal (SMPTE ST 2084; BT.2100, table 4) is in cd/m². Light of an HLG signal follows from BT.2100, table
   5: inverse OETF, then the OOTF of a display of 1000 cd/m², whose gamma is 1.2.
 - It is tone-mapped by the curve of BT.2390, section 5.4.1 (a knee in PQ, then a Hermite spline), from 1000 to 100
-  cd/m². The largest of red, green and blue goes through the curve, the others keep their ratio to it, and with it the hue.
-  Brighter than 1000 cd/m² is white, whatever the mastering display says: the same signal always gives the same pixel.
+  cd/m². The largest of red, green and blue goes through the curve, the others keep their ratio to it. Brighter than
+  1000 cd/m² is white, whatever the mastering display says: equal signals give equal pixels.
 - Colours outside BT.709 are mixed with grey of their own luminance until they are inside.
 - The result is encoded for the display of BT.1886 (gamma 2.4, black 0).
 
