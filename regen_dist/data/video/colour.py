@@ -2,14 +2,14 @@
 
 - Light of a PQ signal (SMPTE ST 2084; BT.2100, table 4) is in cd/m². Light of an HLG signal follows from BT.2100, table
   5: inverse OETF, then the OOTF of a display of 1000 cd/m², whose gamma is 1.2.
-- It is tone-mapped by the curve of BT.2390, section 5.4.1 (a knee in PQ, then a Hermite spline), from 1000 to 100 cd/m².
-  The largest of red, green and blue goes through the curve, the others keep their ratio to it, and with it the hue.
-  Brighter than 1000 cd/m² is white, whatever the mastering display says: the same signal always gives the same pixel.
+- It is tone-mapped by the curve of BT.2390, section 5.4.1 (a knee in PQ, then a Hermite spline), from 1000 to 100
+  cd/m². The largest of red, green and blue goes through the curve, the others keep their ratio to it. Brighter than
+  1000 cd/m² is white, whatever the mastering display says: equal signals give equal pixels.
 - Colours outside BT.709 are mixed with grey of their own luminance until they are inside.
 - The result is encoded for the display of BT.1886 (gamma 2.4, black 0).
 
 So a grey of 49 cd/m², which is 190 of 255 in BT.709, stays near 190; the reference white of BT.2408 (203 cd/m²) becomes
-243. Video of standard range with wide primaries keeps its greys.
+242. Video of standard range with wide primaries keeps its greys.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def hlg_light(signal: Floats) -> Floats:
     signal = np.clip(signal, 0, 1)
     scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - _C) / _A) + _B) / 12)
     luminance = scene @ np.array([0.2627, 0.6780, 0.0593])
+    # Not channel by channel, as zscale does it, which keeps greys and makes colours too strong or too weak.
     light: Floats = PEAK * luminance[..., None] ** (_OOTF_GAMMA - 1) * scene
     return light
 
