@@ -145,6 +145,25 @@ class RunCheckpoints:
         self._newest, self._rollbacks = manifest.step, manifest.rollbacks
         return manifest
 
+    def point_before(self, step: int) -> str:
+        """Let the next start go on from before a step whose update may have broken the weights: every step after it was
+        skipped. Nothing is deleted. A collective. Returns what was done, in words."""
+        self.settle()
+        return self._ranks.on_main(lambda: self._point_before(step))
+
+    def _point_before(self, step: int) -> str:
+        nothing = f"There is no checkpoint from before them in {self.folder.url}; begin anew, under another name"
+        if self._newest is None:
+            return nothing
+        newest = self.folder.manifest(self._newest)
+        steps = [each for each in self.folder.steps() if each < step]
+        earlier = [each for each in map(self.folder.manifest, steps) if each.is_followed_by(newest)]
+        good = [each.step for each in earlier if not self.folder.problems(each, checksums=False)]
+        if not good:
+            return nothing
+        self.folder.point_to(good[-1])
+        return f"The same command goes on from step {good[-1]}, the last checkpoint from before them"
+
     def close(self) -> None:
         """Let a save in flight end, for a while: the run ends with an error, and that one is told."""
         self._saver.settle(_CLOSE_S)
