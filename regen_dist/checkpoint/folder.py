@@ -46,13 +46,19 @@ class CheckpointFolder:
     Args:
         url: a plain path, `file://`, `s3://`, `gs://` or `az://`.
         limits: patience with a bucket.
+        permit: asked before a checkpoint is begun or committed; raises where it may not be.
 
     Raises:
         DataError: the URL cannot be used; from every method: the store does not answer, denies access, or is full.
     """
 
-    def __init__(self, url: str | Path, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
-        self.store = Store(url, limits)
+    def __init__(
+        self,
+        url: str | Path,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        permit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.store, self._permit = Store(url, limits), permit
         self.url = self.store.url
 
     def steps(self) -> list[int]:
@@ -155,6 +161,7 @@ class CheckpointFolder:
     def begin(self, step: int) -> None:
         """Make room for a checkpoint of `step`. Where there is one of a future that was gone back from, it is removed
         when it would be in the way of the new one."""
+        self._permit()
         self.clear_debris()
         if self.store.folder is None and step in self.steps():
             self.store.delete(f"{checkpoint_name(step)}/{MANIFEST}")
@@ -179,6 +186,7 @@ class CheckpointFolder:
             CheckpointError: a file is not there as its writer left it (a folder that the ranks do not share).
         """
         self._check_written(manifest)
+        self._permit()
         phase("manifest")
         text = to_text(manifest).encode()
         if self.store.folder is None:

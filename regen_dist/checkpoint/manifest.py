@@ -39,6 +39,8 @@ class Manifest:
         shapes: the full shape of every parameter.
         files: every shard with its facts.
         saved_at: ISO 8601, UTC.
+        run_id: of the run that saved it (config/run_id.py); empty for one that belongs to nobody yet: an imported one,
+            or one of before there were ids.
     """
 
     step: int
@@ -53,6 +55,7 @@ class Manifest:
     files: dict[str, FileFacts] = field(default_factory=dict)
     saved_at: str = ""
     schema: int = SCHEMA
+    run_id: str = ""
 
     @property
     def skipped_in_a_row(self) -> int:

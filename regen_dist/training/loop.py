@@ -46,6 +46,7 @@ class Trainer:
         ranks: this process's place.
         mark: told what this rank does next, and in which step: for its heartbeat.
         fresh: start from scratch where the run has checkpoints and none of them is whole.
+        permit: asked by rank 0 before a checkpoint is begun or committed; raises where it may not be.
     """
 
     def __init__(
@@ -55,13 +56,16 @@ class Trainer:
         *,
         mark: Callable[[str, int], None] = lambda phase, step: None,
         fresh: bool = False,
+        permit: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.ranks, self._tell = config, ranks, mark
         self.task = build_task(config, ranks.device)
         resumes = not fresh and has_checkpoints(config, ranks)
         self.engine = build_engine(config, ranks, lambda: self.task.build(ranks, resumes=resumes))
         self.guards = Guards(config)
-        self.checkpoints = RunCheckpoints(config, ranks, self.engine.shapes(), self.task.data.identity(), self._saved)
+        self.checkpoints = RunCheckpoints(
+            config, ranks, self.engine.shapes(), self.task.data.identity(), self._saved, permit
+        )
         self.step, self.data_shift, self.metrics = 0, 0, dict[str, float]()
         self._resume(fresh)
         self.meter = self._build_meter()
