@@ -20,8 +20,18 @@ from launcher.history import End, Start, Why, now, read_history, write_entry
 from launcher.job import Job, Progress, Task, read_job
 from launcher.places import Scheduler, SlurmPlace
 from launcher.policy import Verdict, bad_nodes, judge_end, judge_start, overall_code
+from regen_dist.checkpoint.manifest import parse_manifest
 from regen_dist.data.objects.store import Store
-from regen_dist.errors import EXIT_OK, EXIT_RESUME, BackendError, DataError, HangError, ObjectMissing, RegenError
+from regen_dist.errors import (
+    EXIT_OK,
+    EXIT_RESUME,
+    BackendError,
+    CheckpointError,
+    DataError,
+    HangError,
+    ObjectMissing,
+    RegenError,
+)
 
 NOTHING_TO_DO = 100
 
@@ -102,17 +112,25 @@ def _who(code: int, found: Sequence[ends.RankEnd | None]) -> str:
 
 def newest_step(progress: Progress | None) -> int | None:
     """The step of the newest committed checkpoint, 0 where there is none; None for a task without, or where the store
-    does not answer."""
+    does not answer. Steps that were skipped at its end do not count: they have trained nothing."""
     if progress is None:
         return None
     try:
-        name = Store(progress.checkpoints).get("latest").decode()
-        return int(name.strip().removeprefix("step-"))
+        store = Store(progress.checkpoints)
+        name = store.get("latest").decode().strip()
+        return int(name.removeprefix("step-")) - _skipped_at_the_end(store, name)
     except ObjectMissing:
         return 0
     except (DataError, ValueError) as error:
         say(f"warning: cannot tell how far it is: {error}")
         return None
+
+
+def _skipped_at_the_end(store: Store, name: str) -> int:
+    try:
+        return parse_manifest(store.get(f"{name}/manifest.json"), name).skipped_in_a_row
+    except (ObjectMissing, CheckpointError):  # damage is named by the run itself, which passes over it
+        return 0
 
 
 def say(text: str) -> None:

@@ -11,7 +11,6 @@ RUN/STOP                                  while it is there, the task does not g
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from pydantic import ValidationError
 
 from launcher.cluster import ClusterConfig
 from regen_dist.config.files import write_text_atomically
+from regen_dist.config.jsontext import json_text
 from regen_dist.config.section import PositiveInt, Section
 from regen_dist.errors import RegenError
 
@@ -101,7 +101,7 @@ def new_folder(base: Path) -> Path:
 
 def write_job(job: Job) -> None:
     """Leave a job where its processes, and `regen jobs`, find it."""
-    write_text_atomically(job.folder / JOB_FILE, json.dumps(job.model_dump(mode="json"), indent=1) + "\n")
+    write_text_atomically(job.folder / JOB_FILE, json_text(job.model_dump(mode="json"), indent=1) + "\n")
 
 
 def read_job(folder: Path) -> Job:

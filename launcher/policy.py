@@ -14,11 +14,12 @@ from regen_dist.errors import (
     BackendError,
     CheckpointError,
     ConfigError,
+    RunBusy,
     TrainingError,
 )
 
 # What a second start would say again, word for word.
-PERMANENT = frozenset(error.exit_code for error in (ConfigError, CheckpointError, BackendError, TrainingError))
+PERMANENT = frozenset(error.exit_code for error in (ConfigError, CheckpointError, BackendError, TrainingError, RunBusy))
 _FAILURES: tuple[Why, ...] = ("failed", "node lost", "unknown")
 
 

@@ -6,7 +6,6 @@ alone) and `weed.log`.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.local import die_with
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import BackendError
 
 START_S = 30.0  # it needs 1 s on an idle machine
@@ -182,7 +182,7 @@ def _write_config(path: Path, identities: Sequence[Identity]) -> None:
         for who in identities
     ]
     path.touch(mode=0o600)
-    path.write_text(json.dumps({"identities": entries}))
+    path.write_text(json_text({"identities": entries}))
 
 
 def _answers(server: ObjectServer, deadline: float) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,13 +9,14 @@ from launcher.job import LAUNCH, Job
 from launcher.preflight import check
 from launcher.script import batch_script
 from launcher.submitting import Order
+from regen_dist.config.jsontext import json_text
 
 
 def show(order: Order) -> None:
     """The resolved job and its batch script, as they would be submitted; the names in capitals are given then."""
     job = order.job(order.base / LAUNCH / "DATE", order.base / LAUNCH / "code" / "HASH")
     print("# the job")
-    print(json.dumps(job.model_dump(mode="json", exclude={"submitted"}), indent=1))
+    print(json_text(job.model_dump(mode="json", exclude={"submitted"}), indent=1))
     if job.cluster.kind == "slurm":
         print("# the batch script")
         print(batch_script(job), end="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from launcher.script import callables, slurm_executor
 from launcher.snapshot import take_snapshot
 from regen_dist.config import AnyRunConfig, config_hash, to_yaml
 from regen_dist.config.files import write_text_atomically
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import BackendError, RegenError
 
 
@@ -48,7 +48,7 @@ class Order:
     def fingerprint(self) -> str:
         """Of what is run: another one, and a job that was done before is another job. Hexadecimal."""
         what = [[*task.command] for task in self.tasks] + [[config_hash(config)] for config in self.configs]
-        return self.whole or hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        return self.whole or hashlib.sha256(json_text(what).encode()).hexdigest()[:16]
 
     def part(self, tasks: Sequence[Task]) -> Order:
         """The same for some of its tasks."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.local import launch
+from regen_dist.checkpoint.claims import Claims
 from regen_dist.config import load_config
 from regen_dist.config.worldsize import clips_per_rank
 
@@ -16,8 +17,10 @@ def train_locally(config: Path, overrides: Sequence[str], *, ranks: int, fresh: 
 
     Raises:
         ConfigError: the config is wrong, or does not fit this number of ranks.
+        RunBusy: another process trains this run.
     """
     checked = load_config(config, overrides)
     clips_per_rank(checked, ranks)
+    Claims(checked).refuse_living()
     command = [sys.executable, "-m", "tools.cli", "train", *(["--fresh"] if fresh else []), str(config), *overrides]
     return launch(command, ranks=ranks, logs=checked.folder / "logs")

@@ -65,5 +65,11 @@ class HangError(RegenError):
     exit_code = 7
 
 
+class RunBusy(RegenError):
+    """Another process, which lives, trains the same run."""
+
+    exit_code = 8
+
+
 EXIT_OK = 0
 EXIT_RESUME = 75  # stopped early with everything saved: run the same command again (EX_TEMPFAIL of sysexits.h)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from launcher.jobs.finding import find
 from launcher.jobs.queue import Queue, ask
 from launcher.jobs.rows import Row, rows
 from launcher.jobs.table import print_rows
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ def show(root: Path, *, as_json: bool, fold: bool, every_s: float | None) -> Non
         if every_s is not None and console.is_terminal and not as_json:
             console.clear()
         if as_json:
-            print(json.dumps({"runs": [row.to_json() for row in found], "problems": problems}, indent=1), flush=True)
+            print(json_text({"runs": [row.to_json() for row in found], "problems": problems}, indent=1), flush=True)
         else:
             _print(console, root, found, problems)
         if every_s is None:

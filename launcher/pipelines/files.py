@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from launcher.preflight.findings import side_by_side
 from launcher.preflight.storage import READING
 from launcher.submitting import Order
 from regen_dist.config.composing import compose
+from regen_dist.config.jsontext import json_text
 from regen_dist.config.urls import parse_url
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import ConfigError, ObjectMissing
@@ -34,14 +34,14 @@ def with_inputs(order: Order, inputs: Sequence[Path]) -> Order:
         )
     if not inputs:
         return order
-    told = json.dumps([order.fingerprint, *map(_content, inputs)])
+    told = json_text([order.fingerprint, *map(_content, inputs)])
     return replace(order, whole=hashlib.sha256(told.encode()).hexdigest()[:16])
 
 
 def _content(path: Path) -> str:
     """Of a config with all that it extends."""
     config = path.suffix in (".yaml", ".yml")
-    data = json.dumps(compose(path).values, sort_keys=True).encode() if config else path.read_bytes()
+    data = json_text(compose(path).values, sort_keys=True).encode() if config else path.read_bytes()
     return hashlib.sha256(data).hexdigest()
 
 

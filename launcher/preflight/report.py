@@ -12,7 +12,7 @@ from launcher.preflight.findings import Check, Finding, Subject, problem
 from launcher.preflight.latents import latents
 from launcher.preflight.memory import gpu_memory
 from launcher.preflight.places import folders, shared
-from launcher.preflight.runs import alive, standing
+from launcher.preflight.runs import alive, claimed, standing
 from launcher.preflight.scheduler import scheduler
 from launcher.preflight.settings import kernels, world_size
 from launcher.preflight.space import space
@@ -24,7 +24,7 @@ from regen_dist.errors import ConfigError, RegenError
 
 CHECKS: Sequence[Check] = (
     world_size, kernels, folders, shared, data, latents, checkpoints, space, times, gpu_memory, wandb_key, scheduler,
-    alive, standing,
+    alive, claimed, standing,
 )  # fmt: skip
 _STORES = ("AWS_", "GOOGLE_", "AZURE_")
 

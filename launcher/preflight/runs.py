@@ -10,13 +10,15 @@ from launcher.job import JOB_FILE, LAUNCH, Job, newest_job
 from launcher.preflight.findings import Finding, Subject, by_run, note, problem, side_by_side
 from launcher.preflight.storage import READING, dataset_manifest
 from launcher.waiting import is_alive
+from regen_dist.checkpoint.belonging import foreign_run
+from regen_dist.checkpoint.claims import Claims
 from regen_dist.checkpoint.manifest import Manifest, parse_manifest
 from regen_dist.config import AnyRunConfig, T2VConfig, load_saved_config
 from regen_dist.config.identity import latent_identity, order_changes, order_identity
 from regen_dist.config.schema import ModelConfig
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.data.objects.store import Store
-from regen_dist.errors import CheckpointError, ConfigError, DataError, ObjectMissing, RegenError
+from regen_dist.errors import CheckpointError, ConfigError, DataError, ObjectMissing, RegenError, RunBusy
 from regen_dist.observe.record import read_record
 
 
@@ -37,6 +39,20 @@ def alive(subject: Subject) -> Iterator[Finding]:
                 f"job {job.id()} ({job.cluster_name}) runs or waits for {which} already, in {base}; wait for it, or "
                 f"end it first: `regen jobs stop {base}`"
             )
+
+
+def claimed(subject: Subject) -> Iterator[Finding]:
+    """No process trains the same runs, or writes the same checkpoints, by whatever it was started."""
+    yield from by_run(subject.configs, _claimed)
+
+
+def _claimed(config: AnyRunConfig) -> Iterator[Finding]:
+    try:
+        Claims(config, READING).refuse_living()
+    except RunBusy as error:
+        yield problem(str(error))
+    except DataError:  # the store is out of reach, which another check tells
+        return
 
 
 def _shared(job: Job, base: Path, subject: Subject) -> list[Path]:
@@ -73,6 +89,8 @@ def _standing(config: AnyRunConfig, down: set[str | None], *, fresh: bool) -> It
         return
     if manifest.step >= config.train.steps:
         yield note(f"nothing is left to do: all {config.train.steps} steps are done")
+    if foreign := foreign_run(config, manifest):
+        yield problem(foreign)
     yield from _refusals(config, manifest)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.checkpoint.reader import newest_good
+from regen_dist.checkpoint.shards import nonfinite
 from regen_dist.config import AnyRunConfig, load_saved_config
 from regen_dist.config.exported import EXPORT_CONFIG_FILE, CommonExportConfig
 from regen_dist.config.schema import ModelConfig
@@ -92,14 +93,26 @@ def checkpoint_weights(
     shapes = {name: shape for name, shape in manifest.shapes.items() if name.startswith(prefix)}
     wanted = {f"{kind}/{name}": (0, prod(shape)) for name, shape in shapes.items()}
     flat = folder.reader(manifest).read_all(wanted)
-    return {key.split("/", 1)[1]: tensor.view(shapes[key.split("/", 1)[1]]) for key, tensor in flat}
+    found = {key.split("/", 1)[1]: tensor.view(shapes[key.split("/", 1)[1]]) for key, tensor in flat}
+    check_finite(found, f"the {weights} weights of step {manifest.step} in {folder.url}")
+    return found
+
+
+def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
+    """CheckpointError when a weight is not finite; `what` says whose they are."""
+    if broken := nonfinite(weights):
+        raise CheckpointError(
+            f"{what} are not finite in {len(broken)} of {len(weights)} parameters, among them {broken[0]}: training "
+            "had gone wrong. Take an earlier checkpoint (--step), or train on from one with a lower optimizer.lr"
+        )
 
 
 def write_model(path: Path, weights: Mapping[str, Tensor], dtype: str) -> str:
-    """Write the weights as `float32` or `bfloat16`, synced. Returns the file's SHA-256."""
-    save_file(
-        {name: tensor.to(_DTYPES[dtype]).contiguous() for name, tensor in weights.items()}, path, {"format": "pt"}
-    )
+    """Write the weights as `float32` or `bfloat16`, synced; CheckpointError where one is not finite then. Returns the
+    file's SHA-256."""
+    stored = {name: tensor.to(_DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
+    check_finite(stored, f"the weights as {dtype}")
+    save_file(stored, path, {"format": "pt"})
     sync(path)
     return _sha256(path)
 
@@ -120,9 +133,11 @@ def read_model(folder: Path, config: CommonExportConfig, prefix: str = "") -> di
             )
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
-            return {name: file.get_tensor(name) for name in names}
+            found = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
+    check_finite(found, f"the weights in {path}")
+    return found
 
 
 def check_weights(folder: Path, config: CommonExportConfig, weights: Weights | None) -> None:

@@ -12,6 +12,7 @@ lie under their own names at once, and the manifest alone commits them. Whatever
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from regen_dist.checkpoint.manifest import FileFacts, Manifest, parse_manifest, to_text
-from regen_dist.checkpoint.shards import ShardReader, write_shard
+from regen_dist.checkpoint.shards import ShardReader, ValueScan, write_shard
 from regen_dist.data.objects.local import full_disk, sync
 from regen_dist.data.objects.store import Limits, Store, remove_leftovers
 from regen_dist.errors import CheckpointError, ObjectMissing
@@ -45,13 +46,19 @@ class CheckpointFolder:
     Args:
         url: a plain path, `file://`, `s3://`, `gs://` or `az://`.
         limits: patience with a bucket.
+        permit: asked before a checkpoint is begun or committed; raises where it may not be.
 
     Raises:
         DataError: the URL cannot be used; from every method: the store does not answer, denies access, or is full.
     """
 
-    def __init__(self, url: str | Path, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
-        self.store = Store(url, limits)
+    def __init__(
+        self,
+        url: str | Path,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        permit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.store, self._permit = Store(url, limits), permit
         self.url = self.store.url
 
     def steps(self) -> list[int]:
@@ -89,8 +96,8 @@ class CheckpointFolder:
             if size != facts["bytes"]:
                 held = "is missing" if size is None else f"has {size} bytes"
                 told.append(f"{file} {held}, the manifest says {facts['bytes']} bytes")
-            elif checksums and self._sha256(name) != facts["sha256"]:
-                told.append(f"{file} does not have the SHA-256 that the manifest says")
+            elif checksums and (problem := self._problem_inside(name, facts["sha256"])):
+                told.append(f"{file} {problem}")
         return told
 
     def reader(self, manifest: Manifest) -> ShardReader:
@@ -154,6 +161,7 @@ class CheckpointFolder:
     def begin(self, step: int) -> None:
         """Make room for a checkpoint of `step`. Where there is one of a future that was gone back from, it is removed
         when it would be in the way of the new one."""
+        self._permit()
         self.clear_debris()
         if self.store.folder is None and step in self.steps():
             self.store.delete(f"{checkpoint_name(step)}/{MANIFEST}")
@@ -178,6 +186,7 @@ class CheckpointFolder:
             CheckpointError: a file is not there as its writer left it (a folder that the ranks do not share).
         """
         self._check_written(manifest)
+        self._permit()
         phase("manifest")
         text = to_text(manifest).encode()
         if self.store.folder is None:
@@ -242,11 +251,18 @@ class CheckpointFolder:
         ]
         return {path.name for path in folders if not (path / MANIFEST).exists() or path.name.endswith(".tmp")}
 
-    def _sha256(self, name: str) -> str:
+    def _problem_inside(self, name: str, sha256: str) -> str:
+        """What is wrong with the bytes of a shard, in words; empty when nothing is."""
+        digest, scan = hashlib.sha256(), ValueScan()
         try:
-            return self.store.sha256(name)
+            for piece in self.store.stream(name):
+                digest.update(piece)
+                scan.see(piece)
         except ObjectMissing:
-            return "missing"
+            return "is missing"
+        if digest.hexdigest() != sha256:
+            return "does not have the SHA-256 that the manifest says"
+        return "" if scan.finite else "is intact, but holds values that are not finite: training had gone wrong"
 
 
 def _write(path: Path, pieces: Mapping[str, Tensor]) -> FileFacts:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, TypedDict
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import CheckpointError
 
 SCHEMA = 2
@@ -37,6 +39,8 @@ class Manifest:
         shapes: the full shape of every parameter.
         files: every shard with its facts.
         saved_at: ISO 8601, UTC.
+        run_id: of the run that saved it (config/run_id.py); empty for one that belongs to nobody yet: an imported one,
+            or one of before there were ids.
     """
 
     step: int
@@ -51,6 +55,19 @@ class Manifest:
     files: dict[str, FileFacts] = field(default_factory=dict)
     saved_at: str = ""
     schema: int = SCHEMA
+    run_id: str = ""
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """How many steps were skipped for gradients that are not finite, one after the other, up to this one."""
+        guards = self.state.get("guards", {})
+        return int(guards.get("nonfinite", {}).get("in_a_row", 0))
+
+    @property
+    def trusted_before(self) -> int:
+        """Checkpoints of steps below this are from before the skipped steps, and from before the update that may have
+        broken the weights."""
+        return self.step - self.skipped_in_a_row
 
     @property
     def world_size(self) -> int:
@@ -82,7 +99,7 @@ class Manifest:
 def to_text(manifest: Manifest) -> str:
     """Canonical JSON that carries its own checksum: any byte that changes is noticed."""
     content = asdict(manifest)
-    return _canonical({**content, _CHECKSUM: _digest(content)})
+    return _canonical({**content, _CHECKSUM: _sha256(_canonical(content))})
 
 
 def parse_manifest(text: bytes | str, where: str) -> Manifest:
@@ -104,16 +121,17 @@ def parse_manifest(text: bytes | str, where: str) -> Manifest:
         raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}") from error
     if schema != SCHEMA and told is None:  # before this package wrote checksums, or by none of it
         raise CheckpointError(f"{where} has schema {schema}, this version reads {SCHEMA}")
-    if told != _digest(content) or text != _canonical({**content, _CHECKSUM: told}):
+    if told != _sha256(text.replace(f',\n "{_CHECKSUM}": "{told}"\n}}\n', "\n}\n")):
         raise CheckpointError(f"{where} is damaged: it does not match its own checksum")
     if schema != SCHEMA:
         raise CheckpointError(f"{where} has schema {schema}, this version reads {SCHEMA}")
-    return Manifest(**content)
+    metrics = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
+    return Manifest(**content | {"metrics": metrics})
 
 
 def _canonical(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=True) + "\n"
+    return json_text(content, indent=1, ensure_ascii=True) + "\n"
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(_canonical(content).encode()).hexdigest()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -24,7 +24,8 @@ def to_delete(
     Kept are the last `keep_last`, those of steps that are multiples of `keep_every`, the `keep_best` best by
     `best_metric`, and pinned ones. Counted are only checkpoints that `newest` was trained from (not those of a future
     that a guard went back from) and whose files are there. Later ones of the same history, which somebody has pointed
-    back from, are left alone. Nothing is deleted unless two of those that stay are good.
+    back from, are left alone. While steps are skipped in a row, the newest from before them stays too. Nothing is
+    deleted unless two of those that stay are good.
 
     Args:
         manifests: of every committed checkpoint that can be read; one that cannot is not touched.
@@ -38,7 +39,8 @@ def to_delete(
     if len(last) < LEAST_GOOD:
         return []
     best = _first(best_first(history, policy), policy.keep_best, is_good)
-    kept = {each.step for each in (*last, *best)} | set(pinned)
+    before = [each for each in history if each.step < newest.trusted_before] if newest.skipped_in_a_row else []
+    kept = {each.step for each in (*last, *best, *_first(before, 1, is_good))} | set(pinned)
     if policy.keep_every:
         kept |= {each.step for each in history if each.step % policy.keep_every == 0}
     later = {each.step for each in manifests if each.rollbacks == newest.rollbacks and each.step > newest.step}

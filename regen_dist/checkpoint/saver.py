@@ -25,7 +25,7 @@ from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import FileFacts, Manifest
 from regen_dist.checkpoint.reader import warn
 from regen_dist.checkpoint.retention import to_delete
-from regen_dist.checkpoint.shards import shard_name
+from regen_dist.checkpoint.shards import nonfinite, shard_name
 from regen_dist.config.schema import CheckpointConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError
@@ -137,6 +137,7 @@ class Saver:
         facts: FileFacts | None = None
         problem = ""
         try:
+            self._refuse_broken()
             facts = self.folder.write_shard(step, name, self._host)
         except Exception as error:  # noqa: BLE001 - handed to the vote: no rank may leave before the others know
             problem = f"rank {self._ranks.rank}: {error}"
@@ -146,6 +147,14 @@ class Saver:
             self._ranks.on_main(self.folder.clear_debris)  # room for the next try
             raise CheckpointError("; ".join(problems))
         return {name: facts for name, facts, _ in said}
+
+    def _refuse_broken(self) -> None:
+        """A checkpoint that nobody can go on from must not take the place of a good one."""
+        if broken := nonfinite(self._host):
+            raise CheckpointError(
+                f"{len(broken)} of {len(self._host)} tensors hold values that are not finite, among them {broken[0]}; "
+                "lower optimizer.lr"
+            )
 
     def _commit(self, manifest: Manifest) -> None:
         try:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.checkpoint.manifest import FileFacts, Manifest
+from regen_dist.config.jsontext import json_text
 from regen_dist.data.objects.store import Store
 from regen_dist.distributed.ranks import chunk
 from regen_dist.errors import CheckpointError, ObjectCut, ObjectMissing
@@ -53,6 +54,34 @@ def write_shard(file: IO[bytes], pieces: Mapping[str, Tensor]) -> FileFacts:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def nonfinite(pieces: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold a value that is not finite."""
+    return [name for name, piece in pieces.items() if not bool(torch.isfinite(piece).all())]
+
+
+class ValueScan:
+    """Looks for values that are not finite in the bytes of a shard, as they come."""
+
+    def __init__(self) -> None:
+        self.finite = True
+        self._left, self._header = b"", -1  # bytes that are no whole value yet; bytes of the header to pass over
+
+    def see(self, data: bytes) -> None:
+        """The next bytes."""
+        data = self._left + data
+        if self._header < 0:
+            if len(data) < 8:
+                self._left = data
+                return
+            self._header = 8 + int.from_bytes(data[:8], "little")
+        passed = min(self._header, len(data))
+        self._header -= passed
+        whole = passed + (len(data) - passed) // _ITEM_BYTES * _ITEM_BYTES
+        self._left = data[whole:]
+        values = np.frombuffer(data, np.float32, (whole - passed) // _ITEM_BYTES, passed)
+        self.finite = self.finite and bool(np.isfinite(values).all())
+
+
 def _header(pieces: Mapping[str, Tensor]) -> memoryview:
     ends = list(accumulate(piece.numel() * _ITEM_BYTES for piece in pieces.values()))
     starts = [0, *ends[:-1]]
@@ -60,7 +89,7 @@ def _header(pieces: Mapping[str, Tensor]) -> memoryview:
         name: {"dtype": "F32", "shape": list(piece.shape), "data_offsets": [start, end]}
         for (name, piece), start, end in zip(pieces.items(), starts, ends, strict=True)
     }
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json_text(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the values are aligned
     return memoryview(len(text).to_bytes(8, "little") + text)
 

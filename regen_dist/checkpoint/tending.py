@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regen_dist.checkpoint.belonging import adopt
+from regen_dist.checkpoint.claims import Claim, this_process
 from regen_dist.checkpoint.export import open_run
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import Manifest
@@ -184,7 +186,7 @@ def prune(place: Place, policy: CheckpointConfig, *, dry_run: bool) -> Pruned:
     """Delete what a policy does not keep, and debris. Never below two good checkpoints.
 
     Raises:
-        CheckpointError: the run is training, or holds no good checkpoint.
+        RunBusy, CheckpointError: the run is training, or holds no good checkpoint.
     """
     refuse_live(place)
     folder = place.folder
@@ -198,8 +200,28 @@ def prune(place: Place, policy: CheckpointConfig, *, dry_run: bool) -> Pruned:
     return pruned
 
 
+def take_over(run: Path, url: str) -> Manifest:
+    """Make the run in a folder, whose own was lost, the one that saved the checkpoints at a place.
+
+    Raises:
+        CheckpointError: there are none.
+        RunBusy: a process trains one of both.
+    """
+    folder = CheckpointFolder(url)
+    refuse_live(Place(folder, run, None))
+    newest = newest_good(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder.url} holds no committed checkpoint that could be taken over")
+    adopt(run, newest)
+    return newest
+
+
 def refuse_live(place: Place) -> None:
-    """CheckpointError when a rank of the run that has not ended gave a sign of life within the last minute."""
+    """RunBusy when a process trains this run; CheckpointError when a rank of it that has not ended gave a sign of life
+    within the last minute."""
+    me = this_process(place.run or Path.cwd())
+    for claimed in dict.fromkeys([place.folder.url, *([str(place.run)] if place.run else [])]):
+        Claim(claimed, me, place.folder.store.limits).refuse_living()
     if place.run is None:
         return
     ages = [time.time() - modified for modified in _beats(place.run / "heartbeats")]

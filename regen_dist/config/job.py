@@ -8,19 +8,30 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from regen_dist.config.keeping import CheckpointConfig, GuardsConfig
-from regen_dist.config.section import Fraction, PositiveFloat, PositiveInt, Section
+from regen_dist.config.section import Fraction, PositiveFloat, PositiveInt, Rate, Section
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1 a moment never learns, and its bias correction divides by 0
 
 
 class OptimizerConfig(Section):
     """AdamW: torch's by default; DeepSpeed's CPU Adam or apex's FusedAdam where they can run."""
 
     kind: Literal["adamw", "cpu_adam", "fused_adam"] = "adamw"
-    lr: Annotated[float, Field(gt=0.0)] = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    lr: Rate = 1e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     warmup_steps: Annotated[int, Field(ge=0)] = 1000
     min_lr_ratio: Fraction = 0.1
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+
+    @model_validator(mode="after")
+    def _decay_shrinks_weights(self) -> OptimizerConfig:
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"lr {self.lr:g} * weight_decay {self.weight_decay:g} is what a step takes away of every weight; it "
+                "must be below 1, and is far below in practice (lr=1e-4, weight_decay=0.01)"
+            )
+        return self
 
 
 class EngineConfig(Section):

@@ -78,7 +78,8 @@ class HangConfig(Section):
 class GuardsConfig(Section):
     """What keeps a long run from going wrong in silence."""
 
-    nonfinite_budget: Annotated[int, Field(ge=0)] = 100  # steps skipped for non-finite losses or gradients
+    nonfinite_budget: Annotated[int, Field(ge=0)] = 100  # steps skipped for non-finite losses or gradients, in all
+    nonfinite_in_a_row: Annotated[int, Field(ge=0)] = 20  # and so many one after the other: the weights are broken
     spike: SpikeConfig = SpikeConfig()
     latent_std: LatentStdConfig = LatentStdConfig()
     hang: HangConfig = HangConfig()

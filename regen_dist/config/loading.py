@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from regen_dist.config.composing import Composed, compose
 from regen_dist.config.files import write_text_atomically
 from regen_dist.config.job import CommonConfig
+from regen_dist.config.jsontext import json_text
 from regen_dist.config.problems import describe, message
 from regen_dist.config.schema import RunConfig
 from regen_dist.config.t2v import T2VConfig
@@ -118,7 +118,7 @@ def to_yaml(config: CommonConfig) -> str:
 
 def config_hash(config: CommonConfig) -> str:
     """Hex SHA-256 of the resolved config as canonical JSON: neither key order nor the file's place changes it."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    canonical = json_text(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import ConfigError
 
 # libyaml reads ten times faster; wheels of PyYAML have it, some distributions' builds do not.
@@ -47,7 +47,7 @@ def parse_value(text: str) -> Any:
 
 def shown_value(value: object) -> str:
     """A plain value as an override's text: `parse_value` reads it back."""
-    return json.dumps(value)
+    return json_text(value)
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import DataError
 from regen_dist.evaluation.measure import Measurement, Options, Pair, Passage, measure
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
@@ -155,8 +155,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
+            file.write(json_text(content, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -30,7 +30,7 @@ from regen_dist.diffusion.noise import gaussian
 from regen_dist.diffusion.path import x0_from
 from regen_dist.diffusion.samplers import Denoiser, sample
 from regen_dist.distributed.base import precision_of
-from regen_dist.errors import ConfigError
+from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.latent_space import only_raw
 from regen_dist.inference.statistics import LatentStatistics, read_statistics
 from regen_dist.inference.tiles import Tile, decode_in_tiles, encode_in_tiles
@@ -129,11 +129,22 @@ class Codec:
     def encode(self, clips: Tensor) -> Latents:
         """Clips [B, 3, k+1 or 1, H, W], sides multiples of 8, to latents [B, 8, h, w]; DataError when they do not
         fit."""
+        return Latents(*(self._finite(part, "encodes to latents") for part in self._encode(clips)))
+
+    def _encode(self, clips: Tensor) -> Latents:
         if self.tile is None:
             return self.model.encode(clips.to(self.device))
         check_clip(clips, self.num_frames)
         reach = encoder_reach(self.config.model.encoder)
         return encode_in_tiles(lambda part: self.model.encode(part.to(self.device)), clips, self.tile, reach)
+
+    def _finite(self, made: Tensor, what: str) -> Tensor:
+        if not bool(torch.isfinite(made).all()):
+            raise CheckpointError(
+                f"the embedder of step {self.step} {what} that are not finite: its weights, or what it was given, are "
+                "broken. Take an earlier checkpoint, or train on from one with a lower optimizer.lr"
+            )
+        return made
 
     def decode(
         self,
@@ -195,13 +206,15 @@ class Codec:
         if isinstance(self.model, Baseline):
             if steps != 1:
                 raise ConfigError(f"the baseline decodes in one pass; found {steps} steps, use 1")
-            return denoise(torch.empty(1, device=self.device), torch.ones(1)).clamp(-1, 1)
+            made = denoise(torch.empty(1, device=self.device), torch.ones(1))
+            return self._finite(made, "decodes to pixels").clamp(-1, 1)
         height, width = (P * side for side in windows[0].latents.content.shape[-2:])
         noise = gaussian(
             seed, torch.tensor([sample_id], device=self.device), times[None].to(self.device), (height, width)
         )
         settings = self.config.diffusion
-        return sample(denoise, noise, path=settings.path, steps=steps, method=settings.sampler).clamp(-1, 1)
+        made = sample(denoise, noise, path=settings.path, steps=steps, method=settings.sampler)
+        return self._finite(made, "decodes to pixels").clamp(-1, 1)
 
     def _blended(self, windows: list[Window], times: Tensor, weights: Tensor) -> Denoiser:
         """(x_t [1, 3, F, H, W], t [1]) to the windows' estimates of x0, weighted by `weights` [windows, F]."""

@@ -6,7 +6,6 @@ Legend: B clips, k temporal compression, H x W pixels, h = H/8, w = W/8.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from regen_dist.checkpoint.export import (
     read_model,
 )
 from regen_dist.config.exported import ExportConfig, load_export_config
+from regen_dist.config.jsontext import json_text
 from regen_dist.config.loading import embedder_only
 from regen_dist.distributed.base import precision_of
 from regen_dist.errors import CheckpointError
@@ -151,7 +151,7 @@ def _fingerprint(encoder: Encoder, config: ExportConfig) -> str:
         "temporal_compression": model.temporal_compression,
         "precision": config.precision,
     }
-    digest = hashlib.sha256(json.dumps(built_by, sort_keys=True).encode())
+    digest = hashlib.sha256(json_text(built_by, sort_keys=True).encode())
     for name, tensor in sorted(encoder.named_parameters()):
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -107,7 +108,7 @@ def _described(config: AnyRunConfig, manifest: Manifest, options: ExportOptions,
         version=manifest.version,
         saved_at=manifest.saved_at,
         data=manifest.state.get("data") or {},
-        metrics=manifest.metrics,
+        metrics={name: value for name, value in manifest.metrics.items() if isfinite(value)},
     )
     exported: AnyExportConfig = (
         ExportConfig.of(config, options.weights)

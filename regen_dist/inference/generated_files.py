@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from regen_dist.config.files import write_bytes_atomically, write_text_atomically
+from regen_dist.config.jsontext import json_text
 from regen_dist.config.version import code_version
 from regen_dist.inference.frames import Frame, VideoWriter
 from regen_dist.inference.generation_settings import GenerationSettings
@@ -65,7 +66,7 @@ class GeneratedFiles:
         _write_image(path, frames) if self._settings.is_image else _write_video(path, frames, self._settings.fps)
         self._path(prompt, _VIDEO if self._settings.is_image else _IMAGE).unlink(missing_ok=True)
         about = {"paths": self._paths, "version": code_version(), "machine": describe_machine()}
-        write_text_atomically(record, json.dumps(self._decided(prompt) | about, indent=1, ensure_ascii=False) + "\n")
+        write_text_atomically(record, json_text(self._decided(prompt) | about, indent=1, ensure_ascii=False) + "\n")
         return path
 
     def _decided(self, prompt: Prompt) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class GeneratedFiles:
             "settings": asdict(self._settings),
             **self._made_by,
         }
-        read_back: dict[str, Any] = json.loads(json.dumps(facts))
+        read_back: dict[str, Any] = json.loads(json_text(facts))
         return read_back
 
     def _made(self, prompt: Prompt) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regen_dist.config.files import write_bytes_atomically, write_text_atomically
+from regen_dist.config.jsontext import json_text
 from regen_dist.data.dataset.latents import CacheFacts, TextEmbedding, pack_null_text, unpack_null_text
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.latent_space import LatentScale
@@ -63,7 +64,7 @@ class LatentSpace:
     def write(self, folder: Path) -> None:
         """Keep it in a run folder or an exported model; nothing is written when the same is there."""
         place = folder / SPACE_FOLDER
-        text = json.dumps({**self.facts, "statistics": json.loads(self.statistics.to_text())}, indent=1) + "\n"
+        text = json_text({**self.facts, "statistics": json.loads(self.statistics.to_text())}, indent=1) + "\n"
         if (place / _FACTS).is_file() and (place / _FACTS).read_text(encoding="utf-8") == text:
             return
         place.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.config.schema import DataConfig
 from regen_dist.data.reading.loader import clip_batches
 from regen_dist.data.reading.training_set import TrainingSet
@@ -135,7 +136,7 @@ class LatentStatistics:
     def to_text(self) -> str:
         """JSON; equal numbers give equal bytes."""
         parts = {name: None if part is None else part.to_json() for name, part in self._parts().items()}
-        return json.dumps({"format": STATISTICS_FORMAT, **parts, "measured_on": self.measured_on}, indent=1) + "\n"
+        return json_text({"format": STATISTICS_FORMAT, **parts, "measured_on": self.measured_on}, indent=1) + "\n"
 
     def __add__(self, other: LatentStatistics) -> LatentStatistics:
         """Those of both sets of latents."""

@@ -27,6 +27,7 @@ from regen_dist.config import T2VConfig, config_hash
 from regen_dist.config.exported import OriginConfig, T2VExportConfig, load_t2v_export_config
 from regen_dist.config.loading import t2v_only
 from regen_dist.distributed.base import precision_of
+from regen_dist.errors import CheckpointError
 from regen_dist.inference.latent_sampling import Text, sample_latents
 from regen_dist.inference.latent_space import NormalisedLatents
 from regen_dist.inference.space_files import LatentSpace, read_space
@@ -120,9 +121,16 @@ class TextToVideoModel:
     ) -> NormalisedLatents:
         """Normalised latents [B, C, F, h, w] from noise of that shape; see `sample_latents`. What is not given is as
         the run's config says. `space.scale.restore` makes of them what a codec decodes."""
-        return sample_latents(
+        made = sample_latents(
             self.model, noise, text, null, self.config.diffusion, steps=steps, guidance=guidance, sampler=sampler
         )
+        if not bool(torch.isfinite(made.frames).all()):
+            raise CheckpointError(
+                f"the model of step {self._origin.get('step', '?')} generates latents that are not finite: its "
+                "weights, or the guidance, are broken. Take an earlier checkpoint, or train on from one with a lower "
+                "optimizer.lr"
+            )
+        return made
 
     def facts(self) -> dict[str, Any]:
         """What a record says of the weights. A run and what was exported from it, unrounded, say the same."""

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from regen_dist.config.jsontext import json_text
+
 RUNNING, ENDED, FAILED = "running", "ended", "failed"
 
 
@@ -93,7 +95,7 @@ def write_beat(run: Path, beat: Beat) -> None:
     """
     path = beat_path(run, beat.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(asdict(beat)) + "\n")
+    replace_text(path, json_text(asdict(beat)) + "\n")
 
 
 def parse_beat(text: str) -> Beat | None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from regen_dist.config.jsontext import json_text
+
 Kind = Literal["train", "validation", "event", "checkpoint", "samples", "bad_sample"]
+_FIGURES = ("train", "validation")  # kinds of lines whose values are numbers
 
 
 class Record:
@@ -25,7 +29,7 @@ class Record:
 
     def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
         """One line. Floats are written so that they read back bit for bit."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values, "time": time.time()}) + "\n")
+        self._file.write(json_text({"kind": kind, "step": step, **values, "time": time.time()}) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -33,18 +37,21 @@ class Record:
     def _drop_after(self, step: int) -> None:
         kept = [line for line in read_record(self._path) if line["kind"] == "event" or line["step"] <= step]
         temporary = self._path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(json_text(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self._path)
 
 
 def read_record(path: Path, kind: Kind | None = None) -> list[dict[str, Any]]:
-    """The lines of a record; a last line that a crash cut short is left out."""
+    """The lines of a record; a last line that a crash cut short is left out. A figure that is null was not finite: it
+    is given as NaN."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue
+        if line["kind"] in _FIGURES:
+            line = {name: math.nan if value is None else value for name, value in line.items()}
         if kind is None or line["kind"] == kind:
             lines.append(line)
     return lines

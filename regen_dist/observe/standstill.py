@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.config.keeping import HangConfig
 from regen_dist.errors import HangError
 from regen_dist.observe.culprit import Finding, describe, find_culprits
@@ -219,7 +220,7 @@ class Monitor:
         )
         self._dump(f"rank {self._rank}: {message}")
         try:
-            replace_text(self._run / "hang.json", json.dumps(self._facts(finding, message), indent=1) + "\n")
+            replace_text(self._run / "hang.json", json_text(self._facts(finding, message), indent=1) + "\n")
         except OSError as error:
             self._complain(error)
         self._leave(now, message, speak=True, dumped=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from regen_dist.checkpoint.belonging import own_run_id
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.checkpoint.reader import NoGoodCheckpoint, go_back, newest_good, warn
@@ -38,6 +39,7 @@ class RunCheckpoints:
         shapes: the full shape of every parameter.
         identity: of the data's order (`TrainingSet.identity`).
         told: told of every save that has ended.
+        permit: asked by rank 0 before it changes anything there; raises where it may not.
     """
 
     def __init__(
@@ -47,9 +49,11 @@ class RunCheckpoints:
         shapes: dict[str, list[int]],
         identity: dict[str, str],
         told: Callable[[Outcome], None] = lambda outcome: None,
+        permit: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._ranks, self._shapes, self._identity = config, ranks, shapes, identity
-        self.folder = CheckpointFolder(config.checkpoints, limits_of(config.data.read))
+        self.folder = CheckpointFolder(config.checkpoints, limits_of(config.data.read), permit)
+        self._run_id = ""
         self._saver = Saver(self.folder, ranks, config.checkpoint)
         self._told = told
         self._newest: int | None = None  # the step of the newest one that is committed
@@ -70,8 +74,8 @@ class RunCheckpoints:
             doubt: compare checksums, whatever the config says.
 
         Raises:
-            CheckpointError: it does not belong to this model or this data, or none is whole, or the run's record tells
-                of checkpoints and there are none.
+            CheckpointError: it does not belong to this run, this model or this data, or none is whole, or the run's
+                record tells of checkpoints and there are none.
         """
         try:
             manifest = newest_good(self.folder, self._ranks, checksums=self._checksums or fresh or doubt)
@@ -81,7 +85,8 @@ class RunCheckpoints:
             if not fresh:
                 raise
             warn(f"starting from scratch, as told by --fresh: {error}")
-            return None
+            manifest = None
+        self._run_id = self._ranks.on_main(lambda: own_run_id(self._config, manifest))
         if manifest is not None:
             self._check_belongs(manifest)
             self._newest, self._rollbacks = manifest.step, manifest.rollbacks
@@ -145,6 +150,25 @@ class RunCheckpoints:
         self._newest, self._rollbacks = manifest.step, manifest.rollbacks
         return manifest
 
+    def point_before(self, step: int) -> str:
+        """Let the next start go on from before a step whose update may have broken the weights: every step after it was
+        skipped. Nothing is deleted. A collective. Returns what was done, in words."""
+        self.settle()
+        return self._ranks.on_main(lambda: self._point_before(step))
+
+    def _point_before(self, step: int) -> str:
+        nothing = f"There is no checkpoint from before them in {self.folder.url}; begin anew, under another name"
+        if self._newest is None:
+            return nothing
+        newest = self.folder.manifest(self._newest)
+        steps = [each for each in self.folder.steps() if each < step]
+        earlier = [each for each in map(self.folder.manifest, steps) if each.is_followed_by(newest)]
+        good = [each.step for each in earlier if not self.folder.problems(each, checksums=False)]
+        if not good:
+            return nothing
+        self.folder.point_to(good[-1])
+        return f"The same command goes on from step {good[-1]}, the last checkpoint from before them"
+
     def close(self) -> None:
         """Let a save in flight end, for a while: the run ends with an error, and that one is told."""
         self._saver.settle(_CLOSE_S)
@@ -160,6 +184,7 @@ class RunCheckpoints:
             metrics=metrics,
             rollbacks=self._rollbacks,
             shapes=self._shapes,
+            run_id=self._run_id,
         )
 
     def _refuse_lost(self) -> None:

@@ -30,7 +30,7 @@ class Guards:
     alike."""
 
     def __init__(self, config: AnyRunConfig) -> None:
-        self.nonfinite = NonFiniteGuard(config.guards.nonfinite_budget)
+        self.nonfinite = NonFiniteGuard(config.guards.nonfinite_budget, in_a_row=config.guards.nonfinite_in_a_row)
         self.bad_samples = BadSampleGuard(config.data.max_bad_share)
         self.spikes = SpikeGuard(config.guards.spike)
         self.latents = LatentGuard(config.guards.latent_std)
@@ -40,7 +40,7 @@ class Guards:
         """Take note of a step: what became of it, and how many of the global batch's clips were stand-ins.
 
         Raises:
-            TrainingError, DataError: too many steps were skipped, or too many samples are bad.
+            SkippedSteps, DataError: too many steps were skipped, or too many samples are bad.
         """
         self.nonfinite.check(step, result)
         self.bad_samples.check(step, {"bad_samples": stand_ins, "clips": self._clips})
@@ -62,42 +62,68 @@ class Guards:
         """The state to go on with at an older checkpoint: its own memory of losses and latents, but what was counted
         since still counts, and so does this rollback."""
         counted = {name: getattr(self, name).state() for name in ("nonfinite", "bad_samples")}
+        counted["nonfinite"].pop("in_a_row", None)
         return {**state, **counted, "spikes": {**state.get("spikes", {}), "rollbacks": self.spikes.rollbacks + 1}}
 
 
 _GUARDS = ("nonfinite", "bad_samples", "spikes", "latents")
 
 
+class SkippedSteps(TrainingError):
+    """Too many steps were skipped, or the last ones of a run."""
+
+
 class NonFiniteGuard:
     """Counts the steps that every rank skipped because a gradient was not finite somewhere; stops the run when there
-    are too many.
+    are too many, in all or one after the other.
 
     A skipped step changes no weight, moment or average on any rank, and its clips are not trained on again.
     """
 
-    def __init__(self, budget: int, skipped: int = 0) -> None:
+    def __init__(self, budget: int, skipped: int = 0, *, in_a_row: int = 20) -> None:
         self.budget, self.skipped = budget, skipped
+        self._most_in_a_row, self.in_a_row = in_a_row, 0
 
     def check(self, step: int, result: StepResult) -> None:
         """Take note of a step.
 
         Raises:
-            TrainingError: the budget is used up.
+            SkippedSteps: a budget is used up.
         """
         self.skipped += not result.applied
-        if self.skipped > self.budget:
-            raise TrainingError(
+        self.in_a_row = 0 if result.applied else self.in_a_row + 1
+        if self.in_a_row > self._most_in_a_row:
+            raise SkippedSteps(
+                f"step {step}: the last {self.in_a_row} steps had non-finite gradients, guards.nonfinite_in_a_row "
+                f"allows {self._most_in_a_row}: the weights are most likely broken. Lower optimizer.lr, or raise "
+                "optimizer.warmup_steps"
+            )
+        if not result.applied and self.skipped > self.budget:
+            raise SkippedSteps(
                 f"step {step}: {self.skipped} steps had non-finite gradients, guards.nonfinite_budget allows "
                 f"{self.budget}. Lower optimizer.lr, look at the latents' std in metrics.jsonl, or raise the budget"
             )
 
+    def check_end(self, step: int) -> None:
+        """Refuse to call a run done whose last steps were skipped.
+
+        Raises:
+            SkippedSteps: they were.
+        """
+        if self.in_a_row:
+            raise SkippedSteps(
+                f"the run has reached step {step}, but the last {self.in_a_row} steps had non-finite gradients and "
+                "changed nothing. Lower optimizer.lr; where single samples are at fault, raise train.steps to train "
+                "past them"
+            )
+
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps."""
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped} | ({"in_a_row": self.in_a_row} if self.in_a_row else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on counting from a checkpoint's state; other entries of it are left alone."""
-        self.skipped = state.get("skipped", 0)
+        self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
 
 
 class BadSampleGuard:

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.checkpoint.reader import warn
 from regen_dist.checkpoint.saver import Outcome
+from regen_dist.checkpoint.shards import nonfinite
 from regen_dist.config import AnyRunConfig
 from regen_dist.distributed.base import StepResult, precision_of
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError
+from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError, TrainingError
 from regen_dist.observe.hardware import peak_tflops
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
-from regen_dist.training.guards import Guards, nowhere_finite
+from regen_dist.training.guards import Guards, SkippedSteps, nowhere_finite
 from regen_dist.training.meter import Meter
 from regen_dist.training.reporter import Reporter
 from regen_dist.training.sample_log import SampleLog
@@ -45,6 +46,7 @@ class Trainer:
         ranks: this process's place.
         mark: told what this rank does next, and in which step: for its heartbeat.
         fresh: start from scratch where the run has checkpoints and none of them is whole.
+        permit: asked by rank 0 before a checkpoint is begun or committed; raises where it may not be.
     """
 
     def __init__(
@@ -54,13 +56,16 @@ class Trainer:
         *,
         mark: Callable[[str, int], None] = lambda phase, step: None,
         fresh: bool = False,
+        permit: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.ranks, self._tell = config, ranks, mark
         self.task = build_task(config, ranks.device)
         resumes = not fresh and has_checkpoints(config, ranks)
         self.engine = build_engine(config, ranks, lambda: self.task.build(ranks, resumes=resumes))
         self.guards = Guards(config)
-        self.checkpoints = RunCheckpoints(config, ranks, self.engine.shapes(), self.task.data.identity(), self._saved)
+        self.checkpoints = RunCheckpoints(
+            config, ranks, self.engine.shapes(), self.task.data.identity(), self._saved, permit
+        )
         self.step, self.data_shift, self.metrics = 0, 0, dict[str, float]()
         self._resume(fresh)
         self.meter = self._build_meter()
@@ -70,7 +75,24 @@ class Trainer:
         self.batches = self._batches()
 
     def fit(self, stopper: Stopper) -> int:
-        """Train to the last step, or until the ranks agree to stop. Returns the exit code."""
+        """Train to the last step, or until the ranks agree to stop. Returns the exit code.
+
+        Raises:
+            TrainingError: too many steps were skipped, or the last ones; the next start goes on from before them.
+        """
+        try:
+            code = self._fit(stopper)
+            if code == EXIT_OK:
+                self.guards.nonfinite.check_end(self.step)
+                self.reporter.say(self.step, f"done: {self.step} steps")
+            return code
+        except SkippedSteps as error:
+            self._mark("save")
+            raise TrainingError(
+                f"{error}. {self.checkpoints.point_before(self.step - self.guards.nonfinite.in_a_row)}"
+            ) from None
+
+    def _fit(self, stopper: Stopper) -> int:
         train = self.config.train
         while self.step < train.steps:
             lr = learning_rate(self.config.optimizer, self.step, train.steps)
@@ -94,7 +116,6 @@ class Trainer:
                 why = stopper.reason or "another rank"
                 self.reporter.say(self.step, f"stopped by {why} after step {self.step}: run it again to go on")
                 return EXIT_RESUME
-        self.reporter.say(self.step, f"done: {self.step} steps")
         return EXIT_OK
 
     def close(self) -> None:
@@ -173,6 +194,11 @@ class Trainer:
         if manifest is None:
             return
         self.engine.restore(self.checkpoints.reader(manifest), manifest.state["num_updates"])
+        if self.ranks.agree(bool(nonfinite(self.engine.pieces()))):
+            raise CheckpointError(
+                f"the checkpoint of step {manifest.step} in {self.checkpoints.folder.url} holds values that are not "
+                "finite; an earlier one may be whole"
+            )
         self.guards.restore(manifest.state["guards"])
         self.step, self.data_shift, self.metrics = manifest.step, manifest.state["data_shift"], manifest.metrics
 

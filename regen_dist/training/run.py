@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+from regen_dist.checkpoint.claims import Claims
 from regen_dist.checkpoint.reader import warn
 from regen_dist.config import AnyRunConfig, save_config
 from regen_dist.distributed.base import precision_of
@@ -32,23 +35,40 @@ def train(
         earlier: signals that came before this.
 
     Raises:
+        RunBusy: another process trains this run.
         RegenError: whatever a user can mend, on every rank alike where one rank alone could not go on.
     """
     ranks = ranks or read_environment()
     _prepare_process(config, ranks)
     limit_s, lead_s = config.train.time_limit_s, config.train.time_limit_lead_s
+    claims = Claims(config)
+    if ranks.is_main:  # before anything is touched in the folder of a run that lives
+        claims.refuse_living()
     with (
         Watchdog(config.folder, ranks.rank, ranks.world_size, config.guards.hang) as watchdog,
-        Stopper(config.folder, ranks, time_limit_s=limit_s, lead_s=lead_s, earlier=earlier) as stopper,
+        Stopper(
+            config.folder, ranks, time_limit_s=limit_s, lead_s=lead_s, earlier=earlier, lost=lambda: claims.lost
+        ) as stopper,
         process_group(ranks, needed=config.engine.kind == "zero3"),
+        _held(claims, ranks),
     ):
-        trainer = Trainer(config, ranks, mark=watchdog.mark, fresh=fresh)
+        trainer = Trainer(config, ranks, mark=watchdog.mark, fresh=fresh, permit=claims.check)
         try:
             if ranks.is_main:  # only now: a config that is refused must not take the place of the run's own
                 save_config(config, config.folder)
             return trainer.fit(stopper)
         finally:
             trainer.close()
+
+
+@contextmanager
+def _held(claims: Claims, ranks: Ranks) -> Iterator[None]:
+    """Hold the claims of a run, by rank 0. A collective: where somebody else holds one, every rank raises."""
+    ranks.on_main(claims.take)
+    try:
+        yield
+    finally:
+        claims.release()
 
 
 def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:

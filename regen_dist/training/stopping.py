@@ -40,6 +40,7 @@ class Stopper:
         lead_s: so much earlier, less than the limit (`TrainConfig` refuses others).
         clock: seconds that go up.
         earlier: what came before this began.
+        lost: why the run is not this process's any more; empty while it is.
         age_s: how old the process is now; None asks the system. Where that does not tell, time counts from now.
     """
 
@@ -53,12 +54,13 @@ class Stopper:
         clock: Callable[[], float] = time.monotonic,
         age_s: float | None = None,
         earlier: Inbox | None = None,
+        lost: Callable[[], str] = lambda: "",
     ) -> None:
         self._file, self._ranks = run / "STOP", ranks
         self._limit_s, self._lead_s, self._clock = time_limit_s, lead_s, clock
         self._started = clock() - (process_age_s() if age_s is None else age_s)
         self.reason: str | None = None
-        self._earlier = earlier or Inbox()
+        self._earlier, self._lost = earlier or Inbox(), lost
 
     def __enter__(self) -> Stopper:
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -82,6 +84,8 @@ class Stopper:
             self._ask(self._earlier.first)
         if self.reason is None and self._ranks.is_main and self._file.exists():
             self._ask("the file STOP")
+        if lost := self._lost():
+            self._ask(lost)
         limit_s = self._limit_s
         if limit_s is not None and self._clock() - self._started >= limit_s - self._lead_s:
             self._ask(f"the time limit of {limit_s:.12g} s")

@@ -96,7 +96,7 @@ class TextToVideoTask:
         if self._codec is None:
             return Validation(figures)
         made = self._generated(engine, noise, text)
-        if not engine.ranks.is_main:
+        if not engine.ranks.is_main or not bool(torch.isfinite(made.frames).all()):  # nothing that can be looked at
             return Validation(figures)
         videos = [self._decoded(rows) for rows in (NormalisedLatents(x0[: len(made.frames)]), made)]
         loss = f"loss {figures['loss']:.4f}"

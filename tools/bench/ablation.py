@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from regen_dist.config.jsontext import json_text
 
 
 def ablation(
@@ -43,7 +44,7 @@ def ablation(
         "machine": describe_machine(),
     }
     facts |= {"config": str(config), "overrides": overrides or [], "config_hash": config_hash(base), "arms": results}
-    (out / "ablation.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (out / "ablation.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     (out / "ablation.md").write_text(table(results), encoding="utf-8")
     print(table(results))
     console.print(f"written: {out / 'ablation.json'}, {out / 'ablation.md'}")

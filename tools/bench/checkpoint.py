@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from regen_dist.config.jsontext import json_text
 from tools.shards.stopping import stopping_cleanly
 
 _CLIPS = 32
@@ -63,7 +63,7 @@ def checkpoint(
             console.print(f"round {number + 1} of {rounds}")
             found.append(bench.round(number, url, bucket=bucket))
     facts |= sections(found) | {"load_after": os.getloadavg()}
-    (out / "checkpoint.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (out / "checkpoint.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     (out / "checkpoint.md").write_text(table(facts), encoding="utf-8")
     print(table(facts))
     console.print(f"written: {out / 'checkpoint.json'}, {out / 'checkpoint.md'}")

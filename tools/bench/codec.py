@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regen_dist.config.jsontext import json_text
 from tools import stages
 from tools.shards.stopping import stopping_cleanly
 
@@ -74,7 +74,7 @@ def codec(
     with stopping_cleanly():
         facts["rows"] = measure_all(found, run, count, limits, rounds=rounds, told=console.print)
     facts["load_after"] = os.getloadavg()
-    write_text_atomically(out / "codec.json", json.dumps(facts, indent=1) + "\n")
+    write_text_atomically(out / "codec.json", json_text(facts, indent=1) + "\n")
     write_text_atomically(out / "codec.md", table(facts))
     print(table(facts))
     console.print(f"written: {out / 'codec.json'}, {out / 'codec.md'}")

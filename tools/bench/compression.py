@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regen_dist.config.jsontext import json_text
 from tools import stages
 from tools.shards.stopping import stopping_cleanly
 
@@ -153,6 +153,6 @@ def _write(out: Path, facts: dict[str, Any], kept: Mapping[str, Path]) -> None:
         (out / "plots" / f"{plot.name}.svg").write_text(plot.file, encoding="utf-8")
     (out / "compression.md").write_text(text, encoding="utf-8")
     page = write_page(out, facts, plots, kept)
-    (out / "compression.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (out / "compression.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     print(text)
     print(f"written: {out / 'compression.json'}, {out / 'compression.md'}, {page}", file=sys.stderr)

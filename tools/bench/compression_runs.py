@@ -11,6 +11,7 @@ from typing import Any
 from launcher.arms import run_side_by_side
 from regen_dist.config import RunConfig, load_saved_config, save_config
 from regen_dist.config.files import write_text_atomically
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import ConfigError
 from regen_dist.evaluation.compression.arms import Arm, tuned_at
 from regen_dist.evaluation.compression.budget import (
@@ -68,7 +69,7 @@ class Runs:
         told = self.out / "minutes.json"
         if not told.is_file():
             save_config(self.base, self.out)
-            write_text_atomically(told, json.dumps(self.minutes) + "\n")
+            write_text_atomically(told, json_text(self.minutes) + "\n")
         minutes = json.loads(told.read_text(encoding="utf-8"))
         if minutes != self.minutes:
             raise ConfigError(
@@ -91,7 +92,7 @@ class Runs:
             measured = pace(self.out / "probes" / arm.name, _WARM_STEPS)
             known[arm.name] = {**measured, "steps": num_steps(self.minutes, measured["cpu_s"])}
             self.say(f"{arm.name}: {measured['cpu_s']:.3f} s a step, {known[arm.name]['steps']} steps")
-        write_text_atomically(path, json.dumps(known, indent=1) + "\n")
+        write_text_atomically(path, json_text(known, indent=1) + "\n")
         return known
 
     def tune(self, arms: Sequence[Arm], *, tune: bool) -> dict[str, dict[str, Any]]:
@@ -111,7 +112,7 @@ class Runs:
             results = [{"lr": lr, "psnr_db": validation_psnr_db(folder / _tuning_name(arm, lr))} for lr in rates]
             known[arm.name] = best_rate(results)
             self.say(f"{arm.name}: learning rate {known[arm.name]['lr']:.2g}")
-        write_text_atomically(path, json.dumps(known, indent=1) + "\n")
+        write_text_atomically(path, json_text(known, indent=1) + "\n")
         return known
 
     def train(self, arms: Sequence[Arm], tuning: Mapping[str, Mapping[str, Any]]) -> None:

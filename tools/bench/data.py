@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import TrainingError
 from tools.shards.stopping import stopping_cleanly
 
@@ -154,7 +154,7 @@ def _waits(config: Path, overrides: list[str], console: Console) -> dict[str, An
 
 def _write(path: Path, facts: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _shown(rate: float) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import ConfigError, DataError, TrainingError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _run(chosen: Sequence[Bench], further: Sequence[str], out: Path) -> dict[str
         if code:
             raise TrainingError(f"the bench {bench} ended with exit code {code}; leave it out with --only, or mend it")
         found[bench.value] = _json(folder / f"{bench}.json")
-        write_text_atomically(out / _FILE, json.dumps(found, indent=1) + "\n")
+        write_text_atomically(out / _FILE, json_text(found, indent=1) + "\n")
     print(f"written: {out / _FILE}")
     return found
 

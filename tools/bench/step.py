@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from enum import StrEnum
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regen_dist.config.jsontext import json_text
 from tools.shards.stopping import stopping_cleanly
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def step(
             console.print(f"measuring beside {against}")
             facts["against"] = bench.against(against)
     facts["load_after"] = os.getloadavg()
-    (out / "step.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (out / "step.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     (out / "step.md").write_text(table(facts), encoding="utf-8")
     print(table(facts))
     console.print(f"written: {out / 'step.json'}, {out / 'step.md'}")

@@ -21,6 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from regen_dist.config import AnyRunConfig, load_config
+from regen_dist.config.jsontext import json_text
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.training.guards import nowhere_finite
@@ -214,7 +215,7 @@ def main() -> None:
             if given.tensors
             else measure(config, ranks, warm=given.warm, steps=given.steps)
         )
-    result_file(given.out, ranks.rank).write_text(json.dumps(found) + "\n", encoding="utf-8")
+    result_file(given.out, ranks.rank).write_text(json_text(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

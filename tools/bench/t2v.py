@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regen_dist.config.jsontext import json_text
 from tools import stages
 from tools.shards.stopping import stopping_cleanly
 
@@ -70,7 +70,7 @@ def t2v(
         )  # fmt: skip
         facts["data"] = made.facts | {"reads": "local folder, warm page cache", "text_bytes": trained.text_bytes}
     facts["load_after"] = os.getloadavg()
-    (out / "t2v.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (out / "t2v.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     (out / "t2v.md").write_text(table(facts), encoding="utf-8")
     print(table(facts))
     console.print(f"written: {out / 't2v.json'}, {out / 't2v.md'}")

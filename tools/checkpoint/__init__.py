@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import typer
 
+from tools.checkpoint.adopt import adopt
 from tools.checkpoint.export import export
 from tools.checkpoint.importing import import_model
 from tools.checkpoint.listing import list_checkpoints
@@ -15,5 +16,5 @@ from tools.checkpoint.verify import verify
 app = typer.Typer(name="checkpoint", help="List, check, export and delete checkpoints.", no_args_is_help=True)
 app.command("list")(list_checkpoints)
 app.command("import")(import_model)
-for command in (verify, export, prune, pin, unpin):
+for command in (verify, export, prune, pin, unpin, adopt):
     app.command()(command)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from regen_dist.config.jsontext import json_text
 from tools.checkpoint.place import RUN
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ def list_checkpoints(
 
     Example: regen checkpoint list runs/demo
     """
-    import json
 
     from rich.console import Console
 
@@ -33,7 +33,7 @@ def list_checkpoints(
     found, debris, pointer = entries(place), place.folder.debris(), dangling_pointer(place)
     if as_json:
         content = {"url": place.folder.url, "checkpoints": [each.to_json() for each in found]}
-        typer.echo(json.dumps(content | {"debris": debris, "pointer_problem": pointer}, indent=1))
+        typer.echo(json_text(content | {"debris": debris, "pointer_problem": pointer}, indent=1))
         return
     console = Console()
     if found:

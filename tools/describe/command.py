@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from regen_dist.config.jsontext import json_text
 
 if TYPE_CHECKING:
     from regen_dist.config import AnyRunConfig
@@ -82,7 +83,7 @@ def describe(
         each.append(gather(chosen, ranks, assumed, video))
     if as_json:
         by_size = {"by_world_size": {str(facts["world_size"]): facts for facts in each}}
-        print(json.dumps(each[0] if len(each) == 1 else by_size, indent=2))
+        print(json_text(each[0] if len(each) == 1 else by_size, indent=2))
     else:
         show(each)
 

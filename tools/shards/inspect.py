@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from regen_dist.config.jsontext import json_text
 from tools.shards.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ def inspect(
 
     Example: regen shards inspect runs/shards --sheet runs/shards.png --samples 12
     """
-    import json
 
     from rich.console import Console
 
@@ -55,7 +55,7 @@ def inspect(
     with progress_bar() as progress:
         overview = make_overview(dataset, progress)
     if as_json:
-        typer.echo(json.dumps(overview.to_json(), indent=1, ensure_ascii=False))
+        typer.echo(json_text(overview.to_json(), indent=1, ensure_ascii=False))
     else:
         _show(overview, Console())
     if samples and (sheet or not as_json) and dataset.manifest.kind != "latents":

@@ -18,6 +18,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import DataError
 
 SCHEMA_VERSION = 2
@@ -132,7 +133,7 @@ def indexed(key: str, shard: str, member: tarfile.TarInfo, data: bytes, facts: D
 
 def write_index(samples: Sequence[Sample], facts: dict[str, Any]) -> bytes:
     """A Parquet file of one shard's samples; `facts` (JSON) about the shard go into its metadata."""
-    metadata = {"regen.schema_version": str(SCHEMA_VERSION), "regen.shard": json.dumps(facts, sort_keys=True)}
+    metadata = {"regen.schema_version": str(SCHEMA_VERSION), "regen.shard": json_text(facts, sort_keys=True)}
     table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=INDEX_SCHEMA.with_metadata(metadata))
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")

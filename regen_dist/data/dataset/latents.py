@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.config.section import SPATIAL_COMPRESSION
 from regen_dist.data.dataset.manifest import Manifest, only_latents
 from regen_dist.data.objects.store import Store
@@ -70,7 +71,7 @@ def pack_latents(
     """
     tensors = {"content": content, "motion": motion} | _text_tensors(text)
     _check_shapes(tensors)
-    words = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False)
+    words = json_text(dict(metadata or {}), sort_keys=True, ensure_ascii=False)
     return save({name: _stored(name, tensor) for name, tensor in tensors.items()}, {_METADATA: words})
 
 

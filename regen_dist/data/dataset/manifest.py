@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.data.dataset.index import SCHEMA_VERSION, read_index
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import DataError
@@ -226,7 +227,7 @@ def _entry(index: str, data: bytes, facts: dict[str, Any], samples: int) -> Shar
 
 def to_json(value: Any) -> bytes:
     """Readable JSON that is the same for equal values."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+    return (json_text(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
 def listed(skipped: Sequence[Skip]) -> str:

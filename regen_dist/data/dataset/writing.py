@@ -8,12 +8,12 @@ and makes the same bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.data.dataset.index import Described, read_index, scan_shard, write_index
 from regen_dist.data.dataset.manifest import Note, Skip
 from regen_dist.data.objects.store import Store
@@ -104,7 +104,7 @@ class ShardWriter:
             self._open()
         facts = {name: value for name, value in vars(sample.described).items() if value is not None} | sample.facts
         members: dict[str, Any] = {"__key__": sample.key, sample.extension: sample.data}
-        members["json"] = json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+        members["json"] = json_text(facts, sort_keys=True, ensure_ascii=False).encode()
         if sample.described.caption:
             members["txt"] = sample.described.caption.encode()
         self._tar.write(members)

@@ -7,7 +7,6 @@ saved. Rank 0 leaves what it measured in `ranks-N.json`.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from regen_dist.config import RunConfig, embedder_only, load_saved_config
+from regen_dist.config.jsontext import json_text
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.evaluation.checkpoint_speed.cases import Measured
@@ -62,7 +62,7 @@ def main() -> None:
             given.load,
         )
         if ranks.is_main:
-            result_file(given.folder, ranks.world_size).write_text(json.dumps(found) + "\n", encoding="utf-8")
+            result_file(given.folder, ranks.world_size).write_text(json_text(found) + "\n", encoding="utf-8")
 
 
 def measure(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.evaluation.codec_cost import worker
 from regen_dist.evaluation.codec_cost.sizes import Size
 from regen_dist.evaluation.codec_cost.systems import System
@@ -84,7 +85,7 @@ def measure_all(
 
 def run(job: Job, limits: Limits) -> list[dict[str, Any]]:
     """What the process told; the last line says so where it was ended, or ended itself without a word."""
-    command = [sys.executable, "-W", "ignore", "-m", worker.__name__, json.dumps(job._asdict())]
+    command = [sys.executable, "-W", "ignore", "-m", worker.__name__, json_text(job._asdict())]
     environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(limits.threads))
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.evaluation.codec_cost.sizes import Coder, Size, parse_size
 from regen_dist.evaluation.codec_cost.systems import DTYPES, System, check_frames, named
 
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> None:
 
 def tell(**facts: Any) -> None:
     """One line to whoever started this process."""
-    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.write(json_text(facts) + "\n")
     sys.stdout.flush()
 
 

@@ -5,13 +5,13 @@ An arm is an ordinary run with other overrides of one config, so encoder, latent
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from regen_dist.config import RunConfig
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import ConfigError
 
 Kind = Literal["regen", "magvit2"]
@@ -67,7 +67,7 @@ class Arm:
             f"name={self.name}",
             f"model.kind={self.kind}",
             f"model.temporal_compression={self.k}",
-            f"model.encoder.stages={json.dumps(stages)}",
+            f"model.encoder.stages={json_text(stages)}",
             *self.changes,
         ]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from regen_dist.checkpoint.export import find_checkpoint, open_run
 from regen_dist.config import RunConfig, config_hash
 from regen_dist.config.files import write_text_atomically
+from regen_dist.config.jsontext import json_text
 from regen_dist.config.schema import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError
 from regen_dist.evaluation.compression.clips import Stretch, TestSet, cut, read_stretch
@@ -95,7 +96,7 @@ def measure_arm(
             measures["between"] = between(codec, sources)
     kept.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(kept.with_suffix(".npz"), **frames)  # type: ignore[arg-type]
-    write_text_atomically(kept, json.dumps({"key": key, "step": codec.step, "measures": measures}, indent=1) + "\n")
+    write_text_atomically(kept, json_text({"key": key, "step": codec.step, "measures": measures}, indent=1) + "\n")
     return measures
 
 
@@ -109,7 +110,7 @@ def _key(run: Path, tests: TestSet, sizes: Mapping[str, Size], steps: Sequence[i
         {name: str(size) for name, size in sizes.items()},
         list(steps),
     ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return hashlib.sha256(json_text(told).encode()).hexdigest()
 
 
 def _kept(path: Path, key: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.data.order.order import Bucket, Order, Stream
 
 BATCH = 8192
@@ -52,4 +53,4 @@ def _peak_mb() -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(int(sys.argv[1]), mixed=sys.argv[2] == "mixed")))
+    print(json_text(_measure(int(sys.argv[1]), mixed=sys.argv[2] == "mixed")))

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from regen_dist.config.jsontext import json_text
+
 _BEGUN = time.perf_counter()
 
 
@@ -25,7 +27,7 @@ def first_batch(url: str, cache: Path, *, crop: int, num_frames: int, batch: int
     options = {"url": url, "crop": crop, "num_frames": num_frames, "batch": batch}
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(options)],
+        [sys.executable, "-m", __name__, json_text(options)],
         env=os.environ | {"REGEN_CACHE": str(cache)},
         capture_output=True,
         check=True,
@@ -52,4 +54,4 @@ def _measure(url: str, crop: int, num_frames: int, batch: int) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(**json.loads(sys.argv[1]))))
+    print(json_text(_measure(**json.loads(sys.argv[1]))))

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from regen_dist.errors import CheckpointError
 from regen_dist.models.text import TextEncoder
 
 _TOGETHER = 32  # captions that are handed to the encoder
@@ -49,5 +50,8 @@ class Captions:
 
 
 def as_stored(text: Tensor) -> Tensor:
-    """An embedding as a cache holds it."""
-    return text.detach().to("cpu", torch.bfloat16)
+    """An embedding as a cache holds it; CheckpointError where it is not finite."""
+    stored = text.detach().to("cpu", torch.bfloat16)
+    if not bool(torch.isfinite(stored).all()):
+        raise CheckpointError("the text encoder gives embeddings that are not finite; its weights are broken")
+    return stored

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
 
 from regen_dist import __version__
+from regen_dist.config.jsontext import json_text
 from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.data.dataset.catalogue import Dataset
 from regen_dist.data.dataset.index import SCHEMA_VERSION
@@ -38,7 +38,7 @@ def cache_identity(
 def fingerprint_of(identity: dict[str, Any]) -> str:
     """32 hex digits of SHA-256 over what decides the latents. The videos are no part of it: caches of several datasets
     that were made alike can be mixed."""
-    parts = json.dumps({name: identity[name] for name in _SPACE}, sort_keys=True)
+    parts = json_text({name: identity[name] for name in _SPACE}, sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.models.text.files import (
     CONFIG_FILE,
@@ -61,7 +61,7 @@ class Recipe:
 
     def to_text(self) -> str:
         """As it stands in the folder."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json_text(asdict(self), indent=1) + "\n"
 
 
 def make_small_encoder(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -86,3 +88,18 @@ def test_which_checkpoints_a_newer_one_was_trained_from(older: Manifest, newer: 
 def test_after_a_rollback_everything_is_newer() -> None:
     """The order of checkpoints: by rollbacks, then by steps."""
     assert _at(60, 60).age > _at(80).age > _at(60).age
+
+
+def test_metrics_that_are_not_finite_are_null_in_the_file_and_nan_when_read() -> None:
+    """Of this version, and of those before, which wrote a bare NaN."""
+    text = to_text(replace(MANIFEST, metrics={"psnr_db": math.nan, "loss": math.inf}))
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert all(math.isnan(value) for value in parse_manifest(text, "here").metrics.values())
+    content = json.loads(text) | {"metrics": {"psnr_db": math.nan}}
+    del content["manifest_sha256"]
+    body = json.dumps(content, indent=1) + "\n"
+    old = json.dumps(content | {"manifest_sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1) + "\n"
+    assert math.isnan(parse_manifest(old, "here").metrics["psnr_db"])
+    with pytest.raises(CheckpointError, match="does not match its own checksum"):
+        parse_manifest(old.replace("NaN", "1.0"), "here")

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from regen_dist.config import load_saved_config, save_config
+from regen_dist.config import load_config, load_saved_config, save_config, to_yaml
 from regen_dist.config.exported import EXPORT_CONFIG_FILE, ExportConfig, load_export_config
+from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_model, tiny_run
 
 WINDOW = {"pattern": "window", "window": [2, 3, 3]}
@@ -59,3 +60,32 @@ def test_a_saved_config_keeps_its_variant(tmp_path: Path) -> None:
     assert load_saved_config(config.folder) == config
     (tmp_path / EXPORT_CONFIG_FILE).write_text(ExportConfig.of(config).to_yaml())
     assert load_export_config(tmp_path).model == config.model
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "inf", "1e999"])
+@pytest.mark.parametrize(
+    "key",
+    ["optimizer.lr", "optimizer.weight_decay", "optimizer.clip_norm", "guards.spike.threshold", "train.peak_tflops",
+     "guards.latent_std.high", "diffusion.density.mean", "model.conditioning.omega", "train.time_limit_s"],
+)  # fmt: skip
+def test_no_number_of_a_config_is_infinite_or_nan(tmp_path: Path, key: str, value: str) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(tiny_run()))
+    with pytest.raises(ConfigError, match=rf"{key}: .*(finite|less than or equal|YAML 1)"):
+        load_config(path, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optimizer.lr=1e30", "less than or equal to 1"),
+        ("optimizer.lr=2", "less than or equal to 1"),
+        ("optimizer.betas=[0.9, 1.0]", "less than 1"),
+        ("optimizer.weight_decay=1e9", "must be below 1"),
+    ],
+)
+def test_rates_that_break_weights_are_refused(tmp_path: Path, override: str, told: str) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(tiny_run()))
+    with pytest.raises(ConfigError, match=told):
+        load_config(path, [override])

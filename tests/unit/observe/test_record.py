@@ -54,3 +54,16 @@ def test_a_line_is_on_disk_at_once(tmp_path: Path) -> None:
     (line,) = read_record(tmp_path / "metrics.jsonl")
     assert math.isnan(line["loss"])
     record.close()
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path: Path) -> None:
+    record = Record(tmp_path / "metrics.jsonl", 0)
+    record.write("train", 1, {"loss": math.nan, "grad_norm": math.inf})
+    record.write("checkpoint", 1, {"problem": None})
+    record.close()
+    assert "NaN" not in (text := (tmp_path / "metrics.jsonl").read_text())
+    assert "Infinity" not in text
+    train, save = read_record(tmp_path / "metrics.jsonl")
+    assert math.isnan(train["loss"])
+    assert math.isnan(train["grad_norm"])
+    assert save["problem"] is None

@@ -1,0 +1,120 @@
+"""Runs whose checkpoints are in a bucket: one process writes them, from whatever run folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from regen_dist.checkpoint.claims import Claim, Patience, parse_holder, this_process
+from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.config import to_yaml
+from regen_dist.config.jsontext import json_text
+from regen_dist.config.run_id import read_run_id
+from regen_dist.data.objects.store import Store
+from regen_dist.errors import RunBusy
+from tests.helpers.ranks import run_regen, start_regen, wait_for_step
+from tests.helpers.tiny import tiny_dataset, tiny_run
+
+QUICK = Patience(beat_s=0.3, look_s=1.0, stale_s=2.5, poll_s=0.1)
+
+
+def _config(tmp_path: Path, output: str, url: str, data: Path) -> Path:
+    made = tiny_run(tmp_path / output, data, train__steps=400, checkpoint__every=10, checkpoint__url=url)
+    path = tmp_path / f"{output}.yaml"
+    path.write_text(to_yaml(made))
+    return path
+
+
+def _claims(url: str) -> list[str]:
+    return list(Store(f"{url}/tiny/claims").list())
+
+
+def test_the_same_checkpoints_from_two_run_folders(bucket_url: str, tmp_path: Path) -> None:
+    """Refused while the first trains, by who holds them; after SIGKILL as another run's; by an explicit word it goes
+    on, at once."""
+    data = tiny_dataset(tmp_path / "data")
+    one, other = (_config(tmp_path, output, bucket_url, data) for output in ("one", "other"))
+    log = tmp_path / "second.log"
+    first = start_regen("train", one, log=tmp_path / "first.log")
+    try:
+        wait_for_step(tmp_path / "one" / "tiny", 15, first)
+        assert run_regen("train", other, log=log) == 8
+        told = log.read_text()
+        assert f"{bucket_url}/tiny: already being trained by rank 0 on {os.uname().nodename}" in told
+        assert f"in the run folder {tmp_path}/one/tiny" in told
+        assert run_regen("checkpoint", "prune", f"{bucket_url}/tiny", "--keep-last", 2, log=log) == 8
+        (name,) = _claims(bucket_url)
+        holder = parse_holder(Store(f"{bucket_url}/tiny/claims").get(name))
+        assert holder is not None
+        os.kill(holder.pid, signal.SIGKILL)
+        first.wait(60)
+    finally:
+        first.kill()
+    assert _claims(bucket_url) == [name]
+    assert run_regen("train", other, log=log) == 4
+    assert "is of another run" in log.read_text()
+    assert run_regen("checkpoint", "adopt", tmp_path / "other" / "tiny", f"{bucket_url}/tiny", log=log) == 0
+    folder = CheckpointFolder(f"{bucket_url}/tiny")
+    steps = (folder.pointer() or 0) + 10
+    assert run_regen("train", other, f"train.steps={steps}", log=log) == 0
+    assert f"resumed at step {steps - 10}" in log.read_text()
+    assert _claims(bucket_url) == []
+    assert folder.manifest(steps).run_id == read_run_id(tmp_path / "other" / "tiny")
+    assert folder.manifest(steps).run_id == read_run_id(tmp_path / "one" / "tiny")
+
+
+def test_of_many_that_start_at_once_one_wins(bucket_url: str) -> None:
+    """By conditional writes, over what a dead process of another machine has left; signs of life keep it."""
+    dead = replace(this_process(Path("theirs")), boot="another", host="node7", written=0.0)
+    Store(f"{bucket_url}/claims").put("00000001.json", json_text(asdict(dead)).encode())
+    results: list[str] = []
+    barrier = threading.Barrier(5)
+
+    def start(number: int) -> None:  # each as if on a machine of its own
+        me = replace(this_process(Path(f"run{number}")), boot=f"boot{number}", host=f"node{number}", token=f"t{number}")
+        one = Claim(bucket_url, me, patience=QUICK, say=lambda text: None)
+        barrier.wait()
+        try:
+            one.take()
+            results.append("won")
+            time.sleep(8.0)
+            one.check()
+            one.release()
+        except RunBusy:
+            results.append("refused")
+
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["refused"] * 4 + ["won"]
+    assert Store(f"{bucket_url}/claims").list() == {}
+
+
+def test_a_process_that_was_killed_is_known_at_once(bucket_url: str) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from regen_dist.checkpoint.claims import Claim, this_process\n"
+        "claim = Claim(sys.argv[1], this_process(Path('theirs'))); claim.take(); print('held', flush=True)\n"
+        "time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, bucket_url], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        mine = Claim(bucket_url, this_process(Path("mine")))
+        with pytest.raises(RunBusy, match=f"process {process.pid}"):
+            mine.take()
+        process.kill()
+        process.wait()
+    began = time.monotonic()
+    mine.take()
+    assert time.monotonic() - began < 3.0
+    mine.release()
