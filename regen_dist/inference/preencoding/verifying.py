@@ -20,10 +20,10 @@ from regen_dist.data.reading.fetching import Bytes, limits_of
 from regen_dist.errors import DataError
 from regen_dist.inference.preencoding.batching import Batches, Pending
 from regen_dist.inference.preencoding.captions import as_stored
+from regen_dist.inference.preencoding.claiming import check_source
 from regen_dist.inference.preencoding.cutting import cut_video
 from regen_dist.inference.preencoding.decoding import decode_clips
 from regen_dist.inference.preencoding.identity import fingerprint_of
-from regen_dist.inference.preencoding.claiming import check_source
 from regen_dist.inference.preencoding.inputs import Inputs, open_inputs
 from regen_dist.inference.preencoding.shard import samples_in
 from regen_dist.models.encoder import Latents
