@@ -17,6 +17,7 @@ from regen_dist.data.dataset.index import SCHEMA_VERSION, Sample, read_index, wr
 from regen_dist.data.dataset.manifest import MANIFEST, Manifest, Skip, read_all, to_json, write_manifest
 from regen_dist.data.making.members import samples_in, wanted
 from regen_dist.data.making.tarscan import BrokenTar, Pieces, scan_members
+from regen_dist.data.objects.connection import key_problem
 from regen_dist.data.objects.store import Store, remove_leftovers
 from regen_dist.data.pool import worker_pool
 from regen_dist.errors import DataError
@@ -61,9 +62,14 @@ def index_tars(
     """
     source, store = Store(url), Store(url if out is None else out)
     apart = source.url if source.url != store.url else None
-    listed = source.list()
-    tars = {name: size for name, size in listed.items() if name.endswith(".tar")}
-    broken = [Skip(source=name, reason=_COMPRESSED) for name in listed if name.endswith(_COMPRESSED_NAMES)]
+    listing = source.list_all()
+    tars = {name: each.size for name, each in listing.found.items() if name.endswith(".tar")}
+    broken = [Skip(source=name, reason=_COMPRESSED) for name in listing.found if name.endswith(_COMPRESSED_NAMES)]
+    broken += [
+        Skip(source=name, reason=f"{key_problem(name)}: rename it")
+        for name in listing.unreadable
+        if name.endswith((".tar", *_COMPRESSED_NAMES))
+    ]
     if not tars and not broken:
         raise DataError(f"{source.url}: there is no *.tar below it; give the folder that holds the shards")
     _claim(store, [index_name(name) for name in tars], apart)
