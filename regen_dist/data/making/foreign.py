@@ -17,7 +17,6 @@ from regen_dist.data.dataset.index import SCHEMA_VERSION, Sample, read_index, wr
 from regen_dist.data.dataset.manifest import MANIFEST, Manifest, Skip, read_all, to_json, write_manifest
 from regen_dist.data.making.members import samples_in, wanted
 from regen_dist.data.making.tarscan import BrokenTar, Pieces, scan_members
-from regen_dist.data.objects.connection import key_problem
 from regen_dist.data.objects.store import Store, remove_leftovers
 from regen_dist.data.pool import worker_pool
 from regen_dist.errors import DataError
@@ -66,8 +65,8 @@ def index_tars(
     tars = {name: each.size for name, each in listing.found.items() if name.endswith(".tar")}
     broken = [Skip(source=name, reason=_COMPRESSED) for name in listing.found if name.endswith(_COMPRESSED_NAMES)]
     broken += [
-        Skip(source=name, reason=f"{key_problem(name)}: rename it")
-        for name in listing.unreadable
+        Skip(source=name, reason=why)
+        for name, why in listing.unreadable.items()
         if name.endswith((".tar", *_COMPRESSED_NAMES))
     ]
     if not tars and not broken:

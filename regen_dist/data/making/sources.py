@@ -123,7 +123,7 @@ def _below(place: str) -> Iterator[Source | Skip]:
         sizes = _sizes(folder, [file, _beside(file)])
     else:
         sizes, unreadable = _files_below(folder)
-        yield from (Skip(source=n, reason=f"{key_problem(n)}: rename it") for n in unreadable if _is_video(n))
+        yield from (Skip(source=name, reason=why) for name, why in unreadable.items() if _is_video(name))
     for name in [file] if file else sorted(name for name in sizes if _is_video(name)):
         text = _beside(name) if _beside(name) in sizes else None
         yield Source(name, folder, name, sizes[name], text=text, text_size=sizes[text] if text else 0)
@@ -231,9 +231,9 @@ def _sizes(folder: str, files: Sequence[str]) -> dict[str, int]:
     return {file: found[file] for file in files if file in found}
 
 
-def _files_below(folder: str) -> tuple[dict[str, int], Sequence[str]]:
-    """Size of every file below a folder or prefix, hidden ones left out; and the keys of a bucket that no program can
-    read."""
+def _files_below(folder: str) -> tuple[dict[str, int], dict[str, str]]:
+    """Size of every file below a folder or prefix, hidden ones left out; and objects that cannot be read by their keys,
+    with why."""
     store = Store(folder)
     if store.folder is None:
         listing = store.list_all()
@@ -244,7 +244,7 @@ def _files_below(folder: str) -> tuple[dict[str, int], Sequence[str]]:
         for path in (Path(top, name) for name in names if not name.startswith(".")):
             if path.suffix.lower() in VIDEO_SUFFIXES | {".txt"}:  # a dangling link is a source that cannot be read
                 found[path.relative_to(store.folder).as_posix()] = path.stat().st_size if path.exists() else 0
-    return found, ()
+    return found, {}
 
 
 def _captioned(found: Sequence[Source], captions: dict[str, str], skipped: Sequence[Skip]) -> Sources:

@@ -41,10 +41,10 @@ class Found(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Objects by name, and the names of those whose keys cannot be read (`key_problem` says why)."""
+    """Objects by name; and those that no program can read by their keys, with why (`key_problem`)."""
 
     found: dict[str, Found]
-    unreadable: tuple[str, ...] = ()
+    unreadable: dict[str, str] = {}
 
 
 class Bucket:
@@ -136,13 +136,13 @@ class Bucket:
                 "that object, or name the folders beside it one by one"
             )
         top = f"{self._place.prefix}/" if self._place.prefix else ""
-        found, unreadable = dict[str, Found](), []
+        found, unreadable = dict[str, Found](), dict[str, str]()
         for key, size, etag in list_keys(self._place, self._limits, f"{top}{prefix}"):
-            if key_problem(key):
-                unreadable.append(key.removeprefix(top))
+            if problem := key_problem(key):
+                unreadable[key.removeprefix(top)] = f"{problem}: rename it"
             else:
                 found[key.removeprefix(top).removesuffix("/")] = Found(size, etag)
-        return Listing(found, tuple(unreadable))
+        return Listing(found, unreadable)
 
     def put(self, name: str, data: bytes | Path) -> None:
         """Write an object, in parts where it is large; it is there when all parts are."""

@@ -147,10 +147,10 @@ class Store:
         return self.list_all(prefix).found
 
     def list_all(self, prefix: str = "") -> Listing:
-        """As `list_found`, with the names of the objects that no program can read by their keys, in order."""
+        """As `list_found`, with the objects that cannot be read by their keys, and why."""
         backend = self._open()
         listing = Listing(backend.list(prefix)) if isinstance(backend, LocalFolder) else backend.list(prefix)
-        return Listing(dict(sorted(listing.found.items())), tuple(sorted(listing.unreadable)))
+        return Listing(dict(sorted(listing.found.items())), dict(sorted(listing.unreadable.items())))
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object whole or not at all, over what was there."""
