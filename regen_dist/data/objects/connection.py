@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -215,7 +214,7 @@ def _s3_provider(place: Location) -> object | None:
     return None
 
 
-def profile_provider(place: Location) -> Callable[[], dict[str, Any]]:
+def profile_provider(place: Location) -> Any:
     """boto3's chain of credentials, as a function that gives them; BackendError when boto3 is not installed."""
     try:
         from obstore.auth.boto3 import Boto3CredentialProvider
@@ -225,8 +224,7 @@ def profile_provider(place: Location) -> Callable[[], dict[str, Any]]:
             "boto3, which is not installed; run `pip install boto3`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from None
     try:
-        provider: Callable[[], dict[str, Any]] = Boto3CredentialProvider()
-        return provider
+        return Boto3CredentialProvider()
     except Exception as error:  # noqa: BLE001 - of botocore, which may not be imported here; its text may quote files
         raise AccessDenied(
             f"{place.url}: the profile that AWS_PROFILE names gives no credentials ({type(error).__name__}); check "
