@@ -44,7 +44,7 @@ class Listing(NamedTuple):
     """Objects by name; and those that no program can read by their keys, with why (`key_problem`)."""
 
     found: dict[str, Found]
-    unreadable: dict[str, str] = {}
+    unreadable: dict[str, str]
 
 
 class Bucket:
@@ -121,7 +121,8 @@ class Bucket:
                         meta["path"]: Found(int(meta["size"]), meta["e_tag"])
                         for meta in every
                         if meta["path"].startswith(prefix)
-                    }
+                    },
+                    {},
                 )
             except InvalidPathError as error:
                 return self._list_all(prefix, refused_key(error))

@@ -214,7 +214,7 @@ def _s3_provider(place: Location) -> object | None:
     return None
 
 
-def profile_provider(place: Location) -> Any:
+def profile_provider(place: Location) -> object:
     """boto3's chain of credentials, as a function that gives them; BackendError when boto3 is not installed."""
     try:
         from obstore.auth.boto3 import Boto3CredentialProvider

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPException
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
@@ -99,7 +99,8 @@ def _credentials(place: Location) -> _Keys | None:
     access, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
     if access and secret:
         return _Keys(access, secret, os.environ.get("AWS_SESSION_TOKEN"))
-    found = profile_provider(place)()
+    provider: Any = profile_provider(place)
+    found = provider()
     return _Keys(found["access_key_id"], found["secret_access_key"], found.get("token"))
 
 

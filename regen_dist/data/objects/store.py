@@ -149,7 +149,7 @@ class Store:
     def list_all(self, prefix: str = "") -> Listing:
         """As `list_found`, with the objects that cannot be read by their keys, and why."""
         backend = self._open()
-        listing = Listing(backend.list(prefix)) if isinstance(backend, LocalFolder) else backend.list(prefix)
+        listing = Listing(backend.list(prefix), {}) if isinstance(backend, LocalFolder) else backend.list(prefix)
         return Listing(dict(sorted(listing.found.items())), dict(sorted(listing.unreadable.items())))
 
     def put(self, name: str, data: bytes) -> None:

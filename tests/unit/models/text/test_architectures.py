@@ -26,7 +26,8 @@ WORDS = ["a", "red", "blue", "ring", "disk", "moves", "up", "down", "left", "rig
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 SIZE = len(SPECIAL) + len(WORDS)
 SMALL: dict[str, Any] = {
-    "vocab_size": SIZE + 3, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "vocab_size": SIZE + 3, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48,
 }  # fmt: skip
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -209,8 +210,15 @@ def _pickle_weights(folder: Path, shards: int = 1, legacy: bool = False) -> None
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
-@pytest.mark.parametrize(("shards", "legacy"), [(1, False), (1, True), (3, False)])
-@pytest.mark.parametrize("kind", ["t5", "umt5", "bert", "clip", "bart", "qwen 2"])
+@pytest.mark.parametrize(
+    ("kind", "shards", "legacy"),
+    [
+        ("t5", 1, False),
+        ("t5", 1, True),
+        ("t5", 2, False),
+        *((kind, 1, False) for kind in ("umt5", "clip", "bart", "qwen 2")),
+    ],
+)
 def test_pickled_weights_are_converted(kind: str, shards: int, legacy: bool, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "runs" / "out"
     if kind == "t5":
