@@ -25,12 +25,20 @@ class ObjectMissing(DataError):
     """There is no such object, or no such bucket."""
 
 
+class BucketMissing(ObjectMissing):
+    """There is no such bucket."""
+
+
 class ObjectCut(DataError):
     """An object is shorter than the range that was asked of it."""
 
 
 class AccessDenied(DataError):
     """The store knows no such user, or does not let this one do it; or there are no credentials."""
+
+
+class ObjectDenied(AccessDenied):
+    """The store knows this user, and does not let it do this with this object."""
 
 
 class StoreUnavailable(DataError):

@@ -1,13 +1,13 @@
-"""`regen text`: text encoders, making a small one and looking at what one makes of a caption."""
+"""`regen text`: text encoders, making a small one, converting one, and looking at what one makes of a caption."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(name="text", help="Make a small text encoder; look at what one does.", no_args_is_help=True)
+app = typer.Typer(name="text", help="Make or convert a text encoder; look at what one does.", no_args_is_help=True)
 
 
 @app.command()
@@ -33,6 +33,27 @@ def make(
         typer.echo(f"{out}: a text encoder of width {width}, from {len(captions):,} different captions")
     else:
         typer.echo(f"{out}: complete already, from the same {len(captions):,} captions; nothing to do")
+
+
+@app.command()
+def convert(
+    encoder: Annotated[str, typer.Argument(help="Folder, or a name on the Hugging Face hub.", metavar="ENCODER")],
+    out: Annotated[Path, typer.Option(help="Folder of the encoder; empty, or made by this same command.")],
+    dtype: Annotated[
+        Literal["same", "bfloat16", "float32"], typer.Option(help="Of its weights; bfloat16 is half of float32.")
+    ] = "same",
+) -> None:
+    """Write an encoder whose weights are pickled (pytorch_model.bin) with safetensors, which is all that is read
+    elsewhere. The pickles are opened by a process of its own that takes tensors alone; of a T5 the encoder is kept.
+
+    Example: regen text convert google/t5-v1_1-xxl --out runs/t5-xxl --dtype bfloat16
+    """
+    from regen_dist.models.text import convert_encoder
+
+    if convert_encoder(encoder, out, dtype):
+        typer.echo(f"{out}: the encoder with safetensors; use it by text.encoder={out}")
+    else:
+        typer.echo(f"{out}: complete already; nothing to do")
 
 
 @app.command()

@@ -6,11 +6,13 @@ No message repeats what may be a secret: user information and queries are never 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 BUCKET_SCHEMES = ("s3", "gs", "az")
+_SECRET = re.compile(r"[?&#](x-amz-|x-goog-|awsaccesskeyid|googleaccessid|signature|sig|token|secret)[\w-]*=", re.I)
 ALLOWED = "a plain path, file://, s3://, gs:// or az://"
 
 
@@ -22,6 +24,22 @@ class Location:
     scheme: str
     folder: Path | None = None
     bucket: str | None = None
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of the keys that a bucket's URL names, without its last slash; empty for the whole bucket."""
+        return unquote(urlsplit(self.url).path).strip("/") if self.bucket else ""
+
+
+def key_url(scheme: str, bucket: str, key: str) -> str:
+    """The URL of a key, with what has a meaning in URLs (`#`, `?`, `%`) quoted."""
+    quoted = key.replace("%", "%25").replace("#", "%23").replace("?", "%3F")
+    return f"{scheme}://{bucket}/{quoted}"
+
+
+def carries_secret(name: str) -> bool:
+    """Whether a name looks like a signed URL: then it must not be repeated."""
+    return _SECRET.search(name) is not None
 
 
 def parse_url(url: str) -> Location:
@@ -44,7 +62,7 @@ def parse_url(url: str) -> Location:
     except ValueError:  # brackets that are no address, for instance; its message would repeat the URL
         raise ValueError(f"not a URL; use {ALLOWED}") from None
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
-        return _local(Path(unquote(parts.path)))
+        return _local(Path(unquote(url[url.index("/", len("file://")) if "://" in url else len("file:") :])))
     if parts.scheme not in BUCKET_SCHEMES:
         raise ValueError(
             f"URL scheme {parts.scheme + ':'!r} is not supported (nothing is run through a shell); use {ALLOWED}"
@@ -52,7 +70,8 @@ def parse_url(url: str) -> Location:
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
             f"a {parts.scheme}:// URL must not carry credentials, a query or a fragment; set the service's "
-            "environment variables instead (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+            "environment variables instead (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL). Where "
+            "'?' or '#' is part of a folder's name, write %3F or %23"
         )
     if not parts.netloc:
         raise ValueError(f"{parts.scheme}://{parts.path}: no bucket; write {parts.scheme}://BUCKET/PREFIX")

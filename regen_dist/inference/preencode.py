@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from regen_dist.config.preencode import PreencodeConfig
-from regen_dist.data.dataset.claim import claim
 from regen_dist.data.dataset.latents import NULL_TEXT, pack_null_text
 from regen_dist.data.dataset.manifest import MANIFEST, Manifest, read_manifest
 from regen_dist.data.objects.store import Store, remove_leftovers
@@ -23,6 +22,7 @@ from regen_dist.data.pool import Progress
 from regen_dist.data.reading.fetching import Fetcher, limits_of
 from regen_dist.errors import DataError
 from regen_dist.inference.preencoding.captions import as_stored
+from regen_dist.inference.preencoding.claiming import claim_cache
 from regen_dist.inference.preencoding.cutting import count_clips
 from regen_dist.inference.preencoding.decoding import decoders
 from regen_dist.inference.preencoding.finishing import unfinished, write_cache_manifest
@@ -77,7 +77,7 @@ def preencode(
     if not 0 <= index < count:
         raise DataError(f"--task {index}/{count}: must be one of 0/{count} to {max(count, 1) - 1}/{max(count, 1)}")
     inputs, store = open_inputs(config), Store(config.output, limits_of(config.read))
-    claim(store, inputs.identity, by="regen preencode", out="output")
+    claim_cache(store, inputs)
     if store.folder is not None:
         remove_leftovers(store.folder, idle_s=_IDLE_S if count > 1 else 0)
     numbers = range(len(inputs.dataset.manifest.shards))

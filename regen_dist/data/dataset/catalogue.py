@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from regen_dist.data.dataset.index import Sample, checksum, read_index, samples_of
-from regen_dist.data.dataset.manifest import Manifest, manifest_bytes, parse_manifest, read_all
+from regen_dist.data.dataset.manifest import Manifest, ShardEntry, manifest_bytes, parse_manifest, read_all
 from regen_dist.data.objects.store import Limits, Store
 from regen_dist.errors import DataError
 
@@ -122,8 +122,12 @@ class Dataset:
     def sample(self, row: int) -> Sample:
         """The whole index entry of a row in [0, len); reads the index of its shard."""
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        table = read_index(self.store.get(self.manifest.shards[number].index))[0]
-        return samples_of(table.slice(row - int(self._starts[number]), 1))[0]
+        return samples_of(self.index(number).slice(row - int(self._starts[number]), 1))[0]
+
+    def index(self, number: int) -> pa.Table:
+        """The index of a shard, by its number; DataError when it is another than the manifest tells of."""
+        entry = self.manifest.shards[number]
+        return _checked_index(self.store, entry, self.store.get(entry.index))
 
     def table(self) -> pa.Table:
         """Every index entry with its texts, in memory: for small datasets and for looking at them."""
@@ -212,11 +216,16 @@ def _compile(store: Store, manifest: Manifest, file: IO[bytes]) -> None:
 def _records(store: Store, manifest: Manifest) -> Iterator[npt.NDArray[np.void]]:
     indices = read_all(store, [entry.index for entry in manifest.shards])
     for number, (entry, (_, data)) in enumerate(zip(manifest.shards, indices, strict=True)):
-        if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-            raise DataError(
-                f"{store.url}/{entry.index}: differs from the manifest; run the build again, it makes what is missing"
-            )
-        yield _of_table(read_index(data)[0], number)
+        yield _of_table(_checked_index(store, entry, data), number)
+
+
+def _checked_index(store: Store, entry: ShardEntry, data: bytes) -> pa.Table:
+    if hashlib.sha256(data).hexdigest() != entry.index_sha256:
+        raise DataError(
+            f"{store.url}/{entry.index}: differs from the manifest, or the dataset was built again meanwhile; run the "
+            "build again (it makes what is missing), then this"
+        )
+    return read_index(data)[0]
 
 
 def _of_table(table: pa.Table, shard: int) -> npt.NDArray[np.void]:

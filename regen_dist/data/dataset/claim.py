@@ -27,12 +27,12 @@ def claim(store: Store, identity: dict[str, Any], *, by: str = "regen shards", o
     Raises:
         DataError: it holds something else; nothing was changed.
     """
-    theirs = _plan(store)
+    theirs = read_plan(store)
     if theirs is None:  # only now is everything listed: a finished dataset may have a million objects
         found = list(store.list())
         if not found and store.put_new(PLAN, to_json(identity)):
             return
-        theirs = _plan(store)  # of another process, which was quicker
+        theirs = read_plan(store)  # of another process, which was quicker
         if theirs is None:
             raise DataError(
                 f"{store.url}: holds files that no command of `{by}` made ({', '.join(found[:3])}); choose an empty "
@@ -46,7 +46,7 @@ def claim(store: Store, identity: dict[str, Any], *, by: str = "regen shards", o
         )
 
 
-def _plan(store: Store) -> dict[str, Any] | None:
+def read_plan(store: Store) -> dict[str, Any] | None:
     """The plan that is there; None when there is none, or another program wrote it."""
     try:
         plan = json.loads(store.get(PLAN))

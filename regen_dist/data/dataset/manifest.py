@@ -62,11 +62,21 @@ class Totals(_Record):
     bytes: int
 
 
+class Described(_Record):
+    """Digests of what the indices say of the samples beside their bytes, in row order: of the captions, and of all
+    else (source, frames, sides, frame rate, motion)."""
+
+    captions: str
+    facts: str
+
+
 class Manifest(_Record):
     """What a dataset consists of.
 
     `kind` is the command that made it, `options` what it was asked for, `skipped` what was left out, `notes` what was
-    converted. `shards_url` says where the tars are when they do not lie beside their indices.
+    converted. `shards_url` says where the tars are when they do not lie beside their indices. `fingerprint` is of the
+    samples' bytes and their order; `described` of what is said of them, None in manifests of before it was added
+    (`described` below computes it).
     """
 
     schema_version: int
@@ -78,6 +88,12 @@ class Manifest(_Record):
     skipped: tuple[Skip, ...]
     shards_url: str | None = None
     notes: tuple[Note, ...] = ()
+    described: Described | None = None
+
+    def boundaries(self) -> str:
+        """Digest of how many samples each shard holds: of where one ends and the next begins."""
+        counts = ",".join(str(entry.samples) for entry in self.shards)
+        return hashlib.blake2b(counts.encode(), digest_size=16).hexdigest()
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -143,7 +159,7 @@ def write_manifest(
     Raises:
         DataError: an index is missing or damaged, or there is no sample in any.
     """
-    entries, left_out, totals, digest = [], list(skipped), _Sums(), Fingerprint()
+    entries, left_out, totals, digest, described = [], list(skipped), _Sums(), Fingerprint(), _Descriptions()
     notes: dict[Note, None] = {}
     for name, data in read_all(store, indices):
         table, facts = read_index(data)
@@ -153,6 +169,7 @@ def write_manifest(
             entries.append(_entry(name, data, facts, table.num_rows))
             totals.add(table, facts["size"])
             digest.add(table)
+            described.add(table)
     if not entries:
         raise DataError(f"{store.url}: no sample is left:\n{listed(left_out)}")
     manifest = Manifest(
@@ -165,6 +182,7 @@ def write_manifest(
         skipped=tuple(left_out),
         shards_url=shards_url,
         notes=tuple(notes),
+        described=described.digests(),
     )
     data = to_json(manifest.model_dump(mode="json"))
     if MANIFEST not in store.list(MANIFEST) or store.get(MANIFEST) != data:
@@ -197,6 +215,46 @@ class Fingerprint:
         both = self._ids.copy()
         both.update(self._checksums.digest())
         return both.hexdigest()
+
+
+def described(store: Store, manifest: Manifest) -> Described:
+    """What a manifest holds as `described`; read out of the indices where it is one of before that was added."""
+    if manifest.described is not None:
+        return manifest.described
+    found = _Descriptions()
+    for _, data in read_all(store, [entry.index for entry in manifest.shards]):
+        found.add(read_index(data)[0])
+    return found.digests()
+
+
+class _Descriptions:
+    """Digests column by column, whatever shards the rows lie in."""
+
+    _FACTS = ("source", "frames", "height", "width", "fps", "motion")
+
+    def __init__(self) -> None:
+        self._columns = {name: hashlib.blake2b(digest_size=16) for name in ("caption", *self._FACTS)}
+
+    def add(self, table: pa.Table) -> None:
+        """The next rows."""
+        for name, digest in self._columns.items():
+            column = table[name]
+            if pa.types.is_string(column.type):
+                digest.update(b"".join(_delimited(text) for text in column.to_pylist()))
+            else:
+                known = column.fill_null(float("nan")) if pa.types.is_floating(column.type) else column
+                digest.update(np.ascontiguousarray(known.to_numpy()).tobytes())
+
+    def digests(self) -> Described:
+        """Of all rows so far."""
+        facts = hashlib.blake2b(b"".join(self._columns[name].digest() for name in self._FACTS), digest_size=16)
+        return Described(captions=self._columns["caption"].hexdigest(), facts=facts.hexdigest())
+
+
+def _delimited(text: str | None) -> bytes:
+    """Bytes that no other text, nor none, has; also in a row of several."""
+    data = b"" if text is None else text.encode()
+    return f"{-1 if text is None else len(data)}:".encode() + data
 
 
 class _Sums:

@@ -66,7 +66,11 @@ def verify_dataset(
     shards = Store(manifest.shards_url) if manifest.shards_url else store
     found = store.list()
     tars = shards.list() if manifest.shards_url else found
-    bad = _against_totals(manifest) + ([] if facts is None else _check_null_text(store, facts, found, depth))
+    bad = (
+        _against_totals(manifest)
+        + _against_source(manifest)
+        + ([] if facts is None else _check_null_text(store, facts, found, depth))
+    )
     calls = (
         (entry, (store, shards, entry, entry.index in found, tars.get(entry.name), depth, facts))
         for entry in manifest.shards
@@ -198,6 +202,16 @@ def _against_totals(manifest: Manifest) -> list[str]:
     if sums == totals:
         return []
     return [f"{MANIFEST}: its totals (shards, samples, bytes) are {totals}, those of its shards {sums}"]
+
+
+def _against_source(manifest: Manifest) -> list[str]:
+    """Whether a cache accounts for every video that it was made of; caches of before do not say how many there were."""
+    if manifest.kind != "latents" or "samples" not in (source := manifest.options.get("source") or {}):
+        return []
+    told = manifest.totals.samples + len(manifest.skipped)
+    if told == source["samples"]:
+        return []
+    return [f"{MANIFEST}: entries and what was left out are {told}, the videos were {source['samples']}"]
 
 
 def _unknown(store: Store, manifest: Manifest, found: dict[str, int]) -> Iterator[str]:

@@ -134,7 +134,9 @@ class _Builder:
         self._built(begun.after.units)
         with ShardWriter(self._store, part.stem, self._options.limits, begun.after) as writer:
             for work, results in self._results(begun, plan):
-                self._write(writer, part.sources[work.source], plan[work.source], work, results)
+                copying = begun.copying.get(work.source)
+                lost = copying.result() if copying is not None and work.segments else ""
+                self._write(writer, part.sources[work.source], plan[work.source], work, results, lost)
                 self._built(len(work.units))
         write_done(self._store, part, plan)
         self._copies.remove(part)
@@ -148,13 +150,13 @@ class _Builder:
     def _calls(self, begun: Begun, plan: Sequence[Planned]) -> Iterator[tuple[Work, tuple[object, ...]]]:
         for work in work_of(begun.part, plan, begun.after.units):
             if work.source in begun.copying and work.segments:
-                begun.copying[work.source].result()
+                begun.copying[work.source].result()  # where it could not be copied, its segments are left out below
             yield work, (begun.origins[work.source].path, work.segments, self._options.encode)
 
     def _write(
-        self, writer: ShardWriter, source: Source, planned: Planned, work: Work, results: Sequence[Encoded]
+        self, writer: ShardWriter, source: Source, planned: Planned, work: Work, results: Sequence[Encoded], lost: str
     ) -> None:
-        """The units of a piece of work, in order."""
+        """The units of a piece of work, in order. `lost` says why the source could not be fetched again."""
         encoded = iter(results)
         for unit in work.units:
             if isinstance(unit, Skip):
@@ -162,7 +164,7 @@ class _Builder:
                 continue
             result = next(encoded)
             if result.info is None:
-                writer.skip(Skip(source=source.name, segment=unit.number, reason=f"damaged: {result.problem}"))
+                writer.skip(Skip(source=source.name, segment=unit.number, reason=f"damaged: {lost or result.problem}"))
             else:
                 for note in planned.notes:
                     writer.note(Note(source=source.name, note=note))

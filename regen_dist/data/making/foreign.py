@@ -65,9 +65,14 @@ def index_tars(
     """
     source, store = Store(url), Store(url if out is None else out)
     apart = source.url if source.url != store.url else None
-    listed = source.list()
-    tars = {name: size for name, size in listed.items() if name.endswith(".tar")}
-    broken = [Skip(source=name, reason=_COMPRESSED) for name in listed if name.endswith(_COMPRESSED_NAMES)]
+    listing = source.list_all()
+    tars = {name: each.size for name, each in listing.found.items() if name.endswith(".tar")}
+    broken = [Skip(source=name, reason=_COMPRESSED) for name in listing.found if name.endswith(_COMPRESSED_NAMES)]
+    broken += [
+        Skip(source=name, reason=why)
+        for name, why in listing.unreadable.items()
+        if name.endswith((".tar", *_COMPRESSED_NAMES))
+    ]
     if not tars and not broken:
         raise DataError(f"{source.url}: there is no *.tar below it; give the folder that holds the shards")
     _claim(store, [index_name(name) for name in tars], apart)

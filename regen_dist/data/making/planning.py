@@ -29,13 +29,14 @@ _ENOUGH_TO_JUDGE = 20  # unreadable sources in one part, before their share says
 @dataclass
 class Begun:
     """A part that workers are looking into. `plan` is there when an earlier build made it; `after` is what of the part
-    is finished. Calls by the number of a source in the part: copying it, hashing it, looking into it."""
+    is finished. Calls by the number of a source in the part: copying it (with why it could not be), hashing it,
+    looking into it."""
 
     part: Part
     origins: list[Origin]
     after: Finished
     plan: list[Planned] | None = None
-    copying: dict[int, Call[None]] = field(default_factory=dict)
+    copying: dict[int, Call[str]] = field(default_factory=dict)
     hashing: dict[int, Call[str]] = field(default_factory=dict)
     looking: dict[int, Call[Surveyed]] = field(default_factory=dict)
 

@@ -14,7 +14,7 @@ from regen_dist.data.objects.store import Store
 from regen_dist.data.video.reader import VideoInfo, VideoReader
 from regen_dist.data.video.scenes import Analysis, analyse
 from regen_dist.data.video.transcode import content_hash, new_hash, probe, told
-from regen_dist.errors import DataError
+from regen_dist.errors import AccessDenied, BucketMissing, DataError, DiskFull, ObjectDenied, StoreUnavailable
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
@@ -53,7 +53,7 @@ class Surveyed:
 
 
 def fetch(origin: Origin) -> Path:
-    """Bring a source to its path. Errors of the store are raised: they say nothing of the video."""
+    """Bring a source to its path."""
     if not origin.path.exists() and not origin.folder.startswith("file:"):
         Store(origin.folder).download(origin.file, origin.path)
     return origin.path
@@ -66,7 +66,12 @@ def survey(origin: Origin, threshold: float | None) -> Surveyed:
         origin: where it is.
         threshold: of a cut; None looks for no cuts, so that only the first frame is decoded.
     """
-    probed = probe(fetch(origin))
+    try:
+        path = fetch(origin)
+    except DataError as error:
+        stop_for_the_store(error)
+        return Surveyed("", problem=f"unreadable: {told(error, origin.path)}")
+    probed = probe(path)
     if probed.info is None:
         return Surveyed(probed.content, problem=f"unreadable: {probed.problem}")
     try:
@@ -75,21 +80,45 @@ def survey(origin: Origin, threshold: float | None) -> Surveyed:
             stretches = tuple(_whole(reader) if threshold is None else _stretches(reader, threshold))
             notes = tuple(dict.fromkeys((*probed.notes, *reader.notes)))
     except (DataError, OSError) as error:
+        stop_for_the_store(error)
         return Surveyed(probed.content, problem=f"unreadable: {told(error, origin.path)}")
     return Surveyed(probed.content, probed.info, stretches, caption, notes=notes)
 
 
-def fetch_again(origin: Origin, content: str) -> None:
-    """Bring a source that was looked into before; DataError when it has changed since."""
+def stop_for_the_store(error: Exception) -> None:
+    """Raise an error again that says nothing of the one object that was asked for: whoever asks for the next would get
+    the same. A build that leaves these out would leave out everything."""
+    one = isinstance(error, ObjectDenied)
+    if isinstance(error, AccessDenied | BucketMissing | StoreUnavailable | DiskFull) and not one:
+        raise error
+
+
+def fetch_again(origin: Origin, content: str) -> str:
+    """Bring a source that was looked into before. Returns why it cannot be fetched any more, or nothing; DataError when
+    it has changed since."""
+    try:
+        fetch(origin)
+    except DataError as error:
+        stop_for_the_store(error)
+        return told(error, origin.path)
     if content_of(origin, keep=True) != content:
         raise DataError(
             f"{origin.folder}/{origin.file}: has changed since this build began; build into another --out, or bring "
             "the file back"
         )
+    return ""
 
 
 def content_of(origin: Origin, keep: bool) -> str:
-    """Content hash of a source; empty when a local file cannot be read. `keep`: of one in a bucket a copy stays."""
+    """Content hash of a source; empty when it cannot be read. `keep`: of one in a bucket a copy stays."""
+    try:
+        return _content_of(origin, keep)
+    except DataError as error:
+        stop_for_the_store(error)
+        return ""
+
+
+def _content_of(origin: Origin, keep: bool) -> str:
     if keep:
         fetch(origin)
     if origin.path.exists() or origin.folder.startswith("file:"):

@@ -16,9 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from regen_dist.config.urls import BUCKET_SCHEMES, carries_secret, key_url, parse_url
 from regen_dist.data.dataset.index import VIDEO_EXTENSIONS
-from regen_dist.data.dataset.manifest import Skip
+from regen_dist.data.dataset.manifest import Skip, listed
 from regen_dist.data.making.captions import Row, is_list, read_captions, read_rows, refuse
+from regen_dist.data.objects.connection import key_problem
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import DataError
 
@@ -99,22 +101,29 @@ def find_sources(places: Sequence[str | Path], captions: str | Path | None = Non
     if missing:
         raise DataError(f"no such file or folder: {', '.join(missing)}")
     found: dict[str, Source] = {}
-    twice: list[Skip] = []
+    skipped: list[Skip] = []
     for place in places:
         for source in _listed(str(place)) if is_list(place) else _below(str(place)):
-            if found.setdefault(source.place, source) is not source and is_list(place):
-                twice.append(Skip(source=source.name, reason="named twice: only the first is used"))
+            if isinstance(source, Skip):
+                skipped.append(source)
+            elif found.setdefault(source.place, source) is not source and is_list(place):
+                skipped.append(Skip(source=source.name, reason="named twice: only the first is used"))
     if not found:
-        raise DataError(f"no videos ({', '.join(sorted(VIDEO_SUFFIXES))}) in {', '.join(map(str, places))}")
+        left_out = f"; left out:\n{listed(skipped)}" if skipped else ""
+        raise DataError(f"no videos ({', '.join(sorted(VIDEO_SUFFIXES))}) in {', '.join(map(str, places))}{left_out}")
     if captions is None:
-        return Sources(tuple(found.values()), tuple(twice))
-    return _captioned(list(found.values()), read_captions(captions), twice)
+        return Sources(tuple(found.values()), tuple(skipped))
+    return _captioned(list(found.values()), read_captions(captions), skipped)
 
 
-def _below(place: str) -> Iterator[Source]:
+def _below(place: str) -> Iterator[Source | Skip]:
     """The videos of a folder or a prefix in order of their names; or the one that the place names."""
     folder, file = _place(place)
-    sizes = _sizes(folder, [file, *_beside(file)]) if file else _files_below(folder)
+    if file:
+        sizes = _sizes(folder, [file, *_beside(file)])
+    else:
+        sizes, unreadable = _files_below(folder)
+        yield from (Skip(source=name, reason=why) for name, why in unreadable.items() if _is_video(name))
     for name in [file] if file else sorted(name for name in sizes if _is_video(name)):
         text = next((text for text in _beside(name) if text in sizes), None)
         yield Source(name, folder, name, sizes[name], text=text, text_size=sizes[text] if text else 0)
@@ -126,7 +135,11 @@ def _place(place: str) -> tuple[str, str]:
     parent, _, name = store.url.rpartition("/")
     if store.folder is not None:
         return (Store(store.folder.parent).url, store.folder.name) if store.folder.is_file() else (store.url, "")
-    return (parent, name) if _is_video(name) and name in Store(parent).list(name) else (store.url, "")
+    if _is_video(name):
+        for spelled in dict.fromkeys((name, unquote(name))):
+            if spelled in Store(parent).list(spelled):
+                return parent, spelled
+    return store.url, ""
 
 
 def _listed(place: str) -> Iterator[Source]:
@@ -151,20 +164,34 @@ def _listed(place: str) -> Iterator[Source]:
 
 def _locate(base: str, video: str) -> tuple[str, str]:
     """Folder and file of what a list names; `base` is the URL of the list's own folder."""
+    scheme = video.partition("://")[0]
+    if scheme in BUCKET_SCHEMES and scheme != video:
+        bucket, _, key = video.removeprefix(f"{scheme}://").partition("/")
+        return _located(scheme, bucket, key)
     if "://" in video or video.startswith(("/", "~", "pipe:")):
-        store = Store(video)
-        whole = store.url if store.folder is None else str(store.folder)
-    elif base.startswith("file:"):
-        whole = os.path.abspath(f"{Store(base).folder}/{video}")
-    else:
-        scheme, _, rest = base.partition("://")
-        bucket, _, prefix = rest.partition("/")
-        key = posixpath.normpath(f"{prefix}/{video}").lstrip("/")
-        if key.startswith(".."):
-            raise DataError(f"{video} leads out of the bucket")
-        whole = f"{scheme}://{bucket}/{key}"
-    folder, _, file = whole.rpartition("/")
+        return _split(str(Store(video).folder))
+    if base.startswith("file:"):
+        return _split(os.path.abspath(f"{Store(base).folder}/{video}"))
+    place = parse_url(base)
+    key = posixpath.normpath(f"{place.prefix}/{video}").lstrip("/")
+    if key.startswith(".."):
+        raise DataError(f"{video} leads out of the bucket")
+    return _located(place.scheme, place.bucket or "", key)
+
+
+def _split(path: str) -> tuple[str, str]:
+    folder, _, file = path.rpartition("/")
     return Store(folder or "/").url, file
+
+
+def _located(scheme: str, bucket: str, key: str) -> tuple[str, str]:
+    """Folder and file of a bucket's key, in which no character has a meaning but the slash."""
+    if carries_secret(key):
+        raise DataError("a signed URL: lists must not carry credentials; name the object alone")
+    if problem := key_problem(key):
+        raise DataError(f"{key!r}: {problem}: rename the object")
+    folder, slash, file = key.rpartition("/")
+    return Store(key_url(scheme, bucket, f"{folder}{slash}")).url, file
 
 
 def _name(base: str, video: str, file: str) -> str:
@@ -204,17 +231,20 @@ def _sizes(folder: str, files: Sequence[str]) -> dict[str, int]:
     return {file: found[file] for file in files if file in found}
 
 
-def _files_below(folder: str) -> dict[str, int]:
-    """Size of every file below a folder or prefix; hidden ones are left out."""
+def _files_below(folder: str) -> tuple[dict[str, int], dict[str, str]]:
+    """Size of every file below a folder or prefix, hidden ones left out; and objects that cannot be read by their keys,
+    with why."""
     store = Store(folder)
     if store.folder is None:
-        return {name: size for name, size in store.list().items() if not PurePosixPath(name).name.startswith(".")}
+        listing = store.list_all()
+        seen = {name: one.size for name, one in listing.found.items() if not PurePosixPath(name).name.startswith(".")}
+        return seen, listing.unreadable
     found = {}
     for top, _, names in os.walk(store.folder):
         for path in (Path(top, name) for name in names if not name.startswith(".")):
             if path.suffix.lower() in VIDEO_SUFFIXES | {".txt"}:  # a dangling link is a source that cannot be read
                 found[path.relative_to(store.folder).as_posix()] = path.stat().st_size if path.exists() else 0
-    return found
+    return found, {}
 
 
 def _captioned(found: Sequence[Source], captions: dict[str, str], skipped: Sequence[Skip]) -> Sources:

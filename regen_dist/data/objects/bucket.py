@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from regen_dist.config.urls import Location
-from regen_dist.data.objects.connection import Limits, checked_name, explained, open_backend
+from regen_dist.data.objects.connection import Limits, checked_name, explained, key_problem, open_backend
+from regen_dist.data.objects.plain_listing import list_keys, refused_key
 from regen_dist.data.objects.ranges import Range, exact, joined, split
-from regen_dist.errors import BackendError, ObjectMissing, StoreUnavailable
+from regen_dist.errors import BackendError, BucketMissing, DataError, ObjectMissing, StoreUnavailable
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 _PART_BYTES = 8 << 20  # of a multipart upload; S3 asks for at least 5 MiB
 _MOST_PARTS = 9_000  # S3 takes 10,000
-_NONCE = "regen-write"  # attribute of a conditional write: tells whose it was when its answer was lost
+_NONCE = "regenwrite"  # attribute of a conditional write: tells whose it was when its answer was lost.
+# Letters alone: Azure takes a C# identifier, without a hyphen; services send it back in small letters.
 _runtime_process: int | None = None  # which process has obstore's threads
 
 
@@ -36,6 +38,13 @@ class Found(NamedTuple):
 
     size: int
     etag: str | None
+
+
+class Listing(NamedTuple):
+    """Objects by name; and those that no program can read by their keys, with why (`key_problem`)."""
+
+    found: dict[str, Found]
+    unreadable: dict[str, str]
 
 
 class Bucket:
@@ -84,26 +93,57 @@ class Bucket:
     def head(self, name: str) -> Found:
         """Size and tag of an object."""
         import obstore
+        from obstore.exceptions import PermissionDeniedError
 
-        meta = self._call("read", name, lambda: obstore.head(self._store(), name))
-        return Found(int(meta["size"]), meta["e_tag"])
+        def head() -> Found:
+            try:
+                meta = obstore.head(self._store(), name)
+            except PermissionDeniedError:  # an answer without a body: only that of a GET says why
+                obstore.get_range(self._store(), name, start=0, end=1)
+                raise
+            return Found(int(meta["size"]), meta["e_tag"])
 
-    def list(self, prefix: str) -> dict[str, Found]:
+        return self._call("read", name, head)
+
+    def list(self, prefix: str) -> Listing:
         """Every object whose name starts with `prefix`. Only the folder of the prefix is listed."""
         import obstore
+        from obstore.exceptions import InvalidPathError
 
         folder = prefix.rpartition("/")[0] or None  # obstore's prefixes are whole folders
 
-        def found() -> dict[str, Found]:
+        def found() -> Listing:
             pages = obstore.list(self._store(), folder, chunk_size=1000)
             every = (meta for page in pages for meta in page)
-            return {
-                meta["path"]: Found(int(meta["size"]), meta["e_tag"])
-                for meta in every
-                if meta["path"].startswith(prefix)
-            }
+            try:
+                return Listing(
+                    {
+                        meta["path"]: Found(int(meta["size"]), meta["e_tag"])
+                        for meta in every
+                        if meta["path"].startswith(prefix)
+                    },
+                    {},
+                )
+            except InvalidPathError as error:
+                return self._list_all(prefix, refused_key(error))
 
         return self._call("list", prefix or ".", found)
+
+    def _list_all(self, prefix: str, refused: str | None) -> Listing:
+        """As `list`, where there is a key that obstore does not take."""
+        if self._place.scheme != "s3":
+            raise DataError(
+                f"{self._place.url}: cannot be listed: {key_problem(refused or '//')}: {refused!r}; rename or remove "
+                "that object, or name the folders beside it one by one"
+            )
+        top = f"{self._place.prefix}/" if self._place.prefix else ""
+        found, unreadable = dict[str, Found](), dict[str, str]()
+        for key, size, etag in list_keys(self._place, self._limits, f"{top}{prefix}"):
+            if problem := key_problem(key):
+                unreadable[key.removeprefix(top)] = f"{problem}: rename it"
+            else:
+                found[key.removeprefix(top).removesuffix("/")] = Found(size, etag)
+        return Listing(found, unreadable)
 
     def put(self, name: str, data: bytes | Path) -> None:
         """Write an object, in parts where it is large; it is there when all parts are."""
@@ -140,9 +180,10 @@ class Bucket:
 
         try:
             self._call("delete", name, lambda: obstore.delete(self._store(writing=True), name))
-        except ObjectMissing as error:
-            if "no bucket" in str(error):
-                raise
+        except BucketMissing:
+            raise
+        except ObjectMissing:
+            pass
 
     def _attribute(self, name: str, key: str) -> str | None:
         import obstore

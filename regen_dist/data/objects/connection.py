@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from regen_dist.config.urls import Location
-from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectCut, ObjectMissing, StoreUnavailable
+from regen_dist.errors import (
+    AccessDenied,
+    BackendError,
+    BucketMissing,
+    DataError,
+    ObjectCut,
+    ObjectDenied,
+    ObjectMissing,
+    StoreUnavailable,
+)
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
@@ -27,7 +36,7 @@ LOOKED_AT = {
     "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, AZURE_CLIENT_ID with "
     "AZURE_TENANT_ID and AZURE_CLIENT_SECRET or AZURE_FEDERATED_TOKEN_FILE, the managed identity",
 }
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
 _CHAINS = (
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
@@ -36,6 +45,12 @@ _CHAINS = (
 _DENIED = (
     *("AccessDenied", "AllAccessDisabled", "AuthFailure", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken"),
     *("SignatureDoesNotMatch",),
+)
+_DENIED_ONE = ("", "AccessDenied", "AllAccessDisabled", "AuthorizationPermissionMismatch")  # the user is known
+_ARCHIVED = ("InvalidObjectState", "BlobArchived", "BlobBeingRehydrated")
+_OTHER_REGION = (
+    *("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "InvalidRegion", "InvalidRegionName"),
+    *("PermanentRedirect", "TemporaryRedirect"),
 )
 _METADATA = "http://169.254.169.254"
 _METADATA_PATHS = ("/latest/api/token", "/latest/meta-data", "/computeMetadata/", "/metadata/identity")
@@ -92,18 +107,27 @@ def explained(error: Exception, place: Location, name: str, verb: str, waited_s:
 
     text = str(error)
     status = int(found[1]) if (found := re.search(r"status code: (\d{3})\b", text)) else None
-    code = found[1] or found[2] if (found := re.search(r"<Code>(\w{1,60})</Code>|\(code: (\w{1,60})\)", text)) else ""
+    code = (
+        found[1] or found[2]
+        if (found := re.search(r"<Code>([\w.]{1,60})</Code>|\(code: ([\w.]{1,60})\)", text))
+        else ""
+    )
     where = f"{place.url}/{name}"
     said = " ".join(part for part in (f"HTTP {status}" if status else "", code) if part)
     if any(path in text for path in _METADATA_PATHS):
         return no_credentials(place)
+    if code in _ARCHIVED:
+        return DataError(f"{where}: it is archived ({said}); restore it to a class that can be read, then run again")
+    if code in _OTHER_REGION or "configured region" in text or (status is not None and 300 <= status < 400):
+        return DataError(f"{where}: the bucket is in another region ({said or 'redirected'}){_region(text)}")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403) or code in _DENIED:
-        return AccessDenied(
+        kind = ObjectDenied if status in (None, 403) and code in _DENIED_ONE else AccessDenied
+        return kind(
             f"{where}: access denied when trying to {verb} ({said or 'no reason given'}); check that these keys may do "
             f"that, and what is set of {LOOKED_AT[place.scheme]}"
         )
     if code == "NoSuchBucket":
-        return ObjectMissing(f"{place.url}: there is no bucket {place.bucket!r}{_endpoint()}; check the URL")
+        return BucketMissing(f"{place.url}: there is no bucket {place.bucket!r}{_endpoint()}; check the URL")
     if status == 416:
         return ObjectCut(f"{where}: shorter than the range that was asked for; run `regen shards verify {place.url}`")
     if isinstance(error, PreconditionError):
@@ -112,14 +136,27 @@ def explained(error: Exception, place: Location, name: str, verb: str, waited_s:
         return ObjectMissing(f"{where}: not found; check the URL, or run `regen shards verify {place.url}`")
     if isinstance(error, InvalidPathError | ValueError):
         return DataError(f"{place.url}: {name!r} is not a name that an object can have")
-    if "configured region" in text or (status is not None and 300 <= status < 400):
-        return DataError(f"{where}: the bucket is in another region; set AWS_REGION to it")
+    if status == 400 and not code and place.scheme == "s3":  # HEAD has no body that would say more
+        return DataError(
+            f"{where}: the store refused to {verb} it ({said}){_endpoint()}; often the bucket is in another "
+            f"region{_region(text)}"
+        )
     if status is not None and status < 500 and status not in _AGAIN:
         return DataError(f"{where}: the store refused to {verb} it ({said}){_endpoint()}")
     return StoreUnavailable(
         f"{where}: could not {verb} it in {waited_s:.0f} s (last: {said or _kind(text)}){_endpoint()}; check that the "
         "store is up and can be reached, then run the same again"
     )
+
+
+def key_problem(key: str) -> str:
+    """Why a key of a bucket cannot be read; empty when it can."""
+    parts = key.removeprefix("/").removesuffix("/").split("/")
+    if "" in parts:
+        return "its key has an empty part ('//')"
+    if "." in parts or ".." in parts:
+        return "its key has a part that is '.' or '..'"
+    return "its key has a control character" if any(ord(each) < 32 or ord(each) == 127 for each in key) else ""
 
 
 def checked_name(name: str, url: str) -> str:
@@ -139,7 +176,7 @@ def _client(limits: Limits, writing: bool) -> ClientConfig:
     """While a request is being sent nothing is read, which obstore would take for a stall: writing has no stall limit,
     but less time for each request."""
     options: ClientConfig = {
-        "allow_http": any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS),
+        "allow_http": any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS),
         "connect_timeout": timedelta(seconds=limits.connect_s),
         "timeout": timedelta(seconds=limits.deadline_s / 3 if writing else limits.deadline_s),
     }
@@ -171,19 +208,20 @@ def _s3_provider(place: Location) -> object | None:
     if any(keys):
         raise AccessDenied(f"{place.url}: only one of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY is set; set both")
     if os.environ.get("AWS_PROFILE"):
-        return _profile(place)
+        return profile_provider(place)
     if not _has_metadata():
         raise no_credentials(place)
     return None
 
 
-def _profile(place: Location) -> object:
+def profile_provider(place: Location) -> object:
+    """boto3's chain of credentials, as a function that gives them; BackendError when boto3 is not installed."""
     try:
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
         raise BackendError(
-            f"{place.url}: AWS_PROFILE is set, and profiles are read through boto3, which is not installed; run "
-            "`pip install boto3`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"{place.url}: profiles (AWS_PROFILE), and other credentials for what obstore cannot do, are read through "
+            "boto3, which is not installed; run `pip install boto3`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from None
     try:
         return Boto3CredentialProvider()
@@ -206,9 +244,20 @@ def _has_metadata() -> bool:
         return False
 
 
+def _region(text: str) -> str:
+    """What to do about a region, in words."""
+    found = re.search(r"<Region>([\w-]{1,40})</Region>|expecting (?:'|&apos;|&#39;)([\w-]{1,40})", text)
+    theirs = found and (found[1] or found[2])
+    ours = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return (
+        f"{f': {theirs}' if theirs else ''}; AWS_REGION is {ours or 'not set (us-east-1 is taken)'}, set AWS_REGION to "
+        f"{theirs or 'that of the bucket'}"
+    )
+
+
 def _endpoint() -> str:
     """The endpoint that was set, in words: host and port only."""
-    for name in _ENDPOINTS:
+    for name in ENDPOINTS:
         if value := os.environ.get(name):
             return f" at the endpoint {urlsplit(value).netloc.rpartition('@')[2]} ({name})"
     return ""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from regen_dist.config.urls import parse_url
-from regen_dist.data.objects.bucket import Bucket, Found, pieces_of
+from regen_dist.data.objects.bucket import Bucket, Found, Listing, pieces_of
 from regen_dist.data.objects.connection import Limits
 from regen_dist.data.objects.local import LocalFolder, free_bytes, full_disk, remove_leftovers, sync
 from regen_dist.data.objects.ranges import Range
@@ -144,7 +144,13 @@ class Store:
 
     def list_found(self, prefix: str = "") -> dict[str, Found]:
         """As `list`, with each object's size and tag (`etag`, None for local files)."""
-        return dict(sorted(self._open().list(prefix).items()))
+        return self.list_all(prefix).found
+
+    def list_all(self, prefix: str = "") -> Listing:
+        """As `list_found`, with the objects that cannot be read by their keys, and why."""
+        backend = self._open()
+        listing = Listing(backend.list(prefix), {}) if isinstance(backend, LocalFolder) else backend.list(prefix)
+        return Listing(dict(sorted(listing.found.items())), dict(sorted(listing.unreadable.items())))
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object whole or not at all, over what was there."""

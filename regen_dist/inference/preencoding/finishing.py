@@ -51,6 +51,7 @@ def write_cache_manifest(
         DataError: no entry is left, or something is damaged.
     """
     numbers = range(len(dataset.manifest.shards))
+    _check_counts(store, dataset)
     sums = _sums(store, numbers)
     measured_on = {"dataset fingerprint": dataset.fingerprint}
     statistics = LatentStatistics(sums.clips, sums.images, measured_on).to_text()
@@ -71,6 +72,19 @@ def write_cache_manifest(
     if store.size(STATISTICS) is None or store.get(STATISTICS) != statistics.encode():
         store.put(STATISTICS, statistics.encode())
     return write_manifest(store, [_index(number) for number in numbers], KIND, options)
+
+
+def _check_counts(store: Store, dataset: Dataset) -> None:
+    """DataError unless each shard accounts for every sample of its source shard, as an entry or as left out."""
+    shards = dataset.manifest.shards
+    for number, (name, data) in enumerate(read_all(store, [_index(number) for number in range(len(shards))])):
+        table, facts = read_index(data)
+        told = table.num_rows + len(facts["skipped"])
+        if told != shards[number].samples:
+            raise DataError(
+                f"{store.url}/{name}: accounts for {told} videos, {shards[number].name} holds "
+                f"{shards[number].samples}; remove {name} and run the same again, which makes that shard anew"
+            )
 
 
 def _index(number: int) -> str:

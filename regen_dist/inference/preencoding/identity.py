@@ -10,7 +10,7 @@ from regen_dist.config.jsontext import json_text
 from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.data.dataset.catalogue import Dataset
 from regen_dist.data.dataset.index import SCHEMA_VERSION
-from regen_dist.data.dataset.manifest import Kind
+from regen_dist.data.dataset.manifest import Kind, described
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.models.text import TextEncoder
 
@@ -27,11 +27,23 @@ def cache_identity(
     return {
         "kind": KIND,
         "schema_version": SCHEMA_VERSION,
-        "source": {"fingerprint": dataset.fingerprint},
+        "source": source_identity(dataset),
         "encoder": {"fingerprint": encoder.fingerprint},
         "preprocessing": _preprocessing(config, encoder),
         "text": None if text is None else _text(text),
         "code": {"version": __version__, "encoding_version": ENCODING_VERSION},
+    }
+
+
+def source_identity(dataset: Dataset) -> dict[str, Any]:
+    """Everything of a dataset of videos that a cache depends on: bytes and order of the samples, their captions, what
+    else the indices say, and which shard each is in, for entries are made and numbered shard by shard."""
+    manifest = dataset.manifest
+    return {
+        "fingerprint": manifest.fingerprint,
+        **described(dataset.store, manifest).model_dump(),
+        "shards": manifest.boundaries(),
+        "samples": manifest.totals.samples,
     }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.data.dataset.catalogue import Dataset
-from regen_dist.data.dataset.index import Described, Sample, read_index, samples_of
+from regen_dist.data.dataset.index import Described, Sample, samples_of
 from regen_dist.data.dataset.latents import LATENT_EXTENSION, pack_latents
 from regen_dist.data.dataset.manifest import Skip, listed
 from regen_dist.data.dataset.writing import Limits, NewSample, ShardWriter
@@ -56,7 +56,7 @@ def stem_of(number: int) -> str:
 
 def samples_in(dataset: Dataset, number: int) -> list[Sample]:
     """The index entries of a dataset's shard."""
-    return samples_of(read_index(dataset.store.get(dataset.manifest.shards[number].index))[0])
+    return samples_of(dataset.index(number))
 
 
 def encode_shard(tools: Tools, number: int, store: Store, told: Callable[[int], None]) -> Encoded:

@@ -20,6 +20,7 @@ from regen_dist.data.reading.fetching import Bytes, limits_of
 from regen_dist.errors import DataError
 from regen_dist.inference.preencoding.batching import Batches, Pending
 from regen_dist.inference.preencoding.captions import as_stored
+from regen_dist.inference.preencoding.claiming import check_source
 from regen_dist.inference.preencoding.cutting import cut_video
 from regen_dist.inference.preencoding.decoding import decode_clips
 from regen_dist.inference.preencoding.identity import fingerprint_of
@@ -82,10 +83,11 @@ def _open_cache(config: PreencodeConfig) -> Dataset:
 
 def _check_fingerprint(cache: Dataset, facts: CacheFacts, inputs: Inputs) -> None:
     options = cache.manifest.options
+    wanted = check_source(cache.store, options.get("source"), inputs)
     stored = {name: options.get(name) for name in ("source", "preprocessing", "code")}
     stored["encoder"] = {"fingerprint": facts.encoder["fingerprint"]}
     stored["text"] = facts.text and {name: facts.text[name] for name in ("fingerprint", "width", "max_tokens")}
-    different = changes(stored, {name: inputs.identity[name] for name in stored})
+    different = changes(stored, {name: inputs.identity[name] for name in stored} | {"source": wanted})
     if different or facts.fingerprint != fingerprint_of(inputs.identity):
         raise DataError(
             f"{cache.store.url}: the cache was made of something else than the config says now "

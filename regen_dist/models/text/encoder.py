@@ -1,6 +1,7 @@
-"""Captions to embeddings, by the encoder of a T5 (Raffel et al., 2020) with its sentencepiece tokenizer.
+"""Captions to embeddings, by the encoder of a T5 (Raffel et al., 2020) with its sentencepiece tokenizer, or by any
+other model that transformers' AutoModel and AutoTokenizer load: the last layer's hidden states.
 
-Legend: L tokens of one caption, its end-of-sentence token included; D width of the encoder.
+Legend: L tokens of one caption, with the special tokens that its tokenizer adds; D width of the encoder.
 
 Each caption is encoded by itself, never beside others: matrix products of other shapes round differently, so that its
 embedding would depend, in the last bits, on its neighbours in a batch. Thus the same caption gives the same bytes in
@@ -15,27 +16,30 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from regen_dist.config.text import TextConfig
 from regen_dist.errors import CheckpointError
-from regen_dist.models.text.files import EncoderFiles, find_files, needing, quiet_transformers
+from regen_dist.models.text.files import EncoderFiles, find_files
+from regen_dist.models.text.loading import load_model, most_positions
+from regen_dist.models.text.tokens import AutoTokens, SentencePieces, Tokens
 
 
 class TextEncoder:
-    """A frozen T5 encoder. Made by `load`.
+    """A frozen text encoder. Made by `load`.
 
     Args:
-        model: transformers' `T5EncoderModel`, on its device.
-        tokenizer: sentencepiece's processor.
+        model: of transformers, on its device.
+        tokens: its tokenizer.
         config: what was asked for.
         files: where model and tokenizer come from.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: TextConfig, files: EncoderFiles) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokens: Tokens, config: TextConfig, files: EncoderFiles) -> None:
+        self._model, self._tokens = model, tokens
         self._config, self._files = config, files
+        limits = (config.max_tokens, tokens.longest, most_positions(model))
+        self._most = min(limit for limit in limits if limit is not None)
 
     @classmethod
     def load(
@@ -54,15 +58,15 @@ class TextEncoder:
         """
         device = torch.device(device)
         files = find_files(config.encoder)
-        tokenizer = _load_tokenizer(files)
-        model = _load_model(files, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
-        _check_vocabulary(files, tokenizer, model)
-        return cls(model.to(device).eval().requires_grad_(False), tokenizer, config, files)
+        tokens = SentencePieces(files) if files.is_t5 else AutoTokens(files)
+        model = load_model(files, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
+        _check_vocabulary(files, tokens, model)
+        return cls(model.to(device).eval().requires_grad_(False), tokens, config, files)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """D."""
-        return int(self._model.config.d_model)
+        return int(self.null().shape[1])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -80,18 +84,17 @@ class TextEncoder:
         }
 
     def tokens(self, caption: str) -> list[int]:
-        """Ids of a caption's L <= max_tokens tokens, as T5's own tokenizer gives them: sentencepiece's, then the end
-        of the sentence, which stays when the caption is cut. Names of special tokens in a caption are plain text."""
-        kept = self._tokenizer.encode(caption)[: self._config.max_tokens - 1]
-        return [*kept, self._tokenizer.eos_id()]
+        """Ids of a caption's L <= max_tokens tokens, fewer where the encoder takes no more, as its own tokenizer gives
+        them. Special tokens stay when the caption is cut; their names in a caption are plain text."""
+        return self._tokens.ids(caption, self._most)
 
     def cuts(self, caption: str) -> bool:
-        """Whether a caption has more than `max_tokens` tokens."""
-        return len(self._tokenizer.encode(caption)) >= self._config.max_tokens  # one more is the end of the sentence
+        """Whether a caption has more than `max_tokens` tokens, or more than the encoder takes."""
+        return self._tokens.count(caption) > self._most
 
     def pieces(self, caption: str) -> list[str]:
         """The same tokens, to look at."""
-        return [self._tokenizer.id_to_piece(token) for token in self.tokens(caption)]
+        return self._tokens.pieces(self.tokens(caption))
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Embeddings [L, D] of each caption, on the encoder's device and in its dtype. The same bytes in any batch;
@@ -107,47 +110,16 @@ class TextEncoder:
     @torch.no_grad()
     def _encode(self, row: tuple[int, ...]) -> Tensor:
         ids = torch.tensor([row], device=self._model.device)  # [1, L]
-        embedded: Tensor = self._model(input_ids=ids).last_hidden_state[0]  # [L, D]
+        found = self._model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        embedded: Tensor = found.last_hidden_state[0]  # [L, D]
         return embedded
 
 
-def _load_tokenizer(files: EncoderFiles) -> Any:
-    with needing("sentencepiece"):
-        from sentencepiece import SentencePieceProcessor
-    try:
-        tokenizer = SentencePieceProcessor(model_file=str(files.tokenizer))
-    except (OSError, RuntimeError) as error:
+def _check_vocabulary(files: EncoderFiles, tokens: Tokens, model: Any) -> None:
+    """An encoder has rows for more tokens than its tokenizer knows, never for fewer."""
+    rows = model.get_input_embeddings().num_embeddings
+    if tokens.size > rows:
         raise CheckpointError(
-            f"{files.tokenizer} is no sentencepiece model: {error}; fetch or copy it again"
-        ) from error
-    if tokenizer.eos_id() < 0:
-        raise CheckpointError(f"{files.tokenizer} has no token for the end of a sentence: it is not a T5's")
-    return tokenizer
-
-
-def _load_model(files: EncoderFiles, dtype: torch.dtype) -> Any:
-    with quiet_transformers() as transformers:
-        try:
-            model, found = transformers.T5EncoderModel.from_pretrained(
-                str(files.folder), use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the T5 encoder in {files.folder} cannot be loaded: {str(error).strip() or repr(error)}; fetch or "
-                "copy its files again"
-            ) from error
-    if missing := sorted(found["missing_keys"]):
-        raise CheckpointError(
-            f"the weights in {files.folder} are not those of a T5 encoder as {files.config.name} describes it: "
-            f"{len(missing)} tensors are missing, among them {missing[0]}"
-        )
-    return model
-
-
-def _check_vocabulary(files: EncoderFiles, tokenizer: Any, model: Any) -> None:
-    """A T5 has rows for more tokens than its tokenizer knows, never for fewer."""
-    if len(tokenizer) > model.config.vocab_size:
-        raise CheckpointError(
-            f"{files.tokenizer} has {len(tokenizer)} tokens, the T5 beside it takes {model.config.vocab_size}: they do "
+            f"the tokenizer in {files.folder} has {tokens.size} tokens, the encoder beside it takes {rows}: they do "
             "not belong together"
         )

@@ -1,11 +1,11 @@
 """The files of a text encoder, as Hugging Face lays them out, and the packages that read them.
 
-    FOLDER/config.json                       sizes of the T5
-    FOLDER/spiece.model                      its sentencepiece tokenizer
+    FOLDER/config.json                       its architecture and sizes
+    FOLDER/spiece.model                      the sentencepiece tokenizer of a T5; for others what AutoTokenizer reads
     FOLDER/model.safetensors                 its weights; or, in several files:
     FOLDER/model.safetensors.index.json      which tensor is in which of FOLDER/model-….safetensors
 
-Weights that are pickled are not read.
+Weights that are pickled are not read: `regen text convert` writes them anew (converting.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,23 +23,34 @@ from regen_dist.errors import BackendError, CheckpointError
 
 CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE = "config.json", "spiece.model", "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS_FILE}.index.json"
-_FETCHED = [CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, WEIGHTS_INDEX, "model-*.safetensors"]
+TOKENIZER_FILES = (
+    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", TOKENIZER_FILE,
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX = f"{PICKLED_FILE}.index.json"
+_DESCRIBED = [CONFIG_FILE, *TOKENIZER_FILES]
+_FETCHED = [*_DESCRIBED, WEIGHTS_FILE, WEIGHTS_INDEX, "model-*.safetensors"]
+_FETCHED_PICKLED = [*_DESCRIBED, PICKLED_FILE, PICKLED_INDEX, "pytorch_model-*.bin"]
+_T5_KINDS = ("t5", "mt5")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_NEEDED = f"a local folder with {CONFIG_FILE}, {TOKENIZER_FILE} and {WEIGHTS_FILE}"
+_NEEDED = f"a local folder with {CONFIG_FILE}, a tokenizer and {WEIGHTS_FILE}"
 
 
 class EncoderFiles(NamedTuple):
-    """The files of one encoder, all there. `weights` is sorted by name."""
+    """The files of one encoder, all there. `tokenizer` and `weights` are sorted by name. A T5 with a sentencepiece
+    tokenizer (`is_t5`) has that one file alone."""
 
     folder: Path
     config: Path
-    tokenizer: Path
+    tokenizer: tuple[Path, ...]
     weights: tuple[Path, ...]
+    is_t5: bool
 
     def digest(self) -> str:
         """SHA-256 over the files' names and bytes: the same wherever they lie."""
         whole = hashlib.sha256()
-        for path in (self.config, self.tokenizer, *self.weights):
+        for path in (self.config, *self.tokenizer, *self.weights):
             with path.open("rb") as file:
                 whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return whole.hexdigest()
@@ -54,11 +66,57 @@ def find_files(name: str) -> EncoderFiles:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = _fetch(name)
-    for file in (CONFIG_FILE, TOKENIZER_FILE):
-        if not (folder / file).is_file():
-            raise CheckpointError(f"text encoder {name!r} has no {file} in {folder}; text.encoder takes {_NEEDED}")
-    return EncoderFiles(folder, folder / CONFIG_FILE, folder / TOKENIZER_FILE, _weights(name, folder))
+        folder = _fetch(name, _FETCHED)
+    tokenizer, is_t5 = described_by(name, folder)
+    return EncoderFiles(folder, folder / CONFIG_FILE, tokenizer, _weights(name, folder), is_t5)
+
+
+def find_pickled(name: str) -> tuple[Path, tuple[Path, ...]]:
+    """Folder and pickled weights of an encoder, for a conversion; the weights are fetched, not read.
+
+    Raises:
+        CheckpointError: there are none, or the encoder has safetensors and needs no conversion.
+        BackendError: huggingface_hub is not installed.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _fetch(name, _FETCHED_PICKLED)
+    described_by(name, folder)
+    if (folder / WEIGHTS_FILE).is_file() or (folder / WEIGHTS_INDEX).is_file():
+        raise CheckpointError(f"text encoder {name!r} has {WEIGHTS_FILE} in {folder}: use it as it is")
+    if (folder / PICKLED_INDEX).is_file():
+        return folder, _shards(name, folder, PICKLED_INDEX)
+    if not (folder / PICKLED_FILE).is_file():
+        raise CheckpointError(f"text encoder {name!r} has no {PICKLED_FILE} in {folder}: there is nothing to convert")
+    return folder, (folder / PICKLED_FILE,)
+
+
+def described_by(name: str, folder: Path) -> tuple[tuple[Path, ...], bool]:
+    """The files of a folder's tokenizer, and whether they are a T5's; CheckpointError when something is missing."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"text encoder {name!r} has no {CONFIG_FILE} in {folder}; text.encoder takes {_NEEDED}")
+    kind = _kind(folder / CONFIG_FILE)
+    found = tuple(folder / file for file in TOKENIZER_FILES if (folder / file).is_file())
+    if kind in _T5_KINDS and (folder / TOKENIZER_FILE).is_file():
+        return (folder / TOKENIZER_FILE,), True
+    if not found:
+        raise CheckpointError(
+            f"text encoder {name!r} has no {TOKENIZER_FILE} in {folder}, nor another tokenizer "
+            f"({', '.join(TOKENIZER_FILES)}); text.encoder takes {_NEEDED}"
+        )
+    return found, False
+
+
+def _kind(config: Path) -> str:
+    """The model type that a config names; CheckpointError when it cannot be read."""
+    try:
+        found = json.loads(config.read_bytes())
+        return str(found["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the text encoder in {config.parent} cannot be loaded: {config.name} names no model_type "
+            f"({type(error).__name__}); fetch or copy it again"
+        ) from error
 
 
 @contextmanager
@@ -92,22 +150,21 @@ def _weights(name: str, folder: Path) -> tuple[Path, ...]:
         return (folder / WEIGHTS_FILE,)
     if not (folder / WEIGHTS_INDEX).is_file():
         raise CheckpointError(
-            f"text encoder {name!r} has no {WEIGHTS_FILE} in {folder}; pickled weights (pytorch_model.bin) are not "
-            f"read. Convert them once, on a machine where you trust them:\n  {_conversion(name)}\nthen copy "
-            f"{TOKENIZER_FILE} into that folder and set text.encoder to it"
+            f"text encoder {name!r} has no {WEIGHTS_FILE} in {folder}; pickled weights ({PICKLED_FILE}) are not read, "
+            "for unpickling may run what somebody put there. Convert them once:\n  regen text convert "
+            f"{shlex.quote(name)} --out t5-encoder\nand set text.encoder to that folder"
         )
-    shards = tuple(folder / shard for shard in sorted(_shard_names(folder / WEIGHTS_INDEX)))
+    return _shards(name, folder, WEIGHTS_INDEX)
+
+
+def _shards(name: str, folder: Path, index: str) -> tuple[Path, ...]:
+    shards = tuple(folder / shard for shard in sorted(_shard_names(folder / index)))
     if missing := [path.name for path in shards if not path.is_file()]:
         raise CheckpointError(
             f"text encoder {name!r}: {len(missing)} of {len(shards)} files of weights are missing in {folder}, among "
             f"them {missing[0]}; fetch or copy it again"
         )
     return shards
-
-
-def _conversion(name: str) -> str:
-    load = f"T5EncoderModel.from_pretrained({name!r}, use_safetensors=False, dtype='bfloat16')"
-    return f'python -c "from transformers import T5EncoderModel; {load}.save_pretrained({"t5-encoder"!r})"'
 
 
 def _shard_names(index: Path) -> set[str]:
@@ -118,7 +175,7 @@ def _shard_names(index: Path) -> set[str]:
         raise CheckpointError(f"{index} is damaged ({error!r}); fetch or copy it again") from error
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, patterns: list[str]) -> Path:
     if not _HUB_NAME.fullmatch(name):
         raise CheckpointError(
             f"text encoder {name!r}: there is no such folder; text.encoder takes {_NEEDED} (`regen text make` writes a "
@@ -127,7 +184,7 @@ def _fetch(name: str) -> Path:
     with needing("huggingface-hub"):
         from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=_FETCHED))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # of one of several network libraries, by version
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(

@@ -11,10 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from regen_dist.models.text.files import (
     needing,
     quiet_transformers,
 )
+from regen_dist.models.text.whole import made_whole
 
 RECIPE_FILE = "recipe.json"
 _BIAS_STD = 0.5  # of the attention's biases by distance, beside scores of about 1
@@ -89,7 +87,7 @@ def make_small_encoder(
     if _is_there(folder, recipe):
         return False
     tokenizer, tokens = _trained_tokenizer(kept, vocabulary)
-    with _made_whole(folder, recipe) as made:
+    with made_whole(folder, lambda: _is_there(folder, recipe)) as made:
         _save_model(recipe, tokens, made)
         (made / TOKENIZER_FILE).write_bytes(tokenizer)
         (made / RECIPE_FILE).write_text(recipe.to_text(), encoding="utf-8")
@@ -175,38 +173,3 @@ def _t5_config(transformers: Any, recipe: Recipe, tokens: int) -> Any:
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
-
-
-@contextmanager
-def _made_whole(folder: Path, recipe: Recipe) -> Iterator[Path]:
-    """A new folder beside `folder` that is renamed to it when the block ends well, and removed when it does not."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-        try:
-            yield made
-            made.chmod(0o755)
-            for path in (*made.iterdir(), made):
-                _sync(path)
-            _take_place(made, folder, recipe)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"the text encoder cannot be written to {folder}: {error.strerror or error}") from error
-
-
-def _take_place(made: Path, folder: Path, recipe: Recipe) -> None:
-    try:
-        os.rename(made, folder)
-    except OSError:
-        if not _is_there(folder, recipe):  # else another process has made the same meanwhile
-            raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,123 @@
+"""Keys, answers and services that a SeaweedFS does not show, by small servers that do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from regen_dist.data.objects.connection import key_problem
+from regen_dist.data.objects.store import Limits, Store
+from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectDenied
+from tests.helpers.fakestores import BUCKET, FakeStore, fake_store
+from tests.helpers.objects import use
+
+URL = f"s3://{BUCKET}"
+QUICK = Limits(stall_s=2.0, deadline_s=2.0)
+ODD = ["v//b.mp4", "v/./c.mp4", "v/../d.mp4", "v/e\nf.mp4", "v/tab\t.mp4", "v/x//"]
+PLAIN = ["v/a.mp4", "v/a b+c&d.mp4", "v/é#?%20.mp4", "v/e\\f.mp4", "v/z/deep.mp4", "w/other.mp4"]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStore]:
+    with fake_store() as store:
+        use(monkeypatch, store.environment())
+        yield store
+
+
+@pytest.mark.parametrize("page", [1000, 3, 1])
+@pytest.mark.parametrize("odd", [*([key] for key in ODD), ODD], ids=repr)
+def test_an_odd_key_hides_no_other(server: FakeStore, odd: list[str], page: int) -> None:
+    server.objects, server.page = {key: key.encode() for key in [*PLAIN, *odd]}, page
+    listing = Store(f"{URL}/v", QUICK).list_all()
+    assert list(listing.unreadable) == sorted(key[2:] for key in odd)
+    assert {name: found.size for name, found in listing.found.items()} == {
+        key[2:]: len(key.encode()) for key in PLAIN if key.startswith("v/")
+    }
+    store = Store(URL, QUICK)
+    assert set(store.list("v/")) == {key for key in PLAIN if key.startswith("v/")}
+    assert store.list("v/a") == {key: len(key.encode()) for key in PLAIN if key.startswith("v/a")}
+    for key in PLAIN:
+        assert store.get(key) == key.encode()
+
+
+def test_folders_with_odd_signs_in_their_urls(server: FakeStore) -> None:
+    server.objects = {"a#b?/v.mp4": b"1", "a#b?//w.mp4": b"2"}
+    listing = Store(f"{URL}/a%23b%3F", QUICK).list_all()
+    assert (list(listing.found), listing.unreadable) == (
+        ["v.mp4"],
+        {"/w.mp4": "its key has an empty part ('//'): rename it"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [("a/b", ""), ("/a", ""), ("a/", ""), ("a//b", "empty part"), ("a/../b", "'..'"), ("\x7f", "control")],
+)
+def test_which_keys_cannot_be_read(key: str, problem: str) -> None:
+    assert problem in key_problem(key)
+    assert bool(problem) == bool(key_problem(key))
+
+
+def test_without_keys_to_sign_with_the_message_says_what_to_do(
+    server: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listing again needs credentials as such; boto3's chain is asked where the environment has none."""
+    server.objects = dict.fromkeys([*PLAIN, *ODD], b"")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    assert len(Store(URL, QUICK).list()) == len(PLAIN)
+    from regen_dist.data.objects import plain_listing
+
+    monkeypatch.delenv("AWS_SKIP_SIGNATURE")
+    monkeypatch.setattr(plain_listing, "_credentials", _no_boto)
+    with pytest.raises(BackendError, match="pip install boto3"):
+        Store(URL, QUICK).list()
+
+
+def _no_boto(place: object) -> None:
+    raise BackendError("pip install boto3")
+
+
+def test_a_wrong_region_is_named(server: FakeStore) -> None:
+    """AWS answers 400 AuthorizationHeaderMalformed; a HEAD has no body, so only the status."""
+    server.region = "eu-west-1"
+    store = Store(f"{URL}/v", QUICK)
+    for call in (store.list, lambda: store.get("a.mp4")):
+        with pytest.raises(DataError, match="AWS_REGION is us-east-1, set AWS_REGION to eu-west-1"):
+            call()
+    with pytest.raises(
+        DataError, match=r"another region.*AWS_REGION is us-east-1, set AWS_REGION to that of the bucket"
+    ):
+        store.size("a.mp4")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        ((403, "InvalidObjectState"), DataError, "archived"),
+        ((403, "AccessDenied"), ObjectDenied, "access denied"),
+        ((403, "ExpiredToken"), AccessDenied, "access denied"),
+        ((400, "KMS.DisabledException"), DataError, "KMS.DisabledException"),
+        ((404, "NoSuchKey"), DataError, "not found"),
+    ],
+)
+def test_what_a_refused_object_means(
+    server: FakeStore, answer: tuple[int, str], kind: type[DataError], words: str
+) -> None:
+    server.objects, server.refused = {"a.mp4": b"1"}, {"a.mp4": answer}
+    for call in (lambda: Store(URL, QUICK).get("a.mp4"), lambda: list(Store(URL, QUICK).stream("a.mp4"))):
+        with pytest.raises(DataError, match=words) as caught:
+            call()
+        assert type(caught.value) is kind or (kind is DataError and not isinstance(caught.value, AccessDenied))
+
+
+def test_conditional_writes_keep_to_azures_rule_for_metadata(server: FakeStore) -> None:
+    """A C# identifier; and the name must come back when the answer of a write was lost."""
+    store = Store(f"az://{BUCKET}/run", Limits(stall_s=2.0, deadline_s=6.0))
+    assert store.put_new("claim", b"1")
+    assert not store.put_new("claim", b"2")
+    server.lost_answers = 1
+    assert store.put_new("other", b"3")
+    assert server.lost_answers == 0
+    assert server.objects == {"run/claim": b"1", "run/other": b"3"}
+    assert all(name.isalpha() and name.islower() for named in server.metadata.values() for name in named)
