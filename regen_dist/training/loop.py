@@ -72,6 +72,8 @@ class Trainer:
     def fit(self, stopper: Stopper) -> int:
         """Train to the last step, or until the ranks agree to stop. Returns the exit code."""
         train = self.config.train
+        if self.step == 0 and train.validate_at_start:
+            self._validate()
         while self.step < train.steps:
             lr = learning_rate(self.config.optimizer, self.step, train.steps)
             result, batch = self._train_step(lr)

@@ -14,6 +14,8 @@ from regen_dist.models import Baseline, Latents, Regen, build_model
 from regen_dist.models.decoder import LocalMixing, fold_tokens, unfold_tokens
 from tests.helpers.tiny import clips, tiny_model, wake
 
+WINDOWS = {"pattern": "window", "window": [2, 2, 2]}
+
 PRESETS = sorted(Path("configs/embedder").glob("*.yaml"))
 
 
