@@ -26,10 +26,14 @@ class Weights(StrEnum):
 
 def reconstruct(
     video: Annotated[Path, typer.Argument(help="Any video file: any length, sides and frame rate.")],
-    run: Annotated[
-        Path, typer.Option(help="Run folder with a checkpoint, such as runs/demo; or a model that was exported.")
-    ],
     out: Annotated[Path, typer.Option(help="Folder for the videos, the contact sheet and metrics.json.")],
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder with a checkpoint, such as runs/demo; or a model that was exported. "
+            "The packaged embedder by default."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps of the decoder.")] = 1,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the output; the source's by default.")] = None,
     overlap: Annotated[int, typer.Option(help="Frames that neighbouring clips share.")] = 1,
@@ -49,15 +53,16 @@ def reconstruct(
 ) -> None:
     """Encode a video clip by clip, decode it from the latents alone, and measure the result.
 
-    Example: regen reconstruct runs/videos/bikes.mp4 --run runs/demo --out runs/demo/bikes --short-side 64 --steps 4
+    Example: regen reconstruct runs/videos/bikes.mp4 --out runs/bikes --short-side 192
     """
     from rich.console import Console
 
     from regen_dist.evaluation.measure import Options
     from regen_dist.evaluation.reconstruction import reconstruct as job
-    from regen_dist.inference.codec import Codec
+    from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
     from regen_dist.inference.frames import SourceVideo
 
+    run = PACKAGED_EMBEDDER if run is None else run
     console = Console()
     options = Options(steps=steps, fps=fps, overlap=overlap, seed=seed, group=group, tile=tile)
     source = SourceVideo(video, short_side=short_side, max_frames=max_frames)

@@ -14,6 +14,7 @@ from regen_dist.config.problems import describe, message
 from regen_dist.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from regen_dist.config.section import PositiveInt, Section
 from regen_dist.config.t2v import FlowConfig, T2VConfig, T2VModelConfig
+from regen_dist.config.version import fill_later_fields
 from regen_dist.config.yamlfile import read_yaml, shown
 from regen_dist.errors import CheckpointError, ConfigError
 
@@ -109,6 +110,7 @@ def load_any_export_config(folder: Path) -> AnyExportConfig:
         values, lines = read_yaml(path)
     except ConfigError as error:
         raise CheckpointError(f"{shown(folder)} is no exported model: {error}") from error
+    fill_later_fields(values)
     where, schema = shown(path), _schema_of(values)
     composed = Composed(values, {key: f"{where}:{line}" for key, line in lines.items()})
     try:

@@ -84,6 +84,7 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 500
+    validate_at_start: bool = False  # once more before the first step: what training adds is seen on the curve
     time_limit_s: PositiveFloat | None = None  # save and end (code 75) before this much time has passed since the start
     time_limit_lead_s: Annotated[float, Field(ge=0.0)] = 120.0  # how long before: time for a step and a save
     trace_samples: bool = False  # write the ids of every clip that was trained on to samples/ in the run folder

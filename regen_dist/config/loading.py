@@ -17,6 +17,7 @@ from regen_dist.config.jsontext import json_text
 from regen_dist.config.problems import describe, message
 from regen_dist.config.schema import RunConfig
 from regen_dist.config.t2v import T2VConfig
+from regen_dist.config.version import fill_later_fields
 from regen_dist.config.yamlfile import read_yaml, shown
 from regen_dist.errors import ConfigError
 
@@ -100,6 +101,7 @@ def load_saved_config(folder: str | Path) -> AnyRunConfig:
     if not path.is_file():
         raise ConfigError(f"{shown(Path(folder))}: no {CONFIG_FILE} in it, so it is not a run folder; give runs/NAME")
     values, lines = read_yaml(path)
+    fill_later_fields(values)
     where = shown(path)
     composed = Composed(values, {key: f"{where}:{line}" for key, line in lines.items()})
     return _validate(_schema_of(composed), composed, path)

@@ -94,6 +94,7 @@ class DecoderConfig(Section):
     width: PositiveInt = 2048
     mlp_ratio: Annotated[float, Field(gt=0.0)] = 4.0
     attention: AttentionConfig = AttentionConfig()
+    local: bool = True  # a depthwise 3x3 convolution in every block; the paper's decoder has none
     linear: bool = True
 
     @model_validator(mode="after")

@@ -1,10 +1,11 @@
-"""Which code this is."""
+"""The version of this code, and how configs saved by older versions are read."""
 
 from __future__ import annotations
 
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from regen_dist import __version__
 
@@ -31,3 +32,12 @@ def code_version() -> str:
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def fill_later_fields(values: dict[str, Any]) -> None:
+    """Set, in a saved config, the fields that came after it and whose default is not what it was trained with."""
+    model = values.get("model")
+    if isinstance(model, dict) and model.get("kind", "regen") == "regen":
+        decoder = model.setdefault("decoder", {})
+        if isinstance(decoder, dict):
+            decoder.setdefault("local", False)

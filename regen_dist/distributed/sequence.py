@@ -100,6 +100,10 @@ class _Part(Share):
         start = sum(self.lengths[: rows.index])
         self.own = slice(start, start + self.lengths[rows.index])
 
+    def own_heads(self, heads: int) -> slice:
+        each = heads // self.rows.size
+        return slice(self.rows.index * each, (self.rows.index + 1) * each)
+
     def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         size, count = self.rows.size, len(tensors)
         batch, heads, _, width = tensors[0].shape

@@ -42,6 +42,9 @@ from regen_dist.models.reach import decoder_reach, encoder_reach
 _SMALLEST_TILE = 64
 Decode = Callable[[Latents, Tile | None], Tensor]  # latents of a tile, or of the whole frame (None), to pixels
 
+# The embedder that the package carries, as `regen checkpoint export` wrote it; its README.md is its model card.
+PACKAGED_EMBEDDER = Path(__file__).parents[1] / "pretrained" / "pocket"
+
 
 class Codec:
     """An embedder for inference. Takes and gives float32 videos in [-1, 1]; works in the precision that it was trained

@@ -36,21 +36,66 @@ def unfold_tokens(tokens: Tensor, grid: Grid) -> Tensor:
     return patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(-1, 3, t, h * P, w * P)
 
 
+class LocalMixing(nn.Module):
+    """Depthwise 3x3 convolution over each frame's grid of tokens, added to them (ours).
+
+    Content alone is no position that tells a left neighbour from a right one; this does, and being equivariant to
+    shifts it leaves any size and aspect ratio possible (conditional positional encoding; Chu et al., 2021).
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.weight = nn.Parameter(torch.empty(width, 1, 3, 3).uniform_(-1 / 3, 1 / 3))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, grid: Grid, share: Share = WHOLE) -> Tensor:
+        """x [B, M+L, D], its first M tokens (of the context) left as they are; of a shared row this rank's part of it.
+
+        Ranks that share a row exchange parts of it for parts of the channels, as they do for attention.
+        """
+        if share is WHOLE:
+            return x + self._convolve(x, grid, slice(None))
+        channels = share.own_heads(self.heads)
+        (row,) = share.to_heads(x.unflatten(-1, (self.heads, -1)).transpose(1, 2))  # [B, N/S, M+L, E]
+        mixed = self._convolve(row.transpose(1, 2).flatten(2), grid, channels)  # [B, M+L, D/S]
+        tokens = share.to_tokens(mixed.unflatten(-1, (row.shape[1], -1)).transpose(1, 2))
+        return x + tokens.transpose(1, 2).flatten(2)
+
+    def _convolve(self, x: Tensor, grid: Grid, heads: slice) -> Tensor:
+        weight, bias = (each.unflatten(0, (self.heads, -1))[heads].flatten(0, 1) for each in (self.weight, self.bias))
+        context = x.shape[1] - prod(grid)
+        frames = x[:, context:].unflatten(1, grid).flatten(0, 1).permute(0, 3, 1, 2)  # [B*T, D, h, w]
+        mixed = F.conv2d(frames, weight, bias, padding=1, groups=len(weight))
+        tokens = mixed.permute(0, 2, 3, 1).reshape(x.shape[0], prod(grid), -1)
+        return tokens if context == 0 else F.pad(tokens, (0, 0, context, 0))
+
+
 class Block(nn.Module):
-    """Self-attention and a two-layer network, both behind adaLN gates. Odd blocks shift their attention windows."""
+    """Local mixing, self-attention and a two-layer network, the last two behind adaLN gates. Odd blocks shift their
+    attention windows."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.heads, self.attention, self.shifted = config.heads, config.attention, index % 2 == 1
+        self.local = LocalMixing(width, config.heads) if config.local else None
+        # Open gates (ours): with gates at zero the first hundreds of steps go into opening them (docs/embedder.md).
         self.table = nn.Parameter(torch.zeros(6, width))
+        with torch.no_grad():
+            self.table[[2, 5]] = 1.0
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.expand = nn.Linear(width, hidden)
         self.contract = nn.Linear(hidden, width)
+        with torch.no_grad():  # two sums a block keep the tokens' variance (as GPT-2 does; Radford et al., 2019)
+            for branch in (self.out, self.contract):
+                branch.weight.div_((2 * config.blocks) ** 0.5)
 
     def forward(self, x: Tensor, modulation: Tensor, grid: Grid, share: Share = WHOLE) -> Tensor:
         """x [B, M+L, D], modulation [B, 6, D]; of a shared row this rank's part of x."""
+        if self.local is not None:
+            x = self.local(x, grid, share)
         parts = (modulation + self.table).unsqueeze(2).unbind(1)  # six of [B, 1, D]
         x = torch.addcmul(x, parts[2], self._attend(modulate(x, parts[0], parts[1]), grid, share))
         return torch.addcmul(x, parts[5], self.contract(F.gelu(self.expand(modulate(x, parts[3], parts[4])))))

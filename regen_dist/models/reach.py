@@ -42,13 +42,27 @@ def conv_decoder_reach(config: EncoderConfig) -> Reach:
 def transformer_reach(config: DecoderConfig) -> Reach | None:
     """Of the generative decoder, or None where every token sees every other one.
 
-    At a border of a tile, windows that are shifted are cut in two. What is wrong then spreads by a window with each
-    shifted block (its own, and the one after it that is not shifted).
+    In each block what a cell depends on grows by a cell (the local convolution), then to whole windows, which are
+    shifted in every second block.
     """
     if config.attention.pattern == "full":
         return None
-    shifted, (_, rows, columns) = config.blocks // 2, config.attention.window
-    return Reach((shifted * rows, shifted * columns), (rows, columns))
+    _, rows, columns = config.attention.window
+    return Reach((_window_reach(config, rows), _window_reach(config, columns)), (rows, columns))
+
+
+def _window_reach(config: DecoderConfig, window: int) -> int:
+    """The farthest cell that another depends on, along an axis with so long windows."""
+    farthest = 0
+    for cell in range(window):
+        low, high = cell, cell
+        for block in range(config.blocks):
+            low, high = low - config.local, high + config.local
+            shift = window // 2 if block % 2 else 0
+            low -= (low - shift) % window
+            high += window - 1 - (high - shift) % window
+        farthest = max(farthest, cell - low, high - cell)
+    return farthest
 
 
 def decoder_reach(config: ModelConfig) -> Reach | None:

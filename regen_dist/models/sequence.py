@@ -32,6 +32,10 @@ class Share:
         """The way back, [B, N/S, L, E] to [B, N, l, E]. A collective of the group."""
         return mixed
 
+    def own_heads(self, heads: int) -> slice:
+        """The heads, of so many, that `to_heads` gives this rank."""
+        return slice(None)
+
     def whole(self, tokens: Tensor) -> Tensor:
         """Own tokens [B, l, C] to the whole row [B, L, C], the same on every rank. A collective of the group.
 
@@ -88,6 +92,9 @@ class _PretendedShare(Share):
     def __init__(self, length: int, size: int) -> None:
         self.length, self.size = length, size
         self.own = slice(0, row_lengths(length, size)[0])
+
+    def own_heads(self, heads: int) -> slice:
+        return slice(0, heads // self.size)
 
     def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         own = torch.stack([tensor[:, : tensor.shape[1] // self.size] for tensor in tensors])

@@ -94,6 +94,8 @@ class Trainer:
 
     def _fit(self, stopper: Stopper) -> int:
         train = self.config.train
+        if self.step == 0 and train.validate_at_start:
+            self._validate()
         while self.step < train.steps:
             lr = learning_rate(self.config.optimizer, self.step, train.steps)
             result, batch = self._train_step(lr)

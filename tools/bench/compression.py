@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regen_dist.config.files import write_text_atomically
 from regen_dist.config.jsontext import json_text
 from tools import stages
 from tools.shards.stopping import stopping_cleanly
@@ -34,7 +35,10 @@ def compression(
     out: Annotated[Path, typer.Option(help="Folder of the shards, the runs, the JSON and the page.")] = Path(
         "runs/compression"
     ),
-    minutes_per_arm: Annotated[float, typer.Option(help="Training time of an arm, on one core.", min=0.001)] = 10.0,
+    minutes_per_arm: Annotated[
+        list[float] | None,
+        typer.Option(help="Training time of an arm, on one core. Given several times: a table of curves.", min=0.001),
+    ] = None,
     tests: Annotated[
         Path | None, typer.Option(help="Folder of videos to test on, in the place of the listed clips.")
     ] = None,
@@ -44,13 +48,41 @@ def compression(
     tune: Annotated[bool, typer.Option(help="Choose the learning rate of each kind by short runs first.")] = True,
     fresh_measures: Annotated[bool, typer.Option("--fresh-measures", help="Measure again what is measured.")] = False,
 ) -> None:
-    """Train every arm for the same time, measure all on video that none was trained on, and write a page. All arms take
-    about two hours on two cores.
+    """Train every arm for the same time, measure all on video that none was trained on, and write a page. Ten minutes
+    an arm, the default, take about three hours on two cores.
 
-    The same command again goes on where it stopped; what is trained and measured is not done again.
+    The same command again goes on where it stopped; what is trained and measured is not done again. Of several budgets
+    each has its own folder in `--out`, the shortest comes first, and curves.md is written anew after each.
 
-    Example: regen bench compression --arms 'regen-k16|magvit2-k16' --minutes-per-arm 2
+    Example: regen bench compression --arms 'regen-k16|magvit2-k16-linear' --minutes-per-arm 5 --minutes-per-arm 20
     """
+    from regen_dist.evaluation.compression.budget_curves import budgets_markdown, read_budgets
+
+    budgets = sorted(set(minutes_per_arm or [10.0]))
+    asked = _told_apart(config, overrides or [])
+    folders = {minutes: out if len(budgets) == 1 else out / f"{minutes:g}_minutes" for minutes in budgets}
+    for minutes, folder in folders.items():
+        _one_budget(*asked, out, folder, minutes, tests, clips, arms, at_once, tune, fresh_measures)
+        if len(budgets) > 1:
+            text = budgets_markdown(read_budgets(folders))
+            write_text_atomically(out / "curves.md", text)
+            print(text)
+
+
+def _one_budget(
+    config: Path,
+    asked: list[str],
+    data: Path,
+    out: Path,
+    minutes_per_arm: float,
+    tests: Path | None,
+    clips: Path,
+    arms: str,
+    at_once: int,
+    tune: bool,
+    fresh_measures: bool,
+) -> None:
+    """All arms at one budget, in the folder `out`; the shards are in the folder `data`."""
     from rich.console import Console
 
     from regen_dist.config import config_hash, load_embedder_config
@@ -59,8 +91,7 @@ def compression(
     from regen_dist.observe.hardware import describe_machine
     from tools.bench.compression_runs import Runs
 
-    config, asked = _told_apart(config, overrides or [])
-    own = _changes(out, asked)
+    own = _changes(data, out, asked)
     base, chosen = load_embedder_config(config, own), chosen_arms(arms)
     sizes, loads = sizes_of(base), {"before": os.getloadavg()}
     runs = Runs(config, tuple(own), base, out, minutes_per_arm, at_once, Console(stderr=True).print)
@@ -88,11 +119,11 @@ def _told_apart(config: Path, overrides: Sequence[str]) -> tuple[Path, list[str]
     return config if given else _CONFIG, [*([] if given else [str(config)]), *overrides]
 
 
-def _changes(out: Path, asked: Sequence[str]) -> list[str]:
+def _changes(data: Path, out: Path, asked: Sequence[str]) -> list[str]:
     """To the config that every arm starts from."""
     first = [
-        f"data.url={out}/shards",
-        f"data.validation_url={out}/tuning",
+        f"data.url={data}/shards",
+        f"data.validation_url={data}/tuning",
         f"engine.precision={stages.working_precision()}",
     ]
     return [*first, *asked, "engine.kind=plain", f"output={out}/arms"]

@@ -22,6 +22,7 @@ STEPS = (1, 2, 4, 8)
 
 _FULL = ("model.decoder.attention.pattern=full", "model.decoder.attention.backend=sdpa")
 _NO_LINEAR = ("model.decoder.linear=false",)
+_PAPER = ("model.decoder.local=false",)
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,23 @@ def baseline_with_code(k: int) -> Arm:
     return Arm("magvit2", k, "linear", (), "with our linear code", baseline(k).name)
 
 
+def paper_form(k: int) -> Arm:
+    """REGEN with the decoder of the paper: no local convolutions."""
+    return Arm("regen", k, "paper", _PAPER, "the paper's form", regen(k).name)
+
+
+def paper_form_alone(k: int) -> Arm:
+    """REGEN as the paper has it: neither local convolutions nor the linear code."""
+    what = "the paper's form, without the linear code"
+    return Arm("regen", k, "paper-no_linear", (*_PAPER, *_NO_LINEAR), what, regen_alone(k).name)
+
+
 def tuned_at(arm: Arm) -> Arm:
-    """Where an arm's learning rate is chosen: at the arm of its kind, with or without the linear code as it is."""
+    """The arm at which the learning rate of this one is chosen: of its kind and form, with or without the linear code
+    as it is."""
     where = {"regen": (regen_alone, regen), "magvit2": (baseline, baseline_with_code)}
-    return where[arm.kind][arm.has_code](ABLATED)
+    forms = (paper_form_alone, paper_form) if _PAPER[0] in arm.changes else where[arm.kind]
+    return forms[arm.has_code](ABLATED)
 
 
 # Without the linear code, which would hide what they do: with it a short training hardly leaves where it began.
@@ -133,11 +147,14 @@ PAPER_DB = {
 
 
 def all_arms() -> Iterator[Arm]:
-    """Both kinds at every temporal compression, each with and without the linear code, then the variants."""
+    """Both kinds at every temporal compression, each with and without the linear code, the paper's form of REGEN
+    likewise, then the variants."""
     for k in COMPRESSIONS:
         yield from (regen(k), baseline(k))
     for k in COMPRESSIONS:
         yield from (regen_alone(k), baseline_with_code(k))
+    for k in COMPRESSIONS:
+        yield from (paper_form(k), paper_form_alone(k))
     yield from VARIANTS
 
 

@@ -15,6 +15,8 @@ from regen_dist.evaluation.compression.arms import (
     VARIANTS,
     baseline,
     baseline_with_code,
+    paper_form,
+    paper_form_alone,
     regen,
     regen_alone,
 )
@@ -42,6 +44,7 @@ def tables(facts: Facts) -> list[Table]:
     made = [
         _headline(facts),
         _linear_code(facts),
+        _paper_form(facts),
         _variants(facts),
         _steps(facts),
         _sizes(facts),
@@ -54,14 +57,15 @@ def tables(facts: Facts) -> list[Table]:
 def markdown(facts: Facts) -> str:
     """The tables as Markdown, with the targets that are missed."""
     parts = [f"`{facts['command']}`, {facts['minutes_per_arm']:g} minutes of one core an arm."]
-    parts += [_markdown(table) for table in tables(facts)]
+    parts += [to_markdown(table) for table in tables(facts)]
     missed = facts["missed"]
     parts.append("Missed: " + "; ".join(missed) + "." if missed else "No target that was measured is missed.")
     parts += [f"Not measured: {each}." for each in not_measured(facts)]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(table: Table) -> str:
+def to_markdown(table: Table) -> str:
+    """A table as Markdown, with its title and note."""
     rule = ["---", *["---:"] * (len(table.columns) - 1)]
     lines = ["| " + " | ".join(row) + " |" for row in (table.columns, rule, *table.rows)]
     return "\n".join([f"### {table.title}", "", *lines, *(["", table.note] if table.note else [])])
@@ -107,6 +111,23 @@ def _linear_code(facts: Facts) -> Table:
         "published baseline neither."
     )
     return Table("What the linear code does", columns, rows, note)
+
+
+def _paper_form(facts: Facts) -> Table:
+    """What local convolutions in the decoder add, with and without the linear code."""
+    rows = []
+    for k in compressions(facts):
+        pairs = ((paper_form(k).name, regen(k).name), (paper_form_alone(k).name, regen_alone(k).name))
+        if any(name in facts["arms"] for name, _ in pairs):
+            cells = (
+                (_db(psnr_db(facts, paper)), _db(psnr_db(facts, ours)), _signed(margin_db(facts, ours, paper)))
+                for paper, ours in pairs
+            )
+            rows.append([f"{k}", *(cell for pair in cells for cell in pair)])
+    columns = [
+        "k", "paper's decoder, with the code", "ours", "gain", "paper's decoder, without", "ours", "gain",
+    ]  # fmt: skip
+    return Table("What local convolutions do", columns, rows, "One-step PSNR in dB, training resolution.")
 
 
 def _against(margin: float | None, target: float | None) -> list[str]:

@@ -29,6 +29,7 @@ def _decoder_flops(config: RunConfig, tokens: int, seen: int) -> int:
     decoder = config.model.decoder
     width = decoder.width
     per_token = 2 * width * (3 + 1) * width + 2 * 2 * width * int(width * decoder.mlp_ratio) + 2 * 2 * width * seen
+    per_token += 2 * 9 * width  # the local convolution
     pixels = 2 * 2 * tokens * width * 3 * 64  # embedding and head
     modulation = 2 * (256 * width + width * width + (6 + 2 + 1) * width * width)  # blocks, head, noise gate
     return decoder.blocks * tokens * per_token + pixels + modulation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from regen_dist.config import load_config
 from regen_dist.models import Baseline, Latents, Regen, build_model
-from regen_dist.models.decoder import fold_tokens, unfold_tokens
+from regen_dist.models.decoder import LocalMixing, fold_tokens, unfold_tokens
 from tests.helpers.tiny import clips, tiny_model, wake
+
+WINDOWS = {"pattern": "window", "window": [2, 2, 2]}
 
 PRESETS = sorted(Path("configs/embedder").glob("*.yaml"))
 
@@ -27,7 +30,7 @@ def _regen(k: int = 4, **changes: object) -> Regen:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_builds(path: Path, root: Path) -> None:
     """On the meta device, where the full size costs nothing."""
-    config = load_config(root / path, ["data.url=none", "data.validation_url=none"])
+    config = load_config(root / path)
     with torch.device("meta"):
         model = build_model(config.model)
         latents = model.encode(torch.empty(1, 3, config.model.num_frames, *config.data.size))
@@ -94,34 +97,56 @@ def test_the_decoder_knows_places_by_the_conditioning_alone() -> None:
 
 
 @torch.no_grad()
-def test_the_decoder_mixes_tokens_by_attention_alone() -> None:
-    """With one layer of windows, nothing outside a window changes a pixel inside it, bit for bit: no other part of the
-    decoder looks over the whole clip."""
-    model = _regen(decoder__blocks=1, decoder__attention={"pattern": "window", "window": [2, 2, 2]})
+@pytest.mark.parametrize("local", [False, True])
+def test_the_decoder_mixes_tokens_by_attention_and_neighbours_alone(local: bool) -> None:
+    """With one layer of windows, nothing outside a window changes a pixel inside it, bit for bit, but through the
+    neighbours that a local convolution sees: no other part of the decoder looks over the whole clip."""
+    model = _regen(
+        decoder__blocks=1, decoder__local=local, decoder__attention={"pattern": "window", "window": [2, 2, 2]}
+    )
     noisy, conditioning = torch.randn(1, 3, 4, 32, 32), torch.randn(1, 4, 4, 4, 32)
     before = model.decoder(noisy, torch.ones(1), conditioning)
     noisy[:, :, 2:] *= -1
     conditioning[:, 2:] *= -1
-    noisy[..., 16:] *= -1
-    conditioning[:, :, :, 2:] *= -1
+    cells = 3 if local else 2  # the window's columns, and their neighbours
+    noisy[..., 8 * cells :] *= -1
+    conditioning[:, :, :, cells:] *= -1
     after = model.decoder(noisy, torch.ones(1), conditioning)
     assert torch.equal(before[:, :, :2, :, :16], after[:, :, :2, :, :16])
     assert not torch.equal(before[:, :, 2:], after[:, :, 2:])
 
 
 @torch.no_grad()
-def test_the_gates_start_closed() -> None:
-    """A fresh transformer is the identity and its head says zero, so that training starts from the linear code."""
+def test_training_starts_from_the_linear_code() -> None:
+    """The head of a fresh transformer is zero; its blocks are open, so that they learn from the first step on."""
     torch.manual_seed(0)
     model = build_model(tiny_model())
     assert isinstance(model, Regen)
     x, modulation = torch.randn(2, 80, 32), model.decoder.modulation(torch.randn(2, 32))
     assert not modulation.any()
     for block in model.decoder.blocks:
-        assert torch.equal(block(x, modulation, (5, 4, 4)), x)
+        assert not torch.allclose(block(x, modulation, (5, 4, 4)), x, atol=0.1)
     video, times = clips(), torch.arange(5.0).expand(2, -1)
     prediction, latents = model(video, torch.randn_like(video), torch.ones(2))
     assert torch.equal(prediction, model.linear(*latents, times))
+
+
+@torch.no_grad()
+def test_local_mixing_is_a_convolution_over_each_frame() -> None:
+    """Of the definition: each token gets the weighted sum of the 3x3 tokens around it, in its own frame and channel."""
+    torch.manual_seed(0)
+    local, (t, h, w), width = LocalMixing(8, heads=2), (2, 3, 4), 8
+    local.bias.normal_()
+    x = torch.randn(1, 5 + t * h * w, width)
+    grid = x[0, 5:].view(t, h, w, width)
+    expected = x.clone()
+    for frame, row, column in product(range(t), range(h), range(w)):
+        total = local.bias.clone()
+        for down, right in product((-1, 0, 1), (-1, 0, 1)):
+            if 0 <= row + down < h and 0 <= column + right < w:
+                total += local.weight[:, 0, down + 1, right + 1] * grid[frame, row + down, column + right]
+        expected[0, 5 + (frame * h + row) * w + column] += total
+    torch.testing.assert_close(local(x, (t, h, w)), expected)
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:

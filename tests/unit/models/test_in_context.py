@@ -120,6 +120,7 @@ def test_operations_equal_the_formula() -> None:
     width, hidden, tokens = 32, 64, (5 + 2) * cells
     counted = account(config, (32, 48))
     multiplications = 2 * tokens * (4 * width**2 + 2 * width * hidden + 2 * width * tokens)  # two blocks
+    multiplications += 2 * frames * cells * 9 * width  # their local convolutions
     multiplications += (frames * cells + tokens) * width * 192  # embedding and head
     multiplications += 256 * width + width**2 + (6 + 2 + 1) * width**2  # the timestep's way in
     assert counted.forward_flops["decoder"] == 2 * multiplications

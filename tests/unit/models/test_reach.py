@@ -61,19 +61,21 @@ def test_the_baselines_decoder_sees_as_far_as_its_convolutions_reach() -> None:
 
 
 @torch.no_grad()
-def test_windows_see_no_further_than_a_window_for_each_shifted_block() -> None:
-    """Two of the four blocks are shifted: at most two windows of 2 x 3 cells, and more than one."""
-    model = _model(**WINDOWED)
+@pytest.mark.parametrize(("local", "cells"), [(False, (4, 7)), (True, (5, 8))])
+def test_windows_see_no_further_than_their_reach(local: bool, cells: tuple[int, int]) -> None:
+    """Two of the four blocks are shifted, with windows of 2 x 3 cells; a local convolution adds a cell each."""
+    config = {**WINDOWED, "decoder__local": local}
+    model = _model(**config)
     assert isinstance(model, Regen)
-    reach = decoder_reach(tiny_model(**WINDOWED))
-    assert reach == ((4, 6), (2, 3))
+    reach = decoder_reach(tiny_model(**config))
+    assert reach == (cells, (2, 3))
     noisy = torch.randn(1, 3, 5, 8 * SIDE, 8 * SIDE)
     latents, times = Latents(*torch.randn(2, 1, 8, SIDE, SIDE)), torch.arange(5.0)[None]
     other = Latents(latents.content.clone(), latents.motion)
     other.content[..., AT, AT] *= -1
     found = _spread(_changed_cells(*(model.denoise(noisy, torch.ones(1), each, times) for each in (latents, other))))
-    assert 2 < found[0] <= 4
-    assert 3 < found[1] <= 6
+    assert 2 < found[0] <= cells[0]
+    assert 3 < found[1] <= cells[1]
 
 
 @pytest.mark.parametrize("kind", ["regen", "magvit2"])

@@ -17,8 +17,12 @@ from regen_dist.evaluation.compression.arms import (
     all_arms,
     baseline,
     chosen_arms,
+    paper_form,
+    paper_form_alone,
     regen,
+    regen_alone,
     stages_of,
+    tuned_at,
 )
 
 CONFIG = Path(__file__).parents[4] / "configs" / "bench" / "compression.yaml"
@@ -32,7 +36,7 @@ def _config(arm: Arm) -> RunConfig:
 def test_every_arm_is_a_valid_config_of_its_kind_and_compression() -> None:
     arms = list(all_arms())
     configs = [_config(arm) for arm in arms]
-    assert len({arm.name for arm in arms}) == len({config.model for config in configs}) == len(arms) == 20
+    assert len({arm.name for arm in arms}) == len({config.model for config in configs}) == len(arms) == 28
     for arm, config in zip(arms, configs, strict=True):
         assert (config.model.kind, config.model.temporal_compression) == (arm.kind, arm.k)
     same = {"name": "", "model": BASE.model}
@@ -53,7 +57,17 @@ def test_the_linear_code_is_regens_and_each_kind_is_trained_with_and_without_it(
         f"magvit2-k{k}": False,
         f"regen-k{k}-no_linear": False,
         f"magvit2-k{k}-linear": True,
+        f"regen-k{k}-paper": True,
+        f"regen-k{k}-paper-no_linear": False,
     }
+
+
+@pytest.mark.parametrize("code", [True, False])
+def test_the_papers_form_has_no_local_convolutions_and_a_rate_of_its_own(code: bool) -> None:
+    arm = (paper_form if code else paper_form_alone)(8)
+    assert not _config(arm).model.decoder.local
+    assert tuned_at(arm) == (paper_form if code else paper_form_alone)(16)
+    assert tuned_at(arm) != tuned_at((regen if code else regen_alone)(8))
 
 
 @pytest.mark.parametrize("variant", [arm for arm in all_arms() if arm.against], ids=lambda arm: arm.name)
@@ -76,7 +90,7 @@ def test_a_variant_differs_in_one_thing_from_the_arm_that_it_stands_beside(varia
 
 def test_arms_are_chosen_by_their_whole_names() -> None:
     assert [arm.name for arm in chosen_arms("regen-k16|magvit2-k4")] == ["magvit2-k4", "regen-k16"]
-    assert len(chosen_arms(".*")) == 20
+    assert len(chosen_arms(".*")) == 28
     with pytest.raises(ConfigError, match="matches no arm; there are regen-k4, "):
         chosen_arms("regen")
     with pytest.raises(ConfigError, match="no regular expression"):
