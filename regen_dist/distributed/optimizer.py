@@ -1,4 +1,4 @@
-"""AdamW behind one function: torch's by default, DeepSpeed's CPU Adam or apex's FusedAdam where they can run."""
+"""AdamW behind one function: torch's fused one by default, DeepSpeed's CPU Adam or apex's FusedAdam where they run."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def build_optimizer(
 
 
 def _adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """On CPUs in one pass over the state instead of ten, and without a copy of the second moments' roots
-    (docs/performance.md)."""
-    one_pass = device.type == "cpu"
+    """In one pass over the state instead of ten, and without a copy of the second moments' roots
+    (docs/performance.md), where torch has that kernel."""
+    one_pass = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=one_pass, foreach=not one_pass)
 
 
@@ -68,29 +68,53 @@ def _fused_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -
             f"optimizer.kind=fused_adam needs NVIDIA apex ({error}), which is built from source (see environment.yml; "
             "PyPI's `apex` is another package); or set optimizer.kind=adamw"
         ) from error
-    return FusedAdam(groups, lr=config.lr, betas=config.betas, adam_w_mode=True)  # type: ignore[no-any-return]
+    optimizer: torch.optim.Optimizer = _counting_per_parameter(FusedAdam)(
+        groups, lr=config.lr, betas=config.betas, adam_w_mode=True
+    )
+    return optimizer
+
+
+def _counting_per_parameter(fused_adam: Any) -> Any:
+    """apex's FusedAdam with the interface of torch's optimizers.
+
+    apex counts updates once a group, in the group, from its first `step` on. ZeRO-3 calls `step` once a sub-group, and
+    a resumed run has made updates before: both would get the bias correction of another update. Here each parameter's
+    state has its own count, as torch's has. apex' `zero_grad` takes no argument either (apex/optimizers/fused_adam.py).
+    """
+
+    class FusedAdam(fused_adam):  # type: ignore[misc]
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            torch.optim.Optimizer.zero_grad(self, set_to_none)
+
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                counts = {self.state[p].get("step", 0) for p in group["params"] if p.grad is not None}
+                assert len(counts) <= 1, "engines update all parameters of a call equally often"
+                group["step"] = counts.pop() if counts else 0
+            loss = super().step(closure)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.state[p]["step"] = group["step"]
+            return loss
+
+    return FusedAdam
 
 
 def fresh_state(config: OptimizerConfig, param: Tensor) -> dict[str, Any]:
     """The optimizer's state of a parameter before its first step, made early so that a checkpoint can be restored into
     it."""
     moments: dict[str, Any] = {moment: torch.zeros_like(param, requires_grad=False) for moment in MOMENTS}
-    return (
-        moments
-        if config.kind == "fused_adam"
-        else moments | {"step": 0 if config.kind == "cpu_adam" else torch.tensor(0.0)}
-    )
+    # torch's fused kernel counts on the device; the others count in Python.
+    return moments | {"step": torch.zeros((), device=param.device) if config.kind == "adamw" else 0}
 
 
 def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
-    """Tell the optimizer how many updates it has made, wherever it keeps that number (its bias correction depends on
-    it)."""
+    """Tell the optimizer how many updates it has made (its bias correction depends on it)."""
     for slot in optimizer.state.values():
         if "step" in slot:
-            slot["step"] = torch.tensor(float(num_updates)) if torch.is_tensor(slot["step"]) else num_updates
-    for group in optimizer.param_groups:
-        if "step" in group:  # apex
-            group["step"] = num_updates
+            count = slot["step"]
+            slot["step"] = torch.full_like(count, num_updates) if torch.is_tensor(count) else num_updates
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

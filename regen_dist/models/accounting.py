@@ -173,10 +173,21 @@ def training_flops_per_clip(
     return _FORWARD_AND_BACKWARD * (encoder + rest)
 
 
-@lru_cache(maxsize=256)
 def training_flops_per_row(config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int) -> int:
-    """The same for one row of `frames` latent frames of `size` = (h, w) cells, with so many text tokens."""
-    return account_row(config, frames, size, text_tokens).num_training_flops
+    """The same for one row of `frames` latent frames of `size` = (h, w) cells, with so many text tokens.
+
+    Every operation on text is a matrix product with as many rows or columns as there are tokens, so the count is affine
+    in them: it is taken at two lengths for each kind of row, and a new caption length costs nothing.
+    """
+    one, more = _flops_of_text(config, frames, size)
+    return _FORWARD_AND_BACKWARD * (one + (text_tokens - 1) * more)
+
+
+@lru_cache(maxsize=256)
+def _flops_of_text(config: T2VModelConfig, frames: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Operations of a forward pass with one text token, and those of each further one."""
+    one, two = (row_forward_flops(config, frames, size, tokens) for tokens in (1, 2))
+    return one, two - one
 
 
 def _count_row(

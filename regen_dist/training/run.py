@@ -16,6 +16,7 @@ from regen_dist.config import AnyRunConfig, save_config
 from regen_dist.distributed.base import precision_of
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.models.attention import require_flash
+from regen_dist.models.strips import require_cudnn
 from regen_dist.observe.hardware import multiplies_bf16
 from regen_dist.observe.watchdog import Watchdog
 from regen_dist.training.loop import Trainer
@@ -76,6 +77,8 @@ def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     attention = config.model.attention if config.model.kind == "t2v" else config.model.decoder.attention
     if config.model.kind != "magvit2" and attention.backend == "flash":
         require_flash(ranks.device.type, precision_of(config.engine.precision))
+    if config.model.kind != "t2v":  # which has no convolutions
+        require_cudnn(ranks.device.type, precision_of(config.engine.precision))
     if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not multiplies_bf16():
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")
     if ranks.device.type == "cuda":

@@ -81,8 +81,8 @@ class TextToVideoTask:
         """Operations that training on a micro-batch needs; rows differ in length."""
         rows, clips, _, height, width = batch.content.shape
         frames = 1 if batch.motion.shape[1] == 0 else 2 * clips
-        tokens = self._text(batch).mask.shape[1]
-        return rows * training_flops_per_row(self.config.model, frames, (height, width), tokens)
+        assert batch.mask is not None, "the caches were checked for text"
+        return rows * training_flops_per_row(self.config.model, frames, (height, width), batch.mask.shape[1])
 
     @torch.no_grad()
     def validate(self, engine: Engine) -> Validation:

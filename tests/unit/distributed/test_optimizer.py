@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +116,92 @@ def test_one_pass_over_the_state_is_the_same_rule() -> None:
             params[0].grad = torch.sin(torch.arange(35.0).view(5, 7) + step)
             optimizer.step()
     torch.testing.assert_close(ours[0], plain[0], rtol=1e-6, atol=1e-7)
+
+
+def test_on_gpus_the_default_is_torchs_fused_kernel() -> None:
+    """One kernel instead of ten passes, with its count of updates beside the parameter, where that kernel wants it."""
+    config = OptimizerConfig()
+    params = [torch.nn.Parameter(torch.empty(3, 2, device="meta"))]
+    optimizer = build_optimizer(config, params, CUDA)
+    assert optimizer.defaults["fused"]
+    assert not optimizer.defaults["foreach"]
+    optimizer.state[params[0]] = fresh_state(config, params[0])
+    set_num_updates(optimizer, 7)
+    step = optimizer.state[params[0]]["step"]
+    assert (step.device, step.dtype, step.shape) == (params[0].device, torch.float32, ())
+
+
+class _ApexFusedAdam(torch.optim.Optimizer):
+    """The interface of apex/optimizers/fused_adam.py: `step` counted once a group, in the group, from the first call
+    on; `zero_grad` without arguments; moments made where there is no state. Only its kernel is written in torch."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], adam_w_mode: bool) -> None:
+        assert adam_w_mode
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+
+    def zero_grad(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if len(group["params"]) == 0:
+                continue
+            group["step"] = group["step"] + 1 if "step" in group else 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._kernel(p, group)
+
+    def _kernel(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2), step = self.state[p], group["betas"], group["step"]
+        if len(state) == 0:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        assert p.grad is not None
+        state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+        root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
+        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * state["exp_avg"] / (1 - beta1**step) / root)
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["state made early", "state made by apex"])
+@pytest.mark.parametrize("sub_groups", [1, 3])
+def test_fused_adam_follows_adamw_through_sub_groups_and_a_resume(
+    monkeypatch: pytest.MonkeyPatch, sub_groups: int, early: bool
+) -> None:
+    """ZeRO-3 hands parameters over one after the other and calls `step` for each; a resumed run restores moments and
+    number of updates into a fresh optimizer. Both must be the updates that torch's AdamW makes, each of them."""
+    apex, optimizers = ModuleType("apex"), ModuleType("apex.optimizers")
+    optimizers.FusedAdam = _ApexFusedAdam  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    config = OptimizerConfig(kind="fused_adam", weight_decay=0.1, lr=1e-2)
+    ours, torchs = ([torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3) * (i + 1)) for i in range(3)] for _ in "ab")
+    fused = build_optimizer(config, ours, CUDA)
+    reference = torch.optim.AdamW(torchs, lr=1e-2, betas=config.betas, weight_decay=0.1)
+
+    def update(step: int) -> None:
+        for mine, other in zip(ours, torchs, strict=True):
+            mine.grad, other.grad = torch.sin(mine.detach() + step), torch.sin(other.detach() + step)
+        for part in range(sub_groups):
+            fused.param_groups[0]["params"] = ours[part::sub_groups]
+            fused.step()
+        fused.param_groups[0]["params"] = ours
+        fused.zero_grad(set_to_none=True)
+        assert all(p.grad is None for p in ours)
+        reference.step()
+        for mine, other in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+    if early:
+        fused.state.update({p: fresh_state(config, p) for p in ours})
+    for step in range(5):
+        update(step)
+    kept = {p: {name: fused.state[p][name].clone() for name in ("exp_avg", "exp_avg_sq")} for p in ours}
+    fused = build_optimizer(config, ours, CUDA)  # the resumed run
+    for p in ours:
+        fused.state[p] = fresh_state(config, p) | kept[p]
+    set_num_updates(fused, 5)
+    for step in range(5, 10):
+        update(step)

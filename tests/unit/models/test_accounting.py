@@ -11,7 +11,7 @@ import torch.nn as nn
 from regen_dist.config import RunConfig, load_embedder_config
 from regen_dist.config.schema import AttentionConfig, EngineConfig
 from regen_dist.config.t2v import T2VModelConfig
-from regen_dist.models import build_model
+from regen_dist.models import accounting, build_model
 from regen_dist.models.accounting import Account, account, account_row, training_flops_per_row
 from regen_dist.models.counting import count_pass
 from regen_dist.models.memory import memory_bytes
@@ -172,6 +172,17 @@ def test_operations_of_a_row_equal_the_formula() -> None:
     assert counted.num_forward_flops == 2 * multiplications
     assert counted.num_tokens == tokens
     assert training_flops_per_row(config, *ROW) == 3 * 2 * multiplications
+
+
+def test_a_new_caption_length_needs_no_new_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly the count of each length, from two counts on the meta device for all of them."""
+    config, size = _wide().model_copy(update={"width": 48}), (8, (8, 12))
+    counts: list[int] = []
+    count = accounting.count_pass
+    monkeypatch.setattr(accounting, "count_pass", lambda *args: (counts.append(1), count(*args))[1])
+    found = {tokens: training_flops_per_row(config, *size, tokens) for tokens in (1, 2, 7, 64, 300, 512)}
+    assert len(counts) == 2
+    assert found == {tokens: account_row(config, *size, tokens).num_training_flops for tokens in found}
 
 
 def test_activations_of_a_row_are_what_autograd_keeps() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from regen_dist.errors import BackendError
 from regen_dist.models import Baseline, build_model, strips
 from regen_dist.models.layers import CausalConv, Frames
 from tests.helpers.tiny import clips, tiny_model, wake
@@ -69,4 +70,37 @@ def test_at_the_real_limit_no_call_sees_too_much(monkeypatch: pytest.MonkeyPatch
     assert out.rest.shape == (1, 128, 17, 1080, 1920)
     assert out.rest.numel() > 2**32
     assert len(seen) > 4
-    assert all(each.numel() < 2**31 for each in seen)
+    assert all(each.numel() < 1.8e9 for each in seen)
+
+
+def test_one_call_never_reaches_what_cudnn_got_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.9e9 elements fit 32 bits, and are beyond what cuDNN before 9.15 computed rightly: they are cut too."""
+    with torch.device("meta"):
+        conv, x = CausalConv(128, 128), torch.empty(1, 128, 9, 1080, 1530)
+    seen: list[int] = []
+    rest = conv._rest
+    monkeypatch.setattr(conv, "_rest", lambda x, rows: (seen.append(x.numel()), rest(x, rows))[1])
+    assert 1.8e9 < x.numel() < 2**31
+    conv(Frames(x[:, :, 0], x[:, :, 1:]))
+    assert len(seen) > 1
+    assert max(seen) < 1.8e9
+
+
+@pytest.mark.parametrize(("version", "said"), [(91002, "found 9.10.2"), (90701, "found 9.7.1"), (None, "found none")])
+def test_a_cudnn_with_wrong_or_slow_convolutions_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: int | None, said: str
+) -> None:
+    """In half precision on a GPU alone; the error says why and what to install."""
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(BackendError, match=rf"cuDNN 9\.15 or later, {said}.*17 times.*install torch>=2\.10"):
+            strips.require_cudnn("cuda", dtype)
+    strips.require_cudnn("cuda", torch.float32)
+    strips.require_cudnn("cpu", torch.bfloat16)
+
+
+def test_a_cudnn_that_is_right_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 9.15.0 on."""
+    for version in (91500, 91501, 100100):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        strips.require_cudnn("cuda", torch.bfloat16)
