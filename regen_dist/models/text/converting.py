@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from regen_dist.config.jsontext import json_text
 from regen_dist.errors import CheckpointError
 from regen_dist.models.text.files import (
     CONFIG_FILE,
@@ -57,7 +58,7 @@ def convert_encoder(name: str, folder: Path, dtype: Kept = "same") -> bool:
             if (source / file).is_file():
                 shutil.copyfile(source / file, made / file)
         _write_weights(weights, made, dtype, leave)
-        (made / CONVERSION_FILE).write_text(json.dumps(recipe, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (made / CONVERSION_FILE).write_text(json_text(recipe, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return True
 
 
@@ -86,14 +87,14 @@ def _write_weights(weights: Sequence[Path], folder: Path, dtype: Kept, leave: Se
         raise CheckpointError(f"{weights[0].parent}: there is no weight of an encoder in its pickled files")
     if len(weights) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / WEIGHTS_INDEX).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+        (folder / WEIGHTS_INDEX).write_text(json_text(content, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def _converted(source: Path, target: Path, dtype: Kept, leave: Sequence[str]) -> dict[str, int]:
     """Convert a file in another process; names and bytes of its tensors."""
     job = {"source": str(source), "target": str(target), "dtype": None if dtype == "same" else dtype, "leave": leave}
     done = subprocess.run(
-        [sys.executable, "-I", "-m", "regen_dist.models.text.unpickling", json.dumps(job)],
+        [sys.executable, "-I", "-m", "regen_dist.models.text.unpickling", json_text(job)],
         capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     try:

@@ -58,7 +58,7 @@ def main() -> None:
         }
     except Exception as error:  # noqa: BLE001 - of the unpickler, of the disk: told to the process that asked
         answer = {"problem": next(iter(str(error).strip().splitlines()), type(error).__name__)}
-    print(json.dumps(answer))
+    print(json.dumps(answer, allow_nan=False))
 
 
 if __name__ == "__main__":
