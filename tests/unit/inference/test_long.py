@@ -228,7 +228,9 @@ def test_groups_do_not_matter_to_a_fade(num_frames: int) -> None:
     """Frames past a clip's end belong to two groups; every frame comes back once, whatever the grouping."""
     frames, times = blocks(num_frames), np.arange(0, num_frames - 0.99, 0.5)
     runs = [
-        np.stack(run(PooledCodec(bias=0.01), frames, make_plan(num_frames, 9, group=group, fade=2), times)[0]).astype(int)
+        np.stack(run(PooledCodec(bias=0.01), frames, make_plan(num_frames, 9, group=group, fade=2), times)[0]).astype(
+            int
+        )
         for group in (1, 3, 100)
     ]
     assert len(runs[0]) == len(times)
