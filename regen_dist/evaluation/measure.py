@@ -23,6 +23,7 @@ from regen_dist.evaluation.metrics import (
 )
 from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
 from regen_dist.inference.long import (
+    DEFAULT_FADE,
     DEFAULT_GROUP,
     Plan,
     Positions,
@@ -97,7 +98,9 @@ class Passage:
     def __post_init__(self) -> None:
         self.options.check(self.codec)
         frames, clip = self.source.num_frames, self.codec.num_frames
-        self.plan: Plan = make_plan(frames, clip, overlap=self.options.overlap, group=self.options.group)
+        fade = DEFAULT_FADE if self.codec.kind == "regen" else 0  # only REGEN decodes past a clip's ends
+        overlap, group = self.options.overlap, self.options.group
+        self.plan: Plan = make_plan(frames, clip, overlap=overlap, group=group, fade=fade)
         self._held: dict[int, Frame] = {}  # the source's frames that are still needed
 
     def measured(self) -> Iterator[Pair]:

@@ -204,7 +204,8 @@ class Codec:
             ConfigError: fewer than one step; or the baseline, which knows whole frames alone, was asked for times
                 between them.
         """
-        weights = blend_weights([window.start for window in windows], windows[0].length, times).to(self.device).float()
+        starts, length, fade = [window.start for window in windows], windows[0].length, windows[0].fade
+        weights = blend_weights(starts, length, times, fade=fade).to(self.device).float()
         denoise = self._blended(windows, times.to(self.device), weights)
         if isinstance(self.model, Baseline):
             if steps != 1:

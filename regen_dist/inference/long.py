@@ -30,6 +30,7 @@ from regen_dist.models.encoder import Latents
 
 Positions = npt.NDArray[np.float64]  # F, in frames of the video, increasing
 DEFAULT_GROUP = 4
+DEFAULT_FADE = 2  # measured: docs/reconstruct.md
 _COMPLETE = 1.0 - 1e-4  # the sum of float32 weights at which a frame is finished
 
 
@@ -54,12 +55,14 @@ class VideoCodec(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """How one video is cut: `starts` of windows of `clip` frames (1 for an image), decoded `group` at a time."""
+    """How one video is cut: `starts` of windows of `clip` frames (1 for an image), decoded `group` at a time and
+    cross-faded over `2 fade + 1` frames at least."""
 
     num_frames: int
     clip: int
     starts: tuple[int, ...]
     group: int
+    fade: int = 0
 
     @property
     def groups(self) -> list[range]:
@@ -68,7 +71,8 @@ class Plan:
         return [range(first, min(first + self.group, count)) for first in range(0, count, self.group)]
 
     def crosses(self) -> list[bool]:
-        """For each frame but the last, whether the step to the next crosses from clip to clip, or through a blend."""
+        """For each frame but the last, whether the step to the next crosses from clip to clip, or touches a frame that
+        two share. A fade does not widen this: the same steps are measured whatever the blend."""
         steps = [False] * (self.num_frames - 1)
         for before, after in pairwise(self.starts):
             for frame in range(after - 1, min(before + self.clip, self.num_frames - 1)):
@@ -79,16 +83,19 @@ class Plan:
         """How much of the frames at `positions` comes from this group: [F], 0 to 1; the groups' shares sum to 1."""
         first, last = self.starts[group[0]], self.starts[group[-1]]
         near = range(bisect_left(self.starts, first - 2 * self.clip), bisect_right(self.starts, last + 2 * self.clip))
-        weights = blend_weights([self.starts[i] for i in near], self.clip, torch.from_numpy(positions))
+        starts = [self.starts[i] for i in near]
+        weights = blend_weights(starts, self.clip, torch.from_numpy(positions), fade=self.fade)
         return weights[[i in group for i in near]].sum(dim=0).float()
 
 
-def make_plan(num_frames_video: int, num_frames_clip: int, *, overlap: int = 1, group: int = DEFAULT_GROUP) -> Plan:
+def make_plan(
+    num_frames_video: int, num_frames_clip: int, *, overlap: int = 1, group: int = DEFAULT_GROUP, fade: int = 0
+) -> Plan:
     """Plan the windows of a video; ConfigError when the overlap or the group do not fit."""
     if group < 1:
         raise ConfigError(f"windows are decoded {group} at a time; it must be at least 1")
     starts = plan_windows(num_frames_video, num_frames_clip, overlap)
-    return Plan(num_frames_video, 1 if num_frames_video == 1 else num_frames_clip, tuple(starts), group)
+    return Plan(num_frames_video, 1 if num_frames_video == 1 else num_frames_clip, tuple(starts), group, fade)
 
 
 def output_positions(timestamps: Seconds, fps: float | None) -> Positions:
@@ -185,7 +192,7 @@ def encode_groups(codec: VideoCodec, frames: Iterable[Frame], plan: Plan, speed:
             )
         starts = [plan.starts[i] for i in group]
         # Nothing here keeps the clips while the group is decoded.
-        yield _encode(codec, _clips(held, [start - first for start in starts], plan.clip), starts, speed)
+        yield _encode(codec, _clips(held, [start - first for start in starts], plan.clip), starts, plan.fade, speed)
 
 
 def _clips(held: Iterable[Frame], starts: Sequence[int], length: int) -> list[list[Frame]]:
@@ -195,7 +202,7 @@ def _clips(held: Iterable[Frame], starts: Sequence[int], length: int) -> list[li
     return [frames[start : start + length] for start in starts]
 
 
-def _encode(codec: VideoCodec, clips: list[list[Frame]], starts: list[int], speed: Speed) -> list[Window]:
+def _encode(codec: VideoCodec, clips: list[list[Frame]], starts: list[int], fade: int, speed: Speed) -> list[Window]:
     videos = torch.stack([to_video(clip) for clip in clips])  # W 3 T H W
     began = time.perf_counter()
     latents = codec.encode(videos)
@@ -205,7 +212,7 @@ def _encode(codec: VideoCodec, clips: list[list[Frame]], starts: list[int], spee
     parts = latents if videos.shape[2] > 1 else latents[:1]  # an image has no motion latent to store
     speed.latent_values += sum(part.numel() for part in parts)
     return [
-        Window(Latents(*(part[place : place + 1] for part in latents)), float(start), len(clips[0]))
+        Window(Latents(*(part[place : place + 1] for part in latents)), float(start), len(clips[0]), fade)
         for place, start in enumerate(starts)
     ]
 
@@ -253,7 +260,7 @@ def decode_stream(
 
 def _indices(plan: Plan, group: range, positions: Positions) -> tuple[npt.NDArray[np.int64], Tensor]:
     """Which of the positions a group has a share in, and the shares."""
-    first, last = plan.starts[group[0]] - 1, plan.starts[group[-1]] + plan.clip
+    first, last = plan.starts[group[0]] - 1 - plan.fade, plan.starts[group[-1]] + plan.clip + plan.fade
     low, high = np.searchsorted(positions, [first, last], side="left")
     indices = np.arange(low, high)
     if not len(indices):

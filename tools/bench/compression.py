@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regen_dist.config.files import write_text_atomically
 from regen_dist.config.jsontext import json_text
 from tools import stages
 from tools.shards.stopping import stopping_cleanly
@@ -56,6 +55,7 @@ def compression(
 
     Example: regen bench compression --arms 'regen-k16|magvit2-k16-linear' --minutes-per-arm 5 --minutes-per-arm 20
     """
+    from regen_dist.config.files import write_text_atomically
     from regen_dist.evaluation.compression.budget_curves import budgets_markdown, read_budgets
 
     budgets = sorted(set(minutes_per_arm or [10.0]))

@@ -48,7 +48,7 @@ class PooledCodec:
 
     def decode_windows(self, windows: list[Window], times: Tensor, *, steps: int, seed: int, sample_id: int) -> Tensor:
         self.times.append(times)
-        weights = blend_weights([window.start for window in windows], windows[0].length, times)
+        weights = blend_weights([w.start for w in windows], windows[0].length, times, fade=windows[0].fade)
         return sum(  # type: ignore[return-value]
             (self._decode(window, times) * row[:, None, None] for window, row in zip(windows, weights, strict=True)),
             start=torch.zeros(()),
@@ -221,3 +221,18 @@ def test_padding_repeats_the_edge() -> None:
     padded = pad_sides(np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3))
     assert padded.shape == (8, 8, 3)
     np.testing.assert_array_equal(padded[7, 7], padded[2, 4])
+
+
+@pytest.mark.parametrize("num_frames", [17, 33, 60])
+def test_groups_do_not_matter_to_a_fade(num_frames: int) -> None:
+    """Frames past a clip's end belong to two groups; every frame comes back once, whatever the grouping."""
+    frames, times = blocks(num_frames), np.arange(0, num_frames - 0.99, 0.5)
+    runs = [
+        np.stack(run(PooledCodec(bias=0.01), frames, make_plan(num_frames, 9, group=group, fade=2), times)[0]).astype(
+            int
+        )
+        for group in (1, 3, 100)
+    ]
+    assert len(runs[0]) == len(times)
+    for other in runs[1:]:
+        assert np.abs(other - runs[0]).max() <= 1  # rounding

@@ -78,3 +78,19 @@ def test_times_beyond_the_windows_go_to_the_nearest() -> None:
 
 def test_integer_times_give_float_weights() -> None:
     assert blend_weights([0], 9, torch.arange(9)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2, 3, 8])
+def test_a_fade_reaches_past_the_clips_and_stays_a_partition(overlap: int) -> None:
+    starts, times = [place * (17 - overlap) for place in range(4)], torch.arange(0, 17 + 3 * (17 - overlap) - 0.9, 0.5)
+    weights = blend_weights(starts, 17, times, fade=2)
+    torch.testing.assert_close(weights.sum(dim=0), torch.ones(len(times)))
+    largest_step = weights.diff(dim=1).abs().max()
+    assert float(largest_step) <= 0.5 / 5 + 1e-6  # no faster than a ramp over five frames
+    if overlap >= 5:
+        torch.testing.assert_close(weights, blend_weights(starts, 17, times))  # wide enough by itself
+
+
+def test_a_fade_over_one_shared_frame() -> None:
+    weights = blend_weights([0, 16], 17, torch.arange(13.0, 20.0), fade=2)
+    torch.testing.assert_close(weights[1], torch.tensor([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]))
