@@ -67,6 +67,9 @@ def generate(
     place = read_place(os.environ) if task is None else Place()  # --task alone says which part is this one's
     number, count = parse_task(task) if task else place[:2]
     share = wanted[number::count]
+    if count > 1:
+        who = f"task {task}" if task else f"rank {number} of {count}, as the environment says"
+        typer.echo(f"{who}: {len(share)} of {len(wanted)} prompts")
     sides = None if size is None else parse_size(size)
     from regen_dist.distributed.ranks import Ranks
     from regen_dist.inference.codec import Codec
@@ -81,9 +84,6 @@ def generate(
         model, size=sides, frames=frames, fps=fps, steps=steps, guidance=guidance,
         sampler=None if sampler is None else sampler.value, decode_steps=decode_steps, seed=seed, negative=negative,
     )  # fmt: skip
-    if count > 1:
-        who = f"task {task}" if task else f"rank {number} of {count}, as the environment says"
-        typer.echo(f"{who}: {len(share)} of {len(wanted)} prompts")
     if number == 0:
         _describe(model, settings, len(wanted), sized=size is not None)
     with stopping_cleanly(), progress_bar() as progress:
