@@ -7,11 +7,13 @@ import sys
 
 import launcher.pipelines.cli  # noqa: F401 - adds its command
 from launcher.cli import app
+from regen_dist.config.python import start_safely
 from regen_dist.errors import RegenError
 
 
 def main() -> None:
     """Entry point: a RegenError becomes one message on stderr and its exit code."""
+    start_safely()
     try:
         app(prog_name="python -m launcher")
     except RegenError as error:

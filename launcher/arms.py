@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
 
+from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import EXIT_RESUME, TrainingError
 
 
@@ -24,7 +25,7 @@ def run_side_by_side(
     """
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**without_ranks(os.environ), "OMP_NUM_THREADS": str(threads)}
 
     running: dict[str, subprocess.Popen[bytes]] = {}
     starting, stopping = Lock(), Event()

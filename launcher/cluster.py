@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from regen_dist.config.loading import load_section
 from regen_dist.config.section import PositiveFloat, PositiveInt, Section
+from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cluster"
@@ -73,6 +74,8 @@ class ClusterConfig(Section):
         wrong = [name for name in environment if not name.isidentifier() or not name.isascii()]
         if wrong:
             raise ValueError(f"{', '.join(map(repr, wrong))}: no name of an environment variable")
+        if ours := sorted({*environment} - {*without_ranks(environment)}):
+            raise ValueError(f"{', '.join(ours)}: set by the launcher for each rank; leave it out")
         return environment
 
     @field_validator("sbatch")

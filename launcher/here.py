@@ -21,10 +21,12 @@ from typing import Any
 
 import submitit
 
+from launcher import slurm
 from launcher.job import ID_FILE, Job, read_job
 from launcher.local import FORWARDED
 from launcher.task import LOCAL_REQUEUE, LocalTask, child_environment
 from regen_dist.config.files import write_text_atomically
+from regen_dist.config.python import python
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, RegenError
 
 LOCK, LOG, EXIT_FILE = "lock", "here.log", "exit_code"
@@ -41,7 +43,7 @@ def start(job: Job) -> str:
     log = job.folder / LOG
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "launcher.here", str(job.folder)], cwd=job.workdir, env=_environment(job),
+            python("-m", "launcher.here", str(job.folder)), cwd=job.workdir, env=_environment(job),
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     deadline = time.monotonic() + _START_S
@@ -54,7 +56,7 @@ def start(job: Job) -> str:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    return {**child_environment(job), **job.cluster.environment}
+    return slurm.client_environment({**child_environment(job), **job.cluster.environment})
 
 
 def is_running(job: Job) -> bool:

@@ -24,7 +24,8 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 from launcher.extensions import clear_stale_locks, extensions_folder
-from regen_dist.distributed.environment import Place, rank_variables
+from regen_dist.config.python import with_safe_path
+from regen_dist.distributed.environment import Place, rank_variables, without_ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
 
 GRACE_S = 20.0  # between asking a rank to end and killing it
@@ -120,8 +121,9 @@ def rank_environment(inherited: Mapping[str, str], ranks: int) -> dict[str, str]
 
 
 def program_environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """What every process of a job needs, wherever it runs."""
-    common = dict(inherited)
+    """What every process of a job needs, wherever it runs: that it imports nothing from the current folder, and is told
+    of its rank by nobody but us, among other things."""
+    common = with_safe_path(without_ranks(inherited))
     common.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     common.setdefault("PYTHONUNBUFFERED", "1")  # a log must be complete when its rank is killed
     programs = str(Path(sys.executable).parent)  # ninja, for DeepSpeed, lives beside the interpreter

@@ -5,6 +5,7 @@ Nothing of a job is pasted into a shell: what the script holds is quoted, and co
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import DelayedSubmission, JobPaths
 
+from launcher import slurm
 from launcher.attempt import NOTHING_TO_DO
 from launcher.cluster import ClusterConfig
 from launcher.job import Job
 from launcher.task import SlurmTask
+from regen_dist.config.python import python
 from regen_dist.errors import ConfigError
 
 
@@ -27,11 +31,38 @@ class BatchExecutor(submitit.SlurmExecutor):
     def affinity(cls) -> int:
         return 2
 
+    def submit_all(self, tasks: Sequence[SlurmTask]) -> str:
+        """Give Slurm one job for a task, or one array for several; returns its id. Submitit starts an array by an
+        executor without the options of this one, so here it is started as a single job is.
+
+        Raises:
+            FailedJobError, FailedSubmissionError: of Submitit.
+        """
+        if len(tasks) > 1:
+            self.parameters["map_count"] = len(tasks)
+        JobPaths.get_first_id_independent_folder(self.folder).mkdir(parents=True, exist_ok=True)
+        with slurm.as_client():
+            first = str(self._submit_command(self._submitit_command_str).job_id)
+        names = [first] if len(tasks) == 1 else [f"{first}_{number}" for number in range(len(tasks))]
+        for name, task in zip(names, tasks, strict=True):
+            submission = DelayedSubmission(task)
+            submission.set_timeout(self.parameters["time"], self.max_num_timeout)
+            path = JobPaths(self.folder, job_id=name).submitted_pickle
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}")  # a task that has begun already waits for its file
+            submission.dump(temporary)
+            os.replace(temporary, path)
+        return first
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        script = submission_file_path.read_text(encoding="utf-8")
+        return ["sbatch", *slurm.options(script), str(submission_file_path)]
+
 
 def slurm_executor(job: Job, dependency: str | None = None) -> BatchExecutor:
     """The executor that submits this job."""
-    python = job.cluster.python or shlex.quote(sys.executable)
-    executor = BatchExecutor(submission_folder(job), max_num_timeout=job.cluster.retry.starts, python=python)
+    program = job.cluster.python or shlex.quote(sys.executable)
+    executor = BatchExecutor(submission_folder(job), max_num_timeout=job.cluster.retry.starts, python=program)
     executor.update_parameters(**parameters(job, dependency))
     return executor
 
@@ -90,9 +121,9 @@ def parameters(job: Job, dependency: str | None = None) -> dict[str, Any]:
 
 def _srun(cluster: ClusterConfig) -> list[str]:
     """A rank that fails takes the others with it, which would wait for it until they notice. Since Slurm 22.05 srun no
-    longer hears of the cores of a task from sbatch."""
+    longer hears of the cores of a task from sbatch. Ranks get what the script exports, whatever the job inherited."""
     cores = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
-    return ["--kill-on-bad-exit=1", *cores]
+    return ["--kill-on-bad-exit=1", "--export=ALL", *cores]
 
 
 def _gpus(cluster: ClusterConfig) -> int | str | None:
@@ -128,7 +159,7 @@ def _after(job: Job) -> list[str]:
 
 
 def _attempt(action: str, job: Job) -> str:
-    return shlex.join([sys.executable, "-m", "launcher.attempt", action, str(job.folder)])
+    return shlex.join(python("-m", "launcher.attempt", action, str(job.folder)))
 
 
 def callables(job: Job) -> Sequence[SlurmTask]:

@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 
+from regen_dist.config.python import with_safe_path
+from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import BackendError
 
 _TIMEOUT_S = 60.0
 _GONE = ("DOWN", "DRAIN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN", "REBOOT")  # of a node that has lost its jobs
 _UNKNOWN_JOB = "Invalid job id"
+# A shell's wishes for Slurm's programs, and what an allocation tells those inside it. Of these only the way to the
+# controller is passed on: the rest would change what a job asks for, and what is read from their answers.
+_FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_")
+_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_SACK_KEY", "SLURM_SACK_SOCKET")
 
 
-def ask(program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Run one of Slurm's programs; returns what it printed.
+def client_environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What Slurm's programs inherit, and with sbatch the job: nothing of another job, and no rank."""
+    own = {name: value for name, value in inherited.items() if name in _KEPT or not name.startswith(_FOREIGN)}
+    return with_safe_path(without_ranks(own))
+
+
+def overruled(inherited: Mapping[str, str] = os.environ) -> list[str]:
+    """Variables by which a shell gives sbatch options, which a job of ours does not take over."""
+    return sorted(name for name in inherited if name.startswith("SBATCH_") or name == "SLURM_CLUSTERS")
+
+
+@contextmanager
+def as_client() -> Iterator[None]:
+    """This process's own environment as `client_environment`, for a library that starts Slurm's programs itself."""
+    before, own = dict(os.environ), client_environment()
+    try:
+        os.environ.clear()
+        os.environ.update(own)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def options(script: str) -> list[str]:
+    """The options that a batch script asks for, as arguments: these also win over what a site sets for sbatch."""
+    marked = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    return [option for line in marked for option in shlex.split(line)]
+
+
+def ask(program: str, *arguments: str) -> str:
+    """Run one of Slurm's programs, without the wishes of this shell for it; returns what it printed.
 
     Raises:
         BackendError: it is not here, refused (with its words), or did not answer within a minute.
@@ -24,7 +63,7 @@ def ask(program: str, *arguments: str, environment: Mapping[str, str] | None = N
         raise BackendError(f"{program} is not found: run this where Slurm's programs are, as on a login node")
     try:
         ended = subprocess.run(
-            [program, *arguments], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            [program, *arguments], env=client_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=_TIMEOUT_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

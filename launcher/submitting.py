@@ -150,11 +150,9 @@ def _sbatch(job: Job, dependency: str | None) -> str:
         raise BackendError("sbatch is not found: submit where Slurm's programs are, or with --cluster local")
     executor = slurm_executor(job, dependency)
     try:
-        with executor.batch():
-            submitted = [executor.submit(each) for each in callables(job)]
+        return executor.submit_all(callables(job))
     except (FailedJobError, FailedSubmissionError) as error:
         raise BackendError(f"Slurm refused the job: {_said(error)}") from None
-    return str(submitted[0].job_id).partition("_")[0]
 
 
 def _said(error: BaseException) -> str:

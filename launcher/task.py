@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,13 +22,14 @@ from launcher.local import FORWARDED, Ended, program_environment, rank_environme
 from launcher.places import LocalPlace
 from launcher.policy import Verdict
 from regen_dist.config.files import write_text_atomically
-from regen_dist.distributed.environment import Place, meeting_port, rank_variables, read_place
+from regen_dist.config.python import regen
+from regen_dist.distributed.environment import SLURM, Place, meeting_port, rank_variables, read_variables
 from regen_dist.errors import EXIT_OK, EXIT_RESUME
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
-COMMAND = (sys.executable, "-m", "tools.cli")
+COMMAND = tuple(regen())
 LOCAL_REQUEUE = 144  # with this code Submitit's local executor starts a task again, its clock at zero
 
 
@@ -140,13 +140,13 @@ def child_environment(job: Job) -> dict[str, str]:
     """What a command inherits: the copy of the code comes before whatever is installed, and before the current
     folder."""
     code = os.pathsep.join([str(job.code), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return program_environment({**os.environ, "PYTHONPATH": code, "PYTHONSAFEPATH": "1"})
+    return program_environment({**os.environ, "PYTHONPATH": code})
 
 
 def _rank_variables(job: Job, first_host: str, job_id: str, restart: int) -> dict[str, str]:
     """The rank that Slurm gives this task, in the variables that the command reads."""
-    told: Mapping[str, str] = {**os.environ, "MASTER_ADDR": first_host}
-    threads = {} if "OMP_NUM_THREADS" in told else {"OMP_NUM_THREADS": told.get("SLURM_CPUS_PER_TASK", "1")}
-    place = Place(*read_place(told))
+    cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": cores}
+    place = read_variables(os.environ, SLURM) or Place()
     port = meeting_port(job_id, restart)
     return threads | rank_variables(place, local_world_size=job.cluster.ranks_per_node, address=first_host, port=port)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.local import launch
 from regen_dist.checkpoint.claims import Claims
 from regen_dist.config import load_config
+from regen_dist.config.python import regen
 from regen_dist.config.worldsize import clips_per_rank
 
 
@@ -22,5 +22,5 @@ def train_locally(config: Path, overrides: Sequence[str], *, ranks: int, fresh: 
     checked = load_config(config, overrides)
     clips_per_rank(checked, ranks)
     Claims(checked).refuse_living()
-    command = [sys.executable, "-m", "tools.cli", "train", *(["--fresh"] if fresh else []), str(config), *overrides]
+    command = regen("train", *(["--fresh"] if fresh else []), str(config), *overrides)
     return launch(command, ranks=ranks, logs=checked.folder / "logs")

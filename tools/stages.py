@@ -3,10 +3,10 @@ a training once on purpose."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,9 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import typer
+
+from regen_dist.config.python import regen
+from regen_dist.distributed.environment import without_ranks
 
 _POLL_S = 0.5
 
@@ -38,7 +41,7 @@ def working_precision() -> str:
 def run(arguments: Sequence[str]) -> None:
     """Print and run one `regen` command; its failure ends the program with its exit code."""
     announce(arguments)
-    code = subprocess.run(command(arguments), check=False).returncode
+    code = subprocess.run(command(arguments), env=without_ranks(os.environ), check=False).returncode
     if code:
         raise typer.Exit(code)
 
@@ -50,7 +53,7 @@ def announce(arguments: Sequence[str]) -> None:
 
 def command(arguments: Sequence[str]) -> list[str]:
     """What runs a `regen` command in this Python."""
-    return [sys.executable, "-m", "tools.cli", *arguments]
+    return regen(*arguments)
 
 
 def run_until(
@@ -66,7 +69,8 @@ def run_until(
         stop_at: the step; None never asks.
         environment: of the command; None: this program's own.
     """
-    process = subprocess.Popen(command(arguments), env=environment, start_new_session=True)  # one signal, not two
+    inherited = without_ranks(os.environ if environment is None else environment)
+    process = subprocess.Popen(command(arguments), env=inherited, start_new_session=True)  # one signal, not two
     asked = False
     with _handed_on(process) as signals:
         while process.poll() is None:

@@ -14,7 +14,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine; one, where nobody else starts ranks.")
+    ] = None,
     fresh: Annotated[
         bool,
         typer.Option("--fresh", help="Start from scratch where there are checkpoints, and none of them is whole."),
@@ -27,10 +29,12 @@ def train(
 
     Example: regen train configs/embedder/nano.yaml --ranks 2 train.steps=200
     """
-    if "RANK" not in os.environ and "MASTER_ADDR" not in os.environ:  # not started as a rank: start them
+    from regen_dist.distributed.environment import starts_ranks
+
+    if starts_ranks(os.environ, asked=ranks is not None):
         from launcher.train import train_locally
 
-        raise typer.Exit(train_locally(config, overrides or [], ranks=ranks, fresh=fresh))
+        raise typer.Exit(train_locally(config, overrides or [], ranks=ranks or 1, fresh=fresh))
     from regen_dist.config import load_config
     from regen_dist.training.signals import Inbox
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from launcher.snapshot import ROOT
 from regen_dist.config import AnyRunConfig, RunConfig, to_yaml
+from regen_dist.config.python import regen, with_safe_path
 from regen_dist.errors import RegenError
 
 _PATIENCE_S = 60.0  # for all models of an order together
@@ -77,7 +77,7 @@ def describe(config: AnyRunConfig, world_size: int, timeout_s: float) -> Estimat
     with tempfile.TemporaryDirectory(prefix="regen-") as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(to_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "tools.cli", "describe", str(path), "--world-size", str(world_size), "--json"]
+        command = regen("describe", str(path), "--world-size", str(world_size), "--json")
         ended = subprocess.run(
             command, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s,
             check=False,
@@ -93,7 +93,7 @@ def _environment() -> dict[str, str]:
     """With the code that this process runs, from whatever folder it was started, and without a look at this machine's
     GPUs."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    return with_safe_path({**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""})
 
 
 def _too_long(patience_s: float) -> NoEstimate:

@@ -10,7 +10,7 @@ from pathlib import Path
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.job import LAUNCH
-from launcher.preflight.findings import Finding, Subject, problem
+from launcher.preflight.findings import Finding, Subject, note, problem
 from launcher.script import batch_script
 from regen_dist.errors import BackendError
 
@@ -27,6 +27,8 @@ def scheduler(subject: Subject) -> Iterator[Finding]:
     if not slurm.is_here():
         yield problem("sbatch is not found: submit where Slurm's programs are, or with --cluster local")
         return
+    if found := slurm.overruled():
+        yield note(f"{', '.join(found)} of this shell do not reach the job; set such options in the cluster's file")
     partitions = _chosen(_partitions(), cluster.partition)
     if said := refusal(script):
         what = f"{cluster.nodes} node(s) x {cluster.gpus_per_node} GPU(s) for {cluster.time_min} min"
@@ -42,8 +44,8 @@ def refusal(script: str) -> str:
         path.write_text(script, encoding="utf-8")
         try:
             ended = subprocess.run(
-                ["sbatch", "--test-only", str(path)], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                timeout=_TIMEOUT_S, check=False,
+                ["sbatch", "--test-only", *slurm.options(script), str(path)], env=slurm.client_environment(),
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise BackendError(f"sbatch gave no answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None

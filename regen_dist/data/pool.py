@@ -16,6 +16,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any, Generic, TypeVar
 
+from regen_dist.config.python import start_safely
 from regen_dist.errors import DataError
 
 Tag = TypeVar("Tag")
@@ -83,6 +84,7 @@ def worker_pool(workers: int | None) -> Iterator[Pool]:
     if count == 0:
         yield Pool(None, 0)
         return
+    start_safely()
     before = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
     try:

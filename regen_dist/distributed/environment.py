@@ -1,7 +1,8 @@
-"""Which rank this process is: the one place that reads and writes rank variables. Imports no torch.
+"""Which rank this process is: the one place that reads, writes and removes rank variables. Imports no torch.
 
 torchrun and our launcher set RANK, WORLD_SIZE and LOCAL_RANK; Slurm sets SLURM_PROCID and its kin for each task of a
-step, and Submitit SUBMITIT_LOCAL_* where it starts tasks on this machine. Where several speak they must agree.
+step, and Submitit SUBMITIT_LOCAL_* where it starts tasks on this machine. Where several speak they must agree. What our
+launcher starts is told by it alone: the variables of the shell are removed first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,19 @@ from regen_dist.errors import ConfigError
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 SUBMITIT = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
+# What tells a process of one launcher or another that it is a rank, and where ranks meet.
+_RANK_NAMES = frozenset((
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    *("MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MPIRUN_RANK", "SLURM_MPI_TYPE", "SLURM_TASK_PID", "SLURM_GTIDS"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE"),
+    *("SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION", "SLURM_LAUNCH_NODE_IPADDR"),
+    *("SLURM_SRUN_COMM_HOST", "SLURM_SRUN_COMM_PORT"),
+))  # fmt: skip
+_RANK_PREFIXES = (
+    *("TORCHELASTIC_", "SUBMITIT_", "SLURM_STEP_", "SLURM_STEPID", "SLURM_PMI", "OMPI_", "PMI_", "PMIX_", "PMI2_"),
+    *("MV2_COMM_", "PALS_", "HYDI_", "JSM_NAMESPACE_", "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_"),
+)
 # Below the ports that the kernel gives out by itself (32768 and up on Linux), above those of services.
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
 
@@ -31,12 +45,15 @@ def read_place(environment: Mapping[str, str]) -> Place:
     """The place that the environment gives this process; a process alone when it gives none.
 
     A scheduler's variables count for a process that has an address to meet at (MASTER_ADDR): without one it is merely
-    inside an allocation, as a shell is. A task alone may start ranks of its own: it has no say about theirs.
+    inside an allocation, as a shell is. A task alone may start ranks of its own: it has no say about theirs; nor has
+    any scheduler about those that torchrun started (one torchrun a node is one task a node).
 
     Raises:
         ConfigError: the variables disagree, or are no ranks.
     """
     own = read_variables(environment, TORCHRUN)
+    if own and "TORCHELASTIC_RUN_ID" in environment:
+        return own
     schedulers = {names: read_variables(environment, names) for names in (SLURM, SUBMITIT)}
     said = {names: place for names, place in schedulers.items() if place is not None and place.world_size > 1}
     told = ({TORCHRUN: own} if own else {}) | (said if own or "MASTER_ADDR" in environment else {})
@@ -44,6 +61,42 @@ def read_place(environment: Mapping[str, str]) -> Place:
         heard = "; ".join(f"{', '.join(names)} say {_shown(place)}" for names, place in told.items())
         raise ConfigError(f"it is not clear which rank this is: {heard}. Start the ranks by one of them")
     return next(iter(told.values()), Place())
+
+
+def starts_ranks(environment: Mapping[str, str], asked: bool) -> bool:
+    """Whether a command that can start ranks is to do so; otherwise this process is itself a rank, whom somebody else
+    has started. A single left-over variable makes no rank.
+
+    Args:
+        environment: of this process.
+        asked: a number of ranks was given (`--ranks`).
+
+    Raises:
+        ConfigError: `--ranks` in each of several ranks would start as many times more of them; or the variables make no
+            sense (those of a shell are not looked at where `--ranks` is given).
+    """
+    if not asked:
+        return read_variables(environment, TORCHRUN) is None and read_place(environment).world_size == 1
+    for names in (TORCHRUN, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+        try:
+            place = read_variables(environment, names)
+        except ConfigError:
+            continue
+        if place is not None and place.world_size > 1 and (names is not TORCHRUN or "MASTER_ADDR" in environment):
+            raise ConfigError(
+                f"--ranks starts ranks, and this process is {_shown(place)} already ({names[0]}, {names[1]}). Leave "
+                f"out --ranks, so that it is that rank; or, where the variables are left over: unset {' '.join(names)}"
+            )
+    return True
+
+
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what any launcher tells its ranks, ours included; nothing else of a job is removed."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _RANK_NAMES and not name.startswith(_RANK_PREFIXES)
+    }
 
 
 def read_variables(environment: Mapping[str, str], names: tuple[str, str, str]) -> Place | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,13 +26,14 @@ def ablation(
 
     from launcher.arms import run_side_by_side
     from regen_dist.config import config_hash, load_embedder_config
+    from regen_dist.config.python import regen
     from regen_dist.evaluation.ablation import arms, measure_arm, table
     from regen_dist.observe.hardware import describe_machine
 
     console, grid = Console(), list(arms())
     own = [*(overrides or []), f"output={out}/arms", "engine.kind=plain"]
     base = load_embedder_config(config, own)
-    train = [sys.executable, "-m", "tools.cli", "train", str(config), *own]
+    train = regen("train", str(config), *own)
     commands = {arm.name: [*train, f"name={arm.name}", *arm.overrides] for arm in grid}
     console.print(f"{len(grid)} arms of {base.train.steps} steps, {at_once} at a time")
     run_side_by_side(commands, logs=out / "logs", at_once=at_once, done=lambda name: console.print(f"done: {name}"))

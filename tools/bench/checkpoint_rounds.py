@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from launcher.local import die_with, launch
 from launcher.seaweed import start_store
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import load_config, save_config
+from regen_dist.config.python import python, regen
 from regen_dist.data.objects.store import Store
+from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
 from regen_dist.evaluation.checkpoint_speed import rank
 from regen_dist.evaluation.checkpoint_speed.blocking import Saving, saving
@@ -90,14 +91,15 @@ class Bench:
     def _train(self, folder: Path, mode: str) -> Saving:
         """A run from start to end, and what its record says."""
         places = [*self._places(folder), f"name={mode}", f"checkpoint.asynchronous={_MODES[mode]}"]
-        program = [sys.executable, "-m", "tools.cli", "train", str(self.config), *self.overrides, *places]
+        program = regen("train", str(self.config), *self.overrides, *places)
         program += ["--ranks", str(self.ranks)]
         folder.mkdir(exist_ok=True)
         log = folder / f"{mode}.log"
         with log.open("wb") as file:
             ending = die_with(os.getpid())  # this command may be killed
-            code = subprocess.run(program, stdout=file, stderr=file, check=False, preexec_fn=ending).returncode
-        _check(code, f"the run with {mode} saves", log)
+            own = without_ranks(os.environ)
+            ended = subprocess.run(program, env=own, stdout=file, stderr=file, check=False, preexec_fn=ending)
+        _check(ended.returncode, f"the run with {mode} saves", log)
         found = saving(read_record(folder / mode / "metrics.jsonl"))
         cost = median(found.cost_s(save) for save in found.saves)
         self.say(f"  {mode} saves: {cost:.3f} s each, of a run whose steps take {found.step_s:.3f} s")
@@ -107,7 +109,7 @@ class Bench:
         """What the rank program finds with so many ranks."""
         measured = folder / "measured"
         save_config(load_config(self.config, [*self.overrides, *self._places(folder)]), measured)
-        program = [sys.executable, "-m", rank.__name__, str(measured), f"--repeats={self.repeats}", *options]
+        program = python("-m", rank.__name__, str(measured), f"--repeats={self.repeats}", *options)
         program += [f"--url={there.url}"] if there.url else []
         code = launch(program, ranks=ranks, logs=measured, environment=there.environment)
         _check(code, f"measuring with {ranks} rank(s)", rank.log_file(measured, ranks))

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from regen_dist.config.jsontext import json_text
+from regen_dist.config.python import regen
+from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import TrainingError
 from tools.shards.stopping import stopping_cleanly
 
@@ -140,11 +142,14 @@ def _waits(config: Path, overrides: list[str], console: Console) -> dict[str, An
     for name, (kind, ranks) in _RUNS.items():
         with TemporaryDirectory(prefix="regen-bench-") as folder:
             own = [*overrides, f"output={folder}", "name=run", f"engine.kind={kind}"]
-            program = [sys.executable, "-m", "tools.cli", "train", str(config), *own, "--ranks", str(ranks)]
+            program = regen("train", str(config), *own, "--ranks", str(ranks))
             log = Path(folder) / "log"
             with log.open("wb") as file:
                 ending = die_with(os.getpid())  # this command may be killed
-                code = subprocess.run(program, stdout=file, stderr=file, check=False, preexec_fn=ending).returncode
+                own_environment = without_ranks(os.environ)
+                code = subprocess.run(
+                    program, env=own_environment, stdout=file, stderr=file, check=False, preexec_fn=ending
+                ).returncode
             if code:
                 raise TrainingError(f"the run ({name}) ended with exit code {code}:\n{log.read_text(errors='replace')}")
             found[name] = data_wait(Path(folder) / "run")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regen_dist.config.jsontext import json_text
+from regen_dist.config.python import regen
+from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import ConfigError, DataError, TrainingError
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def _run(chosen: Sequence[Bench], further: Sequence[str], out: Path) -> dict[str
         folder = out / bench
         arguments = ["bench", bench.value, *(further or _SHORT[bench]), f"--out={folder}"]
         print(f"$ regen {' '.join(arguments)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "tools.cli", *arguments], check=False).returncode
+        code = subprocess.run(regen(*arguments), env=without_ranks(os.environ), check=False).returncode
         if code:
             raise TrainingError(f"the bench {bench} ended with exit code {code}; leave it out with --only, or mend it")
         found[bench.value] = _json(folder / f"{bench}.json")

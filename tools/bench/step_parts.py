@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from launcher.local import launch
 from regen_dist.config import AnyRunConfig, RunConfig, config_hash, load_config, load_embedder_config
 from regen_dist.config.loading import t2v_only
+from regen_dist.config.python import python
 from regen_dist.data.making.moving_shapes import SyntheticOptions
 from regen_dist.data.making.synthetic import build_synthetic
 from regen_dist.distributed.base import precision_of
@@ -178,7 +178,7 @@ class Bench:
         self, run: Run, ranks: int, environment: Mapping[str, str] | None = None, options: Sequence[str] = ()
     ) -> list[dict[str, Any]]:
         """What each rank of a start of its own found, on one thread a rank."""
-        program = [sys.executable, "-P", str(_RANK), str(run.path.resolve()), *run.overrides]
+        program = python(str(_RANK), str(run.path.resolve()), *run.overrides)
         program += ["--out", str(self.work), "--steps", str(self.steps), *options]
         own = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         code = launch(program, ranks=ranks, logs=self.work, environment=own)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from regen_dist.config.python import start_safely
 from regen_dist.data.dataset.catalogue import Dataset
 from regen_dist.data.order.order import MicroBatch
 from regen_dist.data.pool import end_with_parent
@@ -155,6 +156,7 @@ def _loader(plan: Plan[TrainingSet], board: Tensor, slots: Slots) -> DataLoader[
 def _context() -> object:
     """Workers come from a fresh server process that has imported this module once: a fork of the rank would carry
     its threads."""
+    start_safely()
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context

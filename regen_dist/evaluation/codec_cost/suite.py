@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
 from regen_dist.config.jsontext import json_text
+from regen_dist.config.python import python
 from regen_dist.evaluation.codec_cost import worker
 from regen_dist.evaluation.codec_cost.sizes import Size
 from regen_dist.evaluation.codec_cost.systems import System
@@ -85,7 +85,7 @@ def measure_all(
 
 def run(job: Job, limits: Limits) -> list[dict[str, Any]]:
     """What the process told; the last line says so where it was ended, or ended itself without a word."""
-    command = [sys.executable, "-W", "ignore", "-m", worker.__name__, json_text(job._asdict())]
+    command = python("-W", "ignore", "-m", worker.__name__, json_text(job._asdict()))
     environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(limits.threads))
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:

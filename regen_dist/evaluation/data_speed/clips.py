@@ -10,6 +10,7 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, NamedTuple
 
+from regen_dist.config.python import start_safely
 from regen_dist.config.schema import DataConfig
 from regen_dist.data.order.draws import ClipDraw, draw_clip
 from regen_dist.data.reading.clips import clip_geometry
@@ -63,6 +64,7 @@ def through_loader(stretch: Stretch, store: int | None = None) -> Turn:
 def from_memory(stretch: Stretch) -> Turn:
     """Clips per second of as many processes, each decoding the clips that its counterpart of the loader would, their
     bytes in memory, and letting go of the pixels."""
+    start_safely()
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     barrier = context.Barrier(stretch.workers)

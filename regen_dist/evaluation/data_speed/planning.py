@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from regen_dist.config.jsontext import json_text
+from regen_dist.config.python import python
 from regen_dist.data.order.order import Bucket, Order, Stream
 
 BATCH = 8192
@@ -24,7 +25,7 @@ def plan(samples: int, *, mixed: bool) -> dict[str, float]:
         `seconds` from nothing to the last batch; `peak_mb`, the process's highest memory, `before_mb`, the same before
         it planned anything.
     """
-    command = [sys.executable, "-m", __name__, str(samples), "mixed" if mixed else "one"]
+    command = python("-m", __name__, str(samples), "mixed" if mixed else "one")
     found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     return found
 

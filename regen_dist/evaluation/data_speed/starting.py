@@ -27,7 +27,7 @@ def first_batch(url: str, cache: Path, *, crop: int, num_frames: int, batch: int
     options = {"url": url, "crop": crop, "num_frames": num_frames, "batch": batch}
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", __name__, json_text(options)],
+        [sys.executable, "-P", "-m", __name__, json_text(options)],
         env=os.environ | {"REGEN_CACHE": str(cache)},
         capture_output=True,
         check=True,

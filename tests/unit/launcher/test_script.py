@@ -93,7 +93,7 @@ def test_options_of_the_cluster_reach_sbatch() -> None:
     assert f"#SBATCH --comment={shlex.quote(ODD)}" in lines
     assert not any("oversubscribe" in line for line in lines)
     (srun,) = [line for line in lines if line.startswith("srun")]
-    assert "--kill-on-bad-exit=1 --cpus-per-task=3 --mpi=none" in srun
+    assert "--kill-on-bad-exit=1 --export=ALL --cpus-per-task=3 --mpi=none" in srun
 
 
 def test_an_array_is_one_script() -> None:

@@ -1,0 +1,42 @@
+"""How Python is started here: never with the current folder on its path.
+
+Without that, `python -m` and the worker processes of multiprocessing look for modules in the folder where the user
+happens to be, before anywhere else: a `random.py` or a `tools/` there would be executed in the place of the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, MutableMapping
+
+SAFE_PATH = "PYTHONSAFEPATH"
+
+
+def python(*arguments: str) -> list[str]:
+    """A command that runs this Python in its safe-path mode."""
+    return [sys.executable, "-P", *arguments]
+
+
+def regen(*arguments: str) -> list[str]:
+    """A command that runs `regen` in this Python."""
+    return python("-m", "tools.cli", *arguments)
+
+
+def with_safe_path(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process whose own children, workers of pools among them, import safely too. An empty entry
+    of PYTHONPATH, as `$PYTHONPATH:more` leaves, means the current folder as well, and is removed."""
+    safe = {**environment, SAFE_PATH: "1"}
+    if (path := safe.pop("PYTHONPATH", "")) and (kept := [each for each in path.split(os.pathsep) if each]):
+        safe["PYTHONPATH"] = os.pathsep.join(kept)
+    return safe
+
+
+def start_safely(environment: MutableMapping[str, str] = os.environ) -> None:
+    """See to it that all that this process starts from now on imports safely."""
+    safe = with_safe_path(environment)
+    for name in (SAFE_PATH, "PYTHONPATH"):
+        if name in safe:
+            environment[name] = safe[name]
+        else:
+            environment.pop(name, None)
