@@ -64,7 +64,10 @@ def compose(path: Path, overrides: Sequence[str] = ()) -> Composed:
     _add_file(composed, Path(path), ())
     for override in overrides:
         _add_override(composed, override)
+    refused = [dotted for origin, dotted, _ in composed.problems if composed.origins.get(dotted) == origin]
     _resolve(composed)
+    for dotted in refused:
+        _put(composed.values, dotted, Unresolved(""))
     return composed
 
 
@@ -73,7 +76,9 @@ def _add_file(composed: Composed, path: Path, chain: tuple[Path, ...]) -> None:
     if resolved in chain:
         circle = " -> ".join(shown(each) for each in (*chain, resolved))
         raise ConfigError(f"{shown(path)}: configs that extend each other in a circle: {circle}")
-    values, lines = read_yaml(path)
+    values, lines, refused = read_yaml(path)
+    for dotted, problem in refused.items():
+        composed.problems.append((f"{shown(path)}:{lines[dotted]}", dotted, problem))
     for parent in _parents(values.pop("extends", None), f"{shown(path)}:{lines.get('extends', 1)}"):
         _add_file(composed, path.parent / parent, (*chain, resolved))
     origins = {key: f"{shown(path)}:{line}" for key, line in lines.items() if key.split(".")[0] != "extends"}
@@ -97,6 +102,9 @@ def _add_override(composed: Composed, override: str) -> None:
         return
     try:
         value = parse_value(text)
+    except ConfigError as error:
+        composed.problems.append((COMMAND_LINE, dotted, str(error)))
+        return
     except yaml.YAMLError as error:
         problem = (
             f"the value {text!r} is not valid YAML ({str(error).splitlines()[0]}); quote it, like '{dotted}=\"…\"'"
