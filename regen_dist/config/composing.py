@@ -21,6 +21,7 @@ from regen_dist.config.yamlfile import parse_value, read_yaml, shown
 from regen_dist.errors import ConfigError
 
 COMMAND_LINE = "command line"
+_CHECKOUT = Path(__file__).resolve().parents[2]
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:\s*([^,}]*)")
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE|ACCESS_KEY", re.IGNORECASE)
 
@@ -53,6 +54,12 @@ class Composed:
             del self.origins[each]
 
 
+def find_preset(path: Path) -> Path:
+    """A path as it stands; where there is no such file, `configs/…` is looked for in this checkout."""
+    ours = _CHECKOUT / path
+    return ours if path.parts[:1] == ("configs",) and not path.exists() and ours.is_file() else path
+
+
 def compose(path: Path, overrides: Sequence[str] = ()) -> Composed:
     """The config in `path` with everything it extends, then the overrides `a.b=c` (typed as YAML), then interpolation.
 
@@ -61,7 +68,7 @@ def compose(path: Path, overrides: Sequence[str] = ()) -> Composed:
             overrides is gathered in `problems` instead.
     """
     composed = Composed()
-    _add_file(composed, Path(path), ())
+    _add_file(composed, find_preset(Path(path)), ())
     for override in overrides:
         _add_override(composed, override)
     refused = [dotted for origin, dotted, _ in composed.problems if composed.origins.get(dotted) == origin]
