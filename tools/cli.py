@@ -15,7 +15,6 @@ from regen_dist.errors import RegenError
 
 app = typer.Typer(
     name="regen",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -21,6 +21,7 @@ from regen_dist.config.yamlfile import parse_value, read_yaml, shown
 from regen_dist.errors import ConfigError
 
 COMMAND_LINE = "command line"
+_CHECKOUT = Path(__file__).resolve().parents[2]
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:\s*([^,}]*)")
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE|ACCESS_KEY", re.IGNORECASE)
 
@@ -53,6 +54,12 @@ class Composed:
             del self.origins[each]
 
 
+def find_preset(path: Path) -> Path:
+    """A path as it stands; where there is no such file, `configs/…` is looked for in this checkout."""
+    ours = _CHECKOUT / path
+    return ours if path.parts[:1] == ("configs",) and not path.exists() and ours.is_file() else path
+
+
 def compose(path: Path, overrides: Sequence[str] = ()) -> Composed:
     """The config in `path` with everything it extends, then the overrides `a.b=c` (typed as YAML), then interpolation.
 
@@ -61,10 +68,13 @@ def compose(path: Path, overrides: Sequence[str] = ()) -> Composed:
             overrides is gathered in `problems` instead.
     """
     composed = Composed()
-    _add_file(composed, Path(path), ())
+    _add_file(composed, find_preset(Path(path)), ())
     for override in overrides:
         _add_override(composed, override)
+    refused = [dotted for origin, dotted, _ in composed.problems if composed.origins.get(dotted) == origin]
     _resolve(composed)
+    for dotted in refused:
+        _put(composed.values, dotted, Unresolved(""))
     return composed
 
 
@@ -73,7 +83,9 @@ def _add_file(composed: Composed, path: Path, chain: tuple[Path, ...]) -> None:
     if resolved in chain:
         circle = " -> ".join(shown(each) for each in (*chain, resolved))
         raise ConfigError(f"{shown(path)}: configs that extend each other in a circle: {circle}")
-    values, lines = read_yaml(path)
+    values, lines, refused = read_yaml(path)
+    for dotted, problem in refused.items():
+        composed.problems.append((f"{shown(path)}:{lines[dotted]}", dotted, problem))
     for parent in _parents(values.pop("extends", None), f"{shown(path)}:{lines.get('extends', 1)}"):
         _add_file(composed, path.parent / parent, (*chain, resolved))
     origins = {key: f"{shown(path)}:{line}" for key, line in lines.items() if key.split(".")[0] != "extends"}
@@ -97,6 +109,9 @@ def _add_override(composed: Composed, override: str) -> None:
         return
     try:
         value = parse_value(text)
+    except ConfigError as error:
+        composed.problems.append((COMMAND_LINE, dotted, str(error)))
+        return
     except yaml.YAMLError as error:
         problem = (
             f"the value {text!r} is not valid YAML ({str(error).splitlines()[0]}); quote it, like '{dotted}=\"…\"'"

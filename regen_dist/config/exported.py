@@ -107,7 +107,7 @@ def load_any_export_config(folder: Path) -> AnyExportConfig:
     """
     path = folder / EXPORT_CONFIG_FILE
     try:
-        values, lines = read_yaml(path)
+        values, lines, _ = read_yaml(path)
     except ConfigError as error:
         raise CheckpointError(f"{shown(folder)} is no exported model: {error}") from error
     fill_later_fields(values)

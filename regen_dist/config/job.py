@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from regen_dist.config.keeping import CheckpointConfig, GuardsConfig
 from regen_dist.config.section import Fraction, PositiveFloat, PositiveInt, Rate, Section
@@ -125,6 +126,15 @@ class CommonConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     guards: GuardsConfig = GuardsConfig()
     wandb: WandbConfig = WandbConfig()
+
+    @field_validator("output")
+    @classmethod
+    def _home_is_expanded(cls, output: str) -> str:
+        """Once, for all that read it; a `~` that nothing expands would be a folder of that name."""
+        expanded = os.path.expanduser(output)
+        if expanded.startswith("~"):
+            raise ValueError(f"found {output!r}, and no home folder of that name; write the path in full")
+        return expanded
 
     @property
     def folder(self) -> Path:

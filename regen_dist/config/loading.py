@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from regen_dist.config.composing import Composed, compose
@@ -18,7 +17,7 @@ from regen_dist.config.problems import describe, message
 from regen_dist.config.schema import RunConfig
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.config.version import fill_later_fields
-from regen_dist.config.yamlfile import read_yaml, shown
+from regen_dist.config.yamlfile import dump_yaml, read_yaml, shown
 from regen_dist.errors import ConfigError
 
 AnyRunConfig = RunConfig | T2VConfig
@@ -100,7 +99,7 @@ def load_saved_config(folder: str | Path) -> AnyRunConfig:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise ConfigError(f"{shown(Path(folder))}: no {CONFIG_FILE} in it, so it is not a run folder; give runs/NAME")
-    values, lines = read_yaml(path)
+    values, lines, _ = read_yaml(path)
     fill_later_fields(values)
     where = shown(path)
     composed = Composed(values, {key: f"{where}:{line}" for key, line in lines.items()})
@@ -115,7 +114,7 @@ def save_config(config: CommonConfig, folder: str | Path) -> None:
 
 def to_yaml(config: CommonConfig) -> str:
     """The whole config as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def config_hash(config: CommonConfig) -> str:

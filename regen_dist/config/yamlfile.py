@@ -30,6 +30,43 @@ _Loader.add_implicit_resolver(
 )
 
 
+_WORDS = {
+    word: hint
+    for words, hint in (
+        ("yes on", "write true, or '\"{0}\"' for the word"),
+        ("no off", "write false, or '\"{0}\"' for the word"),
+        ("none nil undefined", "write null for no value, or '\"{0}\"' for the word"),
+    )
+    for word in words.split()
+}
+_PATTERNS = (
+    (re.compile(r"[-+]?0[0-9_]+"), "YAML may read leading zeros as octal; leave them out, or quote it: '\"{0}\"'"),
+    (re.compile(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?"), "YAML counts it in sixties; write a plain number, or "
+     "quote it: '\"{0}\"'"),
+)  # fmt: skip
+
+
+def surprise(text: str) -> str:
+    """Why a value without quotes is refused, being read otherwise than it looks (YAML 1.1); or ""."""
+    hint = _WORDS.get(text.lower()) or next((hint for form, hint in _PATTERNS if form.fullmatch(text)), "")
+    return f"found {text!r} without quotes: {hint.format(text)}" if hint else ""
+
+
+def _surprises(node: yaml.Node | None, dotted: str = "") -> dict[str, str]:
+    """Dotted keys of the values in a document that are refused, and why."""
+    found: dict[str, str] = {}
+    below: list[tuple[str, yaml.Node]] = []
+    if isinstance(node, yaml.ScalarNode) and not node.style and (problem := surprise(node.value)):
+        found[dotted] = problem
+    elif isinstance(node, yaml.MappingNode):
+        below = [(key.value, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        below = [(str(index), value) for index, value in enumerate(node.value)]
+    for name, value in below:
+        found |= _surprises(value, f"{dotted}.{name}" if dotted else name)
+    return found
+
+
 def parse_yaml(text: str) -> Any:
     """The value of one YAML document. Raises yaml.YAMLError when it cannot be parsed."""
     return yaml.load(text, Loader=_Loader)
@@ -38,11 +75,30 @@ def parse_yaml(text: str) -> Any:
 def parse_value(text: str) -> Any:
     """The value of an override. A text without quotes is taken as it stands: from a command line nothing is a comment.
 
-    Raises yaml.YAMLError when it cannot be parsed.
+    Raises:
+        yaml.YAMLError: it cannot be parsed.
+        ConfigError: YAML would read it otherwise than it looks.
     """
     node = yaml.compose(text, Loader=_Loader)
+    for problem in _surprises(node).values():
+        raise ConfigError(problem)
     plain = isinstance(node, yaml.ScalarNode) and not node.style and node.tag == "tag:yaml.org,2002:str"
     return text.strip() if plain else parse_yaml(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `read_yaml` refuses without quotes."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if surprise(text) else None),
+)
+
+
+def dump_yaml(values: object) -> str:
+    """Plain values as a YAML document that `read_yaml` reads back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def shown_value(value: object) -> str:
@@ -50,8 +106,9 @@ def shown_value(value: object) -> str:
     return json_text(value)
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The mapping in the file, and the line (from 1) of every dotted key, list elements included.
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, str]]:
+    """The mapping in the file; the line (from 1) of every dotted key, list elements included; and the dotted keys whose
+    values YAML reads otherwise than they look, each with why it is refused.
 
     Raises:
         ConfigError: the file is missing, is not UTF-8, not YAML, not a mapping, or has a key twice.
@@ -71,7 +128,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{shown(path)}: found {kind} at the top; a config is a mapping of sections, like `train: …`")
     lines: dict[str, int] = {}
     _walk(node, "", lines, path)
-    return values, lines
+    return values, lines, _surprises(node)
 
 
 def shown(path: Path) -> str:

@@ -1,28 +1,38 @@
 """Weights & Biases, if the config asks for it. The only module that imports wandb.
 
-The record on disk is the truth; this is a copy. Whatever goes wrong here is said once and never stops a run.
+The record on disk is the truth; this is a copy. Whatever goes wrong here is said once and never stops a run: every call
+is made by a thread of its own, and waited for so many seconds at most.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from regen_dist.config.job import CommonConfig
+from regen_dist.config.run_id import read_or_create_run_id
 
 log = logging.getLogger(__name__)
 
+START_S, SEND_S, FINISH_S, TEARDOWN_S = 30.0, 10.0, 20.0, 2.0  # that a call may take
+_STEP = "step"  # the axis of every curve; wandb's own counter drops what comes with a lower number than before
+
 
 class Tracker:
-    """Sends metrics and pictures to wandb; switches itself off at the first failure."""
+    """Sends metrics and pictures to wandb; switches itself off at the first failure, or at the first call that does not
+    return in time."""
 
     def __init__(self, config: CommonConfig, run: Path) -> None:
         self._run: Any = None
         self.failures = 0
-        if config.wandb.mode != "disabled":
-            self._guard(lambda: self._start(config, run))
+        self._wanted = config.wandb.mode != "disabled"
+        if self._wanted:
+            self._run = self._guard(lambda: _start(config, run), START_S)
 
     def log(
         self,
@@ -31,44 +41,114 @@ class Tracker:
         pictures: Mapping[str, Path] | None = None,
         videos: Mapping[str, Path] | None = None,
     ) -> None:
-        """Metrics (and pictures and videos by name) of one step."""
-        if self._run is not None:
-            self._guard(lambda: self._send(step, values, pictures or {}, videos or {}))
+        """Metrics (and pictures and videos by name) of one step, which may be lower than one before."""
+        run = self._run
+        if run is not None:
+            self._guard(lambda: _send(run, step, values, pictures or {}, videos or {}), SEND_S)
 
     def close(self) -> None:
+        """Send what is left, and leave nothing behind that the end of the process would wait for."""
+        if not self._wanted:
+            return
         if self._run is not None:
-            self._guard(self._run.finish)
+            self._guard(self._run.finish, FINISH_S)
+        if self.failures:
+            _abandon_service()
+        self._wanted, self._run = False, None
 
-    def _start(self, config: CommonConfig, run: Path) -> None:
-        import wandb
-
-        settings = config.wandb
-        self._run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            name=config.name,
-            id=config.name,
-            resume="allow",
-            mode=settings.mode,
-            dir=str(run),
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(init_timeout=60, silent=True),
-        )
-
-    def _send(
-        self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
-    ) -> None:
-        import wandb
-
-        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        shown = {name: wandb.Image(str(path)) for name, path in pictures.items()}
-        played = {name: wandb.Video(str(path), format="mp4") for name, path in videos.items()}
-        self._run.log({**numbers, **shown, **played}, step=step)
-
-    def _guard(self, action: Any) -> None:
+    def _guard(self, action: Callable[[], Any], limit_s: float) -> Any:
+        """The action's result; None where it failed or took too long, with one warning."""
         try:
-            action()
+            return _bounded(action, limit_s)
         except Exception as error:  # noqa: BLE001 - an outage of a web service must not end weeks of training
             self.failures += 1
             self._run = None
             log.warning("wandb failed and is off for the rest of this run (metrics.jsonl goes on): %s", error)
+            return None
+
+
+def _bounded(action: Callable[[], Any], limit_s: float) -> Any:
+    """The result of an action in a thread that nobody waits for longer than this.
+
+    Raises:
+        TimeoutError: it has not ended.
+        Exception: its own.
+    """
+    results: list[Any] = []
+    errors: list[Exception] = []
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except Exception as error:  # noqa: BLE001 - raised again in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=act, name="wandb", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {limit_s:g} s")
+    return results[0] if results else None
+
+
+def _start(config: CommonConfig, folder: Path) -> Any:
+    import wandb
+
+    settings = config.wandb
+    run = wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        name=config.name,
+        id=read_or_create_run_id(folder),
+        resume="allow",
+        mode=settings.mode,
+        dir=str(folder),
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(init_timeout=START_S, silent=True),
+    )
+    run.define_metric(_STEP)
+    run.define_metric("*", step_metric=_STEP)
+    return run
+
+
+def _send(
+    run: Any, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
+) -> None:
+    import wandb
+
+    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    shown = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+    played = {name: wandb.Video(str(path), format="mp4") for name, path in videos.items()}
+    run.log({**numbers, **shown, **played, _STEP: step})
+
+
+def _abandon_service() -> None:
+    """End wandb's service process, for which the end of this process would wait without a bound; what it has not sent
+    lies in the run folder (`wandb sync`)."""
+    import wandb
+
+    try:
+        _bounded(wandb.teardown, TEARDOWN_S)  # also takes its hook away from the end of this process
+    except Exception as error:  # noqa: BLE001 - the failure was told; this only tidies up
+        log.debug("wandb's service did not end by itself: %s", error)
+    for pid in _children("wandb-core"):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _children(name: str) -> list[int]:
+    """This process's own children of a name; none where there is no /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, _, rest = stat.read_text().partition(" (")
+            command, _, fields = rest.rpartition(") ")
+        except OSError:  # it has ended
+            continue
+        if command == name and fields.split()[1] == str(os.getpid()):
+            found.append(int(pid))
+    return found

@@ -122,6 +122,7 @@ class Trainer:
 
     def close(self) -> None:
         """End the data workers, a save in flight, the record, the progress line and the tracker."""
+        self._mark("close")
         self.batches.close()
         self.checkpoints.close()
         self.sample_log.close()

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regen_dist.config.run_id import read_run_id
+from regen_dist.observe import tracker as tracking
 from regen_dist.observe.tracker import Tracker
 from tests.helpers.tiny import tiny_run
 
@@ -75,6 +82,9 @@ class _Broken:
         self.calls += 1
         raise OSError("broken pipe")
 
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        pass
+
     def finish(self) -> None:
         raise OSError("broken pipe")
 
@@ -93,3 +103,101 @@ def test_an_outage_in_the_middle_switches_it_off(tmp_path: Path, monkeypatch: py
     tracker = Tracker(tiny_run(wandb__mode="online"), tmp_path)
     tracker.log(0, {}, {"clip": tmp_path / "missing.png"})
     assert tracker.failures == 1
+
+
+class _Kept:
+    """A run that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.axes: list[tuple[str, str | None]] = []
+        self.lines: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes.append((name, step_metric))
+
+    def log(self, values: dict[str, Any], **options: Any) -> None:
+        self.lines.append((values, options))
+
+    def finish(self) -> None:
+        pass
+
+
+def test_points_after_a_rollback_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is a metric of ours, the axis of all others: wandb's own counter would drop a lower one. The id is that
+    of the run folder, so that two runs of one name stay two, and one resumed stays one."""
+    import wandb
+
+    kept, given = _Kept(), list[dict[str, Any]]()
+    monkeypatch.setattr(wandb, "init", lambda **options: (given.append(options), kept)[1])
+    for folder in ("a", "a", "b"):
+        tracker = Tracker(tiny_run(wandb__mode="online"), tmp_path / folder)
+        for step in (7, 8, 3):
+            tracker.log(step, {"loss": 0.5})
+        tracker.close()
+    assert ("*", "step") in kept.axes
+    assert kept.lines[:3] == [({"loss": 0.5, "step": step}, {}) for step in (7, 8, 3)]
+    ids = [each["id"] for each in given]
+    assert ids[0] == ids[1] == read_run_id(tmp_path / "a")
+    assert ids[2] == read_run_id(tmp_path / "b") != ids[0]
+    assert {each["resume"] for each in given} == {"allow"}
+
+
+@pytest.mark.parametrize("silent", ["init", "log", "finish"])
+def test_a_call_that_never_returns_is_given_up(
+    silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Starting, sending and finishing are each waited for by seconds, with one warning."""
+    import wandb
+
+    kept = _Kept()
+
+    def hang(*_: Any, **__: Any) -> None:
+        time.sleep(60)
+
+    monkeypatch.setattr(wandb, "init", hang if silent == "init" else lambda **_: kept)
+    if silent != "init":
+        monkeypatch.setattr(kept, silent, hang)
+    for name in ("START_S", "SEND_S", "FINISH_S"):
+        monkeypatch.setattr(tracking, name, 0.2)
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        tracker = Tracker(tiny_run(wandb__mode="online"), tmp_path)
+        tracker.log(1, {"loss": 0.5})
+        tracker.log(2, {"loss": 0.5})
+        tracker.close()
+    assert time.monotonic() - began < 10
+    assert tracker.failures == 1
+    assert [record.getMessage() for record in caplog.records if "no answer within 0.2 s" in record.getMessage()]
+    assert len(caplog.records) == 1
+
+
+_PROCESS = """
+import sys
+from pathlib import Path
+from regen_dist.observe import tracker as tracking
+from tests.helpers.tiny import tiny_run
+tracking.START_S = tracking.FINISH_S = 3.0
+tracker = tracking.Tracker(tiny_run(wandb__mode="online"), Path(sys.argv[1]))
+tracker.log(1, {"loss": 0.5})
+tracker.close()
+sys.exit(75)
+"""
+
+
+def test_a_silent_server_does_not_hold_the_process(tmp_path: Path) -> None:
+    """A server that accepts and never answers: the process ends by itself, within seconds, with its own exit code."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        environment = os.environ | {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_CONFIG_DIR": str(tmp_path),
+        }
+        ended = subprocess.run(
+            [sys.executable, "-c", _PROCESS, str(tmp_path)],
+            env=environment,
+            timeout=120,
+            capture_output=True,
+            text=True,
+        )
+    assert ended.returncode == 75, ended.stderr
+    assert ended.stderr.count("wandb failed and is off") == 1, ended.stderr

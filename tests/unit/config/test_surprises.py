@@ -1,0 +1,72 @@
+"""Values that YAML 1.1 reads otherwise than they look are refused with a hint, wherever they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.cluster import load_cluster
+from launcher.pipelines.schema import load_pipeline
+from launcher.sweeps import expand
+from regen_dist.config import load_config, load_saved_config, save_config
+from regen_dist.errors import ConfigError
+from tests.helpers.tiny import tiny_run
+
+ODD = ("010", "0777", "08", "-01", "1:30", "1:30.5", "None", "none", "NONE", "yes", "No", "on", "OFF")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    save_config(tiny_run(tmp_path / "runs"), tmp_path)
+    return tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_refused_with_a_hint(text: str, config: Path, tmp_path: Path) -> None:
+    """In an override, in a list of one, in a file, in a sweep, in a cluster's --set, in a pipeline's."""
+    found = f"found '{text}' without quotes"
+    for override in (f"train.steps={text}", f"checkpoint.url={text}", f"data.size=[32, {text}]"):
+        with pytest.raises(ConfigError, match=f"command line.*{found}"):
+            load_config(config, [override])
+    own = tmp_path / "own.yaml"
+    own.write_text(f"extends: config.yaml\ntrain:\n  seed: {text}\n")
+    with pytest.raises(ConfigError, match=f"own.yaml:3: train.seed: {found}"):
+        load_config(own)
+    with pytest.raises(ConfigError, match=found):
+        expand(config, [], [f"train.seed=1,{text}"])
+    with pytest.raises(ConfigError, match=found):
+        load_cluster("slurm", [f"partition={text}"])
+    with pytest.raises(ConfigError, match=found):
+        load_pipeline(Path("configs/pipelines/paper.yaml").resolve(), [f"name={text}"])
+
+
+def test_what_is_meant_is_taken(config: Path) -> None:
+    """Quoted texts, plain numbers, and words that only begin like those."""
+    loaded = load_config(config, ["train.seed=0", "train.steps=10", "optimizer.lr=0.01", 'checkpoint.url="None"'])
+    assert (loaded.train.seed, loaded.train.steps, loaded.optimizer.lr) == (0, 10, 0.01)
+    assert loaded.checkpoint.url == "None"
+    assert load_config(config, ["data.url=s3://b:9000/01"]).data.url == "s3://b:9000/01"
+    assert load_config(config, ["checkpoint.url=null"]).checkpoint.url is None
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_a_saved_config_reads_back(text: str, tmp_path: Path) -> None:
+    """A text that was quoted stays quoted in the run folder."""
+    config = tiny_run(tmp_path, checkpoint__url=text)
+    save_config(config, tmp_path)
+    assert load_saved_config(tmp_path) == config
+    assert load_config(tmp_path / "config.yaml") == config
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["checkpoint"]["url"] == text
+
+
+def test_the_home_folder_is_expanded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a run lies in one place; a user that is not known is refused."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tiny_run("~/runs")
+    assert config.output == f"{tmp_path}/runs"
+    assert config.folder == tmp_path / "runs" / "tiny"
+    assert config.checkpoints == f"{tmp_path}/runs/tiny/checkpoints"
+    with pytest.raises(ValueError, match="no home folder of that name"):
+        tiny_run("~nobody-of-this-name/runs")

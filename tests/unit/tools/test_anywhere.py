@@ -1,0 +1,44 @@
+"""The command works from any folder; a wheel, which would lack the presets, is not built."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.cluster import load_cluster
+from launcher.pipelines.schema import load_pipeline
+from regen_dist.config import load_config
+from tools.cli import app
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_presets_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own folder comes first."""
+    monkeypatch.chdir(tmp_path)
+    demo = load_config("configs/demo/embedder.yaml")
+    assert load_cluster("slurm").kind == "slurm"
+    assert load_pipeline(Path("configs/pipelines/paper.yaml")).steps
+    own = tmp_path / "configs" / "demo" / "embedder.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(f"extends: {ROOT}/configs/demo/embedder.yaml\nname: mine\n")
+    assert (demo.name != "mine", load_config("configs/demo/embedder.yaml").name) == (True, "mine")
+
+
+def test_completion_is_offered() -> None:
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_no_wheel_is_built(tmp_path: Path) -> None:
+    """The reason and the command that works are told."""
+    ended = subprocess.run(
+        [sys.executable, "setup.py", "bdist_wheel", "-d", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode != 0
+    assert "would lack configs/" in ended.stderr
+    assert "pip install -e ." in ended.stderr
+    assert not list(tmp_path.iterdir())
