@@ -7,8 +7,8 @@ import sys
 
 import launcher.pipelines.cli  # noqa: F401 - adds its command
 from launcher.cli import app
-from regen_dist.config.python import start_safely
 from regen_dist.errors import RegenError
+from regen_dist.programs import start_safely
 
 
 def main() -> None:

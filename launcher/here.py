@@ -26,8 +26,8 @@ from launcher.job import ID_FILE, Job, read_job
 from launcher.local import FORWARDED
 from launcher.task import LOCAL_REQUEUE, LocalTask, child_environment
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.python import python
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, RegenError
+from regen_dist.programs import python
 
 LOCK, LOG, EXIT_FILE = "lock", "here.log", "exit_code"
 _START_S, _POLL_S = 60.0, 0.2

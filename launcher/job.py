@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from launcher.cluster import ClusterConfig
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.jsontext import json_text
 from regen_dist.config.section import PositiveInt, Section
 from regen_dist.errors import RegenError
+from regen_dist.jsontext import json_text
 
 JOB_FILE, ID_FILE, LAUNCH = "job.json", "job_id", "launch"
 

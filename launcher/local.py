@@ -24,9 +24,9 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 from launcher.extensions import clear_stale_locks, extensions_folder
-from regen_dist.config.python import with_safe_path
 from regen_dist.distributed.environment import Place, rank_variables, without_ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
+from regen_dist.programs import with_safe_path
 
 GRACE_S = 20.0  # between asking a rank to end and killing it
 # What the launcher is told, and what it tells the ranks. A terminal that closes (SIGHUP) is no reason to lose work.

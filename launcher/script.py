@@ -20,8 +20,8 @@ from launcher.attempt import NOTHING_TO_DO
 from launcher.cluster import ClusterConfig
 from launcher.job import Job
 from launcher.task import SlurmTask
-from regen_dist.config.python import python
 from regen_dist.errors import ConfigError
+from regen_dist.programs import python
 
 
 class BatchExecutor(submitit.SlurmExecutor):

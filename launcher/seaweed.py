@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.local import die_with
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import BackendError
+from regen_dist.jsontext import json_text
 
 START_S = 30.0  # it needs 1 s on an idle machine
 GRACE_S = 5.0  # it needs 2 s

@@ -9,7 +9,7 @@ from launcher.job import LAUNCH, Job
 from launcher.preflight import check
 from launcher.script import batch_script
 from launcher.submitting import Order
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 
 
 def show(order: Order) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
-from regen_dist.config.python import with_safe_path
 from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import BackendError
+from regen_dist.programs import with_safe_path
 
 _TIMEOUT_S = 60.0
 _GONE = ("DOWN", "DRAIN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN", "REBOOT")  # of a node that has lost its jobs

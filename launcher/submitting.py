@@ -18,8 +18,8 @@ from launcher.script import callables, slurm_executor
 from launcher.snapshot import take_snapshot
 from regen_dist.config import AnyRunConfig, config_hash, to_yaml
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import BackendError, RegenError
+from regen_dist.jsontext import json_text
 
 
 @dataclass(frozen=True)

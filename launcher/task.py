@@ -22,9 +22,9 @@ from launcher.local import FORWARDED, Ended, program_environment, rank_environme
 from launcher.places import LocalPlace
 from launcher.policy import Verdict
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.python import regen
 from regen_dist.distributed.environment import SLURM, Place, meeting_port, rank_variables, read_variables
 from regen_dist.errors import EXIT_OK, EXIT_RESUME
+from regen_dist.programs import regen
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission

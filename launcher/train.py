@@ -8,8 +8,8 @@ from pathlib import Path
 from launcher.local import launch
 from regen_dist.checkpoint.claims import Claims
 from regen_dist.config import load_config
-from regen_dist.config.python import regen
 from regen_dist.config.worldsize import clips_per_rank
+from regen_dist.programs import regen
 
 
 def train_locally(config: Path, overrides: Sequence[str], *, ranks: int, fresh: bool = False) -> int:

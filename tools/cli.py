@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from regen_dist import __version__
-from regen_dist.config.python import start_safely
 from regen_dist.errors import RegenError
+from regen_dist.programs import start_safely
 
 app = typer.Typer(
     name="regen",

@@ -20,8 +20,8 @@ from typing import IO, Annotated
 
 import typer
 
-from regen_dist.config.python import python
 from regen_dist.errors import DataError
+from regen_dist.programs import python
 
 _COPY_BYTES = 1 << 20
 

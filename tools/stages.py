@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import typer
 
-from regen_dist.config.python import regen
 from regen_dist.distributed.environment import without_ranks
+from regen_dist.programs import regen
 
 _POLL_S = 0.5
 

@@ -9,8 +9,8 @@ from launcher.jobs.finding import find
 from launcher.jobs.queue import Queue, ask
 from launcher.jobs.rows import Row, rows
 from launcher.jobs.table import print_rows
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import ConfigError
+from regen_dist.jsontext import json_text
 
 
 def look(root: Path, *, fold: bool = True) -> tuple[list[Row], list[str]]:

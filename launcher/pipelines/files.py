@@ -13,10 +13,10 @@ from launcher.preflight.findings import side_by_side
 from launcher.preflight.storage import READING
 from launcher.submitting import Order
 from regen_dist.config.composing import compose
-from regen_dist.config.jsontext import json_text
 from regen_dist.config.urls import parse_url
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import ConfigError, ObjectMissing
+from regen_dist.jsontext import json_text
 
 _MARKS = ("/manifest.json", "/config.yaml")  # of a dataset, of an exported model: the last that is written
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from launcher.snapshot import ROOT
 from regen_dist.config import AnyRunConfig, RunConfig, to_yaml
-from regen_dist.config.python import regen, with_safe_path
 from regen_dist.errors import RegenError
+from regen_dist.programs import regen, with_safe_path
 
 _PATIENCE_S = 60.0  # for all models of an order together
 

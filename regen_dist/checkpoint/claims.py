@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from regen_dist.config import AnyRunConfig
-from regen_dist.config.jsontext import json_text
 from regen_dist.data.objects.store import Limits, Store
 from regen_dist.errors import CheckpointError, DataError, ObjectMissing, RunBusy
+from regen_dist.jsontext import json_text
 from regen_dist.observe.heartbeat import place_of_processes
 
 CLAIMS = "claims"

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, TypedDict
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import CheckpointError
+from regen_dist.jsontext import json_text
 
 SCHEMA = 2
 _CHECKSUM = "manifest_sha256"

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from regen_dist.checkpoint.manifest import FileFacts, Manifest
-from regen_dist.config.jsontext import json_text
 from regen_dist.data.objects.store import Store
 from regen_dist.distributed.ranks import chunk
 from regen_dist.errors import CheckpointError, ObjectCut, ObjectMissing
+from regen_dist.jsontext import json_text
 
 _ITEM_BYTES = 4  # all state is float32
 _WRITE_BYTES = 4 << 20  # hashed and written at once: still in the cache when it is written

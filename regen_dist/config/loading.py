@@ -12,13 +12,13 @@ from pydantic import BaseModel, ValidationError
 from regen_dist.config.composing import Composed, compose
 from regen_dist.config.files import write_text_atomically
 from regen_dist.config.job import CommonConfig
-from regen_dist.config.jsontext import json_text
 from regen_dist.config.problems import describe, message
 from regen_dist.config.schema import RunConfig
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.config.version import fill_later_fields
 from regen_dist.config.yamlfile import dump_yaml, read_yaml, shown
 from regen_dist.errors import ConfigError
+from regen_dist.jsontext import json_text
 
 AnyRunConfig = RunConfig | T2VConfig
 TASKS: dict[str, type[RunConfig] | type[T2VConfig]] = {"embedder": RunConfig, "t2v": T2VConfig}

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import ConfigError
+from regen_dist.jsontext import json_text
 
 # libyaml reads ten times faster; wheels of PyYAML have it, some distributions' builds do not.
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -16,8 +16,8 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any, Generic, TypeVar
 
-from regen_dist.config.python import start_safely
 from regen_dist.errors import DataError
+from regen_dist.programs import start_safely
 
 Tag = TypeVar("Tag")
 Result = TypeVar("Result")

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import DataError
 from regen_dist.evaluation.measure import Measurement, Options, Pair, Passage, measure
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.evaluation.trivial import LABELS, TRIVIAL_KINDS, TrivialCodec
 from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
 from regen_dist.inference.long import VideoCodec
+from regen_dist.jsontext import json_text
 from regen_dist.observe.hardware import describe_machine, memory_bytes
 
 RECONSTRUCTION, SIDE_BY_SIDE, SHEET, METRICS = (

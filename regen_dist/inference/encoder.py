@@ -23,11 +23,11 @@ from regen_dist.checkpoint.export import (
     read_model,
 )
 from regen_dist.config.exported import ExportConfig, load_export_config
-from regen_dist.config.jsontext import json_text
 from regen_dist.config.loading import embedder_only
 from regen_dist.distributed.base import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
+from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Encoder, Latents
 
 _PREFIX = "encoder."  # of its parameters' names in an embedder, the baseline's too

@@ -16,11 +16,11 @@ from typing import Any
 from PIL import Image
 
 from regen_dist.config.files import write_bytes_atomically, write_text_atomically
-from regen_dist.config.jsontext import json_text
 from regen_dist.config.version import code_version
 from regen_dist.inference.frames import Frame, VideoWriter
 from regen_dist.inference.generation_settings import GenerationSettings
 from regen_dist.inference.prompts import Prompt
+from regen_dist.jsontext import json_text
 from regen_dist.observe.hardware import describe_machine
 
 RECORD_FORMAT = 1

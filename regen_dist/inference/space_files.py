@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from regen_dist.config.files import write_bytes_atomically, write_text_atomically
-from regen_dist.config.jsontext import json_text
 from regen_dist.data.dataset.latents import CacheFacts, TextEmbedding, pack_null_text, unpack_null_text
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.latent_space import LatentScale
 from regen_dist.inference.statistics import LatentStatistics, parse_statistics
+from regen_dist.jsontext import json_text
 
 SPACE_FOLDER, _FACTS, _NULL = "latent_space", "facts.json", "null_text.safetensors"
 _KEPT = ("fingerprint", "num_frames", "channels", "fps", "encoder", "preprocessing", "text")

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.config.schema import DataConfig
 from regen_dist.data.reading.loader import clip_batches
 from regen_dist.data.reading.training_set import TrainingSet
 from regen_dist.errors import CheckpointError
+from regen_dist.jsontext import json_text
 from regen_dist.models import Latents
 
 STATISTICS_FORMAT = 1

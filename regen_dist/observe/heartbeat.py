@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 
 RUNNING, ENDED, FAILED = "running", "ended", "failed"
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 
 Kind = Literal["train", "validation", "event", "checkpoint", "samples", "bad_sample"]
 _FIGURES = ("train", "validation")  # kinds of lines whose values are numbers

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.config.keeping import HangConfig
 from regen_dist.errors import HangError
+from regen_dist.jsontext import json_text
 from regen_dist.observe.culprit import Finding, describe, find_culprits
 from regen_dist.observe.heartbeat import (
     RUNNING,

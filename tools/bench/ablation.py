@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 
 
 def ablation(
@@ -26,9 +26,9 @@ def ablation(
 
     from launcher.arms import run_side_by_side
     from regen_dist.config import config_hash, load_embedder_config
-    from regen_dist.config.python import regen
     from regen_dist.evaluation.ablation import arms, measure_arm, table
     from regen_dist.observe.hardware import describe_machine
+    from regen_dist.programs import regen
 
     console, grid = Console(), list(arms())
     own = [*(overrides or []), f"output={out}/arms", "engine.kind=plain"]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 from tools.shards.stopping import stopping_cleanly
 
 _CLIPS = 32

@@ -19,7 +19,6 @@ from launcher.local import die_with, launch
 from launcher.seaweed import start_store
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import load_config, save_config
-from regen_dist.config.python import python, regen
 from regen_dist.data.objects.store import Store
 from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
@@ -27,6 +26,7 @@ from regen_dist.evaluation.checkpoint_speed import rank
 from regen_dist.evaluation.checkpoint_speed.blocking import Saving, saving
 from regen_dist.evaluation.checkpoint_speed.report import cases_section, state_section, training_section
 from regen_dist.observe.record import read_record
+from regen_dist.programs import python, regen
 
 _MODES = {"asynchronous": "true", "synchronous": "false"}
 _TAIL_LINES = 20

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 from tools import stages
 from tools.shards.stopping import stopping_cleanly
 

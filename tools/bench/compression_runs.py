@@ -11,7 +11,6 @@ from typing import Any
 from launcher.arms import run_side_by_side
 from regen_dist.config import RunConfig, load_saved_config, save_config
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import ConfigError
 from regen_dist.evaluation.compression.arms import Arm, tuned_at
 from regen_dist.evaluation.compression.budget import (
@@ -23,6 +22,7 @@ from regen_dist.evaluation.compression.budget import (
     training_facts,
     validation_psnr_db,
 )
+from regen_dist.jsontext import json_text
 from tools import stages
 
 _PROBED_STEPS, _WARM_STEPS = 8, 3

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from regen_dist.config.jsontext import json_text
-from regen_dist.config.python import regen
 from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import TrainingError
+from regen_dist.jsontext import json_text
+from regen_dist.programs import regen
 from tools.shards.stopping import stopping_cleanly
 
 if TYPE_CHECKING:

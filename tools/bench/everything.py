@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regen_dist.config.jsontext import json_text
-from regen_dist.config.python import regen
 from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import ConfigError, DataError, TrainingError
+from regen_dist.jsontext import json_text
+from regen_dist.programs import regen
 
 if TYPE_CHECKING:
     from regen_dist.evaluation.comparing import Declared

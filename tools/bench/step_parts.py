@@ -15,7 +15,6 @@ import torch
 from launcher.local import launch
 from regen_dist.config import AnyRunConfig, RunConfig, config_hash, load_config, load_embedder_config
 from regen_dist.config.loading import t2v_only
-from regen_dist.config.python import python
 from regen_dist.data.making.moving_shapes import SyntheticOptions
 from regen_dist.data.making.synthetic import build_synthetic
 from regen_dist.distributed.base import precision_of
@@ -26,6 +25,7 @@ from regen_dist.evaluation.step_speed import ranks as found_by_ranks
 from regen_dist.evaluation.step_speed.profiling import profiled
 from regen_dist.evaluation.step_speed.utilisation import matrix_peak, section, steps_case
 from regen_dist.evaluation.t2v_speed.prepare import prepare
+from regen_dist.programs import python
 from tools import stages
 from tools.bench import step_rank
 from tools.bench.step_rank import Training

@@ -21,9 +21,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from regen_dist.config import AnyRunConfig, load_config
-from regen_dist.config.jsontext import json_text
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
+from regen_dist.jsontext import json_text
 from regen_dist.training.guards import nowhere_finite
 from regen_dist.training.tasks import build_task
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 from tools.checkpoint.place import RUN
 
 if TYPE_CHECKING:

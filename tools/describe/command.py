@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 
 if TYPE_CHECKING:
     from regen_dist.config import AnyRunConfig

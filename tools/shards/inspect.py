@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 from tools.shards.progress import progress_bar
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import DataError
+from regen_dist.jsontext import json_text
 
 SCHEMA_VERSION = 2
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts"})

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.config.section import SPATIAL_COMPRESSION
 from regen_dist.data.dataset.manifest import Manifest, only_latents
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import DataError
+from regen_dist.jsontext import json_text
 
 LATENT_EXTENSION = "safetensors"
 NULL_TEXT = "null.safetensors"

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.data.dataset.index import SCHEMA_VERSION, read_index
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import DataError
+from regen_dist.jsontext import json_text
 
 MANIFEST = "manifest.json"
 Kind = Literal["build", "index", "synthetic", "latents"]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.data.dataset.index import Described, read_index, scan_shard, write_index
 from regen_dist.data.dataset.manifest import Note, Skip
 from regen_dist.data.objects.store import Store
+from regen_dist.jsontext import json_text
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from regen_dist.config.python import start_safely
 from regen_dist.data.dataset.catalogue import Dataset
 from regen_dist.data.order.order import MicroBatch
 from regen_dist.data.pool import end_with_parent
@@ -30,6 +29,7 @@ from regen_dist.data.reading.slots import Sent, Slots
 from regen_dist.data.reading.stand_ins import BadSample
 from regen_dist.data.reading.training_set import TrainingSet
 from regen_dist.errors import DataError
+from regen_dist.programs import start_safely
 
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited|is killed)")  # in torch's words
 _DEATH_S = 2.0  # a connection that a dead worker held breaks at once; that it died is known a moment later

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from regen_dist.config import RunConfig, embedder_only, load_saved_config
-from regen_dist.config.jsontext import json_text
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.evaluation.checkpoint_speed.cases import Measured
 from regen_dist.evaluation.data_speed.turns import Case, Rounds, in_turn
+from regen_dist.jsontext import json_text
 from regen_dist.models import build_model
 
 _READS = ("plain reads", "plain gets")  # they load nothing into the engine

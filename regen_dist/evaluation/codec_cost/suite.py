@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from regen_dist.config.jsontext import json_text
-from regen_dist.config.python import python
 from regen_dist.evaluation.codec_cost import worker
 from regen_dist.evaluation.codec_cost.sizes import Size
 from regen_dist.evaluation.codec_cost.systems import System
 from regen_dist.evaluation.codec_cost.worker import Job
+from regen_dist.jsontext import json_text
+from regen_dist.programs import python
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _CALLS = ("encode", "decode")

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.evaluation.codec_cost.sizes import Coder, Size, parse_size
 from regen_dist.evaluation.codec_cost.systems import DTYPES, System, check_frames, named
+from regen_dist.jsontext import json_text
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _C = ctypes.CDLL(None)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from regen_dist.config import RunConfig
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import ConfigError
+from regen_dist.jsontext import json_text
 
 Kind = Literal["regen", "magvit2"]
 COMPRESSIONS = (4, 8, 16, 32)

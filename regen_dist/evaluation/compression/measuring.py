@@ -15,7 +15,6 @@ from torch import Tensor
 from regen_dist.checkpoint.export import find_checkpoint, open_run
 from regen_dist.config import RunConfig, config_hash
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.jsontext import json_text
 from regen_dist.config.schema import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError
 from regen_dist.evaluation.compression.clips import Stretch, TestSet, cut, read_stretch
@@ -23,6 +22,7 @@ from regen_dist.evaluation.compression.quality import Decoded, features_of, mean
 from regen_dist.evaluation.metrics import Frame
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.long import to_frames
+from regen_dist.jsontext import json_text
 
 TRAINED, DOUBLE, OTHER = "training", "double", "other aspect"
 _VERSION = 1  # of what is measured: measures of another are made again

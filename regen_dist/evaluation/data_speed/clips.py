@@ -10,7 +10,6 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, NamedTuple
 
-from regen_dist.config.python import start_safely
 from regen_dist.config.schema import DataConfig
 from regen_dist.data.order.draws import ClipDraw, draw_clip
 from regen_dist.data.reading.clips import clip_geometry
@@ -19,6 +18,7 @@ from regen_dist.data.reading.plan import Plan
 from regen_dist.data.reading.training_set import TrainingSet
 from regen_dist.data.video import reader as video
 from regen_dist.evaluation.data_speed.turns import Turn, measured, turn_of
+from regen_dist.programs import start_safely
 
 if TYPE_CHECKING:
     from threading import Barrier

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from regen_dist.config.jsontext import json_text
-from regen_dist.config.python import python
 from regen_dist.data.order.order import Bucket, Order, Stream
+from regen_dist.jsontext import json_text
+from regen_dist.programs import python
 
 BATCH = 8192
 _WEIGHTS = (1.0, 2.0, 3.0)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 
 _BEGUN = time.perf_counter()
 

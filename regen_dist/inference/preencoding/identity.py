@@ -6,12 +6,12 @@ import hashlib
 from typing import Any
 
 from regen_dist import __version__
-from regen_dist.config.jsontext import json_text
 from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.data.dataset.catalogue import Dataset
 from regen_dist.data.dataset.index import SCHEMA_VERSION
 from regen_dist.data.dataset.manifest import Kind, described
 from regen_dist.inference.encoder import FrozenEncoder
+from regen_dist.jsontext import json_text
 from regen_dist.models.text import TextEncoder
 
 KIND: Kind = "latents"

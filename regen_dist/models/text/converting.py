@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import CheckpointError
+from regen_dist.jsontext import json_text
 from regen_dist.models.text.files import (
     CONFIG_FILE,
     TOKENIZER_FILES,

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from regen_dist.config.jsontext import json_text
 from regen_dist.errors import CheckpointError, ConfigError
+from regen_dist.jsontext import json_text
 from regen_dist.models.text.files import (
     CONFIG_FILE,
     TOKENIZER_FILE,

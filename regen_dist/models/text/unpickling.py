@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regen_dist.jsontext import json_text
+
 
 def convert_file(source: Path, target: Path, dtype: torch.dtype | None, leave: Sequence[str]) -> dict[str, int]:
     """Write the tensors of a pickled file as safetensors; their names, with the bytes of each.
@@ -58,7 +60,7 @@ def main() -> None:
         }
     except Exception as error:  # noqa: BLE001 - of the unpickler, of the disk: told to the process that asked
         answer = {"problem": next(iter(str(error).strip().splitlines()), type(error).__name__)}
-    print(json.dumps(answer, allow_nan=False))
+    print(json_text(answer))
 
 
 if __name__ == "__main__":

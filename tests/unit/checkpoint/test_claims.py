@@ -17,9 +17,9 @@ import pytest
 
 from regen_dist.checkpoint import claims
 from regen_dist.checkpoint.claims import Claim, Claims, Holder, Patience, parse_holder, this_process
-from regen_dist.config.jsontext import json_text
 from regen_dist.data.objects.store import Store
 from regen_dist.errors import CheckpointError, RunBusy
+from regen_dist.jsontext import json_text
 from tests.helpers.tiny import tiny_run
 
 QUICK = Patience(beat_s=0.1, look_s=0.6, stale_s=1.5, poll_s=0.05)

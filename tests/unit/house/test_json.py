@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.config.jsontext import json_text
+from regen_dist.jsontext import json_text
 from tests.unit.house.test_contracts import ROOT, _sources
 
-WRITER = ROOT / "regen_dist" / "config" / "jsontext.py"
+WRITER = ROOT / "regen_dist" / "jsontext.py"
 
 
 def _writes_json(path: Path) -> list[int]:
@@ -40,7 +40,7 @@ def test_every_json_goes_through_the_one_writer() -> None:
     found = {
         str(path.relative_to(ROOT)): lines for path in _sources() if path != WRITER and (lines := _writes_json(path))
     }
-    assert found == {}, "use regen_dist.config.jsontext.json_text"
+    assert found == {}, "use regen_dist.jsontext.json_text"
     assert _writes_json(WRITER), "the check finds what it looks for"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.local import launch
-from regen_dist.config.python import regen, start_safely, with_safe_path
+from regen_dist.programs import regen, start_safely, with_safe_path
 
 PROGRAM = """
 import os, sys
