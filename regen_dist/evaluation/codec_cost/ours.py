@@ -55,7 +55,7 @@ class OwnCoder:
 
 def own_config(path: Path, precision: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A config whose data is never looked for."""
-    own = ["data.url=none", "data.validation_url=null", f"engine.precision={precision}", *overrides]
+    own = ["data.url=nowhere", "data.validation_url=null", f"engine.precision={precision}", *overrides]
     return load_embedder_config(path, own)
 
 

@@ -19,7 +19,13 @@ from tests.helpers.presets import NANO_AT_8
 from tools.cli import app
 
 CONFIG = Path("configs/embedder/nano.yaml")
-OVERRIDES = [*NANO_AT_8, "data.url=none", "data.validation_url=none", "model.decoder.blocks=1", "engine.precision=fp32"]
+OVERRIDES = [
+    *NANO_AT_8,
+    "data.url=nowhere",
+    "data.validation_url=nowhere",
+    "model.decoder.blocks=1",
+    "engine.precision=fp32",
+]
 
 
 @pytest.fixture(scope="module")

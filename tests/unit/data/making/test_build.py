@@ -150,8 +150,9 @@ def test_a_file_cut_behind_its_header_is_noticed(tmp_path: Path) -> None:
                 target.mux(packet)
     data = front.read_bytes()
     front.write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(DataError, match=r"front\.mp4: unreadable: packet \d+ is damaged"):
-        build_shards([front], tmp_path / "out", OPTIONS, workers=0)
+    manifest = build_shards([front], tmp_path / "out", OPTIONS, workers=0).manifest
+    assert 0 < manifest.totals.frames < 120  # what decodes is kept
+    assert any("damaged" in skip.reason for skip in manifest.skipped)
 
 
 def test_nothing_left_is_an_error_that_tells_why(tmp_path: Path) -> None:
