@@ -40,7 +40,9 @@ def sent_bytes(
     return {name: width * count * (world_size - 1) // world_size for name, count in elements.items()}
 
 
-def exchanged_bytes(engine: EngineConfig, *, tokens: int, width: int, blocks: int, samples: int) -> int:
+def exchanged_bytes(
+    engine: EngineConfig, *, tokens: int, width: int, blocks: int, samples: int, local: bool = False
+) -> int:
     """Bytes that one GPU sends in one optimizer step to those that share its rows of tokens.
 
     In every block queries, keys, values and what attention makes of them: of each GPU's part of the row all but its own
@@ -53,9 +55,10 @@ def exchanged_bytes(engine: EngineConfig, *, tokens: int, width: int, blocks: in
         width: of the transformer.
         blocks: of the transformer.
         samples: of the step that each group of GPUs shares.
+        local: whether each block has a local convolution, which exchanges the tokens there and back once more.
     """
     shared, passes = engine.sequence_parallel, 3 if engine.activation_checkpointing else 2
-    elements = 4 * passes * blocks * samples * tokens * width
+    elements = (6 if local else 4) * passes * blocks * samples * tokens * width
     return (2 if engine.precision == "bf16" else 4) * elements * (shared - 1) // shared**2
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from regen_dist.config.schema import SPATIAL_COMPRESSION as P
 from regen_dist.config.schema import DecoderConfig
 from regen_dist.models.attention import Grid, attention
-from regen_dist.models.layers import Checkpointed, ZeroLinear
+from regen_dist.models.layers import BranchLinear, Checkpointed, ZeroLinear
 from regen_dist.models.modulation import Modulation, TimestepEmbedding, modulate
 from regen_dist.models.sequence import WHOLE, RowSharing, Share
 
@@ -85,12 +85,9 @@ class Block(nn.Module):
         with torch.no_grad():
             self.table[[2, 5]] = 1.0
         self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.out = BranchLinear(width, width, 2 * config.blocks)
         self.expand = nn.Linear(width, hidden)
-        self.contract = nn.Linear(hidden, width)
-        with torch.no_grad():  # two sums a block keep the tokens' variance (as GPT-2 does; Radford et al., 2019)
-            for branch in (self.out, self.contract):
-                branch.weight.div_((2 * config.blocks) ** 0.5)
+        self.contract = BranchLinear(hidden, width, 2 * config.blocks)
 
     def forward(self, x: Tensor, modulation: Tensor, grid: Grid, share: Share = WHOLE) -> Tensor:
         """x [B, M+L, D], modulation [B, 6, D]; of a shared row this rank's part of x."""

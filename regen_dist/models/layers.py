@@ -109,6 +109,16 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
+class BranchLinear(nn.Linear):
+    """The last layer of a residual branch: its weights start smaller by the root of the number of branches, so that
+    their sum keeps the variance of the tokens (as in GPT-2; Radford et al., 2019)."""
+
+    def __init__(self, features_in: int, features_out: int, branches: int) -> None:
+        super().__init__(features_in, features_out)
+        with torch.no_grad():
+            self.weight.div_(branches**0.5)
+
+
 class CausalConv(nn.Conv3d):
     """3D convolution that looks back in time only; with `temporal` = 2 it folds pairs of the frames after the first.
 

@@ -133,7 +133,9 @@ def test_estimate_of_exchanged_bytes_is_what_a_rank_sends(measured: list[Measure
     engine = EngineConfig(precision="fp32", sequence_parallel=2)
     sizes = [(MODEL.decoder, 5 * 4 * 4), (TEXT_MODEL, 4 * 4 * 4)]
     assert [each.sent for each in measured] == [
-        exchanged_bytes(engine, tokens=tokens, width=model.width, blocks=model.blocks, samples=1)
+        exchanged_bytes(
+            engine, tokens=tokens, width=model.width, blocks=model.blocks, samples=1, local=model is MODEL.decoder
+        )
         for model, tokens in sizes
     ]
 

@@ -25,7 +25,7 @@ def test_two_ranks_and_one_process_give_the_same_losses(runs: Runs, precision: s
     two, one = runs.losses(precision), runs.losses(f"plain_{precision}")
     assert len(two) == len(one) == STEPS
     torch.testing.assert_close(two, one, rtol=0, atol=tolerance)
-    assert two.diff().abs().median() > 3 * tolerance
+    assert two.diff().abs().median() > 2 * tolerance
 
 
 def test_weights_agree_after_20_steps(runs: Runs) -> None:
