@@ -132,8 +132,9 @@ def _costs(config: AnyRunConfig, counted: Account, world_size: int, assumed: Ass
         transformer, tokens = _transformer(config, counted)
         samples = train.accumulation * clips_per_rank(config, world_size)
         sent[EXCHANGED] = exchanged_bytes(
-            config.engine, tokens=tokens, width=transformer.width, blocks=transformer.blocks, samples=samples
-        )
+            config.engine, tokens=tokens, width=transformer.width, blocks=transformer.blocks, samples=samples,
+            local=getattr(transformer, "local", False),
+        )  # fmt: skip
     cost = Cost(
         world_size=world_size,
         model_flops=(counted.num_training_flops - counted.recomputed_flops) * train.batch_global,
