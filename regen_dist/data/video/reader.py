@@ -100,6 +100,7 @@ class VideoReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._counted = None  # with it goes the file that it counts in
         self._container.close()
 
     @property
