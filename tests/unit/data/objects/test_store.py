@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -248,3 +249,23 @@ def test_neighbours_share_a_request() -> None:
     assert joined(ranges, 2) == [Span(0, 20, (1, 3, 2)), Span(100, 111, (0, 5))]
     assert joined(ranges, 80) == [Span(0, 111, (1, 3, 2, 0, 5))]
     assert joined([(0, 100), (10, 5), (101, 1)], 1) == [Span(0, 102, (0, 1, 2))]
+
+
+def test_what_is_deleted_while_a_folder_is_listed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process deletes between the reading of the folder and the look at the file; a dangling link is refused."""
+    store = Store(str(tmp_path))
+    for name in ("a", "b"):
+        store.put(name, b"x")
+    walk = os.walk
+
+    def walk_and_delete(top: Path, **options: object) -> Iterator[tuple[str, list[str], list[str]]]:
+        found = list(walk(top, **options))  # type: ignore[call-overload]
+        (tmp_path / "a").unlink()
+        return iter(found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "walk", walk_and_delete)
+        assert list(store.list()) == ["b"]
+    (tmp_path / "c").symlink_to(tmp_path / "absent")
+    with pytest.raises(ObjectMissing):
+        store.list()
