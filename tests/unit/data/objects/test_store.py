@@ -252,7 +252,7 @@ def test_neighbours_share_a_request() -> None:
 
 
 def test_what_is_deleted_while_a_folder_is_listed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process deletes between the reading of the folder and the look at the file; a dangling link is refused."""
+    """Another process deletes between reading the folder and looking at the file; a dangling link is refused."""
     store = Store(str(tmp_path))
     for name in ("a", "b"):
         store.put(name, b"x")
