@@ -15,11 +15,9 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-import numpy.typing as npt
 
 from regen_dist.errors import DataError
-
-Frame = npt.NDArray[np.uint8]  # H W 3, RGB
+from regen_dist.inference.frames import Frame
 
 PEAK = 255.0
 PSNR_CEILING = 100.0  # dB, what equal frames count as, so that means stay finite

@@ -108,17 +108,17 @@ def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
 
 def declared() -> dict[str, Declared]:
     """What each bench says its figures are."""
-    from regen_dist.evaluation.checkpoint_speed import report as checkpoint
-    from regen_dist.evaluation.data_speed import report as data
-    from regen_dist.evaluation.step_speed import report as step
-    from regen_dist.evaluation.t2v_speed import report as t2v
+    from regen_dist.evaluation.checkpoint_speed.report import figures as checkpoint_figures
+    from regen_dist.evaluation.data_speed.report import figures as data_figures
+    from regen_dist.evaluation.step_speed.report import figures as step_figures
+    from regen_dist.evaluation.t2v_speed.report import figures as t2v_figures
 
     return {
-        Bench.CHECKPOINT.value: checkpoint.figures,
+        Bench.CHECKPOINT.value: checkpoint_figures,
         Bench.CODEC.value: _codec_figures,
-        Bench.DATA.value: data.figures,
-        Bench.STEP.value: step.figures,
-        Bench.T2V.value: t2v.figures,
+        Bench.DATA.value: data_figures,
+        Bench.STEP.value: step_figures,
+        Bench.T2V.value: t2v_figures,
     }
 
 

@@ -64,7 +64,7 @@ def figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
     for section in [*facts.get("clips", []), *filter(None, [facts.get("small"), facts.get("others")])]:
         for name, case in section["cases"].items():
             yield Figure(f"{section['what']}: {name}, per s", case["per_s"]["median"], True, noise=0.25)
-        for name, ratio in section["ratios"].items():
-            yield Figure(f"{section['what']}: {name}, ratio", ratio["median"], True)
+        for name, found in section["ratios"].items():
+            yield Figure(f"{section['what']}: {name}, ratio", found["median"], True)
     for name, run in facts.get("wait", {}).items():
         yield Figure(f"step of a training run, {name}, s", run["step_s"], False, noise=0.25)

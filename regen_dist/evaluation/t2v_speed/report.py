@@ -51,6 +51,6 @@ def figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
     """What two records are compared by. Ratios within a round move less than rates."""
     for name, case in facts["training"]["cases"].items():
         yield Figure(f"{name}, steps/s", case["per_s"]["median"], True, noise=0.25)
-    for name, ratio in facts["training"]["by_cpu"].items():
-        yield Figure(f"latent cache against {name}, by CPU time", ratio["median"], True)
+    for name, found in facts["training"]["by_cpu"].items():
+        yield Figure(f"latent cache against {name}, by CPU time", found["median"], True)
     yield Figure("bytes of the cache", facts["data"]["cache_bytes"], False, noise=0.01)
