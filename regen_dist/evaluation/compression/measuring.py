@@ -19,8 +19,8 @@ from regen_dist.config.schema import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError
 from regen_dist.evaluation.compression.clips import Stretch, TestSet, cut, read_stretch
 from regen_dist.evaluation.compression.quality import Decoded, features_of, mean_psnr_db, quality
-from regen_dist.evaluation.metrics import Frame
 from regen_dist.inference.codec import Codec
+from regen_dist.inference.frames import Frame
 from regen_dist.inference.long import to_frames
 from regen_dist.jsontext import json_text
 

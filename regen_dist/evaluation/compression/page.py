@@ -28,9 +28,9 @@ from regen_dist.evaluation.compression.leads import Facts, margins
 from regen_dist.evaluation.compression.measuring import DOUBLE, TRAINED
 from regen_dist.evaluation.compression.plots import Plot
 from regen_dist.evaluation.compression.tables import MISSED, not_measured, tables
-from regen_dist.evaluation.metrics import Frame
 from regen_dist.evaluation.report import PAGE, page_environment, replace_file
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
+from regen_dist.inference.frames import Frame
 
 _COLUMNS = 5
 _QUALITY = 82  # of WebP

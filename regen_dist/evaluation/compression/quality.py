@@ -14,8 +14,8 @@ from torch import Tensor
 from regen_dist.errors import DataError
 from regen_dist.evaluation.compression.features import NAME, segment_features, why_unavailable
 from regen_dist.evaluation.compression.frechet import frechet_distance
-from regen_dist.evaluation.metrics import SSIM_WINDOW, Frame, Meter, Vmaf, psnr_db, squared_error, vmaf
-from regen_dist.inference.frames import write_video
+from regen_dist.evaluation.metrics import SSIM_WINDOW, Meter, Vmaf, psnr_db, squared_error, vmaf
+from regen_dist.inference.frames import Frame, write_video
 
 _RATE = 25  # of the copies that VMAF reads; it plays no part
 
