@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 
 SAFE_PATH = "PYTHONSAFEPATH"
+REGEN = "tools.cli"  # the module behind the command `regen`: named here alone
 
 
 def python(*arguments: str) -> list[str]:
@@ -20,7 +21,7 @@ def python(*arguments: str) -> list[str]:
 
 def regen(*arguments: str) -> list[str]:
     """A command that runs `regen` in this Python."""
-    return python("-m", "tools.cli", *arguments)
+    return python("-m", REGEN, *arguments)
 
 
 def with_safe_path(environment: Mapping[str, str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ _COMMANDS = {
     "demo": ("demo", "demo"),
     "miniature": ("miniature", "miniature"),
     "train": ("train", "train"),
+    "check": ("check", "check"),
     "preencode": ("preencode", "preencode"),
     "generate": ("generate", "generate"),
     "reconstruct": ("reconstruct", "reconstruct"),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from launcher.job import Task
 from launcher.pipelines.schema import Step
-from launcher.preflight.findings import side_by_side
-from launcher.preflight.storage import READING
 from launcher.submitting import Order
+from regen_dist.checks.data import READING
+from regen_dist.checks.findings import side_by_side
 from regen_dist.config.composing import compose
 from regen_dist.config.urls import parse_url
 from regen_dist.data.objects.store import Store

@@ -79,8 +79,8 @@ def describe(config: AnyRunConfig, world_size: int, timeout_s: float) -> Estimat
         path.write_text(to_yaml(config), encoding="utf-8")
         command = regen("describe", str(path), "--world-size", str(world_size), "--json")
         ended = subprocess.run(
-            command, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s,
-            check=False,
+            command, env=clean_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=timeout_s, check=False,
         )  # fmt: skip
     if ended.returncode:
         said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
@@ -89,9 +89,9 @@ def describe(config: AnyRunConfig, world_size: int, timeout_s: float) -> Estimat
     return Estimate(told["parameters"]["total"], told["memory_bytes_per_gpu"])
 
 
-def _environment() -> dict[str, str]:
-    """With the code that this process runs, from whatever folder it was started, and without a look at this machine's
-    GPUs."""
+def clean_environment() -> dict[str, str]:
+    """The environment for `regen`: with the code that this process runs, from whatever folder it was started, and
+    without a look at this machine's GPUs."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return with_safe_path({**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""})
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from launcher.preflight.estimates import Estimates
 from launcher.submitting import Order
+from regen_dist.checks.findings import side_by_side
 from regen_dist.config import AnyRunConfig
-from regen_dist.config.urls import parse_url
 
-One = TypeVar("One")
-Result = TypeVar("Result")
-_AT_ONCE = 16
 _NAMED = 3
 
 
@@ -59,11 +55,6 @@ class Subject:
         """Whether the job runs on other machines than this one."""
         return self.order.cluster.kind == "slurm"
 
-    def will_be_there(self, url: str) -> bool:
-        """Whether an earlier job makes this place, or a folder that it lies in."""
-        place = parse_url(url).url
-        return any(f"{place}/".startswith(f"{parse_url(each).url}/") for each in self.produced)
-
 
 Check = Callable[[Subject], Iterator[Finding]]
 
@@ -77,12 +68,6 @@ def by_run(configs: Sequence[AnyRunConfig], look: Callable[[AnyRunConfig], Itera
     for finding, names in runs.items():
         who = "" if len(names) == len(configs) else f"{shortened(names)}: "
         yield finding._replace(text=f"{who}{finding.text}")
-
-
-def side_by_side(look: Callable[[One], Result], them: Iterable[One]) -> list[Result]:
-    """`look` at each of them, several at once, in their order: most of it is waiting for a store."""
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        return list(threads.map(look, them))
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -9,22 +9,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from launcher.preflight.findings import Check, Finding, Subject, problem
-from launcher.preflight.latents import latents
+from launcher.preflight.library import library
 from launcher.preflight.memory import gpu_memory
 from launcher.preflight.places import folders, shared
-from launcher.preflight.runs import alive, claimed, standing
+from launcher.preflight.runs import alive
 from launcher.preflight.scheduler import scheduler
-from launcher.preflight.settings import kernels, world_size
+from launcher.preflight.settings import ranks_and_gpus
 from launcher.preflight.space import space
-from launcher.preflight.storage import checkpoints, data
+from launcher.preflight.storage import checkpoints
 from launcher.preflight.timing import times
 from launcher.preflight.tracking import wandb_key
 from launcher.submitting import Order
 from regen_dist.errors import ConfigError, RegenError
 
 CHECKS: Sequence[Check] = (
-    world_size, kernels, folders, shared, data, latents, checkpoints, space, times, gpu_memory, wandb_key, scheduler,
-    alive, claimed, standing,
+    library, ranks_and_gpus, folders, shared, checkpoints, space, times, gpu_memory, wandb_key, scheduler, alive,
 )  # fmt: skip
 _STORES = ("AWS_", "GOOGLE_", "AZURE_")
 

@@ -18,6 +18,7 @@ from regen_dist.data.reading.validation import validation_clip
 from regen_dist.errors import ConfigError
 from regen_dist.inference.codec import Codec
 from regen_dist.observe.record import read_record
+from regen_dist.pixels import to_float
 
 HALF, NONE = 0.5, 0.0
 STEPS = (1, 4)
@@ -76,7 +77,7 @@ def measure_arm(arm: Arm, run: Path) -> dict[str, Any]:
 
 
 def _psnr_db(codec: Codec, video: Any, ids: Sequence[int], steps: int) -> float | None:
-    source = video.float() / 127.5 - 1.0
+    source = to_float(video)
     times = codec.model.frame_times(source)[0]
     try:
         decoded = codec.decode(codec.encode(source), times, steps=steps, sample_ids=ids)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from regen_dist.data.inspection.drawing import font, save_png
 from regen_dist.evaluation.metrics import psnr_db, squared_error
 from regen_dist.inference.frames import Frame
 
@@ -62,12 +61,7 @@ def write_sheet(
         if errors:
             wrong = [_error_map(a, b) for a, b in zip(source, frames, strict=True)]
             rows.append(_Row(f"|Error| × {ERROR_GAIN}", "mean over colours", _scaled(wrong, cell), []))
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.png")
-    try:
-        _draw(rows, cell, title).save(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_png(_draw(rows, cell, title), path)
 
 
 def _cell_size(frame: Frame) -> tuple[int, int]:
@@ -101,28 +95,19 @@ def _draw(rows: list[_Row], cell: tuple[int, int], title: str) -> Image.Image:
     image = Image.new("RGB", (width, height), _BACKGROUND)
     pen = ImageDraw.Draw(image)
     if title:
-        pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(24, bold=True))
+        pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=font(24, bold=True))
     top = _MARGIN + head
     for row, row_height in zip(rows, heights, strict=True):
         middle = top + cell[1] // 2
         pen.text(
-            (_MARGIN, middle - (11 if row.note else 0)), row.label, fill=_INK, font=_font(18, bold=True), anchor="lm"
+            (_MARGIN, middle - (11 if row.note else 0)), row.label, fill=_INK, font=font(18, bold=True), anchor="lm"
         )
-        pen.text((_MARGIN, middle + 11), row.note, fill=_FAINT, font=_font(14), anchor="lm")
+        pen.text((_MARGIN, middle + 11), row.note, fill=_FAINT, font=font(14), anchor="lm")
         for column, picture in enumerate(row.cells):
             left = _MARGIN + _LABELS_WIDTH + column * (cell[0] + _GAP)
             image.paste(picture, (left, top))
             if row.captions:
                 place = (left + cell[0] // 2, top + cell[1] + _CAPTION // 2)
-                pen.text(place, row.captions[column], fill=_FAINT, font=_font(16), anchor="mm")
+                pen.text(place, row.captions[column], fill=_FAINT, font=font(16), anchor="mm")
         top += row_height + _GAP
     return image
-
-
-@lru_cache(maxsize=8)
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

@@ -14,16 +14,10 @@ from torch import Tensor
 from regen_dist.checkpoint.export import (
     STATISTICS_FILE,
     Weights,
-    check_weights,
-    checkpoint_weights,
-    find_checkpoint,
-    is_export,
     model_with,
-    open_run,
-    read_model,
 )
-from regen_dist.config.exported import ExportConfig, load_export_config
-from regen_dist.config.loading import embedder_only
+from regen_dist.checkpoint.load_model import default_device, find_embedder
+from regen_dist.config.exported import ExportConfig
 from regen_dist.config.schema import SPATIAL_COMPRESSION as P
 from regen_dist.config.schema import RunConfig
 from regen_dist.diffusion.noise import gaussian
@@ -86,26 +80,10 @@ class Codec:
                 or is a text-to-video model.
             ConfigError: the folder is neither a run of an embedder nor an export.
         """
-        path = Path(path)
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return cls._of_export(path, weights, device) if is_export(path) else cls._of_run(path, weights or "ema", device)
-
-    @classmethod
-    def _of_run(cls, run: Path, weights: Weights, device: torch.device) -> Codec:
-        config, folder = open_run(run)
-        config = embedder_only(config, str(run))
-        manifest = find_checkpoint(folder, checksums=False)
-        tensors = checkpoint_weights(folder, manifest, weights)
-        model = model_with(config.model, tensors, f"the parameters of step {manifest.step} in {folder.url}")
-        return cls(model, ExportConfig.of(config, weights), device, manifest.step)
-
-    @classmethod
-    def _of_export(cls, folder: Path, weights: Weights | None, device: torch.device) -> Codec:
-        config = load_export_config(folder)
-        check_weights(folder, config, weights)
-        model = model_with(config.model, read_model(folder, config), f"the parameters in {folder}")
-        step = 0 if config.origin is None else config.origin.step
-        return cls(model, config, device, step, read_statistics(folder / STATISTICS_FILE))
+        found = find_embedder(path, weights)
+        model = model_with(found.config.model, found.weights(), found.what)
+        statistics = None if found.run is not None else read_statistics(found.path / STATISTICS_FILE)
+        return cls(model, found.config, device or default_device(), found.step, statistics)
 
     def use_tiles(self, side: int | None) -> None:
         """Encode and decode frames in tiles from now on, which bounds the memory that large ones take.

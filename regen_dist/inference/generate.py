@@ -23,12 +23,12 @@ from regen_dist.inference.frames import Frame
 from regen_dist.inference.generated_files import GeneratedFiles
 from regen_dist.inference.generation_settings import GenerationSettings, clips_for, frame_positions
 from regen_dist.inference.latent_sampling import Text
-from regen_dist.inference.long import to_frames
 from regen_dist.inference.prompts import CaptionEncoder, Embedded, Prompt, embed_prompts
 from regen_dist.inference.rows import row_frames
 from regen_dist.inference.text_to_video import TextToVideoModel
 from regen_dist.models import Latents
 from regen_dist.models.t2v import FRAMES_PER_CLIP
+from regen_dist.pixels import to_frames
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 

@@ -27,6 +27,7 @@ from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.frames import Frame, Seconds
 from regen_dist.inference.windows import Window, blend_weights, plan_windows
 from regen_dist.models.encoder import Latents
+from regen_dist.pixels import to_frames, to_video
 
 Positions = npt.NDArray[np.float64]  # F, in frames of the video, increasing
 DEFAULT_GROUP = 4
@@ -124,18 +125,6 @@ def pad_sides(frame: Frame, multiple: int = SPATIAL_COMPRESSION) -> Frame:
     """Repeat the last row and column until both sides are multiples of `multiple`; cropping the top left undoes it."""
     rows, columns = (-side % multiple for side in frame.shape[:2])
     return np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else frame
-
-
-def to_video(frames: Sequence[Frame]) -> Tensor:
-    """uint8 frames [H, W, 3] to a float video [3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1.0
-
-
-def to_frames(video: Tensor) -> npt.NDArray[np.uint8]:
-    """A float video [3, T, H, W] in [-1, 1] to uint8 frames [T, H, W, 3]."""
-    pixels = (video.float() + 1.0) * 127.5
-    frames: npt.NDArray[np.uint8] = pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-    return frames
 
 
 @dataclass

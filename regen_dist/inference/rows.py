@@ -14,9 +14,10 @@ from torch import Tensor
 from regen_dist.config.section import SPATIAL_COMPRESSION
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame
-from regen_dist.inference.long import Positions, decode_stream, make_plan, to_video
+from regen_dist.inference.long import Positions, decode_stream, make_plan
 from regen_dist.inference.windows import Window
 from regen_dist.models import Latents
+from regen_dist.pixels import to_video
 
 
 def row_frames(

@@ -21,6 +21,7 @@ from regen_dist.data.reading.training_set import TrainingSet
 from regen_dist.errors import CheckpointError
 from regen_dist.jsontext import json_text
 from regen_dist.models import Latents
+from regen_dist.pixels import to_float
 
 STATISTICS_FORMAT = 1
 
@@ -230,6 +231,6 @@ def _clips(data: TrainingSet) -> Iterator[Tensor]:
     batches = clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)
     try:
         for batch in batches:
-            yield batch.video.float().div_(127.5).sub_(1.0)
+            yield to_float(batch.video)
     finally:
         batches.close()

@@ -12,20 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.export import (
-    Weights,
-    check_weights,
-    checkpoint_weights,
-    find_checkpoint,
-    is_export,
-    model_with,
-    open_run,
-    read_model,
-)
-from regen_dist.checkpoint.manifest import Manifest
-from regen_dist.config import T2VConfig, config_hash
-from regen_dist.config.exported import OriginConfig, T2VExportConfig, load_t2v_export_config
-from regen_dist.config.loading import t2v_only
+from regen_dist.checkpoint.export import Weights, model_with
+from regen_dist.checkpoint.load_model import default_device, find_t2v
+from regen_dist.config.exported import T2VExportConfig
 from regen_dist.distributed.base import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.latent_sampling import Text, sample_latents
@@ -75,34 +64,13 @@ class TextToVideoModel:
                 weights than those asked for, or is an embedder.
             ConfigError: the folder is neither a run of text to video nor an export.
         """
-        path = Path(path)
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        load = cls._of_export if is_export(path) else cls._of_run
-        return load(path, weights, device, untrained)
-
-    @classmethod
-    def _of_run(cls, run: Path, weights: Weights | None, device: torch.device, untrained: bool) -> TextToVideoModel:
-        found, folder = open_run(run)
-        config, weights = t2v_only(found, str(run)), weights or "ema"
-        exported, space = T2VExportConfig.of(config, weights), read_space(run)
+        found, device = find_t2v(path, weights), device or default_device()
+        space = read_space(found.path)
         if untrained:
-            return cls(_fresh(exported), exported, space, device, _untrained(config.name, config_hash(config)))
-        manifest = find_checkpoint(folder, checksums=False)
-        tensors = checkpoint_weights(folder, manifest, weights)
-        model = model_with(config.model, tensors, f"the parameters of step {manifest.step} in {folder.url}")
-        return cls(model, exported, space, device, _told(config, manifest, weights))
-
-    @classmethod
-    def _of_export(
-        cls, folder: Path, weights: Weights | None, device: torch.device, untrained: bool
-    ) -> TextToVideoModel:
-        config, space = load_t2v_export_config(folder), read_space(folder)
-        check_weights(folder, config, weights)
-        name, digest = (config.origin.run, config.origin.config_hash) if config.origin else (folder.name, None)
-        if untrained:
-            return cls(_fresh(config), config, space, device, _untrained(name, digest))
-        model = model_with(config.model, read_model(folder, config), f"the parameters in {folder}")
-        return cls(model, config, space, device, _of_origin(config.origin, config, folder.name))
+            facts = {"run": found.name, "step": 0, "weights": "untrained", "config_hash": found.config_hash}
+            return cls(_fresh(found.config), found.config, space, device, facts)
+        model = model_with(found.config.model, found.weights(), found.what)
+        return cls(model, found.config, space, device, found.facts())
 
     @property
     def channels(self) -> int:
@@ -142,26 +110,3 @@ def _fresh(config: T2VExportConfig) -> TextToVideo:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build_model(config.model)
-
-
-def _untrained(run: str, digest: str | None) -> dict[str, Any]:
-    return {"run": run, "step": 0, "weights": "untrained", "config_hash": digest}
-
-
-def _told(config: T2VConfig, manifest: Manifest, weights: str) -> dict[str, Any]:
-    return {
-        "run": config.name,
-        "step": manifest.step,
-        "weights": weights,
-        "dtype": "float32",
-        "config_hash": manifest.config_hash,
-        "saved_at": manifest.saved_at,
-        "version": manifest.version,
-    }
-
-
-def _of_origin(origin: OriginConfig | None, config: T2VExportConfig, name: str) -> dict[str, Any]:
-    """The same of an export; one without an origin is known by its checksum alone."""
-    told: dict[str, Any] = {"run": name, "sha256": config.sha256} if origin is None else origin.model_dump(mode="json")
-    facts = {"weights": config.weights, "dtype": config.dtype} | told
-    return {name: value for name, value in facts.items() if name not in ("samples", "data", "metrics")}

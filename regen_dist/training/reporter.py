@@ -12,10 +12,10 @@ from regen_dist.config.job import CommonConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import write_video
-from regen_dist.inference.long import to_frames
 from regen_dist.observe.progress import ProgressLine
 from regen_dist.observe.record import Record
 from regen_dist.observe.tracker import Tracker
+from regen_dist.pixels import to_frames
 from regen_dist.training.tasks import Validation
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from regen_dist.data.dataset.catalogue import Dataset
 from regen_dist.data.dataset.index import Sample
+from regen_dist.data.inspection.drawing import font, save_png
 from regen_dist.data.video.reader import VideoReader, frame_to_rgb
 from regen_dist.errors import DataError
 
@@ -56,12 +55,7 @@ def write_contact_sheet(dataset: Dataset, path: Path, rows: Sequence[int]) -> No
     name = dataset.store.url.rstrip("/").rpartition("/")[2]
     title = f"{name}: {len(rows):,} of {len(dataset):,} samples"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.png")
-    try:
-        _draw(cards, box, title).save(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_png(_draw(cards, box, title), path)
 
 
 def _picture_box(samples: Sequence[Sample]) -> tuple[int, int]:
@@ -99,7 +93,7 @@ def _draw(cards: Sequence[_Card], box: tuple[int, int], title: str) -> Image.Ima
     columns = max(1, min(len(cards), _SHEET_WIDTH // (card_width + _GUTTER)))
     columns = math.ceil(len(cards) / math.ceil(len(cards) / columns))
     rows = [cards[start : start + columns] for start in range(0, len(cards), columns)]
-    captions = [[_wrapped(card.caption, _font(14), card_width, _CAPTION_LINES) for card in row] for row in rows]
+    captions = [[_wrapped(card.caption, font(14), card_width, _CAPTION_LINES) for card in row] for row in rows]
     heights = [box[1] + _TEXT_TOP + _LINE * (2 + max(map(len, row))) for row in captions]
     size = (
         2 * _MARGIN + columns * card_width + (columns - 1) * _GUTTER,
@@ -107,8 +101,8 @@ def _draw(cards: Sequence[_Card], box: tuple[int, int], title: str) -> Image.Ima
     )
     image = Image.new("RGB", size, _BACKGROUND)
     pen = ImageDraw.Draw(image)
-    title = _shortened(title, _font(24, bold=True), size[0] - 2 * _MARGIN)
-    pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(24, bold=True))
+    title = _shortened(title, font(24, bold=True), size[0] - 2 * _MARGIN)
+    pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=font(24, bold=True))
     top = _MARGIN + _HEAD
     for row, lines, height in zip(rows, captions, heights, strict=True):
         for number, card in enumerate(row):
@@ -130,18 +124,18 @@ def _draw_pictures(
     if card.problem:
         room = _PICTURES * box[0] + (_PICTURES - 1) * _GAP
         pen.rectangle((left, top, left + room - 1, top + box[1] - 1), fill=_CARD)
-        for number, line in enumerate(_wrapped(card.problem, _font(14), room - 6 * _GAP, box[1] // _LINE - 1)):
-            pen.text((left + _GAP * 3, top + _GAP * 2 + number * _LINE), line, fill=_ALARM, font=_font(14))
+        for number, line in enumerate(_wrapped(card.problem, font(14), room - 6 * _GAP, box[1] // _LINE - 1)):
+            pen.text((left + _GAP * 3, top + _GAP * 2 + number * _LINE), line, fill=_ALARM, font=font(14))
 
 
 def _draw_text(
     pen: ImageDraw.ImageDraw, card: _Card, caption: Sequence[str], corner: tuple[int, int], width: int
 ) -> None:
     left, top = corner
-    pen.text(corner, _shortened(card.title, _font(15, bold=True), width), fill=_INK, font=_font(15, bold=True))
-    pen.text((left, top + _LINE), card.facts, fill=_FAINT, font=_font(14))
+    pen.text(corner, _shortened(card.title, font(15, bold=True), width), fill=_INK, font=font(15, bold=True))
+    pen.text((left, top + _LINE), card.facts, fill=_FAINT, font=font(14))
     for number, line in enumerate(caption, 2):
-        pen.text((left, top + number * _LINE), line, fill=_INK, font=_font(14))
+        pen.text((left, top + number * _LINE), line, fill=_INK, font=font(14))
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
@@ -185,12 +179,3 @@ def _fitting(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-@lru_cache(maxsize=8)
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

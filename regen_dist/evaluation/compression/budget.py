@@ -15,9 +15,9 @@ from regen_dist.data.reading.validation import validation_clip
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.evaluation.compression.quality import Decoded, mean_psnr_db
 from regen_dist.inference.codec import Codec
-from regen_dist.inference.long import to_frames
 from regen_dist.models.accounting import account, training_flops_per_clip
 from regen_dist.observe.record import read_record
+from regen_dist.pixels import to_float, to_frames
 
 LEAST_STEPS = 4
 TUNED_ON = 16  # clips of the validation data
@@ -61,7 +61,7 @@ def validation_psnr_db(run: Path) -> float:
     """One-step PSNR in dB of a run on its validation data, the mean over clips: what learning rates are chosen by."""
     config, codec = embedder_only(load_saved_config(run), str(run)), Codec.load(run)
     batch = validation_clip(config.data, num_frames=codec.num_frames, most=TUNED_ON)
-    source = batch.video.float() / 127.5 - 1.0
+    source = to_float(batch.video)
     made = codec.decode(codec.encode(source), torch.arange(codec.num_frames), sample_ids=batch.sample_ids.tolist())
     return mean_psnr_db(Decoded(to_frames(a), to_frames(b)) for a, b in zip(source, made, strict=True))
 

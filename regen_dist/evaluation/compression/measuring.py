@@ -21,8 +21,8 @@ from regen_dist.evaluation.compression.clips import Stretch, TestSet, cut, read_
 from regen_dist.evaluation.compression.quality import Decoded, features_of, mean_psnr_db, quality
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame
-from regen_dist.inference.long import to_frames
 from regen_dist.jsontext import json_text
+from regen_dist.pixels import to_frames, to_videos
 
 TRAINED, DOUBLE, OTHER = "training", "double", "other aspect"
 _VERSION = 1  # of what is measured: measures of another are made again
@@ -127,7 +127,7 @@ def _decoded(codec: Codec, sources: Sequence[Frame], steps: int) -> list[Decoded
         clips = cut(source, codec.num_frames)
         if clips:
             whole = np.concatenate(clips)
-            made = _made(codec, _tensor(clips), torch.arange(codec.num_frames), steps, number)
+            made = _made(codec, to_videos(clips), torch.arange(codec.num_frames), steps, number)
             found.append(Decoded(whole, made))
         number += len(clips)
     return found
@@ -138,11 +138,6 @@ def _made(codec: Codec, clips: Tensor, times: Tensor, steps: int, number: int) -
     ids = range(number, number + len(clips))
     videos = codec.decode(codec.encode(clips), times, steps=steps, sample_ids=ids)
     return np.concatenate([to_frames(each) for each in videos])
-
-
-def _tensor(clips: Sequence[Frame]) -> Tensor:
-    """Frames [T, H, W, 3] of each to [B, 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
 def between(codec: Codec, sources: Sequence[Frame]) -> dict[str, Any]:
@@ -163,7 +158,7 @@ def between(codec: Codec, sources: Sequence[Frame]) -> dict[str, Any]:
 
 def _between(codec: Codec, clip: Frame, number: int) -> dict[str, Frame]:
     """The odd frames of a clip of 2k + 1, by every way."""
-    given, whole = _tensor([clip[::2]]), torch.arange(codec.num_frames)
+    given, whole = to_videos([clip[::2]]), torch.arange(codec.num_frames)
     ways = {"decoded_then_blended": _blended(_made(codec, given, whole, 1, number)), "blended": _blended(clip[::2])}
     if codec.kind == "regen":
         ways["decoded"] = _made(codec, given, whole[:-1] + 0.5, 1, number)

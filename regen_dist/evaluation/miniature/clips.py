@@ -19,8 +19,8 @@ from regen_dist.data.making.shape_captions import parse_caption
 from regen_dist.data.making.shapes import Attributes
 from regen_dist.data.video.reader import VideoReader, frame_to_rgb
 from regen_dist.errors import DataError
-from regen_dist.inference.long import to_frames, to_video
 from regen_dist.models.encoder import Latents
+from regen_dist.pixels import to_frames, to_video
 
 UInt8s = npt.NDArray[np.uint8]
 

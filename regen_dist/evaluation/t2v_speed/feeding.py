@@ -18,6 +18,7 @@ from regen_dist.data.reading.loader import ClipBatch, clip_batches
 from regen_dist.data.reading.training_set import TrainingSet
 from regen_dist.errors import DataError
 from regen_dist.inference.encoder import FrozenEncoder
+from regen_dist.pixels import to_float
 
 Text = tuple[Tensor, Tensor]  # a caption's embedding [L, D] and its mask [L], as a cache holds them
 
@@ -65,7 +66,7 @@ def encoding(
 
 def _encoded(batch: ClipBatch, encoder: FrozenEncoder, texts: Mapping[int, Text]) -> LatentBatch:
     rows = len(batch.sample_ids)
-    clips = _clips(batch.video.to(encoder.device).float().div_(127.5).sub_(1.0), encoder.num_frames)
+    clips = _clips(to_float(batch.video.to(encoder.device)), encoder.num_frames)
     content, motion = (each.unflatten(0, (rows, -1)).float() for each in encoder.encode(clips))  # [b, n, C, h, w]
     found = [texts[number] for number in batch.sample_ids.tolist()]
     entries = [LatentEntry(c, m, text, mask) for c, m, (text, mask) in zip(content, motion, found, strict=True)]

@@ -18,6 +18,7 @@ from regen_dist.data.video.pixels import UInt8s
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.preencoding.cutting import Cut
 from regen_dist.models.encoder import Latents
+from regen_dist.pixels import to_float
 
 _BATCHES_HELD = 4  # of pixels, over all sizes; a dataset without buckets may have as many sizes as videos
 
@@ -52,7 +53,7 @@ def encode_pixels(encoder: FrozenEncoder, clips: list[UInt8s]) -> Latents:
     video = torch.from_numpy(np.stack(clips)).to(encoder.device)  # B 3 T H W
     tf32 = torch.backends.cudnn.allow_tf32
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
-        latents = encoder.encode(video.float().div_(127.5).sub_(1.0))
+        latents = encoder.encode(to_float(video))
     return Latents(*(_stored(part) for part in latents))
 
 
