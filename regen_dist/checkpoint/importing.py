@@ -17,7 +17,7 @@ from regen_dist.config import AnyRunConfig, config_hash, save_config
 from regen_dist.config.exported import AnyExportConfig, load_any_export_config
 from regen_dist.config.section import Section
 from regen_dist.config.version import code_version
-from regen_dist.data.reading.fetching import limits_of
+from regen_dist.data.objects.store import limits_of
 from regen_dist.distributed.optimizer import MOMENTS
 from regen_dist.errors import CheckpointError
 

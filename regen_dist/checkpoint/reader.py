@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError
+from regen_dist.observe.warning import warn
 
 Say = Callable[[str], None]
 
@@ -24,11 +24,6 @@ class _Candidate(NamedTuple):
     step: int
     manifest: Manifest | None
     problem: str
-
-
-def warn(text: str) -> None:
-    """Say something on stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def newest_good(

@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from regen_dist.config.job import CommonConfig, OptimizerConfig
+from regen_dist.config.worldsize import micro_batch_size, num_readers
 from regen_dist.distributed.base import Engine, StepResult, full_shape
 from regen_dist.distributed.optimizer import MOMENTS, Groups, build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.plain import PlainEngine
@@ -112,7 +113,9 @@ def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
     batch = train.batch_global * config.engine.sequence_parallel
     return {
         "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": batch // (world_size * train.accumulation),
+        "train_micro_batch_size_per_gpu": micro_batch_size(
+            train.batch_global, train.accumulation, num_readers(config, world_size)
+        ),
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": config.engine.precision == "bf16"},

@@ -10,16 +10,17 @@ from torch import Tensor
 from regen_dist.checkpoint.belonging import own_run_id
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import Manifest
-from regen_dist.checkpoint.reader import NoGoodCheckpoint, go_back, newest_good, warn
+from regen_dist.checkpoint.reader import NoGoodCheckpoint, go_back, newest_good
 from regen_dist.checkpoint.saver import Outcome, Saver
 from regen_dist.checkpoint.shards import ShardReader
 from regen_dist.config import AnyRunConfig, config_hash
 from regen_dist.config.identity import order_changes
 from regen_dist.config.version import code_version
-from regen_dist.data.reading.fetching import limits_of
+from regen_dist.data.objects.store import limits_of
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError
 from regen_dist.observe.record import read_record
+from regen_dist.observe.warning import warn
 
 _CLOSE_S = 60.0  # for a save in flight when a run ends with an error
 

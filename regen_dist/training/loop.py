@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from regen_dist.checkpoint.manifest import Manifest
-from regen_dist.checkpoint.reader import warn
 from regen_dist.checkpoint.saver import Outcome
 from regen_dist.checkpoint.shards import nonfinite
 from regen_dist.config import AnyRunConfig
@@ -15,6 +14,7 @@ from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError, TrainingError
 from regen_dist.observe.hardware import peak_tflops
+from regen_dist.observe.warning import warn
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
 from regen_dist.training.guards import Guards, SkippedSteps, nowhere_finite
 from regen_dist.training.meter import Meter

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 import torch
 
 from regen_dist.checkpoint.claims import Claims
-from regen_dist.checkpoint.reader import warn
 from regen_dist.config import AnyRunConfig, save_config
 from regen_dist.distributed.base import precision_of
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.models.attention import require_flash
 from regen_dist.models.strips import require_cudnn
 from regen_dist.observe.hardware import multiplies_bf16
+from regen_dist.observe.warning import warn
 from regen_dist.observe.watchdog import Watchdog
 from regen_dist.training.loop import Trainer
 from regen_dist.training.signals import Inbox

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 from regen_dist.config.job import CommonConfig
 from regen_dist.data.reading.stand_ins import BadSample
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.observe.record import Record, read_record
+from regen_dist.observe.warning import warn
 from regen_dist.training.tasks import Batch
 
 
@@ -40,7 +39,7 @@ class SampleLog:
             self._note(step, sample)
         if batch.problem and batch.problem not in self._told:
             self._told.add(batch.problem)
-            print(f"warning: {batch.problem}", file=sys.stderr, flush=True)
+            warn(batch.problem)
 
     def close(self) -> None:
         for record in self._records.values():
@@ -51,10 +50,7 @@ class SampleLog:
             return
         self._known.add((sample.shard, sample.key))
         self._open("bad_samples").write("bad_sample", step, sample._asdict())
-        print(
-            f"warning: sample {sample.key} in {sample.shard} is bad, another stands in for it: {sample.reason}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        warn(f"sample {sample.key} in {sample.shard} is bad, another stands in for it: {sample.reason}")
 
     def _open(self, kind: str) -> Record:
         if kind not in self._records:
