@@ -69,40 +69,6 @@ def newest_good(
     return None
 
 
-def go_back(
-    folder: CheckpointFolder,
-    ranks: Ranks,
-    *,
-    before: int,
-    rollbacks: list[int],
-    state: Callable[[Manifest], dict[str, object]],
-    checksums: bool = False,
-) -> Manifest:
-    """Choose the newest whole checkpoint before a step, and make it the one that the run goes on from, for good: its
-    manifest says so, in one atomic write, and then the pointer does. Its tensors stay as they are. A collective.
-
-    Args:
-        before: only checkpoints of steps below this.
-        rollbacks: the steps that the run went back to until now.
-        state: what the checkpoint's state is to be, made of its manifest.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    manifest = newest_good(folder, ranks, checksums=checksums, before=before)
-    if manifest is None:
-        raise CheckpointError(
-            f"{folder.url} holds no checkpoint before step {before} to go back to; save more often (checkpoint.every)"
-        )
-
-    def amend() -> Manifest:
-        amended = folder.amend(manifest, state=state(manifest), rollbacks=[*rollbacks, manifest.step])
-        folder.point_to(manifest.step)
-        return amended
-
-    return ranks.on_main(amend)
-
-
 def _candidates(folder: CheckpointFolder, before: int | None) -> Iterator[_Candidate]:
     """What to try, in order. The first is known without reading all manifests."""
     first = pointed = None

@@ -66,6 +66,11 @@ class Engine(ABC):
         """Accumulate the gradients of one micro-batch; `is_last` closes the accumulation."""
 
     @abstractmethod
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's flat float32 piece of every parameter's gradient, without padding, averaged over micro-batches
+        and ranks, before clipping. To be read between the last `backward` of a step and its `step`."""
+
+    @abstractmethod
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's flat float32 piece of every parameter, without padding: a view that updates write through."""
 

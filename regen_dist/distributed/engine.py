@@ -47,6 +47,12 @@ class Zero3Engine(Engine):
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss)
 
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        # `_engine.step` clips and clears them: this is the only place between the last reduction and that.
+        for name, param in self._params.items():
+            low, high = chunk(param.ds_numel, self.ranks.world_size, self.ranks.rank)
+            yield name, self._zero.get_local_fp32_grad_for_param(param)[: high - low]
+
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self._own(name, None)) for name in self._params)
 

@@ -39,6 +39,9 @@ class PlainEngine(Engine):
     def backward(self, loss: Tensor, is_last: bool) -> None:
         (loss / self.config.train.accumulation).backward()
 
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, _gradient(param).view(-1)) for name, param in self.module.named_parameters())
+
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, master.view(-1)) for name, master in self._masters.items())
 

@@ -20,15 +20,21 @@ class SampleLog:
     def __init__(self, config: CommonConfig, ranks: Ranks, step: int) -> None:
         self._name = f"rank-{ranks.rank:05d}.jsonl"
         self._bad, self._trace = config.folder / "bad_samples", config.folder / "samples"
-        self._step = step
+        self._traces, self._ranks = config.train.trace_samples, ranks
         self._records: dict[str, Record] = {}
         self._told: set[str] = set()
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Go on after `step`: the notes of later ones are dropped."""
+        self.close()
+        self._step, self._records = step, {}
         self._known = self._read_known()
         for path in [*self._trace.glob("rank-*.jsonl"), *self._bad.glob("rank-*.jsonl")]:
             rank = int(path.stem.partition("-")[2])
-            if rank == ranks.rank or (ranks.is_main and rank >= ranks.world_size):
+            if rank == self._ranks.rank or (self._ranks.is_main and rank >= self._ranks.world_size):
                 Record(path, step).close()
-        if config.train.trace_samples:
+        if self._traces:
             self._open("samples")
 
     def write(self, step: int, micro: int, batch: Batch) -> None:

@@ -107,11 +107,11 @@ def _run(world_size: int, jobs: list[Job]) -> list[Any]:
 def _load(config: RunConfig) -> dict[str, Any]:
     """This rank's pieces of the state that a run goes on from, as numpy arrays; runs in the ranks."""
     from regen_dist.distributed.ranks import process_group, read_environment
-    from regen_dist.training.loop import Trainer
+    from regen_dist.training.run import build_trainer
 
     ranks = read_environment()
     with process_group(ranks, needed=True):
-        trainer = Trainer(config, ranks)
+        trainer = build_trainer(config, ranks)
         try:
             assert trainer.step == STOP
             return {name: piece.detach().clone().numpy() for name, piece in trainer.engine.pieces().items()}
