@@ -123,7 +123,7 @@ class Trainer(Stepper):
     def close(self) -> None:
         """End the data workers, a save in flight, the record, the progress line and the tracker."""
         self._mark("close")
-        super().close()
+        self.close_batches()
         self.checkpoints.close()
         self.sample_log.close()
         self.reporter.close()
@@ -209,7 +209,7 @@ class Trainer(Stepper):
 
         # Load it, drop what was recorded of later steps, and read on behind the spike.
         reached = self.step
-        super().close()
+        self.close_batches()
         self.step, self.data_shift, self.metrics = checkpoints.restore(manifest)
         self.meter.reset()
         self.reporter.rewind(self.step)

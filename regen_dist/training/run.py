@@ -21,6 +21,7 @@ from regen_dist.observe.hardware import multiplies_bf16, peak_tflops
 from regen_dist.observe.warning import warn
 from regen_dist.observe.watchdog import Watchdog
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
+from regen_dist.training.gradients import GradientNorms
 from regen_dist.training.guards import Guards
 from regen_dist.training.loop import Trainer
 from regen_dist.training.meter import Meter
@@ -96,6 +97,8 @@ def build_trainer(
     reporter = Reporter(config, ranks, progress.step)
     reporter.say(progress.step, task.data.summary())
     checkpoints.on_saved = reporter.checkpoint
+    every = config.train.grad_norms_every
+    hooks = [] if every is None else [GradientNorms(every, ranks, reporter.gradients)]
     return Trainer(
         config, ranks, task, engine, meter,
         guards=guards,
@@ -104,6 +107,7 @@ def build_trainer(
         sample_log=SampleLog(config, ranks, progress.step),
         progress=progress,
         mark=mark,
+        gradient_hooks=hooks,
     )  # fmt: skip
 
 

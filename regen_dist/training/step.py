@@ -104,7 +104,7 @@ class Stepper:
         rows, cursor = self.engine.rows, (self.step + self.data_shift) * self.config.train.batch_global
         return rows.read(lambda: self.task.batches(rows.readers, cursor))
 
-    def close(self) -> None:
+    def close_batches(self) -> None:
         """End the data workers."""
         if isinstance(self.batches, Generator):
             self.batches.close()

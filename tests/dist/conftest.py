@@ -27,6 +27,7 @@ COMMON = {
     "engine__persistence_threshold": 500,  # so that some parameters are gathered and some stay
     "model__latent__noise_std": 0.1,
     "train__trace_samples": True,
+    "train__grad_norms_every": 1,
 }
 BF16: dict[str, Any] = {"engine__precision": "bf16", "engine__persistence_threshold": 100_000}  # here all of them stay
 PLAIN: dict[str, Any] = {"engine__kind": "plain"}
@@ -57,6 +58,15 @@ class Runs(NamedTuple):
         lines = read_record(self.folder / name / "metrics.jsonl", "train")
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
         return torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+
+    def figures(self, name: str, figure: str) -> list[float]:
+        """A figure of every step."""
+        return [line[figure] for line in read_record(self.folder / name / "metrics.jsonl", "train")]
+
+    def gradients(self, name: str) -> list[dict[str, float]]:
+        """The norm of every layer's gradient in each step."""
+        lines = read_record(self.folder / name / "metrics.jsonl", "gradients")
+        return [{key: value for key, value in line.items() if key not in ("kind", "step", "time")} for line in lines]
 
     def tensors(self, name: str, step: int = STEPS) -> dict[str, Tensor]:
         """Everything in a checkpoint, gathered: `<kind>/<parameter>` to its whole tensor."""

@@ -92,7 +92,7 @@ class Training:
 
     def close(self) -> None:
         """End the data workers."""
-        self._stepper.close()
+        self._stepper.close_batches()
 
 
 def _readers(config: AnyRunConfig, ranks: Ranks) -> Ranks:

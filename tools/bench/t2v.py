@@ -94,7 +94,7 @@ class _Training:
         engine = build_engine(self._config, self._ranks, self._task.build)
         meter = Meter(self._ranks, config.train.batch_global, peak_tflops=1.0)  # its MFU is not asked for
         self._stepper = Stepper(self._config, self._ranks, self._task, engine, meter)
-        self._stepper.close()  # every turn has batches of its own
+        self._stepper.close_batches()  # every turn has batches of its own
         self._texts = texts_of(self._task.data)
 
     def step(self, batches: Iterator[LatentBatch]) -> None:
