@@ -13,9 +13,10 @@ import torch
 from regen_dist.checkpoint.claims import Claims
 from regen_dist.config import AnyRunConfig, save_config
 from regen_dist.distributed.base import precision_of
-from regen_dist.distributed.engine import build_engine
+from regen_dist.distributed.engine import ENGINES, build_engine
+from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
-from regen_dist.models.attention import require_flash
+from regen_dist.models.attention import BACKENDS
 from regen_dist.models.strips import require_cudnn
 from regen_dist.observe.hardware import multiplies_bf16, peak_tflops
 from regen_dist.observe.warning import warn
@@ -129,10 +130,13 @@ def _held(claims: Claims, ranks: Ranks) -> Iterator[None]:
 def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     """Refuse what cannot run here before anything is built, and make the arithmetic repeatable."""
     attention = config.model.attention if config.model.kind == "t2v" else config.model.decoder.attention
-    if config.model.kind != "magvit2" and attention.backend == "flash":
-        require_flash(ranks.device.type, precision_of(config.engine.precision))
+    device, dtype = ranks.device, precision_of(config.engine.precision)
+    ENGINES.available(config.engine.kind, ranks.world_size)
+    OPTIMIZERS.available(config.optimizer.kind, device, config.engine.kind)
+    if config.model.kind != "magvit2":  # which has no attention
+        BACKENDS.available(attention.backend, device.type, dtype)
     if config.model.kind != "t2v":  # which has no convolutions
-        require_cudnn(ranks.device.type, precision_of(config.engine.precision))
+        require_cudnn(device.type, dtype)
     if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not multiplies_bf16():
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")
     if ranks.device.type == "cuda":
