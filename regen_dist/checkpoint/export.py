@@ -29,7 +29,7 @@ from regen_dist.config.exported import EXPORT_CONFIG_FILE, CommonExportConfig
 from regen_dist.config.schema import ModelConfig
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.data.objects.local import sync
-from regen_dist.data.reading.fetching import limits_of
+from regen_dist.data.objects.store import limits_of
 from regen_dist.errors import CheckpointError
 from regen_dist.models import Baseline, Regen, TextToVideo, build_model
 

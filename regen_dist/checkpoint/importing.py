@@ -17,8 +17,9 @@ from regen_dist.config import AnyRunConfig, config_hash, save_config
 from regen_dist.config.exported import AnyExportConfig, load_any_export_config
 from regen_dist.config.section import Section
 from regen_dist.config.version import code_version
-from regen_dist.data.reading.fetching import limits_of
-from regen_dist.distributed.optimizer import MOMENTS
+from regen_dist.data.objects.store import limits_of
+from regen_dist.distributed.base import WEIGHTS
+from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.errors import CheckpointError
 
 # What a model's numbers do not depend on: which kernel computes attention, noise that only training adds, and what
@@ -53,7 +54,7 @@ def import_model(export: Path, config: AnyRunConfig) -> list[str]:
         )
     folder.begin(0)
     name = shard_name(0, 1)
-    facts = folder.write_shard(0, name, _pieces(read_model(export, exported)))
+    facts = folder.write_shard(0, name, _pieces(read_model(export, exported), OPTIMIZERS[config.optimizer.kind].state))
     folder.commit(_manifest(export, exported, config, shapes).with_files({name: facts}))
     save_config(config, config.folder)
     return differences(exported, config)
@@ -92,12 +93,12 @@ def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}.{name}", value
 
 
-def _pieces(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _pieces(weights: dict[str, Tensor], moments: tuple[str, ...]) -> dict[str, Tensor]:
     """One rank's shard of everything. The zeros take no memory before they are written."""
     flat = {name: tensor.to(torch.float32).reshape(-1) for name, tensor in weights.items()}
-    pieces = {f"{kind}/{name}": tensor for kind in ("master", "ema") for name, tensor in flat.items()}
+    pieces = {f"{kind}/{name}": tensor for kind in WEIGHTS for name, tensor in flat.items()}
     zero = torch.zeros(1)
-    return pieces | {f"{kind}/{name}": zero.expand(len(tensor)) for kind in MOMENTS for name, tensor in flat.items()}
+    return pieces | {f"{kind}/{name}": zero.expand(len(tensor)) for kind in moments for name, tensor in flat.items()}
 
 
 def _manifest(export: Path, exported: AnyExportConfig, config: AnyRunConfig, shapes: dict[str, list[int]]) -> Manifest:

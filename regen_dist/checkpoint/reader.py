@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError
+from regen_dist.observe.warning import warn
 
 Say = Callable[[str], None]
 
@@ -24,11 +24,6 @@ class _Candidate(NamedTuple):
     step: int
     manifest: Manifest | None
     problem: str
-
-
-def warn(text: str) -> None:
-    """Say something on stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def newest_good(
@@ -72,40 +67,6 @@ def newest_good(
             f"{'; '.join(passed_over)}. Restore the files, or start the run from scratch with --fresh"
         )
     return None
-
-
-def go_back(
-    folder: CheckpointFolder,
-    ranks: Ranks,
-    *,
-    before: int,
-    rollbacks: list[int],
-    state: Callable[[Manifest], dict[str, object]],
-    checksums: bool = False,
-) -> Manifest:
-    """Choose the newest whole checkpoint before a step, and make it the one that the run goes on from, for good: its
-    manifest says so, in one atomic write, and then the pointer does. Its tensors stay as they are. A collective.
-
-    Args:
-        before: only checkpoints of steps below this.
-        rollbacks: the steps that the run went back to until now.
-        state: what the checkpoint's state is to be, made of its manifest.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    manifest = newest_good(folder, ranks, checksums=checksums, before=before)
-    if manifest is None:
-        raise CheckpointError(
-            f"{folder.url} holds no checkpoint before step {before} to go back to; save more often (checkpoint.every)"
-        )
-
-    def amend() -> Manifest:
-        amended = folder.amend(manifest, state=state(manifest), rollbacks=[*rollbacks, manifest.step])
-        folder.point_to(manifest.step)
-        return amended
-
-    return ranks.on_main(amend)
 
 
 def _candidates(folder: CheckpointFolder, before: int | None) -> Iterator[_Candidate]:

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import FileFacts, Manifest
-from regen_dist.checkpoint.reader import warn
 from regen_dist.checkpoint.retention import to_delete
 from regen_dist.checkpoint.shards import nonfinite, shard_name
 from regen_dist.config.schema import CheckpointConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError
+from regen_dist.observe.warning import warn
 
 Hook = Callable[[str], None]
 

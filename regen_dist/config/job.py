@@ -88,6 +88,7 @@ class TrainConfig(Section):
     validate_at_start: bool = False  # once more before the first step: what training adds is seen on the curve
     time_limit_s: PositiveFloat | None = None  # save and end (code 75) before this much time has passed since the start
     time_limit_lead_s: Annotated[float, Field(ge=0.0)] = 120.0  # how long before: time for a step and a save
+    grad_norms_every: PositiveInt | None = None  # record the norm of every layer's gradient so often; None: never
     trace_samples: bool = False  # write the ids of every clip that was trained on to samples/ in the run folder
     peak_tflops: float | None = None  # per rank, for MFU; None looks the GPU up or measures the CPU
 

@@ -1,8 +1,9 @@
 """The interface of what runs a training step.
 
-An engine keeps float32 master weights, two moments and the weights' moving average (EMA); the forward and backward
-passes run in the configured precision. State is exposed as *pieces*: for every parameter the flat chunk that this rank
-holds (`ranks.chunk`), which is how ZeRO-3 lays it out, so that a checkpoint is made and read without communication.
+An engine keeps float32 master weights, the optimizer's moments and the weights' moving average (EMA); the forward and
+backward passes run in the configured precision. State is exposed as *pieces*: for every parameter the flat chunk that
+this rank holds (`ranks.chunk`), which is how ZeRO-3 lays it out, so that a checkpoint is made and read without
+communication.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from regen_dist.config.job import CommonConfig
+from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.sequence import RowGroup
 from regen_dist.errors import RegenError
 
-Pieces = dict[str, Tensor]  # "<kind>/<parameter>" to a flat float32 tensor: kind is master, ema, exp_avg or exp_avg_sq
+Pieces = dict[str, Tensor]  # "<kind>/<parameter>" to a flat float32 tensor: kind is of WEIGHTS or of the optimizer
+WEIGHTS = ("master", "ema")  # kinds that every engine has
 
 
 class PieceSource(Protocol):
@@ -47,6 +50,7 @@ class Engine(ABC):
 
     def __init__(self, config: CommonConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.num_updates = config, ranks, 0
+        self.moments = OPTIMIZERS[config.optimizer.kind].state  # kinds that the optimizer adds
         self.rows = RowGroup(ranks)  # which ranks share samples with this one
 
     def __call__(self, *args: Any) -> Any:
@@ -64,6 +68,11 @@ class Engine(ABC):
     @abstractmethod
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradients of one micro-batch; `is_last` closes the accumulation."""
+
+    @abstractmethod
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's flat float32 piece of every parameter's gradient, without padding, averaged over micro-batches
+        and ranks, before clipping. To be read between the last `backward` of a step and its `step`."""
 
     @abstractmethod
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,5 @@
-"""DeepSpeed ZeRO-3 behind the engine interface. The only module that imports deepspeed."""
+"""DeepSpeed ZeRO-3 behind the engine interface, and the registry of engines. Only this module and optimizer.py import
+deepspeed."""
 
 from __future__ import annotations
 
@@ -11,13 +12,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.job import CommonConfig, OptimizerConfig
-from regen_dist.distributed.base import Engine, StepResult, full_shape
-from regen_dist.distributed.optimizer import MOMENTS, Groups, build_optimizer, fresh_state, set_lr, set_num_updates
-from regen_dist.distributed.plain import PlainEngine
+from regen_dist.config.job import CommonConfig
+from regen_dist.config.worldsize import micro_batch_size, num_readers
+from regen_dist.distributed.base import WEIGHTS, Engine, StepResult, full_shape
+from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
+from regen_dist.distributed.plain import PlainEngine, require_one_process
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.sequence import join_rows
 from regen_dist.models.sequence import share_rows
+from regen_dist.registry import Entry, Registry
 
 
 class Zero3Engine(Engine):
@@ -31,8 +34,7 @@ class Zero3Engine(Engine):
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=config.engine.partitioned_init):
             module = build()
         exact = {name: self._chunk_of(param).float().clone() for name, param in module.named_parameters()}
-        makers = {"cpu_adam": _cpu_adam} if ranks.device.type == "cpu" else {}
-        optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device, makers)
+        optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device, engine="zero3")
         self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = self._engine.module
         self._params: dict[str, Any] = dict(self.module.named_parameters())  # with the attributes that ZeRO-3 adds
@@ -46,11 +48,17 @@ class Zero3Engine(Engine):
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss)
 
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        # `_engine.step` clips and clears them: this is the only place between the last reduction and that.
+        for name, param in self._params.items():
+            low, high = chunk(param.ds_numel, self.ranks.world_size, self.ranks.rank)
+            yield name, self._zero.get_local_fp32_grad_for_param(param)[: high - low]
+
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self._own(name, None)) for name in self._params)
 
     def named_moments(self) -> Iterator[tuple[str, Tensor]]:
-        return ((f"{moment}/{name}", self._own(name, moment)) for moment in MOMENTS for name in self._params)
+        return ((f"{moment}/{name}", self._own(name, moment)) for moment in self.moments for name in self._params)
 
     @property
     def deepspeed(self) -> Any:
@@ -97,9 +105,15 @@ class Zero3Engine(Engine):
             whole[0].all_gather(whole)
 
 
+ENGINES: Registry[Entry[Callable[[CommonConfig, Ranks, Callable[[], nn.Module]], Engine]]] = Registry(
+    "engine.kind",
+    {"zero3": Entry(Zero3Engine, state=WEIGHTS), "plain": Entry(PlainEngine, require_one_process, WEIGHTS)},
+)
+
+
 def build_engine(config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> Engine:
     """The engine that the config names, around the module that `build` makes (the same on every rank)."""
-    engine = {"plain": PlainEngine, "zero3": Zero3Engine}[config.engine.kind](config, ranks, build)
+    engine = ENGINES.available(config.engine.kind, ranks.world_size).build(config, ranks, build)
     engine.rows = join_rows(ranks, config.engine.sequence_parallel)
     share_rows(engine.module, engine.rows)
     return engine
@@ -112,7 +126,9 @@ def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
     batch = train.batch_global * config.engine.sequence_parallel
     return {
         "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": batch // (world_size * train.accumulation),
+        "train_micro_batch_size_per_gpu": micro_batch_size(
+            train.batch_global, train.accumulation, num_readers(config, world_size)
+        ),
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": config.engine.precision == "bf16"},
@@ -143,10 +159,3 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     compatible["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
-
-
-def _cpu_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """DeepSpeed's vectorised Adam for state in host memory; compiled at its first use (g++, about a minute)."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, adamw_mode=True)  # type: ignore[no-any-return]

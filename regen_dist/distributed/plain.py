@@ -12,9 +12,21 @@ from torch import Tensor
 
 from regen_dist.config.job import CommonConfig
 from regen_dist.distributed.base import Engine, StepResult, precision_of
-from regen_dist.distributed.optimizer import MOMENTS, build_optimizer, fresh_state, set_lr, set_num_updates
+from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import BackendError
+
+
+def require_one_process(world_size: int) -> None:
+    """Refuse several ranks: each would train a model of its own.
+
+    Raises:
+        BackendError: there are several.
+    """
+    if world_size > 1:
+        raise BackendError(
+            f"engine.kind=plain runs in one process, found {world_size} ranks; set engine.kind=zero3, or --ranks 1"
+        )
 
 
 class PlainEngine(Engine):
@@ -23,11 +35,7 @@ class PlainEngine(Engine):
 
     def __init__(self, config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
         super().__init__(config, ranks)
-        if ranks.world_size > 1:
-            raise BackendError(
-                f"engine.kind=plain runs in one process, found {ranks.world_size} ranks; set engine.kind=zero3, "
-                "or --ranks 1"
-            )
+        require_one_process(ranks.world_size)
         self.module = build().to(ranks.device)
         self._masters = {name: param.detach().float() for name, param in self.module.named_parameters()}
         self.optimizer = build_optimizer(config.optimizer, list(self._masters.values()), ranks.device)
@@ -39,13 +47,16 @@ class PlainEngine(Engine):
     def backward(self, loss: Tensor, is_last: bool) -> None:
         (loss / self.config.train.accumulation).backward()
 
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, _gradient(param).view(-1)) for name, param in self.module.named_parameters())
+
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, master.view(-1)) for name, master in self._masters.items())
 
     def named_moments(self) -> Iterator[tuple[str, Tensor]]:
         return (
             (f"{moment}/{name}", self.optimizer.state[master][moment].view(-1))
-            for moment in MOMENTS
+            for moment in self.moments
             for name, master in self._masters.items()
         )
 

@@ -17,9 +17,9 @@ import numpy as np
 from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.data.dataset.latents import NULL_TEXT, pack_null_text
 from regen_dist.data.dataset.manifest import MANIFEST, Manifest, read_manifest
-from regen_dist.data.objects.store import Store, remove_leftovers
+from regen_dist.data.objects.store import Store, limits_of, remove_leftovers
 from regen_dist.data.pool import Progress
-from regen_dist.data.reading.fetching import Fetcher, limits_of
+from regen_dist.data.reading.fetching import Fetcher
 from regen_dist.errors import DataError
 from regen_dist.inference.preencoding.captions import as_stored
 from regen_dist.inference.preencoding.claiming import claim_cache

@@ -10,6 +10,7 @@ padded: no mask is needed, any backend runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from regen_dist.config.schema import AttentionConfig
 from regen_dist.errors import BackendError
 from regen_dist.models.sequence import WHOLE, Share
+from regen_dist.registry import Entry, Registry
 
 Grid = tuple[int, int, int]
 
@@ -89,9 +91,6 @@ def require_flash(device: str, dtype: torch.dtype) -> None:
         ) from error
 
 
-BACKENDS = {"sdpa": attend_sdpa, "eager": attend_eager, "flash": attend_flash, "reference": attend_reference}
-
-
 def cross_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The textbook's attention to the tokens of a mask, in float32. q [B, N, L, E], k and v [B, N, M, E], mask
     [B, M]."""
@@ -127,7 +126,23 @@ def cross_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return mixed.unflatten(0, (batch, length)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-CROSS_BACKENDS = {"sdpa": cross_sdpa, "eager": cross_eager, "flash": cross_flash, "reference": cross_reference}
+class Kernels(NamedTuple):
+    """One backend's functions: attention among a video's tokens, and from them to a text's."""
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    cross: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+# `check` takes the device's type and the dtype.
+BACKENDS = Registry(
+    "attention.backend",
+    {
+        "sdpa": Entry(Kernels(attend_sdpa, cross_sdpa)),
+        "eager": Entry(Kernels(attend_eager, cross_eager)),
+        "flash": Entry(Kernels(attend_flash, cross_flash), require_flash),
+        "reference": Entry(Kernels(attend_reference, cross_reference)),
+    },
+)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, backend: str) -> Tensor:
@@ -147,7 +162,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, backend: str)
     """
     v = v.masked_fill(~mask[:, None, :, None], 0.0)
     seen = mask | ~mask.any(-1, keepdim=True)  # a text without tokens sees its zeros: a softmax over nothing is NaN
-    return CROSS_BACKENDS[backend](q, k, v, seen)
+    return BACKENDS[backend].build.cross(q, k, v, seen)
 
 
 def segments(length: int, window: int, shift: int) -> list[Span]:
@@ -196,7 +211,7 @@ def attention(
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, grid: Grid, config: AttentionConfig, shifted: bool) -> Tensor:
     """Of whole rows, by any number of heads."""
-    kernel = BACKENDS[config.backend]
+    kernel = BACKENDS[config.backend].build.attend
     if config.pattern == "full" or all(w >= g for w, g in zip(config.window, grid, strict=True)):
         return kernel(q, k, v)
     axes = [

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from regen_dist.jsontext import json_text
 
-Kind = Literal["train", "validation", "event", "checkpoint", "samples", "bad_sample"]
-_FIGURES = ("train", "validation")  # kinds of lines whose values are numbers
+Kind = Literal["train", "validation", "event", "gradients", "checkpoint", "samples", "bad_sample"]
+_FIGURES = ("train", "validation", "gradients")  # kinds of lines whose values are numbers
 
 
 class Record:

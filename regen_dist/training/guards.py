@@ -58,13 +58,6 @@ class Guards:
         for name in _GUARDS:
             getattr(self, name).restore(state.get(name, {}))
 
-    def after_going_back(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state to go on with at an older checkpoint: its own memory of losses and latents, but what was counted
-        since still counts, and so does this rollback."""
-        counted = {name: getattr(self, name).state() for name in ("nonfinite", "bad_samples")}
-        counted["nonfinite"].pop("in_a_row", None)
-        return {**state, **counted, "spikes": {**state.get("spikes", {}), "rollbacks": self.spikes.rollbacks + 1}}
-
 
 _GUARDS = ("nonfinite", "bad_samples", "spikes", "latents")
 

@@ -26,9 +26,10 @@ class Meter:
         self._ranks, self._clips = ranks, clips_per_step
         self._peak = peak_tflops * 1e12 * ranks.world_size
         self._sums: dict[str, Tensor | float] = {}
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Begin anew: nothing was counted, and the clock starts."""
         self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
         self._cpu_began = time.process_time()
         self._sums = {}
@@ -88,7 +89,7 @@ class Meter:
             "bad_samples": bad_samples,
             "clips": self._clips * self._steps,
         }
-        self._reset()
+        self.reset()
         return figures
 
     @contextmanager

@@ -52,6 +52,13 @@ class Reporter:
         figures = {f"validation/{name}": value for name, value in result.figures.items()}
         self._tracker.log(step, figures, self._draw(step, result), self._write_videos(step, result))
 
+    def gradients(self, step: int, norms: Mapping[str, float]) -> None:
+        """The norm of every layer's gradient in a step."""
+        if self._silent:
+            return
+        self._record.write("gradients", step, norms)
+        self._tracker.log(step, {f"gradients/{layer}": norm for layer, norm in norms.items()})
+
     def _draw(self, step: int, result: Validation) -> dict[str, Path]:
         if result.source is None or result.made is None:
             return {}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 from regen_dist.config.job import CommonConfig
 from regen_dist.data.reading.stand_ins import BadSample
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.observe.record import Record, read_record
+from regen_dist.observe.warning import warn
 from regen_dist.training.tasks import Batch
 
 
@@ -21,15 +20,21 @@ class SampleLog:
     def __init__(self, config: CommonConfig, ranks: Ranks, step: int) -> None:
         self._name = f"rank-{ranks.rank:05d}.jsonl"
         self._bad, self._trace = config.folder / "bad_samples", config.folder / "samples"
-        self._step = step
+        self._traces, self._ranks = config.train.trace_samples, ranks
         self._records: dict[str, Record] = {}
         self._told: set[str] = set()
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Go on after `step`: the notes of later ones are dropped."""
+        self.close()
+        self._step, self._records = step, {}
         self._known = self._read_known()
         for path in [*self._trace.glob("rank-*.jsonl"), *self._bad.glob("rank-*.jsonl")]:
             rank = int(path.stem.partition("-")[2])
-            if rank == ranks.rank or (ranks.is_main and rank >= ranks.world_size):
+            if rank == self._ranks.rank or (self._ranks.is_main and rank >= self._ranks.world_size):
                 Record(path, step).close()
-        if config.train.trace_samples:
+        if self._traces:
             self._open("samples")
 
     def write(self, step: int, micro: int, batch: Batch) -> None:
@@ -40,7 +45,7 @@ class SampleLog:
             self._note(step, sample)
         if batch.problem and batch.problem not in self._told:
             self._told.add(batch.problem)
-            print(f"warning: {batch.problem}", file=sys.stderr, flush=True)
+            warn(batch.problem)
 
     def close(self) -> None:
         for record in self._records.values():
@@ -51,10 +56,7 @@ class SampleLog:
             return
         self._known.add((sample.shard, sample.key))
         self._open("bad_samples").write("bad_sample", step, sample._asdict())
-        print(
-            f"warning: sample {sample.key} in {sample.shard} is bad, another stands in for it: {sample.reason}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        warn(f"sample {sample.key} in {sample.shard} is bad, another stands in for it: {sample.reason}")
 
     def _open(self, kind: str) -> Record:
         if kind not in self._records:

@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 from regen_dist.config.keeping import SpikeConfig
-from regen_dist.errors import TrainingError
 
 # The median absolute deviation times this is the standard deviation, where the values are normally distributed.
 _STD_OF_MAD = 1.4826
@@ -101,20 +100,6 @@ class SpikeGuard:
         if self._config.action == "warn":
             self._windows = {}
         return spike
-
-    def allow_rollback(self, spike: Spike) -> None:
-        """Ask before the run goes back.
-
-        Raises:
-            TrainingError: it went back `guards.spike.max_rollbacks` times already.
-        """
-        if self.rollbacks >= self._config.max_rollbacks:
-            raise TrainingError(
-                f"{spike}. The run went back {self.rollbacks} times already, guards.spike.max_rollbacks allows "
-                f"{self._config.max_rollbacks}. Lower optimizer.lr or optimizer.clip_norm, look at the samples of "
-                "these steps (train.trace_samples=true writes them down), raise guards.spike.max_rollbacks, or let "
-                "the run go on through spikes with guards.spike.action=warn"
-            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: numbers, lists and names, which JSON gives back bit for bit."""

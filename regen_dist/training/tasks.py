@@ -7,11 +7,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, NamedTuple, Protocol
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config import AnyRunConfig, RunConfig
 from regen_dist.data.reading.stand_ins import BadSample
 from regen_dist.distributed.base import Engine
 from regen_dist.distributed.ranks import Ranks
@@ -95,14 +93,3 @@ class Task(Protocol):
 
     def validate(self, engine: Engine) -> Validation:
         """Look at fixed samples. A collective under ZeRO-3: every rank computes the same."""
-
-
-def build_task(config: AnyRunConfig, device: torch.device) -> Task:
-    """The task that the config describes."""
-    if isinstance(config, RunConfig):
-        from regen_dist.training.embedder import BaselineTask, EmbedderTask
-
-        return {"regen": EmbedderTask, "magvit2": BaselineTask}[config.model.kind](config, device)
-    from regen_dist.training.t2v import TextToVideoTask
-
-    return TextToVideoTask(config, device)

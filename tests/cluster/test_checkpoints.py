@@ -60,18 +60,18 @@ def _train(jobs: list[Job]) -> list[int]:
     """What a rank does: one run after the other; returns their exit codes."""
     from regen_dist.training.loop import Trainer
 
-    ranks, train_step, codes = read_environment(), Trainer._train_step, []
+    ranks, train_step, codes = read_environment(), Trainer.train_step, []
     training.process_group = lambda ranks, needed: nullcontext()  # type: ignore[assignment,misc]
     with process_group(ranks, needed=True):
         for job in jobs:
 
-            def step(self: Trainer, lr: float, killed_after: int | None = job.killed_after) -> Any:
+            def step(self: Trainer, killed_after: int | None = job.killed_after) -> Any:
                 if self.step == killed_after:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return train_step(self, lr)
+                return train_step(self)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Trainer, "_train_step", step)
+                patch.setattr(Trainer, "train_step", step)
                 for name, value in job.environment.items():
                     patch.setenv(name, value)
                 codes.append(training.train(job.config))

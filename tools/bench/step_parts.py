@@ -156,14 +156,14 @@ class Bench:
         return {**found_by_ranks.compared(jobs, ONE), **target, "memory": memory, **self.runs[SHARDED].facts()}
 
     def against(self, checkout: Path) -> dict[str, Any]:
-        """The step of another checkout of this repository, in turn with this one's, by the same program."""
-        places = {THERE: {"PYTHONPATH": str(checkout.resolve())}, HERE: {}}
+        """The step of another checkout of this repository, in turn with this one's, each by its own program."""
+        places = {THERE: checkout.resolve(), HERE: None}
         found = {}
         for name in (EMBEDDER, T2V):
             jobs: dict[str, list[found_by_ranks.Job]] = {place: [] for place in places}
             for _ in range(self.repeats):
-                for place, environment in places.items():
-                    jobs[place].append(self._job(self.runs[name], 1, environment))
+                for place, tree in places.items():
+                    jobs[place].append(self._job(self.runs[name], 1, tree))
                     self.say(f"  {name}, {place}: {found_by_ranks.cpu_s(jobs[place][-1]):.3f} s of CPU time a step")
             found[name] = found_by_ranks.compared(jobs, THERE) | {"losses": _losses(jobs)}
         return found
@@ -175,12 +175,17 @@ class Bench:
         return figures
 
     def _job(
-        self, run: Run, ranks: int, environment: Mapping[str, str] | None = None, options: Sequence[str] = ()
+        self, run: Run, ranks: int, checkout: Path | None = None, options: Sequence[str] = ()
     ) -> list[dict[str, Any]]:
-        """What each rank of a start of its own found, on one thread a rank."""
-        program = python(str(_RANK), str(run.path.resolve()), *run.overrides)
+        """What each rank of a start of its own found, on one thread a rank; by another checkout's program if given."""
+        rank = _RANK if checkout is None else checkout / "tools" / "bench" / _RANK.name
+        if not rank.is_file():
+            raise TrainingError(f"{checkout} has no {rank.relative_to(rank.parents[2])}; give a checkout that has it")
+        program = python(str(rank), str(run.path.resolve()), *run.overrides)
         program += ["--out", str(self.work), "--steps", str(self.steps), *options]
-        own = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        own = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if checkout is not None:
+            own["PYTHONPATH"] = str(checkout)
         code = launch(program, ranks=ranks, logs=self.work, environment=own)
         if code == EXIT_RESUME:
             raise KeyboardInterrupt  # it was asked to stop, and this command with it

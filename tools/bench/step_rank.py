@@ -1,7 +1,8 @@
 """One rank of `regen bench step`: `python tools/bench/step_rank.py --help`.
 
-Trains a run for a few steps, and leaves what they took in `OUT/rank-N.json`. It uses nothing of the programs beside it,
-so that it can measure the library of another checkout (`PYTHONPATH`), for a comparison of before and after.
+Trains a run for a few steps, by the training step of the library (`training/step.py`), and leaves what they took in
+`OUT/rank-N.json`. It uses nothing of the programs beside it: `regen bench step --against` starts that of the other
+checkout with the library of the other checkout (`PYTHONPATH`), for a comparison of before and after.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from regen_dist.config import AnyRunConfig, load_config
 from regen_dist.distributed.engine import build_engine
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.jsontext import json_text
-from regen_dist.training.guards import nowhere_finite
-from regen_dist.training.tasks import build_task
+from regen_dist.training.meter import Meter
+from regen_dist.training.registry import build_task
+from regen_dist.training.step import Stepper
 
 _KIB = 1024
 
@@ -62,49 +64,40 @@ class Training:
         compiled: bool = False,
         before_model: Callable[[], None] = lambda: None,
     ) -> None:
-        self._config, self._steps, self._uncounted = config, 0, list[Any]()
+        self._config, self._uncounted = config, list[Any]()
         self._task = build_task(config, ranks.device)
-        self._batches = self._task.batches(_readers(config, ranks), 0)
-        self._held = next(self._batches)
+        batches = self._task.batches(_readers(config, ranks), 0)
+        self._held = next(batches)
         self.sample = _shape(self._held)
         before_model()
-        self.engine = build_engine(config, ranks, self._task.build)
-        self.parameters = sum(math.prod(shape) for shape in self.engine.shapes().values())
+        engine = build_engine(config, ranks, self._task.build)
+        self.parameters = sum(math.prod(shape) for shape in engine.shapes().values())
         if compiled:
-            self.engine.module.compile()
+            engine.module.compile()
+        meter = Meter(ranks, config.train.batch_global, peak_tflops=1.0)  # its MFU is not asked for
+        self._stepper = Stepper(config, ranks, self._task, engine, meter, batches=batches)
 
     def step(self) -> None:
-        """One step as the loop of training makes it; the loss is waited for."""
-        accumulation = self._config.train.accumulation
+        """The loop's own step; the loss is waited for, as the loop does."""
         with record_function("step"):
-            for micro in range(accumulation):
-                self._micro(is_last=micro + 1 == accumulation)
-            with record_function("update"):
-                self.engine.step(self._config.optimizer.lr)
-        self._steps += 1
+            made = self._stepper.train_step()
+        self.loss, _ = self._stepper.meter.end_step()
+        self._uncounted.append(made.batch)
 
     def flops(self) -> float:
         """The model's operations in the steps since the last call. Counting a shape that is new takes a while: not to
         be called while a clock runs."""
         batches, self._uncounted = self._uncounted, []
-        return sum(self._task.flops(batch) for batch in batches)
+        return self._config.train.accumulation * sum(self._task.flops(batch) for batch in batches)
 
     def close(self) -> None:
         """End the data workers."""
-        self._batches.close()
-
-    def _micro(self, *, is_last: bool) -> None:
-        with record_function("batches"):
-            batch = next(self._batches)
-        loss = self._task.loss(self.engine, batch, self._steps).value
-        self.engine.backward(nowhere_finite(loss), is_last=is_last)
-        self.loss = float(loss.detach())
-        self._uncounted.append(batch)
+        self._stepper.close_batches()
 
 
 def _readers(config: AnyRunConfig, ranks: Ranks) -> Ranks:
     """The place among those that have samples of their own: ranks that share rows of tokens read the same."""
-    shared = getattr(config.engine, "sequence_parallel", 1)  # another checkout may not know of it
+    shared = config.engine.sequence_parallel
     return Ranks(ranks.rank // shared, ranks.world_size // shared, ranks.local_rank)
 
 

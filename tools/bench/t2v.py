@@ -83,26 +83,25 @@ class _Training:
         from regen_dist.distributed.engine import build_engine
         from regen_dist.distributed.ranks import Ranks
         from regen_dist.evaluation.t2v_speed.feeding import texts_of
+        from regen_dist.training.meter import Meter
+        from regen_dist.training.step import Stepper
         from regen_dist.training.t2v import TextToVideoTask
 
         data = config.data.model_copy(update={"url": str(made.cache)})
         self._config = config.model_copy(update={"data": data, "output": str(made.cache.parent)})
-        self._made, self._ranks, self._steps = made, Ranks(), 0
+        self._made, self._ranks = made, Ranks()
         self._task = TextToVideoTask(self._config, self._ranks.device)
-        self._engine = build_engine(self._config, self._ranks, self._task.build)
+        engine = build_engine(self._config, self._ranks, self._task.build)
+        meter = Meter(self._ranks, config.train.batch_global, peak_tflops=1.0)  # its MFU is not asked for
+        self._stepper = Stepper(self._config, self._ranks, self._task, engine, meter)
+        self._stepper.close_batches()  # every turn has batches of its own
         self._texts = texts_of(self._task.data)
 
     def step(self, batches: Iterator[LatentBatch]) -> None:
-        """One step as the loop of training makes it; the loss is waited for."""
-        from regen_dist.training.guards import nowhere_finite
-
-        accumulation = self._config.train.accumulation
-        for micro in range(accumulation):
-            loss = self._task.loss(self._engine, next(batches), self._steps).value
-            self._engine.backward(nowhere_finite(loss), is_last=micro + 1 == accumulation)
-            float(loss.detach())
-        self._engine.step(self._config.optimizer.lr)
-        self._steps += 1
+        """The loop's own step on these batches; the loss is waited for, as the loop does."""
+        self._stepper.batches = batches
+        self._stepper.train_step()
+        self._stepper.meter.end_step()
 
     def take(self, batches: Iterator[LatentBatch]) -> None:
         """The batches of a step, which is not made."""

@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from regen_dist.config.data import ReadConfig
 from regen_dist.config.urls import Location
 from regen_dist.errors import (
     AccessDenied,
@@ -80,6 +81,11 @@ class Limits:
     stall_s: float = 10.0
     deadline_s: float = 120.0
     connect_s: float = 5.0
+
+
+def limits_of(config: ReadConfig) -> Limits:
+    """Patience with a store, as configured."""
+    return Limits(stall_s=config.stall_s, deadline_s=config.deadline_s)
 
 
 def open_backend(place: Location, limits: Limits, *, writing: bool = False) -> ObjectStore:

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 from regen_dist.config.urls import parse_url
 from regen_dist.data.objects.bucket import Bucket, Found, Listing, pieces_of
-from regen_dist.data.objects.connection import Limits
+from regen_dist.data.objects.connection import Limits, limits_of
 from regen_dist.data.objects.local import LocalFolder, free_bytes, full_disk, remove_leftovers, sync
 from regen_dist.data.objects.ranges import Range
 from regen_dist.errors import AccessDenied, DataError, DiskFull, ObjectCut, ObjectMissing, StoreUnavailable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
-    "Store", "Limits", "Found", "remove_leftovers", "free_bytes",
+    "Store", "Limits", "Found", "remove_leftovers", "free_bytes", "limits_of",
     "AccessDenied", "DiskFull", "ObjectCut", "ObjectMissing", "StoreUnavailable",
 ]  # fmt: skip
 

@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from regen_dist.config.worldsize import micro_batch_size
 from regen_dist.data.order.interleave import Interleave
 from regen_dist.data.order.mixture import Bucket, Share, Stream, expected, quotas
 from regen_dist.data.order.permutation import Int64s, combine, permute
 from regen_dist.errors import ConfigError
 
-__all__ = ["Bucket", "MicroBatch", "Order", "Share", "Stream", "micro_batch_size"]
+__all__ = ["Bucket", "MicroBatch", "Order", "Share", "Stream"]
 
 # Set the uses of one seed apart from each other.
 _BUCKETS, _DATASETS, _STAND_INS = 0x62756B74, 0x64617461, 0x7374616E
@@ -133,15 +134,3 @@ class Order:
         lines = stream * self._sizes.shape[1] + datasets
         rows = permute(places, epochs, sizes, self.seed, lines)
         return MicroBatch(step, self.streams[stream].bucket, stream, datasets, epochs, rows)
-
-
-def micro_batch_size(batch_global: int, accumulation: int, world_size: int) -> int:
-    """Samples per rank and micro-batch; ConfigError when the global batch does not divide evenly."""
-    size, rest = divmod(batch_global, accumulation * world_size)
-    if rest or not size:
-        raise ConfigError(
-            f"train.batch_global {batch_global} is not a multiple of world size {world_size} x "
-            f"train.accumulation {accumulation} = {accumulation * world_size}; set it to a multiple, or change the "
-            f"number of ranks"
-        )
-    return size

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from regen_dist.config.schema import ReadConfig
 from regen_dist.data.dataset.catalogue import Dataset, Row, cache_folder
-from regen_dist.data.objects.store import AccessDenied, Limits, StoreUnavailable
+from regen_dist.data.objects.store import AccessDenied, StoreUnavailable, limits_of
 from regen_dist.data.reading.cache import DiskCache
 from regen_dist.errors import DataError
 
@@ -174,11 +174,6 @@ class Fetcher:
     def _keep(self, place: Place, data: bytes) -> None:
         if self._cache is not None and self._datasets[place.dataset].shards.folder is None:
             self._cache.put(place.row.checksum, data)
-
-
-def limits_of(config: ReadConfig) -> Limits:
-    """Patience with a store, as configured."""
-    return Limits(stall_s=config.stall_s, deadline_s=config.deadline_s)
 
 
 def _cache(config: ReadConfig) -> DiskCache | None:

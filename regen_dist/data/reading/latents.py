@@ -12,8 +12,8 @@ from regen_dist.config.identity import latent_identity
 from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.data.dataset.catalogue import Dataset, open_dataset
 from regen_dist.data.dataset.latents import CacheFacts, TextEmbedding, read_null_text
+from regen_dist.data.objects.store import limits_of
 from regen_dist.data.order.order import Bucket
-from regen_dist.data.reading.fetching import limits_of
 from regen_dist.data.reading.sample_set import SampleSet
 from regen_dist.errors import DataError
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any, Generic, TypeVar
 
-from regen_dist.data.order.order import MicroBatch, micro_batch_size
+from regen_dist.config.worldsize import micro_batch_size
+from regen_dist.data.order.order import MicroBatch
 from regen_dist.data.reading.sample_set import SampleSet
 from regen_dist.errors import ConfigError
 

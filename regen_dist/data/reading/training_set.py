@@ -6,8 +6,8 @@ from regen_dist.config.identity import order_identity
 from regen_dist.config.schema import DataConfig
 from regen_dist.data.dataset.catalogue import Dataset, open_dataset
 from regen_dist.data.dataset.manifest import only_videos
+from regen_dist.data.objects.store import limits_of
 from regen_dist.data.order.order import Bucket
-from regen_dist.data.reading.fetching import limits_of
 from regen_dist.data.reading.sample_set import SampleSet
 
 

@@ -8,7 +8,7 @@ from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.data.dataset.catalogue import Dataset, open_dataset
 from regen_dist.data.dataset.index import read_index
 from regen_dist.data.dataset.manifest import only_videos, read_all
-from regen_dist.data.reading.fetching import limits_of
+from regen_dist.data.objects.store import limits_of
 from regen_dist.errors import DataError
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.preencoding.identity import cache_identity

@@ -14,9 +14,9 @@ from regen_dist.data.dataset.claim import changes
 from regen_dist.data.dataset.index import Sample
 from regen_dist.data.dataset.latents import CacheFacts, unpack_latents
 from regen_dist.data.dataset.manifest import MANIFEST
-from regen_dist.data.objects.store import Store
+from regen_dist.data.objects.store import Store, limits_of
 from regen_dist.data.pool import Progress
-from regen_dist.data.reading.fetching import Bytes, limits_of
+from regen_dist.data.reading.fetching import Bytes
 from regen_dist.errors import DataError
 from regen_dist.inference.preencoding.batching import Batches, Pending
 from regen_dist.inference.preencoding.captions import as_stored

@@ -17,7 +17,7 @@ from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.windows import Window
 from regen_dist.models import Latents, build_model
-from regen_dist.training.tasks import build_task
+from regen_dist.training.registry import build_task
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.tiny import clips, tiny_run, wake
 

@@ -16,8 +16,8 @@ from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.generation_settings import trained_size
 from regen_dist.inference.space_files import read_space
 from regen_dist.inference.statistics import parse_statistics
+from regen_dist.training.registry import build_task
 from regen_dist.training.t2v import TextToVideoTask
-from regen_dist.training.tasks import build_task
 from tests.helpers.latents import write_cache
 from tests.helpers.saved import saved_run
 from tests.helpers.t2v import cache_for

@@ -169,7 +169,7 @@ def test_a_row_is_drawn_by_seed_epoch_and_entry() -> None:
 
 
 def test_what_cannot_be_divided_is_refused_before_reading(config: LatentDataConfig) -> None:
-    with pytest.raises(ConfigError, match="batch_global 8 is not a multiple of world size 3"):
+    with pytest.raises(ConfigError, match=r"batch_global 8 over .* not a multiple of 3 ranks; ranks that fit: 1, 2"):
         read(config, 0, world_size=3)
     with pytest.raises(ConfigError, match="cursor"):
         read(config, 0, cursor=12)
