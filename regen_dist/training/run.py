@@ -12,13 +12,14 @@ import torch
 
 from regen_dist.checkpoint.claims import Claims
 from regen_dist.checkpoint.reader import warn
-from regen_dist.config import AnyRunConfig, save_config
+from regen_dist.config import AnyRunConfig
 from regen_dist.distributed.base import precision_of
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.models.attention import require_flash
 from regen_dist.models.strips import require_cudnn
 from regen_dist.observe.hardware import multiplies_bf16
 from regen_dist.observe.watchdog import Watchdog
+from regen_dist.training.configs import replace_config
 from regen_dist.training.loop import Trainer
 from regen_dist.training.signals import Inbox
 from regen_dist.training.stopping import Stopper
@@ -56,7 +57,8 @@ def train(
         trainer = Trainer(config, ranks, mark=watchdog.mark, fresh=fresh, permit=claims.check)
         try:
             if ranks.is_main:  # only now: a config that is refused must not take the place of the run's own
-                save_config(config, config.folder)
+                for text in replace_config(config, trainer.step):
+                    trainer.reporter.say(trainer.step, text)
             return trainer.fit(stopper)
         finally:
             trainer.close()
