@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import ends, slurm
-from launcher.history import End, Start, Why, now, read_history, write_entry
+from launcher.history import Attempt, End, Start, Why, now, read_history, write_entry
 from launcher.job import Job, Progress, Task, read_job
 from launcher.places import Scheduler, SlurmPlace
 from launcher.policy import Verdict, bad_nodes, judge_end, judge_start, overall_code
@@ -32,6 +32,7 @@ from regen_dist.errors import (
     ObjectMissing,
     RegenError,
 )
+from regen_dist.observe.streams import shield_streams
 
 NOTHING_TO_DO = 100
 
@@ -48,12 +49,20 @@ def begin(job: Job, task: Task, place: Scheduler) -> Verdict:
     verdict = judge_start(history, step=step, steps=steps, stop=stop, retry=retry, since=job.submitted)
     if verdict.go:
         start = Start(job=place.job, restart=place.restart, nodes=place.nodes, step=step, time=now())
-        write_entry(task.launch, start)
+        _note(task, start)
         ends.prune(task.launch)
     elif history and history[-1].end and history[-1].end.again:  # it was to go on, and does not
         why: Why = "done" if not verdict.code else "stopped" if stop else "failed"
-        write_entry(task.launch, End(why=why, code=verdict.code, text=verdict.text, again=False, time=now()))
+        _note(task, End(why=why, code=verdict.code, text=verdict.text, again=False, time=now()))
     return verdict
+
+
+def _note(task: Task, entry: Start | End) -> None:
+    """Put it into the history; what a disk does not take is said, and the task goes on."""
+    try:
+        write_entry(task.launch, entry)
+    except OSError as error:
+        say(f"warning: {task.name}: this {entry.kind} is missing in the history: {error}")
 
 
 def _note_lost_start(task: Task, place: Scheduler, start: Start) -> None:
@@ -61,7 +70,7 @@ def _note_lost_start(task: Task, place: Scheduler, start: Start) -> None:
     lost = place.lost([node for node in start.nodes if node not in place.nodes])
     text = f"{', '.join(lost)} went down" if lost else "it was cut off before it could save, or its node was"
     why: Why = "node lost" if lost else "unknown"
-    write_entry(task.launch, End(why=why, code=EXIT_RESUME, text=text, again=True, at_fault=lost, time=now()))
+    _note(task, End(why=why, code=EXIT_RESUME, text=text, again=True, at_fault=lost, time=now()))
 
 
 def end(job: Job, task: Task, place: Scheduler, srun_code: int) -> Verdict:
@@ -71,16 +80,26 @@ def end(job: Job, task: Task, place: Scheduler, srun_code: int) -> Verdict:
         srun_code: of the program that ran the ranks.
     """
     history = read_history(task.launch)
+    if unknown := not history or not _is_of(history[-1].start, place):  # the disk did not take the start
+        start = Start(job=place.job, restart=place.restart, nodes=place.nodes, time=now())
+        history = [*history, Attempt(start, None)]
     found = ends.read(task.launch, place.job, place.restart, job.world_size)
     code = overall_code([each.code if each else None for each in found], srun_code)
     why = _why(job, task, place, code)
     at_fault = _at_fault(task, code, found, place) if why == "failed" else ()
     step = newest_step(task.progress)
     verdict = judge_end(history, code=code, why=why, step=step, retry=job.cluster.retry, since=job.submitted)
+    if unknown and verdict.go:  # without a history nobody counts the starts
+        text = f"{verdict.text}; not started again, for its history cannot be written"
+        verdict = Verdict(False, text, code)
     text = f"{verdict.text}{_who(code, found)}"
     entry = End(why=why, code=code, text=text, again=verdict.go, at_fault=at_fault, time=now())
-    write_entry(task.launch, entry)
+    _note(task, entry)
     return verdict._replace(text=text)
+
+
+def _is_of(start: Start, place: Scheduler) -> bool:
+    return (start.job, start.restart) == (place.job, place.restart)
 
 
 def _why(job: Job, task: Task, place: Scheduler, code: int) -> Why:
@@ -140,6 +159,7 @@ def say(text: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """What the batch script calls; returns its exit code."""
+    shield_streams()
     action, folder, *rest = arguments
     job = read_job(Path(folder))
     task = job.tasks[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +32,12 @@ def folder(launch: Path, job: str, restart: int) -> Path:
 
 
 def write(launch: Path, job: str, restart: int, *, rank: int, node: str, code: int, told: Sequence[str]) -> None:
-    """Leave word of a rank that has ended."""
+    """Leave word of a rank that has ended; where the disk takes none, it is said, and known of its exit code alone."""
     ended = RankEnd(rank=rank, node=node, code=code, told=tuple(told), time=time.time())
-    write_text_atomically(folder(launch, job, restart) / f"rank-{rank:05d}.json", ended.model_dump_json() + "\n")
+    try:
+        write_text_atomically(folder(launch, job, restart) / f"rank-{rank:05d}.json", ended.model_dump_json() + "\n")
+    except OSError as error:
+        print(f"launcher: warning: no word is left of the end of rank {rank} ({code}): {error}", file=sys.stderr)
 
 
 def prune(launch: Path, keep: int = 3) -> None:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -249,10 +249,14 @@ class _Job:
     def _open_log(self, rank: int, command: Sequence[str]) -> IO[bytes] | None:
         if rank == 0 and self.terminal:
             return None
-        self.logs.mkdir(parents=True, exist_ok=True)
-        log = self._log(rank).open("ab")
-        log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
-        log.flush()
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            log = self._log(rank).open("ab", buffering=0)
+        except OSError as error:
+            self._say(f"warning: rank {rank} prints here, for its log cannot be written: {error}")
+            return None
+        with suppress(OSError):  # on a full disk the log begins with what there is room for
+            log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
         return log
 
     def _log(self, rank: int) -> Path:
@@ -261,7 +265,10 @@ class _Job:
     def _tail(self, rank: int) -> str:
         if rank == 0 and self.terminal:
             return ""
-        lines = self._log(rank).read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        try:
+            lines = self._log(rank).read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        except OSError:  # it printed here
+            return ""
         return "\n".join([f"; {self._log(rank)} ends with:", *(f"  | {line}" for line in lines)])
 
     def _say(self, text: str) -> None:

@@ -24,6 +24,7 @@ from launcher.policy import Verdict
 from regen_dist.config.files import write_text_atomically
 from regen_dist.distributed.environment import SLURM, Place, meeting_port, rank_variables, read_variables
 from regen_dist.errors import EXIT_OK, EXIT_RESUME
+from regen_dist.observe.streams import shield_streams
 from regen_dist.programs import regen
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class SlurmTask:
         """
         from submitit import JobEnvironment
 
+        shield_streams()
         job, here = read_job(Path(self.folder)), JobEnvironment()
         task = job.tasks[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]
         rank, restart = here.global_rank, int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -83,8 +85,12 @@ class LocalTask:
     def __call__(self) -> None:
         """Run to the end, and leave with SystemExit: with the task's code, or with Submitit's where its clock shall
         begin again."""
+        shield_streams()
         code = self._code()
-        write_text_atomically(self.outcome, f"{code}\n")
+        try:
+            write_text_atomically(self.outcome, f"{code}\n")
+        except OSError as error:
+            say(f"warning: the exit code {code} is told to nobody: {error}")
         raise SystemExit(code)
 
     def _code(self) -> int:

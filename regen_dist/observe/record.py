@@ -2,50 +2,117 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from regen_dist.config.files import write_text_atomically
 from regen_dist.jsontext import json_text
 
 Kind = Literal["train", "validation", "event", "gradients", "checkpoint", "samples", "bad_sample"]
 _FIGURES = ("train", "validation", "gradients")  # kinds of lines whose values are numbers
+_RETRY_S = 5.0
+_MOST_WAITING_BYTES = 2**24
 
 
 class Record:
     """Appends lines; on resuming it first drops those of steps that will be done again, so that every step stands in it
-    once."""
+    once.
+
+    No record ends a run: lines that the disk does not take wait in memory, 16 MiB of them, for a disk that does. It
+    warns once, and once more when it is closed with lines that never were written.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._drop_after(resumed_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # closed by close()
+        self._path, self._step = path, resumed_step
+        self._file: int | None = None  # closed by close()
+        self._waiting = b""  # whole lines
+        self._lost, self._warned, self._retry_at = 0, False, 0.0
+        self._flush()
 
     def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
         """One line. Floats are written so that they read back bit for bit."""
-        self._file.write(json_text({"kind": kind, "step": step, **values, "time": time.time()}) + "\n")
+        line = (json_text({"kind": kind, "step": step, **values, "time": time.time()}) + "\n").encode()
+        if len(self._waiting) + len(line) > _MOST_WAITING_BYTES:
+            self._lost += 1
+        else:
+            self._waiting += line
+        if time.monotonic() >= self._retry_at:
+            self._flush()
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step`: lines of later ones are dropped."""
+        self._close_file()
+        self._step = step
+        self._waiting = b"".join(
+            each for each in self._waiting.splitlines(keepends=True) if _stays(json.loads(each), step)
+        )
+        self._flush()
 
     def close(self) -> None:
-        self._file.close()
+        """Write what waits, and close the file."""
+        self._flush()
+        self._close_file()
+        lost = self._lost + self._waiting.count(b"\n")
+        if lost:
+            _warn(f"{lost} lines of {self._path} were lost, for they could not be written")
+
+    def _flush(self) -> None:
+        try:
+            if self._file is None:
+                self._file = self._open()
+            while self._waiting:
+                self._waiting = self._waiting[self._append() :]
+        except OSError as error:
+            self._retry_at = time.monotonic() + _RETRY_S
+            if not self._warned:
+                self._warned = True
+                _warn(f"{self._path} cannot be written, lines wait in memory and the run goes on: {error.strerror}")
+
+    def _open(self) -> int:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            self._drop_after(self._step)
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def _append(self) -> int:
+        """Write waiting lines; how many bytes of whole ones. Half of one is taken back."""
+        assert self._file is not None, "opened by _flush"
+        before = os.fstat(self._file).st_size
+        written = os.write(self._file, self._waiting)
+        whole = self._waiting.rfind(b"\n", 0, written) + 1
+        if whole < written:
+            os.ftruncate(self._file, before + whole)
+        if not whole:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        return whole
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            try:
+                os.close(self._file)
+            except OSError as error:  # NFS tells of a full disk here
+                _warn(f"{self._path}: {error.strerror}; its last lines may be missing")
+            self._file = None
 
     def _drop_after(self, step: int) -> None:
-        kept = [line for line in read_record(self._path) if line["kind"] == "event" or line["step"] <= step]
-        temporary = self._path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json_text(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        kept = [line for line in read_record(self._path) if _stays(line, step)]
+        text = "".join(json_text(line) + "\n" for line in kept)
+        if text != self._path.read_text(encoding="utf-8", errors="replace"):  # a full disk takes no second copy
+            write_text_atomically(self._path, text)
 
 
 def read_record(path: Path, kind: Kind | None = None) -> list[dict[str, Any]]:
     """The lines of a record; a last line that a crash cut short is left out. A figure that is null was not finite: it
     is given as NaN."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
         except ValueError:
@@ -55,3 +122,12 @@ def read_record(path: Path, kind: Kind | None = None) -> list[dict[str, Any]]:
         if kind is None or line["kind"] == kind:
             lines.append(line)
     return lines
+
+
+def _stays(line: Mapping[str, Any], step: int) -> bool:
+    """Whether a line still holds when the run goes on from `step`."""
+    return bool(line["kind"] == "event" or line["step"] <= step)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

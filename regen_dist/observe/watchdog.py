@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -117,9 +118,11 @@ class Watchdog:
 
 
 def say(text: str) -> None:
-    """A line on stderr, past Python's buffers: the main thread may stand still with their lock."""
+    """A line on stderr, past Python's buffers: the main thread may stand still with their lock. Where stderr takes
+    none (a log on a full disk) it is lost."""
     clear = "\r\x1b[2K" if os.isatty(2) else ""  # a progress line may stand there
-    os.write(2, f"{clear}{text}\n".encode(errors="replace"))
+    with suppress(OSError):
+        os.write(2, f"{clear}{text}\n".encode(errors="replace"))
 
 
 def _why(error: BaseException | None) -> str:

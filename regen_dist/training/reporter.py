@@ -3,7 +3,7 @@ reports."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from regen_dist.checkpoint.saver import Outcome
@@ -29,6 +29,7 @@ class Reporter:
         self._record = Record(self._run / "metrics.jsonl", step)
         self._line = ProgressLine(config.train.steps, step)
         self._tracker = Tracker(config, self._run)
+        self._unseen = False
         self._line.say(
             f"{self._run}: {'resumed at' if step else 'starting at'} step {step} on {ranks.world_size} rank(s)"
         )
@@ -50,7 +51,20 @@ class Reporter:
         self._record.write("validation", step, result.figures)
         self._line.validation(result.figures)
         figures = {f"validation/{name}": value for name, value in result.figures.items()}
-        self._tracker.log(step, figures, self._draw(step, result), self._write_videos(step, result))
+        pictures, videos = (self._shown(write, step, result) for write in (self._draw, self._write_videos))
+        self._tracker.log(step, figures, pictures, videos)
+
+    def _shown(
+        self, write: Callable[[int, Validation], dict[str, Path]], step: int, result: Validation
+    ) -> dict[str, Path]:
+        """Files to look at; none where the disk refuses, which is said once and ends no run."""
+        try:
+            return write(step, result)
+        except OSError as error:
+            if not self._unseen:
+                self._unseen = True
+                self.say(step, f"warning: no picture or video of step {step}, and the run goes on: {error}")
+            return {}
 
     def gradients(self, step: int, norms: Mapping[str, float]) -> None:
         """The norm of every layer's gradient in a step."""
@@ -100,8 +114,7 @@ class Reporter:
     def rewind(self, step: int) -> None:
         """The run went back to `step`: what was recorded of later ones is dropped."""
         if not self._silent:
-            self._record.close()
-            self._record = Record(self._run / "metrics.jsonl", step)
+            self._record.rewind(step)
 
     def close(self) -> None:
         if not self._silent:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from regen_dist.checkpoint.claims import Claims
-from regen_dist.config import AnyRunConfig, save_config
+from regen_dist.config import AnyRunConfig
 from regen_dist.distributed.base import precision_of
 from regen_dist.distributed.engine import ENGINES, build_engine
 from regen_dist.distributed.optimizer import OPTIMIZERS
@@ -22,6 +22,7 @@ from regen_dist.observe.hardware import multiplies_bf16, peak_tflops
 from regen_dist.observe.warning import warn
 from regen_dist.observe.watchdog import Watchdog
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
+from regen_dist.training.configs import replace_config
 from regen_dist.training.gradients import GradientNorms
 from regen_dist.training.guards import Guards
 from regen_dist.training.loop import Trainer
@@ -65,7 +66,8 @@ def train(
         trainer = build_trainer(config, ranks, mark=watchdog.mark, fresh=fresh, permit=claims.check)
         try:
             if ranks.is_main:  # only now: a config that is refused must not take the place of the run's own
-                save_config(config, config.folder)
+                for text in replace_config(config, trainer.step):
+                    trainer.reporter.say(trainer.step, text)
             return trainer.fit(stopper)
         finally:
             trainer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -206,3 +207,25 @@ def test_the_copy_of_the_code(tmp_path: Path, root: Path) -> None:
     (changed / "launcher").mkdir(parents=True)
     (changed / "launcher" / "x.py").write_text("")
     assert take_snapshot(tmp_path / "code", changed) != copy
+
+
+def test_a_history_that_cannot_be_written_ends_no_task_and_starts_none_for_ever(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full from the first word on: the start goes, its code is kept, and nothing is started again by a
+    rule that cannot count."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("launcher.attempt.write_entry", refuse)
+    monkeypatch.setattr("launcher.ends.write_text_atomically", refuse)
+    (task,) = job.tasks
+    assert begin(job, task, Place()).go
+    ranks_end(job, 0, 75, 75)
+    verdict = end(job, task, Place(why="preempted"), 75)
+    assert (verdict.go, verdict.code) == (False, 75)
+    assert "not started again, for its history cannot be written" in verdict.text
+    said = capsys.readouterr().err
+    assert "this start is missing in the history" in said
+    assert "no word is left of the end of rank 1 (75)" in said

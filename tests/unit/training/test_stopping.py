@@ -19,6 +19,7 @@ from regen_dist.errors import TrainingError
 from regen_dist.training.guards import NonFiniteGuard
 from regen_dist.training.signals import SIGNALS, Inbox
 from regen_dist.training.stopping import Stopper, process_age_s
+from tests.helpers.disks import make_read_only, small_disk
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -199,3 +200,20 @@ def test_a_budget_of_zero_allows_none() -> None:
     guard.check(1, StepResult(True, 1.0))
     with pytest.raises(TrainingError, match="step 2"):
         guard.check(2, StepResult(False, float("nan")))
+
+
+def test_a_file_that_cannot_be_removed_is_ignored_and_a_new_one_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The STOP of the previous start on a disk that was mounted read-only; later it is writable again."""
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        (disk / "STOP").touch()
+        make_read_only(disk)
+        with Stopper(disk, Ranks()) as stopper:
+            assert not stopper.wanted()
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+            (disk / "STOP").unlink()
+            assert not stopper.wanted()
+            (disk / "STOP").touch()
+            assert stopper.wanted()
+    assert "STOP cannot be removed, and is ignored: " in capsys.readouterr().err
