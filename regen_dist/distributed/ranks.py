@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from regen_dist.distributed.environment import read_place
+from regen_dist.distributed.failing import abort_group, tell
 from regen_dist.errors import RegenError
 
 TIMEOUT = timedelta(minutes=30)
@@ -100,7 +101,8 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks, needed: bool) -> Iterator[None]:
-    """Join the other ranks for the duration of the block: NCCL on GPUs, gloo on CPUs."""
+    """Join the other ranks for the duration of the block: NCCL on GPUs, gloo on CPUs. An error is told at once, and the
+    group is then left without waiting for the others (see `failing`)."""
     if not needed and ranks.world_size == 1:
         yield
         return
@@ -114,8 +116,11 @@ def process_group(ranks: Ranks, needed: bool) -> Iterator[None]:
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        tell(error, ranks.rank, ranks.world_size)
+        abort_group()
+        raise
+    dist.destroy_process_group()
 
 
 def chunk(size: int, world_size: int, rank: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from regen_dist.checkpoint.claims import Claims
 from regen_dist.checkpoint.reader import warn
 from regen_dist.config import AnyRunConfig, save_config
 from regen_dist.distributed.base import precision_of
+from regen_dist.distributed.failing import tell
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.models.attention import require_flash
 from regen_dist.models.strips import require_cudnn
@@ -58,6 +59,9 @@ def train(
             if ranks.is_main:  # only now: a config that is refused must not take the place of the run's own
                 save_config(config, config.folder)
             return trainer.fit(stopper)
+        except BaseException as error:  # before anything is closed, which may wait
+            tell(error, ranks.rank, ranks.world_size)
+            raise
         finally:
             trainer.close()
 
