@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 
 SAFE_PATH = "PYTHONSAFEPATH"
+GPUS_PER_NODE = "REGEN_GPUS_PER_NODE"  # by which our launcher tells how many GPUs it asked for on each node
 
 
 def python(*arguments: str) -> list[str]:

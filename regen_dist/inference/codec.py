@@ -38,6 +38,8 @@ from regen_dist.inference.windows import Window, blend_weights
 from regen_dist.models import Baseline, Latents, Regen
 from regen_dist.models.encoder import check_clip
 from regen_dist.models.reach import decoder_reach, encoder_reach
+from regen_dist.models.strips import require_cudnn
+from regen_dist.observe.devices import choose_device
 
 _SMALLEST_TILE = 64
 Decode = Callable[[Latents, Tile | None], Tensor]  # latents of a tile, or of the whole frame (None), to pixels
@@ -65,6 +67,7 @@ class Codec:
         self.config = ExportConfig.of(config) if isinstance(config, RunConfig) else config
         self.device, self.step, self.weights, self.statistics = device, step, self.config.weights, statistics
         self._dtype = precision_of(self.config.precision)
+        require_cudnn(device.type, self._dtype)
         self.model = model.to(device, self._dtype).eval()
         self.kind, self.num_frames = config.model.kind, config.model.num_frames
         self.temporal_compression = config.model.temporal_compression
@@ -87,7 +90,7 @@ class Codec:
             ConfigError: the folder is neither a run of an embedder nor an export.
         """
         path = Path(path)
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or choose_device()
         return cls._of_export(path, weights, device) if is_export(path) else cls._of_run(path, weights or "ema", device)
 
     @classmethod

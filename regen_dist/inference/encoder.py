@@ -29,6 +29,8 @@ from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
 from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Encoder, Latents
+from regen_dist.models.strips import require_cudnn
+from regen_dist.observe.devices import choose_device
 
 _PREFIX = "encoder."  # of its parameters' names in an embedder, the baseline's too
 
@@ -51,6 +53,7 @@ class FrozenEncoder:
         self, encoder: Encoder, config: ExportConfig, device: torch.device, origin: Mapping[str, Any] | None = None
     ) -> None:
         self.config, self.device, self._origin = config, device, dict(origin or {})
+        require_cudnn(device.type, precision_of(config.precision))
         encoder = encoder.to(precision_of(config.precision)).eval()
         self.fingerprint = _fingerprint(encoder, config)
         self.encoder = encoder.to(device)
@@ -70,7 +73,7 @@ class FrozenEncoder:
             ConfigError: the folder is neither a run of an embedder nor an export.
         """
         path = Path(path)
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or choose_device()
         return cls._of_export(path, weights, device) if is_export(path) else cls._of_run(path, weights or "ema", device)
 
     @classmethod

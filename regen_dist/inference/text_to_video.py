@@ -32,6 +32,7 @@ from regen_dist.inference.latent_sampling import Text, sample_latents
 from regen_dist.inference.latent_space import NormalisedLatents
 from regen_dist.inference.space_files import LatentSpace, read_space
 from regen_dist.models import TextToVideo, build_model
+from regen_dist.observe.devices import choose_device
 
 
 class TextToVideoModel:
@@ -76,7 +77,7 @@ class TextToVideoModel:
             ConfigError: the folder is neither a run of text to video nor an export.
         """
         path = Path(path)
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or choose_device()
         load = cls._of_export if is_export(path) else cls._of_run
         return load(path, weights, device, untrained)
 

@@ -52,3 +52,32 @@ def test_one_ranks_error_ends_the_job(tmp_path: Path, act: str, code: int, said:
     assert said in log
     assert log.count(said or "\0") <= 1
     assert silent not in log
+
+
+GPU_OF_ONE = """
+    import torch
+    from regen_dist.distributed.failing import ending_at_once
+    from regen_dist.distributed.ranks import process_group, read_environment
+
+    ranks = read_environment()
+    torch.cuda.is_available = torch.cuda.is_initialized = lambda: ranks.rank == 0  # the driver of rank 1's node is old
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.get_device_properties = lambda device: type("Gpu", (), {"uuid": "GPU-1"})
+    with ending_at_once(), process_group(ranks, needed=True):
+        raise AssertionError("they must not meet")
+"""
+
+
+@pytest.mark.parametrize(("asked", "said"), [("8", "were asked for"), ("0", "1 ranks have a GPU and 1 do not")])
+def test_ranks_without_a_gpu_among_others_end_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, said: str
+) -> None:
+    """Told by every rank, with the code of what a user can mend; no rank waits for NCCL."""
+    monkeypatch.setenv("REGEN_GPUS_PER_NODE", asked)
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(GPU_OF_ONE), encoding="utf-8")
+    assert launch([sys.executable, str(program)], ranks=2, logs=tmp_path) == 5
+    log = (tmp_path / "rank_1.log").read_text(encoding="utf-8")
+    assert "error: rank 1 on" in log or "1 ranks have a GPU" in log
+    assert said in log
+    assert "Traceback" not in log
