@@ -129,8 +129,7 @@ def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:
-    if ranks.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["DS_ACCELERATOR"] = ranks.device.type  # never another than ours, whatever the shell says
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible
     from deepspeed.runtime import compiler
