@@ -25,7 +25,7 @@ from regen_dist.config.files import write_text_atomically
 from regen_dist.distributed.environment import SLURM, Place, meeting_port, rank_variables, read_variables
 from regen_dist.errors import EXIT_OK, EXIT_RESUME
 from regen_dist.observe.streams import shield_streams
-from regen_dist.programs import regen
+from regen_dist.programs import GPUS_PER_NODE, regen
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -144,9 +144,10 @@ def _run_here(job: Job, task: Task) -> Ended:
 
 def child_environment(job: Job) -> dict[str, str]:
     """What a command inherits: the copy of the code comes before whatever is installed, and before the current
-    folder."""
+    folder; how many GPUs were asked for, so that it cannot compute without them unnoticed."""
     code = os.pathsep.join([str(job.code), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return program_environment({**os.environ, "PYTHONPATH": code})
+    own = {"PYTHONPATH": code, GPUS_PER_NODE: str(job.cluster.gpus_per_node)}
+    return program_environment({**os.environ, **own})
 
 
 def _rank_variables(job: Job, first_host: str, job_id: str, restart: int) -> dict[str, str]:

@@ -17,6 +17,7 @@ from regen_dist.errors import ConfigError, RegenError
 
 SAFE_PATH = "PYTHONSAFEPATH"
 REGEN = "tools.cli"  # the module behind the command `regen`: named here alone
+GPUS_PER_NODE = "REGEN_GPUS_PER_NODE"  # by which our launcher tells how many GPUs it asked for on each node
 
 
 def python(*arguments: str) -> list[str]:

@@ -42,8 +42,10 @@ def train(
 
     earlier = Inbox().listen()
     loaded = load_config(config, overrides or [])  # before torch is imported: a wrong config is told at once
+    from regen_dist.distributed.failing import ending_at_once
     from regen_dist.training.run import train as train_rank
 
-    code = train_rank(loaded, fresh=fresh, earlier=earlier)
+    with ending_at_once():
+        code = train_rank(loaded, fresh=fresh, earlier=earlier)
     earlier.close()
     raise typer.Exit(code)

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from regen_dist.checkpoint.export import (
@@ -27,11 +26,6 @@ from regen_dist.config.loading import t2v_only
 
 Config = TypeVar("Config", ExportConfig, T2VExportConfig)
 _NOT_TOLD = ("samples", "data", "metrics")  # of an origin: what a record of generated files has no use for
-
-
-def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)

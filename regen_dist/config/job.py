@@ -35,6 +35,22 @@ class OptimizerConfig(Section):
         return self
 
 
+class ZeroConfig(Section):
+    """How ZeRO-3 cuts its work; DeepSpeed's names in parentheses. Sizes count elements."""
+
+    prefetch_bucket: Annotated[int, Field(ge=0)] = 50_000_000  # weights gathered ahead (stage3_prefetch_bucket_size)
+    sub_group: PositiveInt = 1_000_000_000  # that one inner optimizer step handles (sub_group_size)
+    # hpZ (ZeRO++): so many consecutive ranks, as of a node, keep a second copy of the weights among them, so that the
+    # backward pass gathers inside the node (zero_hpz_partition_size). 1: none.
+    partition_size: PositiveInt = 1
+    # Gradients are reduced in it (communication_data_type). auto: fp32 at `FP32_FROM` ranks and above, where sums in
+    # bf16 have lost more than their last bit; below, the working precision.
+    communication_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+FP32_FROM = 64  # ranks
+
+
 class EngineConfig(Section):
     """How the step is distributed: DeepSpeed ZeRO-3, or plain PyTorch in one process."""
 
@@ -44,17 +60,26 @@ class EngineConfig(Section):
     partitioned_init: bool = False
     activation_checkpointing: bool = False
     persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank
+    zero: ZeroConfig = ZeroConfig()
     # So many consecutive ranks share samples: each has a part of every transformer's row of tokens, and of the heads.
     sequence_parallel: PositiveInt = 1
 
     @model_validator(mode="after")
     def _one_process_shares_nothing(self) -> EngineConfig:
+        if self.kind == "plain" and self.zero != ZeroConfig():
+            raise ValueError("zero: its keys cut the work of kind 'zero3'; leave them out, or set engine.kind=zero3")
         if self.kind == "plain" and self.sequence_parallel > 1:
             raise ValueError(
                 f"sequence_parallel {self.sequence_parallel}: kind 'plain' has one rank, which shares no row of "
                 "tokens; set engine.kind=zero3, or engine.sequence_parallel=1"
             )
         return self
+
+    def reduces_in(self, world_size: int) -> Literal["bf16", "fp32"]:
+        """The precision in which ZeRO-3 reduces gradients over so many ranks."""
+        if self.zero.communication_dtype != "auto":
+            return self.zero.communication_dtype
+        return "fp32" if world_size >= FP32_FROM else self.precision
 
     def check_heads(self, key: str, heads: int) -> None:
         """Ranks that share a row of tokens share out the heads of its attention.

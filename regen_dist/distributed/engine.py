@@ -19,6 +19,7 @@ from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_l
 from regen_dist.distributed.plain import PlainEngine, require_one_process
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.sequence import join_rows
+from regen_dist.errors import ConfigError
 from regen_dist.models.sequence import share_rows
 from regen_dist.registry import Entry, Registry
 
@@ -96,6 +97,7 @@ class Zero3Engine(Engine):
         """ZeRO-3 keeps the working weights apart from the masters, and the small ones whole on every rank: write both
         anew."""
         set_num_updates(self._zero.optimizer, self.num_updates)
+        self._zero.invalidate_secondary_tensor()  # hpZ's copies
         whole = self._zero.persistent_parameters
         if whole:
             whole[0].partition(whole)
@@ -120,8 +122,17 @@ def build_engine(config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Modu
 
 
 def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own config: everything it must know is derived from ours."""
-    train = config.train
+    """DeepSpeed's own config: everything it must know is derived from ours.
+
+    Raises:
+        ConfigError: the number of ranks does not fit.
+    """
+    train, zero = config.train, config.engine.zero
+    if world_size % zero.partition_size:
+        raise ConfigError(
+            f"engine.zero.partition_size {zero.partition_size} does not divide the {world_size} ranks; set it to the "
+            "GPUs of a node, or to 1"
+        )
     # It knows of no ranks that share samples: by its count each of them has samples of its own.
     batch = train.batch_global * config.engine.sequence_parallel
     return {
@@ -133,11 +144,15 @@ def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": config.engine.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": config.engine.reduces_in(world_size),
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
             "stage3_param_persistence_threshold": config.engine.persistence_threshold,
+            "stage3_prefetch_bucket_size": zero.prefetch_bucket,
+            "sub_group_size": zero.sub_group,
+            "zero_hpz_partition_size": zero.partition_size,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
@@ -145,8 +160,7 @@ def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:
-    if ranks.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["DS_ACCELERATOR"] = ranks.device.type  # never another than ours, whatever the shell says
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible
     from deepspeed.runtime import compiler

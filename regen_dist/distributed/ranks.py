@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from regen_dist.distributed.environment import read_place
-from regen_dist.errors import RegenError
+from regen_dist.distributed.failing import abort_group, tell
+from regen_dist.distributed.meeting import meet
+from regen_dist.errors import BackendError, RegenError
+from regen_dist.observe.devices import choose_device
 
 TIMEOUT = timedelta(minutes=30)
 Result = TypeVar("Result")
@@ -35,7 +38,7 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return choose_device(self.local_rank)
 
     def sum(self, values: list[float]) -> list[float]:
         """The sums over all ranks, in float64. A collective: every rank must call it."""
@@ -100,22 +103,39 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks, needed: bool) -> Iterator[None]:
-    """Join the other ranks for the duration of the block: NCCL on GPUs, gloo on CPUs."""
+    """Join the other ranks for the duration of the block: NCCL on GPUs, gloo on CPUs. An error is told at once, and the
+    group is then left without waiting for the others (see `failing`)."""
     if not needed and ranks.world_size == 1:
         yield
         return
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
-    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    if ranks.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+    _join(ranks)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        tell(error, ranks.rank, ranks.world_size)
+        abort_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _join(ranks: Ranks) -> None:
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
+    alone = ranks.world_size == 1 and "MASTER_ADDR" not in os.environ
+    device: torch.device | None = None
+    problem = ""
+    try:
+        device = ranks.device
+    except BackendError as error:
+        if ranks.world_size == 1:
+            raise
+        problem = str(error)
+    store = HashStore() if alone else meet(ranks.rank, ranks.world_size, device, problem, TIMEOUT)
+    assert device is not None, "meet raises on every rank where one has no device"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses the device
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
 
 
 def chunk(size: int, world_size: int, rank: int) -> tuple[int, int]:

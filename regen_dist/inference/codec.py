@@ -16,7 +16,7 @@ from regen_dist.checkpoint.export import (
     Weights,
     model_with,
 )
-from regen_dist.checkpoint.load_model import default_device, find_embedder
+from regen_dist.checkpoint.load_model import find_embedder
 from regen_dist.config.exported import ExportConfig
 from regen_dist.config.schema import SPATIAL_COMPRESSION as P
 from regen_dist.config.schema import RunConfig
@@ -32,6 +32,8 @@ from regen_dist.inference.windows import Window, blend_weights
 from regen_dist.models import Baseline, Latents, Regen
 from regen_dist.models.encoder import check_clip
 from regen_dist.models.reach import decoder_reach, encoder_reach
+from regen_dist.models.strips import require_cudnn
+from regen_dist.observe.devices import choose_device
 
 _SMALLEST_TILE = 64
 Decode = Callable[[Latents, Tile | None], Tensor]  # latents of a tile, or of the whole frame (None), to pixels
@@ -59,6 +61,7 @@ class Codec:
         self.config = ExportConfig.of(config) if isinstance(config, RunConfig) else config
         self.device, self.step, self.weights, self.statistics = device, step, self.config.weights, statistics
         self._dtype = precision_of(self.config.precision)
+        require_cudnn(device.type, self._dtype)
         self.model = model.to(device, self._dtype).eval()
         self.kind, self.num_frames = config.model.kind, config.model.num_frames
         self.temporal_compression = config.model.temporal_compression
@@ -83,7 +86,7 @@ class Codec:
         found = find_embedder(path, weights)
         model = model_with(found.config.model, found.weights(), found.what)
         statistics = None if found.run is not None else read_statistics(found.path / STATISTICS_FILE)
-        return cls(model, found.config, device or default_device(), found.step, statistics)
+        return cls(model, found.config, device or choose_device(), found.step, statistics)
 
     def use_tiles(self, side: int | None) -> None:
         """Encode and decode frames in tiles from now on, which bounds the memory that large ones take.

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from regen_dist.checkpoint.export import Weights, check_shapes
-from regen_dist.checkpoint.load_model import default_device, find_embedder
+from regen_dist.checkpoint.load_model import find_embedder
 from regen_dist.config.exported import ExportConfig
 from regen_dist.distributed.base import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
 from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Encoder, Latents
+from regen_dist.models.strips import require_cudnn
+from regen_dist.observe.devices import choose_device
 
 _PREFIX = "encoder."  # of its parameters' names in an embedder, the baseline's too
 
@@ -43,6 +45,7 @@ class FrozenEncoder:
         self, encoder: Encoder, config: ExportConfig, device: torch.device, origin: Mapping[str, Any] | None = None
     ) -> None:
         self.config, self.device, self._origin = config, device, dict(origin or {})
+        require_cudnn(device.type, precision_of(config.precision))
         encoder = encoder.to(precision_of(config.precision)).eval()
         self.fingerprint = _fingerprint(encoder, config)
         self.encoder = encoder.to(device)
@@ -65,7 +68,7 @@ class FrozenEncoder:
         encoder = _encoder_with(found.config, found.weights(_PREFIX), found.what)
         is_known = found.run is not None or found.config.origin is not None
         origin = {"run": found.name, "step": found.step} if is_known else {}
-        return cls(encoder, found.config, device or default_device(), origin)
+        return cls(encoder, found.config, device or choose_device(), origin)
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Latents:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.checkpoint.export import Weights, model_with
-from regen_dist.checkpoint.load_model import default_device, find_t2v
+from regen_dist.checkpoint.load_model import find_t2v
 from regen_dist.config.exported import T2VExportConfig
 from regen_dist.distributed.base import precision_of
 from regen_dist.errors import CheckpointError
@@ -21,6 +21,7 @@ from regen_dist.inference.latent_sampling import Text, sample_latents
 from regen_dist.inference.latent_space import NormalisedLatents
 from regen_dist.inference.space_files import LatentSpace, read_space
 from regen_dist.models import TextToVideo, build_model
+from regen_dist.observe.devices import choose_device
 
 
 class TextToVideoModel:
@@ -64,7 +65,7 @@ class TextToVideoModel:
                 weights than those asked for, or is an embedder.
             ConfigError: the folder is neither a run of text to video nor an export.
         """
-        found, device = find_t2v(path, weights), device or default_device()
+        found, device = find_t2v(path, weights), device or choose_device()
         space = read_space(found.path)
         if untrained:
             facts = {"run": found.name, "step": 0, "weights": "untrained", "config_hash": found.config_hash}

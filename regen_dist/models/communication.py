@@ -1,11 +1,11 @@
 """What ZeRO-3 sends: bytes of each GPU in one optimizer step, and how long the wires need for them.
 
-In every micro-batch ("ZeRO", Rajbhandari et al., 2020, Sec. 7.2.2) weights are gathered twice, for the forward and for
-the backward pass, and all gradients are reduced to their owners; both in the working precision. What activation
-checkpointing computes again shares its gather with the backward pass that follows at once. Small weights stay whole,
-and are gathered once, after the update. It is an upper bound: DeepSpeed keeps up to 10^9 elements gathered and looks
-ahead (stage3_max_live_parameters, stage3_max_reuse_distance), so that some weights need no second gather.
-"""
+In every micro-batch ("ZeRO", Rajbhandari et al., 2020, Sec. 7.2.2) weights are gathered twice, for the forward and
+for the backward pass, in the working precision, and all gradients are reduced to their owners, in that which
+`EngineConfig.reduces_in` names. What activation checkpointing computes again shares its gather with the backward pass
+that follows at once. Small weights stay whole, and are gathered once, after the update. It is an upper bound:
+DeepSpeed keeps up to 10^9 elements gathered and looks ahead (stage3_max_live_parameters, stage3_max_reuse_distance),
+so that some weights need no second gather."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ def sent_bytes(
         "gradients reduced": accumulation * sum(parameter_sizes),
         "small weights gathered after the update": small,
     }
-    width = 2 if engine.precision == "bf16" else 4
-    return {name: width * count * (world_size - 1) // world_size for name, count in elements.items()}
+    width, reduced = (2 if each == "bf16" else 4 for each in (engine.precision, engine.reduces_in(world_size)))
+    return {
+        name: (reduced if name == "gradients reduced" else width) * count * (world_size - 1) // world_size
+        for name, count in elements.items()
+    }
 
 
 def exchanged_bytes(

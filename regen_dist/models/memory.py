@@ -6,7 +6,6 @@ from regen_dist.config.schema import EngineConfig
 from regen_dist.models.accounting import Account
 
 # DeepSpeed's defaults, in elements, which the engine does not change.
-_REDUCE_GROUP = 1_000_000_000  # sub_group_size: parameters that one inner optimizer step handles
 _BUCKET = 500_000_000  # reduce_bucket_size: gradients that are reduced at once
 _LIVE = 1_000_000_000  # stage3_max_live_parameters: weights that may be gathered at once
 
@@ -36,7 +35,10 @@ def memory_bytes(
     share = -(-model.num_parameters // shards)
     low = 2 if mixed else 4
     copied = min(model.num_parameters, _BUCKET)
-    bucket = _BUCKET + copied if on_gpu else 3 * copied
+    reduced = 4 if engine.reduces_in(world_size) == "fp32" else 2  # bytes
+    # In fp32 beside a bucket in bf16, the copy is of twice the width, and on GPUs exists as long as the reduction.
+    bucket = low * _BUCKET + reduced * copied if on_gpu else (low + 2 * reduced) * copied
+    second = low * -(-model.num_parameters // engine.zero.partition_size) if engine.zero.partition_size > 1 else 0
     activations = clips_per_gpu * model.activation_bytes
     gradients = (4 if zero3 or not mixed else low + 4) * share  # in fp32 for the update, whatever they are reduced in
     terms = {
@@ -45,9 +47,10 @@ def memory_bytes(
         "fp32 master weights (sharded)": 4 * share if zero3 or mixed else 0,
         "AdamW's two moments (fp32, sharded)": 8 * share,
         "EMA (fp32, sharded)": 4 * share,
-        "fp32 gradients during the update": 4 * min(share, _REDUCE_GROUP) if zero3 else 0,
+        "fp32 gradients during the update": 4 * min(share, engine.zero.sub_group) if zero3 else 0,
         "weights gathered, at most": low * min(model.num_parameters, _LIVE) if shards > 1 else 0,
-        "gradients on their way: a bucket, and its copy": low * bucket if zero3 else 0,
+        "gradients on their way: a bucket, and its copy": bucket if zero3 else 0,
+        "weights once more among a node's ranks (hpZ)": second if zero3 and shards > 1 else 0,
         f"activations of {clips_per_gpu} {model.unit}{'s' if clips_per_gpu != 1 else ''}": activations,
     }
     kept = {name: size for name, size in terms.items() if size}

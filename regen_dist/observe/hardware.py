@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from regen_dist.observe.devices import accelerator
+
 # Dense bf16 TFLOP/s from the makers' data sheets, by a part of the device's name.
 GPU_PEAK_TFLOPS = {
     "H200": 989.0,
@@ -66,13 +68,14 @@ def memory_bytes(device: torch.device) -> int:
 def describe_machine() -> dict[str, Any]:
     """Hardware and versions that figures depend on."""
     packages = ("regen-dist", "torch", "deepspeed", "av", "scikit-image", "imageio-ffmpeg")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    gpu = accelerator(torch.device("cuda")) if torch.cuda.is_available() else {}
     return {
-        "device": device,
+        "device": gpu.pop("device", None) or _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
+        **({"accelerator": gpu} if gpu else {}),
     }
 
 

@@ -12,6 +12,7 @@ from regen_dist.config.job import CommonConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import write_video
+from regen_dist.observe.devices import accelerator, shown
 from regen_dist.observe.progress import ProgressLine
 from regen_dist.observe.record import Record
 from regen_dist.observe.tracker import Tracker
@@ -33,7 +34,9 @@ class Reporter:
         self._line.say(
             f"{self._run}: {'resumed at' if step else 'starting at'} step {step} on {ranks.world_size} rank(s)"
         )
-        self._record.write("event", step, {"event": "start", "world_size": ranks.world_size})
+        machine = accelerator(ranks.device)
+        self._line.say(f"rank 0 on {shown(machine)}")
+        self._record.write("event", step, {"event": "start", "world_size": ranks.world_size, "machine": machine})
 
     def train(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures of the steps since the last log line."""

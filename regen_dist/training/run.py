@@ -14,6 +14,7 @@ from regen_dist.checkpoint.claims import Claims
 from regen_dist.config import AnyRunConfig
 from regen_dist.distributed.base import precision_of
 from regen_dist.distributed.engine import ENGINES, build_engine
+from regen_dist.distributed.failing import tell
 from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.models.attention import BACKENDS
@@ -69,6 +70,9 @@ def train(
                 for text in replace_config(config, trainer.step):
                     trainer.reporter.say(trainer.step, text)
             return trainer.fit(stopper)
+        except BaseException as error:  # before anything is closed, which may wait
+            tell(error, ranks.rank, ranks.world_size)
+            raise
         finally:
             trainer.close()
 

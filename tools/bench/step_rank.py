@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from regen_dist.config import AnyRunConfig, load_config
 from regen_dist.distributed.engine import build_engine
+from regen_dist.distributed.failing import ending_at_once
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.jsontext import json_text
 from regen_dist.training.meter import Meter
@@ -202,7 +203,7 @@ def main() -> None:
     given = parser.parse_args()
     quiet()
     ranks, config = read_environment(), load_config(given.config, given.overrides)
-    with process_group(ranks, needed=config.engine.kind == "zero3"):
+    with ending_at_once(), process_group(ranks, needed=config.engine.kind == "zero3"):
         found = (
             measure_tensors(config, ranks, warm=given.warm)
             if given.tensors

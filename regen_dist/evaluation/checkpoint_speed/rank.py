@@ -21,6 +21,7 @@ from torch import nn
 
 from regen_dist.config import RunConfig, embedder_only, load_saved_config
 from regen_dist.distributed.engine import build_engine
+from regen_dist.distributed.failing import ending_at_once
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.evaluation.checkpoint_speed.cases import Measured
 from regen_dist.evaluation.data_speed.turns import Case, Rounds, in_turn
@@ -52,7 +53,7 @@ def main() -> None:
     if ranks.is_main:
         _print_to(log_file(given.folder, ranks.world_size))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with process_group(ranks, needed=True):
+    with ending_at_once(), process_group(ranks, needed=True):
         found = measure(
             embedder_only(load_saved_config(given.folder), str(given.folder)),
             ranks,

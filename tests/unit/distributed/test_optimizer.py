@@ -13,7 +13,7 @@ import torch
 from regen_dist.config.schema import OptimizerConfig
 from regen_dist.distributed.engine import deepspeed_settings
 from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
-from regen_dist.errors import BackendError
+from regen_dist.errors import BackendError, ConfigError
 from tests.helpers.tiny import tiny_run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -101,6 +101,37 @@ def test_deepspeed_is_told_what_the_config_says() -> None:
     assert settings["gradient_clipping"] == 0.7
     assert settings["bf16"]["enabled"]
     assert settings["zero_optimization"]["stage"] == 3
+
+
+def test_zero_is_cut_as_the_config_says() -> None:
+    """DeepSpeed's own config object takes every key; ranks must divide into hpZ's groups."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = tiny_run(
+        engine__kind="zero3", engine__zero__prefetch_bucket=7, engine__zero__sub_group=9,
+        engine__zero__partition_size=4,
+    )  # fmt: skip
+    told = DeepSpeedZeroConfig(**deepspeed_settings(config, world_size=8)["zero_optimization"])
+    assert (told.prefetch_bucket_size, told.sub_group_size, told.zero_hpz_partition_size) == (7, 9, 4)
+    with pytest.raises(ConfigError, match=r"partition_size 4 does not divide the 6 ranks"):
+        deepspeed_settings(config, world_size=6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "world_size", "said"),
+    [
+        ("auto", "bf16", 8, "bf16"), ("auto", "bf16", 63, "bf16"), ("auto", "bf16", 64, "fp32"),
+        ("auto", "fp32", 8, "fp32"), ("bf16", "bf16", 512, "bf16"), ("fp32", "bf16", 8, "fp32"),
+    ],
+)  # fmt: skip
+def test_gradients_are_reduced_in_fp32_where_ranks_are_many(
+    asked: str, precision: str, world_size: int, said: str
+) -> None:
+    config = tiny_run(
+        engine__kind="zero3", engine__precision=precision, engine__zero__communication_dtype=asked,
+        train__batch_global=world_size,
+    )  # fmt: skip
+    assert deepspeed_settings(config, world_size)["communication_data_type"] == said
 
 
 def test_one_pass_over_the_state_is_the_same_rule() -> None:

@@ -12,7 +12,11 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[3]
 CONDA_NAME = {"pytorch": "torch"}  # conda's name -> PyPI's
-CONDA_ONLY = {"pip", "cuda-nvcc", "cuda-cudart-dev", "gxx-linux-64"}
+APEX_BUILD = {  # of apex: compilers, and the headers that torch's own headers include
+    "cuda-nvcc", "cuda-cudart-dev", "cuda-cccl", "cuda-nvtx-dev", "cuda-profiler-api", "gxx-linux-64",
+    "libcublas-dev", "libcurand-dev", "libcusolver-dev", "libcusparse-dev",
+}  # fmt: skip
+CONDA_ONLY = {"pip", "cuda-version", "cudnn", "nccl", *APEX_BUILD}
 
 
 def _project() -> dict[str, Any]:

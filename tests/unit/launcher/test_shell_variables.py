@@ -23,6 +23,7 @@ from launcher.submitting import command_order
 from launcher.task import _rank_variables, child_environment
 from regen_dist.distributed.environment import Place, read_place, starts_ranks, without_ranks
 from regen_dist.errors import ConfigError
+from regen_dist.programs import GPUS_PER_NODE
 from tools import stages, train
 
 MEETING = {"MASTER_ADDR": "10.9.9.9", "MASTER_PORT": "1"}
@@ -116,6 +117,13 @@ def test_a_rank_of_a_slurm_job_is_what_slurm_says(tmp_path: Path, monkeypatch: p
     told = child_environment(job) | _rank_variables(job, "node1", "12", 0)
     assert read_place(told) == Place(1, 2, 1)
     assert told["MASTER_ADDR"] == "node1"
+
+
+def test_a_job_is_told_how_many_gpus_it_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not how many another job did, inside which it was submitted."""
+    monkeypatch.setenv(GPUS_PER_NODE, "4")
+    assert child_environment(_job(tmp_path, gpus_per_node=8))[GPUS_PER_NODE] == "8"
+    assert child_environment(_job(tmp_path))[GPUS_PER_NODE] == "0"
 
 
 def test_a_cluster_cannot_set_the_variables_of_ranks() -> None:

@@ -104,3 +104,16 @@ def test_a_cudnn_that_is_right_is_taken(monkeypatch: pytest.MonkeyPatch) -> None
     for version in (91500, 91501, 100100):
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
         strips.require_cudnn("cuda", torch.bfloat16)
+
+
+def test_an_embedder_is_not_put_on_a_gpu_with_such_a_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoding and decoding convolve as training does."""
+    from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
+    from regen_dist.inference.encoder import FrozenEncoder
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91400)
+    codec = Codec.load(PACKAGED_EMBEDDER, device=torch.device("cpu"))
+    half, cuda = codec.config.model_copy(update={"precision": "bf16"}), torch.device("cuda")
+    for make in (lambda: Codec(codec.model, half, cuda), lambda: FrozenEncoder(codec.model.encoder, half, cuda)):
+        with pytest.raises(BackendError, match=r"found 9\.14"):
+            make()

@@ -1,0 +1,75 @@
+"""How a rank ends with an error: it says so at once, and waits for nobody.
+
+The others may be inside a collective that this rank will never join. NCCL's way of leaving a group in order waits for
+the kernels of such collectives, and so would the interpreter's end: the error would look like a hang. So the error is
+printed before anything else, the group is aborted, and the process ends. The launcher, or srun, ends the other ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from regen_dist.errors import EXIT_OK, RegenError
+
+ABORT_S = 10.0  # how long an abort of the group may take, which tells its kernels on the GPU to end
+_INTERRUPTED = 128 + 2  # as a shell counts SIGINT
+_told: list[BaseException] = []  # errors that were printed
+
+
+def tell(error: BaseException, rank: int = 0, world_size: int = 1) -> None:
+    """Print an error on stderr, once: what a user can mend as its message, all else with its traceback.
+
+    Args:
+        error: an exit asked for (SystemExit) is none.
+        rank: whose it is; named where there are others.
+        world_size: number of ranks.
+    """
+    if isinstance(error, SystemExit) or any(error is each for each in _told):
+        return
+    _told.append(error)
+    who = f"rank {rank}: " if world_size > 1 else ""
+    plain = isinstance(error, RegenError) and os.environ.get("REGEN_DEBUG") != "1"
+    text = f"error: {error}" if plain else "".join(traceback.format_exception(error)).rstrip()
+    sys.stderr.write(f"{who}{text}\n")  # in one piece: ranks may share the terminal
+    sys.stderr.flush()
+
+
+def abort_group() -> None:
+    """Leave the process group without waiting for its collectives, in `ABORT_S` at most."""
+    if not dist.is_initialized():
+        return
+    # There is no public name for it in torch 2.10 to 2.13; `destroy_process_group` waits.
+    thread = threading.Thread(target=dist.distributed_c10d._abort_process_group, name="abort", daemon=True)
+    thread.start()
+    thread.join(ABORT_S)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Around the program of a rank: an error ends the process by its exit code, past all that waits at the
+    interpreter's end (GPU contexts, destructors of groups, threads). An exit asked for, and success, end as ever."""
+    try:
+        yield
+    except SystemExit as asked:
+        if asked.code in (None, EXIT_OK):
+            raise
+        _end(asked.code if isinstance(asked.code, int) else 1)
+    except KeyboardInterrupt as error:
+        tell(error)
+        _end(_INTERRUPTED)
+    except BaseException as error:  # noqa: BLE001 - it is told, and the process ends
+        tell(error)
+        _end(error.exit_code if isinstance(error, RegenError) else 1)
+
+
+def _end(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -1,0 +1,87 @@
+"""How ranks meet: each tells the others what it computes on before they join, for what does not fit would only hang."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from regen_dist.errors import BackendError
+
+_MOST_NAMED = 8
+_READ_S = 30.0
+
+
+def meet(rank: int, world_size: int, device: torch.device | None, problem: str, timeout: timedelta) -> Store:
+    """The store of the job (as MASTER_ADDR and MASTER_PORT say), once all ranks have told that their devices fit.
+
+    Args:
+        rank, world_size: of this process.
+        device: that it computes on; None where it found none that it may use.
+        problem: why; empty otherwise.
+        timeout: how long to wait for the others.
+
+    Raises:
+        BackendError: some rank has no device, some have GPUs and others CPUs, or two have the same GPU; on every rank.
+    """
+    store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    store.set(f"device/{rank}", json.dumps(_own(device, problem)))
+    if rank == 0:
+        keys = [f"device/{each}" for each in range(world_size)]
+        store.wait(keys)
+        store.set("devices", misfit([json.loads(told) for told in store.multi_get(keys)]))
+    if verdict := store.get("devices").decode():
+        _wait_for_readers(store, rank, world_size)
+        raise BackendError(verdict)
+    return PrefixStore("regen", store)
+
+
+def _wait_for_readers(store: Store, rank: int, world_size: int) -> None:
+    """Rank 0 serves the store: it stays until all have read, for a while."""
+    read, end = store.add("read", 1), time.monotonic() + _READ_S
+    while rank == 0 and read < world_size and time.monotonic() < end:
+        time.sleep(0.05)
+        read = store.add("read", 0)
+
+
+def misfit(told: Sequence[Mapping[str, Any]]) -> str:
+    """Why ranks cannot work together; empty where they can.
+
+    Args:
+        told: by each rank: `host`, `device` ("cuda", "cpu" or empty), `gpu` (its unique id), `problem`.
+    """
+    if failed := [rank for rank, each in enumerate(told) if each["problem"]]:
+        return f"{_ranks(failed, told)}: {told[failed[0]]['problem']}"
+    kinds = {kind: [rank for rank, each in enumerate(told) if each["device"] == kind] for kind in ("cuda", "cpu")}
+    if kinds["cuda"] and kinds["cpu"]:
+        return (
+            f"{len(kinds['cuda'])} ranks have a GPU and {len(kinds['cpu'])} do not: {_ranks(kinds['cpu'], told)}. Ask "
+            "for GPUs on every node, and look at the driver of those nodes (nvidia-smi)"
+        )
+    used = Counter((each["host"], each["gpu"]) for each in told if each["gpu"])
+    if shared := [rank for rank, each in enumerate(told) if used[each["host"], each["gpu"]] > 1]:
+        return f"{_ranks(shared, told)} share a GPU: each rank needs its own; start as many ranks as there are GPUs"
+    return ""
+
+
+def _ranks(ranks: Sequence[int], told: Sequence[Mapping[str, Any]]) -> str:
+    named = ", ".join(f"rank {rank} on {told[rank]['host']}" for rank in ranks[:_MOST_NAMED])
+    return named + (f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else "")
+
+
+def _own(device: torch.device | None, problem: str) -> dict[str, str]:
+    gpu = ""
+    if device is not None and device.type == "cuda":
+        gpu = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    return {
+        "host": socket.gethostname(), "device": "" if device is None else device.type, "gpu": gpu, "problem": problem,
+    }  # fmt: skip
