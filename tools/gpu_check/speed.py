@@ -187,7 +187,7 @@ def _row_config(machine: Machine, blocks: int, kind: str) -> T2VConfig:
     engine = {"kind": kind, "precision": machine.precision, "partitioned_init": kind == "zero3"}
     return T2VConfig.model_validate({
         "name": "gpu_check",
-        "model": {**sizes, "blocks": machine.size(blocks, min(blocks, 8))},
+        "model": {**sizes, "blocks": machine.size(blocks, 2)},
         "data": {"url": "none"},
         "engine": {**engine, "activation_checkpointing": True},
         "train": {"steps": 1, "batch_global": 1},
