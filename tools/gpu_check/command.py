@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ import typer
 
 from regen_dist.errors import BackendError
 from regen_dist.jsontext import json_text
+
+_CPU_PATIENCE = 4  # times the limits: CPUs are slower, and shared
 
 
 def gpu_check(
@@ -45,7 +48,8 @@ def gpu_check(
     with TemporaryDirectory(prefix="regen-gpu-check-") as folder:
         for part in (*parts, *([] if train is None else [training_part(train)])):
             print(f"{part.name} …", end=" ", file=sys.stderr, flush=True)
-            results.append(run_part(part, Path(folder), cpu=cpu, arguments=more))
+            limit_s = part.limit_s * (_CPU_PATIENCE if cpu else 1)
+            results.append(run_part(replace(part, limit_s=limit_s), Path(folder), cpu=cpu, arguments=more))
             print(f"{results[-1]['status']}, {results[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
     passed = all_passed(results)
     print(json_text({"passed": passed, "cpu": cpu, "parts": results}, indent=1)) if as_json else _show(results)
