@@ -38,6 +38,8 @@ class Zero3Engine(Engine):
         optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device, engine="zero3")
         self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = self._engine.module
+        for part in self.module.modules():
+            _trace_once(part)
         self._params: dict[str, Any] = dict(self.module.named_parameters())  # with the attributes that ZeRO-3 adds
         for group in self._zero.fp32_partitioned_groups_flat:
             self._zero.optimizer.state[group] = fresh_state(config.optimizer, group)
@@ -157,6 +159,29 @@ def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
     }
+
+
+def _trace_once(module: nn.Module) -> None:
+    """Let ZeRO-3 see one backward pass of a module for each call of it, however many tensors it gives.
+
+    DeepSpeed counts, in `applied_pre_backward_ref_cnt`, a pass for each tensor: for a clip, which travels as two, twice
+    as many as for an image. So where they take turns no step would be as the one before, and no weights would be
+    gathered ahead. The weights stay until the gradients of all inputs are there, so one of the tensors may be the
+    first. A call whose graph is never gone through counts nothing: one without gradients, or one that recomputes
+    within a backward pass.
+    """
+    count = "applied_pre_backward_ref_cnt"
+
+    def before(module: nn.Module, inputs: Any) -> None:
+        module._traced_before = getattr(module, count, 0)  # type: ignore[assignment]
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        recomputes = torch._C._current_graph_task_id() != -1
+        counts = torch.is_grad_enabled() and not recomputes
+        setattr(module, count, module._traced_before + counts)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:

@@ -53,7 +53,7 @@ class ConvDecoder(Checkpointed):
         frames = self.stem(Frames(latents.content, motion))
         for layer in self.layers:
             frames = self.run(layer, frames)
-        frames = self.head(frames.map(self.norm).map(F.silu))
+        frames = self.head(self.norm(frames).map(F.silu))
         decoded = join_first(unfold_patches(frames, self.patch)).float()
         if self.linear is None:
             return decoded

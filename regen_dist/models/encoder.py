@@ -96,7 +96,7 @@ class Encoder(Checkpointed):
         frames = self.stem(fold_patches(clip, self.patch))
         for layer in self.layers:
             frames = self.run(layer, frames)
-        frames = self.head(frames.map(self.norm).map(F.silu)).add(self.linear(clip))
+        frames = self.head(self.norm(frames).map(F.silu)).add(self.linear(clip))
         content = bound_latent(frames.first)
         return Latents(
             content, torch.zeros_like(content) if frames.rest is None else bound_latent(frames.rest[:, :, 0])

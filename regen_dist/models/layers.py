@@ -65,14 +65,21 @@ def _per_frame(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 class ChannelNorm(nn.Module):
-    """RMS norm over the channels of each position: mixes neither frames nor pixels."""
+    """RMS norm over the channels of each position: mixes neither frames nor pixels.
+
+    A clip is normed by one call, as an image is: ZeRO-3 gathers weights ahead by the order of calls.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(channels))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Frames | Tensor) -> Frames | Tensor:
+        """Of a clip, or of one tensor [B, C, ...]."""
+        return x.map(self._normed) if isinstance(x, Frames) else self._normed(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + self.eps).to(x.dtype)  # [B, 1, ...]
         return x * scale * self.gain.view(-1, *[1] * (x.ndim - 2))
 
@@ -205,6 +212,6 @@ class ResidualBlock(nn.Module):
         self.skip = CausalConv(channels_in, channels_out, kernel=1) if channels_in != channels_out else None
 
     def forward(self, frames: Frames) -> Frames:
-        hidden = self.conv_in(frames.map(self.norm_in).map(F.silu))
-        change: Frames = self.conv_out(hidden.map(self.norm_out).map(F.silu))
+        hidden = self.conv_in(self.norm_in(frames).map(F.silu))
+        change: Frames = self.conv_out(self.norm_out(hidden).map(F.silu))
         return change.add(frames if self.skip is None else self.skip(frames))
