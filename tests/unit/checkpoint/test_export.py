@@ -21,6 +21,7 @@ from regen_dist.config.schema import RunConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
+from regen_dist.inference.hub.module import own_module
 from tests.helpers.saved import model_state, save_checkpoint, saved_run
 from tests.helpers.t2v import saved_t2v
 from tests.helpers.tiny import clips, tiny_dataset, tiny_run
@@ -28,6 +29,7 @@ from tests.helpers.tiny import clips, tiny_dataset, tiny_run
 CPU = torch.device("cpu")
 BARE = ExportOptions(statistics_clips=0)
 FILES = {"model.safetensors", "config.yaml", "README.md"}
+FOR_DIFFUSERS = {"config.json", "diffusion_pytorch_model.safetensors.index.json", own_module()[0]}
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_the_weights_are_those_of_the_checkpoint(run: RunConfig, weights: str, k
     found, expected = load_file(out / "model.safetensors"), _expected(run, kind)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.name for path in out.iterdir()} == FILES | FOR_DIFFUSERS
 
 
 @pytest.mark.parametrize("changes", [{}, {"model__kind": "magvit2"}, {"engine__precision": "bf16"}])
@@ -181,7 +183,7 @@ def test_a_folder_that_holds_something_is_not_overwritten(run: RunConfig, tmp_pa
     assert (out / "model.safetensors").stat().st_ino == before
     (out / "old").touch()
     _export(run, force=True)
-    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.name for path in out.iterdir()} == FILES | FOR_DIFFUSERS
     with pytest.raises(CheckpointError, match="holds something else"):
         export_model(run.folder, run.folder, ExportOptions(statistics_clips=0, force=True))
 
@@ -371,4 +373,4 @@ class TestStatistics:
             _export(run, statistics_clips=2)
         assert not (tmp_path / "model").exists()
         out = _export(run, statistics_clips=2, data=str(shards))
-        assert {path.name for path in out.iterdir()} == {*FILES, "statistics.json"}
+        assert {path.name for path in out.iterdir()} == {*FILES, *FOR_DIFFUSERS, "statistics.json"}
