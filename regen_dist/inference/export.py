@@ -7,10 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from regen_dist.checkpoint.export import (
     CARD_FILE,
@@ -28,7 +30,7 @@ from regen_dist.checkpoint.export import (
     write_model,
 )
 from regen_dist.checkpoint.manifest import Manifest
-from regen_dist.config import AnyRunConfig, RunConfig
+from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
 from regen_dist.config.exported import (
     EXPORT_CONFIG_FILE,
     AnyExportConfig,
@@ -43,8 +45,15 @@ from regen_dist.data.objects.local import full_disk, sync
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.card import model_card
 from regen_dist.inference.codec import Codec
-from regen_dist.inference.hub.folder import write_embedder_files
-from regen_dist.inference.space_files import read_space
+from regen_dist.inference.encoder import check_embedder
+from regen_dist.inference.hub.folder import (
+    EMBEDDER,
+    write_embedder_files,
+    write_pipeline_files,
+    write_transformer_files,
+)
+from regen_dist.inference.prompts import check_text_encoder, load_text_encoder
+from regen_dist.inference.space_files import LatentSpace, read_space
 from regen_dist.inference.statistics import LatentStatistics, measure_statistics, read_statistics
 from regen_dist.inference.t2v_card import t2v_card
 
@@ -63,6 +72,9 @@ class ExportOptions:
             of a text-to-video model are its caches'.
         data: URL of the clips for the statistics; None takes the run's training data.
         force: replace the exported model that is in the target folder.
+        embedder: run or export of the embedder on whose latents a text-to-video model works, which makes the export a
+            pipeline of diffusers; None takes the config's `generation.embedder`, where there is one.
+        text: folder of the text encoder of that pipeline; None takes the one that the caches were made with.
     """
 
     step: int | None = None
@@ -71,6 +83,8 @@ class ExportOptions:
     statistics_clips: int = 64
     data: str | None = None
     force: bool = False
+    embedder: Path | None = None
+    text: str | None = None
 
 
 def export_model(
@@ -127,7 +141,7 @@ def _export_again(folder: Path, out: Path, options: ExportOptions) -> AnyExportC
         if isinstance(config, ExportConfig):
             write_embedder_files(made, config, shapes, read_statistics(folder / STATISTICS_FILE))
         else:
-            read_space(folder).write(made)
+            _complete_t2v(made, config, shapes, read_space(folder), options)
     return config
 
 
@@ -157,8 +171,10 @@ def _complete(
     """Add what a model of this kind needs beside its weights; returns its card."""
     assert exported.origin is not None, "it was described with one"
     if isinstance(exported, T2VExportConfig):
+        assert isinstance(config, T2VConfig), "what is exported is of the run's kind"
+        embedder = options.embedder or (Path(config.generation.embedder) if config.generation.embedder else None)
         space = read_space(run)
-        space.write(made)
+        _complete_t2v(made, exported, manifest.shapes, space, replace(options, embedder=embedder))
         return t2v_card(exported, exported.origin, manifest.shapes, space)
     assert isinstance(config, RunConfig), "what is exported is of the run's kind"
     statistics = _statistics(made, config, options, progress) if options.statistics_clips else None
@@ -166,6 +182,23 @@ def _complete(
         write_text_atomically(made / STATISTICS_FILE, statistics.to_text())
     write_embedder_files(made, exported, manifest.shapes, statistics)
     return model_card(exported, exported.origin, manifest.shapes, config.data.sizes[0], statistics)
+
+
+def _complete_t2v(
+    made: Path, exported: T2VExportConfig, shapes: dict[str, list[int]], space: LatentSpace, options: ExportOptions
+) -> None:
+    """Add the latent space and what diffusers needs; with an embedder, all of a pipeline."""
+    space.write(made)
+    write_transformer_files(made, exported, shapes, space)
+    if options.embedder is None:
+        return
+    cpu = torch.device("cpu")
+    codec = Codec.load(options.embedder, device=cpu)
+    check_embedder(codec, space.facts["encoder"], str(options.embedder))
+    text = load_text_encoder(space, options.text, cpu)
+    check_text_encoder(text, space)
+    export_model(options.embedder, made / EMBEDDER, ExportOptions(weights=codec.weights, statistics_clips=0))
+    write_pipeline_files(made, exported, space, text)
 
 
 def _statistics(made: Path, config: RunConfig, options: ExportOptions, progress: Progress) -> LatentStatistics:

@@ -40,6 +40,16 @@ def export(
         str | None, typer.Option(help="Dataset for the statistics, where the run's own is not within reach.")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="In which the weights are stored; float32 by default.")] = None,
+    embedder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a text-to-video model: run or export of its embedder, to export both as a pipeline of diffusers; "
+            "the config's generation.embedder by default."
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text encoder of that pipeline, where it is not where the caches say.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an exported model that is there.")] = False,
 ) -> None:
     """Write the weights of a checkpoint, a config, a model card and the latents' statistics into a folder, which
@@ -52,6 +62,7 @@ def export(
     from regen_dist.config.exported import T2VExportConfig
     from regen_dist.inference.codec import PACKAGED_EMBEDDER
     from regen_dist.inference.export import ExportOptions, export_model
+    from regen_dist.inference.hub.folder import PIPELINE_FILE
 
     options = ExportOptions(
         step=step,
@@ -60,12 +71,16 @@ def export(
         statistics_clips=statistics_clips if statistics else 0,
         data=data,
         force=force,
+        embedder=embedder,
+        text=text,
     )
     with stopping_cleanly(), progress_bar() as progress:
         made = export_model(run or PACKAGED_EMBEDDER, out, options, progress)
     assert made.origin is not None, "it comes from a checkpoint"
     if isinstance(made, T2VExportConfig) and (data or not statistics):
         typer.echo("Note: a text-to-video model has the statistics of its caches; options about them were ignored")
+    if isinstance(made, T2VExportConfig) and not (out / PIPELINE_FILE).exists():
+        typer.echo("Note: the transformer alone; --embedder makes it a pipeline of diffusers (docs/diffusers.md)")
     size = sum(path.stat().st_size for path in out.rglob("*"))
     typer.echo(
         f"{out}: the {weights.value} weights of {made.origin.run} at step {made.origin.step} as {made.dtype}, "

@@ -26,6 +26,7 @@ from regen_dist.config.schema import DiffusionConfig, ModelConfig
 from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.hub.module import own_module
+from regen_dist.inference.hub.opening import in_trained_precision, write_code
 from regen_dist.inference.windows import Window
 from regen_dist.models.building import build_embedder
 from regen_dist.models.encoder import Latents
@@ -111,19 +112,11 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
         """An exported folder, or a repository of such on the hub; options as of diffusers' `ModelMixin`."""
-        if options.get("torch_dtype") is None and options.get("dtype") is None:
-            options.pop("dtype", None)
-            wanted = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-            found = cls.load_config(path, **{name: options[name] for name in wanted if name in options})
-            options["torch_dtype"] = torch.bfloat16 if found.get("precision", "bf16") == "bf16" else torch.float32
-        return super().from_pretrained(path, **options)
+        return super().from_pretrained(path, **in_trained_precision(cls, path, options))
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
         """Write the config and, beside it, the module of code that opens the model."""
-        name, text = own_module()
-        self.register_to_config(auto_map={"AutoModel": f"{Path(name).stem}.{type(self).__name__}"})
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / name).write_text(text, encoding="utf-8")
+        self.register_to_config(auto_map=write_code(save_directory, own_module(), type(self).__name__))
         super().save_config(save_directory, push_to_hub=push_to_hub, **options)
 
     @property

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 PACKAGE = "regen_dist"
 STAND_INS = f"{PACKAGE}.inference.hub.stand_ins"
-ALLOWED = {"torch", "numpy", "diffusers", "safetensors", "transformers", "sentencepiece", "huggingface_hub"}
+ALLOWED = {"PIL", "torch", "numpy", "diffusers", "safetensors", "transformers", "sentencepiece", "huggingface_hub"}
 OPTIONAL = {"flash_attn", "sentencepiece", "huggingface_hub"}  # imported by functions, where they are needed
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -49,6 +49,7 @@ class Source:
     lines: list[bytes]
     defined: dict[str, ast.stmt] = field(default_factory=dict)
     imported: dict[str, Symbol | External] = field(default_factory=dict)
+    inside: dict[str, External] = field(default_factory=dict)  # by functions, of other packages
 
     @classmethod
     def of(cls, name: str) -> Source:
@@ -56,11 +57,15 @@ class Source:
         path = _path(name)
         text = path.read_text(encoding="utf-8")
         source = cls(name, text.encode().splitlines(keepends=True))
-        for statement in ast.parse(text, str(path)).body:
-            for each in _defined_names(statement):
-                source.defined[each] = statement
-        for node in ast.walk(ast.parse(text)):
-            source.imported |= _imports(node)
+        tree = ast.parse(text, str(path))
+        for statement in tree.body:
+            source.defined |= dict.fromkeys(_defined_names(statement), statement)
+            source.imported |= _imports(statement)
+        for node in ast.walk(tree):
+            for name, target in _imports(node).items():
+                if name not in source.imported and isinstance(target, External):
+                    source.inside[name] = target
+                source.imported |= {name: target} if isinstance(target, Symbol) else {}
         return source
 
 
@@ -132,14 +137,19 @@ class Reached:
                     waiting.append(target)
                 elif target is not None:
                     self.told.add(target.name)
+                elif name in source.inside:
+                    self._check(source.inside[name], found)
         self.told -= {symbol.name for symbol in self.symbols}
 
     def _add_import(self, name: str, target: External, user: Symbol) -> None:
+        self._check(target, user)
+        if self.external.setdefault(name, target) != target:
+            raise ValueError(f"{name} is imported from {target.module} and from {self.external[name].module}")
+
+    def _check(self, target: External, user: Symbol) -> None:
         top = target.module.partition(".")[0]
         if top not in ALLOWED | OPTIONAL and top not in sys.stdlib_module_names:
             raise ValueError(f"{user.module}: {user.name} needs {top}, which users of diffusers may not have")
-        if self.external.setdefault(name, target) != target:
-            raise ValueError(f"{name} is imported from {target.module} and from {self.external[name].module}")
         if _is_optional(target):
             self.external["importlib"] = External("importlib", None)
 
@@ -171,7 +181,10 @@ def _resolved(found: Symbol | External) -> Symbol | External:
     return _resolved(source.imported[found.name])
 
 
-_REPLACED = {Symbol(f"{PACKAGE}.inference.hub.module", "own_module"): Symbol(STAND_INS, "own_module")}
+_REPLACED = {
+    Symbol(f"{PACKAGE}.inference.hub.module", name): Symbol(STAND_INS, "own_module")
+    for name in ("own_module", "pipeline_module")
+}
 
 
 def _is_optional(target: External) -> bool:
@@ -209,12 +222,20 @@ def _defined_names(statement: ast.stmt) -> list[str]:
 def _imports(node: ast.AST) -> dict[str, Symbol | External]:
     """The names that an import gives."""
     if isinstance(node, ast.Import):
-        return {each.asname or each.name.partition(".")[0]: External(each.name, None) for each in node.names}
+        return dict(map(_whole_module, node.names))
     if not isinstance(node, ast.ImportFrom) or node.module is None or node.module == "__future__":
         return {}
     own = node.module.partition(".")[0] == PACKAGE
     kind = Symbol if own else External
     return {each.asname or each.name: kind(node.module, each.name) for each in node.names}
+
+
+def _whole_module(alias: ast.alias) -> tuple[str, External]:
+    """The name that `import a.b`, or `import a.b as c`, gives. The latter is `from a import b as c`."""
+    parent, _, last = alias.name.rpartition(".")
+    if alias.asname is not None and parent:
+        return alias.asname, External(parent, last)
+    return alias.asname or alias.name.partition(".")[0], External(alias.name, None)
 
 
 def _unique_names(reached: Reached, roots: Sequence[Symbol]) -> dict[Symbol, str]:

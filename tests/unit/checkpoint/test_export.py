@@ -21,7 +21,7 @@ from regen_dist.config.schema import RunConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.inference.hub.module import own_module
+from regen_dist.inference.hub.module import own_module, pipeline_module
 from tests.helpers.saved import model_state, save_checkpoint, saved_run
 from tests.helpers.t2v import saved_t2v
 from tests.helpers.tiny import clips, tiny_dataset, tiny_run
@@ -29,7 +29,8 @@ from tests.helpers.tiny import clips, tiny_dataset, tiny_run
 CPU = torch.device("cpu")
 BARE = ExportOptions(statistics_clips=0)
 FILES = {"model.safetensors", "config.yaml", "README.md"}
-FOR_DIFFUSERS = {"config.json", "diffusion_pytorch_model.safetensors.index.json", own_module()[0]}
+BY_DIFFUSERS = {"config.json", "diffusion_pytorch_model.safetensors.index.json"}
+FOR_DIFFUSERS = {*BY_DIFFUSERS, own_module()[0]}
 
 
 @pytest.fixture
@@ -266,7 +267,7 @@ class TestTextToVideo:
         run = saved_t2v(tmp_path / "runs")
         out = tmp_path / "model"
         exported = export_model(run.folder, out, ExportOptions(weights=weights))  # type: ignore[arg-type]
-        assert {path.name for path in out.iterdir()} == FILES | {"latent_space"}
+        assert {path.name for path in out.iterdir()} == {*FILES, *BY_DIFFUSERS, pipeline_module()[0], "latent_space"}
         found, state = load_file(out / "model.safetensors"), model_state(run)
         assert all(torch.equal(found[name], state[f"{kind}/{name}"]) for name in found)
         for name in ("facts.json", "null_text.safetensors"):

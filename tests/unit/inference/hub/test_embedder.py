@@ -52,15 +52,6 @@ def _opened(folder: Path, **options: Any) -> Any:
     return found
 
 
-@pytest.fixture(autouse=True)
-def modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers copies code into a folder of its own, in a place of this test's."""
-    place = str(tmp_path_factory.mktemp("modules"))
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", place)
-    for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
-        monkeypatch.delitem(sys.modules, name)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_gives_the_pixels_of_the_codec(tmp_path: Path, variant: str) -> None:
     """Latents and frames, of two clips and of images, bit for bit, in the precision that it was trained in."""
