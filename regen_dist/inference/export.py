@@ -48,6 +48,7 @@ from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.hub.folder import (
     EMBEDDER,
+    PIPELINE_FILE,
     write_embedder_files,
     write_pipeline_files,
     write_transformer_files,
@@ -175,7 +176,9 @@ def _complete(
         embedder = options.embedder or (Path(config.generation.embedder) if config.generation.embedder else None)
         space = read_space(run)
         _complete_t2v(made, exported, manifest.shapes, space, replace(options, embedder=embedder))
-        return t2v_card(exported, exported.origin, manifest.shapes, space)
+        return t2v_card(
+            exported, exported.origin, manifest.shapes, space, pipeline=(made / PIPELINE_FILE).is_file()
+        )
     assert isinstance(config, RunConfig), "what is exported is of the run's kind"
     statistics = _statistics(made, config, options, progress) if options.statistics_clips else None
     if statistics is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -224,6 +225,13 @@ def test_an_export_of_before_gets_what_diffusers_needs(tmp_path: Path) -> None:
         with pytest.raises(Exception, match="export"):
             export_model(folder, tmp_path / "third", ExportOptions(**options))  # type: ignore[arg-type]
     assert not (tmp_path / "third").exists()
+
+
+def test_the_snippet_of_the_card_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _exported(tmp_path)
+    (_, found) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    exec(found.replace("PATH/OF/THIS/FOLDER", str(folder)), {})
+    assert capsys.readouterr().out.strip() == "(1, 3, 5, 32, 32)"
 
 
 def _module(folder: Path) -> ModuleType:

@@ -112,7 +112,9 @@ def test_forms_of_frames(tmp_path: Path) -> None:
 
 def test_what_was_saved_opens_again(tmp_path: Path) -> None:
     """The pipeline, with all its parts, in a folder without the export."""
-    pipeline = _opened(_export(tmp_path, saved_parts(tmp_path)))
+    folder = _export(tmp_path, saved_parts(tmp_path))
+    assert 'found("a prompt").frames' in (Path(folder) / "README.md").read_text()
+    pipeline = _opened(folder)
     wanted = pipeline(PROMPTS, output_type="uint8").frames
     pipeline.save_pretrained(tmp_path / "again")
     shutil.rmtree(tmp_path / "model")
