@@ -176,9 +176,7 @@ def _complete(
         embedder = options.embedder or (Path(config.generation.embedder) if config.generation.embedder else None)
         space = read_space(run)
         _complete_t2v(made, exported, manifest.shapes, space, replace(options, embedder=embedder))
-        return t2v_card(
-            exported, exported.origin, manifest.shapes, space, pipeline=(made / PIPELINE_FILE).is_file()
-        )
+        return t2v_card(exported, exported.origin, manifest.shapes, space, pipeline=(made / PIPELINE_FILE).is_file())
     assert isinstance(config, RunConfig), "what is exported is of the run's kind"
     statistics = _statistics(made, config, options, progress) if options.statistics_clips else None
     if statistics is not None:

@@ -37,6 +37,7 @@ from regen_dist.inference.space_files import LatentSpace
 from regen_dist.inference.statistics import parse_statistics
 from regen_dist.inference.text_to_video import TextToVideoModel
 from regen_dist.inference.windows import Window
+from regen_dist.jsontext import json_text
 from regen_dist.models import Latents
 from regen_dist.models.t2v import TextToVideo
 from regen_dist.models.text.encoder import TextEncoder
@@ -229,7 +230,7 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         index = Path(save_directory) / self.config_name
         found = json.loads(index.read_text(encoding="utf-8"))
         found["_class_name"] = [Path(name).stem, type(self).__name__]
-        index.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        index.write_text(json_text(found, indent=2) + "\n", encoding="utf-8")
         (Path(save_directory) / name).write_text(text, encoding="utf-8")
 
     def _embedded(self, prompts: list[str], negative: str | None, space: LatentSpace) -> tuple[list[Tensor], Tensor]:

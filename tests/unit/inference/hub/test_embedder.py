@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -225,6 +226,20 @@ def test_an_export_of_before_gets_what_diffusers_needs(tmp_path: Path) -> None:
         with pytest.raises(Exception, match="export"):
             export_model(folder, tmp_path / "third", ExportOptions(**options))  # type: ignore[arg-type]
     assert not (tmp_path / "third").exists()
+
+
+def test_exporting_needs_no_diffusers(tmp_path: Path) -> None:
+    """The same folder, by a process that cannot import it."""
+    wanted = _exported(tmp_path)
+    code = (
+        "import sys\nsys.modules['diffusers'] = None\nfrom pathlib import Path\n"
+        "from regen_dist.inference.export import ExportOptions, export_model\n"
+        "export_model(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions(statistics_clips=0))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "runs" / "tiny"), str(tmp_path / "other")]
+    subprocess.run(command, check=True)
+    for path in wanted.iterdir():
+        assert (tmp_path / "other" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_snippet_of_the_card_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
