@@ -30,6 +30,16 @@ frames = codec.decode(latents, times, steps=1)  # [B, 3, len(times), H, W] in [-
 print(tuple(latents.content.shape), tuple(frames.shape))
 """
 
+FOR_DIFFUSERS = """\
+import torch
+from diffusers import AutoModel
+
+model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)
+video = torch.rand(1, 3, {frames}, {height}, {width}) * 2 - 1  # [B, 3, T, H, W] in [-1, 1]
+latents = model.encode(video).latent_dist.mode()  # [B, {channels}, F, H / 8, W / 8]: content and motion of each clip
+print(tuple(model.decode(latents, num_frames={frames}).sample.shape))
+"""
+
 
 def snippet(config: ExportConfig, folder: str, size: tuple[int, int]) -> str:
     """Python that loads the model from `folder`, encodes a clip of (height, width) and decodes it."""
@@ -105,11 +115,16 @@ def _facts(config: ExportConfig, origin: OriginConfig, shapes: dict[str, list[in
 
 
 def _loading(config: ExportConfig, size: tuple[int, int]) -> str:
+    folder, (height, width) = "PATH/OF/THIS/FOLDER", size
+    alone = FOR_DIFFUSERS.format(
+        folder=folder, frames=config.model.num_frames, height=height, width=width, channels=config.model.latent.channels
+    )
     return (
         "With the package `regen-dist`; sides of clips must be multiples of 8.\n\n"
-        f"```python\n{snippet(config, 'PATH/OF/THIS/FOLDER', size)}```\n\n"
+        f"```python\n{snippet(config, folder, size)}```\n\n"
         "`regen reconstruct VIDEO --run THIS_FOLDER --out FOLDER` takes a video of any length. "
-        f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build."
+        f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build.\n\n"
+        f"With diffusers, without that package (the folder holds the code):\n\n```python\n{alone}```"
     )
 
 

@@ -44,7 +44,7 @@ PACKAGED_EMBEDDER = Path(__file__).parents[1] / "pretrained" / "pocket"
 
 class Codec:
     """An embedder for inference. Takes and gives float32 videos in [-1, 1]; works in the precision that it was trained
-    in.
+    in, unless another `dtype` is given.
 
     Attributes:
         tile: pixels a side of the tiles that frames are worked on in, or None: whole frames (`use_tiles`).
@@ -57,10 +57,11 @@ class Codec:
         device: torch.device,
         step: int = 0,
         statistics: LatentStatistics | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.config = ExportConfig.of(config) if isinstance(config, RunConfig) else config
+        self.config = config if isinstance(config, ExportConfig) else ExportConfig.of(config)
         self.device, self.step, self.weights, self.statistics = device, step, self.config.weights, statistics
-        self._dtype = precision_of(self.config.precision)
+        self._dtype = dtype or precision_of(self.config.precision)
         require_cudnn(device.type, self._dtype)
         self.model = model.to(device, self._dtype).eval()
         self.kind, self.num_frames = config.model.kind, config.model.num_frames

@@ -93,18 +93,24 @@ def embed_prompts(
     Raises:
         CheckpointError: it is another encoder.
     """
+    check_text_encoder(encoder, space)
+    texts = [prompt.text for prompt in prompts]
+    found = [as_in_cache(each) for each in encoder.encode(texts)]
+    null = space.null_text.text if negative is None else as_in_cache(encoder.encode([negative])[0])
+    asked = texts if negative is None else [*texts, negative]
+    return Embedded(found, null, [text for text in asked if encoder.cuts(text)])
+
+
+def check_text_encoder(encoder: CaptionEncoder, space: LatentSpace) -> None:
+    """CheckpointError when an encoder is not the one that the caches were made with."""
     wanted = (space.facts["text"] or {}).get("fingerprint")
     if encoder.fingerprint != wanted:
         raise CheckpointError(
             f"the text encoder is not the one that the caches were made with (fingerprint {encoder.fingerprint[:16]}…, "
             f"theirs is {str(wanted)[:16]}…); give that one with --text"
         )
-    texts = [prompt.text for prompt in prompts]
-    found = [_as_in_cache(each) for each in encoder.encode(texts)]
-    null = space.null_text.text if negative is None else _as_in_cache(encoder.encode([negative])[0])
-    asked = texts if negative is None else [*texts, negative]
-    return Embedded(found, null, [text for text in asked if encoder.cuts(text)])
 
 
-def _as_in_cache(text: Tensor) -> Tensor:
+def as_in_cache(text: Tensor) -> Tensor:
+    """An embedding, rounded as a cache stores it."""
     return text.to("cpu", torch.bfloat16).float()

@@ -14,14 +14,20 @@ from torch import Tensor
 from regen_dist.config.section import SPATIAL_COMPRESSION
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame
-from regen_dist.inference.long import Positions, decode_stream, make_plan
+from regen_dist.inference.long import Positions, VideoCodec, decode_stream, make_plan
 from regen_dist.inference.windows import Window
 from regen_dist.models import Latents
 from regen_dist.pixels import to_video
 
 
 def row_frames(
-    codec: Codec, row: Sequence[Latents], positions: Positions, *, steps: int = 1, seed: int = 0, sample_id: int = 0
+    codec: VideoCodec,
+    row: Sequence[Latents],
+    positions: Positions,
+    *,
+    steps: int = 1,
+    seed: int = 0,
+    sample_id: int = 0,
 ) -> Iterator[list[Frame]]:
     """The frames of one row, in order, as they are finished: what is held does not grow with its length.
 

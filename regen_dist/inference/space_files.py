@@ -61,10 +61,14 @@ class LatentSpace:
         kept = {name: _plain(getattr(facts, name)) for name in _KEPT}
         return cls({**kept, "sizes": [list(size) for size in sizes], "whitening": whitening}, statistics, null_text)
 
+    def to_json(self) -> dict[str, Any]:
+        """Facts and statistics as plain values."""
+        return {**self.facts, "statistics": json.loads(self.statistics.to_text())}
+
     def write(self, folder: Path) -> None:
         """Keep it in a run folder or an exported model; nothing is written when the same is there."""
         place = folder / SPACE_FOLDER
-        text = json_text({**self.facts, "statistics": json.loads(self.statistics.to_text())}, indent=1) + "\n"
+        text = json_text(self.to_json(), indent=1) + "\n"
         if (place / _FACTS).is_file() and (place / _FACTS).read_text(encoding="utf-8") == text:
             return
         place.mkdir(parents=True, exist_ok=True)

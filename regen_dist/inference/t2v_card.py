@@ -12,7 +12,14 @@ from regen_dist.inference.card import LICENSE, WEIGHTS, origin_rows, page, table
 from regen_dist.inference.space_files import SPACE_FOLDER, LatentSpace
 
 
-def t2v_card(config: T2VExportConfig, origin: OriginConfig, shapes: dict[str, list[int]], space: LatentSpace) -> str:
+def t2v_card(
+    config: T2VExportConfig,
+    origin: OriginConfig,
+    shapes: dict[str, list[int]],
+    space: LatentSpace,
+    *,
+    pipeline: bool = False,
+) -> str:
     """The README of an export, in Markdown.
 
     Args:
@@ -20,10 +27,11 @@ def t2v_card(config: T2VExportConfig, origin: OriginConfig, shapes: dict[str, li
         origin: the checkpoint that it was taken from.
         shapes: of its parameters.
         space: in which it works.
+        pipeline: whether its embedder and text encoder are in the folder.
     """
     sections = {
         "What it is": _facts(config, origin, shapes, space),
-        "Generating with it": _generating(),
+        "Generating with it": _generating(pipeline),
         "Latents and text": _space(space),
         "License": LICENSE,
     }
@@ -49,11 +57,17 @@ def _facts(config: T2VExportConfig, origin: OriginConfig, shapes: dict[str, list
     )
 
 
-def _generating() -> str:
+def _generating(pipeline: bool) -> str:
+    kind = "DiffusionPipeline" if pipeline else "AutoModel"
+    what = "The pipeline" if pipeline else "The transformer alone"
+    use = 'print(found("a prompt").frames.shape)' if pipeline else "print(type(found))"
     return (
         "With the package `regen-dist`, and the embedder whose latents these are, which decodes them:\n\n"
         '```\nregen generate "a prompt" --run THIS_FOLDER --embedder EMBEDDER --out FOLDER\n```\n\n'
-        f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build."
+        f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build.\n\n"
+        f"{what}, with diffusers and without that package (the folder holds the code):\n\n```python\n"
+        f"from diffusers import {kind}\n\n"
+        f'found = {kind}.from_pretrained("PATH/OF/THIS/FOLDER", trust_remote_code=True)\n{use}\n```'
     )
 
 

@@ -33,14 +33,15 @@ class TextToVideoModel:
         space: of the caches that it was trained on.
         device: where it works.
         origin: what a record says of the weights: run, step and so on.
+        dtype: in which it computes, where not in that.
     """
 
     def __init__(
         self, model: TextToVideo, config: T2VExportConfig, space: LatentSpace, device: torch.device,
-        origin: Mapping[str, Any],
+        origin: Mapping[str, Any], dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.config, self.space, self.device, self._origin = config, space, device, dict(origin)
-        self.model = model.to(device, precision_of(config.precision)).eval()
+        self.model = model.to(device, dtype or precision_of(config.precision)).eval()
 
     @classmethod
     def load(
@@ -91,7 +92,7 @@ class TextToVideoModel:
         """Normalised latents [B, C, F, h, w] from noise of that shape; see `sample_latents`. What is not given is as
         the run's config says. `space.scale.restore` makes of them what a codec decodes."""
         made = sample_latents(
-            self.model, noise, text, null, self.config.diffusion, steps=steps, guidance=guidance, sampler=sampler
+            self.predict, noise, text, null, self.config.diffusion, steps=steps, guidance=guidance, sampler=sampler
         )
         if not bool(torch.isfinite(made.frames).all()):
             raise CheckpointError(
@@ -100,6 +101,10 @@ class TextToVideoModel:
                 "optimizer.lr"
             )
         return made
+
+    def predict(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """The velocity at x_t; see `TextToVideo`."""
+        return self.model(x, t, text, mask)  # type: ignore[no-any-return]
 
     def facts(self) -> dict[str, Any]:
         """What a record says of the weights. A run and what was exported from it, unrounded, say the same."""

@@ -21,8 +21,15 @@ class Dtype(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder with a checkpoint, such as runs/demo.", metavar="RUN")],
     out: Annotated[Path, typer.Option(help="Folder for the model; empty, or not there yet.")],
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Run folder with a checkpoint, such as runs/demo, or a model that was exported before; without one, "
+            "the embedder that the package carries.",
+            metavar="[RUN]",
+        ),
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; the newest good one by default.", min=0)] = None,
     weights: Annotated[Weights, typer.Option(help="EMA weights, or those of the last step.")] = Weights.ema,
     statistics_clips: Annotated[
@@ -32,33 +39,50 @@ def export(
     data: Annotated[
         str | None, typer.Option(help="Dataset for the statistics, where the run's own is not within reach.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="In which the weights are stored.")] = Dtype.float32,
+    dtype: Annotated[Dtype | None, typer.Option(help="In which the weights are stored; float32 by default.")] = None,
+    embedder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a text-to-video model: run or export of its embedder, to export both as a pipeline of diffusers; "
+            "the config's generation.embedder by default."
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text encoder of that pipeline, where it is not where the caches say.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an exported model that is there.")] = False,
 ) -> None:
     """Write the weights of a checkpoint, a config, a model card and the latents' statistics into a folder, which
     `regen reconstruct --run FOLDER` and `Codec.load(FOLDER)` read without DeepSpeed; of a text-to-video run, with the
-    statistics of its caches, `regen generate --run FOLDER`.
+    statistics of its caches, `regen generate --run FOLDER`. The folder also has what diffusers opens without
+    this package (docs/diffusers.md).
 
     Example: regen checkpoint export runs/demo --out runs/demo-model
     """
     from regen_dist.config.exported import T2VExportConfig
+    from regen_dist.inference.codec import PACKAGED_EMBEDDER
     from regen_dist.inference.export import ExportOptions, export_model
+    from regen_dist.inference.hub.folder import PIPELINE_FILE
 
     options = ExportOptions(
         step=step,
         weights=weights.value,
-        dtype=dtype.value,
+        dtype=None if dtype is None else dtype.value,
         statistics_clips=statistics_clips if statistics else 0,
         data=data,
         force=force,
+        embedder=embedder,
+        text=text,
     )
     with stopping_cleanly(), progress_bar() as progress:
-        made = export_model(run, out, options, progress)
+        made = export_model(run or PACKAGED_EMBEDDER, out, options, progress)
     assert made.origin is not None, "it comes from a checkpoint"
     if isinstance(made, T2VExportConfig) and (data or not statistics):
         typer.echo("Note: a text-to-video model has the statistics of its caches; options about them were ignored")
+    if isinstance(made, T2VExportConfig) and not (out / PIPELINE_FILE).exists():
+        typer.echo("Note: the transformer alone; --embedder makes it a pipeline of diffusers (docs/diffusers.md)")
     size = sum(path.stat().st_size for path in out.rglob("*"))
     typer.echo(
-        f"{out}: the {weights.value} weights of {made.origin.run} at step {made.origin.step} as {dtype.value}, "
+        f"{out}: the {weights.value} weights of {made.origin.run} at step {made.origin.step} as {made.dtype}, "
         f"{size / 1e6:,.1f} MB: {', '.join(sorted(path.name for path in out.iterdir()))}"
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from regen_dist.config.text import TextConfig
 from regen_dist.errors import CheckpointError
-from regen_dist.models.text.files import EncoderFiles, find_files
+from regen_dist.models.text.files import WEIGHTS_INDEX, EncoderFiles, find_files
 from regen_dist.models.text.loading import load_model, most_positions
 from regen_dist.models.text.tokens import AutoTokens, SentencePieces, Tokens
 
@@ -62,6 +63,22 @@ class TextEncoder:
         model = load_model(files, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
         _check_vocabulary(files, tokens, model)
         return cls(model.to(device).eval().requires_grad_(False), tokens, config, files)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """Of transformers; moving it moves the encoder."""
+        return self._model  # type: ignore[no-any-return]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it was loaded from: config, tokenizer, weights and, of weights in several files, their index."""
+        index = self._files.folder / WEIGHTS_INDEX
+        return (self._files.config, *self._files.tokenizer, *self._files.weights, *([index] if index.is_file() else []))
+
+    def cut_at(self, max_tokens: int) -> TextEncoder:
+        """The same encoder for captions of at most so many tokens."""
+        config = TextConfig(encoder=self._config.encoder, max_tokens=max_tokens)
+        return TextEncoder(self._model, self._tokens, config, self._files)
 
     @cached_property
     def width(self) -> int:
