@@ -30,6 +30,7 @@ class Sampler(StrEnum):
 
     euler = "euler"
     heun = "heun"
+    dpmpp_2m = "dpmpp_2m"
 
 
 def generate(

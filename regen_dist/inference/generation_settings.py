@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from regen_dist.config.section import SPATIAL_COMPRESSION
+from regen_dist.config.section import SPATIAL_COMPRESSION, SamplerName
 from regen_dist.config.t2v import LATENT_PATCH
 from regen_dist.errors import ConfigError
 from regen_dist.inference.long import Positions
@@ -29,7 +28,7 @@ class GenerationSettings:
         fps: frames a second of the videos.
         steps: of the sampler.
         guidance: scale of classifier-free guidance; 1 is none.
-        sampler: `euler`, or `heun` (second order).
+        sampler: `euler`, `heun` or `dpmpp_2m` (second order).
         decode_steps: sampling steps of the embedder's decoder.
         seed: of all noise.
         negative: what guidance leads away from; None is the empty caption.
@@ -44,7 +43,7 @@ class GenerationSettings:
     fps: float
     steps: int
     guidance: float
-    sampler: Literal["euler", "heun"]
+    sampler: SamplerName
     decode_steps: int = 1
     seed: int = 0
     negative: str | None = None
@@ -85,7 +84,7 @@ def settings_for(
     fps: float | None = None,
     steps: int | None = None,
     guidance: float | None = None,
-    sampler: Literal["euler", "heun"] | None = None,
+    sampler: SamplerName | None = None,
     decode_steps: int = 1,
     seed: int = 0,
     negative: str | None = None,

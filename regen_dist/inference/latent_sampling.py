@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regen_dist.config.section import SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, FlowConfig
 from regen_dist.diffusion.path import x0_from
 from regen_dist.diffusion.samplers import sample
@@ -76,7 +77,7 @@ def sample_latents(
     *,
     steps: int | None = None,
     guidance: float | None = None,
-    sampler: Literal["euler", "heun"] | None = None,
+    sampler: SamplerName | None = None,
 ) -> NormalisedLatents:
     """Integrate the flow from noise to latents.
 
@@ -89,7 +90,7 @@ def sample_latents(
         steps: of the sampler.
         guidance: g of v = v_null + g (v_text - v_null) (Ho and Salimans, 2022); 1 asks the model for the text alone,
             and 0 for the null text alone, once a step instead of twice.
-        sampler: `euler`, or `heun` (second order, two evaluations a step).
+        sampler: `euler`, `heun` (second order, two evaluations a step) or `dpmpp_2m` (second order, one).
     """
     scale = flow.guidance if guidance is None else guidance
     velocity = _guided(predict, text, null, scale)

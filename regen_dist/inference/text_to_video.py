@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from regen_dist.checkpoint.manifest import Manifest
 from regen_dist.config import T2VConfig, config_hash
 from regen_dist.config.exported import OriginConfig, T2VExportConfig, load_t2v_export_config
 from regen_dist.config.loading import t2v_only
+from regen_dist.config.section import SamplerName
 from regen_dist.distributed.base import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.latent_sampling import Text, sample_latents
@@ -117,7 +118,7 @@ class TextToVideoModel:
         *,
         steps: int | None = None,
         guidance: float | None = None,
-        sampler: Literal["euler", "heun"] | None = None,
+        sampler: SamplerName | None = None,
     ) -> NormalisedLatents:
         """Normalised latents [B, C, F, h, w] from noise of that shape; see `sample_latents`. What is not given is as
         the run's config says. `space.scale.restore` makes of them what a codec decodes."""
