@@ -27,6 +27,7 @@ from regen_dist.config import T2VConfig, config_hash
 from regen_dist.config.exported import OriginConfig, T2VExportConfig, load_t2v_export_config
 from regen_dist.config.loading import t2v_only
 from regen_dist.config.section import SamplerName
+from regen_dist.diffusion.given import Given
 from regen_dist.distributed.base import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.latent_sampling import Text, sample_latents
@@ -119,12 +120,14 @@ class TextToVideoModel:
         steps: int | None = None,
         guidance: float | None = None,
         sampler: SamplerName | None = None,
+        given: Given | None = None,
     ) -> NormalisedLatents:
         """Normalised latents [B, C, F, h, w] from noise of that shape; see `sample_latents`. What is not given is as
         the run's config says. `space.scale.restore` makes of them what a codec decodes."""
         made = sample_latents(
-            self.model, noise, text, null, self.config.diffusion, steps=steps, guidance=guidance, sampler=sampler
-        )
+            self.model, noise, text, null, self.config.diffusion,
+            steps=steps, guidance=guidance, sampler=sampler, given=given,
+        )  # fmt: skip
         if not bool(torch.isfinite(made.frames).all()):
             raise CheckpointError(
                 f"the model of step {self._origin.get('step', '?')} generates latents that are not finite: its "
