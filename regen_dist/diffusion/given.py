@@ -26,6 +26,10 @@ class Given:
     clean: Tensor
     mask: Tensor
 
+    def expanded(self, batch: int) -> Given:
+        """One row as a batch of equal ones."""
+        return Given(self.clean.expand(batch, -1, -1, -1, -1), self.mask.expand(batch, -1))
+
     def times(self, t: Tensor) -> Tensor:
         """Times [B] of rows as those of their frames, [B, F]: 0 for what is given."""
         return torch.where(self.mask, 0.0, t[:, None])

@@ -21,6 +21,7 @@ from regen_dist.training.meter import Meter
 from regen_dist.training.reporter import Reporter
 from regen_dist.training.sample_log import SampleLog
 from regen_dist.training.schedule import learning_rate
+from regen_dist.training.slow_ranks import RankClock
 from regen_dist.training.spikes import Spike
 from regen_dist.training.stopping import Stopper
 from regen_dist.training.tasks import Batch, build_task
@@ -68,7 +69,7 @@ class Trainer:
         )
         self.step, self.data_shift, self.metrics = 0, 0, dict[str, float]()
         self._resume(fresh)
-        self.meter = self._build_meter()
+        self.meter, self.clock = self._build_meter(), RankClock(ranks)
         self.reporter = Reporter(config, ranks, self.step)
         self.reporter.say(self.step, self.task.data.summary())
         self.sample_log = SampleLog(config, ranks, self.step)
@@ -98,7 +99,8 @@ class Trainer:
             self._validate()
         while self.step < train.steps:
             lr = learning_rate(self.config.optimizer, self.step, train.steps)
-            result, batch = self._train_step(lr)
+            with self.clock.step():
+                result, batch = self._train_step(lr)
             self.step += 1
             pulse = self._pulse(stopper)
             self.guards.after_step(self.step, result, pulse.stand_ins)
@@ -107,6 +109,9 @@ class Trainer:
                 continue
             if self._due(train.log_every):
                 self._log(lr, result)
+            if self.ranks.world_size > 1 and self._due(train.slow_ranks_every):
+                self._mark("log")
+                self.reporter.ranks(self.step, self.clock.report())
             if self._due(train.validate_every):
                 self._validate()
             if pulse.saved:
@@ -132,7 +137,7 @@ class Trainer:
         """One optimizer step: every micro-batch forward and backward, then the update."""
         for micro in range(self.config.train.accumulation):
             self._mark("data")
-            with self.meter.waiting():
+            with self.meter.waiting(), self.clock.waiting():
                 batch = next(self.batches)
             self._mark("forward and backward")
             loss = self.task.loss(self.engine, batch, self.step)

@@ -1,4 +1,4 @@
-"""Where the figures and pictures of a run go: the record, the progress line, wandb, picture files. Only rank 0
+"""Where the figures and pictures of a run go: the record, the progress line, trackers, picture files. Only rank 0
 reports."""
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from regen_dist.inference.frames import write_video
 from regen_dist.inference.long import to_frames
 from regen_dist.observe.progress import ProgressLine
 from regen_dist.observe.record import Record
-from regen_dist.observe.tracker import Tracker
+from regen_dist.observe.trackers import Trackers
+from regen_dist.training.slow_ranks import RankReport
 from regen_dist.training.tasks import Validation
 
 
@@ -28,7 +29,7 @@ class Reporter:
             return
         self._record = Record(self._run / "metrics.jsonl", step)
         self._line = ProgressLine(config.train.steps, step)
-        self._tracker = Tracker(config, self._run)
+        self._trackers = Trackers(config, self._run, step)
         self._line.say(
             f"{self._run}: {'resumed at' if step else 'starting at'} step {step} on {ranks.world_size} rank(s)"
         )
@@ -40,7 +41,7 @@ class Reporter:
             return
         self._record.write("train", step, figures)
         self._line.train(step, figures)
-        self._tracker.log(step, {f"train/{name}": value for name, value in figures.items()})
+        self._trackers.log(step, {f"train/{name}": value for name, value in figures.items()})
 
     def validation(self, step: int, result: Validation) -> None:
         """Figures of the validation, and what there is to look at: a picture of the first sample's source and what was
@@ -50,7 +51,7 @@ class Reporter:
         self._record.write("validation", step, result.figures)
         self._line.validation(result.figures)
         figures = {f"validation/{name}": value for name, value in result.figures.items()}
-        self._tracker.log(step, figures, self._draw(step, result), self._write_videos(step, result))
+        self._trackers.log(step, figures, self._draw(step, result), self._write_videos(step, result))
 
     def _draw(self, step: int, result: Validation) -> dict[str, Path]:
         if result.source is None or result.made is None:
@@ -83,6 +84,12 @@ class Reporter:
             self._line.say(text)
             self._record.write("event", step, {"event": text})
 
+    def ranks(self, step: int, report: RankReport) -> None:
+        """Which ranks are slow: on the terminal, in the record and in the trackers."""
+        if not self._silent:
+            self.say(step, report.text)
+            self._trackers.log(step, report.figures)
+
     def checkpoint(self, outcome: Outcome) -> None:
         """A save that has ended, well or not."""
         if self._silent:
@@ -95,9 +102,10 @@ class Reporter:
         if not self._silent:
             self._record.close()
             self._record = Record(self._run / "metrics.jsonl", step)
+            self._trackers.rewind(step)
 
     def close(self) -> None:
         if not self._silent:
             self._line.close()
             self._record.close()
-            self._tracker.close()
+            self._trackers.close()
