@@ -23,6 +23,7 @@ app = typer.Typer(
 _COMMANDS = {
     "demo": ("demo", "demo"),
     "miniature": ("miniature", "miniature"),
+    "init": ("init", "init"),
     "train": ("train", "train"),
     "preencode": ("preencode", "preencode"),
     "generate": ("generate", "generate"),

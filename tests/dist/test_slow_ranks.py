@@ -50,12 +50,12 @@ def test_the_slow_rank_is_named(tmp_path: Path) -> None:
     assert [line["step"] for line in told] == [2, 4]
     for line in told:
         waits = line["event"].split("; ")[0]
-        assert f"(most: rank 1 on {socket.gethostname()} 0.3" in waits
+        assert f"(most: rank 1 on {socket.gethostname()} " in waits
         assert waits.index("rank 1 on") < waits.index("rank 0 on")
     board = EventAccumulator(str(config.folder / "tensorboard"))
     board.Reload()
     most, least = (board.Scalars(f"ranks/data_wait_s_{end}") for end in ("max", "min"))
     assert [each.step for each in most] == [2, 4]
     assert all(each.value >= SLOW_S for each in most)
-    assert all(each.value < SLOW_S / 2 for each in least)
+    assert all(low.value < high.value - SLOW_S / 2 for low, high in zip(least, most, strict=True))
     assert len(board.Scalars("train/loss")) == 4
