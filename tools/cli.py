@@ -21,6 +21,7 @@ app = typer.Typer(
 _COMMANDS = {
     "demo": ("demo", "demo"),
     "miniature": ("miniature", "miniature"),
+    "init": ("init", "init"),
     "train": ("train", "train"),
     "check": ("check", "check"),
     "preencode": ("preencode", "preencode"),

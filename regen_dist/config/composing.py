@@ -60,6 +60,17 @@ def find_preset(path: Path) -> Path:
     return ours if path.parts[:1] == ("configs",) and not path.exists() and ours.is_file() else path
 
 
+def inherited(path: Path) -> dict[str, Any]:
+    """The values of a config and of all that it extends, as they are written: nothing is interpolated.
+
+    Raises:
+        ConfigError: a file of the chain cannot be read, or the chain is a cycle.
+    """
+    composed = Composed()
+    _add_file(composed, find_preset(path), ())
+    return composed.values
+
+
 def compose(path: Path, overrides: Sequence[str] = ()) -> Composed:
     """The config in `path` with everything it extends, then the overrides `a.b=c` (typed as YAML), then interpolation.
 

@@ -114,6 +114,7 @@ class TrainConfig(Section):
     time_limit_s: PositiveFloat | None = None  # save and end (code 75) before this much time has passed since the start
     time_limit_lead_s: Annotated[float, Field(ge=0.0)] = 120.0  # how long before: time for a step and a save
     grad_norms_every: PositiveInt | None = None  # record the norm of every layer's gradient so often; None: never
+    slow_ranks_every: PositiveInt = 100  # steps between reports of which ranks are slow, where there are several
     trace_samples: bool = False  # write the ids of every clip that was trained on to samples/ in the run folder
     peak_tflops: float | None = None  # per rank, for MFU; None looks the GPU up or measures the CPU
 
@@ -141,6 +142,12 @@ class WandbConfig(Section):
     entity: str | None = None
 
 
+class TensorBoardConfig(Section):
+    """TensorBoard's event files, in `tensorboard/` in the run folder. Needs the package `tensorboard`."""
+
+    enabled: bool = False
+
+
 class CommonConfig(Section):
     """What runs of every task need."""
 
@@ -152,6 +159,7 @@ class CommonConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     guards: GuardsConfig = GuardsConfig()
     wandb: WandbConfig = WandbConfig()
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
 
     @field_validator("output")
     @classmethod

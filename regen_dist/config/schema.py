@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from regen_dist.config.data import DataConfig, MixtureConfig, ReadConfig, SourceConfig
 from regen_dist.config.job import CommonConfig, EngineConfig, OptimizerConfig, TrainConfig, WandbConfig
 from regen_dist.config.keeping import CheckpointConfig, GuardsConfig, HangConfig, LatentStdConfig, SpikeConfig
-from regen_dist.config.section import SPATIAL_COMPRESSION, Fraction, PositiveInt, Section
+from regen_dist.config.section import SPATIAL_COMPRESSION, Fraction, PositiveInt, SamplerName, Section
 
 __all__ = [
     "SPATIAL_COMPRESSION", "AttentionConfig", "CheckpointConfig", "CommonConfig", "ConditioningConfig", "DataConfig",
@@ -171,7 +171,7 @@ class DiffusionConfig(Section):
     # sees them all.
     train_frames: PositiveInt | None = None
     density: DensityConfig = DensityConfig()
-    sampler: Literal["euler", "heun"] = "euler"
+    sampler: SamplerName = "euler"
     steps: PositiveInt = 1
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,7 @@ SPATIAL_COMPRESSION = 8  # paper: one latent cell per 8x8 pixels
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]  # AdamW moves every weight by about so much in a step
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+SamplerName = Literal["euler", "heun", "dpmpp_2m"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

@@ -40,6 +40,7 @@ class Stream(IntEnum):
     LATENT_ROW = 4
     TEXT = 5
     FRAMES = 6
+    GIVEN = 7
 
 
 def philox(

@@ -170,15 +170,15 @@ def _trace_once(module: nn.Module) -> None:
     first. A call whose graph is never gone through counts nothing: one without gradients, or one that recomputes
     within a backward pass.
     """
-    count = "applied_pre_backward_ref_cnt"
+    count, passes_before = "applied_pre_backward_ref_cnt", dict[nn.Module, int]()
 
     def before(module: nn.Module, inputs: Any) -> None:
-        module._traced_before = getattr(module, count, 0)  # type: ignore[assignment]
+        passes_before[module] = getattr(module, count, 0)
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
         recomputes = torch._C._current_graph_task_id() != -1
         counts = torch.is_grad_enabled() and not recomputes
-        setattr(module, count, module._traced_before + counts)
+        setattr(module, count, passes_before[module] + counts)
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from regen_dist.config.section import SPATIAL_COMPRESSION
+from regen_dist.config.section import SPATIAL_COMPRESSION, SamplerName
 from regen_dist.config.t2v import LATENT_PATCH
 from regen_dist.errors import ConfigError
 from regen_dist.inference.long import Positions
@@ -29,7 +28,7 @@ class GenerationSettings:
         fps: frames a second of the videos.
         steps: of the sampler.
         guidance: scale of classifier-free guidance; 1 is none.
-        sampler: `euler`, or `heun` (second order).
+        sampler: `euler`, `heun` or `dpmpp_2m` (second order).
         decode_steps: sampling steps of the embedder's decoder.
         seed: of all noise.
         negative: what guidance leads away from; None is the empty caption.
@@ -44,7 +43,7 @@ class GenerationSettings:
     fps: float
     steps: int
     guidance: float
-    sampler: Literal["euler", "heun"]
+    sampler: SamplerName
     decode_steps: int = 1
     seed: int = 0
     negative: str | None = None
@@ -85,7 +84,7 @@ def settings_for(
     fps: float | None = None,
     steps: int | None = None,
     guidance: float | None = None,
-    sampler: Literal["euler", "heun"] | None = None,
+    sampler: SamplerName | None = None,
     decode_steps: int = 1,
     seed: int = 0,
     negative: str | None = None,
@@ -93,8 +92,8 @@ def settings_for(
     """Settings of which what is not given is as the model was trained: the size, where the caches have one (else that
     of the paper), its longest row, its frame rate, and the sampling that its config names."""
     flow, space = model.config.diffusion, model.space
-    height, width = size or trained_size(space) or DEFAULT_SIZE
-    longest = max(model.config.clips, default=0) * space.num_frames or 1
+    height, width = size or size_for(space)
+    longest = longest_row(model) * space.num_frames or 1
     return GenerationSettings(
         height=height, width=width, frames=longest if frames is None else frames,
         fps=space.fps if fps is None else fps, steps=flow.steps if steps is None else steps,
@@ -103,16 +102,33 @@ def settings_for(
     )  # fmt: skip
 
 
+def longest_row(model: TextToVideoModel) -> int:
+    """Clips of the longest row that the model was trained on; 0 where images alone were."""
+    return max(model.config.clips, default=0)
+
+
+def size_for(space: LatentSpace) -> tuple[int, int]:
+    """(height, width) where none is given: that of the caches, where they have one, else that of the paper."""
+    return trained_size(space) or DEFAULT_SIZE
+
+
 def trained_size(space: LatentSpace) -> tuple[int, int] | None:
     """The (height, width) that all videos of the caches have; None where there are several, or they do not say."""
     sizes = space.facts.get("sizes") or space.facts["preprocessing"].get("buckets") or []
     return (int(sizes[0][0]), int(sizes[0][1])) if len(sizes) == 1 else None
 
 
-def frame_positions(settings: GenerationSettings, space_fps: float) -> Positions:
-    """Where the frames of an output lie, in frames of what the model was trained on, from the first clip's first."""
-    positions: Positions = np.round(np.arange(settings.frames) * space_fps / settings.fps, _DIGITS)
+def frame_positions(settings: GenerationSettings, space_fps: float, before: int = 0) -> Positions:
+    """Where the frames of an output lie, in frames of what the model was trained on, from the first clip's first;
+    where they continue others, of which the row has `before`, they begin one frame of the output after the last."""
+    first = before - 1 + space_fps / settings.fps if before else 0.0
+    positions: Positions = np.round(first + np.arange(settings.frames) * space_fps / settings.fps, _DIGITS)
     return positions
+
+
+def clips_of(settings: GenerationSettings, space: LatentSpace, before: int = 0) -> int:
+    """Clips of a row, of which `before` are continued."""
+    return clips_for(frame_positions(settings, space.fps, before * space.num_frames), space.num_frames)
 
 
 def clips_for(positions: Positions, num_frames: int) -> int:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regen_dist.config.section import SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, FlowConfig
+from regen_dist.diffusion.given import Given
 from regen_dist.diffusion.path import x0_from
 from regen_dist.diffusion.samplers import sample
 from regen_dist.inference.latent_space import NormalisedLatents
 
-# x_t [B, C, F, h, w], t [B], text [B, M, D], mask [B, M] to the velocity [B, C, F, h, w]
+# x_t [B, C, F, h, w], t [B] or [B, F], text [B, M, D], mask [B, M] to the velocity [B, C, F, h, w]
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -76,7 +78,8 @@ def sample_latents(
     *,
     steps: int | None = None,
     guidance: float | None = None,
-    sampler: Literal["euler", "heun"] | None = None,
+    sampler: SamplerName | None = None,
+    given: Given | None = None,
 ) -> NormalisedLatents:
     """Integrate the flow from noise to latents.
 
@@ -89,14 +92,18 @@ def sample_latents(
         steps: of the sampler.
         guidance: g of v = v_null + g (v_text - v_null) (Ho and Salimans, 2022); 1 asks the model for the text alone,
             and 0 for the null text alone, once a step instead of twice.
-        sampler: `euler`, or `heun` (second order, two evaluations a step).
+        sampler: `euler`, `heun` (second order, two evaluations a step) or `dpmpp_2m` (second order, one).
+        given: frames that are known, normalised; they come out as they are, the others are generated to them.
     """
     scale = flow.guidance if guidance is None else guidance
     velocity = _guided(predict, text, null, scale)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         t = t.to(x.device)
-        return x0_from("rectified_flow", "velocity", velocity(x, t), x, t)
+        if given is None:
+            return x0_from("rectified_flow", "velocity", velocity(x, t), x, t)
+        x = given.put_into(x)
+        return given.put_into(x0_from("rectified_flow", "velocity", velocity(x, given.times(t)), x, t))
 
     return NormalisedLatents(
         sample(

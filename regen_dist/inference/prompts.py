@@ -19,10 +19,11 @@ from regen_dist.models.text import TextEncoder
 
 
 class Prompt(NamedTuple):
-    """A prompt and its number: its place in the file, which its noise is keyed by."""
+    """A prompt and its number: its place in the file, which its noise is keyed by, as by seed + `sample`."""
 
     number: int
     text: str
+    sample: int = 0  # of several videos of it, from 0
 
 
 class CaptionEncoder(Protocol):

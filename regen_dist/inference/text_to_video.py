@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from regen_dist.checkpoint.export import Weights, model_with
 from regen_dist.checkpoint.load_model import find_t2v
 from regen_dist.config.exported import T2VExportConfig
+from regen_dist.config.section import SamplerName
+from regen_dist.diffusion.given import Given
 from regen_dist.distributed.base import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.latent_sampling import Text, sample_latents
@@ -87,13 +89,15 @@ class TextToVideoModel:
         *,
         steps: int | None = None,
         guidance: float | None = None,
-        sampler: Literal["euler", "heun"] | None = None,
+        sampler: SamplerName | None = None,
+        given: Given | None = None,
     ) -> NormalisedLatents:
         """Normalised latents [B, C, F, h, w] from noise of that shape; see `sample_latents`. What is not given is as
         the run's config says. `space.scale.restore` makes of them what a codec decodes."""
         made = sample_latents(
-            self.predict, noise, text, null, self.config.diffusion, steps=steps, guidance=guidance, sampler=sampler
-        )
+            self.predict, noise, text, null, self.config.diffusion,
+            steps=steps, guidance=guidance, sampler=sampler, given=given,
+        )  # fmt: skip
         if not bool(torch.isfinite(made.frames).all()):
             raise CheckpointError(
                 f"the model of step {self._origin.get('step', '?')} generates latents that are not finite: its "

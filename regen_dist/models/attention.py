@@ -73,7 +73,8 @@ def cross_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     starts_k = F.pad(mask.sum(-1).cumsum(0), (1, 0)).int()
     packed_q = q.transpose(1, 2).flatten(0, 1)  # [B*L, N, E]
     mixed = attend_flash_lengths(packed_q, packed_k, packed_v, (starts_q, starts_k), (length, mask.shape[1]))
-    return mixed.unflatten(0, (batch, length)).transpose(1, 2)
+    rows: Tensor = mixed.unflatten(0, (batch, length)).transpose(1, 2)
+    return rows
 
 
 class Kernels(NamedTuple):
@@ -143,10 +144,11 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor, grid: Grid, config: AttentionCo
     if config.pattern == "full" or all(w >= g for w, g in zip(config.window, grid, strict=True)):
         return kernel(q, k, v)
     windows = cut_windows(grid, config.window, shifted, q.device)
-    moved = [by_windows(tensor, windows) for tensor in (q, k, v)]  # [L, B*N, E] each
+    batch = q.shape[0]
+    q, k, v = (by_windows(tensor, windows) for tensor in (q, k, v))  # [L, B*N, E] each
     if config.backend == "flash":
         starts, longest = windows.starts, windows.longest
-        mixed = attend_flash_lengths(*moved, (starts, starts), (longest, longest))
+        mixed = attend_flash_lengths(q, k, v, (starts, starts), (longest, longest))
     else:
-        mixed = attend_in_groups(kernel, *moved, windows)
-    return by_tokens(mixed, windows, q.shape[0])
+        mixed = attend_in_groups(kernel, q, k, v, windows)
+    return by_tokens(mixed, windows, batch)

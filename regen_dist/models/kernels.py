@@ -34,7 +34,7 @@ def sdpa_order(capability: tuple[int, int]) -> list[SDPBackend]:
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """PyTorch's fused attention. Shapes [B, N, L, E]; `mask` bool, True where a key counts, broadcast to [B, N, L, M]."""
+    """PyTorch's fused attention. Shapes [B, N, L, E]; `mask` bool [B, N, L, M] (or broadcast): which keys count."""
     with _ordered(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

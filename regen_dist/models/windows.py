@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ def segments(length: int, window: int, shift: int) -> list[range]:
         shift: size of the first, partial window; 0 for none.
     """
     borders = [0, *range(shift or window, length, window), length]
-    return [range(start, stop) for start, stop in zip(borders, borders[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(borders)]
 
 
 @lru_cache(maxsize=64)
@@ -80,7 +80,8 @@ def by_windows(x: Tensor, windows: Windows) -> Tensor:
 def by_tokens(x: Tensor, windows: Windows, batch: int) -> Tensor:
     """The inverse of `by_windows`."""
     moved: Tensor = _Permuted.apply(x, windows.places, windows.order)  # type: ignore[no-untyped-call]
-    return moved.unflatten(1, (batch, -1)).permute(1, 2, 0, 3)
+    tokens: Tensor = moved.unflatten(1, (batch, -1)).permute(1, 2, 0, 3)
+    return tokens
 
 
 def attend_in_groups(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:

@@ -46,6 +46,9 @@ class Tracker:
         if run is not None:
             self._guard(lambda: _send(run, step, values, pictures or {}, videos or {}), SEND_S)
 
+    def rewind(self, step: int) -> None:
+        """Points of the same step may come again: wandb keeps all, on an axis of our own."""
+
     def close(self) -> None:
         """Send what is left, and leave nothing behind that the end of the process would wait for."""
         if not self._wanted:

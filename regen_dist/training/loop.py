@@ -96,7 +96,8 @@ class Trainer(Stepper):
         if self.step == 0 and train.validate_at_start:
             self._validate()
         while self.step < train.steps:
-            made = self.train_step()
+            with self.clock.step():
+                made = self.train_step()
             pulse = self._pulse(stopper)
             self.guards.after_step(self.step, made.result, pulse.stand_ins)
             spike = self.guards.spikes.judge(self.step, pulse.loss, made.batch.kind)
@@ -107,6 +108,9 @@ class Trainer(Stepper):
                     continue
             if self._due(train.log_every):
                 self._log(made)
+            if self.ranks.world_size > 1 and self._due(train.slow_ranks_every):
+                self._mark("log")
+                self.reporter.ranks(self.step, self.clock.report())
             if self._due(train.validate_every):
                 self._validate()
             if pulse.saved:

@@ -1,4 +1,4 @@
-"""Where the figures and pictures of a run go: the record, the progress line, wandb, picture files. Only rank 0
+"""Where the figures and pictures of a run go: the record, the progress line, trackers, picture files. Only rank 0
 reports."""
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from regen_dist.inference.frames import write_video
 from regen_dist.observe.devices import accelerator, shown
 from regen_dist.observe.progress import ProgressLine
 from regen_dist.observe.record import Record
-from regen_dist.observe.tracker import Tracker
+from regen_dist.observe.trackers import Trackers
 from regen_dist.pixels import to_frames
+from regen_dist.training.slow_ranks import RankReport
 from regen_dist.training.tasks import Validation
 
 
@@ -29,7 +30,7 @@ class Reporter:
             return
         self._record = Record(self._run / "metrics.jsonl", step)
         self._line = ProgressLine(config.train.steps, step)
-        self._tracker = Tracker(config, self._run)
+        self._trackers = Trackers(config, self._run, step)
         self._unseen = False
         self._line.say(
             f"{self._run}: {'resumed at' if step else 'starting at'} step {step} on {ranks.world_size} rank(s)"
@@ -44,7 +45,7 @@ class Reporter:
             return
         self._record.write("train", step, figures)
         self._line.train(step, figures)
-        self._tracker.log(step, {f"train/{name}": value for name, value in figures.items()})
+        self._trackers.log(step, {f"train/{name}": value for name, value in figures.items()})
 
     def validation(self, step: int, result: Validation) -> None:
         """Figures of the validation, and what there is to look at: a picture of the first sample's source and what was
@@ -55,7 +56,7 @@ class Reporter:
         self._line.validation(result.figures)
         figures = {f"validation/{name}": value for name, value in result.figures.items()}
         pictures, videos = (self._shown(write, step, result) for write in (self._draw, self._write_videos))
-        self._tracker.log(step, figures, pictures, videos)
+        self._trackers.log(step, figures, pictures, videos)
 
     def _shown(
         self, write: Callable[[int, Validation], dict[str, Path]], step: int, result: Validation
@@ -74,7 +75,7 @@ class Reporter:
         if self._silent:
             return
         self._record.write("gradients", step, norms)
-        self._tracker.log(step, {f"gradients/{layer}": norm for layer, norm in norms.items()})
+        self._trackers.log(step, {f"gradients/{layer}": norm for layer, norm in norms.items()})
 
     def _draw(self, step: int, result: Validation) -> dict[str, Path]:
         if result.source is None or result.made is None:
@@ -107,6 +108,12 @@ class Reporter:
             self._line.say(text)
             self._record.write("event", step, {"event": text})
 
+    def ranks(self, step: int, report: RankReport) -> None:
+        """Which ranks are slow: on the terminal, in the record and in the trackers."""
+        if not self._silent:
+            self.say(step, report.text)
+            self._trackers.log(step, report.figures)
+
     def checkpoint(self, outcome: Outcome) -> None:
         """A save that has ended, well or not."""
         if self._silent:
@@ -118,9 +125,10 @@ class Reporter:
         """The run went back to `step`: what was recorded of later ones is dropped."""
         if not self._silent:
             self._record.rewind(step)
+            self._trackers.rewind(step)
 
     def close(self) -> None:
         if not self._silent:
             self._line.close()
             self._record.close()
-            self._tracker.close()
+            self._trackers.close()

@@ -15,6 +15,7 @@ from regen_dist.distributed.ranks import Ranks
 from regen_dist.training.guards import nowhere_finite
 from regen_dist.training.meter import Meter
 from regen_dist.training.schedule import learning_rate
+from regen_dist.training.slow_ranks import RankClock
 from regen_dist.training.tasks import Batch, Task
 
 _IN_A_STEP = ("data", "forward and backward", "update")
@@ -68,6 +69,7 @@ class Stepper:
     ) -> None:
         self.config, self.ranks, self.task, self.engine, self.meter = config, ranks, task, engine, meter
         self.step, self.data_shift = step, data_shift
+        self.clock = RankClock(ranks)
         self.gradient_hooks, self._tell = list(gradient_hooks), mark
         self.batches: Iterator[Batch] = self.open_batches() if batches is None else batches
 
@@ -77,7 +79,7 @@ class Stepper:
         for micro in range(train.accumulation):
             # Fetch a micro-batch.
             self._mark("data")
-            with self.meter.waiting(), record_function("batches"):
+            with self.meter.waiting(), self.clock.waiting(), record_function("batches"):
                 batch = next(self.batches)
             # Loss and backward: gradients add up over the micro-batches; the last one averages them over the ranks.
             self._mark("forward and backward")

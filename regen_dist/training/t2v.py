@@ -20,6 +20,7 @@ from regen_dist.data.reading.latent_batches import LatentBatch, latent_batches
 from regen_dist.data.reading.latents import LatentSet, sizes_of
 from regen_dist.data.reading.validation import ValidationRows, validation_rows
 from regen_dist.diffusion.density import timesteps
+from regen_dist.diffusion.given import drawn, error_of_the_rest
 from regen_dist.diffusion.noise import Stream, latent_gaussian, uniforms
 from regen_dist.diffusion.path import noisy, target_of
 from regen_dist.distributed.base import Engine
@@ -74,8 +75,12 @@ class TextToVideoTask:
         t = timesteps(flow.density, chances, flow.shift_at(row_tokens(x0.shape[2:])))
         noise = latent_gaussian(seed, ids, x0.shape[2], x0.shape[1], (x0.shape[3], x0.shape[4]), draw=step)
         text = self._with_dropout(self._text(batch), uniforms(seed, ids, step, Stream.TEXT)[:, 0])
-        velocity = engine(noisy("rectified_flow", x0, noise, t), t, *text)
-        return Loss(F.mse_loss(velocity, target_of("rectified_flow", "velocity", x0, noise, t)), {})
+        x, given = noisy("rectified_flow", x0, noise, t), drawn(flow, seed, ids, step, x0)
+        if given is None:
+            velocity = engine(x, t, *text)
+            return Loss(F.mse_loss(velocity, target_of("rectified_flow", "velocity", x0, noise, t)), {})
+        velocity = engine(given.put_into(x), given.times(t), *text)
+        return Loss(error_of_the_rest(velocity, target_of("rectified_flow", "velocity", x0, noise, t), given), {})
 
     def flops(self, batch: LatentBatch) -> float:
         """Operations that training on a micro-batch needs; rows differ in length."""

@@ -23,7 +23,7 @@ from regen_dist.models import Regen, build_model
 from regen_dist.models.accounting import RowAccount, account_row
 from regen_dist.models.memory import memory_bytes
 from regen_dist.observe.hardware import peak_tflops
-from regen_dist.training.tasks import build_task
+from regen_dist.training.registry import build_task
 from tools.gpu_check.machine import LeftOut, Machine
 from tools.gpu_check.zero3 import SMALL_ENCODER
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,7 @@ from regen_dist.errors import DataError
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_frames, to_video
 
+_NUMBERED = re.compile(r"\d+(-\d+)?")  # with several samples of a prompt, each by its own number
 UInt8s = npt.NDArray[np.uint8]
 
 
@@ -52,7 +54,7 @@ class ShapeClip(NamedTuple):
 def generated_names(folder: Path, number: int) -> list[str]:
     """The first videos that `regen generate` wrote into a folder, by name. The JSON of a video comes last, so one
     without it is not finished and not counted."""
-    return sorted(path.stem for path in folder.glob("*.json") if path.stem.isdigit())[:number]
+    return sorted(path.stem for path in folder.glob("*.json") if _NUMBERED.fullmatch(path.stem))[:number]
 
 
 def generated_facts(folder: Path, names: Iterable[str]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from regen_dist.inference.generate import sample_rows
 from regen_dist.inference.generation_settings import GenerationSettings, frame_positions, settings_for
 from regen_dist.inference.hub.module import pipeline_module
 from regen_dist.inference.hub.opening import in_trained_precision, write_code
-from regen_dist.inference.long import to_frames
+from regen_dist.inference.prompts import Prompt
+from regen_dist.pixels import to_frames
 from regen_dist.inference.prompts import as_in_cache
 from regen_dist.inference.rows import row_frames
 from regen_dist.inference.space_files import LatentSpace
@@ -217,7 +218,8 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             seed=seed, negative=negative_prompt,
         )  # fmt: skip
         texts, null = self._embedded(prompts, negative_prompt, model.space)
-        rows = sample_rows(model, range(len(prompts)), texts, null, settings)
+        numbered = [Prompt(number, text) for number, text in enumerate(prompts)]
+        rows = sample_rows(model, numbered, texts, null, settings)
         frames = np.stack([self._frames(rows, number, settings, model.space.fps) for number in range(len(prompts))])
         self.maybe_free_model_hooks()
         made = _FORMS[output_type](frames)

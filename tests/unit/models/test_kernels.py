@@ -130,9 +130,12 @@ def test_one_call_for_all_windows() -> None:
 
 
 def test_without_either_package_both_are_named() -> None:
-    with mock.patch.dict(sys.modules, {"flash_attn": None, "flash_attn_interface": None}):
-        with pytest.raises(BackendError, match=r"package flash-attn .*flash_attn_interface.*flash_attn.*; install it"):
-            kernels.require_flash("cuda", torch.bfloat16, HOPPER)
+    both = r"package flash-attn .*flash_attn_interface.*flash_attn.*; install it"
+    with (
+        mock.patch.dict(sys.modules, {"flash_attn": None, "flash_attn_interface": None}),
+        pytest.raises(BackendError, match=both),
+    ):
+        kernels.require_flash("cuda", torch.bfloat16, HOPPER)
 
 
 def test_cudnn_comes_first_on_hopper() -> None:

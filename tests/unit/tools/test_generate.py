@@ -100,6 +100,18 @@ def test_options_reach_the_settings(made: Made, tmp_path: Path) -> None:
     assert "untrained weights of step 0" in _regen(made, tmp_path, "a dog", "--untrained").output
 
 
+def test_samples_are_shared(made: Made, tmp_path: Path) -> None:
+    """Every sample of every prompt once, whichever task makes it; names by prompt on demand."""
+    for task in range(2):
+        shown = _regen(made, tmp_path / "out", "a dog", "a cat", "--samples", 3, "--task", f"{task}/2").output
+        assert f"task {task}/2: 3 of 6 videos" in shown
+    names = [f"0000{n}-{sample}" for n in range(2) for sample in range(3)]
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.mp4")) == names
+    _regen(made, tmp_path / "by_prompt", "a dog", "--samples", 2, "--layout", "vbench", "--sampler", "dpmpp_2m")
+    assert sorted(path.name for path in (tmp_path / "by_prompt").iterdir()) == ["a dog-0.mp4", "a dog-1.mp4"]
+    assert (tmp_path / "by_prompt-records" / "a dog-1.json").is_file()
+
+
 def test_a_prompt_that_is_cut_is_told(made: Made, tmp_path: Path) -> None:
     shown = _regen(made, tmp_path, LONG).output
     assert "warning: a prompt has more tokens than the text encoder takes and was cut: one two" in shown
