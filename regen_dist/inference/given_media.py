@@ -25,8 +25,8 @@ from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame, SourceVideo
 from regen_dist.inference.latent_space import LatentScale
-from regen_dist.pixels import to_video
 from regen_dist.models import Latents
+from regen_dist.pixels import to_video
 
 _PART = 16  # frames that are handed on at a time
 _ROUNDING_S = 1e-6  # of times in seconds

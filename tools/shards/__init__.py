@@ -6,6 +6,7 @@ import typer
 
 from tools.shards.build import build
 from tools.shards.captions import captions
+from tools.shards.frames import frames
 from tools.shards.index import index
 from tools.shards.inspect import inspect
 from tools.shards.order import order
@@ -13,5 +14,5 @@ from tools.shards.synthetic import synthetic
 from tools.shards.verify import verify
 
 app = typer.Typer(name="shards", help="Build, index, inspect and verify datasets.", no_args_is_help=True)
-for command in (build, captions, index, inspect, order, synthetic, verify):
+for command in (build, captions, frames, index, inspect, order, synthetic, verify):
     app.command()(command)

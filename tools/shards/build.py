@@ -23,8 +23,8 @@ def build(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Videos, folders, prefixes of buckets (s3://…), and lists (.csv, .jsonl, .parquet) with the columns "
-            "video and caption.",
+            help="Videos, folders, prefixes of buckets (s3://…), https:// and hf://, and lists (.csv, .json, .jsonl, "
+            ".parquet) with the columns video and caption.",
             metavar="SOURCE…",
         ),
     ],
@@ -53,6 +53,9 @@ def build(
         str | None,
         typer.Option(help="List with the columns video and caption, for folders. NAME.txt beside also does."),
     ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns of the lists under other names: video=COLUMN,caption=COLUMN.")
+    ] = None,
     shard_mb: Annotated[float, typer.Option(help="Size at which a tar is closed.")] = 256.0,
     samples_per_shard: Annotated[int | None, typer.Option(help="Samples in one tar, at most.")] = None,
     part_gb: Annotated[float, typer.Option(help="Sources that are planned and made at a time.")] = 4.0,
@@ -69,6 +72,7 @@ def build(
     Example: regen shards build runs/videos --out runs/shards --short-side 128
     """
     from regen_dist.data.making.build import build_shards
+    from regen_dist.data.making.captions import Columns
     from regen_dist.data.making.plan import BuildOptions
 
     options = BuildOptions(
@@ -96,6 +100,7 @@ def build(
             out,
             options,
             captions=captions,
+            columns=Columns.parse(columns) if columns is not None else None,
             task=parse_task(task),
             workers=workers,
             max_bad_share=max_bad_share,

@@ -103,7 +103,7 @@ def read_manifest(store: Store) -> Manifest:
 
 def manifest_bytes(store: Store) -> bytes:
     """The manifest as it is stored; DataError when there is none."""
-    if MANIFEST not in store.list(MANIFEST):
+    if store.can_list and MANIFEST not in store.list(MANIFEST):
         raise DataError(
             f"{store.url}: there is no {MANIFEST}, so no finished dataset. Build one with `regen shards build SOURCE "
             f"--out {store.url}`, or index tars that are there with `regen shards index {store.url}`"

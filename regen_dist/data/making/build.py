@@ -10,6 +10,7 @@ from regen_dist.data.dataset.claim import claim
 from regen_dist.data.dataset.index import Described
 from regen_dist.data.dataset.manifest import MANIFEST, Manifest, Note, Skip, read_manifest, write_manifest
 from regen_dist.data.dataset.writing import NewSample, ShardWriter
+from regen_dist.data.making.captions import Columns
 from regen_dist.data.making.copies import Copies, local_copies
 from regen_dist.data.making.parts import Part, Planned, Work, count_units, cut_parts, files_of, work_of, write_done
 from regen_dist.data.making.plan import KIND, BuildOptions, identity
@@ -39,6 +40,7 @@ def build_shards(
     options: BuildOptions | None = None,
     *,
     captions: str | Path | None = None,
+    columns: Columns | None = None,
     task: tuple[int, int] = (0, 1),
     workers: int | None = None,
     max_bad_share: float = MAX_BAD_SHARE,
@@ -50,6 +52,7 @@ def build_shards(
         sources: video files, folders, prefixes of buckets, and lists (`find_sources`).
         out: folder or URL of the dataset: empty, or begun by the same sources and options.
         captions: a list that gives captions to what is in folders.
+        columns: names of the columns of lists (`find_sources`).
         task: (i, n): make the i-th (from 0) of every n parts. The call that finds all parts made writes the manifest.
         workers: processes; all cores by default, 0 works in this process.
         max_bad_share: stop when a larger share of many sources cannot be read.
@@ -59,7 +62,7 @@ def build_shards(
         DataError: a source is missing, `out` holds something else, or no sample is left.
     """
     options, store = options or BuildOptions(), Store(out)
-    found = find_sources(sources, captions)
+    found = find_sources(sources, captions, columns)
     parts = cut_parts(found.found, options.part_gb * 1e9)
     claim(store, identity(found, options))
     if store.folder is not None:

@@ -16,16 +16,30 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from regen_dist.config.urls import BUCKET_SCHEMES, carries_secret, key_url, parse_url
+from regen_dist.config.urls import BUCKET_SCHEMES, WEB_SCHEMES, carries_secret, key_url, parse_url
 from regen_dist.data.dataset.index import VIDEO_EXTENSIONS
 from regen_dist.data.dataset.manifest import Skip, listed
-from regen_dist.data.making.captions import Row, is_list, read_captions, read_rows, refuse
+from regen_dist.data.making.captions import (
+    CAPTION_LINES,
+    FOLDER_LISTS,
+    METADATA,
+    PLAIN,
+    VIDEO_LINES,
+    Columns,
+    Row,
+    is_list,
+    read_captions,
+    read_lines,
+    read_rows,
+    refuse,
+)
 from regen_dist.data.objects.connection import key_problem
-from regen_dist.data.objects.store import Store
-from regen_dist.errors import DataError
+from regen_dist.data.objects.store import Limits, Store
+from regen_dist.errors import DataError, ObjectDenied
 
 VIDEO_SUFFIXES = frozenset(f".{extension}" for extension in VIDEO_EXTENSIONS)
 _REQUESTS_AT_ONCE = 32
+_ASKING = Limits(stall_s=10.0, deadline_s=20.0)  # a web server for a size: what gives no answer now is dead
 _WORTH_LISTING = 1000  # so many objects of one folder are sized by listing it: a request gives a thousand
 
 
@@ -86,13 +100,17 @@ class Sources(NamedTuple):
         return {"files": len(self.found), "bytes": self.size_bytes, "digest": digest.hexdigest()}
 
 
-def find_sources(places: Sequence[str | Path], captions: str | Path | None = None) -> Sources:
+def find_sources(
+    places: Sequence[str | Path], captions: str | Path | None = None, columns: Columns | None = None
+) -> Sources:
     """The videos of all places, each once, in order of the places, and by name inside a folder.
 
     Args:
         places: video files, folders, prefixes of buckets, and lists (`captions.read_rows`), as paths or URLs. What a
             list names is relative to its own folder or URL.
-        captions: a list that gives captions to videos by path inside the folder or by file name.
+        captions: a list that gives captions to videos by path inside the folder or by file name, with or without its
+            ending.
+        columns: names of the columns of lists; None: `video` and `caption`, and METADATA's in a folder's own list.
 
     Raises:
         DataError: a place is missing, a list has wrong rows, there is no video at all, or no caption fits any.
@@ -103,7 +121,7 @@ def find_sources(places: Sequence[str | Path], captions: str | Path | None = Non
     found: dict[str, Source] = {}
     skipped: list[Skip] = []
     for place in places:
-        for source in _listed(str(place)) if is_list(place) else _below(str(place)):
+        for source in _in_list(str(place), columns) if is_list(place) else _below(str(place), columns):
             if isinstance(source, Skip):
                 skipped.append(source)
             elif found.setdefault(source.place, source) is not source and is_list(place):
@@ -113,20 +131,51 @@ def find_sources(places: Sequence[str | Path], captions: str | Path | None = Non
         raise DataError(f"no videos ({', '.join(sorted(VIDEO_SUFFIXES))}) in {', '.join(map(str, places))}{left_out}")
     if captions is None:
         return Sources(tuple(found.values()), tuple(skipped))
-    return _captioned(list(found.values()), read_captions(captions), skipped)
+    return _captioned(list(found.values()), read_captions(captions, columns or PLAIN), skipped)
 
 
-def _below(place: str) -> Iterator[Source | Skip]:
-    """The videos of a folder or a prefix in order of their names; or the one that the place names."""
+def _below(place: str, columns: Columns | None) -> Iterator[Source | Skip]:
+    """The videos of a folder or a prefix in order of their names, or those that the folder's own list names; or the one
+    that the place names."""
     folder, file = _place(place)
     if file:
-        sizes = _sizes(folder, [file, *_beside(file)])
+        sizes = _sizes(folder, [file, *(_beside(file) if Store(folder).can_list else [])])
     else:
         sizes, unreadable = _files_below(folder)
+        if (rows := _own_rows(folder, sizes, columns)) is not None:
+            yield from _left_unnamed(folder, sizes, list(_listed(*rows)))
+            return
         yield from (Skip(source=name, reason=why) for name, why in unreadable.items() if _is_video(name))
     for name in [file] if file else sorted(name for name in sizes if _is_video(name)):
         text = next((text for text in _beside(name) if text in sizes), None)
         yield Source(name, folder, name, sizes[name], text=text, text_size=sizes[text] if text else 0)
+
+
+def _own_rows(folder: str, sizes: dict[str, int], columns: Columns | None) -> tuple[str, str, list[Row]] | None:
+    """The folder, its own list (`metadata.jsonl`, or `videos.txt` with `prompts.txt`) and that list's rows; None when
+    it has none."""
+    for name in FOLDER_LISTS:
+        if name in sizes:
+            return folder, f"{folder}/{name}", read_rows(_spelled(folder, name), columns or METADATA)
+    videos, captions = (next((name for name in names if name in sizes), None) for names in (VIDEO_LINES, CAPTION_LINES))
+    if videos is None or captions is None:
+        return None
+    return folder, f"{folder}/{videos}", read_lines(_spelled(folder, videos), _spelled(folder, captions))
+
+
+def _spelled(folder: str, name: str) -> str:
+    """The path or the URL of a file of a folder."""
+    local = Store(folder).folder
+    return f"{folder}/{name}" if local is None else str(local / name)
+
+
+def _left_unnamed(folder: str, sizes: dict[str, int], named: Sequence[Source | Skip]) -> Iterator[Source | Skip]:
+    """What a folder's own list gives, and of the other videos that they are left out."""
+    yield from named
+    given = {source.place for source in named if isinstance(source, Source)}
+    for name in sorted(name for name in sizes if _is_video(name)):
+        if Source(name, folder, name, 0).place not in given:
+            yield Skip(source=name, reason="not named: the folder's list of videos leaves it out")
 
 
 def _place(place: str) -> tuple[str, str]:
@@ -137,18 +186,25 @@ def _place(place: str) -> tuple[str, str]:
         return (Store(store.folder.parent).url, store.folder.name) if store.folder.is_file() else (store.url, "")
     if _is_video(name):
         for spelled in dict.fromkeys((name, unquote(name))):
-            if spelled in Store(parent).list(spelled):
+            if spelled in _sizes(parent, [spelled]):
                 return parent, spelled
+        if not store.can_list:
+            raise DataError(f"{store.url}: there is no such file, or the server does not give it; check the address")
     return store.url, ""
 
 
-def _listed(place: str) -> Iterator[Source]:
-    """The videos that a list names, in its order. DataError for all its rows that name none."""
+def _in_list(place: str, columns: Columns | None) -> Iterator[Source | Skip]:
+    """The videos that a list names, in its order."""
     base, _ = _place(place) if "://" not in place else (Store(place).url.rpartition("/")[0], "")
+    return _listed(base, place, read_rows(place, columns or PLAIN))
+
+
+def _listed(base: str, place: str, rows: Sequence[Row]) -> Iterator[Source | Skip]:
+    """The videos of the rows of a list. DataError for all rows that name none; but links to the web rot, those that
+    lead nowhere are left out."""
     located: dict[Row, tuple[str, str]] = {}
     wrong: dict[Row, str] = {}
     by_folder: dict[str, list[str]] = defaultdict(list)
-    rows = read_rows(place)
     for row in rows:
         try:
             folder, file = located[row] = _locate(base, row.video)
@@ -156,10 +212,15 @@ def _listed(place: str) -> Iterator[Source]:
         except DataError as error:
             wrong[row] = str(error)
     sizes = dict(_sizes_of_all(by_folder))
-    wrong |= {row: f"there is no {row.video}" for row, (folder, file) in located.items() if file not in sizes[folder]}
+    gone = {row for row, (folder, file) in located.items() if file not in sizes[folder]}
+    dead = {row for row in gone if not Store(located[row][0]).can_list}
+    wrong |= {row: f"there is no {row.video}" for row in gone - dead}
     refuse(place, [f"{row.where}: {wrong[row]}" for row in rows if row in wrong])
     for row, (folder, file) in located.items():
-        yield Source(_name(base, row.video, file), folder, file, sizes[folder][file], row.caption)
+        if row in dead:
+            yield Skip(source=_name(base, row.video, file), reason="dead link: the server does not have or give it")
+        else:
+            yield Source(_name(base, row.video, file), folder, file, sizes[folder][file], row.caption)
 
 
 def _locate(base: str, video: str) -> tuple[str, str]:
@@ -168,6 +229,8 @@ def _locate(base: str, video: str) -> tuple[str, str]:
     if scheme in BUCKET_SCHEMES and scheme != video:
         bucket, _, key = video.removeprefix(f"{scheme}://").partition("/")
         return _located(scheme, bucket, key)
+    if scheme in WEB_SCHEMES and scheme != video:
+        return _on_the_web(video)
     if "://" in video or video.startswith(("/", "~", "pipe:")):
         return _split(str(Store(video).folder))
     if base.startswith("file:"):
@@ -177,6 +240,18 @@ def _locate(base: str, video: str) -> tuple[str, str]:
     if key.startswith(".."):
         raise DataError(f"{video} leads out of the bucket")
     return _located(place.scheme, place.bucket or "", key)
+
+
+def _on_the_web(video: str) -> tuple[str, str]:
+    """Folder and file of an address, as it stands in a browser: `%20` is a space."""
+    try:
+        place = parse_url(video)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    folder, _, file = place.url.rpartition("/")
+    if file == place.bucket or not place.prefix:
+        raise DataError(f"{place.url} names a server, not a file")
+    return Store(folder).url, unquote(file)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -224,6 +299,8 @@ def _sizes(folder: str, files: Sequence[str]) -> dict[str, int]:
     if store.folder is not None:
         paths = ((file, store.folder / file) for file in files)
         return {file: path.stat().st_size for file, path in paths if path.is_file()}
+    if store.read_only and not (store.can_list and len(files) >= _WORTH_LISTING):
+        return {file: size for file in files if (size := _size_on_the_web(store, file)) is not None}
     if len(files) >= _WORTH_LISTING:
         found = store.list()
     else:
@@ -231,10 +308,20 @@ def _sizes(folder: str, files: Sequence[str]) -> dict[str, int]:
     return {file: found[file] for file in files if file in found}
 
 
+def _size_on_the_web(store: Store, file: str) -> int | None:
+    try:
+        return Store(store.url, _ASKING).size(file)
+    except ObjectDenied:
+        return None
+
+
 def _files_below(folder: str) -> tuple[dict[str, int], dict[str, str]]:
     """Size of every file below a folder or prefix, hidden ones left out; and objects that cannot be read by their keys,
     with why."""
     store = Store(folder)
+    if not store.can_list:
+        own = _sizes(folder, [*FOLDER_LISTS, *VIDEO_LINES, *CAPTION_LINES])
+        return (own, {}) if own else (store.list(), {})  # which says that there is no listing
     if store.folder is None:
         listing = store.list_all()
         seen = {name: one.size for name, one in listing.found.items() if not PurePosixPath(name).name.startswith(".")}
@@ -242,14 +329,16 @@ def _files_below(folder: str) -> tuple[dict[str, int], dict[str, str]]:
     found = {}
     for top, _, names in os.walk(store.folder):
         for path in (Path(top, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in VIDEO_SUFFIXES | {".txt"}:  # a dangling link is a source that cannot be read
+            if (
+                path.suffix.lower() in VIDEO_SUFFIXES | {".txt"} or path.name in FOLDER_LISTS
+            ):  # a dangling link is a source that cannot be read
                 found[path.relative_to(store.folder).as_posix()] = path.stat().st_size if path.exists() else 0
     return found, {}
 
 
 def _captioned(found: Sequence[Source], captions: dict[str, str], skipped: Sequence[Skip]) -> Sources:
     """The sources with the captions of a list; what they say of videos that are not there is left out."""
-    names = {name for source in found for name in (source.name, PurePosixPath(source.name).name)}
+    names = {name for source in found for name in _called(source)}
     unused = [name for name in captions if name not in names]
     if len(unused) == len(captions):
         raise DataError(
@@ -262,8 +351,14 @@ def _captioned(found: Sequence[Source], captions: dict[str, str], skipped: Seque
 
 
 def _with_caption(source: Source, captions: dict[str, str]) -> Source:
-    caption = source.caption or captions.get(source.name, captions.get(PurePosixPath(source.name).name))
-    return replace(source, caption=caption)
+    listed_as = next((name for name in _called(source) if name in captions), None)
+    return replace(source, caption=source.caption or (captions[listed_as] if listed_as else None))
+
+
+def _called(source: Source) -> Iterator[str]:
+    """What a list may call a video: by path or file name, with its ending or as an identifier without."""
+    path = PurePosixPath(source.name)
+    yield from (source.name, path.name, str(path.with_suffix("")), path.stem)
 
 
 def _is_video(name: str) -> bool:

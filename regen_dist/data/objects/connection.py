@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from regen_dist.config.data import ReadConfig
-from regen_dist.config.urls import Location
+from regen_dist.config.urls import WEB_SCHEMES, Location
+from regen_dist.data.objects.web import explained_web, open_web
 from regen_dist.errors import (
     AccessDenied,
     BackendError,
@@ -93,6 +94,8 @@ def open_backend(place: Location, limits: Limits, *, writing: bool = False) -> O
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
+    if place.scheme in WEB_SCHEMES:
+        return open_web(place, _client(limits, writing), _retries(limits, writing))
     more: dict[str, Any] = {}
     if place.scheme == "s3" and (provider := _s3_provider(place)) is not None:
         more = {"credential_provider": provider}
@@ -111,6 +114,8 @@ def explained(error: Exception, place: Location, name: str, verb: str, waited_s:
     """What an error of obstore means. StoreUnavailable where the same request may succeed later."""
     from obstore.exceptions import InvalidPathError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 
+    if place.scheme in WEB_SCHEMES:
+        return explained_web(error, place, name, waited_s)
     text = str(error)
     status = int(found[1]) if (found := re.search(r"status code: (\d{3})\b", text)) else None
     code = (

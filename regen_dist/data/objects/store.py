@@ -1,4 +1,5 @@
-"""Objects by URL: a local folder (`file://` or a plain path) or a bucket (`s3://`, `gs://`, `az://`).
+"""Objects by URL: a local folder (`file://` or a plain path), a bucket (`s3://`, `gs://`, `az://`); read only, a web
+server (`https://`) or a repository of the Hugging Face hub (`hf://`).
 
 Credentials come from the standard environment variables and chains of each service, never from the URL, so that no
 message, manifest or config can leak them. connection.py has the deadlines and what errors mean.
@@ -20,6 +21,7 @@ from regen_dist.data.objects.bucket import Bucket, Found, Listing, pieces_of
 from regen_dist.data.objects.connection import Limits, limits_of
 from regen_dist.data.objects.local import LocalFolder, free_bytes, full_disk, remove_leftovers, sync
 from regen_dist.data.objects.ranges import Range
+from regen_dist.data.objects.web_folder import WebFolder
 from regen_dist.errors import AccessDenied, DataError, DiskFull, ObjectCut, ObjectMissing, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Store:
     A name is the object's path under the URL, with "/" between its parts.
 
     Args:
-        url: a plain path, `file://`, `s3://bucket/prefix`, `gs://…` or `az://…`.
+        url: a plain path, `file://`, `s3://bucket/prefix`, `gs://…`, `az://…`, `https://…` or `hf://…`.
         limits: patience with a bucket.
 
     Raises:
@@ -130,6 +132,16 @@ class Store:
             os.replace(temporary, path)
         return size
 
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written there: on the web."""
+        return self._place.read_only
+
+    @property
+    def can_list(self) -> bool:
+        """Whether `list` can say what there is: a web server cannot."""
+        return self._place.scheme not in ("http", "https")
+
     def size(self, name: str) -> int | None:
         """Bytes of an object; None when there is none."""
         try:
@@ -188,7 +200,8 @@ class Store:
     def _open(self) -> Bucket | LocalFolder:
         if self._backend is None:
             here = self.folder
-            self._backend = LocalFolder(here) if here is not None else Bucket(self._place, self._limits)
+            kind = WebFolder if self._place.read_only else Bucket
+            self._backend = LocalFolder(here) if here is not None else kind(self._place, self._limits)
         return self._backend
 
 

@@ -30,9 +30,7 @@ from regen_dist.inference.generate import sample_rows
 from regen_dist.inference.generation_settings import GenerationSettings, frame_positions, settings_for
 from regen_dist.inference.hub.module import pipeline_module
 from regen_dist.inference.hub.opening import in_trained_precision, write_code
-from regen_dist.inference.prompts import Prompt
-from regen_dist.pixels import to_frames
-from regen_dist.inference.prompts import as_in_cache
+from regen_dist.inference.prompts import Prompt, as_in_cache
 from regen_dist.inference.rows import row_frames
 from regen_dist.inference.space_files import LatentSpace
 from regen_dist.inference.statistics import parse_statistics
@@ -42,6 +40,7 @@ from regen_dist.jsontext import json_text
 from regen_dist.models import Latents
 from regen_dist.models.t2v import TextToVideo
 from regen_dist.models.text.encoder import TextEncoder
+from regen_dist.pixels import to_frames
 
 
 @dataclass

@@ -128,7 +128,7 @@ def test_rows_that_name_nothing_are_told_together(videos: Path) -> None:
         {"video": "gone.mp4"},
         {"video": "pipe:cat b.mp4"},
         {"video": "s3://key:secret@bucket/b.mp4"},
-        {"video": "http://server/b.mp4"},
+        {"video": "http://server/b.mp4?signature=secret"},
     ]
     with pytest.raises(DataError) as caught:
         find_sources([write_list(videos / "l.parquet", rows)])

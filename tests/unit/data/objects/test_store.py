@@ -148,9 +148,7 @@ def test_what_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
         Store(tmp_path.parent).get_range(tmp_path.name, 0, 1)
 
 
-@pytest.mark.parametrize(
-    "url", ["pipe:cat /etc/passwd", "pipe://cat", "http://host/x", "ftp://host/x", "file:relative"]
-)
+@pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "pipe://cat", "ftp://host/x", "file:relative"])
 def test_other_schemes_are_refused(url: str) -> None:
     with pytest.raises(DataError, match="not supported"):
         Store(url)
