@@ -84,7 +84,8 @@ def _pictures(folder: Path) -> Iterator[VideoFrame]:
         if size not in (None, shown.size):
             raise DataError(f"{path}: {shown.size} pixels where those before are {size}; one size a folder")
         size = shown.size
-        yield av.VideoFrame.from_image(shown).reformat(format="bgr0")
+        frame = av.VideoFrame.from_image(shown)  # type: ignore[no-untyped-call]
+        yield frame.reformat(format="bgr0")
 
 
 def _raw_frames(path: Path) -> Iterator[VideoFrame]:
