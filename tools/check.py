@@ -66,7 +66,7 @@ def _check(paths: Sequence[Path], overrides: Sequence[str], target: Target) -> d
     from regen_dist.checks.findings import error
     from regen_dist.checks.run import check_runs
     from regen_dist.config import AnyRunConfig, load_config
-    from regen_dist.config.composing import compose
+    from regen_dist.config.files import compose
 
     found: dict[str, tuple[Finding, ...]] = {}
     runs: dict[str, AnyRunConfig] = {}

@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regen_dist.distributed.environment import Place, read_place
+from regen_dist.distributed.environment import RankInfo, read_rank_info
 from regen_dist.errors import ConfigError
-from tools.checkpoint.place import progress_bar
+from tools.checkpoint.maintenance import progress_bar
 from tools.reconstruct import Weights
-from tools.shards.stopping import stopping_cleanly
-from tools.shards.task import parse_task
+from tools.shards.progress import parse_task, stopping_cleanly
 
 if TYPE_CHECKING:
-    from regen_dist.inference.generate import Generated
-    from regen_dist.inference.generation_settings import GenerationSettings
+    from regen_dist.inference.generate import Generated, GenerationSettings, Prompt
     from regen_dist.inference.given_media import GivenMedia
-    from regen_dist.inference.prompts import Prompt
-    from regen_dist.inference.text_to_video import TextToVideoModel
+    from regen_dist.inference.sampler import TextToVideoModel
 
 
 class FileLayout(StrEnum):
@@ -84,13 +81,13 @@ def generate(
 
     Example: regen generate "a red circle moves left" --run runs/t2v_nano --embedder runs/nano --out runs/generated
     """
-    from regen_dist.inference.generated_files import Layout
+    from regen_dist.inference.generate import Layout
 
     if image is not None and continued is not None:
         raise ConfigError("--image begins a video, --continue goes on with one; give one of both")
     names = Layout(samples, layout is FileLayout.vbench)
     wanted = names.expanded(_prompts(prompt or [], prompts))
-    place = read_place(os.environ) if task is None else Place()  # --task alone says which part is this one's
+    place = read_rank_info(os.environ) if task is None else RankInfo()  # --task alone says which part is this one's
     number, count = parse_task(task) if task else place[:2]
     share = wanted[number::count]
     if count > 1:
@@ -101,14 +98,13 @@ def generate(
     from regen_dist.distributed.ranks import Ranks
     from regen_dist.inference.codec import Codec
     from regen_dist.inference.generate import generate as job
-    from regen_dist.inference.generation_settings import settings_for
-    from regen_dist.inference.prompts import load_text_encoder
-    from regen_dist.inference.text_to_video import TextToVideoModel
+    from regen_dist.inference.generate import load_text_encoder, resolve_settings
+    from regen_dist.inference.sampler import TextToVideoModel
 
     device = Ranks(*place).device
     model = TextToVideoModel.load(run, None if weights is None else weights.value, device, untrained=untrained)
     media, left = _media(model, image, continued, sides)
-    settings = settings_for(
+    settings = resolve_settings(
         model, size=sides, frames=left if frames is None else frames, fps=fps, steps=steps, guidance=guidance,
         sampler=None if sampler is None else sampler.value, decode_steps=decode_steps, seed=seed, negative=negative,
     )  # fmt: skip
@@ -135,7 +131,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def _prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
-    from regen_dist.inference.prompts import Prompt, read_prompts
+    from regen_dist.inference.generate import Prompt, read_prompts
 
     if bool(given) == (file is not None):
         raise ConfigError("give prompts on the command line, or a file of them with --prompts; one of both")
@@ -147,10 +143,10 @@ def _media(
 ) -> tuple[GivenMedia | None, int | None]:
     """What is given, and how many frames a row that the model was trained on has room for beside given clips (None: as
     ever)."""
-    from regen_dist.inference.generation_settings import longest_row, settings_for, size_for
+    from regen_dist.inference.generate import longest_row, resolve_settings, size_for
     from regen_dist.inference.given_media import read_image, read_video
 
-    settings_for(model, size=sides)  # refuses a size that cannot be
+    resolve_settings(model, size=sides)  # refuses a size that cannot be
     size, space = sides or size_for(model.space), model.space
     if image is not None:
         return read_image(image, size), None
@@ -163,7 +159,7 @@ def _media(
 
 def _note(model: TextToVideoModel, settings: GenerationSettings, media: GivenMedia | None) -> None:
     """Say what a model was not trained for."""
-    from regen_dist.inference.generation_settings import clips_of, longest_row
+    from regen_dist.inference.generate import clips_of, longest_row
     from regen_dist.inference.given_media import notes
 
     flow, clips = model.config.diffusion, clips_of(settings, model.space, 0 if media is None else media.clips)
@@ -172,7 +168,7 @@ def _note(model: TextToVideoModel, settings: GenerationSettings, media: GivenMed
 
 
 def _describe(model: TextToVideoModel, settings: GenerationSettings, count: int, *, sized: bool) -> None:
-    from regen_dist.inference.generation_settings import trained_size
+    from regen_dist.inference.generate import trained_size
 
     if not sized and trained_size(model.space) is None:
         typer.echo("Note: the caches are not of one size; --size gives another", err=True)

@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.preflight.estimates import clean_environment
-from launcher.preflight.findings import Finding, Subject, by_run, note, problem
+from launcher.preflight.findings import PreflightFinding, Subject, by_run, clean_environment, note, problem
 from regen_dist.checks.findings import Finding as Checked
 from regen_dist.config import to_yaml
 from regen_dist.errors import BackendError
@@ -18,7 +17,7 @@ from regen_dist.programs import regen
 _PATIENCE_S = 120.0  # for all configs of an order together
 
 
-def library(subject: Subject) -> Iterator[Finding]:
+def library(subject: Subject) -> Iterator[PreflightFinding]:
     """What `regen train` would refuse at its start on every rank: `regen check` of each config."""
     if not subject.configs:
         return
@@ -26,7 +25,7 @@ def library(subject: Subject) -> Iterator[Finding]:
     yield from by_run(subject.configs, lambda config: found[id(config)])
 
 
-def _ask(subject: Subject) -> list[list[Finding]]:
+def _ask(subject: Subject) -> list[list[PreflightFinding]]:
     """The findings of each config, in order."""
     with tempfile.TemporaryDirectory(prefix="regen-") as folder:
         paths = [Path(folder) / f"{number}.yaml" for number in range(len(subject.configs))]
@@ -59,5 +58,5 @@ def _arguments(subject: Subject, paths: Sequence[Path]) -> list[str]:
     return [*flags, *(f"--also={path}" for path in paths[1:]), "--", str(paths[0])]
 
 
-def _finding(checked: Checked) -> Finding:
+def _finding(checked: Checked) -> PreflightFinding:
     return problem(checked.text) if checked.level == "error" else note(checked.text)

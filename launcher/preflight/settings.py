@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.preflight.findings import Finding, Subject, note, problem
+from launcher.preflight.findings import NoEstimate, PreflightFinding, Subject, by_run, note, problem
+from regen_dist.config import AnyRunConfig
+from regen_dist.config.identity import clips_per_rank
+from regen_dist.errors import ConfigError
 
 
-def ranks_and_gpus(subject: Subject) -> Iterator[Finding]:
+def ranks_and_gpus(subject: Subject) -> Iterator[PreflightFinding]:
     """Every rank has a GPU, and none idles."""
     cluster = subject.order.cluster
     if not subject.configs or not cluster.gpus_per_node:
@@ -17,3 +20,54 @@ def ranks_and_gpus(subject: Subject) -> Iterator[Finding]:
         yield problem(f"{ranks} ranks on a node of {gpus} GPU(s), and each needs one; set --tasks-per-node {gpus}")
     elif ranks < gpus:
         yield note(f"{gpus - ranks} of {gpus} GPUs of each node will idle: each rank uses one, and there are {ranks}")
+
+
+# Whether the model and its training state fit on a card.
+
+GIB = 2**30
+TIGHT = 0.85  # what the estimate leaves out: the CUDA context, fragmentation, workspaces
+_TERMS = 3
+
+
+def gpu_memory(subject: Subject) -> Iterator[PreflightFinding]:
+    """The estimate of `regen describe` against `gpu_memory_gb` of the cluster."""
+    cluster = subject.order.cluster
+    if cluster.gpu_memory_gb and cluster.gpus_per_node:
+        yield from by_run(subject.configs, lambda config: _memory_of(config, subject, cluster.gpu_memory_gb or 0.0))
+
+
+def _memory_of(config: AnyRunConfig, subject: Subject, card_gb: float) -> Iterator[PreflightFinding]:
+    world_size = subject.order.cluster.world_size
+    try:
+        clips_per_rank(config, world_size)
+        terms = subject.estimates.of(config, world_size).memory
+    except ConfigError:  # which another check tells
+        return
+    except NoEstimate as error:
+        yield note(f"GPU memory was not estimated: {error}")
+        return
+    total = sum(terms.values()) / GIB
+    if total > card_gb:
+        yield problem(
+            f"about {total:.1f} GiB are needed on each of {world_size} GPUs, a card has {card_gb:g} (gpu_memory_gb); "
+            f"most of it: {_largest(terms)}. {_mend(config)} (`regen describe` shows all of it)"
+        )
+    elif total > TIGHT * card_gb:
+        yield note(
+            f"about {total:.1f} GiB are needed on each of {world_size} GPUs, {total / card_gb:.0%} of a card's "
+            f"{card_gb:g} (gpu_memory_gb); most of it: {_largest(terms)}"
+        )
+
+
+def _largest(terms: dict[str, int]) -> str:
+    ordered = sorted(terms.items(), key=lambda term: -term[1])[:_TERMS]
+    return "; ".join(f"{name} {size / GIB:.1f} GiB" for name, size in ordered)
+
+
+def _mend(config: AnyRunConfig) -> str:
+    """What lowers it, as far as this config has not done so."""
+    ways = ["take more GPUs"] if config.engine.kind == "zero3" else ["set engine.kind=zero3 and take more GPUs"]
+    ways.append(f"raise train.accumulation (now {config.train.accumulation})")
+    if not config.engine.activation_checkpointing:
+        ways.append("set engine.activation_checkpointing=true")
+    return f"To lower it, {', '.join(ways[:-1])}, or {ways[-1]}"

@@ -19,10 +19,10 @@ from regen_dist.checkpoint.export import (
     read_model,
 )
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.config import AnyRunConfig, config_hash, embedder_only
 from regen_dist.config.exported import ExportConfig, T2VExportConfig, load_export_config, load_t2v_export_config
-from regen_dist.config.loading import t2v_only
+from regen_dist.config.files import t2v_only
 
 Config = TypeVar("Config", ExportConfig, T2VExportConfig)
 _NOT_TOLD = ("samples", "data", "metrics")  # of an origin: what a record of generated files has no use for
@@ -45,7 +45,7 @@ class SavedModel(Generic[Config]):
     folder: CheckpointFolder | None = None
 
     @cached_property
-    def manifest(self) -> Manifest | None:
+    def manifest(self) -> CheckpointManifest | None:
         """The newest good checkpoint of a run; None of an export. CheckpointError when there is no good one."""
         return None if self.folder is None else find_checkpoint(self.folder, checksums=False)
 

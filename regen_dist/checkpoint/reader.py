@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError
-from regen_dist.observe.warning import warn
+from regen_dist.observe.streams import warn
 
 Say = Callable[[str], None]
 
@@ -22,7 +22,7 @@ class _Candidate(NamedTuple):
     """A committed checkpoint, or why it cannot be read."""
 
     step: int
-    manifest: Manifest | None
+    manifest: CheckpointManifest | None
     problem: str
 
 
@@ -33,7 +33,7 @@ def newest_good(
     checksums: bool = False,
     before: int | None = None,
     say: Say = warn,
-) -> Manifest | None:
+) -> CheckpointManifest | None:
     """The checkpoint that `latest` names when it is whole; else the newest whole one that it was trained from. A
     collective: either every rank gets the same manifest, or every rank raises the same error.
 
@@ -107,7 +107,7 @@ def _leads_to(candidate: _Candidate, first: _Candidate | None, pointed: int | No
     return pointed is None or candidate.step < pointed
 
 
-def _problem(folder: CheckpointFolder, ranks: Ranks, manifest: Manifest | None, checksums: bool) -> str:
+def _problem(folder: CheckpointFolder, ranks: Ranks, manifest: CheckpointManifest | None, checksums: bool) -> str:
     """What is wrong with a checkpoint's files, empty when nothing is. The ranks share the reading of the bytes."""
     assert manifest is not None, "a candidate without a problem has a manifest"
     share = (ranks.rank, ranks.world_size) if checksums else (0, 1)

@@ -8,11 +8,12 @@ from typing import Any
 
 from regen_dist.checks.findings import Finding, Target, error, side_by_side
 from regen_dist.config import AnyRunConfig
-from regen_dist.data.objects.store import Limits, Store
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError, ObjectMissing
 
 # Somebody waits for the answer: a store that is down is reported in seconds.
-READING = Limits(stall_s=4.0, deadline_s=8.0, connect_s=4.0)
+READING = StoreLimits(stall_s=4.0, deadline_s=8.0, connect_s=4.0)
 MANIFEST, SCHEMA_VERSION = "manifest.json", 2  # of a dataset, whose own module needs numpy
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from regen_dist.checks.findings import Finding, Target, error
 from regen_dist.config import AnyRunConfig, T2VConfig
-from regen_dist.config.worldsize import clips_per_rank
+from regen_dist.config.identity import clips_per_rank
 from regen_dist.errors import BackendError, ConfigError
 
 _NVIDIA = Path("/proc/driver/nvidia/gpus")

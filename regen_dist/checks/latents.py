@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from regen_dist.checks.data import manifest_of
 from regen_dist.checks.findings import Finding, Target, error
 from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
-from regen_dist.config.yamlfile import read_yaml
+from regen_dist.config.files import read_yaml
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 
 KIND, _AGAIN = "latents", "run `regen preencode` again"  # as the dataset's own module says, which needs numpy

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from regen_dist.checkpoint.belonging import foreign_run
 from regen_dist.checkpoint.claims import Claims
-from regen_dist.checkpoint.manifest import Manifest, parse_manifest
+from regen_dist.checkpoint.identity import foreign_run_reason
+from regen_dist.checkpoint.manifest import CheckpointManifest, parse_manifest
 from regen_dist.checks.data import READING, dataset_manifest
 from regen_dist.checks.findings import Finding, Target, error, note
 from regen_dist.config import AnyRunConfig, T2VConfig, load_saved_config
 from regen_dist.config.identity import latent_identity, order_changes, order_identity
-from regen_dist.data.objects.store import Store
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, ConfigError, DataError, ObjectMissing, RunBusy
 from regen_dist.observe.record import read_record
 
@@ -43,13 +43,13 @@ def resume(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
         return
     if manifest.step >= config.train.steps:
         yield note("train.steps", f"nothing is left to do: all {config.train.steps} steps are done")
-    if foreign := foreign_run(config, manifest):
+    if foreign := foreign_run_reason(config, manifest):
         yield error("name", foreign, CheckpointError)
     yield from _another_model(config, manifest)
     yield from _another_order(config, manifest, target)
 
 
-def newest_checkpoint(url: str) -> Manifest | None:
+def newest_checkpoint(url: str) -> CheckpointManifest | None:
     """Read what the checkpoint that `latest` names says of itself; None where there is none.
 
     Raises:
@@ -78,7 +78,7 @@ def _lost(config: AnyRunConfig) -> Iterator[Finding]:
         yield error("checkpoint.url", text, CheckpointError)
 
 
-def _another_model(config: AnyRunConfig, manifest: Manifest) -> Iterator[Finding]:
+def _another_model(config: AnyRunConfig, manifest: CheckpointManifest) -> Iterator[Finding]:
     """The parameters of the config's model are not those of the checkpoint, by name or shape."""
     try:
         from regen_dist.checkpoint.export import model_shapes
@@ -106,7 +106,7 @@ def _changed_sections(config: AnyRunConfig) -> Sequence[str]:
     return [f"model.{key}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
 
 
-def _another_order(config: AnyRunConfig, manifest: Manifest, target: Target) -> Iterator[Finding]:
+def _another_order(config: AnyRunConfig, manifest: CheckpointManifest, target: Target) -> Iterator[Finding]:
     """The samples of a step are not those that the checkpoint's run would have seen."""
     before: dict[str, str] | None = manifest.state["data"]
     if before is None:  # imported weights: any data will do

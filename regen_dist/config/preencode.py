@@ -7,10 +7,9 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from regen_dist.config.loading import load_section
-from regen_dist.config.schema import SPATIAL_COMPRESSION, ReadConfig
-from regen_dist.config.section import PositiveInt, Section
-from regen_dist.config.text import TextConfig
+from regen_dist.config.files import load_section
+from regen_dist.config.run import SPATIAL_COMPRESSION, PositiveInt, ReadConfig, Section
+from regen_dist.config.t2v import TextConfig
 from regen_dist.config.urls import checked_url, parse_url
 
 

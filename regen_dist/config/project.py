@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from regen_dist.config.composing import find_preset, inherited
-from regen_dist.config.files import write_text_atomically
+from regen_dist.config.files import find_preset, inherited, write_text_atomically
 from regen_dist.errors import ConfigError
 
 _DATA = {"url": "data/train", "validation_url": "data/held_out"}

@@ -6,10 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from regen_dist.config.data import MixtureConfig
-from regen_dist.config.job import CommonConfig
-from regen_dist.config.schema import AttentionConfig, DensityConfig
-from regen_dist.config.section import Fraction, PositiveFloat, PositiveInt, SamplerName, Section
+from regen_dist.config.embedder import AttentionConfig, DensityConfig
+from regen_dist.config.run import (
+    CommonConfig,
+    Fraction,
+    MixtureConfig,
+    PositiveFloat,
+    PositiveInt,
+    SamplerName,
+    Section,
+)
 from regen_dist.config.urls import parse_url
 
 LATENT_PATCH = 2  # latent cells a side of one token (paper: patch 2x2)
@@ -126,3 +132,17 @@ class T2VConfig(CommonConfig):
                 "to video measures the loss alone; set checkpoint.best_metric=loss and checkpoint.best_is=min"
             )
         return self
+
+
+# Text encoders, by what a config says of them. Imports no torch.
+
+
+class TextConfig(Section):
+    """A text encoder and its tokenizer, such as a T5 or whatever else transformers loads: a folder (`regen text make`
+    writes a small one, `regen text convert` one of pickled weights), or a name on the Hugging Face hub."""
+
+    encoder: str = "google/t5-v1_1-xxl"
+    max_tokens: PositiveInt = 256  # longer captions are cut
+
+
+__all__ = ["TextConfig"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.config.t2v import FlowConfig
-from regen_dist.diffusion.noise import Stream, uniforms
+from regen_dist.diffusion.noise import NoiseStream, uniforms
 
 _CLIP_FRAMES = 2  # content and motion
 
@@ -55,7 +55,7 @@ def drawn(flow: FlowConfig, seed: int, keys: Tensor, step: int, clean: Tensor) -
     content, clips, frames = flow.given_content, flow.given_clips, clean.shape[2]
     if not content + clips:
         return None
-    chance, quantile = uniforms(seed, keys, step, Stream.GIVEN)[:, :2].unbind(1)  # [B] each
+    chance, quantile = uniforms(seed, keys, step, NoiseStream.GIVEN)[:, :2].unbind(1)  # [B] each
     most = max(frames // _CLIP_FRAMES - 1, 0)  # clips that may be given: one at least is generated
     some = (quantile * most).long() + min(most, 1)  # [B], 1 ... most alike
     counts = torch.where(chance < content, min(frames - 1, 1), _CLIP_FRAMES * some)

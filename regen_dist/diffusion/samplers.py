@@ -13,9 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from regen_dist.config.section import SamplerName
-from regen_dist.diffusion.density import shifted
-from regen_dist.diffusion.path import PathName, coefficients
+from regen_dist.config.run import SamplerName
+from regen_dist.diffusion.path import PathName, coefficients, shifted
 from regen_dist.errors import ConfigError
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regen_dist.config.schema import OptimizerConfig
+from regen_dist.config.run import OptimizerConfig
 from regen_dist.errors import BackendError
 from regen_dist.registry import Entry, Registry
 

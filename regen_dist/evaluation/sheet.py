@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from regen_dist.data.inspection.drawing import font, save_png
+from regen_dist.data.inspect.contact import font, save_png
 from regen_dist.evaluation.metrics import psnr_db, squared_error
 from regen_dist.inference.frames import Frame
 
@@ -22,7 +22,7 @@ _CELL_WIDTH, _LARGEST_CELL_HEIGHT = 236, 320
 
 
 @dataclass(frozen=True)
-class _Row:
+class _SheetRow:
     label: str
     note: str
     cells: list[Image.Image]
@@ -54,13 +54,13 @@ def write_sheet(
         errors: whether to draw the error rows.
     """
     cell = _cell_size(source[0])
-    rows = [_Row("Source", "", _scaled(source, cell), [f"frame {number}" for number in numbers])]
+    rows = [_SheetRow("Source", "", _scaled(source, cell), [f"frame {number}" for number in numbers])]
     for label, frames in others.items():
         quality = [f"{psnr_db(squared_error(a, b)):.1f} dB" for a, b in zip(source, frames, strict=True)]
-        rows.append(_Row(label, "PSNR below", _scaled(frames, cell), quality))
+        rows.append(_SheetRow(label, "PSNR below", _scaled(frames, cell), quality))
         if errors:
             wrong = [_error_map(a, b) for a, b in zip(source, frames, strict=True)]
-            rows.append(_Row(f"|Error| × {ERROR_GAIN}", "mean over colours", _scaled(wrong, cell), []))
+            rows.append(_SheetRow(f"|Error| × {ERROR_GAIN}", "mean over colours", _scaled(wrong, cell), []))
     save_png(_draw(rows, cell, title), path)
 
 
@@ -86,7 +86,7 @@ def _error_map(source: Frame, other: Frame) -> Frame:
     return mapped
 
 
-def _draw(rows: list[_Row], cell: tuple[int, int], title: str) -> Image.Image:
+def _draw(rows: list[_SheetRow], cell: tuple[int, int], title: str) -> Image.Image:
     columns = len(rows[0].cells)
     heights = [cell[1] + (_CAPTION if row.captions else 0) for row in rows]
     head = 52 if title else 0

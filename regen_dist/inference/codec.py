@@ -11,28 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.export import (
-    STATISTICS_FILE,
-    Weights,
-    model_with,
-)
+from regen_dist.checkpoint.export import STATISTICS_FILE, Weights, model_with
 from regen_dist.checkpoint.load_model import find_embedder
+from regen_dist.config.embedder import RunConfig
 from regen_dist.config.exported import ExportConfig
-from regen_dist.config.schema import SPATIAL_COMPRESSION as P
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION as P
 from regen_dist.diffusion.noise import gaussian
 from regen_dist.diffusion.path import x0_from
 from regen_dist.diffusion.samplers import Denoiser, sample
-from regen_dist.distributed.base import precision_of
+from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError, ConfigError
-from regen_dist.inference.latent_space import only_raw
-from regen_dist.inference.statistics import LatentStatistics, read_statistics
+from regen_dist.inference.latent_space import LatentStatistics, only_raw, read_statistics
 from regen_dist.inference.tiles import Tile, decode_in_tiles, encode_in_tiles
 from regen_dist.inference.windows import Window, blend_weights
-from regen_dist.models import Baseline, Latents, Regen
-from regen_dist.models.encoder import check_clip
-from regen_dist.models.reach import decoder_reach, encoder_reach
-from regen_dist.models.strips import require_cudnn
+from regen_dist.models.decoder import decoder_receptive_field, encoder_receptive_field
+from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.encoder import Latents, check_clip
+from regen_dist.models.layers import require_cudnn
 from regen_dist.observe.devices import choose_device
 
 _SMALLEST_TILE = 64
@@ -103,7 +98,7 @@ class Codec:
         """
         if side is not None and side < _SMALLEST_TILE:
             raise ConfigError(f"a tile of {side} pixels; it must have at least {_SMALLEST_TILE} a side")
-        if side is not None and decoder_reach(self.config.model) is None:
+        if side is not None and decoder_receptive_field(self.config.model) is None:
             raise ConfigError(
                 "this decoder attends over whole frames (model.decoder.attention.pattern=full), so a tile cannot give "
                 "what the whole frame gives; leave the tiles out, or take a model with pattern=window"
@@ -120,7 +115,7 @@ class Codec:
         if self.tile is None:
             return self.model.encode(clips.to(self.device))
         check_clip(clips, self.num_frames)
-        reach = encoder_reach(self.config.model.encoder)
+        reach = encoder_receptive_field(self.config.model.encoder)
         return encode_in_tiles(lambda part: self.model.encode(part.to(self.device)), clips, self.tile, reach)
 
     def _finite(self, made: Tensor, what: str) -> Tensor:
@@ -234,7 +229,7 @@ class Codec:
         """Pixels of the whole frames, [1, 3, n, H, W]."""
         if self.tile is None:
             return decode(latents, None)
-        reach = decoder_reach(self.config.model)
+        reach = decoder_receptive_field(self.config.model)
         assert reach is not None, "use_tiles has refused"
         return decode_in_tiles(decode, latents, frames, self.tile, reach)
 

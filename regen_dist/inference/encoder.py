@@ -16,12 +16,12 @@ from torch import Tensor
 from regen_dist.checkpoint.export import Weights, check_shapes
 from regen_dist.checkpoint.load_model import find_embedder
 from regen_dist.config.exported import ExportConfig
-from regen_dist.distributed.base import precision_of
+from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
 from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Encoder, Latents
-from regen_dist.models.strips import require_cudnn
+from regen_dist.models.layers import require_cudnn
 from regen_dist.observe.devices import choose_device
 
 _PREFIX = "encoder."  # of its parameters' names in an embedder, the baseline's too

@@ -29,7 +29,7 @@ from regen_dist.checkpoint.export import (
     read_model,
     write_model,
 )
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
 from regen_dist.config.exported import (
     EXPORT_CONFIG_FILE,
@@ -40,12 +40,13 @@ from regen_dist.config.exported import (
     load_any_export_config,
 )
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.schema import DataConfig
-from regen_dist.data.objects.local import full_disk, sync
+from regen_dist.config.run import DataConfig
+from regen_dist.data.storage.local import full_disk, sync
 from regen_dist.errors import CheckpointError, DataError
-from regen_dist.inference.card import model_card
+from regen_dist.inference.card import model_card, t2v_card
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
+from regen_dist.inference.generate import check_text_encoder, load_text_encoder
 from regen_dist.inference.hub.folder import (
     EMBEDDER,
     PIPELINE_FILE,
@@ -53,10 +54,13 @@ from regen_dist.inference.hub.folder import (
     write_pipeline_files,
     write_transformer_files,
 )
-from regen_dist.inference.prompts import check_text_encoder, load_text_encoder
-from regen_dist.inference.space_files import LatentSpace, read_space
-from regen_dist.inference.statistics import LatentStatistics, measure_statistics, read_statistics
-from regen_dist.inference.t2v_card import t2v_card
+from regen_dist.inference.latent_space import (
+    LatentSpace,
+    LatentStatistics,
+    measure_statistics,
+    read_space,
+    read_statistics,
+)
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
@@ -146,7 +150,9 @@ def _export_again(folder: Path, out: Path, options: ExportOptions) -> AnyExportC
     return config
 
 
-def _described(config: AnyRunConfig, manifest: Manifest, options: ExportOptions, digest: str) -> AnyExportConfig:
+def _described(
+    config: AnyRunConfig, manifest: CheckpointManifest, options: ExportOptions, digest: str
+) -> AnyExportConfig:
     origin = OriginConfig(
         run=config.name,
         step=manifest.step,
@@ -166,8 +172,8 @@ def _described(config: AnyRunConfig, manifest: Manifest, options: ExportOptions,
 
 
 def _complete(
-    run: Path, made: Path, config: AnyRunConfig, exported: AnyExportConfig, manifest: Manifest, options: ExportOptions,
-    progress: Progress,
+    run: Path, made: Path, config: AnyRunConfig, exported: AnyExportConfig, manifest: CheckpointManifest,
+    options: ExportOptions, progress: Progress,
 ) -> str:  # fmt: skip
     """Add what a model of this kind needs beside its weights; returns its card."""
     assert exported.origin is not None, "it was described with one"

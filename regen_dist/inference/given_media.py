@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
-from regen_dist.data.video.pixels import fit_geometry
+from regen_dist.data.video.conversion import fit_geometry
 from regen_dist.diffusion.given import Given
 from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame, SourceVideo
 from regen_dist.inference.latent_space import LatentScale
-from regen_dist.models import Latents
+from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_video
 
 _PART = 16  # frames that are handed on at a time

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import overload
 
-from regen_dist.config.schema import ModelConfig
+from regen_dist.config.embedder import ModelConfig
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.t2v import TextToVideo

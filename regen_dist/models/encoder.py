@@ -13,7 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.schema import SPATIAL_COMPRESSION, ModelConfig
+from regen_dist.config.embedder import ModelConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import DataError
 from regen_dist.models.layers import (
     CausalConv,

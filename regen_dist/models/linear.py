@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.schema import SPATIAL_COMPRESSION as P
-from regen_dist.config.schema import ModelConfig
+from regen_dist.config.embedder import ModelConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION as P
 from regen_dist.models.layers import Frames, fold_patches
 
 PIXELS = 3 * P * P

@@ -41,3 +41,11 @@ def _shielded(stream: TextIO) -> TextIO:
         write_through=stream.write_through,
     )
     return cast("TextIO", shielded)
+
+
+# Warnings for the user: one line each on stderr.
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr at once."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from regen_dist.data.video.reader import VideoReader, frame_to_rgb
+from regen_dist.data.video.conversion import frame_to_rgb
+from regen_dist.data.video.reader import VideoReader
 
 log = logging.getLogger(__name__)
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from regen_dist.checkpoint.belonging import own_run_id
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.identity import own_run_id
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.reader import NoGoodCheckpoint, newest_good
 from regen_dist.checkpoint.saver import Outcome, Saver
 from regen_dist.checkpoint.shards import nonfinite
 from regen_dist.config import AnyRunConfig, config_hash
 from regen_dist.config.identity import order_changes
 from regen_dist.config.version import code_version
-from regen_dist.data.objects.store import limits_of
-from regen_dist.distributed.base import Engine
+from regen_dist.data.storage.connection import limits_of
+from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError
 from regen_dist.observe.record import read_record
-from regen_dist.observe.warning import warn
+from regen_dist.observe.streams import warn
 from regen_dist.training.guards import Guards
 
 _CLOSE_S = 60.0  # for a save in flight when a run ends with an error
@@ -96,7 +96,7 @@ class RunCheckpoints:
             warn(str(error))
             return self.restore(self.choose(doubt=True))
 
-    def restore(self, manifest: Manifest | None) -> Progress:
+    def restore(self, manifest: CheckpointManifest | None) -> Progress:
         """Load a checkpoint into engine and guards; None is the beginning, which they are at when they are built.
 
         Raises:
@@ -113,7 +113,7 @@ class RunCheckpoints:
         self._guards.restore(manifest.state["guards"])
         return Progress(manifest.step, manifest.state["data_shift"], manifest.metrics)
 
-    def choose(self, *, fresh: bool = False, doubt: bool = False) -> Manifest | None:
+    def choose(self, *, fresh: bool = False, doubt: bool = False) -> CheckpointManifest | None:
         """The checkpoint to go on from; None to start from scratch.
 
         Args:
@@ -202,9 +202,9 @@ class RunCheckpoints:
         """Let a save in flight end, for a while: the run ends with an error, and that one is told."""
         self._saver.settle(_CLOSE_S)
 
-    def _manifest(self, progress: Progress) -> Manifest:
+    def _manifest(self, progress: Progress) -> CheckpointManifest:
         state = {"num_updates": self._engine.num_updates, "data_shift": progress.data_shift}
-        return Manifest(
+        return CheckpointManifest(
             step=progress.step,
             samples=progress.step * self._config.train.batch_global,
             config_hash=self._hash,
@@ -232,7 +232,7 @@ class RunCheckpoints:
         """Whether every byte of a checkpoint is compared before it is loaded."""
         return self._config.checkpoint.verify == "checksums"
 
-    def _check_belongs(self, manifest: Manifest) -> None:
+    def _check_belongs(self, manifest: CheckpointManifest) -> None:
         where = f"the checkpoint of step {manifest.step} in {self.folder.url}"
         if manifest.shapes != self._shapes:
             raise CheckpointError(

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from regen_dist.config import AnyRunConfig, load_saved_config, save_config
-from regen_dist.config.files import write_text_atomically
-from regen_dist.config.loading import CONFIG_FILE
+from regen_dist.config.files import CONFIG_FILE, write_text_atomically
 from regen_dist.errors import ConfigError
-from regen_dist.training.schedule import learning_rate
+from regen_dist.training.metrics import learning_rate
 
 
 def replace_config(config: AnyRunConfig, step: int) -> list[str]:

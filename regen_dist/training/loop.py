@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.reader import newest_good
 from regen_dist.config import AnyRunConfig
-from regen_dist.distributed.base import Engine
+from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError, TrainingError
 from regen_dist.training.checkpoints import Progress, RunCheckpoints
-from regen_dist.training.guards import Guards, SkippedSteps
-from regen_dist.training.meter import Meter
-from regen_dist.training.reporter import Reporter
-from regen_dist.training.sample_log import SampleLog
-from regen_dist.training.spikes import Spike
+from regen_dist.training.guards import Guards, SkippedSteps, Spike
+from regen_dist.training.metrics import Reporter, SampleLog, StepMeter
 from regen_dist.training.step import GradientHook, Step, Stepper
 from regen_dist.training.stopping import Stopper
-from regen_dist.training.tasks import Batch, Task
+from regen_dist.training.task import Batch, TrainingTask
 
 
-class Pulse(NamedTuple):
+class StepHeartbeat(NamedTuple):
     """What all ranks know after a step: the global mean loss, the stand-ins among the global batch's clips, whether
     some rank wants to stop, and whether a save has ended."""
 
@@ -54,9 +51,9 @@ class Trainer(Stepper):
         self,
         config: AnyRunConfig,
         ranks: Ranks,
-        task: Task,
+        task: TrainingTask,
         engine: Engine,
-        meter: Meter,
+        meter: StepMeter,
         *,
         guards: Guards,
         checkpoints: RunCheckpoints,
@@ -135,13 +132,13 @@ class Trainer(Stepper):
     def _fetched(self, micro: int, batch: Batch) -> None:
         self.sample_log.write(self.step + 1, micro, batch)
 
-    def _pulse(self, stopper: Stopper) -> Pulse:
+    def _pulse(self, stopper: Stopper) -> StepHeartbeat:
         """What the ranks tell each other after every step, in one collective."""
         self._mark("agree")
         loss, stand_ins = self.meter.end_step()
         own = [loss, stand_ins, stopper.wanted(), self.checkpoints.finished]
         total, bad, stop, saved = self.ranks.sum([float(value) for value in own])
-        return Pulse(total / self.ranks.world_size, int(bad), stop > 0, saved > 0)
+        return StepHeartbeat(total / self.ranks.world_size, int(bad), stop > 0, saved > 0)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
@@ -203,7 +200,7 @@ class Trainer(Stepper):
             "guards": target.state["guards"] | counted | {"spikes": spikes},
         }
 
-        def decide() -> Manifest:
+        def decide() -> CheckpointManifest:
             amended = folder.amend(target, state=state, rollbacks=[*checkpoints.rollbacks, target.step])
             folder.point_to(target.step)
             return amended

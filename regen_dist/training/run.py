@@ -12,31 +12,28 @@ import torch
 
 from regen_dist.checkpoint.claims import Claims
 from regen_dist.config import AnyRunConfig
-from regen_dist.distributed.base import precision_of
-from regen_dist.distributed.engine import ENGINES, build_engine
-from regen_dist.distributed.failing import tell
+from regen_dist.distributed.engine import precision_of
+from regen_dist.distributed.failure import tell
 from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
+from regen_dist.distributed.zero3 import ENGINES, build_engine
 from regen_dist.models.attention import BACKENDS
-from regen_dist.models.strips import require_cudnn
+from regen_dist.models.layers import require_cudnn
+from regen_dist.observe.hang_detector import Watchdog
 from regen_dist.observe.hardware import multiplies_bf16, peak_tflops
-from regen_dist.observe.warning import warn
-from regen_dist.observe.watchdog import Watchdog
+from regen_dist.observe.streams import warn
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
 from regen_dist.training.configs import replace_config
-from regen_dist.training.gradients import GradientNorms
 from regen_dist.training.guards import Guards
 from regen_dist.training.loop import Trainer
-from regen_dist.training.meter import Meter
+from regen_dist.training.metrics import Reporter, SampleLog, StepMeter
 from regen_dist.training.registry import build_task
-from regen_dist.training.reporter import Reporter
-from regen_dist.training.sample_log import SampleLog
-from regen_dist.training.signals import Inbox
-from regen_dist.training.stopping import Stopper
+from regen_dist.training.step import GradientNorms
+from regen_dist.training.stopping import SignalInbox, Stopper
 
 
 def train(
-    config: AnyRunConfig, ranks: Ranks | None = None, *, fresh: bool = False, earlier: Inbox | None = None
+    config: AnyRunConfig, ranks: Ranks | None = None, *, fresh: bool = False, earlier: SignalInbox | None = None
 ) -> int:
     """Train as one of the ranks that the environment describes; the same call resumes. Returns the exit code.
 
@@ -100,7 +97,7 @@ def build_trainer(
     guards = Guards(config)
     checkpoints = RunCheckpoints(config, ranks, engine, guards, task.data.identity(), permit)
     progress = checkpoints.resume(fresh=fresh)
-    meter = Meter(ranks, config.train.batch_global, _peak_tflops(config, ranks))
+    meter = StepMeter(ranks, config.train.batch_global, _peak_tflops(config, ranks))
     reporter = Reporter(config, ranks, progress.step)
     reporter.say(progress.step, task.data.summary())
     checkpoints.on_saved = reporter.checkpoint

@@ -3,20 +3,20 @@ it here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from regen_dist.config import AnyRunConfig
-from regen_dist.distributed.base import Engine, StepResult
+from regen_dist.distributed.engine import Engine, StepResult
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.training.guards import nowhere_finite
-from regen_dist.training.meter import Meter
-from regen_dist.training.schedule import learning_rate
-from regen_dist.training.slow_ranks import RankClock
-from regen_dist.training.tasks import Batch, Task
+from regen_dist.training.guards import poison_nonfinite
+from regen_dist.training.metrics import RankClock, StepMeter, learning_rate
+from regen_dist.training.task import Batch, TrainingTask
 
 _IN_A_STEP = ("data", "forward and backward", "update")
 
@@ -57,9 +57,9 @@ class Stepper:
         self,
         config: AnyRunConfig,
         ranks: Ranks,
-        task: Task,
+        task: TrainingTask,
         engine: Engine,
-        meter: Meter,
+        meter: StepMeter,
         *,
         step: int = 0,
         data_shift: int = 0,
@@ -84,7 +84,7 @@ class Stepper:
             # Loss and backward: gradients add up over the micro-batches; the last one averages them over the ranks.
             self._mark("forward and backward")
             loss = self.task.loss(self.engine, batch, self.step)
-            self.engine.backward(nowhere_finite(loss.value), is_last=micro + 1 == train.accumulation)
+            self.engine.backward(poison_nonfinite(loss.value), is_last=micro + 1 == train.accumulation)
             # Count it, without waiting for the device.
             flops, bad_samples = self.task.flops(batch) * leads, batch.stand_ins * leads
             self.meter.add(loss.value, loss.figures, flops, bad_samples=bad_samples)
@@ -117,3 +117,38 @@ class Stepper:
     def _mark(self, phase: str) -> None:
         """Steps are told as the record counts them, from 1: the one at work, or the one just made."""
         self._tell(phase, self.step + (phase in _IN_A_STEP))
+
+
+# Norms of the gradients by layer: a hook of the training step (`train.grad_norms_every`).
+
+
+class GradientNorms:
+    """Reports the norm of every layer's gradient, before clipping: their squares add up to that of `grad_norm`.
+
+    Args:
+        every: steps from one report to the next.
+        ranks: of the job; each holds a piece of every gradient.
+        report: told of the step and the norm of each layer.
+    """
+
+    def __init__(self, every: int, ranks: Ranks, report: Callable[[int, Mapping[str, float]], None]) -> None:
+        self._every, self._ranks, self._report = every, ranks, report
+
+    def __call__(self, step: int, gradients: Iterable[tuple[str, Tensor]]) -> None:
+        """See a step's gradients (`step.GradientHook`). A collective."""
+        if step % self._every:
+            return
+        squares: dict[str, list[Tensor]] = {}
+        for name, piece in gradients:
+            squares.setdefault(layer_of(name), []).append(torch.linalg.vector_norm(piece, dtype=torch.float64).square())
+        own = torch.stack([torch.stack(each).sum() for each in squares.values()]).tolist()  # one wait for the device
+        totals = self._ranks.sum(own)
+        self._report(step, {layer: math.sqrt(total) for layer, total in zip(squares, totals, strict=True)})
+
+
+def layer_of(parameter: str) -> str:
+    """The layer that a parameter belongs to: its name up to the first number (`decoder.blocks.3`), or, where there is
+    none, up to the parameter's own name (`decoder.unpatch`)."""
+    parts = parameter.split(".")
+    numbered = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[:-1] if numbered is None else parts[: numbered + 1]) or parameter

@@ -12,7 +12,36 @@ from pathlib import Path
 from types import FrameType
 
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.training.signals import SIGNALS, Inbox
+
+# The signals that ask a rank to stop, from its first moment to its last. Imports no torch.
+#
+# A rank imports and builds for many seconds before it trains, and tidies up for some afterwards. A signal that came
+# then would end it at once, and look like a failure to whoever started it.
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class SignalInbox:
+    """Keeps the first signal; whoever stops the run looks at it when it can."""
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+
+    def listen(self) -> SignalInbox:
+        """From now on to the end of the process, but for those who take the handlers meanwhile."""
+        for number in SIGNALS:
+            signal.signal(number, self._keep)
+        return self
+
+    def close(self) -> None:
+        """From now on nothing ends this process but its own end: Python gives handlers up before it is gone, and
+        leaves only what is ignored."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _keep(self, number: int, _frame: FrameType | None) -> None:
+        self.first = self.first or signal.Signals(number).name
+
 
 _STAT = Path("/proc/self/stat")
 _START_TICKS = 19  # the process's start among the fields that follow its name: proc(5), field 22
@@ -54,7 +83,7 @@ class Stopper:
         lead_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         age_s: float | None = None,
-        earlier: Inbox | None = None,
+        earlier: SignalInbox | None = None,
         lost: Callable[[], str] = lambda: "",
     ) -> None:
         self._file, self._ranks = run / "STOP", ranks
@@ -62,7 +91,7 @@ class Stopper:
         self._started = clock() - (process_age_s() if age_s is None else age_s)
         self.reason: str | None = None
         self._old: tuple[int, int] | None = None
-        self._earlier, self._lost = earlier or Inbox(), lost
+        self._earlier, self._lost = earlier or SignalInbox(), lost
 
     def __enter__(self) -> Stopper:
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}

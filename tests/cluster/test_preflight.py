@@ -13,26 +13,26 @@ from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, new_folder, write_job
 from launcher.preflight import check, runs, scheduler, storage
 from launcher.preflight.findings import Subject
-from launcher.seaweed import ObjectServer
-from launcher.slurm_loopback import SlurmCluster
-from launcher.submitting import Order, train_order
+from launcher.submit import SubmissionRequest, train_order
 from regen_dist.checkpoint.export import model_shapes
 from regen_dist.checks.data import data
 from regen_dist.checks.findings import Target
 from regen_dist.checks.resume import resume
 from regen_dist.config import to_yaml
-from regen_dist.data.making.moving_shapes import SyntheticOptions
-from regen_dist.data.making.synthetic import build_synthetic
-from regen_dist.data.objects.store import Store
+from regen_dist.data.storage.store import Store
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from tests.helpers.launching import Submitter
 from tests.helpers.objects import READER, use
 from tests.helpers.slurm import submit
 from tests.helpers.tiny import tiny_run
+from tools.local_services.s3 import ObjectServer
+from tools.local_services.slurm import SlurmCluster
 
 LOCAL = ClusterConfig(kind="local")
 
 
-def order(folder: Path, url: str, cluster: ClusterConfig = LOCAL, **changes: Any) -> Order:
+def order(folder: Path, url: str, cluster: ClusterConfig = LOCAL, **changes: Any) -> SubmissionRequest:
     config = tiny_run(folder / "runs", url, **{"engine__kind": "zero3", **changes})
     return train_order(config, cluster, "test")
 
@@ -91,10 +91,10 @@ def test_a_store_that_is_down_is_told_in_seconds(bucket_url: str, tmp_path: Path
 
 
 def test_a_run_that_is_done_in_the_store(bucket_url: str, tmp_path: Path) -> None:
-    from regen_dist.checkpoint.manifest import Manifest, to_text
+    from regen_dist.checkpoint.manifest import CheckpointManifest, to_text
 
     made = order(tmp_path, "none", checkpoint__url=bucket_url)
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=8, samples=0, config_hash="", version="", topology={}, state={"data": None}, metrics={}, rollbacks=[],
         shapes=model_shapes(made.configs[0].model),
     )  # fmt: skip

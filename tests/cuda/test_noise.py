@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from regen_dist.diffusion.noise import Stream, gaussian, uniforms
+from regen_dist.diffusion.noise import NoiseStream, gaussian, uniforms
 
 IDS = torch.tensor([5, 2**40])
 
@@ -18,5 +18,5 @@ def test_noise_on_a_gpu_is_that_of_the_cpu(device: torch.device) -> None:
 
 
 def test_uniforms_on_a_gpu_are_those_of_the_cpu_bit_for_bit(device: torch.device) -> None:
-    found = uniforms(7, IDS.to(device), 3, Stream.TIMESTEP)
-    assert torch.equal(found.cpu(), uniforms(7, IDS, 3, Stream.TIMESTEP))
+    found = uniforms(7, IDS.to(device), 3, NoiseStream.TIMESTEP)
+    assert torch.equal(found.cpu(), uniforms(7, IDS, 3, NoiseStream.TIMESTEP))

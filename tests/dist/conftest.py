@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import tensors
 from tests.helpers.ranks import Job, forget_moments, run_ranks, train_jobs
@@ -116,7 +116,8 @@ def _run(world_size: int, jobs: list[Job]) -> list[Any]:
 
 def _load(config: RunConfig) -> dict[str, Any]:
     """This rank's pieces of the state that a run goes on from, as numpy arrays; runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
     from regen_dist.training.run import build_trainer
 
     ranks = read_environment()

@@ -51,7 +51,8 @@ def test_the_losses_are_those_of_the_plain_engine(switched: dict[str, Switched],
 
 def _train_in_turn(kinds: tuple[str, ...]) -> list[Switched]:
     """Runs in the rank."""
-    from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
 
     ranks = read_environment()
     with process_group(ranks, needed=True):
@@ -68,9 +69,9 @@ def _in_turn(kind: str, ranks: Any) -> Switched:
 def _losses(engine_kind: str, kind: str, ranks: Any) -> tuple[list[float], int]:
     import torch
 
-    from regen_dist.data.reading.loader import ClipBatch
-    from regen_dist.distributed.engine import build_engine
-    from regen_dist.training.tasks import build_task
+    from regen_dist.data.loading.clip_loader import ClipBatch
+    from regen_dist.distributed.zero3 import build_engine
+    from regen_dist.training.task import build_task
 
     config = tiny_run(engine__kind=engine_kind, engine__persistence_threshold=0, **CHANGES[kind])
     task = build_task(config, ranks.device)

@@ -6,7 +6,7 @@ import json
 import subprocess
 
 from regen_dist.programs import regen
-from tools.gpu_check.parts import PARTS
+from tools.gpu_check.command import PARTS
 
 
 def test_every_part_passes_on_the_cpu() -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.observe.record import read_record
 from tests.fault.conftest import losses
 from tests.helpers.checkpoints import folder_of, newest

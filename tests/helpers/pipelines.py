@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from regen_dist.config import RunConfig, T2VConfig
-from regen_dist.config.text import TextConfig
-from regen_dist.data.dataset.latents import TextEmbedding
-from regen_dist.inference.prompts import as_in_cache
-from regen_dist.inference.space_files import LatentSpace
+from regen_dist.config.t2v import TextConfig
+from regen_dist.data.format.latents import TextEmbedding
+from regen_dist.inference.generate import as_in_cache
+from regen_dist.inference.latent_space import LatentSpace
 from regen_dist.models.text import TextEncoder, make_small_encoder
 from tests.helpers.saved import saved_run
 from tests.helpers.t2v import latent_space, saved_t2v

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from regen_dist.models import strips
+from regen_dist.models import layers
 from regen_dist.models.layers import CausalConv, split_first
 from tools.gpu_check.machine import Machine, relative_error, require_close
 
@@ -19,7 +19,7 @@ _DTYPE, _TOLERANCE = torch.bfloat16, 2e-2  # on the CPU too: beside float32 ther
 
 def convolutions(machine: Machine) -> dict[str, Any]:
     """Compare result and gradients at three shapes of the encoder, and the result of a very large tensor."""
-    strips.require_cudnn(machine.device.type, _DTYPE)
+    layers.require_cudnn(machine.device.type, _DTYPE)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # what is compared with is exact
     shapes = machine.size(
         ((128, 128, 17, 192, 320, 1), (128, 256, 17, 192, 320, 2), (512, 512, 9, 24, 40, 1)),
@@ -86,7 +86,7 @@ def _strips(machine: Machine) -> AbstractContextManager[object]:
     """On the CPU, strips of a size that cuts the small tensor too."""
     if machine.is_cuda:
         return nullcontext()
-    return mock.patch.multiple(strips, MOST_ELEMENTS=4000, STRIP_ELEMENTS=2000)
+    return mock.patch.multiple(layers, MOST_ELEMENTS=4000, STRIP_ELEMENTS=2000)
 
 
 def _error_of_rows(exact: CausalConv, video: Tensor, found: Tensor, start: int, stop: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regen_dist.config.schema import OptimizerConfig
+from regen_dist.config.run import OptimizerConfig
 from regen_dist.distributed.optimizer import MOMENTS, build_optimizer, fresh_state, set_num_updates
 from regen_dist.errors import BackendError
 from tools.gpu_check.machine import Machine, relative_error, require_close

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from launcher.local import rank_environment, rank_environments, supervise
+from launcher.supervise import rank_environment, rank_environments, supervise
 from regen_dist.distributed.ranks import process_group, read_environment
 from regen_dist.errors import RegenError
 from regen_dist.programs import python

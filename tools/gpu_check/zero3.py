@@ -17,13 +17,13 @@ from torch import Tensor
 
 from regen_dist.config import RunConfig, load_embedder_config
 from regen_dist.config.t2v import T2VConfig
-from regen_dist.data.reading.loader import ClipBatch
+from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.diffusion.path import noisy, target_of
-from regen_dist.distributed.base import Engine, Pieces
-from regen_dist.distributed.engine import build_engine
+from regen_dist.distributed.engine import Engine, Pieces
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
+from regen_dist.distributed.zero3 import build_engine
 from regen_dist.errors import RegenError
-from regen_dist.models import build_model
+from regen_dist.models.building import build_model
 from regen_dist.training.registry import build_task
 from tools.gpu_check.machine import Machine, relative_error, require_close
 

@@ -17,7 +17,7 @@ def frames(
 
     Example: regen shards frames DAVIS/JPEGImages/480p --out runs/davis --fps 24
     """
-    from regen_dist.data.making.assembling import assemble, sequences_below
+    from regen_dist.data.build.assembling import assemble, sequences_below
     from regen_dist.errors import DataError
 
     if not source.is_dir():

@@ -16,8 +16,8 @@ from torch import Tensor
 from regen_dist.checkpoint import export as exporting
 from regen_dist.checkpoint.export import check_shapes, model_shapes
 from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.config.embedder import RunConfig
 from regen_dist.config.exported import load_export_config, load_t2v_export_config
-from regen_dist.config.schema import RunConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model

@@ -11,7 +11,8 @@ import pytest
 from regen_dist.checks import data as checked
 from regen_dist.checks.data import data
 from regen_dist.checks.findings import Target
-from regen_dist.data.dataset.manifest import MANIFEST, SCHEMA_VERSION
+from regen_dist.data.format.index import SCHEMA_VERSION
+from regen_dist.data.format.manifest import MANIFEST
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from regen_dist.checks.findings import Target
 from regen_dist.checks.kernels import kernels, ranks
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from tests.helpers.tiny import tiny_run
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from regen_dist.checkpoint.export import model_shapes
-from regen_dist.checkpoint.manifest import Manifest, to_text
+from regen_dist.checkpoint.manifest import CheckpointManifest, to_text
 from regen_dist.checks.findings import Target
 from regen_dist.checks.kernels import kernels
 from regen_dist.checks.latents import latents
@@ -145,7 +145,7 @@ def committed(config: T2VConfig, step: int) -> None:
     data = latent_identity(config.data, ["abc"], batch_global=train.batch_global, seed=train.seed)
     folder = Path(config.checkpoints) / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=step, samples=0, config_hash="", version="", topology={"world_size": 1}, state={"data": data}, metrics={},
         rollbacks=[], shapes=model_shapes(config.model),
     )  # fmt: skip

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from regen_dist.checkpoint.export import model_shapes
-from regen_dist.checkpoint.manifest import Manifest, to_text
+from regen_dist.checkpoint.manifest import CheckpointManifest, to_text
 from regen_dist.checks import resume as resuming
 from regen_dist.checks.findings import Target
 from regen_dist.checks.resume import resume
 from regen_dist.checks.run import check_runs
 from regen_dist.config import save_config
+from regen_dist.config.embedder import RunConfig
 from regen_dist.config.identity import order_identity
-from regen_dist.config.schema import RunConfig
 from regen_dist.errors import StoreUnavailable
 from tests.helpers.tiny import tiny_run
 
@@ -43,7 +43,7 @@ def committed(config: RunConfig, step: int, data: dict[str, str] | None) -> None
     """A checkpoint of a run, as far as its manifest goes."""
     folder = Path(config.checkpoints) / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=step, samples=0, config_hash="", version="", topology={"world_size": 1}, state={"data": data}, metrics={},
         rollbacks=[], shapes=model_shapes(config.model),
     )  # fmt: skip

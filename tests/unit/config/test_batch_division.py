@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from regen_dist.config.worldsize import clips_per_rank, micro_batch_size
-from regen_dist.data.order.order import Order
-from regen_dist.distributed.engine import deepspeed_settings
+from regen_dist.config.identity import clips_per_rank, micro_batch_size
+from regen_dist.data.order.order import DataOrder
+from regen_dist.distributed.zero3 import deepspeed_settings
 from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_run
 
@@ -17,7 +17,7 @@ from tests.helpers.tiny import tiny_run
 @pytest.mark.parametrize(("batch", "accumulation"), [(24, 1), (24, 3), (8, 2), (7, 1)])
 def test_all_who_divide_agree(batch: int, accumulation: int, world_size: int) -> None:
     config = tiny_run(train__batch_global=batch, train__accumulation=accumulation, engine__kind="zero3")
-    order = Order.single(100, batch, 0)
+    order = DataOrder.single(100, batch, 0)
     fits = batch % (accumulation * world_size) == 0
     if not fits:
         for divide in (

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from regen_dist.checkpoint.importing import import_model
+from regen_dist.checkpoint.export import import_model
 from regen_dist.config import RunConfig, T2VConfig
-from regen_dist.config.schema import AttentionConfig, EngineConfig, ModelConfig, OptimizerConfig
-from regen_dist.config.section import Section
+from regen_dist.config.embedder import AttentionConfig, ModelConfig
+from regen_dist.config.run import EngineConfig, OptimizerConfig, Section
 from regen_dist.config.t2v import T2VModelConfig
-from regen_dist.distributed.engine import ENGINES
 from regen_dist.distributed.optimizer import OPTIMIZERS, Groups, OptimizerEntry
+from regen_dist.distributed.zero3 import ENGINES
 from regen_dist.errors import BackendError
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models.attention import BACKENDS

@@ -14,4 +14,4 @@ def test_fonts_are_loaded_in_one_place() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr == "truetype"
     ]
-    assert found == ["regen_dist/data/inspection/drawing.py"]
+    assert found == ["regen_dist/data/inspect/contact.py"]

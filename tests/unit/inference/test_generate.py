@@ -13,18 +13,26 @@ import pytest
 import torch
 from PIL import Image
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
-from regen_dist.evaluation.miniature.clips import generated_names
+from regen_dist.evaluation.miniature import generated_names
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.frames import SourceVideo
-from regen_dist.inference.generate import Generated, generate, sample_rows
-from regen_dist.inference.generated_files import Layout
-from regen_dist.inference.generation_settings import clips_for, frame_positions, settings_for
-from regen_dist.inference.prompts import Prompt, embed_prompts, read_prompts
-from regen_dist.inference.text_to_video import TextToVideoModel
+from regen_dist.inference.generate import (
+    Generated,
+    Layout,
+    Prompt,
+    clips_for,
+    embed_prompts,
+    frame_positions,
+    generate,
+    read_prompts,
+    resolve_settings,
+    sample_rows,
+)
+from regen_dist.inference.sampler import TextToVideoModel
 from tests.helpers.saved import saved_run
 from tests.helpers.t2v import CPU, WordEncoder, latent_space, saved_t2v
 
@@ -50,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def _settings(made: Made, **changes: Any) -> Any:
-    return settings_for(made.model, **{"steps": 2, **changes})
+    return resolve_settings(made.model, **{"steps": 2, **changes})
 
 
 def _generate(
@@ -303,7 +311,7 @@ class TestShapes:
         model, codec = (
             kind.load(each.folder, device=CPU) for kind, each in ((TextToVideoModel, run), (Codec, embedder))
         )
-        settings = settings_for(model, steps=1)
+        settings = resolve_settings(model, steps=1)
         generate(model, codec, WordEncoder, PROMPTS[:1], tmp_path / "out", settings)
         assert SourceVideo(tmp_path / "out" / "00000.mp4").num_frames == 5
 
@@ -312,7 +320,7 @@ class TestSettings:
     """What is not given is as trained; what cannot be is refused, all of it at once."""
 
     def test_defaults(self, made: Made) -> None:
-        settings = settings_for(made.model)
+        settings = resolve_settings(made.model)
         assert (settings.height, settings.width, settings.frames, settings.fps) == (32, 32, 5, 8.0)
         assert (settings.steps, settings.guidance, settings.sampler) == (4, 2.0, "euler")
 
@@ -320,12 +328,12 @@ class TestSettings:
         """No size is the trained one: the paper's is taken."""
         space = latent_space(buckets=((32, 32), (32, 48)))
         model = TextToVideoModel(made.model.model, made.model.config, space, CPU, {})
-        settings = settings_for(model)
+        settings = resolve_settings(model)
         assert (settings.height, settings.width) == (192, 320)
 
     def test_all_problems_at_once(self, made: Made) -> None:
         with pytest.raises(ConfigError) as caught:
-            settings_for(made.model, size=(100, 32), frames=0, fps=0.0, steps=0, guidance=-1.0)
+            resolve_settings(made.model, size=(100, 32), frames=0, fps=0.0, steps=0, guidance=-1.0)
         for text in (
             "size is 100x32; sides are multiples of 16, the nearest is 96x32", "frames is 0; it must be at least 1",
             "fps is 0; it must be above 0", "steps is 0", "guidance is -1",

@@ -16,19 +16,17 @@ from typer.testing import CliRunner
 
 from regen_dist.config import T2VConfig
 from regen_dist.config.t2v import FlowConfig
-from regen_dist.data.dataset.latents import TextEmbedding
+from regen_dist.data.format.latents import TextEmbedding
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.inference import prompts as prompts_module
+from regen_dist.inference import generate as prompts_module
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.frames import SourceVideo
-from regen_dist.inference.generate import generate, sample_rows
-from regen_dist.inference.generation_settings import settings_for
+from regen_dist.inference.generate import Prompt, embed_prompts, generate, resolve_settings, sample_rows
 from regen_dist.inference.given_media import fitted, frames_at, given_row, notes, read_image, read_video
-from regen_dist.inference.long import to_video
-from regen_dist.inference.prompts import Prompt, embed_prompts
-from regen_dist.inference.space_files import LatentSpace
-from regen_dist.inference.text_to_video import TextToVideoModel
+from regen_dist.inference.latent_space import LatentSpace
+from regen_dist.inference.sampler import TextToVideoModel
+from regen_dist.pixels import to_video
 from tests.helpers.t2v import CPU, FPS, WordEncoder, saved_t2v
 from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
 from tools.cli import app
@@ -77,7 +75,7 @@ def _reconstructed(codec: Codec, frame: Any) -> Any:
 
 
 def _generate(made: Made, out: Path, given: Any, **changes: Any) -> list[SourceVideo]:
-    settings = settings_for(made.model, **{"steps": 2, "frames": LENGTH, **changes})
+    settings = resolve_settings(made.model, **{"steps": 2, "frames": LENGTH, **changes})
     generate(made.model, made.codec, WordEncoder, PROMPTS, out, settings, given=given)
     return [SourceVideo(out / f"{prompt.number:05d}.mp4") for prompt in PROMPTS]
 
@@ -106,7 +104,7 @@ class TestImage:
         found = embed_prompts(WordEncoder(), made.model.space, PROMPTS)
         row = given_row(image, made.codec, made.model.space.scale, 1).expanded(2)
         for sampler, guidance in (("euler", 1.0), ("heun", 2.0), ("dpmpp_2m", 2.0)):
-            settings = settings_for(made.model, frames=LENGTH, steps=3, sampler=sampler, guidance=guidance)  # type: ignore[arg-type]
+            settings = resolve_settings(made.model, frames=LENGTH, steps=3, sampler=sampler, guidance=guidance)  # type: ignore[arg-type]
             (latents,) = sample_rows(made.model, PROMPTS, found.texts, found.null, settings, row)
             torch.testing.assert_close(latents.content, content.expand(2, -1, -1, -1), rtol=1e-4, atol=1e-5)
             assert (latents.motion[0] - latents.motion[1]).abs().max() > 0.1
@@ -200,7 +198,7 @@ class TestContinue:
             given = read_video(path, (SIDE, SIDE), most_clips=2, length=LENGTH, fps=FPS)
             known = given.encoded(made.codec)
             found = embed_prompts(WordEncoder(), made.model.space, PROMPTS)
-            settings = settings_for(made.model, frames=LENGTH, steps=2)
+            settings = resolve_settings(made.model, frames=LENGTH, steps=2)
             row = given_row(given, made.codec, made.model.space.scale, 3).expanded(2)
             rows.append(sample_rows(made.model, PROMPTS, found.texts, found.null, settings, row, 2))
             assert len(rows[-1]) == 3

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from regen_dist.config.t2v import FlowConfig
 from regen_dist.diffusion.given import Given
-from regen_dist.inference.latent_sampling import Predict, Text, row_tokens, sample_latents
-from regen_dist.models import TextToVideo, build_model
+from regen_dist.inference.sampler import Predict, Text, row_tokens, sample_latents
+from regen_dist.models.building import build_model
+from regen_dist.models.t2v import TextToVideo
 from tests.helpers.tiny import tiny_t2v_model, wake
 
 FLOW = FlowConfig(shift_tokens=8, steps=3, guidance=4.0)

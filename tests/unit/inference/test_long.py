@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.trivial import TrivialCodec
+from regen_dist.evaluation.baselines import TrivialCodec
 from regen_dist.inference.frames import Frame
-from regen_dist.inference.long import (
-    Plan,
+from regen_dist.inference.long_video import (
+    DecodePlan,
     Positions,
     Speed,
     decode_stream,
@@ -70,7 +70,11 @@ def blocks(num_frames: int, height: int = 16, width: int = 24) -> list[Frame]:
 
 
 def run(
-    codec: PooledCodec | TrivialCodec, frames: list[Frame], plan: Plan, *tracks: Positions, speed: Speed | None = None
+    codec: PooledCodec | TrivialCodec,
+    frames: list[Frame],
+    plan: DecodePlan,
+    *tracks: Positions,
+    speed: Speed | None = None,
 ) -> list[list[Frame]]:
     speed = speed or Speed()
     groups = encode_groups(codec, frames, plan, speed)

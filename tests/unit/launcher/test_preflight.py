@@ -12,13 +12,12 @@ import pytest
 
 from launcher.cluster import ClusterConfig
 from launcher.preflight import check
-from launcher.preflight.findings import Finding, Subject, note, problem
+from launcher.preflight.findings import PreflightFinding, Subject, note, problem
 from launcher.preflight.library import library
 from launcher.preflight.report import PreflightError, Report
 from launcher.preflight.settings import ranks_and_gpus
-from launcher.preflight.tracking import wandb_key
-from launcher.submitting import Order, command_order, train_order
-from launcher.sweeps import sweep_order
+from launcher.preflight.storage import wandb_key
+from launcher.submit import SubmissionRequest, command_order, sweep_order, train_order
 from regen_dist.config import to_yaml
 from regen_dist.errors import BackendError
 from tests.helpers.tiny import tiny_run
@@ -26,17 +25,17 @@ from tests.helpers.tiny import tiny_run
 HERE = {"kind": "local"}
 
 
-def order(cluster: dict[str, Any] | None = None, **changes: Any) -> Order:
+def order(cluster: dict[str, Any] | None = None, **changes: Any) -> SubmissionRequest:
     """A run of four clips a step under ZeRO-3, on this machine unless told otherwise."""
     config = tiny_run(changes.pop("output", "runs"), **{"engine__kind": "zero3", **changes})
     return train_order(config, ClusterConfig.model_validate(cluster or HERE), "test")
 
 
-def problems(found: Iterator[Finding]) -> list[str]:
+def problems(found: Iterator[PreflightFinding]) -> list[str]:
     return [each.text for each in found if each.forbids]
 
 
-def notes(found: Iterator[Finding]) -> list[str]:
+def notes(found: Iterator[PreflightFinding]) -> list[str]:
     return [each.text for each in found if not each.forbids]
 
 
@@ -98,14 +97,14 @@ def test_a_library_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyP
 
 
 def test_a_check_that_stumbles_does_not_hide_the_others() -> None:
-    def stumbles(subject: Subject) -> Iterator[Finding]:
+    def stumbles(subject: Subject) -> Iterator[PreflightFinding]:
         yield problem("never told, for it goes wrong later")
         raise ZeroDivisionError("by accident")
 
-    def refuses(subject: Subject) -> Iterator[Finding]:
+    def refuses(subject: Subject) -> Iterator[PreflightFinding]:
         raise BackendError("no answer")
 
-    def tells(subject: Subject) -> Iterator[Finding]:
+    def tells(subject: Subject) -> Iterator[PreflightFinding]:
         yield note("by the way")
         yield problem("wrong")
 
@@ -128,7 +127,7 @@ def test_the_storage_variables_of_a_cluster_count_while_it_is_checked(monkeypatc
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     seen = []
 
-    def look(subject: Subject) -> Iterator[Finding]:
+    def look(subject: Subject) -> Iterator[PreflightFinding]:
         seen.append((os.environ.get("AWS_REGION"), os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("OTHER")))
         yield from ()
 
@@ -175,7 +174,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny_run("runs", "nowhere")))
     code = (
         "import sys; from launcher.cluster import load_cluster; from launcher.preflight import check\n"
-        "from launcher.submitting import train_order; from regen_dist.config import load_config\n"
+        "from launcher.submit import train_order; from regen_dist.config import load_config\n"
         "report = check(train_order(load_config('tiny.yaml'), load_cluster('local'), 'local'))\n"
         "assert len(report.problems) == 1, report\n"
         "sys.exit(bool({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from launcher.cluster import ClusterConfig
-from launcher.preflight import places
-from launcher.preflight.estimates import Estimate, Estimates
-from launcher.preflight.findings import Subject
-from launcher.submitting import train_order
+from launcher.preflight import storage
+from launcher.preflight.findings import Estimate, Estimates, Subject
+from launcher.submit import train_order
 from regen_dist.config import T2VConfig
 from tests.helpers.latents import write_cache
 
@@ -43,13 +42,13 @@ def test_an_embedder_that_nodes_do_not_share(cache: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path / "common")
     run = t2v_run(tmp_path / "common", Path("cache"), generation={"embedder": str(tmp_path / "model")})
     place = ClusterConfig(time_min=10, signal_lead_s=60, shared=tmp_path / "common")
-    found = [finding.text for finding in places.shared(Subject(train_order(run, place, "test")))]
+    found = [finding.text for finding in storage.shared(Subject(train_order(run, place, "test")))]
     assert len(found) == 1
     assert found[0].startswith(f"generation.embedder {tmp_path}/model is not in {tmp_path}/common")
 
 
 def test_an_estimate_knows_the_clips_in_a_row(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.preflight.estimates.describe", lambda config, *_: Estimate(len(config.name), {}))
+    monkeypatch.setattr("launcher.preflight.findings.describe", lambda config, *_: Estimate(len(config.name), {}))
     known, first = Estimates(), t2v_run(tmp_path, cache)
     longer = t2v_run(tmp_path, cache, data={"clips": [4]}).model_copy(update={"name": "longer"})
     renamed = first.model_copy(update={"name": "renamed"})

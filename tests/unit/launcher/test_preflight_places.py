@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from launcher.cluster import ClusterConfig
-from launcher.preflight import places, space, storage
-from launcher.preflight.estimates import Estimate, Estimates, NoEstimate
-from launcher.preflight.findings import Subject
-from launcher.submitting import Order, train_order
-from launcher.sweeps import sweep_order
+from launcher.preflight import runs as space
+from launcher.preflight import storage
+from launcher.preflight import storage as places
+from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
+from launcher.submit import SubmissionRequest, sweep_order, train_order
 from tests.helpers.tiny import tiny_run
 
 LOCAL = ClusterConfig(kind="local")
 
 
-def order(output: Path, url: Path | str = "none", cluster: ClusterConfig = LOCAL, **changes: Any) -> Order:
+def order(output: Path, url: Path | str = "none", cluster: ClusterConfig = LOCAL, **changes: Any) -> SubmissionRequest:
     return train_order(tiny_run(output, url, **changes), cluster, "test")
 
 

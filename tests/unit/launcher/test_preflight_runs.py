@@ -13,17 +13,16 @@ from typing import Any
 
 import pytest
 
-from launcher import history, job
+from launcher import job, retry
 from launcher.cluster import ClusterConfig
-from launcher.here import LOCK
-from launcher.job import ID_FILE, Job
-from launcher.preflight import estimates, memory, runs, timing
-from launcher.preflight.estimates import Estimate, Estimates, NoEstimate
-from launcher.preflight.findings import Subject
-from launcher.preflight.measured import measured
-from launcher.submitting import Order, train_order
-from launcher.sweeps import sweep_order
-from regen_dist.config.schema import RunConfig
+from launcher.job import ID_FILE, Submission
+from launcher.local_executor import LOCK
+from launcher.preflight import findings, runs, settings
+from launcher.preflight import runs as timing
+from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
+from launcher.preflight.runs import measured
+from launcher.submit import SubmissionRequest, sweep_order, train_order
+from regen_dist.config.embedder import RunConfig
 from regen_dist.errors import BackendError
 from tests.helpers.tiny import tiny_run
 
@@ -114,8 +113,8 @@ def test_a_limit_that_ends_before_the_next_checkpoint_is_a_note(tmp_path: Path) 
     config = tiny_run(tmp_path, checkpoint__every=60)
     record(config, began(at=1050.0), step(9.0), step(9.0), saved(10.0))
     (config.folder / "launch").mkdir()
-    start = history.Start(job="1", restart=0, nodes=("a",), time=1000.0)
-    history.write_entry(config.folder / "launch", start)
+    start = retry.Start(job="1", restart=0, nodes=("a",), time=1000.0)
+    retry.write_entry(config.folder / "launch", start)
     told = texts(timing.times(subject(config, TIMED)), forbids=False)
     assert len(told) == 1
     assert "the run starts (50 s) but does not get to the checkpoint" in told[0]
@@ -127,7 +126,7 @@ def test_a_limit_that_ends_before_the_next_checkpoint_is_a_note(tmp_path: Path) 
 
 
 @contextmanager
-def submitted(order: Order, folder_of: Path) -> Iterator[Job]:
+def submitted(order: SubmissionRequest, folder_of: Path) -> Iterator[Submission]:
     """A local job that lives as long as the block."""
     made = order.job(job.new_folder(folder_of), Path("code"))
     job.write_job(made)
@@ -159,7 +158,7 @@ def test_a_run_of_a_sweep_that_is_running(tmp_path: Path) -> None:
 
 
 def test_a_job_that_nobody_can_be_asked_about_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(_: Job) -> bool:
+    def unknown(_: Submission) -> bool:
         raise BackendError("squeue is not found")
 
     monkeypatch.setattr(runs, "is_alive", unknown)
@@ -195,21 +194,21 @@ def on_cards(gigabytes: float | None, told: Estimates, gpus: int = 4, **changes:
 
 def test_a_model_that_is_too_large() -> None:
     told = Told(weights=2 << 30, moments=7 << 30, ema=1 << 30, activations=40 << 30)
-    assert texts(memory.gpu_memory(on_cards(40.0, told))) == [
+    assert texts(settings.gpu_memory(on_cards(40.0, told))) == [
         "about 50.0 GiB are needed on each of 4 GPUs, a card has 40 (gpu_memory_gb); most of it: activations 40.0 GiB; "
         "moments 7.0 GiB; weights 2.0 GiB. To lower it, take more GPUs, raise train.accumulation (now 1), or set "
         "engine.activation_checkpointing=true (`regen describe` shows all of it)"
     ]
-    [tight] = list(memory.gpu_memory(on_cards(55.0, told)))
+    [tight] = list(settings.gpu_memory(on_cards(55.0, told)))
     assert (tight.forbids, "91% of a card's 55" in tight.text) == (False, True)
-    assert list(memory.gpu_memory(on_cards(60.0, told))) == []
+    assert list(settings.gpu_memory(on_cards(60.0, told))) == []
 
 
 def test_memory_is_not_looked_at_without_cards() -> None:
     told = Told(weights=1 << 40)
-    assert list(memory.gpu_memory(on_cards(None, told))) == []
-    assert list(memory.gpu_memory(on_cards(1.0, told, gpus=0))) == []
-    assert list(memory.gpu_memory(on_cards(1.0, told, gpus=3))) == [], "the batch does not fit: told elsewhere"
+    assert list(settings.gpu_memory(on_cards(None, told))) == []
+    assert list(settings.gpu_memory(on_cards(1.0, told, gpus=0))) == []
+    assert list(settings.gpu_memory(on_cards(1.0, told, gpus=3))) == [], "the batch does not fit: told elsewhere"
     assert told.asked == 0
 
 
@@ -220,7 +219,7 @@ def test_runs_of_a_sweep_share_an_estimate(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append(config.name)
         return Estimate(len(asked), {})
 
-    monkeypatch.setattr(estimates, "describe", describe)
+    monkeypatch.setattr(findings, "describe", describe)
     known = Estimates()
     first = known.of(tiny_run(name="a", optimizer__lr=1e-3), 2)
     assert known.of(tiny_run("elsewhere", name="b", optimizer__lr=3e-3, train__steps=9), 2) is first
@@ -235,8 +234,8 @@ def test_describing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(config: RunConfig, world_size: int, timeout_s: float) -> Estimate:
         raise subprocess.TimeoutExpired("describe", timeout_s)
 
-    monkeypatch.setattr(estimates, "describe", slow)
-    [found] = list(memory.gpu_memory(on_cards(80.0, Estimates())))
+    monkeypatch.setattr(findings, "describe", slow)
+    [found] = list(settings.gpu_memory(on_cards(80.0, Estimates())))
     assert (found.forbids, found.text) == (
         False, "GPU memory was not estimated: `regen describe` took longer than 60 s",
     )  # fmt: skip
@@ -247,10 +246,10 @@ def test_describing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_describe_is_asked_with_the_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real one, from a folder that is no checkout."""
     monkeypatch.chdir(tmp_path)
-    found = estimates.describe(tiny_run(engine__kind="zero3"), 2, 120.0)
-    wider = estimates.describe(tiny_run(engine__kind="zero3", model__decoder__width=64), 2, 120.0)
+    found = findings.describe(tiny_run(engine__kind="zero3"), 2, 120.0)
+    wider = findings.describe(tiny_run(engine__kind="zero3", model__decoder__width=64), 2, 120.0)
     assert 50_000 < found.parameters < wider.parameters
     assert "AdamW's two moments (fp32, sharded)" in found.memory
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(NoEstimate, match="exit code 1"):
-        estimates.describe(tiny_run(), 1, 60.0)
+        findings.describe(tiny_run(), 1, 60.0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from regen_dist.config.schema import AttentionConfig
+from regen_dist.config.embedder import AttentionConfig
 from regen_dist.errors import BackendError
 from regen_dist.models import attention as module
 from regen_dist.models import kernels

@@ -13,8 +13,8 @@ from torch import Tensor
 from regen_dist.config import load_config
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.errors import DataError
-from regen_dist.models import TextToVideo, build_model
-from regen_dist.models.t2v import fold_latents, frame_places, token_positions, unfold_latents
+from regen_dist.models.building import build_model
+from regen_dist.models.t2v import TextToVideo, fold_latents, frame_places, token_positions, unfold_latents
 from tests.helpers.tiny import tiny_t2v_model, wake
 
 TEXT, TOKENS = 12, 5

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from regen_dist.observe.tensorboard import TensorBoard
-from regen_dist.observe.trackers import Trackers
+from regen_dist.observe.tracker import Trackers
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
 

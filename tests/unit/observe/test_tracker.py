@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regen_dist.config.run_id import read_run_id
+from regen_dist.config.identity import read_run_id
 from regen_dist.observe import tracker as tracking
 from regen_dist.observe.tracker import Tracker
 from tests.helpers.tiny import tiny_run

@@ -13,10 +13,9 @@ from typer.testing import CliRunner
 
 from regen_dist.errors import BackendError, ConfigError, RegenError
 from tools.cli import app
-from tools.gpu_check import running
+from tools.gpu_check import command
+from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part
 from tools.gpu_check.machine import LeftOut, Machine, relative_error, require_close
-from tools.gpu_check.parts import PARTS, Part, chosen_parts
-from tools.gpu_check.running import all_passed, run_part
 from tools.gpu_check.worker import made_by
 
 ROOT = Path(__file__).parents[3]
@@ -47,7 +46,7 @@ def test_a_machine_without_a_gpu_is_refused_with_the_way_out() -> None:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts are lines of Python, in the place of the functions of a worker."""
-    monkeypatch.setattr(running, "python", lambda *given: [os.sys.executable, "-c", given[2], *given[3:]])  # type: ignore[attr-defined]
+    monkeypatch.setattr(command, "python", lambda *given: [os.sys.executable, "-c", given[2], *given[3:]])  # type: ignore[attr-defined]
 
 
 def _run(code: str, folder: Path, limit_s: float = 60.0) -> dict[str, Any]:
@@ -102,7 +101,7 @@ def test_one_failed_part_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> N
         status = "failed" if part.name == "zero3" else "passed"
         return {"part": part.name, "status": status, "summary": "", "seconds": 1.0, "log": "the end"}
 
-    monkeypatch.setattr(running, "run_part", ran)
+    monkeypatch.setattr(command, "run_part", ran)
     done = CliRunner().invoke(app, ["gpu-check", "--cpu", "--json"])
     assert done.exit_code == 1
     told = json.loads(done.stdout)

@@ -13,7 +13,8 @@ import torch
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.reader import newest_good
 from regen_dist.checkpoint.saver import Saver
-from regen_dist.config.schema import CheckpointConfig, RunConfig
+from regen_dist.config.embedder import RunConfig
+from regen_dist.config.run import CheckpointConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError, TrainingError
 from regen_dist.inference.codec import Codec

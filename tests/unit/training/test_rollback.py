@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.errors import CheckpointError, TrainingError
 from regen_dist.observe.record import read_record
 from regen_dist.training.embedder import EmbedderTask

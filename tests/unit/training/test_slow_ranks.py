@@ -8,7 +8,7 @@ import time
 import pytest
 
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
-from regen_dist.training.slow_ranks import RankClock, RankReport, RankTimes, compared
+from regen_dist.training.metrics import RankClock, RankReport, RankTimes, compared
 from tests.helpers.ranks import run_ranks
 
 

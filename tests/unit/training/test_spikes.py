@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from regen_dist.config.keeping import SpikeConfig
-from regen_dist.training.spikes import Spike, SpikeGuard, usual
+from regen_dist.config.run import SpikeConfig
+from regen_dist.training.guards import Spike, SpikeGuard, usual
 
 CLIP, IMAGE = "17x64x64", "1x64x64"
 

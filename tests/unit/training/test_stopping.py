@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from regen_dist.config.schema import TrainConfig
-from regen_dist.distributed.base import StepResult
+from regen_dist.config.run import TrainConfig
+from regen_dist.distributed.engine import StepResult
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import TrainingError
 from regen_dist.training.guards import NonFiniteGuard
-from regen_dist.training.signals import SIGNALS, Inbox
-from regen_dist.training.stopping import Stopper, process_age_s
+from regen_dist.training.stopping import SIGNALS, SignalInbox, Stopper, process_age_s
 from tests.helpers.disks import make_read_only, small_disk
 
 
@@ -45,7 +44,7 @@ def test_a_signal_that_came_before_the_run_began(tmp_path: Path) -> None:
     """While a rank imports and builds; and after the run a signal is kept, too, instead of ending the process."""
     before = [signal.getsignal(number) for number in SIGNALS]
     try:
-        inbox = Inbox().listen()
+        inbox = SignalInbox().listen()
         os.kill(os.getpid(), signal.SIGUSR2)
         with Stopper(tmp_path, Ranks(), earlier=inbox) as stopper:
             assert stopper.wanted()

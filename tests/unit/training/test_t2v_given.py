@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from regen_dist.config.t2v import FlowConfig
-from regen_dist.data.reading.keys import sample_keys
+from regen_dist.data.loading.plan import sample_keys
 from regen_dist.diffusion.given import Given, drawn, error_of_the_rest
 from regen_dist.diffusion.noise import latent_gaussian
 from tests.helpers.latents import write_cache

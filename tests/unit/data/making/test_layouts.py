@@ -14,11 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from regen_dist.data.making.assembling import assemble, sequences_below
-from regen_dist.data.making.build import build_shards
-from regen_dist.data.making.captions import Columns
-from regen_dist.data.making.plan import BuildOptions
-from regen_dist.data.making.sources import find_sources
+from regen_dist.data.build.assembling import assemble, sequences_below
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.sources import Columns, find_sources
 from regen_dist.errors import DataError
 from tests.helpers.video import moving_square, write_video
 

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from regen_dist.data.making.captions import read_rows
-from regen_dist.data.making.sources import Sources, find_sources
+from regen_dist.data.build.sources import Sources, find_sources, read_rows
 from regen_dist.errors import DataError
 
 

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.making.build import build_shards
-from regen_dist.data.making.plan import BuildOptions
-from regen_dist.data.making.sources import find_sources
-from regen_dist.data.objects.store import Limits, Store
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.sources import find_sources
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, DataError, ObjectCut, ObjectMissing
 from tests.helpers.video import moving_square, write_video
 from tests.helpers.webserver import WebServer, serving
 
 OPTIONS = BuildOptions(min_frames=4, min_motion=0, short_side=32)
-QUICK = Limits(stall_s=1, deadline_s=2)
+QUICK = StoreLimits(stall_s=1, deadline_s=2)
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def write_csv(server: WebServer, *videos: str) -> None:
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("heads", [True, False])
 def test_a_list_on_a_web_server_becomes_a_dataset(tmp_path: Path, server: WebServer, ranges: bool, heads: bool) -> None:
-    from regen_dist.data.making.captions import Columns
+    from regen_dist.data.build.sources import Columns
 
     if not ranges and not heads:
         pytest.skip("a server that tells no size at all")
@@ -55,7 +56,7 @@ def test_dead_links_are_left_out_with_their_names_and_denied_ones_too(server: We
     server.refuse = {"private": 403}
     write_csv(server, f"{server.url}/clips/c.mp4", f"{server.url}/gone.mp4", f"{server.url}/private.mp4")
     (server.folder / "private.mp4").write_bytes(b"x")
-    from regen_dist.data.making.captions import Columns
+    from regen_dist.data.build.sources import Columns
 
     found = find_sources([server.folder / "list.csv"], columns=Columns.parse("video=path"))
     assert len(found.found) == 1

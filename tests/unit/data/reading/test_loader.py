@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from regen_dist.config.schema import DataConfig
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.reading.loader import ClipBatch
-from regen_dist.data.reading.training_set import TrainingSet
-from regen_dist.data.reading.validation import validation_clip
+from regen_dist.config.run import DataConfig
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.loading.clip_loader import ClipBatch
+from regen_dist.data.loading.datasets import TrainingSet
+from regen_dist.data.loading.validation import validation_clip
 from regen_dist.errors import ConfigError, DataError
 from tests.helpers.dataconfigs import single
 from tests.helpers.workers import read

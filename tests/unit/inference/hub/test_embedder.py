@@ -18,14 +18,14 @@ from diffusers import AutoModel
 from torch import Tensor
 
 from regen_dist.config import load_config
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.hub.embedder import VideoEmbedder
 from regen_dist.inference.hub.module import own_module
-from regen_dist.inference.statistics import read_statistics
-from regen_dist.models import Latents
+from regen_dist.inference.latent_space import read_statistics
+from regen_dist.models.encoder import Latents
 from tests.helpers.saved import saved_run
 from tests.helpers.tiny import clips, tiny_dataset
 

@@ -17,13 +17,10 @@ from diffusers import AutoModel, DiffusionPipeline
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.inference.generate import _generated
-from regen_dist.inference.generation_settings import settings_for
+from regen_dist.inference.generate import Prompt, _generated, embed_prompts, load_text_encoder, resolve_settings
 from regen_dist.inference.hub.module import own_module, pipeline_module
 from regen_dist.inference.hub.pipeline import TextToVideoTransformer
-from regen_dist.inference.latent_sampling import Text
-from regen_dist.inference.prompts import Prompt, embed_prompts, load_text_encoder
-from regen_dist.inference.text_to_video import TextToVideoModel
+from regen_dist.inference.sampler import Text, TextToVideoModel
 from regen_dist.models.text import make_small_encoder
 from tests.helpers.pipelines import CAPTIONS, Parts, saved_parts
 from tests.helpers.saved import saved_run
@@ -51,7 +48,7 @@ def _expected(parts: Parts, negative: str | None = None, **asked: Any) -> Any:
     model, codec = TextToVideoModel.load(parts.run.folder, device=CPU), Codec.load(parts.embedder.folder, device=CPU)
     prompts = [Prompt(number, text) for number, text in enumerate(PROMPTS)]
     embedded = embed_prompts(load_text_encoder(model.space, None, CPU), model.space, prompts, negative)
-    settings = settings_for(model, negative=negative, **asked)
+    settings = resolve_settings(model, negative=negative, **asked)
     made = _generated(model, codec, prompts, embedded, settings, batch=len(prompts))
     return np.stack([np.stack([frame for part in frames for frame in part]) for _, frames in made])
 
