@@ -69,3 +69,31 @@ def test_the_glossary_has_each_term_once() -> None:
     terms = re.findall(r"^\| (?!term|---)([^|]+) \|", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
     assert len(terms) > 30
     assert sorted(terms) == sorted(set(terms))
+
+
+def _guarantees(text: str) -> list[tuple[str, list[str]]]:
+    """Each guarantee with its tests: the nested items of a list."""
+    items = re.findall(r"^- (.+(?:\n  (?! ).+)*)\n((?:    - .+\n?)*)", text, re.MULTILINE)
+    return [(claim, re.findall(r"^    - `(.+)`$", tests, re.MULTILINE)) for claim, tests in items]
+
+
+def _is_a_test(name: str) -> bool:
+    file, _, test = name.partition("::")
+    if not re.fullmatch(r"tests/[\w/]+\.py", file) or not (ROOT / file).is_file():
+        return False
+    return re.search(rf"^ *def {test or 'test_'}", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def test_each_guarantee_has_a_test() -> None:
+    assert _guarantees("- a\n  b\n    - `c`\n- d\n") == [("a\n  b", ["c"]), ("d", [])]
+    assert not _is_a_test("tests/unit/house/test_pages.py::test_nothing")
+    found = _guarantees((ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8") + "\n")
+    assert len(found) > 60
+    assert [claim for claim, tests in found if not tests] == [], "name the test that proves it"
+    assert [name for _, tests in found for name in tests if not _is_a_test(name)] == [], "no such test"
+
+
+def test_guarantees_stand_on_one_page() -> None:
+    """No other page has a table of them."""
+    found = [page.name for page in PAGES if re.search(r"^\| guarantee", page.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert found == []
