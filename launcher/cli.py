@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.job import LAUNCH, Submission
-from launcher.preflight import check
-from launcher.script import batch_script
-from launcher.submit import SubmissionRequest
 from regen_dist.errors import ConfigError
 from regen_dist.jsontext import json_text
 
 if TYPE_CHECKING:
+    from launcher.job import Submission
     from launcher.submit import SubmissionRequest
 
 
@@ -143,6 +140,10 @@ def finish(order: SubmissionRequest, dry_run: bool, force: bool, wait: bool) -> 
 
 def show(order: SubmissionRequest) -> None:
     """The resolved job and its batch script, as they would be submitted; the names in capitals are given then."""
+    from launcher.job import LAUNCH
+    from launcher.preflight import check
+    from launcher.script import batch_script
+
     job = order.job(order.base / LAUNCH / "DATE", order.base / LAUNCH / "code" / "HASH")
     print("# the job")
     print(json_text(job.model_dump(mode="json", exclude={"submitted"}), indent=1))
@@ -160,6 +161,8 @@ def check_and_say(order: SubmissionRequest, *, force: bool) -> None:
     Raises:
         PreflightError: there are problems, and no force.
     """
+    from launcher.preflight import check
+
     report = check(order)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
