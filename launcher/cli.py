@@ -69,16 +69,18 @@ def train(
       regen submit train configs/embedder/nano.yaml --tasks-per-node 2 --sweep optimizer.lr=1e-3,3e-3
     """
     from launcher.cluster import load_cluster
-    from launcher.submit import expand, sweep_order, train_order
+    from launcher.submit import expand_sweep, sweep_order, train_order
     from regen_dist.config import load_config
 
     place = load_cluster(cluster, cluster_overrides(nodes, gpus_per_node, tasks_per_node, time, settings))
     if not sweep:
-        finish(train_order(load_config(config, overrides or []), place, cluster, fresh=fresh), dry_run, force, wait)
+        finish_submission(
+            train_order(load_config(config, overrides or []), place, cluster, fresh=fresh), dry_run, force, wait
+        )
         return
     if fresh:
         raise ConfigError("--fresh is for a single run; give it to the one whose checkpoints are damaged")
-    finish(sweep_order(expand(config, overrides or [], sweep), place, cluster), dry_run, force, wait)
+    finish_submission(sweep_order(expand_sweep(config, overrides or [], sweep), place, cluster), dry_run, force, wait)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -108,7 +110,7 @@ def run(
     from launcher.submit import command_order
 
     place = load_cluster(cluster, cluster_overrides(1, gpus_per_node, None, time, settings))
-    finish(command_order(name, output / name, command, place, cluster, tasks=array), dry_run, force, wait)
+    finish_submission(command_order(name, output / name, command, place, cluster, tasks=array), dry_run, force, wait)
 
 
 def cluster_overrides(
@@ -119,16 +121,16 @@ def cluster_overrides(
     return [*(settings or []), *(f"{name}={value}" for name, value in given.items() if value is not None)]
 
 
-def finish(order: SubmissionRequest, dry_run: bool, force: bool, wait: bool) -> None:
+def finish_submission(order: SubmissionRequest, dry_run: bool, force: bool, wait: bool) -> None:
     """Check, submit, and tell what to do next."""
     from launcher.submit import submit
 
     if dry_run:
-        show(order)
+        print_submission(order)
         return
-    check_and_say(order, force=force)
+    run_preflight(order, force=force)
     job = submit(order)
-    say_submitted(job)
+    print_submitted(job)
     if wait:
         from launcher.submit import wait_for
 
@@ -138,7 +140,7 @@ def finish(order: SubmissionRequest, dry_run: bool, force: bool, wait: bool) -> 
 # What `regen submit` prints.
 
 
-def show(order: SubmissionRequest) -> None:
+def print_submission(order: SubmissionRequest) -> None:
     """The resolved job and its batch script, as they would be submitted; the names in capitals are given then."""
     from launcher.job import LAUNCH
     from launcher.preflight import check
@@ -155,7 +157,7 @@ def show(order: SubmissionRequest) -> None:
         print(found, file=sys.stderr)
 
 
-def check_and_say(order: SubmissionRequest, *, force: bool) -> None:
+def run_preflight(order: SubmissionRequest, *, force: bool) -> None:
     """The checks before submitting: notes are printed; problems too if they are forced aside.
 
     Raises:
@@ -172,7 +174,7 @@ def check_and_say(order: SubmissionRequest, *, force: bool) -> None:
         print(f"warning: submitted in spite of: {problem}", file=sys.stderr)
 
 
-def say_submitted(job: Submission) -> None:
+def print_submitted(job: Submission) -> None:
     """Where it went, and how to watch it."""
     where = "on this machine" if job.cluster.kind == "local" else f"to {job.cluster_name}"
     size = f"{job.cluster.nodes} node(s) x {job.cluster.ranks_per_node} rank(s)" if job.distributed else "1 process"

@@ -48,13 +48,13 @@ def score_shapes(
     """
     from rich.console import Console
 
-    from regen_dist.evaluation.miniature import SCORES, Request, judge
+    from regen_dist.evaluation.miniature import SCORES, Request, judge_videos
 
     request = Request(
         held_out, embedder, _named(generated or [], "--generated"), _named(run or [], "--run"), number, previews
     )
     with progress_bar() as progress:
-        found = judge(request, out, progress)
+        found = judge_videos(request, out, progress)
     console = Console()
     console.print(_table(found))
     for name, reason in found.report["not_made"].items():

@@ -215,7 +215,7 @@ class Fraction:
         return {"right": self.right, "number": self.number, "share": self.value, "interval_95": list(self.interval())}
 
 
-def score(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict[str, Fraction]:
+def score_arm(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict[str, Fraction]:
     """Share of the readings that are right, for each of MEASURES.
 
     Args:
@@ -254,7 +254,7 @@ def derangement(count: int, seed: int = 0) -> list[int]:
     return order
 
 
-def missed(scores: dict[str, Fraction]) -> list[str]:
+def missed_targets(scores: dict[str, Fraction]) -> list[str]:
     """What the generated videos miss of TARGETS, in words; empty when they meet them all."""
     number = scores[ALL].number
     found = [f"{number} videos, at least {LEAST_VIDEOS} are asked for"] if number < LEAST_VIDEOS else []
@@ -301,7 +301,7 @@ class ScoredVideos:
     @property
     def scores(self) -> dict[str, Fraction]:
         """Share that is right, by measure."""
-        return score(self._readings, [video.wanted for video in self.videos])
+        return score_arm(self._readings, [video.wanted for video in self.videos])
 
     @property
     def confusions(self) -> dict[str, Confusion]:
@@ -552,7 +552,7 @@ class _Source(NamedTuple):
     facts: Mapping[str, Any]
 
 
-def judge(request: Request, out: Path, progress: Progress = lambda stage, done, total: None) -> Judgement:
+def judge_videos(request: Request, out: Path, progress: Progress = lambda stage, done, total: None) -> Judgement:
     """Read the videos of every arm that there is, and write scores.json and index.html into a folder.
 
     Args:
@@ -686,7 +686,7 @@ def _report(
         "targets": TARGETS,
         "least_videos": LEAST_VIDEOS,
         "targets_are_for": None if main is None else main.name,
-        "missed": ["there are no generated videos"] if main is None else missed(main.scores),
+        "missed": ["there are no generated videos"] if main is None else missed_targets(main.scores),
         "combinations_not_held_out": seen,
         "not_made": dict(not_made),
         "runs": {name: {"folder": str(run), "config_hash": _config_hash(run)} for name, run in request.runs.items()},
