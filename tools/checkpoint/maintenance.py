@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from regen_dist.checkpoint.maintenance import CheckpointPlace, Pruned
     from regen_dist.config.run import CheckpointConfig
 if TYPE_CHECKING:
-    from regen_dist.checkpoint.maintenance import Entry
-if TYPE_CHECKING:
     from rich.table import Table
 
     from regen_dist.checkpoint.maintenance import CheckpointPlace, Entry
+if TYPE_CHECKING:
+    from regen_dist.checkpoint.maintenance import Entry
 
 
 # What several subcommands of `regen checkpoint` take and show alike.
