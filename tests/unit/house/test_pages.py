@@ -114,3 +114,34 @@ def test_guarantees_stand_on_one_page() -> None:
     """No other page has a table of them."""
     found = [page.name for page in PAGES if re.search(r"^\| guarantee", page.read_text(encoding="utf-8"), re.MULTILINE)]
     assert found == []
+
+
+PRIVATE = re.compile(
+    r"\b(told|mend(s|ed|ing)?|for ever|stand-ins?|stood in for|looked at|gone back from|as it stands|leaves word"
+    r"|in the place of|first word|last word|nobody in|held against|out of thin air|walk(s|ing)? to it)\b",
+    re.IGNORECASE,
+)
+
+
+def _prose(text: str) -> str:
+    """A page without its code: blocks, spans, and the names of files in links."""
+    return re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", " ", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_a_page_uses_standard_words(page: Path) -> None:
+    """STYLE: report, fix, forever, replacement sample, inspect, roll back, unchanged, record, instead of."""
+    assert PRIVATE.search("It is told once")
+    assert not PRIVATE.search(_prose("`for ever` for every"))
+    prose = " ".join(_prose(page.read_text(encoding="utf-8")).split())
+    assert [found.group() for found in PRIVATE.finditer(prose)] == []
+
+
+LIST_WITHOUT_A_GAP = re.compile(r"^(?![-*|#>` ]|\d+\.)[^\n]+\n[-*] ", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_list_begins_after_an_empty_line(page: Path) -> None:
+    """Or the site shows it as one paragraph (GitHub does not)."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert [found.group()[:60] for found in LIST_WITHOUT_A_GAP.finditer(text)] == []
