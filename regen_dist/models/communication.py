@@ -2,9 +2,10 @@
 
 In every micro-batch ("ZeRO", Rajbhandari et al., 2020, Sec. 7.2.2) weights are gathered twice, for the forward and for
 the backward pass, in the working precision, and all gradients are reduced to their owners, in that which
-`EngineConfig.reduces_in` names. What activation checkpointing computes again shares its gather with the backward pass that follows at once. Small weights stay whole,
-and are gathered once, after the update. It is an upper bound: DeepSpeed keeps up to 10^9 elements gathered and looks
-ahead (stage3_max_live_parameters, stage3_max_reuse_distance), so that some weights need no second gather.
+`EngineConfig.reduces_in` names. What activation checkpointing computes again shares its gather with the backward pass
+that follows at once. Small weights stay whole, and are gathered once, after the update. It is an upper bound: DeepSpeed
+keeps up to 10^9 elements gathered and looks ahead (stage3_max_live_parameters, stage3_max_reuse_distance), so that some
+weights need no second gather.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 from regen_dist.config.schema import EngineConfig
 
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements: gradients that are reduced at once
 _GATHERS = 2  # of a large weight in a micro-batch
 _GIGABIT = 1e9 / 8  # bytes
 
@@ -41,6 +43,42 @@ def sent_bytes(
         name: (reduced if name == "gradients reduced" else width) * count * (world_size - 1) // world_size
         for name, count in elements.items()
     }
+
+
+def num_collectives(parameter_sizes: Sequence[int], engine: EngineConfig, *, accumulation: int) -> int:
+    """Gathers and reductions that a GPU takes part in, in one optimizer step; of as many bytes as `sent_bytes` tells.
+
+    DeepSpeed gathers weights ahead until they fill `engine.zero.prefetch_bucket`, and reduces gradients by the bucket.
+    A weight that is larger than the bucket is gathered alone. What ranks exchange that share rows is not in it.
+
+    Args:
+        parameter_sizes: elements of each parameter, in the order of use.
+        engine: `plain` has one rank, which sends nothing.
+        accumulation: micro-batches of a step.
+    """
+    if engine.kind == "plain":
+        return 0
+    large = [size for size in parameter_sizes if size > engine.persistence_threshold]
+    gathers, filled = 0, engine.zero.prefetch_bucket + 1
+    for size in large:
+        if filled + size > engine.zero.prefetch_bucket:
+            gathers, filled = gathers + 1, 0
+        filled += size
+    reductions = -(-sum(parameter_sizes) // REDUCE_BUCKET)
+    return accumulation * (_GATHERS * gathers + reductions) + (len(large) < len(parameter_sizes))
+
+
+def ring_seconds(world_size: int, gpus_per_node: int, *, nvlink_hop_us: float, network_hop_us: float) -> float:
+    """Time that a collective of no bytes takes around a ring of all GPUs: a step for each but one of them, as many of
+    them between nodes as there are nodes but one.
+
+    Args:
+        world_size: GPUs.
+        gpus_per_node: of each node.
+        nvlink_hop_us, network_hop_us: of a step inside a node and between nodes.
+    """
+    between = -(-world_size // gpus_per_node) - 1
+    return ((world_size - 1 - between) * nvlink_hop_us + between * network_hop_us) / 1e6
 
 
 def exchanged_bytes(
@@ -77,7 +115,7 @@ def network_bytes(sent: int, *, world_size: int, gpus_per_node: int) -> int:
 def wire_seconds(sent: int, network: int, *, nvlink_gbps: float, network_gbps: float) -> float:
     """Time that the slowest wire of a ring needs: links between the GPUs of a node, or the node's network interfaces.
 
-    Latency is not in it, nor anything that keeps a collective from the full bandwidth.
+    Latency is not in it (see `ring_seconds`), nor anything that keeps a collective from the full bandwidth.
 
     Args:
         sent: bytes that one GPU sends to the next.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from regen_dist.models.communication import network_bytes, wire_seconds
+from regen_dist.models.communication import network_bytes, ring_seconds, wire_seconds
 
 _DAY_S, _HOUR_S = 86_400, 3_600
 
@@ -22,14 +22,18 @@ class Assumptions:
         nvlink_gbps: of one GPU in one direction, gigabits per second.
         network_gbps: of all interfaces of one node in one direction, gigabits per second.
         dollars_per_gpu_hour: the price.
+        nvlink_hop_us, network_hop_us: latency of a step of a ring inside a node and between nodes, in microseconds;
+            NCCL's own table (src/graph/tuning.cc: ring, Simple).
     """
 
-    mfu: float = 0.4
+    mfu: float = 0.28  # published runs of 14B parameters reach 0.23 to 0.33
     peak_tflops: float = 989.0
     gpus_per_node: int = 8
     nvlink_gbps: float = 3600.0
     network_gbps: float = 3200.0
     dollars_per_gpu_hour: float = 3.0
+    nvlink_hop_us: float = 3.4
+    network_hop_us: float = 9.6
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Cost:
         sent_bytes: that each GPU sends in a step.
         steps: of the run.
         assumed: what the user states.
+        collectives: of a step, each of which passes once around all GPUs.
     """
 
     world_size: int
@@ -51,6 +56,7 @@ class Cost:
     sent_bytes: int
     steps: int
     assumed: Assumptions
+    collectives: int = 0
 
     @property
     def network_bytes(self) -> int:
@@ -59,9 +65,18 @@ class Cost:
 
     @property
     def communication_s(self) -> float:
-        """Time of a step on the wires."""
+        """Time of a step on the wires: for the bytes, and for the latency of every collective."""
         links = {"nvlink_gbps": self.assumed.nvlink_gbps, "network_gbps": self.assumed.network_gbps}
-        return wire_seconds(self.sent_bytes, self.network_bytes, **links)
+        return wire_seconds(self.sent_bytes, self.network_bytes, **links) + self.latency_s
+
+    @property
+    def latency_s(self) -> float:
+        """Part of `communication_s` that no bandwidth shortens."""
+        around = ring_seconds(
+            self.world_size, self.assumed.gpus_per_node,
+            nvlink_hop_us=self.assumed.nvlink_hop_us, network_hop_us=self.assumed.network_hop_us,
+        )  # fmt: skip
+        return self.collectives * around
 
     @property
     def computation_s(self) -> float:
@@ -93,6 +108,8 @@ class Cost:
         return {
             "network_bytes_per_node": self.network_bytes,
             "communication_s": self.communication_s,
+            "latency_s": self.latency_s,
+            "collectives": self.collectives,
             "computation_s": self.computation_s,
             "communication_can_hide": self.communication_s <= self.computation_s,
             "step_s": self.step_s,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from regen_dist.config.schema import EngineConfig
 from regen_dist.models.accounting import Account
+from regen_dist.models.communication import REDUCE_BUCKET
 
-# DeepSpeed's defaults, in elements, which the engine does not change.
-_BUCKET = 500_000_000  # reduce_bucket_size: gradients that are reduced at once
+# DeepSpeed's default, in elements, which the engine does not change.
 _LIVE = 1_000_000_000  # stage3_max_live_parameters: weights that may be gathered at once
 
 
@@ -34,10 +34,10 @@ def memory_bytes(
     shards = world_size if zero3 else 1
     share = -(-model.num_parameters // shards)
     low = 2 if mixed else 4
-    copied = min(model.num_parameters, _BUCKET)
+    copied = min(model.num_parameters, REDUCE_BUCKET)
     reduced = 4 if engine.reduces_in(world_size) == "fp32" else 2  # bytes
     # In fp32 beside a bucket in bf16, the copy is of twice the width, and on GPUs exists as long as the reduction.
-    bucket = low * _BUCKET + reduced * copied if on_gpu else (low + 2 * reduced) * copied
+    bucket = low * REDUCE_BUCKET + reduced * copied if on_gpu else (low + 2 * reduced) * copied
     second = low * -(-model.num_parameters // engine.zero.partition_size) if engine.zero.partition_size > 1 else 0
     activations = clips_per_gpu * model.activation_bytes
     gradients = (4 if zero3 or not mixed else low + 4) * share  # in fp32 for the update, whatever they are reduced in
@@ -59,6 +59,12 @@ def memory_bytes(
         if shards > 1
         else {name.replace(", sharded", "").replace(" (sharded)", ""): size for name, size in kept.items()}
     )
+
+
+def host_bytes(num_parameters: int, engine: EngineConfig, *, world_size: int) -> int:
+    """Page-locked host memory of each rank while checkpoints are written: the copy of its share of masters, EMA and two
+    moments, in fp32. It is kept for the next checkpoint, and cannot be swapped out."""
+    return 16 * -(-num_parameters // (world_size if engine.kind == "zero3" else 1))
 
 
 def _replaced(activations: int, engine: EngineConfig, accumulation: int) -> int:
