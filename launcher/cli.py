@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.job import LAUNCH, Submission
+from launcher.preflight import check
+from launcher.script import batch_script
+from launcher.submit import SubmissionRequest
 from regen_dist.errors import ConfigError
+from regen_dist.jsontext import json_text
 
 if TYPE_CHECKING:
-    from launcher.submitting import Order
+    from launcher.submit import SubmissionRequest
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,11 +72,10 @@ def train(
       regen submit train configs/embedder/nano.yaml --tasks-per-node 2 --sweep optimizer.lr=1e-3,3e-3
     """
     from launcher.cluster import load_cluster
-    from launcher.submitting import train_order
-    from launcher.sweeps import expand, sweep_order
+    from launcher.submit import expand, sweep_order, train_order
     from regen_dist.config import load_config
 
-    place = load_cluster(cluster, asked(nodes, gpus_per_node, tasks_per_node, time, settings))
+    place = load_cluster(cluster, cluster_overrides(nodes, gpus_per_node, tasks_per_node, time, settings))
     if not sweep:
         finish(train_order(load_config(config, overrides or []), place, cluster, fresh=fresh), dry_run, force, wait)
         return
@@ -102,13 +108,13 @@ def run(
     --task {task}/{tasks}
     """
     from launcher.cluster import load_cluster
-    from launcher.submitting import command_order
+    from launcher.submit import command_order
 
-    place = load_cluster(cluster, asked(1, gpus_per_node, None, time, settings))
+    place = load_cluster(cluster, cluster_overrides(1, gpus_per_node, None, time, settings))
     finish(command_order(name, output / name, command, place, cluster, tasks=array), dry_run, force, wait)
 
 
-def asked(
+def cluster_overrides(
     nodes: int | None, gpus: int | None, tasks: int | None, time: int | None, settings: Sequence[str] | None
 ) -> list[str]:
     """The options as overrides of the cluster's file."""
@@ -116,10 +122,9 @@ def asked(
     return [*(settings or []), *(f"{name}={value}" for name, value in given.items() if value is not None)]
 
 
-def finish(order: Order, dry_run: bool, force: bool, wait: bool) -> None:
+def finish(order: SubmissionRequest, dry_run: bool, force: bool, wait: bool) -> None:
     """Check, submit, and tell what to do next."""
-    from launcher.showing import check_and_say, say_submitted, show
-    from launcher.submitting import submit
+    from launcher.submit import submit
 
     if dry_run:
         show(order)
@@ -128,6 +133,51 @@ def finish(order: Order, dry_run: bool, force: bool, wait: bool) -> None:
     job = submit(order)
     say_submitted(job)
     if wait:
-        from launcher.waiting import wait_for
+        from launcher.submit import wait_for
 
         raise typer.Exit(wait_for(job))
+
+
+# What `regen submit` prints.
+
+
+def show(order: SubmissionRequest) -> None:
+    """The resolved job and its batch script, as they would be submitted; the names in capitals are given then."""
+    job = order.job(order.base / LAUNCH / "DATE", order.base / LAUNCH / "code" / "HASH")
+    print("# the job")
+    print(json_text(job.model_dump(mode="json", exclude={"submitted"}), indent=1))
+    if job.cluster.kind == "slurm":
+        print("# the batch script")
+        print(batch_script(job), end="")
+    report = check(order)
+    for found in [*(f"note: {note}" for note in report.notes), *(f"problem: {each}" for each in report.problems)]:
+        print(found, file=sys.stderr)
+
+
+def check_and_say(order: SubmissionRequest, *, force: bool) -> None:
+    """The checks before submitting: notes are printed; problems too if they are forced aside.
+
+    Raises:
+        PreflightError: there are problems, and no force.
+    """
+    report = check(order)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if not force:
+        report.raise_problems(order.name)
+    for problem in report.problems:
+        print(f"warning: submitted in spite of: {problem}", file=sys.stderr)
+
+
+def say_submitted(job: Submission) -> None:
+    """Where it went, and how to watch it."""
+    where = "on this machine" if job.cluster.kind == "local" else f"to {job.cluster_name}"
+    size = f"{job.cluster.nodes} node(s) x {job.cluster.ranks_per_node} rank(s)" if job.distributed else "1 process"
+    array = f", {len(job.tasks)} tasks" if job.is_array else ""
+    base = _relative(job.folder.parents[1])
+    print(f"submitted {job.name} {where} as job {job.id()}: {size}{array}")
+    print(f"watch it: regen jobs; regen jobs logs {base} --follow; regen jobs stop {base}")
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

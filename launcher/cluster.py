@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from regen_dist.config.loading import load_section
-from regen_dist.config.section import PositiveFloat, PositiveInt, Section
+from regen_dist.config.files import load_section
+from regen_dist.config.run import PositiveFloat, PositiveInt, Section
 from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import ConfigError
 

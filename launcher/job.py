@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from launcher.cluster import ClusterConfig
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.section import PositiveInt, Section
+from regen_dist.config.run import PositiveInt, Section
 from regen_dist.errors import RegenError
 from regen_dist.jsontext import json_text
 
@@ -33,7 +33,7 @@ class Progress(Section):
     steps: PositiveInt
 
 
-class Task(Section):
+class JobTask(Section):
     """One command of `regen`, and the folder in which it leaves its traces. Arguments are passed on literally."""
 
     name: str
@@ -54,7 +54,7 @@ class Task(Section):
         return self.folder / "STOP"
 
 
-class Job(Section):
+class Submission(Section):
     """A submission. Every task runs on `cluster.nodes` nodes.
 
     `distributed`: the processes of a task are the ranks of one training; otherwise there is one process.
@@ -64,7 +64,7 @@ class Job(Section):
     kind: Literal["train", "run", "sweep"]
     cluster: ClusterConfig
     cluster_name: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[JobTask, ...]
     distributed: bool
     folder: Path  # of this submission
     workdir: Path  # relative paths in commands and configs count from here
@@ -99,12 +99,12 @@ def new_folder(base: Path) -> Path:
     raise RegenError(f"a hundred submissions within a second in {base / LAUNCH}")
 
 
-def write_job(job: Job) -> None:
+def write_job(job: Submission) -> None:
     """Leave a job where its processes, and `regen jobs`, find it."""
     write_text_atomically(job.folder / JOB_FILE, json_text(job.model_dump(mode="json"), indent=1) + "\n")
 
 
-def read_job(folder: Path) -> Job:
+def read_job(folder: Path) -> Submission:
     """The job of one submission.
 
     Raises:
@@ -112,14 +112,14 @@ def read_job(folder: Path) -> Job:
     """
     path = folder / JOB_FILE
     try:
-        return Job.model_validate_json(path.read_text(encoding="utf-8"))
+        return Submission.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RegenError(f"{path}: not there; give the folder of a submission, RUN/launch/DATE") from None
     except ValidationError as error:
         raise RegenError(f"{path}: not a job of this version ({error.error_count()} problems); submit again") from error
 
 
-def newest_job(base: Path) -> Job | None:
+def newest_job(base: Path) -> Submission | None:
     """The newest submission of a run or of an array in `base`; None when there is none."""
     folders = sorted(path.parent for path in (base / LAUNCH).glob(f"*/{JOB_FILE}"))
     return read_job(folders[-1]) if folders else None

@@ -16,9 +16,9 @@ import submitit
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 from launcher import slurm
-from launcher.attempt import NOTHING_TO_DO
 from launcher.cluster import ClusterConfig
-from launcher.job import Job
+from launcher.job import Submission
+from launcher.retry import NOTHING_TO_DO
 from launcher.task import SlurmTask
 from regen_dist.errors import ConfigError
 from regen_dist.programs import python
@@ -59,7 +59,7 @@ class BatchExecutor(submitit.SlurmExecutor):
         return ["sbatch", *slurm.options(script), str(submission_file_path)]
 
 
-def slurm_executor(job: Job, dependency: str | None = None) -> BatchExecutor:
+def slurm_executor(job: Submission, dependency: str | None = None) -> BatchExecutor:
     """The executor that submits this job."""
     program = job.cluster.python or shlex.quote(sys.executable)
     executor = BatchExecutor(submission_folder(job), max_num_timeout=job.cluster.retry.starts, python=program)
@@ -67,7 +67,7 @@ def slurm_executor(job: Job, dependency: str | None = None) -> BatchExecutor:
     return executor
 
 
-def submission_folder(job: Job) -> Path:
+def submission_folder(job: Submission) -> Path:
     """Where Submitit keeps what it writes.
 
     Raises:
@@ -82,7 +82,7 @@ def submission_folder(job: Job) -> Path:
     return path
 
 
-def batch_script(job: Job, dependency: str | None = None) -> str:
+def batch_script(job: Submission, dependency: str | None = None) -> str:
     """The text that sbatch gets."""
     executor = slurm_executor(job, dependency)
     if job.is_array:
@@ -90,7 +90,7 @@ def batch_script(job: Job, dependency: str | None = None) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, job.name))
 
 
-def parameters(job: Job, dependency: str | None = None) -> dict[str, Any]:
+def parameters(job: Submission, dependency: str | None = None) -> dict[str, Any]:
     """What Submitit is told of a job."""
     cluster = job.cluster
     asked = {
@@ -132,7 +132,7 @@ def _gpus(cluster: ClusterConfig) -> int | str | None:
     return f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else cluster.gpus_per_node
 
 
-def _options(job: Job, dependency: str | None) -> dict[str, str | int | bool]:
+def _options(job: Submission, dependency: str | None) -> dict[str, str | int | bool]:
     own: dict[str, str | int | bool] = {"chdir": str(job.workdir), "requeue": True}
     if dependency:
         own["kill-on-invalid-dep"] = "yes"  # or it would wait for ever
@@ -140,7 +140,7 @@ def _options(job: Job, dependency: str | None) -> dict[str, str | int | bool]:
     return chosen | own
 
 
-def _before(job: Job) -> list[str]:
+def _before(job: Submission) -> list[str]:
     """Shell lines ahead of the ranks: the environment, and whether the task goes at all."""
     exported = {**job.cluster.environment, "PYTHONSAFEPATH": "1"}
     return [
@@ -154,14 +154,14 @@ def _before(job: Job) -> list[str]:
     ]
 
 
-def _after(job: Job) -> list[str]:
+def _after(job: Submission) -> list[str]:
     return ["code=$?", f'{_attempt("end", job)} "$code"', "exit $?"]
 
 
-def _attempt(action: str, job: Job) -> str:
-    return shlex.join(python("-m", "launcher.attempt", action, str(job.folder)))
+def _attempt(action: str, job: Submission) -> str:
+    return shlex.join(python("-m", "launcher.retry", action, str(job.folder)))
 
 
-def callables(job: Job) -> Sequence[SlurmTask]:
+def callables(job: Submission) -> Sequence[SlurmTask]:
     """One for each task; which task it is, its array says."""
     return [SlurmTask(str(job.folder))] * len(job.tasks)

@@ -15,15 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from launcher import ends
-from launcher.attempt import begin, end, say
-from launcher.job import Job, Task, read_job
-from launcher.local import FORWARDED, Ended, program_environment, rank_environment, rank_environments, supervise
-from launcher.places import LocalPlace
-from launcher.policy import Verdict
+from launcher import retry
+from launcher.job import JobTask, Submission, read_job
+from launcher.retry import LocalPlace, RetryDecision, begin, end, say
+from launcher.supervise import FORWARDED, JobExit, program_environment, rank_environment, rank_environments, supervise
 from regen_dist.config.files import write_text_atomically
-from regen_dist.distributed.environment import SLURM, Place, meeting_port, rank_variables, read_variables
+from regen_dist.distributed.environment import SLURM, RankInfo, meeting_port, rank_variables, read_variables
 from regen_dist.errors import EXIT_OK, EXIT_RESUME
+from regen_dist.observe.streams import shield_streams
 from regen_dist.programs import GPUS_PER_NODE, regen
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ class SlurmTask:
         """
         from submitit import JobEnvironment
 
+        shield_streams()
         job, here = read_job(Path(self.folder)), JobEnvironment()
         task = job.tasks[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]
         rank, restart = here.global_rank, int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -57,7 +57,7 @@ class SlurmTask:
             signal.signal(number, _leave_alone)
         ended = supervise([*COMMAND, *task.command], {rank: environment}, logs=task.logs)
         node, code = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(ended.code, ended.told)
-        ends.write(task.launch, here.raw_job_id, restart, rank=rank, node=node, code=code, told=ended.told)
+        retry.write(task.launch, here.raw_job_id, restart, rank=rank, node=node, code=code, told=ended.told)
         if code not in (EXIT_OK, EXIT_RESUME):
             raise SystemExit(code)
 
@@ -83,8 +83,12 @@ class LocalTask:
     def __call__(self) -> None:
         """Run to the end, and leave with SystemExit: with the task's code, or with Submitit's where its clock shall
         begin again."""
+        shield_streams()
         code = self._code()
-        write_text_atomically(self.outcome, f"{code}\n")
+        try:
+            write_text_atomically(self.outcome, f"{code}\n")
+        except OSError as error:
+            say(f"warning: the exit code {code} is told to nobody: {error}")
         raise SystemExit(code)
 
     def _code(self) -> int:
@@ -102,11 +106,11 @@ class LocalTask:
                 return LOCAL_REQUEUE
 
     @staticmethod
-    def _start(job: Job, task: Task, place: LocalPlace) -> Verdict:
+    def _start(job: Submission, task: JobTask, place: LocalPlace) -> RetryDecision:
         ended = _run_here(job, task)
         codes = {rank: _code(code, ended.told) for rank, code in ended.codes.items()}
         for rank, code in codes.items():
-            ends.write(
+            retry.write(
                 task.launch, place.job, place.restart, rank=rank, node=place.nodes[0], code=code, told=ended.told
             )
         verdict = end(job, task, place, _code(ended.code, ended.told))
@@ -129,14 +133,14 @@ def _code(code: int, told: Sequence[str]) -> int:
     return EXIT_RESUME if code in {128 + signal.Signals[each] for each in told} else code
 
 
-def _run_here(job: Job, task: Task) -> Ended:
+def _run_here(job: Submission, task: JobTask) -> JobExit:
     inherited = child_environment(job)
     ranks = job.world_size
     places = rank_environments(rank_environment(inherited, ranks), ranks) if job.distributed else {0: inherited}
     return supervise([*COMMAND, *task.command], places, logs=task.logs)
 
 
-def child_environment(job: Job) -> dict[str, str]:
+def child_environment(job: Submission) -> dict[str, str]:
     """What a command inherits: the copy of the code comes before whatever is installed, and before the current
     folder; how many GPUs were asked for, so that it cannot compute without them unnoticed."""
     code = os.pathsep.join([str(job.code), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -144,10 +148,10 @@ def child_environment(job: Job) -> dict[str, str]:
     return program_environment({**os.environ, **own})
 
 
-def _rank_variables(job: Job, first_host: str, job_id: str, restart: int) -> dict[str, str]:
+def _rank_variables(job: Submission, first_host: str, job_id: str, restart: int) -> dict[str, str]:
     """The rank that Slurm gives this task, in the variables that the command reads."""
     cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": cores}
-    place = read_variables(os.environ, SLURM) or Place()
+    place = read_variables(os.environ, SLURM) or RankInfo()
     port = meeting_port(job_id, restart)
     return threads | rank_variables(place, local_world_size=job.cluster.ranks_per_node, address=first_host, port=port)

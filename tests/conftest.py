@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-_MARKED = ("dist", "fault", "cluster", "e2e")
+_MARKED = ("dist", "fault", "cluster", "e2e", "cuda")
 
 # Before anything imports torch: several workers share few cores, and the ranks share one folder of compiled operators.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

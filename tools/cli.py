@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from regen_dist import __version__
-from regen_dist.errors import RegenError
-from regen_dist.programs import start_safely
+from regen_dist.programs import errors_in_one_line, start_safely
 
 app = typer.Typer(
     name="regen",
@@ -23,12 +21,15 @@ app = typer.Typer(
 _COMMANDS = {
     "demo": ("demo", "demo"),
     "miniature": ("miniature", "miniature"),
+    "init": ("init", "init"),
     "train": ("train", "train"),
+    "check": ("check", "check"),
     "preencode": ("preencode", "preencode"),
     "generate": ("generate", "generate"),
     "reconstruct": ("reconstruct", "reconstruct"),
     "score-shapes": ("score_shapes", "score_shapes"),
     "describe": ("describe", "describe"),
+    "gpu-check": ("gpu_check", "gpu_check"),
     "fetch-videos": ("fetch_videos", "fetch_videos"),
 }
 _GROUPS = {name: name for name in ("submit", "jobs", "shards", "text", "checkpoint", "config", "bench")}
@@ -67,15 +68,10 @@ _register()
 
 
 def main() -> None:
-    """Entry point. A RegenError becomes one message on stderr and its exit code; anything else keeps its traceback."""
+    """Entry point: errors that a user can mend become one message on stderr and an exit code."""
     start_safely()
-    try:
+    with errors_in_one_line():
         app(prog_name="regen")
-    except RegenError as error:
-        if os.environ.get("REGEN_DEBUG") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

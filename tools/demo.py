@@ -15,7 +15,7 @@ from tools import stages
 
 if TYPE_CHECKING:
     from regen_dist.config import RunConfig
-    from regen_dist.evaluation.report import Row
+    from regen_dist.evaluation.report import ReportRow
 
 # Trained on an animated film; tried on filmed street scenes with fast motion and cuts.
 TRAIN_VIDEO, HELD_OUT_VIDEO = "bbb.mp4", "bikes.mp4"
@@ -144,7 +144,7 @@ def _learned(run: Path) -> str:
     )
 
 
-def _table(rows: Sequence[Row]) -> Any:
+def _table(rows: Sequence[ReportRow]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{HELD_OUT_VIDEO}, never trained on")

@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regen_dist.distributed.environment import Place, read_place
+from regen_dist.distributed.environment import RankInfo, read_rank_info
 from regen_dist.errors import ConfigError
-from tools.checkpoint.place import progress_bar
+from tools.checkpoint.maintenance import progress_bar
 from tools.reconstruct import Weights
-from tools.shards.stopping import stopping_cleanly
-from tools.shards.task import parse_task
+from tools.shards.progress import parse_task, stopping_cleanly
 
 if TYPE_CHECKING:
-    from regen_dist.inference.generate import Generated
-    from regen_dist.inference.generation_settings import GenerationSettings
-    from regen_dist.inference.prompts import Prompt
-    from regen_dist.inference.text_to_video import TextToVideoModel
+    from regen_dist.inference.generate import Generated, GenerationSettings, Prompt
+    from regen_dist.inference.given_media import GivenMedia
+    from regen_dist.inference.sampler import TextToVideoModel
+
+
+class FileLayout(StrEnum):
+    """How files are named."""
+
+    numbered = "numbered"
+    vbench = "vbench"
 
 
 class Sampler(StrEnum):
@@ -30,6 +35,7 @@ class Sampler(StrEnum):
 
     euler = "euler"
     heun = "heun"
+    dpmpp_2m = "dpmpp_2m"
 
 
 def generate(
@@ -40,6 +46,16 @@ def generate(
         "runs/generated"
     ),
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Picture that every video begins with; scaled to cover the size, and cropped.")
+    ] = None,
+    continued: Annotated[
+        Path | None, typer.Option("--continue", help="Video that every video continues; --frames are added to it.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Videos of each prompt: of seeds --seed, --seed + 1, ….", min=1)] = 1,
+    layout: Annotated[
+        FileLayout, typer.Option(help="vbench: OUT/PROMPT-0.mp4, …, and the JSON files in OUT-records.")
+    ] = FileLayout.numbered,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; what it was trained on, if known.")] = None,
     frames: Annotated[int | None, typer.Option(help="Of each video, 1 for images; its longest row by default.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second; what it was trained on by default.")] = None,
@@ -61,37 +77,47 @@ def generate(
 
     A video that is there, made by the same settings and models, is not made again. Ranks of one job share the prompts.
 
+    With --image they begin with a picture, with --continue they go on with a video.
+
     Example: regen generate "a red circle moves left" --run runs/t2v_nano --embedder runs/nano --out runs/generated
     """
-    wanted = _prompts(prompt or [], prompts)
-    place = read_place(os.environ) if task is None else Place()  # --task alone says which part is this one's
+    from regen_dist.inference.generate import Layout
+
+    if image is not None and continued is not None:
+        raise ConfigError("--image begins a video, --continue goes on with one; give one of both")
+    names = Layout(samples, layout is FileLayout.vbench)
+    wanted = names.expanded(_prompts(prompt or [], prompts))
+    place = read_rank_info(os.environ) if task is None else RankInfo()  # --task alone says which part is this one's
     number, count = parse_task(task) if task else place[:2]
     share = wanted[number::count]
     if count > 1:
         who = f"task {task}" if task else f"rank {number} of {count}, as the environment says"
-        typer.echo(f"{who}: {len(share)} of {len(wanted)} prompts")
+        what = "prompts" if samples == 1 else "videos"
+        typer.echo(f"{who}: {len(share)} of {len(wanted)} {what}")
     sides = None if size is None else parse_size(size)
     from regen_dist.distributed.ranks import Ranks
     from regen_dist.inference.codec import Codec
     from regen_dist.inference.generate import generate as job
-    from regen_dist.inference.generation_settings import settings_for
-    from regen_dist.inference.prompts import load_text_encoder
-    from regen_dist.inference.text_to_video import TextToVideoModel
+    from regen_dist.inference.generate import load_text_encoder, resolve_settings
+    from regen_dist.inference.sampler import TextToVideoModel
 
     device = Ranks(*place).device
     model = TextToVideoModel.load(run, None if weights is None else weights.value, device, untrained=untrained)
-    settings = settings_for(
-        model, size=sides, frames=frames, fps=fps, steps=steps, guidance=guidance,
+    media, left = _media(model, image, continued, sides)
+    settings = resolve_settings(
+        model, size=sides, frames=left if frames is None else frames, fps=fps, steps=steps, guidance=guidance,
         sampler=None if sampler is None else sampler.value, decode_steps=decode_steps, seed=seed, negative=negative,
     )  # fmt: skip
     if number == 0:
         _describe(model, settings, len(wanted), sized=size is not None)
+        _note(model, settings, media)
     with stopping_cleanly(), progress_bar() as progress:
         codec = Codec.load(embedder, device=device)
         paths = {"run": str(run), "embedder": str(embedder), "text_encoder": text}
+        paths |= {name: str(path) for name, path in (("image", image), ("continue", continued)) if path is not None}
         found = job(
             model, codec, lambda: load_text_encoder(model.space, text, device), share, out, settings, batch=batch,
-            paths=paths, progress=progress,
+            paths=paths, layout=names, given=media, progress=progress,
         )  # fmt: skip
     _conclude(found, out)
 
@@ -105,15 +131,44 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def _prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
-    from regen_dist.inference.prompts import Prompt, read_prompts
+    from regen_dist.inference.generate import Prompt, read_prompts
 
     if bool(given) == (file is not None):
         raise ConfigError("give prompts on the command line, or a file of them with --prompts; one of both")
     return read_prompts(file) if file else [Prompt(number, text) for number, text in enumerate(given)]
 
 
+def _media(
+    model: TextToVideoModel, image: Path | None, continued: Path | None, sides: tuple[int, int] | None
+) -> tuple[GivenMedia | None, int | None]:
+    """What is given, and how many frames a row that the model was trained on has room for beside given clips (None: as
+    ever)."""
+    from regen_dist.inference.generate import longest_row, resolve_settings, size_for
+    from regen_dist.inference.given_media import read_image, read_video
+
+    resolve_settings(model, size=sides)  # refuses a size that cannot be
+    size, space = sides or size_for(model.space), model.space
+    if image is not None:
+        return read_image(image, size), None
+    if continued is None:
+        return None, None
+    longest = longest_row(model)
+    video = read_video(continued, size, most_clips=max(1, longest - 1), length=space.num_frames, fps=space.fps)
+    return video, max(1, longest - video.clips) * space.num_frames
+
+
+def _note(model: TextToVideoModel, settings: GenerationSettings, media: GivenMedia | None) -> None:
+    """Say what a model was not trained for."""
+    from regen_dist.inference.generate import clips_of, longest_row
+    from regen_dist.inference.given_media import notes
+
+    flow, clips = model.config.diffusion, clips_of(settings, model.space, 0 if media is None else media.clips)
+    for note in notes(media, flow.given_content, flow.given_clips, clips, longest_row(model)):
+        typer.echo(f"Note: {note}", err=True)
+
+
 def _describe(model: TextToVideoModel, settings: GenerationSettings, count: int, *, sized: bool) -> None:
-    from regen_dist.inference.generation_settings import trained_size
+    from regen_dist.inference.generate import trained_size
 
     if not sized and trained_size(model.space) is None:
         typer.echo("Note: the caches are not of one size; --size gives another", err=True)

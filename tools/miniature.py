@@ -38,7 +38,7 @@ def miniature(
     Example: regen miniature variables.t2v_steps=1000
     """
     from launcher.pipelines.schema import load_pipeline
-    from launcher.seaweed import start_store
+    from tools.local_services.s3 import start_store
 
     began = time.monotonic()
     changes = _changes(out, overrides or [])

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from regen_dist.errors import DataError
-from tools.shards.progress import progress_bar
-from tools.shards.stopping import stopping_cleanly
-from tools.shards.task import parse_task
+from tools.shards.progress import parse_task, progress_bar, stopping_cleanly
 
 if TYPE_CHECKING:
     from regen_dist.config.preencode import PreencodeConfig
@@ -56,7 +54,7 @@ def preencode(
 
 
 def _verify(config: PreencodeConfig, samples: int, seed: int) -> None:
-    from regen_dist.inference.preencoding.verifying import verify_cache
+    from regen_dist.inference.preencode_verify import verify_cache
 
     with progress_bar() as progress:
         verdict = verify_cache(config, samples=samples, seed=seed, progress=progress)

@@ -57,8 +57,8 @@ def reconstruct(
     """
     from rich.console import Console
 
-    from regen_dist.evaluation.measure import Options
-    from regen_dist.evaluation.reconstruction import reconstruct as job
+    from regen_dist.evaluation.metrics import Options
+    from regen_dist.evaluation.reconstruct import reconstruct as job
     from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
     from regen_dist.inference.frames import SourceVideo
 

@@ -14,7 +14,7 @@ from tools.shards.progress import progress_bar
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from regen_dist.evaluation.miniature.judging import Judgement
+    from regen_dist.evaluation.miniature import Judgement
 
 
 def score_shapes(
@@ -48,7 +48,7 @@ def score_shapes(
     """
     from rich.console import Console
 
-    from regen_dist.evaluation.miniature.judging import SCORES, Request, judge
+    from regen_dist.evaluation.miniature import SCORES, Request, judge
 
     request = Request(
         held_out, embedder, _named(generated or [], "--generated"), _named(run or [], "--run"), number, previews
@@ -82,7 +82,7 @@ def _table(found: Judgement) -> Table:
     """Shares with their intervals, an arm a row, the targets last."""
     from rich.table import Table
 
-    from regen_dist.evaluation.miniature.scores import LEAST_VIDEOS, MEASURES, TARGETS
+    from regen_dist.evaluation.miniature import LEAST_VIDEOS, MEASURES, TARGETS
 
     table = Table(title="read right, with 95 % intervals")
     table.add_column("videos")

@@ -22,7 +22,7 @@ from regen_dist.programs import regen
 _POLL_S = 0.5
 
 
-class Ended(NamedTuple):
+class StageExit(NamedTuple):
     """The exit code of a command, and whether it was asked to stop on purpose, by nobody else."""
 
     code: int
@@ -58,7 +58,7 @@ def command(arguments: Sequence[str]) -> list[str]:
 
 def run_until(
     arguments: Sequence[str], training: Path, stop_at: int | None, environment: Mapping[str, str] | None = None
-) -> Ended:
+) -> StageExit:
     """Run a command; once the record of a training that it runs has reached a step, ask that training to stop.
 
     A signal to this program is handed on to the command, which saves and ends.
@@ -78,13 +78,13 @@ def run_until(
             if stop_at is not None and not asked and last_step(training) >= stop_at:
                 (training / "STOP").touch()
                 asked = True
-    return Ended(process.returncode, asked and not signals)
+    return StageExit(process.returncode, asked and not signals)
 
 
 @contextmanager
 def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     """Signals to this program go to the command, as the launcher hands them to ranks; yields those that came."""
-    from launcher.local import FORWARDED
+    from launcher.supervise import FORWARDED
 
     came: list[int] = []
 

@@ -66,7 +66,7 @@ def show(
 
     Example: regen text show runs/text "a small red circle moves up"
     """
-    from regen_dist.config.text import TextConfig
+    from regen_dist.config.t2v import TextConfig
     from regen_dist.models.text import TextEncoder
 
     text = TextEncoder.load(TextConfig(encoder=encoder, max_tokens=max_tokens))
@@ -79,7 +79,7 @@ def show(
 
 def _captions(url: str) -> list[str]:
     """A dataset's different captions; DataError when it has none."""
-    from regen_dist.data.dataset.catalogue import open_dataset
+    from regen_dist.data.format.catalogue import open_dataset
     from regen_dist.errors import DataError
 
     captions = sorted({caption for caption in open_dataset(url).table()["caption"].to_pylist() if caption})

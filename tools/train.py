@@ -30,17 +30,19 @@ def train(
     Example: regen train configs/embedder/nano.yaml --ranks 2 train.steps=200
     """
     from regen_dist.distributed.environment import starts_ranks
+    from regen_dist.observe.streams import shield_streams
 
+    shield_streams()
     if starts_ranks(os.environ, asked=ranks is not None):
-        from launcher.train import train_locally
+        from launcher.supervise import train_locally
 
         raise typer.Exit(train_locally(config, overrides or [], ranks=ranks or 1, fresh=fresh))
     from regen_dist.config import load_config
-    from regen_dist.training.signals import Inbox
+    from regen_dist.training.stopping import SignalInbox
 
-    earlier = Inbox().listen()
+    earlier = SignalInbox().listen()
     loaded = load_config(config, overrides or [])  # before torch is imported: a wrong config is told at once
-    from regen_dist.distributed.failing import ending_at_once
+    from regen_dist.distributed.failure import ending_at_once
     from regen_dist.training.run import train as train_rank
 
     with ending_at_once():

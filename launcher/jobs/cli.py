@@ -38,7 +38,7 @@ def table(
     """
     if context.invoked_subcommand is not None:
         return
-    from launcher.jobs.listing import show
+    from launcher.jobs.table import show
 
     try:
         show(root, as_json=as_json, fold=not everything, every_s=watch)
@@ -61,8 +61,8 @@ def logs(
 
     Example: regen jobs logs embedder_nano --rank 3 --follow
     """
-    from launcher.jobs import following
-    from launcher.jobs.finding import choose
+    from launcher.jobs import logs as following
+    from launcher.jobs.find import choose
     from launcher.jobs.logs import pick, show
 
     member = pick(choose(run, root), root)
@@ -87,8 +87,8 @@ def stop(
 
     Example: regen jobs stop embedder_nano
     """
-    from launcher.jobs import stopping
-    from launcher.jobs.finding import choose
+    from launcher.jobs import stop as stopping
+    from launcher.jobs.find import choose
 
     try:
         well = stopping.stop(choose(run, root), root, at_once=now, wait=wait)
@@ -125,14 +125,13 @@ def resume(
     """
     from contextlib import chdir
 
-    from launcher.cli import asked
-    from launcher.jobs.finding import choose
-    from launcher.jobs.resuming import left_to_do, order_again, resubmit
-    from launcher.showing import check_and_say, say_submitted
-    from launcher.waiting import wait_for
+    from launcher.cli import check_and_say, cluster_overrides, say_submitted
+    from launcher.jobs.find import choose
+    from launcher.jobs.stop import left_to_do, rebuild_request, resubmit
+    from launcher.submit import wait_for
 
-    overrides = asked(nodes, gpus_per_node, tasks_per_node, time, settings)
-    job, order = order_again(left_to_do(choose(run, root), root, force=force), cluster, overrides)
+    overrides = cluster_overrides(nodes, gpus_per_node, tasks_per_node, time, settings)
+    job, order = rebuild_request(left_to_do(choose(run, root), root, force=force), cluster, overrides)
     with chdir(job.workdir):
         check_and_say(order, force=force)
     submitted = resubmit(job, order, new_code=new_code)

@@ -12,7 +12,7 @@ import typer
 from launcher.cli import Cluster, DryRun, Force, Set, Wait, app
 
 if TYPE_CHECKING:
-    from launcher.pipelines.planning import Planned
+    from launcher.pipelines.planning import PlannedStep
 
 
 @app.command()
@@ -36,7 +36,7 @@ def pipeline(
     """
     from launcher.cluster import load_cluster
     from launcher.pipelines.planning import plan
-    from launcher.pipelines.running import check_all, held, run_here, run_on_slurm, see_jobs_through
+    from launcher.pipelines.run import check_all, held, run_here, run_on_slurm, see_jobs_through
     from launcher.pipelines.schema import load_pipeline
 
     found = load_pipeline(file, overrides or [])
@@ -64,9 +64,8 @@ def _warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _show(planned: Sequence[Planned]) -> None:
-    from launcher.pipelines.running import problems
-    from launcher.pipelines.showing import scripts, table
+def _show(planned: Sequence[PlannedStep]) -> None:
+    from launcher.pipelines.run import problems, scripts, table
 
     for line in (*table(planned), *scripts(planned)):
         print(line)

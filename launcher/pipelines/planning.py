@@ -7,22 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from launcher.attempt import newest_step
 from launcher.cluster import load_cluster
-from launcher.history import read_history
-from launcher.job import Job, Task, newest_job
-from launcher.pipelines.files import missing_outputs, with_inputs
-from launcher.pipelines.schema import Pipeline, Step
-from launcher.policy import is_complete
-from launcher.submitting import Order, command_order, train_order
-from launcher.waiting import is_alive
+from launcher.job import JobTask, Submission, newest_job
+from launcher.pipelines.schema import Pipeline, Step, missing_outputs, with_inputs
+from launcher.retry import is_complete, newest_step, read_history
+from launcher.submit import SubmissionRequest, command_order, is_alive, train_order
 from regen_dist.config import load_config
-from regen_dist.config.yamlfile import shown_value
+from regen_dist.config.files import shown_value
 from regen_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedStep:
     """A step, what it would submit, and what stands in the way of that.
 
     complete: nothing is left to do. alive: an earlier submission runs or waits (`job`). run: `order`, which may be a
@@ -32,21 +28,21 @@ class Planned:
     name: str
     step: Step
     before: tuple[str, ...]
-    order: Order
+    order: SubmissionRequest
     state: Literal["complete", "alive", "run"]
     why: str
-    job: Job | None = None
+    job: Submission | None = None
     problem: str = ""  # why this cannot go on as it is
 
 
 class Left(NamedTuple):
     """The tasks of a step that are still to be run, and why; or why none is."""
 
-    tasks: Sequence[Task]
+    tasks: Sequence[JobTask]
     why: str
 
 
-def plan(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> list[Planned]:
+def plan(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> list[PlannedStep]:
     """Every step, each behind those that it waits for.
 
     Args:
@@ -58,14 +54,14 @@ def plan(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> list[Plan
         ConfigError: with the problems of all steps: a config or a cluster is wrong, or two steps share a folder.
     """
     orders = _orders(pipeline, cluster, settings)
-    planned: dict[str, Planned] = {}
+    planned: dict[str, PlannedStep] = {}
     for name in pipeline.ordered:
         before = {each: planned[each] for each in pipeline.before[name]}
         planned[name] = _planned(name, pipeline.steps[name], orders[name], before)
     return list(planned.values())
 
 
-def _orders(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> dict[str, Order]:
+def _orders(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> dict[str, SubmissionRequest]:
     orders, problems = {}, []
     for name, step in pipeline.steps.items():
         try:
@@ -78,7 +74,7 @@ def _orders(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> dict[s
     return orders
 
 
-def _order(pipeline: Pipeline, name: str, step: Step, cluster: str, settings: Sequence[str]) -> Order:
+def _order(pipeline: Pipeline, name: str, step: Step, cluster: str, settings: Sequence[str]) -> SubmissionRequest:
     one_node = [] if step.train else ["nodes=1"]  # a command is one process
     own = [f"{key}={shown_value(value)}" for key, value in step.cluster.items()]
     place = load_cluster(cluster, [*settings, *one_node, *own])
@@ -89,7 +85,7 @@ def _order(pipeline: Pipeline, name: str, step: Step, cluster: str, settings: Se
     return with_inputs(order, step.inputs)
 
 
-def _shared_folders(orders: Mapping[str, Order]) -> list[str]:
+def _shared_folders(orders: Mapping[str, SubmissionRequest]) -> list[str]:
     by_folder: dict[Path, list[str]] = {}
     for name, order in orders.items():
         by_folder.setdefault(order.base, []).append(name)
@@ -100,19 +96,19 @@ def _shared_folders(orders: Mapping[str, Order]) -> list[str]:
     ]
 
 
-def _planned(name: str, step: Step, order: Order, before: Mapping[str, Planned]) -> Planned:
+def _planned(name: str, step: Step, order: SubmissionRequest, before: Mapping[str, PlannedStep]) -> PlannedStep:
     names, job = tuple(before), newest_job(order.base)
     if job is not None and is_alive(job):
         why = f"job {job.id()} runs or waits"
-        return Planned(name, step, names, order, "alive", why, job, _conflict(job, order, before))
+        return PlannedStep(name, step, names, order, "alive", why, job, _conflict(job, order, before))
     left = _left_of_training(order, job, before) if order.configs else _left_of_command(order, step, job, before)
     if not left.tasks:
-        return Planned(name, step, names, order, "complete", left.why, job)
+        return PlannedStep(name, step, names, order, "complete", left.why, job)
     part = order if len(left.tasks) == len(order.tasks) else order.part(left.tasks)
-    return Planned(name, step, names, part, "run", left.why, job)
+    return PlannedStep(name, step, names, part, "run", left.why, job)
 
 
-def _conflict(job: Job, order: Order, before: Mapping[str, Planned]) -> str:
+def _conflict(job: Submission, order: SubmissionRequest, before: Mapping[str, PlannedStep]) -> str:
     """Why a job that runs or waits is not the one that is wanted; "" where it is."""
     what = f"job {job.id()} ({job.cluster_name}) runs or waits"
     first = f"wait for it, or end it first: regen jobs stop {order.base}"
@@ -127,14 +123,14 @@ def _conflict(job: Job, order: Order, before: Mapping[str, Planned]) -> str:
     return ""
 
 
-def _has_failed(task: Task) -> bool:
+def _has_failed(task: JobTask) -> bool:
     """Whether a task has ended for good, without being done."""
     history = read_history(task.launch)
     end = history[-1].end if history else None
     return end is not None and not end.again and end.why != "done"
 
 
-def _left_of_training(order: Order, job: Job | None, before: Mapping[str, Planned]) -> Left:
+def _left_of_training(order: SubmissionRequest, job: Submission | None, before: Mapping[str, PlannedStep]) -> Left:
     """Told by the checkpoints. Training that is complete is never thrown away because something before it changed."""
     (task,), (config,) = order.tasks, order.configs
     step, steps = newest_step(task.progress), config.train.steps
@@ -149,7 +145,9 @@ def _left_of_training(order: Order, job: Job | None, before: Mapping[str, Planne
     return Left((), f"all {steps} steps are done{remark}")
 
 
-def _left_of_command(order: Order, step: Step, job: Job | None, before: Mapping[str, Planned]) -> Left:
+def _left_of_command(
+    order: SubmissionRequest, step: Step, job: Submission | None, before: Mapping[str, PlannedStep]
+) -> Left:
     """Told by the histories of its tasks and by its outputs, if they are those of this command and of what is before
     it now."""
     if job is None:
@@ -170,16 +168,16 @@ def _left_of_command(order: Order, step: Step, job: Job | None, before: Mapping[
     )
 
 
-def _not_complete(before: Mapping[str, Planned]) -> list[str]:
+def _not_complete(before: Mapping[str, PlannedStep]) -> list[str]:
     return [name for name, each in before.items() if each.state != "complete"]
 
 
-def _newer(job: Job | None, before: Mapping[str, Planned]) -> list[str]:
+def _newer(job: Submission | None, before: Mapping[str, PlannedStep]) -> list[str]:
     """Steps that were submitted again later than this one, as when a pipeline was interrupted between them."""
     return [name for name, each in before.items() if job and each.job and each.job.submitted > job.submitted]
 
 
-def _tasks(left: Sequence[Task], order: Order) -> str:
+def _tasks(left: Sequence[JobTask], order: SubmissionRequest) -> str:
     return "it has" if len(order.tasks) == 1 else f"{len(left)} of {len(order.tasks)} tasks have"
 
 

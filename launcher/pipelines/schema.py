@@ -2,16 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from launcher.pipelines import graph
-from regen_dist.config.loading import load_section
-from regen_dist.config.section import PositiveInt, Section
+from launcher.job import JobTask
+from launcher.submit import SubmissionRequest
+from regen_dist.checks.data import READING
+from regen_dist.checks.findings import side_by_side
+from regen_dist.config.files import compose, load_section
+from regen_dist.config.run import PositiveInt, Section
 from regen_dist.config.urls import parse_url
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import ConfigError, ObjectMissing
+from regen_dist.jsontext import json_text
+
+# Which step waits for which: what is wrong with it, and an order in which steps can run.
+
+After = Mapping[str, Sequence[str] | None]  # None: the step above
+
+
+def predecessors(after: After) -> dict[str, tuple[str, ...]]:
+    """The steps that each waits for."""
+    names = list(after)
+    above = dict(zip(names[1:], names, strict=False))
+    found = {}
+    for name, asked in after.items():
+        default = [above[name]] if name in above else []
+        found[name] = tuple(dict.fromkeys(default if asked is None else asked))
+    return found
+
+
+def in_order(after: After) -> list[str]:
+    """Every step behind those that it waits for; otherwise as they stand in the file.
+
+    Raises:
+        CycleError: there is no such order.
+    """
+    before = predecessors(after)
+    TopologicalSorter(before).prepare()
+    ordered: list[str] = []
+    while len(ordered) < len(before):
+        ordered.append(next(each for each in before if each not in ordered and {*before[each]} <= {*ordered}))
+    return ordered
+
+
+def problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Dotted key and text of what is wrong with `steps.*.after` in a file of which nothing has been checked yet."""
+    steps = values.get("steps")
+    if not isinstance(steps, dict):
+        return
+    after = {name: _asked(step) for name, step in steps.items()}
+    for name, asked in after.items():
+        for other in asked or ():
+            if other not in after:
+                yield f"steps.{name}.after", _unknown(other, [each for each in after if each != name])
+    known = {
+        name: asked if asked is None else [each for each in asked if each in after] for name, asked in after.items()
+    }
+    try:
+        in_order(known)
+    except CycleError as error:
+        circle = error.args[1][::-1]
+        yield f"steps.{circle[0]}", f"these steps wait for each other: {' -> '.join(circle)}; take one `after` out"
+
+
+def _asked(step: object) -> list[str] | None:
+    """What a step says itself; that it is no list of names is told by the schema."""
+    asked = step.get("after") if isinstance(step, dict) else None
+    return [each for each in asked if isinstance(each, str)] if isinstance(asked, list) else None
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"there is no step {name!r}; {hint}Allowed: {', '.join(known) or 'none, it is the only one'}"
+
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -72,12 +144,12 @@ class Pipeline(Section):
     @property
     def before(self) -> dict[str, tuple[str, ...]]:
         """The steps that each waits for."""
-        return graph.predecessors(self._after)
+        return predecessors(self._after)
 
     @property
     def ordered(self) -> list[str]:
         """The steps, each behind those that it waits for."""
-        return graph.in_order(self._after)
+        return in_order(self._after)
 
     @property
     def _after(self) -> dict[str, tuple[str, ...] | None]:
@@ -90,4 +162,77 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     Raises:
         ConfigError: with all that is wrong in it.
     """
-    return load_section(Pipeline, path, overrides, graph.problems)
+    return load_section(Pipeline, path, overrides, problems)
+
+
+# What a step reads and leaves: whether it is there, and whether it is what it was.
+
+_MARKS = ("/manifest.json", "/config.yaml")  # of a dataset, of an exported model: the last that is written
+
+
+def with_inputs(order: SubmissionRequest, inputs: Sequence[Path]) -> SubmissionRequest:
+    """The same order, whose fingerprint changes with the content of some files, too.
+
+    Raises:
+        ConfigError: one of them is not there.
+    """
+    if missing := [str(path) for path in inputs if not path.is_file()]:
+        raise ConfigError(
+            f"inputs: no file {', '.join(missing)}; name what is there before the pipeline runs (what an earlier step "
+            "makes is no input: the step waits for it by `after`)"
+        )
+    if not inputs:
+        return order
+    told = json_text([order.fingerprint, *map(_content, inputs)])
+    return replace(order, whole=hashlib.sha256(told.encode()).hexdigest()[:16])
+
+
+def _content(path: Path) -> str:
+    """Of a config with all that it extends."""
+    config = path.suffix in (".yaml", ".yml")
+    data = json_text(compose(path).values, sort_keys=True).encode() if config else path.read_bytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def missing_outputs(order: SubmissionRequest, step: Step) -> dict[str, Sequence[JobTask]]:
+    """The outputs that are not there, and the tasks that make each: one where `{task}` stands in it, or else all.
+
+    Raises:
+        DataError: a store does not answer.
+    """
+    makers: dict[str, Sequence[JobTask]] = {}
+    for output in step.outputs:
+        for number, task in enumerate(order.tasks):
+            makers[filled(output, number, len(order.tasks))] = [task] if "{task}" in output else order.tasks
+    there = side_by_side(exists, makers)
+    return {place: tasks for (place, tasks), is_there in zip(makers.items(), there, strict=True) if not is_there}
+
+
+def filled(text: str, number: int, tasks: int) -> str:
+    """A text with `{task}` and `{tasks}` in it, for one task."""
+    return text.replace("{task}", str(number)).replace("{tasks}", str(tasks))
+
+
+def exists(url: str) -> bool:
+    """Whether there is an object, a file, or a folder with something in it.
+
+    Raises:
+        DataError: the store does not answer.
+    """
+    place = parse_url(url)
+    if place.folder is not None:
+        return place.folder.is_file() or (place.folder.is_dir() and any(place.folder.iterdir()))
+    parent, _, name = place.url.rpartition("/")
+    try:
+        is_object = not parent.endswith("/") and Store(parent, READING).size(name) is not None
+        return is_object or bool(Store(place.url, READING).list())
+    except ObjectMissing:
+        return False
+
+
+def made(step: Step, order: SubmissionRequest) -> list[str]:
+    """What later steps may count on: outputs, the dataset whose manifest or the model whose config is one of them, and
+    the step's folder. A training: its run."""
+    outputs = [filled(each, number, step.array) for each in step.outputs for number in range(step.array)]
+    wholes = [each.removesuffix(mark) for each in outputs for mark in _MARKS if each.endswith(mark)]
+    return list(dict.fromkeys([*outputs, *wholes, str(order.base)]))

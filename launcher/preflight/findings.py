@@ -2,37 +2,135 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import NamedTuple
 
-from launcher.preflight.estimates import Estimates
-from launcher.submitting import Order
-from regen_dist.config import AnyRunConfig
-from regen_dist.config.urls import parse_url
+from launcher.submit import ROOT, SubmissionRequest
+from regen_dist.checks.findings import side_by_side
+from regen_dist.config import AnyRunConfig, RunConfig, to_yaml
+from regen_dist.errors import RegenError
+from regen_dist.programs import regen, with_safe_path
 
-One = TypeVar("One")
-Result = TypeVar("Result")
-_AT_ONCE = 16
+# What a model needs, as `regen describe` says. That builds it, with torch, so it runs in a process of its own.
+
+_PATIENCE_S = 60.0  # for all models of an order together
+
+
+class NoEstimate(RegenError):
+    """`regen describe` did not answer; says why."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Parameters of a model, and bytes of a GPU by what they are for."""
+
+    parameters: int
+    memory: dict[str, int]
+
+
+@dataclass
+class Estimates:
+    """Asks once for each model, its clips and a number of ranks, whoever wants to know. Threads may share it."""
+
+    patience_s: float = _PATIENCE_S
+    _known: dict[str, Estimate | NoEstimate] = field(default_factory=dict)
+    _spent_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def of(self, config: AnyRunConfig, world_size: int) -> Estimate:
+        """The estimate for a run.
+
+        Raises:
+            NoEstimate: torch is not here, it took too long, or it failed.
+        """
+        key = _key(config, world_size)
+        with self._lock:
+            if key not in self._known:
+                began = time.monotonic()
+                self._known[key] = self._ask(config, world_size)
+                self._spent_s += time.monotonic() - began
+        found = self._known[key]
+        if isinstance(found, NoEstimate):
+            raise found
+        return found
+
+    def _ask(self, config: AnyRunConfig, world_size: int) -> Estimate | NoEstimate:
+        left_s = self.patience_s - self._spent_s
+        try:
+            return describe(config, world_size, left_s) if left_s > 0 else _too_long(self.patience_s)
+        except subprocess.TimeoutExpired:
+            return _too_long(self.patience_s)
+        except NoEstimate as error:
+            return error
+
+
+def describe(config: AnyRunConfig, world_size: int, timeout_s: float) -> Estimate:
+    """Ask `regen describe`.
+
+    Raises:
+        NoEstimate: it failed, with its last word.
+        subprocess.TimeoutExpired: it took longer than `timeout_s`.
+    """
+    with tempfile.TemporaryDirectory(prefix="regen-") as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(to_yaml(config), encoding="utf-8")
+        command = regen("describe", str(path), "--world-size", str(world_size), "--json")
+        ended = subprocess.run(
+            command, env=clean_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=timeout_s, check=False,
+        )  # fmt: skip
+    if ended.returncode:
+        said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
+        raise NoEstimate(f"`regen describe` failed: {said[-1]}")
+    told = json.loads(ended.stdout)
+    return Estimate(told["parameters"]["total"], told["memory_bytes_per_gpu"])
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment for `regen`: with the code that this process runs, from whatever folder it was started, and
+    without a look at this machine's GPUs."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return with_safe_path({**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""})
+
+
+def _too_long(patience_s: float) -> NoEstimate:
+    return NoEstimate(f"`regen describe` took longer than {patience_s:.0f} s")
+
+
+def _key(config: AnyRunConfig, world_size: int) -> str:
+    """All that an estimate depends on, and nothing that runs of a sweep usually differ in."""
+    train = config.train
+    parts = [config.model.model_dump_json(), config.engine.model_dump_json(), config.optimizer.kind]
+    cut = config.data.sizes if isinstance(config, RunConfig) else config.data.clips
+    return repr([parts, cut, train.batch_global, train.accumulation, world_size])
+
+
 _NAMED = 3
 
 
-class Finding(NamedTuple):
+class PreflightFinding(NamedTuple):
     """Something that a check has to say. A problem forbids the submission, a note does not."""
 
     text: str
     forbids: bool
 
 
-def problem(text: str) -> Finding:
+def problem(text: str) -> PreflightFinding:
     """What must be mended first."""
-    return Finding(text, True)
+    return PreflightFinding(text, True)
 
 
-def note(text: str) -> Finding:
+def note(text: str) -> PreflightFinding:
     """What is worth knowing."""
-    return Finding(text, False)
+    return PreflightFinding(text, False)
 
 
 @dataclass(frozen=True)
@@ -45,7 +143,7 @@ class Subject:
         estimates: what models need, computed when it is asked for.
     """
 
-    order: Order
+    order: SubmissionRequest
     produced: Collection[str] = ()
     estimates: Estimates = field(default_factory=Estimates)
 
@@ -59,30 +157,21 @@ class Subject:
         """Whether the job runs on other machines than this one."""
         return self.order.cluster.kind == "slurm"
 
-    def will_be_there(self, url: str) -> bool:
-        """Whether an earlier job makes this place, or a folder that it lies in."""
-        place = parse_url(url).url
-        return any(f"{place}/".startswith(f"{parse_url(each).url}/") for each in self.produced)
+
+Check = Callable[[Subject], Iterator[PreflightFinding]]
 
 
-Check = Callable[[Subject], Iterator[Finding]]
-
-
-def by_run(configs: Sequence[AnyRunConfig], look: Callable[[AnyRunConfig], Iterable[Finding]]) -> Iterator[Finding]:
+def by_run(
+    configs: Sequence[AnyRunConfig], look: Callable[[AnyRunConfig], Iterable[PreflightFinding]]
+) -> Iterator[PreflightFinding]:
     """What is found of each run, told once; with the names of the runs where it is not said of all."""
-    runs: dict[Finding, list[str]] = {}
+    runs: dict[PreflightFinding, list[str]] = {}
     for config, findings in zip(configs, side_by_side(lambda each: list(look(each)), configs), strict=True):
         for finding in dict.fromkeys(findings):
             runs.setdefault(finding, []).append(config.name)
     for finding, names in runs.items():
         who = "" if len(names) == len(configs) else f"{shortened(names)}: "
         yield finding._replace(text=f"{who}{finding.text}")
-
-
-def side_by_side(look: Callable[[One], Result], them: Iterable[One]) -> list[Result]:
-    """`look` at each of them, several at once, in their order: most of it is waiting for a store."""
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        return list(threads.map(look, them))
 
 
 def shortened(names: Sequence[str]) -> str:

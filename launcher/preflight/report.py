@@ -8,23 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from launcher.preflight.findings import Check, Finding, Subject, problem
-from launcher.preflight.latents import latents
-from launcher.preflight.memory import gpu_memory
-from launcher.preflight.places import folders, shared
-from launcher.preflight.runs import alive, claimed, standing
+from launcher.preflight.findings import Check, PreflightFinding, Subject, problem
+from launcher.preflight.library import library
+from launcher.preflight.runs import alive, space, times
 from launcher.preflight.scheduler import scheduler
-from launcher.preflight.settings import kernels, world_size
-from launcher.preflight.space import space
-from launcher.preflight.storage import checkpoints, data
-from launcher.preflight.timing import times
-from launcher.preflight.tracking import wandb_key
-from launcher.submitting import Order
+from launcher.preflight.settings import gpu_memory, ranks_and_gpus
+from launcher.preflight.storage import checkpoints, folders, shared, wandb_key
+from launcher.submit import SubmissionRequest
 from regen_dist.errors import ConfigError, RegenError
 
 CHECKS: Sequence[Check] = (
-    world_size, kernels, folders, shared, data, latents, checkpoints, space, times, gpu_memory, wandb_key, scheduler,
-    alive, claimed, standing,
+    library, ranks_and_gpus, folders, shared, checkpoints, space, times, gpu_memory, wandb_key, scheduler, alive,
 )  # fmt: skip
 _STORES = ("AWS_", "GOOGLE_", "AZURE_")
 
@@ -48,7 +42,7 @@ class Report:
             raise PreflightError(f"{name} was not submitted: {count}\n{listed}\nMend them, or submit with --force")
 
 
-def check(order: Order, *, produced: Collection[str] = (), checks: Sequence[Check] = CHECKS) -> Report:
+def check(order: SubmissionRequest, *, produced: Collection[str] = (), checks: Sequence[Check] = CHECKS) -> Report:
     """Every check, side by side, each on its own: one that fails does not hide the others.
 
     Args:
@@ -66,7 +60,7 @@ def check(order: Order, *, produced: Collection[str] = (), checks: Sequence[Chec
     )
 
 
-def _run(each: Check, subject: Subject) -> list[Finding]:
+def _run(each: Check, subject: Subject) -> list[PreflightFinding]:
     try:
         return list(each(subject))
     except RegenError as error:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from launcher.job import JOB_FILE, LAUNCH, Job, newest_job
-from launcher.preflight.findings import Finding, Subject, by_run, note, problem, side_by_side
-from launcher.preflight.storage import READING, dataset_manifest
-from launcher.waiting import is_alive
-from regen_dist.checkpoint.belonging import foreign_run
-from regen_dist.checkpoint.claims import Claims
-from regen_dist.checkpoint.manifest import Manifest, parse_manifest
-from regen_dist.config import AnyRunConfig, T2VConfig, load_saved_config
-from regen_dist.config.identity import latent_identity, order_changes, order_identity
-from regen_dist.config.schema import ModelConfig
-from regen_dist.config.t2v import T2VModelConfig
-from regen_dist.data.objects.store import Store
-from regen_dist.errors import CheckpointError, ConfigError, DataError, ObjectMissing, RegenError, RunBusy
+from launcher.cluster import ClusterConfig
+from launcher.job import JOB_FILE, LAUNCH, Submission, newest_job
+from launcher.preflight.findings import NoEstimate, PreflightFinding, Subject, by_run, note, problem, shortened
+from launcher.preflight.storage import nearest
+from launcher.retry import read_history
+from launcher.submit import is_alive
+from regen_dist.config import AnyRunConfig
+from regen_dist.config.identity import clips_per_rank
+from regen_dist.config.urls import parse_url
+from regen_dist.data.storage.local import free_bytes
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import ConfigError, RegenError
 from regen_dist.observe.record import read_record
 
 
-def alive(subject: Subject) -> Iterator[Finding]:
+def alive(subject: Subject) -> Iterator[PreflightFinding]:
     """No job works in the same folders."""
     wanted = {task.folder for task in subject.order.tasks}
     for base in dict.fromkeys([subject.order.base, *sorted(wanted), *_sweeps(subject.order.base.parent)]):
@@ -41,21 +41,7 @@ def alive(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def claimed(subject: Subject) -> Iterator[Finding]:
-    """No process trains the same runs, or writes the same checkpoints, by whatever it was started."""
-    yield from by_run(subject.configs, _claimed)
-
-
-def _claimed(config: AnyRunConfig) -> Iterator[Finding]:
-    try:
-        Claims(config, READING).refuse_living()
-    except RunBusy as error:
-        yield problem(str(error))
-    except DataError:  # the store is out of reach, which another check tells
-        return
-
-
-def _shared(job: Job, base: Path, subject: Subject) -> list[Path]:
+def _shared(job: Submission, base: Path, subject: Subject) -> list[Path]:
     """The folders of a job that this one would work in, too."""
     wanted = [task.folder for task in subject.order.tasks]
     return [base] if base == subject.order.base else [task.folder for task in job.tasks if task.folder in wanted]
@@ -66,125 +52,195 @@ def _sweeps(folder: Path) -> list[Path]:
     return sorted({path.parents[2] for path in folder.glob(f"*-sweep/{LAUNCH}/*/{JOB_FILE}")})
 
 
-def standing(subject: Subject) -> Iterator[Finding]:
-    """What a run has done already: all of it, or something that this config cannot go on from."""
-    fresh = any("--fresh" in task.command for task in subject.order.tasks)
-    down: set[str | None] = set()  # stores; of many runs, not each shall wait for one
-    yield from by_run(subject.configs, lambda config: _standing(config, down, fresh=fresh))
+# What a run has measured of itself until now, from its own record.
+
+_NEWEST = 20
 
 
-def _standing(config: AnyRunConfig, down: set[str | None], *, fresh: bool) -> Iterator[Finding]:
-    if config.checkpoint.url in down:
-        return
-    try:
-        manifest = newest_checkpoint(config.checkpoints)
-    except CheckpointError as error:
-        yield note(f"{error}; the run goes on from the newest checkpoint that is whole")
-        return
-    except DataError:  # the store is out of reach, which another check tells
-        down.add(config.checkpoint.url)
-        return
-    if manifest is None:
-        yield from () if fresh else _lost(config)
-        return
-    if manifest.step >= config.train.steps:
-        yield note(f"nothing is left to do: all {config.train.steps} steps are done")
-    if foreign := foreign_run(config, manifest):
-        yield problem(foreign)
-    yield from _refusals(config, manifest)
+class MeasuredRun(NamedTuple):
+    """High values of the newest figures.
 
-
-def newest_checkpoint(url: str) -> Manifest | None:
-    """What the checkpoint that `latest` names says of itself; None where there is none.
-
-    Raises:
-        CheckpointError: it is damaged.
-        DataError: the store does not answer.
+    Args:
+        step_s: of a step, by `ranks` ranks.
+        save_s: of a save, from its beginning to its end; None before the first.
+        save_bytes: of a checkpoint; None before the first.
+        start_s: from the beginning of a start of the job to its first step; None where it is not known.
+        ranks: of the newest start.
     """
-    store = Store(url, READING)
-    try:
-        name = store.get("latest").decode("utf-8", "replace").strip()
-        path = f"{name}/manifest.json"
-        return parse_manifest(store.get(path), f"checkpoint {store.url}/{path}")
-    except ObjectMissing:
-        return None
+
+    step_s: float
+    save_s: float | None
+    save_bytes: int | None
+    start_s: float | None
+    ranks: int
 
 
-def _lost(config: AnyRunConfig) -> Iterator[Finding]:
-    """The record tells of checkpoints, and there are none."""
+def measured(config: AnyRunConfig) -> MeasuredRun | None:
+    """Of a run; None before it has made steps."""
     path = config.folder / "metrics.jsonl"
-    lines = read_record(path, "checkpoint") if path.is_file() else []
-    saved = [line["step"] for line in lines if not line["problem"]]
-    if saved and not any(name.endswith("/manifest.json") for name in Store(config.checkpoints, READING).list()):
-        yield problem(
-            f"{path} tells of a checkpoint of step {saved[-1]}, but {config.checkpoints} holds none. Is that folder "
-            "mounted, and checkpoint.url the one it was? Restore them, or start the run from scratch with --fresh"
-        )
-
-
-def _refusals(config: AnyRunConfig, manifest: Manifest) -> Iterator[Finding]:
-    """What every rank would say at its start."""
-    where = f"the checkpoint of step {manifest.step} in {config.checkpoints}"
-    if changed := _model_changes(config):
-        yield problem(
-            f"{where} was saved by another model ({', '.join(changed)} of {config.folder}/config.yaml differ); give "
-            "the run another name, or restore the model section"
-        )
-    before: dict[str, str] | None = manifest.state["data"]
-    if before is None:  # imported weights: any data will do
-        return
-    if changed := order_changes(before, _identity(config, before)):
-        yield problem(
-            f"the run cannot go on from {where}, because the order of its data has changed: {'; '.join(changed)}. "
-            "Restore that, or give the run another name"
-        )
-
-
-def _identity(config: AnyRunConfig, before: dict[str, str]) -> dict[str, str]:
-    try:
-        prints = [str(each["fingerprint"]) for each in side_by_side(dataset_manifest, config.data.sources)]
-    except (DataError, KeyError, ValueError):  # which another check tells; compared is the rest
-        prints = None
-    found = _order_of(config, prints or [])
-    name = "dataset fingerprint"
-    return found if prints else found | {name: before.get(name, "not told")}
-
-
-def _order_of(config: AnyRunConfig, prints: Sequence[str]) -> dict[str, str]:
-    train = config.train
-    if isinstance(config, T2VConfig):
-        return latent_identity(config.data, prints, batch_global=train.batch_global, seed=train.seed)
-    return order_identity(
-        config.data, prints, num_frames=config.model.num_frames, batch_global=train.batch_global, seed=train.seed
+    lines = read_record(path) if path.is_file() else []
+    steps = _steps(lines)
+    if not steps:
+        return None
+    saves = [line for line in lines if line["kind"] == "checkpoint" and not line["problem"]][-_NEWEST:]
+    return MeasuredRun(
+        step_s=max(steps[-_NEWEST:]),
+        save_s=max((line["seconds"] for line in saves), default=None),
+        save_bytes=saves[-1]["bytes"] if saves else None,
+        start_s=_start_s(config.folder, lines),
+        ranks=next((line["world_size"] for line in reversed(lines) if _is_start(line)), 1),
     )
 
 
-def _model_changes(config: AnyRunConfig) -> Sequence[str]:
-    """Keys of the model by which its parameters differ from those that the run was started with, as far as the config
-    in its folder tells."""
+def _steps(lines: Sequence[dict[str, Any]]) -> list[float]:
+    """Seconds of a step at each log line. The first after a start warms up: it is left out where there are others."""
+    warming: list[float] = []
+    steady: list[float] = []
+    first = True
+    for line in lines:
+        if line["kind"] == "train":
+            (warming if first else steady).append(line["step_s"])
+            first = False
+        first = first or _is_start(line)
+    return steady or warming
+
+
+def _is_start(line: dict[str, Any]) -> bool:
+    return bool(line["kind"] == "event" and line.get("event") == "start")
+
+
+def _start_s(folder: Path, lines: Sequence[dict[str, Any]]) -> float | None:
+    history = read_history(folder / LAUNCH)
+    if not history:
+        return None
+    began = history[-1].start.time
+    return next((line["time"] - began for line in lines if _is_start(line) and line["time"] >= began), None)
+
+
+# Whether the disk holds the checkpoints that a run keeps.
+
+BYTES_PER_PARAMETER = 16  # float32: master, two moments, EMA
+GIB = 2**30
+
+
+def space(subject: Subject) -> Iterator[PreflightFinding]:
+    """Every local disk has room for what its runs will keep, beside what they hold already."""
+    disks: dict[int, list[tuple[AnyRunConfig, Path]]] = {}
+    for config in subject.configs:
+        folder = parse_url(config.checkpoints).folder
+        if folder is not None:
+            disks.setdefault(nearest(folder).stat().st_dev, []).append((config, folder))
+    for runs in disks.values():
+        yield from _one_disk(runs, subject)
+
+
+def _one_disk(runs: list[tuple[AnyRunConfig, Path]], subject: Subject) -> Iterator[PreflightFinding]:
+    needed = 0
     try:
-        saved = load_saved_config(config.folder).model
-    except ConfigError:  # of another version, or not there
-        return []
-    before, now = parameter_keys(saved), parameter_keys(config.model)
-    return [f"model.{key}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        for config, folder in runs:
+            held = sum(Store(folder).list().values())
+            needed += max(0, checkpoints_kept(config) * _checkpoint_bytes(config, subject) - held)
+    except NoEstimate as error:
+        yield note(f"free space was not compared with what checkpoints need: {error}")
+        return
+    except ConfigError:  # the batch does not fit the ranks, which another check tells
+        return
+    free, folder = free_bytes(runs[0][1]), runs[0][1]
+    if needed > free:
+        names = shortened([config.name for config, _ in runs])
+        yield problem(
+            f"the disk of {folder} has {free / GIB:.1f} GiB free, the checkpoints of {names} need {needed / GIB:.1f} "
+            f"GiB more ({checkpoints_kept(runs[0][0])} at once: those kept, one being written, one cut off); make "
+            "room, lower checkpoint.keep_last, keep_best or raise keep_every, or set checkpoint.url"
+        )
 
 
-def parameter_keys(model: ModelConfig | T2VModelConfig) -> dict[str, Any]:
-    """The sections of a model's config, without what leaves names and shapes of its parameters as they are."""
-    values = model.model_dump(mode="json")
-    if isinstance(model, T2VModelConfig):
-        del values["attention"]  # heads stay: queries and keys are normed by them
-        return values
-    values["latent"].pop("noise_std")
-    values.pop("linear_start")
-    if model.kind == "magvit2":  # of the two it has the linear code alone
-        del values["conditioning"]
-        return values | {"decoder": {"linear": model.decoder.linear}}
-    for key in ("heads", "attention"):
-        values["decoder"].pop(key)
-    if model.conditioning.kind == "in_context":  # takes nothing else
-        return values | {"conditioning": {"kind": "in_context"}}
-    for key in ("omega", "first_frame_rule"):
-        values["conditioning"].pop(key)
-    return values
+def checkpoints_kept(config: AnyRunConfig) -> int:
+    """The most that lie there at once: what retention keeps, one that is written, and the debris of one."""
+    policy = config.checkpoint
+    for_good = config.train.steps // policy.keep_every if policy.keep_every else 0
+    wanted = policy.keep_last + policy.keep_best + for_good
+    ever = -(-config.train.steps // policy.every)
+    return min(wanted, ever) + 2
+
+
+def _checkpoint_bytes(config: AnyRunConfig, subject: Subject) -> int:
+    found, world_size = measured(config), subject.order.cluster.world_size
+    if found is not None and found.save_bytes is not None:
+        return found.save_bytes
+    clips_per_rank(config, world_size)  # or the estimate would be refused, in other words
+    return BYTES_PER_PARAMETER * subject.estimates.of(config, world_size).parameters
+
+
+# Whether a job that is told to go has the time to save.
+
+_ROUND_S = 10
+
+
+def times(subject: Subject) -> Iterator[PreflightFinding]:
+    """The signal comes earlier than two steps and two saves before the limit; the run's own limit likewise."""
+    yield from by_run(subject.configs, lambda config: _times_of(config, subject.order.cluster))
+
+
+def _times_of(config: AnyRunConfig, cluster: ClusterConfig) -> Iterator[PreflightFinding]:
+    limit_s = None if cluster.time_min is None else cluster.time_min * 60.0
+    own_s = config.train.time_limit_s
+    if limit_s is not None and own_s is not None and own_s > limit_s - cluster.signal_lead_s:
+        yield note(
+            f"train.time_limit_s {own_s:g} never comes: the job's own limit, {cluster.time_min} min, is told "
+            f"{cluster.signal_lead_s} s before its end"
+        )
+    if limit_s is None and own_s is None:
+        return
+    found = measured(config)
+    if found is None:
+        if limit_s is not None:
+            yield note(
+                f"signal_lead_s {cluster.signal_lead_s} could not be compared with two steps and two saves: the run "
+                "has measured none yet"
+            )
+        return
+    if limit_s is not None:
+        yield from _too_short("signal_lead_s", cluster.signal_lead_s, found, cluster, "--set signal_lead_s")
+        yield from _hardly_any_time(config, limit_s - cluster.signal_lead_s, found, cluster)
+    if own_s is not None:
+        lead_s = config.train.time_limit_lead_s
+        yield from _too_short("train.time_limit_lead_s", lead_s, found, cluster, "train.time_limit_lead_s")
+
+
+def _too_short(
+    name: str, lead_s: float, found: MeasuredRun, cluster: ClusterConfig, key: str
+) -> Iterator[PreflightFinding]:
+    step_s = _step_s(found, cluster)
+    needed_s = 2 * step_s + 2 * (found.save_s or 0.0)
+    if lead_s > needed_s:
+        return
+    saves = f"two saves of {found.save_s:.1f} s" if found.save_s is not None else "no save was measured yet"
+    at_least = _ROUND_S * (math.floor(needed_s / _ROUND_S) + 1)
+    yield problem(
+        f"{name} {lead_s:g} is too short for two steps of {step_s:.1f} s and {saves}, {needed_s:.1f} s in all "
+        f"(measured by this run{_on(found, cluster)}); give {key}={at_least}"
+    )
+
+
+def _step_s(found: MeasuredRun, cluster: ClusterConfig) -> float:
+    """As measured; by fewer ranks, so much longer."""
+    return found.step_s * max(1.0, found.ranks / cluster.world_size)
+
+
+def _on(found: MeasuredRun, cluster: ClusterConfig) -> str:
+    other = found.ranks != cluster.world_size
+    return f" on {found.ranks} ranks; now there are {cluster.world_size}" if other else ""
+
+
+def _hardly_any_time(
+    config: AnyRunConfig, left_s: float, found: MeasuredRun, cluster: ClusterConfig
+) -> Iterator[PreflightFinding]:
+    start_s = found.start_s or 0.0
+    interval_s = config.checkpoint.every * _step_s(found, cluster) + (found.save_s or 0.0)
+    if left_s <= start_s + interval_s:
+        yield note(
+            f"within {cluster.time_min} min less signal_lead_s {cluster.signal_lead_s} the run starts ({start_s:.0f} "
+            f"s) but does not get to the checkpoint after checkpoint.every {config.checkpoint.every} steps "
+            f"({interval_s:.0f} s): whatever fails costs all of it; save more often, or raise --time"
+        )

@@ -10,7 +10,7 @@ from pathlib import Path
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.job import LAUNCH
-from launcher.preflight.findings import Finding, Subject, note, problem
+from launcher.preflight.findings import PreflightFinding, Subject, note, problem
 from launcher.script import batch_script
 from regen_dist.errors import BackendError
 
@@ -18,7 +18,7 @@ _TIMEOUT_S = 60.0
 _NOTHING = ("UNLIMITED", "INFINITE", "N/A", "")
 
 
-def scheduler(subject: Subject) -> Iterator[Finding]:
+def scheduler(subject: Subject) -> Iterator[PreflightFinding]:
     """Slurm judges the very script; what it would only let wait for ever is compared here."""
     if not subject.on_slurm:
         return
@@ -91,7 +91,7 @@ def _node_kinds(partition: str) -> str:
     )
 
 
-def _would_wait(partitions: list[dict[str, str]], cluster: ClusterConfig) -> Iterator[Finding]:
+def _would_wait(partitions: list[dict[str, str]], cluster: ClusterConfig) -> Iterator[PreflightFinding]:
     """Slurm takes jobs that are too long for their partition, and lets them wait for ever (EnforcePartLimits=NO)."""
     asked_min = cluster.time_min or 0
     names = ", ".join(each["PartitionName"] for each in partitions)

@@ -1,34 +1,20 @@
-"""Whether a config can run on what the job asks for: the refusals that every rank would otherwise come up with."""
+"""Whether every rank of a job has a GPU for itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
 
-from launcher.cluster import ClusterConfig
-from launcher.preflight.findings import Finding, Subject, by_run, note, problem
-from regen_dist.config import AnyRunConfig, T2VConfig
-from regen_dist.config.worldsize import clips_per_rank
+from launcher.preflight.findings import NoEstimate, PreflightFinding, Subject, by_run, note, problem
+from regen_dist.config import AnyRunConfig
+from regen_dist.config.identity import clips_per_rank
 from regen_dist.errors import ConfigError
 
 
-def world_size(subject: Subject) -> Iterator[Finding]:
-    """The batch is shared out evenly over the ranks, and every rank has a GPU for itself."""
+def ranks_and_gpus(subject: Subject) -> Iterator[PreflightFinding]:
+    """Every rank has a GPU, and none idles."""
     cluster = subject.order.cluster
-    if subject.configs and cluster.gpus_per_node:
-        yield from _ranks_and_gpus(cluster)
-
-    def look(config: AnyRunConfig) -> Iterator[Finding]:
-        try:
-            clips_per_rank(config, cluster.world_size)
-        except ConfigError as error:
-            yield problem(str(error))
-
-    yield from by_run(subject.configs, look)
-
-
-def _ranks_and_gpus(cluster: ClusterConfig) -> Iterator[Finding]:
+    if not subject.configs or not cluster.gpus_per_node:
+        return
     ranks, gpus = cluster.ranks_per_node, cluster.gpus_per_node
     if ranks > gpus:
         yield problem(f"{ranks} ranks on a node of {gpus} GPU(s), and each needs one; set --tasks-per-node {gpus}")
@@ -36,56 +22,52 @@ def _ranks_and_gpus(cluster: ClusterConfig) -> Iterator[Finding]:
         yield note(f"{gpus - ranks} of {gpus} GPUs of each node will idle: each rank uses one, and there are {ranks}")
 
 
-def kernels(subject: Subject) -> Iterator[Finding]:
-    """Attention and optimizer run on the device that there is, and their packages are installed."""
-    yield from by_run(subject.configs, lambda config: _kernels_of(config, subject.order.cluster))
+# Whether the model and its training state fit on a card.
+
+GIB = 2**30
+TIGHT = 0.85  # what the estimate leaves out: the CUDA context, fragmentation, workspaces
+_TERMS = 3
 
 
-def _kernels_of(config: AnyRunConfig, cluster: ClusterConfig) -> Iterator[Finding]:
-    has_gpus = cluster.gpus_per_node > 0
-    key, backend = _attention(config)
-    if backend == "flash":
-        mend = f"set {key}=sdpa"
-        if not has_gpus:
-            yield problem(f"{key}=flash needs GPUs, and the job has none; {mend}")
-        elif config.engine.precision != "bf16":
-            yield problem(f"{key}=flash computes in bf16; set engine.precision=bf16, or {mend}")
-        if _is_ours(cluster) and not _is_installed("flash_attn"):
-            yield problem(f"{key}=flash needs the package flash-attn; install it, or {mend}")
-    yield from _optimizer(config, cluster, has_gpus)
+def gpu_memory(subject: Subject) -> Iterator[PreflightFinding]:
+    """The estimate of `regen describe` against `gpu_memory_gb` of the cluster."""
+    cluster = subject.order.cluster
+    if cluster.gpu_memory_gb and cluster.gpus_per_node:
+        yield from by_run(subject.configs, lambda config: _memory_of(config, subject, cluster.gpu_memory_gb or 0.0))
 
 
-def _attention(config: AnyRunConfig) -> tuple[str, str]:
-    """The key that names the kernel of attention, and its value; "" for a model without."""
-    if isinstance(config, T2VConfig):
-        return "model.attention.backend", config.model.attention.backend
-    attends = config.model.kind == "regen"
-    return "model.decoder.attention.backend", config.model.decoder.attention.backend if attends else ""
-
-
-def _optimizer(config: AnyRunConfig, cluster: ClusterConfig, has_gpus: bool) -> Iterator[Finding]:
-    kind, mend = config.optimizer.kind, "set optimizer.kind=adamw"
-    if kind == "fused_adam" and not has_gpus:
-        yield problem(f"optimizer.kind=fused_adam (apex) needs GPUs, and the job has none; {mend}")
-    if kind == "fused_adam" and _is_ours(cluster) and not _is_installed("apex", "optimizers"):
+def _memory_of(config: AnyRunConfig, subject: Subject, card_gb: float) -> Iterator[PreflightFinding]:
+    world_size = subject.order.cluster.world_size
+    try:
+        clips_per_rank(config, world_size)
+        terms = subject.estimates.of(config, world_size).memory
+    except ConfigError:  # which another check tells
+        return
+    except NoEstimate as error:
+        yield note(f"GPU memory was not estimated: {error}")
+        return
+    total = sum(terms.values()) / GIB
+    if total > card_gb:
         yield problem(
-            "optimizer.kind=fused_adam needs NVIDIA apex, which is built from source (see environment.yml; PyPI's "
-            f"`apex` is another package); or {mend}"
+            f"about {total:.1f} GiB are needed on each of {world_size} GPUs, a card has {card_gb:g} (gpu_memory_gb); "
+            f"most of it: {_largest(terms)}. {_mend(config)} (`regen describe` shows all of it)"
         )
-    if kind == "cpu_adam" and has_gpus:
-        yield problem(f"optimizer.kind=cpu_adam is for models on the CPU, and the job has GPUs; {mend}")
-    if kind == "cpu_adam" and config.engine.kind == "plain":
-        yield problem(f"optimizer.kind=cpu_adam is DeepSpeed's; set engine.kind=zero3, or {mend}")
+    elif total > TIGHT * card_gb:
+        yield note(
+            f"about {total:.1f} GiB are needed on each of {world_size} GPUs, {total / card_gb:.0%} of a card's "
+            f"{card_gb:g} (gpu_memory_gb); most of it: {_largest(terms)}"
+        )
 
 
-def _is_ours(cluster: ClusterConfig) -> bool:
-    """Whether the ranks run in this Python: what is installed elsewhere cannot be seen from here."""
-    return cluster.python is None and not cluster.activate
+def _largest(terms: dict[str, int]) -> str:
+    ordered = sorted(terms.items(), key=lambda term: -term[1])[:_TERMS]
+    return "; ".join(f"{name} {size / GIB:.1f} GiB" for name, size in ordered)
 
 
-def _is_installed(package: str, part: str = "") -> bool:
-    """Whether a package can be found (with a part that tells it from another of the same name), without importing
-    it."""
-    found = find_spec(package)
-    places = found.submodule_search_locations if found else None
-    return any((Path(place) / part).exists() for place in places or ())
+def _mend(config: AnyRunConfig) -> str:
+    """What lowers it, as far as this config has not done so."""
+    ways = ["take more GPUs"] if config.engine.kind == "zero3" else ["set engine.kind=zero3 and take more GPUs"]
+    ways.append(f"raise train.accumulation (now {config.train.accumulation})")
+    if not config.engine.activation_checkpointing:
+        ways.append("set engine.activation_checkpointing=true")
+    return f"To lower it, {', '.join(ways[:-1])}, or {ways[-1]}"

@@ -1,84 +1,89 @@
-"""Data and checkpoints: their stores answer, the data is whole on the face of it, checkpoints can be written."""
+"""Whether checkpoints can be written."""
 
 from __future__ import annotations
 
-import json
+import netrc
+import os
 import secrets
+import tempfile
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from urllib.parse import urlsplit
 
-from launcher.preflight.findings import Finding, Subject, problem, side_by_side
-from launcher.preflight.places import unwritable
-from regen_dist.config import AnyRunConfig
+from launcher.preflight.findings import PreflightFinding, Subject, by_run, note, problem
+from regen_dist.checks.data import READING
+from regen_dist.checks.findings import side_by_side
+from regen_dist.config import AnyRunConfig, T2VConfig
 from regen_dist.config.urls import parse_url
-from regen_dist.data.objects.store import Limits, Store
-from regen_dist.errors import DataError, ObjectMissing, StoreUnavailable
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import DataError, StoreUnavailable
 
-# Somebody waits for the answer: a store that is down is told in seconds.
-READING = Limits(stall_s=4.0, deadline_s=8.0, connect_s=4.0)
-WRITING = Limits(stall_s=4.0, deadline_s=24.0, connect_s=4.0)  # a third of it for one request
-MANIFEST, SCHEMA_VERSION = "manifest.json", 2  # of a dataset, whose own module needs numpy
+# The folders of a job: they can be written to, and all nodes see them.
 
 
-def data(subject: Subject) -> Iterator[Finding]:
-    """Every dataset can be read: its manifest, and the first of its shards."""
-    urls: dict[str, str] = {}
+def folders(subject: Subject) -> Iterator[PreflightFinding]:
+    """The job can leave its files. A file is made and removed again, which permissions alone do not tell (a quota, a
+    disk that is mounted read-only)."""
+    order = subject.order
+    for folder in dict.fromkeys([order.base, *(task.folder for task in order.tasks)]):
+        if why := unwritable(folder):
+            yield problem(f"the run folder {folder} cannot be written to: {why}; choose another by output=FOLDER")
+
+
+def shared(subject: Subject) -> Iterator[PreflightFinding]:
+    """Everything that nodes exchange by files lies where all of them see it."""
+    common = subject.order.cluster.shared
+    if not subject.on_slurm or common is None:
+        return
+    if not common.is_dir():
+        yield problem(f"cluster key shared: there is no folder {common} on this machine; mount it, or correct the key")
+        return
+    for what, folder in _exchanged(subject):
+        if not folder.resolve().is_relative_to(common.resolve()):
+            yield problem(
+                f"{what} {folder} is not in {common}, which all nodes share (cluster key shared); move it there"
+            )
+    here = Path.cwd()
+    if not here.is_relative_to(common.resolve()):
+        yield note(f"this folder, {here}, is not in {common}: relative paths in the job mean nothing on its nodes")
+
+
+def _exchanged(subject: Subject) -> list[tuple[str, Path]]:
+    """Each folder once, and what it is."""
+    order = subject.order
+    named = [(f"the run folder of {task.name}", str(task.folder)) for task in order.tasks]
     for config in subject.configs:
-        urls |= dict.fromkeys(config.data.sources, "data")
-        if config.data.validation_url:
-            urls.setdefault(config.data.validation_url, "data.validation_url")
-    wanted = [url for url in urls if not subject.will_be_there(url)]
-    for url, wrong in zip(wanted, side_by_side(_dataset_problem, wanted), strict=True):
-        if wrong:
-            yield problem(f"{urls[url]}: {wrong}")
+        named += [("the data", url) for url in config.data.sources]
+        named += [("the validation data", url) for url in [config.data.validation_url] if url]
+        named += [("checkpoint.url", config.checkpoint.url)] if config.checkpoint.url else []
+        if isinstance(config, T2VConfig) and config.generation.embedder:
+            named.append(("generation.embedder", config.generation.embedder))
+    local = [(what, parse_url(url).folder) for what, url in named]
+    return list(dict.fromkeys((what, folder) for what, folder in local if folder is not None))
 
 
-def _dataset_problem(url: str) -> str:
-    """What is wrong with a dataset; "" where nothing is."""
+def unwritable(folder: Path) -> str:
+    """Why no file can be made in a folder, or in the one above in which it would be made; "" when one can."""
+    existing = nearest(folder)
     try:
-        manifest = dataset_manifest(url)
-        if not manifest["shards"]:
-            return f"{url}: a dataset without shards; build it again"
-        first = manifest["shards"][0]
-        needed = [(Store(url, READING), first["index"])]
-        needed.append((Store(manifest.get("shards_url") or url, READING), first["name"]))
-        missing = [f"{store.url}/{name}" for store, name in needed if store.size(name) is None]
-    except DataError as error:
-        return str(error)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{url}/{MANIFEST}: damaged ({type(error).__name__}: {error}); run the build again"
-    if missing:
-        return f"{', '.join(missing)}: not there, though the manifest names it; run `regen shards verify {url}`"
-    return ""
+        with tempfile.TemporaryFile(dir=existing):
+            return ""
+    except OSError as error:
+        return f"{existing}: {error.strerror}"
 
 
-def dataset_manifest(url: str) -> dict[str, Any]:
-    """The manifest of a dataset.
-
-    Raises:
-        DataError: the store does not answer, denies access, or has none; or it is of another version.
-    """
-    store = Store(url, READING)
-    if store.folder is not None and not store.folder.is_dir():
-        raise DataError(f"there is no folder {store.folder}; build the data, or correct the path")
-    try:
-        manifest: dict[str, Any] = json.loads(store.get(MANIFEST))
-    except ObjectMissing as error:
-        if "no bucket" in str(error):
-            raise
-        raise DataError(
-            f"{store.url}: there is no {MANIFEST}, so no finished dataset; build one with `regen shards build SOURCE "
-            f"--out {url}`, a cache of latents with `regen preencode`, or correct the URL"
-        ) from None
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(
-            f"{store.url}/{MANIFEST}: schema version {manifest.get('schema_version')}, this program reads "
-            f"{SCHEMA_VERSION}; build the shards again"
-        )
-    return manifest
+def nearest(path: Path) -> Path:
+    """A folder, or the first above it that is there."""
+    while not path.exists():
+        path = path.parent
+    return path
 
 
-def checkpoints(subject: Subject) -> Iterator[Finding]:
+WRITING = StoreLimits(stall_s=4.0, deadline_s=24.0, connect_s=4.0)  # a third of it for one request
+
+
+def checkpoints(subject: Subject) -> Iterator[PreflightFinding]:
     """Where checkpoints go an object can be written and deleted again. Those that are there are not touched."""
     first: dict[str | None, AnyRunConfig] = {}  # of the runs that share a place
     for config in subject.configs:
@@ -115,3 +120,37 @@ def _probe(url: str) -> str:
     except DataError as error:
         return f"checkpoints can be written but not deleted, and {store.url}/{name} is left there now: {error}"
     return ""
+
+
+# Whether metrics can be sent to where the config wants them.
+
+_SERVICE = "https://api.wandb.ai"
+
+
+def wandb_key(subject: Subject) -> Iterator[PreflightFinding]:
+    """A key is there for wandb.mode=online."""
+    given = {**os.environ, **subject.order.cluster.environment}
+
+    def look(config: AnyRunConfig) -> Iterator[PreflightFinding]:
+        if config.wandb.mode == "online" and not given.get("WANDB_API_KEY") and not _in_netrc(given):
+            yield problem(
+                f"wandb.mode=online, but there is no key: WANDB_API_KEY is not set, and {_netrc(given)} has none for "
+                f"{_host(given)}; run `wandb login`, or set wandb.mode=offline"
+            )
+
+    yield from by_run(subject.configs, look)
+
+
+def _in_netrc(given: dict[str, str]) -> bool:
+    try:
+        return netrc.netrc(_netrc(given)).authenticators(_host(given)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _netrc(given: dict[str, str]) -> Path:
+    return Path(given.get("NETRC") or "~/.netrc").expanduser()
+
+
+def _host(given: dict[str, str]) -> str:
+    return urlsplit(given.get("WANDB_BASE_URL") or _SERVICE).hostname or ""

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from regen_dist.config import AnyRunConfig
-from regen_dist.data.objects.store import Limits, Store
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, DataError, ObjectMissing, RunBusy
 from regen_dist.jsontext import json_text
 from regen_dist.observe.heartbeat import place_of_processes
@@ -143,7 +144,7 @@ class Claim:
         self,
         place: str | Path,
         me: Holder,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: StoreLimits = StoreLimits(),  # noqa: B008 - frozen
         patience: Patience | None = None,
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
@@ -290,11 +291,11 @@ PATIENCE = Patience()
 class Claims:
     """All claims of a run. Where its checkpoints lie in its folder there is one."""
 
-    def __init__(self, config: AnyRunConfig, limits: Limits | None = None) -> None:
+    def __init__(self, config: AnyRunConfig, limits: StoreLimits | None = None) -> None:
         me, read = this_process(config.folder), config.data.read
         self._claims = [Claim(config.folder, me)]
         if config.checkpoint.url is not None:
-            self._claims.append(Claim(config.checkpoints, me, limits or Limits(read.stall_s, read.deadline_s)))
+            self._claims.append(Claim(config.checkpoints, me, limits or StoreLimits(read.stall_s, read.deadline_s)))
 
     def take(self) -> None:
         """Take all; RunBusy when somebody who lives holds one, and then none is held."""

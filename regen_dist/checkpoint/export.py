@@ -2,15 +2,15 @@
 
 EXPORT/model.safetensors    every parameter whole, under the model's own names
 EXPORT/config.yaml          what rebuilds the model, and where the weights come from (config/exported.py)
-EXPORT/statistics.json      of an embedder: mean and std of each latent channel (inference/statistics.py); optional
-EXPORT/latent_space/        of a text-to-video model: what its latents and texts are (inference/space_files.py)
+EXPORT/statistics.json      of an embedder: mean and std of each latent channel (inference/latent_space.py); optional
+EXPORT/latent_space/        of a text-to-video model: what its latents and texts are (inference/latent_space.py)
 EXPORT/README.md            the model card
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -21,17 +21,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.reader import newest_good
-from regen_dist.checkpoint.shards import nonfinite
-from regen_dist.config import AnyRunConfig, load_saved_config
-from regen_dist.config.exported import EXPORT_CONFIG_FILE, CommonExportConfig
-from regen_dist.config.schema import ModelConfig
+from regen_dist.checkpoint.shards import nonfinite, shard_name
+from regen_dist.config import AnyRunConfig, config_hash, load_saved_config, save_config
+from regen_dist.config.embedder import ModelConfig
+from regen_dist.config.exported import EXPORT_CONFIG_FILE, AnyExportConfig, CommonExportConfig, load_any_export_config
+from regen_dist.config.run import Section
 from regen_dist.config.t2v import T2VModelConfig
-from regen_dist.data.objects.local import sync
-from regen_dist.data.reading.fetching import limits_of
+from regen_dist.config.version import code_version
+from regen_dist.data.storage.connection import limits_of
+from regen_dist.data.storage.local import sync
+from regen_dist.distributed.engine import WEIGHTS
+from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.errors import CheckpointError
-from regen_dist.models import Baseline, Regen, TextToVideo, build_model
+from regen_dist.models.building import build_model
+from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.t2v import TextToVideo
 
 MODEL_FILE, STATISTICS_FILE, CARD_FILE = "model.safetensors", "statistics.json", "README.md"
 Weights = Literal["ema", "plain"]
@@ -56,7 +62,7 @@ def open_run(run: Path) -> tuple[AnyRunConfig, CheckpointFolder]:
     return config, CheckpointFolder(url, limits_of(config.data.read))
 
 
-def find_checkpoint(folder: CheckpointFolder, step: int | None = None, *, checksums: bool) -> Manifest:
+def find_checkpoint(folder: CheckpointFolder, step: int | None = None, *, checksums: bool) -> CheckpointManifest:
     """The checkpoint of a step, or the newest good one.
 
     Args:
@@ -85,7 +91,7 @@ def find_checkpoint(folder: CheckpointFolder, step: int | None = None, *, checks
 
 
 def checkpoint_weights(
-    folder: CheckpointFolder, manifest: Manifest, weights: Weights, prefix: str = ""
+    folder: CheckpointFolder, manifest: CheckpointManifest, weights: Weights, prefix: str = ""
 ) -> dict[str, Tensor]:
     """The parameters of a checkpoint whose names begin with `prefix`, whole, in float32: the averaged ones, or those of
     the last step. The others are not read."""
@@ -209,3 +215,102 @@ def _on_meta(config: ModelConfig | T2VModelConfig) -> Regen | Baseline | TextToV
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Begins a run from an exported model: its weights become checkpoint 0, from which any number of ranks train.
+
+# What a model's numbers do not depend on: which kernel computes attention, noise that only training adds, and what
+# generation takes by default.
+_FREE = {
+    "model.decoder.attention.backend",
+    "model.attention.backend",
+    "model.latent.noise_std",
+    "model.linear_start",
+    "diffusion.guidance",
+}
+
+
+def import_model(export: Path, config: AnyRunConfig) -> list[str]:
+    """Commit checkpoint 0 of the run that `config` describes: masters and EMA are the exported weights, the moments
+    are zero, and no data was seen.
+
+    Returns what differs between the export and the config although its parameters fit: those settings change what the
+    weights compute.
+
+    Raises:
+        CheckpointError: the export is damaged or does not fit the config's model, or the run has checkpoints.
+    """
+    exported = load_any_export_config(export)
+    _check_kind(export, exported, config)
+    shapes = model_shapes(config.model)
+    check_shapes(stored_shapes(export), shapes, f"the parameters in {export}")
+    folder = CheckpointFolder(config.checkpoints, limits_of(config.data.read))
+    if steps := folder.steps():
+        raise CheckpointError(
+            f"{folder.url} holds {len(steps)} checkpoints, the newest of step {steps[-1]}; give the run another name"
+        )
+    folder.begin(0)
+    name = shard_name(0, 1)
+    facts = folder.write_shard(0, name, _pieces(read_model(export, exported), OPTIMIZERS[config.optimizer.kind].state))
+    folder.commit(_manifest(export, exported, config, shapes).with_files({name: facts}))
+    save_config(config, config.folder)
+    return differences(exported, config)
+
+
+def differences(exported: AnyExportConfig, config: AnyRunConfig) -> list[str]:
+    """Settings of the model and of its diffusion that are not as they were when the weights were trained, in words."""
+    pairs: list[tuple[str, Section, Section]] = [("model", exported.model, config.model)]
+    if config.model.kind != "magvit2":
+        pairs.append(("diffusion", exported.diffusion, config.diffusion))
+    told = []
+    for section, before, now in pairs:
+        then, here = (dict(_leaves(each.model_dump(mode="json"), section)) for each in (before, now))
+        told += [
+            f"{name} is {here.get(name)}, the weights were trained with {then.get(name)}"
+            for name in {**then, **here}
+            if name not in _FREE and then.get(name) != here.get(name)
+        ]
+    return told
+
+
+def _check_kind(export: Path, exported: AnyExportConfig, config: AnyRunConfig) -> None:
+    """An embedder is no text-to-video model; REGEN and the baseline are told apart by their parameters."""
+    if (exported.model.kind == "t2v") != (config.task == "t2v"):
+        raise CheckpointError(
+            f"{export} holds a model of kind {exported.model.kind}, the config is of task {config.task}; give a config "
+            "of the same kind of run"
+        )
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value
+
+
+def _pieces(weights: dict[str, Tensor], moments: tuple[str, ...]) -> dict[str, Tensor]:
+    """One rank's shard of everything. The zeros take no memory before they are written."""
+    flat = {name: tensor.to(torch.float32).reshape(-1) for name, tensor in weights.items()}
+    pieces = {f"{kind}/{name}": tensor for kind in WEIGHTS for name, tensor in flat.items()}
+    zero = torch.zeros(1)
+    return pieces | {f"{kind}/{name}": zero.expand(len(tensor)) for kind in moments for name, tensor in flat.items()}
+
+
+def _manifest(
+    export: Path, exported: AnyExportConfig, config: AnyRunConfig, shapes: dict[str, list[int]]
+) -> CheckpointManifest:
+    origin = None if exported.origin is None else exported.origin.model_dump(mode="json")
+    imported = {"from": str(export), "weights": exported.weights, "origin": origin}
+    return CheckpointManifest(
+        step=0,
+        samples=0,
+        config_hash=config_hash(config),
+        version=code_version(),
+        topology={"world_size": 1, "engine": "import", "precision": config.engine.precision},
+        state={"num_updates": 0, "data_shift": 0, "guards": {}, "data": None, "imported": imported},
+        metrics={},
+        rollbacks=[],
+        shapes=shapes,
+    )

@@ -23,10 +23,11 @@ from typing import Any
 
 from torch import Tensor
 
-from regen_dist.checkpoint.manifest import FileFacts, Manifest, parse_manifest, to_text
+from regen_dist.checkpoint.manifest import CheckpointManifest, FileFacts, parse_manifest, to_text
 from regen_dist.checkpoint.shards import ShardReader, ValueScan, write_shard
-from regen_dist.data.objects.local import full_disk, sync
-from regen_dist.data.objects.store import Limits, Store, remove_leftovers
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.local import full_disk, remove_leftovers, sync
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, ObjectMissing
 
 MANIFEST, POINTER, PIN = "manifest.json", "latest", "pinned"
@@ -55,7 +56,7 @@ class CheckpointFolder:
     def __init__(
         self,
         url: str | Path,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: StoreLimits = StoreLimits(),  # noqa: B008 - frozen
         permit: Callable[[], None] = lambda: None,
     ) -> None:
         self.store, self._permit = Store(url, limits), permit
@@ -65,7 +66,7 @@ class CheckpointFolder:
         """The committed steps, ascending. Their files may still be damaged: see `manifest` and `problems`."""
         return sorted(step for step, temporary, file, _ in self._files() if file == MANIFEST and not temporary)
 
-    def manifest(self, step: int) -> Manifest:
+    def manifest(self, step: int) -> CheckpointManifest:
         """What a committed checkpoint says of itself.
 
         Raises:
@@ -80,7 +81,7 @@ class CheckpointFolder:
             raise CheckpointError(f"checkpoint {self.url}/{name} is of step {manifest.step}; it was moved there")
         return manifest
 
-    def problems(self, manifest: Manifest, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
+    def problems(self, manifest: CheckpointManifest, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
         """What is wrong with a checkpoint's files, in words; empty when nothing is.
 
         Args:
@@ -100,7 +101,7 @@ class CheckpointFolder:
                 told.append(f"{file} {problem}")
         return told
 
-    def reader(self, manifest: Manifest) -> ShardReader:
+    def reader(self, manifest: CheckpointManifest) -> ShardReader:
         """Reads the tensors of a checkpoint."""
         return ShardReader(self.store, checkpoint_name(manifest.step), manifest)
 
@@ -179,7 +180,7 @@ class CheckpointFolder:
             folder.mkdir(parents=True, exist_ok=True)
             return _write(folder / name, pieces)
 
-    def commit(self, manifest: Manifest, phase: Phase = lambda name: None) -> None:
+    def commit(self, manifest: CheckpointManifest, phase: Phase = lambda name: None) -> None:
         """Make the files that the manifest names a checkpoint, and point to it. `phase` is told what comes next.
 
         Raises:
@@ -198,7 +199,7 @@ class CheckpointFolder:
         phase("pointer")
         self.point_to(manifest.step)
 
-    def amend(self, manifest: Manifest, **changes: Any) -> Manifest:
+    def amend(self, manifest: CheckpointManifest, **changes: Any) -> CheckpointManifest:
         """Change what a committed checkpoint says of itself, atomically; its tensors stay. Returns the new one."""
         amended = replace(manifest, **changes)
         self.store.put(f"{checkpoint_name(manifest.step)}/{MANIFEST}", to_text(amended).encode())
@@ -215,7 +216,7 @@ class CheckpointFolder:
         os.replace(self._temporary(step), target)
         sync(self.store.folder)
 
-    def _check_written(self, manifest: Manifest) -> None:
+    def _check_written(self, manifest: CheckpointManifest) -> None:
         folder = checkpoint_name(manifest.step) + ("" if self.store.folder is None else ".tmp")
         sizes = self.store.list(f"{folder}/")
         wrong = [file for file, facts in manifest.files.items() if sizes.get(f"{folder}/{file}") != facts["bytes"]]

@@ -24,7 +24,7 @@ class FileFacts(TypedDict):
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """Everything about a checkpoint but its tensors.
 
     Args:
@@ -39,8 +39,8 @@ class Manifest:
         shapes: the full shape of every parameter.
         files: every shard with its facts.
         saved_at: ISO 8601, UTC.
-        run_id: of the run that saved it (config/run_id.py); empty for one that belongs to nobody yet: an imported one,
-            or one of before there were ids.
+        run_id: of the run that saved it (config/identity.py); empty for an imported checkpoint, or one from before
+            there were ids.
     """
 
     step: int
@@ -84,11 +84,11 @@ class Manifest:
         """Orders the checkpoints of a run: after a rollback everything is newer than before it."""
         return len(self.rollbacks), self.step
 
-    def with_files(self, files: dict[str, FileFacts]) -> Manifest:
+    def with_files(self, files: dict[str, FileFacts]) -> CheckpointManifest:
         """The same, saved now, as these files."""
         return replace(self, files=files, saved_at=datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def is_followed_by(self, newer: Manifest) -> bool:
+    def is_followed_by(self, newer: CheckpointManifest) -> bool:
         """Whether `newer` was trained from this one (or is it). False for what lies in a future that was gone back
         from."""
         count = len(self.rollbacks)
@@ -96,13 +96,13 @@ class Manifest:
         return newer.rollbacks[:count] == self.rollbacks and self.step <= min(limits)
 
 
-def to_text(manifest: Manifest) -> str:
+def to_text(manifest: CheckpointManifest) -> str:
     """Canonical JSON that carries its own checksum: any byte that changes is noticed."""
     content = asdict(manifest)
     return _canonical({**content, _CHECKSUM: _sha256(_canonical(content))})
 
 
-def parse_manifest(text: bytes | str, where: str) -> Manifest:
+def parse_manifest(text: bytes | str, where: str) -> CheckpointManifest:
     """The manifest in `text`, exactly as `to_text` wrote it.
 
     Args:
@@ -126,7 +126,7 @@ def parse_manifest(text: bytes | str, where: str) -> Manifest:
     if schema != SCHEMA:
         raise CheckpointError(f"{where} has schema {schema}, this version reads {SCHEMA}")
     metrics = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
-    return Manifest(**content | {"metrics": metrics})
+    return CheckpointManifest(**content | {"metrics": metrics})
 
 
 def _canonical(content: dict[str, Any]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError
+from regen_dist.observe.streams import warn
 
 Say = Callable[[str], None]
 
@@ -22,13 +22,8 @@ class _Candidate(NamedTuple):
     """A committed checkpoint, or why it cannot be read."""
 
     step: int
-    manifest: Manifest | None
+    manifest: CheckpointManifest | None
     problem: str
-
-
-def warn(text: str) -> None:
-    """Say something on stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def newest_good(
@@ -38,7 +33,7 @@ def newest_good(
     checksums: bool = False,
     before: int | None = None,
     say: Say = warn,
-) -> Manifest | None:
+) -> CheckpointManifest | None:
     """The checkpoint that `latest` names when it is whole; else the newest whole one that it was trained from. A
     collective: either every rank gets the same manifest, or every rank raises the same error.
 
@@ -72,40 +67,6 @@ def newest_good(
             f"{'; '.join(passed_over)}. Restore the files, or start the run from scratch with --fresh"
         )
     return None
-
-
-def go_back(
-    folder: CheckpointFolder,
-    ranks: Ranks,
-    *,
-    before: int,
-    rollbacks: list[int],
-    state: Callable[[Manifest], dict[str, object]],
-    checksums: bool = False,
-) -> Manifest:
-    """Choose the newest whole checkpoint before a step, and make it the one that the run goes on from, for good: its
-    manifest says so, in one atomic write, and then the pointer does. Its tensors stay as they are. A collective.
-
-    Args:
-        before: only checkpoints of steps below this.
-        rollbacks: the steps that the run went back to until now.
-        state: what the checkpoint's state is to be, made of its manifest.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    manifest = newest_good(folder, ranks, checksums=checksums, before=before)
-    if manifest is None:
-        raise CheckpointError(
-            f"{folder.url} holds no checkpoint before step {before} to go back to; save more often (checkpoint.every)"
-        )
-
-    def amend() -> Manifest:
-        amended = folder.amend(manifest, state=state(manifest), rollbacks=[*rollbacks, manifest.step])
-        folder.point_to(manifest.step)
-        return amended
-
-    return ranks.on_main(amend)
 
 
 def _candidates(folder: CheckpointFolder, before: int | None) -> Iterator[_Candidate]:
@@ -146,7 +107,7 @@ def _leads_to(candidate: _Candidate, first: _Candidate | None, pointed: int | No
     return pointed is None or candidate.step < pointed
 
 
-def _problem(folder: CheckpointFolder, ranks: Ranks, manifest: Manifest | None, checksums: bool) -> str:
+def _problem(folder: CheckpointFolder, ranks: Ranks, manifest: CheckpointManifest | None, checksums: bool) -> str:
     """What is wrong with a checkpoint's files, empty when nothing is. The ranks share the reading of the bytes."""
     assert manifest is not None, "a candidate without a problem has a manifest"
     share = (ranks.rank, ranks.world_size) if checksums else (0, 1)

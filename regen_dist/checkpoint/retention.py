@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from regen_dist.checkpoint.manifest import Manifest
-from regen_dist.config.schema import CheckpointConfig
+from regen_dist.checkpoint.manifest import CheckpointManifest
+from regen_dist.config.run import CheckpointConfig
 
 LEAST_GOOD = 2  # the newest may turn out to be damaged
 
 
 def to_delete(
-    manifests: Sequence[Manifest],
-    newest: Manifest,
+    manifests: Sequence[CheckpointManifest],
+    newest: CheckpointManifest,
     policy: CheckpointConfig,
     *,
     pinned: frozenset[int] | set[int] = frozenset(),
-    is_good: Callable[[Manifest], bool] = lambda manifest: True,
+    is_good: Callable[[CheckpointManifest], bool] = lambda manifest: True,
 ) -> list[int]:
     """The steps to delete, ascending.
 
@@ -47,8 +47,10 @@ def to_delete(
     return sorted({each.step for each in manifests} - kept - later)
 
 
-def _first(ordered: Sequence[Manifest], count: int, is_good: Callable[[Manifest], bool]) -> list[Manifest]:
-    found: list[Manifest] = []
+def _first(
+    ordered: Sequence[CheckpointManifest], count: int, is_good: Callable[[CheckpointManifest], bool]
+) -> list[CheckpointManifest]:
+    found: list[CheckpointManifest] = []
     for each in ordered:
         if len(found) == count:
             break
@@ -57,7 +59,7 @@ def _first(ordered: Sequence[Manifest], count: int, is_good: Callable[[Manifest]
     return found
 
 
-def best_first(history: Sequence[Manifest], policy: CheckpointConfig) -> list[Manifest]:
+def best_first(history: Sequence[CheckpointManifest], policy: CheckpointConfig) -> list[CheckpointManifest]:
     """By `best_metric`; equal ones stay in their order. Those without the metric, or with one that is not a number, are
     left out."""
     sign = -1.0 if policy.best_is == "max" else 1.0

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import FileFacts, Manifest
-from regen_dist.checkpoint.reader import warn
+from regen_dist.checkpoint.manifest import CheckpointManifest, FileFacts
 from regen_dist.checkpoint.retention import to_delete
 from regen_dist.checkpoint.shards import nonfinite, shard_name
-from regen_dist.config.schema import CheckpointConfig
+from regen_dist.config.run import CheckpointConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError
+from regen_dist.observe.streams import warn
 
 Hook = Callable[[str], None]
 
@@ -73,7 +73,7 @@ class Saver:
         self._outcome: Outcome | None = None
         self._began, self._blocked = 0.0, 0.0
 
-    def save(self, manifest: Manifest, pieces: Mapping[str, Tensor]) -> Outcome | None:
+    def save(self, manifest: CheckpointManifest, pieces: Mapping[str, Tensor]) -> Outcome | None:
         """Begin to save: copy the pieces, then write in the background. A collective.
 
         Args:
@@ -116,7 +116,9 @@ class Saver:
         on_gpu = {piece.device for piece in pieces.values() if piece.is_cuda}
         with ExitStack() as copying:
             for device in on_gpu:
-                stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+                if device not in self._streams:
+                    self._streams[device] = torch.cuda.Stream(device)
+                stream = self._streams[device]
                 stream.wait_stream(torch.cuda.current_stream(device))
                 copying.enter_context(torch.cuda.stream(stream))
             for name, piece in pieces.items():
@@ -126,7 +128,7 @@ class Saver:
         for device in on_gpu:
             self._streams[device].synchronize()
 
-    def _write(self, manifest: Manifest) -> None:
+    def _write(self, manifest: CheckpointManifest) -> None:
         files: dict[str, FileFacts] = {}
         try:
             files = self._write_shards(manifest.step)
@@ -166,7 +168,7 @@ class Saver:
                 "lower optimizer.lr"
             )
 
-    def _commit(self, manifest: Manifest) -> None:
+    def _commit(self, manifest: CheckpointManifest) -> None:
         try:
             self.folder.commit(manifest, self._phase)
         except RegenError:
@@ -175,7 +177,7 @@ class Saver:
         self._phase("prune")
         self._prune(manifest)
 
-    def _prune(self, newest: Manifest) -> None:
+    def _prune(self, newest: CheckpointManifest) -> None:
         """What cannot be deleted now is tried again after the next save: the checkpoint is committed."""
         try:
             for step in deletable(self.folder, newest, self._policy):
@@ -184,7 +186,7 @@ class Saver:
             warn(f"old checkpoints in {self.folder.url} were not deleted: {error}")
 
 
-def deletable(folder: CheckpointFolder, newest: Manifest, policy: CheckpointConfig) -> list[int]:
+def deletable(folder: CheckpointFolder, newest: CheckpointManifest, policy: CheckpointConfig) -> list[int]:
     """The steps in a folder that the policy does not keep, ascending."""
     manifests = []
     for step in folder.steps():

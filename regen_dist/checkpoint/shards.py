@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.manifest import FileFacts, Manifest
-from regen_dist.data.objects.store import Store
+from regen_dist.checkpoint.manifest import CheckpointManifest, FileFacts
+from regen_dist.data.storage.store import Store
 from regen_dist.distributed.ranks import chunk
 from regen_dist.errors import CheckpointError, ObjectCut, ObjectMissing
 from regen_dist.jsontext import json_text
@@ -117,7 +117,7 @@ class ShardReader:
         manifest: of this checkpoint.
     """
 
-    def __init__(self, store: Store, folder: str, manifest: Manifest) -> None:
+    def __init__(self, store: Store, folder: str, manifest: CheckpointManifest) -> None:
         self._store, self._folder, self._manifest = store, folder, manifest
         self._headers: dict[int, dict[str, tuple[int, int]]] = {}
 

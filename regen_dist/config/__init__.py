@@ -1,6 +1,7 @@
 """The config of a run: a typed schema, YAML files composed by inheritance, dotted overrides. Imports no torch."""
 
-from regen_dist.config.loading import (
+from regen_dist.config.embedder import RunConfig
+from regen_dist.config.files import (
     AnyRunConfig,
     config_hash,
     embedder_only,
@@ -10,7 +11,6 @@ from regen_dist.config.loading import (
     save_config,
     to_yaml,
 )
-from regen_dist.config.schema import RunConfig
 from regen_dist.config.t2v import T2VConfig
 
 __all__ = [

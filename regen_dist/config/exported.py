@@ -9,13 +9,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from regen_dist.config.composing import Composed
-from regen_dist.config.problems import describe, message
-from regen_dist.config.schema import DiffusionConfig, ModelConfig, RunConfig
-from regen_dist.config.section import PositiveInt, Section
+from regen_dist.config.embedder import DiffusionConfig, ModelConfig, RunConfig
+from regen_dist.config.files import Composed, describe, message, read_yaml, shown
+from regen_dist.config.run import PositiveInt, Section
 from regen_dist.config.t2v import FlowConfig, T2VConfig, T2VModelConfig
 from regen_dist.config.version import fill_later_fields
-from regen_dist.config.yamlfile import read_yaml, shown
 from regen_dist.errors import CheckpointError, ConfigError
 
 EXPORT_CONFIG_FILE = "config.yaml"

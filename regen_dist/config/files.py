@@ -1,10 +1,505 @@
-"""Small files that must never be seen half-written."""
+"""Loads, validates, saves and fingerprints the config of a run. Imports no torch."""
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import os
+import re
 import tempfile
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from regen_dist.config.embedder import RunConfig
+from regen_dist.config.run import CommonConfig
+from regen_dist.config.t2v import T2VConfig
+from regen_dist.config.version import fill_later_fields
+from regen_dist.errors import ConfigError
+from regen_dist.jsontext import json_text
+
+# Reads one YAML file: plain containers, and the line on which each key stands.
+
+# libyaml reads ten times faster; wheels of PyYAML have it, some distributions' builds do not.
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_Base):  # type: ignore[misc]
+    """YAML without surprises: `1e-4` is a number, as it is everywhere else."""
+
+
+_Loader.yaml_implicit_resolvers = {  # a date is a text
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+_WORDS = {
+    word: hint
+    for words, hint in (
+        ("yes on", "write true, or '\"{0}\"' for the word"),
+        ("no off", "write false, or '\"{0}\"' for the word"),
+        ("none nil undefined", "write null for no value, or '\"{0}\"' for the word"),
+    )
+    for word in words.split()
+}
+_PATTERNS = (
+    (re.compile(r"[-+]?0[0-9_]+"), "YAML may read leading zeros as octal; leave them out, or quote it: '\"{0}\"'"),
+    (re.compile(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?"), "YAML counts it in sixties; write a plain number, or "
+     "quote it: '\"{0}\"'"),
+)  # fmt: skip
+
+
+def yaml_surprise(text: str) -> str:
+    """Why a value without quotes is refused, being read otherwise than it looks (YAML 1.1); or ""."""
+    hint = _WORDS.get(text.lower()) or next((hint for form, hint in _PATTERNS if form.fullmatch(text)), "")
+    return f"found {text!r} without quotes: {hint.format(text)}" if hint else ""
+
+
+def _surprises(node: yaml.Node | None, dotted: str = "") -> dict[str, str]:
+    """Dotted keys of the values in a document that are refused, and why."""
+    found: dict[str, str] = {}
+    below: list[tuple[str, yaml.Node]] = []
+    if isinstance(node, yaml.ScalarNode) and not node.style and (problem := yaml_surprise(node.value)):
+        found[dotted] = problem
+    elif isinstance(node, yaml.MappingNode):
+        below = [(key.value, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        below = [(str(index), value) for index, value in enumerate(node.value)]
+    for name, value in below:
+        found |= _surprises(value, f"{dotted}.{name}" if dotted else name)
+    return found
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of one YAML document. Raises yaml.YAMLError when it cannot be parsed."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def parse_value(text: str) -> Any:
+    """The value of an override. A text without quotes is taken as it stands: from a command line nothing is a comment.
+
+    Raises:
+        yaml.YAMLError: it cannot be parsed.
+        ConfigError: YAML would read it otherwise than it looks.
+    """
+    node = yaml.compose(text, Loader=_Loader)
+    for problem in _surprises(node).values():
+        raise ConfigError(problem)
+    plain = isinstance(node, yaml.ScalarNode) and not node.style and node.tag == "tag:yaml.org,2002:str"
+    return text.strip() if plain else parse_yaml(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `read_yaml` refuses without quotes."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if yaml_surprise(text) else None
+    ),
+)
+
+
+def dump_yaml(values: object) -> str:
+    """Plain values as a YAML document that `read_yaml` reads back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def shown_value(value: object) -> str:
+    """A plain value as an override's text: `parse_value` reads it back."""
+    return json_text(value)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, str]]:
+    """The mapping in the file; the line (from 1) of every dotted key, list elements included; and the dotted keys whose
+    values YAML reads otherwise than they look, each with why it is refused.
+
+    Raises:
+        ConfigError: the file is missing, is not UTF-8, not YAML, not a mapping, or has a key twice.
+    """
+    text = _read_text(path)
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = parse_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{shown(path)}:{mark.line + 1}" if mark else shown(path)
+        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{shown(path)}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or node is None:
+        kind = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"{shown(path)}: found {kind} at the top; a config is a mapping of sections, like `train: …`")
+    lines: dict[str, int] = {}
+    _walk(node, "", lines, path)
+    return values, lines, _surprises(node)
+
+
+def shown(path: Path) -> str:
+    """The path as a user would type it: relative to the current directory where it lies below it."""
+    path = Path(path)
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{shown(path)}: no such file{_neighbours(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{shown(path)}: is a folder; give the YAML file inside it") from None
+    except OSError as error:
+        raise ConfigError(f"{shown(path)}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown(path)}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+
+
+def _neighbours(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; there is no folder {shown(path.parent)} either"
+    names = sorted(each.name for each in path.parent.glob("*.yaml"))
+    return f"; {shown(path.parent)} has: {', '.join(names)}" if names else ""
+
+
+def _walk(node: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> None:
+    """Record lines; refuse keys that are not strings, or that stand twice (YAML would silently keep the last)."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                found = getattr(key, "value", "a list or a mapping")
+                raise ConfigError(f"{shown(path)}:{key.start_mark.line + 1}: a key must be a name; found {found!r}")
+            _record(key.value, key, value, prefix, lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _record(str(index), value, value, prefix, lines, path)
+
+
+def _record(name: str, at: yaml.Node, value: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> None:
+    dotted = f"{prefix}{name}"
+    line = at.start_mark.line + 1
+    if dotted in lines:
+        raise ConfigError(f"{shown(path)}:{line}: {dotted} stands twice (first on line {lines[dotted]}); keep one")
+    lines[dotted] = line
+    _walk(value, f"{dotted}.", lines, path)
+
+
+# Composes a config from a file, the files it extends, and overrides; remembers who set each key.
+#
+# `extends: ../base/embedder.yaml` (or a list, later ones win) is relative to the file that says it. Mappings are
+# merged, lists and scalars replaced. `${train.steps}` refers to another key, `${oc.env:NAME}` or
+# `${oc.env:NAME,default}` to the environment.
+
+COMMAND_LINE = "command line"
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:\s*([^,}]*)")
+_SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE|ACCESS_KEY", re.IGNORECASE)
+
+
+@dataclass
+class Composed:
+    """Plain values, where each dotted key was set last, and what was wrong on the way (origin, key, problem)."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    problems: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def origin(self, dotted: str) -> str | None:
+        """Where the key, or the closest key above it, was set; None when no source mentions it."""
+        while dotted:
+            if dotted in self.origins:
+                return self.origins[dotted]
+            dotted = dotted.rpartition(".")[0]
+        return None
+
+    def merge(self, values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+        """Lay `values` over what is there."""
+        for dotted in _replaced(values):
+            self._forget_below(dotted)
+        self.values = _merged(self.values, dict(values))
+        self.origins.update(origins)
+
+    def _forget_below(self, dotted: str) -> None:
+        for each in [key for key in self.origins if key.startswith(f"{dotted}.")]:
+            del self.origins[each]
+
+
+def find_preset(path: Path) -> Path:
+    """A path as it stands; where there is no such file, `configs/…` is looked for in this checkout."""
+    ours = _CHECKOUT / path
+    return ours if path.parts[:1] == ("configs",) and not path.exists() and ours.is_file() else path
+
+
+def inherited(path: Path) -> dict[str, Any]:
+    """The values of a config and of all that it extends, as they are written: nothing is interpolated.
+
+    Raises:
+        ConfigError: a file of the chain cannot be read, or the chain is a cycle.
+    """
+    composed = Composed()
+    _add_file(composed, find_preset(path), ())
+    return composed.values
+
+
+def compose(path: Path, overrides: Sequence[str] = ()) -> Composed:
+    """The config in `path` with everything it extends, then the overrides `a.b=c` (typed as YAML), then interpolation.
+
+    Raises:
+        ConfigError: a file of the chain cannot be read, or the chain is a cycle. What is wrong with single keys and
+            overrides is gathered in `problems` instead.
+    """
+    composed = Composed()
+    _add_file(composed, find_preset(Path(path)), ())
+    for override in overrides:
+        _add_override(composed, override)
+    refused = [dotted for origin, dotted, _ in composed.problems if composed.origins.get(dotted) == origin]
+    _resolve(composed)
+    for dotted in refused:
+        _put(composed.values, dotted, Unresolved(""))
+    return composed
+
+
+def _add_file(composed: Composed, path: Path, chain: tuple[Path, ...]) -> None:
+    resolved = path.resolve()
+    if resolved in chain:
+        circle = " -> ".join(shown(each) for each in (*chain, resolved))
+        raise ConfigError(f"{shown(path)}: configs that extend each other in a circle: {circle}")
+    values, lines, refused = read_yaml(path)
+    for dotted, problem in refused.items():
+        composed.problems.append((f"{shown(path)}:{lines[dotted]}", dotted, problem))
+    for parent in _parents(values.pop("extends", None), f"{shown(path)}:{lines.get('extends', 1)}"):
+        _add_file(composed, path.parent / parent, (*chain, resolved))
+    origins = {key: f"{shown(path)}:{line}" for key, line in lines.items() if key.split(".")[0] != "extends"}
+    composed.merge(values, origins)
+
+
+def _parents(extends: object, origin: str) -> list[str]:
+    parents = [extends] if isinstance(extends, str) else [] if extends is None else extends
+    if not isinstance(parents, list) or not all(isinstance(each, str) for each in parents):
+        raise ConfigError(
+            f"{origin}: extends is {extends!r}; allowed: a path, or a list of paths, relative to this file"
+        )
+    return parents
+
+
+def _add_override(composed: Composed, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    if not equals or not all(dotted.split(".")):
+        composed.problems.append((COMMAND_LINE, override, "not an override; allowed: a.b=value, like train.steps=100"))
+        return
+    try:
+        value = parse_value(text)
+    except ConfigError as error:
+        composed.problems.append((COMMAND_LINE, dotted, str(error)))
+        return
+    except yaml.YAMLError as error:
+        problem = (
+            f"the value {text!r} is not valid YAML ({str(error).splitlines()[0]}); quote it, like '{dotted}=\"…\"'"
+        )
+        composed.problems.append((COMMAND_LINE, dotted, problem))
+        return
+    nested, problem = _nest(composed.values, dotted.split("."), value)
+    if problem:
+        composed.problems.append((COMMAND_LINE, dotted, problem))
+        return
+    composed.merge(nested, {dotted: COMMAND_LINE})
+
+
+def _nest(values: Any, keys: Sequence[str], value: object) -> tuple[Any, str]:
+    """`{a: {b: value}}` for the keys a, b; a list on the way is copied, with one element changed.
+
+    The second value says what is wrong, or "".
+    """
+    if not keys:
+        return value, ""
+    name, rest = keys[0], keys[1:]
+    if not isinstance(values, list):
+        inner, problem = _nest(values.get(name) if isinstance(values, dict) else None, rest, value)
+        return {name: inner}, problem
+    if not name.isdigit() or int(name) >= len(values):
+        return {}, f"{name!r} is no element of a list of {len(values)}; allowed: 0 to {len(values) - 1}"
+    index = int(name)
+    inner, problem = _nest(values[index], rest, value)
+    return [*values[:index], _merged(values[index], inner), *values[index + 1 :]], problem
+
+
+class Unresolved(str):
+    """A text whose problem is reported already; validation says nothing more about its key."""
+
+    __slots__ = ()
+
+
+def _resolve(composed: Composed) -> None:
+    """Replace every `${…}` by its value, and gather those that have none."""
+    texts = _texts(composed.values, "")
+    problems = {dotted: problem for dotted, text in texts if (problem := _refusal(text))}
+    for dotted in problems:
+        _put(composed.values, dotted, "")
+    config = OmegaConf.create(composed.values)
+    for dotted, text in texts:
+        if dotted not in problems:
+            try:
+                value = OmegaConf.select(config, dotted, throw_on_missing=True)
+                plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+                _put(composed.values, dotted, plain)
+            except OmegaConfBaseException as error:
+                problems[dotted] = f"{text!r} cannot be resolved: {str(error).splitlines()[0]}"
+    for dotted, problem in problems.items():
+        composed.problems.append((composed.origin(dotted) or COMMAND_LINE, dotted, problem))
+        _put(composed.values, dotted, Unresolved(""))
+
+
+def _refusal(text: str) -> str:
+    """Why a text with `${…}` may not be resolved, or ""."""
+    try:
+        OmegaConf.create({"text": text})
+    except OmegaConfBaseException as error:
+        return f"{text!r} is no valid reference ({str(error).splitlines()[0]}); allowed: ${{key}} and ${{oc.env:NAME}}"
+    for resolver, argument in _RESOLVER.findall(text):
+        if resolver != "oc.env" or "$" in argument:
+            return f"{text!r} asks for more than a reference; allowed: ${{key}} and ${{oc.env:NAME}}"
+        if _SECRET.search(argument):
+            return (
+                f"{text!r} looks like a secret, and the resolved config is saved with the run; "
+                "leave it in the environment, where the libraries that need it look for it"
+            )
+    return ""
+
+
+def _texts(values: object, prefix: str) -> list[tuple[str, str]]:
+    """Dotted key and text of every string that refers to something."""
+    if isinstance(values, str):
+        return [(prefix, values)] if "${" in values or values == "???" else []
+    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [each for key, value in pairs for each in _texts(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def _put(values: Any, dotted: str, value: object) -> None:
+    *sections, last = dotted.split(".")
+    for name in sections:
+        values = values[int(name)] if isinstance(values, list) else values[name]
+    values[int(last) if isinstance(values, list) else last] = value
+
+
+def _replaced(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose value is not a mapping, and so replaces whatever stood there."""
+    found: list[str] = []
+    for key, value in values.items():
+        found += _replaced(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+    return found
+
+
+def _merged(below: object, above: object) -> Any:
+    """`above` laid over `below`: mappings key by key, anything else replaced."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+
+
+# Says what is wrong with a config.
+#
+# Each problem comes with its file and line (or "command line"), the key, what was found, what is allowed, and for an
+# unknown key the nearest known one.
+
+_SHOWN_CHARACTERS = 60
+
+
+def describe(
+    error: ValidationError, composed: Composed, schema: type[BaseModel], file: str
+) -> list[tuple[str, str, str]]:
+    """(origin, dotted key, problem) of everything that pydantic found, in its order."""
+    found = []
+    for each in error.errors():
+        if isinstance(each["input"], Unresolved):
+            continue
+        dotted = ".".join(str(part) for part in each["loc"])
+        origin = file if each["type"] == "missing" else composed.origin(dotted) or file
+        found.append((origin, dotted or "(the whole config)", _problem(each, schema)))
+    return found
+
+
+def message(title: str, problems: Sequence[tuple[str, str, str]]) -> str:
+    """One text with a line for each problem."""
+    count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+    return "\n".join([f"{title}: {count}", *(f"  {origin}: {key}: {problem}" for origin, key, problem in problems)])
+
+
+def known_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema, sections before what is in them; keys of list elements are left out."""
+    for name, info in schema.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from known_keys(info.annotation, f"{prefix}{name}.")
+
+
+def nearest(dotted: str, schema: type[BaseModel]) -> str | None:
+    """The known key most like an unknown one: in its own section, or else one of the same name in another."""
+    section, _, name = dotted.rpartition(".")
+    inside = _section(schema, section.split(".") if section else [])
+    here = difflib.get_close_matches(name, inside.model_fields, n=1, cutoff=0.6) if inside else []
+    if here:
+        return f"{section}.{here[0]}" if section else here[0]
+    known = list(known_keys(schema))
+    same_name = [key for key in known if key.rpartition(".")[2] == name]
+    guesses = same_name or [key for key in difflib.get_close_matches(dotted, known, n=1, cutoff=0.6) if key != section]
+    return guesses[0] if guesses else None
+
+
+def _problem(error: ErrorDetails, schema: type[BaseModel]) -> str:
+    dotted = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        guess = nearest(dotted, schema)
+        inside = _section(schema, [str(part) for part in error["loc"][:-1]])
+        known = ", ".join(inside.model_fields) if inside else "none"
+        return f"unknown key; {f'did you mean {guess}?' if guess else 'nothing like it is known.'} Known here: {known}"
+    if error["type"] == "missing":
+        return "is required and not set"
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    allowed = error["msg"].replace("Input should be ", "").replace("Input should have ", "")
+    hint = "; quote it to make it one, as in name='\"7\"'" if error["type"] == "string_type" else ""
+    return f"found {_shown(error['input'])}; allowed: {allowed}{hint}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    text = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+    return f"{text} ({type(value).__name__})"
+
+
+def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
+    """The class of the section at `path`; None where the path does not lead to one."""
+    annotation: Any = schema
+    for name in path:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            field = annotation.model_fields.get(name)
+            annotation = field.annotation if field else None
+        else:  # the number of an element of tuple[Section, ...], or a name of dict[str, Section]
+            arguments = typing.get_args(annotation)
+            named = typing.get_origin(annotation) is dict
+            annotation = arguments[-1] if named else arguments[0] if arguments and name.isdigit() else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+# Small files that must never be seen half-written.
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -13,8 +508,19 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
-    """Write `data`: to a new name in the same folder, synced, then moved over `path`."""
+    """Write `data`: to a new name in the same folder, synced, then moved over `path`.
+
+    Raises:
+        OSError: the disk refuses; it names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_and_replace(path, data)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # a full disk names no file, or another
+
+
+def _write_and_replace(path: Path, data: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -26,3 +532,129 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+AnyRunConfig = RunConfig | T2VConfig
+TASKS: dict[str, type[RunConfig] | type[T2VConfig]] = {"embedder": RunConfig, "t2v": T2VConfig}
+CONFIG_FILE = "config.yaml"
+HASH_FILE = "config.hash"
+Schema = TypeVar("Schema", bound=BaseModel)
+Look = Callable[[dict[str, Any]], Iterable[tuple[str, str]]]  # dotted key and problem
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyRunConfig:
+    """The validated config in `path`, with the files it extends and the overrides laid over it; `task` in it says of
+    which kind of run it is.
+
+    Args:
+        path: a YAML file; `extends` in it names the files that it builds on.
+        overrides: `a.b=c`, the value typed as YAML; later ones win.
+
+    Raises:
+        ConfigError: one error with every problem found, each with its file and line or "command line".
+    """
+    composed = compose(Path(path), overrides)
+    return _validate(_schema_of(composed), composed, Path(path))
+
+
+def load_embedder_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The same for a config of an embedder; ConfigError when it is of another task."""
+    return embedder_only(load_config(path, overrides), shown(Path(path)))
+
+
+def embedder_only(config: AnyRunConfig, what: str) -> RunConfig:
+    """The config, if it is of an embedder.
+
+    Raises:
+        ConfigError: it is not; `what` says whose it is.
+    """
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{what} is a config of task '{config.task}'; this needs one of an embedder (task: embedder)")
+    return config
+
+
+def t2v_only(config: AnyRunConfig, what: str) -> T2VConfig:
+    """The config, if it is of text to video.
+
+    Raises:
+        ConfigError: it is not; `what` says whose it is.
+    """
+    if not isinstance(config, T2VConfig):
+        raise ConfigError(f"{what} is a config of task '{config.task}'; this needs one of text to video (task: t2v)")
+    return config
+
+
+def load_section(
+    schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), look: Look | None = None
+) -> Schema:
+    """A file of another kind (a cluster, a pipeline), read by the same rules as a run's config.
+
+    Args:
+        schema: of the file.
+        path: to it.
+        overrides: as of `load_config`.
+        look: finds what else is wrong in the composed values, of which nothing is checked yet.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    composed, file = compose(Path(path), overrides), shown(Path(path))
+    for dotted, problem in look(composed.values) if look else ():
+        composed.problems.append((composed.origin(dotted) or file, dotted, problem))
+    return _validate(schema, composed, Path(path))
+
+
+def load_saved_config(folder: str | Path) -> AnyRunConfig:
+    """The config that `save_config` left in a run folder; equal to the one that was saved.
+
+    Raises:
+        ConfigError: there is none, or it does not validate (a run of another version).
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"{shown(Path(folder))}: no {CONFIG_FILE} in it, so it is not a run folder; give runs/NAME")
+    values, lines, _ = read_yaml(path)
+    fill_later_fields(values)
+    where = shown(path)
+    composed = Composed(values, {key: f"{where}:{line}" for key, line in lines.items()})
+    return _validate(_schema_of(composed), composed, path)
+
+
+def save_config(config: CommonConfig, folder: str | Path) -> None:
+    """Write the resolved config and its hash into `folder`, each atomically, the hash last."""
+    write_text_atomically(Path(folder) / CONFIG_FILE, to_yaml(config))
+    write_text_atomically(Path(folder) / HASH_FILE, config_hash(config) + "\n")
+
+
+def to_yaml(config: CommonConfig) -> str:
+    """The whole config as YAML, every default written out."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def config_hash(config: CommonConfig) -> str:
+    """Hex SHA-256 of the resolved config as canonical JSON: neither key order nor the file's place changes it."""
+    canonical = json_text(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def _schema_of(composed: Composed) -> type[RunConfig] | type[T2VConfig]:
+    """By the task; one that is not known is told with the others."""
+    task = composed.values.get("task", "embedder")
+    if not isinstance(task, str) or task not in TASKS:
+        problem = f"found {task!r}; allowed: {' or '.join(TASKS)}"
+        composed.problems.append((composed.origin("task") or "command line", "task", problem))
+        composed.values["task"] = "embedder"
+        return RunConfig
+    return TASKS[task]
+
+
+def _validate(schema: type[Schema], composed: Composed, path: Path) -> Schema:
+    problems = list(composed.problems)
+    config = None
+    try:
+        config = schema.model_validate(composed.values)
+    except ValidationError as error:
+        problems += describe(error, composed, schema, shown(path))
+    if config is None or problems:
+        raise ConfigError(message(shown(path), problems))
+    return config

@@ -7,11 +7,10 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from regen_dist.config.loading import load_section
-from regen_dist.config.schema import SPATIAL_COMPRESSION, ReadConfig
-from regen_dist.config.section import PositiveInt, Section
-from regen_dist.config.text import TextConfig
-from regen_dist.config.urls import parse_url
+from regen_dist.config.files import load_section
+from regen_dist.config.run import SPATIAL_COMPRESSION, PositiveInt, ReadConfig, Section
+from regen_dist.config.t2v import TextConfig
+from regen_dist.config.urls import checked_url, parse_url
 
 
 class PreencodeConfig(Section):
@@ -30,11 +29,16 @@ class PreencodeConfig(Section):
     batch_clips: PositiveInt = 8  # clips that are encoded at once: changes the speed, and the last bits of the result
     read: ReadConfig = ReadConfig()
 
-    @field_validator("data", "output")
+    @field_validator("data")
     @classmethod
-    def _url_is_one_we_know(cls, url: str) -> str:
+    def _url_is_one_we_read(cls, url: str) -> str:
         parse_url(url)
         return url
+
+    @field_validator("output")
+    @classmethod
+    def _url_is_one_we_write(cls, url: str) -> str:
+        return checked_url(url)
 
     @model_validator(mode="after")
     def _sides_fit_the_latent(self) -> PreencodeConfig:

@@ -6,10 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from regen_dist.config.data import MixtureConfig
-from regen_dist.config.job import CommonConfig
-from regen_dist.config.schema import AttentionConfig, DensityConfig
-from regen_dist.config.section import Fraction, PositiveFloat, PositiveInt, Section
+from regen_dist.config.embedder import AttentionConfig, DensityConfig
+from regen_dist.config.run import (
+    CommonConfig,
+    Fraction,
+    MixtureConfig,
+    PositiveFloat,
+    PositiveInt,
+    SamplerName,
+    Section,
+)
 from regen_dist.config.urls import parse_url
 
 LATENT_PATCH = 2  # latent cells a side of one token (paper: patch 2x2)
@@ -52,9 +58,22 @@ class FlowConfig(Section):
     # Of each channel's std, how much normalisation takes out: 1 makes all channels equally strong; below it the weak
     # ones, which hold detail, stay weaker (std^(1 - whitening)) and drown in noise first, as they do in pixels.
     whitening: Fraction = 1.0
-    sampler: Literal["euler", "heun"] = "euler"
+    # Shares of the rows that are trained with frames given clean (`regen generate --image`, `--continue`): the content
+    # latent of the first clip; and, of rows of several clips, one clip or more, but not the last.
+    given_content: Fraction = 0.0
+    given_clips: Fraction = 0.0
+    sampler: SamplerName = "euler"
     steps: PositiveInt = 30
     guidance: Annotated[float, Field(ge=0.0)] = 6.0  # 1 is no guidance
+
+    @model_validator(mode="after")
+    def _shares_are_of_one_whole(self) -> FlowConfig:
+        if self.given_content + self.given_clips > 1:
+            raise ValueError(
+                f"given_content {self.given_content:g} + given_clips {self.given_clips:g} is more than all rows; lower "
+                "one, so that their sum is 1 at most"
+            )
+        return self
 
     def shift_at(self, tokens: int) -> float:
         """The shift of a row of so many tokens."""
@@ -113,3 +132,17 @@ class T2VConfig(CommonConfig):
                 "to video measures the loss alone; set checkpoint.best_metric=loss and checkpoint.best_is=min"
             )
         return self
+
+
+# Text encoders, by what a config says of them. Imports no torch.
+
+
+class TextConfig(Section):
+    """A text encoder and its tokenizer, such as a T5 or whatever else transformers loads: a folder (`regen text make`
+    writes a small one, `regen text convert` one of pickled weights), or a name on the Hugging Face hub."""
+
+    encoder: str = "google/t5-v1_1-xxl"
+    max_tokens: PositiveInt = 256  # longer captions are cut
+
+
+__all__ = ["TextConfig"]

@@ -9,11 +9,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 BUCKET_SCHEMES = ("s3", "gs", "az")
+WEB_SCHEMES = ("https", "http", "hf")  # read only
 _SECRET = re.compile(r"[?&#](x-amz-|x-goog-|awsaccesskeyid|googleaccessid|signature|sig|token|secret)[\w-]*=", re.I)
 ALLOWED = "a plain path, file://, s3://, gs:// or az://"
+_READ = f"{ALLOWED}; only to read: https:// or hf://"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Location:
     scheme: str
     folder: Path | None = None
     bucket: str | None = None
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written there."""
+        return self.scheme in WEB_SCHEMES
 
     @property
     def prefix(self) -> str:
@@ -47,25 +54,28 @@ def parse_url(url: str) -> Location:
 
     Args:
         url: a plain path (relative ones are taken from the current folder), `file:///folder`, `s3://bucket/prefix`,
-            `gs://bucket/prefix` or `az://container/prefix`.
+            `gs://bucket/prefix` or `az://container/prefix`; only to read, `https://server/folder`, `http://…`,
+            `hf://datasets/OWNER/NAME[@REVISION]/folder` or `hf://OWNER/NAME/…`.
 
     Raises:
         ValueError: another scheme, credentials or a query inside, no bucket. Says what is allowed.
     """
     scheme, colon, _ = url.partition(":")
     if not url.strip():
-        raise ValueError(f"the URL is empty; use {ALLOWED}")
+        raise ValueError(f"the URL is empty; use {_READ}")
     if "://" not in url and not (colon and scheme in ("pipe", "file")):
         return _local(Path(url).expanduser())
     try:
         parts = urlsplit(url)
     except ValueError:  # brackets that are no address, for instance; its message would repeat the URL
-        raise ValueError(f"not a URL; use {ALLOWED}") from None
+        raise ValueError(f"not a URL; use {_READ}") from None
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return _local(Path(unquote(url[url.index("/", len("file://")) if "://" in url else len("file:") :])))
+    if parts.scheme in WEB_SCHEMES:
+        return _web(parts)
     if parts.scheme not in BUCKET_SCHEMES:
         raise ValueError(
-            f"URL scheme {parts.scheme + ':'!r} is not supported (nothing is run through a shell); use {ALLOWED}"
+            f"URL scheme {parts.scheme + ':'!r} is not supported (nothing is run through a shell); use {_READ}"
         )
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
@@ -80,9 +90,27 @@ def parse_url(url: str) -> Location:
 
 
 def checked_url(url: str) -> str:
-    """`url` unchanged; ValueError when it is not one (for the config's validators)."""
-    parse_url(url)
+    """`url` unchanged; ValueError when it is not one that can be written to (for the config's validators)."""
+    if parse_url(url).read_only:
+        raise ValueError(f"{parse_url(url).scheme}:// is read only; use {ALLOWED}")
     return url
+
+
+def _web(parts: SplitResult) -> Location:
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            f"{parts.scheme}:// with credentials, a query or a fragment is refused: signed addresses end up in files. "
+            "Give the plain address; for hf:// set HF_TOKEN"
+        )
+    path = "/".join(part for part in parts.path.split("/") if part)
+    if not parts.netloc:
+        raise ValueError(f"{parts.scheme}://: no server; write {parts.scheme}://SERVER/FOLDER")
+    least = 2 if parts.netloc == "datasets" else 1
+    if parts.scheme == "hf" and len(path.split("/") if path else []) < least:
+        raise ValueError("no repository; write hf://datasets/OWNER/NAME/FOLDER, or hf://OWNER/NAME/FOLDER")
+    if parts.scheme == "hf" and parts.netloc in ("spaces", "buckets"):
+        raise ValueError(f"hf://{parts.netloc}/ is not supported; use hf://datasets/OWNER/NAME or hf://OWNER/NAME")
+    return Location(f"{parts.scheme}://{parts.netloc}{'/' if path else ''}{path}", parts.scheme, None, parts.netloc)
 
 
 def _local(path: Path) -> Location:

@@ -31,7 +31,7 @@ PLANE = 4  # normals that one call of the generator gives
 CHUNK = 1 << 13  # counters worked on at a time, so that the rounds stay in a CPU's cache
 
 
-class Stream(IntEnum):
+class NoiseStream(IntEnum):
     """What the numbers are for; one sample's streams are independent of each other."""
 
     PIXELS = 0
@@ -41,6 +41,7 @@ class Stream(IntEnum):
     LATENT_ROW = 4
     TEXT = 5
     FRAMES = 6
+    GIVEN = 7
 
 
 def philox(
@@ -95,7 +96,7 @@ def _normals(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return out
 
 
-def uniforms(seed: int, sample_ids: Tensor, draw: int, stream: Stream) -> Tensor:
+def uniforms(seed: int, sample_ids: Tensor, draw: int, stream: NoiseStream) -> Tensor:
     """Four uniform numbers in (0, 1) for each sample and draw: sample_ids [B] to float32 [B, 4]."""
     zero = torch.zeros_like(sample_ids)
     words = philox((zero, zero, zero + (draw & MASK), zero + int(stream)), sample_keys(seed, sample_ids))
@@ -111,7 +112,7 @@ def gaussian(
     channels: int = 3,
     origin: tuple[int, int] = (0, 0),
     draw: int = 0,
-    stream: Stream = Stream.PIXELS,
+    stream: NoiseStream = NoiseStream.PIXELS,
 ) -> Tensor:
     """Standard normal noise of a video, keyed by (seed, sample id, frame time, y, x).
 
@@ -144,7 +145,7 @@ def _gaussian(
     channels: int,
     origin: tuple[int, int],
     draw: int,
-    stream: Stream,
+    stream: NoiseStream,
 ) -> Tensor:
     ticks = torch.round(times.double() * TICKS_PER_FRAME).long()  # [B, T]
     low, last = ticks & MASK, int(stream) | (((ticks >> 32) & (MASK >> STREAM_BITS)) << STREAM_BITS)
@@ -189,7 +190,7 @@ def latent_gaussian(
     size: tuple[int, int],
     *,
     draw: int = 0,
-    stream: Stream = Stream.LATENT_ROW,
+    stream: NoiseStream = NoiseStream.LATENT_ROW,
 ) -> Tensor:
     """Standard normal noise of latent frames, keyed by (seed, sample id, frame, channel, y, x).
 

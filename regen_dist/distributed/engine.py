@@ -1,166 +1,146 @@
-"""DeepSpeed ZeRO-3 behind the engine interface. The only module that imports deepspeed."""
+"""The interface of what runs a training step.
+
+An engine keeps float32 master weights, the optimizer's moments and the weights' moving average (EMA); the forward and
+backward passes run in the configured precision. State is exposed as *pieces*: for every parameter the flat chunk that
+this rank holds (`ranks.chunk`), which is how ZeRO-3 lays it out, so that a checkpoint is made and read without
+communication.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.job import CommonConfig, OptimizerConfig
-from regen_dist.distributed.base import Engine, StepResult, full_shape
-from regen_dist.distributed.optimizer import MOMENTS, Groups, build_optimizer, fresh_state, set_lr, set_num_updates
-from regen_dist.distributed.plain import PlainEngine
+from regen_dist.config.run import CommonConfig
+from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.distributed.ranks import Ranks, chunk
-from regen_dist.distributed.sequence import join_rows
-from regen_dist.errors import ConfigError
-from regen_dist.models.sequence import share_rows
+from regen_dist.distributed.sequence_parallel import RowGroup
+from regen_dist.errors import RegenError
+
+Pieces = dict[str, Tensor]  # "<kind>/<parameter>" to a flat float32 tensor: kind is of WEIGHTS or of the optimizer
+WEIGHTS = ("master", "ema")  # kinds that every engine has
 
 
-class Zero3Engine(Engine):
-    """DeepSpeed ZeRO-3: weights, gradients, masters, moments and EMA all sharded over the ranks."""
+class PieceSource(Protocol):
+    """Where stored pieces are read from."""
 
-    def __init__(self, config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
-        super().__init__(config, ranks)
-        deepspeed = _import_deepspeed(ranks)
-        settings = deepspeed_settings(config, ranks.world_size)
-        # Partitioned: sharded as it is built, in the working precision, so that the initial weights are rounded to it.
-        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=config.engine.partitioned_init):
-            module = build()
-        exact = {name: self._chunk_of(param).float().clone() for name, param in module.named_parameters()}
-        makers = {"cpu_adam": _cpu_adam} if ranks.device.type == "cpu" else {}
-        optimizer = build_optimizer(config.optimizer, module.parameters(), ranks.device, makers)
-        self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        self.module = self._engine.module
-        self._params: dict[str, Any] = dict(self.module.named_parameters())  # with the attributes that ZeRO-3 adds
-        for group in self._zero.fp32_partitioned_groups_flat:
-            self._zero.optimizer.state[group] = fresh_state(config.optimizer, group)
-        for name, master in self.named_masters():  # DeepSpeed makes the masters from the rounded working weights
-            master.detach().copy_(exact[name])
-        self._start()
+    def read_all(self, wanted: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
+        """Elements low..high of the flat parameter behind each key ("<kind>/<parameter>"), in the order given."""
 
+
+class StepResult(NamedTuple):
+    """What became of an optimizer step: not applied means that a gradient was not finite on some rank, and nothing
+    changed on any."""
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine(ABC):
+    """One rank's share of the model and of its optimizer."""
+
+    module: nn.Module
+    ema: Pieces
+
+    def __init__(self, config: CommonConfig, ranks: Ranks) -> None:
+        self.config, self.ranks, self.num_updates = config, ranks, 0
+        self.moments = OPTIMIZERS[config.optimizer.kind].state  # kinds that the optimizer adds
+        self.rows = RowGroup(ranks)  # which ranks share samples with this one
+
+    def __call__(self, *args: Any) -> Any:
+        """The module's forward pass."""
+        return self._forward(*args)
+
+    def step(self, lr: float) -> StepResult:
+        """Clip, update the weights and their EMA, clear the gradients."""
+        result = self._update(lr)
+        if result.applied:
+            self.num_updates += 1
+            self._update_ema()
+        return result
+
+    @abstractmethod
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss)
+        """Accumulate the gradients of one micro-batch; `is_last` closes the accumulation."""
 
+    @abstractmethod
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's flat float32 piece of every parameter's gradient, without padding, averaged over micro-batches
+        and ranks, before clipping. To be read between the last `backward` of a step and its `step`."""
+
+    @abstractmethod
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, self._own(name, None)) for name in self._params)
+        """This rank's flat float32 piece of every parameter, without padding: a view that updates write through."""
 
+    @abstractmethod
     def named_moments(self) -> Iterator[tuple[str, Tensor]]:
-        return ((f"{moment}/{name}", self._own(name, moment)) for moment in MOMENTS for name in self._params)
+        """This rank's flat piece of every moment, named `<moment>/<parameter>`: views."""
 
-    @property
-    def deepspeed(self) -> Any:
-        """DeepSpeed's own engine, for measurements of what it does without us."""
-        return self._engine
+    def shapes(self) -> dict[str, list[int]]:
+        """The full shape of every parameter."""
+        return self._shapes
 
-    def _own(self, name: str, moment: str | None) -> Tensor:
-        """This rank's chunk of a parameter's master or moment, cut free of ZeRO-3's padding."""
-        param = self._params[name]
-        low, high = chunk(param.ds_numel, self.ranks.world_size, self.ranks.rank)
-        piece: Tensor = self._zero.get_local_fp32_param(param, moment)[: high - low]
-        return piece
+    def pieces(self) -> Pieces:
+        """Everything that a checkpoint must hold of this rank: views, valid until the next step."""
+        masters = {f"master/{name}": tensor for name, tensor in self.named_masters()}
+        return masters | {f"ema/{name}": tensor for name, tensor in self.ema.items()} | dict(self.named_moments())
 
-    def _chunk_of(self, param: Any) -> Tensor:
-        """This rank's chunk of a parameter that DeepSpeed has not taken over yet, sharded or not."""
-        whole = prod(full_shape(param))
-        low, high = chunk(whole, self.ranks.world_size, self.ranks.rank)
-        own: Tensor = (
-            param.ds_tensor[: high - low] if hasattr(param, "ds_tensor") else param.detach().flatten()[low:high]
-        )
-        return own
+    @torch.no_grad()
+    def restore(self, source: PieceSource, num_updates: int) -> None:
+        """Fill every piece of this rank, and refresh what is derived from them. A collective.
 
-    def _forward(self, *args: Any) -> Any:
-        return self._engine(*args)
+        Raises:
+            RegenError: some rank could not read its pieces; on every rank. The state is then half the old one.
+        """
+        pieces, error = self.pieces(), None
+        try:
+            for name, stored in source.read_all({name: self._range(name) for name in pieces}):
+                pieces[name].copy_(stored)
+        except RegenError as caught:
+            error = caught
+        self.ranks.raise_together(error)
+        self.num_updates = num_updates
+        self._after_restore()
 
-    def _update(self, lr: float) -> StepResult:
-        set_lr(self._zero.optimizer, lr)
-        self._engine.step()
-        # DeepSpeed overwrites the gradients of the parameters that took part, and would use those of the others again
-        # (the motion path in a step of images).
-        self._zero.grad_partitions_flat_buffer.zero_()
-        return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm() or 0.0))
+    def _range(self, piece_name: str) -> tuple[int, int]:
+        """Which elements of the flat parameter a piece of this rank holds."""
+        size = prod(self._shapes[piece_name.split("/", 1)[1]])
+        return chunk(size, self.ranks.world_size, self.ranks.rank)
 
-    def _after_restore(self) -> None:
-        """ZeRO-3 keeps the working weights apart from the masters, and the small ones whole on every rank: write both
-        anew."""
-        set_num_updates(self._zero.optimizer, self.num_updates)
-        self._zero.invalidate_secondary_tensor()  # hpZ's copies
-        whole = self._zero.persistent_parameters
-        if whole:
-            whole[0].partition(whole)
-        for param in self._params.values():
-            param.ds_tensor.data.copy_(self._zero.get_local_fp32_param(param).view_as(param.ds_tensor))
-        if whole:
-            whole[0].all_gather(whole)
+    @abstractmethod
+    def _forward(self, *args: Any) -> Any: ...
 
+    @abstractmethod
+    def _update(self, lr: float) -> StepResult: ...
 
-def build_engine(config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> Engine:
-    """The engine that the config names, around the module that `build` makes (the same on every rank)."""
-    engine = {"plain": PlainEngine, "zero3": Zero3Engine}[config.engine.kind](config, ranks, build)
-    engine.rows = join_rows(ranks, config.engine.sequence_parallel)
-    share_rows(engine.module, engine.rows)
-    return engine
+    @abstractmethod
+    def _after_restore(self) -> None: ...
 
+    def _start(self) -> None:
+        """To be called once the module and the masters exist."""
+        self._shapes = {name: list(full_shape(param)) for name, param in self.module.named_parameters()}
+        self._live = dict(self.named_masters())
+        self.ema = {name: tensor.detach().clone() for name, tensor in self._live.items()}
 
-def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own config: everything it must know is derived from ours.
-
-    Raises:
-        ConfigError: the number of ranks does not fit.
-    """
-    train, zero = config.train, config.engine.zero
-    if world_size % zero.partition_size:
-        raise ConfigError(
-            f"engine.zero.partition_size {zero.partition_size} does not divide the {world_size} ranks; set it to the "
-            "GPUs of a node, or to 1"
-        )
-    # It knows of no ranks that share samples: by its count each of them has samples of its own.
-    batch = train.batch_global * config.engine.sequence_parallel
-    return {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": batch // (world_size * train.accumulation),
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": config.optimizer.clip_norm,
-        "bf16": {"enabled": config.engine.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": config.engine.reduces_in(world_size),
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": torch.cuda.is_available(),
-            "contiguous_gradients": True,
-            "stage3_param_persistence_threshold": config.engine.persistence_threshold,
-            "stage3_prefetch_bucket_size": zero.prefetch_bucket,
-            "sub_group_size": zero.sub_group,
-            "zero_hpz_partition_size": zero.partition_size,
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 30,
-    }
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        """Move the average towards the weights, faster at first so that it forgets the initialisation. No
+        communication."""
+        decay = min(self.config.train.ema_decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(list(self.ema.values()), list(self._live.values()), 1 - decay)
 
 
-def _import_deepspeed(ranks: Ranks) -> Any:
-    os.environ["DS_ACCELERATOR"] = ranks.device.type  # never another than ours, whatever the shell says
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__ as compatible
-    from deepspeed.runtime import compiler
-
-    # It decorates the functions of an optimizer that is not used here, and to do so imports all of the compiler: a
-    # second or more of every rank's start.
-    compiler.compile = lambda: lambda function: function
-    # Its shared-memory operator serves inference only; building it takes minutes, and a killed build hangs every later
-    # run.
-    compatible["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
-    return deepspeed
+def precision_of(name: str) -> torch.dtype:
+    """The dtype of the working weights: `bf16` or `fp32`."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def _cpu_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """DeepSpeed's vectorised Adam for state in host memory; compiled at its first use (g++, about a minute)."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, adamw_mode=True)  # type: ignore[no-any-return]
+def full_shape(param: Tensor) -> torch.Size:
+    """A parameter's shape, sharded or not."""
+    return getattr(param, "ds_shape", param.shape)

@@ -33,7 +33,7 @@ _RANK_PREFIXES = (
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """A global rank, the number of ranks, and the rank among those of its machine."""
 
     rank: int = 0
@@ -41,7 +41,7 @@ class Place(NamedTuple):
     local_rank: int = 0
 
 
-def read_place(environment: Mapping[str, str]) -> Place:
+def read_rank_info(environment: Mapping[str, str]) -> RankInfo:
     """The place that the environment gives this process; a process alone when it gives none.
 
     A scheduler's variables count for a process that has an address to meet at (MASTER_ADDR): without one it is merely
@@ -60,7 +60,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
     if len(set(told.values())) > 1:
         heard = "; ".join(f"{', '.join(names)} say {_shown(place)}" for names, place in told.items())
         raise ConfigError(f"it is not clear which rank this is: {heard}. Start the ranks by one of them")
-    return next(iter(told.values()), Place())
+    return next(iter(told.values()), RankInfo())
 
 
 def starts_ranks(environment: Mapping[str, str], asked: bool) -> bool:
@@ -76,7 +76,7 @@ def starts_ranks(environment: Mapping[str, str], asked: bool) -> bool:
             sense (those of a shell are not looked at where `--ranks` is given).
     """
     if not asked:
-        return read_variables(environment, TORCHRUN) is None and read_place(environment).world_size == 1
+        return read_variables(environment, TORCHRUN) is None and read_rank_info(environment).world_size == 1
     for names in (TORCHRUN, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
         try:
             place = read_variables(environment, names)
@@ -99,7 +99,7 @@ def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def read_variables(environment: Mapping[str, str], names: tuple[str, str, str]) -> Place | None:
+def read_variables(environment: Mapping[str, str], names: tuple[str, str, str]) -> RankInfo | None:
     """The place that three variables give (rank, number of ranks, local rank); None where the first two are not set.
 
     Raises:
@@ -109,7 +109,7 @@ def read_variables(environment: Mapping[str, str], names: tuple[str, str, str]) 
     if found[0] is None or found[1] is None:
         return None
     try:
-        place = Place(*(int(value or 0) for value in found))
+        place = RankInfo(*(int(value or 0) for value in found))
     except ValueError as error:
         raise ConfigError(f"{', '.join(names)} must be whole numbers, found {found}") from error
     if not 0 <= place.rank < place.world_size:
@@ -117,7 +117,7 @@ def read_variables(environment: Mapping[str, str], names: tuple[str, str, str]) 
     return place
 
 
-def rank_variables(place: Place, *, local_world_size: int, address: str, port: int) -> dict[str, str]:
+def rank_variables(place: RankInfo, *, local_world_size: int, address: str, port: int) -> dict[str, str]:
     """What a rank is told of its place, and where the ranks meet."""
     numbers = dict(zip(TORCHRUN, place, strict=True)) | {"LOCAL_WORLD_SIZE": local_world_size, "MASTER_PORT": port}
     return {"MASTER_ADDR": address} | {name: str(number) for name, number in numbers.items()}
@@ -128,5 +128,5 @@ def meeting_port(*what: object) -> int:
     return _FIRST_PORT + zlib.crc32(repr(what).encode()) % _NUM_PORTS
 
 
-def _shown(place: Place) -> str:
+def _shown(place: RankInfo) -> str:
     return f"rank {place.rank} of {place.world_size}, local rank {place.local_rank}"

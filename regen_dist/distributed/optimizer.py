@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regen_dist.config.schema import OptimizerConfig
+from regen_dist.config.run import OptimizerConfig
 from regen_dist.errors import BackendError
+from regen_dist.registry import Entry, Registry
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -19,7 +21,7 @@ Maker = Callable[[Groups, OptimizerConfig, torch.device], torch.optim.Optimizer]
 
 
 def build_optimizer(
-    config: OptimizerConfig, params: Iterable[Tensor], device: torch.device, makers: Mapping[str, Maker] | None = None
+    config: OptimizerConfig, params: Iterable[Tensor], device: torch.device, engine: str = "plain"
 ) -> torch.optim.Optimizer:
     """The optimizer that the config names. Matrices and kernels decay; vectors (biases, norm gains, tables of one row)
     do not.
@@ -28,7 +30,7 @@ def build_optimizer(
         config: the kind and its numbers.
         params: what it updates.
         device: where they are.
-        makers: kinds that the calling engine adds to those known here.
+        engine: kind of the engine that calls its `step`.
 
     Raises:
         BackendError: the optimizer cannot run on this device or is not installed.
@@ -37,8 +39,7 @@ def build_optimizer(
     decayed = [p for p in params if len(getattr(p, "ds_shape", p.shape)) > 1]
     rest = [p for p in params if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    known: dict[str, Maker] = {"adamw": _adamw, "cpu_adam": _no_cpu_adam, "fused_adam": _fused_adam}
-    return (known | dict(makers or {}))[config.kind](groups, config, device)
+    return OPTIMIZERS.available(config.kind, device, engine).build(groups, config, device)
 
 
 def _adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -48,26 +49,39 @@ def _adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> tor
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=one_pass, foreach=not one_pass)
 
 
-def _no_cpu_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def _require_deepspeed(device: torch.device, engine: str) -> None:
     if device.type != "cpu":
         raise BackendError(
             f"optimizer.kind=cpu_adam keeps its state on the CPU, the model is on {device}; set optimizer.kind=adamw"
         )
-    raise BackendError("optimizer.kind=cpu_adam is DeepSpeed's; set engine.kind=zero3, or optimizer.kind=adamw")
+    if engine != "zero3":
+        raise BackendError("optimizer.kind=cpu_adam is DeepSpeed's; set engine.kind=zero3, or optimizer.kind=adamw")
 
 
-def _fused_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def _cpu_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """DeepSpeed's vectorised Adam for state in host memory; compiled at its first use (g++, about a minute)."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, adamw_mode=True)  # type: ignore[no-any-return]
+
+
+def _require_apex(device: torch.device, engine: str) -> None:
     if device.type != "cuda":
         raise BackendError(
             f"optimizer.kind=fused_adam (apex) needs a CUDA device, found {device}; set optimizer.kind=adamw"
         )
     try:
-        from apex.optimizers import FusedAdam
+        import apex.optimizers  # noqa: F401
     except ImportError as error:
         raise BackendError(
             f"optimizer.kind=fused_adam needs NVIDIA apex ({error}), which is built from source (see environment.yml; "
             "PyPI's `apex` is another package); or set optimizer.kind=adamw"
         ) from error
+
+
+def _fused_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    from apex.optimizers import FusedAdam
+
     optimizer: torch.optim.Optimizer = _counting_per_parameter(FusedAdam)(
         groups, lr=config.lr, betas=config.betas, adam_w_mode=True
     )
@@ -101,12 +115,30 @@ def _counting_per_parameter(fused_adam: Any) -> Any:
     return FusedAdam
 
 
+@dataclass(frozen=True)
+class OptimizerEntry(Entry[Maker]):
+    """An optimizer: `check` takes the device and the engine's kind, `state` names its tensors of every parameter, as
+    they stand in `optimizer.state`. It counts its updates in `step`, in a tensor on the device or in Python."""
+
+    counts_on_device: bool = False
+
+
+OPTIMIZERS = Registry(
+    "optimizer.kind",
+    {
+        "adamw": OptimizerEntry(_adamw, state=MOMENTS, counts_on_device=True),
+        "cpu_adam": OptimizerEntry(_cpu_adam, _require_deepspeed, MOMENTS),
+        "fused_adam": OptimizerEntry(_fused_adam, _require_apex, MOMENTS),
+    },
+)
+
+
 def fresh_state(config: OptimizerConfig, param: Tensor) -> dict[str, Any]:
     """The optimizer's state of a parameter before its first step, made early so that a checkpoint can be restored into
     it."""
-    moments: dict[str, Any] = {moment: torch.zeros_like(param, requires_grad=False) for moment in MOMENTS}
-    # torch's fused kernel counts on the device; the others count in Python.
-    return moments | {"step": torch.zeros((), device=param.device) if config.kind == "adamw" else 0}
+    entry = OPTIMIZERS[config.kind]
+    moments: dict[str, Any] = {moment: torch.zeros_like(param, requires_grad=False) for moment in entry.state}
+    return moments | {"step": torch.zeros((), device=param.device) if entry.counts_on_device else 0}
 
 
 def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:

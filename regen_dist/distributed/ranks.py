@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from regen_dist.distributed.environment import read_place
-from regen_dist.distributed.failing import abort_group, tell
-from regen_dist.distributed.meeting import meet
+from regen_dist.distributed.environment import read_rank_info
+from regen_dist.distributed.failure import abort_group, tell
+from regen_dist.distributed.rendezvous import meet
 from regen_dist.errors import BackendError, RegenError
 from regen_dist.observe.devices import choose_device
 
@@ -98,7 +98,7 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
     Raises:
         ConfigError: the variables of torchrun, Slurm and Submitit disagree, or make no sense.
     """
-    return Ranks(*read_place(environment))
+    return Ranks(*read_rank_info(environment))
 
 
 @contextmanager

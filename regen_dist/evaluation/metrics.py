@@ -9,17 +9,28 @@ import json
 import math
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-import numpy.typing as npt
 
-from regen_dist.errors import DataError
-
-Frame = npt.NDArray[np.uint8]  # H W 3, RGB
+from regen_dist.errors import ConfigError, DataError
+from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
+from regen_dist.inference.long_video import (
+    DEFAULT_FADE,
+    DEFAULT_GROUP,
+    DecodePlan,
+    Positions,
+    Speed,
+    VideoCodec,
+    decode_stream,
+    encode_groups,
+    make_plan,
+    output_positions,
+)
 
 PEAK = 255.0
 PSNR_CEILING = 100.0  # dB, what equal frames count as, so that means stay finite
@@ -54,7 +65,7 @@ def ssim(source: Frame, other: Frame) -> float | None:
 
 
 @dataclass
-class Meter:
+class VideoMeter:
     """Accumulates the measures of one video. Feed it the pairs of frames in order.
 
     Attributes:
@@ -162,3 +173,196 @@ def vmaf(reference: Path, distorted: Path, *, executable: str | None = None) -> 
 def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
+
+
+# A whole video through a codec, measured against its source on the way.
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a video is reconstructed. Making one with steps below 1 or a rate that is not above 0 raises ConfigError.
+
+    Attributes:
+        steps: sampling steps of the decoder.
+        fps: frames a second of the output; None keeps the source's own times.
+        overlap: frames that neighbouring clips share.
+        seed: of the decoder's noise.
+        group: clips that are decoded together; bounds the memory.
+        tile: pixels a side of the tiles that the codec was told to use (`Codec.use_tiles`), for the record; None: none.
+    """
+
+    steps: int = 1
+    fps: float | None = None
+    overlap: int = 1
+    seed: int = 0
+    group: int = DEFAULT_GROUP
+    tile: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}; a decoder takes at least 1")
+        if self.fps is not None and not (self.fps > 0 and math.isfinite(self.fps)):
+            raise ConfigError(f"fps is {self.fps:g}; it must be above 0")
+
+    def check(self, codec: VideoCodec) -> None:
+        """ConfigError where the options do not fit the codec."""
+        if self.fps is not None and codec.kind == "magvit2":
+            raise ConfigError(
+                "the magvit2 baseline decodes the frames that it was given and none between them: leave fps out, "
+                "or use a run with model.kind=regen"
+            )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One decoded frame and the source's frame that is on screen at its time; `seconds` from the start of the video."""
+
+    index: int
+    seconds: float
+    source: Frame
+    decoded: Frame
+
+
+@dataclass
+class Passage:
+    """One video on its way through a codec.
+
+    `measured` yields a pair for every frame of the source. `on_output` is called with the pairs of the output: these
+    same ones, or those at `options.fps`. After the last pair, `speed` and `plan` say what it took.
+    """
+
+    source: SourceVideo
+    codec: VideoCodec
+    options: Options
+    on_output: Callable[[Pair], None] = lambda pair: None
+    speed: Speed = field(default_factory=Speed)
+
+    def __post_init__(self) -> None:
+        self.options.check(self.codec)
+        frames, clip = self.source.num_frames, self.codec.num_frames
+        fade = DEFAULT_FADE if self.codec.kind == "regen" else 0  # only REGEN decodes past a clip's ends
+        overlap, group = self.options.overlap, self.options.group
+        self.plan: DecodePlan = make_plan(frames, clip, overlap=overlap, group=group, fade=fade)
+        self._held: dict[int, Frame] = {}  # the source's frames that are still needed
+
+    def measured(self) -> Iterator[Pair]:
+        """Pairs at the source's own times."""
+        own = output_positions(self.source.timestamps, None)
+        other = None if self.options.fps is None else output_positions(self.source.timestamps, self.options.fps)
+        counts = [0, 0]
+        for done in self._decode([own] if other is None else [own, other]):
+            for decoded in done[0]:
+                index = counts[0]
+                pair = Pair(index, float(self.source.timestamps[index]), self._held[index], decoded)
+                if other is None:
+                    self.on_output(pair)
+                yield pair
+                counts[0] += 1
+            for decoded in done[1] if other is not None else ():
+                self.on_output(self._output_pair(counts[1], other, decoded))
+                counts[1] += 1
+            self._forget(min(counts[0], _next_source_frame(other, counts[1])))
+
+    def _decode(self, tracks: list[Positions]) -> Iterator[list[list[Frame]]]:
+        groups = encode_groups(self.codec, self._frames(), self.plan, self.speed)
+        sides, options = (self.source.height, self.source.width), self.options
+        return decode_stream(
+            self.codec,
+            groups,
+            self.plan,
+            tracks,
+            sides=sides,
+            steps=options.steps,
+            seed=options.seed,
+            speed=self.speed,
+        )
+
+    def _frames(self) -> Iterator[Frame]:
+        for index, frame in enumerate(self.source.frames()):
+            self._held[index] = frame
+            yield frame
+
+    def _output_pair(self, index: int, positions: Positions | None, decoded: Frame) -> Pair:
+        assert positions is not None
+        assert self.options.fps is not None
+        shown = int(positions[index] + 1e-6)  # the source's frame that a player would show at this time
+        return Pair(index, index / self.options.fps, self._held[shown], decoded)
+
+    def _forget(self, before: int) -> None:
+        for index in [index for index in self._held if index < before]:
+            del self._held[index]
+
+
+def _next_source_frame(positions: Positions | None, count: int) -> int:
+    """The first source frame that the output still needs."""
+    if positions is None or count >= len(positions):
+        return np.iinfo(np.int64).max
+    return int(positions[count])
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The measures of one video. Where a figure cannot be had it is None and `notes` says why."""
+
+    psnr_db: float
+    psnr_mean_over_frames_db: float
+    ssim: float | None
+    vmaf: float | None
+    seam_ratio: float | None
+    seam_ratio_source: float | None
+    latent_bits_per_pixel: float
+    compression: float
+    windows: int
+    encode_s: float
+    decode_s: float
+    encode_frames_per_s: float
+    decode_frames_per_s: float
+    notes: tuple[str, ...] = ()
+
+
+def measure(
+    passage: Passage, *, with_vmaf: bool = True, on_pair: Callable[[Pair], None] = lambda pair: None
+) -> Measurement:
+    """Run a passage to its end. VMAF compares lossless 4:2:0 copies, which lie in a temporary folder meanwhile."""
+    meter = VideoMeter()
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [Path(folder) / name for name in ("source.mp4", "decoded.mp4")]
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(VideoWriter(path, passage.source.rate, crf=0, preset="ultrafast"))
+                for path in (copies if with_vmaf else ())
+            ]
+            for pair in passage.measured():
+                meter.add(pair.source, pair.decoded)
+                on_pair(pair)
+                for writer, frame in zip(writers, (pair.source, pair.decoded), strict=False):
+                    writer.write(frame)
+        score = vmaf(*copies) if with_vmaf else Vmaf(None, "not asked for")
+    return _summarise(passage, meter, score)
+
+
+def _summarise(passage: Passage, meter: VideoMeter, score: Vmaf) -> Measurement:
+    source, speed, crosses = passage.source, passage.speed, passage.plan.crosses()
+    bits = bits_per_pixel(speed.latent_values, source.num_frames, source.height, source.width)
+    seam = seam_ratio(meter.changes, crosses) if crosses else None
+    notes = [f"VMAF: {score.reason}"] if score.score is None else []
+    if meter.ssim is None:
+        notes.append(f"SSIM: its window of {SSIM_WINDOW} pixels does not fit {source.height}x{source.width}")
+    if seam is None:
+        notes.append("seam ratio: the video has no steps between clips, or no others, or nothing moves")
+    return Measurement(
+        psnr_db=meter.psnr_db,
+        psnr_mean_over_frames_db=meter.psnr_mean_over_frames_db,
+        ssim=meter.ssim,
+        vmaf=score.score,
+        seam_ratio=seam,
+        seam_ratio_source=seam_ratio(meter.source_changes, crosses) if crosses else None,
+        latent_bits_per_pixel=bits,
+        compression=RAW_BITS_PER_PIXEL / bits,
+        windows=len(passage.plan.starts),
+        encode_s=speed.encode_s,
+        decode_s=speed.decode_s,
+        encode_frames_per_s=source.num_frames / max(speed.encode_s, 1e-9),
+        decode_frames_per_s=speed.frames_decoded / max(speed.decode_s, 1e-9),
+        notes=tuple(notes),
+    )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from regen_dist.evaluation.metrics import Frame, psnr_db, squared_error
+from regen_dist.data.inspect.contact import font, save_png
+from regen_dist.evaluation.metrics import psnr_db, squared_error
+from regen_dist.inference.frames import Frame
 
 ERROR_GAIN = 4  # an error of a quarter of the range is shown at full brightness
 COLUMNS = 6
@@ -22,7 +22,7 @@ _CELL_WIDTH, _LARGEST_CELL_HEIGHT = 236, 320
 
 
 @dataclass(frozen=True)
-class _Row:
+class _SheetRow:
     label: str
     note: str
     cells: list[Image.Image]
@@ -54,19 +54,14 @@ def write_sheet(
         errors: whether to draw the error rows.
     """
     cell = _cell_size(source[0])
-    rows = [_Row("Source", "", _scaled(source, cell), [f"frame {number}" for number in numbers])]
+    rows = [_SheetRow("Source", "", _scaled(source, cell), [f"frame {number}" for number in numbers])]
     for label, frames in others.items():
         quality = [f"{psnr_db(squared_error(a, b)):.1f} dB" for a, b in zip(source, frames, strict=True)]
-        rows.append(_Row(label, "PSNR below", _scaled(frames, cell), quality))
+        rows.append(_SheetRow(label, "PSNR below", _scaled(frames, cell), quality))
         if errors:
             wrong = [_error_map(a, b) for a, b in zip(source, frames, strict=True)]
-            rows.append(_Row(f"|Error| × {ERROR_GAIN}", "mean over colours", _scaled(wrong, cell), []))
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.png")
-    try:
-        _draw(rows, cell, title).save(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            rows.append(_SheetRow(f"|Error| × {ERROR_GAIN}", "mean over colours", _scaled(wrong, cell), []))
+    save_png(_draw(rows, cell, title), path)
 
 
 def _cell_size(frame: Frame) -> tuple[int, int]:
@@ -91,7 +86,7 @@ def _error_map(source: Frame, other: Frame) -> Frame:
     return mapped
 
 
-def _draw(rows: list[_Row], cell: tuple[int, int], title: str) -> Image.Image:
+def _draw(rows: list[_SheetRow], cell: tuple[int, int], title: str) -> Image.Image:
     columns = len(rows[0].cells)
     heights = [cell[1] + (_CAPTION if row.captions else 0) for row in rows]
     head = 52 if title else 0
@@ -100,28 +95,19 @@ def _draw(rows: list[_Row], cell: tuple[int, int], title: str) -> Image.Image:
     image = Image.new("RGB", (width, height), _BACKGROUND)
     pen = ImageDraw.Draw(image)
     if title:
-        pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(24, bold=True))
+        pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=font(24, bold=True))
     top = _MARGIN + head
     for row, row_height in zip(rows, heights, strict=True):
         middle = top + cell[1] // 2
         pen.text(
-            (_MARGIN, middle - (11 if row.note else 0)), row.label, fill=_INK, font=_font(18, bold=True), anchor="lm"
+            (_MARGIN, middle - (11 if row.note else 0)), row.label, fill=_INK, font=font(18, bold=True), anchor="lm"
         )
-        pen.text((_MARGIN, middle + 11), row.note, fill=_FAINT, font=_font(14), anchor="lm")
+        pen.text((_MARGIN, middle + 11), row.note, fill=_FAINT, font=font(14), anchor="lm")
         for column, picture in enumerate(row.cells):
             left = _MARGIN + _LABELS_WIDTH + column * (cell[0] + _GAP)
             image.paste(picture, (left, top))
             if row.captions:
                 place = (left + cell[0] // 2, top + cell[1] + _CAPTION // 2)
-                pen.text(place, row.captions[column], fill=_FAINT, font=_font(16), anchor="mm")
+                pen.text(place, row.captions[column], fill=_FAINT, font=font(16), anchor="mm")
         top += row_height + _GAP
     return image
-
-
-@lru_cache(maxsize=8)
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from math import prod
 
 from regen_dist.checkpoint.export import MODEL_FILE
-from regen_dist.config.exported import ExportConfig, OriginConfig
-from regen_dist.config.schema import SPATIAL_COMPRESSION
-from regen_dist.inference.statistics import LatentSpread, LatentStatistics
+from regen_dist.config.exported import ExportConfig, OriginConfig, T2VExportConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION
+from regen_dist.config.t2v import LATENT_PATCH
+from regen_dist.inference.latent_space import SPACE_FOLDER, LatentSpace, LatentSpread, LatentStatistics
 
 _KINDS = {
     "regen": "REGEN: a causal convolutional encoder and a generative (diffusion transformer) decoder",
@@ -28,6 +29,16 @@ latents = codec.encode(clip)  # content and motion, [B, {channels}, H / 8, W / 8
 times = torch.tensor([0.0, 0.5, 1.0]{whole})  # in frames from the clip's first
 frames = codec.decode(latents, times, steps=1)  # [B, 3, len(times), H, W] in [-1, 1]
 print(tuple(latents.content.shape), tuple(frames.shape))
+"""
+
+FOR_DIFFUSERS = """\
+import torch
+from diffusers import AutoModel
+
+model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)
+video = torch.rand(1, 3, {frames}, {height}, {width}) * 2 - 1  # [B, 3, T, H, W] in [-1, 1]
+latents = model.encode(video).latent_dist.mode()  # [B, {channels}, F, H / 8, W / 8]: content and motion of each clip
+print(tuple(model.decode(latents, num_frames={frames}).sample.shape))
 """
 
 
@@ -105,11 +116,16 @@ def _facts(config: ExportConfig, origin: OriginConfig, shapes: dict[str, list[in
 
 
 def _loading(config: ExportConfig, size: tuple[int, int]) -> str:
+    folder, (height, width) = "PATH/OF/THIS/FOLDER", size
+    alone = FOR_DIFFUSERS.format(
+        folder=folder, frames=config.model.num_frames, height=height, width=width, channels=config.model.latent.channels
+    )
     return (
         "With the package `regen-dist`; sides of clips must be multiples of 8.\n\n"
-        f"```python\n{snippet(config, 'PATH/OF/THIS/FOLDER', size)}```\n\n"
+        f"```python\n{snippet(config, folder, size)}```\n\n"
         "`regen reconstruct VIDEO --run THIS_FOLDER --out FOLDER` takes a video of any length. "
-        f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build."
+        f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build.\n\n"
+        f"With diffusers, without that package (the folder holds the code):\n\n```python\n{alone}```"
     )
 
 
@@ -132,3 +148,80 @@ def _spread(name: str, part: LatentSpread) -> str:
         if each is not None
     ]
     return f"{part.num_clips} {name}; " + "; ".join(told)
+
+
+# The README of an exported text-to-video model.
+
+
+def t2v_card(
+    config: T2VExportConfig,
+    origin: OriginConfig,
+    shapes: dict[str, list[int]],
+    space: LatentSpace,
+    *,
+    pipeline: bool = False,
+) -> str:
+    """The README of an export, in Markdown.
+
+    Args:
+        config: of the export.
+        origin: the checkpoint that it was taken from.
+        shapes: of its parameters.
+        space: in which it works.
+        pipeline: whether its embedder and text encoder are in the folder.
+    """
+    sections = {
+        "What it is": _t2v_card_facts(config, origin, shapes, space),
+        "Generating with it": _generating(pipeline),
+        "Latents and text": _space(space),
+        "License": LICENSE,
+    }
+    return page(f"{origin.run}, a text-to-video model", sections)
+
+
+def _t2v_card_facts(
+    config: T2VExportConfig, origin: OriginConfig, shapes: dict[str, list[int]], space: LatentSpace
+) -> str:
+    model, flow, count = config.model, config.diffusion, sum(map(prod, shapes.values()))
+    rows = [f"{clips * space.num_frames} frames" for clips in sorted(config.clips)] or ["images alone"]
+    return table(
+        {
+            "model": "a diffusion transformer on a video embedder's latents: two latent frames for each clip of "
+            f"{space.num_frames} frames",
+            "parameters": f"{count:,} in {len(shapes)} tensors, stored as {config.dtype}",
+            "size": f"{model.blocks} blocks, width {model.width}, {model.heads} heads",
+            "trained on": f"{', '.join(rows)} at {space.fps:g} frames a second; others run",
+            "sides": f"multiples of {LATENT_PATCH * SPATIAL_COMPRESSION} pixels",
+            "prediction": f"velocity of a rectified flow, {config.precision} weights; by default {flow.steps} steps of "
+            f"{flow.sampler} at guidance {flow.guidance:g}",
+            "weights": WEIGHTS[config.weights],
+            **origin_rows(origin, "rows"),
+        }
+    )
+
+
+def _generating(pipeline: bool) -> str:
+    kind = "DiffusionPipeline" if pipeline else "AutoModel"
+    what = "The pipeline" if pipeline else "The transformer alone"
+    use = 'print(found("a prompt").frames.shape)' if pipeline else "print(type(found))"
+    return (
+        "With the package `regen-dist`, and the embedder whose latents these are, which decodes them:\n\n"
+        '```\nregen generate "a prompt" --run THIS_FOLDER --embedder EMBEDDER --out FOLDER\n```\n\n'
+        f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build.\n\n"
+        f"{what}, with diffusers and without that package (the folder holds the code):\n\n```python\n"
+        f"from diffusers import {kind}\n\n"
+        f'found = {kind}.from_pretrained("PATH/OF/THIS/FOLDER", trust_remote_code=True)\n{use}\n```'
+    )
+
+
+def _space(space: LatentSpace) -> str:
+    encoder, text = space.facts["encoder"], space.facts["text"] or {}
+    return (
+        f"`{SPACE_FOLDER}/` holds the mean and std of each latent channel, which the model works without and a decoder "
+        "needs back (`LatentScale.restore`), the embedding of the empty caption, and how the caches were made.\n\n"
+        f"- embedder: run {encoder.get('run', 'unknown')}, step {encoder.get('step', 'unknown')}, "
+        f"fingerprint `{encoder.get('fingerprint', 'unknown')}`\n"
+        f"- text encoder: {text.get('encoder', 'unknown')}, fingerprint `{text.get('fingerprint', 'unknown')}`, width "
+        f"{text.get('width', 'unknown')}\n"
+        f"- cache fingerprint: `{space.facts['fingerprint']}`"
+    )

@@ -11,34 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.export import (
-    STATISTICS_FILE,
-    Weights,
-    check_weights,
-    checkpoint_weights,
-    find_checkpoint,
-    is_export,
-    model_with,
-    open_run,
-    read_model,
-)
-from regen_dist.config.exported import ExportConfig, load_export_config
-from regen_dist.config.loading import embedder_only
-from regen_dist.config.schema import SPATIAL_COMPRESSION as P
-from regen_dist.config.schema import RunConfig
+from regen_dist.checkpoint.export import STATISTICS_FILE, Weights, model_with
+from regen_dist.checkpoint.load_model import find_embedder
+from regen_dist.config.embedder import RunConfig
+from regen_dist.config.exported import ExportConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION as P
 from regen_dist.diffusion.noise import gaussian
 from regen_dist.diffusion.path import x0_from
 from regen_dist.diffusion.samplers import Denoiser, sample
-from regen_dist.distributed.base import precision_of
+from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError, ConfigError
-from regen_dist.inference.latent_space import only_raw
-from regen_dist.inference.statistics import LatentStatistics, read_statistics
+from regen_dist.inference.latent_space import LatentStatistics, only_raw, read_statistics
 from regen_dist.inference.tiles import Tile, decode_in_tiles, encode_in_tiles
 from regen_dist.inference.windows import Window, blend_weights
-from regen_dist.models import Baseline, Latents, Regen
-from regen_dist.models.encoder import check_clip
-from regen_dist.models.reach import decoder_reach, encoder_reach
-from regen_dist.models.strips import require_cudnn
+from regen_dist.models.decoder import decoder_receptive_field, encoder_receptive_field
+from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.encoder import Latents, check_clip
+from regen_dist.models.layers import require_cudnn
 from regen_dist.observe.devices import choose_device
 
 _SMALLEST_TILE = 64
@@ -50,7 +39,7 @@ PACKAGED_EMBEDDER = Path(__file__).parents[1] / "pretrained" / "pocket"
 
 class Codec:
     """An embedder for inference. Takes and gives float32 videos in [-1, 1]; works in the precision that it was trained
-    in.
+    in, unless another `dtype` is given.
 
     Attributes:
         tile: pixels a side of the tiles that frames are worked on in, or None: whole frames (`use_tiles`).
@@ -63,10 +52,11 @@ class Codec:
         device: torch.device,
         step: int = 0,
         statistics: LatentStatistics | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.config = ExportConfig.of(config) if isinstance(config, RunConfig) else config
+        self.config = config if isinstance(config, ExportConfig) else ExportConfig.of(config)
         self.device, self.step, self.weights, self.statistics = device, step, self.config.weights, statistics
-        self._dtype = precision_of(self.config.precision)
+        self._dtype = dtype or precision_of(self.config.precision)
         require_cudnn(device.type, self._dtype)
         self.model = model.to(device, self._dtype).eval()
         self.kind, self.num_frames = config.model.kind, config.model.num_frames
@@ -89,26 +79,10 @@ class Codec:
                 or is a text-to-video model.
             ConfigError: the folder is neither a run of an embedder nor an export.
         """
-        path = Path(path)
-        device = device or choose_device()
-        return cls._of_export(path, weights, device) if is_export(path) else cls._of_run(path, weights or "ema", device)
-
-    @classmethod
-    def _of_run(cls, run: Path, weights: Weights, device: torch.device) -> Codec:
-        config, folder = open_run(run)
-        config = embedder_only(config, str(run))
-        manifest = find_checkpoint(folder, checksums=False)
-        tensors = checkpoint_weights(folder, manifest, weights)
-        model = model_with(config.model, tensors, f"the parameters of step {manifest.step} in {folder.url}")
-        return cls(model, ExportConfig.of(config, weights), device, manifest.step)
-
-    @classmethod
-    def _of_export(cls, folder: Path, weights: Weights | None, device: torch.device) -> Codec:
-        config = load_export_config(folder)
-        check_weights(folder, config, weights)
-        model = model_with(config.model, read_model(folder, config), f"the parameters in {folder}")
-        step = 0 if config.origin is None else config.origin.step
-        return cls(model, config, device, step, read_statistics(folder / STATISTICS_FILE))
+        found = find_embedder(path, weights)
+        model = model_with(found.config.model, found.weights(), found.what)
+        statistics = None if found.run is not None else read_statistics(found.path / STATISTICS_FILE)
+        return cls(model, found.config, device or choose_device(), found.step, statistics)
 
     def use_tiles(self, side: int | None) -> None:
         """Encode and decode frames in tiles from now on, which bounds the memory that large ones take.
@@ -124,7 +98,7 @@ class Codec:
         """
         if side is not None and side < _SMALLEST_TILE:
             raise ConfigError(f"a tile of {side} pixels; it must have at least {_SMALLEST_TILE} a side")
-        if side is not None and decoder_reach(self.config.model) is None:
+        if side is not None and decoder_receptive_field(self.config.model) is None:
             raise ConfigError(
                 "this decoder attends over whole frames (model.decoder.attention.pattern=full), so a tile cannot give "
                 "what the whole frame gives; leave the tiles out, or take a model with pattern=window"
@@ -141,7 +115,7 @@ class Codec:
         if self.tile is None:
             return self.model.encode(clips.to(self.device))
         check_clip(clips, self.num_frames)
-        reach = encoder_reach(self.config.model.encoder)
+        reach = encoder_receptive_field(self.config.model.encoder)
         return encode_in_tiles(lambda part: self.model.encode(part.to(self.device)), clips, self.tile, reach)
 
     def _finite(self, made: Tensor, what: str) -> Tensor:
@@ -255,7 +229,7 @@ class Codec:
         """Pixels of the whole frames, [1, 3, n, H, W]."""
         if self.tile is None:
             return decode(latents, None)
-        reach = decoder_reach(self.config.model)
+        reach = decoder_receptive_field(self.config.model)
         assert reach is not None, "use_tiles has refused"
         return decode_in_tiles(decode, latents, frames, self.tile, reach)
 

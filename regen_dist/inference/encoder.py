@@ -13,23 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.export import (
-    Weights,
-    check_shapes,
-    checkpoint_weights,
-    find_checkpoint,
-    is_export,
-    open_run,
-    read_model,
-)
-from regen_dist.config.exported import ExportConfig, load_export_config
-from regen_dist.config.loading import embedder_only
-from regen_dist.distributed.base import precision_of
+from regen_dist.checkpoint.export import Weights, check_shapes
+from regen_dist.checkpoint.load_model import find_embedder
+from regen_dist.config.exported import ExportConfig
+from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
 from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Encoder, Latents
-from regen_dist.models.strips import require_cudnn
+from regen_dist.models.layers import require_cudnn
 from regen_dist.observe.devices import choose_device
 
 _PREFIX = "encoder."  # of its parameters' names in an embedder, the baseline's too
@@ -72,30 +64,11 @@ class FrozenEncoder:
             CheckpointError: there is no checkpoint, or it is damaged; an export has other weights than those asked for.
             ConfigError: the folder is neither a run of an embedder nor an export.
         """
-        path = Path(path)
-        device = device or choose_device()
-        return cls._of_export(path, weights, device) if is_export(path) else cls._of_run(path, weights or "ema", device)
-
-    @classmethod
-    def _of_run(cls, run: Path, weights: Weights, device: torch.device) -> FrozenEncoder:
-        config, folder = open_run(run)
-        config = embedder_only(config, str(run))
-        manifest = find_checkpoint(folder, checksums=False)
-        tensors = checkpoint_weights(folder, manifest, weights, _PREFIX)
-        exported = ExportConfig.of(config, weights)
-        encoder = _encoder_with(exported, tensors, f"the parameters of step {manifest.step} in {folder.url}")
-        return cls(encoder, exported, device, {"run": config.name, "step": manifest.step})
-
-    @classmethod
-    def _of_export(cls, folder: Path, weights: Weights | None, device: torch.device) -> FrozenEncoder:
-        config = load_export_config(folder)
-        if weights not in (None, config.weights):
-            raise CheckpointError(
-                f"{folder} holds the {config.weights} weights alone; export the run again with --weights {weights}"
-            )
-        encoder = _encoder_with(config, read_model(folder, config, _PREFIX), f"the parameters in {folder}")
-        origin = {} if config.origin is None else {"run": config.origin.run, "step": config.origin.step}
-        return cls(encoder, config, device, origin)
+        found = find_embedder(path, weights)
+        encoder = _encoder_with(found.config, found.weights(_PREFIX), found.what)
+        is_known = found.run is not None or found.config.origin is not None
+        origin = {"run": found.name, "step": found.step} if is_known else {}
+        return cls(encoder, found.config, device or choose_device(), origin)
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Latents:

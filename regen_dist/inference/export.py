@@ -7,10 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from regen_dist.checkpoint.export import (
     CARD_FILE,
@@ -18,31 +20,47 @@ from regen_dist.checkpoint.export import (
     STATISTICS_FILE,
     Weights,
     check_shapes,
+    check_weights,
     checkpoint_weights,
     find_checkpoint,
     is_export,
     model_shapes,
     open_run,
+    read_model,
     write_model,
 )
-from regen_dist.checkpoint.manifest import Manifest
-from regen_dist.config import AnyRunConfig, RunConfig
+from regen_dist.checkpoint.manifest import CheckpointManifest
+from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
 from regen_dist.config.exported import (
     EXPORT_CONFIG_FILE,
     AnyExportConfig,
     ExportConfig,
     OriginConfig,
     T2VExportConfig,
+    load_any_export_config,
 )
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.schema import DataConfig
-from regen_dist.data.objects.local import full_disk, sync
+from regen_dist.config.run import DataConfig
+from regen_dist.data.storage.local import full_disk, sync
 from regen_dist.errors import CheckpointError, DataError
-from regen_dist.inference.card import model_card
+from regen_dist.inference.card import model_card, t2v_card
 from regen_dist.inference.codec import Codec
-from regen_dist.inference.space_files import read_space
-from regen_dist.inference.statistics import LatentStatistics, measure_statistics
-from regen_dist.inference.t2v_card import t2v_card
+from regen_dist.inference.encoder import check_embedder
+from regen_dist.inference.generate import check_text_encoder, load_text_encoder
+from regen_dist.inference.hub.folder import (
+    EMBEDDER,
+    PIPELINE_FILE,
+    write_embedder_files,
+    write_pipeline_files,
+    write_transformer_files,
+)
+from regen_dist.inference.latent_space import (
+    LatentSpace,
+    LatentStatistics,
+    measure_statistics,
+    read_space,
+    read_statistics,
+)
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
@@ -54,25 +72,31 @@ class ExportOptions:
     Args:
         step: of the checkpoint; None takes the newest good one.
         weights: averaged, or those of the last step.
-        dtype: in which they are stored.
+        dtype: in which they are stored; None takes float32, and of an exported model its own.
         statistics_clips: clips that an embedder's latent statistics are measured on; 0 leaves the statistics out. Those
             of a text-to-video model are its caches'.
         data: URL of the clips for the statistics; None takes the run's training data.
         force: replace the exported model that is in the target folder.
+        embedder: run or export of the embedder on whose latents a text-to-video model works, which makes the export a
+            pipeline of diffusers; None takes the config's `generation.embedder`, where there is one.
+        text: folder of the text encoder of that pipeline; None takes the one that the caches were made with.
     """
 
     step: int | None = None
     weights: Weights = "ema"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] | None = None
     statistics_clips: int = 64
     data: str | None = None
     force: bool = False
+    embedder: Path | None = None
+    text: str | None = None
 
 
 def export_model(
     run: Path, out: Path, options: ExportOptions, progress: Progress = lambda what, done, total: None
 ) -> AnyExportConfig:
-    """Write the model of a run's checkpoint into the folder `out`, which is there whole or not at all.
+    """Write the model of a run's checkpoint into the folder `out`, which is there whole or not at all. Of a model that
+    was exported before, a copy, which has what this version adds for diffusers.
 
     Every byte of the checkpoint is compared with its checksum first; an embedder's statistics are those of the weights
     as they are stored. Returns what the export says of itself.
@@ -84,6 +108,8 @@ def export_model(
         DataError: the clips for the statistics cannot be read, or the disk is full.
     """
     _check_target(out, options.force)
+    if is_export(run):
+        return _export_again(run, out, options)
     config, folder = open_run(run)
     progress("verify", 0, 1)
     manifest = find_checkpoint(folder, options.step, checksums=True)
@@ -91,7 +117,7 @@ def export_model(
     progress("verify", 1, 1)
     with _made_whole(out, options.force) as made:
         weights = checkpoint_weights(folder, manifest, options.weights)
-        digest = write_model(made / MODEL_FILE, weights, options.dtype)
+        digest = write_model(made / MODEL_FILE, weights, options.dtype or "float32")
         del weights
         exported = _described(config, manifest, options, digest)
         write_text_atomically(made / EXPORT_CONFIG_FILE, exported.to_yaml())
@@ -99,7 +125,34 @@ def export_model(
     return exported
 
 
-def _described(config: AnyRunConfig, manifest: Manifest, options: ExportOptions, digest: str) -> AnyExportConfig:
+def _export_again(folder: Path, out: Path, options: ExportOptions) -> AnyExportConfig:
+    """A copy of an exported model."""
+    config = load_any_export_config(folder)
+    check_weights(folder, config, options.weights)
+    asked = {"--step": options.step is not None, "--data": options.data is not None}
+    asked["--dtype"] = options.dtype not in (None, config.dtype)
+    if given := [name for name, found in asked.items() if found]:
+        raise CheckpointError(
+            f"{folder} is an exported model, which is copied as it is; leave {', '.join(given)} out, or export its run"
+        )
+    weights = read_model(folder, config)  # verified
+    shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
+    check_shapes(shapes, model_shapes(config.model), f"the parameters in {folder}")
+    with _made_whole(out, options.force) as made:
+        for name in (EXPORT_CONFIG_FILE, MODEL_FILE, CARD_FILE, STATISTICS_FILE):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, made / name)
+                sync(made / name)
+        if isinstance(config, ExportConfig):
+            write_embedder_files(made, config, shapes, read_statistics(folder / STATISTICS_FILE))
+        else:
+            _complete_t2v(made, config, shapes, read_space(folder), options)
+    return config
+
+
+def _described(
+    config: AnyRunConfig, manifest: CheckpointManifest, options: ExportOptions, digest: str
+) -> AnyExportConfig:
     origin = OriginConfig(
         run=config.name,
         step=manifest.step,
@@ -115,24 +168,44 @@ def _described(config: AnyRunConfig, manifest: Manifest, options: ExportOptions,
         if isinstance(config, RunConfig)
         else T2VExportConfig.of(config, options.weights)
     )
-    return exported.model_copy(update={"dtype": options.dtype, "sha256": digest, "origin": origin})
+    return exported.model_copy(update={"dtype": options.dtype or "float32", "sha256": digest, "origin": origin})
 
 
 def _complete(
-    run: Path, made: Path, config: AnyRunConfig, exported: AnyExportConfig, manifest: Manifest, options: ExportOptions,
-    progress: Progress,
+    run: Path, made: Path, config: AnyRunConfig, exported: AnyExportConfig, manifest: CheckpointManifest,
+    options: ExportOptions, progress: Progress,
 ) -> str:  # fmt: skip
     """Add what a model of this kind needs beside its weights; returns its card."""
     assert exported.origin is not None, "it was described with one"
     if isinstance(exported, T2VExportConfig):
+        assert isinstance(config, T2VConfig), "what is exported is of the run's kind"
+        embedder = options.embedder or (Path(config.generation.embedder) if config.generation.embedder else None)
         space = read_space(run)
-        space.write(made)
-        return t2v_card(exported, exported.origin, manifest.shapes, space)
+        _complete_t2v(made, exported, manifest.shapes, space, replace(options, embedder=embedder))
+        return t2v_card(exported, exported.origin, manifest.shapes, space, pipeline=(made / PIPELINE_FILE).is_file())
     assert isinstance(config, RunConfig), "what is exported is of the run's kind"
     statistics = _statistics(made, config, options, progress) if options.statistics_clips else None
     if statistics is not None:
         write_text_atomically(made / STATISTICS_FILE, statistics.to_text())
+    write_embedder_files(made, exported, manifest.shapes, statistics)
     return model_card(exported, exported.origin, manifest.shapes, config.data.sizes[0], statistics)
+
+
+def _complete_t2v(
+    made: Path, exported: T2VExportConfig, shapes: dict[str, list[int]], space: LatentSpace, options: ExportOptions
+) -> None:
+    """Add the latent space and what diffusers needs; with an embedder, all of a pipeline."""
+    space.write(made)
+    write_transformer_files(made, exported, shapes, space)
+    if options.embedder is None:
+        return
+    cpu = torch.device("cpu")
+    codec = Codec.load(options.embedder, device=cpu)
+    check_embedder(codec, space.facts["encoder"], str(options.embedder))
+    text = load_text_encoder(space, options.text, cpu)
+    check_text_encoder(text, space)
+    export_model(options.embedder, made / EMBEDDER, ExportOptions(weights=codec.weights, statistics_clips=0))
+    write_pipeline_files(made, exported, space, text)
 
 
 def _statistics(made: Path, config: RunConfig, options: ExportOptions, progress: Progress) -> LatentStatistics:

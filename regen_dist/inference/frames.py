@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace
 
-from regen_dist.data.video.pixels import shown_sides
-from regen_dist.data.video.reader import RESIZE, VideoReader, frame_to_rgb
+from regen_dist.data.video.conversion import RESIZE, frame_to_rgb, shown_sides
+from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:

@@ -8,27 +8,420 @@ Legend: B prompts, n clips in a row, C channels, F latent frames, h x w latent c
 
 from __future__ import annotations
 
+import io
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from regen_dist.config.files import write_bytes_atomically, write_text_atomically
+from regen_dist.config.run import SPATIAL_COMPRESSION, SamplerName
+from regen_dist.config.t2v import LATENT_PATCH, TextConfig
+from regen_dist.config.version import code_version
+from regen_dist.diffusion.given import Given
 from regen_dist.diffusion.noise import latent_gaussian
-from regen_dist.errors import ConfigError
+from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
-from regen_dist.inference.frames import Frame
-from regen_dist.inference.generated_files import GeneratedFiles
-from regen_dist.inference.generation_settings import GenerationSettings, clips_for, frame_positions
-from regen_dist.inference.latent_sampling import Text
-from regen_dist.inference.long import to_frames
-from regen_dist.inference.prompts import CaptionEncoder, Embedded, Prompt, embed_prompts
-from regen_dist.inference.rows import row_frames
-from regen_dist.inference.text_to_video import TextToVideoModel
-from regen_dist.models import Latents
+from regen_dist.inference.frames import Frame, VideoWriter
+from regen_dist.inference.given_media import GivenMedia, given_row
+from regen_dist.inference.latent_space import LatentSpace
+from regen_dist.inference.long_video import Positions, row_frames
+from regen_dist.inference.sampler import Text, TextToVideoModel
+from regen_dist.jsontext import json_text
+from regen_dist.models.encoder import Latents
 from regen_dist.models.t2v import FRAMES_PER_CLIP
+from regen_dist.models.text import TextEncoder
+from regen_dist.observe.hardware import describe_machine
+from regen_dist.pixels import to_frames
+
+# What is asked of a generation, and where the frames of its videos lie.
+
+SIDE_MULTIPLE = LATENT_PATCH * SPATIAL_COMPRESSION  # pixels: a token is 2 x 2 cells of 8 x 8
+DEFAULT_SIZE = (192, 320)  # paper, Sec. 4
+_DIGITS = 6  # of a position: 24 frames at 30 a second must not end at 32.99999…
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Everything that is asked of a generation but the prompts.
+
+    Args:
+        height, width: in pixels, multiples of 16.
+        frames: of each video; 1 makes images.
+        fps: frames a second of the videos.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance; 1 is none.
+        sampler: `euler`, `heun` or `dpmpp_2m` (second order).
+        decode_steps: sampling steps of the embedder's decoder.
+        seed: of all noise.
+        negative: what guidance leads away from; None is the empty caption.
+
+    Raises:
+        ConfigError: every value that cannot be.
+    """
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+    steps: int
+    guidance: float
+    sampler: SamplerName
+    decode_steps: int = 1
+    seed: int = 0
+    negative: str | None = None
+
+    def __post_init__(self) -> None:
+        least = {"frames": 1, "steps": 1, "decode_steps": 1, "guidance": 0, "seed": 0}
+        problems = [
+            f"{name} is {getattr(self, name):g}; it must be at least {low}"
+            for name, low in least.items()
+            if getattr(self, name) < low
+        ]
+        if not self.fps > 0:
+            problems.append(f"fps is {self.fps:g}; it must be above 0")
+        if self.height % SIDE_MULTIPLE or self.width % SIDE_MULTIPLE or min(self.height, self.width) < 1:
+            nearest = "x".join(str(_nearest(side)) for side in (self.height, self.width))
+            problems.append(
+                f"size is {self.height}x{self.width}; sides are multiples of {SIDE_MULTIPLE}, the nearest is {nearest}"
+            )
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def is_image(self) -> bool:
+        """Whether images are made."""
+        return self.frames == 1
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Latent cells, (h, w)."""
+        return self.height // SPATIAL_COMPRESSION, self.width // SPATIAL_COMPRESSION
+
+
+def resolve_settings(
+    model: TextToVideoModel,
+    *,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: SamplerName | None = None,
+    decode_steps: int = 1,
+    seed: int = 0,
+    negative: str | None = None,
+) -> GenerationSettings:
+    """Settings of which what is not given is as the model was trained: the size, where the caches have one (else that
+    of the paper), its longest row, its frame rate, and the sampling that its config names."""
+    flow, space = model.config.diffusion, model.space
+    height, width = size or size_for(space)
+    longest = longest_row(model) * space.num_frames or 1
+    return GenerationSettings(
+        height=height, width=width, frames=longest if frames is None else frames,
+        fps=space.fps if fps is None else fps, steps=flow.steps if steps is None else steps,
+        guidance=flow.guidance if guidance is None else guidance, sampler=sampler or flow.sampler,
+        decode_steps=decode_steps, seed=seed, negative=negative,
+    )  # fmt: skip
+
+
+def longest_row(model: TextToVideoModel) -> int:
+    """Clips of the longest row that the model was trained on; 0 where images alone were."""
+    return max(model.config.clips, default=0)
+
+
+def size_for(space: LatentSpace) -> tuple[int, int]:
+    """(height, width) where none is given: that of the caches, where they have one, else that of the paper."""
+    return trained_size(space) or DEFAULT_SIZE
+
+
+def trained_size(space: LatentSpace) -> tuple[int, int] | None:
+    """The (height, width) that all videos of the caches have; None where there are several, or they do not say."""
+    sizes = space.facts.get("sizes") or space.facts["preprocessing"].get("buckets") or []
+    return (int(sizes[0][0]), int(sizes[0][1])) if len(sizes) == 1 else None
+
+
+def frame_positions(settings: GenerationSettings, space_fps: float, before: int = 0) -> Positions:
+    """Where the frames of an output lie, in frames of what the model was trained on, from the first clip's first;
+    where they continue others, of which the row has `before`, they begin one frame of the output after the last."""
+    first = before - 1 + space_fps / settings.fps if before else 0.0
+    positions: Positions = np.round(first + np.arange(settings.frames) * space_fps / settings.fps, _DIGITS)
+    return positions
+
+
+def clips_of(settings: GenerationSettings, space: LatentSpace, before: int = 0) -> int:
+    """Clips of a row, of which `before` are continued."""
+    return clips_for(frame_positions(settings, space.fps, before * space.num_frames), space.num_frames)
+
+
+def clips_for(positions: Positions, num_frames: int) -> int:
+    """Clips of `num_frames` frames in a row that reach to the last position: clip i takes those from i * num_frames to
+    below (i + 1) * num_frames, in which it goes past its own last frame by less than one frame."""
+    return int(positions[-1] // num_frames) + 1
+
+
+def _nearest(side: int) -> int:
+    return max(1, round(side / SIDE_MULTIPLE)) * SIDE_MULTIPLE
+
+
+# Prompts: read from a file, and embedded as the captions of the caches were.
+#
+# Legend: L tokens of one prompt, D their width.
+
+
+class Prompt(NamedTuple):
+    """A prompt and its number: its place in the file, which its noise is keyed by, as by seed + `sample`."""
+
+    number: int
+    text: str
+    sample: int = 0  # of several videos of it, from 0
+
+
+class CaptionEncoder(Protocol):
+    """What is needed of a text encoder: `regen_dist.models.text.TextEncoder`, or a stand-in."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides its embeddings."""
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """Embeddings [L, D]."""
+
+    def cuts(self, caption: str) -> bool:
+        """Whether a caption is too long."""
+
+
+class Embedded(NamedTuple):
+    """Embeddings [L, D] of some prompts and of what guidance leads away from, float32 on the CPU; and the prompts that
+    were cut."""
+
+    texts: list[Tensor]
+    null: Tensor
+    cut: list[str]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a text file, one a line; empty lines have no number.
+
+    Raises:
+        DataError: there is no such file, it is no text, or there is nothing in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read prompts from {path}: {error}") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise DataError(f"{path} holds no prompt; write one a line")
+    return [Prompt(number, text) for number, text in enumerate(texts)]
+
+
+def load_text_encoder(space: LatentSpace, path: str | None, device: torch.device) -> TextEncoder:
+    """The text encoder that the caches were made with; `path` says where it is, if not where it was.
+
+    Raises:
+        CheckpointError: it is not there, or the caches do not say which one it was.
+        BackendError: a package that it needs is not installed.
+    """
+    facts = space.facts["text"] or {}
+    name = path or facts.get("encoder")
+    if name is None:
+        raise CheckpointError("the caches do not say which text encoder they were made with; give it with --text")
+    longest = TextConfig(max_tokens=int(facts.get("max_tokens", TextConfig().max_tokens))).max_tokens
+    return TextEncoder.load(TextConfig(encoder=str(name), max_tokens=longest), device)
+
+
+def embed_prompts(
+    encoder: CaptionEncoder, space: LatentSpace, prompts: Sequence[Prompt], negative: str | None = None
+) -> Embedded:
+    """Embed prompts, rounded as they are in a cache.
+
+    Args:
+        encoder: must be the one that the caches were made with.
+        space: of the caches.
+        prompts: to embed; too long ones are cut.
+        negative: what guidance leads away from; None takes the caches' empty caption.
+
+    Raises:
+        CheckpointError: it is another encoder.
+    """
+    check_text_encoder(encoder, space)
+    texts = [prompt.text for prompt in prompts]
+    found = [as_in_cache(each) for each in encoder.encode(texts)]
+    null = space.null_text.text if negative is None else as_in_cache(encoder.encode([negative])[0])
+    asked = texts if negative is None else [*texts, negative]
+    return Embedded(found, null, [text for text in asked if encoder.cuts(text)])
+
+
+def check_text_encoder(encoder: CaptionEncoder, space: LatentSpace) -> None:
+    """CheckpointError when an encoder is not the one that the caches were made with."""
+    wanted = (space.facts["text"] or {}).get("fingerprint")
+    if encoder.fingerprint != wanted:
+        raise CheckpointError(
+            f"the text encoder is not the one that the caches were made with (fingerprint {encoder.fingerprint[:16]}…, "
+            f"theirs is {str(wanted)[:16]}…); give that one with --text"
+        )
+
+
+def as_in_cache(text: Tensor) -> Tensor:
+    """An embedding, rounded as a cache stores it."""
+    return text.to("cpu", torch.bfloat16).float()
+
+
+# The files of a generation: for each prompt a video (or image) and a JSON file with everything that makes it again.
+#
+# OUT/00000.mp4     of prompt 0; OUT/00000.png where images are made
+# OUT/00000.json    written last: while it says what is asked for, prompt 0 is done
+#
+# Of several samples of a prompt: OUT/00000-0.mp4, OUT/00000-1.mp4, … Named by their prompts (as VBench reads them):
+# OUT/a red circle-0.mp4, and nothing else in OUT; their JSON files lie in OUT-records.
+
+RECORD_FORMAT = 1
+_VIDEO, _IMAGE, _RECORD = ".mp4", ".png", ".json"
+_LONGEST_NAME = 255  # bytes, on most file systems
+_ABOUT = ("paths", "version", "machine")  # what a record says beside what decides the video
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How files are named.
+
+    Args:
+        samples: of each prompt.
+        by_prompt: name videos by prompt and sample, and keep their records in a folder beside, since VBench takes
+            whatever lies in a folder for a video.
+    """
+
+    samples: int = 1
+    by_prompt: bool = False
+
+    def stem(self, prompt: Prompt) -> str:
+        """What the files of a prompt's sample are called."""
+        name = prompt.text if self.by_prompt else f"{prompt.number:05d}"
+        return f"{name}-{prompt.sample}" if self.by_prompt or self.samples > 1 else name
+
+    def records(self, folder: Path) -> Path:
+        """Where the JSON files are."""
+        return folder.with_name(f"{folder.name}-records") if self.by_prompt else folder
+
+    def expanded(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Every sample of every prompt.
+
+        Raises:
+            ConfigError: prompts that no file can be called by, or that are the same.
+        """
+        if self.samples < 1:
+            raise ConfigError(f"{self.samples} samples of each prompt; give at least 1")
+        found = [prompt._replace(sample=sample) for prompt in prompts for sample in range(self.samples)]
+        if self.by_prompt:
+            counts = Counter(map(self.stem, found))
+            bad = [repr(each[:80]) for each in counts if counts[each] > 1 or not _is_file_name(each)]
+            if bad:
+                raise ConfigError(
+                    f"no files can be called by these prompts: {', '.join(bad[:5])}; they must differ, have "
+                    f"{_LONGEST_NAME} bytes at most, no / and no leading dot. Or leave --layout out: files are "
+                    "numbered then"
+                )
+        return found
+
+
+def _is_file_name(stem: str) -> bool:
+    fits = len(stem.encode()) + len(_VIDEO) <= _LONGEST_NAME
+    return fits and not stem.startswith(".") and not any(each in "/\0" for each in stem)
+
+
+class GeneratedFiles:
+    """The files in one folder.
+
+    Args:
+        folder: where to; made when something is written.
+        settings: of the generation.
+        made_by: what else decides the videos: model, embedder, text encoder.
+        paths: where those were; told, but of no weight.
+        layout: how they are named.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: GenerationSettings,
+        made_by: dict[str, Any],
+        paths: dict[str, str | None],
+        layout: Layout = Layout(),
+    ) -> None:
+        self.folder, self._settings, self._layout = folder, settings, layout
+        self._made_by, self._paths = made_by, paths
+
+    def is_done(self, prompt: Prompt) -> bool:
+        """Whether the prompt was generated by the same settings and models."""
+        try:
+            found = json.loads(self._path(prompt, _RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none, or one that is damaged: it is made anew
+            return False
+        if not isinstance(found, dict) or not self._made(prompt).is_file():
+            return False
+        return {name: value for name, value in found.items() if name not in _ABOUT} == self._decided(prompt)
+
+    def write(self, prompt: Prompt, frames: Iterable[list[Frame]]) -> Path:
+        """Write a prompt's video or image as its frames come, then its record. Returns the video's path.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        for folder in (self.folder, self._layout.records(self.folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+        record, path = self._path(prompt, _RECORD), self._made(prompt)
+        record.unlink(missing_ok=True)  # first: it must not vouch for another video
+        _write_image(path, frames) if self._settings.is_image else _write_video(path, frames, self._settings.fps)
+        self._path(prompt, _VIDEO if self._settings.is_image else _IMAGE).unlink(missing_ok=True)
+        about = {"paths": self._paths, "version": code_version(), "machine": describe_machine()}
+        write_text_atomically(record, json_text(self._decided(prompt) | about, indent=1, ensure_ascii=False) + "\n")
+        return path
+
+    def _decided(self, prompt: Prompt) -> dict[str, Any]:
+        """Everything that decides the video, as it is read back."""
+        facts = {
+            "format": RECORD_FORMAT,
+            "prompt": prompt.text,
+            "number": prompt.number,
+            "file": self._made(prompt).name,
+            "settings": asdict(self._settings),
+            **({"sample": prompt.sample, "seed": self._settings.seed + prompt.sample} if prompt.sample else {}),
+            **self._made_by,
+        }
+        read_back: dict[str, Any] = json.loads(json_text(facts))
+        return read_back
+
+    def _made(self, prompt: Prompt) -> Path:
+        return self._path(prompt, _IMAGE if self._settings.is_image else _VIDEO)
+
+    def _path(self, prompt: Prompt, suffix: str) -> Path:
+        folder = self._layout.records(self.folder) if suffix == _RECORD else self.folder
+        return folder / f"{self._layout.stem(prompt)}{suffix}"
+
+
+def _write_video(path: Path, frames: Iterable[list[Frame]], fps: float) -> None:
+    with VideoWriter(path, fps) as writer:
+        for part in frames:
+            for frame in part:
+                writer.write(frame)
+
+
+def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
+    ((frame,),) = frames
+    data = io.BytesIO()
+    Image.fromarray(frame).save(data, "PNG")
+    write_bytes_atomically(path, data.getvalue())
+
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
@@ -51,6 +444,8 @@ def generate(
     *,
     batch: int = 8,
     paths: dict[str, str | None] | None = None,
+    layout: Layout = Layout(),
+    given: GivenMedia | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Generated:
     """Generate a video for every prompt, unless it is there already.
@@ -64,6 +459,8 @@ def generate(
         settings: of the videos.
         batch: prompts that are sampled at once; changes the speed, and the last bits of the result.
         paths: where models were taken from, for the records.
+        layout: how files are named; `Layout.expanded` gives the samples of prompts.
+        given: an image that every video begins with, or a video that each continues.
         progress: told how many prompts are done.
 
     Raises:
@@ -74,76 +471,91 @@ def generate(
     if batch < 1:
         raise ConfigError(f"the batch is {batch}; it must be at least 1")
     check_embedder(codec, model.space.facts["encoder"], "the embedder")
-    files = GeneratedFiles(out, settings, _made_by(model, codec, settings), paths or {})
-    done = {prompt.number for prompt in prompts if files.is_done(prompt)}
-    wanted = [prompt for prompt in prompts if prompt.number not in done]
-    skipped = [prompt for prompt in prompts if prompt.number in done]
+    if given is not None and settings.is_image:
+        raise ConfigError("one frame is asked for, and an image or a video is given to go on from; ask for more frames")
+    files = GeneratedFiles(out, settings, _made_by(model, codec, settings, given), paths or {}, layout)
+    skipped = [prompt for prompt in prompts if files.is_done(prompt)]
+    done = set(skipped)
+    wanted = [prompt for prompt in prompts if prompt not in done]
     if not wanted:
         return Generated([], skipped, [])
     embedded = embed_prompts(load_encoder(), model.space, wanted, settings.negative)
     progress("generated", 0, len(wanted))
-    for count, (prompt, frames) in enumerate(_generated(model, codec, wanted, embedded, settings, batch), 1):
+    for count, (prompt, frames) in enumerate(_generated(model, codec, wanted, embedded, settings, batch, given), 1):
         files.write(prompt, frames)
         progress("generated", count, len(wanted))
     return Generated(wanted, skipped, embedded.cut)
 
 
 def sample_rows(
-    model: TextToVideoModel, numbers: Sequence[int], texts: Sequence[Tensor], null: Tensor, settings: GenerationSettings
-) -> list[Latents]:
+    model: TextToVideoModel, prompts: Sequence[Prompt], texts: Sequence[Tensor], null: Tensor,
+    settings: GenerationSettings, given: Given | None = None, clips_before: int = 0,
+) -> list[Latents]:  # fmt: skip
     """The latents of each clip of the rows of some prompts, [B, C, h, w] each, as a codec takes them.
 
     Args:
         model: from text to latents.
-        numbers: of the prompts, which key their noise.
+        prompts: whose numbers and samples key their noise.
         texts: their embeddings [L, D].
         null: what guidance leads away from, [L, D].
         settings: of the videos.
+        given: frames of the rows that are known.
+        clips_before: clips at the rows' beginning that the videos continue.
     """
     space, device = model.space, model.device
-    clips = clips_for(frame_positions(settings, space.fps), space.num_frames)
+    clips = clips_of(settings, space, clips_before)
     frames = 1 if settings.is_image else FRAMES_PER_CLIP * clips
-    ids = torch.tensor(numbers, dtype=torch.int64, device=device)
-    noise = latent_gaussian(settings.seed, ids, frames, model.channels, settings.cells)  # [B, C, F, h, w]
-    away = Text.of([null], device).expanded(len(ids))
+    noises = []
+    for prompt in prompts:
+        number, seed = torch.tensor([prompt.number], device=device), settings.seed + prompt.sample
+        noises.append(latent_gaussian(seed, number, frames, model.channels, settings.cells))
+    away = Text.of([null], device).expanded(len(prompts))
     made = model.sample(
-        noise, Text.of(texts, device), away,
+        torch.cat(noises), Text.of(texts, device), away,
         steps=settings.steps, guidance=settings.guidance, sampler=settings.sampler,
+        given=given,
     )  # fmt: skip
     return space.scale.restore(made)
 
 
 def _generated(
     model: TextToVideoModel, codec: Codec, prompts: Sequence[Prompt], embedded: Embedded, settings: GenerationSettings,
-    batch: int,
+    batch: int, media: GivenMedia | None,
 ) -> Iterator[tuple[Prompt, Iterable[list[Frame]]]]:  # fmt: skip
     """Each prompt with its frames as they are decoded."""
+    before = 0 if media is None else media.clips
+    clips, given = clips_of(settings, model.space, before), None
+    known = None if media is None else given_row(media, codec, model.space.scale, clips)
     for first in range(0, len(prompts), batch):
         part, texts = prompts[first : first + batch], embedded.texts[first : first + batch]
-        rows = sample_rows(model, [prompt.number for prompt in part], texts, embedded.null, settings)
+        given = None if known is None else known.expanded(len(part))
+        rows = sample_rows(model, part, texts, embedded.null, settings, given, before)
         for place, prompt in enumerate(part):
             own = [Latents(*(each[place : place + 1] for each in latents)) for latents in rows]
-            yield prompt, _frames(codec, own, prompt, settings, model.space.fps)
+            made = _frames(codec, own, prompt, settings, model.space, before)
+            yield prompt, made if media is None else chain(media.before(settings.fps), made)
 
 
 def _frames(
-    codec: Codec, row: Sequence[Latents], prompt: Prompt, settings: GenerationSettings, space_fps: float
+    codec: Codec, row: Sequence[Latents], prompt: Prompt, settings: GenerationSettings, space: LatentSpace, before: int
 ) -> Iterable[list[Frame]]:
+    seed = settings.seed + prompt.sample
     if settings.is_image:
-        image = codec.decode(
-            row[0], torch.zeros(1), steps=settings.decode_steps, seed=settings.seed, sample_ids=[prompt.number]
-        )
+        image = codec.decode(row[0], torch.zeros(1), steps=settings.decode_steps, seed=seed, sample_ids=[prompt.number])
         return [list(to_frames(image[0]))]
-    positions = frame_positions(settings, space_fps)
-    return row_frames(codec, row, positions, steps=settings.decode_steps, seed=settings.seed, sample_id=prompt.number)
+    positions = frame_positions(settings, space.fps, before * space.num_frames)
+    return row_frames(codec, row, positions, steps=settings.decode_steps, seed=seed, sample_id=prompt.number)
 
 
-def _made_by(model: TextToVideoModel, codec: Codec, settings: GenerationSettings) -> dict[str, Any]:
+def _made_by(
+    model: TextToVideoModel, codec: Codec, settings: GenerationSettings, given: GivenMedia | None
+) -> dict[str, Any]:
     """What decides the videos beside the settings and the prompt."""
     space, text = model.space, model.space.facts["text"] or {}
-    clips = clips_for(frame_positions(settings, space.fps), space.num_frames)
+    clips = clips_of(settings, space, 0 if given is None else given.clips)
     origin = codec.config.origin
     return {
+        **({} if given is None else {"given": given.facts()}),
         "clips": clips,
         "space": {name: space.facts[name] for name in ("fingerprint", "num_frames", "channels", "fps")},
         "model": model.facts(),

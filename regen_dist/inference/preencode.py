@@ -7,27 +7,449 @@ shards.
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
 
 from regen_dist.config.preencode import PreencodeConfig
-from regen_dist.data.dataset.latents import NULL_TEXT, pack_null_text
-from regen_dist.data.dataset.manifest import MANIFEST, Manifest, read_manifest
-from regen_dist.data.objects.store import Store, remove_leftovers
+from regen_dist.data.format.catalogue import Dataset
+from regen_dist.data.format.index import Sample, SampleFacts, read_index, samples_of
+from regen_dist.data.format.latents import LATENT_EXTENSION, NULL_TEXT, pack_latents, pack_null_text
+from regen_dist.data.format.manifest import (
+    MANIFEST,
+    PLAN,
+    DatasetManifest,
+    Skip,
+    changes,
+    claim,
+    listed,
+    read_all,
+    read_manifest,
+    read_plan,
+    to_json,
+    write_manifest,
+)
+from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
+from regen_dist.data.loading.fetch import Fetcher, SampleLocation
 from regen_dist.data.pool import Progress
-from regen_dist.data.reading.fetching import Fetcher, limits_of
-from regen_dist.errors import DataError
-from regen_dist.inference.preencoding.captions import as_stored
-from regen_dist.inference.preencoding.claiming import claim_cache
-from regen_dist.inference.preencoding.cutting import count_clips
-from regen_dist.inference.preencoding.decoding import decoders
-from regen_dist.inference.preencoding.finishing import unfinished, write_cache_manifest
-from regen_dist.inference.preencoding.inputs import Inputs, open_inputs
-from regen_dist.inference.preencoding.shard import Encoded, Tools, encode_shard
+from regen_dist.data.storage.connection import limits_of
+from regen_dist.data.storage.local import remove_leftovers
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import CheckpointError, DataError
+from regen_dist.inference.encoder import FrozenEncoder
+from regen_dist.inference.latent_space import LatentSpread, LatentStatistics
+from regen_dist.inference.preencode_clips import (
+    KIND,
+    NO_CUT,
+    Batches,
+    DecodeJob,
+    Decoders,
+    Inputs,
+    Pending,
+    count_clips,
+    cut_video,
+    decoders,
+    fingerprint_of,
+    open_inputs,
+)
+from regen_dist.models.encoder import Latents
+from regen_dist.models.text import TextEncoder
+
+# Text embeddings of the captions of one shard.
+#
+# Legend: L tokens, D their width.
+
+_TOGETHER = 32  # captions that are handed to the encoder
+_HELD = 1024  # embeddings that are kept for captions that come again: 2 GB at 256 tokens of width 4096
+
+
+class Captions:
+    """Embeds captions a few ahead of their use, each once while it is held.
+
+    Args:
+        encoder: embeds them, each as if it were alone.
+        captions: those that will be asked for, in that order.
+        null: the embedding of the empty caption [L, D], for videos that have none.
+    """
+
+    def __init__(self, encoder: TextEncoder, captions: Iterable[str | None], null: Tensor) -> None:
+        self._encoder, self._null = encoder, null
+        self._captions = list(dict.fromkeys(caption for caption in captions if caption))
+        self._places = {caption: place for place, caption in enumerate(self._captions)}
+        self._held: OrderedDict[str, Tensor] = OrderedDict()
+
+    def embedding(self, caption: str | None) -> Tensor:
+        """Of one of the captions: bf16 [L, D] on the CPU."""
+        if not caption:
+            return self._null
+        if caption not in self._held:
+            self._embed(self._places[caption])
+        return self._held[caption]
+
+    def _embed(self, place: int) -> None:
+        some = self._captions[place : place + _TOGETHER]
+        for caption, text in zip(some, self._encoder.encode(some), strict=True):
+            self._held[caption] = as_stored(text)
+        while len(self._held) > _HELD:
+            self._held.popitem(last=False)
+
+
+def as_stored(text: Tensor) -> Tensor:
+    """An embedding as a cache holds it; CheckpointError where it is not finite."""
+    stored = text.detach().to("cpu", torch.bfloat16)
+    if not bool(torch.isfinite(stored).all()):
+        raise CheckpointError("the text encoder gives embeddings that are not finite; its weights are broken")
+    return stored
+
+
+# What is counted over the entries of a cache: statistics of its latents, and frames that are in no clip.
+#
+# Each shard has its own sums, which are added in the order of the shards, so that the numbers are the same, bit for
+# bit, however many tasks shared the work.
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Of some entries. `images` is of what training takes as images: the first content latent of every entry."""
+
+    clips: LatentSpread | None = None
+    images: LatentSpread | None = None
+    frames_left_out: int = 0
+
+    @classmethod
+    def of(cls, latents: Latents, left_out: int) -> Sums:
+        """Of one entry, as it is stored: latents [n, C, h, w], the motion of an image [0, C, h, w]."""
+        first = Latents(latents.content[:1], latents.motion[:0])
+        clips = LatentSpread.of(latents) if len(latents.motion) else None
+        return cls(clips, LatentSpread.of(first, images=True), left_out)
+
+    def __add__(self, other: Sums) -> Sums:
+        left_out = self.frames_left_out + other.frames_left_out
+        return Sums(_added(self.clips, other.clips), _added(self.images, other.images), left_out)
+
+    def to_bytes(self) -> bytes:
+        """JSON; equal numbers give equal bytes."""
+        spreads = {"clips": self.clips, "images": self.images}
+        found: dict[str, Any] = {name: spread and spread.to_json() for name, spread in spreads.items()}
+        return to_json({"format": _FORMAT, "frames_left_out": self.frames_left_out, **found})
+
+
+def sums_name(stem: str) -> str:
+    """Name of the sums of a shard."""
+    return f"{stem}.statistics.json"
+
+
+def read_sums(store: Store, stem: str, data: bytes) -> Sums:
+    """What `Sums.to_bytes` gave.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        found = json.loads(data)
+        if found["format"] != _FORMAT:
+            raise ValueError(f"it has format {found['format']}, this version reads {_FORMAT}")
+        clips, images = (found[name] and LatentSpread.from_json(found[name]) for name in ("clips", "images"))
+        return Sums(clips, images, int(found["frames_left_out"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{store.url}/{sums_name(stem)}: damaged ({type(error).__name__}: {error}); remove it, and run the same "
+            "again"
+        ) from error
+
+
+def _added(one: LatentSpread | None, other: LatentSpread | None) -> LatentSpread | None:
+    if one is None or other is None:
+        return one or other
+    return one + other
+
+
+# One shard of a cache, made of one shard of videos: the same keys in the same order, always from its beginning.
+
+_ENOUGH_TO_JUDGE = 20  # videos of one shard that cannot be encoded, before their share says something
+_ONE_SHARD = ShardLimits(size_bytes=sys.maxsize)
+
+
+class Tools(NamedTuple):
+    """What encoding any shard takes. `text` is the encoder and the embedding of the empty caption, or None."""
+
+    config: PreencodeConfig
+    dataset: Dataset
+    encoder: FrozenEncoder
+    text: tuple[TextEncoder, Tensor] | None
+    fetcher: Fetcher
+    decoders: Decoders
+    max_bad_share: float
+
+
+class EncodedCounts(NamedTuple):
+    """How many clips and images were encoded."""
+
+    clips: int = 0
+    images: int = 0
+
+
+def stem_of(number: int) -> str:
+    """How the names of the output of a source shard begin."""
+    return f"latents-{number:06d}"
+
+
+def samples_in(dataset: Dataset, number: int) -> list[Sample]:
+    """The index entries of a dataset's shard."""
+    return samples_of(dataset.index(number))
+
+
+def encode_shard(tools: Tools, number: int, store: Store, told: Callable[[int], None]) -> EncodedCounts:
+    """Make the shard of source shard `number`: its tar, its sums, and last its index.
+
+    Args:
+        store: where to.
+        told: of clips and images that are done, or will never be.
+
+    Raises:
+        DataError: more videos than `max_bad_share` cannot be encoded; the store does not answer.
+        CheckpointError: a latent is not finite.
+    """
+    samples = samples_in(tools.dataset, number)
+    captions = None if tools.text is None else Captions(tools.text[0], (s.caption for s in samples), tools.text[1])
+    sums, encoded, bad = Sums(), EncodedCounts(), list[Skip]()
+    with ShardWriter(store, stem_of(number), _ONE_SHARD) as writer:
+        for video in _encoded(tools, number, [_pending(sample, tools) for sample in samples]):
+            told(video.cut.parts)
+            if video.problem is not None:
+                bad.append(Skip(source=video.sample.key, reason=video.problem))
+                writer.skip(bad[-1])
+                continue
+            sums += _add(writer, video, captions)
+            encoded = EncodedCounts(encoded.clips + video.cut.clips, encoded.images + video.cut.is_image)
+        _guard(tools, number, len(samples), bad)
+        store.put(sums_name(stem_of(number)), sums.to_bytes())
+    return encoded
+
+
+def _pending(sample: Sample, tools: Tools) -> Pending:
+    try:
+        return Pending(sample, cut_video(sample, tools.config, tools.encoder.num_frames))
+    except DataError as error:
+        return Pending(sample, NO_CUT, problem=str(error))
+
+
+def _encoded(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[Pending]:
+    """The videos in order, each with its latents or a problem."""
+    batches = Batches(tools.encoder, tools.config.batch_clips, videos)
+    for video, clips in tools.decoders.run(_jobs(tools, number, videos)):
+        try:
+            for place, clip in enumerate(clips):
+                batches.add(video, place, clip)
+        except DataError as error:
+            video.problem = str(error)
+        yield from batches.complete()
+    batches.finish()
+    yield from batches.complete()
+
+
+def _jobs(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[DecodeJob[Pending]]:
+    """What is to be decoded, as its bytes arrive."""
+    first = int(np.sum([shard.samples for shard in tools.dataset.manifest.shards[:number]], dtype=np.int64))
+    wanted = (
+        (video, [SampleLocation(0, tools.dataset.row(first + place))])
+        for place, video in enumerate(videos)
+        if video.problem is None
+    )
+    for video, (found,) in tools.fetcher.ahead(wanted):
+        yield DecodeJob(video, found, video.sample.frames, video.cut)
+
+
+def _add(writer: ShardWriter, video: Pending, captions: Captions | None) -> Sums:
+    """Write an entry; what it adds to the sums."""
+    sample, cut, latents = video.sample, video.cut, video.latents()
+    text = None if captions is None else captions.embedding(sample.caption)
+    data = pack_latents(*latents, text, {"frames_left_out": str(cut.left_out)})
+    fps, (height, width) = sample.fps / cut.stride, cut.geometry.crop
+    described = SampleFacts(cut.frames, height, width, fps, sample.source, sample.caption, sample.motion)
+    writer.add(NewSample(sample.key, data, described, LATENT_EXTENSION))
+    return Sums.of(latents, cut.left_out)
+
+
+def _guard(tools: Tools, number: int, videos: int, bad: Sequence[Skip]) -> None:
+    if len(bad) >= _ENOUGH_TO_JUDGE and len(bad) > tools.max_bad_share * videos:
+        name = tools.dataset.manifest.shards[number].name
+        raise DataError(
+            f"{len(bad)} of {videos} videos in {name} cannot be encoded, more than --max-bad-share "
+            f"{tools.max_bad_share:g} allows; run `regen shards verify {tools.dataset.store.url} --deep`, or allow "
+            f"more:\n{listed(bad)}"
+        )
+
+
+# Which shards of a cache are made, and what they say together once all of them are.
+
+STATISTICS = "statistics.json"
+_PIXEL_BYTES = 3
+
+
+def unfinished(store: Store, numbers: Sequence[int]) -> list[int]:
+    """Those of the source shards whose output is not whole: index and sums are there, and the tar that the index tells
+    of has its size."""
+    found = store.list("latents-")
+    begun = [number for number in numbers if {_index(number), sums_name(stem_of(number))} <= found.keys()]
+    whole = set()
+    for number, (_, data) in zip(begun, read_all(store, [_index(number) for number in begun]), strict=True):
+        facts = read_index(data)[1]
+        if not facts["size"] or found.get(facts["name"]) == facts["size"]:
+            whole.add(number)
+    return [number for number in numbers if number not in whole]
+
+
+def write_cache_manifest(
+    store: Store, dataset: Dataset, identity: Mapping[str, Any], encoder: FrozenEncoder, text: TextEncoder | None
+) -> DatasetManifest:
+    """Gather what all shards say, and write the statistics and the manifest.
+
+    Raises:
+        DataError: no entry is left, or something is damaged.
+    """
+    numbers = range(len(dataset.manifest.shards))
+    _check_counts(store, dataset)
+    sums = _sums(store, numbers)
+    measured_on = {"dataset fingerprint": dataset.fingerprint}
+    statistics = LatentStatistics(sums.clips, sums.images, measured_on).to_text()
+    options = {
+        "fingerprint": fingerprint_of(dict(identity)),
+        "encoder": encoder.facts(),
+        "preprocessing": identity["preprocessing"],
+        "text": None if text is None else text.facts(),
+        "code": identity["code"],
+        "source": identity["source"],
+        "num_frames": encoder.num_frames,
+        "channels": encoder.channels,
+        "statistics": json.loads(statistics),
+        "null_text": None if text is None else NULL_TEXT,
+        "frames_left_out": sums.frames_left_out,
+        **_of_entries(store, numbers, dataset),
+    }
+    if store.size(STATISTICS) is None or store.get(STATISTICS) != statistics.encode():
+        store.put(STATISTICS, statistics.encode())
+    return write_manifest(store, [_index(number) for number in numbers], KIND, options)
+
+
+def _check_counts(store: Store, dataset: Dataset) -> None:
+    """DataError unless each shard accounts for every sample of its source shard, as an entry or as left out."""
+    shards = dataset.manifest.shards
+    for number, (name, data) in enumerate(read_all(store, [_index(number) for number in range(len(shards))])):
+        table, facts = read_index(data)
+        told = table.num_rows + len(facts["skipped"])
+        if told != shards[number].samples:
+            raise DataError(
+                f"{store.url}/{name}: accounts for {told} videos, {shards[number].name} holds "
+                f"{shards[number].samples}; remove {name} and run the same again, which makes that shard anew"
+            )
+
+
+def _index(number: int) -> str:
+    return index_name(stem_of(number), 0)
+
+
+def _sums(store: Store, numbers: Sequence[int]) -> Sums:
+    """In the order of the shards: sums of numbers depend on it."""
+    names = [sums_name(stem_of(number)) for number in numbers]
+    parts = zip(numbers, read_all(store, names), strict=True)
+    return reduce(add, (read_sums(store, stem_of(number), data) for number, (_, data) in parts), Sums())
+
+
+def _of_entries(store: Store, numbers: Sequence[int], dataset: Dataset) -> dict[str, Any]:
+    """The median frame rate of the clips (of the images, where there are no clips), and sizes to compare with."""
+    rates, still_rates, pixels = [np.empty(0)], [np.empty(0)], 0
+    for _, data in read_all(store, [_index(number) for number in numbers]):
+        table: pa.Table = read_index(data)[0]
+        fps, frames = table["fps"].to_numpy(), table["frames"].to_numpy().astype(np.int64)
+        rates.append(fps[frames > 1])
+        still_rates.append(fps[frames == 1])
+        pixels += int((frames * table["height"].to_numpy() * table["width"].to_numpy()).sum())
+    found = np.concatenate(rates) if any(map(len, rates)) else np.concatenate(still_rates)
+    if not len(found):
+        raise DataError(f"{store.url}: no video could be encoded; the indices there say why each was left out")
+    sizes = {"source_bytes": dataset.manifest.totals.bytes, "pixel_bytes": _PIXEL_BYTES * pixels}
+    return {"fps": float(np.median(found)), "sizes": sizes}
+
+
+# Claiming a cache's folder, and whether what lies in it was made of these very videos.
+#
+# Earlier versions recorded the bytes of the videos alone, neither captions nor shards. Their caches are read
+# and finished like others once their entries were compared with the videos' indices.
+
+_OLD_SOURCE = {"fingerprint"}  # what caches said of their videos before captions and shards were recorded
+_NAMED = 3
+
+
+def claim_cache(store: Store, inputs: Inputs) -> None:
+    """Make sure that the folder is ours, as `claim`. A plan of before is brought up to date, if all that lies there was
+    made of these videos.
+
+    Raises:
+        DataError: the folder holds something else.
+    """
+    plan = read_plan(store)
+    if plan is not None and _is_old(plan.get("source")):
+        source = check_source(store, plan["source"], inputs)
+        if not changes(plan, inputs.identity | {"source": source}):
+            store.put(PLAN, to_json(inputs.identity))
+    claim(store, inputs.identity, by="regen preencode", out="output")
+
+
+def check_source(store: Store, recorded: Any, inputs: Inputs) -> dict[str, Any]:
+    """The part of the identity that what a cache recorded of its videos is to be equal to.
+
+    Raises:
+        DataError: the cache is one of before, of the same videos' bytes, and its entries are not those of these videos.
+    """
+    source: dict[str, Any] = inputs.identity["source"]
+    if not _is_old(recorded):
+        return source
+    if recorded["fingerprint"] == source["fingerprint"]:
+        check_entries(store, inputs.dataset)
+    return {"fingerprint": source["fingerprint"]}
+
+
+def check_entries(store: Store, dataset: Dataset) -> None:
+    """DataError unless each finished shard holds the videos of its source shard, no other, with their captions."""
+    suffix, shards = "-000000.parquet", dataset.manifest.shards
+    names = [name for name in store.list("latents-") if name.endswith(suffix)]
+    for name, data in read_all(store, names):
+        number = int(name.removesuffix(suffix).removeprefix(stem_of(0)[:-6]))
+        table, facts = read_index(data)
+        made = dict(zip(table["key"].to_pylist(), table["caption"].to_pylist(), strict=True))
+        left_out = {skip["source"] for skip in facts["skipped"]}
+        videos = {each.key: each.caption for each in samples_in(dataset, number)} if number < len(shards) else {}
+        wrong = sorted((made.keys() | left_out) ^ videos.keys())
+        what = "is of other videos"
+        if not wrong:
+            wrong = [key for key, caption in made.items() if caption != videos[key]]
+            what = "has other captions"
+        if wrong:
+            raise DataError(
+                f"{store.url}/{name}: {what} than shard {number} of {dataset.store.url} ({', '.join(wrong[:_NAMED])}"
+                f"{', …' if len(wrong) > _NAMED else ''}), so the videos were built again since; give another output, "
+                "or remove this cache. Nothing was changed"
+            )
+
+
+def _is_old(recorded: Any) -> bool:
+    return isinstance(recorded, dict) and recorded.keys() == _OLD_SOURCE
+
 
 MAX_BAD_SHARE = 0.5
 _IDLE_S = 3600.0  # other tasks may be at work on other machines: what they write is newer than that
@@ -37,11 +459,11 @@ class Preencoded(NamedTuple):
     """What a call did: the manifest, or None while shards are left to other tasks; how many shards, clips and images it
     made, in how many seconds; how many shards there are and how many are missing."""
 
-    manifest: Manifest | None
+    manifest: DatasetManifest | None
     shards_made: int
     shards: int
     shards_missing: int
-    encoded: Encoded = Encoded()
+    encoded: EncodedCounts = EncodedCounts()
     seconds: float = 0.0
 
     @property
@@ -100,9 +522,9 @@ def _tools(config: PreencodeConfig, inputs: Inputs, store: Store, max_bad_share:
         yield Tools(config, inputs.dataset, inputs.encoder, text, fetcher, threads, max_bad_share)
 
 
-def _encode(tools: Tools, store: Store, todo: Sequence[int], progress: Progress) -> Encoded:
+def _encode(tools: Tools, store: Store, todo: Sequence[int], progress: Progress) -> EncodedCounts:
     """Make the shards of these source shards."""
-    total, done, encoded = _units(tools, todo), 0, Encoded()
+    total, done, encoded = _units(tools, todo), 0, EncodedCounts()
 
     def told(units: int) -> None:
         nonlocal done
@@ -111,7 +533,7 @@ def _encode(tools: Tools, store: Store, todo: Sequence[int], progress: Progress)
 
     for number in todo:
         made = encode_shard(tools, number, store, told)
-        encoded = Encoded(encoded.clips + made.clips, encoded.images + made.images)
+        encoded = EncodedCounts(encoded.clips + made.clips, encoded.images + made.images)
     return encoded
 
 

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regen_dist.config.schema import SPATIAL_COMPRESSION as P
+from regen_dist.config.run import SPATIAL_COMPRESSION as P
+from regen_dist.models.decoder import ReceptiveField
 from regen_dist.models.encoder import Latents
-from regen_dist.models.reach import Reach
 
 
-class Cut(NamedTuple):
+class TileCut(NamedTuple):
     """A tile along one axis, in cells of the frame: [start, stop) is kept, [first, last) is read."""
 
     start: int
@@ -31,8 +31,8 @@ class Cut(NamedTuple):
 class Tile(NamedTuple):
     """A tile of a frame."""
 
-    rows: Cut
-    columns: Cut
+    rows: TileCut
+    columns: TileCut
 
     def read(self, frames: Tensor, scale: int = 1) -> Tensor:
         """What the tile reads of [..., h, w] latents, or of pixels (`scale` = 8)."""
@@ -47,27 +47,27 @@ class Tile(NamedTuple):
         out[..., rows, columns] = made[..., top : top + height, left : left + width]
 
 
-def cuts(length: int, tile: int, reach: int, step: int) -> Iterator[Cut]:
+def cuts(length: int, tile: int, reach: int, step: int) -> Iterator[TileCut]:
     """Tiles along an axis of `length` cells: each keeps about `tile` of them, a multiple of `step`."""
     kept, around = max(tile // step, 1) * step, -(-reach // step) * step
     for start in range(0, length, kept):
         stop = min(start + kept, length)
-        yield Cut(start, stop, max(start - around, 0), min(stop + around, length))
+        yield TileCut(start, stop, max(start - around, 0), min(stop + around, length))
 
 
-def tiles(grid: tuple[int, int], side: int, reach: Reach) -> Iterator[Tile]:
+def tiles(grid: tuple[int, int], side: int, reach: ReceptiveField) -> Iterator[Tile]:
     """The tiles of a frame of `grid` = (h, w) cells, each about `side` pixels."""
     axes = zip(grid, reach.cells, reach.step, strict=True)
     for rows, columns in product(*(list(cuts(length, side // P, cells, step)) for length, cells, step in axes)):
         yield Tile(rows, columns)
 
 
-def encode_in_tiles(encode: Callable[[Tensor], Latents], clips: Tensor, side: int, reach: Reach) -> Latents:
+def encode_in_tiles(encode: Callable[[Tensor], Latents], clips: Tensor, side: int, reach: ReceptiveField) -> Latents:
     """Clips [B, 3, T, H, W] to latents, a tile of a clip at a time."""
     return Latents(*map(torch.cat, zip(*(_encode(encode, clip, side, reach) for clip in clips.split(1)), strict=True)))
 
 
-def _encode(encode: Callable[[Tensor], Latents], clip: Tensor, side: int, reach: Reach) -> Latents:
+def _encode(encode: Callable[[Tensor], Latents], clip: Tensor, side: int, reach: ReceptiveField) -> Latents:
     height, width = (length // P for length in clip.shape[-2:])
     whole: Latents | None = None
     for tile in tiles((height, width), side, reach):
@@ -81,7 +81,7 @@ def _encode(encode: Callable[[Tensor], Latents], clip: Tensor, side: int, reach:
 
 
 def decode_in_tiles(
-    decode: Callable[[Latents, Tile], Tensor], latents: Latents, frames: int, side: int, reach: Reach
+    decode: Callable[[Latents, Tile], Tensor], latents: Latents, frames: int, side: int, reach: ReceptiveField
 ) -> Tensor:
     """Latents [1, C, h, w] to pixels [1, 3, T, H, W] in float32, tile by tile.
 

@@ -2,8 +2,8 @@
 text-to-video transformer on their latents."""
 
 from regen_dist.models.building import build_model
-from regen_dist.models.embedder import Baseline, Regen, VideoEmbedder
+from regen_dist.models.embedder import Baseline, EmbedderBase, Regen
 from regen_dist.models.encoder import Latents
 from regen_dist.models.t2v import TextToVideo
 
-__all__ = ["Baseline", "Latents", "Regen", "TextToVideo", "VideoEmbedder", "build_model"]
+__all__ = ["Baseline", "Latents", "Regen", "TextToVideo", "EmbedderBase", "build_model"]

@@ -8,18 +8,19 @@ Legend: B batch, T frames, H x W pixels, h = H/8, w = W/8, P = 8, L = T*h*w toke
 from __future__ import annotations
 
 from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.schema import SPATIAL_COMPRESSION as P
-from regen_dist.config.schema import DecoderConfig
-from regen_dist.models.attention import Grid, attention
-from regen_dist.models.layers import BranchLinear, Checkpointed, ZeroLinear
-from regen_dist.models.modulation import Modulation, TimestepEmbedding, modulate
-from regen_dist.models.sequence import WHOLE, RowSharing, Share
+from regen_dist.config.embedder import DecoderConfig, EncoderConfig, ModelConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION as P
+from regen_dist.models.attention import attention
+from regen_dist.models.layers import BranchLinear, Checkpointed, Modulation, TimestepEmbedding, ZeroLinear, modulate
+from regen_dist.models.sequence_parallel import WHOLE, RowSharing, SequenceShard
+from regen_dist.models.windows import Grid
 
 
 def fold_tokens(video: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class LocalMixing(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, 1, 3, 3).uniform_(-1 / 3, 1 / 3))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, grid: Grid, share: Share = WHOLE) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, share: SequenceShard = WHOLE) -> Tensor:
         """x [B, M+L, D], its first M tokens (of the context) left as they are; of a shared row this rank's part of it.
 
         Ranks that share a row exchange parts of it for parts of the channels, as they do for attention.
@@ -89,7 +90,7 @@ class Block(nn.Module):
         self.expand = nn.Linear(width, hidden)
         self.contract = BranchLinear(hidden, width, 2 * config.blocks)
 
-    def forward(self, x: Tensor, modulation: Tensor, grid: Grid, share: Share = WHOLE) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, grid: Grid, share: SequenceShard = WHOLE) -> Tensor:
         """x [B, M+L, D], modulation [B, 6, D]; of a shared row this rank's part of x."""
         if self.local is not None:
             x = self.local(x, grid, share)
@@ -97,7 +98,7 @@ class Block(nn.Module):
         x = torch.addcmul(x, parts[2], self._attend(modulate(x, parts[0], parts[1]), grid, share))
         return torch.addcmul(x, parts[5], self.contract(F.gelu(self.expand(modulate(x, parts[3], parts[4])))))
 
-    def _attend(self, x: Tensor, grid: Grid, share: Share) -> Tensor:
+    def _attend(self, x: Tensor, grid: Grid, share: SequenceShard) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, M+L, E] each
         mixed = attention(q, k, v, grid, self.attention, self.shifted, share)
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -149,7 +150,7 @@ class GenerativeDecoder(Checkpointed, RowSharing):
 
     def _start(
         self, pixels: Tensor, told: Tensor, gate: Tensor, grid: Grid, context: Tensor | None
-    ) -> tuple[Tensor, Share]:
+    ) -> tuple[Tensor, SequenceShard]:
         """What the blocks begin with, [B, l, D], and this rank's share of the row."""
         if context is not None:
             x = torch.cat([context, torch.addcmul(told, self.embed(pixels), gate)], 1)  # [B, M+L, D]
@@ -159,3 +160,76 @@ class GenerativeDecoder(Checkpointed, RowSharing):
         start, stop, _ = share.own.indices(pixels.shape[1])
         before = self.own_frames(grid).start * grid[1] * grid[2]  # tokens of frames that are not in `told`
         return torch.addcmul(told[:, start - before : stop - before], self.embed(pixels[:, share.own]), gate), share
+
+
+# How far across a frame the parts of an embedder see: what a tile has to know around it to come out as in the whole.
+#
+# Legend: a cell is a latent's place, P = 8 pixels a side.
+
+
+class ReceptiveField(NamedTuple):
+    """What a cell depends on lies within `cells` of it (rows, columns), if tiles begin at multiples of `step` cells."""
+
+    cells: tuple[int, int]
+    step: tuple[int, int] = (1, 1)
+
+
+def encoder_receptive_field(config: EncoderConfig) -> ReceptiveField:
+    """Of the encoder: the sum over its convolutions, each of which sees one place further at its own resolution."""
+    side: int = config.stem_patch
+    pixels = side  # the stem's own convolution
+    for stage in config.stages:
+        pixels += 2 * stage.blocks * side + (side if stage.spatial * stage.temporal > 1 else 0)
+        side *= stage.spatial
+    return _square(pixels + (2 * config.out_blocks + 1) * side)  # the last blocks, and the head
+
+
+def conv_decoder_receptive_field(config: EncoderConfig) -> ReceptiveField:
+    """Of the baseline's decoder, which mirrors this encoder."""
+    side = P
+    pixels = (1 + 2 * config.out_blocks) * side
+    for stage in reversed(config.stages):
+        pixels += side if stage.spatial * stage.temporal > 1 else 0
+        side //= stage.spatial
+        pixels += 2 * stage.blocks * side
+    return _square(pixels + side)
+
+
+def transformer_receptive_field(config: DecoderConfig) -> ReceptiveField | None:
+    """Of the generative decoder, or None where every token sees every other one.
+
+    In each block what a cell depends on grows by a cell (the local convolution), then to whole windows, which are
+    shifted in every second block.
+    """
+    if config.attention.pattern == "full":
+        return None
+    _, rows, columns = config.attention.window
+    return ReceptiveField((_window_reach(config, rows), _window_reach(config, columns)), (rows, columns))
+
+
+def _window_reach(config: DecoderConfig, window: int) -> int:
+    """The farthest cell that another depends on, along an axis with so long windows."""
+    farthest = 0
+    for cell in range(window):
+        low, high = cell, cell
+        for block in range(config.blocks):
+            low, high = low - config.local, high + config.local
+            shift = window // 2 if block % 2 else 0
+            low -= (low - shift) % window
+            high += window - 1 - (high - shift) % window
+        farthest = max(farthest, cell - low, high - cell)
+    return farthest
+
+
+def decoder_receptive_field(config: ModelConfig) -> ReceptiveField | None:
+    """Of the decoder that a config describes; None where it sees the whole frame."""
+    return (
+        conv_decoder_receptive_field(config.encoder)
+        if config.kind == "magvit2"
+        else transformer_receptive_field(config.decoder)
+    )
+
+
+def _square(pixels: int) -> ReceptiveField:
+    cells = -(-pixels // P)
+    return ReceptiveField((cells, cells))

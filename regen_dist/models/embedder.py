@@ -9,18 +9,17 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.schema import SPATIAL_COMPRESSION as P
-from regen_dist.config.schema import ModelConfig
-from regen_dist.models.conditioning import LatentConditioning
-from regen_dist.models.convdecoder import ConvDecoder
+from regen_dist.config.embedder import ModelConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION as P
+from regen_dist.models.baseline import ConvDecoder
+from regen_dist.models.conditioning import InContextConditioning, LatentConditioning
 from regen_dist.models.decoder import GenerativeDecoder
 from regen_dist.models.encoder import Encoder, Latents
-from regen_dist.models.in_context import InContextConditioning
 from regen_dist.models.layers import recompute_activations
 from regen_dist.models.linear import LinearDecoder
 
 
-class VideoEmbedder(nn.Module):
+class EmbedderBase(nn.Module):
     """What both embedders share: the encoder and the shape of its latents."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,7 +45,7 @@ class VideoEmbedder(nn.Module):
         recompute_activations(self, enabled)
 
 
-class Regen(VideoEmbedder):
+class Regen(EmbedderBase):
     """Encoder, latent conditioning and generative decoder (paper, Fig. 2), trained end to end.
 
     Its variants for ablations: `model.conditioning` and `model.decoder` of the config.
@@ -92,7 +91,7 @@ class Regen(VideoEmbedder):
         return self.denoise(noisy, t, seen, self.frame_times(video) if times is None else times), latents
 
 
-class Baseline(VideoEmbedder):
+class Baseline(EmbedderBase):
     """MAGVIT-v2 style autoencoder with continuous latents: same encoder, same latent budget, a mirrored causal
     convolutional decoder."""
 

@@ -13,7 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.schema import SPATIAL_COMPRESSION, ModelConfig
+from regen_dist.config.embedder import ModelConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import DataError
 from regen_dist.models.layers import (
     CausalConv,
@@ -96,7 +97,7 @@ class Encoder(Checkpointed):
         frames = self.stem(fold_patches(clip, self.patch))
         for layer in self.layers:
             frames = self.run(layer, frames)
-        frames = self.head(frames.map(self.norm).map(F.silu)).add(self.linear(clip))
+        frames = self.head(self.norm(frames).map(F.silu)).add(self.linear(clip))
         content = bound_latent(frames.first)
         return Latents(
             content, torch.zeros_like(content) if frames.rest is None else bound_latent(frames.rest[:, :, 0])

@@ -9,6 +9,7 @@ the content latent of a clip equal to that of its first frame bit for bit, and s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,69 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regen_dist.models.strips import Convolution, convolve_in_strips
+from regen_dist.errors import BackendError
+
+# Convolutions on GPUs: the cuDNN that they need, and very large tensors in strips, rows of the frame one after the
+# other.
+#
+# Elementwise operations and matrix products split such tensors by themselves; kernels of convolutions may not, and
+# some then give wrong numbers without a word. Each strip is read with the rows around it that the kernel reaches, so
+# the result is that of one call.
+
+# cuDNN before 9.15 was wrong from about 1.8e9 elements on, below what 32 bits count (pytorch#163539): stay clear of it.
+MOST_ELEMENTS = 3 * 2**29
+STRIP_ELEMENTS = 2**30  # of a strip, without the rows around it
+FIRST_CUDNN = 91500  # as `torch.backends.cudnn.version()` counts: 9.15.0
+
+Convolution = Callable[[Tensor, int], Tensor]  # of a tensor, with so many rows of zeros above and below it
+
+
+def require_cudnn(device: str, dtype: torch.dtype) -> None:
+    """Refuse a cuDNN whose 3D convolutions in half precision are wrong, or passed by.
+
+    cuDNN 9.8 to 9.14 gives wrong numbers for large tensors (pytorch#163539); torch from 2.9.0 on therefore computes
+    without it, with 17 times the memory and 10 to 20 times slower (pytorch#166643, #174051), unless cuDNN is 9.15 or
+    later.
+
+    Raises:
+        BackendError: on a CUDA device, in bf16 or fp16, with a cuDNN before 9.15 or none.
+    """
+    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return
+    found: int | None = torch.backends.cudnn.version()
+    if found is None or found < FIRST_CUDNN:
+        said = "none" if found is None else f"{found // 10_000}.{found // 100 % 100}.{found % 100}"
+        raise BackendError(
+            f"3D convolutions in {dtype} need cuDNN 9.15 or later, found {said} (torch {torch.__version__}): before, "
+            "they are wrong beyond 1.8e9 elements, or run without cuDNN, with 17 times the memory and 10 to 20 times "
+            "slower; install torch>=2.10 or nvidia-cudnn>=9.15 (conda: cudnn), or set engine.precision=fp32"
+        )
+
+
+def convolve_in_strips(
+    convolve: Convolution, x: Tensor, *, channels_out: int, kernel: int, stride: int, padding: int
+) -> Tensor:
+    """`convolve(x, padding)`, in one call where the tensor is small enough.
+
+    Args:
+        convolve: a convolution of x.
+        x: [B, C, ..., H, W].
+        channels_out: that it gives.
+        kernel, stride, padding: of it along the rows.
+    """
+    most = max(x.numel(), x.numel() // x.shape[1] * channels_out)  # input, or output where the stride is 1
+    if most <= MOST_ELEMENTS:
+        return convolve(x, padding)
+    rows = (x.shape[-2] + 2 * padding - kernel) // stride + 1
+    of_each = max(1, rows * STRIP_ELEMENTS // most)
+    strips = []
+    for start in range(0, rows, of_each):
+        stop = min(start + of_each, rows)
+        first, last = start * stride - padding, (stop - 1) * stride - padding + kernel
+        above, below = max(-first, 0), max(last - x.shape[-2], 0)
+        seen = x[..., max(first, 0) : min(last, x.shape[-2]), :]
+        strips.append(convolve(F.pad(seen, (0, 0, above, below)) if above or below else seen, 0))
+    return torch.cat(strips, -2)
 
 
 class Frames(NamedTuple):
@@ -65,14 +128,21 @@ def _per_frame(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 class ChannelNorm(nn.Module):
-    """RMS norm over the channels of each position: mixes neither frames nor pixels."""
+    """RMS norm over the channels of each position: mixes neither frames nor pixels.
+
+    A clip is normed by one call, as an image is: ZeRO-3 gathers weights ahead by the order of calls.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(channels))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Frames | Tensor) -> Frames | Tensor:
+        """Of a clip, or of one tensor [B, C, ...]."""
+        return x.map(self._normed) if isinstance(x, Frames) else self._normed(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + self.eps).to(x.dtype)  # [B, 1, ...]
         return x * scale * self.gain.view(-1, *[1] * (x.ndim - 2))
 
@@ -213,6 +283,50 @@ class ResidualBlock(nn.Module):
         self.skip = CausalConv(channels_in, channels_out, kernel=1) if channels_in != channels_out else None
 
     def forward(self, frames: Frames) -> Frames:
-        hidden = self.conv_in(frames.map(self.norm_in).map(F.silu))
-        change: Frames = self.conv_out(hidden.map(self.norm_out).map(F.silu))
+        hidden = self.conv_in(self.norm_in(frames).map(F.silu))
+        change: Frames = self.conv_out(self.norm_out(hidden).map(F.silu))
         return change.add(frames if self.skip is None else self.skip(frames))
+
+
+# The diffusion time's way into a transformer: adaLN-single (Peebles & Xie, 2023; Chen et al., 2024, PixArt-alpha).
+#
+# Legend: B batch, L tokens, D width.
+
+NUM_FREQUENCIES = 128
+
+
+class TimestepEmbedding(nn.Module):
+    """The diffusion time t in (0, 1] to one modulation vector, [B] to [B, D], through sinusoids and a two-layer
+    network."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+    def forward(self, t: Tensor) -> Tensor:
+        steps = torch.arange(NUM_FREQUENCIES, device=t.device, dtype=torch.float32)
+        frequencies = 1000.0 * torch.exp(-math.log(10000.0) / NUM_FREQUENCIES * steps)
+        angles = t.float()[:, None] * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], -1).to(next(self.parameters()).dtype)
+        return self.net(waves)  # type: ignore[no-any-return]
+
+
+class Modulation(nn.Module):
+    """adaLN: the timestep's vector to `parts` vectors of width D for all blocks, [B, D] to [B, parts, D].
+
+    One projection serves every block, and each block adds a table of its own (adaLN-single, PixArt-alpha). Zero at the
+    start, so that the gates of all blocks are closed and the transformer begins as the identity.
+    """
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = ZeroLinear(width, parts * width)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.linear(vector).unflatten(-1, (self.parts, -1))  # type: ignore[no-any-return]
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer norm without parameters of its own, then scale and shift. x [B, L, D], scale and shift [B, 1, D]."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)

@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.schema import SPATIAL_COMPRESSION as P
-from regen_dist.config.schema import ModelConfig
+from regen_dist.config.embedder import ModelConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION as P
 from regen_dist.models.layers import Frames, fold_patches
 
 PIXELS = 3 * P * P
@@ -106,11 +106,16 @@ class LinearEncoder(nn.Module):
         self.motion = EvenLinear(_motion_start(channels, k, config.linear_start != "random"))
 
     def forward(self, clip: Frames) -> Frames:
-        """Pixels [B, 3, H, W] and [B, 3, k, H, W] to [B, C, h, w] and [B, C, 1, h, w]."""
+        """Pixels [B, 3, H, W] and [B, 3, k, H, W] to [B, C, h, w] and [B, C, 1, h, w].
+
+        An image goes through the map of motion too, with no cell: ZeRO-3 gathers weights ahead by the order in which a
+        step calls its modules, and forgets that order where a step calls others.
+        """
         first, rest = fold_patches(clip, P)
         content = self.content(first.movedim(1, -1)).movedim(-1, 1)
         if rest is None:
-            return Frames(content, None)
+            nothing = self.motion(content.new_empty(0, self.motion.weight.shape[1]))  # [0, C]
+            return Frames(content + nothing.sum(), None)
         cells = torch.cat([first.unsqueeze(2), rest], 2).transpose(1, 2).flatten(1, 2)  # [B, (k+1)*192, h, w]
         return Frames(content, self.motion(cells.movedim(1, -1)).movedim(-1, 1).unsqueeze(2))
 

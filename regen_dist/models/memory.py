@@ -1,17 +1,258 @@
-"""ZeRO-3 memory per GPU, term by term ("ZeRO", Rajbhandari et al., 2020, Sec. 3; AdamW in mixed precision)."""
+"""How long a run takes and what it costs, at a utilisation that the user states."""
 
 from __future__ import annotations
 
-from regen_dist.config.schema import EngineConfig
-from regen_dist.models.accounting import Account
-from regen_dist.models.communication import REDUCE_BUCKET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-# DeepSpeed's default, in elements, which the engine does not change.
+from regen_dist.config.run import EngineConfig
+from regen_dist.models.flops import FlopReport
+
+# What ZeRO-3 sends: bytes of each GPU in one optimizer step, and how long the wires need for them.
+#
+# In every micro-batch ("ZeRO", Rajbhandari et al., 2020, Sec. 7.2.2) weights are gathered twice, for the forward and
+# for the backward pass, in the working precision, and all gradients are reduced to their owners, in that which
+# `EngineConfig.reduces_in` names. What activation checkpointing computes again shares its gather with the backward
+# pass that follows at once. Small weights stay whole, and are gathered once, after the update. It is an upper bound:
+# DeepSpeed keeps up to 10^9 elements gathered and looks ahead (stage3_max_live_parameters,
+# stage3_max_reuse_distance), so that some weights need no second gather.
+
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements: gradients that are reduced at once
+_GATHERS = 2  # of a large weight in a micro-batch
+_GIGABIT = 1e9 / 8  # bytes
+
+
+def sent_bytes(
+    parameter_sizes: Sequence[int], engine: EngineConfig, *, world_size: int, accumulation: int
+) -> dict[str, int]:
+    """Bytes that one GPU sends in one optimizer step, by what for; it receives as many.
+
+    Of S bytes that are gathered from N GPUs, or reduced to them, each sends (N-1)/N S (ring algorithms).
+
+    Args:
+        parameter_sizes: elements of each parameter.
+        engine: `plain` has one rank, which sends nothing.
+        world_size: GPUs that the states are sharded over.
+        accumulation: micro-batches of a step.
+    """
+    small = sum(size for size in parameter_sizes if size <= engine.persistence_threshold)
+    elements = {
+        "weights gathered": accumulation * _GATHERS * (sum(parameter_sizes) - small),
+        "gradients reduced": accumulation * sum(parameter_sizes),
+        "small weights gathered after the update": small,
+    }
+    width, reduced = (2 if each == "bf16" else 4 for each in (engine.precision, engine.reduces_in(world_size)))
+    return {
+        name: (reduced if name == "gradients reduced" else width) * count * (world_size - 1) // world_size
+        for name, count in elements.items()
+    }
+
+
+def num_collectives(parameter_sizes: Sequence[int], engine: EngineConfig, *, accumulation: int) -> int:
+    """Gathers and reductions that a GPU takes part in, in one optimizer step; of as many bytes as `sent_bytes` tells.
+
+    DeepSpeed gathers weights ahead until they fill `engine.zero.prefetch_bucket`, and reduces gradients by the bucket.
+    A weight that is larger than the bucket is gathered alone. What ranks exchange that share rows is not in it.
+
+    Args:
+        parameter_sizes: elements of each parameter, in the order of use.
+        engine: `plain` has one rank, which sends nothing.
+        accumulation: micro-batches of a step.
+    """
+    if engine.kind == "plain":
+        return 0
+    large = [size for size in parameter_sizes if size > engine.persistence_threshold]
+    gathers, filled = 0, engine.zero.prefetch_bucket + 1
+    for size in large:
+        if filled + size > engine.zero.prefetch_bucket:
+            gathers, filled = gathers + 1, 0
+        filled += size
+    reductions = -(-sum(parameter_sizes) // REDUCE_BUCKET)
+    return accumulation * (_GATHERS * gathers + reductions) + (len(large) < len(parameter_sizes))
+
+
+def ring_seconds(world_size: int, gpus_per_node: int, *, nvlink_hop_us: float, network_hop_us: float) -> float:
+    """Time that a collective of no bytes takes around a ring of all GPUs: a step for each but one of them, as many of
+    them between nodes as there are nodes but one.
+
+    Args:
+        world_size: GPUs.
+        gpus_per_node: of each node.
+        nvlink_hop_us, network_hop_us: of a step inside a node and between nodes.
+    """
+    between = -(-world_size // gpus_per_node) - 1
+    return ((world_size - 1 - between) * nvlink_hop_us + between * network_hop_us) / 1e6
+
+
+def exchanged_bytes(
+    engine: EngineConfig, *, tokens: int, width: int, blocks: int, samples: int, local: bool = False
+) -> int:
+    """Bytes that one GPU sends in one optimizer step to those that share its rows of tokens.
+
+    In every block queries, keys, values and what attention makes of them: of each GPU's part of the row all but its own
+    part of the heads, in the forward and the backward pass, and where activations are computed again. The prediction,
+    which is gathered once, is not in it: it is narrow.
+
+    Args:
+        engine: how many GPUs share a row, the precision, and whether activations are computed again.
+        tokens: of a row.
+        width: of the transformer.
+        blocks: of the transformer.
+        samples: of the step that each group of GPUs shares.
+        local: whether each block has a local convolution, which exchanges the tokens there and back once more.
+    """
+    shared, passes = engine.sequence_parallel, 3 if engine.activation_checkpointing else 2
+    elements = (6 if local else 4) * passes * blocks * samples * tokens * width
+    return (2 if engine.precision == "bf16" else 4) * elements * (shared - 1) // shared**2
+
+
+def network_bytes(sent: int, *, world_size: int, gpus_per_node: int) -> int:
+    """Bytes that each node sends over its network interfaces, where each of its GPUs sends `sent`.
+
+    A ring passes through the GPUs of a node one after the other and leaves it once, whichever GPU that is: as many
+    bytes leave the node as one GPU sends.
+    """
+    return sent if world_size > gpus_per_node else 0
+
+
+def wire_seconds(sent: int, network: int, *, nvlink_gbps: float, network_gbps: float) -> float:
+    """Time that the slowest wire of a ring needs: links between the GPUs of a node, or the node's network interfaces.
+
+    Latency is not in it (see `ring_seconds`), nor anything that keeps a collective from the full bandwidth.
+
+    Args:
+        sent: bytes that one GPU sends to the next.
+        network: bytes that one node sends to the next.
+        nvlink_gbps: of one GPU in one direction, gigabits per second.
+        network_gbps: of all interfaces of one node in one direction, gigabits per second.
+    """
+    return max(sent / (nvlink_gbps * _GIGABIT), network / (network_gbps * _GIGABIT))
+
+
+_DAY_S, _HOUR_S = 86_400, 3_600
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What is not measured but stated. The defaults are the data sheet of a node of eight H100 SXM, and a price.
+
+    Args:
+        mfu: model FLOPs utilisation: operations of the model, three forward passes a clip, over what the GPUs could do
+            at best. What activation checkpointing computes again is no progress, and does not count.
+        peak_tflops: of one GPU (H100 SXM, bf16 without sparsity).
+        gpus_per_node: GPUs that are joined by `nvlink_gbps`; nodes are joined by `network_gbps`.
+        nvlink_gbps: of one GPU in one direction, gigabits per second.
+        network_gbps: of all interfaces of one node in one direction, gigabits per second.
+        dollars_per_gpu_hour: the price.
+        nvlink_hop_us, network_hop_us: latency of a step of a ring inside a node and between nodes, in microseconds;
+            NCCL's own table (src/graph/tuning.cc: ring, Simple).
+    """
+
+    mfu: float = 0.28  # published runs of 14B parameters reach 0.23 to 0.33
+    peak_tflops: float = 989.0
+    gpus_per_node: int = 8
+    nvlink_gbps: float = 3600.0
+    network_gbps: float = 3200.0
+    dollars_per_gpu_hour: float = 3.0
+    nvlink_hop_us: float = 3.4
+    network_hop_us: float = 9.6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one optimizer step, and of a run of `steps`.
+
+    Args:
+        world_size: GPUs.
+        model_flops: operations of a step of the global batch: forward and backward, nothing computed again.
+        recomputed_flops: operations of a step that are done a second time.
+        sent_bytes: that each GPU sends in a step.
+        steps: of the run.
+        assumed: what the user states.
+        collectives: of a step, each of which passes once around all GPUs.
+    """
+
+    world_size: int
+    model_flops: int
+    recomputed_flops: int
+    sent_bytes: int
+    steps: int
+    assumed: Assumptions
+    collectives: int = 0
+
+    @property
+    def network_bytes(self) -> int:
+        """Bytes that each node sends to another in a step."""
+        return network_bytes(self.sent_bytes, world_size=self.world_size, gpus_per_node=self.assumed.gpus_per_node)
+
+    @property
+    def communication_s(self) -> float:
+        """Time of a step on the wires: for the bytes, and for the latency of every collective."""
+        links = {"nvlink_gbps": self.assumed.nvlink_gbps, "network_gbps": self.assumed.network_gbps}
+        return wire_seconds(self.sent_bytes, self.network_bytes, **links) + self.latency_s
+
+    @property
+    def latency_s(self) -> float:
+        """Part of `communication_s` that no bandwidth shortens."""
+        around = ring_seconds(
+            self.world_size, self.assumed.gpus_per_node,
+            nvlink_hop_us=self.assumed.nvlink_hop_us, network_hop_us=self.assumed.network_hop_us,
+        )  # fmt: skip
+        return self.collectives * around
+
+    @property
+    def computation_s(self) -> float:
+        """Time of a step at the assumed MFU."""
+        return self.model_flops / (self.world_size * self.assumed.peak_tflops * 1e12 * self.assumed.mfu)
+
+    @property
+    def step_s(self) -> float:
+        """Time of a step, if all of the communication is hidden behind the computation, or the other way round."""
+        return max(self.computation_s, self.communication_s)
+
+    @property
+    def mfu(self) -> float:
+        """The assumed one, or what the wires leave of it."""
+        return self.assumed.mfu * self.computation_s / self.step_s
+
+    @property
+    def hfu(self) -> float:
+        """Hardware FLOPs utilisation: with what is computed again."""
+        return self.mfu * (self.model_flops + self.recomputed_flops) / self.model_flops
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole run."""
+        return self.steps * self.step_s * self.world_size / _HOUR_S
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "network_bytes_per_node": self.network_bytes,
+            "communication_s": self.communication_s,
+            "latency_s": self.latency_s,
+            "collectives": self.collectives,
+            "computation_s": self.computation_s,
+            "communication_can_hide": self.communication_s <= self.computation_s,
+            "step_s": self.step_s,
+            "mfu": self.mfu,
+            "hfu": self.hfu,
+            "steps": self.steps,
+            "days": self.steps * self.step_s / _DAY_S,
+            "gpu_hours": self.gpu_hours,
+            "dollars": self.gpu_hours * self.assumed.dollars_per_gpu_hour,
+        }
+
+
+# ZeRO-3 memory per GPU, term by term ("ZeRO", Rajbhandari et al., 2020, Sec. 3; AdamW in mixed precision).
+
+# DeepSpeed's defaults, in elements, which the engine does not change.
 _LIVE = 1_000_000_000  # stage3_max_live_parameters: weights that may be gathered at once
 
 
 def memory_bytes(
-    model: Account,
+    model: FlopReport,
     engine: EngineConfig,
     *,
     world_size: int,

@@ -15,15 +15,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.section import SPATIAL_COMPRESSION
+from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.config.t2v import LATENT_PATCH as P
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.errors import DataError
-from regen_dist.models.attention import Grid, attention, cross_attention
-from regen_dist.models.layers import Checkpointed, ZeroLinear, recompute_activations
-from regen_dist.models.modulation import Modulation, TimestepEmbedding, modulate
-from regen_dist.models.rotary import Turns, rotate, turns
-from regen_dist.models.sequence import WHOLE, RowSharing, Share
+from regen_dist.models.attention import RotaryAngles, attention, cross_attention, rotary_angles, rotate
+from regen_dist.models.layers import (
+    Checkpointed,
+    Modulation,
+    TimestepEmbedding,
+    ZeroLinear,
+    modulate,
+    recompute_activations,
+)
+from regen_dist.models.sequence_parallel import WHOLE, RowSharing, SequenceShard
+from regen_dist.models.windows import Grid
 
 FRAMES_PER_CLIP = 2  # content and motion
 _NORM_EPS = 1e-6
@@ -43,6 +49,14 @@ def token_grid(latents: tuple[int, int, int]) -> Grid:
             f"video must be multiples of {P * SPATIAL_COMPRESSION}, and pre-encoded so"
         )
     return frames, height // P, width // P
+
+
+def _of_tokens(vectors: Tensor, grid: Grid, share: SequenceShard) -> Tensor:
+    """The vectors of latent frames, [B, F, n, D], as those of their tokens, [B, L, n, D], of a shared row this rank's
+    part; one for the whole row, [B, 1, n, D], stays one."""
+    if vectors.shape[1] == 1:
+        return vectors
+    return vectors.repeat_interleave(grid[1] * grid[2], 1)[:, share.own]
 
 
 def fold_latents(x: Tensor) -> Tensor:
@@ -73,7 +87,7 @@ class KindEmbedding(nn.Module):
         super().__init__()
         self.table = nn.Parameter(0.02 * torch.randn(FRAMES_PER_CLIP, width))
 
-    def forward(self, tokens: Tensor, grid: Grid, share: Share = WHOLE) -> Tensor:
+    def forward(self, tokens: Tensor, grid: Grid, share: SequenceShard = WHOLE) -> Tensor:
         """tokens [B, L, D]; of a shared row this rank's part."""
         kinds = torch.arange(grid[0], device=tokens.device) % FRAMES_PER_CLIP
         return tokens + self.table[kinds].repeat_interleave(grid[1] * grid[2], 0)[share.own]  # [B, L, D] + [L, D]
@@ -90,7 +104,7 @@ class FramePlace(nn.Module):
         super().__init__()
         self.project = ZeroLinear(4 * _PLACE_OCTAVES, width)
 
-    def forward(self, tokens: Tensor, grid: Grid, share: Share = WHOLE) -> Tensor:
+    def forward(self, tokens: Tensor, grid: Grid, share: SequenceShard = WHOLE) -> Tensor:
         """tokens [B, L, D]; of a shared row this rank's part."""
         waves = frame_places(grid, tokens.device)[share.own].to(tokens.dtype)  # [L, 4*octaves]
         return tokens + self.project(waves)  # type: ignore[no-any-return]
@@ -128,7 +142,7 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(config.width // config.heads, eps=_NORM_EPS) for _ in range(2))
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, positions: Turns, grid: Grid, share: Share = WHOLE) -> Tensor:
+    def forward(self, x: Tensor, positions: RotaryAngles, grid: Grid, share: SequenceShard = WHOLE) -> Tensor:
         """x [B, L, D]; of a shared row this rank's part, at its positions."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, L, N, E] each
         q, k = rotate(self.norm_q(q), positions), rotate(self.norm_k(k), positions)
@@ -174,12 +188,12 @@ class TextToVideoBlock(nn.Module):
         modulation: Tensor,
         text: Tensor,
         mask: Tensor,
-        positions: Turns,
+        positions: RotaryAngles,
         grid: Grid,
-        share: Share = WHOLE,
+        share: SequenceShard = WHOLE,
     ) -> Tensor:
-        """x [B, L, D], of a shared row this rank's part; modulation [B, 6, D], text [B, M, D], mask [B, M]."""
-        parts = (modulation + self.table).unsqueeze(2).unbind(1)  # six of [B, 1, D]
+        """x [B, L, D], of a shared row this rank's part; modulation [B, 1 or L, 6, D], text [B, M, D], mask [B, M]."""
+        parts = (modulation + self.table).unbind(2)  # six of [B, 1 or L, D]
         x = torch.addcmul(x, parts[2], self.self_attention(modulate(x, parts[0], parts[1]), positions, grid, share))
         x = x + self.cross_attention(F.layer_norm(x, x.shape[-1:]), text, mask)
         hidden = F.gelu(self.expand(modulate(x, parts[3], parts[4])), approximate="tanh")
@@ -212,7 +226,7 @@ class TextToVideo(Checkpointed, RowSharing):
         Args:
             x: [B, C, F, h, w], the frames of n clips in the order content, motion, content, motion, ...; an image has
                 F = 1.
-            t: diffusion time [B] in (0, 1].
+            t: diffusion time in (0, 1], [B]; or one for each latent frame, [B, F], 0 where a frame is given clean.
             text: embeddings [B, M, Dt]; of a caption that was dropped, those of the empty caption.
             mask: [B, M], bool or numbers, true where a text token counts; what lies elsewhere changes nothing.
 
@@ -220,25 +234,32 @@ class TextToVideo(Checkpointed, RowSharing):
             The velocity, [B, C, F, h, w] in float32.
 
         Raises:
-            DataError: odd sides, or channels or text of another width than the config's.
+            DataError: odd sides, or channels or text of another width than the config's, or times of other frames.
             BackendError: the attention backend cannot run here.
         """
         grid, dtype = self._checked_grid(x, text), self.embed.weight.dtype
         share = self.rows.share(prod(grid))
-        positions = turns(token_positions(grid, x.device)[share.own], self.config.width // self.config.heads)
+        positions = rotary_angles(token_positions(grid, x.device)[share.own], self.config.width // self.config.heads)
         tokens = self.kind(self.embed(fold_latents(x.to(dtype))[:, share.own]), grid, share)  # [B, L, D]
         tokens = self.place(tokens, grid, share)
-        text, vector = self.text(text.to(dtype)), self.timestep(t)  # [B, M, D], [B, D]
-        modulation = self.modulation(vector)
+        text, vectors = self.text(text.to(dtype)), self._times(t, grid)  # [B, M, D], [B, 1 or F, D]
+        modulation = _of_tokens(self.modulation(vectors), grid, share)  # [B, 1 or L, 6, D]
         for block in self.blocks:
             tokens = self.run(block, tokens, modulation, text, mask.bool(), positions, grid=grid, share=share)
-        scale, shift = self.final_modulation(vector).unsqueeze(2).unbind(1)
+        scale, shift = _of_tokens(self.final_modulation(vectors), grid, share).unbind(2)
         velocities = share.whole(self.head(modulate(tokens, scale, shift)))
         return unfold_latents(velocities.float(), grid)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         recompute_activations(self, enabled)
+
+    def _times(self, t: Tensor, grid: Grid) -> Tensor:
+        """The vectors of the times [B] or [B, F]: [B, 1, D] or [B, F, D]."""
+        if t.ndim == 2 and t.shape[1] != grid[0]:
+            raise DataError(f"times of {t.shape[1]} latent frames, the row has {grid[0]}; give one time for each")
+        per_row = t if t.ndim == 2 else t[:, None]
+        return self.timestep(per_row.flatten()).unflatten(0, per_row.shape)  # type: ignore[no-any-return]
 
     def _checked_grid(self, x: Tensor, text: Tensor) -> Grid:
         channels, width = self.config.latent_channels, self.config.text_width

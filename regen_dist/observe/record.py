@@ -2,50 +2,120 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from regen_dist.config.files import write_text_atomically
 from regen_dist.jsontext import json_text
 
-Kind = Literal["train", "validation", "event", "checkpoint", "samples", "bad_sample"]
-_FIGURES = ("train", "validation")  # kinds of lines whose values are numbers
+Kind = Literal["train", "validation", "event", "gradients", "checkpoint", "samples", "bad_sample"]
+_FIGURES = ("train", "validation", "gradients")  # kinds of lines whose values are numbers
+_RETRY_S = 5.0
+_MOST_WAITING_BYTES = 2**24
 
 
 class Record:
     """Appends lines; on resuming it first drops those of steps that will be done again, so that every step stands in it
-    once."""
+    once.
+
+    No record ends a run: lines that the disk does not take wait in memory, 16 MiB of them, for a disk that does. It
+    warns once, and once more when it is closed with lines that never were written.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._drop_after(resumed_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # closed by close()
+        self._path, self._step = path, resumed_step
+        self._file: int | None = None  # closed by close()
+        self._waiting = b""  # whole lines
+        self._lost, self._warned, self._retry_at = 0, False, 0.0
+        self._flush()
 
     def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
         """One line. Floats are written so that they read back bit for bit."""
-        self._file.write(json_text({"kind": kind, "step": step, **values, "time": time.time()}) + "\n")
+        line = (json_text({"kind": kind, "step": step, **values, "time": time.time()}) + "\n").encode()
+        if len(self._waiting) + len(line) > _MOST_WAITING_BYTES:
+            self._lost += 1
+        else:
+            self._waiting += line
+        if time.monotonic() >= self._retry_at:
+            self._flush()
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step`: lines of later ones are dropped."""
+        self._close_file()
+        self._step = step
+        self._waiting = b"".join(
+            each for each in self._waiting.splitlines(keepends=True) if _stays(json.loads(each), step)
+        )
+        self._flush()
 
     def close(self) -> None:
-        self._file.close()
+        """Write what waits, and close the file."""
+        self._flush()
+        self._close_file()
+        lost = self._lost + self._waiting.count(b"\n")
+        if lost:
+            _warn(f"{lost} lines of {self._path} were lost, for they could not be written")
+
+    def _flush(self) -> None:
+        try:
+            if self._file is None:
+                self._file = self._open()
+            while self._waiting:
+                self._waiting = self._waiting[self._append() :]
+        except OSError as error:
+            self._retry_at = time.monotonic() + _RETRY_S
+            if not self._warned:
+                self._warned = True
+                _warn(f"{self._path} cannot be written, lines wait in memory and the run goes on: {error.strerror}")
+
+    def _open(self) -> int:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            self._drop_after(self._step)
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def _append(self) -> int:
+        """Write waiting lines; how many bytes of whole ones. Half of one is taken back."""
+        assert self._file is not None, "opened by _flush"
+        before = os.fstat(self._file).st_size
+        written = os.write(self._file, self._waiting)
+        whole = self._waiting.rfind(b"\n", 0, written) + 1
+        if whole < written:
+            os.ftruncate(self._file, before + whole)
+        if not whole:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        return whole
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            try:
+                os.close(self._file)
+            except OSError as error:  # NFS tells of a full disk here
+                _warn(f"{self._path}: {error.strerror}; its last lines may be missing")
+            self._file = None
 
     def _drop_after(self, step: int) -> None:
-        kept = [line for line in read_record(self._path) if line["kind"] == "event" or line["step"] <= step]
-        temporary = self._path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json_text(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        kept = [line for line in read_record(self._path) if _stays(line, step)]
+        text = "".join(json_text(line) + "\n" for line in kept)
+        if text != self._path.read_text(encoding="utf-8", errors="replace"):  # a full disk takes no second copy
+            write_text_atomically(self._path, text)
 
 
 def read_record(path: Path, kind: Kind | None = None) -> list[dict[str, Any]]:
     """The lines of a record; a last line that a crash cut short is left out. A figure that is null was not finite: it
     is given as NaN."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
         except ValueError:
@@ -55,3 +125,72 @@ def read_record(path: Path, kind: Kind | None = None) -> list[dict[str, Any]]:
         if kind is None or line["kind"] == kind:
             lines.append(line)
     return lines
+
+
+def _stays(line: Mapping[str, Any], step: int) -> bool:
+    """Whether a line still holds when the run goes on from `step`."""
+    return bool(line["kind"] == "event" or line["step"] <= step)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+# The live line of a run in the terminal; plain lines where there is no terminal.
+
+PLAIN_EVERY_S = 10.0
+
+
+class ProgressLine:
+    """Step, loss, validation, clips/s, MFU, data wait, memory and ETA."""
+
+    def __init__(self, total_steps: int, start: int, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._total, self._start, self._began, self._printed = total_steps, start, time.monotonic(), 0.0
+        self._validation = ""
+        self._bar = Progress(
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=total_steps, completed=start)
+        if self._console.is_terminal:
+            self._bar.start()
+
+    def train(self, step: int, values: Mapping[str, Any]) -> None:
+        """Show the newest figures of training."""
+        line = describe(step, self._total, values, self._validation)
+        self._bar.update(self._task, completed=step, description=line)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._printed > PLAIN_EVERY_S or step == self._total):
+            self._printed = now
+            eta = (now - self._began) / max(1, step - self._start) * (self._total - step)
+            self._console.print(f"{line}  eta {eta / 60:.1f} min", highlight=False, soft_wrap=True)
+
+    def validation(self, values: Mapping[str, Any]) -> None:
+        """Keep the newest validation PSNR, or loss, on the line."""
+        texts = {"psnr_db": "val {:.2f} dB", "loss": "val {:.4f}"}
+        self._validation = next((text.format(values[name]) for name, text in texts.items() if name in values), "")
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def describe(step: int, total: int, values: Mapping[str, Any], validation: str = "") -> str:
+    """The figures as one line; `validation` is what to say of the newest one."""
+    parts = [f"step {step}/{total}", f"loss {values['loss']:.4f}"]
+    if validation:
+        parts.append(validation)
+    parts += [
+        f"{values['clips_per_s']:.1f} clips/s",
+        f"MFU {values['mfu']:.1%}",
+        f"data wait {values['data_wait']:.1%}",
+        f"{values['memory_bytes'] / 2**30:.2f} GiB",
+    ]
+    return "  ".join(parts)

@@ -1,8 +1,4 @@
-"""Weights & Biases, if the config asks for it. The only module that imports wandb.
-
-The record on disk is the truth; this is a copy. Whatever goes wrong here is said once and never stops a run: every call
-is made by a thread of its own, and waited for so many seconds at most.
-"""
+"""Where metrics go beside the record: one interface for wandb and TensorBoard, each where the config asks for it."""
 
 from __future__ import annotations
 
@@ -12,10 +8,16 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from regen_dist.config.job import CommonConfig
-from regen_dist.config.run_id import read_or_create_run_id
+from regen_dist.config.identity import read_or_create_run_id
+from regen_dist.config.run import CommonConfig
+from regen_dist.observe.tensorboard import TensorBoard
+
+# Weights & Biases, if the config asks for it. The only module that imports wandb.
+#
+# The record on disk is the truth; this is a copy. Whatever goes wrong here is said once and never stops a run: every
+# call is made by a thread of its own, and waited for so many seconds at most.
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,9 @@ class Tracker:
         run = self._run
         if run is not None:
             self._guard(lambda: _send(run, step, values, pictures or {}, videos or {}), SEND_S)
+
+    def rewind(self, step: int) -> None:
+        """Points of the same step may come again: wandb keeps all, on an axis of our own."""
 
     def close(self) -> None:
         """Send what is left, and leave nothing behind that the end of the process would wait for."""
@@ -152,3 +157,54 @@ def _children(name: str) -> list[int]:
         if command == name and fields.split()[1] == str(os.getpid()):
             found.append(int(pid))
     return found
+
+
+class MetricTracker(Protocol):
+    """A copy of a run's metrics. Nothing that goes wrong in it stops a run."""
+
+    def log(
+        self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
+    ) -> None:
+        """Metrics, pictures and videos by name, of one step."""
+
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class Trackers:
+    """All trackers of a run.
+
+    Args:
+        config: of the run.
+        run: its folder.
+        step: that it starts from.
+    """
+
+    def __init__(self, config: CommonConfig, run: Path, step: int = 0) -> None:
+        self._all: list[MetricTracker] = [Tracker(config, run)]
+        if config.tensorboard.enabled:
+            self._all.append(TensorBoard(run / "tensorboard", step))
+
+    def log(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        pictures: Mapping[str, Path] | None = None,
+        videos: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Metrics, pictures and videos by name, of one step."""
+        for each in self._all:
+            each.log(step, values, pictures or {}, videos or {})
+
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`."""
+        for each in self._all:
+            each.rewind(step)
+
+    def close(self) -> None:
+        """Send what is left."""
+        for each in self._all:
+            each.close()

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
-from torch import Tensor
-
-from regen_dist.checkpoint.belonging import own_run_id
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
-from regen_dist.checkpoint.reader import NoGoodCheckpoint, go_back, newest_good, warn
+from regen_dist.checkpoint.identity import own_run_id
+from regen_dist.checkpoint.manifest import CheckpointManifest
+from regen_dist.checkpoint.reader import NoGoodCheckpoint, newest_good
 from regen_dist.checkpoint.saver import Outcome, Saver
-from regen_dist.checkpoint.shards import ShardReader
+from regen_dist.checkpoint.shards import nonfinite
 from regen_dist.config import AnyRunConfig, config_hash
 from regen_dist.config.identity import order_changes
 from regen_dist.config.version import code_version
-from regen_dist.data.reading.fetching import limits_of
+from regen_dist.data.storage.connection import limits_of
+from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError
 from regen_dist.observe.record import read_record
+from regen_dist.observe.streams import warn
+from regen_dist.training.guards import Guards
 
 _CLOSE_S = 60.0  # for a save in flight when a run ends with an error
 
@@ -30,34 +31,50 @@ def has_checkpoints(config: AnyRunConfig, ranks: Ranks) -> bool:
     return ranks.on_main(lambda: bool(folder.steps()))
 
 
+class Progress(NamedTuple):
+    """How far a run is: optimizer steps made, batches of the data's order that were left out, and the metrics of the
+    newest validation."""
+
+    step: int
+    data_shift: int
+    metrics: dict[str, float]
+
+
 class RunCheckpoints:
-    """The checkpoints of one run, as its loop needs them. Collective throughout.
+    """The checkpoints of one run: what is saved of its engine and guards, and loaded into them. Collective throughout.
 
     Args:
         config: of the run.
         ranks: of the job.
-        shapes: the full shape of every parameter.
+        engine: holds the tensors.
+        guards: hold what they have counted.
         identity: of the data's order (`TrainingSet.identity`).
-        told: told of every save that has ended.
         permit: asked by rank 0 before it changes anything there; raises where it may not.
+
+    Attributes:
+        folder: where they are.
+        newest: the step of the newest one that is committed.
+        rollbacks: the steps that the run went back to.
+        on_saved: told of every save that has ended.
     """
 
     def __init__(
         self,
         config: AnyRunConfig,
         ranks: Ranks,
-        shapes: dict[str, list[int]],
+        engine: Engine,
+        guards: Guards,
         identity: dict[str, str],
-        told: Callable[[Outcome], None] = lambda outcome: None,
         permit: Callable[[], None] = lambda: None,
     ) -> None:
-        self._config, self._ranks, self._shapes, self._identity = config, ranks, shapes, identity
+        self._config, self._ranks, self._engine, self._guards = config, ranks, engine, guards
+        self._shapes, self._identity = engine.shapes(), identity
         self.folder = CheckpointFolder(config.checkpoints, limits_of(config.data.read), permit)
         self._run_id = ""
         self._saver = Saver(self.folder, ranks, config.checkpoint)
-        self._told = told
-        self._newest: int | None = None  # the step of the newest one that is committed
-        self._rollbacks: list[int] = []
+        self.on_saved: Callable[[Outcome], None] = lambda outcome: None
+        self.newest: int | None = None
+        self.rollbacks: list[int] = []
         self._hash = config_hash(config)
         self._version = code_version() if ranks.is_main else ""  # rank 0 writes the manifest
         self._topology = {
@@ -66,7 +83,37 @@ class RunCheckpoints:
             "precision": config.engine.precision,
         }
 
-    def newest(self, *, fresh: bool = False, doubt: bool = False) -> Manifest | None:
+    def resume(self, *, fresh: bool = False) -> Progress:
+        """Go on from the newest whole checkpoint; from the beginning where there is none. One whose sizes are right may
+        still turn out to be damaged.
+
+        Args and Raises: see `choose`.
+        """
+        manifest = self.choose(fresh=fresh)
+        try:
+            return self.restore(manifest)
+        except CheckpointError as error:
+            warn(str(error))
+            return self.restore(self.choose(doubt=True))
+
+    def restore(self, manifest: CheckpointManifest | None) -> Progress:
+        """Load a checkpoint into engine and guards; None is the beginning, which they are at when they are built.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds values that are not finite; on every rank.
+        """
+        if manifest is None:
+            return Progress(0, 0, {})
+        self._engine.restore(self.folder.reader(manifest), manifest.state["num_updates"])
+        if self._ranks.agree(bool(nonfinite(self._engine.pieces()))):
+            raise CheckpointError(
+                f"the checkpoint of step {manifest.step} in {self.folder.url} holds values that are not finite; an "
+                "earlier one may be whole"
+            )
+        self._guards.restore(manifest.state["guards"])
+        return Progress(manifest.step, manifest.state["data_shift"], manifest.metrics)
+
+    def choose(self, *, fresh: bool = False, doubt: bool = False) -> CheckpointManifest | None:
         """The checkpoint to go on from; None to start from scratch.
 
         Args:
@@ -78,7 +125,7 @@ class RunCheckpoints:
                 record tells of checkpoints and there are none.
         """
         try:
-            manifest = newest_good(self.folder, self._ranks, checksums=self._checksums or fresh or doubt)
+            manifest = newest_good(self.folder, self._ranks, checksums=self.checksums or fresh or doubt)
             if manifest is None:
                 self._ranks.on_main(self._refuse_lost)
         except NoGoodCheckpoint as error:
@@ -89,32 +136,23 @@ class RunCheckpoints:
         self._run_id = self._ranks.on_main(lambda: own_run_id(self._config, manifest))
         if manifest is not None:
             self._check_belongs(manifest)
-            self._newest, self._rollbacks = manifest.step, manifest.rollbacks
+            self.newest, self.rollbacks = manifest.step, manifest.rollbacks
         return manifest
 
-    def reader(self, manifest: Manifest) -> ShardReader:
-        """Reads the tensors of a checkpoint."""
-        return self.folder.reader(manifest)
-
-    def save(
-        self, step: int, pieces: Mapping[str, Tensor], state: dict[str, Any], metrics: dict[str, float], *, wait: bool
-    ) -> None:
+    def save(self, progress: Progress, *, wait: bool) -> None:
         """Save, unless this step is committed already (a run that is stopped right after it resumed).
 
         Args:
-            step: that was made last.
-            pieces: of this rank.
-            state: what else the run needs.
-            metrics: of the newest validation.
+            progress: of the run.
             wait: until it is committed; else a thread writes it while training goes on.
 
         Raises:
             CheckpointError: this save failed and was waited for, or the one before failed and the policy is to stop.
         """
         self.settle()
-        if step == self._newest:
+        if progress.step == self.newest:
             return
-        self._saver.save(self._manifest(step, state, metrics), pieces)
+        self._saver.save(self._manifest(progress), self._engine.pieces())
         if wait or not self._config.checkpoint.asynchronous:
             self.settle(must_succeed=wait)
 
@@ -132,23 +170,14 @@ class RunCheckpoints:
         outcome = self._saver.settle()
         if outcome is None:
             return
-        self._told(outcome)
+        self.on_saved(outcome)
         if not outcome.problem:
-            self._newest = outcome.step
+            self.newest = outcome.step
             return
         text = f"the checkpoint of step {outcome.step} was not saved: {outcome.problem}"
         if must_succeed or self._config.checkpoint.on_failure == "stop":
             raise CheckpointError(f"{text}. The older checkpoints in {self.folder.url} are untouched")
         warn(f"{text}. Training goes on (checkpoint.on_failure=continue)")
-
-    def go_back(self, before: int, state: Callable[[Manifest], dict[str, Any]]) -> Manifest:
-        """Go back, for good, to the newest whole checkpoint before a step, with another state; see `reader.go_back`."""
-        self.settle()
-        manifest = go_back(
-            self.folder, self._ranks, before=before, rollbacks=self._rollbacks, state=state, checksums=self._checksums
-        )
-        self._newest, self._rollbacks = manifest.step, manifest.rollbacks
-        return manifest
 
     def point_before(self, step: int) -> str:
         """Let the next start go on from before a step whose update may have broken the weights: every step after it was
@@ -158,9 +187,9 @@ class RunCheckpoints:
 
     def _point_before(self, step: int) -> str:
         nothing = f"There is no checkpoint from before them in {self.folder.url}; begin anew, under another name"
-        if self._newest is None:
+        if self.newest is None:
             return nothing
-        newest = self.folder.manifest(self._newest)
+        newest = self.folder.manifest(self.newest)
         steps = [each for each in self.folder.steps() if each < step]
         earlier = [each for each in map(self.folder.manifest, steps) if each.is_followed_by(newest)]
         good = [each.step for each in earlier if not self.folder.problems(each, checksums=False)]
@@ -173,16 +202,17 @@ class RunCheckpoints:
         """Let a save in flight end, for a while: the run ends with an error, and that one is told."""
         self._saver.settle(_CLOSE_S)
 
-    def _manifest(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> Manifest:
-        return Manifest(
-            step=step,
-            samples=step * self._config.train.batch_global,
+    def _manifest(self, progress: Progress) -> CheckpointManifest:
+        state = {"num_updates": self._engine.num_updates, "data_shift": progress.data_shift}
+        return CheckpointManifest(
+            step=progress.step,
+            samples=progress.step * self._config.train.batch_global,
             config_hash=self._hash,
             version=self._version,
             topology=self._topology,
-            state=state | {"data": self._identity},
-            metrics=metrics,
-            rollbacks=self._rollbacks,
+            state=state | {"guards": self._guards.state(), "data": self._identity},
+            metrics=progress.metrics,
+            rollbacks=self.rollbacks,
             shapes=self._shapes,
             run_id=self._run_id,
         )
@@ -198,10 +228,11 @@ class RunCheckpoints:
             )
 
     @property
-    def _checksums(self) -> bool:
+    def checksums(self) -> bool:
+        """Whether every byte of a checkpoint is compared before it is loaded."""
         return self._config.checkpoint.verify == "checksums"
 
-    def _check_belongs(self, manifest: Manifest) -> None:
+    def _check_belongs(self, manifest: CheckpointManifest) -> None:
         where = f"the checkpoint of step {manifest.step} in {self.folder.url}"
         if manifest.shapes != self._shapes:
             raise CheckpointError(

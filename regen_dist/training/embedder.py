@@ -13,20 +13,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.schema import RunConfig
-from regen_dist.data.reading.loader import ClipBatch, clip_batches
-from regen_dist.data.reading.training_set import TrainingSet
-from regen_dist.data.reading.validation import validation_clip
-from regen_dist.diffusion.density import timesteps
-from regen_dist.diffusion.noise import Stream, gaussian, latent_gaussian, uniforms
-from regen_dist.diffusion.path import noisy, squared_error_weight, target_of, x0_from
-from regen_dist.distributed.base import Engine
+from regen_dist.config.embedder import RunConfig
+from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
+from regen_dist.data.loading.datasets import TrainingSet
+from regen_dist.data.loading.validation import validation_clip
+from regen_dist.diffusion.noise import NoiseStream, gaussian, latent_gaussian, uniforms
+from regen_dist.diffusion.path import noisy, squared_error_weight, target_of, timesteps, x0_from
+from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.models import Baseline, Latents, Regen, build_model
-from regen_dist.models.accounting import training_flops_per_clip
-from regen_dist.models.principal import LINEAR_CODES, fit_linear_code
-from regen_dist.training.fitting import first_cells
-from regen_dist.training.tasks import Loss, Validation
+from regen_dist.models.building import build_model
+from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.encoder import Latents
+from regen_dist.models.flops import training_flops_per_clip
+from regen_dist.training.linear_start import LINEAR_CODES, first_cells, fit_linear_code
+from regen_dist.training.task import Loss, Validation
 
 # A noise prediction has no one-step reconstruction from pure noise: validate as near to it as the division allows.
 LATEST_EPS_TIME = 0.98
@@ -88,7 +88,7 @@ class EmbedderTask:
 
     def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
         x0, ids, settings = to_float(batch.video, self.device), batch.keys.to(self.device), self.config.diffusion
-        t = timesteps(settings.density, uniforms(self.config.train.seed, ids, step, Stream.TIMESTEP))
+        t = timesteps(settings.density, uniforms(self.config.train.seed, ids, step, NoiseStream.TIMESTEP))
         frames = train_frames(self.config, x0.shape[2], step).to(self.device)
         seen, noise = x0[:, :, frames], self._noise(x0, ids, step, frames)
         x_t = noisy(settings.path, seen, noise, t)
@@ -136,7 +136,7 @@ def train_frames(config: RunConfig, num_frames: int, step: int) -> Tensor:
     wanted = config.diffusion.train_frames
     if wanted is None or wanted >= num_frames:
         return torch.arange(num_frames)
-    chances = uniforms(config.train.seed, torch.arange(num_frames), step, Stream.FRAMES)[:, 0]
+    chances = uniforms(config.train.seed, torch.arange(num_frames), step, NoiseStream.FRAMES)[:, 0]
     return chances.argsort()[:wanted].sort().values
 
 
@@ -147,11 +147,11 @@ def latent_noise(config: RunConfig, x0: Tensor, ids: Tensor, step: int) -> Laten
         return None
     size = (x0.shape[3] // 8, x0.shape[4] // 8)
 
-    def draw(stream: Stream) -> Tensor:
+    def draw(stream: NoiseStream) -> Tensor:
         noise = latent_gaussian(config.train.seed, ids, 1, channels, size, draw=step, stream=stream)
         return std * noise[:, :, 0]  # [B, Z, h, w]
 
-    return Latents(draw(Stream.LATENT_CONTENT), draw(Stream.LATENT_MOTION))
+    return Latents(draw(NoiseStream.LATENT_CONTENT), draw(NoiseStream.LATENT_MOTION))
 
 
 def latent_figures(latents: Latents, num_frames: int) -> dict[str, Tensor]:

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from regen_dist.checkpoint.manifest import Manifest
-from regen_dist.checkpoint.reader import warn
-from regen_dist.checkpoint.saver import Outcome
-from regen_dist.checkpoint.shards import nonfinite
+from regen_dist.checkpoint.manifest import CheckpointManifest
+from regen_dist.checkpoint.reader import newest_good
 from regen_dist.config import AnyRunConfig
-from regen_dist.distributed.base import StepResult, precision_of
-from regen_dist.distributed.engine import build_engine
+from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError, TrainingError
-from regen_dist.observe.hardware import peak_tflops
-from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
-from regen_dist.training.guards import Guards, SkippedSteps, nowhere_finite
-from regen_dist.training.meter import Meter
-from regen_dist.training.reporter import Reporter
-from regen_dist.training.sample_log import SampleLog
-from regen_dist.training.schedule import learning_rate
-from regen_dist.training.spikes import Spike
+from regen_dist.training.checkpoints import Progress, RunCheckpoints
+from regen_dist.training.guards import Guards, SkippedSteps, Spike
+from regen_dist.training.metrics import Reporter, SampleLog, StepMeter
+from regen_dist.training.step import GradientHook, Step, Stepper
 from regen_dist.training.stopping import Stopper
-from regen_dist.training.tasks import Batch, build_task
-
-_IN_A_STEP = ("data", "forward and backward", "update")
+from regen_dist.training.task import Batch, TrainingTask
 
 
-class Pulse(NamedTuple):
+class StepHeartbeat(NamedTuple):
     """What all ranks know after a step: the global mean loss, the stand-ins among the global batch's clips, whether
     some rank wants to stop, and whether a save has ended."""
 
@@ -38,41 +29,46 @@ class Pulse(NamedTuple):
     saved: bool
 
 
-class Trainer:
-    """One rank of a run: builds its parts, resumes from the newest checkpoint, trains.
+class Trainer(Stepper):
+    """One rank of a run: trains with the parts that `run.build_trainer` hands it, from where its checkpoints are.
 
     Args:
         config: of the run.
         ranks: this process's place.
+        task: gives batches, losses and validation.
+        engine: holds model and optimizer, as of `progress`.
+        meter: counts and times.
+        guards: stop or turn back a run that goes wrong.
+        checkpoints: save engine and guards.
+        reporter: tells of figures and events.
+        sample_log: notes this rank's samples.
+        progress: of the checkpoint that was loaded.
         mark: told what this rank does next, and in which step: for its heartbeat.
-        fresh: start from scratch where the run has checkpoints and none of them is whole.
-        permit: asked by rank 0 before a checkpoint is begun or committed; raises where it may not be.
+        gradient_hooks: see the gradients of every step.
     """
 
     def __init__(
         self,
         config: AnyRunConfig,
         ranks: Ranks,
+        task: TrainingTask,
+        engine: Engine,
+        meter: StepMeter,
         *,
+        guards: Guards,
+        checkpoints: RunCheckpoints,
+        reporter: Reporter,
+        sample_log: SampleLog,
+        progress: Progress,
         mark: Callable[[str, int], None] = lambda phase, step: None,
-        fresh: bool = False,
-        permit: Callable[[], None] = lambda: None,
+        gradient_hooks: Sequence[GradientHook] = (),
     ) -> None:
-        self.config, self.ranks, self._tell = config, ranks, mark
-        self.task = build_task(config, ranks.device)
-        resumes = not fresh and has_checkpoints(config, ranks)
-        self.engine = build_engine(config, ranks, lambda: self.task.build(ranks, resumes=resumes))
-        self.guards = Guards(config)
-        self.checkpoints = RunCheckpoints(
-            config, ranks, self.engine.shapes(), self.task.data.identity(), self._saved, permit
-        )
-        self.step, self.data_shift, self.metrics = 0, 0, dict[str, float]()
-        self._resume(fresh)
-        self.meter = self._build_meter()
-        self.reporter = Reporter(config, ranks, self.step)
-        self.reporter.say(self.step, self.task.data.summary())
-        self.sample_log = SampleLog(config, ranks, self.step)
-        self.batches = self._batches()
+        step, data_shift, self.metrics = progress
+        super().__init__(
+            config, ranks, task, engine, meter,
+            step=step, data_shift=data_shift, mark=mark, gradient_hooks=gradient_hooks,
+        )  # fmt: skip
+        self.guards, self.checkpoints, self.reporter, self.sample_log = guards, checkpoints, reporter, sample_log
 
     def fit(self, stopper: Stopper) -> int:
         """Train to the last step, or until the ranks agree to stop. Returns the exit code.
@@ -97,16 +93,21 @@ class Trainer:
         if self.step == 0 and train.validate_at_start:
             self._validate()
         while self.step < train.steps:
-            lr = learning_rate(self.config.optimizer, self.step, train.steps)
-            result, batch = self._train_step(lr)
-            self.step += 1
+            with self.clock.step():
+                made = self.train_step()
             pulse = self._pulse(stopper)
-            self.guards.after_step(self.step, result, pulse.stand_ins)
-            spike = self.guards.spikes.judge(self.step, pulse.loss, batch.kind)
-            if spike and self._went_back(spike):
-                continue
+            self.guards.after_step(self.step, made.result, pulse.stand_ins)
+            spike = self.guards.spikes.judge(self.step, pulse.loss, made.batch.kind)
+            if spike is not None:
+                self.reporter.say(self.step, f"warning: {spike}")
+                if self.config.guards.spike.action == "rollback":
+                    self._roll_back(spike)
+                    continue
             if self._due(train.log_every):
-                self._log(lr, result)
+                self._log(made)
+            if self.ranks.world_size > 1 and self._due(train.slow_ranks_every):
+                self._mark("log")
+                self.reporter.ranks(self.step, self.clock.report())
             if self._due(train.validate_every):
                 self._validate()
             if pulse.saved:
@@ -123,46 +124,28 @@ class Trainer:
     def close(self) -> None:
         """End the data workers, a save in flight, the record, the progress line and the tracker."""
         self._mark("close")
-        self.batches.close()
+        self.close_batches()
         self.checkpoints.close()
         self.sample_log.close()
         self.reporter.close()
 
-    def _train_step(self, lr: float) -> tuple[StepResult, Batch]:
-        """One optimizer step: every micro-batch forward and backward, then the update."""
-        for micro in range(self.config.train.accumulation):
-            self._mark("data")
-            with self.meter.waiting():
-                batch = next(self.batches)
-            self._mark("forward and backward")
-            loss = self.task.loss(self.engine, batch, self.step)
-            self.engine.backward(nowhere_finite(loss.value), is_last=micro + 1 == self.config.train.accumulation)
-            leads = self.engine.rows.leads  # what ranks share is counted once
-            flops, bad_samples = self.task.flops(batch) * leads, batch.stand_ins * leads
-            self.meter.add(loss.value, loss.figures, flops, bad_samples=bad_samples)
-            if leads:
-                self.sample_log.write(self.step + 1, micro, batch)
-        self._mark("update")
-        return self.engine.step(lr), batch
+    def _fetched(self, micro: int, batch: Batch) -> None:
+        self.sample_log.write(self.step + 1, micro, batch)
 
-    def _pulse(self, stopper: Stopper) -> Pulse:
+    def _pulse(self, stopper: Stopper) -> StepHeartbeat:
         """What the ranks tell each other after every step, in one collective."""
         self._mark("agree")
         loss, stand_ins = self.meter.end_step()
         own = [loss, stand_ins, stopper.wanted(), self.checkpoints.finished]
         total, bad, stop, saved = self.ranks.sum([float(value) for value in own])
-        return Pulse(total / self.ranks.world_size, int(bad), stop > 0, saved > 0)
-
-    def _mark(self, phase: str) -> None:
-        """Steps are told as the record counts them, from 1: the one at work, or the one just made."""
-        self._tell(phase, self.step + (phase in _IN_A_STEP))
+        return StepHeartbeat(total / self.ranks.world_size, int(bad), stop > 0, saved > 0)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
 
-    def _log(self, lr: float, result: StepResult) -> None:
+    def _log(self, made: Step) -> None:
         self._mark("log")
-        figures = self.meter.read(lr, result) | self.guards.figures()
+        figures = self.meter.read(made.lr, made.result) | self.guards.figures()
         self.reporter.train(self.step, figures)
         for warning in self.guards.latents.check(self.step, figures):
             self.reporter.say(self.step, f"warning: {warning}")
@@ -176,73 +159,64 @@ class Trainer:
 
     def _save(self, *, wait: bool) -> None:
         self._mark("save")
-        state = {"num_updates": self.engine.num_updates, "data_shift": self.data_shift, "guards": self.guards.state()}
         with self.meter.paused():
-            self.checkpoints.save(self.step, self.engine.pieces(), state, self.metrics, wait=wait)
+            self.checkpoints.save(Progress(self.step, self.data_shift, self.metrics), wait=wait)
 
-    def _saved(self, outcome: Outcome) -> None:
-        self.reporter.checkpoint(outcome)
+    def _roll_back(self, spike: Spike) -> None:
+        """Go back, for good, to the newest whole checkpoint from before a spike, and on with the samples that come
+        after it. A collective.
 
-    def _resume(self, fresh: bool) -> None:
-        """Be where the newest whole checkpoint is. One whose sizes are right may still turn out to be damaged."""
-        manifest = self.checkpoints.newest(fresh=fresh)
-        try:
-            self._restore(manifest)
-        except CheckpointError as error:
-            warn(str(error))
-            self._restore(self.checkpoints.newest(doubt=True))
-
-    def _restore(self, manifest: Manifest | None) -> None:
-        """Be where a checkpoint is; None is the beginning."""
-        if manifest is None:
-            return
-        self.engine.restore(self.checkpoints.reader(manifest), manifest.state["num_updates"])
-        if self.ranks.agree(bool(nonfinite(self.engine.pieces()))):
-            raise CheckpointError(
-                f"the checkpoint of step {manifest.step} in {self.checkpoints.folder.url} holds values that are not "
-                "finite; an earlier one may be whole"
+        Raises:
+            TrainingError: the run went back `guards.spike.max_rollbacks` times already.
+            CheckpointError: there is no checkpoint from before the spike.
+        """
+        # Allowed once more?
+        guards, checkpoints, done = self.guards, self.checkpoints, self.guards.spikes.rollbacks
+        if done >= (most := self.config.guards.spike.max_rollbacks):
+            raise TrainingError(
+                f"{spike}. The run went back {done} times already, guards.spike.max_rollbacks allows {most}. Lower "
+                "optimizer.lr or optimizer.clip_norm, look at the samples of these steps (train.trace_samples=true "
+                "writes them down), raise guards.spike.max_rollbacks, or let the run go on through spikes with "
+                "guards.spike.action=warn"
             )
-        self.guards.restore(manifest.state["guards"])
-        self.step, self.data_shift, self.metrics = manifest.step, manifest.state["data_shift"], manifest.metrics
-
-    def _went_back(self, spike: Spike) -> bool:
-        """Tell of a spike; if the config says so, go back to a checkpoint from before it, to go on with the samples
-        that come after it."""
-        self.reporter.say(self.step, f"warning: {spike}")
-        if self.config.guards.spike.action != "rollback":
-            return False
         self._mark("go back")
-        self.guards.spikes.allow_rollback(spike)
-        reached, next_batch = self.step, self.step + self.data_shift
+        checkpoints.settle()
 
-        def beyond_the_spike(manifest: Manifest) -> dict[str, Any]:
-            guards = self.guards.after_going_back(manifest.state["guards"])
-            return manifest.state | {"data_shift": next_batch - manifest.step, "guards": guards}
+        # Choose. The loss of a step is that of the weights before it: the update of the step before is suspect, too.
+        folder, before = checkpoints.folder, spike.first_step - 1
+        target = newest_good(folder, self.ranks, checksums=checkpoints.checksums, before=before)
+        if target is None:
+            raise CheckpointError(
+                f"{folder.url} holds no checkpoint before step {before} to go back to; save more often "
+                "(checkpoint.every)"
+            )
 
-        # The loss of a step is that of the weights before it: the update of the step before is suspect too.
-        self._reopen(self.checkpoints.go_back(before=spike.first_step - 1, state=beyond_the_spike))
+        # Decide for good, in the manifest and then in the pointer: a run that is killed now resumes from there. Its
+        # memory of losses and latents is the checkpoint's own; what was counted since still counts, and so does this.
+        counted = {"nonfinite": {"skipped": guards.nonfinite.skipped}, "bad_samples": guards.bad_samples.state()}
+        spikes = target.state["guards"].get("spikes", {}) | {"rollbacks": done + 1}
+        state = target.state | {
+            "data_shift": self.step + self.data_shift - target.step,
+            "guards": target.state["guards"] | counted | {"spikes": spikes},
+        }
+
+        def decide() -> CheckpointManifest:
+            amended = folder.amend(target, state=state, rollbacks=[*checkpoints.rollbacks, target.step])
+            folder.point_to(target.step)
+            return amended
+
+        manifest = self.ranks.on_main(decide)
+        checkpoints.newest, checkpoints.rollbacks = manifest.step, manifest.rollbacks
+
+        # Load it, drop what was recorded of later steps, and read on behind the spike.
+        reached = self.step
+        self.close_batches()
+        self.step, self.data_shift, self.metrics = checkpoints.restore(manifest)
+        self.meter.reset()
+        self.reporter.rewind(self.step)
+        self.sample_log.rewind(self.step)
+        self.batches = self.open_batches()
         self.reporter.say(
             self.step,
             f"went back from step {reached} to {self.step}; the {reached - self.step} batches between are left out",
         )
-        return True
-
-    def _reopen(self, manifest: Manifest) -> None:
-        """Go on from a checkpoint within the same start."""
-        self.batches.close()
-        self.sample_log.close()
-        self._restore(manifest)
-        self.meter = self._build_meter()
-        self.reporter.rewind(self.step)
-        self.sample_log = SampleLog(self.config, self.ranks, self.step)
-        self.batches = self._batches()
-
-    def _batches(self) -> Generator[Batch]:
-        """This rank's micro-batches from the current step on: the data's place is the step and what was left out."""
-        rows, cursor = self.engine.rows, (self.step + self.data_shift) * self.config.train.batch_global
-        return rows.read(lambda: self.task.batches(rows.readers, cursor))
-
-    def _build_meter(self) -> Meter:
-        train, engine = self.config.train, self.config.engine
-        peak = train.peak_tflops or peak_tflops(self.ranks.device, precision_of(engine.precision))
-        return Meter(self.ranks, train.batch_global, peak)

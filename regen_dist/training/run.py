@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from regen_dist.checkpoint.claims import Claims
-from regen_dist.checkpoint.reader import warn
-from regen_dist.config import AnyRunConfig, save_config
-from regen_dist.distributed.base import precision_of
+from regen_dist.config import AnyRunConfig
 from regen_dist.distributed.determinism import make_repeatable
-from regen_dist.distributed.failing import tell
+from regen_dist.distributed.engine import precision_of
+from regen_dist.distributed.failure import tell
+from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
-from regen_dist.models.attention import require_flash
-from regen_dist.models.strips import require_cudnn
-from regen_dist.observe.hardware import multiplies_bf16
-from regen_dist.observe.watchdog import Watchdog
+from regen_dist.distributed.zero3 import ENGINES, build_engine
+from regen_dist.models.attention import BACKENDS
+from regen_dist.models.layers import require_cudnn
+from regen_dist.observe.hang_detector import Watchdog
+from regen_dist.observe.hardware import multiplies_bf16, peak_tflops
+from regen_dist.observe.streams import warn
+from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
+from regen_dist.training.configs import replace_config
+from regen_dist.training.guards import Guards
 from regen_dist.training.loop import Trainer
-from regen_dist.training.signals import Inbox
-from regen_dist.training.stopping import Stopper
+from regen_dist.training.metrics import Reporter, SampleLog, StepMeter
+from regen_dist.training.registry import build_task
+from regen_dist.training.step import GradientNorms
+from regen_dist.training.stopping import SignalInbox, Stopper
 
 
 def train(
-    config: AnyRunConfig, ranks: Ranks | None = None, *, fresh: bool = False, earlier: Inbox | None = None
+    config: AnyRunConfig, ranks: Ranks | None = None, *, fresh: bool = False, earlier: SignalInbox | None = None
 ) -> int:
     """Train as one of the ranks that the environment describes; the same call resumes. Returns the exit code.
 
@@ -55,16 +61,63 @@ def train(
         process_group(ranks, needed=config.engine.kind == "zero3"),
         _held(claims, ranks),
     ):
-        trainer = Trainer(config, ranks, mark=watchdog.mark, fresh=fresh, permit=claims.check)
+        trainer = build_trainer(config, ranks, mark=watchdog.mark, fresh=fresh, permit=claims.check)
         try:
             if ranks.is_main:  # only now: a config that is refused must not take the place of the run's own
-                save_config(config, config.folder)
+                for text in replace_config(config, trainer.step):
+                    trainer.reporter.say(trainer.step, text)
             return trainer.fit(stopper)
         except BaseException as error:  # before anything is closed, which may wait
             tell(error, ranks.rank, ranks.world_size)
             raise
         finally:
             trainer.close()
+
+
+def build_trainer(
+    config: AnyRunConfig,
+    ranks: Ranks,
+    *,
+    mark: Callable[[str, int], None] = lambda phase, step: None,
+    fresh: bool = False,
+    permit: Callable[[], None] = lambda: None,
+) -> Trainer:
+    """Build all parts of a run, at the newest checkpoint, and the trainer that they are handed to. A collective.
+
+    Args:
+        config: of the run.
+        ranks: this process's place.
+        mark: told what this rank does next, and in which step: for its heartbeat.
+        fresh: start from scratch where the run has checkpoints and none of them is whole.
+        permit: asked by rank 0 before a checkpoint is begun or committed; raises where it may not be.
+    """
+    task = build_task(config, ranks.device)
+    resumes = not fresh and has_checkpoints(config, ranks)
+    engine = build_engine(config, ranks, lambda: task.build(ranks, resumes=resumes))
+    guards = Guards(config)
+    checkpoints = RunCheckpoints(config, ranks, engine, guards, task.data.identity(), permit)
+    progress = checkpoints.resume(fresh=fresh)
+    meter = StepMeter(ranks, config.train.batch_global, _peak_tflops(config, ranks))
+    reporter = Reporter(config, ranks, progress.step)
+    reporter.say(progress.step, task.data.summary())
+    checkpoints.on_saved = reporter.checkpoint
+    every = config.train.grad_norms_every
+    hooks = [] if every is None else [GradientNorms(every, ranks, reporter.gradients)]
+    return Trainer(
+        config, ranks, task, engine, meter,
+        guards=guards,
+        checkpoints=checkpoints,
+        reporter=reporter,
+        sample_log=SampleLog(config, ranks, progress.step),
+        progress=progress,
+        mark=mark,
+        gradient_hooks=hooks,
+    )  # fmt: skip
+
+
+def _peak_tflops(config: AnyRunConfig, ranks: Ranks) -> float:
+    """Of one rank, for MFU: as configured, else looked up or measured."""
+    return config.train.peak_tflops or peak_tflops(ranks.device, precision_of(config.engine.precision))
 
 
 @contextmanager
@@ -80,10 +133,13 @@ def _held(claims: Claims, ranks: Ranks) -> Iterator[None]:
 def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     """Refuse what cannot run here before anything is built, and make the arithmetic repeatable."""
     attention = config.model.attention if config.model.kind == "t2v" else config.model.decoder.attention
-    if config.model.kind != "magvit2" and attention.backend == "flash":
-        require_flash(ranks.device.type, precision_of(config.engine.precision))
+    device, dtype = ranks.device, precision_of(config.engine.precision)
+    ENGINES.available(config.engine.kind, ranks.world_size)
+    OPTIMIZERS.available(config.optimizer.kind, device, config.engine.kind)
+    if config.model.kind != "magvit2":  # which has no attention
+        BACKENDS.available(attention.backend, device.type, dtype)
     if config.model.kind != "t2v":  # which has no convolutions
-        require_cudnn(ranks.device.type, precision_of(config.engine.precision))
+        require_cudnn(device.type, dtype)
     if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not multiplies_bf16():
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")
     make_repeatable(ranks.device, deterministic=config.engine.deterministic)

@@ -5,13 +5,43 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.training.signals import SIGNALS, Inbox
+
+# The signals that ask a rank to stop, from its first moment to its last. Imports no torch.
+#
+# A rank imports and builds for many seconds before it trains, and tidies up for some afterwards. A signal that came
+# then would end it at once, and look like a failure to whoever started it.
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class SignalInbox:
+    """Keeps the first signal; whoever stops the run looks at it when it can."""
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+
+    def listen(self) -> SignalInbox:
+        """From now on to the end of the process, but for those who take the handlers meanwhile."""
+        for number in SIGNALS:
+            signal.signal(number, self._keep)
+        return self
+
+    def close(self) -> None:
+        """From now on nothing ends this process but its own end: Python gives handlers up before it is gone, and
+        leaves only what is ignored."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _keep(self, number: int, _frame: FrameType | None) -> None:
+        self.first = self.first or signal.Signals(number).name
+
 
 _STAT = Path("/proc/self/stat")
 _START_TICKS = 19  # the process's start among the fields that follow its name: proc(5), field 22
@@ -53,24 +83,41 @@ class Stopper:
         lead_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         age_s: float | None = None,
-        earlier: Inbox | None = None,
+        earlier: SignalInbox | None = None,
         lost: Callable[[], str] = lambda: "",
     ) -> None:
         self._file, self._ranks = run / "STOP", ranks
         self._limit_s, self._lead_s, self._clock = time_limit_s, lead_s, clock
         self._started = clock() - (process_age_s() if age_s is None else age_s)
         self.reason: str | None = None
-        self._earlier, self._lost = earlier or Inbox(), lost
+        self._old: tuple[int, int] | None = None
+        self._earlier, self._lost = earlier or SignalInbox(), lost
 
     def __enter__(self) -> Stopper:
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         if self._ranks.is_main:
-            self._file.unlink(missing_ok=True)  # it asked the previous start to stop
+            self._old = self._put_away()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _put_away(self) -> tuple[int, int] | None:
+        """Remove the file that asked the previous start to stop; where the disk does not let go of it, know it."""
+        try:
+            self._file.unlink(missing_ok=True)
+        except OSError as error:
+            print(f"warning: {self._file} cannot be removed, and is ignored: {error}", file=sys.stderr, flush=True)
+        return self._there()
+
+    def _there(self) -> tuple[int, int] | None:
+        """Which file STOP is there, by its number and its time; None: there is none."""
+        try:
+            found = self._file.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._ask(signal.Signals(number).name)
@@ -82,7 +129,7 @@ class Stopper:
         """Whether this rank wants to stop. Only rank 0 looks at the file; each rank has a clock of its own."""
         if self._earlier.first:
             self._ask(self._earlier.first)
-        if self.reason is None and self._ranks.is_main and self._file.exists():
+        if self.reason is None and self._ranks.is_main and self._there() not in (None, self._old):
             self._ask("the file STOP")
         if lost := self._lost():
             self._ask(lost)

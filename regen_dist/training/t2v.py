@@ -16,25 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist.config.t2v import T2VConfig
-from regen_dist.data.reading.latent_batches import LatentBatch, latent_batches
-from regen_dist.data.reading.latents import LatentSet, sizes_of
-from regen_dist.data.reading.validation import ValidationRows, validation_rows
-from regen_dist.diffusion.density import timesteps
-from regen_dist.diffusion.noise import Stream, latent_gaussian, uniforms
-from regen_dist.diffusion.path import noisy, target_of
-from regen_dist.distributed.base import Engine
+from regen_dist.data.loading.datasets import LatentSet, sizes_of
+from regen_dist.data.loading.latent_loader import LatentBatch, latent_batches
+from regen_dist.data.loading.validation import ValidationRows, validation_rows
+from regen_dist.diffusion.given import drawn, error_of_the_rest
+from regen_dist.diffusion.noise import NoiseStream, latent_gaussian, uniforms
+from regen_dist.diffusion.path import noisy, target_of, timesteps
+from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
-from regen_dist.inference.latent_sampling import Text, row_tokens, sample_latents
-from regen_dist.inference.latent_space import LatentScale, NormalisedLatents
-from regen_dist.inference.rows import decode_row
-from regen_dist.inference.space_files import LatentSpace
-from regen_dist.inference.statistics import parse_statistics
-from regen_dist.models import build_model
-from regen_dist.models.accounting import training_flops_per_row
-from regen_dist.training.tasks import Loss, Validation
+from regen_dist.inference.latent_space import LatentScale, LatentSpace, NormalisedLatents, parse_statistics
+from regen_dist.inference.long_video import decode_row
+from regen_dist.inference.sampler import Text, row_tokens, sample_latents
+from regen_dist.models.building import build_model
+from regen_dist.models.flops import training_flops_per_row
+from regen_dist.training.task import Loss, Validation
 
 _VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -70,12 +68,16 @@ class TextToVideoTask:
     def loss(self, engine: Engine, batch: LatentBatch, step: int) -> Loss:
         seed, ids = self.config.train.seed, batch.keys.to(self.device)
         x0, flow = self._normalised(batch).frames, self.config.diffusion
-        chances = uniforms(seed, ids, step, Stream.TIMESTEP)
+        chances = uniforms(seed, ids, step, NoiseStream.TIMESTEP)
         t = timesteps(flow.density, chances, flow.shift_at(row_tokens(x0.shape[2:])))
         noise = latent_gaussian(seed, ids, x0.shape[2], x0.shape[1], (x0.shape[3], x0.shape[4]), draw=step)
-        text = self._with_dropout(self._text(batch), uniforms(seed, ids, step, Stream.TEXT)[:, 0])
-        velocity = engine(noisy("rectified_flow", x0, noise, t), t, *text)
-        return Loss(F.mse_loss(velocity, target_of("rectified_flow", "velocity", x0, noise, t)), {})
+        text = self._with_dropout(self._text(batch), uniforms(seed, ids, step, NoiseStream.TEXT)[:, 0])
+        x, given = noisy("rectified_flow", x0, noise, t), drawn(flow, seed, ids, step, x0)
+        if given is None:
+            velocity = engine(x, t, *text)
+            return Loss(F.mse_loss(velocity, target_of("rectified_flow", "velocity", x0, noise, t)), {})
+        velocity = engine(given.put_into(x), given.times(t), *text)
+        return Loss(error_of_the_rest(velocity, target_of("rectified_flow", "velocity", x0, noise, t), given), {})
 
     def flops(self, batch: LatentBatch) -> float:
         """Operations that training on a micro-batch needs; rows differ in length."""

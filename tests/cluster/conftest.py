@@ -9,10 +9,10 @@ from uuid import uuid4
 
 import pytest
 
-from launcher.seaweed import Identity, ObjectServer, start_store
-from launcher.slurm_loopback import SlurmCluster, missing_packages, start_slurm
 from tests.helpers.objects import READER, Proxied, use
 from tests.helpers.slurm import clear_jobs
+from tools.local_services.s3 import Identity, ObjectServer, start_store
+from tools.local_services.slurm import SlurmCluster, missing_packages, start_slurm
 
 # Workers that share the suite by files end together when these come first.
 LONGEST = (

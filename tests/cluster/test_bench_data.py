@@ -8,26 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-from regen_dist.config.schema import ReadConfig
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.evaluation.data_speed import fetching, others
-from regen_dist.evaluation.data_speed.small_samples import make_small_samples
+from regen_dist.config.run import ReadConfig
+from regen_dist.data.format.catalogue import open_dataset
+from tools.bench import data_cases
+from tools.bench.data_cases import make_small_samples
 
 
 def test_every_way_of_reading_brings_every_byte(bucket_url: str, tmp_path: Path) -> None:
     make_small_samples(bucket_url, 40, shard_mb=1)
     dataset = open_dataset(bucket_url)
-    rows, config = fetching.shuffled_rows(dataset), ReadConfig(cache=str(tmp_path))
+    rows, config = data_cases.shuffled_rows(dataset), ReadConfig(cache=str(tmp_path))
     turns = [
-        fetching.by_fetcher(bucket_url, config, rows),
-        fetching.by_fetcher(bucket_url, config, rows),  # from the cache
-        fetching.by_obstore(bucket_url, config, rows),
-        fetching.by_obstore_many(bucket_url, config, rows),
+        data_cases.by_fetcher(bucket_url, config, rows),
+        data_cases.by_fetcher(bucket_url, config, rows),  # from the cache
+        data_cases.by_obstore(bucket_url, config, rows),
+        data_cases.by_obstore_many(bucket_url, config, rows),
     ]
     if shutil.which("curl"):
-        turns.append(others.by_webdataset(others.presigned(bucket_url)))
-    if piped := others.piped(bucket_url):
-        turns.append(others.by_webdataset(piped))
+        turns.append(data_cases.by_webdataset(data_cases.presigned(bucket_url)))
+    if piped := data_cases.piped(bucket_url):
+        turns.append(data_cases.by_webdataset(piped))
     assert {turn.amount for turn in turns} == {dataset.records["size"].sum()}
     assert {turn.facts["samples"] for turn in turns} == {40}
 

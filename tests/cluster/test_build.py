@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from launcher.seaweed import ObjectServer
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import samples_of
-from regen_dist.data.making.build import build_shards
-from regen_dist.data.making.plan import BuildOptions
-from regen_dist.data.objects.store import Found, Store
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.index import samples_of
+from regen_dist.data.storage.bucket import ObjectInfo
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
 from tests.helpers.builds import objects, run_builds, start_build, wait_for
 from tests.helpers.video import moving_square, write_video
+from tools.local_services.s3 import ObjectServer
 
 FLAGS = ["--segment-seconds", "1.5", "--short-side", "48", "--crf", "20", "--min-frames", "20"]
 FLAGS += ["--part-gb", "1e-6", "--samples-per-shard", "2"]
@@ -126,7 +127,7 @@ def test_a_disk_too_small_for_the_copies_is_told_before(
     source_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     little: Callable[[Path], int] = lambda folder: 1000  # noqa: E731
-    monkeypatch.setattr("regen_dist.data.making.copies.free_bytes", little)
+    monkeypatch.setattr("regen_dist.data.build.plan.free_bytes", little)
     with pytest.raises(DataError, match="set TMPDIR to a folder on another disk"):
         build_shards([source_url], tmp_path / "out", workers=0)
 
@@ -142,7 +143,7 @@ def test_a_key_with_a_control_character_is_named_and_the_prefix_is_built(
     listing = Store(source_url).list_all()
     assert listing.unreadable == {"od\td.mp4": "its key has a control character: rename it"}
     assert {"wide.mp4", "tall #1%20.mp4", "more/short one.mkv"} <= listing.found.keys()
-    assert listing.found["wide.mp4"] == Found(*Store(f"{source_url}/").list_found("wide.mp4")["wide.mp4"])
+    assert listing.found["wide.mp4"] == ObjectInfo(*Store(f"{source_url}/").list_found("wide.mp4")["wide.mp4"])
     build_shards([source_url], tmp_path / "out", BuildOptions(min_frames=20), workers=0)
     dataset = open_dataset(tmp_path / "out")
     assert [skip.source for skip in dataset.manifest.skipped if "control character" in skip.reason] == ["od\td.mp4"]

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from launcher.seaweed import ObjectServer
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.reader import newest_good
 from regen_dist.checkpoint.saver import Saver
 from regen_dist.checkpoint.shards import shard_name
-from regen_dist.config.keeping import CheckpointConfig
-from regen_dist.config.schema import RunConfig
-from regen_dist.data.objects.store import AccessDenied, Limits, Store, StoreUnavailable
+from regen_dist.config.embedder import RunConfig
+from regen_dist.config.run import CheckpointConfig
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.store import Store
 from regen_dist.distributed.ranks import Ranks, chunk, process_group, read_environment
-from regen_dist.errors import CheckpointError
+from regen_dist.errors import AccessDenied, CheckpointError, StoreUnavailable
 from regen_dist.observe.record import read_record
 from regen_dist.training import run as training
 from tests.helpers.checkpoints import KINDS
@@ -38,13 +38,14 @@ from tests.helpers.ranks import run_ranks, start_ranks
 from tests.helpers.saved import save_checkpoint, small_state
 from tests.helpers.tiny import tiny_dataset, tiny_run
 from tools.checkpoint import app
+from tools.local_services.s3 import ObjectServer
 
 STEPS, EVERY, KILLED_AFTER = 10, 2, 5
 ELASTIC = 1e-4  # of losses after a change of ranks: float32 sums in another order
 DOWN = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}  # nobody listens there
 WRONG = {"AWS_SECRET_ACCESS_KEY": "wrong"}
-PATIENT = Limits(stall_s=2.0, deadline_s=10.0, connect_s=1.0)
-HURRIED = Limits(stall_s=0.5, deadline_s=2.0, connect_s=0.5)
+PATIENT = StoreLimits(stall_s=2.0, deadline_s=10.0, connect_s=1.0)
+HURRIED = StoreLimits(stall_s=0.5, deadline_s=2.0, connect_s=0.5)
 HURRIED_READ = {"data__read__stall_s": HURRIED.stall_s, "data__read__deadline_s": HURRIED.deadline_s}
 
 
@@ -60,18 +61,18 @@ def _train(jobs: list[Job]) -> list[int]:
     """What a rank does: one run after the other; returns their exit codes."""
     from regen_dist.training.loop import Trainer
 
-    ranks, train_step, codes = read_environment(), Trainer._train_step, []
+    ranks, train_step, codes = read_environment(), Trainer.train_step, []
     training.process_group = lambda ranks, needed: nullcontext()  # type: ignore[assignment,misc]
     with process_group(ranks, needed=True):
         for job in jobs:
 
-            def step(self: Trainer, lr: float, killed_after: int | None = job.killed_after) -> Any:
+            def step(self: Trainer, killed_after: int | None = job.killed_after) -> Any:
                 if self.step == killed_after:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return train_step(self, lr)
+                return train_step(self)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Trainer, "_train_step", step)
+                patch.setattr(Trainer, "train_step", step)
                 for name, value in job.environment.items():
                     patch.setenv(name, value)
                 codes.append(training.train(job.config))
@@ -252,8 +253,8 @@ def _save(url: str, step: int, who: int, where: str) -> str:
         return outcome.problem
 
 
-def _manifest(step: int, ranks: Ranks) -> Manifest:
-    return Manifest(
+def _manifest(step: int, ranks: Ranks) -> CheckpointManifest:
+    return CheckpointManifest(
         step=step, samples=4 * step, config_hash="hash", version="test",
         topology={"world_size": ranks.world_size, "engine": "test", "precision": "fp32"}, state={}, metrics={},
         rollbacks=[], shapes={key.split("/", 1)[1]: list(tensor.shape) for key, tensor in small_state().items()},

@@ -16,8 +16,8 @@ import pytest
 from regen_dist.checkpoint.claims import Claim, Patience, parse_holder, this_process
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import to_yaml
-from regen_dist.config.run_id import read_run_id
-from regen_dist.data.objects.store import Store
+from regen_dist.config.identity import read_run_id
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import RunBusy
 from regen_dist.jsontext import json_text
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from regen_dist.data.objects.store import AccessDenied, Limits, ObjectMissing, Store, StoreUnavailable
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import AccessDenied, ObjectMissing, StoreUnavailable
 from tests.helpers.objects import Proxied
 from tests.helpers.proxy import FaultProxy, Kind
 
-LIMITS = Limits(stall_s=0.3, deadline_s=6.0, connect_s=1.0)
-SHORT = Limits(stall_s=0.2, deadline_s=0.6, connect_s=0.5)
+LIMITS = StoreLimits(stall_s=0.3, deadline_s=6.0, connect_s=1.0)
+SHORT = StoreLimits(stall_s=0.2, deadline_s=0.6, connect_s=0.5)
 DATA = os.urandom(400_000)
 RANGES = [(number * 100_000, 50_000) for number in range(4)]
 PARTS = [DATA[offset : offset + size] for offset, size in RANGES]

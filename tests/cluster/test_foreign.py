@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from launcher.seaweed import ObjectServer
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.manifest import MANIFEST, Manifest
-from regen_dist.data.inspection.checking import verify_dataset
-from regen_dist.data.making.foreign import index_tars
-from regen_dist.data.objects.store import Store
+from regen_dist.data.build.foreign import index_tars
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.manifest import MANIFEST, DatasetManifest
+from regen_dist.data.inspect.check import verify_dataset
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, DataError
 from tests.helpers.foreign import members, write_shards
 from tests.helpers.objects import READER, Proxied, use
 from tests.helpers.proxy import Kind
 from tools import shards
+from tools.local_services.s3 import ObjectServer
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def tars(tmp_path: Path, bucket_url: str) -> list[Path]:
     return written
 
 
-def check_reading(url: str | Path, tars: list[Path]) -> Manifest:
+def check_reading(url: str | Path, tars: list[Path]) -> DatasetManifest:
     """Every sample is the member of its tar."""
     dataset = open_dataset(url)
     whole = {f"train/{tar.name}": members(tar) for tar in tars}

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from launcher.slurm_loopback import SlurmCluster
 from regen_dist.config import to_yaml
 from tests.helpers.launching import Submitter, attempts, held, losses, told, wait_for_end, wait_until, whys
 from tests.helpers.slurm import state, wait_for
 from tests.helpers.tiny import tiny_dataset, tiny_run
+from tools.local_services.slurm import SlurmCluster
 
 STEPS, SAVE_EVERY = 400, 10
 

@@ -15,12 +15,10 @@ from uuid import uuid4
 
 import pytest
 
-from launcher.job import Job
-from launcher.seaweed import ObjectServer
-from launcher.slurm_loopback import SlurmCluster
+from launcher.job import Submission
 from regen_dist.config import to_yaml
-from regen_dist.data.making.build import build_shards
-from regen_dist.data.making.plan import BuildOptions
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.plan import BuildOptions
 from tests.helpers.launching import (
     Submitter,
     attempts,
@@ -37,6 +35,8 @@ from tests.helpers.ranks import run_regen
 from tests.helpers.slurm import submit, wait_for
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
+from tools.local_services.s3 import ObjectServer
+from tools.local_services.slurm import SlurmCluster
 
 STEPS, SAVE_EVERY = 40, 10
 ON_TWO_NODES = ("--cluster", "loopback", "--nodes", 2, "--set", "retry.failures=2")
@@ -88,7 +88,7 @@ def regen_submit(shop: Workshop, slurm: SlurmCluster) -> Submitter:
     return Submitter(shop.folder, slurm.environment())
 
 
-def train(regen_submit: Submitter, shop: Workshop, name: str, *more: object) -> Job:
+def train(regen_submit: Submitter, shop: Workshop, name: str, *more: object) -> Submission:
     """Two nodes, a rank on each, unless `more` says otherwise."""
     return regen_submit.job(shop.run(name), "train", shop.config, f"name={name}", *ON_TWO_NODES, *more)
 

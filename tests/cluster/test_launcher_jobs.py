@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.slurm_loopback import SlurmCluster
 from regen_dist.config import to_yaml
 from tests.helpers.launching import Submitter, attempts, held, losses, told, wait_for_end, wait_until, whys
 from tests.helpers.slurm import wait_for
 from tests.helpers.tiny import tiny_dataset, tiny_run
 from tests.helpers.video import moving_square, write_video
+from tools.local_services.slurm import SlurmCluster
 
 # What a shell, sbatch and Slurm's own patterns would make something of.
 ODD = 'it\'s "odd" $(touch pwned) `x` & ; * #'

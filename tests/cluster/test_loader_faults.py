@@ -13,15 +13,14 @@ from uuid import uuid4
 import pytest
 import torch
 
-from launcher.seaweed import ObjectServer
-from regen_dist.config.schema import DataConfig, ReadConfig
-from regen_dist.data.dataset.catalogue import Dataset, open_dataset
-from regen_dist.data.dataset.index import Sample, checksum
-from regen_dist.data.making.moving_shapes import SyntheticOptions
-from regen_dist.data.making.synthetic import build_synthetic
-from regen_dist.data.objects.store import Store
-from regen_dist.data.reading.loader import ClipBatch
-from regen_dist.data.reading.validation import validation_clip
+from regen_dist.config.run import DataConfig, ReadConfig
+from regen_dist.data.format.catalogue import Dataset, open_dataset
+from regen_dist.data.format.index import Sample, checksum
+from regen_dist.data.loading.clip_loader import ClipBatch
+from regen_dist.data.loading.validation import validation_clip
+from regen_dist.data.storage.store import Store
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import AccessDenied, DataError, StoreUnavailable
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import train
@@ -31,6 +30,7 @@ from tests.helpers.processes import wait_until_gone
 from tests.helpers.proxy import Kind
 from tests.helpers.tiny import tiny_run
 from tests.helpers.workers import forget_environment, read, start, worker_ids
+from tools.local_services.s3 import ObjectServer
 
 SAMPLES = 25  # three shards of eight, and one of a single sample
 LAST = "shapes-000003-000000.tar"

@@ -11,17 +11,16 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from launcher.pipelines.files import exists
-from launcher.pipelines.schema import Pipeline, load_pipeline
-from launcher.seaweed import ObjectServer
-from launcher.slurm_loopback import SlurmCluster
+from launcher.pipelines.schema import Pipeline, exists, load_pipeline
 from regen_dist.config import to_yaml
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.evaluation.miniature.arms import REAL, RECONSTRUCTED, WRONG_CAPTIONS
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.evaluation.miniature import REAL, RECONSTRUCTED, WRONG_CAPTIONS
 from regen_dist.observe.record import read_record
 from tests.helpers.launching import Submitter, attempts, losses, told
 from tests.helpers.objects import use
 from tests.helpers.tiny import tiny_model, tiny_run
+from tools.local_services.s3 import ObjectServer
+from tools.local_services.slurm import SlurmCluster
 
 ROOT = Path(__file__).parents[2]
 FILE = "configs/pipelines/miniature.yaml"

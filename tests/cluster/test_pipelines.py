@@ -11,16 +11,16 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from launcher.job import Job, newest_job
-from launcher.pipelines.files import exists
-from launcher.seaweed import ObjectServer
-from launcher.slurm_loopback import SlurmCluster
+from launcher.job import Submission, newest_job
+from launcher.pipelines.schema import exists
 from regen_dist.config import to_yaml
 from tests.helpers.launching import Submitter, attempts, has_been_told, held, told, wait_for_end, wait_until, whys
 from tests.helpers.objects import use
 from tests.helpers.slurm import submit, wait_for
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
+from tools.local_services.s3 import ObjectServer
+from tools.local_services.slurm import SlurmCluster
 
 STEPS = ("shards", "embedder", "model", "evaluate")
 BUILD = ("--segment-seconds", 1, "--short-side", 48, "--min-frames", 20, "--workers", 0)
@@ -83,7 +83,7 @@ def regen_submit(shop: Workshop, slurm: SlurmCluster) -> Submitter:
     return Submitter(shop.folder, slurm.environment())
 
 
-def newest(base: Path) -> Job:
+def newest(base: Path) -> Submission:
     job = newest_job(base)
     assert job is not None
     return job

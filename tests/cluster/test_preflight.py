@@ -13,22 +13,26 @@ from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, new_folder, write_job
 from launcher.preflight import check, runs, scheduler, storage
 from launcher.preflight.findings import Subject
-from launcher.seaweed import ObjectServer
-from launcher.slurm_loopback import SlurmCluster
-from launcher.submitting import Order, train_order
+from launcher.submit import SubmissionRequest, train_order
+from regen_dist.checkpoint.export import model_shapes
+from regen_dist.checks.data import data
+from regen_dist.checks.findings import Target
+from regen_dist.checks.resume import resume
 from regen_dist.config import to_yaml
-from regen_dist.data.making.moving_shapes import SyntheticOptions
-from regen_dist.data.making.synthetic import build_synthetic
-from regen_dist.data.objects.store import Store
+from regen_dist.data.storage.store import Store
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from tests.helpers.launching import Submitter
 from tests.helpers.objects import READER, use
 from tests.helpers.slurm import submit
 from tests.helpers.tiny import tiny_run
+from tools.local_services.s3 import ObjectServer
+from tools.local_services.slurm import SlurmCluster
 
 LOCAL = ClusterConfig(kind="local")
 
 
-def order(folder: Path, url: str, cluster: ClusterConfig = LOCAL, **changes: Any) -> Order:
+def order(folder: Path, url: str, cluster: ClusterConfig = LOCAL, **changes: Any) -> SubmissionRequest:
     config = tiny_run(folder / "runs", url, **{"engine__kind": "zero3", **changes})
     return train_order(config, cluster, "test")
 
@@ -50,8 +54,8 @@ def test_a_store_that_serves_is_no_problem_and_keeps_no_trace(bucket_url: str, t
 
 
 def test_data_that_is_not_in_the_store(bucket_url: str, tmp_path: Path) -> None:
-    subject = Subject(order(tmp_path, f"{bucket_url}/train", data__validation_url="s3://no-such-bucket/held_out"))
-    missing, elsewhere = texts(storage.data(subject))
+    made = order(tmp_path, f"{bucket_url}/train", data__validation_url="s3://no-such-bucket/held_out")
+    missing, elsewhere = texts(data(made.configs[0], Target()))
     assert f"data: {bucket_url}/train: there is no manifest.json, so no finished dataset; build one" in missing
     assert "data.validation_url: s3://no-such-bucket/held_out: there is no bucket 'no-such-bucket'" in elsewhere
 
@@ -69,7 +73,7 @@ def test_keys_that_may_only_read(
 def test_no_keys_at_all(bucket_url: str, object_store: ObjectServer, tmp_path: Path, monkeypatch: Any) -> None:
     kept = {name: value for name, value in object_store.environment().items() if "KEY" not in name}
     use(monkeypatch, kept)
-    told = texts(storage.data(Subject(order(tmp_path, f"{bucket_url}/train"))))
+    told = texts(data(order(tmp_path, f"{bucket_url}/train").configs[0], Target()))
     assert len(told) == 1
     assert "no credentials were found; looked at AWS_ACCESS_KEY_ID" in told[0]
 
@@ -80,24 +84,24 @@ def test_a_store_that_is_down_is_told_in_seconds(bucket_url: str, tmp_path: Path
     began = time.monotonic()
     report = check(order(tmp_path, f"{bucket_url}/train", down, checkpoint__url=bucket_url))
     assert time.monotonic() - began < 25
-    data, checkpoints = report.problems
-    assert data.startswith(f"data: {bucket_url}/train/manifest.json: could not read it in")
+    checked, checkpoints = report.problems
+    assert checked.startswith(f"data: {bucket_url}/train/manifest.json: could not read it in")
     assert checkpoints.startswith(f"checkpoints cannot be written: {bucket_url}/tiny/preflight-")
     assert all("at the endpoint 127.0.0.1:9 (AWS_ENDPOINT_URL)" in each for each in report.problems)
 
 
 def test_a_run_that_is_done_in_the_store(bucket_url: str, tmp_path: Path) -> None:
-    from regen_dist.checkpoint.manifest import Manifest, to_text
+    from regen_dist.checkpoint.manifest import CheckpointManifest, to_text
 
     made = order(tmp_path, "none", checkpoint__url=bucket_url)
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=8, samples=0, config_hash="", version="", topology={}, state={"data": None}, metrics={}, rollbacks=[],
-        shapes={},
+        shapes=model_shapes(made.configs[0].model),
     )  # fmt: skip
     Store(f"{bucket_url}/tiny").put("step-00000008/manifest.json", to_text(manifest).encode())
-    assert texts(runs.standing(Subject(made))) == []
+    assert texts(resume(made.configs[0], Target())) == []
     Store(f"{bucket_url}/tiny").put("latest", b"step-00000008\n")
-    assert texts(runs.standing(Subject(made))) == ["nothing is left to do: all 8 steps are done"]
+    assert texts(resume(made.configs[0], Target())) == ["nothing is left to do: all 8 steps are done"]
 
 
 # Slurm

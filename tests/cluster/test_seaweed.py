@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.seaweed import start_store
-from regen_dist.data.objects.store import Store
+from regen_dist.data.storage.store import Store
 from tests.helpers.objects import use
+from tools.local_services.s3 import start_store
 
 
 def test_a_server_serves_again_what_lies_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,7 @@ def test_a_server_serves_again_what_lies_in_its_folder(tmp_path: Path, monkeypat
 
 def test_a_server_ends_with_its_parent(tmp_path: Path, root: Path) -> None:
     code = (
-        "import sys, time, pathlib; from launcher.seaweed import start_store\n"
+        "import sys, time, pathlib; from tools.local_services.s3 import start_store\n"
         "with start_store(pathlib.Path(sys.argv[1])) as server:\n"
         "    print(server.process.pid, flush=True); time.sleep(60)\n"
     )

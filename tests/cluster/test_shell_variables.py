@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.slurm_loopback import SlurmCluster
 from regen_dist.config import to_yaml
 from tests.helpers.launching import Submitter, attempts, losses, told, wait_for_end
 from tests.helpers.slurm import said, submit, wait_for
 from tests.helpers.tiny import tiny_dataset, tiny_run
+from tools.local_services.slurm import SlurmCluster
 
 # A shell inside another allocation, which has settings for sbatch and ranks of its own.
 SHELL = {

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import submitit
 
-from launcher.slurm_loopback import SlurmCluster, start_slurm
 from regen_dist.errors import BackendError
 from tests.helpers.objects import use
 from tests.helpers.processes import descendants, runs, wait_until_gone
 from tests.helpers.slurm import accounted, said, state, submit, wait_for, wait_until
+from tools.local_services.slurm import SlurmCluster, start_slurm
 
 LOOPBACK, LISTENS = "0100007F", "0A"  # in /proc/net/tcp
 DETACHES_ITSELF = "(setsid sh -c 'echo $$; exec sleep 300' &); sleep 300"  # prints its process id
@@ -161,7 +161,7 @@ def test_a_second_cluster_keeps_to_loopback_and_leaves_nothing_behind(slurm: Slu
 def test_everything_ends_when_the_process_that_started_it_is_killed(tmp_path: Path, root: Path) -> None:
     """Nobody is left to clear up; a job that detached itself ends too, and the link to a long name is removed."""
     code = (
-        "import pathlib, sys, time; from launcher.slurm_loopback import start_slurm\n"
+        "import pathlib, sys, time; from tools.local_services.slurm import start_slurm\n"
         "with start_slurm(pathlib.Path(sys.argv[1]), accounting=False) as cluster:\n"
         "    print(cluster.design.folder, flush=True)\n"
         "    cluster.run('sbatch', '--output', sys.argv[2], '--wrap', sys.argv[3])\n"
@@ -188,7 +188,7 @@ def test_everything_ends_when_the_process_that_started_it_is_killed(tmp_path: Pa
 def test_the_command_makes_a_shell_a_client_until_it_is_interrupted(tmp_path: Path, root: Path) -> None:
     """What it prints can be sourced as it is, from a folder whose name Slurm itself would not take."""
     folder = tmp_path / "a folder, with a name"
-    command = [sys.executable, "-m", "launcher.slurm_loopback", str(folder), "--nodes", "1", "--no-accounting"]
+    command = [sys.executable, "-m", "tools.local_services.slurm", str(folder), "--nodes", "1", "--no-accounting"]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

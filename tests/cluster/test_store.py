@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from launcher.seaweed import ObjectServer
-from regen_dist.data.objects.store import AccessDenied, Limits, ObjectMissing, Store, StoreUnavailable
-from regen_dist.errors import BackendError, DataError
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectMissing, StoreUnavailable
 from tests.helpers.objects import READER, Proxied, use
 from tests.helpers.storecontract import DATA, StoreContract
+from tools.local_services.s3 import ObjectServer
 
 SECRET = "SENTINEL0123456789"
-QUICK = Limits(stall_s=0.5, deadline_s=1.0, connect_s=0.5)
+QUICK = StoreLimits(stall_s=0.5, deadline_s=1.0, connect_s=0.5)
 
 
 class TestBucket(StoreContract):
@@ -136,7 +137,7 @@ def test_no_error_shows_a_secret(
     environment = object_store.environment() | change
     use(monkeypatch, environment)
     secrets = [SECRET] + [environment[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
-    store = Store(bucket_url, Limits(stall_s=0.2, deadline_s=0.2, connect_s=0.2))
+    store = Store(bucket_url, StoreLimits(stall_s=0.2, deadline_s=0.2, connect_s=0.2))
     told = [repr(store)]
     for operation in _operations(store, tmp_path):
         with pytest.raises(error) as caught:
@@ -189,7 +190,7 @@ def test_stores_in_other_processes(bucket_url: str, start: str, expected: int) -
 def test_a_killed_upload_leaves_no_object(bucket_url: str, proxied: Proxied, tmp_path: Path, root: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(os.urandom(30 << 20))
-    code = "import sys, pathlib; from regen_dist.data.objects.store import Store; "
+    code = "import sys, pathlib; from regen_dist.data.storage.store import Store; "
     code += "Store(sys.argv[1]).put_file('a/large', pathlib.Path(sys.argv[2]))"
     with proxied() as proxy:
         proxy.add("late", "partNumber=3", seconds=60)

@@ -12,10 +12,9 @@ from uuid import uuid4
 
 import pytest
 
-from launcher.seaweed import ObjectServer
 from regen_dist.config import load_config, to_yaml
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.objects.store import Store
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, CheckpointError
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import train
@@ -25,6 +24,7 @@ from tests.helpers.processes import descendants, wait_until_gone
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
+from tools.local_services.s3 import ObjectServer
 
 STEPS, SAVE_EVERY, BATCH, SAMPLES = 16, 4, 4, 12
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import tensors
 from tests.helpers.ranks import Job, forget_moments, run_ranks, train_jobs
@@ -27,6 +27,7 @@ COMMON = {
     "engine__persistence_threshold": 500,  # so that some parameters are gathered and some stay
     "model__latent__noise_std": 0.1,
     "train__trace_samples": True,
+    "train__grad_norms_every": 1,
 }
 BF16: dict[str, Any] = {"engine__precision": "bf16", "engine__persistence_threshold": 100_000}  # here all of them stay
 PLAIN: dict[str, Any] = {"engine__kind": "plain"}
@@ -57,6 +58,15 @@ class Runs(NamedTuple):
         lines = read_record(self.folder / name / "metrics.jsonl", "train")
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
         return torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+
+    def figures(self, name: str, figure: str) -> list[float]:
+        """A figure of every step."""
+        return [line[figure] for line in read_record(self.folder / name / "metrics.jsonl", "train")]
+
+    def gradients(self, name: str) -> list[dict[str, float]]:
+        """The norm of every layer's gradient in each step."""
+        lines = read_record(self.folder / name / "metrics.jsonl", "gradients")
+        return [{key: value for key, value in line.items() if key not in ("kind", "step", "time")} for line in lines]
 
     def tensors(self, name: str, step: int = STEPS) -> dict[str, Tensor]:
         """Everything in a checkpoint, gathered: `<kind>/<parameter>` to its whole tensor."""
@@ -106,12 +116,13 @@ def _run(world_size: int, jobs: list[Job]) -> list[Any]:
 
 def _load(config: RunConfig) -> dict[str, Any]:
     """This rank's pieces of the state that a run goes on from, as numpy arrays; runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
-    from regen_dist.training.loop import Trainer
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
+    from regen_dist.training.run import build_trainer
 
     ranks = read_environment()
     with process_group(ranks, needed=True):
-        trainer = Trainer(config, ranks)
+        trainer = build_trainer(config, ranks)
         try:
             assert trainer.step == STOP
             return {name: piece.detach().clone().numpy() for name, piece in trainer.engine.pieces().items()}

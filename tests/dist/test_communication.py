@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
-from regen_dist.config.schema import RunConfig
-from regen_dist.models.accounting import account
-from regen_dist.models.communication import sent_bytes
+from regen_dist.config.embedder import RunConfig
+from regen_dist.models.flops import count_flops
+from regen_dist.models.memory import sent_bytes
 from regen_dist.models.memory import memory_bytes
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import SIDE, clips, tiny_run
@@ -66,7 +66,7 @@ def measured() -> dict[str, Measured]:
 
 def _formula(name: str) -> dict[str, int]:
     config = CASES[name].config
-    sizes = account(config.model, (SIDE, SIDE)).parameter_sizes
+    sizes = count_flops(config.model, (SIDE, SIDE)).parameter_sizes
     return sent_bytes(sizes, config.engine, world_size=WORLD_SIZE, accumulation=config.train.accumulation)
 
 
@@ -96,7 +96,7 @@ def test_what_stays_gathered_makes_the_formula_an_upper_bound(
 def test_gradients_are_kept_in_float32_beside_a_bucket(measured: dict[str, Measured]) -> None:
     """The terms of `memory_bytes` that are DeepSpeed's own buffers."""
     config = CASES["nothing_stays_bf16"].config
-    terms = memory_bytes(account(config.model, (SIDE, SIDE)), config.engine, world_size=WORLD_SIZE, clips_per_gpu=1)
+    terms = memory_bytes(count_flops(config.model, (SIDE, SIDE)), config.engine, world_size=WORLD_SIZE, clips_per_gpu=1)
     found = measured["nothing_stays_bf16"]
     assert found.gradient_bytes == pytest.approx(terms["gradients (fp32, sharded)"], rel=1e-2)
     assert found.bucket_bytes == pytest.approx(terms["gradients on their way: a bucket, and its copy"], rel=1e-2)
@@ -104,7 +104,8 @@ def test_gradients_are_kept_in_float32_beside_a_bucket(measured: dict[str, Measu
 
 def _bytes_of_a_step(cases: list[Case]) -> list[Measured]:
     """Runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
 
     ranks = read_environment()
     with process_group(ranks, needed=True):
@@ -112,8 +113,8 @@ def _bytes_of_a_step(cases: list[Case]) -> list[Measured]:
 
 
 def _measure(case: Case, ranks: Any) -> Measured:
-    from regen_dist.distributed import engine as engines
-    from regen_dist.training.tasks import build_task
+    from regen_dist.distributed import zero3 as engines
+    from regen_dist.training.registry import build_task
 
     settings = engines.deepspeed_settings
 
@@ -138,7 +139,7 @@ def _measure(case: Case, ranks: Any) -> Measured:
 def _step(engine: Any, task: Any, config: RunConfig) -> None:
     import torch
 
-    from regen_dist.data.reading.loader import ClipBatch
+    from regen_dist.data.loading.clip_loader import ClipBatch
 
     video = ((clips(1) + 1) * 127.5).to(torch.uint8)
     for index in range(config.train.accumulation):

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regen_dist.config.schema import EngineConfig, ModelConfig
+from regen_dist.config.run import EngineConfig
+from regen_dist.config.embedder import ModelConfig
 from regen_dist.config.t2v import T2VModelConfig
-from regen_dist.models.accounting import account, account_row
-from regen_dist.models.communication import exchanged_bytes
+from regen_dist.models.flops import count_flops
+from regen_dist.models.flops import count_row_flops
+from regen_dist.models.memory import exchanged_bytes
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import clips, tiny_model, tiny_t2v_model, wake
 
@@ -118,7 +120,7 @@ def test_estimate_of_activations_is_what_a_rank_keeps(measured: list[Measured]) 
     kept = [each.kept for each in measured]
     shared: dict[str, Any] = {"precision": "fp32", "sequence_parallel": 2}
     told, alone = (
-        [account(MODEL, (32, 32), **how), account_row(TEXT_MODEL, 4, (8, 8), TEXT_TOKENS, **how)]
+        [count_flops(MODEL, (32, 32), **how), count_row_flops(TEXT_MODEL, 4, (8, 8), TEXT_TOKENS, **how)]
         for how in (shared, {**shared, "sequence_parallel": 1})
     )
     assert [each.activation_bytes for each in told] == pytest.approx(kept, rel=0.02)
@@ -150,8 +152,9 @@ def test_the_group_reads_as_its_first_rank() -> None:
 
 def _compare(cases: list[Case]) -> list[Compared]:
     """Runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
-    from regen_dist.distributed.sequence import join_rows
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
+    from regen_dist.distributed.sequence_parallel import join_rows
 
     ranks = read_environment()
     with process_group(ranks, needed=True):
@@ -162,7 +165,8 @@ def _compare(cases: list[Case]) -> list[Compared]:
 def _compare_one(case: Case, rows: Any) -> Compared:
     import torch.distributed as dist
 
-    from regen_dist.models.sequence import Rows, share_rows
+    from regen_dist.models.sequence_parallel import Rows
+    from regen_dist.models.sequence_parallel import share_rows
 
     model, inputs = _model(case), _inputs(case)
     found = []
@@ -185,10 +189,11 @@ def _compare_one(case: Case, rows: Any) -> Compared:
 
 def _measure(cases: list[Case]) -> list[Measured]:
     """Runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
-    from regen_dist.distributed.sequence import join_rows
-    from regen_dist.models.counting import count_pass
-    from regen_dist.models.sequence import share_rows
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
+    from regen_dist.distributed.sequence_parallel import join_rows
+    from regen_dist.models.flops import count_pass
+    from regen_dist.models.sequence_parallel import share_rows
 
     ranks, found = read_environment(), []
     with process_group(ranks, needed=True):
@@ -220,7 +225,7 @@ def _counting(rank: int) -> Iterator[list[int]]:
 
 
 def _model(case: Case) -> Any:
-    from regen_dist.models import build_model
+    from regen_dist.models.building import build_model
 
     torch.manual_seed(0)
     model = build_model(case.model)
@@ -260,8 +265,9 @@ def _forward(model: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, int]:
 
 def _read() -> tuple[list[Any], str]:
     """What a rank is told by the first of its group; runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
-    from regen_dist.distributed.sequence import join_rows
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
+    from regen_dist.distributed.sequence_parallel import join_rows
     from regen_dist.errors import DataError
 
     ranks = read_environment()

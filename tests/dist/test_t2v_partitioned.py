@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from regen_dist.config import T2VConfig, load_config
-from regen_dist.models.accounting import account_row
+from regen_dist.config import T2VConfig
+from regen_dist.config import load_config
+from regen_dist.models.flops import count_row_flops
 from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def test_each_rank_holds_half(built: list[Built]) -> None:
     is left of the whole ones. Together they are what `regen describe` counts."""
     config = load_config(ROOT / "configs/t2v/5b.yaml", ["model.blocks=1"])
     assert isinstance(config, T2VConfig)
-    counted = account_row(config.model, *FEW_TOKENS)
+    counted = count_row_flops(config.model, *FEW_TOKENS)
     for rank in built:
         assert sorted(rank.whole.values()) == sorted(counted.parameter_sizes)
         assert {name: 2 * count for name, count in rank.shards.items()} == rank.whole
@@ -98,9 +99,10 @@ def _build_among_many(config: T2VConfig) -> dict[str, tuple[int, int]]:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from regen_dist.distributed.engine import _import_deepspeed, deepspeed_settings
+    from regen_dist.distributed.zero3 import _import_deepspeed
+    from regen_dist.distributed.zero3 import deepspeed_settings
     from regen_dist.distributed.ranks import read_environment
-    from regen_dist.models import build_model
+    from regen_dist.models.building import build_model
 
     os.environ |= {"RANK": "3", "WORLD_SIZE": str(LARGE_WORLD)}
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=LARGE_WORLD)
@@ -114,9 +116,11 @@ def _build(config: T2VConfig) -> Built:
     """Runs in the ranks."""
     import torch
 
-    from regen_dist.distributed.engine import _import_deepspeed, deepspeed_settings
-    from regen_dist.distributed.ranks import process_group, read_environment
-    from regen_dist.models import build_model
+    from regen_dist.distributed.zero3 import _import_deepspeed
+    from regen_dist.distributed.zero3 import deepspeed_settings
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
+    from regen_dist.models.building import build_model
 
     ranks = read_environment()
     with process_group(ranks, needed=True):
@@ -141,7 +145,7 @@ def _run_block(config: T2VConfig, block: Any) -> float:
     import deepspeed
     import torch
 
-    from regen_dist.models.rotary import turns
+    from regen_dist.models.attention import rotary_angles
     from regen_dist.models.t2v import token_positions
 
     frames, (h, w), text_tokens = FEW_TOKENS
@@ -149,7 +153,7 @@ def _run_block(config: T2VConfig, block: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     x, text = (torch.randn(1, count, width, generator=generator).bfloat16() for count in (4, text_tokens))
     mask = torch.ones(1, text_tokens, dtype=torch.bool)
-    positions = turns(token_positions(grid, torch.device("cpu")), width // config.model.heads)
+    positions = rotary_angles(token_positions(grid, torch.device("cpu")), width // config.model.heads)
     with torch.no_grad(), deepspeed.zero.GatheredParameters(list(block.parameters())):
         out = block(x, torch.ones(1, 6, width).bfloat16(), text, mask, positions, grid)
     assert out.shape == x.shape

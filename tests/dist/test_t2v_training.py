@@ -31,6 +31,8 @@ COMMON: dict[str, Any] = {
     "data__clips": (1, 2),
     "data__image_fraction": 0.3,
     "data__text_dropout": 0.3,
+    "diffusion__given_content": 0.3,
+    "diffusion__given_clips": 0.3,
     "train__trace_samples": True,
 }
 PLAIN: dict[str, Any] = {"engine__kind": "plain"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,23 @@ def test_two_ranks_and_one_process_give_the_same_losses(runs: Runs, precision: s
     assert len(two) == len(one) == STEPS
     torch.testing.assert_close(two, one, rtol=0, atol=tolerance)
     assert two.diff().abs().median() > 2 * tolerance
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-3), ("accumulated", 1e-3), ("images", 1e-3), ("bf16", 0.1)])
+def test_gradients_are_seen_before_they_are_cleared(runs: Runs, name: str, tolerance: float) -> None:
+    """DeepSpeed clips and clears gradients inside its step: what the hook sees is whole, averaged and not clipped. The
+    norms by layer are those of the plain engine, zeros of layers that took no part in a step of images included, and
+    their squares add up to that of DeepSpeed's own norm, which is far above what gradients are clipped to."""
+    two, one = (runs.gradients(each) for each in (name, f"plain_{name}".replace("accumulated", "short")))
+    wholes = runs.figures(name, "grad_norm")
+    assert len(two) == len(one) == len(wholes) >= SHORTER
+    for step, (ours, plain, whole) in enumerate(zip(two, one, wholes, strict=True)):
+        assert ours.keys() == plain.keys()
+        assert math.hypot(*ours.values()) == pytest.approx(whole, rel=1e-3), f"step {step + 1}"
+        for layer, norm in ours.items():
+            assert norm == pytest.approx(plain[layer], rel=tolerance, abs=tolerance * whole), f"{layer}, step {step + 1}"
+    still = [layer for norms in two for layer, norm in norms.items() if norm == 0]
+    assert bool([layer for layer in still if "motion" in layer]) == (name == "images")
 
 
 def test_weights_agree_after_20_steps(runs: Runs) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from regen_dist.config import to_yaml
-from regen_dist.evaluation.checkpoint_speed.report import STATE_BYTES, table
 from tests.helpers.ranks import run_regen
 from tests.helpers.tiny import tiny_model, tiny_run
+from tools.bench.checkpoint import STATE_BYTES, table
 
 SAVING = {"bare copy", "plain files", "ours", "torch.distributed.checkpoint", "DeepSpeed"}
 LOADING = {"plain reads", "ours", "torch.distributed.checkpoint", "DeepSpeed"}

@@ -7,12 +7,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from regen_dist.evaluation.codec_cost.sizes import Size
-from regen_dist.evaluation.codec_cost.suite import Limits, run
-from regen_dist.evaluation.codec_cost.systems import named
+from tools.bench.codec import CodecLimits, run
+from tools.bench.codec_systems import ClipSize, named
 from tools.cli import app
 
-SIZE = Size(5, 32, 32)
+SIZE = ClipSize(5, 32, 32)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return found
 
 
-def _row(facts: dict[str, object], system: str, size: Size) -> dict[str, object]:
+def _row(facts: dict[str, object], system: str, size: ClipSize) -> dict[str, object]:
     rows = facts["rows"]
     assert isinstance(rows, list)
     (row,) = (row for row in rows if row["system"] == system and row["size"] == list(size))
@@ -47,7 +46,7 @@ def test_what_a_codec_costs(facts: dict[str, object]) -> None:
 
 
 def test_what_is_counted_alone_is_not_run(facts: dict[str, object]) -> None:
-    row = _row(facts, "nano", Size(17, 32, 32))
+    row = _row(facts, "nano", ClipSize(17, 32, 32))
     assert row["decode_flops"]
     assert "decode" not in row
 
@@ -59,8 +58,8 @@ def test_what_is_not_installed_says_so(facts: dict[str, object]) -> None:
 
 def test_a_process_past_its_limits_says_so() -> None:
     """Of time, while it begins; of memory, while it makes its weights."""
-    short = Limits(seconds=0.2, gib=8, threads=1, repeats=0, precision="fp32")
+    short = CodecLimits(seconds=0.2, gib=8, threads=1, repeats=0, precision="fp32")
     assert run(short.job("measure", named("nano"), [SIZE]), short) == [{"problem": "past the limit of 0.2 s"}]
-    small = Limits(seconds=120, gib=0.5, threads=1, repeats=0, precision="fp32")
+    small = CodecLimits(seconds=120, gib=0.5, threads=1, repeats=0, precision="fp32")
     found = run(small.job("measure", named("regen_k8"), [SIZE]), small)
     assert found == [{"size": str(SIZE), "problem": "out of the memory that is allowed"}]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from regen_dist.config import to_yaml
-from regen_dist.evaluation.step_speed.report import table
 from tests.helpers.ranks import run_regen
 from tests.helpers.tiny import tiny_run, tiny_t2v
+from tools.bench.step import table
 
 
 @pytest.fixture

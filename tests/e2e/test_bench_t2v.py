@@ -9,19 +9,15 @@ from pathlib import Path
 import torch
 
 from regen_dist.config import to_yaml
-from regen_dist.config.schema import DataConfig
+from regen_dist.config.run import DataConfig
 from regen_dist.config.t2v import LatentDataConfig
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.reading.latent_batches import read_entry
-from regen_dist.data.reading.latents import LatentSet
-from regen_dist.data.reading.training_set import TrainingSet
-from regen_dist.evaluation.t2v_speed.feeding import encoding, texts_of
-from regen_dist.evaluation.t2v_speed.prepare import prepare
-from regen_dist.evaluation.t2v_speed.report import table
-from regen_dist.evaluation.t2v_speed.suite import CACHE, ENCODER, MEMORY, READER
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.loading.datasets import LatentSet, TrainingSet
+from regen_dist.data.loading.latent_loader import read_entry
 from regen_dist.inference.encoder import FrozenEncoder
 from tests.helpers.ranks import run_regen
 from tests.helpers.tiny import tiny_run, tiny_t2v
+from tools.bench.t2v import CACHE, ENCODER, MEMORY, READER, encoding, prepare, table, texts_of
 
 VIDEOS, SIDE, CLIPS = 6, 32, 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regen_dist.data.making.shape_captions import WORDINGS, caption, parse_caption
+from regen_dist.data.synthetic.shapes import WORDINGS, caption, parse_caption
 from tests.unit.data.making.test_synthetic import EVERYTHING
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.inspection.checking import verify_dataset
-from regen_dist.data.making.build import build_shards
-from regen_dist.data.making.foreign import index_tars
-from regen_dist.data.making.synthetic import build_synthetic
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.foreign import index_tars
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.inspect.check import verify_dataset
+from regen_dist.data.synthetic.dataset import build_synthetic
 from tests.helpers.builds import OPTIONS, objects, write_sources
 from tests.helpers.foreign import change, write_shards
 from tests.helpers.video import moving_square, write_video

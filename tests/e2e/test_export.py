@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from regen_dist.checkpoint.export import model_with
 from regen_dist.config import RunConfig, load_saved_config, to_yaml
-from regen_dist.data.reading.loader import clip_batches
-from regen_dist.data.reading.training_set import TrainingSet
-from regen_dist.distributed.plain import PlainEngine
+from regen_dist.data.loading.clip_loader import clip_batches
+from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.distributed.ranks import Ranks
+from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import SourceVideo
 from regen_dist.observe.record import read_record
-from regen_dist.training.tasks import build_task
+from regen_dist.training.registry import build_task
 from tests.helpers.checkpoints import newest, tensors
 from tests.helpers.ranks import run_regen
 from tests.helpers.tiny import tiny_dataset, tiny_run

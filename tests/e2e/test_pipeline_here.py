@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from launcher.job import newest_job
-from launcher.waiting import is_alive
+from launcher.submit import is_alive
 from regen_dist.config import to_yaml
 from tests.helpers.launching import Submitter, attempts, held, losses, told, wait_until, whys
 from tests.helpers.tiny import tiny_dataset, tiny_run

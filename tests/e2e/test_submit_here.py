@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launcher.job import newest_job
-from launcher.waiting import is_alive
+from launcher.submit import is_alive
 from regen_dist.config import to_yaml
 from tests.helpers.launching import (
     Submitter,

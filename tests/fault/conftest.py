@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from regen_dist.config import to_yaml
-from regen_dist.data.making.build import build_shards
+from regen_dist.data.build.build import build_shards
 from regen_dist.observe.record import read_record
 from tests.helpers.builds import OPTIONS, write_sources
 from tests.helpers.commands import run_regen_ranks

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from regen_dist.config import to_yaml
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import Sample
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.index import Sample
 from regen_dist.observe.record import read_record
 from tests.helpers.commands import run_regen_ranks, said
 from tests.helpers.tiny import tiny_dataset, tiny_run

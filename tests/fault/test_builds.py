@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.data.making.build import build_shards
-from regen_dist.data.making.foreign import index_tars
-from regen_dist.data.making.moving_shapes import SyntheticOptions
-from regen_dist.data.making.plan import BuildOptions
-from regen_dist.data.making.synthetic import build_synthetic
-from regen_dist.data.objects.store import Store
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.foreign import index_tars
+from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.storage.store import Store
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from tests.helpers.builds import FLAGS, PARTS, objects, run_builds, start_build, wait_for, write_sources
 from tests.helpers.foreign import numbered, write_tar
 from tests.helpers.processes import descendants, wait_until_gone
@@ -88,7 +88,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(sources:
         import sys
         from dataclasses import replace
         from pathlib import Path
-        from regen_dist.data.making.build import build_shards
+        from regen_dist.data.build.build import build_shards
         from tests.helpers.builds import PARTS
 
         try:

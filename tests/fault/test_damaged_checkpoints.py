@@ -10,7 +10,7 @@ import pytest
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.shards import shard_name
-from regen_dist.data.objects.store import Limits
+from regen_dist.data.storage.connection import StoreLimits
 from tests.fault.conftest import SAVE_EVERY, STEPS, losses
 from tests.helpers.checkpoints import folder_of, newest
 from tests.helpers.commands import run_regen_ranks, said
@@ -59,7 +59,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Damage, ...]
         save_checkpoint(folder, step, small_state(float(step)), ranks=2)
     damages = [(damage,) for damage in _damages(folder.store.list())]
     damages += [tuple(together) for together in NO_LONGER_GOOD.values()]
-    told = run_ranks(ask, 2, folder.url, [Case(each) for each in [(), *damages]], Limits())
+    told = run_ranks(ask, 2, folder.url, [Case(each) for each in [(), *damages]], StoreLimits())
     assert [each[0].step for each in told] == [NEWEST, NEWEST], "nothing is wrong with it"
     assert told[0][0].said == told[1][0].said == []
     return dict(zip(damages, zip(told[0][1:], told[1][1:], strict=True), strict=True))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.manifest import MANIFEST
-from regen_dist.data.inspection.checking import verify_dataset
-from regen_dist.data.making.foreign import index_name, index_tars
+from regen_dist.data.build.foreign import index_name, index_tars
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.manifest import MANIFEST
+from regen_dist.data.inspect.check import verify_dataset
 from regen_dist.errors import DataError
 from tests.helpers.foreign import change, write_shards
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from regen_dist.data.reading.cache import DiskCache
+from regen_dist.data.loading.cache import DiskCache
 from tests.unit.data.reading.test_cache import BLOCK, occupied, recorded
 
 HAMMER = """
 import hashlib, random, sys
-from regen_dist.data.reading.cache import DiskCache
+from regen_dist.data.loading.cache import DiskCache
 disk, seed = DiskCache(sys.argv[1], int(sys.argv[2])), int(sys.argv[3])
 generator, wrong = random.Random(seed), 0
 for turn in range(1500):
@@ -33,7 +33,7 @@ print(wrong, disk.hits, disk.evicted, disk.failures)
 
 STALLED = """
 import os, sys, time
-from regen_dist.data.reading.cache import DiskCache
+from regen_dist.data.loading.cache import DiskCache
 disk, write = DiskCache(sys.argv[1], int(sys.argv[2])), os.write
 def half(descriptor, view):
     write(descriptor, view[: len(view) // 2])

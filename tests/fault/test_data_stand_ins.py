@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from regen_dist.config.schema import DataConfig
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import Sample
+from regen_dist.config.run import DataConfig
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.index import Sample
 from regen_dist.errors import DataError
 from tests.helpers.dataconfigs import single
 from tests.helpers.workers import read

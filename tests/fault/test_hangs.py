@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local import launch
-from regen_dist.config.keeping import HangConfig
+from launcher.supervise import launch
+from regen_dist.config.run import HangConfig
 from regen_dist.observe.heartbeat import beat_path, parse_beat, read_text
 from tests.helpers.processes import runs
 from tests.helpers.ranks import start_regen, wait_for_step
@@ -32,8 +32,8 @@ OVER_S = CONFIG.limit_s + 2 * 1.4 + 6.0
 RANK = """
 import os, sys, time
 from pathlib import Path
-from regen_dist.config.keeping import HangConfig
-from regen_dist.observe.watchdog import Watchdog
+from regen_dist.config.run import HangConfig
+from regen_dist.observe.hang_detector import Watchdog
 
 rank, run, steps = int(os.environ["RANK"]), Path(os.environ["RUN"]), 1000
 

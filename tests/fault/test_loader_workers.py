@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.config.schema import DataConfig
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.reading import loader
-from regen_dist.data.reading.clips import ClipReader, decoding
+from regen_dist.config.run import DataConfig
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.loading import clip_loader
+from regen_dist.data.loading.clip_loader import ClipReader, decoding
 from regen_dist.errors import DataError
 from tests.helpers.processes import wait_until_gone
 from tests.helpers.workers import start, worker_ids
@@ -76,7 +76,7 @@ def test_a_worker_that_dies_names_what_it_was_decoding(config: DataConfig) -> No
 )
 def test_what_is_said_of_the_dead(config: DataConfig, note: list[int], words: str) -> None:
     dataset = open_dataset(config.url or "")
-    said = loader._obituary([7], torch.tensor([[6, 0, 1], note]), (dataset,))
+    said = clip_loader._obituary([7], torch.tensor([[6, 0, 1], note]), (dataset,))
     assert words.format(name=dataset.sample(3).name) in said
     assert dataset.sample(1).name not in said, "that one lives"
 
@@ -103,7 +103,7 @@ class _Ended:
 )
 def test_who_is_dead(error: Exception, dead: list[int]) -> None:
     """A batch that a dead worker can no longer hand over breaks the connection before its death is known."""
-    assert loader._dead_workers(error, SimpleNamespace(_workers=[_Ended()])) == dead
+    assert clip_loader._dead_workers(error, SimpleNamespace(_workers=[_Ended()])) == dead
 
 
 def test_a_loader_that_is_closed_ends_its_workers(config: DataConfig) -> None:
@@ -135,7 +135,7 @@ def test_a_cache_that_cannot_be_used_is_one_clear_error(config: DataConfig, tmp_
 
 _SMALL_SHARED_MEMORY = """
 import sys
-from regen_dist.config.schema import DataConfig
+from regen_dist.config.embedder import DataConfig
 from regen_dist.errors import DataError
 from tests.helpers.workers import read
 
@@ -171,9 +171,9 @@ def test_too_little_shared_memory_is_one_clear_error(dataset_folder: Path, scrip
 
 _KILLED = """
 import os, signal, sys
-from regen_dist.config.schema import DataConfig
-from regen_dist.data.reading.loader import clip_batches
-from regen_dist.data.reading.training_set import TrainingSet
+from regen_dist.config.embedder import DataConfig
+from regen_dist.data.loading.clip_loader import clip_batches
+from regen_dist.data.loading.datasets import TrainingSet
 
 if __name__ == "__main__":
     config = DataConfig(url=sys.argv[1], size=(32, 40), workers=2)

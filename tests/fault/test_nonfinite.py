@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import folder_of, tensors
 from tests.helpers.ranks import Job, run_ranks, train_jobs

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from regen_dist.config.preencode import load_preencode_config
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.making.moving_shapes import SyntheticOptions
-from regen_dist.data.making.synthetic import build_synthetic
-from regen_dist.data.objects.store import Store
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.storage.store import Store
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.inference.preencode import preencode
 from regen_dist.models.text import make_small_encoder
 from tests.helpers.builds import objects, wait_for

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import folder_of, newest
 from tests.helpers.comeback import assert_equal, ending, first_lines, small_run, train

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.observe.record import read_record
 from tests.fault.conftest import losses
 from tests.helpers.checkpoints import folder_of, newest
@@ -56,11 +56,11 @@ def _rewrite(patch: pytest.MonkeyPatch, script: Script, rank: int) -> None:
     from regen_dist.checkpoint.saver import Saver
     from regen_dist.training.loop import Trainer
 
-    train_step, build = Trainer._train_step, Saver.__init__
+    train_step, build = Trainer.train_step, Saver.__init__
 
-    def step(self: Trainer, lr: float) -> Any:
-        found = train_step(self, lr)
-        if script.at_stop is not None and (self.step + 1, rank) == (STOP, script.at_stop[0]):
+    def step(self: Trainer) -> Any:
+        found = train_step(self)
+        if script.at_stop is not None and (self.step, rank) == (STOP, script.at_stop[0]):
             os.kill(os.getpid(), script.at_stop[1])
         return found
 
@@ -77,7 +77,7 @@ def _rewrite(patch: pytest.MonkeyPatch, script: Script, rank: int) -> None:
 
         self._phase = phase
 
-    patch.setattr(Trainer, "_train_step", step)
+    patch.setattr(Trainer, "train_step", step)
     patch.setattr(Saver, "__init__", slow)
 
 

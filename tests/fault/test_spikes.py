@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.errors import RegenError
 from regen_dist.observe.record import read_record
 from tests.fault.conftest import losses
@@ -62,7 +62,7 @@ def _rewrite(patch: pytest.MonkeyPatch, script: Script, rank: int) -> None:
     from regen_dist.training import embedder, loop
     from regen_dist.training.embedder import EmbedderTask
 
-    clip_batches, clean_loss, went_back = embedder.clip_batches, EmbedderTask.loss, loop.Trainer._went_back
+    clip_batches, clean_loss, went_back = embedder.clip_batches, EmbedderTask.loss, loop.Trainer._roll_back
     place = 0
 
     def batches(data: Any, *, cursor: int, **others: Any) -> Generator[Any]:
@@ -81,15 +81,14 @@ def _rewrite(patch: pytest.MonkeyPatch, script: Script, rank: int) -> None:
             return found._replace(value=found.value + torch.inf)
         return found
 
-    def going_back(self: loop.Trainer, spike: Any) -> bool:
-        gone = went_back(self, spike)
-        if gone and script.killed:
+    def going_back(self: loop.Trainer, spike: Any) -> None:
+        went_back(self, spike)
+        if script.killed:
             os.kill(os.getpid(), signal.SIGKILL)
-        return gone
 
     patch.setattr(embedder, "clip_batches", batches)
     patch.setattr(EmbedderTask, "loss", loss)
-    patch.setattr(loop.Trainer, "_went_back", going_back)
+    patch.setattr(loop.Trainer, "_roll_back", going_back)
 
 
 class Made(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from tests.helpers.checkpoints import folder_of, newest
 from tests.helpers.comeback import Ending, assert_equal, ending, first_lines, small_run, undisturbed
 from tests.helpers.ranks import start_ranks

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from regen_dist.data.making.plan import BuildOptions
-from regen_dist.data.objects.store import Store
+from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.storage.store import Store
 from tests.helpers.video import moving_square, write_video
 
 OPTIONS = BuildOptions(segment_seconds=1.5, short_side=48, crf=20, samples_per_shard=4, min_frames=20)

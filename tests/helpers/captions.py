@@ -5,8 +5,17 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from regen_dist.data.making.shape_captions import WORDINGS, caption
-from regen_dist.data.making.shapes import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, Attributes
+from regen_dist.data.synthetic.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    WORDINGS,
+    Attributes,
+    caption,
+)
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.reader import newest_good
 from regen_dist.checkpoint.shards import shard_name
 
@@ -21,7 +21,7 @@ def folder_of(run: Path) -> CheckpointFolder:
     return CheckpointFolder(run / "checkpoints")
 
 
-def newest(run: Path) -> Manifest:
+def newest(run: Path) -> CheckpointManifest:
     """The checkpoint that a run would go on from; fails when there is none."""
     manifest = newest_good(folder_of(run), checksums=True)
     assert manifest is not None, f"{run} has no checkpoint"
@@ -45,12 +45,12 @@ def write_checkpoint(
     state: dict[str, Any] | None = None,
     metrics: dict[str, float] | None = None,
     rollbacks: Sequence[int] = (),
-) -> Manifest:
+) -> CheckpointManifest:
     """Commit a checkpoint of one rank, without a training run. Returns its manifest."""
     folder = folder_of(run)
     folder.begin(step)
     facts = folder.write_shard(step, shard_name(0, 1), pieces)
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=step, samples=4 * step, config_hash="hash", version="0.0.0",
         topology={"world_size": 1, "engine": "plain", "precision": "fp32"}, state=state or {}, metrics=metrics or {},
         rollbacks=list(rollbacks), shapes=shapes,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import tensors
 from tests.helpers.ranks import run_ranks

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.reader import newest_good
-from regen_dist.data.objects.store import Limits, Store
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.store import Store
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.errors import RegenError
 
@@ -54,7 +55,7 @@ class Answer(NamedTuple):
     seconds: float
 
 
-def ask(url: str, cases: Sequence[Case], limits: Limits) -> list[Answer]:
+def ask(url: str, cases: Sequence[Case], limits: StoreLimits) -> list[Answer]:
     """What a rank of `run_ranks` does: look for the newest whole checkpoint in each case. The damages are undone after
     each."""
     ranks = read_environment()
@@ -62,7 +63,7 @@ def ask(url: str, cases: Sequence[Case], limits: Limits) -> list[Answer]:
         return [_asked_about(url, case, limits, ranks) for case in cases]
 
 
-def _asked_about(url: str, case: Case, limits: Limits, ranks: Ranks) -> Answer:
+def _asked_about(url: str, case: Case, limits: StoreLimits, ranks: Ranks) -> Answer:
     store = Store(url)
     whole: dict[str, bytes] = {}
     if ranks.is_main:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regen_dist.config.schema import DataConfig, ReadConfig
-from regen_dist.data.making.moving_shapes import SyntheticOptions
-from regen_dist.data.making.synthetic import build_synthetic
+from regen_dist.config.run import DataConfig, ReadConfig
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 
 SIZES = ((32, 48), (48, 32), (32, 32))
 

@@ -23,3 +23,21 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def make_read_only(disk: Path) -> None:
+    """Let a disk of `small_disk` take nothing more. No file on it may be open for writing."""
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave no byte free on a disk; returns the file that takes the room, which may be deleted."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for size in (2**16, 2**12, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+    return ballast

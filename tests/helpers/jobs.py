@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster import ClusterConfig
-from launcher.history import End, Start, Why, write_entry
-from launcher.job import ID_FILE, Job, Progress, Task, write_job
+from launcher.job import ID_FILE, JobTask, Progress, Submission, write_job
+from launcher.retry import End, Start, Why, write_entry
 from regen_dist.config.files import write_text_atomically
 from regen_dist.observe.heartbeat import Beat, beat_path, write_beat
 
@@ -22,22 +22,22 @@ LOCAL = ClusterConfig(kind="local")
 
 def made_job(
     base: Path,
-    tasks: Sequence[Task] | None = None,
+    tasks: Sequence[JobTask] | None = None,
     *,
     steps: int | None = 100,
     cluster: ClusterConfig = SLURM,
     job_id: str | None = "12",
     submitted: float = SUBMITTED,
     checkpoints: str | None = None,
-) -> Job:
+) -> Submission:
     """A submission in `base`: of a training of `steps` steps, or of a command, or of some tasks."""
     progress = Progress(checkpoints=checkpoints or str(base / "checkpoints"), steps=steps) if steps else None
     command = ("train", "--", str(base / "launch" / "config.yaml")) if steps else ("shards", "verify", "x")
-    chosen = tuple(tasks or [Task(name=base.name, folder=base, command=command, progress=progress)])
+    chosen = tuple(tasks or [JobTask(name=base.name, folder=base, command=command, progress=progress)])
     folder = base / "launch" / f"2026-{submitted:.0f}"
     code = base / "launch" / "code" / "0123"
     code.mkdir(parents=True, exist_ok=True)
-    job = Job(
+    job = Submission(
         name=base.name, kind="train" if steps else "run", cluster=cluster, cluster_name=cluster.kind, tasks=chosen,
         distributed=bool(steps), folder=folder, workdir=base, code=code, submitted=submitted,
     )  # fmt: skip
@@ -47,21 +47,21 @@ def made_job(
     return job
 
 
-def array_tasks(base: Path, count: int) -> list[Task]:
+def array_tasks(base: Path, count: int) -> list[JobTask]:
     """Commands of an array."""
     return [
-        Task(name=f"{base.name}[{n}]", folder=base / "tasks" / f"{n:05d}", command=("shards", "verify", str(n)))
+        JobTask(name=f"{base.name}[{n}]", folder=base / "tasks" / f"{n:05d}", command=("shards", "verify", str(n)))
         for n in range(count)
     ]
 
 
-def started(task: Task, *, at: float = SUBMITTED + 10, step: int | None = 0, job: str = "12") -> None:
+def started(task: JobTask, *, at: float = SUBMITTED + 10, step: int | None = 0, job: str = "12") -> None:
     """A start, in its history."""
     start = Start(job=job, restart=0, nodes=(socket.gethostname(),), step=step, time=at)
     write_entry(task.launch, start)
 
 
-def ended(task: Task, why: Why, *, again: bool = False, at: float = SUBMITTED + 20, text: str = "") -> None:
+def ended(task: JobTask, why: Why, *, again: bool = False, at: float = SUBMITTED + 20, text: str = "") -> None:
     """The end of the newest start."""
     code = 0 if why == "done" else 75
     write_entry(task.launch, End(why=why, code=code, text=text or why, again=again, time=at))

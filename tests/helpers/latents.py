@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regen_dist.data.dataset.index import Described
-from regen_dist.data.dataset.latents import LATENT_EXTENSION, NULL_TEXT, pack_latents, pack_null_text
-from regen_dist.data.dataset.manifest import write_manifest
-from regen_dist.data.dataset.writing import Limits, NewSample, ShardWriter, index_name
-from regen_dist.data.objects.store import Store
-from regen_dist.inference.statistics import LatentSpread, LatentStatistics
-from regen_dist.models import Latents
+from regen_dist.data.format.index import SampleFacts
+from regen_dist.data.format.latents import LATENT_EXTENSION, NULL_TEXT, pack_latents, pack_null_text
+from regen_dist.data.format.manifest import write_manifest
+from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
+from regen_dist.data.storage.store import Store
+from regen_dist.inference.latent_space import LatentSpread, LatentStatistics
+from regen_dist.models.encoder import Latents
 
 _COLOURS = ("red", "green", "blue", "yellow")
 _STEM = "latents-000000"
@@ -50,12 +50,12 @@ def write_cache(
     counts = list(islice(cycle([clips] if isinstance(clips, int) else clips), videos))
     sizes = list(islice(cycle([size] if isinstance(size[0], int) else size), videos))
     spreads: dict[str, LatentSpread] = {}
-    with ShardWriter(store, _STEM, Limits(samples=4)) as writer:
+    with ShardWriter(store, _STEM, ShardLimits(samples=4)) as writer:
         for number, (n, (height, width)) in enumerate(zip(counts, sizes, strict=True)):  # type: ignore[misc]
             content, motion = _latents(generator, n, channels, height // 8, width // 8)
             _count(spreads, content, motion)
             text = None if text_width is None else _normal(generator, 2 + number % 3, text_width)
-            described = Described(
+            described = SampleFacts(
                 max(1, n * (k + 1)), height, width, 8.0, f"video-{number}.mp4", f"a {_COLOURS[number % 4]} square"
             )
             data = pack_latents(content, motion, text, {"frames_left_out": "0"})

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.history import Attempt, read_history
-from launcher.job import Job, newest_job
+from launcher.job import Submission, newest_job
+from launcher.retry import Attempt, read_history
 from regen_dist.observe.heartbeat import beat_path, parse_beat, read_text
 from regen_dist.observe.record import read_record
 
@@ -33,7 +33,7 @@ class Submitter:
             capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
 
-    def job(self, base: Path, *arguments: object) -> Job:
+    def job(self, base: Path, *arguments: object) -> Submission:
         """Submit, and find the submission in the folder that it belongs to."""
         ended = self(*arguments)
         assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from launcher.seaweed import Identity, ObjectServer
 from tests.helpers.proxy import FaultProxy
+from tools.local_services.s3 import Identity, ObjectServer
 
 READER = Identity("reader", actions=("Read", "List"))
 _PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")

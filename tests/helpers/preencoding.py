@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from regen_dist.config.preencode import PreencodeConfig
-from regen_dist.data.dataset.index import Described
-from regen_dist.data.dataset.manifest import write_manifest
-from regen_dist.data.dataset.writing import Limits, NewSample, ShardWriter, index_name
-from regen_dist.data.objects.store import Store
+from regen_dist.data.format.index import SampleFacts
+from regen_dist.data.format.manifest import write_manifest
+from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
+from regen_dist.data.storage.store import Store
 from tests.helpers.video import moving_square, write_video
 
 FPS = 8
@@ -57,7 +57,7 @@ def _word(word: str) -> Tensor:
 def write_videos(folder: Path, videos: Sequence[Video], *, samples_per_shard: int = 3) -> Path:
     """A dataset of them: keys video-0, video-1, and so on."""
     store = Store(folder / "shards")
-    with ShardWriter(store, "part", Limits(samples=samples_per_shard)) as writer:
+    with ShardWriter(store, "part", ShardLimits(samples=samples_per_shard)) as writer:
         for number, video in enumerate(videos):
             writer.add(_sample(folder, number, video))
     write_manifest(store, [index_name("part", number) for number in range(writer.shards)], "synthetic", {})
@@ -69,7 +69,7 @@ def _sample(folder: Path, number: int, video: Video) -> NewSample:
     if not video.damaged:
         frames = moving_square(video.frames, video.height, video.width, seed=number)
         data = write_video(folder / "made" / f"{number}.mp4", frames, fps=FPS).read_bytes()
-    described = Described(video.said or video.frames, video.height, video.width, FPS, f"{number}.mp4", video.caption)
+    described = SampleFacts(video.said or video.frames, video.height, video.width, FPS, f"{number}.mp4", video.caption)
     return NewSample(f"video-{number}", data, described)
 
 

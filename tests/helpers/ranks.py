@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.local import rank_environment, rank_environments
+from launcher.supervise import rank_environment, rank_environments
 from regen_dist.config import AnyRunConfig
 from regen_dist.data.pool import end_with_parent
 from regen_dist.observe.record import read_record
@@ -239,8 +239,8 @@ def train_jobs(jobs: Sequence[Job]) -> list[Any]:
 
 
 def _starting_masters(config: AnyRunConfig, ranks: Any) -> dict[str, Any]:
-    from regen_dist.distributed.engine import build_engine
-    from regen_dist.training.tasks import build_task
+    from regen_dist.distributed.zero3 import build_engine
+    from regen_dist.training.registry import build_task
 
     engine = build_engine(config, ranks, build_task(config, ranks.device).build)
     return {name: master.detach().clone().numpy() for name, master in engine.named_masters()}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.shards import shard_name
 from regen_dist.config import AnyRunConfig, RunConfig, config_hash, save_config
 from regen_dist.distributed.ranks import chunk
-from regen_dist.models import build_model
+from regen_dist.models.building import build_model
 from tests.helpers.checkpoints import KINDS
 from tests.helpers.tiny import tiny_run, wake
 
@@ -27,10 +27,10 @@ def save_checkpoint(
     ranks: int = 1,
     digest: str = "hash",
     metrics: dict[str, float] | None = None,
-) -> Manifest:
+) -> CheckpointManifest:
     """Commit a checkpoint: `<kind>/<parameter>` to whole tensors, cut up as `ranks` ranks hold them."""
     shapes = {key.split("/", 1)[1]: list(tensor.shape) for key, tensor in state.items()}
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=step,
         samples=4 * step,
         config_hash=digest,

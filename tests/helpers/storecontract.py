@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.data.objects.store import Store
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError, ObjectCut, ObjectMissing
 
 DATA = bytes(range(256)) * 400  # 102,400 bytes

@@ -10,11 +10,10 @@ import torch
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import RunConfig, T2VConfig, config_hash, save_config
-from regen_dist.data.dataset.latents import TextEmbedding
+from regen_dist.data.format.latents import TextEmbedding
 from regen_dist.inference.encoder import FrozenEncoder
-from regen_dist.inference.space_files import LatentSpace
-from regen_dist.inference.statistics import LatentSpread, LatentStatistics
-from regen_dist.models import Latents
+from regen_dist.inference.latent_space import LatentSpace, LatentSpread, LatentStatistics
+from regen_dist.models.encoder import Latents
 from tests.helpers.latents import write_cache
 from tests.helpers.preencoding import StandInText
 from tests.helpers.saved import model_state, save_checkpoint

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from regen_dist.config.schema import ModelConfig, RunConfig
+from regen_dist.config.embedder import ModelConfig, RunConfig
 from regen_dist.config.t2v import T2VConfig, T2VModelConfig
-from regen_dist.data.making.build import build_shards
-from regen_dist.data.making.plan import BuildOptions
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.plan import BuildOptions
 from tests.helpers.video import moving_square, write_video
 
 SIDE = 32

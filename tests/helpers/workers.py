@@ -7,9 +7,9 @@ from itertools import islice
 from multiprocessing import forkserver
 from typing import Any
 
-from regen_dist.config.schema import DataConfig
-from regen_dist.data.reading.loader import ClipBatch, clip_batches
-from regen_dist.data.reading.training_set import TrainingSet
+from regen_dist.config.run import DataConfig
+from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
+from regen_dist.data.loading.datasets import TrainingSet
 
 
 def forget_environment() -> None:

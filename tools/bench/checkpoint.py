@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
+from uuid import uuid4
 
 import typer
 
+from launcher.supervise import die_with, launch
+from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.config import load_config, save_config
+from regen_dist.data.storage.store import Store
+from regen_dist.distributed.environment import without_ranks
+from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
 from regen_dist.jsontext import json_text
-from tools.shards.stopping import stopping_cleanly
+from regen_dist.observe.record import read_record
+from regen_dist.programs import python, regen
+from tools.bench import checkpoint_cases
+from tools.bench.checkpoint_cases import Saving, saving
+from tools.bench.common import Figure, spread
+from tools.local_services.s3 import start_store
+from tools.shards.progress import stopping_cleanly
 
 _CLIPS = 32
 
@@ -38,12 +58,10 @@ def checkpoint(
     from rich.console import Console
 
     from regen_dist.config import config_hash, load_embedder_config
-    from regen_dist.config.worldsize import clips_per_rank
-    from regen_dist.data.making.moving_shapes import SyntheticOptions
-    from regen_dist.data.making.synthetic import build_synthetic
-    from regen_dist.evaluation.checkpoint_speed.report import table
+    from regen_dist.config.identity import clips_per_rank
+    from regen_dist.data.synthetic.dataset import build_synthetic
+    from regen_dist.data.synthetic.shapes import SyntheticOptions
     from regen_dist.observe.hardware import describe_machine
-    from tools.bench.checkpoint_rounds import Bench, sections
 
     console = Console(stderr=True)
     own = [*(overrides or []), "train.log_every=1", "data.validation_url=null", "checkpoint.url=null"]
@@ -54,7 +72,7 @@ def checkpoint(
     facts |= {"ranks": ranks, "rounds": rounds, "repeats": repeats, "reads": "warm page cache"}
     out.mkdir(parents=True, exist_ok=True)
     with stopping_cleanly(), TemporaryDirectory(dir=out, prefix=".work-") as work:
-        bench = Bench(config, tuple(own), ranks, repeats, Path(work), console.print)
+        bench = CheckpointBench(config, tuple(own), ranks, repeats, Path(work), console.print)
         build_synthetic(
             bench.clips, SyntheticOptions(number=_CLIPS, seed=0, frames=2 * base.model.num_frames, samples_per_shard=16)
         )
@@ -67,3 +85,351 @@ def checkpoint(
     (out / "checkpoint.md").write_text(table(facts), encoding="utf-8")
     print(table(facts))
     console.print(f"written: {out / 'checkpoint.json'}, {out / 'checkpoint.md'}")
+
+
+# From what was measured to the figures of `regen bench checkpoint`, and their Markdown table.
+#
+# Everything is in seconds, so a ratio says how many times as long something takes; each is formed within a round, and
+# the median stands beside the least and the most.
+
+BLOCKED_TARGET = 0.05  # of one step, beside one bare copy of the state
+STATE_BYTES = 16  # a parameter: master weight, moving average and two moments in float32
+_HEAD = ["| measured | figure | ratio (lowest to highest) | target |", "| --- | ---: | ---: | ---: |"]
+_AGAINST = {"save": "plain files", "load": "plain reads"}
+_IN_BUCKET = {"save": "bucket: plain objects", "load": "bucket: plain gets"}
+_CHOSEN = "ours, from choosing to loaded, "
+LACKS = {
+    "torch.distributed.checkpoint": "no checksums, so a flipped byte is loaded; files are synced and its metadata is "
+    "written last, but nothing says which step to go on from; loads at any number of ranks",
+    "DeepSpeed": "without the moving average (12 bytes a parameter); no checksums; files are not synced, and `latest` "
+    "is written before all ranks are done; loads at the same number of ranks alone",
+}
+Turns = list[dict[str, Any]]
+
+
+def figure(values: Sequence[float]) -> dict[str, Any]:
+    """Median, both ends, and every value."""
+    return {**spread(values), "values": list(values)}
+
+
+def state_section(parameters: int, written_bytes: int, files: int) -> dict[str, Any]:
+    """Bytes written beside the state's size."""
+    state = STATE_BYTES * parameters
+    return {
+        "parameters": parameters,
+        "state_bytes": state,
+        "written_bytes": written_bytes,
+        "files": files,
+        "ratio": written_bytes / state,
+    }
+
+
+def training_section(
+    asynchronous: Sequence[Saving], synchronous: Sequence[Saving], copies_s: Sequence[float]
+) -> dict[str, Any]:
+    """What saving costs a run, one `Saving` and one bare copy of the state a round."""
+    rounds = list(zip(asynchronous, copies_s, strict=True))
+    beside = [(run, save) for run in asynchronous for save in run.saves if save.beside]
+    return {
+        "target": f"standing still at most {BLOCKED_TARGET:.0%} of one step and one copy of the state",
+        "step_s": figure([value for run in (*asynchronous, *synchronous) for value in run.quiet_s]),
+        "copy_s": figure(copies_s),
+        "asynchronous": {
+            **_told(asynchronous),
+            "first_blocked_s": figure([run.first_blocked_s for run in asynchronous]),
+            "still_of_step": figure([save.still_s / run.step_s for run, _ in rounds for save in run.saves]),
+            "allowed_of_step": figure([_allowed_s(run, copy_s) / run.step_s for run, copy_s in rounds]),
+            "still_of_allowed": figure(
+                [save.still_s / _allowed_s(run, copy_s) for run, copy_s in rounds for save in run.saves]
+            ),
+            "steps_beside": figure([save.beside for run in asynchronous for save in run.saves]),
+            "step_beside_of_step": figure([save.beside_s / save.beside / run.step_s for run, save in beside] or [1.0]),
+        },
+        "synchronous": _told(synchronous),
+        "asynchronous_of_synchronous": figure(
+            [_cost(one) / _cost(other) for one, other in zip(asynchronous, synchronous, strict=True)]
+        ),
+    }
+
+
+def _told(runs: Sequence[Saving]) -> dict[str, Any]:
+    def each(value: Any) -> dict[str, Any]:
+        return figure([value(run, save) for run in runs for save in run.saves])
+
+    def of(name: str) -> dict[str, Any]:
+        return each(lambda run, save: getattr(save, name))
+
+    return {
+        "blocked_s": of("blocked_s"),
+        "still_s": of("still_s"),
+        "seconds": of("seconds"),
+        "cost_s": each(lambda run, save: run.cost_s(save)),
+        "cost_of_step": each(lambda run, save: run.cost_s(save) / run.step_s),
+    }
+
+
+def _allowed_s(run: Saving, copy_s: float) -> float:
+    return BLOCKED_TARGET * run.step_s + copy_s
+
+
+def _cost(run: Saving) -> float:
+    return median(run.cost_s(save) for save in run.saves)
+
+
+def cases_section(kind: str, cases: Mapping[str, Turns]) -> dict[str, Any]:
+    """Seconds and bytes of each way to save or to load, and each beside the plain files; a bucket's beside its own.
+
+    Args:
+        kind: "save" or "load".
+        cases: the turns of each.
+    """
+    found: dict[str, Any] = {"against": _AGAINST[kind], "cases": {}, "ratios": {}}
+    for name, turns in cases.items():
+        extra = {fact: figure([turn["facts"][fact] for turn in turns]) for fact in turns[0]["facts"]}
+        seconds = figure([turn["seconds"] for turn in turns])
+        found["cases"][name] = {"seconds": seconds, "bytes": median(turn["amount"] for turn in turns), **extra}
+        base = _IN_BUCKET[kind] if name.startswith("bucket") else _AGAINST[kind]
+        if name != base:
+            found["ratios"][name] = times_as_long(turns, cases[base])
+    if kind == "load":
+        whole = [cases[f"{_CHOSEN}{how}"] for how in ("checksums verified", "sizes compared")]
+        found["checksums_add_s"] = figure([a["seconds"] - b["seconds"] for a, b in zip(*whole, strict=True)])
+    return found
+
+
+def times_as_long(turns: Turns, others: Turns) -> dict[str, Any]:
+    """How many times as long `turns` take as `others`, round by round."""
+    return figure([turn["seconds"] / other["seconds"] for turn, other in zip(turns, others, strict=True)])
+
+
+def table(facts: Mapping[str, Any]) -> str:
+    """All figures, and what the others do not do."""
+    state = facts["state"]
+    size = f"{state['state_bytes'] / 1e6:.0f} MB"
+    rows = [
+        *_training_rows(facts["training"], size),
+        [
+            f"bytes written, for a state of {size} ({STATE_BYTES} bytes a parameter)",
+            f"{state['written_bytes'] / 1e6:.1f} MB",
+            f"{state['ratio']:.4f}",
+            "",
+        ],
+        *_case_rows("saving", facts["save"], f"{facts['ranks']} ranks"),
+        *(
+            row
+            for ranks, section in facts["load"].items()
+            for row in _case_rows("loading", section, f"{ranks} rank(s)")
+        ),
+    ]
+    lacks = [f"- {name}: {text}." for name, text in LACKS.items()]
+    return "\n".join([*_HEAD, *("| " + " | ".join(row) + " |" for row in rows), "", *lacks]) + "\n"
+
+
+def _training_rows(training: Mapping[str, Any], size: str) -> Iterator[list[str]]:
+    ours, waited = training["asynchronous"], training["synchronous"]
+    allowed = f"≤ {ours['allowed_of_step']['median']:.1%} of a step ({BLOCKED_TARGET:.0%} and one copy)"
+    yield ["one undisturbed training step", _seconds(training["step_s"]), "", ""]
+    yield [f"one bare copy of the state, {size}", _seconds(training["copy_s"]), "", ""]
+    still = f"{_share(ours['still_of_step'])} of a step"
+    yield ["asynchronous save: training stands still", _seconds(ours["still_s"]), still, allowed]
+    yield ["… beside what the target allows", "", _ratio(ours["still_of_allowed"]), "≤ 1"]
+    beside = f"steps while the thread writes ({ours['steps_beside']['median']:g} a save), beside an undisturbed one"
+    yield [beside, "", _ratio(ours["step_beside_of_step"]), ""]
+    for name, run in (("asynchronous", ours), ("synchronous", waited)):
+        yield [
+            f"{name} save: all that it costs the run",
+            _seconds(run["cost_s"]),
+            f"{_share(run['cost_of_step'])} of a step",
+            "",
+        ]
+
+
+def _case_rows(verb: str, section: Mapping[str, Any], who: str) -> Iterator[list[str]]:
+    for name, case in section["cases"].items():
+        ratio = section["ratios"].get(name)
+        yield [
+            f"{verb} by {who}: {name}",
+            f"{_seconds(case['seconds'])}, {case['bytes'] / 1e6:.0f} MB{_beside(case)}",
+            _ratio(ratio) if ratio else "",
+            "",
+        ]
+    if "checksums_add_s" in section:
+        yield [f"{verb} by {who}: verifying checksums adds", _seconds(section["checksums_add_s"]), "", ""]
+
+
+def _beside(case: Mapping[str, Any]) -> str:
+    return f"; syncing then takes {case['sync_s']['median']:.3f} s" if "sync_s" in case else ""
+
+
+def _seconds(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.3f} s"
+
+
+def _share(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.1%} ({found['min']:.1%} to {found['max']:.1%})"
+
+
+def _ratio(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def checkpoint_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
+    """What two records are compared by."""
+    training = facts["training"]
+    yield Figure("a step, s", training["step_s"]["median"], False, noise=0.25)
+    for kind in ("asynchronous", "synchronous"):
+        yield Figure(f"{kind} save costs, s", training[kind]["cost_s"]["median"], False, noise=0.5)
+    sections = {f"saving by {facts['ranks']} ranks": facts["save"]}
+    sections |= {f"loading by {ranks} rank(s)": section for ranks, section in facts["load"].items()}
+    for verb, section in sections.items():
+        for name, ratio in section["ratios"].items():
+            if name.startswith(("ours", "bucket: ours")):
+                yield Figure(f"{verb}, {name}, beside {section['against']}", ratio["median"], False, noise=0.25)
+    yield Figure("bytes written over the state's", facts["state"]["ratio"], False, noise=0.01)
+
+
+# The rounds of `regen bench checkpoint`: each starts the runs and the ranks anew, one after the other.
+
+_MODES = {"asynchronous": "true", "synchronous": "false"}
+_TAIL_LINES = 20
+
+
+class BenchStore(NamedTuple):
+    """A folder in a bucket, or None; what it is; and the environment in which it can be reached."""
+
+    url: str | None
+    described: str
+    environment: dict[str, str]
+
+
+class Round(NamedTuple):
+    """What one round found: the runs by mode, the ranks' figures by their number, a checkpoint's bytes and files."""
+
+    runs: dict[str, Saving]
+    measured: dict[int, dict[str, Any]]
+    written_bytes: int
+    files: int
+    store: str
+
+
+@dataclass(frozen=True)
+class CheckpointBench:
+    """What is measured.
+
+    Args:
+        config: file of the run.
+        overrides: changes to it.
+        ranks: that train, save and load.
+        repeats: turns of saving and loading in a round.
+        work: folder for everything, on the disk that is measured.
+        say: told what is done.
+    """
+
+    config: Path
+    overrides: Sequence[str]
+    ranks: int
+    repeats: int
+    work: Path
+    say: Callable[[str], None]
+
+    @property
+    def clips(self) -> Path:
+        """The dataset that is trained on."""
+        return self.work / "clips"
+
+    def round(self, number: int, url: str | None, *, bucket: bool) -> Round:
+        """Everything once: a run of each kind, saving and loading by as many ranks, loading by another number."""
+        folder = self.work / f"round-{number}"
+        runs = {mode: self._train(folder, mode) for mode in _MODES}
+        checkpoints = CheckpointFolder(folder / "asynchronous" / "checkpoints")
+        manifest = checkpoints.manifest(checkpoints.steps()[-1])
+        with place(url, bucket=bucket) as there:
+            measured = {self.ranks: self._measure(folder, self.ranks, there)}
+            other = 1 if self.ranks > 1 else 2
+            measured[other] = self._measure(folder, other, there, "--load")
+        shutil.rmtree(folder)  # room for the next
+        return Round(runs, measured, manifest.size_bytes, len(manifest.files), there.described)
+
+    def _train(self, folder: Path, mode: str) -> Saving:
+        """A run from start to end, and what its record says."""
+        places = [*self._places(folder), f"name={mode}", f"checkpoint.asynchronous={_MODES[mode]}"]
+        program = regen("train", str(self.config), *self.overrides, *places)
+        program += ["--ranks", str(self.ranks)]
+        folder.mkdir(exist_ok=True)
+        log = folder / f"{mode}.log"
+        with log.open("wb") as file:
+            ending = die_with(os.getpid())  # this command may be killed
+            own = without_ranks(os.environ)
+            ended = subprocess.run(program, env=own, stdout=file, stderr=file, check=False, preexec_fn=ending)
+        _check(ended.returncode, f"the run with {mode} saves", log)
+        found = saving(read_record(folder / mode / "metrics.jsonl"))
+        cost = median(found.cost_s(save) for save in found.saves)
+        self.say(f"  {mode} saves: {cost:.3f} s each, of a run whose steps take {found.step_s:.3f} s")
+        return found
+
+    def _measure(self, folder: Path, ranks: int, there: BenchStore, *options: str) -> dict[str, Any]:
+        """What the rank program finds with so many ranks."""
+        measured = folder / "measured"
+        save_config(load_config(self.config, [*self.overrides, *self._places(folder)]), measured)
+        program = python("-m", checkpoint_cases.__name__, str(measured), f"--repeats={self.repeats}", *options)
+        program += [f"--url={there.url}"] if there.url else []
+        code = launch(program, ranks=ranks, logs=measured, environment=there.environment)
+        _check(code, f"measuring with {ranks} rank(s)", checkpoint_cases.log_file(measured, ranks))
+        self.say(f"  saved and loaded by {ranks} rank(s)" if not options else f"  loaded by {ranks} rank(s)")
+        return json.loads(checkpoint_cases.result_file(measured, ranks).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    def _places(self, folder: Path) -> list[str]:
+        return [f"data.url={self.clips}", f"output={folder}"]
+
+
+@contextmanager
+def place(url: str | None, *, bucket: bool) -> Iterator[BenchStore]:
+    """Where checkpoints go beside the disk for the length of a `with` block: a folder of its own in the bucket that
+    `url` names, which is emptied in the end, or in a server that this starts."""
+    inherited = dict(os.environ)
+    if not bucket:
+        yield BenchStore(None, "none", inherited)
+    elif url is None:
+        with TemporaryDirectory(prefix="regen-bench-") as folder, start_store(Path(folder)) as server:
+            address = f"s3://{server.bucket}/checkpoints"
+            yield BenchStore(address, "SeaweedFS on this machine, on its cores", inherited | server.environment())
+    else:
+        address = f"{url.rstrip('/')}/regen-bench-{uuid4().hex[:8]}"
+        try:
+            yield BenchStore(address, "the store that --url names", inherited)
+        finally:
+            store = Store(address)
+            for name in store.list():
+                store.delete(name)
+
+
+def sections(rounds: Sequence[Round]) -> dict[str, Any]:
+    """The figures of all rounds together."""
+    ranks, other = rounds[0].measured
+    ours = [each.measured[ranks] for each in rounds]
+    copies = [median(turn["seconds"] for turn in each["save"]["bare copy"]) for each in ours]
+    asynchronous, synchronous = ([each.runs[mode] for each in rounds] for mode in _MODES)
+    return {
+        "store": rounds[0].store,
+        "state": state_section(ours[0]["parameters"], rounds[0].written_bytes, rounds[0].files),
+        "training": training_section(asynchronous, synchronous, copies),
+        "save": cases_section("save", _together([each["save"] for each in ours])),
+        "load": {
+            str(number): cases_section("load", _together([each.measured[number]["load"] for each in rounds]))
+            for number in (ranks, other)
+        },
+        "restored_alike": all(found["restored_alike"] for each in rounds for found in each.measured.values()),
+        "deepspeed_elsewhere": rounds[0].measured[other].get("deepspeed_says", ""),
+    }
+
+
+def _together(rounds: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: [turn for each in rounds for turn in each[name]] for name in rounds[0]}
+
+
+def _check(code: int, what: str, log: Path) -> None:
+    if code == EXIT_RESUME:
+        raise KeyboardInterrupt  # it was asked to stop, and this command with it
+    if code != EXIT_OK:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+        raise TrainingError(f"{what} ended with exit code {code}:\n{tail}")

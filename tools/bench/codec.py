@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import resource
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
+import torch
 import typer
 
 from regen_dist.jsontext import json_text
+from regen_dist.programs import python
 from tools import stages
-from tools.shards.stopping import stopping_cleanly
+from tools.bench.codec_systems import DTYPES, REFERENCES, ClipSize, Coder, System, check_frames, named, parse_size
+from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
-    from regen_dist.evaluation.codec_cost.systems import System
+    from tools.bench.codec_systems import System
+
 
 _SIZES = ["17x64x64", "33x64x64", "17x128x128"]
 _COUNTED = ["17x256x256", "33x512x512"]
@@ -50,15 +62,12 @@ def codec(
 
     from regen_dist.config import config_hash
     from regen_dist.config.files import write_text_atomically
-    from regen_dist.evaluation.codec_cost.report import table
-    from regen_dist.evaluation.codec_cost.sizes import parse_size
-    from regen_dist.evaluation.codec_cost.suite import Limits, measure_all
-    from regen_dist.evaluation.codec_cost.systems import chosen
     from regen_dist.observe.hardware import describe_machine
+    from tools.bench.codec_systems import chosen, parse_size
 
     console, found = Console(stderr=True), chosen(systems)
     run, count = ([parse_size(text) for text in texts] for texts in (size or _SIZES, counted or _COUNTED))
-    limits = Limits(
+    limits = CodecLimits(
         limit_seconds,
         limit_gib,
         threads,
@@ -81,8 +90,7 @@ def codec(
 
 
 def _configs(systems: list[System]) -> dict[str, Any]:
-    from regen_dist.evaluation.codec_cost.ours import own_config
-    from regen_dist.evaluation.codec_cost.systems import CONFIGS
+    from tools.bench.codec_systems import CONFIGS, own_config
 
     return {each.name: own_config(CONFIGS / f"{each.name}.yaml", "fp32") for each in systems if each.is_own}
 
@@ -94,3 +102,436 @@ def _versions(packages: Path | None) -> dict[str, str]:
     places = [*sys.path, *([str(packages)] if packages else [])]
     found = {each.metadata["Name"]: each.version for each in distributions(path=places)}
     return {name: found.get(name, "not installed") for name in ("diffusers", "magvit2-pytorch")}
+
+
+# The figures of `regen bench codec` as Markdown tables.
+#
+# Behind each figure, in parentheses, how many times as much it is as that of this project's fast codec at the same
+# temporal compression and size.
+
+DECODER_TARGET = 3e12  # operations of a step of the fast preset at `TARGET_SIZE`
+TARGET_SIZE = [17, 256, 256]
+_COSMOS = "AutoencoderKLCosmos"
+_HEAD = [
+    "| codec | k | latents | bits per pixel | parameters | encode FLOP | decode FLOP | encode s | decode s | "
+    "encode memory | decode memory | |",
+    "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+]
+_SLOPES = ["| codec | from | to | pixels | encode s | decode s | encode memory | decode memory |"]
+_SLOPES += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+_TARGETS = ["| target | figure | limit | met |", "| --- | ---: | ---: | --- |"]
+Row = Mapping[str, Any]
+Figure = Callable[[Row], float | None]
+
+
+def _seconds(call: str) -> Figure:
+    return lambda row: row[call]["cpu_s"]["median"] if call in row else None
+
+
+def _memory(call: str) -> Figure:
+    return lambda row: row[call]["peak_bytes"] if call in row else None
+
+
+def _counted(name: str) -> Figure:
+    return lambda row: row.get(name)
+
+
+def _tera(value: float) -> str:
+    return f"{value / 1e12:.3g} T"
+
+
+_FIGURES: list[tuple[Figure, Callable[[float], str]]] = [  # of a row, in the order of the table
+    (_counted("parameters"), lambda value: f"{value / 1e6:.1f} M"),
+    (_counted("encode_flops"), _tera),
+    (_counted("decode_flops"), _tera),
+    (_seconds("encode"), lambda value: f"{value:.2f}"),
+    (_seconds("decode"), lambda value: f"{value:.2f}"),
+    (_memory("encode"), lambda value: f"{value / 1e6:.0f} MB"),
+    (_memory("decode"), lambda value: f"{value / 1e6:.0f} MB"),
+]
+_RUN = 3  # the first of them that is had by running
+
+
+def table(facts: Mapping[str, Any]) -> str:
+    """Targets, sizes, slopes."""
+    rows = facts["rows"]
+    parts = [_targets(rows)]
+    parts += [_size_table(rows, size) for size in _sizes(rows)]
+    return "\n\n".join([*("\n".join(part) for part in parts), "\n".join(_slopes(rows))]) + "\n"
+
+
+def figures(facts: Mapping[str, Any]) -> dict[str, float]:
+    """What is compared from run to run: CPU seconds of this project's codecs."""
+    found = {}
+    for row in facts["rows"]:
+        for call in ("encode", "decode"):
+            if row["own"] and call in row:
+                found[f"{row['system']} {_named(row)} {call}_cpu_s"] = row[call]["cpu_s"]["median"]
+    return found
+
+
+def targets(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
+    """What was to be reached: what it is, the figure, and the most that it may be; without those that were not had."""
+    for row in rows:
+        if row["size"] == TARGET_SIZE and row["system"] in REFERENCES.values() and "decode_flops" in row:
+            what = f"{row['system']}: TFLOP of a decoder step at 17x256x256"
+            yield what, row["decode_flops"] / 1e12, DECODER_TARGET / 1e12
+    for row in rows:
+        if row["system"].startswith(_COSMOS):
+            yield from _encoders(row, _reference(rows, row))
+
+
+def _encoders(cosmos: Row, own: Row | None) -> Iterator[tuple[str, float, float]]:
+    """Our encoder beside Cosmos' at one size."""
+    for name, of in (("FLOP", _counted("encode_flops")), ("CPU seconds", _seconds("encode"))):
+        if own is not None and (ours := of(own)) is not None and (theirs := of(cosmos)):
+            size = "x".join(map(str, own["size"]))
+            yield (
+                f"{own['system']}: {name} of the encoder at {size}, of those of {cosmos['system']}",
+                ours / theirs,
+                1.0,
+            )
+
+
+def _targets(rows: Sequence[Row]) -> list[str]:
+    found = []
+    for what, figure, most in targets(rows):
+        found.append(f"| {what} | {figure:.2f} | ≤ {most:g} | {'yes' if figure <= most else '**no**'} |")
+    return [*_TARGETS, *found]
+
+
+def _sizes(rows: Sequence[Row]) -> list[list[int]]:
+    return [list(size) for size in dict.fromkeys(tuple(row["size"]) for row in rows)]
+
+
+def _size_table(rows: Sequence[Row], size: list[int]) -> list[str]:
+    own = [row for row in rows if row["size"] == size]
+    title = f"**{size[0]} frames of {size[1]}x{size[2]}**"
+    if not any("encode" in row for row in own):
+        title += " (counted, not run)"
+    return [title, "", *_HEAD, *(_line(row, _reference(rows, row)) for row in own)]
+
+
+def _line(row: Row, reference: Row | None) -> str:
+    cells = [row["system"], str(row["temporal_compression"]), _latents(row)]
+    cells.append(f"{row['bits_per_pixel']:.3g}" if "bits_per_pixel" in row else "")
+    for of, shown in _FIGURES:
+        cells.append(_cell(of(row), None if reference is None or reference is row else of(reference), shown))
+    cells.append(_plain(row.get("problem") or row.get("not_counted") or ""))
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(figure: float | None, reference: float | None, shown: Callable[[float], str]) -> str:
+    if figure is None:
+        return "–"
+    return shown(figure) + (f" ({figure / reference:.2g}×)" if reference else "")
+
+
+def _latents(row: Row) -> str:
+    shapes = row.get("latents", ())
+    return " + ".join("x".join(map(str, shape)) for shape in shapes) or "–"
+
+
+def _named(row: Row) -> str:
+    return "x".join(map(str, row["size"]))
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "/")
+
+
+def _reference(rows: Sequence[Row], row: Row) -> Row | None:
+    """Our fast codec at the row's temporal compression and size."""
+    wanted = REFERENCES.get(row["temporal_compression"])
+    return next((each for each in rows if each["system"] == wanted and each["size"] == row["size"]), None)
+
+
+def _slopes(rows: Sequence[Row]) -> list[str]:
+    """How many times as much the largest size takes as the smallest, and as many frames of the smallest sides."""
+    found = [*_SLOPES]
+    for name in dict.fromkeys(row["system"] for row in rows):
+        run = sorted((row for row in rows if row["system"] == name and "decode" in row), key=_pixels)
+        for row in run[1:]:
+            ratios = (_ratio(of(row), of(run[0])) for of, _ in _FIGURES[_RUN:])
+            sizes = ("x".join(map(str, each["size"])) for each in (run[0], row))
+            found.append(
+                f"| {name} | {' | '.join(sizes)} | {_pixels(row) / _pixels(run[0]):.2f}× | {' | '.join(ratios)} |"
+            )
+    return found
+
+
+def _ratio(figure: float | None, of: float | None) -> str:
+    return f"{figure / of:.2f}×" if figure and of else "–"
+
+
+def _pixels(row: Row) -> int:
+    frames, height, width = row["size"]
+    return int(frames * height * width)
+
+
+# One codec at one size in a process of its own, so that the memory that it takes is its own.
+#
+#     python -m tools.bench.codec '{"do": "measure", "system": "nano", "sizes": ["17x64x64"]}'
+#
+# Each thing that is known goes to the standard output at once, a JSON object a line: what ends the process early ends
+# no more than that. Linux alone tells the memory.
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_C = ctypes.CDLL(None)
+_RESET_PEAK = "5"  # see proc(5)
+_AGAIN_WITHIN_S = 30.0  # a pass that takes longer needs no second: what is done once weighs little in it
+
+
+class CodecJob(NamedTuple):
+    """What a process is asked for.
+
+    Args:
+        do: "measure" or "count".
+        system: a name.
+        sizes: of the clips; one, where it measures.
+        precision: "fp32" or "bf16".
+        threads: of torch.
+        repeats: passes that are timed, after one that is not.
+        limit_bytes: memory that it may take; 0: any.
+        packages: a folder with packages that are not installed, or "".
+    """
+
+    do: str
+    system: str
+    sizes: list[str]
+    precision: str = "fp32"
+    threads: int = 1
+    repeats: int = 2
+    limit_bytes: int = 0
+    packages: str = ""
+
+
+class Spent(NamedTuple):
+    """What one call took: seconds on the clock and of the CPU, and bytes above those that it began with."""
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int | None
+
+
+def main(arguments: list[str]) -> None:
+    """Do the job that the first argument describes, and tell."""
+    job = CodecJob(**json.loads(arguments[0]))
+    if job.packages:
+        sys.path.append(job.packages)
+    if job.limit_bytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (job.limit_bytes, job.limit_bytes))
+    torch.set_num_threads(job.threads)
+    system = named(job.system)
+    for size in map(parse_size, job.sizes):
+        try:
+            if job.do == "count":
+                tell(size=str(size), counted=system.count(size).facts(size))
+            else:
+                measure(system, size, job)
+        except ImportError as error:
+            tell(size=str(size), problem=f"not installed: {system.needs or error.name} ({error})")
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what the table says of this codec
+            tell(size=str(size), problem=reason(error))
+
+
+def tell(**facts: Any) -> None:
+    """One line to whoever started this process."""
+    sys.stdout.write(json_text(facts) + "\n")
+    sys.stdout.flush()
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a codec says, at most 160 characters of it."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        return "out of the memory that is allowed"
+    return f"{type(error).__name__}: {text}"[:160]
+
+
+def measure(system: System, size: ClipSize, job: CodecJob) -> None:
+    """Encode and decode in turn; tells of every call."""
+    begun = time.perf_counter()
+    coder = system.coder(job.precision)
+    video = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    video = video if system.is_own else video.to(DTYPES[job.precision])
+    base = _resident("VmRSS")
+    tell(built_s=time.perf_counter() - begun, base_bytes=base)
+    with torch.no_grad():
+        for number in range(1 + job.repeats):
+            spent_s = one_pass(coder, video, base, number)
+            if number == 0 and spent_s > _AGAIN_WITHIN_S:
+                break
+
+
+def one_pass(coder: Coder, video: torch.Tensor, base: int | None, number: int) -> float:
+    """Encode and decode once; returns the seconds of both."""
+    latents, encoding = spent(lambda: coder.encode(video), base)
+    tell(encode=encoding._asdict(), number=number)
+    frames, decoding = spent(lambda: coder.decode(latents), base)
+    check_frames(frames, video.shape[2])
+    tell(decode=decoding._asdict(), number=number)
+    return encoding.wall_s + decoding.wall_s
+
+
+def spent(call: Callable[[], Any], base: int | None) -> tuple[Any, Spent]:
+    """What a call gives, and what it took."""
+    _forget_peak()
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = call()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = _resident("VmHWM")
+    return result, Spent(wall, cpu, None if peak is None or base is None else max(peak - base, 0))
+
+
+def _forget_peak() -> None:
+    """Give back what the allocator keeps of earlier calls, and begin with the peak where the process is now."""
+    if hasattr(_C, "malloc_trim"):  # glibc's
+        _C.malloc_trim(0)
+    if _RESET.exists():
+        _RESET.write_text(_RESET_PEAK)
+
+
+def _resident(name: str) -> int | None:
+    """Bytes of this process in memory: now (VmRSS), or at most (VmHWM); None where the system does not say."""
+    if not _STATUS.exists():
+        return None
+    found = [line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith(name)]
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+
+
+# Every codec at every size, each in a process of its own, in turn.
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_CALLS = ("encode", "decode")
+
+
+@dataclass(frozen=True)
+class CodecLimits:
+    """What a process may take, and how it works.
+
+    Attributes:
+        seconds: until it is ended, loading included.
+        gib: of memory.
+        threads: of torch.
+        repeats: passes that are timed, after one that is not.
+        precision: "fp32" or "bf16".
+        packages: a folder with packages that are not installed, or "".
+    """
+
+    seconds: float
+    gib: float
+    threads: int
+    repeats: int
+    precision: str
+    packages: str = ""
+
+    def job(self, do: Literal["count", "measure"], system: System, sizes: Sequence[ClipSize]) -> CodecJob:
+        """What the process is told."""
+        asked = [str(size) for size in sizes]
+        limit = int(self.gib * 2**30)
+        return CodecJob(do, system.name, asked, self.precision, self.threads, self.repeats, limit, self.packages)
+
+
+def measure_all(
+    systems: Sequence[System],
+    sizes: Sequence[ClipSize],
+    counted: Sequence[ClipSize],
+    limits: CodecLimits,
+    *,
+    rounds: int,
+    told: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """A row for each size and codec; those at sizes that are `counted` alone have no seconds.
+
+    Args:
+        systems: the codecs.
+        sizes: at which they run.
+        counted: at which their operations are counted, too.
+        limits: of each process.
+        rounds: how often everything is run.
+        told: hears of what goes on.
+    """
+    rows = {(size, system.name): _row(system, size) for size in [*sizes, *counted] for system in systems}
+    for system in systems:
+        told(f"counting {system.name}")
+        for size, found in _counts(system, list(dict.fromkeys([*sizes, *counted])), limits):
+            rows[size, system.name] |= found
+    passes: dict[tuple[ClipSize, str], list[dict[str, Any]]] = {}
+    for number in range(rounds):
+        for size in sizes:
+            for system in systems:
+                told(f"round {number + 1} of {rounds}: {system.name} at {size}")
+                passes.setdefault((size, system.name), []).extend(run(limits.job("measure", system, [size]), limits))
+    for key, told_of in passes.items():
+        rows[key] |= summary(told_of)
+    return list(rows.values())
+
+
+def run(job: CodecJob, limits: CodecLimits) -> list[dict[str, Any]]:
+    """What the process told; the last line says so where it was ended, or ended itself without a word."""
+    command = python("-W", "ignore", "-m", __name__, json_text(job._asdict()))
+    environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(limits.threads))
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, errors = process.communicate(timeout=limits.seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, _ = process.communicate()
+            return [*_lines(out), {"problem": f"past the limit of {limits.seconds:g} s"}]
+        except BaseException:
+            process.kill()
+            raise
+    found = list(_lines(out))
+    if process.returncode:
+        found.append({"problem": f"ended with code {process.returncode}: {(errors.strip().splitlines() or ['-'])[-1]}"})
+    return found
+
+
+def _lines(out: str) -> Iterator[dict[str, Any]]:
+    """Whole lines; a process that is ended may leave a part of one."""
+    for line in out.splitlines(keepends=True):
+        if line.startswith("{") and line.endswith("}\n"):
+            yield json.loads(line)
+
+
+def _row(system: System, size: ClipSize) -> dict[str, Any]:
+    row = {"system": system.name, "own": system.is_own, "temporal_compression": system.temporal_compression}
+    return row | {"size": list(size)}
+
+
+def _counts(system: System, sizes: list[ClipSize], limits: CodecLimits) -> Iterator[tuple[ClipSize, dict[str, Any]]]:
+    """What is known of a codec at each size without running it, or why it is not."""
+    told = run(limits.job("count", system, sizes), limits)
+    counted = {line["size"]: line for line in told if "size" in line}
+    ended = next((line["problem"] for line in reversed(told) if "problem" in line), "it said nothing")
+    for size in sizes:
+        line = counted.get(str(size), {"problem": ended})
+        yield size, line["counted"] if "counted" in line else {"not_counted": line["problem"]}
+
+
+def summary(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of all passes of a codec at a size: medians of seconds, the most memory, and what went wrong.
+
+    The first pass of a process does not count, unless it is the only one.
+    """
+    found: dict[str, Any] = {}
+    for call in _CALLS:
+        lines = [line for line in told if call in line]
+        later = [line[call] for line in lines if line["number"]] or [line[call] for line in lines]
+        if later:
+            found[call] = {name: _spread([each[name] for each in later]) for name in ("wall_s", "cpu_s")}
+            peaks = [line[call]["peak_bytes"] for line in lines if line[call]["peak_bytes"] is not None]
+            found[call] |= {"peak_bytes": max(peaks) if peaks else None, "passes": len(later)}
+    problems = [line["problem"] for line in told if "problem" in line]
+    base = [line["base_bytes"] for line in told if line.get("base_bytes") is not None]
+    return found | ({"base_bytes": max(base)} if base else {}) | ({"problem": problems[0]} if problems else {})
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}

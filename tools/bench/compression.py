@@ -12,14 +12,12 @@ import typer
 
 from regen_dist.jsontext import json_text
 from tools import stages
-from tools.shards.stopping import stopping_cleanly
+from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
     from regen_dist.config import RunConfig
-    from regen_dist.evaluation.compression.arms import Arm
-    from regen_dist.evaluation.compression.clips import TestSet
-    from regen_dist.evaluation.compression.measuring import Size
-    from tools.bench.compression_runs import Runs
+    from tools.bench.compression_measure import CropSize, TestSet
+    from tools.bench.compression_runs import CompressionArm, Runs
 
 _CONFIG = Path("configs/bench/compression.yaml")
 _VIDEOS, _FILM, _TESTS = Path("runs/videos"), "bbb.mp4", ("bikes.mp4", "carphone.mp4")
@@ -56,7 +54,7 @@ def compression(
     Example: regen bench compression --arms 'regen-k16|magvit2-k16-linear' --minutes-per-arm 5 --minutes-per-arm 20
     """
     from regen_dist.config.files import write_text_atomically
-    from regen_dist.evaluation.compression.budget_curves import budgets_markdown, read_budgets
+    from tools.bench.compression_report import budgets_markdown, read_budgets
 
     budgets = sorted(set(minutes_per_arm or [10.0]))
     asked = _told_apart(config, overrides or [])
@@ -86,10 +84,9 @@ def _one_budget(
     from rich.console import Console
 
     from regen_dist.config import config_hash, load_embedder_config
-    from regen_dist.evaluation.compression.arms import chosen_arms
-    from regen_dist.evaluation.compression.measuring import sizes_of
     from regen_dist.observe.hardware import describe_machine
-    from tools.bench.compression_runs import Runs
+    from tools.bench.compression_measure import sizes_of
+    from tools.bench.compression_runs import Runs, chosen_arms
 
     own = _changes(data, out, asked)
     base, chosen = load_embedder_config(config, own), chosen_arms(arms)
@@ -131,7 +128,7 @@ def _changes(data: Path, out: Path, asked: Sequence[str]) -> list[str]:
 
 def _make_shards(base: RunConfig) -> None:
     """Where the config's datasets are not there: of the film, all but its beginning, and its beginning."""
-    from regen_dist.data.dataset.manifest import MANIFEST
+    from regen_dist.data.format.manifest import MANIFEST
 
     train, tuning, side = base.data.url, base.data.validation_url, base.data.short_side
     parts = ((train, ["--start-seconds", f"{_HELD_BACK_S}"]), (tuning, ["--max-seconds", f"{_HELD_BACK_S}"]))
@@ -144,7 +141,7 @@ def _make_shards(base: RunConfig) -> None:
 
 
 def _test_set(tests: Path | None, clips: Path) -> TestSet:
-    from regen_dist.evaluation.compression.clips import find_clips, load_clips
+    from tools.bench.compression_measure import find_clips, load_clips
 
     if tests is not None:
         return find_clips(tests)
@@ -152,12 +149,14 @@ def _test_set(tests: Path | None, clips: Path) -> TestSet:
     return load_clips(clips, _VIDEOS)
 
 
-def _measure(runs: Runs, chosen: list[Arm], tests: TestSet, sizes: Mapping[str, Size], fresh: bool) -> dict[str, Any]:
+def _measure(
+    runs: Runs, chosen: list[CompressionArm], tests: TestSet, sizes: Mapping[str, CropSize], fresh: bool
+) -> dict[str, Any]:
     """All measures of every arm, several arms side by side."""
     from functools import partial
 
     from regen_dist.data.pool import worker_pool
-    from regen_dist.evaluation.compression.measuring import measure_arm
+    from tools.bench.compression_measure import measure_arm
 
     found = {}
     with worker_pool(runs.at_once) as pool:
@@ -172,10 +171,7 @@ def _measure(runs: Runs, chosen: list[Arm], tests: TestSet, sizes: Mapping[str, 
 
 def _write(out: Path, facts: dict[str, Any], kept: Mapping[str, Path]) -> None:
     """JSON, plots, tables and page."""
-    from regen_dist.evaluation.compression.leads import margins, missed
-    from regen_dist.evaluation.compression.page import write_page
-    from regen_dist.evaluation.compression.plots import draw
-    from regen_dist.evaluation.compression.tables import markdown
+    from tools.bench.compression_report import draw, margins, markdown, missed, write_page
 
     facts |= {"margins": margins(facts), "missed": missed(facts)}
     plots, text = draw(facts), markdown(facts)

@@ -3,27 +3,361 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
+from threading import Event, Lock
+from typing import Any, Literal
 
-from launcher.arms import run_side_by_side
-from regen_dist.config import RunConfig, load_saved_config, save_config
+import torch
+
+from regen_dist.checkpoint.export import find_checkpoint, open_run
+from regen_dist.config import RunConfig, embedder_only, load_saved_config, save_config
 from regen_dist.config.files import write_text_atomically
-from regen_dist.errors import ConfigError
-from regen_dist.evaluation.compression.arms import Arm, tuned_at
-from regen_dist.evaluation.compression.budget import (
-    best_rate,
-    is_trained,
-    num_steps,
-    pace,
-    paced,
-    training_facts,
-    validation_psnr_db,
-)
+from regen_dist.data.loading.validation import validation_clip
+from regen_dist.distributed.environment import without_ranks
+from regen_dist.errors import EXIT_RESUME, CheckpointError, ConfigError, TrainingError
+from regen_dist.inference.codec import Codec
 from regen_dist.jsontext import json_text
+from regen_dist.models.flops import count_flops, training_flops_per_clip
+from regen_dist.observe.record import read_record
+from regen_dist.pixels import to_float, to_frames
 from tools import stages
+from tools.bench.compression_measure import Decoded, mean_psnr_db
+
+# The arms of the comparison: what each trains, beside what it stands, and what the paper says.
+#
+# An arm is an ordinary run with other overrides of one config, so encoder, latents, data and optimizer are the same.
+
+Kind = Literal["regen", "magvit2"]
+COMPRESSIONS = (4, 8, 16, 32)
+ABLATED = 16  # the temporal compression at which learning rates are tuned and variants are compared
+
+STEPS = (1, 2, 4, 8)
+
+_FULL = ("model.decoder.attention.pattern=full", "model.decoder.attention.backend=sdpa")
+_NO_LINEAR = ("model.decoder.linear=false",)
+_PAPER = ("model.decoder.local=false",)
+
+
+@dataclass(frozen=True)
+class CompressionArm:
+    """One training run. `against` is the arm that it differs from in one thing only."""
+
+    kind: Kind
+    k: int
+    variant: str = ""
+    changes: tuple[str, ...] = ()
+    what: str = ""
+    against: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of its run."""
+        return f"{self.kind}-k{self.k}" + (f"-{self.variant}" if self.variant else "")
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables and pictures."""
+        kind = "REGEN" if self.kind == "regen" else "MAGVIT-v2"
+        return f"{kind}, k = {self.k}" + (f", {self.what}" if self.what else "")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Sampling steps that it is measured at: variants, and the baseline that has no others, decode in one."""
+        return STEPS if self.kind == "regen" and not self.variant else STEPS[:1]
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the linear code stands beside its decoder."""
+        return _NO_LINEAR[0] not in self.changes
+
+    def overrides(self, base: RunConfig) -> list[str]:
+        """What sets it apart from the config that all start from.
+
+        Raises:
+            ConfigError: that config has too few stages for this temporal compression.
+        """
+        stages = stages_of(base, self.k)
+        return [
+            f"name={self.name}",
+            f"model.kind={self.kind}",
+            f"model.temporal_compression={self.k}",
+            f"model.encoder.stages={json_text(stages)}",
+            *self.changes,
+        ]
+
+
+def regen(k: int) -> CompressionArm:
+    """REGEN as this project builds it, with the linear code beside its decoder."""
+    return CompressionArm("regen", k)
+
+
+def baseline(k: int) -> CompressionArm:
+    """The baseline as it was published, without our linear code: what the paper's margins are over."""
+    return CompressionArm("magvit2", k, changes=_NO_LINEAR)
+
+
+def regen_alone(k: int) -> CompressionArm:
+    """REGEN's decoder as the paper has it, without the linear code."""
+    return CompressionArm("regen", k, "no_linear", _NO_LINEAR, "without the linear code", regen(k).name)
+
+
+def baseline_with_code(k: int) -> CompressionArm:
+    """The baseline with our linear code beside its decoder."""
+    return CompressionArm("magvit2", k, "linear", (), "with our linear code", baseline(k).name)
+
+
+def paper_form(k: int) -> CompressionArm:
+    """REGEN with the decoder of the paper: no local convolutions."""
+    return CompressionArm("regen", k, "paper", _PAPER, "the paper's form", regen(k).name)
+
+
+def paper_form_alone(k: int) -> CompressionArm:
+    """REGEN as the paper has it: neither local convolutions nor the linear code."""
+    what = "the paper's form, without the linear code"
+    return CompressionArm("regen", k, "paper-no_linear", (*_PAPER, *_NO_LINEAR), what, regen_alone(k).name)
+
+
+def tuned_at(arm: CompressionArm) -> CompressionArm:
+    """The arm at which the learning rate of this one is chosen: of its kind and form, with or without the linear code
+    as it is."""
+    where = {"regen": (regen_alone, regen), "magvit2": (baseline, baseline_with_code)}
+    forms = (paper_form_alone, paper_form) if _PAPER[0] in arm.changes else where[arm.kind]
+    return forms[arm.has_code](ABLATED)
+
+
+# Without the linear code, which would hide what they do: with it a short training hardly leaves where it began.
+VARIANTS = (
+    CompressionArm(
+        "regen", ABLATED, "full-no_linear", (*_FULL, *_NO_LINEAR), "full attention, without the linear code",
+        regen_alone(ABLATED).name,
+    ),
+    CompressionArm(
+        "regen", ABLATED, "in_context-no_linear", ("model.conditioning.kind=in_context", *_FULL, *_NO_LINEAR),
+        "latents in context, full attention, without the linear code", f"regen-k{ABLATED}-full-no_linear",
+    ),
+    CompressionArm(
+        "regen", ABLATED, "learned_time-no_linear", ("model.conditioning.time=learned", *_NO_LINEAR),
+        "learned time embedding, without the linear code", regen_alone(ABLATED).name,
+    ),
+    CompressionArm(
+        "regen", ABLATED, "no_first_frame_rule-no_linear",
+        ("model.conditioning.first_frame_rule=false", *_NO_LINEAR),
+        "without the first-frame rule and the linear code", regen_alone(ABLATED).name,
+    ),
+)  # fmt: skip
+
+# Over the baseline in one step, dB of PSNR: the paper's margins on MCL-JCV.
+MARGIN_TARGETS_DB = {8: 3.6, 16: 3.8, 32: 5.7}
+# At twice the training resolution, over latents in context (the paper's conditioning ablation has 29.41 and 23.39 dB).
+IN_CONTEXT_TARGET_DB = 6.0
+CONTENT_AWARE, IN_CONTEXT = f"regen-k{ABLATED}-full-no_linear", f"regen-k{ABLATED}-in_context-no_linear"
+# One-step PSNR in dB, (baseline, REGEN); at k = 4 of videos of 512x512.
+PAPER_DB = {
+    "MCL-JCV": {8: (29.14, 32.74), 16: (26.62, 30.41), 32: (22.97, 28.71)},
+    "DAVIS": {8: (24.75, 29.34), 16: (21.21, 26.27), 32: (18.23, 23.49)},
+    "512x512": {4: (31.49, 32.94)},
+}
+
+
+def all_arms() -> Iterator[CompressionArm]:
+    """Both kinds at every temporal compression, each with and without the linear code, the paper's form of REGEN
+    likewise, then the variants."""
+    for k in COMPRESSIONS:
+        yield from (regen(k), baseline(k))
+    for k in COMPRESSIONS:
+        yield from (regen_alone(k), baseline_with_code(k))
+    for k in COMPRESSIONS:
+        yield from (paper_form(k), paper_form_alone(k))
+    yield from VARIANTS
+
+
+def chosen_arms(pattern: str) -> list[CompressionArm]:
+    """The arms whose whole name a regular expression matches.
+
+    Raises:
+        ConfigError: it is none, or matches none.
+    """
+    try:
+        found = [arm for arm in all_arms() if re.fullmatch(pattern, arm.name)]
+    except re.error as error:
+        raise ConfigError(f"--arms {pattern!r} is no regular expression: {error}") from error
+    if not found:
+        names = ", ".join(arm.name for arm in all_arms())
+        raise ConfigError(f"--arms {pattern!r} matches no arm; there are {names}")
+    return found
+
+
+def stages_of(base: RunConfig, k: int) -> list[dict[str, int]]:
+    """The first stages of the config's encoder, so many as make the temporal compression k.
+
+    Raises:
+        ConfigError: there are too few, or one of them keeps the frames.
+    """
+    number, stages = k.bit_length() - 1, base.model.encoder.stages
+    if len(stages) < number or any(stage.temporal == 1 for stage in stages[:number]):
+        raise ConfigError(
+            f"model.encoder.stages has {len(stages)} stages; an encoder of k = {k} is made of the first {number}, each "
+            "with temporal: 2"
+        )
+    return [stage.model_dump() for stage in stages[:number]]
+
+
+# How many steps an arm gets for its time, which learning rate, and what its training took in the end.
+
+LEAST_STEPS = 4
+TUNED_ON = 16  # clips of the validation data
+
+
+def pace(run: Path, warm: int) -> dict[str, float]:
+    """Seconds a step of a short run that logged every step, the median of those after `warm`: `cpu_s` of its process,
+    `wall_s` by the clock. On a core that nothing else uses they are equal."""
+    lines = read_record(run / "metrics.jsonl", "train")[warm:]
+    named = {"cpu_s": "cpu_step_s", "wall_s": "step_s"}
+    return {name: median(line[key] for line in lines) for name, key in named.items()}
+
+
+def num_steps(minutes: float, seconds_per_step: float) -> int:
+    """Steps that fit into the time, at least `LEAST_STEPS`."""
+    return max(LEAST_STEPS, int(60 * minutes / seconds_per_step))
+
+
+def paced(overrides: Sequence[str], steps: int, warmup_steps: int) -> list[str]:
+    """Overrides of a run of so many steps, whose warm-up is at most a tenth of it."""
+    return [*overrides, f"train.steps={steps}", f"optimizer.warmup_steps={min(warmup_steps, max(1, steps // 10))}"]
+
+
+def best_rate(tried: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The learning rate with the highest PSNR, and whether it lies at an edge of what was tried (then a better one may
+    lie beyond).
+
+    Args:
+        tried: `lr` and `psnr_db` of each.
+    """
+    rates = sorted(each["lr"] for each in tried)
+    best = max(tried, key=lambda each: each["psnr_db"])["lr"]
+    return {
+        "lr": best,
+        "at_edge": len(rates) > 1 and best in (rates[0], rates[-1]),
+        "tried": [dict(each) for each in tried],
+    }
+
+
+def validation_psnr_db(run: Path) -> float:
+    """One-step PSNR in dB of a run on its validation data, the mean over clips: what learning rates are chosen by."""
+    config, codec = embedder_only(load_saved_config(run), str(run)), Codec.load(run)
+    batch = validation_clip(config.data, num_frames=codec.num_frames, most=TUNED_ON)
+    source = to_float(batch.video)
+    made = codec.decode(codec.encode(source), torch.arange(codec.num_frames), sample_ids=batch.sample_ids.tolist())
+    return mean_psnr_db(Decoded(to_frames(a), to_frames(b)) for a, b in zip(source, made, strict=True))
+
+
+def is_trained(run: Path, steps: int) -> bool:
+    """Whether a run has the checkpoint of its last step."""
+    try:
+        _, folder = open_run(run)
+        return find_checkpoint(folder, checksums=False).step >= steps
+    except (ConfigError, CheckpointError):  # not begun, or not saved yet
+        return False
+
+
+def training_facts(run: Path) -> dict[str, Any]:
+    """What the training of an arm took, and what its model is.
+
+    `seconds` are of its steps by the clock and `cpu_seconds` those of its process, without validation and saving;
+    `flops` those of forward and backward passes.
+    """
+    config = embedder_only(load_saved_config(run), str(run))
+    lines = read_record(run / "metrics.jsonl", "train")
+    steps = lines[-1]["step"]
+    clips = steps * config.train.batch_global
+    return {
+        "lr": config.optimizer.lr,
+        "steps": steps,
+        "clips": clips,
+        "seconds": _total(lines, "step_s"),
+        "cpu_seconds": _total(lines, "cpu_step_s"),
+        "flops": clips * _flops_per_clip(config),
+        "loss": lines[-1]["loss"],
+        "skipped": lines[-1]["skipped"],
+        **_model_facts(config),
+    }
+
+
+def _total(lines: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Over all steps; a line holds the mean since the one before it."""
+    begun = [0, *(line["step"] for line in lines)]
+    return float(sum(line[name] * (line["step"] - before) for line, before in zip(lines, begun, strict=False)))
+
+
+def _flops_per_clip(config: RunConfig) -> int:
+    frames = config.model.num_frames
+    decoded = min(config.diffusion.train_frames or frames, frames) if config.model.kind == "regen" else frames
+    return training_flops_per_clip(config.model, config.data.size, frames, decoded)
+
+
+def _model_facts(config: RunConfig) -> dict[str, Any]:
+    """Parameters of each part, operations to encode a clip and to decode it in one step."""
+    counted = count_flops(config.model, config.data.size)
+    encode = counted.forward_flops["encoder"]
+    return {
+        "parameters": counted.parameters,
+        "encode_flops": encode,
+        "decode_flops": counted.num_forward_flops - encode,
+        "bits_per_pixel": counted.bits_per_pixel,
+    }
+
+
+# Several commands side by side on this machine, each with its log; what is done already is skipped by the commands.
+
+
+def run_side_by_side(
+    commands: Mapping[str, Sequence[str]], *, logs: Path, at_once: int, done: Callable[[str], None] = lambda name: None
+) -> None:
+    """Run every command, `at_once` at a time with an equal share of the cores each; `done(name)` is told as they end.
+
+    Where this is interrupted, nothing more is started, and what runs is told to end (SIGTERM) and waited for.
+
+    Raises:
+        TrainingError: some failed (the others have still run); names them and their logs.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    environment = {**without_ranks(os.environ), "OMP_NUM_THREADS": str(threads)}
+
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    starting, stopping = Lock(), Event()
+
+    def run(name: str) -> int:
+        with (logs / f"{name}.log").open("ab") as log, starting:
+            if stopping.is_set():
+                return EXIT_RESUME
+            running[name] = subprocess.Popen(commands[name], env=environment, stdout=log, stderr=log)
+        code = running[name].wait()
+        if not stopping.is_set():
+            done(name)
+        return code
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            codes = dict(zip(commands, pool.map(run, commands), strict=True))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            with starting:
+                stopping.set()
+                for process in running.values():
+                    process.terminate()  # nothing where it has ended
+            raise
+    if failed := {name: code for name, code in codes.items() if code}:
+        listed = ", ".join(f"{name} (exit code {code}, see {logs / name}.log)" for name, code in failed.items())
+        raise TrainingError(f"{len(failed)} of {len(codes)} runs failed: {listed}")
+
 
 _PROBED_STEPS, _WARM_STEPS = 8, 3
 _RATES = (0.5, 1.0, 2.0, 4.0)  # of the config's learning rate
@@ -52,11 +386,11 @@ class Runs:
     at_once: int
     say: Callable[[str], None]
 
-    def folder(self, arm: Arm) -> Path:
+    def folder(self, arm: CompressionArm) -> Path:
         """Of an arm's run."""
         return self.out / "arms" / arm.name
 
-    def kept(self, arm: Arm) -> Path:
+    def kept(self, arm: CompressionArm) -> Path:
         """Where its measures are kept."""
         return self.out / "measures" / f"{arm.name}.json"
 
@@ -82,7 +416,7 @@ class Runs:
                 "config and overrides, or another --out"
             )
 
-    def pace(self, arms: Sequence[Arm], *, tune: bool) -> dict[str, dict[str, float]]:
+    def pace(self, arms: Sequence[CompressionArm], *, tune: bool) -> dict[str, dict[str, float]]:
         """How long a step of each arm takes and how many it gets, measured once: later calls find the same."""
         path, wanted = self.out / "pace.json", _unique([*arms, *(_tuned(arms) if tune else ())])
         known: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -95,7 +429,7 @@ class Runs:
         write_text_atomically(path, json_text(known, indent=1) + "\n")
         return known
 
-    def tune(self, arms: Sequence[Arm], *, tune: bool) -> dict[str, dict[str, Any]]:
+    def tune(self, arms: Sequence[CompressionArm], *, tune: bool) -> dict[str, dict[str, Any]]:
         """The learning rates of the arms, by the name of the arm of k = 16 at which each was chosen (`tuned_at`), by as
         many short runs for each. Where they are not tuned, they are the config's.
         """
@@ -115,7 +449,7 @@ class Runs:
         write_text_atomically(path, json_text(known, indent=1) + "\n")
         return known
 
-    def train(self, arms: Sequence[Arm], tuning: Mapping[str, Mapping[str, Any]]) -> None:
+    def train(self, arms: Sequence[CompressionArm], tuning: Mapping[str, Mapping[str, Any]]) -> None:
         """Train what is not trained."""
         steps = {name: int(each["steps"]) for name, each in self._known_pace().items()}
         left = [arm for arm in arms if not is_trained(self.folder(arm), steps[arm.name])]
@@ -125,7 +459,7 @@ class Runs:
             commands[arm.name] = self._command([*changes, f"optimizer.lr={tuning[tuned_at(arm).name]['lr']}"])
         self._run("arms", commands)
 
-    def facts(self, arm: Arm) -> dict[str, Any]:
+    def facts(self, arm: CompressionArm) -> dict[str, Any]:
         """What the JSON says of an arm, but for its measures."""
         told = {name: getattr(arm, name) for name in ("kind", "k", "variant", "label", "against")}
         training = training_facts(self.folder(arm))
@@ -140,12 +474,12 @@ class Runs:
         found: dict[str, dict[str, float]] = json.loads((self.out / "pace.json").read_text(encoding="utf-8"))
         return found
 
-    def _probe(self, arm: Arm) -> list[str]:
+    def _probe(self, arm: CompressionArm) -> list[str]:
         changes = paced(arm.overrides(self.base), _PROBED_STEPS, self.base.optimizer.warmup_steps)
         rhythm = ["train.log_every=1", f"train.validate_every={_NEVER}", f"checkpoint.every={_NEVER}"]
         return self._command([*changes, *rhythm, f"output={self.out / 'probes'}"])
 
-    def _tuning(self, arm: Arm, lr: float) -> list[str]:
+    def _tuning(self, arm: CompressionArm, lr: float) -> list[str]:
         steps = max(2, int(_TUNED_SHARE * self._known_pace()[arm.name]["steps"]))
         changes = paced(arm.overrides(self.base), steps, self.base.optimizer.warmup_steps)
         own = [f"optimizer.lr={lr}", f"name={_tuning_name(arm, lr)}", f"output={self.out / 'tuning_runs'}"]
@@ -163,14 +497,14 @@ class Runs:
         )
 
 
-def _tuned(arms: Iterable[Arm]) -> list[Arm]:
+def _tuned(arms: Iterable[CompressionArm]) -> list[CompressionArm]:
     """The arms at which the learning rates of these are chosen."""
     return _unique(map(tuned_at, arms))
 
 
-def _unique(arms: Iterable[Arm]) -> list[Arm]:
+def _unique(arms: Iterable[CompressionArm]) -> list[CompressionArm]:
     return list({arm.name: arm for arm in arms}.values())
 
 
-def _tuning_name(arm: Arm, lr: float) -> str:
+def _tuning_name(arm: CompressionArm, lr: float) -> str:
     return f"{arm.name}-lr{lr:.2g}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -15,22 +16,32 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from regen_dist.config.run import DataConfig, ReadConfig
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.manifest import MANIFEST
+from regen_dist.data.storage.store import Store
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.distributed.environment import without_ranks
-from regen_dist.errors import TrainingError
+from regen_dist.errors import DataError, TrainingError
 from regen_dist.jsontext import json_text
 from regen_dist.programs import regen
-from tools.shards.stopping import stopping_cleanly
+from tools.bench import data_cases
+from tools.bench import data_cases as clipping
+from tools.bench.common import Case, Figure, Rounds, Turn, in_turn, ratio, spread, summary
+from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from regen_dist.evaluation.data_speed.suite import Suite
 
 _VIDEOS = Path("runs/videos")
 _RUNS = {"one rank, plain": ("plain", 1), "two ranks, zero3": ("zero3", 2)}
 
 
-class Part(StrEnum):
+class DataPart(StrEnum):
     """What can be measured."""
 
     CLIPS = "clips"
@@ -53,7 +64,7 @@ def data(
     samples: Annotated[int, typer.Option(help="Small samples that are fetched.", min=16)] = 3000,
     seconds: Annotated[float, typer.Option(help="Length of one measurement of clips, about.")] = 5.0,
     repeats: Annotated[int, typer.Option(help="Rounds in which everything is measured in turn.", min=1)] = 5,
-    only: Annotated[list[Part] | None, typer.Option(help="Measure this alone; may be given again.")] = None,
+    only: Annotated[list[DataPart] | None, typer.Option(help="Measure this alone; may be given again.")] = None,
 ) -> None:
     """Measure reading: the loader against decoding alone, fetching against obstore alone and WebDataset, data wait,
     planning, starting. Takes six minutes on two cores.
@@ -63,13 +74,10 @@ def data(
     from rich.console import Console
 
     from regen_dist.config import config_hash, load_embedder_config
-    from regen_dist.evaluation.data_speed.prepare import copy_dataset, make_clips
-    from regen_dist.evaluation.data_speed.report import table
-    from regen_dist.evaluation.data_speed.small_samples import make_small_samples
-    from regen_dist.evaluation.data_speed.suite import Suite
     from regen_dist.observe.hardware import describe_machine
+    from tools.bench.data_cases import make_small_samples
 
-    console, parts = Console(stderr=True), only or list(Part)
+    console, parts = Console(stderr=True), only or list(DataPart)
     given, folder = None if synthetic else videos or (_VIDEOS if _VIDEOS.is_dir() else None), out / "clips"
     facts: dict[str, Any] = {"command": _command(), "machine": describe_machine(), "load_before": os.getloadavg()}
     facts["packages"] = {
@@ -89,7 +97,7 @@ def data(
             place.process, lambda name, turn: console.print(f"  {name}: {_shown(turn.rate)} a second"),
         )  # fmt: skip
         for part in parts:
-            facts[part.value] = _waits(config, own, console) if part is Part.WAIT else _measure(suite, part)
+            facts[part.value] = _waits(config, own, console) if part is DataPart.WAIT else _measure(suite, part)
             _write(out / "data.json", facts)
     facts["load_after"] = os.getloadavg()
     _write(out / "data.json", facts)
@@ -107,7 +115,7 @@ class _Place(NamedTuple):
 @contextmanager
 def _place(url: str | None) -> Iterator[_Place]:
     """Where the data goes: the given bucket, or one of a server that runs as long as the block."""
-    from launcher.seaweed import start_store
+    from tools.local_services.s3 import start_store
 
     if url is not None:
         yield _Place(url.rstrip("/"), "the store that --url names", None)
@@ -122,21 +130,21 @@ def _place(url: str | None) -> Iterator[_Place]:
             os.environ |= before
 
 
-def _measure(suite: Suite, part: Part) -> Any:
+def _measure(suite: Suite, part: DataPart) -> Any:
     measures = {
-        Part.CLIPS: suite.clips,
-        Part.SMALL: suite.small,
-        Part.OTHERS: suite.others,
-        Part.ORDER: suite.order,
-        Part.START: suite.start,
+        DataPart.CLIPS: suite.clips,
+        DataPart.SMALL: suite.small,
+        DataPart.OTHERS: suite.others,
+        DataPart.ORDER: suite.order,
+        DataPart.START: suite.start,
     }
     return measures[part]()
 
 
 def _waits(config: Path, overrides: list[str], console: Console) -> dict[str, Any]:
     """Data wait of a run of each kind, which is left behind nowhere."""
-    from launcher.local import die_with
-    from regen_dist.evaluation.data_speed.waiting import data_wait
+    from launcher.supervise import die_with
+    from tools.bench.data_cases import data_wait
 
     found = {}
     for name, (kind, ranks) in _RUNS.items():
@@ -175,3 +183,278 @@ def _version(package: str) -> str:
 
 def _command() -> str:
     return " ".join(["regen", *sys.argv[1:]])
+
+
+# The figures of `regen bench data` as a Markdown table.
+
+_SCALES = {"clips": (1.0, "clips/s"), "bytes": (1e6, "MB/s")}
+_HEAD = ["| measured | figure | ratio (lowest to highest) | target |", "| --- | ---: | ---: | ---: |"]
+
+
+def table(facts: Mapping[str, Any]) -> str:
+    """Whatever was measured; parts that were left out are missing."""
+    rows: list[Sequence[str]] = []
+    for section in [*facts.get("clips", []), *filter(None, [facts.get("small"), facts.get("others")])]:
+        rows += _compared(section)
+    rows += _report_waits(facts.get("wait", {}))
+    rows += _orders(facts.get("order", []))
+    rows += _starts(facts.get("start", {}))
+    return "\n".join([*_HEAD, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def _compared(section: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    scale, unit = _SCALES[section["unit"]]
+    target = f"≥ {section['target']:g}" if "target" in section else ""
+    for name, case in section["cases"].items():
+        figure = f"{case['per_s']['median'] / scale:.0f} {unit}"
+        yield (
+            f"{section['what']}: {name}",
+            figure,
+            _ratio(section["ratios"].get(name)),
+            target * (name in section["ratios"]),
+        )
+    for name in section["ratios"].keys() - section["cases"].keys():
+        yield f"{section['what']}: {name}", "", _ratio(section["ratios"][name]), target
+
+
+def _ratio(found: Mapping[str, float] | None) -> str:
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})" if found else ""
+
+
+def _report_waits(runs: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    for name, run in runs.items():
+        share = f"{run['data_wait']:.2%} of step time"
+        yield f"data wait of a training run from the store: {name}, {run['step_s']:.2f} s a step", share, "", "≤ 2 %"
+
+
+def _orders(plans: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
+    for plan in plans:
+        cost = f"{plan['seconds']:.2f} s, {plan['peak_mb'] - plan['before_mb']:.1f} MB above {plan['before_mb']:.0f}"
+        yield f"planning {plan['samples']:,} samples, {plan['kind']}", cost, "", ""
+
+
+def _starts(states: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    for state, found in states.items():
+        parts = ", ".join(f"{found[f'{part}_s']['median']:.1f} s {part}" for part in ("import", "open", "batch"))
+        yield f"start to first batch, {state} catalogue", f"{found['seconds']['median']:.1f} s ({parts})", "", ""
+
+
+def data_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
+    """What two records are compared by. Ratios within a round move less than rates."""
+    for section in [*facts.get("clips", []), *filter(None, [facts.get("small"), facts.get("others")])]:
+        for name, case in section["cases"].items():
+            yield Figure(f"{section['what']}: {name}, per s", case["per_s"]["median"], True, noise=0.25)
+        for name, found in section["ratios"].items():
+            yield Figure(f"{section['what']}: {name}, ratio", found["median"], True)
+    for name, run in facts.get("wait", {}).items():
+        yield Figure(f"step of a training run, {name}, s", run["step_s"], False, noise=0.25)
+
+
+# All measurements of `regen bench data`, with what each is compared with and the ratio that it should reach.
+
+CLIPS_TARGET, BYTES_TARGET, WAIT_TARGET = 0.9, 0.8, 0.02
+CROPS = (64, 128)
+_BATCH = 8
+_PLANNED = (1_000_000, 100_000_000)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured, and how long.
+
+    Args:
+        folder: the dataset of clips on a local disk.
+        clips_url, small_url: the datasets in the store.
+        num_frames: of a clip.
+        read: how bytes are read for clips.
+        seconds: about how long one measurement of clips takes.
+        repeats: rounds.
+        store: process id of the store where it is on this machine.
+        told: hears of each measurement.
+    """
+
+    folder: Path
+    clips_url: str
+    small_url: str
+    num_frames: int
+    read: ReadConfig
+    seconds: float
+    repeats: int
+    store: int | None
+    told: Callable[[str, Turn], None]
+
+    def clips(self) -> list[dict[str, Any]]:
+        """Clips through the loader, from the folder and from the store, against decoding alone; for each crop."""
+        return [self._clips(crop) for crop in CROPS]
+
+    def _clips(self, crop: int) -> dict[str, Any]:
+        local = self._stretch(str(self.folder), crop)
+        remote = local._replace(config=local.config.model_copy(update={"url": self.clips_url}))
+        cases: dict[str, Case] = {
+            "decoding alone, from memory": lambda: clipping.from_memory(local),
+            "loader, local folder": lambda: clipping.through_loader(local),
+            "loader, store": lambda: clipping.through_loader(remote, self.store),
+        }
+        rounds = in_turn(cases, self.repeats, self.told)
+        alone, folder, store = rounds.values()
+        ratios = {"loader, local folder": ratio(folder, alone), "loader, store": ratio(store, alone)}
+        if self.store is not None:
+            elsewhere = [without_store(turn, local.workers) for turn in store]
+            ratios["loader, store, had its CPU time been another machine's"] = ratio(elsewhere, alone)
+        return {
+            "what": f"{self.num_frames} frames of {crop}x{crop}",
+            "unit": "clips",
+            "settings": {**_plain(local), "config": local.config.model_dump(mode="json")},
+            "against": "decoding alone, from memory",
+            "target": CLIPS_TARGET,
+            **_suite_compared(rounds, ratios),
+        }
+
+    def _stretch(self, url: str, crop: int) -> clipping.Workload:
+        """As many batches as take about `seconds`; the first decoding of all tells how many."""
+        config = DataConfig(url=url, size=(crop, crop), short_side="fit", read=self.read)
+        workers = len(os.sched_getaffinity(0))
+        stretch = clipping.Workload(config, self.num_frames, _BATCH, 2, workers)
+        return stretch._replace(
+            batches=max(2, round(clipping.from_memory(stretch).rate * self.seconds / _BATCH / workers))
+        )
+
+    def small(self) -> dict[str, Any]:
+        """Bytes by our fetcher against obstore alone; one request a sample, so that both ask for the same ranges."""
+        url, store = self.small_url, self.store
+        dataset = open_dataset(url)
+        mixed, in_order = data_cases.shuffled_rows(dataset), list(range(len(dataset)))
+        apart = ReadConfig(join_kb=0)
+        with TemporaryDirectory() as cache:
+            cached = apart.model_copy(update={"cache": cache})
+            data_cases.by_fetcher(url, cached, mixed)
+            cases: dict[str, Case] = {
+                "obstore, a call a sample": lambda: data_cases.by_obstore(url, apart, mixed, store),
+                "fetcher, shuffled": lambda: data_cases.by_fetcher(url, apart, mixed, store),
+                "obstore, a call a shard": lambda: data_cases.by_obstore_many(url, apart, mixed, store),
+                "fetcher, shuffled, joining": lambda: data_cases.by_fetcher(url, ReadConfig(), mixed, store),
+                "fetcher, in order, joining": lambda: data_cases.by_fetcher(url, ReadConfig(), in_order, store),
+                "fetcher, from the warm cache": lambda: data_cases.by_fetcher(url, cached, mixed, store),
+            }
+            rounds = in_turn(cases, self.repeats, self.told)
+        alone = faster(rounds["obstore, a call a sample"], rounds["obstore, a call a shard"])
+        ratios = {name: ratio(turns, alone) for name, turns in rounds.items() if name.startswith("fetcher")}
+        settings = {"samples": len(dataset), "bytes": dataset.manifest.totals.bytes, "requests": apart.requests}
+        return {
+            "what": "bytes of small samples",
+            "unit": "bytes",
+            "settings": settings,
+            "against": "obstore alone, the faster way of each round",
+            "target": BYTES_TARGET,
+            **_suite_compared(rounds, ratios),
+        }
+
+    def others(self) -> dict[str, Any]:
+        """The same samples by plain WebDataset."""
+        url, store = self.small_url, self.store
+        dataset = open_dataset(url)
+        mixed, in_order = data_cases.shuffled_rows(dataset), list(range(len(dataset)))
+        signed, piped = data_cases.presigned(url), data_cases.piped(url)
+        cases: dict[str, Case] = {
+            "WebDataset, curl": lambda: data_cases.by_webdataset(signed, store),
+            "fetcher, in order": lambda: data_cases.by_fetcher(url, ReadConfig(), in_order, store),
+            "fetcher, shuffled": lambda: data_cases.by_fetcher(url, ReadConfig(), mixed, store),
+        }
+        if piped is not None:
+            cases["WebDataset, pipe:aws s3 cp"] = lambda: data_cases.by_webdataset(piped, store)
+        rounds = in_turn(cases, self.repeats, self.told)
+        plain = rounds["WebDataset, curl"]
+        ratios = {name: ratio(turns, plain) for name, turns in rounds.items() if turns is not plain}
+        return {
+            "what": "bytes of the same samples by WebDataset",
+            "unit": "bytes",
+            "settings": {"samples": len(dataset), "shards": len(dataset.manifest.shards)},
+            "left_out": [] if piped else ["pipe:aws s3 cp: there is no `aws`; pip install 'regen-dist[bench]'"],
+            "against": "WebDataset, curl",
+            **_suite_compared(rounds, ratios),
+        }
+
+    def order(self) -> list[dict[str, Any]]:
+        """Planning one epoch."""
+        found = []
+        for samples in _PLANNED:
+            for mixed in (False, True):
+                costs = data_cases.plan(samples, mixed=mixed)
+                kind = "6 buckets x 3 datasets" if mixed else "one line"
+                self.told(f"planning, {kind}", Turn(samples, costs["seconds"]))
+                found.append({"samples": samples, "kind": kind, "batch": data_cases.BATCH, **costs})
+        return found
+
+    def start(self) -> dict[str, Any]:
+        """From nothing to the first batch, with and without a catalogue on this machine."""
+        found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+        for _ in range(self.repeats):
+            with TemporaryDirectory() as cache:
+                for state, each in found.items():
+                    each.append(
+                        data_cases.first_batch(
+                            self.clips_url, Path(cache), crop=CROPS[0], num_frames=self.num_frames, batch=_BATCH
+                        )
+                    )
+                    self.told(f"first batch, {state} catalogue", Turn(1, each[-1]["seconds"]))
+        return {state: {name: spread([one[name] for one in each]) for name in each[0]} for state, each in found.items()}
+
+
+def without_store(turn: Turn, cores: int) -> Turn:
+    """What a turn would have been, had the store's CPU time been that of another machine: all cores were busy, so the
+    workers would have had it."""
+    return Turn(turn.amount, turn.seconds - turn.facts["store_cpu_s"] / cores, turn.facts)
+
+
+def faster(*several: Sequence[Turn]) -> list[Turn]:
+    """The fastest turn of each round."""
+    return [max(each, key=lambda turn: turn.rate) for each in zip(*several, strict=True)]
+
+
+def _suite_compared(rounds: Rounds, ratios: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    return {"cases": {name: summary(turns) for name, turns in rounds.items()}, "ratios": dict(ratios)}
+
+
+def _plain(stretch: clipping.Workload) -> dict[str, Any]:
+    return {name: getattr(stretch, name) for name in ("num_frames", "batch", "batches", "workers", "seed")}
+
+
+# The datasets that are measured: made once in a local folder by the shard tools, then copied into the store.
+
+SHORT_SIDE = 128
+_SECONDS_OF_A_FILE = 180.0
+
+
+def make_clips(folder: Path, videos: Path | None) -> dict[str, Any]:
+    """A dataset of four-second samples of 128 pixels at `folder`, from the videos of a folder, or of moving shapes
+    where that is None; finished if begun. Says what is in it."""
+    if videos is not None:
+        options = BuildOptions(short_side=SHORT_SIDE, scenes=False, max_seconds=_SECONDS_OF_A_FILE, shard_mb=8)
+        build_shards([videos], folder, options)
+    else:
+        build_synthetic(folder, SyntheticOptions(number=96, seed=0, side=SHORT_SIDE, frames=96, samples_per_shard=32))
+    dataset = open_dataset(folder)
+    return {
+        "videos": "synthetic: moving shapes" if videos is None else "real",
+        "sources": sorted({Path(source).name for source in dataset.table()["source"].to_pylist()}) if videos else [],
+        "samples": len(dataset),
+        "mean_bytes": sum(dataset.records["size"].tolist()) / len(dataset),
+        "fingerprint": dataset.fingerprint,
+    }
+
+
+def copy_dataset(source: str | Path, target: str) -> None:
+    """Every object of a finished dataset, the manifest last; nothing happens when the same one is there.
+
+    Raises:
+        DataError: `target` holds another dataset.
+    """
+    here, there = Store(source), Store(target)
+    manifest = here.get(MANIFEST)
+    if there.size(MANIFEST) is not None:
+        if there.get(MANIFEST) != manifest:
+            raise DataError(f"{target}: holds another dataset; remove it, or give another --url. Nothing was changed")
+        return
+    for name in (each for each in here.list() if each != MANIFEST):
+        there.put(name, here.get(name))
+    there.put(MANIFEST, manifest)

@@ -18,11 +18,10 @@ from regen_dist.jsontext import json_text
 from regen_dist.programs import regen
 
 if TYPE_CHECKING:
-    from regen_dist.evaluation.comparing import Declared
-    from regen_dist.evaluation.figures import Figure
+    from tools.bench.common import Declared, Figure
 
 
-class Bench(StrEnum):
+class SpeedBench(StrEnum):
     """The benches of speed; the others measure quality, for hours."""
 
     CHECKPOINT = "checkpoint"
@@ -33,11 +32,11 @@ class Bench(StrEnum):
 
 
 _SHORT = {  # settings with which each takes a few minutes
-    Bench.CHECKPOINT: ["--no-bucket", "--rounds=1", "--repeats=1"],
-    Bench.CODEC: ["--size=17x64x64", "--counted=17x64x64", "--repeats=1"],
-    Bench.DATA: ["--synthetic", "--only=clips", "--only=small", "--seconds=2", "--repeats=3"],
-    Bench.STEP: ["--only=utilisation", "--only=memory", "--steps=2", "--repeats=3"],
-    Bench.T2V: ["--videos=64", "--seconds=5", "--repeats=2"],
+    SpeedBench.CHECKPOINT: ["--no-bucket", "--rounds=1", "--repeats=1"],
+    SpeedBench.CODEC: ["--size=17x64x64", "--counted=17x64x64", "--repeats=1"],
+    SpeedBench.DATA: ["--synthetic", "--only=clips", "--only=small", "--seconds=2", "--repeats=3"],
+    SpeedBench.STEP: ["--only=utilisation", "--only=memory", "--steps=2", "--repeats=3"],
+    SpeedBench.T2V: ["--videos=64", "--seconds=5", "--repeats=2"],
 }
 _FILE = "all.json"
 
@@ -48,7 +47,7 @@ def everything(
         typer.Argument(help="After `--`: options of the bench that --only names, not the short ones."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("runs/bench/all"),
-    only: Annotated[list[Bench] | None, typer.Option(help="Run this alone; may be given again.")] = None,
+    only: Annotated[list[SpeedBench] | None, typer.Option(help="Run this alone; may be given again.")] = None,
     compare: Annotated[Path | None, typer.Option(help="An old all.json: print what changed since.")] = None,
     new: Annotated[Path | None, typer.Option(help="With --compare: this all.json, and run nothing.")] = None,
     require: Annotated[bool, typer.Option("--require", help="End with code 6 where a figure got worse.")] = False,
@@ -64,7 +63,7 @@ def everything(
     """
     if new is not None and compare is None:
         raise ConfigError("--new is compared with an old record; give that as --compare OLD.json")
-    chosen = only or list(Bench)
+    chosen = only or list(SpeedBench)
     if further and len(chosen) > 1:
         raise ConfigError(f"options after -- go to one bench, {len(chosen)} are chosen; name one with --only")
     old = None if compare is None else _read(compare)  # before anything runs for nothing
@@ -75,7 +74,7 @@ def everything(
             raise TrainingError(f"{worse} figure{'s' if worse > 1 else ''} got worse")
 
 
-def _run(chosen: Sequence[Bench], further: Sequence[str], out: Path) -> dict[str, Any]:
+def _run(chosen: Sequence[SpeedBench], further: Sequence[str], out: Path) -> dict[str, Any]:
     """The facts of each bench, which are written as they come."""
     from regen_dist.config.files import write_text_atomically
 
@@ -95,7 +94,7 @@ def _run(chosen: Sequence[Bench], further: Sequence[str], out: Path) -> dict[str
 
 def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
     """Print the table; returns how many figures got worse."""
-    from regen_dist.evaluation.comparing import Verdict, changes, table
+    from tools.bench.common import ChangeKind, changes, table
 
     found = changes(old, new, declared())
     print(table(found))
@@ -103,29 +102,29 @@ def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
         before, after = (facts[bench].get("machine", {}) for facts in (old, new))
         if before != after:
             print(f"{bench}: measured on other machines or versions: {before} and {after}")
-    return sum(change.verdict is Verdict.WORSE for change in found)
+    return sum(change.verdict is ChangeKind.WORSE for change in found)
 
 
 def declared() -> dict[str, Declared]:
     """What each bench says its figures are."""
-    from regen_dist.evaluation.checkpoint_speed import report as checkpoint
-    from regen_dist.evaluation.data_speed import report as data
-    from regen_dist.evaluation.step_speed import report as step
-    from regen_dist.evaluation.t2v_speed import report as t2v
+    from tools.bench.checkpoint import checkpoint_figures
+    from tools.bench.data import data_figures
+    from tools.bench.step import step_figures
+    from tools.bench.t2v import t2v_figures
 
     return {
-        Bench.CHECKPOINT.value: checkpoint.figures,
-        Bench.CODEC.value: _codec_figures,
-        Bench.DATA.value: data.figures,
-        Bench.STEP.value: step.figures,
-        Bench.T2V.value: t2v.figures,
+        SpeedBench.CHECKPOINT.value: checkpoint_figures,
+        SpeedBench.CODEC.value: _codec_figures,
+        SpeedBench.DATA.value: data_figures,
+        SpeedBench.STEP.value: step_figures,
+        SpeedBench.T2V.value: t2v_figures,
     }
 
 
 def _codec_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
     """CPU seconds of our codecs."""
-    from regen_dist.evaluation.codec_cost.report import figures
-    from regen_dist.evaluation.figures import Figure
+    from tools.bench.codec import figures
+    from tools.bench.common import Figure
 
     return (Figure(name, value, False) for name, value in figures(facts).items())
 
@@ -137,7 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
         DataError: it is none.
     """
     found = _json(path)
-    if not isinstance(found, dict) or not found.keys() <= {bench.value for bench in Bench}:
+    if not isinstance(found, dict) or not found.keys() <= {bench.value for bench in SpeedBench}:
         raise DataError(f"{path} is no record of `regen bench all`, which is one JSON object {{bench: facts}}")
     return found
 

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import torch
 import typer
 
+from launcher.supervise import launch
+from regen_dist.config import AnyRunConfig, RunConfig, config_hash, load_config, load_embedder_config
+from regen_dist.config.files import t2v_only
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
+from regen_dist.distributed.engine import precision_of
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
 from regen_dist.jsontext import json_text
-from tools.shards.stopping import stopping_cleanly
+from regen_dist.programs import python
+from tools import stages
+from tools.bench import step_rank
+from tools.bench import step_rank as found_by_ranks
+from tools.bench.common import Figure, in_turn
+from tools.bench.step_rank import MEMORY_TARGET, Training, matrix_peak, profiled, section, steps_case
+from tools.bench.t2v import prepare
+from tools.shards.progress import stopping_cleanly
 
-if TYPE_CHECKING:
-    from tools.bench.step_parts import Bench
 
-
-class Part(StrEnum):
+class StepPart(StrEnum):
     """What can be measured."""
 
     UTILISATION = "utilisation"
@@ -36,7 +53,7 @@ def step(
     side: Annotated[int, typer.Option(help="Of text to video's videos, in pixels: a multiple of 16.", min=32)] = 128,
     steps: Annotated[int, typer.Option(help="Steps of one turn.", min=1)] = 3,
     repeats: Annotated[int, typer.Option(help="Turns of each.", min=1)] = 5,
-    only: Annotated[list[Part] | None, typer.Option(help="Measure this alone; may be given again.")] = None,
+    only: Annotated[list[StepPart] | None, typer.Option(help="Measure this alone; may be given again.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="The steps through torch.compile, too.")] = False,
     against: Annotated[
         Path | None,
@@ -50,13 +67,11 @@ def step(
     """
     from rich.console import Console
 
-    from regen_dist.evaluation.step_speed.report import table
     from regen_dist.observe.hardware import describe_machine
     from tools import stages
-    from tools.bench.step_parts import EMBEDDER, SHARDED, T2V, Bench, prepared
     from tools.bench.step_rank import quiet
 
-    console, parts = Console(stderr=True), only or ([] if against else list(Part))
+    console, parts = Console(stderr=True), only or ([] if against else list(StepPart))
     facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}
     facts |= {"load_before": os.getloadavg(), "precision": stages.working_precision()}
     facts |= {"steps": steps, "repeats": repeats, "runs": {}}
@@ -64,7 +79,7 @@ def step(
     quiet()
     with stopping_cleanly(), TemporaryDirectory(dir=out, prefix=".work-") as folder:
         runs = prepared({EMBEDDER: embedder, T2V: t2v, SHARDED: sharded}, Path(folder), side)
-        bench = Bench(runs, Path(folder), steps, repeats, console.print)
+        bench = StepBench(runs, Path(folder), steps, repeats, console.print)
         facts["runs"] = {name: run.facts() for name, run in runs.items()}
         for part in parts:
             console.print(f"measuring {part}")
@@ -79,7 +94,276 @@ def step(
     console.print(f"written: {out / 'step.json'}, {out / 'step.md'}")
 
 
-def _measure(bench: Bench, part: Part, *, compiled: bool) -> dict[str, Any]:
-    if part is Part.UTILISATION:
+def _measure(bench: StepBench, part: StepPart, *, compiled: bool) -> dict[str, Any]:
+    if part is StepPart.UTILISATION:
         return bench.utilisation(compiled=compiled)
-    return bench.memory() if part is Part.MEMORY else bench.sharding()
+    return bench.memory() if part is StepPart.MEMORY else bench.sharding()
+
+
+# The parts of `regen bench step`: what is trained, in this process or by ranks that it starts.
+
+EMBEDDER, T2V, SHARDED = "embedder", "text to video", "text to video, to be sharded"
+CHECKPOINTED, COMPILED = "activations recomputed", "torch.compile"
+ONE, TWO = "one process", "ZeRO-3, two ranks"
+HERE, THERE = "this checkout", "the other checkout"
+_CHECKPOINTING = "engine.activation_checkpointing=true"
+_VIDEOS = 16
+_RANK = Path(step_rank.__file__).resolve()
+
+
+class BenchRun(NamedTuple):
+    """What is trained: a file, what is changed in it, and the config that they give."""
+
+    path: Path
+    overrides: list[str]
+    config: AnyRunConfig
+
+    @classmethod
+    def of(cls, path: Path, overrides: Sequence[str]) -> BenchRun:
+        return cls(path, list(overrides), load_config(path, overrides))
+
+    def with_changes(self, *overrides: str) -> BenchRun:
+        """The same run with more changes."""
+        return BenchRun.of(self.path, [*self.overrides, *overrides])
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {"config": str(self.path), "overrides": self.overrides, "config_hash": config_hash(self.config)}
+
+
+def prepared(paths: Mapping[str, Path], work: Path, side: int) -> dict[str, BenchRun]:
+    """The runs on data that is made here: moving shapes for the embedder, and their cache for text to video."""
+    common = [f"engine.precision={stages.working_precision()}", "engine.kind=plain", f"output={work / 'runs'}"]
+    common += ["data.image_fraction=0", "data.validation_url=null"]
+    t2v_own = [*common, "generation.embedder=null", f"data.url={work / 'cached' / 'latents'}"]
+    runs = {EMBEDDER: BenchRun.of(paths[EMBEDDER], [*common, f"data.url={work / 'clips'}"])}
+    runs |= {name: BenchRun.of(path, t2v_own) for name, path in paths.items() if name != EMBEDDER}
+    embedder = load_embedder_config(paths[EMBEDDER], runs[EMBEDDER].overrides)
+    _make_clips(embedder, work / "clips")
+    if len(runs) > 1:
+        _make_cache([runs[name] for name in runs if name != EMBEDDER], embedder, work / "cached", side)
+    return runs
+
+
+def _make_clips(config: RunConfig, folder: Path) -> None:
+    frames, side = 2 * config.model.num_frames, max(map(max, config.data.sizes))
+    options = SyntheticOptions(_VIDEOS, seed=0, side=side, frames=frames, samples_per_shard=_VIDEOS)
+    build_synthetic(folder, options, workers=0)
+
+
+def _make_cache(runs: Sequence[BenchRun], embedder: RunConfig, work: Path, side: int) -> None:
+    configs = [t2v_only(run.config, str(run.path)) for run in runs]
+    latent = embedder.model.latent.model_copy(update={"channels": configs[0].model.latent_channels})
+    maker = embedder.model_copy(update={"model": embedder.model.model_copy(update={"latent": latent})})
+    clips = max(max(config.data.clips) for config in configs)
+    work.mkdir()
+    prepare(work, maker, videos=_VIDEOS, side=side, clips=clips, text_width=configs[0].model.text_width)
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What is measured.
+
+    Args:
+        runs: that are trained, by name.
+        work: a folder for what the ranks leave.
+        steps: of one turn.
+        repeats: turns of each.
+        say: told what is done.
+    """
+
+    runs: Mapping[str, BenchRun]
+    work: Path
+    steps: int
+    repeats: int
+    say: Callable[[str], None]
+
+    def utilisation(self, *, compiled: bool) -> dict[str, Any]:
+        """The model's operations beside bare products, and the profile, of the embedder and of text to video; in turn
+        with them the same with recomputed activations, and compiled if asked for."""
+        variants: dict[str, tuple[BenchRun, bool]] = {}
+        for name in (EMBEDDER, T2V):
+            variants[name] = (self.runs[name], False)
+            variants[f"{name}, {CHECKPOINTED}"] = (self.runs[name].with_changes(_CHECKPOINTING), False)
+            if compiled:
+                variants[f"{name}, {COMPILED}"] = (self.runs[name], True)
+        with ExitStack() as stack:
+            trained = {name: stack.enter_context(closing(_training(*each))) for name, each in variants.items()}
+            return self._measured(trained)
+
+    def _measured(self, trained: Mapping[str, Training]) -> dict[str, Any]:
+        peak = matrix_peak(torch.device("cpu"), precision_of(self.runs[EMBEDDER].config.engine.precision))
+        for name, training in trained.items():
+            self.say(f"  {name}: {training.parameters / 1e6:.1f} million parameters")
+            training.step()
+            training.step()  # what the allocator and the kernels learn from the first
+        cases = {name: steps_case(each.step, each.flops, peak, self.steps) for name, each in trained.items()}
+        rounds = in_turn(cases, self.repeats, lambda name, turn: self.say(f"  {name}: {_mfu(turn):.2f} of the peak"))
+        against = {name: name.rpartition(", ")[0] for name in trained if ", " in name}
+        figures = section(rounds, threads=torch.get_num_threads(), against=against)
+        for name, training in trained.items():
+            figures["cases"][name] |= {"parameters": training.parameters, "sample": training.sample}
+        figures["profile"] = {name: profiled(trained[name].step, self.steps) for name in (EMBEDDER, T2V)}
+        return figures
+
+    def memory(self) -> dict[str, Any]:
+        """The memory of one process beside its estimate, with activations kept and recomputed."""
+        found = {}
+        for name in (EMBEDDER, T2V):
+            for kind, changes in (("activations kept", []), (CHECKPOINTED, [_CHECKPOINTING])):
+                run = self.runs[name].with_changes(*changes)
+                found[f"{name}, {kind}"] = self._memory(f"{name}, {kind}", self._job(run, 1), run)
+        return found
+
+    def sharding(self) -> dict[str, Any]:
+        """The same global batch by one process and by two ranks, in turn, and the memory of both."""
+        runs = {ONE: self.runs[SHARDED], TWO: self.runs[SHARDED].with_changes("engine.kind=zero3")}
+        jobs: dict[str, list[found_by_ranks.Job]] = {name: [] for name in runs}
+        for _ in range(self.repeats):
+            for name, run in runs.items():
+                jobs[name].append(self._job(run, 1 if name == ONE else 2))
+                self.say(f"  {name}: {found_by_ranks.cpu_s(jobs[name][-1]):.2f} s of CPU time a step")
+        memory = {name: self._memory(name, each[-1], runs[name]) for name, each in jobs.items()}
+        target = {"target": found_by_ranks.CPU_TARGET}
+        return {**found_by_ranks.compared(jobs, ONE), **target, "memory": memory, **self.runs[SHARDED].facts()}
+
+    def against(self, checkout: Path) -> dict[str, Any]:
+        """The step of another checkout of this repository, in turn with this one's, each by its own program."""
+        places = {THERE: checkout.resolve(), HERE: None}
+        found = {}
+        for name in (EMBEDDER, T2V):
+            jobs: dict[str, list[found_by_ranks.Job]] = {place: [] for place in places}
+            for _ in range(self.repeats):
+                for place, tree in places.items():
+                    jobs[place].append(self._job(self.runs[name], 1, tree))
+                    self.say(f"  {name}, {place}: {found_by_ranks.cpu_s(jobs[place][-1]):.3f} s of CPU time a step")
+            found[name] = found_by_ranks.compared(jobs, THERE) | {"losses": _losses(jobs)}
+        return found
+
+    def _memory(self, name: str, job: found_by_ranks.Job, run: BenchRun) -> dict[str, Any]:
+        """Of ranks that were timed, and of as many more whose tensors are counted."""
+        figures = found_by_ranks.memory(job, self._job(run, len(job), options=["--tensors"]), run.config)
+        self.say(f"  memory, {name}: {figures['tensor_bytes'] / 1e6:.0f} MB, {figures['ratio']:.2f} of the estimate")
+        return figures
+
+    def _job(
+        self, run: BenchRun, ranks: int, checkout: Path | None = None, options: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """What each rank of a start of its own found, on one thread a rank; by another checkout's program if given."""
+        rank = _RANK if checkout is None else checkout / "tools" / "bench" / _RANK.name
+        if not rank.is_file():
+            raise TrainingError(f"{checkout} has no {rank.relative_to(rank.parents[2])}; give a checkout that has it")
+        program = python(str(rank), str(run.path.resolve()), *run.overrides)
+        program += ["--out", str(self.work), "--steps", str(self.steps), *options]
+        own = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if checkout is not None:
+            own["PYTHONPATH"] = str(checkout)
+        code = launch(program, ranks=ranks, logs=self.work, environment=own)
+        if code == EXIT_RESUME:
+            raise KeyboardInterrupt  # it was asked to stop, and this command with it
+        if code != EXIT_OK:
+            raise TrainingError(f"measuring {run.path} with {ranks} rank(s) ended with exit code {code}")
+        files = [step_rank.result_file(self.work, rank) for rank in range(ranks)]
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _training(run: BenchRun, compiled: bool) -> Training:
+    return Training(run.config, Ranks(), compiled=compiled)
+
+
+def _mfu(turn: Any) -> float:
+    return float(turn.rate / turn.facts["peak"])
+
+
+def _losses(jobs: Mapping[str, Sequence[found_by_ranks.Job]]) -> dict[str, float]:
+    """After the last step: equal where a change of the code did not change what is computed."""
+    return {place: each[-1][0]["loss"] for place, each in jobs.items()}
+
+
+# The figures of `regen bench step` as Markdown tables, and those that another run is compared by.
+
+_HEAD = ["| measured | figure | ratio (lowest to highest) | target |", "| --- | ---: | ---: | ---: |"]
+_NAMES = {"bf16": "bf16", "fp32": "float32"}
+Row = tuple[str, str, str, str]
+
+
+def table(facts: Mapping[str, Any]) -> str:
+    """Whatever was measured; parts that were left out are missing."""
+    rows = [*_utilisation(facts), *_memory(facts.get("memory", {})), *_sharding(facts), *_against(facts)]
+    lines = [*_HEAD, *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n".join([*lines, *_profile(facts.get("utilisation", {}).get("profile", {}))]) + "\n"
+
+
+def _utilisation(facts: Mapping[str, Any]) -> Iterator[Row]:
+    found = facts.get("utilisation", {"cases": {}, "time_ratios": {}})
+    for name, case in found["cases"].items():
+        peak = f"{case['peak_tflops']['median'] * 1e3:.0f} GFLOP/s"
+        beside = f"{_NAMES[facts['precision']]} matrix products on {_threads(found)}, {peak}"
+        target = f"≥ {found['target']:g}" * (name not in found["time_ratios"])
+        figure = f"{case['step_s']['median']:.2f} s a step of {case['flops_per_step'] / 1e9:.0f} GFLOP"
+        yield f"{name}: the model's operations over {beside}", figure, _spread(case["mfu"]), target
+        yield f"{name}: the same by CPU time", "", _spread(case["mfu_by_cpu"]), ""
+    for name, ratio in found["time_ratios"].items():
+        yield f"{name}: CPU time of a step, beside without", "", _spread(ratio), ""
+
+
+def _threads(found: Mapping[str, Any]) -> str:
+    return f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+
+
+def _memory(found: Mapping[str, Any]) -> Iterator[Row]:
+    target = f"{1 - MEMORY_TARGET:g} to {1 + MEMORY_TARGET:g}"
+    for name, case in found.items():
+        held, resident = (f"{case[f'{kind}_bytes'] / 1e6:.0f} MB" for kind in ("tensor", "resident"))
+        yield f"{name}: peak of tensors, beside the estimate of `regen describe`", held, f"{case['ratio']:.2f}", target
+        yield f"{name}: peak resident, beside what is written to", resident, f"{case['resident_ratio']:.2f}", ""
+
+
+def _sharding(facts: Mapping[str, Any]) -> Iterator[Row]:
+    found = facts.get("sharding")
+    if found is None:
+        return
+    size = f"{found['parameters'] / 1e6:.0f} million parameters"
+    for name, case in found["cases"].items():
+        ratio = found["cpu_ratios"].get(name)
+        figure = f"{case['cpu_s']['median']:.2f} s"
+        target = f"≤ {found['target']:g}" if ratio else ""
+        yield f"{name}, {size}: CPU time of a step", figure, _spread(ratio) if ratio else "", target
+    yield from _memory(found["memory"])
+
+
+def _against(facts: Mapping[str, Any]) -> Iterator[Row]:
+    for run, found in facts.get("against", {}).items():
+        for name, ratio in found["cpu_ratios"].items():
+            own, other = (found["cases"][place] for place in (name, found["against"]))
+            beside = f"{name} beside {found['against']}"
+            yield f"{run}: CPU time of a step, {beside}", f"{own['cpu_s']['median']:.3f} s", _spread(ratio), ""
+            less = f"{own['peak_bytes'] / other['peak_bytes']:.2f}"
+            yield f"{run}: peak memory, {beside}", f"{own['peak_bytes'] / 1e6:.0f} MB", less, ""
+
+
+def _profile(found: Mapping[str, Any]) -> Iterator[str]:
+    if not found:
+        return
+    groups = next(iter(found.values()))["groups"]
+    yield from ("", "| share of a step | " + " | ".join(found) + " |", "| --- |" + " ---: |" * len(found))
+    for group in groups:
+        yield f"| {group} | " + " | ".join(f"{each['groups'][group]:.1%}" for each in found.values()) + " |"
+
+
+def _spread(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def step_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
+    """What two records are compared by. By CPU time they move less than by the clock."""
+    found = facts.get("utilisation", {"cases": {}, "time_ratios": {}})
+    for name, case in found["cases"].items():
+        yield Figure(f"{name}, of the peak, by CPU time", case["mfu_by_cpu"]["median"], True)
+        yield Figure(f"{name}, step, s", case["step_s"]["median"], False, noise=0.25)
+    memory = {**facts.get("memory", {}), **facts.get("sharding", {"memory": {}})["memory"]}
+    for name, case in memory.items():
+        yield Figure(f"{name}, peak of tensors, bytes", case["tensor_bytes"], False, noise=0.01)
+        yield Figure(f"{name}, peak resident bytes", case["resident_bytes"], False, noise=0.05)
+    for name, ratio in facts.get("sharding", {}).get("cpu_ratios", {}).items():
+        yield Figure(f"{name}, CPU time beside one process", ratio["median"], False)

@@ -1,7 +1,8 @@
 """One rank of `regen bench step`: `python tools/bench/step_rank.py --help`.
 
-Trains a run for a few steps, and leaves what they took in `OUT/rank-N.json`. It uses nothing of the programs beside it,
-so that it can measure the library of another checkout (`PYTHONPATH`), for a comparison of before and after.
+Trains a run for a few steps, by the training step of the library (`training/step.py`), and leaves what they took in
+`OUT/rank-N.json`. It uses nothing of the programs beside it: `regen bench step --against` starts that of the other
+checkout with the library of the other checkout (`PYTHONPATH`), for a comparison of before and after.
 """
 
 from __future__ import annotations
@@ -12,21 +13,27 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from regen_dist.config import AnyRunConfig, load_config
-from regen_dist.distributed.engine import build_engine
-from regen_dist.distributed.failing import ending_at_once
+from regen_dist.config import AnyRunConfig, RunConfig, load_config
+from regen_dist.distributed.failure import ending_at_once
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
+from regen_dist.distributed.zero3 import build_engine
 from regen_dist.jsontext import json_text
-from regen_dist.training.guards import nowhere_finite
-from regen_dist.training.tasks import build_task
+from regen_dist.models.flops import FlopReport, count_flops, count_row_flops
+from regen_dist.models.memory import memory_bytes
+from regen_dist.observe.hardware import peak_tflops
+from regen_dist.training.metrics import StepMeter
+from regen_dist.training.registry import build_task
+from regen_dist.training.step import Stepper
+from tools.bench.common import Case, Rounds, Turn, ratio, spread
 
 _KIB = 1024
 
@@ -63,49 +70,40 @@ class Training:
         compiled: bool = False,
         before_model: Callable[[], None] = lambda: None,
     ) -> None:
-        self._config, self._steps, self._uncounted = config, 0, list[Any]()
+        self._config, self._uncounted = config, list[Any]()
         self._task = build_task(config, ranks.device)
-        self._batches = self._task.batches(_readers(config, ranks), 0)
-        self._held = next(self._batches)
+        batches = self._task.batches(_readers(config, ranks), 0)
+        self._held = next(batches)
         self.sample = _shape(self._held)
         before_model()
-        self.engine = build_engine(config, ranks, self._task.build)
-        self.parameters = sum(math.prod(shape) for shape in self.engine.shapes().values())
+        engine = build_engine(config, ranks, self._task.build)
+        self.parameters = sum(math.prod(shape) for shape in engine.shapes().values())
         if compiled:
-            self.engine.module.compile()
+            engine.module.compile()
+        meter = StepMeter(ranks, config.train.batch_global, peak_tflops=1.0)  # its MFU is not asked for
+        self._stepper = Stepper(config, ranks, self._task, engine, meter, batches=batches)
 
     def step(self) -> None:
-        """One step as the loop of training makes it; the loss is waited for."""
-        accumulation = self._config.train.accumulation
+        """The loop's own step; the loss is waited for, as the loop does."""
         with record_function("step"):
-            for micro in range(accumulation):
-                self._micro(is_last=micro + 1 == accumulation)
-            with record_function("update"):
-                self.engine.step(self._config.optimizer.lr)
-        self._steps += 1
+            made = self._stepper.train_step()
+        self.loss, _ = self._stepper.meter.end_step()
+        self._uncounted.append(made.batch)
 
     def flops(self) -> float:
         """The model's operations in the steps since the last call. Counting a shape that is new takes a while: not to
         be called while a clock runs."""
         batches, self._uncounted = self._uncounted, []
-        return sum(self._task.flops(batch) for batch in batches)
+        return self._config.train.accumulation * sum(self._task.flops(batch) for batch in batches)
 
     def close(self) -> None:
         """End the data workers."""
-        self._batches.close()
-
-    def _micro(self, *, is_last: bool) -> None:
-        with record_function("batches"):
-            batch = next(self._batches)
-        loss = self._task.loss(self.engine, batch, self._steps).value
-        self.engine.backward(nowhere_finite(loss), is_last=is_last)
-        self.loss = float(loss.detach())
-        self._uncounted.append(batch)
+        self._stepper.close_batches()
 
 
 def _readers(config: AnyRunConfig, ranks: Ranks) -> Ranks:
     """The place among those that have samples of their own: ranks that share rows of tokens read the same."""
-    shared = getattr(config.engine, "sequence_parallel", 1)  # another checkout may not know of it
+    shared = config.engine.sequence_parallel
     return Ranks(ranks.rank // shared, ranks.world_size // shared, ranks.local_rank)
 
 
@@ -221,3 +219,226 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+# Where the time of a training step goes: torch's profiler over a few steps, its operators put into a few groups.
+#
+# A group gets the time that an operator spends in itself. What lies inside a marked stretch (`record_function`)
+# belongs to the stretch, whatever operators it is made of.
+
+PRODUCTS, ATTENTION, CONVOLUTIONS = "matrix products", "attention", "convolutions"
+NORMS, ACTIVATIONS, ELEMENTWISE = "norms and modulation", "activations", "elementwise, casts and copies"
+NOISE, UPDATE, BATCHES, REST = "noise", "optimizer, clipping, EMA", "batch assembly", "Python and the rest"
+GROUPS = (PRODUCTS, ATTENTION, CONVOLUTIONS, NORMS, ACTIVATIONS, ELEMENTWISE, NOISE, UPDATE, BATCHES, REST)
+STRETCHES = {"noise": NOISE, "update": UPDATE, "batches": BATCHES}  # by the name that is recorded
+_PARTS = {  # of an operator's name, in this order
+    ATTENTION: ("bmm", "softmax", "scaled_dot_product", "attention"),
+    CONVOLUTIONS: ("conv",),
+    PRODUCTS: ("mm", "mkl_linear", "mkldnn_linear"),
+    NORMS: ("layer_norm", "rms_norm", "rsqrt", "addcmul"),
+    ACTIVATIONS: ("gelu", "silu", "sin", "cos", "tanh"),
+}
+_TOP = 12  # operators that are named one by one
+
+
+class Event(Protocol):
+    """What is used of the profiler's events."""
+
+    name: str
+    self_cpu_time_total: float  # microseconds
+    cpu_parent: Any
+
+
+def group_of(event: Event) -> str:
+    """The group of one event: of the stretch that it lies in, else by its operator."""
+    place: Any = event
+    while place is not None:
+        if place.name in STRETCHES:
+            return STRETCHES[place.name]
+        place = place.cpu_parent
+    if not event.name.startswith(("aten::", "mkldnn", "Inductor", "cpp_fused")):
+        return REST
+    name = event.name.removeprefix("aten::")
+    return next((group for group, parts in _PARTS.items() if any(part in name for part in parts)), ELEMENTWISE)
+
+
+def shares(events: Iterable[Event]) -> dict[str, float]:
+    """The share of all time that each group takes."""
+    seconds = dict.fromkeys(GROUPS, 0.0)
+    for event in events:
+        seconds[group_of(event)] += event.self_cpu_time_total
+    whole = sum(seconds.values())
+    return {group: each / whole for group, each in seconds.items()}
+
+
+def profiled(step: Callable[[], object], steps: int) -> dict[str, Any]:
+    """The shares of `steps` steps by group, and the operators that take most."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(steps):
+            step()
+    events: list[Any] = list(recorded.events() or ())
+    return {"steps": steps, "groups": shares(events), "operators": _operators(events)}
+
+
+def _operators(events: Iterable[Event]) -> dict[str, float]:
+    """Shares of the operators that take most, each with its group."""
+    seconds: dict[str, float] = {}
+    for event in events:
+        name = f"{event.name} ({group_of(event)})"
+        seconds[name] = seconds.get(name, 0.0) + event.self_cpu_time_total
+    whole = sum(seconds.values())
+    top = sorted(seconds, key=lambda name: -seconds[name])[:_TOP]
+    return {name: seconds[name] / whole for name in top}
+
+
+# What rank processes found (`tools/bench/step_rank.py`): the price of sharding, and memory beside its estimate.
+
+CPU_TARGET, MEMORY_TARGET = 1.3, 0.1
+Found = Mapping[str, Any]  # of one rank
+Job = Sequence[Found]  # of all ranks of a start
+
+
+def cpu_s(job: Job) -> float:
+    """CPU seconds of a step over all ranks: the median of the steps."""
+    return float(median(sum(rank["steps"][step]["cpu_s"] for rank in job) for step in range(len(job[0]["steps"]))))
+
+
+def wall_s(job: Job) -> float:
+    """Seconds of a step, of the slowest rank."""
+    return float(median(max(rank["steps"][step]["seconds"] for rank in job) for step in range(len(job[0]["steps"]))))
+
+
+def compared(jobs: Mapping[str, Sequence[Job]], against: str) -> dict[str, Any]:
+    """Jobs that were started in turn, each kind beside another's of the same round.
+
+    Args:
+        jobs: by kind, one a round.
+        against: the kind that the others are divided by.
+    """
+    base = [cpu_s(job) for job in jobs[against]]
+    return {
+        "against": against,
+        "parameters": jobs[against][0][0]["parameters"],
+        "cases": {
+            kind: {
+                "cpu_s": spread([cpu_s(job) for job in each]),
+                "step_s": spread([wall_s(job) for job in each]),
+                "peak_bytes": max(rank["peak_bytes"] for job in each for rank in job),
+            }
+            for kind, each in jobs.items()
+        },
+        "cpu_ratios": {
+            kind: spread([cpu_s(job) / one for job, one in zip(each, base, strict=True)])
+            for kind, each in jobs.items()
+            if kind != against
+        },
+    }
+
+
+def memory(job: Job, tensors: Job, config: AnyRunConfig) -> dict[str, Any]:
+    """The memory that the fullest rank took, beside the estimate of `regen describe`.
+
+    Args:
+        job: what each rank had resident: of a buffer what was written to, with what the heap keeps of tensors that are
+            gone, and what libraries take for themselves.
+        tensors: what the tensors of each rank held at once, which the estimate is of.
+        config: of the run.
+    """
+    terms = estimate(tensors[0]["sample"], config, world_size=len(tensors))
+    written = estimate(job[0]["sample"], config, world_size=len(job), resident=True)
+    measured, estimated = max(rank["tensor_bytes"] for rank in tensors), sum(terms.values())
+    resident = max(rank["peak_bytes"] for rank in job)
+    told = {"tensor_bytes": measured, "estimated_bytes": estimated, "ratio": measured / estimated}
+    return {**told, "resident_bytes": resident, "resident_ratio": resident / sum(written.values()), "terms": terms}
+
+
+def estimate(
+    sample: Mapping[str, Any], config: AnyRunConfig, *, world_size: int, resident: bool = False
+) -> dict[str, int]:
+    """The terms of the estimate for batches like `sample`; of tensors, or of what of them is resident in host
+    memory."""
+    return memory_bytes(
+        _account(sample, config),
+        config.engine,
+        world_size=world_size,
+        clips_per_gpu=sample["samples"],
+        accumulation=config.train.accumulation,
+        on_gpu=not resident,
+    )
+
+
+def _account(sample: Mapping[str, Any], config: AnyRunConfig) -> FlopReport:
+    height, width = sample["size"]
+    kept: Any = {
+        "precision": config.engine.precision,
+        "activation_checkpointing": config.engine.activation_checkpointing,
+        "sequence_parallel": config.engine.sequence_parallel,
+    }
+    if isinstance(config, RunConfig):
+        return count_flops(config.model, (height, width), num_frames=sample["frames"], **kept)
+    return count_row_flops(config.model, sample["frames"], (height, width), sample["text_tokens"], **kept)
+
+
+# The model's operations per second of a training step, over those of bare matrix products on the same cores.
+#
+# The peak is measured before and after each stretch of steps, because what a machine can do changes while others use
+# it.
+
+MFU_TARGET = 0.6
+PEAK_S = 0.4  # of matrix products, on either side of the steps
+
+Step = Callable[[], object]  # one optimizer step
+Flops = Callable[[], float]  # the model's operations in the steps since it was last called
+Peak = Callable[[], float]  # operations per second of bare matrix products
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = PEAK_S) -> Peak:
+    """The peak of this process's threads, measured anew at each call (on a known GPU: of its data sheet)."""
+    return lambda: peak_tflops(device, dtype, seconds) * 1e12
+
+
+def steps_case(step: Step, flops: Flops, peak: Peak, steps: int) -> Case:
+    """So many steps as one turn: `amount` are operations of the model; `peak` the best rate of bare products before and
+    after them, `cpu_s` the CPU seconds of this process."""
+
+    def turn() -> Turn:
+        flops()  # of what came before
+        before = peak()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            step()
+        seconds, cpu_s = time.perf_counter() - begun, time.process_time() - cpu_begun
+        return Turn(flops(), seconds, {"peak": max(before, peak()), "cpu_s": cpu_s, "steps": steps})
+
+    return turn
+
+
+def section(rounds: Rounds, *, threads: int, against: Mapping[str, str]) -> dict[str, Any]:
+    """The figures of all turns.
+
+    Args:
+        rounds: of `steps_case`.
+        threads: that the steps and the products ran on.
+        against: pairs of cases; how many times as long the first takes as the second is told, round by round.
+    """
+    return {
+        "threads": threads,
+        "target": MFU_TARGET,
+        "cases": {name: _case(turns, threads) for name, turns in rounds.items()},
+        "time_ratios": {name: ratio(_inverse(rounds[name]), _inverse(rounds[base])) for name, base in against.items()},
+    }
+
+
+def _case(turns: list[Turn], threads: int) -> dict[str, Any]:
+    return {
+        "flops_per_step": turns[0].amount / turns[0].facts["steps"],
+        "step_s": spread([turn.seconds / turn.facts["steps"] for turn in turns]),
+        "peak_tflops": spread([turn.facts["peak"] / 1e12 for turn in turns]),
+        "mfu": spread([turn.rate / turn.facts["peak"] for turn in turns]),
+        "mfu_by_cpu": spread([turn.amount / turn.facts["cpu_s"] / (turn.facts["peak"] / threads) for turn in turns]),
+    }
+
+
+def _inverse(turns: list[Turn]) -> list[Turn]:
+    """Turns whose rate is CPU seconds per step."""
+    return [Turn(turn.facts["cpu_s"], turn.facts["steps"]) for turn in turns]

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import torch
 import typer
+from torch import Tensor
 
+from regen_dist.checkpoint.export import MODEL_FILE, write_model
+from regen_dist.config.embedder import RunConfig
+from regen_dist.config.exported import EXPORT_CONFIG_FILE, ExportConfig
+from regen_dist.config.files import write_text_atomically
+from regen_dist.config.preencode import PreencodeConfig
+from regen_dist.config.t2v import TextConfig
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.latents import LatentEntry
+from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
+from regen_dist.data.loading.datasets import LatentSet, TrainingSet
+from regen_dist.data.loading.latent_loader import LatentBatch, collated, read_entry, row_of
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
+from regen_dist.errors import DataError
+from regen_dist.inference.encoder import FrozenEncoder
+from regen_dist.inference.preencode import preencode
 from regen_dist.jsontext import json_text
+from regen_dist.models.building import build_model
+from regen_dist.models.text import make_small_encoder
+from regen_dist.pixels import to_float
 from tools import stages
-from tools.shards.stopping import stopping_cleanly
+from tools.bench.common import Figure, Rounds, Turn, in_turn, measured, ratio, summary, turn_of
+from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
     from regen_dist.config import RunConfig, T2VConfig
-    from regen_dist.data.reading.latent_batches import LatentBatch
-    from regen_dist.evaluation.t2v_speed.prepare import Prepared
-    from regen_dist.evaluation.t2v_speed.suite import Feed
+    from regen_dist.data.loading.latent_loader import LatentBatch
+
 
 _KEPT_STEPS = 8  # whose batches are kept in memory
 
@@ -46,9 +69,6 @@ def t2v(
     from rich.console import Console
 
     from regen_dist.config import config_hash
-    from regen_dist.evaluation.t2v_speed.prepare import prepare
-    from regen_dist.evaluation.t2v_speed.report import table
-    from regen_dist.evaluation.t2v_speed.suite import WARM_STEPS, compare
     from regen_dist.observe.hardware import describe_machine
 
     console, asked = Console(stderr=True), overrides or []
@@ -80,29 +100,27 @@ class _Training:
     """The task and the engine of a run in this process, on a cache that was prepared."""
 
     def __init__(self, config: T2VConfig, made: Prepared) -> None:
-        from regen_dist.distributed.engine import build_engine
         from regen_dist.distributed.ranks import Ranks
-        from regen_dist.evaluation.t2v_speed.feeding import texts_of
+        from regen_dist.distributed.zero3 import build_engine
+        from regen_dist.training.metrics import StepMeter
+        from regen_dist.training.step import Stepper
         from regen_dist.training.t2v import TextToVideoTask
 
         data = config.data.model_copy(update={"url": str(made.cache)})
         self._config = config.model_copy(update={"data": data, "output": str(made.cache.parent)})
-        self._made, self._ranks, self._steps = made, Ranks(), 0
+        self._made, self._ranks = made, Ranks()
         self._task = TextToVideoTask(self._config, self._ranks.device)
-        self._engine = build_engine(self._config, self._ranks, self._task.build)
+        engine = build_engine(self._config, self._ranks, self._task.build)
+        meter = StepMeter(self._ranks, config.train.batch_global, peak_tflops=1.0)  # its MFU is not asked for
+        self._stepper = Stepper(self._config, self._ranks, self._task, engine, meter)
+        self._stepper.close_batches()  # every turn has batches of its own
         self._texts = texts_of(self._task.data)
 
     def step(self, batches: Iterator[LatentBatch]) -> None:
-        """One step as the loop of training makes it; the loss is waited for."""
-        from regen_dist.training.guards import nowhere_finite
-
-        accumulation = self._config.train.accumulation
-        for micro in range(accumulation):
-            loss = self._task.loss(self._engine, next(batches), self._steps).value
-            self._engine.backward(nowhere_finite(loss), is_last=micro + 1 == accumulation)
-            float(loss.detach())
-        self._engine.step(self._config.optimizer.lr)
-        self._steps += 1
+        """The loop's own step on these batches; the loss is waited for, as the loop does."""
+        self._stepper.batches = batches
+        self._stepper.train_step()
+        self._stepper.meter.end_step()
 
     def take(self, batches: Iterator[LatentBatch]) -> None:
         """The batches of a step, which is not made."""
@@ -111,9 +129,7 @@ class _Training:
 
     def feeds(self, embedder: RunConfig, side: int) -> dict[str, Feed]:
         """Where batches come from."""
-        from regen_dist.data.reading.training_set import TrainingSet
-        from regen_dist.evaluation.t2v_speed.feeding import encoding, kept, over_and_over
-        from regen_dist.evaluation.t2v_speed.suite import CACHE, ENCODER, MEMORY
+        from regen_dist.data.loading.datasets import TrainingSet
         from regen_dist.inference.encoder import FrozenEncoder
 
         train, accumulation = self._config.train, self._config.train.accumulation
@@ -137,7 +153,7 @@ class _Training:
 def _run(config: Path, asked: Sequence[str]) -> tuple[T2VConfig, list[str]]:
     """What is trained, and the changes to its config: in one process, of rows that are alike."""
     from regen_dist.config import load_config
-    from regen_dist.config.loading import t2v_only
+    from regen_dist.config.files import t2v_only
 
     own = [f"engine.precision={stages.working_precision()}", *asked, "engine.kind=plain", "data.image_fraction=0"]
     own += ["data.validation_url=null", "generation.embedder=null"]
@@ -153,3 +169,270 @@ def _embedder(config: Path, run: T2VConfig) -> tuple[RunConfig, list[str]]:
     own = [f"model.latent.channels={run.model.latent_channels}", f"engine.precision={run.engine.precision}"]
     own += ["data.image_fraction=0", "data.stride=[1]", "data.flip=false", "data.validation_url=null"]
     return load_embedder_config(config, own), own
+
+
+# Where a training step's batches may come from other than the cache's reader: memory, or videos that are encoded on
+# the way.
+#
+# Legend: b rows, n clips in a row, k+1 frames of a clip, C channels, h x w latent cells, L tokens, D their width.
+
+Text = tuple[Tensor, Tensor]  # a caption's embedding [L, D] and its mask [L], as a cache holds them
+
+
+def kept(batches: Generator[LatentBatch], number: int) -> list[LatentBatch]:
+    """The first batches, in memory."""
+    try:
+        return list(islice(batches, number))
+    finally:
+        batches.close()
+
+
+def over_and_over(batches: Sequence[LatentBatch]) -> Generator[LatentBatch]:
+    """Batches from memory, without end."""
+    yield from cycle(batches)
+
+
+def texts_of(data: LatentSet) -> dict[int, Text]:
+    """The embedding of every caption of a cache by the sample's id, which is that of its video.
+
+    Raises:
+        DataError: an entry is damaged, or has no text.
+    """
+    (dataset,) = data.datasets
+    texts = {}
+    for row in map(dataset.row, range(len(dataset))):
+        entry = read_entry(data.facts, row, dataset.read(row))
+        if entry.text is None or entry.mask is None:
+            raise DataError(f"{data.facts.url}: an entry without text")
+        texts[row.id] = entry.text, entry.mask
+    return texts
+
+
+def encoding(
+    data: TrainingSet, encoder: FrozenEncoder, texts: Mapping[int, Text], *, accumulation: int
+) -> Generator[LatentBatch]:
+    """Rows of clips of the videos, decoded by worker processes and encoded when they are taken."""
+    batches = clip_batches(data, accumulation=accumulation, rank=0, world_size=1, cursor=0)
+    try:
+        for batch in batches:
+            yield _encoded(batch, encoder, texts)
+    finally:
+        batches.close()
+
+
+def _encoded(batch: ClipBatch, encoder: FrozenEncoder, texts: Mapping[int, Text]) -> LatentBatch:
+    rows = len(batch.sample_ids)
+    clips = _clips(to_float(batch.video.to(encoder.device)), encoder.num_frames)
+    content, motion = (each.unflatten(0, (rows, -1)).float() for each in encoder.encode(clips))  # [b, n, C, h, w]
+    found = [texts[number] for number in batch.sample_ids.tolist()]
+    entries = [LatentEntry(c, m, text, mask) for c, m, (text, mask) in zip(content, motion, found, strict=True)]
+    return collated([row_of(entry, 0, entry.clips) for entry in entries], batch.sample_ids)._replace(
+        epochs=batch.epochs, bad=batch.bad, stand_ins=batch.stand_ins, problem=batch.problem
+    )
+
+
+def _clips(video: Tensor, num_frames: int) -> Tensor:
+    """Rows of clips [b, 3, n*(k+1), H, W] as clips [b*n, 3, k+1, H, W]."""
+    clips: Tensor = video.unflatten(2, (-1, num_frames))  # [b, 3, n, k+1, H, W]
+    return clips.transpose(1, 2).flatten(0, 1)
+
+
+# What is trained on: moving shapes, and their cache by an embedder and a text encoder of fresh weights, which are as
+# fast as trained ones.
+
+_SAMPLES_PER_SHARD, _BATCH_CLIPS, _MAX_TOKENS = 64, 16, 64
+
+
+class Prepared(NamedTuple):
+    """Folders of the videos, of their cache, and of the exported embedder that made it; and what to say of them: bytes,
+    and the speed of pre-encoding."""
+
+    videos: Path
+    cache: Path
+    embedder: Path
+    facts: dict[str, Any]
+
+
+def prepare(work: Path, embedder: RunConfig, *, videos: int, side: int, clips: int, text_width: int) -> Prepared:
+    """Make videos and cache in an empty folder.
+
+    Args:
+        work: where to.
+        embedder: its config; the weights are drawn.
+        videos: how many.
+        side: of a video, in pixels: a multiple of 16.
+        clips: of a video, which has no frame more.
+        text_width: of the captions' embeddings.
+
+    Raises:
+        DataError: there are no such videos.
+    """
+    paths = Prepared(work / "videos", work / "latents", work / "embedder", {})
+    frames = clips * embedder.model.num_frames
+    build_synthetic(
+        paths.videos,
+        SyntheticOptions(videos, seed=0, side=side, frames=frames, samples_per_shard=_SAMPLES_PER_SHARD),
+        workers=0,
+    )
+    _write_embedder(embedder, paths.embedder)
+    captions = open_dataset(paths.videos).table()["caption"].to_pylist()
+    make_small_encoder(captions, work / "text", width=text_width)
+    done = preencode(_preencoding(paths, work / "text"))
+    assert done.manifest is not None, "one task makes all shards"
+    facts = {"videos": videos, "frames": frames, "side": side, "cache_bytes": done.manifest.totals.bytes}
+    return paths._replace(facts=facts | done.manifest.options["sizes"] | {"preencoded_per_s": done.clips_per_s})
+
+
+def _preencoding(paths: Prepared, text: Path) -> PreencodeConfig:
+    return PreencodeConfig(
+        embedder=str(paths.embedder), data=str(paths.videos), output=str(paths.cache),
+        text=TextConfig(encoder=str(text), max_tokens=_MAX_TOKENS), batch_clips=_BATCH_CLIPS,
+    )  # fmt: skip
+
+
+def _write_embedder(config: RunConfig, folder: Path) -> None:
+    """An exported model of fresh weights."""
+    folder.mkdir()
+    torch.manual_seed(config.train.seed)
+    weights = {name: param.detach() for name, param in build_model(config.model).named_parameters()}
+    write_model(folder / MODEL_FILE, weights, "float32")
+    write_text_atomically(folder / EXPORT_CONFIG_FILE, ExportConfig.of(config).to_yaml())
+
+
+# Training steps per second by where the batches come from, in turn.
+
+CACHE, MEMORY, ENCODER = "latent cache", "the same batches, from memory", "videos, encoded in the loop"
+READER = "latent cache, read and let go"
+CACHE_TARGET = 0.95
+WARM_STEPS = 4  # of each turn, before the clock starts: what was read ahead until then is used up
+_TICK_S = 0.01  # no CPU time is known better
+
+Step = Callable[[Iterator[LatentBatch]], None]  # one optimizer step on the batches that come next
+Feed = Callable[[], Generator[LatentBatch]]  # begins anew, without end
+
+
+def compare(
+    step: Step, take: Step, feeds: Mapping[str, Feed], *, seconds: float, repeats: int,
+    told: Callable[[str, Turn], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Steps per second of every feed in turn, and the ratios that say what a cache costs and gains; and how fast the
+    cache's reader is when nothing is done with what it reads.
+
+    Args:
+        step: what is fed.
+        take: takes the batches of a step, and does nothing else.
+        feeds: named `CACHE`, `MEMORY` and `ENCODER`.
+        seconds: of a turn, at least.
+        repeats: turns of each.
+        told: hears of each turn.
+    """
+    cases = {name: _case(step, feed, seconds) for name, feed in feeds.items()}
+    cases[READER] = _case(take, feeds[CACHE], seconds)
+    return section(in_turn(cases, repeats, told))
+
+
+def section(rounds: Rounds) -> dict[str, Any]:
+    """The figures of all turns together. `by_cpu` are the ratios of steps per second of CPU time, over all threads and
+    workers: on a machine that others use too they are steadier, and they hide nothing that other cores do."""
+    cpu = {name: [by_cpu(turn) for turn in turns] for name, turns in rounds.items()}
+    return {
+        "unit": "steps",
+        "cases": {name: {**summary(turns), "turns": [turn.rate for turn in turns]} for name, turns in rounds.items()},
+        "ratios": _against(rounds),
+        "by_cpu": _against(cpu),
+        "target": CACHE_TARGET,
+    }
+
+
+def by_cpu(turn: Turn) -> Turn:
+    """The same work in the CPU time that it took."""
+    return Turn(turn.amount, max(turn.facts["own_cpu_s"], _TICK_S), turn.facts)
+
+
+def _against(rounds: Rounds) -> dict[str, Any]:
+    return {other: ratio(rounds[CACHE], rounds[other]) for other in (MEMORY, ENCODER)}
+
+
+def steps_per_second(step: Step, batches: Generator[LatentBatch], seconds: float) -> Turn:
+    """Steps for so long, after a few to warm up; `data_wait` is the share of the time in which they waited for batches.
+    Closes the batches."""
+    timed = _Timed(batches)
+    try:
+        for _ in range(WARM_STEPS):
+            step(timed)
+        timed.waited_s, steps = 0.0, 0
+        with measured(None) as costs:
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end or not steps:
+                step(timed)
+                steps += 1
+    finally:
+        batches.close()
+    return turn_of(steps, costs, data_wait=timed.waited_s / costs["seconds"])
+
+
+def _case(step: Step, feed: Feed, seconds: float) -> Callable[[], Turn]:
+    return lambda: steps_per_second(step, feed(), seconds)
+
+
+class _Timed(Iterator[LatentBatch]):
+    """Batches, and how long they were waited for."""
+
+    def __init__(self, batches: Iterator[LatentBatch]) -> None:
+        self._batches, self.waited_s = batches, 0.0
+
+    def __next__(self) -> LatentBatch:
+        begun = time.perf_counter()
+        batch = next(self._batches)
+        self.waited_s += time.perf_counter() - begun
+        return batch
+
+
+# The figures of `regen bench t2v` as Markdown tables.
+
+_HEAD = [
+    "| training from | steps/s (lowest to highest) | waits for batches | the cache's speed against it | by CPU time | "
+    "target |",
+    "| --- | ---: | ---: | ---: | ---: | ---: |",
+]
+_SIZES = ["| on disk | bytes | of the videos |", "| --- | ---: | ---: |"]
+
+
+def table(facts: Mapping[str, Any]) -> str:
+    """Speeds, then sizes."""
+    rows = [*_HEAD, *_speeds(facts["training"]), "", *_SIZES, *_sizes(facts["data"])]
+    return "\n".join(rows) + "\n"
+
+
+def _speeds(section: Mapping[str, Any]) -> Iterator[str]:
+    for name, case in section["cases"].items():
+        compared = [section[kind].get(name) for kind in ("ratios", "by_cpu")]
+        against = " | ".join(_spread(found) if found else "" for found in compared)
+        target = f"≥ {section['target']:g}" if name == MEMORY else ""
+        waits = f"{case['data_wait']:.1%}" if name != READER else ""
+        yield f"| {name} | {_spread(case['per_s'])} | {waits} | {against} | {target} |"
+
+
+def _sizes(data: Mapping[str, Any]) -> Iterator[str]:
+    videos = data["source_bytes"]
+    parts = {
+        f"{data['videos']} videos of {data['frames']} frames of {data['side']}x{data['side']}": videos,
+        "their pixels": data["pixel_bytes"],
+        CACHE: data["cache_bytes"],
+        "text embeddings in it": data["text_bytes"],
+    }
+    for name, size in parts.items():
+        yield f"| {name} | {size:,} | {size / videos:.2f} |"
+
+
+def _spread(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def t2v_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
+    """What two records are compared by. Ratios within a round move less than rates."""
+    for name, case in facts["training"]["cases"].items():
+        yield Figure(f"{name}, steps/s", case["per_s"]["median"], True, noise=0.25)
+    for name, found in facts["training"]["by_cpu"].items():
+        yield Figure(f"latent cache against {name}, by CPU time", found["median"], True)
+    yield Figure("bytes of the cache", facts["data"]["cache_bytes"], False, noise=0.01)

@@ -5,13 +5,8 @@ from __future__ import annotations
 
 import typer
 
-from tools.checkpoint.adopt import adopt
-from tools.checkpoint.export import export
-from tools.checkpoint.importing import import_model
-from tools.checkpoint.listing import list_checkpoints
-from tools.checkpoint.pin import pin, unpin
-from tools.checkpoint.prune import prune
-from tools.checkpoint.verify import verify
+from tools.checkpoint.export import export, import_model
+from tools.checkpoint.maintenance import adopt, list_checkpoints, pin, prune, unpin, verify
 
 app = typer.Typer(name="checkpoint", help="List, check, export and delete checkpoints.", no_args_is_help=True)
 app.command("list")(list_checkpoints)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from tools.checkpoint.place import progress_bar
+from tools.checkpoint.maintenance import progress_bar
 from tools.reconstruct import Weights
-from tools.shards.stopping import stopping_cleanly
+from tools.shards.progress import stopping_cleanly
 
 
 class Dtype(StrEnum):
@@ -21,8 +21,15 @@ class Dtype(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder with a checkpoint, such as runs/demo.", metavar="RUN")],
     out: Annotated[Path, typer.Option(help="Folder for the model; empty, or not there yet.")],
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Run folder with a checkpoint, such as runs/demo, or a model that was exported before; without one, "
+            "the embedder that the package carries.",
+            metavar="[RUN]",
+        ),
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; the newest good one by default.", min=0)] = None,
     weights: Annotated[Weights, typer.Option(help="EMA weights, or those of the last step.")] = Weights.ema,
     statistics_clips: Annotated[
@@ -32,33 +39,75 @@ def export(
     data: Annotated[
         str | None, typer.Option(help="Dataset for the statistics, where the run's own is not within reach.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="In which the weights are stored.")] = Dtype.float32,
+    dtype: Annotated[Dtype | None, typer.Option(help="In which the weights are stored; float32 by default.")] = None,
+    embedder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a text-to-video model: run or export of its embedder, to export both as a pipeline of diffusers; "
+            "the config's generation.embedder by default."
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text encoder of that pipeline, where it is not where the caches say.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an exported model that is there.")] = False,
 ) -> None:
     """Write the weights of a checkpoint, a config, a model card and the latents' statistics into a folder, which
     `regen reconstruct --run FOLDER` and `Codec.load(FOLDER)` read without DeepSpeed; of a text-to-video run, with the
-    statistics of its caches, `regen generate --run FOLDER`.
+    statistics of its caches, `regen generate --run FOLDER`. The folder also has what diffusers opens without
+    this package (docs/diffusers.md).
 
     Example: regen checkpoint export runs/demo --out runs/demo-model
     """
     from regen_dist.config.exported import T2VExportConfig
+    from regen_dist.inference.codec import PACKAGED_EMBEDDER
     from regen_dist.inference.export import ExportOptions, export_model
+    from regen_dist.inference.hub.folder import PIPELINE_FILE
 
     options = ExportOptions(
         step=step,
         weights=weights.value,
-        dtype=dtype.value,
+        dtype=None if dtype is None else dtype.value,
         statistics_clips=statistics_clips if statistics else 0,
         data=data,
         force=force,
+        embedder=embedder,
+        text=text,
     )
     with stopping_cleanly(), progress_bar() as progress:
-        made = export_model(run, out, options, progress)
+        made = export_model(run or PACKAGED_EMBEDDER, out, options, progress)
     assert made.origin is not None, "it comes from a checkpoint"
     if isinstance(made, T2VExportConfig) and (data or not statistics):
         typer.echo("Note: a text-to-video model has the statistics of its caches; options about them were ignored")
+    if isinstance(made, T2VExportConfig) and not (out / PIPELINE_FILE).exists():
+        typer.echo("Note: the transformer alone; --embedder makes it a pipeline of diffusers (docs/diffusers.md)")
     size = sum(path.stat().st_size for path in out.rglob("*"))
     typer.echo(
-        f"{out}: the {weights.value} weights of {made.origin.run} at step {made.origin.step} as {dtype.value}, "
+        f"{out}: the {weights.value} weights of {made.origin.run} at step {made.origin.step} as {made.dtype}, "
         f"{size / 1e6:,.1f} MB: {', '.join(sorted(path.name for path in out.iterdir()))}"
     )
+
+
+# `regen checkpoint import`: begin a run from an exported model.
+
+
+def import_model(
+    export: Annotated[Path, typer.Argument(help="What `regen checkpoint export` wrote.", metavar="EXPORT")],
+    config: Annotated[Path, typer.Argument(help="YAML file of the run that is to begin.", metavar="CONFIG")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
+) -> None:
+    """Make exported weights the checkpoint of step 0 of a new run: `regen train` with the same config then trains on
+    from them, on any number of ranks and on any data.
+
+    Example: regen checkpoint import runs/demo-model configs/demo/embedder.yaml name=tuned
+    """
+    from regen_dist.checkpoint.export import import_model as job
+    from regen_dist.config import T2VConfig, load_config
+    from regen_dist.inference.latent_space import read_space
+
+    loaded = load_config(config, overrides or [])
+    for difference in job(export, loaded):
+        typer.echo(f"Note: {difference}")
+    if isinstance(loaded, T2VConfig):  # so that it can generate before it has trained
+        read_space(export).write(loaded.folder)
+    typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `regen train {config} …`")

@@ -72,7 +72,7 @@ def describe(
     regen describe configs/t2v/5b.yaml --world-size 64 --size 384x640 --frames 264
     """
     from regen_dist.config import load_config
-    from regen_dist.models.cost import Assumptions
+    from regen_dist.models.memory import Assumptions
     from regen_dist.observe.hardware import GPU_PEAK_TFLOPS
     from tools.describe.facts import gather, with_clips_per_gpu
     from tools.describe.tables import show

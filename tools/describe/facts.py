@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from regen_dist.config import AnyRunConfig, RunConfig
-    from regen_dist.config.job import CommonConfig
-    from regen_dist.config.schema import DecoderConfig, ModelConfig
+    from regen_dist.config.embedder import DecoderConfig, ModelConfig
+    from regen_dist.config.run import CommonConfig
     from regen_dist.config.t2v import T2VModelConfig
-    from regen_dist.models.accounting import Account, ClipAccount
-    from regen_dist.models.cost import Assumptions
-    from tools.describe.video import Video
+    from regen_dist.models.flops import ClipFlops, FlopReport
+    from regen_dist.models.memory import Assumptions
+    from tools.describe.video import DescribedVideo
 
 Config = TypeVar("Config", bound="CommonConfig")
 EXCHANGED = "tokens exchanged for attention"  # of `sent_bytes_per_gpu_and_step`, where GPUs share rows of tokens
 
 
 def gather(
-    config: AnyRunConfig, world_size: int, assumed: Assumptions | None = None, video: Video | None = None
+    config: AnyRunConfig, world_size: int, assumed: Assumptions | None = None, video: DescribedVideo | None = None
 ) -> dict[str, Any]:
     """Everything that `regen describe` prints, as plain values: shapes, counts, operations, bytes, time and dollars.
 
@@ -34,7 +34,7 @@ def gather(
         ConfigError: the global batch cannot be divided over `world_size` ranks, or an embedder was given a video.
     """
     from regen_dist.config import config_hash
-    from regen_dist.config.worldsize import clips_per_rank
+    from regen_dist.config.identity import clips_per_rank
     from regen_dist.models.memory import host_bytes, memory_bytes
 
     per_gpu, train = clips_per_rank(config, world_size), config.train
@@ -71,7 +71,7 @@ def with_clips_per_gpu(config: Config, world_size: int, clips: int) -> Config:
     Raises:
         ConfigError: the global batch is no multiple of the clips of all GPUs.
     """
-    from regen_dist.config.worldsize import num_readers
+    from regen_dist.config.identity import num_readers
     from regen_dist.errors import ConfigError
 
     train, shared = config.train, config.engine.sequence_parallel
@@ -93,14 +93,14 @@ def _units(config: CommonConfig) -> str:
     return "rows" if isinstance(config, T2VConfig) else "clips"
 
 
-def _counted(config: AnyRunConfig, video: Video | None) -> tuple[Account, dict[str, Any]]:
+def _counted(config: AnyRunConfig, video: DescribedVideo | None) -> tuple[FlopReport, dict[str, Any]]:
     """The account of one sample, and its shapes."""
     from regen_dist.config import T2VConfig
     from regen_dist.errors import ConfigError
-    from tools.describe.video import Video, row_account, row_shapes
+    from tools.describe.video import DescribedVideo, row_account, row_shapes
 
     if isinstance(config, T2VConfig):
-        video = video or Video()
+        video = video or DescribedVideo()
         row = row_account(config, video)
         return row, row_shapes(config, row, video)
     if video is not None:
@@ -114,18 +114,17 @@ def _counted(config: AnyRunConfig, video: Video | None) -> tuple[Account, dict[s
 
 
 @lru_cache(maxsize=32)
-def _account(
-    model: ModelConfig, size: tuple[int, int], precision: Any, checkpointing: bool, shared: int
-) -> ClipAccount:
-    from regen_dist.models.accounting import account
+def _account(model: ModelConfig, size: tuple[int, int], precision: Any, checkpointing: bool, shared: int) -> ClipFlops:
+    from regen_dist.models.flops import count_flops
 
-    return account(model, size, precision=precision, activation_checkpointing=checkpointing, sequence_parallel=shared)
+    return count_flops(
+        model, size, precision=precision, activation_checkpointing=checkpointing, sequence_parallel=shared
+    )
 
 
-def _costs(config: AnyRunConfig, counted: Account, world_size: int, assumed: Assumptions | None) -> dict[str, Any]:
-    from regen_dist.config.worldsize import clips_per_rank
-    from regen_dist.models.communication import exchanged_bytes, num_collectives, sent_bytes
-    from regen_dist.models.cost import Assumptions, Cost
+def _costs(config: AnyRunConfig, counted: FlopReport, world_size: int, assumed: Assumptions | None) -> dict[str, Any]:
+    from regen_dist.config.identity import clips_per_rank
+    from regen_dist.models.memory import Assumptions, Cost, exchanged_bytes, num_collectives, sent_bytes
 
     train, assumed = config.train, assumed or Assumptions()
     sent = sent_bytes(counted.parameter_sizes, config.engine, world_size=world_size, accumulation=train.accumulation)
@@ -148,7 +147,7 @@ def _costs(config: AnyRunConfig, counted: Account, world_size: int, assumed: Ass
     return {"sent_bytes_per_gpu_and_step": sent, "assumptions": asdict(assumed), "cost": cost.facts()}
 
 
-def _clip_shapes(config: RunConfig, counted: ClipAccount) -> dict[str, Any]:
+def _clip_shapes(config: RunConfig, counted: ClipFlops) -> dict[str, Any]:
     decoder = config.model.decoder
     is_transformer = config.model.kind == "regen"
     return {
@@ -165,22 +164,22 @@ def _clip_shapes(config: RunConfig, counted: ClipAccount) -> dict[str, Any]:
     }
 
 
-def _tokens(model: ModelConfig, counted: ClipAccount) -> int:
+def _tokens(model: ModelConfig, counted: ClipFlops) -> int:
     """What the decoder's blocks see: one token per latent cell and frame, and those of latents in context."""
-    from regen_dist.models.accounting import NUM_LATENT_FRAMES
+    from regen_dist.models.flops import NUM_LATENT_FRAMES
 
     in_context = NUM_LATENT_FRAMES if model.conditioning.kind == "in_context" else 0
     _, rows, columns = counted.latent_shape
     return (counted.clip_shape[1] + in_context) * rows * columns
 
 
-def _transformer(config: AnyRunConfig, counted: Account) -> tuple[DecoderConfig | T2VModelConfig, int]:
+def _transformer(config: AnyRunConfig, counted: FlopReport) -> tuple[DecoderConfig | T2VModelConfig, int]:
     """The part of a model that GPUs can share the rows of, and how many tokens a row has."""
     from regen_dist.config import T2VConfig
-    from regen_dist.models.accounting import ClipAccount, RowAccount
+    from regen_dist.models.flops import ClipFlops, RowFlops
 
     if isinstance(config, T2VConfig):
-        assert isinstance(counted, RowAccount), "what a row was counted as"
+        assert isinstance(counted, RowFlops), "what a row was counted as"
         return config.model, counted.num_tokens
-    assert isinstance(counted, ClipAccount), "what a clip was counted as"
+    assert isinstance(counted, ClipFlops), "what a clip was counted as"
     return config.model.decoder, _tokens(config.model, counted)

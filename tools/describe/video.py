@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from regen_dist.config.section import SPATIAL_COMPRESSION
-from regen_dist.config.t2v import LATENT_PATCH
-from regen_dist.config.text import TextConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION
+from regen_dist.config.t2v import LATENT_PATCH, TextConfig
 from regen_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from regen_dist.config import T2VConfig
     from regen_dist.config.t2v import T2VModelConfig
-    from regen_dist.models.accounting import RowAccount
+    from regen_dist.models.flops import RowFlops
 
 COMPRESSIONS = (4, 8, 16, 32)  # k
 CONVENTIONAL = 4  # frames per latent frame of the embedder that others are compared with
@@ -25,7 +24,7 @@ _TEXT_TOKENS: int = TextConfig.model_fields["max_tokens"].default
 
 
 @dataclass(frozen=True)
-class Video:
+class DescribedVideo:
     """Which config says only how many clips are in a row: the sides and the text are the cache's.
 
     Args:
@@ -53,7 +52,7 @@ class Video:
         return (self.cells[0] // LATENT_PATCH) * (self.cells[1] // LATENT_PATCH)
 
 
-def chosen_video(size: str | None, frames: int | None, text_tokens: int | None) -> Video | None:
+def chosen_video(size: str | None, frames: int | None, text_tokens: int | None) -> DescribedVideo | None:
     """By the command's options; None when none was given.
 
     Raises:
@@ -61,8 +60,8 @@ def chosen_video(size: str | None, frames: int | None, text_tokens: int | None) 
     """
     if size is None and frames is None and text_tokens is None:
         return None
-    usual = Video()
-    return Video(parse_size(size) if size else usual.size, frames, text_tokens or usual.text_tokens)
+    usual = DescribedVideo()
+    return DescribedVideo(parse_size(size) if size else usual.size, frames, text_tokens or usual.text_tokens)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -84,14 +83,14 @@ def latent_frames(frames: int, k: int) -> int:
     return 1 if frames == 1 else 2 * -(-frames // (k + 1))
 
 
-def row_account(config: T2VConfig, video: Video) -> RowAccount:
+def row_account(config: T2VConfig, video: DescribedVideo) -> RowFlops:
     """Of the video as one row."""
     frames, engine = latent_frames(video.num_frames(config), _CLIP_FRAMES - 1), config.engine
     how = engine.precision, engine.activation_checkpointing, engine.sequence_parallel
     return _account(config.model, frames, video.cells, video.text_tokens, *how)
 
 
-def row_shapes(config: T2VConfig, counted: RowAccount, video: Video) -> dict[str, Any]:
+def row_shapes(config: T2VConfig, counted: RowFlops, video: DescribedVideo) -> dict[str, Any]:
     """What `regen describe` says of the row and the transformer."""
     channels, frames, *cells = counted.latent_shape
     model = config.model
@@ -108,7 +107,7 @@ def row_shapes(config: T2VConfig, counted: RowAccount, video: Video) -> dict[str
     }
 
 
-def by_embedder(config: T2VConfig, video: Video) -> list[dict[str, Any]]:
+def by_embedder(config: T2VConfig, video: DescribedVideo) -> list[dict[str, Any]]:
     """One forward pass of the model for the same video, with the latents of this project's embedders and of a
     conventional one, which makes a latent frame of each four frames. First the conventional one."""
     whole = video.num_frames(config)
@@ -130,7 +129,7 @@ def by_embedder(config: T2VConfig, video: Video) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=64)
 def _forward_flops(model: T2VModelConfig, frames: int, cells: tuple[int, int], text_tokens: int) -> int:
-    from regen_dist.models.accounting import row_forward_flops
+    from regen_dist.models.flops import row_forward_flops
 
     return row_forward_flops(model, frames, cells, text_tokens)
 
@@ -144,8 +143,8 @@ def _account(
     precision: Any,
     checkpointing: bool,
     shared: int,
-) -> RowAccount:
-    from regen_dist.models.accounting import account_row
+) -> RowFlops:
+    from regen_dist.models.flops import count_row_flops
 
     how = {"precision": precision, "activation_checkpointing": checkpointing, "sequence_parallel": shared}
-    return account_row(model, frames, cells, text_tokens, **how)
+    return count_row_flops(model, frames, cells, text_tokens, **how)

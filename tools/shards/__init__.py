@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from tools.shards.build import build
-from tools.shards.captions import captions
-from tools.shards.index import index
-from tools.shards.inspect import inspect
-from tools.shards.order import order
-from tools.shards.synthetic import synthetic
-from tools.shards.verify import verify
+from tools.shards.build import build, index, synthetic
+from tools.shards.frames import frames
+from tools.shards.inspect import captions, inspect, order, verify
 
 app = typer.Typer(name="shards", help="Build, index, inspect and verify datasets.", no_args_is_help=True)
-for command in (build, captions, index, inspect, order, synthetic, verify):
+for command in (build, captions, frames, index, inspect, order, synthetic, verify):
     app.command()(command)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.shards.progress import progress_bar
-from tools.shards.stopping import stopping_cleanly
-from tools.shards.task import parse_task
+from tools.shards.progress import parse_task, progress_bar, stopping_cleanly
 
 if TYPE_CHECKING:
-    from regen_dist.data.dataset.manifest import Manifest
+    from regen_dist.data.format.manifest import DatasetManifest
+
 
 _SHOWN = 10
 HDR_HELP = "High dynamic range and wide primaries (PQ, HLG, BT.2020, P3): tone-map to BT.709, or leave-out."
@@ -23,8 +23,8 @@ def build(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Videos, folders, prefixes of buckets (s3://…), and lists (.csv, .jsonl, .parquet) with the columns "
-            "video and caption.",
+            help="Videos, folders, prefixes of buckets (s3://…), https:// and hf://, and lists (.csv, .json, .jsonl, "
+            ".parquet) with the columns video and caption.",
             metavar="SOURCE…",
         ),
     ],
@@ -53,6 +53,9 @@ def build(
         str | None,
         typer.Option(help="List with the columns video and caption, for folders. NAME.txt beside also does."),
     ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns of the lists under other names: video=COLUMN,caption=COLUMN.")
+    ] = None,
     shard_mb: Annotated[float, typer.Option(help="Size at which a tar is closed.")] = 256.0,
     samples_per_shard: Annotated[int | None, typer.Option(help="Samples in one tar, at most.")] = None,
     part_gb: Annotated[float, typer.Option(help="Sources that are planned and made at a time.")] = 4.0,
@@ -68,8 +71,9 @@ def build(
 
     Example: regen shards build runs/videos --out runs/shards --short-side 128
     """
-    from regen_dist.data.making.build import build_shards
-    from regen_dist.data.making.plan import BuildOptions
+    from regen_dist.data.build.build import build_shards
+    from regen_dist.data.build.plan import BuildOptions
+    from regen_dist.data.build.sources import Columns
 
     options = BuildOptions(
         segment_seconds=segment_seconds,
@@ -96,6 +100,7 @@ def build(
             out,
             options,
             captions=captions,
+            columns=Columns.parse(columns) if columns is not None else None,
             task=parse_task(task),
             workers=workers,
             max_bad_share=max_bad_share,
@@ -110,7 +115,7 @@ def build(
         _print_summary(built.manifest, built.shards_made, out)
 
 
-def _print_summary(manifest: Manifest, made: int, out: str) -> None:
+def _print_summary(manifest: DatasetManifest, made: int, out: str) -> None:
     totals, skipped = manifest.totals, manifest.skipped
     typer.echo(
         f"{out}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
@@ -128,7 +133,107 @@ def _print_summary(manifest: Manifest, made: int, out: str) -> None:
         typer.echo(f"  and {len(skipped) - _SHOWN} more, listed in manifest.json")
 
 
-def print_notes(manifest: Manifest) -> None:
+def print_notes(manifest: DatasetManifest) -> None:
     """Count what was converted, by kind; manifest.json names each source."""
     for kind, number in Counter(note.note.partition(":")[0] for note in manifest.notes).most_common():
         typer.echo(f"Converted, {kind}: {number} sources; manifest.json says how under notes")
+
+
+# `regen shards index`: a dataset out of WebDataset tars that others wrote.
+
+
+def index(
+    url: Annotated[str, typer.Argument(help="Folder or URL; every *.tar below it is a shard.", metavar="URL")],
+    out: Annotated[
+        str | None, typer.Option(help="Where the indices go when URL cannot be written to; the tars stay.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
+    ] = None,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out tars that cannot be read to their end.")
+    ] = False,
+    hdr: Annotated[str, typer.Option(help=HDR_HELP)] = "tone-map",
+    interlaced: Annotated[str, typer.Option(help=INTERLACED_HELP)] = "deinterlace",
+) -> None:
+    """Make the index of WebDataset tars that others wrote, so that they can be trained from. Every tar is read once.
+
+    The same command again finishes what was killed, and takes in new tars. Exit code 3: tars are broken.
+
+    Example: regen shards index s3://bucket/videos --out runs/videos-index
+    """
+    from regen_dist.data.build.foreign import index_tars
+    from regen_dist.data.format.manifest import listed
+    from regen_dist.data.video.conversion import LeftOut
+
+    unwanted = LeftOut.of(hdr, interlaced)
+    with progress_bar() as progress:
+        made = index_tars(url, out, workers=workers, skip_broken=skip_broken, unwanted=unwanted, progress=progress)
+    manifest, totals = made.manifest, made.manifest.totals
+    typer.echo(
+        f"{out or url}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
+        f"{totals.shards} shards ({made.shards_made} indexed now), {len(manifest.skipped)} left out"
+    )
+    if manifest.skipped:
+        typer.echo(
+            f"Left out (all are in manifest.json, `regen shards inspect` counts them):\n{listed(manifest.skipped)}"
+        )
+    print_notes(manifest)
+
+
+# `regen shards synthetic`: captioned moving shapes.
+
+
+class Split(StrEnum):
+    """Which combinations of colour, shape and direction are shown."""
+
+    ALL = "all"
+    TRAIN = "train"
+    HELD_OUT = "held-out"
+
+
+def synthetic(
+    out: Annotated[str, typer.Option(help="Folder or URL of the dataset; empty, or begun by this same command.")],
+    number: Annotated[int, typer.Option(help="Clips to make.")],
+    seed: Annotated[int, typer.Option(help="Another seed gives other clips.")],
+    side: Annotated[int, typer.Option(help="Height and width in pixels; even, at least 32.")] = 64,
+    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 33,
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 24.0,
+    crf: Annotated[int, typer.Option(help="Quality of x264: 0 (best) to 51.")] = 8,
+    split: Annotated[
+        Split, typer.Option(help="All combinations of colour, shape and direction, or one of two parts.")
+    ] = Split.ALL,
+    held_out_share: Annotated[float, typer.Option(help="Share of the combinations that train never shows.")] = 0.15,
+    backgrounds: Annotated[
+        str | None, typer.Option(help="What shapes move over, such as black,grey,white; all by default.")
+    ] = None,
+    samples_per_shard: Annotated[int, typer.Option(help="Clips in one tar, at most.")] = 1024,
+    shard_mb: Annotated[int, typer.Option(help="Megabytes at which a tar is closed, at the latest.")] = 256,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="Make every N-th shard from the I-th (from 0), I/N; slurm: as its array says.")
+    ] = "0/1",
+) -> None:
+    """Draw captioned moving shapes as H.264 files. The same command again finishes what was killed.
+
+    Example: regen shards synthetic --out runs/shapes --number 2000 --seed 1 --split train
+    """
+    from regen_dist.data.synthetic.dataset import build_synthetic
+    from regen_dist.data.synthetic.shapes import SyntheticOptions
+
+    options = SyntheticOptions(
+        number, seed, side, frames, fps, crf, split.value, held_out_share, samples_per_shard=samples_per_shard,
+        shard_mb=shard_mb, **({} if backgrounds is None else {"backgrounds": tuple(backgrounds.split(","))}),
+    )  # fmt: skip
+    with stopping_cleanly(), progress_bar() as progress:
+        made = build_synthetic(out, options, task=parse_task(task), workers=workers, progress=progress)
+    if made.manifest is None:
+        typer.echo(f"{out}: {made.shards_made} shards made; {made.samples_missing} samples are left to other tasks")
+        return
+    totals = made.manifest.totals
+    typer.echo(
+        f"{out}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
+        f"{totals.shards} shards ({made.shards_made} made now)"
+    )

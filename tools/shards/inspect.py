@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
 from tools.shards.progress import progress_bar
 
@@ -15,9 +17,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from regen_dist.data.dataset.catalogue import Dataset
-    from regen_dist.data.inspection.overview import Overview
-    from regen_dist.data.inspection.tally import Histogram
+    from regen_dist.data.format.catalogue import Dataset
+    from regen_dist.data.inspect.overview import Histogram, Overview
+if TYPE_CHECKING:
+    from regen_dist.data.format.catalogue import Dataset
+if TYPE_CHECKING:
+    from regen_dist.data.inspect.check import Depth
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from regen_dist.config import AnyRunConfig
+    from regen_dist.data.loading.datasets import SampleSet
+
 
 _BAR, _REASONS = 30, 12
 _LONG = "statistics"  # of latents: dozens of numbers, which --json prints
@@ -44,10 +55,10 @@ def inspect(
 
     from rich.console import Console
 
-    from regen_dist.data.dataset.catalogue import open_dataset
-    from regen_dist.data.dataset.manifest import only_videos
-    from regen_dist.data.inspection.contact import choose_rows, write_contact_sheet
-    from regen_dist.data.inspection.overview import make_overview
+    from regen_dist.data.format.catalogue import open_dataset
+    from regen_dist.data.format.manifest import only_videos
+    from regen_dist.data.inspect.contact import choose_rows, write_contact_sheet
+    from regen_dist.data.inspect.overview import make_overview
 
     dataset = open_dataset(url)
     if sheet:
@@ -66,7 +77,7 @@ def inspect(
 
 def _default_sheet(dataset: Dataset) -> Path:
     """Not in the dataset, which may lie in a bucket, nor wherever the user happens to stand."""
-    from regen_dist.data.dataset.catalogue import cache_folder
+    from regen_dist.data.format.catalogue import cache_folder
 
     name = dataset.store.url.rstrip("/").rpartition("/")[2]
     return cache_folder() / "sheets" / f"{name}-{dataset.fingerprint[:8]}.png"
@@ -131,3 +142,148 @@ def _bars(shown: Histogram, width: int, digits: int) -> Iterator[str]:
         eighths = max(round(bar.count / most * _BAR * 8), 1 if bar.count else 0)
         drawn = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
         yield f"  {bar.label:>{width}}  {drawn:<{_BAR}}  {bar.count:>{digits},} {bar.count / total:>6.1%}"
+
+
+# `regen shards captions`: prompts out of a dataset.
+
+
+def captions(
+    url: Annotated[str, typer.Argument(help="Folder or URL of a dataset.", metavar="URL")],
+    out: Annotated[Path, typer.Option(help="Text file to write, one caption a line.")],
+    number: Annotated[int, typer.Option(min=1, help="How many, of the first samples that have one.")] = 200,
+) -> None:
+    """Write the captions of a dataset's first samples, as prompts for `regen generate --prompts`.
+
+    Example: regen shards captions runs/shapes/held_out --out runs/prompts.txt --number 200
+    """
+    from regen_dist.config.files import write_text_atomically
+    from regen_dist.data.format.catalogue import open_dataset
+    from regen_dist.errors import DataError
+
+    found = list(islice(_captions(open_dataset(url)), number))
+    if not found:
+        raise DataError(f"{url}: no sample has a caption; build the dataset with captions, or give another")
+    write_text_atomically(out, "".join(f"{caption}\n" for caption in found))
+    fewer = f" (fewer than the {number} that were asked for: no more samples have one)" if len(found) < number else ""
+    typer.echo(f"{out}: {len(found)} captions of {url}{fewer}")
+
+
+def _captions(dataset: Dataset) -> Iterator[str]:
+    """In the dataset's order, each on one line; an index is read when its shard is reached."""
+    from regen_dist.data.format.index import read_index
+
+    for shard in dataset.manifest.shards:
+        table, _ = read_index(dataset.store.get(shard.index))
+        texts = (" ".join((caption or "").split()) for caption in table["caption"].to_pylist())
+        yield from filter(None, texts)
+
+
+# `regen shards order`: what a run trains on, and when.
+
+
+def order(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Name the samples of this step, counted from 1 as in metrics.jsonl.")
+    ] = None,
+) -> None:
+    """Show the buckets and shares of a run's data, or the samples of one step, without reading a video or a latent.
+
+    Example: regen shards order configs/embedder/nano.yaml data.url=runs/shards --step 100
+    """
+    from rich.console import Console
+
+    from regen_dist.config import load_config
+
+    data = _opened(load_config(config, overrides or []))
+    if step is None:
+        Console().print(_buckets(data))
+    else:
+        typer.echo(_batch(data, step))
+
+
+def _opened(config: AnyRunConfig) -> SampleSet[Any]:
+    from regen_dist.config import RunConfig
+    from regen_dist.data.loading.datasets import LatentSet, TrainingSet
+
+    batch, seed = config.train.batch_global, config.train.seed
+    if isinstance(config, RunConfig):
+        return TrainingSet(config.data, num_frames=config.model.num_frames, batch_global=batch, seed=seed)
+    return LatentSet(config.data, batch_global=batch, seed=seed)
+
+
+def _buckets(data: SampleSet[Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=data.summary(), title_justify="left")
+    for name in ("clip", "samples", "share of steps", "times an epoch", "by dataset"):
+        table.add_column(name, justify="right")
+    for share in data.order.expected():
+        height, width, frames = share.bucket
+        table.add_row(
+            f"{frames} x {height} x {width}",
+            f"{share.samples}",
+            f"{share.steps:.1%}",
+            f"{share.samples_per_epoch / share.samples:.2f}" if share.samples else "",
+            ", ".join(f"{part:.1%}" for part in share.datasets),
+        )
+    return table
+
+
+def _batch(data: SampleSet[Any], step: int) -> str:
+    """A line for each sample, wide and plain: it is copied and searched rather than looked at."""
+    batch = data.order.global_batch(step - 1)
+    height, width, frames = batch.bucket
+    lines = [f"step {step}: {len(batch.rows)} clips of {frames} x {height} x {width}", "epoch  id  key  shard  dataset"]
+    for place, epoch in zip(data.places(batch), batch.epochs.tolist(), strict=True):
+        dataset = data.datasets[place.dataset]
+        sample = dataset.sample(place.row.row)
+        lines.append(f"{epoch}  {sample.id}  {sample.key}  {sample.shard}  {dataset.store.url}")
+    return "\n".join(lines)
+
+
+# `regen shards verify`: whether a dataset is what was written.
+
+_MEND = {
+    "index": "copy the tars named again from where they came; remove the indices that are bad, or whose tars were "
+    "changed on purpose, and run `regen shards index` again",
+    "build": "remove the shards named, with their indices, and run the build again",
+    "synthetic": "remove the shards named, with their indices, and run `regen shards synthetic` again",
+    "latents": "remove the shards named, with their indices, and run `regen preencode` again",
+}
+_CHECKED: dict[Depth, str] = {
+    "quick": "every object is there and has its size (no byte was read)",
+    "bytes": "everything is as it was written",
+    "deep": "everything is as it was written, and every frame decodes",
+}
+_UNPACKED = "everything is as it was written, and all latents unpack"
+
+
+def verify(
+    url: Annotated[str, typer.Argument(help="Folder or URL of a dataset.", metavar="URL")],
+    quick: Annotated[bool, typer.Option("--quick", help="List the objects and compare sizes; read no shard.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also decode every frame, or unpack all latents.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
+    ] = None,
+) -> None:
+    """Check every shard, index and sample against its checksum. Names what is bad, and ends with exit code 3 then.
+
+    Example: regen shards verify runs/shards --deep
+    """
+    from regen_dist.data.inspect.check import verify_dataset
+
+    if quick and deep:
+        raise typer.BadParameter("--quick and --deep exclude each other")
+    depth: Depth = "quick" if quick else "deep" if deep else "bytes"
+    with progress_bar() as progress:
+        verdict = verify_dataset(url, depth, workers=workers, progress=progress)
+    for note in verdict.notes:
+        typer.echo(f"Note: {note}")
+    if verdict.bad:
+        title = f"{len(verdict.bad)} problems in {url}; {_MEND[verdict.manifest.kind]}:"
+        raise DataError("\n".join([title, *verdict.bad]))
+    totals = verdict.manifest.totals
+    checked = _UNPACKED if depth == "deep" and verdict.manifest.kind == "latents" else _CHECKED[depth]
+    typer.echo(f"{url}: {checked}: {totals.samples} samples in {totals.shards} shards")

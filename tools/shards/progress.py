@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
+
+import typer
+
+from regen_dist.errors import EXIT_RESUME, ConfigError
 
 if TYPE_CHECKING:
     from regen_dist.data.pool import Progress
@@ -49,3 +59,86 @@ def progress_bar() -> Iterator[Progress]:
             bar.update(tasks[stage], completed=done, total=total)
 
         yield show
+
+
+# What the long commands of `regen shards` do when they are asked to stop.
+
+_AGAIN_S = 0.05
+
+
+@contextmanager
+def stopping_cleanly() -> Iterator[None]:
+    """Ctrl-C, and the signal by which a batch system ends a job, end the command at once: files are whole or not
+    there, so the same command goes on. Exit code 75."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with _heard_in_destructors():
+            yield
+    except KeyboardInterrupt:
+        print("Stopped. What is finished stays; run the same command again to go on.", file=sys.stderr)
+        raise typer.Exit(EXIT_RESUME) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _heard_in_destructors() -> Iterator[None]:
+    """What a signal raises while an object is being deleted is told of, and lost: the signal is sent again a moment
+    later."""
+    tell, main = sys.unraisablehook, threading.main_thread().ident or 0
+    again: list[threading.Timer] = []
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            tell(lost)
+            return
+        again.append(threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGTERM)))
+        again[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = tell
+        for timer in again:
+            timer.cancel()
+            timer.join()
+
+
+# `--task` of the commands that several processes share: which part of the work falls to this one.
+
+
+def parse_task(text: str, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Read "I/N" (I counts from 0), or "slurm": both from the Slurm array that this process belongs to.
+
+    Raises:
+        ConfigError: it is neither, I is not below N, or there is no Slurm array.
+    """
+    number, count = _slurm(environ) if text == "slurm" else _written(text)
+    if not 0 <= number < count:
+        raise ConfigError(f"--task {number}/{count}: {count} tasks are numbered 0 to {count - 1}")
+    return number, count
+
+
+def _written(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/([1-9]\d*)", text)
+    if not match:
+        raise ConfigError(f"--task {text}: write I/N, as 0/8 for the first of eight, or slurm inside a Slurm array")
+    return int(match[1]), int(match[2])
+
+
+def _slurm(environ: Mapping[str, str]) -> tuple[int, int]:
+    """An array may begin anywhere and go in steps: --array=4-10:2 has four tasks."""
+    try:
+        number, first, count = (int(environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "COUNT"))
+        step = int(environ.get("SLURM_ARRAY_TASK_STEP", "1"))
+    except (KeyError, ValueError):
+        raise ConfigError(
+            "--task slurm: SLURM_ARRAY_TASK_ID, _MIN and _COUNT are not set; submit with sbatch --array=0-7, or "
+            "give --task I/N"
+        ) from None
+    return (number - first) // step, count

@@ -25,14 +25,14 @@ class Bucket(NamedTuple):
         return self.frames == 1
 
 
-class Stream(NamedTuple):
+class BucketStream(NamedTuple):
     """A bucket, and how many samples each dataset has for it: its lines, which may be empty."""
 
     bucket: Bucket
     sizes: tuple[int, ...]
 
 
-class Share(NamedTuple):
+class BucketShare(NamedTuple):
     """What to expect of one bucket.
 
     An epoch is as many video samples as there are videos (with images alone: as there are images). A bucket whose
@@ -46,7 +46,7 @@ class Share(NamedTuple):
     datasets: tuple[float, ...]  # share of each dataset inside the bucket
 
 
-def quotas(streams: Sequence[Stream], weights: Sequence[float] | None, image_fraction: float) -> Quotas:
+def quotas(streams: Sequence[BucketStream], weights: Sequence[float] | None, image_fraction: float) -> Quotas:
     """Samples of each dataset in each stream in one epoch (see `Share`).
 
     Without weights every video comes once. With weights dataset d gets its share of the videos, among the datasets that
@@ -68,11 +68,11 @@ def quotas(streams: Sequence[Stream], weights: Sequence[float] | None, image_fra
     return tuple(tuple(map(add, *rows)) for rows in spread)
 
 
-def expected(streams: Sequence[Stream], amounts: Quotas) -> tuple[Share, ...]:
+def expected(streams: Sequence[BucketStream], amounts: Quotas) -> tuple[BucketShare, ...]:
     """What each stream will have in the long run, from its `quotas`."""
     totals = [sum(row, Fraction()) for row in amounts]
     return tuple(
-        Share(
+        BucketShare(
             stream.bucket,
             sum(stream.sizes),
             float(total),
@@ -83,7 +83,7 @@ def expected(streams: Sequence[Stream], amounts: Quotas) -> tuple[Share, ...]:
     )
 
 
-def _sizes(streams: Sequence[Stream], *, images: bool) -> list[tuple[int, ...]]:
+def _sizes(streams: Sequence[BucketStream], *, images: bool) -> list[tuple[int, ...]]:
     """Sizes of the lines of one kind, [streams][datasets]; 0 where a stream is of the other kind."""
     return [tuple(size if stream.bucket.is_image == images else 0 for size in stream.sizes) for stream in streams]
 

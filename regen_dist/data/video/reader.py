@@ -19,28 +19,62 @@ from typing import TYPE_CHECKING, Self
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-from regen_dist.data.video.conversion import Converter, deinterlaced
-from regen_dist.data.video.pixels import (
+from regen_dist.data.video.conversion import (
     RESIZE,
+    Converter,
     Geometry,
     UInt8s,
+    deinterlaced,
     fit_geometry,
     frame_to_planes,
     frame_to_rgb,
     shown_sides,
 )
-from regen_dist.data.video.streams import choose_video
 from regen_dist.data.video.timing import FrameTable, clip_frames, gaps, has_variable_rate, presentation_times
 from regen_dist.errors import DataError
 
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
     from typing_extensions import Buffer
+
+
+# Which of a file's video streams is its video: the choice of ffmpeg's command line.
+
+_DEFAULT_PIXELS = 5_000_000  # ffmpeg counts the mark "default" as so many pixels
+
+
+def choose_video(container: InputContainer) -> VideoStream:
+    """The stream with the most pixels, where one that is marked as default counts for five million more; the first of
+    equals. Attached pictures (cover art, thumbnails) are no video.
+
+    Raises:
+        DataError: there is no such stream, or no decoder for any.
+    """
+    streams = container.streams.video
+    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
+    videos = [stream for stream in streams if not stream.disposition & pictures]
+    if not videos:
+        what = f", only {len(streams)} attached pictures (cover art)" if streams else ""
+        raise DataError(f"it has no video stream{what}")
+    decodable = [stream for stream in videos if stream.codec_context is not None]  # so PyAV says it, against its types
+    if not decodable:
+        raise DataError("there is no decoder for its video")
+    return max(decodable, key=_score)  # the first of equals
+
+
+def _score(stream: VideoStream) -> int:
+    pixels = stream.codec_context.width * stream.codec_context.height
+    return pixels + _DEFAULT_PIXELS * bool(stream.disposition & Disposition.default)
+
 
 __all__ = [
     "VideoInfo", "VideoReader", "read_clip",

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import VideoReformatter
 
-from regen_dist.data.video.pixels import RESIZE
+from regen_dist.data.video.conversion import RESIZE
 from regen_dist.data.video.reader import VideoReader
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import av
 from av.video.reformatter import ColorRange
 
-from regen_dist.data.video.conversion import to_yuv
-from regen_dist.data.video.pixels import UPRIGHT, Orientation
-from regen_dist.data.video.reader import RESIZE, FrameTable, VideoInfo, VideoReader, frame_to_rgb
+from regen_dist.data.video.conversion import RESIZE, UPRIGHT, Orientation, frame_to_rgb, to_yuv
+from regen_dist.data.video.reader import VideoInfo, VideoReader
+from regen_dist.data.video.timing import FrameTable
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class StreamTags:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSegment:
     """A finished segment: the file's bytes and what is in it, or the reason why there is none."""
 
     segment: Segment
@@ -110,7 +110,7 @@ def told(error: Exception, path: Path) -> str:
     return str(error).replace(f": {f'file:{path}'!r}", "").replace(str(path), path.name)
 
 
-def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:
+def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[EncodedSegment]:
     """Every segment of one source, in order. A segment that cannot be decoded comes back with its problem.
 
     All are decoded in one pass; where that fails, each is tried by itself, so that damage stays where it is.
@@ -123,14 +123,14 @@ def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOpti
         return [_explain(path, segment, lambda one: _encode_run(path, [one], options)[0].data) for segment in segments]
 
 
-def _explain(path: Path, segment: Segment, make: Callable[[Segment], bytes]) -> Encoded:
+def _explain(path: Path, segment: Segment, make: Callable[[Segment], bytes]) -> EncodedSegment:
     try:
         return _checked(segment, make(segment))
     except (DataError, OSError, av.FFmpegError) as error:  # FFmpeg's are of sides that no scaler or encoder takes
-        return Encoded(segment, problem=told(error, path))
+        return EncodedSegment(segment, problem=told(error, path))
 
 
-def _encode_run(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[Encoded]:
+def _encode_run(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[EncodedSegment]:
     """Transcode segments that are in order, and near enough to one another to be decoded in one pass."""
     numbers = [number for segment in segments for number in range(segment.start, segment.stop)]
     with VideoReader(path, _frame_table(path)) as reader:
@@ -143,12 +143,12 @@ def _encode_run(path: Path, segments: Sequence[Segment], options: EncodeOptions)
     return done
 
 
-def _checked(segment: Segment, data: bytes) -> Encoded:
+def _checked(segment: Segment, data: bytes) -> EncodedSegment:
     with VideoReader(data) as reader:
         info = reader.info()
     if info.frames != segment.stop - segment.start:
         raise DataError(f"{segment.stop - segment.start} frames went in, {info.frames} came out")
-    return Encoded(segment, data, info)
+    return EncodedSegment(segment, data, info)
 
 
 @lru_cache(maxsize=4)

@@ -22,9 +22,9 @@ from regen_dist.models.text.files import (
     TOKENIZER_FILES,
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
+    atomic_folder,
     find_pickled,
 )
-from regen_dist.models.text.whole import made_whole
 
 Kept = Literal["same", "bfloat16", "float32"]
 CONVERSION_FILE = "conversion.json"
@@ -53,7 +53,7 @@ def convert_encoder(name: str, folder: Path, dtype: Kept = "same") -> bool:
         return False
     config = json.loads((source / CONFIG_FILE).read_bytes())
     leave = _DECODER if config.get("is_encoder_decoder") or config["model_type"] in ("t5", "mt5", "umt5") else ()
-    with made_whole(folder, lambda: _is_there(folder, recipe)) as made:
+    with atomic_folder(folder, lambda: _is_there(folder, recipe)) as made:
         for file in (CONFIG_FILE, *TOKENIZER_FILES):
             if (source / file).is_file():
                 shutil.copyfile(source / file, made / file)
@@ -94,7 +94,7 @@ def _converted(source: Path, target: Path, dtype: Kept, leave: Sequence[str]) ->
     """Convert a file in another process; names and bytes of its tensors."""
     job = {"source": str(source), "target": str(target), "dtype": None if dtype == "same" else dtype, "leave": leave}
     done = subprocess.run(
-        [sys.executable, "-I", "-m", "regen_dist.models.text.unpickling", json_text(job)],
+        [sys.executable, "-I", "-m", "regen_dist.models.text.files", json_text(job)],
         capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     try:

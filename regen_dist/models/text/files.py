@@ -12,14 +12,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
-from collections.abc import Iterator
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from regen_dist.errors import BackendError, CheckpointError
+from regen_dist.jsontext import json_text
 
 CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE = "config.json", "spiece.model", "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS_FILE}.index.json"
@@ -192,3 +201,104 @@ def _fetch(name: str, patterns: list[str]) -> Path:
             f"hub ({reason}). Run `hf download {name}` where there is a network, with an HF_HOME that this machine "
             f"sees, or set text.encoder to {_NEEDED} (`regen text make` writes a small one)"
         ) from error
+
+
+# One file of pickled weights written as safetensors: `python -I -m regen_dist.models.text.files JOB`, a process
+# of its own, for nothing from outside is unpickled in ours.
+#
+# PyTorch's restricted unpickler (`weights_only=True`) makes tensors and plain containers, and calls nothing that the
+# file names. JOB is JSON: `source`, `target`, `dtype` (or null), `leave` (beginnings of names that are left out). The
+# answer, one line on the standard output, is JSON too: `tensors`, or `problem`.
+
+
+def convert_file(source: Path, target: Path, dtype: torch.dtype | None, leave: Sequence[str]) -> dict[str, int]:
+    """Write the tensors of a pickled file as safetensors; their names, with the bytes of each.
+
+    Raises:
+        ValueError: there is something else than tensors in it.
+    """
+    try:
+        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:  # of before PyTorch 1.6: not a zip, cannot be mapped
+        if "mmap" not in str(error):
+            raise
+        loaded = torch.load(source, map_location="cpu", weights_only=True)
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise ValueError(f"it holds a {type(loaded).__name__}, not tensors by name")
+    other = [str(name) for name, value in loaded.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ValueError(f"{other[0]} is no tensor")
+    kept = {str(name): each for name, each in loaded.items() if not str(name).startswith(tuple(leave))}
+    tensors = {name: _own(each, dtype) for name, each in kept.items()}  # tied weights become equal ones
+    save_file(tensors, target, {"format": "pt"})
+    return {name: each.numel() * each.element_size() for name, each in tensors.items()}
+
+
+def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(wanted).contiguous().clone()
+
+
+def main() -> None:
+    """Do the job that the command line names."""
+    job = json.loads(sys.argv[1])
+    dtype = None if job["dtype"] is None else getattr(torch, job["dtype"])
+    try:
+        answer: dict[str, object] = {
+            "tensors": convert_file(Path(job["source"]), Path(job["target"]), dtype, job["leave"])
+        }
+    except Exception as error:  # noqa: BLE001 - of the unpickler, of the disk: told to the process that asked
+        answer = {"problem": next(iter(str(error).strip().splitlines()), type(error).__name__)}
+    print(json_text(answer))
+
+
+if __name__ == "__main__":
+    main()
+
+
+# Folders of an encoder that appear whole or not at all.
+
+
+@contextmanager
+def atomic_folder(folder: Path, is_there: Callable[[], bool]) -> Iterator[Path]:
+    """A new folder beside `folder` that is renamed to it when the block ends well, and removed when it does not.
+
+    Args:
+        folder: not there yet, or empty.
+        is_there: whether another process has made the same meanwhile; raises when it holds something else.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+        try:
+            yield made
+            made.chmod(0o755)
+            for path in (*made.iterdir(), made):
+                _sync(path)
+            _take_place(made, folder, is_there)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"the text encoder cannot be written to {folder}: {error.strerror or error}") from error
+
+
+def _take_place(made: Path, folder: Path, is_there: Callable[[], bool]) -> None:
+    try:
+        os.rename(made, folder)
+    except OSError:
+        if not is_there():
+            raise
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -24,10 +24,10 @@ from regen_dist.models.text.files import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
+    atomic_folder,
     needing,
     quiet_transformers,
 )
-from regen_dist.models.text.whole import made_whole
 
 RECIPE_FILE = "recipe.json"
 _BIAS_STD = 0.5  # of the attention's biases by distance, beside scores of about 1
@@ -36,7 +36,7 @@ _MOST_CAPTIONS = 1_000_000  # that the tokenizer learns from, spread evenly
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SmallEncoderRecipe:
     """What a small encoder is made from. The same recipe gives the same bytes.
 
     Args:
@@ -87,14 +87,16 @@ def make_small_encoder(
     if _is_there(folder, recipe):
         return False
     tokenizer, tokens = _trained_tokenizer(kept, vocabulary)
-    with made_whole(folder, lambda: _is_there(folder, recipe)) as made:
+    with atomic_folder(folder, lambda: _is_there(folder, recipe)) as made:
         _save_model(recipe, tokens, made)
         (made / TOKENIZER_FILE).write_bytes(tokenizer)
         (made / RECIPE_FILE).write_text(recipe.to_text(), encoding="utf-8")
     return True
 
 
-def _recipe(captions: Sequence[str], vocabulary: int, width: int, layers: int, heads: int, seed: int) -> Recipe:
+def _recipe(
+    captions: Sequence[str], vocabulary: int, width: int, layers: int, heads: int, seed: int
+) -> SmallEncoderRecipe:
     if not captions:
         raise ConfigError("a text encoder is made from captions, and there are none with a word in them")
     if min(vocabulary, width, layers, heads) < 1 or width % heads:
@@ -103,10 +105,10 @@ def _recipe(captions: Sequence[str], vocabulary: int, width: int, layers: int, h
             "width a multiple of the heads"
         )
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
-    return Recipe(digest, len(captions), vocabulary, width, layers, heads, seed)
+    return SmallEncoderRecipe(digest, len(captions), vocabulary, width, layers, heads, seed)
 
 
-def _is_there(folder: Path, recipe: Recipe) -> bool:
+def _is_there(folder: Path, recipe: SmallEncoderRecipe) -> bool:
     """Whether the folder holds what the recipe makes; CheckpointError when it holds something else."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -150,7 +152,7 @@ def _trained_tokenizer(captions: Sequence[str], vocabulary: int) -> tuple[bytes,
     return model.getvalue(), len(SentencePieceProcessor(model_proto=model.getvalue()))
 
 
-def _save_model(recipe: Recipe, tokens: int, folder: Path) -> None:
+def _save_model(recipe: SmallEncoderRecipe, tokens: int, folder: Path) -> None:
     """Random weights, from the recipe's seed alone. The process's own random state stays as it is."""
     with quiet_transformers() as transformers, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
@@ -161,7 +163,7 @@ def _save_model(recipe: Recipe, tokens: int, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def _t5_config(transformers: Any, recipe: Recipe, tokens: int) -> Any:
+def _t5_config(transformers: Any, recipe: SmallEncoderRecipe, tokens: int) -> Any:
     """As T5 v1.1, but small."""
     return transformers.T5Config(
         vocab_size=tokens,

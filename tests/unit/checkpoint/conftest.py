@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from tests.helpers.checkpoints import folder_of, write_checkpoint
 
 SHAPES = {"weight": [2, 3]}
-Write = Callable[..., Manifest]
+Write = Callable[..., CheckpointManifest]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """`write(step, …)` commits a checkpoint to the run in `tmp_path`."""
 
-    def write(step: int, **more: Any) -> Manifest:
+    def write(step: int, **more: Any) -> CheckpointManifest:
         return write_checkpoint(tmp_path, step, {"master/weight": torch.full((6,), float(step))}, SHAPES, **more)
 
     return write

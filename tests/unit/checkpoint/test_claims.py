@@ -17,7 +17,7 @@ import pytest
 
 from regen_dist.checkpoint import claims
 from regen_dist.checkpoint.claims import Claim, Claims, Holder, Patience, parse_holder, this_process
-from regen_dist.data.objects.store import Store
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, RunBusy
 from regen_dist.jsontext import json_text
 from tests.helpers.tiny import tiny_run

@@ -16,11 +16,12 @@ from torch import Tensor
 from regen_dist.checkpoint import export as exporting
 from regen_dist.checkpoint.export import check_shapes, model_shapes
 from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.config.embedder import RunConfig
 from regen_dist.config.exported import load_export_config, load_t2v_export_config
-from regen_dist.config.schema import RunConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
+from regen_dist.inference.hub.module import own_module, pipeline_module
 from tests.helpers.saved import model_state, save_checkpoint, saved_run
 from tests.helpers.t2v import saved_t2v
 from tests.helpers.tiny import clips, tiny_dataset, tiny_run
@@ -28,6 +29,8 @@ from tests.helpers.tiny import clips, tiny_dataset, tiny_run
 CPU = torch.device("cpu")
 BARE = ExportOptions(statistics_clips=0)
 FILES = {"model.safetensors", "config.yaml", "README.md"}
+BY_DIFFUSERS = {"config.json", "diffusion_pytorch_model.safetensors.index.json"}
+FOR_DIFFUSERS = {*BY_DIFFUSERS, own_module()[0]}
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_the_weights_are_those_of_the_checkpoint(run: RunConfig, weights: str, k
     found, expected = load_file(out / "model.safetensors"), _expected(run, kind)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.name for path in out.iterdir()} == FILES | FOR_DIFFUSERS
 
 
 @pytest.mark.parametrize("changes", [{}, {"model__kind": "magvit2"}, {"engine__precision": "bf16"}])
@@ -181,7 +184,7 @@ def test_a_folder_that_holds_something_is_not_overwritten(run: RunConfig, tmp_pa
     assert (out / "model.safetensors").stat().st_ino == before
     (out / "old").touch()
     _export(run, force=True)
-    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.name for path in out.iterdir()} == FILES | FOR_DIFFUSERS
     with pytest.raises(CheckpointError, match="holds something else"):
         export_model(run.folder, run.folder, ExportOptions(statistics_clips=0, force=True))
 
@@ -264,7 +267,7 @@ class TestTextToVideo:
         run = saved_t2v(tmp_path / "runs")
         out = tmp_path / "model"
         exported = export_model(run.folder, out, ExportOptions(weights=weights))  # type: ignore[arg-type]
-        assert {path.name for path in out.iterdir()} == FILES | {"latent_space"}
+        assert {path.name for path in out.iterdir()} == {*FILES, *BY_DIFFUSERS, pipeline_module()[0], "latent_space"}
         found, state = load_file(out / "model.safetensors"), model_state(run)
         assert all(torch.equal(found[name], state[f"{kind}/{name}"]) for name in found)
         for name in ("facts.json", "null_text.safetensors"):
@@ -371,4 +374,4 @@ class TestStatistics:
             _export(run, statistics_clips=2)
         assert not (tmp_path / "model").exists()
         out = _export(run, statistics_clips=2, data=str(shards))
-        assert {path.name for path in out.iterdir()} == {*FILES, "statistics.json"}
+        assert {path.name for path in out.iterdir()} == {*FILES, *FOR_DIFFUSERS, "statistics.json"}

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from regen_dist.checkpoint.export import import_model
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.importing import import_model
-from regen_dist.config.schema import RunConfig
-from regen_dist.distributed.plain import PlainEngine
+from regen_dist.config.embedder import RunConfig
 from regen_dist.distributed.ranks import Ranks, chunk
+from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.models import build_model
+from regen_dist.models.building import build_model
 from tests.helpers.checkpoints import KINDS, newest, tensors
 from tests.helpers.saved import model_state, saved_run
 from tests.helpers.t2v import saved_t2v

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from regen_dist.checkpoint.manifest import Manifest, parse_manifest, to_text
+from regen_dist.checkpoint.manifest import CheckpointManifest, parse_manifest, to_text
 from regen_dist.errors import CheckpointError
 
-MANIFEST = Manifest(
+MANIFEST = CheckpointManifest(
     step=7, samples=56, config_hash="abc", version="1.0", topology={"world_size": 2, "engine": "zero3"},
     state={"num_updates": 7, "window": [0.1, 1e-300, 3.3333333333333335]}, metrics={"psnr_db": 20.123456789},
     rollbacks=[], shapes={"weight": [2, 3]},
@@ -59,7 +59,7 @@ def test_another_schema_says_so() -> None:
         parse_manifest(json.dumps({"schema": 1, "step": 7}), "here")
 
 
-def _at(step: int, *rollbacks: int) -> Manifest:
+def _at(step: int, *rollbacks: int) -> CheckpointManifest:
     return replace(MANIFEST, step=step, rollbacks=list(rollbacks))
 
 
@@ -80,7 +80,9 @@ def _at(step: int, *rollbacks: int) -> Manifest:
         (_at(80, 60), _at(100, 50), False),  # of another history
     ],
 )
-def test_which_checkpoints_a_newer_one_was_trained_from(older: Manifest, newer: Manifest, follows: bool) -> None:
+def test_which_checkpoints_a_newer_one_was_trained_from(
+    older: CheckpointManifest, newer: CheckpointManifest, follows: bool
+) -> None:
     """Step numbers alone do not tell after a rollback."""
     assert older.is_followed_by(newer) is follows
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.reader import NoGoodCheckpoint, go_back, newest_good
-from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import AccessDenied, CheckpointError
+from regen_dist.checkpoint.reader import NoGoodCheckpoint, newest_good
+from regen_dist.errors import AccessDenied
 from tests.unit.checkpoint.conftest import Write
 
 SHARD = "rank-00000-of-00001.safetensors"
@@ -125,24 +124,6 @@ def test_a_given_up_future_is_not_gone_on_from(folder: CheckpointFolder, write: 
     assert _newest(folder) == 2
     _path(folder, "step-00000002", SHARD).unlink()
     assert _newest(folder) == 1
-
-
-def test_going_back_is_for_good(folder: CheckpointFolder) -> None:
-    """The checkpoint before a step gets the new state and the pointer; its own state is what the new one is made of."""
-    manifest = go_back(
-        folder, Ranks(), before=3, rollbacks=[], state=lambda old: old.state | {"data_shift": 10 - old.step}
-    )
-    assert (manifest.step, manifest.state, manifest.rollbacks) == (2, {"data_shift": 8}, [2])
-    assert folder.manifest(2) == manifest
-    assert folder.pointer() == 2
-    assert _newest(folder) == 2
-
-
-def test_nothing_to_go_back_to(folder: CheckpointFolder, tmp_path: Path) -> None:
-    """Told as what it is."""
-    with pytest.raises(CheckpointError, match="no checkpoint before step 1 to go back to"):
-        go_back(folder, Ranks(), before=1, rollbacks=[], state=lambda old: old.state)
-    assert folder.pointer() == 3
 
 
 @pytest.mark.parametrize("pointed", [0, 7])

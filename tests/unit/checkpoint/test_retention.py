@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.retention import to_delete
-from regen_dist.config.schema import CheckpointConfig
+from regen_dist.config.run import CheckpointConfig
 
 
-def _manifest(step: int, psnr: float | None = None, rollbacks: Sequence[int] = ()) -> Manifest:
-    return Manifest(
+def _manifest(step: int, psnr: float | None = None, rollbacks: Sequence[int] = ()) -> CheckpointManifest:
+    return CheckpointManifest(
         step=step, samples=0, config_hash="", version="", topology={"world_size": 1}, state={},
         metrics={} if psnr is None else {"psnr_db": psnr}, rollbacks=list(rollbacks), shapes={},
     )  # fmt: skip
@@ -22,7 +22,9 @@ def _manifest(step: int, psnr: float | None = None, rollbacks: Sequence[int] = (
 RUN = [_manifest(step, psnr) for step, psnr in [(10, 20.0), (20, 25.0), (30, 22.0), (40, float("nan")), (50, None)]]
 
 
-def _kept(run: Sequence[Manifest], newest: Manifest | None = None, bad: Sequence[int] = (), **policy: Any) -> list[int]:
+def _kept(
+    run: Sequence[CheckpointManifest], newest: CheckpointManifest | None = None, bad: Sequence[int] = (), **policy: Any
+) -> list[int]:
     pinned = policy.pop("pinned", set())
     deleted = to_delete(
         run, newest or run[-1], CheckpointConfig(**policy), pinned=pinned, is_good=lambda each: each.step not in bad

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.saver import Outcome, Saver
-from regen_dist.config.schema import CheckpointConfig
+from regen_dist.config.run import CheckpointConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import StoreUnavailable
 
 PHASES = ["clear", "shard", "vote", "manifest", "rename", "pointer", "prune"]
 
 
-def _manifest(step: int) -> Manifest:
-    return Manifest(
+def _manifest(step: int) -> CheckpointManifest:
+    return CheckpointManifest(
         step=step, samples=step, config_hash="", version="", topology={"world_size": 1}, state={}, metrics={},
         rollbacks=[], shapes={"weight": [6]},
     )  # fmt: skip

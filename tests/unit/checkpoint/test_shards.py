@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from regen_dist.checkpoint import shards
-from regen_dist.checkpoint.manifest import Manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.shards import ShardReader, shard_name, write_shard
-from regen_dist.data.objects.store import Store
+from regen_dist.data.storage.store import Store
 from regen_dist.distributed.ranks import chunk
 from regen_dist.errors import CheckpointError
 
@@ -40,7 +40,7 @@ def _write(folder: Path, world_size: int) -> ShardReader:
         path.parent.mkdir(exist_ok=True)
         with path.open("wb") as file:
             files[path.name] = write_shard(file, pieces)
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=1, samples=1, config_hash="", version="", topology={"world_size": world_size}, state={}, metrics={},
         rollbacks=[], shapes=SHAPES, files=files,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from regen_dist.config import config_hash, load_config, load_saved_config, save_config
-from regen_dist.config.schema import HangConfig
+from regen_dist.config.run import HangConfig
 from regen_dist.errors import ConfigError
 
 Write = Callable[[str, str], Path]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from regen_dist.config.worldsize import clips_per_rank, num_readers
+from regen_dist.config.identity import clips_per_rank, num_readers
 from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_run, tiny_t2v
 

@@ -9,7 +9,7 @@ import yaml
 
 from launcher.cluster import load_cluster
 from launcher.pipelines.schema import load_pipeline
-from launcher.sweeps import expand
+from launcher.submit import expand
 from regen_dist.config import load_config, load_saved_config, save_config
 from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_run

@@ -36,7 +36,17 @@ def test_paths_are_taken_from_here_and_home(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     "url",
-    ["pipe:cat x", "pipe://cat", "http://host/x", "https://host/x", "ftp://host/x", "file:relative", "file://host/x"],
+    [
+        "pipe:cat x",
+        "pipe://cat",
+        "http://",
+        "https://host/x?sig=a",
+        "hf://datasets/me",
+        "hf://me",
+        "ftp://host/x",
+        "file:relative",
+        "file://host/x",
+    ],
 )
 def test_everything_else_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="not supported") as caught:

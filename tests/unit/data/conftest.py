@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.data.making.build import build_shards
+from regen_dist.data.build.build import build_shards
 from tests.helpers.builds import OPTIONS, write_sources
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.config.schema import DensityConfig
-from regen_dist.diffusion.density import SMALLEST, timesteps
-from regen_dist.diffusion.noise import Stream, uniforms
+from regen_dist.config.embedder import DensityConfig
+from regen_dist.diffusion.noise import NoiseStream, uniforms
+from regen_dist.diffusion.path import SMALLEST, timesteps
 
 COUNT = 20_000
-NUMBERS = uniforms(0, torch.arange(COUNT), 0, Stream.TIMESTEP)
+NUMBERS = uniforms(0, torch.arange(COUNT), 0, NoiseStream.TIMESTEP)
 
 
 def _quantiles(config: DensityConfig, quantiles: list[float]) -> Tensor:

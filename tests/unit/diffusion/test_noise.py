@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.diffusion import noise
-from regen_dist.diffusion.noise import CHUNK, Stream, gaussian, latent_gaussian, philox, uniforms
+from regen_dist.diffusion.noise import CHUNK, NoiseStream, gaussian, latent_gaussian, philox, uniforms
 from regen_dist.errors import DataError
 
 # Random123's known answers for Philox4x32-10 (file kat_vectors of the reference implementation).
@@ -87,8 +87,8 @@ def test_times_are_keys_and_not_places() -> None:
         {"seed": 6},
         {"seed": 2**62},
         {"draw": 1},
-        {"stream": Stream.LATENT_CONTENT},
-        {"stream": Stream.LATENT_MOTION},
+        {"stream": NoiseStream.LATENT_CONTENT},
+        {"stream": NoiseStream.LATENT_MOTION},
         {"sample_ids": IDS + 1},
         {"times": TIMES + 0.5},
         {"times": TIMES - 8},
@@ -133,15 +133,15 @@ def test_no_correlation_between_neighbours() -> None:
 def test_uniforms() -> None:
     """Four numbers a sample, in (0, 1), keyed by seed, sample, draw and stream, evenly spread."""
     ids = torch.arange(20_000)
-    numbers = uniforms(1, ids, 7, Stream.TIMESTEP)
+    numbers = uniforms(1, ids, 7, NoiseStream.TIMESTEP)
     assert numbers.shape == (20_000, 4)
     assert numbers.min() > 0
     assert numbers.max() < 1
-    assert torch.equal(numbers[11:13], uniforms(1, ids[11:13], 7, Stream.TIMESTEP))
+    assert torch.equal(numbers[11:13], uniforms(1, ids[11:13], 7, NoiseStream.TIMESTEP))
     for other in (
-        uniforms(2, ids, 7, Stream.TIMESTEP),
-        uniforms(1, ids, 8, Stream.TIMESTEP),
-        uniforms(1, ids, 7, Stream.PIXELS),
+        uniforms(2, ids, 7, NoiseStream.TIMESTEP),
+        uniforms(1, ids, 8, NoiseStream.TIMESTEP),
+        uniforms(1, ids, 7, NoiseStream.PIXELS),
     ):
         assert abs(((numbers - 0.5) * (other - 0.5)).mean() * 12) < 5 / numbers.numel() ** 0.5
     shares = torch.histc(numbers, 10, 0, 1) / numbers.numel()
@@ -174,7 +174,7 @@ class TestLatentNoise:
         assert torch.equal(latent_gaussian(5, IDS[1:2], 4, 8, (4, 6)), self._row()[1:2])
         for other in (
             self._row(draw=1),
-            self._row(stream=Stream.LATENT_CONTENT),
+            self._row(stream=NoiseStream.LATENT_CONTENT),
             latent_gaussian(6, IDS, 4, 8, (4, 6)),
         ):
             assert (other == self._row()).double().mean() < 1e-3
@@ -192,8 +192,8 @@ class TestLatentNoise:
     def test_one_frame_is_what_embedders_are_trained_with(self) -> None:
         """Planes of four channels one after the other: runs that trained with noise on their latents go on with it."""
         planes = torch.arange(2).expand(3, -1)
-        old = gaussian(5, IDS, planes, (4, 6), channels=4, draw=3, stream=Stream.LATENT_MOTION)
-        new = self._row(frames=1, channels=7, draw=3, stream=Stream.LATENT_MOTION)
+        old = gaussian(5, IDS, planes, (4, 6), channels=4, draw=3, stream=NoiseStream.LATENT_MOTION)
+        new = self._row(frames=1, channels=7, draw=3, stream=NoiseStream.LATENT_MOTION)
         assert torch.equal(new[:, :, 0], old.transpose(1, 2).flatten(1, 2)[:, :7])
 
 
@@ -215,7 +215,7 @@ class TestFarAway:
 
     def test_streams_stay_apart_there(self) -> None:
         """What ticks have beyond 32 bits does not reach the stream's bits."""
-        frames = [self._frame(time, stream=stream) for time in (2.0**22, 2.0**24) for stream in Stream]
+        frames = [self._frame(time, stream=stream) for time in (2.0**22, 2.0**24) for stream in NoiseStream]
         for place, frame in enumerate(frames):
             assert all((frame == other).double().mean() < 0.05 for other in frames[:place])
 
@@ -241,7 +241,7 @@ class TestFarAway:
     def test_latent_frames_past_a_million(self) -> None:
         """Planes of a row are keyed by whole frames, 1024 ticks each."""
         planes = torch.tensor([[2**22 - 1, 2**22, 2**22 + 1]]).expand(3, -1)
-        noise = gaussian(5, IDS, planes, (4, 6), channels=4, stream=Stream.LATENT_ROW)
+        noise = gaussian(5, IDS, planes, (4, 6), channels=4, stream=NoiseStream.LATENT_ROW)
         row = latent_gaussian(5, IDS, 1, 4, (4, 6))
         assert all((noise[:, :, place] == row[:, :, 0]).double().mean() < 0.05 for place in range(3))
 

@@ -14,7 +14,7 @@ from regen_dist.diffusion.samplers import Denoiser, sample
 from regen_dist.errors import ConfigError
 
 PATHS = ("rectified_flow", "cosine_vp")
-METHODS = ("euler", "heun")
+METHODS = ("euler", "heun", "dpmpp_2m")
 MEAN, STD = 0.7, 0.6  # of the data, which is Gaussian: then everything is known in closed form
 
 
@@ -66,10 +66,11 @@ def test_heun_is_better_at_equal_evaluations(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "steps", "calls"), [("euler", 1, 1), ("euler", 4, 4), ("heun", 1, 1), ("heun", 4, 7)]
+    ("method", "steps", "calls"),
+    [("euler", 1, 1), ("euler", 4, 4), ("heun", 1, 1), ("heun", 4, 7), ("dpmpp_2m", 1, 1), ("dpmpp_2m", 4, 4)],
 )
 def test_evaluations(method: str, steps: int, calls: int) -> None:
-    """One evaluation a step, Heun two for all but the last; they start at pure noise and never ask for t = 0."""
+    """One evaluation a step, by Heun two for all but the last; they start at pure noise and never ask for t = 0."""
     seen: list[float] = []
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -81,6 +82,46 @@ def test_evaluations(method: str, steps: int, calls: int) -> None:
     assert len(seen) == calls
     assert seen[0] == 1
     assert min(seen) > 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_order_of_dpmpp(path: str) -> None:
+    """Second order up to a logarithm: near both ends of the flow equal steps of t are ever longer ones of lambda, and
+    together cost log(steps) / steps^2. So the order comes to 2 from below."""
+    errors = [_error(path, "dpmpp_2m", steps) for steps in (128, 256, 512)]
+    orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
+    with_logarithm = [2 - math.log2(math.log(2 * steps) / math.log(steps)) for steps in (128, 256)]
+    assert orders == pytest.approx(with_logarithm, abs=0.2)
+    assert orders[0] < orders[1] < 2
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("steps", [8, 16])
+def test_dpmpp_is_better_at_few_evaluations(path: str, steps: int) -> None:
+    """Than Euler by far, and than Heun, who has half the steps for as many evaluations."""
+    found = _error(path, "dpmpp_2m", steps)
+    assert found < _error(path, "euler", steps) / 2.5
+    assert found < _error(path, "heun", steps // 2)
+
+
+def test_dpmpp_is_that_of_the_paper() -> None:
+    """Against DPM-Solver++(2M) written out in lambda and h (Lu et al., 2022, Alg. 2), between two times inside (0, 1):
+    the second step from the third."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    denoise = _posterior_mean("rectified_flow")
+
+    def told(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((x, t[:1].double()))
+        return denoise(x, t)
+
+    sample(told, _noise(), path="rectified_flow", steps=6, method="dpmpp_2m")
+    data = [denoise(x, t.expand(2)) for x, t in seen]
+    for n in range(2, 5):  # from the first step whose predecessor is not pure noise
+        before, now, then = (torch.log((1 - t) / t) for _, t in seen[n - 1 : n + 2])
+        h, r = then - now, (now - before) / (then - now)
+        mixed = (1 + 1 / (2 * r)) * data[n] - 1 / (2 * r) * data[n - 1]
+        wanted = seen[n + 1][1] / seen[n][1] * seen[n][0] - (1 - seen[n + 1][1]) * torch.expm1(-h) * mixed
+        torch.testing.assert_close(seen[n + 1][0], wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])

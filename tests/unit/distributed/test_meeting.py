@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from regen_dist.distributed.meeting import misfit
+from regen_dist.distributed.rendezvous import misfit
 
 
 def _told(device: str = "cuda", gpu: str = "", host: str = "n0", problem: str = "") -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.config.schema import OptimizerConfig
-from regen_dist.distributed.engine import deepspeed_settings
+from regen_dist.config.run import OptimizerConfig
 from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
+from regen_dist.distributed.zero3 import deepspeed_settings
 from regen_dist.errors import BackendError, ConfigError
 from tests.helpers.tiny import tiny_run
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regen_dist.distributed.plain import PlainEngine
 from regen_dist.distributed.ranks import Ranks
+from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import BackendError
 from tests.helpers.tiny import tiny_run
 

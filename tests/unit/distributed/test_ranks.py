@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from regen_dist.distributed.environment import Place, meeting_port, rank_variables, read_place
+from regen_dist.distributed.environment import RankInfo, meeting_port, rank_variables, read_rank_info
 from regen_dist.distributed.ranks import Ranks, chunk, process_group, read_environment
 from regen_dist.errors import ConfigError
 
@@ -64,8 +64,8 @@ def test_values_that_make_no_sense(change: dict[str, str], message: str) -> None
 
 def test_what_a_rank_is_told_is_what_it_reads() -> None:
     """The variables that the launcher sets, and a meeting port of its own for each start."""
-    told = rank_variables(Place(5, 8, 1), local_world_size=4, address="node1", port=meeting_port("job 7", 0))
-    assert read_place(told) == Place(5, 8, 1)
+    told = rank_variables(RankInfo(5, 8, 1), local_world_size=4, address="node1", port=meeting_port("job 7", 0))
+    assert read_rank_info(told) == RankInfo(5, 8, 1)
     assert told["MASTER_ADDR"] == "node1"
     ports = {meeting_port(f"job {job}", restart) for job in range(10) for restart in range(10)}
     assert len(ports) > 90

@@ -6,10 +6,10 @@ from collections.abc import Generator
 
 import pytest
 
-from regen_dist.distributed.engine import deepspeed_settings
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.distributed.sequence import RowGroup, join_rows
-from regen_dist.models.sequence import WHOLE
+from regen_dist.distributed.sequence_parallel import RowGroup, join_rows
+from regen_dist.distributed.zero3 import deepspeed_settings
+from regen_dist.models.sequence_parallel import WHOLE
 from tests.helpers.tiny import tiny_run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from regen_dist.config import load_config
-from regen_dist.evaluation.ablation import arms, table
+from tools.bench.ablation import arms, table
 
 CONFIG = Path(__file__).parents[3] / "configs" / "bench" / "ablation.yaml"
 

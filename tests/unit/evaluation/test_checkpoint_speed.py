@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from regen_dist.errors import DataError
-from regen_dist.evaluation.checkpoint_speed.blocking import Saving, saving
-from regen_dist.evaluation.checkpoint_speed.report import cases_section, state_section, table, training_section
 from regen_dist.observe.record import Record, read_record
+from tools.bench.checkpoint import cases_section, state_section, table, training_section
+from tools.bench.checkpoint_cases import Saving, saving
 
 Lines = list[dict[str, Any]]
 

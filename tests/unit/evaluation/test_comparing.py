@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from regen_dist.errors import DataError
-from regen_dist.evaluation.comparing import Verdict, changes, table
-from regen_dist.evaluation.figures import Figure
+from tools.bench.common import ChangeKind, Figure, changes, table
 
 
 def _speeds(facts: Mapping[str, Any]) -> Iterator[Figure]:
@@ -22,25 +21,26 @@ def _speeds(facts: Mapping[str, Any]) -> Iterator[Figure]:
 DECLARED = {"reading": _speeds, "other": _speeds}
 
 
-def _verdicts(old: dict[str, float], new: dict[str, float]) -> dict[str, Verdict]:
+def _verdicts(old: dict[str, float], new: dict[str, float]) -> dict[str, ChangeKind]:
     return {change.name: change.verdict for change in changes({"reading": old}, {"reading": new}, DECLARED)}
 
 
 @pytest.mark.parametrize(
-    ("rate", "verdict"), [(89.0, Verdict.WORSE), (91.0, Verdict.SAME), (111.0, Verdict.SAME), (112.0, Verdict.BETTER)]
+    ("rate", "verdict"),
+    [(89.0, ChangeKind.WORSE), (91.0, ChangeKind.SAME), (111.0, ChangeKind.SAME), (112.0, ChangeKind.BETTER)],
 )
-def test_a_rate_moves_by_more_than_its_noise(rate: float, verdict: Verdict) -> None:
+def test_a_rate_moves_by_more_than_its_noise(rate: float, verdict: ChangeKind) -> None:
     assert _verdicts({"rate": 100.0, "bytes": 5}, {"rate": rate, "bytes": 5})["clips/s"] == verdict
 
 
 def test_fewer_bytes_are_better() -> None:
-    for size, verdict in ((4, Verdict.BETTER), (5, Verdict.SAME), (6, Verdict.WORSE)):
+    for size, verdict in ((4, ChangeKind.BETTER), (5, ChangeKind.SAME), (6, ChangeKind.WORSE)):
         assert _verdicts({"rate": 1.0, "bytes": 5}, {"rate": 1.0, "bytes": size})["bytes"] == verdict
 
 
 def test_a_figure_of_one_record_alone_is_told() -> None:
     found = _verdicts({"rate": 1.0, "bytes": 5}, {"rate": 1.0, "bytes": 5, "more": 1.0})
-    assert found["more"] == Verdict.MISSING
+    assert found["more"] == ChangeKind.MISSING
 
 
 def test_benches_of_one_record_alone_are_left_out() -> None:

@@ -8,19 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.config.schema import ReadConfig
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.making.moving_shapes import SyntheticOptions
-from regen_dist.data.making.synthetic import build_synthetic
+from regen_dist.config.run import ReadConfig
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import DataError
-from regen_dist.evaluation.data_speed import fetching, planning
-from regen_dist.evaluation.data_speed.others import by_webdataset, piped
-from regen_dist.evaluation.data_speed.prepare import copy_dataset
-from regen_dist.evaluation.data_speed.report import table
-from regen_dist.evaluation.data_speed.small_samples import make_small_samples
-from regen_dist.evaluation.data_speed.suite import faster, without_store
-from regen_dist.evaluation.data_speed.turns import Turn, in_turn, ratio, summary
-from regen_dist.evaluation.data_speed.waiting import waited
+from tools.bench import data_cases
+from tools.bench.common import Turn, in_turn, ratio, summary
+from tools.bench.data import copy_dataset, faster, table, without_store
+from tools.bench.data_cases import by_webdataset, make_small_samples, piped, waited
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +67,10 @@ def test_the_stores_cpu_time_is_taken_out_of_all_cores() -> None:
 
 def test_every_way_of_reading_brings_every_byte(small: str) -> None:
     dataset = open_dataset(small)
-    rows = fetching.shuffled_rows(dataset)
+    rows = data_cases.shuffled_rows(dataset)
     assert sorted(rows) == list(range(40))
     assert len(dataset.manifest.shards) > 1
-    ours = fetching.by_fetcher(small, ReadConfig(), rows)
+    ours = data_cases.by_fetcher(small, ReadConfig(), rows)
     plain = by_webdataset([str(Path(small) / entry.name) for entry in dataset.manifest.shards])
     for turn in (ours, plain):
         assert (turn.amount, turn.facts["samples"]) == (dataset.records["size"].sum(), 40)
@@ -88,7 +84,7 @@ def test_a_wrong_byte_is_not_counted(small: str, tmp_path: Path) -> None:
         file.seek(row.offset)
         file.write(bytes(8))
     with pytest.raises(DataError, match="a benchmark needs a whole dataset: the bytes differ"):
-        fetching.by_fetcher(str(tmp_path / "copy"), ReadConfig(), [3])
+        data_cases.by_fetcher(str(tmp_path / "copy"), ReadConfig(), [3])
 
 
 def test_small_samples_are_made_once_and_differ_in_size(small: str) -> None:
@@ -122,12 +118,12 @@ def test_without_aws_there_is_no_pipe(small: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("mixed", [False, True])
 def test_planning_costs_time_and_memory(mixed: bool) -> None:
     large = np.ones(1 << 27)  # a gigabyte: what another process holds does not count
-    found = planning.plan(20_000, mixed=mixed)
+    found = data_cases.plan(20_000, mixed=mixed)
     del large
     assert found["peak_mb"] < 500
     assert found["seconds"] > 0
     assert found["peak_mb"] >= found["before_mb"] > 0
-    streams = planning.make_order(20_000, mixed=mixed).streams
+    streams = data_cases.make_order(20_000, mixed=mixed).streams
     assert sum(sum(stream.sizes) for stream in streams) == pytest.approx(20_000, rel=0.001)
 
 

@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 
 from regen_dist.errors import DataError
-from regen_dist.evaluation.metrics import (
-    PSNR_CEILING,
-    Meter,
-    bits_per_pixel,
-    psnr_db,
-    seam_ratio,
-    ssim,
-    vmaf,
-)
+from regen_dist.evaluation.metrics import PSNR_CEILING, VideoMeter, bits_per_pixel, psnr_db, seam_ratio, ssim, vmaf
 from regen_dist.inference.frames import VideoWriter
 
 
@@ -25,7 +17,7 @@ def flat(value: int, side: int = 16) -> np.ndarray:
 
 
 def test_psnr_of_the_whole_video_and_mean_over_frames() -> None:
-    meter = Meter()
+    meter = VideoMeter()
     meter.add(flat(100), flat(101))
     meter.add(flat(100), flat(110))
     assert meter.psnr_db == pytest.approx(10 * np.log10(255**2 / 50.5))
@@ -34,14 +26,14 @@ def test_psnr_of_the_whole_video_and_mean_over_frames() -> None:
 
 
 def test_equal_frames_have_a_finite_psnr() -> None:
-    meter = Meter()
+    meter = VideoMeter()
     meter.add(flat(7), flat(7))
     assert meter.psnr_db == meter.psnr_mean_over_frames_db == PSNR_CEILING == psnr_db(0.0)
     assert meter.ssim == pytest.approx(1.0)
 
 
 def test_errors_do_not_wrap_around() -> None:
-    meter = Meter()
+    meter = VideoMeter()
     meter.add(flat(0), flat(255))
     assert meter.psnr_db == pytest.approx(0.0)
 
@@ -57,7 +49,7 @@ def test_ssim_falls_with_noise_and_needs_its_window() -> None:
 
 def test_sides_must_agree() -> None:
     with pytest.raises(DataError, match="cannot be compared"):
-        Meter().add(flat(0, 16), flat(0, 24))
+        VideoMeter().add(flat(0, 16), flat(0, 24))
 
 
 def test_seam_ratio() -> None:
@@ -69,7 +61,7 @@ def test_seam_ratio() -> None:
 
 
 def test_changes_are_means_of_absolute_differences() -> None:
-    meter = Meter()
+    meter = VideoMeter()
     for value in (10, 13, 3):
         meter.add(flat(value), flat(2 * value))
     assert meter.source_changes == [3, 10]

@@ -11,12 +11,11 @@ import pytest
 from PIL import Image
 
 from regen_dist.errors import DataError
-from regen_dist.evaluation.curves import draw_curves
-from regen_dist.evaluation.measure import Options
-from regen_dist.evaluation.reconstruction import reconstruct
-from regen_dist.evaluation.report import comparison, read_metrics, write_report
+from regen_dist.evaluation.baselines import TrivialCodec
+from regen_dist.evaluation.metrics import Options
+from regen_dist.evaluation.reconstruct import reconstruct
+from regen_dist.evaluation.report import comparison, draw_curves, read_metrics, write_report
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
-from regen_dist.evaluation.trivial import TrivialCodec
 from regen_dist.inference.frames import SourceVideo, VideoWriter
 
 LINES = [

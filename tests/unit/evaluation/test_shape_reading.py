@@ -9,11 +9,22 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from regen_dist.data.making.moving_shapes import SyntheticOptions, make_clip, render
-from regen_dist.data.making.shapes import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, Attributes
-from regen_dist.data.video.reader import VideoReader, frame_to_rgb
-from regen_dist.evaluation import shape_reading
-from regen_dist.evaluation.shape_reading import Reading, read
+from regen_dist.data.synthetic.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    Attributes,
+    SyntheticOptions,
+    make_clip,
+    render,
+)
+from regen_dist.data.video.conversion import frame_to_rgb
+from regen_dist.data.video.reader import VideoReader
+from regen_dist.evaluation import shapes
+from regen_dist.evaluation.shapes import Reading, read
 
 UInt8s = npt.NDArray[np.uint8]
 NUMBER = 32  # of clips, among which every value of every attribute is met
@@ -110,6 +121,6 @@ def test_a_path_with_gaps_is_read() -> None:
 def test_templates_are_made_once_for_a_radius() -> None:
     frames, _ = render(4, _options(32))
     read(frames)
-    made = shape_reading._templates.cache_info().misses
+    made = shapes._templates.cache_info().misses
     read(frames)
-    assert shape_reading._templates.cache_info().misses == made
+    assert shapes._templates.cache_info().misses == made

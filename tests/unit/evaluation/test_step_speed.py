@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import record_function
 
-from regen_dist.config.schema import EngineConfig
-from regen_dist.evaluation.data_speed.turns import Turn
-from regen_dist.evaluation.step_speed import profiling, ranks
-from regen_dist.evaluation.step_speed.report import figures, table
-from regen_dist.evaluation.step_speed.utilisation import matrix_peak, section, steps_case
-from regen_dist.models.accounting import account, account_row
+from regen_dist.config.run import EngineConfig
+from regen_dist.models.flops import count_flops, count_row_flops
 from regen_dist.models.memory import memory_bytes
 from tests.helpers.tiny import tiny_run, tiny_t2v
-from tools.bench.step_rank import tensor_peak
+from tools.bench import step_rank
+from tools.bench.common import Turn
+from tools.bench.step import step_figures, table
+from tools.bench.step_rank import matrix_peak, section, steps_case, tensor_peak
 
 CLIPS = {"samples": 4, "frames": 5, "size": [32, 32]}
 ROWS = {"samples": 4, "frames": 4, "size": [4, 4], "text_tokens": 7}
@@ -38,27 +37,27 @@ class TestProfile:
     @pytest.mark.parametrize(
         ("name", "group"),
         [
-            ("aten::addmm", profiling.PRODUCTS),
-            ("aten::bmm", profiling.ATTENTION),
-            ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", profiling.ATTENTION),
-            ("aten::convolution_backward", profiling.CONVOLUTIONS),
-            ("aten::native_layer_norm_backward", profiling.NORMS),
-            ("aten::silu_backward", profiling.ACTIVATIONS),
-            ("aten::copy_", profiling.ELEMENTWISE),
-            ("autograd::engine::evaluate_function: AddmmBackward0", profiling.REST),
+            ("aten::addmm", step_rank.PRODUCTS),
+            ("aten::bmm", step_rank.ATTENTION),
+            ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", step_rank.ATTENTION),
+            ("aten::convolution_backward", step_rank.CONVOLUTIONS),
+            ("aten::native_layer_norm_backward", step_rank.NORMS),
+            ("aten::silu_backward", step_rank.ACTIVATIONS),
+            ("aten::copy_", step_rank.ELEMENTWISE),
+            ("autograd::engine::evaluate_function: AddmmBackward0", step_rank.REST),
         ],
     )
     def test_an_operator_has_a_group(self, name: str, group: str) -> None:
-        assert profiling.group_of(Event(name)) == group
+        assert step_rank.group_of(Event(name)) == group
 
     def test_a_marked_stretch_owns_what_is_in_it(self) -> None:
         inside = Event("aten::mm", cpu_parent=Event("Optimizer.step", cpu_parent=Event("update")))
-        assert profiling.group_of(inside) == profiling.UPDATE
+        assert step_rank.group_of(inside) == step_rank.UPDATE
 
     def test_shares_are_of_the_whole(self) -> None:
-        found = profiling.shares([Event("aten::mm", 3.0), Event("aten::mul", 1.0)])
-        assert (found[profiling.PRODUCTS], found[profiling.ELEMENTWISE]) == (0.75, 0.25)
-        assert found.keys() == set(profiling.GROUPS)
+        found = step_rank.shares([Event("aten::mm", 3.0), Event("aten::mul", 1.0)])
+        assert (found[step_rank.PRODUCTS], found[step_rank.ELEMENTWISE]) == (0.75, 0.25)
+        assert found.keys() == set(step_rank.GROUPS)
 
     def test_a_real_profile_has_forward_and_backward(self) -> None:
         weight = torch.ones(64, 64, requires_grad=True)
@@ -68,9 +67,9 @@ class TestProfile:
                 noise = torch.randn(64, 64)
             F.gelu(noise @ weight).sum().backward()
 
-        found = profiling.profiled(step, 2)
+        found = step_rank.profiled(step, 2)
         assert sum(found["groups"].values()) == pytest.approx(1.0)
-        for group in (profiling.PRODUCTS, profiling.ACTIVATIONS, profiling.NOISE):
+        for group in (step_rank.PRODUCTS, step_rank.ACTIVATIONS, step_rank.NOISE):
             assert found["groups"][group] > 0
         assert any(name.startswith("aten::mm (") for name in found["operators"])
 
@@ -129,26 +128,26 @@ class TestRanks:
     def test_cpu_time_is_of_all_ranks(self) -> None:
         """The slowest rank's clock, and the median of the steps."""
         job = [_rank(1.0, 9.0, 2.0), _rank(1.0, 1.0, 3.0)]
-        assert (ranks.cpu_s(job), ranks.wall_s(job)) == (5.0, 1.5)
+        assert (step_rank.cpu_s(job), step_rank.wall_s(job)) == (5.0, 1.5)
 
     def test_ratios_are_within_a_round(self) -> None:
         jobs = {"one": [[_rank(1.0)], [_rank(4.0)]], "two": [[_rank(1.0), _rank(1.0)], [_rank(2.0), _rank(2.0)]]}
-        found = ranks.compared(jobs, "one")
+        found = step_rank.compared(jobs, "one")
         assert found["cpu_ratios"] == {"two": {"median": 1.5, "min": 1.0, "max": 2.0}}
 
     def test_memory_stands_beside_the_estimate_of_describe(self) -> None:
         """For the batch that was trained on, of the fullest rank."""
         config = tiny_run()
-        counted = account(config.model, (32, 32), precision="fp32")
+        counted = count_flops(config.model, (32, 32), precision="fp32")
         whole = sum(memory_bytes(counted, config.engine, world_size=1, clips_per_gpu=4).values())
         tensors = [{"tensor_bytes": whole, "sample": CLIPS}, {"tensor_bytes": 2 * whole, "sample": CLIPS}]
-        found = ranks.memory([_rank(1.0, peak_bytes=3 * whole)], tensors, config)
+        found = step_rank.memory([_rank(1.0, peak_bytes=3 * whole)], tensors, config)
         assert (found["estimated_bytes"], found["ratio"], found["resident_ratio"]) == (whole, 2.0, 3.0)
 
     def test_rows_are_estimated_too(self) -> None:
         config = tiny_t2v(engine__kind="zero3", engine__activation_checkpointing=True)
-        counted = account_row(config.model, 4, (4, 4), 7, precision="fp32", activation_checkpointing=True)
-        terms = ranks.estimate(ROWS, config, world_size=2, resident=True)
+        counted = count_row_flops(config.model, 4, (4, 4), 7, precision="fp32", activation_checkpointing=True)
+        terms = step_rank.estimate(ROWS, config, world_size=2, resident=True)
         assert terms["activations of 4 rows"] == 4 * counted.activation_bytes
         on_gpu = memory_bytes(counted, config.engine, world_size=2, clips_per_gpu=4)
         changed = {name for name in terms if terms[name] != on_gpu[name]}
@@ -156,7 +155,7 @@ class TestRanks:
         assert terms.popitem()[0] == "activations of 4 rows"
 
     def test_in_host_memory_a_bucket_takes_what_is_written(self) -> None:
-        counted = account(tiny_run().model, (32, 32))
+        counted = count_flops(tiny_run().model, (32, 32))
         name = "gradients on their way: a bucket, and its copy"
         terms = memory_bytes(counted, EngineConfig(), world_size=2, clips_per_gpu=1, on_gpu=False)
         assert terms[name] == 3 * 2 * counted.num_parameters, "the bucket, and two copies, in bf16"
@@ -169,7 +168,7 @@ FACTS: dict[str, Any] = {
         threads=1,
         against={"embedder, again": "embedder"},
     )
-    | {"profile": {"embedder": {"groups": dict.fromkeys(profiling.GROUPS, 0.1)}}},
+    | {"profile": {"embedder": {"groups": dict.fromkeys(step_rank.GROUPS, 0.1)}}},
     "memory": {
         "embedder": {
             "tensor_bytes": 2e6,
@@ -179,9 +178,9 @@ FACTS: dict[str, Any] = {
             "resident_ratio": 1.5,
         }
     },
-    "sharding": ranks.compared({"one": [[_rank(1.0)]], "two": [[_rank(1.0), _rank(1.0)]]}, "one")
+    "sharding": step_rank.compared({"one": [[_rank(1.0)]], "two": [[_rank(1.0), _rank(1.0)]]}, "one")
     | {"target": 1.3, "memory": {}},
-    "against": {"embedder": ranks.compared({"there": [[_rank(2.0)]], "here": [[_rank(1.0)]]}, "there")},
+    "against": {"embedder": step_rank.compared({"there": [[_rank(2.0)]], "here": [[_rank(1.0)]]}, "there")},
 }
 
 
@@ -199,11 +198,11 @@ def test_the_table_names_targets_and_what_was_measured() -> None:
 
 def test_parts_that_were_left_out_are_missing() -> None:
     assert table({"precision": "fp32"}).count("\n") == 2
-    assert list(figures({})) == []
+    assert list(step_figures({})) == []
 
 
 def test_figures_say_what_is_better() -> None:
-    found = {figure.name: figure for figure in figures(FACTS)}
+    found = {figure.name: figure for figure in step_figures(FACTS)}
     assert found["embedder, of the peak, by CPU time"].higher_is_better
     assert not found["embedder, peak of tensors, bytes"].higher_is_better
     assert found["embedder, peak resident bytes"].value == 3e6

@@ -13,23 +13,25 @@ import pytest
 import torch
 
 from regen_dist.config.t2v import LatentDataConfig
-from regen_dist.data.reading.latent_batches import LatentBatch, latent_batches
-from regen_dist.data.reading.latents import LatentSet
+from regen_dist.data.loading.datasets import LatentSet
+from regen_dist.data.loading.latent_loader import LatentBatch, latent_batches
 from regen_dist.errors import DataError
-from regen_dist.evaluation.data_speed.turns import Turn
-from regen_dist.evaluation.t2v_speed.feeding import kept, over_and_over, texts_of
-from regen_dist.evaluation.t2v_speed.report import table
-from regen_dist.evaluation.t2v_speed.suite import (
+from tests.helpers.latents import write_cache
+from tools.bench.common import Turn
+from tools.bench.t2v import (
     CACHE,
     ENCODER,
     MEMORY,
     READER,
     WARM_STEPS,
     compare,
+    kept,
+    over_and_over,
     section,
     steps_per_second,
+    table,
+    texts_of,
 )
-from tests.helpers.latents import write_cache
 
 
 class Source:

@@ -58,11 +58,11 @@ def test_imports_keep_to_the_contracts() -> None:
 
 
 def test_whatever_is_imported_is_asked_for() -> None:
-    assert _outside() - COMPANIONS - _asked_for() == set()
+    assert _outside() - COMPANIONS - _asked_for("hub") == set()
 
 
 def test_whatever_is_asked_for_is_imported() -> None:
-    assert _asked_for() - _outside() - NOT_IMPORTED == set()
+    assert _asked_for("hub") - _outside() - NOT_IMPORTED == set()
 
 
 @pytest.mark.parametrize("folder", ["regen_dist", "launcher", "tools"])

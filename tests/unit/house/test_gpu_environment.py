@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from regen_dist.models.strips import FIRST_CUDNN
+from regen_dist.models.layers import FIRST_CUDNN
 from tests.unit.house.test_environment import APEX_BUILD, ROOT, _conda_requirements, _pip_requirements, _project
 
 CONDA, DOCKER, PAGE = (

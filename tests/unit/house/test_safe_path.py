@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local import launch
+from launcher.supervise import launch
 from regen_dist.programs import regen, start_safely, with_safe_path
 
 PROGRAM = """

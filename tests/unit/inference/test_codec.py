@@ -11,13 +11,14 @@ from torch import Tensor
 
 from regen_dist.config import save_config
 from regen_dist.diffusion.noise import gaussian
-from regen_dist.distributed.plain import PlainEngine
 from regen_dist.distributed.ranks import Ranks
+from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.windows import Window
-from regen_dist.models import Latents, build_model
-from regen_dist.training.tasks import build_task
+from regen_dist.models.building import build_model
+from regen_dist.models.encoder import Latents
+from regen_dist.training.registry import build_task
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.tiny import clips, tiny_run, wake
 

@@ -10,12 +10,12 @@ import torch
 
 from regen_dist.checkpoint.shards import ShardReader
 from regen_dist.config import save_config
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.models.convdecoder import ConvDecoder
+from regen_dist.models.baseline import ConvDecoder
 from regen_dist.models.decoder import GenerativeDecoder
 from tests.helpers.saved import saved_run
 from tests.helpers.tiny import clips

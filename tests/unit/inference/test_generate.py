@@ -13,16 +13,26 @@ import pytest
 import torch
 from PIL import Image
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
+from regen_dist.evaluation.miniature import generated_names
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.frames import SourceVideo
-from regen_dist.inference.generate import Generated, generate, sample_rows
-from regen_dist.inference.generation_settings import clips_for, frame_positions, settings_for
-from regen_dist.inference.prompts import Prompt, embed_prompts, read_prompts
-from regen_dist.inference.text_to_video import TextToVideoModel
+from regen_dist.inference.generate import (
+    Generated,
+    Layout,
+    Prompt,
+    clips_for,
+    embed_prompts,
+    frame_positions,
+    generate,
+    read_prompts,
+    resolve_settings,
+    sample_rows,
+)
+from regen_dist.inference.sampler import TextToVideoModel
 from tests.helpers.saved import saved_run
 from tests.helpers.t2v import CPU, WordEncoder, latent_space, saved_t2v
 
@@ -48,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def _settings(made: Made, **changes: Any) -> Any:
-    return settings_for(made.model, **{"steps": 2, **changes})
+    return resolve_settings(made.model, **{"steps": 2, **changes})
 
 
 def _generate(
@@ -64,7 +74,7 @@ def _rows(made: Made, prompts: list[Prompt], model: TextToVideoModel | None = No
     model = model or made.model
     settings = _settings(made, **changes)
     found = embed_prompts(WordEncoder(), model.space, prompts, settings.negative)
-    return sample_rows(model, [prompt.number for prompt in prompts], found.texts, found.null, settings)
+    return sample_rows(model, prompts, found.texts, found.null, settings)
 
 
 def _content(rows: list[Any]) -> torch.Tensor:
@@ -135,6 +145,49 @@ class TestFiles:
         assert Image.open(tmp_path / "00000.png").size == (32, 48)
         (row,) = _rows(made, PROMPTS[:1], frames=1)
         assert not row.motion.any()
+
+
+class TestSamples:
+    """Several videos of a prompt, each with a seed of its own, under names that say which is which."""
+
+    def test_names_and_seeds(self, made: Made, tmp_path: Path) -> None:
+        """Sample i has seed + i: alone, with that seed, it is the very video. The first is that of a single sample."""
+        layout = Layout(samples=3)
+        prompts = layout.expanded(PROMPTS[:2])
+        settings = _settings(made, seed=5)
+        generate(made.model, made.codec, WordEncoder, prompts, tmp_path, settings, layout=layout, batch=1)
+        names = [f"0000{n}-{sample}" for n in range(2) for sample in range(3)]
+        assert sorted(path.stem for path in tmp_path.glob("*.mp4")) == names == generated_names(tmp_path, 9)
+        videos = _bytes(tmp_path)
+        assert len(set(videos.values())) == 6
+        for sample in range(3):
+            _generate(made, tmp_path / "alone", PROMPTS[:1], seed=5 + sample, batch=1)
+            assert (tmp_path / "alone" / "00000.mp4").read_bytes() == videos[f"00000-{sample}.mp4"]
+        record = json.loads((tmp_path / "00001-2.json").read_text())
+        assert (record["sample"], record["seed"], record["file"]) == (2, 7, "00001-2.mp4")
+        found = generate(made.model, made.codec, WordEncoder, prompts, tmp_path, settings, layout=layout)
+        assert (found.made, len(found.skipped)) == ([], 6)
+
+    def test_as_vbench_reads_them(self, made: Made, tmp_path: Path) -> None:
+        """{prompt}-{i}.mp4, and nothing but videos in the folder: VBench takes the first name's ending for all."""
+        out, layout = tmp_path / "out", Layout(samples=2, by_prompt=True)
+        prompts = layout.expanded([Prompt(0, "a person's face, smiling"), Prompt(1, "Ein Übergang")])
+        for _ in range(2):
+            found = generate(made.model, made.codec, WordEncoder, prompts, out, _settings(made), layout=layout)
+        assert (found.made, len(found.skipped)) == ([], 4)
+        stems = [f"{prompt.text}-{prompt.sample}" for prompt in prompts]
+        assert sorted(path.name for path in out.iterdir()) == sorted(f"{stem}.mp4" for stem in stems)
+        assert sorted(path.stem for path in (tmp_path / "out-records").iterdir()) == sorted(stems)
+
+    @pytest.mark.parametrize("text", ["a/b", "x" * 250, "é" * 126, ".hidden", "a dog", "nul\0"])
+    def test_prompts_that_are_no_file_names(self, text: str) -> None:
+        """All of them are told before anything is made; numbered files take every prompt."""
+        prompts = [Prompt(0, "a dog"), Prompt(1, text)]
+        with pytest.raises(ConfigError, match=r"no files can be called by these prompts: .* leave --layout out"):
+            Layout(by_prompt=True).expanded(prompts)
+        assert len(Layout(samples=2).expanded(prompts)) == 4
+        with pytest.raises(ConfigError, match="at least 1"):
+            Layout(samples=0).expanded(prompts)
 
 
 class TestWhereItIsMade:
@@ -258,7 +311,7 @@ class TestShapes:
         model, codec = (
             kind.load(each.folder, device=CPU) for kind, each in ((TextToVideoModel, run), (Codec, embedder))
         )
-        settings = settings_for(model, steps=1)
+        settings = resolve_settings(model, steps=1)
         generate(model, codec, WordEncoder, PROMPTS[:1], tmp_path / "out", settings)
         assert SourceVideo(tmp_path / "out" / "00000.mp4").num_frames == 5
 
@@ -267,7 +320,7 @@ class TestSettings:
     """What is not given is as trained; what cannot be is refused, all of it at once."""
 
     def test_defaults(self, made: Made) -> None:
-        settings = settings_for(made.model)
+        settings = resolve_settings(made.model)
         assert (settings.height, settings.width, settings.frames, settings.fps) == (32, 32, 5, 8.0)
         assert (settings.steps, settings.guidance, settings.sampler) == (4, 2.0, "euler")
 
@@ -275,12 +328,12 @@ class TestSettings:
         """No size is the trained one: the paper's is taken."""
         space = latent_space(buckets=((32, 32), (32, 48)))
         model = TextToVideoModel(made.model.model, made.model.config, space, CPU, {})
-        settings = settings_for(model)
+        settings = resolve_settings(model)
         assert (settings.height, settings.width) == (192, 320)
 
     def test_all_problems_at_once(self, made: Made) -> None:
         with pytest.raises(ConfigError) as caught:
-            settings_for(made.model, size=(100, 32), frames=0, fps=0.0, steps=0, guidance=-1.0)
+            resolve_settings(made.model, size=(100, 32), frames=0, fps=0.0, steps=0, guidance=-1.0)
         for text in (
             "size is 100x32; sides are multiples of 16, the nearest is 96x32", "frames is 0; it must be at least 1",
             "fps is 0; it must be above 0", "steps is 0", "guidance is -1",

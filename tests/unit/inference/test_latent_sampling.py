@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from regen_dist.config.t2v import FlowConfig
-from regen_dist.inference.latent_sampling import Predict, Text, row_tokens, sample_latents
-from regen_dist.models import TextToVideo, build_model
+from regen_dist.diffusion.given import Given
+from regen_dist.inference.sampler import Predict, Text, row_tokens, sample_latents
+from regen_dist.models.building import build_model
+from regen_dist.models.t2v import TextToVideo
 from tests.helpers.tiny import tiny_t2v_model, wake
 
 FLOW = FlowConfig(shift_tokens=8, steps=3, guidance=4.0)
@@ -149,3 +151,43 @@ def test_longer_rows_are_shifted_towards_noise() -> None:
         assert row_tokens(noise.shape[2:]) == 4 * frames
         sample_latents(told, noise, text, text, FLOW, steps=2, guidance=1.0)
         assert seen == pytest.approx([1.0, shift * 0.5 / (1 + (shift - 1) * 0.5)])
+
+
+class TestGivenFrames:
+    """Frames that are known come out as they are; the others are generated to them."""
+
+    @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+    @pytest.mark.parametrize("guidance", [1.0, 4.0])
+    def test_they_stay(self, model: TextToVideo, sampler: str, guidance: float) -> None:
+        """Bit for bit, by every sampler; what is not given changes with them, and what noise stood there does not
+        matter."""
+        text, null = _texts(3, 5), _texts(1, 1, seed=2)
+        clean, mask = torch.ones(2, 8, 2, 4, 4), torch.tensor([[True, False]] * 2)
+        options: dict[str, Any] = {"sampler": sampler, "guidance": guidance}
+        free = _sample(model, text, null, **options)
+        found = _sample(model, text, null, given=Given(clean, mask), **options)
+        assert torch.equal(found[:, :, 0], clean[:, :, 0])
+        assert (found[:, :, 1] - free[:, :, 1]).abs().max() > 1e-3
+        other = clean.clone()
+        other[:, :, 1] = 7.0  # not given, so of no weight
+        assert torch.equal(_sample(model, text, null, given=Given(other, mask), **options), found)
+        noise = _noise()
+        noise[:, :, 0] = 5.0
+        assert torch.equal(
+            sample_latents(model, noise, text, null, FLOW, given=Given(clean, mask), **options).frames, found
+        )
+
+    def test_the_model_is_told_that_they_are_clean(self) -> None:
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def told(x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+            seen.append((x, t))
+            return torch.zeros_like(x)
+
+        clean, mask = torch.full((1, 8, 4, 4, 4), 2.0), torch.tensor([[True, True, False, False]])
+        text = _texts(1)
+        sample_latents(told, torch.zeros_like(clean), text, text, FLOW, steps=2, guidance=1.0, given=Given(clean, mask))
+        for x, t in seen:
+            assert t[0, :2].tolist() == [0.0, 0.0]
+            assert (t[0, 2:] > 0).all()
+            assert torch.equal(x[:, :, :2], clean[:, :, :2])

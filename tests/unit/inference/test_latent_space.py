@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from regen_dist.data.dataset.latents import pack_null_text
+from regen_dist.data.format.latents import pack_null_text
 from regen_dist.errors import CheckpointError, DataError
-from regen_dist.inference.latent_space import LatentScale, NormalisedLatents
-from regen_dist.inference.space_files import read_space
-from regen_dist.inference.statistics import ChannelStatistics, LatentSpread, LatentStatistics
+from regen_dist.inference.latent_space import (
+    ChannelStatistics,
+    LatentScale,
+    LatentSpread,
+    LatentStatistics,
+    NormalisedLatents,
+    read_space,
+)
 from regen_dist.inference.windows import Window
-from regen_dist.models import Latents
+from regen_dist.models.encoder import Latents
 from tests.helpers.saved import saved_run
 from tests.helpers.t2v import CHANNELS, CPU, latent_space, latent_statistics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
-from regen_dist.models import Regen
+from regen_dist.models.embedder import Regen
 from tests.helpers.video import moving_square
 
 LARGEST_BYTES = 8_000_000

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from regen_dist.config.preencode import PreencodeConfig
-from regen_dist.data.dataset.catalogue import Dataset, open_dataset
-from regen_dist.data.dataset.latents import CacheFacts, LatentEntry, read_null_text, unpack_latents
-from regen_dist.data.objects.store import Store
-from regen_dist.data.video.reader import VideoReader, fit_geometry, read_clip
+from regen_dist.data.format.catalogue import Dataset, open_dataset
+from regen_dist.data.format.latents import CacheFacts, LatentEntry, read_null_text, unpack_latents
+from regen_dist.data.storage.store import Store
+from regen_dist.data.video.conversion import fit_geometry
+from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.errors import DataError
 from regen_dist.inference import preencode as module
+from regen_dist.inference import preencode_clips
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import FrozenEncoder
+from regen_dist.inference.latent_space import read_statistics
 from regen_dist.inference.preencode import preencode
-from regen_dist.inference.preencoding import identity
-from regen_dist.inference.statistics import read_statistics
 from regen_dist.models.text import TextEncoder
 from tests.helpers.builds import objects
 from tests.helpers.preencoding import FPS, StandInText, Video, preencode_config, write_videos
@@ -284,7 +285,7 @@ def test_other_videos_text_encoders_and_code_are_refused(
     others = write_videos(tmp_path, [Video(6, caption="another")])
     with pytest.raises(DataError, match=r"source\.fingerprint: "):
         preencode(config.model_copy(update={"data": str(others)}))
-    monkeypatch.setattr(identity, "ENCODING_VERSION", 2)
+    monkeypatch.setattr(preencode_clips, "ENCODING_VERSION", 2)
     with pytest.raises(DataError, match=r"code\.encoding_version: 1 there, 2 now"):
         preencode(config)
     monkeypatch.undo()

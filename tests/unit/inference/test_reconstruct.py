@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from regen_dist.errors import ConfigError, DataError, RegenError
-from regen_dist.evaluation.measure import Measurement, Options, Passage, measure
-from regen_dist.evaluation.reconstruction import reconstruct
-from regen_dist.evaluation.trivial import TrivialCodec
+from regen_dist.evaluation.baselines import TrivialCodec
+from regen_dist.evaluation.metrics import Measurement, Options, Passage, measure
+from regen_dist.evaluation.reconstruct import reconstruct
 from regen_dist.inference.frames import SourceVideo, VideoWriter
-from regen_dist.inference.long import VideoCodec
+from regen_dist.inference.long_video import VideoCodec
 
 FILES = {"reconstruction.mp4", "side_by_side.mp4", "contact_sheet.png", "metrics.json"}
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.config.schema import DataConfig
+from regen_dist.config.run import DataConfig
 from regen_dist.errors import CheckpointError
-from regen_dist.inference.statistics import (
+from regen_dist.inference.latent_space import (
     ChannelStatistics,
     LatentSpread,
     LatentStatistics,
     measure_statistics,
     read_statistics,
 )
-from regen_dist.models import Latents
+from regen_dist.models.encoder import Latents
 from tests.helpers.tiny import SIDE, tiny_dataset
 
 

@@ -12,8 +12,8 @@ from regen_dist.inference import codec as codec_module
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.tiles import cuts
 from regen_dist.inference.windows import Window
-from regen_dist.models import build_model
-from regen_dist.models.reach import Reach
+from regen_dist.models.building import build_model
+from regen_dist.models.decoder import ReceptiveField
 from tests.helpers.tiny import clips, tiny_run, wake
 
 TOLERANCE = 1e-5  # in float32: convolutions of another size may add in another order
@@ -73,7 +73,7 @@ def test_without_what_is_around_them_tiles_show(kind: str, monkeypatch: pytest.M
     whole = codec.decode(latents, torch.arange(5.0))
     codec.use_tiles(64)
     for name, step in (("encoder_reach", (1, 1)), ("decoder_reach", (2, 3))):
-        monkeypatch.setattr(codec_module, name, lambda config, step=step: Reach((0, 0), step))
+        monkeypatch.setattr(codec_module, name, lambda config, step=step: ReceptiveField((0, 0), step))
     assert (codec.encode(video).motion - latents.motion).abs().max() > 1e-3
     assert (codec.decode(latents, torch.arange(5.0)) - whole).abs().max() > 1e-3
 

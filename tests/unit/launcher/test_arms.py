@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.arms import run_side_by_side
 from regen_dist.errors import TrainingError
+from tools.bench.compression_runs import run_side_by_side
 
 
 def _python(code: str) -> list[str]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from launcher import ends
-from launcher.attempt import begin, end, newest_step
+from launcher import retry
 from launcher.cluster import ClusterConfig
-from launcher.history import Start, Why, read_history, set_aside, write_entry
-from launcher.job import Job, Progress, Task, new_folder, newest_job, read_job, write_job
-from launcher.snapshot import take_snapshot
+from launcher.job import JobTask, Progress, Submission, new_folder, newest_job, read_job, write_job
+from launcher.retry import Start, Why, begin, end, newest_step, read_history, set_aside, write_entry
+from launcher.submit import take_snapshot
 from regen_dist.config.version import code_version
 from regen_dist.errors import RegenError
 
@@ -25,22 +25,22 @@ class Place:
         self.job, self.restart, self.nodes = "77", restart, nodes
         self.why, self.down = why, tuple[str, ...]()
 
-    def why_stopped(self, job: Job) -> Why:
+    def why_stopped(self, job: Submission) -> Why:
         return self.why
 
     def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
         return tuple(node for node in nodes if node in self.down)
 
-    def leave_out(self, job: Job, nodes: Sequence[str]) -> tuple[str, ...]:
+    def leave_out(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
         return tuple(nodes)
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def job(tmp_path: Path) -> Submission:
     """Training of 40 steps on two nodes."""
     progress = Progress(checkpoints=str(tmp_path / "checkpoints"), steps=40)
-    task = Task(name="run", folder=tmp_path, command=("train", "x"), progress=progress)
-    made = Job(
+    task = JobTask(name="run", folder=tmp_path, command=("train", "x"), progress=progress)
+    made = Submission(
         name="run", kind="train", cluster=ClusterConfig(time_min=60, nodes=2), cluster_name="mine", tasks=(task,),
         distributed=True, folder=new_folder(tmp_path), workdir=tmp_path, code=tmp_path, submitted=1.5,
     )  # fmt: skip
@@ -48,18 +48,18 @@ def job(tmp_path: Path) -> Job:
     return made
 
 
-def checkpoint(job: Job, step: int) -> None:
+def checkpoint(job: Submission, step: int) -> None:
     folder = job.tasks[0].folder / "checkpoints"
     folder.mkdir(exist_ok=True)
     (folder / "latest").write_text(f"step-{step:08d}")
 
 
-def ranks_end(job: Job, restart: int, *codes: int) -> None:
+def ranks_end(job: Submission, restart: int, *codes: int) -> None:
     for rank, code in enumerate(codes):
-        ends.write(job.tasks[0].launch, "77", restart, rank=rank, node=f"node{rank + 1}", code=code, told=())
+        retry.write(job.tasks[0].launch, "77", restart, rank=rank, node=f"node{rank + 1}", code=code, told=())
 
 
-def test_a_job_is_read_as_it_was_written(job: Job, tmp_path: Path) -> None:
+def test_a_job_is_read_as_it_was_written(job: Submission, tmp_path: Path) -> None:
     assert read_job(job.folder) == job
     assert newest_job(tmp_path) == job
     later = job.model_copy(update={"folder": new_folder(tmp_path)})
@@ -70,7 +70,7 @@ def test_a_job_is_read_as_it_was_written(job: Job, tmp_path: Path) -> None:
         newest_job(tmp_path)
 
 
-def test_a_run_from_start_to_end(job: Job) -> None:
+def test_a_run_from_start_to_end(job: Submission) -> None:
     task = job.tasks[0]
     assert begin(job, task, Place()).go
     checkpoint(job, 20)
@@ -86,7 +86,7 @@ def test_a_run_from_start_to_end(job: Job) -> None:
     ]  # fmt: skip
 
 
-def test_the_file_stop_ends_it_for_good(job: Job) -> None:
+def test_the_file_stop_ends_it_for_good(job: Submission) -> None:
     task = job.tasks[0]
     begin(job, task, Place())
     ranks_end(job, 0, 75, 75)
@@ -95,7 +95,7 @@ def test_the_file_stop_ends_it_for_good(job: Job) -> None:
     assert begin(job, task, Place(restart=1)).code == 75
 
 
-def test_a_task_that_was_to_go_on_and_need_not_is_done(job: Job) -> None:
+def test_a_task_that_was_to_go_on_and_need_not_is_done(job: Submission) -> None:
     """A signal that came as the last step was made: the job is requeued, and finds nothing to do."""
     task = job.tasks[0]
     begin(job, task, Place())
@@ -108,12 +108,12 @@ def test_a_task_that_was_to_go_on_and_need_not_is_done(job: Job) -> None:
     assert (only.end.why, only.end.again, only.end.code) == ("done", False, 0)
 
 
-def test_the_rank_that_failed_first_names_the_node(job: Job) -> None:
+def test_the_rank_that_failed_first_names_the_node(job: Submission) -> None:
     """Also when the others fail because of it; an error of ours says nothing about a node."""
     task = job.tasks[0]
     begin(job, task, Place())
-    ends.write(task.launch, "77", 0, rank=1, node="node2", code=137, told=())
-    ends.write(task.launch, "77", 0, rank=0, node="node1", code=1, told=("SIGTERM",))
+    retry.write(task.launch, "77", 0, rank=1, node="node2", code=137, told=())
+    retry.write(task.launch, "77", 0, rank=0, node="node1", code=1, told=("SIGTERM",))
     verdict = end(job, task, Place(), 137)
     assert verdict.go
     assert "(rank 1 on node2, exit code 137)" in verdict.text
@@ -123,7 +123,7 @@ def test_the_rank_that_failed_first_names_the_node(job: Job) -> None:
     assert [each.end.at_fault for each in read_history(task.launch) if each.end] == [("node2",), ()]
 
 
-def test_a_hang_names_the_node_of_the_rank_that_stood_still(job: Job) -> None:
+def test_a_hang_names_the_node_of_the_rank_that_stood_still(job: Submission) -> None:
     """Not that of the rank that told of it."""
     task = job.tasks[0]
     begin(job, task, Place())
@@ -137,7 +137,7 @@ def test_a_hang_names_the_node_of_the_rank_that_stood_still(job: Job) -> None:
 
 
 @pytest.mark.parametrize("down", [(), ("node2",)])
-def test_a_start_that_left_no_word(job: Job, down: tuple[str, ...]) -> None:
+def test_a_start_that_left_no_word(job: Submission, down: tuple[str, ...]) -> None:
     """The next one notes it: its node is down, or it is not known."""
     task, place = job.tasks[0], Place(restart=1, nodes=("node1", "node3"))
     begin(job, task, Place())
@@ -149,16 +149,16 @@ def test_a_start_that_left_no_word(job: Job, down: tuple[str, ...]) -> None:
     assert second.end is None
 
 
-def test_what_ranks_leave_does_not_pile_up(job: Job) -> None:
+def test_what_ranks_leave_does_not_pile_up(job: Submission) -> None:
     task = job.tasks[0]
     for restart in range(6):
         ranks_end(job, restart, 0, 0)
     assert begin(job, task, Place(restart=6)).go
     assert len(list((task.launch / "ranks").iterdir())) == 3
-    assert ends.read(task.launch, "77", 5, 2)[0] is not None
+    assert retry.read(task.launch, "77", 5, 2)[0] is not None
 
 
-def test_lines_that_were_cut_short_are_left_out(job: Job) -> None:
+def test_lines_that_were_cut_short_are_left_out(job: Submission) -> None:
     task = job.tasks[0]
     begin(job, task, Place())
     with (task.launch / "starts.jsonl").open("a") as file:
@@ -170,7 +170,7 @@ def test_lines_that_were_cut_short_are_left_out(job: Job) -> None:
     assert only.end.why == "done"
 
 
-def test_a_history_that_is_set_aside_is_kept(job: Job) -> None:
+def test_a_history_that_is_set_aside_is_kept(job: Submission) -> None:
     task = job.tasks[0]
     begin(job, task, Place())
     set_aside(task.launch, "old")
@@ -180,7 +180,7 @@ def test_a_history_that_is_set_aside_is_kept(job: Job) -> None:
     assert len(read_history(task.launch)) == 1
 
 
-def test_how_far_a_run_is(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_far_a_run_is(job: Submission, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing yet is 0; a pointer that makes no sense, or a store that does not answer, is not known."""
     progress = job.tasks[0].progress
     assert newest_step(None) is None
@@ -206,3 +206,25 @@ def test_the_copy_of_the_code(tmp_path: Path, root: Path) -> None:
     (changed / "launcher").mkdir(parents=True)
     (changed / "launcher" / "x.py").write_text("")
     assert take_snapshot(tmp_path / "code", changed) != copy
+
+
+def test_a_history_that_cannot_be_written_ends_no_task_and_starts_none_for_ever(
+    job: Submission, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full from the first word on: the start goes, its code is kept, and nothing is started again by a
+    rule that cannot count."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("launcher.retry.write_entry", refuse)
+    monkeypatch.setattr("launcher.retry.write_text_atomically", refuse)
+    (task,) = job.tasks
+    assert begin(job, task, Place()).go
+    ranks_end(job, 0, 75, 75)
+    verdict = end(job, task, Place(why="preempted"), 75)
+    assert (verdict.go, verdict.code) == (False, 75)
+    assert "not started again, for its history cannot be written" in verdict.text
+    said = capsys.readouterr().err
+    assert "this start is missing in the history" in said
+    assert "no word is left of the end of rank 1 (75)" in said

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from launcher.extensions import clear_stale_locks
+from launcher.supervise import clear_stale_locks
 
 
 def _lock(folder: Path, name: str, age_s: float = 3600.0) -> Path:

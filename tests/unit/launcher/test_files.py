@@ -10,10 +10,9 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from launcher.cluster import load_cluster
-from launcher.pipelines.files import filled
 from launcher.pipelines.planning import plan
-from launcher.pipelines.schema import load_pipeline
-from launcher.sweeps import expand, sweep_order
+from launcher.pipelines.schema import filled, load_pipeline
+from launcher.submit import expand, sweep_order
 from regen_dist.errors import ConfigError
 from tools.cli import app
 

@@ -9,16 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher import here, slurm
+from launcher import local_executor, slurm
 from launcher.cluster import ClusterConfig
-from launcher.history import read_history
-from launcher.job import Job, newest_job
-from launcher.jobs.finding import choose
-from launcher.jobs.resuming import left_to_do, order_again, resubmit
-from launcher.jobs.stopping import stop
-from launcher.policy import judge_start
-from launcher.submitting import command_order, submit
-from launcher.waiting import wait_for
+from launcher.job import Submission, newest_job
+from launcher.jobs.find import choose
+from launcher.jobs.stop import left_to_do, rebuild_request, resubmit, stop
+from launcher.retry import judge_start, read_history
+from launcher.submit import command_order, submit, wait_for
 from regen_dist.config import to_yaml
 from regen_dist.errors import ConfigError, RegenError
 from tests.helpers.jobs import LOCAL, SUBMITTED, array_tasks, committed, ended, made_job, started
@@ -31,13 +28,13 @@ class Here:
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "runs"
-        self.jobs: list[Job] = []
+        self.jobs: list[Submission] = []
 
-    def watcher(self, name: str, **options: int) -> Job:
+    def watcher(self, name: str, **options: int) -> Submission:
         """A job of a command that does not end by itself, and does not listen to signals."""
         return self.submit(name, ["jobs", "--watch", "1", "--root", str(self.root)], **options)
 
-    def submit(self, name: str, command: list[str], *, tasks: int = 1, parallel: int = 1) -> Job:
+    def submit(self, name: str, command: list[str], *, tasks: int = 1, parallel: int = 1) -> Submission:
         cluster = ClusterConfig(kind="local", array_parallelism=parallel)
         job = submit(command_order(name, self.root / name, command, cluster, "local", tasks=tasks))
         self.jobs.append(job)
@@ -53,7 +50,7 @@ def local(tmp_path: Path) -> Iterator[Here]:
         stop(choose(str(job.folder.parents[1]), local.root), local.root, at_once=True, wait=True)
 
 
-def is_printing(job: Job, index: int = 0) -> bool:
+def is_printing(job: Submission, index: int = 0) -> bool:
     log = job.tasks[index].logs / "rank_0.log"
     return log.is_file() and "running" in log.read_text()
 
@@ -71,7 +68,7 @@ def processes_of(folder: Path) -> list[str]:
 
 def test_a_command_is_stopped_for_good(local: Here, capsys: pytest.CaptureFixture[str]) -> None:
     job = local.watcher("w")
-    wait_until(lambda: is_printing(job), lambda: (job.folder / here.LOG).read_text())
+    wait_until(lambda: is_printing(job), lambda: (job.folder / local_executor.LOG).read_text())
     with pytest.raises(ConfigError, match=r"w: cannot be resumed while it is running, as job \d+; `regen jobs stop w`"):
         left_to_do(choose("w", local.root), local.root)
     assert stop(choose("w", local.root), local.root, at_once=False, wait=True)
@@ -83,7 +80,7 @@ def test_a_command_is_stopped_for_good(local: Here, capsys: pytest.CaptureFixtur
 def test_now_kills_every_process(local: Here) -> None:
     """And leaves word, so that the next start does not take it for a failure."""
     job = local.watcher("w", tasks=2, parallel=2)
-    wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / here.LOG).read_text())
+    wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / local_executor.LOG).read_text())
     assert stop(choose("w", local.root), local.root, at_once=True, wait=True)
     wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root), timeout_s=10)
     for task in job.tasks:
@@ -94,7 +91,7 @@ def test_now_kills_every_process(local: Here) -> None:
 
 def test_one_task_of_an_array_is_stopped_alone(local: Here, capsys: pytest.CaptureFixture[str]) -> None:
     job = local.watcher("w", tasks=3, parallel=2)
-    wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / here.LOG).read_text())
+    wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / local_executor.LOG).read_text())
     assert stop(choose("w/2", local.root), local.root, at_once=False, wait=True)
     assert capsys.readouterr().out == "w/2: stopping (it does not begin)\n"
     with pytest.raises(ConfigError, match="w/2: cannot be resumed while it is stopping"):
@@ -115,7 +112,7 @@ def test_the_task_that_failed_alone_is_resumed(local: Here) -> None:
     job = local.submit("a", command, tasks=3, parallel=3)
     assert wait_for(job) != 0
     (local.root / "1.yaml").write_text(to_yaml(tiny_run()))
-    before, order = order_again(left_to_do(choose("a", local.root), local.root), None, [])
+    before, order = rebuild_request(left_to_do(choose("a", local.root), local.root), None, [])
     again = resubmit(before, order)
     assert again.tasks == job.tasks[1:2]
     assert again.code == job.code
@@ -140,7 +137,7 @@ def test_steps_of_a_pipeline_are_not_resumed_beside_each_other(tmp_path: Path) -
     for name in ("shards", "train"):
         made_job(tmp_path / "paper" / name, cluster=LOCAL)
     with pytest.raises(ConfigError, match=r"shards, train: .*`regen submit pipeline` again"):
-        order_again(choose("paper", tmp_path), None, [])
+        rebuild_request(choose("paper", tmp_path), None, [])
 
 
 def test_tries_before_a_resume_do_not_count(tmp_path: Path) -> None:
@@ -171,18 +168,18 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     job = made_job(run, steps=8)
     (run / "launch" / "config.yaml").write_text(to_yaml(tiny_run(tmp_path)))
     members = choose("a", tmp_path)
-    _, same = order_again(members, None, [])
+    _, same = rebuild_request(members, None, [])
     assert (same.cluster, same.cluster_name, same.base, same.tasks) == (job.cluster, "slurm", run, job.tasks)
     assert [config.name for config in same.configs] == ["tiny"]
-    _, fewer = order_again(members, None, ["nodes=1"])
+    _, fewer = rebuild_request(members, None, ["nodes=1"])
     assert fewer.cluster == job.cluster.model_copy(update={"nodes": 1})
-    _, moved = order_again(members, "local", [])
+    _, moved = rebuild_request(members, "local", [])
     assert (moved.cluster.kind, moved.cluster_name) == ("local", "local")
     with pytest.raises(ConfigError, match=r"the cluster of a: 1 problem\n  command line: nodez: .* nodes\?"):
-        order_again(members, None, ["nodez=1"])
+        rebuild_request(members, None, ["nodez=1"])
 
-    handed: list[Job] = []
-    monkeypatch.setattr("launcher.jobs.resuming.hand_over", lambda job: handed.append(job) or job)
+    handed: list[Submission] = []
+    monkeypatch.setattr("launcher.jobs.stop.hand_over", lambda job: handed.append(job) or job)
     assert resubmit(job, fewer).code == job.code
     fresh = resubmit(job, fewer, new_code=True)
     assert fresh.code != job.code
@@ -207,7 +204,7 @@ def test_a_job_that_waits_in_slurm_is_cancelled_and_begins_no_more(
 
     monkeypatch.setattr(slurm, "queue", lambda _jobs: dict(state))
     monkeypatch.setattr(slurm, "ask", ask)
-    monkeypatch.setattr("launcher.jobs.stopping._ASK_EVERY_S", 0.0)
+    monkeypatch.setattr("launcher.jobs.stop._ASK_EVERY_S", 0.0)
     job = made_job(tmp_path / "a")
     assert stop(choose("a", tmp_path), tmp_path, at_once=False, wait=True)
     assert calls == [("scancel", "--state=PENDING", "12")]
@@ -231,7 +228,7 @@ def test_a_file_that_a_starting_rank_deletes_is_made_again(tmp_path: Path, monke
         return {"12": ("RUNNING", "None")}
 
     monkeypatch.setattr(slurm, "queue", queue)
-    monkeypatch.setattr("launcher.jobs.stopping._ASK_EVERY_S", 0.0)
+    monkeypatch.setattr("launcher.jobs.stop._ASK_EVERY_S", 0.0)
     assert stop(choose("a", tmp_path), tmp_path, at_once=False, wait=True)
     assert looks == [False, True, True, True]
     assert task.stop_file.exists()

@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from launcher.job import Job
-from launcher.jobs.finding import Member
-from launcher.jobs.following import Follower
-from launcher.jobs.logs import last_lines, launcher_logs, newest, pick, show
+from launcher.job import Submission
+from launcher.jobs.find import Member
+from launcher.jobs.logs import Follower, last_lines, launcher_logs, newest, pick, show
 from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import ConfigError
 from tests.helpers.jobs import SUBMITTED, array_tasks, ended, made_job, started
 from tests.helpers.launching import wait_until
 
 
-def log(job: Job, text: str, rank: int = 0) -> Path:
+def log(job: Submission, text: str, rank: int = 0) -> Path:
     path = job.tasks[0].logs / f"rank_{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

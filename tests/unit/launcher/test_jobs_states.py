@@ -6,9 +6,8 @@ import time
 
 import pytest
 
-from launcher.history import Attempt, End, Start, Why
-from launcher.jobs.queue import Told
-from launcher.jobs.standing import Standing, judge
+from launcher.jobs.find import JobState, QueueState, judge
+from launcher.retry import Attempt, End, Start, Why
 
 
 def start() -> Attempt:
@@ -23,43 +22,45 @@ def over(why: Why, *, again: bool = False, ago_s: float = 1000.0, text: str = "t
     return start()._replace(end=end)
 
 
-RUNNING, PENDING = Told("RUNNING"), Told("PENDING", "Priority")
-GONE, CANCELLED, FAILED = Told(), Told("CANCELLED"), Told("FAILED", "NonZeroExitCode")
+RUNNING, PENDING = QueueState("RUNNING"), QueueState("PENDING", "Priority")
+GONE, CANCELLED, FAILED = QueueState(), QueueState("CANCELLED"), QueueState("FAILED", "NonZeroExitCode")
 
 
 @pytest.mark.parametrize(
     ("history", "told", "expected"),
     [
-        pytest.param([], PENDING, Standing("pending", "Priority"), id="waits"),
-        pytest.param([], Told("PENDING", "None"), Standing("pending"), id="waits, no reason yet"),
-        pytest.param([], RUNNING, Standing("running", "it is starting"), id="before its first word"),
-        pytest.param([start()], RUNNING, Standing("running"), id="runs"),
-        pytest.param([over("preempted", again=True)], PENDING, Standing("requeued", "preempted; Priority"), id="again"),
-        pytest.param([start()], PENDING, Standing("requeued", "it was cut off; Priority"), id="after a power cut"),
-        pytest.param([over("time limit", again=True)], Told("COMPLETING"), Standing("requeued", "time limit"), id="CG"),
+        pytest.param([], PENDING, JobState("pending", "Priority"), id="waits"),
+        pytest.param([], QueueState("PENDING", "None"), JobState("pending"), id="waits, no reason yet"),
+        pytest.param([], RUNNING, JobState("running", "it is starting"), id="before its first word"),
+        pytest.param([start()], RUNNING, JobState("running"), id="runs"),
+        pytest.param([over("preempted", again=True)], PENDING, JobState("requeued", "preempted; Priority"), id="again"),
+        pytest.param([start()], PENDING, JobState("requeued", "it was cut off; Priority"), id="after a power cut"),
         pytest.param(
-            [over("signal", again=True, ago_s=1)], Told("COMPLETED"), Standing("requeued", "signal"), id="moment"
+            [over("time limit", again=True)], QueueState("COMPLETING"), JobState("requeued", "time limit"), id="CG"
         ),
-        pytest.param([over("preempted", again=True), start()], RUNNING, Standing("running"), id="runs again"),
-        pytest.param([over("done")], GONE, Standing("done"), id="done"),
-        pytest.param([over("done")], RUNNING, Standing("done"), id="done, its job not yet"),
-        pytest.param([over("stopped")], FAILED, Standing("stopped"), id="stopped"),
-        pytest.param([over("failed")], FAILED, Standing("failed", "the reason"), id="failed"),
-        pytest.param([over("preempted")], GONE, Standing("failed", "the reason"), id="gets nowhere"),
+        pytest.param(
+            [over("signal", again=True, ago_s=1)], QueueState("COMPLETED"), JobState("requeued", "signal"), id="moment"
+        ),
+        pytest.param([over("preempted", again=True), start()], RUNNING, JobState("running"), id="runs again"),
+        pytest.param([over("done")], GONE, JobState("done"), id="done"),
+        pytest.param([over("done")], RUNNING, JobState("done"), id="done, its job not yet"),
+        pytest.param([over("stopped")], FAILED, JobState("stopped"), id="stopped"),
+        pytest.param([over("failed")], FAILED, JobState("failed", "the reason"), id="failed"),
+        pytest.param([over("preempted")], GONE, JobState("failed", "the reason"), id="gets nowhere"),
         pytest.param(
             [over("preempted", again=True)], GONE,
-            Standing("lost", "preempted, and then it was not requeued"), id="requeue failed",
+            JobState("lost", "preempted, and then it was not requeued"), id="requeue failed",
         ),
         pytest.param(
-            [start()], Told("NODE_FAIL"),
-            Standing("lost", "it was cut off (Slurm: NODE_FAIL), and is not in the queue"), id="lost its node",
+            [start()], QueueState("NODE_FAIL"),
+            JobState("lost", "it was cut off (Slurm: NODE_FAIL), and is not in the queue"), id="lost its node",
         ),
-        pytest.param([], GONE, Standing("lost", "it never began, and is not in the queue"), id="never began"),
-        pytest.param([], CANCELLED, Standing("stopped", "cancelled in the queue of Slurm"), id="scancel"),
+        pytest.param([], GONE, JobState("lost", "it never began, and is not in the queue"), id="never began"),
+        pytest.param([], CANCELLED, JobState("stopped", "cancelled in the queue of Slurm"), id="scancel"),
     ],
 )  # fmt: skip
-def test_states(history: list[Attempt], told: Told, expected: Standing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.jobs.standing.time.time", lambda: NOW)
+def test_states(history: list[Attempt], told: QueueState, expected: JobState, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.jobs.find.time.time", lambda: NOW)
     assert judge(history, told, stop=False, complete=False) == expected
 
 
@@ -75,16 +76,18 @@ def test_a_job_that_ends_before_it_begins_has_failed() -> None:
         pytest.param([start()], RUNNING, "stopping", id="runs"),
         pytest.param([start()], GONE, "stopped", id="was killed"),
         pytest.param([], CANCELLED, "stopped", id="waited"),
-        pytest.param([over("preempted", again=True, ago_s=1)], Told("COMPLETED"), "stopped", id="was to be requeued"),
+        pytest.param(
+            [over("preempted", again=True, ago_s=1)], QueueState("COMPLETED"), "stopped", id="was to be requeued"
+        ),
         pytest.param([over("done")], GONE, "done", id="was done before"),
     ],
 )
-def test_with_a_file_that_asks_it_to_stop(history: list[Attempt], told: Told, state: str) -> None:
+def test_with_a_file_that_asks_it_to_stop(history: list[Attempt], told: QueueState, state: str) -> None:
     assert judge(history, told, stop=True, complete=False).state == state
 
 
 def test_a_complete_run_that_was_submitted_again_is_done() -> None:
-    assert judge([], Told("COMPLETED"), stop=False, complete=True) == Standing("done")
+    assert judge([], QueueState("COMPLETED"), stop=False, complete=True) == JobState("done")
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,9 @@ import pytest
 from rich.console import Console
 
 from launcher import slurm
-from launcher.job import Task
-from launcher.jobs.figures import TAIL_BYTES, duration, read_end, tail
-from launcher.jobs.finding import choose
-from launcher.jobs.listing import look
-from launcher.jobs.rows import Row
-from launcher.jobs.table import print_rows
+from launcher.job import JobTask
+from launcher.jobs.find import choose
+from launcher.jobs.table import TAIL_BYTES, JobRow, duration, list_jobs, print_rows, read_end, tail
 from regen_dist.errors import ConfigError
 from tests.helpers.jobs import array_tasks, beaten, committed, ended, made_job, recorded, started, trained
 
@@ -44,8 +41,8 @@ def squeue(monkeypatch: pytest.MonkeyPatch) -> Answers:
     return install
 
 
-def rows_of(root: Path, **options: bool) -> dict[str, Row]:
-    return {row.run: row for row in look(root, **options)[0]}
+def rows_of(root: Path, **options: bool) -> dict[str, JobRow]:
+    return {row.run: row for row in list_jobs(root, **options)[0]}
 
 
 def test_a_running_training(tmp_path: Path, squeue: Answers) -> None:
@@ -113,7 +110,7 @@ def test_without_slurm_the_histories_tell_and_a_line_says_so(tmp_path: Path, mon
     monkeypatch.setenv("PATH", str(tmp_path))
     job = made_job(tmp_path / "a")
     started(job.tasks[0])
-    found, problems = look(tmp_path)
+    found, problems = list_jobs(tmp_path)
     assert [row.state for row in found] == ["running"]
     assert len(problems) == 1
     assert "squeue is not found" in problems[0]
@@ -135,7 +132,7 @@ def test_a_submission_of_another_version_is_named(tmp_path: Path, squeue: Answer
     made_job(tmp_path / "a")
     file = made_job(tmp_path / "b").folder / "job.json"
     file.write_text(file.read_text().replace('"kind": "train"', '"kind": "something new"'))
-    found, problems = look(tmp_path)
+    found, problems = list_jobs(tmp_path)
     assert [row.run for row in found] == ["a"]
     assert len(problems) == 1
     assert str(file) in problems[0]
@@ -163,7 +160,7 @@ def test_each_task_is_that_of_its_newest_submission(tmp_path: Path, squeue: Answ
 
 def test_a_run_of_a_sweep_is_found_by_its_own_folder(tmp_path: Path) -> None:
     """The sweep's folder lies beside it."""
-    runs = [Task(name=name, folder=tmp_path / name, command=("train",)) for name in ("a-lr1", "a-lr2")]
+    runs = [JobTask(name=name, folder=tmp_path / name, command=("train",)) for name in ("a-lr1", "a-lr2")]
     made_job(tmp_path / "a-sweep", runs, steps=None)
     for run in runs:
         run.launch.mkdir(parents=True)
@@ -244,7 +241,7 @@ def test_checkpoints_in_a_store_are_told_by_the_record(tmp_path: Path, squeue: A
     assert row.checkpoint_age_s == pytest.approx(50, abs=5)
 
 
-WORST = Row(
+WORST = JobRow(
     run="regen_k32_content_and_motion_long", state="requeued", note="preempted; Priority", nodes=64, ranks_per_node=8,
     job="12345678_1000", restarts=12, step=120000, steps=500000, loss=0.123456, clips_per_s=1234.5, eta_s=3 * 86400,
     checkpoint_step=119000, checkpoint_age_s=3600 * 3,
@@ -254,7 +251,7 @@ WORST = Row(
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_table_fits_and_loses_nothing(width: int) -> None:
     output = io.StringIO()
-    print_rows(Console(file=output, width=width), [WORST, Row(run="b[0]", state="done")])
+    print_rows(Console(file=output, width=width), [WORST, JobRow(run="b[0]", state="done")])
     lines = output.getvalue().splitlines()
     table = [line for line in lines if not line.startswith(WORST.run + ":")]
     assert all(len(line) <= width for line in table)
@@ -297,4 +294,4 @@ def test_json_and_no_torch(tmp_path: Path) -> None:
     (row,) = json.loads(done.stdout)["runs"]
     assert (row["run"], row["state"], row["note"], row["steps"]) == ("a", "failed", "exit code 3", 100)
     with pytest.raises(ConfigError, match="no such folder"):
-        look(tmp_path / "absent")
+        list_jobs(tmp_path / "absent")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local import _Job, launch, rank_environment, rank_environments
+from launcher.supervise import _Job, launch, rank_environment, rank_environments
 from regen_dist.errors import TrainingError
 
 
@@ -40,7 +40,7 @@ def alive(pid: int) -> bool:
 def start_launcher(code: str, folder: Path, ranks: int = 2, grace_s: float = 20.0) -> subprocess.Popen[str]:
     """A launcher in a process of its own, so that signals can be sent to it."""
     text = (
-        "import sys; from pathlib import Path; from launcher.local import launch\n"
+        "import sys; from pathlib import Path; from launcher.supervise import launch\n"
         f"sys.exit(launch({program(code)!r}, ranks={ranks}, logs=Path({str(folder)!r}), grace_s={grace_s}))"
     )
     return subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.pipelines import graph
-from launcher.pipelines.files import exists
-from launcher.pipelines.schema import Pipeline, load_pipeline
+from launcher.pipelines import schema
+from launcher.pipelines.schema import Pipeline, exists, load_pipeline
 from regen_dist.errors import ConfigError
 
 LOOK = "command: [config, show]"
@@ -47,9 +46,9 @@ def test_a_step_may_stand_below_what_waits_for_it() -> None:
 
 
 def test_orders_keep_to_the_file_where_they_can() -> None:
-    assert graph.in_order({"x": [], "y": ["z"], "z": [], "w": []}) == ["x", "z", "y", "w"]
+    assert schema.in_order({"x": [], "y": ["z"], "z": [], "w": []}) == ["x", "z", "y", "w"]
     with pytest.raises(CycleError):
-        graph.in_order({"x": ["x"]})
+        schema.in_order({"x": ["x"]})
 
 
 def test_everything_that_is_wrong_is_told_at_once_with_its_line() -> None:

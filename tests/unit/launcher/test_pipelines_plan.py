@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.history import End, Start, Why, set_aside, write_entry
-from launcher.job import ID_FILE, Job, Task, new_folder, newest_job, write_job
+from launcher.job import ID_FILE, JobTask, Submission, new_folder, newest_job, write_job
 from launcher.pipelines import planning
-from launcher.pipelines.planning import Planned, plan
+from launcher.pipelines.planning import PlannedStep, plan
 from launcher.pipelines.schema import load_pipeline
-from launcher.submitting import Order
+from launcher.retry import End, Start, Why, set_aside, write_entry
+from launcher.submit import SubmissionRequest
 from regen_dist.config import to_yaml
 from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_run
@@ -27,7 +27,7 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-def ends(task: Task, why: Why, *, again: bool = False) -> None:
+def ends(task: JobTask, why: Why, *, again: bool = False) -> None:
     """A start of a task that ended: for good, or to be requeued."""
     write_entry(task.launch, Start(job="1", restart=0, nodes=("a",), time=1.0))
     write_entry(task.launch, End(why=why, code=0, text="", again=again, time=2.0))
@@ -41,15 +41,17 @@ class Pipe:
         self.alive: set[str] = set()
         monkeypatch.setattr(planning, "is_alive", lambda job: job.name in self.alive)
 
-    def plan(self, cluster: str = "local", *settings: str) -> dict[str, Planned]:
+    def plan(self, cluster: str = "local", *settings: str) -> dict[str, PlannedStep]:
         Path("p.yaml").write_text(yaml.safe_dump({"name": "p", "steps": self.steps}, sort_keys=False))
         return {each.name: each for each in plan(load_pipeline(Path("p.yaml")), cluster, settings)}
 
     def states(self) -> list[str]:
         return [each.state for each in self.plan().values()]
 
-    def submit(self, order: Order, why: Why | None = "done", tasks: Sequence[int] | None = None) -> Job:
-        """As `launcher.submitting.submit`; then those of its tasks that are given end, by default all."""
+    def submit(
+        self, order: SubmissionRequest, why: Why | None = "done", tasks: Sequence[int] | None = None
+    ) -> Submission:
+        """As `launcher.submit.submit`; then those of its tasks that are given end, by default all."""
         time.sleep(0.002)  # submissions have a time each
         job = order.job(new_folder(order.base), Path("code"))
         for task in order.tasks:

@@ -11,15 +11,14 @@ import pytest
 import yaml
 
 from launcher import slurm
-from launcher.job import Job, new_folder
-from launcher.pipelines import running
-from launcher.pipelines.planning import Planned, plan
-from launcher.pipelines.running import check_all, held, run_here, run_on_slurm
+from launcher.job import Submission, new_folder
+from launcher.pipelines import run
+from launcher.pipelines.planning import PlannedStep, plan
+from launcher.pipelines.run import check_all, held, run_here, run_on_slurm, scripts, table
 from launcher.pipelines.schema import load_pipeline
-from launcher.pipelines.showing import scripts, table
 from launcher.preflight import Report
 from launcher.preflight.report import PreflightError
-from launcher.submitting import Order
+from launcher.submit import SubmissionRequest
 from regen_dist.errors import BackendError, DataError, RegenError
 
 STEPS = {
@@ -34,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def planned(cluster: str = "loopback") -> list[Planned]:
+def planned(cluster: str = "loopback") -> list[PlannedStep]:
     Path("p.yaml").write_text(yaml.safe_dump({"name": "p", "steps": STEPS}, sort_keys=False))
     return plan(load_pipeline(Path("p.yaml")), cluster, [])
 
@@ -44,10 +43,10 @@ class Scheduler:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, refuses: str = "") -> None:
         self.refuses, self.taken, self.cancelled = refuses, list[tuple[str, str | None]](), list[str]()
-        monkeypatch.setattr(running, "submit", self.submit)
+        monkeypatch.setattr(run, "submit", self.submit)
         monkeypatch.setattr(slurm, "cancel", self.cancelled.append)
 
-    def submit(self, order: Order, dependency: str | None = None) -> Job:
+    def submit(self, order: SubmissionRequest, dependency: str | None = None) -> Submission:
         if order.name == self.refuses:
             raise BackendError("Slurm refused the job: no")
         self.taken.append((order.name, dependency))
@@ -89,11 +88,11 @@ def test_the_problems_of_all_steps_forbid_all(monkeypatch: pytest.MonkeyPatch) -
     """Each check knows what the steps before it make."""
     known: dict[str, list[str]] = {}
 
-    def check(order: Order, produced: list[str]) -> Report:
+    def check(order: SubmissionRequest, produced: list[str]) -> Report:
         known[order.name] = [*produced]
         return Report(problems=[f"bad {order.name}"] if order.name != "p.second" else [], notes=["by the way"])
 
-    monkeypatch.setattr(running, "check", check)
+    monkeypatch.setattr(run, "check", check)
     said = list[str]()
     with pytest.raises(PreflightError) as caught:
         check_all(planned(), force=False, tell=said.append)
@@ -112,8 +111,8 @@ def test_the_problems_of_all_steps_forbid_all(monkeypatch: pytest.MonkeyPatch) -
 def test_on_this_machine_a_failure_stops_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, lines = Scheduler(monkeypatch), list[str]()
     codes = {"p.first": 0, "p.second": 4}
-    monkeypatch.setattr(running, "missing_outputs", lambda order, step: {})
-    monkeypatch.setattr(running, "wait_for", lambda job: codes[job.name])
+    monkeypatch.setattr(run, "missing_outputs", lambda order, step: {})
+    monkeypatch.setattr(run, "wait_for", lambda job: codes[job.name])
     assert run_here(planned("local"), lines.append) == 4
     assert [name for name, _ in scheduler.taken] == ["p.first", "p.second"]
     assert lines[-1] == "second ended with exit code 4; nothing after it was started"
@@ -122,7 +121,7 @@ def test_on_this_machine_a_failure_stops_what_follows(monkeypatch: pytest.Monkey
 def test_a_step_that_does_not_make_what_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise what follows would fail, or the pipeline never be complete, without a word of why."""
     Scheduler(monkeypatch)
-    monkeypatch.setattr(running, "wait_for", lambda job: 0)
+    monkeypatch.setattr(run, "wait_for", lambda job: 0)
     second = [each for each in planned("local") if each.name == "second"]
     with pytest.raises(DataError, match="step second ended well, but made is not there"):
         run_here(second, print)
@@ -132,7 +131,7 @@ def test_one_command_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "p"
     with held(folder, print):
         program = (
-            "import sys; from pathlib import Path; from launcher.pipelines.running import held\n"
+            "import sys; from pathlib import Path; from launcher.pipelines.run import held\n"
             "with held(Path(sys.argv[1]), print): pass"
         )
         other = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=False)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from launcher.cluster import RetryConfig
-from launcher.history import Attempt, End, Start, Why
-from launcher.policy import bad_nodes, is_complete, judge_end, judge_start, overall_code
+from launcher.retry import Attempt, End, Start, Why, bad_nodes, is_complete, judge_end, judge_start, overall_code
 
 RETRY = RetryConfig(failures=2, starts_without_progress=3, failures_of_a_node=2, starts=10)
 

@@ -12,12 +12,12 @@ import pytest
 
 from launcher.cluster import ClusterConfig
 from launcher.preflight import check
-from launcher.preflight.findings import Finding, Subject, note, problem
+from launcher.preflight.findings import PreflightFinding, Subject, note, problem
+from launcher.preflight.library import library
 from launcher.preflight.report import PreflightError, Report
-from launcher.preflight.settings import kernels, world_size
-from launcher.preflight.tracking import wandb_key
-from launcher.submitting import Order, command_order, train_order
-from launcher.sweeps import sweep_order
+from launcher.preflight.settings import ranks_and_gpus
+from launcher.preflight.storage import wandb_key
+from launcher.submit import SubmissionRequest, command_order, sweep_order, train_order
 from regen_dist.config import to_yaml
 from regen_dist.errors import BackendError
 from tests.helpers.tiny import tiny_run
@@ -25,95 +25,29 @@ from tests.helpers.tiny import tiny_run
 HERE = {"kind": "local"}
 
 
-def order(cluster: dict[str, Any] | None = None, **changes: Any) -> Order:
+def order(cluster: dict[str, Any] | None = None, **changes: Any) -> SubmissionRequest:
     """A run of four clips a step under ZeRO-3, on this machine unless told otherwise."""
     config = tiny_run(changes.pop("output", "runs"), **{"engine__kind": "zero3", **changes})
     return train_order(config, ClusterConfig.model_validate(cluster or HERE), "test")
 
 
-def problems(found: Iterator[Finding]) -> list[str]:
+def problems(found: Iterator[PreflightFinding]) -> list[str]:
     return [each.text for each in found if each.forbids]
 
 
-def notes(found: Iterator[Finding]) -> list[str]:
+def notes(found: Iterator[PreflightFinding]) -> list[str]:
     return [each.text for each in found if not each.forbids]
 
 
-def test_a_batch_that_does_not_fit_the_ranks() -> None:
-    told = problems(world_size(Subject(order({"kind": "local", "tasks_per_node": 3}))))
-    assert told == [
-        "train.batch_global 4 over train.accumulation 1 is 4 samples at a time, not a multiple of 3 ranks; ranks that "
-        "fit: 1, 2, 4"
-    ]
-
-
-def test_one_process_engine_on_several_ranks() -> None:
-    told = problems(world_size(Subject(order({"kind": "local", "tasks_per_node": 2}, engine__kind="plain"))))
-    assert len(told) == 1
-    assert "engine.kind=plain trains in one process, found 2 ranks; set engine.kind=zero3" in told[0]
-
-
 def test_ranks_that_share_a_gpu() -> None:
-    told = problems(world_size(Subject(order({"kind": "local", "gpus_per_node": 1, "tasks_per_node": 2}))))
+    told = problems(ranks_and_gpus(Subject(order({"kind": "local", "gpus_per_node": 1, "tasks_per_node": 2}))))
     assert told == ["2 ranks on a node of 1 GPU(s), and each needs one; set --tasks-per-node 1"]
 
 
 def test_gpus_that_idle_are_a_note() -> None:
     subject = Subject(order({"kind": "local", "gpus_per_node": 8, "tasks_per_node": 2}))
-    assert problems(world_size(subject)) == []
-    assert notes(world_size(subject)) == ["6 of 8 GPUs of each node will idle: each rank uses one, and there are 2"]
-
-
-@pytest.mark.parametrize(
-    ("gpus", "changes", "told"),
-    [
-        (0, {"model__decoder__attention": {"backend": "flash"}}, "backend=flash needs GPUs, and the job has none"),
-        (1, {"model__decoder__attention": {"backend": "flash"}}, "computes in bf16; set engine.precision=bf16"),
-        (
-            0,
-            {"optimizer__kind": "fused_adam"},
-            "fused_adam (apex) needs GPUs, and the job has none; set optimizer.kind",
-        ),
-        (1, {"optimizer__kind": "cpu_adam"}, "cpu_adam is for models on the CPU, and the job has GPUs"),
-        (0, {"optimizer__kind": "cpu_adam", "engine__kind": "plain"}, "cpu_adam is DeepSpeed's; set engine.kind=zero3"),
-    ],
-)
-def test_what_cannot_run_on_the_device(
-    gpus: int, changes: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("launcher.preflight.settings._is_installed", lambda *_: True)
-    found = problems(kernels(Subject(order({"kind": "local", "gpus_per_node": gpus}, **changes))))
-    assert len(found) == 1
-    assert told in found[0]
-
-
-def test_what_runs_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.preflight.settings._is_installed", lambda *_: True)
-    on_gpus = {"model__decoder__attention": {"backend": "flash"}, "engine__precision": "bf16"}
-    subject = Subject(order({"kind": "local", "gpus_per_node": 1}, optimizer__kind="fused_adam", **on_gpus))
-    assert list(kernels(subject)) == []
-    assert list(kernels(Subject(order(optimizer__kind="cpu_adam")))) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"model__decoder__attention": {"backend": "flash"}, "engine__precision": "bf16"}, "the package flash-attn"),
-        ({"optimizer__kind": "fused_adam"}, "NVIDIA apex, which is built from source"),
-    ],
-)
-def test_a_package_that_is_missing(
-    changes: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PyPI's apex, which is another package, is none. What another Python has cannot be seen from here."""
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('it was imported')")
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    found = problems(kernels(Subject(order({"kind": "local", "gpus_per_node": 1}, **changes))))
-    assert len(found) == 1
-    assert told in found[0]
-    elsewhere = {"kind": "local", "gpus_per_node": 1, "python": "apptainer exec --nv image.sif python"}
-    assert list(kernels(Subject(order(elsewhere, **changes)))) == []
+    assert problems(ranks_and_gpus(subject)) == []
+    assert notes(ranks_and_gpus(subject)) == ["6 of 8 GPUs of each node will idle: each rank uses one, and there are 2"]
 
 
 def test_wandb_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,20 +70,41 @@ def test_several_runs_with_the_same_problem_are_told_once() -> None:
         tiny_run(name=f"run{n}", engine__kind="zero3", train__batch_global=b) for n, b in enumerate((4, 4, 4, 4, 6))
     ]
     swept = sweep_order([(run, "run") for run in runs], ClusterConfig(kind="local", tasks_per_node=3), "test")
-    told = problems(world_size(Subject(swept)))
-    assert len(told) == 1
-    assert told[0].startswith("run0, run1, run2 and 1 more: train.batch_global 4")
+    told = problems(library(Subject(swept, produced=["data"])))
+    assert sum("train.batch_global 4" in each for each in told) == 1
+    assert any(each.startswith("run0, run1, run2 and 1 more: train.batch_global 4") for each in told)
+
+
+def test_the_library_is_told_where_the_job_runs(tmp_path: Path) -> None:
+    """Ranks, GPUs, another Python, what an earlier job makes and --fresh come through to `regen check`."""
+    flash = {"model__decoder__attention": {"backend": "flash"}, "engine__precision": "bf16"}
+    data = str(tmp_path / "made")
+    cluster = {"kind": "local", "gpus_per_node": 4, "tasks_per_node": 3}
+    config = {"output": str(tmp_path), "data__url": data, "data__validation_url": data}
+    told = problems(library(Subject(order(cluster, **config, **flash))))
+    assert len(told) == 3, told
+    assert any("4 samples at a time, not a multiple of 3 ranks" in each for each in told)
+    assert any("flash needs the package flash-attn" in each for each in told)
+    assert any(f"there is no folder {data}" in each for each in told)
+    elsewhere = {**cluster, "tasks_per_node": 4, "python": "apptainer exec --nv image.sif python"}
+    assert problems(library(Subject(order(elsewhere, **config, **flash), produced=[data]))) == []
+
+
+def test_a_library_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    report = check(order(), checks=[library])
+    assert report.problems == ["`regen check` failed: exit code 1"]
 
 
 def test_a_check_that_stumbles_does_not_hide_the_others() -> None:
-    def stumbles(subject: Subject) -> Iterator[Finding]:
+    def stumbles(subject: Subject) -> Iterator[PreflightFinding]:
         yield problem("never told, for it goes wrong later")
         raise ZeroDivisionError("by accident")
 
-    def refuses(subject: Subject) -> Iterator[Finding]:
+    def refuses(subject: Subject) -> Iterator[PreflightFinding]:
         raise BackendError("no answer")
 
-    def tells(subject: Subject) -> Iterator[Finding]:
+    def tells(subject: Subject) -> Iterator[PreflightFinding]:
         yield note("by the way")
         yield problem("wrong")
 
@@ -172,7 +127,7 @@ def test_the_storage_variables_of_a_cluster_count_while_it_is_checked(monkeypatc
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     seen = []
 
-    def look(subject: Subject) -> Iterator[Finding]:
+    def look(subject: Subject) -> Iterator[PreflightFinding]:
         seen.append((os.environ.get("AWS_REGION"), os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("OTHER")))
         yield from ()
 
@@ -219,7 +174,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny_run("runs", "nowhere")))
     code = (
         "import sys; from launcher.cluster import load_cluster; from launcher.preflight import check\n"
-        "from launcher.submitting import train_order; from regen_dist.config import load_config\n"
+        "from launcher.submit import train_order; from regen_dist.config import load_config\n"
         "report = check(train_order(load_config('tiny.yaml'), load_cluster('local'), 'local'))\n"
         "assert len(report.problems) == 1, report\n"
         "sys.exit(bool({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"

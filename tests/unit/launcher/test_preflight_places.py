@@ -9,19 +9,17 @@ from typing import Any
 import pytest
 
 from launcher.cluster import ClusterConfig
-from launcher.preflight import places, space, storage
-from launcher.preflight.estimates import Estimate, Estimates, NoEstimate
-from launcher.preflight.findings import Subject
-from launcher.submitting import Order, train_order
-from launcher.sweeps import sweep_order
-from regen_dist.data.dataset.index import SCHEMA_VERSION
-from regen_dist.data.dataset.manifest import MANIFEST
-from tests.helpers.tiny import tiny_dataset, tiny_run
+from launcher.preflight import runs as space
+from launcher.preflight import storage
+from launcher.preflight import storage as places
+from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
+from launcher.submit import SubmissionRequest, sweep_order, train_order
+from tests.helpers.tiny import tiny_run
 
 LOCAL = ClusterConfig(kind="local")
 
 
-def order(output: Path, url: Path | str = "none", cluster: ClusterConfig = LOCAL, **changes: Any) -> Order:
+def order(output: Path, url: Path | str = "none", cluster: ClusterConfig = LOCAL, **changes: Any) -> SubmissionRequest:
     return train_order(tiny_run(output, url, **changes), cluster, "test")
 
 
@@ -83,69 +81,6 @@ def test_a_shared_folder_that_is_not_mounted(tmp_path: Path) -> None:
     assert told == [
         f"cluster key shared: there is no folder {tmp_path}/gone on this machine; mount it, or correct the key"
     ]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("data"))
-
-
-def test_data_that_is_there(dataset: Path, tmp_path: Path) -> None:
-    assert texts(storage.data(Subject(order(tmp_path, dataset, data__validation_url=str(dataset))))) == []
-    assert storage.SCHEMA_VERSION == SCHEMA_VERSION
-    assert storage.MANIFEST == MANIFEST
-
-
-def _broken(dataset: Path, folder: Path, **changes: Any) -> Path:
-    """A copy of a dataset, with keys of its manifest changed."""
-    import shutil
-
-    shutil.copytree(dataset, folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"schema_version": 1}, f"schema version 1, this program reads {SCHEMA_VERSION}"),
-        ({"shards": []}, "a dataset without shards"),
-        ({"shards": [{"name": "gone.tar", "index": "gone.parquet"}]}, "gone.parquet, file://"),
-        ({"shards": [{}]}, "damaged (KeyError: 'index')"),
-        ({"shards_url": "gopher://x"}, "URL scheme 'gopher:' is not supported"),
-    ],
-)
-def test_data_that_is_not_whole(changes: dict[str, Any], told: str, dataset: Path, tmp_path: Path) -> None:
-    broken = _broken(dataset, tmp_path / "broken", **changes)
-    found = texts(storage.data(Subject(order(tmp_path, broken))))
-    assert len(found) == 1
-    assert told in found[0]
-
-
-def test_data_that_is_not_there(dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    made = order(tmp_path, tmp_path / "empty", data__validation_url=str(tmp_path / "absent"))
-    empty, absent = texts(storage.data(Subject(made)))
-    assert empty.startswith(
-        f"data: file://{tmp_path}/empty: there is no manifest.json, so no finished dataset; build one"
-    )
-    assert absent == (f"data.validation_url: there is no folder {tmp_path}/absent; build the data, or correct the path")
-
-
-def test_a_manifest_that_is_no_json(dataset: Path, tmp_path: Path) -> None:
-    broken = _broken(dataset, tmp_path / "broken")
-    (broken / MANIFEST).write_text("[1, 2")
-    told = texts(storage.data(Subject(order(tmp_path, broken))))
-    assert len(told) == 1
-    assert "damaged (JSONDecodeError" in told[0]
-
-
-def test_what_an_earlier_job_makes_need_not_be_there(tmp_path: Path) -> None:
-    made = order(tmp_path, tmp_path / "made" / "train", data__validation_url=str(tmp_path / "made-not"))
-    told = texts(storage.data(Subject(made, produced=[f"file://{tmp_path}/made"])))
-    assert len(told) == 1
-    assert "made-not" in told[0]
 
 
 class Told(Estimates):

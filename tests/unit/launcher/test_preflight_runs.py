@@ -6,32 +6,25 @@ import fcntl
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from launcher import history, job
+from launcher import job, retry
 from launcher.cluster import ClusterConfig
-from launcher.here import LOCK
-from launcher.job import ID_FILE, Job
-from launcher.preflight import estimates, memory, runs, timing
-from launcher.preflight.estimates import Estimate, Estimates, NoEstimate
-from launcher.preflight.findings import Subject
-from launcher.preflight.measured import measured
-from launcher.submitting import Order, train_order
-from launcher.sweeps import sweep_order
-from regen_dist.checkpoint.manifest import Manifest, to_text
-from regen_dist.config import save_config
-from regen_dist.config.identity import order_identity
-from regen_dist.config.schema import ModelConfig, RunConfig
-from regen_dist.errors import BackendError, StoreUnavailable
-from regen_dist.models import build_model
-from tests.helpers.tiny import tiny_model, tiny_run
+from launcher.job import ID_FILE, Submission
+from launcher.local_executor import LOCK
+from launcher.preflight import findings, runs, settings
+from launcher.preflight import runs as timing
+from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
+from launcher.preflight.runs import measured
+from launcher.submit import SubmissionRequest, sweep_order, train_order
+from regen_dist.config.embedder import RunConfig
+from regen_dist.errors import BackendError
+from tests.helpers.tiny import tiny_run
 
 LOCAL = ClusterConfig(kind="local")
 TIMED = ClusterConfig(time_min=10, signal_lead_s=60)
@@ -120,8 +113,8 @@ def test_a_limit_that_ends_before_the_next_checkpoint_is_a_note(tmp_path: Path) 
     config = tiny_run(tmp_path, checkpoint__every=60)
     record(config, began(at=1050.0), step(9.0), step(9.0), saved(10.0))
     (config.folder / "launch").mkdir()
-    start = history.Start(job="1", restart=0, nodes=("a",), time=1000.0)
-    history.write_entry(config.folder / "launch", start)
+    start = retry.Start(job="1", restart=0, nodes=("a",), time=1000.0)
+    retry.write_entry(config.folder / "launch", start)
     told = texts(timing.times(subject(config, TIMED)), forbids=False)
     assert len(told) == 1
     assert "the run starts (50 s) but does not get to the checkpoint" in told[0]
@@ -133,7 +126,7 @@ def test_a_limit_that_ends_before_the_next_checkpoint_is_a_note(tmp_path: Path) 
 
 
 @contextmanager
-def submitted(order: Order, folder_of: Path) -> Iterator[Job]:
+def submitted(order: SubmissionRequest, folder_of: Path) -> Iterator[Submission]:
     """A local job that lives as long as the block."""
     made = order.job(job.new_folder(folder_of), Path("code"))
     job.write_job(made)
@@ -165,7 +158,7 @@ def test_a_run_of_a_sweep_that_is_running(tmp_path: Path) -> None:
 
 
 def test_a_job_that_nobody_can_be_asked_about_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(_: Job) -> bool:
+    def unknown(_: Submission) -> bool:
         raise BackendError("squeue is not found")
 
     monkeypatch.setattr(runs, "is_alive", unknown)
@@ -177,127 +170,6 @@ def test_a_job_that_nobody_can_be_asked_about_is_a_note(tmp_path: Path, monkeypa
 
 
 # Checkpoints
-
-
-def committed(config: RunConfig, step: int, data: dict[str, str] | None) -> None:
-    """A checkpoint of a run, as far as its manifest goes."""
-    folder = Path(config.checkpoints) / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    manifest = Manifest(
-        step=step, samples=0, config_hash="", version="", topology={"world_size": 1}, state={"data": data}, metrics={},
-        rollbacks=[], shapes={},
-    )  # fmt: skip
-    (folder / "manifest.json").write_text(to_text(manifest))
-    (folder.parent / "latest").write_text(folder.name)
-    save_config(config, config.folder)
-
-
-def identity(config: RunConfig) -> dict[str, str]:
-    train = config.train
-    return order_identity(
-        config.data, ["abc"], num_frames=config.model.num_frames, batch_global=train.batch_global, seed=train.seed
-    )
-
-
-def test_a_run_that_is_done_is_a_note(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, train__steps=8)
-    committed(config, 8, identity(config))
-    found = list(runs.standing(subject(config)))
-    assert [each.text for each in found] == ["nothing is left to do: all 8 steps are done"]
-    assert not found[0].forbids
-    assert list(runs.standing(subject(tiny_run(tmp_path, train__steps=9)))) == []
-
-
-def test_data_in_another_order(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path)
-    committed(config, 4, identity(config))
-    told = texts(runs.standing(subject(tiny_run(tmp_path, train__batch_global=8, train__seed=9))))
-    assert len(told) == 1
-    assert "train.batch_global was 4, is 8; train.seed was 3, is 9. Restore that" in told[0]
-
-
-def test_other_data_of_the_same_url(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, tmp_path / "data")
-    committed(config, 4, identity(config))
-    (tmp_path / "data").mkdir()
-    manifest = {"schema_version": 2, "fingerprint": "def"}
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
-    told = texts(runs.standing(subject(config)))
-    assert len(told) == 1
-    assert "dataset fingerprint was ['abc'], is ['def']" in told[0]
-
-
-def test_weights_that_were_imported_go_on_with_any_data(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path)
-    committed(config, 0, None)
-    assert list(runs.standing(subject(tiny_run(tmp_path, train__seed=9)))) == []
-
-
-def test_another_model(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path)
-    committed(config, 4, identity(config))
-    told = texts(runs.standing(subject(tiny_run(tmp_path, model__decoder__width=64))))
-    assert len(told) == 1
-    assert "was saved by another model (model.decoder of" in told[0]
-    assert list(runs.standing(subject(tiny_run(tmp_path, model__decoder__attention={"backend": "eager"})))) == []
-
-
-def _shapes(model: ModelConfig) -> dict[str, Any]:
-    with torch.device("meta"):
-        return {name: tuple(param.shape) for name, param in build_model(model).named_parameters()}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"decoder__heads": 4},
-        {"decoder__attention": {"backend": "eager", "pattern": "window"}},
-        {"conditioning__omega": 3.0},
-        {"conditioning__first_frame_rule": False},
-        {"latent__noise_std": 0.5},
-        {"kind": "magvit2", "decoder__width": 64, "conditioning__width": 8},
-        {"decoder__width": 64},
-        {"decoder__blocks": 3},
-        {"conditioning__width": 8},
-        {"conditioning__time": "learned"},
-        {"conditioning__kind": "in_context"},
-        {"decoder__linear": False},
-        {"kind": "magvit2", "decoder__linear": False},
-        {"latent__channels": 4},
-        {"encoder__out_blocks": 2},
-    ],
-    ids=str,
-)
-def test_a_model_is_another_where_its_parameters_are(changes: dict[str, Any]) -> None:
-    """Exactly what changes names or shapes counts; for the baseline, which has no decoder of blocks, less does."""
-    plain, changed = tiny_model(kind=changes.get("kind", "regen")), tiny_model(**changes)
-    same = _shapes(plain) == _shapes(changed)
-    assert (runs.parameter_keys(plain) == runs.parameter_keys(changed)) == same
-
-
-def test_latents_in_context_take_no_other_setting_of_conditioning() -> None:
-    plain = tiny_model(conditioning__kind="in_context")
-    changed = tiny_model(conditioning={"kind": "in_context", "width": 8, "layers": 1, "time": "learned"})
-    assert _shapes(plain) == _shapes(changed)
-    assert runs.parameter_keys(plain) == runs.parameter_keys(changed)
-
-
-def test_a_damaged_checkpoint_is_a_note(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path)
-    committed(config, 4, identity(config))
-    (Path(config.checkpoints) / "step-00000004" / "manifest.json").write_text("{")
-    found = list(runs.standing(subject(config)))
-    assert [each.forbids for each in found] == [False]
-    assert "is damaged" in found[0].text
-
-
-def test_checkpoints_that_are_lost(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path)
-    record(config, step(1.0), saved(1.0))
-    told = texts(runs.standing(subject(config)))
-    assert len(told) == 1
-    assert "tells of a checkpoint of step 1, but" in told[0]
-    assert list(runs.standing(subject(config, fresh=True))) == []
 
 
 # Memory
@@ -322,21 +194,21 @@ def on_cards(gigabytes: float | None, told: Estimates, gpus: int = 4, **changes:
 
 def test_a_model_that_is_too_large() -> None:
     told = Told(weights=2 << 30, moments=7 << 30, ema=1 << 30, activations=40 << 30)
-    assert texts(memory.gpu_memory(on_cards(40.0, told))) == [
+    assert texts(settings.gpu_memory(on_cards(40.0, told))) == [
         "about 50.0 GiB are needed on each of 4 GPUs, a card has 40 (gpu_memory_gb); most of it: activations 40.0 GiB; "
         "moments 7.0 GiB; weights 2.0 GiB. To lower it, take more GPUs, raise train.accumulation (now 1), or set "
         "engine.activation_checkpointing=true (`regen describe` shows all of it)"
     ]
-    [tight] = list(memory.gpu_memory(on_cards(55.0, told)))
+    [tight] = list(settings.gpu_memory(on_cards(55.0, told)))
     assert (tight.forbids, "91% of a card's 55" in tight.text) == (False, True)
-    assert list(memory.gpu_memory(on_cards(60.0, told))) == []
+    assert list(settings.gpu_memory(on_cards(60.0, told))) == []
 
 
 def test_memory_is_not_looked_at_without_cards() -> None:
     told = Told(weights=1 << 40)
-    assert list(memory.gpu_memory(on_cards(None, told))) == []
-    assert list(memory.gpu_memory(on_cards(1.0, told, gpus=0))) == []
-    assert list(memory.gpu_memory(on_cards(1.0, told, gpus=3))) == [], "the batch does not fit: told elsewhere"
+    assert list(settings.gpu_memory(on_cards(None, told))) == []
+    assert list(settings.gpu_memory(on_cards(1.0, told, gpus=0))) == []
+    assert list(settings.gpu_memory(on_cards(1.0, told, gpus=3))) == [], "the batch does not fit: told elsewhere"
     assert told.asked == 0
 
 
@@ -347,7 +219,7 @@ def test_runs_of_a_sweep_share_an_estimate(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append(config.name)
         return Estimate(len(asked), {})
 
-    monkeypatch.setattr(estimates, "describe", describe)
+    monkeypatch.setattr(findings, "describe", describe)
     known = Estimates()
     first = known.of(tiny_run(name="a", optimizer__lr=1e-3), 2)
     assert known.of(tiny_run("elsewhere", name="b", optimizer__lr=3e-3, train__steps=9), 2) is first
@@ -362,8 +234,8 @@ def test_describing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(config: RunConfig, world_size: int, timeout_s: float) -> Estimate:
         raise subprocess.TimeoutExpired("describe", timeout_s)
 
-    monkeypatch.setattr(estimates, "describe", slow)
-    [found] = list(memory.gpu_memory(on_cards(80.0, Estimates())))
+    monkeypatch.setattr(findings, "describe", slow)
+    [found] = list(settings.gpu_memory(on_cards(80.0, Estimates())))
     assert (found.forbids, found.text) == (
         False, "GPU memory was not estimated: `regen describe` took longer than 60 s",
     )  # fmt: skip
@@ -374,24 +246,10 @@ def test_describing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_describe_is_asked_with_the_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real one, from a folder that is no checkout."""
     monkeypatch.chdir(tmp_path)
-    found = estimates.describe(tiny_run(engine__kind="zero3"), 2, 120.0)
-    wider = estimates.describe(tiny_run(engine__kind="zero3", model__decoder__width=64), 2, 120.0)
+    found = findings.describe(tiny_run(engine__kind="zero3"), 2, 120.0)
+    wider = findings.describe(tiny_run(engine__kind="zero3", model__decoder__width=64), 2, 120.0)
     assert 50_000 < found.parameters < wider.parameters
     assert "AdamW's two moments (fp32, sharded)" in found.memory
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(NoEstimate, match="exit code 1"):
-        estimates.describe(tiny_run(), 1, 60.0)
-
-
-def test_a_store_that_is_down_is_not_waited_for_by_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def down(url: str) -> None:
-        asked.append(url)
-        time.sleep(0.1)  # so that those beside it have begun
-        raise StoreUnavailable("no answer")
-
-    monkeypatch.setattr(runs, "newest_checkpoint", down)
-    swept = [(tiny_run(tmp_path, name=f"run{n}", checkpoint__url="s3://down/runs"), "run") for n in range(40)]
-    assert list(runs.standing(Subject(sweep_order(swept, LOCAL, "test")))) == []
-    assert 1 <= len(asked) <= 16
+        findings.describe(tiny_run(), 1, 60.0)

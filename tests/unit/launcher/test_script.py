@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from launcher.cluster import ClusterConfig, load_cluster
-from launcher.job import LAUNCH, Job
+from launcher.job import LAUNCH, Submission
 from launcher.script import batch_script, parameters
-from launcher.submitting import command_order, train_order
+from launcher.submit import command_order, train_order
 from regen_dist.config import load_config
 from regen_dist.errors import ConfigError
 
@@ -22,12 +22,12 @@ GOLDEN = Path(__file__).parent / "golden" / "64x8.sh"
 ODD = 'it\'s "odd" $(touch pwned) `x` & ; * #'
 
 
-def place(job: Job, home: Path) -> Job:
+def place(job: Submission, home: Path) -> Submission:
     """The job as if it had been submitted from `home`."""
     return job.model_copy(update={"workdir": home})
 
 
-def large(root: Path) -> Job:
+def large(root: Path) -> Submission:
     """64 nodes with 8 GPUs each, on the cluster of configs/cluster/aws_parallelcluster.yaml."""
     overrides = [f"output={HOME}/runs", "train.batch_global=512", "train.accumulation=1"]
     config = load_config(root / "configs/embedder/regen_k32.yaml", overrides)
@@ -44,7 +44,7 @@ def test_64_nodes_with_8_gpus(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert GOLDEN.read_text().strip() in (root / "docs" / "slurm.md").read_text()
 
 
-def odd_job(**changes: object) -> Job:
+def odd_job(**changes: object) -> Submission:
     cluster = ClusterConfig.model_validate({"time_min": 60, "environment": {"ODD": ODD}, **changes})
     order = command_order("odd", Path("/tmp") / ODD, ["shards", "verify", ODD], cluster, "mine")
     return place(order.job(order.base / LAUNCH / ODD, order.base / "code"), Path("/tmp") / ODD)

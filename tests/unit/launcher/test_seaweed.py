@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.seaweed import Identity, start_store
 from regen_dist.errors import BackendError
+from tools.local_services.s3 import Identity, start_store
 
 
 def test_a_missing_program_is_told_with_the_way_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

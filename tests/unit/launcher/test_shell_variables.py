@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import typer
 
-from launcher import here, slurm
-from launcher.arms import run_side_by_side
+from launcher import local_executor, slurm
 from launcher.cluster import ClusterConfig
-from launcher.local import launch
 from launcher.preflight.findings import Subject
 from launcher.preflight.scheduler import refusal, scheduler
 from launcher.script import batch_script, callables, slurm_executor
-from launcher.submitting import command_order
+from launcher.submit import command_order
+from launcher.supervise import launch
 from launcher.task import _rank_variables, child_environment
-from regen_dist.distributed.environment import Place, read_place, starts_ranks, without_ranks
+from regen_dist.distributed.environment import RankInfo, read_rank_info, starts_ranks, without_ranks
 from regen_dist.errors import ConfigError
 from regen_dist.programs import GPUS_PER_NODE
 from tools import stages, train
+from tools.bench.compression_runs import run_side_by_side
 
 MEETING = {"MASTER_ADDR": "10.9.9.9", "MASTER_PORT": "1"}
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
@@ -70,7 +70,7 @@ def test_ranks_hear_of_their_place_from_the_launcher_alone(tmp_path: Path) -> No
     assert launch([sys.executable, "-c", written(tmp_path / "told")], ranks=2, logs=tmp_path / "logs") == 0
     for rank in range(2):
         told = json.loads((tmp_path / f"told-{rank}").read_text())
-        assert read_place(told) == Place(rank, 2, rank)
+        assert read_rank_info(told) == RankInfo(rank, 2, rank)
         assert told["MASTER_ADDR"] == "127.0.0.1"
         assert told["MASTER_PORT"] != "1"
         assert not {*told} & {*TORCHRUN, *MPI, *TASK, *SUBMITIT}
@@ -103,7 +103,7 @@ def _job(tmp_path: Path, tasks: int = 1, **cluster: Any) -> Any:
 def test_a_job_on_this_machine_is_told_nothing_of_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**SBATCH, **OTHER_JOB}.items():
         monkeypatch.setenv(name, value)
-    told = here._environment(_job(tmp_path, kind="local", environment={"MINE": "1"}))
+    told = local_executor._environment(_job(tmp_path, kind="local", environment={"MINE": "1"}))
     assert not {*told} & {*LEFT_OVER, *SBATCH, *OTHER_JOB}
     assert told["MINE"] == told["PYTHONSAFEPATH"] == "1"
     assert not {*child_environment(_job(tmp_path))} & {*LEFT_OVER}
@@ -115,7 +115,7 @@ def test_a_rank_of_a_slurm_job_is_what_slurm_says(tmp_path: Path, monkeypatch: p
         monkeypatch.setenv(name, value)
     job = _job(tmp_path)
     told = child_environment(job) | _rank_variables(job, "node1", "12", 0)
-    assert read_place(told) == Place(1, 2, 1)
+    assert read_rank_info(told) == RankInfo(1, 2, 1)
     assert told["MASTER_ADDR"] == "node1"
 
 
@@ -154,7 +154,7 @@ def test_a_cluster_cannot_set_the_variables_of_ranks() -> None:
 )
 def test_ranks_that_were_asked_for_are_started(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("launcher.train.train_locally", lambda *_, ranks, fresh: asked.append(ranks) or 0)
+    monkeypatch.setattr("launcher.supervise.train_locally", lambda *_, ranks, fresh: asked.append(ranks) or 0)
     for name in {*LEFT_OVER, *environment}:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -180,7 +180,7 @@ def test_a_rank_of_somebody_else_is_that_rank() -> None:
 def test_torchrun_in_one_task_of_each_node_is_not_asked_which_rank_it_is() -> None:
     nodes = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     own = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "1"}
-    assert read_place({**nodes, **own, **MEETING}) == Place(9, 16, 1)
+    assert read_rank_info({**nodes, **own, **MEETING}) == RankInfo(9, 16, 1)
 
 
 def test_what_is_no_rank_is_kept() -> None:
@@ -255,7 +255,7 @@ def test_the_environment_of_a_generate_task_is_its_task_alone() -> None:
     """`--task` and left-over ranks: the task counts, and its device is the first that it sees."""
     code = (
         "import os\nfrom pathlib import Path\nfrom tools import generate\n"
-        "import regen_dist.inference.text_to_video as there\n"
+        "import regen_dist.inference.sampler as there\n"
         "class Stop(Exception): pass\n"
         "def load(run, weights, device, *, untrained):\n    print(device)\n    raise Stop\n"
         "there.TextToVideoModel.load = load\n"

@@ -11,12 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from launcher.slurm_loopback import missing_packages, start_slurm, startup
-from launcher.slurm_loopback.configuration import Design, files, gres_conf, hosts, slurm_conf
-from launcher.slurm_loopback.daemons import Daemons, host_command, listens
-from launcher.slurm_loopback.folder import held, short_path, write
 from regen_dist.errors import BackendError
 from tests.helpers.processes import descendants, runs, wait_until_gone
+from tools.local_services import slurm
+from tools.local_services.slurm import (
+    Daemons,
+    Design,
+    files,
+    gres_conf,
+    held,
+    host_command,
+    hosts,
+    listens,
+    missing_packages,
+    short_path,
+    slurm_conf,
+    start_slurm,
+    write,
+)
 
 DESIGN = Design(
     folder=Path("/x"),
@@ -81,15 +93,15 @@ def test_where_hosts_cannot_have_names_of_their_own_the_machines_must_do(
     """Neither root's right nor a user namespace, as in many containers: the line for /etc/hosts is told."""
     (tmp_path / "etc").mkdir()
     design = replace(DESIGN, folder=tmp_path)
-    monkeypatch.setattr(startup, "can_isolate", lambda path: True)
-    assert startup.own_hosts(design) == tmp_path / "etc" / "hosts"
-    monkeypatch.setattr(startup, "can_isolate", lambda path: False)
+    monkeypatch.setattr(slurm, "can_isolate", lambda path: True)
+    assert slurm.own_hosts(design) == tmp_path / "etc" / "hosts"
+    monkeypatch.setattr(slurm, "can_isolate", lambda path: False)
     addresses = {"here": "127.0.0.1", "node1": "127.0.0.1", "node2": "127.0.0.1"}
     monkeypatch.setattr(socket, "gethostbyname", addresses.__getitem__)
-    assert startup.own_hosts(design) is None
+    assert slurm.own_hosts(design) is None
     addresses["here"] = "172.17.0.2"
     with pytest.raises(BackendError, match=r"`127\.0\.0\.1 here node1 node2` to the top of /etc/hosts"):
-        startup.own_hosts(design)
+        slurm.own_hosts(design)
 
 
 def test_missing_packages_are_told_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +193,7 @@ def test_daemons_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     mark = tmp_path / "detached"
     command = ["sh", "-c", f"(setsid sh -c 'echo $$ > {mark}; exec sleep 60' &); sleep 60"]
     code = (
-        "import sys, time, pathlib; from launcher.slurm_loopback.daemons import Daemons\n"
+        "import sys, time, pathlib; from tools.local_services.slurm import Daemons\n"
         f"Daemons(pathlib.Path({str(tmp_path)!r}), {{'PATH': '/usr/bin:/bin'}}, None).start('node1', {command!r})\n"
         "time.sleep(60)\n"
     )

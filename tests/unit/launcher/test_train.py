@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.train import train_locally
+from launcher.supervise import train_locally
 from regen_dist.errors import ConfigError
 
 
@@ -37,5 +37,5 @@ def test_one_process_engine_refuses_more_ranks(root: Path) -> None:
 
 
 def test_the_launcher_imports_no_torch() -> None:
-    code = "import sys, launcher.local, launcher.train, launcher.__main__; sys.exit('torch' in sys.modules)"
+    code = "import sys, launcher.supervise, launcher.supervise, launcher.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,11 +9,12 @@ import torch
 import torch.nn as nn
 
 from regen_dist.config import RunConfig, load_embedder_config
-from regen_dist.config.schema import AttentionConfig, EngineConfig
+from regen_dist.config.embedder import AttentionConfig
+from regen_dist.config.run import EngineConfig
 from regen_dist.config.t2v import T2VModelConfig
-from regen_dist.models import accounting, build_model
-from regen_dist.models.accounting import Account, account, account_row, training_flops_per_row
-from regen_dist.models.counting import count_pass
+from regen_dist.models import flops
+from regen_dist.models.building import build_model
+from regen_dist.models.flops import FlopReport, count_flops, count_pass, count_row_flops, training_flops_per_row
 from regen_dist.models.memory import memory_bytes
 from tests.helpers.presets import NANO_AT_8
 from tests.helpers.tiny import tiny_t2v_model
@@ -37,21 +38,21 @@ def _decoder_flops(config: RunConfig, tokens: int, seen: int) -> int:
 
 def test_decoder_flops_equal_the_formula(nano: RunConfig) -> None:
     tokens = 9 * 8 * 8
-    assert account(nano.model, (64, 64)).forward_flops["decoder"] == _decoder_flops(nano, tokens, tokens)
+    assert count_flops(nano.model, (64, 64)).forward_flops["decoder"] == _decoder_flops(nano, tokens, tokens)
 
 
 def test_windows_make_attention_linear(nano: RunConfig) -> None:
     decoder = nano.model.decoder.model_copy(update={"attention": AttentionConfig(pattern="window", window=(9, 4, 4))})
     model = nano.model.model_copy(update={"decoder": decoder})
-    small, large = (account(model, size).forward_flops["decoder"] for size in ((64, 64), (64, 128)))
-    full = account(nano.model, (64, 64)).forward_flops["decoder"]
+    small, large = (count_flops(model, size).forward_flops["decoder"] for size in ((64, 64), (64, 128)))
+    full = count_flops(nano.model, (64, 64)).forward_flops["decoder"]
     assert small < full
     assert large / small == pytest.approx(2.0, rel=0.02)
 
 
 def test_parameters_are_those_of_the_real_model(nano: RunConfig) -> None:
     real = build_model(nano.model)
-    assert account(nano.model, (64, 64)).num_parameters == sum(each.numel() for each in real.parameters())
+    assert count_flops(nano.model, (64, 64)).num_parameters == sum(each.numel() for each in real.parameters())
 
 
 def _kept_bytes(model: nn.Module, *inputs: torch.Tensor) -> int:
@@ -75,30 +76,32 @@ def _kept_bytes(model: nn.Module, *inputs: torch.Tensor) -> int:
 
 def test_activations_are_what_autograd_keeps_in_a_real_forward_pass(nano: RunConfig) -> None:
     clip = torch.rand(1, 3, 9, 64, 64)
-    counted = account(nano.model, (64, 64), precision="fp32").activation_bytes
+    counted = count_flops(nano.model, (64, 64), precision="fp32").activation_bytes
     assert counted == pytest.approx(_kept_bytes(build_model(nano.model), clip, clip, torch.ones(1)), rel=0.01)
 
 
 def test_weights_of_attention_are_counted_where_the_backend_keeps_them() -> None:
     config = tiny_t2v_model(width=64, attention__backend="eager")
     inputs = torch.rand(1, 8, 8, 8, 12), torch.ones(1), torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
-    counted = account_row(config, *ROW, precision="fp32").activation_bytes
+    counted = count_row_flops(config, *ROW, precision="fp32").activation_bytes
     assert counted == pytest.approx(_kept_bytes(build_model(config), *inputs), rel=0.02)
-    fused = account_row(tiny_t2v_model(width=64, attention__backend="sdpa"), *ROW, precision="fp32").activation_bytes
+    fused = count_row_flops(
+        tiny_t2v_model(width=64, attention__backend="sdpa"), *ROW, precision="fp32"
+    ).activation_bytes
     assert counted > fused + config.blocks * config.heads * 192 * 192 * 4
 
 
 def test_checkpointing_trades_memory_for_operations(nano: RunConfig) -> None:
-    plain = account(nano.model, (64, 64))
-    checkpointed = account(nano.model, (64, 64), activation_checkpointing=True)
+    plain = count_flops(nano.model, (64, 64))
+    checkpointed = count_flops(nano.model, (64, 64), activation_checkpointing=True)
     assert plain.num_training_flops == 3 * plain.num_forward_flops
     assert 3 * plain.num_forward_flops < checkpointed.num_training_flops <= 4 * plain.num_forward_flops
     assert checkpointed.activation_bytes < 0.7 * plain.activation_bytes
 
 
 def test_both_kinds_keep_the_same_latents(nano: RunConfig, root: Path) -> None:
-    baseline = account(load_embedder_config(root / "configs/embedder/nano_magvit2.yaml", NANO_AT_8).model, (64, 64))
-    embedder = account(nano.model, (64, 64))
+    baseline = count_flops(load_embedder_config(root / "configs/embedder/nano_magvit2.yaml", NANO_AT_8).model, (64, 64))
+    embedder = count_flops(nano.model, (64, 64))
     assert baseline.latent_shape == embedder.latent_shape == (8, 8, 8)
     assert baseline.bits_per_pixel == embedder.bits_per_pixel == pytest.approx(16 * 2 * 8 / (9 * 64))
     assert baseline.compression == embedder.compression == pytest.approx(12 * 9)
@@ -106,11 +109,11 @@ def test_both_kinds_keep_the_same_latents(nano: RunConfig, root: Path) -> None:
 
 def test_every_attention_backend_counts_alike(nano: RunConfig) -> None:
     decoder = nano.model.decoder.model_copy(update={"attention": AttentionConfig(backend="flash")})
-    flash = account(nano.model.model_copy(update={"decoder": decoder}), (64, 64))
-    assert flash == account(nano.model, (64, 64))
+    flash = count_flops(nano.model.model_copy(update={"decoder": decoder}), (64, 64))
+    assert flash == count_flops(nano.model, (64, 64))
 
 
-COUNTED = Account({"encoder": 600, "decoder": 1000}, {"decoder": 1}, 0, 7, (600, 1000))
+COUNTED = FlopReport({"encoder": 600, "decoder": 1000}, {"decoder": 1}, 0, 7, (600, 1000))
 BUCKET = 5 * 10**8  # elements, DeepSpeed's own
 
 
@@ -168,7 +171,7 @@ def test_operations_of_a_row_equal_the_formula() -> None:
     modulation = 256 * width + width**2 + (6 + 2) * width**2
     multiplications = config.blocks * (products + attention) + caption + modulation + 2 * tokens * values * width
     multiplications += tokens * 16 * width  # where in its frame a token lies
-    counted = account_row(config, *ROW)
+    counted = count_row_flops(config, *ROW)
     assert counted.num_forward_flops == 2 * multiplications
     assert counted.num_tokens == tokens
     assert training_flops_per_row(config, *ROW) == 3 * 2 * multiplications
@@ -178,16 +181,16 @@ def test_a_new_caption_length_needs_no_new_count(monkeypatch: pytest.MonkeyPatch
     """Exactly the count of each length, from two counts on the meta device for all of them."""
     config, size = _wide().model_copy(update={"width": 48}), (8, (8, 12))
     counts: list[int] = []
-    count = accounting.count_pass
-    monkeypatch.setattr(accounting, "count_pass", lambda *args: (counts.append(1), count(*args))[1])
+    count = flops.count_pass
+    monkeypatch.setattr(flops, "count_pass", lambda *args: (counts.append(1), count(*args))[1])
     found = {tokens: training_flops_per_row(config, *size, tokens) for tokens in (1, 2, 7, 64, 300, 512)}
     assert len(counts) == 2
-    assert found == {tokens: account_row(config, *size, tokens).num_training_flops for tokens in found}
+    assert found == {tokens: count_row_flops(config, *size, tokens).num_training_flops for tokens in found}
 
 
 def test_activations_of_a_row_are_what_autograd_keeps() -> None:
     inputs = torch.rand(1, 8, 8, 8, 12), torch.ones(1), torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
-    counted = account_row(_wide(), *ROW, precision="fp32").activation_bytes
+    counted = count_row_flops(_wide(), *ROW, precision="fp32").activation_bytes
     assert counted == pytest.approx(_kept_bytes(build_model(_wide()), *inputs), rel=0.02)
 
 
@@ -199,7 +202,7 @@ def test_counting_two_blocks_is_counting_all(checkpointing: bool) -> None:
         model = build_model(config).bfloat16()
     x, t, text = (torch.ones(shape, device="meta") for shape in ((1, 8, 8, 8, 12), (1,), (1, 7, 12)))
     whole = count_pass(model, lambda: model(x, t, text, text[..., 0].bool()), checkpointing)
-    counted = account_row(config, *ROW, activation_checkpointing=checkpointing)
+    counted = count_row_flops(config, *ROW, activation_checkpointing=checkpointing)
     assert (counted.forward_flops, counted.recomputed_flops) == (whole.forward_flops, whole.recomputed_flops)
     assert counted.activation_bytes == whole.activation_bytes
     assert counted.num_parameters == sum(each.numel() for each in model.parameters())
@@ -207,7 +210,7 @@ def test_counting_two_blocks_is_counting_all(checkpointing: bool) -> None:
 
 
 def test_checkpointing_recomputes_the_blocks_of_a_row() -> None:
-    plain, checkpointed = (account_row(_wide(), *ROW, activation_checkpointing=on) for on in (False, True))
+    plain, checkpointed = (count_row_flops(_wide(), *ROW, activation_checkpointing=on) for on in (False, True))
     assert checkpointed.recomputed_flops == plain.forward_flops["blocks"]
     assert checkpointed.activation_bytes < 0.5 * plain.activation_bytes
     terms = memory_bytes(checkpointed, EngineConfig(), world_size=8, clips_per_gpu=2)

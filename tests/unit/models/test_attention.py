@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from regen_dist.config.schema import AttentionConfig
+from regen_dist.config.embedder import AttentionConfig
 from regen_dist.errors import BackendError
-from regen_dist.models.attention import Grid, attention, require_flash
+from regen_dist.models.attention import attention
+from regen_dist.models.kernels import require_flash
+from regen_dist.models.windows import Grid
 
 BACKENDS = ("sdpa", "eager", "reference")
 ODD = [
@@ -130,3 +134,47 @@ def test_flash_without_its_package_is_refused() -> None:
     """The missing package is named, and so is what to do without it."""
     with pytest.raises(BackendError, match=r"package flash-attn .*; install it, or set .*backend=sdpa"):
         require_flash("cuda", torch.bfloat16)
+
+
+class _FullSize(TorchDispatchMode):
+    """Counts operations that write as many numbers as there are in a row."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.count = numbers, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.count += isinstance(out, Tensor) and not function.is_view and out.numel() >= self.numbers
+        return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_backward_pass_of_windows_writes_few_full_size_tensors(backend: str, shifted: bool) -> None:
+    """However many boxes there are: when each was cut out by itself, a shifted layer wrote more than 200."""
+    grid, config = (
+        (9, 12, 12),
+        AttentionConfig.model_validate({"backend": backend, "pattern": "window", "window": [4, 4, 4]}),
+    )
+    q, k, v = (each.requires_grad_() for each in _qkv(grid, batch=1, width=64))
+    mixed = attention(q, k, v, grid, config, shifted)
+    upstream = torch.ones_like(mixed)
+    with _FullSize(mixed.numel()) as found:
+        mixed.backward(upstream)
+    assert found.count <= 16
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_gradients_of_windows_are_those_under_a_mask(shifted: bool) -> None:
+    grid, window = (5, 7, 9), (2, 3, 4)
+    boxes = _boxes(grid, window, shifted)
+    mask = (boxes[:, None] == boxes[None]).all(-1)
+    config, grads = AttentionConfig(backend="eager", pattern="window", window=window), []
+    for windowed in (True, False):
+        q, k, v = (each.requires_grad_() for each in _qkv(grid))
+        mixed = attention(q, k, v, grid, config, shifted) if windowed else _masked(q, k, v, mask)
+        mixed.square().sum().backward()
+        grads.append([each.grad for each in (q, k, v)])
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

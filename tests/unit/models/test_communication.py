@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from regen_dist.config.schema import EngineConfig
-from regen_dist.models.communication import network_bytes, sent_bytes, wire_seconds
+from regen_dist.config.run import EngineConfig
+from regen_dist.models.memory import network_bytes, sent_bytes, wire_seconds
 
 SIZES = (1000, 600, 100, 50)  # of which two are small
 ENGINE = EngineConfig(persistence_threshold=100)

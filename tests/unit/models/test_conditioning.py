@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.models import Latents
 from regen_dist.models.conditioning import LatentConditioning, TimeTable
+from regen_dist.models.encoder import Latents
 from tests.helpers.tiny import tiny_model
 
 TIMES = ["siren", "learned"]

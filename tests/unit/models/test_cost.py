@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from regen_dist.models.cost import Assumptions, Cost
+from regen_dist.models.memory import Assumptions, Cost
 from regen_dist.observe.hardware import GPU_PEAK_TFLOPS
 
 # 16 GPUs of 100 TFLOP/s, of which half is used: 800 TFLOP/s together.

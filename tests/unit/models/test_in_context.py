@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.models import Latents, Regen, build_model
-from regen_dist.models.accounting import account
-from regen_dist.models.in_context import InContextConditioning, sinusoids
+from regen_dist.models.building import build_model
+from regen_dist.models.conditioning import InContextConditioning, sinusoids
+from regen_dist.models.embedder import Regen
+from regen_dist.models.encoder import Latents
+from regen_dist.models.flops import count_flops
 from tests.helpers.tiny import clips, tiny_model, wake
 
 H, W = 3, 4
@@ -118,13 +120,13 @@ def test_operations_equal_the_formula() -> None:
     """Latent tokens go through every block and the head, where they are dropped, and through no patch embedding."""
     config, cells, frames = _config(temporal_compression=4), 4 * 6, 5
     width, hidden, tokens = 32, 64, (5 + 2) * cells
-    counted = account(config, (32, 48))
+    counted = count_flops(config, (32, 48))
     multiplications = 2 * tokens * (4 * width**2 + 2 * width * hidden + 2 * width * tokens)  # two blocks
     multiplications += 2 * frames * cells * 9 * width  # their local convolutions
     multiplications += (frames * cells + tokens) * width * 192  # embedding and head
     multiplications += 256 * width + width**2 + (6 + 2 + 1) * width**2  # the timestep's way in
     assert counted.forward_flops["decoder"] == 2 * multiplications
     assert counted.forward_flops["conditioning"] == 2 * 2 * cells * 8 * width
-    without = account(tiny_model(), (32, 48))
+    without = count_flops(tiny_model(), (32, 48))
     assert counted.forward_flops["decoder"] > without.forward_flops["decoder"]
     assert counted.activation_bytes > without.activation_bytes

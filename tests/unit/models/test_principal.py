@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.data.making.moving_shapes import SyntheticOptions, render
+from regen_dist.data.synthetic.shapes import SyntheticOptions, render
 from regen_dist.errors import DataError
-from regen_dist.models import Baseline, Regen, build_model
-from regen_dist.models.principal import cells_of, fit_linear_code
+from regen_dist.models.building import build_model
+from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.training.linear_start import fit_linear_code, frames_to_cells
 from tests.helpers.tiny import tiny_model
 
 K = 8
@@ -32,7 +33,7 @@ def _model(**changes: Any) -> Regen | Baseline:
 
 def _fitted(clips: Tensor, **changes: Any) -> Regen | Baseline:
     model = _model(**changes)
-    fit_linear_code(model, cells_of(clips))
+    fit_linear_code(model, frames_to_cells(clips))
     return model
 
 

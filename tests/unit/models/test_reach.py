@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.models import Baseline, Latents, Regen, build_model
-from regen_dist.models.reach import conv_decoder_reach, decoder_reach, encoder_reach
+from regen_dist.models.building import build_model
+from regen_dist.models.decoder import conv_decoder_receptive_field, decoder_receptive_field, encoder_receptive_field
+from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.encoder import Latents
 from tests.helpers.tiny import clips, tiny_model, wake
 
 SIDE = 24  # cells
@@ -42,7 +44,7 @@ def test_an_encoder_sees_as_far_as_its_convolutions_reach() -> None:
     other = video.clone()
     other[..., 8 * AT : 8 * AT + 8, 8 * AT : 8 * AT + 8] *= -1
     both = [torch.cat(model.encode(each), 1) for each in (video, other)]
-    found, reach = _spread(_changed_cells(*both)), encoder_reach(tiny_model().encoder)
+    found, reach = _spread(_changed_cells(*both)), encoder_receptive_field(tiny_model().encoder)
     assert reach.step == (1, 1)
     assert all(limit - 1 <= far <= limit for far, limit in zip(found, reach.cells, strict=True))
 
@@ -55,8 +57,8 @@ def test_the_baselines_decoder_sees_as_far_as_its_convolutions_reach() -> None:
     other = latents.clone()
     other[..., AT, AT] *= -1
     found = _spread(_changed_cells(*(model.reconstruct(Latents(*each), 5) for each in (latents, other))))
-    reach = conv_decoder_reach(tiny_model().encoder)
-    assert decoder_reach(tiny_model(kind="magvit2")) == reach
+    reach = conv_decoder_receptive_field(tiny_model().encoder)
+    assert decoder_receptive_field(tiny_model(kind="magvit2")) == reach
     assert all(limit - 1 <= far <= limit for far, limit in zip(found, reach.cells, strict=True))
 
 
@@ -67,7 +69,7 @@ def test_windows_see_no_further_than_their_reach(local: bool, cells: tuple[int, 
     config = {**WINDOWED, "decoder__local": local}
     model = _model(**config)
     assert isinstance(model, Regen)
-    reach = decoder_reach(tiny_model(**config))
+    reach = decoder_receptive_field(tiny_model(**config))
     assert reach == (cells, (2, 3))
     noisy = torch.randn(1, 3, 5, 8 * SIDE, 8 * SIDE)
     latents, times = Latents(*torch.randn(2, 1, 8, SIDE, SIDE)), torch.arange(5.0)[None]
@@ -80,4 +82,4 @@ def test_windows_see_no_further_than_their_reach(local: bool, cells: tuple[int, 
 
 @pytest.mark.parametrize("kind", ["regen", "magvit2"])
 def test_full_attention_sees_everything(kind: str) -> None:
-    assert (decoder_reach(tiny_model(kind=kind)) is None) == (kind == "regen")
+    assert (decoder_receptive_field(tiny_model(kind=kind)) is None) == (kind == "regen")

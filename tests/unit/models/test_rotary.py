@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.models.rotary import rotate, split_pairs, turns
+from regen_dist.models.attention import rotary_angles, rotate, split_pairs
 
 GRID = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(5), indexing="ij"), -1).flatten(0, 2)
 
 
 def _scores(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
-    by = turns(positions, q.shape[-1])
+    by = rotary_angles(positions, q.shape[-1])
     return torch.einsum("blne,bmne->bnlm", rotate(q, by), rotate(k, by))
 
 
@@ -41,7 +41,7 @@ def test_every_axis_matters(axis: int) -> None:
 
 def test_lengths_stay_and_the_origin_is_not_turned() -> None:
     q, _ = _q_and_k()
-    turned = rotate(q, turns(GRID, 16))
+    turned = rotate(q, rotary_angles(GRID, 16))
     torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))
     torch.testing.assert_close(turned[:, 0], q[:, 0], rtol=0, atol=0)
 
@@ -57,6 +57,6 @@ def test_the_clip_has_the_fewest_pairs(width: int, pairs: tuple[int, int, int]) 
 def test_far_positions_stay_apart_in_bf16() -> None:
     """Angles are float32: columns 300 and 301, which are one number in bf16, are turned differently."""
     q = torch.ones(1, 2, 1, 6, dtype=torch.bfloat16)
-    turned = rotate(q, turns(torch.tensor([[0, 0, 300], [0, 0, 301]]), 6))
+    turned = rotate(q, rotary_angles(torch.tensor([[0, 0, 300], [0, 0, 301]]), 6))
     assert turned.dtype == torch.bfloat16
     assert (turned[:, 0] - turned[:, 1]).abs().max() > 0.1

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regen_dist.config.schema import AttentionConfig
-from regen_dist.models import build_model
-from regen_dist.models.accounting import account, account_row
+from regen_dist.config.embedder import AttentionConfig
 from regen_dist.models.attention import attention
+from regen_dist.models.building import build_model
 from regen_dist.models.decoder import GenerativeDecoder
-from regen_dist.models.sequence import WHOLE, PretendedRows, Rows, row_lengths, share_rows
+from regen_dist.models.flops import count_flops, count_row_flops
+from regen_dist.models.sequence_parallel import WHOLE, Rows, SimulatedSequenceParallel, row_lengths, share_rows
 from tests.helpers.tiny import tiny_model, tiny_t2v_model
 
 
@@ -35,7 +35,7 @@ def test_alone_nothing_is_copied() -> None:
 @pytest.mark.parametrize(("length", "own"), [(12, 4), (13, 5)])
 def test_shapes_of_a_pretended_share(length: int, own: int) -> None:
     """Tokens of all heads to all tokens of own heads, and back; gradients find their way."""
-    share = PretendedRows(3).share(length)
+    share = SimulatedSequenceParallel(3).share(length)
     x = torch.randn(2, 6, length, 4)[:, :, share.own].requires_grad_()
     q, k = share.to_heads(x, x)
     assert x.shape == (2, 6, own, 4)
@@ -50,14 +50,14 @@ def test_shapes_of_a_pretended_share(length: int, own: int) -> None:
 def test_windows_are_cut_from_the_whole_row() -> None:
     """What attention works on has the grid's tokens, of a share of the heads."""
     grid, config = (3, 4, 5), AttentionConfig(pattern="window", window=(2, 2, 2))
-    share = PretendedRows(2).share(60)
+    share = SimulatedSequenceParallel(2).share(60)
     x = torch.randn(1, 4, 30, 8)
     assert attention(x, x, x, grid, config, True, share).shape == x.shape
 
 
 def test_every_row_of_a_model_is_shared() -> None:
     """Of the embedder the decoder, of text to video the model itself; nothing of the baseline."""
-    rows = PretendedRows(2)
+    rows = SimulatedSequenceParallel(2)
     models = [build_model(each) for each in (tiny_model(), tiny_t2v_model(), tiny_model(kind="magvit2"))]
     for model in models:
         share_rows(model, rows)
@@ -73,7 +73,7 @@ def test_conditioning_is_made_of_the_frames_that_a_rank_has_tokens_of(
 ) -> None:
     """Five frames of 4 x 4 tokens."""
     decoder = GenerativeDecoder(tiny_model().decoder)
-    rows = PretendedRows(size)
+    rows = SimulatedSequenceParallel(size)
     lengths = row_lengths(80, size)
     share = rows.share(80)
     share.own = slice(sum(lengths[:index]), sum(lengths[: index + 1]))
@@ -85,8 +85,8 @@ def test_conditioning_is_made_of_the_frames_that_a_rank_has_tokens_of(
 def test_operations_are_those_of_the_sample_and_what_is_done_twice_is_told() -> None:
     """Ranks that share a clip all run its encoder; of text to video they share all but the text's part."""
     model, text = tiny_model(), tiny_t2v_model()
-    clips = [account(model, (32, 32), sequence_parallel=size) for size in (1, 2)]
-    rows = [account_row(text, 4, (8, 8), 5, sequence_parallel=size) for size in (1, 2)]
+    clips = [count_flops(model, (32, 32), sequence_parallel=size) for size in (1, 2)]
+    rows = [count_row_flops(text, 4, (8, 8), 5, sequence_parallel=size) for size in (1, 2)]
     for one, two in (clips, rows):
         assert one.forward_flops == two.forward_flops
         assert one.recomputed_flops == 0

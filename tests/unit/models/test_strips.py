@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from regen_dist.errors import BackendError
-from regen_dist.models import Baseline, build_model, strips
+from regen_dist.models import layers
+from regen_dist.models.building import build_model
+from regen_dist.models.embedder import Baseline
 from regen_dist.models.layers import CausalConv, Frames
 from tests.helpers.tiny import clips, tiny_model, wake
 
@@ -15,8 +17,8 @@ from tests.helpers.tiny import clips, tiny_model, wake
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for tensors of billions of elements."""
-    monkeypatch.setattr(strips, "MOST_ELEMENTS", 2000)
-    monkeypatch.setattr(strips, "STRIP_ELEMENTS", 1500)
+    monkeypatch.setattr(layers, "MOST_ELEMENTS", 2000)
+    monkeypatch.setattr(layers, "STRIP_ELEMENTS", 1500)
 
 
 @pytest.mark.parametrize(("kernel", "spatial", "temporal"), [(3, 1, 1), (3, 2, 1), (3, 2, 2), (1, 1, 1)])
@@ -34,7 +36,7 @@ def test_strips_give_what_one_call_gives(
     cut = conv(frames)
     assert len(calls) > 3
     assert max(calls) < 26
-    monkeypatch.setattr(strips, "MOST_ELEMENTS", 2**31 - 1)
+    monkeypatch.setattr(layers, "MOST_ELEMENTS", 2**31 - 1)
     whole = conv(frames)
     assert len(calls) == calls.index(26) + 1
     for part, other in zip(cut, whole, strict=True):
@@ -53,8 +55,8 @@ def test_a_whole_model_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     wake(model)
     video = clips(1, 5, 64, 48)
     whole, _ = model(video)
-    monkeypatch.setattr(strips, "MOST_ELEMENTS", 3000)
-    monkeypatch.setattr(strips, "STRIP_ELEMENTS", 1500)
+    monkeypatch.setattr(layers, "MOST_ELEMENTS", 3000)
+    monkeypatch.setattr(layers, "STRIP_ELEMENTS", 1500)
     torch.testing.assert_close(model(video)[0], whole, rtol=0, atol=1e-4)
 
 
@@ -94,16 +96,16 @@ def test_a_cudnn_with_wrong_or_slow_convolutions_is_refused(
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
     for dtype in (torch.bfloat16, torch.float16):
         with pytest.raises(BackendError, match=rf"cuDNN 9\.15 or later, {said}.*17 times.*install torch>=2\.10"):
-            strips.require_cudnn("cuda", dtype)
-    strips.require_cudnn("cuda", torch.float32)
-    strips.require_cudnn("cpu", torch.bfloat16)
+            layers.require_cudnn("cuda", dtype)
+    layers.require_cudnn("cuda", torch.float32)
+    layers.require_cudnn("cpu", torch.bfloat16)
 
 
 def test_a_cudnn_that_is_right_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """From 9.15.0 on."""
     for version in (91500, 91501, 100100):
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
-        strips.require_cudnn("cuda", torch.bfloat16)
+        layers.require_cudnn("cuda", torch.bfloat16)
 
 
 def test_an_embedder_is_not_put_on_a_gpu_with_such_a_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from regen_dist.config import load_config
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.errors import DataError
-from regen_dist.models import TextToVideo, build_model
-from regen_dist.models.t2v import fold_latents, frame_places, token_positions, unfold_latents
+from regen_dist.models.building import build_model
+from regen_dist.models.t2v import TextToVideo, fold_latents, frame_places, token_positions, unfold_latents
 from tests.helpers.tiny import tiny_t2v_model, wake
 
 TEXT, TOKENS = 12, 5
@@ -129,6 +129,26 @@ def test_text_and_time_matter() -> None:
     velocity = model(x, t, text, mask)
     assert not torch.allclose(model(x, t, text.flip(0), mask), velocity, atol=1e-3)
     assert not torch.allclose(model(x, t / 2, text, mask), velocity, atol=1e-3)
+
+
+def test_a_time_for_each_frame() -> None:
+    """The same time for all frames is the row's time; another one for one frame changes what the model says of all,
+    and of the frames whose time it is most."""
+    model = _model()
+    x, t, text, mask = _inputs()
+    velocity = model(x, t, text, mask)
+    each = t[:, None].expand(2, 4).clone()
+    torch.testing.assert_close(model(x, each, text, mask), velocity, rtol=1e-5, atol=1e-5)
+    each[:, 0] = 0
+    change = (model(x, each, text, mask) - velocity).abs().mean((0, 1, 3, 4))
+    assert change.argmax() == 0
+    assert (change > 1e-4).all()
+
+
+def test_times_of_other_frames_are_refused() -> None:
+    x, t, text, mask = _inputs()
+    with pytest.raises(DataError, match="times of 3 latent frames, the row has 4"):
+        _model()(x, t[:, None].expand(2, 3), text, mask)
 
 
 def test_a_dropped_caption_stands_beside_others() -> None:

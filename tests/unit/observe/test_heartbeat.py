@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from regen_dist.observe.culprit import describe, find_culprits
+from regen_dist.observe.hang_detector import describe, find_culprits
 from regen_dist.observe.heartbeat import (
     FIRST_MARK,
     AwakeClock,
@@ -172,8 +172,8 @@ def test_the_words_for_many_and_for_all() -> None:
 
 def test_a_mark_costs_next_to_nothing() -> None:
     """So that the loop may mark whatever it likes: several marks in a step of milliseconds are nothing."""
-    from regen_dist.config.keeping import HangConfig
-    from regen_dist.observe.watchdog import Watchdog
+    from regen_dist.config.run import HangConfig
+    from regen_dist.observe.hang_detector import Watchdog
 
     watchdog, best = Watchdog(Path("unused"), 0, 1, HangConfig()), float("inf")
     for step in range(50):

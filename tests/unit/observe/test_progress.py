@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from regen_dist.observe.hardware import memory_bytes, peak_tflops
-from regen_dist.observe.progress import ProgressLine, describe
+from regen_dist.observe.record import ProgressLine, describe
 
 VALUES = {"loss": 0.12345, "clips_per_s": 12.34, "mfu": 0.256, "data_wait": 0.031, "memory_bytes": 3 * 2**29}
 LINE = "step 40/1000  loss 0.1235  val 21.37 dB  12.3 clips/s  MFU 25.6%  data wait 3.1%  1.50 GiB"
@@ -29,7 +29,7 @@ def _console(terminal: bool) -> tuple[Console, io.StringIO]:
 def test_without_a_terminal_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """A log file gets no control codes: a line at first, then every ten seconds, and always the last one, with ETA."""
     now = [1000.0]
-    monkeypatch.setattr("regen_dist.observe.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("regen_dist.observe.record.time.monotonic", lambda: now[0])
     console, file = _console(terminal=False)
     line = ProgressLine(1000, 0, console)
     line.validation({"psnr_db": 21.374})

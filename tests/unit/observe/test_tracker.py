@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regen_dist.config.run_id import read_run_id
+from regen_dist.config.identity import read_run_id
 from regen_dist.observe import tracker as tracking
 from regen_dist.observe.tracker import Tracker
 from tests.helpers.tiny import tiny_run
+from tests.helpers.video import moving_square, write_video
 
 
 def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +36,23 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(run.glob("*.wandb"))
     assert list(run.rglob("*.png"))
+
+
+def test_an_offline_run_is_resumed_with_its_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two starts of a run are one run there: both keep its id. Videos lie beside the metrics, as they were written."""
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+    video = write_video(tmp_path / "video.mp4", moving_square(5, 32, 32), fps=8)
+    for step in (1, 2):
+        tracker = Tracker(tiny_run(wandb__mode="offline"), tmp_path)
+        tracker.log(step, {"train/loss": 0.5}, videos={"validation/video 0": video})
+        tracker.close()
+        assert tracker.failures == 0
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert {run.name.rsplit("-", 1)[1] for run in runs} == {read_run_id(tmp_path)}
+    films = [path for run in runs for path in run.rglob("*.mp4")]
+    assert len(films) == 2
+    assert {path.read_bytes() for path in films} == {video.read_bytes()}
 
 
 def test_disabled_does_not_even_import_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.config.keeping import HangConfig
+from regen_dist.config.run import HangConfig
 from regen_dist.errors import HangError
+from regen_dist.observe.hang_detector import Monitor, ProgressTimeout, Watchdog, is_deputy
 from regen_dist.observe.heartbeat import FIRST_MARK, Marked, Seen, beat_path, next_mark, parse_beat
-from regen_dist.observe.standstill import Monitor, Standstill, is_deputy
-from regen_dist.observe.watchdog import Watchdog
 
 CONFIG = HangConfig(beat_s=1.0, warn_s=20.0, limit_s=60.0, start_limit_s=120.0)
 
@@ -93,7 +92,7 @@ def test_a_run_that_works_says_nothing_and_reads_nothing(tmp_path: Path, monkeyp
     """Each rank writes its own file alone."""
     run = Run(tmp_path, 3)
     monkeypatch.setattr("regen_dist.observe.heartbeat.Heartbeats.look", lambda *_: pytest.fail("it read"))
-    monkeypatch.setattr("regen_dist.observe.standstill.read_text", lambda *_: pytest.fail("it read"))
+    monkeypatch.setattr("regen_dist.observe.hang_detector.read_text", lambda *_: pytest.fail("it read"))
     run.train(1, 100)
     assert run.said == [[], [], []]
     beats = [parse_beat(beat_path(tmp_path, rank).read_text()) for rank in range(3)]
@@ -213,7 +212,7 @@ def test_a_rank_that_waits_longer_than_rank_0_does_not_wait_for_it(tmp_path: Pat
 
 
 def test_the_start_may_take_longer_and_lasts_until_the_first_step_is_over() -> None:
-    stand = Standstill(CONFIG, 0.0)
+    stand = ProgressTimeout(CONFIG, 0.0)
     mark, limits = FIRST_MARK, []
     for phase, step in (("build", None), ("data", 7), ("forward", 7), ("data", 8), ("save", 8)):
         mark = next_mark(mark, phase, step)

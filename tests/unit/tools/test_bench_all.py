@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from regen_dist.errors import ConfigError, DataError, TrainingError
-from tools.bench.everything import Bench, declared
+from tools.bench.everything import SpeedBench, declared
 from tools.cli import app
 
 PUBLISHED = ["checkpoint", "data", "t2v"]
@@ -36,7 +36,7 @@ def records(root: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_every_bench_says_what_its_figures_are(root: Path) -> None:
-    assert declared().keys() == {bench.value for bench in Bench}
+    assert declared().keys() == {bench.value for bench in SpeedBench}
     for name, facts in _record(root).items():
         found = list(declared()[name](facts))
         assert len({figure.name for figure in found}) == len(found) > 2, name

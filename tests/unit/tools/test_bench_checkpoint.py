@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from regen_dist.data.objects.store import Store
-from regen_dist.evaluation.checkpoint_speed.blocking import Save, Saving
-from tools.bench.checkpoint_rounds import Round, place, sections
+from regen_dist.data.storage.store import Store
+from tools.bench.checkpoint import Round, place, sections
+from tools.bench.checkpoint_cases import Save, Saving
 
 
 def test_a_store_that_was_given_is_left_as_it_was(tmp_path: Path) -> None:

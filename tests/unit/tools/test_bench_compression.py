@@ -12,10 +12,9 @@ import pytest
 
 from regen_dist.config import load_embedder_config
 from regen_dist.errors import ConfigError
-from regen_dist.evaluation.compression.arms import Arm, chosen_arms
 from tools.bench import compression_runs
 from tools.bench.compression import _told_apart
-from tools.bench.compression_runs import Runs
+from tools.bench.compression_runs import CompressionArm, Runs, chosen_arms
 
 ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "configs" / "bench" / "compression.yaml"
@@ -91,7 +90,7 @@ def test_another_budget_or_config_needs_another_folder(tmp_path: Path) -> None:
 
 
 def test_measures_and_runs_have_their_places(tmp_path: Path) -> None:
-    runs, arm = _runs(tmp_path), Arm("regen", 8)
+    runs, arm = _runs(tmp_path), CompressionArm("regen", 8)
     assert runs.folder(arm) == tmp_path / "arms" / "regen-k8"
     assert runs.kept(arm) == tmp_path / "measures" / "regen-k8.json"
 

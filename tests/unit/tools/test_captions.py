@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import Described
-from regen_dist.data.dataset.manifest import write_manifest
-from regen_dist.data.dataset.writing import Limits, NewSample, ShardWriter, index_name
-from regen_dist.data.objects.store import Store
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.index import SampleFacts
+from regen_dist.data.format.manifest import write_manifest
+from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
 from tools import shards
 
@@ -26,9 +26,9 @@ def dataset(tmp_path: Path) -> Path:
 def write(folder: Path, captions: tuple[str | None, ...]) -> Path:
     """Samples of a few bytes in shards of two; nothing here looks at the videos."""
     store = Store(folder)
-    with ShardWriter(store, "part", Limits(samples=2)) as writer:
+    with ShardWriter(store, "part", ShardLimits(samples=2)) as writer:
         for number, caption in enumerate(captions):
-            described = Described(5, 32, 32, 8.0, f"{number}.mp4", caption)
+            described = SampleFacts(5, 32, 32, 8.0, f"{number}.mp4", caption)
             writer.add(NewSample(f"{number:06d}", b"video", described))
     write_manifest(store, [index_name("part", number) for number in range(writer.shards)], "build", {})
     return folder

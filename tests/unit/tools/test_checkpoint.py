@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import save_config
 from regen_dist.errors import CheckpointError, ConfigError
-from regen_dist.inference.text_to_video import TextToVideoModel
+from regen_dist.inference.sampler import TextToVideoModel
 from regen_dist.observe.heartbeat import Beat, beat_path, write_beat
 from tests.helpers.saved import save_checkpoint, saved_run, small_state
 from tests.helpers.t2v import saved_t2v
@@ -243,7 +243,7 @@ def test_export_and_import(tmp_path: Path) -> None:
     out = tmp_path / "model"
     shown = _regen("export", source.folder, "--out", out, "--no-statistics", "--weights", "plain").output
     assert "the plain weights of tiny at step 7 as float32" in shown
-    assert "README.md, config.yaml, model.safetensors" in shown
+    assert "README.md, config.json, config.yaml" in shown
     listed = _regen("import", out, source.folder / "config.yaml", "name=next", "model.conditioning.omega=9").output
     assert "Note: model.conditioning.omega is 9.0, the weights were trained with 10.0" in listed
     assert "step 0 has the weights of" in listed
@@ -256,7 +256,8 @@ def test_export_and_import_of_text_to_video(tmp_path: Path) -> None:
     shown = _regen("export", source.folder, "--out", out, "--no-statistics").output
     assert "the ema weights of tiny_t2v at step 7 as float32" in shown
     assert "Note: a text-to-video model has the statistics of its caches" in shown
-    assert "Note" not in _regen("export", source.folder, "--out", out, "--force").output
+    assert "Note: the transformer alone; --embedder makes it a pipeline" in shown
+    assert "statistics of its caches" not in _regen("export", source.folder, "--out", out, "--force").output
     _regen("import", out, source.folder / "config.yaml", "name=next")
     found = [tmp_path / "runs" / name / "latent_space" / "facts.json" for name in ("tiny_t2v", "next")]
     assert found[0].read_bytes() == found[1].read_bytes()

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from regen_dist.config import load_config
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.errors import EXIT_RESUME
 from tools import demo, stages
 

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from regen_dist.config import RunConfig, T2VConfig, load_config
 from regen_dist.errors import ConfigError
-from regen_dist.models.cost import Assumptions
+from regen_dist.models.memory import Assumptions
 from tests.helpers.presets import NANO_AT_8
 from tools.cli import app
 from tools.describe import describe, gather
 from tools.describe.facts import with_clips_per_gpu
-from tools.describe.video import Video
+from tools.describe.video import DescribedVideo
 
 ROOT = Path(__file__).parents[3]
 NOT_RUNS = ("base", "cluster", "pipelines", "preencode")  # fragments, places to run at, jobs after jobs, caches
@@ -171,7 +171,7 @@ def test_a_video_costs_less_at_higher_compression(capsys: pytest.CaptureFixture[
 
 
 def test_an_image_is_a_row_of_one_latent_frame() -> None:
-    facts = gather(load_config(ROOT / "configs/t2v/nano.yaml"), 2, video=Video((32, 32), frames=1))
+    facts = gather(load_config(ROOT / "configs/t2v/nano.yaml"), 2, video=DescribedVideo((32, 32), frames=1))
     assert (facts["clips"], facts["latent_frames"], facts["tokens_per_row"]) == (1, 1, 4)
 
 

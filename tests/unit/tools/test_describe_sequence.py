@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from regen_dist.config import RunConfig, T2VConfig, load_config
-from regen_dist.config.worldsize import num_readers
+from regen_dist.config.identity import num_readers
 from regen_dist.errors import ConfigError
-from regen_dist.models.accounting import Account, account, account_row
-from regen_dist.models.communication import exchanged_bytes
+from regen_dist.models.flops import FlopReport, count_flops, count_row_flops
+from regen_dist.models.memory import exchanged_bytes
 from tools.cli import app
 from tools.describe.facts import EXCHANGED, with_clips_per_gpu
-from tools.describe.video import Video, latent_frames
+from tools.describe.video import DescribedVideo, latent_frames
 
 ROOT = Path(__file__).parents[3]
 RANKS = 64
@@ -38,8 +38,8 @@ def test_the_page_has_a_row_for_each_number_of_ranks() -> None:
 def test_the_table_of_text_to_video(row: list[str]) -> None:
     config = load_config(ROOT / "configs/t2v/5b.yaml", [f"engine.sequence_parallel={row[0]}"])
     assert isinstance(config, T2VConfig)
-    video = Video((768, 1280), 264)
-    counted = account_row(config.model, latent_frames(264, 32), video.cells, video.text_tokens, **_how(config))
+    video = DescribedVideo((768, 1280), 264)
+    counted = count_row_flops(config.model, latent_frames(264, 32), video.cells, video.text_tokens, **_how(config))
     assert counted.num_tokens == 61_440
     assert row[1:] == _cells(config, counted, config.model, counted.num_tokens)
 
@@ -48,7 +48,7 @@ def test_the_table_of_text_to_video(row: list[str]) -> None:
 def test_the_table_of_the_embedder(row: list[str]) -> None:
     config = load_config(ROOT / "configs/embedder/regen_k32.yaml", [f"engine.sequence_parallel={row[0]}"])
     assert isinstance(config, RunConfig)
-    counted = account(config.model, config.data.sizes[0], **_how(config))
+    counted = count_flops(config.model, config.data.sizes[0], **_how(config))
     _, rows, columns = counted.latent_shape
     assert row[1:] == _cells(config, counted, config.model.decoder, 33 * rows * columns)
 
@@ -59,7 +59,7 @@ def _how(config: Any) -> dict[str, Any]:
     return {"activation_checkpointing": True, "sequence_parallel": engine.sequence_parallel}
 
 
-def _cells(config: Any, counted: Account, transformer: Any, tokens: int) -> list[str]:
+def _cells(config: Any, counted: FlopReport, transformer: Any, tokens: int) -> list[str]:
     """What is kept, sent and computed again, as the page writes it."""
     samples = config.train.batch_global // num_readers(config, RANKS)
     sizes = {"tokens": tokens, "width": transformer.width, "blocks": transformer.blocks, "samples": samples}

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.inference import prompts as prompts_module
+from regen_dist.inference import generate as prompts_module
 from tests.helpers.saved import saved_run
 from tests.helpers.t2v import WordEncoder, saved_t2v
 from tools.cli import app
@@ -98,6 +98,18 @@ def test_options_reach_the_settings(made: Made, tmp_path: Path) -> None:
     assert record["model"]["weights"] == "plain"
     assert (tmp_path / "00000.png").is_file()
     assert "untrained weights of step 0" in _regen(made, tmp_path, "a dog", "--untrained").output
+
+
+def test_samples_are_shared(made: Made, tmp_path: Path) -> None:
+    """Every sample of every prompt once, whichever task makes it; names by prompt on demand."""
+    for task in range(2):
+        shown = _regen(made, tmp_path / "out", "a dog", "a cat", "--samples", 3, "--task", f"{task}/2").output
+        assert f"task {task}/2: 3 of 6 videos" in shown
+    names = [f"0000{n}-{sample}" for n in range(2) for sample in range(3)]
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.mp4")) == names
+    _regen(made, tmp_path / "by_prompt", "a dog", "--samples", 2, "--layout", "vbench", "--sampler", "dpmpp_2m")
+    assert sorted(path.name for path in (tmp_path / "by_prompt").iterdir()) == ["a dog-0.mp4", "a dog-1.mp4"]
+    assert (tmp_path / "by_prompt-records" / "a dog-1.json").is_file()
 
 
 def test_a_prompt_that_is_cut_is_told(made: Made, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import typer
 
-from launcher import seaweed
 from launcher.pipelines.schema import load_pipeline
 from regen_dist.errors import TrainingError
 from tools import miniature, stages
+from tools.local_services import s3
 
 # Stands in for `regen submit pipeline`: a step of the training every 20 ms, code 75 when it finds the file STOP; a
 # second start goes on. At the end it leaves scores.
@@ -67,7 +67,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path,
 
     script = tmp_path / "pipeline.py"
     script.write_text(PIPELINE)
-    monkeypatch.setattr(seaweed, "start_store", start_store)
+    monkeypatch.setattr(s3, "start_store", start_store)
     monkeypatch.setattr(stages, "command", lambda arguments: [sys.executable, str(script), *arguments])
     monkeypatch.setattr(stages, "_POLL_S", 0.02)
     monkeypatch.setattr(stages, "working_precision", lambda: "fp32")

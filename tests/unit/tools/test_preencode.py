@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from regen_dist.config import save_config
 from regen_dist.config.preencode import load_preencode_config
-from regen_dist.data.dataset.catalogue import open_dataset
+from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.errors import CheckpointError, ConfigError, DataError, RegenError
 from regen_dist.models.text import TextEncoder
 from tests.helpers.preencoding import StandInText, Video, write_videos

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from regen_dist.data.making.moving_shapes import SyntheticOptions, make_clip
+from regen_dist.data.synthetic.shapes import SyntheticOptions, make_clip
 from regen_dist.errors import ConfigError, TrainingError
 from tools.cli import app
 from tools.score_shapes import _named

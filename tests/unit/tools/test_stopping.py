@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from regen_dist.errors import EXIT_RESUME
-from tools.shards.stopping import stopping_cleanly
+from tools.shards.progress import stopping_cleanly
 
 
 class Struck:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from regen_dist.data.making.build import build_shards
-from regen_dist.data.making.moving_shapes import SyntheticOptions
-from regen_dist.data.making.synthetic import build_synthetic
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import CheckpointError, DataError
 from tests.helpers.builds import OPTIONS, write_sources
 from tools.text import app

@@ -13,12 +13,13 @@ import torch
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.reader import newest_good
 from regen_dist.checkpoint.saver import Saver
-from regen_dist.config.schema import CheckpointConfig, RunConfig
+from regen_dist.config.embedder import RunConfig
+from regen_dist.config.run import CheckpointConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError, TrainingError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.training import loop
+from regen_dist.training import step
 from regen_dist.training.run import train
 from tests.helpers.checkpoints import folder_of, newest, write_checkpoint
 from tests.helpers.tiny import tiny_dataset, tiny_run
@@ -34,9 +35,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _broken_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """A rate that breaks the weights, from the step after `steps` on."""
-    clean = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", lambda config, step, total: (
-        BREAKS if step >= steps else clean(config, step, total)))  # fmt: skip
+    clean = step.learning_rate
+    monkeypatch.setattr(step, "learning_rate", lambda config, made, total: (
+        BREAKS if made >= steps else clean(config, made, total)))  # fmt: skip
 
 
 def _config(tmp_path: Path, data: Path, every: int = 2, **changes: Any) -> RunConfig:

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from regen_dist.config.keeping import LatentStdConfig
-from regen_dist.distributed.base import StepResult
+from regen_dist.config.run import LatentStdConfig
+from regen_dist.distributed.engine import StepResult
 from regen_dist.errors import DataError, TrainingError
 from regen_dist.training.guards import BadSampleGuard, LatentGuard, NonFiniteGuard
 

@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.config.run_id import read_or_create_run_id, read_run_id
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
+from regen_dist.config.identity import read_or_create_run_id, read_run_id
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.training.run import train
 from tests.helpers.tiny import tiny_dataset, tiny_run

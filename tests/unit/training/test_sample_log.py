@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from regen_dist.config.schema import RunConfig
-from regen_dist.data.reading.loader import ClipBatch
-from regen_dist.data.reading.stand_ins import BadSample
+from regen_dist.config.embedder import RunConfig
+from regen_dist.data.loading.clip_loader import ClipBatch
+from regen_dist.data.loading.plan import BadSample
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.observe.record import read_record
-from regen_dist.training.sample_log import SampleLog
+from regen_dist.training.metrics import SampleLog
 from tests.helpers.tiny import tiny_run
 
 BAD = BadSample("a.tar", "one", "the bytes differ")

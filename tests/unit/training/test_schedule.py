@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from regen_dist.config.schema import OptimizerConfig
-from regen_dist.training.schedule import learning_rate
+from regen_dist.config.run import OptimizerConfig
+from regen_dist.training.metrics import learning_rate
 
 CONFIG = OptimizerConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from regen_dist.config.keeping import SpikeConfig
-from regen_dist.errors import TrainingError
-from regen_dist.training.spikes import Spike, SpikeGuard, usual
+from regen_dist.config.run import SpikeConfig
+from regen_dist.training.guards import Spike, SpikeGuard, usual
 
 CLIP, IMAGE = "17x64x64", "1x64x64"
 
@@ -242,23 +241,5 @@ def test_after_going_back_the_same_is_found_again() -> None:
     for count in (1, 2, 3):
         (spike,) = judged(guard, [0.52] * 5 + [5.0] * 3, 11)
         assert (spike.first_step, spike.last_step) == (16, 18)
-        guard.allow_rollback(spike)
         go_back(guard, kept)
         assert guard.state() == kept | {"rollbacks": count}
-
-
-@pytest.mark.parametrize("budget", [0, 2])
-def test_the_budget_of_rollbacks(budget: int) -> None:
-    """One rollback more than allowed ends the run with its own code and a word on what to do; a resume spends none."""
-    guard, spike = guard_of(action="rollback", max_rollbacks=budget), Spike(101, 103, 5.0, 0.5, 0.7)
-    for _ in range(budget):
-        guard.allow_rollback(spike)
-        go_back(guard, {})
-    resumed = guard_of(action="rollback", max_rollbacks=budget)
-    resumed.restore(through_json(guard.state()))
-    with pytest.raises(
-        TrainingError,
-        match=rf"steps 101 to 103.* back {budget} times already, guards\.spike\.max_rollbacks allows {budget}\. Lower",
-    ) as caught:
-        resumed.allow_rollback(spike)
-    assert caught.value.exit_code == 6

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from regen_dist.config.schema import TrainConfig
-from regen_dist.distributed.base import StepResult
+from regen_dist.config.run import TrainConfig
+from regen_dist.distributed.engine import StepResult
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import TrainingError
 from regen_dist.training.guards import NonFiniteGuard
-from regen_dist.training.signals import SIGNALS, Inbox
-from regen_dist.training.stopping import Stopper, process_age_s
+from regen_dist.training.stopping import SIGNALS, SignalInbox, Stopper, process_age_s
+from tests.helpers.disks import make_read_only, small_disk
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -44,7 +44,7 @@ def test_a_signal_that_came_before_the_run_began(tmp_path: Path) -> None:
     """While a rank imports and builds; and after the run a signal is kept, too, instead of ending the process."""
     before = [signal.getsignal(number) for number in SIGNALS]
     try:
-        inbox = Inbox().listen()
+        inbox = SignalInbox().listen()
         os.kill(os.getpid(), signal.SIGUSR2)
         with Stopper(tmp_path, Ranks(), earlier=inbox) as stopper:
             assert stopper.wanted()
@@ -199,3 +199,20 @@ def test_a_budget_of_zero_allows_none() -> None:
     guard.check(1, StepResult(True, 1.0))
     with pytest.raises(TrainingError, match="step 2"):
         guard.check(2, StepResult(False, float("nan")))
+
+
+def test_a_file_that_cannot_be_removed_is_ignored_and_a_new_one_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The STOP of the previous start on a disk that was mounted read-only; later it is writable again."""
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        (disk / "STOP").touch()
+        make_read_only(disk)
+        with Stopper(disk, Ranks()) as stopper:
+            assert not stopper.wanted()
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+            (disk / "STOP").unlink()
+            assert not stopper.wanted()
+            (disk / "STOP").touch()
+            assert stopper.wanted()
+    assert "STOP cannot be removed, and is ignored: " in capsys.readouterr().err

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.data.reading.latent_batches import LatentBatch
-from regen_dist.distributed.plain import PlainEngine
+from regen_dist.data.loading.latent_loader import LatentBatch
 from regen_dist.distributed.ranks import Ranks
+from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError, DataError
-from regen_dist.inference.generation_settings import trained_size
-from regen_dist.inference.space_files import read_space
-from regen_dist.inference.statistics import parse_statistics
+from regen_dist.inference.generate import trained_size
+from regen_dist.inference.latent_space import parse_statistics, read_space
+from regen_dist.training.registry import build_task
 from regen_dist.training.t2v import TextToVideoTask
-from regen_dist.training.tasks import build_task
 from tests.helpers.latents import write_cache
 from tests.helpers.saved import saved_run
 from tests.helpers.t2v import cache_for

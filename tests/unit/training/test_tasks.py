@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.config.schema import RunConfig
-from regen_dist.data.making.moving_shapes import SyntheticOptions
-from regen_dist.data.making.synthetic import build_synthetic
-from regen_dist.data.reading.loader import ClipBatch
-from regen_dist.distributed.plain import PlainEngine
+from regen_dist.config.embedder import RunConfig
+from regen_dist.data.loading.clip_loader import ClipBatch
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.models.principal import LINEAR_CODES
+from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.training.embedder import latent_noise, psnr_db, to_float, train_frames
-from regen_dist.training.tasks import build_task
+from regen_dist.training.linear_start import LINEAR_CODES
+from regen_dist.training.registry import build_task
 from tests.helpers.tiny import tiny_run, wake
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ from typing import IO
 import numpy as np
 import pytest
 
-from regen_dist.data.dataset.catalogue import RECORD, Dataset, cache_folder, make_once, open_dataset
-from regen_dist.data.dataset.manifest import Skip
-from regen_dist.data.objects.store import Limits
+from regen_dist.data.format.catalogue import RECORD, Dataset, cache_folder, make_once, open_dataset
+from regen_dist.data.format.manifest import Skip
+from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.errors import DataError
 
 
@@ -99,7 +99,7 @@ def test_it_crosses_to_other_processes_small(dataset_folder: Path, tmp_path: Pat
 
 
 def test_limits_are_those_of_its_store(dataset_folder: Path) -> None:
-    assert open_dataset(dataset_folder, None, Limits(1.0, 2.0, 3.0)).store.limits == Limits(1.0, 2.0, 3.0)
+    assert open_dataset(dataset_folder, None, StoreLimits(1.0, 2.0, 3.0)).store.limits == StoreLimits(1.0, 2.0, 3.0)
 
 
 def test_where_local_copies_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.latents import (
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.latents import (
     NULL_TEXT,
     CacheFacts,
     pack_latents,
@@ -19,8 +19,8 @@ from regen_dist.data.dataset.latents import (
     read_null_text,
     unpack_latents,
 )
-from regen_dist.data.dataset.manifest import Manifest
-from regen_dist.data.objects.store import Store
+from regen_dist.data.format.manifest import DatasetManifest
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
 from tests.helpers.latents import write_cache
 
@@ -129,7 +129,7 @@ def facts_of(folder: Path) -> CacheFacts:
     return CacheFacts.of(open_dataset(folder).manifest, str(folder))
 
 
-def changed(folder: Path, **options: object) -> Manifest:
+def changed(folder: Path, **options: object) -> DatasetManifest:
     manifest = open_dataset(folder).manifest
     return manifest.model_copy(update={"options": manifest.options | options})
 

@@ -14,13 +14,13 @@ import av
 import pytest
 from typer.testing import CliRunner
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import Sample, read_index, samples_of, write_index
-from regen_dist.data.dataset.manifest import MANIFEST, to_json
-from regen_dist.data.inspection import checking
-from regen_dist.data.inspection.checking import verify_dataset
-from regen_dist.data.making.foreign import index_tars
-from regen_dist.data.objects.store import Store
+from regen_dist.data.build.foreign import index_tars
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.index import Sample, read_index, samples_of, write_index
+from regen_dist.data.format.manifest import MANIFEST, to_json
+from regen_dist.data.inspect import check
+from regen_dist.data.inspect.check import verify_dataset
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
 from tests.helpers.foreign import change, write_shards
 from tools import shards
@@ -42,7 +42,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "data"))
 
 
-def bad(folder: Path, depth: checking.Depth = "bytes") -> list[str]:
+def bad(folder: Path, depth: check.Depth = "bytes") -> list[str]:
     return list(verify_dataset(folder, depth, workers=0).bad)
 
 
@@ -63,7 +63,7 @@ def rewrite_index(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("depth", ["quick", "bytes", "deep"])
-def test_a_whole_dataset_is_good(whole: Path, depth: checking.Depth) -> None:
+def test_a_whole_dataset_is_good(whole: Path, depth: check.Depth) -> None:
     seen: list[tuple[str, int, int]] = []
     verdict = verify_dataset(whole, depth, workers=0, progress=lambda *step: seen.append(step))
     assert (verdict.bad, verdict.notes) == ((), ())
@@ -90,7 +90,7 @@ def test_a_flipped_byte_in_no_sample(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", ["quick", "bytes"])
-def test_missing_objects(folder: Path, depth: checking.Depth) -> None:
+def test_missing_objects(folder: Path, depth: check.Depth) -> None:
     size = (folder / "00000.tar").stat().st_size
     (folder / "00000.tar").unlink()
     (folder / INDEX).unlink()
@@ -180,7 +180,7 @@ def test_deep_finds_videos_that_do_not_decode(tmp_path: Path) -> None:
 
 
 def test_many_bad_samples_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "_SAMPLES_NAMED", 2)
+    monkeypatch.setattr(check, "_SAMPLES_NAMED", 2)
     for row in range(4):
         change(folder / "00000.tar", sample(folder, row).offset)
     found = bad(folder)
@@ -207,7 +207,7 @@ def test_samples_are_never_all_held(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     real = Store.get
     monkeypatch.setattr(Store, "get", lambda store, name: refuse() if name.endswith(".tar") else real(store, name))
-    monkeypatch.setattr("regen_dist.data.dataset.catalogue.open_dataset", refuse)
+    monkeypatch.setattr("regen_dist.data.format.catalogue.open_dataset", refuse)
     assert bad(folder, "deep") == []
 
 

@@ -10,16 +10,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from regen_dist.data.dataset.catalogue import Dataset, open_dataset
-from regen_dist.data.dataset.index import Described
-from regen_dist.data.dataset.manifest import Skip, write_manifest
-from regen_dist.data.dataset.writing import Limits, NewSample, ShardWriter, index_name
-from regen_dist.data.inspection import overview
-from regen_dist.data.inspection.contact import choose_rows, write_contact_sheet
-from regen_dist.data.inspection.overview import count_reasons, make_overview
-from regen_dist.data.inspection.tally import Bar, Tally
-from regen_dist.data.making.foreign import index_tars
-from regen_dist.data.objects.store import Store
+from regen_dist.data.build.foreign import index_tars
+from regen_dist.data.format.catalogue import Dataset, open_dataset
+from regen_dist.data.format.index import SampleFacts
+from regen_dist.data.format.manifest import Skip, write_manifest
+from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
+from regen_dist.data.inspect import overview
+from regen_dist.data.inspect.contact import choose_rows, write_contact_sheet
+from regen_dist.data.inspect.overview import Bar, Tally, count_reasons, make_overview
+from regen_dist.data.storage.store import Store
 from tests.helpers.foreign import change, clip, write_tar
 from tools import shards
 
@@ -32,11 +31,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspected")
     store = Store(folder)
     shapes = [(8, 32, 48), (12, 32, 48), (8, 48, 32), (1, 48, 48), (8, 64, 96)]
-    with ShardWriter(store, "shard", Limits(samples=3)) as writer:
+    with ShardWriter(store, "shard", ShardLimits(samples=3)) as writer:
         for number in range(10):
             frames, height, width = shapes[number % 5]
             video = clip(frames, height, width, seed=number, fps=24 if number % 2 else 30)
-            described = Described(
+            described = SampleFacts(
                 frames,
                 height,
                 width,

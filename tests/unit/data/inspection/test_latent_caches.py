@@ -12,13 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import Described
-from regen_dist.data.dataset.latents import NULL_TEXT, pack_latents
-from regen_dist.data.dataset.manifest import MANIFEST, write_manifest
-from regen_dist.data.dataset.writing import NewSample, ShardWriter, index_name
-from regen_dist.data.inspection.checking import Depth, verify_dataset
-from regen_dist.data.objects.store import Store
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.index import SampleFacts
+from regen_dist.data.format.latents import NULL_TEXT, pack_latents
+from regen_dist.data.format.manifest import MANIFEST, write_manifest
+from regen_dist.data.format.writing import NewSample, ShardWriter, index_name
+from regen_dist.data.inspect.check import Depth, verify_dataset
+from regen_dist.data.storage.store import Store
 from tests.helpers.foreign import change
 from tests.helpers.latents import write_cache
 from tools import shards
@@ -74,7 +74,7 @@ def test_values_that_are_not_finite_are_found(tmp_path: Path) -> None:
     content[0, 3, 2, 1] = float("nan")
     with ShardWriter(store, "latents") as writer:
         for number, latents in enumerate((content, torch.zeros_like(content))):
-            described = Described(5, 32, 32, 8.0, "a.mp4")
+            described = SampleFacts(5, 32, 32, 8.0, "a.mp4")
             data = pack_latents(latents, torch.zeros_like(content))
             writer.add(NewSample(f"key-{number}", data, described, "safetensors"))
     write_manifest(store, [index_name("latents", 0)], "latents", options)

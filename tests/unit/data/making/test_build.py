@@ -11,12 +11,12 @@ import av
 import pytest
 import webdataset
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import checksum, sample_id
-from regen_dist.data.dataset.manifest import MANIFEST, Manifest
-from regen_dist.data.making import build as shards
-from regen_dist.data.making.build import Built, build_shards
-from regen_dist.data.making.plan import BuildOptions
+from regen_dist.data.build import build as shards
+from regen_dist.data.build.build import Built, build_shards
+from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.index import checksum, sample_id
+from regen_dist.data.format.manifest import MANIFEST, DatasetManifest
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 from tests.helpers.builds import OPTIONS, objects
@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())}
 
 
-def manifest_of(built: Built) -> Manifest:
+def manifest_of(built: Built) -> DatasetManifest:
     assert built.manifest is not None
     return built.manifest
 
@@ -216,7 +216,7 @@ def test_wrong_options_are_told_at_once() -> None:
 
 
 def test_the_manifest_holds_what_was_written(dataset_folder: Path) -> None:
-    manifest = Manifest.model_validate_json((dataset_folder / MANIFEST).read_text())
+    manifest = DatasetManifest.model_validate_json((dataset_folder / MANIFEST).read_text())
     for entry in manifest.shards:
         assert (dataset_folder / entry.name).stat().st_size == entry.size
         with tarfile.open(dataset_folder / entry.name) as tar:

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import webdataset
 
-from regen_dist.data.dataset.catalogue import Dataset, open_dataset
-from regen_dist.data.dataset.index import Sample, sample_id
-from regen_dist.data.dataset.manifest import MANIFEST
-from regen_dist.data.dataset.writing import NewSample, ShardWriter
-from regen_dist.data.inspection.checking import verify_dataset
-from regen_dist.data.making import foreign, members
-from regen_dist.data.making.foreign import IndexedTars, index_tars
-from regen_dist.data.objects.store import Store
+from regen_dist.data.build import foreign
+from regen_dist.data.build import foreign as members
+from regen_dist.data.build.foreign import IndexedTars, index_tars
+from regen_dist.data.format.catalogue import Dataset, open_dataset
+from regen_dist.data.format.index import Sample, sample_id
+from regen_dist.data.format.manifest import MANIFEST
+from regen_dist.data.format.writing import NewSample, ShardWriter
+from regen_dist.data.inspect.check import verify_dataset
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
 from tests.helpers.foreign import add_member, clip, numbered, write_shards, write_tar
 from tests.helpers.foreign import members as members_of
@@ -66,10 +67,10 @@ def test_tars_of_webdataset_become_a_dataset(tmp_path: Path) -> None:
 
 def test_our_own_tars_can_be_indexed_again(tmp_path: Path) -> None:
     with ShardWriter(Store(tmp_path / "made"), "shard") as writer:
-        from regen_dist.data.dataset.index import Described
+        from regen_dist.data.format.index import SampleFacts
 
         for number in range(3):
-            described = Described(8, 32, 48, 24.0, source="a.mp4", caption=f"number {number}")
+            described = SampleFacts(8, 32, 48, 24.0, source="a.mp4", caption=f"number {number}")
             writer.add(NewSample(f"key-{number}", clip(8, seed=number), described))
     (tmp_path / "tars").mkdir()
     shutil.copy(tmp_path / "made" / "shard-000000.tar", tmp_path / "tars")

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import Sample, samples_of
-from regen_dist.data.dataset.manifest import Manifest
-from regen_dist.data.making import planning
-from regen_dist.data.making.build import Built, build_shards
+from regen_dist.data.build import plan
+from regen_dist.data.build.build import Built, build_shards
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.index import Sample, samples_of
+from regen_dist.data.format.manifest import DatasetManifest
 from regen_dist.errors import ConfigError, DataError
 from tests.helpers.builds import OPTIONS, PARTS, objects
 from tests.helpers.video import moving_square, write_video
-from tools.shards.task import parse_task
+from tools.shards.progress import parse_task
 
 
-def manifest_of(built: Built) -> Manifest:
+def manifest_of(built: Built) -> DatasetManifest:
     assert built.manifest is not None
     return built.manifest
 
@@ -31,7 +31,7 @@ def samples(folder: Path) -> list[Sample]:
     return samples_of(open_dataset(folder).table())
 
 
-def reasons(manifest: Manifest) -> dict[str, str]:
+def reasons(manifest: DatasetManifest) -> dict[str, str]:
     return {skip.source: skip.reason.partition(":")[0] for skip in manifest.skipped}
 
 
@@ -49,7 +49,7 @@ def test_parts_hold_the_sources_in_order(whole: dict[str, bytes]) -> None:
         *(f"part-00001-00000{shard}.tar" for shard in range(2)),
         *(f"part-00002-00000{shard}.tar" for shard in range(3)),
     ]
-    manifest = Manifest.model_validate_json(whole["manifest.json"])
+    manifest = DatasetManifest.model_validate_json(whole["manifest.json"])
     assert [entry.samples for entry in manifest.shards] == [2, 1, 2, 1, 2, 2, 1]
 
 
@@ -73,7 +73,7 @@ def test_what_is_known_of_sources_is_not_looked_for_again(
     build_shards([sources], out, PARTS, workers=0)
     for name in ("part-00001.json", "part-00001-000001.parquet", "manifest.json"):
         (out / name).unlink()
-    monkeypatch.setattr(planning, "survey", None)
+    monkeypatch.setattr(plan, "survey", None)
     assert build_shards([sources], out, PARTS, workers=0).shards_made == 1
     assert objects(out) == whole
 

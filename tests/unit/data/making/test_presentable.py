@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.manifest import Manifest, read_manifest
-from regen_dist.data.inspection.checking import verify_dataset
-from regen_dist.data.making.build import build_shards
-from regen_dist.data.making.foreign import index_tars
-from regen_dist.data.making.plan import BuildOptions
-from regen_dist.data.making.sources import find_sources
-from regen_dist.data.objects.store import Store
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.foreign import index_tars
+from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.sources import find_sources
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.manifest import DatasetManifest, read_manifest
+from regen_dist.data.inspect.check import verify_dataset
+from regen_dist.data.storage.store import Store
 from regen_dist.data.video.conversion import LeftOut
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
@@ -39,7 +39,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def kinds(manifest: Manifest) -> dict[str, str]:
+def kinds(manifest: DatasetManifest) -> dict[str, str]:
     return {Path(note.source).stem: note.note.partition(":")[0] for note in manifest.notes}
 
 

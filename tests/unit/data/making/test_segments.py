@@ -7,12 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regen_dist.data.dataset.manifest import Skip
-from regen_dist.data.making.parts import Part, Planned, cut_parts, work_of
-from regen_dist.data.making.plan import BuildOptions
-from regen_dist.data.making.probing import Stretch
-from regen_dist.data.making.segments import Candidate, candidates, segments, unsuitable
-from regen_dist.data.making.sources import Source
+from regen_dist.data.build.plan import (
+    BuildOptions,
+    BuildPart,
+    Candidate,
+    PlannedSource,
+    candidates,
+    cut_parts,
+    segments,
+    unsuitable,
+    work_of,
+)
+from regen_dist.data.build.probe import DecodableSpan
+from regen_dist.data.build.sources import VideoSource
+from regen_dist.data.format.manifest import Skip
 from regen_dist.data.video.reader import VideoInfo
 from regen_dist.data.video.scenes import Analysis
 from regen_dist.data.video.transcode import Segment
@@ -27,7 +35,7 @@ def moving(frames: int, cuts: tuple[int, ...] = (), **changes: float) -> Analysi
     return Analysis(cuts, change)
 
 
-def cut(frames: int, *stretches: Stretch, fps: float = 10.0, **options: Any) -> list[Candidate]:
+def cut(frames: int, *stretches: DecodableSpan, fps: float = 10.0, **options: Any) -> list[Candidate]:
     defaults: dict[str, Any] = {"segment_seconds": 4.0, "min_frames": 20, "min_motion": 0.1}
     return candidates(VideoInfo(frames, 64, 96, fps), stretches, BuildOptions(**defaults | options))
 
@@ -37,7 +45,7 @@ def places(found: list[Candidate]) -> list[tuple[int, int, str]]:
 
 
 def test_segments_begin_anew_at_every_cut() -> None:
-    found = cut(150, Stretch(0, 150, moving(150, (50, 115))))
+    found = cut(150, DecodableSpan(0, 150, moving(150, (50, 115))))
     assert places(found) == [
         (0, 40, ""),
         (40, 50, "too short"),
@@ -50,28 +58,31 @@ def test_segments_begin_anew_at_every_cut() -> None:
 
 
 def test_without_scenes_nothing_is_known_and_nothing_is_cut() -> None:
-    assert cut(90, Stretch(0, 90)) == [Candidate(0, 40), Candidate(40, 80), cut(90, Stretch(0, 90))[2]]
-    assert places(cut(90, Stretch(0, 90)))[2] == (80, 90, "too short")
+    assert cut(90, DecodableSpan(0, 90)) == [Candidate(0, 40), Candidate(40, 80), cut(90, DecodableSpan(0, 90))[2]]
+    assert places(cut(90, DecodableSpan(0, 90)))[2] == (80, 90, "too short")
 
 
 def test_frozen_shots_and_missed_cuts_are_left_out() -> None:
     still = moving(120)
     still.change[41:80] = 0.05
-    found = cut(120, Stretch(0, 120, still._replace(change=still.change)))
+    found = cut(120, DecodableSpan(0, 120, still._replace(change=still.change)))
     assert places(found) == [(0, 40, ""), (40, 80, "frozen"), (80, 120, "")]
     assert found[1].problem == "frozen: nine of ten changes are below --min-motion 0.1"
-    assert places(cut(120, Stretch(0, 120, still), min_motion=0)) == [(0, 40, ""), (40, 80, ""), (80, 120, "")]
-    assert places(cut(80, Stretch(0, 80, moving(80, f45=60)))) == [(0, 40, ""), (40, 80, "cut inside")]
-    assert places(cut(80, Stretch(0, 80, moving(80, f40=60)))) == [(0, 40, ""), (40, 80, "")]  # between two segments
-    assert places(cut(80, Stretch(0, 80, moving(80, f45=60)), scene_threshold=61.0))[1] == (40, 80, "")
+    assert places(cut(120, DecodableSpan(0, 120, still), min_motion=0)) == [(0, 40, ""), (40, 80, ""), (80, 120, "")]
+    assert places(cut(80, DecodableSpan(0, 80, moving(80, f45=60)))) == [(0, 40, ""), (40, 80, "cut inside")]
+    assert places(cut(80, DecodableSpan(0, 80, moving(80, f40=60)))) == [
+        (0, 40, ""),
+        (40, 80, ""),
+    ]  # between two segments
+    assert places(cut(80, DecodableSpan(0, 80, moving(80, f45=60)), scene_threshold=61.0))[1] == (40, 80, "")
 
 
 def test_damage_is_left_out_and_what_is_behind_it_is_used() -> None:
     found = cut(
         200,
-        Stretch(0, 50, moving(50)),
-        Stretch(50, 80, problem="frame 50 is damaged"),
-        Stretch(80, 200, moving(120, (60,))),
+        DecodableSpan(0, 50, moving(50)),
+        DecodableSpan(50, 80, problem="frame 50 is damaged"),
+        DecodableSpan(80, 200, moving(120, (60,))),
     )
     assert places(found) == [
         (0, 40, ""),
@@ -85,23 +96,23 @@ def test_damage_is_left_out_and_what_is_behind_it_is_used() -> None:
 
 
 def test_start_and_length_bound_what_is_used() -> None:
-    whole = Stretch(0, 200, moving(200, (100,)))
+    whole = DecodableSpan(0, 200, moving(200, (100,)))
     assert places(cut(200, whole, start_seconds=5.0, max_seconds=9.0)) == [
         (50, 90, ""),
         (90, 100, "too short"),
         (100, 140, ""),
     ]
     assert places(cut(200, whole, start_seconds=20.0)) == [(0, 200, "out of range")]
-    assert places(cut(200, Stretch(0, 200), start_seconds=19.0)) == [(190, 200, "too short")]
+    assert places(cut(200, DecodableSpan(0, 200), start_seconds=19.0)) == [(190, 200, "too short")]
 
 
 def test_whole_files_are_one_piece_whatever_they_hold() -> None:
-    assert places(cut(200, Stretch(0, 200, moving(200, (100,))), keep=True, start_seconds=3)) == [(0, 200, "")]
-    assert cut(200, Stretch(0, 200), keep=True) == [Candidate(0, 200)]
-    assert places(cut(10, Stretch(0, 10), keep=True)) == [(0, 10, "too short")]
+    assert places(cut(200, DecodableSpan(0, 200, moving(200, (100,))), keep=True, start_seconds=3)) == [(0, 200, "")]
+    assert cut(200, DecodableSpan(0, 200), keep=True) == [Candidate(0, 200)]
+    assert places(cut(10, DecodableSpan(0, 10), keep=True)) == [(0, 10, "too short")]
     still = Analysis((), np.zeros(50, np.float32))
-    assert places(cut(50, Stretch(0, 50, still), keep=True)) == [(0, 50, "frozen")]
-    broken = (Stretch(0, 50, moving(50)), Stretch(50, 80, problem="frame 50 is damaged"))
+    assert places(cut(50, DecodableSpan(0, 50, still), keep=True)) == [(0, 50, "frozen")]
+    broken = (DecodableSpan(0, 50, moving(50)), DecodableSpan(50, 80, problem="frame 50 is damaged"))
     assert places(cut(80, *broken, keep=True)) == [(0, 80, "damaged")]
 
 
@@ -125,8 +136,8 @@ def test_keys_hold_name_content_and_frames() -> None:
     assert found == [Segment("_t_x-0123456789abcdef-00000000-00000040", 0, 0, 40), (1, "no: x")]
 
 
-def source(name: str, size: int) -> Source:
-    return Source(name, "file:///tmp", name, size)
+def source(name: str, size: int) -> VideoSource:
+    return VideoSource(name, "file:///tmp", name, size)
 
 
 def test_parts_are_consecutive_and_know_no_tasks() -> None:
@@ -140,11 +151,11 @@ def test_parts_are_consecutive_and_know_no_tasks() -> None:
 def test_work_goes_on_at_any_unit() -> None:
     long = [Candidate(start, start + 40, 1.0, "short: x" if start % 120 == 80 else "") for start in range(0, 1200, 40)]
     planned = [
-        Planned("", problem="unreadable: x"),
-        Planned("ab" * 16, VideoInfo(1200, 64, 64, 10.0), tuple(long)),
-        Planned("cd" * 16, VideoInfo(2000, 64, 64, 10.0), (Candidate(0, 40), Candidate(1000, 1040))),
+        PlannedSource("", problem="unreadable: x"),
+        PlannedSource("ab" * 16, VideoInfo(1200, 64, 64, 10.0), tuple(long)),
+        PlannedSource("cd" * 16, VideoInfo(2000, 64, 64, 10.0), (Candidate(0, 40), Candidate(1000, 1040))),
     ]
-    part = Part(0, 0, tuple(source(f"{number}.mp4", 1) for number in range(3)))
+    part = BuildPart(0, 0, tuple(source(f"{number}.mp4", 1) for number in range(3)))
     whole = list(work_of(part, planned))
     assert whole[0] == whole[0]._replace(source=0, units=(Skip(source="0.mp4", reason="unreadable: x"),))
     assert [len(work.segments) for work in whole] == [0, 8, 8, 4, 1, 1]

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from regen_dist.data.making.captions import read_rows
-from regen_dist.data.making.sources import Sources, find_sources
+from regen_dist.data.build.sources import Sources, find_sources, read_rows
 from regen_dist.errors import DataError
 
 
@@ -128,7 +127,7 @@ def test_rows_that_name_nothing_are_told_together(videos: Path) -> None:
         {"video": "gone.mp4"},
         {"video": "pipe:cat b.mp4"},
         {"video": "s3://key:secret@bucket/b.mp4"},
-        {"video": "http://server/b.mp4"},
+        {"video": "http://server/b.mp4?signature=secret"},
     ]
     with pytest.raises(DataError) as caught:
         find_sources([write_list(videos / "l.parquet", rows)])

@@ -18,10 +18,9 @@ import pytest
 import webdataset
 from typer.testing import CliRunner
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.making.moving_shapes import SyntheticOptions, describe, make_clip, render, split_combinations
-from regen_dist.data.making.shape_captions import WORDINGS, caption, parse_caption
-from regen_dist.data.making.shapes import (
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.synthetic.dataset import Made, build_synthetic
+from regen_dist.data.synthetic.shapes import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -29,12 +28,19 @@ from regen_dist.data.making.shapes import (
     SIZES,
     SPEEDS,
     TURNS,
+    WORDINGS,
     Attributes,
+    SyntheticOptions,
+    caption,
+    describe,
     draw_frames,
+    make_clip,
+    parse_caption,
     place,
+    render,
+    split_combinations,
 )
-from regen_dist.data.making.synthetic import Made, build_synthetic
-from regen_dist.data.video.pixels import frame_to_rgb
+from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import ConfigError, DataError
 from tools import shards

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.making.build import build_shards
-from regen_dist.data.making.foreign import index_tars
-from regen_dist.data.making.plan import BuildOptions
-from regen_dist.data.objects.store import Store
+from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.foreign import index_tars
+from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
 from tests.helpers.fakestores import BUCKET, FakeStore, fake_store
 from tests.helpers.objects import use

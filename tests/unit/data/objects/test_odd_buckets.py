@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from regen_dist.data.objects.connection import key_problem
-from regen_dist.data.objects.store import Limits, Store
+from regen_dist.data.storage.connection import StoreLimits, key_problem
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectDenied
 from tests.helpers.fakestores import BUCKET, FakeStore, fake_store
 from tests.helpers.objects import use
 
 URL = f"s3://{BUCKET}"
-QUICK = Limits(stall_s=2.0, deadline_s=2.0)
+QUICK = StoreLimits(stall_s=2.0, deadline_s=2.0)
 ODD = ["v//b.mp4", "v/./c.mp4", "v/../d.mp4", "v/e\nf.mp4", "v/tab\t.mp4", "v/x//"]
 PLAIN = ["v/a.mp4", "v/a b+c&d.mp4", "v/é#?%20.mp4", "v/e\\f.mp4", "v/z/deep.mp4", "w/other.mp4"]
 
@@ -66,7 +66,7 @@ def test_without_keys_to_sign_with_the_message_says_what_to_do(
     server.objects = dict.fromkeys([*PLAIN, *ODD], b"")
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     assert len(Store(URL, QUICK).list()) == len(PLAIN)
-    from regen_dist.data.objects import plain_listing
+    from regen_dist.data.storage import plain_listing
 
     monkeypatch.delenv("AWS_SKIP_SIGNATURE")
     monkeypatch.setattr(plain_listing, "_credentials", _no_boto)
@@ -113,7 +113,7 @@ def test_what_a_refused_object_means(
 
 def test_conditional_writes_keep_to_azures_rule_for_metadata(server: FakeStore) -> None:
     """A C# identifier; and the name must come back when the answer of a write was lost."""
-    store = Store(f"az://{BUCKET}/run", Limits(stall_s=2.0, deadline_s=6.0))
+    store = Store(f"az://{BUCKET}/run", StoreLimits(stall_s=2.0, deadline_s=6.0))
     assert store.put_new("claim", b"1")
     assert not store.put_new("claim", b"2")
     server.lost_answers = 1

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from regen_dist.data.order.draws import draw_clip, fit_stride
+from regen_dist.data.order.order import draw_clip, fit_stride
 from regen_dist.errors import DataError
 
 

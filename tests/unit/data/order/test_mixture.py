@@ -5,36 +5,36 @@ from fractions import Fraction
 
 import pytest
 
-from regen_dist.data.order.mixture import Bucket, Stream, expected, quotas
+from regen_dist.data.order.mixture import Bucket, BucketStream, expected, quotas
 from regen_dist.errors import ConfigError, DataError
 
 WIDE, TALL, IMAGE = Bucket(64, 96, 9), Bucket(96, 64, 9), Bucket(64, 64, 1)
 
 
 def drawn(
-    streams: list[Stream], weights: Sequence[float] | None, image_fraction: float
+    streams: list[BucketStream], weights: Sequence[float] | None, image_fraction: float
 ) -> Sequence[Sequence[Fraction | int]]:
     """The quotas, as numbers that whole ones may be compared with."""
     return quotas(streams, weights, image_fraction)
 
 
 def test_without_weights_every_video_counts_once_and_images_are_left_out() -> None:
-    streams = [Stream(WIDE, (10, 3)), Stream(IMAGE, (13, 3)), Stream(TALL, (0, 4))]
+    streams = [BucketStream(WIDE, (10, 3)), BucketStream(IMAGE, (13, 3)), BucketStream(TALL, (0, 4))]
     assert drawn(streams, None, 0.0) == ((10, 3), (0, 0), (0, 4))
 
 
 def test_images_are_their_share_of_all_samples_spread_by_size() -> None:
-    streams = [Stream(WIDE, (10, 5)), Stream(IMAGE, (20, 10)), Stream(Bucket(32, 32, 1), (0, 20))]
+    streams = [BucketStream(WIDE, (10, 5)), BucketStream(IMAGE, (20, 10)), BucketStream(Bucket(32, 32, 1), (0, 20))]
     assert drawn(streams, None, 0.25) == ((10, 5), (2, 1), (0, 2))
 
 
 def test_images_alone() -> None:
-    streams = [Stream(WIDE, (10, 5)), Stream(IMAGE, (20, 10))]
+    streams = [BucketStream(WIDE, (10, 5)), BucketStream(IMAGE, (20, 10))]
     assert drawn(streams, None, 1.0) == ((0, 0), (20, 10))
 
 
 def test_weights_set_the_share_of_each_dataset_and_sizes_that_of_its_buckets() -> None:
-    streams = [Stream(WIDE, (10, 1)), Stream(TALL, (30, 1)), Stream(IMAGE, (5, 2))]
+    streams = [BucketStream(WIDE, (10, 1)), BucketStream(TALL, (30, 1)), BucketStream(IMAGE, (5, 2))]
     amounts = drawn(streams, [3.0, 1.0], 0.0)
     assert amounts == (
         (Fraction(42 * 3, 4) / 4, Fraction(42, 8)),
@@ -47,19 +47,21 @@ def test_weights_set_the_share_of_each_dataset_and_sizes_that_of_its_buckets() -
 
 
 def test_a_dataset_of_images_alone_takes_its_share_among_the_images() -> None:
-    streams = [Stream(WIDE, (10, 0)), Stream(IMAGE, (5, 5))]
+    streams = [BucketStream(WIDE, (10, 0)), BucketStream(IMAGE, (5, 5))]
     assert drawn(streams, [1.0, 1.0], 0.5) == ((10, 0), (5, 5))
 
 
 def test_decimal_shares_are_exact() -> None:
     for share, wanted in ((0.1, Fraction(1, 10)), (1 / 3, Fraction(1, 3)), (1e-12, Fraction(1e-12))):
-        videos, images = (sum(row) for row in quotas([Stream(WIDE, (90,)), Stream(IMAGE, (90,))], None, share))
+        videos, images = (
+            sum(row) for row in quotas([BucketStream(WIDE, (90,)), BucketStream(IMAGE, (90,))], None, share)
+        )
         assert images / (videos + images) == wanted
-    assert drawn([Stream(WIDE, (1, 1))], [1e-15, 1.0], 0.0)[0][0] > 0
+    assert drawn([BucketStream(WIDE, (1, 1))], [1e-15, 1.0], 0.0)[0][0] > 0
 
 
 def test_what_to_expect_is_told() -> None:
-    streams = [Stream(WIDE, (30, 0)), Stream(TALL, (20, 10)), Stream(IMAGE, (4, 1))]
+    streams = [BucketStream(WIDE, (30, 0)), BucketStream(TALL, (20, 10)), BucketStream(IMAGE, (4, 1))]
     shares = expected(streams, quotas(streams, None, 0.25))
     assert [share.bucket for share in shares] == [WIDE, TALL, IMAGE]
     assert [share.samples for share in shares] == [30, 30, 5]
@@ -70,12 +72,12 @@ def test_what_to_expect_is_told() -> None:
 
 
 def test_a_bucket_that_never_comes_is_told_as_such() -> None:
-    streams = [Stream(WIDE, (30,)), Stream(IMAGE, (30,))]
+    streams = [BucketStream(WIDE, (30,)), BucketStream(IMAGE, (30,))]
     assert expected(streams, quotas(streams, None, 0.0))[1] == (IMAGE, 30, 0.0, 0.0, (0.0,))
 
 
-@pytest.mark.parametrize("streams", [[], [Stream(WIDE, (0, 0)), Stream(IMAGE, (0, 0))]])
-def test_no_samples_are_refused(streams: list[Stream]) -> None:
+@pytest.mark.parametrize("streams", [[], [BucketStream(WIDE, (0, 0)), BucketStream(IMAGE, (0, 0))]])
+def test_no_samples_are_refused(streams: list[BucketStream]) -> None:
     with pytest.raises(DataError, match=r"no samples; build it again"):
         quotas(streams, None, 0.0)
 
@@ -92,14 +94,14 @@ def test_no_samples_are_refused(streams: list[Stream]) -> None:
 )
 def test_weights_that_do_not_fit_are_refused(weights: list[float], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        quotas([Stream(WIDE, (10, 5))], weights, 0.0)
+        quotas([BucketStream(WIDE, (10, 5))], weights, 0.0)
 
 
 def test_a_weight_for_a_dataset_that_is_never_drawn_from_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"dataset 1 of the mixture has the weight 2\.0, but no samples .* leave it out"
     ):
-        quotas([Stream(WIDE, (10, 0)), Stream(IMAGE, (10, 5))], [1.0, 2.0], 0.0)
+        quotas([BucketStream(WIDE, (10, 0)), BucketStream(IMAGE, (10, 5))], [1.0, 2.0], 0.0)
 
 
 @pytest.mark.parametrize(
@@ -114,4 +116,4 @@ def test_a_weight_for_a_dataset_that_is_never_drawn_from_is_refused() -> None:
 )
 def test_a_share_of_images_that_does_not_fit_is_refused(sizes: tuple[int, int], fraction: float, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        quotas([Stream(WIDE, sizes[:1]), Stream(IMAGE, sizes[1:])], None, fraction)
+        quotas([BucketStream(WIDE, sizes[:1]), BucketStream(IMAGE, sizes[1:])], None, fraction)

@@ -9,23 +9,24 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from regen_dist.data.order.order import Bucket, MicroBatch, Order, Stream
+from regen_dist.data.order.mixture import Bucket, BucketStream
+from regen_dist.data.order.order import DataOrder, MicroBatch
 from regen_dist.errors import ConfigError, DataError
 
 WIDE, TALL, LONG, IMAGE = Bucket(64, 96, 9), Bucket(96, 64, 9), Bucket(64, 96, 33), Bucket(64, 64, 1)
 STREAMS = [
-    Stream(WIDE, (100, 31, 2)),
-    Stream(TALL, (0, 17, 1)),
-    Stream(LONG, (40, 0, 3)),
-    Stream(IMAGE, (9, 5, 30)),
+    BucketStream(WIDE, (100, 31, 2)),
+    BucketStream(TALL, (0, 17, 1)),
+    BucketStream(LONG, (40, 0, 3)),
+    BucketStream(IMAGE, (9, 5, 30)),
 ]
 Samples = list[tuple[int, int, int, int]]
 
 
 def mixed(
     batch_global: int = 32, *, seed: int = 5, weights: tuple[float, ...] | None = None, images: float = 0.0
-) -> Order:
-    return Order(STREAMS, batch_global, seed, weights, images)
+) -> DataOrder:
+    return DataOrder(STREAMS, batch_global, seed, weights, images)
 
 
 def samples(batch: MicroBatch) -> Samples:
@@ -34,7 +35,7 @@ def samples(batch: MicroBatch) -> Samples:
     return [(batch.stream, *sample) for sample in columns]
 
 
-def plan(order: Order, steps: range, accumulation: int, rank: int, world_size: int) -> list[MicroBatch]:
+def plan(order: DataOrder, steps: range, accumulation: int, rank: int, world_size: int) -> list[MicroBatch]:
     """What a rank reads in some steps."""
     return [
         order.micro_batch(step, micro, accumulation, rank, world_size)
@@ -43,7 +44,7 @@ def plan(order: Order, steps: range, accumulation: int, rank: int, world_size: i
     ]
 
 
-def lines_of(order: Order, num_steps: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
+def lines_of(order: DataOrder, num_steps: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
     """(epoch, row) in the order in which they come, for each line."""
     lines: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for step in range(num_steps):
@@ -52,16 +53,16 @@ def lines_of(order: Order, num_steps: int) -> dict[tuple[int, int], list[tuple[i
     return lines
 
 
-SETTINGS: dict[str, tuple[list[Stream], tuple[float, ...] | None, float]] = {
-    "single": ([Stream(WIDE, (1001,))], None, 0.0),
-    "tiny": ([Stream(WIDE, (3,))], None, 0.0),
+SETTINGS: dict[str, tuple[list[BucketStream], tuple[float, ...] | None, float]] = {
+    "single": ([BucketStream(WIDE, (1001,))], None, 0.0),
+    "tiny": ([BucketStream(WIDE, (3,))], None, 0.0),
     "buckets": (STREAMS, None, 0.0),
     "weights": (STREAMS, (1.0, 5.0, 0.5), 0.0),
     "images": (STREAMS, None, 0.3),
     "images alone": (STREAMS, None, 1.0),
     "all": (STREAMS, (0.2, 0.7, 0.1), 0.1),
 }
-ORDERS = {name: Order(streams, 32, 5, weights, images) for name, (streams, weights, images) in SETTINGS.items()}
+ORDERS = {name: DataOrder(streams, 32, 5, weights, images) for name, (streams, weights, images) in SETTINGS.items()}
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -109,7 +110,7 @@ def test_a_resumed_order_goes_on_with_the_same_batches_at_any_world_size(cursor:
 @pytest.mark.parametrize("batch_global", [1, 7, 32, 500])
 def test_each_line_goes_epoch_by_epoch_with_each_row_once(name: str, batch_global: int) -> None:
     streams, weights, images = SETTINGS[name]
-    order = Order(streams, batch_global, 0, weights, images)
+    order = DataOrder(streams, batch_global, 0, weights, images)
     lines = lines_of(order, max(3000 // batch_global, 12))
     for (stream, dataset), seen in lines.items():
         size = order.streams[stream].sizes[dataset]
@@ -125,23 +126,23 @@ def test_each_line_goes_epoch_by_epoch_with_each_row_once(name: str, batch_globa
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 10, 63, 64, 65, 1000])
 def test_batches_of_one_dataset_have_no_gaps(size: int) -> None:
-    batches = [Order.single(size, 7, 0).global_batch(step) for step in range(3 * size)]
+    batches = [DataOrder.single(size, 7, 0).global_batch(step) for step in range(3 * size)]
     seen = np.concatenate([batch.epochs * size + batch.rows for batch in batches])
     assert sorted(seen.tolist()) == list(range(21 * size))
 
 
 def test_an_epoch_of_several_datasets_in_one_bucket_holds_everything_once() -> None:
     sizes = (100, 31, 2)
-    order = Order([Stream(WIDE, sizes)], sum(sizes), 0)
+    order = DataOrder([BucketStream(WIDE, sizes)], sum(sizes), 0)
     for epoch in range(5):
         seen = samples(order.global_batch(epoch))
         assert sorted(seen) == [(0, dataset, epoch, row) for dataset, size in enumerate(sizes) for row in range(size)]
 
 
 def test_batches_larger_than_the_data_run_over_several_epochs() -> None:
-    batch = Order.single(size=3, batch_global=8, seed=1).global_batch(0)
+    batch = DataOrder.single(size=3, batch_global=8, seed=1).global_batch(0)
     assert batch.epochs.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
-    order = Order([Stream(WIDE, (1, 2)), Stream(TALL, (1, 0))], 64, 0)
+    order = DataOrder([BucketStream(WIDE, (1, 2)), BucketStream(TALL, (1, 0))], 64, 0)
     counts: Counter[tuple[int, int]] = Counter()
     for step in range(60):
         counts.update(sample[:2] for sample in samples(order.global_batch(step)))
@@ -160,7 +161,7 @@ def test_one_dataset_in_one_bucket_keeps_the_order_that_earlier_runs_had() -> No
         ((1_000_003, 6, 2**63 - 1), 300_000, [1] * 6, [960275, 570506, 684106, 36254, 746726, 929954]),
         ((2, 5, 9), 2, [5, 5, 6, 6, 7], [0, 1, 0, 1, 0]),
     ):
-        batch = Order.single(size, batch_global, seed).global_batch(step)
+        batch = DataOrder.single(size, batch_global, seed).global_batch(step)
         assert (batch.epochs.tolist(), batch.rows.tolist()) == (epochs, rows)
 
 
@@ -176,7 +177,7 @@ def test_the_order_of_a_mixture_stays_as_it_is() -> None:
 
 def test_seed_and_epoch_change_the_order() -> None:
     rows = [
-        tuple(Order.single(1000, 1000, seed).global_batch(epoch).rows.tolist())
+        tuple(DataOrder.single(1000, 1000, seed).global_batch(epoch).rows.tolist())
         for seed in (0, 1, 2**63 - 1)
         for epoch in (0, 1)
     ]
@@ -186,14 +187,14 @@ def test_seed_and_epoch_change_the_order() -> None:
 
 
 def test_lines_of_one_size_do_not_come_in_the_same_order() -> None:
-    order = Order([Stream(WIDE, (100, 100)), Stream(TALL, (100, 100))], 10, 0)
+    order = DataOrder([BucketStream(WIDE, (100, 100)), BucketStream(TALL, (100, 100))], 10, 0)
     lines = lines_of(order, 120)
     orders = {tuple(row for epoch, row in seen if epoch < 2) for seen in lines.values()}
     assert len(lines) == len(orders) == 4
 
 
 def test_rows_of_an_often_drawn_dataset_do_not_come_again_before_the_others() -> None:
-    order = Order([Stream(WIDE, (100_000, 50))], 100, 0, weights=[1.0, 1.0])
+    order = DataOrder([BucketStream(WIDE, (100_000, 50))], 100, 0, weights=[1.0, 1.0])
     seen = lines_of(order, 40)[0, 1]
     assert len(seen) >= 1900
     assert [epoch for epoch, _ in seen] == sorted(epoch for epoch, _ in seen)
@@ -202,17 +203,18 @@ def test_rows_of_an_often_drawn_dataset_do_not_come_again_before_the_others() ->
 
 def test_a_million_samples_are_planned_in_under_a_second() -> None:
     started = time.process_time()
-    rows = Order.single(1_000_000, 1_000_000, 0).global_batch(0).rows
+    rows = DataOrder.single(1_000_000, 1_000_000, 0).global_batch(0).rows
     assert time.process_time() - started < 1.0
     assert len(np.unique(rows)) == 1_000_000
 
 
 def test_a_walk_and_a_far_step_hold_a_batch_and_no_table() -> None:
     streams = [
-        Stream(Bucket(64, 64, frames), (10**12 + frames, 10**10, 10**6 // frames)) for frames in (1, 9, 17, 33, 65, 129)
+        BucketStream(Bucket(64, 64, frames), (10**12 + frames, 10**10, 10**6 // frames))
+        for frames in (1, 9, 17, 33, 65, 129)
     ]
     tracemalloc.start()
-    order = Order(streams, 1024, 0, weights=(0.6, 0.3, 0.1), image_fraction=0.1)
+    order = DataOrder(streams, 1024, 0, weights=(0.6, 0.3, 0.1), image_fraction=0.1)
     for step in (*range(100), 10**11, 10**12):
         order.global_batch(step)
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
@@ -220,12 +222,12 @@ def test_a_walk_and_a_far_step_hold_a_batch_and_no_table() -> None:
 
 
 def test_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"batch_global 12 is not a multiple of world size 4 x train\.accumulation 2"):
-        Order.single(100, 12, 0).micro_batch(0, 0, accumulation=2, rank=0, world_size=4)
+    with pytest.raises(ConfigError, match=r"batch_global 12 over .* is 6 .* not a multiple of 4 ranks"):
+        DataOrder.single(100, 12, 0).micro_batch(0, 0, accumulation=2, rank=0, world_size=4)
 
 
 def test_cursor_inside_a_batch_is_refused() -> None:
-    order = Order.single(100, 12, 0)
+    order = DataOrder.single(100, 12, 0)
     assert order.step_of(24) == 2
     with pytest.raises(ConfigError, match=r"not a multiple of train\.batch_global"):
         order.step_of(25)
@@ -233,6 +235,6 @@ def test_cursor_inside_a_batch_is_refused() -> None:
 
 def test_data_and_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match="no samples"):
-        Order.single(0, 1, 0)
+        DataOrder.single(0, 1, 0)
     with pytest.raises(ConfigError, match="2 weights for 3 datasets"):
         mixed(weights=(1.0, 2.0))

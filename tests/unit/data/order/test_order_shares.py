@@ -6,14 +6,15 @@ from itertools import count
 import pytest
 
 from regen_dist.data.order import order as module
-from regen_dist.data.order.order import Bucket, Order, Stream
+from regen_dist.data.order.mixture import Bucket, BucketStream
+from regen_dist.data.order.order import DataOrder
 
 WIDE, TALL, LONG, IMAGE = Bucket(64, 96, 9), Bucket(96, 64, 9), Bucket(64, 96, 33), Bucket(64, 64, 1)
 STREAMS = [
-    Stream(WIDE, (100, 31, 2)),
-    Stream(TALL, (0, 17, 1)),
-    Stream(LONG, (40, 0, 3)),
-    Stream(IMAGE, (9, 5, 30)),
+    BucketStream(WIDE, (100, 31, 2)),
+    BucketStream(TALL, (0, 17, 1)),
+    BucketStream(LONG, (40, 0, 3)),
+    BucketStream(IMAGE, (9, 5, 30)),
 ]
 
 
@@ -27,7 +28,7 @@ def rows_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.2, 0.7, 0.1), (5.0, 1 / 3, 1e-3)])
 @pytest.mark.parametrize("images", [0.0, 0.4, 1.0])
 def test_shares_of_datasets_follow_their_weights(weights: tuple[float, ...], images: float) -> None:
-    order = Order(STREAMS, 20, 5, weights, images)
+    order = DataOrder(STREAMS, 20, 5, weights, images)
     counts: Counter[int] = Counter()
     for step in range(1500):
         counts.update(order.global_batch(step).datasets.tolist())
@@ -37,7 +38,7 @@ def test_shares_of_datasets_follow_their_weights(weights: tuple[float, ...], ima
 
 
 def test_without_weights_every_sample_is_seen_equally_often() -> None:
-    order = Order(STREAMS, 10, 5)
+    order = DataOrder(STREAMS, 10, 5)
     counts: Counter[tuple[int, ...]] = Counter()
     for step in range(1940):
         batch = order.global_batch(step)
@@ -50,7 +51,12 @@ def test_without_weights_every_sample_is_seen_equally_often() -> None:
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (0.1, 108), (0.25, 270), (1 / 3, 360), (1.0, 1080)])
 def test_image_batches_come_in_the_ratio_and_evenly(fraction: float, expected: int) -> None:
-    order = Order([Stream(WIDE, (70,)), Stream(TALL, (20,)), Stream(IMAGE, (40,))], 5, 0, image_fraction=fraction)
+    order = DataOrder(
+        [BucketStream(WIDE, (70,)), BucketStream(TALL, (20,)), BucketStream(IMAGE, (40,))],
+        5,
+        0,
+        image_fraction=fraction,
+    )
     kinds = [order.global_batch(step).bucket.is_image for step in range(1080)]  # whole epochs, whatever the fraction
     assert sum(kinds) == expected
     ninths = [sum(kinds[start : start + 120]) for start in range(0, 1080, 120)]
@@ -58,7 +64,7 @@ def test_image_batches_come_in_the_ratio_and_evenly(fraction: float, expected: i
 
 
 def test_the_share_of_each_bucket_is_as_told() -> None:
-    order = Order(STREAMS, 16, 5, (0.2, 0.7, 0.1), 0.3)
+    order = DataOrder(STREAMS, 16, 5, (0.2, 0.7, 0.1), 0.3)
     counts = Counter(order.stream_of(step) for step in range(4000))
     shares = order.expected()
     assert sum(share.steps for share in shares) == pytest.approx(1)
@@ -68,7 +74,7 @@ def test_the_share_of_each_bucket_is_as_told() -> None:
 
 
 def test_a_bucket_smaller_than_a_batch_comes_rarely_but_is_not_lost() -> None:
-    order = Order([Stream(WIDE, (1000,)), Stream(TALL, (3,))], 100, 0)
+    order = DataOrder([BucketStream(WIDE, (1000,)), BucketStream(TALL, (3,))], 100, 0)
     counts = Counter(order.stream_of(step) for step in range(10_030))
     assert counts[1] == 30
     rare = next(step for step in count() if order.stream_of(step) == 1)

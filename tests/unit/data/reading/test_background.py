@@ -7,8 +7,8 @@ from collections.abc import Generator
 
 import pytest
 
-from regen_dist.data.reading import background
-from regen_dist.data.reading.background import in_background
+from regen_dist.data.loading import latent_loader
+from regen_dist.data.loading.latent_loader import in_background
 
 
 class Source:
@@ -79,7 +79,7 @@ def test_closing_ends_the_thread_and_what_it_reads(taken: int) -> None:
 
 
 def test_closing_does_not_wait_for_a_read_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_ENDING_S", 0.01)
+    monkeypatch.setattr(latent_loader, "_ENDING_S", 0.01)
     goes_on, closed = threading.Event(), threading.Event()
 
     def slow() -> Generator[int]:

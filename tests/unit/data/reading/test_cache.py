@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.data.reading import cache
-from regen_dist.data.reading.cache import DiskCache
+from regen_dist.data.loading import cache
+from regen_dist.data.loading.cache import DiskCache
 from regen_dist.errors import DataError
 
 BLOCK = 4096

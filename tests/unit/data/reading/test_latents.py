@@ -14,18 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.config.schema import DataConfig
+from regen_dist.config.run import DataConfig
 from regen_dist.config.t2v import LatentDataConfig
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.latents import CacheFacts, LatentEntry, unpack_latents
-from regen_dist.data.dataset.manifest import MANIFEST
-from regen_dist.data.order.draws import draw_row
-from regen_dist.data.reading import fetching
-from regen_dist.data.reading import latents as module
-from regen_dist.data.reading.latent_batches import LatentBatch, latent_batches
-from regen_dist.data.reading.latents import LatentSet
-from regen_dist.data.reading.training_set import TrainingSet
-from regen_dist.data.reading.validation import validation_clip, validation_rows
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.latents import CacheFacts, LatentEntry, unpack_latents
+from regen_dist.data.format.manifest import MANIFEST
+from regen_dist.data.loading import datasets as module
+from regen_dist.data.loading import fetch
+from regen_dist.data.loading.datasets import LatentSet, TrainingSet
+from regen_dist.data.loading.latent_loader import LatentBatch, latent_batches
+from regen_dist.data.loading.validation import validation_clip, validation_rows
+from regen_dist.data.order.order import draw_row
 from regen_dist.errors import ConfigError, DataError
 from tests.helpers.foreign import change
 from tests.helpers.latents import write_cache
@@ -36,7 +35,7 @@ SIZES = ((32, 48), (32, 32))
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few entries are fetched before the first batch: these are of some kilobytes each."""
-    monkeypatch.setattr(fetching, "_FIRST_WINDOW_BYTES", 1 << 14)
+    monkeypatch.setattr(fetch, "_FIRST_WINDOW_BYTES", 1 << 14)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,7 @@ def test_a_row_is_drawn_by_seed_epoch_and_entry() -> None:
 
 
 def test_what_cannot_be_divided_is_refused_before_reading(config: LatentDataConfig) -> None:
-    with pytest.raises(ConfigError, match="batch_global 8 is not a multiple of world size 3"):
+    with pytest.raises(ConfigError, match=r"batch_global 8 over .* not a multiple of 3 ranks; ranks that fit: 1, 2"):
         read(config, 0, world_size=3)
     with pytest.raises(ConfigError, match="cursor"):
         read(config, 0, cursor=12)

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from regen_dist.config.schema import DataConfig
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.reading.loader import ClipBatch
-from regen_dist.data.reading.training_set import TrainingSet
-from regen_dist.data.reading.validation import validation_clip
+from regen_dist.config.run import DataConfig
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.loading.clip_loader import ClipBatch
+from regen_dist.data.loading.datasets import TrainingSet
+from regen_dist.data.loading.validation import validation_clip
 from regen_dist.errors import ConfigError, DataError
 from tests.helpers.dataconfigs import single
 from tests.helpers.workers import read
@@ -88,7 +88,7 @@ def test_videos_too_short_for_a_clip_are_left_out_and_told(config: DataConfig) -
 
 
 def test_what_cannot_be_divided_is_refused_before_reading(config: DataConfig) -> None:
-    with pytest.raises(ConfigError, match="batch_global 8 is not a multiple of world size 3"):
+    with pytest.raises(ConfigError, match=r"batch_global 8 over .* not a multiple of 3 ranks; ranks that fit: 1, 2"):
         read(config, 0, world_size=3)
     with pytest.raises(ConfigError, match="cursor"):
         read(config, 0, cursor=12)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.data.dataset.catalogue import RECORD, Dataset, open_dataset
-from regen_dist.data.order.order import Bucket
-from regen_dist.data.reading import pools as module
-from regen_dist.data.reading.pools import PoolRows, best_size, make_pools
+from regen_dist.data.format.catalogue import RECORD, Dataset, open_dataset
+from regen_dist.data.loading import datasets as module
+from regen_dist.data.loading.datasets import PoolRows, best_size, make_pools
+from regen_dist.data.order.mixture import Bucket
 from regen_dist.errors import DataError
 
 SIZES = [(32, 32), (32, 64), (64, 32), (64, 64)]

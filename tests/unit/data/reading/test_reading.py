@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from regen_dist.config.schema import ReadConfig
-from regen_dist.data.dataset.catalogue import Dataset, Row
-from regen_dist.data.dataset.index import checksum
-from regen_dist.data.reading.fetching import Bytes, Fetcher, Place
+from regen_dist.config.run import ReadConfig
+from regen_dist.data.format.catalogue import Dataset, SampleRow
+from regen_dist.data.format.index import checksum
+from regen_dist.data.loading.fetch import Bytes, Fetcher, SampleLocation
 from regen_dist.errors import AccessDenied, DataError, ObjectCut, StoreUnavailable
 
 SIZE = 1000
@@ -53,13 +53,15 @@ class Rows:
     def __init__(self, shards: Shards) -> None:
         self.shards = self.store = shards
 
-    def check(self, row: Row, data: bytes) -> None:
+    def check(self, row: SampleRow, data: bytes) -> None:
         Dataset.check(cast(Any, self), row, data)
 
 
-def place(row: int, size: int = SIZE) -> Place:
+def place(row: int, size: int = SIZE) -> SampleLocation:
     number, slot = divmod(row, 10)
-    return Place(0, Row(row, row, str(number), slot * size, size, checksum(content(row, size)), 1, 1, 1, 1.0))
+    return SampleLocation(
+        0, SampleRow(row, row, str(number), slot * size, size, checksum(content(row, size)), 1, 1, 1, 1.0)
+    )
 
 
 def fetcher(shards: Shards, **settings: Any) -> Fetcher:

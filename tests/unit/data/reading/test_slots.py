@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from regen_dist.data.reading.slots import NONE, Slots
-from regen_dist.data.video.reader import UInt8s
+from regen_dist.data.loading.clip_loader import NONE, Slots
+from regen_dist.data.video.conversion import UInt8s
 from regen_dist.errors import DataError
 
 SHAPE = (3, 2, 8, 8)

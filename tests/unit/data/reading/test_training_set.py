@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from regen_dist.config.schema import DataConfig, SourceConfig
-from regen_dist.data.dataset.catalogue import RECORD, Dataset, open_dataset
-from regen_dist.data.dataset.manifest import Skip
-from regen_dist.data.reading import training_set as module
-from regen_dist.data.reading.plan import Plan
-from regen_dist.data.reading.training_set import TrainingSet
+from regen_dist.config.run import DataConfig, SourceConfig
+from regen_dist.data.format.catalogue import RECORD, Dataset, open_dataset
+from regen_dist.data.format.manifest import Skip
+from regen_dist.data.loading import datasets as module
+from regen_dist.data.loading.datasets import TrainingSet
+from regen_dist.data.loading.plan import BatchPlan
 from tests.helpers.dataconfigs import SIZES, draw_shapes, mixed_with
 from tests.helpers.workers import read
 
@@ -87,7 +87,7 @@ def test_ranks_and_workers_cut_the_same_global_batches(
     expected = [data.places(data.order.global_batch(number)) for number in range(step, step + 3)]
     for accumulation in (1, 8 // world_size):
         found: list[list[Any]] = [[] for _ in range(3)]
-        plans = [Plan(data, step, accumulation, rank, world_size) for rank in range(world_size)]
+        plans = [BatchPlan(data, step, accumulation, rank, world_size) for rank in range(world_size)]
         lines = [_as_workers_do(plan, 3 * accumulation, workers) for plan in plans]
         for number in range(3 * accumulation):
             for line in lines:
@@ -95,7 +95,7 @@ def test_ranks_and_workers_cut_the_same_global_batches(
         assert found == expected
 
 
-def _as_workers_do(plan: Plan[TrainingSet], number: int, workers: int) -> list[Any]:
+def _as_workers_do(plan: BatchPlan[TrainingSet], number: int, workers: int) -> list[Any]:
     """The first micro-batches of a rank, each worker going through every n-th by itself."""
     lines = [islice(plan, worker, None, workers or 1) for worker in range(workers or 1)]
     return [next(lines[index % len(lines)]) for index in range(number)]

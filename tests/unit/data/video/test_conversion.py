@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from regen_dist.data.video.colour import hlg_light, pq_light, pq_signal, to_bt709, to_standard, tone_curve
-from regen_dist.data.video.conversion import Converter
-from regen_dist.data.video.reader import VideoReader, frame_to_rgb
+from regen_dist.data.video.conversion import Converter, frame_to_rgb
+from regen_dist.data.video.reader import VideoReader
 from regen_dist.data.video.transcode import EncodeOptions, Segment, encode_segments
 from regen_dist.errors import DataError
 from regen_dist.inference.frames import SourceVideo

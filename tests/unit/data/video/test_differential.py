@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.data.video.reader import VideoReader, frame_to_rgb
+from regen_dist.data.video.conversion import frame_to_rgb
+from regen_dist.data.video.reader import VideoReader
 from tests.helpers.ffmpeg import H264, PATTERN, UInt8s, ffmpeg, shown_frames
 
 # testsrc2 counts frames in large digits and moves everything: another frame differs by more than this.

@@ -9,7 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from regen_dist.data.video.reader import UInt8s, VideoReader
+from regen_dist.data.video.conversion import UInt8s
+from regen_dist.data.video.reader import VideoReader
 from regen_dist.data.video.scenes import analyse, is_frozen, missed_cut, motion, shots
 from regen_dist.errors import DataError
 from tests.helpers.video import moving_square, write_video

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.data.video.reader import Geometry, VideoReader, read_clip
+from regen_dist.data.video.conversion import Geometry
+from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.timing import FrameTable, clip_frames, has_variable_rate
 from regen_dist.errors import DataError
 from tests.helpers.video import frame_numbers, numbered_frames, write_video

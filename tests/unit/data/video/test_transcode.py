@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regen_dist.data.making.probing import Origin, survey
-from regen_dist.data.video.reader import VideoReader, fit_geometry, read_clip
+from regen_dist.data.build.probe import Origin, survey
+from regen_dist.data.video.conversion import fit_geometry
+from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.transcode import EncodeOptions, Segment, content_hash, encode_segments
 from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
 

@@ -13,8 +13,8 @@ import obstore
 import pytest
 from obstore.store import MemoryStore
 
-from regen_dist.data.video.pixels import RESIZE, frame_to_planes
-from regen_dist.data.video.reader import Geometry, UInt8s, VideoReader, fit_geometry, frame_to_rgb, read_clip
+from regen_dist.data.video.conversion import RESIZE, Geometry, UInt8s, fit_geometry, frame_to_planes, frame_to_rgb
+from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.transcode import EncodeOptions, Segment, encode_segments, probe
 from regen_dist.errors import DataError
 from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video

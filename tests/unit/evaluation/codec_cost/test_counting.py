@@ -6,15 +6,24 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from regen_dist.config.schema import ModelConfig
+from regen_dist.config.embedder import ModelConfig
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.codec_cost.ours import OwnCoder, count_own, own_config
-from regen_dist.evaluation.codec_cost.sizes import Size, parse_size
-from regen_dist.evaluation.codec_cost.systems import CONFIGS, REFERENCES, chosen, count_other, systems
-from regen_dist.models.accounting import account
+from regen_dist.models.flops import count_flops
 from tests.helpers.tiny import clips, tiny_model, tiny_run
+from tools.bench.codec_systems import (
+    CONFIGS,
+    REFERENCES,
+    ClipSize,
+    OwnCoder,
+    chosen,
+    count_other,
+    count_own,
+    own_config,
+    parse_size,
+    systems,
+)
 
-TARGET = Size(17, 256, 256)
+TARGET = ClipSize(17, 256, 256)
 
 
 @pytest.mark.parametrize("kind", ["regen", "magvit2"])
@@ -22,7 +31,7 @@ TARGET = Size(17, 256, 256)
 def test_the_count_is_that_of_a_run(kind: str, frames: int) -> None:
     """Of an image, of a clip that is filled up, of one window and of several that share frames. The kernel is one whose
     operations torch counts on a CPU, too."""
-    size = Size(frames, 32, 48)
+    size = ClipSize(frames, 32, 48)
     model = tiny_model(kind=kind, decoder__attention={"backend": "eager"})
     config = tiny_run(model=model.model_dump(mode="json"))
     coder, counted = OwnCoder(config), count_own(config.model, size)
@@ -44,8 +53,8 @@ def test_the_fast_preset_keeps_to_its_budget(k: int) -> None:
 
 def test_one_window_is_what_describe_says() -> None:
     model = tiny_model(decoder__attention={"pattern": "window", "window": [5, 2, 2]})
-    size = Size(5, 32, 48)
-    described, counted = account(model, (32, 48)), count_own(model, size)
+    size = ClipSize(5, 32, 48)
+    described, counted = count_flops(model, (32, 48)), count_own(model, size)
     assert counted.encode_flops == described.forward_flops["encoder"]
     assert counted.decode_flops == described.num_forward_flops - described.forward_flops["encoder"]
     assert counted.parameters == described.num_parameters
@@ -82,7 +91,7 @@ class Halving:
 
 def test_codecs_of_other_packages_are_counted_without_storage() -> None:
     """Also at a size that no memory holds."""
-    size = Size(100_000, 2048, 2048)
+    size = ClipSize(100_000, 2048, 2048)
     counted = count_other(Halving, size)
     cells = 100_000 * 1024 * 1024
     assert counted.encode_flops == 2 * cells * 3 * 4
@@ -100,7 +109,7 @@ class Losing(Halving):
 
 def test_a_codec_that_gives_other_frames_is_no_codec_of_that_size() -> None:
     with pytest.raises(DataError, match="gives 5 frames of a clip of 6"):
-        count_other(Losing, Size(6, 16, 16))
+        count_other(Losing, ClipSize(6, 16, 16))
 
 
 def test_systems_by_name() -> None:
@@ -118,7 +127,7 @@ def test_patterns_that_find_nothing(pattern: str, message: str) -> None:
 
 
 def test_sizes() -> None:
-    assert parse_size("17x64x96") == Size(17, 64, 96)
+    assert parse_size("17x64x96") == ClipSize(17, 64, 96)
     assert str(parse_size("17x64x96")) == "17x64x96"
     for text in ("17x64", "17x64x0", "17 x 64 x 64", "0x64x64", "17x64x64x3", ""):
         with pytest.raises(ConfigError, match="FRAMESxHEIGHTxWIDTH"):

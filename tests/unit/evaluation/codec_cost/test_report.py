@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from regen_dist.evaluation.codec_cost.report import figures, table, targets
-from regen_dist.evaluation.codec_cost.suite import summary
+from tools.bench.codec import figures, summary, table, targets
 
 
 def _call(seconds: float, peak: int | None = 100) -> dict[str, Any]:

@@ -8,12 +8,12 @@ import pytest
 
 from regen_dist.config import RunConfig, load_embedder_config
 from regen_dist.errors import ConfigError
-from regen_dist.evaluation.compression.arms import (
+from tools.bench.compression_runs import (
     COMPRESSIONS,
     MARGIN_TARGETS_DB,
     PAPER_DB,
     VARIANTS,
-    Arm,
+    CompressionArm,
     all_arms,
     baseline,
     chosen_arms,
@@ -29,7 +29,7 @@ CONFIG = Path(__file__).parents[4] / "configs" / "bench" / "compression.yaml"
 BASE = load_embedder_config(CONFIG)
 
 
-def _config(arm: Arm) -> RunConfig:
+def _config(arm: CompressionArm) -> RunConfig:
     return load_embedder_config(CONFIG, arm.overrides(BASE))
 
 
@@ -71,7 +71,7 @@ def test_the_papers_form_has_no_local_convolutions_and_a_rate_of_its_own(code: b
 
 
 @pytest.mark.parametrize("variant", [arm for arm in all_arms() if arm.against], ids=lambda arm: arm.name)
-def test_a_variant_differs_in_one_thing_from_the_arm_that_it_stands_beside(variant: Arm) -> None:
+def test_a_variant_differs_in_one_thing_from_the_arm_that_it_stands_beside(variant: CompressionArm) -> None:
     beside = next(arm for arm in all_arms() if arm.name == variant.against)
     ours, theirs = (_config(arm).model.model_dump(mode="json") for arm in (variant, beside))
     sections = {
@@ -102,7 +102,7 @@ def test_only_regen_itself_is_measured_in_more_steps() -> None:
 
 
 def test_a_config_with_too_few_stages_is_refused() -> None:
-    base = load_embedder_config(CONFIG, Arm("regen", 8).overrides(BASE))
+    base = load_embedder_config(CONFIG, CompressionArm("regen", 8).overrides(BASE))
     assert len(stages_of(base, 8)) == 3
     with pytest.raises(ConfigError, match="has 3 stages; an encoder of k = 16 is made of the first 4"):
         stages_of(base, 16)

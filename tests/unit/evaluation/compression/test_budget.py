@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from regen_dist.config import save_config
-from regen_dist.evaluation.compression.budget import (
+from regen_dist.models.flops import count_flops
+from tests.helpers.saved import saved_run
+from tests.helpers.tiny import tiny_dataset, tiny_model, tiny_run
+from tools.bench.compression_runs import (
     LEAST_STEPS,
     best_rate,
     is_trained,
@@ -18,9 +21,6 @@ from regen_dist.evaluation.compression.budget import (
     training_facts,
     validation_psnr_db,
 )
-from regen_dist.models.accounting import account
-from tests.helpers.saved import saved_run
-from tests.helpers.tiny import tiny_dataset, tiny_model, tiny_run
 
 
 def _record(run: Path, *lines: tuple[int, float, float]) -> None:
@@ -71,7 +71,7 @@ def test_training_is_told_with_its_time_and_operations(tmp_path: Path, kind: str
     _record(config.folder, (10, 2.0, 1.0), (25, 4.0, 2.0))
     found = training_facts(config.folder)
     assert (found["steps"], found["clips"], found["seconds"], found["cpu_seconds"]) == (25, 100, 80.0, 40.0)
-    counted = account(config.model, config.data.size)
+    counted = count_flops(config.model, config.data.size)
     forward, encoder = counted.num_forward_flops, counted.forward_flops["encoder"]
     decoded = 2 / 5 if kind == "regen" else 1
     assert found["flops"] == pytest.approx(100 * 3 * (encoder + decoded * (forward - encoder)), rel=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from regen_dist.evaluation.compression.budget_curves import budget_tables, budgets_markdown, read_budgets
+from tools.bench.compression_report import budget_tables, budgets_markdown, read_budgets
 
 
 def _record(folder: Path, figures: dict[str, float]) -> Path:

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.compression.clips import (
+from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
+from tools.bench.compression_measure import (
     LEAST_FRAMES,
     MOST_FRAMES,
-    Stretch,
+    ClipSpan,
     cut,
     find_clips,
     load_clips,
     read_stretch,
 )
-from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
 
 LIST = Path(__file__).parents[4] / "configs" / "bench" / "compression_clips.yaml"
 
@@ -60,7 +60,7 @@ def test_a_folder_without_a_test_video_is_refused(tmp_path: Path) -> None:
 
 def test_a_stretch_is_its_frames_at_any_scale(tmp_path: Path) -> None:
     write_video(tmp_path / "numbers.mp4", numbered_frames(60), crf=8)
-    stretch = Stretch(video="numbers.mp4", first=7, frames=40)
+    stretch = ClipSpan(video="numbers.mp4", first=7, frames=40)
     for side in (48, 96):
         frames = read_stretch(tmp_path, stretch, (side, side * 64 // 48), side)
         assert frames.shape == (40, side, side * 64 // 48, 3)
@@ -69,16 +69,16 @@ def test_a_stretch_is_its_frames_at_any_scale(tmp_path: Path) -> None:
 
 def test_a_crop_lies_where_the_list_says(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", numbered_frames(40), crf=8)
-    whole = read_stretch(tmp_path, Stretch(video="a.mp4", first=0, frames=34), (48, 64), 48)
+    whole = read_stretch(tmp_path, ClipSpan(video="a.mp4", first=0, frames=34), (48, 64), 48)
     for crop_x, left in ((0.0, 0), (0.5, 16), (1.0, 32)):
-        part = read_stretch(tmp_path, Stretch(video="a.mp4", first=0, frames=34, crop_x=crop_x), (48, 32), 48)
+        part = read_stretch(tmp_path, ClipSpan(video="a.mp4", first=0, frames=34, crop_x=crop_x), (48, 32), 48)
         assert np.array_equal(part, whole[:, :, left : left + 32])
 
 
 def test_frames_that_are_not_there_are_told_with_the_file(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", numbered_frames(40))
     with pytest.raises(DataError, match=r"a\.mp4: frames 30 to 49 were asked for, the video has 40"):
-        read_stretch(tmp_path, Stretch(video="a.mp4", first=30, frames=20), (32, 32), 48)
+        read_stretch(tmp_path, ClipSpan(video="a.mp4", first=30, frames=20), (32, 32), 48)
 
 
 def test_stretches_are_cut_into_whole_clips() -> None:

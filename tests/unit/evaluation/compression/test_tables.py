@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from regen_dist.evaluation.compression.arms import IN_CONTEXT, all_arms
-from regen_dist.evaluation.compression.leads import margins, missed
-from regen_dist.evaluation.compression.measuring import DOUBLE, OTHER, TRAINED
-from regen_dist.evaluation.compression.page import write_page
-from regen_dist.evaluation.compression.plots import draw
-from regen_dist.evaluation.compression.tables import markdown, tables
+from tools.bench.compression_measure import DOUBLE, OTHER, TRAINED
+from tools.bench.compression_report import draw, margins, markdown, missed, tables, write_page
+from tools.bench.compression_runs import IN_CONTEXT, all_arms
 
 PSNR = {
     "magvit2-k8": 20.0,

@@ -12,15 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.making.moving_shapes import SyntheticOptions, make_clip
-from regen_dist.data.making.shape_captions import parse_caption
-from regen_dist.data.making.synthetic import build_synthetic
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions, make_clip, parse_caption
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.miniature.clips import ShapeClip, held_out_clips, held_out_samples, reconstructed
-from regen_dist.evaluation.miniature.judging import Request, judge
+from regen_dist.evaluation.miniature import Request, ShapeClip, held_out_clips, held_out_samples, judge, reconstructed
 from regen_dist.inference.codec import Codec
-from regen_dist.models import Latents, build_model
+from regen_dist.models.building import build_model
+from regen_dist.models.encoder import Latents
 from tests.helpers.tiny import tiny_run
 
 NUMBER = 6

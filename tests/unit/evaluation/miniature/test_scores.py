@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from regen_dist.data.making.shapes import Attributes
+from regen_dist.data.synthetic.shapes import Attributes
 from regen_dist.errors import DataError
-from regen_dist.evaluation.miniature.scores import Share, confusions, derangement, missed, score
-from regen_dist.evaluation.shape_reading import Reading
+from regen_dist.evaluation.miniature import Fraction, confusions, derangement, missed, score
+from regen_dist.evaluation.shapes import Reading
 
 
 def _wanted(colour: str = "red", shape: str = "ring", direction: str = "up") -> Attributes:
@@ -54,8 +54,8 @@ def test_no_videos_and_too_few_captions() -> None:
     ],
 )
 def test_intervals(right: int, number: int, low: float, high: float) -> None:
-    assert Share(right, number).interval() == pytest.approx((low, high), abs=5e-5)
-    mirrored = Share(number - right, number).interval()
+    assert Fraction(right, number).interval() == pytest.approx((low, high), abs=5e-5)
+    mirrored = Fraction(number - right, number).interval()
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
@@ -74,8 +74,8 @@ def test_a_derangement_moves_everything(count: int) -> None:
 
 
 def test_what_is_missed() -> None:
-    good = {name: Share(200, 200) for name in ("colour", "shape", "direction", "all three")}
+    good = {name: Fraction(200, 200) for name in ("colour", "shape", "direction", "all three")}
     assert missed(good) == []
-    assert missed(good | {"shape": Share(170, 200)}) == []  # the target itself is enough
-    assert missed(good | {"shape": Share(169, 200)}) == ["shape 84.5%, the target is 85%"]
-    assert missed({name: Share(199, 199) for name in good}) == ["199 videos, at least 200 are asked for"]
+    assert missed(good | {"shape": Fraction(170, 200)}) == []  # the target itself is enough
+    assert missed(good | {"shape": Fraction(169, 200)}) == ["shape 84.5%, the target is 85%"]
+    assert missed({name: Fraction(199, 199) for name in good}) == ["199 videos, at least 200 are asked for"]

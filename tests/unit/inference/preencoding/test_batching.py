@@ -8,11 +8,10 @@ import numpy as np
 import torch
 
 from regen_dist.config.preencode import PreencodeConfig
-from regen_dist.data.dataset.index import Sample
-from regen_dist.inference.preencoding import batching
-from regen_dist.inference.preencoding.batching import Batches, Pending
-from regen_dist.inference.preencoding.cutting import cut_video
-from regen_dist.models import Latents
+from regen_dist.data.format.index import Sample
+from regen_dist.inference import preencode_clips
+from regen_dist.inference.preencode_clips import Batches, Pending, cut_video
+from regen_dist.models.encoder import Latents
 
 
 def _config(**changes: Any) -> PreencodeConfig:
@@ -46,7 +45,7 @@ def _fill(encoder: Any, size: int, videos: list[Pending]) -> list[Pending]:
             held = max(held, sum(map(len, batches._waiting.values())))
         done += batches.complete()
     batches.finish()
-    assert held < batching._BATCHES_HELD * size
+    assert held < preencode_clips._BATCHES_HELD * size
     return [*done, *batches.complete()]
 
 
@@ -92,6 +91,6 @@ def test_pixels_are_mapped_as_in_training() -> None:
     """0 and 255 to -1 and 1; the encoder sees [B, 3, T, H, W]."""
     encoder: Any = CountingEncoder()
     clips = [np.full((3, 5, 16, 16), value, np.uint8) for value in (0, 255)]
-    latents = batching.encode_pixels(encoder, clips)
+    latents = preencode_clips.encode_pixels(encoder, clips)
     assert latents.content.flatten().tolist() == [-1, 1]
     assert latents.content.dtype == torch.bfloat16

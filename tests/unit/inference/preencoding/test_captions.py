@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.inference.preencoding import captions
-from regen_dist.inference.preencoding.captions import Captions
+from regen_dist.inference import preencode
+from regen_dist.inference.preencode import Captions
 from tests.helpers.preencoding import StandInText
 
 
 def test_embeddings_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captions, "_TOGETHER", 2)
-    monkeypatch.setattr(captions, "_HELD", 3)
+    monkeypatch.setattr(preencode, "_TOGETHER", 2)
+    monkeypatch.setattr(preencode, "_HELD", 3)
     asked = ["a", "b", "a", "", None, "c", "d", "e", "a"]
     encoder: Any = StandInText()
     held = Captions(encoder, asked, encoder.null().bfloat16())

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from regen_dist.config.preencode import PreencodeConfig
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import Described
-from regen_dist.data.dataset.manifest import described, read_manifest, to_json, write_manifest
-from regen_dist.data.dataset.writing import Limits, NewSample, ShardWriter, index_name
-from regen_dist.data.inspection.checking import verify_dataset
-from regen_dist.data.objects.store import Store
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.index import SampleFacts
+from regen_dist.data.format.manifest import described, read_manifest, to_json, write_manifest
+from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
+from regen_dist.data.inspect.check import verify_dataset
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
 from regen_dist.inference.preencode import preencode
-from regen_dist.inference.preencoding.verifying import verify_cache
+from regen_dist.inference.preencode_verify import verify_cache
 from regen_dist.models.text import TextEncoder
 from tests.helpers.builds import objects
 from tests.helpers.preencoding import StandInText, Video, preencode_config, write_videos
@@ -48,7 +48,9 @@ def config(embedder: Path, tmp_path: Path) -> PreencodeConfig:
 
 
 def _rebuild(
-    config: PreencodeConfig, change: Callable[[Described], Described] = lambda said: said, samples_per_shard: int = 2
+    config: PreencodeConfig,
+    change: Callable[[SampleFacts], SampleFacts] = lambda said: said,
+    samples_per_shard: int = 2,
 ) -> None:
     """Write the dataset again at its path, of the same videos."""
     dataset = open_dataset(config.data)
@@ -56,22 +58,22 @@ def _rebuild(
     videos = [dataset.read(sample) for sample in samples]
     shutil.rmtree(config.data)
     store = Store(config.data)
-    with ShardWriter(store, "part", Limits(samples=samples_per_shard)) as writer:
+    with ShardWriter(store, "part", ShardLimits(samples=samples_per_shard)) as writer:
         for one, data in zip(samples, videos, strict=True):
-            said = Described(one.frames, one.height, one.width, one.fps, one.source, one.caption, one.motion)
+            said = SampleFacts(one.frames, one.height, one.width, one.fps, one.source, one.caption, one.motion)
             writer.add(NewSample(one.key, data, change(said)))
     write_manifest(store, [index_name("part", number) for number in range(writer.shards)], "synthetic", {})
 
 
-def _another_caption(said: Described) -> Described:
+def _another_caption(said: SampleFacts) -> SampleFacts:
     return replace(said, caption="a circle") if said.caption == "square 4" else said
 
 
-def _no_caption(said: Described) -> Described:
+def _no_caption(said: SampleFacts) -> SampleFacts:
     return replace(said, caption=None) if said.caption == "square 4" else said
 
 
-def _swapped(said: Described) -> Described:
+def _swapped(said: SampleFacts) -> SampleFacts:
     """Captions in another order, of the same lengths."""
     return replace(said, caption={"square 3": "square 4", "square 4": "square 3"}.get(said.caption or "", said.caption))
 
@@ -89,7 +91,7 @@ def _as_before(folder: str | Path, *names: str) -> None:
 @pytest.mark.parametrize("old", [False, True], ids=["new", "of an earlier version"])
 @pytest.mark.parametrize("change", [_another_caption, _no_caption, _swapped])
 def test_a_dataset_with_another_caption_is_refused(
-    config: PreencodeConfig, change: Callable[[Described], Described], old: bool
+    config: PreencodeConfig, change: Callable[[SampleFacts], SampleFacts], old: bool
 ) -> None:
     preencode(config)
     if old:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from regen_dist.config.preencode import PreencodeConfig
-from regen_dist.data.dataset.index import Sample
+from regen_dist.data.format.index import Sample
 from regen_dist.errors import DataError
-from regen_dist.inference.preencoding.cutting import cut_video
+from regen_dist.inference.preencode_clips import cut_video
 
 
 def _config(**changes: Any) -> PreencodeConfig:

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from regen_dist.config.preencode import PreencodeConfig
-from regen_dist.data.dataset.index import Sample
-from regen_dist.data.reading.fetching import Bytes
+from regen_dist.data.format.index import Sample
+from regen_dist.data.loading.fetch import Bytes
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.errors import DataError
-from regen_dist.inference.preencoding import decoding
-from regen_dist.inference.preencoding.cutting import Cut, cut_video
-from regen_dist.inference.preencoding.decoding import Job, decode_clips, decoders
+from regen_dist.inference import preencode_clips
+from regen_dist.inference.preencode_clips import ClipCut, DecodeJob, cut_video, decode_clips, decoders
 from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
 
 
@@ -60,7 +59,9 @@ def test_threads_keep_the_order(tmp_path: Path) -> None:
     lengths = [15, 5, 10, 5, 20, 5, 15]
     found = [_video(tmp_path / f"{n}.mp4", frames, n) for n, frames in enumerate(lengths)]
     found[3] = Bytes(b"", "the bytes differ")
-    jobs = [Job(n, found[n], frames, cut_video(_sample(frames), _config(), 5)) for n, frames in enumerate(lengths)]
+    jobs = [
+        DecodeJob(n, found[n], frames, cut_video(_sample(frames), _config(), 5)) for n, frames in enumerate(lengths)
+    ]
     seen: list[tuple[int, Any]] = []
     with decoders(3) as threads:
         for number, clips in threads.run(jobs):
@@ -81,16 +82,16 @@ def test_what_is_decoded_ahead_is_bounded_and_threads_end(tmp_path: Path, monkey
     made = threading.Semaphore(0)
     clip = np.zeros((3, 5, 16, 16), np.uint8)
 
-    def endless(found: Bytes, frames: int, cut: Cut) -> Iterator[np.ndarray]:
+    def endless(found: Bytes, frames: int, cut: ClipCut) -> Iterator[np.ndarray]:
         while True:
             made.release()
             yield clip
 
-    monkeypatch.setattr(decoding, "decode_clips", endless)
+    monkeypatch.setattr(preencode_clips, "decode_clips", endless)
     cut = cut_video(_sample(5), _config(), 5)
     before = threading.active_count()
     with decoders(2) as threads:
-        run = threads.run(Job(n, Bytes(b""), 5, cut) for n in range(10))
+        run = threads.run(DecodeJob(n, Bytes(b""), 5, cut) for n in range(10))
         _, clips = next(run)
         next(clips)
         for _ in range(2 * 3 + 1):  # each of two threads: two that wait, one in hand; and the one that was taken
@@ -100,12 +101,12 @@ def test_what_is_decoded_ahead_is_bounded_and_threads_end(tmp_path: Path, monkey
 
 
 def test_what_else_goes_wrong_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(found: Bytes, frames: int, cut: Cut) -> Iterator[np.ndarray]:
+    def broken(found: Bytes, frames: int, cut: ClipCut) -> Iterator[np.ndarray]:
         raise ZeroDivisionError
         yield
 
-    monkeypatch.setattr(decoding, "decode_clips", broken)
+    monkeypatch.setattr(preencode_clips, "decode_clips", broken)
     with decoders(1) as threads:
-        _, clips = next(threads.run([Job(0, Bytes(b""), 5, cut_video(_sample(5), _config(), 5))]))
+        _, clips = next(threads.run([DecodeJob(0, Bytes(b""), 5, cut_video(_sample(5), _config(), 5))]))
         with pytest.raises(ZeroDivisionError):
             list(clips)

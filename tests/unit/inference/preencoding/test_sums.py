@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regen_dist.data.objects.store import Store
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
-from regen_dist.inference.preencoding.sums import Sums, read_sums
-from regen_dist.models import Latents
+from regen_dist.inference.preencode import Sums, read_sums
+from regen_dist.models.encoder import Latents
 
 
 def test_sums_survive_their_file() -> None:

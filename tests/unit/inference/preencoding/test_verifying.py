@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from regen_dist.config.preencode import PreencodeConfig
-from regen_dist.data.dataset.catalogue import open_dataset
-from regen_dist.data.dataset.index import Described
-from regen_dist.data.dataset.latents import LATENT_EXTENSION, LatentEntry, pack_latents, unpack_latents
-from regen_dist.data.dataset.manifest import write_manifest
-from regen_dist.data.dataset.writing import NewSample, ShardWriter
-from regen_dist.data.objects.store import Store
+from regen_dist.data.format.catalogue import open_dataset
+from regen_dist.data.format.index import SampleFacts
+from regen_dist.data.format.latents import LATENT_EXTENSION, LatentEntry, pack_latents, unpack_latents
+from regen_dist.data.format.manifest import write_manifest
+from regen_dist.data.format.writing import NewSample, ShardWriter
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
+from regen_dist.inference import preencode_verify
 from regen_dist.inference.preencode import preencode
-from regen_dist.inference.preencoding import verifying
-from regen_dist.inference.preencoding.verifying import verify_cache
+from regen_dist.inference.preencode_verify import verify_cache
 from regen_dist.models.text import TextEncoder
 from tests.helpers.preencoding import StandInText, Video, preencode_config, write_videos
 from tests.helpers.saved import saved_run
@@ -70,13 +70,13 @@ def test_a_good_cache_agrees(config: PreencodeConfig) -> None:
 
 def test_the_seed_draws_the_entries(config: PreencodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    compare = verifying._compare
+    compare = preencode_verify._compare
 
     def watched(*arguments: Any) -> float:
         drawn.append(arguments[-1].key)
         return float(compare(*arguments))
 
-    monkeypatch.setattr(verifying, "_compare", watched)
+    monkeypatch.setattr(preencode_verify, "_compare", watched)
     for seed in (0, 0, 1, 2, 3):
         assert verify_cache(config, samples=2, seed=seed).entries == 2
     pairs = [tuple(drawn[start : start + 2]) for start in range(0, 10, 2)]
@@ -95,7 +95,9 @@ def _rewrite(out: Path, key: str, change: Callable[[LatentEntry], LatentEntry]) 
         for sample in samples:
             entry = entries[sample.key]
             data = pack_latents(entry.content, entry.motion, entry.text, entry.metadata)
-            described = Described(sample.frames, sample.height, sample.width, sample.fps, sample.source, sample.caption)
+            described = SampleFacts(
+                sample.frames, sample.height, sample.width, sample.fps, sample.source, sample.caption
+            )
             writer.add(NewSample(sample.key, data, described, LATENT_EXTENSION))
     write_manifest(Store(out), [f"{stem}-000000.parquet"], "latents", cache.manifest.options)
 

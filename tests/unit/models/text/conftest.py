@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.config.text import TextConfig
+from regen_dist.config.t2v import TextConfig
 from regen_dist.models.text import TextEncoder, make_small_encoder
 from tests.helpers.captions import captioned_scenes
 

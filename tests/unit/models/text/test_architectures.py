@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from regen_dist.config.text import TextConfig
+from regen_dist.config.t2v import TextConfig
 from regen_dist.errors import CheckpointError
 from regen_dist.models.text import TextEncoder, convert_encoder, make_small_encoder
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity
 
-from regen_dist.config.text import TextConfig
+from regen_dist.config.t2v import TextConfig
 from regen_dist.models.text import TextEncoder, make_small_encoder
 
 ROOT = Path(__file__).parents[4]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from regen_dist.config.text import TextConfig
+from regen_dist.config.t2v import TextConfig
 from regen_dist.errors import BackendError, CheckpointError
 from regen_dist.models.text import TextEncoder, make_small_encoder
 

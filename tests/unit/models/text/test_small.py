@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, one_hot
 
-from regen_dist.data.making.shapes import COLOURS
+from regen_dist.data.synthetic.shapes import COLOURS
 from regen_dist.errors import CheckpointError, ConfigError
-from regen_dist.models.text import TextEncoder, make_small_encoder, small, whole
+from regen_dist.models.text import TextEncoder, files, make_small_encoder, small
 from tests.helpers.captions import captioned_scenes
 
 ROOT = Path(__file__).parents[4]
@@ -97,7 +97,7 @@ class TestMaking:
         out = tmp_path / "out"
         out.mkdir()
         with monkeypatch.context() as patched:
-            patched.setattr(whole, "_sync", _no_space)
+            patched.setattr(files, "_sync", _no_space)
             with pytest.raises(CheckpointError, match=r"cannot be written to .*out: No space left"):
                 make_small_encoder(captions[:9], out)
         assert list(tmp_path.rglob("*")) == [out]

@@ -1,0 +1,134 @@
+"""`python -m launcher.local_executor FOLDER`: a job on this machine, in the background, by Submitit's local executor.
+
+It holds a lock for as long as it lives, by which `regen jobs` knows that the job does. Tasks of an array run
+`array_parallelism` at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import submitit
+
+from launcher import slurm
+from launcher.job import ID_FILE, Submission, read_job
+from launcher.supervise import FORWARDED
+from launcher.task import LOCAL_REQUEUE, LocalTask, child_environment
+from regen_dist.config.files import write_text_atomically
+from regen_dist.errors import EXIT_OK, EXIT_RESUME, RegenError
+from regen_dist.programs import python
+
+LOCK, LOG, EXIT_FILE = "lock", "here.log", "exit_code"
+_START_S, _POLL_S = 60.0, 0.2
+_NO_LIMIT_MIN = 60 * 24 * 3650  # Submitit wants a limit
+
+
+def start_locally(job: Submission) -> str:
+    """Start a job in the background, in a session of its own; returns its id.
+
+    Raises:
+        RegenError: it did not come up (with the end of its log).
+    """
+    log = job.folder / LOG
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            python("-m", "launcher.local_executor", str(job.folder)), cwd=job.workdir, env=_environment(job),
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + _START_S
+    while (found := job.id()) is None:
+        if process.poll() is not None or time.monotonic() > deadline:
+            tail = log.read_text(errors="replace").splitlines()[-5:]
+            raise RegenError("\n".join([f"the job did not start; {log} ends with:", *tail]))
+        time.sleep(_POLL_S)
+    return found
+
+
+def _environment(job: Submission) -> dict[str, str]:
+    return slurm.client_environment({**child_environment(job), **job.cluster.environment})
+
+
+def is_running_locally(job: Submission) -> bool:
+    """Whether the process that sees a local job through lives."""
+    try:
+        with (job.folder / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    with (folder / LOCK).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class _Tasks:
+    """The tasks of a job, each under a controller of Submitit."""
+
+    def __init__(self, job: Submission) -> None:
+        self._job, self._stopped = job, False
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._executor = submitit.LocalExecutor(job.folder / "submitit")
+        self._executor.update_parameters(
+            tasks_per_node=1,
+            gpus_per_node=job.cluster.gpus_per_node,
+            timeout_min=job.cluster.time_min or _NO_LIMIT_MIN,
+            signal_delay_s=job.cluster.signal_lead_s,
+        )
+
+    def run(self) -> int:
+        """Every task to its end; returns the first code that is not 0, in the order of tasks."""
+        with ThreadPoolExecutor(min(self._job.cluster.array_parallelism, len(self._job.tasks))) as pool:
+            codes = list(pool.map(self._see_through, range(len(self._job.tasks))))
+        return next((code for code in codes if code), EXIT_OK)
+
+    def _see_through(self, index: int) -> int:
+        code = LOCAL_REQUEUE
+        while code == LOCAL_REQUEUE and not self._stopped:  # Submitit itself starts a task again six times
+            task = LocalTask(str(self._job.folder), index)
+            task.outcome.unlink(missing_ok=True)
+            started: Any = self._executor.submit(task)
+            process = self._running[index] = started._process
+            process.wait()
+            code = int(task.outcome.read_text()) if task.outcome.is_file() else RegenError.exit_code
+        return EXIT_RESUME if code == LOCAL_REQUEUE else code
+
+    def stop(self, _number: int, _frame: FrameType | None) -> None:
+        """Hand a signal on: the ranks save and end, and no task begins any more."""
+        self._stopped = True
+        for process in self._running.values():
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+
+
+def main(folder: Path) -> int:
+    """See a job through; its exit code is that of its first task that did not end well."""
+    job = read_job(folder)
+    tasks = _Tasks(job)
+    for number in FORWARDED:
+        signal.signal(number, tasks.stop)
+    with _held(job.folder):
+        write_text_atomically(job.folder / ID_FILE, f"{os.getpid()}\n")
+        code = tasks.run()
+        write_text_atomically(job.folder / EXIT_FILE, f"{code}\n")
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1])))

@@ -1,0 +1,349 @@
+"""Making jobs, and handing them to a scheduler."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from launcher import local_executor, slurm
+from launcher.cluster import ClusterConfig
+from launcher.job import ID_FILE, LAUNCH, JobTask, Progress, Submission, new_folder, write_job
+from launcher.retry import read_history, set_aside
+from launcher.script import callables, slurm_executor
+from regen_dist.config import AnyRunConfig, config_hash, load_config, to_yaml
+from regen_dist.config.files import parse_yaml, write_text_atomically
+from regen_dist.config.version import VERSION_FILE, code_version
+from regen_dist.errors import EXIT_OK, EXIT_RESUME, BackendError, ConfigError, RegenError
+from regen_dist.jsontext import json_text
+
+# The code that a job runs: a copy made when it is submitted, so that a job that starts again next week runs it too.
+
+ROOT = Path(__file__).resolve().parents[1]
+_PARTS = ("regen_dist", "launcher", "tools", "configs", "pyproject.toml")
+_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+
+
+def take_snapshot(folder: Path, root: Path = ROOT) -> Path:
+    """Copy the code to `folder/HASH`; the same code is copied once.
+
+    With it go `VERSION` (what `code_version` says of it there) and, from a git checkout, `changes.patch`: what differs
+    from the commit.
+
+    Args:
+        folder: for all snapshots of a run.
+        root: of the checkout or installation.
+    """
+    place = folder / _fingerprint(root)
+    if place.is_dir():
+        return place
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".snapshot-"))
+    try:
+        for part in _existing(root):
+            if part.is_dir():
+                shutil.copytree(part, temporary / part.name, ignore=_IGNORED)
+            else:
+                shutil.copy2(part, temporary / part.name)
+        (temporary / VERSION_FILE).write_text(code_version() + "\n", encoding="utf-8")
+        (temporary / "changes.patch").write_text(_changes(root), encoding="utf-8")
+        temporary.chmod(0o755)
+        os.replace(temporary, place)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not place.is_dir():  # another submission may have been quicker
+            raise
+    return place
+
+
+def _fingerprint(root: Path) -> str:
+    digest = hashlib.sha256()
+    for part in _existing(root):
+        for path in sorted(part.rglob("*")) if part.is_dir() else [part]:
+            if path.is_file() and not _is_ignored(path.relative_to(root)):
+                digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _existing(root: Path) -> list[Path]:
+    return [root / name for name in _PARTS if (root / name).exists()]
+
+
+def _is_ignored(path: Path) -> bool:
+    return path.suffix == ".pyc" or any(part == "__pycache__" or part.startswith(".") for part in path.parts)
+
+
+def _changes(root: Path) -> str:
+    """What differs from the commit; empty where this is no checkout, or git is not here."""
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "diff", "HEAD", "--", *(path.name for path in _existing(root))]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@dataclass(frozen=True)
+class SubmissionRequest:
+    """What shall run where, before anything is written.
+
+    Args:
+        name: of the job.
+        base: the folder that it belongs to; its submissions are kept in `launch/` there.
+        tasks: one, or those of an array.
+        cluster: the place, with what the command line changed.
+        cluster_name: what the user calls it.
+        configs: of training tasks, in their order; empty for other commands.
+    """
+
+    name: str
+    kind: Literal["train", "run", "sweep"]
+    base: Path
+    tasks: tuple[JobTask, ...]
+    cluster: ClusterConfig
+    cluster_name: str
+    configs: tuple[AnyRunConfig, ...] = ()
+    whole: str = ""  # fingerprint of the order that this is a part of
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is run: another one, and a job that was done before is another job. Hexadecimal."""
+        what = [[*task.command] for task in self.tasks] + [[config_hash(config)] for config in self.configs]
+        return self.whole or hashlib.sha256(json_text(what).encode()).hexdigest()[:16]
+
+    def part(self, tasks: Sequence[JobTask]) -> SubmissionRequest:
+        """The same for some of its tasks."""
+        configs = tuple(c for task, c in zip(self.tasks, self.configs, strict=False) if task in tasks)
+        return replace(self, tasks=tuple(tasks), configs=configs, whole=self.fingerprint)
+
+    @property
+    def distributed(self) -> bool:
+        return bool(self.configs)
+
+    def job(self, folder: Path, code: Path) -> Submission:
+        """The same as a submission that is kept in `folder`."""
+        return Submission(
+            name=self.name, kind=self.kind, cluster=self.cluster, cluster_name=self.cluster_name, tasks=self.tasks,
+            distributed=self.distributed, folder=folder, workdir=Path.cwd(), code=code, submitted=time.time(),
+            fingerprint=self.fingerprint,
+        )  # fmt: skip
+
+
+def train_task(config: AnyRunConfig, *, fresh: bool = False) -> JobTask:
+    """Training as a task: by a copy of the resolved config in the run folder, so that nothing changes under a job that
+    waits."""
+    folder = config.folder.absolute()
+    flags = ["--fresh"] if fresh else []
+    progress = Progress(checkpoints=_absolute(config.checkpoints), steps=config.train.steps)
+    command = ("train", *flags, "--", str(folder / LAUNCH / "config.yaml"))
+    return JobTask(name=config.name, folder=folder, command=command, progress=progress)
+
+
+def _absolute(url: str) -> str:
+    return url if "://" in url else str(Path(url).absolute())
+
+
+def train_order(
+    config: AnyRunConfig, cluster: ClusterConfig, cluster_name: str, *, fresh: bool = False
+) -> SubmissionRequest:
+    """One run."""
+    task = train_task(config, fresh=fresh)
+    return SubmissionRequest(config.name, "train", task.folder, (task,), cluster, cluster_name, (config,))
+
+
+def command_order(
+    name: str, base: Path, command: Sequence[str], cluster: ClusterConfig, cluster_name: str, *, tasks: int = 1
+) -> SubmissionRequest:
+    """Any command of `regen`, or an array of them: `{task}` and `{tasks}` in an argument stand for the task's number,
+    from 0, and for how many there are."""
+    base = base.absolute()
+
+    def one(number: int) -> JobTask:
+        filled = tuple(each.replace("{task}", str(number)).replace("{tasks}", str(tasks)) for each in command)
+        folder = base if tasks == 1 else base / "tasks" / f"{number:05d}"
+        return JobTask(name=name if tasks == 1 else f"{name}[{number}]", folder=folder, command=filled)
+
+    return SubmissionRequest(name, "run", base, tuple(map(one, range(tasks))), cluster, cluster_name)
+
+
+def submit(order: SubmissionRequest, dependency: str | None = None) -> Submission:
+    """Write everything that the job needs into its folder, and hand it to the scheduler; nothing stays of one that was
+    refused.
+
+    Args:
+        dependency: for Slurm, as "afterok:123".
+
+    Raises:
+        RegenError: Slurm refused, or the job did not start here.
+    """
+    code = take_snapshot(order.base / LAUNCH / "code")
+    job = order.job(new_folder(order.base), code)
+    for task in order.tasks:
+        if task.progress is None:  # a command that is submitted again shall run again
+            set_aside(task.launch, job.folder.name)
+    for task, config in zip(order.tasks, order.configs, strict=False):
+        write_text_atomically(task.launch / "config.yaml", to_yaml(config))
+    return submit_to_slurm(job, dependency)
+
+
+def submit_to_slurm(job: Submission, dependency: str | None = None) -> Submission:
+    """Give a job, whose folder and code are there, to its scheduler.
+
+    Raises:
+        RegenError: as of `submit`.
+    """
+    for task in job.tasks:
+        task.stop_file.unlink(missing_ok=True)
+    write_job(job)
+    try:
+        if job.cluster.kind == "local":
+            local_executor.start_locally(job)
+        else:
+            write_text_atomically(job.folder / ID_FILE, f"{_sbatch(job, dependency)}\n")
+    except RegenError:
+        shutil.rmtree(job.folder, ignore_errors=True)  # it never was a job
+        raise
+    return job
+
+
+def _sbatch(job: Submission, dependency: str | None) -> str:
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    if not slurm.is_here():
+        raise BackendError("sbatch is not found: submit where Slurm's programs are, or with --cluster local")
+    executor = slurm_executor(job, dependency)
+    try:
+        return executor.submit_all(callables(job))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise BackendError(f"Slurm refused the job: {_said(error)}") from None
+
+
+def _said(error: BaseException) -> str:
+    """What sbatch printed, out of what Submitit makes of it."""
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line), lines[-1] if lines else repr(error))
+
+
+def exit_code_here(job: Submission) -> int | None:
+    """The exit code of a local job; None while it runs, or where it was killed."""
+    path = job.folder / local_executor.EXIT_FILE
+    return int(path.read_text()) if path.is_file() else None
+
+
+# Sweeps: one run for each value of a key, as one array.
+
+_SUFFIX = "-sweep"
+
+
+def expand(config: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[tuple[AnyRunConfig, str]]:
+    """The config of every run of a sweep, and the name of the run that all of them change.
+
+    Each is named after what is its own: `nano` swept over `optimizer.lr=1e-3,3e-3` gives `nano-lr1e-3`, `nano-lr3e-3`.
+
+    Args:
+        config: a YAML file.
+        overrides: of every run.
+        sweeps: `a.b=value,value`; several give every combination.
+
+    Raises:
+        ConfigError: a sweep cannot be read, has one value, or gives two runs of one name; or a run's config is wrong.
+    """
+    base = load_config(config, overrides).name
+    runs = []
+    for chosen in itertools.product(*map(_choices, sweeps)):
+        name = "-".join([base, *(f"{key.rpartition('.')[2]}{_plain(text)}" for key, text in chosen)])
+        own = [*(f"{key}={text}" for key, text in chosen), f"name={name}"]
+        runs.append((load_config(config, [*overrides, *own]), base))
+    names = [run.name for run, _ in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"two runs of the sweep would be named {', '.join(twice)}; give values that differ in letters"
+        )
+    return runs
+
+
+def _choices(sweep: str) -> list[tuple[str, str]]:
+    """`a.b=[1, 2],[3, 4]` as its key with each of its values, as they were written."""
+    key, equals, text = sweep.partition("=")
+    values = _split(text)
+    if not equals or not key or len(values) < 2:
+        raise ConfigError(
+            f"--sweep {sweep}: found {len(values)} value(s); write a.b=value,value, as optimizer.lr=1e-3,3e-3"
+        )
+    return [(key, value) for value in values]
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that stand in no bracket and in no quotes, as YAML sees them."""
+    try:
+        parse_yaml(f"[{text}]")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--sweep …={text}: not valid YAML: {' '.join(str(error).split())}") from None
+    node: Any = yaml.compose(f"[{text}]", Loader=yaml.SafeLoader)
+    return [f"[{text}]"[each.start_mark.index : each.end_mark.index] for each in node.value]
+
+
+def _plain(text: str) -> str:
+    """A value as part of a name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_")
+
+
+def sweep_order(
+    runs: Sequence[tuple[AnyRunConfig, str]], cluster: ClusterConfig, cluster_name: str
+) -> SubmissionRequest:
+    """The runs as one array. Each keeps its own folder; the array's stands beside them, by the name NAME-sweep."""
+    configs = tuple(config for config, _ in runs)
+    name = f"{runs[0][1]}{_SUFFIX}"
+    base = configs[0].folder.absolute().parent / name
+    return SubmissionRequest(name, "sweep", base, tuple(map(train_task, configs)), cluster, cluster_name, configs)
+
+
+# Waiting for a job's end.
+
+_LOCAL_POLL_S, _SLURM_POLL_S = 0.3, 5.0
+_LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
+
+
+def wait_for(job: Submission) -> int:
+    """Block until a job has ended for good; its exit code: 0, or that of its first task that did not end well."""
+    while is_alive(job):
+        time.sleep(_LOCAL_POLL_S if job.cluster.kind == "local" else _SLURM_POLL_S)
+    if job.cluster.kind == "local":
+        code = exit_code_here(job)
+        return RegenError.exit_code if code is None else code
+    return next((code for code in map(last_code, job.tasks) if code), EXIT_OK)
+
+
+def is_alive(job: Submission) -> bool:
+    """Whether a job runs, or waits to."""
+    if job.cluster.kind == "local":
+        return local_executor.is_running_locally(job)
+    known = slurm.queue([job.id() or ""])
+    # A job that is requeued is COMPLETED for a moment
+    return any(state in _LIVING for state, _ in known.values()) or any(_goes_on(task) for task in job.tasks if known)
+
+
+def _goes_on(task: JobTask) -> bool:
+    history = read_history(task.launch)
+    return bool(history) and history[-1].end is not None and history[-1].end.again
+
+
+def last_code(task: JobTask) -> int:
+    """The exit code of a task's newest start; 75 where it was cut off."""
+    history = read_history(task.launch)
+    if not history or history[-1].end is None:
+        return EXIT_RESUME
+    return history[-1].end.code

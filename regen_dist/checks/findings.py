@@ -1,0 +1,107 @@
+"""What a check finds, and the circumstances that it judges a config by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from regen_dist.config.urls import parse_url
+from regen_dist.errors import ConfigError, RegenError
+
+One = TypeVar("One")
+Result = TypeVar("Result")
+_AT_ONCE = 16
+_FIX = re.compile(r"(.*)(?:; (?=[^A-Z])|\. (?=[A-Z]))(.*)", re.DOTALL)  # greedy: what follows the last separator
+
+
+class Finding(NamedTuple):
+    """One thing that a check found.
+
+    Attributes:
+        level: an error would stop the run at its start; a note is only worth knowing.
+        key: of the config, dotted, that it is about.
+        message: what is wrong.
+        fix: how to put it right; empty where the message says all.
+        exit_code: that the run would end with; 0 of a note.
+    """
+
+    level: Literal["error", "note"]
+    key: str
+    message: str
+    fix: str
+    exit_code: int
+
+    @property
+    def text(self) -> str:
+        """Message and fix as one text."""
+        if not self.fix:
+            return self.message
+        return self.message + (". " if self.fix[0].isupper() else "; ") + self.fix
+
+    def to_json(self) -> dict[str, str]:
+        """The four fields that are published."""
+        return {"level": self.level, "key": self.key, "message": self.message, "fix": self.fix}
+
+
+def error(key: str, text: str, kind: type[RegenError] = ConfigError) -> Finding:
+    """Return what forbids the run; `text` is "message; fix" or "Message. Fix", `kind` has the exit code."""
+    return Finding("error", key, *_split(text), kind.exit_code)
+
+
+def note(key: str, text: str) -> Finding:
+    """Return what is worth knowing."""
+    return Finding("note", key, *_split(text), 0)
+
+
+def _split(text: str) -> tuple[str, str]:
+    found = _FIX.fullmatch(text)
+    return (found[1], found[2]) if found else (text, "")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where configs are to run, as far as it is known.
+
+    Args:
+        world_size: number of ranks.
+        has_gpus: whether each rank has a GPU; None: as this machine.
+        packages: whether the ranks run in this Python, so that its packages count.
+        produced: URLs and paths that will be there by then, because an earlier job makes them.
+        fresh: whether the runs may start from scratch where checkpoints are lost.
+    """
+
+    world_size: int = 1
+    has_gpus: bool | None = None
+    packages: bool = True
+    produced: Collection[str] = ()
+    fresh: bool = False
+    down: set[str | None] = field(default_factory=set)  # stores that did not answer: not every run waits for one
+    _known: dict[str, Future[Any]] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def will_be_there(self, url: str) -> bool:
+        """Return whether an earlier job makes this place, or a folder that it lies in."""
+        place = parse_url(url).url
+        return any(f"{place}/".startswith(f"{parse_url(each).url}/") for each in self.produced)
+
+    def once(self, what: str, url: str, ask: Callable[[str], Result]) -> Result:
+        """Ask a question about a URL once for all configs; its answer, or its exception, is everybody's."""
+        with self._lock:
+            is_first = f"{what} {url}" not in self._known
+            answer: Future[Result] = self._known.setdefault(f"{what} {url}", Future())
+        if is_first:
+            try:
+                answer.set_result(ask(url))
+            except Exception as caught:  # noqa: BLE001 - raised again for everybody who asked
+                answer.set_exception(caught)
+        return answer.result()
+
+
+def side_by_side(look: Callable[[One], Result], them: Iterable[One]) -> list[Result]:
+    """Return `look` at each of them, several at once, in their order: most of it is waiting for a store."""
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        return list(threads.map(look, them))

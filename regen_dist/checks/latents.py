@@ -1,0 +1,143 @@
+"""Whether runs have the kind of data that they train on: videos for an embedder, latents of one space for text to
+video, whose model and whose embedder fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from regen_dist.checks.data import manifest_of
+from regen_dist.checks.findings import Finding, Target, error
+from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
+from regen_dist.config.files import read_yaml
+from regen_dist.errors import CheckpointError, ConfigError, DataError
+
+KIND, _AGAIN = "latents", "run `regen preencode` again"  # as the dataset's own module says, which needs numpy
+_CONFIG = "config.yaml"  # in every run folder, and in every exported model
+
+
+class _Space(NamedTuple):
+    """What the latents of a cache are; `text_width` is None where it has no text."""
+
+    fingerprint: str
+    num_frames: int
+    channels: int
+    text_width: int | None
+
+
+def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check the kind of the data, the latents' own facts against the config, and the embedder that shows what is
+    generated."""
+    manifests = {url: manifest_of(url, target) for url in dict.fromkeys(_urls(config)) if not target.will_be_there(url)}
+    found = {url: manifest for url, manifest in manifests.items() if manifest}
+    caches = {url: manifest for url, manifest in found.items() if manifest.get("kind") == KIND}
+    if isinstance(config, RunConfig):
+        yield from map(_no_videos, caches)
+        return
+    yield from (_no_latents(url) for url in found if url not in caches)
+    spaces: dict[str, _Space] = {}
+    for url, manifest in caches.items():
+        try:
+            spaces[url] = _space(manifest)
+        except (KeyError, TypeError, ValueError) as caught:
+            told = f"{type(caught).__name__}: {caught}"
+            yield error("data", f"{url}: its manifest does not say what the latents are ({told}); {_AGAIN}", DataError)
+    yield from _one_space(spaces)
+    yield from (finding for url, space in spaces.items() for finding in _fits(config, url, space))
+    yield from _embedder(config, spaces, target)
+
+
+def _urls(config: AnyRunConfig) -> list[str]:
+    validation = config.data.validation_url
+    return [*config.data.sources, *([validation] if validation else [])]
+
+
+def _no_videos(url: str) -> Finding:
+    return error(
+        "data",
+        f"{url} holds latents that `regen preencode` made, not videos; give the dataset of videos, or train a "
+        "text-to-video model on it (task: t2v)",
+        DataError,
+    )
+
+
+def _no_latents(url: str) -> Finding:
+    text = f"{url} holds videos, not latents; make a cache of it with `regen preencode`, and give that cache"
+    return error("data", text, DataError)
+
+
+def _space(manifest: Mapping[str, Any]) -> _Space:
+    options = manifest["options"]
+    text_width = int(options["text"]["width"]) if options["text"] else None
+    return _Space(str(options["fingerprint"]), int(options["num_frames"]), int(options["channels"]), text_width)
+
+
+def _one_space(spaces: Mapping[str, _Space]) -> Iterator[Finding]:
+    """All caches of a run were made by one encoder in one way."""
+    prints: dict[str, str] = {}
+    for url, space in spaces.items():
+        prints.setdefault(space.fingerprint, url)
+    if len(prints) > 1:
+        named = ", ".join(f"{url} ({fingerprint[:12]})" for fingerprint, url in prints.items())
+        yield error(
+            "data",
+            f"these caches were not made alike, as their fingerprints tell: {named}; their latents do not mean the "
+            "same: make them with one config of `regen preencode`, or leave one out",
+            DataError,
+        )
+
+
+def _fits(config: T2VConfig, url: str, space: _Space) -> Iterator[Finding]:
+    """What the model takes is what the cache has."""
+    model = config.model
+    if model.latent_channels != space.channels:
+        yield error(
+            "model.latent_channels",
+            f"model.latent_channels is {model.latent_channels}, the latents in {url} have {space.channels} channels; "
+            f"set model.latent_channels={space.channels}",
+            DataError,
+        )
+    if space.text_width is None:
+        text = f"{url} holds no text embeddings; run `regen preencode` with a text encoder, into a new cache"
+        yield error("data", text, DataError)
+    elif model.text_width != space.text_width:
+        yield error(
+            "model.text_width",
+            f"model.text_width is {model.text_width}, the text embeddings in {url} have a width of {space.text_width}; "
+            f"set model.text_width={space.text_width}",
+            DataError,
+        )
+
+
+def _embedder(config: T2VConfig, spaces: Mapping[str, _Space], target: Target) -> Iterator[Finding]:
+    """The embedder that decodes what is generated at validations is there, and of the caches' kind."""
+    embedder = config.generation.embedder
+    if embedder is None or target.will_be_there(embedder):
+        return
+    found = _latents_of(Path(embedder))
+    if found is None:
+        yield error(
+            "generation.embedder",
+            f"generation.embedder: {embedder} is neither a run nor an exported model (no {_CONFIG} of an embedder in "
+            "it); correct the path, or set generation.embedder=null to generate nothing while training",
+        )
+        return
+    for url, space in spaces.items():
+        if found != (space.num_frames, space.channels):
+            yield error(
+                "generation.embedder",
+                f"generation.embedder: {embedder} has clips of {found[0]} frames and {found[1]} channels, the latents "
+                f"in {url} are of {space.num_frames} frames and {space.channels} channels; give the embedder that made "
+                "them",
+                CheckpointError,
+            )
+
+
+def _latents_of(folder: Path) -> tuple[int, int] | None:
+    """Frames of a clip and channels, by the config of a run or of an exported model; None where neither is there."""
+    try:
+        model: Any = read_yaml(folder / _CONFIG)[0]["model"]
+        return int(model["temporal_compression"]) + 1, int(model["latent"]["channels"])
+    except (ConfigError, KeyError, TypeError, ValueError):
+        return None

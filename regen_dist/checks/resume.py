@@ -1,0 +1,139 @@
+"""Whether a run can go on from what it has: its claims, its checkpoints, its model and the order of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from regen_dist.checkpoint.claims import Claims
+from regen_dist.checkpoint.identity import foreign_run_reason
+from regen_dist.checkpoint.manifest import CheckpointManifest, parse_manifest
+from regen_dist.checks.data import READING, dataset_manifest
+from regen_dist.checks.findings import Finding, Target, error, note
+from regen_dist.config import AnyRunConfig, T2VConfig, load_saved_config
+from regen_dist.config.identity import latent_identity, order_changes, order_identity
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import CheckpointError, ConfigError, DataError, ObjectMissing, RunBusy
+from regen_dist.observe.record import read_record
+
+
+def busy(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check that no process trains the same run, or writes the same checkpoints, by whatever it was started."""
+    try:
+        Claims(config, READING).refuse_living()
+    except RunBusy as caught:
+        yield error("name", str(caught), RunBusy)
+    except DataError:  # the store is out of reach, which another check reports
+        return
+
+
+def resume(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check what a run has done already: all of it, or something that this config cannot go on from."""
+    if config.checkpoint.url in target.down:
+        return
+    try:
+        manifest = newest_checkpoint(config.checkpoints)
+    except CheckpointError as caught:
+        yield note("checkpoint.url", f"{caught}; the run goes on from the newest checkpoint that is whole")
+        return
+    except DataError:  # the store is out of reach, which another check reports
+        target.down.add(config.checkpoint.url)
+        return
+    if manifest is None:
+        yield from () if target.fresh else _lost(config)
+        return
+    if manifest.step >= config.train.steps:
+        yield note("train.steps", f"nothing is left to do: all {config.train.steps} steps are done")
+    if foreign := foreign_run_reason(config, manifest):
+        yield error("name", foreign, CheckpointError)
+    yield from _another_model(config, manifest)
+    yield from _another_order(config, manifest, target)
+
+
+def newest_checkpoint(url: str) -> CheckpointManifest | None:
+    """Read what the checkpoint that `latest` names says of itself; None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+        DataError: the store does not answer.
+    """
+    store = Store(url, READING)
+    try:
+        name = store.get("latest").decode("utf-8", "replace").strip()
+        path = f"{name}/manifest.json"
+        return parse_manifest(store.get(path), f"checkpoint {store.url}/{path}")
+    except ObjectMissing:
+        return None
+
+
+def _lost(config: AnyRunConfig) -> Iterator[Finding]:
+    """The record names checkpoints, and there are none."""
+    path = config.folder / "metrics.jsonl"
+    lines = read_record(path, "checkpoint") if path.is_file() else []
+    saved = [line["step"] for line in lines if not line["problem"]]
+    if saved and not any(name.endswith("/manifest.json") for name in Store(config.checkpoints, READING).list()):
+        text = (
+            f"{path} tells of a checkpoint of step {saved[-1]}, but {config.checkpoints} holds none. Is that folder "
+            "mounted, and checkpoint.url the one it was? Restore them, or start the run from scratch with --fresh"
+        )
+        yield error("checkpoint.url", text, CheckpointError)
+
+
+def _another_model(config: AnyRunConfig, manifest: CheckpointManifest) -> Iterator[Finding]:
+    """The parameters of the config's model are not those of the checkpoint, by name or shape."""
+    try:
+        from regen_dist.checkpoint.export import model_shapes
+    except ImportError as caught:
+        yield note("model", f"the model was not compared with the checkpoint's, which takes torch ({caught})")
+        return
+    if manifest.shapes == model_shapes(config.model):
+        return
+    changed = _changed_sections(config)
+    which = f" ({', '.join(changed)} of {config.folder}/config.yaml differ)" if changed else ""
+    text = (
+        f"the checkpoint of step {manifest.step} in {config.checkpoints} was saved by another model{which}; give the "
+        "run another name, or restore the model section"
+    )
+    yield error("model", text, CheckpointError)
+
+
+def _changed_sections(config: AnyRunConfig) -> Sequence[str]:
+    """Keys of the model that differ from the config in the run folder, as far as there is one."""
+    try:
+        before = load_saved_config(config.folder).model.model_dump(mode="json")
+    except ConfigError:  # of another version, or not there
+        return []
+    now = config.model.model_dump(mode="json")
+    return [f"model.{key}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+
+
+def _another_order(config: AnyRunConfig, manifest: CheckpointManifest, target: Target) -> Iterator[Finding]:
+    """The samples of a step are not those that the checkpoint's run would have seen."""
+    before: dict[str, str] | None = manifest.state["data"]
+    if before is None:  # imported weights: any data will do
+        return
+    if changed := order_changes(before, _identity(config, before, target)):
+        text = (
+            f"the run cannot go on from the checkpoint of step {manifest.step} in {config.checkpoints}, because the "
+            f"order of its data has changed: {'; '.join(changed)}. Restore that, or give the run another name"
+        )
+        yield error("data", text, CheckpointError)
+
+
+def _identity(config: AnyRunConfig, before: dict[str, str], target: Target) -> dict[str, str]:
+    try:
+        manifests = [target.once("manifest", url, dataset_manifest) for url in config.data.sources]
+        prints = [str(each["fingerprint"]) for each in manifests]
+    except (DataError, KeyError, ValueError, AttributeError):  # which another check tells; compared is the rest
+        prints = None
+    found = _order_of(config, prints or [])
+    name = "dataset fingerprint"
+    return found if prints else found | {name: before.get(name, "not told")}
+
+
+def _order_of(config: AnyRunConfig, prints: Sequence[str]) -> dict[str, str]:
+    train = config.train
+    if isinstance(config, T2VConfig):
+        return latent_identity(config.data, prints, batch_global=train.batch_global, seed=train.seed)
+    return order_identity(
+        config.data, prints, num_frames=config.model.num_frames, batch_global=train.batch_global, seed=train.seed
+    )

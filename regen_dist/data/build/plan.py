@@ -1,0 +1,642 @@
+"""Planning parts: their sources are looked into by the workers, copies of earlier sources are found, and it is decided
+what becomes of each."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from operator import attrgetter
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from regen_dist.data.build.probe import DecodableSpan, Origin, SurveyedSource, content_of, fetch_again, survey
+from regen_dist.data.build.sources import Sources, VideoSource
+from regen_dist.data.format.index import SCHEMA_VERSION, VIDEO_EXTENSIONS
+from regen_dist.data.format.manifest import Kind, Skip, listed, read_all, to_json
+from regen_dist.data.format.writing import Finished, ShardLimits, finished_shards
+from regen_dist.data.pool import Call, Pool
+from regen_dist.data.storage.local import free_bytes
+from regen_dist.data.storage.store import Store
+from regen_dist.data.video.conversion import LeftOut
+from regen_dist.data.video.reader import VideoInfo
+from regen_dist.data.video.scenes import CUT, FROZEN, Float32s, is_frozen, missed_cut, motion, shots
+from regen_dist.data.video.transcode import PRESET, X264_PARAMS, EncodeOptions, Segment
+from regen_dist.errors import DataError, DiskFull
+
+# What a build was asked for.
+
+KIND: Kind = "build"
+LARGEST_SIDE = 4320  # of a sample, the shorter one: 8K video
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options of `regen shards build`: all that decides about the dataset's bytes beside its sources.
+
+    Times in seconds, sides in pixels. `keep` stores whole files as they are. `scenes` cuts at scene changes and
+    measures motion; without it `min_motion` has no say.
+    `hdr` ("tone-map" or "leave-out") is of sources of high dynamic range or wide primaries, `interlaced` ("deinterlace"
+    or "leave-out") of those with fields. `shard_mb` (10^6 bytes) and `samples_per_shard` close a shard,
+    `part_gb` (10^9 bytes of sources) is what is planned and made at a time. None: no limit.
+    """
+
+    segment_seconds: float = 4.0
+    short_side: int | None = 128
+    crf: int = 18
+    keep: bool = False
+    scenes: bool = True
+    scene_threshold: float = CUT
+    min_motion: float = FROZEN
+    min_frames: int = 33
+    min_side: int | None = None
+    max_aspect: float | None = None
+    hdr: str = "tone-map"
+    interlaced: str = "deinterlace"
+    start_seconds: float = 0.0
+    max_seconds: float | None = None
+    shard_mb: float = 256.0
+    samples_per_shard: int | None = None
+    part_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        names = ("segment_seconds", "samples_per_shard", "min_frames", "scene_threshold", "min_side", "max_seconds")
+        values = {name: getattr(self, name) for name in (*names, "shard_mb", "part_gb")}
+        given = {name: value for name, value in values.items() if value is not None}
+        wrong = [f"{_flag(name)} {value}: must be above 0" for name, value in given.items() if value <= 0]
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        wrong += [f"{_flag(name)} {value}: must be finite" for name, value in numbers.items() if not isfinite(value)]
+        if self.short_side is not None and self.short_side < 16:
+            wrong.append(f"--short-side {self.short_side}: must be at least 16")
+        if not 0 <= self.crf <= 51:
+            wrong.append(f"--crf {self.crf}: must be 0 (best) to 51")
+        if self.max_aspect is not None and self.max_aspect < 1:
+            wrong.append(f"--max-aspect {self.max_aspect}: long side over short side, must be at least 1")
+        wrong += [f"{_flag(n)} must not be negative" for n in ("start_seconds", "min_motion") if getattr(self, n) < 0]
+        if self.short_side is not None and self.short_side > LARGEST_SIDE:
+            wrong.append(f"--short-side {self.short_side}: must be at most {LARGEST_SIDE}")
+        try:
+            _ = self.sources_left_out
+        except DataError as error:
+            wrong.append(str(error))
+        if wrong:
+            raise DataError("; ".join(wrong))
+
+    @property
+    def sources_left_out(self) -> LeftOut:
+        """Which sources are not converted but left out."""
+        return LeftOut.of(self.hdr, self.interlaced)
+
+    @property
+    def encode(self) -> EncodeOptions:
+        """The part that encoding needs."""
+        return EncodeOptions(self.short_side, self.crf, self.keep)
+
+    @property
+    def limits(self) -> ShardLimits:
+        """When a shard is closed."""
+        return ShardLimits(round(self.shard_mb * 1e6), self.samples_per_shard)
+
+    def recorded(self) -> dict[str, Any]:
+        """For plan.json and the manifest: these options, and the encoder's that are fixed."""
+        encoder = {"codec": "libx264", "preset": PRESET, "x264_params": X264_PARAMS}
+        return asdict(self) | ({} if self.keep else encoder)
+
+
+def identity(sources: Sources, options: BuildOptions) -> dict[str, Any]:
+    """By what a later build knows its own folder."""
+    return {
+        "kind": KIND,
+        "schema_version": SCHEMA_VERSION,
+        "options": options.recorded(),
+        "sources": sources.identity(),
+    }
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# Which frames of a source become samples, and which are left out with what reason. Pure: no file is touched.
+#
+# A reason begins with its kind and a colon ("frozen: …"), by which summaries count.
+
+
+class Candidate(NamedTuple):
+    """Frames [start, stop) of a source: a sample, unless there is a problem. `motion` None: not measured."""
+
+    start: int
+    stop: int
+    motion: float | None = None
+    problem: str = ""
+
+
+def unsuitable(info: VideoInfo, options: BuildOptions) -> str:
+    """Why no part of such a source can be used; empty when it can."""
+    short, long = sorted((info.height, info.width))
+    if options.min_side is not None and short < options.min_side:
+        return f"too small: {info.height} x {info.width}, short side below --min-side {options.min_side}"
+    if options.max_aspect is not None and long > short * options.max_aspect:
+        return f"too narrow: {info.height} x {info.width}, aspect above --max-aspect {options.max_aspect:g}"
+    return ""
+
+
+def candidates(info: VideoInfo, stretches: Sequence[DecodableSpan], options: BuildOptions) -> list[Candidate]:
+    """Cut a source at its shots and these into segments, each judged by the filters. With `keep` it is one piece."""
+    if options.keep:
+        return [_kept(info, stretches, options)]
+    first = min(info.frames, round(options.start_seconds * info.fps))
+    stop = info.frames
+    if options.max_seconds is not None:
+        stop = min(stop, first + round(options.max_seconds * info.fps))
+    if first >= stop:
+        return [Candidate(0, info.frames, problem=f"out of range: it ends before --start-seconds {first / info.fps:g}")]
+    return [
+        candidate
+        for one in stretches
+        if max(one.start, first) < min(one.stop, stop)
+        for candidate in _in_stretch(one, max(one.start, first), min(one.stop, stop), info.fps, options)
+    ]
+
+
+def segments(name: str, content: str, found: Sequence[Candidate]) -> Iterator[Segment | tuple[int, str]]:
+    """What to make of each candidate in order: a segment with its key, or its number and why it is left out.
+
+    64 bits of the content's hash are in the key: enough for a hundred million files of one name.
+    """
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:48] or "video"
+    for number, one in enumerate(found):
+        if one.problem:
+            yield number, one.problem
+        else:
+            yield Segment(f"{stem}-{content[:16]}-{one.start:08d}-{one.stop:08d}", number, one.start, one.stop)
+
+
+def _in_stretch(one: DecodableSpan, first: int, stop: int, fps: float, options: BuildOptions) -> Iterator[Candidate]:
+    if one.problem:
+        yield Candidate(first, stop, problem=f"damaged: {one.problem}")
+        return
+    cuts = [one.start + cut for cut in one.analysis.cuts] if one.analysis else []
+    length = max(1, round(options.segment_seconds * fps))
+    for begin, end in shots(cuts, first, stop):
+        for start in range(begin, end, length):
+            yield _judged(one, start, min(start + length, end), options)
+
+
+def _judged(one: DecodableSpan, start: int, stop: int, options: BuildOptions) -> Candidate:
+    """The filters that a segment must pass, in order of their cost to the user: the first that fails is told."""
+    if one.analysis is None:
+        return Candidate(start, stop, None, _too_short(start, stop, options))
+    change, here = one.analysis.change, (start - one.start, stop - one.start)
+    problem = _too_short(start, stop, options) or _frozen(change, *here, options)
+    if not problem and missed_cut(change, *here, options.scene_threshold):
+        problem = "cut inside: too near to another cut, or to the start of the video"
+    return Candidate(start, stop, motion(change, *here), problem)
+
+
+def _kept(info: VideoInfo, stretches: Sequence[DecodableSpan], options: BuildOptions) -> Candidate:
+    """A whole file: it may hold cuts, but no damage."""
+    damage = next((f"damaged: {one.problem}" for one in stretches if one.problem), "")
+    if not damage and len(stretches) > 1:
+        damage = f"several takes: it breaks off in front of frame {stretches[1].start}; without --keep it is cut there"
+    analysis = stretches[0].analysis
+    if damage or analysis is None:
+        return Candidate(0, info.frames, None, damage or _too_short(0, info.frames, options))
+    problem = _too_short(0, info.frames, options) or _frozen(analysis.change, 0, info.frames, options)
+    return Candidate(0, info.frames, motion(analysis.change, 0, info.frames), problem)
+
+
+def _too_short(start: int, stop: int, options: BuildOptions) -> str:
+    frames = stop - start
+    return f"too short: {frames} frames, below --min-frames {options.min_frames}" if frames < options.min_frames else ""
+
+
+def _frozen(change: Float32s, start: int, stop: int, options: BuildOptions) -> str:
+    if options.min_motion == 0:
+        return ""  # not even a single frame, in which nothing can move
+    frozen = is_frozen(change, start, stop, options.min_motion)
+    return f"frozen: nine of ten changes are below --min-motion {options.min_motion:g}" if frozen else ""
+
+
+# Parts of a build: consecutive sources that are planned and made at a time, by whichever task it falls to.
+#
+# A part has its own shards `part-00000-000000.tar …`. `part-00000.plan.json` keeps what was found in its sources, so
+# that a killed build does not look again; `part-00000.json` is written last and names what the part consists of.
+
+_NEAR_FRAMES = 240  # segments nearer than this are decoded in one pass
+_SEGMENTS_AT_ONCE = 8
+
+
+class BuildPart(NamedTuple):
+    """Sources `first`, `first + 1`, … of the build."""
+
+    number: int
+    first: int
+    sources: tuple[VideoSource, ...]
+
+    @property
+    def stem(self) -> str:
+        """How the names of its files begin."""
+        return f"part-{self.number:05d}"
+
+    @property
+    def plan_name(self) -> str:
+        """Name of what was found in its sources."""
+        return f"{self.stem}.plan.json"
+
+    @property
+    def done_name(self) -> str:
+        """Name of the file that is written when all the rest of the part is there."""
+        return f"{self.stem}.json"
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """What will be made of a source. `caption` is what a text beside it says, `notes` how its frames are
+    converted."""
+
+    content: str
+    info: VideoInfo | None = None
+    candidates: tuple[Candidate, ...] = ()
+    caption: str | None = None
+    problem: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Work(NamedTuple):
+    """Neighbouring units of one source: segments that are decoded in one pass, and what is left out between them.
+    `source` counts inside the part."""
+
+    source: int
+    units: tuple[Skip | Segment, ...]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The units that are to be made."""
+        return [unit for unit in self.units if isinstance(unit, Segment)]
+
+
+def cut_parts(sources: Sequence[VideoSource], part_bytes: float) -> list[BuildPart]:
+    """Consecutive sources, closed by the one that brings a part to `part_bytes`. No task or worker is asked."""
+    parts: list[BuildPart] = []
+    first, size = 0, 0
+    for number, source in enumerate(sources, 1):
+        size += source.size
+        if size >= part_bytes or number == len(sources):
+            parts.append(BuildPart(len(parts), first, tuple(sources[first:number])))
+            first, size = number, 0
+    return parts
+
+
+def write_plan(store: Store, part: BuildPart, planned: Sequence[PlannedSource]) -> None:
+    """Keep what was found in the sources of a part."""
+    rows = [{"name": source.name} | asdict(one) for source, one in zip(part.sources, planned, strict=True)]
+    store.put(part.plan_name, to_json({"sources": rows}))
+
+
+def read_plan(store: Store, part: BuildPart) -> list[PlannedSource]:
+    """What `write_plan` wrote; DataError when it is damaged."""
+    try:
+        rows = json.loads(store.get(part.plan_name))["sources"]
+        if [row.pop("name") for row in rows] != [source.name for source in part.sources]:
+            raise ValueError("it is of other sources")
+        return [_planned(**row) for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{store.url}/{part.plan_name}: damaged ({error}); remove it and run the build again"
+        ) from error
+
+
+def _planned(
+    info: dict[str, Any] | None,
+    candidates: list[tuple[int, int, float | None, str]],
+    notes: Sequence[str] = (),
+    **rest: Any,
+) -> PlannedSource:
+    found, cut = VideoInfo(**info) if info else None, tuple(Candidate(*one) for one in candidates)
+    return PlannedSource(info=found, candidates=cut, notes=tuple(notes), **rest)
+
+
+def work_of(part: BuildPart, planned: Sequence[PlannedSource], after: int = 0) -> Iterator[Work]:
+    """All that a part takes, in order, without its first `after` units."""
+    for number, (source, one) in enumerate(zip(part.sources, planned, strict=True)):
+        units = _units(source, one)
+        yield from (Work(number, run) for run in _runs(units[after:]))
+        after = max(0, after - len(units))
+
+
+def count_units(part: BuildPart, planned: Sequence[PlannedSource]) -> int:
+    """How many samples and skips a part has."""
+    return sum(len(_units(source, one)) for source, one in zip(part.sources, planned, strict=True))
+
+
+def write_done(store: Store, part: BuildPart, planned: Sequence[PlannedSource]) -> None:
+    """Name what a finished part consists of: tars and indices with their sizes, the content hash of every source."""
+    contents = {source.name: one.content for source, one in zip(part.sources, planned, strict=True)}
+    store.put(part.done_name, to_json({"files": store.list(f"{part.stem}-"), "contents": contents}))
+
+
+def files_of(store: Store, parts: Sequence[BuildPart]) -> Iterator[tuple[BuildPart, dict[str, int]]]:
+    """What finished parts consist of: names and sizes in bytes."""
+    by_name = {part.done_name: part for part in parts}
+    for name, data in read_all(store, list(by_name)):
+        try:
+            yield by_name[name], dict(json.loads(data)["files"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{store.url}/{name}: damaged; remove it and run the build again") from error
+
+
+def _units(source: VideoSource, planned: PlannedSource) -> list[Skip | Segment]:
+    """What becomes of a source, in order: segments to make, and what is left out with the reason."""
+    if planned.info is None or planned.problem:
+        return [Skip(source=source.name, reason=planned.problem)]
+    return [
+        one if isinstance(one, Segment) else Skip(source=source.name, segment=one[0], reason=one[1])
+        for one in segments(source.name, planned.content, planned.candidates)
+    ]
+
+
+def _runs(units: Sequence[Skip | Segment]) -> Iterator[tuple[Skip | Segment, ...]]:
+    """Parted behind eight segments, and where a segment is far from the one before it."""
+    run: list[Skip | Segment] = []
+    count, stop = 0, 0
+    for unit in units:
+        if isinstance(unit, Segment):
+            if count == _SEGMENTS_AT_ONCE or (count and unit.start > stop + _NEAR_FRAMES):
+                yield tuple(run)
+                run, count = [], 0
+            count, stop = count + 1, unit.stop
+        run.append(unit)
+    if run:
+        yield tuple(run)
+
+
+# Local copies of sources that are in a bucket: under the system's temporary folder, as long as they are needed.
+
+
+class Copies:
+    """Where the sources of parts are read.
+
+    Args:
+        folder: for copies; None when there is nothing to copy.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def origins(self, part: BuildPart) -> list[Origin]:
+        """For each source of a part: where it is, and where it is read."""
+        return [self._origin(part, number) for number in range(len(part.sources))]
+
+    def make_room(self, part: BuildPart) -> None:
+        """DiskFull when the sources of a part do not fit beside what is there."""
+        needed = sum(source.size for source in part.sources if source.local is None)
+        if self._folder is None or not needed:
+            return
+        free = free_bytes(self._folder)
+        if needed > free:
+            raise DiskFull(
+                f"{self._folder}: the sources of {part.stem} take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+                "make room, or set TMPDIR to a folder on another disk, or build with a smaller --part-gb"
+            )
+        self._of(part).mkdir(exist_ok=True)
+
+    def remove(self, part: BuildPart) -> None:
+        """Remove the copies of a part's sources."""
+        if self._folder is not None:
+            shutil.rmtree(self._of(part), ignore_errors=True)
+
+    def _of(self, part: BuildPart) -> Path:
+        assert self._folder is not None, "there is a folder where something is copied"
+        return self._folder / part.stem
+
+    def _origin(self, part: BuildPart, number: int) -> Origin:
+        source = part.sources[number]
+        path = source.local or self._of(part) / f"{number:06d}{source.suffix}"
+        return Origin(source.folder, source.file, source.text, path)
+
+
+def elsewhere(source: VideoSource) -> Origin:
+    """A source that is read without keeping a copy."""
+    return Origin(source.folder, source.file, source.text, source.local or Path(os.devnull) / "none")
+
+
+@contextmanager
+def local_copies(sources: Sequence[VideoSource]) -> Iterator[Copies]:
+    """A folder for copies, removed at the end; those that killed builds left are removed at the start."""
+    if all(source.local is not None for source in sources):
+        yield Copies(None)
+        return
+    root = Path(tempfile.gettempdir()) / f"regen-sources-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    with _locked(root):
+        for left in root.iterdir():
+            _remove_unless_used(left)
+        folder = Path(tempfile.mkdtemp(dir=root))
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    try:
+        yield Copies(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unless_used(folder: Path) -> None:
+    """A build holds a lock on its folder; the system drops it with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+UNREADABLE = "unreadable"
+_ENOUGH_TO_JUDGE = 20  # unreadable sources in one part, before their share says something
+
+
+@dataclass
+class StartedBuild:
+    """A part that workers are looking into. `plan` is there when an earlier build made it; `after` is what of the part
+    is finished. Calls by the number of a source in the part: copying it (with why it could not be), hashing it,
+    looking into it."""
+
+    part: BuildPart
+    origins: list[Origin]
+    after: Finished
+    plan: list[PlannedSource] | None = None
+    copying: dict[int, Call[str]] = field(default_factory=dict)
+    hashing: dict[int, Call[str]] = field(default_factory=dict)
+    looking: dict[int, Call[SurveyedSource]] = field(default_factory=dict)
+
+
+class Planner:
+    """Plans the parts of a build, one after the other, in their order.
+
+    Args:
+        store: of the dataset.
+        parts: all of the build, whoever makes them.
+        max_bad_share: of sources that cannot be read, in a part.
+        tell: called with how many sources are done.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        parts: Sequence[BuildPart],
+        options: BuildOptions,
+        pool: Pool,
+        copies: Copies,
+        max_bad_share: float,
+        tell: Callable[[int], None],
+    ) -> None:
+        self._store, self._options, self._pool, self._copies = store, options, pool, copies
+        self._max_bad_share, self._tell = max_bad_share, tell
+        self._originals = Originals(store, parts, pool)
+        self._threshold = options.scene_threshold if options.scenes else None
+
+    def begin(self, part: BuildPart) -> StartedBuild:
+        """Let the workers look into the sources of a part, or bring those of a part that is planned already."""
+        self._copies.make_room(part)
+        begun = StartedBuild(part, self._copies.origins(part), finished_shards(self._store, part.stem))
+        if self._store.size(part.plan_name) is not None:
+            begun.plan = read_plan(self._store, part)
+            for number in {work.source for work in work_of(part, begun.plan, begun.after.units) if work.segments}:
+                origin, content = begun.origins[number], begun.plan[number].content
+                begun.copying[number] = self._pool.submit(fetch_again, origin, content)
+            return begun
+        for number, origin in enumerate(begun.origins):
+            if self._originals.before(part.first + number):
+                begun.hashing[number] = self._pool.submit(content_of, origin, True)
+            else:
+                begun.looking[number] = self._pool.submit(survey, origin, self._threshold)
+        return begun
+
+    def finish(self, begun: StartedBuild) -> list[PlannedSource]:
+        """Wait for what was begun, and write the plan; DataError when too much of a part cannot be read."""
+        if begun.plan is not None:
+            self._tell(len(begun.part.sources))
+            return begun.plan
+        copied = self._find_copies(begun)
+        plan = []
+        for number, source in enumerate(begun.part.sources):
+            plan.append(copied[number] if number in copied else self._planned(source, begun.looking[number].result()))
+            self._tell(1)
+        self._guard(begun.part, plan)
+        write_plan(self._store, begun.part, plan)
+        for number, one in enumerate(plan):
+            self._originals.learn(begun.part.first + number, one.content)
+        return plan
+
+    def _find_copies(self, begun: StartedBuild) -> dict[int, PlannedSource]:
+        """Sources with the content of an earlier one; the others that might have been are looked into now."""
+        first, copied = begun.part.first, {}
+        for number, call in begun.looking.items():
+            if self._originals.after(first + number):
+                self._originals.learn(first + number, call.result().content)
+        for number, hashing in begun.hashing.items():
+            content = hashing.result()
+            self._originals.learn(first + number, content)
+            original = self._originals.find(first + number, content)
+            if original is None:
+                begun.looking[number] = self._pool.submit(survey, begun.origins[number], self._threshold)
+            else:
+                copied[number] = PlannedSource(content, problem=f"duplicate: same content as {original.name}")
+        return copied
+
+    def _planned(self, source: VideoSource, found: SurveyedSource) -> PlannedSource:
+        if found.info is None:
+            return PlannedSource(found.content, problem=found.problem)
+        problem = unsuitable(found.info, self._options) or self._options.sources_left_out.reason(found.notes)
+        if self._options.keep and source.suffix[1:] not in VIDEO_EXTENSIONS:
+            problem = f"unknown kind: --keep needs a name that ends in one of {', '.join(sorted(VIDEO_EXTENSIONS))}"
+        cut = () if problem else tuple(candidates(found.info, found.stretches, self._options))
+        return PlannedSource(found.content, found.info, cut, found.caption, problem, found.notes)
+
+    def _guard(self, part: BuildPart, plan: Sequence[PlannedSource]) -> None:
+        bad = [
+            Skip(source=source.name, reason=one.problem)
+            for source, one in zip(part.sources, plan, strict=True)
+            if one.problem.startswith(f"{UNREADABLE}:")
+        ]
+        if len(bad) >= _ENOUGH_TO_JUDGE and len(bad) > self._max_bad_share * len(plan):
+            raise DataError(
+                f"{len(bad)} of {len(plan)} sources in {part.stem} cannot be read, more than --max-bad-share "
+                f"{self._max_bad_share:g} allows; look at the sources, or allow more:\n{listed(bad)}"
+            )
+
+
+class Originals:
+    """Finds the first source with some content. Only sources of equal size can be equal, so only those are read, and
+    only when no plan says their hash."""
+
+    def __init__(self, store: Store, parts: Sequence[BuildPart], pool: Pool) -> None:
+        self._store, self._parts, self._pool = store, parts, pool
+        self._sources = [source for part in parts for source in part.sources]
+        self._contents: dict[int, str] = {}
+        self._plans_read: set[int] = set()
+        by_size: dict[int, list[int]] = defaultdict(list)
+        for number, source in enumerate(self._sources):
+            by_size[source.size].append(number)
+        self._by_size = {size: numbers for size, numbers in by_size.items() if len(numbers) > 1}
+
+    def before(self, number: int) -> Sequence[int]:
+        """Earlier sources of the same size."""
+        same_size = self._by_size.get(self._sources[number].size, [])
+        return same_size[: bisect_left(same_size, number)]
+
+    def after(self, number: int) -> bool:
+        """Whether a later source has the same size."""
+        return self._by_size.get(self._sources[number].size, (number,))[-1] > number
+
+    def learn(self, number: int, content: str) -> None:
+        """Remember a content hash that may be asked for."""
+        if self._sources[number].size in self._by_size:
+            self._contents[number] = content
+
+    def find(self, number: int, content: str) -> VideoSource | None:
+        """The first source before this one with the same content."""
+        before = self.before(number)
+        self._read(other for other in before if other not in self._contents)
+        same = (other for other in before if content and self._contents[other] == content)
+        return next((self._sources[other] for other in same), None)
+
+    def _read(self, numbers: Iterator[int]) -> None:
+        """Hashes from the plans of their parts, else of their bytes."""
+        reading: dict[int, Call[str]] = {}
+        for number in numbers:
+            self._from_plan(number)
+            if number not in self._contents:
+                reading[number] = self._pool.submit(content_of, elsewhere(self._sources[number]), False)
+        self._contents |= {number: call.result() for number, call in reading.items()}
+
+    def _from_plan(self, number: int) -> None:
+        part = self._parts[bisect_right(self._parts, number, key=attrgetter("first")) - 1]
+        if part.number in self._plans_read or number in self._contents:
+            return
+        self._plans_read.add(part.number)
+        if self._store.size(part.plan_name) is not None:
+            for place, one in enumerate(read_plan(self._store, part)):
+                self.learn(part.first + place, one.content)

@@ -1,0 +1,579 @@
+"""What a dataset is built from: videos in folders and buckets, or named by lists, in a fixed order, with their sizes.
+
+Nothing is opened here: sizes come from listings, so that every task of an array finds the same sources at little cost.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from regen_dist.config.urls import BUCKET_SCHEMES, WEB_SCHEMES, carries_secret, key_url, parse_url
+from regen_dist.data.format.index import VIDEO_EXTENSIONS
+from regen_dist.data.format.manifest import Skip, listed
+from regen_dist.data.storage.connection import StoreLimits, key_problem
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import DataError, ObjectDenied
+
+# Lists of videos and captions as people keep them: CSV, JSON, JSONL or Parquet with a column of videos and perhaps
+# one of captions; and the lists inside folders as other trainers lay them out.
+
+LIST_SUFFIXES = frozenset({".csv", ".json", ".jsonl", ".parquet"})
+# Of a folder as finetrainers, diffusion-pipe and VideoFolder of `datasets` lay it out: the first that is there.
+FOLDER_LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json", "captions.json")
+VIDEO_LINES = ("videos.txt", "video.txt")  # a path a line; and in the same order
+CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a list: the first of each that a row has counts."""
+
+    video: tuple[str, ...] = ("video",)
+    caption: tuple[str, ...] = ("caption",)
+
+    @classmethod
+    def parse(cls, text: str) -> Columns:
+        """Columns from `video=path,caption=text`; DataError for anything else. Either may be left out."""
+        given: dict[str, tuple[str, ...]] = {}
+        for part in text.split(","):
+            name, _, column = (each.strip() for each in part.partition("="))
+            if name not in ("video", "caption") or not column or name in given:
+                raise DataError(f"--columns {text}: {part!r} is not understood; write video=COLUMN,caption=COLUMN")
+            given[name] = (column,)
+        return cls(**given)
+
+
+PLAIN = Columns()
+METADATA = Columns(("file_name", "video", "path"), ("caption", "text", "prompt"))
+
+
+class CaptionRow(NamedTuple):
+    """A row of a list. `where` is how messages call it ("line 7"), `caption` None where there is none."""
+
+    where: str
+    video: str
+    caption: str | None
+
+
+def is_list(place: str | Path) -> bool:
+    """Whether a path or URL names a list, by its ending."""
+    return PurePosixPath(str(place)).suffix.lower() in LIST_SUFFIXES
+
+
+def read_rows(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool = False) -> list[CaptionRow]:
+    """The rows of a list: a local file, or an object of a store.
+
+    Raises:
+        DataError: it cannot be read, a column is missing, or rows are wrong: all of them, each with its line.
+    """
+    data = _bytes_of(place)
+    needed = (columns.video, columns.caption) if need_caption else (columns.video,)
+    rows, wrong = [], []
+    try:
+        for where, values in _raw_rows(PurePosixPath(str(place)).suffix.lower(), data, columns, needed):
+            problem = values if isinstance(values, str) else _problem(values, columns, needed)
+            if problem or isinstance(values, str):
+                wrong.append(f"{where}: {problem}")
+            else:
+                rows.append(CaptionRow(where, _cell(values, columns.video), _cell(values, columns.caption) or None))
+    except (ValueError, csv.Error, OSError) as error:  # pyarrow's errors are ValueErrors or OSErrors
+        raise DataError(f"{place}: cannot be read as a list: {_first_line(error)}") from error
+    refuse(place, wrong)
+    if not rows:
+        raise DataError(
+            f"{place}: the list is empty; it needs the column {_named(columns.video)}, and may have the column "
+            f"{_named(columns.caption)}"
+        )
+    return rows
+
+
+def read_lines(videos: str | Path, captions: str | Path) -> list[CaptionRow]:
+    """The rows of two files with a path and a caption a line, in the same order; DataError when their lengths
+    differ."""
+    texts = []
+    for place in (videos, captions):
+        try:
+            texts.append(_bytes_of(place).decode("utf-8-sig").rstrip("\r\n").split("\n"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: cannot be read as a list: {error}") from error
+    paths, said = texts
+    if len(paths) != len(said):
+        raise DataError(
+            f"{videos} has {len(paths)} lines and {captions} {len(said)}: each video needs its line of caption"
+        )
+    refuse(videos, [f"line {number}: it has no video" for number, path in enumerate(paths, 1) if not path.strip()])
+    pairs = enumerate(zip(paths, said, strict=True), 1)
+    return [CaptionRow(f"line {number}", path.strip(), caption.strip() or None) for number, (path, caption) in pairs]
+
+
+def refuse(place: str | Path, wrong: list[str]) -> None:
+    """One DataError for all that is wrong in a list; nothing when there is nothing."""
+    if wrong:
+        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+        lines = "\n".join(f"  {line}" for line in wrong[:_SHOWN] + more)
+        raise DataError(f"{place}: {len(wrong)} rows are wrong; mend or remove them:\n{lines}")
+
+
+def read_captions(place: str | Path, columns: Columns = PLAIN) -> dict[str, str]:
+    """Captions by video name from a list with both columns; DataError as for `read_rows`, and when one video has two
+    captions."""
+    captions: dict[str, str] = {}
+    wrong = []
+    for row in read_rows(place, columns, need_caption=True):
+        if captions.setdefault(row.video, row.caption or "") != (row.caption or ""):
+            wrong.append(f"{row.where}: another caption for {row.video}")
+    refuse(place, wrong)
+    return captions
+
+
+def _bytes_of(place: str | Path) -> bytes:
+    folder, _, name = str(place).rpartition("/") if "://" in str(place) else ("", "", "")
+    if folder:
+        return Store(folder).get(unquote(name) if parse_url(str(place)).read_only else name)
+    try:
+        return Path(place).expanduser().read_bytes()
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read: {error.strerror or error}") from error
+
+
+def _raw_rows(
+    suffix: str, data: bytes, columns: Columns, needed: Sequence[Sequence[str]]
+) -> Iterator[tuple[str, dict[Any, Any] | str]]:
+    """Where each row is, and its values, or what is wrong with it."""
+    if suffix == ".parquet":
+        yield from _parquet_rows(data, columns, needed)
+    elif suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        _need(needed, reader.fieldnames or ())
+        for values in reader:
+            yield f"line {reader.line_num}", values
+    elif suffix == ".jsonl":
+        # Not splitlines: a caption may hold U+2028, which JSON leaves as it is.
+        for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
+            if line.strip():
+                yield f"line {number}", _object(line)
+    elif suffix == ".json":
+        yield from _json_rows(json.loads(data.decode("utf-8-sig")), columns)
+    else:
+        raise ValueError(f"lists end in {', '.join(sorted(LIST_SUFFIXES))}")
+
+
+def _json_rows(rows: object, columns: Columns) -> Iterator[tuple[str, dict[Any, Any] | str]]:
+    """The rows of an array of objects, or of one object that gives each path its caption, or several: the first."""
+    if isinstance(rows, dict):
+        for video, said in rows.items():
+            caption = said[0] if isinstance(said, list) and said else said
+            yield f"entry {video!r}", {columns.video[0]: video, columns.caption[0]: caption}
+        return
+    if not isinstance(rows, list):
+        raise ValueError("a JSON list is an array of objects, or one object of captions by path")
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row if isinstance(row, dict) else "not a JSON object"
+
+
+def _parquet_rows(
+    data: bytes, columns: Columns, needed: Sequence[Sequence[str]]
+) -> Iterator[tuple[str, dict[Any, Any]]]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(io.BytesIO(data))
+    _need(needed, file.schema_arrow.names)
+    wanted = [name for name in (*columns.video, *columns.caption) if name in file.schema_arrow.names]
+    rows = (values for batch in file.iter_batches(columns=wanted) for values in batch.to_pylist())
+    for number, values in enumerate(rows, 1):
+        yield f"row {number}", values
+
+
+def _need(needed: Sequence[Sequence[str]], found: Sequence[str]) -> None:
+    if any(not set(names) & set(found) for names in needed):
+        raise ValueError(
+            f"every row needs a {' and a '.join(map(_named, needed))}; the columns are {', '.join(found) or 'none'}; "
+            "other names are given by --columns video=COLUMN,caption=COLUMN"
+        )
+
+
+def _named(names: Sequence[str]) -> str:
+    return " or ".join(names)
+
+
+def _cell(values: dict[Any, Any], names: Sequence[str]) -> str:
+    return str(_value(values, names) or "").strip()
+
+
+def _value(values: dict[Any, Any], names: Sequence[str]) -> object:
+    return next((values[name] for name in names if values.get(name) is not None), None)
+
+
+def _object(line: str) -> dict[Any, Any] | str:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        return f"not JSON: {error}"
+    return values if isinstance(values, dict) else "not a JSON object"
+
+
+def _problem(values: dict[Any, Any], columns: Columns, needed: Sequence[Sequence[str]]) -> str:
+    """What is wrong with the values of a row; empty for nothing."""
+    if None in values:
+        return "more fields than columns; put a text with commas into quotes"
+    for names in (columns.video, columns.caption):
+        value = _value(values, names)
+        if value is not None and not isinstance(value, str):
+            return f"its {_named(names)} is {value!r}, not a text"
+        if names in needed and not (value or "").strip():
+            return f"it has no {_named(names)}"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+VIDEO_SUFFIXES = frozenset(f".{extension}" for extension in VIDEO_EXTENSIONS)
+_REQUESTS_AT_ONCE = 32
+_ASKING = StoreLimits(stall_s=10.0, deadline_s=20.0)  # a web server for a size: what gives no answer now is dead
+_WORTH_LISTING = 1000  # so many objects of one folder are sized by listing it: a request gives a thousand
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSource:
+    """A video to build from.
+
+    Args:
+        name: how the dataset calls it: its path inside what was given. Never an absolute path.
+        folder: URL of the store that it is in.
+        file: its name in there.
+        size: in bytes, as listed.
+        caption: from a list.
+        text: a file beside it (name in `folder`) that holds its caption, where no list gives one.
+        text_size: of that file, in bytes.
+    """
+
+    name: str
+    folder: str
+    file: str
+    size: int
+    caption: str | None = None
+    text: str | None = None
+    text_size: int = 0
+
+    @property
+    def local(self) -> Path | None:
+        """Its path, where it is a local file."""
+        return Path(unquote(urlsplit(self.folder).path)) / self.file if self.folder.startswith("file:") else None
+
+    @property
+    def place(self) -> str:
+        """Where it is: a path or a URL."""
+        return str(self.local or f"{self.folder}/{self.file}")
+
+    @property
+    def suffix(self) -> str:
+        """Ending of its name in small letters, with the dot."""
+        return PurePosixPath(self.file).suffix.lower()
+
+
+class Sources(NamedTuple):
+    """All sources in their order, and what was left out before anything was opened."""
+
+    found: tuple[VideoSource, ...]
+    skipped: tuple[Skip, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Sum of the listed sizes."""
+        return sum(source.size for source in self.found)
+
+    def identity(self) -> dict[str, int | str]:
+        """Number, bytes, and a digest of names, sizes and captions in order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for one in self.found:
+            digest.update(repr((one.name, one.size, one.caption, one.text, one.text_size)).encode())
+        return {"files": len(self.found), "bytes": self.size_bytes, "digest": digest.hexdigest()}
+
+
+def find_sources(
+    places: Sequence[str | Path], captions: str | Path | None = None, columns: Columns | None = None
+) -> Sources:
+    """The videos of all places, each once, in order of the places, and by name inside a folder.
+
+    Args:
+        places: video files, folders, prefixes of buckets, and lists (`captions.read_rows`), as paths or URLs. What a
+            list names is relative to its own folder or URL.
+        captions: a list that gives captions to videos by path inside the folder or by file name, with or without its
+            ending.
+        columns: names of the columns of lists; None: `video` and `caption`, and METADATA's in a folder's own list.
+
+    Raises:
+        DataError: a place is missing, a list has wrong rows, there is no video at all, or no caption fits any.
+    """
+    missing = [str(place) for place in places if "://" not in str(place) and not Path(place).expanduser().exists()]
+    if missing:
+        raise DataError(f"no such file or folder: {', '.join(missing)}")
+    found: dict[str, VideoSource] = {}
+    skipped: list[Skip] = []
+    for place in places:
+        for source in _in_list(str(place), columns) if is_list(place) else _below(str(place), columns):
+            if isinstance(source, Skip):
+                skipped.append(source)
+            elif found.setdefault(source.place, source) is not source and is_list(place):
+                skipped.append(Skip(source=source.name, reason="named twice: only the first is used"))
+    if not found:
+        left_out = f"; left out:\n{listed(skipped)}" if skipped else ""
+        raise DataError(f"no videos ({', '.join(sorted(VIDEO_SUFFIXES))}) in {', '.join(map(str, places))}{left_out}")
+    if captions is None:
+        return Sources(tuple(found.values()), tuple(skipped))
+    return _captioned(list(found.values()), read_captions(captions, columns or PLAIN), skipped)
+
+
+def _below(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip]:
+    """The videos of a folder or a prefix in order of their names, or those that the folder's own list names; or the one
+    that the place names."""
+    folder, file = _place(place)
+    if file:
+        sizes = _sizes(folder, [file, *(_beside(file) if Store(folder).can_list else [])])
+    else:
+        sizes, unreadable = _files_below(folder)
+        if (rows := _own_rows(folder, sizes, columns)) is not None:
+            yield from _left_unnamed(folder, sizes, list(_listed(*rows)))
+            return
+        yield from (Skip(source=name, reason=why) for name, why in unreadable.items() if _is_video(name))
+    for name in [file] if file else sorted(name for name in sizes if _is_video(name)):
+        text = next((text for text in _beside(name) if text in sizes), None)
+        yield VideoSource(name, folder, name, sizes[name], text=text, text_size=sizes[text] if text else 0)
+
+
+def _own_rows(folder: str, sizes: dict[str, int], columns: Columns | None) -> tuple[str, str, list[CaptionRow]] | None:
+    """The folder, its own list (`metadata.jsonl`, or `videos.txt` with `prompts.txt`) and that list's rows; None when
+    it has none."""
+    for name in FOLDER_LISTS:
+        if name in sizes:
+            return folder, f"{folder}/{name}", read_rows(_spelled(folder, name), columns or METADATA)
+    videos, captions = (next((name for name in names if name in sizes), None) for names in (VIDEO_LINES, CAPTION_LINES))
+    if videos is None or captions is None:
+        return None
+    return folder, f"{folder}/{videos}", read_lines(_spelled(folder, videos), _spelled(folder, captions))
+
+
+def _spelled(folder: str, name: str) -> str:
+    """The path or the URL of a file of a folder."""
+    local = Store(folder).folder
+    return f"{folder}/{name}" if local is None else str(local / name)
+
+
+def _left_unnamed(
+    folder: str, sizes: dict[str, int], named: Sequence[VideoSource | Skip]
+) -> Iterator[VideoSource | Skip]:
+    """What a folder's own list gives, and of the other videos that they are left out."""
+    yield from named
+    given = {source.place for source in named if isinstance(source, VideoSource)}
+    for name in sorted(name for name in sizes if _is_video(name)):
+        if VideoSource(name, folder, name, 0).place not in given:
+            yield Skip(source=name, reason="not named: the folder's list of videos leaves it out")
+
+
+def _place(place: str) -> tuple[str, str]:
+    """URL of a folder, and the file in it when one file is meant."""
+    store = Store(place)
+    parent, _, name = store.url.rpartition("/")
+    if store.folder is not None:
+        return (Store(store.folder.parent).url, store.folder.name) if store.folder.is_file() else (store.url, "")
+    if _is_video(name):
+        for spelled in dict.fromkeys((name, unquote(name))):
+            if spelled in _sizes(parent, [spelled]):
+                return parent, spelled
+        if not store.can_list:
+            raise DataError(f"{store.url}: there is no such file, or the server does not give it; check the address")
+    return store.url, ""
+
+
+def _in_list(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip]:
+    """The videos that a list names, in its order."""
+    base, _ = _place(place) if "://" not in place else (Store(place).url.rpartition("/")[0], "")
+    return _listed(base, place, read_rows(place, columns or PLAIN))
+
+
+def _listed(base: str, place: str, rows: Sequence[CaptionRow]) -> Iterator[VideoSource | Skip]:
+    """The videos of the rows of a list. DataError for all rows that name none; but links to the web rot, those that
+    lead nowhere are left out."""
+    located: dict[CaptionRow, tuple[str, str]] = {}
+    wrong: dict[CaptionRow, str] = {}
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        try:
+            folder, file = located[row] = _locate(base, row.video)
+            by_folder[folder].append(file)
+        except DataError as error:
+            wrong[row] = str(error)
+    sizes = dict(_sizes_of_all(by_folder))
+    gone = {row for row, (folder, file) in located.items() if file not in sizes[folder]}
+    dead = {row for row in gone if not Store(located[row][0]).can_list}
+    wrong |= {row: f"there is no {row.video}" for row in gone - dead}
+    refuse(place, [f"{row.where}: {wrong[row]}" for row in rows if row in wrong])
+    for row, (folder, file) in located.items():
+        if row in dead:
+            yield Skip(source=_name(base, row.video, file), reason="dead link: the server does not have or give it")
+        else:
+            yield VideoSource(_name(base, row.video, file), folder, file, sizes[folder][file], row.caption)
+
+
+def _locate(base: str, video: str) -> tuple[str, str]:
+    """Folder and file of what a list names; `base` is the URL of the list's own folder."""
+    scheme = video.partition("://")[0]
+    if scheme in BUCKET_SCHEMES and scheme != video:
+        bucket, _, key = video.removeprefix(f"{scheme}://").partition("/")
+        return _located(scheme, bucket, key)
+    if scheme in WEB_SCHEMES and scheme != video:
+        return _on_the_web(video)
+    if "://" in video or video.startswith(("/", "~", "pipe:")):
+        return _split(str(Store(video).folder))
+    if base.startswith("file:"):
+        return _split(os.path.abspath(f"{Store(base).folder}/{video}"))
+    place = parse_url(base)
+    key = posixpath.normpath(f"{place.prefix}/{video}").lstrip("/")
+    if key.startswith(".."):
+        raise DataError(f"{video} leads out of the bucket")
+    return _located(place.scheme, place.bucket or "", key)
+
+
+def _on_the_web(video: str) -> tuple[str, str]:
+    """Folder and file of an address, as it stands in a browser: `%20` is a space."""
+    try:
+        place = parse_url(video)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    folder, _, file = place.url.rpartition("/")
+    if file == place.bucket or not place.prefix:
+        raise DataError(f"{place.url} names a server, not a file")
+    return Store(folder).url, unquote(file)
+
+
+def _split(path: str) -> tuple[str, str]:
+    folder, _, file = path.rpartition("/")
+    return Store(folder or "/").url, file
+
+
+def _located(scheme: str, bucket: str, key: str) -> tuple[str, str]:
+    """Folder and file of a bucket's key, in which no character has a meaning but the slash."""
+    if carries_secret(key):
+        raise DataError("a signed URL: lists must not carry credentials; name the object alone")
+    if problem := key_problem(key):
+        raise DataError(f"{key!r}: {problem}: rename the object")
+    folder, slash, file = key.rpartition("/")
+    return Store(key_url(scheme, bucket, f"{folder}{slash}")).url, file
+
+
+def _name(base: str, video: str, file: str) -> str:
+    """How the dataset calls what a list names: no path of this machine is told."""
+    video = unquote(urlsplit(video).path) if video.startswith("file:") else video
+    here = str(Store(base).folder or base)
+    if video.startswith(f"{here}/"):
+        return video[len(here) + 1 :]
+    return file if video.startswith(("/", "~")) else video
+
+
+def _sizes_of_all(folders: dict[str, list[str]]) -> Iterable[tuple[str, dict[str, int]]]:
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as threads:
+        # A folder of which much is wanted is one call; of others every file is one.
+        calls = [
+            (folder, files[start : start + step])
+            for folder, files in folders.items()
+            for step in [len(files) if len(files) >= _WORTH_LISTING or folder.startswith("file:") else 1]
+            for start in range(0, len(files), step)
+        ]
+        sizes: dict[str, dict[str, int]] = defaultdict(dict)
+        for (folder, _), found in zip(calls, threads.map(lambda call: _sizes(*call), calls), strict=True):
+            sizes[folder] |= found
+        return sizes.items()
+
+
+def _sizes(folder: str, files: Sequence[str]) -> dict[str, int]:
+    """Sizes of those of these files that are there."""
+    store = Store(folder)
+    if store.folder is not None:
+        paths = ((file, store.folder / file) for file in files)
+        return {file: path.stat().st_size for file, path in paths if path.is_file()}
+    if store.read_only and not (store.can_list and len(files) >= _WORTH_LISTING):
+        return {file: size for file in files if (size := _size_on_the_web(store, file)) is not None}
+    if len(files) >= _WORTH_LISTING:
+        found = store.list()
+    else:
+        found = {name: size for file in files for name, size in store.list(file).items()}
+    return {file: found[file] for file in files if file in found}
+
+
+def _size_on_the_web(store: Store, file: str) -> int | None:
+    try:
+        return Store(store.url, _ASKING).size(file)
+    except ObjectDenied:
+        return None
+
+
+def _files_below(folder: str) -> tuple[dict[str, int], dict[str, str]]:
+    """Size of every file below a folder or prefix, hidden ones left out; and objects that cannot be read by their keys,
+    with why."""
+    store = Store(folder)
+    if not store.can_list:
+        own = _sizes(folder, [*FOLDER_LISTS, *VIDEO_LINES, *CAPTION_LINES])
+        return (own, {}) if own else (store.list(), {})  # which says that there is no listing
+    if store.folder is None:
+        listing = store.list_all()
+        seen = {name: one.size for name, one in listing.found.items() if not PurePosixPath(name).name.startswith(".")}
+        return seen, listing.unreadable
+    found = {}
+    for top, _, names in os.walk(store.folder):
+        for path in (Path(top, name) for name in names if not name.startswith(".")):
+            if (
+                path.suffix.lower() in VIDEO_SUFFIXES | {".txt"} or path.name in FOLDER_LISTS
+            ):  # a dangling link is a source that cannot be read
+                found[path.relative_to(store.folder).as_posix()] = path.stat().st_size if path.exists() else 0
+    return found, {}
+
+
+def _captioned(found: Sequence[VideoSource], captions: dict[str, str], skipped: Sequence[Skip]) -> Sources:
+    """The sources with the captions of a list; what they say of videos that are not there is left out."""
+    names = {name for source in found for name in _called(source)}
+    unused = [name for name in captions if name not in names]
+    if len(unused) == len(captions):
+        raise DataError(
+            f"no caption belongs to a video: captions name {unused[:3]}, the videos are {sorted(names)[:3]}"
+        )
+    return Sources(
+        tuple(_with_caption(source, captions) for source in found),
+        (*skipped, *(Skip(source=name, reason="no video: a caption without a video") for name in unused)),
+    )
+
+
+def _with_caption(source: VideoSource, captions: dict[str, str]) -> VideoSource:
+    listed_as = next((name for name in _called(source) if name in captions), None)
+    return replace(source, caption=source.caption or (captions[listed_as] if listed_as else None))
+
+
+def _called(source: VideoSource) -> Iterator[str]:
+    """What a list may call a video: by path or file name, with its ending or as an identifier without."""
+    path = PurePosixPath(source.name)
+    yield from (source.name, path.name, str(path.with_suffix("")), path.stem)
+
+
+def _is_video(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
+
+
+def _beside(name: str) -> list[str]:
+    """The text files that may hold a video's caption: cameras and their cards write CLIP.TXT or Clip.Txt, too."""
+    stem = PurePosixPath(name).with_suffix("")
+    stems = dict.fromkeys((stem, stem.with_name(stem.name.lower()), stem.with_name(stem.name.upper())))
+    return [f"{one}{suffix}" for one in stems for suffix in (".txt", ".TXT", ".Txt")]

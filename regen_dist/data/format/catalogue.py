@@ -1,0 +1,260 @@
+"""A dataset opened for reading: every row's place and shape in one local, memory-mapped file of 64 bytes a row.
+
+The file is made once a node, out of the dataset's indices, and shared by all ranks and workers through the page cache:
+a process holds only the pages that it touches, so a hundred million samples need 6.4 GB of disk and next to no memory.
+Texts (keys, captions, sources) stay in the indices; they are fetched when a message needs them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from regen_dist.data.format.index import Sample, checksum, read_index, samples_of
+from regen_dist.data.format.manifest import DatasetManifest, ShardEntry, manifest_bytes, parse_manifest, read_all
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import DataError
+
+RECORD = np.dtype(
+    [
+        ("id", "<i8"),
+        ("offset", "<i8"),
+        ("size", "<i8"),
+        ("shard", "<i4"),
+        ("frames", "<i4"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("fps", "<f4"),
+        ("motion", "<f4"),
+        ("checksum", "V16"),
+    ]
+)
+_COLUMNS = ("id", "offset", "size", "frames", "height", "width", "fps")
+
+
+class SampleRow(NamedTuple):
+    """What reading a sample takes. `row` numbers it in its dataset; sides in pixels, offset and size in bytes."""
+
+    row: int
+    id: int
+    shard: str
+    offset: int
+    size: int
+    checksum: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+class Dataset:
+    """All samples of a dataset, addressed by row. Cheap to send to another process.
+
+    Args:
+        store: where the manifest and the indices are.
+        manifest: the dataset's manifest.
+        path: the compiled file of `RECORD`s.
+    """
+
+    def __init__(self, store: Store, manifest: DatasetManifest, path: Path) -> None:
+        self.store, self.manifest, self._path = store, manifest, path
+        self.shards = Store(manifest.shards_url) if manifest.shards_url else store
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the mapping (the other process maps the same file) and the list of what was left out, which may be
+        longer than that of the shards."""
+        state = {name: value for name, value in vars(self).items() if name != "records"}
+        return state | {"manifest": self.manifest.model_copy(update={"skipped": ()})}
+
+    def __len__(self) -> int:
+        return self.manifest.totals.samples
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a sample, its bytes or the order of samples does; not when the dataset is moved or copied."""
+        return self.manifest.fingerprint
+
+    @property
+    def catalogue(self) -> Path:
+        """The compiled file. Its name changes with anything in the manifest, so also when samples only moved."""
+        return self._path
+
+    @cached_property
+    def records(self) -> npt.NDArray[np.void]:
+        """All rows [N] of `RECORD`, mapped, read-only."""
+        try:
+            records: npt.NDArray[np.void] = np.load(self._path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self._path}: damaged ({error}); remove it and run the same again") from error
+        return records
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """Sample ids by row, int64 [N]."""
+        return np.asarray(self.records["id"], dtype=np.int64)
+
+    def row(self, row: int) -> SampleRow:
+        """Where the sample of a row in [0, len) lies."""
+        record = self.records[row]
+        return SampleRow(
+            row,
+            int(record["id"]),
+            self.manifest.shards[int(record["shard"])].name,
+            int(record["offset"]),
+            int(record["size"]),
+            record["checksum"].tobytes().hex(),
+            int(record["frames"]),
+            int(record["height"]),
+            int(record["width"]),
+            float(record["fps"]),
+        )
+
+    def sample(self, row: int) -> Sample:
+        """The whole index entry of a row in [0, len); reads the index of its shard."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return samples_of(self.index(number).slice(row - int(self._starts[number]), 1))[0]
+
+    def index(self, number: int) -> pa.Table:
+        """The index of a shard, by its number; DataError when it is another than the manifest tells of."""
+        entry = self.manifest.shards[number]
+        return _checked_index(self.store, entry, self.store.get(entry.index))
+
+    def table(self) -> pa.Table:
+        """Every index entry with its texts, in memory: for small datasets and for looking at them."""
+        indices = [entry.index for entry in self.manifest.shards]
+        return pa.concat_tables([read_index(data)[0] for _, data in read_all(self.store, indices)])
+
+    def read(self, row: SampleRow | Sample) -> bytes:
+        """A sample's video file; DataError naming the shard when the bytes are not those that were written."""
+        data = self.shards.get_range(row.shard, row.offset, row.size)
+        self.check(row, data)
+        return data
+
+    def check(self, row: SampleRow | Sample, data: bytes) -> None:
+        """DataError when `data` is not what was written for this sample."""
+        if len(data) != row.size or checksum(data) != row.checksum:
+            raise DataError(
+                f"the bytes differ from those that were written (checksum {checksum(data)}, the index says "
+                f"{row.checksum}); run `regen shards verify {self.store.url}` and build {row.shard} again"
+            )
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        """First row of every shard."""
+        return np.cumsum([0, *(entry.samples for entry in self.manifest.shards)])
+
+
+def cache_folder(configured: str | Path | None = None) -> Path:
+    """Where local copies go: as configured, else $REGEN_CACHE, else the user's cache folder."""
+    chosen = configured or os.environ.get("REGEN_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regen"
+
+
+def open_dataset(url: str | Path, cache: str | Path | None = None, limits: StoreLimits = StoreLimits()) -> Dataset:  # noqa: B008
+    """Read the manifest of a dataset, and compile its indices unless this node has done so before.
+
+    Args:
+        cache: as for `cache_folder`.
+        limits: patience with a bucket.
+
+    Raises:
+        DataError: manifest or an index is missing, damaged or of another version, or the disk is full.
+    """
+    store = Store(url, limits)
+    data = manifest_bytes(store)
+    manifest = parse_manifest(store, data)
+    folder = cache_folder(cache) / "catalogues"
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.npy"
+    make_once(path, lambda file: _compile(store, manifest, file))
+    return Dataset(store, manifest, path)
+
+
+def make_once(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Make a local file that all processes of this machine share, unless it is there: by one of them, whole or not at
+    all. It may be mapped: it has no holes, so a short disk shows here, not as a bus error later.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    if path.exists():
+        return
+    with _disk_failures(path.parent), _alone(path):
+        if path.exists():
+            return
+        for left in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed, for we are alone
+            left.unlink(missing_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _compile(store: Store, manifest: DatasetManifest, file: IO[bytes]) -> None:
+    shape = (manifest.totals.samples,)
+    np.lib.format.write_array_header_1_0(file, {"descr": RECORD.descr, "fortran_order": False, "shape": shape})
+    for records in _records(store, manifest):
+        file.write(records.tobytes())
+
+
+def _records(store: Store, manifest: DatasetManifest) -> Iterator[npt.NDArray[np.void]]:
+    indices = read_all(store, [entry.index for entry in manifest.shards])
+    for number, (entry, (_, data)) in enumerate(zip(manifest.shards, indices, strict=True)):
+        yield _of_table(_checked_index(store, entry, data), number)
+
+
+def _checked_index(store: Store, entry: ShardEntry, data: bytes) -> pa.Table:
+    if hashlib.sha256(data).hexdigest() != entry.index_sha256:
+        raise DataError(
+            f"{store.url}/{entry.index}: differs from the manifest, or the dataset was built again meanwhile; run the "
+            "build again (it makes what is missing), then this"
+        )
+    return read_index(data)[0]
+
+
+def _of_table(table: pa.Table, shard: int) -> npt.NDArray[np.void]:
+    records = np.zeros(table.num_rows, RECORD)
+    for name in _COLUMNS:
+        records[name] = table[name].to_numpy()
+    records["shard"] = shard
+    records["motion"] = table["motion"].fill_null(float("nan")).to_numpy()
+    digests = b"".join(bytes.fromhex(text) for text in table["checksum"].to_pylist())
+    records["checksum"] = np.frombuffer(digests, "V16")
+    return records
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process of this machine at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _disk_failures(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the dataset's catalogue cannot be written: {error.strerror or error}; make room there, or set "
+            "data.read.cache or REGEN_CACHE to a folder on another disk"
+        ) from error

@@ -1,0 +1,170 @@
+"""The index of one shard: where every sample's bytes lie inside its tar, what is in them, and how to tell that they are
+whole.
+
+One Parquet file beside each tar. Readers never parse tars; they fetch byte ranges that the index names, and check them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from regen_dist.errors import DataError
+from regen_dist.jsontext import json_text
+
+SCHEMA_VERSION = 2
+VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts"})
+PAYLOAD_EXTENSIONS = VIDEO_EXTENSIONS | {"safetensors"}  # what a shard of our own writing holds samples as
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("member", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("checksum", pa.string(), nullable=False),
+        pa.field("frames", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("fps", pa.float64(), nullable=False),
+        pa.field("motion", pa.float32()),
+        pa.field("caption", pa.string()),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of the index: a video inside a shard, or the latents of one.
+
+    Offset and size in bytes, sides in pixels as shown, `fps` the average frame rate, `motion` the mean change between
+    neighbouring frames (`scenes.motion`; None where it was not measured).
+    """
+
+    key: str
+    id: int
+    shard: str
+    member: str
+    offset: int
+    size: int
+    checksum: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+    motion: float | None
+    caption: str | None
+    source: str
+
+    @property
+    def name(self) -> str:
+        """How messages call this sample."""
+        return f"sample {self.key} in {self.shard}"
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """What an index says of a sample beside its place: the facts that do not follow from the tar's bytes alone."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+    source: str
+    caption: str | None = None
+    motion: float | None = None
+
+
+def scan_shard(path: Path, name: str, described: dict[str, SampleFacts]) -> list[Sample]:
+    """Index a finished local tar that `ShardWriter` made.
+
+    Args:
+        path: the tar.
+        name: what the shard is called in its dataset.
+        described: by key; samples that are not in it are left out.
+    """
+    with tarfile.open(path) as tar:
+        members = [(split_member(member.name), member) for member in tar if member.isfile()]
+    with path.open("rb") as raw:
+        return [
+            _scanned(raw, key, name, member, described[key])
+            for (key, extension), member in members
+            if extension in PAYLOAD_EXTENSIONS and key in described
+        ]
+
+
+def split_member(name: str) -> tuple[str, str]:
+    """Key and extension of a tar member, as WebDataset splits them: at the first dot of the file's name; the extension
+    in small letters."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _scanned(raw: IO[bytes], key: str, shard: str, member: tarfile.TarInfo, facts: SampleFacts) -> Sample:
+    raw.seek(member.offset_data)
+    return indexed(key, shard, member, raw.read(member.size), facts)
+
+
+def indexed(key: str, shard: str, member: tarfile.TarInfo, data: bytes, facts: SampleFacts) -> Sample:
+    """The index row of a tar member whose bytes are `data`."""
+    return Sample(
+        key=key,
+        id=sample_id(key),
+        shard=shard,
+        member=member.name,
+        offset=member.offset_data,
+        size=member.size,
+        checksum=checksum(data),
+        **asdict(facts),
+    )
+
+
+def write_index(samples: Sequence[Sample], facts: dict[str, Any]) -> bytes:
+    """A Parquet file of one shard's samples; `facts` (JSON) about the shard go into its metadata."""
+    metadata = {"regen.schema_version": str(SCHEMA_VERSION), "regen.shard": json_text(facts, sort_keys=True)}
+    table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=INDEX_SCHEMA.with_metadata(metadata))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_index(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
+    """The samples and the facts that `write_index` stored; DataError when it is not such a file."""
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"not an index: {str(error).splitlines()[0]}; run the build again") from error
+    metadata = table.schema.metadata or {}
+    version = metadata.get(b"regen.schema_version", b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise DataError(
+            f"the index has schema version {version}, this program reads {SCHEMA_VERSION}; build the shards again"
+        )
+    return table.replace_schema_metadata(None), json.loads(metadata[b"regen.shard"])
+
+
+def samples_of(table: pa.Table) -> list[Sample]:
+    """The rows of an index as `Sample`s."""
+    return [Sample(**row) for row in table.to_pylist()]
+
+
+def sample_id(key: str) -> int:
+    """A sample's number, stable over rebuilds: the first 63 bits of the SHA-256 of its key."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+
+def checksum(data: bytes) -> str:
+    """BLAKE2b of 16 bytes, in hex: faster than SHA-256, and as sure against accidents."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,361 @@
+"""The manifest of a dataset: `manifest.json`, written last. A folder without it is not finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from regen_dist.data.format.index import SCHEMA_VERSION, read_index
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import DataError, ObjectMissing
+from regen_dist.jsontext import json_text
+
+MANIFEST = "manifest.json"
+Kind = Literal["build", "index", "synthetic", "latents"]
+_READS_AT_ONCE = 16
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Skip(_Record):
+    """A source, or a segment of one, that was left out, and why."""
+
+    source: str
+    segment: int | None = None
+    reason: str
+
+
+class Note(_Record):
+    """How the samples of a source differ from what is in its file: "KIND: what was done"."""
+
+    source: str
+    note: str
+
+
+class ShardEntry(_Record):
+    """A shard in the manifest: sizes in bytes, SHA-256 in hex of the tar and of its index."""
+
+    name: str
+    size: int
+    sha256: str
+    index: str
+    index_sha256: str
+    samples: int
+
+
+class Totals(_Record):
+    """Sums over a dataset."""
+
+    shards: int
+    samples: int
+    frames: int
+    seconds: float
+    bytes: int
+
+
+class SampleDigests(_Record):
+    """Digests of what the indices say of the samples beside their bytes, in row order: of the captions, and of all
+    else (source, frames, sides, frame rate, motion)."""
+
+    captions: str
+    facts: str
+
+
+class DatasetManifest(_Record):
+    """What a dataset consists of.
+
+    `kind` is the command that made it, `options` what it was asked for, `skipped` what was left out, `notes` what was
+    converted. `shards_url` says where the tars are when they do not lie beside their indices. `fingerprint` is of the
+    samples' bytes and their order; `described` of what is said of them, None in manifests of before it was added
+    (`described` below computes it).
+    """
+
+    schema_version: int
+    kind: Kind
+    fingerprint: str
+    totals: Totals
+    shards: tuple[ShardEntry, ...]
+    options: dict[str, Any]
+    skipped: tuple[Skip, ...]
+    shards_url: str | None = None
+    notes: tuple[Note, ...] = ()
+    described: SampleDigests | None = None
+
+    def boundaries(self) -> str:
+        """Digest of how many samples each shard holds: of where one ends and the next begins."""
+        counts = ",".join(str(entry.samples) for entry in self.shards)
+        return hashlib.blake2b(counts.encode(), digest_size=16).hexdigest()
+
+
+def read_manifest(store: Store) -> DatasetManifest:
+    """The manifest of a folder; DataError when there is none or it is of another schema version."""
+    return parse_manifest(store, manifest_bytes(store))
+
+
+def manifest_bytes(store: Store) -> bytes:
+    """The manifest as it is stored; DataError when there is none."""
+    if store.can_list and MANIFEST not in store.list(MANIFEST):
+        raise DataError(
+            f"{store.url}: there is no {MANIFEST}, so no finished dataset. Build one with `regen shards build SOURCE "
+            f"--out {store.url}`, or index tars that are there with `regen shards index {store.url}`"
+        )
+    return store.get(MANIFEST)
+
+
+def parse_manifest(store: Store, data: bytes) -> DatasetManifest:
+    """Read what `manifest_bytes` gave."""
+    try:
+        raw = json.loads(data)
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DataError(
+                f"{store.url}/{MANIFEST}: schema version {version}, this program reads {SCHEMA_VERSION}; build the "
+                f"shards again"
+            )
+        return DatasetManifest.model_validate(raw)
+    except (ValidationError, ValueError) as error:
+        raise DataError(
+            f"{store.url}/{MANIFEST}: damaged ({str(error).splitlines()[0]}); run the build again"
+        ) from error
+
+
+def only_latents(manifest: DatasetManifest, url: str) -> None:
+    """DataError when a dataset holds videos."""
+    if manifest.kind != "latents":
+        raise DataError(
+            f"{url} holds videos, not latents (it was made by `regen shards {manifest.kind}`); make a cache of it with "
+            "`regen preencode`, and give that cache"
+        )
+
+
+def only_videos(manifest: DatasetManifest, url: str) -> None:
+    """DataError when a dataset holds latents."""
+    if manifest.kind == "latents":
+        raise DataError(
+            f"{url} holds latents that `regen preencode` made, not videos; give the dataset of videos, or train a "
+            "text-to-video model on it (task: t2v)"
+        )
+
+
+def write_manifest(
+    store: Store,
+    indices: Sequence[str],
+    kind: Kind,
+    options: dict[str, Any],
+    skipped: Iterable[Skip] = (),
+    shards_url: str | None = None,
+) -> DatasetManifest:
+    """Gather what the indices of these names say, in this order, and write the manifest.
+
+    Raises:
+        DataError: an index is missing or damaged, or there is no sample in any.
+    """
+    entries, left_out, totals, digest, described = [], list(skipped), _Sums(), Fingerprint(), _Descriptions()
+    notes: dict[Note, None] = {}
+    for name, data in read_all(store, indices):
+        table, facts = read_index(data)
+        left_out += [Skip(**skip) for skip in facts["skipped"]]
+        notes |= {Note(**note): None for note in facts.get("notes", ())}
+        if table.num_rows:
+            entries.append(_entry(name, data, facts, table.num_rows))
+            totals.add(table, facts["size"])
+            digest.add(table)
+            described.add(table)
+    if not entries:
+        raise DataError(f"{store.url}: no sample is left:\n{listed(left_out)}")
+    manifest = DatasetManifest(
+        schema_version=SCHEMA_VERSION,
+        kind=kind,
+        fingerprint=digest.hex(),
+        totals=totals.over(len(entries)),
+        shards=tuple(entries),
+        options=options,
+        skipped=tuple(left_out),
+        shards_url=shards_url,
+        notes=tuple(notes),
+        described=described.digests(),
+    )
+    data = to_json(manifest.model_dump(mode="json"))
+    if MANIFEST not in store.list(MANIFEST) or store.get(MANIFEST) != data:
+        store.put(MANIFEST, data)
+    return manifest
+
+
+def read_all(store: Store, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Small objects, several requests at once, in the order of their names; few are held at a time."""
+    with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+        for start in range(0, len(names), 4 * _READS_AT_ONCE):
+            some = names[start : start + 4 * _READS_AT_ONCE]
+            yield from zip(some, threads.map(store.get, some), strict=True)
+
+
+class Fingerprint:
+    """Identity of a dataset: schema version, ids and checksums in row order, whatever shards they lie in."""
+
+    def __init__(self) -> None:
+        self._ids = hashlib.blake2b(f"regen-dataset-{SCHEMA_VERSION}".encode(), digest_size=16)
+        self._checksums = hashlib.blake2b(digest_size=16)
+
+    def add(self, table: pa.Table) -> None:
+        """The next rows."""
+        self._ids.update(np.ascontiguousarray(table["id"].to_numpy()).tobytes())
+        self._checksums.update("".join(table["checksum"].to_pylist()).encode())
+
+    def hex(self) -> str:
+        """The digest of all rows so far."""
+        both = self._ids.copy()
+        both.update(self._checksums.digest())
+        return both.hexdigest()
+
+
+def described(store: Store, manifest: DatasetManifest) -> SampleDigests:
+    """What a manifest holds as `described`; read out of the indices where it is one of before that was added."""
+    if manifest.described is not None:
+        return manifest.described
+    found = _Descriptions()
+    for _, data in read_all(store, [entry.index for entry in manifest.shards]):
+        found.add(read_index(data)[0])
+    return found.digests()
+
+
+class _Descriptions:
+    """Digests column by column, whatever shards the rows lie in."""
+
+    _FACTS = ("source", "frames", "height", "width", "fps", "motion")
+
+    def __init__(self) -> None:
+        self._columns = {name: hashlib.blake2b(digest_size=16) for name in ("caption", *self._FACTS)}
+
+    def add(self, table: pa.Table) -> None:
+        """The next rows."""
+        for name, digest in self._columns.items():
+            column = table[name]
+            if pa.types.is_string(column.type):
+                digest.update(b"".join(_delimited(text) for text in column.to_pylist()))
+            else:
+                known = column.fill_null(float("nan")) if pa.types.is_floating(column.type) else column
+                digest.update(np.ascontiguousarray(known.to_numpy()).tobytes())
+
+    def digests(self) -> SampleDigests:
+        """Of all rows so far."""
+        facts = hashlib.blake2b(b"".join(self._columns[name].digest() for name in self._FACTS), digest_size=16)
+        return SampleDigests(captions=self._columns["caption"].hexdigest(), facts=facts.hexdigest())
+
+
+def _delimited(text: str | None) -> bytes:
+    """Bytes that no other text, nor none, has; also in a row of several."""
+    data = b"" if text is None else text.encode()
+    return f"{-1 if text is None else len(data)}:".encode() + data
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.samples, self.frames, self.seconds, self.bytes = 0, 0, 0.0, 0
+
+    def add(self, table: pa.Table, size: int) -> None:
+        frames, fps = table["frames"].to_numpy(), table["fps"].to_numpy()
+        self.samples, self.bytes = self.samples + table.num_rows, self.bytes + size
+        self.frames, self.seconds = self.frames + int(frames.sum()), self.seconds + float((frames / fps).sum())
+
+    def over(self, shards: int) -> Totals:
+        return Totals(
+            shards=shards, samples=self.samples, frames=self.frames, seconds=round(self.seconds, 3), bytes=self.bytes
+        )
+
+
+def _entry(index: str, data: bytes, facts: dict[str, Any], samples: int) -> ShardEntry:
+    return ShardEntry(
+        name=facts["name"],
+        size=facts["size"],
+        sha256=facts["sha256"],
+        index=index,
+        index_sha256=hashlib.sha256(data).hexdigest(),
+        samples=samples,
+    )
+
+
+def to_json(value: Any) -> bytes:
+    """Readable JSON that is the same for equal values."""
+    return (json_text(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def listed(skipped: Sequence[Skip]) -> str:
+    """The first of what was left out, a line each."""
+    lines = [
+        f"  {skip.source}{'' if skip.segment is None else f' segment {skip.segment}'}: {skip.reason}"
+        for skip in skipped
+    ]
+    return "\n".join(lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else []))
+
+
+# Claiming a folder for a dataset: what is asked for is written down first, and a folder that holds anything else is
+# left alone.
+
+PLAN = "plan.json"  # written first: it marks a folder as ours, and holds what was asked for
+_NAMED = 4  # differences told of each part
+
+
+def claim(store: Store, identity: dict[str, Any], *, by: str = "regen shards", out: str = "--out") -> None:
+    """Make sure that the folder is ours: empty, or begun with this same `identity` (JSON; with its "kind" and its
+    "schema_version").
+
+    Several processes may claim the same folder at once: one writes the plan, the others find it.
+
+    Args:
+        by: the command, as messages call it.
+        out: its option that names the folder.
+
+    Raises:
+        DataError: it holds something else; nothing was changed.
+    """
+    theirs = read_plan(store)
+    if theirs is None:  # only now is everything listed: a finished dataset may have a million objects
+        found = list(store.list())
+        if not found and store.put_new(PLAN, to_json(identity)):
+            return
+        theirs = read_plan(store)  # of another process, which was quicker
+        if theirs is None:
+            raise DataError(
+                f"{store.url}: holds files that no command of `{by}` made ({', '.join(found[:3])}); choose an empty "
+                f"{out}. Nothing was changed"
+            )
+    different = changes(theirs, identity)
+    if different:
+        raise DataError(
+            f"{store.url}: holds a dataset that was asked for otherwise ({'; '.join(different)}). Give the same "
+            f"options to finish it, or another {out}; nothing was changed"
+        )
+
+
+def read_plan(store: Store) -> dict[str, Any] | None:
+    """The plan that is there; None when there is none, or another program wrote it."""
+    try:
+        plan = json.loads(store.get(PLAN))
+    except (ObjectMissing, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and "schema_version" in plan else None
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Where an identity that is there differs from the one that is asked for now, in words."""
+    found = []
+    for part in sorted(old.keys() | new.keys()):
+        before, after = old.get(part), new.get(part)
+        if isinstance(before, dict) and isinstance(after, dict):
+            names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+            found += [
+                f"{part}.{name}: {before.get(name, 'absent')} there, {after.get(name, 'absent')} now"
+                for name in names[:_NAMED]
+            ]
+        elif before != after:
+            found.append(f"{part}: {before} there, {after} now")
+    return found

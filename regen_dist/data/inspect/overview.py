@@ -1,0 +1,246 @@
+"""What a dataset holds, in numbers: counts, histograms, what was left out. Never more than a piece of it in memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from regen_dist.data.format.catalogue import Dataset
+from regen_dist.data.format.index import read_index, sample_id
+from regen_dist.data.format.manifest import Skip, Totals, read_all
+
+if TYPE_CHECKING:
+    from regen_dist.data.pool import Progress
+
+
+# Histograms of any number of values: how often each (rounded) value occurs is all that is kept.
+
+_BARS = 10
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: what it counts, and how many."""
+
+    label: str
+    count: int
+
+
+class Histogram(NamedTuple):
+    """Bars in order, and the lowest, the median and the highest value (None where values have no order)."""
+
+    bars: tuple[Bar, ...]
+    low: float | None = None
+    median: float | None = None
+    high: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return self._asdict() | {"bars": [vars(bar) for bar in self.bars]}
+
+
+class Tally:
+    """Counts values as they come.
+
+    Args:
+        decimals: values are rounded to so many, which bounds how many different ones there can be.
+    """
+
+    def __init__(self, decimals: int = 0) -> None:
+        self._decimals = decimals
+        self._values = np.zeros(0, np.float64)
+        self._counts = np.zeros(0, np.int64)
+
+    def add(self, values: npt.NDArray[Any]) -> None:
+        """Count some more values [N]."""
+        new, counts = np.unique(np.round(values.astype(np.float64), self._decimals), return_counts=True)
+        self._values, places = np.unique(np.concatenate([self._values, new]), return_inverse=True)
+        both = np.concatenate([self._counts, counts])
+        self._counts = np.zeros(len(self._values), np.int64)
+        np.add.at(self._counts, places.ravel(), both)
+
+    @property
+    def total(self) -> int:
+        """How many values were counted."""
+        return int(self._counts.sum())
+
+    def quantile(self, share: float) -> float:
+        """The value below or at which this share of all lies."""
+        place = np.searchsorted(np.cumsum(self._counts), share * self.total)
+        return float(self._values[min(int(place), len(self._values) - 1)])
+
+    def histogram(self, *, whole: bool = False) -> Histogram:
+        """A bar for each value where they are few, else some ten bars of a round width; what lies far out is put
+        together in the first and the last. `whole`: the values are whole numbers."""
+        if not self.total:
+            return Histogram(())
+        if len(self._values) <= _BARS:
+            bars = [Bar(f"{value:g}", int(n)) for value, n in zip(self._values, self._counts, strict=True)]
+        else:
+            bars = self._binned(whole=whole)
+        return Histogram(tuple(bars), float(self._values[0]), self.quantile(0.5), float(self._values[-1]))
+
+    def most_frequent(self, most: int, name: Callable[[float], str]) -> Histogram:
+        """A bar for each of the most frequent values, called by `name`, and one for all others."""
+        order = np.argsort(-self._counts, kind="stable")
+        bars = [Bar(name(float(self._values[place])), int(self._counts[place])) for place in order[:most]]
+        others = len(order) - most
+        return Histogram(
+            tuple(bars + ([Bar(f"{others} others", int(self._counts[order[most:]].sum()))] if others > 0 else []))
+        )
+
+    def _binned(self, *, whole: bool) -> list[Bar]:
+        low, high = self.quantile(0.01), self.quantile(0.99)
+        width = _round_width((high - low) / (_BARS - 1), whole=whole)
+        first = math.floor(low / width)
+        places = np.clip(np.floor(self._values / width + 1e-9).astype(np.int64) - first, -1, _BARS)
+        bars = []
+        for place in range(-1, _BARS + 1):
+            count = int(self._counts[places == place].sum())
+            start = (first + place) * width
+            bars.append(Bar(_label(place, start, width, whole=whole), count))
+        filled = [number for number, bar in enumerate(bars) if bar.count]
+        return bars[filled[0] : filled[-1] + 1]
+
+
+def _round_width(width: float, *, whole: bool) -> float:
+    """The next 1, 2 or 5 times a power of ten."""
+    least = 1.0 if whole else 1e-2
+    if width <= least:
+        return least
+    power = 10.0 ** math.floor(math.log10(width))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= width * (1 - 1e-9))
+
+
+def _label(place: int, start: float, width: float, *, whole: bool) -> str:
+    if place == -1:
+        return f"below {start + width:.10g}"
+    if place == _BARS:
+        return f"{start:.10g} and more"
+    if whole:
+        return f"{start:.10g}" if width == 1 else f"{start:.10g}-{start + width - 1:.10g}"
+    return f"{start:.10g}-{start + width:.10g}"
+
+
+_ROWS_AT_ONCE = 1 << 20
+_SIDES = 8  # how many pairs of sides are listed by themselves
+_PAIR = 1 << 20  # height * _PAIR + width
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The numbers of a dataset.
+
+    `sources` is None where each sample is its own; `captions` counts the samples that have one; `histograms` go by
+    what they count; `left_out` pairs reasons with how often they occurred.
+    """
+
+    url: str
+    kind: str
+    shards_url: str | None
+    fingerprint: str
+    totals: Totals
+    sources: int | None
+    captions: int
+    histograms: dict[str, Histogram]
+    left_out: tuple[tuple[str, int], ...]
+    options: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        plain = vars(self) | {"totals": self.totals.model_dump(), "left_out": dict(self.left_out)}
+        return plain | {"histograms": {name: shown.to_json() for name, shown in self.histograms.items()}}
+
+
+def make_overview(dataset: Dataset, progress: Progress = lambda stage, done, total: None) -> Overview:
+    """Go through the records of a dataset, and through the texts of its indices one by one.
+
+    Args:
+        dataset: an opened dataset.
+        progress: called with ("inspect", done, total) in shards.
+    """
+    shapes, texts = _Shapes(), _Texts(count_sources=dataset.manifest.kind != "index")
+    for start in range(0, len(dataset), _ROWS_AT_ONCE):
+        shapes.add(dataset.records[start : start + _ROWS_AT_ONCE])
+    indices = [entry.index for entry in dataset.manifest.shards]
+    for done, (_, data) in enumerate(read_all(dataset.store, indices), 1):
+        texts.add(read_index(data)[0])
+        progress("inspect", done, len(indices))
+    histograms = shapes.histograms() | {"caption words": texts.words.histogram(whole=True)}
+    return Overview(
+        url=dataset.store.url,
+        kind=dataset.manifest.kind,
+        shards_url=dataset.manifest.shards_url,
+        fingerprint=dataset.fingerprint,
+        totals=dataset.manifest.totals,
+        sources=texts.sources,
+        captions=texts.words.total,
+        histograms={name: shown for name, shown in histograms.items() if shown.bars},
+        left_out=tuple(count_reasons(dataset.manifest.skipped)),
+        options=dataset.manifest.options,
+    )
+
+
+def count_reasons(skipped: Iterable[Skip]) -> list[tuple[str, int]]:
+    """How often each reason occurred, the most frequent first. Reasons that differ in numbers and file names only are
+    one; it is told in full where they do not differ at all."""
+    groups: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for skip in skipped:
+        general = re.sub(r"\S+\.[A-Za-z]\w{1,4}\b", "…", skip.reason)
+        groups[re.sub(r"\d+(\.\d+)?", "N", general)][skip.reason] += 1
+    counted = [(next(iter(each)) if len(each) == 1 else general, each.total()) for general, each in groups.items()]
+    return sorted(counted, key=lambda reason: (-reason[1], reason[0]))
+
+
+class _Shapes:
+    def __init__(self) -> None:
+        self.frames, self.short, self.sides, self.fps, self.motion = Tally(), Tally(), Tally(), Tally(2), Tally(2)
+
+    def add(self, records: npt.NDArray[np.void]) -> None:
+        height, width = records["height"].astype(np.int64), records["width"].astype(np.int64)
+        self.frames.add(records["frames"])
+        self.short.add(np.minimum(height, width))
+        self.sides.add(height * _PAIR + width)
+        self.fps.add(records["fps"])
+        self.motion.add(records["motion"][~np.isnan(records["motion"])])
+
+    def histograms(self) -> dict[str, Histogram]:
+        return {
+            "frames": self.frames.histogram(whole=True),
+            "short side": self.short.histogram(whole=True),
+            "height x width": self.sides.most_frequent(_SIDES, lambda pair: f"{pair // _PAIR:.0f}x{pair % _PAIR:.0f}"),
+            "fps": self.fps.histogram(),
+            "motion": self.motion.histogram(),
+        }
+
+
+class _Texts:
+    """Captions by their words, and how many different sources there are."""
+
+    def __init__(self, *, count_sources: bool) -> None:
+        self.words = Tally()
+        self._sources: npt.NDArray[np.int64] | None = np.zeros(0, np.int64) if count_sources else None
+        self._new: list[int] = []
+
+    def add(self, table: pa.Table) -> None:
+        captions = pc.utf8_trim_whitespace(table["caption"].drop_null())
+        self.words.add(pc.list_value_length(pc.utf8_split_whitespace(captions)).to_numpy())
+        if self._sources is not None:
+            self._new += [sample_id(source) for source in pc.unique(table["source"]).to_pylist()]
+            if len(self._new) > _ROWS_AT_ONCE:
+                self._sources, self._new = np.union1d(self._sources, np.array(self._new)), []
+
+    @property
+    def sources(self) -> int | None:
+        if self._sources is None:
+            return None
+        return len(np.union1d(self._sources, np.array(self._new, np.int64)))

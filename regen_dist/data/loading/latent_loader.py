@@ -1,0 +1,204 @@
+"""Rows of cached latents for training: fetched ahead, checked, padded, handed over as float32.
+
+Legend: b rows of this rank and micro-batch, n clips in a row (0 for images), C channels, h x w latent cells, M tokens
+of the longest caption of the batch, D their width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from queue import SimpleQueue
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from regen_dist.data.format.catalogue import SampleRow
+from regen_dist.data.format.latents import CacheFacts, LatentEntry, unpack_latents
+from regen_dist.data.loading.datasets import LatentSet
+from regen_dist.data.loading.fetch import Bytes, Fetcher, SampleLocation
+from regen_dist.data.loading.plan import BadSample, BatchPlan, sample_keys, take_with_replacements
+from regen_dist.data.order.mixture import Bucket
+from regen_dist.data.order.order import MicroBatch, draw_row
+
+# Items made ahead in a thread, off the path of whoever takes them.
+
+_ENDING_S = 1.0  # a thread that is at work when it is no longer wanted ends after that; nobody waits for it longer
+
+Item = TypeVar("Item")
+
+
+def in_background(items: Generator[Item], ahead: int) -> Generator[Item]:
+    """The items of `items`, up to `ahead` of which a thread has ready. Closing this ends the thread, which closes
+    `items`.
+
+    Raises:
+        whatever making an item raises, when that item's turn comes.
+    """
+    made = _SharedQueue(items, ahead)
+    thread = threading.Thread(target=made.make, name="ahead", daemon=True)
+    thread.start()
+    try:
+        yield from made.taken()
+    finally:
+        made.end()
+        thread.join(_ENDING_S)
+
+
+class _SharedQueue(Generic[Item]):
+    """What the thread and the taker share."""
+
+    def __init__(self, items: Generator[Item], ahead: int) -> None:
+        self._items, self._room = items, threading.Semaphore(ahead)
+        self._ready: SimpleQueue[tuple[Item] | BaseException | None] = SimpleQueue()
+        self._ended = threading.Event()
+
+    def make(self) -> None:
+        """In the thread: go on as long as there is room."""
+        try:
+            with closing(self._items):
+                while self._has_room():
+                    self._ready.put((next(self._items),))
+        except StopIteration:
+            self._ready.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised where the item is awaited; else that waits for ever
+            self._ready.put(error)
+
+    def taken(self) -> Generator[Item]:
+        """Out of it: wait for one item after the other."""
+        while (made := self._ready.get()) is not None:
+            if isinstance(made, BaseException):
+                raise made
+            self._room.release()
+            yield made[0]
+
+    def end(self) -> None:
+        """Let the thread stop, whatever it waits for here."""
+        self._ended.set()
+        self._room.release()
+
+    def _has_room(self) -> bool:
+        self._room.acquire()
+        return not self._ended.is_set()
+
+
+_AHEAD = 4  # batches ready for the step: one that reads longer than a step is evened out
+
+
+class LatentBatch(NamedTuple):
+    """Rows of clips of one micro-batch, as they are stored: nothing is normalised, no text is dropped.
+
+    `content` is float32 [b, max(n, 1), C, h, w], `motion` float32 [b, n, C, h, w]; `text` float32 [b, M, D] and `mask`
+    bool [b, M] (True: a token that counts), both None where the cache has no text; the rest as in `ClipBatch`.
+    """
+
+    content: Tensor
+    motion: Tensor
+    text: Tensor | None
+    mask: Tensor | None
+    sample_ids: Tensor
+    epochs: Tensor | None = None
+    bad: tuple[BadSample, ...] = ()
+    stand_ins: int = 0
+    problem: str | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """What the randomness of each row is keyed by, int64 [b] (see `sample_keys`)."""
+        return sample_keys(self.sample_ids, self.epochs)
+
+    @property
+    def kind(self) -> str:
+        """Clips and latent sides, as "4x24x40", or "image 24x40": the same for all batches of a step; losses of
+        different kinds differ."""
+        n, _, h, w = self.motion.shape[1:]
+        return f"{n}x{h}x{w}" if n else f"image {h}x{w}"
+
+
+class _Taken(NamedTuple):
+    """What a batch takes of an entry."""
+
+    content: Tensor  # [max(n, 1), C, h, w]
+    motion: Tensor  # [n, C, h, w]
+    text: Tensor | None  # [L, D]
+    mask: Tensor | None  # [L]
+
+
+def latent_batches(
+    data: LatentSet, *, accumulation: int, rank: int, world_size: int, cursor: int
+) -> Generator[LatentBatch]:
+    """This rank's micro-batches, without end; a thread prepares the next ones. As exact as `clip_batches`: the union
+    over ranks and micro-batches of a step is the same for every world size, and a run resumed at a cursor goes on with
+    exactly the batches that an uninterrupted one would have had.
+
+    Args:
+        data: the entries and their order.
+        cursor: samples consumed so far by all ranks: a multiple of the global batch.
+
+    Yields:
+        batches of `batch_global / (world_size * accumulation)` rows. Close the iterator to end its thread.
+
+    Raises:
+        ConfigError: the batch does not divide, or the cursor is not a multiple of it.
+        DataError: an entry and all that could stand in for it are bad, or the store does not answer.
+    """
+    plan = BatchPlan.from_cursor(data, accumulation=accumulation, rank=rank, world_size=world_size, cursor=cursor)
+    return in_background(_read(plan), _AHEAD)
+
+
+def _read(plan: BatchPlan[LatentSet]) -> Generator[LatentBatch]:
+    data = plan.data
+    with Fetcher(data.datasets, data.config.read) as fetcher:
+        for batch, found in fetcher.ahead((batch, data.places(batch)) for batch in plan):
+            yield _batch(data, fetcher, batch, found)
+
+
+def _batch(data: LatentSet, fetcher: Fetcher, batch: MicroBatch, found: Sequence[Bytes]) -> LatentBatch:
+    rows: list[_Taken] = []
+
+    def take(slot: int, place: SampleLocation, stored: bytes) -> None:
+        entry = read_entry(data.facts, place.row, stored)
+        rows.append(_cut(data, batch.bucket, entry, int(batch.epochs[slot]), place.row.id))
+
+    taken = take_with_replacements(data, fetcher, batch, found, take)
+    ids, epochs = torch.tensor([[place.row.id for place in taken.places], batch.epochs.tolist()], dtype=torch.int64)
+    return collated(rows, ids)._replace(
+        epochs=epochs, bad=taken.bad, stand_ins=taken.stand_ins, problem=fetcher.problem
+    )
+
+
+def read_entry(facts: CacheFacts, row: SampleRow, stored: bytes) -> LatentEntry:
+    """An entry, checked; DataError when it is damaged or not what manifest and index say."""
+    entry = unpack_latents(stored)
+    facts.check(entry, row.frames, row.height, row.width)
+    return entry
+
+
+def _cut(data: LatentSet, bucket: Bucket, entry: LatentEntry, epoch: int, sample_id: int) -> _Taken:
+    """As many clips of an entry as the bucket's rows have, beginning where the draw says."""
+    if bucket.is_image:
+        return row_of(entry, 0, 0)
+    n = bucket.frames // data.facts.num_frames
+    return row_of(entry, draw_row(data.seed, epoch, sample_id, entry.clips, n), n)
+
+
+def row_of(entry: LatentEntry, first: int, n: int) -> _Taken:
+    """Clips first … first + n of an entry; with n = 0 its first frame, as an image."""
+    content = entry.content[first : first + max(n, 1)]
+    return _Taken(content, entry.motion[first : first + n], entry.text, entry.mask)
+
+
+def collated(rows: Sequence[_Taken], sample_ids: Tensor) -> LatentBatch:
+    """Rows of one shape as a batch; texts are padded with zeros to the longest."""
+    texts = [row.text for row in rows if row.text is not None]
+    masks = [row.mask for row in rows if row.mask is not None]
+    return LatentBatch(
+        torch.stack([row.content for row in rows]).float(),
+        torch.stack([row.motion for row in rows]).float(),
+        pad_sequence(texts, batch_first=True).float() if texts else None,
+        pad_sequence(masks, batch_first=True).bool() if masks else None,
+        sample_ids,
+    )

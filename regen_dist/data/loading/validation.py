@@ -1,0 +1,103 @@
+"""The fixed clips, or rows of cached latents, that a run is looked at by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from regen_dist.config.run import DataConfig
+from regen_dist.config.t2v import LatentDataConfig
+from regen_dist.data.format.catalogue import Dataset
+from regen_dist.data.format.latents import CacheFacts, LatentEntry
+from regen_dist.data.loading.clip_loader import ClipBatch, clip_geometry
+from regen_dist.data.loading.datasets import check_same_space, open_latents, open_videos
+from regen_dist.data.loading.latent_loader import LatentBatch, collated, read_entry, row_of
+from regen_dist.data.order.mixture import Bucket
+from regen_dist.data.video import reader as video
+from regen_dist.errors import DataError
+
+_MOST_CLIPS = 4
+_LOOKED_AT = 1 << 20  # rows of a cache, from the first, among which those to validate on are chosen
+
+
+class ValidationRows(NamedTuple):
+    """Fixed rows of cached latents, and the captions and frame rates of the videos that they are of."""
+
+    batch: LatentBatch
+    captions: tuple[str, ...]
+    fps: tuple[float, ...]
+
+
+def validation_clip(config: DataConfig, *, num_frames: int, most: int = _MOST_CLIPS) -> ClipBatch:
+    """One to `most` fixed clips, spread over the validation data (the training data where there is none).
+
+    First frames, stride 1, centre crop of `config.validation_size`, not mirrored. Read in this process.
+
+    Raises:
+        DataError: a clip cannot be read; nothing stands in for a validation clip.
+    """
+    dataset = open_videos(config.validation_url or config.sources[0], config)
+    number = min(most, len(dataset))
+    rows = [row * len(dataset) // number for row in range(number)]
+    bucket = Bucket(*(config.validation_size or config.sizes[0]), num_frames)
+    clips = [_clip(dataset, row, bucket, config.short_side) for row in rows]
+    ids = torch.tensor([int(dataset.records["id"][row]) for row in rows], dtype=torch.int64)
+    return ClipBatch(torch.from_numpy(np.stack(clips)), ids)
+
+
+def _clip(dataset: Dataset, number: int, bucket: Bucket, short_side: int | str | None) -> video.UInt8s:
+    row = dataset.row(number)
+    try:
+        data = dataset.read(row)
+        with video.VideoReader(data) as reader:
+            geometry = clip_geometry(row.height, row.width, bucket, short_side)
+            return video.read_clip(reader, range(bucket.frames), geometry)
+    except DataError as error:
+        raise DataError(f"validation clip, row {number} in {row.shard} of {dataset.store.url}: {error}") from error
+
+
+def validation_rows(config: LatentDataConfig, facts: CacheFacts, *, rows: int = _MOST_CLIPS) -> ValidationRows:
+    """Up to `rows` fixed rows of one shape, spread over the validation data (the training data where there is none).
+
+    Of the most clips that `config.clips` and the data have (images where the data has no clips), of the size that most
+    such entries have, from the start of each. Read in this process.
+
+    Args:
+        config: where the caches are, and how many clips make a row.
+        facts: of the latents that are trained on.
+        rows: how many, at most.
+
+    Raises:
+        DataError: the cache is one of other latents, or an entry cannot be read; nothing stands in for it.
+    """
+    dataset, found = open_latents(config.validation_url or config.sources[0], config)
+    check_same_space(facts, found)
+    clips, fitting = _fitting(dataset.records[:_LOOKED_AT], config.clips, facts.num_frames)
+    number = min(rows, len(fitting))
+    chosen = [int(fitting[place * len(fitting) // number]) for place in range(number)]
+    entries = [_entry(dataset, row, facts) for row in chosen]
+    ids = torch.tensor([int(dataset.records["id"][row]) for row in chosen], dtype=torch.int64)
+    batch = collated([row_of(entry, 0, clips) for entry in entries], ids)
+    captions = tuple(dataset.sample(row).caption or "" for row in chosen)
+    return ValidationRows(batch, captions, tuple(float(dataset.records["fps"][row]) for row in chosen))
+
+
+def _fitting(records: npt.NDArray[np.void], clips: Sequence[int], num_frames: int) -> tuple[int, npt.NDArray[np.int64]]:
+    """The most clips that some entry has (0: all are images), and the rows of the most frequent size that have them."""
+    most = next((n for n in sorted(clips, reverse=True) if (records["frames"] >= n * num_frames).any()), 0)
+    long_enough = np.flatnonzero(records["frames"] >= most * num_frames)
+    sides = np.stack([records["height"][long_enough], records["width"][long_enough]])
+    _, numbers, counts = np.unique(sides, axis=1, return_inverse=True, return_counts=True)
+    return most, long_enough[numbers.ravel() == counts.argmax()]
+
+
+def _entry(dataset: Dataset, number: int, facts: CacheFacts) -> LatentEntry:
+    row = dataset.row(number)
+    try:
+        return read_entry(facts, row, dataset.read(row))
+    except DataError as error:
+        raise DataError(f"validation entry, row {number} in {row.shard} of {dataset.store.url}: {error}") from error

@@ -1,0 +1,295 @@
+"""Objects of a bucket. obstore goes on with the rest of a body that was cut, and repeats what is safe to repeat.
+
+Measured with a proxy that makes faults: obstore (0.12) does not repeat a list whose body is cut, a deletion or a
+conditional write whose answer is lost, or the beginning of a multipart upload whose answer is cut. Those are repeated
+here, under the same deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from regen_dist.config.urls import Location
+from regen_dist.data.storage.connection import StoreLimits, checked_name, explain_store_error, key_problem, open_backend
+from regen_dist.data.storage.plain_listing import list_keys, refused_key
+from regen_dist.errors import BackendError, BucketMissing, DataError, ObjectCut, ObjectMissing, StoreUnavailable
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+
+# Which byte ranges of an object are fetched by one request.
+
+Range = tuple[int, int]  # offset, size in bytes
+
+
+class ByteSpan(NamedTuple):
+    """One request: bytes [start, stop), which hold the ranges number `members` of those that were asked for."""
+
+    start: int
+    stop: int
+    members: tuple[int, ...]
+
+
+def joined(ranges: Sequence[Range], join_bytes: int) -> list[ByteSpan]:
+    """Spans that cover all ranges (empty ones aside), in order of offset; ranges with a gap of at most `join_bytes`
+    between them share a span. Spans never touch."""
+    spans: list[ByteSpan] = []
+    for number in sorted(range(len(ranges)), key=lambda number: ranges[number]):
+        offset, size = ranges[number]
+        if size == 0:
+            continue
+        if spans and offset <= spans[-1].stop + join_bytes:
+            last = spans[-1]
+            spans[-1] = ByteSpan(last.start, max(last.stop, offset + size), (*last.members, number))
+        else:
+            spans.append(ByteSpan(offset, offset + size, (number,)))
+    return spans
+
+
+def split(ranges: Sequence[Range], spans: Sequence[ByteSpan], fetched: Sequence[memoryview], where: str) -> list[bytes]:
+    """The ranges' own bytes out of what was fetched for each span; ObjectCut where a span came back too short."""
+    found = [b""] * len(ranges)
+    for span, view in zip(spans, fetched, strict=True):
+        for number in span.members:
+            offset, size = ranges[number]
+            found[number] = exact(bytes(view[offset - span.start :][:size]), offset, size, where)
+    return found
+
+
+def exact(data: bytes, offset: int, size: int, where: str) -> bytes:
+    """`data` when it has `size` bytes; ObjectCut otherwise. `where` is the object's URL."""
+    if len(data) == size:
+        return data
+    raise ObjectCut(
+        f"{where}: asked for {size} bytes at {offset}, got {len(data)}; the object is cut: run `regen shards verify` "
+        "and build the shard again"
+    )
+
+
+Result = TypeVar("Result")
+_PART_BYTES = 8 << 20  # of a multipart upload; S3 asks for at least 5 MiB
+_MOST_PARTS = 9_000  # S3 takes 10,000
+_NONCE = "regenwrite"  # attribute of a conditional write: tells whose it was when its answer was lost.
+# Letters alone: Azure takes a C# identifier, without a hyphen; services send it back in small letters.
+_runtime_process: int | None = None  # which process has obstore's threads
+
+
+class ObjectInfo(NamedTuple):
+    """An object in a listing: size in bytes, and a tag that changes with its bytes (None where there is none)."""
+
+    size: int
+    etag: str | None
+
+
+class Listing(NamedTuple):
+    """Objects by name; and those that no program can read by their keys, with why (`key_problem`)."""
+
+    found: dict[str, ObjectInfo]
+    unreadable: dict[str, str]
+
+
+class ObjectBucket:
+    """The objects under a bucket's prefix. Belongs to the process that made it."""
+
+    def __init__(self, place: Location, limits: StoreLimits) -> None:
+        self._place, self._limits = place, limits
+        self._opened: dict[bool, ObjectStore] = {}
+
+    def get(self, name: str) -> bytes:
+        """All bytes of an object."""
+        import obstore
+
+        return self._call("read", name, lambda: bytes(obstore.get(self._store(), name).bytes()))
+
+    def get_ranges(self, name: str, ranges: Sequence[Range], join_bytes: int) -> list[bytes]:
+        """Exactly these ranges, neighbours by one request."""
+        import obstore
+
+        spans, where = joined(ranges, join_bytes), f"{self._place.url}/{name}"
+        if len(spans) == 1:
+            start, stop, _ = spans[0]
+            one = self._call("read", name, lambda: obstore.get_range(self._store(), name, start=start, end=stop))
+            return split(ranges, spans, [memoryview(one)], where)
+        if not spans:
+            return [b""] * len(ranges)
+        starts, ends = [span.start for span in spans], [span.stop for span in spans]
+        many = self._call(  # obstore's own joining panics where an object is cut
+            "read", name, lambda: obstore.get_ranges(self._store(), name, starts=starts, ends=ends, coalesce=0)
+        )
+        return split(ranges, spans, [memoryview(part) for part in many], where)
+
+    def get_pinned(self, name: str, offset: int, size: int, etag: str | None) -> bytes:
+        """Exactly these bytes of the version that `etag` names; DataError when another one is there by now."""
+        import obstore
+
+        data = self._call(
+            "read",
+            name,
+            lambda: bytes(
+                obstore.get(self._store(), name, options={"range": (offset, offset + size), "if_match": etag}).bytes()
+            ),
+        )
+        return exact(data, offset, size, f"{self._place.url}/{name}")
+
+    def head(self, name: str) -> ObjectInfo:
+        """Size and tag of an object."""
+        import obstore
+        from obstore.exceptions import PermissionDeniedError
+
+        def head() -> ObjectInfo:
+            try:
+                meta = obstore.head(self._store(), name)
+            except PermissionDeniedError:  # an answer without a body: only that of a GET says why
+                obstore.get_range(self._store(), name, start=0, end=1)
+                raise
+            return ObjectInfo(int(meta["size"]), meta["e_tag"])
+
+        return self._call("read", name, head)
+
+    def list(self, prefix: str) -> Listing:
+        """Every object whose name starts with `prefix`. Only the folder of the prefix is listed."""
+        import obstore
+        from obstore.exceptions import InvalidPathError
+
+        folder = prefix.rpartition("/")[0] or None  # obstore's prefixes are whole folders
+
+        def found() -> Listing:
+            pages = obstore.list(self._store(), folder, chunk_size=1000)
+            every = (meta for page in pages for meta in page)
+            try:
+                return Listing(
+                    {
+                        meta["path"]: ObjectInfo(int(meta["size"]), meta["e_tag"])
+                        for meta in every
+                        if meta["path"].startswith(prefix)
+                    },
+                    {},
+                )
+            except InvalidPathError as error:
+                return self._list_all(prefix, refused_key(error))
+
+        return self._call("list", prefix or ".", found)
+
+    def _list_all(self, prefix: str, refused: str | None) -> Listing:
+        """As `list`, where there is a key that obstore does not take."""
+        if self._place.scheme != "s3":
+            raise DataError(
+                f"{self._place.url}: cannot be listed: {key_problem(refused or '//')}: {refused!r}; rename or remove "
+                "that object, or name the folders beside it one by one"
+            )
+        top = f"{self._place.prefix}/" if self._place.prefix else ""
+        found, unreadable = dict[str, ObjectInfo](), dict[str, str]()
+        for key, size, etag in list_keys(self._place, self._limits, f"{top}{prefix}"):
+            if problem := key_problem(key):
+                unreadable[key.removeprefix(top)] = f"{problem}: rename it"
+            else:
+                found[key.removeprefix(top).removesuffix("/")] = ObjectInfo(size, etag)
+        return Listing(found, unreadable)
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Write an object, in parts where it is large; it is there when all parts are."""
+        import obstore
+
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        part = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        self._call(
+            "write",
+            name,
+            lambda: obstore.put(self._store(writing=True), name, data, chunk_size=part, max_concurrency=4),
+            pieces=1 + size // (4 * _PART_BYTES),
+        )
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write an object unless there is one; False when there is."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        nonce = secrets.token_hex(16)
+
+        def put() -> bool:
+            try:
+                obstore.put(self._store(writing=True), name, data, mode="create", attributes={_NONCE: nonce})
+            except AlreadyExistsError:  # perhaps by an earlier try of ours, whose answer was lost
+                return bool(self._attribute(name, _NONCE) == nonce)
+            return True
+
+        return self._call("write", name, put)
+
+    def delete(self, name: str) -> None:
+        """Remove an object; nothing happens when there is none."""
+        import obstore
+
+        try:
+            self._call("delete", name, lambda: obstore.delete(self._store(writing=True), name))
+        except BucketMissing:
+            raise
+        except ObjectMissing:
+            pass
+
+    def _attribute(self, name: str, key: str) -> str | None:
+        import obstore
+
+        try:
+            attributes = obstore.get(self._store(), name, options={"head": True}).attributes
+        except FileNotFoundError:  # somebody has removed it since
+            return None
+        return attributes.get(key)
+
+    def _store(self, *, writing: bool = False) -> ObjectStore:
+        global _runtime_process
+        if _runtime_process not in (None, os.getpid()):
+            raise BackendError(
+                f"{self._place.url}: this process is a fork of one that had used a bucket, and obstore's threads do "
+                "not survive a fork; start it by 'spawn' or 'forkserver'"
+            )
+        _runtime_process = os.getpid()
+        if writing not in self._opened:
+            self._opened[writing] = open_backend(self._place, self._limits, writing=writing)
+        return self._opened[writing]
+
+    def _call(self, verb: str, name: str, operation: Callable[[], Result], pieces: int = 1) -> Result:
+        """Run an operation with our errors; again, with growing pauses, while it may help and the deadline allows."""
+        from obstore.exceptions import BaseError
+
+        begun = time.monotonic()
+        if verb != "list":
+            checked_name(name, self._place.url)
+
+        def once() -> Result:
+            try:
+                return operation()
+            except (BaseError, OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.filename is not None:  # of the local file that is sent
+                    raise
+                waited_s = time.monotonic() - begun
+                # Not chained: obstore's text may quote what the server said about keys.
+                raise explain_store_error(error, self._place, name, verb, waited_s) from None
+
+        try:
+            return once()
+        except StoreUnavailable:
+            left_s = self._limits.deadline_s * pieces - (time.monotonic() - begun)
+            if left_s <= 0:
+                raise
+        again = Retrying(
+            retry=retry_if_exception_type(StoreUnavailable),
+            stop=stop_after_delay(left_s),
+            wait=wait_random_exponential(multiplier=0.1, max=min(3.0, left_s / 4)),
+            reraise=True,
+        )
+        return again(once)
+
+
+def pieces_of(bucket: ObjectBucket, name: str, piece_bytes: int) -> Iterator[bytes]:
+    """An object piece by piece, each with a deadline of its own; DataError when it is replaced meanwhile."""
+    size, etag = bucket.head(name)
+    for offset in range(0, size, piece_bytes):
+        yield bucket.get_pinned(name, offset, min(piece_bytes, size - offset), etag)

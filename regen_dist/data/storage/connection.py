@@ -1,0 +1,279 @@
+"""How buckets are opened through obstore: deadlines, retries, credentials; and what its errors mean.
+
+Credentials come from the standard environment variables and chains of each service. obstore's own messages may quote
+a server's answer, which may quote keys: none of them is passed on, only the status and the short code inside.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from regen_dist.config.run import ReadConfig
+from regen_dist.config.urls import WEB_SCHEMES, Location
+from regen_dist.data.storage.web import explained_web, open_web
+from regen_dist.errors import (
+    AccessDenied,
+    BackendError,
+    BucketMissing,
+    DataError,
+    ObjectCut,
+    ObjectDenied,
+    ObjectMissing,
+    StoreUnavailable,
+)
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+LOOKED_AT = {
+    "s3": "AWS_ACCESS_KEY_ID with AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN), AWS_PROFILE, AWS_ROLE_ARN with "
+    "AWS_WEB_IDENTITY_TOKEN_FILE, AWS_CONTAINER_CREDENTIALS_*, the instance's metadata",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SERVICE_ACCOUNT, the instance's metadata",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, AZURE_CLIENT_ID with "
+    "AZURE_TENANT_ID and AZURE_CLIENT_SECRET or AZURE_FEDERATED_TOKEN_FILE, the managed identity",
+}
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+_CHAINS = (
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+_DENIED = (
+    *("AccessDenied", "AllAccessDisabled", "AuthFailure", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken"),
+    *("SignatureDoesNotMatch",),
+)
+_DENIED_ONE = ("", "AccessDenied", "AllAccessDisabled", "AuthorizationPermissionMismatch")  # the user is known
+_ARCHIVED = ("InvalidObjectState", "BlobArchived", "BlobBeingRehydrated")
+_OTHER_REGION = (
+    *("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "InvalidRegion", "InvalidRegionName"),
+    *("PermanentRedirect", "TemporaryRedirect"),
+)
+_METADATA = "http://169.254.169.254"
+_METADATA_PATHS = ("/latest/api/token", "/latest/meta-data", "/computeMetadata/", "/metadata/identity")
+_METADATA_S = 1.0  # it is one hop away, where there is one
+_AGAIN = (408, 409, 425, 429)  # besides 5xx: the same request may be answered later
+_NEVER = 1_000_000  # retries: time bounds them, not their number
+_KINDS = {
+    "Timeout": "no bytes came in time",
+    "Connect": "no connection",
+    "Interrupted": "the connection broke",
+    "Request": "the connection broke",
+    "Decode": "the answer was cut",
+}
+
+
+@dataclass(frozen=True)
+class StoreLimits:
+    """Patience with a store, in seconds.
+
+    Args:
+        stall_s: longest wait for the next bytes of an answer; then the rest is asked for again.
+        deadline_s: for one call with all its retries, or for each piece of an object that is moved in pieces. A call
+            may run over it by one wait.
+        connect_s: to make a connection.
+    """
+
+    stall_s: float = 10.0
+    deadline_s: float = 120.0
+    connect_s: float = 5.0
+
+
+def limits_of(config: ReadConfig) -> StoreLimits:
+    """Patience with a store, as configured."""
+    return StoreLimits(stall_s=config.stall_s, deadline_s=config.deadline_s)
+
+
+def open_backend(place: Location, limits: StoreLimits, *, writing: bool = False) -> ObjectStore:
+    """The bucket (with its prefix) that a URL names. AccessDenied when there are no credentials."""
+    from obstore.exceptions import BaseError
+    from obstore.store import from_url
+
+    if place.scheme in WEB_SCHEMES:
+        return open_web(place, _client(limits, writing), _retries(limits, writing))
+    more: dict[str, Any] = {}
+    if place.scheme == "s3" and (provider := _s3_provider(place)) is not None:
+        more = {"credential_provider": provider}
+    try:
+        return from_url(
+            place.url, client_options=_client(limits, writing), retry_config=_retries(limits, writing), **more
+        )
+    except (BaseError, ValueError) as error:
+        what = re.search(r"^Generic \w+ error: ([A-Z][\w ]{,60})$", str(error).splitlines()[0])
+        raise AccessDenied(
+            f"{place.url}: cannot be opened{f' ({what[1]})' if what else ''}; looked at {LOOKED_AT[place.scheme]}"
+        ) from None
+
+
+def explain_store_error(error: Exception, place: Location, name: str, verb: str, waited_s: float) -> DataError:
+    """What an error of obstore means. StoreUnavailable where the same request may succeed later."""
+    from obstore.exceptions import InvalidPathError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+
+    if place.scheme in WEB_SCHEMES:
+        return explained_web(error, place, name, waited_s)
+    text = str(error)
+    status = int(found[1]) if (found := re.search(r"status code: (\d{3})\b", text)) else None
+    code = (
+        found[1] or found[2]
+        if (found := re.search(r"<Code>([\w.]{1,60})</Code>|\(code: ([\w.]{1,60})\)", text))
+        else ""
+    )
+    where = f"{place.url}/{name}"
+    said = " ".join(part for part in (f"HTTP {status}" if status else "", code) if part)
+    if any(path in text for path in _METADATA_PATHS):
+        return no_credentials(place)
+    if code in _ARCHIVED:
+        return DataError(f"{where}: it is archived ({said}); restore it to a class that can be read, then run again")
+    if code in _OTHER_REGION or "configured region" in text or (status is not None and 300 <= status < 400):
+        return DataError(f"{where}: the bucket is in another region ({said or 'redirected'}){_region(text)}")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403) or code in _DENIED:
+        kind = ObjectDenied if status in (None, 403) and code in _DENIED_ONE else AccessDenied
+        return kind(
+            f"{where}: access denied when trying to {verb} ({said or 'no reason given'}); check that these keys may do "
+            f"that, and what is set of {LOOKED_AT[place.scheme]}"
+        )
+    if code == "NoSuchBucket":
+        return BucketMissing(f"{place.url}: there is no bucket {place.bucket!r}{_endpoint()}; check the URL")
+    if status == 416:
+        return ObjectCut(f"{where}: shorter than the range that was asked for; run `regen shards verify {place.url}`")
+    if isinstance(error, PreconditionError):
+        return DataError(f"{where}: it was replaced while it was read; read it again from the start")
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return ObjectMissing(f"{where}: not found; check the URL, or run `regen shards verify {place.url}`")
+    if isinstance(error, InvalidPathError | ValueError):
+        return DataError(f"{place.url}: {name!r} is not a name that an object can have")
+    if status == 400 and not code and place.scheme == "s3":  # HEAD has no body that would say more
+        return DataError(
+            f"{where}: the store refused to {verb} it ({said}){_endpoint()}; often the bucket is in another "
+            f"region{_region(text)}"
+        )
+    if status is not None and status < 500 and status not in _AGAIN:
+        return DataError(f"{where}: the store refused to {verb} it ({said}){_endpoint()}")
+    return StoreUnavailable(
+        f"{where}: could not {verb} it in {waited_s:.0f} s (last: {said or _kind(text)}){_endpoint()}; check that the "
+        "store is up and can be reached, then run the same again"
+    )
+
+
+def key_problem(key: str) -> str:
+    """Why a key of a bucket cannot be read; empty when it can."""
+    parts = key.removeprefix("/").removesuffix("/").split("/")
+    if "" in parts:
+        return "its key has an empty part ('//')"
+    if "." in parts or ".." in parts:
+        return "its key has a part that is '.' or '..'"
+    return "its key has a control character" if any(ord(each) < 32 or ord(each) == 127 for each in key) else ""
+
+
+def checked_name(name: str, url: str) -> str:
+    """`name` when it is one inside the folder `url`; DataError otherwise."""
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise DataError(f"{url}: {name!r} is not a name that an object can have")
+    return name
+
+
+def no_credentials(place: Location) -> AccessDenied:
+    """The error of a store for which nothing is set."""
+    hint = "; ~/.aws is read only when AWS_PROFILE is set" if place.scheme == "s3" else ""
+    return AccessDenied(f"{place.url}: no credentials were found; looked at {LOOKED_AT[place.scheme]}{hint}")
+
+
+def _client(limits: StoreLimits, writing: bool) -> ClientConfig:
+    """While a request is being sent nothing is read, which obstore would take for a stall: writing has no stall limit,
+    but less time for each request."""
+    options: ClientConfig = {
+        "allow_http": any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS),
+        "connect_timeout": timedelta(seconds=limits.connect_s),
+        "timeout": timedelta(seconds=limits.deadline_s / 3 if writing else limits.deadline_s),
+    }
+    if not writing:
+        options["read_timeout"] = timedelta(seconds=limits.stall_s)
+    return options
+
+
+def _retries(limits: StoreLimits, writing: bool) -> RetryConfig:
+    seconds = limits.deadline_s / 3 if writing else limits.deadline_s
+    return {
+        "backoff": {
+            "init_backoff": timedelta(seconds=0.1),
+            "max_backoff": timedelta(seconds=max(0.2, min(3.0, seconds / 4))),  # less than the first: it panics
+            "base": 2,
+        },
+        "max_retries": _NEVER,
+        "retry_timeout": timedelta(seconds=seconds),
+    }
+
+
+def _s3_provider(place: Location) -> object | None:
+    """What reads a profile; None where obstore finds credentials by itself. Raises at once where nobody can: obstore
+    would ask the metadata of an instance until the deadline."""
+    keys = [bool(os.environ.get(name)) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+    unsigned = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
+    if all(keys) or unsigned or any(os.environ.get(name) for name in _CHAINS):
+        return None
+    if any(keys):
+        raise AccessDenied(f"{place.url}: only one of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY is set; set both")
+    if os.environ.get("AWS_PROFILE"):
+        return profile_provider(place)
+    if not _has_metadata():
+        raise no_credentials(place)
+    return None
+
+
+def profile_provider(place: Location) -> object:
+    """boto3's chain of credentials, as a function that gives them; BackendError when boto3 is not installed."""
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        raise BackendError(
+            f"{place.url}: profiles (AWS_PROFILE), and other credentials for what obstore cannot do, are read through "
+            "boto3, which is not installed; run `pip install boto3`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None
+    try:
+        return Boto3CredentialProvider()
+    except Exception as error:  # noqa: BLE001 - of botocore, which may not be imported here; its text may quote files
+        raise AccessDenied(
+            f"{place.url}: the profile that AWS_PROFILE names gives no credentials ({type(error).__name__}); check "
+            "~/.aws/config and ~/.aws/credentials"
+        ) from None
+
+
+def _has_metadata() -> bool:
+    """Whether an instance's metadata service answers; a second's wait where there is none."""
+    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+        return False
+    parts = urlsplit(os.environ.get("AWS_METADATA_ENDPOINT") or _METADATA)
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=_METADATA_S):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _region(text: str) -> str:
+    """What to do about a region, in words."""
+    found = re.search(r"<Region>([\w-]{1,40})</Region>|expecting (?:'|&apos;|&#39;)([\w-]{1,40})", text)
+    theirs = found and (found[1] or found[2])
+    ours = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return (
+        f"{f': {theirs}' if theirs else ''}; AWS_REGION is {ours or 'not set (us-east-1 is taken)'}, set AWS_REGION to "
+        f"{theirs or 'that of the bucket'}"
+    )
+
+
+def _endpoint() -> str:
+    """The endpoint that was set, in words: host and port only."""
+    for name in ENDPOINTS:
+        if value := os.environ.get(name):
+            return f" at the endpoint {urlsplit(value).netloc.rpartition('@')[2]} ({name})"
+    return ""
+
+
+def _kind(text: str) -> str:
+    kinds = re.findall(r"kind: (\w+)", text)
+    return next((words for kind in kinds if (words := _KINDS.get(kind))), "no usable answer")

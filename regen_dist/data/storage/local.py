@@ -1,0 +1,230 @@
+"""Objects of a local folder. Writing goes through a temporary file beside the target, which is synced and then moved:
+an object is there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import IO
+
+from regen_dist.data.storage.bucket import ObjectInfo, Range, exact
+from regen_dist.data.storage.connection import checked_name
+from regen_dist.errors import AccessDenied, DataError, DiskFull, ObjectMissing
+
+_SERIAL = count()  # threads of a process may write the same name at once
+_TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .NAME.SERIAL.PROCESS.tmp
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+class LocalFolder:
+    """The objects under a folder. Temporary files of writers are not objects."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._url = folder, folder.as_uri()
+
+    def get(self, name: str) -> bytes:
+        """All bytes of an object."""
+        with self._failures(name, "read"):
+            return self._path(name).read_bytes()
+
+    def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
+        """Exactly these ranges."""
+        with self._failures(name, "read"), self._path(name).open("rb", buffering=0) as file:
+            found = [os.pread(file.fileno(), size, offset) for offset, size in ranges]
+        where = f"{self._url}/{name}"
+        return [exact(data, offset, size, where) for data, (offset, size) in zip(found, ranges, strict=True)]
+
+    def pieces(self, name: str, piece_bytes: int) -> Iterator[bytes]:
+        """An object piece by piece."""
+        with self._failures(name, "read"), self._path(name).open("rb", buffering=0) as file:
+            while piece := file.read(piece_bytes):
+                yield piece
+
+    def open(self, name: str) -> IO[bytes]:
+        """A binary file for reading."""
+        with self._failures(name, "read"):
+            return self._path(name).open("rb")
+
+    def head(self, name: str) -> ObjectInfo:
+        """Size of an object."""
+        with self._failures(name, "read"):
+            path = self._path(name)
+            if path.is_dir():
+                raise FileNotFoundError
+            return ObjectInfo(path.stat().st_size, None)
+
+    def list(self, prefix: str) -> dict[str, ObjectInfo]:
+        """Every object whose name starts with `prefix`; an absent folder is empty. Links are followed."""
+        top = self.folder / prefix.rpartition("/")[0]
+        found: dict[str, ObjectInfo] = {}
+        if not top.is_dir():
+            return found
+        with self._failures(prefix or ".", "list"):
+            for folder, _, files in os.walk(top, onerror=_raise, followlinks=True):
+                for file in files:
+                    path = Path(folder, file)
+                    name = path.relative_to(self.folder).as_posix()
+                    if name.startswith(prefix) and not _TEMPORARY.match(file):
+                        try:
+                            found[name] = ObjectInfo(path.stat().st_size, None)
+                        except FileNotFoundError:
+                            if path.is_symlink():  # a dangling link; anything else was deleted meanwhile
+                                raise
+        return found
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Move a finished file on the same disk to its name."""
+        with self._failures(name, "write"):
+            target = self._path(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            sync(path)
+            os.replace(path, target)
+            sync(target.parent)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object."""
+        with self.staging(name) as temporary:
+            with self._failures(name, "write"):
+                temporary.write_bytes(data)
+            self.put_file(name, temporary)
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write an object unless there is one; False when there is."""
+        with self.staging(name) as temporary, self._failures(name, "write"):
+            target = self._path(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            sync(temporary)
+            if not _place_new(temporary, target):
+                return False
+            sync(target.parent)
+        return True
+
+    def delete(self, name: str) -> None:
+        """Remove an object; nothing happens when there is none."""
+        with self._failures(name, "delete"):
+            self._path(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        """A temporary path on the folder's disk; removed when left over."""
+        with self._failures(name, "write"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{Path(name).name}.{next(_SERIAL)}.{os.getpid()}.tmp"
+        try:
+            with full_disk(self.folder, f"{self._url}/{name}"):
+                yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / checked_name(name, self._url)
+
+    @contextmanager
+    def _failures(self, name: str, verb: str) -> Iterator[None]:
+        where = f"{self._url}/{name}"
+        try:
+            with full_disk(self.folder, where):
+                yield
+        except FileNotFoundError:
+            raise ObjectMissing(
+                f"{where}: not found; check the URL, or run `regen shards verify {self._url}`"
+            ) from None
+        except PermissionError as error:
+            raise AccessDenied(f"{where}: cannot {verb} it: {error.strerror}; check its owner and mode") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{where}: cannot {verb} it: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextmanager
+def full_disk(folder: Path, where: str) -> Iterator[None]:
+    """Turn "no space left" (and a quota that is used up) into DiskFull. `where` is what was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            f"{where}: the disk of {folder} is full ({free_bytes(folder)} bytes free); make room and run the same again"
+        ) from error
+
+
+def remove_leftovers(folder: Path, *, idle_s: float = 0.0) -> list[str]:
+    """Remove the temporary files that a killed `staging` left in a folder: those of processes that no longer run on
+    this machine, and that nobody wrote to for `idle_s` seconds (for writers on other machines). Returns their names."""
+    left = []
+    for path in sorted(folder.glob(".*.tmp")):
+        writer = _TEMPORARY.match(path.name)
+        if writer is None or _runs(int(writer[1])):
+            continue
+        try:
+            if time.time() - path.stat().st_mtime >= idle_s:
+                path.unlink()
+                left.append(path.name)
+        except FileNotFoundError:  # somebody else has removed it
+            continue
+    return left
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk that holds `folder` (or its nearest existing parent)."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def sync(path: Path) -> None:
+    """Ask the system to bring a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _place_new(temporary: Path, target: Path) -> bool:
+    """Give a file its name unless that is taken: by a hard link, or where the disk has none by an exclusive copy."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _copy_new(temporary, target)
+    return True
+
+
+def _copy_new(temporary: Path, target: Path) -> bool:
+    try:
+        with target.open("xb") as file:
+            file.write(temporary.read_bytes())
+    except FileExistsError:
+        return False
+    sync(target)
+    return True
+
+
+def _runs(process: int) -> bool:
+    """Whether a process other than this one has this number on this machine."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # deleted meanwhile
+        raise error

@@ -1,0 +1,233 @@
+"""Objects by URL: a local folder (`file://` or a plain path), a bucket (`s3://`, `gs://`, `az://`); read only, a web
+server (`https://`) or a repository of the Hugging Face hub (`hf://`).
+
+Credentials come from the standard environment variables and chains of each service, never from the URL, so that no
+message, manifest or config can leak them. connection.py has the deadlines and what errors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from regen_dist.config.urls import parse_url
+from regen_dist.data.storage.bucket import Listing, ObjectBucket, ObjectInfo, Range, pieces_of
+from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.local import LocalFolder, full_disk, sync
+from regen_dist.data.storage.web_folder import WebFolder
+from regen_dist.errors import DataError, ObjectMissing
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+PIECE_BYTES = 32 << 20  # large objects are read in such pieces: each has the deadline for itself
+JOIN_BYTES = 1 << 20
+_READER_BYTES = 1 << 20
+
+
+class Store:
+    """One folder of objects. Cheap to make: the connection is opened on first use and never crosses to another
+    process, so a `Store` does. Threads may share one.
+
+    A name is the object's path under the URL, with "/" between its parts.
+
+    Args:
+        url: a plain path, `file://`, `s3://bucket/prefix`, `gs://…`, `az://…`, `https://…` or `hf://…`.
+        limits: patience with a bucket.
+
+    Raises:
+        DataError: the URL is not one of these, or carries credentials. Every method raises its kinds: ObjectMissing,
+            ObjectCut, AccessDenied, StoreUnavailable, DiskFull.
+    """
+
+    def __init__(self, url: str | Path, limits: StoreLimits = StoreLimits()) -> None:  # noqa: B008 - frozen
+        try:
+            self._place = parse_url(str(url))
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        self.url, self.folder = self._place.url, self._place.folder
+        self._limits = limits
+        self._backend: ObjectBucket | LocalFolder | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the connection: it belongs to the process that opened it."""
+        return {**self.__dict__, "_backend": None}
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    @property
+    def limits(self) -> StoreLimits:
+        """Patience with a bucket; setting it opens a new connection."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: StoreLimits) -> None:
+        if limits != self._limits:
+            self._limits, self._backend = limits, None
+
+    def get(self, name: str) -> bytes:
+        """All bytes of an object, by one request: for small ones."""
+        return self._open().get(name)
+
+    def get_range(self, name: str, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`; ObjectCut when the object is shorter than that."""
+        return self.get_ranges(name, [(offset, size)])[0]
+
+    def get_ranges(self, name: str, ranges: Sequence[Range], join_bytes: int = JOIN_BYTES) -> list[bytes]:
+        """Exactly the bytes of each (offset, size), in the order asked for.
+
+        Args:
+            name: the object.
+            ranges: in any order; they may overlap, and may be empty.
+            join_bytes: ranges with at most this gap between them come by one request. The requests run side by side.
+        """
+        backend = self._open()
+        if isinstance(backend, LocalFolder):
+            return backend.get_ranges(name, ranges)
+        return backend.get_ranges(name, ranges, join_bytes)
+
+    def stream(self, name: str, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+        """An object piece by piece; DataError when a bucket's object is replaced in between."""
+        backend = self._open()
+        return (
+            backend.pieces(name, piece_bytes)
+            if isinstance(backend, LocalFolder)
+            else pieces_of(backend, name, piece_bytes)
+        )
+
+    def open_reader(self, name: str, buffer_bytes: int = _READER_BYTES) -> IO[bytes]:
+        """A readable, seekable binary file. `buffer_bytes` is the least that one request brings."""
+        backend = self._open()
+        if isinstance(backend, LocalFolder):
+            return backend.open(name)
+        return io.BufferedReader(_Remote(backend, name), buffer_bytes)
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of an object in hex, read piece by piece."""
+        digest = hashlib.sha256()
+        for piece in self.stream(name):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def download(self, name: str, path: Path) -> int:
+        """Copy an object to a local file, whole or not at all. Returns its size in bytes."""
+        folder = LocalFolder(path.parent.resolve())
+        with folder.staging(path.name) as temporary, full_disk(folder.folder, str(path)):
+            with temporary.open("wb") as file:
+                size = sum(file.write(piece) for piece in self.stream(name))
+            sync(temporary)
+            os.replace(temporary, path)
+        return size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written there: on the web."""
+        return self._place.read_only
+
+    @property
+    def can_list(self) -> bool:
+        """Whether `list` can say what there is: a web server cannot."""
+        return self._place.scheme not in ("http", "https")
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None when there is none."""
+        try:
+            return self._open().head(name).size
+        except ObjectMissing:
+            return None
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Size in bytes of every object whose name starts with `prefix`, in order of name. An absent folder is
+        empty."""
+        return {name: found.size for name, found in self.list_found(prefix).items()}
+
+    def list_found(self, prefix: str = "") -> dict[str, ObjectInfo]:
+        """As `list`, with each object's size and tag (`etag`, None for local files)."""
+        return self.list_all(prefix).found
+
+    def list_all(self, prefix: str = "") -> Listing:
+        """As `list_found`, with the objects that cannot be read by their keys, and why."""
+        backend = self._open()
+        listing = Listing(backend.list(prefix), {}) if isinstance(backend, LocalFolder) else backend.list(prefix)
+        return Listing(dict(sorted(listing.found.items())), dict(sorted(listing.unreadable.items())))
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object whole or not at all, over what was there."""
+        self._open().put(name, data)
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write an object only if there is none of that name; False when there was one. Of several that try at once
+        exactly one is told True."""
+        return self._open().put_new(name, data)
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Move a finished local file (made under `staging`) to its name in the store, whole or not at all."""
+        backend = self._open()
+        if isinstance(backend, LocalFolder):
+            backend.put_file(name, path)
+        else:
+            backend.put(name, path)
+
+    def delete(self, name: str) -> None:
+        """Remove an object; nothing happens when there is none."""
+        self._open().delete(name)
+
+    @contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        """A temporary path for an object that is being made: beside its target where that is local. Removed when left
+        over. A full disk raises DiskFull."""
+        backend = self._open()
+        if isinstance(backend, LocalFolder):
+            with backend.staging(name) as temporary:
+                yield temporary
+            return
+        with tempfile.TemporaryDirectory(prefix="regen-") as folder, full_disk(Path(folder), f"{self.url}/{name}"):
+            yield Path(folder) / Path(name).name
+
+    def _open(self) -> ObjectBucket | LocalFolder:
+        if self._backend is None:
+            here = self.folder
+            kind = WebFolder if self._place.read_only else ObjectBucket
+            self._backend = LocalFolder(here) if here is not None else kind(self._place, self._limits)
+        return self._backend
+
+
+class _Remote(io.RawIOBase):
+    """A bucket's object as a file: every read is a range request of the version that was there at first."""
+
+    def __init__(self, bucket: ObjectBucket, name: str) -> None:
+        super().__init__()
+        self._bucket, self._name, self._at = bucket, name, 0
+        self._size, self._etag = bucket.head(name)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"cannot seek to {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._size - self._at))
+        if count:
+            view[:count] = self._bucket.get_pinned(self._name, self._at, count, self._etag)
+            self._at += count
+        return count

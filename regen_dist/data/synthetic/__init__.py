@@ -1,0 +1,1 @@
+"""Drawn videos of moving shapes, with captions that are true by construction."""

@@ -1,0 +1,167 @@
+"""Sequence parallelism (Jacobs et al., 2023, DeepSpeed Ulysses): consecutive ranks that share samples, and the rows of
+tokens that their models make of them.
+
+The gradients of weights need no exchange of their own: ZeRO-3 takes their mean over all ranks, of a group too (see
+`models.sequence.Share.whole`).
+
+Legend: as in `models/sequence_parallel.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from regen_dist.distributed.ranks import TIMEOUT, Ranks
+from regen_dist.errors import RegenError
+from regen_dist.models.sequence_parallel import Rows, SequenceShard, row_lengths
+
+Item = TypeVar("Item")
+
+
+class RowGroup(Rows):
+    """The ranks that share samples with this one.
+
+    Args:
+        ranks: this process's place.
+        size: ranks of the group, S.
+        group: their process group; None where there is only one.
+    """
+
+    def __init__(self, ranks: Ranks, size: int = 1, group: Any = None) -> None:
+        self.ranks, self.size, self.group = ranks, size, group
+        self.index = ranks.rank % size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank stands for the group where its samples are read or counted: once, not by every rank."""
+        return self.index == 0
+
+    @property
+    def readers(self) -> Ranks:
+        """The place of the group among the groups: of those that read samples apart from each other."""
+        if self.size == 1:
+            return self.ranks
+        return Ranks(self.ranks.rank // self.size, self.ranks.world_size // self.size, self.ranks.local_rank)
+
+    def share(self, length: int) -> SequenceShard:
+        return SequenceShard() if self.size == 1 else _RowShard(self, length)
+
+    def read(self, source: Callable[[], Generator[Item]]) -> Generator[Item]:
+        """What `source` gives on the first rank of the group, on every one: a read that fails or is replaced on one
+        rank alone cannot make them differ, and each sample is read once. A collective of the group at every item.
+
+        Raises:
+            RegenError: what the first rank raised, on every one.
+        """
+        return source() if self.size == 1 else self._told(source)
+
+    def _told(self, source: Callable[[], Generator[Item]]) -> Generator[Item]:
+        items = source() if self.leads else None
+        try:
+            while True:
+                yield self._tell(items)
+        finally:
+            if items is not None:
+                items.close()
+
+    def _tell(self, items: Generator[Item] | None) -> Item:
+        """The next of the first rank's `items`; the other ranks have none."""
+        said: list[Any] = [None, None]
+        if items is not None:
+            try:
+                said[0] = next(items)
+            except RegenError as error:
+                said[1] = error
+        dist.broadcast_object_list(said, src=self.ranks.rank - self.index, group=self.group)
+        if said[1] is not None:
+            raise said[1]
+        return said[0]  # type: ignore[no-any-return]
+
+
+def join_rows(ranks: Ranks, size: int) -> RowGroup:
+    """Groups of `size` consecutive ranks. A collective of all ranks, whose number is a multiple of it."""
+    if size == 1:
+        return RowGroup(ranks)
+    group, _ = dist.new_subgroups(size, timeout=TIMEOUT)
+    return RowGroup(ranks, size, group)
+
+
+class _RowShard(SequenceShard):
+    """A part of a row of `length` tokens; the others are on the other ranks."""
+
+    def __init__(self, rows: RowGroup, length: int) -> None:
+        self.rows, self.lengths = rows, row_lengths(length, rows.size)
+        start = sum(self.lengths[: rows.index])
+        self.own = slice(start, start + self.lengths[rows.index])
+
+    def own_heads(self, heads: int) -> slice:
+        each = heads // self.rows.size
+        return slice(self.rows.index * each, (self.rows.index + 1) * each)
+
+    def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        size, count = self.rows.size, len(tensors)
+        batch, heads, _, width = tensors[0].shape
+        by_rank = torch.stack([each.unflatten(1, (size, -1)).movedim(1, 0) for each in tensors], 1)
+        shapes = [(count, batch, heads // size, length, width) for length in self.lengths]
+        sizes = [count * batch * heads // size * length * width for length in self.lengths]
+        parts = self._exchange(by_rank.flatten(), [by_rank[0].numel()] * size, sizes)
+        row = torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], -2)
+        return row.unbind(0)  # [B, N/S, L, E] each
+
+    def to_tokens(self, mixed: Tensor) -> Tensor:
+        size, own = self.rows.size, self.lengths[self.rows.index]
+        batch, heads, _, width = mixed.shape
+        by_rank = [part.flatten() for part in mixed.split(self.lengths, 2)]
+        sizes = [batch * heads * own * width] * size
+        parts = self._exchange(torch.cat(by_rank), [part.numel() for part in by_rank], sizes)
+        return torch.cat([part.view(batch, heads, own, width) for part in parts], 1)
+
+    def whole(self, tokens: Tensor) -> Tensor:
+        return _Gather.apply(tokens, self)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _exchange(self, flat: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, ...]:
+        """Pieces of `flat` of the sizes `sent`, one to each rank; returns those from each, of the sizes `received`."""
+        mixed: Tensor = _Exchange.apply(flat, sent, received, self.rows.group)  # type: ignore[no-untyped-call]
+        return tuple(torch.split(mixed, received))
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all; its backward pass sends every gradient back to where the number came from."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(flat, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad.contiguous(), ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _all_to_all(flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    out = flat.new_empty(sum(received))
+    dist.all_to_all_single(out, flat, received, sent, group=group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    """The whole row from its parts; back goes S times the gradient of own tokens (see `Share.whole`)."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, part: _RowShard) -> Tensor:
+        ctx.own, ctx.size = part.own, part.rows.size
+        missing = part.lengths[0] - tokens.shape[1]  # the first part is the longest, and collectives want equal ones
+        padded = F.pad(tokens, (0, 0, 0, missing)).contiguous()
+        parts = [torch.empty_like(padded) for _ in part.lengths]
+        dist.all_gather(parts, padded, group=part.rows.group)
+        return torch.cat([each[:, :length] for each, length in zip(parts, part.lengths, strict=True)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.size * grad[:, ctx.own], None

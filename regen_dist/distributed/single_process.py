@@ -1,0 +1,97 @@
+"""Plain PyTorch in one process: the reference that ZeRO-3 is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from regen_dist.config.run import CommonConfig
+from regen_dist.distributed.engine import Engine, StepResult, precision_of
+from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.errors import BackendError
+
+
+def require_one_process(world_size: int) -> None:
+    """Refuse several ranks: each would train a model of its own.
+
+    Raises:
+        BackendError: there are several.
+    """
+    if world_size > 1:
+        raise BackendError(
+            f"engine.kind=plain runs in one process, found {world_size} ranks; set engine.kind=zero3, or --ranks 1"
+        )
+
+
+class PlainEngine(Engine):
+    """One process, no DeepSpeed: working weights in the configured precision, float32 masters beside them. In float32
+    the masters are the working weights themselves."""
+
+    def __init__(self, config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
+        super().__init__(config, ranks)
+        require_one_process(ranks.world_size)
+        self.module = build().to(ranks.device)
+        self._masters = {name: param.detach().float() for name, param in self.module.named_parameters()}
+        self.optimizer = build_optimizer(config.optimizer, list(self._masters.values()), ranks.device)
+        self.module.to(precision_of(config.engine.precision))
+        for master in self._masters.values():
+            self.optimizer.state[master] = fresh_state(config.optimizer, master)
+        self._start()
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        (loss / self.config.train.accumulation).backward()
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, _gradient(param).view(-1)) for name, param in self.module.named_parameters())
+
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, master.view(-1)) for name, master in self._masters.items())
+
+    def named_moments(self) -> Iterator[tuple[str, Tensor]]:
+        return (
+            (f"{moment}/{name}", self.optimizer.state[master][moment].view(-1))
+            for moment in self.moments
+            for name, master in self._masters.items()
+        )
+
+    def _forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    @torch.no_grad()
+    def _update(self, lr: float) -> StepResult:
+        params = dict(self.module.named_parameters())
+        grads = [_gradient(params[n]) for n, m in self._masters.items()]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+        self.module.zero_grad(set_to_none=True)
+        if not math.isfinite(norm):
+            return StepResult(False, norm)
+        if (scale := self.config.optimizer.clip_norm / (norm + 1e-6)) < 1:
+            torch._foreach_mul_(grads, scale)
+        for master, grad in zip(self._masters.values(), grads, strict=True):
+            master.grad = grad
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._refresh_weights()
+        return StepResult(True, norm)
+
+    def _refresh_weights(self) -> None:
+        if self.config.engine.precision == "fp32":
+            return
+        params = dict(self.module.named_parameters())
+        torch._foreach_copy_([params[name].data for name in self._masters], list(self._masters.values()))
+
+    def _after_restore(self) -> None:
+        set_num_updates(self.optimizer, self.num_updates)
+        self._refresh_weights()
+
+
+def _gradient(param: nn.Parameter) -> Tensor:
+    """The gradient in float32; zeros where the parameter took no part (the motion path of a batch of images)."""
+    return torch.zeros_like(param, dtype=torch.float32) if param.grad is None else param.grad.float()

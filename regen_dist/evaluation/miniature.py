@@ -1,0 +1,700 @@
+"""The arms of the comparison: what was made of the same captions, each read by the same detector.
+
+Real videos say what the detector itself misses, reconstructions what the embedder costs, generated videos what the
+generator costs. Captions that were exchanged give the chance level.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from regen_dist.config.urls import parse_url
+from regen_dist.data.format.catalogue import Dataset, open_dataset
+from regen_dist.data.format.index import Sample, samples_of
+from regen_dist.data.inspect.contact import choose_rows
+from regen_dist.data.pool import Progress
+from regen_dist.data.synthetic.shapes import (
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    Attributes,
+    Combination,
+    parse_caption,
+    split_combinations,
+)
+from regen_dist.data.video.conversion import frame_to_rgb
+from regen_dist.data.video.reader import VideoReader
+from regen_dist.errors import ConfigError, DataError
+from regen_dist.evaluation.reconstruct import write_json
+from regen_dist.evaluation.report import PAGE, Curve, draw_curves, page_environment, replace_file
+from regen_dist.evaluation.shapes import Reading, read
+from regen_dist.inference.codec import Codec
+from regen_dist.models.encoder import Latents
+from regen_dist.observe.hardware import describe_machine
+from regen_dist.observe.record import read_record
+from regen_dist.pixels import to_frames, to_video
+
+# The videos that are compared: the held-out ones, what an embedder makes of them, and what was generated.
+
+_NUMBERED = re.compile(r"\d+(-\d+)?")  # with several samples of a prompt, each by its own number
+UInt8s = npt.NDArray[np.uint8]
+
+
+class ClipCodec(Protocol):
+    """What is needed of a codec: `regen_dist.inference.codec.Codec`, or a stand-in of the same shape."""
+
+    num_frames: int
+
+    def encode(self, clips: Tensor) -> Latents:
+        """Clips [B, 3, T, H, W] in [-1, 1], T of 1 or `num_frames`, to latents."""
+        ...
+
+    def decode(self, latents: Latents, times: Tensor, *, starts: list[float]) -> Tensor:
+        """Clips [B, 3, T, H, W] in [-1, 1] at `times` [T], each from its first frame on."""
+        ...
+
+
+class ShapeClip(NamedTuple):
+    """A video and what it is to show: frames uint8 RGB [T, H, W, 3], `fps` of them a second."""
+
+    name: str
+    caption: str
+    wanted: Attributes
+    frames: UInt8s
+    fps: float
+
+
+def generated_names(folder: Path, number: int) -> list[str]:
+    """The first videos that `regen generate` wrote into a folder, by name. The JSON of a video comes last, so one
+    without it is not finished and not counted."""
+    return sorted(path.stem for path in folder.glob("*.json") if _NUMBERED.fullmatch(path.stem))[:number]
+
+
+def generated_facts(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """What the JSON of all these videos agrees on: how they were made."""
+    kept: dict[str, Any] | None = None
+    for name in names:
+        facts = _facts(folder / f"{name}.json")
+        kept = facts if kept is None else {key: value for key, value in kept.items() if facts.get(key) == value}
+    return {key: value for key, value in (kept or {}).items() if key != "prompt"}
+
+
+def generated_prompts(folder: Path, names: Iterable[str]) -> list[str]:
+    """What the videos were generated from. Raises DataError naming the JSON that does not say so."""
+    prompts = []
+    for name in names:
+        prompt = _facts(folder / f"{name}.json").get("prompt")
+        if not isinstance(prompt, str):
+            raise DataError(f"{folder / name}.json says no prompt; generate the videos again with `regen generate`")
+        prompts.append(prompt)
+    return prompts
+
+
+def generated_clips(folder: Path, names: Sequence[str]) -> Iterator[ShapeClip]:
+    """Generated videos with their prompts. Raises DataError naming the file when one cannot be used."""
+    for name, prompt in zip(names, generated_prompts(folder, names), strict=True):
+        video = folder / f"{name}.mp4"
+        if not video.is_file():
+            raise DataError(f"{video} is missing, though {name}.json is there; generate the videos again")
+        yield _decoded(f"{name}.mp4", prompt, video, str(video))
+
+
+def held_out_samples(dataset: Dataset, number: int) -> list[Sample]:
+    """The first samples of a dataset; reads all of its index."""
+    samples: list[Sample] = samples_of(dataset.table().slice(0, number))
+    return samples
+
+
+def held_out_clips(dataset: Dataset, samples: Iterable[Sample], clip_frames: int | None) -> Iterator[ShapeClip]:
+    """Videos of a dataset with their captions: so much of each as is whole clips of `clip_frames` (None: all)."""
+    for sample in samples:
+        if sample.caption is None:
+            raise DataError(f"{sample.name} of {dataset.store.url} has no caption, so nobody knows what it shows")
+        clip = _decoded(sample.key, sample.caption, dataset.read(sample), sample.name)
+        yield clip._replace(frames=clip.frames[: whole_frames(len(clip.frames), clip_frames)])
+
+
+def whole_frames(num_frames: int, clip_frames: int | None) -> int:
+    """How many frames of a video are encoded: whole clips, or a single frame of one that is shorter."""
+    return num_frames if clip_frames is None else max(1, num_frames // clip_frames * clip_frames)
+
+
+def reconstructed(clip: ShapeClip, codec: ClipCodec) -> ShapeClip:
+    """What a codec makes of a video, clip by clip without overlap as in a latent cache, in one step.
+
+    Args:
+        clip: a video of whole clips, or of one frame.
+    """
+    length = codec.num_frames if len(clip.frames) > 1 else 1
+    video = to_video(list(clip.frames))  # [3, T, H, W]
+    clips = video.unflatten(1, (-1, length)).movedim(1, 0)  # [n, 3, k+1, H, W]
+    times, starts = torch.arange(length, dtype=torch.float64), [float(length * number) for number in range(len(clips))]
+    frames = codec.decode(codec.encode(clips), times, starts=starts)  # [n, 3, k+1, H, W]
+    return clip._replace(frames=to_frames(frames.movedim(0, 1).flatten(1, 2)))
+
+
+def seen_in_training(wanted: Iterable[Attributes], dataset: Dataset) -> int | None:
+    """How many of these show a combination of colour, shape and direction that the dataset's options do not hold out;
+    None where the dataset does not tell what it holds out."""
+    share = dataset.manifest.options.get("held_out_share")
+    if not isinstance(share, float):
+        return None
+    held_out = set(split_combinations(share)[1])
+    return sum(Combination(each.colour, each.shape, each.direction) not in held_out for each in wanted)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); generate the video again") from error
+    return facts
+
+
+def _decoded(name: str, caption: str, source: Path | bytes, where: str) -> ShapeClip:
+    try:
+        wanted = parse_caption(caption)
+        with VideoReader(source) as reader:
+            frames = [frame_to_rgb(frame) for _, frame in reader.frames(range(len(reader.table.pts)))]
+            return ShapeClip(name, caption, wanted, np.stack(frames), float(reader.rate))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+# How many readings are right: shares with their intervals, what is taken for what, and the chance level.
+
+ATTRIBUTES = ("colour", "shape", "direction")
+ALL = "all three"
+MEASURES = (*ATTRIBUTES, ALL)
+TARGETS = {"colour": 0.95, "shape": 0.85, "direction": 0.90, ALL: 0.80}  # shares of the generated videos
+LEAST_VIDEOS = 200  # with fewer a share says little
+NOTHING = "nothing"  # what a reading of None is called
+_QUANTILE = 1.959964  # of the normal distribution, for 95 %
+
+Confusion = dict[str, dict[str, int]]  # what was asked for: what was read: how often
+
+
+@dataclass(frozen=True)
+class Fraction:
+    """`right` of `number`, at least one."""
+
+    right: int
+    number: int
+
+    @property
+    def value(self) -> float:
+        """Between 0 and 1."""
+        return self.right / self.number
+
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of Wilson (1927), which stays inside [0, 1] and is not empty at either end."""
+        number, share, z2 = self.number, self.value, _QUANTILE**2
+        middle = (share + z2 / (2 * number)) / (1 + z2 / number)
+        half = _QUANTILE / (1 + z2 / number) * sqrt(share * (1 - share) / number + z2 / (4 * number**2))
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, share and interval."""
+        return {"right": self.right, "number": self.number, "share": self.value, "interval_95": list(self.interval())}
+
+
+def score(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict[str, Fraction]:
+    """Share of the readings that are right, for each of MEASURES.
+
+    Args:
+        readings: of the videos.
+        wanted: what each was to show.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not readings:
+        raise DataError("there are no videos to score")
+    right: Counter[str] = Counter()
+    for reading, attributes in zip(readings, wanted, strict=True):
+        hits = [name for name in ATTRIBUTES if getattr(reading, name) == getattr(attributes, name)]
+        right.update(hits if len(hits) < len(ATTRIBUTES) else MEASURES)
+    return {name: Fraction(right[name], len(readings)) for name in MEASURES}
+
+
+def confusions(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict[str, Confusion]:
+    """For each of ATTRIBUTES, how often which value was read where which was wanted."""
+    found: dict[str, Confusion] = {name: {} for name in ATTRIBUTES}
+    for reading, attributes in zip(readings, wanted, strict=True):
+        for name in ATTRIBUTES:
+            row = found[name].setdefault(getattr(attributes, name), {})
+            read = getattr(reading, name) or NOTHING
+            row[read] = row.get(read, 0) + 1
+    return found
+
+
+def derangement(count: int, seed: int = 0) -> list[int]:
+    """A fixed order of 0 to `count` - 1, at least 2, in which nothing keeps its place: one cycle (Sattolo, 1986)."""
+    random, order = np.random.default_rng(seed), list(range(count))
+    for last in range(count - 1, 0, -1):
+        other = int(random.integers(last))
+        order[last], order[other] = order[other], order[last]
+    return order
+
+
+def missed(scores: dict[str, Fraction]) -> list[str]:
+    """What the generated videos miss of TARGETS, in words; empty when they meet them all."""
+    number = scores[ALL].number
+    found = [f"{number} videos, at least {LEAST_VIDEOS} are asked for"] if number < LEAST_VIDEOS else []
+    return found + [
+        f"{name} {scores[name].value:.1%}, the target is {target:.0%}"
+        for name, target in TARGETS.items()
+        if scores[name].value < target
+    ]
+
+
+REAL, RECONSTRUCTED, WRONG_CAPTIONS = "real", "reconstructed", "wrong captions"
+_QUALITY = 80  # of WebP
+
+
+@dataclass(frozen=True)
+class ScoredVideo:
+    """A video that was read."""
+
+    name: str
+    caption: str
+    wanted: Attributes
+    reading: Reading
+
+    def to_json(self) -> dict[str, Any]:
+        """Its line in scores.json."""
+        return {"name": self.name, "caption": self.caption, "read": self.reading._asdict()}
+
+
+@dataclass
+class ScoredVideos:
+    """Videos of one kind. `facts` say how they were made, `previews` hold data URIs by caption."""
+
+    name: str
+    facts: Mapping[str, Any]
+    videos: list[ScoredVideo] = field(default_factory=list)
+    previews: dict[str, str] = field(default_factory=dict)
+
+    def add(self, clip: ShapeClip, shown: Collection[str]) -> None:
+        """Read a video; keep what it looks like if its caption is one of those that are shown."""
+        self.videos.append(ScoredVideo(clip.name, clip.caption, clip.wanted, read(clip.frames)))
+        if clip.caption in shown and clip.caption not in self.previews:
+            self.previews[clip.caption] = animation(clip)
+
+    @property
+    def scores(self) -> dict[str, Fraction]:
+        """Share that is right, by measure."""
+        return score(self._readings, [video.wanted for video in self.videos])
+
+    @property
+    def confusions(self) -> dict[str, Confusion]:
+        """What was taken for what, by attribute."""
+        return confusions(self._readings, [video.wanted for video in self.videos])
+
+    def reading_of(self, caption: str) -> Reading | None:
+        """Of the video that is shown for a caption."""
+        return next((video.reading for video in self.videos if video.caption == caption), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its part of scores.json."""
+        return {
+            "facts": dict(self.facts),
+            "scores": {name: share.to_json() for name, share in self.scores.items()},
+            "confusions": self.confusions,
+            "videos": [video.to_json() for video in self.videos],
+        }
+
+    @property
+    def _readings(self) -> list[Reading]:
+        return [video.reading for video in self.videos]
+
+
+def read_arm(
+    name: str,
+    clips: Iterable[ShapeClip],
+    facts: Mapping[str, Any],
+    shown: Collection[str] = (),
+    progress: Callable[[int], None] = lambda done: None,
+) -> ScoredVideos:
+    """Read all videos of an arm.
+
+    Args:
+        name: what it is called on the page.
+        clips: its videos.
+        facts: how they were made.
+        shown: captions whose videos are kept for the page.
+        progress: called with the number of videos that are read.
+    """
+    arm = ScoredVideos(name, facts)
+    for number, clip in enumerate(clips, 1):
+        arm.add(clip, shown)
+        progress(number)
+    return arm
+
+
+def with_wrong_captions(arm: ScoredVideos) -> ScoredVideos | None:
+    """The same readings against captions that belong to other videos: what one gets right by chance. None where there
+    are fewer than two videos."""
+    if len(arm.videos) < 2:
+        return None
+    order = derangement(len(arm.videos))
+    videos = [
+        ScoredVideo(video.name, arm.videos[other].caption, arm.videos[other].wanted, video.reading)
+        for video, other in zip(arm.videos, order, strict=True)
+    ]
+    return ScoredVideos(
+        WRONG_CAPTIONS, {"videos": arm.name, "captions": "exchanged among them, none keeps its own"}, videos
+    )
+
+
+def animation(clip: ShapeClip) -> str:
+    """A video as an animated WebP in a data URI: it plays in every browser, from a page alone."""
+    first, *others = [Image.fromarray(frame) for frame in clip.frames]
+    buffer = io.BytesIO()
+    milliseconds = max(1, round(1000 / clip.fps))
+    first.save(
+        buffer, "WEBP", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=_QUALITY, method=4
+    )
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# The page of the miniature: one `index.html` that holds all that it shows, so it can be sent and kept as it is.
+
+_VALUES = {"colour": tuple(COLOURS), "shape": tuple(SHAPES), "direction": tuple(DIRECTIONS)}
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A share with its interval, as it is shown; `met` says whether it reaches its target, where there is one."""
+
+    share: str
+    low: str
+    high: str
+    met: bool | None
+
+
+@dataclass(frozen=True)
+class _ScoreRow:
+    """An arm in the table."""
+
+    name: str
+    main: bool
+    number: int
+    cells: list[_Cell]
+
+
+@dataclass(frozen=True)
+class _ShownSample:
+    """A video on the page: its data URI, and the words of its reading, each with whether it is right."""
+
+    arm: str
+    image: str
+    words: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """What was taken for what: `rows` hold the wanted value and, for each column, count and share of the row."""
+
+    attribute: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, list[tuple[int, float]]]]
+
+
+def write_page(
+    out: Path,
+    report: Mapping[str, Any],
+    arms: Sequence[ScoredVideos],
+    captions: Sequence[str],
+    runs: Mapping[str, Path],
+) -> Path:
+    """Write `index.html` in one move.
+
+    Args:
+        out: folder that is there.
+        report: what is in scores.json.
+        arms: as they were read, with the videos of `captions`.
+        captions: whose videos are shown.
+        runs: name to a run folder, for its curves; what a run lacks is left out.
+
+    Returns:
+        The page's path.
+    """
+    rows = [_row(arm, report) for arm in arms]
+    text = (
+        page_environment()
+        .get_template("miniature.html.j2")
+        .render(
+            report=report,
+            measures=MEASURES,
+            targets={name: f"{target:.0%}" for name, target in TARGETS.items()},
+            rows=rows,
+            main=next((row for row in rows if row.main), None),
+            gallery=[(caption, _videos(arms, caption)) for caption in captions],
+            curves={name: found for name, run in runs.items() if (found := _curves(run))},
+            grids={arm.name: _grids(arm) for arm in arms if arm.name != WRONG_CAPTIONS},
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+    )
+    replace_file(out / PAGE, lambda file: file.write_text(text, encoding="utf-8"))
+    return out / PAGE
+
+
+def _row(arm: ScoredVideos, report: Mapping[str, Any]) -> _ScoreRow:
+    main, scores = arm.name == report["targets_are_for"], arm.scores
+    cells = []
+    for name in MEASURES:
+        low, high = (f"{100 * end:.0f}" for end in scores[name].interval())
+        met = scores[name].value >= TARGETS[name] if main else None
+        cells.append(_Cell(f"{scores[name].value:.1%}", low, high, met))
+    return _ScoreRow(arm.name, main, len(arm.videos), cells)
+
+
+def _videos(arms: Sequence[ScoredVideos], caption: str) -> list[_ShownSample]:
+    """What each arm shows for a caption; arms without such a video are left out."""
+    wanted, found = parse_caption(caption), []
+    for arm in arms:
+        reading = arm.reading_of(caption)
+        if reading is not None and caption in arm.previews:
+            found.append(_ShownSample(arm.name, arm.previews[caption], _words(reading, wanted)))
+    return found
+
+
+def _words(reading: Reading, wanted: Attributes) -> list[tuple[str, bool]]:
+    if reading == (None, None, None):
+        return [(NOTHING, False)]
+    read = {name: getattr(reading, name) for name in ATTRIBUTES}
+    return [(word or f"no {name}", word == getattr(wanted, name)) for name, word in read.items()]
+
+
+def _curves(run: Path) -> list[Curve]:
+    record = run / "metrics.jsonl"
+    return draw_curves(read_record(record)) if record.is_file() else []
+
+
+def _grids(arm: ScoredVideos) -> list[_Grid]:
+    return [_grid(name, confusion) for name, confusion in arm.confusions.items()]
+
+
+def _grid(attribute: str, confusion: Confusion) -> _Grid:
+    values = _VALUES[attribute]
+    columns = (*values, NOTHING)
+    rows = []
+    for wanted in values:
+        counts = confusion.get(wanted, {})
+        total = max(1, sum(counts.values()))
+        rows.append((wanted, [(counts.get(read, 0), counts.get(read, 0) / total) for read in columns]))
+    return _Grid(attribute, columns, rows)
+
+
+# The job of `regen score-shapes`: reads every arm there is, and writes scores.json and the page.
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is compared.
+
+    Args:
+        held_out: URL of the held-out dataset: the real videos.
+        embedder: a run or an exported model; makes the reconstructions of the held-out videos.
+        generated: name to a folder of `regen generate`; the first is the one that the targets are for.
+        runs: name to a run folder, for the curves.
+        number: most videos of an arm.
+        previews: videos of each arm on the page.
+    """
+
+    held_out: str | None = None
+    embedder: Path | None = None
+    generated: Mapping[str, Path] = field(default_factory=dict)
+    runs: Mapping[str, Path] = field(default_factory=dict)
+    number: int = LEAST_VIDEOS
+    previews: int = 12
+
+    def __post_init__(self) -> None:
+        taken = sorted({REAL, RECONSTRUCTED, WRONG_CAPTIONS} & set(self.generated))
+        if taken:
+            raise ConfigError(f"generated videos cannot be called {', '.join(taken)!r}: another arm has that name")
+
+
+class Judgement(NamedTuple):
+    """What came of it: `report` is what is in scores.json, `page` where the page is."""
+
+    arms: list[ScoredVideos]
+    report: dict[str, Any]
+    page: Path
+
+
+class _Source(NamedTuple):
+    """An arm that is still to be read."""
+
+    name: str
+    captions: Sequence[str]
+    clips: Iterator[ShapeClip]
+    facts: Mapping[str, Any]
+
+
+def judge(request: Request, out: Path, progress: Progress = lambda stage, done, total: None) -> Judgement:
+    """Read the videos of every arm that there is, and write scores.json and index.html into a folder.
+
+    Args:
+        request: what is compared; what is not there is told, not refused.
+        out: folder, made if need be; both files are replaced, each in one move.
+        progress: called with (arm, videos read, of how many).
+
+    Raises:
+        DataError: a video or a dataset is damaged, or a caption does not say what its video shows.
+        CheckpointError: the embedder cannot be loaded.
+    """
+    not_made: dict[str, str] = {}
+    dataset = _open(request, not_made)
+    sources = [*_held_out(request, dataset, not_made), *_generated(request, not_made)]
+    shown = _choose(sources, request)
+    arms = [
+        read_arm(each.name, each.clips, each.facts, shown, partial(_tell, progress, each.name, len(each.captions)))
+        for each in sources
+    ]
+    main = next((arm for arm in arms if arm.name == next(iter(request.generated), None)), None)
+    arms += _chance(main or next(iter(arms), None), not_made)
+    report = _report(request, dataset, arms, main, not_made)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SCORES, report)
+    return Judgement(arms, report, write_page(out, report, arms, shown, request.runs))
+
+
+def _tell(progress: Progress, name: str, total: int, done: int) -> None:
+    progress(name, done, total)
+
+
+def _open(request: Request, not_made: dict[str, str]) -> Dataset | None:
+    url = request.held_out
+    if url is None:
+        not_made[REAL] = "no held-out dataset was given"
+    elif _is_missing(url):
+        not_made[REAL] = f"there is nothing at {url}"
+    else:
+        return open_dataset(url)
+    not_made[RECONSTRUCTED] = "there are no real videos to reconstruct"
+    return None
+
+
+def _is_missing(url: str) -> bool:
+    """Whether it is a local folder that is not there; buckets are asked when they are read."""
+    try:
+        folder = parse_url(url).folder
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return folder is not None and not folder.exists()
+
+
+def _held_out(request: Request, dataset: Dataset | None, not_made: dict[str, str]) -> Iterator[_Source]:
+    """Real videos and, where there is an embedder, what it makes of them."""
+    if dataset is None:
+        return
+    codec = _codec(request, not_made)
+    length = None if codec is None else codec.num_frames
+    samples = held_out_samples(dataset, request.number)
+    captions = [sample.caption or "" for sample in samples]
+    facts: dict[str, Any] = {"dataset": dataset.store.url, "fingerprint": dataset.fingerprint}
+    facts |= {"options": dataset.manifest.options}
+    yield _Source(REAL, captions, held_out_clips(dataset, samples, length), facts)
+    if codec is not None:
+        clips = (reconstructed(clip, codec) for clip in held_out_clips(dataset, samples, length))
+        yield _Source(RECONSTRUCTED, captions, clips, _codec_facts(request, codec))
+
+
+def _codec(request: Request, not_made: dict[str, str]) -> Codec | None:
+    if request.embedder is None:
+        not_made[RECONSTRUCTED] = "no embedder was given"
+    elif not request.embedder.exists():
+        not_made[RECONSTRUCTED] = f"there is nothing at {request.embedder}"
+    else:
+        return Codec.load(request.embedder)
+    return None
+
+
+def _codec_facts(request: Request, codec: Codec) -> dict[str, Any]:
+    origin = codec.config.origin
+    return {
+        "embedder": str(request.embedder),
+        "config_hash": origin.config_hash if origin else _config_hash(request.embedder),
+        "weights": codec.weights,
+        "step": codec.step,
+        "temporal_compression": codec.temporal_compression,
+        "latent_channels": codec.latent_channels,
+        "steps": 1,
+    }
+
+
+def _generated(request: Request, not_made: dict[str, str]) -> Iterator[_Source]:
+    for name, folder in request.generated.items():
+        names = generated_names(folder, request.number)
+        if names:
+            facts = {"folder": str(folder), **generated_facts(folder, names)}
+            yield _Source(name, generated_prompts(folder, names), generated_clips(folder, names), facts)
+        else:
+            not_made[name] = f"there are no generated videos in {folder}"
+
+
+def _choose(sources: Sequence[_Source], request: Request) -> list[str]:
+    """Captions that the page shows: spread over those of the videos that the targets are for, else over the first
+    arm's."""
+    by_name = {source.name: source.captions for source in sources}
+    captions = by_name.get(next(iter(request.generated), ""), sources[0].captions if sources else [])
+    rows = choose_rows(len(captions), request.previews) if captions and request.previews else []
+    return list(dict.fromkeys(captions[row] for row in rows))
+
+
+def _chance(arm: ScoredVideos | None, not_made: dict[str, str]) -> list[ScoredVideos]:
+    wrong = None if arm is None else with_wrong_captions(arm)
+    if wrong is None:
+        not_made[WRONG_CAPTIONS] = "captions cannot be exchanged among fewer than two videos"
+        return []
+    return [wrong]
+
+
+def _report(
+    request: Request,
+    dataset: Dataset | None,
+    arms: Sequence[ScoredVideos],
+    main: ScoredVideos | None,
+    not_made: Mapping[str, str],
+) -> dict[str, Any]:
+    """What is in scores.json."""
+    seen = None
+    if main is not None and dataset is not None:
+        seen = seen_in_training([video.wanted for video in main.videos], dataset)
+    return {
+        "targets": TARGETS,
+        "least_videos": LEAST_VIDEOS,
+        "targets_are_for": None if main is None else main.name,
+        "missed": ["there are no generated videos"] if main is None else missed(main.scores),
+        "combinations_not_held_out": seen,
+        "not_made": dict(not_made),
+        "runs": {name: {"folder": str(run), "config_hash": _config_hash(run)} for name, run in request.runs.items()},
+        "machine": describe_machine(),
+        "arms": {arm.name: arm.to_json() for arm in arms},
+    }
+
+
+def _config_hash(run: Path | None) -> str | None:
+    path = None if run is None else run / "config.hash"
+    return path.read_text(encoding="utf-8").strip() if path is not None and path.is_file() else None

@@ -1,0 +1,211 @@
+"""An image that generated videos begin with, or a video that they continue: read, fitted to their size, encoded.
+
+An image or a video of another size is scaled, keeping its proportions, until it covers the size that is generated; what
+lies over is cut off on both sides alike.
+
+Legend: n clips in a row, L = k + 1 frames of a clip, C channels, h x w latent cells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from regen_dist.data.video.conversion import fit_geometry
+from regen_dist.diffusion.given import Given
+from regen_dist.errors import DataError
+from regen_dist.inference.codec import Codec
+from regen_dist.inference.frames import Frame, SourceVideo
+from regen_dist.inference.latent_space import LatentScale
+from regen_dist.models.encoder import Latents
+from regen_dist.pixels import to_video
+
+_PART = 16  # frames that are handed on at a time
+_ROUNDING_S = 1e-6  # of times in seconds
+
+
+@dataclass(frozen=True)
+class GivenImage:
+    """A picture, uint8 [H, W, 3], that becomes the first frame."""
+
+    path: Path
+    frame: Frame
+    clips = 0  # that are given whole
+
+    def encoded(self, codec: Codec) -> Latents:
+        """Its content latent, [1, C, h, w], and no motion."""
+        found = codec.encode(to_video([self.frame])[None])
+        return Latents(found.content, found.content[:0])
+
+    def before(self, fps: float) -> Iterator[list[Frame]]:
+        """Nothing stands before the generated frames."""
+        return iter(())
+
+    def facts(self) -> dict[str, Any]:
+        """Its part of a record."""
+        return {"kind": "image", "sha256": _digest(self.path)}
+
+
+@dataclass(frozen=True)
+class GivenVideo:
+    """A video whose last `clips` clips of `length` frames, `fps` of them a second, are given; its last frame is the
+    last of them."""
+
+    source: SourceVideo
+    size: tuple[int, int]
+    clips: int
+    length: int
+    fps: float
+
+    def encoded(self, codec: Codec) -> Latents:
+        """Content and motion of the clips, [clips, C, h, w] each."""
+        frames = [frame for part in self._frames(self.fps, self.clips * self.length) for frame in part]
+        clips = to_video(frames).unflatten(1, (self.clips, self.length)).movedim(1, 0)  # [clips, 3, L, H, W]
+        parts = [codec.encode(clip[None]) for clip in clips]
+        return Latents(torch.cat([part.content for part in parts]), torch.cat([part.motion for part in parts]))
+
+    def before(self, fps: float) -> Iterator[list[Frame]]:
+        """All of the video, at another rate: its last frame stays the last."""
+        return self._frames(fps, frames_at(self.source, fps))
+
+    def facts(self) -> dict[str, Any]:
+        """Its part of a record."""
+        return {"kind": "video", "sha256": _digest(self.source.path), "clips": self.clips}
+
+    def _frames(self, fps: float, count: int) -> Iterator[list[Frame]]:
+        """The last `count` frames at a rate: of each time the frame that is nearest."""
+        numbers = _nearest(self.source, fps, count)
+        part: list[Frame] = []
+        for number, frame in enumerate(self.source.frames()):
+            times = int(np.count_nonzero(numbers == number))
+            part += [fitted(frame, self.size)] * times if times else []
+            if len(part) >= _PART:
+                yield part
+                part = []
+        if part:
+            yield part
+
+
+GivenMedia = GivenImage | GivenVideo
+
+
+def read_image(path: Path, size: tuple[int, int]) -> GivenImage:
+    """An image file, fitted to (height, width): upright, its transparent parts over white.
+
+    Raises:
+        DataError: there is no such file, or it is not an image that can be read.
+    """
+    if not path.is_file():
+        raise DataError(f"no image at {path}: " + ("it is a folder" if path.is_dir() else "there is no such file"))
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            return GivenImage(path, fitted(_rgb(upright), size))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} is not an image that can be read ({error}); give a PNG, JPEG or WebP file. A video is continued "
+            "with --continue"
+        ) from error
+
+
+def read_video(path: Path, size: tuple[int, int], *, most_clips: int, length: int, fps: float) -> GivenVideo:
+    """The end of a video file, fitted to (height, width).
+
+    Args:
+        path: the file.
+        size: of the frames.
+        most_clips: that are given; fewer where the video is shorter.
+        length: frames of a clip, `fps` of them a second.
+
+    Raises:
+        DataError: there is no such file, it is not a video that can be read, or it is shorter than a clip.
+    """
+    source = SourceVideo(path)
+    count = frames_at(source, fps)
+    if count < length:
+        raise DataError(
+            f"{path} has {count} frame{'s' * (count != 1)} at the {fps:g} a second that the model was trained on; "
+            f"continuing takes a clip of {length} at least. Give a longer video, or an image with --image"
+        )
+    return GivenVideo(source, size, min(most_clips, count // length), length, fps)
+
+
+def frames_at(source: SourceVideo, fps: float) -> int:
+    """Frames of a video at another rate."""
+    return int((source.timestamps[-1] + _ROUNDING_S) * fps) + 1
+
+
+def given_row(media: GivenMedia, codec: Codec, scale: LatentScale, clips: int) -> Given:
+    """The given frames of one row of so many clips, normalised as in training."""
+    known = media.encoded(codec)
+    content, motion = (torch.zeros(1, clips, *known.content.shape[1:], device=codec.device) for _ in range(2))
+    content[0, : len(known.content)], motion[0, : len(known.motion)] = known.content, known.motion
+    frames = scale.normalise(content, motion).frames
+    count = len(known.content) + len(known.motion)
+    return Given(frames, (torch.arange(2 * clips, device=codec.device) < count)[None])
+
+
+def fitted(frame: Frame, size: tuple[int, int]) -> Frame:
+    """A picture scaled until it covers (height, width), and the middle of it."""
+    if frame.shape[:2] == size:
+        return frame
+    scale = max(size[0] / frame.shape[0], size[1] / frame.shape[1])
+    short_side = max(1, round(scale * min(frame.shape[:2])))
+    place = fit_geometry(frame.shape[0], frame.shape[1], size, short_side)
+    scaled = np.asarray(Image.fromarray(frame).resize((place.width, place.height), Image.Resampling.LANCZOS))
+    return np.ascontiguousarray(scaled[place.top : place.top + size[0], place.left : place.left + size[1]])
+
+
+def _rgb(image: Image.Image) -> Frame:
+    if image.mode.startswith("I"):  # 16 bits of grey: PIL would cut them off at 255
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+    pixels: Frame = np.asarray(image.convert("RGB"))
+    return pixels
+
+
+def _nearest(source: SourceVideo, fps: float, count: int) -> npt.NDArray[np.int64]:
+    """Numbers of the frames that are nearest to `count` times that end at the last frame's."""
+    stamps = source.timestamps
+    times = stamps[-1] - np.arange(count - 1, -1, -1) / fps
+    after = np.clip(np.searchsorted(stamps, times - _ROUNDING_S), 1, max(1, len(stamps) - 1))
+    if len(stamps) == 1:
+        return np.zeros(count, dtype=np.int64)
+    is_nearer = np.abs(stamps[after - 1] - times) <= np.abs(stamps[after] - times)
+    numbers: npt.NDArray[np.int64] = np.where(is_nearer, after - 1, after)
+    return numbers
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def notes(media: GivenMedia | None, given_content: float, given_clips: float, clips: int, longest: int) -> list[str]:
+    """Where a model is asked for what it was not trained for, in words.
+
+    Args:
+        media: what is given.
+        given_content, given_clips: shares that it was trained with.
+        clips: of a row that is sampled.
+        longest: row that it was trained on.
+    """
+    found = []
+    if isinstance(media, GivenImage) and not given_content:
+        found.append("this model was not trained with given images (diffusion.given_content is 0)")
+    if isinstance(media, GivenVideo) and not given_clips:
+        found.append("this model was not trained to continue clips (diffusion.given_clips is 0)")
+    if media is not None and clips > longest:
+        found.append(f"rows of {clips} clips are sampled, the model was trained on {longest} at most")
+    return found

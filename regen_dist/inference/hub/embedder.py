@@ -1,0 +1,248 @@
+"""An embedder as diffusers has its autoencoders: `from_pretrained`, `encode(video).latent_dist`, `decode(...).sample`.
+
+Latent frames lie one after the other: content and motion of the first clip, then those of the next; an image is one
+latent frame, its content.
+
+Legend: B videos, T frames, n clips of k + 1 frames, F = 2n latent frames (1 of an image), C latent channels, H x W
+pixels, h = H/8, w = W/8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from regen_dist.config.embedder import DiffusionConfig, ModelConfig
+from regen_dist.config.exported import ExportConfig
+from regen_dist.errors import DataError
+from regen_dist.inference.codec import Codec
+from regen_dist.inference.hub.module import own_module
+from regen_dist.inference.hub.pipeline import in_trained_precision, write_code
+from regen_dist.inference.windows import Window
+from regen_dist.models.building import build_embedder
+from regen_dist.models.encoder import Latents
+
+DEFAULT_TILE = 256
+
+
+class LatentDistribution:
+    """What the encoder says of latents: a mean, and the noise (`config.noise_std`) that the decoder was trained to
+    bear. [B, C, F, h, w]."""
+
+    def __init__(self, mean: Tensor, std: float) -> None:
+        self.mean, self.std = mean, std
+
+    def mode(self) -> Tensor:
+        """The latents themselves."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """The latents with noise on them; without any where the decoder was trained without."""
+        if self.std == 0:
+            return self.mean
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean)
+        return self.mean + self.std * noise
+
+
+@dataclass
+class EncodedVideo(BaseOutput):  # type: ignore[misc]
+    """Output of `VideoEmbedder.encode`."""
+
+    latent_dist: LatentDistribution
+
+
+@dataclass
+class DecodedVideo(BaseOutput):  # type: ignore[misc]
+    """Output of `VideoEmbedder.decode`: `sample` [B, 3, T, H, W] in [-1, 1]."""
+
+    sample: Tensor
+
+
+class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A trained embedder, for inference. Computes in the dtype of its weights; without `torch_dtype` that which it was
+    trained in.
+
+    Args:
+        model: the `ModelConfig`, as plain values.
+        diffusion: the `DiffusionConfig`, as plain values.
+        precision: `bf16` or `fp32`, in which it was trained.
+        latents_mean, latents_std: [C] of content and [C] of motion latents; None where they were not measured.
+        scaling_factor: one over the std of all latents together; 1 where it was not measured.
+        noise_std: of the noise on latents that the decoder was trained with.
+        auto_map: where diffusers finds this class.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        model: dict[str, Any],
+        diffusion: dict[str, Any],
+        precision: str = "bf16",
+        latents_mean: list[list[float]] | None = None,
+        latents_std: list[list[float]] | None = None,
+        scaling_factor: float = 1.0,
+        noise_std: float = 0.0,
+        auto_map: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        exported = ExportConfig(
+            model=ModelConfig(**model),
+            diffusion=DiffusionConfig(**diffusion),
+            precision=precision,  # type: ignore[arg-type]
+        )
+        inner = build_embedder(exported.model)
+        for name, part in inner.named_children():  # under the names that their weights have in an export
+            self.add_module(name, part)
+        self.__dict__["_exported"], self.__dict__["_inner"] = exported, inner
+        self.use_slicing = False
+        self.tile: int | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
+        """An exported folder, or a repository of such on the hub; options as of diffusers' `ModelMixin`."""
+        return super().from_pretrained(path, **in_trained_precision(cls, path, options))
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
+        """Write the config and, beside it, the module of code that opens the model."""
+        self.register_to_config(auto_map=write_code(save_directory, own_module(), type(self).__name__))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **options)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip, k + 1."""
+        return self._exported.model.num_frames  # type: ignore[no-any-return]
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return self._exported.model.latent.channels  # type: ignore[no-any-return]
+
+    def enable_tiling(self, side: int = DEFAULT_TILE) -> None:
+        """Work on tiles of so many pixels a side, which bounds the memory; the result is that of whole frames.
+
+        Raises:
+            ConfigError: the decoder attends over whole frames, or the side is below 64.
+        """
+        self._codec().use_tiles(side)
+        self.tile = side
+
+    def disable_tiling(self) -> None:
+        """Work on whole frames again."""
+        self.tile = None
+
+    def enable_slicing(self) -> None:
+        """Encode one clip at a time. (Decoding always does.)"""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode all clips at once again."""
+        self.use_slicing = False
+
+    @apply_forward_hook  # type: ignore[untyped-decorator]
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncodedVideo | tuple[LatentDistribution]:
+        """Videos [B, 3, T, H, W] in [-1, 1], sides multiples of 8, to latent frames [B, C, F, h, w].
+
+        One frame is an image. Longer videos are cut into clips that lie side by side, the last of which is filled up
+        with its last frame.
+
+        Raises:
+            DataError: the shape does not fit.
+        """
+        if x.ndim != 5 or not x.shape[2]:
+            raise DataError(f"videos have the shape [batch, 3, frames, height, width], found {list(x.shape)}")
+        codec, clips = self._codec(), _clips(x, self.num_frames)  # [B*n, 3, k+1, H, W]
+        parts = [codec.encode(part) for part in clips.split(1 if self.use_slicing else len(clips))]
+        content, motion = (torch.cat(each) for each in zip(*parts, strict=True))
+        frames = torch.stack([content, motion], 2) if x.shape[2] > 1 else content.unsqueeze(2)  # [B*n, C, 1 or 2, h, w]
+        rows = frames.unflatten(0, (len(x), -1)).transpose(1, 2).flatten(2, 3)  # [B, C, F, h, w]
+        found = LatentDistribution(rows, self.config.noise_std)
+        return EncodedVideo(latent_dist=found) if return_dict else (found,)
+
+    @apply_forward_hook  # type: ignore[untyped-decorator]
+    def decode(
+        self,
+        z: Tensor,
+        num_frames: int | None = None,
+        times: Tensor | None = None,
+        num_inference_steps: int | None = None,
+        seed: int = 0,
+        sample_ids: Sequence[int] | None = None,
+        start: float = 0.0,
+        return_dict: bool = True,
+    ) -> DecodedVideo | tuple[Tensor]:
+        """Latent frames [B, C, F, h, w] to videos [B, 3, T, H, W] in [-1, 1], float32.
+
+        Args:
+            z: as `encode` gives them, not scaled.
+            num_frames: T, the first of all that was encoded, which are decoded by whole clips; all by default.
+            times: [T] real, instead: in frames from the video's first, clip i beginning at i (k + 1). Between frames
+                and slightly past the last are possible.
+            num_inference_steps: of the decoder; as trained by default.
+            seed, sample_ids, start: what the decoder's noise is keyed by: the number of each video (its place in the
+                batch by default), and the time of each frame, of which `start` is that of the first.
+
+        Raises:
+            DataError: the latent frames are neither an image's nor a row of clips', or hold fewer frames.
+            ConfigError: the convolutional baseline was asked for times between frames.
+        """
+        if z.ndim != 5 or z.shape[1] != self.latent_channels or (z.shape[2] != 1 and z.shape[2] % 2):
+            raise DataError(
+                f"latents have the shape [batch, {self.latent_channels}, frames, h, w], with one latent frame or two "
+                f"for each clip, found {list(z.shape)}"
+            )
+        if times is None:
+            held = 1 if z.shape[2] == 1 else z.shape[2] // 2 * self.num_frames
+            if not 1 <= (num_frames or held) <= held:
+                raise DataError(f"these latents hold {held} frames, asked for {num_frames}; give times beyond them")
+            times = torch.arange(held)
+        else:
+            num_frames = None
+        codec, steps = self._codec(), num_inference_steps or self._exported.diffusion.steps
+        videos = []
+        for number, row in zip(range(len(z)) if sample_ids is None else sample_ids, z.split(1), strict=True):
+            windows, at = list(_windows(row, self.num_frames, start)), times.double() + start
+            videos.append(codec.decode_windows(windows, at, steps=steps, seed=seed, sample_id=number))
+        sample = torch.cat(videos)[:, :, :num_frames]
+        return DecodedVideo(sample=sample) if return_dict else (sample,)
+
+    def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True) -> Any:
+        """Encode and decode."""
+        found = self.encode(sample).latent_dist
+        latents = found.sample() if sample_posterior else found.mode()
+        return self.decode(latents, num_frames=sample.shape[2], return_dict=return_dict)
+
+    def _codec(self) -> Codec:
+        codec = Codec(self._inner, self._exported, self.device, dtype=self.dtype)
+        codec.tile = self.tile
+        return codec
+
+
+def _clips(videos: Tensor, length: int) -> Tensor:
+    """Videos [B, 3, T, H, W] as clips [B*n, 3, length, H, W] that lie side by side; an image as it is."""
+    if videos.shape[2] == 1:
+        return videos
+    missing = -videos.shape[2] % length
+    if missing:
+        videos = torch.cat([videos, videos[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2)
+    return videos.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)  # type: ignore[no-any-return]
+
+
+def _windows(row: Tensor, length: int, start: float) -> Iterator[Window]:
+    """The clips of one video's latent frames [1, C, F, h, w], side by side from `start` on."""
+    if row.shape[2] == 1:
+        yield Window(Latents(row[:, :, 0], torch.zeros_like(row[:, :, 0])), start, 1)
+    for clip in range(row.shape[2] // 2):
+        content, motion = row[:, :, 2 * clip], row[:, :, 2 * clip + 1]
+        yield Window(Latents(content, motion), start + clip * length, length)

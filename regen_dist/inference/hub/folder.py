@@ -1,0 +1,149 @@
+"""What an exported model has beside its weights for diffusers, which reads them where they are.
+
+EXPORT/config.json                                     what the class is built from, and which class
+EXPORT/diffusion_pytorch_model.safetensors.index.json  that all weights are in model.safetensors
+EXPORT/regen_….py                                      the class, with all that it needs of this package
+
+A text-to-video model with its embedder and text encoder is a pipeline, too:
+
+EXPORT/model_index.json     its parts, which lie in:
+EXPORT/transformer/         config.json, code, and a second name of the weights (a hard link, where there are such)
+EXPORT/vae/                 the embedder, exported
+EXPORT/text_encoder/        copies of the encoder's files, and code
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regen_dist.checkpoint.export import MODEL_FILE
+from regen_dist.config.exported import ExportConfig, T2VExportConfig
+from regen_dist.config.files import write_text_atomically
+from regen_dist.data.storage.local import sync
+from regen_dist.inference.hub.module import own_module, pipeline_module
+from regen_dist.inference.hub.pipeline import write_code
+from regen_dist.inference.latent_space import LatentSpace, LatentStatistics
+from regen_dist.jsontext import json_text
+from regen_dist.models.text import TextEncoder
+
+CONFIG_FILE, INDEX_FILE = "config.json", "diffusion_pytorch_model.safetensors.index.json"
+PIPELINE_FILE, TRANSFORMER, EMBEDDER, TEXT_ENCODER = "model_index.json", "transformer", "vae", "text_encoder"
+_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def write_embedder_files(
+    folder: Path, config: ExportConfig, shapes: Mapping[str, list[int]], statistics: LatentStatistics | None
+) -> None:
+    """Make an exported embedder one that `diffusers.AutoModel.from_pretrained` opens.
+
+    Args:
+        folder: with its weights.
+        config: of it.
+        shapes: of its parameters.
+        statistics: of its latents, where they were measured.
+    """
+    values = {
+        "_class_name": "VideoEmbedder",
+        "auto_map": write_code(folder, own_module(), "VideoEmbedder"),
+        "model": config.model.model_dump(mode="json"),
+        "diffusion": config.diffusion.model_dump(mode="json"),
+        "precision": config.precision,
+        "noise_std": config.model.latent.noise_std,
+        **_scales(statistics),
+    }
+    _write_json(folder / CONFIG_FILE, values)
+    _write_json(folder / INDEX_FILE, _index(config.dtype, shapes))
+
+
+def write_transformer_files(
+    folder: Path, config: T2VExportConfig, shapes: Mapping[str, list[int]], space: LatentSpace
+) -> None:
+    """Make an exported text-to-video model one that `diffusers.AutoModel.from_pretrained` opens.
+
+    Args:
+        folder: with its weights.
+        config: of it.
+        shapes: of its parameters.
+        space: in which it works.
+    """
+    _write_json(folder / CONFIG_FILE, _transformer(folder, config, space))
+    _write_json(folder / INDEX_FILE, _index(config.dtype, shapes))
+
+
+def write_pipeline_files(folder: Path, config: T2VExportConfig, space: LatentSpace, text: TextEncoder) -> None:
+    """Make it one that `diffusers.DiffusionPipeline.from_pretrained` opens.
+
+    Args:
+        folder: with its weights, and with its embedder in `vae/`.
+        config: of it.
+        space: in which it works.
+        text: encoder of the captions that it was trained on.
+    """
+    transformer, encoder = folder / TRANSFORMER, folder / TEXT_ENCODER
+    for part in (transformer, encoder):
+        part.mkdir()
+    _write_json(transformer / CONFIG_FILE, _transformer(transformer, config, space))
+    _second_name(folder / MODEL_FILE, transformer / _WEIGHTS_FILE)
+    write_code(encoder, pipeline_module(), "PromptEncoder")
+    for path in text.files:
+        shutil.copyfile(path, encoder / path.name)
+        sync(encoder / path.name)
+    write_code(folder, pipeline_module(), "TextToVideoPipeline")
+    ours, theirs = (Path(module[0]).stem for module in (pipeline_module(), own_module()))
+    index = {
+        "_class_name": [ours, "TextToVideoPipeline"],
+        TRANSFORMER: [ours, "TextToVideoTransformer"],
+        EMBEDDER: [theirs, "VideoEmbedder"],
+        TEXT_ENCODER: [ours, "PromptEncoder"],
+    }
+    _write_json(folder / PIPELINE_FILE, index)
+
+
+def _transformer(folder: Path, config: T2VExportConfig, space: LatentSpace) -> dict[str, Any]:
+    """What a transformer's config.json says; its code is written into the folder."""
+    return {
+        "_class_name": "TextToVideoTransformer",
+        "auto_map": write_code(folder, pipeline_module(), "TextToVideoTransformer"),
+        "model": config.model.model_dump(mode="json"),
+        "diffusion": config.diffusion.model_dump(mode="json"),
+        "clips": list(config.clips),
+        "precision": config.precision,
+        "space": space.to_json(),
+        "null_text": space.null_text.text.tolist(),
+    }
+
+
+def _second_name(file: Path, link: Path) -> None:
+    try:
+        os.link(file, link)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, link)
+        sync(link)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_text_atomically(path, json_text(values, indent=2) + "\n")
+
+
+def _index(dtype: str, shapes: Mapping[str, list[int]]) -> dict[str, Any]:
+    size = sum(map(prod, shapes.values())) * _BYTES[dtype]
+    return {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(sorted(shapes), MODEL_FILE)}
+
+
+def _scales(statistics: LatentStatistics | None) -> dict[str, Any]:
+    """Mean and std of the channels of content and motion, and one factor for all, as diffusers' autoencoders have."""
+    spread = None if statistics is None else statistics.clips or statistics.images
+    if spread is None:
+        return {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0}
+    parts = [spread.content, spread.motion or spread.content]
+    mean, std = (torch.stack([getattr(part, name) for part in parts]) for name in ("mean", "std"))  # [2, C]
+    over_all = (std.square() + (mean - mean.mean()).square()).mean().sqrt()
+    return {"latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": float(1 / over_all)}

@@ -1,0 +1,343 @@
+"""A text-to-video model as diffusers has its own: a transformer, a text encoder, and the pipeline of them and of the
+embedder, `pipeline("a prompt", num_frames=…, guidance_scale=…).frames`.
+
+Legend: B prompts, C latent channels, F latent frames, h x w latent cells, M text tokens, D their width, T frames of a
+video, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from regen_dist.config.exported import T2VExportConfig
+from regen_dist.config.files import write_text_atomically
+from regen_dist.config.t2v import FlowConfig, T2VModelConfig, TextConfig
+from regen_dist.data.format.latents import TextEmbedding
+from regen_dist.errors import ConfigError
+from regen_dist.inference.generate import (
+    GenerationSettings,
+    Prompt,
+    as_in_cache,
+    frame_positions,
+    resolve_settings,
+    sample_rows,
+)
+from regen_dist.inference.hub.module import pipeline_module
+from regen_dist.inference.latent_space import LatentSpace, parse_statistics
+from regen_dist.inference.long_video import row_frames
+from regen_dist.inference.sampler import TextToVideoModel
+from regen_dist.inference.windows import Window
+from regen_dist.jsontext import json_text
+from regen_dist.models.encoder import Latents
+from regen_dist.models.t2v import TextToVideo
+from regen_dist.models.text.encoder import TextEncoder
+from regen_dist.pixels import to_frames
+
+# What models for diffusers share when they are opened and saved.
+
+_LOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def in_trained_precision(kind: Any, path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained` with the dtype that a model was trained in, where none is asked for.
+
+    Args:
+        kind: class of the model.
+        path: a folder, or a repository on the hub.
+        options: as they were given.
+    """
+    if options.get("torch_dtype") is not None or options.get("dtype") is not None:
+        return options
+    found = kind.load_config(path, **{name: options[name] for name in _LOADING if name in options})
+    dtype = torch.bfloat16 if found.get("precision", "bf16") == "bf16" else torch.float32
+    return {name: value for name, value in options.items() if name != "dtype"} | {"torch_dtype": dtype}
+
+
+def write_code(folder: str | Path, module: tuple[str, str], kind: str) -> dict[str, str]:
+    """Write a module of code (its name and text) into a folder; returns the `auto_map` by which diffusers finds the
+    class in it."""
+    name, text = module
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_text_atomically(Path(folder) / name, text)
+    return {"AutoModel": f"{Path(name).stem}.{kind}"}
+
+
+@dataclass
+class Velocity(BaseOutput):  # type: ignore[misc]
+    """Output of `TextToVideoTransformer`: `sample` [B, C, F, h, w]."""
+
+    sample: Tensor
+
+
+@dataclass
+class GeneratedVideos(BaseOutput):  # type: ignore[misc]
+    """Output of `TextToVideoPipeline`: the videos' `frames`, in the form that was asked for, and frames a second."""
+
+    frames: Any
+    fps: float
+
+
+class TextToVideoTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A trained text-to-video transformer with the latent space that it works in. Computes in the dtype of its weights;
+    without `torch_dtype` that which it was trained in.
+
+    Args:
+        model: the `T2VModelConfig`, as plain values.
+        diffusion: the `FlowConfig`, as plain values.
+        space: of the latents, as `latent_space/facts.json` has it.
+        null_text: the embedding of the empty caption, [M][D].
+        clips: lengths of the rows that it was trained on.
+        precision: `bf16` or `fp32`, in which it was trained.
+        auto_map: where diffusers finds this class.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        model: dict[str, Any],
+        diffusion: dict[str, Any],
+        space: dict[str, Any],
+        null_text: list[list[float]],
+        clips: Sequence[int] = (),
+        precision: str = "bf16",
+        auto_map: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        exported = T2VExportConfig(
+            model=T2VModelConfig(**model), diffusion=FlowConfig(**diffusion), clips=tuple(clips),
+            precision=precision,  # type: ignore[arg-type]
+        )  # fmt: skip
+        inner = TextToVideo(exported.model)
+        for name, part in inner.named_children():  # under the names that their weights have in an export
+            self.add_module(name, part)
+        self.__dict__["exported"], self.__dict__["inner"] = exported, inner
+        self.__dict__["latent_space"] = _space(space, null_text)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
+        """An exported folder, or a repository of such on the hub; options as of diffusers' `ModelMixin`."""
+        return super().from_pretrained(path, **in_trained_precision(cls, path, options))
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
+        """Write the config and, beside it, the module of code that opens the model."""
+        self.register_to_config(auto_map=write_code(save_directory, pipeline_module(), type(self).__name__))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **options)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Velocity | tuple[Tensor]:
+        """The velocity of the rectified flow, float32.
+
+        Args:
+            hidden_states: normalised latents x_t, [B, C, F, h, w].
+            timestep: diffusion time [B] in (0, 1].
+            encoder_hidden_states: text, [B, M, D].
+            encoder_attention_mask: [B, M], true where a text token counts; all by default.
+            return_dict: an object, or a tuple.
+        """
+        text = encoder_hidden_states
+        mask = torch.ones_like(text[:, :, 0]) if encoder_attention_mask is None else encoder_attention_mask
+        velocity = self.inner(hidden_states, timestep, text, mask)
+        return Velocity(sample=velocity) if return_dict else (velocity,)
+
+
+class PromptEncoder(ModelMixin):  # type: ignore[misc]
+    """The text encoder of a pipeline, whatever transformers loads, with its tokenizer."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.model = encoder.model
+        self.__dict__["encoder"] = encoder
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, torch_dtype: torch.dtype | None = None, **options: Any) -> PromptEncoder:
+        """The encoder in a folder; in float32 by default, for T5 overflows in float16."""
+        return cls(TextEncoder.load(TextConfig(encoder=str(path)), "cpu", torch_dtype or torch.float32))
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Copy the encoder's files, which never change, and the module of code."""
+        folder = Path(save_directory)
+        write_code(folder, pipeline_module(), type(self).__name__)
+        for path in self.encoder.files:
+            shutil.copyfile(path, folder / path.name)
+
+
+class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Prompts to videos, as `regen generate` makes them: the same prompt's number and seed give the same video.
+
+    Args:
+        transformer: from text to latents.
+        vae: the embedder whose latents these are.
+        text_encoder: that of the captions it was trained on.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(self, transformer: Any, vae: Any, text_encoder: Any) -> None:
+        super().__init__()
+        parts = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+        self.register_modules(**parts)
+        for name, part in parts.items():  # the file in its folder, wherever diffusers took it from
+            self.register_to_config(**{name: (type(part).__module__.rpartition(".")[2], type(part).__name__)})
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: Literal["euler", "heun"] | None = None,
+        num_decode_steps: int = 1,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        output_type: Literal["np", "pt", "pil", "uint8"] = "np",
+        return_dict: bool = True,
+    ) -> GeneratedVideos | tuple[Any]:
+        """Generate a video for every prompt.
+
+        Args:
+            prompt: one or several; their numbers, from 0, key their noise.
+            negative_prompt: what guidance leads away from; the empty caption by default.
+            height, width: in pixels, multiples of 16; what it was trained on by default.
+            num_frames: T, 1 for images; the longest row that it was trained on by default.
+            fps: frames a second; what it was trained on by default.
+            num_inference_steps, guidance_scale, sampler: of the latents; the config's by default.
+            num_decode_steps: of the embedder's decoder.
+            seed: of all noise.
+            generator: draws the seed instead.
+            output_type: of the frames: `np` float32 [B, T, H, W, 3] in [0, 1], `uint8` the same in 0 to 255, `pt` a
+                tensor [B, T, 3, H, W] in [0, 1], `pil` lists of pictures.
+            return_dict: an object with `frames` and `fps`, or a tuple of the frames.
+
+        Raises:
+            ConfigError: a size, number or form that cannot be.
+        """
+        if output_type not in _FORMS:
+            raise ConfigError(f"output_type is {output_type!r}; it can be {', '.join(_FORMS)}")
+        if (height is None) != (width is None):
+            raise ConfigError(f"height is {height} and width is {width}; give both, or none")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if generator is not None:
+            seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+        model = PipelineModel(self.transformer, self._execution_device)
+        settings = resolve_settings(
+            model, size=None if height is None or width is None else (height, width), frames=num_frames, fps=fps,
+            steps=num_inference_steps, guidance=guidance_scale, sampler=sampler, decode_steps=num_decode_steps,
+            seed=seed, negative=negative_prompt,
+        )  # fmt: skip
+        texts, null = self._embedded(prompts, negative_prompt, model.space)
+        numbered = [Prompt(number, text) for number, text in enumerate(prompts)]
+        rows = sample_rows(model, numbered, texts, null, settings)
+        frames = np.stack([self._frames(rows, number, settings, model.space.fps) for number in range(len(prompts))])
+        self.maybe_free_model_hooks()
+        made = _FORMS[output_type](frames)
+        return GeneratedVideos(frames=made, fps=settings.fps) if return_dict else (made,)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write a folder that `DiffusionPipeline.from_pretrained` opens without this package."""
+        name, text = pipeline_module()
+        super().save_pretrained(save_directory, **options)
+        index = Path(save_directory) / self.config_name
+        found = json.loads(index.read_text(encoding="utf-8"))
+        found["_class_name"] = [Path(name).stem, type(self).__name__]
+        index.write_text(json_text(found, indent=2) + "\n", encoding="utf-8")
+        (Path(save_directory) / name).write_text(text, encoding="utf-8")
+
+    def _embedded(self, prompts: list[str], negative: str | None, space: LatentSpace) -> tuple[list[Tensor], Tensor]:
+        """Embeddings [M, D] of the prompts and of what guidance leads away from, rounded as in training."""
+        most = (space.facts["text"] or {}).get("max_tokens")
+        encoder = self.text_encoder.encoder if most is None else self.text_encoder.encoder.cut_at(int(most))
+        texts = [as_in_cache(each) for each in encoder.encode(prompts)]
+        return texts, space.null_text.text if negative is None else as_in_cache(encoder.encode([negative])[0])
+
+    def _frames(self, rows: Sequence[Latents], number: int, settings: GenerationSettings, fps: float) -> Any:
+        """uint8 [T, H, W, 3] of one prompt."""
+        row = [Latents(*(part[number : number + 1] for part in latents)) for latents in rows]
+        fixed = {"seed": settings.seed, "sample_id": number, "steps": settings.decode_steps}
+        decoder = RowDecoder(self.vae)
+        if settings.is_image:
+            return to_frames(decoder.decode_windows([Window(row[0], 0.0, 1)], torch.zeros(1), **fixed)[0])
+        made = row_frames(decoder, row, frame_positions(settings, fps), **fixed)
+        return np.stack([frame for part in made for frame in part])
+
+
+class PipelineModel(TextToVideoModel):
+    """A pipeline's transformer, called as diffusers calls it, so that its hooks run."""
+
+    def __init__(self, transformer: Any, device: torch.device) -> None:
+        super().__init__(
+            transformer.inner, transformer.exported, transformer.latent_space, device, {}, dtype=transformer.dtype
+        )
+        self.transformer = transformer
+
+    def predict(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """The velocity at x_t."""
+        return self.transformer(x, t, text, mask, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+class RowDecoder:
+    """Decodes windows that lie side by side by a `VideoEmbedder`, of whatever module."""
+
+    kind = "regen"
+
+    def __init__(self, vae: Any) -> None:
+        self.vae, self.num_frames = vae, vae.num_frames
+
+    def encode(self, clips: Tensor) -> Latents:
+        """Clips [B, 3, T, H, W] to latents."""
+        return Latents(*self.vae.encode(clips).latent_dist.mode().unbind(2))
+
+    def decode_windows(self, windows: list[Window], times: Tensor, *, steps: int, seed: int, sample_id: int) -> Tensor:
+        """Frames [1, 3, F, H, W] at `times` [F]."""
+        start, image = windows[0].start, windows[0].length == 1
+        parts = [part for each in windows for part in (each.latents[:1] if image else each.latents)]
+        made: Tensor = self.vae.decode(
+            torch.stack(parts, 2), times=times.double() - start, start=start, num_inference_steps=steps, seed=seed,
+            sample_ids=[sample_id],
+        ).sample  # fmt: skip
+        return made
+
+
+def _pictures(videos: Any) -> Any:
+    from PIL import Image
+
+    return [[Image.fromarray(frame) for frame in video] for video in videos]
+
+
+_FORMS = {
+    "np": lambda videos: videos.astype(np.float32) / 255,
+    "uint8": lambda videos: videos,
+    "pt": lambda videos: torch.from_numpy(videos).movedim(-1, 2).float() / 255,
+    "pil": _pictures,
+}
+
+
+def _space(facts: Mapping[str, Any], null_text: Sequence[Sequence[float]]) -> LatentSpace:
+    """The latent space that a config holds."""
+    kept = {name: value for name, value in facts.items() if name != "statistics"}
+    with torch.device("cpu"):  # also where weights are made on no device at first
+        text = torch.tensor(null_text)
+        statistics = parse_statistics(facts["statistics"], "the model's config")
+        return LatentSpace(kept, statistics, TextEmbedding(text, torch.ones(len(text), dtype=torch.bool)))

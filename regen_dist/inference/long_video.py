@@ -1,0 +1,325 @@
+"""Encoding and decoding of a video of any length, a few clips at a time.
+
+The video is cut into overlapping windows (`regen_dist.inference.windows`), encoded and decoded in groups: in a group
+the codec blends the denoised estimates of neighbours at every sampling step; between groups the finished frames are
+cross-faded by the same weights. So memory depends on the size of a group alone, and clip borders do not show.
+
+Positions are real numbers, in frames of the video: 2.5 lies halfway between frames 2 and 3.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from regen_dist.config.run import SPATIAL_COMPRESSION
+from regen_dist.errors import ConfigError, DataError
+from regen_dist.inference.codec import Codec
+from regen_dist.inference.frames import Frame, Seconds
+from regen_dist.inference.windows import Window, blend_weights, plan_windows
+from regen_dist.models.encoder import Latents
+from regen_dist.pixels import to_frames, to_video
+
+Positions = npt.NDArray[np.float64]  # F, in frames of the video, increasing
+DEFAULT_GROUP = 4
+DEFAULT_FADE = 2  # measured: docs/reconstruct.md
+_COMPLETE = 1.0 - 1e-4  # the sum of float32 weights at which a frame is finished
+
+
+class VideoCodec(Protocol):
+    """What is needed of a codec: `regen_dist.inference.codec.Codec`, or a stand-in of the same shape."""
+
+    num_frames: int
+
+    @property
+    def kind(self) -> str:
+        """`regen`, `magvit2`, or the name of a stand-in."""
+        ...
+
+    def encode(self, clips: Tensor) -> Latents:
+        """Clips [B, 3, T, H, W] in [-1, 1], T of 1 or `num_frames`, to latents."""
+        ...
+
+    def decode_windows(self, windows: list[Window], times: Tensor, *, steps: int, seed: int, sample_id: int) -> Tensor:
+        """Frames [1, 3, F, H, W] in [-1, 1] at `times` [F] from windows that overlap."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How one video is cut: `starts` of windows of `clip` frames (1 for an image), decoded `group` at a time and
+    cross-faded over `2 fade + 1` frames at least."""
+
+    num_frames: int
+    clip: int
+    starts: tuple[int, ...]
+    group: int
+    fade: int = 0
+
+    @property
+    def groups(self) -> list[range]:
+        """Numbers of the windows of each group."""
+        count = len(self.starts)
+        return [range(first, min(first + self.group, count)) for first in range(0, count, self.group)]
+
+    def crosses(self) -> list[bool]:
+        """For each frame but the last, whether the step to the next crosses from clip to clip, or touches a frame that
+        two share. A fade does not widen this: the same steps are measured whatever the blend."""
+        steps = [False] * (self.num_frames - 1)
+        for before, after in pairwise(self.starts):
+            for frame in range(after - 1, min(before + self.clip, self.num_frames - 1)):
+                steps[frame] = True
+        return steps
+
+    def share(self, group: range, positions: Positions) -> Tensor:
+        """How much of the frames at `positions` comes from this group: [F], 0 to 1; the groups' shares sum to 1."""
+        first, last = self.starts[group[0]], self.starts[group[-1]]
+        near = range(bisect_left(self.starts, first - 2 * self.clip), bisect_right(self.starts, last + 2 * self.clip))
+        starts = [self.starts[i] for i in near]
+        weights = blend_weights(starts, self.clip, torch.from_numpy(positions), fade=self.fade)
+        return weights[[i in group for i in near]].sum(dim=0).float()
+
+
+def make_plan(
+    num_frames_video: int, num_frames_clip: int, *, overlap: int = 1, group: int = DEFAULT_GROUP, fade: int = 0
+) -> DecodePlan:
+    """Plan the windows of a video; ConfigError when the overlap or the group do not fit."""
+    if group < 1:
+        raise ConfigError(f"windows are decoded {group} at a time; it must be at least 1")
+    starts = plan_windows(num_frames_video, num_frames_clip, overlap)
+    return DecodePlan(num_frames_video, 1 if num_frames_video == 1 else num_frames_clip, tuple(starts), group, fade)
+
+
+def output_positions(timestamps: Seconds, fps: float | None) -> Positions:
+    """Where the frames of the output lie, in frames of the source.
+
+    Args:
+        timestamps: seconds of the source's frames [F], increasing; the rate may vary.
+        fps: frames a second of the output; None means the source's own frames.
+
+    Returns:
+        Positions [N], from 0 to at most F - 1: nothing is made up past the last frame.
+
+    Raises:
+        ConfigError: `fps` is not above 0.
+    """
+    numbers = np.arange(len(timestamps), dtype=np.float64)
+    if fps is None:
+        return numbers
+    if not fps > 0:
+        raise ConfigError(f"fps is {fps:g}; it must be above 0")
+    times = np.arange(int(timestamps[-1] * fps + 1e-6) + 1) / fps
+    return np.interp(times, timestamps, numbers)
+
+
+def pad_sides(frame: Frame, multiple: int = SPATIAL_COMPRESSION) -> Frame:
+    """Repeat the last row and column until both sides are multiples of `multiple`; cropping the top left undoes it."""
+    rows, columns = (-side % multiple for side in frame.shape[:2])
+    return np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else frame
+
+
+@dataclass
+class Speed:
+    """Seconds spent in the codec and what was done in them; frames shared by windows count once for each window."""
+
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    frames_encoded: int = 0
+    frames_decoded: int = 0
+    latent_values: int = 0
+
+
+@dataclass
+class _Track:
+    """One series of positions to decode, and its frames that still wait for the next group."""
+
+    positions: Positions
+    pending: dict[int, Tensor] = field(default_factory=dict)  # index: weighted sum of frames [3, H, W]
+    weight: dict[int, float] = field(default_factory=dict)
+    num_done: int = 0
+
+    def add(self, indices: npt.NDArray[np.int64], video: Tensor, shares: Tensor) -> None:
+        """Add one group's frames [3, N, H, W], each with its share."""
+        for place, (index, share) in enumerate(zip(indices.tolist(), shares.tolist(), strict=True)):
+            frame = video[:, place] * share
+            self.pending[index] = self.pending[index] + frame if index in self.pending else frame
+            self.weight[index] = self.weight.get(index, 0.0) + share
+
+    def finished(self, height: int, width: int) -> list[Frame]:
+        """Take the frames, in order, that no later group adds to; cropped to the video's sides."""
+        done = []
+        while self.weight.get(self.num_done, 0.0) >= _COMPLETE:
+            self.weight.pop(self.num_done)
+            done.append(to_frames(self.pending.pop(self.num_done)[:, None, :height, :width])[0])
+            self.num_done += 1
+        return done
+
+
+def encode_groups(codec: VideoCodec, frames: Iterable[Frame], plan: DecodePlan, speed: Speed) -> Iterator[list[Window]]:
+    """Encode a video's frames, group by group. A video shorter than a clip is filled up with its last frame."""
+    source = iter(frames)
+    held: deque[Frame] = deque()
+    first = 0  # number of the frame held[0]
+    for group in plan.groups:
+        start, stop = plan.starts[group[0]], plan.starts[group[-1]] + plan.clip
+        for _ in range(min(start - first, len(held))):
+            held.popleft()
+        first = start
+        held.extend(pad_sides(frame) for frame in islice(source, min(stop, plan.num_frames) - first - len(held)))
+        if len(held) < min(stop, plan.num_frames) - first:
+            raise DataError(
+                f"the video ends after frame {first + len(held) - 1}; {plan.num_frames} frames were announced"
+            )
+        starts = [plan.starts[i] for i in group]
+        # Nothing here keeps the clips while the group is decoded.
+        yield _encode(codec, _clips(held, [start - first for start in starts], plan.clip), starts, plan.fade, speed)
+
+
+def _clips(held: Iterable[Frame], starts: Sequence[int], length: int) -> list[list[Frame]]:
+    """Clips of `length` frames that begin at these of the frames held; the last frame fills up what is missing."""
+    frames = list(held)
+    frames += [frames[-1]] * (starts[-1] + length - len(frames))
+    return [frames[start : start + length] for start in starts]
+
+
+def _encode(codec: VideoCodec, clips: list[list[Frame]], starts: list[int], fade: int, speed: Speed) -> list[Window]:
+    videos = torch.stack([to_video(clip) for clip in clips])  # W 3 T H W
+    began = time.perf_counter()
+    latents = codec.encode(videos)
+    _wait_for_device()
+    speed.encode_s += time.perf_counter() - began
+    speed.frames_encoded += videos.shape[0] * videos.shape[2]
+    parts = latents if videos.shape[2] > 1 else latents[:1]  # an image has no motion latent to store
+    speed.latent_values += sum(part.numel() for part in parts)
+    return [
+        Window(Latents(*(part[place : place + 1] for part in latents)), float(start), len(clips[0]), fade)
+        for place, start in enumerate(starts)
+    ]
+
+
+def decode_stream(
+    codec: VideoCodec,
+    groups: Iterable[list[Window]],
+    plan: DecodePlan,
+    tracks: Sequence[Positions],
+    *,
+    sides: tuple[int, int],
+    steps: int,
+    seed: int = 0,
+    sample_id: int = 0,
+    speed: Speed | None = None,
+) -> Iterator[list[list[Frame]]]:
+    """Decode groups as they come; for each group, the frames of every track that are now finished.
+
+    Args:
+        codec: decodes.
+        groups: encoded windows, as `encode_groups` yields them.
+        plan: the plan they follow.
+        tracks: series of positions to decode, each increasing; every series is decoded by itself.
+        sides: (height, width) to crop to.
+        steps: sampling steps.
+        seed: of the noise.
+        sample_id: of the noise; two videos of one seed differ in it.
+        speed: added to.
+    """
+    speed = Speed() if speed is None else speed
+    states = [_Track(positions) for positions in tracks]
+    for numbers, windows in zip(plan.groups, groups, strict=True):
+        for state in states:
+            indices, shares = _indices(plan, numbers, state.positions)
+            for phase in _phases(indices, state.positions):
+                times = torch.from_numpy(state.positions[indices[phase]])
+                began = time.perf_counter()
+                video = codec.decode_windows(windows, times, steps=steps, seed=seed, sample_id=sample_id)[0]
+                _wait_for_device()
+                speed.decode_s += time.perf_counter() - began
+                speed.frames_decoded += len(times)
+                state.add(indices[phase], video.cpu(), shares[phase])
+        yield [state.finished(*sides) for state in states]
+
+
+def _indices(plan: DecodePlan, group: range, positions: Positions) -> tuple[npt.NDArray[np.int64], Tensor]:
+    """Which of the positions a group has a share in, and the shares."""
+    first, last = plan.starts[group[0]] - 1 - plan.fade, plan.starts[group[-1]] + plan.clip + plan.fade
+    low, high = np.searchsorted(positions, [first, last], side="left")
+    indices = np.arange(low, high)
+    if not len(indices):
+        return indices, torch.zeros(0)
+    shares = plan.share(group, positions[indices])
+    used = shares > 0
+    return indices[used.numpy()], shares[used]
+
+
+def _phases(indices: npt.NDArray[np.int64], positions: Positions) -> list[slice]:
+    """Split dense positions into interleaved series about one frame apart, the spacing that a model is trained on.
+
+    Times between frames are then decoded among as many others as the model knows, whatever the output's rate (ours).
+    """
+    if not len(indices):
+        return []
+    span = positions[indices[-1]] - positions[indices[0]] + 1.0
+    count = max(1, round(len(indices) / span))
+    return [slice(phase, None, count) for phase in range(min(count, len(indices)))]
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# Decodes rows of clips that lie side by side, as text to video makes them, at any times.
+#
+# Legend: B rows, n clips in a row, T = k + 1 frames of a clip, F frames that are asked for, H x W pixels.
+
+
+def row_frames(
+    codec: VideoCodec,
+    row: Sequence[Latents],
+    positions: Positions,
+    *,
+    steps: int = 1,
+    seed: int = 0,
+    sample_id: int = 0,
+) -> Iterator[list[Frame]]:
+    """The frames of one row, in order, as they are finished: what is held does not grow with its length.
+
+    Args:
+        codec: decodes.
+        row: the latents of each clip, [1, C, h, w].
+        positions: [F] real and ascending, in frames from the row's first; clip i begins at i * T.
+        steps: sampling steps of the decoder.
+        seed, sample_id: of the decoder's noise.
+    """
+    clip = codec.num_frames
+    plan = make_plan(len(row) * clip, clip, overlap=0)
+    windows = [Window(latents, float(number * clip), clip) for number, latents in enumerate(row)]
+    groups = ([windows[number] for number in group] for group in plan.groups)
+    height, width = (SPATIAL_COMPRESSION * side for side in row[0].content.shape[-2:])
+    for (frames,) in decode_stream(
+        codec, groups, plan, [positions], sides=(height, width), steps=steps, seed=seed, sample_id=sample_id
+    ):
+        yield frames
+
+
+def decode_row(codec: Codec, row: Sequence[Latents], *, steps: int = 1, seed: int = 0) -> Tensor:
+    """Whole rows of a batch at their own frames, [B, 3, n*T, H, W] in [-1, 1] on the CPU; images (of one clip without
+    motion) as [B, 3, 1, H, W]."""
+    if len(row) == 1 and not bool((row[0].motion != 0).any()):
+        return codec.decode(row[0], torch.zeros(1), steps=steps, seed=seed).cpu()
+    positions = np.arange(len(row) * codec.num_frames, dtype=np.float64)
+    videos = []
+    for number in range(len(row[0].content)):
+        own = [Latents(*(part[number : number + 1] for part in latents)) for latents in row]
+        parts = row_frames(codec, own, positions, steps=steps, seed=seed, sample_id=number)
+        videos.append(to_video([frame for part in parts for frame in part]))
+    return torch.stack(videos)

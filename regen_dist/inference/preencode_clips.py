@@ -1,0 +1,424 @@
+"""Clips of one size encoded together, and handed back as videos in the order in which they came.
+
+Legend: n clips of a video, T frames, H x W pixels, h = H/8, w = W/8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import Full, Queue
+from threading import Event
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+
+from regen_dist import __version__
+from regen_dist.config.preencode import PreencodeConfig
+from regen_dist.data.format.catalogue import Dataset, open_dataset
+from regen_dist.data.format.index import SCHEMA_VERSION, Sample, read_index
+from regen_dist.data.format.manifest import Kind, described, only_videos, read_all
+from regen_dist.data.loading.clip_loader import clip_geometry
+from regen_dist.data.loading.datasets import best_size
+from regen_dist.data.loading.fetch import Bytes
+from regen_dist.data.order.mixture import Bucket
+from regen_dist.data.storage.connection import limits_of
+from regen_dist.data.video.conversion import Geometry, UInt8s, frame_to_planes
+from regen_dist.data.video.reader import VideoReader
+from regen_dist.data.video.timing import clip_frames
+from regen_dist.errors import DataError
+from regen_dist.inference.encoder import FrozenEncoder
+from regen_dist.jsontext import json_text
+from regen_dist.models.encoder import Latents
+from regen_dist.models.text import TextEncoder
+from regen_dist.pixels import to_float
+
+# What a cache is made of: everything that decides its latents and text embeddings, and one fingerprint over it.
+
+KIND: Kind = "latents"
+ENCODING_VERSION = 1  # raise it when the same config, weights and videos would give other bytes
+SIDE_MULTIPLE = 16  # pixels: a latent cell of 8, and 2 x 2 cells for a token of a text-to-video model
+_SPACE = ("encoder", "preprocessing", "text", "code")  # what the fingerprint is over
+
+
+def cache_identity(
+    config: PreencodeConfig, dataset: Dataset, encoder: FrozenEncoder, text: TextEncoder | None
+) -> dict[str, Any]:
+    """What a cache's folder is claimed with: the parts of the fingerprint, and which videos are encoded."""
+    return {
+        "kind": KIND,
+        "schema_version": SCHEMA_VERSION,
+        "source": source_identity(dataset),
+        "encoder": {"fingerprint": encoder.fingerprint},
+        "preprocessing": _preprocessing(config, encoder),
+        "text": None if text is None else _text(text),
+        "code": {"version": __version__, "encoding_version": ENCODING_VERSION},
+    }
+
+
+def source_identity(dataset: Dataset) -> dict[str, Any]:
+    """Everything of a dataset of videos that a cache depends on: bytes and order of the samples, their captions, what
+    else the indices say, and which shard each is in, for entries are made and numbered shard by shard."""
+    manifest = dataset.manifest
+    return {
+        "fingerprint": manifest.fingerprint,
+        **described(dataset.store, manifest).model_dump(),
+        "shards": manifest.boundaries(),
+        "samples": manifest.totals.samples,
+    }
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """32 hex digits of SHA-256 over what decides the latents. The videos are no part of it: caches of several datasets
+    that were made alike can be mixed."""
+    parts = json_text({name: identity[name] for name in _SPACE}, sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+def _preprocessing(config: PreencodeConfig, encoder: FrozenEncoder) -> dict[str, Any]:
+    return {
+        "buckets": [list(size) for size in config.buckets],
+        "stride": config.stride,
+        "max_clips": config.max_clips,
+        "num_frames": encoder.num_frames,
+        "batch_clips": config.batch_clips,
+    }
+
+
+def _text(text: TextEncoder) -> dict[str, Any]:
+    """Without the encoder's name: it may be a path."""
+    facts = text.facts()
+    return {name: facts[name] for name in ("fingerprint", "width", "max_tokens")}
+
+
+# How a video becomes clips: which frames, and which part of them.
+#
+# Clips lie one after the other from the first frame on, without overlap; what is left at the end is left out. A video
+# that is shorter than a clip becomes an image, its first frame.
+
+Int64s = npt.NDArray[np.int64]
+
+
+class ClipCut(NamedTuple):
+    """A video's clips: `clips` of `length` frames, `stride` frames of the video apart; 0 of length 1 for an image.
+    `left_out` counts the frames, `stride` apart, at the end that are in no clip."""
+
+    clips: int
+    length: int
+    stride: int
+    geometry: Geometry
+    left_out: int
+
+    @property
+    def parts(self) -> int:
+        """Content latents: the clips, or 1 for an image."""
+        return max(1, self.clips)
+
+    @property
+    def frames(self) -> int:
+        """Frames that are encoded."""
+        return self.parts * self.length
+
+    @property
+    def is_image(self) -> bool:
+        """Whether there is no motion latent."""
+        return self.clips == 0
+
+
+NO_CUT = ClipCut(0, 1, 1, Geometry(0, 0, 0, 0, (0, 0)), 0)  # of a video that has none
+
+
+def cut_video(sample: Sample, config: PreencodeConfig, num_frames: int) -> ClipCut:
+    """The clips of a video.
+
+    Args:
+        sample: the video.
+        config: says how it is cut.
+        num_frames: of a clip (k + 1).
+
+    Raises:
+        DataError: it is too small for any latent.
+    """
+    clips = int(count_clips(np.array([sample.frames], np.int64), config, num_frames)[0])
+    length = num_frames if clips else 1
+    size = _size(sample, config)
+    geometry = clip_geometry(sample.height, sample.width, Bucket(*size, length), "fit" if config.buckets else None)
+    taken = -(-sample.frames // config.stride)
+    return ClipCut(clips, length, config.stride, geometry, taken - max(1, clips) * length)
+
+
+def count_clips(frames: Int64s, config: PreencodeConfig, num_frames: int) -> Int64s:
+    """Whole clips of videos of so many frames [n]: 0 for those that become images."""
+    clips: Int64s = -(-frames // config.stride) // num_frames
+    return clips if config.max_clips is None else np.minimum(clips, config.max_clips)
+
+
+def _size(sample: Sample, config: PreencodeConfig) -> tuple[int, int]:
+    """The crop that suits a video best; without buckets as much of it as fits the latent."""
+    if config.buckets:
+        height, width = np.array([sample.height], np.int32), np.array([sample.width], np.int32)
+        return config.buckets[int(best_size(height, width, config.buckets)[0])]
+    rows, columns = (side // SIDE_MULTIPLE * SIDE_MULTIPLE for side in (sample.height, sample.width))
+    if not rows or not columns:
+        raise DataError(
+            f"{sample.height}x{sample.width} is too small: without buckets both sides must be at least {SIDE_MULTIPLE}"
+        )
+    return rows, columns
+
+
+_BATCHES_HELD = 4  # of pixels, over all sizes; a dataset without buckets may have as many sizes as videos
+
+
+@dataclass
+class Pending:
+    """A video of which something may still be missing: latents [1, C, h, w] in bf16 by number of the clip; `problem` is
+    why there will be none."""
+
+    sample: Sample
+    cut: ClipCut
+    done: dict[int, Latents] = field(default_factory=dict)
+    problem: str | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is missing any more."""
+        return self.problem is not None or len(self.done) == self.cut.parts
+
+    def latents(self) -> Latents:
+        """Content [n, C, h, w] and motion alike, [0, C, h, w] for an image."""
+        parts = [self.done[number] for number in range(self.cut.parts)]
+        content, motion = (torch.cat(latents) for latents in zip(*parts, strict=True))
+        return Latents(content, motion[:0] if self.cut.is_image else motion)
+
+
+def encode_pixels(encoder: FrozenEncoder, clips: list[UInt8s]) -> Latents:
+    """Clips uint8 [3, T, H, W] of one size to latents as they are stored: bf16, on the CPU.
+
+    Convolutions are asked for kernels that give the same bits each time.
+    """
+    video = torch.from_numpy(np.stack(clips)).to(encoder.device)  # B 3 T H W
+    tf32 = torch.backends.cudnn.allow_tf32
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
+        latents = encoder.encode(to_float(video))
+    return Latents(*(_stored(part) for part in latents))
+
+
+class Batches:
+    """Gathers clips into batches. What is in a batch follows from the clips that came before, in order, alone.
+
+    Args:
+        encoder: encodes them.
+        size: clips of a batch.
+        videos: whose clips they are, in the order in which they are handed back.
+    """
+
+    def __init__(self, encoder: FrozenEncoder, size: int, videos: Sequence[Pending]) -> None:
+        self._encoder, self._size, self._videos = encoder, size, deque(videos)
+        self._waiting: dict[tuple[int, ...], list[tuple[Pending, int, UInt8s]]] = {}
+
+    def add(self, video: Pending, number: int, clip: UInt8s) -> None:
+        """A clip of a video, uint8 [3, T, H, W]; encodes when that fills a batch, or when too much is held."""
+        key = clip.shape
+        self._waiting.setdefault(key, []).append((video, number, clip))
+        if len(self._waiting[key]) == self._size:
+            self._encode(key)
+        elif sum(map(len, self._waiting.values())) >= _BATCHES_HELD * self._size:
+            self._encode(max(self._waiting, key=lambda each: len(self._waiting[each])))
+
+    def finish(self) -> None:
+        """Encode what is left."""
+        for key in list(self._waiting):
+            self._encode(key)
+
+    def complete(self) -> Iterator[Pending]:
+        """Take the first videos, up to one of which something is missing."""
+        while self._videos and self._videos[0].is_complete:
+            yield self._videos.popleft()
+
+    def _encode(self, key: tuple[int, ...]) -> None:
+        batch = self._waiting.pop(key)
+        latents = encode_pixels(self._encoder, [clip for _, _, clip in batch])
+        for place, (video, number, _) in enumerate(batch):
+            video.done[number] = Latents(*(part[place : place + 1] for part in latents))
+
+
+def _stored(latents: Tensor) -> Tensor:
+    return latents.to("cpu", torch.bfloat16)
+
+
+# Clips of many videos, decoded ahead by several threads, in order and with bounded memory.
+
+_MOST_THREADS = 16
+_CLIPS_AHEAD = 2  # of each video that is being decoded
+_LOOK_S = 0.1  # how soon a thread that waits for room sees that it is to end
+
+Item = TypeVar("Item")
+
+
+class DecodeJob(NamedTuple, Generic[Item]):
+    """A video to decode, and whatever belongs to it: its file, its index entry's number of frames, its clips."""
+
+    item: Item
+    found: Bytes
+    frames: int
+    cut: ClipCut
+
+
+Message = UInt8s | BaseException | None  # a clip; what went wrong; the end
+
+
+class Decoders:
+    """Threads that decode (what they call lets others run)."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._stop = count, Event()
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
+
+    def run(self, jobs: Iterable[DecodeJob[Item]]) -> Generator[tuple[Item, Iterator[UInt8s]]]:
+        """For each video, in order, its clips: uint8 [3, T, H, W], which are to be taken before the next video.
+
+        Taking them raises DataError where the video cannot be read or decoded.
+        """
+        waiting: deque[tuple[Item, Queue[Message]]] = deque()
+        for job in jobs:
+            # The first that waits is always being decoded: threads take videos in order, and all before it are done.
+            waiting.append((job.item, self._start(job)))
+            if len(waiting) > self._count:
+                yield _taken(waiting.popleft())
+        while waiting:
+            yield _taken(waiting.popleft())
+
+    def stop(self) -> None:
+        """End the threads, whatever they are doing."""
+        self._stop.set()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, job: DecodeJob[Item]) -> Queue[Message]:
+        clips: Queue[Message] = Queue(_CLIPS_AHEAD)
+        self._threads.submit(self._decode, job, clips)
+        return clips
+
+    def _decode(self, job: DecodeJob[Item], out: Queue[Message]) -> None:
+        end: BaseException | None = None
+        try:
+            for clip in decode_clips(job.found, job.frames, job.cut):
+                self._put(out, clip)
+                if self._stop.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001 - raised where the clips are taken; else that waits for ever
+            end = error
+        self._put(out, end)
+
+    def _put(self, out: Queue[Message], message: Message) -> None:
+        while not self._stop.is_set():
+            try:
+                out.put(message, timeout=_LOOK_S)
+            except Full:
+                continue
+            return
+
+
+@contextmanager
+def decoders(count: int | None = None) -> Iterator[Decoders]:
+    """`count` threads, one a core by default."""
+    made = Decoders(count or min(_MOST_THREADS, len(os.sched_getaffinity(0))))
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def decode_clips(found: Bytes, frames: int, cut: ClipCut) -> Iterator[UInt8s]:
+    """The clips of a video, uint8 [3, T, H, W] each, in one pass.
+
+    Args:
+        found: its file.
+        frames: how many the index says that it has.
+        cut: which clips.
+
+    Raises:
+        DataError: it cannot be read or decoded, or has other frames than the index says.
+    """
+    if found.problem is not None:
+        raise DataError(found.problem)
+    with VideoReader(found.data) as reader:
+        if len(reader.table.pts) != frames:
+            raise DataError(f"it has {len(reader.table.pts)} frames, the index says {frames}")
+        numbers = clip_frames(reader.table, 0, cut.stride, cut.frames)
+        yield from _clips(reader, numbers, cut)
+
+
+def _clips(reader: VideoReader, numbers: list[int], cut: ClipCut) -> Iterator[UInt8s]:
+    """Cut the frames of these numbers, which may come again, into clips."""
+    rows, columns = cut.geometry.crop
+    top, left = cut.geometry.top, cut.geometry.left
+    reformatter, place = VideoReformatter(), 0
+    clip = np.empty((3, cut.length, rows, columns), np.uint8)
+    for number, frame in reader.frames(numbers):
+        planes = frame_to_planes(frame, cut.geometry.height, cut.geometry.width, reformatter)
+        while place < len(numbers) and numbers[place] == number:
+            for channel, plane in enumerate(planes):
+                clip[channel, place % cut.length] = plane[top : top + rows, left : left + columns]
+            place += 1
+            if place % cut.length == 0:
+                yield clip
+                clip = np.empty_like(clip)
+
+
+def _taken(waiting: tuple[Item, Queue[Message]]) -> tuple[Item, Iterator[UInt8s]]:
+    return waiting[0], _arriving(waiting[1])
+
+
+def _arriving(clips: Queue[Message]) -> Iterator[UInt8s]:
+    while (message := clips.get()) is not None:
+        if isinstance(message, BaseException):
+            raise message
+        yield message
+
+
+# What a cache is made of, opened: videos, the embedder's encoder, the text encoder.
+
+
+class Inputs(NamedTuple):
+    """The parts, and the identity of a cache that follows from them. `text` is None for a cache without text."""
+
+    dataset: Dataset
+    encoder: FrozenEncoder
+    text: TextEncoder | None
+    identity: dict[str, Any]
+
+
+def open_inputs(config: PreencodeConfig) -> Inputs:
+    """Open what a config names.
+
+    Raises:
+        DataError: the videos cannot be read, or none has a caption though text is asked for.
+        CheckpointError: the embedder has no usable checkpoint.
+        ConfigError: the embedder is none; the text encoder cannot be loaded.
+    """
+    dataset = open_dataset(config.data, config.read.cache, limits_of(config.read))
+    only_videos(dataset.manifest, dataset.store.url)
+    if config.text is not None:
+        _check_captions(dataset)
+    encoder = FrozenEncoder.load(config.embedder, config.weights)
+    text = None if config.text is None else TextEncoder.load(config.text, encoder.device)
+    return Inputs(dataset, encoder, text, cache_identity(config, dataset, encoder, text))
+
+
+def _check_captions(dataset: Dataset) -> None:
+    """Some videos may have none: they get the embedding of the empty caption."""
+    indices = [entry.index for entry in dataset.manifest.shards]
+    if not any(any(read_index(data)[0]["caption"].to_pylist()) for _, data in read_all(dataset.store, indices)):
+        raise DataError(
+            f"{dataset.store.url}: no video has a caption; build the dataset with captions (`regen shards build "
+            "--captions LIST`), or set text=null for a cache without text"
+        )

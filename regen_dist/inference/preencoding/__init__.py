@@ -1,1 +1,0 @@
-"""Videos to a cache of latents: what one shard takes, and what all shards together say."""

@@ -1,0 +1,235 @@
+"""A trained text-to-video model for inference: from a run, or from an exported model.
+
+Legend: B samples, C channels, F latent frames, h x w latent cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regen_dist.checkpoint.export import Weights, model_with
+from regen_dist.checkpoint.load_model import find_t2v
+from regen_dist.config.exported import T2VExportConfig
+from regen_dist.config.run import SamplerName
+from regen_dist.config.t2v import LATENT_PATCH, FlowConfig
+from regen_dist.diffusion.given import Given
+from regen_dist.diffusion.path import x0_from
+from regen_dist.diffusion.samplers import sample
+from regen_dist.distributed.engine import precision_of
+from regen_dist.errors import CheckpointError
+from regen_dist.inference.latent_space import LatentSpace, NormalisedLatents, read_space
+from regen_dist.models.building import build_model
+from regen_dist.models.t2v import TextToVideo
+from regen_dist.observe.devices import choose_device
+
+# From noise to normalised latents of a row of clips, by a text-to-video model, with classifier-free guidance.
+#
+# Legend: B samples, C channels, F latent frames, h x w latent cells, M text tokens, D their width.
+
+# x_t [B, C, F, h, w], t [B] or [B, F], text [B, M, D], mask [B, M] to the velocity [B, C, F, h, w]
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Text(NamedTuple):
+    """Text embeddings [B, M, D] and which of their tokens count, bool [B, M]."""
+
+    text: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, texts: Sequence[Tensor], device: torch.device | None = None) -> Text:
+        """Embeddings [L, D] of any lengths, padded to the longest."""
+        longest = max(map(len, texts))
+        padded = torch.stack([F.pad(text.float(), (0, 0, 0, longest - len(text))) for text in texts])
+        lengths = torch.tensor([len(text) for text in texts])
+        return cls(padded.to(device), (torch.arange(longest) < lengths[:, None]).to(device))
+
+    def padded(self, tokens: int) -> Text:
+        """The same with room for at least so many tokens."""
+        more = max(0, tokens - self.mask.shape[1])
+        return Text(F.pad(self.text, (0, 0, 0, more)), F.pad(self.mask, (0, more)))
+
+    def joined(self, other: Text) -> Text:
+        """Both, one after the other: [2B, M, D]."""
+        longest = max(self.mask.shape[1], other.mask.shape[1])
+        mine, theirs = self.padded(longest), other.padded(longest)
+        return Text(torch.cat([mine.text, theirs.text]), torch.cat([mine.mask, theirs.mask]))
+
+    def where(self, chosen: Tensor, other: Text) -> Text:
+        """The samples of `other` where `chosen` [B] is True, else one's own."""
+        longest = max(self.mask.shape[1], other.mask.shape[1])
+        mine, theirs = self.padded(longest), other.padded(longest)
+        return Text(
+            torch.where(chosen[:, None, None], theirs.text, mine.text),
+            torch.where(chosen[:, None], theirs.mask, mine.mask),
+        )
+
+    def expanded(self, batch: int) -> Text:
+        """One sample as a batch of equal ones."""
+        return Text(self.text.expand(batch, -1, -1), self.mask.expand(batch, -1))
+
+
+def row_tokens(latents: Sequence[int]) -> int:
+    """Tokens of a row of latents (F, h, w)."""
+    return prod(latents) // LATENT_PATCH**2
+
+
+@torch.no_grad()
+def sample_latents(
+    predict: Predict,
+    noise: Tensor,
+    text: Text,
+    null: Text,
+    flow: FlowConfig,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: SamplerName | None = None,
+    given: Given | None = None,
+) -> NormalisedLatents:
+    """Integrate the flow from noise to latents.
+
+    Args:
+        predict: the model.
+        noise: standard normal, [B, C, F, h, w].
+        text: of each sample.
+        null: what guidance leads away from, for each sample: the empty caption, or a negative prompt.
+        flow: of the run; what is not given comes from it.
+        steps: of the sampler.
+        guidance: g of v = v_null + g (v_text - v_null) (Ho and Salimans, 2022); 1 asks the model for the text alone,
+            and 0 for the null text alone, once a step instead of twice.
+        sampler: `euler`, `heun` (second order, two evaluations a step) or `dpmpp_2m` (second order, one).
+        given: frames that are known, normalised; they come out as they are, the others are generated to them.
+    """
+    scale = flow.guidance if guidance is None else guidance
+    velocity = _guided(predict, text, null, scale)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        t = t.to(x.device)
+        if given is None:
+            return x0_from("rectified_flow", "velocity", velocity(x, t), x, t)
+        x = given.put_into(x)
+        return given.put_into(x0_from("rectified_flow", "velocity", velocity(x, given.times(t)), x, t))
+
+    return NormalisedLatents(
+        sample(
+            denoise, noise, path="rectified_flow", steps=steps or flow.steps, method=sampler or flow.sampler,
+            shift=flow.shift_at(row_tokens(noise.shape[2:])),
+        )
+    )  # fmt: skip
+
+
+def _guided(predict: Predict, text: Text, null: Text, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    if scale in (0.0, 1.0):
+        alone = text if scale else null
+        return lambda x, t: predict(x, t, *alone)
+    both = text.joined(null)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        with_text, without = predict(torch.cat([x, x]), torch.cat([t, t]), *both).chunk(2)
+        return without + scale * (with_text - without)
+
+    return velocity
+
+
+class TextToVideoModel:
+    """A text-to-video model with the latent space that it works in. Computes in the precision that it was trained in.
+
+    Args:
+        model: with its weights.
+        config: of it.
+        space: of the caches that it was trained on.
+        device: where it works.
+        origin: what a record says of the weights: run, step and so on.
+        dtype: in which it computes, where not in that.
+    """
+
+    def __init__(
+        self, model: TextToVideo, config: T2VExportConfig, space: LatentSpace, device: torch.device,
+        origin: Mapping[str, Any], dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.space, self.device, self._origin = config, space, device, dict(origin)
+        self.model = model.to(device, dtype or precision_of(config.precision)).eval()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        weights: Weights | None = None,
+        device: torch.device | None = None,
+        *,
+        untrained: bool = False,
+    ) -> TextToVideoModel:
+        """A text-to-video model out of a run folder or an exported one. Nothing is unpickled.
+
+        Args:
+            path: a run folder, whose newest good checkpoint is taken; or what `regen checkpoint export` wrote.
+            weights: the averaged ones (`ema`) or those of the last step (`plain`); None takes the averaged ones of a
+                run, and of an export those that are in it.
+            device: CUDA where there is one, by default.
+            untrained: take the weights that training began with instead, as a control.
+
+        Raises:
+            CheckpointError: there is no checkpoint, it or the latent space is damaged or missing; an export has other
+                weights than those asked for, or is an embedder.
+            ConfigError: the folder is neither a run of text to video nor an export.
+        """
+        found, device = find_t2v(path, weights), device or choose_device()
+        space = read_space(found.path)
+        if untrained:
+            facts = {"run": found.name, "step": 0, "weights": "untrained", "config_hash": found.config_hash}
+            return cls(_fresh(found.config), found.config, space, device, facts)
+        model = model_with(found.config.model, found.weights(), found.what)
+        return cls(model, found.config, space, device, found.facts())
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.config.model.latent_channels
+
+    def sample(
+        self,
+        noise: Tensor,
+        text: Text,
+        null: Text,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: SamplerName | None = None,
+        given: Given | None = None,
+    ) -> NormalisedLatents:
+        """Normalised latents [B, C, F, h, w] from noise of that shape; see `sample_latents`. What is not given is as
+        the run's config says. `space.scale.restore` makes of them what a codec decodes."""
+        made = sample_latents(
+            self.predict, noise, text, null, self.config.diffusion,
+            steps=steps, guidance=guidance, sampler=sampler, given=given,
+        )  # fmt: skip
+        if not bool(torch.isfinite(made.frames).all()):
+            raise CheckpointError(
+                f"the model of step {self._origin.get('step', '?')} generates latents that are not finite: its "
+                "weights, or the guidance, are broken. Take an earlier checkpoint, or train on from one with a lower "
+                "optimizer.lr"
+            )
+        return made
+
+    def predict(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """The velocity at x_t; see `TextToVideo`."""
+        return self.model(x, t, text, mask)  # type: ignore[no-any-return]
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of the weights. A run and what was exported from it, unrounded, say the same."""
+        return dict(self._origin)
+
+
+def _fresh(config: T2VExportConfig) -> TextToVideo:
+    """As training begins, whatever torch's own generator did; it stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_model(config.model)

@@ -1,0 +1,134 @@
+"""Which kernel computes attention on a GPU: PyTorch's in an order that is written down, FlashAttention-3 before 2.
+
+On Hopper cuDNN's kernel and FlashAttention-3 reach about twice the rate of FlashAttention-2 (Shah et al., 2024), and
+PyTorch by itself asks FlashAttention-2 first on most builds. Each kernel that runs is logged once
+(logger `regen_dist.models.kernels`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from regen_dist.errors import BackendError
+
+_HOPPER = 9  # major compute capability, from which on cuDNN's kernel is the faster one
+_MEND = "set model.decoder.attention.backend=sdpa (of text to video: model.attention.backend=sdpa)"
+_log = logging.getLogger(__name__)
+
+
+def sdpa_order(capability: tuple[int, int]) -> list[SDPBackend]:
+    """PyTorch's kernels for a GPU of a compute capability, the fastest first. Each is taken where it can be."""
+    fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    if capability[0] < _HOPPER:
+        fast.reverse()
+    return [*fast, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's fused attention. Shapes [B, N, L, E]; `mask` bool [B, N, L, M] (or broadcast): which keys count."""
+    with _ordered(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _ordered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AbstractContextManager[object]:
+    if q.device.type != "cuda":
+        return nullcontext()
+    order = _order_of(q.device)
+    if not torch.compiler.is_compiling():
+        _tell("sdpa", sdpa_choice(order, q, k, v, mask), q)
+    return sdpa_kernel(order, set_priority=True)
+
+
+@lru_cache(maxsize=64)
+def _order_of(device: torch.device) -> list[SDPBackend]:
+    return sdpa_order(torch.cuda.get_device_capability(device))
+
+
+def sdpa_choice(order: list[SDPBackend], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    """The name of the first kernel of an order that takes these tensors, by PyTorch's own tests."""
+    given = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, False, False)
+    takes = {
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.can_use_cudnn_attention,
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.can_use_flash_attention,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.can_use_efficient_attention,
+    }
+    chosen = next((each for each in order if each not in takes or takes[each](given)), SDPBackend.MATH)
+    return chosen.name.lower().removesuffix("_attention")
+
+
+def attend_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention (package flash-attn, or flash-attn-3). Shapes [B, N, L, E]; half precision on a CUDA device."""
+    module = require_flash(q.device.type, q.dtype, _capability(q))
+    _tell("flash", module.__name__, q)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # they take [B, L, N, E]
+    return _mixed(module.flash_attn_func(q, k, v)).transpose(1, 2)
+
+
+def attend_flash_lengths(
+    q: Tensor, k: Tensor, v: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int]
+) -> Tensor:
+    """FlashAttention of sequences of many lengths, packed one after the other.
+
+    Args:
+        q: [queries of all, N, E].
+        k, v: [keys of all, N, E].
+        starts: where the queries and the keys of each sequence begin, int32 [sequences + 1] each.
+        longest: queries and keys of the longest.
+    """
+    module = require_flash(q.device.type, q.dtype, _capability(q))
+    _tell("flash, many lengths", module.__name__, q)
+    return _mixed(module.flash_attn_varlen_func(q, k, v, *starts, *longest))
+
+
+def _mixed(found: Any) -> Tensor:
+    """Earlier releases of FlashAttention-3 give the log-sums as well."""
+    mixed: Tensor = found[0] if isinstance(found, tuple) else found
+    return mixed
+
+
+def _capability(tensor: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else (0, 0)
+
+
+def require_flash(device: str, dtype: torch.dtype, capability: tuple[int, int] = (0, 0)) -> Any:
+    """The FlashAttention that runs here: version 3 on Hopper where it is installed, else 2.
+
+    Raises:
+        BackendError: no CUDA device, a dtype that the kernels do not take, or neither package.
+    """
+    if device != "cuda":
+        raise BackendError(f"attention backend 'flash' needs a CUDA device, the tensors are on '{device}'; {_MEND}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise BackendError(
+            f"attention backend 'flash' needs bf16 or fp16, found {dtype}; set engine.precision=bf16, or {_MEND}"
+        )
+    names = ["flash_attn_interface"] * (capability[0] == _HOPPER) + ["flash_attn"]  # version 3 is Hopper's alone
+    errors = []
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            errors.append(str(error))
+    raise BackendError(
+        f"attention backend 'flash' needs the package flash-attn ({'; '.join(errors)}); install it, or {_MEND}"
+    )
+
+
+_told: set[tuple[object, ...]] = set()
+
+
+def _tell(backend: str, kernel: str, q: Tensor) -> None:
+    """Once for each kernel, dtype and width of head."""
+    key = backend, kernel, q.dtype, q.shape[-1]
+    if key not in _told:
+        _told.add(key)
+        _log.info("attention: %s runs %s for %s, heads of %d", backend, kernel, q.dtype, q.shape[-1])

@@ -1,0 +1,86 @@
+"""What cannot run on the ranks and devices that a run gets is found before it starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regen_dist.checks.findings import Target
+from regen_dist.checks.kernels import kernels, ranks
+from regen_dist.config.embedder import RunConfig
+from tests.helpers.tiny import tiny_run
+
+
+def run(**changes: Any) -> RunConfig:
+    return tiny_run("runs", **{"engine__kind": "zero3", **changes})
+
+
+def texts(found: Any) -> list[str]:
+    return [each.text for each in found]
+
+
+def test_a_batch_that_does_not_fit_the_ranks() -> None:
+    told = texts(ranks(run(), Target(3)))
+    assert told == [
+        "train.batch_global 4 over train.accumulation 1 is 4 samples at a time, not a multiple of 3 ranks; ranks that "
+        "fit: 1, 2, 4"
+    ]
+
+
+def test_one_process_engine_on_several_ranks() -> None:
+    told = texts(ranks(run(engine__kind="plain"), Target(2)))
+    assert len(told) == 1
+    assert "engine.kind=plain trains in one process, found 2 ranks; set engine.kind=zero3" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "told"),
+    [
+        (0, {"model__decoder__attention": {"backend": "flash"}}, "backend=flash needs GPUs, and the job has none"),
+        (1, {"model__decoder__attention": {"backend": "flash"}}, "computes in bf16; set engine.precision=bf16"),
+        (
+            0,
+            {"optimizer__kind": "fused_adam"},
+            "fused_adam (apex) needs GPUs, and the job has none; set optimizer.kind",
+        ),
+        (1, {"optimizer__kind": "cpu_adam"}, "cpu_adam is for models on the CPU, and the job has GPUs"),
+        (0, {"optimizer__kind": "cpu_adam", "engine__kind": "plain"}, "cpu_adam is DeepSpeed's; set engine.kind=zero3"),
+    ],
+)
+def test_what_cannot_run_on_the_device(
+    gpus: int, changes: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regen_dist.checks.kernels.is_installed", lambda *_: True)
+    found = texts(kernels(run(**changes), Target(has_gpus=bool(gpus))))
+    assert len(found) == 1
+    assert told in found[0]
+
+
+def test_what_runs_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regen_dist.checks.kernels.is_installed", lambda *_: True)
+    on_gpus = {"model__decoder__attention": {"backend": "flash"}, "engine__precision": "bf16"}
+    assert texts(kernels(run(optimizer__kind="fused_adam", **on_gpus), Target(has_gpus=True))) == []
+    assert texts(kernels(run(optimizer__kind="cpu_adam"), Target(has_gpus=False))) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model__decoder__attention": {"backend": "flash"}, "engine__precision": "bf16"}, "the package flash-attn"),
+        ({"optimizer__kind": "fused_adam"}, "NVIDIA apex, which is built from source"),
+    ],
+)
+def test_a_package_that_is_missing(
+    changes: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyPI's apex, which is another package, is none. What another Python has cannot be seen from here."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    found = texts(kernels(run(**changes), Target(has_gpus=True)))
+    assert len(found) == 1
+    assert told in found[0]
+    assert texts(kernels(run(**changes), Target(has_gpus=True, packages=False))) == []

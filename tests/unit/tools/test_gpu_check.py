@@ -1,0 +1,164 @@
+"""`regen gpu-check`: parts that cannot harm each other, and an exit code that can be trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from regen_dist.errors import BackendError, ConfigError, RegenError
+from tools.cli import app
+from tools.gpu_check import command
+from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part
+from tools.gpu_check.machine import LeftOut, Machine, relative_error, require_close
+from tools.gpu_check.worker import made_by
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_every_part_exists_and_says_what_it_proves() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for part in PARTS:
+        module, name = part.function.split(":")
+        assert f"def {name}(machine: Machine)" in (ROOT / "tools" / "gpu_check" / f"{module}.py").read_text()
+        assert f"| `{part.name}` |" in page
+
+
+def test_unknown_parts_are_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match="no such part; there are versions, attention"):
+        chosen_parts(["versions", "absent"])
+    assert [part.name for part in chosen_parts(["zero3", "versions"])] == ["versions", "zero3"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_machine_without_a_gpu_is_refused_with_the_way_out() -> None:
+    done = CliRunner().invoke(app, ["gpu-check"])
+    assert isinstance(done.exception, BackendError)
+    assert "no CUDA device" in str(done.exception)
+    assert "--cpu" in str(done.exception)
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are lines of Python, in the place of the functions of a worker."""
+    monkeypatch.setattr(command, "python", lambda *given: [os.sys.executable, "-c", given[2], *given[3:]])  # type: ignore[attr-defined]
+
+
+def _run(code: str, folder: Path, limit_s: float = 60.0) -> dict[str, Any]:
+    return run_part(Part("part", code, "nothing", limit_s), folder, cpu=True)
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
+        ("raise SystemExit(3)", "ended with exit code 3 and without a result"),
+        ("pass", "ended with exit code 0 and without a result"),
+        ("1 / 0", "ended with exit code 1 and without a result"),
+    ],
+)
+def test_whatever_kills_a_part_is_its_failure_alone(code: str, said: str, tmp_path: Path) -> None:
+    found = _run(code, tmp_path)
+    assert (found["status"], found["summary"]) == ("failed", said)
+    assert "ZeroDivisionError" in found["log"] or "1 / 0" not in code
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    code = (
+        f"import subprocess, time; p = subprocess.Popen(['sleep', '300']); "
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(300)"
+    )
+    found = _run(code, tmp_path, limit_s=5.0)
+    assert found["status"] == "failed"
+    assert "not done after 5 s" in found["summary"]
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "passed"),
+    [
+        (["passed", "passed"], True),
+        (["passed", "left out"], True),
+        (["passed", "failed"], False),
+        (["left out"], False),
+        ([], False),
+    ],
+)
+def test_the_check_passes_only_if_something_did_and_nothing_failed(statuses: list[str], passed: bool) -> None:
+    assert all_passed([{"status": status} for status in statuses]) is passed
+
+
+def test_one_failed_part_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ran(part: Part, folder: Path, **_: Any) -> dict[str, Any]:
+        status = "failed" if part.name == "zero3" else "passed"
+        return {"part": part.name, "status": status, "summary": "", "seconds": 1.0, "log": "the end"}
+
+    monkeypatch.setattr(command, "run_part", ran)
+    done = CliRunner().invoke(app, ["gpu-check", "--cpu", "--json"])
+    assert done.exit_code == 1
+    told = json.loads(done.stdout)
+    assert told["passed"] is False
+    assert [each["part"] for each in told["parts"]] == [part.name for part in PARTS]
+    assert CliRunner().invoke(app, ["gpu-check", "--cpu", "--only", "versions"]).exit_code == 0
+
+
+def test_errors_of_a_part_become_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools.gpu_check import machine as module
+
+    machine = Machine(torch.device("cpu"))
+
+    def made(error: Exception | None) -> dict[str, Any]:
+        def part(machine: Machine) -> dict[str, Any]:
+            if error:
+                raise error
+            return {"figure": 1, "summary": "fine"}
+
+        monkeypatch.setattr(module, "versions", part)
+        return made_by("machine:versions", machine)
+
+    assert made(None) == {"status": "passed", "summary": "fine", "facts": {"figure": 1}}
+    assert made(LeftOut("needs more"))["status"] == "left out"
+    assert made(RegenError("wrong"))["summary"] == "wrong"
+    assert "ZeroDivisionError: x" in made(ZeroDivisionError("x"))["facts"]["traceback"]
+
+
+def test_a_comparison_fails_where_numbers_differ_or_are_none() -> None:
+    x = torch.ones(4)
+    assert require_close("equal", relative_error(x, x), 1e-6) == 0
+    for wrong in (x * 1.1, x * torch.nan, x * torch.inf):
+        with pytest.raises(RegenError, match="relative error"):
+            require_close("wrong", relative_error(wrong, x), 1e-2)
+
+
+@pytest.mark.parametrize("function", ["attention:attention", "convolutions:convolutions", "optimizers:optimizers"])
+def test_numeric_parts_run_on_the_cpu(function: str) -> None:
+    found = made_by(function, Machine(torch.device("cpu")))
+    assert found["status"] == "passed", found
+
+
+def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend, a convolution and an optimizer that are wrong by a little fail their parts."""
+    from regen_dist.models import attention
+    from regen_dist.models.layers import CausalConv
+    from regen_dist.registry import Entry
+    from tools.gpu_check import optimizers
+
+    machine, kernels = Machine(torch.device("cpu")), attention.BACKENDS["sdpa"].build
+    wrong = Entry(kernels._replace(attend=lambda q, k, v: kernels.attend(q, k, v) * 1.01))
+    monkeypatch.setitem(attention.BACKENDS._entries, "sdpa", wrong)
+    assert "sdpa, full, result" in made_by("attention:attention", machine)["summary"]
+    rest = CausalConv._rest
+    monkeypatch.setattr(
+        CausalConv, "_rest", lambda self, x, rows: rest(self, x, rows) * (1.05 if x.dtype == torch.bfloat16 else 1)
+    )
+    assert "frames after it" in made_by("convolutions:convolutions", machine)["summary"]
+    monkeypatch.setattr(optimizers, "set_num_updates", lambda optimizer, updates: None)
+    assert made_by("optimizers:optimizers", machine)["status"] == "failed"

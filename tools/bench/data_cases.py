@@ -1,0 +1,410 @@
+"""Training clips per second: the whole loader, beside the same cores decoding the same clips from memory and doing
+nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from datetime import timedelta
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from regen_dist.config.run import DataConfig, ReadConfig
+from regen_dist.config.urls import parse_url
+from regen_dist.data.format.catalogue import Dataset, open_dataset
+from regen_dist.data.format.index import SCHEMA_VERSION, VIDEO_EXTENSIONS, SampleFacts
+from regen_dist.data.format.manifest import MANIFEST, claim, write_manifest
+from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
+from regen_dist.data.loading.clip_loader import clip_batches, clip_geometry
+from regen_dist.data.loading.datasets import TrainingSet
+from regen_dist.data.loading.fetch import Bytes, Fetcher, SampleLocation
+from regen_dist.data.loading.plan import BatchPlan
+from regen_dist.data.order.mixture import Bucket, BucketStream
+from regen_dist.data.order.order import ClipDraw, DataOrder, draw_clip
+from regen_dist.data.storage.connection import StoreLimits, open_backend
+from regen_dist.data.storage.store import Store
+from regen_dist.data.video import reader as video
+from regen_dist.errors import DataError
+from regen_dist.jsontext import json_text
+from regen_dist.observe.record import read_record
+from regen_dist.programs import python, start_safely
+from tools.bench.common import Turn, measured, turn_of
+
+if TYPE_CHECKING:
+    from threading import Barrier
+
+
+WARM_BATCHES = 4  # of each worker, before the clock starts
+_READY_S = 120.0  # to read every clip's bytes
+
+
+class Workload(NamedTuple):
+    """What is measured: `batches` micro-batches of `batch` clips by each of `workers` processes."""
+
+    config: DataConfig
+    num_frames: int
+    batch: int
+    batches: int
+    workers: int
+    seed: int = 0
+
+    @property
+    def first(self) -> int:
+        """Step that is measured first; before it the loader warms up."""
+        return WARM_BATCHES * self.workers
+
+    def open(self) -> TrainingSet:
+        """The samples and their order."""
+        config = self.config.model_copy(update={"workers": self.workers})
+        return TrainingSet(config, num_frames=self.num_frames, batch_global=self.batch, seed=self.seed)
+
+
+def through_loader(stretch: Workload, store: int | None = None) -> Turn:
+    """Clips per second of `clip_batches` once warm, taken as fast as they come. `store` is the store's process."""
+    batches = clip_batches(stretch.open(), accumulation=1, rank=0, world_size=1, cursor=0)
+    try:
+        for _ in islice(batches, stretch.first):
+            pass
+        with measured(store) as costs:
+            clips = sum(len(batch.sample_ids) for batch in islice(batches, stretch.batches * stretch.workers))
+    finally:
+        batches.close()
+    return turn_of(clips, costs)
+
+
+def from_memory(stretch: Workload) -> Turn:
+    """Clips per second of as many processes, each decoding the clips that its counterpart of the loader would, their
+    bytes in memory, and letting go of the pixels."""
+    start_safely()
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    barrier = context.Barrier(stretch.workers)
+    with ProcessPoolExecutor(stretch.workers, context, _keep, (barrier,)) as pool:
+        parts = list(pool.map(_decode_part, [stretch] * stretch.workers, range(stretch.workers)))
+    seconds = max(part.seconds for part in parts)  # the loader too is as fast as the slowest: its batches have an order
+    return Turn(sum(part.clips for part in parts), seconds, {"own_cpu_s": sum(part.cpu_s for part in parts)})
+
+
+class ClipToDecode(NamedTuple):
+    """All that decoding takes."""
+
+    data: bytes
+    frames: int
+    draw: ClipDraw
+    geometry: video.Geometry
+    flip: bool
+
+    def decode(self) -> video.UInt8s:
+        """The clip, uint8 [3, T, H, W]."""
+        with video.VideoReader(self.data) as reader:
+            numbers = video.clip_frames(reader.table, self.draw.start, self.draw.stride, self.frames)
+            return video.read_clip(reader, numbers, self.geometry, flip=self.flip)
+
+
+def clips_of(stretch: Workload, worker: int) -> Iterator[ClipToDecode]:
+    """The clips of the batches that a worker of the loader makes, in its order, with their bytes."""
+    data = stretch.open()
+    config, stop = data.config, stretch.first + stretch.batches * stretch.workers
+    for batch in islice(BatchPlan(data, 0, 1, 0, 1), stretch.first + worker, stop, stretch.workers):
+        for (dataset, row), epoch in zip(data.places(batch), batch.epochs.tolist(), strict=True):
+            draw = draw_clip(stretch.seed, epoch, row.id, row.frames, batch.bucket.frames, config.stride)
+            place = clip_geometry(row.height, row.width, batch.bucket, config.short_side, (draw.crop_y, draw.crop_x))
+            data_of_it = data.datasets[dataset].read(row)
+            yield ClipToDecode(data_of_it, batch.bucket.frames, draw, place, draw.flip and config.flip)
+
+
+class _ClipCount(NamedTuple):
+    clips: int
+    seconds: float
+    cpu_s: float
+
+
+_barrier: Barrier | None = None
+
+
+def _keep(barrier: Barrier) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def _decode_part(stretch: Workload, worker: int) -> _ClipCount:
+    """One process's share; all begin together, once all bytes are there."""
+    clips = list(clips_of(stretch, worker))
+    assert _barrier is not None, "set as the process starts"
+    _barrier.wait(_READY_S)
+    begun, cpu = time.perf_counter(), time.process_time()
+    for clip in clips:
+        clip.decode()
+    return _ClipCount(len(clips), time.perf_counter() - begun, time.process_time() - cpu)
+
+
+# Bytes of samples per second: by our `Fetcher`, in any order, checked; and by obstore alone, which fetches the same
+# ranges and does nothing else.
+
+_BATCH = 16  # samples that are asked for together
+
+
+def shuffled_rows(dataset: Dataset, seed: int = 0) -> list[int]:
+    """Every row once, as a training run would ask for them."""
+    return [int(row) for row in np.random.default_rng(seed).permutation(len(dataset))]
+
+
+def by_fetcher(url: str, config: ReadConfig, rows: Sequence[int], store: int | None = None) -> Turn:
+    """Bytes per second of one `Fetcher`. `store` is the store's process.
+
+    Raises:
+        DataError: a sample's bytes were wrong.
+    """
+    dataset = open_dataset(url, config.cache)
+    with Fetcher([dataset], config) as fetcher, measured(store) as costs:
+        found = [each for _, batch in fetcher.ahead(_batches(dataset, rows)) for each in map(_size, batch)]
+    return turn_of(sum(found), costs, samples=len(found))
+
+
+def by_obstore(url: str, config: ReadConfig, rows: Sequence[int], store: int | None = None) -> Turn:
+    """Bytes per second of obstore alone: one request a sample, as many at once as `config.requests`."""
+    import obstore
+
+    dataset = open_dataset(url, config.cache)
+    backend = open_backend(parse_url(url), StoreLimits(config.stall_s, config.deadline_s))
+    ranges = [(row.shard, row.offset, row.size) for row in map(dataset.row, rows)]
+
+    def fetch(wanted: tuple[str, int, int]) -> int:
+        name, offset, size = wanted
+        return len(obstore.get_range(backend, name, start=offset, length=size))
+
+    with ThreadPoolExecutor(config.requests) as threads, measured(store) as costs:
+        found = list(threads.map(fetch, ranges))
+    return turn_of(sum(found), costs, samples=len(found))
+
+
+def by_obstore_many(url: str, config: ReadConfig, rows: Sequence[int], store: int | None = None) -> Turn:
+    """As `by_obstore`, with all ranges of a shard given to obstore at once: it makes its own concurrency."""
+    import obstore
+
+    dataset = open_dataset(url, config.cache)
+    backend = open_backend(parse_url(url), StoreLimits(config.stall_s, config.deadline_s))
+    shards: dict[str, list[tuple[int, int]]] = {}
+    for row in map(dataset.row, rows):
+        shards.setdefault(row.shard, []).append((row.offset, row.size))
+
+    def fetch(name: str) -> list[int]:
+        starts, lengths = zip(*shards[name], strict=True)
+        found = obstore.get_ranges(backend, name, starts=starts, lengths=lengths, coalesce=0)
+        return [len(each) for each in found]
+
+    with ThreadPoolExecutor(config.requests) as threads, measured(store) as costs:
+        found = [size for sizes in threads.map(fetch, shards) for size in sizes]
+    return turn_of(sum(found), costs, samples=len(found))
+
+
+def _batches(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[int, list[SampleLocation]]]:
+    for start in range(0, len(rows), _BATCH):
+        yield start, [SampleLocation(0, dataset.row(row)) for row in rows[start : start + _BATCH]]
+
+
+def _size(found: Bytes) -> int:
+    if found.problem is not None:
+        raise DataError(f"a benchmark needs a whole dataset: {found.problem}")
+    return len(found.data)
+
+
+# The same samples through plain `webdataset.WebDataset`, which reads whole tars one after the other.
+
+_VALID_S = 3600
+
+
+def presigned(url: str) -> list[str]:
+    """An HTTP address for each shard of a dataset in a bucket, which needs no keys for an hour. WebDataset opens it by
+    curl."""
+    import obstore
+
+    names = [entry.name for entry in open_dataset(url).manifest.shards]
+    signed = obstore.sign(open_backend(parse_url(url), StoreLimits()), "GET", names, timedelta(seconds=_VALID_S))  # type: ignore[call-overload]
+    return list(signed)
+
+
+def piped(url: str) -> list[str] | None:
+    """A command for each shard that WebDataset pipes it from: `aws s3 cp`. None where there is no `aws`."""
+    program = shutil.which("aws", path=str(Path(sys.executable).parent)) or shutil.which("aws")
+    if program is None:
+        return None
+    command = f"pipe:{shlex.quote(program)} s3 cp --quiet"
+    return [f"{command} {shlex.quote(f'{url}/{entry.name}')} -" for entry in open_dataset(url).manifest.shards]
+
+
+def by_webdataset(addresses: Sequence[str], store: int | None = None) -> Turn:
+    """Bytes of videos per second through `WebDataset` over these addresses."""
+    import webdataset
+
+    with measured(store) as costs:
+        dataset: Iterable[dict[str, object]] = webdataset.WebDataset(list(addresses), shardshuffle=False)
+        found = [_video_bytes(sample) for sample in dataset]
+    return turn_of(sum(found), costs, samples=len(found))
+
+
+def _video_bytes(sample: dict[str, object]) -> int:
+    return sum(len(part) for name, part in sample.items() if name in VIDEO_EXTENSIONS and isinstance(part, bytes))
+
+
+# How long planning takes, and in how much memory. `python -m` of this module plans in a process of its own, for the
+# peak memory of a process never falls.
+
+BATCH = 8192
+_WEIGHTS = (1.0, 2.0, 3.0)
+_BUCKETS = 6
+
+
+def plan(samples: int, *, mixed: bool) -> dict[str, float]:
+    """Plan one epoch of `samples` samples in global batches of 8192: one line of all, or six buckets of three datasets.
+
+    Returns:
+        `seconds` from nothing to the last batch; `peak_mb`, the process's highest memory, `before_mb`, the same before
+        it planned anything.
+    """
+    command = python("-m", __name__, str(samples), "mixed" if mixed else "one")
+    found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    return found
+
+
+def make_order(samples: int, *, mixed: bool) -> DataOrder:
+    """The order that is planned."""
+    if not mixed:
+        return DataOrder.single(samples, BATCH, seed=0)
+    each = samples // (_BUCKETS * len(_WEIGHTS))
+    buckets = [Bucket(64, 64 + 16 * number, 17) for number in range(_BUCKETS)]
+    return DataOrder([BucketStream(bucket, (each,) * len(_WEIGHTS)) for bucket in buckets], BATCH, 0, _WEIGHTS)
+
+
+def _measure(samples: int, *, mixed: bool) -> dict[str, float]:
+    before, begun = _peak_mb(), time.perf_counter()
+    order = make_order(samples, mixed=mixed)
+    for step in range(-(-samples // BATCH)):
+        order.global_batch(step)
+    return {"seconds": time.perf_counter() - begun, "peak_mb": _peak_mb(), "before_mb": before}
+
+
+def _peak_mb() -> float:
+    """Of this program. `getrusage` would give that of the process that started it, where that is larger."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    print(json_text(_measure(int(sys.argv[1]), mixed=sys.argv[2] == "mixed")))
+
+
+# A dataset of small samples whose bytes are drawn, for what reads bytes and decodes nothing.
+
+_DESCRIBED = SampleFacts(frames=17, height=64, width=64, fps=24.0, source="drawn bytes, not a video")
+
+
+def make_small_samples(
+    url: str, number: int, *, smallest: int = 20_000, largest: int = 200_000, shard_mb: int = 64, seed: int = 0
+) -> None:
+    """Write `number` samples of `smallest` to `largest` bytes (evenly drawn in the logarithm) as a dataset at `url`;
+    nothing happens when it is there. DataError when something else is."""
+    store = Store(url)
+    options: dict[str, Any] = {"number": number, "bytes": [smallest, largest], "shard_mb": shard_mb, "seed": seed}
+    claim(store, {"kind": "synthetic", "schema_version": SCHEMA_VERSION, "options": options})
+    if store.size(MANIFEST) is not None:
+        return
+    generator = np.random.default_rng(seed)
+    sizes = np.exp(generator.uniform(np.log(smallest), np.log(largest), number)).astype(int).tolist()
+    with ShardWriter(store, "small", ShardLimits(shard_mb << 20)) as writer:
+        for each, size in enumerate(sizes):
+            writer.add(NewSample(f"small-{each:06d}", generator.bytes(size), _DESCRIBED))
+    write_manifest(store, [index_name("small", shard) for shard in range(writer.shards)], "synthetic", options)
+
+
+# Seconds from nothing to the first batch, in a process of its own (`python -m` of this module).
+
+_BEGUN = time.perf_counter()
+
+
+def first_batch(url: str, cache: Path, *, crop: int, num_frames: int, batch: int) -> dict[str, float]:
+    """Start a program that opens the dataset and takes one batch from two workers.
+
+    Args:
+        cache: folder of the catalogue; where it holds the dataset's, that is used.
+
+    Returns:
+        seconds: `import_s` (the library and torch), `open_s` (the dataset), `batch_s` (workers, bytes, decoding) and
+        `seconds`, the whole program.
+    """
+    options = {"url": url, "crop": crop, "num_frames": num_frames, "batch": batch}
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", __name__, json_text(options)],
+        env=os.environ | {"REGEN_CACHE": str(cache)},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return {"seconds": time.perf_counter() - begun, **found}
+
+
+def _starting_measure(url: str, crop: int, num_frames: int, batch: int) -> dict[str, float]:
+    from regen_dist.config.run import DataConfig
+    from regen_dist.data.loading.clip_loader import clip_batches
+    from regen_dist.data.loading.datasets import TrainingSet
+
+    imported = time.perf_counter()
+    config = DataConfig(url=url, size=(crop, crop), short_side="fit", workers=2)
+    data = TrainingSet(config, num_frames=num_frames, batch_global=batch, seed=0)
+    opened = time.perf_counter()
+    batches = clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)
+    next(batches)
+    there = time.perf_counter()
+    batches.close()
+    return {"import_s": imported - _BEGUN, "open_s": opened - imported, "batch_s": there - opened}
+
+
+if __name__ == "__main__":
+    print(json_text(_starting_measure(**json.loads(sys.argv[1]))))
+
+
+# How much of a training run its steps waited for data: read from the run's record.
+
+COLD_LINES = 2  # of the log, at the start
+
+
+def data_wait(run: Path) -> dict[str, float]:
+    """As `waited`, of a run folder."""
+    return waited(read_record(run / "metrics.jsonl", "train"))
+
+
+def waited(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The share of step time that was data wait once the run is warm: over all warm steps together, and of the worst
+    log line; `step_s` is the median.
+
+    Args:
+        lines: of the log, in order, each for as many steps.
+
+    Raises:
+        DataError: the run ended before it was warm.
+    """
+    warm = lines[COLD_LINES:]
+    if not warm:
+        raise DataError(f"the run has {len(lines)} lines of figures; with {COLD_LINES + 1} or more it can be judged")
+    waited_s, total_s = sum(line["data_wait"] * line["step_s"] for line in warm), sum(line["step_s"] for line in warm)
+    return {
+        "data_wait": waited_s / total_s,
+        "worst_line": max(line["data_wait"] for line in warm),
+        "first_line": lines[0]["data_wait"],
+        "step_s": median(line["step_s"] for line in warm),
+        "warm_steps": warm[-1]["step"] - lines[COLD_LINES - 1]["step"],
+    }

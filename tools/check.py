@@ -1,0 +1,156 @@
+"""`regen check`: what a run would refuse at its start, without starting it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regen_dist.errors import EXIT_OK, ConfigError
+from regen_dist.jsontext import json_text
+
+if TYPE_CHECKING:
+    from regen_dist.checks.findings import Finding, Target
+
+
+def check(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of a run, of pre-encoding or of a pipeline.", metavar="CONFIG")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+    ] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks that it is to run on.")] = 1,
+    gpus: Annotated[
+        bool | None, typer.Option("--gpus/--no-gpus", help="Whether ranks have GPUs [default: as this machine].")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="It is to start from scratch where checkpoints are lost.")] = (
+        False
+    ),
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="It runs in another Python, whose packages cannot be seen from here.")
+    ] = False,
+    produced: Annotated[
+        list[str] | None,
+        typer.Option(help="Place that will be there by then; may be given again.", metavar="URL"),
+    ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another config of a run, checked as well; may be given again.", metavar="CONFIG"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Check a config as `regen train` or `regen preencode` would at its start: the config itself, data, kernels, batch
+    and ranks, and whether the run can go on from its checkpoints. Nothing is written, nothing is trained.
+
+    Ends with 0 when nothing is wrong, else with the exit code that the run would end with.
+
+    Example: regen check configs/embedder/nano.yaml --world-size 2 data.url=runs/shapes
+    """
+    from regen_dist.checks.findings import Target
+
+    target = Target(world_size, gpus, not elsewhere, produced or (), fresh)
+    found = _check([config, *(also or [])], overrides or [], target)
+    if as_json:
+        print(json_text(_to_json(found), indent=1))
+    else:
+        _print(found)
+    wrong = [each for findings in found.values() for each in findings if each.level == "error"]
+    raise typer.Exit(wrong[0].exit_code if wrong else EXIT_OK)
+
+
+def _check(paths: Sequence[Path], overrides: Sequence[str], target: Target) -> dict[str, tuple[Finding, ...]]:
+    """Findings by what they are of: a config file, or a step of a pipeline."""
+    from regen_dist.checks.findings import error
+    from regen_dist.checks.run import check_runs
+    from regen_dist.config import AnyRunConfig, load_config
+    from regen_dist.config.files import compose
+
+    found: dict[str, tuple[Finding, ...]] = {}
+    runs: dict[str, AnyRunConfig] = {}
+    for path in paths:
+        found[str(path)] = ()
+        try:
+            values = compose(path, overrides).values
+            if "steps" in values:
+                found |= _pipeline(path, overrides, target)
+            elif "embedder" in values and "output" in values and "model" not in values:
+                found[str(path)] = _preencode(path, overrides, target)
+            else:
+                runs[str(path)] = load_config(path, overrides)
+        except ConfigError as caught:
+            found[str(path)] = tuple(error(key, text) for key, text in _problems(str(caught)))
+    return found | dict(zip(runs, check_runs(list(runs.values()), target), strict=True))
+
+
+def _problems(message: str) -> list[tuple[str, str]]:
+    """Key and text of each problem of a config, out of the message that gathers them."""
+    parts = [line.strip().split(": ", 2) for line in message.splitlines()[1:]]
+    listed = [(key, f"{where}: {text}") for where, key, text in (part for part in parts if len(part) == 3)]
+    return listed or [("", message)]
+
+
+def _preencode(path: Path, overrides: Sequence[str], target: Target) -> tuple[Finding, ...]:
+    from regen_dist.checks.run import check_preencode
+    from regen_dist.config.preencode import load_preencode_config
+
+    return check_preencode(load_preencode_config(path, tuple(overrides)), target)
+
+
+def _pipeline(path: Path, overrides: Sequence[str], target: Target) -> dict[str, tuple[Finding, ...]]:
+    """Every training and every pre-encoding of a pipeline; what an earlier step makes need not be there yet."""
+    from dataclasses import replace
+
+    from launcher.pipelines.schema import load_pipeline
+    from regen_dist.config import load_config
+
+    found: dict[str, tuple[Finding, ...]] = {str(path): ()}
+    made = [*target.produced]
+    for name, step in load_pipeline(path, overrides).steps.items():
+        command, then = step.command or (), replace(target, produced=tuple(made))
+        if step.train:
+            config, changes = step.train, step.overrides
+            made.append(str(load_config(config, changes).folder))
+        elif command[:1] == ("preencode",) and len(command) > 1:
+            arguments = [each for each in command[1:] if not each.startswith("-") and "{" not in each]
+            config, changes = Path(arguments[0]), tuple(each for each in arguments[1:] if "=" in each)
+        else:
+            config = None
+        if config is not None:
+            for _, findings in _check([config], changes, then).items():
+                found[f"{path} {name}"] = findings
+        made += [output.split("/manifest.json")[0] for output in step.outputs]
+    return found
+
+
+def _to_json(found: dict[str, tuple[Finding, ...]]) -> dict[str, Any]:
+    """`ok` and `findings` of all together, and of each config by its path."""
+
+    def one(findings: Sequence[Finding]) -> dict[str, Any]:
+        listed = [each.to_json() for each in findings]
+        return {"ok": all(each["level"] != "error" for each in listed), "findings": listed}
+
+    whole = one([each for findings in found.values() for each in findings])
+    return whole | {"configs": {path: one(findings) for path, findings in found.items()}}
+
+
+def _print(found: dict[str, tuple[Finding, ...]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for path, findings in found.items():
+        if not findings:
+            console.print(f"{path}: nothing is wrong", highlight=False, markup=False, soft_wrap=True)
+            continue
+        table = Table("level", "key", "what is wrong", "fix", title=Text(path), title_justify="left", box=SIMPLE_HEAD)
+        for each in findings:
+            table.add_row(
+                *(Text(cell, overflow="fold") for cell in (each.level, each.key, each.message, each.fix)),
+                style="red" if each.level == "error" else "",
+            )
+        console.print(table)

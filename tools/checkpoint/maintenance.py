@@ -1,0 +1,253 @@
+"""`regen checkpoint list`: which checkpoints a run has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regen_dist.errors import CheckpointError, ConfigError
+from regen_dist.jsontext import json_text
+
+if TYPE_CHECKING:
+    from regen_dist.checkpoint.maintenance import CheckpointPlace, Pruned
+    from regen_dist.config.run import CheckpointConfig
+if TYPE_CHECKING:
+    from regen_dist.checkpoint.maintenance import Entry
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from regen_dist.checkpoint.maintenance import CheckpointPlace, Entry
+
+
+# What several subcommands of `regen checkpoint` take and show alike.
+
+RUN: Any = typer.Argument(
+    help="Run folder, such as runs/demo; or the folder or URL (s3://…) of its checkpoints.", metavar="RUN"
+)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A live bar on stderr, told (what, how much of it, of how much). It is gone afterwards."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def list_checkpoints(
+    run: Annotated[str, RUN],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Show the committed checkpoints of a run, what is wrong with them as far as sizes tell, and what was never
+    committed.
+
+    Example: regen checkpoint list runs/demo
+    """
+
+    from rich.console import Console
+
+    from regen_dist.checkpoint.maintenance import dangling_pointer, entries, open_place
+
+    place = open_place(run)
+    found, debris, pointer = entries(place), place.folder.debris(), dangling_pointer(place)
+    if as_json:
+        content = {"url": place.folder.url, "checkpoints": [each.to_json() for each in found]}
+        typer.echo(json_text(content | {"debris": debris, "pointer_problem": pointer}, indent=1))
+        return
+    console = Console()
+    if found:
+        console.print(_table(place, found))
+        for entry in found:
+            for problem in entry.problems:
+                console.print(f"step {entry.step}: {problem}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        console.print(f"{place.folder.url} holds no committed checkpoint", highlight=False, soft_wrap=True)
+    if pointer:
+        console.print(f"Note: {pointer}", highlight=False, markup=False, soft_wrap=True)
+    for name, size in debris.items():
+        console.print(f"never committed: {name}, {size:,} bytes", highlight=False, markup=False, soft_wrap=True)
+    if debris:
+        console.print("The next save clears it, and so does `regen checkpoint prune`.", highlight=False)
+
+
+def _table(place: CheckpointPlace, found: list[Entry]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    metric = "psnr_db" if place.policy is None else place.policy.best_metric
+    table = Table(title=place.folder.url, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits in 80 columns
+    for name in ("step", "samples", "saved (UTC)", "MB", "ranks", metric):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("marks")
+    for entry in found:
+        table.add_row(*_facts(entry, metric), "damaged" if entry.problems else "ok", ", ".join(entry.marks))
+    return table
+
+
+def _facts(entry: Entry, metric: str) -> list[str]:
+    manifest = entry.manifest
+    if manifest is None:
+        return [str(entry.step), *[""] * 5]
+    value = manifest.metrics.get(metric)
+    return [
+        f"{entry.step}",
+        f"{manifest.samples:,}",
+        manifest.saved_at[:16].replace("T", " "),
+        f"{manifest.size_bytes / 1e6:,.1f}",
+        f"{manifest.world_size}",
+        "" if value is None else f"{value:.4g}",
+    ]
+
+
+# `regen checkpoint pin` and `unpin`: keep a checkpoint for good.
+
+_STEP = typer.Argument(help="Step of the checkpoint.", min=0, metavar="STEP")
+
+
+def pin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
+    """Never delete a checkpoint, whatever the run's policy says.
+
+    Example: regen checkpoint pin runs/demo 400
+    """
+    from regen_dist.checkpoint.maintenance import open_place
+
+    folder = open_place(run).folder
+    folder.pin(step)
+    typer.echo(f"step {step} in {folder.url} is pinned: it stays until it is unpinned")
+
+
+def unpin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
+    """Let the run's policy decide again whether a checkpoint stays.
+
+    Example: regen checkpoint unpin runs/demo 400
+    """
+    from regen_dist.checkpoint.maintenance import open_place
+
+    folder = open_place(run).folder
+    if step not in folder.pins():
+        typer.echo(f"step {step} in {folder.url} was not pinned")
+        return
+    folder.unpin(step)
+    typer.echo(f"step {step} in {folder.url} is no longer pinned: the next save, or prune, may delete it")
+
+
+# `regen checkpoint prune`: delete the checkpoints that are not to be kept.
+
+
+def prune(
+    run: Annotated[str, RUN],
+    keep_last: Annotated[int | None, typer.Option(help="Keep the newest so many.", min=2)] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(help="Also keep those of steps that are multiples of this; 0: none.", min=0)
+    ] = None,
+    keep_best: Annotated[int | None, typer.Option(help="Also keep the best so many.", min=0)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+) -> None:
+    """Delete what the run's config (with these changes) does not keep, and what was never committed. Pinned checkpoints
+    stay, and never fewer than two good ones do. Not while the run trains.
+
+    Example: regen checkpoint prune runs/demo --keep-last 2 --keep-every 1000 --dry-run
+    """
+    from regen_dist.checkpoint.maintenance import open_place
+    from regen_dist.checkpoint.maintenance import prune as job
+
+    place = open_place(run)
+    policy = _policy(place, {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best})
+    if place.run is None:
+        typer.echo("Note: the run's folder is not known from here; see to it that the run is not training", err=True)
+    _tell(place, job(place, policy, dry_run=dry_run), "would be deleted" if dry_run else "deleted")
+
+
+def _policy(place: CheckpointPlace, changes: dict[str, int | None]) -> CheckpointConfig:
+    from regen_dist.config.run import CheckpointConfig
+
+    told: dict[str, int | None] = {name: value for name, value in changes.items() if value is not None}
+    if place.policy is None and "keep_last" not in told:
+        raise ConfigError(
+            f"what {place.folder.url} keeps is in its run's config, which is not here; name the run folder, or say "
+            "--keep-last (and --keep-every, --keep-best)"
+        )
+    if told.get("keep_every") == 0:
+        told["keep_every"] = None
+    return (place.policy or CheckpointConfig()).model_copy(update=told)
+
+
+def _tell(place: CheckpointPlace, pruned: Pruned, verb: str) -> None:
+    for step, size in pruned.steps.items():
+        typer.echo(f"{verb}: step {step}, {size:,} bytes")
+    for name, size in pruned.debris.items():
+        typer.echo(f"{verb}: {name} (never committed), {size:,} bytes")
+    total = sum(pruned.steps.values()) + sum(pruned.debris.values())
+    typer.echo(f"{place.folder.url}: {len(pruned.steps)} checkpoints and {total:,} bytes in all {verb}")
+
+
+# `regen checkpoint verify`: whether checkpoints are as they were written.
+
+
+def verify(
+    run: Annotated[str, RUN],
+    step: Annotated[int | None, typer.Option(help="Check this checkpoint alone.", min=0)] = None,
+) -> None:
+    """Read every byte of every committed checkpoint, and compare it with what was written. Names each damaged file,
+    and ends with exit code 4 then.
+
+    Example: regen checkpoint verify runs/demo
+    """
+    from regen_dist.checkpoint.maintenance import check, dangling_pointer, open_place
+
+    place = open_place(run)
+    pointer = dangling_pointer(place)
+    bad = [] if pointer is None or step is not None else [pointer]
+    with progress_bar() as progress:
+        for entry in check(place, step, lambda step, done, total: progress(f"step {step}", done, total)):
+            typer.echo(_line(entry))
+            bad += [f"step {entry.step}: {problem}" for problem in entry.problems]
+    if bad:
+        title = (
+            f"{len(bad)} problem{'s' if len(bad) > 1 else ''} in {place.folder.url}; copy the files named again from "
+            "where they are whole, or delete their checkpoints (a run goes on from the newest whole one by itself):"
+        )
+        raise CheckpointError("\n".join([title, *(f"  {each}" for each in bad)]))
+
+
+def _line(entry: Entry) -> str:
+    if entry.manifest is None:
+        return f"step {entry.step}: DAMAGED, its manifest cannot be read"
+    size = f"{len(entry.manifest.files)} files, {entry.manifest.size_bytes / 1e6:,.1f} MB"
+    return f"step {entry.step}: {f'DAMAGED, {len(entry.problems)} of its' if entry.problems else 'ok,'} {size}"
+
+
+# `regen checkpoint adopt`: let a run go on from checkpoints that were saved by another run folder.
+
+
+def adopt(
+    run: Annotated[Path, typer.Argument(help="Folder of the run that shall go on, OUTPUT/NAME.", metavar="RUN")],
+    checkpoints: Annotated[
+        str, typer.Argument(help="Folder or URL of the checkpoints, as the refusal names it.", metavar="URL")
+    ],
+) -> None:
+    """Say that the checkpoints at a place are this run's: its folder was lost, or is another one now.
+
+    A run goes on from its own checkpoints alone; by its id in RUN/run_id it tells them from those of another run of the
+    same name.
+
+    Example: regen checkpoint adopt runs/k32 s3://bucket/runs/k32
+    """
+    from regen_dist.checkpoint.maintenance import adopt_checkpoints
+
+    newest = adopt_checkpoints(run, checkpoints)
+    typer.echo(f"{run} goes on from step {newest.step} in {checkpoints}: run the same command again")

@@ -1,0 +1,308 @@
+"""How fast the models are, and how much memory they take: the embedders, eight blocks of the 5B transformer, and all of
+it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from regen_dist.config import RunConfig, load_embedder_config
+from regen_dist.config.t2v import T2VConfig
+from regen_dist.data.format.manifest import MANIFEST
+from regen_dist.data.loading.clip_loader import ClipBatch
+from regen_dist.distributed.engine import Engine
+from regen_dist.distributed.ranks import Ranks, process_group, read_environment
+from regen_dist.distributed.zero3 import build_engine
+from regen_dist.errors import RegenError
+from regen_dist.models.building import build_model
+from regen_dist.models.embedder import Regen
+from regen_dist.models.flops import RowFlops, count_row_flops
+from regen_dist.models.memory import memory_bytes
+from regen_dist.observe.hardware import peak_tflops
+from regen_dist.programs import regen as regen_command
+from regen_dist.training.registry import build_task
+from tools.bench.compression_measure import TRAINED, CropSize, load_clips, measure_arm
+from tools.bench.compression_runs import (
+    CompressionArm,
+    baseline,
+    num_steps,
+    pace,
+    paced,
+    regen,
+    run_side_by_side,
+    training_facts,
+)
+from tools.gpu_check.machine import LeftOut, Machine
+from tools.gpu_check.zero3 import SMALL_ENCODER
+
+_TOP = 8  # kernels that a profile names
+_GIB = 2**30
+_MEMORY_TOLERANCE = 0.15  # of the estimate of `regen describe`
+_ROW_FRAMES, _TEXT = 8, 256  # latent frames of a row of four clips, and tokens of its caption
+
+
+def embedders(machine: Machine) -> dict[str, Any]:
+    """Clips per second of encoder and decoder, the kernels that take most of a training step, and how often it waits
+    for the device."""
+    found = {name: _embedder(machine, _embedder_config(machine, name)) for name in ("regen_k32", "fast_k32")}
+    told = [
+        f"{name}: encodes {each['encode_clips_per_s']:.3g}, decodes {each['decode_clips_per_s']:.3g} clips/s, "
+        f"{each['synchronisations']} synchronisations a step"
+        for name, each in found.items()
+    ]
+    return {**found, "summary": "; ".join(told)}
+
+
+def _embedder_config(machine: Machine, name: str) -> RunConfig:
+    small = [SMALL_ENCODER, "model.conditioning.width=16", "model.decoder.width=32", "model.decoder.heads=2"]
+    small += ["model.decoder.blocks=2", "data.size=[16, 32]"]
+    changes = [
+        "engine.kind=plain",
+        f"engine.precision={machine.precision}",
+        "data.url=absent",
+        "data.validation_url=absent",
+    ]
+    changes += ["train.batch_global=1", "train.accumulation=1", *machine.size([], small)]
+    return load_embedder_config(Path(f"configs/embedder/{name}.yaml"), changes)
+
+
+def _embedder(machine: Machine, config: RunConfig) -> dict[str, Any]:
+    machine.forget_peak()
+    speeds = _codec_speed(machine, config)
+    task = build_task(config, machine.device)
+    engine, frames = build_engine(config, Ranks(), task.build), config.model.num_frames
+    batch = ClipBatch(torch.randint(0, 256, (1, 3, frames, *config.data.size), dtype=torch.uint8), torch.tensor([0]))
+
+    def step() -> None:
+        engine.backward(task.loss(engine, batch, 0).value, is_last=True)
+        engine.step(1e-4)
+
+    seconds = machine.seconds(step)
+    return {
+        **speeds,
+        "step_s": seconds,
+        "synchronisations": _synchronisations(machine, step),
+        "kernels": _kernels(machine, step),
+    }
+
+
+@torch.no_grad()
+def _codec_speed(machine: Machine, config: RunConfig) -> dict[str, float]:
+    torch.manual_seed(0)
+    model = build_model(config.model).to(machine.device, machine.dtype).eval()
+    assert isinstance(model, Regen), "both configs are of REGEN"
+    shape = (1, 3, config.model.num_frames, *config.data.size)
+    video = torch.randn(shape, device=machine.device, dtype=machine.dtype).clamp(-1, 1)
+    noise, t, times = torch.randn_like(video), torch.ones(1, device=machine.device), model.frame_times(video)
+    latents = model.encode(video)
+    if not bool(torch.isfinite(model.denoise(noise, t, latents, times)).all()):
+        raise RegenError(f"{config.name}: a fresh model decodes values that are not finite")
+    return {
+        "encode_clips_per_s": 1 / machine.seconds(lambda: model.encode(video)),
+        "decode_clips_per_s": 1 / machine.seconds(lambda: model.denoise(noise, t, latents, times)),
+    }
+
+
+def _synchronisations(machine: Machine, step: Callable[[], object]) -> int:
+    """How often the host waits for the device in a step; 0 on the CPU, which is its own device."""
+    if not machine.is_cuda:
+        return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(each.message) for each in caught)
+
+
+def _kernels(machine: Machine, step: Callable[[], object]) -> dict[str, float]:
+    """The shares of a step's time that its longest kernels take (on the CPU: operators)."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if machine.is_cuda else [])]
+    with profile(activities=activities) as recorded:
+        step()
+        machine.wait()
+    of_one = "self_device_time_total" if machine.is_cuda else "self_cpu_time_total"
+    seconds: dict[str, float] = {each.key: getattr(each, of_one) for each in recorded.key_averages()}
+    whole = sum(seconds.values()) or 1.0
+    return {name: seconds[name] / whole for name in sorted(seconds, key=lambda name: -seconds[name])[:_TOP]}
+
+
+def t2v_blocks(machine: Machine) -> dict[str, Any]:
+    """Forward and backward pass of eight blocks on rows of four clips: the share of the device's peak that the model's
+    operations take (MFU), and with those that recomputation does again (HFU)."""
+    config, rows = _row_config(machine, 8, "plain"), machine.size(4, 1)
+    counted, inputs = _counted(machine, config), _row(machine, config, rows)
+    torch.manual_seed(0)
+    model = build_model(config.model).to(machine.device, machine.dtype)
+    model.set_activation_checkpointing(True)
+
+    def step() -> None:
+        model(*inputs).square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    seconds = machine.seconds(step)
+    peak = peak_tflops(machine.device, machine.dtype) * 1e12
+    mfu = rows * counted.num_training_flops / seconds / peak
+    hfu = rows * (counted.num_training_flops + counted.recomputed_flops) / seconds / peak
+    if not 0 < mfu < hfu < machine.size(1.0, 2.0):  # the CPU's own peak is measured, and moves
+        raise RegenError(f"MFU {mfu:.2f} and HFU {hfu:.2f} cannot be: the count or the peak ({peak:.3g}) is wrong")
+    told = f"MFU {mfu:.2f}, HFU {hfu:.2f} of {peak / 1e12:.3g} TFLOP/s, {rows} row{'s' if rows > 1 else ''}"
+    return {"mfu": mfu, "hfu": hfu, "seconds": seconds, "peak_tflops": peak / 1e12, "summary": told}
+
+
+def t2v_5b(machine: Machine) -> dict[str, Any]:
+    """One step of the whole model by ZeRO-3 with one rank: its peak of memory beside the estimate."""
+    config = _row_config(machine, 32, "zero3")
+    terms = memory_bytes(_counted(machine, config), config.engine, world_size=1, clips_per_gpu=1)
+    estimated = sum(terms.values())
+    if machine.is_cuda and estimated > (free := torch.cuda.mem_get_info(machine.device)[0]):
+        raise LeftOut(f"needs {estimated / _GIB:.0f} GiB by `regen describe`, {free / _GIB:.0f} GiB are free")
+    ranks = read_environment({})
+    with process_group(ranks, needed=True):
+        measured = _peak(machine, lambda: _one_step(machine, config, ranks))
+    ratio = measured / estimated
+    if not abs(ratio - 1) <= _MEMORY_TOLERANCE:
+        raise RegenError(
+            f"peak {measured / _GIB:.2f} GiB, {ratio:.2f} times the estimate of {estimated / _GIB:.2f} GiB"
+        )
+    told = f"peak {measured / _GIB:.2f} GiB, {ratio:.2f} times the estimate"
+    return {"peak": measured, "estimate": estimated, "ratio": ratio, "terms": terms, "summary": told}
+
+
+def _peak(machine: Machine, work: Callable[[], object]) -> int:
+    """Bytes that tensors held at most."""
+    if not machine.is_cuda:
+        from tools.bench.step_rank import tensor_peak
+
+        return tensor_peak(work)
+    machine.forget_peak()
+    work()
+    return torch.cuda.max_memory_allocated(machine.device)
+
+
+def _one_step(machine: Machine, config: T2VConfig, ranks: Ranks) -> Engine:
+    engine = build_engine(config, ranks, lambda: _recomputing(config))
+    for _ in range(2):
+        engine.backward(engine(*_row(machine, config, 1)).square().mean(), is_last=True)
+        engine.step(1e-4)
+    return engine
+
+
+def _recomputing(config: T2VConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    model.set_activation_checkpointing(config.engine.activation_checkpointing)
+    return model
+
+
+def _row_config(machine: Machine, blocks: int, kind: str) -> T2VConfig:
+    sizes = machine.size({"heads": 24, "width": 3072, "text_width": 4096}, {"heads": 4, "width": 64, "text_width": 32})
+    engine = {"kind": kind, "precision": machine.precision, "partitioned_init": kind == "zero3"}
+    return T2VConfig.model_validate({
+        "name": "gpu_check",
+        "model": {**sizes, "blocks": machine.size(blocks, 2)},
+        "data": {"url": "none"},
+        "engine": {**engine, "activation_checkpointing": True},
+        "train": {"steps": 1, "batch_global": 1},
+    })  # fmt: skip
+
+
+def _counted(machine: Machine, config: T2VConfig) -> RowFlops:
+    size = machine.size((24, 40), (4, 6))
+    precision: Any = machine.precision
+    return count_row_flops(config.model, _ROW_FRAMES, size, _TEXT, precision=precision, activation_checkpointing=True)
+
+
+def _row(machine: Machine, config: T2VConfig, rows: int) -> tuple[Tensor, ...]:
+    """Latents, times, texts and masks at random."""
+    size, device = machine.size((24, 40), (4, 6)), machine.device
+    x = torch.randn(rows, config.model.latent_channels, _ROW_FRAMES, *size, device=device)
+    text = torch.randn(rows, _TEXT, config.model.text_width, device=device)
+    return x, torch.full((rows,), 0.5, device=device), text, torch.ones(rows, _TEXT, dtype=torch.bool, device=device)
+
+
+# REGEN and its baseline, trained for some minutes each on the demo's film, beside each other on filmed video.
+
+_CONFIG, _CLIPS = Path("configs/bench/gpu_check.yaml"), Path("configs/bench/compression_clips.yaml")
+_VIDEOS, _FILM, _TESTS = Path("runs/videos"), "bbb.mp4", ("bikes.mp4", "carphone.mp4")
+_COMPRESSIONS = (16, 32)
+_PROBED_STEPS, _WARM_STEPS = 12, 6
+_NEVER = 10**9
+
+
+def training(machine: Machine) -> dict[str, Any]:
+    """Train REGEN and the baseline as it was published, at both compressions, and measure them where none was trained:
+    the mean PSNR of one-step reconstructions."""
+    own = _own(machine)
+    base = load_embedder_config(_CONFIG, own)
+    _make_shards(machine, base)
+    tests, size = load_clips(_CLIPS, _VIDEOS), CropSize(base.data.size, 128)
+    found = {}
+    for arm in (kind(k) for k in _COMPRESSIONS for kind in (regen, baseline)):
+        steps = _trained(machine, own, base, arm)
+        run, kept = machine.folder / "arms" / arm.name, machine.folder / "measures" / f"{arm.name}.json"
+        measured = measure_arm(run, tests, {TRAINED: size}, kept, (1,))
+        quality = measured[TRAINED]["1"]
+        found[arm.name] = {"steps": steps, "psnr_db": quality["psnr_db"], "measures": quality, **_facts(run)}
+        print(f"{arm.label}: {steps} steps, {quality['psnr_db']:.2f} dB", flush=True)
+    return {"minutes": machine.minutes, "arms": found, "summary": "; ".join(_told(k, found) for k in _COMPRESSIONS)}
+
+
+def _told(k: int, found: dict[str, Any]) -> str:
+    ours, theirs = (found[arm(k).name]["psnr_db"] for arm in (regen, baseline))
+    return f"k = {k}: REGEN {ours:.2f} dB, baseline {theirs:.2f} dB, {ours - theirs:+.2f} dB in one step"
+
+
+def _own(machine: Machine) -> list[str]:
+    """Changes to the config."""
+    small = [SMALL_ENCODER, "model.conditioning.width=16", "model.decoder.width=32", "model.decoder.heads=2"]
+    small += ["model.decoder.blocks=1", "data.size=[32, 32]", "data.validation_size=[32, 32]", "train.batch_global=2"]
+    small += ["data.workers=0", "engine.precision=fp32"]
+    return [f"data.url={machine.folder / 'shards'}", f"output={machine.folder / 'arms'}", *machine.size([], small)]
+
+
+def _make_shards(machine: Machine, base: RunConfig) -> None:
+    """The film at 128 pixels, and the clips for the tests, where they are not there yet."""
+    names = [each for name in (_FILM, *_TESTS) for each in ("--only", name)]
+    _run(machine, "fetch", ["fetch-videos", "--out", str(_VIDEOS), *names])
+    url = str(base.data.url)
+    if not (Path(url) / MANIFEST).is_file():
+        part = machine.size([], ["--max-seconds", "20"])
+        _run(machine, "shards", ["shards", "build", str(_VIDEOS / _FILM), "--out", url, "--short-side", "128", *part])
+
+
+def _trained(machine: Machine, own: Sequence[str], base: RunConfig, arm: CompressionArm) -> int:
+    """Train an arm for as many steps as fit into the minutes, by the clock; returns how many. A short run before tells
+    how long a step takes."""
+
+    def command(name: str, steps: int, more: Sequence[str]) -> None:
+        changes = paced(arm.overrides(base), steps, base.optimizer.warmup_steps)
+        quiet = [f"train.validate_every={_NEVER}", *more]
+        _run(machine, name, ["train", str(_CONFIG), *own, *changes, *quiet])
+
+    probes = machine.folder / "probes"
+    rhythm = ["train.log_every=1", f"checkpoint.every={_NEVER}", f"output={probes}"]
+    command(f"{arm.name}-probe", _PROBED_STEPS, rhythm)
+    steps = num_steps(machine.minutes, pace(probes / arm.name, _WARM_STEPS)["wall_s"])
+    command(arm.name, steps, [])
+    return steps
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    facts = training_facts(run)
+    return {name: facts[name] for name in ("seconds", "clips", "flops", "loss", "skipped", "parameters")}
+
+
+def _run(
+    machine: Machine, name: str, arguments: Sequence[str], *, done: Callable[[str], None] = lambda _: None
+) -> None:
+    """One `regen` command, with its log."""
+    run_side_by_side({name: regen_command(*arguments)}, logs=machine.folder / "logs", at_once=1, done=done)

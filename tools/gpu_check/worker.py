@@ -1,0 +1,55 @@
+"""One part of `regen gpu-check`, in this process: `python -m tools.gpu_check.worker --help`."""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regen_dist.config.files import write_text_atomically
+from regen_dist.errors import RegenError
+from regen_dist.jsontext import json_text
+from tools.gpu_check.machine import LeftOut, Machine
+
+
+def made_by(function: str, machine: Machine) -> dict[str, Any]:
+    """What became of a part: its `status`, a line that says it (`summary`), and figures (`facts`)."""
+    module, name = function.split(":")
+    try:
+        facts: dict[str, Any] = getattr(import_module(f"tools.gpu_check.{module}"), name)(machine)
+    except LeftOut as why:
+        return {"status": "left out", "summary": str(why), "facts": {}}
+    except RegenError as error:
+        return {"status": "failed", "summary": str(error), "facts": {}}
+    except Exception as error:  # noqa: BLE001 - a part must not hide what the others find
+        told = f"{type(error).__name__}: {error}"
+        return {"status": "failed", "summary": told, "facts": {"traceback": traceback.format_exc()}}
+    return {"status": "passed", "summary": facts.pop("summary"), "facts": facts}
+
+
+def main() -> None:
+    """Make one part, and leave what became of it in a file."""
+    parser = argparse.ArgumentParser(description="One part of `regen gpu-check`.")
+    parser.add_argument("function", help="module:name")
+    parser.add_argument("--out", type=Path, required=True, help="file for what became of it")
+    parser.add_argument("--cpu", action="store_true", help="small sizes, on the CPU")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of training")
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu_check"), help="for what training makes")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    device = torch.device("cpu") if given.cpu else torch.device("cuda", 0)
+    if not given.cpu:
+        torch.cuda.set_device(device)
+    found = made_by(given.function, Machine(device, given.minutes, given.folder))
+    if not given.cpu:
+        found["facts"]["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    write_text_atomically(given.out, json_text(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

