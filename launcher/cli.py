@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.job import LAUNCH, Submission
-from launcher.preflight import check
-from launcher.script import batch_script
-from launcher.submit import SubmissionRequest
 from regen_dist.errors import ConfigError
 from regen_dist.jsontext import json_text
 
 if TYPE_CHECKING:
+    from launcher.job import Submission
     from launcher.submit import SubmissionRequest
 
 
@@ -72,16 +69,18 @@ def train(
       regen submit train configs/embedder/nano.yaml --tasks-per-node 2 --sweep optimizer.lr=1e-3,3e-3
     """
     from launcher.cluster import load_cluster
-    from launcher.submit import expand, sweep_order, train_order
+    from launcher.submit import expand_sweep, sweep_order, train_order
     from regen_dist.config import load_config
 
     place = load_cluster(cluster, cluster_overrides(nodes, gpus_per_node, tasks_per_node, time, settings))
     if not sweep:
-        finish(train_order(load_config(config, overrides or []), place, cluster, fresh=fresh), dry_run, force, wait)
+        finish_submission(
+            train_order(load_config(config, overrides or []), place, cluster, fresh=fresh), dry_run, force, wait
+        )
         return
     if fresh:
         raise ConfigError("--fresh is for a single run; give it to the one whose checkpoints are damaged")
-    finish(sweep_order(expand(config, overrides or [], sweep), place, cluster), dry_run, force, wait)
+    finish_submission(sweep_order(expand_sweep(config, overrides or [], sweep), place, cluster), dry_run, force, wait)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -111,7 +110,7 @@ def run(
     from launcher.submit import command_order
 
     place = load_cluster(cluster, cluster_overrides(1, gpus_per_node, None, time, settings))
-    finish(command_order(name, output / name, command, place, cluster, tasks=array), dry_run, force, wait)
+    finish_submission(command_order(name, output / name, command, place, cluster, tasks=array), dry_run, force, wait)
 
 
 def cluster_overrides(
@@ -122,16 +121,16 @@ def cluster_overrides(
     return [*(settings or []), *(f"{name}={value}" for name, value in given.items() if value is not None)]
 
 
-def finish(order: SubmissionRequest, dry_run: bool, force: bool, wait: bool) -> None:
+def finish_submission(order: SubmissionRequest, dry_run: bool, force: bool, wait: bool) -> None:
     """Check, submit, and tell what to do next."""
     from launcher.submit import submit
 
     if dry_run:
-        show(order)
+        print_submission(order)
         return
-    check_and_say(order, force=force)
+    run_preflight(order, force=force)
     job = submit(order)
-    say_submitted(job)
+    print_submitted(job)
     if wait:
         from launcher.submit import wait_for
 
@@ -141,8 +140,12 @@ def finish(order: SubmissionRequest, dry_run: bool, force: bool, wait: bool) -> 
 # What `regen submit` prints.
 
 
-def show(order: SubmissionRequest) -> None:
+def print_submission(order: SubmissionRequest) -> None:
     """The resolved job and its batch script, as they would be submitted; the names in capitals are given then."""
+    from launcher.job import LAUNCH
+    from launcher.preflight import check
+    from launcher.script import batch_script
+
     job = order.job(order.base / LAUNCH / "DATE", order.base / LAUNCH / "code" / "HASH")
     print("# the job")
     print(json_text(job.model_dump(mode="json", exclude={"submitted"}), indent=1))
@@ -154,12 +157,14 @@ def show(order: SubmissionRequest) -> None:
         print(found, file=sys.stderr)
 
 
-def check_and_say(order: SubmissionRequest, *, force: bool) -> None:
+def run_preflight(order: SubmissionRequest, *, force: bool) -> None:
     """The checks before submitting: notes are printed; problems too if they are forced aside.
 
     Raises:
         PreflightError: there are problems, and no force.
     """
+    from launcher.preflight import check
+
     report = check(order)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -169,7 +174,7 @@ def check_and_say(order: SubmissionRequest, *, force: bool) -> None:
         print(f"warning: submitted in spite of: {problem}", file=sys.stderr)
 
 
-def say_submitted(job: Submission) -> None:
+def print_submitted(job: Submission) -> None:
     """Where it went, and how to watch it."""
     where = "on this machine" if job.cluster.kind == "local" else f"to {job.cluster_name}"
     size = f"{job.cluster.nodes} node(s) x {job.cluster.ranks_per_node} rank(s)" if job.distributed else "1 process"

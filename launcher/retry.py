@@ -65,7 +65,9 @@ def folder(launch: Path, job: str, restart: int) -> Path:
     return launch / "ranks" / f"{job}-{restart}"
 
 
-def write(launch: Path, job: str, restart: int, *, rank: int, node: str, code: int, told: Sequence[str]) -> None:
+def write_rank_exit(
+    launch: Path, job: str, restart: int, *, rank: int, node: str, code: int, told: Sequence[str]
+) -> None:
     """Leave word of a rank that has ended; where the disk takes none, it is said, and known of its exit code alone."""
     ended = RankExit(rank=rank, node=node, code=code, told=tuple(told), time=time.time())
     try:
@@ -74,14 +76,14 @@ def write(launch: Path, job: str, restart: int, *, rank: int, node: str, code: i
         print(f"launcher: warning: no word is left of the end of rank {rank} ({code}): {error}", file=sys.stderr)
 
 
-def prune(launch: Path, keep: int = 3) -> None:
+def prune_rank_exits(launch: Path, keep: int = 3) -> None:
     """Delete what the ranks of older starts have left: hundreds of files each."""
     folders = sorted((launch / "ranks").glob("*"), key=lambda each: each.stat().st_mtime)
     for old in folders[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def read(launch: Path, job: str, restart: int, world_size: int) -> list[RankExit | None]:
+def read_rank_exits(launch: Path, job: str, restart: int, world_size: int) -> list[RankExit | None]:
     """What the ranks of a start have left, in the order in which they ended; None for each that left no word."""
     found = []
     for path in folder(launch, job, restart).glob("rank-*.json"):
@@ -105,7 +107,7 @@ def hung_hosts(run: Path) -> set[str]:
 # The starts and ends of one task, as lines of `launch/starts.jsonl`. One process writes at a time: the batch script
 # of the job, or the process that stands for it on this machine.
 
-FILE = "starts.jsonl"
+HISTORY_FILE = "starts.jsonl"
 Why = Literal["done", "preempted", "time limit", "signal", "stopped", "failed", "node lost", "unknown"]
 
 
@@ -142,7 +144,7 @@ class Attempt(NamedTuple):
 def read_history(launch: Path) -> list[Attempt]:
     """Every start of a task, oldest first; lines that a crash cut short are left out."""
     attempts: list[Attempt] = []
-    path = launch / FILE
+    path = launch / HISTORY_FILE
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         entry = _parse(line)
         if isinstance(entry, Start):
@@ -163,18 +165,18 @@ def _parse(line: str) -> Start | End | None:
 def write_entry(launch: Path, entry: Start | End) -> None:
     """Append a line, and sync it: the process may be killed right after."""
     launch.mkdir(parents=True, exist_ok=True)
-    with (launch / FILE).open("ab") as file:
+    with (launch / HISTORY_FILE).open("ab") as file:
         # A line that was cut short must not swallow this one.
-        file.write(b"" if _ends_well(launch / FILE) else b"\n")
+        file.write(b"" if _ends_well(launch / HISTORY_FILE) else b"\n")
         file.write(entry.model_dump_json().encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def set_aside(launch: Path, name: str) -> None:
+def archive_history(launch: Path, name: str) -> None:
     """Begin a new history; the old one is kept as `starts-NAME.jsonl`."""
-    if (launch / FILE).is_file():
-        os.replace(launch / FILE, launch / f"starts-{name}.jsonl")
+    if (launch / HISTORY_FILE).is_file():
+        os.replace(launch / HISTORY_FILE, launch / f"starts-{name}.jsonl")
 
 
 def _ends_well(path: Path) -> bool:
@@ -431,7 +433,7 @@ def begin(job: Submission, task: JobTask, place: Scheduler) -> RetryDecision:
     if verdict.go:
         start = Start(job=place.job, restart=place.restart, nodes=place.nodes, step=step, time=now())
         _note(task, start)
-        prune(task.launch)
+        prune_rank_exits(task.launch)
     elif history and history[-1].end and history[-1].end.again:  # it was to go on, and does not
         why: Why = "done" if not verdict.code else "stopped" if stop else "failed"
         _note(task, End(why=why, code=verdict.code, text=verdict.text, again=False, time=now()))
@@ -464,7 +466,7 @@ def end(job: Submission, task: JobTask, place: Scheduler, srun_code: int) -> Ret
     if unknown := not history or not _is_of(history[-1].start, place):  # the disk did not take the start
         start = Start(job=place.job, restart=place.restart, nodes=place.nodes, time=now())
         history = [*history, Attempt(start, None)]
-    found = read(task.launch, place.job, place.restart, job.world_size)
+    found = read_rank_exits(task.launch, place.job, place.restart, job.world_size)
     code = overall_code([each.code if each else None for each in found], srun_code)
     why = _why(job, task, place, code)
     at_fault = _at_fault(task, code, found, place) if why == "failed" else ()

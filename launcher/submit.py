@@ -20,7 +20,7 @@ import yaml
 from launcher import local_executor, slurm
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, LAUNCH, JobTask, Progress, Submission, new_folder, write_job
-from launcher.retry import read_history, set_aside
+from launcher.retry import archive_history, read_history
 from launcher.script import callables, slurm_executor
 from regen_dist.config import AnyRunConfig, config_hash, load_config, to_yaml
 from regen_dist.config.files import parse_yaml, write_text_atomically
@@ -193,7 +193,7 @@ def submit(order: SubmissionRequest, dependency: str | None = None) -> Submissio
     job = order.job(new_folder(order.base), code)
     for task in order.tasks:
         if task.progress is None:  # a command that is submitted again shall run again
-            set_aside(task.launch, job.folder.name)
+            archive_history(task.launch, job.folder.name)
     for task, config in zip(order.tasks, order.configs, strict=False):
         write_text_atomically(task.launch / "config.yaml", to_yaml(config))
     return submit_to_slurm(job, dependency)
@@ -248,7 +248,7 @@ def exit_code_here(job: Submission) -> int | None:
 _SUFFIX = "-sweep"
 
 
-def expand(config: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[tuple[AnyRunConfig, str]]:
+def expand_sweep(config: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[tuple[AnyRunConfig, str]]:
     """The config of every run of a sweep, and the name of the run that all of them change.
 
     Each is named after what is its own: `nano` swept over `optimizer.lr=1e-3,3e-3` gives `nano-lr1e-3`, `nano-lr3e-3`.

@@ -23,9 +23,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NamedTuple
 
-from regen_dist.checkpoint.claims import Claims
-from regen_dist.config import load_config
-from regen_dist.config.identity import clips_per_rank
 from regen_dist.distributed.environment import RankInfo, rank_variables, without_ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
 from regen_dist.programs import regen, with_safe_path
@@ -378,6 +375,10 @@ def train_locally(config: Path, overrides: Sequence[str], *, ranks: int, fresh: 
         ConfigError: the config is wrong, or does not fit this number of ranks.
         RunBusy: another process trains this run.
     """
+    from regen_dist.checkpoint.claims import Claims
+    from regen_dist.config import load_config
+    from regen_dist.config.identity import clips_per_rank
+
     checked = load_config(config, overrides)
     clips_per_rank(checked, ranks)
     Claims(checked).refuse_living()

@@ -57,7 +57,7 @@ class SlurmTask:
             signal.signal(number, _leave_alone)
         ended = supervise([*COMMAND, *task.command], {rank: environment}, logs=task.logs)
         node, code = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(ended.code, ended.told)
-        retry.write(task.launch, here.raw_job_id, restart, rank=rank, node=node, code=code, told=ended.told)
+        retry.write_rank_exit(task.launch, here.raw_job_id, restart, rank=rank, node=node, code=code, told=ended.told)
         if code not in (EXIT_OK, EXIT_RESUME):
             raise SystemExit(code)
 
@@ -110,7 +110,7 @@ class LocalTask:
         ended = _run_here(job, task)
         codes = {rank: _code(code, ended.told) for rank, code in ended.codes.items()}
         for rank, code in codes.items():
-            retry.write(
+            retry.write_rank_exit(
                 task.launch, place.job, place.restart, rank=rank, node=place.nodes[0], code=code, told=ended.told
             )
         verdict = end(job, task, place, _code(ended.code, ended.told))

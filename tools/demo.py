@@ -112,9 +112,9 @@ def _conclude(places: _Places, seconds: float) -> None:
     """Print the table, write the page, and fail if a trivial decoder does as well as one step of ours."""
     from rich.console import Console
 
-    from regen_dist.evaluation.report import comparison, read_metrics, write_report
+    from regen_dist.evaluation.report import compare_rows, read_metrics, write_report
 
-    rows = comparison([read_metrics(folder) for folder in places.reconstructions])
+    rows = compare_rows([read_metrics(folder) for folder in places.reconstructions])
     title = f"REGEN, re-generating {HELD_OUT_VIDEO}"
     page = write_report(places.report, title=title, run=places.run, reconstructions=places.reconstructions)
     console = Console()

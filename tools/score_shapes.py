@@ -48,15 +48,18 @@ def score_shapes(
     """
     from rich.console import Console
 
-    from regen_dist.evaluation.miniature import SCORES, Request, judge
+    from regen_dist.evaluation.miniature import SCORES, Request, judge_videos
 
     request = Request(
         held_out, embedder, _named(generated or [], "--generated"), _named(run or [], "--run"), number, previews
     )
     with progress_bar() as progress:
-        found = judge(request, out, progress)
+        found = judge_videos(request, out, progress)
     console = Console()
     console.print(_table(found))
+    for name, each in found.report["first_frames"].items():
+        frames = f"{each['psnr_db']:.2f} dB, the embedder's {each['embedder_psnr_db']:.2f} dB"
+        console.print(f"{name}: first frame given, {frames}; direction {each['direction']:.1%}", markup=False)
     for name, reason in found.report["not_made"].items():
         console.print(f"{name}: not made, {reason}", highlight=False, markup=False)
     console.print(f"Written: {out / SCORES}, {found.page}", highlight=False, markup=False, soft_wrap=True)

@@ -62,10 +62,10 @@ def logs(
     Example: regen jobs logs embedder_nano --rank 3 --follow
     """
     from launcher.jobs import logs as following
-    from launcher.jobs.find import choose
-    from launcher.jobs.logs import pick, show
+    from launcher.jobs.find import choose_job
+    from launcher.jobs.logs import choose_logs, show
 
-    member = pick(choose(run, root), root)
+    member = choose_logs(choose_job(run, root), root)
     if not follow:
         show(member, rank, launcher=launcher, lines=lines)
         return
@@ -88,10 +88,10 @@ def stop(
     Example: regen jobs stop embedder_nano
     """
     from launcher.jobs import stop as stopping
-    from launcher.jobs.find import choose
+    from launcher.jobs.find import choose_job
 
     try:
-        well = stopping.stop(choose(run, root), root, at_once=now, wait=wait)
+        well = stopping.stop(choose_job(run, root), root, at_once=now, wait=wait)
     except KeyboardInterrupt:
         typer.echo(f"{run} was told to stop, and goes on stopping; see `regen jobs`", err=True)
         raise typer.Exit(_INTERRUPTED) from None
@@ -125,16 +125,16 @@ def resume(
     """
     from contextlib import chdir
 
-    from launcher.cli import check_and_say, cluster_overrides, say_submitted
-    from launcher.jobs.find import choose
+    from launcher.cli import cluster_overrides, print_submitted, run_preflight
+    from launcher.jobs.find import choose_job
     from launcher.jobs.stop import left_to_do, rebuild_request, resubmit
     from launcher.submit import wait_for
 
     overrides = cluster_overrides(nodes, gpus_per_node, tasks_per_node, time, settings)
-    job, order = rebuild_request(left_to_do(choose(run, root), root, force=force), cluster, overrides)
+    job, order = rebuild_request(left_to_do(choose_job(run, root), root, force=force), cluster, overrides)
     with chdir(job.workdir):
-        check_and_say(order, force=force)
+        run_preflight(order, force=force)
     submitted = resubmit(job, order, new_code=new_code)
-    say_submitted(submitted)
+    print_submitted(submitted)
     if wait:
         raise typer.Exit(wait_for(submitted))

@@ -60,7 +60,7 @@ class FoundJobs(NamedTuple):
     unread: list[str]
 
 
-def find(root: Path, depth: int = DEPTH) -> FoundJobs:
+def find_jobs(root: Path, depth: int = DEPTH) -> FoundJobs:
     """Every run in `root` and below it, the one that was submitted last at the end."""
     jobs: list[Submission] = []
     alone: list[Path] = []
@@ -113,7 +113,7 @@ def _gather(jobs: Iterable[Submission]) -> list[SubmittedRun]:
     return sorted(runs, key=lambda run: max(member.job.submitted for member in run.members))
 
 
-def choose(name: str, root: Path) -> list[Member]:
+def choose_job(name: str, root: Path) -> list[Member]:
     """The tasks that a user means by a run folder, or by its name under `root`: of a run, of an array or a pipeline, or
     one task of an array.
 
@@ -125,7 +125,7 @@ def choose(name: str, root: Path) -> list[Member]:
     unread: list[str] = []
     runs = _gather(job for each in around for job in _jobs(each, unread))
     chosen = [member for run in runs for member in run.members if folder in (run.folder, member.task.folder)]
-    chosen = chosen or [member for run in find(folder).runs for member in run.members]
+    chosen = chosen or [member for run in find_jobs(folder).runs for member in run.members]
     if not chosen:
         raise ConfigError("\n".join([_nothing_there(folder), *unread]))
     return chosen
@@ -138,7 +138,7 @@ def _folder(name: str, root: Path) -> Path:
         waits = folder.parent.name == TASKS and (folder.parents[1] / LAUNCH).is_dir()  # it has no folder yet
         if folder.is_dir() or waits:
             return folder.resolve() if folder.is_symlink() else Path(os.path.normpath(folder.absolute()))
-    known = _names(find(root).runs, root)
+    known = _names(find_jobs(root).runs, root)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[-5:]
     hint = f"; there are {', '.join(close)}" if close else ""
     raise ConfigError(f"{name}: no folder of this name here or in {root}{hint} (another root: --root)")
@@ -202,7 +202,7 @@ class Queue:
         return None if self.silence else self._told.get(member.queue_id, QueueState())
 
 
-def ask(members: Iterable[Member], *, must: bool = False) -> Queue:
+def query_queue(members: Iterable[Member], *, must: bool = False) -> Queue:
     """Ask for all tasks that have not ended for good.
 
     Raises:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import local_executor
-from launcher.jobs.find import JobState, Member, ask, has_ended, job_state, shown_name
+from launcher.jobs.find import JobState, Member, has_ended, job_state, query_queue, shown_name
 from launcher.retry import read_history
 from regen_dist.errors import ConfigError
 
 _BLOCK_BYTES = 2**16
 
 
-def pick(members: Sequence[Member], root: Path) -> Member:
+def choose_logs(members: Sequence[Member], root: Path) -> Member:
     """The one task whose log is meant.
 
     Raises:
@@ -24,7 +24,7 @@ def pick(members: Sequence[Member], root: Path) -> Member:
     """
     if len(members) == 1:
         return members[0]
-    queue = ask(members)
+    queue = query_queue(members)
     stands = sorted(((job_state(each, queue).state, each) for each in members), key=lambda pair: pair[0] != "failed")
     names = [f"{shown_name(each.task.folder, root)} ({state})" for state, each in stands]
     more = f", and {len(names) - 5} more" if len(names) > 5 else ""
@@ -48,7 +48,7 @@ def launcher_logs(member: Member) -> list[Path]:
     return [path for path in [*said, member.job.folder / local_executor.LOG] if path.is_file() and path.stat().st_size]
 
 
-def sources(member: Member, rank: int | None, *, launcher: bool) -> list[Path]:
+def log_sources(member: Member, rank: int | None, *, launcher: bool) -> list[Path]:
     """The files to show: a rank's log, or the launcher's where none is asked for and rank 0 has none."""
     log = rank_log(member, rank or 0)
     if log.is_file() and not launcher:
@@ -62,7 +62,7 @@ def show(member: Member, rank: int | None, *, launcher: bool, lines: int) -> Non
     Raises:
         ConfigError: there are none.
     """
-    files = sources(member, rank, launcher=launcher)
+    files = log_sources(member, rank, launcher=launcher)
     if not files:
         raise ConfigError(_silent(member, rank))
     for path in files:
@@ -83,11 +83,11 @@ def _silent(member: Member, rank: int | None) -> str:
 
 def last_lines(path: Path, count: int) -> list[str]:
     """The newest lines of a file, read from its end."""
-    text = newest(path, count).removesuffix(b"\n").decode("utf-8", "replace")
+    text = newest_log(path, count).removesuffix(b"\n").decode("utf-8", "replace")
     return [visible(line) for line in text.split("\n")] if text else []
 
 
-def newest(path: Path, count: int) -> bytes:
+def newest_log(path: Path, count: int) -> bytes:
     """The last `count` lines of a file, as they are."""
     with path.open("rb") as file:
         position = file.seek(0, os.SEEK_END)
@@ -182,7 +182,7 @@ class Watch:
     def look(self) -> JobState:
         now = time.monotonic()
         if now - self._asked_at >= _ASK_EVERY_S or has_ended(self._member):
-            self._last, self._asked_at = job_state(self._member, ask([self._member])), now
+            self._last, self._asked_at = job_state(self._member, query_queue([self._member])), now
         return self._last
 
 
@@ -195,10 +195,10 @@ def follow(member: Member, rank: int | None, *, launcher: bool, lines: int) -> J
     try:
         while True:
             active = watch.look().active  # first: what is said before the end is read after it
-            files = [own] if own in followers else sources(member, rank, launcher=launcher)
+            files = [own] if own in followers else log_sources(member, rank, launcher=launcher)
             for path in files:
                 if path not in followers:
-                    followers[path] = Follower(path, path.stat().st_size - len(newest(path, lines)))
+                    followers[path] = Follower(path, path.stat().st_size - len(newest_log(path, lines)))
                 printer.put(path, followers[path].read(), headed=len(files) > 1)
             if not active:
                 printer.end()

@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher import slurm
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.job import LAUNCH, JobTask, Submission, new_folder
-from launcher.jobs.find import NEVER, JobState, Member, ask, has_ended, job_state, shown_name
+from launcher.jobs.find import NEVER, JobState, Member, has_ended, job_state, query_queue, shown_name
 from launcher.jobs.table import duration
 from launcher.retry import End, is_complete, newest_step, now, read_history, write_entry
 from launcher.submit import SubmissionRequest, submit_to_slurm, take_snapshot
@@ -47,7 +47,7 @@ class Stopping:
         left = [each for each in self._active if not has_ended(each)]
         if left and time.monotonic() - self._asked_at < self._ask_every_s:
             return left
-        queue = ask(left, must=True)
+        queue = query_queue(left, must=True)
         self.stands |= {each: job_state(each, queue) for each in self._active}
         self._asked_at = time.monotonic()
         self._active = [each for each in left if self.stands[each].active]
@@ -230,7 +230,7 @@ def left_to_do(members: Sequence[Member], root: Path, *, force: bool = False) ->
         ConfigError: there are none: they run, or are complete.
         BackendError: Slurm does not answer.
     """
-    queue = ask(members, must=not force)
+    queue = query_queue(members, must=not force)
     stands = {each: job_state(each, queue) for each in members}
     idle = [each for each in members if not stands[each].active or (force and queue.told(each) is None)]
     if found := [each for each in idle if not _complete(each.task)]:

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from launcher.job import JobTask, Progress
-from launcher.jobs.find import FoundJobs, JobState, Member, Queue, State, SubmittedRun, ask, find, job_state, shown_name
+from launcher.jobs.find import (
+    FoundJobs,
+    JobState,
+    Member,
+    Queue,
+    State,
+    SubmittedRun,
+    find_jobs,
+    job_state,
+    query_queue,
+    shown_name,
+)
 from launcher.retry import Attempt, read_history
 from regen_dist.errors import ConfigError
 from regen_dist.jsontext import json_text
@@ -45,13 +56,13 @@ class RunFigures(NamedTuple):
     saved_age_s: float | None = None
 
 
-def figures(task: JobTask, history: Sequence[Attempt]) -> RunFigures:
+def run_figures(task: JobTask, history: Sequence[Attempt]) -> RunFigures:
     """Of a training task.
 
     Args:
         history: all its starts.
     """
-    lines = tail(task.folder / "metrics.jsonl")
+    lines = read_tail(task.folder / "metrics.jsonl")
     trained = [line for line in lines if line.get("kind") == "train"]
     last = trained[-1] if trained else {}
     started = history[-1].start if history else None
@@ -68,7 +79,7 @@ def figures(task: JobTask, history: Sequence[Attempt]) -> RunFigures:
     )
 
 
-def tail(path: Path, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
+def read_tail(path: Path, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
     """The newest lines of a record, oldest first; empty where there is none."""
     return list(_parsed(read_end(path, size).splitlines()))
 
@@ -139,7 +150,7 @@ def first_beat(run: Path) -> Beat | None:
     return parse_beat(read_text(beat_path(run, 0)))
 
 
-def worry(run: Path, since: float) -> str:
+def warning_of(run: Path, since: float) -> str:
     """What looks wrong with the heartbeats of a running start, or ""."""
     age_s = heartbeat_age_s(run, since)
     if age_s is None:
@@ -220,7 +231,7 @@ def task_row(member: Member, queue: Queue, root: Path) -> JobRow:
     """The row of one task."""
     job, task = member.job, member.task
     history = read_history(task.launch)
-    known = figures(task, history) if task.progress else RunFigures()
+    known = run_figures(task, history) if task.progress else RunFigures()
     steps = task.progress.steps if task.progress else None
     complete = steps is not None and known.saved_step is not None and known.saved_step >= steps
     stands = job_state(member, queue, complete=complete)
@@ -251,7 +262,7 @@ def _with_figures(row: JobRow, known: RunFigures, progress: Progress) -> JobRow:
 def _with_heartbeat(row: JobRow, task: JobTask, began: float) -> JobRow:
     if row.state not in ("running", "stopping"):
         return row
-    doubt = worry(task.folder, began)
+    doubt = warning_of(task.folder, began)
     note = "; ".join(filter(None, [row.note, doubt]))
     return replace(row, note=note, heartbeat_age_s=heartbeat_age_s(task.folder, began))
 
@@ -285,7 +296,7 @@ def _plain_row(folder: Path, root: Path) -> JobRow | None:
         name=folder.name, folder=folder, command=(),
         progress=Progress(checkpoints=str(folder / "checkpoints"), steps=steps or 1),
     )  # fmt: skip
-    known = figures(task, ())
+    known = run_figures(task, ())
     stands = _by_beat(beat.left, beat.why, age_s, finished=steps is not None and (known.step or 0) >= steps)
     row = JobRow(
         run=shown_name(folder, root), state=stands.state, note=stands.note, folder=str(folder),
@@ -385,8 +396,8 @@ def list_jobs(root: Path, *, fold: bool = True) -> tuple[list[JobRow], list[str]
     """
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder; give the one that holds the runs by --root")
-    found = find(root)
-    queue = ask([member for run in found.runs for member in run.members])
+    found = find_jobs(root)
+    queue = query_queue([member for run in found.runs for member in run.members])
     return rows(found, queue, root, fold=fold), [*_silence(queue), *(f"left out: {text}" for text in found.unread)]
 
 

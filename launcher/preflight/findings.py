@@ -128,7 +128,7 @@ def problem(text: str) -> PreflightFinding:
     return PreflightFinding(text, True)
 
 
-def note(text: str) -> PreflightFinding:
+def make_note(text: str) -> PreflightFinding:
     """What is worth knowing."""
     return PreflightFinding(text, False)
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.preflight.findings import PreflightFinding, Subject, by_run, clean_environment, note, problem
+from launcher.preflight.findings import PreflightFinding, Subject, by_run, clean_environment, make_note, problem
 from regen_dist.checks.findings import Finding as Checked
 from regen_dist.config import to_yaml
 from regen_dist.errors import BackendError
@@ -37,7 +37,7 @@ def _ask(subject: Subject) -> list[list[PreflightFinding]]:
                 capture_output=True, text=True, timeout=_PATIENCE_S, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            silent = note(f"the configs were not checked: `regen check` took longer than {_PATIENCE_S:.0f} s")
+            silent = make_note(f"the configs were not checked: `regen check` took longer than {_PATIENCE_S:.0f} s")
             return [[silent] for _ in paths]
     try:
         told = json.loads(ended.stdout)["configs"]
@@ -59,4 +59,4 @@ def _arguments(subject: Subject, paths: Sequence[Path]) -> list[str]:
 
 
 def _finding(checked: Checked) -> PreflightFinding:
-    return problem(checked.text) if checked.level == "error" else note(checked.text)
+    return problem(checked.text) if checked.level == "error" else make_note(checked.text)

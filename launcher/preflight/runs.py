@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from launcher.cluster import ClusterConfig
 from launcher.job import JOB_FILE, LAUNCH, Submission, newest_job
-from launcher.preflight.findings import NoEstimate, PreflightFinding, Subject, by_run, note, problem, shortened
+from launcher.preflight.findings import NoEstimate, PreflightFinding, Subject, by_run, make_note, problem, shortened
 from launcher.preflight.storage import nearest
 from launcher.retry import read_history
 from launcher.submit import is_alive
@@ -31,7 +31,7 @@ def alive(subject: Subject) -> Iterator[PreflightFinding]:
             shared = _shared(job, base, subject) if job else []
             lives = job is not None and bool(shared) and is_alive(job)
         except RegenError as error:
-            yield note(f"whether the newest job in {base} still runs could not be told: {error}")
+            yield make_note(f"whether the newest job in {base} still runs could not be told: {error}")
             continue
         if job is not None and lives:
             which = "it" if len(wanted) == 1 else ", ".join(folder.name for folder in shared[:3])
@@ -141,7 +141,7 @@ def _one_disk(runs: list[tuple[AnyRunConfig, Path]], subject: Subject) -> Iterat
             held = sum(Store(folder).list().values())
             needed += max(0, checkpoints_kept(config) * _checkpoint_bytes(config, subject) - held)
     except NoEstimate as error:
-        yield note(f"free space was not compared with what checkpoints need: {error}")
+        yield make_note(f"free space was not compared with what checkpoints need: {error}")
         return
     except ConfigError:  # the batch does not fit the ranks, which another check tells
         return
@@ -186,7 +186,7 @@ def _times_of(config: AnyRunConfig, cluster: ClusterConfig) -> Iterator[Prefligh
     limit_s = None if cluster.time_min is None else cluster.time_min * 60.0
     own_s = config.train.time_limit_s
     if limit_s is not None and own_s is not None and own_s > limit_s - cluster.signal_lead_s:
-        yield note(
+        yield make_note(
             f"train.time_limit_s {own_s:g} never comes: the job's own limit, {cluster.time_min} min, is told "
             f"{cluster.signal_lead_s} s before its end"
         )
@@ -195,7 +195,7 @@ def _times_of(config: AnyRunConfig, cluster: ClusterConfig) -> Iterator[Prefligh
     found = measured(config)
     if found is None:
         if limit_s is not None:
-            yield note(
+            yield make_note(
                 f"signal_lead_s {cluster.signal_lead_s} could not be compared with two steps and two saves: the run "
                 "has measured none yet"
             )
@@ -239,7 +239,7 @@ def _hardly_any_time(
     start_s = found.start_s or 0.0
     interval_s = config.checkpoint.every * _step_s(found, cluster) + (found.save_s or 0.0)
     if left_s <= start_s + interval_s:
-        yield note(
+        yield make_note(
             f"within {cluster.time_min} min less signal_lead_s {cluster.signal_lead_s} the run starts ({start_s:.0f} "
             f"s) but does not get to the checkpoint after checkpoint.every {config.checkpoint.every} steps "
             f"({interval_s:.0f} s): whatever fails costs all of it; save more often, or raise --time"

@@ -10,7 +10,7 @@ from pathlib import Path
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.job import LAUNCH
-from launcher.preflight.findings import PreflightFinding, Subject, note, problem
+from launcher.preflight.findings import PreflightFinding, Subject, make_note, problem
 from launcher.script import batch_script
 from regen_dist.errors import BackendError
 
@@ -28,7 +28,9 @@ def scheduler(subject: Subject) -> Iterator[PreflightFinding]:
         yield problem("sbatch is not found: submit where Slurm's programs are, or with --cluster local")
         return
     if found := slurm.overruled():
-        yield note(f"{', '.join(found)} of this shell do not reach the job; set such options in the cluster's file")
+        yield make_note(
+            f"{', '.join(found)} of this shell do not reach the job; set such options in the cluster's file"
+        )
     partitions = _chosen(_partitions(), cluster.partition)
     if said := refusal(script):
         what = f"{cluster.nodes} node(s) x {cluster.gpus_per_node} GPU(s) for {cluster.time_min} min"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.preflight.findings import NoEstimate, PreflightFinding, Subject, by_run, note, problem
+from launcher.preflight.findings import NoEstimate, PreflightFinding, Subject, by_run, make_note, problem
 from regen_dist.config import AnyRunConfig
 from regen_dist.config.identity import clips_per_rank
 from regen_dist.errors import ConfigError
@@ -19,7 +19,9 @@ def ranks_and_gpus(subject: Subject) -> Iterator[PreflightFinding]:
     if ranks > gpus:
         yield problem(f"{ranks} ranks on a node of {gpus} GPU(s), and each needs one; set --tasks-per-node {gpus}")
     elif ranks < gpus:
-        yield note(f"{gpus - ranks} of {gpus} GPUs of each node will idle: each rank uses one, and there are {ranks}")
+        yield make_note(
+            f"{gpus - ranks} of {gpus} GPUs of each node will idle: each rank uses one, and there are {ranks}"
+        )
 
 
 # Whether the model and its training state fit on a card.
@@ -44,7 +46,7 @@ def _memory_of(config: AnyRunConfig, subject: Subject, card_gb: float) -> Iterat
     except ConfigError:  # which another check tells
         return
     except NoEstimate as error:
-        yield note(f"GPU memory was not estimated: {error}")
+        yield make_note(f"GPU memory was not estimated: {error}")
         return
     total = sum(terms.values()) / GIB
     if total > card_gb:
@@ -53,7 +55,7 @@ def _memory_of(config: AnyRunConfig, subject: Subject, card_gb: float) -> Iterat
             f"most of it: {_largest(terms)}. {_mend(config)} (`regen describe` shows all of it)"
         )
     elif total > TIGHT * card_gb:
-        yield note(
+        yield make_note(
             f"about {total:.1f} GiB are needed on each of {world_size} GPUs, {total / card_gb:.0%} of a card's "
             f"{card_gb:g} (gpu_memory_gb); most of it: {_largest(terms)}"
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from launcher.preflight.findings import PreflightFinding, Subject, by_run, note, problem
+from launcher.preflight.findings import PreflightFinding, Subject, by_run, make_note, problem
 from regen_dist.checks.data import READING
 from regen_dist.checks.findings import side_by_side
 from regen_dist.config import AnyRunConfig, T2VConfig
@@ -46,7 +46,7 @@ def shared(subject: Subject) -> Iterator[PreflightFinding]:
             )
     here = Path.cwd()
     if not here.is_relative_to(common.resolve()):
-        yield note(f"this folder, {here}, is not in {common}: relative paths in the job mean nothing on its nodes")
+        yield make_note(f"this folder, {here}, is not in {common}: relative paths in the job mean nothing on its nodes")
 
 
 def _exchanged(subject: Subject) -> list[tuple[str, Path]]:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from regen_dist.config.embedder import DiffusionConfig, ModelConfig, RunConfig
-from regen_dist.config.files import Composed, describe, message, read_yaml, shown
+from regen_dist.config.files import Composed, describe_problem, display, problem_message, read_yaml
 from regen_dist.config.run import PositiveInt, Section
 from regen_dist.config.t2v import FlowConfig, T2VConfig, T2VModelConfig
 from regen_dist.config.version import fill_later_fields
@@ -84,7 +84,7 @@ def load_export_config(folder: Path) -> ExportConfig:
     text-to-video model."""
     config = load_any_export_config(folder)
     if not isinstance(config, ExportConfig):
-        raise CheckpointError(f"{shown(folder)} is a text-to-video model; this needs an embedder")
+        raise CheckpointError(f"{display(folder)} is a text-to-video model; this needs an embedder")
     return config
 
 
@@ -93,7 +93,7 @@ def load_t2v_export_config(folder: Path) -> T2VExportConfig:
     of an embedder."""
     config = load_any_export_config(folder)
     if not isinstance(config, T2VExportConfig):
-        raise CheckpointError(f"{shown(folder)} is an embedder; this needs a text-to-video model")
+        raise CheckpointError(f"{display(folder)} is an embedder; this needs a text-to-video model")
     return config
 
 
@@ -107,15 +107,17 @@ def load_any_export_config(folder: Path) -> AnyExportConfig:
     try:
         values, lines, _ = read_yaml(path)
     except ConfigError as error:
-        raise CheckpointError(f"{shown(folder)} is no exported model: {error}") from error
+        raise CheckpointError(f"{display(folder)} is no exported model: {error}") from error
     fill_later_fields(values)
-    where, schema = shown(path), _schema_of(values)
+    where, schema = display(path), _schema_of(values)
     composed = Composed(values, {key: f"{where}:{line}" for key, line in lines.items()})
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        problems = describe(error, composed, schema, where)
-        raise CheckpointError(message(f"{shown(folder)} is no exported model of this version", problems)) from error
+        problems = describe_problem(error, composed, schema, where)
+        raise CheckpointError(
+            problem_message(f"{display(folder)} is no exported model of this version", problems)
+        ) from error
 
 
 def _schema_of(values: Mapping[str, Any]) -> type[ExportConfig] | type[T2VExportConfig]:

@@ -138,19 +138,21 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, str
         values = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{shown(path)}:{mark.line + 1}" if mark else shown(path)
+        where = f"{display(path)}:{mark.line + 1}" if mark else display(path)
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{shown(path)}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{display(path)}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or node is None:
         kind = "nothing" if values is None else f"a {type(values).__name__}"
-        raise ConfigError(f"{shown(path)}: found {kind} at the top; a config is a mapping of sections, like `train: …`")
+        raise ConfigError(
+            f"{display(path)}: found {kind} at the top; a config is a mapping of sections, like `train: …`"
+        )
     lines: dict[str, int] = {}
     _walk(node, "", lines, path)
     return values, lines, _surprises(node)
 
 
-def shown(path: Path) -> str:
+def display(path: Path) -> str:
     """The path as a user would type it: relative to the current directory where it lies below it."""
     path = Path(path)
     try:
@@ -163,20 +165,20 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{shown(path)}: no such file{_neighbours(path)}") from None
+        raise ConfigError(f"{display(path)}: no such file{_neighbours(path)}") from None
     except IsADirectoryError:
-        raise ConfigError(f"{shown(path)}: is a folder; give the YAML file inside it") from None
+        raise ConfigError(f"{display(path)}: is a folder; give the YAML file inside it") from None
     except OSError as error:
-        raise ConfigError(f"{shown(path)}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{display(path)}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{shown(path)}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+        raise ConfigError(f"{display(path)}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
 
 
 def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"; there is no folder {shown(path.parent)} either"
+        return f"; there is no folder {display(path.parent)} either"
     names = sorted(each.name for each in path.parent.glob("*.yaml"))
-    return f"; {shown(path.parent)} has: {', '.join(names)}" if names else ""
+    return f"; {display(path.parent)} has: {', '.join(names)}" if names else ""
 
 
 def _walk(node: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> None:
@@ -185,7 +187,7 @@ def _walk(node: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> No
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 found = getattr(key, "value", "a list or a mapping")
-                raise ConfigError(f"{shown(path)}:{key.start_mark.line + 1}: a key must be a name; found {found!r}")
+                raise ConfigError(f"{display(path)}:{key.start_mark.line + 1}: a key must be a name; found {found!r}")
             _record(key.value, key, value, prefix, lines, path)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
@@ -196,7 +198,7 @@ def _record(name: str, at: yaml.Node, value: yaml.Node, prefix: str, lines: dict
     dotted = f"{prefix}{name}"
     line = at.start_mark.line + 1
     if dotted in lines:
-        raise ConfigError(f"{shown(path)}:{line}: {dotted} stands twice (first on line {lines[dotted]}); keep one")
+        raise ConfigError(f"{display(path)}:{line}: {dotted} stands twice (first on line {lines[dotted]}); keep one")
     lines[dotted] = line
     _walk(value, f"{dotted}.", lines, path)
 
@@ -279,14 +281,14 @@ def compose(path: Path, overrides: Sequence[str] = ()) -> Composed:
 def _add_file(composed: Composed, path: Path, chain: tuple[Path, ...]) -> None:
     resolved = path.resolve()
     if resolved in chain:
-        circle = " -> ".join(shown(each) for each in (*chain, resolved))
-        raise ConfigError(f"{shown(path)}: configs that extend each other in a circle: {circle}")
+        circle = " -> ".join(display(each) for each in (*chain, resolved))
+        raise ConfigError(f"{display(path)}: configs that extend each other in a circle: {circle}")
     values, lines, refused = read_yaml(path)
     for dotted, problem in refused.items():
-        composed.problems.append((f"{shown(path)}:{lines[dotted]}", dotted, problem))
-    for parent in _parents(values.pop("extends", None), f"{shown(path)}:{lines.get('extends', 1)}"):
+        composed.problems.append((f"{display(path)}:{lines[dotted]}", dotted, problem))
+    for parent in _parents(values.pop("extends", None), f"{display(path)}:{lines.get('extends', 1)}"):
         _add_file(composed, path.parent / parent, (*chain, resolved))
-    origins = {key: f"{shown(path)}:{line}" for key, line in lines.items() if key.split(".")[0] != "extends"}
+    origins = {key: f"{display(path)}:{line}" for key, line in lines.items() if key.split(".")[0] != "extends"}
     composed.merge(values, origins)
 
 
@@ -422,7 +424,7 @@ def _merged(below: object, above: object) -> Any:
 _SHOWN_CHARACTERS = 60
 
 
-def describe(
+def describe_problem(
     error: ValidationError, composed: Composed, schema: type[BaseModel], file: str
 ) -> list[tuple[str, str, str]]:
     """(origin, dotted key, problem) of everything that pydantic found, in its order."""
@@ -436,7 +438,7 @@ def describe(
     return found
 
 
-def message(title: str, problems: Sequence[tuple[str, str, str]]) -> str:
+def problem_message(title: str, problems: Sequence[tuple[str, str, str]]) -> str:
     """One text with a line for each problem."""
     count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
     return "\n".join([f"{title}: {count}", *(f"  {origin}: {key}: {problem}" for origin, key, problem in problems)])
@@ -450,7 +452,7 @@ def known_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from known_keys(info.annotation, f"{prefix}{name}.")
 
 
-def nearest(dotted: str, schema: type[BaseModel]) -> str | None:
+def nearest_key(dotted: str, schema: type[BaseModel]) -> str | None:
     """The known key most like an unknown one: in its own section, or else one of the same name in another."""
     section, _, name = dotted.rpartition(".")
     inside = _section(schema, section.split(".") if section else [])
@@ -466,7 +468,7 @@ def nearest(dotted: str, schema: type[BaseModel]) -> str | None:
 def _problem(error: ErrorDetails, schema: type[BaseModel]) -> str:
     dotted = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        guess = nearest(dotted, schema)
+        guess = nearest_key(dotted, schema)
         inside = _section(schema, [str(part) for part in error["loc"][:-1]])
         known = ", ".join(inside.model_fields) if inside else "none"
         return f"unknown key; {f'did you mean {guess}?' if guess else 'nothing like it is known.'} Known here: {known}"
@@ -559,7 +561,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyRunConfig
 
 def load_embedder_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The same for a config of an embedder; ConfigError when it is of another task."""
-    return embedder_only(load_config(path, overrides), shown(Path(path)))
+    return embedder_only(load_config(path, overrides), display(Path(path)))
 
 
 def embedder_only(config: AnyRunConfig, what: str) -> RunConfig:
@@ -598,7 +600,7 @@ def load_section(
     Raises:
         ConfigError: as `load_config`.
     """
-    composed, file = compose(Path(path), overrides), shown(Path(path))
+    composed, file = compose(Path(path), overrides), display(Path(path))
     for dotted, problem in look(composed.values) if look else ():
         composed.problems.append((composed.origin(dotted) or file, dotted, problem))
     return _validate(schema, composed, Path(path))
@@ -612,10 +614,10 @@ def load_saved_config(folder: str | Path) -> AnyRunConfig:
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise ConfigError(f"{shown(Path(folder))}: no {CONFIG_FILE} in it, so it is not a run folder; give runs/NAME")
+        raise ConfigError(f"{display(Path(folder))}: no {CONFIG_FILE} in it, so it is not a run folder; give runs/NAME")
     values, lines, _ = read_yaml(path)
     fill_later_fields(values)
-    where = shown(path)
+    where = display(path)
     composed = Composed(values, {key: f"{where}:{line}" for key, line in lines.items()})
     return _validate(_schema_of(composed), composed, path)
 
@@ -654,7 +656,7 @@ def _validate(schema: type[Schema], composed: Composed, path: Path) -> Schema:
     try:
         config = schema.model_validate(composed.values)
     except ValidationError as error:
-        problems += describe(error, composed, schema, shown(path))
+        problems += describe_problem(error, composed, schema, display(path))
     if config is None or problems:
-        raise ConfigError(message(shown(path), problems))
+        raise ConfigError(problem_message(display(path), problems))
     return config

@@ -180,7 +180,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return found
 
 
-def comparison(reports: Sequence[Mapping[str, Any]]) -> list[ReportRow]:
+def compare_rows(reports: Sequence[Mapping[str, Any]]) -> list[ReportRow]:
     """Rows of the table: every reconstruction, then the trivial decoders of the first report that measured them."""
     rows = [ReportRow(report["label"], True, report["psnr_db"], report["ssim"], report["vmaf"]) for report in reports]
     trivial: Mapping[str, Any] = next((report["trivial"] for report in reports if "trivial" in report), {})
@@ -214,7 +214,7 @@ def write_report(out: Path, *, title: str, run: Path, reconstructions: Sequence[
         .get_template("report.html.j2")
         .render(
             title=title,
-            rows=comparison(reports),
+            rows=compare_rows(reports),
             first=reports[0],
             shown=shown,
             curves=draw_curves(read_record(record)) if record.is_file() else [],

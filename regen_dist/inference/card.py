@@ -42,7 +42,7 @@ print(tuple(model.decode(latents, num_frames={frames}).sample.shape))
 """
 
 
-def snippet(config: ExportConfig, folder: str, size: tuple[int, int]) -> str:
+def usage_snippet(config: ExportConfig, folder: str, size: tuple[int, int]) -> str:
     """Python that loads the model from `folder`, encodes a clip of (height, width) and decodes it."""
     baseline = config.model.kind == "magvit2"  # it knows whole frames alone
     text = SNIPPET.replace("[0.0, 0.5, 1.0]{whole}", "[0.0, 1.0, 2.0]" if baseline else "[0.0, 0.5, 1.0]")
@@ -71,16 +71,16 @@ def model_card(
         "Latent statistics": _statistics(statistics),
         "License": LICENSE,
     }
-    return page(f"{origin.run}, a video embedder", sections)
+    return render_page(f"{origin.run}, a video embedder", sections)
 
 
-def page(title: str, sections: dict[str, str]) -> str:
+def render_page(title: str, sections: dict[str, str]) -> str:
     """Markdown of titled sections."""
     text = "\n\n".join(f"## {name}\n\n{body}" for name, body in sections.items())
     return f"# {title}\n\n{text}\n"
 
 
-def table(rows: dict[str, str]) -> str:
+def facts_table(rows: dict[str, str]) -> str:
     """A Markdown table of two columns."""
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in rows.items())])
 
@@ -112,7 +112,7 @@ def _facts(config: ExportConfig, origin: OriginConfig, shapes: dict[str, list[in
     }
     if model.kind == "magvit2":
         del rows["prediction"]
-    return table(rows)
+    return facts_table(rows)
 
 
 def _loading(config: ExportConfig, size: tuple[int, int]) -> str:
@@ -122,7 +122,7 @@ def _loading(config: ExportConfig, size: tuple[int, int]) -> str:
     )
     return (
         "With the package `regen-dist`; sides of clips must be multiples of 8.\n\n"
-        f"```python\n{snippet(config, folder, size)}```\n\n"
+        f"```python\n{usage_snippet(config, folder, size)}```\n\n"
         "`regen reconstruct VIDEO --run THIS_FOLDER --out FOLDER` takes a video of any length. "
         f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build.\n\n"
         f"With diffusers, without that package (the folder holds the code):\n\n```python\n{alone}```"
@@ -176,7 +176,7 @@ def t2v_card(
         "Latents and text": _space(space),
         "License": LICENSE,
     }
-    return page(f"{origin.run}, a text-to-video model", sections)
+    return render_page(f"{origin.run}, a text-to-video model", sections)
 
 
 def _t2v_card_facts(
@@ -184,7 +184,7 @@ def _t2v_card_facts(
 ) -> str:
     model, flow, count = config.model, config.diffusion, sum(map(prod, shapes.values()))
     rows = [f"{clips * space.num_frames} frames" for clips in sorted(config.clips)] or ["images alone"]
-    return table(
+    return facts_table(
         {
             "model": "a diffusion transformer on a video embedder's latents: two latent frames for each clip of "
             f"{space.num_frames} frames",

@@ -47,7 +47,7 @@ class Tile(NamedTuple):
         out[..., rows, columns] = made[..., top : top + height, left : left + width]
 
 
-def cuts(length: int, tile: int, reach: int, step: int) -> Iterator[TileCut]:
+def axis_cuts(length: int, tile: int, reach: int, step: int) -> Iterator[TileCut]:
     """Tiles along an axis of `length` cells: each keeps about `tile` of them, a multiple of `step`."""
     kept, around = max(tile // step, 1) * step, -(-reach // step) * step
     for start in range(0, length, kept):
@@ -55,10 +55,10 @@ def cuts(length: int, tile: int, reach: int, step: int) -> Iterator[TileCut]:
         yield TileCut(start, stop, max(start - around, 0), min(stop + around, length))
 
 
-def tiles(grid: tuple[int, int], side: int, reach: ReceptiveField) -> Iterator[Tile]:
+def frame_tiles(grid: tuple[int, int], side: int, reach: ReceptiveField) -> Iterator[Tile]:
     """The tiles of a frame of `grid` = (h, w) cells, each about `side` pixels."""
     axes = zip(grid, reach.cells, reach.step, strict=True)
-    for rows, columns in product(*(list(cuts(length, side // P, cells, step)) for length, cells, step in axes)):
+    for rows, columns in product(*(list(axis_cuts(length, side // P, cells, step)) for length, cells, step in axes)):
         yield Tile(rows, columns)
 
 
@@ -70,7 +70,7 @@ def encode_in_tiles(encode: Callable[[Tensor], Latents], clips: Tensor, side: in
 def _encode(encode: Callable[[Tensor], Latents], clip: Tensor, side: int, reach: ReceptiveField) -> Latents:
     height, width = (length // P for length in clip.shape[-2:])
     whole: Latents | None = None
-    for tile in tiles((height, width), side, reach):
+    for tile in frame_tiles((height, width), side, reach):
         made = encode(tile.read(clip, P))
         if whole is None:
             whole = Latents(*(part.new_empty(*part.shape[:2], height, width) for part in made))
@@ -94,6 +94,6 @@ def decode_in_tiles(
     """
     height, width = latents.content.shape[-2:]
     out = torch.empty(1, 3, frames, height * P, width * P, device=latents.content.device)
-    for tile in tiles((height, width), side, reach):
+    for tile in frame_tiles((height, width), side, reach):
         tile.keep(out, decode(Latents(*map(tile.read, latents)), tile), P)
     return out

@@ -85,7 +85,7 @@ def _progress(seen: Seen) -> tuple[float, float]:
     return seen.beat.begun, math.inf if _ended(seen) else seen.beat.place
 
 
-def describe(
+def describe_hang(
     finding: HangFinding,
     world_size: int,
     stood_s: float,
@@ -328,7 +328,7 @@ class Monitor:
         return find_culprits(self._seen, self._stale_s)
 
     def _describe(self, finding: HangFinding) -> str:
-        return describe(finding, self._world_size, self._stand.stood_s)
+        return describe_hang(finding, self._world_size, self._stand.stood_s)
 
     # --- speaking ---
 

@@ -95,7 +95,7 @@ class SpikeGuard:
         if len(window) < self._config.least:
             window.append(loss)
             return None
-        middle, limit = usual(window, self._config.threshold)
+        middle, limit = running_median(window, self._config.threshold)
         if loss <= limit:
             window.append(loss)
             self._row = []
@@ -122,7 +122,7 @@ class SpikeGuard:
         self.rollbacks = state.get("rollbacks", 0)
 
 
-def usual(losses: Sequence[float], threshold: float) -> tuple[float, float]:
+def running_median(losses: Sequence[float], threshold: float) -> tuple[float, float]:
     """The median of some losses, and the highest loss that is still usual beside them."""
     middle = median(losses)
     spread = _STD_OF_MAD * median([abs(loss - middle) for loss in losses])

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tools.bench.codec import CodecLimits, run
-from tools.bench.codec_systems import ClipSize, named
+from tools.bench.codec_systems import ClipSize, named_system
 from tools.cli import app
 
 SIZE = ClipSize(5, 32, 32)
@@ -59,7 +59,7 @@ def test_what_is_not_installed_says_so(facts: dict[str, object]) -> None:
 def test_a_process_past_its_limits_says_so() -> None:
     """Of time, while it begins; of memory, while it makes its weights."""
     short = CodecLimits(seconds=0.2, gib=8, threads=1, repeats=0, precision="fp32")
-    assert run(short.job("measure", named("nano"), [SIZE]), short) == [{"problem": "past the limit of 0.2 s"}]
+    assert run(short.job("measure", named_system("nano"), [SIZE]), short) == [{"problem": "past the limit of 0.2 s"}]
     small = CodecLimits(seconds=120, gib=0.5, threads=1, repeats=0, precision="fp32")
-    found = run(small.job("measure", named("regen_k8"), [SIZE]), small)
+    found = run(small.job("measure", named_system("regen_k8"), [SIZE]), small)
     assert found == [{"size": str(SIZE), "problem": "out of the memory that is allowed"}]

@@ -19,7 +19,7 @@ import torch
 from regen_dist.config.run import DataConfig
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.loading import clip_loader
-from regen_dist.data.loading.clip_loader import ClipReader, decoding
+from regen_dist.data.loading.clip_loader import ClipReader, decoding_problems
 from regen_dist.errors import DataError
 from tests.helpers.processes import wait_until_gone
 from tests.helpers.workers import start, worker_ids
@@ -40,10 +40,10 @@ def _held_while_decoding(batches: Any) -> tuple[int, int]:
     worker, deadline = worker_ids(batches)[0], time.monotonic() + 30
     assert _board(batches)[0] == worker
     while time.monotonic() < deadline:
-        if (noted := decoding(_board(batches))) and noted[2]:
+        if (noted := decoding_problems(_board(batches))) and noted[2]:
             os.kill(worker, signal.SIGSTOP)
             time.sleep(0.05)
-            if (noted := decoding(_board(batches))) and noted[2]:
+            if (noted := decoding_problems(_board(batches))) and noted[2]:
                 return noted[:2]
             os.kill(worker, signal.SIGCONT)
     raise AssertionError("it was never caught")

@@ -21,7 +21,16 @@ import typer
 from regen_dist.jsontext import json_text
 from regen_dist.programs import python
 from tools import stages
-from tools.bench.codec_systems import DTYPES, REFERENCES, ClipSize, Coder, System, check_frames, named, parse_size
+from tools.bench.codec_systems import (
+    DTYPES,
+    REFERENCES,
+    ClipSize,
+    Coder,
+    System,
+    check_frames,
+    named_system,
+    parse_size,
+)
 from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
@@ -63,9 +72,9 @@ def codec(
     from regen_dist.config import config_hash
     from regen_dist.config.files import write_text_atomically
     from regen_dist.observe.hardware import describe_machine
-    from tools.bench.codec_systems import chosen, parse_size
+    from tools.bench.codec_systems import chosen_systems, parse_size
 
-    console, found = Console(stderr=True), chosen(systems)
+    console, found = Console(stderr=True), chosen_systems(systems)
     run, count = ([parse_size(text) for text in texts] for texts in (size or _SIZES, counted or _COUNTED))
     limits = CodecLimits(
         limit_seconds,
@@ -322,7 +331,7 @@ def main(arguments: list[str]) -> None:
     if job.limit_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (job.limit_bytes, job.limit_bytes))
     torch.set_num_threads(job.threads)
-    system = named(job.system)
+    system = named_system(job.system)
     for size in map(parse_size, job.sizes):
         try:
             if job.do == "count":

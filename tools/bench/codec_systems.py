@@ -368,7 +368,7 @@ def systems() -> list[System]:
     return [*found, System("magvit2-pytorch", 32, Magvit2Coder, "magvit2-pytorch")]
 
 
-def chosen(pattern: str) -> list[System]:
+def chosen_systems(pattern: str) -> list[System]:
     """Those whose names a regular expression finds.
 
     Raises:
@@ -383,7 +383,7 @@ def chosen(pattern: str) -> list[System]:
     return found
 
 
-def named(name: str) -> System:
+def named_system(name: str) -> System:
     """One of them."""
     return next(system for system in systems() if system.name == name)
 

@@ -215,7 +215,7 @@ LEAST_STEPS = 4
 TUNED_ON = 16  # clips of the validation data
 
 
-def pace(run: Path, warm: int) -> dict[str, float]:
+def training_pace(run: Path, warm: int) -> dict[str, float]:
     """Seconds a step of a short run that logged every step, the median of those after `warm`: `cpu_s` of its process,
     `wall_s` by the clock. On a core that nothing else uses they are equal."""
     lines = read_record(run / "metrics.jsonl", "train")[warm:]
@@ -228,7 +228,7 @@ def num_steps(minutes: float, seconds_per_step: float) -> int:
     return max(LEAST_STEPS, int(60 * minutes / seconds_per_step))
 
 
-def paced(overrides: Sequence[str], steps: int, warmup_steps: int) -> list[str]:
+def paced_config(overrides: Sequence[str], steps: int, warmup_steps: int) -> list[str]:
     """Overrides of a run of so many steps, whose warm-up is at most a tenth of it."""
     return [*overrides, f"train.steps={steps}", f"optimizer.warmup_steps={min(warmup_steps, max(1, steps // 10))}"]
 
@@ -423,7 +423,7 @@ class Runs:
         new = [arm for arm in wanted if arm.name not in known]
         self._run("probes", {arm.name: self._probe(arm) for arm in new})
         for arm in new:
-            measured = pace(self.out / "probes" / arm.name, _WARM_STEPS)
+            measured = training_pace(self.out / "probes" / arm.name, _WARM_STEPS)
             known[arm.name] = {**measured, "steps": num_steps(self.minutes, measured["cpu_s"])}
             self.say(f"{arm.name}: {measured['cpu_s']:.3f} s a step, {known[arm.name]['steps']} steps")
         write_text_atomically(path, json_text(known, indent=1) + "\n")
@@ -455,7 +455,7 @@ class Runs:
         left = [arm for arm in arms if not is_trained(self.folder(arm), steps[arm.name])]
         commands = {}
         for arm in left:
-            changes = paced(arm.overrides(self.base), steps[arm.name], self.base.optimizer.warmup_steps)
+            changes = paced_config(arm.overrides(self.base), steps[arm.name], self.base.optimizer.warmup_steps)
             commands[arm.name] = self._command([*changes, f"optimizer.lr={tuning[tuned_at(arm).name]['lr']}"])
         self._run("arms", commands)
 
@@ -475,13 +475,13 @@ class Runs:
         return found
 
     def _probe(self, arm: CompressionArm) -> list[str]:
-        changes = paced(arm.overrides(self.base), _PROBED_STEPS, self.base.optimizer.warmup_steps)
+        changes = paced_config(arm.overrides(self.base), _PROBED_STEPS, self.base.optimizer.warmup_steps)
         rhythm = ["train.log_every=1", f"train.validate_every={_NEVER}", f"checkpoint.every={_NEVER}"]
         return self._command([*changes, *rhythm, f"output={self.out / 'probes'}"])
 
     def _tuning(self, arm: CompressionArm, lr: float) -> list[str]:
         steps = max(2, int(_TUNED_SHARE * self._known_pace()[arm.name]["steps"]))
-        changes = paced(arm.overrides(self.base), steps, self.base.optimizer.warmup_steps)
+        changes = paced_config(arm.overrides(self.base), steps, self.base.optimizer.warmup_steps)
         own = [f"optimizer.lr={lr}", f"name={_tuning_name(arm, lr)}", f"output={self.out / 'tuning_runs'}"]
         return self._command([*changes, *own])
 

@@ -25,7 +25,7 @@ from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.latents import LatentEntry
 from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
 from regen_dist.data.loading.datasets import LatentSet, TrainingSet
-from regen_dist.data.loading.latent_loader import LatentBatch, collated, read_entry, row_of
+from regen_dist.data.loading.latent_loader import LatentBatch, collate_latents, read_entry, row_of
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import DataError
@@ -226,7 +226,7 @@ def _encoded(batch: ClipBatch, encoder: FrozenEncoder, texts: Mapping[int, Text]
     content, motion = (each.unflatten(0, (rows, -1)).float() for each in encoder.encode(clips))  # [b, n, C, h, w]
     found = [texts[number] for number in batch.sample_ids.tolist()]
     entries = [LatentEntry(c, m, text, mask) for c, m, (text, mask) in zip(content, motion, found, strict=True)]
-    return collated([row_of(entry, 0, entry.clips) for entry in entries], batch.sample_ids)._replace(
+    return collate_latents([row_of(entry, 0, entry.clips) for entry in entries], batch.sample_ids)._replace(
         epochs=batch.epochs, bad=batch.bad, stand_ins=batch.stand_ins, problem=batch.problem
     )
 

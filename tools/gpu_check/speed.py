@@ -32,11 +32,11 @@ from tools.bench.compression_runs import (
     CompressionArm,
     baseline,
     num_steps,
-    pace,
-    paced,
+    paced_config,
     regen,
     run_side_by_side,
     training_facts,
+    training_pace,
 )
 from tools.gpu_check.machine import LeftOut, Machine
 from tools.gpu_check.zero3 import SMALL_ENCODER
@@ -284,14 +284,14 @@ def _trained(machine: Machine, own: Sequence[str], base: RunConfig, arm: Compres
     how long a step takes."""
 
     def command(name: str, steps: int, more: Sequence[str]) -> None:
-        changes = paced(arm.overrides(base), steps, base.optimizer.warmup_steps)
+        changes = paced_config(arm.overrides(base), steps, base.optimizer.warmup_steps)
         quiet = [f"train.validate_every={_NEVER}", *more]
         _run(machine, name, ["train", str(_CONFIG), *own, *changes, *quiet])
 
     probes = machine.folder / "probes"
     rhythm = ["train.log_every=1", f"checkpoint.every={_NEVER}", f"output={probes}"]
     command(f"{arm.name}-probe", _PROBED_STEPS, rhythm)
-    steps = num_steps(machine.minutes, pace(probes / arm.name, _WARM_STEPS)["wall_s"])
+    steps = num_steps(machine.minutes, training_pace(probes / arm.name, _WARM_STEPS)["wall_s"])
     command(arm.name, steps, [])
     return steps
 

@@ -81,7 +81,7 @@ class Design:
         return self.folder / "run" / "database.sock"
 
 
-def files(design: Design) -> dict[str, str]:
+def slurm_files(design: Design) -> dict[str, str]:
     """Every configuration file by its name."""
     written = {"slurm.conf": slurm_conf(design), "gres.conf": gres_conf(design)}
     return written | {"slurmdbd.conf": slurmdbd_conf(design)} if design.accounting else written
@@ -239,7 +239,7 @@ def short_path(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def write(design: Design) -> None:
+def write_file(design: Design) -> None:
     """Make everything that the daemons find at their start; nothing of an earlier cluster is left."""
     for name in _FOLDERS:
         if (design.folder / name).exists():
@@ -247,7 +247,7 @@ def write(design: Design) -> None:
         (design.folder / name).mkdir(mode=0o700)
     for name in design.names:
         (design.folder / "spool" / name).mkdir()
-    for name, text in files(design).items():
+    for name, text in slurm_files(design).items():
         _write_private(design.folder / "etc" / name, text.encode())
     _write_private(design.folder / "run" / "munge.key", secrets.token_bytes(_KEY_BYTES))
     for number in range(design.gpus):
@@ -398,7 +398,9 @@ _ATTEMPTS = 3  # a port that was free may be taken before a daemon binds it
 _MAX_FIRST_JOB_ID = 60_000_000  # Slurm counts to 67 million
 
 
-def start(folder: Path, *, nodes: int, cpus: int, gpus: int, accounting: bool, grace_s: int) -> tuple[Design, Daemons]:
+def start_daemons(
+    folder: Path, *, nodes: int, cpus: int, gpus: int, accounting: bool, grace_s: int
+) -> tuple[Design, Daemons]:
     """Write a cluster's files and start its daemons; with BackendError (or any other) nothing of it runs."""
     for attempt in range(1, _ATTEMPTS + 1):
         design = Design(
@@ -413,7 +415,7 @@ def start(folder: Path, *, nodes: int, cpus: int, gpus: int, accounting: bool, g
             ports=free_ports(["slurmctld", "slurmdbd", *(f"node{number}" for number in range(1, nodes + 1))]),
             first_job_id=1000 + secrets.randbelow(_MAX_FIRST_JOB_ID),
         )
-        write(design)
+        write_file(design)
         daemons = Daemons(folder / "log", _environment(design), own_hosts(design))
         try:
             _start_all(design, daemons, time.monotonic() + START_S)
@@ -648,7 +650,9 @@ def start_slurm(
         )
     folder = folder.resolve()
     with held(folder), short_path(folder) as short:
-        design, daemons = start(short, nodes=nodes, cpus=cpus, gpus=gpus, accounting=accounting, grace_s=grace_s)
+        design, daemons = start_daemons(
+            short, nodes=nodes, cpus=cpus, gpus=gpus, accounting=accounting, grace_s=grace_s
+        )
         try:
             yield SlurmCluster(design, daemons)
         finally:

@@ -15,10 +15,10 @@ from regen_dist.data.build.plan import (
     Planner,
     StartedBuild,
     Work,
+    build_identity,
     count_units,
     cut_parts,
     files_of,
-    identity,
     local_copies,
     work_of,
     write_done,
@@ -76,7 +76,7 @@ def build_shards(
     options, store = options or BuildOptions(), Store(out)
     found = find_sources(sources, captions, columns)
     parts = cut_parts(found.found, options.part_gb * 1e9)
-    claim(store, identity(found, options))
+    claim(store, build_identity(found, options))
     if store.folder is not None:
         remove_leftovers(store.folder, idle_s=_IDLE_S if task[1] > 1 else 0)
     todo = _unfinished(store, parts[task[0] :: task[1]])

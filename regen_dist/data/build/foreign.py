@@ -68,7 +68,7 @@ class _Unusable(Exception):
     """Why there is no sample."""
 
 
-def wanted(member: tarfile.TarInfo) -> bool:
+def is_wanted(member: tarfile.TarInfo) -> bool:
     """Whether a member's bytes are needed: a video, or a text that may hold its caption."""
     extension = split_member(member.name)[1]
     if _is_video(extension):
@@ -269,7 +269,7 @@ def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHIN
     notes: list[Note] = []
     with Pieces(source, name) as pieces:
         try:
-            for found in samples_in(name, scan_members(pieces, wanted), unwanted):
+            for found in samples_in(name, scan_members(pieces, is_wanted), unwanted):
                 if isinstance(found, Skip):
                     skipped.append(found)
                 elif isinstance(found, Note):

@@ -19,7 +19,7 @@ from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from regen_dist.data.build.probe import DecodableSpan, Origin, SurveyedSource, content_of, fetch_again, survey
+from regen_dist.data.build.probe import DecodableSpan, Origin, SurveyedSource, content_of, fetch_again, survey_source
 from regen_dist.data.build.sources import Sources, VideoSource
 from regen_dist.data.format.index import SCHEMA_VERSION, VIDEO_EXTENSIONS
 from regen_dist.data.format.manifest import Kind, Skip, listed, read_all, to_json
@@ -112,7 +112,7 @@ class BuildOptions:
         return asdict(self) | ({} if self.keep else encoder)
 
 
-def identity(sources: Sources, options: BuildOptions) -> dict[str, Any]:
+def build_identity(sources: Sources, options: BuildOptions) -> dict[str, Any]:
     """By what a later build knows its own folder."""
     return {
         "kind": KIND,
@@ -140,7 +140,7 @@ class Candidate(NamedTuple):
     problem: str = ""
 
 
-def unsuitable(info: VideoInfo, options: BuildOptions) -> str:
+def unsuitable_reason(info: VideoInfo, options: BuildOptions) -> str:
     """Why no part of such a source can be used; empty when it can."""
     short, long = sorted((info.height, info.width))
     if options.min_side is not None and short < options.min_side:
@@ -168,7 +168,7 @@ def candidates(info: VideoInfo, stretches: Sequence[DecodableSpan], options: Bui
     ]
 
 
-def segments(name: str, content: str, found: Sequence[Candidate]) -> Iterator[Segment | tuple[int, str]]:
+def cut_segments(name: str, content: str, found: Sequence[Candidate]) -> Iterator[Segment | tuple[int, str]]:
     """What to make of each candidate in order: a segment with its key, or its number and why it is left out.
 
     64 bits of the content's hash are in the key: enough for a hundred million files of one name.
@@ -361,7 +361,7 @@ def _units(source: VideoSource, planned: PlannedSource) -> list[Skip | Segment]:
         return [Skip(source=source.name, reason=planned.problem)]
     return [
         one if isinstance(one, Segment) else Skip(source=source.name, segment=one[0], reason=one[1])
-        for one in segments(source.name, planned.content, planned.candidates)
+        for one in cut_segments(source.name, planned.content, planned.candidates)
     ]
 
 
@@ -531,7 +531,7 @@ class Planner:
             if self._originals.before(part.first + number):
                 begun.hashing[number] = self._pool.submit(content_of, origin, True)
             else:
-                begun.looking[number] = self._pool.submit(survey, origin, self._threshold)
+                begun.looking[number] = self._pool.submit(survey_source, origin, self._threshold)
         return begun
 
     def finish(self, begun: StartedBuild) -> list[PlannedSource]:
@@ -561,7 +561,7 @@ class Planner:
             self._originals.learn(first + number, content)
             original = self._originals.find(first + number, content)
             if original is None:
-                begun.looking[number] = self._pool.submit(survey, begun.origins[number], self._threshold)
+                begun.looking[number] = self._pool.submit(survey_source, begun.origins[number], self._threshold)
             else:
                 copied[number] = PlannedSource(content, problem=f"duplicate: same content as {original.name}")
         return copied
@@ -569,7 +569,7 @@ class Planner:
     def _planned(self, source: VideoSource, found: SurveyedSource) -> PlannedSource:
         if found.info is None:
             return PlannedSource(found.content, problem=found.problem)
-        problem = unsuitable(found.info, self._options) or self._options.sources_left_out.reason(found.notes)
+        problem = unsuitable_reason(found.info, self._options) or self._options.sources_left_out.reason(found.notes)
         if self._options.keep and source.suffix[1:] not in VIDEO_EXTENSIONS:
             problem = f"unknown kind: --keep needs a name that ends in one of {', '.join(sorted(VIDEO_EXTENSIONS))}"
         cut = () if problem else tuple(candidates(found.info, found.stretches, self._options))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from regen_dist.data.storage.store import Store
 from regen_dist.data.video.reader import VideoInfo, VideoReader
 from regen_dist.data.video.scenes import Analysis, analyse
-from regen_dist.data.video.transcode import content_hash, new_hash, probe, told
+from regen_dist.data.video.transcode import content_hash, describe_encoding, new_hash, probe_video
 from regen_dist.errors import AccessDenied, BucketMissing, DataError, DiskFull, ObjectDenied, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ class SurveyedSource:
     notes: tuple[str, ...] = ()
 
 
-def fetch(origin: Origin) -> Path:
+def fetch_source(origin: Origin) -> Path:
     """Bring a source to its path."""
     if not origin.path.exists() and not origin.folder.startswith("file:"):
         Store(origin.folder).download(origin.file, origin.path)
     return origin.path
 
 
-def survey(origin: Origin, threshold: float | None) -> SurveyedSource:
+def survey_source(origin: Origin, threshold: float | None) -> SurveyedSource:
     """Read through a source: content hash, frames, sides, rate, cuts, motion. Its problems are returned, not raised.
 
     Args:
@@ -67,11 +67,11 @@ def survey(origin: Origin, threshold: float | None) -> SurveyedSource:
         threshold: of a cut; None looks for no cuts, so that only the first frame is decoded.
     """
     try:
-        path = fetch(origin)
+        path = fetch_source(origin)
     except DataError as error:
         stop_for_the_store(error)
-        return SurveyedSource("", problem=f"unreadable: {told(error, origin.path)}")
-    probed = probe(path)
+        return SurveyedSource("", problem=f"unreadable: {describe_encoding(error, origin.path)}")
+    probed = probe_video(path)
     if probed.info is None:
         return SurveyedSource(probed.content, problem=f"unreadable: {probed.problem}")
     try:
@@ -81,7 +81,7 @@ def survey(origin: Origin, threshold: float | None) -> SurveyedSource:
             notes = tuple(dict.fromkeys((*probed.notes, *reader.notes)))
     except (DataError, OSError) as error:
         stop_for_the_store(error)
-        return SurveyedSource(probed.content, problem=f"unreadable: {told(error, origin.path)}")
+        return SurveyedSource(probed.content, problem=f"unreadable: {describe_encoding(error, origin.path)}")
     return SurveyedSource(probed.content, probed.info, stretches, caption, notes=notes)
 
 
@@ -97,10 +97,10 @@ def fetch_again(origin: Origin, content: str) -> str:
     """Bring a source that was looked into before. Returns why it cannot be fetched any more, or nothing; DataError when
     it has changed since."""
     try:
-        fetch(origin)
+        fetch_source(origin)
     except DataError as error:
         stop_for_the_store(error)
-        return told(error, origin.path)
+        return describe_encoding(error, origin.path)
     if content_of(origin, keep=True) != content:
         raise DataError(
             f"{origin.folder}/{origin.file}: has changed since this build began; build into another --out, or bring "
@@ -120,7 +120,7 @@ def content_of(origin: Origin, keep: bool) -> str:
 
 def _content_of(origin: Origin, keep: bool) -> str:
     if keep:
-        fetch(origin)
+        fetch_source(origin)
     if origin.path.exists() or origin.folder.startswith("file:"):
         try:
             return content_hash(origin.path)

@@ -82,7 +82,7 @@ class ClipReader:
             video.read_clip(reader, numbers, geometry, flip=draw.flip and config.flip, out=out)
 
 
-def decoding(board: Sequence[int]) -> tuple[int, int, bool] | None:
+def decoding_problems(board: Sequence[int]) -> tuple[int, int, bool] | None:
     """What a process noted on its board: the (dataset, row) that it decoded last, and whether it still does. None:
     it has decoded nothing."""
     _, dataset, row = board
@@ -391,7 +391,7 @@ def _received(made: _WorkerBatch, slots: Slots) -> ClipBatch:
 
 def _obituary(dead: Sequence[int], board: Tensor, datasets: tuple[Dataset, ...]) -> str:
     """What to say of workers that died (their process ids): the samples that they were decoding."""
-    notes = [decoding(row) for row in board.tolist() if row[0] in dead]
+    notes = [decoding_problems(row) for row in board.tolist() if row[0] in dead]
     told = [
         f"{'while it decoded' if still else 'between two samples, the last was'} {name_of(datasets[dataset], row)}"
         for dataset, row, still in filter(None, notes)

@@ -165,7 +165,7 @@ def _batch(data: LatentSet, fetcher: Fetcher, batch: MicroBatch, found: Sequence
 
     taken = take_with_replacements(data, fetcher, batch, found, take)
     ids, epochs = torch.tensor([[place.row.id for place in taken.places], batch.epochs.tolist()], dtype=torch.int64)
-    return collated(rows, ids)._replace(
+    return collate_latents(rows, ids)._replace(
         epochs=epochs, bad=taken.bad, stand_ins=taken.stand_ins, problem=fetcher.problem
     )
 
@@ -191,7 +191,7 @@ def row_of(entry: LatentEntry, first: int, n: int) -> _Taken:
     return _Taken(content, entry.motion[first : first + n], entry.text, entry.mask)
 
 
-def collated(rows: Sequence[_Taken], sample_ids: Tensor) -> LatentBatch:
+def collate_latents(rows: Sequence[_Taken], sample_ids: Tensor) -> LatentBatch:
     """Rows of one shape as a batch; texts are padded with zeros to the longest."""
     texts = [row.text for row in rows if row.text is not None]
     masks = [row.mask for row in rows if row.mask is not None]

@@ -15,7 +15,7 @@ from regen_dist.data.format.catalogue import Dataset
 from regen_dist.data.format.latents import CacheFacts, LatentEntry
 from regen_dist.data.loading.clip_loader import ClipBatch, clip_geometry
 from regen_dist.data.loading.datasets import check_same_space, open_latents, open_videos
-from regen_dist.data.loading.latent_loader import LatentBatch, collated, read_entry, row_of
+from regen_dist.data.loading.latent_loader import LatentBatch, collate_latents, read_entry, row_of
 from regen_dist.data.order.mixture import Bucket
 from regen_dist.data.video import reader as video
 from regen_dist.errors import DataError
@@ -81,7 +81,7 @@ def validation_rows(config: LatentDataConfig, facts: CacheFacts, *, rows: int = 
     chosen = [int(fitting[place * len(fitting) // number]) for place in range(number)]
     entries = [_entry(dataset, row, facts) for row in chosen]
     ids = torch.tensor([int(dataset.records["id"][row]) for row in chosen], dtype=torch.int64)
-    batch = collated([row_of(entry, 0, clips) for entry in entries], ids)
+    batch = collate_latents([row_of(entry, 0, clips) for entry in entries], ids)
     captions = tuple(dataset.sample(row).caption or "" for row in chosen)
     return ValidationRows(batch, captions, tuple(float(dataset.records["fps"][row]) for row in chosen))
 

@@ -15,7 +15,7 @@ from math import ceil, lcm
 
 import numpy as np
 
-from regen_dist.data.order.permutation import GOLDEN, Int64s, UInt64s, mix
+from regen_dist.data.order.permutation import GOLDEN, Int64s, UInt64s, mix_bits
 
 _ROUND = 256  # most items of a round: all that is ever held, and the length over which the shares already hold
 
@@ -95,8 +95,8 @@ def _lay_out(merge: Interleave, first: int, last: int) -> tuple[Int64s, Int64s]:
 def _shuffle_keys(rounds: Int64s, first: int, key: int) -> UInt64s:
     """One random word per item, a function of its round and its slot there alone; `rounds` are counted from `first`."""
     slots = np.arange(len(rounds)) - np.searchsorted(rounds, rounds)
-    seeds = mix(rounds.astype(np.uint64) + np.array([(first + key) % 2**64], dtype=np.uint64))
-    keys: UInt64s = mix(seeds + slots.astype(np.uint64) * np.array([GOLDEN], dtype=np.uint64))
+    seeds = mix_bits(rounds.astype(np.uint64) + np.array([(first + key) % 2**64], dtype=np.uint64))
+    keys: UInt64s = mix_bits(seeds + slots.astype(np.uint64) * np.array([GOLDEN], dtype=np.uint64))
     return keys
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from regen_dist.config.identity import micro_batch_size
 from regen_dist.data.order.interleave import Interleave
 from regen_dist.data.order.mixture import Bucket, BucketShare, BucketStream, expected, quotas
-from regen_dist.data.order.permutation import Int64s, combine, permute
+from regen_dist.data.order.permutation import Int64s, combine_keys, permute
 from regen_dist.errors import ConfigError, DataError
 
 # Set the uses of one seed apart from each other.
@@ -66,9 +66,9 @@ class DataOrder:
         self.streams, self.batch_global, self.seed = tuple(streams), batch_global, seed
         self._quotas = quotas(self.streams, weights, image_fraction)
         batches = [sum(row, Fraction()) / batch_global for row in self._quotas]
-        self._batches = Interleave.of(batches, combine(seed, _BUCKETS))
+        self._batches = Interleave.of(batches, combine_keys(seed, _BUCKETS))
         self._samples = {
-            stream: Interleave.of(row, combine(seed, _DATASETS, stream))
+            stream: Interleave.of(row, combine_keys(seed, _DATASETS, stream))
             for stream, row in enumerate(self._quotas)
             if any(row)
         }
@@ -116,7 +116,7 @@ class DataOrder:
         if size == 1:
             return row
         again, place = divmod(attempt, size - 1)
-        key = combine(self.seed, _STAND_INS, stream, dataset, epoch, row)
+        key = combine_keys(self.seed, _STAND_INS, stream, dataset, epoch, row)
         return (row + 1 + int(permute(np.array([place]), np.array([again]), size - 1, key)[0])) % size
 
     def _batch(self, step: int) -> tuple[int, int]:

@@ -50,18 +50,18 @@ def permute(places: Int64s, epochs: Int64s, sizes: Int64s | int, seed: int, line
     return rows
 
 
-def mix(word: Word) -> Word:
+def mix_bits(word: Word) -> Word:
     """A bijection of 64-bit words in which every input bit reaches every output bit (the finaliser of SplitMix64)."""
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
     return word ^ (word >> 31)
 
 
-def combine(*words: int) -> int:
+def combine_keys(*words: int) -> int:
     """One 64-bit key from several whole numbers; their order matters."""
     key = 0
     for word in words:
-        key = mix((key + word + GOLDEN) & _MASK)
+        key = mix_bits((key + word + GOLDEN) & _MASK)
     return key
 
 
@@ -86,7 +86,7 @@ def _permute_chunk(places: Int64s, epochs: Int64s, sizes: Int64s, lines: Int64s,
 
 
 def _key(epoch: Word, line: Word, seed: int) -> Word:
-    return mix((epoch + mix((mix(line) + seed) & _MASK)) & _MASK)
+    return mix_bits((epoch + mix_bits((mix_bits(line) + seed) & _MASK)) & _MASK)
 
 
 def _bit_lengths(sizes: Int64s) -> UInt64s:
@@ -105,7 +105,7 @@ def _feistel(value: Word, key: Word, bits: Word) -> Word:
     high, low = value >> low_bits, value & low_mask
     for index, round_key in enumerate(_ROUND_KEYS):
         if index % 2:
-            low = low ^ (mix((high + key + round_key) & _MASK) & low_mask)
+            low = low ^ (mix_bits((high + key + round_key) & _MASK) & low_mask)
         else:
-            high = high ^ (mix((low + key + round_key) & _MASK) & high_mask)
+            high = high ^ (mix_bits((low + key + round_key) & _MASK) & high_mask)
     return (high << low_bits) | low

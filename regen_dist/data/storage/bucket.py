@@ -38,7 +38,7 @@ class ByteSpan(NamedTuple):
     members: tuple[int, ...]
 
 
-def joined(ranges: Sequence[Range], join_bytes: int) -> list[ByteSpan]:
+def join_ranges(ranges: Sequence[Range], join_bytes: int) -> list[ByteSpan]:
     """Spans that cover all ranges (empty ones aside), in order of offset; ranges with a gap of at most `join_bytes`
     between them share a span. Spans never touch."""
     spans: list[ByteSpan] = []
@@ -54,17 +54,19 @@ def joined(ranges: Sequence[Range], join_bytes: int) -> list[ByteSpan]:
     return spans
 
 
-def split(ranges: Sequence[Range], spans: Sequence[ByteSpan], fetched: Sequence[memoryview], where: str) -> list[bytes]:
+def split_span(
+    ranges: Sequence[Range], spans: Sequence[ByteSpan], fetched: Sequence[memoryview], where: str
+) -> list[bytes]:
     """The ranges' own bytes out of what was fetched for each span; ObjectCut where a span came back too short."""
     found = [b""] * len(ranges)
     for span, view in zip(spans, fetched, strict=True):
         for number in span.members:
             offset, size = ranges[number]
-            found[number] = exact(bytes(view[offset - span.start :][:size]), offset, size, where)
+            found[number] = exact_bytes(bytes(view[offset - span.start :][:size]), offset, size, where)
     return found
 
 
-def exact(data: bytes, offset: int, size: int, where: str) -> bytes:
+def exact_bytes(data: bytes, offset: int, size: int, where: str) -> bytes:
     """`data` when it has `size` bytes; ObjectCut otherwise. `where` is the object's URL."""
     if len(data) == size:
         return data
@@ -113,18 +115,18 @@ class ObjectBucket:
         """Exactly these ranges, neighbours by one request."""
         import obstore
 
-        spans, where = joined(ranges, join_bytes), f"{self._place.url}/{name}"
+        spans, where = join_ranges(ranges, join_bytes), f"{self._place.url}/{name}"
         if len(spans) == 1:
             start, stop, _ = spans[0]
             one = self._call("read", name, lambda: obstore.get_range(self._store(), name, start=start, end=stop))
-            return split(ranges, spans, [memoryview(one)], where)
+            return split_span(ranges, spans, [memoryview(one)], where)
         if not spans:
             return [b""] * len(ranges)
         starts, ends = [span.start for span in spans], [span.stop for span in spans]
         many = self._call(  # obstore's own joining panics where an object is cut
             "read", name, lambda: obstore.get_ranges(self._store(), name, starts=starts, ends=ends, coalesce=0)
         )
-        return split(ranges, spans, [memoryview(part) for part in many], where)
+        return split_span(ranges, spans, [memoryview(part) for part in many], where)
 
     def get_pinned(self, name: str, offset: int, size: int, etag: str | None) -> bytes:
         """Exactly these bytes of the version that `etag` names; DataError when another one is there by now."""
@@ -137,7 +139,7 @@ class ObjectBucket:
                 obstore.get(self._store(), name, options={"range": (offset, offset + size), "if_match": etag}).bytes()
             ),
         )
-        return exact(data, offset, size, f"{self._place.url}/{name}")
+        return exact_bytes(data, offset, size, f"{self._place.url}/{name}")
 
     def head(self, name: str) -> ObjectInfo:
         """Size and tag of an object."""

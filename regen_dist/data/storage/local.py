@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-from regen_dist.data.storage.bucket import ObjectInfo, Range, exact
+from regen_dist.data.storage.bucket import ObjectInfo, Range, exact_bytes
 from regen_dist.data.storage.connection import checked_name
 from regen_dist.errors import AccessDenied, DataError, DiskFull, ObjectMissing
 
@@ -39,7 +39,7 @@ class LocalFolder:
         with self._failures(name, "read"), self._path(name).open("rb", buffering=0) as file:
             found = [os.pread(file.fileno(), size, offset) for offset, size in ranges]
         where = f"{self._url}/{name}"
-        return [exact(data, offset, size, where) for data, (offset, size) in zip(found, ranges, strict=True)]
+        return [exact_bytes(data, offset, size, where) for data, (offset, size) in zip(found, ranges, strict=True)]
 
     def pieces(self, name: str, piece_bytes: int) -> Iterator[bytes]:
         """An object piece by piece."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
-from regen_dist.data.storage.bucket import Listing, ObjectBucket, ObjectInfo, exact
+from regen_dist.data.storage.bucket import Listing, ObjectBucket, ObjectInfo, exact_bytes
 from regen_dist.data.storage.web import list_repository
 from regen_dist.errors import DataError
 
@@ -33,7 +33,7 @@ class WebFolder(ObjectBucket):
         data, tag = self._call("read", name, read)
         if tag != etag:
             raise DataError(f"{self._place.url}/{name}: it was replaced while it was read; read it again")
-        return exact(data, offset, size, f"{self._place.url}/{name}")
+        return exact_bytes(data, offset, size, f"{self._place.url}/{name}")
 
     def head(self, name: str) -> ObjectInfo:
         """Size and tag of a file, by HEAD, or by a GET of one byte where a server refuses that."""

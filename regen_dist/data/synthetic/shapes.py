@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regen_dist.data.video.reader import VideoInfo, VideoReader
-from regen_dist.data.video.transcode import StreamTags, encode_frames, prepare
+from regen_dist.data.video.transcode import StreamTags, encode_frames, prepare_encoder
 from regen_dist.errors import DataError
 
 UInt8s = npt.NDArray[np.uint8]
@@ -149,7 +149,7 @@ SHAPES: dict[str, tuple[Callable[[Floats, Floats, float], Floats], Extent]] = {
 }
 
 
-def place(
+def place_shape(
     attributes: Attributes, side: int, frames: int, *, draws: tuple[float, float, float, float], turn: int
 ) -> Scene:
     """A scene whose shape stays wholly inside the frame.
@@ -404,7 +404,7 @@ def _pairs(words: Combination) -> list[tuple[str, str]]:
     return [(words.colour, words.shape), (words.colour, words.direction), (words.shape, words.direction)]
 
 
-def describe(number: int, options: SyntheticOptions) -> tuple[Scene, str]:
+def describe_scene(number: int, options: SyntheticOptions) -> tuple[Scene, str]:
     """What clip `number` (from 0) of the split shows, and its caption. Nothing is drawn."""
     draws = _uniform(options.seed, _SCENE_STREAM, number, 9).tolist()
     size, speed, background, turn, wording, radius, length, x, y = draws
@@ -414,19 +414,19 @@ def describe(number: int, options: SyntheticOptions) -> tuple[Scene, str]:
         speed=list(SPEEDS)[int(speed * len(SPEEDS))],
         background=options.backgrounds[int(background * len(options.backgrounds))],
     )
-    scene = place(attributes, options.side, options.frames, draws=(radius, length, x, y), turn=int(turn * TURNS))
+    scene = place_shape(attributes, options.side, options.frames, draws=(radius, length, x, y), turn=int(turn * TURNS))
     return scene, caption(attributes, int(wording * WORDINGS))
 
 
-def render(number: int, options: SyntheticOptions) -> tuple[UInt8s, Attributes]:
+def render_scene(number: int, options: SyntheticOptions) -> tuple[UInt8s, Attributes]:
     """Clip `number` before encoding: uint8 RGB [frames, side, side, 3], and what it shows."""
-    scene, _ = describe(number, options)
+    scene, _ = describe_scene(number, options)
     return draw_frames(scene), scene.attributes
 
 
 def make_clip(number: int, options: SyntheticOptions) -> SyntheticClip:
     """Clip `number` as an H.264 file; the same bytes in every process."""
-    scene, text = describe(number, options)
+    scene, text = describe_scene(number, options)
     data = encode_frames(_to_encode(draw_frames(scene), _rate(options)), _tags(options), options.crf)
     with VideoReader(data) as reader:
         info = reader.info()
@@ -457,7 +457,7 @@ def _to_encode(frames: UInt8s, rate: Fraction) -> Iterator[av.VideoFrame]:
     for number, image in enumerate(frames):
         frame = av.VideoFrame.from_ndarray(image, format="rgb24")
         frame.pts, frame.time_base = number, 1 / rate
-        yield prepare(frame, None)
+        yield prepare_encoder(frame, None)
 
 
 def _rate(options: SyntheticOptions) -> Fraction:

@@ -94,7 +94,7 @@ def content_hash(path: Path) -> str:
         return hashlib.file_digest(file, new_hash).hexdigest()
 
 
-def probe(path: Path) -> Probed:
+def probe_video(path: Path) -> Probed:
     """Read through a file: content hash, frames, sides, rate. Problems are returned, not raised."""
     content = ""
     try:
@@ -102,10 +102,10 @@ def probe(path: Path) -> Probed:
         with VideoReader(path) as reader:
             return Probed(content, reader.info(), notes=reader.notes)
     except (DataError, OSError) as error:
-        return Probed(content, problem=told(error, path))
+        return Probed(content, problem=describe_encoding(error, path))
 
 
-def told(error: Exception, path: Path) -> str:
+def describe_encoding(error: Exception, path: Path) -> str:
     """An error without the path of this machine: it is kept with the dataset, which calls the source by its name."""
     return str(error).replace(f": {f'file:{path}'!r}", "").replace(str(path), path.name)
 
@@ -127,7 +127,7 @@ def _explain(path: Path, segment: Segment, make: Callable[[Segment], bytes]) -> 
     try:
         return _checked(segment, make(segment))
     except (DataError, OSError, av.FFmpegError) as error:  # FFmpeg's are of sides that no scaler or encoder takes
-        return EncodedSegment(segment, problem=told(error, path))
+        return EncodedSegment(segment, problem=describe_encoding(error, path))
 
 
 def _encode_run(path: Path, segments: Sequence[Segment], options: EncodeOptions) -> list[EncodedSegment]:
@@ -137,7 +137,9 @@ def _encode_run(path: Path, segments: Sequence[Segment], options: EncodeOptions)
         decoded = (frame for _, frame in reader.frames(numbers))
         done = []
         for segment in segments:
-            frames = (prepare(frame, options.short_side) for frame in islice(decoded, segment.stop - segment.start))
+            frames = (
+                prepare_encoder(frame, options.short_side) for frame in islice(decoded, segment.stop - segment.start)
+            )
             data = _encode(frames, reader, first_pts=reader.table.pts[segment.start], crf=options.crf)
             done.append(_checked(segment, data))
     return done
@@ -203,7 +205,7 @@ def _add_stream(output: av.container.OutputContainer, frame: VideoFrame, tags: S
     return stream
 
 
-def prepare(frame: VideoFrame, short_side: int | None) -> VideoFrame:
+def prepare_encoder(frame: VideoFrame, short_side: int | None) -> VideoFrame:
     """The frame upright, resized to `short_side`, with even sides, as yuv420p of limited range."""
     scale = short_side / min(frame.height, frame.width) if short_side else 1.0
     height, width = (max(2, round(side * scale / 2) * 2) for side in (frame.height, frame.width))

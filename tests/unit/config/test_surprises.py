@@ -9,7 +9,7 @@ import yaml
 
 from launcher.cluster import load_cluster
 from launcher.pipelines.schema import load_pipeline
-from launcher.submit import expand
+from launcher.submit import expand_sweep
 from regen_dist.config import load_config, load_saved_config, save_config
 from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_run
@@ -35,7 +35,7 @@ def test_refused_with_a_hint(text: str, config: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"own.yaml:3: train.seed: {found}"):
         load_config(own)
     with pytest.raises(ConfigError, match=found):
-        expand(config, [], [f"train.seed=1,{text}"])
+        expand_sweep(config, [], [f"train.seed=1,{text}"])
     with pytest.raises(ConfigError, match=found):
         load_cluster("slurm", [f"partition={text}"])
     with pytest.raises(ConfigError, match=found):

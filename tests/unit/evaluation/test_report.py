@@ -14,7 +14,7 @@ from regen_dist.errors import DataError
 from regen_dist.evaluation.baselines import TrivialCodec
 from regen_dist.evaluation.metrics import Options
 from regen_dist.evaluation.reconstruct import reconstruct
-from regen_dist.evaluation.report import comparison, draw_curves, read_metrics, write_report
+from regen_dist.evaluation.report import compare_rows, draw_curves, read_metrics, write_report
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import SourceVideo, VideoWriter
 
@@ -97,7 +97,7 @@ def test_incomplete_reconstructions_are_named(folders: tuple[Path, Path], tmp_pa
 
 
 def test_rows(folders: tuple[Path, Path]) -> None:
-    rows = comparison([read_metrics(folders[1])])
+    rows = compare_rows([read_metrics(folders[1])])
     assert [row.trained for row in rows] == [True, False, False, False]
     assert rows[0].psnr_db == pytest.approx(rows[3].psnr_db)  # our stand-in is the mean of the clip
 

@@ -19,7 +19,7 @@ from regen_dist.data.synthetic.shapes import (
     Attributes,
     SyntheticOptions,
     make_clip,
-    render,
+    render_scene,
 )
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
@@ -61,13 +61,13 @@ CHANGES: dict[str, Callable[[UInt8s], UInt8s]] = {
 @pytest.mark.parametrize(("side", "count"), [(32, NUMBER), (64, NUMBER // 4)])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_drawn_clips(side: int, count: int, change: Callable[[UInt8s], UInt8s]) -> None:
-    clips = [render(number, _options(side)) for number in range(count)]
+    clips = [render_scene(number, _options(side)) for number in range(count)]
     assert [read(change(frames)) for frames, _ in clips] == [_wanted(attributes) for _, attributes in clips]
 
 
 def test_these_clips_show_everything() -> None:
     """What the test above reads has every value of every attribute."""
-    seen = [render(number, _options(32, 2))[1] for number in range(NUMBER)]
+    seen = [render_scene(number, _options(32, 2))[1] for number in range(NUMBER)]
     for name, values in {
         "colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "size": SIZES, "speed": SPEEDS,
         "background": BACKGROUNDS,
@@ -90,14 +90,14 @@ def test_nothing_is_read_where_nothing_is_shown(frames: UInt8s) -> None:
 
 
 def test_what_stands_still_has_no_direction() -> None:
-    frames, attributes = render(0, _options(32))
+    frames, attributes = render_scene(0, _options(32))
     still = np.repeat(frames[:1], 5, axis=0)
     assert read(still) == read(_noisy(still, 8)) == read(frames[:1]) == _wanted(attributes)._replace(direction=None)
 
 
 def test_a_shape_that_is_seldom_seen_is_not_told() -> None:
     """Its colour still is; where it stands in half of the frames, the rest is too."""
-    frames, attributes = render(1, _options(32, frames=5))
+    frames, attributes = render_scene(1, _options(32, frames=5))
     hidden = frames.copy()
     hidden[:3] = 128
     assert read(hidden) == Reading(attributes.colour, None, None)
@@ -106,20 +106,20 @@ def test_a_shape_that_is_seldom_seen_is_not_told() -> None:
 
 
 def test_specks_of_the_same_colour_do_not_matter() -> None:
-    frames, attributes = render(2, _options(64))
+    frames, attributes = render_scene(2, _options(64))
     spotted = frames.copy()
     spotted[:, 2:4, 2:4] = COLOURS[attributes.colour]
     assert read(spotted) == _wanted(attributes)
 
 
 def test_a_path_with_gaps_is_read() -> None:
-    frames, attributes = render(3, _options(32, frames=9))
+    frames, attributes = render_scene(3, _options(32, frames=9))
     frames[1:4] = 128
     assert read(frames) == _wanted(attributes)
 
 
 def test_templates_are_made_once_for_a_radius() -> None:
-    frames, _ = render(4, _options(32))
+    frames, _ = render_scene(4, _options(32))
     read(frames)
     made = shapes._templates.cache_info().misses
     read(frames)

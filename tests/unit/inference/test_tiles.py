@@ -10,7 +10,7 @@ import torch
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference import codec as codec_module
 from regen_dist.inference.codec import Codec
-from regen_dist.inference.tiles import cuts
+from regen_dist.inference.tiles import axis_cuts
 from regen_dist.inference.windows import Window
 from regen_dist.models.building import build_model
 from regen_dist.models.decoder import ReceptiveField
@@ -109,7 +109,7 @@ def test_clips_that_do_not_fit_are_refused_before_they_are_cut() -> None:
     ("length", "tile", "reach", "step"), [(33, 8, 5, 1), (33, 8, 5, 3), (5, 8, 9, 4), (16, 1, 0, 8)]
 )
 def test_cuts_keep_every_cell_once_and_read_what_it_depends_on(length: int, tile: int, reach: int, step: int) -> None:
-    every = list(cuts(length, tile, reach, step))
+    every = list(axis_cuts(length, tile, reach, step))
     assert [cell for cut in every for cell in range(cut.start, cut.stop)] == list(range(length))
     for cut in every:
         assert cut.first % step == 0

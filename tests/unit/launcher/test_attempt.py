@@ -12,7 +12,7 @@ import pytest
 from launcher import retry
 from launcher.cluster import ClusterConfig
 from launcher.job import JobTask, Progress, Submission, new_folder, newest_job, read_job, write_job
-from launcher.retry import Start, Why, begin, end, newest_step, read_history, set_aside, write_entry
+from launcher.retry import Start, Why, archive_history, begin, end, newest_step, read_history, write_entry
 from launcher.submit import take_snapshot
 from regen_dist.config.version import code_version
 from regen_dist.errors import RegenError
@@ -56,7 +56,7 @@ def checkpoint(job: Submission, step: int) -> None:
 
 def ranks_end(job: Submission, restart: int, *codes: int) -> None:
     for rank, code in enumerate(codes):
-        retry.write(job.tasks[0].launch, "77", restart, rank=rank, node=f"node{rank + 1}", code=code, told=())
+        retry.write_rank_exit(job.tasks[0].launch, "77", restart, rank=rank, node=f"node{rank + 1}", code=code, told=())
 
 
 def test_a_job_is_read_as_it_was_written(job: Submission, tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_the_rank_that_failed_first_names_the_node(job: Submission) -> None:
     """Also when the others fail because of it; an error of ours says nothing about a node."""
     task = job.tasks[0]
     begin(job, task, Place())
-    retry.write(task.launch, "77", 0, rank=1, node="node2", code=137, told=())
-    retry.write(task.launch, "77", 0, rank=0, node="node1", code=1, told=("SIGTERM",))
+    retry.write_rank_exit(task.launch, "77", 0, rank=1, node="node2", code=137, told=())
+    retry.write_rank_exit(task.launch, "77", 0, rank=0, node="node1", code=1, told=("SIGTERM",))
     verdict = end(job, task, Place(), 137)
     assert verdict.go
     assert "(rank 1 on node2, exit code 137)" in verdict.text
@@ -155,7 +155,7 @@ def test_what_ranks_leave_does_not_pile_up(job: Submission) -> None:
         ranks_end(job, restart, 0, 0)
     assert begin(job, task, Place(restart=6)).go
     assert len(list((task.launch / "ranks").iterdir())) == 3
-    assert retry.read(task.launch, "77", 5, 2)[0] is not None
+    assert retry.read_rank_exits(task.launch, "77", 5, 2)[0] is not None
 
 
 def test_lines_that_were_cut_short_are_left_out(job: Submission) -> None:
@@ -173,7 +173,7 @@ def test_lines_that_were_cut_short_are_left_out(job: Submission) -> None:
 def test_a_history_that_is_set_aside_is_kept(job: Submission) -> None:
     task = job.tasks[0]
     begin(job, task, Place())
-    set_aside(task.launch, "old")
+    archive_history(task.launch, "old")
     assert read_history(task.launch) == []
     assert (task.launch / "starts-old.jsonl").exists()
     write_entry(task.launch, Start(job="1", restart=0, nodes=("n",), time=0.0))

@@ -12,7 +12,7 @@ from typer.main import get_command
 from launcher.cluster import load_cluster
 from launcher.pipelines.planning import plan
 from launcher.pipelines.schema import filled, load_pipeline
-from launcher.submit import expand, sweep_order
+from launcher.submit import expand_sweep, sweep_order
 from regen_dist.errors import ConfigError
 from tools.cli import app
 
@@ -117,7 +117,7 @@ def test_two_steps_in_one_folder_are_told_with_what_else_is_wrong(tmp_path: Path
 
 
 def test_a_sweep_gives_every_combination_a_name() -> None:
-    runs = expand(NANO, ["train.steps=9"], ["optimizer.lr=1e-3,3e-3", "data.size=[32, 32],[64, 96]"])
+    runs = expand_sweep(NANO, ["train.steps=9"], ["optimizer.lr=1e-3,3e-3", "data.size=[32, 32],[64, 96]"])
     assert [run.name for run, _ in runs] == [
         f"nano-lr{lr}-size{size}" for lr in ("1e-3", "3e-3") for size in ("32_32", "64_96")
     ]
@@ -141,5 +141,5 @@ def test_a_sweep_gives_every_combination_a_name() -> None:
 )
 def test_what_is_no_sweep(sweep: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        expand(NANO, [], [sweep])
+        expand_sweep(NANO, [], [sweep])
     assert expected in str(caught.value)

@@ -12,7 +12,7 @@ import pytest
 from launcher import local_executor, slurm
 from launcher.cluster import ClusterConfig
 from launcher.job import Submission, newest_job
-from launcher.jobs.find import choose
+from launcher.jobs.find import choose_job
 from launcher.jobs.stop import left_to_do, rebuild_request, resubmit, stop
 from launcher.retry import judge_start, read_history
 from launcher.submit import command_order, submit, wait_for
@@ -47,7 +47,7 @@ def local(tmp_path: Path) -> Iterator[Here]:
     local.root.mkdir()
     yield local
     for job in local.jobs:
-        stop(choose(str(job.folder.parents[1]), local.root), local.root, at_once=True, wait=True)
+        stop(choose_job(str(job.folder.parents[1]), local.root), local.root, at_once=True, wait=True)
 
 
 def is_printing(job: Submission, index: int = 0) -> bool:
@@ -70,8 +70,8 @@ def test_a_command_is_stopped_for_good(local: Here, capsys: pytest.CaptureFixtur
     job = local.watcher("w")
     wait_until(lambda: is_printing(job), lambda: (job.folder / local_executor.LOG).read_text())
     with pytest.raises(ConfigError, match=r"w: cannot be resumed while it is running, as job \d+; `regen jobs stop w`"):
-        left_to_do(choose("w", local.root), local.root)
-    assert stop(choose("w", local.root), local.root, at_once=False, wait=True)
+        left_to_do(choose_job("w", local.root), local.root)
+    assert stop(choose_job("w", local.root), local.root, at_once=False, wait=True)
     assert whys(job.tasks[0].folder) == ["stopped"]
     assert capsys.readouterr().out == "w: stopped; to go on: regen jobs resume w\n"
     wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root))
@@ -81,7 +81,7 @@ def test_now_kills_every_process(local: Here) -> None:
     """And leaves word, so that the next start does not take it for a failure."""
     job = local.watcher("w", tasks=2, parallel=2)
     wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / local_executor.LOG).read_text())
-    assert stop(choose("w", local.root), local.root, at_once=True, wait=True)
+    assert stop(choose_job("w", local.root), local.root, at_once=True, wait=True)
     wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root), timeout_s=10)
     for task in job.tasks:
         (attempt,) = read_history(task.launch)
@@ -92,14 +92,14 @@ def test_now_kills_every_process(local: Here) -> None:
 def test_one_task_of_an_array_is_stopped_alone(local: Here, capsys: pytest.CaptureFixture[str]) -> None:
     job = local.watcher("w", tasks=3, parallel=2)
     wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / local_executor.LOG).read_text())
-    assert stop(choose("w/2", local.root), local.root, at_once=False, wait=True)
+    assert stop(choose_job("w/2", local.root), local.root, at_once=False, wait=True)
     assert capsys.readouterr().out == "w/2: stopping (it does not begin)\n"
     with pytest.raises(ConfigError, match="w/2: cannot be resumed while it is stopping"):
-        left_to_do(choose("w/2", local.root), local.root)
-    assert stop(choose("w/0", local.root), local.root, at_once=False, wait=True)
+        left_to_do(choose_job("w/2", local.root), local.root)
+    assert stop(choose_job("w/0", local.root), local.root, at_once=False, wait=True)
     assert whys(job.tasks[0].folder) == ["stopped"]
     assert whys(job.tasks[1].folder) == [""]
-    assert stop(choose("w", local.root), local.root, at_once=False, wait=True)
+    assert stop(choose_job("w", local.root), local.root, at_once=False, wait=True)
     assert whys(job.tasks[1].folder) == ["stopped"]
     assert not (job.tasks[2].folder / "launch").exists()
 
@@ -112,14 +112,14 @@ def test_the_task_that_failed_alone_is_resumed(local: Here) -> None:
     job = local.submit("a", command, tasks=3, parallel=3)
     assert wait_for(job) != 0
     (local.root / "1.yaml").write_text(to_yaml(tiny_run()))
-    before, order = rebuild_request(left_to_do(choose("a", local.root), local.root), None, [])
+    before, order = rebuild_request(left_to_do(choose_job("a", local.root), local.root), None, [])
     again = resubmit(before, order)
     assert again.tasks == job.tasks[1:2]
     assert again.code == job.code
     assert wait_for(again) == 0
     assert [whys(task.folder) for task in job.tasks] == [["done"], ["failed", "done"], ["done"]]
     with pytest.raises(ConfigError, match="a: nothing is left to do"):
-        left_to_do(choose("a", local.root), local.root)
+        left_to_do(choose_job("a", local.root), local.root)
 
 
 def test_a_complete_training_is_not_resumed(tmp_path: Path) -> None:
@@ -127,17 +127,17 @@ def test_a_complete_training_is_not_resumed(tmp_path: Path) -> None:
     started(job.tasks[0])
     ended(job.tasks[0], "stopped")
     committed(tmp_path / "a", 90, at=time.time())
-    assert len(left_to_do(choose("a", tmp_path), tmp_path)) == 1
+    assert len(left_to_do(choose_job("a", tmp_path), tmp_path)) == 1
     committed(tmp_path / "a", 100, at=time.time())
     with pytest.raises(ConfigError, match="a: nothing is left to do, all is complete; for more steps submit it again"):
-        left_to_do(choose("a", tmp_path), tmp_path)
+        left_to_do(choose_job("a", tmp_path), tmp_path)
 
 
 def test_steps_of_a_pipeline_are_not_resumed_beside_each_other(tmp_path: Path) -> None:
     for name in ("shards", "train"):
         made_job(tmp_path / "paper" / name, cluster=LOCAL)
     with pytest.raises(ConfigError, match=r"shards, train: .*`regen submit pipeline` again"):
-        rebuild_request(choose("paper", tmp_path), None, [])
+        rebuild_request(choose_job("paper", tmp_path), None, [])
 
 
 def test_tries_before_a_resume_do_not_count(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_what_slurm_does_not_tell_is_not_resumed(tmp_path: Path, monkeypatch: py
     job = made_job(tmp_path / "a", array_tasks(tmp_path / "a", 1), steps=None)
     started(job.tasks[0])
     with pytest.raises(RegenError, match="squeue is not found"):
-        left_to_do(choose("a", tmp_path), tmp_path)
-    assert len(left_to_do(choose("a", tmp_path), tmp_path, force=True)) == 1
+        left_to_do(choose_job("a", tmp_path), tmp_path)
+    assert len(left_to_do(choose_job("a", tmp_path), tmp_path, force=True)) == 1
 
 
 def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     run = tmp_path / "a"
     job = made_job(run, steps=8)
     (run / "launch" / "config.yaml").write_text(to_yaml(tiny_run(tmp_path)))
-    members = choose("a", tmp_path)
+    members = choose_job("a", tmp_path)
     _, same = rebuild_request(members, None, [])
     assert (same.cluster, same.cluster_name, same.base, same.tasks) == (job.cluster, "slurm", run, job.tasks)
     assert [config.name for config in same.configs] == ["tiny"]
@@ -206,7 +206,7 @@ def test_a_job_that_waits_in_slurm_is_cancelled_and_begins_no_more(
     monkeypatch.setattr(slurm, "ask", ask)
     monkeypatch.setattr("launcher.jobs.stop._ASK_EVERY_S", 0.0)
     job = made_job(tmp_path / "a")
-    assert stop(choose("a", tmp_path), tmp_path, at_once=False, wait=True)
+    assert stop(choose_job("a", tmp_path), tmp_path, at_once=False, wait=True)
     assert calls == [("scancel", "--state=PENDING", "12")]
     assert job.tasks[0].stop_file.exists()
     assert capsys.readouterr().out == "a: stopped; saved at step 0 of 100; to go on: regen jobs resume a\n"
@@ -229,7 +229,7 @@ def test_a_file_that_a_starting_rank_deletes_is_made_again(tmp_path: Path, monke
 
     monkeypatch.setattr(slurm, "queue", queue)
     monkeypatch.setattr("launcher.jobs.stop._ASK_EVERY_S", 0.0)
-    assert stop(choose("a", tmp_path), tmp_path, at_once=False, wait=True)
+    assert stop(choose_job("a", tmp_path), tmp_path, at_once=False, wait=True)
     assert looks == [False, True, True, True]
     assert task.stop_file.exists()
 
@@ -238,6 +238,6 @@ def test_what_has_ended_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     job = made_job(tmp_path / "a")
     started(job.tasks[0])
     ended(job.tasks[0], "failed", text="exit code 3")
-    assert not stop(choose("a", tmp_path), tmp_path, at_once=False, wait=True)
+    assert not stop(choose_job("a", tmp_path), tmp_path, at_once=False, wait=True)
     assert capsys.readouterr().out.startswith("a: has ended before: failed (exit code 3)")
     assert not job.tasks[0].stop_file.exists()

@@ -15,7 +15,7 @@ import pytest
 
 from launcher.job import Submission
 from launcher.jobs.find import Member
-from launcher.jobs.logs import Follower, last_lines, launcher_logs, newest, pick, show
+from launcher.jobs.logs import Follower, choose_logs, last_lines, launcher_logs, newest_log, show
 from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import ConfigError
 from tests.helpers.jobs import SUBMITTED, array_tasks, ended, made_job, started
@@ -45,7 +45,7 @@ def test_the_newest_lines(tmp_path: Path, text: str, count: int, expected: list[
     path = tmp_path / "log"
     path.write_bytes(text.encode())
     assert last_lines(path, count) == expected
-    assert text.encode().endswith(newest(path, count))
+    assert text.encode().endswith(newest_log(path, count))
 
 
 def test_lines_over_many_blocks(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_of_several_tasks_one_must_be_named(tmp_path: Path) -> None:
         started(task)
         ended(task, "failed" if task is tasks[2] else "done")
     with pytest.raises(ConfigError, match=r"3 tasks; .*: array/2 \(failed\), array/0 \(done\), array/1 \(done\)"):
-        pick([Member(job, index) for index in range(3)], tmp_path)
+        choose_logs([Member(job, index) for index in range(3)], tmp_path)
 
 
 def test_a_file_that_grows_is_cut_or_is_replaced(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from launcher import slurm
 from launcher.job import JobTask
-from launcher.jobs.find import choose
-from launcher.jobs.table import TAIL_BYTES, JobRow, duration, list_jobs, print_rows, read_end, tail
+from launcher.jobs.find import choose_job
+from launcher.jobs.table import TAIL_BYTES, JobRow, duration, list_jobs, print_rows, read_end, read_tail
 from regen_dist.errors import ConfigError
 from tests.helpers.jobs import array_tasks, beaten, committed, ended, made_job, recorded, started, trained
 
@@ -123,8 +123,8 @@ def test_runs_are_found_below_and_in_each_other(tmp_path: Path, squeue: Answers)
     made_job(tmp_path / "alone" / "checkpoints" / "hidden")
     made_job(tmp_path / "refused", job_id=None)  # no scheduler has taken it
     assert set(rows_of(tmp_path)) == {"alone", "pipeline/shards", "pipeline/train"}
-    assert [member.task.name for member in choose("pipeline", tmp_path)] == ["shards", "train"]
-    assert [member.task.name for member in choose(str(tmp_path / "pipeline" / "train"), Path("runs"))] == ["train"]
+    assert [member.task.name for member in choose_job("pipeline", tmp_path)] == ["shards", "train"]
+    assert [member.task.name for member in choose_job(str(tmp_path / "pipeline" / "train"), Path("runs"))] == ["train"]
 
 
 def test_a_submission_of_another_version_is_named(tmp_path: Path, squeue: Answers) -> None:
@@ -155,7 +155,7 @@ def test_each_task_is_that_of_its_newest_submission(tmp_path: Path, squeue: Answ
     }  # fmt: skip
     assert [row.job for row in found.values()] == ["12_0", "13", "12_2"]
     for name in ("array/1", "array/tasks/00001"):
-        assert [member.task for member in choose(name, tmp_path)] == [tasks[1]]
+        assert [member.task for member in choose_job(name, tmp_path)] == [tasks[1]]
 
 
 def test_a_run_of_a_sweep_is_found_by_its_own_folder(tmp_path: Path) -> None:
@@ -164,9 +164,9 @@ def test_a_run_of_a_sweep_is_found_by_its_own_folder(tmp_path: Path) -> None:
     made_job(tmp_path / "a-sweep", runs, steps=None)
     for run in runs:
         run.launch.mkdir(parents=True)
-    chosen = choose("a-lr2", tmp_path)
+    chosen = choose_job("a-lr2", tmp_path)
     assert [member.queue_id for member in chosen] == ["12_1"]
-    assert len(choose("a-sweep", tmp_path)) == 2
+    assert len(choose_job("a-sweep", tmp_path)) == 2
 
 
 def test_large_arrays_are_folded_except_what_has_failed(tmp_path: Path, squeue: Answers) -> None:
@@ -205,7 +205,7 @@ def test_runs_without_the_launcher_are_told_by_their_heartbeats(
     row = rows_of(tmp_path)["plain"]
     assert (row.state, row.step, row.steps) == (state, 8, 8)
     with pytest.raises(ConfigError, match=r"was not started by `regen submit`.*STOP"):
-        choose("plain", tmp_path)
+        choose_job("plain", tmp_path)
 
 
 def test_only_the_end_of_a_record_is_read(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_only_the_end_of_a_record_is_read(tmp_path: Path) -> None:
         file.seek(0, os.SEEK_END)
         file.write(b'\n{"kind": "train", "step": 7, "time": 1.0}\n{"kind": "train", "st')
     began = time.perf_counter()
-    assert [line["step"] for line in tail(path)] == [7]
+    assert [line["step"] for line in read_tail(path)] == [7]
     assert time.perf_counter() - began < 1.0
 
 
@@ -273,10 +273,10 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_name_that_is_none_is_answered_with_near_ones(tmp_path: Path) -> None:
     made_job(tmp_path / "nano")
     with pytest.raises(ConfigError, match=r"nanno: no folder of this name .* there are nano"):
-        choose("nanno", tmp_path)
+        choose_job("nanno", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="nothing was submitted here"):
-        choose("empty", tmp_path)
+        choose_job("empty", tmp_path)
 
 
 def test_json_and_no_torch(tmp_path: Path) -> None:

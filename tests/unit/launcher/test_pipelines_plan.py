@@ -14,7 +14,7 @@ from launcher.job import ID_FILE, JobTask, Submission, new_folder, newest_job, w
 from launcher.pipelines import planning
 from launcher.pipelines.planning import PlannedStep, plan
 from launcher.pipelines.schema import load_pipeline
-from launcher.retry import End, Start, Why, set_aside, write_entry
+from launcher.retry import End, Start, Why, archive_history, write_entry
 from launcher.submit import SubmissionRequest
 from regen_dist.config import to_yaml
 from regen_dist.errors import ConfigError
@@ -56,7 +56,7 @@ class Pipe:
         job = order.job(new_folder(order.base), Path("code"))
         for task in order.tasks:
             if task.progress is None:
-                set_aside(task.launch, job.folder.name)
+                archive_history(task.launch, job.folder.name)
         write_job(job)
         (job.folder / ID_FILE).write_text(f"{len(list(order.base.glob('launch/*')))}\n")
         for number, task in enumerate(order.tasks):

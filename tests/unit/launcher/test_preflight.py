@@ -12,7 +12,7 @@ import pytest
 
 from launcher.cluster import ClusterConfig
 from launcher.preflight import check
-from launcher.preflight.findings import PreflightFinding, Subject, note, problem
+from launcher.preflight.findings import PreflightFinding, Subject, make_note, problem
 from launcher.preflight.library import library
 from launcher.preflight.report import PreflightError, Report
 from launcher.preflight.settings import ranks_and_gpus
@@ -105,7 +105,7 @@ def test_a_check_that_stumbles_does_not_hide_the_others() -> None:
         raise BackendError("no answer")
 
     def tells(subject: Subject) -> Iterator[PreflightFinding]:
-        yield note("by the way")
+        yield make_note("by the way")
         yield problem("wrong")
 
     report = check(order(), checks=[stumbles, refuses, tells])

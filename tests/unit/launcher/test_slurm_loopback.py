@@ -17,7 +17,6 @@ from tools.local_services import slurm
 from tools.local_services.slurm import (
     Daemons,
     Design,
-    files,
     gres_conf,
     held,
     host_command,
@@ -26,8 +25,9 @@ from tools.local_services.slurm import (
     missing_packages,
     short_path,
     slurm_conf,
+    slurm_files,
     start_slurm,
-    write,
+    write_file,
 )
 
 DESIGN = Design(
@@ -62,8 +62,8 @@ def test_the_configuration_says_what_was_asked_for() -> None:
         "PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE PriorityTier=10",
     ]:
         assert line in lines
-    assert sorted(files(DESIGN)) == ["gres.conf", "slurm.conf", "slurmdbd.conf"]
-    assert {"DbdAddr=127.0.0.1", "DbdPort=7002"} <= set(files(DESIGN)["slurmdbd.conf"].splitlines())
+    assert sorted(slurm_files(DESIGN)) == ["gres.conf", "slurm.conf", "slurmdbd.conf"]
+    assert {"DbdAddr=127.0.0.1", "DbdPort=7002"} <= set(slurm_files(DESIGN)["slurmdbd.conf"].splitlines())
 
 
 def test_a_cluster_without_gpus_or_accounting_names_neither() -> None:
@@ -71,7 +71,7 @@ def test_a_cluster_without_gpus_or_accounting_names_neither() -> None:
     text = slurm_conf(replace(DESIGN, gpus=0, accounting=False))
     assert "gres" not in text.lower().replace("accountingstoragetres", "")
     assert "AccountingStorageType=accounting_storage/none" in text.splitlines()
-    assert sorted(files(replace(DESIGN, accounting=False))) == ["gres.conf", "slurm.conf"]
+    assert sorted(slurm_files(replace(DESIGN, accounting=False))) == ["gres.conf", "slurm.conf"]
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_a_path_that_slurm_does_not_take_has_a_short_one(tmp_path: Path, name: s
 def test_a_cluster_starts_empty_and_its_secrets_are_its_owners(tmp_path: Path) -> None:
     """The state of an earlier cluster would give its nodes and job ids to this one."""
     design = replace(DESIGN, folder=tmp_path)
-    write(design)
+    write_file(design)
     (tmp_path / "state" / "job_state").write_text("old")
     key = (tmp_path / "run" / "munge.key").read_bytes()
-    write(design)
+    write_file(design)
     assert not list((tmp_path / "state").iterdir())
     assert (tmp_path / "run" / "munge.key").read_bytes() != key
     for private in ("run/munge.key", "etc/slurmdbd.conf"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.data.synthetic.shapes import SyntheticOptions, render
+from regen_dist.data.synthetic.shapes import SyntheticOptions, render_scene
 from regen_dist.errors import DataError
 from regen_dist.models.building import build_model
 from regen_dist.models.embedder import Baseline, Regen
@@ -22,7 +22,7 @@ K = 8
 def shapes() -> Tensor:
     """Drawn clips [48, 3, k+1, 32, 32] in [-1, 1]."""
     options = SyntheticOptions(number=48, seed=1, side=32, frames=K + 1)
-    frames = torch.stack([torch.from_numpy(render(number, options)[0]) for number in range(48)])
+    frames = torch.stack([torch.from_numpy(render_scene(number, options)[0]) for number in range(48)])
     return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 

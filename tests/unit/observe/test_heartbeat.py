@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from regen_dist.observe.hang_detector import describe, find_culprits
+from regen_dist.observe.hang_detector import describe_hang, find_culprits
 from regen_dist.observe.heartbeat import (
     FIRST_MARK,
     AwakeClock,
@@ -131,7 +131,7 @@ def test_who_is_waited_for(ranks: list[Seen], kind: str, culprits: list[int]) ->
 
 
 def _told(*ranks: Seen, world_size: int = 0, state: str | None = None) -> str:
-    return describe(find_culprits(ranks, STALE_S), world_size or len(ranks), 12.0, lambda _: state)
+    return describe_hang(find_culprits(ranks, STALE_S), world_size or len(ranks), 12.0, lambda _: state)
 
 
 def test_the_words_for_one_that_is_behind() -> None:

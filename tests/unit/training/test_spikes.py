@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from regen_dist.config.run import SpikeConfig
-from regen_dist.training.guards import Spike, SpikeGuard, usual
+from regen_dist.training.guards import Spike, SpikeGuard, running_median
 
 CLIP, IMAGE = "17x64x64", "1x64x64"
 
@@ -114,7 +114,7 @@ def test_a_flat_window_does_not_make_noise_suspicious(level: float) -> None:
     """Where all losses are equal (MAD 0), ten percent above is the limit; beyond it is still a spike."""
     guard = guard_of(patience=1)
     assert judged(guard, [level] * 16) == []
-    assert usual([level] * 16, 10.0) == (level, pytest.approx(level + 0.05))
+    assert running_median([level] * 16, 10.0) == (level, pytest.approx(level + 0.05))
     assert judged(guard, [level + 0.049, level + 0.03, level], 17) == []
     assert [spike.last_step for spike in judged(guard, [level + 0.06], 20)] == [20]
 

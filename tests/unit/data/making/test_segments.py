@@ -14,8 +14,8 @@ from regen_dist.data.build.plan import (
     PlannedSource,
     candidates,
     cut_parts,
-    segments,
-    unsuitable,
+    cut_segments,
+    unsuitable_reason,
     work_of,
 )
 from regen_dist.data.build.probe import DecodableSpan
@@ -126,13 +126,15 @@ def test_whole_files_are_one_piece_whatever_they_hold() -> None:
     ],
 )
 def test_sides_decide_about_whole_sources(height: int, width: int, reason: str) -> None:
-    found = unsuitable(VideoInfo(100, height, width, 24.0), BuildOptions(min_side=64, max_aspect=3.0))
+    found = unsuitable_reason(VideoInfo(100, height, width, 24.0), BuildOptions(min_side=64, max_aspect=3.0))
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
 
 
 def test_keys_hold_name_content_and_frames() -> None:
-    found = list(segments("a b/été.x.mp4", "0123456789abcdef" * 2, [Candidate(0, 40), Candidate(40, 50, 1.0, "no: x")]))
+    found = list(
+        cut_segments("a b/été.x.mp4", "0123456789abcdef" * 2, [Candidate(0, 40), Candidate(40, 50, 1.0, "no: x")])
+    )
     assert found == [Segment("_t_x-0123456789abcdef-00000000-00000040", 0, 0, 40), (1, "no: x")]
 
 

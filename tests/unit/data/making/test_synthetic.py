@@ -32,12 +32,12 @@ from regen_dist.data.synthetic.shapes import (
     Attributes,
     SyntheticOptions,
     caption,
-    describe,
+    describe_scene,
     draw_frames,
     make_clip,
     parse_caption,
-    place,
-    render,
+    place_shape,
+    render_scene,
     split_combinations,
 )
 from regen_dist.data.video.conversion import frame_to_rgb
@@ -121,16 +121,19 @@ def test_a_split_shows_each_of_its_combinations_before_any_again(split: str, cou
 
 def test_clips_are_a_function_of_seed_and_number() -> None:
     options = SyntheticOptions(number=1, seed=5)
-    forwards = [describe(number, options) for number in range(50)]
-    assert forwards == [describe(number, replace(options, number=9, shard_mb=1)) for number in range(49, -1, -1)][::-1]
+    forwards = [describe_scene(number, options) for number in range(50)]
+    assert (
+        forwards
+        == [describe_scene(number, replace(options, number=9, shard_mb=1)) for number in range(49, -1, -1)][::-1]
+    )
     assert len({text for _, text in forwards}) == 50
-    others = [describe(number, replace(options, seed=6)) for number in range(50)]
+    others = [describe_scene(number, replace(options, seed=6)) for number in range(50)]
     assert not {scene.start for scene, _ in forwards} & {scene.start for scene, _ in others}
 
 
 def test_all_attributes_are_drawn_about_evenly() -> None:
     options = SyntheticOptions(number=1, seed=0)
-    drawn = [asdict(describe(number, options)[0].attributes) for number in range(960)]
+    drawn = [asdict(describe_scene(number, options)[0].attributes) for number in range(960)]
     for name, values in (("size", list(SIZES)), ("speed", list(SPEEDS)), ("background", list(BACKGROUNDS))):
         counts = Counter(one[name] for one in drawn)
         assert set(counts) == set(values)
@@ -141,8 +144,8 @@ def test_the_drawing_stays_what_it_was() -> None:
     """Who changes what a number shows raises DRAWING_VERSION, and then this."""
     digest = hashlib.sha256()
     for number in range(40):
-        frames, attributes = render(number, replace(SMALL, side=64))
-        digest.update(frames.tobytes() + repr(attributes).encode() + describe(number, SMALL)[1].encode())
+        frames, attributes = render_scene(number, replace(SMALL, side=64))
+        digest.update(frames.tobytes() + repr(attributes).encode() + describe_scene(number, SMALL)[1].encode())
     assert digest.hexdigest()[:16] == "586188804da3e3e5"
 
 
@@ -156,7 +159,7 @@ def test_the_shape_stays_inside_wherever_it_starts(side: int) -> None:
     for shape, size, direction, speed in product(SHAPES, SIZES, DIRECTIONS, SPEEDS):
         attributes = Attributes("cyan", shape, size, direction, speed, "black")
         for x, y in product((0.0, last), repeat=2):
-            scene = place(attributes, side, 5, draws=(last, last, x, y), turn=0)
+            scene = place_shape(attributes, side, 5, draws=(last, last, x, y), turn=0)
             areas = (draw_frames(scene)[..., 2] / COLOURS["cyan"][2]).sum((1, 2))
             assert np.allclose(areas, pi * scene.radius**2, rtol=0.02), attributes
             reach = np.multiply(SHAPES[shape][1], scene.radius)
@@ -169,7 +172,7 @@ def test_sizes_are_ordered_by_area_whatever_the_shape() -> None:
     options = SyntheticOptions(number=1, seed=3, side=32)
     areas: dict[str, list[float]] = {size: [] for size in SIZES}
     for number in range(150):
-        frames, attributes = render(number, options)
+        frames, attributes = render_scene(number, options)
         areas[attributes.size].append(float(coverage(frames).sum()) / len(frames))
     assert max(areas["small"]) < 0.85 * min(areas["medium"])
     assert max(areas["medium"]) < 0.85 * min(areas["large"])
@@ -179,7 +182,9 @@ def test_backgrounds_have_no_colour_and_shapes_have_much() -> None:
     for colour in COLOURS.values():
         assert max(colour) - min(colour) >= 130
     for name, turn in product(BACKGROUNDS, range(TURNS)):
-        scene = place(Attributes("red", "ring", "small", "up", "slow", name), 64, 2, draws=(0, 0, 0, 0), turn=turn)
+        scene = place_shape(
+            Attributes("red", "ring", "small", "up", "slow", name), 64, 2, draws=(0, 0, 0, 0), turn=turn
+        )
         corner = draw_frames(scene)[:, :, 40:].astype(int)
         assert (corner.max(-1) == corner.min(-1)).all()
     for one, other in product(COLOURS.values(), repeat=2):
@@ -351,7 +356,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def shown(number: int, options: SyntheticOptions) -> tuple[str, str, str]:
-    attributes = describe(number, options)[0].attributes
+    attributes = describe_scene(number, options)[0].attributes
     return attributes.colour, attributes.shape, attributes.direction
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.data.storage.bucket import ByteSpan, joined
+from regen_dist.data.storage.bucket import ByteSpan, join_ranges
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.local import free_bytes, remove_leftovers
 from regen_dist.data.storage.store import Store
@@ -237,10 +237,10 @@ def test_azure_is_read_at_its_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_neighbours_share_a_request() -> None:
     ranges = [(100, 10), (0, 10), (15, 5), (12, 4), (300, 0), (110, 1)]
-    assert joined(ranges, 0) == [ByteSpan(0, 10, (1,)), ByteSpan(12, 20, (3, 2)), ByteSpan(100, 111, (0, 5))]
-    assert joined(ranges, 2) == [ByteSpan(0, 20, (1, 3, 2)), ByteSpan(100, 111, (0, 5))]
-    assert joined(ranges, 80) == [ByteSpan(0, 111, (1, 3, 2, 0, 5))]
-    assert joined([(0, 100), (10, 5), (101, 1)], 1) == [ByteSpan(0, 102, (0, 1, 2))]
+    assert join_ranges(ranges, 0) == [ByteSpan(0, 10, (1,)), ByteSpan(12, 20, (3, 2)), ByteSpan(100, 111, (0, 5))]
+    assert join_ranges(ranges, 2) == [ByteSpan(0, 20, (1, 3, 2)), ByteSpan(100, 111, (0, 5))]
+    assert join_ranges(ranges, 80) == [ByteSpan(0, 111, (1, 3, 2, 0, 5))]
+    assert join_ranges([(0, 100), (10, 5), (101, 1)], 1) == [ByteSpan(0, 102, (0, 1, 2))]
 
 
 def test_what_is_deleted_while_a_folder_is_listed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

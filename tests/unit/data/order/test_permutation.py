@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from regen_dist.data.order.permutation import Int64s, combine, mix, permute
+from regen_dist.data.order.permutation import Int64s, combine_keys, mix_bits, permute
 
 
 def epoch_rows(size: int, *, epoch: int = 0, seed: int = 0, line: int = 0) -> list[int]:
@@ -74,11 +74,18 @@ def test_neighbours_are_spread_over_the_whole_line() -> None:
 
 
 def test_keys_depend_on_every_word_and_on_their_order() -> None:
-    keys = [combine(), combine(0), combine(0, 0), combine(1, 0), combine(0, 1), combine(2**64 - 1, 5)]
+    keys = [
+        combine_keys(),
+        combine_keys(0),
+        combine_keys(0, 0),
+        combine_keys(1, 0),
+        combine_keys(0, 1),
+        combine_keys(2**64 - 1, 5),
+    ]
     assert len(set(keys)) == len(keys)
     assert all(0 <= key < 2**64 for key in keys)
 
 
 def test_mixing_gives_the_same_for_an_int_and_an_array() -> None:
     words = [0, 1, 2**32, 2**63, 2**64 - 1]
-    assert mix(np.array(words, dtype=np.uint64)).tolist() == [mix(word) for word in words]
+    assert mix_bits(np.array(words, dtype=np.uint64)).tolist() == [mix_bits(word) for word in words]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regen_dist.data.build.probe import Origin, survey
+from regen_dist.data.build.probe import Origin, survey_source
 from regen_dist.data.video.conversion import fit_geometry
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.transcode import EncodeOptions, Segment, content_hash, encode_segments
@@ -27,7 +27,7 @@ def test_reasons_hold_no_path_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"this is no video" * 50)
     for name in ("broken.mp4", "absent.mp4"):
         origin = Origin(tmp_path.as_uri(), name, None, tmp_path / name)
-        found = survey(origin, 27.0)
+        found = survey_source(origin, 27.0)
         (encoded,) = encode_segments(tmp_path / name, [Segment("a", 0, 0, 10)], EncodeOptions(None, 4, keep=False))
         assert found.problem.startswith("unreadable: ")
         assert encoded.problem
@@ -37,7 +37,7 @@ def test_reasons_hold_no_path_of_this_machine(tmp_path: Path) -> None:
 def test_a_survey_tells_content_sides_and_what_moves(tmp_path: Path) -> None:
     path = write_video(tmp_path / "video.mp4", moving_square(50, 48, 64))
     (tmp_path / "video.txt").write_bytes("﻿ a caption\n".encode())
-    found = survey(Origin(tmp_path.as_uri(), "video.mp4", "video.txt", path), 27.0)
+    found = survey_source(Origin(tmp_path.as_uri(), "video.mp4", "video.txt", path), 27.0)
     assert found.info is not None
     assert (found.info.frames, found.info.height, found.info.width) == (50, 48, 64)
     assert (found.content, found.caption, found.problem) == (content_hash(path), "a caption", "")
@@ -45,5 +45,5 @@ def test_a_survey_tells_content_sides_and_what_moves(tmp_path: Path) -> None:
     assert (stretch.start, stretch.stop, stretch.problem) == (0, 50, "")
     assert stretch.analysis is not None
     assert len(stretch.analysis.change) == 50
-    (plain,) = survey(Origin(tmp_path.as_uri(), "video.mp4", None, path), None).stretches
+    (plain,) = survey_source(Origin(tmp_path.as_uri(), "video.mp4", None, path), None).stretches
     assert plain.analysis is None

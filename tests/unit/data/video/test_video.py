@@ -15,7 +15,7 @@ from obstore.store import MemoryStore
 
 from regen_dist.data.video.conversion import RESIZE, Geometry, UInt8s, fit_geometry, frame_to_planes, frame_to_rgb
 from regen_dist.data.video.reader import VideoReader, read_clip
-from regen_dist.data.video.transcode import EncodeOptions, Segment, encode_segments, probe
+from regen_dist.data.video.transcode import EncodeOptions, Segment, encode_segments, probe_video
 from regen_dist.errors import DataError
 from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
 
@@ -250,7 +250,7 @@ def test_a_turned_video_is_read_and_encoded_upright(tmp_path: Path) -> None:
     plain, turned = write_video(tmp_path / "plain.mp4", frames, crf=4), tmp_path / "turned.mp4"
     command = [ffmpeg, "-v", "error", "-display_rotation", "90", "-i", str(plain), "-c", "copy", str(turned)]
     subprocess.run(command, check=True)
-    info = probe(turned).info
+    info = probe_video(turned).info
     assert info is not None
     assert (info.height, info.width) == (64, 48)
     (result,) = encode_segments(turned, [Segment("a", 0, 0, 24)], EncodeOptions(None, 4, keep=False))
@@ -271,8 +271,8 @@ def test_what_is_not_a_video_or_damaged_says_so(tmp_path: Path, numbered: Path) 
     with VideoReader(data) as reader, pytest.raises(DataError, match="the video has 100"):
         next(reader.frames([100]))
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
-    assert probe(tmp_path / "cut.mp4").problem
-    assert "No such file" in probe(tmp_path / "absent.mp4").problem
+    assert probe_video(tmp_path / "cut.mp4").problem
+    assert "No such file" in probe_video(tmp_path / "absent.mp4").problem
 
 
 def test_odd_sides_become_even(tmp_path: Path) -> None:

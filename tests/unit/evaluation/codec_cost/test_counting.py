@@ -15,7 +15,7 @@ from tools.bench.codec_systems import (
     REFERENCES,
     ClipSize,
     OwnCoder,
-    chosen,
+    chosen_systems,
     count_other,
     count_own,
     own_config,
@@ -116,14 +116,14 @@ def test_systems_by_name() -> None:
     found = [system.name for system in systems()]
     assert len(set(found)) == len(found)
     assert {"fast_k4", "regen_k32", "nano", "AutoencoderKLCosmos 4x", "magvit2-pytorch"} <= set(found)
-    assert [system.name for system in chosen("Cosmos")] == ["AutoencoderKLCosmos 4x", "AutoencoderKLCosmos 8x"]
-    assert {system.name: system.temporal_compression for system in chosen("_k")}["fast_k16"] == 16
+    assert [system.name for system in chosen_systems("Cosmos")] == ["AutoencoderKLCosmos 4x", "AutoencoderKLCosmos 8x"]
+    assert {system.name: system.temporal_compression for system in chosen_systems("_k")}["fast_k16"] == 16
 
 
 @pytest.mark.parametrize(("pattern", "message"), [("(", "no regular expression"), ("nothing", "finds none of fast_k4")])
 def test_patterns_that_find_nothing(pattern: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        chosen(pattern)
+        chosen_systems(pattern)
 
 
 def test_sizes() -> None:

@@ -16,9 +16,9 @@ from tools.bench.compression_runs import (
     best_rate,
     is_trained,
     num_steps,
-    pace,
-    paced,
+    paced_config,
     training_facts,
+    training_pace,
     validation_psnr_db,
 )
 
@@ -37,14 +37,14 @@ def test_steps_fill_the_time() -> None:
 
 
 def test_a_short_run_warms_up_for_a_tenth() -> None:
-    assert paced(["a=1"], 1000, 30) == ["a=1", "train.steps=1000", "optimizer.warmup_steps=30"]
-    assert paced([], 50, 30)[1] == "optimizer.warmup_steps=5"
-    assert paced([], 4, 30)[1] == "optimizer.warmup_steps=1"
+    assert paced_config(["a=1"], 1000, 30) == ["a=1", "train.steps=1000", "optimizer.warmup_steps=30"]
+    assert paced_config([], 50, 30)[1] == "optimizer.warmup_steps=5"
+    assert paced_config([], 4, 30)[1] == "optimizer.warmup_steps=1"
 
 
 def test_the_pace_is_the_median_after_the_warm_steps(tmp_path: Path) -> None:
     _record(tmp_path, (1, 9.0, 8.0), (2, 2.0, 1.0), (3, 3.0, 1.25), (4, 30.0, 1.5))
-    assert pace(tmp_path, 1) == {"cpu_s": 1.25, "wall_s": 3.0}
+    assert training_pace(tmp_path, 1) == {"cpu_s": 1.25, "wall_s": 3.0}
 
 
 def test_the_best_rate_says_whether_a_better_one_may_lie_beyond() -> None:

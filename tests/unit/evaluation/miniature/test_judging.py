@@ -16,7 +16,15 @@ from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions, make_clip, parse_caption
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.miniature import Request, ShapeClip, held_out_clips, held_out_samples, judge, reconstructed
+from regen_dist.evaluation.miniature import (
+    Request,
+    ShapeClip,
+    held_out_clips,
+    held_out_samples,
+    judge_videos,
+    missed_first_frames,
+    reconstructed,
+)
 from regen_dist.inference.codec import Codec
 from regen_dist.models.building import build_model
 from regen_dist.models.encoder import Latents
@@ -72,7 +80,7 @@ def _right(report: dict[str, Any]) -> dict[str, list[int]]:
 def test_all_arms(root: Path, tmp_path: Path, embedder: Path) -> None:
     progress: list[tuple[str, int, int]] = []
     request = _request(root, embedder=embedder, runs={"embedder": embedder})
-    found = judge(request, tmp_path, lambda *told: progress.append(told))
+    found = judge_videos(request, tmp_path, lambda *told: progress.append(told))
     report = json.loads((tmp_path / "scores.json").read_text())
     assert report == json.loads(json.dumps(found.report))
     right = _right(report)
@@ -91,8 +99,39 @@ def test_all_arms(root: Path, tmp_path: Path, embedder: Path) -> None:
     assert [told[1:] for told in progress if told[0] == "reconstructed"] == [(n + 1, NUMBER) for n in range(NUMBER)]
 
 
+def test_given_first_frames(root: Path, tmp_path: Path, embedder: Path) -> None:
+    """Videos that say that their first frame was given are measured against it and against the embedder, which here
+    reconstructs badly; those of other videos miss both targets. Others are not measured."""
+    made = _generate(tmp_path / "made", HELD_OUT, given={"kind": "image"})
+    request = _request(root, embedder=embedder, generated={"perfect": root / "perfect", "given": made})
+    report = judge_videos(request, tmp_path / "good").report
+    (name,) = report["first_frames"]
+    found = report["first_frames"]["given"]
+    assert (name, found["videos"], found["direction"]) == ("given", NUMBER, 1.0)
+    assert found["psnr_db"] > 60 > 30 > found["embedder_psnr_db"]
+    assert not any("given" in each for each in report["missed"])
+    assert f"{found['embedder_psnr_db']:.2f} dB" in (tmp_path / "good" / "index.html").read_text()
+
+
+def test_first_frames_of_other_videos_are_refused(root: Path, tmp_path: Path, embedder: Path) -> None:
+    """By number, a prompt is the caption of a held-out video."""
+    other = _generate(tmp_path / "other", TRAINED, given={"kind": "image"})
+    with pytest.raises(DataError, match=r"shows .* make the prompts and first frames again"):
+        judge_videos(_request(root, embedder=embedder, generated={"given": other}), tmp_path / "out")
+
+
+def test_what_first_frames_miss() -> None:
+    figures = {"psnr_db": 20.0, "embedder_psnr_db": 20.9, "direction": 0.85}
+    assert missed_first_frames({"given": figures}) == []
+    found = missed_first_frames({"given": figures | {"psnr_db": 19.8, "direction": 0.84}})
+    assert [each.split(",")[0] for each in found] == [
+        "given: the first frame loses 1.10 dB to the embedder's",
+        "given: direction 84.0%",
+    ]
+
+
 def test_wrong_captions_are_those_of_other_videos(root: Path, tmp_path: Path) -> None:
-    report = judge(_request(root), tmp_path).report
+    report = judge_videos(_request(root), tmp_path).report
     own, wrong = (report["arms"][name]["videos"] for name in ("perfect", "wrong captions"))
     assert [video["read"] for video in own] == [video["read"] for video in wrong]
     assert sorted(video["caption"] for video in own) == sorted(video["caption"] for video in wrong)
@@ -101,7 +140,7 @@ def test_wrong_captions_are_those_of_other_videos(root: Path, tmp_path: Path) ->
 
 def test_the_page_stands_alone(root: Path, tmp_path: Path, embedder: Path) -> None:
     request = _request(root, embedder=embedder, runs={"embedder": embedder, "none": root})
-    page = judge(request, tmp_path).page
+    page = judge_videos(request, tmp_path).page
     text = page.read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", "scores.json"}
     links = re.findall(r'(?:src|href)="([^"#]+)"', text)
@@ -121,20 +160,20 @@ def test_the_page_stands_alone(root: Path, tmp_path: Path, embedder: Path) -> No
 
 
 def test_combinations_of_training_are_told(root: Path, tmp_path: Path) -> None:
-    found = judge(_request(root, generated={"trained": root / "trained"}), tmp_path)
+    found = judge_videos(_request(root, generated={"trained": root / "trained"}), tmp_path)
     assert found.report["combinations_not_held_out"] == NUMBER
     assert f"{NUMBER} of the captions ask for combinations that are in the training split" in found.page.read_text()
 
 
 def test_what_is_not_there_is_told(root: Path, tmp_path: Path) -> None:
     nowhere = root / "nowhere"
-    found = judge(Request(str(nowhere), nowhere, {"gone": nowhere}, {"gone": nowhere}), tmp_path)
+    found = judge_videos(Request(str(nowhere), nowhere, {"gone": nowhere}, {"gone": nowhere}), tmp_path)
     assert found.arms == []
     assert list(found.report["not_made"]) == ["real", "reconstructed", "gone", "wrong captions"]
     assert found.report["missed"] == ["there are no generated videos"]
     text = found.page.read_text()
     assert f"<b>gone</b>: not made, there are no generated videos in {nowhere}." in text
-    report = judge(_request(root, embedder=nowhere, generated={"gone": nowhere}), tmp_path).report
+    report = judge_videos(_request(root, embedder=nowhere, generated={"gone": nowhere}), tmp_path).report
     assert report["not_made"] == {
         "reconstructed": f"there is nothing at {nowhere}",
         "gone": f"there are no generated videos in {nowhere}",
@@ -147,8 +186,8 @@ def test_videos_that_are_not_finished_are_not_counted(root: Path, tmp_path: Path
     """The JSON of a video comes last; a number bounds each arm."""
     folder = _generate(tmp_path / "part", HELD_OUT)
     (folder / "00005.json").unlink()
-    assert _right(judge(_request(root, generated={"part": folder}), tmp_path / "out").report)["part"] == [5] * 4
-    few = judge(_request(root, generated={"part": folder}, number=2), tmp_path / "out").report
+    assert _right(judge_videos(_request(root, generated={"part": folder}), tmp_path / "out").report)["part"] == [5] * 4
+    few = judge_videos(_request(root, generated={"part": folder}, number=2), tmp_path / "out").report
     assert _right(few) == {"real": [2] * 4, "part": [2] * 4, "wrong captions": _right(few)["wrong captions"]}
 
 
@@ -166,7 +205,7 @@ def test_what_is_damaged_is_named(root: Path, tmp_path: Path, damage: Any, messa
     folder = _generate(tmp_path / "damaged", HELD_OUT)
     damage(folder)
     with pytest.raises(DataError, match=message):
-        judge(_request(root, generated={"damaged": folder}), tmp_path / "out")
+        judge_videos(_request(root, generated={"damaged": folder}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from regen_dist.data.synthetic.shapes import Attributes
 from regen_dist.errors import DataError
-from regen_dist.evaluation.miniature import Fraction, confusions, derangement, missed, score
+from regen_dist.evaluation.miniature import Fraction, confusions, derangement, missed_targets, score_arm
 from regen_dist.evaluation.shapes import Reading
 
 
@@ -23,7 +23,7 @@ READINGS = [
 
 
 def test_scores() -> None:
-    scores = score(READINGS, [_wanted()] * 4)
+    scores = score_arm(READINGS, [_wanted()] * 4)
     assert {name: share.right for name, share in scores.items()} == {
         "colour": 2, "shape": 3, "direction": 1, "all three": 1,
     }  # fmt: skip
@@ -32,15 +32,15 @@ def test_scores() -> None:
 
 
 def test_each_reading_is_compared_with_its_own_caption() -> None:
-    scores = score(READINGS[:2], [_wanted(direction="down"), _wanted(direction="up")])
+    scores = score_arm(READINGS[:2], [_wanted(direction="down"), _wanted(direction="up")])
     assert (scores["shape"].right, scores["direction"].right, scores["all three"].right) == (2, 0, 0)
 
 
 def test_no_videos_and_too_few_captions() -> None:
     with pytest.raises(DataError, match="no videos"):
-        score([], [])
+        score_arm([], [])
     with pytest.raises(ValueError, match="shorter"):
-        score(READINGS, [_wanted()])
+        score_arm(READINGS, [_wanted()])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_derangement_moves_everything(count: int) -> None:
 
 def test_what_is_missed() -> None:
     good = {name: Fraction(200, 200) for name in ("colour", "shape", "direction", "all three")}
-    assert missed(good) == []
-    assert missed(good | {"shape": Fraction(170, 200)}) == []  # the target itself is enough
-    assert missed(good | {"shape": Fraction(169, 200)}) == ["shape 84.5%, the target is 85%"]
-    assert missed({name: Fraction(199, 199) for name in good}) == ["199 videos, at least 200 are asked for"]
+    assert missed_targets(good) == []
+    assert missed_targets(good | {"shape": Fraction(170, 200)}) == []  # the target itself is enough
+    assert missed_targets(good | {"shape": Fraction(169, 200)}) == ["shape 84.5%, the target is 85%"]
+    assert missed_targets({name: Fraction(199, 199) for name in good}) == ["199 videos, at least 200 are asked for"]
