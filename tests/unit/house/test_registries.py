@@ -36,11 +36,11 @@ CHOICES: dict[tuple[type[Section], str], Mapping[str, Any]] = {
 }
 # Words that switch a branch of one function, and build nothing.
 SWITCHES = {
-    "EngineConfig.precision", "ZeroConfig.communication_dtype", "WandbConfig.mode", "CheckpointConfig.on_failure", "CheckpointConfig.verify",
+    "EngineConfig.precision", "WandbConfig.mode", "CheckpointConfig.on_failure", "CheckpointConfig.verify",
     "CheckpointConfig.best_is", "SpikeConfig.action", "LatentStdConfig.action", "ConditioningConfig.kind",
     "ConditioningConfig.time", "AttentionConfig.pattern", "ModelConfig.linear_start", "DensityConfig.kind",
     "DiffusionConfig.path", "DiffusionConfig.target", "DiffusionConfig.weighting", "DiffusionConfig.sampler",
-    "FlowConfig.sampler",
+    "FlowConfig.sampler", "ZeroConfig.communication_dtype",
 }  # fmt: skip
 
 
