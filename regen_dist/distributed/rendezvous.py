@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from regen_dist.errors import BackendError
+from regen_dist.jsontext import json_text
 
 _MOST_NAMED = 8
 _READ_S = 30.0
@@ -34,7 +35,7 @@ def meet(rank: int, world_size: int, device: torch.device | None, problem: str, 
     """
     store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
-    store.set(f"device/{rank}", json.dumps(_own(device, problem)))
+    store.set(f"device/{rank}", json_text(_own(device, problem)))
     if rank == 0:
         keys = [f"device/{each}" for each in range(world_size)]
         store.wait(keys)

@@ -35,7 +35,7 @@ def gather(
     """
     from regen_dist.config import config_hash
     from regen_dist.config.identity import clips_per_rank
-    from regen_dist.models.memory import memory_bytes
+    from regen_dist.models.memory import host_bytes, memory_bytes
 
     per_gpu, train = clips_per_rank(config, world_size), config.train
     counted, shapes = _counted(config, video)
@@ -59,6 +59,7 @@ def gather(
         "memory_bytes_per_gpu": memory_bytes(
             counted, config.engine, world_size=world_size, clips_per_gpu=per_gpu, accumulation=train.accumulation
         ),
+        "host_memory_bytes_per_rank": host_bytes(counted.num_parameters, config.engine, world_size=world_size),
         **_costs(config, counted, world_size, assumed),
     }
 
@@ -123,7 +124,7 @@ def _account(model: ModelConfig, size: tuple[int, int], precision: Any, checkpoi
 
 def _costs(config: AnyRunConfig, counted: FlopReport, world_size: int, assumed: Assumptions | None) -> dict[str, Any]:
     from regen_dist.config.identity import clips_per_rank
-    from regen_dist.models.memory import Assumptions, Cost, exchanged_bytes, sent_bytes
+    from regen_dist.models.memory import Assumptions, Cost, exchanged_bytes, num_collectives, sent_bytes
 
     train, assumed = config.train, assumed or Assumptions()
     sent = sent_bytes(counted.parameter_sizes, config.engine, world_size=world_size, accumulation=train.accumulation)
@@ -141,6 +142,7 @@ def _costs(config: AnyRunConfig, counted: FlopReport, world_size: int, assumed: 
         sent_bytes=sum(sent.values()),
         steps=train.steps,
         assumed=assumed,
+        collectives=num_collectives(counted.parameter_sizes, config.engine, accumulation=train.accumulation),
     )
     return {"sent_bytes_per_gpu_and_step": sent, "assumptions": asdict(assumed), "cost": cost.facts()}
 
