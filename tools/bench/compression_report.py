@@ -409,7 +409,7 @@ def _cost_rows(facts: Facts) -> Iterator[list[str]]:
 def _tuning(facts: Facts) -> str:
     """How the learning rates were come by."""
     told = [f"{kind} {found['lr']:.2g}{_tried(found)}" for kind, found in facts["tuning"].items()]
-    return f"Learning rates: {'; '.join(told)}."
+    return "Learning rates:\n" + ";\n".join(told) + "."  # lines that a reader of the file can take in
 
 
 def _tried(found: Facts) -> str:
