@@ -136,8 +136,7 @@ def decode_with(model: Any, z: Tensor, is_video: bool) -> Tensor:
         return video.transpose(1, 2)
     timed = getattr(model.config, "timestep_conditioning", False)
     given = {"temb": torch.zeros(len(z), device=z.device, dtype=z.dtype)} if timed else {}
-    video = model.decode(z, **given).sample
-    return video
+    return model.decode(z, **given).sample  # type: ignore[no-any-return]
 
 
 def _load_diffusers(folder: Path) -> Any:

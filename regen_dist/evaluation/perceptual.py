@@ -262,7 +262,8 @@ def _transformers_features(folder: Path, video: bool) -> GivenNetwork:
         flat = (flat / 255 - mean) / std
         made = model(pixel_values=flat.unflatten(0, (len(pixels), -1)) if video else flat)
         pooled = getattr(made, "pooler_output", None)
-        return (made.last_hidden_state.mean(1) if pooled is None else pooled).float()  # type: ignore[no-any-return]
+        features: Tensor = made.last_hidden_state.mean(1) if pooled is None else pooled
+        return features.float()
 
     return GivenNetwork(features, _named(folder, files), frames)
 
@@ -292,5 +293,5 @@ def _named(path: Path, files: list[Path]) -> str:
 def segments(frames: list[Frame], length: int) -> Tensor:
     """Whole segments of `length` frames, one after the other: float [N, 3, T, H, W] in [0, 255]."""
     whole = len(frames) // length
-    pixels = torch.from_numpy(np.stack(frames[: whole * length])).unflatten(0, (whole, length))
+    pixels: Tensor = torch.from_numpy(np.stack(frames[: whole * length])).unflatten(0, (whole, length))
     return pixels.permute(0, 4, 1, 2, 3).float()

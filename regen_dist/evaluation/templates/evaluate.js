@@ -110,8 +110,9 @@ function draw() {
   const values = lines.flat();
   if (!values.length) return;
   let low = Math.min(...values), high = Math.max(...values);
+  if (key === "psnr_db") high = Math.min(high, Math.max(60, low + 1));  // equal frames count as 100 dB
   if (high === low) { high += 1; low -= 1; }
-  const up = (value) => BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low);
+  const up = (value) => BOTTOM - (BOTTOM - TOP) * (Math.min(value, high) - low) / (high - low);
   for (let step = 0; step <= 4; step++) {
     const value = low + (high - low) * step / 4, y = up(value);
     chart.append(svg("line", { x1: LEFT, x2: RIGHT, y1: y, y2: y, stroke: "var(--line)" }));
