@@ -114,15 +114,15 @@ class Companion:
         elif applied:
             self.skipped += 1
             if self.skipped == 1:
-                warn(f"the discriminator's gradients were not finite (norm {norm}); its update was skipped, as others will be")
+                warn(
+                    f"the discriminator's update was skipped, as later ones will be: its gradients have the norm {norm}"
+                )
         self._optimizer.zero_grad(set_to_none=True)
 
     def pieces(self) -> dict[str, Tensor]:
         """This rank's share of everything that a checkpoint must hold: views."""
         world_size, rank = self._ranks.world_size, self._ranks.rank
-        return {
-            name: whole[slice(*chunk(len(whole), world_size, rank))] for name, whole in self._wholes().items()
-        }
+        return {name: whole[slice(*chunk(len(whole), world_size, rank))] for name, whole in self._wholes().items()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides: plain values, which JSON gives back bit for bit."""

@@ -49,10 +49,8 @@ def generator_loss(kind: str, fake: Tensor) -> Tensor:
 
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
     """The discriminator's loss of each pair of source and reconstruction, [B], from their logits."""
-    if kind == "hinge":
-        losses = F.relu(1 - real) + F.relu(1 + fake)
-    else:
-        losses = F.softplus(-real) + F.softplus(fake)
+    hinge = kind == "hinge"
+    losses = F.relu(1 - real) + F.relu(1 + fake) if hinge else F.softplus(-real) + F.softplus(fake)
     return losses.mean((1, 2, 3, 4))
 
 

@@ -108,8 +108,8 @@ def load_perceptual(
         ) from error
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise ConfigError(
-            f"{where} has the SHA-256 {found}, train.losses.perceptual.sha256 is {sha256}; restore the file, or correct "
-            "the checksum"
+            f"{where} has the SHA-256 {found}, train.losses.perceptual.sha256 is {sha256}; restore the file, or "
+            "correct the checksum"
         )
     try:
         tensors = load(data)
@@ -142,7 +142,8 @@ def _read(tensors: dict[str, Tensor]) -> tuple[list[_Layer], list[Tensor], str]:
         gap = numbers[place + 1] - number if place + 1 < len(numbers) else 0
         if problem := _layer_problem(number, weight, bias, channels, gap):
             return [], [], problem
-        assert weight is not None and bias is not None, "what _layer_problem refuses"
+        assert weight is not None, "what _layer_problem refuses"
+        assert bias is not None, "as the weight"
         layers.append(_Layer(weight.float(), bias.float(), ends_stage=gap != 2))
         channels = len(bias)
     widths = [len(layer.bias) for layer in layers if layer.ends_stage]
@@ -164,9 +165,11 @@ def _layer_problem(number: int, weight: Tensor | None, bias: Tensor | None, chan
     square = weight.ndim == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2 == 1
     if not square or weight.shape[1] != channels or bias.shape != weight.shape[:1]:
         return (
-            f"features.{number}.weight is {list(weight.shape)} with bias {list(bias.shape)}; expected [out, {channels}, "
-            "side, side] with an odd side, and [out]"
+            f"features.{number}.weight is {list(weight.shape)} with bias {list(bias.shape)}; expected "
+            f"[out, {channels}, side, side] with an odd side, and [out]"
         )
     if gap not in (0, 2, 3):
-        return f"features.{number} is followed by a convolution {gap} numbers on; 2 (ReLU) or 3 (ReLU, pooling) expected"
+        return (
+            f"features.{number} is followed by a convolution {gap} numbers on; 2 (ReLU) or 3 (ReLU, pooling) expected"
+        )
     return ""

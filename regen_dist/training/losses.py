@@ -74,9 +74,7 @@ class ExtraLosses:
             figures["adversarial"] = fooled.detach().mean()
         return loss._replace(figures=figures, extra=extra)
 
-    def _perceptual(
-        self, network: PerceptualNetwork, source: Tensor, made: Tensor, ids: Tensor, step: int
-    ) -> Tensor:
+    def _perceptual(self, network: PerceptualNetwork, source: Tensor, made: Tensor, ids: Tensor, step: int) -> Tensor:
         """The mean distance of each sample's frames, [B]."""
         wanted = self._losses.perceptual.frames
         if wanted is not None and wanted < source.shape[2]:
