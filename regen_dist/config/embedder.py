@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from regen_dist.config.losses import EmbedderTrainConfig
 from regen_dist.config.run import (
     SPATIAL_COMPRESSION,
     CheckpointConfig,
@@ -208,6 +209,18 @@ class RunConfig(CommonConfig):
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
+    train: EmbedderTrainConfig
+
+    @model_validator(mode="after")
+    def _noise_predictions_need_signal(self) -> RunConfig:
+        losses = self.train.losses
+        if self.model.kind == "regen" and self.diffusion.target == "eps" and losses.any and losses.signal_floor > 0:
+            raise ValueError(
+                f"train.losses.signal_floor {losses.signal_floor:g}: the pixels of a noise prediction "
+                "(diffusion.target=eps) diverge near pure noise, where the floor would count them; set "
+                "train.losses.signal_floor=0, or use target 'x0' or 'velocity'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _what_is_fitted_is_whole(self) -> RunConfig:

@@ -42,6 +42,7 @@ class NoiseStream(IntEnum):
     TEXT = 5
     FRAMES = 6
     GIVEN = 7
+    PERCEPTUAL = 8
 
 
 def philox(

@@ -41,6 +41,7 @@ SWITCHES = {
     "ConditioningConfig.time", "AttentionConfig.pattern", "ModelConfig.linear_start", "DensityConfig.kind",
     "DiffusionConfig.path", "DiffusionConfig.target", "DiffusionConfig.weighting", "DiffusionConfig.sampler",
     "FlowConfig.sampler", "ZeroConfig.communication_dtype",
+    "FlowConfig.sampler", "AdversarialConfig.loss", "AdversarialConfig.regularisation",
 }  # fmt: skip
 
 
