@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cluster import load_cluster
-from launcher.pipelines.schema import load_pipeline
+from launcher.pipelines.schema import load_pipeline, with_inputs
+from launcher.submit import command_order
 from regen_dist.config import load_config
 from tools.cli import app
 
@@ -27,6 +28,18 @@ def test_presets_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     own.parent.mkdir(parents=True)
     own.write_text(f"extends: {ROOT}/configs/demo/embedder.yaml\nname: mine\n")
     assert (demo.name != "mine", load_config("configs/demo/embedder.yaml").name) == (True, "mine")
+
+
+def test_inputs_of_a_pipeline_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As configs are; the user's own file comes first, and another content is another step."""
+    preset = Path("configs/preencode/nano.yaml")
+    order = command_order("job", tmp_path, ["config"], load_cluster("local"), "local")
+    monkeypatch.chdir(tmp_path)
+    ours = with_inputs(order, [preset]).fingerprint
+    assert ours == with_inputs(order, [ROOT / preset]).fingerprint != order.fingerprint
+    preset.parent.mkdir(parents=True)
+    preset.write_text(f"extends: {ROOT}/{preset}\nstride: 7\n")
+    assert with_inputs(order, [preset]).fingerprint != ours
 
 
 def test_completion_is_offered() -> None:
