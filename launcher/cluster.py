@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from regen_dist.config.files import load_section
 from regen_dist.config.run import PositiveFloat, PositiveInt, Section
+from regen_dist.config.urls import expand_home
 from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import ConfigError
 
@@ -67,6 +68,11 @@ class ClusterConfig(Section):
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    @field_validator("shared")
+    @classmethod
+    def _home_is_expanded(cls, shared: Path | None) -> Path | None:
+        return None if shared is None else Path(expand_home(str(shared)))
 
     @field_validator("environment")
     @classmethod

@@ -16,9 +16,9 @@ from launcher.job import JobTask
 from launcher.submit import SubmissionRequest
 from regen_dist.checks.data import READING
 from regen_dist.checks.findings import side_by_side
-from regen_dist.config.files import compose, load_section
-from regen_dist.config.run import PositiveInt, Section
-from regen_dist.config.urls import parse_url
+from regen_dist.config.files import compose, find_preset, load_section
+from regen_dist.config.run import HomePath, PositiveInt, Section
+from regen_dist.config.urls import checked_url, expand_home, parse_url
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import ConfigError, ObjectMissing
 from regen_dist.jsontext import json_text
@@ -108,11 +108,21 @@ class Step(Section):
             [str(each) if isinstance(each, plain) else each for each in values] if isinstance(values, list) else values
         )
 
+    @field_validator("command", "train", "inputs")
+    @classmethod
+    def _homes_are_expanded(cls, value: Any) -> Any:
+        """As the shell does before a word that a user types; a pipeline's words pass through none."""
+        if isinstance(value, Path):
+            return Path(expand_home(str(value)))
+        if isinstance(value, tuple):
+            return tuple(type(each)(expand_home(str(each))) if str(each).startswith("~/") else each for each in value)
+        return value
+
     @field_validator("outputs")
     @classmethod
     def _outputs_are_places(cls, outputs: tuple[str, ...]) -> tuple[str, ...]:
         for each in outputs:
-            parse_url(each)
+            checked_url(each)
         return outputs
 
     @model_validator(mode="after")
@@ -132,7 +142,7 @@ class Pipeline(Section):
     """Steps by their names. Commands keep their traces in OUTPUT/NAME/STEP; a training in its run folder."""
 
     name: Annotated[str, Field(pattern=NAME)]
-    output: str = "runs"
+    output: HomePath = "runs"
     variables: dict[str, str | int | float] = Field(default_factory=dict)  # for ${variables.NAME} elsewhere in the file
     steps: Annotated[dict[Annotated[str, Field(pattern=NAME)], Step], Field(min_length=1)]
 
@@ -176,6 +186,7 @@ def with_inputs(order: SubmissionRequest, inputs: Sequence[Path]) -> SubmissionR
     Raises:
         ConfigError: one of them is not there.
     """
+    inputs = [find_preset(path) for path in inputs]
     if missing := [str(path) for path in inputs if not path.is_file()]:
         raise ConfigError(
             f"inputs: no file {', '.join(missing)}; name what is there before the pipeline runs (what an earlier step "

@@ -43,7 +43,9 @@ def test_frames_are_those_that_are_pinned(tmp_path: Path) -> None:
     assert (video.num_frames, video.height, video.width) == (5, 24, 32)
     assert all(np.array_equal(frame, whole[7 + n][12:36, 16:48]) for n, frame in enumerate(frames))
     assert video.timestamps.tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-    assert video.sha256() == PinnedVideo(path, Protocol(frames=5, crop=(24, 32)), ListedVideo(video="n", first=7)).sha256()
+    assert (
+        video.sha256() == PinnedVideo(path, Protocol(frames=5, crop=(24, 32)), ListedVideo(video="n", first=7)).sha256()
+    )
     assert video.sha256() != PinnedVideo(path, Protocol(frames=5, crop=(24, 32))).sha256()
 
 

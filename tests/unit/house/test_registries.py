@@ -40,8 +40,7 @@ SWITCHES = {
     "CheckpointConfig.best_is", "SpikeConfig.action", "LatentStdConfig.action", "ConditioningConfig.kind",
     "ConditioningConfig.time", "AttentionConfig.pattern", "ModelConfig.linear_start", "DensityConfig.kind",
     "DiffusionConfig.path", "DiffusionConfig.target", "DiffusionConfig.weighting", "DiffusionConfig.sampler",
-    "FlowConfig.sampler", "ZeroConfig.communication_dtype",
-    "FlowConfig.sampler", "AdversarialConfig.loss", "AdversarialConfig.regularisation",
+    "AdversarialConfig.loss", "AdversarialConfig.regularisation",
 }  # fmt: skip
 
 

@@ -53,7 +53,8 @@ def _settings(name: str, network: Path) -> dict[str, Any]:
         "lecam": {**ADVERSARIAL, "train__losses__adversarial__regularisation_weight": 1.0},
         "non_saturating_r1": {
             **ADVERSARIAL, "train__losses__adversarial__loss": "non_saturating",
-            "train__losses__adversarial__regularisation": "r1", "train__losses__adversarial__regularisation_weight": 10.0,
+            "train__losses__adversarial__regularisation": "r1",
+            "train__losses__adversarial__regularisation_weight": 10.0,
         },
         "both": {**ADVERSARIAL, "train__losses__perceptual": perceptual},
     }[name]  # fmt: skip
