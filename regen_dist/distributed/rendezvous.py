@@ -70,7 +70,7 @@ def _joined(rank: int, world_size: int) -> Store:
     try:
         _wait_for_server(rank, end)
         left = timedelta(seconds=max(end - time.monotonic(), 1.0))
-        store, *_ = next(rendezvous("env://", rank, world_size, timeout=left))
+        store: Store = next(rendezvous("env://", rank, world_size, timeout=left))[0]
     except (RuntimeError, ValueError, OSError) as error:  # of c10d; of a missing variable; of the network
         reason = str(error).strip().partition("\n")[0]
         raise RegenError(f"{where} did not meet the others ({reason}): {left_over_advice(os.environ)}") from error

@@ -179,7 +179,7 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
         rebuild_request(members, None, ["nodez=1"])
 
     handed: list[Submission] = []
-    monkeypatch.setattr("launcher.jobs.stop.hand_over", lambda job: handed.append(job) or job)
+    monkeypatch.setattr("launcher.jobs.stop.submit_to_slurm", lambda job: handed.append(job) or job)
     assert resubmit(job, fewer).code == job.code
     fresh = resubmit(job, fewer, new_code=True)
     assert fresh.code != job.code
