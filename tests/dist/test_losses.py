@@ -19,7 +19,8 @@ from tests.helpers.tiny import tiny_dataset, tiny_run
 pytestmark = pytest.mark.timeout(1200)
 
 STEPS, STOP, START = 8, 4, 2
-FP32, ELASTIC = 1e-4, 1e-3  # logits are of order 1 and move fast: measured 1e-6 and 2e-6 on figures
+FP32, ELASTIC = 1e-4, 1e-3
+MEAN, MOST = 1e-5, 5e-3
 FIGURES = ("loss", "perceptual", "adversarial", "discriminator", "logit_real", "logit_fake")
 
 
@@ -66,16 +67,25 @@ def _figures(run: Path) -> torch.Tensor:
     return found
 
 
+def _assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """On average by far closer than one step of AdamW (its rate is 1e-3), and nowhere further than a few: where a
+    gradient is nearly zero, AdamW makes whole steps of its rounding."""
+    for key, tensor in one.items():
+        away = (tensor - other[key]).abs()
+        print("MEASURED", key, float(away.mean()), float(away.max()))
+        assert away.mean() < MEAN, key
+        assert away.max() < MOST, key
+
+
 @pytest.mark.parametrize(("two", "one"), [("two", "one"), ("two_baseline", "one_baseline")])
 def test_two_ranks_and_one_process_compute_the_same(runs: Path, two: str, one: str) -> None:
     """Losses, logits, the discriminator's weights and the averages of its logits; and they move by more than the
     tolerance."""
+    print("MEASURED figures", (_figures(runs / two) - _figures(runs / one))[START:].abs().max(0).values)
     torch.testing.assert_close(_figures(runs / two), _figures(runs / one), rtol=0, atol=FP32, equal_nan=True)
     (several, first), (single, second) = (saved_tensors(runs / name, STEPS) for name in (two, one))
     assert several.keys() == single.keys()
-    for key in several:
-        if key.startswith(("discriminator/", "master/")):
-            torch.testing.assert_close(several[key], single[key], rtol=0, atol=ELASTIC, msg=lambda text, key=key: key + text)
+    _assert_close({key: several[key] for key in several if key.startswith(("discriminator/", "master/"))}, single)
     counted, expected = first.state["companion"], second.state["companion"]
     assert counted["num_updates"] == expected["num_updates"] == STEPS - START
     assert counted["averages"] == pytest.approx(expected["averages"], abs=FP32)
@@ -92,9 +102,8 @@ def test_resuming_is_bit_exact_at_the_same_ranks(runs: Path) -> None:
 
 def test_two_ranks_resume_as_one(runs: Path) -> None:
     """The discriminator was saved in two halves, and goes on whole."""
+    print("MEASURED figures", (_figures(runs / "elastic") - _figures(runs / "two"))[START:].abs().max(0).values)
     torch.testing.assert_close(_figures(runs / "elastic"), _figures(runs / "two"), rtol=0, atol=ELASTIC, equal_nan=True)
     (one, first), (two, second) = (saved_tensors(runs / name, STEPS) for name in ("two", "elastic"))
-    for key in one:
-        if key.startswith("discriminator"):
-            torch.testing.assert_close(one[key], two[key], rtol=0, atol=ELASTIC, msg=lambda text, key=key: key + text)
+    _assert_close({key: one[key] for key in one if key.startswith("discriminator")}, two)
     assert (first.world_size, second.world_size) == (2, 1)
