@@ -59,7 +59,8 @@ def _settings(name: str, network: Path) -> dict[str, Any]:
         "lecam": {**ADVERSARIAL, "train__losses__adversarial__regularisation_weight": 1.0},
         "non_saturating_r1": {
             **ADVERSARIAL, "train__losses__adversarial__loss": "non_saturating",
-            "train__losses__adversarial__regularisation": "r1", "train__losses__adversarial__regularisation_weight": 10.0,
+            "train__losses__adversarial__regularisation": "r1",
+            "train__losses__adversarial__regularisation_weight": 10.0,
         },
         "both": {**ADVERSARIAL, "train__losses__perceptual": perceptual},
     }[name]  # fmt: skip
@@ -303,7 +304,8 @@ def test_describe_counts_what_the_terms_hold(network: Path) -> None:
     one micro-batch is within a tenth of the estimate for the discriminator, and within a half for the perceptual
     network."""
     config = tiny_run(**_settings("both", network), data__size=[16, 24])
-    plain, found = (gather(each, world_size=1)["memory_bytes_per_gpu"] for each in (tiny_run(data__size=[16, 24]), config))
+    without = tiny_run(data__size=[16, 24])
+    plain, found = (gather(each, world_size=1)["memory_bytes_per_gpu"] for each in (without, config))
     added = {name: size for name, size in found.items() if name not in plain}
     assert {name: size for name, size in found.items() if name in plain} == plain
     companion = _made()
