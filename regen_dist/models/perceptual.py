@@ -57,7 +57,7 @@ class PerceptualNetwork:
     @property
     def least_side(self) -> int:
         """Pixels that each side of an image must have: a pooling halves it, rounding down."""
-        return 2 ** (len(self._channel_weights) - 1)
+        return 1 << (len(self._channel_weights) - 1)
 
     @property
     def num_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.identity import own_run_id
@@ -208,7 +208,7 @@ class RunCheckpoints:
         self._saver.settle(_CLOSE_S)
 
     def _manifest(self, progress: Progress) -> CheckpointManifest:
-        state = {"num_updates": self._engine.num_updates, "data_shift": progress.data_shift}
+        state: dict[str, Any] = {"num_updates": self._engine.num_updates, "data_shift": progress.data_shift}
         if self._engine.companion is not None:  # its shapes lie here: an export takes those of the model
             state["companion"] = self._engine.companion.state()
         return CheckpointManifest(
