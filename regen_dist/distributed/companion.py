@@ -8,7 +8,7 @@ share samples have the same gradients, and the mean over all ranks is that over 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite, prod
+from math import isfinite
 from typing import Any
 
 import torch
@@ -184,10 +184,3 @@ class Companion:
         self.num_updates += 1
         before = self.averages or found
         self.averages = LogitAverages(*(_DECAY * a + (1 - _DECAY) * b for a, b in zip(before, found, strict=True)))
-
-
-def companion_bytes(config: AdversarialConfig) -> int:
-    """Bytes on every rank: weights, gradients, moments, and the flat gradients of the update."""
-    with torch.device("meta"):
-        module = PatchDiscriminator(config)
-    return (3 + len(MOMENTS)) * 4 * sum(prod(param.shape) for param in module.parameters())

@@ -48,8 +48,7 @@ def _discriminator(config: AdversarialConfig, clip: tuple[int, int, int, int]) -
 
 
 def _perceptual(losses: LossesConfig, clip: tuple[int, int, int, int]) -> tuple[int, int]:
-    """Bytes of its weights, and what the frames of one clip keep: each layer's output before and behind its ReLU, of
-    the made frames; features of the sources are less than the difference to what is really kept."""
+    """Bytes of its weights, and what the compared frames of one clip keep."""
     settings = losses.perceptual
     assert settings.network is not None, "what the config refuses"
     network = load_perceptual(settings.network, torch.device("cpu"), sha256=settings.sha256)

@@ -57,12 +57,22 @@ class PerceptualNetwork:
     @property
     def least_side(self) -> int:
         """Pixels that each side of an image must have: a pooling halves it, rounding down."""
-        return 2 ** (len(self._channel_weights) - 1)
+        return 1 << (len(self._channel_weights) - 1)
 
     @property
     def num_bytes(self) -> int:
         """Of the weights."""
         return sum(4 * (layer.weight.numel() + layer.bias.numel()) for layer in self._layers)
+
+    def activation_bytes(self, height: int, width: int) -> int:
+        """That the backward pass of one image keeps, at most: of every layer the output of the convolution and of the
+        ReLU, and two more of what ends a stage, for its length."""
+        total = 0
+        for layer in self._layers:
+            total += (4 if layer.ends_stage else 2) * 4 * len(layer.bias) * height * width
+            if layer.ends_stage:
+                height, width = height // 2, width // 2
+        return total
 
     def distance(self, source: Tensor, made: Tensor) -> Tensor:
         """The distance of each pair of images [N, 3, H, W] in [-1, 1], [N]. Gradients go to `made` alone."""

@@ -19,7 +19,11 @@ from tests.helpers.tiny import tiny_dataset, tiny_run
 pytestmark = pytest.mark.timeout(1200)
 
 STEPS, STOP, START = 8, 4, 2
-FP32, ELASTIC = 1e-4, 1e-3  # logits are of order 1 and move fast: measured 1e-6 and 2e-6 on figures
+# The first updates of AdamW are whole steps, whatever the gradient's size: where it is nearly zero, its rounding
+# decides the sign. So the weights of the discriminator, and with them the logits, differ by more than sums in float32
+# do: at a rate of 1e-3 logits by 7e-4, weights by 1e-5 on average and by 1.2e-3 at most (measured), here by less.
+LR = 1e-4
+FIGURE, MEAN, MOST = 2e-4, 1e-5, 1e-3
 FIGURES = ("loss", "perceptual", "adversarial", "discriminator", "logit_real", "logit_fake")
 
 
@@ -31,6 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     common: dict[str, Any] = {
         "train__steps": STEPS, "train__accumulation": 2, "train__losses__adversarial__start_step": START,
         "train__losses__perceptual": {"weight": 0.1, "network": str(network), "frames": 2}, **ADVERSARIAL,
+        "train__losses__adversarial__lr": LR,
     }  # fmt: skip
     zero3: dict[str, Any] = {"engine__kind": "zero3", "engine__persistence_threshold": 500}
 
@@ -66,21 +71,27 @@ def _figures(run: Path) -> torch.Tensor:
     return found
 
 
+def _assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """On average by far closer than one step of AdamW, and nowhere further than a few."""
+    for key, tensor in one.items():
+        away = (tensor - other[key]).abs()
+        assert away.mean() < MEAN, key
+        assert away.max() < MOST, key
+
+
 @pytest.mark.parametrize(("two", "one"), [("two", "one"), ("two_baseline", "one_baseline")])
 def test_two_ranks_and_one_process_compute_the_same(runs: Path, two: str, one: str) -> None:
     """Losses, logits, the discriminator's weights and the averages of its logits; and they move by more than the
     tolerance."""
-    torch.testing.assert_close(_figures(runs / two), _figures(runs / one), rtol=0, atol=FP32, equal_nan=True)
+    torch.testing.assert_close(_figures(runs / two), _figures(runs / one), rtol=0, atol=FIGURE, equal_nan=True)
     (several, first), (single, second) = (saved_tensors(runs / name, STEPS) for name in (two, one))
     assert several.keys() == single.keys()
-    for key in several:
-        if key.startswith(("discriminator/", "master/")):
-            torch.testing.assert_close(several[key], single[key], rtol=0, atol=ELASTIC, msg=lambda text, key=key: key + text)
+    _assert_close({key: several[key] for key in several if key.startswith(("discriminator/", "master/"))}, single)
     counted, expected = first.state["companion"], second.state["companion"]
     assert counted["num_updates"] == expected["num_updates"] == STEPS - START
-    assert counted["averages"] == pytest.approx(expected["averages"], abs=FP32)
+    assert counted["averages"] == pytest.approx(expected["averages"], abs=FIGURE)
     moved = _figures(runs / one)[START:].diff(dim=0).abs().median(0).values
-    assert (moved > 2 * FP32).all()
+    assert (moved > 2 * FIGURE).all()
 
 
 def test_resuming_is_bit_exact_at_the_same_ranks(runs: Path) -> None:
@@ -92,9 +103,7 @@ def test_resuming_is_bit_exact_at_the_same_ranks(runs: Path) -> None:
 
 def test_two_ranks_resume_as_one(runs: Path) -> None:
     """The discriminator was saved in two halves, and goes on whole."""
-    torch.testing.assert_close(_figures(runs / "elastic"), _figures(runs / "two"), rtol=0, atol=ELASTIC, equal_nan=True)
+    torch.testing.assert_close(_figures(runs / "elastic"), _figures(runs / "two"), rtol=0, atol=FIGURE, equal_nan=True)
     (one, first), (two, second) = (saved_tensors(runs / name, STEPS) for name in ("two", "elastic"))
-    for key in one:
-        if key.startswith("discriminator"):
-            torch.testing.assert_close(one[key], two[key], rtol=0, atol=ELASTIC, msg=lambda text, key=key: key + text)
+    _assert_close({key: one[key] for key in one if key.startswith("discriminator")}, two)
     assert (first.world_size, second.world_size) == (2, 1)

@@ -58,10 +58,26 @@ def gather(
         "training_flops_per_step": counted.num_training_flops * train.batch_global,
         "memory_bytes_per_gpu": memory_bytes(
             counted, config.engine, world_size=world_size, clips_per_gpu=per_gpu, accumulation=train.accumulation
-        ),
+        )
+        | _loss_memory(config, counted, per_gpu),
         "host_memory_bytes_per_rank": host_bytes(counted.num_parameters, config.engine, world_size=world_size),
         **_costs(config, counted, world_size, assumed),
     }
+
+
+def _loss_memory(config: AnyRunConfig, counted: FlopReport, clips_per_gpu: int) -> dict[str, int]:
+    """Bytes per GPU of the networks of `train.losses`; none where they are off."""
+    from regen_dist.config import T2VConfig
+
+    if isinstance(config, T2VConfig) or not config.train.losses.any:
+        return {}
+    from regen_dist.models.flops import ClipFlops
+    from regen_dist.models.loss_memory import loss_memory_bytes
+
+    assert isinstance(counted, ClipFlops), "what a clip was counted as"
+    channels, frames, height, width = counted.clip_shape
+    decoded = frames if config.model.kind == "magvit2" else min(config.diffusion.train_frames or frames, frames)
+    return loss_memory_bytes(config.train.losses, (channels, decoded, height, width), clips_per_gpu)
 
 
 def with_clips_per_gpu(config: Config, world_size: int, clips: int) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,23 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from regen_dist.checks.findings import Target
+from regen_dist.checks.losses import losses
+from regen_dist.checks.run import CHECKS
 from regen_dist.config import config_hash, load_saved_config, save_config
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.distributed.companion import Companion, build_companion
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError
-from regen_dist.models.discriminator import PatchDiscriminator, r1_penalty
+from regen_dist.models.discriminator import PatchDiscriminator, discriminator_loss, r1_penalty
+from regen_dist.models.perceptual import load_perceptual
 from regen_dist.training.registry import build_task
 from regen_dist.training.run import train
 from tests.helpers.adversarial import ADVERSARIAL, saved_tensors
-from tests.helpers.perceptual import write_vgg
+from tests.helpers.perceptual import vgg_tensors, write_vgg
 from tests.helpers.tiny import tiny_dataset, tiny_run, wake
+from tools.describe import gather
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([5, 17, 2**40, 3])
@@ -162,7 +168,7 @@ def test_signal_weighs_the_terms() -> None:
     extras = []
     for floor in (0.0, 0.25, 1.0):
         task, engine = _task(**pure, train__losses__signal_floor=floor)
-        extras.append(float(task.loss(engine, _batch(), 7).extra))
+        extras.append(task.loss(engine, _batch(), 7).extra.item())
     assert extras[0] == 0
     assert extras[1] == pytest.approx(0.25 * extras[2])
     assert extras[2] != 0
@@ -217,8 +223,6 @@ def _made(**changes: Any) -> Companion:
 
 def test_the_discriminator_learns() -> None:
     """To tell noise from its blurred self, in 40 updates; its logits' averages follow."""
-    from regen_dist.models.discriminator import discriminator_loss
-
     companion, losses = _made(train__losses__adversarial__lr=2e-3), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
@@ -293,3 +297,55 @@ def test_a_run_takes_the_term_up_and_gives_it_up(tmp_path: Path, data: Path) -> 
     tensors, manifest = saved_tensors(tmp_path / "tiny", 6)
     assert "companion" not in manifest.state
     assert not any(key.startswith("discriminator") for key in tensors)
+
+
+def test_describe_counts_what_the_terms_hold(network: Path) -> None:
+    """The states' bytes are those of the tensors there are; of activations, what autograd really keeps in the passes of
+    one micro-batch is within a tenth of the estimate for the discriminator, and within a half for the perceptual
+    network."""
+    config = tiny_run(**_settings("both", network), data__size=[16, 24])
+    without = tiny_run(data__size=[16, 24])
+    plain, found = (gather(each, world_size=1)["memory_bytes_per_gpu"] for each in (without, config))
+    added = {name: size for name, size in found.items() if name not in plain}
+    assert {name: size for name, size in found.items() if name in plain} == plain
+    companion = _made()
+    held = sum(piece.numel() * 4 for piece in companion.pieces().values())
+    assert added["discriminator (fp32, on every GPU)"] == held * 5 / 3  # weights and moments, and gradients twice
+    video = torch.rand(4, 3, 5, 16, 24, requires_grad=True)
+    passes = _kept(lambda: [companion.module(video), companion.module(video.clone())], companion.module.parameters())
+    assert added["activations of the discriminator"] == pytest.approx(passes, rel=0.1)
+    images = torch.rand(8, 3, 16, 24, requires_grad=True)
+    perceptual = load_perceptual(str(network), CPU)
+    weights = sum(4 * x.numel() for name, x in vgg_tensors().items() if name.startswith("features"))
+    assert added["perceptual network (fp32, on every GPU)"] == weights
+    kept = _kept(lambda: perceptual.distance(images.detach(), images), [])
+    assert 0.5 * added["activations of the perceptual network"] < kept
+    assert kept < 1.5 * added["activations of the perceptual network"]
+
+
+def _kept(forward: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for a backward pass, weights apart."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = forward()
+    for weight in weights:
+        storages.pop(weight.untyped_storage().data_ptr(), None)
+    del output
+    return sum(storages.values())
+
+
+def test_check_names_a_network_that_cannot_be_used(tmp_path: Path, network: Path) -> None:
+    """`regen check` says before the job what the run would refuse at its start."""
+    missing = tiny_run(train__losses__perceptual={"weight": 0.1, "network": str(tmp_path / "none.safetensors")})
+    (found,) = losses(missing, Target())
+    assert (found.level, found.key) == ("error", "train.losses.perceptual.network")
+    assert "cannot be read" in found.message
+    assert not list(losses(missing, Target(produced=[str(tmp_path / "none.safetensors")])))
+    assert not list(losses(tiny_run(**_settings("both", network)), Target()))
+    assert not list(losses(tiny_run(), Target()))
+    assert losses in CHECKS
