@@ -1,4 +1,4 @@
-"""`regen evaluate` from videos to the page: a run, an autoencoder of diffusers, trivial decoders, networks of the user."""
+"""`regen evaluate` from videos to the page: a run, a diffusers autoencoder, trivial decoders, networks of the user."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tools.cli import app
 diffusers = pytest.importorskip("diffusers")
 FRAMES, HEIGHT, WIDTH = 9, 48, 64
 WAN = {
-    "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True],
-    "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
+    "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
 }  # fmt: skip
 
 
@@ -152,9 +152,10 @@ def test_a_diffusers_autoencoder_decodes_as_by_itself(place: Path) -> None:
     with torch.no_grad():
         expected = codec.model.decode(codec.model.encode(clip).latent_dist.mode()).sample.clamp(-1, 1)
     assert torch.equal(found, expected)
-    with pytest.raises(DataError, match="n r \\+ 1 frames"):
-        short = DiffusersCodec(place / "wan", 7)
-        short.decode_windows([Window(short.encode(torch.zeros(1, 3, 7, 48, 64)), 0.0, 7)], torch.arange(7.0))
+    other = DiffusersCodec(place / "wan", 7)
+    window = Window(other.encode(torch.zeros(1, 3, 7, 48, 64)), 0.0, 7)
+    with pytest.raises(DataError, match=r"n r \+ 1 frames"):
+        other.decode_windows([window], torch.arange(7.0))
 
 
 def test_models_that_are_not_there_or_have_one_name_are_refused(place: Path) -> None:
