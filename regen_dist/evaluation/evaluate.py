@@ -24,7 +24,7 @@ from torch import Tensor
 from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import DataError
 from regen_dist.evaluation.evaluated_models import EvaluatedModel
-from regen_dist.evaluation.metrics import Options, Pair, Passage, VideoMeter, measure, psnr_db
+from regen_dist.evaluation.metrics import Options, Pair, Passage, VideoMeter, measure, psnr_db, squared_error
 from regen_dist.evaluation.perceptual import (
     MS_SSIM_SIDE,
     GivenNetwork,
@@ -137,7 +137,7 @@ class _FrameMeasures:
         self.features.setdefault(name, []).append(features.cpu())
 
     def _remember_worst(self, pair: Pair) -> None:
-        error = float(np.mean((pair.source.astype(np.float32) - pair.decoded) ** 2))
+        error = squared_error(pair.source, pair.decoded)
         stretch = pair.index // _STRETCH
         if stretch not in self.worst or error > self.worst[stretch][0]:
             self.worst[stretch] = (error, pair)

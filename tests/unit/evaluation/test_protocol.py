@@ -38,15 +38,14 @@ def test_frames_are_those_that_are_pinned(tmp_path: Path) -> None:
     path = tmp_path / "numbered.mp4"
     write_video(path, numbered_frames(20, 48, 64), 10, crf=0)
     whole = list(SourceVideo(path).frames())
-    video = PinnedVideo(path, Protocol(frames=5, crop=(24, 32)), ListedVideo(video="numbered", first=7))
+    protocol, listed = Protocol(frames=5, crop=(24, 32)), ListedVideo(video="numbered", first=7)
+    video = PinnedVideo(path, protocol, listed)
     frames = list(video.frames())
     assert (video.num_frames, video.height, video.width) == (5, 24, 32)
     assert all(np.array_equal(frame, whole[7 + n][12:36, 16:48]) for n, frame in enumerate(frames))
     assert video.timestamps.tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-    assert (
-        video.sha256() == PinnedVideo(path, Protocol(frames=5, crop=(24, 32)), ListedVideo(video="n", first=7)).sha256()
-    )
-    assert video.sha256() != PinnedVideo(path, Protocol(frames=5, crop=(24, 32))).sha256()
+    assert video.sha256() == PinnedVideo(path, protocol, listed).sha256()
+    assert video.sha256() != PinnedVideo(path, protocol).sha256()
 
 
 def test_a_folder_is_taken_in_order_of_name_and_a_list_in_its_own(folder: Path) -> None:
