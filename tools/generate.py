@@ -19,8 +19,10 @@ from tools.shards.progress import parse_task, stopping_cleanly
 
 if TYPE_CHECKING:
     from regen_dist.inference.generate import Generated, GenerationSettings, Prompt
-    from regen_dist.inference.given_media import GivenMedia
+    from regen_dist.inference.given_media import GivenImage, GivenMedia
     from regen_dist.inference.sampler import TextToVideoModel
+
+    Given = GivenMedia | dict[int, GivenImage]
 
 
 class FileLayout(StrEnum):
@@ -47,7 +49,10 @@ def generate(
     ),
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Picture that every video begins with; scaled to cover the size, and cropped.")
+        Path | None,
+        typer.Option(
+            help="Picture that videos begin with, or a folder of one a prompt (00000.png, …); covers the size, cropped."
+        ),
     ] = None,
     continued: Annotated[
         Path | None, typer.Option("--continue", help="Video that every video continues; --frames are added to it.")
@@ -140,16 +145,16 @@ def _prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
 
 def _media(
     model: TextToVideoModel, image: Path | None, continued: Path | None, sides: tuple[int, int] | None
-) -> tuple[GivenMedia | None, int | None]:
+) -> tuple[Given | None, int | None]:
     """What is given, and how many frames a row that the model was trained on has room for beside given clips (None: as
     ever)."""
     from regen_dist.inference.generate import longest_row, resolve_settings, size_for
-    from regen_dist.inference.given_media import read_image, read_video
+    from regen_dist.inference.given_media import read_image, read_images, read_video
 
     resolve_settings(model, size=sides)  # refuses a size that cannot be
     size, space = sides or size_for(model.space), model.space
     if image is not None:
-        return read_image(image, size), None
+        return read_images(image, size) if image.is_dir() else read_image(image, size), None
     if continued is None:
         return None, None
     longest = longest_row(model)
@@ -157,12 +162,12 @@ def _media(
     return video, max(1, longest - video.clips) * space.num_frames
 
 
-def _note(model: TextToVideoModel, settings: GenerationSettings, media: GivenMedia | None) -> None:
+def _note(model: TextToVideoModel, settings: GenerationSettings, media: Given | None) -> None:
     """Say what a model was not trained for."""
     from regen_dist.inference.generate import clips_of, longest_row
     from regen_dist.inference.given_media import notes
 
-    flow, clips = model.config.diffusion, clips_of(settings, model.space, 0 if media is None else media.clips)
+    flow, clips = model.config.diffusion, clips_of(settings, model.space, getattr(media, "clips", 0))
     for note in notes(media, flow.given_content, flow.given_clips, clips, longest_row(model)):
         typer.echo(f"Note: {note}", err=True)
 

@@ -57,6 +57,9 @@ def score_shapes(
         found = judge_videos(request, out, progress)
     console = Console()
     console.print(_table(found))
+    for name, each in found.report["first_frames"].items():
+        frames = f"{each['psnr_db']:.2f} dB, the embedder's {each['embedder_psnr_db']:.2f} dB"
+        console.print(f"{name}: first frame given, {frames}; direction {each['direction']:.1%}", markup=False)
     for name, reason in found.report["not_made"].items():
         console.print(f"{name}: not made, {reason}", highlight=False, markup=False)
     console.print(f"Written: {out / SCORES}, {found.page}", highlight=False, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ Legend: B rows, C channels, F latent frames (content, motion, content, motion, .
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,10 @@ class Given:
     clean: Tensor
     mask: Tensor
 
-    def expanded(self, batch: int) -> Given:
-        """One row as a batch of equal ones."""
-        return Given(self.clean.expand(batch, -1, -1, -1, -1), self.mask.expand(batch, -1))
+    @classmethod
+    def joined(cls, rows: Sequence[Given]) -> Given:
+        """Rows of one shape as a batch."""
+        return cls(torch.cat([row.clean for row in rows]), torch.cat([row.mask for row in rows]))
 
     def times(self, t: Tensor) -> Tensor:
         """Times [B] of rows as those of their frames, [B, F]: 0 for what is given."""

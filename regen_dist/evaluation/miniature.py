@@ -504,6 +504,71 @@ def _grid(attribute: str, confusion: Confusion) -> _Grid:
     return _Grid(attribute, columns, rows)
 
 
+# Videos that were generated from a given first frame: how near their own first frame is to it, beside what the
+# embedder makes of it, and whether they still move as their captions say.
+
+MOST_LOST_DB, LEAST_DIRECTION = 1.0, 0.85  # targets: of frame 0 against the embedder's own, and of motion
+
+
+def is_given(folder: Path, names: Sequence[str]) -> bool:
+    """Whether all these videos say that they were generated from an image."""
+    records = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    return bool(records) and all((record.get("given") or {}).get("kind") == "image" for record in records)
+
+
+def judge_first_frames(
+    dataset: Dataset, codec: ClipCodec, folder: Path, names: Sequence[str], arm: ScoredVideos
+) -> dict[str, Any]:
+    """Mean PSNR of the first frames to those of the held-out videos of the same numbers, of which they were given.
+
+    Args:
+        dataset: of the held-out videos; the prompts are the captions of its first samples.
+        codec: the embedder.
+        folder, names: of the generated videos.
+        arm: the same, read.
+
+    Raises:
+        DataError: a prompt is not the caption of the sample that its number says.
+    """
+    numbers = [int(name.split("-")[0]) for name in names]
+    samples = held_out_samples(dataset, max(numbers) + 1)
+    sources = held_out_clips(dataset, [samples[number] for number in numbers], codec.num_frames)
+    made, own = [], []
+    for name, clip, source in zip(names, generated_clips(folder, names), sources, strict=True):
+        if " ".join(source.caption.split()) != clip.caption:
+            raise DataError(
+                f"{folder / name}.json: its prompt is {clip.caption!r}, the held-out video of that number shows "
+                f"{source.caption!r}; make the prompts and first frames again with `regen shards captions`"
+            )
+        made.append(_psnr(clip.frames[0], source.frames[0]))
+        own.append(_psnr(reconstructed(source, codec).frames[0], source.frames[0]))
+    direction = arm.scores["direction"].value
+    return {
+        "videos": len(names),
+        "psnr_db": float(np.mean(made)),
+        "embedder_psnr_db": float(np.mean(own)),
+        "direction": direction,
+        "targets": {"most_lost_db": MOST_LOST_DB, "least_direction": LEAST_DIRECTION},
+    }
+
+
+def missed_first_frames(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What they miss of the targets, in words."""
+    missed = []
+    for name, figures in found.items():
+        lost = figures["embedder_psnr_db"] - figures["psnr_db"]
+        if lost > MOST_LOST_DB:
+            missed.append(f"{name}: the first frame loses {lost:.2f} dB to the embedder's, allowed is {MOST_LOST_DB:g}")
+        if figures["direction"] < LEAST_DIRECTION:
+            missed.append(f"{name}: direction {figures['direction']:.1%}, the target is {LEAST_DIRECTION:.0%}")
+    return missed
+
+
+def _psnr(one: UInt8s, other: UInt8s) -> float:
+    error = float(np.square(one.astype(np.float64) - other.astype(np.float64)).mean())
+    return float(10 * np.log10(255**2 / max(error, 1e-3)))
+
+
 # The job of `regen score-shapes`: reads every arm there is, and writes scores.json and the page.
 
 SCORES = "scores.json"
@@ -575,9 +640,23 @@ def judge_videos(request: Request, out: Path, progress: Progress = lambda stage,
     main = next((arm for arm in arms if arm.name == next(iter(request.generated), None)), None)
     arms += _chance(main or next(iter(arms), None), not_made)
     report = _report(request, dataset, arms, main, not_made)
+    report["first_frames"] = _first_frames(request, dataset, arms)
+    report["missed"] += missed_first_frames(report["first_frames"])
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / SCORES, report)
     return Judgement(arms, report, write_page(out, report, arms, shown, request.runs))
+
+
+def _first_frames(request: Request, dataset: Dataset | None, arms: Sequence[ScoredVideos]) -> dict[str, Any]:
+    """Of the generated videos that were given theirs."""
+    found = {}
+    by_name = {arm.name: arm for arm in arms}
+    for name, folder in request.generated.items():
+        names = generated_names(folder, request.number)
+        if dataset is not None and name in by_name and is_given(folder, names) and request.embedder is not None:
+            codec = Codec.load(request.embedder)
+            found[name] = judge_first_frames(dataset, codec, folder, names, by_name[name])
+    return found
 
 
 def _tell(progress: Progress, name: str, total: int, done: int) -> None:

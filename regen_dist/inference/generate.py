@@ -11,8 +11,9 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,7 +33,7 @@ from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.frames import Frame, VideoWriter
-from regen_dist.inference.given_media import GivenMedia, given_row
+from regen_dist.inference.given_media import GivenImage, GivenMedia, GivenVideo, given_row
 from regen_dist.inference.latent_space import LatentSpace
 from regen_dist.inference.long_video import Positions, row_frames
 from regen_dist.inference.sampler import Text, TextToVideoModel
@@ -348,6 +349,7 @@ class GeneratedFiles:
         made_by: what else decides the videos: model, embedder, text encoder.
         paths: where those were; told, but of no weight.
         layout: how they are named.
+        given: what a prompt's video begins with or continues, for its record.
     """
 
     def __init__(
@@ -357,8 +359,9 @@ class GeneratedFiles:
         made_by: dict[str, Any],
         paths: dict[str, str | None],
         layout: Layout = Layout(),
+        given: Callable[[Prompt], dict[str, Any] | None] = lambda prompt: None,
     ) -> None:
-        self.folder, self._settings, self._layout = folder, settings, layout
+        self.folder, self._settings, self._layout, self._given = folder, settings, layout, given
         self._made_by, self._paths = made_by, paths
 
     def is_done(self, prompt: Prompt) -> bool:
@@ -389,6 +392,7 @@ class GeneratedFiles:
 
     def _decided(self, prompt: Prompt) -> dict[str, Any]:
         """Everything that decides the video, as it is read back."""
+        given = self._given(prompt)
         facts = {
             "format": RECORD_FORMAT,
             "prompt": prompt.text,
@@ -396,6 +400,7 @@ class GeneratedFiles:
             "file": self._made(prompt).name,
             "settings": asdict(self._settings),
             **({"sample": prompt.sample, "seed": self._settings.seed + prompt.sample} if prompt.sample else {}),
+            **({} if given is None else {"given": given}),
             **self._made_by,
         }
         read_back: dict[str, Any] = json.loads(json_text(facts))
@@ -423,6 +428,7 @@ def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
     write_bytes_atomically(path, data.getvalue())
 
 
+GivenTo = Callable[[Prompt], GivenMedia | None]
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
@@ -445,7 +451,7 @@ def generate(
     batch: int = 8,
     paths: dict[str, str | None] | None = None,
     layout: Layout = Layout(),
-    given: GivenMedia | None = None,
+    given: GivenMedia | Mapping[int, GivenImage] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Generated:
     """Generate a video for every prompt, unless it is there already.
@@ -460,7 +466,7 @@ def generate(
         batch: prompts that are sampled at once; changes the speed, and the last bits of the result.
         paths: where models were taken from, for the records.
         layout: how files are named; `Layout.expanded` gives the samples of prompts.
-        given: an image that every video begins with, or a video that each continues.
+        given: an image that every video begins with, or a video that each continues; or images by prompts' numbers.
         progress: told how many prompts are done.
 
     Raises:
@@ -473,7 +479,9 @@ def generate(
     check_embedder(codec, model.space.facts["encoder"], "the embedder")
     if given is not None and settings.is_image:
         raise ConfigError("one frame is asked for, and an image or a video is given to go on from; ask for more frames")
-    files = GeneratedFiles(out, settings, _made_by(model, codec, settings, given), paths or {}, layout)
+    given_to = _given_to(given, prompts)
+    made_by = _made_by(model, codec, settings, given.clips if isinstance(given, GivenVideo) else 0)
+    files = GeneratedFiles(out, settings, made_by, paths or {}, layout, lambda prompt: _facts(given_to(prompt)))
     skipped = [prompt for prompt in prompts if files.is_done(prompt)]
     done = set(skipped)
     wanted = [prompt for prompt in prompts if prompt not in done]
@@ -481,10 +489,27 @@ def generate(
         return Generated([], skipped, [])
     embedded = embed_prompts(load_encoder(), model.space, wanted, settings.negative)
     progress("generated", 0, len(wanted))
-    for count, (prompt, frames) in enumerate(_generated(model, codec, wanted, embedded, settings, batch, given), 1):
+    for count, (prompt, frames) in enumerate(_generated(model, codec, wanted, embedded, settings, batch, given_to), 1):
         files.write(prompt, frames)
         progress("generated", count, len(wanted))
     return Generated(wanted, skipped, embedded.cut)
+
+
+def _given_to(given: GivenMedia | Mapping[int, GivenImage] | None, prompts: Sequence[Prompt]) -> GivenTo:
+    """What is given to each prompt; ConfigError where some have no image."""
+    if not isinstance(given, Mapping):
+        return lambda prompt: given
+    missing = sorted({prompt.number for prompt in prompts} - given.keys())
+    if missing:
+        raise ConfigError(
+            f"there is no image for {len(missing)} of the prompts, the first is number {missing[0]}: name it "
+            f"{missing[0]:05d}.png"
+        )
+    return lambda prompt: given[prompt.number]
+
+
+def _facts(media: GivenMedia | None) -> dict[str, Any] | None:
+    return None if media is None else media.facts()
 
 
 def sample_rows(
@@ -520,20 +545,22 @@ def sample_rows(
 
 def _generated(
     model: TextToVideoModel, codec: Codec, prompts: Sequence[Prompt], embedded: Embedded, settings: GenerationSettings,
-    batch: int, media: GivenMedia | None,
+    batch: int, given_to: GivenTo,
 ) -> Iterator[tuple[Prompt, Iterable[list[Frame]]]]:  # fmt: skip
     """Each prompt with its frames as they are decoded."""
-    before = 0 if media is None else media.clips
-    clips, given = clips_of(settings, model.space, before), None
-    known = None if media is None else given_row(media, codec, model.space.scale, clips)
+    before = max((media.clips for media in map(given_to, prompts) if media is not None), default=0)
+    clips, encode = clips_of(settings, model.space, before), cache(given_row)  # one image may be given to all
     for first in range(0, len(prompts), batch):
         part, texts = prompts[first : first + batch], embedded.texts[first : first + batch]
-        given = None if known is None else known.expanded(len(part))
+        media = [given_to(prompt) for prompt in part]
+        known = [encode(each, codec, model.space.scale, clips) for each in media if each is not None]
+        given = Given.joined(known) if known else None
         rows = sample_rows(model, part, texts, embedded.null, settings, given, before)
         for place, prompt in enumerate(part):
             own = [Latents(*(each[place : place + 1] for each in latents)) for latents in rows]
             made = _frames(codec, own, prompt, settings, model.space, before)
-            yield prompt, made if media is None else chain(media.before(settings.fps), made)
+            start = media[place]
+            yield prompt, made if start is None else chain(start.before(settings.fps), made)
 
 
 def _frames(
@@ -547,15 +574,12 @@ def _frames(
     return row_frames(codec, row, positions, steps=settings.decode_steps, seed=seed, sample_id=prompt.number)
 
 
-def _made_by(
-    model: TextToVideoModel, codec: Codec, settings: GenerationSettings, given: GivenMedia | None
-) -> dict[str, Any]:
+def _made_by(model: TextToVideoModel, codec: Codec, settings: GenerationSettings, clips_before: int) -> dict[str, Any]:
     """What decides the videos beside the settings and the prompt."""
     space, text = model.space, model.space.facts["text"] or {}
-    clips = clips_of(settings, space, 0 if given is None else given.clips)
+    clips = clips_of(settings, space, clips_before)
     origin = codec.config.origin
     return {
-        **({} if given is None else {"given": given.facts()}),
         "clips": clips,
         "space": {name: space.facts[name] for name in ("fingerprint", "num_frames", "channels", "fps")},
         "model": model.facts(),

@@ -9,8 +9,9 @@ Legend: n clips in a row, L = k + 1 frames of a clip, C channels, h x w latent c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ _PART = 16  # frames that are handed on at a time
 _ROUNDING_S = 1e-6  # of times in seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GivenImage:
     """A picture, uint8 [H, W, 3], that becomes the first frame."""
 
@@ -51,10 +52,14 @@ class GivenImage:
 
     def facts(self) -> dict[str, Any]:
         """Its part of a record."""
-        return {"kind": "image", "sha256": _digest(self.path)}
+        return {"kind": "image", "sha256": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
+        return _digest(self.path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GivenVideo:
     """A video whose last `clips` clips of `length` frames, `fps` of them a second, are given; its last frame is the
     last of them."""
@@ -78,7 +83,11 @@ class GivenVideo:
 
     def facts(self) -> dict[str, Any]:
         """Its part of a record."""
-        return {"kind": "video", "sha256": _digest(self.source.path), "clips": self.clips}
+        return {"kind": "video", "sha256": self._digest, "clips": self.clips}
+
+    @cached_property
+    def _digest(self) -> str:
+        return _digest(self.source.path)
 
     def _frames(self, fps: float, count: int) -> Iterator[list[Frame]]:
         """The last `count` frames at a rate: of each time the frame that is nearest."""
@@ -114,6 +123,18 @@ def read_image(path: Path, size: tuple[int, int]) -> GivenImage:
             f"{path} is not an image that can be read ({error}); give a PNG, JPEG or WebP file. A video is continued "
             "with --continue"
         ) from error
+
+
+def read_images(folder: Path, size: tuple[int, int]) -> dict[int, GivenImage]:
+    """The images of a folder that are named by prompts' numbers ("00000.png"), by number; as `read_image`.
+
+    Raises:
+        DataError: there are none, or one cannot be read.
+    """
+    found = {int(path.stem): path for path in sorted(folder.iterdir()) if path.stem.isdecimal() and path.is_file()}
+    if not found:
+        raise DataError(f"{folder} holds no image named by a prompt's number, as 00000.png; or give an image file")
+    return {number: read_image(path, size) for number, path in found.items()}
 
 
 def read_video(path: Path, size: tuple[int, int], *, most_clips: int, length: int, fps: float) -> GivenVideo:
@@ -192,7 +213,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def notes(media: GivenMedia | None, given_content: float, given_clips: float, clips: int, longest: int) -> list[str]:
+def notes(
+    media: GivenMedia | Mapping[int, GivenImage] | None,
+    given_content: float,
+    given_clips: float,
+    clips: int,
+    longest: int,
+) -> list[str]:
     """Where a model is asked for what it was not trained for, in words.
 
     Args:
@@ -202,7 +229,7 @@ def notes(media: GivenMedia | None, given_content: float, given_clips: float, cl
         longest: row that it was trained on.
     """
     found = []
-    if isinstance(media, GivenImage) and not given_content:
+    if isinstance(media, (GivenImage, Mapping)) and not given_content:
         found.append("this model was not trained with given images (diffusion.given_content is 0)")
     if isinstance(media, GivenVideo) and not given_clips:
         found.append("this model was not trained to continue clips (diffusion.given_clips is 0)")

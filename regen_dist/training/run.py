@@ -120,6 +120,14 @@ def _peak_tflops(config: AnyRunConfig, ranks: Ranks) -> float:
     return config.train.peak_tflops or peak_tflops(ranks.device, precision_of(config.engine.precision))
 
 
+def _show_kernels() -> None:
+    """Show on stderr which kernel computes attention, as `models.kernels` logs it."""
+    logger = logging.getLogger("regen_dist.models.kernels")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+
+
 @contextmanager
 def _held(claims: Claims, ranks: Ranks) -> Iterator[None]:
     """Hold the claims of a run, by rank 0. A collective: where somebody else holds one, every rank raises."""
@@ -149,4 +157,6 @@ def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     # It would write NaN over DeepSpeed's communication buckets, gigabytes a rank that otherwise stay untouched.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if ranks.is_main:
+        _show_kernels()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours

@@ -25,7 +25,12 @@ from tools.local_services.slurm import SlurmCluster
 ROOT = Path(__file__).parents[2]
 FILE = "configs/pipelines/miniature.yaml"
 SIDE, EMBEDDER_STEPS, T2V_STEPS, PROMPTS = 32, 6, 6, 4
-FOLDERS = {"generated": "guided", "guidance off": "unguided", "untrained model": "untrained"}
+FOLDERS = {
+    "generated": "guided",
+    "first frame given": "given",
+    "guidance off": "unguided",
+    "untrained model": "untrained",
+}
 
 
 class Miniature:
@@ -42,7 +47,9 @@ class Miniature:
             "t2v": folder / "t2v.yaml", "t2v_steps": T2V_STEPS, "prompts": PROMPTS,
         }  # fmt: skip
         ranks = {"embedder.cluster.tasks_per_node": 1, "t2v.cluster.tasks_per_node": 1, "t2v.cluster.nodes": 2}
-        arrays = {f"{step}.array": 1 for step in ("shards", "unguided", "untrained")}  # less to start; two are left
+        arrays = {
+            f"{step}.array": 1 for step in ("shards", "given", "unguided", "untrained")
+        }  # less to start; two are left
         self.changes = [
             f"output={self.work.parent}",
             f"name={self.work.name}",
@@ -123,4 +130,5 @@ def _check_scores(miniature: Miniature) -> None:
     assert shares[REAL] == 1.0
     assert shares["untrained model"] < 1.0
     assert scores["targets_are_for"] == "generated"
+    assert scores["first_frames"]["first frame given"]["videos"] == PROMPTS
     assert "<html" in (miniature.work / "report" / "index.html").read_text()

@@ -13,14 +13,10 @@ from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.jsontext import json_text
 
 if TYPE_CHECKING:
-    from regen_dist.checkpoint.maintenance import CheckpointPlace, Pruned
-    from regen_dist.config.run import CheckpointConfig
-if TYPE_CHECKING:
-    from regen_dist.checkpoint.maintenance import Entry
-if TYPE_CHECKING:
     from rich.table import Table
 
-    from regen_dist.checkpoint.maintenance import CheckpointPlace, Entry
+    from regen_dist.checkpoint.maintenance import CheckpointPlace, Entry, Pruned
+    from regen_dist.config.run import CheckpointConfig
 
 
 # What several subcommands of `regen checkpoint` take and show alike.

@@ -17,16 +17,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from regen_dist.data.format.catalogue import Dataset
-    from regen_dist.data.inspect.overview import Histogram, Overview
-if TYPE_CHECKING:
-    from regen_dist.data.format.catalogue import Dataset
-if TYPE_CHECKING:
-    from regen_dist.data.inspect.check import Depth
-if TYPE_CHECKING:
-    from rich.table import Table
-
     from regen_dist.config import AnyRunConfig
+    from regen_dist.data.format.catalogue import Dataset
+    from regen_dist.data.format.index import Sample
+    from regen_dist.data.inspect.check import Depth
+    from regen_dist.data.inspect.overview import Histogram, Overview
     from regen_dist.data.loading.datasets import SampleSet
 
 
@@ -151,6 +146,9 @@ def captions(
     url: Annotated[str, typer.Argument(help="Folder or URL of a dataset.", metavar="URL")],
     out: Annotated[Path, typer.Option(help="Text file to write, one caption a line.")],
     number: Annotated[int, typer.Option(min=1, help="How many, of the first samples that have one.")] = 200,
+    first_frames: Annotated[
+        Path | None, typer.Option(help="Folder for their first frames, 00000.png, …, for `regen generate --image`.")
+    ] = None,
 ) -> None:
     """Write the captions of a dataset's first samples, as prompts for `regen generate --prompts`.
 
@@ -160,22 +158,41 @@ def captions(
     from regen_dist.data.format.catalogue import open_dataset
     from regen_dist.errors import DataError
 
-    found = list(islice(_captions(open_dataset(url)), number))
+    dataset = open_dataset(url)
+    found = list(islice(_captioned(dataset), number))
     if not found:
         raise DataError(f"{url}: no sample has a caption; build the dataset with captions, or give another")
-    write_text_atomically(out, "".join(f"{caption}\n" for caption in found))
+    write_text_atomically(out, "".join(f"{caption}\n" for caption, _ in found))
+    if first_frames is not None:
+        _write_first_frames(dataset, [sample for _, sample in found], first_frames)
     fewer = f" (fewer than the {number} that were asked for: no more samples have one)" if len(found) < number else ""
     typer.echo(f"{out}: {len(found)} captions of {url}{fewer}")
 
 
-def _captions(dataset: Dataset) -> Iterator[str]:
-    """In the dataset's order, each on one line; an index is read when its shard is reached."""
-    from regen_dist.data.format.index import read_index
+def _captioned(dataset: Dataset) -> Iterator[tuple[str, Sample]]:
+    """Captions, each on one line, and their samples, in the dataset's order; an index is read when its shard is
+    reached."""
+    from regen_dist.data.format.index import read_index, samples_of
 
     for shard in dataset.manifest.shards:
         table, _ = read_index(dataset.store.get(shard.index))
-        texts = (" ".join((caption or "").split()) for caption in table["caption"].to_pylist())
-        yield from filter(None, texts)
+        for sample in samples_of(table):
+            caption = " ".join((sample.caption or "").split())
+            if caption:
+                yield caption, sample
+
+
+def _write_first_frames(dataset: Dataset, samples: list[Sample], folder: Path) -> None:
+    from PIL import Image
+
+    from regen_dist.data.video.conversion import frame_to_rgb
+    from regen_dist.data.video.reader import VideoReader
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, sample in enumerate(samples):
+        with VideoReader(dataset.read(sample)) as reader:
+            _, frame = next(reader.frames([0]))
+            Image.fromarray(frame_to_rgb(frame)).save(folder / f"{number:05d}.png")
 
 
 # `regen shards order`: what a run trains on, and when.

@@ -273,7 +273,7 @@ def parse_caption(text: str) -> Attributes:
     unclear = [name for name, found in said.items() if len(found) > 1] + [name for name in names if name not in values]
     if unclear:
         raise DataError(
-            X
+            f"{text!r} does not say exactly one {', one '.join(unclear)}; a caption is like {caption(_EXAMPLE, 0)!r}, "
             f"with the colours {', '.join(COLOURS)}, the shapes {', '.join(SHAPES)}, the backgrounds "
             f"{', '.join(BACKGROUNDS)}"
         )

@@ -27,11 +27,9 @@ if TYPE_CHECKING:
 
     from av.filter.context import FilterContext
     from av.video.frame import VideoFrame
+    from typing_extensions import Buffer
 
     Frames = Callable[[Sequence[int]], Iterator[tuple[int, VideoFrame]]]
-if TYPE_CHECKING:
-    from av.video.frame import VideoFrame
-    from typing_extensions import Buffer
 
 
 HDR_KIND, WIDE_KIND, INTERLACED_KIND, PIXELS_KIND = "HDR", "wide primaries", "interlaced", "non-square pixels"

@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 from regen_dist.config import T2VConfig
 from regen_dist.config.t2v import FlowConfig
 from regen_dist.data.format.latents import TextEmbedding
+from regen_dist.diffusion.given import Given
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference import generate as prompts_module
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.frames import SourceVideo
 from regen_dist.inference.generate import Prompt, embed_prompts, generate, resolve_settings, sample_rows
-from regen_dist.inference.given_media import fitted, frames_at, given_row, notes, read_image, read_video
+from regen_dist.inference.given_media import fitted, frames_at, given_row, notes, read_image, read_images, read_video
 from regen_dist.inference.latent_space import LatentSpace
 from regen_dist.inference.sampler import TextToVideoModel
 from regen_dist.pixels import to_video
@@ -102,7 +103,7 @@ class TestImage:
         image = read_image(_picture(tmp_path / "first.png", moving_square(1, SIDE, SIDE)[0]), (SIDE, SIDE))
         content = image.encoded(made.codec).content.float()
         found = embed_prompts(WordEncoder(), made.model.space, PROMPTS)
-        row = given_row(image, made.codec, made.model.space.scale, 1).expanded(2)
+        row = Given.joined([given_row(image, made.codec, made.model.space.scale, 1)] * 2)
         for sampler, guidance in (("euler", 1.0), ("heun", 2.0), ("dpmpp_2m", 2.0)):
             settings = resolve_settings(made.model, frames=LENGTH, steps=3, sampler=sampler, guidance=guidance)  # type: ignore[arg-type]
             (latents,) = sample_rows(made.model, PROMPTS, found.texts, found.null, settings, row)
@@ -166,6 +167,25 @@ class TestImage:
         with pytest.raises(DataError, match="it is a folder"):
             read_image(tmp_path, (32, 32))
 
+    def test_an_image_for_each_prompt(self, made: Made, tmp_path: Path) -> None:
+        """A folder of images by number: each video begins with its own. One too few is told of before anything is
+        made."""
+        (tmp_path / "first").mkdir()
+        frames = [moving_square(3, SIDE, SIDE, seed=seed)[0] for seed in (1, 2)]
+        for number, frame in enumerate(frames):
+            _picture(tmp_path / "first" / f"{number:05d}.png", frame)
+        images = read_images(tmp_path / "first", (SIDE, SIDE))
+        for number, video in enumerate(_generate(made, tmp_path / "out", images)):
+            found = next(iter(video.frames()))
+            assert _psnr(frames[number], found) > _psnr(frames[1 - number], found) + 5
+        del images[1]
+        with pytest.raises(ConfigError, match=r"no image for 1 of the prompts, .* name it 00001\.png"):
+            _generate(made, tmp_path / "less", images)
+        assert not (tmp_path / "less").exists()
+        (tmp_path / "none").mkdir()
+        with pytest.raises(DataError, match="holds no image named by a prompt's number"):
+            read_images(tmp_path / "none", (SIDE, SIDE))
+
     def test_an_image_is_no_video(self, made: Made, tmp_path: Path) -> None:
         image = read_image(_picture(tmp_path / "first.png", moving_square(1, SIDE, SIDE)[0]), (SIDE, SIDE))
         with pytest.raises(ConfigError, match="ask for more frames"):
@@ -199,7 +219,7 @@ class TestContinue:
             known = given.encoded(made.codec)
             found = embed_prompts(WordEncoder(), made.model.space, PROMPTS)
             settings = resolve_settings(made.model, frames=LENGTH, steps=2)
-            row = given_row(given, made.codec, made.model.space.scale, 3).expanded(2)
+            row = Given.joined([given_row(given, made.codec, made.model.space.scale, 3)] * 2)
             rows.append(sample_rows(made.model, PROMPTS, found.texts, found.null, settings, row, 2))
             assert len(rows[-1]) == 3
             for number in range(2):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from regen_dist.data.format.catalogue import open_dataset
@@ -12,7 +14,10 @@ from regen_dist.data.format.index import SampleFacts
 from regen_dist.data.format.manifest import write_manifest
 from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
 from regen_dist.data.storage.store import Store
+from regen_dist.data.synthetic.dataset import build_synthetic
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import DataError
+from regen_dist.evaluation.miniature import held_out_clips, held_out_samples
 from tools import shards
 
 CAPTIONS = ("a red\n square", None, "", "a blue disc", "ein grüner Kreis", "a yellow star")
@@ -48,6 +53,19 @@ def test_one_a_line_in_the_order_of_the_dataset(dataset: Path, tmp_path: Path) -
     ]  # fmt: skip
     assert "3 captions" in said
     assert "fewer" not in said
+
+
+def test_first_frames(tmp_path: Path) -> None:
+    """By the numbers that the captions have as prompts; each is its video's, pixel for pixel."""
+    options = SyntheticOptions(number=4, seed=2, side=32, frames=5)
+    build_synthetic(tmp_path / "data", options, workers=0)
+    run(tmp_path / "data", "--out", tmp_path / "prompts.txt", "--number", 3, "--first-frames", tmp_path / "first")
+    prompts = (tmp_path / "prompts.txt").read_text().splitlines()
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == [f"0000{number}.png" for number in range(3)]
+    dataset = open_dataset(tmp_path / "data")
+    for number, clip in enumerate(held_out_clips(dataset, held_out_samples(dataset, 3), None)):
+        assert clip.caption == prompts[number]
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "first" / f"0000{number}.png")), clip.frames[0])
 
 
 def test_it_says_when_there_are_fewer(dataset: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from regen_dist.evaluation.miniature import (
     held_out_clips,
     held_out_samples,
     judge_videos,
+    missed_first_frames,
     reconstructed,
 )
 from regen_dist.inference.codec import Codec
@@ -96,6 +97,37 @@ def test_all_arms(root: Path, tmp_path: Path, embedder: Path) -> None:
     assert report["runs"]["embedder"]["config_hash"] == "abc123"
     assert "torch" in report["machine"]["packages"]
     assert [told[1:] for told in progress if told[0] == "reconstructed"] == [(n + 1, NUMBER) for n in range(NUMBER)]
+
+
+def test_given_first_frames(root: Path, tmp_path: Path, embedder: Path) -> None:
+    """Videos that say that their first frame was given are measured against it and against the embedder, which here
+    reconstructs badly; those of other videos miss both targets. Others are not measured."""
+    made = _generate(tmp_path / "made", HELD_OUT, given={"kind": "image"})
+    request = _request(root, embedder=embedder, generated={"perfect": root / "perfect", "given": made})
+    report = judge_videos(request, tmp_path / "good").report
+    (name,) = report["first_frames"]
+    found = report["first_frames"]["given"]
+    assert (name, found["videos"], found["direction"]) == ("given", NUMBER, 1.0)
+    assert found["psnr_db"] > 60 > 30 > found["embedder_psnr_db"]
+    assert not any("given" in each for each in report["missed"])
+    assert f"{found['embedder_psnr_db']:.2f} dB" in (tmp_path / "good" / "index.html").read_text()
+
+
+def test_first_frames_of_other_videos_are_refused(root: Path, tmp_path: Path, embedder: Path) -> None:
+    """By number, a prompt is the caption of a held-out video."""
+    other = _generate(tmp_path / "other", TRAINED, given={"kind": "image"})
+    with pytest.raises(DataError, match=r"shows .* make the prompts and first frames again"):
+        judge_videos(_request(root, embedder=embedder, generated={"given": other}), tmp_path / "out")
+
+
+def test_what_first_frames_miss() -> None:
+    figures = {"psnr_db": 20.0, "embedder_psnr_db": 20.9, "direction": 0.85}
+    assert missed_first_frames({"given": figures}) == []
+    found = missed_first_frames({"given": figures | {"psnr_db": 19.8, "direction": 0.84}})
+    assert [each.split(",")[0] for each in found] == [
+        "given: the first frame loses 1.10 dB to the embedder's",
+        "given: direction 84.0%",
+    ]
 
 
 def test_wrong_captions_are_those_of_other_videos(root: Path, tmp_path: Path) -> None:
