@@ -14,15 +14,15 @@ from regen_dist.jsontext import json_text
 from tools.shards.progress import progress_bar
 
 if TYPE_CHECKING:
+    from regen_dist.data.format.catalogue import Dataset
+if TYPE_CHECKING:
+    from regen_dist.data.inspect.check import Depth
+if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from regen_dist.data.format.catalogue import Dataset
     from regen_dist.data.inspect.overview import Histogram, Overview
-if TYPE_CHECKING:
-    from regen_dist.data.format.catalogue import Dataset
-if TYPE_CHECKING:
-    from regen_dist.data.inspect.check import Depth
 if TYPE_CHECKING:
     from rich.table import Table
 

@@ -23,15 +23,15 @@ from regen_dist.data.video.colour import HDR, WIDE, cube
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
+    from typing_extensions import Buffer
+if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from av.filter.context import FilterContext
     from av.video.frame import VideoFrame
 
     Frames = Callable[[Sequence[int]], Iterator[tuple[int, VideoFrame]]]
-if TYPE_CHECKING:
-    from av.video.frame import VideoFrame
-    from typing_extensions import Buffer
 
 
 HDR_KIND, WIDE_KIND, INTERLACED_KIND, PIXELS_KIND = "HDR", "wide primaries", "interlaced", "non-square pixels"
