@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import ModelConfig, RunConfig
 from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
 from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.data.loading.validation import validation_clip
@@ -22,6 +22,7 @@ from regen_dist.diffusion.path import noisy, signal_share, squared_error_weight,
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.models.building import build_model
+from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
 from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import training_flops_per_clip
@@ -55,7 +56,7 @@ class EmbedderTask:
         config = self.config
         return TrainingSet(
             config.data, num_frames=config.model.num_frames, batch_global=config.train.batch_global,
-            seed=config.train.seed,
+            seed=config.train.seed, also=frozen_encoder(config.model),
         )  # fmt: skip
 
     @cached_property
@@ -140,6 +141,11 @@ class BaselineTask(EmbedderTask):
         x0 = to_float(batch.video, self.device)
         reconstruction, latents = engine(x0, None)
         return validation(x0, reconstruction, latents)
+
+
+def frozen_encoder(config: ModelConfig) -> dict[str, str]:
+    """The fingerprint of somebody else's encoder, by which a checkpoint holds to it; nothing for our own."""
+    return {ENCODER_FACT: DiffusersEncoder(config).fingerprint} if config.encoder.frozen else {}
 
 
 def train_frames(config: RunConfig, num_frames: int, step: int) -> Tensor:

@@ -169,7 +169,7 @@ def _clip_shapes(config: RunConfig, counted: ClipFlops) -> dict[str, Any]:
     return {
         "temporal_compression": config.model.temporal_compression,
         "input_shape": list(counted.clip_shape),
-        "latent_frames": 2,
+        "latent_frames": config.model.latent_frames,
         "latent_shape": list(counted.latent_shape),
         "compression": counted.compression,
         "bits_per_pixel": counted.bits_per_pixel,
