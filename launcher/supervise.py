@@ -383,6 +383,6 @@ def train_locally(config: Path, overrides: Sequence[str], *, ranks: int, fresh: 
 
     checked = load_config(config, overrides)
     clips_per_rank(checked, ranks)
-    Claims(checked).refuse_living()
+    Claims(checked).refuse_if_taken()
     command = regen("train", *(["--fresh"] if fresh else []), str(config), *overrides)
     return launch(command, ranks=ranks, logs=checked.folder / "logs")

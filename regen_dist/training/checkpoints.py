@@ -200,7 +200,7 @@ class RunCheckpoints:
         good = [each.step for each in earlier if not self.folder.problems(each, checksums=False)]
         if not good:
             return nothing
-        self.folder.point_to(good[-1])
+        self.folder.set_latest(good[-1])
         return f"The same command goes on from step {good[-1]}, the last checkpoint from before them"
 
     def close(self) -> None:

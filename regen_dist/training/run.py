@@ -52,7 +52,7 @@ def train(
     limit_s, lead_s = config.train.time_limit_s, config.train.time_limit_lead_s
     claims = Claims(config)
     if ranks.is_main:  # before anything is touched in the folder of a run that lives
-        claims.refuse_living()
+        claims.refuse_if_taken()
     with (
         Watchdog(config.folder, ranks.rank, ranks.world_size, config.guards.hang) as watchdog,
         Stopper(
