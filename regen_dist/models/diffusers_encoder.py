@@ -30,7 +30,8 @@ _CONFIG = "config.json"
 def latent_frames(latents: Latents, channels: int) -> Tensor:
     """[B, n, Z, h, w] of the latents of a frozen encoder: `content` is the first frame, `motion` all others as
     channels. Those of an image are followed by zeros."""
-    return torch.cat([latents.content, latents.motion], 1).unflatten(1, (-1, channels))
+    frames: Tensor = torch.cat([latents.content, latents.motion], 1).unflatten(1, (-1, channels))
+    return frames
 
 
 class DiffusersEncoder(nn.Module):
