@@ -23,7 +23,7 @@ from PIL import Image
 from regen_dist.evaluation.report import ACCENT, INK, LINE, PAGE, STYLE, for_page, page_environment, replace_file
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import Frame
-from tools.bench.compression_measure import DOUBLE, FEATURE, NAME, OTHER, TRAINED
+from tools.bench.compression_measure import DOUBLE, NAME, NOT_GIVEN, OTHER, TRAINED
 from tools.bench.compression_runs import (
     ABLATED,
     COMPRESSIONS,
@@ -468,7 +468,8 @@ def write_page(out: Path, facts: Facts, plots: Sequence[Plot], kept: Mapping[str
         .get_template("compression.html.j2")
         .render(
             facts=facts, tables=tables(facts), margins=margins(facts), missed=MISSED, plots=plots,
-            sheets=_sheets(facts, kept), not_measured=not_measured(facts), frechet=f"{NAME}: {FEATURE}",
+            sheets=_sheets(facts, kept), not_measured=not_measured(facts),
+            frechet=f"{NAME}: {facts.get('fvd') or NOT_GIVEN}",
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )  # fmt: skip
