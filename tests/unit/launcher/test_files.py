@@ -59,7 +59,7 @@ def read(command: Any, words: list[str]) -> None:
 
 
 def test_a_cluster_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"no cluster 'slurmm'; there are .*local.*slurm"):
+    with pytest.raises(ConfigError, match=r"no cluster 'slurmm'; choose one of .*local.*slurm"):
         load_cluster("slurmm")
 
 

@@ -131,11 +131,11 @@ def test_one_command_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "p"
     with pipeline_lock(folder, print):
         program = (
-            "import sys; from pathlib import Path; from launcher.pipelines.run import held\n"
-            "with held(Path(sys.argv[1]), print): pass"
+            "import sys; from pathlib import Path; from launcher.pipelines.run import pipeline_lock\n"
+            "with pipeline_lock(Path(sys.argv[1]), print): pass"
         )
         other = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=False)
-        assert "another `regen submit pipeline` (process " in other.stderr
+        assert "in use by another `regen submit pipeline` (process " in other.stderr
     with pipeline_lock(folder, print):
         pass
 
