@@ -305,9 +305,8 @@ def decide_start(
             resubmitted since.
     """
     if is_complete(history, step=step, steps=steps):
-        return RetryDecision(
-            False, f"nothing is left to do: all {steps} steps are done" if steps else "already completed"
-        )
+        text = f"nothing is left to do: all {steps} steps are done" if steps else "already completed"
+        return RetryDecision(False, text)
     if stop:
         return RetryDecision(
             False, "a stop was requested (file STOP in its folder); `regen jobs resume` continues", EXIT_RESUME

@@ -118,7 +118,7 @@ def test_a_pipeline_from_videos_to_measured_reconstructions(
     assert [line.partition(":")[0] for line in lines] == list(STEPS)
     assert "after shards" in lines[1]
     run = shop.folder_of("embedder")
-    with held(run, 2, 3) as ranks:
+    with pipeline_lock(run, 2, 3) as ranks:
         again = run_pipeline(regen_submit, shop.file)
         assert again[0] == "shards: skipped, its output is complete"
         assert all("not submitted again" in line for line in again[1:]), again
