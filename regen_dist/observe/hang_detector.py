@@ -38,7 +38,7 @@ from regen_dist.observe.heartbeat import (
     next_mark,
     process_state,
     read_text,
-    replace_text,
+    replace_file,
     write_beat,
 )
 
@@ -343,7 +343,7 @@ class Monitor:
         )
         self._dump(f"rank {self._rank}: {message}")
         try:
-            replace_text(self._run / "hang.json", json_text(self._facts(finding, message), indent=1) + "\n")
+            replace_file(self._run / "hang.json", json_text(self._facts(finding, message), indent=1) + "\n")
         except OSError as error:
             self._complain(error)
         self._leave(now, message, speak=True, dumped=True)

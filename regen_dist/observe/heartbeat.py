@@ -81,7 +81,7 @@ def beat_path(run: Path, rank: int) -> Path:
     return run / "heartbeats" / f"rank-{rank:05d}.json"
 
 
-def _replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Replace a small file atomically, without a sync to disk."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -96,7 +96,7 @@ def write_beat(run: Path, beat: Beat) -> None:
     """
     path = beat_path(run, beat.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace_file(path, json_text(asdict(beat)) + "\n")
+    replace_file(path, json_text(asdict(beat)) + "\n")
 
 
 def parse_beat(text: str) -> Beat | None:
