@@ -32,9 +32,9 @@ def working_precision() -> str:
     """Return `engine.precision` for this machine: bf16 takes hours on a CPU without native bf16 multiplication."""
     import torch
 
-    from regen_dist.observe.hardware import multiplies_bf16
+    from regen_dist.observe.hardware import has_native_bf16
 
-    return "bf16" if torch.cuda.is_available() or multiplies_bf16() else "fp32"
+    return "bf16" if torch.cuda.is_available() or has_native_bf16() else "fp32"
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""Watching a run: the metrics record, the progress line, wandb."""
+"""Observation of a run: metrics record, progress line, trackers, heartbeats and hang detection."""

@@ -1,4 +1,4 @@
-"""The device of a process: a GPU where one was asked for or is there, else the CPU; never the CPU without a word."""
+"""Device selection: a GPU if one was requested or is present, else the CPU; never a silent fallback to the CPU."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ _TO_USE_CPUS = "or, to compute on CPUs on purpose, set CUDA_VISIBLE_DEVICES= (em
 def choose_device(
     local_rank: int = 0, environment: Mapping[str, str] = os.environ, driver: Path = _DRIVER
 ) -> torch.device:
-    """The device that a process computes on.
+    """Return the device that a process computes on.
 
-    Where a scheduler shows each task only its own GPU (`--gpus-per-task`, `--gpu-bind`), that one is number 0.
+    If a scheduler shows each task only its own GPU (`--gpus-per-task`, `--gpu-bind`), that one has index 0.
 
     Args:
-        local_rank: of this process among those of its machine; each has a GPU of its own.
-        environment: of this process. `REGEN_GPUS_PER_NODE` says that the launcher asked for GPUs.
-        driver: where the NVIDIA driver tells of itself.
+        local_rank: rank of this process on its machine; each has its own GPU.
+        environment: environment of this process. `REGEN_GPUS_PER_NODE` is the number that the launcher requested.
+        driver: folder of the NVIDIA driver's information.
 
     Raises:
-        BackendError: GPUs were asked for, or the driver knows some, and torch can use none; or there are fewer than
-            ranks.
+        BackendError: GPUs were requested or are present, but torch can use none; or there are fewer GPUs than ranks.
     """
     if torch.cuda.is_available():
         return torch.device("cuda", _index(local_rank, torch.cuda.device_count()))
     asked = environment.get(GPUS_PER_NODE, "0")
     if asked != "0":
         raise BackendError(
-            f"{asked} GPU(s) a node were asked for, and torch can use none here: {why_no_cuda(environment)}; mend "
+            f"{asked} GPU(s) a node were requested, and torch can use none here: {why_no_cuda(environment)}; fix "
             f"that; {_TO_USE_CPUS}"
         )
     found = _gpus_of(driver)
     if found and environment.get("CUDA_VISIBLE_DEVICES") != "":
         raise BackendError(
-            f"this machine has {found} NVIDIA GPU(s), and torch can use none: {why_no_cuda(environment)}; mend that; "
+            f"this machine has {found} NVIDIA GPU(s), and torch can use none: {why_no_cuda(environment)}; fix that; "
             f"{_TO_USE_CPUS}"
         )
     return torch.device("cpu")
@@ -63,7 +62,7 @@ def _index(local_rank: int, visible: int) -> int:
 
 
 def _gpus_of(driver: Path) -> int:
-    """Devices that the driver has, whatever this process is shown of them."""
+    """Return the number of GPUs that the driver has, visible to this process or not."""
     try:
         return len(os.listdir(driver / "gpus"))
     except OSError:  # no driver
@@ -71,7 +70,7 @@ def _gpus_of(driver: Path) -> int:
 
 
 def why_no_cuda(environment: Mapping[str, str] = os.environ) -> str:
-    """The reason for which `torch.cuda` is not available."""
+    """Explain why `torch.cuda` is not available."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a build with it (docs/gpu.md)"
     visible = environment.get("CUDA_VISIBLE_DEVICES")
@@ -85,11 +84,11 @@ def why_no_cuda(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def accelerator(device: torch.device, driver: Path = _DRIVER) -> dict[str, Any]:
-    """The GPU of a process and the versions of what lies between it and torch; only torch's own on a CPU.
+    """Return the GPU of a process and the versions of driver, CUDA, cuDNN, NCCL and torch; on a CPU, torch's only.
 
     Args:
-        device: of the process.
-        driver: where the NVIDIA driver tells of itself.
+        device: device of the process.
+        driver: folder of the NVIDIA driver's information.
     """
     found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda}
     if device.type != "cuda":
@@ -107,7 +106,8 @@ def accelerator(device: torch.device, driver: Path = _DRIVER) -> dict[str, Any]:
 
 
 def _driver_version(driver: Path) -> str | None:
-    """ "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu …" as "570.86.15"; also of the open module."""
+    """Parse the driver version, such as "570.86.15" in "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15
+    …"."""
     with suppress(OSError):
         words = (driver / "version").read_text(encoding="utf-8", errors="replace").split()
         return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), None)
@@ -121,7 +121,7 @@ def _nccl_version() -> str | None:
 
 
 def shown(facts: Mapping[str, Any]) -> str:
-    """`accelerator` as a line."""
+    """Format the facts of `accelerator` in one line."""
     names = {"driver": "driver", "cuda": "CUDA", "cudnn": "cuDNN", "nccl": "NCCL"}
     versions = [f"{names.get(name, name)} {facts[name]}" for name in ("torch", *names) if facts.get(name)]
     memory = f" ({facts['memory_bytes'] / 2**30:.0f} GiB)" if "memory_bytes" in facts else ""

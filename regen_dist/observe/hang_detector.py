@@ -1,8 +1,8 @@
-"""What a rank does about a standstill: its heartbeat, a warning, and at the limit the verdict and the stacks.
+"""Hang detection of a rank: heartbeats, a warning, and at the time limit a report, stack dumps and the end of the run.
 
-In the ordinary course a rank writes its own heartbeat and reads nothing. When its own main thread has made no mark for
-long, it looks. So that hundreds of ranks do not read hundreds of files each, only some look at all of them: the
-deputies, ranks 0 to 7 and then every power of two, which lie on different hosts. The lowest of them that lives speaks.
+Normally a rank only writes its own heartbeat. It reads the others' heartbeats once its own main thread has made no
+progress for long. To spare the file system, only the deputies read those of all ranks: ranks 0 to 7 and every power of
+two, which are on different hosts. The lowest live deputy writes the report.
 """
 
 from __future__ import annotations
@@ -38,32 +38,33 @@ from regen_dist.observe.heartbeat import (
     next_mark,
     process_state,
     read_text,
-    replace_text,
+    replace_file,
     write_beat,
 )
 
-# Which rank do the others wait for? Worked out from what every rank's heartbeat says, and put into words.
+# --- finding the rank that the others wait for, from the heartbeats of all ranks ---
 
 Kind = Literal["failed", "quiet", "behind", "together"]
-_NAMED = 8  # ranks in a list, before it says how many more there are
+_NAMED = 8  # number of ranks that a message lists
 
 
 class HangFinding(NamedTuple):
-    """The ranks that the others wait for, and what tells them apart.
+    """Ranks that the others wait for, and how they differ from the others.
 
-    failed: they ended with an error. quiet: they give no heartbeat. behind: they are in an earlier phase. together:
-    nothing tells them apart, these are all ranks that still run.
+    failed: they ended with an error. quiet: they write no heartbeat. behind: they are in an earlier phase. together:
+    no difference was found; these are all ranks that still run.
     """
 
     kind: Kind
     ranks: tuple[Seen, ...]
 
 
-def find_culprits(seen: Sequence[Seen], stale_s: float) -> HangFinding:
-    """Who holds the others up, in this order: who failed, who gives no heartbeat for `stale_s`, who is behind.
+def find_blocking_ranks(seen: Sequence[Seen], stale_s: float) -> HangFinding:
+    """Find the ranks that block the others: first failed ones, then those without a heartbeat for `stale_s`, then those
+    behind.
 
-    Ranks mark the same phases in the same order, so that the smallest (steps begun, place in the step) is behind. A
-    rank that has ended well is ahead of the others in its last step.
+    Ranks mark the same phases in the same order, so the smallest (steps begun, phase index in the step) is behind. A
+    rank that has ended normally is ahead of the others in its last step.
     """
     if failed := tuple(each for each in seen if each.beat and each.beat.state == FAILED):
         return HangFinding("failed", failed)
@@ -91,18 +92,18 @@ def describe_hang(
     stood_s: float,
     state_of: Callable[[Beat], str | None] = process_state,
 ) -> str:
-    """One sentence that names rank, host, process, phase and step.
+    """Describe a finding in one sentence that names rank, host, process, phase and step.
 
     Args:
-        finding: what `find_culprits` gave.
-        world_size: ranks of the run.
-        stood_s: how long the observer has waited.
-        state_of: a process's state letter, "" when it is gone, None when it cannot be known here.
+        finding: result of `find_blocking_ranks`.
+        world_size: number of ranks of the run.
+        stood_s: time that the observer has waited.
+        state_of: returns the state letter of a process, "" if it is gone, None if it cannot be determined here.
     """
     first = finding.ranks[0]
     waited_s = max(stood_s, first.beat.stood_s) if first.beat else stood_s
-    told = " by its last heartbeat" if finding.kind == "quiet" and first.beat else ""  # it may have gone on a little
-    subject = f"{_names(finding, world_size)} stood still for {waited_s:.0f} s {_where(first.beat)}{told}"
+    basis = " by its last heartbeat" if finding.kind == "quiet" and first.beat else ""  # its mark may be slightly newer
+    subject = f"{_names(finding, world_size)} stood still for {waited_s:.0f} s {_where(first.beat)}{basis}"
     reason = _reason(finding.kind, first, state_of)
     others = "; the other ranks wait" if len(finding.ranks) < world_size else ""
     return f"{subject}{reason}{others}"
@@ -156,23 +157,23 @@ _FIRST_DEPUTIES = 8
 
 
 def tick_s(config: HangConfig) -> float:
-    """How often a watching thread looks up."""
+    """Return the polling interval of the watchdog threads."""
     return min(config.beat_s, 1.0)
 
 
 def stale_s(config: HangConfig) -> float:
-    """A heartbeat that was seen unchanged for so long is not written any more."""
+    """Return the time after which an unchanged heartbeat counts as stale."""
     return 3 * config.beat_s + 1.0
 
 
 def is_deputy(rank: int) -> bool:
-    """Whether this rank looks at all the others when the run stands still."""
+    """Return true if this rank reads the heartbeats of all others when the run makes no progress."""
     return rank < _FIRST_DEPUTIES or rank & (rank - 1) == 0
 
 
 class ProgressTimeout:
-    """For how long the main thread has made no mark, and how long it may. Until the first step is over the patience is
-    that of the start: models are built, state is loaded, and kernels are compiled in the first step itself."""
+    """Time since the main thread's last mark, with its limit. Until the first step is complete the start limit applies:
+    models are built, state is loaded, and the first step compiles kernels."""
 
     def __init__(self, config: HangConfig, now: float) -> None:
         self._config, self._since = config, now
@@ -181,7 +182,7 @@ class ProgressTimeout:
         self.stood_s = 0.0
 
     def see(self, now: float, mark: Marked) -> float | None:
-        """Take note of the newest mark. When it is another one, the seconds that the one before it lasted."""
+        """Record the newest mark. If it is a new one, return the duration of the previous one in seconds."""
         self.stood_s = now - self._since
         if mark is self._mark:
             return None
@@ -195,7 +196,7 @@ class ProgressTimeout:
 
     @property
     def warn_s(self) -> float:
-        """At the start, later by as much as its limit is."""
+        """Return the warning limit, scaled at the start in proportion to the start limit."""
         return self._config.warn_s * self.limit_s / self._config.limit_s
 
     @property
@@ -204,17 +205,17 @@ class ProgressTimeout:
 
 
 class Monitor:
-    """One rank's part in it. It knows no threads: whoever owns it calls `tick` every `tick_s`.
+    """Hang detector of one rank, without threads: its owner calls `tick` every `tick_s`.
 
     Args:
         run: the run folder.
         rank: this rank.
-        world_size: ranks of the run.
+        world_size: number of ranks of the run.
         config: the limits.
-        say: prints a line where people look.
+        say: prints a line for the user.
         dump: writes this process's stacks below the given header line.
-        end: ends this process with the given exit code, and does not return.
-        now: the owner's clock at the start, as in `tick`.
+        end: ends this process with the given exit code; does not return.
+        now: start time on the clock of `tick`.
     """
 
     def __init__(
@@ -233,17 +234,17 @@ class Monitor:
         self._say, self._dump, self._end = say, dump, end
         self._stand, self._beats = ProgressTimeout(config, now), Heartbeats(run)
         self._stale_s, self._tick_s = stale_s(config), tick_s(config)
-        self._moment_s = 2 * self._tick_s + 1.0  # in which another rank sees what this one has done
+        self._moment_s = 2 * self._tick_s + 1.0  # time until other ranks see what this one has written
         self._next_beat = self._next_look = now
         self._number, self._cannot_write = 0, False
         self._beat: Beat | None = None
         self._seen: list[Seen] = []
         self._considered = self._warned = False
         self._leave_at: float | None = None
-        self._old = self._forget_old()
+        self._old = self._clear_earlier_start()
 
     def tick(self, now: float, mark: Marked) -> None:
-        """Beat when it is time, and judge how long the main thread has been at its newest mark."""
+        """Write the heartbeat if it is due, and check the time since the main thread's newest mark."""
         lasted_s = self._stand.see(now, mark)
         if lasted_s is not None:
             self._go_on(lasted_s)
@@ -254,14 +255,14 @@ class Monitor:
             if now >= self._leave_at:
                 self._end(HangError.exit_code)
         elif self._stand.stood_s >= min(2 * self._config.beat_s, self._stand.warn_s):
-            self._judge(now, mark)
+            self._check_progress(now, mark)
 
     def close(self, mark: Marked, why: str = "") -> None:
-        """The last heartbeat: that this rank has ended, well or for the reason given."""
+        """Write the last heartbeat: this rank has ended, normally or for the given reason."""
         self._write(self._beat_now(mark).ending(why))
 
     def verdict(self) -> str:
-        """What a rank has found in this start of the run; empty while nothing was found."""
+        """Return the report of a hang in this start of the run; empty if there is none."""
         text = read_text(self._run / "hang.json")
         if not text or text == self._old:
             return ""
@@ -270,19 +271,19 @@ class Monitor:
         except (ValueError, KeyError, TypeError):
             return f"{self._run / 'hang.json'} cannot be read"
 
-    # --- judging ---
+    # --- detection ---
 
-    def _judge(self, now: float, mark: Marked) -> None:
+    def _check_progress(self, now: float, mark: Marked) -> None:
         stood_s, limit_s, warn_s = self._stand.stood_s, self._stand.limit_s, self._stand.warn_s
         if message := self.verdict():
             self._leave(now, message, speak=self._rank == 0)
             return
-        self._look_around(now, mark)
+        self._read_others(now, mark)
         if stood_s >= limit_s + self._wait_s():
-            self._pronounce(now, mark)
+            self._report_hang(now, mark)
         elif warn_s <= stood_s < limit_s and not self._considered and is_deputy(self._rank):
             self._considered = True
-            if not self._has_speaker():
+            if not self._lower_deputy_waits():
                 self._warned = True
                 left_s = limit_s - stood_s
                 self._say(
@@ -290,13 +291,13 @@ class Monitor:
                 )
 
     def _wait_s(self) -> float:
-        """How long after the limit this rank leaves the word to another."""
+        """Return how long after the limit this rank waits for another rank's report."""
         if not is_deputy(self._rank):
             return 2 * self._stale_s
-        return self._moment_s if self._has_speaker() else 0.0
+        return self._moment_s if self._lower_deputy_waits() else 0.0
 
-    def _look_around(self, now: float, mark: Marked) -> None:
-        """Deputies look at all ranks for some time before they may have to speak, the others only when none spoke."""
+    def _read_others(self, now: float, mark: Marked) -> None:
+        """Read the heartbeats of all ranks: deputies some time before the limit, the others if no deputy reports."""
         stood_s, ahead_s = self._stand.stood_s, 2 * self._stale_s
         if is_deputy(self._rank):
             before_warning = not self._considered and stood_s >= self._stand.warn_s - ahead_s
@@ -313,8 +314,8 @@ class Monitor:
             for rank in range(self._world_size)
         ]
 
-    def _has_speaker(self) -> bool:
-        """Whether a lower deputy lives and waits too."""
+    def _lower_deputy_waits(self) -> bool:
+        """Return true if a lower deputy is alive and waiting too."""
         return any(
             each.beat is not None
             and each.beat.state == RUNNING
@@ -325,14 +326,14 @@ class Monitor:
         )
 
     def _find(self) -> HangFinding:
-        return find_culprits(self._seen, self._stale_s)
+        return find_blocking_ranks(self._seen, self._stale_s)
 
     def _describe(self, finding: HangFinding) -> str:
         return describe_hang(finding, self._world_size, self._stand.stood_s)
 
-    # --- speaking ---
+    # --- reporting ---
 
-    def _pronounce(self, now: float, mark: Marked) -> None:
+    def _report_hang(self, now: float, mark: Marked) -> None:
         self._seen = self._look(now, mark)
         finding = self._find()
         message = (
@@ -342,7 +343,7 @@ class Monitor:
         )
         self._dump(f"rank {self._rank}: {message}")
         try:
-            replace_text(self._run / "hang.json", json_text(self._facts(finding, message), indent=1) + "\n")
+            replace_file(self._run / "hang.json", json_text(self._facts(finding, message), indent=1) + "\n")
         except OSError as error:
             self._complain(error)
         self._leave(now, message, speak=True, dumped=True)
@@ -361,7 +362,7 @@ class Monitor:
         return {"message": message, "kind": finding.kind, "ranks": ranks, "by": self._rank, "written": time.time()}
 
     def _leave(self, now: float, message: str, *, speak: bool, dumped: bool = False) -> None:
-        """Dump, and end in a moment: the others need one to see the verdict."""
+        """Dump the stacks and end shortly after, so that the others have time to see the report."""
         if not dumped:
             self._dump(f"rank {self._rank}: {message}")
         if speak:
@@ -392,14 +393,16 @@ class Monitor:
             self._complain(error)
 
     def _complain(self, error: OSError) -> None:
-        """A disk that is full is no reason to end a run that works."""
+        """Warn once that a heartbeat cannot be written: a full disk must not end a working run."""
         if not self._cannot_write:
             self._cannot_write = True
             self._say(f"warning: rank {self._rank} cannot write its heartbeat and goes on without: {error}")
 
-    def _forget_old(self) -> str:
-        """Rank 0 puts away what an earlier start has left; the others know it when they see it. Returns the earlier
-        verdict. A rank that began before rank 0 writes its file again with its next heartbeat."""
+    def _clear_earlier_start(self) -> str:
+        """Return the report of an earlier start; rank 0 deletes it and the old heartbeats.
+
+        A rank that started before rank 0 writes its file again with its next heartbeat.
+        """
         old = read_text(self._run / "hang.json")
         if self._rank == 0:
             try:
@@ -412,26 +415,26 @@ class Monitor:
         return old
 
 
-# The watchdog of one rank: two threads beside the main one, which tell a run that stands still from one that works.
+# --- watchdog of one rank: two threads beside the main one ---
 #
-# The heart does all the file work (see `standstill`). The guard does none, so that it ends the process even when the
-# file system is what hangs. Neither runs while an extension holds the interpreter's lock: an alarm of the kernel then
-# writes the stacks, and the other ranks name this one by the heartbeat that it does not write.
+# The heartbeat thread does all file access. The guard thread does none, so that it can end the process even if the file
+# system hangs. Neither runs while an extension holds the interpreter lock: then a kernel alarm writes the stacks, and
+# the other ranks identify this one by its missing heartbeat.
 
-_JOIN_S = 5.0  # how long the end of a run waits for a heart that waits for its file system
+_JOIN_S = 5.0  # how long the end of a run waits for a heartbeat thread that is blocked by its file system
 
 
 class Watchdog:
-    """Use it as a context manager around a run, on every rank, and `mark` each phase.
+    """Context manager around a run on every rank, whose phases the main thread reports with `mark`.
 
-    All ranks mark the same phases in the same order; on a rank that marks nothing for `limit_s` the run is ended with
-    `HangError`'s exit code. An error that leaves the block after another rank has found a hang becomes a `HangError`:
-    the collectives of a run fail when its ranks end.
+    All ranks mark the same phases in the same order; if a rank marks nothing for `limit_s`, the run is ended with
+    `HangError`'s exit code. An error that leaves the block after another rank has found a hang becomes a `HangError`,
+    because collectives fail when other ranks end.
 
     Args:
-        run: the run folder; `heartbeats/`, `stacks/` and `hang.json` in it are written.
+        run: the run folder, where `heartbeats/`, `stacks/` and `hang.json` are written.
         rank: this rank.
-        world_size: ranks of the run.
+        world_size: number of ranks of the run.
         config: the limits.
     """
 
@@ -442,21 +445,21 @@ class Watchdog:
         self._why = ""
 
     def mark(self, phase: str, step: int | None = None) -> None:
-        """The main thread is now in this phase, of this step or of the one before if none is given. Costs less than a
-        microsecond: files are written by another thread."""
+        """Record that the main thread enters a phase, of this step or of the previous one if none is given. Takes less
+        than a microsecond: files are written by another thread."""
         self._mark = next_mark(self._mark, phase, step)
 
     def __enter__(self) -> Watchdog:
         self._stacks = StackFile(self._run / "stacks" / f"rank-{self._rank:05d}.txt")
         self._alarm = StackAlarm(self._stacks)
-        # A thread that ran late still counts; one that was suspended does not.
+        # The time of a late tick counts; that of a suspended process does not.
         self._longest_s = self._config.beat_s + 2.0
         self._monitor = Monitor(
             self._run, self._rank, self._world_size, self._config, say=say, dump=self._stacks.dump, end=os._exit
         )
         self._threads = [
             threading.Thread(target=target, name=f"watchdog-{target.__name__.strip('_')}", daemon=True)
-            for target in (self._heart, self._guard)
+            for target in (self._run_heartbeat, self._run_guard)
         ]
         for thread in self._threads:
             thread.start()
@@ -475,7 +478,7 @@ class Watchdog:
         if verdict:
             raise HangError(f"this rank ended because of a hang: {verdict}") from error
 
-    def _heart(self) -> None:
+    def _run_heartbeat(self) -> None:
         clock, complained = AwakeClock(self._longest_s, time.monotonic), False
         while True:
             stopped = self._stopped.is_set()
@@ -484,25 +487,27 @@ class Watchdog:
                     self._monitor.close(self._mark, self._why)
                 else:
                     self._monitor.tick(clock.read(), self._mark)
-            except Exception as error:  # noqa: BLE001 - it must outlive whatever it finds; the guard ends a hang without it
+            except Exception as error:  # noqa: BLE001 - must survive any error; the guard ends a hang without it
                 if not complained:
-                    say(f"warning: the watchdog of rank {self._rank} stumbled: {error!r}")
+                    say(f"warning: the watchdog of rank {self._rank} failed and continues: {error!r}")
                 complained = True
             if stopped:
                 return
             self._stopped.wait(tick_s(self._config))
 
-    def _guard(self) -> None:
+    def _run_guard(self) -> None:
         clock = AwakeClock(self._longest_s, time.monotonic)
         stand = ProgressTimeout(self._config, clock.read())
         while not self._stopped.wait(tick_s(self._config)):
             stand.see(clock.read(), self._mark)
-            self._alarm.put_off(max(0.5 * stand.limit_s, stand.limit_s - 2 * self._config.beat_s))
-            if stand.stood_s >= stand.limit_s + 5 * stale_s(self._config):  # the heart would have ended it before
-                self._end_unheard(stand)
+            self._alarm.postpone(max(0.5 * stand.limit_s, stand.limit_s - 2 * self._config.beat_s))
+            if stand.stood_s >= stand.limit_s + 5 * stale_s(
+                self._config
+            ):  # the heartbeat thread would have ended it before
+                self._end_without_files(stand)
 
-    def _end_unheard(self, stand: ProgressTimeout) -> None:
-        """Even printing may wait for ever for a file system."""
+    def _end_without_files(self, stand: ProgressTimeout) -> None:
+        """End the process without file access; even printing may block forever, so it has a thread of its own."""
         step, _, phase, _ = self._mark
         last_words = (
             f"error: rank {self._rank} has stood still for {stand.stood_s:.0f} s in phase '{phase}' of step "
@@ -514,15 +519,15 @@ class Watchdog:
 
 
 def say(text: str) -> None:
-    """A line on stderr, past Python's buffers: the main thread may stand still with their lock. Where stderr takes
-    none (a log on a full disk) it is lost."""
-    clear = "\r\x1b[2K" if os.isatty(2) else ""  # a progress line may stand there
+    """Write a line to stderr without Python's buffers, whose lock a blocked main thread may hold. If stderr fails (a
+    log on a full disk), the line is lost."""
+    clear = "\r\x1b[2K" if os.isatty(2) else ""  # clear the progress line
     with suppress(OSError):
         os.write(2, f"{clear}{text}\n".encode(errors="replace"))
 
 
 def _why(error: BaseException | None) -> str:
-    """What a rank failed of; empty when it did not."""
+    """Return the error of a rank as one line; empty if there is none."""
     if error is None or (isinstance(error, SystemExit) and error.code in (None, EXIT_OK, EXIT_RESUME)):
         return ""
     first_line = str(error).strip().partition("\n")[0]
@@ -530,8 +535,8 @@ def _why(error: BaseException | None) -> str:
 
 
 class StackFile:
-    """Where this process's stacks go. Open from the beginning, because a handler can open nothing; deleted at the end
-    if nothing was written. Stacks of an earlier start stay above the new ones."""
+    """File of this process's stack dumps. Opened at the start, because a signal handler cannot open files; deleted at
+    the end if it is empty. Stacks of an earlier start stay above the new ones."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -546,7 +551,7 @@ class StackFile:
         return 2 if self._file is None else self._file.fileno()
 
     def dump(self, header: str) -> None:
-        """The header and the stack of every thread of this process."""
+        """Write the header and the stack of every thread of this process."""
         os.write(self.fileno(), f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {header}\n".encode())
         faulthandler.dump_traceback(self.fileno(), all_threads=True)
 
@@ -557,15 +562,15 @@ class StackFile:
             if os.fstat(self._file.fileno()).st_size == 0:
                 self._path.unlink(missing_ok=True)
             self._file.close()
-        except OSError as error:  # no reason to fail a run that is done
+        except OSError as error:  # must not fail a finished run
             say(f"warning: {self._path} could not be tidied away: {error}")
 
 
 class StackAlarm:
-    """Writes the stacks by a handler in C when nobody puts it off in time, as when the interpreter is blocked.
+    """Kernel alarm that dumps the stacks from C unless it is postponed in time, for a blocked interpreter.
 
-    `faulthandler.dump_traceback_later` is not used: while it waits, a forked child that ends hangs. Where SIGALRM is
-    already used by somebody else, this does nothing.
+    `faulthandler.dump_traceback_later` is not used: while it waits, a forked child hangs at its end. If SIGALRM has
+    another handler already, this does nothing.
     """
 
     def __init__(self, stacks: StackFile) -> None:
@@ -575,8 +580,8 @@ class StackAlarm:
         if self._armed:
             faulthandler.register(signal.SIGALRM, file=stacks.fileno(), all_threads=True, chain=False)
 
-    def put_off(self, seconds: float) -> None:
-        """Not before so many seconds from now."""
+    def postpone(self, seconds: float) -> None:
+        """Set the alarm to this many seconds from now."""
         if self._armed:
             signal.setitimer(signal.ITIMER_REAL, seconds)
 

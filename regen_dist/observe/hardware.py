@@ -1,4 +1,4 @@
-"""What the machine can do at best, and how much memory is in use: the denominators of the metrics."""
+"""Peak performance and memory of the machine, the denominators of the metrics."""
 
 from __future__ import annotations
 
@@ -76,26 +76,26 @@ def peak_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     return 2 * side**3 / best / 1e12
 
 
-def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this machine's CPU multiplies bf16 itself (AMX, AVX-512 BF16, or ARM's BF16). Others convert every number
-    back and forth: measured on an AMD EPYC of such a kind, a training step took 11 times as long as in float32."""
+def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return true if this machine's CPU has bf16 instructions (AMX, AVX-512 BF16, or ARM BF16). Others convert every
+    number: on an AMD EPYC without them, a training step was measured to take 11 times as long as in float32."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux: nothing is known against it
+    except OSError:  # not Linux: assume that it has
         return True
     flags = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
     return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak memory of this rank so far: allocated on the GPU, or resident in the process."""
+    """Return the peak memory of this rank so far: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def describe_machine() -> dict[str, Any]:
-    """Hardware and versions that figures depend on."""
+    """Return the hardware and versions that measurements depend on."""
     packages = ("regen-dist", "torch", "deepspeed", "av", "scikit-image", "imageio-ffmpeg")
     gpu = accelerator(torch.device("cuda")) if torch.cuda.is_available() else {}
     return {
@@ -116,7 +116,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The CPU's name as the system gives it."""
+    """Return the CPU's name as reported by the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

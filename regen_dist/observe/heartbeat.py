@@ -1,8 +1,8 @@
-"""Heartbeats: one small file a rank, which says what that rank does, and the reading of the others' files.
+"""Heartbeats: one small file for each rank with its current phase, and readers of the other ranks' files.
 
-A file is told stale by its reader alone, who looks twice: no clock of another machine is believed. Each one is written
-to a new name and moved into place, and not synced: it is worth nothing after a crash, and a sync may wait long for a
-checkpoint that is being written.
+A reader decides that a file is stale by reading it twice: clocks of other machines are never compared. Files are
+replaced atomically but not synced: they are worthless after a crash, and a sync might wait for a checkpoint that is
+being written.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ RUNNING, ENDED, FAILED = "running", "ended", "failed"
 
 
 class Mark(NamedTuple):
-    """What the main thread said last: the optimizer step (None before the first), how many phases of this step came
-    before, and the phase."""
+    """Last progress mark of the main thread: the optimizer step (None before the first), the index of the phase in the
+    step, and the phase."""
 
     step: int | None
     place: int
     phase: str
 
 
-# A Mark without its names, since what the main thread makes must cost nothing; and how many steps this start has begun.
+# A plain tuple, because the main thread must create it at no cost: the fields of a Mark, and the steps begun since
+# start.
 Marked = tuple[int | None, int, str, int]
 FIRST_MARK: Marked = (None, 0, "start", 0)
 
 
 def next_mark(last: Marked, phase: str, step: int | None) -> Marked:
-    """The mark after `last`, always another object. A phase that is marked again keeps its place: ranks may differ in
-    how often they do."""
+    """Return the mark after `last`, always a new object. A phase marked again keeps its index: ranks may differ in how
+    often they mark it."""
     last_step, place, last_phase, begun = last
     if step is None or step == last_step:
         return last_step, place if phase == last_phase else place + 1, phase, begun
@@ -46,20 +47,20 @@ def next_mark(last: Marked, phase: str, step: int | None) -> Marked:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank writes about itself. `stood_s`: seconds since its main thread's last mark, by its own clock."""
+    """Heartbeat of a rank. `stood_s`: seconds since its main thread's last mark, by its own clock."""
 
     rank: int
     host: str
-    namespace: str  # within which `pid` counts
+    namespace: str  # process id namespace of `pid`
     pid: int
     step: int | None
-    begun: int  # steps in this start: unlike `step`, it never goes back, as a run does after a spike
+    begun: int  # steps begun since the start: unlike `step`, it never decreases in a rollback
     place: int
     phase: str  # or "ended", or "failed"
-    left: str  # the phase that it ended or failed in; empty while it runs
-    why: str  # it failed
+    left: str  # the phase in which it ended or failed; empty while it runs
+    why: str  # reason of the failure
     stood_s: float
-    number: int  # of the heartbeat: no two are alike
+    number: int  # counter of the heartbeats
     written: float  # seconds since the epoch, for people
 
     @property
@@ -71,17 +72,17 @@ class Beat:
         return Mark(self.step, self.place, self.left or self.phase)
 
     def ending(self, why: str) -> Beat:
-        """The last one: of a rank that ended well, or for the reason given."""
+        """Return the last heartbeat of a rank that ended normally, or failed for the given reason."""
         return replace(self, phase=FAILED if why else ENDED, left=self.phase, why=why)
 
 
 def beat_path(run: Path, rank: int) -> Path:
-    """Where a rank's heartbeat lies in the run folder."""
+    """Return the path of a rank's heartbeat in the run folder."""
     return run / "heartbeats" / f"rank-{rank:05d}.json"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Put a small file in its place at once: no reader sees half of it."""
+def replace_file(path: Path, text: str) -> None:
+    """Replace a small file atomically, without a sync to disk."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -95,11 +96,11 @@ def write_beat(run: Path, beat: Beat) -> None:
     """
     path = beat_path(run, beat.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json_text(asdict(beat)) + "\n")
+    replace_file(path, json_text(asdict(beat)) + "\n")
 
 
 def parse_beat(text: str) -> Beat | None:
-    """A heartbeat as it was written; None for anything else, such as a file of another version."""
+    """Parse a heartbeat; None for anything else, such as a file of another version."""
     try:
         found = json.loads(text)
         return Beat(**{each.name: found[each.name] for each in fields(Beat)})
@@ -108,8 +109,7 @@ def parse_beat(text: str) -> Beat | None:
 
 
 class Seen(NamedTuple):
-    """What is known of a rank: its newest heartbeat (None: there is none), and for how long it was seen not to
-    change."""
+    """Observation of a rank: its newest heartbeat (None if there is none), and for how long it was seen unchanged."""
 
     rank: int
     beat: Beat | None
@@ -117,14 +117,14 @@ class Seen(NamedTuple):
 
 
 class Heartbeats:
-    """Reads the ranks' files, and remembers since when each was seen as it is."""
+    """Reader of the ranks' heartbeats, which remembers since when each was seen unchanged."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
         self._known: dict[int, tuple[str, float]] = {}  # text, and when it was first seen
 
     def look(self, rank: int, now: float) -> Seen:
-        """One look at one file; `now` in seconds of the reader's clock. Of the first look, `quiet_s` is 0."""
+        """Read one heartbeat; `now` in seconds of the reader's clock. On the first reading `quiet_s` is 0."""
         text = read_text(beat_path(self._run, rank))
         if rank not in self._known or self._known[rank][0] != text:
             self._known[rank] = (text, now)
@@ -132,7 +132,7 @@ class Heartbeats:
 
 
 def read_text(path: Path) -> str:
-    """A small file as it is; empty when it is not there, or cannot be read."""
+    """Return the text of a small file; empty if it does not exist or cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -140,10 +140,10 @@ def read_text(path: Path) -> str:
 
 
 class AwakeClock:
-    """Seconds that this process was awake, as told by a thread that reads the clock regularly.
+    """Clock that leaves out suspensions of the process, for a thread that reads it regularly.
 
-    When a whole job is suspended (SIGSTOP, a laptop that sleeps) and goes on hours later, nobody stood still: between
-    two readings at most `longest_s` count.
+    A job that is suspended (SIGSTOP, a laptop that sleeps) and resumed hours later was not hanging: between two
+    readings at most `longest_s` count.
     """
 
     def __init__(self, longest_s: float, clock: Callable[[], float]) -> None:
@@ -159,7 +159,7 @@ class AwakeClock:
 
 @cache
 def host_and_namespace() -> tuple[str, str]:
-    """This host, and the namespace in which its process ids count (containers may share a host's name)."""
+    """Return the host name and the process id namespace (containers may share a host name)."""
     try:
         return socket.gethostname(), os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -167,8 +167,8 @@ def host_and_namespace() -> tuple[str, str]:
 
 
 def process_state(beat: Beat) -> str | None:
-    """The state letter of a rank's process as in `ps` ("T": stopped), "" when it is gone; None when it is not known
-    here, as for a rank on another host."""
+    """Return the state letter of a rank's process as in `ps` ("T": stopped), "" if it is gone, or None if it cannot be
+    determined here, as for a rank on another host."""
     if (beat.host, beat.namespace) != host_and_namespace() or not beat.namespace:
         return None
     try:

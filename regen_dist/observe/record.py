@@ -1,4 +1,5 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a line, in the order of the steps."""
+"""Metrics record of a run: `metrics.jsonl`, one JSON object a line, in the order of the steps; and the progress
+line."""
 
 from __future__ import annotations
 
@@ -19,17 +20,17 @@ from regen_dist.config.files import write_text_atomically
 from regen_dist.jsontext import json_text
 
 Kind = Literal["train", "validation", "event", "gradients", "checkpoint", "samples", "bad_sample"]
-_FIGURES = ("train", "validation", "gradients")  # kinds of lines whose values are numbers
+_FIGURES = ("train", "validation", "gradients")  # kinds of lines with numeric values
 _RETRY_S = 5.0
 _MOST_WAITING_BYTES = 2**24
 
 
 class Record:
-    """Appends lines; on resuming it first drops those of steps that will be done again, so that every step stands in it
-    once.
+    """Append-only metrics record. On resuming, lines of steps that will be repeated are dropped, so that every step
+    appears once.
 
-    No record ends a run: lines that the disk does not take wait in memory, 16 MiB of them, for a disk that does. It
-    warns once, and once more when it is closed with lines that never were written.
+    A failing disk does not end the run: up to 16 MiB of lines wait in memory until it accepts writes again. There is a
+    warning at the first failure, and one at the end if lines were lost.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
@@ -40,7 +41,7 @@ class Record:
         self._flush()
 
     def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
-        """One line. Floats are written so that they read back bit for bit."""
+        """Append a line. Floats are written so that they read back bit for bit."""
         line = (json_text({"kind": kind, "step": step, **values, "time": time.time()}) + "\n").encode()
         if len(self._waiting) + len(line) > _MOST_WAITING_BYTES:
             self._lost += 1
@@ -50,7 +51,7 @@ class Record:
             self._flush()
 
     def rewind(self, step: int) -> None:
-        """Go back to `step`: lines of later ones are dropped."""
+        """Drop the lines of steps after `step`."""
         self._close_file()
         self._step = step
         self._waiting = b"".join(
@@ -59,12 +60,12 @@ class Record:
         self._flush()
 
     def close(self) -> None:
-        """Write what waits, and close the file."""
+        """Write the waiting lines and close the file."""
         self._flush()
         self._close_file()
         lost = self._lost + self._waiting.count(b"\n")
         if lost:
-            _warn(f"{lost} lines of {self._path} were lost, for they could not be written")
+            _warn(f"{lost} lines of {self._path} were lost because they could not be written")
 
     def _flush(self) -> None:
         try:
@@ -76,7 +77,7 @@ class Record:
             self._retry_at = time.monotonic() + _RETRY_S
             if not self._warned:
                 self._warned = True
-                _warn(f"{self._path} cannot be written, lines wait in memory and the run goes on: {error.strerror}")
+                _warn(f"{self._path} cannot be written, lines wait in memory and the run continues: {error.strerror}")
 
     def _open(self) -> int:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ class Record:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def _append(self) -> int:
-        """Write waiting lines; how many bytes of whole ones. Half of one is taken back."""
+        """Write waiting lines and return the bytes of complete ones. A partial line is removed."""
         assert self._file is not None, "opened by _flush"
         before = os.fstat(self._file).st_size
         written = os.write(self._file, self._waiting)
@@ -100,20 +101,20 @@ class Record:
         if self._file is not None:
             try:
                 os.close(self._file)
-            except OSError as error:  # NFS tells of a full disk here
+            except OSError as error:  # NFS reports a full disk here
                 _warn(f"{self._path}: {error.strerror}; its last lines may be missing")
             self._file = None
 
     def _drop_after(self, step: int) -> None:
         kept = [line for line in read_record(self._path) if _stays(line, step)]
         text = "".join(json_text(line) + "\n" for line in kept)
-        if text != self._path.read_text(encoding="utf-8", errors="replace"):  # a full disk takes no second copy
+        if text != self._path.read_text(encoding="utf-8", errors="replace"):  # rewriting needs space for a second copy
             write_text_atomically(self._path, text)
 
 
 def read_record(path: Path, kind: Kind | None = None) -> list[dict[str, Any]]:
-    """The lines of a record; a last line that a crash cut short is left out. A figure that is null was not finite: it
-    is given as NaN."""
+    """Read the lines of a record, without a last line that a crash cut short. Figures that are null were not finite and
+    are returned as NaN."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
@@ -128,7 +129,7 @@ def read_record(path: Path, kind: Kind | None = None) -> list[dict[str, Any]]:
 
 
 def _stays(line: Mapping[str, Any], step: int) -> bool:
-    """Whether a line still holds when the run goes on from `step`."""
+    """Return true if a line stays valid when the run resumes from `step`."""
     return bool(line["kind"] == "event" or line["step"] <= step)
 
 
@@ -136,13 +137,14 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-# The live line of a run in the terminal; plain lines where there is no terminal.
+# --- progress line ---
 
 PLAIN_EVERY_S = 10.0
 
 
 class ProgressLine:
-    """Step, loss, validation, clips/s, MFU, data wait, memory and ETA."""
+    """Progress line of a run in the terminal, or plain lines without one: step, loss, validation, clips/s, MFU, data
+    wait, memory and ETA."""
 
     def __init__(self, total_steps: int, start: int, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
@@ -170,12 +172,12 @@ class ProgressLine:
             self._console.print(f"{line}  eta {eta / 60:.1f} min", highlight=False, soft_wrap=True)
 
     def validation(self, values: Mapping[str, Any]) -> None:
-        """Keep the newest validation PSNR, or loss, on the line."""
+        """Show the newest validation PSNR, or loss, on the line."""
         texts = {"psnr_db": "val {:.2f} dB", "loss": "val {:.4f}"}
         self._validation = next((text.format(values[name]) for name, text in texts.items() if name in values), "")
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Print a message on a line of its own."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -183,7 +185,7 @@ class ProgressLine:
 
 
 def describe(step: int, total: int, values: Mapping[str, Any], validation: str = "") -> str:
-    """The figures as one line; `validation` is what to say of the newest one."""
+    """Format the figures as one line; `validation` is the text for the newest validation."""
     parts = [f"step {step}/{total}", f"loss {values['loss']:.4f}"]
     if validation:
         parts.append(validation)

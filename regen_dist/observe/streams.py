@@ -1,4 +1,4 @@
-"""Standard streams that outlive their disk: a log on a full disk loses lines, and no run ends of it."""
+"""Standard streams that survive a full disk: the log loses lines, but the run does not end; and user warnings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class _Lossy(io.FileIO):
-    """A file whose bytes are dropped while its disk refuses them. A pipe that nobody reads still tells so."""
+    """File that drops bytes while its disk refuses them. A broken pipe still raises."""
 
     def write(self, data: Buffer, /) -> int:
         try:
@@ -23,12 +23,12 @@ class _Lossy(io.FileIO):
 
 
 def shield_streams() -> None:
-    """Make stdout and stderr of this process lossy. Call it once, at the start of a process that shall last."""
+    """Make stdout and stderr of this process lossy. Call it once, at the start of a long-running process."""
     sys.stdout, sys.stderr = _shielded(sys.stdout), _shielded(sys.stderr)
 
 
 def _shielded(stream: TextIO) -> TextIO:
-    """The same stream above a lossy file; as it is where it does not stand on a descriptor of its own."""
+    """Return the stream on top of a lossy file; unchanged if it has no file descriptor of its own."""
     if not isinstance(stream, io.TextIOWrapper) or not isinstance(getattr(stream.buffer, "raw", None), io.FileIO):
         return stream
     stream.flush()
@@ -43,9 +43,6 @@ def _shielded(stream: TextIO) -> TextIO:
     return cast("TextIO", shielded)
 
 
-# Warnings for the user: one line each on stderr.
-
-
 def warn(text: str) -> None:
-    """Print a warning on stderr at once."""
+    """Print a warning for the user on stderr, one line, unbuffered."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

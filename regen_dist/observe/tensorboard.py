@@ -1,4 +1,4 @@
-"""TensorBoard's event files, if the config asks for them. Videos become animated GIFs, which it plays."""
+"""TensorBoard tracker, if the config enables it. Videos become animated GIFs, which TensorBoard plays."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class TensorBoard:
-    """Writes metrics, pictures and videos; switches itself off at the first failure, said once.
+    """Writer of metrics, images and videos; disables itself at the first failure, with one warning.
 
     Args:
-        folder: of the event files; those of earlier starts stay beside the new one.
-        step: that the run starts from: what an earlier start wrote of later steps is no longer shown.
+        folder: folder of the event files; those of earlier starts stay beside the new one.
+        step: step that the run starts from: later steps of an earlier start are no longer shown.
 
     Attributes:
-        failures: how often it failed; 1 at most.
+        failures: number of failures, at most 1.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
@@ -40,18 +40,18 @@ class TensorBoard:
         pictures: Mapping[str, Path] | None = None,
         videos: Mapping[str, Path] | None = None,
     ) -> None:
-        """Metrics (and pictures and videos by name) of one step."""
+        """Log the metrics (and images and videos by name) of one step."""
         if self._writer is not None:
             self._guard(lambda: self._write(step, values, pictures or {}, videos or {}))
 
     def rewind(self, step: int) -> None:
-        """Take back what was written of steps after `step`."""
+        """Discard what was logged for steps after `step`."""
         if self._writer is not None:
             self._guard(self._writer.close)
             self._open(step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the event file."""
         if self._writer is not None:
             self._guard(self._writer.close)
         self._writer = None
@@ -73,7 +73,7 @@ class TensorBoard:
         self._writer.flush()
 
     def _guard(self, action: Callable[[], Any]) -> Any:
-        """The action's result; None where it failed, with one warning."""
+        """Return the action's result, or None with one warning if it failed."""
         try:
             return action()
         except Exception as error:  # noqa: BLE001 - a full disk or a broken picture must not end weeks of training
@@ -94,7 +94,7 @@ def _writer(folder: Path, step: int) -> Any:
 
 
 def _add_gif(writer: Any, name: str, path: Path, step: int) -> None:
-    """torch's own way to write videos needs moviepy."""
+    """Write a video as a GIF; torch's own method needs moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     with VideoReader(path) as reader:

@@ -1,4 +1,4 @@
-"""Where metrics go beside the record: one interface for wandb and TensorBoard, each where the config asks for it."""
+"""Metric trackers beside the record: one interface for wandb and TensorBoard, each enabled by the config."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from regen_dist.config.identity import read_or_create_run_id
 from regen_dist.config.run import CommonConfig
 from regen_dist.observe.tensorboard import TensorBoard
 
-# Weights & Biases, if the config asks for it. The only module that imports wandb.
-#
-# The record on disk is the truth; this is a copy. Whatever goes wrong here is said once and never stops a run: every
-# call is made by a thread of its own, and waited for so many seconds at most.
+# This is the only module that imports wandb. The record on disk is authoritative; a tracker is a copy. A failure is
+# reported once and never stops a run: every call runs in its own thread, with a time limit in seconds.
 
 log = logging.getLogger(__name__)
 
-START_S, SEND_S, FINISH_S, TEARDOWN_S = 30.0, 10.0, 20.0, 2.0  # that a call may take
-_STEP = "step"  # the axis of every curve; wandb's own counter drops what comes with a lower number than before
+START_S, SEND_S, FINISH_S, TEARDOWN_S = 30.0, 10.0, 20.0, 2.0  # time limits of calls
+_STEP = "step"  # x-axis of every curve; wandb's own counter drops points with a lower step than the last
 
 
 class Tracker:
-    """Sends metrics and pictures to wandb; switches itself off at the first failure, or at the first call that does not
-    return in time."""
+    """Weights & Biases tracker; disables itself at the first failure, or at the first call that exceeds its time
+    limit."""
 
     def __init__(self, config: CommonConfig, run: Path) -> None:
         self._run: Any = None
@@ -43,16 +41,16 @@ class Tracker:
         pictures: Mapping[str, Path] | None = None,
         videos: Mapping[str, Path] | None = None,
     ) -> None:
-        """Metrics (and pictures and videos by name) of one step, which may be lower than one before."""
+        """Log the metrics (and images and videos by name) of one step, which may be lower than an earlier one."""
         run = self._run
         if run is not None:
             self._guard(lambda: _send(run, step, values, pictures or {}, videos or {}), SEND_S)
 
     def rewind(self, step: int) -> None:
-        """Points of the same step may come again: wandb keeps all, on an axis of our own."""
+        """Do nothing: wandb keeps repeated points of a step, on our own x-axis."""
 
     def close(self) -> None:
-        """Send what is left, and leave nothing behind that the end of the process would wait for."""
+        """Flush, and stop everything that the end of the process would wait for."""
         if not self._wanted:
             return
         if self._run is not None:
@@ -62,7 +60,7 @@ class Tracker:
         self._wanted, self._run = False, None
 
     def _guard(self, action: Callable[[], Any], limit_s: float) -> Any:
-        """The action's result; None where it failed or took too long, with one warning."""
+        """Return the action's result, or None with one warning if it failed or took too long."""
         try:
             return _bounded(action, limit_s)
         except Exception as error:  # noqa: BLE001 - an outage of a web service must not end weeks of training
@@ -73,11 +71,11 @@ class Tracker:
 
 
 def _bounded(action: Callable[[], Any], limit_s: float) -> Any:
-    """The result of an action in a thread that nobody waits for longer than this.
+    """Return the result of an action in a thread, waiting for it `limit_s` at most.
 
     Raises:
-        TimeoutError: it has not ended.
-        Exception: its own.
+        TimeoutError: the action has not ended.
+        Exception: that of the action.
     """
     results: list[Any] = []
     errors: list[Exception] = []
@@ -130,13 +128,13 @@ def _send(
 
 
 def _abandon_service() -> None:
-    """End wandb's service process, for which the end of this process would wait without a bound; what it has not sent
-    lies in the run folder (`wandb sync`)."""
+    """End wandb's service process, which would block the end of this process without limit; unsent data is in the run
+    folder (`wandb sync`)."""
     import wandb
 
     try:
-        _bounded(wandb.teardown, TEARDOWN_S)  # also takes its hook away from the end of this process
-    except Exception as error:  # noqa: BLE001 - the failure was told; this only tidies up
+        _bounded(wandb.teardown, TEARDOWN_S)  # also removes its exit hook
+    except Exception as error:  # noqa: BLE001 - the failure was reported; this is cleanup
         log.debug("wandb's service did not end by itself: %s", error)
     for pid in _children("wandb-core"):
         try:
@@ -146,7 +144,7 @@ def _abandon_service() -> None:
 
 
 def _children(name: str) -> list[int]:
-    """This process's own children of a name; none where there is no /proc."""
+    """Return the child processes of this process with a name; none without /proc."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -160,27 +158,27 @@ def _children(name: str) -> list[int]:
 
 
 class MetricTracker(Protocol):
-    """A copy of a run's metrics. Nothing that goes wrong in it stops a run."""
+    """Interface of a tracker, a copy of a run's metrics whose failures never stop the run."""
 
     def log(
         self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
     ) -> None:
-        """Metrics, pictures and videos by name, of one step."""
+        """Log metrics, images and videos by name, of one step."""
 
     def rewind(self, step: int) -> None:
-        """The run went back to `step`."""
+        """Handle a rollback of the run to `step`."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Flush and close."""
 
 
 class Trackers:
     """All trackers of a run.
 
     Args:
-        config: of the run.
-        run: its folder.
-        step: that it starts from.
+        config: config of the run.
+        run: the run folder.
+        step: step that the run starts from.
     """
 
     def __init__(self, config: CommonConfig, run: Path, step: int = 0) -> None:
@@ -195,16 +193,16 @@ class Trackers:
         pictures: Mapping[str, Path] | None = None,
         videos: Mapping[str, Path] | None = None,
     ) -> None:
-        """Metrics, pictures and videos by name, of one step."""
+        """Log metrics, images and videos by name, of one step."""
         for each in self._all:
             each.log(step, values, pictures or {}, videos or {})
 
     def rewind(self, step: int) -> None:
-        """The run went back to `step`."""
+        """Handle a rollback of the run to `step`."""
         for each in self._all:
             each.rewind(step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Flush and close."""
         for each in self._all:
             each.close()

@@ -151,14 +151,14 @@ class Guards:
         self.latents = LatentGuard(config.guards.latent_std)
         self._clips = config.train.batch_global
 
-    def after_step(self, step: int, result: StepResult, stand_ins: int) -> None:
+    def after_step(self, step: int, result: StepResult, num_replaced: int) -> None:
         """Take note of a step: what became of it, and how many of the global batch's clips were stand-ins.
 
         Raises:
             SkippedSteps, DataError: too many steps were skipped, or too many samples are bad.
         """
         self.nonfinite.check(step, result)
-        self.bad_samples.check(step, {"bad_samples": stand_ins, "clips": self._clips})
+        self.bad_samples.check(step, {"bad_samples": num_replaced, "clips": self._clips})
 
     def figures(self) -> dict[str, float]:
         """What the log shows of them."""

@@ -24,7 +24,7 @@ class StepHeartbeat(NamedTuple):
     some rank wants to stop, and whether a save has ended."""
 
     loss: float
-    stand_ins: int
+    num_replaced: int
     stop: bool
     saved: bool
 
@@ -96,7 +96,7 @@ class Trainer(Stepper):
             with self.clock.step():
                 made = self.train_step()
             pulse = self._pulse(stopper)
-            self.guards.after_step(self.step, made.result, pulse.stand_ins)
+            self.guards.after_step(self.step, made.result, pulse.num_replaced)
             spike = self.guards.spikes.judge(self.step, pulse.loss, made.batch.kind)
             if spike is not None:
                 self.reporter.say(self.step, f"warning: {spike}")
@@ -135,8 +135,8 @@ class Trainer(Stepper):
     def _pulse(self, stopper: Stopper) -> StepHeartbeat:
         """What the ranks tell each other after every step, in one collective."""
         self._mark("agree")
-        loss, stand_ins = self.meter.end_step()
-        own = [loss, stand_ins, stopper.wanted(), self.checkpoints.finished]
+        loss, num_replaced = self.meter.end_step()
+        own = [loss, num_replaced, stopper.wanted(), self.checkpoints.finished]
         total, bad, stop, saved = self.ranks.sum([float(value) for value in own])
         return StepHeartbeat(total / self.ranks.world_size, int(bad), stop > 0, saved > 0)
 

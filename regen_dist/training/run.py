@@ -20,7 +20,7 @@ from regen_dist.distributed.zero3 import ENGINES, build_engine
 from regen_dist.models.attention import BACKENDS
 from regen_dist.models.layers import require_cudnn
 from regen_dist.observe.hang_detector import Watchdog
-from regen_dist.observe.hardware import multiplies_bf16, peak_tflops
+from regen_dist.observe.hardware import has_native_bf16, peak_tflops
 from regen_dist.observe.streams import warn
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
 from regen_dist.training.configs import replace_config
@@ -148,7 +148,7 @@ def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
         BACKENDS.available(attention.backend, device.type, dtype)
     if config.model.kind != "t2v":  # which has no convolutions
         require_cudnn(device.type, dtype)
-    if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not multiplies_bf16():
+    if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not has_native_bf16():
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")
     make_repeatable(ranks.device, deterministic=config.engine.deterministic)
     # It would write NaN over DeepSpeed's communication buckets, gigabytes a rank that otherwise stay untouched.

@@ -86,7 +86,7 @@ class Stepper:
             loss = self.task.loss(self.engine, batch, self.step)
             self.engine.backward(poison_nonfinite(loss.total), is_last=micro + 1 == train.accumulation)
             # Count it, without waiting for the device.
-            flops, bad_samples = self.task.flops(batch) * leads, batch.stand_ins * leads
+            flops, bad_samples = self.task.flops(batch) * leads, batch.num_replaced * leads
             self.meter.add(loss.value, loss.figures, flops, bad_samples=bad_samples)
             if leads:
                 self._fetched(micro, batch)

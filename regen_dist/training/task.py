@@ -55,7 +55,7 @@ class Batch(Protocol):
         """Samples that were found to be bad."""
 
     @property
-    def stand_ins(self) -> int:
+    def num_replaced(self) -> int:
         """How many samples come from others in place of bad ones."""
 
     @property

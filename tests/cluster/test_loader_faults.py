@@ -149,7 +149,7 @@ def stood_in(found: list[ClipBatch], expected: list[ClipBatch], bad: set[int]) -
             else:
                 assert after.sample_ids[slot] == sample
                 assert torch.equal(after.video[slot], before.video[slot])
-        assert after.stand_ins == sum(sample in bad for sample in before.sample_ids.tolist())
+        assert after.num_replaced == sum(sample in bad for sample in before.sample_ids.tolist())
     return count
 
 
@@ -275,12 +275,12 @@ def test_a_full_disk_under_the_cache_is_one_warning(
     with small_disk(tmp_path / "disk", f"{size // 2000}k") as disk:
         found = read(settings(url, disk), 6)
         assert_equal(found, expected)
-        assert "No space left on device; reading goes on without it" in (found[-1].problem or "")
+        assert "No space left on device; reading continues without it" in (found[-1].problem or "")
         assert_whole(disk, open_dataset(url), 3)
     with small_disk(tmp_path / "other", f"{size // 2000}k") as disk:
         run = tiny_run(tmp_path / "runs", url, data__read={"cache": str(disk)}, train__steps=8)
         assert train(run) == 0
-    assert capfd.readouterr().err.count("No space left on device; reading goes on without it") == 1
+    assert capfd.readouterr().err.count("No space left on device; reading continues without it") == 1
 
 
 def test_a_full_disk_under_the_catalogue_is_one_clear_error(url: str, tmp_path: Path) -> None:

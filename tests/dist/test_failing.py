@@ -68,7 +68,7 @@ GPU_OF_ONE = """
 """
 
 
-@pytest.mark.parametrize(("asked", "said"), [("8", "were asked for"), ("0", "1 ranks have a GPU and 1 do not")])
+@pytest.mark.parametrize(("asked", "said"), [("8", "were requested"), ("0", "1 ranks have a GPU and 1 do not")])
 def test_ranks_without_a_gpu_among_others_end_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, said: str
 ) -> None:

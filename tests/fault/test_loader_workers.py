@@ -76,7 +76,7 @@ def test_a_worker_that_dies_names_what_it_was_decoding(config: DataConfig) -> No
 )
 def test_what_is_said_of_the_dead(config: DataConfig, note: list[int], words: str) -> None:
     dataset = open_dataset(config.url or "")
-    said = clip_loader._obituary([7], torch.tensor([[6, 0, 1], note]), (dataset,))
+    said = clip_loader._dead_workers_message([7], torch.tensor([[6, 0, 1], note]), (dataset,))
     assert words.format(name=dataset.sample(3).name) in said
     assert dataset.sample(1).name not in said, "that one lives"
 

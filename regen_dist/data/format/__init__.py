@@ -1,1 +1,1 @@
-"""What a dataset is: index, manifest, shards, the mapped catalogue; checking and looking at one."""
+"""Dataset format: index, manifest, shards, and the memory-mapped catalogue."""

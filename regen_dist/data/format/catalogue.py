@@ -1,8 +1,8 @@
-"""A dataset opened for reading: every row's place and shape in one local, memory-mapped file of 64 bytes a row.
+"""Dataset catalogue: location and shape of every row in one local, memory-mapped file of 64 bytes a row.
 
-The file is made once a node, out of the dataset's indices, and shared by all ranks and workers through the page cache:
-a process holds only the pages that it touches, so a hundred million samples need 6.4 GB of disk and next to no memory.
-Texts (keys, captions, sources) stay in the indices; they are fetched when a message needs them.
+The file is compiled once a node from the dataset's indices and shared by all ranks and workers through the page cache:
+a process holds only the pages that it touches, so a hundred million samples need 6.4 GB of disk and almost no memory.
+Texts (keys, captions, sources) stay in the indices and are fetched when a message needs them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _COLUMNS = ("id", "offset", "size", "frames", "height", "width", "fps")
 
 
 class SampleRow(NamedTuple):
-    """What reading a sample takes. `row` numbers it in its dataset; sides in pixels, offset and size in bytes."""
+    """Location and shape of a sample. `row` is its number in its dataset; sides in pixels, offset and size in bytes."""
 
     row: int
     id: int
@@ -59,10 +59,10 @@ class SampleRow(NamedTuple):
 
 
 class Dataset:
-    """All samples of a dataset, addressed by row. Cheap to send to another process.
+    """Samples of a dataset, addressed by row. Cheap to send to another process.
 
     Args:
-        store: where the manifest and the indices are.
+        store: store of the manifest and the indices.
         manifest: the dataset's manifest.
         path: the compiled file of `RECORD`s.
     """
@@ -72,8 +72,8 @@ class Dataset:
         self.shards = Store(manifest.shards_url) if manifest.shards_url else store
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the mapping (the other process maps the same file) and the list of what was left out, which may be
-        longer than that of the shards."""
+        """Return the state without the mapping (the other process maps the same file) and without the list of skipped
+        sources, which may be longer than that of the shards."""
         state = {name: value for name, value in vars(self).items() if name != "records"}
         return state | {"manifest": self.manifest.model_copy(update={"skipped": ()})}
 
@@ -82,17 +82,18 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a sample, its bytes or the order of samples does; not when the dataset is moved or copied."""
+        """Return the fingerprint: it changes with a sample, its bytes or the order of samples, not with the
+        location."""
         return self.manifest.fingerprint
 
     @property
     def catalogue(self) -> Path:
-        """The compiled file. Its name changes with anything in the manifest, so also when samples only moved."""
+        """Return the path of the compiled file, whose name changes with anything in the manifest."""
         return self._path
 
     @cached_property
     def records(self) -> npt.NDArray[np.void]:
-        """All rows [N] of `RECORD`, mapped, read-only."""
+        """Return all rows [N] of `RECORD`, memory-mapped and read-only."""
         try:
             records: npt.NDArray[np.void] = np.load(self._path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
@@ -101,11 +102,11 @@ class Dataset:
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
-        """Sample ids by row, int64 [N]."""
+        """Return the sample ids by row, int64 [N]."""
         return np.asarray(self.records["id"], dtype=np.int64)
 
     def row(self, row: int) -> SampleRow:
-        """Where the sample of a row in [0, len) lies."""
+        """Return location and shape of the sample of a row in [0, len)."""
         record = self.records[row]
         return SampleRow(
             row,
@@ -121,28 +122,28 @@ class Dataset:
         )
 
     def sample(self, row: int) -> Sample:
-        """The whole index entry of a row in [0, len); reads the index of its shard."""
+        """Return the whole index entry of a row in [0, len); reads the index of its shard."""
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return samples_of(self.index(number).slice(row - int(self._starts[number]), 1))[0]
 
     def index(self, number: int) -> pa.Table:
-        """The index of a shard, by its number; DataError when it is another than the manifest tells of."""
+        """Return the index of a shard by its number; raise DataError if it differs from the manifest."""
         entry = self.manifest.shards[number]
         return _checked_index(self.store, entry, self.store.get(entry.index))
 
     def table(self) -> pa.Table:
-        """Every index entry with its texts, in memory: for small datasets and for looking at them."""
+        """Return all index entries with their texts, in memory: for small datasets and for inspection."""
         indices = [entry.index for entry in self.manifest.shards]
         return pa.concat_tables([read_index(data)[0] for _, data in read_all(self.store, indices)])
 
     def read(self, row: SampleRow | Sample) -> bytes:
-        """A sample's video file; DataError naming the shard when the bytes are not those that were written."""
+        """Return a sample's file; raise DataError with the shard's name if the bytes differ from those written."""
         data = self.shards.get_range(row.shard, row.offset, row.size)
         self.check(row, data)
         return data
 
     def check(self, row: SampleRow | Sample, data: bytes) -> None:
-        """DataError when `data` is not what was written for this sample."""
+        """Raise DataError if `data` differs from what was written for this sample."""
         if len(data) != row.size or checksum(data) != row.checksum:
             raise DataError(
                 f"the bytes differ from those that were written (checksum {checksum(data)}, the index says "
@@ -151,12 +152,12 @@ class Dataset:
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
-        """First row of every shard."""
+        """Return the first row of every shard."""
         return np.cumsum([0, *(entry.samples for entry in self.manifest.shards)])
 
 
 def cache_folder(configured: str | Path | None = None) -> Path:
-    """Where local copies go: as configured, else $REGEN_CACHE, else the user's cache folder."""
+    """Return the folder of local copies: as configured, else $REGEN_CACHE, else the user's cache folder."""
     chosen = configured or os.environ.get("REGEN_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -164,11 +165,11 @@ def cache_folder(configured: str | Path | None = None) -> Path:
 
 
 def open_dataset(url: str | Path, cache: str | Path | None = None, limits: StoreLimits = StoreLimits()) -> Dataset:  # noqa: B008
-    """Read the manifest of a dataset, and compile its indices unless this node has done so before.
+    """Read the manifest of a dataset and compile its indices, unless this node has done so before.
 
     Args:
         cache: as for `cache_folder`.
-        limits: patience with a bucket.
+        limits: time limits of a bucket.
 
     Raises:
         DataError: manifest or an index is missing, damaged or of another version, or the disk is full.
@@ -183,8 +184,8 @@ def open_dataset(url: str | Path, cache: str | Path | None = None, limits: Store
 
 
 def make_once(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Make a local file that all processes of this machine share, unless it is there: by one of them, whole or not at
-    all. It may be mapped: it has no holes, so a short disk shows here, not as a bus error later.
+    """Create a local file that all processes of this machine share, unless it exists: by one process, atomically. It
+    may be memory-mapped: it has no holes, so a full disk is an error here, not a bus error later.
 
     Raises:
         DataError: it cannot be written.
@@ -194,7 +195,7 @@ def make_once(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     with _disk_failures(path.parent), _alone(path):
         if path.exists():
             return
-        for left in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed, for we are alone
+        for left in path.parent.glob(f"{path.stem}.*.tmp"):  # left by a killed process, since this one holds the lock
             left.unlink(missing_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -242,7 +243,7 @@ def _of_table(table: pa.Table, shard: int) -> npt.NDArray[np.void]:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """One process of this machine at a time."""
+    """Hold an exclusive lock among the processes of this machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,7 +1,6 @@
-"""The index of one shard: where every sample's bytes lie inside its tar, what is in them, and how to tell that they are
-whole.
+"""Index of a shard: byte range, properties and checksum of every sample in its tar.
 
-One Parquet file beside each tar. Readers never parse tars; they fetch byte ranges that the index names, and check them.
+One Parquet file beside each tar. Readers never parse tars; they fetch the byte ranges in the index and verify them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from regen_dist.jsontext import json_text
 
 SCHEMA_VERSION = 2
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts"})
-PAYLOAD_EXTENSIONS = VIDEO_EXTENSIONS | {"safetensors"}  # what a shard of our own writing holds samples as
+PAYLOAD_EXTENSIONS = VIDEO_EXTENSIONS | {"safetensors"}  # file types of samples in shards that this package writes
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -46,10 +45,10 @@ INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of the index: a video inside a shard, or the latents of one.
+    """Row of the index: a video inside a shard, or the latents of one.
 
     Offset and size in bytes, sides in pixels as shown, `fps` the average frame rate, `motion` the mean change between
-    neighbouring frames (`scenes.motion`; None where it was not measured).
+    neighbouring frames (`scenes.motion`; None if it was not measured).
     """
 
     key: str
@@ -69,13 +68,13 @@ class Sample:
 
     @property
     def name(self) -> str:
-        """How messages call this sample."""
+        """Return the name of this sample for messages."""
         return f"sample {self.key} in {self.shard}"
 
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """What an index says of a sample beside its place: the facts that do not follow from the tar's bytes alone."""
+    """Properties of a sample in the index that do not follow from the tar's bytes."""
 
     frames: int
     height: int
@@ -87,12 +86,12 @@ class SampleFacts:
 
 
 def scan_shard(path: Path, name: str, described: dict[str, SampleFacts]) -> list[Sample]:
-    """Index a finished local tar that `ShardWriter` made.
+    """Index a finished local tar that `ShardWriter` wrote.
 
     Args:
         path: the tar.
-        name: what the shard is called in its dataset.
-        described: by key; samples that are not in it are left out.
+        name: name of the shard in its dataset.
+        described: properties by key; other samples are left out.
     """
     with tarfile.open(path) as tar:
         members = [(split_member(member.name), member) for member in tar if member.isfile()]
@@ -105,8 +104,8 @@ def scan_shard(path: Path, name: str, described: dict[str, SampleFacts]) -> list
 
 
 def split_member(name: str) -> tuple[str, str]:
-    """Key and extension of a tar member, as WebDataset splits them: at the first dot of the file's name; the extension
-    in small letters."""
+    """Split the name of a tar member into key and lower-case extension like WebDataset: at the first dot of the file
+    name."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
@@ -118,7 +117,7 @@ def _scanned(raw: IO[bytes], key: str, shard: str, member: tarfile.TarInfo, fact
 
 
 def indexed(key: str, shard: str, member: tarfile.TarInfo, data: bytes, facts: SampleFacts) -> Sample:
-    """The index row of a tar member whose bytes are `data`."""
+    """Return the index row of a tar member whose bytes are `data`."""
     return Sample(
         key=key,
         id=sample_id(key),
@@ -132,7 +131,7 @@ def indexed(key: str, shard: str, member: tarfile.TarInfo, data: bytes, facts: S
 
 
 def write_index(samples: Sequence[Sample], facts: dict[str, Any]) -> bytes:
-    """A Parquet file of one shard's samples; `facts` (JSON) about the shard go into its metadata."""
+    """Return a Parquet file of one shard's samples; `facts` (JSON) about the shard become its metadata."""
     metadata = {"regen.schema_version": str(SCHEMA_VERSION), "regen.shard": json_text(facts, sort_keys=True)}
     table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=INDEX_SCHEMA.with_metadata(metadata))
     buffer = io.BytesIO()
@@ -141,7 +140,7 @@ def write_index(samples: Sequence[Sample], facts: dict[str, Any]) -> bytes:
 
 
 def read_index(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
-    """The samples and the facts that `write_index` stored; DataError when it is not such a file."""
+    """Return the samples and the facts that `write_index` stored; raise DataError if it is not such a file."""
     try:
         table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
@@ -156,15 +155,15 @@ def read_index(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
 
 
 def samples_of(table: pa.Table) -> list[Sample]:
-    """The rows of an index as `Sample`s."""
+    """Return the rows of an index as `Sample`s."""
     return [Sample(**row) for row in table.to_pylist()]
 
 
 def sample_id(key: str) -> int:
-    """A sample's number, stable over rebuilds: the first 63 bits of the SHA-256 of its key."""
+    """Return a sample's id, stable over rebuilds: the first 63 bits of the SHA-256 of its key."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
 def checksum(data: bytes) -> str:
-    """BLAKE2b of 16 bytes, in hex: faster than SHA-256, and as sure against accidents."""
+    """Return a BLAKE2b digest of 16 bytes in hex, faster than SHA-256 and as safe against accidental damage."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

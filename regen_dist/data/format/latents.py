@@ -1,5 +1,5 @@
-"""Entries of a latent cache: the latents of a video's clips and the embeddings of its caption, as one safetensors file;
-and what a cache's manifest says of them.
+"""Latent cache entries: latents of a video's clips and embeddings of its caption in one safetensors file; and their
+description in the manifest.
 
 Legend: n clips, C channels, h x w latent cells, L tokens of the caption, D their width.
 """
@@ -24,23 +24,23 @@ from regen_dist.jsontext import json_text
 
 LATENT_EXTENSION = "safetensors"
 NULL_TEXT = "null.safetensors"
-_METADATA = "regen"  # one entry, JSON: safetensors writes several in an order that changes from process to process
+_METADATA = "regen"  # one JSON entry: safetensors writes several in an order that varies between processes
 _DTYPES = {"content": torch.bfloat16, "motion": torch.bfloat16, "text": torch.bfloat16, "mask": torch.uint8}
 _NDIM = {"content": 4, "motion": 4, "text": 2, "mask": 1}
 
 
 class TextEmbedding(NamedTuple):
-    """A caption's embedding: `text` float32 [L, D], `mask` bool [L], True for the tokens that count."""
+    """Caption embedding: `text` float32 [L, D], `mask` bool [L], True for valid tokens."""
 
     text: Tensor
     mask: Tensor
 
 
 class LatentEntry(NamedTuple):
-    """One video of a cache, as it is stored.
+    """Stored entry of one video of a cache.
 
     `content` bf16 [n, C, h, w], raw latents; `motion` alike, [0, C, h, w] for an image, whose n is 1; `text` bf16
-    [L, D] and `mask` uint8 [L] where the cache has text; `metadata`, words about the entry.
+    [L, D] and `mask` uint8 [L] where the cache has text; `metadata`, strings about the entry.
     """
 
     content: Tensor
@@ -51,23 +51,23 @@ class LatentEntry(NamedTuple):
 
     @property
     def clips(self) -> int:
-        """Whole clips: 0 for an image."""
+        """Return the number of complete clips: 0 for an image."""
         return len(self.motion)
 
 
 def pack_latents(
     content: Tensor, motion: Tensor, text: Tensor | None = None, metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The file of an entry: equal tensors and words give equal bytes.
+    """Serialise an entry; equal tensors and metadata give equal bytes.
 
     Args:
         content: [n, C, h, w] of any floating type.
         motion: [n, C, h, w]; [0, C, h, w] for an image.
-        text: [L, D], embeddings of the tokens that count.
-        metadata: words about the entry.
+        text: [L, D], embeddings of the valid tokens.
+        metadata: strings about the entry.
 
     Raises:
-        DataError: the shapes do not belong together.
+        DataError: the shapes are inconsistent.
     """
     tensors = {"content": content, "motion": motion} | _text_tensors(text)
     _check_shapes(tensors)
@@ -76,7 +76,7 @@ def pack_latents(
 
 
 def unpack_latents(data: bytes) -> LatentEntry:
-    """What `pack_latents` stored; DataError when it is damaged or something else."""
+    """Parse an entry of `pack_latents`; raise DataError if it is damaged or something else."""
     tensors = _load(data)
     missing = [name for name in ("content", "motion") if name not in tensors]
     if missing:
@@ -89,14 +89,14 @@ def unpack_latents(data: bytes) -> LatentEntry:
 
 
 def pack_null_text(text: Tensor) -> bytes:
-    """The file of the empty caption's embedding [L, D]."""
+    """Serialise the embedding [L, D] of the empty caption."""
     tensors = _text_tensors(text)
     _check_text(tensors)
     return save({name: _stored(name, tensor) for name, tensor in tensors.items()})
 
 
 def unpack_null_text(data: bytes) -> TextEmbedding:
-    """What `pack_null_text` stored; DataError when it is damaged."""
+    """Parse an embedding of `pack_null_text`; raise DataError if it is damaged."""
     tensors = _load(data)
     _check_types(tensors)
     _check_text(tensors)
@@ -104,7 +104,7 @@ def unpack_null_text(data: bytes) -> TextEmbedding:
 
 
 def read_null_text(store: Store, facts: CacheFacts) -> TextEmbedding | None:
-    """The embedding of the empty caption; None where the cache has no text.
+    """Read the embedding of the empty caption; None if the cache has no text.
 
     Raises:
         DataError: it is missing, damaged, or of another width than the cache's text.
@@ -125,12 +125,12 @@ def read_null_text(store: Store, facts: CacheFacts) -> TextEmbedding | None:
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What a cache's manifest says of the latents in it.
+    """Description of the latents in a cache's manifest.
 
-    `fingerprint` is that of everything that decides what a latent is; `num_frames` those of a clip (k + 1); `fps` the
-    usual frame rate of what was encoded; `text` what the text encoder says of itself, with its `width`; `statistics`
-    those of the latents, as JSON; `null_text` the name of the object with the empty caption's embedding. `text` and
-    `null_text` are None in a cache without text.
+    `fingerprint` covers everything that determines the latents; `num_frames` is the frames of a clip (k + 1); `fps` the
+    most frequent frame rate of the encoded videos; `text` the description of the text encoder, with its `width`;
+    `statistics` those of the latents, as JSON; `null_text` the name of the object with the empty caption's embedding.
+    `text` and `null_text` are None in a cache without text.
     """
 
     url: str
@@ -146,11 +146,11 @@ class CacheFacts:
 
     @classmethod
     def of(cls, manifest: DatasetManifest, url: str) -> CacheFacts:
-        """Those of a manifest; DataError when it is not one of a cache.
+        """Read the description from a manifest; raise DataError if it is not that of a cache.
 
         Args:
-            manifest: of the dataset.
-            url: how messages call it.
+            manifest: manifest of the dataset.
+            url: name of the dataset in messages.
         """
         only_latents(manifest, url)
         options = manifest.options
@@ -169,11 +169,11 @@ class CacheFacts:
 
     @property
     def text_width(self) -> int | None:
-        """Width D of the text embeddings; None in a cache without text."""
+        """Return the width D of the text embeddings; None in a cache without text."""
         return None if self.text is None else int(self.text["width"])
 
     def check(self, entry: LatentEntry, frames: int, height: int, width: int) -> None:
-        """DataError when an entry is not what the manifest and its index row (frames, sides in pixels) say."""
+        """Raise DataError if an entry contradicts the manifest or its index row (frames, sides in pixels)."""
         found = tuple(entry.content.shape)
         n = max(1, frames // self.num_frames)
         cell = int(self.encoder.get("cell", SPATIAL_COMPRESSION))
@@ -199,7 +199,7 @@ def _load(data: bytes) -> dict[str, Tensor]:
 
 
 def _metadata_of(data: bytes) -> dict[str, str]:
-    """The words in the header, which `load` has found to be sound."""
+    """Return the metadata of the header, which `_load` has validated."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     try:
         words = json.loads(header.get("__metadata__", {}).get(_METADATA, "{}"))
@@ -223,7 +223,7 @@ def _check_types(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
-    """Content and motion, and text where there is some."""
+    """Check the shapes of content and motion, and of text if there is any."""
     _check_dimensions(tensors)
     content, motion = tensors["content"].shape, tensors["motion"].shape
     if (

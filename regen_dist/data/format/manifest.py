@@ -1,4 +1,4 @@
-"""The manifest of a dataset: `manifest.json`, written last. A folder without it is not finished."""
+"""Manifest of a dataset: `manifest.json`, written last. A folder without it is unfinished."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Record(BaseModel):
 
 
 class Skip(_Record):
-    """A source, or a segment of one, that was left out, and why."""
+    """Source, or segment of one, that was skipped, with the reason."""
 
     source: str
     segment: int | None = None
@@ -35,14 +35,14 @@ class Skip(_Record):
 
 
 class Note(_Record):
-    """How the samples of a source differ from what is in its file: "KIND: what was done"."""
+    """Note on how the samples of a source differ from its file: "KIND: what was done"."""
 
     source: str
     note: str
 
 
 class ShardEntry(_Record):
-    """A shard in the manifest: sizes in bytes, SHA-256 in hex of the tar and of its index."""
+    """Shard in the manifest: sizes in bytes, SHA-256 in hex of the tar and of its index."""
 
     name: str
     size: int
@@ -63,20 +63,20 @@ class Totals(_Record):
 
 
 class SampleDigests(_Record):
-    """Digests of what the indices say of the samples beside their bytes, in row order: of the captions, and of all
-    else (source, frames, sides, frame rate, motion)."""
+    """Digests of the samples' properties in the indices, in row order: of the captions, and of all others (source,
+    frames, sides, frame rate, motion)."""
 
     captions: str
     facts: str
 
 
 class DatasetManifest(_Record):
-    """What a dataset consists of.
+    """Contents of a dataset.
 
-    `kind` is the command that made it, `options` what it was asked for, `skipped` what was left out, `notes` what was
-    converted. `shards_url` says where the tars are when they do not lie beside their indices. `fingerprint` is of the
-    samples' bytes and their order; `described` of what is said of them, None in manifests of before it was added
-    (`described` below computes it).
+    `kind` is the command that made it, `options` its options, `skipped` the sources left out, `notes` the conversions.
+    `shards_url` is the location of the tars if they are not beside their indices. `fingerprint` covers the samples'
+    bytes and their order; `described` their properties, None in manifests older than this field (the function
+    `described` below computes it).
     """
 
     schema_version: int
@@ -91,18 +91,18 @@ class DatasetManifest(_Record):
     described: SampleDigests | None = None
 
     def boundaries(self) -> str:
-        """Digest of how many samples each shard holds: of where one ends and the next begins."""
+        """Return a digest of the shard boundaries: the number of samples of each shard."""
         counts = ",".join(str(entry.samples) for entry in self.shards)
         return hashlib.blake2b(counts.encode(), digest_size=16).hexdigest()
 
 
 def read_manifest(store: Store) -> DatasetManifest:
-    """The manifest of a folder; DataError when there is none or it is of another schema version."""
+    """Read the manifest of a folder; raise DataError if there is none or it has another schema version."""
     return parse_manifest(store, manifest_bytes(store))
 
 
 def manifest_bytes(store: Store) -> bytes:
-    """The manifest as it is stored; DataError when there is none."""
+    """Return the stored bytes of the manifest; raise DataError if there is none."""
     if store.can_list and MANIFEST not in store.list(MANIFEST):
         raise DataError(
             f"{store.url}: there is no {MANIFEST}, so no finished dataset. Build one with `regen shards build SOURCE "
@@ -112,7 +112,7 @@ def manifest_bytes(store: Store) -> bytes:
 
 
 def parse_manifest(store: Store, data: bytes) -> DatasetManifest:
-    """Read what `manifest_bytes` gave."""
+    """Parse the bytes of a manifest."""
     try:
         raw = json.loads(data)
         version = raw.get("schema_version") if isinstance(raw, dict) else None
@@ -129,7 +129,7 @@ def parse_manifest(store: Store, data: bytes) -> DatasetManifest:
 
 
 def only_latents(manifest: DatasetManifest, url: str) -> None:
-    """DataError when a dataset holds videos."""
+    """Raise DataError if a dataset holds videos."""
     if manifest.kind != "latents":
         raise DataError(
             f"{url} holds videos, not latents (it was made by `regen shards {manifest.kind}`); make a cache of it with "
@@ -138,7 +138,7 @@ def only_latents(manifest: DatasetManifest, url: str) -> None:
 
 
 def only_videos(manifest: DatasetManifest, url: str) -> None:
-    """DataError when a dataset holds latents."""
+    """Raise DataError if a dataset holds latents."""
     if manifest.kind == "latents":
         raise DataError(
             f"{url} holds latents that `regen preencode` made, not videos; give the dataset of videos, or train a "
@@ -154,10 +154,10 @@ def write_manifest(
     skipped: Iterable[Skip] = (),
     shards_url: str | None = None,
 ) -> DatasetManifest:
-    """Gather what the indices of these names say, in this order, and write the manifest.
+    """Collect the facts of the named indices, in this order, and write the manifest.
 
     Raises:
-        DataError: an index is missing or damaged, or there is no sample in any.
+        DataError: an index is missing or damaged, or none holds a sample.
     """
     entries, left_out, totals, digest, described = [], list(skipped), _Sums(), Fingerprint(), _Descriptions()
     notes: dict[Note, None] = {}
@@ -191,7 +191,7 @@ def write_manifest(
 
 
 def read_all(store: Store, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """Small objects, several requests at once, in the order of their names; few are held at a time."""
+    """Read small objects with parallel requests, in the order of their names; few are held at a time."""
     with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
         for start in range(0, len(names), 4 * _READS_AT_ONCE):
             some = names[start : start + 4 * _READS_AT_ONCE]
@@ -199,26 +199,26 @@ def read_all(store: Store, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 
 
 class Fingerprint:
-    """Identity of a dataset: schema version, ids and checksums in row order, whatever shards they lie in."""
+    """Identity of a dataset: schema version, ids and checksums in row order, independent of the shards."""
 
     def __init__(self) -> None:
         self._ids = hashlib.blake2b(f"regen-dataset-{SCHEMA_VERSION}".encode(), digest_size=16)
         self._checksums = hashlib.blake2b(digest_size=16)
 
     def add(self, table: pa.Table) -> None:
-        """The next rows."""
+        """Add the next rows."""
         self._ids.update(np.ascontiguousarray(table["id"].to_numpy()).tobytes())
         self._checksums.update("".join(table["checksum"].to_pylist()).encode())
 
     def hex(self) -> str:
-        """The digest of all rows so far."""
+        """Return the digest of all rows so far."""
         both = self._ids.copy()
         both.update(self._checksums.digest())
         return both.hexdigest()
 
 
 def described(store: Store, manifest: DatasetManifest) -> SampleDigests:
-    """What a manifest holds as `described`; read out of the indices where it is one of before that was added."""
+    """Return the manifest's field `described`; computed from the indices if the manifest is older than the field."""
     if manifest.described is not None:
         return manifest.described
     found = _Descriptions()
@@ -228,7 +228,7 @@ def described(store: Store, manifest: DatasetManifest) -> SampleDigests:
 
 
 class _Descriptions:
-    """Digests column by column, whatever shards the rows lie in."""
+    """Digests by column, independent of the shards."""
 
     _FACTS = ("source", "frames", "height", "width", "fps", "motion")
 
@@ -236,7 +236,7 @@ class _Descriptions:
         self._columns = {name: hashlib.blake2b(digest_size=16) for name in ("caption", *self._FACTS)}
 
     def add(self, table: pa.Table) -> None:
-        """The next rows."""
+        """Add the next rows."""
         for name, digest in self._columns.items():
             column = table[name]
             if pa.types.is_string(column.type):
@@ -246,13 +246,13 @@ class _Descriptions:
                 digest.update(np.ascontiguousarray(known.to_numpy()).tobytes())
 
     def digests(self) -> SampleDigests:
-        """Of all rows so far."""
+        """Return the digests of all rows so far."""
         facts = hashlib.blake2b(b"".join(self._columns[name].digest() for name in self._FACTS), digest_size=16)
         return SampleDigests(captions=self._columns["caption"].hexdigest(), facts=facts.hexdigest())
 
 
 def _delimited(text: str | None) -> bytes:
-    """Bytes that no other text, nor none, has; also in a row of several."""
+    """Encode a text, or None, unambiguously, also in a concatenation."""
     data = b"" if text is None else text.encode()
     return f"{-1 if text is None else len(data)}:".encode() + data
 
@@ -284,12 +284,12 @@ def _entry(index: str, data: bytes, facts: dict[str, Any], samples: int) -> Shar
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON that is the same for equal values."""
+    """Return readable, canonical JSON."""
     return (json_text(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
 def listed(skipped: Sequence[Skip]) -> str:
-    """The first of what was left out, a line each."""
+    """Format the first skipped sources, a line each."""
     lines = [
         f"  {skip.source}{'' if skip.segment is None else f' segment {skip.segment}'}: {skip.reason}"
         for skip in skipped
@@ -297,32 +297,31 @@ def listed(skipped: Sequence[Skip]) -> str:
     return "\n".join(lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else []))
 
 
-# Claiming a folder for a dataset: what is asked for is written down first, and a folder that holds anything else is
-# left alone.
+# --- claiming a folder for a dataset: the request is written first; a folder that holds anything else is not changed
+# ---
 
-PLAN = "plan.json"  # written first: it marks a folder as ours, and holds what was asked for
-_NAMED = 4  # differences told of each part
+PLAN = "plan.json"  # written first: marks a folder as this build's, and holds the request
+_NAMED = 4  # differences listed for each part
 
 
 def claim(store: Store, identity: dict[str, Any], *, by: str = "regen shards", out: str = "--out") -> None:
-    """Make sure that the folder is ours: empty, or begun with this same `identity` (JSON; with its "kind" and its
-    "schema_version").
+    """Claim a folder that is empty, or was begun with this same `identity` (JSON with "kind" and "schema_version").
 
     Several processes may claim the same folder at once: one writes the plan, the others find it.
 
     Args:
-        by: the command, as messages call it.
+        by: name of the command in messages.
         out: its option that names the folder.
 
     Raises:
-        DataError: it holds something else; nothing was changed.
+        DataError: the folder holds something else; nothing was changed.
     """
     theirs = read_plan(store)
-    if theirs is None:  # only now is everything listed: a finished dataset may have a million objects
+    if theirs is None:  # listed only now, because a finished dataset may have a million objects
         found = list(store.list())
         if not found and store.put_new(PLAN, to_json(identity)):
             return
-        theirs = read_plan(store)  # of another process, which was quicker
+        theirs = read_plan(store)  # written by another process in the meantime
         if theirs is None:
             raise DataError(
                 f"{store.url}: holds files that no command of `{by}` made ({', '.join(found[:3])}); choose an empty "
@@ -331,13 +330,13 @@ def claim(store: Store, identity: dict[str, Any], *, by: str = "regen shards", o
     different = changes(theirs, identity)
     if different:
         raise DataError(
-            f"{store.url}: holds a dataset that was asked for otherwise ({'; '.join(different)}). Give the same "
+            f"{store.url}: holds a dataset of another request ({'; '.join(different)}). Give the same "
             f"options to finish it, or another {out}; nothing was changed"
         )
 
 
 def read_plan(store: Store) -> dict[str, Any] | None:
-    """The plan that is there; None when there is none, or another program wrote it."""
+    """Read the existing plan; None if there is none, or another program wrote it."""
     try:
         plan = json.loads(store.get(PLAN))
     except (ObjectMissing, ValueError):
@@ -346,7 +345,7 @@ def read_plan(store: Store) -> dict[str, Any] | None:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Where an identity that is there differs from the one that is asked for now, in words."""
+    """Describe how the existing identity differs from the requested one."""
     found = []
     for part in sorted(old.keys() | new.keys()):
         before, after = old.get(part), new.get(part)

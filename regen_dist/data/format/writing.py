@@ -1,8 +1,8 @@
-"""Writing shards: samples in order, into tars of a set size, each with its index; every file whole or not at all.
+"""Shard writer: samples in order, into tars of limited size, each with its index; all files are written atomically.
 
-A shard is finished when its index is there, which is written after its tar. What went into a shard depends on the
-samples and the limits alone, so a writer that was killed is followed by one that goes on after the last finished shard
-and makes the same bytes.
+A shard is finished once its index exists, which is written after its tar. The content of a shard depends on the samples
+and the limits only, so the successor of a killed writer continues after the last finished shard and writes the same
+bytes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ DEFAULT_SHARD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class NewSample:
-    """A sample to write: `data` holds the bytes of a whole file, a video's or that of latents. `facts` are added to its
-    JSON member."""
+    """Sample to write: `data` holds the bytes of a whole video or latent file. `facts` are added to its JSON member."""
 
     key: str
     data: bytes
@@ -37,27 +36,26 @@ class NewSample:
 
 
 class ShardLimits(NamedTuple):
-    """A shard is closed by the sample that reaches one of these."""
+    """Limits of a shard; the sample that reaches one of them closes it."""
 
     size_bytes: int = DEFAULT_SHARD_BYTES
     samples: int | None = None
 
 
 class Finished(NamedTuple):
-    """What a killed writer left: its finished shards, and how many units (samples and skips) are in them."""
+    """Finished shards of an earlier writer, and the number of units (samples and skips) in them."""
 
     shards: int
     units: int
 
 
 def index_name(stem: str, number: int) -> str:
-    """Name of the index of a writer's shard."""
+    """Return the name of the index of a writer's shard."""
     return f"{stem}-{number:06d}.parquet"
 
 
 def finished_shards(store: Store, stem: str) -> Finished:
-    """The shards of `stem` that are whole: index there, tar of the size that the index tells; up to the first that is
-    not."""
+    """Return the finished shards of `stem`, up to the first gap: the index exists, and the tar has the size in it."""
     found = store.list(stem)
     shards = units = 0
     while (name := index_name(stem, shards)) in found:
@@ -69,14 +67,14 @@ def finished_shards(store: Store, stem: str) -> Finished:
 
 
 class ShardWriter:
-    """Writes `STEM-000000.tar`, `STEM-000000.parquet`, and so on. A context manager: leaving it well closes the last
-    shard, leaving it by an exception leaves nothing of the shard that was being written. A full disk raises DiskFull.
+    """Writer of `STEM-000000.tar`, `STEM-000000.parquet`, and so on. A context manager: a normal exit closes the last
+    shard, an exception discards the unfinished one. A full disk raises DiskFull.
 
     Args:
-        store: where to.
-        stem: how the shards' names begin.
-        limits: how large a shard becomes.
-        after: the shards that are there already (`finished_shards`).
+        store: store to write to.
+        stem: prefix of the shards' names.
+        limits: limits of a shard.
+        after: the existing shards (`finished_shards`).
     """
 
     def __init__(
@@ -94,14 +92,14 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._open_files.__exit__(kind, error, trace)  # tells a full disk as one
+            self._open_files.__exit__(kind, error, trace)  # turns a full disk into DiskFull
             return
         with self._open_files:
             if self._described or self._skipped:
                 self._finish()
 
     def add(self, sample: NewSample) -> None:
-        """Append a sample; closes the shard when that fills it."""
+        """Append a sample; close the shard if it is full."""
         if not self._described:
             self._open()
         facts = {name: value for name, value in vars(sample.described).items() if value is not None} | sample.facts
@@ -116,12 +114,12 @@ class ShardWriter:
             self._finish()
 
     def skip(self, skip: Skip) -> None:
-        """Note in the current shard what was left out."""
+        """Record a skipped source in the current shard."""
         self._skipped.append(skip)
         self.units += 1
 
     def note(self, note: Note) -> None:
-        """Say in the current shard how samples of a source were converted; said twice it is kept once."""
+        """Record in the current shard how samples of a source were converted; repeated notes are stored once."""
         self._notes[note] = None
 
     def _reset(self) -> None:
@@ -146,7 +144,7 @@ class ShardWriter:
         return self._file.tell() >= limits.size_bytes or len(self._described) == limits.samples
 
     def _finish(self) -> None:
-        """Tar first, index second. A shard of which nothing is left has an index only."""
+        """Write the tar, then the index. A shard without samples has an index only."""
         samples = []
         facts: dict[str, Any] = {"name": self._name, "size": 0, "sha256": "", "units": self.units}
         facts["skipped"] = [skip.model_dump() for skip in self._skipped]

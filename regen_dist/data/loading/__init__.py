@@ -1,1 +1,1 @@
-"""From a dataset to batches of clips: fetching ahead, caching, decoding, stand-ins."""
+"""Data loading: prefetching, caching, decoding and replacement of bad samples, from datasets to batches."""

@@ -1,10 +1,10 @@
-"""A bounded cache of byte strings on a local disk, shared by all processes of a node.
+"""Bounded cache of byte strings on a local disk, shared by all processes of a node.
 
 Layout of the folder: `ab/<name>`, one file an entry, in 256 sub-folders by the first two digits of its name;
-`filling/`, entries that are being written; `usage`, one small record of the bytes in use, whose lock (flock) is what
-the processes agree by. Room is reserved before an entry is written, so the record is never below what lies on the
-disk, whatever crashes; where it is above (a fill that failed, an entry written twice), the next eviction mends it.
-Nothing is synced: after a crash of the machine an entry may be damaged, which its reader's checksum tells.
+`filling/`, entries in progress; `usage`, a small record of the bytes in use, whose lock (flock) coordinates the
+processes. Space is reserved before an entry is written, so the record is never below the actual usage, even after a
+crash; if it is above (a failed write, an entry written twice), the next eviction corrects it. Nothing is synced: after
+a crash of the machine an entry may be damaged, which its reader's checksum detects.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 Int64s = npt.NDArray[np.int64]
 
-LARGEST_SHARE = 8  # an entry of more than 1/8 of the limit would push out too much: it is not cached
-KEEP = 0.9  # of the limit, after an eviction
-_TOUCH_S = 60.0  # how coarse "least recently used" is: a hit writes the disk at most this often per entry
-_PAUSE_S = 60.0  # after a fill failed (full disk), before the next one is tried
-_LOCK_S = 1.0  # longest wait for the other processes, then the entry is not cached
-_BLOCK = 4096  # what a file occupies is counted in whole blocks
+LARGEST_SHARE = 8  # an entry of more than 1/8 of the limit would evict too much: it is not cached
+KEEP = 0.9  # share of the limit that stays in use after an eviction
+_TOUCH_S = 60.0  # resolution of "least recently used": a hit writes to the disk at most this often per entry
+_PAUSE_S = 60.0  # wait after a failed write (full disk) before the next one
+_LOCK_S = 1.0  # longest wait for the lock; then the entry is not cached
+_BLOCK = 4096  # file sizes are rounded up to whole blocks
 _NAME = re.compile(r"[0-9a-f]{32,128}")
 _FILLING, _USAGE = "filling", "usage"
 _RECORD = struct.Struct("<q8s")
@@ -50,22 +50,22 @@ class _Entry(NamedTuple):
 
 
 class DiskCache:
-    """Byte strings by key in `folder`, at most `limit_bytes` of disk (files being written included).
+    """Cache of byte strings by key in `folder`, with at most `limit_bytes` on disk (unfinished files included).
 
-    Any number of processes and threads of one node may use one folder at once. Nothing here raises because of the
-    disk: an entry that cannot be read is a miss, one that cannot be written is left out, and `problem` says why.
-    Crosses to other processes as the folder and the limit; the counters are each object's own.
+    Any number of processes and threads of one node may use one folder at once. Disk errors never raise: an entry that
+    cannot be read is a miss, one that cannot be written is skipped, and `problem` gives the reason. Pickled as the
+    folder and the limit; each object has its own counters.
 
     Args:
-        folder: on a local disk; made where it is absent.
-        limit_bytes: the least recently used entries go when it would be exceeded.
+        folder: folder on a local disk, created if absent.
+        limit_bytes: limit beyond which the least recently used entries are evicted.
 
     Attributes:
-        hits, misses: what `get` found, and what it did not.
+        hits, misses: numbers of entries that `get` found and did not find.
         evicted: entries that this object removed to make room.
-        skipped: entries not cached: larger than limit / 8, or no room or lock could be had in time.
+        skipped: entries not cached: larger than limit / 8, or no space or lock was available in time.
         failures: reads and writes that the system refused.
-        problem: the first of these failures in words and how to mend it; None while there was none.
+        problem: message on the first of these failures and its remedy; None if there was none.
 
     Raises:
         DataError: the limit is not positive, or the folder cannot be made or written to.
@@ -92,7 +92,7 @@ class DiskCache:
         return DiskCache, (self.folder, self.limit_bytes)
 
     def get(self, key: str) -> bytes | None:
-        """The whole value of `key`, or None. Whoever can check it should: see the head of this file."""
+        """Return the value of `key`, or None. Callers should verify a checksum: see the module docstring."""
         data = None
         try:
             with open(self.path(key), "rb", buffering=0) as file:
@@ -107,7 +107,7 @@ class DiskCache:
         return data
 
     def put(self, key: str, data: Buffer) -> None:
-        """Keep `data` (its bytes, any buffer) under `key`, whole or not at all; replaces what was there."""
+        """Store `data` (any buffer) under `key` atomically, replacing an existing value."""
         view = memoryview(data).cast("B")
         if _occupied(view.nbytes) > self.limit_bytes // LARGEST_SHARE:
             self.skipped += 1
@@ -119,7 +119,7 @@ class DiskCache:
                 self._failed("write", error)
 
     def drop(self, key: str) -> None:
-        """Forget `key`, for example because its checksum is wrong."""
+        """Remove `key`, for example because its checksum is wrong."""
         try:
             os.unlink(self.path(key))
         except FileNotFoundError:
@@ -128,15 +128,15 @@ class DiskCache:
             self._failed("remove from", error)
 
     def path(self, key: str) -> str:
-        """The file of `key`: named like it where it is 32 to 128 hex digits, else by its hash."""
+        """Return the path of `key`: named like it if it has 32 to 128 hex digits, else by its hash."""
         name = key if _NAME.fullmatch(key) else hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         return os.path.join(self.folder, name[:2], name)
 
     def _failed(self, verb: str, error: OSError) -> None:
         self.failures += 1
         self.problem = self.problem or (
-            f"the cache folder {self.folder}: cannot {verb} it: {error.strerror or error}; reading goes on without it. "
-            "Free its disk, or give it a smaller limit or another folder"
+            f"the cache folder {self.folder}: cannot {verb} it: {error.strerror or error}; reading continues without "
+            "it. Free its disk, or give it a smaller limit or another folder"
         )
 
     def _fill(self, path: str, view: memoryview) -> None:
@@ -158,9 +158,9 @@ class DiskCache:
             os.close(descriptor)
 
     def _start(self, size: int) -> tuple[str, int] | None:
-        """Reserve room for `size` bytes and open a temporary file of that size: (path, descriptor); None: no room.
+        """Reserve `size` bytes and open a temporary file of that size: (path, descriptor); None if there is no space.
 
-        The file is locked as long as its writer lives, which is how the others tell what a killed one left.
+        The file is locked as long as its writer lives, so that others recognise files of killed writers.
         """
         with self._usage() as usage:
             if usage is None or not self._reserve(usage, _occupied(size)):
@@ -172,7 +172,7 @@ class DiskCache:
             return temporary, descriptor
 
     def _reserve(self, usage: int, size: int) -> bool:
-        """Add `size` to the record; evicts, or counts again where the record is missing or damaged. Needs the lock."""
+        """Add `size` to the record; evict or recount if necessary. Requires the lock."""
         used = self._read_record(usage)
         if used is None or used + size > self.limit_bytes:
             used = self._evict(size)
@@ -181,12 +181,12 @@ class DiskCache:
         return fits
 
     def _evict(self, needed: int) -> int:
-        """Count what is there, and make room where `needed` bytes do not fit; the bytes in use then. Needs the lock.
+        """Count the entries, evict if `needed` bytes do not fit, and return the bytes in use. Requires the lock.
 
         Two passes over the folder, so that 16 bytes an entry are enough memory.
         """
         used_ns, sizes = array("q"), array("q")
-        used = self._in_flight()  # first: what is finished meanwhile counts twice, never not at all
+        used = self._in_flight()  # first: files finished meanwhile are counted twice rather than not at all
         for entry in self._entries():
             used_ns.append(entry.used_ns)
             sizes.append(entry.size)
@@ -203,19 +203,19 @@ class DiskCache:
         return used
 
     def _entries(self) -> Iterator[_Entry]:
-        """Our files and no others, should the folder hold any."""
+        """Yield the cache's own files, no others in the folder."""
         for number in range(256):
             for file in _files(os.path.join(self.folder, f"{number:02x}")):
                 if _NAME.fullmatch(file.name):
-                    with suppress(FileNotFoundError):  # dropped just now
+                    with suppress(FileNotFoundError):  # dropped meanwhile
                         stat = file.stat(follow_symlinks=False)
                         yield _Entry(file.path, stat.st_mtime_ns, _occupied(stat.st_size))
 
     def _in_flight(self) -> int:
-        """Bytes reserved by writers at work; removes what killed ones left. Needs the lock."""
+        """Return the bytes reserved by active writers; remove files of killed ones. Requires the lock."""
         total = 0
         for file in _files(os.path.join(self.folder, _FILLING)):
-            with suppress(FileNotFoundError):  # finished just now
+            with suppress(FileNotFoundError):  # finished meanwhile
                 descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -228,7 +228,7 @@ class DiskCache:
 
     @contextmanager
     def _usage(self) -> Iterator[int | None]:
-        """The record's descriptor while it is locked; None when the lock cannot be had in time.
+        """Hold the lock and yield the record's descriptor; None if the lock is not available in time.
 
         Opened anew each time: a lock belongs to one opening of a file, so threads and forked processes exclude each
         other too.
@@ -243,7 +243,7 @@ class DiskCache:
         return os.open(os.path.join(self.folder, _USAGE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def _read_record(self, usage: int) -> int | None:
-        """Bytes in use; None where the record is absent, damaged or from before the machine's last start."""
+        """Return the bytes in use; None if the record is absent, damaged or older than the last boot."""
         data = os.pread(usage, _RECORD.size + 1, 0)
         if len(data) != _RECORD.size:
             return None
@@ -255,7 +255,7 @@ class DiskCache:
 
 
 def _newest_to_go(used_ns: Int64s, sizes: Int64s, excess: int) -> int:
-    """The time of last use up to which entries must go, so that `excess` bytes become free."""
+    """Return the time of last use up to which entries must be evicted to free `excess` bytes."""
     order = np.argsort(used_ns, kind="stable")
     last = np.searchsorted(np.cumsum(sizes[order]), excess)
     return int(used_ns[order[min(int(last), len(order) - 1)]]) if len(order) else 0
@@ -284,7 +284,7 @@ def _occupied(size: int) -> int:
 
 
 def _boot_id() -> str:
-    """Another one after every start of the machine: the record may be older than the files then."""
+    """Return the machine's boot id: after a reboot the record may be older than the files."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text()
     return ""

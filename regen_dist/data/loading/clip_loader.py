@@ -1,4 +1,4 @@
-"""Clips for training: rows of the order, fetched ahead, decoded in worker processes, handed over as uint8.
+"""Clip loader for training: samples in data order, prefetched, decoded in worker processes, returned as uint8.
 
 Shapes: b clips of this rank and micro-batch, T frames, H x W pixels of the bucket's crop.
 """
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
     from regen_dist.data.loading.datasets import TrainingSet
 
 
-# From bytes to clips: decode, crop, mirror.
+# --- decoding: from bytes to cropped, mirrored clips ---
 
 
 class ClipReader:
-    """Decodes the clips of micro-batches, in one process.
+    """Decoder of the clips of micro-batches, in one process.
 
     Args:
-        data: samples, order and how clips are cut.
-        fetcher: where a stand-in's bytes come from.
-        board: int64 [3], where this process notes its id and what it is decoding (see `decoding`).
+        data: samples, order and cropping.
+        fetcher: source of the bytes of replacement samples.
+        board: int64 [3] in shared memory: the id of this process and the sample it decodes (`decoding_problems`).
     """
 
     def __init__(self, data: TrainingSet, fetcher: Fetcher, board: Tensor) -> None:
@@ -58,10 +58,10 @@ class ClipReader:
         board[0] = os.getpid()
 
     def read(self, batch: MicroBatch, found: Sequence[Bytes], out: video.UInt8s) -> BatchWithReplacements:
-        """Decode a micro-batch, or what stands in for its bad samples (`take_all`), into `out`, [b, 3, T, H, W].
+        """Decode a micro-batch, with replacements for its bad samples, into `out`, [b, 3, T, H, W].
 
         Raises:
-            DataError: a sample is bad, and so is everything that could stand in for it.
+            DataError: a sample and all its possible replacements are bad.
         """
 
         def decode(slot: int, place: SampleLocation, data: bytes) -> None:
@@ -83,8 +83,8 @@ class ClipReader:
 
 
 def decoding_problems(board: Sequence[int]) -> tuple[int, int, bool] | None:
-    """What a process noted on its board: the (dataset, row) that it decoded last, and whether it still does. None:
-    it has decoded nothing."""
+    """Return the (dataset, row) that a process decoded last, and whether it still does, from its entry on the board;
+    None if it has decoded nothing."""
     _, dataset, row = board
     return None if row < 0 else (dataset if dataset >= 0 else ~dataset, row, dataset >= 0)
 
@@ -92,9 +92,9 @@ def decoding_problems(board: Sequence[int]) -> tuple[int, int, bool] | None:
 def clip_geometry(
     height: int, width: int, bucket: Bucket, short_side: int | str | None, crop: tuple[float, float] = (0.5, 0.5)
 ) -> video.Geometry:
-    """How frames of `height` x `width` become a bucket's crop; `short_side` as in `DataConfig`."""
+    """Compute how frames of `height` x `width` become a bucket's crop; `short_side` as in `DataConfig`."""
     size = (bucket.height, bucket.width)
-    if short_side == "fit":  # the smallest frame that the crop fits into
+    if short_side == "fit":  # resize to the smallest frame that contains the crop
         scale = max(size[0] / height, size[1] / width)
         height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
         return video.fit_geometry(height, width, size, None, *crop)
@@ -102,8 +102,7 @@ def clip_geometry(
     return video.fit_geometry(height, width, size, short_side, *crop)
 
 
-# Shared memory for batches, used again and again: filling a page that is new costs several times what filling it anew
-# does, and so does giving it back.
+# --- shared memory for batches, reused: writing to new pages, and freeing them, costs several times more ---
 
 NONE = -1
 _made_here: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
@@ -111,18 +110,18 @@ _numbers = count()
 
 
 class Slots:
-    """Room for some batches of each worker. A rank makes it, its workers fill it; crosses to them by file descriptor.
+    """Shared memory slots for the batches of each worker, created by the rank and filled by its workers.
 
-    A worker takes a free slot of its own; the rank gives it back when nothing refers to the batch any more. So nobody
-    waits: where a batch is kept and no slot is free, the next one gets memory of its own.
+    A worker takes one of its free slots; the rank frees it once nothing refers to the batch any more. Nobody waits: if
+    no slot is free, the next batch gets separate memory. Sent to workers by file descriptor.
 
     Args:
         workers: decoding processes; with 0 there is nothing to share.
         each: slots of a worker.
-        batch_bytes: of the largest batch.
+        batch_bytes: size of the largest batch.
 
     Raises:
-        DataError: the machine has no such room.
+        DataError: the machine has too little shared memory.
     """
 
     def __init__(self, workers: int, each: int, batch_bytes: int) -> None:
@@ -132,24 +131,24 @@ class Slots:
         self._taken = torch.zeros(workers * each, dtype=torch.uint8).share_memory_()
 
     def take(self, worker: int, shape: Sequence[int]) -> tuple[Tensor, int]:
-        """In a worker: room for a batch of uint8 of this shape, not set to anything, and the number of its slot (NONE:
-        it has none)."""
+        """Return, in a worker, an uninitialised uint8 tensor of this shape and the number of its slot (NONE if it has
+        none)."""
         if not len(self._taken):
             return torch.empty(*shape, dtype=torch.uint8), NONE
         slot = self._free(worker)
         return _shared(prod(shape)).view(*shape) if slot == NONE else self.view(slot, shape), slot
 
     def sent(self, video: Tensor, slot: int) -> Tensor | Sent:
-        """In a worker: what goes to the rank in place of a batch."""
+        """Return, in a worker, the object that is sent to the rank in place of a batch."""
         return video if slot == NONE else Sent(self._number, slot, tuple(video.shape))
 
     def view(self, slot: int, shape: Sequence[int]) -> Tensor:
-        """What lies in a slot, uint8 of this shape."""
+        """Return the content of a slot as uint8 of this shape."""
         return self._room[slot, : prod(shape)].view(*shape)
 
     def lend(self, video: Tensor, slot: int, *, copied: bool) -> Tensor:
-        """In the rank: the same clips, which give their slot back when neither they nor any view of them is left; at
-        once where they are `copied`."""
+        """Return, in the rank, the same clips; their slot is freed once no view of them is left, or at once if they are
+        `copied`."""
         if slot == NONE:
             return video
         if copied:
@@ -157,10 +156,10 @@ class Slots:
             return video
         pixels = video.numpy()
         weakref.finalize(pixels, self._taken.numpy().__setitem__, slot, 0).atexit = False
-        return torch.from_numpy(pixels)  # holds on to `pixels` as long as its storage lives
+        return torch.from_numpy(pixels)  # keeps `pixels` alive as long as its storage
 
     def _free(self, worker: int) -> int:
-        """Takes a free slot of a worker. Only the worker itself does."""
+        """Take a free slot of a worker; only the worker itself calls this."""
         for slot in range(worker * self._each, (worker + 1) * self._each):
             if not self._taken[slot]:
                 self._taken[slot] = 1
@@ -169,8 +168,8 @@ class Slots:
 
 
 class Sent:
-    """A batch on its way to the rank, where it arrives as a tensor: the rank has its slot mapped. To send the tensor
-    itself would take a file descriptor through a socket each time."""
+    """Reference to a batch in a slot, which unpickles in the rank as a tensor of the mapped slot. Sending the tensor
+    itself would pass a file descriptor through a socket each time."""
 
     def __init__(self, slots: int, slot: int, shape: tuple[int, ...]) -> None:
         self._place = slots, slot, shape
@@ -184,8 +183,8 @@ def _arrived(slots: int, slot: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _shared(size: int) -> Tensor:
-    """Bytes [size] in shared memory, which the system has set aside: a lack of them shows now. Left to itself, the
-    loader would move a batch there in a thread, where that is printed, and the batch waited for without end."""
+    """Allocate bytes [size] of shared memory now, so that a shortage raises here. The DataLoader would allocate it in a
+    thread, print the error, and wait for the batch forever."""
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     try:
@@ -198,45 +197,45 @@ def _shared(size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-_DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited|is killed)")  # in torch's words
-_DEATH_S = 2.0  # a connection that a dead worker held breaks at once; that it died is known a moment later
+_DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited|is killed)")  # torch's error text
+_DEATH_S = 2.0  # a dead worker's connection breaks at once, but its exit is only known shortly after
 
 
 class ClipBatch(NamedTuple):
     """Clips of one micro-batch.
 
-    `video` is uint8 RGB [b, 3, T, H, W]; `sample_ids` int64 [b] are the dataset's own, whatever the rank; `epochs`
-    int64 [b] tell how often each sample has come before (None: never). `bad` are the samples that were found to be bad,
-    and `stand_ins` how many of the clips come from others in their place; `problem` what else should be known (once) of
-    the reading.
+    `video` is uint8 RGB [b, 3, T, H, W]; `sample_ids` int64 [b] are the dataset's, independent of the rank; `epochs`
+    int64 [b] count how often each sample has occurred before (None: never). `bad` are the samples found to be bad, and
+    `num_replaced` the number of clips that come from replacement samples; `problem` another message about reading,
+    given once.
     """
 
     video: Tensor
     sample_ids: Tensor
     epochs: Tensor | None = None
     bad: tuple[BadSample, ...] = ()
-    stand_ins: int = 0
+    num_replaced: int = 0
     problem: str | None = None
 
     @property
     def keys(self) -> Tensor:
-        """What the randomness of each clip is keyed by, int64 [b] (see `sample_keys`)."""
+        """Return the RNG key of each clip, int64 [b] (see `sample_keys`)."""
         return sample_keys(self.sample_ids, self.epochs)
 
     @property
     def kind(self) -> str:
-        """Frames and sides, as "17x64x64": the same for all batches of a step; losses of different kinds differ."""
+        """Return frames and sides, as "17x64x64": equal for all batches of a step; losses of different kinds differ."""
         return "x".join(map(str, self.video.shape[2:]))
 
 
 def clip_batches(
     data: TrainingSet, *, accumulation: int, rank: int, world_size: int, cursor: int
 ) -> Generator[ClipBatch]:
-    """This rank's micro-batches, without end: `accumulation` of them for each global step, from the step that
-    starts at `cursor`.
+    """Yield this rank's micro-batches endlessly: `accumulation` of them for each step, from the step that starts at
+    `cursor`.
 
     The union over ranks and micro-batches of a step is the same for every world size and every number of workers,
-    and a run resumed at a cursor goes on with exactly the batches that an uninterrupted one would have had.
+    and a run resumed at a cursor continues with exactly the batches of an uninterrupted one.
 
     Args:
         data: the samples and their order.
@@ -247,41 +246,41 @@ def clip_batches(
 
     Raises:
         ConfigError: the batch does not divide, or the cursor is not a multiple of it.
-        DataError: a sample and all that could stand in for it are bad, a worker died, or the store does not answer.
+        DataError: a sample and all its possible replacements are bad, a worker died, or the store does not answer.
     """
     plan = BatchPlan.from_cursor(data, accumulation=accumulation, rank=rank, world_size=world_size, cursor=cursor)
     return _iterate(plan)
 
 
 def _slots(plan: BatchPlan[TrainingSet]) -> Slots:
-    """Room for what the workers prepare ahead, and for what the receiver still looks at."""
+    """Allocate slots for the batches that the workers prepare ahead and those that the receiver still uses."""
     config = plan.data.config
     values = max(3 * prod(bucket) for bucket in plan.data.buckets)
     return Slots(config.workers, config.prefetch + 2, plan.samples * values)
 
 
 class _WorkerBatch(NamedTuple):
-    """A batch on its way from a worker: what is small goes as it is, the clips by shared memory, in a slot."""
+    """Batch sent by a worker: small fields are pickled, the clips are in a slot of shared memory."""
 
-    video: Tensor | Sent  # `Sent` by a worker, and a tensor where it arrives
+    video: Tensor | Sent  # `Sent` in the worker, a tensor in the rank
     slot: int
     sample_ids: list[int]
     epochs: list[int]
     bad: tuple[BadSample, ...]
-    stand_ins: int
+    num_replaced: int
     problem: str | None
 
 
 def _sides(batch: MicroBatch) -> tuple[int, int, int]:
-    """T, H, W of its clips."""
+    """Return T, H, W of the clips of a micro-batch."""
     return batch.bucket.frames, batch.bucket.height, batch.bucket.width
 
 
 class _Clips(IterableDataset[_WorkerBatch | DataError]):
-    """Reads every n-th micro-batch; runs in the workers.
+    """Iterable dataset in the workers, each of which reads every n-th micro-batch.
 
-    An error is handed over as an item: raised in a worker, it would lose its message. `board` tells, for each worker,
-    its process and what it decodes (process id, dataset, row), so that a dead one can be asked what killed it.
+    An error is yielded as an item: raised in a worker, it would lose its message. `board` holds for each worker its
+    process id and the dataset and row that it decodes, so that a message can name the sample that killed a worker.
     """
 
     def __init__(self, plan: BatchPlan[TrainingSet], board: Tensor, slots: Slots) -> None:
@@ -297,10 +296,10 @@ class _Clips(IterableDataset[_WorkerBatch | DataError]):
                 mine = islice(self._plan, number, None, workers)
                 for batch, found in fetcher.ahead((batch, data.places(batch)) for batch in mine):
                     video, slot = self._slots.take(number, (len(found), 3, *_sides(batch)))
-                    places, bad, stand_ins = reader.read(batch, found, video.numpy())
+                    places, bad, num_replaced = reader.read(batch, found, video.numpy())
                     ids = [place.row.id for place in places]
                     sent = self._slots.sent(video, slot)
-                    yield _WorkerBatch(sent, slot, ids, batch.epochs.tolist(), bad, stand_ins, fetcher.problem)
+                    yield _WorkerBatch(sent, slot, ids, batch.epochs.tolist(), bad, num_replaced, fetcher.problem)
         except DataError as error:
             yield error
 
@@ -316,13 +315,13 @@ def _loader(plan: BatchPlan[TrainingSet], board: Tensor, slots: Slots) -> DataLo
         collate_fn=_identity,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own: the run's random state must not depend on the loader
+        generator=torch.Generator(),  # separate: the run's random state must not depend on the loader
     )
 
 
 def _context() -> object:
-    """Workers come from a fresh server process that has imported this module once: a fork of the rank would carry
-    its threads."""
+    """Return the multiprocessing context: workers are forked from a server process that imports this module once,
+    because a fork of the rank would copy its threads."""
     start_safely()
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -334,8 +333,8 @@ def _identity(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    """Signals that ask the run to stop go to every process of a job: only the rank itself answers them, then ends
-    its workers."""
+    """Ignore stop signals in a worker: they reach every process of a job, but the rank handles them and ends its
+    workers."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     end_with_parent()
@@ -353,13 +352,13 @@ def _iterate(plan: BatchPlan[TrainingSet]) -> Generator[ClipBatch]:
             except (RuntimeError, OSError, EOFError) as error:
                 if not (dead := _dead_workers(error, batches)):
                     raise
-                raise DataError(_obituary(dead, board, plan.data.datasets)) from error
+                raise DataError(_dead_workers_message(dead, board, plan.data.datasets)) from error
             if isinstance(made, DataError):
                 raise made
             yield _received(made, slots)
     finally:
-        # They ignore milder signals, and would first end what they do: minutes, where the store is slow. They hold
-        # nothing that is worth keeping.
+        # Workers ignore milder signals and would finish their work first, which takes minutes with a slow store. They
+        # hold no state.
         for worker in _workers(batches):
             worker.kill()
 
@@ -369,7 +368,7 @@ def _workers(batches: object) -> Sequence[BaseProcess]:
 
 
 def _dead_workers(error: Exception, batches: object) -> list[int]:
-    """Process ids of the workers whose death an error tells of."""
+    """Return the process ids of the dead workers that an error reports."""
     if found := _DEAD.search(str(error)):
         return [int(number) for number in re.findall(r"\d+", found[1])]
     if isinstance(error, RuntimeError):
@@ -383,29 +382,29 @@ def _dead_workers(error: Exception, batches: object) -> list[int]:
 
 
 def _received(made: _WorkerBatch, slots: Slots) -> ClipBatch:
-    assert isinstance(made.video, Tensor), "it has arrived"
+    assert isinstance(made.video, Tensor), "unpickled in the rank"
     video = slots.lend(made.video, made.slot, copied=torch.cuda.is_available())
     ids, epochs = torch.tensor([made.sample_ids, made.epochs], dtype=torch.int64)
-    return ClipBatch(video, ids, epochs, made.bad, made.stand_ins, made.problem)
+    return ClipBatch(video, ids, epochs, made.bad, made.num_replaced, made.problem)
 
 
-def _obituary(dead: Sequence[int], board: Tensor, datasets: tuple[Dataset, ...]) -> str:
-    """What to say of workers that died (their process ids): the samples that they were decoding."""
+def _dead_workers_message(dead: Sequence[int], board: Tensor, datasets: tuple[Dataset, ...]) -> str:
+    """Describe the samples that dead workers (given by process id) were decoding."""
     notes = [decoding_problems(row) for row in board.tolist() if row[0] in dead]
-    told = [
+    samples = [
         f"{'while it decoded' if still else 'between two samples, the last was'} {name_of(datasets[dataset], row)}"
         for dataset, row, still in filter(None, notes)
     ]
     pids = ", ".join(map(str, dead))
     return (
-        f"a decoding process died {', '.join(told) or 'before its first sample'} (process {pids}). "
+        f"a decoding process died {', '.join(samples) or 'before its first sample'} (process {pids}). "
         "If it was killed for memory, lower data.workers, data.prefetch or data.read.ahead_mb; if it is the video, "
         "build its shard again without it"
     )
 
 
 def name_of(dataset: Dataset, row: int) -> str:
-    """A sample's name for a message, as far as it can be had."""
+    """Return a sample's name for a message, or its row if the index cannot be read."""
     try:
         return dataset.sample(row).name
     except DataError:

@@ -1,4 +1,4 @@
-"""What an embedder trains on: videos, sorted into buckets, and the order in which they come."""
+"""Training sets: samples of videos or cached latents sorted into buckets, with their data order."""
 
 from __future__ import annotations
 
@@ -24,54 +24,54 @@ from regen_dist.data.order.order import DataOrder, MicroBatch
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.errors import DataError
 
-# Which samples belong to which bucket: the rows of every line of the order.
+# --- assignment of samples to buckets ---
 #
-# A video goes to the crop whose aspect ratio is nearest to its own, and among such crops to the largest that it fills
-# without being enlarged. Every sample can be an image; those with enough frames are clips as well.
+# A video is assigned to the crop with the nearest aspect ratio, and among such crops to the largest that it fills
+# without upscaling. Every sample can be an image; those with enough frames are clips as well.
 
 Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 
-_CHUNK = 1 << 20  # rows looked at together
-_SAME_ASPECT = 0.05  # aspect ratios nearer than this (in their logarithm) count as equal
+_CHUNK = 1 << 20  # rows processed together
+_SAME_ASPECT = 0.05  # aspect ratios with a smaller difference of logarithms count as equal
 
 
 class Pools(NamedTuple):
-    """Rows of one dataset by bucket. Crosses process boundaries.
+    """Rows of one dataset by bucket; can be sent to other processes.
 
-    The file at `path` holds `bounds`, and after them the rows of all buckets, one after the other; no rows where there
-    is one bucket and it holds every row. `bounds[i]` is where bucket i begins, and `bounds[i + 1]` where it ends.
+    The file at `path` holds `bounds`, then the rows of all buckets in sequence; no rows if a single bucket holds every
+    row. Bucket i spans `bounds[i]` to `bounds[i + 1]`.
     """
 
     path: Path
     bounds: tuple[int, ...]
 
     def size(self, bucket: int) -> int:
-        """Samples of a bucket."""
+        """Return the number of samples of a bucket."""
         return self.bounds[bucket + 1] - self.bounds[bucket]
 
 
 class PoolRows:
-    """The mapped rows of `Pools`, in one process."""
+    """Memory-mapped rows of `Pools`, in one process."""
 
     def __init__(self, pools: Pools) -> None:
         rows = _mapped(pools.path)[len(pools.bounds) :]
         self._bounds, self._rows = pools.bounds, rows if len(rows) else None
 
     def row(self, bucket: int, number: int) -> int:
-        """The dataset's row of a bucket's sample."""
+        """Return the dataset's row of a bucket's sample."""
         return number if self._rows is None else int(self._rows[self._bounds[bucket] + number])
 
 
 def make_pools(dataset: Dataset, buckets: Sequence[Bucket], folder: Path) -> Pools:
-    """Sort a dataset's rows into buckets; the result lies in `folder`, made once a node.
+    """Sort a dataset's rows into buckets; the result is stored in `folder`, once a node.
 
     Args:
         buckets: distinct; those of one frame are for images.
-        folder: on a local disk.
+        folder: folder on a local disk.
 
     Raises:
-        DataError: it cannot be written there.
+        DataError: the folder cannot be written.
     """
     described = f"2:{dataset.catalogue.stem}:{[tuple(bucket) for bucket in buckets]}"
     path = folder / f"pools-{hashlib.sha256(described.encode()).hexdigest()[:32]}.npy"
@@ -80,9 +80,9 @@ def make_pools(dataset: Dataset, buckets: Sequence[Bucket], folder: Path) -> Poo
 
 
 def best_size(height: Int32s, width: Int32s, sizes: Sequence[tuple[int, int]]) -> npt.NDArray[np.uint8]:
-    """For videos of `height` x `width` [n], the number of the crop that suits each best, uint8 [n].
+    """Return the number of the best crop for videos of `height` x `width` [n], uint8 [n].
 
-    Nearest aspect ratio first; then one that needs no enlarging; then the largest of those, or else the smallest.
+    Criteria in order: nearest aspect ratio; no upscaling; the largest of those, or else the smallest.
     """
     crops = np.array(sizes, dtype=np.float64)  # (S, 2)
     aspects = np.abs(np.log(width / height)[:, None] - np.log(crops[:, 1] / crops[:, 0]))  # (n, S)
@@ -95,7 +95,7 @@ def best_size(height: Int32s, width: Int32s, sizes: Sequence[tuple[int, int]]) -
 
 
 def _write(file: IO[bytes], dataset: Dataset, buckets: Sequence[Bucket]) -> None:
-    """Bounds and rows as one .npy file."""
+    """Write bounds and rows as one .npy file."""
     sizes = sorted({(bucket.height, bucket.width) for bucket in buckets})
     best, frames = _best_sizes(dataset, sizes)
     members = [(sizes.index((bucket.height, bucket.width)), bucket.frames) for bucket in buckets]
@@ -111,7 +111,7 @@ def _write(file: IO[bytes], dataset: Dataset, buckets: Sequence[Bucket]) -> None
 
 
 def _best_sizes(dataset: Dataset, sizes: list[tuple[int, int]]) -> tuple[npt.NDArray[np.uint8], Int32s]:
-    """By row: the number of the best size, and the frames. Five bytes a row."""
+    """Return the number of the best size and the frames of each row; five bytes a row."""
     best, frames = np.empty(len(dataset), np.uint8), np.empty(len(dataset), np.int32)
     for start in range(0, len(dataset), _CHUNK):
         rows = slice(start, start + _CHUNK)
@@ -123,7 +123,7 @@ def _best_sizes(dataset: Dataset, sizes: list[tuple[int, int]]) -> tuple[npt.NDA
 def _members(
     best: npt.NDArray[np.uint8], frames: Int32s, size: int, least_frames: int
 ) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
-    """Chunk by chunk: its first row, and which rows go to a bucket."""
+    """Yield the first row of each chunk and a mask of its rows in a bucket."""
     for start in range(0, len(best), _CHUNK):
         rows = slice(start, start + _CHUNK)
         yield start, (best[rows] == size) & (frames[rows] >= least_frames)
@@ -137,20 +137,20 @@ def _mapped(path: Path) -> Int64s:
     return rows
 
 
-# Samples of one or several datasets, sorted into buckets, and the order in which they come.
+# --- sample sets ---
 
 Config = TypeVar("Config", bound=MixtureConfig)
 
 
 class SampleSet(ABC, Generic[Config]):
-    """What a set of videos and one of latents have in common. Cheap to send to another process.
+    """Base class of training sets of videos and of latents. Cheap to send to another process.
 
     Args:
-        config: where the data is.
-        datasets: opened, in the order of `config.sources`.
-        buckets: what samples are sorted into, distinct; those of one frame are for images.
+        config: config of the data.
+        datasets: opened datasets, in the order of `config.sources`.
+        buckets: distinct buckets that samples are sorted into; those of one frame are for images.
         batch_global: samples of one optimizer step, over all ranks and micro-batches.
-        seed: of the order and of every sample's draws.
+        seed: seed of the order and of every sample's random choices.
 
     Raises:
         ConfigError: weights or image_fraction do not fit the data.
@@ -170,30 +170,30 @@ class SampleSet(ABC, Generic[Config]):
         self.order = DataOrder(tuple(streams), batch_global, seed, config.weights, config.image_fraction)
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what is mapped: the other process maps it again."""
+        """Return the state without memory maps; the other process maps the files again."""
         return {name: value for name, value in vars(self).items() if name != "_rows"}
 
     def __len__(self) -> int:
         return sum(len(dataset) for dataset in self.datasets)
 
     def places(self, batch: MicroBatch) -> list[SampleLocation]:
-        """The samples of a micro-batch, in order."""
+        """Return the locations of a micro-batch's samples, in order."""
         return [
             self._place(batch, int(dataset), int(row)) for dataset, row in zip(batch.datasets, batch.rows, strict=True)
         ]
 
-    def stand_in(self, batch: MicroBatch, slot: int, attempt: int) -> SampleLocation:
-        """Who stands in for a bad sample of a micro-batch: of the same dataset and bucket, by the seed alone."""
+    def replacement(self, batch: MicroBatch, slot: int, attempt: int) -> SampleLocation:
+        """Return the replacement for a bad sample: of the same dataset and bucket, a function of the seed."""
         dataset, epoch, row = int(batch.datasets[slot]), int(batch.epochs[slot]), int(batch.rows[slot])
-        return self._place(batch, dataset, self.order.stand_in(batch.stream, dataset, epoch, row, attempt))
+        return self._place(batch, dataset, self.order.replacement(batch.stream, dataset, epoch, row, attempt))
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
-        """Everything that decides what a step sees: while this stays the same, the step alone says it. Told in the
-        words of the config."""
+        """Return everything that determines the samples of a step, by config names; a run resumes only if it is
+        equal."""
 
     def summary(self) -> str:
-        """One line for the log: how many samples there are, and how many no bucket of clips can use."""
+        """Return a line for the log: the number of samples, and of those too short for any bucket of clips."""
         text = f"data: {len(self)} samples in {len(self.datasets)} dataset(s), {len(self.buckets)} bucket(s)"
         short = len(self) - self._num_long_enough
         if short and self.config.image_fraction < 1:
@@ -204,11 +204,11 @@ class SampleSet(ABC, Generic[Config]):
 
     @abstractmethod
     def _least(self) -> str:
-        """How long a sample must be to give a clip, in words."""
+        """Describe the least length of a sample for a clip."""
 
     @abstractmethod
     def _nothing_fits(self) -> str:
-        """What to say when no sample is so long."""
+        """Return the message for the case that no sample is long enough."""
 
     def _place(self, batch: MicroBatch, dataset: int, row: int) -> SampleLocation:
         return SampleLocation(dataset, self.datasets[dataset].row(self._rows[dataset].row(batch.stream, row)))
@@ -222,19 +222,19 @@ class SampleSet(ABC, Generic[Config]):
 
     @property
     def _num_long_enough(self) -> int:
-        """Samples that the buckets of the shortest clips hold."""
+        """Return the number of samples in the buckets of the shortest clips."""
         lengths = sorted(bucket.frames for bucket in self.buckets if not bucket.is_image)
         return sum(sum(self._sizes(n)) for n, bucket in enumerate(self.buckets) if bucket.frames in lengths[:1])
 
 
 class TrainingSet(SampleSet[DataConfig]):
-    """The samples of a run and their order. Cheap to send to another process.
+    """Training set of videos with its data order. Cheap to send to another process.
 
     Args:
-        config: where the data is and how clips are cut.
+        config: config of the data: sources and cropping.
         num_frames: frames of a clip (k + 1).
         batch_global: samples of one optimizer step, over all ranks and micro-batches.
-        seed: of the order and of every clip's place.
+        seed: seed of the order and of every clip's position.
         also: what else a resumed run must have as it was, by name: a frozen encoder's fingerprint.
 
     Raises:
@@ -255,8 +255,7 @@ class TrainingSet(SampleSet[DataConfig]):
         super().__init__(config, datasets, _buckets(config, num_frames), batch_global=batch_global, seed=seed)
 
     def identity(self) -> dict[str, str]:
-        """Everything that decides which clips a step sees: while this stays the same, the step alone says which. Told
-        in the words of the config."""
+        """Return everything that determines the clips of a step, by config names; a run resumes only if it is equal."""
         return order_identity(
             self.config, [each.fingerprint for each in self.datasets], num_frames=self._num_frames,
             batch_global=self.order.batch_global, seed=self.seed,
@@ -274,42 +273,42 @@ class TrainingSet(SampleSet[DataConfig]):
 
 
 def open_videos(url: str, config: DataConfig) -> Dataset:
-    """A dataset of videos; DataError when it cannot be opened or holds something else."""
+    """Open a dataset of videos; raise DataError if it cannot be opened or holds something else."""
     dataset = open_dataset(url, config.read.cache, limits_of(config.read))
     only_videos(dataset.manifest, url)
     return dataset
 
 
 def _buckets(config: DataConfig, num_frames: int) -> tuple[Bucket, ...]:
-    """Clips of every size, and images of every size where there are to be some."""
+    """Return buckets of clips of every size, and of images of every size if images are used."""
     clips = [Bucket(height, width, num_frames) for height, width in config.sizes if config.image_fraction < 1]
     images = [Bucket(height, width, 1) for height, width in config.sizes if config.image_fraction > 0]
     return tuple(dict.fromkeys([*clips, *images]))
 
 
-# What text to video trains on: cached latents, sorted into buckets of rows of clips, and their order.
+# --- cached latents for text to video ---
 
-_MOST_SIZES = 255  # the pools number them by one byte
+_MOST_SIZES = 255  # `Pools` numbers sizes with one byte
 _ROWS_AT_ONCE = 1 << 20
 
 
 class LatentSet(SampleSet[LatentDataConfig]):
-    """The samples of a run on latent caches, and their order.
+    """Training set of latent caches with its data order.
 
-    Each bucket is of one size and so many clips in a row, or of images: the content latent of a video's first clip is
+    Each bucket has one size and one number of clips in a row, or images: the content latent of a video's first clip is
     that of its first frame. An entry is in every bucket of its size that it is long enough for.
 
     Args:
-        config: where the caches are, and how rows are cut.
+        config: config of the data: caches and rows.
         batch_global: samples of one optimizer step, over all ranks and micro-batches.
-        seed: of the order and of every row's place.
+        seed: seed of the order and of every row's position.
 
     Attributes:
-        facts: of the latent space, which all caches share; what else is in them is the first cache's.
-        statistics: of the latents, as JSON, one for each cache in the order of `config.sources`.
+        facts: description of the latent space, which all caches share; other fields are the first cache's.
+        statistics: statistics of the latents as JSON, one for each cache in the order of `config.sources`.
 
     Raises:
-        DataError: a dataset cannot be opened, is no cache, or is one of other latents than the first; or no entry fits.
+        DataError: a dataset cannot be opened, is no cache, or has other latents than the first; or no entry fits.
     """
 
     def __init__(self, config: LatentDataConfig, *, batch_global: int, seed: int) -> None:
@@ -322,12 +321,11 @@ class LatentSet(SampleSet[LatentDataConfig]):
         super().__init__(config, datasets, buckets, batch_global=batch_global, seed=seed)
 
     def null_text(self) -> TextEmbedding | None:
-        """The empty caption's embedding; None where the caches have no text. Reads it."""
+        """Read the embedding of the empty caption; None if the caches have no text."""
         return read_null_text(self.datasets[0].store, self.facts)
 
     def identity(self) -> dict[str, str]:
-        """Everything that decides which rows and texts a step sees: while this stays the same, the step alone says
-        which. Told in the words of the config."""
+        """Return everything that determines the rows and texts of a step, by config names."""
         return latent_identity(
             self.config, [each.fingerprint for each in self.datasets], batch_global=self.order.batch_global,
             seed=self.seed,
@@ -345,13 +343,13 @@ class LatentSet(SampleSet[LatentDataConfig]):
 
 
 def open_latents(url: str, config: MixtureConfig) -> tuple[Dataset, CacheFacts]:
-    """A latent cache and what its manifest says; DataError when it cannot be opened or holds something else."""
+    """Open a latent cache and read its description; raise DataError if it cannot be opened or holds something else."""
     dataset = open_dataset(url, config.read.cache, limits_of(config.read))
     return dataset, CacheFacts.of(dataset.manifest, url)
 
 
 def check_same_space(first: CacheFacts, other: CacheFacts) -> None:
-    """DataError when the latents of two caches must not be mixed."""
+    """Raise DataError if the latents of two caches must not be mixed."""
     if first.fingerprint != other.fingerprint:
         raise DataError(
             f"{other.url} holds other latents (fingerprint {other.fingerprint}) than {first.url} "
@@ -361,7 +359,7 @@ def check_same_space(first: CacheFacts, other: CacheFacts) -> None:
 
 
 def sizes_of(datasets: Sequence[Dataset]) -> list[tuple[int, int]]:
-    """Every (height, width) that there is, in pixels; DataError when they are too many to be buckets."""
+    """Return all sizes (height, width) in pixels; raise DataError if they are too many for buckets."""
     sizes: set[tuple[int, int]] = set()
     for dataset in datasets:
         for start in range(0, len(dataset), _ROWS_AT_ONCE):
@@ -377,7 +375,7 @@ def sizes_of(datasets: Sequence[Dataset]) -> list[tuple[int, int]]:
 
 
 def _latents_buckets(config: LatentDataConfig, sizes: Sequence[tuple[int, int]], num_frames: int) -> list[Bucket]:
-    """Rows of every number of clips at every size, and images of every size where there are to be some."""
+    """Return buckets of rows of every number of clips at every size, and of images if they are used."""
     clips = sorted(config.clips) if config.image_fraction < 1 else []
     rows = [Bucket(height, width, n * num_frames) for height, width in sizes for n in clips]
     return rows + [Bucket(height, width, 1) for height, width in sizes if config.image_fraction > 0]

@@ -1,7 +1,7 @@
-"""Bytes of samples, ahead of the decoder: from the local cache or by range requests, joined, repeated, checked.
+"""Prefetching of samples' bytes from the local cache or by range requests: merged, retried and verified.
 
 One `Fetcher` serves one decoding process. It works on windows of batches: while one window is decoded, the next one is
-fetched by several threads, so that at most `ahead_mb` are held however slow the decoder or the store is.
+fetched by several threads, so that at most `ahead_mb` are held even if the decoder or the store is slow.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from regen_dist.data.loading.cache import DiskCache
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.errors import AccessDenied, DataError, StoreUnavailable
 
-_RETRIES = 2  # of a sample whose bytes are wrong: the wire or the cache may have spoilt them
-_FIRST_WINDOW_BYTES = 1 << 20  # small, so that the first batch is soon there; each window may be twice the last
+_RETRIES = 2  # of a sample with wrong bytes: the network or the cache may have corrupted them
+_FIRST_WINDOW_BYTES = 1 << 20  # small, for a fast first batch; each window may be twice the last
 
 
 class SampleLocation(NamedTuple):
-    """A sample of one of several datasets."""
+    """Location of a sample: its dataset and row."""
 
     dataset: int
     row: SampleRow
 
 
 class Bytes(NamedTuple):
-    """What came of a sample: its video file, or the reason why there is none."""
+    """Result of fetching a sample: its bytes, or the reason of the failure."""
 
     data: bytes
     problem: str | None = None
@@ -39,10 +39,10 @@ Wanted = tuple[Item, Sequence[SampleLocation]]
 
 
 class Fetcher:
-    """Reads samples of `datasets`. A context manager: leaving it ends its threads.
+    """Fetcher of samples of `datasets`. A context manager: leaving it ends its threads.
 
-    Raises (from every method that gives bytes):
-        AccessDenied, StoreUnavailable: the store, not a sample, is at fault; nothing can stand in for that.
+    Raises (from every method that returns bytes):
+        AccessDenied, StoreUnavailable: the store is at fault, not a sample; there is no replacement for that.
     """
 
     def __init__(self, datasets: Sequence[Dataset], config: ReadConfig) -> None:
@@ -59,7 +59,7 @@ class Fetcher:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def ahead(self, wanted: Iterable[Wanted[Item]]) -> Generator[tuple[Item, list[Bytes]]]:
-        """For each item its samples' bytes, in the order asked for, with the next window of items on its way."""
+        """Yield each item with its samples' bytes, in order, while the next window of items is fetched."""
         current: list[tuple[Item, list[Future[Bytes]]]] = []
         for window in self._windows(iter(wanted)):
             coming = self._start(window)
@@ -68,12 +68,12 @@ class Fetcher:
         yield from _arrived(current)
 
     def one(self, place: SampleLocation) -> Bytes:
-        """A single sample, now."""
+        """Fetch a single sample immediately."""
         return self._checked(place)
 
     @property
     def problem(self) -> str | None:
-        """What keeps the cache from working, in words; reading goes on without it."""
+        """Return a message on why the cache does not work; None if it does. Reading continues without it."""
         return None if self._cache is None else self._cache.problem
 
     def _windows(self, wanted: Iterator[Wanted[Item]]) -> Iterator[list[Wanted[Item]]]:
@@ -91,7 +91,7 @@ class Fetcher:
             yield window
 
     def _start(self, window: Sequence[Wanted[Item]]) -> list[tuple[Item, list[Future[Bytes]]]]:
-        """Begin to fetch all samples of a window, each once, those of a shard together."""
+        """Start fetching all samples of a window, each once, grouped by shard."""
         shards: dict[tuple[int, str], dict[SampleLocation, Future[Bytes]]] = {}
         for _, places in window:
             for place in places:
@@ -101,7 +101,7 @@ class Fetcher:
         return [(item, [shards[place.dataset, place.row.shard][place] for place in places]) for item, places in window]
 
     def _fetch(self, futures: dict[SampleLocation, Future[Bytes]]) -> None:
-        """Fulfil the futures of samples that lie in one shard."""
+        """Set the results of the futures of samples in one shard."""
         try:
             missing = []
             for place, future in futures.items():
@@ -111,13 +111,13 @@ class Fetcher:
                     missing.append(place)
             for place, found in zip(missing, self._joined(missing), strict=True):
                 futures[place].set_result(found)
-        except BaseException as error:  # noqa: BLE001 - raised where the bytes are awaited; else that waits for ever
+        except BaseException as error:  # noqa: BLE001 - raised where the bytes are awaited, which would otherwise wait forever
             for future in futures.values():
                 if not future.done():
                     future.set_exception(error)
 
     def _joined(self, places: Sequence[SampleLocation]) -> Iterator[Bytes]:
-        """By one joined request where that works; one by one where it does not, so that a bad sample stands alone."""
+        """Yield samples from one merged request, or one by one if that fails, so that only the bad sample fails."""
         if not places:
             return
         store, ranges = self._datasets[places[0].dataset].shards, [(p.row.offset, p.row.size) for p in places]
@@ -132,7 +132,7 @@ class Fetcher:
             yield self._taken(place, data) or self._checked(place)
 
     def _checked(self, place: SampleLocation) -> Bytes:
-        """A sample by a request of its own, tried again when its bytes are wrong."""
+        """Fetch a sample by its own request, retried if its bytes are wrong."""
         problem = ""
         for _ in range(1 + _RETRIES):
             try:
@@ -149,7 +149,7 @@ class Fetcher:
         return Bytes(b"", problem)
 
     def _taken(self, place: SampleLocation, data: bytes) -> Bytes | None:
-        """The bytes, kept for later; None when they are not the right ones."""
+        """Verify the bytes and store them in the cache; None if they are wrong."""
         try:
             self._datasets[place.dataset].check(place.row, data)
         except DataError:
@@ -158,7 +158,7 @@ class Fetcher:
         return Bytes(data)
 
     def _cached(self, place: SampleLocation) -> bytes | None:
-        """From the cache, checked like everything else. What is on a local disk anyway is not kept twice."""
+        """Return a sample's verified bytes from the cache. Samples on a local disk are not cached."""
         if self._cache is None or self._datasets[place.dataset].shards.folder is not None:
             return None
         data = self._cache.get(place.row.checksum)
@@ -183,7 +183,7 @@ def _cache(config: ReadConfig) -> DiskCache | None:
 
 
 def _arrived(waiting: list[tuple[Item, list[Future[Bytes]]]]) -> Iterator[tuple[Item, list[Bytes]]]:
-    """Hand over a window, letting go of each batch as it is taken."""
+    """Yield the batches of a window, releasing each as it is taken."""
     waiting.reverse()
     while waiting:
         item, futures = waiting.pop()

@@ -1,4 +1,4 @@
-"""Rows of cached latents for training: fetched ahead, checked, padded, handed over as float32.
+"""Latent loader for training: rows of cached latents, prefetched, verified, padded, returned as float32.
 
 Legend: b rows of this rank and micro-batch, n clips in a row (0 for images), C channels, h x w latent cells, M tokens
 of the longest caption of the batch, D their width.
@@ -24,19 +24,19 @@ from regen_dist.data.loading.plan import BadSample, BatchPlan, sample_keys, take
 from regen_dist.data.order.mixture import Bucket
 from regen_dist.data.order.order import MicroBatch, draw_row
 
-# Items made ahead in a thread, off the path of whoever takes them.
+# --- background thread that prepares items ahead ---
 
-_ENDING_S = 1.0  # a thread that is at work when it is no longer wanted ends after that; nobody waits for it longer
+_ENDING_S = 1.0  # longest wait for a busy thread at the end; it then finishes on its own
 
 Item = TypeVar("Item")
 
 
 def in_background(items: Generator[Item], ahead: int) -> Generator[Item]:
-    """The items of `items`, up to `ahead` of which a thread has ready. Closing this ends the thread, which closes
+    """Yield the items of `items`, up to `ahead` of which a thread prepares. Closing this ends the thread, which closes
     `items`.
 
     Raises:
-        whatever making an item raises, when that item's turn comes.
+        any error of preparing an item, when the item is due.
     """
     made = _SharedQueue(items, ahead)
     thread = threading.Thread(target=made.make, name="ahead", daemon=True)
@@ -49,7 +49,7 @@ def in_background(items: Generator[Item], ahead: int) -> Generator[Item]:
 
 
 class _SharedQueue(Generic[Item]):
-    """What the thread and the taker share."""
+    """Queue between the thread and the consumer."""
 
     def __init__(self, items: Generator[Item], ahead: int) -> None:
         self._items, self._room = items, threading.Semaphore(ahead)
@@ -57,18 +57,18 @@ class _SharedQueue(Generic[Item]):
         self._ended = threading.Event()
 
     def make(self) -> None:
-        """In the thread: go on as long as there is room."""
+        """Prepare items in the thread while there is space."""
         try:
             with closing(self._items):
                 while self._has_room():
                     self._ready.put((next(self._items),))
         except StopIteration:
             self._ready.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised where the item is awaited; else that waits for ever
+        except BaseException as error:  # noqa: BLE001 - raised where the item is awaited, which would otherwise wait forever
             self._ready.put(error)
 
     def taken(self) -> Generator[Item]:
-        """Out of it: wait for one item after the other."""
+        """Yield items in the consumer, waiting for each."""
         while (made := self._ready.get()) is not None:
             if isinstance(made, BaseException):
                 raise made
@@ -76,7 +76,7 @@ class _SharedQueue(Generic[Item]):
             yield made[0]
 
     def end(self) -> None:
-        """Let the thread stop, whatever it waits for here."""
+        """Stop the thread, also while it waits for space."""
         self._ended.set()
         self._room.release()
 
@@ -85,14 +85,14 @@ class _SharedQueue(Generic[Item]):
         return not self._ended.is_set()
 
 
-_AHEAD = 4  # batches ready for the step: one that reads longer than a step is evened out
+_AHEAD = 4  # batches prepared ahead: compensates for one that reads longer than a step
 
 
 class LatentBatch(NamedTuple):
-    """Rows of clips of one micro-batch, as they are stored: nothing is normalised, no text is dropped.
+    """Rows of clips of one micro-batch as stored: not normalised, without text dropout.
 
     `content` is float32 [b, max(n, 1), C, h, w], `motion` float32 [b, n, C, h, w]; `text` float32 [b, M, D] and `mask`
-    bool [b, M] (True: a token that counts), both None where the cache has no text; the rest as in `ClipBatch`.
+    bool [b, M] (True: valid token), both None if the cache has no text; the rest as in `ClipBatch`.
     """
 
     content: Tensor
@@ -102,24 +102,24 @@ class LatentBatch(NamedTuple):
     sample_ids: Tensor
     epochs: Tensor | None = None
     bad: tuple[BadSample, ...] = ()
-    stand_ins: int = 0
+    num_replaced: int = 0
     problem: str | None = None
 
     @property
     def keys(self) -> Tensor:
-        """What the randomness of each row is keyed by, int64 [b] (see `sample_keys`)."""
+        """Return the RNG key of each row, int64 [b] (see `sample_keys`)."""
         return sample_keys(self.sample_ids, self.epochs)
 
     @property
     def kind(self) -> str:
-        """Clips and latent sides, as "4x24x40", or "image 24x40": the same for all batches of a step; losses of
+        """Return clips and latent sides, as "4x24x40", or "image 24x40": equal for all batches of a step; losses of
         different kinds differ."""
         n, _, h, w = self.motion.shape[1:]
         return f"{n}x{h}x{w}" if n else f"image {h}x{w}"
 
 
 class _Taken(NamedTuple):
-    """What a batch takes of an entry."""
+    """Part of an entry that goes into a batch."""
 
     content: Tensor  # [max(n, 1), C, h, w]
     motion: Tensor  # [n, C, h, w]
@@ -130,9 +130,9 @@ class _Taken(NamedTuple):
 def latent_batches(
     data: LatentSet, *, accumulation: int, rank: int, world_size: int, cursor: int
 ) -> Generator[LatentBatch]:
-    """This rank's micro-batches, without end; a thread prepares the next ones. As exact as `clip_batches`: the union
-    over ranks and micro-batches of a step is the same for every world size, and a run resumed at a cursor goes on with
-    exactly the batches that an uninterrupted one would have had.
+    """Yield this rank's micro-batches endlessly; a thread prepares the next ones. Deterministic like `clip_batches`:
+    the union over ranks and micro-batches of a step is the same for every world size, and a run resumed at a cursor
+    continues with exactly the batches of an uninterrupted one.
 
     Args:
         data: the entries and their order.
@@ -143,7 +143,7 @@ def latent_batches(
 
     Raises:
         ConfigError: the batch does not divide, or the cursor is not a multiple of it.
-        DataError: an entry and all that could stand in for it are bad, or the store does not answer.
+        DataError: an entry and all its possible replacements are bad, or the store does not answer.
     """
     plan = BatchPlan.from_cursor(data, accumulation=accumulation, rank=rank, world_size=world_size, cursor=cursor)
     return in_background(_read(plan), _AHEAD)
@@ -166,19 +166,19 @@ def _batch(data: LatentSet, fetcher: Fetcher, batch: MicroBatch, found: Sequence
     taken = take_with_replacements(data, fetcher, batch, found, take)
     ids, epochs = torch.tensor([[place.row.id for place in taken.places], batch.epochs.tolist()], dtype=torch.int64)
     return collate_latents(rows, ids)._replace(
-        epochs=epochs, bad=taken.bad, stand_ins=taken.stand_ins, problem=fetcher.problem
+        epochs=epochs, bad=taken.bad, num_replaced=taken.num_replaced, problem=fetcher.problem
     )
 
 
 def read_entry(facts: CacheFacts, row: SampleRow, stored: bytes) -> LatentEntry:
-    """An entry, checked; DataError when it is damaged or not what manifest and index say."""
+    """Parse and check an entry; raise DataError if it is damaged or contradicts manifest or index."""
     entry = unpack_latents(stored)
     facts.check(entry, row.frames, row.height, row.width)
     return entry
 
 
 def _cut(data: LatentSet, bucket: Bucket, entry: LatentEntry, epoch: int, sample_id: int) -> _Taken:
-    """As many clips of an entry as the bucket's rows have, beginning where the draw says."""
+    """Cut a row of the bucket's number of clips from an entry, starting at the drawn clip."""
     if bucket.is_image:
         return row_of(entry, 0, 0)
     n = bucket.frames // data.facts.num_frames
@@ -186,13 +186,13 @@ def _cut(data: LatentSet, bucket: Bucket, entry: LatentEntry, epoch: int, sample
 
 
 def row_of(entry: LatentEntry, first: int, n: int) -> _Taken:
-    """Clips first … first + n of an entry; with n = 0 its first frame, as an image."""
+    """Return clips first … first + n of an entry; with n = 0 its first frame, as an image."""
     content = entry.content[first : first + max(n, 1)]
     return _Taken(content, entry.motion[first : first + n], entry.text, entry.mask)
 
 
 def collate_latents(rows: Sequence[_Taken], sample_ids: Tensor) -> LatentBatch:
-    """Rows of one shape as a batch; texts are padded with zeros to the longest."""
+    """Stack rows of one shape into a batch; texts are zero-padded to the longest."""
     texts = [row.text for row in rows if row.text is not None]
     masks = [row.mask for row in rows if row.mask is not None]
     return LatentBatch(

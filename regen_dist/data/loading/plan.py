@@ -1,4 +1,4 @@
-"""Which micro-batches one rank reads."""
+"""Batch plan of a rank, RNG keys of samples, and replacement of bad samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Data = TypeVar("Data", bound=SampleSet[Any])
 
 
 class BatchPlan(Generic[Data]):
-    """The micro-batches of one rank, in order, without end; any part of them can be begun anew."""
+    """Endless sequence of one rank's micro-batches, which can be iterated again from any part."""
 
     def __init__(self, data: Data, first_step: int, accumulation: int, rank: int, world_size: int) -> None:
         self.data = data
@@ -27,7 +27,7 @@ class BatchPlan(Generic[Data]):
 
     @classmethod
     def from_cursor(cls, data: Data, *, accumulation: int, rank: int, world_size: int, cursor: int) -> BatchPlan[Data]:
-        """The plan from the step on that starts after `cursor` samples of all ranks.
+        """Create the plan that starts after `cursor` samples of all ranks.
 
         Raises:
             ConfigError: the batch does not divide, or the cursor is not a multiple of it.
@@ -35,7 +35,7 @@ class BatchPlan(Generic[Data]):
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is not in [0, {world_size})")
         plan = cls(data, data.order.step_of(cursor), accumulation, rank, world_size)
-        micro_batch_size(data.order.batch_global, accumulation, world_size)  # a batch that does not divide: refused now
+        micro_batch_size(data.order.batch_global, accumulation, world_size)  # raises if the batch does not divide
         return plan
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -46,33 +46,30 @@ class BatchPlan(Generic[Data]):
 
     @property
     def samples(self) -> int:
-        """How many each micro-batch has."""
+        """Return the samples of a micro-batch."""
         return micro_batch_size(self.data.order.batch_global, self._accumulation, self._world_size)
 
-
-# What the randomness of a batch's samples is keyed by.
 
 _ODD, _NOT_NEGATIVE = 0x1E3779B97F4A7C15, (1 << 63) - 1
 
 
 def sample_keys(sample_ids: Tensor, epochs: Tensor | None) -> Tensor:
-    """Keys int64 [b], not negative: a sample's id, and which time it comes round, so that one that comes twice in a
-    batch is not noised alike.
+    """Return non-negative RNG keys int64 [b] of (sample id, epoch), so that repeats of a sample get different noise.
 
     Args:
         sample_ids: int64 [b].
-        epochs: int64 [b], how often each sample has come before; None: never.
+        epochs: int64 [b], how often each sample has occurred before; None: never.
     """
     return sample_ids if epochs is None else (sample_ids + epochs * _ODD) & _NOT_NEGATIVE
 
 
-# Stand-ins for the samples that cannot be decoded or read.
+# --- replacement samples for those that cannot be read or decoded ---
 
-STAND_INS = 8  # tried before a sample's neighbours count as bad too
+MAX_REPLACEMENTS = 8  # attempts before the data counts as bad
 
 
 class BadSample(NamedTuple):
-    """A sample that another one stood in for, and why."""
+    """Bad sample that was replaced, with the reason."""
 
     shard: str
     key: str
@@ -80,12 +77,12 @@ class BadSample(NamedTuple):
 
 
 class BatchWithReplacements(NamedTuple):
-    """What came of a micro-batch: the sample that each of its slots comes from; the samples that were bad, stand-ins
-    among them; how many slots have stand-ins."""
+    """Result of reading a micro-batch: the sample in each of its slots; the bad samples, bad replacements included; the
+    number of slots with replacements."""
 
     places: list[SampleLocation]
     bad: tuple[BadSample, ...]
-    stand_ins: int
+    num_replaced: int
 
 
 def take_with_replacements(
@@ -95,42 +92,42 @@ def take_with_replacements(
     found: Sequence[Bytes],
     take: Callable[[int, SampleLocation, bytes], None],
 ) -> BatchWithReplacements:
-    """Let `take` have the bytes of every sample of a micro-batch, or those of one that stands in for it.
+    """Pass the bytes of every sample of a micro-batch, or of its replacement, to `take`.
 
-    A bad sample's stand-in follows from the seed and the sample's place in the order alone, so every number of ranks
-    and workers takes the same one.
+    The replacement of a bad sample depends on the seed and the sample's position in the order only, so it is the same
+    for every number of ranks and workers.
 
     Args:
         data: samples and order.
-        fetcher: where a stand-in's bytes come from.
+        fetcher: source of the bytes of replacement samples.
         batch: the micro-batch.
-        found: what came of its samples.
-        take: told the slot, the sample and its bytes; raises DataError when the sample is bad.
+        found: results of fetching its samples.
+        take: called with slot, sample and bytes; raises DataError if the sample is bad.
 
     Raises:
-        DataError: a sample is bad, and so is everything that could stand in for it.
+        DataError: a sample and all its possible replacements are bad.
     """
-    places, bad, stand_ins = [], list[BadSample](), 0
+    places, bad, num_replaced = [], list[BadSample](), 0
     for slot, first in enumerate(data.places(batch)):
         place, each = first, found[slot]
-        for attempt in range(1, STAND_INS + 2):
+        for attempt in range(1, MAX_REPLACEMENTS + 2):
             try:
                 if each.problem is not None:
                     raise DataError(each.problem)
                 take(slot, place, each.data)
                 places.append(place)
-                stand_ins += attempt > 1
+                num_replaced += attempt > 1
                 break
             except DataError as error:
                 bad.append(_bad(data, place, str(error)))
-            place = data.stand_in(batch, slot, attempt)
+            place = data.replacement(batch, slot, attempt)
             each = fetcher.one(place)
         else:
             raise DataError(
-                f"{STAND_INS} samples were tried in place of {bad[-1 - STAND_INS].key}, and each was bad; the "
-                f"last: {bad[-1].reason}. Run `regen shards verify` on the dataset"
+                f"{MAX_REPLACEMENTS} samples were tried in place of {bad[-1 - MAX_REPLACEMENTS].key}, each bad; "
+                f"the last: {bad[-1].reason}. Run `regen shards verify` on the dataset"
             )
-    return BatchWithReplacements(places, tuple(bad), stand_ins)
+    return BatchWithReplacements(places, tuple(bad), num_replaced)
 
 
 def _bad(data: SampleSet[Any], place: SampleLocation, reason: str) -> BadSample:

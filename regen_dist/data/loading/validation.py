@@ -1,4 +1,4 @@
-"""The fixed clips, or rows of cached latents, that a run is looked at by."""
+"""Fixed validation clips, or rows of cached latents."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from regen_dist.data.video import reader as video
 from regen_dist.errors import DataError
 
 _MOST_CLIPS = 4
-_LOOKED_AT = 1 << 20  # rows of a cache, from the first, among which those to validate on are chosen
+_MAX_CANDIDATES = 1 << 20  # first rows of a cache, from which the validation rows are chosen
 
 
 class ValidationRows(NamedTuple):
-    """Fixed rows of cached latents, and the captions and frame rates of the videos that they are of."""
+    """Fixed rows of cached latents, with the captions and frame rates of their videos."""
 
     batch: LatentBatch
     captions: tuple[str, ...]
@@ -33,12 +33,12 @@ class ValidationRows(NamedTuple):
 
 
 def validation_clip(config: DataConfig, *, num_frames: int, most: int = _MOST_CLIPS) -> ClipBatch:
-    """One to `most` fixed clips, spread over the validation data (the training data where there is none).
+    """Read one to `most` fixed clips, spread over the validation data (the training data if there is none).
 
     First frames, stride 1, centre crop of `config.validation_size`, not mirrored. Read in this process.
 
     Raises:
-        DataError: a clip cannot be read; nothing stands in for a validation clip.
+        DataError: a clip cannot be read; validation clips are not replaced.
     """
     dataset = open_videos(config.validation_url or config.sources[0], config)
     number = min(most, len(dataset))
@@ -61,22 +61,22 @@ def _clip(dataset: Dataset, number: int, bucket: Bucket, short_side: int | str |
 
 
 def validation_rows(config: LatentDataConfig, facts: CacheFacts, *, rows: int = _MOST_CLIPS) -> ValidationRows:
-    """Up to `rows` fixed rows of one shape, spread over the validation data (the training data where there is none).
+    """Read up to `rows` fixed rows of one shape, spread over the validation data (the training data if there is none).
 
-    Of the most clips that `config.clips` and the data have (images where the data has no clips), of the size that most
-    such entries have, from the start of each. Read in this process.
+    Rows have the most clips that `config.clips` and the data allow (images if the data has no clips), the most frequent
+    size of such entries, and start at the first clip of each. Read in this process.
 
     Args:
-        config: where the caches are, and how many clips make a row.
-        facts: of the latents that are trained on.
-        rows: how many, at most.
+        config: config of the data: caches and clips in a row.
+        facts: description of the latents that are trained on.
+        rows: largest number of rows.
 
     Raises:
-        DataError: the cache is one of other latents, or an entry cannot be read; nothing stands in for it.
+        DataError: the cache has other latents, or an entry cannot be read; validation entries are not replaced.
     """
     dataset, found = open_latents(config.validation_url or config.sources[0], config)
     check_same_space(facts, found)
-    clips, fitting = _fitting(dataset.records[:_LOOKED_AT], config.clips, facts.num_frames)
+    clips, fitting = _fitting(dataset.records[:_MAX_CANDIDATES], config.clips, facts.num_frames)
     number = min(rows, len(fitting))
     chosen = [int(fitting[place * len(fitting) // number]) for place in range(number)]
     entries = [_entry(dataset, row, facts) for row in chosen]
@@ -87,7 +87,8 @@ def validation_rows(config: LatentDataConfig, facts: CacheFacts, *, rows: int = 
 
 
 def _fitting(records: npt.NDArray[np.void], clips: Sequence[int], num_frames: int) -> tuple[int, npt.NDArray[np.int64]]:
-    """The most clips that some entry has (0: all are images), and the rows of the most frequent size that have them."""
+    """Return the most clips that any entry has (0: only images), and the rows of the most frequent size with as
+    many."""
     most = next((n for n in sorted(clips, reverse=True) if (records["frames"] >= n * num_frames).any()), 0)
     long_enough = np.flatnonzero(records["frames"] >= most * num_frames)
     sides = np.stack([records["height"][long_enough], records["width"][long_enough]])

@@ -1,1 +1,1 @@
-"""Which sample comes when: pure functions of the seed, the step and the sizes of the data."""
+"""Data order: pure functions of the seed, the step and the sizes of the data."""

@@ -1,8 +1,8 @@
-"""Several endless sequences merged into one, in exact shares, with random access.
+"""Interleaving of several endless sequences into one, in exact shares, with random access.
 
 The merged sequence is cut into short rounds. Round e holds f(e + 1) - f(e) items of part i, f(e) = floor(e q + phase),
-so the shares are exact for ever; a keyed shuffle of the round says which part comes where. The items of each part keep
-their own order. Any place is found from the closed form of f, without going through what is before it.
+so the shares stay exact; a keyed shuffle of each round gives the order of the parts. The items of each part keep their
+own order. Any position is computed directly from the closed form of f, without iteration.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 
 from regen_dist.data.order.permutation import GOLDEN, Int64s, UInt64s, mix_bits
 
-_ROUND = 256  # most items of a round: all that is ever held, and the length over which the shares already hold
+_ROUND = 256  # most items of a round: bounds the memory, and the length after which the shares are exact
 
 
 @dataclass(frozen=True)
 class Interleave:
-    """A merge of `len(steps)` sequences; make one with `Interleave.of`.
+    """Interleaving of `len(steps)` sequences, created by `Interleave.of`.
 
-    `steps[i] / scale` items of part i come in each round, on average.
+    Each round holds `steps[i] / scale` items of part i on average.
     """
 
     steps: tuple[int, ...]
@@ -33,9 +33,9 @@ class Interleave:
 
     @classmethod
     def of(cls, quotas: Sequence[Fraction], key: int) -> Interleave:
-        """A merge in which the parts come in the proportion of `quotas` (at least one is above 0), shuffled by `key`.
+        """Interleave parts in the proportion of `quotas` (at least one above 0), shuffled by `key`.
 
-        Where the quotas are whole, every `sum(quotas)` items from the start hold exactly `quotas[i]` of part i.
+        If the quotas are integers, every `sum(quotas)` items from the start hold exactly `quotas[i]` of part i.
         """
         period = sum(quotas, Fraction())
         rounds = Fraction(ceil(period / _ROUND)) if period >= 1 else 1 / Fraction(ceil(1 / period))
@@ -43,7 +43,7 @@ class Interleave:
         return cls(tuple(int(quota / rounds * scale) for quota in quotas), scale, key)
 
     def at(self, first: int, count: int) -> tuple[Int64s, Int64s]:
-        """Part of each of the merged positions first, first + 1, …, and its index inside the part's own sequence.
+        """Return the part of each merged position first, first + 1, …, and the index within the part's sequence.
 
         Returns:
             (parts [count], indexes [count]).
@@ -58,9 +58,9 @@ class Interleave:
         return parts[start : start + count].copy(), indexes[start : start + count].copy()
 
     def taken(self, rounds: int) -> list[int]:
-        """Items of each part in the first `rounds` rounds.
+        """Return the number of items of each part in the first `rounds` rounds.
 
-        The parts' phases differ, so that parts which come less than once a round do not all come in the same one.
+        The phases of the parts differ, so that rare parts (less than one item a round) do not fall into the same round.
         """
         halves = 2 * len(self.steps)
         return [
@@ -69,7 +69,8 @@ class Interleave:
         ]
 
     def _round_of(self, position: int) -> int:
-        """The last round that starts at or before `position`; the estimate is at most one round a part away."""
+        """Return the last round that starts at or before `position`; the estimate is off by at most a round per
+        part."""
         number = position * self.scale // sum(self.steps)
         while sum(self.taken(number)) > position:
             number -= 1
@@ -79,7 +80,7 @@ class Interleave:
 
 
 def _lay_out(merge: Interleave, first: int, last: int) -> tuple[Int64s, Int64s]:
-    """Parts and indexes of all items of the rounds first … last."""
+    """Return parts and indexes of all items of the rounds first … last."""
     taken = np.array([merge.taken(number) for number in range(first, last + 2)], dtype=np.int64)
     amounts = np.diff(taken, axis=0)  # [rounds, parts]
     rounds = np.repeat(np.arange(len(amounts)), amounts.sum(axis=1))
@@ -93,7 +94,7 @@ def _lay_out(merge: Interleave, first: int, last: int) -> tuple[Int64s, Int64s]:
 
 
 def _shuffle_keys(rounds: Int64s, first: int, key: int) -> UInt64s:
-    """One random word per item, a function of its round and its slot there alone; `rounds` are counted from `first`."""
+    """Return one random word per item, a function of its round and slot only; `rounds` are counted from `first`."""
     slots = np.arange(len(rounds)) - np.searchsorted(rounds, rounds)
     seeds = mix_bits(rounds.astype(np.uint64) + np.array([(first + key) % 2**64], dtype=np.uint64))
     keys: UInt64s = mix_bits(seeds + slots.astype(np.uint64) * np.array([GOLDEN], dtype=np.uint64))

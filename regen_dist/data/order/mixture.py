@@ -1,4 +1,4 @@
-"""How often each dataset comes in each bucket: exact quotas from sizes, weights and the share of images."""
+"""Mixture quotas: exact shares of each dataset in each bucket, from sizes, weights and the share of images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Quotas = tuple[tuple[Fraction, ...], ...]  # [streams][datasets]
 
 
 class Bucket(NamedTuple):
-    """The shape that all clips of a global batch share, in pixels and frames; one frame makes it an image."""
+    """Shape that all clips of a global batch share, in pixels and frames; one frame means an image."""
 
     height: int
     width: int
@@ -26,17 +26,17 @@ class Bucket(NamedTuple):
 
 
 class BucketStream(NamedTuple):
-    """A bucket, and how many samples each dataset has for it: its lines, which may be empty."""
+    """Bucket with the number of samples of each dataset in it (its strata, which may be empty)."""
 
     bucket: Bucket
     sizes: tuple[int, ...]
 
 
 class BucketShare(NamedTuple):
-    """What to expect of one bucket.
+    """Expected share of one bucket.
 
-    An epoch is as many video samples as there are videos (with images alone: as there are images). A bucket whose
-    `samples_per_epoch` is far above its `samples` repeats them that much more often than others are seen.
+    An epoch has as many video samples as there are videos (with images only: as there are images). A bucket whose
+    `samples_per_epoch` is far above its `samples` repeats its samples correspondingly often.
     """
 
     bucket: Bucket
@@ -47,10 +47,10 @@ class BucketShare(NamedTuple):
 
 
 def quotas(streams: Sequence[BucketStream], weights: Sequence[float] | None, image_fraction: float) -> Quotas:
-    """Samples of each dataset in each stream in one epoch (see `Share`).
+    """Return the samples of each dataset in each stream in one epoch (see `BucketShare`).
 
-    Without weights every video comes once. With weights dataset d gets its share of the videos, among the datasets that
-    have any, spread over its buckets by their sizes. `image_fraction` of all samples are images, spread alike.
+    Without weights every video occurs once. With weights, dataset d has its share of the videos, among the datasets
+    with any, distributed over its buckets by their sizes. `image_fraction` of all samples are images, likewise.
 
     Raises:
         ConfigError: weights or image_fraction do not fit the data.
@@ -69,7 +69,7 @@ def quotas(streams: Sequence[BucketStream], weights: Sequence[float] | None, ima
 
 
 def expected(streams: Sequence[BucketStream], amounts: Quotas) -> tuple[BucketShare, ...]:
-    """What each stream will have in the long run, from its `quotas`."""
+    """Return the long-run share of each stream from its `quotas`."""
     totals = [sum(row, Fraction()) for row in amounts]
     return tuple(
         BucketShare(
@@ -84,7 +84,7 @@ def expected(streams: Sequence[BucketStream], amounts: Quotas) -> tuple[BucketSh
 
 
 def _sizes(streams: Sequence[BucketStream], *, images: bool) -> list[tuple[int, ...]]:
-    """Sizes of the lines of one kind, [streams][datasets]; 0 where a stream is of the other kind."""
+    """Return the sizes of the strata of one kind, [streams][datasets]; 0 where a stream is of the other kind."""
     return [tuple(size if stream.bucket.is_image == images else 0 for size in stream.sizes) for stream in streams]
 
 
@@ -93,7 +93,7 @@ def _total(sizes: Sequence[Sequence[int]]) -> int:
 
 
 def _spread(sizes: Sequence[Sequence[int]], weights: Sequence[Fraction] | None, target: Fraction) -> Quotas:
-    """`target` samples over the datasets by weight, and over the lines of each dataset by size."""
+    """Distribute `target` samples over the datasets by weight, and over the strata of each dataset by size."""
     totals = [sum(column) for column in zip(*sizes, strict=True)]
     parts = [Fraction(total) if weights is None else weights[d] * (total > 0) for d, total in enumerate(totals)]
     whole = sum(parts)
@@ -104,7 +104,7 @@ def _spread(sizes: Sequence[Sequence[int]], weights: Sequence[Fraction] | None, 
 
 
 def _exact(value: float) -> Fraction:
-    """The fraction of a small denominator that this float stands for, else the float's own value."""
+    """Return the fraction with a small denominator that this float approximates, else its exact value."""
     near = Fraction(value).limit_denominator(10**9)
     return near if float(near) == value else Fraction(value)
 
@@ -127,7 +127,7 @@ def _check_fraction(num_videos: int, num_images: int, image_fraction: float) -> 
 
 
 def _exact_weights(weights: Sequence[float], sizes: Sequence[int]) -> list[Fraction]:
-    """The weights of datasets that have so many samples to draw from, checked."""
+    """Validate the weights of datasets of these sizes and return them as fractions."""
     if len(weights) != len(sizes):
         raise ConfigError(f"the mixture has {len(weights)} weights for {len(sizes)} datasets; give each dataset one")
     for number, (weight, size) in enumerate(zip(weights, sizes, strict=True)):

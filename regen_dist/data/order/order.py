@@ -1,9 +1,9 @@
-"""Which sample comes when: a pure function of (seed, step) and the sizes of the data, without IO or walking.
+"""Data order: the samples of a step as a pure function of (seed, step) and the sizes of the data, without IO.
 
-Three levels, each with random access. Global batches come from one bucket each, in exact shares. Inside a bucket the
-datasets are merged sample by sample, in exact shares. A *line*, all samples of one dataset in one bucket, is an endless
-sequence of epochs: position j is in epoch j // size, and a keyed permutation of that epoch says which row it is. Ranks
-and micro-batches take slices of a global batch, so neither their number nor that of workers changes what a step sees.
+Three levels, each with random access. Each global batch comes from one bucket, in exact shares. Within a bucket the
+datasets are interleaved sample by sample, in exact shares. A *stratum*, all samples of one dataset in one bucket, is an
+endless sequence of epochs: position j is in epoch j // size, and a keyed permutation of that epoch gives its row. Ranks
+and micro-batches take slices of a global batch, so the numbers of ranks and workers do not change what a step sees.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from regen_dist.data.order.mixture import Bucket, BucketShare, BucketStream, exp
 from regen_dist.data.order.permutation import Int64s, combine_keys, permute
 from regen_dist.errors import ConfigError, DataError
 
-# Set the uses of one seed apart from each other.
-_BUCKETS, _DATASETS, _STAND_INS = 0x62756B74, 0x64617461, 0x7374616E
+# Constants that make the uses of one seed independent of each other.
+_BUCKETS, _DATASETS, _REPLACEMENTS = 0x62756B74, 0x64617461, 0x7374616E
 
 _ANY_BUCKET = Bucket(256, 256, 17)
 
 
 class MicroBatch(NamedTuple):
-    """What one rank reads at once: b samples of one stream, whose number and bucket these are.
+    """Micro-batch of one rank: b samples of one stream, given by its number and bucket.
 
-    `datasets`, `epochs` and `rows` are int64 [b]; a row is counted within its line.
+    `datasets`, `epochs` and `rows` are int64 [b]; rows are counted within their stratum.
     """
 
     step: int
@@ -41,10 +41,10 @@ class MicroBatch(NamedTuple):
 
 
 class DataOrder:
-    """The order of some datasets sorted into buckets, cut into global batches.
+    """Order of the samples of datasets sorted into buckets, divided into global batches.
 
     Args:
-        streams: the buckets, with one line for each dataset.
+        streams: the buckets, with one stratum for each dataset.
         batch_global: samples of one optimizer step, over all ranks and micro-batches.
         seed: in [0, 2**63); a different one gives different permutations.
         weights: share of each dataset, relative to the others'; None draws every video equally often.
@@ -76,15 +76,15 @@ class DataOrder:
 
     @classmethod
     def single(cls, size: int, batch_global: int, seed: int, bucket: Bucket = _ANY_BUCKET) -> DataOrder:
-        """The order of one dataset of `size` samples in one bucket."""
+        """Create the order of one dataset of `size` samples in one bucket."""
         return cls([BucketStream(bucket, (size,))], batch_global, seed)
 
     def expected(self) -> tuple[BucketShare, ...]:
-        """What each stream has in the long run."""
+        """Return the long-run share of each stream."""
         return expected(self.streams, self._quotas)
 
     def step_of(self, cursor: int) -> int:
-        """The step that starts after `cursor` samples; ConfigError when that is inside a global batch."""
+        """Return the step that starts after `cursor` samples; raise ConfigError if that is inside a global batch."""
         step, rest = divmod(cursor, self.batch_global)
         if rest:
             raise ConfigError(
@@ -94,33 +94,33 @@ class DataOrder:
         return step
 
     def stream_of(self, step: int) -> int:
-        """Number of the stream that a step's samples come from."""
+        """Return the number of the stream that a step's samples come from."""
         return self._batch(step)[0]
 
     def global_batch(self, step: int) -> MicroBatch:
-        """All samples of a step."""
+        """Return all samples of a step."""
         return self._slice(step, 0, self.batch_global)
 
     def micro_batch(self, step: int, micro: int, accumulation: int, rank: int, world_size: int) -> MicroBatch:
-        """The slice of a global batch that `rank` reads as its micro-batch number `micro`."""
+        """Return the slice of a global batch that `rank` reads as its micro-batch number `micro`."""
         count = micro_batch_size(self.batch_global, accumulation, world_size)
         return self._slice(step, (micro * world_size + rank) * count, count)
 
-    def stand_in(self, stream: int, dataset: int, epoch: int, row: int, attempt: int) -> int:
-        """Another row of the same line, to take the place of a bad one.
+    def replacement(self, stream: int, dataset: int, epoch: int, row: int, attempt: int) -> int:
+        """Return a replacement for a bad row from the same stratum.
 
-        Attempts 0, 1, … give every other row once, in an order of their own for each (seed, line, epoch, row), before
-        any comes again. A line of one row has no other: it gives that row.
+        Attempts 0, 1, … return every other row once, in a separate order for each (seed, stratum, epoch, row), before
+        any repeats. A stratum of one row returns that row.
         """
         size = self.streams[stream].sizes[dataset]
         if size == 1:
             return row
         again, place = divmod(attempt, size - 1)
-        key = combine_keys(self.seed, _STAND_INS, stream, dataset, epoch, row)
+        key = combine_keys(self.seed, _REPLACEMENTS, stream, dataset, epoch, row)
         return (row + 1 + int(permute(np.array([place]), np.array([again]), size - 1, key)[0])) % size
 
     def _batch(self, step: int) -> tuple[int, int]:
-        """Stream of a step, and the number of this batch among the stream's own."""
+        """Return the stream of a step, and the number of this batch within the stream."""
         streams, numbers = self._batches.at(step, 1)
         return int(streams[0]), int(numbers[0])
 
@@ -134,14 +134,15 @@ class DataOrder:
         return MicroBatch(step, self.streams[stream].bucket, stream, datasets, epochs, rows)
 
 
-# The random choices of one clip: pure functions of (seed, epoch, sample id), whatever the rank, worker or history.
+# --- random choices of one clip: pure functions of (seed, epoch, sample id), independent of rank, worker and history
+# ---
 
-# Set the draws of clips, and of rows of clips, apart from any other use of the same seed.
+# Constants that make the draws of clips and of rows independent of other uses of the same seed.
 _CLIP_STREAM, _ROW_STREAM = 0x636C6970, 0x726F7773
 
 
 class ClipDraw(NamedTuple):
-    """The random choices of one clip: frames `start + i * stride`; crop position in [0, 1) of the room there is."""
+    """Random choices of one clip: frames `start + i * stride`; crop position as a fraction in [0, 1) of the margin."""
 
     start: int
     stride: int
@@ -153,11 +154,11 @@ class ClipDraw(NamedTuple):
 def draw_clip(
     seed: int, epoch: int, sample_id: int, frames: int, num_frames: int, strides: tuple[int, ...]
 ) -> ClipDraw:
-    """The random choices for one sample in one epoch, from a counter-based generator: no state, any order.
+    """Draw the random choices of one sample in one epoch from a stateless, counter-based generator.
 
     Args:
         frames: frames of the stored video; `num_frames` of them are taken, `stride` apart.
-        strides: allowed strides, one drawn evenly; where it does not fit, the largest that does.
+        strides: allowed strides, one drawn uniformly; if it does not fit, the largest that does.
 
     Raises:
         DataError: the video has fewer than `num_frames` frames.
@@ -169,8 +170,7 @@ def draw_clip(
 
 
 def draw_row(seed: int, epoch: int, sample_id: int, clips: int, num_clips: int) -> int:
-    """Where a row of `num_clips` clips begins in a video of `clips` clips; each place is as likely. By the same rules
-    as `draw_clip`.
+    """Draw the first clip of a row of `num_clips` clips in a video of `clips` clips, uniformly, like `draw_clip`.
 
     Raises:
         DataError: the video has fewer than `num_clips` clips.
@@ -183,8 +183,8 @@ def draw_row(seed: int, epoch: int, sample_id: int, clips: int, num_clips: int) 
 
 
 def fit_stride(wanted: int, strides: tuple[int, ...], frames: int, num_frames: int) -> int:
-    """`wanted` where it fits, else the largest of `strides` that does, else the largest there is; DataError if not
-    even 1 fits."""
+    """Return `wanted` if it fits, else the largest of `strides` that fits, else the largest possible stride; raise
+    DataError if not even 1 fits."""
     if frames < num_frames:
         raise DataError(
             f"the video has {frames} frames, a clip needs {num_frames}; build the shards with "
@@ -197,6 +197,6 @@ def fit_stride(wanted: int, strides: tuple[int, ...], frames: int, num_frames: i
 
 
 def _uniforms(seed: int, stream: int, epoch: int, sample_id: int, number: int) -> list[float]:
-    """Numbers in [0, 1) that these alone decide."""
+    """Return numbers in [0, 1) that depend on the arguments only."""
     generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, epoch, sample_id]))
     return [float(value) for value in generator.random(number)]

@@ -1,7 +1,7 @@
 """Keyed permutations of [0, size) for any size: constant time and memory per element, no tables.
 
 `mix` and the Feistel network work on Python ints and on uint64 arrays alike: for the few rows of a micro-batch ints
-are several times faster than arrays, for many rows arrays are.
+are several times faster than arrays, for many rows arrays are faster.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ UInt64s = npt.NDArray[np.uint64]
 Word = Any  # an int in [0, 2**64), or an array of uint64 for many at once
 
 _ROUNDS = 8
-_CHUNK = 1 << 15  # elements permuted at once: their temporaries stay in the processor's cache
-_FEW = 32  # up to here Python ints win
+_CHUNK = 1 << 15  # elements permuted at once: their temporaries stay in the CPU cache
+_FEW = 32  # up to this many elements Python ints are faster
 _MASK = 0xFFFFFFFFFFFFFFFF
 GOLDEN = 0x9E3779B97F4A7C15
 _ROUND_KEYS = [(index + 1) * GOLDEN & _MASK for index in range(_ROUNDS)]
 
 
 def permute(places: Int64s, epochs: Int64s, sizes: Int64s | int, seed: int, lines: Int64s | int = 0) -> Int64s:
-    """Rows of the samples at `places` of their `epochs` of their `lines`, each line of `sizes` rows.
+    """Return the rows of the samples at `places` in their `epochs` of their `lines` (strata), each of `sizes` rows.
 
-    For each (seed, line, epoch) the map is a permutation of [0, size): a Feistel network over the next power of two,
-    walked until it lands inside.
+    For each (seed, stratum, epoch) the map is a permutation of [0, size): a Feistel network over the next power of two,
+    iterated until the value is below `size` (cycle walking).
 
     Args:
         places: [n], each in [0, size).
         epochs: [n].
-        sizes: rows of the line, [n] or one for all; below 2**62.
+        sizes: rows of the stratum, [n] or one for all; below 2**62.
         seed: in [0, 2**64).
-        lines: numbers of the lines, [n] or one for all; each number has permutations of its own.
+        lines: numbers of the strata, [n] or one for all; each number has its own permutations.
 
     Returns:
         rows [n].
@@ -51,14 +51,14 @@ def permute(places: Int64s, epochs: Int64s, sizes: Int64s | int, seed: int, line
 
 
 def mix_bits(word: Word) -> Word:
-    """A bijection of 64-bit words in which every input bit reaches every output bit (the finaliser of SplitMix64)."""
+    """Apply a bijection of 64-bit words in which every input bit affects every output bit (SplitMix64 finaliser)."""
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
     return word ^ (word >> 31)
 
 
 def combine_keys(*words: int) -> int:
-    """One 64-bit key from several whole numbers; their order matters."""
+    """Combine several integers into one 64-bit key; their order matters."""
     key = 0
     for word in words:
         key = mix_bits((key + word + GOLDEN) & _MASK)
@@ -90,7 +90,7 @@ def _key(epoch: Word, line: Word, seed: int) -> Word:
 
 
 def _bit_lengths(sizes: Int64s) -> UInt64s:
-    """max(2, (size - 1).bit_length()); in two halves, because a float holds only 53 bits exactly."""
+    """Compute max(2, (size - 1).bit_length()) in two halves, because a float holds only 53 bits exactly."""
     last = sizes - 1
     high, low = np.frexp(last >> 32)[1], np.frexp(last & 0xFFFFFFFF)[1]
     lengths: UInt64s = np.maximum(np.where(high, high + 32, low), 2).astype(np.uint64)
@@ -98,7 +98,7 @@ def _bit_lengths(sizes: Int64s) -> UInt64s:
 
 
 def _feistel(value: Word, key: Word, bits: Word) -> Word:
-    """A keyed bijection of [0, 2**bits)."""
+    """Apply a keyed bijection of [0, 2**bits)."""
     high_bits = bits >> 1
     low_bits = bits - high_bits
     low_mask, high_mask = (1 << low_bits) - 1, (1 << high_bits) - 1

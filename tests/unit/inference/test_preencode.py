@@ -271,7 +271,7 @@ def test_a_cache_of_another_fingerprint_is_refused(
 ) -> None:
     """The message says which part is another; nothing is mixed."""
     before = objects(whole)
-    with pytest.raises(DataError, match="asked for otherwise") as refused:
+    with pytest.raises(DataError, match="of another request") as refused:
         preencode(preencode_config(embedder, data, whole, **{"text": TEXT} | changes))
     assert named in str(refused.value)
     assert "another output" in str(refused.value)

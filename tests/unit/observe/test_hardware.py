@@ -23,7 +23,7 @@ def test_bf16_is_read_from_the_flags(tmp_path: Path, line: str, does: bool) -> N
     """AMX, AVX-512 BF16 and ARM's extension count; a CPU without them takes ten times as long in bf16."""
     path = tmp_path / "cpuinfo"
     path.write_text(f"processor\t: 0\n{line}\n")
-    assert multiplies_bf16(path) is does
+    assert has_native_bf16(path) is does
 
 
 def test_a_system_that_does_not_tell_is_not_warned_of(tmp_path: Path) -> None:

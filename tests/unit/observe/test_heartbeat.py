@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from regen_dist.observe.hang_detector import describe_hang, find_culprits
+from regen_dist.observe.hang_detector import describe_hang, find_blocking_ranks
 from regen_dist.observe.heartbeat import (
     FIRST_MARK,
     AwakeClock,
@@ -126,12 +126,12 @@ def test_a_process_is_known_on_its_own_host_alone() -> None:
     ],
 )
 def test_who_is_waited_for(ranks: list[Seen], kind: str, culprits: list[int]) -> None:
-    finding = find_culprits(ranks, STALE_S)
+    finding = find_blocking_ranks(ranks, STALE_S)
     assert (finding.kind, [each.rank for each in finding.ranks]) == (kind, culprits)
 
 
 def _told(*ranks: Seen, world_size: int = 0, state: str | None = None) -> str:
-    return describe_hang(find_culprits(ranks, STALE_S), world_size or len(ranks), 12.0, lambda _: state)
+    return describe_hang(find_blocking_ranks(ranks, STALE_S), world_size or len(ranks), 12.0, lambda _: state)
 
 
 def test_the_words_for_one_that_is_behind() -> None:

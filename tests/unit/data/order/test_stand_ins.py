@@ -15,7 +15,7 @@ def test_stand_ins_are_all_the_other_rows_in_turn(size: int) -> None:
     order = DataOrder([BucketStream(WIDE, (5, size))], 4, 0)
     for row in range(0, size, 7):
         first, second = (
-            [order.stand_in(0, 1, 3, row, attempt) for attempt in range(start, start + size - 1)]
+            [order.replacement(0, 1, 3, row, attempt) for attempt in range(start, start + size - 1)]
             for start in (0, size - 1)
         )
         assert sorted(first) == sorted(second) == [other for other in range(size) if other != row]
@@ -23,7 +23,7 @@ def test_stand_ins_are_all_the_other_rows_in_turn(size: int) -> None:
 
 def test_a_line_of_one_row_has_no_stand_in() -> None:
     order = DataOrder([BucketStream(WIDE, (5, 1))], 4, 0)
-    assert {order.stand_in(0, 1, 3, 0, attempt) for attempt in range(5)} == {0}
+    assert {order.replacement(0, 1, 3, 0, attempt) for attempt in range(5)} == {0}
 
 
 def test_stand_ins_depend_on_seed_line_epoch_row_and_attempt_alone() -> None:
@@ -37,13 +37,13 @@ def test_stand_ins_depend_on_seed_line_epoch_row_and_attempt_alone() -> None:
         for row in (0, 5)
         for attempt in (0, 1)
     ]
-    rows = [order.stand_in(*place) - place[3] for order in (one, other) for place in places]
+    rows = [order.replacement(*place) - place[3] for order in (one, other) for place in places]
     assert len(set(rows)) == len(rows)
     again = DataOrder(streams, 64, 0, weights=(1.0, 3.0))
-    assert [again.stand_in(*place) for place in places] == [one.stand_in(*place) for place in places]
+    assert [again.replacement(*place) for place in places] == [one.replacement(*place) for place in places]
 
 
 def test_stand_ins_of_many_bad_samples_are_spread() -> None:
     order = DataOrder.single(1000, 4, 0)
-    counts = Counter(order.stand_in(0, 0, 0, row, 0) for row in range(1000))
+    counts = Counter(order.replacement(0, 0, 0, row, 0) for row in range(1000))
     assert max(counts.values()) < 10  # 1000 draws out of 1000: 7 or more of one are already rare

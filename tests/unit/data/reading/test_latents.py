@@ -71,7 +71,7 @@ def entries(folder: Path) -> dict[int, LatentEntry]:
 def assert_equal(found: LatentBatch, expected: LatentBatch) -> None:
     for name in ("content", "motion", "text", "mask", "sample_ids", "epochs"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    assert (found.bad, found.stand_ins) == (expected.bad, expected.stand_ins)
+    assert (found.bad, found.num_replaced) == (expected.bad, expected.num_replaced)
 
 
 def joined(parts: list[LatentBatch]) -> LatentBatch:
@@ -184,7 +184,7 @@ def test_a_bad_entry_has_the_same_stand_in_on_every_rank(tmp_path: Path) -> None
     change(folder / damaged.shard, damaged.offset + damaged.size // 2)
     whole = read(config, 4)
     for found, expected in zip(whole, clean, strict=True):
-        assert (found.stand_ins, len(found.bad)) == (1, 1), "eight entries, eight a batch"
+        assert (found.num_replaced, len(found.bad)) == (1, 1), "eight entries, eight a batch"
         assert found.bad[0].key == "seed0-000005"
         assert "the bytes differ from those that were written" in found.bad[0].reason
         same = found.sample_ids == expected.sample_ids
@@ -192,7 +192,7 @@ def test_a_bad_entry_has_the_same_stand_in_on_every_rank(tmp_path: Path) -> None
         assert torch.equal(found.content[same], expected.content[same])
     ranks = [read(config, 4, rank=rank, world_size=4) for rank in range(4)]
     for step, expected in enumerate(whole):
-        assert sum(rank[step].stand_ins for rank in ranks) == 1
+        assert sum(rank[step].num_replaced for rank in ranks) == 1
         assert torch.equal(torch.cat([rank[step].content for rank in ranks]), expected.content)
 
 
