@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.observe.hardware import GPU_PEAKS, known_peak, multiplies_bf16
+from regen_dist.observe.hardware import GPU_PEAKS, has_native_bf16, known_peak
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_bf16_is_read_from_the_flags(tmp_path: Path, line: str, does: bool) -> N
 
 def test_a_system_that_does_not_tell_is_not_warned_of(tmp_path: Path) -> None:
     """No /proc: nothing is known against it."""
-    assert multiplies_bf16(tmp_path / "none")
+    assert has_native_bf16(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
