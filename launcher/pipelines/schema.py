@@ -180,7 +180,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
 _MARKS = ("/manifest.json", "/config.yaml")  # of a dataset, of an exported model: the last that is written
 
 
-def with_inputs(order: SubmissionRequest, inputs: Sequence[Path]) -> SubmissionRequest:
+def with_inputs(request: SubmissionRequest, inputs: Sequence[Path]) -> SubmissionRequest:
     """The same order, whose fingerprint changes with the content of some files, too.
 
     Raises:
@@ -193,9 +193,9 @@ def with_inputs(order: SubmissionRequest, inputs: Sequence[Path]) -> SubmissionR
             "makes is no input: the step waits for it by `after`)"
         )
     if not inputs:
-        return order
-    told = json_text([order.fingerprint, *map(_content, inputs)])
-    return replace(order, whole=hashlib.sha256(told.encode()).hexdigest()[:16])
+        return request
+    told = json_text([request.fingerprint, *map(_content, inputs)])
+    return replace(request, parent_fingerprint=hashlib.sha256(told.encode()).hexdigest()[:16])
 
 
 def _content(path: Path) -> str:
@@ -205,7 +205,7 @@ def _content(path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def missing_outputs(order: SubmissionRequest, step: Step) -> dict[str, Sequence[JobTask]]:
+def missing_outputs(request: SubmissionRequest, step: Step) -> dict[str, Sequence[JobTask]]:
     """The outputs that are not there, and the tasks that make each: one where `{task}` stands in it, or else all.
 
     Raises:
@@ -213,8 +213,8 @@ def missing_outputs(order: SubmissionRequest, step: Step) -> dict[str, Sequence[
     """
     makers: dict[str, Sequence[JobTask]] = {}
     for output in step.outputs:
-        for number, task in enumerate(order.tasks):
-            makers[filled(output, number, len(order.tasks))] = [task] if "{task}" in output else order.tasks
+        for number, task in enumerate(request.tasks):
+            makers[filled(output, number, len(request.tasks))] = [task] if "{task}" in output else request.tasks
     there = side_by_side(exists, makers)
     return {place: tasks for (place, tasks), is_there in zip(makers.items(), there, strict=True) if not is_there}
 
@@ -241,9 +241,9 @@ def exists(url: str) -> bool:
         return False
 
 
-def made(step: Step, order: SubmissionRequest) -> list[str]:
+def made(step: Step, request: SubmissionRequest) -> list[str]:
     """What later steps may count on: outputs, the dataset whose manifest or the model whose config is one of them, and
     the step's folder. A training: its run."""
     outputs = [filled(each, number, step.array) for each in step.outputs for number in range(step.array)]
     wholes = [each.removesuffix(mark) for each in outputs for mark in _MARKS if each.endswith(mark)]
-    return list(dict.fromkeys([*outputs, *wholes, str(order.base)]))
+    return list(dict.fromkeys([*outputs, *wholes, str(request.base)]))

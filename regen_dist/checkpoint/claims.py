@@ -1,11 +1,11 @@
-"""One training at a time: a claim in the run folder and, where the checkpoints lie elsewhere, one beside them.
+"""Exclusive claims: one process trains a run; a claim in the run folder, and one beside checkpoints kept elsewhere.
 
-    RUN/claims/00000001.json      who trains: rank, host, process, since when; written anew every few seconds
+    RUN/claims/00000001.json      rank, host, process and start of the training process; renewed every few seconds
 
-A claim is taken by an exclusive creation (a hard link, or a conditional write of a bucket), which NFS and object stores
-do alike; nothing here relies on locks of files. Whoever takes over from a dead process creates the next number, so
-that of several one wins. A process of this machine is known by its id, its start and the boot; one on another machine
-by whether it goes on writing: no clock of another machine is believed.
+A claim is created exclusively (by a hard link, or a conditional write in a bucket), which works on NFS and on object
+stores; file locks are not used. A process that takes over from a dead one creates the next number, so that only one of
+several wins. A process of this machine is identified by its id, its start time and the boot id; one of another machine
+is alive as long as it renews its claim. Clocks of other machines are never compared.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, DataError, ObjectMissing, RunBusy
 from regen_dist.jsontext import json_text
-from regen_dist.observe.heartbeat import place_of_processes
+from regen_dist.observe.heartbeat import host_and_namespace
 
 CLAIMS = "claims"
-_STATE, _START = 0, 19  # among the fields of /proc/PID/stat that follow the name
+_STATE, _START = 0, 19  # indices of the fields of /proc/PID/stat after the process name
 _JOIN_S = 5.0
 
 
 class Patience(NamedTuple):
-    """Seconds: between two signs of life; for how long a silent process of another machine is looked at when its last
-    sign is old; and when it is not."""
+    """Time limits of a claim, in seconds.
+
+    beat_s: interval of renewals. look_s: how long a silent claim of another machine is observed if its last renewal is
+    old; stale_s: how long if it is recent. poll_s: interval of the observations.
+    """
 
     beat_s: float = 10.0
     look_s: float = 25.0
@@ -48,16 +51,16 @@ class Patience(NamedTuple):
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that trains, as its claim tells it. `written`: seconds since the epoch; `number`: of the sign of
-    life; `token`: no two starts have the same."""
+    """Training process that holds a claim. `since`, `written`: seconds since the epoch; `number`: counter of the
+    renewals; `token`: unique for each start."""
 
     rank: int
     host: str
     pid: int
-    started: int  # of the process, in the kernel's ticks since the boot
+    started: int  # start time of the process, in kernel ticks since the boot
     boot: str
-    namespace: str  # within which `pid` counts
-    job: str  # of Slurm, or ""
+    namespace: str  # process id namespace of `pid`
+    job: str  # Slurm job id, or ""
     restart: int
     run: str  # the run folder
     since: float
@@ -72,8 +75,8 @@ class Holder:
 
 
 def this_process(run: Path, environment: Mapping[str, str] = os.environ) -> Holder:
-    """What this process claims with."""
-    host, namespace = place_of_processes()
+    """Return the holder that describes this process."""
+    host, namespace = host_and_namespace()
     now, restart = time.time(), environment.get("SLURM_RESTART_COUNT", "0")
     return Holder(
         rank=0, host=host, pid=os.getpid(), started=_process_start(os.getpid()) or 0, boot=_boot(),
@@ -82,10 +85,10 @@ def this_process(run: Path, environment: Mapping[str, str] = os.environ) -> Hold
     )  # fmt: skip
 
 
-def is_gone(holder: Holder, me: Holder) -> bool | None:
-    """Whether the process of a claim has ended; None where that cannot be told from here at once."""
+def has_ended(holder: Holder, me: Holder) -> bool | None:
+    """Return true if the process of a claim has ended; None if it cannot be determined from this machine."""
     if holder.job and holder.job == me.job and holder.restart < me.restart:
-        return True  # Slurm starts a job again when it has ended
+        return True  # Slurm requeues a job only after it has ended
     if me.boot and me.namespace and (holder.boot, holder.namespace) == (me.boot, me.namespace):
         return _process_start(holder.pid) != holder.started
     return None
@@ -93,7 +96,7 @@ def is_gone(holder: Holder, me: Holder) -> bool | None:
 
 @cache
 def _boot() -> str:
-    """This boot of this machine; empty where the system does not tell."""
+    """Return the boot id of this machine; empty if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
@@ -101,17 +104,17 @@ def _boot() -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """When a process of this machine was started; None when there is none, or it waits to be buried."""
+    """Return the start time of a process of this machine; None if there is no such process or it is a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    told = text.rpartition(")")[2].split()
-    return None if told[_STATE] in "ZX" else int(told[_START])
+    stat = text.rpartition(")")[2].split()
+    return None if stat[_STATE] in "ZX" else int(stat[_START])
 
 
 def parse_holder(text: bytes) -> Holder | None:
-    """A claim as it was written; None for anything else."""
+    """Parse the JSON text of a claim; None if it is not a claim."""
     import json
 
     try:
@@ -122,7 +125,7 @@ def parse_holder(text: bytes) -> Holder | None:
 
 
 class _Found(NamedTuple):
-    """A claim that is there: its name, its bytes, and who holds it (None: it cannot be read)."""
+    """Existing claim: its file name, its bytes, and its holder (None if it cannot be parsed)."""
 
     name: str
     text: bytes
@@ -130,14 +133,14 @@ class _Found(NamedTuple):
 
 
 class Claim:
-    """The claim on one place. Take it before anything is written there.
+    """Claim on one folder or URL, to be taken before anything is written there.
 
     Args:
         place: the run folder, or the folder or URL of its checkpoints.
         me: this process.
-        limits: patience with a bucket.
-        patience: with other processes.
-        say: told when another machine's process is waited for.
+        limits: time limits of a bucket.
+        patience: time limits for other processes.
+        say: called with a message when this process waits for one of another machine.
     """
 
     def __init__(
@@ -151,25 +154,25 @@ class Claim:
         self._place, self._me, self._say = str(place), me, say
         self._store = Store(f"{str(place).rstrip('/')}/{CLAIMS}", limits)
         self._patience = patience or PATIENCE
-        self._name = ""  # of the own claim
+        self._name = ""  # file name of the own claim
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.lost = ""  # why it is not ours any more
+        self.lost = ""  # reason why another process took over
 
     def take(self) -> None:
-        """Make it ours, if nobody who lives holds it.
+        """Take the claim, unless a live process holds it.
 
         Raises:
-            RunBusy: somebody does.
+            RunBusy: a live process holds it.
         """
         while not self._name:
-            dead = [each for each in self._all() if self._is_dead(each, to_the_end=True)]
+            dead = [each for each in self._all() if self._is_abandoned(each, full_wait=True)]
             number = max((int(Path(each.name).stem) for each in dead), default=0) + 1
             name = f"{number:08d}.json"
             if not self._store.put_new(name, self._text()):
-                continue  # another process was quicker: look at it
+                continue  # another process was quicker: examine its claim
             known = {each.text for each in dead} | {self._text()}
-            if any(each.text not in known for each in self._all()):  # one that came while we looked
+            if any(each.text not in known for each in self._all()):  # a claim that appeared meanwhile
                 self._store.delete(name)
                 time.sleep(random.uniform(0.0, self._patience.poll_s))
                 continue
@@ -179,17 +182,17 @@ class Claim:
         self._thread = threading.Thread(target=self._beat, name="claim", daemon=True)
         self._thread.start()
 
-    def refuse_living(self) -> None:
-        """Look, and change nothing. Of a silent process of another machine nothing is said.
+    def refuse_if_taken(self) -> None:
+        """Check without changes that no live process holds the claim; silent processes of other machines are ignored.
 
         Raises:
-            RunBusy: somebody who lives holds it.
+            RunBusy: a live process holds it.
         """
         for each in self._all():
-            self._is_dead(each, to_the_end=False)
+            self._is_abandoned(each, full_wait=False)
 
     def check(self) -> None:
-        """Make sure, by a fresh look, that it is still ours.
+        """Verify by reading it again that this process still holds the claim.
 
         Raises:
             CheckpointError: another process took over.
@@ -198,8 +201,8 @@ class Claim:
             raise CheckpointError(f"{self._place}: {self.lost}. Nothing more is written there")
 
     def release(self) -> None:
-        """Give it back; nothing happens where it was never taken. A store that does not answer is no error: the claim
-        is then known as one of a process that has ended."""
+        """Release the claim if it was taken. A store that does not answer is not an error: the claim is then
+        recognised later as one of an ended process."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(_JOIN_S)
@@ -210,31 +213,31 @@ class Claim:
             self._name = ""
 
     def _all(self) -> list[_Found]:
-        """Every claim that is there."""
+        """Return all existing claims."""
         found = []
         for name in self._store.list():
-            with suppress(ObjectMissing):  # given back meanwhile
+            with suppress(ObjectMissing):  # released meanwhile
                 text = self._store.get(name)
                 found.append(_Found(name, text, parse_holder(text)))
         return found
 
-    def _is_dead(self, found: _Found, *, to_the_end: bool) -> bool:
-        """Whether nobody holds a claim any more.
+    def _is_abandoned(self, found: _Found, *, full_wait: bool) -> bool:
+        """Return true if the holder of a claim has ended.
 
         Args:
-            to_the_end: wait until a process of another machine that is silent has been so for long enough.
+            full_wait: observe a silent process of another machine for the whole time limit.
 
         Raises:
-            RunBusy: somebody does.
+            RunBusy: the holder is alive.
         """
-        gone = None if found.holder is None else is_gone(found.holder, self._me)
+        gone = None if found.holder is None else has_ended(found.holder, self._me)
         if gone is False:
             raise self._busy(found)
-        return True if gone else self._is_silent(found, to_the_end=to_the_end)
+        return True if gone else self._is_silent(found, full_wait=full_wait)
 
-    def _is_silent(self, found: _Found, *, to_the_end: bool) -> bool:
-        """Look at a claim of which nothing else is known, until it changes or was silent for long enough."""
-        began, told = time.monotonic(), False
+    def _is_silent(self, found: _Found, *, full_wait: bool) -> bool:
+        """Observe a claim of another machine until it changes (RunBusy) or was silent for long enough (true)."""
+        began, announced = time.monotonic(), False
         while True:
             time.sleep(self._patience.poll_s)
             try:
@@ -242,12 +245,12 @@ class Claim:
                     raise self._busy(found)
             except ObjectMissing:
                 return True
-            looked_s = time.monotonic() - began
+            observed_s = time.monotonic() - began
             old = found.holder is None or time.time() - found.holder.written >= self._patience.stale_s
-            if looked_s >= (self._patience.look_s if old or not to_the_end else self._patience.stale_s):
+            if observed_s >= (self._patience.look_s if old or not full_wait else self._patience.stale_s):
                 return True
-            if not told and to_the_end:
-                told = True
+            if not announced and full_wait:
+                announced = True
                 who = found.holder or found.name
                 self._say(f"{self._place}: waiting {self._patience.stale_s:.0f} s for a sign of life of {who}")
 
@@ -271,7 +274,7 @@ class Claim:
         return not self.lost
 
     def _beat(self) -> None:
-        """Write a sign of life every few seconds; the process goes on where that fails."""
+        """Renew the claim every few seconds; a failure does not end the process."""
         complained = False
         while not self._stop.wait(self._patience.beat_s):
             try:
@@ -289,7 +292,7 @@ PATIENCE = Patience()
 
 
 class Claims:
-    """All claims of a run. Where its checkpoints lie in its folder there is one."""
+    """All claims of a run: on its folder and, if they are kept elsewhere, on its checkpoints."""
 
     def __init__(self, config: AnyRunConfig, limits: StoreLimits | None = None) -> None:
         me, read = this_process(config.folder), config.data.read
@@ -298,7 +301,7 @@ class Claims:
             self._claims.append(Claim(config.checkpoints, me, limits or StoreLimits(read.stall_s, read.deadline_s)))
 
     def take(self) -> None:
-        """Take all; RunBusy when somebody who lives holds one, and then none is held."""
+        """Take all claims, or none and raise RunBusy if a live process holds one."""
         try:
             for claim in self._claims:
                 claim.take()
@@ -306,22 +309,22 @@ class Claims:
             self.release()
             raise
 
-    def refuse_living(self) -> None:
-        """RunBusy when somebody who lives holds one; nothing is changed."""
+    def refuse_if_taken(self) -> None:
+        """Raise RunBusy if a live process holds one of the claims; change nothing."""
         for claim in self._claims:
-            claim.refuse_living()
+            claim.refuse_if_taken()
 
     def check(self) -> None:
-        """CheckpointError when another process took over."""
+        """Raise CheckpointError if another process took over."""
         for claim in self._claims:
             claim.check()
 
     @property
     def lost(self) -> str:
-        """Why the run is not ours any more; empty while it is, as far as is known."""
+        """Return why this process lost the run; empty while it holds it as far as is known."""
         return next((claim.lost for claim in self._claims if claim.lost), "")
 
     def release(self) -> None:
-        """Give all back."""
+        """Release all claims."""
         for claim in self._claims:
             claim.release()

@@ -1,9 +1,9 @@
-"""An exported model: one safetensors file and a config, a folder that needs neither its run nor DeepSpeed.
+"""Exported models: a folder with one safetensors file and a config, usable without its run and without DeepSpeed.
 
-EXPORT/model.safetensors    every parameter whole, under the model's own names
-EXPORT/config.yaml          what rebuilds the model, and where the weights come from (config/exported.py)
-EXPORT/statistics.json      of an embedder: mean and std of each latent channel (inference/latent_space.py); optional
-EXPORT/latent_space/        of a text-to-video model: what its latents and texts are (inference/latent_space.py)
+EXPORT/model.safetensors    all parameters, unsharded, under the model's own names
+EXPORT/config.yaml          model config and origin of the weights (config/exported.py)
+EXPORT/statistics.json      embedder only, optional: mean and std of each latent channel (inference/latent_space.py)
+EXPORT/latent_space/        text-to-video only: description of its latents and texts (inference/latent_space.py)
 EXPORT/README.md            the model card
 """
 
@@ -42,17 +42,17 @@ from regen_dist.models.t2v import TextToVideo
 MODEL_FILE, STATISTICS_FILE, CARD_FILE = "model.safetensors", "statistics.json", "README.md"
 Weights = Literal["ema", "plain"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_NAMED = 4  # parameters that a message names
+_NAMED = 4  # number of parameters that a message lists
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is an exported model rather than a run."""
+    """Return true if a folder is an exported model rather than a run."""
     return (folder / MODEL_FILE).is_file()
 
 
 def open_run(run: Path) -> tuple[AnyRunConfig, CheckpointFolder]:
-    """A run's config and its checkpoints: those in the folder given, wherever it was moved, unless its config has a
-    URL for them.
+    """Return the config of a run and its checkpoint folder: the one in `run`, even if it was moved, or the config's
+    checkpoint URL.
 
     Raises:
         ConfigError: the folder is not a run.
@@ -63,12 +63,12 @@ def open_run(run: Path) -> tuple[AnyRunConfig, CheckpointFolder]:
 
 
 def find_checkpoint(folder: CheckpointFolder, step: int | None = None, *, checksums: bool) -> CheckpointManifest:
-    """The checkpoint of a step, or the newest good one.
+    """Return the checkpoint of a step, or the newest good one.
 
     Args:
-        folder: of the run.
-        step: which; None takes the newest that is good.
-        checksums: whether every byte is read before it is believed, or only sizes are compared.
+        folder: checkpoint folder of the run.
+        step: step of the checkpoint; None selects the newest good one.
+        checksums: verify the checksum of every file, not only its size.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -93,8 +93,8 @@ def find_checkpoint(folder: CheckpointFolder, step: int | None = None, *, checks
 def checkpoint_weights(
     folder: CheckpointFolder, manifest: CheckpointManifest, weights: Weights, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """The parameters of a checkpoint whose names begin with `prefix`, whole, in float32: the averaged ones, or those of
-    the last step. The others are not read."""
+    """Return the unsharded float32 parameters whose names begin with `prefix`: the EMA ones, or those of the last step.
+    The others are not read."""
     kind = "ema" if weights == "ema" else "master"
     shapes = {name: shape for name, shape in manifest.shapes.items() if name.startswith(prefix)}
     wanted = {f"{kind}/{name}": (0, prod(shape)) for name, shape in shapes.items()}
@@ -105,17 +105,17 @@ def checkpoint_weights(
 
 
 def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
-    """CheckpointError when a weight is not finite; `what` says whose they are."""
+    """Raise CheckpointError if a weight is not finite; `what` describes the weights in the message."""
     if broken := nonfinite(weights):
         raise CheckpointError(
             f"{what} are not finite in {len(broken)} of {len(weights)} parameters, among them {broken[0]}: training "
-            "had gone wrong. Take an earlier checkpoint (--step), or train on from one with a lower optimizer.lr"
+            "had diverged. Use an earlier checkpoint (--step), or continue training from one with a lower optimizer.lr"
         )
 
 
 def write_model(path: Path, weights: Mapping[str, Tensor], dtype: str) -> str:
-    """Write the weights as `float32` or `bfloat16`, synced; CheckpointError where one is not finite then. Returns the
-    file's SHA-256."""
+    """Write the weights as `float32` or `bfloat16`, synced to disk, and return the file's SHA-256; raise
+    CheckpointError if a converted weight is not finite."""
     stored = {name: tensor.to(_DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
     check_finite(stored, f"the weights as {dtype}")
     save_file(stored, path, {"format": "pt"})
@@ -124,17 +124,17 @@ def write_model(path: Path, weights: Mapping[str, Tensor], dtype: str) -> str:
 
 
 def read_model(folder: Path, config: CommonExportConfig, prefix: str = "") -> dict[str, Tensor]:
-    """The weights of an exported model whose names begin with `prefix`, as they are stored. Of the others no tensor is
-    made; the checksum is of the whole file.
+    """Return the weights of an exported model whose names begin with `prefix`, in the stored dtype. Other tensors are
+    not loaded; the checksum covers the whole file.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not the one whose SHA-256 the config says.
+        CheckpointError: the file is missing, damaged, or its SHA-256 differs from the config's.
     """
     path = folder / MODEL_FILE
     try:
         if config.sha256 is not None and _sha256(path) != config.sha256:
             raise CheckpointError(
-                f"{path} does not have the SHA-256 that its config says: copy it again; or, if it was changed on "
+                f"{path} does not have the SHA-256 in its config: copy it again; or, if it was changed on "
                 f"purpose, remove the line `sha256` from {folder / EXPORT_CONFIG_FILE}"
             )
         with safe_open(path, framework="pt") as file:
@@ -147,7 +147,7 @@ def read_model(folder: Path, config: CommonExportConfig, prefix: str = "") -> di
 
 
 def check_weights(folder: Path, config: CommonExportConfig, weights: Weights | None) -> None:
-    """CheckpointError when an export has other weights than those asked for; None asks for what is in it."""
+    """Raise CheckpointError if an export holds other weights than those requested; None accepts any."""
     if weights not in (None, config.weights):
         raise CheckpointError(
             f"{folder} holds the {config.weights} weights alone; export the run again with --weights {weights}"
@@ -155,7 +155,7 @@ def check_weights(folder: Path, config: CommonExportConfig, weights: Weights | N
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of every parameter of an exported model; no weights are read."""
+    """Return the shape of every parameter of an exported model without reading weights."""
     path = folder / MODEL_FILE
     try:
         with safe_open(path, framework="pt") as file:
@@ -165,7 +165,7 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def model_shapes(config: ModelConfig | T2VModelConfig) -> dict[str, list[int]]:
-    """The shape of every parameter of the model that a config describes; nothing is allocated."""
+    """Return the shape of every parameter of the model that a config describes; nothing is allocated."""
     return {name: list(param.shape) for name, param in _on_meta(config).named_parameters()}
 
 
@@ -173,7 +173,7 @@ def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str)
     """Compare parameters by name and shape.
 
     Raises:
-        CheckpointError: they differ; names the first few. `what` says whose the found ones are.
+        CheckpointError: they differ; the message lists the first few. `what` describes the found ones.
     """
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not in the model" for name in found if name not in wanted]
@@ -198,8 +198,8 @@ def model_with(config: T2VModelConfig, weights: Mapping[str, Tensor], what: str)
 def model_with(
     config: ModelConfig | T2VModelConfig, weights: Mapping[str, Tensor], what: str
 ) -> Regen | Baseline | TextToVideo:
-    """The model that a config describes, made of these weights (which it takes over); CheckpointError when they do not
-    fit. `what` says whose they are."""
+    """Build the model that a config describes from these weights, without a copy; raise CheckpointError if they do not
+    fit. `what` describes the weights in the message."""
     model = _on_meta(config)
     shapes = {name: list(param.shape) for name, param in model.named_parameters()}
     check_shapes({name: tensor.shape for name, tensor in weights.items()}, shapes, what)
@@ -217,10 +217,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Begins a run from an exported model: its weights become checkpoint 0, from which any number of ranks train.
+# --- import: an exported model becomes checkpoint 0 of a run, from which any number of ranks train ---
 
-# What a model's numbers do not depend on: which kernel computes attention, noise that only training adds, and what
-# generation takes by default.
+# Settings that do not change what the weights compute: the attention kernel, training-only noise, and the defaults of
+# generation.
 _FREE = {
     "model.decoder.attention.backend",
     "model.attention.backend",
@@ -234,8 +234,8 @@ def import_model(export: Path, config: AnyRunConfig) -> list[str]:
     """Commit checkpoint 0 of the run that `config` describes: masters and EMA are the exported weights, the moments
     are zero, and no data was seen.
 
-    Returns what differs between the export and the config although its parameters fit: those settings change what the
-    weights compute.
+    Returns:
+        settings that differ between the export and the config and change what the weights compute.
 
     Raises:
         CheckpointError: the export is damaged or does not fit the config's model, or the run has checkpoints.
@@ -258,23 +258,23 @@ def import_model(export: Path, config: AnyRunConfig) -> list[str]:
 
 
 def differences(exported: AnyExportConfig, config: AnyRunConfig) -> list[str]:
-    """Settings of the model and of its diffusion that are not as they were when the weights were trained, in words."""
+    """Describe the model and diffusion settings that differ from those of the weights' training."""
     pairs: list[tuple[str, Section, Section]] = [("model", exported.model, config.model)]
     if config.model.kind != "magvit2":
         pairs.append(("diffusion", exported.diffusion, config.diffusion))
-    told = []
+    found = []
     for section, before, now in pairs:
         then, here = (dict(_leaves(each.model_dump(mode="json"), section)) for each in (before, now))
-        told += [
+        found += [
             f"{name} is {here.get(name)}, the weights were trained with {then.get(name)}"
             for name in {**then, **here}
             if name not in _FREE and then.get(name) != here.get(name)
         ]
-    return told
+    return found
 
 
 def _check_kind(export: Path, exported: AnyExportConfig, config: AnyRunConfig) -> None:
-    """An embedder is no text-to-video model; REGEN and the baseline are told apart by their parameters."""
+    """Refuse an export of another task. REGEN and the baseline are distinguished later, by their parameters."""
     if (exported.model.kind == "t2v") != (config.task == "t2v"):
         raise CheckpointError(
             f"{export} holds a model of kind {exported.model.kind}, the config is of task {config.task}; give a config "
@@ -291,7 +291,7 @@ def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _pieces(weights: dict[str, Tensor], moments: tuple[str, ...]) -> dict[str, Tensor]:
-    """One rank's shard of everything. The zeros take no memory before they are written."""
+    """Return the complete state as the shard of a single rank; the zeros are expanded views without memory."""
     flat = {name: tensor.to(torch.float32).reshape(-1) for name, tensor in weights.items()}
     pieces = {f"{kind}/{name}": tensor for kind in WEIGHTS for name, tensor in flat.items()}
     zero = torch.zeros(1)

@@ -1,13 +1,13 @@
-"""The checkpoints of one run, in a local or shared folder or in a bucket. One process; no collectives.
+"""Checkpoint folder of one run, on a local or shared disk or in a bucket. Single process, no collectives.
 
-    RUN/checkpoints/latest                                        the name of the checkpoint to go on from
-    RUN/checkpoints/step-00001000/manifest.json                   what makes it one: written last, removed first
+    RUN/checkpoints/latest                                        name of the checkpoint to resume from
+    RUN/checkpoints/step-00001000/manifest.json                   commits the checkpoint: written last, removed first
     RUN/checkpoints/step-00001000/rank-00000-of-00002.safetensors
-    RUN/checkpoints/step-00001000/pinned                          never deleted while this is there
-    RUN/checkpoints/step-00002000.tmp/                            one that is being written, or debris
+    RUN/checkpoints/step-00001000/pinned                          protects it from deletion
+    RUN/checkpoints/step-00002000.tmp/                            checkpoint in progress, or debris
 
-A folder is written under a temporary name and renamed when it is complete. A bucket knows no renaming: there the shards
-lie under their own names at once, and the manifest alone commits them. Whatever has no manifest is debris.
+A folder is written under a temporary name and renamed when it is complete. Buckets cannot rename: there the shards have
+their final names from the start, and the manifest alone commits them. Files without a manifest are debris.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ Phase = Callable[[str], None]
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of a step's checkpoint in its folder."""
+    """Return the name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 class CheckpointFolder:
-    """What is in a run's checkpoint folder, and the single steps that the saver's protocol is made of.
+    """Checkpoints of a run: listing, verification, and the operations that the saver's protocol consists of.
 
     Args:
         url: a plain path, `file://`, `s3://`, `gs://` or `az://`.
-        limits: patience with a bucket.
-        permit: asked before a checkpoint is begun or committed; raises where it may not be.
+        limits: time limits of a bucket.
+        permit: called before a checkpoint is begun or committed; raises to forbid it.
 
     Raises:
         DataError: the URL cannot be used; from every method: the store does not answer, denies access, or is full.
@@ -63,11 +63,11 @@ class CheckpointFolder:
         self.url = self.store.url
 
     def steps(self) -> list[int]:
-        """The committed steps, ascending. Their files may still be damaged: see `manifest` and `problems`."""
+        """Return the committed steps, ascending. Their files may be damaged: see `manifest` and `problems`."""
         return sorted(step for step, temporary, file, _ in self._files() if file == MANIFEST and not temporary)
 
     def manifest(self, step: int) -> CheckpointManifest:
-        """What a committed checkpoint says of itself.
+        """Read the manifest of a committed checkpoint.
 
         Raises:
             CheckpointError: there is none, or it is damaged or of another schema.
@@ -82,34 +82,34 @@ class CheckpointFolder:
         return manifest
 
     def problems(self, manifest: CheckpointManifest, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
-        """What is wrong with a checkpoint's files, in words; empty when nothing is.
+        """Describe problems of a checkpoint's files; empty if there are none.
 
         Args:
-            manifest: of the checkpoint.
-            checksums: read every byte, too. Otherwise only the sizes are compared.
-            share: (n, of): look at every `of`-th file from the n-th on, so that ranks can share the work.
+            manifest: manifest of the checkpoint.
+            checksums: verify checksums and values, not only sizes.
+            share: (n, of): check every `of`-th file from the n-th on, so that ranks can share the work.
         """
         found = self.store.list(f"{checkpoint_name(manifest.step)}/")
-        told = []
+        problems = []
         for file, facts in sorted(manifest.files.items())[share[0] :: share[1]]:
             name = f"{checkpoint_name(manifest.step)}/{file}"
             size = found.get(name)
             if size != facts["bytes"]:
                 held = "is missing" if size is None else f"has {size} bytes"
-                told.append(f"{file} {held}, the manifest says {facts['bytes']} bytes")
+                problems.append(f"{file} {held}, the manifest says {facts['bytes']} bytes")
             elif checksums and (problem := self._problem_inside(name, facts["sha256"])):
-                told.append(f"{file} {problem}")
-        return told
+                problems.append(f"{file} {problem}")
+        return problems
 
     def reader(self, manifest: CheckpointManifest) -> ShardReader:
-        """Reads the tensors of a checkpoint."""
+        """Return a reader of the checkpoint's tensors."""
         return ShardReader(self.store, checkpoint_name(manifest.step), manifest)
 
     def pointer(self) -> int | None:
-        """The step that `latest` names; None when there is no such file.
+        """Return the step that `latest` names; None if there is no such file.
 
         Raises:
-            CheckpointError: it does not name a checkpoint.
+            CheckpointError: the file does not name a checkpoint.
         """
         try:
             text = self.store.get(POINTER).decode("utf-8", "replace").strip()
@@ -119,30 +119,30 @@ class CheckpointFolder:
             raise CheckpointError(f"the pointer {self.url}/{POINTER} is damaged: it says {text[:40]!r}")
         return int(match[1])
 
-    def point_to(self, step: int) -> None:
+    def set_latest(self, step: int) -> None:
         """Make `latest` name a step, atomically."""
         self.store.put(POINTER, f"{checkpoint_name(step)}\n".encode())
 
     def pins(self) -> set[int]:
-        """The steps that are never deleted."""
+        """Return the pinned steps, which are never deleted."""
         return {step for step, temporary, file, _ in self._files() if file == PIN and not temporary}
 
     def pin(self, step: int) -> None:
-        """Keep a committed checkpoint for good; CheckpointError when there is none of that step."""
+        """Protect a committed checkpoint from deletion; raise CheckpointError if there is none of that step."""
         self.manifest(step)
         self.store.put(f"{checkpoint_name(step)}/{PIN}", b"")
 
     def unpin(self, step: int) -> None:
-        """Let retention decide again."""
+        """Remove the protection; the retention policy applies again."""
         self.store.delete(f"{checkpoint_name(step)}/{PIN}")
 
     def remove(self, step: int) -> None:
-        """Delete a checkpoint: its manifest first, so that a deletion that is cut off leaves debris."""
+        """Delete a checkpoint, its manifest first, so that an interrupted deletion leaves debris."""
         self.store.delete(f"{checkpoint_name(step)}/{MANIFEST}")
         self._delete(checkpoint_name(step))
 
     def debris(self) -> dict[str, int]:
-        """Folders of checkpoints that were never committed, or whose deletion was cut off, with their bytes."""
+        """Return folders of uncommitted or partly deleted checkpoints with their bytes."""
         found: dict[str, int] = {}
         files = self._files()
         committed = {step for step, temporary, file, _ in files if file == MANIFEST and not temporary}
@@ -153,15 +153,15 @@ class CheckpointFolder:
         return found
 
     def clear_debris(self) -> None:
-        """Delete what was never committed. Not while another process saves."""
+        """Delete uncommitted checkpoints. Must not run while another process saves."""
         for folder in self._empty_folders() | set(self.debris()):
             self._delete(folder)
         if self.store.folder is not None:
             remove_leftovers(self.store.folder)
 
     def begin(self, step: int) -> None:
-        """Make room for a checkpoint of `step`. Where there is one of a future that was gone back from, it is removed
-        when it would be in the way of the new one."""
+        """Prepare for a checkpoint of `step`. One of the same step from before a rollback is removed if it would be in
+        the way."""
         self._permit()
         self.clear_debris()
         if self.store.folder is None and step in self.steps():
@@ -169,7 +169,7 @@ class CheckpointFolder:
             self._delete(checkpoint_name(step), but=PIN)
 
     def write_shard(self, step: int, name: str, pieces: Mapping[str, Tensor]) -> FileFacts:
-        """Write one file of a checkpoint that is not committed yet; on a disk, synced."""
+        """Write one file of a checkpoint that is not committed yet; a local file is synced to disk."""
         if self.store.folder is None:
             with self.store.staging(name) as path:
                 facts = _write(path, pieces)
@@ -181,10 +181,10 @@ class CheckpointFolder:
             return _write(folder / name, pieces)
 
     def commit(self, manifest: CheckpointManifest, phase: Phase = lambda name: None) -> None:
-        """Make the files that the manifest names a checkpoint, and point to it. `phase` is told what comes next.
+        """Commit the files that the manifest lists, and set `latest`. `phase` is called with the name of each phase.
 
         Raises:
-            CheckpointError: a file is not there as its writer left it (a folder that the ranks do not share).
+            CheckpointError: a file is not as its rank wrote it (for example, the folder is not shared by the ranks).
         """
         self._check_written(manifest)
         self._permit()
@@ -197,10 +197,10 @@ class CheckpointFolder:
             phase("rename")
             self._rename(manifest.step)
         phase("pointer")
-        self.point_to(manifest.step)
+        self.set_latest(manifest.step)
 
     def amend(self, manifest: CheckpointManifest, **changes: Any) -> CheckpointManifest:
-        """Change what a committed checkpoint says of itself, atomically; its tensors stay. Returns the new one."""
+        """Replace fields of a committed checkpoint's manifest atomically and return the new manifest."""
         amended = replace(manifest, **changes)
         self.store.put(f"{checkpoint_name(manifest.step)}/{MANIFEST}", to_text(amended).encode())
         return amended
@@ -208,7 +208,7 @@ class CheckpointFolder:
     def _rename(self, step: int) -> None:
         assert self.store.folder is not None, "buckets do not rename"
         target = self.store.folder / checkpoint_name(step)
-        if target.exists():  # of a future that was gone back from
+        if target.exists():  # saved before a rollback
             if (target / PIN).exists():
                 (self._temporary(step) / PIN).touch()
             self.remove(step)
@@ -239,12 +239,12 @@ class CheckpointFolder:
                 self.store.delete(name)
 
     def _files(self) -> list[tuple[int, str, str, int]]:
-        """Every file of every checkpoint: its step, ".tmp" or "", its name, its bytes."""
+        """List all files of all checkpoints: step, ".tmp" or "", name, bytes."""
         matches = ((_CHECKPOINT.match(name), size) for name, size in self.store.list().items())
         return [(int(match[1]), match[2] or "", match[3], size) for match, size in matches if match]
 
     def _empty_folders(self) -> set[str]:
-        """Folders on a disk that a killed process left before it wrote the first file, or after it deleted the last."""
+        """Return empty folders on a disk, left by a process killed before its first write or in a deletion."""
         if self.store.folder is None or not self.store.folder.is_dir():
             return set()
         folders = [
@@ -253,7 +253,7 @@ class CheckpointFolder:
         return {path.name for path in folders if not (path / MANIFEST).exists() or path.name.endswith(".tmp")}
 
     def _problem_inside(self, name: str, sha256: str) -> str:
-        """What is wrong with the bytes of a shard, in words; empty when nothing is."""
+        """Describe the problem with a shard's content; empty if there is none."""
         digest, scan = hashlib.sha256(), ValueScan()
         try:
             for piece in self.store.stream(name):
@@ -262,8 +262,8 @@ class CheckpointFolder:
         except ObjectMissing:
             return "is missing"
         if digest.hexdigest() != sha256:
-            return "does not have the SHA-256 that the manifest says"
-        return "" if scan.finite else "is intact, but holds values that are not finite: training had gone wrong"
+            return "does not have the SHA-256 in the manifest"
+        return "" if scan.finite else "is intact, but holds values that are not finite: training had diverged"
 
 
 def _write(path: Path, pieces: Mapping[str, Tensor]) -> FileFacts:

@@ -1,4 +1,4 @@
-"""Whose checkpoints are whose: a run goes on from its own alone, whatever its name is. Imports no torch."""
+"""Run identity of checkpoints: a run resumes from its own checkpoints only, whatever its name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from regen_dist.errors import CheckpointError
 
 
 def foreign_run_reason(config: AnyRunConfig, manifest: CheckpointManifest) -> str:
-    """Why a run may not go on from a checkpoint that was found at its place, in words; empty when it may."""
+    """Explain why a run must not resume from a checkpoint found at its location; empty if it may."""
     own = read_run_id(config.folder)
     if not manifest.run_id or manifest.run_id == own:
         return ""
-    if own is None and config.checkpoint.url is None:  # they lie in the run folder: a copy of the checkpoints alone
+    if (
+        own is None and config.checkpoint.url is None
+    ):  # they are in the run folder: it is a copy of the checkpoints alone
         return ""
     command = f"regen checkpoint adopt {shlex.quote(str(config.folder))} {shlex.quote(config.checkpoints)}"
     return (
         f"the checkpoint of step {manifest.step} in {config.checkpoints} is of another run: it has the id "
         f"{manifest.run_id}, the run folder {config.folder} has {own or 'none yet'}. Give this run another name or "
-        f"another checkpoint.url; or, if it is the same run, whose folder was lost, say so: `{command}`"
+        f"another checkpoint.url; or, if it is the same run, whose folder was lost, confirm it: `{command}`"
     )
 
 
 def own_run_id(config: AnyRunConfig, manifest: CheckpointManifest | None) -> str:
-    """The id of a run that goes on from a checkpoint, or begins (None); it is kept in the run folder from now on.
+    """Return the id of a run that resumes from a checkpoint or starts (None), and store it in the run folder.
 
     Raises:
-        CheckpointError: the checkpoint is of another run.
+        CheckpointError: the checkpoint belongs to another run.
     """
     if manifest is not None and (problem := foreign_run_reason(config, manifest)):
         raise CheckpointError(problem)
@@ -40,6 +42,6 @@ def own_run_id(config: AnyRunConfig, manifest: CheckpointManifest | None) -> str
 
 
 def adopt(run: Path, manifest: CheckpointManifest) -> None:
-    """Make the run in a folder, which need not be there yet, the one that saved a checkpoint."""
+    """Give a run folder, which need not exist yet, the identity of the run that saved a checkpoint."""
     if manifest.run_id:
         write_run_id(run, manifest.run_id)

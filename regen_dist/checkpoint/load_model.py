@@ -1,7 +1,8 @@
-"""The one door to a trained model: a run folder, whose newest good checkpoint is taken, or an exported model."""
+"""Loading of trained models, from the newest good checkpoint of a run folder or from an exported model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,18 +26,18 @@ from regen_dist.config.exported import ExportConfig, T2VExportConfig, load_expor
 from regen_dist.config.files import t2v_only
 
 Config = TypeVar("Config", ExportConfig, T2VExportConfig)
-_NOT_TOLD = ("samples", "data", "metrics")  # of an origin: what a record of generated files has no use for
+_OMITTED = ("samples", "data", "metrics")  # fields of an origin that records of generated files leave out
 
 
 @dataclass(frozen=True)
 class SavedModel(Generic[Config]):
-    """A model that was found, of which no weights are read yet.
+    """Trained model whose weights are not read yet.
 
     Args:
         path: the run folder, or the exported model.
-        config: what rebuilds it, and which weights were chosen.
-        run: the run's config; None of an export.
-        folder: the run's checkpoints; None of an export.
+        config: the export config: model settings and choice of weights.
+        run: config of the run; None for an export.
+        folder: checkpoints of the run; None for an export.
     """
 
     path: Path
@@ -46,39 +47,46 @@ class SavedModel(Generic[Config]):
 
     @cached_property
     def manifest(self) -> CheckpointManifest | None:
-        """The newest good checkpoint of a run; None of an export. CheckpointError when there is no good one."""
+        """Return the newest good checkpoint of a run; None for an export. Raise CheckpointError if there is none."""
         return None if self.folder is None else find_checkpoint(self.folder, checksums=False)
 
     @property
     def step(self) -> int:
-        """Optimizer steps of its training; 0 of an export that does not say."""
+        """Return the optimizer steps of its training; 0 for an export without an origin."""
         if self.manifest is not None:
             return self.manifest.step
         return 0 if self.config.origin is None else self.config.origin.step
 
     @property
     def name(self) -> str:
-        """The run that it was trained by; the folder's name of an export that does not say."""
+        """Return the name of its training run; the folder's name for an export without an origin."""
         if self.run is not None:
             return self.run.name
         return self.path.name if self.config.origin is None else self.config.origin.run
 
     @property
+    def data(self) -> Mapping[str, Any] | None:
+        """Facts about the data it was trained on, as its checkpoint or export has them."""
+        if self.manifest is not None:
+            return self.manifest.state.get("data")
+        return None if self.config.origin is None else self.config.origin.data
+
+    @property
     def config_hash(self) -> str | None:
-        """Of the run's config; None of an export that does not say."""
+        """Return the hash of the run's config; None for an export without an origin."""
         if self.run is not None:
             return config_hash(self.run)
         return None if self.config.origin is None else self.config.origin.config_hash
 
     @property
     def what(self) -> str:
-        """Whose parameters they are, for messages."""
+        """Return a description of the parameters for messages."""
         if self.folder is None or self.manifest is None:
             return f"the parameters in {self.path}"
         return f"the parameters of step {self.manifest.step} in {self.folder.url}"
 
     def weights(self, prefix: str = "") -> dict[str, Tensor]:
-        """Read the parameters whose names begin with `prefix`, whole; of the others no tensor is made.
+        """Read the unsharded parameters whose names begin with `prefix`; the others are not loaded.
 
         Raises:
             CheckpointError: there is no checkpoint, it or the export's file is damaged, or a weight is not finite.
@@ -88,8 +96,8 @@ class SavedModel(Generic[Config]):
         return checkpoint_weights(self.folder, self.manifest, self.config.weights, prefix)
 
     def facts(self) -> dict[str, Any]:
-        """Return where the weights come from, for records. A run and what was exported from it, unrounded, say the
-        same; an export without an origin is known by its checksum alone."""
+        """Return the origin of the weights for records. It is the same for a run and its unrounded export; an export
+        without an origin is identified by its checksum."""
         if self.manifest is not None:
             return {
                 "run": self.name,
@@ -101,21 +109,21 @@ class SavedModel(Generic[Config]):
                 "version": self.manifest.version,
             }
         origin = self.config.origin
-        told = {"run": self.name, "sha256": self.config.sha256} if origin is None else origin.model_dump(mode="json")
-        facts = {"weights": self.config.weights, "dtype": self.config.dtype} | told
-        return {name: value for name, value in facts.items() if name not in _NOT_TOLD}
+        source = {"run": self.name, "sha256": self.config.sha256} if origin is None else origin.model_dump(mode="json")
+        facts = {"weights": self.config.weights, "dtype": self.config.dtype} | source
+        return {name: value for name, value in facts.items() if name not in _OMITTED}
 
 
 def find_embedder(path: str | Path, weights: Weights | None = None) -> SavedModel[ExportConfig]:
     """Find a trained embedder in a run folder or an exported model.
 
     Args:
-        path: a run folder; or what `regen checkpoint export` wrote.
-        weights: the averaged ones (`ema`) or those of the last step (`plain`); None takes the averaged ones of a run,
-            and of an export those that are in it.
+        path: a run folder, or an export of `regen checkpoint export`.
+        weights: the EMA weights (`ema`) or those of the last step (`plain`); None selects the EMA weights of a run,
+            and whichever an export holds.
 
     Raises:
-        CheckpointError: an export has other weights than those asked for, or is a text-to-video model.
+        CheckpointError: an export has other weights than those requested, or is a text-to-video model.
         ConfigError: the folder is neither a run of an embedder nor an export.
     """
     path = Path(path)
@@ -126,7 +134,7 @@ def find_embedder(path: str | Path, weights: Weights | None = None) -> SavedMode
 
 
 def find_t2v(path: str | Path, weights: Weights | None = None) -> SavedModel[T2VExportConfig]:
-    """Find a trained text-to-video model; as `find_embedder`."""
+    """Find a trained text-to-video model; arguments and errors as for `find_embedder`."""
     path = Path(path)
     if is_export(path):
         return _exported(path, load_t2v_export_config(path), weights)

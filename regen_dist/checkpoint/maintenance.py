@@ -1,4 +1,4 @@
-"""What a person does with the checkpoints of a run: look at them, check them, delete what is no longer wanted."""
+"""Checkpoint maintenance: list, verify, prune and adopt the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError
 from regen_dist.observe.heartbeat import RUNNING, parse_beat, read_text
 
-_LIVE_S = 60.0  # a heartbeat newer than this is a run's that trains
-_SHARES = 16  # in which the files of a checkpoint are checked, for the progress
+_LIVE_S = 60.0  # a newer heartbeat means that the run is training
+_SHARES = 16  # parts in which the files of a checkpoint are verified, for progress messages
 
 
 @dataclass(frozen=True)
-class CheckpointPlace:
-    """Where a run's checkpoints are.
+class CheckpointLocation:
+    """Location of a run's checkpoints.
 
     Args:
-        folder: of the checkpoints.
-        run: the run's folder; None where only the checkpoints were named, and it is not beside them.
-        policy: of the run's config; None where that is not known.
+        folder: the checkpoint folder.
+        run: the run folder; None if only the checkpoints were given and no run folder is beside them.
+        policy: the retention policy of the run's config; None if unknown.
     """
 
     folder: CheckpointFolder
@@ -42,8 +42,8 @@ class CheckpointPlace:
     policy: CheckpointConfig | None
 
 
-def open_place(run: str) -> CheckpointPlace:
-    """What a user names: a run folder, or a folder or URL that holds checkpoints.
+def open_checkpoints(run: str) -> CheckpointLocation:
+    """Open the checkpoints that a user names by a run folder, or by a folder or URL of checkpoints.
 
     Raises:
         CheckpointError: there is no such folder.
@@ -57,14 +57,14 @@ def open_place(run: str) -> CheckpointPlace:
         if folder is not None and (folder / CONFIG_FILE).is_file():
             config, checkpoints = open_run(folder)
             if folder == local or checkpoints.store.folder == local:
-                return CheckpointPlace(checkpoints, folder, config.checkpoint)
-    return CheckpointPlace(CheckpointFolder(run), None, None)
+                return CheckpointLocation(checkpoints, folder, config.checkpoint)
+    return CheckpointLocation(CheckpointFolder(run), None, None)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A committed checkpoint as it is listed. `manifest` is None when it cannot be read; `problems` is empty when
-    nothing is wrong; `marks` are among latest, pinned, best."""
+    """Committed checkpoint in a listing. `manifest` is None if it cannot be read; `problems` is empty for a good one;
+    `marks` are among latest, pinned, best."""
 
     step: int
     manifest: CheckpointManifest | None
@@ -72,7 +72,7 @@ class Entry:
     marks: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; null for what is not known."""
+        """Return plain values for JSON; None for unknown ones."""
         found = self.manifest
         facts: dict[str, Any] = {"step": self.step, "marks": self.marks, "problems": self.problems}
         return facts | {
@@ -88,11 +88,11 @@ class Entry:
         }
 
 
-def entries(place: CheckpointPlace) -> list[Entry]:
-    """Every committed checkpoint, by step; what is wrong with it as far as sizes tell."""
+def entries(place: CheckpointLocation) -> list[Entry]:
+    """Return all committed checkpoints by step, with problems that are visible from file sizes."""
     folder, pins = place.folder, place.folder.pins()
     pointed = _pointer(folder)
-    found = [_look(folder, step, checksums=False) for step in folder.steps()]
+    found = [_inspect(folder, step, checksums=False) for step in folder.steps()]
     newest_first = [manifest for _, manifest, _ in reversed(found) if manifest]
     best = [manifest.step for manifest in best_first(newest_first, place.policy or CheckpointConfig())[:1]]
     return [
@@ -108,14 +108,16 @@ def entries(place: CheckpointPlace) -> list[Entry]:
 
 
 def check(
-    place: CheckpointPlace, step: int | None, progress: Callable[[int, int, int], None] = lambda step, done, total: None
+    place: CheckpointLocation,
+    step: int | None,
+    progress: Callable[[int, int, int], None] = lambda step, done, total: None,
 ) -> Iterator[Entry]:
-    """Read every byte of every committed checkpoint, or of that of one step, one after the other.
+    """Verify every byte of all committed checkpoints, or of one, yielding one after the other.
 
     Args:
-        place: the run's.
-        step: None checks all of them.
-        progress: told (step, files checked, files).
+        place: location of the checkpoints.
+        step: step of the checkpoint; None verifies all.
+        progress: called with (step, files checked, files).
 
     Raises:
         CheckpointError: there is none (of that step).
@@ -126,20 +128,20 @@ def check(
         held = f"; there are: {', '.join(map(str, steps))}" if steps else ""
         raise CheckpointError(f"{place.folder.url} holds no committed checkpoint{of}{held}")
     return (
-        Entry(*_look(place.folder, each, checksums=True, progress=progress), marks=[])
+        Entry(*_inspect(place.folder, each, checksums=True, progress=progress), marks=[])
         for each in (steps if step is None else [step])
     )
 
 
-def dangling_pointer(place: CheckpointPlace) -> str | None:
-    """What is wrong with `latest`, in words; None when nothing is."""
+def dangling_pointer(place: CheckpointLocation) -> str | None:
+    """Describe the problem with `latest`; None if there is none."""
     try:
         pointed = place.folder.pointer()
     except CheckpointError as error:
         return str(error)
     if pointed is None:
         return (
-            "there is no pointer `latest`; a run goes on from the newest good checkpoint"
+            "there is no pointer `latest`; a run resumes from the newest good checkpoint"
             if place.folder.steps()
             else None
         )
@@ -149,11 +151,11 @@ def dangling_pointer(place: CheckpointPlace) -> str | None:
 def _pointer(folder: CheckpointFolder) -> int | None:
     try:
         return folder.pointer()
-    except CheckpointError:  # told by `dangling_pointer`
+    except CheckpointError:  # reported by `dangling_pointer`
         return None
 
 
-def _look(
+def _inspect(
     folder: CheckpointFolder,
     step: int,
     *,
@@ -176,19 +178,19 @@ def _look(
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was deleted, or would be: steps and folders of debris, with their bytes."""
+    """Steps and debris folders that were deleted or would be, with their bytes."""
 
     steps: dict[int, int]
     debris: dict[str, int]
 
 
-def prune(place: CheckpointPlace, policy: CheckpointConfig, *, dry_run: bool) -> Pruned:
-    """Delete what a policy does not keep, and debris. Never below two good checkpoints.
+def prune(place: CheckpointLocation, policy: CheckpointConfig, *, dry_run: bool) -> Pruned:
+    """Delete debris and the checkpoints that a policy does not keep; at least two good ones always stay.
 
     Raises:
         RunBusy, CheckpointError: the run is training, or holds no good checkpoint.
     """
-    refuse_live(place)
+    refuse_if_training(place)
     folder = place.folder
     newest = newest_good(folder)
     steps = [] if newest is None else deletable(folder, newest, policy)
@@ -201,14 +203,14 @@ def prune(place: CheckpointPlace, policy: CheckpointConfig, *, dry_run: bool) ->
 
 
 def adopt_checkpoints(run: Path, url: str) -> CheckpointManifest:
-    """Make the run in a folder, whose own was lost, the one that saved the checkpoints at a place.
+    """Give a run folder, whose original was lost, the identity of the run that saved the checkpoints at a URL.
 
     Raises:
         CheckpointError: there are none.
-        RunBusy: a process trains one of both.
+        RunBusy: a process trains either run.
     """
     folder = CheckpointFolder(url)
-    refuse_live(CheckpointPlace(folder, run, None))
+    refuse_if_training(CheckpointLocation(folder, run, None))
     newest = newest_good(folder)
     if newest is None:
         raise CheckpointError(f"{folder.url} holds no committed checkpoint that could be taken over")
@@ -216,15 +218,19 @@ def adopt_checkpoints(run: Path, url: str) -> CheckpointManifest:
     return newest
 
 
-def refuse_live(place: CheckpointPlace) -> None:
-    """RunBusy when a process trains this run; CheckpointError when a rank of it that has not ended gave a sign of life
-    within the last minute."""
+def refuse_if_training(place: CheckpointLocation) -> None:
+    """Refuse to change the checkpoints of a run in training.
+
+    Raises:
+        RunBusy: a process holds the claim on the run.
+        CheckpointError: a rank that has not ended wrote a heartbeat within the last minute.
+    """
     me = this_process(place.run or Path.cwd())
     for claimed in dict.fromkeys([place.folder.url, *([str(place.run)] if place.run else [])]):
-        Claim(claimed, me, place.folder.store.limits).refuse_living()
+        Claim(claimed, me, place.folder.store.limits).refuse_if_taken()
     if place.run is None:
         return
-    ages = [time.time() - modified for modified in _beats(place.run / "heartbeats")]
+    ages = [time.time() - modified for modified in _heartbeat_times(place.run / "heartbeats")]
     if ages and min(ages) < _LIVE_S:
         raise CheckpointError(
             f"the run {place.run} is training (its newest heartbeat is {max(0.0, min(ages)):.0f} s old), and deletes "
@@ -232,8 +238,8 @@ def refuse_live(place: CheckpointPlace) -> None:
         )
 
 
-def _beats(folder: Path) -> Iterator[float]:
-    """When each rank that is not known to have ended wrote its newest heartbeat."""
+def _heartbeat_times(folder: Path) -> Iterator[float]:
+    """Yield the time of the newest heartbeat of each rank that is not known to have ended."""
     for path in folder.glob("*"):
         beat = parse_beat(read_text(path))
         if beat is None or beat.state == RUNNING:

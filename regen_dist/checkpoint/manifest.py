@@ -1,4 +1,4 @@
-"""What a committed checkpoint says of itself. The manifest is what makes a folder of shards a checkpoint."""
+"""Checkpoint manifest: the metadata of a checkpoint, whose presence commits a folder of shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHECKSUM = "manifest_sha256"
 
 
 class FileFacts(TypedDict):
-    """Size and SHA-256 (hex) of a file, as its writer had it in memory."""
+    """Size and SHA-256 (hex) of a file, computed by its writer in memory."""
 
     bytes: int
     sha256: str
@@ -25,22 +25,22 @@ class FileFacts(TypedDict):
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """Everything about a checkpoint but its tensors.
+    """Metadata of a checkpoint.
 
     Args:
-        step: optimizer steps that were made.
+        step: completed optimizer steps.
         samples: clips that were trained on, over all ranks.
-        config_hash: of the run's resolved config.
-        version: of this package, with the commit where it is known.
-        topology: who saved it: `world_size`, `engine`, `precision`.
-        state: what the run needs besides tensors: counters, the data's place and identity, the guards' memory.
-        metrics: of the newest validation, empty when there was none.
-        rollbacks: the steps that the run went back to, in order. Tells a history from the futures it gave up.
+        config_hash: hash of the run's resolved config.
+        version: version of this package, with the commit if it is known.
+        topology: `world_size`, `engine` and `precision` of the run that saved it.
+        state: state of the run besides tensors: counters, position and identity of the data, state of the guards.
+        metrics: results of the newest validation; empty if there was none.
+        rollbacks: steps that the run rolled back to, in order. Distinguishes its history from abandoned steps.
         shapes: the full shape of every parameter.
         files: every shard with its facts.
         saved_at: ISO 8601, UTC.
-        run_id: of the run that saved it (config/identity.py); empty for an imported checkpoint, or one from before
-            there were ids.
+        run_id: id of the run that saved it (config/identity.py); empty for an imported checkpoint, or one older than
+            run ids.
     """
 
     step: int
@@ -59,55 +59,54 @@ class CheckpointManifest:
 
     @property
     def skipped_in_a_row(self) -> int:
-        """How many steps were skipped for gradients that are not finite, one after the other, up to this one."""
+        """Return the number of consecutive steps up to this one that were skipped for non-finite gradients."""
         guards = self.state.get("guards", {})
         return int(guards.get("nonfinite", {}).get("in_a_row", 0))
 
     @property
     def trusted_before(self) -> int:
-        """Checkpoints of steps below this are from before the skipped steps, and from before the update that may have
-        broken the weights."""
+        """Return the step below which checkpoints precede the skipped steps and the update that may have broken the
+        weights."""
         return self.step - self.skipped_in_a_row
 
     @property
     def world_size(self) -> int:
-        """The number of ranks that saved it."""
+        """Return the number of ranks that saved the checkpoint."""
         return int(self.topology["world_size"])
 
     @property
     def size_bytes(self) -> int:
-        """Of all shards together."""
+        """Return the total size of all shards."""
         return sum(facts["bytes"] for facts in self.files.values())
 
     @property
     def age(self) -> tuple[int, int]:
-        """Orders the checkpoints of a run: after a rollback everything is newer than before it."""
+        """Return a sort key of a run's checkpoints: all that follow a rollback are newer than those before it."""
         return len(self.rollbacks), self.step
 
     def with_files(self, files: dict[str, FileFacts]) -> CheckpointManifest:
-        """The same, saved now, as these files."""
+        """Return a copy with these files and the current time as `saved_at`."""
         return replace(self, files=files, saved_at=datetime.now(UTC).isoformat(timespec="seconds"))
 
     def is_followed_by(self, newer: CheckpointManifest) -> bool:
-        """Whether `newer` was trained from this one (or is it). False for what lies in a future that was gone back
-        from."""
+        """Return true if `newer` was trained from this checkpoint (or is it), with no rollback in between."""
         count = len(self.rollbacks)
         limits = [newer.step, *newer.rollbacks[count:]]
         return newer.rollbacks[:count] == self.rollbacks and self.step <= min(limits)
 
 
 def to_text(manifest: CheckpointManifest) -> str:
-    """Canonical JSON that carries its own checksum: any byte that changes is noticed."""
+    """Return canonical JSON with its own checksum, so that any changed byte is detected."""
     content = asdict(manifest)
     return _canonical({**content, _CHECKSUM: _sha256(_canonical(content))})
 
 
 def parse_manifest(text: bytes | str, where: str) -> CheckpointManifest:
-    """The manifest in `text`, exactly as `to_text` wrote it.
+    """Parse a manifest that `to_text` wrote.
 
     Args:
         text: the file's content.
-        where: the file's place, for messages.
+        where: description of the file for messages.
 
     Raises:
         CheckpointError: it is damaged, or of another schema.
@@ -115,13 +114,13 @@ def parse_manifest(text: bytes | str, where: str) -> CheckpointManifest:
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         content = json.loads(text)
-        told = content.pop(_CHECKSUM, None)
+        stored = content.pop(_CHECKSUM, None)
         schema = content["schema"]
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}") from error
-    if schema != SCHEMA and told is None:  # before this package wrote checksums, or by none of it
+    if schema != SCHEMA and stored is None:  # older than checksums, or not written by this package
         raise CheckpointError(f"{where} has schema {schema}, this version reads {SCHEMA}")
-    if told != _sha256(text.replace(f',\n "{_CHECKSUM}": "{told}"\n}}\n', "\n}\n")):
+    if stored != _sha256(text.replace(f',\n "{_CHECKSUM}": "{stored}"\n}}\n', "\n}\n")):
         raise CheckpointError(f"{where} is damaged: it does not match its own checksum")
     if schema != SCHEMA:
         raise CheckpointError(f"{where} has schema {schema}, this version reads {SCHEMA}")

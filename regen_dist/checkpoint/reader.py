@@ -1,4 +1,4 @@
-"""Which checkpoint to go on from: the newest that is whole. All ranks look, and all come to the same answer."""
+"""Choice of the checkpoint to resume from: the newest good one, agreed on by all ranks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Say = Callable[[str], None]
 
 
 class NoGoodCheckpoint(CheckpointError):
-    """There are checkpoints, but none that can be used."""
+    """Error: there are checkpoints, but none can be used."""
 
 
 class _Candidate(NamedTuple):
-    """A committed checkpoint, or why it cannot be read."""
+    """Committed checkpoint: its manifest, or the reason why it cannot be read."""
 
     step: int
     manifest: CheckpointManifest | None
@@ -34,22 +34,23 @@ def newest_good(
     before: int | None = None,
     say: Say = warn,
 ) -> CheckpointManifest | None:
-    """The checkpoint that `latest` names when it is whole; else the newest whole one that it was trained from. A
-    collective: either every rank gets the same manifest, or every rank raises the same error.
+    """Return the checkpoint that `latest` names if it is good, else the newest good one that it was trained from.
+
+    A collective: all ranks return the same manifest, or all raise the same error.
 
     Args:
         folder: the run's checkpoints.
-        ranks: who looks. They share the reading.
-        checksums: read every byte of every file; else only the sizes are compared.
-        before: only checkpoints of steps below this.
-        say: told of every checkpoint that is passed over, with the file and the reason; on every rank.
+        ranks: the ranks that share the verification.
+        checksums: verify checksums, not only sizes.
+        before: consider only checkpoints of steps below this.
+        say: called on every rank for every rejected checkpoint, with the file and the reason.
 
     Returns:
         the manifest; None when the folder holds no committed checkpoint.
 
     Raises:
-        NoGoodCheckpoint: there are some, and none is whole.
-        DataError: the store does not answer or denies access. Never taken for damage.
+        NoGoodCheckpoint: there are checkpoints, but none is good.
+        DataError: the store does not answer or denies access; this is never treated as damage.
     """
     candidates = _candidates(folder, before)
     passed_over: list[str] = []
@@ -57,7 +58,7 @@ def newest_good(
         problem = candidate.problem or _problem(folder, ranks, candidate.manifest, checksums)
         if not problem:
             if passed_over:
-                say(f"going on from {folder.url} at step {candidate.step}, the newest checkpoint that is whole")
+                say(f"resuming from {folder.url} at step {candidate.step}, the newest good checkpoint")
             return candidate.manifest
         say(problem)
         passed_over.append(problem)
@@ -70,7 +71,7 @@ def newest_good(
 
 
 def _candidates(folder: CheckpointFolder, before: int | None) -> Iterator[_Candidate]:
-    """What to try, in order. The first is known without reading all manifests."""
+    """Yield the candidates in order of preference. The first needs no reading of all manifests."""
     first = pointed = None
     try:
         pointed = folder.pointer()
@@ -83,7 +84,7 @@ def _candidates(folder: CheckpointFolder, before: int | None) -> Iterator[_Candi
     others = sorted((_read(folder, step) for step in committed if step != pointed), key=_newest_first)
     others = [each for each in others if before is None or each.step < before]
     yield from (each for each in others if _leads_to(each, first, pointed))
-    if pointed not in (None, *committed):  # a pointer that was flipped to a lower step says nothing of later ones
+    if pointed not in (None, *committed):  # a damaged pointer to a lower step does not exclude later ones
         yield from (each for each in others if not _leads_to(each, first, pointed))
 
 
@@ -95,29 +96,29 @@ def _read(folder: CheckpointFolder, step: int) -> _Candidate:
 
 
 def _newest_first(candidate: _Candidate) -> tuple[float, int]:
-    """What cannot be read counts as new, so that it is named."""
+    """Return a sort key; an unreadable checkpoint counts as new, so that it is reported."""
     rollbacks = float("inf") if candidate.manifest is None else len(candidate.manifest.rollbacks)
     return -rollbacks, -candidate.step
 
 
 def _leads_to(candidate: _Candidate, first: _Candidate | None, pointed: int | None) -> bool:
-    """Whether what the pointer names was trained from this one, as far as that can be told."""
+    """Return true if the checkpoint that `latest` names was trained from this one, as far as can be determined."""
     if first is not None and first.manifest is not None and candidate.manifest is not None:
         return candidate.manifest.is_followed_by(first.manifest)
     return pointed is None or candidate.step < pointed
 
 
 def _problem(folder: CheckpointFolder, ranks: Ranks, manifest: CheckpointManifest | None, checksums: bool) -> str:
-    """What is wrong with a checkpoint's files, empty when nothing is. The ranks share the reading of the bytes."""
+    """Describe problems of a checkpoint's files; empty if there are none. The ranks share the verification."""
     assert manifest is not None, "a candidate without a problem has a manifest"
     share = (ranks.rank, ranks.world_size) if checksums else (0, 1)
-    told: list[str] = []
+    own: list[str] = []
     error: RegenError | None = None
     if checksums or ranks.is_main:
         try:
-            told = folder.problems(manifest, checksums=checksums, share=share)
+            own = folder.problems(manifest, checksums=checksums, share=share)
         except RegenError as caught:
             error = caught
     ranks.raise_together(error)
-    found = [problem for each in ranks.gather(told) for problem in each]
+    found = [problem for each in ranks.gather(own) for problem in each]
     return f"checkpoint of step {manifest.step} in {folder.url}: {'; '.join(found)}" if found else ""

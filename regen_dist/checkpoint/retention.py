@@ -1,4 +1,4 @@
-"""Which checkpoints are kept. A pure decision; the saver and `regen checkpoint prune` carry it out."""
+"""Retention policy: a pure function of the manifests; the saver and `regen checkpoint prune` apply it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def to_delete(
     pinned: frozenset[int] | set[int] = frozenset(),
     is_good: Callable[[CheckpointManifest], bool] = lambda manifest: True,
 ) -> list[int]:
-    """The steps to delete, ascending.
+    """Return the steps to delete, ascending.
 
-    Kept are the last `keep_last`, those of steps that are multiples of `keep_every`, the `keep_best` best by
-    `best_metric`, and pinned ones. Counted are only checkpoints that `newest` was trained from (not those of a future
-    that a guard went back from) and whose files are there. Later ones of the same history, which somebody has pointed
-    back from, are left alone. While steps are skipped in a row, the newest from before them stays too. Nothing is
-    deleted unless two of those that stay are good.
+    The last `keep_last`, multiples of `keep_every`, the `keep_best` best by `best_metric`, and pinned checkpoints stay.
+    Only checkpoints that `newest` was trained from (not those abandoned by a rollback) and whose files exist are
+    counted. Later ones of the same history, if `latest` was set back by hand, are left alone. While consecutive steps
+    are skipped, the newest checkpoint from before them stays too. Nothing is deleted unless two of those that stay are
+    good.
 
     Args:
-        manifests: of every committed checkpoint that can be read; one that cannot is not touched.
-        newest: the one that the run goes on from.
-        policy: how many of which.
+        manifests: those of all readable committed checkpoints; unreadable ones are not touched.
+        newest: the checkpoint that the run resumes from.
+        policy: numbers of checkpoints to keep.
         pinned: steps that always stay.
-        is_good: whether a checkpoint's files are as its manifest says; asked only of those that are to stay.
+        is_good: returns true if a checkpoint's files match its manifest; called only for those that stay.
     """
     history = sorted((each for each in manifests if each.is_followed_by(newest)), key=lambda each: each.age)[::-1]
     last = _first(history, max(policy.keep_last, LEAST_GOOD), is_good)
@@ -60,8 +60,7 @@ def _first(
 
 
 def best_first(history: Sequence[CheckpointManifest], policy: CheckpointConfig) -> list[CheckpointManifest]:
-    """By `best_metric`; equal ones stay in their order. Those without the metric, or with one that is not a number, are
-    left out."""
+    """Sort checkpoints by `best_metric`, stably, best first; those without the metric, or with NaN, are left out."""
     sign = -1.0 if policy.best_is == "max" else 1.0
     rated = [each for each in history if math.isfinite(each.metrics.get(policy.best_metric, math.nan))]
     return sorted(rated, key=lambda each: sign * each.metrics[policy.best_metric])

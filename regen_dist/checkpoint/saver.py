@@ -1,14 +1,14 @@
-"""Saving: a copy of the state in host memory, written and committed by a thread while training goes on.
+"""Asynchronous checkpoint saver: copies the state to host memory and writes it in a thread while training continues.
 
-    copy   every rank copies its pieces to host memory; the step goes on
+    copy   every rank copies its pieces to host memory; training continues
     clear  rank 0 removes the debris of earlier saves
     shard  every rank writes its pieces under a temporary name, and hashes them
-    vote   all ranks tell each other whether they succeeded; a checkpoint that one of them could not write is given up
-    commit rank 0 checks what it sees, writes the manifest, renames, and moves the pointer, last
+    vote   all ranks exchange their results; if one could not write its shard, the checkpoint is abandoned
+    commit rank 0 checks the files, writes the manifest, renames the folder, and sets `latest`, last
     prune  rank 0 deletes what the retention policy does not keep
 
-The thread has a process group of its own. At most one save is in flight. Whatever happens, the checkpoints that were
-there stay, and every rank comes to the same verdict.
+The thread has its own process group. At most one save is in flight. A failed save leaves the existing checkpoints as
+they are, and all ranks reach the same outcome.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -34,14 +35,14 @@ Hook = Callable[[str], None]
 
 
 class Outcome(NamedTuple):
-    """What became of a save.
+    """Result of a save.
 
     Args:
-        step: of the checkpoint.
-        problem: why it was not committed, the same on every rank; empty when it was.
-        seconds: from the beginning of the copy to the verdict.
-        blocked_s: how long training stood still for it: for the copy, and wherever it was waited for.
-        size_bytes: of all shards.
+        step: step of the checkpoint.
+        problem: why it was not committed, the same on every rank; empty if it was.
+        seconds: time from the start of the copy to the result.
+        blocked_s: time that training was blocked: by the copy, and by waiting for the save.
+        size_bytes: size of all shards.
     """
 
     step: int
@@ -52,13 +53,13 @@ class Outcome(NamedTuple):
 
 
 class Saver:
-    """Saves the checkpoints of a run. Every rank has one, and calls its methods alike.
+    """Saver of a run's checkpoints. Every rank has one, and all call the same methods in the same order.
 
     Args:
-        folder: where they go.
-        ranks: who saves.
-        policy: which of them are kept.
-        phase: told what the writing thread does next: for heartbeats, and for tests that end the process there.
+        folder: the checkpoint folder.
+        ranks: the ranks that save.
+        policy: the retention policy.
+        phase: called with the name of each phase of the writing thread, for heartbeats and fault injection in tests.
     """
 
     def __init__(
@@ -67,19 +68,20 @@ class Saver:
         self.folder, self._policy, self._phase = folder, policy, phase
         self._ranks = ranks.apart()
         self._host: dict[str, Tensor] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._began, self._blocked = 0.0, 0.0
 
     def save(self, manifest: CheckpointManifest, pieces: Mapping[str, Tensor]) -> Outcome | None:
-        """Begin to save: copy the pieces, then write in the background. A collective.
+        """Start a save: copy the pieces, then write in the background. A collective.
 
         Args:
-            manifest: of the checkpoint, without its files.
-            pieces: of this rank, float32 on any device; free to change when this returns.
+            manifest: manifest of the checkpoint, without its files.
+            pieces: pieces of this rank, float32 on any device; they may change once this returns.
 
         Returns:
-            the outcome of the save before, when that was still in flight or not asked for yet: this waits for it.
+            the outcome of the previous save, if it was not collected yet: this waits for it.
         """
         before = self.settle()
         self._began = time.perf_counter()
@@ -91,11 +93,11 @@ class Saver:
 
     @property
     def finished(self) -> bool:
-        """Whether a save has ended whose outcome was not asked for yet. Ranks may differ for a moment: vote."""
+        """Return true if a save has ended whose outcome was not collected yet. Ranks may differ briefly: vote."""
         return self._outcome is not None
 
     def settle(self, timeout_s: float | None = None) -> Outcome | None:
-        """Wait for the save in flight and give its outcome; None when there is none."""
+        """Wait for the save in flight and return its outcome; None if there is none."""
         if self._thread is None:
             return None
         began = time.perf_counter()
@@ -108,13 +110,25 @@ class Saver:
 
     @torch.no_grad()
     def _copy(self, pieces: Mapping[str, Tensor]) -> None:
-        """Into buffers that are made once: page-locked where that makes the copy from a GPU asynchronous."""
-        for name, piece in pieces.items():
-            if name not in self._host:
-                self._host[name] = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
-            self._host[name].copy_(piece, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        """Copy the pieces into reused host buffers, page-locked for asynchronous copies from a GPU.
+
+        The copy has a stream of its own, which waits for what the step has queued so far; only this stream is waited
+        for, so that collectives of other streams go on.
+        """
+        on_gpu = {piece.device for piece in pieces.values() if piece.is_cuda}
+        with ExitStack() as copying:
+            for device in on_gpu:
+                if device not in self._streams:
+                    self._streams[device] = torch.cuda.Stream(device)
+                stream = self._streams[device]
+                stream.wait_stream(torch.cuda.current_stream(device))
+                copying.enter_context(torch.cuda.stream(stream))
+            for name, piece in pieces.items():
+                if name not in self._host:
+                    self._host[name] = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
+                self._host[name].copy_(piece, non_blocking=True)
+        for device in on_gpu:
+            self._streams[device].synchronize()
 
     def _write(self, manifest: CheckpointManifest) -> None:
         files: dict[str, FileFacts] = {}
@@ -122,14 +136,14 @@ class Saver:
             files = self._write_shards(manifest.step)
             self._ranks.on_main(lambda: self._commit(manifest.with_files(files)))
             problem = ""
-        except Exception as error:  # noqa: BLE001 - the outcome, told to the loop
+        except Exception as error:  # noqa: BLE001 - reported to the loop as the outcome
             problem = str(error) if isinstance(error, RegenError) else f"{type(error).__name__}: {error}"
         seconds = time.perf_counter() - self._began
         size_bytes = sum(facts["bytes"] for facts in files.values())
         self._outcome = Outcome(manifest.step, problem, seconds, 0.0, size_bytes)
 
     def _write_shards(self, step: int) -> dict[str, FileFacts]:
-        """Every rank's file; raises on all ranks alike when one could not write its own."""
+        """Write every rank's file and return the facts of all; raise on all ranks if one could not write its own."""
         self._phase("clear")
         self._ranks.on_main(lambda: self.folder.begin(step))
         self._phase("shard")
@@ -139,17 +153,17 @@ class Saver:
         try:
             self._refuse_broken()
             facts = self.folder.write_shard(step, name, self._host)
-        except Exception as error:  # noqa: BLE001 - handed to the vote: no rank may leave before the others know
+        except Exception as error:  # noqa: BLE001 - passed to the vote: no rank may leave before the others know
             problem = f"rank {self._ranks.rank}: {error}"
         self._phase("vote")
-        said = self._ranks.gather((name, facts, problem))
-        if problems := [problem for _, _, problem in said if problem]:
-            self._ranks.on_main(self.folder.clear_debris)  # room for the next try
+        results = self._ranks.gather((name, facts, problem))
+        if problems := [problem for _, _, problem in results if problem]:
+            self._ranks.on_main(self.folder.clear_debris)  # frees space for the next attempt
             raise CheckpointError("; ".join(problems))
-        return {name: facts for name, facts, _ in said}
+        return {name: facts for name, facts, _ in results}
 
     def _refuse_broken(self) -> None:
-        """A checkpoint that nobody can go on from must not take the place of a good one."""
+        """Raise CheckpointError if a value is not finite: an unusable checkpoint must not replace a good one."""
         if broken := nonfinite(self._host):
             raise CheckpointError(
                 f"{len(broken)} of {len(self._host)} tensors hold values that are not finite, among them {broken[0]}; "
@@ -166,7 +180,7 @@ class Saver:
         self._prune(manifest)
 
     def _prune(self, newest: CheckpointManifest) -> None:
-        """What cannot be deleted now is tried again after the next save: the checkpoint is committed."""
+        """Apply the retention policy. A failed deletion is retried after the next save: the checkpoint is committed."""
         try:
             for step in deletable(self.folder, newest, self._policy):
                 self.folder.remove(step)
@@ -175,12 +189,12 @@ class Saver:
 
 
 def deletable(folder: CheckpointFolder, newest: CheckpointManifest, policy: CheckpointConfig) -> list[int]:
-    """The steps in a folder that the policy does not keep, ascending."""
+    """Return the steps in a folder that the policy does not keep, ascending."""
     manifests = []
     for step in folder.steps():
         try:
             manifests.append(folder.manifest(step))
-        except CheckpointError:  # damaged: named by whoever wants to load it, and not this function's to delete
+        except CheckpointError:  # damaged: reported when it is loaded, and not deleted here
             continue
     return to_delete(
         manifests,

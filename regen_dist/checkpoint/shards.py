@@ -1,12 +1,12 @@
-"""The sharded state of a run as safetensors files, readable at any number of ranks.
+"""Sharded state of a run as safetensors files, readable at any number of ranks.
 
 Every rank writes the pieces that it holds into one file. A piece is an even chunk of a flat parameter (`ranks.chunk`),
-so where any element lies follows from the parameter's size and the number of ranks that saved: reading at another
-number of ranks is reading other slices, without a conversion and without communication. Nothing is unpickled.
+so the position of any element follows from the parameter's size and the number of ranks that saved. Another number of
+ranks reads other slices, without conversion or communication. Nothing is unpickled.
 
-The format is safetensors' (8 bytes of header length, a JSON header, raw values), so that any of its readers reads a
-shard. It is written and read here, because the checksum is to be of what was in memory, in one pass that lets the
-training thread run; and because a shard may lie in a bucket, of which only slices are wanted.
+The format is that of safetensors (8 bytes of header length, a JSON header, raw values), so that any safetensors reader
+can open a shard. This module has its own writer, to compute the checksum of the data in memory in the same pass without
+blocking the training thread, and its own reader, to fetch only slices of a shard in a bucket.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from regen_dist.errors import CheckpointError, ObjectCut, ObjectMissing
 from regen_dist.jsontext import json_text
 
 _ITEM_BYTES = 4  # all state is float32
-_WRITE_BYTES = 4 << 20  # hashed and written at once: still in the cache when it is written
-_READ_BYTES = 32 << 20  # by one call to the store: each has the store's deadline for itself
-_HEADER_BYTES = 100 << 20  # safetensors' own limit
+_WRITE_BYTES = 4 << 20  # block that is hashed and then written, while it is still in the CPU cache
+_READ_BYTES = 32 << 20  # most that one call to the store reads; the store's deadline applies to each call
+_HEADER_BYTES = 100 << 20  # limit of safetensors
 
 
 def shard_name(rank: int, world_size: int) -> str:
-    """File name of one rank's pieces."""
+    """Return the file name of one rank's pieces."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def write_shard(file: IO[bytes], pieces: Mapping[str, Tensor]) -> FileFacts:
-    """Write a rank's pieces, float32 on the CPU. Returns the facts of what was to be written.
+    """Write a rank's pieces, float32 on the CPU, and return size and checksum of the data in memory.
 
-    Lets other threads run: neither writing nor hashing holds the interpreter.
+    Other threads can run meanwhile: neither writing nor hashing holds the interpreter lock.
     """
     digest, size = hashlib.sha256(), 0
     for part in (_header(pieces), *(_bytes_of(piece) for piece in pieces.values())):
@@ -55,19 +55,19 @@ def write_shard(file: IO[bytes], pieces: Mapping[str, Tensor]) -> FileFacts:
 
 
 def nonfinite(pieces: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold a value that is not finite."""
+    """Return the names of the pieces that hold a non-finite value."""
     return [name for name, piece in pieces.items() if not bool(torch.isfinite(piece).all())]
 
 
 class ValueScan:
-    """Looks for values that are not finite in the bytes of a shard, as they come."""
+    """Incremental search for non-finite values in the bytes of a shard."""
 
     def __init__(self) -> None:
         self.finite = True
-        self._left, self._header = b"", -1  # bytes that are no whole value yet; bytes of the header to pass over
+        self._left, self._header = b"", -1  # bytes of an incomplete value; header bytes left to skip
 
     def see(self, data: bytes) -> None:
-        """The next bytes."""
+        """Examine the next bytes."""
         data = self._left + data
         if self._header < 0:
             if len(data) < 8:
@@ -101,7 +101,7 @@ def _bytes_of(piece: Tensor) -> memoryview:
 
 
 class _Slice(NamedTuple):
-    """Bytes of a shard, and the values that they go to."""
+    """Byte range of a shard and the tensor that receives its values."""
 
     rank: int
     offset: int
@@ -109,12 +109,12 @@ class _Slice(NamedTuple):
 
 
 class ShardReader:
-    """Reads parts of flat parameters out of the shards of a checkpoint.
+    """Reader of slices of flat parameters from the shards of a checkpoint.
 
     Args:
         store: the folder of all checkpoints.
         folder: name of this checkpoint in it.
-        manifest: of this checkpoint.
+        manifest: manifest of this checkpoint.
     """
 
     def __init__(self, store: Store, folder: str, manifest: CheckpointManifest) -> None:
@@ -122,15 +122,15 @@ class ShardReader:
         self._headers: dict[int, dict[str, tuple[int, int]]] = {}
 
     def read(self, key: str, low: int, high: int) -> Tensor:
-        """Elements low..high of the flat parameter behind `key` ("<kind>/<parameter>")."""
+        """Read elements low..high of the flat parameter `key` ("<kind>/<parameter>")."""
         return next(self.read_all({key: (low, high)}))[1]
 
     def whole(self, key: str) -> Tensor:
-        """The whole parameter in its own shape."""
+        """Read the whole parameter in its original shape."""
         return self.read(key, 0, self._size(key)).view(self._manifest.shapes[_parameter(key)])
 
     def read_all(self, wanted: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
-        """Elements low..high of many flat parameters, in the order given, with few requests.
+        """Yield elements low..high of many flat parameters, in the given order, with few requests.
 
         Raises:
             CheckpointError: a parameter is not in the checkpoint, or a shard is missing, cut or damaged.
@@ -186,7 +186,7 @@ class ShardReader:
         return prod(shapes[_parameter(key)])
 
     def _offset(self, rank: int, key: str, elements: int) -> int:
-        """Where the values of a key begin in a rank's file, which must have so many of them."""
+        """Return the byte offset of a key's values in a rank's file; raise if their number is not `elements`."""
         if rank not in self._headers:
             self._headers[rank] = self._read_header(rank)
         start, stop = self._headers[rank].get(key, (0, -1))
@@ -199,7 +199,7 @@ class ShardReader:
         return start
 
     def _read_header(self, rank: int) -> dict[str, tuple[int, int]]:
-        """Where each key's values begin and end in a rank's file."""
+        """Return the byte range of each key's values in a rank's file."""
         (length,) = self._get(rank, [(0, 8)])
         try:
             size = int.from_bytes(length, "little")

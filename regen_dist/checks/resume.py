@@ -19,7 +19,7 @@ from regen_dist.observe.record import read_record
 def busy(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
     """Check that no process trains the same run, or writes the same checkpoints, by whatever it was started."""
     try:
-        Claims(config, READING).refuse_living()
+        Claims(config, READING).refuse_if_taken()
     except RunBusy as caught:
         yield error("name", str(caught), RunBusy)
     except DataError:  # the store is out of reach, which another check reports

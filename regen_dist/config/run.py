@@ -250,6 +250,8 @@ class EngineConfig(Section):
     # Build each parameter already sharded (zero.Init), in the working precision: for models larger than one GPU.
     partitioned_init: bool = False
     activation_checkpointing: bool = False
+    # Only kernels whose result does not change from run to run, as far as torch has them (docs/gpu.md): on GPUs slower.
+    deterministic: bool = False
     persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank
     zero: ZeroConfig = ZeroConfig()
     # So many consecutive ranks share samples: each has a part of every transformer's row of tokens, and of the heads.

@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from regen_dist.distributed.environment import join_timeout_s, left_over_advice
 from regen_dist.errors import BackendError, RegenError
+from regen_dist.jsontext import json_text
 
 _MOST_NAMED = 8
 _READ_S = 30.0
@@ -43,7 +44,7 @@ def meet(rank: int, world_size: int, device: torch.device | None, problem: str, 
     """
     store = _joined(rank, world_size)
     store.set_timeout(timeout)
-    store.set(f"device/{rank}", json.dumps(_own(device, problem)))
+    store.set(f"device/{rank}", json_text(_own(device, problem)))
     if rank == 0:
         keys = [f"device/{each}" for each in range(world_size)]
         store.wait(keys)
@@ -69,7 +70,7 @@ def _joined(rank: int, world_size: int) -> Store:
     try:
         _wait_for_server(rank, end)
         left = timedelta(seconds=max(end - time.monotonic(), 1.0))
-        store, *_ = next(rendezvous("env://", rank, world_size, timeout=left))
+        store: Store = next(rendezvous("env://", rank, world_size, timeout=left))[0]
     except (RuntimeError, ValueError, OSError) as error:  # of c10d; of a missing variable; of the network
         reason = str(error).strip().partition("\n")[0]
         raise RegenError(f"{where} did not meet the others ({reason}): {left_over_advice(os.environ)}") from error

@@ -34,8 +34,8 @@ from regen_dist.observe.heartbeat import (
     Marked,
     Seen,
     beat_path,
+    host_and_namespace,
     next_mark,
-    place_of_processes,
     process_state,
     read_text,
     replace_text,
@@ -377,7 +377,7 @@ class Monitor:
 
     def _beat_now(self, mark: Marked) -> Beat:
         self._number += 1
-        host, namespace = place_of_processes()
+        host, namespace = host_and_namespace()
         step, place, phase, begun = mark
         return Beat(
             rank=self._rank, host=host, namespace=namespace, pid=os.getpid(), step=step, begun=begun, place=place,

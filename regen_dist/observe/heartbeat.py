@@ -158,7 +158,7 @@ class AwakeClock:
 
 
 @cache
-def place_of_processes() -> tuple[str, str]:
+def host_and_namespace() -> tuple[str, str]:
     """This host, and the namespace in which its process ids count (containers may share a host's name)."""
     try:
         return socket.gethostname(), os.readlink("/proc/self/ns/pid")
@@ -169,7 +169,7 @@ def place_of_processes() -> tuple[str, str]:
 def process_state(beat: Beat) -> str | None:
     """The state letter of a rank's process as in `ps` ("T": stopped), "" when it is gone; None when it is not known
     here, as for a rank on another host."""
-    if (beat.host, beat.namespace) != place_of_processes() or not beat.namespace:
+    if (beat.host, beat.namespace) != host_and_namespace() or not beat.namespace:
         return None
     try:
         return (

@@ -202,7 +202,7 @@ class Trainer(Stepper):
 
         def decide() -> CheckpointManifest:
             amended = folder.amend(target, state=state, rollbacks=[*checkpoints.rollbacks, target.step])
-            folder.point_to(target.step)
+            folder.set_latest(target.step)
             return amended
 
         manifest = self.ranks.on_main(decide)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 
 from regen_dist.checkpoint.claims import Claims
 from regen_dist.config import AnyRunConfig
+from regen_dist.distributed.determinism import make_repeatable
 from regen_dist.distributed.engine import precision_of
 from regen_dist.distributed.failure import tell
 from regen_dist.distributed.optimizer import OPTIMIZERS
@@ -52,7 +52,7 @@ def train(
     limit_s, lead_s = config.train.time_limit_s, config.train.time_limit_lead_s
     claims = Claims(config)
     if ranks.is_main:  # before anything is touched in the folder of a run that lives
-        claims.refuse_living()
+        claims.refuse_if_taken()
     with (
         Watchdog(config.folder, ranks.rank, ranks.world_size, config.guards.hang) as watchdog,
         Stopper(
@@ -150,10 +150,7 @@ def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
         require_cudnn(device.type, dtype)
     if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not multiplies_bf16():
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")
-    if ranks.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # As use_deterministic_algorithms(True, warn_only=True), which imports the compiler to tell it, too.
-    torch.set_deterministic_debug_mode("warn")
+    make_repeatable(ranks.device, deterministic=config.engine.deterministic)
     # It would write NaN over DeepSpeed's communication buckets, gigabytes a rank that otherwise stay untouched.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

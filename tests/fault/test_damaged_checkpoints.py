@@ -93,7 +93,7 @@ def test_the_one_before_is_used(answers: Answers, file: str) -> None:
         if file in SHARDS:
             wrong = {"deleted": "is missing", "cut": f"has {damage.at} bytes", "flipped": "does not have the SHA-256"}
             assert f"{file} {wrong[damage.kind]}" in reason, damage
-        assert f"at step {OLDER}, the newest checkpoint that is whole" in then
+        assert f"at step {OLDER}, the newest good checkpoint" in then
 
 
 def test_a_damaged_pointer_costs_nothing(answers: Answers) -> None:
@@ -145,7 +145,7 @@ def test_a_run_goes_on_from_the_one_before(config: Path, undisturbed: list[float
     logs = config.with_name("flipped")
     assert run_regen_ranks("train", config, "name=flipped", logs=logs) == [0, 0]
     for text in said(logs):
-        assert text.count(f"{SHARDS[1]} does not have the SHA-256 that the manifest says") == 1
+        assert text.count(f"{SHARDS[1]} does not have the SHA-256 in the manifest") == 1
     assert f"resumed at step {STEPS - SAVE_EVERY} on 2 rank(s)" in said(logs)[0]
     assert losses(run) == undisturbed
     assert newest(run).step == STEPS

@@ -15,7 +15,7 @@ from regen_dist.jsontext import json_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from regen_dist.checkpoint.maintenance import CheckpointPlace, Entry, Pruned
+    from regen_dist.checkpoint.maintenance import CheckpointLocation, Entry, Pruned
     from regen_dist.config.run import CheckpointConfig
 
 
@@ -55,9 +55,9 @@ def list_checkpoints(
 
     from rich.console import Console
 
-    from regen_dist.checkpoint.maintenance import dangling_pointer, entries, open_place
+    from regen_dist.checkpoint.maintenance import dangling_pointer, entries, open_checkpoints
 
-    place = open_place(run)
+    place = open_checkpoints(run)
     found, debris, pointer = entries(place), place.folder.debris(), dangling_pointer(place)
     if as_json:
         content = {"url": place.folder.url, "checkpoints": [each.to_json() for each in found]}
@@ -79,7 +79,7 @@ def list_checkpoints(
         console.print("The next save clears it, and so does `regen checkpoint prune`.", highlight=False)
 
 
-def _table(place: CheckpointPlace, found: list[Entry]) -> Table:
+def _table(place: CheckpointLocation, found: list[Entry]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -119,9 +119,9 @@ def pin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
 
     Example: regen checkpoint pin runs/demo 400
     """
-    from regen_dist.checkpoint.maintenance import open_place
+    from regen_dist.checkpoint.maintenance import open_checkpoints
 
-    folder = open_place(run).folder
+    folder = open_checkpoints(run).folder
     folder.pin(step)
     typer.echo(f"step {step} in {folder.url} is pinned: it stays until it is unpinned")
 
@@ -131,9 +131,9 @@ def unpin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
 
     Example: regen checkpoint unpin runs/demo 400
     """
-    from regen_dist.checkpoint.maintenance import open_place
+    from regen_dist.checkpoint.maintenance import open_checkpoints
 
-    folder = open_place(run).folder
+    folder = open_checkpoints(run).folder
     if step not in folder.pins():
         typer.echo(f"step {step} in {folder.url} was not pinned")
         return
@@ -158,17 +158,17 @@ def prune(
 
     Example: regen checkpoint prune runs/demo --keep-last 2 --keep-every 1000 --dry-run
     """
-    from regen_dist.checkpoint.maintenance import open_place
+    from regen_dist.checkpoint.maintenance import open_checkpoints
     from regen_dist.checkpoint.maintenance import prune as job
 
-    place = open_place(run)
+    place = open_checkpoints(run)
     policy = _policy(place, {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best})
     if place.run is None:
         typer.echo("Note: the run's folder is not known from here; see to it that the run is not training", err=True)
     _tell(place, job(place, policy, dry_run=dry_run), "would be deleted" if dry_run else "deleted")
 
 
-def _policy(place: CheckpointPlace, changes: dict[str, int | None]) -> CheckpointConfig:
+def _policy(place: CheckpointLocation, changes: dict[str, int | None]) -> CheckpointConfig:
     from regen_dist.config.run import CheckpointConfig
 
     told: dict[str, int | None] = {name: value for name, value in changes.items() if value is not None}
@@ -182,7 +182,7 @@ def _policy(place: CheckpointPlace, changes: dict[str, int | None]) -> Checkpoin
     return (place.policy or CheckpointConfig()).model_copy(update=told)
 
 
-def _tell(place: CheckpointPlace, pruned: Pruned, verb: str) -> None:
+def _tell(place: CheckpointLocation, pruned: Pruned, verb: str) -> None:
     for step, size in pruned.steps.items():
         typer.echo(f"{verb}: step {step}, {size:,} bytes")
     for name, size in pruned.debris.items():
@@ -203,9 +203,9 @@ def verify(
 
     Example: regen checkpoint verify runs/demo
     """
-    from regen_dist.checkpoint.maintenance import check, dangling_pointer, open_place
+    from regen_dist.checkpoint.maintenance import check, dangling_pointer, open_checkpoints
 
-    place = open_place(run)
+    place = open_checkpoints(run)
     pointer = dangling_pointer(place)
     bad = [] if pointer is None or step is not None else [pointer]
     with progress_bar() as progress:

@@ -358,12 +358,13 @@ def _below(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip]:
         yield from (Skip(source=name, reason=why) for name, why in unreadable.items() if _is_video(name))
     texts = Texts(found)
     for name in [file] if file else sorted(name for name in found if _is_video(name)):
-        text, *others = texts.beside(name) or [None]
-        if text is None or not others:
+        beside = texts.beside(name)
+        text = beside[0] if beside else None
+        if len(beside) < 2:
             mark = _text_mark(folder, text, found[text].etag) if text else ""
             yield VideoSource(name, folder, name, found[name].size, text=text, text_mark=mark)
         else:
-            both = ", ".join([text, *others])
+            both = ", ".join(beside)
             yield Skip(source=name, reason=f"ambiguous caption: {both} differ in case alone; rename one")
 
 

@@ -23,6 +23,9 @@ from regen_dist.data.video.colour import HDR, WIDE, cube
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
+    from typing_extensions import Buffer
+if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from av.filter.context import FilterContext

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
     from typing_extensions import Buffer
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 
 # Which of a file's video streams is its video: the choice of ffmpeg's command line.

@@ -71,7 +71,7 @@ def leave(place: str, holder: Holder, number: int = 1) -> None:
 
 
 def test_the_living_is_named(place: str, holding: subprocess.Popen[str]) -> None:
-    for act in (claim(place).take, claim(place).refuse_living):
+    for act in (claim(place).take, claim(place).refuse_if_taken):
         with pytest.raises(RunBusy) as error:
             act()
         (holder,) = written(place)
@@ -91,7 +91,7 @@ def test_one_that_was_killed_is_known_at_once(place: str, holding: subprocess.Po
     began = time.monotonic()
     while True:
         try:
-            claim(place).refuse_living()
+            claim(place).refuse_if_taken()
             break
         except RunBusy:
             assert time.monotonic() - began < 5.0

@@ -108,7 +108,7 @@ def test_problems_are_told_with_the_file(folder: CheckpointFolder) -> None:
     manifest, shard = folder.manifest(3), _inside(folder, "step-00000003", SHARD)
     _flip(shard)
     assert folder.problems(manifest, checksums=False) == []
-    assert folder.problems(manifest, checksums=True) == [f"{SHARD} does not have the SHA-256 that the manifest says"]
+    assert folder.problems(manifest, checksums=True) == [f"{SHARD} does not have the SHA-256 in the manifest"]
     assert folder.problems(manifest, checksums=True, share=(1, 2)) == []
     os.truncate(shard, 5)
     size = manifest.files[SHARD]["bytes"]

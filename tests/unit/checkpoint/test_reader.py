@@ -39,7 +39,7 @@ def _path(folder: CheckpointFolder, *names: str) -> Path:
 def test_the_pointer_decides(folder: CheckpointFolder) -> None:
     """Also when it was set back by hand."""
     assert _newest(folder) == 3
-    folder.point_to(2)
+    folder.set_latest(2)
     assert _newest(folder) == 2
 
 
@@ -78,7 +78,7 @@ def test_a_bad_one_is_named_and_the_one_before_is_used(folder: CheckpointFolder,
     said: list[str] = []
     assert _newest(folder, said) == 2
     assert reason in said[0]
-    assert "at step 2, the newest checkpoint that is whole" in said[1]
+    assert "at step 2, the newest good checkpoint" in said[1]
 
 
 def test_a_flipped_byte_is_found_by_checksums(folder: CheckpointFolder) -> None:
@@ -115,7 +115,7 @@ def test_a_given_up_future_is_not_gone_on_from(folder: CheckpointFolder, write: 
     """After a rollback to step 2 the checkpoint of step 3 is no candidate, even when all that is newer is bad, or the
     pointer is lost."""
     folder.amend(folder.manifest(2), rollbacks=[2])
-    folder.point_to(2)
+    folder.set_latest(2)
     assert _newest(folder) == 2
     _path(folder, "latest").unlink()
     assert _newest(folder) == 2
@@ -129,7 +129,7 @@ def test_a_given_up_future_is_not_gone_on_from(folder: CheckpointFolder, write: 
 @pytest.mark.parametrize("pointed", [0, 7])
 def test_a_pointer_to_what_is_not_there_hides_nothing(folder: CheckpointFolder, pointed: int) -> None:
     """One bit turns the 8 of a pointer into a 0: that is said, and the newest is found all the same."""
-    folder.point_to(pointed)
+    folder.set_latest(pointed)
     said: list[str] = []
     assert _newest(folder, said) == 3
     assert f"step-{pointed:08d} has no manifest.json" in said[0]

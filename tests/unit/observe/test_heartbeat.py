@@ -19,9 +19,9 @@ from regen_dist.observe.heartbeat import (
     Heartbeats,
     Seen,
     beat_path,
+    host_and_namespace,
     next_mark,
     parse_beat,
-    place_of_processes,
     process_state,
     write_beat,
 )
@@ -93,7 +93,7 @@ def test_a_suspended_process_does_not_count_the_time() -> None:
 
 
 def test_a_process_is_known_on_its_own_host_alone() -> None:
-    host, namespace = place_of_processes()
+    host, namespace = host_and_namespace()
     own = beat(host=host, namespace=namespace, pid=os.getpid())
     assert process_state(own) in {"R", "S"}
     assert process_state(replace(own, pid=2**30)) == "", "there can be no such process"
