@@ -14,7 +14,7 @@ import yaml
 from launcher.job import Submission, newest_job
 from launcher.pipelines.schema import exists
 from regen_dist.config import to_yaml
-from tests.helpers.launching import Submitter, attempts, has_been_told, told, wait_for_end, wait_until, whys
+from tests.helpers.launching import Submitter, attempts, has_been_told, held, told, wait_for_end, wait_until, whys
 from tests.helpers.objects import use
 from tests.helpers.slurm import submit, wait_for
 from tests.helpers.tiny import tiny_run
@@ -118,7 +118,7 @@ def test_a_pipeline_from_videos_to_measured_reconstructions(
     assert [line.partition(":")[0] for line in lines] == list(STEPS)
     assert "after shards" in lines[1]
     run = shop.folder_of("embedder")
-    with pipeline_lock(run, 2, 3) as ranks:
+    with held(run, 2, 3) as ranks:
         again = run_pipeline(regen_submit, shop.file)
         assert again[0] == "shards: skipped, its output is complete"
         assert all("not submitted again" in line for line in again[1:]), again
