@@ -244,7 +244,7 @@ class SlurmScheduler:
 
 
 class LocalScheduler:
-    """This machine; `restart` counts the starts of the task."""
+    """Scheduler of this machine; `restart` counts the starts of the task."""
 
     def __init__(self, task: JobTask) -> None:
         self.job = os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))

@@ -155,7 +155,7 @@ class Subject:
 
     @property
     def on_slurm(self) -> bool:
-        """Whether the job runs on machines other than this one."""
+        """True if the job runs on machines other than this one."""
         return self.request.cluster.kind == "slurm"
 
 

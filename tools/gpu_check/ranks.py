@@ -22,7 +22,7 @@ _MOST_S = 45.0  # with the start of two processes
 
 
 def ranks(machine: Machine) -> dict[str, Any]:
-    """Start two ranks, of which one raises: over NCCL where there are two GPUs, else over gloo on the CPU."""
+    """Start two ranks, one of which raises: over NCCL with two GPUs, otherwise over gloo on the CPU."""
     nccl = machine.is_cuda and torch.cuda.device_count() > 1
     common = rank_environment(os.environ, 2) | ({} if nccl else {"CUDA_VISIBLE_DEVICES": ""})
     with TemporaryDirectory() as folder:

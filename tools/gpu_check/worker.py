@@ -18,7 +18,7 @@ from tools.gpu_check.machine import LeftOut, Machine
 
 
 def made_by(function: str, machine: Machine) -> dict[str, Any]:
-    """What became of a part: its `status`, a line that says it (`summary`), and figures (`facts`)."""
+    """Return the result of a part: `status`, a one-line `summary`, and figures (`facts`)."""
     module, name = function.split(":")
     try:
         facts: dict[str, Any] = getattr(import_module(f"tools.gpu_check.{module}"), name)(machine)
