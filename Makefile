@@ -8,7 +8,7 @@ SUITES := unit dist fault cluster e2e
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(JIT)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help venv demo miniature test check lint unit clean $(addprefix test-,$(SUITES))
+.PHONY: help venv demo miniature test check lint docs unit clean $(addprefix test-,$(SUITES))
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,13 +25,16 @@ miniature: $(STAMP) ## drawn videos -> embedder -> latents -> text to video, pre
 test: $(addprefix test-,$(SUITES)) ## every suite, servers included
 	@echo "all suites passed: $(SUITES)"
 
-check: lint unit ## ruff, mypy --strict, import contracts, unit tests: before every commit
+check: lint docs unit ## ruff, mypy --strict, import contracts, the site's links, unit tests: before every commit
 
 lint: $(STAMP)
 	ruff check .
 	ruff format --check .
 	mypy
 	lint-imports
+
+docs: $(STAMP) ## the pages as a site in build/site; fails on a link or an anchor that leads nowhere
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 
 unit: test-unit
 
@@ -61,7 +64,7 @@ $(STAMP): pyproject.toml constraints.txt .ci/system-packages
 	.ci/system-packages $(PYTHON)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch setuptools
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,bench,tensorboard]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,docs,bench,tensorboard]'
 	touch $@
 
 clean: ## removes caches and builds; keeps runs and the environment

@@ -8,7 +8,7 @@ from regen_dist.programs import errors_in_one_line, start_safely
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend become one message on stderr and an exit code."""
+    """Entry point: user-facing errors become one message on stderr and an exit code."""
     start_safely()
     with errors_in_one_line():
         app(prog_name="python -m launcher")

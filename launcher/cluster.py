@@ -1,4 +1,4 @@
-"""Clusters: files under `configs/cluster/`, which say what a job needs there and how its processes start."""
+"""Cluster files (`configs/cluster/`): the resources of a job on a machine, and how its processes are started."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from pydantic import Field, field_validator, model_validator
 
 from regen_dist.config.files import load_section
 from regen_dist.config.run import PositiveFloat, PositiveInt, Section
+from regen_dist.config.urls import expand_home
 from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cluster"
-# What the launcher sets itself: two values for one option would leave it to sbatch which of them counts.
+# Options that the launcher sets itself. sbatch would have to choose between two values of one option.
 _OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "open-mode", "output")
 _OURS_TOO = ("requeue", "no-requeue", "signal", "time", "wait", "parsable", "test-only")
 _FIELDS = ("partition", "account", "qos", "constraint", "exclusive", "exclude", "nodelist")
 
 
 class RetryConfig(Section):
-    """When a job that did not end well is started again."""
+    """Limits on restarting a job that failed or was interrupted."""
 
-    failures: Annotated[int, Field(ge=0)] = 3  # in a row, without a new checkpoint between them
-    starts_without_progress: PositiveInt = 5  # of whatever reason, so that a job in a loop is noticed
-    failures_of_a_node: PositiveInt = 2  # then the node is left out
-    starts: PositiveInt = 1000  # in all: the last fuse
+    failures: Annotated[int, Field(ge=0)] = 3  # consecutive failures without a new checkpoint
+    starts_without_progress: PositiveInt = 5  # starts for any reason without a new checkpoint: breaks restart loops
+    failures_of_a_node: PositiveInt = 2  # failures after which a node is excluded
+    starts: PositiveInt = 1000  # total number of starts
 
 
 class ClusterConfig(Section):
-    """A place where jobs run. What a job asks for (nodes, GPUs, time) is a default that a command may change."""
+    """A cluster or machine that runs jobs; commands may override nodes, GPUs and time."""
 
     kind: Literal["slurm", "local"] = "slurm"
     nodes: PositiveInt = 1
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    tasks_per_node: PositiveInt | None = None  # ranks of a node. None: one for each GPU, or one
+    tasks_per_node: PositiveInt | None = None  # ranks per node; None: one per GPU, or one
     cpus_per_task: PositiveInt | None = None
-    memory_gb: PositiveFloat | None = None  # of a node
-    time_min: PositiveInt | None = None  # None: as long as it lasts (this machine alone)
-    signal_lead_s: PositiveInt = 300  # so long before the time limit a job is told to save
-    gpu_type: str | None = None  # of GRES, as "h100"; None asks for any
-    gpu_memory_gb: PositiveFloat | None = None  # of one card, for the estimate before submitting
+    memory_gb: PositiveFloat | None = None  # per node
+    time_min: PositiveInt | None = None  # None: no limit (kind: local only)
+    signal_lead_s: PositiveInt = 300  # seconds before the time limit at which a job is signalled to save
+    gpu_type: str | None = None  # GRES type such as "h100"; None: any
+    gpu_memory_gb: PositiveFloat | None = None  # per GPU, for the memory estimate of preflight
 
     partition: str | None = None
     account: str | None = None
@@ -50,14 +51,14 @@ class ClusterConfig(Section):
     exclude: tuple[str, ...] = ()
     nodelist: tuple[str, ...] = ()
     exclusive: bool = False
-    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)  # any other option of sbatch, without its dashes
-    srun: tuple[str, ...] = ()  # more arguments for srun
-    array_parallelism: PositiveInt = 256  # tasks of an array at once
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)  # any other sbatch option, without its dashes
+    srun: tuple[str, ...] = ()  # extra arguments of srun
+    array_parallelism: PositiveInt = 256  # array tasks that run at the same time
 
-    shared: Path | None = None  # a folder that all nodes see; run folders must lie in it
-    activate: tuple[str, ...] = ()  # shell lines before everything else, as `module load` or a conda activation
-    python: str | None = None  # a shell command in the place of this Python, as `apptainer exec --nv IMAGE python`
-    environment: dict[str, str] = Field(default_factory=dict)  # of every process of the job
+    shared: Path | None = None  # folder that all nodes see; run folders must lie in it
+    activate: tuple[str, ...] = ()  # shell lines that run first, such as `module load` or a conda activation
+    python: str | None = None  # shell command that replaces this Python, such as `apptainer exec --nv IMAGE python`
+    environment: dict[str, str] = Field(default_factory=dict)  # variables of every process of the job
     retry: RetryConfig = RetryConfig()
 
     @property
@@ -68,14 +69,19 @@ class ClusterConfig(Section):
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
 
+    @field_validator("shared")
+    @classmethod
+    def _home_is_expanded(cls, shared: Path | None) -> Path | None:
+        return None if shared is None else Path(expand_home(str(shared)))
+
     @field_validator("environment")
     @classmethod
     def _names_can_be_exported(cls, environment: dict[str, str]) -> dict[str, str]:
         wrong = [name for name in environment if not name.isidentifier() or not name.isascii()]
         if wrong:
-            raise ValueError(f"{', '.join(map(repr, wrong))}: no name of an environment variable")
+            raise ValueError(f"{', '.join(map(repr, wrong))}: not a valid environment variable name")
         if ours := sorted({*environment} - {*without_ranks(environment)}):
-            raise ValueError(f"{', '.join(ours)}: set by the launcher for each rank; leave it out")
+            raise ValueError(f"{', '.join(ours)}: set by the launcher for each rank; remove it")
         return environment
 
     @field_validator("sbatch")
@@ -83,9 +89,9 @@ class ClusterConfig(Section):
     def _options_are_not_set_twice(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
         named = {name.replace("_", "-") for name in options}
         if wrong := sorted(named & {*_OURS, *_OURS_TOO}):
-            raise ValueError(f"{', '.join(wrong)}: set by the launcher; choose it by the command's options instead")
+            raise ValueError(f"{', '.join(wrong)}: set by the launcher; use the options of the command instead")
         if wrong := sorted(named & {*_FIELDS}):
-            raise ValueError(f"{', '.join(wrong)}: has a key of its own in this file; set that")
+            raise ValueError(f"{', '.join(wrong)}: has its own key in this file; set that key")
         return options
 
     @model_validator(mode="after")
@@ -103,23 +109,23 @@ class ClusterConfig(Section):
 
 
 def load_cluster(name: str, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """A cluster by the name of its file in `configs/cluster/` (of this folder, or of this checkout), or by its path.
+    """Return a cluster by its path, or by its file's name in `configs/cluster/` (current folder, then this checkout).
 
     Args:
-        name: as "slurm", or "clusters/mine.yaml".
-        overrides: `a.b=c`, as of any config.
+        name: "slurm" or "clusters/mine.yaml", for example.
+        overrides: `a.b=c`, as for any config.
 
     Raises:
-        ConfigError: there is no such file (names those that there are), or it is wrong.
+        ConfigError: the file does not exist (lists those that do) or is invalid.
     """
     return load_section(ClusterConfig, find_file(name), overrides)
 
 
 def find_file(name: str) -> Path:
-    """The file of a cluster.
+    """Return the path of a cluster file.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the file does not exist.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(name)
@@ -128,4 +134,6 @@ def find_file(name: str) -> Path:
         if (place / f"{name}.yaml").is_file():
             return place / f"{name}.yaml"
     known = sorted({file.stem for place in places for file in place.glob("*.yaml")})
-    raise ConfigError(f"no cluster {name!r}; there are {', '.join(known)} in configs/cluster, or give a path to a file")
+    raise ConfigError(
+        f"no cluster {name!r}; choose one of {', '.join(known)} (configs/cluster/), or give a path to a file"
+    )

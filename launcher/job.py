@@ -1,12 +1,12 @@
-"""What is submitted: a job of one task or of an array of them, as the file that all its processes read.
+"""Submissions: one task or an array of tasks, stored in the job file that all processes read.
 
-RUN/launch/20260131-120000/job.json       one submission; the newest has the greatest name
-RUN/launch/20260131-120000/submitit/      the batch script, and what Slurm and Submitit say themselves
-RUN/launch/code/0123456789ab/             the code that it runs
-RUN/launch/starts.jsonl                   every start and every end of the task (see `history`)
-RUN/launch/ranks/JOB-RESTART/             how each rank of a start ended
-RUN/logs/rank_N.log                       what a rank printed
-RUN/STOP                                  while it is there, the task does not go on
+RUN/launch/20260131-120000/job.json       one submission; the newest sorts last
+RUN/launch/20260131-120000/submitit/      the batch script and the output of Slurm and Submitit
+RUN/launch/code/0123456789ab/             the copy of the code that it runs
+RUN/launch/starts.jsonl                   every start and end of the task (see `launcher.retry`)
+RUN/launch/ranks/JOB-RESTART/             the exit status of each rank of one start
+RUN/logs/rank_N.log                       output of a rank
+RUN/STOP                                  the task does not continue while this file exists
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ JOB_FILE, ID_FILE, LAUNCH = "job.json", "job_id", "launch"
 
 
 class Progress(Section):
-    """Where a training task's checkpoints are committed, and how many steps make it complete."""
+    """Checkpoint location of a training task, and the number of steps that completes it."""
 
     checkpoints: str
     steps: PositiveInt
 
 
 class JobTask(Section):
-    """One command of `regen`, and the folder in which it leaves its traces. Arguments are passed on literally."""
+    """One `regen` command and the folder of its outputs. Arguments are passed on literally."""
 
     name: str
     folder: Path
     command: tuple[str, ...]
-    progress: Progress | None = None  # of training; other commands are complete when they ended well
+    progress: Progress | None = None  # training only; other commands are complete when they have succeeded
 
     @property
     def launch(self) -> Path:
@@ -55,9 +55,9 @@ class JobTask(Section):
 
 
 class Submission(Section):
-    """A submission. Every task runs on `cluster.nodes` nodes.
+    """One submission. Every task runs on `cluster.nodes` nodes.
 
-    `distributed`: the processes of a task are the ranks of one training; otherwise there is one process.
+    `distributed`: the processes of a task are the ranks of one training; otherwise a task is one process.
     """
 
     name: str
@@ -67,10 +67,10 @@ class Submission(Section):
     tasks: tuple[JobTask, ...]
     distributed: bool
     folder: Path  # of this submission
-    workdir: Path  # relative paths in commands and configs count from here
+    workdir: Path  # base of relative paths in commands and configs
     code: Path
     submitted: float  # seconds since the epoch
-    fingerprint: str = ""  # of what it runs
+    fingerprint: str = ""  # of its commands and configs
 
     @property
     def is_array(self) -> bool:
@@ -81,13 +81,13 @@ class Submission(Section):
         return self.cluster.world_size if self.distributed else 1
 
     def id(self) -> str | None:
-        """What the scheduler calls it; None before it was submitted."""
+        """Return the scheduler's job id; None before submission."""
         path = self.folder / ID_FILE
         return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def new_folder(base: Path) -> Path:
-    """A folder for one more submission under `base`, later in the alphabet than those before it."""
+    """Create a folder for a new submission under `base`; it sorts after all earlier ones."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ["", *(f"-{number:02d}" for number in range(1, 100))]:
         folder = base / LAUNCH / f"{stamp}{suffix}"
@@ -100,26 +100,26 @@ def new_folder(base: Path) -> Path:
 
 
 def write_job(job: Submission) -> None:
-    """Leave a job where its processes, and `regen jobs`, find it."""
+    """Write the job file that the job's processes and `regen jobs` read."""
     write_text_atomically(job.folder / JOB_FILE, json_text(job.model_dump(mode="json"), indent=1) + "\n")
 
 
 def read_job(folder: Path) -> Submission:
-    """The job of one submission.
+    """Return the job of one submission.
 
     Raises:
-        RegenError: there is none, or it is of another version.
+        RegenError: there is no job file, or it was written by another version.
     """
     path = folder / JOB_FILE
     try:
         return Submission.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RegenError(f"{path}: not there; give the folder of a submission, RUN/launch/DATE") from None
+        raise RegenError(f"{path}: not found; give the folder of a submission, RUN/launch/DATE") from None
     except ValidationError as error:
         raise RegenError(f"{path}: not a job of this version ({error.error_count()} problems); submit again") from error
 
 
 def newest_job(base: Path) -> Submission | None:
-    """The newest submission of a run or of an array in `base`; None when there is none."""
+    """Return the newest submission of a run or an array in `base`; None if there is none."""
     folders = sorted(path.parent for path in (base / LAUNCH).glob(f"*/{JOB_FILE}"))
     return read_job(folders[-1]) if folders else None

@@ -1,7 +1,7 @@
-"""`python -m launcher.local_executor FOLDER`: a job on this machine, in the background, by Submitit's local executor.
+"""`python -m launcher.local_executor FOLDER`: a background job on this machine, on Submitit's local executor.
 
-It holds a lock for as long as it lives, by which `regen jobs` knows that the job does. Tasks of an array run
-`array_parallelism` at a time.
+The process holds a lock while it runs, which tells `regen jobs` that the job is alive. At most `array_parallelism`
+tasks of an array run at a time.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from regen_dist.programs import python
 
 LOCK, LOG, EXIT_FILE = "lock", "here.log", "exit_code"
 _START_S, _POLL_S = 60.0, 0.2
-_NO_LIMIT_MIN = 60 * 24 * 3650  # Submitit wants a limit
+_NO_LIMIT_MIN = 60 * 24 * 3650  # Submitit requires a limit
 
 
 def start_locally(job: Submission) -> str:
-    """Start a job in the background, in a session of its own; returns its id.
+    """Start a job in the background, in its own session; return its id.
 
     Raises:
-        RegenError: it did not come up (with the end of its log).
+        RegenError: it did not start (with the end of its log).
     """
     log = job.folder / LOG
     with log.open("ab") as output:
@@ -60,7 +60,7 @@ def _environment(job: Submission) -> dict[str, str]:
 
 
 def is_running_locally(job: Submission) -> bool:
-    """Whether the process that sees a local job through lives."""
+    """Return whether the process that supervises a local job is alive."""
     try:
         with (job.folder / LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -72,14 +72,14 @@ def is_running_locally(job: Submission) -> bool:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     with (folder / LOCK).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 class _Tasks:
-    """The tasks of a job, each under a controller of Submitit."""
+    """The tasks of a job, each under its own Submitit controller."""
 
     def __init__(self, job: Submission) -> None:
         self._job, self._stopped = job, False
@@ -93,14 +93,14 @@ class _Tasks:
         )
 
     def run(self) -> int:
-        """Every task to its end; returns the first code that is not 0, in the order of tasks."""
+        """Run every task to its end; return the first nonzero exit code in task order."""
         with ThreadPoolExecutor(min(self._job.cluster.array_parallelism, len(self._job.tasks))) as pool:
-            codes = list(pool.map(self._see_through, range(len(self._job.tasks))))
+            codes = list(pool.map(self._run_task, range(len(self._job.tasks))))
         return next((code for code in codes if code), EXIT_OK)
 
-    def _see_through(self, index: int) -> int:
+    def _run_task(self, index: int) -> int:
         code = LOCAL_REQUEUE
-        while code == LOCAL_REQUEUE and not self._stopped:  # Submitit itself starts a task again six times
+        while code == LOCAL_REQUEUE and not self._stopped:  # Submitit restarts a task at most six times
             task = LocalTask(str(self._job.folder), index)
             task.outcome.unlink(missing_ok=True)
             started: Any = self._executor.submit(task)
@@ -110,7 +110,7 @@ class _Tasks:
         return EXIT_RESUME if code == LOCAL_REQUEUE else code
 
     def stop(self, _number: int, _frame: FrameType | None) -> None:
-        """Hand a signal on: the ranks save and end, and no task begins any more."""
+        """Forward a signal: the ranks save and end, and no further task starts."""
         self._stopped = True
         for process in self._running.values():
             if process.returncode is None:
@@ -118,12 +118,12 @@ class _Tasks:
 
 
 def main(folder: Path) -> int:
-    """See a job through; its exit code is that of its first task that did not end well."""
+    """Run a job to its end; return the exit code of its first task that did not succeed."""
     job = read_job(folder)
     tasks = _Tasks(job)
     for number in FORWARDED:
         signal.signal(number, tasks.stop)
-    with _held(job.folder):
+    with _locked(job.folder):
         write_text_atomically(job.folder / ID_FILE, f"{os.getpid()}\n")
         code = tasks.run()
         write_text_atomically(job.folder / EXIT_FILE, f"{code}\n")

@@ -1,10 +1,10 @@
-"""The first and the last word on every start of a task, said by its batch script:
+"""Start and end decisions for every attempt of a task, called by its batch script:
 
-    python -m launcher.retry begin FOLDER      may it go? 0: yes; 100: nothing is left to do; else: end with this code
-    python -m launcher.retry end FOLDER CODE   what now? requeues the job, or ends with the code of its ranks
+    python -m launcher.retry begin FOLDER      0: start; 100: nothing to do; otherwise: end with this code
+    python -m launcher.retry end FOLDER CODE   requeue the job, or end with the exit code of its ranks
 
-One process decides, where there would be hundreds. On this machine `launcher.task` asks the same functions. Runs before
-any rank, so it imports no torch.
+One process decides for all ranks. `launcher.task` calls the same functions on this machine. It runs before any rank
+and imports no torch.
 """
 
 from __future__ import annotations
@@ -46,45 +46,45 @@ from regen_dist.errors import (
 )
 from regen_dist.observe.streams import shield_streams
 
-# How each rank of a start ended: one small file a rank, written by the process above it, which outlives a rank that
-# is killed.
+# Exit status of each rank of a start: one small file per rank, written by its parent process, which outlives a rank
+# that is killed.
 
 
 class RankExit(Section):
-    """A rank's exit code (128+n where signal n ended it), and what it had been told until then."""
+    """Exit code of a rank (128+n if signal n ended it), and the signals it had been sent."""
 
     rank: int
     node: str
     code: int
-    told: tuple[str, ...] = ()  # signals, in their order
+    told: tuple[str, ...] = ()  # signals sent to the rank, in order
     time: float
 
 
 def folder(launch: Path, job: str, restart: int) -> Path:
-    """Where the ranks of one start leave their word."""
+    """Return the folder of one start's rank exit files."""
     return launch / "ranks" / f"{job}-{restart}"
 
 
 def write_rank_exit(
     launch: Path, job: str, restart: int, *, rank: int, node: str, code: int, told: Sequence[str]
 ) -> None:
-    """Leave word of a rank that has ended; where the disk takes none, it is said, and known of its exit code alone."""
+    """Write a rank's exit file; if that fails, print a warning and rely on the exit code alone."""
     ended = RankExit(rank=rank, node=node, code=code, told=tuple(told), time=time.time())
     try:
         write_text_atomically(folder(launch, job, restart) / f"rank-{rank:05d}.json", ended.model_dump_json() + "\n")
     except OSError as error:
-        print(f"launcher: warning: no word is left of the end of rank {rank} ({code}): {error}", file=sys.stderr)
+        print(f"launcher: warning: exit status {code} of rank {rank} was not recorded: {error}", file=sys.stderr)
 
 
 def prune_rank_exits(launch: Path, keep: int = 3) -> None:
-    """Delete what the ranks of older starts have left: hundreds of files each."""
+    """Delete the rank exit files of older starts: hundreds of files each."""
     folders = sorted((launch / "ranks").glob("*"), key=lambda each: each.stat().st_mtime)
     for old in folders[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def read_rank_exits(launch: Path, job: str, restart: int, world_size: int) -> list[RankExit | None]:
-    """What the ranks of a start have left, in the order in which they ended; None for each that left no word."""
+    """Return the rank exits of a start in order of time; None for each rank without a file."""
     found = []
     for path in folder(launch, job, restart).glob("rank-*.json"):
         try:
@@ -96,7 +96,7 @@ def read_rank_exits(launch: Path, job: str, restart: int, world_size: int) -> li
 
 
 def hung_hosts(run: Path) -> set[str]:
-    """The hosts of the ranks that stood still when the run ended with the exit code of a hang."""
+    """Return the hosts of the hung ranks, if the run ended with the exit code of a hang."""
     try:
         told = json.loads((run / "hang.json").read_text(encoding="utf-8"))
         return {each["host"].partition(".")[0] for each in told["ranks"]} if told["kind"] != "together" else set()
@@ -104,15 +104,15 @@ def hung_hosts(run: Path) -> set[str]:
         return set()
 
 
-# The starts and ends of one task, as lines of `launch/starts.jsonl`. One process writes at a time: the batch script
-# of the job, or the process that stands for it on this machine.
+# History of a task: its starts and ends, as lines of `launch/starts.jsonl`. Only one process writes at a time: the
+# job's batch script, or its counterpart on this machine.
 
 HISTORY_FILE = "starts.jsonl"
 Why = Literal["done", "preempted", "time limit", "signal", "stopped", "failed", "node lost", "unknown"]
 
 
 class Start(Section):
-    """A start: which job, on which nodes, and from which step (None: not known, or no training)."""
+    """Start of an attempt: job, nodes, and the step it resumes from (None: unknown, or not training)."""
 
     kind: Literal["start"] = "start"
     job: str
@@ -123,7 +123,7 @@ class Start(Section):
 
 
 class End(Section):
-    """How the newest start ended, and what was made of it. `at_fault`: the nodes it failed on."""
+    """End of an attempt and the decision taken. `at_fault`: nodes that caused the failure."""
 
     kind: Literal["end"] = "end"
     why: Why
@@ -135,14 +135,14 @@ class End(Section):
 
 
 class Attempt(NamedTuple):
-    """A start and its end; None: it runs, or it was cut off before it could say anything."""
+    """A start and its end; end is None while it runs or if it was killed before recording one."""
 
     start: Start
     end: End | None
 
 
 def read_history(launch: Path) -> list[Attempt]:
-    """Every start of a task, oldest first; lines that a crash cut short are left out."""
+    """Return every attempt of a task, oldest first; truncated lines are skipped."""
     attempts: list[Attempt] = []
     path = launch / HISTORY_FILE
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
@@ -163,23 +163,23 @@ def _parse(line: str) -> Start | End | None:
 
 
 def write_entry(launch: Path, entry: Start | End) -> None:
-    """Append a line, and sync it: the process may be killed right after."""
+    """Append a line and fsync it: the process may be killed right afterwards."""
     launch.mkdir(parents=True, exist_ok=True)
     with (launch / HISTORY_FILE).open("ab") as file:
-        # A line that was cut short must not swallow this one.
-        file.write(b"" if _ends_well(launch / HISTORY_FILE) else b"\n")
+        # A truncated last line must not absorb this one.
+        file.write(b"" if _ends_with_newline(launch / HISTORY_FILE) else b"\n")
         file.write(entry.model_dump_json().encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def archive_history(launch: Path, name: str) -> None:
-    """Begin a new history; the old one is kept as `starts-NAME.jsonl`."""
+    """Start a new history; the old one is renamed to `starts-NAME.jsonl`."""
     if (launch / HISTORY_FILE).is_file():
         os.replace(launch / HISTORY_FILE, launch / f"starts-{name}.jsonl")
 
 
-def _ends_well(path: Path) -> bool:
+def _ends_with_newline(path: Path) -> bool:
     with path.open("rb") as file:
         if file.seek(0, os.SEEK_END) == 0:
             return True
@@ -188,44 +188,44 @@ def _ends_well(path: Path) -> bool:
 
 
 def now() -> float:
-    """Seconds since the epoch, as histories write them."""
+    """Return seconds since the epoch, rounded for the history."""
     return round(time.time(), 3)
 
 
-# Where a task starts: a Slurm job, or this machine. What the first and last word on a start ask of either.
+# Schedulers: the queries that an attempt makes, on Slurm and on this machine.
 
-_LATE_S = 120.0  # Slurm tells of a time limit up to a minute before it was asked to
-_EARLY_S = 10.0  # this process began a little after its clock
-_STARTED = time.monotonic()  # of this process, about
+_LATE_S = 120.0  # Slurm signals up to a minute before the requested time
+_EARLY_S = 10.0  # this process started slightly after its time limit began
+_STARTED = time.monotonic()  # start of this process, approximately
 
 
 class Scheduler(Protocol):
-    """What an attempt asks of the place that it runs in."""
+    """Scheduler queries of an attempt."""
 
     job: str
     restart: int
     nodes: tuple[str, ...]
 
-    def why_stopped(self, job: Submission) -> Why:
-        """Why ranks that ended well, with everything saved, were told to."""
+    def stop_reason(self, job: Submission) -> Why:
+        """Return why ranks that ended cleanly, with everything saved, were signalled."""
 
-    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Which of some nodes are down."""
+    def down_nodes(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Return the nodes among `nodes` that are down."""
 
-    def leave_out(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Those of some nodes that the job can do without."""
+    def excludable(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Return the nodes among `nodes` that can be excluded from the job."""
 
 
 @dataclass
-class SlurmPlace:
+class SlurmScheduler:
     """The Slurm job that this process belongs to."""
 
     job: str = field(default_factory=lambda: os.environ["SLURM_JOB_ID"])
     restart: int = field(default_factory=lambda: int(os.environ.get("SLURM_RESTART_COUNT", "0")))
     nodes: tuple[str, ...] = field(default_factory=lambda: slurm.expand(os.environ.get("SLURM_JOB_NODELIST", "")))
 
-    def why_stopped(self, job: Submission) -> Why:
-        """A preemption is noted by the controller; a time limit is told by the clock; else somebody sent a signal."""
+    def stop_reason(self, job: Submission) -> Why:
+        """Ask the controller for a preemption and compare the time limit; otherwise a user sent the signal."""
         told = slurm.show_job(self.job)
         if slurm.seconds_until(told.get("PreemptTime")) is not None:
             return "preempted"
@@ -233,18 +233,18 @@ class SlurmPlace:
         near = left_s is not None and left_s <= job.cluster.signal_lead_s + _LATE_S
         return "time limit" if near else "signal"
 
-    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
-        """As the controller knows them."""
+    def down_nodes(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Ask the controller."""
         return slurm.lost_nodes(nodes)
 
-    def leave_out(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
-        """All, or none where the partition would become too small."""
+    def excludable(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Return all, or none if the partition would become too small."""
         left = set(slurm.partition_nodes(job.cluster.partition)) - {*nodes, *job.cluster.exclude}
         return tuple(nodes) if len(left) >= job.cluster.nodes else ()
 
 
-class LocalPlace:
-    """This machine. Each start of a task has its number."""
+class LocalScheduler:
+    """This machine; `restart` counts the starts of the task."""
 
     def __init__(self, task: JobTask) -> None:
         self.job = os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
@@ -252,38 +252,39 @@ class LocalPlace:
         self.nodes: tuple[str, ...] = (socket.gethostname(),)
         self.timed_out = False
 
-    def why_stopped(self, job: Submission) -> Why:
-        """Submitit's clock began with this process. Whoever sends a signal here wants it to stop, and can resume it:
-        nobody takes the machine away for others."""
+    def stop_reason(self, job: Submission) -> Why:
+        """Compare the time limit, which began with this process. Any other signal is a user's request to stop: no one
+        else
+        preempts jobs on this machine."""
         limit_s = None if job.cluster.time_min is None else job.cluster.time_min * 60 - job.cluster.signal_lead_s
         self.timed_out = limit_s is not None and time.monotonic() - _STARTED >= limit_s - _EARLY_S
         return "time limit" if self.timed_out else "stopped"
 
-    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
-        """None: it is this machine."""
+    def down_nodes(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Return none: the only node is this machine."""
         return ()
 
-    def leave_out(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
-        """None: there is no other."""
+    def excludable(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Return none: there is no other node."""
         return ()
 
 
-# What becomes of a task when it starts and when it ends: pure functions of its history.
+# Restart policy: pure functions of a task's history.
 
-# What a second start would say again, word for word.
+# Errors that a restart would repeat.
 PERMANENT = frozenset(error.exit_code for error in (ConfigError, CheckpointError, BackendError, TrainingError, RunBusy))
 _FAILURES: tuple[Why, ...] = ("failed", "node lost", "unknown")
 
 
 class RetryDecision(NamedTuple):
-    """Whether the task goes on, and why (not); `code` is what the job ends with if not."""
+    """Decision to continue or not, with its reason; `code` is the job's exit code if not."""
 
     go: bool
     text: str
     code: int = EXIT_OK
 
 
-def judge_start(
+def decide_start(
     history: Sequence[Attempt],
     *,
     step: int | None,
@@ -292,67 +293,67 @@ def judge_start(
     retry: RetryConfig,
     since: float = 0.0,
 ) -> RetryDecision:
-    """Whether a task that a scheduler has just started should do anything.
+    """Decide whether a task that a scheduler has just started should run.
 
     Args:
-        history: its earlier starts.
-        step: the newest committed one; None when it is not known, or no training.
-        steps: that make it complete.
-        stop: it was asked to stop for good.
+        history: earlier attempts.
+        step: newest committed step; None if unknown or not training.
+        steps: number of steps that completes the task.
+        stop: a stop was requested (file STOP).
         retry: limits.
-        since: when it was submitted, in seconds since the epoch. Tries of earlier submissions do not count: a person
-            has looked at them.
+        since: time of submission in seconds since the epoch. Attempts of earlier submissions do not count: a person has
+            resubmitted since.
     """
     if is_complete(history, step=step, steps=steps):
         return RetryDecision(
-            False, f"nothing is left to do: all {steps} steps are done" if steps else "it was done before"
+            False, f"nothing is left to do: all {steps} steps are done" if steps else "already completed"
         )
     if stop:
         return RetryDecision(
-            False, "it was asked to stop (its folder has a file STOP); `regen jobs resume` goes on", EXIT_RESUME
+            False, "a stop was requested (file STOP in its folder); `regen jobs resume` continues", EXIT_RESUME
         )
-    return _within_limits(_tries(history, since), step, retry)
+    return _within_limits(_attempts_since(history, since), step, retry)
 
 
-def _tries(history: Sequence[Attempt], since: float) -> Sequence[Attempt]:
+def _attempts_since(history: Sequence[Attempt], since: float) -> Sequence[Attempt]:
     return [each for each in history if each.start.time >= since]
 
 
 def is_complete(history: Sequence[Attempt], *, step: int | None, steps: int | None) -> bool:
-    """Whether a task has reached its last step, or has once ended well where it has no steps."""
+    """Return whether a task has reached its last step or, without steps, has ever succeeded."""
     if steps is not None:
         return step is not None and step >= steps
     return any(each.end is not None and each.end.why == "done" for each in history)
 
 
-def judge_end(
+def decide_end(
     history: Sequence[Attempt], *, code: int, why: Why, step: int | None, retry: RetryConfig, since: float = 0.0
 ) -> RetryDecision:
-    """What follows when a start has ended.
+    """Decide what follows the end of an attempt.
 
     Args:
-        history: with this start last, and its `end` still None.
-        code: the exit code of its ranks together.
-        why: it ended.
-        step: the newest committed one.
+        history: attempts, the last one with `end` still None.
+        code: combined exit code of its ranks.
+        why: reason for its end.
+        step: newest committed step.
         retry: limits.
-        since: as of `judge_start`.
+        since: see `decide_start`.
     """
-    history = _tries(history, since)
+    history = _attempts_since(history, since)
     if why in ("done", "stopped"):
         return RetryDecision(False, why, code)
     if code in PERMANENT:
         return RetryDecision(
-            False, f"exit code {code} would come again: see its log, mend it, `regen jobs resume`", code
+            False, f"exit code {code} would occur again: see its log, fix the cause, `regen jobs resume`", code
         )
     limits = _within_limits(history, step, retry)
     if not limits.go:
         return limits._replace(code=code)
     failures = _failures_in_a_row(history[:-1], step) + 1
     if why in _FAILURES and failures > retry.failures:
-        told = f"it failed {failures} times without a new checkpoint between (retry.failures: {retry.failures})"
+        told = f"it failed {failures} times without a new checkpoint in between (retry.failures: {retry.failures})"
         return RetryDecision(False, told, code)
-    return RetryDecision(True, f"{why}: it goes on from {_place(step)}")
+    return RetryDecision(True, f"{why}: continues from {_resume_point(step)}")
 
 
 def _within_limits(history: Sequence[Attempt], step: int | None, retry: RetryConfig) -> RetryDecision:
@@ -362,15 +363,15 @@ def _within_limits(history: Sequence[Attempt], step: int | None, retry: RetryCon
     if stuck >= retry.starts_without_progress:
         return RetryDecision(
             False,
-            f"it was started {stuck} times from {_place(step)} and made no new checkpoint (retry."
+            f"it was started {stuck} times from {_resume_point(step)} and made no new checkpoint (retry."
             f"starts_without_progress: {retry.starts_without_progress}); see its logs, or save more often",
             EXIT_RESUME,
         )
-    return RetryDecision(True, f"from {_place(step)}")
+    return RetryDecision(True, f"from {_resume_point(step)}")
 
 
 def _starts_without_progress(history: Sequence[Attempt], step: int | None) -> int:
-    """How many of the newest starts began where it stands now; unknown where there are no steps to tell by."""
+    """Count the newest starts that began at the current step; 0 if there are no steps."""
     count = 0
     for attempt in reversed(history):
         if step is None or attempt.start.step != step:
@@ -380,7 +381,7 @@ def _starts_without_progress(history: Sequence[Attempt], step: int | None) -> in
 
 
 def _failures_in_a_row(history: Sequence[Attempt], step: int | None) -> int:
-    """Failures since the newest checkpoint, or since the last start that did not fail where there are no steps."""
+    """Count failures since the newest checkpoint or, without steps, since the last start that did not fail."""
     count = 0
     for attempt in reversed(history):
         if step is not None and attempt.start.step != step:
@@ -393,17 +394,17 @@ def _failures_in_a_row(history: Sequence[Attempt], step: int | None) -> int:
 
 
 def bad_nodes(history: Sequence[Attempt], retry: RetryConfig) -> tuple[str, ...]:
-    """Nodes on which this task has failed too often."""
+    """Return the nodes on which this task has failed too often."""
     failures = Counter(node for each in history if each.end for node in each.end.at_fault)
     return tuple(sorted(node for node, count in failures.items() if count >= retry.failures_of_a_node))
 
 
-def overall_code(codes: Sequence[int | None], srun: int) -> int:
-    """One exit code for the ranks of a start.
+def combined_exit_code(codes: Sequence[int | None], srun: int) -> int:
+    """Combine the exit codes of a start's ranks.
 
     Args:
-        codes: of each rank, in the order in which they ended; None for one that left no word.
-        srun: of the program that started them: 0 unless a rank failed or was lost.
+        codes: of each rank in order of their end; None for a rank without an exit file.
+        srun: exit code of the program that started them: 0 unless a rank failed or was lost.
     """
     failed = [code for code in codes if code not in (None, EXIT_OK, EXIT_RESUME)]
     if failed:
@@ -413,99 +414,104 @@ def overall_code(codes: Sequence[int | None], srun: int) -> int:
     return codes[0] or EXIT_OK if len(set(codes)) == 1 else TrainingError.exit_code
 
 
-def _place(step: int | None) -> str:
+def _resume_point(step: int | None) -> str:
     return "the beginning" if not step else f"step {step}"
 
 
 NOTHING_TO_DO = 100
 
 
-def begin(job: Submission, task: JobTask, place: Scheduler) -> RetryDecision:
-    """Note that a task starts, unless it is done, was asked to stop, or gets nowhere."""
+def begin(job: Submission, task: JobTask, scheduler: Scheduler) -> RetryDecision:
+    """Record that a task starts, unless it is complete, was asked to stop, or makes no progress."""
     history = read_history(task.launch)
     if history and history[-1].end is None:
-        _note_lost_start(task, place, history[-1].start)
+        _append_lost_end(task, scheduler, history[-1].start)
         history = read_history(task.launch)
     step = newest_step(task.progress)
     steps = task.progress.steps if task.progress else None
     stop, retry = task.stop_file.exists(), job.cluster.retry
-    verdict = judge_start(history, step=step, steps=steps, stop=stop, retry=retry, since=job.submitted)
-    if verdict.go:
-        start = Start(job=place.job, restart=place.restart, nodes=place.nodes, step=step, time=now())
-        _note(task, start)
+    decision = decide_start(history, step=step, steps=steps, stop=stop, retry=retry, since=job.submitted)
+    if decision.go:
+        start = Start(job=scheduler.job, restart=scheduler.restart, nodes=scheduler.nodes, step=step, time=now())
+        _append(task, start)
         prune_rank_exits(task.launch)
-    elif history and history[-1].end and history[-1].end.again:  # it was to go on, and does not
-        why: Why = "done" if not verdict.code else "stopped" if stop else "failed"
-        _note(task, End(why=why, code=verdict.code, text=verdict.text, again=False, time=now()))
-    return verdict
+    elif history and history[-1].end and history[-1].end.again:  # it was to continue, and now does not
+        why: Why = "done" if not decision.code else "stopped" if stop else "failed"
+        _append(task, End(why=why, code=decision.code, text=decision.text, again=False, time=now()))
+    return decision
 
 
-def _note(task: JobTask, entry: Start | End) -> None:
-    """Put it into the history; what a disk does not take is said, and the task goes on."""
+def _append(task: JobTask, entry: Start | End) -> None:
+    """Append to the history; on a disk error print a warning and continue."""
     try:
         write_entry(task.launch, entry)
     except OSError as error:
-        say(f"warning: {task.name}: this {entry.kind} is missing in the history: {error}")
+        log_line(f"warning: {task.name}: this {entry.kind} is missing from the history: {error}")
 
 
-def _note_lost_start(task: JobTask, place: Scheduler, start: Start) -> None:
-    """The last start left no word of its end: its node is down, or Slurm ended it before it could save."""
-    lost = place.lost([node for node in start.nodes if node not in place.nodes])
-    text = f"{', '.join(lost)} went down" if lost else "it was cut off before it could save, or its node was"
-    why: Why = "node lost" if lost else "unknown"
-    _note(task, End(why=why, code=EXIT_RESUME, text=text, again=True, at_fault=lost, time=now()))
+def _append_lost_end(task: JobTask, scheduler: Scheduler, start: Start) -> None:
+    """Record the end of an attempt that left none: its node went down, or Slurm killed it before it could save."""
+    down_nodes = scheduler.down_nodes([node for node in start.nodes if node not in scheduler.nodes])
+    text = (
+        f"{', '.join(down_nodes)} went down"
+        if down_nodes
+        else "it was interrupted before it could save, or its node failed"
+    )
+    why: Why = "node lost" if down_nodes else "unknown"
+    _append(task, End(why=why, code=EXIT_RESUME, text=text, again=True, at_fault=down_nodes, time=now()))
 
 
-def end(job: Submission, task: JobTask, place: Scheduler, srun_code: int) -> RetryDecision:
-    """Note how a start ended, and decide whether the task goes on.
+def end(job: Submission, task: JobTask, scheduler: Scheduler, srun_code: int) -> RetryDecision:
+    """Record the end of an attempt and decide whether the task continues.
 
     Args:
-        srun_code: of the program that ran the ranks.
+        srun_code: exit code of the program that ran the ranks.
     """
     history = read_history(task.launch)
-    if unknown := not history or not _is_of(history[-1].start, place):  # the disk did not take the start
-        start = Start(job=place.job, restart=place.restart, nodes=place.nodes, time=now())
+    if unknown := not history or not _belongs_to(history[-1].start, scheduler):  # the start could not be recorded
+        start = Start(job=scheduler.job, restart=scheduler.restart, nodes=scheduler.nodes, time=now())
         history = [*history, Attempt(start, None)]
-    found = read_rank_exits(task.launch, place.job, place.restart, job.world_size)
-    code = overall_code([each.code if each else None for each in found], srun_code)
-    why = _why(job, task, place, code)
-    at_fault = _at_fault(task, code, found, place) if why == "failed" else ()
+    found = read_rank_exits(task.launch, scheduler.job, scheduler.restart, job.world_size)
+    code = combined_exit_code([each.code if each else None for each in found], srun_code)
+    why = _end_reason(job, task, scheduler, code)
+    at_fault = _at_fault(task, code, found, scheduler) if why == "failed" else ()
     step = newest_step(task.progress)
-    verdict = judge_end(history, code=code, why=why, step=step, retry=job.cluster.retry, since=job.submitted)
-    if unknown and verdict.go:  # without a history nobody counts the starts
-        text = f"{verdict.text}; not started again, for its history cannot be written"
-        verdict = RetryDecision(False, text, code)
-    text = f"{verdict.text}{_who(code, found)}"
-    entry = End(why=why, code=code, text=text, again=verdict.go, at_fault=at_fault, time=now())
-    _note(task, entry)
-    return verdict._replace(text=text)
+    decision = decide_end(history, code=code, why=why, step=step, retry=job.cluster.retry, since=job.submitted)
+    if unknown and decision.go:  # without a history, starts cannot be counted
+        text = f"{decision.text}; not restarted, because its history cannot be written"
+        decision = RetryDecision(False, text, code)
+    text = f"{decision.text}{_failed_rank(code, found)}"
+    entry = End(why=why, code=code, text=text, again=decision.go, at_fault=at_fault, time=now())
+    _append(task, entry)
+    return decision._replace(text=text)
 
 
-def _is_of(start: Start, place: Scheduler) -> bool:
-    return (start.job, start.restart) == (place.job, place.restart)
+def _belongs_to(start: Start, scheduler: Scheduler) -> bool:
+    return (start.job, start.restart) == (scheduler.job, scheduler.restart)
 
 
-def _why(job: Submission, task: JobTask, place: Scheduler, code: int) -> Why:
+def _end_reason(job: Submission, task: JobTask, scheduler: Scheduler, code: int) -> Why:
     if code == EXIT_OK:
         return "done"
     if task.stop_file.exists():
         return "stopped"
-    return place.why_stopped(job) if code == EXIT_RESUME else "failed"
+    return scheduler.stop_reason(job) if code == EXIT_RESUME else "failed"
 
 
-def _at_fault(task: JobTask, code: int, found: Sequence[RankExit | None], place: Scheduler) -> tuple[str, ...]:
-    """The node on which the first rank failed, in a way that may be the node's doing: killed, hung, or an error that
-    is none of ours. Nodes that are down are at fault before any rank."""
-    if down := place.lost(place.nodes):
+def _at_fault(task: JobTask, code: int, found: Sequence[RankExit | None], scheduler: Scheduler) -> tuple[str, ...]:
+    """Return the node of the first failed rank if the node may be the cause: killed, hung, or an unknown error. Nodes
+    that
+    are down come before any rank."""
+    if down := scheduler.down_nodes(scheduler.nodes):
         return down
     if code == HangError.exit_code and (hosts := hung_hosts(task.folder)):
-        return tuple(sorted(hosts & set(place.nodes)))
+        return tuple(sorted(hosts & set(scheduler.nodes)))
     failed = [each for each in found if each and each.code not in (EXIT_OK, EXIT_RESUME)]
     by_node = failed and (failed[0].code >= 128 or failed[0].code in (1, HangError.exit_code))
     return (failed[0].node,) if by_node else ()
 
 
-def _who(code: int, found: Sequence[RankExit | None]) -> str:
+def _failed_rank(code: int, found: Sequence[RankExit | None]) -> str:
     failed = [each for each in found if each and each.code == code]
     if code in (EXIT_OK, EXIT_RESUME) or not failed:
         return ""
@@ -513,8 +519,9 @@ def _who(code: int, found: Sequence[RankExit | None]) -> str:
 
 
 def newest_step(progress: Progress | None) -> int | None:
-    """The step of the newest committed checkpoint, 0 where there is none; None for a task without, or where the store
-    does not answer. Steps that were skipped at its end do not count: they have trained nothing."""
+    """Return the step of the newest committed checkpoint, 0 if there is none; None without progress or if the store
+    does
+    not answer. Skipped steps at its end do not count: they trained nothing."""
     if progress is None:
         return None
     try:
@@ -524,63 +531,63 @@ def newest_step(progress: Progress | None) -> int | None:
     except ObjectMissing:
         return 0
     except (DataError, ValueError) as error:
-        say(f"warning: cannot tell how far it is: {error}")
+        log_line(f"warning: cannot determine the newest step: {error}")
         return None
 
 
 def _skipped_at_the_end(store: Store, name: str) -> int:
     try:
         return parse_manifest(store.get(f"{name}/manifest.json"), name).skipped_in_a_row
-    except (ObjectMissing, CheckpointError):  # damage is named by the run itself, which passes over it
+    except (ObjectMissing, CheckpointError):  # the run itself reports and skips a damaged checkpoint
         return 0
 
 
-def say(text: str) -> None:
-    """A line for the job's own log."""
+def log_line(text: str) -> None:
+    """Print a line to the job's log."""
     print(f"launcher: {text}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """What the batch script calls; returns its exit code."""
+    """Entry point of the batch script; returns its exit code."""
     shield_streams()
     action, folder, *rest = arguments
     job = read_job(Path(folder))
     task = job.tasks[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]
-    place = SlurmPlace()
+    scheduler = SlurmScheduler()
     if action == "begin":
-        verdict = begin(job, task, place)
-        say(f"{task.name}: {verdict.text}")
-        failing = set(bad_nodes(read_history(task.launch), job.cluster.retry)) & set(place.nodes)
-        if verdict.go and failing:
-            say(f"warning: runs on {', '.join(sorted(failing))} in spite of failures there")
-        return EXIT_OK if verdict.go else (verdict.code or NOTHING_TO_DO)
-    verdict = end(job, task, place, int(rest[0]))
-    say(f"{task.name}: {verdict.text}")
-    return _again(job, task, place) if verdict.go else verdict.code
+        decision = begin(job, task, scheduler)
+        log_line(f"{task.name}: {decision.text}")
+        failing = set(bad_nodes(read_history(task.launch), job.cluster.retry)) & set(scheduler.nodes)
+        if decision.go and failing:
+            log_line(f"warning: running on {', '.join(sorted(failing))} despite failures there")
+        return EXIT_OK if decision.go else (decision.code or NOTHING_TO_DO)
+    decision = end(job, task, scheduler, int(rest[0]))
+    log_line(f"{task.name}: {decision.text}")
+    return _requeue(job, task, scheduler) if decision.go else decision.code
 
 
-def _again(job: Submission, task: JobTask, place: SlurmPlace) -> int:
-    """Requeue this job, then keep it off the nodes that it failed on: only a job that waits can be told so."""
+def _requeue(job: Submission, task: JobTask, scheduler: SlurmScheduler) -> int:
+    """Requeue this job, then exclude the nodes on which it failed: Slurm accepts that for pending jobs only."""
     bad = bad_nodes(read_history(task.launch), job.cluster.retry)
-    left_out = place.leave_out(job, bad)
+    left_out = scheduler.excludable(job, bad)
     if bad and not left_out:
-        say(f"{', '.join(bad)} failed too often, but without it the job would not fit its partition: it is kept")
+        log_line(f"{', '.join(bad)} failed too often, but the partition is too small without it: not excluded")
     try:
-        slurm.requeue(place.job)
+        slurm.requeue(scheduler.job)
         if left_out:
-            slurm.exclude(place.job, [*job.cluster.exclude, *left_out])
-            say(f"left out from now on: {', '.join(left_out)}")
+            slurm.exclude(scheduler.job, [*job.cluster.exclude, *left_out])
+            log_line(f"excluded from now on: {', '.join(left_out)}")
     except BackendError as error:
-        say(f"error: {error}; `regen jobs resume` goes on")
+        log_line(f"error: {error}; `regen jobs resume` continues")
         return EXIT_RESUME
     return EXIT_OK
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to requeue a job is to end it, and this process with it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # requeueing a job ends it, and this process with it
     try:
         code = main(sys.argv[1:])
     except RegenError as error:
-        say(f"error: {error}")
+        log_line(f"error: {error}")
         code = error.exit_code
     raise SystemExit(code)

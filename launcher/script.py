@@ -1,6 +1,6 @@
-"""From a job to Submitit's executors, and to the batch script that Slurm gets.
+"""Submitit executors of a job, and the batch script that is given to Slurm.
 
-Nothing of a job is pasted into a shell: what the script holds is quoted, and commands travel as lists of arguments.
+Nothing is interpolated into a shell unquoted; commands travel as argument lists.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from regen_dist.programs import python
 
 
 class BatchExecutor(submitit.SlurmExecutor):
-    """Submitit's, also where Slurm is not installed: there the script can at least be shown."""
+    """Submitit's Slurm executor, usable where Slurm is not installed: the script can still be printed."""
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
     def submit_all(self, tasks: Sequence[SlurmTask]) -> str:
-        """Give Slurm one job for a task, or one array for several; returns its id. Submitit starts an array by an
-        executor without the options of this one, so here it is started as a single job is.
+        """Submit one job for a single task or one array for several; return the job id. Submitit would start an array
+        by an executor without our options, so arrays are submitted the way single jobs are.
 
         Raises:
-            FailedJobError, FailedSubmissionError: of Submitit.
+            FailedJobError, FailedSubmissionError: from Submitit.
         """
         if len(tasks) > 1:
             self.parameters["map_count"] = len(tasks)
         JobPaths.get_first_id_independent_folder(self.folder).mkdir(parents=True, exist_ok=True)
-        with slurm.as_client():
+        with slurm.client_variables_set():
             first = str(self._submit_command(self._submitit_command_str).job_id)
         names = [first] if len(tasks) == 1 else [f"{first}_{number}" for number in range(len(tasks))]
         for name, task in zip(names, tasks, strict=True):
@@ -49,7 +49,7 @@ class BatchExecutor(submitit.SlurmExecutor):
             submission.set_timeout(self.parameters["time"], self.max_num_timeout)
             path = JobPaths(self.folder, job_id=name).submitted_pickle
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}")  # a task that has begun already waits for its file
+            temporary = path.with_name(f".{path.name}")  # a task that has already begun waits for its file
             submission.dump(temporary)
             os.replace(temporary, path)
         return first
@@ -60,38 +60,37 @@ class BatchExecutor(submitit.SlurmExecutor):
 
 
 def slurm_executor(job: Submission, dependency: str | None = None) -> BatchExecutor:
-    """The executor that submits this job."""
+    """Return the executor that submits this job."""
     program = job.cluster.python or shlex.quote(sys.executable)
     executor = BatchExecutor(submission_folder(job), max_num_timeout=job.cluster.retry.starts, python=program)
-    executor.update_parameters(**parameters(job, dependency))
+    executor.update_parameters(**submitit_parameters(job, dependency))
     return executor
 
 
 def submission_folder(job: Submission) -> Path:
-    """Where Submitit keeps what it writes.
+    """Return Submitit's folder.
 
     Raises:
-        ConfigError: Slurm would read something else in this path.
+        ConfigError: the path contains characters that Slurm would interpret.
     """
     path = job.folder / "submitit"
     if wrong := sorted({character for character in str(path) if character in "%\\\n"}):
         raise ConfigError(
-            f"{str(path)!r}: Slurm gives {', '.join(map(repr, wrong))} in the path of a log a meaning of its own; "
-            "choose another output folder"
+            f"{str(path)!r}: Slurm interprets {', '.join(map(repr, wrong))} in log paths; choose another output folder"
         )
     return path
 
 
 def batch_script(job: Submission, dependency: str | None = None) -> str:
-    """The text that sbatch gets."""
+    """Return the batch script that sbatch reads."""
     executor = slurm_executor(job, dependency)
     if job.is_array:
         executor.parameters["map_count"] = len(job.tasks)
     return str(executor._make_submission_file_text(executor._submitit_command_str, job.name))
 
 
-def parameters(job: Submission, dependency: str | None = None) -> dict[str, Any]:
-    """What Submitit is told of a job."""
+def submitit_parameters(job: Submission, dependency: str | None = None) -> dict[str, Any]:
+    """Return Submitit's parameters of a job."""
     cluster = job.cluster
     asked = {
         "job_name": job.name,
@@ -111,17 +110,17 @@ def parameters(job: Submission, dependency: str | None = None) -> dict[str, Any]
         "exclusive": cluster.exclusive or None,
         "dependency": dependency,
         "array_parallelism": cluster.array_parallelism,
-        "srun_args": [*_srun(cluster), *cluster.srun],
-        "setup": _before(job),
-        "teardown": _after(job),
+        "srun_args": [*_srun_arguments(cluster), *cluster.srun],
+        "setup": _prolog(job),
+        "teardown": _epilog(job),
     }
     given = {name: value for name, value in asked.items() if value is not None}
     return given | {"wckey": None, "additional_parameters": _options(job, dependency)}
 
 
-def _srun(cluster: ClusterConfig) -> list[str]:
-    """A rank that fails takes the others with it, which would wait for it until they notice. Since Slurm 22.05 srun no
-    longer hears of the cores of a task from sbatch. Ranks get what the script exports, whatever the job inherited."""
+def _srun_arguments(cluster: ClusterConfig) -> list[str]:
+    """Return the arguments of srun. A rank that fails ends the others, which would otherwise block until their timeout.
+    Since Slurm 22.05 srun no longer inherits --cpus-per-task from sbatch. Ranks get exactly what the script exports."""
     cores = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
     return ["--kill-on-bad-exit=1", "--export=ALL", *cores]
 
@@ -135,33 +134,33 @@ def _gpus(cluster: ClusterConfig) -> int | str | None:
 def _options(job: Submission, dependency: str | None) -> dict[str, str | int | bool]:
     own: dict[str, str | int | bool] = {"chdir": str(job.workdir), "requeue": True}
     if dependency:
-        own["kill-on-invalid-dep"] = "yes"  # or it would wait for ever
+        own["kill-on-invalid-dep"] = "yes"  # otherwise it would stay in the queue forever
     chosen = {name.replace("_", "-"): value for name, value in job.cluster.sbatch.items() if value is not False}
     return chosen | own
 
 
-def _before(job: Submission) -> list[str]:
-    """Shell lines ahead of the ranks: the environment, and whether the task goes at all."""
+def _prolog(job: Submission) -> list[str]:
+    """Return the shell lines before the ranks: the environment, and the check whether the task should start."""
     exported = {**job.cluster.environment, "PYTHONSAFEPATH": "1"}
     return [
         *job.cluster.activate,
         *(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
         f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "trap : TERM  # this shell outlives what it is sent, to say what follows",
-        f"{_attempt('begin', job)}; verdict=$?",
+        "trap : TERM  # this shell outlives the signal, to decide what follows",
+        f"{_retry_command('begin', job)}; verdict=$?",
         f"[ $verdict -ne {NOTHING_TO_DO} ] || exit 0",
         "[ $verdict -eq 0 ] || exit $verdict",
     ]
 
 
-def _after(job: Submission) -> list[str]:
-    return ["code=$?", f'{_attempt("end", job)} "$code"', "exit $?"]
+def _epilog(job: Submission) -> list[str]:
+    return ["code=$?", f'{_retry_command("end", job)} "$code"', "exit $?"]
 
 
-def _attempt(action: str, job: Submission) -> str:
+def _retry_command(action: str, job: Submission) -> str:
     return shlex.join(python("-m", "launcher.retry", action, str(job.folder)))
 
 
-def callables(job: Submission) -> Sequence[SlurmTask]:
-    """One for each task; which task it is, its array says."""
+def slurm_tasks(job: Submission) -> Sequence[SlurmTask]:
+    """Return one callable per task; the array index selects the task."""
     return [SlurmTask(str(job.folder))] * len(job.tasks)

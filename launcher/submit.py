@@ -1,4 +1,4 @@
-"""Making jobs, and handing them to a scheduler."""
+"""Creation of jobs and their submission to a scheduler."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from launcher import local_executor, slurm
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, LAUNCH, JobTask, Progress, Submission, new_folder, write_job
 from launcher.retry import archive_history, read_history
-from launcher.script import callables, slurm_executor
+from launcher.script import slurm_executor, slurm_tasks
 from regen_dist.config import AnyRunConfig, config_hash, load_config, to_yaml
 from regen_dist.config.files import parse_yaml, write_text_atomically
 from regen_dist.config.version import VERSION_FILE, code_version
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, BackendError, ConfigError, RegenError
 from regen_dist.jsontext import json_text
 
-# The code that a job runs: a copy made when it is submitted, so that a job that starts again next week runs it too.
+# Code snapshots: a copy made at submission, so that a job that restarts next week runs the same code.
 
 ROOT = Path(__file__).resolve().parents[1]
 _PARTS = ("regen_dist", "launcher", "tools", "configs", "pyproject.toml")
@@ -36,14 +36,14 @@ _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
 def take_snapshot(folder: Path, root: Path = ROOT) -> Path:
-    """Copy the code to `folder/HASH`; the same code is copied once.
+    """Copy the code to `folder/HASH`; identical code is copied once.
 
-    With it go `VERSION` (what `code_version` says of it there) and, from a git checkout, `changes.patch`: what differs
-    from the commit.
+    The copy includes `VERSION` (the result of `code_version`) and, from a git checkout, `changes.patch` (the difference
+    from the commit).
 
     Args:
-        folder: for all snapshots of a run.
-        root: of the checkout or installation.
+        folder: parent of all snapshots of a run.
+        root: checkout or installation.
     """
     place = folder / _fingerprint(root)
     if place.is_dir():
@@ -62,7 +62,7 @@ def take_snapshot(folder: Path, root: Path = ROOT) -> Path:
         os.replace(temporary, place)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not place.is_dir():  # another submission may have been quicker
+        if not place.is_dir():  # another submission may have created it first
             raise
     return place
 
@@ -86,7 +86,7 @@ def _is_ignored(path: Path) -> bool:
 
 
 def _changes(root: Path) -> str:
-    """What differs from the commit; empty where this is no checkout, or git is not here."""
+    """Return the difference from the commit; empty outside a git checkout or without git."""
     if not (root / ".git").exists():
         return ""
     command = ["git", "-C", str(root), "diff", "HEAD", "--", *(path.name for path in _existing(root))]
@@ -98,15 +98,15 @@ def _changes(root: Path) -> str:
 
 @dataclass(frozen=True)
 class SubmissionRequest:
-    """What shall run where, before anything is written.
+    """Commands and cluster of a submission, before anything is written.
 
     Args:
-        name: of the job.
-        base: the folder that it belongs to; its submissions are kept in `launch/` there.
-        tasks: one, or those of an array.
-        cluster: the place, with what the command line changed.
-        cluster_name: what the user calls it.
-        configs: of training tasks, in their order; empty for other commands.
+        name: name of the job.
+        base: folder of the job; its submissions are stored in `launch/` there.
+        tasks: one task, or those of an array.
+        cluster: the cluster, with the overrides of the command line.
+        cluster_name: its name as the user gave it.
+        configs: configs of training tasks, in task order; empty for other commands.
     """
 
     name: str
@@ -116,25 +116,25 @@ class SubmissionRequest:
     cluster: ClusterConfig
     cluster_name: str
     configs: tuple[AnyRunConfig, ...] = ()
-    whole: str = ""  # fingerprint of the order that this is a part of
+    parent_fingerprint: str = ""  # fingerprint of the request that this is a part of
 
     @property
     def fingerprint(self) -> str:
-        """Of what is run: another one, and a job that was done before is another job. Hexadecimal."""
+        """Hash of commands and configs (hexadecimal); a new hash means a new job."""
         what = [[*task.command] for task in self.tasks] + [[config_hash(config)] for config in self.configs]
-        return self.whole or hashlib.sha256(json_text(what).encode()).hexdigest()[:16]
+        return self.parent_fingerprint or hashlib.sha256(json_text(what).encode()).hexdigest()[:16]
 
     def part(self, tasks: Sequence[JobTask]) -> SubmissionRequest:
-        """The same for some of its tasks."""
+        """Return the same request for a subset of its tasks."""
         configs = tuple(c for task, c in zip(self.tasks, self.configs, strict=False) if task in tasks)
-        return replace(self, tasks=tuple(tasks), configs=configs, whole=self.fingerprint)
+        return replace(self, tasks=tuple(tasks), configs=configs, parent_fingerprint=self.fingerprint)
 
     @property
     def distributed(self) -> bool:
         return bool(self.configs)
 
     def job(self, folder: Path, code: Path) -> Submission:
-        """The same as a submission that is kept in `folder`."""
+        """Return the request as a submission stored in `folder`."""
         return Submission(
             name=self.name, kind=self.kind, cluster=self.cluster, cluster_name=self.cluster_name, tasks=self.tasks,
             distributed=self.distributed, folder=folder, workdir=Path.cwd(), code=code, submitted=time.time(),
@@ -143,8 +143,8 @@ class SubmissionRequest:
 
 
 def train_task(config: AnyRunConfig, *, fresh: bool = False) -> JobTask:
-    """Training as a task: by a copy of the resolved config in the run folder, so that nothing changes under a job that
-    waits."""
+    """Return a training task. It uses a copy of the resolved config in the run folder, so that a pending job does not
+    change."""
     folder = config.folder.absolute()
     flags = ["--fresh"] if fresh else []
     progress = Progress(checkpoints=_absolute(config.checkpoints), steps=config.train.steps)
@@ -156,19 +156,19 @@ def _absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).absolute())
 
 
-def train_order(
+def train_request(
     config: AnyRunConfig, cluster: ClusterConfig, cluster_name: str, *, fresh: bool = False
 ) -> SubmissionRequest:
-    """One run."""
+    """Return the request of one training run."""
     task = train_task(config, fresh=fresh)
     return SubmissionRequest(config.name, "train", task.folder, (task,), cluster, cluster_name, (config,))
 
 
-def command_order(
+def command_request(
     name: str, base: Path, command: Sequence[str], cluster: ClusterConfig, cluster_name: str, *, tasks: int = 1
 ) -> SubmissionRequest:
-    """Any command of `regen`, or an array of them: `{task}` and `{tasks}` in an argument stand for the task's number,
-    from 0, and for how many there are."""
+    """Return the request of any `regen` command, or of an array of them. `{task}` and `{tasks}` in an argument are
+    replaced by the task's index (from 0) and the number of tasks."""
     base = base.absolute()
 
     def one(number: int) -> JobTask:
@@ -179,31 +179,30 @@ def command_order(
     return SubmissionRequest(name, "run", base, tuple(map(one, range(tasks))), cluster, cluster_name)
 
 
-def submit(order: SubmissionRequest, dependency: str | None = None) -> Submission:
-    """Write everything that the job needs into its folder, and hand it to the scheduler; nothing stays of one that was
-    refused.
+def submit(request: SubmissionRequest, dependency: str | None = None) -> Submission:
+    """Write the job's files and hand it to the scheduler; a refused submission leaves nothing behind.
 
     Args:
         dependency: for Slurm, as "afterok:123".
 
     Raises:
-        RegenError: Slurm refused, or the job did not start here.
+        RegenError: Slurm refused the job, or it did not start on this machine.
     """
-    code = take_snapshot(order.base / LAUNCH / "code")
-    job = order.job(new_folder(order.base), code)
-    for task in order.tasks:
-        if task.progress is None:  # a command that is submitted again shall run again
+    code = take_snapshot(request.base / LAUNCH / "code")
+    job = request.job(new_folder(request.base), code)
+    for task in request.tasks:
+        if task.progress is None:  # a resubmitted command runs again
             archive_history(task.launch, job.folder.name)
-    for task, config in zip(order.tasks, order.configs, strict=False):
+    for task, config in zip(request.tasks, request.configs, strict=False):
         write_text_atomically(task.launch / "config.yaml", to_yaml(config))
     return submit_to_slurm(job, dependency)
 
 
 def submit_to_slurm(job: Submission, dependency: str | None = None) -> Submission:
-    """Give a job, whose folder and code are there, to its scheduler.
+    """Give a job to its scheduler; its folder and code snapshot must exist.
 
     Raises:
-        RegenError: as of `submit`.
+        RegenError: see `submit`.
     """
     for task in job.tasks:
         task.stop_file.unlink(missing_ok=True)
@@ -214,7 +213,7 @@ def submit_to_slurm(job: Submission, dependency: str | None = None) -> Submissio
         else:
             write_text_atomically(job.folder / ID_FILE, f"{_sbatch(job, dependency)}\n")
     except RegenError:
-        shutil.rmtree(job.folder, ignore_errors=True)  # it never was a job
+        shutil.rmtree(job.folder, ignore_errors=True)  # it was never submitted
         raise
     return job
 
@@ -222,49 +221,49 @@ def submit_to_slurm(job: Submission, dependency: str | None = None) -> Submissio
 def _sbatch(job: Submission, dependency: str | None) -> str:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    if not slurm.is_here():
-        raise BackendError("sbatch is not found: submit where Slurm's programs are, or with --cluster local")
+    if not slurm.is_available():
+        raise BackendError("sbatch not found: submit where Slurm is installed, or with --cluster local")
     executor = slurm_executor(job, dependency)
     try:
-        return executor.submit_all(callables(job))
+        return executor.submit_all(slurm_tasks(job))
     except (FailedJobError, FailedSubmissionError) as error:
-        raise BackendError(f"Slurm refused the job: {_said(error)}") from None
+        raise BackendError(f"Slurm refused the job: {_sbatch_message(error)}") from None
 
 
-def _said(error: BaseException) -> str:
-    """What sbatch printed, out of what Submitit makes of it."""
+def _sbatch_message(error: BaseException) -> str:
+    """Extract sbatch's message from Submitit's exception."""
     lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
     return next((line for line in lines if "error:" in line), lines[-1] if lines else repr(error))
 
 
-def exit_code_here(job: Submission) -> int | None:
-    """The exit code of a local job; None while it runs, or where it was killed."""
+def local_exit_code(job: Submission) -> int | None:
+    """Return the exit code of a local job; None while it runs or if it was killed."""
     path = job.folder / local_executor.EXIT_FILE
     return int(path.read_text()) if path.is_file() else None
 
 
-# Sweeps: one run for each value of a key, as one array.
+# Sweeps: one run per value of a key, as one array.
 
 _SUFFIX = "-sweep"
 
 
 def expand_sweep(config: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[tuple[AnyRunConfig, str]]:
-    """The config of every run of a sweep, and the name of the run that all of them change.
+    """Return the config of every run of a sweep, with the name of the base run.
 
-    Each is named after what is its own: `nano` swept over `optimizer.lr=1e-3,3e-3` gives `nano-lr1e-3`, `nano-lr3e-3`.
+    Runs are named after their values: `nano` swept over `optimizer.lr=1e-3,3e-3` gives `nano-lr1e-3`, `nano-lr3e-3`.
 
     Args:
         config: a YAML file.
-        overrides: of every run.
+        overrides: applied to every run.
         sweeps: `a.b=value,value`; several give every combination.
 
     Raises:
-        ConfigError: a sweep cannot be read, has one value, or gives two runs of one name; or a run's config is wrong.
+        ConfigError: a sweep is malformed or has one value, two runs have the same name, or a config is invalid.
     """
     base = load_config(config, overrides).name
     runs = []
-    for chosen in itertools.product(*map(_choices, sweeps)):
-        name = "-".join([base, *(f"{key.rpartition('.')[2]}{_plain(text)}" for key, text in chosen)])
+    for chosen in itertools.product(*map(_parse_sweep, sweeps)):
+        name = "-".join([base, *(f"{key.rpartition('.')[2]}{_as_name(text)}" for key, text in chosen)])
         own = [*(f"{key}={text}" for key, text in chosen), f"name={name}"]
         runs.append((load_config(config, [*overrides, *own]), base))
     names = [run.name for run, _ in runs]
@@ -275,8 +274,8 @@ def expand_sweep(config: Path, overrides: Sequence[str], sweeps: Sequence[str]) 
     return runs
 
 
-def _choices(sweep: str) -> list[tuple[str, str]]:
-    """`a.b=[1, 2],[3, 4]` as its key with each of its values, as they were written."""
+def _parse_sweep(sweep: str) -> list[tuple[str, str]]:
+    """Split `a.b=[1, 2],[3, 4]` into pairs of its key and each value, as written."""
     key, equals, text = sweep.partition("=")
     values = _split(text)
     if not equals or not key or len(values) < 2:
@@ -287,7 +286,7 @@ def _choices(sweep: str) -> list[tuple[str, str]]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that stand in no bracket and in no quotes, as YAML sees them."""
+    """Split at commas outside brackets and quotes, by YAML's rules."""
     try:
         parse_yaml(f"[{text}]")
     except yaml.YAMLError as error:
@@ -296,53 +295,55 @@ def _split(text: str) -> list[str]:
     return [f"[{text}]"[each.start_mark.index : each.end_mark.index] for each in node.value]
 
 
-def _plain(text: str) -> str:
-    """A value as part of a name."""
+def _as_name(text: str) -> str:
+    """Return a value as part of a file name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_")
 
 
-def sweep_order(
+def sweep_request(
     runs: Sequence[tuple[AnyRunConfig, str]], cluster: ClusterConfig, cluster_name: str
 ) -> SubmissionRequest:
-    """The runs as one array. Each keeps its own folder; the array's stands beside them, by the name NAME-sweep."""
+    """Return the request of all runs as one array. Runs keep their folders; the array's folder is NAME-sweep."""
     configs = tuple(config for config, _ in runs)
     name = f"{runs[0][1]}{_SUFFIX}"
     base = configs[0].folder.absolute().parent / name
     return SubmissionRequest(name, "sweep", base, tuple(map(train_task, configs)), cluster, cluster_name, configs)
 
 
-# Waiting for a job's end.
+# Waiting for a job.
 
 _LOCAL_POLL_S, _SLURM_POLL_S = 0.3, 5.0
 _LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
 
 
 def wait_for(job: Submission) -> int:
-    """Block until a job has ended for good; its exit code: 0, or that of its first task that did not end well."""
+    """Block until a job has ended; return 0, or the exit code of its first task that did not succeed."""
     while is_alive(job):
         time.sleep(_LOCAL_POLL_S if job.cluster.kind == "local" else _SLURM_POLL_S)
     if job.cluster.kind == "local":
-        code = exit_code_here(job)
+        code = local_exit_code(job)
         return RegenError.exit_code if code is None else code
-    return next((code for code in map(last_code, job.tasks) if code), EXIT_OK)
+    return next((code for code in map(last_exit_code, job.tasks) if code), EXIT_OK)
 
 
 def is_alive(job: Submission) -> bool:
-    """Whether a job runs, or waits to."""
+    """Return whether a job is running or pending."""
     if job.cluster.kind == "local":
         return local_executor.is_running_locally(job)
     known = slurm.queue([job.id() or ""])
-    # A job that is requeued is COMPLETED for a moment
-    return any(state in _LIVING for state, _ in known.values()) or any(_goes_on(task) for task in job.tasks if known)
+    # A requeued job is COMPLETED for a moment.
+    return any(state in _LIVING for state, _ in known.values()) or any(
+        _will_be_requeued(task) for task in job.tasks if known
+    )
 
 
-def _goes_on(task: JobTask) -> bool:
+def _will_be_requeued(task: JobTask) -> bool:
     history = read_history(task.launch)
     return bool(history) and history[-1].end is not None and history[-1].end.again
 
 
-def last_code(task: JobTask) -> int:
-    """The exit code of a task's newest start; 75 where it was cut off."""
+def last_exit_code(task: JobTask) -> int:
+    """Return the exit code of a task's newest start; 75 if it was interrupted without a record."""
     history = read_history(task.launch)
     if not history or history[-1].end is None:
         return EXIT_RESUME

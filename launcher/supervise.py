@@ -1,8 +1,8 @@
-"""Starts the ranks of one job on this machine, and sees them through to one exit code.
+"""Local supervisor: starts the ranks of a job on this machine and combines their exit codes.
 
-At a terminal rank 0 keeps it (its progress line stays live); the others write to RUN/logs/rank_N.log. A signal that
-reaches the launcher reaches every rank once. When a rank fails the others are asked to end, and after a grace period
-made to; when the launcher itself is killed, the kernel kills the ranks.
+At a terminal, rank 0 keeps the terminal (its progress line stays live); the others write to RUN/logs/rank_N.log. A
+signal to the launcher reaches every rank once. When a rank fails, the others are asked to end and are killed after a
+grace period; if the launcher itself is killed, the kernel kills the ranks.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from regen_dist.distributed.environment import RankInfo, rank_variables, without
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
 from regen_dist.programs import regen, with_safe_path
 
-# Where DeepSpeed's compiled operators live, and the locks that a killed build leaves there.
+# Folder of DeepSpeed's compiled operators, and stale locks of killed builds.
 #
-# torch guards each build folder with a file named `lock`, which its builder keeps open and deletes at the end. A
-# builder that is killed leaves the file, and every later process waits for it without a word and without an end.
+# torch guards each build folder by a file named `lock`, which its builder keeps open and deletes at the end. After a
+# killed build the file remains, and every later process waits for it forever without a message.
 
 DEFAULT_FOLDER = Path(".cache") / "torch_extensions"
-_GRACE_S = 10.0  # younger locks are left alone: their builder may live in another container of this machine
-_GRACE_UNKNOWN_S = 1800.0  # where /proc cannot tell who builds, only a lock older than any build is taken for dead
+_GRACE_S = 10.0  # younger locks are kept: their builder may run in another container of this machine
+_GRACE_UNKNOWN_S = 1800.0  # without /proc, only a lock older than any build counts as stale
 
 
 def extensions_folder() -> Path:
-    """The folder of compiled operators: TORCH_EXTENSIONS_DIR, or a cache of the project under the current directory."""
+    """Return the folder of compiled operators: TORCH_EXTENSIONS_DIR, or a cache under the current directory."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or DEFAULT_FOLDER).resolve()
 
 
 def clear_stale_locks(folder: Path, *, grace_s: float = _GRACE_S) -> list[Path]:
-    """Delete the locks under `folder` that no process of this machine holds; returns those that were deleted.
+    """Delete the locks under `folder` that no process of this machine holds; return the deleted ones.
 
     Args:
-        folder: root of the compiled operators, one subfolder an operator.
+        folder: root of the compiled operators, one subfolder per operator.
         grace_s: age in seconds below which a lock is never touched.
     """
     held = _files_held_open()
@@ -66,7 +66,7 @@ def _is_stale(lock: Path, held: set[str], limit_s: float) -> bool:
 
 
 def _files_held_open() -> set[str] | None:
-    """Paths under a folder of compiled operators that some process has open; None where /proc cannot tell."""
+    """Return the operator build locks that some process has open; None without /proc."""
     processes = Path("/proc")
     if not (processes / "self" / "fd").is_dir():
         return None
@@ -80,14 +80,14 @@ def _files_held_open() -> set[str] | None:
     return held
 
 
-GRACE_S = 20.0  # between asking a rank to end and killing it
-# What the launcher is told, and what it tells the ranks. A terminal that closes (SIGHUP) is no reason to lose work.
+GRACE_S = 20.0  # between the request to end and the kill
+# Signals to the launcher -> signal sent to the ranks. A closed terminal (SIGHUP) must not lose work.
 FORWARDED = {
     **{number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)},
     signal.SIGHUP: signal.SIGTERM,
 }
 _PR_SET_PDEATHSIG = 1
-_WAKE_S = 0.5  # a signal that comes just before the main thread blocks is handled when it wakes: never wait for ever
+_WAKE_S = 0.5  # a signal that arrives just before the main thread blocks is handled at the next wake-up
 _TAIL_LINES = 15
 
 
@@ -99,18 +99,18 @@ def launch(
     environment: Mapping[str, str] | None = None,
     grace_s: float = GRACE_S,
 ) -> int:
-    """Run `command` as `ranks` processes that find each other through RANK, WORLD_SIZE, MASTER_ADDR and their kin.
+    """Run `command` as `ranks` processes that rendezvous through RANK, WORLD_SIZE, MASTER_ADDR etc.
 
     Args:
         command: program and arguments, passed on literally to every rank.
         ranks: number of processes.
         logs: folder for rank_N.log of the ranks above 0; appended to.
-        environment: what the ranks inherit; this process's own environment by default.
-        grace_s: seconds between asking a rank to end and killing it.
+        environment: environment of the ranks; that of this process by default.
+        grace_s: seconds between the request to end and the kill.
 
     Returns:
-        0 when every rank ended well; 75 when every rank asks to be resumed; otherwise the code of the first rank that
-        failed (128+n where signal n ended it), or TrainingError's where some finished and some ask to be resumed.
+        0 if every rank succeeded; 75 if every rank asks to be resumed; otherwise the exit code of the first rank that
+        failed (128+n if signal n ended it), or TrainingError's if some finished and some ask to be resumed.
     """
     base = rank_environment(os.environ if environment is None else environment, ranks)
     return supervise(command, rank_environments(base, ranks), logs=logs, grace_s=grace_s, terminal=True).code
@@ -124,47 +124,47 @@ def supervise(
     grace_s: float = GRACE_S,
     terminal: bool = False,
 ) -> JobExit:
-    """Run `command` as the ranks of this machine, and see them through.
+    """Run `command` as the ranks of this machine until all have ended.
 
     Args:
         command: program and arguments, passed on literally to every rank.
-        environments: the whole environment of each rank, by its number.
+        environments: complete environment of each rank, by rank.
         logs: folder for rank_N.log; appended to.
-        grace_s: seconds between asking a rank to end and killing it.
-        terminal: rank 0 prints where this process does, not to a log.
+        grace_s: seconds between the request to end and the kill.
+        terminal: rank 0 prints to this process's output instead of a log.
     """
     for lock in clear_stale_locks(extensions_folder()):
-        print(f"deleted the lock of a build that was killed: {lock}", file=sys.stderr)
+        print(f"deleted the lock of a killed build: {lock}", file=sys.stderr)
     job = _Job(grace_s=grace_s, logs=logs, terminal=terminal)
     with job.forwarding_signals():
         try:
             for rank, environment in environments.items():
                 job.start(command, rank, environment)
-            return JobExit(job.wait(), dict(job.codes), tuple(each.name for each in job.told))
+            return JobExit(job.wait(), dict(job.codes), tuple(each.name for each in job.signals))
         finally:
             job.kill()
 
 
 class JobExit(NamedTuple):
-    """How a job ended: its one code (see `launch`), that of each rank in the order in which they ended, and the signals
-    that they were sent."""
+    """Result of a job: combined exit code (see `launch`), exit code of each rank in order of their end, and the signals
+    sent to them."""
 
     code: int
     codes: dict[int, int]
-    told: tuple[str, ...]
+    signals: tuple[str, ...]
 
 
 def rank_environments(base: Mapping[str, str], ranks: int) -> dict[int, dict[str, str]]:
-    """The environment of each of `ranks` processes that meet on this machine."""
+    """Return the environment of each of `ranks` processes that rendezvous on this machine."""
     port = _free_port()
-    places = [RankInfo(rank, ranks, rank) for rank in range(ranks)]
-    told = [rank_variables(place, local_world_size=ranks, address="127.0.0.1", port=port) for place in places]
-    return {rank: {**base, **variables} for rank, variables in enumerate(told)}
+    ranks_info = [RankInfo(rank, ranks, rank) for rank in range(ranks)]
+    variables = [rank_variables(info, local_world_size=ranks, address="127.0.0.1", port=port) for info in ranks_info]
+    return {rank: {**base, **own} for rank, own in enumerate(variables)}
 
 
 def rank_environment(inherited: Mapping[str, str], ranks: int) -> dict[str, str]:
-    """What all ranks of this machine have in common: a share of its cores, large pages for their heaps (where the
-    system gives them on request, they save faults: docs/performance.md), and the folder of compiled operators."""
+    """Return the environment that all ranks of this machine share: a share of its cores, large heap pages (fewer page
+    faults where the system grants them: docs/performance.md), and the folder of compiled operators."""
     common = dict(inherited)
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     common.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -173,28 +173,28 @@ def rank_environment(inherited: Mapping[str, str], ranks: int) -> dict[str, str]
 
 
 def program_environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """What every process of a job needs, wherever it runs: that it imports nothing from the current folder, and is told
-    of its rank by nobody but us, among other things."""
+    """Return the environment that every process of a job needs: nothing is imported from the current folder, and rank
+    variables come only from the launcher."""
     common = with_safe_path(without_ranks(inherited))
     common.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
-    common.setdefault("PYTHONUNBUFFERED", "1")  # a log must be complete when its rank is killed
-    programs = str(Path(sys.executable).parent)  # ninja, for DeepSpeed, lives beside the interpreter
+    common.setdefault("PYTHONUNBUFFERED", "1")  # the log must be complete if the rank is killed
+    programs = str(Path(sys.executable).parent)  # ninja, for DeepSpeed, is beside the interpreter
     return common | {"PATH": os.pathsep.join([programs, common.get("PATH", os.defpath)])}
 
 
 @dataclass
 class _Job:
-    """The ranks that were started, and how they ended."""
+    """The started ranks and their exit codes."""
 
     grace_s: float
     logs: Path
     terminal: bool = False
     processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
-    codes: dict[int, int] = field(default_factory=dict)  # in the order in which the ranks ended
+    codes: dict[int, int] = field(default_factory=dict)  # in order of their end
     ended: queue.Queue[tuple[int, int]] = field(default_factory=queue.Queue)
     interrupts: int = 0
-    told: list[signal.Signals] = field(default_factory=list)  # what all ranks must hear, and
-    heard: dict[int, int] = field(default_factory=dict)  # how much of it each has been sent
+    signals: list[signal.Signals] = field(default_factory=list)  # signals for every rank
+    num_sent: dict[int, int] = field(default_factory=dict)  # number of those sent to each rank
 
     def start(self, command: Sequence[str], rank: int, environment: Mapping[str, str]) -> None:
         output = self._open_log(rank, command)
@@ -204,19 +204,19 @@ class _Job:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
-            start_new_session=True,  # so that the terminal's Ctrl-C reaches the ranks through us, once
+            start_new_session=True,  # Ctrl-C at the terminal reaches the ranks through the launcher, once
             preexec_fn=die_with(os.getpid()),
         )
         if output:
             output.close()
-        self.heard[rank] = 0
+        self.num_sent[rank] = 0
         self.processes[rank] = process
-        self._deliver()  # a signal that came while it started
+        self._deliver()  # signals that arrived during its start
 
     def wait(self) -> int:
-        """Block until every rank has ended, then give the job's exit code."""
-        for rank, process in self.processes.items():  # only now: a fork beside running threads could deadlock
-            threading.Thread(target=self._await, args=(rank, process), daemon=True).start()
+        """Block until every rank has ended; return the job's exit code."""
+        for rank, process in self.processes.items():  # not earlier: a fork beside running threads could deadlock
+            threading.Thread(target=self._wait_for_rank, args=(rank, process), daemon=True).start()
         deadline_s: float | None = None
         while len(self.codes) < len(self.processes):
             left_s = _WAKE_S if deadline_s is None else max(0.0, deadline_s - time.monotonic())
@@ -227,30 +227,30 @@ class _Job:
                     self._kill_stopped()
                 if deadline_s is None or time.monotonic() < deadline_s:
                     continue
-                self._say(f"killing the ranks that did not end within {self.grace_s:.0f} s: {self._running()}")
+                self._print(f"killing ranks that did not end within {self.grace_s:.0f} s: {self._running()}")
                 self.kill()
                 deadline_s = None
                 continue
             self.codes[rank] = code = returned if returned >= 0 else 128 - returned
             if code not in (EXIT_OK, EXIT_RESUME) and deadline_s is None and self._running():
-                self._say(f"rank {rank} {_ending(returned)}; ending the other ranks")
+                self._print(f"rank {rank} {_describe_end(returned)}; ending the other ranks")
                 self._send(signal.SIGTERM)
                 deadline_s = time.monotonic() + self.grace_s
-        return self._verdict()
+        return self._combined_code()
 
-    def _await(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+    def _wait_for_rank(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         self.ended.put((rank, process.wait()))
 
     def kill(self) -> None:
-        """End every rank that still runs, with what it started."""
+        """Kill every running rank with its process group."""
         for rank in self._running():
             _send_to_group(self.processes[rank].pid, signal.SIGKILL)
 
     def _kill_stopped(self) -> None:
-        """End the ranks that SIGSTOP has stopped: they cannot hear that they were asked to end."""
+        """Kill ranks that are stopped by SIGSTOP: they cannot react to a request to end."""
         for rank in self._running():
             if _is_stopped(self.processes[rank].pid):
-                self._say(f"rank {rank} is stopped; killing it")
+                self._print(f"rank {rank} is stopped; killing it")
                 _send_to_group(self.processes[rank].pid, signal.SIGKILL)
 
     @contextmanager
@@ -268,34 +268,35 @@ class _Job:
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1 and number == signal.SIGINT:
-            self.kill()  # asked twice from the keyboard: now, without saving
+            self.kill()  # second Ctrl-C: now, without saving
         else:
             self._send(FORWARDED[signal.Signals(number)])
 
     def _send(self, number: signal.Signals) -> None:
-        self.told.append(number)
+        self.signals.append(number)
         self._deliver()
 
     def _deliver(self) -> None:
-        """Send every rank what it has not been sent yet. A handler may interrupt this: counted first, nothing is sent
-        twice."""
+        """Send every rank its outstanding signals. A signal handler may interrupt this: counting first prevents
+        sending a
+        signal twice."""
         for rank in self._running():
-            while self.heard[rank] < len(self.told):
-                self.heard[rank] += 1
-                self.processes[rank].send_signal(self.told[self.heard[rank] - 1])
+            while self.num_sent[rank] < len(self.signals):
+                self.num_sent[rank] += 1
+                self.processes[rank].send_signal(self.signals[self.num_sent[rank] - 1])
 
     def _running(self) -> list[int]:
         return [rank for rank, process in list(self.processes.items()) if process.returncode is None]
 
-    def _verdict(self) -> int:
+    def _combined_code(self) -> int:
         failed = [(rank, code) for rank, code in self.codes.items() if code not in (EXIT_OK, EXIT_RESUME)]
         if failed:
             rank, code = failed[0]
-            self._say(f"rank {rank} failed first, with exit code {code}{self._tail(rank)}")
+            self._print(f"rank {rank} failed first, with exit code {code}{self._tail(rank)}")
             return code
         if len(set(self.codes.values())) == 1:
             return next(iter(self.codes.values()))
-        self._say(f"some ranks finished and some ask to be resumed: {dict(sorted(self.codes.items()))}")
+        self._print(f"some ranks finished, others ask to be resumed: {dict(sorted(self.codes.items()))}")
         return TrainingError.exit_code
 
     def _open_log(self, rank: int, command: Sequence[str]) -> IO[bytes] | None:
@@ -305,9 +306,9 @@ class _Job:
             self.logs.mkdir(parents=True, exist_ok=True)
             log = self._log(rank).open("ab", buffering=0)
         except OSError as error:
-            self._say(f"warning: rank {rank} prints here, for its log cannot be written: {error}")
+            self._print(f"warning: rank {rank} prints here, because its log cannot be written: {error}")
             return None
-        with suppress(OSError):  # on a full disk the log begins with what there is room for
+        with suppress(OSError):  # on a full disk the log may stay empty
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
         return log
 
@@ -319,22 +320,22 @@ class _Job:
             return ""
         try:
             lines = self._log(rank).read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-        except OSError:  # it printed here
+        except OSError:  # there is no log: it printed to the terminal
             return ""
         return "\n".join([f"; {self._log(rank)} ends with:", *(f"  | {line}" for line in lines)])
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"launcher: {text}", file=sys.stderr, flush=True)
 
 
-def _ending(returned: int) -> str:
+def _describe_end(returned: int) -> str:
     return f"ended with exit code {returned}" if returned >= 0 else f"was ended by {signal.Signals(-returned).name}"
 
 
 def _is_stopped(process_id: int) -> bool:
     try:
         stat = Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # it ended by itself meanwhile
+    except OSError:  # it has ended meanwhile
         return False
     return stat.rpartition(")")[2].split()[0] in "Tt"
 
@@ -342,38 +343,39 @@ def _is_stopped(process_id: int) -> bool:
 def _send_to_group(leader: int, number: signal.Signals) -> None:
     try:
         os.killpg(leader, number)
-    except ProcessLookupError:  # it ended by itself meanwhile
+    except ProcessLookupError:  # it has ended meanwhile
         return
 
 
 def _free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def die_with(parent: int) -> Callable[[], None]:
-    """What a new rank does first: ask the kernel to kill it when the launcher is gone, however that ends."""
+    """Return the function a new rank runs first: the kernel kills the rank when the launcher is gone, however it
+    ends."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def prepare() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the launcher ended before the line above
+        if os.getppid() != parent:  # the launcher ended before the call above
             os._exit(1)
 
     return prepare
 
 
-# Training on this machine: the config is checked here, before any rank starts.
+# `regen train` on this machine: the config is validated here, before any rank starts.
 
 
 def train_locally(config: Path, overrides: Sequence[str], *, ranks: int, fresh: bool = False) -> int:
-    """Train `config` on `ranks` processes of this machine; returns their exit code (see `launcher.supervise.launch`).
+    """Train `config` on `ranks` processes of this machine; return their exit code (see `launch`).
 
     Raises:
-        ConfigError: the config is wrong, or does not fit this number of ranks.
-        RunBusy: another process trains this run.
+        ConfigError: the config is invalid or incompatible with this number of ranks.
+        RunBusy: another process is training this run.
     """
     from regen_dist.checkpoint.claims import Claims
     from regen_dist.config import load_config

@@ -1,7 +1,7 @@
-"""What runs on the machines: a tiny callable, which Submitit pickles and calls in every process of a job.
+"""Task entry points: small slurm_tasks that Submitit pickles and calls in every process of a job.
 
-It starts the command as a process of its own, from the copy of the code, hands on signals, and writes down how it
-ended. It is light, so that what kills a rank (as the kernel does when memory runs out) leaves it alive to tell.
+Each starts its command as a subprocess from the code snapshot, forwards signals and records the exit status. It uses
+little memory, so that it survives when the kernel's out-of-memory killer ends a rank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from launcher import retry
 from launcher.job import JobTask, Submission, read_job
-from launcher.retry import LocalPlace, RetryDecision, begin, end, say
+from launcher.retry import LocalScheduler, RetryDecision, begin, end, log_line
 from launcher.supervise import FORWARDED, JobExit, program_environment, rank_environment, rank_environments, supervise
 from regen_dist.config.files import write_text_atomically
 from regen_dist.distributed.environment import SLURM, RankInfo, meeting_port, rank_variables, read_variables
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 COMMAND = tuple(regen())
-LOCAL_REQUEUE = 144  # with this code Submitit's local executor starts a task again, its clock at zero
+LOCAL_REQUEUE = 144  # exit code at which Submitit's local executor restarts a task with a new time limit
 
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """One process of a Slurm job: one rank, or a command alone."""
+    """One process of a Slurm job: one rank, or a single-process command."""
 
     folder: str  # of the submission
 
     def __call__(self) -> None:
-        """Run, and end well where the batch script shall decide what follows.
+        """Run the command; return normally where the batch script decides what follows.
 
         Raises:
-            SystemExit: the rank failed; then srun ends the others.
+            SystemExit: the rank failed; srun then ends the others.
         """
         from submitit import JobEnvironment
 
@@ -53,16 +53,19 @@ class SlurmTask:
         environment = child_environment(job)
         if job.distributed:
             environment |= _rank_variables(job, here.hostnames[0], here.raw_job_id, restart)
-        for number in FORWARDED:  # not Submitit's handlers, which would requeue the job when its command has ended
+        # Replaces Submitit's handlers, which would requeue the job after its command has ended.
+        for number in FORWARDED:
             signal.signal(number, _leave_alone)
         ended = supervise([*COMMAND, *task.command], {rank: environment}, logs=task.logs)
-        node, code = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(ended.code, ended.told)
-        retry.write_rank_exit(task.launch, here.raw_job_id, restart, rank=rank, node=node, code=code, told=ended.told)
+        node, code = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(ended.code, ended.signals)
+        retry.write_rank_exit(
+            task.launch, here.raw_job_id, restart, rank=rank, node=node, code=code, told=ended.signals
+        )
         if code not in (EXIT_OK, EXIT_RESUME):
             raise SystemExit(code)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What Submitit asks of a task that is told to stop before it has begun: nothing is saved, the same goes on."""
+        """Return the same task: Submitit asks for it when a task is signalled before it has begun."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -70,67 +73,74 @@ class SlurmTask:
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A whole task on this machine, under Submitit's local executor: all its ranks, started again by the same rules."""
+    """A whole task on this machine, with all its ranks, under Submitit's local executor and the same restart policy."""
 
     folder: str
     index: int = 0
 
     @property
     def outcome(self) -> Path:
-        """Where it leaves its code, which Submitit does not tell."""
+        """Path of the file with its exit code, which Submitit does not report."""
         return Path(self.folder) / f"outcome-{self.index}"
 
     def __call__(self) -> None:
-        """Run to the end, and leave with SystemExit: with the task's code, or with Submitit's where its clock shall
-        begin again."""
+        """Run to the end, then raise SystemExit with the task's exit code, or with Submitit's requeue code where the
+        time
+        limit restarts."""
         shield_streams()
         code = self._code()
         try:
             write_text_atomically(self.outcome, f"{code}\n")
         except OSError as error:
-            say(f"warning: the exit code {code} is told to nobody: {error}")
+            log_line(f"warning: the exit code {code} could not be recorded: {error}")
         raise SystemExit(code)
 
     def _code(self) -> int:
         job = read_job(Path(self.folder))
         task = job.tasks[self.index]
         while True:
-            place = LocalPlace(task)
-            verdict = begin(job, task, place)
-            say(f"{task.name}: {verdict.text}")
-            if verdict.go:
-                verdict = self._start(job, task, place)
-            if not verdict.go:
-                return verdict.code
-            if place.timed_out:
+            scheduler = LocalScheduler(task)
+            decision = begin(job, task, scheduler)
+            log_line(f"{task.name}: {decision.text}")
+            if decision.go:
+                decision = self._start(job, task, scheduler)
+            if not decision.go:
+                return decision.code
+            if scheduler.timed_out:
                 return LOCAL_REQUEUE
 
     @staticmethod
-    def _start(job: Submission, task: JobTask, place: LocalPlace) -> RetryDecision:
+    def _start(job: Submission, task: JobTask, scheduler: LocalScheduler) -> RetryDecision:
         ended = _run_here(job, task)
-        codes = {rank: _code(code, ended.told) for rank, code in ended.codes.items()}
+        codes = {rank: _code(code, ended.signals) for rank, code in ended.codes.items()}
         for rank, code in codes.items():
             retry.write_rank_exit(
-                task.launch, place.job, place.restart, rank=rank, node=place.nodes[0], code=code, told=ended.told
+                task.launch,
+                scheduler.job,
+                scheduler.restart,
+                rank=rank,
+                node=scheduler.nodes[0],
+                code=code,
+                told=ended.signals,
             )
-        verdict = end(job, task, place, _code(ended.code, ended.told))
-        say(f"{task.name}: {verdict.text}")
-        return verdict
+        decision = end(job, task, scheduler, _code(ended.code, ended.signals))
+        log_line(f"{task.name}: {decision.text}")
+        return decision
 
     def checkpoint(self) -> DelayedSubmission:
-        """As for a task of Slurm."""
+        """Return the same task, as `SlurmTask.checkpoint`."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 def _leave_alone(_number: int, _frame: FrameType | None) -> None:
-    """What a process does with a signal when its command has ended."""
+    """Ignore a signal that arrives after the command has ended."""
 
 
-def _code(code: int, told: Sequence[str]) -> int:
-    """A command that one of the signals ended that it was told has not failed: it cannot listen to them, or not yet."""
-    return EXIT_RESUME if code in {128 + signal.Signals[each] for each in told} else code
+def _code(code: int, signals: Sequence[str]) -> int:
+    """Return 75 for a command ended by a signal that it was sent: it did not handle it (yet), but has not failed."""
+    return EXIT_RESUME if code in {128 + signal.Signals[each] for each in signals} else code
 
 
 def _run_here(job: Submission, task: JobTask) -> JobExit:
@@ -141,17 +151,19 @@ def _run_here(job: Submission, task: JobTask) -> JobExit:
 
 
 def child_environment(job: Submission) -> dict[str, str]:
-    """What a command inherits: the copy of the code comes before whatever is installed, and before the current
-    folder; how many GPUs were asked for, so that it cannot compute without them unnoticed."""
+    """Return the environment of a command: the code snapshot precedes installed code and the current folder, and the
+    requested number of GPUs keeps it from silently computing on CPU."""
     code = os.pathsep.join([str(job.code), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"PYTHONPATH": code, GPUS_PER_NODE: str(job.cluster.gpus_per_node)}
     return program_environment({**os.environ, **own})
 
 
 def _rank_variables(job: Submission, first_host: str, job_id: str, restart: int) -> dict[str, str]:
-    """The rank that Slurm gives this task, in the variables that the command reads."""
+    """Return the rank that Slurm assigned to this task, as the variables that the command reads."""
     cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": cores}
-    place = read_variables(os.environ, SLURM) or RankInfo()
+    scheduler = read_variables(os.environ, SLURM) or RankInfo()
     port = meeting_port(job_id, restart)
-    return threads | rank_variables(place, local_world_size=job.cluster.ranks_per_node, address=first_host, port=port)
+    return threads | rank_variables(
+        scheduler, local_world_size=job.cluster.ranks_per_node, address=first_host, port=port
+    )

@@ -30,6 +30,7 @@ _COMMANDS = {
     "score-shapes": ("score_shapes", "score_shapes"),
     "describe": ("describe", "describe"),
     "gpu-check": ("gpu_check", "gpu_check"),
+    "evaluate": ("evaluate", "evaluate"),
     "fetch-videos": ("fetch_videos", "fetch_videos"),
 }
 _GROUPS = {name: name for name in ("submit", "jobs", "shards", "text", "checkpoint", "config", "bench")}

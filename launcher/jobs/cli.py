@@ -131,10 +131,10 @@ def resume(
     from launcher.submit import wait_for
 
     overrides = cluster_overrides(nodes, gpus_per_node, tasks_per_node, time, settings)
-    job, order = rebuild_request(left_to_do(choose_job(run, root), root, force=force), cluster, overrides)
+    job, request = rebuild_request(left_to_do(choose_job(run, root), root, force=force), cluster, overrides)
     with chdir(job.workdir):
-        run_preflight(order, force=force)
-    submitted = resubmit(job, order, new_code=new_code)
+        run_preflight(request, force=force)
+    submitted = resubmit(job, request, new_code=new_code)
     print_submitted(submitted)
     if wait:
         raise typer.Exit(wait_for(submitted))

@@ -120,7 +120,9 @@ def _scancel(members: Sequence[Member], *options: str, step: str = "") -> None:
     """Tell Slurm; where it refuses, as for a job that has ended meanwhile, the next look tells what is."""
     for first in range(0, len(members), _AT_ONCE):
         try:
-            slurm.ask("scancel", *options, *(f"{each.queue_id}{step}" for each in members[first : first + _AT_ONCE]))
+            slurm.run_program(
+                "scancel", *options, *(f"{each.queue_id}{step}" for each in members[first : first + _AT_ONCE])
+            )
         except BackendError as error:
             if not step:  # which may not have begun
                 print(f"note: {error}", file=sys.stderr)
@@ -307,17 +309,17 @@ def rebuild_request(
     return job, SubmissionRequest(job.name, job.kind, members[0].base, tasks, place, name, configs)
 
 
-def resubmit(job: Submission, order: SubmissionRequest, *, new_code: bool = False) -> Submission:
+def resubmit(job: Submission, request: SubmissionRequest, *, new_code: bool = False) -> Submission:
     """Submit an order of tasks of `job`: from the folder it was submitted from, with its code or a new copy.
 
     Raises:
         RegenError: its code is gone, or as of `launcher.submit.submit`.
     """
-    code = take_snapshot(order.base / LAUNCH / "code") if new_code else job.code
+    code = take_snapshot(request.base / LAUNCH / "code") if new_code else job.code
     if not code.is_dir():
         raise RegenError(f"{code}: the copy of the code is gone; --new-code takes one of the code that is installed")
     changes = {
-        "cluster": order.cluster, "cluster_name": order.cluster_name, "tasks": order.tasks,
-        "folder": new_folder(order.base), "code": code, "submitted": time.time(),
+        "cluster": request.cluster, "cluster_name": request.cluster_name, "tasks": request.tasks,
+        "folder": new_folder(request.base), "code": code, "submitted": time.time(),
     }  # fmt: skip
     return submit_to_slurm(job.model_copy(update=changes))

@@ -36,7 +36,7 @@ def pipeline(
     """
     from launcher.cluster import load_cluster
     from launcher.pipelines.planning import plan
-    from launcher.pipelines.run import check_all, held, run_here, run_on_slurm, see_jobs_through
+    from launcher.pipelines.run import check_all, held, run_here, run_on_slurm, wait_for_jobs
     from launcher.pipelines.schema import load_pipeline
 
     found = load_pipeline(file, overrides or [])
@@ -53,7 +53,7 @@ def pipeline(
             raise typer.Exit(run_here(planned, _say))
         jobs = run_on_slurm(planned, _say)
     if wait:
-        raise typer.Exit(see_jobs_through(jobs, _say))
+        raise typer.Exit(wait_for_jobs(jobs, _say))
 
 
 def _say(text: str) -> None:

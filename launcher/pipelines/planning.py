@@ -11,7 +11,7 @@ from launcher.cluster import load_cluster
 from launcher.job import JobTask, Submission, newest_job
 from launcher.pipelines.schema import Pipeline, Step, missing_outputs, with_inputs
 from launcher.retry import is_complete, newest_step, read_history
-from launcher.submit import SubmissionRequest, command_order, is_alive, train_order
+from launcher.submit import SubmissionRequest, command_request, is_alive, train_request
 from regen_dist.config import load_config
 from regen_dist.config.files import shown_value
 from regen_dist.errors import ConfigError
@@ -28,7 +28,7 @@ class PlannedStep:
     name: str
     step: Step
     before: tuple[str, ...]
-    order: SubmissionRequest
+    request: SubmissionRequest
     state: Literal["complete", "alive", "run"]
     why: str
     job: Submission | None = None
@@ -79,16 +79,16 @@ def _order(pipeline: Pipeline, name: str, step: Step, cluster: str, settings: Se
     own = [f"{key}={shown_value(value)}" for key, value in step.cluster.items()]
     place = load_cluster(cluster, [*settings, *one_node, *own])
     if step.train is not None:
-        return train_order(load_config(step.train, step.overrides), place, cluster)
+        return train_request(load_config(step.train, step.overrides), place, cluster)
     job = f"{pipeline.name}.{name}"
-    order = command_order(job, pipeline.folder / name, step.command or (), place, cluster, tasks=step.array)
-    return with_inputs(order, step.inputs)
+    request = command_request(job, pipeline.folder / name, step.command or (), place, cluster, tasks=step.array)
+    return with_inputs(request, step.inputs)
 
 
 def _shared_folders(orders: Mapping[str, SubmissionRequest]) -> list[str]:
     by_folder: dict[Path, list[str]] = {}
-    for name, order in orders.items():
-        by_folder.setdefault(order.base, []).append(name)
+    for name, request in orders.items():
+        by_folder.setdefault(request.base, []).append(name)
     return [
         f"steps {' and '.join(names)} have one folder, {folder}; give their configs different names"
         for folder, names in by_folder.items()
@@ -96,26 +96,26 @@ def _shared_folders(orders: Mapping[str, SubmissionRequest]) -> list[str]:
     ]
 
 
-def _planned(name: str, step: Step, order: SubmissionRequest, before: Mapping[str, PlannedStep]) -> PlannedStep:
-    names, job = tuple(before), newest_job(order.base)
+def _planned(name: str, step: Step, request: SubmissionRequest, before: Mapping[str, PlannedStep]) -> PlannedStep:
+    names, job = tuple(before), newest_job(request.base)
     if job is not None and is_alive(job):
         why = f"job {job.id()} runs or waits"
-        return PlannedStep(name, step, names, order, "alive", why, job, _conflict(job, order, before))
-    left = _left_of_training(order, job, before) if order.configs else _left_of_command(order, step, job, before)
+        return PlannedStep(name, step, names, request, "alive", why, job, _conflict(job, request, before))
+    left = _left_of_training(request, job, before) if request.configs else _left_of_command(request, step, job, before)
     if not left.tasks:
-        return PlannedStep(name, step, names, order, "complete", left.why, job)
-    part = order if len(left.tasks) == len(order.tasks) else order.part(left.tasks)
+        return PlannedStep(name, step, names, request, "complete", left.why, job)
+    part = request if len(left.tasks) == len(request.tasks) else request.part(left.tasks)
     return PlannedStep(name, step, names, part, "run", left.why, job)
 
 
-def _conflict(job: Submission, order: SubmissionRequest, before: Mapping[str, PlannedStep]) -> str:
+def _conflict(job: Submission, request: SubmissionRequest, before: Mapping[str, PlannedStep]) -> str:
     """Why a job that runs or waits is not the one that is wanted; "" where it is."""
     what = f"job {job.id()} ({job.cluster_name}) runs or waits"
-    first = f"wait for it, or end it first: regen jobs stop {order.base}"
-    if job.cluster.kind != order.cluster.kind:
-        return f"{what}, elsewhere than on {order.cluster_name}; {first}"
-    if job.fingerprint != order.fingerprint:
-        return f"{what} with another {'config' if order.configs else 'command'} than this one; {first}"
+    first = f"wait for it, or end it first: regen jobs stop {request.base}"
+    if job.cluster.kind != request.cluster.kind:
+        return f"{what}, elsewhere than on {request.cluster_name}; {first}"
+    if job.fingerprint != request.fingerprint:
+        return f"{what} with another {'config' if request.configs else 'command'} than this one; {first}"
     if again := [name for name, each in before.items() if each.state == "run"]:
         return f"{what}, while {_and(again)} before it must run again; {first}"
     if failed := [task.name for task in job.tasks if _has_failed(task)]:
@@ -130,15 +130,15 @@ def _has_failed(task: JobTask) -> bool:
     return end is not None and not end.again and end.why != "done"
 
 
-def _left_of_training(order: SubmissionRequest, job: Submission | None, before: Mapping[str, PlannedStep]) -> Left:
+def _left_of_training(request: SubmissionRequest, job: Submission | None, before: Mapping[str, PlannedStep]) -> Left:
     """Told by the checkpoints. Training that is complete is never thrown away because something before it changed."""
-    (task,), (config,) = order.tasks, order.configs
+    (task,), (config,) = request.tasks, request.configs
     step, steps = newest_step(task.progress), config.train.steps
     if step is None:
-        return Left(order.tasks, "how far it is could not be told")
+        return Left(request.tasks, "how far it is could not be told")
     if step < steps:
-        return Left(order.tasks, f"it is at step {step} of {steps}" if step or job else "it has not run yet")
-    changes = ["its config has changed"] if job is not None and job.fingerprint != order.fingerprint else []
+        return Left(request.tasks, f"it is at step {step} of {steps}" if step or job else "it has not run yet")
+    changes = ["its config has changed"] if job is not None and job.fingerprint != request.fingerprint else []
     changes += [f"{_and(again)} runs before it" for again in [_not_complete(before)] if again]
     changes += [f"{_and(newer)} ran again after it" for newer in [_newer(job, before)] if newer]
     remark = f", though {' and '.join(changes)}: another name in its config trains anew" if changes else ""
@@ -146,25 +146,25 @@ def _left_of_training(order: SubmissionRequest, job: Submission | None, before: 
 
 
 def _left_of_command(
-    order: SubmissionRequest, step: Step, job: Submission | None, before: Mapping[str, PlannedStep]
+    request: SubmissionRequest, step: Step, job: Submission | None, before: Mapping[str, PlannedStep]
 ) -> Left:
     """Told by the histories of its tasks and by its outputs, if they are those of this command and of what is before
     it now."""
     if job is None:
-        return Left(order.tasks, "it has not run yet")
+        return Left(request.tasks, "it has not run yet")
     if again := _not_complete(before):
-        return Left(order.tasks, f"{_and(again)} runs before it")
-    if job.fingerprint != order.fingerprint:
-        return Left(order.tasks, "its command or its inputs have changed")
+        return Left(request.tasks, f"{_and(again)} runs before it")
+    if job.fingerprint != request.fingerprint:
+        return Left(request.tasks, "its command or its inputs have changed")
     if newer := _newer(job, before):
-        return Left(order.tasks, f"{_and(newer)} ran again after it")
-    left = [task for task in order.tasks if not is_complete(read_history(task.launch), step=None, steps=None)]
-    gone = missing_outputs(order, step)
+        return Left(request.tasks, f"{_and(newer)} ran again after it")
+    left = [task for task in request.tasks if not is_complete(read_history(task.launch), step=None, steps=None)]
+    gone = missing_outputs(request, step)
     makers = [task for tasks in gone.values() for task in tasks]
-    texts = [f"{_tasks(left, order)} not ended well"] if left else []
+    texts = [f"{_tasks(left, request)} not ended well"] if left else []
     texts += [f"{_first(gone)} not there"] if gone else []
     return Left(
-        [each for each in order.tasks if each in left or each in makers], "; ".join(texts) or "its output is complete"
+        [each for each in request.tasks if each in left or each in makers], "; ".join(texts) or "its output is complete"
     )
 
 
@@ -177,8 +177,8 @@ def _newer(job: Submission | None, before: Mapping[str, PlannedStep]) -> list[st
     return [name for name, each in before.items() if job and each.job and each.job.submitted > job.submitted]
 
 
-def _tasks(left: Sequence[JobTask], order: SubmissionRequest) -> str:
-    return "it has" if len(order.tasks) == 1 else f"{len(left)} of {len(order.tasks)} tasks have"
+def _tasks(left: Sequence[JobTask], request: SubmissionRequest) -> str:
+    return "it has" if len(request.tasks) == 1 else f"{len(left)} of {len(request.tasks)} tasks have"
 
 
 def _first(gone: Mapping[str, object]) -> str:

@@ -55,12 +55,12 @@ def problems(plan: Sequence[PlannedStep], tell: Tell) -> list[str]:
         if planned.problem:
             found.append(f"{planned.name}: {planned.problem}")
         if planned.state == "run":
-            report = check(planned.order, produced=produced)
+            report = check(planned.request, produced=produced)
             found += [f"{planned.name}: {problem}" for problem in report.problems]
             for note in report.notes:
                 tell(f"note: {planned.name}: {note}")
         if planned.state != "complete":
-            produced += made(planned.step, planned.order)
+            produced += made(planned.step, planned.request)
     return found
 
 
@@ -93,7 +93,7 @@ def run_on_slurm(plan: Sequence[PlannedStep], tell: Tell) -> dict[str, Submissio
             jobs[planned.name] = planned.job
         if planned.state == "run":
             try:
-                jobs[planned.name] = submitted[planned.name] = submit(planned.order, dependency(waits_for))
+                jobs[planned.name] = submitted[planned.name] = submit(planned.request, dependency(waits_for))
             except (RegenError, KeyboardInterrupt) as error:
                 raise _take_back(submitted, planned, error) from error
         tell(_line(planned, jobs.get(planned.name), [each for each in planned.before if each in jobs]))
@@ -121,7 +121,7 @@ def _take_back(submitted: dict[str, Submission], planned: PlannedStep, error: Ba
     return RegenError("; ".join(texts))
 
 
-def see_jobs_through(jobs: dict[str, Submission], tell: Tell) -> int:
+def wait_for_jobs(jobs: dict[str, Submission], tell: Tell) -> int:
     """Wait for the jobs of all steps; returns the first exit code that is not 0."""
     codes = []
     for name, job in jobs.items():
@@ -143,8 +143,8 @@ def run_here(plan: Sequence[PlannedStep], tell: Tell) -> int:
             tell(_line(planned, planned.job, []))
             if planned.state == "complete":
                 continue
-            job = planned.job if planned.state == "alive" and planned.job else submit(planned.order)
-            tell(f"  watch it: regen jobs logs {planned.order.base} --follow")
+            job = planned.job if planned.state == "alive" and planned.job else submit(planned.request)
+            tell(f"  watch it: regen jobs logs {planned.request.base} --follow")
             if code := _see_through(planned, job, tell):
                 return code
     return EXIT_OK
@@ -163,7 +163,7 @@ def _see_through(planned: PlannedStep, job: Submission, tell: Tell) -> int:
     if code:
         tell(f"{planned.name} ended with exit code {code}; nothing after it was started")
         return code
-    if gone := missing_outputs(planned.order, planned.step):
+    if gone := missing_outputs(planned.request, planned.step):
         raise DataError(f"step {planned.name} ended well, but {next(iter(gone))} is not there; correct its outputs")
     return EXIT_OK
 
@@ -186,8 +186,8 @@ def _line(planned: PlannedStep, job: Submission | None, before: Sequence[str]) -
     if planned.state == "alive":
         return f"{planned.name}: not submitted again, {planned.why}"
     waits = f", after {' and '.join(before)}" if before else ""
-    tasks = f", {len(planned.order.tasks)} task(s)" if planned.step.array > 1 else ""
-    where = f"job {job.id()}" if job and planned.order.cluster.kind == "slurm" else "runs here"
+    tasks = f", {len(planned.request.tasks)} task(s)" if planned.step.array > 1 else ""
+    where = f"job {job.id()}" if job and planned.request.cluster.kind == "slurm" else "runs here"
     return f"{planned.name}: {where}{tasks}{waits} ({planned.why})"
 
 
@@ -206,10 +206,10 @@ def table(plan: Sequence[PlannedStep]) -> Iterator[str]:
 
 
 def _row(planned: PlannedStep) -> tuple[str, ...]:
-    order, step = planned.order, planned.step
+    request, step = planned.request, planned.step
     what = f"train {step.train}" if step.train else " ".join((step.command or ())[:2])
-    size = f"{order.cluster.nodes} x {order.cluster.ranks_per_node if order.distributed else 1}"
-    part = f"{len(order.tasks)} of {step.array}" if len(order.tasks) < step.array else str(step.array)
+    size = f"{request.cluster.nodes} x {request.cluster.ranks_per_node if request.distributed else 1}"
+    part = f"{len(request.tasks)} of {step.array}" if len(request.tasks) < step.array else str(step.array)
     return planned.name, ", ".join(planned.before) or "-", what, planned.state, size, part, planned.why
 
 
@@ -220,13 +220,13 @@ def scripts(plan: Sequence[PlannedStep]) -> Iterator[str]:
     for planned in plan:
         if planned.state != "run":
             continue
-        order = planned.order
+        request = planned.request
         yield f"\n# step {planned.name}"
-        yield from (f"# regen {shlex.join(task.command)}" for task in order.tasks[:_SHOWN])
-        if len(order.tasks) > _SHOWN:
-            yield f"# … {len(order.tasks)} tasks in all"
-        if order.cluster.kind == "slurm":
+        yield from (f"# regen {shlex.join(task.command)}" for task in request.tasks[:_SHOWN])
+        if len(request.tasks) > _SHOWN:
+            yield f"# … {len(request.tasks)} tasks in all"
+        if request.cluster.kind == "slurm":
             waits_for = [jobs[each] for each in planned.before if each in jobs]
-            job = order.job(order.base / LAUNCH / "DATE", order.base / LAUNCH / "code" / "HASH")
+            job = request.job(request.base / LAUNCH / "DATE", request.base / LAUNCH / "code" / "HASH")
             yield batch_script(job, dependency(waits_for)).rstrip("\n")
         jobs[planned.name] = f"JOB-OF-{planned.name}"

@@ -16,9 +16,9 @@ from launcher.job import JobTask
 from launcher.submit import SubmissionRequest
 from regen_dist.checks.data import READING
 from regen_dist.checks.findings import side_by_side
-from regen_dist.config.files import compose, load_section
-from regen_dist.config.run import PositiveInt, Section
-from regen_dist.config.urls import parse_url
+from regen_dist.config.files import compose, find_preset, load_section
+from regen_dist.config.run import HomePath, PositiveInt, Section
+from regen_dist.config.urls import checked_url, expand_home, parse_url
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import ConfigError, ObjectMissing
 from regen_dist.jsontext import json_text
@@ -108,11 +108,21 @@ class Step(Section):
             [str(each) if isinstance(each, plain) else each for each in values] if isinstance(values, list) else values
         )
 
+    @field_validator("command", "train", "inputs")
+    @classmethod
+    def _homes_are_expanded(cls, value: Any) -> Any:
+        """As the shell does before a word that a user types; a pipeline's words pass through none."""
+        if isinstance(value, Path):
+            return Path(expand_home(str(value)))
+        if isinstance(value, tuple):
+            return tuple(type(each)(expand_home(str(each))) if str(each).startswith("~/") else each for each in value)
+        return value
+
     @field_validator("outputs")
     @classmethod
     def _outputs_are_places(cls, outputs: tuple[str, ...]) -> tuple[str, ...]:
         for each in outputs:
-            parse_url(each)
+            checked_url(each)
         return outputs
 
     @model_validator(mode="after")
@@ -132,7 +142,7 @@ class Pipeline(Section):
     """Steps by their names. Commands keep their traces in OUTPUT/NAME/STEP; a training in its run folder."""
 
     name: Annotated[str, Field(pattern=NAME)]
-    output: str = "runs"
+    output: HomePath = "runs"
     variables: dict[str, str | int | float] = Field(default_factory=dict)  # for ${variables.NAME} elsewhere in the file
     steps: Annotated[dict[Annotated[str, Field(pattern=NAME)], Step], Field(min_length=1)]
 
@@ -170,21 +180,22 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
 _MARKS = ("/manifest.json", "/config.yaml")  # of a dataset, of an exported model: the last that is written
 
 
-def with_inputs(order: SubmissionRequest, inputs: Sequence[Path]) -> SubmissionRequest:
+def with_inputs(request: SubmissionRequest, inputs: Sequence[Path]) -> SubmissionRequest:
     """The same order, whose fingerprint changes with the content of some files, too.
 
     Raises:
         ConfigError: one of them is not there.
     """
+    inputs = [find_preset(path) for path in inputs]
     if missing := [str(path) for path in inputs if not path.is_file()]:
         raise ConfigError(
             f"inputs: no file {', '.join(missing)}; name what is there before the pipeline runs (what an earlier step "
             "makes is no input: the step waits for it by `after`)"
         )
     if not inputs:
-        return order
-    told = json_text([order.fingerprint, *map(_content, inputs)])
-    return replace(order, whole=hashlib.sha256(told.encode()).hexdigest()[:16])
+        return request
+    told = json_text([request.fingerprint, *map(_content, inputs)])
+    return replace(request, parent_fingerprint=hashlib.sha256(told.encode()).hexdigest()[:16])
 
 
 def _content(path: Path) -> str:
@@ -194,7 +205,7 @@ def _content(path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def missing_outputs(order: SubmissionRequest, step: Step) -> dict[str, Sequence[JobTask]]:
+def missing_outputs(request: SubmissionRequest, step: Step) -> dict[str, Sequence[JobTask]]:
     """The outputs that are not there, and the tasks that make each: one where `{task}` stands in it, or else all.
 
     Raises:
@@ -202,8 +213,8 @@ def missing_outputs(order: SubmissionRequest, step: Step) -> dict[str, Sequence[
     """
     makers: dict[str, Sequence[JobTask]] = {}
     for output in step.outputs:
-        for number, task in enumerate(order.tasks):
-            makers[filled(output, number, len(order.tasks))] = [task] if "{task}" in output else order.tasks
+        for number, task in enumerate(request.tasks):
+            makers[filled(output, number, len(request.tasks))] = [task] if "{task}" in output else request.tasks
     there = side_by_side(exists, makers)
     return {place: tasks for (place, tasks), is_there in zip(makers.items(), there, strict=True) if not is_there}
 
@@ -230,9 +241,9 @@ def exists(url: str) -> bool:
         return False
 
 
-def made(step: Step, order: SubmissionRequest) -> list[str]:
+def made(step: Step, request: SubmissionRequest) -> list[str]:
     """What later steps may count on: outputs, the dataset whose manifest or the model whose config is one of them, and
     the step's folder. A training: its run."""
     outputs = [filled(each, number, step.array) for each in step.outputs for number in range(step.array)]
     wholes = [each.removesuffix(mark) for each in outputs for mark in _MARKS if each.endswith(mark)]
-    return list(dict.fromkeys([*outputs, *wholes, str(order.base)]))
+    return list(dict.fromkeys([*outputs, *wholes, str(request.base)]))

@@ -143,19 +143,19 @@ class Subject:
         estimates: what models need, computed when it is asked for.
     """
 
-    order: SubmissionRequest
+    request: SubmissionRequest
     produced: Collection[str] = ()
     estimates: Estimates = field(default_factory=Estimates)
 
     @property
     def configs(self) -> Sequence[AnyRunConfig]:
         """Of the runs; none where the job is no training."""
-        return self.order.configs
+        return self.request.configs
 
     @property
     def on_slurm(self) -> bool:
         """Whether the job runs on other machines than this one."""
-        return self.order.cluster.kind == "slurm"
+        return self.request.cluster.kind == "slurm"
 
 
 Check = Callable[[Subject], Iterator[PreflightFinding]]

@@ -48,11 +48,11 @@ def _ask(subject: Subject) -> list[list[PreflightFinding]]:
 
 
 def _arguments(subject: Subject, paths: Sequence[Path]) -> list[str]:
-    cluster = subject.order.cluster
+    cluster = subject.request.cluster
     flags = ["--json", f"--world-size={cluster.world_size}", "--gpus" if cluster.gpus_per_node else "--no-gpus"]
     if cluster.python is not None or cluster.activate:  # what is installed elsewhere cannot be seen from here
         flags.append("--elsewhere")
-    if any("--fresh" in task.command for task in subject.order.tasks):
+    if any("--fresh" in task.command for task in subject.request.tasks):
         flags.append("--fresh")
     flags += [f"--produced={url}" for url in subject.produced]
     return [*flags, *(f"--also={path}" for path in paths[1:]), "--", str(paths[0])]

@@ -42,7 +42,7 @@ class Report:
             raise PreflightError(f"{name} was not submitted: {count}\n{listed}\nMend them, or submit with --force")
 
 
-def check(order: SubmissionRequest, *, produced: Collection[str] = (), checks: Sequence[Check] = CHECKS) -> Report:
+def check(request: SubmissionRequest, *, produced: Collection[str] = (), checks: Sequence[Check] = CHECKS) -> Report:
     """Every check, side by side, each on its own: one that fails does not hide the others.
 
     Args:
@@ -50,8 +50,8 @@ def check(order: SubmissionRequest, *, produced: Collection[str] = (), checks: S
         produced: URLs and paths of data that is not there yet, because an earlier job makes it.
         checks: all, unless told otherwise.
     """
-    subject = Subject(order, produced)
-    with _storage_variables(order.cluster.environment), ThreadPoolExecutor(len(checks)) as threads:
+    subject = Subject(request, produced)
+    with _storage_variables(request.cluster.environment), ThreadPoolExecutor(len(checks)) as threads:
         found = list(threads.map(lambda each: _run(each, subject), checks))
     findings = dict.fromkeys(finding for each in found for finding in each)
     return Report(

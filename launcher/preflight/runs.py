@@ -24,8 +24,8 @@ from regen_dist.observe.record import read_record
 
 def alive(subject: Subject) -> Iterator[PreflightFinding]:
     """No job works in the same folders."""
-    wanted = {task.folder for task in subject.order.tasks}
-    for base in dict.fromkeys([subject.order.base, *sorted(wanted), *_sweeps(subject.order.base.parent)]):
+    wanted = {task.folder for task in subject.request.tasks}
+    for base in dict.fromkeys([subject.request.base, *sorted(wanted), *_sweeps(subject.request.base.parent)]):
         try:
             job = newest_job(base)
             shared = _shared(job, base, subject) if job else []
@@ -43,8 +43,8 @@ def alive(subject: Subject) -> Iterator[PreflightFinding]:
 
 def _shared(job: Submission, base: Path, subject: Subject) -> list[Path]:
     """The folders of a job that this one would work in, too."""
-    wanted = [task.folder for task in subject.order.tasks]
-    return [base] if base == subject.order.base else [task.folder for task in job.tasks if task.folder in wanted]
+    wanted = [task.folder for task in subject.request.tasks]
+    return [base] if base == subject.request.base else [task.folder for task in job.tasks if task.folder in wanted]
 
 
 def _sweeps(folder: Path) -> list[Path]:
@@ -165,7 +165,7 @@ def checkpoints_kept(config: AnyRunConfig) -> int:
 
 
 def _checkpoint_bytes(config: AnyRunConfig, subject: Subject) -> int:
-    found, world_size = measured(config), subject.order.cluster.world_size
+    found, world_size = measured(config), subject.request.cluster.world_size
     if found is not None and found.save_bytes is not None:
         return found.save_bytes
     clips_per_rank(config, world_size)  # or the estimate would be refused, in other words
@@ -179,7 +179,7 @@ _ROUND_S = 10
 
 def times(subject: Subject) -> Iterator[PreflightFinding]:
     """The signal comes earlier than two steps and two saves before the limit; the run's own limit likewise."""
-    yield from by_run(subject.configs, lambda config: _times_of(config, subject.order.cluster))
+    yield from by_run(subject.configs, lambda config: _times_of(config, subject.request.cluster))
 
 
 def _times_of(config: AnyRunConfig, cluster: ClusterConfig) -> Iterator[PreflightFinding]:

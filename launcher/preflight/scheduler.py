@@ -22,12 +22,12 @@ def scheduler(subject: Subject) -> Iterator[PreflightFinding]:
     """Slurm judges the very script; what it would only let wait for ever is compared here."""
     if not subject.on_slurm:
         return
-    order, cluster = subject.order, subject.order.cluster
-    script = batch_script(order.job(order.base / LAUNCH / "DATE", order.base / LAUNCH / "code" / "HASH"))
-    if not slurm.is_here():
-        yield problem("sbatch is not found: submit where Slurm's programs are, or with --cluster local")
+    request, cluster = subject.request, subject.request.cluster
+    script = batch_script(request.job(request.base / LAUNCH / "DATE", request.base / LAUNCH / "code" / "HASH"))
+    if not slurm.is_available():
+        yield problem("sbatch not found: submit where Slurm is installed, or with --cluster local")
         return
-    if found := slurm.overruled():
+    if found := slurm.ignored_variables():
         yield make_note(
             f"{', '.join(found)} of this shell do not reach the job; set such options in the cluster's file"
         )
@@ -59,7 +59,7 @@ def refusal(script: str) -> str:
 
 def _partitions() -> list[dict[str, str]]:
     """What the controller says of each partition."""
-    lines = slurm.ask("scontrol", "show", "partition", "--oneliner").splitlines()
+    lines = slurm.run_program("scontrol", "show", "partition", "--oneliner").splitlines()
     return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
 
 
@@ -86,7 +86,7 @@ def _allowed(partitions: list[dict[str, str]], cluster: ClusterConfig) -> str:
 
 
 def _node_kinds(partition: str) -> str:
-    lines = slurm.ask("sinfo", "--noheader", f"--partition={partition}", "--format=%G|%c|%m").splitlines()
+    lines = slurm.run_program("sinfo", "--noheader", f"--partition={partition}", "--format=%G|%c|%m").splitlines()
     kinds = [line.split("|") for line in dict.fromkeys(lines)]
     return " or ".join(
         f"{gres if gres != '(null)' else 'no GPU'}, {cores} cores, {memory} MB" for gres, cores, memory in kinds

@@ -12,7 +12,7 @@ from regen_dist.errors import ConfigError
 
 def ranks_and_gpus(subject: Subject) -> Iterator[PreflightFinding]:
     """Every rank has a GPU, and none idles."""
-    cluster = subject.order.cluster
+    cluster = subject.request.cluster
     if not subject.configs or not cluster.gpus_per_node:
         return
     ranks, gpus = cluster.ranks_per_node, cluster.gpus_per_node
@@ -33,13 +33,13 @@ _TERMS = 3
 
 def gpu_memory(subject: Subject) -> Iterator[PreflightFinding]:
     """The estimate of `regen describe` against `gpu_memory_gb` of the cluster."""
-    cluster = subject.order.cluster
+    cluster = subject.request.cluster
     if cluster.gpu_memory_gb and cluster.gpus_per_node:
         yield from by_run(subject.configs, lambda config: _memory_of(config, subject, cluster.gpu_memory_gb or 0.0))
 
 
 def _memory_of(config: AnyRunConfig, subject: Subject, card_gb: float) -> Iterator[PreflightFinding]:
-    world_size = subject.order.cluster.world_size
+    world_size = subject.request.cluster.world_size
     try:
         clips_per_rank(config, world_size)
         terms = subject.estimates.of(config, world_size).memory

@@ -25,15 +25,15 @@ from regen_dist.errors import DataError, StoreUnavailable
 def folders(subject: Subject) -> Iterator[PreflightFinding]:
     """The job can leave its files. A file is made and removed again, which permissions alone do not tell (a quota, a
     disk that is mounted read-only)."""
-    order = subject.order
-    for folder in dict.fromkeys([order.base, *(task.folder for task in order.tasks)]):
+    request = subject.request
+    for folder in dict.fromkeys([request.base, *(task.folder for task in request.tasks)]):
         if why := unwritable(folder):
             yield problem(f"the run folder {folder} cannot be written to: {why}; choose another by output=FOLDER")
 
 
 def shared(subject: Subject) -> Iterator[PreflightFinding]:
     """Everything that nodes exchange by files lies where all of them see it."""
-    common = subject.order.cluster.shared
+    common = subject.request.cluster.shared
     if not subject.on_slurm or common is None:
         return
     if not common.is_dir():
@@ -51,8 +51,8 @@ def shared(subject: Subject) -> Iterator[PreflightFinding]:
 
 def _exchanged(subject: Subject) -> list[tuple[str, Path]]:
     """Each folder once, and what it is."""
-    order = subject.order
-    named = [(f"the run folder of {task.name}", str(task.folder)) for task in order.tasks]
+    request = subject.request
+    named = [(f"the run folder of {task.name}", str(task.folder)) for task in request.tasks]
     for config in subject.configs:
         named += [("the data", url) for url in config.data.sources]
         named += [("the validation data", url) for url in [config.data.validation_url] if url]
@@ -129,7 +129,7 @@ _SERVICE = "https://api.wandb.ai"
 
 def wandb_key(subject: Subject) -> Iterator[PreflightFinding]:
     """A key is there for wandb.mode=online."""
-    given = {**os.environ, **subject.order.cluster.environment}
+    given = {**os.environ, **subject.request.cluster.environment}
 
     def look(config: AnyRunConfig) -> Iterator[PreflightFinding]:
         if config.wandb.mode == "online" and not given.get("WANDB_API_KEY") and not _in_netrc(given):

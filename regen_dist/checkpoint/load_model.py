@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +63,13 @@ class SavedModel(Generic[Config]):
         if self.run is not None:
             return self.run.name
         return self.path.name if self.config.origin is None else self.config.origin.run
+
+    @property
+    def data(self) -> Mapping[str, Any] | None:
+        """Facts about the data it was trained on, as its checkpoint or export has them."""
+        if self.manifest is not None:
+            return self.manifest.state.get("data")
+        return None if self.config.origin is None else self.config.origin.data
 
     @property
     def config_hash(self) -> str | None:

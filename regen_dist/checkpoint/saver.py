@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ class Saver:
         self.folder, self._policy, self._phase = folder, policy, phase
         self._ranks = ranks.apart()
         self._host: dict[str, Tensor] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._began, self._blocked = 0.0, 0.0
@@ -108,13 +110,25 @@ class Saver:
 
     @torch.no_grad()
     def _copy(self, pieces: Mapping[str, Tensor]) -> None:
-        """Copy the pieces into reused host buffers, page-locked for asynchronous copies from a GPU."""
-        for name, piece in pieces.items():
-            if name not in self._host:
-                self._host[name] = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
-            self._host[name].copy_(piece, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        """Copy the pieces into reused host buffers, page-locked for asynchronous copies from a GPU.
+
+        The copy has a stream of its own, which waits for what the step has queued so far; only this stream is waited
+        for, so that collectives of other streams go on.
+        """
+        on_gpu = {piece.device for piece in pieces.values() if piece.is_cuda}
+        with ExitStack() as copying:
+            for device in on_gpu:
+                if device not in self._streams:
+                    self._streams[device] = torch.cuda.Stream(device)
+                stream = self._streams[device]
+                stream.wait_stream(torch.cuda.current_stream(device))
+                copying.enter_context(torch.cuda.stream(stream))
+            for name, piece in pieces.items():
+                if name not in self._host:
+                    self._host[name] = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
+                self._host[name].copy_(piece, non_blocking=True)
+        for device in on_gpu:
+            self._streams[device].synchronize()
 
     def _write(self, manifest: CheckpointManifest) -> None:
         files: dict[str, FileFacts] = {}

@@ -6,10 +6,11 @@ Imports neither torch nor the library, so that a launcher can validate a config 
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from regen_dist.config.losses import EmbedderTrainConfig
 from regen_dist.config.run import (
     SPATIAL_COMPRESSION,
     CheckpointConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "SourceConfig", "SpikeConfig", "StageConfig", "TrainConfig", "WandbConfig",
 ]  # fmt: skip
 
+_OF_DIFFUSERS = ("path", "cell", "stride", "precision")
 TemporalCompression = Literal[4, 8, 16, 32]
 
 
@@ -52,22 +54,53 @@ class StageConfig(Section):
 
 
 class EncoderConfig(Section):
-    """Causal 3D-convolutional encoder. `stem_patch` folds that many pixels a side into channels before the first
-    convolution."""
+    """The encoder: `causal`, our 3D-convolutional one, which is trained; or `diffusers`, that of somebody else's video
+    autoencoder, which is not.
 
+    Of the first: `stem_patch` folds that many pixels a side into channels before the first convolution. Of the second:
+    `path` is the folder that diffusers has saved it in; `cell` and `stride` are its pixels a side and its frames for
+    each latent, and must be what it does; `precision` is the one it works in. What belongs to the other kind is passed
+    over, and not saved.
+    """
+
+    kind: Literal["causal", "diffusers"] = "causal"
     stem_patch: Literal[1, 2, 4] = 1
-    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    stages: tuple[StageConfig, ...] = ()
     out_blocks: PositiveInt = 1
+    path: str | None = None
+    cell: Literal[8, 16, 32] = 8
+    stride: Literal[1, 2, 4, 8] = 4
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is somebody else's."""
+        return self.kind == "diffusers"
 
     @property
     def spatial(self) -> int:
         """Pixels a side per latent cell."""
-        return self.stem_patch * prod(stage.spatial for stage in self.stages)
+        return self.cell if self.frozen else self.stem_patch * prod(stage.spatial for stage in self.stages)
 
     @property
     def temporal(self) -> int:
-        """Frames (after the first) folded into the motion latent."""
-        return prod(stage.temporal for stage in self.stages)
+        """Frames (after the first) folded into the motion latent, or into each latent frame."""
+        return self.stride if self.frozen else prod(stage.temporal for stage in self.stages)
+
+    @model_validator(mode="after")
+    def _kind_has_what_it_needs(self) -> EncoderConfig:
+        if self.frozen and not self.path:
+            raise ValueError("kind 'diffusers' needs path: the folder of an autoencoder that diffusers has saved")
+        if not self.frozen and not self.stages:
+            raise ValueError("stages is required and not set: kind 'causal' needs at least one")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _own_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Those of its kind. A causal encoder is told as it was before there were others, so that hashes and
+        fingerprints stay."""
+        others = ("stem_patch", "stages", "out_blocks") if self.frozen else (*_OF_DIFFUSERS, "kind")
+        return {name: value for name, value in handler(self).items() if name not in others}
 
 
 class LatentConfig(Section):
@@ -141,8 +174,35 @@ class ModelConfig(Section):
         """Frames of a full clip: the first one and `k` that follow."""
         return self.temporal_compression + 1
 
+    @property
+    def latent_frames(self) -> int:
+        """Latent frames of a clip: content and motion, or those of somebody else's encoder."""
+        return 1 + self.temporal_compression // self.encoder.temporal if self.encoder.frozen else 2
+
+    @model_validator(mode="after")
+    def _frozen_encoders_have_our_decoder(self) -> ModelConfig:
+        if not self.encoder.frozen:
+            return self
+        wanted = {
+            "kind": (self.kind, "regen"), "conditioning.kind": (self.conditioning.kind, "content_aware"),
+            "conditioning.time": (self.conditioning.time, "siren"), "latent.noise_std": (self.latent.noise_std, 0.0),
+        }  # fmt: skip
+        wrong = [f"{name} must be {must!r}, found {found!r}" for name, (found, must) in wanted.items() if found != must]
+        if self.linear_start == "pca":
+            wrong.append("linear_start must not be 'pca', which fits an encoder")
+        if self.temporal_compression % self.encoder.stride:
+            wrong.append(
+                f"temporal_compression {self.temporal_compression} must be a multiple of encoder.stride "
+                f"{self.encoder.stride}"
+            )
+        if wrong:
+            raise ValueError(f"encoder.kind 'diffusers': {'; '.join(wrong)}")
+        return self
+
     @model_validator(mode="after")
     def _strides_make_the_latent(self) -> ModelConfig:
+        if self.encoder.frozen:
+            return self
         if self.encoder.spatial != SPATIAL_COMPRESSION:
             raise ValueError(
                 f"encoder.stem_patch and the spatial strides of encoder.stages multiply to {self.encoder.spatial}; "
@@ -208,6 +268,18 @@ class RunConfig(CommonConfig):
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
+    train: EmbedderTrainConfig
+
+    @model_validator(mode="after")
+    def _noise_predictions_need_signal(self) -> RunConfig:
+        losses = self.train.losses
+        if self.model.kind == "regen" and self.diffusion.target == "eps" and losses.any and losses.signal_floor > 0:
+            raise ValueError(
+                f"train.losses.signal_floor {losses.signal_floor:g}: the pixels of a noise prediction "
+                "(diffusion.target=eps) diverge near pure noise, where the floor would count them; set "
+                "train.losses.signal_floor=0, or use target 'x0' or 'velocity'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _what_is_fitted_is_whole(self) -> RunConfig:

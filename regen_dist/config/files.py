@@ -519,7 +519,9 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     try:
         _write_and_replace(path, data)
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error  # a full disk names no file, or another
+        raise type(error)(
+            error.errno, error.strerror or str(error), str(path)
+        ) from error  # a full disk names no file, or another
 
 
 def _write_and_replace(path: Path, data: bytes) -> None:

@@ -8,15 +8,15 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from regen_dist.config.files import load_section
-from regen_dist.config.run import SPATIAL_COMPRESSION, PositiveInt, ReadConfig, Section
+from regen_dist.config.run import SPATIAL_COMPRESSION, HomePath, PositiveInt, ReadConfig, Section
 from regen_dist.config.t2v import TextConfig
-from regen_dist.config.urls import checked_url, parse_url
+from regen_dist.config.urls import checked_url, expand_home, parse_url
 
 
 class PreencodeConfig(Section):
     """Everything that decides what is in a cache of latents, and where it comes from."""
 
-    embedder: str  # a run folder, or an exported model
+    embedder: HomePath  # a run folder, or an exported model
     weights: Literal["ema", "plain"] = "ema"
     data: str  # the dataset of videos: folder or URL
     output: str  # of the cache: folder or URL, empty or begun by the same config
@@ -33,12 +33,12 @@ class PreencodeConfig(Section):
     @classmethod
     def _url_is_one_we_read(cls, url: str) -> str:
         parse_url(url)
-        return url
+        return expand_home(url)
 
     @field_validator("output")
     @classmethod
     def _url_is_one_we_write(cls, url: str) -> str:
-        return checked_url(url)
+        return expand_home(checked_url(url))
 
     @model_validator(mode="after")
     def _sides_fit_the_latent(self) -> PreencodeConfig:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from regen_dist.config.urls import checked_url, parse_url
+from regen_dist.config.urls import checked_url, expand_home, parse_url
 
 # What every section of the config is made of. Imports no torch.
 
@@ -19,6 +18,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 SamplerName = Literal["euler", "heun", "dpmpp_2m"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+HomePath = Annotated[str, AfterValidator(expand_home)]  # a path or URL whose `~` is expanded once, here
 
 
 class Section(BaseModel):
@@ -38,7 +38,7 @@ class ReadConfig(Section):
     join_kb: Annotated[int, Field(ge=0)] = 256  # neighbours in a shard with a smaller gap come by one request
     stall_s: PositiveFloat = 10.0  # a request that brings nothing for so long is tried again
     deadline_s: PositiveFloat = 120.0  # all tries of a request together; then the run stops and says so
-    cache: str | None = None  # folder on a local disk for samples from object storage; None: they are not kept
+    cache: HomePath | None = None  # folder on a local disk for samples from object storage; None: they are not kept
     cache_gb: PositiveFloat = 20.0
 
 
@@ -52,7 +52,7 @@ class SourceConfig(Section):
     @classmethod
     def _url_is_one_we_read(cls, url: str) -> str:
         parse_url(url)
-        return url
+        return expand_home(url)
 
 
 class MixtureConfig(Section):
@@ -80,7 +80,7 @@ class MixtureConfig(Section):
     def _url_is_one_we_read(cls, url: str | None) -> str | None:
         if url is not None:
             parse_url(url)
-        return url
+        return None if url is None else expand_home(url)
 
     @model_validator(mode="after")
     def _one_source_or_a_mixture(self) -> Self:
@@ -145,7 +145,7 @@ class CheckpointConfig(Section):
     @field_validator("url")
     @classmethod
     def _url_is_one_we_write(cls, url: str | None) -> str | None:
-        return None if url is None else checked_url(url)
+        return None if url is None else expand_home(checked_url(url))
 
 
 class SpikeConfig(Section):
@@ -250,6 +250,8 @@ class EngineConfig(Section):
     # Build each parameter already sharded (zero.Init), in the working precision: for models larger than one GPU.
     partitioned_init: bool = False
     activation_checkpointing: bool = False
+    # Only kernels whose result does not change from run to run, as far as torch has them (docs/gpu.md): on GPUs slower.
+    deterministic: bool = False
     persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank
     zero: ZeroConfig = ZeroConfig()
     # So many consecutive ranks share samples: each has a part of every transformer's row of tokens, and of the heads.
@@ -343,7 +345,7 @@ class CommonConfig(Section):
     """What runs of every task need."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    output: str = "runs"
+    output: HomePath = "runs"
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
@@ -351,15 +353,6 @@ class CommonConfig(Section):
     guards: GuardsConfig = GuardsConfig()
     wandb: WandbConfig = WandbConfig()
     tensorboard: TensorBoardConfig = TensorBoardConfig()
-
-    @field_validator("output")
-    @classmethod
-    def _home_is_expanded(cls, output: str) -> str:
-        """Once, for all that read it; a `~` that nothing expands would be a folder of that name."""
-        expanded = os.path.expanduser(output)
-        if expanded.startswith("~"):
-            raise ValueError(f"found {output!r}, and no home folder of that name; write the path in full")
-        return expanded
 
     @property
     def folder(self) -> Path:

@@ -10,6 +10,7 @@ from regen_dist.config.embedder import AttentionConfig, DensityConfig
 from regen_dist.config.run import (
     CommonConfig,
     Fraction,
+    HomePath,
     MixtureConfig,
     PositiveFloat,
     PositiveInt,
@@ -97,7 +98,7 @@ class LatentDataConfig(MixtureConfig):
 class GenerationConfig(Section):
     """What is generated while a run trains, at every validation."""
 
-    embedder: str | None = None  # a run or an exported model that decodes; None: only the loss is validated
+    embedder: HomePath | None = None  # a run or an exported model that decodes; None: only the loss is validated
     prompts: PositiveInt = 4  # the captions of so many samples of the validation data
     decode_steps: PositiveInt = 1
 

@@ -64,7 +64,7 @@ def parse_url(url: str) -> Location:
     if not url.strip():
         raise ValueError(f"the URL is empty; use {_READ}")
     if "://" not in url and not (colon and scheme in ("pipe", "file")):
-        return _local(Path(url).expanduser())
+        return _local(Path(expand_home(url)))
     try:
         parts = urlsplit(url)
     except ValueError:  # brackets that are no address, for instance; its message would repeat the URL
@@ -87,6 +87,18 @@ def parse_url(url: str) -> Location:
         raise ValueError(f"{parts.scheme}://{parts.path}: no bucket; write {parts.scheme}://BUCKET/PREFIX")
     prefix = "/".join(part for part in parts.path.split("/") if part)
     return Location(f"{parts.scheme}://{parts.netloc}{'/' if prefix else ''}{prefix}", parts.scheme, None, parts.netloc)
+
+
+def expand_home(path: str) -> str:
+    """A path with its `~` expanded, once, for all that read it: what nothing expands would be a folder of that name.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"found {path!r}, and no home folder of that name; write the path in full")
+    return expanded
 
 
 def checked_url(url: str) -> str:

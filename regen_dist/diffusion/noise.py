@@ -11,6 +11,7 @@ Legend: B batch, C channels (up to 4), T frames, H rows, W columns. Words are 32
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from enum import IntEnum
 
 import torch
@@ -27,7 +28,7 @@ TICKS_PER_FRAME = 1024  # frame times are keyed in steps of 1/1024 of a frame
 STREAM_BITS = 8  # of the word that the stream shares with what ticks have beyond 32 bits
 LONGEST_SIDE = 1 << 16
 PLANE = 4  # normals that one call of the generator gives
-CHUNK = 1 << 13  # counters worked on at a time, so that the rounds stay in the processor's cache
+CHUNK = 1 << 13  # counters worked on at a time, so that the rounds stay in a CPU's cache
 
 
 class NoiseStream(IntEnum):
@@ -41,6 +42,7 @@ class NoiseStream(IntEnum):
     TEXT = 5
     FRAMES = 6
     GIVEN = 7
+    PERCEPTUAL = 8
 
 
 def philox(
@@ -152,15 +154,22 @@ def _gaussian(
     place = _places(size, origin, device)
     keys = sample_keys(seed, sample_ids)
     out = torch.empty(*ticks.shape, channels, height * width, device=device)  # [B, T, C, H*W]
-    for b in range(ticks.shape[0]):
-        key = (keys[0][b], keys[1][b])
-        for start in range(0, place.numel(), CHUNK):
-            part = place[None, start : start + CHUNK]  # [1, n]
-            words = philox((part, low[b, :, None], torch.full_like(part, draw & MASK), last[b, :, None]), key)
-            normals = _normals(words)[:channels]
-            out[b, :, :, start : start + part.shape[1]] = torch.stack(normals, 1)
+    for rows, start, stop in _portions(len(ticks), place.numel(), device):
+        part = place[None, None, start:stop]  # [1, 1, n]
+        key = (keys[0][rows, None, None], keys[1][rows, None, None])
+        counter = (part, low[rows, :, None], torch.full_like(part, draw & MASK), last[rows, :, None])
+        out[rows, :, :, start:stop] = torch.stack(_normals(philox(counter, key))[:channels], 2)
     video: Tensor = out.unflatten(-1, (height, width))  # [B, T, C, H, W]
     return video.transpose(1, 2)
+
+
+def _portions(samples: int, places: int, device: torch.device) -> Iterator[tuple[slice, int, int]]:
+    """What is drawn at a time, as (samples, first place, end): little enough for a cache on a CPU. On a GPU all of a
+    sample, where every portion costs the start of more than a hundred kernels."""
+    at_once = CHUNK if device.type == "cpu" else places
+    for sample in range(samples):
+        for start in range(0, places, max(at_once, 1)):
+            yield slice(sample, sample + 1), start, min(start + at_once, places)
 
 
 def _places(size: tuple[int, int], origin: tuple[int, int], device: torch.device) -> Tensor:

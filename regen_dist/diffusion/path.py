@@ -95,6 +95,12 @@ def squared_error_weight(
     return (ratio[space] / ratio[target].clamp(min=1e-4)).square().clamp(max=limit)
 
 
+def signal_share(path: PathName, t: Tensor) -> Tensor:
+    """The share of x_t's variance that is signal, for data of unit variance, [B]."""
+    c = coefficients(path, t)
+    return (c.alpha.square() / (c.alpha.square() + c.sigma.square())).flatten()
+
+
 # Timestep densities: where in (0, 1] training looks. 1 is pure noise, from where one-step decoding starts.
 #
 # Times are quantiles of uniform numbers that the counter-based generator draws per (seed, step, sample id), so they

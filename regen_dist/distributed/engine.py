@@ -18,6 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from regen_dist.config.run import CommonConfig
+from regen_dist.distributed.companion import build_companion
 from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.sequence_parallel import RowGroup
@@ -52,17 +53,20 @@ class Engine(ABC):
         self.config, self.ranks, self.num_updates = config, ranks, 0
         self.moments = OPTIMIZERS[config.optimizer.kind].state  # kinds that the optimizer adds
         self.rows = RowGroup(ranks)  # which ranks share samples with this one
+        self.companion = build_companion(config, ranks)  # the discriminator, where the config asks for one
 
     def __call__(self, *args: Any) -> Any:
         """The module's forward pass."""
         return self._forward(*args)
 
     def step(self, lr: float) -> StepResult:
-        """Clip, update the weights and their EMA, clear the gradients."""
+        """Clip, update the weights and their EMA, clear the gradients; the same for the discriminator."""
         result = self._update(lr)
         if result.applied:
             self.num_updates += 1
             self._update_ema()
+        if self.companion is not None:
+            self.companion.step(result.applied)
         return result
 
     @abstractmethod
@@ -88,17 +92,21 @@ class Engine(ABC):
 
     def pieces(self) -> Pieces:
         """Everything that a checkpoint must hold of this rank: views, valid until the next step."""
+        return self._model_pieces() | ({} if self.companion is None else self.companion.pieces())
+
+    def _model_pieces(self) -> Pieces:
         masters = {f"master/{name}": tensor for name, tensor in self.named_masters()}
         return masters | {f"ema/{name}": tensor for name, tensor in self.ema.items()} | dict(self.named_moments())
 
     @torch.no_grad()
     def restore(self, source: PieceSource, num_updates: int) -> None:
-        """Fill every piece of this rank, and refresh what is derived from them. A collective.
+        """Fill every piece of the model of this rank, and refresh what is derived from them; the discriminator has its
+        own `restore`. A collective.
 
         Raises:
             RegenError: some rank could not read its pieces; on every rank. The state is then half the old one.
         """
-        pieces, error = self.pieces(), None
+        pieces, error = self._model_pieces(), None
         try:
             for name, stored in source.read_all({name: self._range(name) for name in pieces}):
                 pieces[name].copy_(stored)

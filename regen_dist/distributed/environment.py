@@ -7,6 +7,7 @@ launcher starts is told by it alone: the variables of the shell are removed firs
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,10 +17,14 @@ from regen_dist.errors import ConfigError
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 SUBMITIT = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
+# Seconds that a rank waits for the others to appear, before the job is one. Our launcher sets it: its ranks come, or it
+# ends them all. Without it, variables that are left over in a shell must not wait for what nobody starts.
+JOIN_S = "REGEN_JOIN_S"
+_JOIN_S, _LAUNCHED_JOIN_S = 60.0, 1800.0
 # What tells a process of one launcher or another that it is a rank, and where ranks meet.
 _RANK_NAMES = frozenset((
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
-    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    *(JOIN_S, "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
     *("MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MPIRUN_RANK", "SLURM_MPI_TYPE", "SLURM_TASK_PID", "SLURM_GTIDS"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE"),
     *("SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION", "SLURM_LAUNCH_NODE_IPADDR"),
@@ -120,7 +125,42 @@ def read_variables(environment: Mapping[str, str], names: tuple[str, str, str]) 
 def rank_variables(place: RankInfo, *, local_world_size: int, address: str, port: int) -> dict[str, str]:
     """What a rank is told of its place, and where the ranks meet."""
     numbers = dict(zip(TORCHRUN, place, strict=True)) | {"LOCAL_WORLD_SIZE": local_world_size, "MASTER_PORT": port}
-    return {"MASTER_ADDR": address} | {name: str(number) for name, number in numbers.items()}
+    return {"MASTER_ADDR": address, JOIN_S: f"{_LAUNCHED_JOIN_S:g}"} | {
+        name: str(number) for name, number in numbers.items()
+    }
+
+
+def join_timeout_s(environment: Mapping[str, str]) -> float:
+    """How long a rank waits for the others to appear: as REGEN_JOIN_S says; else long where a scheduler or torchrun has
+    started them, and a minute where nothing but variables speaks of them.
+
+    Raises:
+        ConfigError: REGEN_JOIN_S is no number above 0.
+    """
+    if (given := environment.get(JOIN_S)) is not None:
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            raise ConfigError(f"{JOIN_S}={given!r} must be a number of seconds above 0; or leave it out")
+        return seconds
+    # An agent of torchrun serves the store before it starts a rank: one that does not answer is none.
+    torchrun = "TORCHELASTIC_RUN_ID" in environment and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    tasks = read_variables(environment, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+    return _LAUNCHED_JOIN_S if torchrun or (tasks is not None and tasks.world_size > 1) else _JOIN_S
+
+
+def left_over_advice(environment: Mapping[str, str]) -> str:
+    """Which variables make this process a rank of several, and the way out where nobody meant them to."""
+    names = [name for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT") if name in environment]
+    values = " ".join(f"{name}={environment[name]}" for name in names)
+    unset = sorted({*names, *(name for name in environment if name.startswith("TORCHELASTIC_"))})
+    return (
+        f"{values} make this process one of several. Start the others, too ({JOIN_S} sets for how many seconds they "
+        f"are waited for); or, where these variables are left over in the shell: unset {' '.join(unset)} (then --ranks "
+        "N starts ranks here)"
+    )
 
 
 def meeting_port(*what: object) -> int:

@@ -120,7 +120,7 @@ def process_group(ranks: Ranks, needed: bool) -> Iterator[None]:
 
 def _join(ranks: Ranks) -> None:
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
-    alone = ranks.world_size == 1 and "MASTER_ADDR" not in os.environ
+    alone = ranks.world_size == 1
     device: torch.device | None = None
     problem = ""
     try:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,27 +17,34 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from regen_dist.errors import BackendError
+from regen_dist.distributed.environment import join_timeout_s, left_over_advice
+from regen_dist.errors import BackendError, RegenError
+from regen_dist.jsontext import json_text
 
 _MOST_NAMED = 8
 _READ_S = 30.0
+_NOTICE_S = 5.0
+_POLL_S = 0.2
 
 
 def meet(rank: int, world_size: int, device: torch.device | None, problem: str, timeout: timedelta) -> Store:
     """The store of the job (as MASTER_ADDR and MASTER_PORT say), once all ranks have told that their devices fit.
 
+    Ranks that nobody has started are not waited for: see `join_timeout_s`.
+
     Args:
         rank, world_size: of this process.
         device: that it computes on; None where it found none that it may use.
         problem: why; empty otherwise.
-        timeout: how long to wait for the others.
+        timeout: how long to wait for what they say, once all are there.
 
     Raises:
+        RegenError: the others do not appear.
         BackendError: some rank has no device, some have GPUs and others CPUs, or two have the same GPU; on every rank.
     """
-    store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store = _joined(rank, world_size)
     store.set_timeout(timeout)
-    store.set(f"device/{rank}", json.dumps(_own(device, problem)))
+    store.set(f"device/{rank}", json_text(_own(device, problem)))
     if rank == 0:
         keys = [f"device/{each}" for each in range(world_size)]
         store.wait(keys)
@@ -43,6 +53,53 @@ def meet(rank: int, world_size: int, device: torch.device | None, problem: str, 
         _wait_for_readers(store, rank, world_size)
         raise BackendError(verdict)
     return PrefixStore("regen", store)
+
+
+def _joined(rank: int, world_size: int) -> Store:
+    """The store, once the others are there; a line after some seconds says who is waited for.
+
+    Raises:
+        RegenError: they did not come in time, the port is taken, or the address is missing or wrong.
+    """
+    seconds = join_timeout_s(os.environ)
+    where = f"rank {rank} of {world_size}"
+    notice = threading.Timer(_NOTICE_S, _say_waiting, [f"{where} waits for the others, {seconds:g} s at most"])
+    notice.daemon = True
+    notice.start()
+    end = time.monotonic() + seconds
+    try:
+        _wait_for_server(rank, end)
+        left = timedelta(seconds=max(end - time.monotonic(), 1.0))
+        store: Store = next(rendezvous("env://", rank, world_size, timeout=left))[0]
+    except (RuntimeError, ValueError, OSError) as error:  # of c10d; of a missing variable; of the network
+        reason = str(error).strip().partition("\n")[0]
+        raise RegenError(f"{where} did not meet the others ({reason}): {left_over_advice(os.environ)}") from error
+    finally:
+        notice.cancel()
+    return store
+
+
+def _wait_for_server(rank: int, end: float) -> None:
+    """Try the address until somebody listens there. c10d would print a trace of its own for every failure.
+
+    Raises:
+        OSError: nobody does.
+        ValueError: the port is no number.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    serves_itself = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while not serves_itself and address and port:  # a missing one is named by the rendezvous
+        try:
+            socket.create_connection((address, int(port)), timeout=max(end - time.monotonic(), 1.0)).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() >= end:
+                raise OSError(f"nobody answers at {address}:{port}: {error}") from error
+        time.sleep(_POLL_S)
+
+
+def _say_waiting(text: str) -> None:
+    print(f"{text}: {left_over_advice(os.environ)}", file=sys.stderr, flush=True)
 
 
 def _wait_for_readers(store: Store, rank: int, world_size: int) -> None:

@@ -12,13 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import imageio_ffmpeg
 import numpy as np
 
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
+from regen_dist.inference.frames import Frame, Seconds, VideoWriter
 from regen_dist.inference.long_video import (
     DEFAULT_FADE,
     DEFAULT_GROUP,
@@ -178,6 +180,39 @@ def _last_line(text: str) -> str:
 # A whole video through a codec, measured against its source on the way.
 
 
+class FrameSource(Protocol):
+    """Frames of one size with their times: a `SourceVideo`, or a part of one."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that `frames` yields."""
+        ...
+
+    @property
+    def timestamps(self) -> Seconds:
+        """Seconds from the first frame, float64 [F]."""
+        ...
+
+    @property
+    def rate(self) -> Fraction:
+        """Average frames a second."""
+        ...
+
+    @property
+    def height(self) -> int:
+        """Of the frames, in pixels."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of the frames, in pixels."""
+        ...
+
+    def frames(self) -> Iterator[Frame]:
+        """Every frame in order, uint8 [height, width, 3]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Options:
     """How a video is reconstructed. Making one with steps below 1 or a rate that is not above 0 raises ConfigError.
@@ -231,7 +266,7 @@ class Passage:
     same ones, or those at `options.fps`. After the last pair, `speed` and `plan` say what it took.
     """
 
-    source: SourceVideo
+    source: FrameSource
     codec: VideoCodec
     options: Options
     on_output: Callable[[Pair], None] = lambda pair: None
@@ -321,10 +356,15 @@ class Measurement:
 
 
 def measure(
-    passage: Passage, *, with_vmaf: bool = True, on_pair: Callable[[Pair], None] = lambda pair: None
+    passage: Passage,
+    *,
+    with_vmaf: bool = True,
+    on_pair: Callable[[Pair], None] = lambda pair: None,
+    meter: VideoMeter | None = None,
 ) -> Measurement:
-    """Run a passage to its end. VMAF compares lossless 4:2:0 copies, which lie in a temporary folder meanwhile."""
-    meter = VideoMeter()
+    """Run a passage to its end. VMAF compares lossless 4:2:0 copies, which lie in a temporary folder meanwhile. A
+    caller's new `meter` holds the measures of each frame afterwards."""
+    meter = VideoMeter() if meter is None else meter
     with tempfile.TemporaryDirectory() as folder:
         copies = [Path(folder) / name for name in ("source.mp4", "decoded.mp4")]
         with ExitStack() as stack:

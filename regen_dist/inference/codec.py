@@ -5,8 +5,9 @@ Legend: B clips, T frames, F frames of a longer video, H x W pixels, h = H/8, w 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from regen_dist.inference.latent_space import LatentStatistics, only_raw, read_s
 from regen_dist.inference.tiles import Tile, decode_in_tiles, encode_in_tiles
 from regen_dist.inference.windows import Window, blend_weights
 from regen_dist.models.decoder import decoder_receptive_field, encoder_receptive_field
+from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
 from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.encoder import Latents, check_clip
 from regen_dist.models.layers import require_cudnn
@@ -62,6 +64,7 @@ class Codec:
         self.kind, self.num_frames = config.model.kind, config.model.num_frames
         self.temporal_compression = config.model.temporal_compression
         self.latent_channels = config.model.latent.channels
+        self.cell = config.model.encoder.spatial  # pixels a side of a latent cell
         self.tile: int | None = None
 
     @classmethod
@@ -81,6 +84,7 @@ class Codec:
         """
         found = find_embedder(path, weights)
         model = model_with(found.config.model, found.weights(), found.what)
+        expect_encoder(model, found.data)
         statistics = None if found.run is not None else read_statistics(found.path / STATISTICS_FILE)
         return cls(model, found.config, device or choose_device(), found.step, statistics)
 
@@ -98,6 +102,8 @@ class Codec:
         """
         if side is not None and side < _SMALLEST_TILE:
             raise ConfigError(f"a tile of {side} pixels; it must have at least {_SMALLEST_TILE} a side")
+        if side is not None and self.config.model.encoder.frozen:
+            raise ConfigError("frames are not tiled for somebody else's encoder; leave the tiles out")
         if side is not None and decoder_receptive_field(self.config.model) is None:
             raise ConfigError(
                 "this decoder attends over whole frames (model.decoder.attention.pattern=full), so a tile cannot give "
@@ -189,7 +195,7 @@ class Codec:
                 raise ConfigError(f"the baseline decodes in one pass; found {steps} steps, use 1")
             made = denoise(torch.empty(1, device=self.device), torch.ones(1))
             return self._finite(made, "decodes to pixels").clamp(-1, 1)
-        height, width = (P * side for side in windows[0].latents.content.shape[-2:])
+        height, width = (self.cell * side for side in windows[0].latents.content.shape[-2:])
         noise = gaussian(
             seed, torch.tensor([sample_id], device=self.device), times[None].to(self.device), (height, width)
         )
@@ -243,6 +249,12 @@ class Codec:
     @staticmethod
     def _reconstruct(model: Baseline, length: int) -> Decode:
         return lambda latents, tile: model.reconstruct(latents, length)
+
+
+def expect_encoder(model: Regen | Baseline, facts: Mapping[str, Any] | None) -> None:
+    """Hold a model to the frozen encoder that it was trained with, where the checkpoint's `facts` name one."""
+    if isinstance(model.encoder, DiffusersEncoder):
+        model.encoder.expected = (facts or {}).get(ENCODER_FACT)
 
 
 def _whole(times: Tensor, length: int) -> Tensor:

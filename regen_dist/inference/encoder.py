@@ -20,6 +20,8 @@ from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
 from regen_dist.jsontext import json_text
+from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
+from regen_dist.models.embedder import build_encoder
 from regen_dist.models.encoder import Encoder, Latents
 from regen_dist.models.layers import require_cudnn
 from regen_dist.observe.devices import choose_device
@@ -42,7 +44,11 @@ class FrozenEncoder:
     """
 
     def __init__(
-        self, encoder: Encoder, config: ExportConfig, device: torch.device, origin: Mapping[str, Any] | None = None
+        self,
+        encoder: Encoder | DiffusersEncoder,
+        config: ExportConfig,
+        device: torch.device,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.device, self._origin = config, device, dict(origin or {})
         require_cudnn(device.type, precision_of(config.precision))
@@ -66,6 +72,7 @@ class FrozenEncoder:
         """
         found = find_embedder(path, weights)
         encoder = _encoder_with(found.config, found.weights(_PREFIX), found.what)
+        _expect(encoder, found.data)
         is_known = found.run is not None or found.config.origin is not None
         origin = {"run": found.name, "step": found.step} if is_known else {}
         return cls(encoder, found.config, device or choose_device(), origin)
@@ -83,9 +90,16 @@ class FrozenEncoder:
             "fingerprint": self.fingerprint,
             "temporal_compression": self.config.model.temporal_compression,
             "precision": self.config.precision,
+            "cell": self.config.model.encoder.spatial,
+            "latent_frames": self.config.model.latent_frames,
             "weights": self.config.weights,
             **self._origin,
         }
+
+
+def _expect(encoder: Encoder | DiffusersEncoder, facts: Mapping[str, Any] | None) -> None:
+    if isinstance(encoder, DiffusersEncoder):
+        encoder.expected = (facts or {}).get(ENCODER_FACT)
 
 
 def check_embedder(codec: Codec, facts: Mapping[str, Any], where: str) -> None:
@@ -108,18 +122,20 @@ def check_embedder(codec: Codec, facts: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _encoder_with(config: ExportConfig, weights: Mapping[str, Tensor], what: str) -> Encoder:
+def _encoder_with(config: ExportConfig, weights: Mapping[str, Tensor], what: str) -> Encoder | DiffusersEncoder:
     """The encoder that a config describes, made of these weights; CheckpointError when they do not fit."""
     with torch.device("meta"):
-        encoder = Encoder(config.model)
+        encoder = build_encoder(config.model)
     wanted = {_PREFIX + name: list(param.shape) for name, param in encoder.named_parameters()}
     check_shapes({name: tensor.shape for name, tensor in weights.items()}, wanted, what)
     encoder.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}, assign=True)
     return encoder
 
 
-def _fingerprint(encoder: Encoder, config: ExportConfig) -> str:
+def _fingerprint(encoder: Encoder | DiffusersEncoder, config: ExportConfig) -> str:
     """In the working precision, so that neither the stored type nor the decoder changes it."""
+    if isinstance(encoder, DiffusersEncoder):
+        return encoder.fingerprint
     model = config.model
     built_by = {
         "encoder": model.encoder.model_dump(mode="json"),

@@ -175,7 +175,10 @@ def encode_groups(codec: VideoCodec, frames: Iterable[Frame], plan: DecodePlan, 
         for _ in range(min(start - first, len(held))):
             held.popleft()
         first = start
-        held.extend(pad_sides(frame) for frame in islice(source, min(stop, plan.num_frames) - first - len(held)))
+        held.extend(
+            pad_sides(frame, getattr(codec, "cell", SPATIAL_COMPRESSION))
+            for frame in islice(source, min(stop, plan.num_frames) - first - len(held))
+        )
         if len(held) < min(stop, plan.num_frames) - first:
             raise DataError(
                 f"the video ends after frame {first + len(held) - 1}; {plan.num_frames} frames were announced"

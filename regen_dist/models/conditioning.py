@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist.config.embedder import ModelConfig
+from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.models.attention import BASE, split_pairs
+from regen_dist.models.diffusers_encoder import latent_frames
 from regen_dist.models.encoder import Latents
 
 
@@ -118,6 +120,52 @@ class LatentConditioning(nn.Module):
             hidden = layer(hidden, motion, share)  # [B, T, h, w, M]
         content = content.expand(*hidden.shape[:-1], -1)
         return self.project(torch.cat([content, hidden], -1))  # type: ignore[no-any-return]
+
+
+class FrameConditioning(nn.Module):
+    """C_e of the latent frames of somebody else's encoder (ours): any number n of them, any channels, any cell.
+
+    The first latent frame stands for frame 0, the j-th for the r frames (j-1) r + 1 ... j r, so for the time of their
+    middle. Each speaks for the times around it by a SIREN over its distance, in latent frames, modulated by itself; at
+    a time between two both speak, each by its nearness, so that C_e is continuous in time:
+
+        C_e(x, y, t) = M_s( sum_j w_j(t) [z_j(x, y) (+) M_t(p(t) - j; z_j(x, y))] ),   w_j = max(0, 1 - |p(t) - j|)
+
+    At time 0 the first latent frame speaks alone, so that an image and the first frame of a clip are conditioned alike.
+    A cell of more than 8 pixels becomes s x s tokens of the decoder's, by a part of M_s for each.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        conditioning, self.channels = config.conditioning, config.latent.channels
+        self.stride, self.split = config.encoder.temporal, config.encoder.spatial // SPATIAL_COMPRESSION
+        self.wave = TimeWave(1, conditioning.width, conditioning.omega)
+        self.layers = nn.ModuleList(SineLayer(conditioning.width, self.channels) for _ in range(conditioning.layers))
+        self.project = nn.Linear(self.channels + conditioning.width, config.decoder.width * self.split**2)
+
+    def positions(self, times: Tensor) -> Tensor:
+        """Where times in frames lie among the latent frames: p(t), piecewise linear, before and past the clip too."""
+        middle = (self.stride + 1) / 2  # of the second latent frame
+        return torch.where(times < middle, times / middle, 1 + (times - middle) / self.stride)
+
+    def forward(self, latents: Latents, times: Tensor) -> Tensor:
+        """Latents of n frames and times [B, T] in frames to C_e [B, T, H/8, W/8, D]."""
+        frames = latent_frames(latents, self.channels).movedim(2, -1)  # [B, n, h, w, Z]
+        at, last = self.positions(times.float()), frames.shape[1] - 1
+        below = at.floor().long().clamp(0, max(0, last - 1))
+        share = (at - below).clamp(0, 1).where(below < last, 0)
+        told = self._told(frames, below, at, 1 - share) + self._told(frames, (below + 1).clamp(max=last), at, share)
+        cells = self.project(told).unflatten(-1, (self.split, self.split, -1))  # [B, T, h, w, s, s, D]
+        return cells.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # type: ignore[no-any-return]
+
+    def _told(self, frames: Tensor, index: Tensor, at: Tensor, share: Tensor) -> Tensor:
+        """[B, T, h, w, Z + M] of the latent frames `index` [B, T], multiplied by their shares."""
+        chosen = torch.stack([row[own] for row, own in zip(frames, index, strict=True)])  # [B, T, h, w, Z]
+        whole = torch.ones_like(share)[:, :, None, None, None].to(chosen.dtype)
+        hidden = self.wave(at - index)[:, :, None, None]  # [B, T, 1, 1, M]
+        for layer in self.layers:
+            hidden = layer(hidden, chosen, whole)
+        return torch.cat([chosen, hidden], -1) * share[:, :, None, None, None].to(chosen.dtype)
 
 
 # In-context conditioning: latents as tokens in front of the pixels', all at ordinary positions.

@@ -12,11 +12,17 @@ from torch import Tensor
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.config.run import SPATIAL_COMPRESSION as P
 from regen_dist.models.baseline import ConvDecoder
-from regen_dist.models.conditioning import InContextConditioning, LatentConditioning
+from regen_dist.models.conditioning import FrameConditioning, InContextConditioning, LatentConditioning
 from regen_dist.models.decoder import GenerativeDecoder
+from regen_dist.models.diffusers_encoder import DiffusersEncoder
 from regen_dist.models.encoder import Encoder, Latents
 from regen_dist.models.layers import recompute_activations
 from regen_dist.models.linear import LinearDecoder
+
+
+def build_encoder(config: ModelConfig) -> Encoder | DiffusersEncoder:
+    """The encoder that a config describes: with fresh weights, or somebody else's."""
+    return DiffusersEncoder(config) if config.encoder.frozen else Encoder(config)
 
 
 class EmbedderBase(nn.Module):
@@ -25,7 +31,7 @@ class EmbedderBase(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder: Encoder | DiffusersEncoder = build_encoder(config)
 
     def encode(self, video: Tensor) -> Latents:
         """Clips [B, 3, k+1, H, W] (or images, one frame) in [-1, 1] to latents [B, 8, h, w].
@@ -54,9 +60,13 @@ class Regen(EmbedderBase):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.in_context = config.conditioning.kind == "in_context"
-        self.conditioning = InContextConditioning(config) if self.in_context else LatentConditioning(config)
+        self.conditioning: nn.Module
+        if config.encoder.frozen:
+            self.conditioning = FrameConditioning(config)
+        else:
+            self.conditioning = InContextConditioning(config) if self.in_context else LatentConditioning(config)
         self.decoder = GenerativeDecoder(config.decoder)
-        self.linear = LinearDecoder(config) if config.decoder.linear else None
+        self.linear = LinearDecoder(config) if config.decoder.linear and not config.encoder.frozen else None
 
     def denoise(self, noisy: Tensor, t: Tensor, latents: Latents, times: Tensor) -> Tensor:
         """One prediction of the decoder.

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config.embedder import ModelConfig
-from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.models.building import build_model
 from regen_dist.models.sequence_parallel import SimulatedSequenceParallel, share_rows
@@ -193,7 +192,8 @@ class ClipFlops(FlopReport):
     """An embedder's, for one clip."""
 
     clip_shape: tuple[int, int, int, int]  # channels, frames, height, width
-    latent_shape: tuple[int, int, int]  # channels, rows, columns of each of the two latent frames
+    latent_shape: tuple[int, int, int]  # channels, rows, columns of each latent frame
+    latent_frames: int = NUM_LATENT_FRAMES
 
     unit: ClassVar[str] = "clip"
 
@@ -205,7 +205,7 @@ class ClipFlops(FlopReport):
     @property
     def num_latent_values(self) -> int:
         """Numbers that are kept of a clip."""
-        return NUM_LATENT_FRAMES * _product(self.latent_shape)
+        return self.latent_frames * _product(self.latent_shape)
 
     @property
     def bits_per_pixel(self) -> float:
@@ -248,7 +248,8 @@ def count_flops(
         **_parameters(model),
         **_count_shared(model, inputs, activation_checkpointing, sequence_parallel)._asdict(),
         clip_shape=(3, num_frames, *size),
-        latent_shape=(config.latent.channels, size[0] // SPATIAL_COMPRESSION, size[1] // SPATIAL_COMPRESSION),
+        latent_shape=(config.latent.channels, size[0] // config.encoder.spatial, size[1] // config.encoder.spatial),
+        latent_frames=config.latent_frames,
     )
 
 

@@ -220,6 +220,8 @@ class CausalConv(nn.Conv3d):
         return F.conv3d(frames, self.weight, self.bias, self.stride, (0, rows, self._pad))
 
     def _convolve(self, convolution: Convolution, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            x = channels_last(x)
         kernel, stride = self.kernel_size[1], self.stride[1]
         return convolve_in_strips(
             convolution, x, channels_out=self.out_channels, kernel=kernel, stride=stride, padding=self._pad
@@ -234,6 +236,12 @@ class CausalConv(nn.Conv3d):
             return frames.rest
         clip = torch.cat([frames.first.unsqueeze(2), frames.rest], 2)
         return F.pad(clip, (0, 0, 0, 0, reach - 1, 0)) if reach > 1 else clip
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[B, C, ...] with the channels innermost in memory, which is how cuDNN's tensor cores read: given otherwise, every
+    convolution would turn its input and its output around. Padding, joining and norms keep it so."""
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
 class ZeroConv(CausalConv):

@@ -18,6 +18,7 @@ from regen_dist.models.flops import FlopReport
 # DeepSpeed keeps up to 10^9 elements gathered and looks ahead (stage3_max_live_parameters,
 # stage3_max_reuse_distance), so that some weights need no second gather.
 
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements: gradients that are reduced at once
 _GATHERS = 2  # of a large weight in a micro-batch
 _GIGABIT = 1e9 / 8  # bytes
 
@@ -46,6 +47,42 @@ def sent_bytes(
         name: (reduced if name == "gradients reduced" else width) * count * (world_size - 1) // world_size
         for name, count in elements.items()
     }
+
+
+def num_collectives(parameter_sizes: Sequence[int], engine: EngineConfig, *, accumulation: int) -> int:
+    """Gathers and reductions that a GPU takes part in, in one optimizer step; of as many bytes as `sent_bytes` tells.
+
+    DeepSpeed gathers weights ahead until they fill `engine.zero.prefetch_bucket`, and reduces gradients by the bucket.
+    A weight that is larger than the bucket is gathered alone. What ranks exchange that share rows is not in it.
+
+    Args:
+        parameter_sizes: elements of each parameter, in the order of use.
+        engine: `plain` has one rank, which sends nothing.
+        accumulation: micro-batches of a step.
+    """
+    if engine.kind == "plain":
+        return 0
+    large = [size for size in parameter_sizes if size > engine.persistence_threshold]
+    gathers, filled = 0, engine.zero.prefetch_bucket + 1
+    for size in large:
+        if filled + size > engine.zero.prefetch_bucket:
+            gathers, filled = gathers + 1, 0
+        filled += size
+    reductions = -(-sum(parameter_sizes) // REDUCE_BUCKET)
+    return accumulation * (_GATHERS * gathers + reductions) + (len(large) < len(parameter_sizes))
+
+
+def ring_seconds(world_size: int, gpus_per_node: int, *, nvlink_hop_us: float, network_hop_us: float) -> float:
+    """Time that a collective of no bytes takes around a ring of all GPUs: a step for each but one of them, as many of
+    them between nodes as there are nodes but one.
+
+    Args:
+        world_size: GPUs.
+        gpus_per_node: of each node.
+        nvlink_hop_us, network_hop_us: of a step inside a node and between nodes.
+    """
+    between = -(-world_size // gpus_per_node) - 1
+    return ((world_size - 1 - between) * nvlink_hop_us + between * network_hop_us) / 1e6
 
 
 def exchanged_bytes(
@@ -82,7 +119,7 @@ def network_bytes(sent: int, *, world_size: int, gpus_per_node: int) -> int:
 def wire_seconds(sent: int, network: int, *, nvlink_gbps: float, network_gbps: float) -> float:
     """Time that the slowest wire of a ring needs: links between the GPUs of a node, or the node's network interfaces.
 
-    Latency is not in it, nor anything that keeps a collective from the full bandwidth.
+    Latency is not in it (see `ring_seconds`), nor anything that keeps a collective from the full bandwidth.
 
     Args:
         sent: bytes that one GPU sends to the next.
@@ -108,14 +145,18 @@ class Assumptions:
         nvlink_gbps: of one GPU in one direction, gigabits per second.
         network_gbps: of all interfaces of one node in one direction, gigabits per second.
         dollars_per_gpu_hour: the price.
+        nvlink_hop_us, network_hop_us: latency of a step of a ring inside a node and between nodes, in microseconds;
+            NCCL's own table (src/graph/tuning.cc: ring, Simple).
     """
 
-    mfu: float = 0.4
+    mfu: float = 0.28  # published runs of 14B parameters reach 0.23 to 0.33
     peak_tflops: float = 989.0
     gpus_per_node: int = 8
     nvlink_gbps: float = 3600.0
     network_gbps: float = 3200.0
     dollars_per_gpu_hour: float = 3.0
+    nvlink_hop_us: float = 3.4
+    network_hop_us: float = 9.6
 
 
 @dataclass(frozen=True)
@@ -129,6 +170,7 @@ class Cost:
         sent_bytes: that each GPU sends in a step.
         steps: of the run.
         assumed: what the user states.
+        collectives: of a step, each of which passes once around all GPUs.
     """
 
     world_size: int
@@ -137,6 +179,7 @@ class Cost:
     sent_bytes: int
     steps: int
     assumed: Assumptions
+    collectives: int = 0
 
     @property
     def network_bytes(self) -> int:
@@ -145,9 +188,18 @@ class Cost:
 
     @property
     def communication_s(self) -> float:
-        """Time of a step on the wires."""
+        """Time of a step on the wires: for the bytes, and for the latency of every collective."""
         links = {"nvlink_gbps": self.assumed.nvlink_gbps, "network_gbps": self.assumed.network_gbps}
-        return wire_seconds(self.sent_bytes, self.network_bytes, **links)
+        return wire_seconds(self.sent_bytes, self.network_bytes, **links) + self.latency_s
+
+    @property
+    def latency_s(self) -> float:
+        """Part of `communication_s` that no bandwidth shortens."""
+        around = ring_seconds(
+            self.world_size, self.assumed.gpus_per_node,
+            nvlink_hop_us=self.assumed.nvlink_hop_us, network_hop_us=self.assumed.network_hop_us,
+        )  # fmt: skip
+        return self.collectives * around
 
     @property
     def computation_s(self) -> float:
@@ -179,6 +231,8 @@ class Cost:
         return {
             "network_bytes_per_node": self.network_bytes,
             "communication_s": self.communication_s,
+            "latency_s": self.latency_s,
+            "collectives": self.collectives,
             "computation_s": self.computation_s,
             "communication_can_hide": self.communication_s <= self.computation_s,
             "step_s": self.step_s,
@@ -194,7 +248,6 @@ class Cost:
 # ZeRO-3 memory per GPU, term by term ("ZeRO", Rajbhandari et al., 2020, Sec. 3; AdamW in mixed precision).
 
 # DeepSpeed's defaults, in elements, which the engine does not change.
-_BUCKET = 500_000_000  # reduce_bucket_size: gradients that are reduced at once
 _LIVE = 1_000_000_000  # stage3_max_live_parameters: weights that may be gathered at once
 
 
@@ -222,10 +275,10 @@ def memory_bytes(
     shards = world_size if zero3 else 1
     share = -(-model.num_parameters // shards)
     low = 2 if mixed else 4
-    copied = min(model.num_parameters, _BUCKET)
+    copied = min(model.num_parameters, REDUCE_BUCKET)
     reduced = 4 if engine.reduces_in(world_size) == "fp32" else 2  # bytes
     # In fp32 beside a bucket in bf16, the copy is of twice the width, and on GPUs exists as long as the reduction.
-    bucket = low * _BUCKET + reduced * copied if on_gpu else (low + 2 * reduced) * copied
+    bucket = low * REDUCE_BUCKET + reduced * copied if on_gpu else (low + 2 * reduced) * copied
     second = low * -(-model.num_parameters // engine.zero.partition_size) if engine.zero.partition_size > 1 else 0
     activations = clips_per_gpu * model.activation_bytes
     gradients = (4 if zero3 or not mixed else low + 4) * share  # in fp32 for the update, whatever they are reduced in
@@ -247,6 +300,12 @@ def memory_bytes(
         if shards > 1
         else {name.replace(", sharded", "").replace(" (sharded)", ""): size for name, size in kept.items()}
     )
+
+
+def host_bytes(num_parameters: int, engine: EngineConfig, *, world_size: int) -> int:
+    """Page-locked host memory of each rank while checkpoints are written: the copy of its share of masters, EMA and two
+    moments, in fp32. It is kept for the next checkpoint, and cannot be swapped out."""
+    return 16 * -(-num_parameters // (world_size if engine.kind == "zero3" else 1))
 
 
 def _replaced(activations: int, engine: EngineConfig, accumulation: int) -> int:

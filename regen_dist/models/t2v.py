@@ -33,6 +33,7 @@ from regen_dist.models.windows import Grid
 
 FRAMES_PER_CLIP = 2  # content and motion
 _NORM_EPS = 1e-6
+_TEXT_MULTIPLE = {"cuda": 64}  # text tokens, by device: cuDNN plans anew, hundreds of milliseconds, for each new length
 _PLACE_OCTAVES = 4  # of the sinusoids that tell a token where in its frame it lies
 
 
@@ -78,6 +79,12 @@ def token_positions(grid: Grid, device: torch.device) -> Tensor:
     axes = [torch.arange(length, device=device) for length in grid]
     axes[0] = axes[0] // FRAMES_PER_CLIP
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+
+
+def padded_text(text: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Text [B, M, Dt] and mask [B, M] with room for the next multiple of tokens, which do not count."""
+    more = -text.shape[1] % multiple
+    return (F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))) if more else (text, mask)
 
 
 class KindEmbedding(nn.Module):
@@ -242,6 +249,7 @@ class TextToVideo(Checkpointed, RowSharing):
         positions = rotary_angles(token_positions(grid, x.device)[share.own], self.config.width // self.config.heads)
         tokens = self.kind(self.embed(fold_latents(x.to(dtype))[:, share.own]), grid, share)  # [B, L, D]
         tokens = self.place(tokens, grid, share)
+        text, mask = padded_text(text, mask, _TEXT_MULTIPLE.get(x.device.type, 1))
         text, vectors = self.text(text.to(dtype)), self._times(t, grid)  # [B, M, D], [B, 1 or F, D]
         modulation = _of_tokens(self.modulation(vectors), grid, share)  # [B, 1 or L, 6, D]
         for block in self.blocks:

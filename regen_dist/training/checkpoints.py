@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.identity import own_run_id
@@ -105,6 +106,10 @@ class RunCheckpoints:
         if manifest is None:
             return Progress(0, 0, {})
         self._engine.restore(self.folder.reader(manifest), manifest.state["num_updates"])
+        if (companion := self._engine.companion) is not None:
+            state = manifest.state.get("companion")
+            shapes = {} if state is None else state["shapes"]
+            companion.restore(self.folder.reader(replace(manifest, shapes=shapes)), state)
         if self._ranks.agree(bool(nonfinite(self._engine.pieces()))):
             raise CheckpointError(
                 f"the checkpoint of step {manifest.step} in {self.folder.url} holds values that are not finite; an "
@@ -203,7 +208,9 @@ class RunCheckpoints:
         self._saver.settle(_CLOSE_S)
 
     def _manifest(self, progress: Progress) -> CheckpointManifest:
-        state = {"num_updates": self._engine.num_updates, "data_shift": progress.data_shift}
+        state: dict[str, Any] = {"num_updates": self._engine.num_updates, "data_shift": progress.data_shift}
+        if self._engine.companion is not None:  # its shapes lie here: an export takes those of the model
+            state["companion"] = self._engine.companion.state()
         return CheckpointManifest(
             step=progress.step,
             samples=progress.step * self._config.train.batch_global,
@@ -239,6 +246,7 @@ class RunCheckpoints:
                 f"{where} was saved by another model; give the run another name, or restore the model section of its "
                 "config"
             )
+        self._check_companion(manifest, where)
         before, now = manifest.state["data"], self._identity
         if before is None:  # imported weights: any data will do
             return
@@ -246,4 +254,13 @@ class RunCheckpoints:
             raise CheckpointError(
                 f"the run cannot go on from {where}, because the order of its data has changed: "
                 f"{'; '.join(changed)}. Restore that, or give the run another name"
+            )
+
+    def _check_companion(self, manifest: CheckpointManifest, where: str) -> None:
+        """A discriminator may begin anew, or be given up; it cannot go on as another one."""
+        companion, saved = self._engine.companion, manifest.state.get("companion")
+        if companion is not None and saved is not None and saved["shapes"] != companion.shapes():
+            raise CheckpointError(
+                f"{where} holds another discriminator; restore train.losses.adversarial.channels and .layers, or give "
+                "the run another name"
             )

@@ -13,19 +13,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import ModelConfig, RunConfig
 from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
 from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.data.loading.validation import validation_clip
 from regen_dist.diffusion.noise import NoiseStream, gaussian, latent_gaussian, uniforms
-from regen_dist.diffusion.path import noisy, squared_error_weight, target_of, timesteps, x0_from
+from regen_dist.diffusion.path import noisy, signal_share, squared_error_weight, target_of, timesteps, x0_from
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.models.building import build_model
+from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
 from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import training_flops_per_clip
 from regen_dist.training.linear_start import LINEAR_CODES, first_cells, fit_linear_code
+from regen_dist.training.losses import ExtraLosses
 from regen_dist.training.task import Loss, Validation
 
 # A noise prediction has no one-step reconstruction from pure noise: validate as near to it as the division allows.
@@ -47,13 +49,14 @@ class EmbedderTask:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
+        self.extra_losses = ExtraLosses(config, device)
 
     @cached_property
     def data(self) -> TrainingSet:
         config = self.config
         return TrainingSet(
             config.data, num_frames=config.model.num_frames, batch_global=config.train.batch_global,
-            seed=config.train.seed,
+            seed=config.train.seed, also=frozen_encoder(config.model),
         )  # fmt: skip
 
     @cached_property
@@ -97,7 +100,13 @@ class EmbedderTask:
         )
         errors = (prediction - target_of(settings.path, settings.target, seen, noise, t)).square()
         weighted = errors * squared_error_weight(settings.path, settings.target, settings.weighting, t)
-        return Loss(weighted.mean(), latent_figures(latents, x0.shape[2]))
+        loss = Loss(weighted.mean(), latent_figures(latents, x0.shape[2]))
+        if not self.extra_losses:
+            return loss
+        floor = self.config.train.losses.signal_floor
+        share = floor + (1 - floor) * signal_share(settings.path, t)
+        made = x0_from(settings.path, settings.target, prediction, x_t, t)
+        return self.extra_losses.add(loss, engine, seen, made, share, ids, step)
 
     @torch.no_grad()
     def validate(self, engine: Engine) -> Validation:
@@ -121,7 +130,10 @@ class BaselineTask(EmbedderTask):
     def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
         x0, ids = to_float(batch.video, self.device), batch.keys.to(self.device)
         reconstruction, latents = engine(x0, latent_noise(self.config, x0, ids, step))
-        return Loss(F.mse_loss(reconstruction, x0), latent_figures(latents, x0.shape[2]))
+        loss = Loss(F.mse_loss(reconstruction, x0), latent_figures(latents, x0.shape[2]))
+        if not self.extra_losses:
+            return loss
+        return self.extra_losses.add(loss, engine, x0, reconstruction, torch.ones(len(x0), device=x0.device), ids, step)
 
     @torch.no_grad()
     def validate(self, engine: Engine) -> Validation:
@@ -129,6 +141,11 @@ class BaselineTask(EmbedderTask):
         x0 = to_float(batch.video, self.device)
         reconstruction, latents = engine(x0, None)
         return validation(x0, reconstruction, latents)
+
+
+def frozen_encoder(config: ModelConfig) -> dict[str, str]:
+    """The fingerprint of somebody else's encoder, by which a checkpoint holds to it; nothing for our own."""
+    return {ENCODER_FACT: DiffusersEncoder(config).fingerprint} if config.encoder.frozen else {}
 
 
 def train_frames(config: RunConfig, num_frames: int, step: int) -> Tensor:

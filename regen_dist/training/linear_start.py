@@ -15,6 +15,7 @@ from regen_dist.data.loading.clip_loader import clip_batches
 from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.errors import DataError
 from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.encoder import Encoder
 from regen_dist.models.layers import fold_patches, split_first
 from regen_dist.models.linear import EvenLinear, LinearDecoder
 
@@ -58,6 +59,7 @@ def fit_linear_code(model: Regen | Baseline, cells: Tensor) -> None:
             "or set model.linear_start=dct"
         )
     content, motion = _fit_encoder(cells, channels)
+    assert isinstance(model.encoder, Encoder), "a frozen encoder has no linear code"
     linear = model.encoder.linear
     for layer, (weight, bias) in ((linear.content, content), (linear.motion, motion)):
         _set(layer, weight, bias)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 
 from regen_dist.checkpoint.claims import Claims
 from regen_dist.config import AnyRunConfig
+from regen_dist.distributed.determinism import make_repeatable
 from regen_dist.distributed.engine import precision_of
 from regen_dist.distributed.failure import tell
 from regen_dist.distributed.optimizer import OPTIMIZERS
@@ -120,6 +120,14 @@ def _peak_tflops(config: AnyRunConfig, ranks: Ranks) -> float:
     return config.train.peak_tflops or peak_tflops(ranks.device, precision_of(config.engine.precision))
 
 
+def _show_kernels() -> None:
+    """Show on stderr which kernel computes attention, as `models.kernels` logs it."""
+    logger = logging.getLogger("regen_dist.models.kernels")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+
+
 @contextmanager
 def _held(claims: Claims, ranks: Ranks) -> Iterator[None]:
     """Hold the claims of a run, by rank 0. A collective: where somebody else holds one, every rank raises."""
@@ -142,11 +150,10 @@ def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
         require_cudnn(device.type, dtype)
     if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not has_native_bf16():
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")
-    if ranks.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # As use_deterministic_algorithms(True, warn_only=True), which imports the compiler to tell it, too.
-    torch.set_deterministic_debug_mode("warn")
+    make_repeatable(ranks.device, deterministic=config.engine.deterministic)
     # It would write NaN over DeepSpeed's communication buckets, gigabytes a rank that otherwise stay untouched.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if ranks.is_main:
+        _show_kernels()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours

@@ -84,7 +84,7 @@ class Stepper:
             # Loss and backward: gradients add up over the micro-batches; the last one averages them over the ranks.
             self._mark("forward and backward")
             loss = self.task.loss(self.engine, batch, self.step)
-            self.engine.backward(poison_nonfinite(loss.value), is_last=micro + 1 == train.accumulation)
+            self.engine.backward(poison_nonfinite(loss.total), is_last=micro + 1 == train.accumulation)
             # Count it, without waiting for the device.
             flops, bad_samples = self.task.flops(batch) * leads, batch.num_replaced * leads
             self.meter.add(loss.value, loss.figures, flops, bad_samples=bad_samples)

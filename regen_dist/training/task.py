@@ -17,10 +17,17 @@ from regen_dist.distributed.ranks import Ranks
 
 class Loss(NamedTuple):
     """The loss of a micro-batch (a scalar that carries gradients) and figures to log (plain numbers, averaged over
-    micro-batches and ranks)."""
+    micro-batches and ranks). `extra` are further terms of what is minimised (train.losses): `value` stays what is
+    logged, compared with other runs, and judged by the spike guard."""
 
     value: Tensor
     figures: dict[str, Tensor]
+    extra: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """All that is minimised."""
+        return self.value if self.extra is None else self.value + self.extra
 
 
 class Validation(NamedTuple):

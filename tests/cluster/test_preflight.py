@@ -13,7 +13,7 @@ from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, new_folder, write_job
 from launcher.preflight import check, runs, scheduler, storage
 from launcher.preflight.findings import Subject
-from launcher.submit import SubmissionRequest, train_order
+from launcher.submit import SubmissionRequest, train_request
 from regen_dist.checkpoint.export import model_shapes
 from regen_dist.checks.data import data
 from regen_dist.checks.findings import Target
@@ -34,7 +34,7 @@ LOCAL = ClusterConfig(kind="local")
 
 def order(folder: Path, url: str, cluster: ClusterConfig = LOCAL, **changes: Any) -> SubmissionRequest:
     config = tiny_run(folder / "runs", url, **{"engine__kind": "zero3", **changes})
-    return train_order(config, cluster, "test")
+    return train_request(config, cluster, "test")
 
 
 def texts(found: Any) -> list[str]:
@@ -169,7 +169,7 @@ def test_limits_of_a_partition(high: SlurmCluster, tmp_path: Path) -> None:
 
 def test_slurm_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert asks(tmp_path) == ["sbatch is not found: submit where Slurm's programs are, or with --cluster local"]
+    assert asks(tmp_path) == ["sbatch not found: submit where Slurm is installed, or with --cluster local"]
 
 
 def test_a_folder_that_slurm_would_read_otherwise(here: SlurmCluster, tmp_path: Path) -> None:

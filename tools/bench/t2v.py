@@ -227,7 +227,7 @@ def _encoded(batch: ClipBatch, encoder: FrozenEncoder, texts: Mapping[int, Text]
     found = [texts[number] for number in batch.sample_ids.tolist()]
     entries = [LatentEntry(c, m, text, mask) for c, m, (text, mask) in zip(content, motion, found, strict=True)]
     return collate_latents([row_of(entry, 0, entry.clips) for entry in entries], batch.sample_ids)._replace(
-        epochs=batch.epochs, bad=batch.bad, stand_ins=batch.stand_ins, problem=batch.problem
+        epochs=batch.epochs, bad=batch.bad, num_replaced=batch.num_replaced, problem=batch.problem
     )
 
 

@@ -13,13 +13,9 @@ from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.jsontext import json_text
 
 if TYPE_CHECKING:
-    from regen_dist.checkpoint.maintenance import Entry
-if TYPE_CHECKING:
     from rich.table import Table
 
-    from regen_dist.checkpoint.maintenance import CheckpointLocation, Entry
-if TYPE_CHECKING:
-    from regen_dist.checkpoint.maintenance import CheckpointLocation, Pruned
+    from regen_dist.checkpoint.maintenance import CheckpointLocation, Entry, Pruned
     from regen_dist.config.run import CheckpointConfig
 
 

@@ -35,7 +35,7 @@ def gather(
     """
     from regen_dist.config import config_hash
     from regen_dist.config.identity import clips_per_rank
-    from regen_dist.models.memory import memory_bytes
+    from regen_dist.models.memory import host_bytes, memory_bytes
 
     per_gpu, train = clips_per_rank(config, world_size), config.train
     counted, shapes = _counted(config, video)
@@ -58,9 +58,26 @@ def gather(
         "training_flops_per_step": counted.num_training_flops * train.batch_global,
         "memory_bytes_per_gpu": memory_bytes(
             counted, config.engine, world_size=world_size, clips_per_gpu=per_gpu, accumulation=train.accumulation
-        ),
+        )
+        | _loss_memory(config, counted, per_gpu),
+        "host_memory_bytes_per_rank": host_bytes(counted.num_parameters, config.engine, world_size=world_size),
         **_costs(config, counted, world_size, assumed),
     }
+
+
+def _loss_memory(config: AnyRunConfig, counted: FlopReport, clips_per_gpu: int) -> dict[str, int]:
+    """Bytes per GPU of the networks of `train.losses`; none where they are off."""
+    from regen_dist.config import T2VConfig
+
+    if isinstance(config, T2VConfig) or not config.train.losses.any:
+        return {}
+    from regen_dist.models.flops import ClipFlops
+    from regen_dist.models.loss_memory import loss_memory_bytes
+
+    assert isinstance(counted, ClipFlops), "what a clip was counted as"
+    channels, frames, height, width = counted.clip_shape
+    decoded = frames if config.model.kind == "magvit2" else min(config.diffusion.train_frames or frames, frames)
+    return loss_memory_bytes(config.train.losses, (channels, decoded, height, width), clips_per_gpu)
 
 
 def with_clips_per_gpu(config: Config, world_size: int, clips: int) -> Config:
@@ -123,7 +140,7 @@ def _account(model: ModelConfig, size: tuple[int, int], precision: Any, checkpoi
 
 def _costs(config: AnyRunConfig, counted: FlopReport, world_size: int, assumed: Assumptions | None) -> dict[str, Any]:
     from regen_dist.config.identity import clips_per_rank
-    from regen_dist.models.memory import Assumptions, Cost, exchanged_bytes, sent_bytes
+    from regen_dist.models.memory import Assumptions, Cost, exchanged_bytes, num_collectives, sent_bytes
 
     train, assumed = config.train, assumed or Assumptions()
     sent = sent_bytes(counted.parameter_sizes, config.engine, world_size=world_size, accumulation=train.accumulation)
@@ -141,6 +158,7 @@ def _costs(config: AnyRunConfig, counted: FlopReport, world_size: int, assumed: 
         sent_bytes=sum(sent.values()),
         steps=train.steps,
         assumed=assumed,
+        collectives=num_collectives(counted.parameter_sizes, config.engine, accumulation=train.accumulation),
     )
     return {"sent_bytes_per_gpu_and_step": sent, "assumptions": asdict(assumed), "cost": cost.facts()}
 
@@ -151,7 +169,7 @@ def _clip_shapes(config: RunConfig, counted: ClipFlops) -> dict[str, Any]:
     return {
         "temporal_compression": config.model.temporal_compression,
         "input_shape": list(counted.clip_shape),
-        "latent_frames": 2,
+        "latent_frames": config.model.latent_frames,
         "latent_shape": list(counted.latent_shape),
         "compression": counted.compression,
         "bits_per_pixel": counted.bits_per_pixel,

@@ -219,6 +219,7 @@ _MEMORY_ROWS = [
     ("memory: gathered weights, buckets", _memory(*_BUFFERS)),
     ("memory: activations", _memory("activations")),
     ("memory of each GPU", _memory()),
+    ("host memory of each rank: checkpoints", lambda facts: bytes_text(facts["host_memory_bytes_per_rank"])),
 ]
 _WIRE_ROWS = [
     ("sent: weights gathered", _sent("weights gathered")),
@@ -232,6 +233,7 @@ _WIRE_ROWS = [
 ]
 _TIME_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("communication", lambda facts: f"{facts['cost']['communication_s']:.3f} s"),
+    ("of it latency of the collectives", lambda facts: f"{facts['cost']['latency_s']:.3f} s"),
     ("communication / computation", _hidden),
     ("step", lambda facts: f"{facts['cost']['step_s']:.3f} s"),
     ("MFU", lambda facts: f"{facts['cost']['mfu']:.2f}"),
@@ -250,5 +252,7 @@ def _assumed_text(assumed: dict[str, Any], unit: str) -> str:
         f"Assumed: MFU {assumed['mfu']:g} of {assumed['peak_tflops']:g} TFLOP/s; every step on full {unit}s;\n"
         f"{assumed['gpus_per_node']} GPUs a node, {assumed['nvlink_gbps']:g} Gbit/s each; "
         f"{assumed['network_gbps']:g} Gbit/s between nodes;\n"
+        f"{assumed['nvlink_hop_us']:g} and {assumed['network_hop_us']:g} microseconds a hop inside a node and between "
+        "nodes;\n"
         f"{assumed['dollars_per_gpu_hour']:g} dollars for a GPU and hour."
     )

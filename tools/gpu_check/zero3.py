@@ -70,6 +70,8 @@ def _rows(machine: Machine, ranks: Ranks) -> dict[str, Any]:
     )
     moved = [(ends[name] - start[name], each.cpu() - start[name]) for name, each in plain.named_masters()]
     found, wanted = (torch.cat(each) for each in zip(*moved, strict=True))
+    if not wanted.any():
+        raise RegenError("six updates of the plain engine changed nothing: there is nothing to compare")
     # AdamW makes steps of one size of gradients of any size: where one is small, its rounding in bf16 is seen whole.
     weights = require_close("what six updates changed", relative_error(found, wanted), machine.size(0.3, 1e-2))
     return {"losses": losses, "loss_error": close, "weights": weights, "invalidations": len(counts)}

@@ -14,21 +14,15 @@ from regen_dist.jsontext import json_text
 from tools.shards.progress import progress_bar
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from regen_dist.config import AnyRunConfig
-    from regen_dist.data.loading.datasets import SampleSet
-if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from regen_dist.data.format.catalogue import Dataset
-    from regen_dist.data.inspect.overview import Histogram, Overview
-if TYPE_CHECKING:
-    from regen_dist.data.inspect.check import Depth
-if TYPE_CHECKING:
+    from regen_dist.config import AnyRunConfig
     from regen_dist.data.format.catalogue import Dataset
     from regen_dist.data.format.index import Sample
+    from regen_dist.data.inspect.check import Depth
+    from regen_dist.data.inspect.overview import Histogram, Overview
+    from regen_dist.data.loading.datasets import SampleSet
 
 
 _BAR, _REASONS = 30, 12

@@ -72,6 +72,7 @@ def assemble(source: Path, target: Path, fps: float | None = None) -> int:
 
 def _pictures(folder: Path) -> Iterator[VideoFrame]:
     import av
+    import numpy as np
     from PIL import Image, UnidentifiedImageError
 
     size = None
@@ -84,8 +85,7 @@ def _pictures(folder: Path) -> Iterator[VideoFrame]:
         if size not in (None, shown.size):
             raise DataError(f"{path}: {shown.size} pixels where those before are {size}; one size a folder")
         size = shown.size
-        frame = av.VideoFrame.from_image(shown)  # type: ignore[no-untyped-call]
-        yield frame.reformat(format="bgr0")
+        yield av.VideoFrame.from_ndarray(np.asarray(shown), format="rgb24").reformat(format="bgr0")
 
 
 def _raw_frames(path: Path) -> Iterator[VideoFrame]:

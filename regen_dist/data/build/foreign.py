@@ -139,13 +139,15 @@ def _sample(shard: str, group: _Group, left_out: LeftOut) -> tuple[Sample, tuple
     try:
         with VideoReader(data) as reader:
             info = reader.info()
-            notes, breaks, lost = reader.notes, reader.breaks(), reader.table.lost
+            notes, breaks, lost, cut = reader.notes, reader.breaks(), reader.table.lost, reader.table.cut
     except DataError as error:
         raise _Unusable(str(error)) from error
     if reason := left_out.reason(notes):
         raise _Unusable(reason)
     if lost:
         raise _Unusable(f"it is damaged: {lost} packets cannot be decoded; `regen shards build` keeps what can")
+    if cut:
+        raise _Unusable("it is damaged: the file is cut off before its end; `regen shards build` keeps what is there")
     if breaks:
         raise _Unusable(f"{next(iter(breaks.values()))}; cut it there, for example with `regen shards build`")
     facts = SampleFacts(info.frames, info.height, info.width, info.fps, source=member.name, caption=caption)

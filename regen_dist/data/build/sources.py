@@ -11,6 +11,7 @@ import io
 import json
 import os
 import posixpath
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from regen_dist.config.urls import BUCKET_SCHEMES, WEB_SCHEMES, carries_secret, key_url, parse_url
 from regen_dist.data.format.index import VIDEO_EXTENSIONS
 from regen_dist.data.format.manifest import Skip, listed
+from regen_dist.data.storage.bucket import ObjectInfo
 from regen_dist.data.storage.connection import StoreLimits, key_problem
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError, ObjectDenied
@@ -259,7 +261,7 @@ class VideoSource:
         size: in bytes, as listed.
         caption: from a list.
         text: a file beside it (name in `folder`) that holds its caption, where no list gives one.
-        text_size: of that file, in bytes.
+        text_mark: changes with the bytes of that file: their hash, or the tag that the store gives them.
     """
 
     name: str
@@ -268,7 +270,7 @@ class VideoSource:
     size: int
     caption: str | None = None
     text: str | None = None
-    text_size: int = 0
+    text_mark: str = ""
 
     @property
     def local(self) -> Path | None:
@@ -298,10 +300,10 @@ class Sources(NamedTuple):
         return sum(source.size for source in self.found)
 
     def identity(self) -> dict[str, int | str]:
-        """Number, bytes, and a digest of names, sizes and captions in order."""
+        """Number, bytes, and a digest of names, sizes and captions in order: another text is another dataset."""
         digest = hashlib.blake2b(digest_size=16)
         for one in self.found:
-            digest.update(repr((one.name, one.size, one.caption, one.text, one.text_size)).encode())
+            digest.update(repr((one.name, one.size, one.caption, one.text, one.text_mark)).encode())
         return {"files": len(self.found), "bytes": self.size_bytes, "digest": digest.hexdigest()}
 
 
@@ -344,16 +346,76 @@ def _below(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip]:
     that the place names."""
     folder, file = _place(place)
     if file:
-        sizes = _sizes(folder, [file, *(_beside(file) if Store(folder).can_list else [])])
+        found, unreadable = _neighbours(folder, file), dict[str, str]()
     else:
-        sizes, unreadable = _files_below(folder)
+        found, unreadable = _files_below(folder)
+        sizes = {name: one.size for name, one in found.items()}
         if (rows := _own_rows(folder, sizes, columns)) is not None:
             yield from _left_unnamed(folder, sizes, list(_listed(*rows)))
             return
         yield from (Skip(source=name, reason=why) for name, why in unreadable.items() if _is_video(name))
-    for name in [file] if file else sorted(name for name in sizes if _is_video(name)):
-        text = next((text for text in _beside(name) if text in sizes), None)
-        yield VideoSource(name, folder, name, sizes[name], text=text, text_size=sizes[text] if text else 0)
+    texts = Texts(found)
+    for name in [file] if file else sorted(name for name in found if _is_video(name)):
+        beside = texts.beside(name)
+        text = beside[0] if beside else None
+        if len(beside) < 2:
+            mark = _text_mark(folder, text, found[text].etag) if text else ""
+            yield VideoSource(name, folder, name, found[name].size, text=text, text_mark=mark)
+        else:
+            both = ", ".join(beside)
+            yield Skip(source=name, reason=f"ambiguous caption: {both} differ in case alone; rename one")
+
+
+class Texts:
+    """The text files of a listing, by the videos whose captions they may hold.
+
+    A text belongs to the video of the same name up to the ending. Cameras, cards and people also write CLIP.TXT, or
+    clip.txt beside Clip.MP4: where no text is called as a video is, one that differs in case alone (or in how accents
+    are encoded) is taken, unless another video is called just like it.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        paths = [PurePosixPath(name) for name in names]
+        self._videos = {path.with_suffix("") for path in paths if _is_video(str(path))}
+        self._texts: dict[tuple[PurePosixPath, str], list[PurePosixPath]] = defaultdict(list)
+        for path in paths:
+            if path.suffix.lower() == ".txt":
+                self._texts[self._key(path)].append(path)
+
+    @staticmethod
+    def _key(path: PurePosixPath) -> tuple[PurePosixPath, str]:
+        return path.parent, unicodedata.normalize("NFC", path.stem).casefold()
+
+    def beside(self, name: str) -> list[str]:
+        """The text of a video; none, or several between which nothing decides."""
+        video = PurePosixPath(name)
+        near = sorted(self._texts.get(self._key(video), ()), key=lambda path: (path.suffix != ".txt", str(path)))
+        if same := [path for path in near if path.stem == video.stem]:
+            return [str(same[0])]
+        return [str(path) for path in near if path.with_suffix("") not in self._videos]
+
+
+def _text_mark(folder: str, name: str, etag: str | None) -> str:
+    """What changes when a text does. A local file is read: captions are short, and a time of change proves nothing."""
+    store = Store(folder)
+    if store.folder is None:
+        return etag or str(store.size(name))
+    try:
+        return hashlib.blake2b((store.folder / name).read_bytes(), digest_size=16).hexdigest()
+    except OSError:
+        return "unreadable"  # the source is left out when it is looked into
+
+
+def _neighbours(folder: str, file: str) -> dict[str, ObjectInfo]:
+    """A single video and the texts beside it. In a bucket the likely names are asked for, not all."""
+    store = Store(folder)
+    if store.folder is not None:
+        names = [each.name for each in store.folder.iterdir() if each.suffix.lower() in VIDEO_SUFFIXES | {".txt"}]
+        return {name: ObjectInfo(size, None) for name, size in _sizes(folder, [file, *names]).items()}
+    if not store.can_list:
+        return {name: ObjectInfo(size, None) for name, size in _sizes(folder, [file]).items()}
+    asked = [file, *_likely_texts(file)]
+    return {name: found[name] for name in asked for found in [store.list_found(name)] if name in found}
 
 
 def _own_rows(folder: str, sizes: dict[str, int], columns: Columns | None) -> tuple[str, str, list[CaptionRow]] | None:
@@ -522,16 +584,18 @@ def _size_on_the_web(store: Store, file: str) -> int | None:
         return None
 
 
-def _files_below(folder: str) -> tuple[dict[str, int], dict[str, str]]:
-    """Size of every file below a folder or prefix, hidden ones left out; and objects that cannot be read by their keys,
-    with why."""
+def _files_below(folder: str) -> tuple[dict[str, ObjectInfo], dict[str, str]]:
+    """Size and tag of every file below a folder or prefix, hidden ones left out; and objects that cannot be read by
+    their keys, with why."""
     store = Store(folder)
     if not store.can_list:
         own = _sizes(folder, [*FOLDER_LISTS, *VIDEO_LINES, *CAPTION_LINES])
-        return (own, {}) if own else (store.list(), {})  # which says that there is no listing
+        if not own:
+            store.list()  # which says that there is no listing
+        return {name: ObjectInfo(size, None) for name, size in own.items()}, {}
     if store.folder is None:
         listing = store.list_all()
-        seen = {name: one.size for name, one in listing.found.items() if not PurePosixPath(name).name.startswith(".")}
+        seen = {name: one for name, one in listing.found.items() if not PurePosixPath(name).name.startswith(".")}
         return seen, listing.unreadable
     found = {}
     for top, _, names in os.walk(store.folder):
@@ -539,7 +603,8 @@ def _files_below(folder: str) -> tuple[dict[str, int], dict[str, str]]:
             if (
                 path.suffix.lower() in VIDEO_SUFFIXES | {".txt"} or path.name in FOLDER_LISTS
             ):  # a dangling link is a source that cannot be read
-                found[path.relative_to(store.folder).as_posix()] = path.stat().st_size if path.exists() else 0
+                size = path.stat().st_size if path.exists() else 0
+                found[path.relative_to(store.folder).as_posix()] = ObjectInfo(size, None)
     return found, {}
 
 
@@ -572,8 +637,8 @@ def _is_video(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
 
 
-def _beside(name: str) -> list[str]:
-    """The text files that may hold a video's caption: cameras and their cards write CLIP.TXT or Clip.Txt, too."""
+def _likely_texts(name: str) -> list[str]:
+    """Names of the text that may hold the caption of a single video in a bucket."""
     stem = PurePosixPath(name).with_suffix("")
     stems = dict.fromkeys((stem, stem.with_name(stem.name.lower()), stem.with_name(stem.name.upper())))
     return [f"{one}{suffix}" for one in stems for suffix in (".txt", ".TXT", ".Txt")]

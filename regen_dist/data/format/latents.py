@@ -176,11 +176,15 @@ class CacheFacts:
         """Raise DataError if an entry contradicts the manifest or its index row (frames, sides in pixels)."""
         found = tuple(entry.content.shape)
         n = max(1, frames // self.num_frames)
-        expected = (n, self.channels, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+        cell = int(self.encoder.get("cell", SPATIAL_COMPRESSION))
+        expected = (n, self.channels, height // cell, width // cell)
         if found != expected:
             raise DataError(f"content latents {_x(found)}, the index and the manifest say {_x(expected)}")
         if entry.clips != frames // self.num_frames:
             raise DataError(f"motion latents of {entry.clips} clips, the index says {frames} frames")
+        motion = (self.channels * (int(self.encoder.get("latent_frames", 2)) - 1), *expected[2:])
+        if tuple(entry.motion.shape[1:]) != motion:
+            raise DataError(f"motion latents {_x(entry.motion.shape[1:])}, the manifest says {_x(motion)}")
         text_width = None if entry.text is None else entry.text.shape[1]
         if text_width != self.text_width:
             raise DataError(f"text embeddings of width {text_width}, the manifest says {self.text_width}")
@@ -222,7 +226,12 @@ def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
     """Check the shapes of content and motion, and of text if there is any."""
     _check_dimensions(tensors)
     content, motion = tensors["content"].shape, tensors["motion"].shape
-    if not content[0] or content[1:] != motion[1:] or motion[0] not in ({0, 1} if content[0] == 1 else {content[0]}):
+    if (
+        not content[0]
+        or content[2:] != motion[2:]
+        or motion[1] % content[1]
+        or motion[0] not in ({0, 1} if content[0] == 1 else {content[0]})
+    ):
         raise DataError(
             f"content {_x(content)} and motion {_x(motion)} do not belong together; they are alike, or an image's: one "
             "content latent and no motion latent"

@@ -230,18 +230,31 @@ class SampleSet(ABC, Generic[Config]):
 class TrainingSet(SampleSet[DataConfig]):
     """Training set of videos with its data order. Cheap to send to another process.
 
-    Args:
-        config: config of the data: sources and cropping.
-        num_frames: frames of a clip (k + 1).
-        batch_global: samples of one optimizer step, over all ranks and micro-batches.
-        seed: seed of the order and of every clip's position.
+        Args:
+            config: config of the data: sources and cropping.
+            num_frames: frames of a clip (k + 1).
+            batch_global: samples of one optimizer step, over all ranks and micro-batches.
+    <<<<<<< HEAD
+            seed: seed of the order and of every clip's position.
+    =======
+            seed: of the order and of every clip's place.
+            also: what else a resumed run must have as it was, by name: a frozen encoder's fingerprint.
+    >>>>>>> main
 
-    Raises:
-        DataError: a dataset cannot be opened or holds no videos, or no sample fits.
+        Raises:
+            DataError: a dataset cannot be opened or holds no videos, or no sample fits.
     """
 
-    def __init__(self, config: DataConfig, *, num_frames: int, batch_global: int, seed: int) -> None:
-        self._num_frames = num_frames
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        num_frames: int,
+        batch_global: int,
+        seed: int,
+        also: Mapping[str, str] | None = None,
+    ) -> None:
+        self._num_frames, self._also = num_frames, dict(also or {})
         datasets = [open_videos(url, config) for url in config.sources]
         super().__init__(config, datasets, _buckets(config, num_frames), batch_global=batch_global, seed=seed)
 
@@ -250,7 +263,7 @@ class TrainingSet(SampleSet[DataConfig]):
         return order_identity(
             self.config, [each.fingerprint for each in self.datasets], num_frames=self._num_frames,
             batch_global=self.order.batch_global, seed=self.seed,
-        )  # fmt: skip
+        ) | self._also  # fmt: skip
 
     def _least(self) -> str:
         return f"{self._num_frames} frames"

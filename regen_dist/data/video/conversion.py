@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from av.filter.context import FilterContext
     from av.video.frame import VideoFrame
+    from typing_extensions import Buffer
 
     Frames = Callable[[Sequence[int]], Iterator[tuple[int, VideoFrame]]]
 
@@ -103,23 +104,24 @@ class Look(NamedTuple):
 
 
 class Converter:
-    """Makes frames of one video presentable, one at a time. `notes` says what was done so far, once each.
+    """Makes frames of one video presentable, one at a time. `notes` says what was done so far, once each."""
 
-    Args:
-        pixel_aspect: width of a pixel over its height, as the container or the codec tells it; None or 0: square.
-    """
-
-    def __init__(self, pixel_aspect: Fraction | None) -> None:
-        self._aspect = Fraction(pixel_aspect) if pixel_aspect else Fraction(1)
-        self._filters: dict[Look, _Filters] = {}
+    def __init__(self) -> None:
+        self._aspect = Fraction(1)
+        self._filters: dict[tuple[Look, int, int], _Filters] = {}
         self.notes: dict[str, None] = {}
 
-    def __call__(self, frame: VideoFrame) -> VideoFrame:
+    def __call__(self, frame: VideoFrame, pixel_aspect: Fraction | None = None) -> VideoFrame:
         """The frame, or a new one in its place with the same time and orientation.
+
+        Args:
+            frame: as it was decoded.
+            pixel_aspect: width of its pixels over their height; None or 0: square.
 
         Raises:
             DataError: its colours or the shape of its pixels cannot be converted.
         """
+        self._aspect = Fraction(pixel_aspect) if pixel_aspect else Fraction(1)
         look = Look.of(frame)
         if look.matrix in _UNREADABLE_MATRICES and not frame.format.is_rgb:
             matrix = _UNREADABLE_MATRICES[look.matrix]
@@ -133,10 +135,11 @@ class Converter:
             self.notes[note] = None
         if look.colours:
             self.notes[look.colours] = None
-        if look not in self._filters:
+        key = look, width, height
+        if key not in self._filters:
             self._filters.clear()  # a change within a video is rare, a filter's memory is that of some frames
-            self._filters[look] = _Filters(look, frame, _steps(look, width, height))
-        (done,) = self._filters[look].run(frame)
+            self._filters[key] = _Filters(look, frame, _steps(look, width, height))
+        (done,) = self._filters[key].run(frame)
         return _tagged(done, frame, look)
 
     def _square(self, look: Look) -> tuple[int, int]:

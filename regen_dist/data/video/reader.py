@@ -38,13 +38,13 @@ from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
-    from av.video.stream import VideoStream
-if TYPE_CHECKING:
-    from av.container import InputContainer
     from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
     from typing_extensions import Buffer
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 
 # Which of a file's video streams is its video: the choice of ffmpeg's command line.
@@ -88,6 +88,7 @@ _INDEXED = {"mov", "mp4", "matroska", "webm"}
 _MADE_UP = {"avi"}  # containers without timestamps: those that ffmpeg gives count packets, B-frames out of order
 _RATE_TOLERANCE = 1e-3  # timestamps in milliseconds make 24 fps look like 24.005
 _NO_LIMIT = 1 << 62
+_HEAD = 4096
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ class VideoReader:
         self._source, self._convert = source, convert
         self._container, self.stream = self._open()
         self._counted: tuple[int, Iterator[VideoFrame]] | None = None  # where counting stopped, to go on from there
-        self._lost, self._aspect = 0, self.stream.sample_aspect_ratio
+        self._lost, self._aspects = 0, list[tuple[int, Fraction | None]]()
         try:
             self.table = table or self._read_table()
-            self._converter = Converter(self.table.pixel_aspect or self.stream.sample_aspect_ratio)
+            self._converter = Converter()
         except BaseException:
             self._container.close()
             raise
@@ -173,13 +174,13 @@ class VideoReader:
 
     def breaks(self) -> dict[int, str]:
         """Frames at which what follows does not belong with what came before, and why: a gap in time, or another size
-        of the picture as far as the table knows of it."""
+        of the picture or shape of its pixels, as far as the table knows of it."""
         tick = float(self.stream.time_base or 0)
         pts = self.table.pts
         found = {n: f"a gap of {(pts[n] - pts[n - 1]) * tick:.1f} s in front of frame {n}" for n in self.gaps}
-        return dict(
-            sorted((found | {n: f"the picture changes its size at frame {n}" for n in self.table.resized}).items())
-        )
+        found |= {n: f"the shape of pixels changes at frame {n}" for n, _ in self.table.aspects if n > 0}
+        found |= {n: f"the picture changes its size at frame {n}" for n in self.table.resized}
+        return dict(sorted(found.items()))
 
     def frames(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
         """The frames of these numbers (never decreasing), each once, with its number; `notes` says how they
@@ -195,13 +196,19 @@ class VideoReader:
                 yield from self._decoded(numbers)
                 return
             for number, frame in deinterlaced(self._decoded, numbers, len(self.table.pts), self._converter):
-                yield number, self._converter(frame)
+                yield number, self._converter(frame, self._aspect_at(number))
+
+    def _aspect_at(self, number: int) -> Fraction | None:
+        """Width of a frame's pixels over their height; None where nothing says it."""
+        told = [aspect for first, aspect in self.table.aspects if first <= number]
+        return told[-1] if told else self.stream.sample_aspect_ratio
 
     @property
     def notes(self) -> tuple[str, ...]:
         """How the frames that were read so far differ from those in the file, each note with its kind and a colon."""
         lost = self.table.lost
         damage = [f"damaged: {lost} packet{'s' * (lost > 1)} could not be decoded whole"] if lost else []
+        damage += ["damaged: the file is cut off before its end"] if self.table.cut else []
         return (*self._converter.notes, *damage)
 
     def _decoded(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
@@ -238,7 +245,8 @@ class VideoReader:
         """Every frame that can be decoded, by a container and a decoder of their own: what is delivered only once (a
         palette, parameter sets) is there again. Damaged packets are counted, and decoded as far as they can be."""
         container, stream = self._open()
-        self._lost = 0
+        self._lost, aspects, count = 0, _Aspects(stream, container), 0
+        self._aspects = aspects.found
         try:
             packets = container.demux(stream)
             while True:
@@ -249,8 +257,9 @@ class VideoReader:
                     packet = None
                 damaged = packet is not None and packet.is_corrupt
                 try:
-                    for frame in stream.codec_context.decode(packet):
+                    for frame in aspects.decode(packet, count):
                         damaged |= frame.is_corrupt
+                        count += 1
                         yield frame
                 except av.EOFError:
                     return
@@ -260,7 +269,6 @@ class VideoReader:
                 if packet is None or packet.size == 0:
                     return
         finally:
-            self._aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
             container.close()
 
     def _runs(self, numbers: Sequence[int]) -> Iterator[list[int]]:
@@ -382,7 +390,17 @@ class VideoReader:
             raise DataError("it has no frames")
         if len(set(pts)) < len(pts) and not self._holds_fields():
             return self._counted_table()
-        return FrameTable(tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost)
+        return FrameTable(tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost, cut=self._is_cut())
+
+    def _is_cut(self) -> bool:
+        """Whether a Matroska file is shorter than it says: nothing else tells, its last whole packet ends it."""
+        if isinstance(self._source, Path):
+            with self._source.open("rb") as file:
+                head, size = file.read(_HEAD), self._source.stat().st_size
+        else:
+            view = memoryview(self._source).cast("B")
+            head, size = bytes(view[:_HEAD]), len(view)
+        return (matroska_end(head) or 0) > size
 
     def _holds_fields(self) -> bool:
         """Whether the first frame is interlaced: its two halves may come in packets of one timestamp."""
@@ -406,7 +424,56 @@ class VideoReader:
             )
         rate = self.stream.guessed_rate or self.stream.average_rate
         step = max(1, round(1 / (rate * self.stream.time_base))) if rate and self.stream.time_base else 1
-        return FrameTable(presentation_times(times, step), (), False, tuple(resized), self._lost, self._aspect)
+        return FrameTable(presentation_times(times, step), (), False, tuple(resized), self._lost, tuple(self._aspects))
+
+
+def matroska_end(head: bytes) -> int | None:
+    """Where a Matroska file ends, by the size of its segment (RFC 8794, 4.4; RFC 9559); None where it does not say, or
+    is no such file.
+
+    Args:
+        head: its beginning.
+    """
+    at = 0
+    for element in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # the header, the segment
+        if not head.startswith(element, at) or len(head) < at + 12 or not head[at + 4]:
+            return None
+        width = 9 - head[at + 4].bit_length()
+        size = int.from_bytes(head[at + 4 : at + 4 + width]) & ~(1 << 7 * width)
+        if size == (1 << 7 * width) - 1:
+            return None  # written while nobody knew
+        at += 4 + width + size
+    return at
+
+
+class _Aspects:
+    """Shapes of pixels, as they are found while a video is decoded: `found` has the frames at which they change.
+
+    Where the container tells it (AVI), that counts; otherwise it is the decoder's, which changes when a packet goes in:
+    the frame of that packet may come out later.
+    """
+
+    def __init__(self, stream: VideoStream, container: InputContainer) -> None:
+        self._stream, self._fixed = stream, bool(_MADE_UP & set(container.format.name.split(",")))
+        self._waiting: tuple[int | None, Fraction | None] | None = None  # the time of that frame, and its aspect
+        self._last: Fraction | None = None
+        self.found: list[tuple[int, Fraction | None]] = []
+
+    def decode(self, packet: Packet[VideoStream] | None, number: int) -> Iterator[VideoFrame]:
+        """The frames that come out when a packet goes in, the first of which is frame `number`."""
+        frames = self._stream.codec_context.decode(packet)
+        told, own = self._stream.sample_aspect_ratio, self._stream.codec_context.sample_aspect_ratio
+        aspect = told if self._fixed else own or told
+        if aspect != self._last and packet is not None:
+            self._waiting, self._last = (packet.pts, aspect), aspect
+        for at, frame in enumerate(frames, number):
+            if not self.found:
+                self.found.append((at, aspect))
+                self._waiting = None
+            elif self._waiting and (frame.key_frame if self._waiting[0] is None else frame.pts == self._waiting[0]):
+                self.found.append((at, self._waiting[1]))
+                self._waiting = None
+            yield frame
 
 
 class _BufferFile:

@@ -27,7 +27,9 @@ class FrameTable(NamedTuple):
             are missing, repeated or made up) it is found by counting what the decoder gives from the beginning.
         resized: frames at which the picture changes its size.
         lost: packets that could not be decoded.
-        pixel_aspect: width of a pixel over its height where only decoding tells it; None: as the container says.
+        aspects: width of a pixel over its height, with the frame from which on it counts, where only decoding tells it;
+            none: as the container says.
+        cut: whether the file ends before the end that its container names.
     """
 
     pts: tuple[int, ...]
@@ -35,7 +37,8 @@ class FrameTable(NamedTuple):
     seekable: bool = True
     resized: tuple[int, ...] = ()
     lost: int = 0
-    pixel_aspect: Fraction | None = None
+    aspects: tuple[tuple[int, Fraction | None], ...] = ()
+    cut: bool = False
 
 
 def gaps(table: FrameTable, tick_s: float) -> list[int]:

@@ -28,7 +28,7 @@ from regen_dist.config.exported import ExportConfig, T2VExportConfig
 from regen_dist.config.files import write_text_atomically
 from regen_dist.data.storage.local import sync
 from regen_dist.inference.hub.module import own_module, pipeline_module
-from regen_dist.inference.hub.pipeline import write_code
+from regen_dist.inference.hub.opening import write_code
 from regen_dist.inference.latent_space import LatentSpace, LatentStatistics
 from regen_dist.jsontext import json_text
 from regen_dist.models.text import TextEncoder

@@ -122,6 +122,9 @@ class Reached:
 
     def follow(self, roots: Sequence[Symbol], left_out: Mapping[Symbol, Sequence[str]]) -> None:
         """Add everything that is needed, from the roots on."""
+        for symbol in left_out:
+            if symbol.name not in _source(symbol.module).defined:
+                raise ValueError(f"{symbol.module} defines no {symbol.name}, of which methods are to be left out")
         waiting = [_resolved(root) for root in roots]
         while waiting:
             found = waiting.pop()

@@ -14,9 +14,9 @@ _PIPELINE = tuple(
 # What reads runs and exports of this package, and what writes them.
 _LEFT_OUT = {
     Symbol(f"{_INFERENCE}.codec", "Codec"): ("load", "_of_run", "_of_export"),
-    Symbol(f"{_INFERENCE}.text_to_video", "TextToVideoModel"): ("load", "_of_run", "_of_export", "facts"),
-    Symbol(f"{_INFERENCE}.space_files", "LatentSpace"): ("of", "to_json", "write"),
-    Symbol(f"{_INFERENCE}.statistics", "LatentStatistics"): ("to_text",),
+    Symbol(f"{_INFERENCE}.sampler", "TextToVideoModel"): ("load", "_of_run", "_of_export", "facts"),
+    Symbol(f"{_INFERENCE}.latent_space", "LatentSpace"): ("of", "to_json", "write"),
+    Symbol(f"{_INFERENCE}.latent_space", "LatentStatistics"): ("to_text",),
     Symbol(_CONFIG, "CommonExportConfig"): ("to_yaml",),
     Symbol(_CONFIG, "ExportConfig"): ("of",),
     Symbol(_CONFIG, "T2VExportConfig"): ("of",),

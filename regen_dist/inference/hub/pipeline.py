@@ -22,7 +22,6 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from regen_dist.config.exported import T2VExportConfig
-from regen_dist.config.files import write_text_atomically
 from regen_dist.config.t2v import FlowConfig, T2VModelConfig, TextConfig
 from regen_dist.data.format.latents import TextEmbedding
 from regen_dist.errors import ConfigError
@@ -35,6 +34,7 @@ from regen_dist.inference.generate import (
     sample_rows,
 )
 from regen_dist.inference.hub.module import pipeline_module
+from regen_dist.inference.hub.opening import in_trained_precision, write_code
 from regen_dist.inference.latent_space import LatentSpace, parse_statistics
 from regen_dist.inference.long_video import row_frames
 from regen_dist.inference.sampler import TextToVideoModel
@@ -44,34 +44,6 @@ from regen_dist.models.encoder import Latents
 from regen_dist.models.t2v import TextToVideo
 from regen_dist.models.text.encoder import TextEncoder
 from regen_dist.pixels import to_frames
-
-# What models for diffusers share when they are opened and saved.
-
-_LOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-def in_trained_precision(kind: Any, path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `from_pretrained` with the dtype that a model was trained in, where none is asked for.
-
-    Args:
-        kind: class of the model.
-        path: a folder, or a repository on the hub.
-        options: as they were given.
-    """
-    if options.get("torch_dtype") is not None or options.get("dtype") is not None:
-        return options
-    found = kind.load_config(path, **{name: options[name] for name in _LOADING if name in options})
-    dtype = torch.bfloat16 if found.get("precision", "bf16") == "bf16" else torch.float32
-    return {name: value for name, value in options.items() if name != "dtype"} | {"torch_dtype": dtype}
-
-
-def write_code(folder: str | Path, module: tuple[str, str], kind: str) -> dict[str, str]:
-    """Write a module of code (its name and text) into a folder; returns the `auto_map` by which diffusers finds the
-    class in it."""
-    name, text = module
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_text_atomically(Path(folder) / name, text)
-    return {"AutoModel": f"{Path(name).stem}.{kind}"}
 
 
 @dataclass

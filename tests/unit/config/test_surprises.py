@@ -11,6 +11,7 @@ from launcher.cluster import load_cluster
 from launcher.pipelines.schema import load_pipeline
 from launcher.submit import expand_sweep
 from regen_dist.config import load_config, load_saved_config, save_config
+from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_run
 
@@ -70,3 +71,28 @@ def test_the_home_folder_is_expanded_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert config.checkpoints == f"{tmp_path}/runs/tiny/checkpoints"
     with pytest.raises(ValueError, match="no home folder of that name"):
         tiny_run("~nobody-of-this-name/runs")
+
+
+def test_home_folders_are_expanded_wherever_a_config_names_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pre-encoding, pipelines, clusters, datasets, caches and checkpoints; no folder called `~` is ever made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    encoding = PreencodeConfig(embedder="~/runs/e", data="~/data", output="~/latents", read={"cache": "~/cache"})
+    assert (encoding.embedder, encoding.data) == (f"{tmp_path}/runs/e", f"{tmp_path}/data")
+    assert (encoding.output, encoding.read.cache) == (f"{tmp_path}/latents", f"{tmp_path}/cache")
+    run = tiny_run("~/runs", checkpoint__url="~/saved", data__url="~/data", data__validation_url="~/held_out")
+    assert run.checkpoints == f"{tmp_path}/saved/tiny"
+    assert (run.data.url, run.data.validation_url) == (f"{tmp_path}/data", f"{tmp_path}/held_out")
+    assert load_cluster("slurm", ["shared=~/jobs"]).shared == tmp_path / "jobs"
+    Path("p.yaml").write_text(
+        "name: p\noutput: ~/runs\nsteps:\n  a: {train: ~/a.yaml}\n  b: {command: [x, --out, ~/b], inputs: [~/c]}\n"
+    )
+    found = load_pipeline(Path("p.yaml"))
+    assert found.folder == tmp_path / "runs" / "p"
+    assert found.steps["a"].train == tmp_path / "a.yaml"
+    assert found.steps["b"].command == ("x", "--out", f"{tmp_path}/b")
+    assert found.steps["b"].inputs == (tmp_path / "c",)
+    with pytest.raises(ValueError, match="no home folder of that name"):
+        PreencodeConfig(embedder="e", data="d", output="~nobody-of-this-name/latents")

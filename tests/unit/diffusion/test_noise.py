@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from regen_dist.diffusion import noise
 from regen_dist.diffusion.noise import CHUNK, NoiseStream, gaussian, latent_gaussian, philox, uniforms
 from regen_dist.errors import DataError
 
@@ -243,3 +244,20 @@ class TestFarAway:
         noise = gaussian(5, IDS, planes, (4, 6), channels=4, stream=NoiseStream.LATENT_ROW)
         row = latent_gaussian(5, IDS, 1, 4, (4, 6))
         assert all((noise[:, :, place] == row[:, :, 0]).double().mean() < 0.05 for place in range(3))
+
+
+def test_a_gpu_draws_a_sample_in_one_portion() -> None:
+    """What a CPU cuts up for its cache: 8 portions of a clip of 192 x 320 there, and 1 on a GPU. The numbers are the
+    same however they are cut."""
+    places = 192 * 320
+    cpu, gpu = (list(noise._portions(2, places, torch.device(name))) for name in ("cpu", "cuda"))
+    assert [(rows, stop - start) for rows, start, stop in gpu] == [(slice(0, 1), places), (slice(1, 2), places)]
+    assert len(cpu) == 2 * -(-places // CHUNK)
+
+
+def test_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn as a GPU does, bit for bit as a CPU does."""
+    cut = gaussian(5, IDS, TIMES, (96, 100))
+    portions = noise._portions
+    monkeypatch.setattr(noise, "_portions", lambda samples, n, _: portions(samples, n, torch.device("cuda")))
+    assert torch.equal(gaussian(5, IDS, TIMES, (96, 100)), cut)

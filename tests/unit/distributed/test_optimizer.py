@@ -109,7 +109,7 @@ def test_zero_is_cut_as_the_config_says() -> None:
 
     config = tiny_run(
         engine__kind="zero3", engine__zero__prefetch_bucket=7, engine__zero__sub_group=9,
-        engine__zero__partition_size=4,
+        engine__zero__partition_size=4, train__batch_global=24,
     )  # fmt: skip
     told = DeepSpeedZeroConfig(**deepspeed_settings(config, world_size=8)["zero_optimization"])
     assert (told.prefetch_bucket_size, told.sub_group_size, told.zero_hpz_partition_size) == (7, 9, 4)

@@ -62,7 +62,7 @@ def test_constraints_pin_every_requirement_inside_its_range() -> None:
     pins = _pins()
     project = _project()
     lines = [*project["dependencies"]]
-    for extra in ("bench", "dev"):
+    for extra in ("bench", "dev", "docs"):
         lines += project["optional-dependencies"][extra]
     for line in lines:
         wanted = Requirement(line)

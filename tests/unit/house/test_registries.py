@@ -40,7 +40,7 @@ SWITCHES = {
     "CheckpointConfig.best_is", "SpikeConfig.action", "LatentStdConfig.action", "ConditioningConfig.kind",
     "ConditioningConfig.time", "AttentionConfig.pattern", "ModelConfig.linear_start", "DensityConfig.kind",
     "DiffusionConfig.path", "DiffusionConfig.target", "DiffusionConfig.weighting", "DiffusionConfig.sampler",
-    "FlowConfig.sampler",
+    "AdversarialConfig.loss", "AdversarialConfig.regularisation",
 }  # fmt: skip
 
 

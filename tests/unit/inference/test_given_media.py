@@ -93,7 +93,7 @@ class TestImage:
         videos = [np.stack(list(each.frames())) for each in _generate(made, tmp_path / "out", image)]
         for video in videos:
             assert video.shape == (LENGTH, SIDE, SIDE, 3)
-            assert _psnr(frame, video[0]) > own - 1
+            assert _psnr(frame, video[0]) > own - 2  # the motion is that of an untrained generator
         assert _psnr(videos[0][-1], videos[1][-1]) < 30
         free = list(_generate(made, tmp_path / "free", None)[0].frames())
         assert _psnr(frame, free[0]) < own - 10

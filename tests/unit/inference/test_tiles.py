@@ -72,7 +72,7 @@ def test_without_what_is_around_them_tiles_show(kind: str, monkeypatch: pytest.M
     latents = codec.encode(video)
     whole = codec.decode(latents, torch.arange(5.0))
     codec.use_tiles(64)
-    for name, step in (("encoder_reach", (1, 1)), ("decoder_reach", (2, 3))):
+    for name, step in (("encoder_receptive_field", (1, 1)), ("decoder_receptive_field", (2, 3))):
         monkeypatch.setattr(codec_module, name, lambda config, step=step: ReceptiveField((0, 0), step))
     assert (codec.encode(video).motion - latents.motion).abs().max() > 1e-3
     assert (codec.decode(latents, torch.arange(5.0)) - whole).abs().max() > 1e-3

@@ -25,13 +25,13 @@ class Place:
         self.job, self.restart, self.nodes = "77", restart, nodes
         self.why, self.down = why, tuple[str, ...]()
 
-    def why_stopped(self, job: Submission) -> Why:
+    def stop_reason(self, job: Submission) -> Why:
         return self.why
 
-    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
+    def down_nodes(self, nodes: Sequence[str]) -> tuple[str, ...]:
         return tuple(node for node in nodes if node in self.down)
 
-    def leave_out(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
+    def excludable(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
         return tuple(nodes)
 
 
@@ -189,7 +189,7 @@ def test_how_far_a_run_is(job: Submission, capsys: pytest.CaptureFixture[str]) -
     assert newest_step(progress) == 30
     (job.tasks[0].folder / "checkpoints" / "latest").write_text("nonsense")
     assert newest_step(progress) is None
-    assert "cannot tell how far it is" in capsys.readouterr().err
+    assert "cannot determine the newest step" in capsys.readouterr().err
 
 
 def test_the_copy_of_the_code(tmp_path: Path, root: Path) -> None:

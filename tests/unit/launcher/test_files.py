@@ -12,7 +12,7 @@ from typer.main import get_command
 from launcher.cluster import load_cluster
 from launcher.pipelines.planning import plan
 from launcher.pipelines.schema import filled, load_pipeline
-from launcher.submit import expand_sweep, sweep_order
+from launcher.submit import expand_sweep, sweep_request
 from regen_dist.errors import ConfigError
 from tools.cli import app
 
@@ -70,8 +70,8 @@ def test_a_cluster_that_is_not_there() -> None:
         ("time_min=5", "leaves no time to work within 5 min"),
         ("time_min=null", "time_min is required for kind: slurm"),
         ("sbatch={output: x}", "set by the launcher"),
-        ("sbatch={partition: x}", "has a key of its own in this file"),
-        ("environment={a-b: x}", "no name of an environment variable"),
+        ("sbatch={partition: x}", "has its own key in this file"),
+        ("environment={a-b: x}", "not a valid environment variable name"),
     ],
 )
 def test_what_a_cluster_cannot_be(override: str, expected: str) -> None:
@@ -125,7 +125,7 @@ def test_a_sweep_gives_every_combination_a_name() -> None:
         (lr, size) for lr in (1e-3, 3e-3) for size in ((32, 32), (64, 96))
     ]
     assert {run.train.steps for run, _ in runs} == {9}
-    order = sweep_order(runs, load_cluster("local"), "local")
+    order = sweep_request(runs, load_cluster("local"), "local")
     assert (order.name, order.base.name, len(order.tasks)) == ("nano-sweep", "nano-sweep", 4)
 
 

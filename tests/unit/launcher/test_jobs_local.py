@@ -14,8 +14,8 @@ from launcher.cluster import ClusterConfig
 from launcher.job import Submission, newest_job
 from launcher.jobs.find import choose_job
 from launcher.jobs.stop import left_to_do, rebuild_request, resubmit, stop
-from launcher.retry import judge_start, read_history
-from launcher.submit import command_order, submit, wait_for
+from launcher.retry import decide_start, read_history
+from launcher.submit import command_request, submit, wait_for
 from regen_dist.config import to_yaml
 from regen_dist.errors import ConfigError, RegenError
 from tests.helpers.jobs import LOCAL, SUBMITTED, array_tasks, committed, ended, made_job, started
@@ -36,7 +36,7 @@ class Here:
 
     def submit(self, name: str, command: list[str], *, tasks: int = 1, parallel: int = 1) -> Submission:
         cluster = ClusterConfig(kind="local", array_parallelism=parallel)
-        job = submit(command_order(name, self.root / name, command, cluster, "local", tasks=tasks))
+        job = submit(command_request(name, self.root / name, command, cluster, "local", tasks=tasks))
         self.jobs.append(job)
         return job
 
@@ -148,8 +148,8 @@ def test_tries_before_a_resume_do_not_count(tmp_path: Path) -> None:
         ended(job.tasks[0], "failed", at=SUBMITTED + number)
     history = read_history(job.tasks[0].launch)
     asked = {"step": 0, "steps": 9, "stop": False, "retry": job.cluster.retry}
-    assert not judge_start(history, since=job.submitted, **asked).go
-    assert judge_start(history, since=SUBMITTED + 100, **asked).go
+    assert not decide_start(history, since=job.submitted, **asked).go
+    assert decide_start(history, since=SUBMITTED + 100, **asked).go
 
 
 def test_what_slurm_does_not_tell_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_what_slurm_does_not_tell_is_not_resumed(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PATH", str(tmp_path))
     job = made_job(tmp_path / "a", array_tasks(tmp_path / "a", 1), steps=None)
     started(job.tasks[0])
-    with pytest.raises(RegenError, match="squeue is not found"):
+    with pytest.raises(RegenError, match="squeue not found"):
         left_to_do(choose_job("a", tmp_path), tmp_path)
     assert len(left_to_do(choose_job("a", tmp_path), tmp_path, force=True)) == 1
 
@@ -179,7 +179,7 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
         rebuild_request(members, None, ["nodez=1"])
 
     handed: list[Submission] = []
-    monkeypatch.setattr("launcher.jobs.stop.hand_over", lambda job: handed.append(job) or job)
+    monkeypatch.setattr("launcher.jobs.stop.submit_to_slurm", lambda job: handed.append(job) or job)
     assert resubmit(job, fewer).code == job.code
     fresh = resubmit(job, fewer, new_code=True)
     assert fresh.code != job.code
@@ -203,7 +203,7 @@ def test_a_job_that_waits_in_slurm_is_cancelled_and_begins_no_more(
         return ""
 
     monkeypatch.setattr(slurm, "queue", lambda _jobs: dict(state))
-    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(slurm, "run_program", ask)
     monkeypatch.setattr("launcher.jobs.stop._ASK_EVERY_S", 0.0)
     job = made_job(tmp_path / "a")
     assert stop(choose_job("a", tmp_path), tmp_path, at_once=False, wait=True)

@@ -113,7 +113,7 @@ def test_without_slurm_the_histories_tell_and_a_line_says_so(tmp_path: Path, mon
     found, problems = list_jobs(tmp_path)
     assert [row.state for row in found] == ["running"]
     assert len(problems) == 1
-    assert "squeue is not found" in problems[0]
+    assert "squeue not found" in problems[0]
 
 
 def test_runs_are_found_below_and_in_each_other(tmp_path: Path, squeue: Answers) -> None:
@@ -285,7 +285,7 @@ def test_json_and_no_torch(tmp_path: Path) -> None:
     started(job.tasks[0])
     ended(job.tasks[0], "failed", text="exit code 3")
     code = (
-        "import sys; from launcher.jobs import cli, following, listing, logs, resuming, stopping\n"
+        "import sys; from launcher.jobs import cli, find, logs, stop, table\n"
         f"cli.app(['--root', {str(tmp_path)!r}, '--json'], standalone_mode=False)\n"
         "heavy = {'torch', 'deepspeed', 'numpy', 'wandb'} & set(sys.modules); assert not heavy, heavy"
     )

@@ -86,7 +86,7 @@ steps:
         ("{command: []}", "give either train"),
         (f"{{{LOOK}, overrides: [a=1]}}", "overrides change the config of a training"),
         ("{train: a.yaml, outputs: [x]}", "inputs and outputs are a command's"),
-        (f"{{{LOOK}, outputs: ['http://x/y']}}", "URL scheme 'http:' is not supported"),
+        (f"{{{LOOK}, outputs: ['http://x/y']}}", "http:// is read only"),
         (f"{{{LOOK}, outputs: ['']}}", "the URL is empty"),
         (f"{{{LOOK}, array: 0}}", "greater than 0"),
         (f"{{{LOOK}, after: a}}", "valid tuple"),

@@ -49,17 +49,17 @@ class Pipe:
         return [each.state for each in self.plan().values()]
 
     def submit(
-        self, order: SubmissionRequest, why: Why | None = "done", tasks: Sequence[int] | None = None
+        self, request: SubmissionRequest, why: Why | None = "done", tasks: Sequence[int] | None = None
     ) -> Submission:
         """As `launcher.submit.submit`; then those of its tasks that are given end, by default all."""
         time.sleep(0.002)  # submissions have a time each
-        job = order.job(new_folder(order.base), Path("code"))
-        for task in order.tasks:
+        job = request.job(new_folder(request.base), Path("code"))
+        for task in request.tasks:
             if task.progress is None:
                 archive_history(task.launch, job.folder.name)
         write_job(job)
-        (job.folder / ID_FILE).write_text(f"{len(list(order.base.glob('launch/*')))}\n")
-        for number, task in enumerate(order.tasks):
+        (job.folder / ID_FILE).write_text(f"{len(list(request.base.glob('launch/*')))}\n")
+        for number, task in enumerate(request.tasks):
             if why and (tasks is None or number in tasks):
                 ends(task, why)
         return job
@@ -67,7 +67,7 @@ class Pipe:
     def complete(self, *names: str) -> None:
         """Run steps to their end, with what they leave."""
         for name in names or STEPS:
-            self.submit(self.plan()[name].order)
+            self.submit(self.plan()[name].request)
             if name == "embedder":
                 self.reach(8)
             for output in ("data/manifest.json",) if name == "shards" else ("out/0.json", "out/1.json"):
@@ -90,9 +90,9 @@ def pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipe:
 def test_at_first_everything_runs(pipe: Pipe) -> None:
     planned = pipe.plan()
     assert [(each.state, each.why) for each in planned.values()] == [("run", "it has not run yet")] * 3
-    assert planned["evaluate"].order.base == Path("runs/p/evaluate").absolute()
-    assert planned["embedder"].order.base == Path("runs/tiny").absolute()
-    assert [task.command for task in planned["evaluate"].order.tasks] == [("look", "0"), ("look", "1")]
+    assert planned["evaluate"].request.base == Path("runs/p/evaluate").absolute()
+    assert planned["embedder"].request.base == Path("runs/tiny").absolute()
+    assert [task.command for task in planned["evaluate"].request.tasks] == [("look", "0"), ("look", "1")]
 
 
 def test_what_is_complete_is_skipped(pipe: Pipe) -> None:
@@ -118,15 +118,15 @@ def test_more_steps_run_again_and_what_follows(pipe: Pipe) -> None:
 
 @pytest.mark.parametrize("why", ["failed", "stopped", "signal"])
 def test_tasks_that_did_not_end_well_run_alone(pipe: Pipe, why: Why) -> None:
-    order = pipe.plan()["shards"].order
-    pipe.submit(order, tasks=[0, 2])
-    ends(order.tasks[1], why)
+    request = pipe.plan()["shards"].request
+    pipe.submit(request, tasks=[0, 2])
+    ends(request.tasks[1], why)
     Path("data").mkdir()
     Path("data/manifest.json").touch()
     found = pipe.plan()["shards"]
     assert (found.state, found.why) == ("run", "1 of 3 tasks have not ended well")
-    assert found.order.tasks == (order.tasks[1],)
-    pipe.submit(found.order)
+    assert found.request.tasks == (request.tasks[1],)
+    pipe.submit(found.request)
     assert pipe.plan()["shards"].state == "complete", "a part that ended well completes the whole"
 
 
@@ -135,13 +135,13 @@ def test_an_output_that_is_gone_is_made_again(pipe: Pipe) -> None:
     pipe.complete()
     Path("out/1.json").unlink()
     found = pipe.plan()["evaluate"]
-    assert [task.name for task in found.order.tasks] == ["p.evaluate[1]"]
+    assert [task.name for task in found.request.tasks] == ["p.evaluate[1]"]
     assert found.why == f"{Path('out/1.json')} is not there"
     Path("out/0.json").unlink()
     assert pipe.plan()["evaluate"].why == "out/0.json and 1 more are not there"
     Path("data/manifest.json").unlink()
     found = pipe.plan()["shards"]
-    assert (found.state, len(found.order.tasks)) == ("run", 3)
+    assert (found.state, len(found.request.tasks)) == ("run", 3)
 
 
 def test_a_changed_command_runs_again_with_the_commands_after_it(pipe: Pipe) -> None:
@@ -152,7 +152,7 @@ def test_a_changed_command_runs_again_with_the_commands_after_it(pipe: Pipe) -> 
     planned = pipe.plan()
     assert [each.state for each in planned.values()] == ["run", "complete", "complete", "run"]
     assert planned["shards"].why == "its command or its inputs have changed"
-    assert len(planned["shards"].order.tasks) == 3
+    assert len(planned["shards"].request.tasks) == 3
     assert planned["last"].why == "shards runs before it"
     expected = "all 8 steps are done, though shards runs before it: another name in its config trains anew"
     assert planned["embedder"].why == expected
@@ -169,10 +169,10 @@ def test_what_ran_before_the_step_above_it_ran_again_is_stale(pipe: Pipe) -> Non
     """Somebody ended the pipeline between the two."""
     pipe.steps = {"shards": pipe.steps["shards"], "evaluate": pipe.steps["evaluate"]}
     pipe.complete("shards", "evaluate")
-    pipe.submit(pipe.plan()["shards"].order)
+    pipe.submit(pipe.plan()["shards"].request)
     found = pipe.plan()["evaluate"]
     assert (found.state, found.why) == ("run", "shards ran again after it")
-    pipe.submit(found.order)
+    pipe.submit(found.request)
     assert pipe.states() == ["complete", "complete"]
 
 
@@ -197,7 +197,7 @@ def test_inputs_count_as_part_of_the_command(pipe: Pipe) -> None:
 
 def test_a_step_that_runs_is_not_submitted_again(pipe: Pipe) -> None:
     pipe.complete("shards")
-    job = pipe.submit(pipe.plan()["embedder"].order, why=None)
+    job = pipe.submit(pipe.plan()["embedder"].request, why=None)
     pipe.alive = {"tiny"}
     found = pipe.plan()
     assert [each.state for each in found.values()] == ["complete", "alive", "run"]
@@ -221,7 +221,7 @@ def fail_one(pipe: Pipe) -> None:
     [(change_command, "with another command than this one"), (fail_one, "but p.shards[1] failed")],
 )
 def test_a_job_that_runs_but_is_not_what_is_wanted(pipe: Pipe, change: Callable[[Pipe], None], expected: str) -> None:
-    pipe.submit(pipe.plan()["shards"].order, why=None)
+    pipe.submit(pipe.plan()["shards"].request, why=None)
     pipe.alive = {"p.shards"}
     job = newest_job(Path("runs/p/shards").absolute())
     assert job is not None
@@ -236,7 +236,7 @@ def test_a_job_that_runs_but_is_not_what_is_wanted(pipe: Pipe, change: Callable[
 
 def test_a_job_that_runs_while_what_is_before_it_must_run_again(pipe: Pipe) -> None:
     pipe.complete("shards")
-    pipe.submit(pipe.plan()["embedder"].order, why=None)
+    pipe.submit(pipe.plan()["embedder"].request, why=None)
     pipe.alive = {"tiny"}
     Path("data/manifest.json").unlink()
     assert "while shards before it must run again" in pipe.plan()["embedder"].problem
@@ -244,7 +244,7 @@ def test_a_job_that_runs_while_what_is_before_it_must_run_again(pipe: Pipe) -> N
 
 def test_a_job_that_runs_on_another_cluster(pipe: Pipe) -> None:
     """The number of its process is no job of Slurm, on which others could depend."""
-    pipe.submit(pipe.plan()["shards"].order, why=None)
+    pipe.submit(pipe.plan()["shards"].request, why=None)
     pipe.alive = {"p.shards"}
     problem = pipe.plan("loopback")["shards"].problem
     assert "(local) runs or waits, elsewhere than on loopback" in problem
@@ -254,9 +254,9 @@ def test_settings_of_the_command_line_and_of_a_step(pipe: Pipe) -> None:
     """A command is one process, on one node, however many the trainings have; a step's own keys win."""
     pipe.steps["embedder"]["cluster"] = {"time_min": 30, "environment": {"A": "it's #1"}}
     planned = pipe.plan("loopback", "nodes=2", "time_min=20")
-    sizes = {name: (each.order.cluster.nodes, each.order.cluster.time_min) for name, each in planned.items()}
+    sizes = {name: (each.request.cluster.nodes, each.request.cluster.time_min) for name, each in planned.items()}
     assert sizes == {"shards": (1, 20), "embedder": (2, 30), "evaluate": (1, 20)}
-    assert planned["embedder"].order.cluster.environment["A"] == "it's #1"
+    assert planned["embedder"].request.cluster.environment["A"] == "it's #1"
 
 
 def test_the_problems_of_all_steps_are_told_at_once(pipe: Pipe) -> None:

@@ -46,11 +46,11 @@ class Scheduler:
         monkeypatch.setattr(run, "submit", self.submit)
         monkeypatch.setattr(slurm, "cancel", self.cancelled.append)
 
-    def submit(self, order: SubmissionRequest, dependency: str | None = None) -> Submission:
-        if order.name == self.refuses:
+    def submit(self, request: SubmissionRequest, dependency: str | None = None) -> Submission:
+        if request.name == self.refuses:
             raise BackendError("Slurm refused the job: no")
-        self.taken.append((order.name, dependency))
-        job = order.job(new_folder(order.base), Path("code"))
+        self.taken.append((request.name, dependency))
+        job = request.job(new_folder(request.base), Path("code"))
         (job.folder / "job_id").write_text(f"{100 + len(self.taken)}\n")
         return job
 
@@ -88,9 +88,9 @@ def test_the_problems_of_all_steps_forbid_all(monkeypatch: pytest.MonkeyPatch) -
     """Each check knows what the steps before it make."""
     known: dict[str, list[str]] = {}
 
-    def check(order: SubmissionRequest, produced: list[str]) -> Report:
-        known[order.name] = [*produced]
-        return Report(problems=[f"bad {order.name}"] if order.name != "p.second" else [], notes=["by the way"])
+    def check(request: SubmissionRequest, produced: list[str]) -> Report:
+        known[request.name] = [*produced]
+        return Report(problems=[f"bad {request.name}"] if request.name != "p.second" else [], notes=["by the way"])
 
     monkeypatch.setattr(run, "check", check)
     said = list[str]()
@@ -111,7 +111,7 @@ def test_the_problems_of_all_steps_forbid_all(monkeypatch: pytest.MonkeyPatch) -
 def test_on_this_machine_a_failure_stops_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, lines = Scheduler(monkeypatch), list[str]()
     codes = {"p.first": 0, "p.second": 4}
-    monkeypatch.setattr(run, "missing_outputs", lambda order, step: {})
+    monkeypatch.setattr(run, "missing_outputs", lambda request, step: {})
     monkeypatch.setattr(run, "wait_for", lambda job: codes[job.name])
     assert run_here(planned("local"), lines.append) == 4
     assert [name for name, _ in scheduler.taken] == ["p.first", "p.second"]

@@ -17,7 +17,7 @@ from launcher.preflight.library import library
 from launcher.preflight.report import PreflightError, Report
 from launcher.preflight.settings import ranks_and_gpus
 from launcher.preflight.storage import wandb_key
-from launcher.submit import SubmissionRequest, command_order, sweep_order, train_order
+from launcher.submit import SubmissionRequest, command_request, sweep_request, train_request
 from regen_dist.config import to_yaml
 from regen_dist.errors import BackendError
 from tests.helpers.tiny import tiny_run
@@ -28,7 +28,7 @@ HERE = {"kind": "local"}
 def order(cluster: dict[str, Any] | None = None, **changes: Any) -> SubmissionRequest:
     """A run of four clips a step under ZeRO-3, on this machine unless told otherwise."""
     config = tiny_run(changes.pop("output", "runs"), **{"engine__kind": "zero3", **changes})
-    return train_order(config, ClusterConfig.model_validate(cluster or HERE), "test")
+    return train_request(config, ClusterConfig.model_validate(cluster or HERE), "test")
 
 
 def problems(found: Iterator[PreflightFinding]) -> list[str]:
@@ -69,7 +69,7 @@ def test_several_runs_with_the_same_problem_are_told_once() -> None:
     runs = [
         tiny_run(name=f"run{n}", engine__kind="zero3", train__batch_global=b) for n, b in enumerate((4, 4, 4, 4, 6))
     ]
-    swept = sweep_order([(run, "run") for run in runs], ClusterConfig(kind="local", tasks_per_node=3), "test")
+    swept = sweep_request([(run, "run") for run in runs], ClusterConfig(kind="local", tasks_per_node=3), "test")
     told = problems(library(Subject(swept, produced=["data"])))
     assert sum("train.batch_global 4" in each for each in told) == 1
     assert any(each.startswith("run0, run1, run2 and 1 more: train.batch_global 4") for each in told)
@@ -139,7 +139,9 @@ def test_the_storage_variables_of_a_cluster_count_while_it_is_checked(monkeypatc
 
 
 def test_a_command_that_is_no_training_is_checked_too(tmp_path: Path) -> None:
-    report = check(command_order("shards", tmp_path / "job", ["shards", "build"], ClusterConfig(kind="local"), "test"))
+    report = check(
+        command_request("shards", tmp_path / "job", ["shards", "build"], ClusterConfig(kind="local"), "test")
+    )
     assert report.problems == []
 
 
@@ -174,8 +176,8 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny_run("runs", "nowhere")))
     code = (
         "import sys; from launcher.cluster import load_cluster; from launcher.preflight import check\n"
-        "from launcher.submit import train_order; from regen_dist.config import load_config\n"
-        "report = check(train_order(load_config('tiny.yaml'), load_cluster('local'), 'local'))\n"
+        "from launcher.submit import train_request; from regen_dist.config import load_config\n"
+        "report = check(train_request(load_config('tiny.yaml'), load_cluster('local'), 'local'))\n"
         "assert len(report.problems) == 1, report\n"
         "sys.exit(bool({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"
     )

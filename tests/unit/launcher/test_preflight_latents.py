@@ -10,7 +10,7 @@ import pytest
 from launcher.cluster import ClusterConfig
 from launcher.preflight import storage
 from launcher.preflight.findings import Estimate, Estimates, Subject
-from launcher.submit import train_order
+from launcher.submit import train_request
 from regen_dist.config import T2VConfig
 from tests.helpers.latents import write_cache
 
@@ -42,7 +42,7 @@ def test_an_embedder_that_nodes_do_not_share(cache: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path / "common")
     run = t2v_run(tmp_path / "common", Path("cache"), generation={"embedder": str(tmp_path / "model")})
     place = ClusterConfig(time_min=10, signal_lead_s=60, shared=tmp_path / "common")
-    found = [finding.text for finding in storage.shared(Subject(train_order(run, place, "test")))]
+    found = [finding.text for finding in storage.shared(Subject(train_request(run, place, "test")))]
     assert len(found) == 1
     assert found[0].startswith(f"generation.embedder {tmp_path}/model is not in {tmp_path}/common")
 

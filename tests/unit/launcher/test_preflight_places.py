@@ -13,14 +13,14 @@ from launcher.preflight import runs as space
 from launcher.preflight import storage
 from launcher.preflight import storage as places
 from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
-from launcher.submit import SubmissionRequest, sweep_order, train_order
+from launcher.submit import SubmissionRequest, sweep_request, train_request
 from tests.helpers.tiny import tiny_run
 
 LOCAL = ClusterConfig(kind="local")
 
 
 def order(output: Path, url: Path | str = "none", cluster: ClusterConfig = LOCAL, **changes: Any) -> SubmissionRequest:
-    return train_order(tiny_run(output, url, **changes), cluster, "test")
+    return train_request(tiny_run(output, url, **changes), cluster, "test")
 
 
 def on_slurm(shared: Path) -> ClusterConfig:
@@ -142,7 +142,7 @@ def test_how_many_checkpoints_lie_there_at_once(changes: dict[str, int], kept: i
 
 def test_runs_on_one_disk_need_room_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [(tiny_run(tmp_path, name=name, checkpoint__every=1), "tiny") for name in ("a", "b")]
-    subject = Subject(sweep_order(runs, LOCAL, "test"), estimates=Told(1000))
+    subject = Subject(sweep_request(runs, LOCAL, "test"), estimates=Told(1000))
     _with_free(monkeypatch, 2 * 4 * 16_000)
     assert texts(space.space(subject)) == []
     _with_free(monkeypatch, 2 * 4 * 16_000 - 1)

@@ -21,7 +21,7 @@ from launcher.preflight import findings, runs, settings
 from launcher.preflight import runs as timing
 from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
 from launcher.preflight.runs import measured
-from launcher.submit import SubmissionRequest, sweep_order, train_order
+from launcher.submit import SubmissionRequest, sweep_request, train_request
 from regen_dist.config.embedder import RunConfig
 from regen_dist.errors import BackendError
 from tests.helpers.tiny import tiny_run
@@ -35,7 +35,7 @@ def texts(found: Any, *, forbids: bool = True) -> list[str]:
 
 
 def subject(config: RunConfig, cluster: ClusterConfig = LOCAL, *, fresh: bool = False) -> Subject:
-    return Subject(train_order(config, cluster, "test", fresh=fresh))
+    return Subject(train_request(config, cluster, "test", fresh=fresh))
 
 
 def record(config: RunConfig, *lines: dict[str, Any]) -> None:
@@ -149,7 +149,7 @@ def test_a_run_that_is_running(tmp_path: Path) -> None:
 def test_a_run_of_a_sweep_that_is_running(tmp_path: Path) -> None:
     """Alone while the sweep runs, and the sweep while it runs alone."""
     swept = [(tiny_run(tmp_path, name=name), "tiny") for name in ("tiny-lr1", "tiny-lr2", "tiny-lr3")]
-    sweep, alone = Subject(sweep_order(swept, LOCAL, "test")), subject(swept[1][0])
+    sweep, alone = Subject(sweep_request(swept, LOCAL, "test")), subject(swept[1][0])
     with submitted(sweep.order, sweep.order.base):
         assert f"`regen jobs stop {tmp_path}/tiny-sweep`" in texts(runs.alive(alone))[0]
         assert list(runs.alive(subject(tiny_run(tmp_path, name="other")))) == []
@@ -159,14 +159,14 @@ def test_a_run_of_a_sweep_that_is_running(tmp_path: Path) -> None:
 
 def test_a_job_that_nobody_can_be_asked_about_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(_: Submission) -> bool:
-        raise BackendError("squeue is not found")
+        raise BackendError("squeue not found")
 
     monkeypatch.setattr(runs, "is_alive", unknown)
     checked = subject(tiny_run(tmp_path))
     with submitted(checked.order, checked.order.base):
         found = list(runs.alive(checked))
     assert [each.forbids for each in found] == [False]
-    assert "could not be told: squeue is not found" in found[0].text
+    assert "could not be told: squeue not found" in found[0].text
 
 
 # Checkpoints
@@ -189,7 +189,7 @@ class Told(Estimates):
 
 def on_cards(gigabytes: float | None, told: Estimates, gpus: int = 4, **changes: Any) -> Subject:
     cluster = ClusterConfig(kind="local", gpus_per_node=gpus, gpu_memory_gb=gigabytes)
-    return Subject(train_order(tiny_run(engine__kind="zero3", **changes), cluster, "test"), estimates=told)
+    return Subject(train_request(tiny_run(engine__kind="zero3", **changes), cluster, "test"), estimates=told)
 
 
 def test_a_model_that_is_too_large() -> None:

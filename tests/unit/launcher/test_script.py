@@ -12,8 +12,8 @@ import pytest
 
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.job import LAUNCH, Submission
-from launcher.script import batch_script, parameters
-from launcher.submit import command_order, train_order
+from launcher.script import batch_script, submitit_parameters
+from launcher.submit import command_request, train_request
 from regen_dist.config import load_config
 from regen_dist.errors import ConfigError
 
@@ -31,7 +31,7 @@ def large(root: Path) -> Submission:
     """64 nodes with 8 GPUs each, on the cluster of configs/cluster/aws_parallelcluster.yaml."""
     overrides = [f"output={HOME}/runs", "train.batch_global=512", "train.accumulation=1"]
     config = load_config(root / "configs/embedder/regen_k32.yaml", overrides)
-    order = train_order(config, load_cluster("aws_parallelcluster", ["nodes=64"]), "aws_parallelcluster")
+    order = train_request(config, load_cluster("aws_parallelcluster", ["nodes=64"]), "aws_parallelcluster")
     base = order.base / LAUNCH
     return place(order.job(base / "20260131-120000", base / "code" / "0123456789ab"), HOME)
 
@@ -46,7 +46,7 @@ def test_64_nodes_with_8_gpus(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def odd_job(**changes: object) -> Submission:
     cluster = ClusterConfig.model_validate({"time_min": 60, "environment": {"ODD": ODD}, **changes})
-    order = command_order("odd", Path("/tmp") / ODD, ["shards", "verify", ODD], cluster, "mine")
+    order = command_request("odd", Path("/tmp") / ODD, ["shards", "verify", ODD], cluster, "mine")
     return place(order.job(order.base / LAUNCH / ODD, order.base / "code"), Path("/tmp") / ODD)
 
 
@@ -97,11 +97,11 @@ def test_options_of_the_cluster_reach_sbatch() -> None:
 
 
 def test_an_array_is_one_script() -> None:
-    order = command_order(
+    order = command_request(
         "many", Path("/tmp/many"), ["a", "{task}/{tasks}"], ClusterConfig(time_min=9), "mine", tasks=3
     )
     job = order.job(order.base / LAUNCH / "D", order.base / "code")
     assert "#SBATCH --array=0-2%3" in batch_script(job)
     assert [task.command for task in job.tasks] == [("a", f"{number}/3") for number in range(3)]
     assert len({task.folder for task in job.tasks}) == 3
-    assert parameters(job)["ntasks_per_node"] == 1
+    assert submitit_parameters(job)["ntasks_per_node"] == 1

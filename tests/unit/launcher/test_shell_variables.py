@@ -16,8 +16,8 @@ from launcher import local_executor, slurm
 from launcher.cluster import ClusterConfig
 from launcher.preflight.findings import Subject
 from launcher.preflight.scheduler import refusal, scheduler
-from launcher.script import batch_script, callables, slurm_executor
-from launcher.submit import command_order
+from launcher.script import batch_script, slurm_executor, slurm_tasks
+from launcher.submit import command_request
 from launcher.supervise import launch
 from launcher.task import _rank_variables, child_environment
 from regen_dist.distributed.environment import RankInfo, read_rank_info, starts_ranks, without_ranks
@@ -95,7 +95,7 @@ def test_commands_that_show_or_compare_hand_no_ranks_on(tmp_path: Path, monkeypa
 
 def _job(tmp_path: Path, tasks: int = 1, **cluster: Any) -> Any:
     place = ClusterConfig.model_validate({"time_min": 9, "partition": "mine", **cluster})
-    order = command_order("job", tmp_path / "job", ["shards", "verify", "{task}"], place, "test", tasks=tasks)
+    order = command_request("job", tmp_path / "job", ["shards", "verify", "{task}"], place, "test", tasks=tasks)
     return order.job(tmp_path / "job" / "launch" / "D", tmp_path / "code")
 
 
@@ -210,7 +210,7 @@ def test_sbatch_is_told_by_arguments_what_the_job_asks_for(how: str, tasks: int,
     job = _job(tmp_path, tasks)
     if how == "submit":
         before = dict(os.environ)
-        assert slurm_executor(job).submit_all(callables(job)) == "12"
+        assert slurm_executor(job).submit_all(slurm_tasks(job)) == "12"
         assert dict(os.environ) == before
         pickles = sorted(path.name for path in (job.folder / "submitit").glob("*_submitted.pkl"))
         assert pickles == (["12_submitted.pkl"] if tasks == 1 else [f"12_{n}_submitted.pkl" for n in range(3)])
@@ -240,7 +240,7 @@ def test_questions_about_jobs_are_asked_without_the_wishes_of_the_shell(asked: P
 @pytest.mark.usefixtures("asked")
 def test_options_that_do_not_reach_the_job_are_named(tmp_path: Path) -> None:
     place = ClusterConfig(time_min=9)
-    order = command_order("job", tmp_path / "job", ["shards", "verify", "x"], place, "test")
+    order = command_request("job", tmp_path / "job", ["shards", "verify", "x"], place, "test")
     first = next(iter(scheduler(Subject(order))))
     assert "SBATCH_NO_REQUEUE, SBATCH_PARTITION, SBATCH_QOS, SBATCH_TIMELIMIT" in first.text
     assert not first.forbids

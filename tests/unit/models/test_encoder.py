@@ -9,8 +9,9 @@ from torch import Tensor
 
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.errors import DataError
+from regen_dist.models import layers
 from regen_dist.models.building import build_model
-from regen_dist.models.encoder import bound_latent
+from regen_dist.models.encoder import Encoder, bound_latent
 from regen_dist.models.layers import CausalConv, ChannelNorm, Frames, join_first, split_first
 from tests.helpers.tiny import clips, tiny_model
 
@@ -165,3 +166,23 @@ def test_causal_convolution_never_looks_ahead(temporal: int) -> None:
         earliest = max(0, (frame - 1) // temporal)  # the first output that may see this frame
         assert all(same[:earliest])
         assert not same[earliest] or (frame == 0 and temporal == 2)
+
+
+def test_channels_stay_innermost_from_convolution_to_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the same latents, and few inputs that must be turned around first."""
+    torch.manual_seed(0)
+    config = tiny_model()
+    encoder, clip = Encoder(config), clips(1, config.num_frames)
+    expected, turned = encoder(clip), []
+
+    def convolve(self: layers.CausalConv, convolution: object, x: torch.Tensor) -> torch.Tensor:
+        last = layers.channels_last(x)
+        turned.append(last is not x)
+        return layers.channels_last(original(self, convolution, last))  # as cuDNN gives it
+
+    original = layers.CausalConv._convolve
+    monkeypatch.setattr(layers.CausalConv, "_convolve", convolve)
+    found = encoder(clip)
+    for name in ("content", "motion"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5)
+    assert sum(turned) <= len(turned) // 3

@@ -218,3 +218,25 @@ def test_presets_have_the_parameters_of_their_names(root: Path, preset: str, few
     with torch.device("meta"):
         model = build_model(config)
     assert fewest < sum(each.numel() for each in model.parameters()) < most
+
+
+@torch.no_grad()
+def test_text_is_padded_to_few_lengths_on_gpus_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths of 5, 63 and 64 tokens reach the kernel as 64; the velocity is that without padding."""
+    from regen_dist.models import t2v
+
+    model = build_model(tiny_t2v_model())
+    wake(model)
+    lengths: list[int] = []
+    attend = t2v.cross_attention
+    monkeypatch.setattr(t2v, "cross_attention", lambda q, k, *rest: lengths.append(k.shape[2]) or attend(q, k, *rest))  # type: ignore[func-returns-value]
+    x, t, generator = torch.randn(2, 8, 2, 4, 4), torch.full((2,), 0.5), torch.Generator().manual_seed(0)
+    for tokens in (5, 63, 64):
+        text = torch.randn(2, tokens, 12, generator=generator)
+        mask = torch.arange(tokens) < torch.tensor([[tokens], [2]])
+        expected = model(x, t, text, mask)
+        monkeypatch.setitem(t2v._TEXT_MULTIPLE, "cpu", 64)
+        lengths.clear()
+        torch.testing.assert_close(model(x, t, text, mask), expected, rtol=1e-4, atol=1e-5)
+        assert set(lengths) == {64}
+        monkeypatch.delitem(t2v._TEXT_MULTIPLE, "cpu")

@@ -30,7 +30,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Sequence[str]]]:
         batches.append(dict(commands))
 
     monkeypatch.setattr(compression_runs, "run_side_by_side", run)
-    monkeypatch.setattr(compression_runs, "pace", lambda run, warm: {"cpu_s": 0.5, "wall_s": 0.6})
+    monkeypatch.setattr(compression_runs, "training_pace", lambda run, warm: {"cpu_s": 0.5, "wall_s": 0.6})
     monkeypatch.setattr(compression_runs, "is_trained", lambda run, steps: run.name == "regen-k4")
     rates = {"0.00075": 20.0, "0.0015": 21.0, "0.003": 19.0, "0.006": 18.0}
     monkeypatch.setattr(

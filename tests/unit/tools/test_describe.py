@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from regen_dist.config import RunConfig, T2VConfig, load_config
 from regen_dist.errors import ConfigError
 from regen_dist.models.memory import Assumptions
 from tests.helpers.presets import NANO_AT_8
+from tools.cli import app
 from tools.describe import describe, gather
 from tools.describe.facts import with_clips_per_gpu
 from tools.describe.video import DescribedVideo
@@ -70,7 +72,9 @@ def test_json_holds_what_the_tables_say(capsys: pytest.CaptureFixture[str]) -> N
     facts = json.loads(capsys.readouterr().out)
     assert facts["input_shape"] == [3, 9, 64, 128]
     assert facts["world_size"] * facts["clips_per_gpu"] == 8
-    assert facts["cost"]["communication_s"] == sum(facts["sent_bytes_per_gpu_and_step"].values()) / 450e9
+    on_wires = sum(facts["sent_bytes_per_gpu_and_step"].values()) / 450e9
+    assert facts["cost"]["latency_s"] == facts["cost"]["collectives"] * 3.4e-6 > 0
+    assert facts["cost"]["communication_s"] == pytest.approx(on_wires + facts["cost"]["latency_s"])
     assert math.isclose(facts["compression"], 12 * 9)
 
 
@@ -109,6 +113,28 @@ def test_a_step_takes_the_time_of_its_operations_at_the_mfu() -> None:
     operations = 3 * facts["forward_flops_per_clip"]["total"] * config.train.batch_global
     assert facts["cost"]["step_s"] == pytest.approx(operations / (64 * 250e12))
     assert facts["training_flops_per_step"] > operations
+
+
+def test_many_small_gathers_cost_latency_at_512_gpus() -> None:
+    """Of the 5B: hundreds of gathers, each around a ring of 512. A larger prefetch bucket makes fewer of them."""
+    path = ROOT / "configs/t2v/5b.yaml"
+    small, large = (
+        gather(load_config(path, ["train.accumulation=1", f"engine.zero.prefetch_bucket={size}"]), 512)["cost"]
+        for size in (10_000_000, 500_000_000)
+    )
+    assert small["collectives"] > 4 * large["collectives"] > 0
+    assert small["latency_s"] / small["collectives"] == pytest.approx((448 * 3.4 + 63 * 9.6) / 1e6)
+
+
+def test_the_utilisation_that_is_assumed_is_one_that_runs_reach() -> None:
+    assert Assumptions().mfu == 0.28
+    assert "[default: 0.28;" in " ".join(CliRunner().invoke(app, ["describe", "--help"]).output.split())
+
+
+def test_the_copy_for_checkpoints_is_counted_as_host_memory() -> None:
+    """Masters, EMA and two moments in fp32, each rank its share."""
+    facts = gather(load_config(ROOT / "configs/embedder/regen_k8.yaml"), 64)
+    assert facts["host_memory_bytes_per_rank"] == 16 * -(-facts["parameters"]["total"] // 64)
 
 
 def test_clips_per_gpu_that_do_not_divide_the_batch_are_refused() -> None:

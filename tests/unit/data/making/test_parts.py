@@ -73,7 +73,7 @@ def test_what_is_known_of_sources_is_not_looked_for_again(
     build_shards([sources], out, PARTS, workers=0)
     for name in ("part-00001.json", "part-00001-000001.parquet", "manifest.json"):
         (out / name).unlink()
-    monkeypatch.setattr(plan, "survey", None)
+    monkeypatch.setattr(plan, "survey_source", None)
     assert build_shards([sources], out, PARTS, workers=0).shards_made == 1
     assert objects(out) == whole
 

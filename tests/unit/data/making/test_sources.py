@@ -190,8 +190,50 @@ def test_captions_that_fit_nothing_or_contradict_are_refused(videos: Path) -> No
 def test_texts_beside_videos_are_found(videos: Path) -> None:
     (videos / "deep" / "c.txt").write_text("a caption")
     found = find_sources([videos]).found
-    assert [(source.text, source.text_size) for source in found] == [(None, 0), (None, 0), ("deep/c.txt", 9)]
+    assert [source.text for source in found] == [None, None, "deep/c.txt"]
     assert find_sources([videos / "deep" / "c.webm"]).found[0].text == "c.txt"
+
+
+@pytest.mark.parametrize(
+    ("video", "text"),
+    [
+        ("Video.MP4", "video.txt"),
+        ("VIDEO.mp4", "Video.txt"),
+        ("ViDeO.mp4", "vIdEo.TxT"),
+        ("clip.mp4", "CLIP.TXT"),
+        ("caf\u00e9.mp4", "cafe\u0301.txt"),
+        ("STRASSE.mp4", "stra\u00dfe.txt"),
+    ],
+)
+def test_texts_whose_names_differ_in_case_alone_are_found(tmp_path: Path, video: str, text: str) -> None:
+    """In a folder, and beside a video that is named by itself."""
+    (tmp_path / video).write_bytes(b"video")
+    (tmp_path / text).write_text("a caption")
+    assert [source.text for source in find_sources([tmp_path]).found] == [text]
+    assert [source.text for source in find_sources([tmp_path / video]).found] == [text]
+
+
+def test_a_text_belongs_to_the_video_of_its_very_name(tmp_path: Path) -> None:
+    """Another video that differs in case does not take it; between two texts nothing decides, so it is refused."""
+    for name in ("a.mp4", "A.mp4", "a.txt", "Both.mp4", "both.txt", "BOTH.txt", "deep/A.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found = find_sources([tmp_path])
+    assert {source.name: source.text for source in found.found} == {"A.mp4": None, "a.mp4": "a.txt", "deep/A.mp4": None}
+    assert [(skip.source, skip.reason) for skip in found.skipped] == [
+        ("Both.mp4", "ambiguous caption: BOTH.txt, both.txt differ in case alone; rename one")
+    ]
+
+
+def test_another_text_of_the_same_length_is_another_dataset(videos: Path) -> None:
+    """By its bytes, not by when it was written."""
+    text = videos / "deep" / "c.txt"
+    text.write_text("a red cat")
+    before = find_sources([videos]).identity()
+    text.write_text("a red cat")
+    assert find_sources([videos]).identity() == before
+    text.write_text("a red dog")
+    assert find_sources([videos]).identity() != before
 
 
 def test_the_identity_follows_names_sizes_and_captions(videos: Path, tmp_path: Path) -> None:

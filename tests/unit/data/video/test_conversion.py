@@ -92,7 +92,7 @@ def test_pixels_are_square_wherever_a_video_is_read(
 
 def test_pixels_of_absurd_shape_are_refused() -> None:
     with pytest.raises(DataError, match="setsar=1"):
-        Converter(Fraction(1000, 1))(av.VideoFrame(640, 480, "yuv420p"))
+        Converter()(av.VideoFrame(640, 480, "yuv420p"), Fraction(1000, 1))
 
 
 # --- colours
@@ -178,7 +178,7 @@ def test_a_matrix_that_cannot_be_read_is_named() -> None:
     frame = av.VideoFrame(64, 64, "yuv420p10le")
     frame.colorspace = 14
     with pytest.raises(DataError, match="ICtCp"):
-        Converter(None)(frame)
+        Converter()(frame)
 
 
 # --- fields

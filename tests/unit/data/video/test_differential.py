@@ -206,3 +206,38 @@ def test_a_change_of_size_is_a_break(tmp_path: Path) -> None:
         sides = [(frame.height, frame.width) for _, frame in reader.frames(range(48))]
         assert list(reader.breaks()) == [24]
     assert sides == [(128, 192)] * 24 + [(192, 128)] * 24
+
+
+@pytest.mark.parametrize("codec", ["h264", "mpeg2"])
+def test_a_change_of_the_pixels_shape_is_a_break(tmp_path: Path, codec: str) -> None:
+    """Each frame is made square by its own shape, however it was reached; B-frames of the first part come out late."""
+    parts = [tmp_path / "1.ts", tmp_path / "2.ts"]
+    for part, aspect in zip(parts, ("1", "221/150"), strict=True):
+        source = ("-f", "lavfi", "-i", "testsrc2=size=192x128:rate=24:duration=1", "-vf", f"setsar={aspect}")
+        ffmpeg(*source, *CODECS[codec], part)
+    path = tmp_path / "both.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with VideoReader(path) as reader:
+        sides = [(frame.height, frame.width) for _, frame in reader.frames(range(48))]
+        assert reader.breaks() == {24: "the shape of pixels changes at frame 24"}
+        ((_, late),) = reader.frames([40])
+        ((_, early),) = reader.frames([3])
+    assert sides == [(128, 192)] * 24 + [(128, 283)] * 24
+    assert (late.width, early.width) == (283, 192)
+
+
+@pytest.mark.parametrize(("container", "codec"), [("mkv", "h264"), ("mkv", "ffv1"), ("webm", "vp9")])
+def test_a_file_that_is_cut_off_is_read_and_noted(tmp_path: Path, container: str, codec: str) -> None:
+    """The reader of Matroska ends at the last whole packet without a word."""
+    path = plain(tmp_path, container, codec)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 5 // 8])
+    for source in (path, path.read_bytes()):
+        with VideoReader(source) as reader:
+            frames = list(reader.frames(range(len(reader.table.pts))))
+            assert "damaged: the file is cut off before its end" in reader.notes
+        assert 20 < len(frames) < 50
+    assert_as_ffmpeg(path)
+    path.write_bytes(data)
+    with VideoReader(path) as reader:
+        assert not any("damaged" in note for note in reader.notes)

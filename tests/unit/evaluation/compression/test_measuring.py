@@ -52,6 +52,27 @@ def test_quality_is_of_all_stretches_and_says_what_it_lacks() -> None:
     assert [name for name in ("vmaf", "frechet") if found[name] is None] == [
         {"VMAF": "vmaf"}.get(note.split(":")[0], "frechet") for note in found["notes"]
     ]
+    assert found["frechet"] is None
+    assert "Fréchet video distance: not measured, for no network was given (--fvd FILE" in found["notes"][-1]
+
+
+class Brightness(torch.nn.Module):
+    """Mean of each colour: a shift of all pixels by s is at a distance of 3 s^2."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3, 4))
+
+
+def test_the_distance_is_by_the_network_that_is_given(tmp_path: Path) -> None:
+    torch.jit.script(Brightness()).save(str(tmp_path / "network.pt"))
+    video = moving_square(3 * compression_measure.SEGMENT_FRAMES + 1, 32, 32) // 2
+    shifted = video + np.uint8(4)
+    found = quality([Decoded(video, shifted)], fvd=tmp_path / "network.pt")
+    assert found["frechet"] == pytest.approx(48, rel=1e-3)
+    assert not any("Fréchet" in note for note in found["notes"])
+    short = quality([Decoded(video[:20], shifted[:20])], fvd=tmp_path / "network.pt")
+    assert short["frechet"] is None
+    assert "at least two features" in short["notes"][-1]
 
 
 def test_small_frames_have_no_ssim() -> None:

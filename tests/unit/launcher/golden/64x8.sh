@@ -22,19 +22,20 @@ export FI_EFA_USE_HUGE_PAGE=0
 export NCCL_DEBUG=WARN
 export NCCL_SOCKET_IFNAME='^docker,lo'
 export OMP_NUM_THREADS=12
+export PYTORCH_ALLOC_CONF=expandable_segments:True
 export PYTHONSAFEPATH=1
 export PYTHONPATH=/fsx/you/regen/runs/regen_k32/launch/code/0123456789ab${PYTHONPATH:+:$PYTHONPATH}
 trap : TERM  # this shell outlives what it is sent, to say what follows
-/fsx/you/regen/.venv/bin/python -P -m launcher.attempt begin /fsx/you/regen/runs/regen_k32/launch/20260131-120000; verdict=$?
+/fsx/you/regen/.venv/bin/python -P -m launcher.retry begin /fsx/you/regen/runs/regen_k32/launch/20260131-120000; verdict=$?
 [ $verdict -ne 100 ] || exit 0
 [ $verdict -eq 0 ] || exit $verdict
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /fsx/you/regen/runs/regen_k32/launch/20260131-120000/submitit/%j_%t_log.out --error /fsx/you/regen/runs/regen_k32/launch/20260131-120000/submitit/%j_%t_log.err --kill-on-bad-exit=1 --export=ALL --cpus-per-task=12 /fsx/you/regen/.venv/bin/python -u -m submitit.core._submit /fsx/you/regen/runs/regen_k32/launch/20260131-120000/submitit
+srun --unbuffered --output /fsx/you/regen/runs/regen_k32/launch/20260131-120000/submitit/%j_%t_log.out --error /fsx/you/regen/runs/regen_k32/launch/20260131-120000/submitit/%j_%t_log.err --kill-on-bad-exit=1 --export=ALL --cpus-per-task=12 --cpu-bind=cores /fsx/you/regen/.venv/bin/python -u -m submitit.core._submit /fsx/you/regen/runs/regen_k32/launch/20260131-120000/submitit
 
 
 # teardown
 code=$?
-/fsx/you/regen/.venv/bin/python -P -m launcher.attempt end /fsx/you/regen/runs/regen_k32/launch/20260131-120000 "$code"
+/fsx/you/regen/.venv/bin/python -P -m launcher.retry end /fsx/you/regen/runs/regen_k32/launch/20260131-120000 "$code"
 exit $?

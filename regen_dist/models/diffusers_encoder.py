@@ -1,0 +1,162 @@
+"""Somebody else's encoder, frozen: that of any video autoencoder of diffusers, for which our decoder is trained.
+
+It is no part of the model: it has no parameters here, is never trained and never saved. A checkpoint names it by
+fingerprint. The package is imported, and the weights are read, when the first video is encoded.
+
+Legend: B batch, T = k+1 frames of a clip, r frames for each latent frame after the first, n = 1 + k/r latent frames, Z
+    latent channels, h x w latent cells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from regen_dist.config.embedder import ModelConfig
+from regen_dist.errors import BackendError, CheckpointError, ConfigError, DataError
+from regen_dist.models.encoder import Latents
+
+ENCODER_FACT = "encoder"  # under which a checkpoint's facts on its data name the frozen encoder's fingerprint
+_CONFIG = "config.json"
+
+
+def latent_frames(latents: Latents, channels: int) -> Tensor:
+    """[B, n, Z, h, w] of the latents of a frozen encoder: `content` is the first frame, `motion` all others as
+    channels. Those of an image are followed by zeros."""
+    frames: Tensor = torch.cat([latents.content, latents.motion], 1).unflatten(1, (-1, channels))
+    return frames
+
+
+class DiffusersEncoder(nn.Module):
+    """Video [B, 3, T, H, W] in [-1, 1] to `Latents`: `content` [B, Z, h, w] the first latent frame, `motion`
+    [B, (n-1)*Z, h, w] the others (zeros for an image).
+
+    They are the means of the posterior, normalised by what the autoencoder's config says, as the diffusion models of
+    its family take them: (z - latents_mean) / latents_std * scaling_factor.
+
+    Attributes:
+        expected: fingerprint that the weights must have; None takes any.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.settings, self.channels, self.num_frames = config.encoder, config.latent.channels, config.num_frames
+        self.rest = config.temporal_compression // config.encoder.temporal
+        self.expected: str | None = None
+
+    @torch.no_grad()
+    def forward(self, video: Tensor) -> Latents:
+        self._check(video)
+        if video.is_meta:
+            shape = (len(video), self.channels, *(side // self.settings.spatial for side in video.shape[-2:]))
+            return Latents(video.new_empty(shape), video.new_empty(shape).repeat(1, self.rest, 1, 1))
+        model = self._model.to(video.device)
+        z = model.encode(video.to(model.dtype)).latent_dist.mode()  # [B, Z, n, h, w]
+        self._check_latent(z, video)
+        mean, std, scale = (part.to(z) for part in self._scale)
+        z = ((z.movedim(1, -1) - mean) / std * scale).permute(0, 1, 4, 2, 3)  # [B, n, Z, h, w]
+        content = z[:, 0]
+        rest = z[:, 1:].flatten(1, 2) if z.shape[1] > 1 else content.new_zeros(content.shape).repeat(1, self.rest, 1, 1)
+        dtype = video.dtype if video.dtype.is_floating_point else torch.float32
+        return Latents(content.to(dtype), rest.to(dtype))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex of the autoencoder's config and weights, and of what is made of them here."""
+        config = {name: value for name, value in json.loads(self._config.read_text()).items() if name[:1] != "_"}
+        facts = [config, self.settings.precision, self.num_frames]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for name, tensor in sorted(self._read[0].state_dict().items()):
+            if name.startswith(("encoder.", "quant_conv.", "latents_")):
+                digest.update(f"{name} {list(tensor.shape)}".encode())
+                digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def _model(self) -> Any:
+        """The autoencoder, once it is known to be the one expected."""
+        if self.expected not in (None, self.fingerprint):
+            raise CheckpointError(
+                f"{self._folder}: not the autoencoder that this model was trained with (fingerprint "
+                f"{self.fingerprint[:16]}…, its own is {str(self.expected)[:16]}…); set model.encoder.path to that"
+            )
+        return self._read[0]
+
+    @cached_property
+    def _read(self) -> tuple[Any]:
+        """The autoencoder, in a tuple: as an attribute it would become a child of this module."""
+        try:
+            import diffusers
+        except ImportError:
+            raise BackendError(
+                "model.encoder.kind=diffusers needs diffusers, which is not installed; run `pip install -e '.[bench]'`"
+            ) from None
+        name = json.loads(self._config.read_text()).get("_class_name", "")
+        kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
+        if kind is None:
+            raise ConfigError(
+                f"{self._config}: {name or 'nothing'!r} is no autoencoder of diffusers {diffusers.__version__}"
+            )
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.settings.precision]
+        with torch.device("cpu"):
+            model = kind.from_pretrained(
+                self._folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+            )
+        return (model.eval().requires_grad_(False),)
+
+    @cached_property
+    def _scale(self) -> tuple[Tensor, Tensor, Tensor]:
+        model = self._model
+
+        def said(name: str, default: float) -> Tensor:
+            value = dict(model.named_buffers()).get(name)
+            value = model.config.get(name) if value is None else value
+            return torch.as_tensor(default if value is None else value, dtype=torch.float32)
+
+        return said("latents_mean", 0.0), said("latents_std", 1.0), said("scaling_factor", 1.0)
+
+    @property
+    def _folder(self) -> Path:
+        path = Path(self.settings.path or "").expanduser()
+        return path / "vae" if (path / "vae" / _CONFIG).is_file() else path
+
+    @property
+    def _config(self) -> Path:
+        path = self._folder / _CONFIG
+        if not path.is_file():
+            raise ConfigError(
+                f"model.encoder.path {self.settings.path}: no {_CONFIG} there; give the folder of an autoencoder that "
+                "diffusers has saved, or of a pipeline with vae/ in it (of the hub: `hf download` it first)"
+            )
+        return path
+
+    def _check(self, video: Tensor) -> None:
+        cell = self.settings.spatial
+        frames, height, width = video.shape[2:]
+        if video.ndim != 5 or video.shape[1] != 3 or frames not in (1, self.num_frames):
+            raise DataError(f"a clip is [batch, 3, {self.num_frames} or 1, height, width], found {list(video.shape)}")
+        if not height or not width or height % cell or width % cell:
+            raise DataError(f"sides must be multiples of {cell}, found {height}x{width}; pad or crop the video first")
+
+    def _check_latent(self, z: Tensor, video: Tensor) -> None:
+        frames, height, width = video.shape[2:]
+        cell = self.settings.spatial
+        wanted = [self.channels, 1 if frames == 1 else 1 + self.rest, height // cell, width // cell]
+        if list(z.shape[1:]) != wanted:
+            raise ConfigError(
+                f"{self._folder}: {frames} frames of {height}x{width} become latents {list(z.shape[1:])} [channels, "
+                f"frames, rows, columns], the config says {wanted}; set model.latent.channels={z.shape[1]}, "
+                f"model.encoder.cell={height // z.shape[3]} and model.encoder.stride="
+                f"{(frames - 1) // max(1, z.shape[2] - 1) if frames > 1 else self.settings.stride}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the autoencoder: it is read again where it is needed."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_read", "_scale")}
