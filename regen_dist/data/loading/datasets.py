@@ -230,19 +230,15 @@ class SampleSet(ABC, Generic[Config]):
 class TrainingSet(SampleSet[DataConfig]):
     """Training set of videos with its data order. Cheap to send to another process.
 
-        Args:
-            config: config of the data: sources and cropping.
-            num_frames: frames of a clip (k + 1).
-            batch_global: samples of one optimizer step, over all ranks and micro-batches.
-    <<<<<<< HEAD
-            seed: seed of the order and of every clip's position.
-    =======
-            seed: of the order and of every clip's place.
-            also: what else a resumed run must have as it was, by name: a frozen encoder's fingerprint.
-    >>>>>>> main
+    Args:
+        config: config of the data: sources and cropping.
+        num_frames: frames of a clip (k + 1).
+        batch_global: samples of one optimizer step, over all ranks and micro-batches.
+        seed: seed of the order and of every clip's position.
+    also: further values that a resumed run must not change, by name, such as a frozen encoder's fingerprint.
 
-        Raises:
-            DataError: a dataset cannot be opened or holds no videos, or no sample fits.
+    Raises:
+        DataError: a dataset cannot be opened or holds no videos, or no sample fits.
     """
 
     def __init__(
