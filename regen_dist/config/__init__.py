@@ -1,4 +1,4 @@
-"""The config of a run: a typed schema, YAML files composed by inheritance, dotted overrides. Imports no torch."""
+"""Run config: a typed schema, YAML files composed by inheritance, dotted overrides. Imports no torch."""
 
 from regen_dist.config.embedder import RunConfig
 from regen_dist.config.files import (

@@ -74,17 +74,17 @@ class EncoderConfig(Section):
 
     @property
     def frozen(self) -> bool:
-        """Whether it is somebody else's."""
+        """Return true for a pretrained autoencoder of diffusers, which is not trained."""
         return self.kind == "diffusers"
 
     @property
     def spatial(self) -> int:
-        """Pixels a side per latent cell."""
+        """Return the spatial compression: pixels a side per latent cell."""
         return self.cell if self.frozen else self.stem_patch * prod(stage.spatial for stage in self.stages)
 
     @property
     def temporal(self) -> int:
-        """Frames (after the first) folded into the motion latent, or into each latent frame."""
+        """Return the temporal compression: frames after the first that the motion, or each, latent frame encodes."""
         return self.stride if self.frozen else prod(stage.temporal for stage in self.stages)
 
     @model_validator(mode="after")
@@ -97,8 +97,8 @@ class EncoderConfig(Section):
 
     @model_serializer(mode="wrap")
     def _own_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Those of its kind. A causal encoder is told as it was before there were others, so that hashes and
-        fingerprints stay."""
+        """Serialise the fields of this kind only. A causal encoder is saved as before other kinds existed, so that
+        hashes and fingerprints stay."""
         others = ("stem_patch", "stages", "out_blocks") if self.frozen else (*_OF_DIFFUSERS, "kind")
         return {name: value for name, value in handler(self).items() if name not in others}
 
@@ -112,7 +112,7 @@ class LatentConfig(Section):
 
 
 class ConditioningConfig(Section):
-    """How the decoder is told of the latents.
+    """Conditioning of the decoder on the latents.
 
     `content_aware`: a function of time, modulated by the motion latent, joined with the content latent (paper, Fig. 3).
     The function is a SIREN, or one learned vector for each frame (`time`). `in_context`: latents as tokens in front of
@@ -128,7 +128,7 @@ class ConditioningConfig(Section):
 
 
 class AttentionConfig(Section):
-    """How self-attention runs: the kernel (`backend`) and who sees whom (`pattern`)."""
+    """Self-attention: the kernel (`backend`) and the attention pattern (`pattern`)."""
 
     backend: Literal["sdpa", "eager", "flash", "reference"] = "sdpa"
     pattern: Literal["full", "window"] = "full"
@@ -171,7 +171,7 @@ class ModelConfig(Section):
 
     @property
     def num_frames(self) -> int:
-        """Frames of a full clip: the first one and `k` that follow."""
+        """Return the frames of a full clip: k + 1."""
         return self.temporal_compression + 1
 
     @property
@@ -228,7 +228,7 @@ class ModelConfig(Section):
 
 
 class DensityConfig(Section):
-    """Where training puts its timesteps in (0, 1]; 1 is pure noise. `pure_noise` is the share of samples at exactly
+    """Density of the training timesteps in (0, 1]; 1 is pure noise. `pure_noise` is the share of samples at exactly
     1."""
 
     kind: Literal["uniform", "logit_normal"] = "logit_normal"
@@ -262,7 +262,7 @@ class DiffusionConfig(Section):
 
 
 class RunConfig(CommonConfig):
-    """Everything that training an embedder needs. Saved, resolved, in its run folder together with its hash."""
+    """Config of an embedder's training, saved in resolved form in its run folder, together with its hash."""
 
     task: Literal["embedder"] = "embedder"
     model: ModelConfig

@@ -1,4 +1,4 @@
-"""What an exported model says of itself: enough to rebuild it, and where it comes from. Imports no torch."""
+"""Config of an exported model: the settings that rebuild it, and its origin. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPORT_CONFIG_FILE = "config.yaml"
 
 
 class OriginConfig(Section):
-    """The checkpoint that an exported model was taken from."""
+    """Origin of an exported model: the checkpoint that it was taken from."""
 
     run: str
     step: int
@@ -33,7 +33,7 @@ class OriginConfig(Section):
 
 
 class CommonExportConfig(Section):
-    """What exported models of every task say. `sha256` is that of model.safetensors; None is not compared."""
+    """Export config of every task. `sha256` is that of model.safetensors; None is not compared."""
 
     format: Literal[1] = 1
     precision: Literal["bf16", "fp32"] = "bf16"  # of the working weights
@@ -43,24 +43,24 @@ class CommonExportConfig(Section):
     origin: OriginConfig | None = None
 
     def to_yaml(self) -> str:
-        """The whole of it, every default written out."""
+        """Return the complete config as YAML, with every default."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 class ExportConfig(CommonExportConfig):
-    """An embedder without its run."""
+    """Export config of an embedder."""
 
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
 
     @classmethod
     def of(cls, run: RunConfig, weights: Literal["ema", "plain"] = "ema") -> ExportConfig:
-        """What a run's config says of its model alone."""
+        """Extract the model's part of a run's config."""
         return cls(model=run.model, diffusion=run.diffusion, precision=run.engine.precision, weights=weights)
 
 
 class T2VExportConfig(CommonExportConfig):
-    """A text-to-video model without its run."""
+    """Export config of a text-to-video model."""
 
     model: T2VModelConfig
     diffusion: FlowConfig = FlowConfig()
@@ -69,7 +69,7 @@ class T2VExportConfig(CommonExportConfig):
 
     @classmethod
     def of(cls, run: T2VConfig, weights: Literal["ema", "plain"] = "ema") -> T2VExportConfig:
-        """What a run's config says of its model alone."""
+        """Extract the model's part of a run's config."""
         return cls(
             model=run.model, diffusion=run.diffusion, precision=run.engine.precision, weights=weights,
             clips=run.data.clips if run.data.image_fraction < 1 else (), seed=run.train.seed,
@@ -80,7 +80,7 @@ AnyExportConfig = ExportConfig | T2VExportConfig
 
 
 def load_export_config(folder: Path) -> ExportConfig:
-    """The config of an exported embedder; raises as `load_any_export_config`, and CheckpointError when it is of a
+    """Load the config of an exported embedder. Raises like `load_any_export_config`, and CheckpointError for a
     text-to-video model."""
     config = load_any_export_config(folder)
     if not isinstance(config, ExportConfig):
@@ -89,8 +89,8 @@ def load_export_config(folder: Path) -> ExportConfig:
 
 
 def load_t2v_export_config(folder: Path) -> T2VExportConfig:
-    """The config of an exported text-to-video model; raises as `load_any_export_config`, and CheckpointError when it is
-    of an embedder."""
+    """Load the config of an exported text-to-video model. Raises like `load_any_export_config`, and CheckpointError for
+    an embedder."""
     config = load_any_export_config(folder)
     if not isinstance(config, T2VExportConfig):
         raise CheckpointError(f"{display(folder)} is an embedder; this needs a text-to-video model")
@@ -98,7 +98,7 @@ def load_t2v_export_config(folder: Path) -> T2VExportConfig:
 
 
 def load_any_export_config(folder: Path) -> AnyExportConfig:
-    """The config of an exported model, whatever it is of.
+    """Load the config of an exported model of any task.
 
     Raises:
         CheckpointError: there is none, or it does not validate (an export of another version).
@@ -121,7 +121,7 @@ def load_any_export_config(folder: Path) -> AnyExportConfig:
 
 
 def _schema_of(values: Mapping[str, Any]) -> type[ExportConfig] | type[T2VExportConfig]:
-    """By the model's kind; what is wrong with it is told by the schema."""
+    """Choose the schema by the model's kind; the schema reports an invalid kind."""
     model = values.get("model")
     is_t2v = isinstance(model, Mapping) and model.get("kind") == "t2v"
     return T2VExportConfig if is_t2v else ExportConfig

@@ -1,4 +1,4 @@
-"""Loads, validates, saves and fingerprints the config of a run. Imports no torch."""
+"""Loading, validation, saving and hashing of run configs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from regen_dist.config.version import fill_later_fields
 from regen_dist.errors import ConfigError
 from regen_dist.jsontext import json_text
 
-# Reads one YAML file: plain containers, and the line on which each key stands.
+# --- YAML files: plain values, and the line of each key ---
 
-# libyaml reads ten times faster; wheels of PyYAML have it, some distributions' builds do not.
+# libyaml is ten times faster; wheels of PyYAML include it, some distributions' builds do not.
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_Base):  # type: ignore[misc]
-    """YAML without surprises: `1e-4` is a number, as it is everywhere else."""
+    """YAML loader that reads `1e-4` as a number, as all other formats do."""
 
 
-_Loader.yaml_implicit_resolvers = {  # a date is a text
+_Loader.yaml_implicit_resolvers = {  # dates stay strings
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -64,13 +64,13 @@ _PATTERNS = (
 
 
 def yaml_surprise(text: str) -> str:
-    """Why a value without quotes is refused, being read otherwise than it looks (YAML 1.1); or ""."""
+    """Explain why an unquoted value is refused, because YAML 1.1 reads it unexpectedly; empty if it is not."""
     hint = _WORDS.get(text.lower()) or next((hint for form, hint in _PATTERNS if form.fullmatch(text)), "")
     return f"found {text!r} without quotes: {hint.format(text)}" if hint else ""
 
 
 def _surprises(node: yaml.Node | None, dotted: str = "") -> dict[str, str]:
-    """Dotted keys of the values in a document that are refused, and why."""
+    """Return the dotted keys of refused values in a document, with the reasons."""
     found: dict[str, str] = {}
     below: list[tuple[str, yaml.Node]] = []
     if isinstance(node, yaml.ScalarNode) and not node.style and (problem := yaml_surprise(node.value)):
@@ -85,16 +85,16 @@ def _surprises(node: yaml.Node | None, dotted: str = "") -> dict[str, str]:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of one YAML document. Raises yaml.YAMLError when it cannot be parsed."""
+    """Parse one YAML document; raise yaml.YAMLError if it is invalid."""
     return yaml.load(text, Loader=_Loader)
 
 
 def parse_value(text: str) -> Any:
-    """The value of an override. A text without quotes is taken as it stands: from a command line nothing is a comment.
+    """Parse the value of an override. Unquoted text is taken literally: a command line has no comments.
 
     Raises:
         yaml.YAMLError: it cannot be parsed.
-        ConfigError: YAML would read it otherwise than it looks.
+        ConfigError: YAML would read it unexpectedly.
     """
     node = yaml.compose(text, Loader=_Loader)
     for problem in _surprises(node).values():
@@ -104,7 +104,7 @@ def parse_value(text: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `read_yaml` refuses without quotes."""
+    """YAML dumper that quotes the strings that `read_yaml` refuses without quotes."""
 
 
 _Dumper.add_representer(
@@ -116,18 +116,18 @@ _Dumper.add_representer(
 
 
 def dump_yaml(values: object) -> str:
-    """Plain values as a YAML document that `read_yaml` reads back."""
+    """Format plain values as a YAML document that `read_yaml` reads back."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def shown_value(value: object) -> str:
-    """A plain value as an override's text: `parse_value` reads it back."""
+    """Format a plain value as the text of an override that `parse_value` reads back."""
     return json_text(value)
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, str]]:
-    """The mapping in the file; the line (from 1) of every dotted key, list elements included; and the dotted keys whose
-    values YAML reads otherwise than they look, each with why it is refused.
+    """Read the mapping in a file; the line (from 1) of every dotted key, list elements included; and the dotted keys
+    with refused values (`yaml_surprise`), each with the reason.
 
     Raises:
         ConfigError: the file is missing, is not UTF-8, not YAML, not a mapping, or has a key twice.
@@ -153,7 +153,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, str
 
 
 def display(path: Path) -> str:
-    """The path as a user would type it: relative to the current directory where it lies below it."""
+    """Format a path as a user would type it: relative to the current directory if it is below it."""
     path = Path(path)
     try:
         return str(path.resolve().relative_to(Path.cwd()))
@@ -182,7 +182,7 @@ def _neighbours(path: Path) -> str:
 
 
 def _walk(node: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> None:
-    """Record lines; refuse keys that are not strings, or that stand twice (YAML would silently keep the last)."""
+    """Record the lines of keys; refuse keys that are not strings or occur twice (YAML silently keeps the last)."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
@@ -203,9 +203,9 @@ def _record(name: str, at: yaml.Node, value: yaml.Node, prefix: str, lines: dict
     _walk(value, f"{dotted}.", lines, path)
 
 
-# Composes a config from a file, the files it extends, and overrides; remembers who set each key.
+# --- composition of a config from a file, the files it extends, and overrides, with the origin of each key ---
 #
-# `extends: ../base/embedder.yaml` (or a list, later ones win) is relative to the file that says it. Mappings are
+# `extends: ../base/embedder.yaml` (or a list, later ones win) is relative to the file that contains it. Mappings are
 # merged, lists and scalars replaced. `${train.steps}` refers to another key, `${oc.env:NAME}` or
 # `${oc.env:NAME,default}` to the environment.
 
@@ -217,14 +217,14 @@ _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE|
 
 @dataclass
 class Composed:
-    """Plain values, where each dotted key was set last, and what was wrong on the way (origin, key, problem)."""
+    """Composed config: plain values, the origin of each dotted key, and the problems found (origin, key, problem)."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     problems: list[tuple[str, str, str]] = field(default_factory=list)
 
     def origin(self, dotted: str) -> str | None:
-        """Where the key, or the closest key above it, was set; None when no source mentions it."""
+        """Return where the key, or its closest parent, was set; None if no source mentions it."""
         while dotted:
             if dotted in self.origins:
                 return self.origins[dotted]
@@ -232,7 +232,7 @@ class Composed:
         return None
 
     def merge(self, values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-        """Lay `values` over what is there."""
+        """Merge `values` over the existing ones."""
         for dotted in _replaced(values):
             self._forget_below(dotted)
         self.values = _merged(self.values, dict(values))
@@ -244,13 +244,13 @@ class Composed:
 
 
 def find_preset(path: Path) -> Path:
-    """A path as it stands; where there is no such file, `configs/…` is looked for in this checkout."""
+    """Return the path; if there is no such file, `configs/…` is resolved in this checkout."""
     ours = _CHECKOUT / path
     return ours if path.parts[:1] == ("configs",) and not path.exists() and ours.is_file() else path
 
 
 def inherited(path: Path) -> dict[str, Any]:
-    """The values of a config and of all that it extends, as they are written: nothing is interpolated.
+    """Return the values of a config and all that it extends, without interpolation.
 
     Raises:
         ConfigError: a file of the chain cannot be read, or the chain is a cycle.
@@ -261,11 +261,12 @@ def inherited(path: Path) -> dict[str, Any]:
 
 
 def compose(path: Path, overrides: Sequence[str] = ()) -> Composed:
-    """The config in `path` with everything it extends, then the overrides `a.b=c` (typed as YAML), then interpolation.
+    """Compose the config in `path` with everything it extends, the overrides `a.b=c` (typed as YAML), and
+    interpolation.
 
     Raises:
-        ConfigError: a file of the chain cannot be read, or the chain is a cycle. What is wrong with single keys and
-            overrides is gathered in `problems` instead.
+        ConfigError: a file of the chain cannot be read, or the chain is a cycle. Problems of single keys and overrides
+            are collected in `problems` instead.
     """
     composed = Composed()
     _add_file(composed, find_preset(Path(path)), ())
@@ -326,9 +327,9 @@ def _add_override(composed: Composed, override: str) -> None:
 
 
 def _nest(values: Any, keys: Sequence[str], value: object) -> tuple[Any, str]:
-    """`{a: {b: value}}` for the keys a, b; a list on the way is copied, with one element changed.
+    """Build `{a: {b: value}}` for the keys a, b; a list on the path is copied, with one element changed.
 
-    The second value says what is wrong, or "".
+    The second return value is the problem, or "".
     """
     if not keys:
         return value, ""
@@ -344,13 +345,13 @@ def _nest(values: Any, keys: Sequence[str], value: object) -> tuple[Any, str]:
 
 
 class Unresolved(str):
-    """A text whose problem is reported already; validation says nothing more about its key."""
+    """String whose problem is already reported, so that validation ignores its key."""
 
     __slots__ = ()
 
 
 def _resolve(composed: Composed) -> None:
-    """Replace every `${…}` by its value, and gather those that have none."""
+    """Replace every `${…}` by its value, and collect those without one."""
     texts = _texts(composed.values, "")
     problems = {dotted: problem for dotted, text in texts if (problem := _refusal(text))}
     for dotted in problems:
@@ -370,7 +371,7 @@ def _resolve(composed: Composed) -> None:
 
 
 def _refusal(text: str) -> str:
-    """Why a text with `${…}` may not be resolved, or ""."""
+    """Explain why a text with `${…}` must not be resolved; empty if it may."""
     try:
         OmegaConf.create({"text": text})
     except OmegaConfBaseException as error:
@@ -387,7 +388,7 @@ def _refusal(text: str) -> str:
 
 
 def _texts(values: object, prefix: str) -> list[tuple[str, str]]:
-    """Dotted key and text of every string that refers to something."""
+    """List dotted key and text of every string with a reference."""
     if isinstance(values, str):
         return [(prefix, values)] if "${" in values or values == "???" else []
     pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
@@ -402,7 +403,7 @@ def _put(values: Any, dotted: str, value: object) -> None:
 
 
 def _replaced(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose value is not a mapping, and so replaces whatever stood there."""
+    """List the dotted keys whose value is not a mapping and so replaces the existing value."""
     found: list[str] = []
     for key, value in values.items():
         found += _replaced(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
@@ -410,16 +411,14 @@ def _replaced(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _merged(below: object, above: object) -> Any:
-    """`above` laid over `below`: mappings key by key, anything else replaced."""
+    """Merge `above` over `below`: mappings key by key, anything else replaced."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
-# Says what is wrong with a config.
-#
-# Each problem comes with its file and line (or "command line"), the key, what was found, what is allowed, and for an
-# unknown key the nearest known one.
+# --- problem reports: file and line (or "command line"), key, found and allowed values, nearest key for unknown ones
+# ---
 
 _SHOWN_CHARACTERS = 60
 
@@ -427,7 +426,7 @@ _SHOWN_CHARACTERS = 60
 def describe_problem(
     error: ValidationError, composed: Composed, schema: type[BaseModel], file: str
 ) -> list[tuple[str, str, str]]:
-    """(origin, dotted key, problem) of everything that pydantic found, in its order."""
+    """List (origin, dotted key, problem) of all errors that pydantic found, in its order."""
     found = []
     for each in error.errors():
         if isinstance(each["input"], Unresolved):
@@ -439,13 +438,13 @@ def describe_problem(
 
 
 def problem_message(title: str, problems: Sequence[tuple[str, str, str]]) -> str:
-    """One text with a line for each problem."""
+    """Format a message with a line for each problem."""
     count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
     return "\n".join([f"{title}: {count}", *(f"  {origin}: {key}: {problem}" for origin, key, problem in problems)])
 
 
 def known_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, sections before what is in them; keys of list elements are left out."""
+    """Yield every dotted key of the schema, sections before their content, without keys of list elements."""
     for name, info in schema.model_fields.items():
         yield f"{prefix}{name}"
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
@@ -453,7 +452,7 @@ def known_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def nearest_key(dotted: str, schema: type[BaseModel]) -> str | None:
-    """The known key most like an unknown one: in its own section, or else one of the same name in another."""
+    """Return the known key nearest to an unknown one: in its own section, or else one of the same name in another."""
     section, _, name = dotted.rpartition(".")
     inside = _section(schema, section.split(".") if section else [])
     here = difflib.get_close_matches(name, inside.model_fields, n=1, cutoff=0.6) if inside else []
@@ -488,7 +487,7 @@ def _shown(value: object) -> str:
 
 
 def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
-    """The class of the section at `path`; None where the path does not lead to one."""
+    """Return the class of the section at `path`; None if there is none."""
     annotation: Any = schema
     for name in path:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -501,7 +500,7 @@ def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | 
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-# Small files that must never be seen half-written.
+# --- atomic writes ---
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -547,8 +546,8 @@ Look = Callable[[dict[str, Any]], Iterable[tuple[str, str]]]  # dotted key and p
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyRunConfig:
-    """The validated config in `path`, with the files it extends and the overrides laid over it; `task` in it says of
-    which kind of run it is.
+    """Load and validate the config in `path`, with the files it extends and the overrides; its `task` selects the
+    schema.
 
     Args:
         path: a YAML file; `extends` in it names the files that it builds on.
@@ -562,15 +561,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyRunConfig
 
 
 def load_embedder_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The same for a config of an embedder; ConfigError when it is of another task."""
+    """Load the config of an embedder; raise ConfigError for another task."""
     return embedder_only(load_config(path, overrides), display(Path(path)))
 
 
 def embedder_only(config: AnyRunConfig, what: str) -> RunConfig:
-    """The config, if it is of an embedder.
+    """Return the config if it is that of an embedder.
 
     Raises:
-        ConfigError: it is not; `what` says whose it is.
+        ConfigError: it is not; `what` describes it in the message.
     """
     if not isinstance(config, RunConfig):
         raise ConfigError(f"{what} is a config of task '{config.task}'; this needs one of an embedder (task: embedder)")
@@ -578,10 +577,10 @@ def embedder_only(config: AnyRunConfig, what: str) -> RunConfig:
 
 
 def t2v_only(config: AnyRunConfig, what: str) -> T2VConfig:
-    """The config, if it is of text to video.
+    """Return the config if it is that of text to video.
 
     Raises:
-        ConfigError: it is not; `what` says whose it is.
+        ConfigError: it is not; `what` describes it in the message.
     """
     if not isinstance(config, T2VConfig):
         raise ConfigError(f"{what} is a config of task '{config.task}'; this needs one of text to video (task: t2v)")
@@ -591,13 +590,13 @@ def t2v_only(config: AnyRunConfig, what: str) -> T2VConfig:
 def load_section(
     schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), look: Look | None = None
 ) -> Schema:
-    """A file of another kind (a cluster, a pipeline), read by the same rules as a run's config.
+    """Load a file of another kind (a cluster, a pipeline) by the rules of a run's config.
 
     Args:
-        schema: of the file.
-        path: to it.
-        overrides: as of `load_config`.
-        look: finds what else is wrong in the composed values, of which nothing is checked yet.
+        schema: schema of the file.
+        path: path of the file.
+        overrides: as for `load_config`.
+        look: finds further problems in the composed, not yet validated values.
 
     Raises:
         ConfigError: as `load_config`.
@@ -609,7 +608,7 @@ def load_section(
 
 
 def load_saved_config(folder: str | Path) -> AnyRunConfig:
-    """The config that `save_config` left in a run folder; equal to the one that was saved.
+    """Load the config that `save_config` wrote to a run folder; equal to the saved one.
 
     Raises:
         ConfigError: there is none, or it does not validate (a run of another version).
@@ -631,18 +630,18 @@ def save_config(config: CommonConfig, folder: str | Path) -> None:
 
 
 def to_yaml(config: CommonConfig) -> str:
-    """The whole config as YAML, every default written out."""
+    """Format the complete config as YAML, with every default."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def config_hash(config: CommonConfig) -> str:
-    """Hex SHA-256 of the resolved config as canonical JSON: neither key order nor the file's place changes it."""
+    """Return the hex SHA-256 of the resolved config as canonical JSON, independent of key order and file location."""
     canonical = json_text(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def _schema_of(composed: Composed) -> type[RunConfig] | type[T2VConfig]:
-    """By the task; one that is not known is told with the others."""
+    """Choose the schema by the task; an unknown task is reported with the other problems."""
     task = composed.values.get("task", "embedder")
     if not isinstance(task, str) or task not in TASKS:
         problem = f"found {task!r}; allowed: {' or '.join(TASKS)}"

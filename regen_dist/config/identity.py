@@ -1,4 +1,4 @@
-"""What decides which samples a step sees: a run goes on only while it stays the same. Imports no torch."""
+"""Data order identity, batch division and run ids. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from regen_dist.errors import ConfigError
 def order_identity(
     config: DataConfig, fingerprints: Sequence[str], *, num_frames: int, batch_global: int, seed: int
 ) -> dict[str, str]:
-    """While this is the same, a step alone says which clips it sees. Told in the words of the config.
+    """Return everything that determines the clips of a step, by config names; a run resumes only if it is equal.
 
     Args:
-        config: of the data.
-        fingerprints: of its datasets, in the order of `config.sources`.
+        config: config of the data.
+        fingerprints: those of its datasets, in the order of `config.sources`.
         num_frames: frames of a clip (k + 1).
         batch_global: samples of one optimizer step.
         seed: of the order.
@@ -44,11 +44,11 @@ def order_identity(
 def latent_identity(
     config: LatentDataConfig, fingerprints: Sequence[str], *, batch_global: int, seed: int
 ) -> dict[str, str]:
-    """The same for rows of cached latents: while this is the same, a step alone says which rows and texts it sees.
+    """Return everything that determines the rows and texts of a step on cached latents, like `order_identity`.
 
     Args:
-        config: of the data.
-        fingerprints: of its caches, in the order of `config.sources`.
+        config: config of the data.
+        fingerprints: those of its caches, in the order of `config.sources`.
         batch_global: samples of one optimizer step.
         seed: of the order.
     """
@@ -65,10 +65,10 @@ def latent_identity(
 
 
 def order_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs between two identities, in words; empty when nothing does."""
+    """Describe the differences between two identities; empty if there are none."""
     names = [*now, *(name for name in before if name not in now)]
     return [
-        f"{name} was {before.get(name, 'not told')}, is {now.get(name, 'not told')}"
+        f"{name} was {before.get(name, 'not recorded')}, is {now.get(name, 'not recorded')}"
         for name in names
         if before.get(name) != now.get(name)
     ]
@@ -79,15 +79,15 @@ def _told(facts: Mapping[str, object]) -> dict[str, str]:
 
 
 def _plain(value: object) -> object:
-    """Tuples as lists, so that what was saved as JSON compares equal."""
+    """Convert tuples to lists, so that values saved as JSON compare equal."""
     return [_plain(each) for each in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-# Whether a config fits a number of ranks.
+# --- division of a global batch over ranks ---
 
 
 def clips_per_rank(config: CommonConfig, world_size: int) -> int:
-    """Clips of one micro-batch on one rank; ranks that share rows of tokens have the same clips.
+    """Return the clips of one micro-batch on one rank; ranks that share rows of tokens have the same clips.
 
     Raises:
         ConfigError: the global batch cannot be divided over that many ranks; names the numbers that fit.
@@ -99,7 +99,7 @@ def clips_per_rank(config: CommonConfig, world_size: int) -> int:
 
 
 def micro_batch_size(batch_global: int, accumulation: int, readers: int, shared: int = 1) -> int:
-    """Divide a global batch into micro-batches: samples of each. The one place where a batch is divided.
+    """Divide a global batch into micro-batches and return the samples of each. All batch division is done here.
 
     Args:
         batch_global: samples of an optimizer step over all ranks.
@@ -128,7 +128,7 @@ def micro_batch_size(batch_global: int, accumulation: int, readers: int, shared:
 
 
 def num_readers(config: CommonConfig, world_size: int) -> int:
-    """How many ranks, or groups of ranks that share rows of tokens, have samples of their own.
+    """Return the number of ranks, or groups of ranks that share rows of tokens, with separate samples.
 
     Raises:
         ConfigError: the ranks cannot be grouped so.
@@ -142,14 +142,14 @@ def num_readers(config: CommonConfig, world_size: int) -> int:
     return readers
 
 
-# The id of a run: random, kept in its folder, so that runs of one name are told apart. Imports no torch.
+# --- run id: random, stored in the run folder, so that runs of the same name can be distinguished ---
 
 RUN_ID_FILE = "run_id"
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
 def read_or_create_run_id(folder: Path) -> str:
-    """The id of the run in a folder, 16 hexadecimal characters; made where there is none, once for all that ask.
+    """Return the id of the run in a folder, 16 hexadecimal characters; created atomically if there is none.
 
     Raises:
         ConfigError: the file holds something else.
@@ -163,7 +163,7 @@ def read_or_create_run_id(folder: Path) -> str:
     temporary.write_text(f"{made}\n", encoding="utf-8")
     try:
         os.link(temporary, path)
-    except FileExistsError:  # another process was quicker
+    except FileExistsError:  # another process created it first
         return read_or_create_run_id(folder)
     except OSError:  # a disk without hard links
         os.replace(temporary, path)
@@ -173,7 +173,7 @@ def read_or_create_run_id(folder: Path) -> str:
 
 
 def read_run_id(folder: Path) -> str | None:
-    """The id of the run in a folder; None where there is none yet.
+    """Return the id of the run in a folder; None if there is none yet.
 
     Raises:
         ConfigError: the file holds something else.
@@ -189,5 +189,5 @@ def read_run_id(folder: Path) -> str | None:
 
 
 def write_run_id(folder: Path, run_id: str) -> None:
-    """Make the run in a folder the one of this id."""
+    """Store an id as that of the run in a folder."""
     write_text_atomically(folder / RUN_ID_FILE, f"{run_id}\n")

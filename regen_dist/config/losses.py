@@ -58,7 +58,7 @@ class LossesConfig(Section):
 
     @property
     def any(self) -> bool:
-        """Whether a term is on."""
+        """Return true if any term is enabled."""
         return self.perceptual.weight > 0 or self.adversarial.weight > 0
 
 

@@ -1,4 +1,4 @@
-"""The config of pre-encoding: a dataset of videos to a cache of latents and text embeddings. Imports no torch."""
+"""Config of pre-encoding: a dataset of videos to a cache of latents and text embeddings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regen_dist.config.urls import checked_url, expand_home, parse_url
 
 
 class PreencodeConfig(Section):
-    """Everything that decides what is in a cache of latents, and where it comes from."""
+    """Config of a latent cache: sources, preprocessing and text encoder."""
 
     embedder: HomePath  # a run folder, or an exported model
     weights: Literal["ema", "plain"] = "ema"
@@ -51,5 +51,5 @@ class PreencodeConfig(Section):
 
 
 def load_preencode_config(path: str | Path, overrides: tuple[str, ...] = ()) -> PreencodeConfig:
-    """The validated config in `path` with the overrides laid over it; ConfigError with every problem found."""
+    """Load and validate the config in `path` with the overrides; raise ConfigError with every problem found."""
     return load_section(PreencodeConfig, path, overrides)

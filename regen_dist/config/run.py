@@ -1,4 +1,4 @@
-"""Sections that runs of every task have. Imports no torch."""
+"""Config sections of all tasks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from regen_dist.config.urls import checked_url, expand_home, parse_url
-
-# What every section of the config is made of. Imports no torch.
 
 SPATIAL_COMPRESSION = 8  # paper: one latent cell per 8x8 pixels
 
@@ -27,11 +25,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-# Sections on where training data comes from. Imports no torch.
+# --- training data ---
 
 
 class ReadConfig(Section):
-    """How bytes come from the store to a decoding process. Nothing here changes what is trained on."""
+    """Reading of bytes from the store by a decoding process. Nothing here changes the training data."""
 
     requests: PositiveInt = 8  # at once, for each decoding process
     ahead_mb: PositiveInt = 64  # bytes fetched ahead of the decoder, for each decoding process
@@ -56,7 +54,7 @@ class SourceConfig(Section):
 
 
 class MixtureConfig(Section):
-    """Where samples come from: one dataset or several, and how they are read."""
+    """Sources of samples: one dataset or several, and how they are read."""
 
     url: str | None = None  # one dataset; or
     mixture: tuple[SourceConfig, ...] = ()  # several, drawn by weight
@@ -67,12 +65,12 @@ class MixtureConfig(Section):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """URLs of the training data."""
+        """Return the URLs of the training data."""
         return tuple(source.url for source in self.mixture) if self.url is None else (self.url,)
 
     @property
     def weights(self) -> tuple[float, ...] | None:
-        """The weights of `sources`; None for a single dataset."""
+        """Return the weights of `sources`; None for a single dataset."""
         return tuple(source.weight for source in self.mixture) if self.url is None else None
 
     @field_validator("url", "validation_url")
@@ -92,7 +90,7 @@ class MixtureConfig(Section):
 
 
 class DataConfig(MixtureConfig):
-    """Where the clips come from and how they are cut. Sides in pixels, time in frames."""
+    """Sources and cropping of clips. Sides in pixels, time in frames."""
 
     size: tuple[PositiveInt, PositiveInt] = (64, 64)  # height, width of the training crop
     buckets: tuple[tuple[PositiveInt, PositiveInt], ...] = ()  # several crops: each video goes to the one it fits best
@@ -106,7 +104,7 @@ class DataConfig(MixtureConfig):
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Every crop that training uses, (height, width)."""
+        """Return every crop that training uses, (height, width)."""
         return self.buckets or (self.size,)
 
     @model_validator(mode="after")
@@ -124,11 +122,11 @@ class DataConfig(MixtureConfig):
         return self
 
 
-# Sections on what keeps a long run alive: its checkpoints and its guards. Imports no torch.
+# --- checkpoints and guards ---
 
 
 class CheckpointConfig(Section):
-    """Where checkpoints go, how often, which are kept, and how far they are trusted. Counted in optimizer steps."""
+    """Checkpoints: location, interval, retention and verification. Intervals in optimizer steps."""
 
     url: str | None = None  # folder or bucket; the run's name is appended. None: checkpoints/ in the run folder
     every: PositiveInt = 1000
@@ -149,7 +147,7 @@ class CheckpointConfig(Section):
 
 
 class SpikeConfig(Section):
-    """What counts as a loss spike, and what is done about it."""
+    """Detection and handling of loss spikes."""
 
     action: Literal["off", "warn", "rollback"] = "warn"
     window: Annotated[int, Field(ge=8)] = 128  # the newest finite, unsuspicious losses that a step is compared with
@@ -166,7 +164,7 @@ class SpikeConfig(Section):
 
 
 class LatentStdConfig(Section):
-    """Where the latents' std over positions should stay, and what is done when it does not."""
+    """Allowed range of the latents' std over positions, and the action outside of it."""
 
     action: Literal["off", "warn", "stop"] = "warn"
     low: Annotated[float, Field(ge=0.0)] = 0.02  # below, a latent says nothing
@@ -175,7 +173,7 @@ class LatentStdConfig(Section):
 
 
 class HangConfig(Section):
-    """How long a rank may stand still in one phase."""
+    """Time limits for a rank without progress in one phase."""
 
     beat_s: PositiveFloat = 5.0  # how often each rank writes its heartbeat
     warn_s: PositiveFloat = 120.0  # then a warning names the rank and the phase
@@ -193,7 +191,7 @@ class HangConfig(Section):
 
 
 class GuardsConfig(Section):
-    """What keeps a long run from going wrong in silence."""
+    """Guards: checks that skip steps, stop the run or roll it back."""
 
     nonfinite_budget: Annotated[int, Field(ge=0)] = 100  # steps skipped for non-finite losses or gradients, in all
     nonfinite_in_a_row: Annotated[int, Field(ge=0)] = 20  # and so many one after the other: the weights are broken
@@ -227,7 +225,7 @@ class OptimizerConfig(Section):
 
 
 class ZeroConfig(Section):
-    """How ZeRO-3 cuts its work; DeepSpeed's names in parentheses. Sizes count elements."""
+    """Partitioning of ZeRO-3; DeepSpeed's names in parentheses. Sizes count elements."""
 
     prefetch_bucket: Annotated[int, Field(ge=0)] = 50_000_000  # weights gathered ahead (stage3_prefetch_bucket_size)
     sub_group: PositiveInt = 1_000_000_000  # that one inner optimizer step handles (sub_group_size)
@@ -243,7 +241,7 @@ FP32_FROM = 64  # ranks
 
 
 class EngineConfig(Section):
-    """How the step is distributed: DeepSpeed ZeRO-3, or plain PyTorch in one process."""
+    """Distribution of the step: DeepSpeed ZeRO-3, or plain PyTorch in one process."""
 
     kind: Literal["zero3", "plain"] = "zero3"
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -269,20 +267,20 @@ class EngineConfig(Section):
         return self
 
     def reduces_in(self, world_size: int) -> Literal["bf16", "fp32"]:
-        """The precision in which ZeRO-3 reduces gradients over so many ranks."""
+        """Return the precision in which ZeRO-3 reduces gradients over this many ranks."""
         if self.zero.communication_dtype != "auto":
             return self.zero.communication_dtype
         return "fp32" if world_size >= FP32_FROM else self.precision
 
     def check_heads(self, key: str, heads: int) -> None:
-        """Ranks that share a row of tokens share out the heads of its attention.
+        """Check that ranks that share a row of tokens can divide the heads of its attention.
 
         Args:
-            key: of the config, that sets them.
-            heads: of the transformer.
+            key: config key of the heads.
+            heads: heads of the transformer.
 
         Raises:
-            ValueError: they do not divide.
+            ValueError: the heads are not divisible by `sequence_parallel`.
         """
         if heads % self.sequence_parallel:
             fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
@@ -294,7 +292,7 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length, batch and rhythm of a run. A step is an optimizer step."""
+    """Length, batch and intervals of a run. A step is an optimizer step."""
 
     steps: PositiveInt
     batch_global: PositiveInt
@@ -342,7 +340,7 @@ class TensorBoardConfig(Section):
 
 
 class CommonConfig(Section):
-    """What runs of every task need."""
+    """Config of runs of every task."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output: HomePath = "runs"
@@ -356,12 +354,12 @@ class CommonConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """The run folder: where a run keeps everything it writes."""
+        """Return the run folder, which holds everything that a run writes."""
         return Path(self.output) / self.name
 
     @property
     def checkpoints(self) -> str:
-        """URL or path of the folder that holds this run's checkpoints."""
+        """Return the URL or path of the folder of this run's checkpoints."""
         if self.checkpoint.url is None:
             return str(self.folder / "checkpoints")
         return f"{self.checkpoint.url.rstrip('/')}/{self.name}"

@@ -1,4 +1,4 @@
-"""The config of a text-to-video run: a diffusion transformer on cached latents. Imports no torch."""
+"""Config of a text-to-video run: a diffusion transformer on cached latents. Imports no torch."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ class FlowConfig(Section):
         return self
 
     def shift_at(self, tokens: int) -> float:
-        """The shift of a row of so many tokens."""
+        """Return the shift of a row of this many tokens."""
         return float(self.shift * (tokens / self.shift_tokens) ** 0.5)
 
 
 class LatentDataConfig(MixtureConfig):
-    """Where cached latents come from, and how rows of clips are cut from them."""
+    """Sources of cached latents, and how rows of clips are cut from them."""
 
     clips: tuple[PositiveInt, ...] = (1,)  # clips in a row; several: each is a bucket of its own
     text_dropout: Fraction = 0.1  # share of the samples that are trained with the null embedding, for guidance
@@ -96,7 +96,7 @@ class LatentDataConfig(MixtureConfig):
 
 
 class GenerationConfig(Section):
-    """What is generated while a run trains, at every validation."""
+    """Generation at every validation of a run."""
 
     embedder: HomePath | None = None  # a run or an exported model that decodes; None: only the loss is validated
     prompts: PositiveInt = 4  # the captions of so many samples of the validation data
@@ -111,7 +111,7 @@ class GenerationConfig(Section):
 
 
 class T2VConfig(CommonConfig):
-    """Everything that a text-to-video run needs."""
+    """Config of a text-to-video run."""
 
     task: Literal["t2v"] = "t2v"
     model: T2VModelConfig = T2VModelConfig()
@@ -133,9 +133,6 @@ class T2VConfig(CommonConfig):
                 "to video measures the loss alone; set checkpoint.best_metric=loss and checkpoint.best_is=min"
             )
         return self
-
-
-# Text encoders, by what a config says of them. Imports no torch.
 
 
 class TextConfig(Section):

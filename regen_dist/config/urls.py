@@ -1,6 +1,6 @@
-"""URLs of folders of objects: read once, in one place, so that nothing that runs through a shell gets further.
+"""Parsing of the URLs of stores, all in one place, so that nothing that a shell could run passes.
 
-No message repeats what may be a secret: user information and queries are never quoted.
+Messages never quote possible secrets: user information and queries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _READ = f"{ALLOWED}; only to read: https:// or hf://"
 
 @dataclass(frozen=True)
 class Location:
-    """Where a URL points. `url` is its one spelling; `folder` is set for local ones, `bucket` for the others."""
+    """Location that a URL names. `url` is its canonical form; `folder` is set for local ones, `bucket` for others."""
 
     url: str
     scheme: str
@@ -29,28 +29,28 @@ class Location:
 
     @property
     def read_only(self) -> bool:
-        """Whether nothing can be written there."""
+        """Return true if the location cannot be written."""
         return self.scheme in WEB_SCHEMES
 
     @property
     def prefix(self) -> str:
-        """The beginning of the keys that a bucket's URL names, without its last slash; empty for the whole bucket."""
+        """Return the key prefix of a bucket's URL, without its last slash; empty for the whole bucket."""
         return unquote(urlsplit(self.url).path).strip("/") if self.bucket else ""
 
 
 def key_url(scheme: str, bucket: str, key: str) -> str:
-    """The URL of a key, with what has a meaning in URLs (`#`, `?`, `%`) quoted."""
+    """Return the URL of a key, with special characters (`#`, `?`, `%`) quoted."""
     quoted = key.replace("%", "%25").replace("#", "%23").replace("?", "%3F")
     return f"{scheme}://{bucket}/{quoted}"
 
 
 def carries_secret(name: str) -> bool:
-    """Whether a name looks like a signed URL: then it must not be repeated."""
+    """Return true if a name looks like a signed URL, which must not be repeated in messages."""
     return _SECRET.search(name) is not None
 
 
 def parse_url(url: str) -> Location:
-    """What a URL or a plain path means.
+    """Parse a URL or a plain path.
 
     Args:
         url: a plain path (relative ones are taken from the current folder), `file:///folder`, `s3://bucket/prefix`,
@@ -58,7 +58,7 @@ def parse_url(url: str) -> Location:
             `hf://datasets/OWNER/NAME[@REVISION]/folder` or `hf://OWNER/NAME/…`.
 
     Raises:
-        ValueError: another scheme, credentials or a query inside, no bucket. Says what is allowed.
+        ValueError: another scheme, credentials or a query, or no bucket; the message lists what is allowed.
     """
     scheme, colon, _ = url.partition(":")
     if not url.strip():
@@ -102,7 +102,7 @@ def expand_home(path: str) -> str:
 
 
 def checked_url(url: str) -> str:
-    """`url` unchanged; ValueError when it is not one that can be written to (for the config's validators)."""
+    """Return `url` unchanged; raise ValueError if it cannot be written to (for the config's validators)."""
     if parse_url(url).read_only:
         raise ValueError(f"{parse_url(url).scheme}:// is read only; use {ALLOWED}")
     return url

@@ -1,4 +1,4 @@
-"""The version of this code, and how configs saved by older versions are read."""
+"""Version of this code, and compatibility with configs saved by older versions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from regen_dist import __version__
 
-VERSION_FILE = "VERSION"  # beside the packages where code was copied for a job
+VERSION_FILE = "VERSION"  # beside the packages in a copy of the code made for a job
 
 
 @cache
 def code_version() -> str:
-    """The package's version, and where it runs from a git checkout the commit: "0.1.0+g0123456789ab", with ".dirty"
-    when files differ from it. A copy that was made for a job says what its original said."""
+    """Return the package's version, with the commit in a git checkout: "0.1.0+g0123456789ab", plus ".dirty" if files
+    differ from it. A copy made for a job returns the version of its original."""
     root = Path(__file__).resolve().parents[2]
     if (root / VERSION_FILE).is_file():
         return (root / VERSION_FILE).read_text(encoding="utf-8").strip()
@@ -35,7 +35,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def fill_later_fields(values: dict[str, Any]) -> None:
-    """Set, in a saved config, the fields that came after it and whose default is not what it was trained with."""
+    """Set the fields of a saved config that were added later with a default other than its actual value."""
     model = values.get("model")
     if isinstance(model, dict) and model.get("kind", "regen") == "regen":
         decoder = model.setdefault("decoder", {})

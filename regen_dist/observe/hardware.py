@@ -18,14 +18,14 @@ from regen_dist.observe.devices import accelerator
 
 class Peak(NamedTuple):
     """Dense TFLOP/s of one GPU: bf16 on tensor cores with fp32 sums, and fp32 without TF32, as torch multiplies. None:
-    the GPU has no such unit, or its maker does not say; it is measured then."""
+    the GPU has no such unit, or the vendor publishes no figure; then it is measured."""
 
     bf16: float | None
     fp32: float
     source: str
 
 
-# By words of the device's name. NVIDIA's data sheets; where they tell tensor cores with sparsity alone, half of that.
+# By words of the device's name. From NVIDIA's data sheets; half of the figure if only that with sparsity is given.
 GPU_PEAKS = {
     "GB200": Peak(2500.0, 80.0, "GB200 NVL72 (per GPU: half of the superchip)"),
     "B200": Peak(2250.0, 75.0, "HGX B200 (an eighth of the board)"),
@@ -48,9 +48,9 @@ GPU_PEAK_TFLOPS = {name: peak.bf16 for name, peak in GPU_PEAKS.items() if peak.b
 
 
 def known_peak(name: str) -> Peak | None:
-    """The data sheet's peak of a device by its name, as torch gives it; None where no entry fits.
+    """Return the data sheet's peak of a device by its torch name; None if no entry fits.
 
-    The entry of the most words wins: "NVIDIA H100 PCIe" is no "H100" of the SXM kind, and "A100-SXM4-80GB" no "A10".
+    The entry with the most words wins: "NVIDIA H100 PCIe" is no "H100" of the SXM kind, and "A100-SXM4-80GB" no "A10".
     """
     words = set(re.split(r"[\s-]+", name))
     fitting = [entry for entry in GPU_PEAKS if words.issuperset(entry.split())]
@@ -58,12 +58,12 @@ def known_peak(name: str) -> Peak | None:
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Peak TFLOP/s of one rank: the data sheet's for a known GPU and dtype, else measured by square matrix products for
-    `seconds`."""
+    """Return the peak TFLOP/s of one rank: the data sheet's for a known GPU and dtype, else measured by square matrix
+    products for `seconds`."""
     if device.type == "cuda" and (known := known_peak(torch.cuda.get_device_name(device))):
-        told = {torch.bfloat16: known.bf16, torch.float32: known.fp32}.get(dtype)
-        if told is not None:
-            return told
+        peak = {torch.bfloat16: known.bf16, torch.float32: known.fp32}.get(dtype)
+        if peak is not None:
+            return peak
     side = 8192 if device.type == "cuda" else 512
     a = torch.randn(side, side, device=device, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + seconds

@@ -76,7 +76,5 @@ def test_when_everything_is_bad_the_error_says_so(damaged: tuple[DataConfig, Sam
     bad, _ = damaged
     for shard in Path(str(bad.url)).glob("*.tar"):
         shard.unlink()
-    with pytest.raises(
-        DataError, match=r"8 samples were tried in place of \S+, and each was bad; the last: .*not found"
-    ):
+    with pytest.raises(DataError, match=r"8 samples were tried in place of \S+, each bad; the last: .*not found"):
         read(bad, 1)
