@@ -38,8 +38,7 @@ def rank_log(member: Member, rank: int) -> Path:
 
 def launcher_logs(member: Member) -> list[Path]:
     """Return the non-empty logs of the batch script, srun and Submitit for the newest submission, or of its supervisor
-    on
-    this machine."""
+    on this machine."""
     names = [member.queue_id]
     if member.job.cluster.kind == "local":
         names = [each.start.job for each in read_history(member.task.launch)]

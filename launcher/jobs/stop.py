@@ -58,8 +58,7 @@ class StopRequest:
 
     def _drop_pending_local(self) -> None:
         """Drop pending tasks of a local array whose other tasks are not stopped: such a task keeps its position and
-        does not
-        start when its turn comes."""
+        does not start when its turn comes."""
         for job, members in _by_job(self._active):
             if job.cluster.kind == "local" and not _is_all_that_remains(job, members):
                 waiting = [each for each in members if not read_history(each.task.launch)]

@@ -1,8 +1,7 @@
 """Measurements of `regen bench compression`: test clips, features, Fréchet distance and quality.
 
 A test stretch lies within one shot and is cut into whole clips of k + 1 frames for any k. It is read at a scale and
-with
-a crop, so that the same view is available at the training resolution and at twice that.
+with a crop, so that the same view is available at the training resolution and at twice that.
 """
 
 from __future__ import annotations

@@ -403,8 +403,7 @@ class Suite:
 
 def without_store(turn: Turn, cores: int) -> Turn:
     """Return a turn corrected as if the store had run on another machine: all cores were busy, so the workers would
-    have
-    had its CPU time."""
+    have had its CPU time."""
     return Turn(turn.amount, turn.seconds - turn.facts["store_cpu_s"] / cores, turn.facts)
 
 
@@ -429,8 +428,7 @@ _SECONDS_OF_A_FILE = 180.0
 
 def make_clips(folder: Path, videos: Path | None) -> dict[str, Any]:
     """Build or finish a dataset of four-second samples of 128 pixels at `folder`, from the videos of a folder, or of
-    moving
-    shapes if that is None. Return a description."""
+    moving shapes if that is None. Return a description."""
     if videos is not None:
         options = BuildOptions(short_side=SHORT_SIDE, scenes=False, max_seconds=_SECONDS_OF_A_FILE, shard_mb=8)
         build_shards([videos], folder, options)

@@ -92,8 +92,7 @@ class Training:
 
     def flops(self) -> float:
         """Return the model FLOPs of the steps since the last call. Counting a new shape takes time: do not call it
-        while
-        timing."""
+        while timing."""
         batches, self._uncounted = self._uncounted, []
         return self._config.train.accumulation * sum(self._task.flops(batch) for batch in batches)
 
@@ -399,8 +398,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = PEAK_
 
 def steps_case(step: Step, flops: Flops, peak: Peak, steps: int) -> Case:
     """Return a case that runs this many steps per turn: `amount` is model FLOPs; `peak` the best rate of matrix
-    products
-    before and after, `cpu_s` the CPU seconds of this process."""
+    products before and after, `cpu_s` the CPU seconds of this process."""
 
     def turn() -> Turn:
         flops()  # of what came before

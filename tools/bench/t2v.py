@@ -315,8 +315,7 @@ def compare(
     told: Callable[[str, Turn], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Measure steps per second of every feed in turn, with the ratios that express cost and gain of a cache; and the
-    speed
-    of the cache's reader alone.
+    speed of the cache's reader alone.
 
     Args:
         step: consumes batches.
@@ -333,8 +332,7 @@ def compare(
 
 def section(rounds: Rounds) -> dict[str, Any]:
     """Combine the figures of all turns. `by_cpu` are ratios of steps per second of CPU time over all threads and
-    workers,
-    which vary less on a shared machine and include work on other cores."""
+    workers, which vary less on a shared machine and include work on other cores."""
     cpu = {name: [by_cpu(turn) for turn in turns] for name, turns in rounds.items()}
     return {
         "unit": "steps",

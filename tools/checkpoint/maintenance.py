@@ -202,8 +202,7 @@ def verify(
     step: Annotated[int | None, typer.Option(help="Verify only this checkpoint.", min=0)] = None,
 ) -> None:
     """Read every byte of every committed checkpoint and compare checksums. Lists each damaged file; exit code 4 if
-    there
-    are any.
+    there are any.
 
     Example: regen checkpoint verify runs/demo
     """
@@ -243,8 +242,7 @@ def adopt(
     """Assign the checkpoints at a location to this run: its folder was lost or has been replaced.
 
     A run resumes only from its own checkpoints; the id in RUN/run_id distinguishes them from those of another run of
-    the
-    same name.
+    the same name.
 
     Example: regen checkpoint adopt runs/k32 s3://bucket/runs/k32
     """

@@ -37,8 +37,7 @@ def gpu_check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:
     """Check everything that a GPU does here, in about ten minutes, each part in its own process (docs/gpu.md). Exit
-    code 0
-    only if no part failed.
+    code 0 only if no part failed.
 
     Parts: versions, attention, convolutions, optimizers, zero3, embedders, t2v-blocks, t2v-5b, ranks, tests; --train
     adds train, which --only need not name. One that the machine has no room for is left out, and says so.

@@ -1,6 +1,5 @@
 """Common base of the parts of `regen gpu-check` (device, comparison, timing), and the first part: installed versions
-and
-communication between ranks."""
+and communication between ranks."""
 
 from __future__ import annotations
 

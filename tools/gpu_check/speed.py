@@ -48,8 +48,7 @@ _ROW_FRAMES, _TEXT = 8, 256  # latent frames of a row of four clips, and tokens 
 
 def embedders(machine: Machine) -> dict[str, Any]:
     """Return clips per second of encoder and decoder, the most expensive kernels of a training step, and the number of
-    its
-    synchronisations with the device."""
+    its synchronisations with the device."""
     found = {name: _embedder(machine, _embedder_config(machine, name)) for name in ("regen_k32", "fast_k32")}
     told = [
         f"{name}: encodes {each['encode_clips_per_s']:.3g}, decodes {each['decode_clips_per_s']:.3g} clips/s, "
@@ -137,8 +136,7 @@ def _kernels(machine: Machine, step: Callable[[], object]) -> dict[str, float]:
 
 def t2v_blocks(machine: Machine) -> dict[str, Any]:
     """Run forward and backward pass of eight blocks on rows of four clips; return model FLOPs as a share of the
-    device's
-    peak (MFU), and including recomputation (HFU)."""
+    device's peak (MFU), and including recomputation (HFU)."""
     config, rows = _row_config(machine, 8, "plain"), machine.size(4, 1)
     counted, inputs = _counted(machine, config), _row(machine, config, rows)
     torch.manual_seed(0)
