@@ -25,8 +25,8 @@ def choose_logs(members: Sequence[Member], root: Path) -> Member:
     if len(members) == 1:
         return members[0]
     queue = query_queue(members)
-    stands = sorted(((job_state(each, queue).state, each) for each in members), key=lambda pair: pair[0] != "failed")
-    names = [f"{shown_name(each.task.folder, root)} ({state})" for state, each in stands]
+    states = sorted(((job_state(each, queue).state, each) for each in members), key=lambda pair: pair[0] != "failed")
+    names = [f"{shown_name(each.task.folder, root)} ({state})" for state, each in states]
     more = f", and {len(names) - 5} more" if len(names) > 5 else ""
     raise ConfigError(f"there are {len(names)} tasks; give one of them: {', '.join(names[:5])}{more}")
 

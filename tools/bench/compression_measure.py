@@ -515,13 +515,13 @@ def _key(run: Path, tests: TestSet, sizes: Mapping[str, CropSize], steps: Sequen
     """Return a hash of everything that the measures depend on: config, bytes of the weights, clips."""
     config, folder = open_run(run)
     manifest = find_checkpoint(folder, checksums=False)
-    told = [_VERSION, config_hash(config), manifest.step, sorted(str(each) for each in manifest.files.values())]
-    told += [
+    parts = [_VERSION, config_hash(config), manifest.step, sorted(str(each) for each in manifest.files.values())]
+    parts += [
         [str(tests.folder.resolve()), tests.facts()],
         {name: str(size) for name, size in sizes.items()},
         list(steps),
     ]
-    return hashlib.sha256(json_text(told).encode()).hexdigest()
+    return hashlib.sha256(json_text(parts).encode()).hexdigest()
 
 
 def _kept(path: Path, key: str) -> dict[str, Any] | None:

@@ -408,8 +408,8 @@ def _cost_rows(facts: Facts) -> Iterator[list[str]]:
 
 def _tuning(facts: Facts) -> str:
     """Describe the choice of the learning rates."""
-    told = [f"{kind} {found['lr']:.2g}{_tried(found)}" for kind, found in facts["tuning"].items()]
-    return f"Learning rates: {'; '.join(told)}."
+    rates = [f"{kind} {found['lr']:.2g}{_tried(found)}" for kind, found in facts["tuning"].items()]
+    return f"Learning rates: {'; '.join(rates)}."
 
 
 def _tried(found: Facts) -> str:

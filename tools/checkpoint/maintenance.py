@@ -174,15 +174,15 @@ def prune(
 def _policy(place: CheckpointPlace, changes: dict[str, int | None]) -> CheckpointConfig:
     from regen_dist.config.run import CheckpointConfig
 
-    told: dict[str, int | None] = {name: value for name, value in changes.items() if value is not None}
-    if place.policy is None and "keep_last" not in told:
+    given: dict[str, int | None] = {name: value for name, value in changes.items() if value is not None}
+    if place.policy is None and "keep_last" not in given:
         raise ConfigError(
             f"what {place.folder.url} keeps is in its run's config, which is not here; name the run folder, or say "
             "--keep-last (and --keep-every, --keep-best)"
         )
-    if told.get("keep_every") == 0:
-        told["keep_every"] = None
-    return (place.policy or CheckpointConfig()).model_copy(update=told)
+    if given.get("keep_every") == 0:
+        given["keep_every"] = None
+    return (place.policy or CheckpointConfig()).model_copy(update=given)
 
 
 def _tell(place: CheckpointPlace, pruned: Pruned, verb: str) -> None:

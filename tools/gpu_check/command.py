@@ -181,10 +181,10 @@ def run_part(part: Part, folder: Path, *, cpu: bool, arguments: Sequence[str] = 
     begun = time.monotonic()
     code = _ended([*command, *arguments], _environment(cpu), log, part.limit_s)
     found = _found(out, code, part.limit_s)
-    told = {"part": part.name, **found, "seconds": time.monotonic() - begun, "proves": part.proves}
+    result = {"part": part.name, **found, "seconds": time.monotonic() - begun, "proves": part.proves}
     if found["status"] == FAILED:
-        told["log"] = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
-    return told
+        result["log"] = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
+    return result
 
 
 def all_passed(results: Iterable[Mapping[str, Any]]) -> bool:
