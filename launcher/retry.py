@@ -254,8 +254,7 @@ class LocalScheduler:
 
     def stop_reason(self, job: Submission) -> Why:
         """Compare the time limit, which began with this process. Any other signal is a user's request to stop: no one
-        else
-        preempts jobs on this machine."""
+        else preempts jobs on this machine."""
         limit_s = None if job.cluster.time_min is None else job.cluster.time_min * 60 - job.cluster.signal_lead_s
         self.timed_out = limit_s is not None and time.monotonic() - _STARTED >= limit_s - _EARLY_S
         return "time limit" if self.timed_out else "stopped"
@@ -499,8 +498,7 @@ def _end_reason(job: Submission, task: JobTask, scheduler: Scheduler, code: int)
 
 def _at_fault(task: JobTask, code: int, found: Sequence[RankExit | None], scheduler: Scheduler) -> tuple[str, ...]:
     """Return the node of the first failed rank if the node may be the cause: killed, hung, or an unknown error. Nodes
-    that
-    are down come before any rank."""
+    that are down come before any rank."""
     if down := scheduler.down_nodes(scheduler.nodes):
         return down
     if code == HangError.exit_code and (hosts := hung_hosts(task.folder)):
@@ -519,8 +517,7 @@ def _failed_rank(code: int, found: Sequence[RankExit | None]) -> str:
 
 def newest_step(progress: Progress | None) -> int | None:
     """Return the step of the newest committed checkpoint, 0 if there is none; None without progress or if the store
-    does
-    not answer. Skipped steps at its end do not count: they trained nothing."""
+    does not answer. Skipped steps at its end do not count: they trained nothing."""
     if progress is None:
         return None
     try:

@@ -114,8 +114,7 @@ def _gather(jobs: Iterable[Submission]) -> list[SubmittedRun]:
 
 def choose_job(name: str, root: Path) -> list[Member]:
     """Return the tasks of a run folder, given as a path or a name under `root`: a run, an array, a pipeline, or one
-    task
-    of an array.
+    task of an array.
 
     Raises:
         ConfigError: the folder does not exist, or nothing was submitted there.

@@ -25,8 +25,8 @@ def choose_logs(members: Sequence[Member], root: Path) -> Member:
     if len(members) == 1:
         return members[0]
     queue = query_queue(members)
-    stands = sorted(((job_state(each, queue).state, each) for each in members), key=lambda pair: pair[0] != "failed")
-    names = [f"{shown_name(each.task.folder, root)} ({state})" for state, each in stands]
+    states = sorted(((job_state(each, queue).state, each) for each in members), key=lambda pair: pair[0] != "failed")
+    names = [f"{shown_name(each.task.folder, root)} ({state})" for state, each in states]
     more = f", and {len(names) - 5} more" if len(names) > 5 else ""
     raise ConfigError(f"there are {len(names)} tasks; give one of them: {', '.join(names[:5])}{more}")
 
@@ -38,8 +38,7 @@ def rank_log(member: Member, rank: int) -> Path:
 
 def launcher_logs(member: Member) -> list[Path]:
     """Return the non-empty logs of the batch script, srun and Submitit for the newest submission, or of its supervisor
-    on
-    this machine."""
+    on this machine."""
     names = [member.queue_id]
     if member.job.cluster.kind == "local":
         names = [each.start.job for each in read_history(member.task.launch)]

@@ -36,7 +36,7 @@ class StopRequest:
         self._asked_at = float("-inf")
         here_alone = all(each.job.cluster.kind == "local" for each in members)
         self._ask_every_s = _POLL_S if here_alone else _ASK_EVERY_S
-        self.stands: dict[Member, JobState] = {}
+        self.states: dict[Member, JobState] = {}
 
     def poll(self) -> list[Member]:
         """Return the tasks that are still active, after requesting their stop (again); queries the scheduler every few
@@ -49,21 +49,20 @@ class StopRequest:
         if left and time.monotonic() - self._asked_at < self._ask_every_s:
             return left
         queue = query_queue(left, must=True)
-        self.stands |= {each: job_state(each, queue) for each in self._active}
+        self.states |= {each: job_state(each, queue) for each in self._active}
         self._asked_at = time.monotonic()
-        self._active = [each for each in left if self.stands[each].active]
+        self._active = [each for each in left if self.states[each].active]
         self._request(self._active)
         self._drop_pending_local()
         return self._active
 
     def _drop_pending_local(self) -> None:
         """Drop pending tasks of a local array whose other tasks are not stopped: such a task keeps its position and
-        does not
-        start when its turn comes."""
+        does not start when its turn comes."""
         for job, members in _by_job(self._active):
             if job.cluster.kind == "local" and not _is_all_that_remains(job, members):
                 waiting = [each for each in members if not read_history(each.task.launch)]
-                self.stands |= dict.fromkeys(waiting, JobState("stopping", NEVER))
+                self.states |= dict.fromkeys(waiting, JobState("stopping", NEVER))
                 self._active = [each for each in self._active if each not in waiting]
 
     def _request(self, active: Sequence[Member]) -> None:
@@ -77,7 +76,7 @@ class StopRequest:
                 self._stop_locally(job, members)
 
     def _stop_in_slurm(self, members: Sequence[Member]) -> None:
-        waiting = [each for each in members if self.stands[each].state in ("pending", "requeued")]
+        waiting = [each for each in members if self.states[each].state in ("pending", "requeued")]
         _scancel(waiting, "--state=PENDING")  # a task that has started meanwhile reads the file STOP
         working = self._not_signalled([each for each in members if each not in waiting])
         if self._at_once:
@@ -175,7 +174,7 @@ def stop(members: Sequence[Member], root: Path, *, at_once: bool, wait: bool) ->
     """
     stopping = StopRequest(members, at_once=at_once)
     active = stopping.poll()
-    before = {each for each in members if not stopping.stands[each].active}
+    before = {each for each in members if not stopping.states[each].active}
     if not wait:
         for member in [each for each in members if each not in before]:
             print(f"{shown_name(member.task.folder, root)}: asked to {'end' if at_once else 'save and end'}")
@@ -183,8 +182,8 @@ def stop(members: Sequence[Member], root: Path, *, at_once: bool, wait: bool) ->
         _wait(stopping, active, root, at_once=at_once)
     for member in members:
         if member in before or wait:
-            _print_end(member, stopping.stands[member], root, was_over=member in before)
-    return not wait or all(stopping.stands[each].state in ("stopped", "stopping", "done") for each in members)
+            _print_end(member, stopping.states[member], root, was_over=member in before)
+    return not wait or all(stopping.states[each].state in ("stopped", "stopping", "done") for each in members)
 
 
 def _wait(stopping: StopRequest, active: list[Member], root: Path, *, at_once: bool) -> None:
@@ -211,14 +210,14 @@ def _record_end(member: Member) -> None:
         write_entry(member.task.launch, entry)
 
 
-def _print_end(member: Member, stands: JobState, root: Path, *, was_over: bool) -> None:
+def _print_end(member: Member, state: JobState, root: Path, *, was_over: bool) -> None:
     name = shown_name(member.task.folder, root)
     over = "has ended before: " if was_over else ""
-    text = f"{name}: {over}{stands.state}{f' ({stands.note})' if stands.note else ''}"
+    text = f"{name}: {over}{state.state}{f' ({state.note})' if state.note else ''}"
     step = newest_step(member.task.progress)
     if member.task.progress is not None and step is not None:
         text += f"; saved at step {step} of {member.task.progress.steps}"
-    print(text if stands.state in ("done", "stopping") else f"{text}; to go on: regen jobs resume {name}")
+    print(text if state.state in ("done", "stopping") else f"{text}; to go on: regen jobs resume {name}")
 
 
 # `regen jobs resume`: submit the newest submission again, or its incomplete tasks.
@@ -235,20 +234,20 @@ def incomplete_tasks(members: Sequence[Member], root: Path, *, force: bool = Fal
         BackendError: Slurm does not answer.
     """
     queue = query_queue(members, must=not force)
-    stands = {each: job_state(each, queue) for each in members}
-    idle = [each for each in members if not stands[each].active or (force and queue.state_of(each) is None)]
+    states = {each: job_state(each, queue) for each in members}
+    idle = [each for each in members if not states[each].active or (force and queue.state_of(each) is None)]
     if found := [each for each in idle if not _complete(each.task)]:
         return found
-    raise ConfigError(_refusal_text(stands, root))
+    raise ConfigError(_refusal_text(states, root))
 
 
-def _refusal_text(stands: dict[Member, JobState], root: Path) -> str:
-    active = [each for each, stand in stands.items() if stand.active]
+def _refusal_text(states: dict[Member, JobState], root: Path) -> str:
+    active = [each for each, stand in states.items() if stand.active]
     if not active:
-        names = sorted({shown_name(each.base, root) for each in stands})
+        names = sorted({shown_name(each.base, root) for each in states})
         return f"{', '.join(names)}: nothing is left to do, all is complete; for more steps submit it again with them"
     first = active[0]
-    name, state = shown_name(first.task.folder, root), stands[first].state
+    name, state = shown_name(first.task.folder, root), states[first].state
     more = f" (and {len(active) - 1} more)" if len(active) > 1 else ""
     return (
         f"{name}{more}: cannot be resumed while it is {state}, as job {first.queue_id}; `regen jobs stop {name}` first"

@@ -234,9 +234,9 @@ def task_row(member: Member, queue: Queue, root: Path) -> JobRow:
     known = run_figures(task, history) if task.progress else RunFigures()
     steps = task.progress.steps if task.progress else None
     complete = steps is not None and known.saved_step is not None and known.saved_step >= steps
-    stands = job_state(member, queue, complete=complete)
+    state = job_state(member, queue, complete=complete)
     row = JobRow(
-        run=shown_name(task.folder, root), state=stands.state, note=stands.note, folder=str(task.folder),
+        run=shown_name(task.folder, root), state=state.state, note=state.note, folder=str(task.folder),
         job=member.queue_id, cluster=job.cluster_name, nodes=job.cluster.nodes,
         ranks_per_node=job.cluster.ranks_per_node if job.distributed else 1, restarts=max(len(history) - 1, 0),
     )  # fmt: skip
@@ -297,10 +297,10 @@ def _plain_row(folder: Path, root: Path) -> JobRow | None:
         progress=Progress(checkpoints=str(folder / "checkpoints"), steps=steps or 1),
     )  # fmt: skip
     known = run_figures(task, ())
-    stands = _state_by_heartbeat(beat.left, beat.why, age_s, finished=steps is not None and (known.step or 0) >= steps)
+    state = _state_by_heartbeat(beat.left, beat.why, age_s, finished=steps is not None and (known.step or 0) >= steps)
     row = JobRow(
-        run=shown_name(folder, root), state=stands.state, note=stands.note, folder=str(folder),
-        heartbeat_age_s=age_s if stands.active else None,
+        run=shown_name(folder, root), state=state.state, note=state.note, folder=str(folder),
+        heartbeat_age_s=age_s if state.active else None,
     )  # fmt: skip
     shown = _with_figures(row, known, task.progress) if task.progress else row
     return shown if steps else replace(shown, steps=None, eta_s=None)

@@ -215,8 +215,7 @@ def _row(planned: PlannedStep) -> tuple[str, ...]:
 
 def scripts(plan: Sequence[PlannedStep]) -> Iterator[str]:
     """Yield what each step would submit: its commands and, on Slurm, its batch script. Names in capitals are filled in
-    at
-    submission."""
+    at submission."""
     jobs = {each.name: str(each.job.id()) for each in plan if each.state == "alive" and each.job}
     for planned in plan:
         if planned.state != "run":

@@ -96,8 +96,7 @@ def describe(config: AnyRunConfig, world_size: int, timeout_s: float) -> Estimat
 
 def clean_environment() -> dict[str, str]:
     """Return the environment for `regen`: the code of this process first on the path, whatever the current folder, and
-    no
-    GPUs of this machine."""
+    no GPUs of this machine."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return with_safe_path({**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""})
 

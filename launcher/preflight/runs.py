@@ -31,7 +31,7 @@ def alive(subject: Subject) -> Iterator[PreflightFinding]:
             shared = _shared(job, base, subject) if job else []
             lives = job is not None and bool(shared) and is_alive(job)
         except RegenError as error:
-            yield make_note(f"whether the newest job in {base} still runs could not be told: {error}")
+            yield make_note(f"it could not be determined whether the newest job in {base} still runs: {error}")
             continue
         if job is not None and lives:
             which = "it" if len(wanted) == 1 else ", ".join(folder.name for folder in shared[:3])
@@ -243,5 +243,5 @@ def _hardly_any_time(
         yield make_note(
             f"within {cluster.time_min} min less signal_lead_s {cluster.signal_lead_s} the run starts ({start_s:.0f} "
             f"s) but does not get to the checkpoint after checkpoint.every {config.checkpoint.every} steps "
-            f"({interval_s:.0f} s): whatever fails costs all of it; save more often, or raise --time"
+            f"({interval_s:.0f} s): any failure loses all of it; save more often, or raise --time"
         )

@@ -52,7 +52,7 @@ def _memory_of(config: AnyRunConfig, subject: Subject, card_gb: float) -> Iterat
     if total > card_gb:
         yield problem(
             f"about {total:.1f} GiB are needed on each of {world_size} GPUs, a card has {card_gb:g} (gpu_memory_gb); "
-            f"most of it: {_largest(terms)}. {_mend(config)} (`regen describe` shows all of it)"
+            f"most of it: {_largest(terms)}. {_advice(config)} (`regen describe` shows all of it)"
         )
     elif total > TIGHT * card_gb:
         yield make_note(
@@ -66,7 +66,7 @@ def _largest(terms: dict[str, int]) -> str:
     return "; ".join(f"{name} {size / GIB:.1f} GiB" for name, size in ordered)
 
 
-def _mend(config: AnyRunConfig) -> str:
+def _advice(config: AnyRunConfig) -> str:
     """Return ways to lower the memory that this config does not use yet."""
     ways = ["take more GPUs"] if config.engine.kind == "zero3" else ["set engine.kind=zero3 and take more GPUs"]
     ways.append(f"raise train.accumulation (now {config.train.accumulation})")

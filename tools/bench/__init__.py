@@ -1,6 +1,5 @@
 """`regen bench`: measurements written as JSON with hardware, versions and config hash. One file per subcommand,
-imported
-when it is called."""
+imported when it is called."""
 
 from __future__ import annotations
 

@@ -62,10 +62,8 @@ def codec(
     ] = None,
 ) -> None:
     """Measure the cost of encoding and decoding the same clip: this project's codecs (full, fast, nano), those of
-    diffusers
-    and magvit2-pytorch, with random weights, one process each. A codec that is not installed or exceeds the limits
-    gets a
-    row with the reason.
+    diffusers and magvit2-pytorch, with random weights, one process each. A codec that is not installed or exceeds the
+    limits gets a row with the reason.
 
     Example: regen bench codec --size 17x64x64 --systems 'fast|Cosmos'
     """

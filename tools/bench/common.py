@@ -148,15 +148,15 @@ Rounds = dict[str, list[Turn]]
 
 
 def in_turn(
-    cases: Mapping[str, Case], repeats: int, told: Callable[[str, Turn], None] = lambda name, turn: None
+    cases: Mapping[str, Case], repeats: int, on_turn: Callable[[str, Turn], None] = lambda name, turn: None
 ) -> Rounds:
-    """Run every case once, then again, `repeats` times; `told(name, turn)` is called after each."""
+    """Run every case once, then again, `repeats` times; `on_turn(name, turn)` is called after each."""
     rounds: Rounds = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
             turn = case()
             rounds[name].append(turn)
-            told(name, turn)
+            on_turn(name, turn)
     return rounds
 
 

@@ -1,8 +1,7 @@
 """Measurements of `regen bench compression`: test clips, features, Fréchet distance and quality.
 
 A test stretch lies within one shot and is cut into whole clips of k + 1 frames for any k. It is read at a scale and
-with
-a crop, so that the same view is available at the training resolution and at twice that.
+with a crop, so that the same view is available at the training resolution and at twice that.
 """
 
 from __future__ import annotations
@@ -370,14 +369,14 @@ def _key(
     """What the measures depend on, as one hash: the config, the bytes of the weights, the clips."""
     config, folder = open_run(run)
     manifest = find_checkpoint(folder, checksums=False)
-    told = [_VERSION, config_hash(config), manifest.step, sorted(str(each) for each in manifest.files.values())]
-    told += [
+    parts = [_VERSION, config_hash(config), manifest.step, sorted(str(each) for each in manifest.files.values())]
+    parts += [
         [str(tests.folder.resolve()), tests.facts()],
         {name: str(size) for name, size in sizes.items()},
         list(steps),
         None if fvd is None else _network(fvd).name,
     ]
-    return hashlib.sha256(json_text(told).encode()).hexdigest()
+    return hashlib.sha256(json_text(parts).encode()).hexdigest()
 
 
 def _kept(path: Path, key: str) -> dict[str, Any] | None:

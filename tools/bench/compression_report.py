@@ -408,8 +408,8 @@ def _cost_rows(facts: Facts) -> Iterator[list[str]]:
 
 def _tuning(facts: Facts) -> str:
     """Describe the choice of the learning rates."""
-    told = [f"{kind} {found['lr']:.2g}{_tried(found)}" for kind, found in facts["tuning"].items()]
-    return "Learning rates:\n" + ";\n".join(told) + "."  # lines that a reader of the file can take in
+    rates = [f"{kind} {found['lr']:.2g}{_tried(found)}" for kind, found in facts["tuning"].items()]
+    return "Learning rates:\n" + ";\n".join(rates) + "."  # short lines, for readers of the file
 
 
 def _tried(found: Facts) -> str:
@@ -479,8 +479,7 @@ def write_page(out: Path, facts: Facts, plots: Sequence[Plot], kept: Mapping[str
 
 def _sheets(facts: Facts, kept: Mapping[str, Path]) -> list[Sheet]:
     """Return the sheets of both kinds for each k, with and without the linear code, on the same clips; then of both
-    kinds
-    of conditioning at twice the resolution."""
+    kinds of conditioning at twice the resolution."""
     kinds = (baseline, regen_alone, baseline_with_code, regen)
     wanted = [(tuple(arm(k).name for arm in kinds), TRAINED, f"k = {k}") for k in COMPRESSIONS]
     wanted.append(((IN_CONTEXT, CONTENT_AWARE), DOUBLE, "twice the training resolution"))
@@ -541,8 +540,7 @@ def read_budgets(folders: Mapping[float, Path]) -> dict[float, dict[str, Any]]:
 
 def budget_tables(budgets: Budgets) -> list[Table]:
     """Return for each k the one-step PSNR of each trained arm at every budget, then the leads without the linear code
-    and
-    with it on both sides."""
+    and with it on both sides."""
     return [table for k in COMPRESSIONS if (table := _table(budgets, k)).rows]
 
 

@@ -168,8 +168,7 @@ PAPER_DB = {
 
 def all_arms() -> Iterator[CompressionArm]:
     """Yield both kinds at every temporal compression, each with and without the linear code, likewise the paper's form
-    of
-    REGEN, then the variants."""
+    of REGEN, then the variants."""
     for k in COMPRESSIONS:
         yield from (regen(k), baseline(k))
     for k in COMPRESSIONS:
@@ -432,8 +431,7 @@ class Runs:
 
     def tune(self, arms: Sequence[CompressionArm], *, tune: bool) -> dict[str, dict[str, Any]]:
         """Return the learning rates by the arm of k = 16 at which each was chosen (`tuned_at`), from short runs.
-        Without
-        tuning they are the config's.
+        Without tuning they are the config's.
         """
         lr, path = self.base.optimizer.lr, self.out / "tuning.json"
         if not tune:

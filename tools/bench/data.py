@@ -270,7 +270,7 @@ class Suite:
         seconds: approximate duration of one measurement of clips.
         repeats: number of rounds.
         store: process id of the store, if it is on this machine.
-        told: called after each measurement.
+        on_turn: called after each measurement.
     """
 
     folder: Path
@@ -281,7 +281,7 @@ class Suite:
     seconds: float
     repeats: int
     store: int | None
-    told: Callable[[str, Turn], None]
+    on_turn: Callable[[str, Turn], None]
 
     def clips(self) -> list[dict[str, Any]]:
         """Measure clips through the loader, from folder and store, against decoding alone; for each crop."""
@@ -295,7 +295,7 @@ class Suite:
             "loader, local folder": lambda: clipping.through_loader(local),
             "loader, store": lambda: clipping.through_loader(remote, self.store),
         }
-        rounds = in_turn(cases, self.repeats, self.told)
+        rounds = in_turn(cases, self.repeats, self.on_turn)
         alone, folder, store = rounds.values()
         ratios = {"loader, local folder": ratio(folder, alone), "loader, store": ratio(store, alone)}
         if self.store is not None:
@@ -337,7 +337,7 @@ class Suite:
                 "fetcher, in order, joining": lambda: data_cases.by_fetcher(url, ReadConfig(), in_order, store),
                 "fetcher, from the warm cache": lambda: data_cases.by_fetcher(url, cached, mixed, store),
             }
-            rounds = in_turn(cases, self.repeats, self.told)
+            rounds = in_turn(cases, self.repeats, self.on_turn)
         alone = faster(rounds["obstore, a call a sample"], rounds["obstore, a call a shard"])
         ratios = {name: ratio(turns, alone) for name, turns in rounds.items() if name.startswith("fetcher")}
         settings = {"samples": len(dataset), "bytes": dataset.manifest.totals.bytes, "requests": apart.requests}
@@ -363,7 +363,7 @@ class Suite:
         }
         if piped is not None:
             cases["WebDataset, pipe:aws s3 cp"] = lambda: data_cases.by_webdataset(piped, store)
-        rounds = in_turn(cases, self.repeats, self.told)
+        rounds = in_turn(cases, self.repeats, self.on_turn)
         plain = rounds["WebDataset, curl"]
         ratios = {name: ratio(turns, plain) for name, turns in rounds.items() if turns is not plain}
         return {
@@ -382,7 +382,7 @@ class Suite:
             for mixed in (False, True):
                 costs = data_cases.plan(samples, mixed=mixed)
                 kind = "6 buckets x 3 datasets" if mixed else "one line"
-                self.told(f"planning, {kind}", Turn(samples, costs["seconds"]))
+                self.on_turn(f"planning, {kind}", Turn(samples, costs["seconds"]))
                 found.append({"samples": samples, "kind": kind, "batch": data_cases.BATCH, **costs})
         return found
 
@@ -397,14 +397,13 @@ class Suite:
                             self.clips_url, Path(cache), crop=CROPS[0], num_frames=self.num_frames, batch=_BATCH
                         )
                     )
-                    self.told(f"first batch, {state} catalogue", Turn(1, each[-1]["seconds"]))
+                    self.on_turn(f"first batch, {state} catalogue", Turn(1, each[-1]["seconds"]))
         return {state: {name: spread([one[name] for one in each]) for name in each[0]} for state, each in found.items()}
 
 
 def without_store(turn: Turn, cores: int) -> Turn:
     """Return a turn corrected as if the store had run on another machine: all cores were busy, so the workers would
-    have
-    had its CPU time."""
+    have had its CPU time."""
     return Turn(turn.amount, turn.seconds - turn.facts["store_cpu_s"] / cores, turn.facts)
 
 
@@ -429,8 +428,7 @@ _SECONDS_OF_A_FILE = 180.0
 
 def make_clips(folder: Path, videos: Path | None) -> dict[str, Any]:
     """Build or finish a dataset of four-second samples of 128 pixels at `folder`, from the videos of a folder, or of
-    moving
-    shapes if that is None. Return a description."""
+    moving shapes if that is None. Return a description."""
     if videos is not None:
         options = BuildOptions(short_side=SHORT_SIDE, scenes=False, max_seconds=_SECONDS_OF_A_FILE, shard_mb=8)
         build_shards([videos], folder, options)

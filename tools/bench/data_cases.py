@@ -86,8 +86,7 @@ def through_loader(stretch: Workload, store: int | None = None) -> Turn:
 
 def from_memory(stretch: Workload) -> Turn:
     """Measure clips per second of the same number of processes, each decoding the clips of its counterpart in the
-    loader
-    from memory and discarding the pixels."""
+    loader from memory and discarding the pixels."""
     start_safely()
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -390,8 +389,7 @@ def data_wait(run: Path) -> dict[str, float]:
 
 def waited(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the share of step time spent waiting for data after warm-up: over all warm steps, and of the worst log
-    line;
-    `step_s` is the median.
+    line; `step_s` is the median.
 
     Args:
         lines: log lines in order, each covering the same number of steps.

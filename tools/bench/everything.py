@@ -85,7 +85,7 @@ def _run(chosen: Sequence[SpeedBench], further: Sequence[str], out: Path) -> dic
         print(f"$ regen {' '.join(arguments)}", flush=True)
         code = subprocess.run(regen(*arguments), env=without_ranks(os.environ), check=False).returncode
         if code:
-            raise TrainingError(f"the bench {bench} ended with exit code {code}; leave it out with --only, or mend it")
+            raise TrainingError(f"the bench {bench} ended with exit code {code}; leave it out with --only, or fix it")
         found[bench.value] = _json(folder / f"{bench}.json")
         write_text_atomically(out / _FILE, json_text(found, indent=1) + "\n")
     print(f"written: {out / _FILE}")

@@ -180,8 +180,7 @@ class StepBench:
 
     def utilisation(self, *, compiled: bool) -> dict[str, Any]:
         """Measure model FLOPs against plain matrix products, with a profile, for embedder and text to video; in turn
-        also
-        with activation checkpointing, and compiled if requested."""
+        also with activation checkpointing, and compiled if requested."""
         variants: dict[str, tuple[BenchRun, bool]] = {}
         for name in (EMBEDDER, T2V):
             variants[name] = (self.runs[name], False)

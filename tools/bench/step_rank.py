@@ -92,8 +92,7 @@ class Training:
 
     def flops(self) -> float:
         """Return the model FLOPs of the steps since the last call. Counting a new shape takes time: do not call it
-        while
-        timing."""
+        while timing."""
         batches, self._uncounted = self._uncounted, []
         return self._config.train.accumulation * sum(self._task.flops(batch) for batch in batches)
 
@@ -139,9 +138,9 @@ def tensor_peak(work: Callable[[], object]) -> int:
         found.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
     changes = sorted((each for each in events if each["name"] == "[memory]"), key=lambda each: each["ts"])
-    told = [each["args"] for each in changes]
-    before = told[0]["Total Allocated"] - told[0]["Bytes"] if told else 0  # by what was profiled earlier
-    return max((each["Total Allocated"] - before for each in told), default=0)
+    facts = [each["args"] for each in changes]
+    before = facts[0]["Total Allocated"] - facts[0]["Bytes"] if facts else 0  # by what was profiled earlier
+    return max((each["Total Allocated"] - before for each in facts), default=0)
 
 
 def measure_tensors(config: AnyRunConfig, ranks: Ranks, *, warm: int) -> dict[str, Any]:
@@ -178,8 +177,8 @@ def measure(config: AnyRunConfig, ranks: Ranks, *, warm: int, steps: int) -> dic
     finally:
         training.close()
     memory = {"base_bytes": base[0], "peak_bytes": memory_now_bytes("VmHWM") - base[0]}
-    told = {"parameters": training.parameters, "sample": training.sample, "loss": training.loss}
-    return {"steps": turns, **memory, **told, "threads": torch.get_num_threads()}
+    facts = {"parameters": training.parameters, "sample": training.sample, "loss": training.loss}
+    return {"steps": turns, **memory, **facts, "threads": torch.get_num_threads()}
 
 
 def _timed(training: Training) -> dict[str, float]:
@@ -349,8 +348,8 @@ def memory(job: Job, tensors: Job, config: AnyRunConfig) -> dict[str, Any]:
     written = estimate(job[0]["sample"], config, world_size=len(job), resident=True)
     measured, estimated = max(rank["tensor_bytes"] for rank in tensors), sum(terms.values())
     resident = max(rank["peak_bytes"] for rank in job)
-    told = {"tensor_bytes": measured, "estimated_bytes": estimated, "ratio": measured / estimated}
-    return {**told, "resident_bytes": resident, "resident_ratio": resident / sum(written.values()), "terms": terms}
+    facts = {"tensor_bytes": measured, "estimated_bytes": estimated, "ratio": measured / estimated}
+    return {**facts, "resident_bytes": resident, "resident_ratio": resident / sum(written.values()), "terms": terms}
 
 
 def estimate(
@@ -399,8 +398,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = PEAK_
 
 def steps_case(step: Step, flops: Flops, peak: Peak, steps: int) -> Case:
     """Return a case that runs this many steps per turn: `amount` is model FLOPs; `peak` the best rate of matrix
-    products
-    before and after, `cpu_s` the CPU seconds of this process."""
+    products before and after, `cpu_s` the CPU seconds of this process."""
 
     def turn() -> Turn:
         flops()  # of what came before

@@ -86,7 +86,7 @@ def t2v(
         console.print(f"measuring, {repeats} turns of {seconds:g} s each")
         facts["training"] = compare(
             trained.step, trained.take, trained.feeds(encoding, side), seconds=seconds, repeats=repeats,
-            told=lambda name, turn: console.print(f"  {name}: {turn.rate:.2f} steps/s"),
+            on_turn=lambda name, turn: console.print(f"  {name}: {turn.rate:.2f} steps/s"),
         )  # fmt: skip
         facts["data"] = made.facts | {"reads": "local folder, warm page cache", "text_bytes": trained.text_bytes}
     facts["load_after"] = os.getloadavg()
@@ -312,11 +312,10 @@ Feed = Callable[[], Generator[LatentBatch]]  # begins anew, without end
 
 def compare(
     step: Step, take: Step, feeds: Mapping[str, Feed], *, seconds: float, repeats: int,
-    told: Callable[[str, Turn], None],
+    on_turn: Callable[[str, Turn], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Measure steps per second of every feed in turn, with the ratios that express cost and gain of a cache; and the
-    speed
-    of the cache's reader alone.
+    speed of the cache's reader alone.
 
     Args:
         step: consumes batches.
@@ -324,17 +323,16 @@ def compare(
         feeds: named `CACHE`, `MEMORY` and `ENCODER`.
         seconds: minimum duration of a turn.
         repeats: turns of each.
-        told: called after each turn.
+        on_turn: called after each turn.
     """
     cases = {name: _case(step, feed, seconds) for name, feed in feeds.items()}
     cases[READER] = _case(take, feeds[CACHE], seconds)
-    return section(in_turn(cases, repeats, told))
+    return section(in_turn(cases, repeats, on_turn))
 
 
 def section(rounds: Rounds) -> dict[str, Any]:
     """Combine the figures of all turns. `by_cpu` are ratios of steps per second of CPU time over all threads and
-    workers,
-    which vary less on a shared machine and include work on other cores."""
+    workers, which vary less on a shared machine and include work on other cores."""
     cpu = {name: [by_cpu(turn) for turn in turns] for name, turns in rounds.items()}
     return {
         "unit": "steps",

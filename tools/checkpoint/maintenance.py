@@ -170,15 +170,15 @@ def prune(
 def _policy(place: CheckpointLocation, changes: dict[str, int | None]) -> CheckpointConfig:
     from regen_dist.config.run import CheckpointConfig
 
-    told: dict[str, int | None] = {name: value for name, value in changes.items() if value is not None}
-    if place.policy is None and "keep_last" not in told:
+    given: dict[str, int | None] = {name: value for name, value in changes.items() if value is not None}
+    if place.policy is None and "keep_last" not in given:
         raise ConfigError(
             f"what {place.folder.url} keeps is in its run's config, which is not here; name the run folder, or say "
             "--keep-last (and --keep-every, --keep-best)"
         )
-    if told.get("keep_every") == 0:
-        told["keep_every"] = None
-    return (place.policy or CheckpointConfig()).model_copy(update=told)
+    if given.get("keep_every") == 0:
+        given["keep_every"] = None
+    return (place.policy or CheckpointConfig()).model_copy(update=given)
 
 
 def _tell(place: CheckpointLocation, pruned: Pruned, verb: str) -> None:
@@ -198,8 +198,7 @@ def verify(
     step: Annotated[int | None, typer.Option(help="Verify only this checkpoint.", min=0)] = None,
 ) -> None:
     """Read every byte of every committed checkpoint and compare checksums. Lists each damaged file; exit code 4 if
-    there
-    are any.
+    there are any.
 
     Example: regen checkpoint verify runs/demo
     """
@@ -239,8 +238,7 @@ def adopt(
     """Assign the checkpoints at a location to this run: its folder was lost or has been replaced.
 
     A run resumes only from its own checkpoints; the id in RUN/run_id distinguishes them from those of another run of
-    the
-    same name.
+    the same name.
 
     Example: regen checkpoint adopt runs/k32 s3://bucket/runs/k32
     """

@@ -79,8 +79,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def latent_frames(frames: int, k: int) -> int:
     """Return the latent frames of a video in clips of k+1 frames, two per clip; the last clip counts as whole. An
-    image has
-    one."""
+    image has one."""
     return 1 if frames == 1 else 2 * -(-frames // (k + 1))
 
 

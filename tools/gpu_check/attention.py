@@ -35,12 +35,12 @@ def attention(machine: Machine) -> dict[str, Any]:
         runs.append((backend, errors))
     timed = {backend: _speed(machine, backend) for backend, _ in runs if backend in _FUSED}
     fastest = {shape: max(found[shape]["tflops"] for found in timed.values()) for shape in next(iter(timed.values()))}
-    told = ", ".join(f"L = {shape}: {tflops:.3g} TFLOP/s" for shape, tflops in fastest.items())
+    summary = ", ".join(f"L = {shape}: {tflops:.3g} TFLOP/s" for shape, tflops in fastest.items())
     return {
         "errors": dict(runs),
         "not_run": missing,
         "speed": timed,
-        "summary": f"{', '.join(name for name, _ in runs)} agree; {told}",
+        "summary": f"{', '.join(name for name, _ in runs)} agree; {summary}",
     }
 
 

@@ -37,8 +37,7 @@ def gpu_check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:
     """Check everything that a GPU does here, in about ten minutes, each part in its own process (docs/gpu.md). Exit
-    code 0
-    only if no part failed.
+    code 0 only if no part failed.
 
     Parts: versions, attention, convolutions, optimizers, zero3, embedders, t2v-blocks, t2v-5b, ranks, tests; --train
     adds train, which --only need not name. One that the machine has no room for is left out, and says so.
@@ -182,10 +181,10 @@ def run_part(part: Part, folder: Path, *, cpu: bool, arguments: Sequence[str] = 
     begun = time.monotonic()
     code = _ended([*command, *arguments], _environment(cpu), log, part.limit_s)
     found = _found(out, code, part.limit_s)
-    told = {"part": part.name, **found, "seconds": time.monotonic() - begun, "proves": part.proves}
+    result = {"part": part.name, **found, "seconds": time.monotonic() - begun, "proves": part.proves}
     if found["status"] == FAILED:
-        told["log"] = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
-    return told
+        result["log"] = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
+    return result
 
 
 def all_passed(results: Iterable[Mapping[str, Any]]) -> bool:

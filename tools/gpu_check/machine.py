@@ -1,6 +1,5 @@
 """Common base of the parts of `regen gpu-check` (device, comparison, timing), and the first part: installed versions
-and
-communication between ranks."""
+and communication between ranks."""
 
 from __future__ import annotations
 
@@ -122,8 +121,11 @@ def versions(machine: Machine) -> dict[str, Any]:
             if values.tolist() != [0.0, 1.0, 2.0, 3.0]:
                 raise RegenError(f"the sum over one rank by {dist.get_backend(group)} is {values.tolist()}")
             sums[name] = dist.get_backend(group)
-    told = [f"torch {torch.__version__}", *(f"{key} {facts[key]}" for key in ("cuda", "cudnn", "nccl") if key in facts)]
-    return {**facts, "groups": sums, "summary": ", ".join([*told, "groups " + " and ".join(sums.values())])}
+    text = [
+        f"torch {torch.__version__}",
+        *(f"{key} {facts[key]}" for key in ("cuda", "cudnn", "nccl") if key in facts),
+    ]
+    return {**facts, "groups": sums, "summary": ", ".join([*text, "groups " + " and ".join(sums.values())])}
 
 
 def _cuda_facts(machine: Machine) -> dict[str, Any]:

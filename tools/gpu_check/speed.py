@@ -48,15 +48,14 @@ _ROW_FRAMES, _TEXT = 8, 256  # latent frames of a row of four clips, and tokens 
 
 def embedders(machine: Machine) -> dict[str, Any]:
     """Return clips per second of encoder and decoder, the most expensive kernels of a training step, and the number of
-    its
-    synchronisations with the device."""
+    its synchronisations with the device."""
     found = {name: _embedder(machine, _embedder_config(machine, name)) for name in ("regen_k32", "fast_k32")}
-    told = [
+    summary = [
         f"{name}: encodes {each['encode_clips_per_s']:.3g}, decodes {each['decode_clips_per_s']:.3g} clips/s, "
         f"{each['synchronisations']} synchronisations a step"
         for name, each in found.items()
     ]
-    return {**found, "summary": "; ".join(told)}
+    return {**found, "summary": "; ".join(summary)}
 
 
 def _embedder_config(machine: Machine, name: str) -> RunConfig:
@@ -137,8 +136,7 @@ def _kernels(machine: Machine, step: Callable[[], object]) -> dict[str, float]:
 
 def t2v_blocks(machine: Machine) -> dict[str, Any]:
     """Run forward and backward pass of eight blocks on rows of four clips; return model FLOPs as a share of the
-    device's
-    peak (MFU), and including recomputation (HFU)."""
+    device's peak (MFU), and including recomputation (HFU)."""
     config, rows = _row_config(machine, 8, "plain"), machine.size(4, 1)
     counted, inputs = _counted(machine, config), _row(machine, config, rows)
     torch.manual_seed(0)
@@ -155,8 +153,8 @@ def t2v_blocks(machine: Machine) -> dict[str, Any]:
     hfu = rows * (counted.num_training_flops + counted.recomputed_flops) / seconds / peak
     if not 0 < mfu < hfu < machine.size(1.0, 2.0):  # the CPU's own peak is measured, and moves
         raise RegenError(f"MFU {mfu:.2f} and HFU {hfu:.2f} cannot be: the count or the peak ({peak:.3g}) is wrong")
-    told = f"MFU {mfu:.2f}, HFU {hfu:.2f} of {peak / 1e12:.3g} TFLOP/s, {rows} row{'s' if rows > 1 else ''}"
-    return {"mfu": mfu, "hfu": hfu, "seconds": seconds, "peak_tflops": peak / 1e12, "summary": told}
+    summary = f"MFU {mfu:.2f}, HFU {hfu:.2f} of {peak / 1e12:.3g} TFLOP/s, {rows} row{'s' if rows > 1 else ''}"
+    return {"mfu": mfu, "hfu": hfu, "seconds": seconds, "peak_tflops": peak / 1e12, "summary": summary}
 
 
 def t2v_5b(machine: Machine) -> dict[str, Any]:
@@ -174,8 +172,8 @@ def t2v_5b(machine: Machine) -> dict[str, Any]:
         raise RegenError(
             f"peak {measured / _GIB:.2f} GiB, {ratio:.2f} times the estimate of {estimated / _GIB:.2f} GiB"
         )
-    told = f"peak {measured / _GIB:.2f} GiB, {ratio:.2f} times the estimate"
-    return {"peak": measured, "estimate": estimated, "ratio": ratio, "terms": terms, "summary": told}
+    summary = f"peak {measured / _GIB:.2f} GiB, {ratio:.2f} times the estimate"
+    return {"peak": measured, "estimate": estimated, "ratio": ratio, "terms": terms, "summary": summary}
 
 
 def _peak(machine: Machine, work: Callable[[], object]) -> int:
@@ -254,10 +252,14 @@ def training(machine: Machine) -> dict[str, Any]:
         quality = measured[TRAINED]["1"]
         found[arm.name] = {"steps": steps, "psnr_db": quality["psnr_db"], "measures": quality, **_facts(run)}
         print(f"{arm.label}: {steps} steps, {quality['psnr_db']:.2f} dB", flush=True)
-    return {"minutes": machine.minutes, "arms": found, "summary": "; ".join(_told(k, found) for k in _COMPRESSIONS)}
+    return {
+        "minutes": machine.minutes,
+        "arms": found,
+        "summary": "; ".join(_train_summary(k, found) for k in _COMPRESSIONS),
+    }
 
 
-def _told(k: int, found: dict[str, Any]) -> str:
+def _train_summary(k: int, found: dict[str, Any]) -> str:
     ours, theirs = (found[arm(k).name]["psnr_db"] for arm in (regen, baseline))
     return f"k = {k}: REGEN {ours:.2f} dB, baseline {theirs:.2f} dB, {ours - theirs:+.2f} dB in one step"
 

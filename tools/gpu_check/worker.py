@@ -27,8 +27,8 @@ def made_by(function: str, machine: Machine) -> dict[str, Any]:
     except RegenError as error:
         return {"status": "failed", "summary": str(error), "facts": {}}
     except Exception as error:  # noqa: BLE001 - a part must not hide what the others find
-        told = f"{type(error).__name__}: {error}"
-        return {"status": "failed", "summary": told, "facts": {"traceback": traceback.format_exc()}}
+        summary = f"{type(error).__name__}: {error}"
+        return {"status": "failed", "summary": summary, "facts": {"traceback": traceback.format_exc()}}
     return {"status": "passed", "summary": facts.pop("summary"), "facts": facts}
 
 

@@ -43,8 +43,8 @@ def zero3(machine: Machine) -> dict[str, Any]:
         thrown_away = {"t2v": rows.pop("invalidations"), "regen": _embedder(machine, ranks)}
     if any(thrown_away.values()):
         raise RegenError(f"traces of ZeRO-3's prefetch thrown away: {thrown_away}; none was expected")
-    told = f"weights within {rows['weights']:.1e} of the plain engine's update; no trace thrown away; restored"
-    return {**rows, "invalidations": thrown_away, "summary": told}
+    summary = f"weights within {rows['weights']:.1e} of the plain engine's update; no trace thrown away; restored"
+    return {**rows, "invalidations": thrown_away, "summary": summary}
 
 
 def _rows(machine: Machine, ranks: Ranks) -> dict[str, Any]:

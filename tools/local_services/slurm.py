@@ -578,8 +578,7 @@ class SlurmCluster:
             arguments: passed on literally.
             cwd: working directory; with `sbatch` also that of the job.
             environment: variables in addition to those of this process. Slurm variables of this process, as inside
-                another
-                cluster's job, are not passed on.
+                another cluster's job, are not passed on.
             timeout_s: timeout in seconds.
 
         Raises:

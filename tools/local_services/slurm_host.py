@@ -133,8 +133,7 @@ def _check(returned: int) -> None:
 
 def main() -> int:
     """Entry point. `--check` only reports by its exit code whether own host names are possible; `--link` is a link in
-    its
-    own folder, removed when the process that created it is gone."""
+    its own folder, removed when the process that created it is gone."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--hosts", type=Path)

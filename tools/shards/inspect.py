@@ -262,7 +262,7 @@ def _batch(data: SampleSet[Any], step: int) -> str:
 
 # `regen shards verify`: integrity of a dataset.
 
-_MEND = {
+_REMEDIES = {
     "index": "copy the tars named again from where they came; remove the indices that are bad, or whose tars were "
     "changed on purpose, and run `regen shards index` again",
     "build": "remove the shards named, with their indices, and run the build again",
@@ -299,7 +299,7 @@ def verify(
     for note in verdict.notes:
         typer.echo(f"Note: {note}")
     if verdict.bad:
-        title = f"{len(verdict.bad)} problems in {url}; {_MEND[verdict.manifest.kind]}:"
+        title = f"{len(verdict.bad)} problems in {url}; {_REMEDIES[verdict.manifest.kind]}:"
         raise DataError("\n".join([title, *verdict.bad]))
     totals = verdict.manifest.totals
     checked = _UNPACKED if depth == "deep" and verdict.manifest.kind == "latents" else _CHECKED[depth]

@@ -69,8 +69,7 @@ _AGAIN_S = 0.05
 @contextmanager
 def stopping_cleanly() -> Iterator[None]:
     """End the command immediately on Ctrl-C or a batch system's signal: files are complete or absent, so the same
-    command
-    continues. Exit code 75."""
+    command continues. Exit code 75."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with _heard_in_destructors():

@@ -166,7 +166,7 @@ def test_a_job_that_nobody_can_be_asked_about_is_a_note(tmp_path: Path, monkeypa
     with submitted(checked.order, checked.order.base):
         found = list(runs.alive(checked))
     assert [each.forbids for each in found] == [False]
-    assert "could not be told: squeue not found" in found[0].text
+    assert "still runs: squeue not found" in found[0].text
 
 
 # Checkpoints
