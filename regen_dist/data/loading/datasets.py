@@ -235,7 +235,7 @@ class TrainingSet(SampleSet[DataConfig]):
         num_frames: frames of a clip (k + 1).
         batch_global: samples of one optimizer step, over all ranks and micro-batches.
         seed: seed of the order and of every clip's position.
-    also: further values that a resumed run must not change, by name, such as a frozen encoder's fingerprint.
+        also: further values that a resumed run must not change, by name, such as a frozen encoder's fingerprint.
 
     Raises:
         DataError: a dataset cannot be opened or holds no videos, or no sample fits.
