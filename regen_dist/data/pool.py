@@ -1,4 +1,4 @@
-"""Calls spread over worker processes, with results in order and bounded memory."""
+"""Pool of worker processes, with results in order and bounded memory."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from regen_dist.programs import start_safely
 
 Tag = TypeVar("Tag")
 Result = TypeVar("Result")
-Progress = Callable[[str, int, int], None]  # told (stage, done, total) by whatever takes long
+Progress = Callable[[str, int, int], None]  # called with (stage, done, total) by long operations
 
 
 class Call(Generic[Result]):
-    """A call that was handed to a pool."""
+    """Call submitted to a pool."""
 
     def __init__(self, wait_for: Callable[[], Result]) -> None:
         self._wait_for = functools.cache(wait_for)
 
     def result(self) -> Result:
-        """Wait for it. Raises what the function raised; DataError when a worker process died."""
+        """Wait for the result. Raises what the function raised; DataError if a worker process died."""
         try:
             return self._wait_for()
         except BrokenProcessPool as error:
@@ -42,13 +42,13 @@ class Call(Generic[Result]):
 
 
 class Pool:
-    """Runs functions in worker processes, or in this one when their results are asked for."""
+    """Executor of functions in worker processes, or in this one when their results are requested."""
 
     def __init__(self, executor: ProcessPoolExecutor | None, ahead: int) -> None:
         self._executor, self._ahead = executor, ahead
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
-        """Begin `function(*arguments)`."""
+        """Submit `function(*arguments)`."""
         if self._executor is None:
             return Call(lambda: function(*arguments))
         try:
@@ -60,8 +60,8 @@ class Pool:
     def run(
         self, function: Callable[..., Result], calls: Iterable[tuple[Tag, tuple[Any, ...]]]
     ) -> Iterator[tuple[Tag, Result]]:
-        """For each (tag, arguments): the tag and `function(*arguments)`, in the order of `calls`; so many of them are
-        under way at once as keeps all workers busy, however many there are.
+        """Yield the tag and `function(*arguments)` for each (tag, arguments) of `calls`, in order, with just enough
+        calls in flight to keep all workers busy.
 
         Raises:
             DataError: a worker process died.
@@ -78,8 +78,8 @@ class Pool:
 
 @contextmanager
 def worker_pool(workers: int | None) -> Iterator[Pool]:
-    """A pool of `workers` processes: all cores for None, this process for 0. Spawned, because obstore's threads do
-    not survive a fork. An exception ends the workers at once, whatever they are doing."""
+    """Open a pool of `workers` processes: all cores for None, this process for 0. Spawned, because obstore's threads do
+    not survive a fork. An exception kills the workers at once."""
     count = len(os.sched_getaffinity(0)) if workers is None else workers
     if count == 0:
         yield Pool(None, 0)
@@ -91,7 +91,7 @@ def worker_pool(workers: int | None) -> Iterator[Pool]:
         yield Pool(executor, 2 * count)
     except BaseException:
         for worker in set(multiprocessing.active_children()) - before:
-            worker.kill()  # what they make is only ever handed back here
+            worker.kill()  # their results are only used here
         raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -109,10 +109,10 @@ def _start_worker() -> None:
 
 
 def end_with_parent() -> None:
-    """In a worker: end when the process that started it does, even by SIGKILL.
+    """End this worker when its parent process ends, even by SIGKILL.
 
-    Neither kind of worker would notice by itself: a pool's waits on a queue that it holds open too, and a loader's sees
-    only the fork server, which lives as long as its workers.
+    Workers would not notice otherwise: a pool's waits on a queue that it holds open itself, and a loader's parent is
+    the fork server, which lives as long as its workers.
     """
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 

@@ -1,1 +1,1 @@
-"""Making datasets: out of videos, out of tars of others, or drawn."""
+"""Dataset builds: from videos, or from existing tars."""

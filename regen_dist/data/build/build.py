@@ -37,8 +37,8 @@ _IDLE_S = 3600.0  # other tasks may be at work on other machines: what they writ
 
 
 class Built(NamedTuple):
-    """What a call did: the manifest, or None while parts are left to other tasks; how many shards it made; how many
-    parts there are and how many are missing."""
+    """Result of a call: the manifest, or None while other tasks have unfinished parts; the number of shards it made;
+    the numbers of all and of missing parts."""
 
     manifest: DatasetManifest | None
     shards_made: int

@@ -65,11 +65,11 @@ class _Group:
 
 
 class _Unusable(Exception):
-    """Why there is no sample."""
+    """Error with the reason why there is no sample."""
 
 
 def is_wanted(member: tarfile.TarInfo) -> bool:
-    """Whether a member's bytes are needed: a video, or a text that may hold its caption."""
+    """Return true if a member's bytes are needed: a video, or a text that may hold its caption."""
     extension = split_member(member.name)[1]
     if _is_video(extension):
         return member.size <= LARGEST_VIDEO_BYTES
@@ -116,8 +116,8 @@ def _groups(members: Iterable[tuple[tarfile.TarInfo, bytes | None]]) -> Iterator
 
 
 def _is_hidden(name: str) -> bool:
-    """What WebDataset passes over, or names by nothing: `__meta__` members, `.DS_Store` and the like, names without
-    a dot."""
+    """Return true for members that WebDataset skips: `__meta__` members, `.DS_Store` and the like, names without a
+    dot."""
     folder, _, file = name.rpartition("/")
     first = (folder or file).split("/")[0]
     return file.startswith(".") or "." not in file or (first.startswith("__") and first.endswith("__"))
@@ -172,7 +172,7 @@ def _video(group: _Group) -> tuple[tarfile.TarInfo, bytes]:
 
 
 def _caption(group: _Group) -> str | None:
-    """What `txt` holds, else `caption` or `text` of `json`; None where there is neither."""
+    """Return the caption: the content of `txt`, else `caption` or `text` of `json`; None if there is neither."""
     for extension, read in (("txt", _plain_caption), ("json", _described_caption)):
         data = group.members.get(extension, (None, None))[1]
         try:
@@ -202,7 +202,7 @@ _COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class IndexedTars(NamedTuple):
-    """What `index_tars` made: the manifest, how many indices this call wrote, and the tars that were left out."""
+    """Result of `index_tars`: the manifest, the number of indices that this call wrote, and the skipped tars."""
 
     manifest: DatasetManifest
     shards_made: int

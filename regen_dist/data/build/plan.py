@@ -93,7 +93,7 @@ class BuildOptions:
 
     @property
     def sources_left_out(self) -> LeftOut:
-        """Which sources are not converted but left out."""
+        """Return the kinds of sources that are skipped instead of being converted."""
         return LeftOut.of(self.hdr, self.interlaced)
 
     @property
@@ -103,17 +103,17 @@ class BuildOptions:
 
     @property
     def limits(self) -> ShardLimits:
-        """When a shard is closed."""
+        """Return the limits of a shard."""
         return ShardLimits(round(self.shard_mb * 1e6), self.samples_per_shard)
 
     def recorded(self) -> dict[str, Any]:
-        """For plan.json and the manifest: these options, and the encoder's that are fixed."""
+        """Return these options and the fixed ones of the encoder, for plan.json and the manifest."""
         encoder = {"codec": "libx264", "preset": PRESET, "x264_params": X264_PARAMS}
         return asdict(self) | ({} if self.keep else encoder)
 
 
 def build_identity(sources: Sources, options: BuildOptions) -> dict[str, Any]:
-    """By what a later build knows its own folder."""
+    """Return the identity by which a later build recognises its own folder."""
     return {
         "kind": KIND,
         "schema_version": SCHEMA_VERSION,
@@ -141,7 +141,7 @@ class Candidate(NamedTuple):
 
 
 def unsuitable_reason(info: VideoInfo, options: BuildOptions) -> str:
-    """Why no part of such a source can be used; empty when it can."""
+    """Explain why no part of such a source can be used; empty if it can."""
     short, long = sorted((info.height, info.width))
     if options.min_side is not None and short < options.min_side:
         return f"too small: {info.height} x {info.width}, short side below --min-side {options.min_side}"
@@ -169,7 +169,7 @@ def candidates(info: VideoInfo, stretches: Sequence[DecodableSpan], options: Bui
 
 
 def cut_segments(name: str, content: str, found: Sequence[Candidate]) -> Iterator[Segment | tuple[int, str]]:
-    """What to make of each candidate in order: a segment with its key, or its number and why it is left out.
+    """Decide on each candidate in order: a segment with its key, or its number and the reason for skipping it.
 
     64 bits of the content's hash are in the key: enough for a hundred million files of one name.
     """
@@ -245,7 +245,7 @@ class BuildPart(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """How the names of its files begin."""
+        """Return the prefix of the names of its files."""
         return f"part-{self.number:05d}"
 
     @property
@@ -261,8 +261,7 @@ class BuildPart(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """What will be made of a source. `caption` is what a text beside it says, `notes` how its frames are
-    converted."""
+    """Plan for a source. `caption` is the text beside it, `notes` describe the conversion of its frames."""
 
     content: str
     info: VideoInfo | None = None
@@ -304,7 +303,7 @@ def write_plan(store: Store, part: BuildPart, planned: Sequence[PlannedSource]) 
 
 
 def read_plan(store: Store, part: BuildPart) -> list[PlannedSource]:
-    """What `write_plan` wrote; DataError when it is damaged."""
+    """Read a plan of `write_plan`; raise DataError if it is damaged."""
     try:
         rows = json.loads(store.get(part.plan_name))["sources"]
         if [row.pop("name") for row in rows] != [source.name for source in part.sources]:
@@ -335,7 +334,7 @@ def work_of(part: BuildPart, planned: Sequence[PlannedSource], after: int = 0) -
 
 
 def count_units(part: BuildPart, planned: Sequence[PlannedSource]) -> int:
-    """How many samples and skips a part has."""
+    """Return the number of samples and skips of a part."""
     return sum(len(_units(source, one)) for source, one in zip(part.sources, planned, strict=True))
 
 
@@ -346,7 +345,7 @@ def write_done(store: Store, part: BuildPart, planned: Sequence[PlannedSource]) 
 
 
 def files_of(store: Store, parts: Sequence[BuildPart]) -> Iterator[tuple[BuildPart, dict[str, int]]]:
-    """What finished parts consist of: names and sizes in bytes."""
+    """Return the files of finished parts: names and sizes in bytes."""
     by_name = {part.done_name: part for part in parts}
     for name, data in read_all(store, list(by_name)):
         try:
@@ -356,7 +355,7 @@ def files_of(store: Store, parts: Sequence[BuildPart]) -> Iterator[tuple[BuildPa
 
 
 def _units(source: VideoSource, planned: PlannedSource) -> list[Skip | Segment]:
-    """What becomes of a source, in order: segments to make, and what is left out with the reason."""
+    """Return the units of a source in order: segments to make, and skips with the reason."""
     if planned.info is None or planned.problem:
         return [Skip(source=source.name, reason=planned.problem)]
     return [
@@ -384,7 +383,7 @@ def _runs(units: Sequence[Skip | Segment]) -> Iterator[tuple[Skip | Segment, ...
 
 
 class Copies:
-    """Where the sources of parts are read.
+    """Local copies of the sources of parts.
 
     Args:
         folder: for copies; None when there is nothing to copy.
@@ -394,7 +393,7 @@ class Copies:
         self._folder = folder
 
     def origins(self, part: BuildPart) -> list[Origin]:
-        """For each source of a part: where it is, and where it is read."""
+        """Return the origin of each source of a part: its location, and the path where it is read."""
         return [self._origin(part, number) for number in range(len(part.sources))]
 
     def make_room(self, part: BuildPart) -> None:
@@ -608,7 +607,7 @@ class Originals:
         return same_size[: bisect_left(same_size, number)]
 
     def after(self, number: int) -> bool:
-        """Whether a later source has the same size."""
+        """Return true if a later source has the same size."""
         return self._by_size.get(self._sources[number].size, (number,))[-1] > number
 
     def learn(self, number: int, content: str) -> None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class Origin(NamedTuple):
-    """Where a source is: the store's URL, its name there, that of the text beside it; and the local path where it is
-    read, to which it is copied first if it is not there yet."""
+    """Location of a source: the store's URL, its name there, that of the text beside it; and the local path where it is
+    read, to which it is copied first if necessary."""
 
     folder: str
     file: str

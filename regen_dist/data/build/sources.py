@@ -1,4 +1,4 @@
-"""What a dataset is built from: videos in folders and buckets, or named by lists, in a fixed order, with their sizes.
+"""Sources of a dataset: videos in folders and buckets, or named by lists, in a fixed order, with their sizes.
 
 Nothing is opened here: sizes come from listings, so that every task of an array finds the same sources at little cost.
 """
@@ -71,7 +71,7 @@ class CaptionRow(NamedTuple):
 
 
 def is_list(place: str | Path) -> bool:
-    """Whether a path or URL names a list, by its ending."""
+    """Return true if a path or URL names a list, by its ending."""
     return PurePosixPath(str(place)).suffix.lower() in LIST_SUFFIXES
 
 
@@ -154,7 +154,7 @@ def _bytes_of(place: str | Path) -> bytes:
 def _raw_rows(
     suffix: str, data: bytes, columns: Columns, needed: Sequence[Sequence[str]]
 ) -> Iterator[tuple[str, dict[Any, Any] | str]]:
-    """Where each row is, and its values, or what is wrong with it."""
+    """Yield the position of each row and its values, or its problem."""
     if suffix == ".parquet":
         yield from _parquet_rows(data, columns, needed)
     elif suffix == ".csv":
@@ -228,7 +228,7 @@ def _object(line: str) -> dict[Any, Any] | str:
 
 
 def _problem(values: dict[Any, Any], columns: Columns, needed: Sequence[Sequence[str]]) -> str:
-    """What is wrong with the values of a row; empty for nothing."""
+    """Describe the problem with the values of a row; empty if there is none."""
     if None in values:
         return "more fields than columns; put a text with commas into quotes"
     for names in (columns.video, columns.caption):
@@ -281,7 +281,7 @@ class VideoSource:
 
     @property
     def place(self) -> str:
-        """Where it is: a path or a URL."""
+        """Return its location, a path or a URL."""
         return str(self.local or f"{self.folder}/{self.file}")
 
     @property
@@ -398,7 +398,8 @@ class Texts:
 
 
 def _text_mark(folder: str, name: str, etag: str | None) -> str:
-    """What changes when a text does. A local file is read: captions are short, and a time of change proves nothing."""
+    """Return a mark that changes with a text. Local files are read: captions are short, and modification times are
+    unreliable."""
     store = Store(folder)
     if store.folder is None:
         return etag or str(store.size(name))
@@ -441,7 +442,7 @@ def _spelled(folder: str, name: str) -> str:
 def _left_unnamed(
     folder: str, sizes: dict[str, int], named: Sequence[VideoSource | Skip]
 ) -> Iterator[VideoSource | Skip]:
-    """What a folder's own list gives, and of the other videos that they are left out."""
+    """Yield the sources of a folder's own list, and a skip for each other video."""
     yield from named
     given = {source.place for source in named if isinstance(source, VideoSource)}
     for name in sorted(name for name in sizes if _is_video(name)):
@@ -541,7 +542,7 @@ def _located(scheme: str, bucket: str, key: str) -> tuple[str, str]:
 
 
 def _name(base: str, video: str, file: str) -> str:
-    """How the dataset calls what a list names: no path of this machine is told."""
+    """Return the dataset's name for an entry of a list, without paths of this machine."""
     video = unquote(urlsplit(video).path) if video.startswith("file:") else video
     here = str(Store(base).folder or base)
     if video.startswith(f"{here}/"):
@@ -630,7 +631,7 @@ def _with_caption(source: VideoSource, captions: dict[str, str]) -> VideoSource:
 
 
 def _called(source: VideoSource) -> Iterator[str]:
-    """What a list may call a video: by path or file name, with its ending or as an identifier without."""
+    """Return the names by which a list may refer to a video: path or file name, with or without its ending."""
     path = PurePosixPath(source.name)
     yield from (source.name, path.name, str(path.with_suffix("")), path.stem)
 

@@ -59,7 +59,7 @@ class Pieces:
         return sum(len(piece) for piece in self._consume(count))
 
     def rest(self) -> Iterator[memoryview]:
-        """What is left, piece by piece."""
+        """Read the rest, piece by piece."""
         return self._consume(_EVERYTHING)
 
     def sha256(self) -> str:

@@ -1,1 +1,1 @@
-"""Looking at a dataset: whether it is whole, what it holds in numbers and pictures."""
+"""Dataset inspection: verification, overview in numbers, contact sheets."""

@@ -1,5 +1,5 @@
-"""Whether a dataset is what was written: sizes and checksums, and on demand every frame of every video, or every tensor
-of a latent cache."""
+"""Dataset verification: sizes and checksums, and optionally every frame of every video, or every tensor of a latent
+cache."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ if TYPE_CHECKING:
     from regen_dist.data.pool import Progress
 
 Depth = Literal["quick", "bytes", "deep"]
-Look = Callable[[Sample, bytes], str]  # what is wrong with a sample whose bytes are right; empty when nothing is
+Look = Callable[[Sample, bytes], str]  # finds the problem of a sample with correct bytes; empty if none
 _OURS = (PLAN, MANIFEST)
 _SAMPLES_NAMED = 20  # of one shard
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check found: a line for all that is bad (a shard first, then its samples), and what is merely worth
-    knowing."""
+    """Result of a verification: a line for each problem (a shard first, then its samples), and notes."""
 
     manifest: DatasetManifest
     bad: tuple[str, ...]
@@ -91,16 +90,16 @@ def check_shard(
     depth: Depth,
     facts: CacheFacts | None = None,
 ) -> list[str]:
-    """What is wrong with one shard.
+    """List the problems of one shard.
 
     Args:
-        store: where its index is.
-        shards: where its tar is.
-        entry: what the manifest says of it.
-        has_index: whether the index is there.
-        size: of the tar that is there in bytes; None when there is none.
+        store: store of its index.
+        shards: store of its tar.
+        entry: its entry in the manifest.
+        has_index: true if the index exists.
+        size: size of the tar in bytes; None if it does not exist.
         depth: as in `verify_dataset`.
-        facts: of the latents; None where the samples are videos.
+        facts: description of the latents; None if the samples are videos.
     """
     bad = [] if has_index else [f"{entry.index}: missing"]
     if size != entry.size:
@@ -118,7 +117,7 @@ def check_shard(
 
 
 def _read_samples(store: Store, entry: ShardEntry) -> tuple[list[Sample], list[str]]:
-    """The samples of an index, in order of their places; or why they cannot be relied on."""
+    """Read the samples of an index, in order of their offsets; or the problems of the index."""
     data = store.get(entry.index)
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
         return [], [f"{entry.index}: the bytes differ from those that were written"]
@@ -132,7 +131,7 @@ def _read_samples(store: Store, entry: ShardEntry) -> tuple[list[Sample], list[s
 
 
 def _check_tar(shards: Store, entry: ShardEntry, size: int, samples: Sequence[Sample], look: Look | None) -> list[str]:
-    """One pass over a tar: the checksum of the whole, and of each sample; and what `look` finds in it."""
+    """Verify in one pass the checksums of a tar and of each sample, and apply `look` to each sample."""
     bad = []
     with Pieces(shards, entry.name) as pieces:
         for sample in samples:
@@ -173,7 +172,7 @@ def _decode(sample: Sample, data: bytes) -> str:
 
 
 def _unpack(facts: CacheFacts, sample: Sample, data: bytes) -> str:
-    """Compare the tensors with the index and the manifest, and look for values that are not finite."""
+    """Compare the tensors with the index and the manifest, and search for non-finite values."""
     try:
         entry = unpack_latents(data)
         facts.check(entry, sample.frames, sample.height, sample.width)
@@ -204,7 +203,7 @@ def _against_totals(manifest: DatasetManifest) -> list[str]:
 
 
 def _against_source(manifest: DatasetManifest) -> list[str]:
-    """Whether a cache accounts for every video that it was made of; caches of before do not say how many there were."""
+    """Check that a cache accounts for all of its source videos; older caches do not record their number."""
     if manifest.kind != "latents" or "samples" not in (source := manifest.options.get("source") or {}):
         return []
     told = manifest.totals.samples + len(manifest.skipped)
@@ -214,7 +213,7 @@ def _against_source(manifest: DatasetManifest) -> list[str]:
 
 
 def _unknown(store: Store, manifest: DatasetManifest, found: dict[str, int]) -> Iterator[str]:
-    """What lies in the dataset's folder and belongs to nothing."""
+    """Report objects in the dataset's folder that do not belong to it."""
     known = {*_OURS, *(entry.name for entry in manifest.shards), *(entry.index for entry in manifest.shards)}
     known |= {str(manifest.options["null_text"])} if manifest.kind == "latents" else set()
     tars = {skip.source.partition(": ")[0] for skip in manifest.skipped} if manifest.kind == "index" else set()

@@ -1,4 +1,4 @@
-"""A contact sheet of a dataset: some samples, each with its first, middle and last frame, its shape and its caption."""
+"""Contact sheet of a dataset: samples with their first, middle and last frame, their shape and their caption."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 
-# What every contact sheet is drawn with: the font, and a PNG that is replaced in one move.
+# --- drawing shared by all contact sheets ---
 
 
 @lru_cache(maxsize=16)
@@ -48,7 +48,7 @@ _HEAD, _TEXT_TOP = 52, 8
 
 @dataclass(frozen=True)
 class _Card:
-    """A sample on the sheet: its pictures, or why there are none, and the lines of text below."""
+    """Sample on the sheet: its pictures, or the reason for none, and the lines of text below."""
 
     title: str
     facts: str
@@ -58,7 +58,7 @@ class _Card:
 
 
 def choose_rows(count: int, samples: int, seed: int | None = None) -> list[int]:
-    """Rows of `count`, in order: spread evenly, or drawn by `seed`."""
+    """Choose rows of `count`, in order: evenly spaced, or at random by `seed`."""
     samples = min(samples, count)
     if seed is None:
         return [int((2 * number + 1) * count // (2 * samples)) for number in range(samples)]
@@ -83,7 +83,7 @@ def write_contact_sheet(dataset: Dataset, path: Path, rows: Sequence[int]) -> No
 
 
 def _picture_box(samples: Sequence[Sample]) -> tuple[int, int]:
-    """(width, height) of the place for a picture: of one area, in the shape that most samples have."""
+    """Return the (width, height) of a picture: a fixed area in the most frequent aspect ratio."""
     aspect = float(np.clip(np.median([sample.width / sample.height for sample in samples]), 0.5, 2.4))
     return round(math.sqrt(_PICTURE_AREA * aspect)), round(math.sqrt(_PICTURE_AREA / aspect))
 
@@ -101,7 +101,7 @@ def _card(dataset: Dataset, sample: Sample, box: tuple[int, int]) -> _Card:
 
 
 def _pictures(video: bytes, box: tuple[int, int]) -> list[Image.Image]:
-    """First, middle and last frame, as large as the box allows."""
+    """Read the first, middle and last frame, as large as the box allows."""
     with VideoReader(video) as reader:
         info = reader.info()
         scale = min(box[0] / info.width, box[1] / info.height)
@@ -163,7 +163,7 @@ def _draw_text(
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
-    """Lines no wider than `width` pixels; the last one ends in … where there would be more than `most`."""
+    """Wrap a text into lines no wider than `width` pixels; the last of `most` lines ends in … if text is left."""
     lines: list[str] = []
     rest = " ".join(text.split())
     while rest:
@@ -178,26 +178,26 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> 
 
 
 def _prefix(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
-    """How many characters from the first are no wider than `width`."""
+    """Return the length of the longest prefix no wider than `width`."""
     most = min(len(text), width)  # no character is narrower than a pixel: a long text is not measured whole
     return _fitting(most, lambda count: font.getlength(text[:count]) <= width)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """One line no wider than `width`: the middle gives way, for names differ at their ends."""
+    """Shorten a text to `width` in the middle, because names differ at their ends."""
     kept = _fitting(len(text), lambda count: font.getlength(_without_middle(text, count)) <= width)
     return _without_middle(text, kept)
 
 
 def _without_middle(text: str, count: int) -> str:
-    """`count` characters of a text, from both of its ends."""
+    """Return `count` characters of a text, from both ends."""
     if count >= len(text):
         return text
     return f"{text[: count - count // 2]}…{text[len(text) - count // 2 :]}"
 
 
 def _fitting(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest count up to `most` that fits, at least 1."""
+    """Return the largest count up to `most` that fits, at least 1."""
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""What a dataset holds, in numbers: counts, histograms, what was left out. Never more than a piece of it in memory."""
+"""Dataset overview in numbers: counts, histograms, skipped sources; computed in bounded memory."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from regen_dist.data.pool import Progress
 
 
-# Histograms of any number of values: how often each (rounded) value occurs is all that is kept.
+# --- histograms of any number of values: only the count of each (rounded) value is stored ---
 
 _BARS = 10
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: what it counts, and how many."""
+    """Bar of a histogram: label and count."""
 
     label: str
     count: int
 
 
 class Histogram(NamedTuple):
-    """Bars in order, and the lowest, the median and the highest value (None where values have no order)."""
+    """Bars in order, with minimum, median and maximum (None if values have no order)."""
 
     bars: tuple[Bar, ...]
     low: float | None = None
@@ -44,15 +44,15 @@ class Histogram(NamedTuple):
     high: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return plain values for JSON."""
         return self._asdict() | {"bars": [vars(bar) for bar in self.bars]}
 
 
 class Tally:
-    """Counts values as they come.
+    """Incremental counter of values.
 
     Args:
-        decimals: values are rounded to so many, which bounds how many different ones there can be.
+        decimals: decimals to which values are rounded, which bounds the number of distinct values.
     """
 
     def __init__(self, decimals: int = 0) -> None:
@@ -61,7 +61,7 @@ class Tally:
         self._counts = np.zeros(0, np.int64)
 
     def add(self, values: npt.NDArray[Any]) -> None:
-        """Count some more values [N]."""
+        """Count more values [N]."""
         new, counts = np.unique(np.round(values.astype(np.float64), self._decimals), return_counts=True)
         self._values, places = np.unique(np.concatenate([self._values, new]), return_inverse=True)
         both = np.concatenate([self._counts, counts])
@@ -70,17 +70,17 @@ class Tally:
 
     @property
     def total(self) -> int:
-        """How many values were counted."""
+        """Return the number of counted values."""
         return int(self._counts.sum())
 
     def quantile(self, share: float) -> float:
-        """The value below or at which this share of all lies."""
+        """Return the value at or below which this share of all values lies."""
         place = np.searchsorted(np.cumsum(self._counts), share * self.total)
         return float(self._values[min(int(place), len(self._values) - 1)])
 
     def histogram(self, *, whole: bool = False) -> Histogram:
-        """A bar for each value where they are few, else some ten bars of a round width; what lies far out is put
-        together in the first and the last. `whole`: the values are whole numbers."""
+        """Return a bar for each value if they are few, else about ten bars of a round width; outliers are merged into
+        the first and the last. `whole`: the values are integers."""
         if not self.total:
             return Histogram(())
         if len(self._values) <= _BARS:
@@ -90,7 +90,7 @@ class Tally:
         return Histogram(tuple(bars), float(self._values[0]), self.quantile(0.5), float(self._values[-1]))
 
     def most_frequent(self, most: int, name: Callable[[float], str]) -> Histogram:
-        """A bar for each of the most frequent values, called by `name`, and one for all others."""
+        """Return a bar for each of the most frequent values, labelled by `name`, and one for all others."""
         order = np.argsort(-self._counts, kind="stable")
         bars = [Bar(name(float(self._values[place])), int(self._counts[place])) for place in order[:most]]
         others = len(order) - most
@@ -113,7 +113,7 @@ class Tally:
 
 
 def _round_width(width: float, *, whole: bool) -> float:
-    """The next 1, 2 or 5 times a power of ten."""
+    """Round up to 1, 2 or 5 times a power of ten."""
     least = 1.0 if whole else 1e-2
     if width <= least:
         return least
@@ -138,7 +138,7 @@ _PAIR = 1 << 20  # height * _PAIR + width
 
 @dataclass(frozen=True)
 class Overview:
-    """The numbers of a dataset.
+    """Overview of a dataset.
 
     `sources` is None where each sample is its own; `captions` counts the samples that have one; `histograms` go by
     what they count; `left_out` pairs reasons with how often they occurred.
@@ -156,13 +156,13 @@ class Overview:
     options: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return plain values for JSON."""
         plain = vars(self) | {"totals": self.totals.model_dump(), "left_out": dict(self.left_out)}
         return plain | {"histograms": {name: shown.to_json() for name, shown in self.histograms.items()}}
 
 
 def make_overview(dataset: Dataset, progress: Progress = lambda stage, done, total: None) -> Overview:
-    """Go through the records of a dataset, and through the texts of its indices one by one.
+    """Compute the overview from the records of a dataset and the texts of its indices, one by one.
 
     Args:
         dataset: an opened dataset.
@@ -191,8 +191,8 @@ def make_overview(dataset: Dataset, progress: Progress = lambda stage, done, tot
 
 
 def count_reasons(skipped: Iterable[Skip]) -> list[tuple[str, int]]:
-    """How often each reason occurred, the most frequent first. Reasons that differ in numbers and file names only are
-    one; it is told in full where they do not differ at all."""
+    """Count the reasons, most frequent first. Reasons that differ only in numbers and file names are merged; identical
+    ones are given in full."""
     groups: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for skip in skipped:
         general = re.sub(r"\S+\.[A-Za-z]\w{1,4}\b", "…", skip.reason)
@@ -224,7 +224,7 @@ class _Shapes:
 
 
 class _Texts:
-    """Captions by their words, and how many different sources there are."""
+    """Counter of the words of captions and of distinct sources."""
 
     def __init__(self, *, count_sources: bool) -> None:
         self.words = Tally()

@@ -1,1 +1,1 @@
-"""Objects by URL: buckets and local folders behind one interface."""
+"""Object storage: buckets, local folders and web addresses behind one interface."""

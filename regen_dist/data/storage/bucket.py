@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 
-# Which byte ranges of an object are fetched by one request.
+# --- merging byte ranges into requests ---
 
 Range = tuple[int, int]  # offset, size in bytes
 
 
 class ByteSpan(NamedTuple):
-    """One request: bytes [start, stop), which hold the ranges number `members` of those that were asked for."""
+    """Byte span [start, stop) of one request, which covers the requested ranges number `members`."""
 
     start: int
     stop: int
@@ -39,8 +39,8 @@ class ByteSpan(NamedTuple):
 
 
 def join_ranges(ranges: Sequence[Range], join_bytes: int) -> list[ByteSpan]:
-    """Spans that cover all ranges (empty ones aside), in order of offset; ranges with a gap of at most `join_bytes`
-    between them share a span. Spans never touch."""
+    """Merge ranges into spans that cover all ranges (empty ones aside), in order of offset; ranges with a gap of at
+    most `join_bytes` between them share a span. Spans never touch."""
     spans: list[ByteSpan] = []
     for number in sorted(range(len(ranges)), key=lambda number: ranges[number]):
         offset, size = ranges[number]
@@ -99,20 +99,20 @@ class Listing(NamedTuple):
 
 
 class ObjectBucket:
-    """The objects under a bucket's prefix. Belongs to the process that made it."""
+    """Objects under a bucket's prefix. Bound to the process that created it."""
 
     def __init__(self, place: Location, limits: StoreLimits) -> None:
         self._place, self._limits = place, limits
         self._opened: dict[bool, ObjectStore] = {}
 
     def get(self, name: str) -> bytes:
-        """All bytes of an object."""
+        """Read all bytes of an object."""
         import obstore
 
         return self._call("read", name, lambda: bytes(obstore.get(self._store(), name).bytes()))
 
     def get_ranges(self, name: str, ranges: Sequence[Range], join_bytes: int) -> list[bytes]:
-        """Exactly these ranges, neighbours by one request."""
+        """Read exactly these ranges, merging neighbours into one request."""
         import obstore
 
         spans, where = join_ranges(ranges, join_bytes), f"{self._place.url}/{name}"
@@ -129,7 +129,7 @@ class ObjectBucket:
         return split_span(ranges, spans, [memoryview(part) for part in many], where)
 
     def get_pinned(self, name: str, offset: int, size: int, etag: str | None) -> bytes:
-        """Exactly these bytes of the version that `etag` names; DataError when another one is there by now."""
+        """Read exactly these bytes of the version `etag`; raise DataError if the object was replaced."""
         import obstore
 
         data = self._call(
@@ -142,7 +142,7 @@ class ObjectBucket:
         return exact_bytes(data, offset, size, f"{self._place.url}/{name}")
 
     def head(self, name: str) -> ObjectInfo:
-        """Size and tag of an object."""
+        """Return size and tag of an object."""
         import obstore
         from obstore.exceptions import PermissionDeniedError
 
@@ -157,7 +157,7 @@ class ObjectBucket:
         return self._call("read", name, head)
 
     def list(self, prefix: str) -> Listing:
-        """Every object whose name starts with `prefix`. Only the folder of the prefix is listed."""
+        """List the objects whose names start with `prefix`. Only the folder of the prefix is listed."""
         import obstore
         from obstore.exceptions import InvalidPathError
 
@@ -181,7 +181,7 @@ class ObjectBucket:
         return self._call("list", prefix or ".", found)
 
     def _list_all(self, prefix: str, refused: str | None) -> Listing:
-        """As `list`, where there is a key that obstore does not take."""
+        """List like `list` when a key is invalid for obstore."""
         if self._place.scheme != "s3":
             raise DataError(
                 f"{self._place.url}: cannot be listed: {key_problem(refused or '//')}: {refused!r}; rename or remove "

@@ -1,4 +1,4 @@
-"""How buckets are opened through obstore: deadlines, retries, credentials; and what its errors mean.
+"""Connections to buckets through obstore: deadlines, retries, credentials, and translation of errors.
 
 Credentials come from the standard environment variables and chains of each service. obstore's own messages may quote
 a server's answer, which may quote keys: none of them is passed on, only the status and the short code inside.
@@ -70,7 +70,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class StoreLimits:
-    """Patience with a store, in seconds.
+    """Time limits of a store, in seconds.
 
     Args:
         stall_s: longest wait for the next bytes of an answer; then the rest is asked for again.
@@ -85,12 +85,12 @@ class StoreLimits:
 
 
 def limits_of(config: ReadConfig) -> StoreLimits:
-    """Patience with a store, as configured."""
+    """Return the configured time limits of a store."""
     return StoreLimits(stall_s=config.stall_s, deadline_s=config.deadline_s)
 
 
 def open_backend(place: Location, limits: StoreLimits, *, writing: bool = False) -> ObjectStore:
-    """The bucket (with its prefix) that a URL names. AccessDenied when there are no credentials."""
+    """Open the bucket (with its prefix) that a URL names; raise AccessDenied if there are no credentials."""
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
@@ -111,7 +111,7 @@ def open_backend(place: Location, limits: StoreLimits, *, writing: bool = False)
 
 
 def explain_store_error(error: Exception, place: Location, name: str, verb: str, waited_s: float) -> DataError:
-    """What an error of obstore means. StoreUnavailable where the same request may succeed later."""
+    """Translate an error of obstore; StoreUnavailable if the same request may succeed later."""
     from obstore.exceptions import InvalidPathError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 
     if place.scheme in WEB_SCHEMES:
@@ -161,7 +161,7 @@ def explain_store_error(error: Exception, place: Location, name: str, verb: str,
 
 
 def key_problem(key: str) -> str:
-    """Why a key of a bucket cannot be read; empty when it can."""
+    """Explain why a key of a bucket cannot be read; empty if it can."""
     parts = key.removeprefix("/").removesuffix("/").split("/")
     if "" in parts:
         return "its key has an empty part ('//')"
@@ -171,21 +171,21 @@ def key_problem(key: str) -> str:
 
 
 def checked_name(name: str, url: str) -> str:
-    """`name` when it is one inside the folder `url`; DataError otherwise."""
+    """Return `name` if it is inside the folder `url`; raise DataError otherwise."""
     if any(part in ("", ".", "..") for part in name.split("/")):
         raise DataError(f"{url}: {name!r} is not a name that an object can have")
     return name
 
 
 def no_credentials(place: Location) -> AccessDenied:
-    """The error of a store for which nothing is set."""
+    """Return the error for a store without credentials."""
     hint = "; ~/.aws is read only when AWS_PROFILE is set" if place.scheme == "s3" else ""
     return AccessDenied(f"{place.url}: no credentials were found; looked at {LOOKED_AT[place.scheme]}{hint}")
 
 
 def _client(limits: StoreLimits, writing: bool) -> ClientConfig:
-    """While a request is being sent nothing is read, which obstore would take for a stall: writing has no stall limit,
-    but less time for each request."""
+    """Return the client options. Writing has no stall limit, because obstore counts sending as a stall, but less time
+    for each request."""
     options: ClientConfig = {
         "allow_http": any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS),
         "connect_timeout": timedelta(seconds=limits.connect_s),
@@ -210,8 +210,8 @@ def _retries(limits: StoreLimits, writing: bool) -> RetryConfig:
 
 
 def _s3_provider(place: Location) -> object | None:
-    """What reads a profile; None where obstore finds credentials by itself. Raises at once where nobody can: obstore
-    would ask the metadata of an instance until the deadline."""
+    """Return a provider that reads a profile; None if obstore finds credentials by itself. Raise at once if there are
+    none: obstore would ask the instance's metadata until the deadline."""
     keys = [bool(os.environ.get(name)) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
     unsigned = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
     if all(keys) or unsigned or any(os.environ.get(name) for name in _CHAINS):
@@ -244,7 +244,7 @@ def profile_provider(place: Location) -> object:
 
 
 def _has_metadata() -> bool:
-    """Whether an instance's metadata service answers; a second's wait where there is none."""
+    """Return true if an instance's metadata service answers; takes a second if there is none."""
     if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
         return False
     parts = urlsplit(os.environ.get("AWS_METADATA_ENDPOINT") or _METADATA)
@@ -256,7 +256,7 @@ def _has_metadata() -> bool:
 
 
 def _region(text: str) -> str:
-    """What to do about a region, in words."""
+    """Return the advice on setting the region."""
     found = re.search(r"<Region>([\w-]{1,40})</Region>|expecting (?:'|&apos;|&#39;)([\w-]{1,40})", text)
     theirs = found and (found[1] or found[2])
     ours = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")

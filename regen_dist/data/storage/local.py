@@ -213,7 +213,7 @@ def _copy_new(temporary: Path, target: Path) -> bool:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process other than this one has this number on this machine."""
+    """Return true if another process on this machine has this id."""
     if process == os.getpid():
         return False
     try:

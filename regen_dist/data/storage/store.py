@@ -57,7 +57,7 @@ class Store:
         self._backend: ObjectBucket | LocalFolder | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the connection: it belongs to the process that opened it."""
+        """Return the state without the connection, which belongs to the process that opened it."""
         return {**self.__dict__, "_backend": None}
 
     def __repr__(self) -> str:
@@ -65,7 +65,7 @@ class Store:
 
     @property
     def limits(self) -> StoreLimits:
-        """Patience with a bucket; setting it opens a new connection."""
+        """Return the time limits of a bucket; setting them opens a new connection."""
         return self._limits
 
     @limits.setter
@@ -129,12 +129,12 @@ class Store:
 
     @property
     def read_only(self) -> bool:
-        """Whether nothing can be written there: on the web."""
+        """Return true for web addresses, which cannot be written."""
         return self._place.read_only
 
     @property
     def can_list(self) -> bool:
-        """Whether `list` can say what there is: a web server cannot."""
+        """Return true if objects can be listed, which a web server cannot."""
         return self._place.scheme not in ("http", "https")
 
     def size(self, name: str) -> int | None:
@@ -150,11 +150,11 @@ class Store:
         return {name: found.size for name, found in self.list_found(prefix).items()}
 
     def list_found(self, prefix: str = "") -> dict[str, ObjectInfo]:
-        """As `list`, with each object's size and tag (`etag`, None for local files)."""
+        """List objects like `list`, with size and tag (`etag`, None for local files)."""
         return self.list_all(prefix).found
 
     def list_all(self, prefix: str = "") -> Listing:
-        """As `list_found`, with the objects that cannot be read by their keys, and why."""
+        """List objects like `list_found`, and those with unreadable keys, with the reason."""
         backend = self._open()
         listing = Listing(backend.list(prefix), {}) if isinstance(backend, LocalFolder) else backend.list(prefix)
         return Listing(dict(sorted(listing.found.items())), dict(sorted(listing.unreadable.items())))

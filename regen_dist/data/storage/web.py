@@ -41,7 +41,7 @@ class Repository:
 
     @property
     def files_url(self) -> str:
-        """Where its files are read."""
+        """Return the base URL of its files."""
         top = "datasets/" if self.kind == "dataset" else ""
         folder = f"/{quote(self.folder)}" if self.folder else ""
         return f"{hub()}/{top}{quote(self.name)}/resolve/{quote(self.revision, safe='')}{folder}"

@@ -80,7 +80,7 @@ class WebFolder(ObjectBucket):
 
 
 def _settled(error: Exception) -> bool:
-    """Whether asking by GET would not help: the file is not there, or no answer came at all."""
+    """Return true if a GET would not help either: the file does not exist, or there was no answer at all."""
     return any(
         kind in str(error) for kind in ("status code: 404", "kind: Connect", "kind: Timeout", "following redirect")
     )

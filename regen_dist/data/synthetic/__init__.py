@@ -1,1 +1,1 @@
-"""Drawn videos of moving shapes, with captions that are true by construction."""
+"""Synthetic videos of moving shapes, with captions that are correct by construction."""

@@ -1,7 +1,7 @@
-"""`regen shards synthetic`: datasets of captioned moving shapes, of any number, from a seed.
+"""Synthetic datasets (`regen shards synthetic`): any number of captioned clips of moving shapes from a seed.
 
-The clips are cut into runs of `samples_per_shard` by their numbers, and each run has shards of its own, so what a shard
-holds depends on the options alone: not on who makes it, in how many processes or tasks, or how often it was killed.
+The clips are divided by their numbers into ranges of `samples_per_shard` with separate shards, so the content of a
+shard depends on the options only, not on processes, tasks or interruptions.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from regen_dist.data.video.transcode import PRESET, X264_PARAMS
 from regen_dist.errors import DataError
 
 KIND: Kind = "synthetic"
-_CLIPS_PER_CALL = 16  # what a worker makes at a time
+_CLIPS_PER_CALL = 16  # clips that a worker makes in one call
 _IDLE_S = 3600.0  # other tasks may be at work on other machines: what they write is newer than that
 
 
 class Made(NamedTuple):
-    """What a call did: how many shards it made, and the manifest, or None while other tasks have not finished."""
+    """Result of a call: the number of shards it made, and the manifest, or None while other tasks are unfinished."""
 
     manifest: DatasetManifest | None
     shards_made: int
@@ -38,7 +38,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class SyntheticRange:
-    """Clips [start, stop), which go into shards of their own."""
+    """Range of clips [start, stop) with separate shards."""
 
     stem: str
     start: int
@@ -46,7 +46,7 @@ class SyntheticRange:
 
     @property
     def size(self) -> int:
-        """Clips in it."""
+        """Return the number of clips."""
         return self.stop - self.start
 
 
@@ -84,7 +84,7 @@ def build_synthetic(
 
 
 def _finish(store: Store, runs: Sequence[SyntheticRange], options: SyntheticOptions, made: int) -> Made:
-    """Write the manifest when nothing is missing. Of tasks that end together each may do so: it is the same one."""
+    """Write the manifest if nothing is missing. Tasks that end together may all do so: it is identical."""
     done = {run: finished_shards(store, run.stem) for run in runs}
     missing = sum(run.size - finished.units for run, finished in done.items())
     if missing:
@@ -136,7 +136,7 @@ def _calls(
 
 
 def _make(numbers: range, options: SyntheticOptions) -> list[NewSample]:
-    """What the workers do."""
+    """Make clips as samples, in a worker."""
     return [_sample(make_clip(number, options), options) for number in numbers]
 
 

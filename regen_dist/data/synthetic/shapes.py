@@ -1,9 +1,8 @@
-"""Moving shapes: what they can be, and drawing them. One shape of one colour moves on a straight line over a background
-without colour.
+"""Moving shapes: attributes, drawing, captions. One coloured shape moves on a straight line over a grey background.
 
-What a scene shows is chosen so that a detector without learning can read it back, also after encoding and at 32 x 32
-pixels: all colours are saturated and all backgrounds are not, so colour alone tells shape from background; the shapes
-differ in their moments (corners, a hole, arms, an asymmetry), and have the same area at the same size.
+The attributes are chosen so that a detector without learning can recognise them, also after encoding and at 32 x 32
+pixels: all colours are saturated and all backgrounds are not, so colour alone separates shape from background; the
+shapes differ in their moments (corners, a hole, arms, an asymmetry), and have the same area at the same size.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ _MARGIN = 0.015  # share of the side that is kept free between shape and border
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a clip shows, in words: a name from each of COLOURS, SHAPES, SIZES, DIRECTIONS, SPEEDS and BACKGROUNDS."""
+    """Attributes of a clip: a name from each of COLOURS, SHAPES, SIZES, DIRECTIONS, SPEEDS and BACKGROUNDS."""
 
     colour: str
     shape: str
@@ -77,7 +76,7 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Scene:
-    """A clip to draw. Lengths in pixels; points are (x, y) of the shape's centroid, pixel centres at halves.
+    """Scene to draw. Lengths in pixels; points are (x, y) of the shape's centroid, pixel centres at halves.
 
     `radius` is that of the circle of the same area, `turn` (below TURNS) how the background lies.
     """
@@ -92,7 +91,7 @@ class Scene:
 
 
 class Extent(NamedTuple):
-    """How far a shape reaches from its centroid, in radii."""
+    """Extent of a shape from its centroid, in radii."""
 
     side: float
     top: float
@@ -117,7 +116,7 @@ def _square(x: Floats, y: Floats, radius: float) -> Floats:
 
 
 def _triangle(x: Floats, y: Floats, radius: float) -> Floats:
-    """On its base."""
+    """Draw a triangle that stands on its base."""
     base = _POINT / 2 * radius  # every edge is this far from the centroid
     return _ramp(base - np.maximum(y, np.abs(x) * np.float32(sqrt(3) / 2) - y / 2))
 
@@ -135,7 +134,7 @@ def _ring(x: Floats, y: Floats, radius: float) -> Floats:
 
 
 def _ramp(inside: Floats) -> Floats:
-    """Share of a pixel that is covered, its centre being `inside` the edge by so many pixels (negative: outside)."""
+    """Return the covered share of a pixel whose centre is `inside` the edge by this many pixels (negative: outside)."""
     ramp: Floats = np.clip(inside + np.float32(0.5), 0, 1)
     return ramp
 
@@ -152,10 +151,10 @@ SHAPES: dict[str, tuple[Callable[[Floats, Floats, float], Floats], Extent]] = {
 def place_shape(
     attributes: Attributes, side: int, frames: int, *, draws: tuple[float, float, float, float], turn: int
 ) -> Scene:
-    """A scene whose shape stays wholly inside the frame.
+    """Create a scene whose shape stays completely inside the frame.
 
     Args:
-        attributes: what it shows.
+        attributes: the attributes to show.
         side: of the frame, in pixels.
         frames: from the first position to the last.
         draws: numbers in [0, 1) that choose radius, length of the path, and the start in the room that the path leaves.
@@ -172,13 +171,13 @@ def place_shape(
 
 
 def _start(side: int, before: float, after: float, move: float, draw: float) -> float:
-    """Where to start in [0, side) so that start and end keep their distances to both borders."""
+    """Return a start in [0, side) such that start and end keep their distances to both borders."""
     low, high = before + max(0.0, -move), side - after - max(0.0, move)
     return low + (high - low) * draw
 
 
 def draw_frames(scene: Scene) -> UInt8s:
-    """The clip: uint8 RGB [frames, side, side, 3]. The same bytes on every machine: no function that rounds freely."""
+    """Draw the clip, uint8 RGB [frames, side, side, 3]; identical on every machine, without inexact functions."""
     attributes = scene.attributes
     steps = np.linspace(0, 1, scene.frames)[:, None]
     centres = np.arange(scene.side) + 0.5
@@ -192,8 +191,8 @@ def draw_frames(scene: Scene) -> UInt8s:
 
 
 def _background(name: str, side: int, turn: int) -> Floats:
-    """Grey levels [side, side]. `turn` is the quarter turns of a gradient; stripes lie or stand, squares change
-    places."""
+    """Draw the grey levels [side, side] of a background. `turn` is the quarter turns of a gradient; stripes lie or
+    stand, squares change places."""
     if name in _PLAIN:
         return np.full((side, side), _PLAIN[name], np.float32)
     if name == "gradient":
@@ -208,7 +207,7 @@ def _background(name: str, side: int, turn: int) -> Floats:
 _PLAIN = {"black": 0.0, "grey": 128.0, "white": 255.0}
 
 
-# Captions of moving shapes: several phrasings of the same facts, and reading any of them back.
+# --- captions: several phrasings of the same attributes, and their parser ---
 
 _SENTENCES = (
     "a {size} {colour} {shape} moves {speed} {direction} over a {background} background",
@@ -246,7 +245,7 @@ _WORDS = re.compile(r"[a-z]+")
 
 
 def caption(attributes: Attributes, wording: int) -> str:
-    """One of WORDINGS phrasings, `wording` in [0, WORDINGS)."""
+    """Return one of WORDINGS phrasings, `wording` in [0, WORDINGS)."""
     phrases, sentence = divmod(wording, len(_SENTENCES))
     return _SENTENCES[sentence].format(
         colour=attributes.colour,
@@ -259,7 +258,7 @@ def caption(attributes: Attributes, wording: int) -> str:
 
 
 def parse_caption(text: str) -> Attributes:
-    """What a caption says, in whatever order; DataError when it does not say each attribute exactly once."""
+    """Parse the attributes in a caption, in any order; raise DataError if one is missing or occurs twice."""
     said: dict[str, set[str]] = {}
     for word in _WORDS.findall(text.lower()):
         if word in _MEANINGS:
@@ -283,7 +282,7 @@ def parse_caption(text: str) -> Attributes:
 _EXAMPLE = Attributes("red", "triangle", "small", "up-left", "slow", "grey")
 
 
-# Which clip of moving shapes is number n: a pure function of options and n, so any of any number can be made alone.
+# --- clip number n: a pure function of options and n, so that each clip can be made independently ---
 #
 # The combinations of colour, shape and direction are split in two: what `held-out` shows, `train` never does,
 # whatever the seeds of the two are. Every pair of colour, shape and direction stays in `train`, so that held-out
@@ -345,13 +344,13 @@ class SyntheticOptions:
 
     @property
     def combinations(self) -> tuple[Combination, ...]:
-        """What the split may show."""
+        """Return the combinations of the split."""
         train, held_out = split_combinations(self.held_out_share)
         return {"all": train + held_out, "train": train, "held-out": held_out}[self.split]
 
     @property
     def content(self) -> str:
-        """Hash of what decides the bytes of the clips: part of their keys, so that different clips never share one."""
+        """Return the hash of everything that determines the clips' bytes; part of their keys, which are thus unique."""
         facts = {name: value for name, value in asdict(self).items() if name not in _ARRANGEMENT}
         return hashlib.blake2b(repr((DRAWING_VERSION, facts)).encode(), digest_size=4).hexdigest()
 
@@ -360,7 +359,7 @@ _ARRANGEMENT = frozenset({"number", "samples_per_shard", "shard_mb"})
 
 
 class Combination(NamedTuple):
-    """What decides whether a clip is held out."""
+    """Attributes that decide whether a clip is held out."""
 
     colour: str
     shape: str
@@ -368,7 +367,7 @@ class Combination(NamedTuple):
 
 
 class SyntheticClip(NamedTuple):
-    """A finished clip: number, what it shows, how that is said, the bytes of an mp4 file and what is in it."""
+    """Finished clip: number, attributes, caption, the bytes of an mp4 file and its properties."""
 
     number: int
     scene: Scene
@@ -379,7 +378,7 @@ class SyntheticClip(NamedTuple):
 
 @lru_cache(maxsize=8)
 def split_combinations(held_out_share: float) -> tuple[tuple[Combination, ...], tuple[Combination, ...]]:
-    """All combinations as (train, held out); a hash of its words decides where each one goes.
+    """Split all combinations into (train, held out) by hashes of their words.
 
     Combinations are held out in the order of their hashes until the share is reached, passing over those that would
     take the last one of a pair of colour, shape and direction out of train.
@@ -405,7 +404,7 @@ def _pairs(words: Combination) -> list[tuple[str, str]]:
 
 
 def describe_scene(number: int, options: SyntheticOptions) -> tuple[Scene, str]:
-    """What clip `number` (from 0) of the split shows, and its caption. Nothing is drawn."""
+    """Return the scene of clip `number` (from 0) of the split, and its caption, without drawing."""
     draws = _uniform(options.seed, _SCENE_STREAM, number, 9).tolist()
     size, speed, background, turn, wording, radius, length, x, y = draws
     attributes = Attributes(
@@ -419,13 +418,13 @@ def describe_scene(number: int, options: SyntheticOptions) -> tuple[Scene, str]:
 
 
 def render_scene(number: int, options: SyntheticOptions) -> tuple[UInt8s, Attributes]:
-    """Clip `number` before encoding: uint8 RGB [frames, side, side, 3], and what it shows."""
+    """Draw clip `number` without encoding: uint8 RGB [frames, side, side, 3], and its attributes."""
     scene, _ = describe_scene(number, options)
     return draw_frames(scene), scene.attributes
 
 
 def make_clip(number: int, options: SyntheticOptions) -> SyntheticClip:
-    """Clip `number` as an H.264 file; the same bytes in every process."""
+    """Encode clip `number` as an H.264 file; the same bytes in every process."""
     scene, text = describe_scene(number, options)
     data = encode_frames(_to_encode(draw_frames(scene), _rate(options)), _tags(options), options.crf)
     with VideoReader(data) as reader:
@@ -436,7 +435,7 @@ def make_clip(number: int, options: SyntheticOptions) -> SyntheticClip:
 
 
 def _combination(number: int, options: SyntheticOptions) -> Combination:
-    """Each combination once before any comes again, in an order drawn anew each time."""
+    """Return the combination of a clip: each occurs once before any repeats, in a new random order each time."""
     among = options.combinations
     turn, place_ = divmod(number, len(among))
     return among[_shuffled(options.seed, turn, len(among))[place_]]
@@ -448,7 +447,7 @@ def _shuffled(seed: int, turn: int, count: int) -> tuple[int, ...]:
 
 
 def _uniform(seed: int, stream: int, counter: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Numbers in [0, 1) from a counter-based generator: no state."""
+    """Draw numbers in [0, 1) from a stateless, counter-based generator."""
     generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, counter]))
     return generator.random(count)
 

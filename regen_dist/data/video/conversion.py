@@ -1,4 +1,4 @@
-"""From decoded frames to frames as a player shows them: square pixels, BT.709 of standard range, no fields.
+"""Conversion of decoded frames to what a player shows: square pixels, BT.709 of standard range, progressive.
 
 Most frames are that already and pass as they are. The others go through filters of ffmpeg. Orientation is not done
 here: frames keep their display matrix.
@@ -44,14 +44,14 @@ _LARGEST_SIDE = 32_768  # swscale can do no more, and a wrong shape of pixels mu
 
 
 class LeftOut(NamedTuple):
-    """Which videos are left out instead of being converted."""
+    """Kinds of videos that are skipped instead of being converted."""
 
     hdr: bool = False
     interlaced: bool = False
 
     @classmethod
     def of(cls, hdr: str, interlaced: str) -> LeftOut:
-        """From the values of `--hdr` and `--interlaced`; DataError for others."""
+        """Parse the values of `--hdr` and `--interlaced`; raise DataError for others."""
         for name, value, convert in (("--hdr", hdr, "tone-map"), ("--interlaced", interlaced, "deinterlace")):
             if value not in (convert, "leave-out"):
                 raise DataError(f"{name} {value}: must be {convert} or leave-out")
@@ -63,7 +63,7 @@ class LeftOut(NamedTuple):
         return {"hdr": hdr, "interlaced": interlaced}
 
     def reason(self, notes: Iterable[str]) -> str:
-        """Why a video with these notes (`Converter.notes`) is left out, with its kind and a colon; empty when it is
+        """Explain why a video with these notes (`Converter.notes`) is skipped, as "KIND: reason"; empty if it is
         not."""
         unwanted = {HDR_KIND: "--hdr", WIDE_KIND: "--hdr"} if self.hdr else {}
         unwanted |= {INTERLACED_KIND: "--interlaced"} if self.interlaced else {}
@@ -74,7 +74,7 @@ class LeftOut(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What decides how frames are converted: sides, format, colours (numbers of H.273)."""
+    """Frame properties that determine the conversion: sides, format, colours (numbers of H.273)."""
 
     width: int
     height: int
@@ -95,7 +95,7 @@ class Look(NamedTuple):
 
     @property
     def colours(self) -> str:
-        """Why the colours must be converted, beginning with the kind; empty when they need not."""
+        """Explain why the colours must be converted, beginning with the kind; empty if they need not."""
         if self.transfer in HDR:
             return f"{HDR_KIND}: {HDR[self.transfer]}, tone-mapped to BT.709 of standard range"
         if self.primaries in WIDE:
@@ -161,7 +161,7 @@ class Converter:
 def deinterlaced(
     frames: Frames, numbers: Sequence[int], count: int, converter: Converter
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """As `frames(numbers)`, with frames that consist of two fields deinterlaced (bwdif, one frame for one).
+    """Yield the frames of `frames(numbers)`, with interlaced ones deinterlaced (bwdif, one frame for one).
 
     From the first interlaced frame on, each frame is decoded with its neighbours, so that a frame looks the same
     however it was reached. A frame that is not flagged as interlaced passes as it is.
@@ -249,7 +249,7 @@ class _Filters:
         return following
 
     def takes(self, frame: VideoFrame) -> bool:
-        """Whether a frame has the look that the chain was made for."""
+        """Return true if a frame has the properties that the chain was made for."""
         return Look.of(frame) == self._look
 
     def run(self, frame: VideoFrame) -> list[VideoFrame]:
@@ -258,7 +258,7 @@ class _Filters:
         return self._ready()
 
     def finish(self) -> list[VideoFrame]:
-        """The frames that waited for another."""
+        """Return the buffered frames."""
         self._graph.vpush(None)
         return self._ready()
 
@@ -271,7 +271,7 @@ class _Filters:
 
 
 def _tagged(done: VideoFrame, source: VideoFrame, look: Look) -> VideoFrame:
-    """Say of a converted frame what it is, and when it is shown."""
+    """Tag a converted frame with its colours and time."""
     _timed(done, source)
     if look.colours:
         done.colorspace, done.color_range = 0, int(ColorRange.JPEG)  # 0: R'G'B'
@@ -281,7 +281,7 @@ def _tagged(done: VideoFrame, source: VideoFrame, look: Look) -> VideoFrame:
 
 
 def _timed(done: VideoFrame, source: VideoFrame) -> None:
-    """Filters count time in their own units."""
+    """Restore the time of the source, because filters count time in their own units."""
     done.pts = source.pts
     if source.time_base is not None:
         done.time_base = source.time_base
@@ -326,7 +326,7 @@ RESIZE = (
 
 
 class Orientation(NamedTuple):
-    """How a stored picture is shown: rows and columns exchanged (`turned`), then mirrored."""
+    """Orientation of a stored picture: rows and columns transposed (`turned`), then mirrored."""
 
     turned: bool = False
     flip_rows: bool = False
@@ -371,7 +371,7 @@ class Geometry(NamedTuple):
 def fit_geometry(
     height: int, width: int, size: tuple[int, int], short_side: int | None, crop_y: float = 0.5, crop_x: float = 0.5
 ) -> Geometry:
-    """How a frame of `height` x `width` becomes a crop of `size`.
+    """Compute how a frame of `height` x `width` becomes a crop of `size`.
 
     The frame is resized so that its short side is `short_side` (None: kept), and enlarged further only if the crop
     would not fit. `crop_y`, `crop_x` in [0, 1) place the crop in the room that is left; 0.5 is the centre.
@@ -393,7 +393,7 @@ def frame_to_rgb(frame: VideoFrame, height: int | None = None, width: int | None
 def frame_to_planes(
     frame: VideoFrame, height: int | None = None, width: int | None = None, reformatter: VideoReformatter | None = None
 ) -> tuple[UInt8s, UInt8s, UInt8s]:
-    """As `frame_to_rgb`, but red, green and blue as three uint8 [height, width], which may be views of one frame.
+    """Convert a frame like `frame_to_rgb`, but to three planes uint8 [height, width], which may be views of one frame.
 
     Planes, because swscale makes them in a third of the time that it takes for the same pixels interleaved.
     `reformatter` is kept over the frames of a clip: its tables are made once.

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 
-# Which of a file's video streams is its video: the choice of ffmpeg's command line.
+# --- choice of the video stream, as on ffmpeg's command line ---
 
 _DEFAULT_PIXELS = 5_000_000  # ffmpeg counts the mark "default" as so many pixels
 
@@ -93,7 +93,7 @@ _HEAD = 4096
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is. Sides in square pixels as shown (rotation applied), `fps` the average frame rate."""
+    """Properties of a video. Sides in square pixels as shown (rotation applied), `fps` the average frame rate."""
 
     frames: int
     height: int
@@ -205,7 +205,7 @@ class VideoReader:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How the frames that were read so far differ from those in the file, each note with its kind and a colon."""
+        """Return notes, as "KIND: text", on how the frames read so far differ from those in the file."""
         lost = self.table.lost
         damage = [f"damaged: {lost} packet{'s' * (lost > 1)} could not be decoded whole"] if lost else []
         damage += ["damaged: the file is cut off before its end"] if self.table.cut else []
@@ -285,11 +285,11 @@ class VideoReader:
         yield run
 
     def _group(self, number: int) -> int:
-        """Which group of pictures a frame is in: the place of the last keyframe that is not after it."""
+        """Return the group of pictures of a frame: the index of the last keyframe not after it."""
         return bisect_right(self.table.keyframes, (self.table.pts[number], _NO_LIMIT)) - 1
 
     def _run(self, numbers: list[int]) -> Iterator[tuple[int, VideoFrame]]:
-        """Leanly where the codec allows it; what that does not give is decoded with everything before it."""
+        """Decode leanly if the codec allows it; the remaining frames are decoded with everything before them."""
         pts = [self.table.pts[number] for number in numbers]
         done = 0
         for lean in (True, False) if self.stream.codec_context.name == "h264" else (False,):
@@ -308,7 +308,7 @@ class VideoReader:
         raise DataError(f"{len(numbers) - done} of {len(numbers)} frames could not be decoded, first: {numbers[done]}")
 
     def _decode_lean(self, group: int, wanted: Sequence[int]) -> Iterator[VideoFrame]:
-        """From a group of pictures on, without the unwanted frames that no other frame refers to, until all of
+        """Decode from a group of pictures on, skipping unwanted frames that no other frame refers to, until all of
         `wanted` (timestamps) are out. Interlaced video may keep half a frame in a packet: none of it comes out."""
         context, left = self.stream.codec_context, set(wanted)
         try:
@@ -368,7 +368,7 @@ class VideoReader:
         return container, stream
 
     def _read_table(self) -> FrameTable:
-        """By the packets where they can be trusted, else by decoding."""
+        """Read the frame table from the packets if they are reliable, else by decoding."""
         if not _INDEXED & set(self._container.format.name.split(",")):
             return self._counted_table()
         pts: list[int] = []
@@ -393,7 +393,7 @@ class VideoReader:
         return FrameTable(tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost, cut=self._is_cut())
 
     def _is_cut(self) -> bool:
-        """Whether a Matroska file is shorter than it says: nothing else tells, its last whole packet ends it."""
+        """Return true if a Matroska file is shorter than its header says, the only sign that it is truncated."""
         if isinstance(self._source, Path):
             with self._source.open("rb") as file:
                 head, size = file.read(_HEAD), self._source.stat().st_size
@@ -403,13 +403,13 @@ class VideoReader:
         return (matroska_end(head) or 0) > size
 
     def _holds_fields(self) -> bool:
-        """Whether the first frame is interlaced: its two halves may come in packets of one timestamp."""
+        """Return true if the first frame is interlaced: its two fields may come in packets of one timestamp."""
         self._seek(0)
         frame = next((frame for packet in self._container.demux(self.stream) for frame in packet.decode()), None)
         return frame is not None and frame.interlaced_frame
 
     def _counted_table(self) -> FrameTable:
-        """Of every frame that the decoder gives."""
+        """Build the frame table by decoding every frame."""
         times: list[int | None] = []
         made_up = _MADE_UP & set(self._container.format.name.split(","))
         resized, sides = list[int](), (0, 0)
@@ -428,8 +428,8 @@ class VideoReader:
 
 
 def matroska_end(head: bytes) -> int | None:
-    """Where a Matroska file ends, by the size of its segment (RFC 8794, 4.4; RFC 9559); None where it does not say, or
-    is no such file.
+    """Return the end of a Matroska file by the size of its segment (RFC 8794, 4.4; RFC 9559); None if the size is not
+    given, or it is no such file.
 
     Args:
         head: its beginning.

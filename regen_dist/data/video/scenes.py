@@ -1,4 +1,4 @@
-"""Where a video's shots begin and how much moves in them, by PySceneDetect's ContentDetector.
+"""Shot detection and motion of a video, by PySceneDetect's ContentDetector.
 
 Its measure of change between two frames is the mean difference of hue, saturation and brightness (0 to 255), taken
 here from pictures of at most 128 pixels a side. What the defaults rest on, measured on 36 shots of Big Buck Bunny's
@@ -89,7 +89,7 @@ def motion(change: Float32s, start: int, stop: int) -> float:
 
 
 def is_frozen(change: Float32s, start: int, stop: int, level: float = FROZEN) -> bool:
-    """Whether (nearly) nothing moves in frames [start, stop): nine of ten changes are below `level`.
+    """Return true if (nearly) nothing moves in frames [start, stop): nine of ten changes are below `level`.
 
     Not the mean, which an encoder's keyframes raise. Cartoons whose pictures stand for two or three frames move.
     """
@@ -98,7 +98,7 @@ def is_frozen(change: Float32s, start: int, stop: int, level: float = FROZEN) ->
 
 
 def missed_cut(change: Float32s, start: int, stop: int, threshold: float = CUT) -> bool:
-    """Whether frames [start, stop) hold a change that is as large as a cut: one that the detector merged with a
+    """Return true if frames [start, stop) hold a change that is as large as a cut: one that the detector merged with a
     neighbour nearer than its shortest scene, or left out at the start or the end."""
     return bool((change[start + 1 : stop] >= threshold).any())
 

@@ -1,4 +1,4 @@
-"""Which frames make a clip: by number where a video's frame rate is constant, by time where it is not."""
+"""Choice of a clip's frames: by number if the video's frame rate is constant, by time if it is not."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def presentation_times(found: Sequence[int | None], step: int) -> tuple[int, ...
 
 
 def has_variable_rate(table: FrameTable) -> bool:
-    """Whether frame numbers and times tell a different pace.
+    """Return true if frame numbers and times differ in pace.
 
     Constant is a video whose timestamps all lie within one tick of an even grid from first to last (an even rate,
     rounded: 23.976 frames/s in a time base of 1/1000), or whose intervals all lie within a tenth of their mean (a

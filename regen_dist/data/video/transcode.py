@@ -1,4 +1,4 @@
-"""Cutting and encoding: what the worker processes of `regen shards build` do. Imports neither torch nor pyarrow."""
+"""Cutting and encoding in the worker processes of `regen shards build`. Imports neither torch nor pyarrow."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How a segment is stored: short side in pixels (None keeps the sides), x264's constant rate factor, or the
+    """Storage of a segment: short side in pixels (None keeps the sides), x264's constant rate factor, or the
     file as it is."""
 
     short_side: int | None
@@ -52,7 +52,7 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class StreamTags:
-    """What a stream says of its frames: frames per second, the unit of their timestamps in seconds, colours (numbers
+    """Tags of a stream's frames: frames per second, the unit of their timestamps in seconds, colours (numbers
     of H.273)."""
 
     rate: Fraction
@@ -84,7 +84,7 @@ class Probed:
 
 
 def new_hash() -> hashlib.blake2b:
-    """What content hashes are made with: BLAKE2b of 16 bytes."""
+    """Return a new content hash: BLAKE2b of 16 bytes."""
     return hashlib.blake2b(digest_size=16)
 
 
