@@ -26,7 +26,7 @@ def preencode(
         str, typer.Option(help="Encode every N-th shard from the I-th (from 0), I/N; slurm: as its array says.")
     ] = "0/1",
     max_bad_share: Annotated[
-        float, typer.Option(help="Stop when more of many videos of a shard cannot be encoded.")
+        float, typer.Option(min=0.0, max=1.0, help="Stop when more of many videos of a shard cannot be encoded.")
     ] = 0.5,
     verify: Annotated[
         int, typer.Option(min=0, help="Encode so many entries of a finished cache again, and compare them.")

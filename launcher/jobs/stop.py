@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -216,7 +217,7 @@ def _say(member: Member, stands: JobState, root: Path, *, was_over: bool) -> Non
     step = newest_step(member.task.progress)
     if member.task.progress is not None and step is not None:
         text += f"; saved at step {step} of {member.task.progress.steps}"
-    print(text if stands.state in ("done", "stopping") else f"{text}; to go on: regen jobs resume {name}")
+    print(text if stands.state in ("done", "stopping") else f"{text}; to go on: regen jobs resume {shlex.quote(name)}")
 
 
 # `regen jobs resume`: the newest submission again, or what is left of it.
@@ -249,7 +250,8 @@ def _refusal(stands: dict[Member, JobState], root: Path) -> str:
     name, state = shown_name(first.task.folder, root), stands[first].state
     more = f" (and {len(active) - 1} more)" if len(active) > 1 else ""
     return (
-        f"{name}{more}: cannot be resumed while it is {state}, as job {first.queue_id}; `regen jobs stop {name}` first"
+        f"{name}{more}: cannot be resumed while it is {state}, as job {first.queue_id}; "
+        f"`regen jobs stop {shlex.quote(name)}` first"
     )
 
 

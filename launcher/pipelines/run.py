@@ -144,7 +144,7 @@ def run_here(plan: Sequence[PlannedStep], tell: Tell) -> int:
             if planned.state == "complete":
                 continue
             job = planned.job if planned.state == "alive" and planned.job else submit(planned.request)
-            tell(f"  watch it: regen jobs logs {planned.request.base} --follow")
+            tell(f"  watch it: regen jobs logs {shlex.quote(str(planned.request.base))} --follow")
             if code := _see_through(planned, job, tell):
                 return code
     return EXIT_OK

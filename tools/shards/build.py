@@ -59,7 +59,9 @@ def build(
     shard_mb: Annotated[float, typer.Option(help="Size at which a tar is closed.")] = 256.0,
     samples_per_shard: Annotated[int | None, typer.Option(help="Samples in one tar, at most.")] = None,
     part_gb: Annotated[float, typer.Option(help="Sources that are planned and made at a time.")] = 4.0,
-    max_bad_share: Annotated[float, typer.Option(help="Stop when more of many sources cannot be read.")] = 0.5,
+    max_bad_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Stop when more of many sources cannot be read.")
+    ] = 0.5,
     task: Annotated[
         str, typer.Option(help="Make every N-th part from the I-th (from 0), I/N; slurm: as its array says.")
     ] = "0/1",
