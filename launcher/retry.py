@@ -145,7 +145,7 @@ def read_history(launch: Path) -> list[Attempt]:
     """Return every attempt of a task, oldest first; truncated lines are skipped."""
     attempts: list[Attempt] = []
     path = launch / HISTORY_FILE
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         entry = _parse(line)
         if isinstance(entry, Start):
             attempts.append(Attempt(entry, None))

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from regen_dist import __version__
-from regen_dist.programs import errors_in_one_line, start_safely
+from regen_dist.errors import errors_in_one_line
+from regen_dist.programs import start_safely
 
 app = typer.Typer(
     name="regen",

@@ -26,7 +26,7 @@ def preencode(
         str, typer.Option(help="Encode every N-th shard from the I-th (from 0), I/N; slurm: by the array index.")
     ] = "0/1",
     max_bad_share: Annotated[
-        float, typer.Option(help="Stop when a larger share of a shard's videos cannot be encoded.")
+        float, typer.Option(min=0.0, max=1.0, help="Stop when a larger share of a shard's videos cannot be encoded.")
     ] = 0.5,
     verify: Annotated[
         int, typer.Option(min=0, help="Re-encode this many entries of a finished cache and compare them.")

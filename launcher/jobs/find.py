@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -69,8 +70,11 @@ def find_jobs(root: Path, depth: int = DEPTH) -> FoundJobs:
         if (folder / "heartbeats").is_dir():
             alone.append(folder)
     runs = _gather(jobs)
-    owned = {member.task.folder for run in runs for member in run.members}
-    return FoundJobs(runs, [folder for folder in alone if folder not in owned], unread)
+    owned = {member.task.folder.resolve() for run in runs for member in run.members}
+    plain: dict[Path, Path] = {}  # by its real path: a link to a run is that run
+    for folder in sorted(alone, key=lambda each: each.is_symlink()):
+        plain.setdefault(folder.resolve(), folder)
+    return FoundJobs(runs, [folder for real, folder in plain.items() if real not in owned], unread)
 
 
 def _folders(folder: Path, depth: int) -> Iterator[Path]:
@@ -104,11 +108,11 @@ def _gather(jobs: Iterable[Submission]) -> list[SubmittedRun]:
     newest: dict[Path, Member] = {}
     for job in sorted(jobs, key=lambda each: each.submitted):
         for index, task in enumerate(job.tasks):
-            newest[task.folder] = Member(job, index)
+            newest[task.folder.resolve()] = Member(job, index)
     bases: dict[Path, list[Member]] = {}
     for member in newest.values():
-        bases.setdefault(member.base, []).append(member)
-    runs = [SubmittedRun(folder, tuple(members)) for folder, members in bases.items()]
+        bases.setdefault(member.base.resolve(), []).append(member)
+    runs = [SubmittedRun(members[-1].base, tuple(members)) for members in bases.values()]
     return sorted(runs, key=lambda run: max(member.job.submitted for member in run.members))
 
 
@@ -123,7 +127,10 @@ def choose_job(name: str, root: Path) -> list[Member]:
     around = [folder, *_siblings(folder), *folder.parents[1:2]]
     unread: list[str] = []
     runs = _gather(job for each in around for job in _jobs(each, unread))
-    chosen = [member for run in runs for member in run.members if folder in (run.folder, member.task.folder)]
+    real = folder.resolve()
+    chosen = [
+        member for run in runs for member in run.members if real in (run.folder.resolve(), member.task.folder.resolve())
+    ]
     chosen = chosen or [member for run in find_jobs(folder).runs for member in run.members]
     if not chosen:
         raise ConfigError("\n".join([_nothing_there(folder), *unread]))
@@ -149,9 +156,23 @@ def _siblings(folder: Path) -> list[Path]:
 
 
 def _nothing_there(folder: Path) -> str:
+    if was := _earlier_place(folder):
+        return (
+            f"{folder}: was moved; it was submitted as {was}, and its jobs know it by that path. Move it back, or "
+            "submit it anew with the output folder that it has now"
+        )
     if (folder / "heartbeats").is_dir():
         return f"{folder}: not started by `regen submit`; to stop it cleanly, create the file {folder / 'STOP'}"
     return f"{folder}: nothing was submitted here (no {LAUNCH}/*/{JOB_FILE})"
+
+
+def _earlier_place(folder: Path) -> Path | None:
+    """Where a run folder was when it was submitted; None where it still is there, or never was submitted."""
+    for path in sorted((folder / LAUNCH).glob(f"*/{JOB_FILE}"), reverse=True):
+        with suppress(RegenError):
+            was = read_job(path.parent).folder.parents[1]
+            return None if was.resolve() == folder.resolve() else was
+    return None
 
 
 def _names(runs: Sequence[SubmittedRun], root: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -217,7 +218,7 @@ def _print_end(member: Member, state: JobState, root: Path, *, was_over: bool) -
     step = newest_step(member.task.progress)
     if member.task.progress is not None and step is not None:
         text += f"; saved at step {step} of {member.task.progress.steps}"
-    print(text if state.state in ("done", "stopping") else f"{text}; to go on: regen jobs resume {name}")
+    print(text if state.state in ("done", "stopping") else f"{text}; to go on: regen jobs resume {shlex.quote(name)}")
 
 
 # `regen jobs resume`: submit the newest submission again, or its incomplete tasks.
@@ -250,7 +251,8 @@ def _refusal_text(states: dict[Member, JobState], root: Path) -> str:
     name, state = shown_name(first.task.folder, root), states[first].state
     more = f" (and {len(active) - 1} more)" if len(active) > 1 else ""
     return (
-        f"{name}{more}: cannot be resumed while it is {state}, as job {first.queue_id}; `regen jobs stop {name}` first"
+        f"{name}{more}: cannot be resumed while it is {state}, as job {first.queue_id}; "
+        f"`regen jobs stop {shlex.quote(name)}` first"
     )
 
 

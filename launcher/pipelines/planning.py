@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def _planned(name: str, step: Step, request: SubmissionRequest, before: Mapping[
 def _conflict_text(job: Submission, request: SubmissionRequest, before: Mapping[str, PlannedStep]) -> str:
     """Return why a running or pending job is not the wanted one; "" if it is."""
     what = f"job {job.id()} ({job.cluster_name}) runs or waits"
-    first = f"wait for it, or end it first: regen jobs stop {request.base}"
+    first = f"wait for it, or end it first: regen jobs stop {shlex.quote(str(request.base))}"
     if job.cluster.kind != request.cluster.kind:
         return f"{what}, elsewhere than on {request.cluster_name}; {first}"
     if job.fingerprint != request.fingerprint:

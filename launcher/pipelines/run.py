@@ -144,7 +144,7 @@ def run_locally(plan: Sequence[PlannedStep], emit: Emit) -> int:
             if planned.state == "complete":
                 continue
             job = planned.job if planned.state == "alive" and planned.job else submit(planned.request)
-            emit(f"  watch it: regen jobs logs {planned.request.base} --follow")
+            emit(f"  watch it: regen jobs logs {shlex.quote(str(planned.request.base))} --follow")
             if code := _wait_for_step(planned, job, emit):
                 return code
     return EXIT_OK

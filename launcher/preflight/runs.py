@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ def alive(subject: Subject) -> Iterator[PreflightFinding]:
             which = "it" if len(wanted) == 1 else ", ".join(folder.name for folder in shared[:3])
             yield problem(
                 f"job {job.id()} ({job.cluster_name}) runs or waits for {which} already, in {base}; wait for it, or "
-                f"end it first: `regen jobs stop {base}`"
+                f"end it first: `regen jobs stop {shlex.quote(str(base))}`"
             )
 
 

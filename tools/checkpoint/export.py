@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -110,4 +111,5 @@ def import_model(
         typer.echo(f"Note: {difference}")
     if isinstance(loaded, T2VConfig):  # needed to generate before any training
         read_space(export).write(loaded.folder)
-    typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `regen train {config} …`")
+    again = f"regen train {shlex.quote(str(config))} …"
+    typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `{again}`")

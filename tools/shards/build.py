@@ -57,7 +57,9 @@ def build(
     shard_mb: Annotated[float, typer.Option(help="Size at which a tar is closed.")] = 256.0,
     samples_per_shard: Annotated[int | None, typer.Option(help="Maximum number of samples in a tar.")] = None,
     part_gb: Annotated[float, typer.Option(help="Size of the parts in which sources are planned and built.")] = 4.0,
-    max_bad_share: Annotated[float, typer.Option(help="Stop when a larger share of the sources is unreadable.")] = 0.5,
+    max_bad_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Stop when a larger share of the sources is unreadable.")
+    ] = 0.5,
     task: Annotated[
         str, typer.Option(help="Build every N-th part from the I-th (from 0), I/N; slurm: by the array index.")
     ] = "0/1",
