@@ -186,7 +186,7 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (fresh.code / "launcher" / "jobs").is_dir()
     assert (fresh.workdir, fresh.kind, fresh.cluster.nodes) == (job.workdir, "train", 1)
     os.rmdir(job.code)
-    with pytest.raises(RegenError, match="the copy of the code is gone; --new-code"):
+    with pytest.raises(RegenError, match="the code snapshot is gone; --new-code"):
         resubmit(job, fewer)
 
 
