@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from regen_dist.data.loading.cache import DiskCache
-from tests.unit.data.reading.test_cache import BLOCK, occupied, recorded
+from tests.unit.data.loading.test_cache import BLOCK, occupied, recorded
 
 HAMMER = """
 import hashlib, random, sys

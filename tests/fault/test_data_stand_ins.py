@@ -14,7 +14,7 @@ from regen_dist.data.format.index import Sample
 from regen_dist.errors import DataError
 from tests.helpers.dataconfigs import single
 from tests.helpers.workers import read
-from tests.unit.data.making.test_build import flip_byte
+from tests.unit.data.build.test_build import flip_byte
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from regen_dist.errors import DataError
-from tests.unit.data.making.test_build import flip_byte
+from tests.unit.data.build.test_build import flip_byte
 from tools import fetch_videos, shards
 
 
