@@ -204,7 +204,7 @@ def test_runs_without_the_launcher_are_told_by_their_heartbeats(
     beaten(run, at=time.time() - age_s, left=left, why=why)
     row = rows_of(tmp_path)["plain"]
     assert (row.state, row.step, row.steps) == (state, 8, 8)
-    with pytest.raises(ConfigError, match=r"was not started by `regen submit`.*STOP"):
+    with pytest.raises(ConfigError, match=r"not started by `regen submit`.*STOP"):
         choose_job("plain", tmp_path)
 
 
@@ -272,7 +272,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_a_name_that_is_none_is_answered_with_near_ones(tmp_path: Path) -> None:
     made_job(tmp_path / "nano")
-    with pytest.raises(ConfigError, match=r"nanno: no folder of this name .* there are nano"):
+    with pytest.raises(ConfigError, match=r"nanno: no such folder .* there are nano"):
         choose_job("nanno", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="nothing was submitted here"):

@@ -147,7 +147,7 @@ def test_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fcntl, "flock", refuse)
     said = list[str]()
     with pipeline_lock(tmp_path, said.append):
-        assert "no locks there (Function not implemented)" in said[0]
+        assert "supports no locks (Function not implemented)" in said[0]
 
 
 def test_the_plan_that_is_printed() -> None:
