@@ -1,1 +1,1 @@
-"""How a run reaches machines. Imports no torch, so that it also starts on a login node."""
+"""Job launcher for Slurm and this machine. Imports no torch, so that it also starts on a login node."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,7 +180,7 @@ def print_submitted(job: Submission) -> None:
     where = "on this machine" if job.cluster.kind == "local" else f"to {job.cluster_name}"
     size = f"{job.cluster.nodes} node(s) x {job.cluster.ranks_per_node} rank(s)" if job.distributed else "1 process"
     array = f", {len(job.tasks)} tasks" if job.is_array else ""
-    base = _relative(job.folder.parents[1])
+    base = shlex.quote(_relative(job.folder.parents[1]))
     print(f"submitted {job.name} {where} as job {job.id()}: {size}{array}")
     print(f"watch it: regen jobs; regen jobs logs {base} --follow; regen jobs stop {base}")
 

@@ -145,7 +145,7 @@ def read_history(launch: Path) -> list[Attempt]:
     """Return every attempt of a task, oldest first; truncated lines are skipped."""
     attempts: list[Attempt] = []
     path = launch / HISTORY_FILE
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         entry = _parse(line)
         if isinstance(entry, Start):
             attempts.append(Attempt(entry, None))
@@ -244,7 +244,7 @@ class SlurmScheduler:
 
 
 class LocalScheduler:
-    """This machine; `restart` counts the starts of the task."""
+    """Scheduler of this machine; `restart` counts the starts of the task."""
 
     def __init__(self, task: JobTask) -> None:
         self.job = os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
@@ -254,8 +254,7 @@ class LocalScheduler:
 
     def stop_reason(self, job: Submission) -> Why:
         """Compare the time limit, which began with this process. Any other signal is a user's request to stop: no one
-        else
-        preempts jobs on this machine."""
+        else preempts jobs on this machine."""
         limit_s = None if job.cluster.time_min is None else job.cluster.time_min * 60 - job.cluster.signal_lead_s
         self.timed_out = limit_s is not None and time.monotonic() - _STARTED >= limit_s - _EARLY_S
         return "time limit" if self.timed_out else "stopped"
@@ -305,9 +304,8 @@ def decide_start(
             resubmitted since.
     """
     if is_complete(history, step=step, steps=steps):
-        return RetryDecision(
-            False, f"nothing is left to do: all {steps} steps are done" if steps else "already completed"
-        )
+        text = f"nothing is left to do: all {steps} steps are done" if steps else "already completed"
+        return RetryDecision(False, text)
     if stop:
         return RetryDecision(
             False, "a stop was requested (file STOP in its folder); `regen jobs resume` continues", EXIT_RESUME
@@ -500,8 +498,7 @@ def _end_reason(job: Submission, task: JobTask, scheduler: Scheduler, code: int)
 
 def _at_fault(task: JobTask, code: int, found: Sequence[RankExit | None], scheduler: Scheduler) -> tuple[str, ...]:
     """Return the node of the first failed rank if the node may be the cause: killed, hung, or an unknown error. Nodes
-    that
-    are down come before any rank."""
+    that are down come before any rank."""
     if down := scheduler.down_nodes(scheduler.nodes):
         return down
     if code == HangError.exit_code and (hosts := hung_hosts(task.folder)):
@@ -520,8 +517,7 @@ def _failed_rank(code: int, found: Sequence[RankExit | None]) -> str:
 
 def newest_step(progress: Progress | None) -> int | None:
     """Return the step of the newest committed checkpoint, 0 if there is none; None without progress or if the store
-    does
-    not answer. Skipped steps at its end do not count: they trained nothing."""
+    does not answer. Skipped steps at its end do not count: they trained nothing."""
     if progress is None:
         return None
     try:

@@ -278,8 +278,7 @@ class _Job:
 
     def _deliver(self) -> None:
         """Send every rank its outstanding signals. A signal handler may interrupt this: counting first prevents
-        sending a
-        signal twice."""
+        sending a signal twice."""
         for rank in self._running():
             while self.num_sent[rank] < len(self.signals):
                 self.num_sent[rank] += 1

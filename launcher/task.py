@@ -85,8 +85,7 @@ class LocalTask:
 
     def __call__(self) -> None:
         """Run to the end, then raise SystemExit with the task's exit code, or with Submitit's requeue code where the
-        time
-        limit restarts."""
+        time limit restarts."""
         shield_streams()
         code = self._code()
         try:

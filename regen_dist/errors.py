@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 
 class RegenError(Exception):
     """What a user can mend. The message says what was asked, what was found, what is allowed, and how to mend it."""
@@ -81,3 +88,41 @@ class RunBusy(RegenError):
 
 EXIT_OK = 0
 EXIT_RESUME = 75  # stopped early with everything saved: run the same command again (EX_TEMPFAIL of sysexits.h)
+
+
+@contextmanager
+def errors_in_one_line(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """End a command with one message on stderr and an exit code: that of a RegenError, or 2 where a file or folder
+    refuses. Any other error keeps its traceback, and with REGEN_DEBUG=1 all do."""
+    try:
+        yield
+    except (RegenError, OSError) as error:
+        told = str(error) if isinstance(error, RegenError) else refusal(error)
+        if told is None or environment.get("REGEN_DEBUG") == "1":
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", ConfigError.exit_code)) from None
+
+
+def refusal(error: OSError) -> str | None:
+    """A disk's refusal in words, and how to mend it; None where the error is of another kind."""
+    if isinstance(error, shutil.Error) and error.args and error.args[0]:  # a list of (from, to, why)
+        _, target, why = error.args[0][0]
+        return f"{target} cannot be written: {why}; {_ROOM}, or name another place"
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None:
+        return None
+    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    return f"{where}{error.strerror}; {remedy}"
+
+
+_ROOM = "make room on that disk, and run the same again"
+_ELSEWHERE = "check its owner, its mode and how its disk is mounted, or name another place"
+_NAME = "name another place"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _ELSEWHERE),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), _NAME),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO), "does that disk answer?"),
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+}

@@ -1,1 +1,1 @@
-"""One program a file: parse, call the library, print. `tools/cli.py` gathers them into `regen`."""
+"""Command-line programs, one per file: parse, call the library, print. `tools/cli.py` combines them into `regen`."""

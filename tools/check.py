@@ -1,4 +1,4 @@
-"""`regen check`: what a run would refuse at its start, without starting it."""
+"""`regen check`: validation of a run without starting it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def check(
         Path, typer.Argument(help="YAML file of a run, of pre-encoding or of a pipeline.", metavar="CONFIG")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+        list[str] | None, typer.Argument(help="Config overrides, as a.b=value.", metavar="[a.b=c …]")
     ] = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks that it is to run on.")] = 1,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks of the run.")] = 1,
     gpus: Annotated[
         bool | None, typer.Option("--gpus/--no-gpus", help="Whether ranks have GPUs [default: as this machine].")
     ] = None,
@@ -30,22 +30,22 @@ def check(
         False
     ),
     elsewhere: Annotated[
-        bool, typer.Option("--elsewhere", help="It runs in another Python, whose packages cannot be seen from here.")
+        bool, typer.Option("--elsewhere", help="The run uses another Python, whose packages cannot be inspected here.")
     ] = False,
     produced: Annotated[
         list[str] | None,
-        typer.Option(help="Place that will be there by then; may be given again.", metavar="URL"),
+        typer.Option(help="Location that will exist by then; repeatable.", metavar="URL"),
     ] = None,
     also: Annotated[
         list[Path] | None,
-        typer.Option(help="Another config of a run, checked as well; may be given again.", metavar="CONFIG"),
+        typer.Option(help="Config of another run to check as well; repeatable.", metavar="CONFIG"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Check a config as `regen train` or `regen preencode` would at its start: the config itself, data, kernels, batch
-    and ranks, and whether the run can go on from its checkpoints. Nothing is written, nothing is trained.
+    and ranks, and whether the run can resume from its checkpoints. Nothing is written, nothing is trained.
 
-    Ends with 0 when nothing is wrong, else with the exit code that the run would end with.
+    Exit code: 0 if there are no problems, otherwise that of the run.
 
     Example: regen check configs/embedder/nano.yaml --world-size 2 data.url=runs/shapes
     """
@@ -62,7 +62,7 @@ def check(
 
 
 def _check(paths: Sequence[Path], overrides: Sequence[str], target: Target) -> dict[str, tuple[Finding, ...]]:
-    """Findings by what they are of: a config file, or a step of a pipeline."""
+    """Return the findings by config file or pipeline step."""
     from regen_dist.checks.findings import error
     from regen_dist.checks.run import check_runs
     from regen_dist.config import AnyRunConfig, load_config
@@ -86,7 +86,7 @@ def _check(paths: Sequence[Path], overrides: Sequence[str], target: Target) -> d
 
 
 def _problems(message: str) -> list[tuple[str, str]]:
-    """Key and text of each problem of a config, out of the message that gathers them."""
+    """Split the combined message of a config error into key and text of each problem."""
     parts = [line.strip().split(": ", 2) for line in message.splitlines()[1:]]
     listed = [(key, f"{where}: {text}") for where, key, text in (part for part in parts if len(part) == 3)]
     return listed or [("", message)]
@@ -100,7 +100,7 @@ def _preencode(path: Path, overrides: Sequence[str], target: Target) -> tuple[Fi
 
 
 def _pipeline(path: Path, overrides: Sequence[str], target: Target) -> dict[str, tuple[Finding, ...]]:
-    """Every training and every pre-encoding of a pipeline; what an earlier step makes need not be there yet."""
+    """Check every training and pre-encoding of a pipeline; outputs of earlier steps need not exist yet."""
     from dataclasses import replace
 
     from launcher.pipelines.schema import load_pipeline
@@ -126,7 +126,7 @@ def _pipeline(path: Path, overrides: Sequence[str], target: Target) -> dict[str,
 
 
 def _to_json(found: dict[str, tuple[Finding, ...]]) -> dict[str, Any]:
-    """`ok` and `findings` of all together, and of each config by its path."""
+    """Return `ok` and `findings` overall and for each config by path."""
 
     def one(findings: Sequence[Finding]) -> dict[str, Any]:
         listed = [each.to_json() for each in findings]

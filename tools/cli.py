@@ -1,4 +1,4 @@
-"""`regen`: one console command, a subcommand for each job. Imports nothing heavy, so that `--help` is quick."""
+"""`regen`: the console command with all subcommands. Imports nothing heavy, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from regen_dist import __version__
-from regen_dist.programs import errors_in_one_line, start_safely
+from regen_dist.errors import errors_in_one_line
+from regen_dist.programs import start_safely
 
 app = typer.Typer(
     name="regen",
@@ -42,11 +43,11 @@ def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show where an error comes from (also REGEN_DEBUG=1).")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """REGEN: compact video embeddings with a (re-)generative decoder.
 
-    Start with `regen demo`. Every command explains itself: `regen COMMAND --help`.
+    Start with `regen demo`. Help for each command: `regen COMMAND --help`.
     """
     if debug:
         os.environ["REGEN_DEBUG"] = "1"
@@ -69,7 +70,7 @@ _register()
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend become one message on stderr and an exit code."""
+    """Entry point: user-facing errors become one message on stderr and an exit code."""
     start_safely()
     with errors_in_one_line():
         app(prog_name="regen")

@@ -1,4 +1,4 @@
-"""`regen config`: look at a config as a run would see it."""
+"""`regen config`: resolved configs as a run would see them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="Show a resolved config, or the dif
 @app.command()
 def show(
     config: Annotated[Path, typer.Argument(help="A YAML file, or the folder of a run.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Config overrides, as a.b=value.")] = None,
 ) -> None:
     """Print the whole config, defaults and inherited keys included, and its hash.
 
@@ -56,7 +56,7 @@ def _shown(flat: dict[str, Any], key: str) -> str:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of the leaves, elements of lists by number."""
+    """Return the leaves by dotted key; list elements by index."""
     if not isinstance(value, (dict, list)) or not value:
         return {prefix: value}
     pairs = value.items() if isinstance(value, dict) else enumerate(value)

@@ -1,4 +1,4 @@
-"""`regen demo`: from video files to a re-generated clip, by the commands that a user would type."""
+"""`regen demo`: the whole pipeline from video files to a reconstructed clip, through the user's commands."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from regen_dist.config import RunConfig
     from regen_dist.evaluation.report import ReportRow
 
-# Trained on an animated film; tried on filmed street scenes with fast motion and cuts.
+# Training video: an animated film. Test video: filmed street scenes with fast motion and cuts.
 TRAIN_VIDEO, HELD_OUT_VIDEO = "bbb.mp4", "bikes.mp4"
-# Of all frames, in pixels: at 64 an 8x8 cell would be an eighth of the picture, and the first frame the bottleneck.
+# Frame size in pixels: at 64, an 8x8 cell would be an eighth of the picture and the first frame the bottleneck.
 SHORT_SIDE = 128
 STEPS = (1, 4)
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the demo keeps what it makes."""
+    """Paths of the demo's outputs."""
 
     videos: Path
     run: Path
@@ -35,14 +35,14 @@ class _Places:
 
 
 def demo(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
-    config: Annotated[Path, typer.Option(help="What to train.")] = Path("configs/demo/embedder.yaml"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="Config overrides, as a.b=value.")] = None,
+    config: Annotated[Path, typer.Option(help="Config to train.")] = Path("configs/demo/embedder.yaml"),
     videos: Annotated[Path, typer.Option(help="Folder of the fetched videos.")] = Path("runs/videos"),
-    ranks: Annotated[int, typer.Option(min=1, help="Processes that train.")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, help="Training processes.")] = 2,
 ) -> None:
     """Fetch real video, build shards, train on two ranks, stop and resume once, reconstruct a held-out video, report.
 
-    The same command again goes on where it stopped and skips what is done. Fails if a trivial decoder does better.
+    The same command continues where it stopped and skips finished stages. Fails if a trivial baseline does better.
 
     Example: regen demo
     """
@@ -63,10 +63,10 @@ def demo(
 
 
 def _suited_to_this_machine() -> list[str]:
-    """Changes to the config without which the demo would take hours here."""
+    """Return the overrides without which the demo would take hours on this machine."""
     if stages.working_precision() == "bf16":
         return []
-    print("This CPU does not multiply bf16 itself: the demo trains in float32.", flush=True)
+    print("This CPU has no native bf16 multiplication: the demo trains in float32.", flush=True)
     return ["engine.precision=fp32"]
 
 
@@ -79,7 +79,7 @@ def _build_shards(config: RunConfig, videos: Path) -> None:
 
 
 def _train(arguments: Sequence[str], config: RunConfig, run: Path) -> None:
-    """Train to the end; the first time, stop half-way through by the file STOP and start again by the same command."""
+    """Train to the end; the first time, stop half-way by the file STOP and resume by the same command."""
     total = config.train.steps
     stages.announce(arguments)
     if stages.last_step(run) >= total:
@@ -88,7 +88,7 @@ def _train(arguments: Sequence[str], config: RunConfig, run: Path) -> None:
     stop_at = None if stages.was_resumed(run) else total // 2
     ended = stages.run_until(arguments, run, stop_at)
     if ended.code == EXIT_RESUME and ended.on_purpose:
-        print(f"It was stopped half-way on purpose (exit code {EXIT_RESUME}). The same command goes on:", flush=True)
+        print(f"Stopped half-way on purpose (exit code {EXIT_RESUME}). The same command resumes:", flush=True)
         stages.announce(arguments)
         ended = stages.run_until(arguments, run, None)
     if ended.code:
@@ -109,7 +109,7 @@ def _reconstruct(places: _Places) -> None:
 
 
 def _conclude(places: _Places, seconds: float) -> None:
-    """Print the table, write the page, and fail if a trivial decoder does as well as one step of ours."""
+    """Print the table, write the page, and fail if a trivial baseline does as well as one decoder step."""
     from rich.console import Console
 
     from regen_dist.evaluation.report import compare_rows, read_metrics, write_report
@@ -130,7 +130,7 @@ def _conclude(places: _Places, seconds: float) -> None:
 
 
 def _learned(run: Path) -> str:
-    """How far training came from its linear start, by the record's validations; empty where it has fewer than two."""
+    """Return a sentence on the gain over the linear start, by the recorded validations; empty with fewer than two."""
     from regen_dist.observe.record import read_record
 
     lines = [line for line in read_record(run / "metrics.jsonl") if line["kind"] == "validation"]

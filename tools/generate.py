@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class FileLayout(StrEnum):
-    """How files are named."""
+    """Naming scheme of output files."""
 
     numbered = "numbered"
     vbench = "vbench"
 
 
 class Sampler(StrEnum):
-    """How the flow is integrated."""
+    """Integration method of the flow ODE."""
 
     euler = "euler"
     heun = "heun"
@@ -41,13 +41,13 @@ class Sampler(StrEnum):
 
 
 def generate(
-    run: Annotated[Path, typer.Option(help="Run of a text-to-video model, or a model that was exported.")],
-    embedder: Annotated[Path, typer.Option(help="Run or export of the embedder that it was trained on.")],
-    prompt: Annotated[list[str] | None, typer.Argument(help="What to generate; several are numbered in turn.")] = None,
+    run: Annotated[Path, typer.Option(help="Run of a text-to-video model, or an exported model.")],
+    embedder: Annotated[Path, typer.Option(help="Run or export of the embedder of its training latents.")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts; several are numbered in order.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the videos, each with a JSON file beside it.")] = Path(
         "runs/generated"
     ),
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
     image: Annotated[
         Path | None,
         typer.Option(
@@ -62,34 +62,32 @@ def generate(
         FileLayout, typer.Option(help="vbench: OUT/PROMPT-0.mp4, …, and the JSON files in OUT-records.")
     ] = FileLayout.numbered,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; what it was trained on, if known.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Of each video, 1 for images; its longest row by default.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames per video, 1: images; longest row by default.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second; what it was trained on by default.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; the config's by default.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Scale of guidance, 1 for none; the config's default.")] = None,
-    sampler: Annotated[Sampler | None, typer.Option(help="The config's by default.")] = None,
-    negative: Annotated[str | None, typer.Option(help="What guidance leads away from; nothing by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of all noise.", min=0)] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 1 for none; the config's by default.")] = None,
+    sampler: Annotated[Sampler | None, typer.Option(help="Sampler; the config's by default.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt of the guidance; empty by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all noise.", min=0)] = 0,
     decode_steps: Annotated[int, typer.Option(help="Sampling steps of the embedder's decoder.")] = 1,
     weights: Annotated[Weights | None, typer.Option(help="EMA weights (a run's default), or the last step's.")] = None,
-    untrained: Annotated[bool, typer.Option("--untrained", help="The weights that training began with.")] = False,
-    text: Annotated[str | None, typer.Option(help="Text encoder, where it is not where the caches say.")] = None,
-    batch: Annotated[int, typer.Option(help="Prompts that are sampled at once.")] = 8,
-    task: Annotated[
-        str | None, typer.Option(help="I/N: only this one's share of the prompts; or slurm, in an array.")
-    ] = None,
+    untrained: Annotated[bool, typer.Option("--untrained", help="Use the initial weights of the training.")] = False,
+    text: Annotated[str | None, typer.Option(help="Text encoder, if not where the caches record it.")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts sampled at a time.")] = 8,
+    task: Annotated[str | None, typer.Option(help="Share of the prompts, I/N; or slurm, inside an array.")] = None,
 ) -> None:
-    """Generate a video for every prompt: mp4 (PNG for one frame) and JSON with all that makes it again.
+    """Generate a video for every prompt: mp4 (PNG for one frame) and JSON with everything needed to reproduce it.
 
-    A video that is there, made by the same settings and models, is not made again. Ranks of one job share the prompts.
+    Existing videos with the same settings and models are skipped. Ranks of one job share the prompts.
 
-    With --image they begin with a picture, with --continue they go on with a video.
+    With --image videos begin with a picture, with --continue they continue a video.
 
     Example: regen generate "a red circle moves left" --run runs/t2v_nano --embedder runs/nano --out runs/generated
     """
     from regen_dist.inference.generate import Layout
 
     if image is not None and continued is not None:
-        raise ConfigError("--image begins a video, --continue goes on with one; give one of both")
+        raise ConfigError("--image sets the first frame, --continue a video to continue; give only one of them")
     names = Layout(samples, layout is FileLayout.vbench)
     wanted = names.expanded(_prompts(prompt or [], prompts))
     place = read_rank_info(os.environ) if task is None else RankInfo()  # --task alone says which part is this one's
@@ -128,10 +126,10 @@ def generate(
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of "192x320"; ConfigError when it is something else."""
+    """Parse "192x320" to (height, width); ConfigError if it is malformed."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match:
-        raise ConfigError(f"--size {text}: write HEIGHTxWIDTH in pixels, as 192x320")
+        raise ConfigError(f"--size {text}: write HEIGHTxWIDTH in pixels, such as 192x320")
     return int(match[1]), int(match[2])
 
 
@@ -146,12 +144,12 @@ def _prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
 def _media(
     model: TextToVideoModel, image: Path | None, continued: Path | None, sides: tuple[int, int] | None
 ) -> tuple[Given | None, int | None]:
-    """What is given, and how many frames a row that the model was trained on has room for beside given clips (None: as
-    ever)."""
+    """Return the given media, and the number of frames per row that the model has room for beside given clips (None: no
+    limit)."""
     from regen_dist.inference.generate import longest_row, resolve_settings, size_for
     from regen_dist.inference.given_media import read_image, read_images, read_video
 
-    resolve_settings(model, size=sides)  # refuses a size that cannot be
+    resolve_settings(model, size=sides)  # rejects an impossible size
     size, space = sides or size_for(model.space), model.space
     if image is not None:
         return read_images(image, size) if image.is_dir() else read_image(image, size), None
@@ -163,7 +161,7 @@ def _media(
 
 
 def _note(model: TextToVideoModel, settings: GenerationSettings, media: Given | None) -> None:
-    """Say what a model was not trained for."""
+    """Print notes on settings that the model was not trained for."""
     from regen_dist.inference.generate import clips_of, longest_row
     from regen_dist.inference.given_media import notes
 

@@ -1,4 +1,4 @@
-"""`regen init`: a project folder for one's own videos."""
+"""`regen init`: project folder for the user's own videos."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typer
 
 def init(
     folder: Annotated[Path, typer.Argument(help="New or empty folder.", metavar="DIR")],
-    embedder: Annotated[str, typer.Option(help="Preset of configs/embedder/ to begin with.")] = "nano",
-    t2v: Annotated[str, typer.Option(help="Preset of configs/t2v/ to begin with.")] = "nano",
+    embedder: Annotated[str, typer.Option(help="Preset of configs/embedder/ to start from.")] = "nano",
+    t2v: Annotated[str, typer.Option(help="Preset of configs/t2v/ to start from.")] = "nano",
 ) -> None:
-    """Lay out a project folder: configs to edit, a cluster's file, and a README with the commands.
+    """Create a project folder: configs to edit, a cluster file, and a README with the commands.
 
     Example: regen init my_project --embedder regen_k16
     """

@@ -1,4 +1,4 @@
-"""`regen jobs`: watch what `regen submit` has started (see `launcher.jobs`)."""
+"""`regen jobs`: jobs that `regen submit` has started (see `launcher.jobs`)."""
 
 from launcher.jobs.cli import app
 

@@ -1,4 +1,4 @@
-"""`regen miniature`: the whole system on this machine, from drawn videos with captions to scores of generated ones."""
+"""`regen miniature`: the whole system on this machine, from synthetic captioned videos to scores of generated ones."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 PIPELINE = Path("configs/pipelines/miniature.yaml")
 _BUCKET = "miniature"
-_TRAINING, _SCORE = "t2v", "score"  # steps: the one that is stopped once on purpose, and the last
+_TRAINING, _SCORE = "t2v", "score"  # steps: the one that is interrupted once on purpose, and the last
 
 
 def miniature(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the pipeline, as a.b=value.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of everything, the object store's data too.")] = Path(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Pipeline overrides, as a.b=value.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of all outputs and of the object store's data.")] = Path(
         "runs/miniature"
     ),
 ) -> None:
-    """Train an embedder and a text-to-video model on drawn videos, in an object store of their own; generate, score.
+    """Train an embedder and a text-to-video model on synthetic videos in a local object store; generate and score.
 
-    The text-to-video training is stopped half-way once, and goes on. The same command again goes on where it stopped
-    and skips what is done. Fails (exit code 6) if the generated videos miss a target.
+    The text-to-video training is interrupted half-way once and resumed. The same command continues where it stopped and
+    skips finished steps. Fails (exit code 6) if the generated videos miss a target.
 
     Example: regen miniature variables.t2v_steps=1000
     """
@@ -50,17 +50,17 @@ def miniature(
 
 
 def _changes(out: Path, overrides: Sequence[str]) -> list[str]:
-    """To the pipeline: its folder, its data, and what this machine computes well."""
+    """Return the pipeline overrides: its folder, its data, and the precision of this machine."""
     precision = stages.working_precision()
     if precision != "bf16":
-        print(f"This CPU does not multiply bf16 itself: the miniature trains in {precision}.", flush=True)
+        print(f"This CPU has no native bf16 multiplication: the miniature trains in {precision}.", flush=True)
     own = [f"output={out.parent}", f"name={out.name}", f"variables.data=s3://{_BUCKET}/data"]
     return [*own, f"variables.precision={precision}", *overrides]
 
 
 def _see_through(arguments: Sequence[str], planned: Pipeline, environment: Mapping[str, str]) -> None:
-    """Run the pipeline to its end; the first time, stop the text-to-video training half-way by the file STOP and start
-    again by the same command."""
+    """Run the pipeline to its end; the first time, stop the text-to-video training half-way by the file STOP and resume
+    by the same command."""
     from regen_dist.config import load_config
 
     step = planned.steps[_TRAINING]
@@ -82,7 +82,7 @@ def _see_through(arguments: Sequence[str], planned: Pipeline, environment: Mappi
 
 
 def _conclude(planned: Pipeline, seconds: float) -> None:
-    """Print the table and where the page is, and fail if a target is missed."""
+    """Print the table and the page's path, and fail if a target is missed."""
     from rich.console import Console
 
     report, page = (Path(each) for each in planned.steps[_SCORE].outputs)

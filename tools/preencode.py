@@ -1,4 +1,4 @@
-"""`regen preencode`: a dataset of videos to a cache of latents and text embeddings."""
+"""`regen preencode`: latent caches from datasets of videos."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ _SHOWN = 10
 def preencode(
     config: Annotated[Path, typer.Argument(help="YAML file under configs/preencode/.", metavar="CONFIG")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+        list[str] | None, typer.Argument(help="Config overrides, as a.b=value.", metavar="[a.b=c …]")
     ] = None,
     task: Annotated[
-        str, typer.Option(help="Encode every N-th shard from the I-th (from 0), I/N; slurm: as its array says.")
+        str, typer.Option(help="Encode every N-th shard from the I-th (from 0), I/N; slurm: by the array index.")
     ] = "0/1",
     max_bad_share: Annotated[
-        float, typer.Option(help="Stop when more of many videos of a shard cannot be encoded.")
+        float, typer.Option(min=0.0, max=1.0, help="Stop when a larger share of a shard's videos cannot be encoded.")
     ] = 0.5,
     verify: Annotated[
-        int, typer.Option(min=0, help="Encode so many entries of a finished cache again, and compare them.")
+        int, typer.Option(min=0, help="Re-encode this many entries of a finished cache and compare them.")
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="With --verify: another seed takes other entries.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of entries for --verify.")] = 0,
 ) -> None:
-    """Encode videos clip by clip, and embed their captions. The same command again finishes what was stopped.
+    """Encode videos clip by clip and embed their captions. The same command finishes an interrupted cache.
 
-    Only the encoder is loaded. A folder that was begun with other weights, another config or other videos is refused.
+    Only the encoder is loaded. A folder begun with other weights, another config or other videos is refused.
 
     Example: regen preencode configs/preencode/nano.yaml embedder=runs/nano
     """
     from regen_dist.config.preencode import load_preencode_config
 
     number, count = parse_task(task)
-    loaded = load_preencode_config(config, tuple(overrides or ()))  # before torch: a wrong config is told at once
+    loaded = load_preencode_config(config, tuple(overrides or ()))  # before torch: config errors are reported quickly
     if verify:
         _verify(loaded, verify, seed)
         return

@@ -1,4 +1,4 @@
-"""`regen reconstruct`: encode a video, decode it from its latents alone, and measure what came back."""
+"""`regen reconstruct`: encode a video, decode it from its latents alone, and measure the result."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Weights(StrEnum):
-    """Which weights of a checkpoint decode."""
+    """Weights of a checkpoint used for decoding."""
 
     ema = "ema"
     plain = "plain"
 
 
 def reconstruct(
-    video: Annotated[Path, typer.Argument(help="Any video file: any length, sides and frame rate.")],
+    video: Annotated[Path, typer.Argument(help="Any video file: any length, size and frame rate.")],
     out: Annotated[Path, typer.Option(help="Folder for the videos, the contact sheet and metrics.json.")],
     run: Annotated[
         Path | None,
@@ -35,21 +35,21 @@ def reconstruct(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps of the decoder.")] = 1,
-    fps: Annotated[float | None, typer.Option(help="Frames a second of the output; the source's by default.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Output frame rate; the source's by default.")] = None,
     overlap: Annotated[int, typer.Option(help="Frames that neighbouring clips share.")] = 1,
-    short_side: Annotated[int | None, typer.Option(help="Resize the source first, to this shorter side.")] = None,
-    max_frames: Annotated[int | None, typer.Option(help="Take only the first frames.")] = None,
+    short_side: Annotated[int | None, typer.Option(help="Resize the source to this shorter side first.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Use only the first frames.")] = None,
     weights: Annotated[
         Weights | None,
         typer.Option(help="EMA weights (a run's default), or those of the last step; an export has one kind."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the decoder's noise.")] = 0,
-    group: Annotated[int, typer.Option(help="Clips that are decoded together; 1 takes the least memory.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the decoder's noise.")] = 0,
+    group: Annotated[int, typer.Option(help="Clips decoded together; 1 needs the least memory.")] = 4,
     tile: Annotated[
         int | None,
         typer.Option(help="Work in tiles of so many pixels a side: less memory for large frames, the same result."),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also measure the trivial decoders.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also measure the trivial baselines.")] = False,
 ) -> None:
     """Encode a video clip by clip, decode it from the latents alone, and measure the result.
 
@@ -99,7 +99,7 @@ def _label(codec: Codec, steps: int) -> str:
 
 
 def _model(run: Path, codec: Codec) -> dict[str, Any]:
-    """What metrics.json records of the model."""
+    """Return the record of the model for metrics.json."""
     hash_file, origin = run / "config.hash", codec.config.origin
     return {
         "run": run.name,
@@ -123,7 +123,7 @@ def _progress(source: SourceVideo) -> Iterator[Callable[[int], None]]:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    """The measures, one row for the codec and one for each trivial decoder that was compared."""
+    """Return the table of measures: one row for the codec and one for each trivial baseline."""
     from rich.table import Table
 
     video, options = report["video"], report["options"]

@@ -1,4 +1,4 @@
-"""`regen score-shapes`: what a detector without learning reads in generated videos of moving shapes."""
+"""`regen score-shapes`: scores of generated moving-shapes videos by a detector without learning."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def score_shapes(
     generated: Annotated[
         list[str] | None,
         typer.Option(
-            help="Videos of `regen generate`; may be given again. The targets are for the first.", metavar="NAME=FOLDER"
+            help="Videos of `regen generate`; repeatable. The targets apply to the first.", metavar="NAME=FOLDER"
         ),
     ] = None,
     run: Annotated[
         list[str] | None,
-        typer.Option(help="Run whose curves are shown; may be given again.", metavar="NAME=FOLDER"),
+        typer.Option(help="Run whose curves are shown; repeatable.", metavar="NAME=FOLDER"),
     ] = None,
-    number: Annotated[int, typer.Option(help="Most videos of each kind.", min=1)] = 200,
-    previews: Annotated[int, typer.Option(help="Captions whose videos the page shows.", min=0, max=100)] = 12,
+    number: Annotated[int, typer.Option(help="Maximum number of videos of each kind.", min=1)] = 200,
+    previews: Annotated[int, typer.Option(help="Captions whose videos are on the page.", min=0, max=100)] = 12,
     require: Annotated[bool, typer.Option("--require", help="Fail (exit code 6) when a target is missed.")] = False,
 ) -> None:
-    """Read generated, reconstructed and real videos of moving shapes, compare them with their captions, write a page.
+    """Detect shapes in generated, reconstructed and real videos, compare them with the captions, and write a page.
 
-    What is not there is told on the page, not refused.
+    Missing inputs are listed on the page, not refused.
 
     Example: regen score-shapes --held-out runs/miniature/held_out --embedder runs/miniature/embedder
     --generated generated=runs/miniature/generated --out runs/miniature/report
@@ -69,20 +69,20 @@ def score_shapes(
 
 
 def _named(given: Sequence[str], option: str) -> dict[str, Path]:
-    """NAME=FOLDER to a folder by name; without a name, the folder's own."""
+    """Parse NAME=FOLDER to folders by name; without a name, the folder's own."""
     found: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         path = Path(folder if equals else text)
         name = name if equals else path.name
         if not name or name in found:
-            raise ConfigError(f"{option} {text}: give every folder a name of its own, as {option} NAME=FOLDER")
+            raise ConfigError(f"{option} {text}: give every folder its own name, as {option} NAME=FOLDER")
         found[name] = path
     return found
 
 
 def _table(found: Judgement) -> Table:
-    """Shares with their intervals, an arm a row, the targets last."""
+    """Return the shares with their intervals, one arm per row, targets last."""
     from rich.table import Table
 
     from regen_dist.evaluation.miniature import LEAST_VIDEOS, MEASURES, TARGETS

@@ -1,5 +1,4 @@
-"""What programs have in common that show the whole way by the commands that a user would type: they run them, and stop
-a training once on purpose."""
+"""Common parts of programs that run the user's commands in sequence and interrupt a training once on purpose."""
 
 from __future__ import annotations
 
@@ -23,14 +22,14 @@ _POLL_S = 0.5
 
 
 class StageExit(NamedTuple):
-    """The exit code of a command, and whether it was asked to stop on purpose, by nobody else."""
+    """Exit code of a command, and whether it was stopped only by this program's own request."""
 
     code: int
     on_purpose: bool
 
 
 def working_precision() -> str:
-    """`engine.precision` on this machine: bf16 takes hours on a CPU that does not multiply it itself."""
+    """Return `engine.precision` for this machine: bf16 takes hours on a CPU without native bf16 multiplication."""
     import torch
 
     from regen_dist.observe.hardware import has_native_bf16
@@ -39,7 +38,7 @@ def working_precision() -> str:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Print and run one `regen` command; its failure ends the program with its exit code."""
+    """Print and run one `regen` command; if it fails, exit with its exit code."""
     announce(arguments)
     code = subprocess.run(command(arguments), env=without_ranks(os.environ), check=False).returncode
     if code:
@@ -52,25 +51,25 @@ def announce(arguments: Sequence[str]) -> None:
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """What runs a `regen` command in this Python."""
+    """Return the command line of a `regen` command in this Python."""
     return regen(*arguments)
 
 
 def run_until(
     arguments: Sequence[str], training: Path, stop_at: int | None, environment: Mapping[str, str] | None = None
 ) -> StageExit:
-    """Run a command; once the record of a training that it runs has reached a step, ask that training to stop.
+    """Run a command; once the record of its training reaches a step, ask that training to stop.
 
-    A signal to this program is handed on to the command, which saves and ends.
+    Signals to this program are forwarded to the command, which saves and ends.
 
     Args:
-        arguments: of `regen`.
+        arguments: arguments of `regen`.
         training: folder of the run.
-        stop_at: the step; None never asks.
-        environment: of the command; None: this program's own.
+        stop_at: step at which to stop; None: never.
+        environment: environment of the command; None: this program's own.
     """
     inherited = without_ranks(os.environ if environment is None else environment)
-    process = subprocess.Popen(command(arguments), env=inherited, start_new_session=True)  # one signal, not two
+    process = subprocess.Popen(command(arguments), env=inherited, start_new_session=True)  # one signal instead of two
     asked = False
     with _handed_on(process) as signals:
         while process.poll() is None:
@@ -83,7 +82,7 @@ def run_until(
 
 @contextmanager
 def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Signals to this program go to the command, as the launcher hands them to ranks; yields those that came."""
+    """Forward signals of this program to the command, as the launcher forwards them to ranks; yield those received."""
     from launcher.supervise import FORWARDED
 
     came: list[int] = []
@@ -101,12 +100,12 @@ def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
 
 def last_step(training: Path) -> int:
-    """The newest step in the record of a run; 0 before the first."""
+    """Return the newest step in the record of a run; 0 before the first."""
     return max((line["step"] for line in _record(training) if line["kind"] == "train"), default=0)
 
 
 def was_resumed(training: Path) -> bool:
-    """Whether a run has gone on from a checkpoint."""
+    """Return whether a run has resumed from a checkpoint."""
     return any(line.get("event") == "start" and line["step"] > 0 for line in _record(training))
 
 

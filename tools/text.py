@@ -1,4 +1,4 @@
-"""`regen text`: text encoders, making a small one, converting one, and looking at what one makes of a caption."""
+"""`regen text`: create, convert and inspect text encoders."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(name="text", help="Make or convert a text encoder; look at what one does.", no_args_is_help=True)
+app = typer.Typer(name="text", help="Create, convert or inspect a text encoder.", no_args_is_help=True)
 
 
 @app.command()
 def make(
     data: Annotated[str, typer.Argument(help="Folder or URL of a dataset with captions.", metavar="DATA")],
-    out: Annotated[Path, typer.Option(help="Folder of the encoder; empty, or made by this same command.")],
-    vocabulary: Annotated[int, typer.Option(help="Tokens, at most.")] = 1024,
-    width: Annotated[int, typer.Option(help="Of the embeddings.")] = 64,
-    layers: Annotated[int, typer.Option(help="Of the T5.")] = 2,
-    heads: Annotated[int, typer.Option(help="Of the T5.")] = 4,
-    seed: Annotated[int, typer.Option(help="Another seed gives other weights.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the encoder; empty, or created by this same command.")],
+    vocabulary: Annotated[int, typer.Option(help="Maximum number of tokens.")] = 1024,
+    width: Annotated[int, typer.Option(help="Width of the embeddings.")] = 64,
+    layers: Annotated[int, typer.Option(help="Layers of the T5.")] = 2,
+    heads: Annotated[int, typer.Option(help="Attention heads of the T5.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
-    """Train a tokenizer on a dataset's captions and write it with a small T5 of random weights, for tests and for
-    captions of few words.
+    """Train a tokenizer on a dataset's captions and write it with a small randomly initialised T5, for tests and for
+    captions with a small vocabulary.
 
     Example: regen text make runs/shapes --out runs/text
     """
@@ -38,13 +38,13 @@ def make(
 @app.command()
 def convert(
     encoder: Annotated[str, typer.Argument(help="Folder, or a name on the Hugging Face hub.", metavar="ENCODER")],
-    out: Annotated[Path, typer.Option(help="Folder of the encoder; empty, or made by this same command.")],
+    out: Annotated[Path, typer.Option(help="Folder of the encoder; empty, or created by this same command.")],
     dtype: Annotated[
-        Literal["same", "bfloat16", "float32"], typer.Option(help="Of its weights; bfloat16 is half of float32.")
+        Literal["same", "bfloat16", "float32"], typer.Option(help="Dtype of the weights; bfloat16 halves float32.")
     ] = "same",
 ) -> None:
-    """Write an encoder whose weights are pickled (pytorch_model.bin) with safetensors, which is all that is read
-    elsewhere. The pickles are opened by a process of its own that takes tensors alone; of a T5 the encoder is kept.
+    """Convert an encoder with pickled weights (pytorch_model.bin) to safetensors, the only format read elsewhere. The
+    pickles are opened in a subprocess that accepts only tensors; of a T5, only the encoder is kept.
 
     Example: regen text convert google/t5-v1_1-xxl --out runs/t5-xxl --dtype bfloat16
     """
@@ -78,11 +78,11 @@ def show(
 
 
 def _captions(url: str) -> list[str]:
-    """A dataset's different captions; DataError when it has none."""
+    """Return a dataset's distinct captions; DataError if it has none."""
     from regen_dist.data.format.catalogue import open_dataset
     from regen_dist.errors import DataError
 
     captions = sorted({caption for caption in open_dataset(url).table()["caption"].to_pylist() if caption})
     if not captions:
-        raise DataError(f"{url}: no sample has a caption, of which a text encoder is made; give another dataset")
+        raise DataError(f"{url}: no sample has a caption, which a text encoder is made from; use another dataset")
     return captions

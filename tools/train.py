@@ -12,20 +12,20 @@ import typer
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file under configs/.", metavar="CONFIG")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+        list[str] | None, typer.Argument(help="Config overrides, as a.b=value.", metavar="[a.b=c …]")
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine; one, where nobody else starts ranks.")
+        int | None, typer.Option(min=1, help="Processes on this machine; 1 by default, unless a launcher starts ranks.")
     ] = None,
     fresh: Annotated[
         bool,
-        typer.Option("--fresh", help="Start from scratch where there are checkpoints, and none of them is whole."),
+        typer.Option("--fresh", help="Start from step 0 if there are checkpoints and all of them are damaged."),
     ] = False,
 ) -> None:
-    """Train an embedder or text to video. The same command again resumes from the newest checkpoint.
+    """Train an embedder or a text-to-video model. The same command resumes from the newest checkpoint.
 
-    Ends with 0 when done and with 75 when it was stopped early (a signal, a file STOP in the run folder, or
-    train.time_limit_s) with everything saved.
+    Exit code 0 when done, 75 when stopped early (a signal, a file STOP in the run folder, or train.time_limit_s) with
+    everything saved.
 
     Example: regen train configs/embedder/nano.yaml --ranks 2 train.steps=200
     """
@@ -41,7 +41,7 @@ def train(
     from regen_dist.training.stopping import SignalInbox
 
     earlier = SignalInbox().listen()
-    loaded = load_config(config, overrides or [])  # before torch is imported: a wrong config is told at once
+    loaded = load_config(config, overrides or [])  # before torch is imported: config errors are reported quickly
     from regen_dist.distributed.failure import ending_at_once
     from regen_dist.training.run import train as train_rank
 

@@ -1,1 +1,1 @@
-"""`regen jobs`: what runs, what it has said, how to stop it and how to go on."""
+"""`regen jobs`: list, follow, stop and resume submitted jobs."""

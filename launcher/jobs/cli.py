@@ -1,4 +1,4 @@
-"""`regen jobs`: watch what `regen submit` has started."""
+"""`regen jobs`: follow and control the jobs that `regen submit` has started."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from launcher.cli import Gpus, Nodes, Set, Tasks, Time, Wait
 
-_INTERRUPTED = 130  # as a shell says it of Ctrl-C
+_INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 
 app = typer.Typer(
     add_completion=False,
@@ -18,7 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Root = Annotated[Path, typer.Option(help="The folder of the runs.")]
+Root = Annotated[Path, typer.Option(help="Folder of the runs.")]
 RunName = Annotated[str, typer.Argument(help="A run's folder, or its name under the root.", metavar="RUN")]
 
 
@@ -27,12 +27,10 @@ def table(
     context: typer.Context,
     root: Root = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-    watch: Annotated[
-        float | None, typer.Option(min=1.0, help="Print it again every so many seconds.", metavar="SECONDS")
-    ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="A row for every task of an array.")] = False,
+    watch: Annotated[float | None, typer.Option(min=1.0, help="Refresh every SECONDS.", metavar="SECONDS")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show one row per task of an array.")] = False,
 ) -> None:
-    """Show every job under the root, how it stands and how far it is; or one of the commands below.
+    """Show state and progress of every job under the root, or run one of the commands below.
 
     Example: regen jobs --watch 10
     """
@@ -50,14 +48,14 @@ def table(
 def logs(
     run: RunName,
     root: Root = Path("runs"),
-    rank: Annotated[int | None, typer.Option(min=0, help="Whose; by default that of rank 0.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many of the newest.")] = 50,
+    rank: Annotated[int | None, typer.Option(min=0, help="Rank whose log is shown; 0 by default.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow until the job has ended.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Number of lines, counted from the end.")] = 50,
     launcher: Annotated[
-        bool, typer.Option("--launcher", help="What the batch script, srun and Submitit said instead.")
+        bool, typer.Option("--launcher", help="Show the output of the batch script, srun and Submitit instead.")
     ] = False,
 ) -> None:
-    """Show what a rank of a job has printed; where rank 0 has not begun, what the launcher has.
+    """Show the log of a rank; if rank 0 has not begun, the log of the launcher.
 
     Example: regen jobs logs embedder_nano --rank 3 --follow
     """
@@ -80,10 +78,10 @@ def logs(
 def stop(
     run: RunName,
     root: Root = Path("runs"),
-    now: Annotated[bool, typer.Option("--now", help="Without saving: it goes on from its last checkpoint.")] = False,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Come back when it has ended.")] = True,
+    now: Annotated[bool, typer.Option("--now", help="End without saving; resume from its last checkpoint.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")] = True,
 ) -> None:
-    """Save, and end for good: it is not requeued until it is resumed. What has not begun does not begin.
+    """Save and end a job; it is not requeued until it is resumed. Pending tasks do not start.
 
     Example: regen jobs stop embedder_nano
     """
@@ -93,7 +91,7 @@ def stop(
     try:
         well = stopping.stop(choose_job(run, root), root, at_once=now, wait=wait)
     except KeyboardInterrupt:
-        typer.echo(f"{run} was told to stop, and goes on stopping; see `regen jobs`", err=True)
+        typer.echo(f"{run} was asked to stop and is still stopping; see `regen jobs`", err=True)
         raise typer.Exit(_INTERRUPTED) from None
     if not well:
         raise typer.Exit(1)
@@ -103,23 +101,23 @@ def stop(
 def resume(
     run: RunName,
     root: Root = Path("runs"),
-    cluster: Annotated[str | None, typer.Option(help="Another one than before.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Cluster to run on; as before by default.")] = None,
     nodes: Nodes = None,
     gpus_per_node: Gpus = None,
     tasks_per_node: Tasks = None,
     time: Time = None,
     settings: Set = None,
     new_code: Annotated[
-        bool, typer.Option("--new-code", help="Run the code as it is now, not as it was submitted.")
+        bool, typer.Option("--new-code", help="Run the current code instead of the code that was submitted.")
     ] = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="In spite of what the checks find, or of a Slurm that does not answer."),
+        typer.Option("--force", help="Submit despite preflight problems, or if Slurm does not answer."),
     ] = False,
     wait: Wait = False,
 ) -> None:
-    """Submit a job again that has ended without being complete: the same command, config and code, from its newest
-    checkpoint. Of an array, the tasks that are left.
+    """Submit an incomplete job again: same command, config and code, from its newest checkpoint. For an array, only the
+    incomplete tasks are submitted.
 
     Example: regen jobs resume embedder_nano --nodes 2
     """
@@ -127,11 +125,11 @@ def resume(
 
     from launcher.cli import cluster_overrides, print_submitted, run_preflight
     from launcher.jobs.find import choose_job
-    from launcher.jobs.stop import left_to_do, rebuild_request, resubmit
+    from launcher.jobs.stop import incomplete_tasks, rebuild_request, resubmit
     from launcher.submit import wait_for
 
     overrides = cluster_overrides(nodes, gpus_per_node, tasks_per_node, time, settings)
-    job, request = rebuild_request(left_to_do(choose_job(run, root), root, force=force), cluster, overrides)
+    job, request = rebuild_request(incomplete_tasks(choose_job(run, root), root, force=force), cluster, overrides)
     with chdir(job.workdir):
         run_preflight(request, force=force)
     submitted = resubmit(job, request, new_code=new_code)

@@ -1,4 +1,4 @@
-"""Which submissions lie under a folder, and which of them a user means."""
+"""Submitted jobs: search under a folder, selection by name, and state from scheduler and history."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +19,7 @@ from regen_dist.errors import BackendError, ConfigError, RegenError
 
 TASKS = "tasks"
 DEPTH = 3  # runs/NAME, runs/PIPELINE/STEP, runs/ARRAY/tasks/00000
-# What a run folder holds is not searched: there may be very much of it.
+# Run folders are not searched: they may hold very many files.
 _NO_RUNS = frozenset({LAUNCH, "checkpoints", "logs", "heartbeats", "stacks", "pictures", "wandb", "__pycache__"})
 
 
@@ -35,25 +36,24 @@ class Member:
 
     @property
     def queue_id(self) -> str:
-        """What Slurm calls it."""
+        """Job id (with array index) in Slurm's queue."""
         return f"{self.job.id()}_{self.index}" if self.job.is_array else str(self.job.id())
 
     @property
     def base(self) -> Path:
-        """The folder that its submission belongs to."""
+        """Folder that the submission belongs to."""
         return self.job.folder.parents[1]
 
 
 class SubmittedRun(NamedTuple):
-    """A folder that was submitted: one task or those of an array, each by its newest submission."""
+    """A submitted folder: one task or those of an array, each with its newest submission."""
 
     folder: Path
     members: tuple[Member, ...]
 
 
 class FoundJobs(NamedTuple):
-    """What lies under a folder. `plain`: runs that were started without the launcher. `unread`: why some are left
-    out."""
+    """Search result. `plain`: runs started without the launcher. `unread`: reasons why submissions were skipped."""
 
     runs: list[SubmittedRun]
     plain: list[Path]
@@ -61,7 +61,7 @@ class FoundJobs(NamedTuple):
 
 
 def find_jobs(root: Path, depth: int = DEPTH) -> FoundJobs:
-    """Every run in `root` and below it, the one that was submitted last at the end."""
+    """Return every run in `root` and below it, the newest submission last."""
     jobs: list[Submission] = []
     alone: list[Path] = []
     unread: list[str] = []
@@ -70,8 +70,11 @@ def find_jobs(root: Path, depth: int = DEPTH) -> FoundJobs:
         if (folder / "heartbeats").is_dir():
             alone.append(folder)
     runs = _gather(jobs)
-    owned = {member.task.folder for run in runs for member in run.members}
-    return FoundJobs(runs, [folder for folder in alone if folder not in owned], unread)
+    owned = {member.task.folder.resolve() for run in runs for member in run.members}
+    plain: dict[Path, Path] = {}  # by its real path: a link to a run is that run
+    for folder in sorted(alone, key=lambda each: each.is_symlink()):
+        plain.setdefault(folder.resolve(), folder)
+    return FoundJobs(runs, [folder for real, folder in plain.items() if real not in owned], unread)
 
 
 def _folders(folder: Path, depth: int) -> Iterator[Path]:
@@ -81,7 +84,7 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
     try:
         with os.scandir(folder) as entries:
             names = sorted(each.name for each in entries if each.is_dir() and each.name not in _NO_RUNS)
-    except OSError:  # gone meanwhile, or not for us to read
+    except OSError:  # deleted meanwhile, or not readable
         return
     for name in names:
         if not name.startswith("."):
@@ -89,7 +92,7 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _jobs(folder: Path, unread: list[str]) -> Iterator[Submission]:
-    """The submissions of a folder, those left out that no scheduler has taken."""
+    """Yield the submissions of a folder, except those that no scheduler accepted."""
     for path in sorted((folder / LAUNCH).glob(f"*/{JOB_FILE}")):
         try:
             job = read_job(path.parent)
@@ -101,30 +104,33 @@ def _jobs(folder: Path, unread: list[str]) -> Iterator[Submission]:
 
 
 def _gather(jobs: Iterable[Submission]) -> list[SubmittedRun]:
-    """Each task belongs to the newest submission that has it: a part of an array may have been submitted again."""
+    """Assign each task to the newest submission that contains it: part of an array may have been resubmitted."""
     newest: dict[Path, Member] = {}
     for job in sorted(jobs, key=lambda each: each.submitted):
         for index, task in enumerate(job.tasks):
-            newest[task.folder] = Member(job, index)
+            newest[task.folder.resolve()] = Member(job, index)
     bases: dict[Path, list[Member]] = {}
     for member in newest.values():
-        bases.setdefault(member.base, []).append(member)
-    runs = [SubmittedRun(folder, tuple(members)) for folder, members in bases.items()]
+        bases.setdefault(member.base.resolve(), []).append(member)
+    runs = [SubmittedRun(members[-1].base, tuple(members)) for members in bases.values()]
     return sorted(runs, key=lambda run: max(member.job.submitted for member in run.members))
 
 
 def choose_job(name: str, root: Path) -> list[Member]:
-    """The tasks that a user means by a run folder, or by its name under `root`: of a run, of an array or a pipeline, or
-    one task of an array.
+    """Return the tasks of a run folder, given as a path or a name under `root`: a run, an array, a pipeline, or one
+    task of an array.
 
     Raises:
-        ConfigError: there is no such folder, or nothing was submitted there.
+        ConfigError: the folder does not exist, or nothing was submitted there.
     """
     folder = _folder(name, root)
     around = [folder, *_siblings(folder), *folder.parents[1:2]]
     unread: list[str] = []
     runs = _gather(job for each in around for job in _jobs(each, unread))
-    chosen = [member for run in runs for member in run.members if folder in (run.folder, member.task.folder)]
+    real = folder.resolve()
+    chosen = [
+        member for run in runs for member in run.members if real in (run.folder.resolve(), member.task.folder.resolve())
+    ]
     chosen = chosen or [member for run in find_jobs(folder).runs for member in run.members]
     if not chosen:
         raise ConfigError("\n".join([_nothing_there(folder), *unread]))
@@ -135,24 +141,38 @@ def _folder(name: str, root: Path) -> Path:
     array, _, number = name.rpartition("/")
     task = Path(array, TASKS, f"{int(number):05d}") if array and number.isdecimal() else Path(name)
     for folder in (Path(name), root / name, task, root / task):
-        waits = folder.parent.name == TASKS and (folder.parents[1] / LAUNCH).is_dir()  # it has no folder yet
+        waits = folder.parent.name == TASKS and (folder.parents[1] / LAUNCH).is_dir()  # pending: it has no folder yet
         if folder.is_dir() or waits:
             return folder.resolve() if folder.is_symlink() else Path(os.path.normpath(folder.absolute()))
     known = _names(find_jobs(root).runs, root)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[-5:]
     hint = f"; there are {', '.join(close)}" if close else ""
-    raise ConfigError(f"{name}: no folder of this name here or in {root}{hint} (another root: --root)")
+    raise ConfigError(f"{name}: no such folder here or in {root}{hint} (another root: --root)")
 
 
 def _siblings(folder: Path) -> list[Path]:
-    """Beside it: a sweep's folder lies beside those of its runs."""
+    """Return the folders beside it: a sweep's folder is beside those of its runs."""
     return [each.parent for each in sorted(folder.parent.glob(f"*/{LAUNCH}")) if each.parent != folder]
 
 
 def _nothing_there(folder: Path) -> str:
+    if was := _earlier_place(folder):
+        return (
+            f"{folder}: was moved; it was submitted as {was}, and its jobs know it by that path. Move it back, or "
+            "submit it anew with the output folder that it has now"
+        )
     if (folder / "heartbeats").is_dir():
-        return f"{folder}: was not started by `regen submit`; to end it well, create the file {folder / 'STOP'}"
+        return f"{folder}: not started by `regen submit`; to stop it cleanly, create the file {folder / 'STOP'}"
     return f"{folder}: nothing was submitted here (no {LAUNCH}/*/{JOB_FILE})"
+
+
+def _earlier_place(folder: Path) -> Path | None:
+    """Where a run folder was when it was submitted; None where it still is there, or never was submitted."""
+    for path in sorted((folder / LAUNCH).glob(f"*/{JOB_FILE}"), reverse=True):
+        with suppress(RegenError):
+            was = read_job(path.parent).folder.parents[1]
+            return None if was.resolve() == folder.resolve() else was
+    return None
 
 
 def _names(runs: Sequence[SubmittedRun], root: Path) -> list[str]:
@@ -160,22 +180,21 @@ def _names(runs: Sequence[SubmittedRun], root: Path) -> list[str]:
 
 
 def shown_name(folder: Path, root: Path) -> str:
-    """A run's name as it is given to `regen jobs`: relative to the root, and a task of an array as ARRAY/NUMBER."""
+    """Return the name that `regen jobs` accepts for a run: relative to the root; a task of an array is ARRAY/NUMBER."""
     root = root.absolute()
     if folder.parent.name == TASKS and folder.name.isdecimal():
         folder = folder.parents[1] / str(int(folder.name))
     return str(folder.relative_to(root)) if folder.is_relative_to(root) and folder != root else str(folder)
 
 
-# What the schedulers say of jobs: one question to Slurm for all of them, a look at a lock for those of this
-# machine.
+# Scheduler states: one query to Slurm for all jobs, and a lock check for jobs of this machine.
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 WORKING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 
 
 class QueueState(NamedTuple):
-    """A job's state in its scheduler's words, and the reason for it; "" where it is not known there (any more)."""
+    """A job's state in its scheduler's terms, and the reason; "" if the scheduler does not know it (any more)."""
 
     state: str = ""
     reason: str = ""
@@ -190,25 +209,25 @@ class QueueState(NamedTuple):
 
 
 class Queue:
-    """The answers for some tasks. `silence`: why Slurm gave none."""
+    """Scheduler states of tasks. `silence`: the reason why Slurm did not answer."""
 
-    def __init__(self, told: dict[str, QueueState], silence: str) -> None:
-        self._told, self.silence = told, silence
+    def __init__(self, told: dict[str, QueueState], no_answer: str) -> None:
+        self._told, self.no_answer = told, no_answer
 
-    def told(self, member: Member) -> QueueState | None:
-        """Of one task; None where it cannot be told from here."""
+    def state_of(self, member: Member) -> QueueState | None:
+        """Return the state of a task; None if it cannot be determined from this machine."""
         if member.job.cluster.kind == "local":
-            return _told_here(member)
-        return None if self.silence else self._told.get(member.queue_id, QueueState())
+            return _local_state(member)
+        return None if self.no_answer else self._told.get(member.queue_id, QueueState())
 
 
 def query_queue(members: Iterable[Member], *, must: bool = False) -> Queue:
-    """Ask for all tasks that have not ended for good.
+    """Query the schedulers for all tasks whose end is not final.
 
     Raises:
-        BackendError: Slurm gives no answer, and it `must`.
+        BackendError: Slurm does not answer and `must` is set.
     """
-    slurms = {str(each.job.id()) for each in members if each.job.cluster.kind == "slurm" and not has_ended(each)}
+    slurms = {str(each.job.id()) for each in members if each.job.cluster.kind == "slurm" and not has_final_end(each)}
     try:
         return Queue({name: QueueState(*told) for name, told in slurm.queue(sorted(slurms)).items()}, "")
     except BackendError as error:
@@ -217,31 +236,31 @@ def query_queue(members: Iterable[Member], *, must: bool = False) -> Queue:
         return Queue({}, str(error))
 
 
-def has_ended(member: Member) -> bool:
-    """Whether this submission of the task has had its last word."""
+def has_final_end(member: Member) -> bool:
+    """Return whether the history records a final end of this submission of the task."""
     history = [each for each in read_history(member.task.launch) if each.start.time >= member.job.submitted]
     return bool(history) and history[-1].end is not None and not history[-1].end.again
 
 
-def _told_here(member: Member) -> QueueState | None:
+def _local_state(member: Member) -> QueueState | None:
     history = [each for each in read_history(member.task.launch) if each.start.time >= member.job.submitted]
     if history and history[-1].start.nodes != (socket.gethostname(),):
-        return None  # a lock of another machine tells nothing here
+        return None  # locks of another machine cannot be checked
     if not local_executor.is_running_locally(member.job):
         return QueueState()
     return QueueState("RUNNING") if history or not member.job.is_array else QueueState("PENDING", "the tasks before it")
 
 
-# How a task stands, from its history, its scheduler, and what lies in its folder.
+# Task state, derived from its history, its scheduler and the files in its folder.
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "stopped", "failed", "lost"]
 ACTIVE: tuple[State, ...] = ("pending", "running", "stopping", "requeued")
 NEVER = "it does not begin"
-_MOMENT_S = 60.0  # a job that is requeued is COMPLETED or unknown for so long at most
+_MOMENT_S = 60.0  # a requeued job is COMPLETED or unknown for at most this long
 
 
 class JobState(NamedTuple):
-    """A state, and what there is to say about it."""
+    """A state and its explanation."""
 
     state: State
     note: str = ""
@@ -252,47 +271,47 @@ class JobState(NamedTuple):
 
 
 def job_state(member: Member, queue: Queue, *, complete: bool = False) -> JobState:
-    """How a task stands.
+    """Return the state of a task.
 
     Args:
-        complete: its last step is done, as its checkpoints say.
+        complete: its checkpoints show that the last step is done.
     """
     history = [each for each in read_history(member.task.launch) if each.start.time >= member.job.submitted]
-    return judge(history, queue.told(member), stop=member.task.stop_file.exists(), complete=complete)
+    return derive_state(history, queue.state_of(member), stop=member.task.stop_file.exists(), complete=complete)
 
 
-def judge(history: Sequence[Attempt], told: QueueState | None, *, stop: bool, complete: bool) -> JobState:
-    """The same from what was found.
+def derive_state(history: Sequence[Attempt], told: QueueState | None, *, stop: bool, complete: bool) -> JobState:
+    """Derive the state of a task.
 
     Args:
-        history: the starts of the newest submission.
-        told: by its scheduler; None: there is no answer, and only the history tells.
+        history: starts of the newest submission.
+        told: state from the scheduler; None: unknown, so that only the history counts.
         stop: its folder has a file STOP.
         complete: nothing is left to do.
     """
     end = history[-1].end if history else None
     if end and not end.again:
-        return _ended(end)
+        return _state_of_ended(end)
     if told is None:
-        return _by_history(history, end, stop=stop, complete=complete)
+        return _state_by_history(history, end, stop=stop, complete=complete)
     if told.waits:
-        return JobState("stopping", NEVER) if stop and not history else _waits(history, end, told.reason)
+        return JobState("stopping", NEVER) if stop and not history else _state_of_waiting(history, end, told.reason)
     if told.works:
         if end:
-            return _waits(history, end, "")
-        return _works(history, stop=stop)
+            return _state_of_waiting(history, end, "")
+        return _state_of_running(history, stop=stop)
     if end and time.time() - end.time < _MOMENT_S and told.state in ("", "COMPLETED") and not stop:
-        return _waits(history, end, "")
-    return _gone(history, end, told.state, stop=stop, complete=complete)
+        return _state_of_waiting(history, end, "")
+    return _state_of_gone(history, end, told.state, stop=stop, complete=complete)
 
 
-def _ended(end: End) -> JobState:
+def _state_of_ended(end: End) -> JobState:
     if end.why == "done":
         return JobState("done")
     return JobState("stopped") if end.why == "stopped" else JobState("failed", end.text)
 
 
-def _waits(history: Sequence[Attempt], end: End | None, reason: str) -> JobState:
+def _state_of_waiting(history: Sequence[Attempt], end: End | None, reason: str) -> JobState:
     reason = "" if reason == "None" else reason
     if not history:
         return JobState("pending", reason)
@@ -300,20 +319,20 @@ def _waits(history: Sequence[Attempt], end: End | None, reason: str) -> JobState
     return JobState("requeued", f"{why}; {reason}" if reason else why)
 
 
-def _works(history: Sequence[Attempt], *, stop: bool) -> JobState:
+def _state_of_running(history: Sequence[Attempt], *, stop: bool) -> JobState:
     if stop:
         return JobState("stopping")
     return JobState("running", "" if history else "it is starting")
 
 
-def _by_history(history: Sequence[Attempt], end: End | None, *, stop: bool, complete: bool) -> JobState:
+def _state_by_history(history: Sequence[Attempt], end: End | None, *, stop: bool, complete: bool) -> JobState:
     if not history:
         return JobState("done") if complete else JobState("pending")
-    return _waits(history, end, "") if end else _works(history, stop=stop)
+    return _state_of_waiting(history, end, "") if end else _state_of_running(history, stop=stop)
 
 
-def _gone(history: Sequence[Attempt], end: End | None, state: str, *, stop: bool, complete: bool) -> JobState:
-    """It neither runs nor waits, and nobody has said a last word."""
+def _state_of_gone(history: Sequence[Attempt], end: End | None, state: str, *, stop: bool, complete: bool) -> JobState:
+    """Return the state of a task that neither runs nor waits and has no recorded end."""
     if complete:
         return JobState("done")
     if stop:

@@ -1,4 +1,4 @@
-"""`regen jobs logs`: what ranks, or the launcher above them, have said."""
+"""`regen jobs logs`: logs of ranks and of the launcher."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import local_executor
-from launcher.jobs.find import JobState, Member, has_ended, job_state, query_queue, shown_name
+from launcher.jobs.find import JobState, Member, has_final_end, job_state, query_queue, shown_name
 from launcher.retry import read_history
 from regen_dist.errors import ConfigError
 
@@ -17,39 +17,39 @@ _BLOCK_BYTES = 2**16
 
 
 def choose_logs(members: Sequence[Member], root: Path) -> Member:
-    """The one task whose log is meant.
+    """Select the single task whose log is shown.
 
     Raises:
-        ConfigError: there are several (names those that failed first).
+        ConfigError: there are several (lists those that failed first).
     """
     if len(members) == 1:
         return members[0]
     queue = query_queue(members)
-    stands = sorted(((job_state(each, queue).state, each) for each in members), key=lambda pair: pair[0] != "failed")
-    names = [f"{shown_name(each.task.folder, root)} ({state})" for state, each in stands]
+    states = sorted(((job_state(each, queue).state, each) for each in members), key=lambda pair: pair[0] != "failed")
+    names = [f"{shown_name(each.task.folder, root)} ({state})" for state, each in states]
     more = f", and {len(names) - 5} more" if len(names) > 5 else ""
     raise ConfigError(f"there are {len(names)} tasks; give one of them: {', '.join(names[:5])}{more}")
 
 
 def rank_log(member: Member, rank: int) -> Path:
-    """What a rank prints."""
+    """Return the path of a rank's log."""
     return member.task.logs / f"rank_{rank}.log"
 
 
 def launcher_logs(member: Member) -> list[Path]:
-    """What the batch script, srun and Submitit have said of the newest submission, and the process that stands for it
-    on this machine; those that are empty left out."""
+    """Return the non-empty logs of the batch script, srun and Submitit for the newest submission, or of its supervisor
+    on this machine."""
     names = [member.queue_id]
     if member.job.cluster.kind == "local":
         names = [each.start.job for each in read_history(member.task.launch)]
     said = [path for name in names for path in sorted((member.job.folder / "submitit").glob(f"{name}_*_log.*"))]
-    if member.job.cluster.kind == "slurm":  # "12_0_log.err" is of task 0 in an array, or of node 0 without one
+    if member.job.cluster.kind == "slurm":  # "12_0_log.err": task 0 of an array, or node 0 of a single job
         said = sorted((member.job.folder / "submitit").glob(f"{member.queue_id}_[0-9]*_log.*"))
     return [path for path in [*said, member.job.folder / local_executor.LOG] if path.is_file() and path.stat().st_size]
 
 
 def log_sources(member: Member, rank: int | None, *, launcher: bool) -> list[Path]:
-    """The files to show: a rank's log, or the launcher's where none is asked for and rank 0 has none."""
+    """Return the files to show: a rank's log, or the launcher's if no rank was given and rank 0 has no log."""
     log = rank_log(member, rank or 0)
     if log.is_file() and not launcher:
         return [log]
@@ -57,14 +57,14 @@ def log_sources(member: Member, rank: int | None, *, launcher: bool) -> list[Pat
 
 
 def show(member: Member, rank: int | None, *, launcher: bool, lines: int) -> None:
-    """Print the ends of the files.
+    """Print the last lines of the files.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are no files.
     """
     files = log_sources(member, rank, launcher=launcher)
     if not files:
-        raise ConfigError(_silent(member, rank))
+        raise ConfigError(_no_logs(member, rank))
     for path in files:
         if len(files) > 1:
             print(f"==> {path} <==")
@@ -72,23 +72,23 @@ def show(member: Member, rank: int | None, *, launcher: bool, lines: int) -> Non
             print(line)
 
 
-def _silent(member: Member, rank: int | None) -> str:
+def _no_logs(member: Member, rank: int | None) -> str:
     known = sorted(int(path.stem.removeprefix("rank_")) for path in member.task.logs.glob("rank_*.log"))
     if rank is not None and known:
         return f"{rank_log(member, rank)}: not there; there are logs of ranks {known[0]} to {known[-1]}"
     return (
-        f"{member.task.name} has no such log yet; `regen jobs` tells how it stands, --launcher what it was started by"
+        f"{member.task.name} has no such log yet; `regen jobs` shows its state, --launcher the output of the launcher"
     )
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The newest lines of a file, read from its end."""
-    text = newest_log(path, count).removesuffix(b"\n").decode("utf-8", "replace")
+    """Return the last lines of a file, read from its end."""
+    text = last_bytes(path, count).removesuffix(b"\n").decode("utf-8", "replace")
     return [visible(line) for line in text.split("\n")] if text else []
 
 
-def newest_log(path: Path, count: int) -> bytes:
-    """The last `count` lines of a file, as they are."""
+def last_bytes(path: Path, count: int) -> bytes:
+    """Return the last `count` lines of a file, unchanged."""
     with path.open("rb") as file:
         position = file.seek(0, os.SEEK_END)
         found = b""
@@ -101,18 +101,17 @@ def newest_log(path: Path, count: int) -> bytes:
 
 
 def visible(line: str) -> str:
-    """What a terminal shows in the end of a line that was written over itself, as progress bars do."""
+    """Return the visible part of a line that overwrites itself, as progress bars do."""
     return next((piece for piece in reversed(line.split("\r")) if piece), "")
 
 
-# `regen jobs logs --follow`: what a task says while it says it, over requeues and restarts, to its end.
+# `regen jobs logs --follow`: follow a task's logs across requeues and restarts until it ends.
 
 _POLL_S, _ASK_EVERY_S = 0.5, 5.0
 
 
 class Follower:
-    """Reads what is appended to a file, from the end of what is there; a file that is replaced or cut is read from its
-    beginning."""
+    """Reader of appended data, starting at the current end; a replaced or truncated file is read from its beginning."""
 
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
@@ -124,7 +123,7 @@ class Follower:
         found = self._file.read()
         try:
             there = self._path.stat()
-        except FileNotFoundError:  # moved away: a new one comes, or none
+        except FileNotFoundError:  # moved away; a new file may follow
             return found
         if there.st_ino != os.fstat(self._file.fileno()).st_ino:
             self._file.close()
@@ -140,13 +139,13 @@ class Follower:
 
 
 class Printer:
-    """Prints pieces of logs as they come: raw at a terminal, whole lines elsewhere."""
+    """Printer of log pieces: raw at a terminal, whole lines elsewhere."""
 
     def __init__(self, raw: bool) -> None:
         self._raw, self._path, self._rest = raw, Path(), b""
 
-    def put(self, path: Path, new: bytes, *, headed: bool) -> None:
-        """More of one file; its name first where it is not the one before."""
+    def write(self, path: Path, new: bytes, *, headed: bool) -> None:
+        """Print more of one file, preceded by its name if the file has changed."""
         if not new:
             return
         if path != self._path:
@@ -162,7 +161,7 @@ class Printer:
             self._write(visible(line.decode("utf-8", "replace")).encode() + b"\n")
 
     def end(self) -> None:
-        """What is left of a line without an end."""
+        """Print a last line that has no newline."""
         if self._rest:
             self._write(visible(self._rest.decode("utf-8", "replace")).encode() + b"\n")
         self._rest = b""
@@ -173,36 +172,35 @@ class Printer:
         sys.stdout.flush()
 
 
-class Watch:
-    """How a task stands. Its scheduler is not asked more often than it likes; the end is in the history at once."""
+class StateWatch:
+    """State of a task. Queries to the scheduler are rate-limited; the end is read from the history immediately."""
 
     def __init__(self, member: Member) -> None:
         self._member, self._asked_at, self._last = member, float("-inf"), JobState("pending")
 
-    def look(self) -> JobState:
+    def poll(self) -> JobState:
         now = time.monotonic()
-        if now - self._asked_at >= _ASK_EVERY_S or has_ended(self._member):
+        if now - self._asked_at >= _ASK_EVERY_S or has_final_end(self._member):
             self._last, self._asked_at = job_state(self._member, query_queue([self._member])), now
         return self._last
 
 
 def follow(member: Member, rank: int | None, *, launcher: bool, lines: int) -> JobState:
-    """Print the ends of the files, then what is appended to them, until the task has ended for good; how it stands
-    then."""
+    """Print the last lines of the files, then appended data until the task has ended; return its final state."""
     followers: dict[Path, Follower] = {}
-    printer, watch = Printer(raw=sys.stdout.isatty()), Watch(member)
+    printer, watch = Printer(raw=sys.stdout.isatty()), StateWatch(member)
     own = rank_log(member, rank or 0)
     try:
         while True:
-            active = watch.look().active  # first: what is said before the end is read after it
+            active = watch.poll().active  # read the state first: output written before the end is then still printed
             files = [own] if own in followers else log_sources(member, rank, launcher=launcher)
             for path in files:
                 if path not in followers:
-                    followers[path] = Follower(path, path.stat().st_size - len(newest_log(path, lines)))
-                printer.put(path, followers[path].read(), headed=len(files) > 1)
+                    followers[path] = Follower(path, path.stat().st_size - len(last_bytes(path, lines)))
+                printer.write(path, followers[path].read(), headed=len(files) > 1)
             if not active:
                 printer.end()
-                return watch.look()
+                return watch.poll()
             time.sleep(_POLL_S)
     finally:
         for each in followers.values():

@@ -1,8 +1,9 @@
-"""`regen jobs stop`: save and end, or end at once."""
+"""`regen jobs stop` and `regen jobs resume`."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from launcher import slurm
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.job import LAUNCH, JobTask, Submission, new_folder
-from launcher.jobs.find import NEVER, JobState, Member, has_ended, job_state, query_queue, shown_name
+from launcher.jobs.find import NEVER, JobState, Member, has_final_end, job_state, query_queue, shown_name
 from launcher.jobs.table import duration
 from launcher.retry import End, is_complete, newest_step, now, read_history, write_entry
 from launcher.submit import SubmissionRequest, submit_to_slurm, take_snapshot
@@ -24,89 +25,90 @@ from regen_dist.config.run import Section
 from regen_dist.errors import BackendError, ConfigError, RegenError
 
 _POLL_S, _ASK_EVERY_S, _SAY_EVERY_S = 0.3, 3.0, 60.0
-_AT_ONCE = 200  # ids in one call of scancel
+_IDS_PER_CALL = 200  # job ids per call of scancel
 
 
-class Stopping:
-    """The stopping of some tasks: every look asks again for what has not been heard."""
+class StopRequest:
+    """Stop request for some tasks; every poll repeats it for tasks that have not received it."""
 
     def __init__(self, members: Sequence[Member], *, at_once: bool) -> None:
         self._active, self._at_once = list(members), at_once
-        self._told: set[str] = set()  # those that were sent a signal
+        self._signalled: set[str] = set()  # tasks that were sent a signal
         self._asked_at = float("-inf")
         here_alone = all(each.job.cluster.kind == "local" for each in members)
         self._ask_every_s = _POLL_S if here_alone else _ASK_EVERY_S
-        self.stands: dict[Member, JobState] = {}
+        self.states: dict[Member, JobState] = {}
 
-    def look(self) -> list[Member]:
-        """Which tasks go on still; they are told (again). Asks a scheduler only every few seconds.
+    def poll(self) -> list[Member]:
+        """Return the tasks that are still active, after requesting their stop (again); queries the scheduler every few
+        seconds.
 
         Raises:
-            BackendError: Slurm gives no answer, or refuses.
+            BackendError: Slurm does not answer, or refuses.
         """
-        left = [each for each in self._active if not has_ended(each)]
+        left = [each for each in self._active if not has_final_end(each)]
         if left and time.monotonic() - self._asked_at < self._ask_every_s:
             return left
         queue = query_queue(left, must=True)
-        self.stands |= {each: job_state(each, queue) for each in self._active}
+        self.states |= {each: job_state(each, queue) for each in self._active}
         self._asked_at = time.monotonic()
-        self._active = [each for each in left if self.stands[each].active]
-        self._tell(self._active)
-        self._leave_to_their_job()
+        self._active = [each for each in left if self.states[each].active]
+        self._request(self._active)
+        self._drop_pending_local()
         return self._active
 
-    def _leave_to_their_job(self) -> None:
-        """A task of this machine that waits for others, which are not stopped, is not waited for: it keeps its place,
-        and does not begin when its turn comes."""
+    def _drop_pending_local(self) -> None:
+        """Drop pending tasks of a local array whose other tasks are not stopped: such a task keeps its position and
+        does not start when its turn comes."""
         for job, members in _by_job(self._active):
-            if job.cluster.kind == "local" and not _all_that_is_left(job, members):
+            if job.cluster.kind == "local" and not _is_all_that_remains(job, members):
                 waiting = [each for each in members if not read_history(each.task.launch)]
-                self.stands |= dict.fromkeys(waiting, JobState("stopping", NEVER))
+                self.states |= dict.fromkeys(waiting, JobState("stopping", NEVER))
                 self._active = [each for each in self._active if each not in waiting]
 
-    def _tell(self, active: Sequence[Member]) -> None:
-        for member in active:  # also again: a rank that starts deletes the file, which was meant for an earlier start
+    def _request(self, active: Sequence[Member]) -> None:
+        for member in active:  # repeated: a starting rank deletes the file, which it takes for an old request
             member.task.folder.mkdir(parents=True, exist_ok=True)
             member.task.stop_file.touch()
         for job, members in _by_job(active):
             if job.cluster.kind == "slurm":
-                self._tell_slurm(members)
+                self._stop_in_slurm(members)
             else:
-                self._tell_here(job, members)
+                self._stop_locally(job, members)
 
-    def _tell_slurm(self, members: Sequence[Member]) -> None:
-        waiting = [each for each in members if self.stands[each].state in ("pending", "requeued")]
-        _scancel(waiting, "--state=PENDING")  # not one that has started meanwhile: it sees the file
-        working = self._new([each for each in members if each not in waiting])
+    def _stop_in_slurm(self, members: Sequence[Member]) -> None:
+        waiting = [each for each in members if self.states[each].state in ("pending", "requeued")]
+        _scancel(waiting, "--state=PENDING")  # a task that has started meanwhile reads the file STOP
+        working = self._not_signalled([each for each in members if each not in waiting])
         if self._at_once:
-            _scancel(working, "--signal=KILL", step=".0")  # the ranks alone: the batch script notes the end
+            _scancel(working, "--signal=KILL", step=".0")  # only the ranks: the batch script records the end
             _scancel(working)
         else:
             _scancel([each for each in working if each.task.progress is None], "--signal=TERM")
 
-    def _tell_here(self, job: Submission, members: Sequence[Member]) -> None:
-        """The process above all tasks is told where all shall end, else those above the single tasks."""
+    def _stop_locally(self, job: Submission, members: Sequence[Member]) -> None:
+        """Signal the supervisor of all tasks if all are to end, otherwise the supervisors of the single tasks."""
         if self._at_once:
             for process in _processes(job, members):
                 _kill(process, signal.SIGKILL)
-        elif _all_that_is_left(job, members):
-            if self._new(members):
+        elif _is_all_that_remains(job, members):
+            if self._not_signalled(members):
                 _kill(int(job.id() or 0), signal.SIGTERM)
         else:
-            for member in self._new([each for each in members if each.task.progress is None]):
+            for member in self._not_signalled([each for each in members if each.task.progress is None]):
                 for process in _controllers(member):
                     _kill(process, signal.SIGTERM)
 
-    def _new(self, members: Iterable[Member]) -> list[Member]:
-        """Those that have not been sent a signal yet: it is sent once."""
-        found = [each for each in members if each.queue_id not in self._told]
-        self._told |= {each.queue_id for each in found}
+    def _not_signalled(self, members: Iterable[Member]) -> list[Member]:
+        """Return the tasks that have not been sent a signal yet: each is signalled once."""
+        found = [each for each in members if each.queue_id not in self._signalled]
+        self._signalled |= {each.queue_id for each in found}
         return found
 
 
-def _all_that_is_left(job: Submission, members: Sequence[Member]) -> bool:
+def _is_all_that_remains(job: Submission, members: Sequence[Member]) -> bool:
     stopped = {each.index for each in members}
-    return all(has_ended(Member(job, index)) for index in range(len(job.tasks)) if index not in stopped)
+    return all(has_final_end(Member(job, index)) for index in range(len(job.tasks)) if index not in stopped)
 
 
 def _by_job(members: Sequence[Member]) -> list[tuple[Submission, list[Member]]]:
@@ -117,32 +119,32 @@ def _by_job(members: Sequence[Member]) -> list[tuple[Submission, list[Member]]]:
 
 
 def _scancel(members: Sequence[Member], *options: str, step: str = "") -> None:
-    """Tell Slurm; where it refuses, as for a job that has ended meanwhile, the next look tells what is."""
-    for first in range(0, len(members), _AT_ONCE):
+    """Call scancel; if Slurm refuses, for example because the job has just ended, the next poll finds the state."""
+    for first in range(0, len(members), _IDS_PER_CALL):
         try:
             slurm.run_program(
-                "scancel", *options, *(f"{each.queue_id}{step}" for each in members[first : first + _AT_ONCE])
+                "scancel", *options, *(f"{each.queue_id}{step}" for each in members[first : first + _IDS_PER_CALL])
             )
         except BackendError as error:
-            if not step:  # which may not have begun
+            if not step:  # the step may not have started
                 print(f"note: {error}", file=sys.stderr)
 
 
 def _controllers(member: Member) -> list[int]:
-    """The process of Submitit above a running task of this machine, which hands signals on."""
+    """Return the Submitit process that supervises a running local task and forwards signals."""
     history = read_history(member.task.launch)
     return [int(history[-1].start.job)] if history and history[-1].end is None else []
 
 
 def _processes(job: Submission, members: Sequence[Member]) -> list[int]:
-    """What to kill so that some tasks of this machine end at once; their ranks end with the process above them."""
-    whole = _all_that_is_left(job, members)
+    """Return the processes to kill to end local tasks immediately; their ranks end with their parent."""
+    whole = _is_all_that_remains(job, members)
     tops = [int(job.id() or 0)] if whole else [process for member in members for process in _controllers(member)]
     return [process for top in tops if top for process in [top, *_descendants(top)]]
 
 
 def _descendants(process: int) -> list[int]:
-    """All that a process has started, by whichever of its threads, and what these have."""
+    """Return all descendants of a process, across its threads."""
     children: list[int] = []
     for path in Path(f"/proc/{process}/task").glob("*/children"):
         try:
@@ -155,40 +157,40 @@ def _descendants(process: int) -> list[int]:
 def _kill(process: int, number: signal.Signals) -> None:
     try:
         os.kill(process, number)
-    except ProcessLookupError:  # it has ended by itself
+    except ProcessLookupError:  # it has ended meanwhile
         return
     except PermissionError:
-        raise RegenError(f"process {process} of the job belongs to somebody else, who alone can stop it") from None
+        raise RegenError(f"process {process} of the job belongs to another user, who has to stop it") from None
 
 
 def stop(members: Sequence[Member], root: Path, *, at_once: bool, wait: bool) -> bool:
-    """Stop some tasks, and tell how each ended; whether all ended well.
+    """Stop some tasks and print how each ended; return whether all ended without failure.
 
     Args:
-        at_once: without saving.
-        wait: until they have ended; else they are told once.
+        at_once: end without saving.
+        wait: wait until they have ended; otherwise request the stop once.
 
     Raises:
-        BackendError: Slurm gives no answer.
+        BackendError: Slurm does not answer.
     """
-    stopping = Stopping(members, at_once=at_once)
-    active = stopping.look()
-    before = {each for each in members if not stopping.stands[each].active}
+    stopping = StopRequest(members, at_once=at_once)
+    active = stopping.poll()
+    before = {each for each in members if not stopping.states[each].active}
     if not wait:
         for member in [each for each in members if each not in before]:
-            print(f"{shown_name(member.task.folder, root)}: was told to {'end' if at_once else 'save and end'}")
+            print(f"{shown_name(member.task.folder, root)}: asked to {'end' if at_once else 'save and end'}")
     elif active:
         _wait(stopping, active, root, at_once=at_once)
     for member in members:
         if member in before or wait:
-            _say(member, stopping.stands[member], root, was_over=member in before)
-    return not wait or all(stopping.stands[each].state in ("stopped", "stopping", "done") for each in members)
+            _print_end(member, stopping.states[member], root, was_over=member in before)
+    return not wait or all(stopping.states[each].state in ("stopped", "stopping", "done") for each in members)
 
 
-def _wait(stopping: Stopping, active: list[Member], root: Path, *, at_once: bool) -> None:
+def _wait(stopping: StopRequest, active: list[Member], root: Path, *, at_once: bool) -> None:
     began = said = time.monotonic()
     told = active
-    while active := stopping.look():
+    while active := stopping.poll():
         if time.monotonic() - said > _SAY_EVERY_S:
             said = time.monotonic()
             names = ", ".join(shown_name(each.task.folder, root) for each in active[:3])
@@ -197,11 +199,11 @@ def _wait(stopping: Stopping, active: list[Member], root: Path, *, at_once: bool
         time.sleep(_POLL_S)
     if at_once:
         for member in told:
-            _note_end(member)
+            _record_end(member)
 
 
-def _note_end(member: Member) -> None:
-    """Where nobody was left to note it: else the next start would take it for a failure."""
+def _record_end(member: Member) -> None:
+    """Record the end if no process is left to do so; otherwise the next start would count it as a failure."""
     history = read_history(member.task.launch)
     if history and history[-1].end is None:
         text = "ended by `regen jobs stop --now`"
@@ -209,47 +211,48 @@ def _note_end(member: Member) -> None:
         write_entry(member.task.launch, entry)
 
 
-def _say(member: Member, stands: JobState, root: Path, *, was_over: bool) -> None:
+def _print_end(member: Member, state: JobState, root: Path, *, was_over: bool) -> None:
     name = shown_name(member.task.folder, root)
     over = "has ended before: " if was_over else ""
-    text = f"{name}: {over}{stands.state}{f' ({stands.note})' if stands.note else ''}"
+    text = f"{name}: {over}{state.state}{f' ({state.note})' if state.note else ''}"
     step = newest_step(member.task.progress)
     if member.task.progress is not None and step is not None:
         text += f"; saved at step {step} of {member.task.progress.steps}"
-    print(text if stands.state in ("done", "stopping") else f"{text}; to go on: regen jobs resume {name}")
+    print(text if state.state in ("done", "stopping") else f"{text}; to go on: regen jobs resume {shlex.quote(name)}")
 
 
-# `regen jobs resume`: the newest submission again, or what is left of it.
+# `regen jobs resume`: submit the newest submission again, or its incomplete tasks.
 
 
-def left_to_do(members: Sequence[Member], root: Path, *, force: bool = False) -> list[Member]:
-    """The tasks that have ended without being complete.
+def incomplete_tasks(members: Sequence[Member], root: Path, *, force: bool = False) -> list[Member]:
+    """Return the tasks that have ended without being complete.
 
     Args:
-        force: where Slurm does not answer, believe the histories; and take what has never said its last word for ended.
+        force: if Slurm does not answer, trust the histories and treat tasks without a recorded end as ended.
 
     Raises:
-        ConfigError: there are none: they run, or are complete.
+        ConfigError: there are none: they are running or complete.
         BackendError: Slurm does not answer.
     """
     queue = query_queue(members, must=not force)
-    stands = {each: job_state(each, queue) for each in members}
-    idle = [each for each in members if not stands[each].active or (force and queue.told(each) is None)]
+    states = {each: job_state(each, queue) for each in members}
+    idle = [each for each in members if not states[each].active or (force and queue.state_of(each) is None)]
     if found := [each for each in idle if not _complete(each.task)]:
         return found
-    raise ConfigError(_refusal(stands, root))
+    raise ConfigError(_refusal_text(states, root))
 
 
-def _refusal(stands: dict[Member, JobState], root: Path) -> str:
-    active = [each for each, stand in stands.items() if stand.active]
+def _refusal_text(states: dict[Member, JobState], root: Path) -> str:
+    active = [each for each, stand in states.items() if stand.active]
     if not active:
-        names = sorted({shown_name(each.base, root) for each in stands})
+        names = sorted({shown_name(each.base, root) for each in states})
         return f"{', '.join(names)}: nothing is left to do, all is complete; for more steps submit it again with them"
     first = active[0]
-    name, state = shown_name(first.task.folder, root), stands[first].state
+    name, state = shown_name(first.task.folder, root), states[first].state
     more = f" (and {len(active) - 1} more)" if len(active) > 1 else ""
     return (
-        f"{name}{more}: cannot be resumed while it is {state}, as job {first.queue_id}; `regen jobs stop {name}` first"
+        f"{name}{more}: cannot be resumed while it is {state}, as job {first.queue_id}; "
+        f"`regen jobs stop {shlex.quote(name)}` first"
     )
 
 
@@ -259,16 +262,16 @@ def _complete(task: JobTask) -> bool:
 
 
 def changed_cluster(job: Submission, name: str | None, overrides: Sequence[str]) -> tuple[ClusterConfig, str]:
-    """Where it shall run now: where it ran, or the cluster `name`, with what the command line changes.
+    """Return the cluster to resume on: the previous one or the cluster `name`, with the overrides.
 
     Raises:
-        ConfigError: an override is wrong, or there is no such cluster.
+        ConfigError: an override is invalid, or the cluster does not exist.
     """
     if name is not None:
         return load_cluster(name, overrides), name
     if not overrides:
         return job.cluster, job.cluster_name
-    with tempfile.TemporaryDirectory() as folder:  # overrides are laid over files
+    with tempfile.TemporaryDirectory() as folder:  # overrides are applied to files
         path = Path(folder) / f"{job.cluster_name.replace('/', '_')}.yaml"
         path.write_text(_to_yaml(job.cluster), encoding="utf-8")
         try:
@@ -278,7 +281,7 @@ def changed_cluster(job: Submission, name: str | None, overrides: Sequence[str])
 
 
 def _to_yaml(section: Section) -> str:
-    """Any section of a config as YAML."""
+    """Return any config section as YAML."""
     import yaml
 
     return str(yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -287,10 +290,10 @@ def _to_yaml(section: Section) -> str:
 def rebuild_request(
     members: Sequence[Member], cluster: str | None, overrides: Sequence[str]
 ) -> tuple[Submission, SubmissionRequest]:
-    """What to submit: the newest job that has some of the tasks, and an order of these tasks alone.
+    """Return the newest job that contains some of the tasks, and a request for these tasks alone.
 
     Raises:
-        ConfigError: they are of several folders; or the cluster, or the config of a run, is wrong.
+        ConfigError: they are in several folders; or the cluster or the config of a run is invalid.
     """
     by_base: dict[Path, list[Member]] = {}
     for member in members:
@@ -310,14 +313,14 @@ def rebuild_request(
 
 
 def resubmit(job: Submission, request: SubmissionRequest, *, new_code: bool = False) -> Submission:
-    """Submit an order of tasks of `job`: from the folder it was submitted from, with its code or a new copy.
+    """Submit a request for tasks of `job` from its working directory, with its code or a new snapshot.
 
     Raises:
-        RegenError: its code is gone, or as of `launcher.submit.submit`.
+        RegenError: its code is gone; or see `launcher.submit.submit`.
     """
     code = take_snapshot(request.base / LAUNCH / "code") if new_code else job.code
     if not code.is_dir():
-        raise RegenError(f"{code}: the copy of the code is gone; --new-code takes one of the code that is installed")
+        raise RegenError(f"{code}: the code snapshot is gone; --new-code takes one of the installed code")
     changes = {
         "cluster": request.cluster, "cluster_name": request.cluster_name, "tasks": request.tasks,
         "folder": new_folder(request.base), "code": code, "submitted": time.time(),

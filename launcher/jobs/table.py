@@ -1,4 +1,4 @@
-"""Rows as a table of a terminal."""
+"""`regen jobs`: the table of jobs and their figures."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-# How far a run is, from the ends of its files: a record may have gigabytes.
+# Progress of a run, read from the ends of its files: a record may have gigabytes.
 
 TAIL_BYTES, LONG_TAIL_BYTES = 64 * 2**10, 2**20
-QUIET_S = 60.0  # heartbeats come every few seconds
-_STANDS_S = 60.0  # longer than a step should take; what takes longer is named, and may be right
+QUIET_S = 60.0  # heartbeats are written every few seconds
+_STANDS_S = 60.0  # longer than a normal step; a longer phase is reported, but may be legitimate
 _SPEED_LINES = 50
 
 
 class RunFigures(NamedTuple):
-    """What the table shows of a training; None for what is not known."""
+    """Figures of a training run; None if unknown."""
 
     step: int | None = None
     loss: float | None = None
     clips_per_s: float | None = None
-    step_s: float | None = None  # with saves and validation, over the newest lines
+    step_s: float | None = None  # including saves and validation, over the newest lines
     saved_step: int | None = None
     saved_age_s: float | None = None
 
 
 def run_figures(task: JobTask, history: Sequence[Attempt]) -> RunFigures:
-    """Of a training task.
+    """Return the figures of a training task.
 
     Args:
         history: all its starts.
@@ -80,12 +80,12 @@ def run_figures(task: JobTask, history: Sequence[Attempt]) -> RunFigures:
 
 
 def read_tail(path: Path, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
-    """The newest lines of a record, oldest first; empty where there is none."""
+    """Return the newest lines of a record, oldest first; empty if there is none."""
     return list(_parsed(read_end(path, size).splitlines()))
 
 
 def read_end(path: Path, size: int) -> str:
-    """The last `size` bytes of a file, without the line that this cuts; "" where there is no file."""
+    """Return the last `size` bytes of a file without the first, partial line; "" if there is no file."""
     try:
         with path.open("rb") as file:
             length = file.seek(0, os.SEEK_END)
@@ -100,22 +100,22 @@ def _parsed(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
     for text in lines:
         try:
             line = json.loads(text)
-        except ValueError:  # cut short by a crash
+        except ValueError:  # truncated by a crash
             continue
         if isinstance(line, dict) and {"kind", "step", "time"} <= line.keys():
             yield line
 
 
 def _pace(lines: Sequence[dict[str, Any]]) -> float | None:
-    """Seconds a step."""
+    """Return the seconds per step."""
     if len(lines) < 2 or lines[-1]["step"] <= lines[0]["step"]:
         return lines[-1].get("step_s") if lines else None
     return float((lines[-1]["time"] - lines[0]["time"]) / (lines[-1]["step"] - lines[0]["step"]))
 
 
 def _saved(task: JobTask, lines: Sequence[dict[str, Any]]) -> tuple[int | None, float | None]:
-    """The newest checkpoint, and when it was saved: by the pointer where it is a file, else by the record, since a
-    table of many runs shall not wait for many stores."""
+    """Return step and time of the newest checkpoint: from the pointer if it is a local file, otherwise from the record,
+    since the table of many runs must not wait for many stores."""
     if task.progress and "://" not in task.progress.checkpoints:
         pointer = Path(task.progress.checkpoints) / "latest"
         try:
@@ -135,7 +135,7 @@ def _saves(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def heartbeat_age_s(run: Path, since: float = 0.0) -> float | None:
-    """Seconds since any rank wrote its heartbeat; None where none did after `since`."""
+    """Return the seconds since any rank wrote its heartbeat; None if none did after `since`."""
     try:
         with os.scandir(run / "heartbeats") as entries:
             times = [each.stat().st_mtime for each in entries if each.name.endswith(".json")]
@@ -145,27 +145,27 @@ def heartbeat_age_s(run: Path, since: float = 0.0) -> float | None:
     return max(time.time() - newest, 0.0) if newest > since else None
 
 
-def first_beat(run: Path) -> Beat | None:
-    """What rank 0 has said last."""
+def newest_heartbeat(run: Path) -> Beat | None:
+    """Return the newest heartbeat of rank 0."""
     return parse_beat(read_text(beat_path(run, 0)))
 
 
-def warning_of(run: Path, since: float) -> str:
-    """What looks wrong with the heartbeats of a running start, or ""."""
+def heartbeat_warning(run: Path, since: float) -> str:
+    """Return a warning about the heartbeats of a running start, or ""."""
     age_s = heartbeat_age_s(run, since)
     if age_s is None:
         late_s = time.time() - since
         return f"no heartbeat since it started {duration(late_s)} ago" if late_s > 2 * QUIET_S else ""
     if age_s > QUIET_S:
         return f"no heartbeat for {duration(age_s)}"
-    beat = first_beat(run)
+    beat = newest_heartbeat(run)
     if beat and not beat.left and beat.stood_s > _STANDS_S:
         return f"rank 0 is in '{beat.phase}' for {duration(beat.stood_s)}"
     return ""
 
 
 def duration(seconds: float) -> str:
-    """As short as it can be read: 45s, 12m, 3h05, 2d7h."""
+    """Format a duration briefly: 45s, 12m, 3h05, 2d7h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -176,16 +176,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600}h"
 
 
-# The rows of the table: one for each task, or one for a whole array of many.
+# Rows of the table: one per task, or one for a large array.
 
-# Of the states of an array's tasks the first one stands for it.
+# The first of these states that occurs in an array is the state of the array.
 _ORDER: tuple[State, ...] = ("running", "stopping", "requeued", "pending", "failed", "lost", "stopped", "done")
-UNFOLDED = 8  # arrays of more tasks are one row, and one for each task that failed, up to so many
+UNFOLDED = 8  # larger arrays are one row, plus one per failed task, up to this number
 
 
 @dataclass(frozen=True)
 class JobRow:
-    """What is known of a task, or of an array of many tasks; None for what is not."""
+    """Facts of a task or of a large array; None if unknown."""
 
     run: str
     state: State
@@ -204,15 +204,15 @@ class JobRow:
     checkpoint_step: int | None = None
     checkpoint_age_s: float | None = None
     heartbeat_age_s: float | None = None
-    tasks: dict[str, int] | None = None  # of an array: how many are in each state
+    tasks: dict[str, int] | None = None  # arrays: number of tasks in each state
 
     def to_json(self) -> dict[str, Any]:
-        """For scripts: every field by its name."""
+        """Return every field by name, for scripts."""
         return asdict(self)
 
 
 def rows(found: FoundJobs, queue: Queue, root: Path, *, fold: bool = True) -> list[JobRow]:
-    """A row for each task; arrays of many tasks are folded into one, except what has failed."""
+    """Return one row per task; large arrays are folded into one row, except failed tasks."""
     each_plain = [row for folder in found.plain if (row := _plain_row(folder, root)) is not None]
     return [*each_plain, *(row for run in found.runs for row in _run_rows(run, queue, root, fold))]
 
@@ -228,15 +228,15 @@ def _run_rows(run: SubmittedRun, queue: Queue, root: Path, fold: bool) -> list[J
 
 
 def task_row(member: Member, queue: Queue, root: Path) -> JobRow:
-    """The row of one task."""
+    """Return the row of a task."""
     job, task = member.job, member.task
     history = read_history(task.launch)
     known = run_figures(task, history) if task.progress else RunFigures()
     steps = task.progress.steps if task.progress else None
     complete = steps is not None and known.saved_step is not None and known.saved_step >= steps
-    stands = job_state(member, queue, complete=complete)
+    state = job_state(member, queue, complete=complete)
     row = JobRow(
-        run=shown_name(task.folder, root), state=stands.state, note=stands.note, folder=str(task.folder),
+        run=shown_name(task.folder, root), state=state.state, note=state.note, folder=str(task.folder),
         job=member.queue_id, cluster=job.cluster_name, nodes=job.cluster.nodes,
         ranks_per_node=job.cluster.ranks_per_node if job.distributed else 1, restarts=max(len(history) - 1, 0),
     )  # fmt: skip
@@ -247,7 +247,7 @@ def task_row(member: Member, queue: Queue, root: Path) -> JobRow:
 
 
 def _with_figures(row: JobRow, known: RunFigures, progress: Progress) -> JobRow:
-    """Speed and the time that is left are those of a run that runs."""
+    """Add the figures; speed and remaining time only while the run is running."""
     runs = row.state in ("running", "stopping")
     left_s = None
     if runs and known.step_s is not None and known.step is not None:
@@ -262,7 +262,7 @@ def _with_figures(row: JobRow, known: RunFigures, progress: Progress) -> JobRow:
 def _with_heartbeat(row: JobRow, task: JobTask, began: float) -> JobRow:
     if row.state not in ("running", "stopping"):
         return row
-    doubt = warning_of(task.folder, began)
+    doubt = heartbeat_warning(task.folder, began)
     note = "; ".join(filter(None, [row.note, doubt]))
     return replace(row, note=note, heartbeat_age_s=heartbeat_age_s(task.folder, began))
 
@@ -287,8 +287,8 @@ def _folded(run: SubmittedRun, all_rows: Sequence[JobRow], root: Path) -> JobRow
 
 
 def _plain_row(folder: Path, root: Path) -> JobRow | None:
-    """A run that `regen train` was called for; None where it left no readable heartbeat."""
-    beat, age_s = first_beat(folder), heartbeat_age_s(folder)
+    """Return the row of a run started by `regen train`; None without a readable heartbeat."""
+    beat, age_s = newest_heartbeat(folder), heartbeat_age_s(folder)
     if beat is None or age_s is None:
         return None
     steps = _steps(folder)
@@ -297,16 +297,16 @@ def _plain_row(folder: Path, root: Path) -> JobRow | None:
         progress=Progress(checkpoints=str(folder / "checkpoints"), steps=steps or 1),
     )  # fmt: skip
     known = run_figures(task, ())
-    stands = _by_beat(beat.left, beat.why, age_s, finished=steps is not None and (known.step or 0) >= steps)
+    state = _state_by_heartbeat(beat.left, beat.why, age_s, finished=steps is not None and (known.step or 0) >= steps)
     row = JobRow(
-        run=shown_name(folder, root), state=stands.state, note=stands.note, folder=str(folder),
-        heartbeat_age_s=age_s if stands.active else None,
+        run=shown_name(folder, root), state=state.state, note=state.note, folder=str(folder),
+        heartbeat_age_s=age_s if state.active else None,
     )  # fmt: skip
     shown = _with_figures(row, known, task.progress) if task.progress else row
     return shown if steps else replace(shown, steps=None, eta_s=None)
 
 
-def _by_beat(left: str, why: str, age_s: float, *, finished: bool) -> JobState:
+def _state_by_heartbeat(left: str, why: str, age_s: float, *, finished: bool) -> JobState:
     if why:
         return JobState("failed", why.splitlines()[0])
     if left:
@@ -321,13 +321,13 @@ def _steps(folder: Path) -> int | None:
         return None
 
 
-_WIDE = 130  # columns from which on notes and job ids have columns of their own
+_WIDE = 130  # minimum width in columns at which notes and job ids get their own columns
 _COLOURS = {"running": "green", "stopping": "yellow", "requeued": "yellow", "failed": "red", "lost": "red"}
 _NUMBERS = ("size", "again", "step", "loss", "clips/s", "ETA", "saved")
 
 
 def print_rows(console: Console, rows: Sequence[JobRow]) -> None:
-    """A table; where it is narrow, what there is to say stands under it."""
+    """Print the table; if it is narrow, notes are printed below it."""
     wide = console.width >= _WIDE
     console.print(_table(rows, wide))
     for row in rows if not wide else ():
@@ -357,7 +357,7 @@ def _table(rows: Sequence[JobRow], wide: bool) -> Table:
 
 
 def _plain(text: str, style: str = "") -> Text:
-    """Without markup: a name may hold brackets."""
+    """Return text without markup: a name may contain brackets."""
     from rich.text import Text
 
     return Text(text, style=style)
@@ -385,30 +385,33 @@ def _table_saved(row: JobRow, wide: bool) -> str:
     return f"{row.checkpoint_step}, {age} ago" if wide else f"{row.checkpoint_step} {age}"
 
 
-# `regen jobs`: the table, once or again and again.
+# `regen jobs`: the table, once or repeatedly.
 
 
 def list_jobs(root: Path, *, fold: bool = True) -> tuple[list[JobRow], list[str]]:
-    """The rows of every run under `root`, and what could not be found out.
+    """Return the rows of every run under `root`, and the problems met.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: the folder does not exist.
     """
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder; give the one that holds the runs by --root")
     found = find_jobs(root)
     queue = query_queue([member for run in found.runs for member in run.members])
-    return rows(found, queue, root, fold=fold), [*_silence(queue), *(f"left out: {text}" for text in found.unread)]
+    return rows(found, queue, root, fold=fold), [
+        *_no_answer_note(queue),
+        *(f"left out: {text}" for text in found.unread),
+    ]
 
 
-def _silence(queue: Queue) -> list[str]:
-    if not queue.silence:
+def _no_answer_note(queue: Queue) -> list[str]:
+    if not queue.no_answer:
         return []
-    return [f"Slurm does not answer ({queue.silence}): the states of its jobs are those of their own histories"]
+    return [f"Slurm does not answer ({queue.no_answer}): the states of its jobs are taken from their histories"]
 
 
 def show(root: Path, *, as_json: bool, fold: bool, every_s: float | None) -> None:
-    """Print the table; with `every_s` until Ctrl-C."""
+    """Print the table; with `every_s`, repeat until Ctrl-C."""
     from rich.console import Console
 
     console = Console()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def pipeline(
     file: Annotated[Path, typer.Argument(help="A YAML file under configs/pipelines/.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+        list[str] | None, typer.Argument(help="Pipeline overrides, as a.b=value.", metavar="[a.b=c …]")
     ] = None,
     cluster: Cluster = "local",
     settings: Set = None,
@@ -27,37 +27,37 @@ def pipeline(
     force: Force = False,
     wait: Wait = False,
 ) -> None:
-    """Run jobs that depend on each other; what is complete is skipped, so the same command goes on where it stopped.
+    """Run dependent jobs; complete steps are skipped, so the same command continues an interrupted pipeline.
 
     On Slurm all steps are submitted at once, with dependencies; on this machine they run one after the other, and the
-    command comes back when they are done.
+    command returns when they are done.
 
     Example: regen submit pipeline configs/pipelines/paper.yaml --cluster slurm
     """
     from launcher.cluster import load_cluster
     from launcher.pipelines.planning import plan
-    from launcher.pipelines.run import check_all, held, run_here, run_on_slurm, wait_for_jobs
+    from launcher.pipelines.run import check_all, pipeline_lock, run_locally, run_on_slurm, wait_for_jobs
     from launcher.pipelines.schema import load_pipeline
 
     found = load_pipeline(file, overrides or [])
     if dry_run:
         _show(plan(found, cluster, settings or []))
         return
-    with held(found.folder, _warn):
+    with pipeline_lock(found.folder, _warn):
         planned = plan(found, cluster, settings or [])
         if all(each.state == "complete" for each in planned):
             _say("\n".join([*(f"{each.name}: skipped, {each.why}" for each in planned), "nothing is left to do"]))
             return
-        check_all(planned, force=force, tell=_warn)
+        check_all(planned, force=force, emit=_warn)
         if load_cluster(cluster, settings or []).kind == "local":
-            raise typer.Exit(run_here(planned, _say))
+            raise typer.Exit(run_locally(planned, _say))
         jobs = run_on_slurm(planned, _say)
     if wait:
         raise typer.Exit(wait_for_jobs(jobs, _say))
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)  # whoever reads it from a pipe wants it while the steps run
+    print(text, flush=True)  # readers of a pipe need each line while the steps run
 
 
 def _warn(text: str) -> None:

@@ -1,7 +1,8 @@
-"""Which steps of a pipeline are complete, which are on their way, and which must run."""
+"""Plan of a pipeline: steps that are complete, running, or to be run."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from regen_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step, what it would submit, and what stands in the way of that.
+    """A step, the request it would submit, and a problem that prevents that.
 
-    complete: nothing is left to do. alive: an earlier submission runs or waits (`job`). run: `order`, which may be a
+    complete: nothing is left to do. alive: an earlier submission (`job`) runs or waits. run: `request`, which may be
     part of an array, is to be submitted.
     """
 
@@ -32,26 +33,26 @@ class PlannedStep:
     state: Literal["complete", "alive", "run"]
     why: str
     job: Submission | None = None
-    problem: str = ""  # why this cannot go on as it is
+    problem: str = ""  # why the step cannot proceed
 
 
-class Left(NamedTuple):
-    """The tasks of a step that are still to be run, and why; or why none is."""
+class Remaining(NamedTuple):
+    """Tasks of a step that are still to be run, and the reason; or the reason why there are none."""
 
     tasks: Sequence[JobTask]
     why: str
 
 
 def plan(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> list[PlannedStep]:
-    """Every step, each behind those that it waits for.
+    """Return every step, each after its predecessors.
 
     Args:
-        pipeline: what to run.
-        cluster: name of the place.
-        settings: changes to its file, for every step; a step's own come after them.
+        pipeline: pipeline to run.
+        cluster: name of the cluster.
+        settings: cluster overrides for every step; a step's own overrides follow them.
 
     Raises:
-        ConfigError: with the problems of all steps: a config or a cluster is wrong, or two steps share a folder.
+        ConfigError: lists the problems of all steps: an invalid config or cluster, or two steps with one folder.
     """
     orders = _orders(pipeline, cluster, settings)
     planned: dict[str, PlannedStep] = {}
@@ -100,80 +101,85 @@ def _planned(name: str, step: Step, request: SubmissionRequest, before: Mapping[
     names, job = tuple(before), newest_job(request.base)
     if job is not None and is_alive(job):
         why = f"job {job.id()} runs or waits"
-        return PlannedStep(name, step, names, request, "alive", why, job, _conflict(job, request, before))
-    left = _left_of_training(request, job, before) if request.configs else _left_of_command(request, step, job, before)
+        return PlannedStep(name, step, names, request, "alive", why, job, _conflict_text(job, request, before))
+    left = (
+        _remaining_training(request, job, before) if request.configs else _remaining_command(request, step, job, before)
+    )
     if not left.tasks:
         return PlannedStep(name, step, names, request, "complete", left.why, job)
     part = request if len(left.tasks) == len(request.tasks) else request.part(left.tasks)
     return PlannedStep(name, step, names, part, "run", left.why, job)
 
 
-def _conflict(job: Submission, request: SubmissionRequest, before: Mapping[str, PlannedStep]) -> str:
-    """Why a job that runs or waits is not the one that is wanted; "" where it is."""
+def _conflict_text(job: Submission, request: SubmissionRequest, before: Mapping[str, PlannedStep]) -> str:
+    """Return why a running or pending job is not the wanted one; "" if it is."""
     what = f"job {job.id()} ({job.cluster_name}) runs or waits"
-    first = f"wait for it, or end it first: regen jobs stop {request.base}"
+    first = f"wait for it, or end it first: regen jobs stop {shlex.quote(str(request.base))}"
     if job.cluster.kind != request.cluster.kind:
         return f"{what}, elsewhere than on {request.cluster_name}; {first}"
     if job.fingerprint != request.fingerprint:
         return f"{what} with another {'config' if request.configs else 'command'} than this one; {first}"
     if again := [name for name, each in before.items() if each.state == "run"]:
-        return f"{what}, while {_and(again)} before it must run again; {first}"
+        return f"{what}, while {_joined(again)} before it must run again; {first}"
     if failed := [task.name for task in job.tasks if _has_failed(task)]:
-        return f"{what}, but {_and(failed)} failed, so that what follows would be cancelled; {first}"
+        return f"{what}, but {_joined(failed)} failed, so that what follows would be cancelled; {first}"
     return ""
 
 
 def _has_failed(task: JobTask) -> bool:
-    """Whether a task has ended for good, without being done."""
+    """Return whether a task has ended unsuccessfully."""
     history = read_history(task.launch)
     end = history[-1].end if history else None
     return end is not None and not end.again and end.why != "done"
 
 
-def _left_of_training(request: SubmissionRequest, job: Submission | None, before: Mapping[str, PlannedStep]) -> Left:
-    """Told by the checkpoints. Training that is complete is never thrown away because something before it changed."""
+def _remaining_training(
+    request: SubmissionRequest, job: Submission | None, before: Mapping[str, PlannedStep]
+) -> Remaining:
+    """Return the tasks that remain by their checkpoints. Complete training is never discarded because of other
+    changes."""
     (task,), (config,) = request.tasks, request.configs
     step, steps = newest_step(task.progress), config.train.steps
     if step is None:
-        return Left(request.tasks, "how far it is could not be told")
+        return Remaining(request.tasks, "its progress could not be determined")
     if step < steps:
-        return Left(request.tasks, f"it is at step {step} of {steps}" if step or job else "it has not run yet")
+        return Remaining(request.tasks, f"it is at step {step} of {steps}" if step or job else "it has not run yet")
     changes = ["its config has changed"] if job is not None and job.fingerprint != request.fingerprint else []
-    changes += [f"{_and(again)} runs before it" for again in [_not_complete(before)] if again]
-    changes += [f"{_and(newer)} ran again after it" for newer in [_newer(job, before)] if newer]
+    changes += [f"{_joined(again)} runs before it" for again in [_incomplete_predecessors(before)] if again]
+    changes += [f"{_joined(newer)} ran again after it" for newer in [_newer_predecessors(job, before)] if newer]
     remark = f", though {' and '.join(changes)}: another name in its config trains anew" if changes else ""
-    return Left((), f"all {steps} steps are done{remark}")
+    return Remaining((), f"all {steps} steps are done{remark}")
 
 
-def _left_of_command(
+def _remaining_command(
     request: SubmissionRequest, step: Step, job: Submission | None, before: Mapping[str, PlannedStep]
-) -> Left:
-    """Told by the histories of its tasks and by its outputs, if they are those of this command and of what is before
-    it now."""
+) -> Remaining:
+    """Return the tasks that remain by their histories and outputs, if these belong to this command and to the current
+    predecessors."""
     if job is None:
-        return Left(request.tasks, "it has not run yet")
-    if again := _not_complete(before):
-        return Left(request.tasks, f"{_and(again)} runs before it")
+        return Remaining(request.tasks, "it has not run yet")
+    if again := _incomplete_predecessors(before):
+        return Remaining(request.tasks, f"{_joined(again)} runs before it")
     if job.fingerprint != request.fingerprint:
-        return Left(request.tasks, "its command or its inputs have changed")
-    if newer := _newer(job, before):
-        return Left(request.tasks, f"{_and(newer)} ran again after it")
+        return Remaining(request.tasks, "its command or its inputs have changed")
+    if newer := _newer_predecessors(job, before):
+        return Remaining(request.tasks, f"{_joined(newer)} ran again after it")
     left = [task for task in request.tasks if not is_complete(read_history(task.launch), step=None, steps=None)]
     gone = missing_outputs(request, step)
     makers = [task for tasks in gone.values() for task in tasks]
     texts = [f"{_tasks(left, request)} not ended well"] if left else []
     texts += [f"{_first(gone)} not there"] if gone else []
-    return Left(
+    return Remaining(
         [each for each in request.tasks if each in left or each in makers], "; ".join(texts) or "its output is complete"
     )
 
 
-def _not_complete(before: Mapping[str, PlannedStep]) -> list[str]:
+def _incomplete_predecessors(before: Mapping[str, PlannedStep]) -> list[str]:
     return [name for name, each in before.items() if each.state != "complete"]
 
 
-def _newer(job: Submission | None, before: Mapping[str, PlannedStep]) -> list[str]:
-    """Steps that were submitted again later than this one, as when a pipeline was interrupted between them."""
+def _newer_predecessors(job: Submission | None, before: Mapping[str, PlannedStep]) -> list[str]:
+    """Return the predecessors that were submitted after this step, as after an interrupted pipeline."""
     return [name for name, each in before.items() if job and each.job and each.job.submitted > job.submitted]
 
 
@@ -186,5 +192,5 @@ def _first(gone: Mapping[str, object]) -> str:
     return f"{next(iter(gone))} is" if not more else f"{next(iter(gone))} and {more} more are"
 
 
-def _and(names: Sequence[str]) -> str:
+def _joined(names: Sequence[str]) -> str:
     return " and ".join(names)

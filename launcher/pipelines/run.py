@@ -1,4 +1,4 @@
-"""Submits the steps of a plan: to Slurm at once, as jobs that depend on each other; on this machine one by one."""
+"""Execution of a plan: on Slurm as dependent jobs, all at once; on this machine one step after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import FrameType
 from launcher import slurm
 from launcher.job import LAUNCH, Submission
 from launcher.pipelines.planning import PlannedStep
-from launcher.pipelines.schema import made, missing_outputs
+from launcher.pipelines.schema import expected_products, missing_outputs
 from launcher.preflight import check
 from launcher.preflight.report import PreflightError
 from launcher.retry import read_history
@@ -22,16 +22,16 @@ from launcher.script import batch_script
 from launcher.submit import submit, wait_for
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, DataError, RegenError
 
-Tell = Callable[[str], None]
+Emit = Callable[[str], None]
 _LOCK = "pipeline.lock"
 
 
 @contextmanager
-def held(folder: Path, tell: Tell) -> Iterator[None]:
-    """One command at a time works on a pipeline: two would submit each step twice.
+def pipeline_lock(folder: Path, emit: Emit) -> Iterator[None]:
+    """Lock a pipeline for one command at a time: two would submit each step twice.
 
     Raises:
-        RegenError: another does.
+        RegenError: another command holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("a+") as lock:
@@ -39,17 +39,17 @@ def held(folder: Path, tell: Tell) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise RegenError(f"{folder}: another `regen submit pipeline` ({lock.read().strip()}) works on it") from None
+            raise RegenError(f"{folder}: in use by another `regen submit pipeline` ({lock.read().strip()})") from None
         except OSError as error:
-            tell(f"note: {folder}: no locks there ({error.strerror}); see to it that no other command works on it")
+            emit(f"note: {folder} supports no locks ({error.strerror}); make sure that no other command works on it")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         lock.flush()
         yield
 
 
-def problems(plan: Sequence[PlannedStep], tell: Tell) -> list[str]:
-    """What the checks of all steps find, each with its step. What an earlier step makes need not be there yet."""
+def problems(plan: Sequence[PlannedStep], emit: Emit) -> list[str]:
+    """Return the preflight problems of all steps. Outputs of earlier steps need not exist yet."""
     produced, found = list[str](), list[str]()
     for planned in plan:
         if planned.problem:
@@ -58,29 +58,29 @@ def problems(plan: Sequence[PlannedStep], tell: Tell) -> list[str]:
             report = check(planned.request, produced=produced)
             found += [f"{planned.name}: {problem}" for problem in report.problems]
             for note in report.notes:
-                tell(f"note: {planned.name}: {note}")
+                emit(f"note: {planned.name}: {note}")
         if planned.state != "complete":
-            produced += made(planned.step, planned.request)
+            produced += expected_products(planned.step, planned.request)
     return found
 
 
-def check_all(plan: Sequence[PlannedStep], *, force: bool, tell: Tell) -> None:
-    """The checks of every step that is to run, told together.
+def check_all(plan: Sequence[PlannedStep], *, force: bool, emit: Emit) -> None:
+    """Run the checks of every step to be run and report all problems together.
 
     Raises:
-        PreflightError: there are problems, and no force: then nothing is submitted.
+        PreflightError: there are problems and `force` is not set; nothing is submitted.
     """
-    found = problems(plan, tell)
+    found = problems(plan, emit)
     if found and not force:
         listed = "\n".join(f"  - {problem}" for problem in found)
-        raise PreflightError(f"nothing was submitted: {len(found)} problem(s)\n{listed}\nMend them, or use --force")
+        raise PreflightError(f"nothing was submitted: {len(found)} problem(s)\n{listed}\nFix them, or use --force")
     for problem in found:
-        tell(f"warning: submitted in spite of: {problem}")
+        emit(f"warning: submitted despite: {problem}")
 
 
-def run_on_slurm(plan: Sequence[PlannedStep], tell: Tell) -> dict[str, Submission]:
-    """Submit what is to run, each step with `afterok` on those before it; returns the jobs of all steps that run or
-    wait now. If one is refused, those that were submitted for it are cancelled.
+def run_on_slurm(plan: Sequence[PlannedStep], emit: Emit) -> dict[str, Submission]:
+    """Submit the steps to be run, each with `afterok` on its predecessors; return the jobs of all running or pending
+    steps. If one is refused, those submitted before it are cancelled.
 
     Raises:
         RegenError: Slurm refused a step.
@@ -95,18 +95,18 @@ def run_on_slurm(plan: Sequence[PlannedStep], tell: Tell) -> dict[str, Submissio
             try:
                 jobs[planned.name] = submitted[planned.name] = submit(planned.request, dependency(waits_for))
             except (RegenError, KeyboardInterrupt) as error:
-                raise _take_back(submitted, planned, error) from error
-        tell(_line(planned, jobs.get(planned.name), [each for each in planned.before if each in jobs]))
+                raise _cancel_submitted(submitted, planned, error) from error
+        emit(_line(planned, jobs.get(planned.name), [each for each in planned.before if each in jobs]))
     return jobs
 
 
 def dependency(jobs: Sequence[str]) -> str | None:
-    """What sbatch is told of the jobs that come first."""
+    """Return sbatch's dependency on the jobs of the predecessors."""
     return f"afterok:{':'.join(jobs)}" if jobs else None
 
 
-def _take_back(submitted: dict[str, Submission], planned: PlannedStep, error: BaseException) -> RegenError:
-    """Cancel what was submitted; what is said of it."""
+def _cancel_submitted(submitted: dict[str, Submission], planned: PlannedStep, error: BaseException) -> RegenError:
+    """Cancel submitted steps; return the error to raise."""
     cancelled, left = [], []
     for name, job in submitted.items():
         try:
@@ -121,47 +121,47 @@ def _take_back(submitted: dict[str, Submission], planned: PlannedStep, error: Ba
     return RegenError("; ".join(texts))
 
 
-def wait_for_jobs(jobs: dict[str, Submission], tell: Tell) -> int:
-    """Wait for the jobs of all steps; returns the first exit code that is not 0."""
+def wait_for_jobs(jobs: dict[str, Submission], emit: Emit) -> int:
+    """Wait for the jobs of all steps; return the first nonzero exit code."""
     codes = []
     for name, job in jobs.items():
         codes.append(wait_for(job))
         began = any(read_history(task.launch) for task in job.tasks)
         ended = f"ended with exit code {codes[-1]}" if began else "did not run"
-        tell(f"{name}: {ended if codes[-1] else 'done'}")
+        emit(f"{name}: {ended if codes[-1] else 'done'}")
     return next((code for code in codes if code), EXIT_OK)
 
 
-def run_here(plan: Sequence[PlannedStep], tell: Tell) -> int:
-    """Run the steps one after the other on this machine, and wait for each; returns the first exit code that is not 0.
+def run_locally(plan: Sequence[PlannedStep], emit: Emit) -> int:
+    """Run the steps one after the other on this machine; return the first nonzero exit code.
 
-    Ctrl-C and SIGTERM ask the step that runs to save and end. A terminal that is closed leaves it running: the same
-    command waits for it, and goes on.
+    Ctrl-C and SIGTERM ask the running step to save and end. A closed terminal leaves it running; the same command waits
+    for it and continues.
     """
     with _terminated_as_interrupted():
         for planned in plan:
-            tell(_line(planned, planned.job, []))
+            emit(_line(planned, planned.job, []))
             if planned.state == "complete":
                 continue
             job = planned.job if planned.state == "alive" and planned.job else submit(planned.request)
-            tell(f"  watch it: regen jobs logs {planned.request.base} --follow")
-            if code := _see_through(planned, job, tell):
+            emit(f"  watch it: regen jobs logs {shlex.quote(str(planned.request.base))} --follow")
+            if code := _wait_for_step(planned, job, emit):
                 return code
     return EXIT_OK
 
 
-def _see_through(planned: PlannedStep, job: Submission, tell: Tell) -> int:
+def _wait_for_step(planned: PlannedStep, job: Submission, emit: Emit) -> int:
     try:
         code = wait_for(job)
     except KeyboardInterrupt:
-        tell(f"{planned.name}: told to save and end")
+        emit(f"{planned.name}: asked to save and end")
         with suppress(ProcessLookupError):
             os.kill(int(str(job.id())), signal.SIGTERM)
         wait_for(job)
-        tell("stopped; the same command goes on")
+        emit("stopped; the same command continues")
         return EXIT_RESUME
     if code:
-        tell(f"{planned.name} ended with exit code {code}; nothing after it was started")
+        emit(f"{planned.name} ended with exit code {code}; nothing after it was started")
         return code
     if gone := missing_outputs(planned.request, planned.step):
         raise DataError(f"step {planned.name} ended well, but {next(iter(gone))} is not there; correct its outputs")
@@ -191,14 +191,14 @@ def _line(planned: PlannedStep, job: Submission | None, before: Sequence[str]) -
     return f"{planned.name}: {where}{tasks}{waits} ({planned.why})"
 
 
-# What `regen submit pipeline --dry-run` prints.
+# `regen submit pipeline --dry-run`.
 
 _HEAD = ("step", "after", "what", "state", "nodes x ranks", "tasks", "why")
-_SHOWN = 3  # commands of an array
+_SHOWN = 3  # commands of an array that are printed
 
 
 def table(plan: Sequence[PlannedStep]) -> Iterator[str]:
-    """A line for every step, under a head."""
+    """Yield a header and a line for every step."""
     rows = [_HEAD, *map(_row, plan)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -214,8 +214,8 @@ def _row(planned: PlannedStep) -> tuple[str, ...]:
 
 
 def scripts(plan: Sequence[PlannedStep]) -> Iterator[str]:
-    """What would be submitted of every step that is to run: its commands, and on Slurm its batch script. What is in
-    capitals is given then."""
+    """Yield what each step would submit: its commands and, on Slurm, its batch script. Names in capitals are filled in
+    at submission."""
     jobs = {each.name: str(each.job.id()) for each in plan if each.state == "alive" and each.job}
     for planned in plan:
         if planned.state != "run":

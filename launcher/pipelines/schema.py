@@ -1,4 +1,4 @@
-"""The file of a pipeline: named steps, each a training or a command."""
+"""Pipeline files: named steps, each a training or a command."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from regen_dist.data.storage.store import Store
 from regen_dist.errors import ConfigError, ObjectMissing
 from regen_dist.jsontext import json_text
 
-# Which step waits for which: what is wrong with it, and an order in which steps can run.
+# Dependencies between steps: validation, and an order in which the steps can run.
 
-After = Mapping[str, Sequence[str] | None]  # None: the step above
+After = Mapping[str, Sequence[str] | None]  # None: the previous step
 
 
 def predecessors(after: After) -> dict[str, tuple[str, ...]]:
-    """The steps that each waits for."""
+    """Return the predecessors of each step."""
     names = list(after)
     above = dict(zip(names[1:], names, strict=False))
     found = {}
@@ -40,10 +40,10 @@ def predecessors(after: After) -> dict[str, tuple[str, ...]]:
 
 
 def in_order(after: After) -> list[str]:
-    """Every step behind those that it waits for; otherwise as they stand in the file.
+    """Return the steps in topological order, otherwise in file order.
 
     Raises:
-        CycleError: there is no such order.
+        CycleError: the dependencies contain a cycle.
     """
     before = predecessors(after)
     TopologicalSorter(before).prepare()
@@ -54,7 +54,7 @@ def in_order(after: After) -> list[str]:
 
 
 def problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Dotted key and text of what is wrong with `steps.*.after` in a file of which nothing has been checked yet."""
+    """Yield dotted key and text of each problem in `steps.*.after` of an unvalidated file."""
     steps = values.get("steps")
     if not isinstance(steps, dict):
         return
@@ -74,7 +74,7 @@ def problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _asked(step: object) -> list[str] | None:
-    """What a step says itself; that it is no list of names is told by the schema."""
+    """Return a step's `after`; the schema reports values that are no lists of names."""
     asked = step.get("after") if isinstance(step, dict) else None
     return [each for each in asked if isinstance(each, str)] if isinstance(asked, list) else None
 
@@ -89,16 +89,16 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Step(Section):
-    """One job. `train` names a config, and `overrides` change it; or `command` is one of regen's with its arguments."""
+    """One job: `train` names a config, changed by `overrides`; or `command` is a `regen` command with arguments."""
 
     train: Path | None = None
     overrides: tuple[str, ...] = ()
     command: tuple[str, ...] | None = None
-    array: PositiveInt = 1  # tasks of a command; {task} and {tasks} in its arguments are filled in
-    after: tuple[str, ...] | None = None  # the steps that it waits for; None: the one above
-    inputs: tuple[Path, ...] = ()  # files that a command reads and that count as part of it, as a config
-    outputs: tuple[str, ...] = ()  # paths or URLs that must be there for a command to be complete; {task}: of each task
-    cluster: dict[str, Any] = Field(default_factory=dict)  # keys of the cluster's file, as nodes or time_min
+    array: PositiveInt = 1  # tasks of a command; {task} and {tasks} in its arguments are replaced
+    after: tuple[str, ...] | None = None  # predecessors; None: the previous step
+    inputs: tuple[Path, ...] = ()  # files read by a command that count as part of it, such as a config
+    outputs: tuple[str, ...] = ()  # paths or URLs that must exist for a command to be complete; {task}: one per task
+    cluster: dict[str, Any] = Field(default_factory=dict)  # keys of the cluster file, such as nodes or time_min
 
     @field_validator("command", "overrides", "outputs", mode="before")
     @classmethod
@@ -139,7 +139,7 @@ class Step(Section):
 
 
 class Pipeline(Section):
-    """Steps by their names. Commands keep their traces in OUTPUT/NAME/STEP; a training in its run folder."""
+    """A pipeline: steps by name. Commands write to OUTPUT/NAME/STEP, trainings to their run folders."""
 
     name: Annotated[str, Field(pattern=NAME)]
     output: HomePath = "runs"
@@ -148,17 +148,17 @@ class Pipeline(Section):
 
     @property
     def folder(self) -> Path:
-        """Of all its traces."""
+        """Folder of all its files."""
         return (Path(self.output) / self.name).absolute()
 
     @property
     def before(self) -> dict[str, tuple[str, ...]]:
-        """The steps that each waits for."""
+        """Predecessors of each step."""
         return predecessors(self._after)
 
     @property
     def ordered(self) -> list[str]:
-        """The steps, each behind those that it waits for."""
+        """Steps in topological order."""
         return in_order(self._after)
 
     @property
@@ -167,24 +167,24 @@ class Pipeline(Section):
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """A pipeline's file, read as every config is.
+    """Load a pipeline file.
 
     Raises:
-        ConfigError: with all that is wrong in it.
+        ConfigError: lists everything that is wrong in it.
     """
     return load_section(Pipeline, path, overrides, problems)
 
 
-# What a step reads and leaves: whether it is there, and whether it is what it was.
+# Inputs and outputs of a step: whether they exist and whether they have changed.
 
-_MARKS = ("/manifest.json", "/config.yaml")  # of a dataset, of an exported model: the last that is written
+_MARKS = ("/manifest.json", "/config.yaml")  # written last: of a dataset, of an exported model
 
 
 def with_inputs(request: SubmissionRequest, inputs: Sequence[Path]) -> SubmissionRequest:
-    """The same order, whose fingerprint changes with the content of some files, too.
+    """Return the request with a fingerprint that also depends on the content of some files.
 
     Raises:
-        ConfigError: one of them is not there.
+        ConfigError: a file does not exist.
     """
     inputs = [find_preset(path) for path in inputs]
     if missing := [str(path) for path in inputs if not path.is_file()]:
@@ -199,14 +199,14 @@ def with_inputs(request: SubmissionRequest, inputs: Sequence[Path]) -> Submissio
 
 
 def _content(path: Path) -> str:
-    """Of a config with all that it extends."""
+    """Return the content of a file; for a config, with everything that it extends."""
     config = path.suffix in (".yaml", ".yml")
     data = json_text(compose(path).values, sort_keys=True).encode() if config else path.read_bytes()
     return hashlib.sha256(data).hexdigest()
 
 
 def missing_outputs(request: SubmissionRequest, step: Step) -> dict[str, Sequence[JobTask]]:
-    """The outputs that are not there, and the tasks that make each: one where `{task}` stands in it, or else all.
+    """Return the missing outputs and the tasks that make each: one task if it contains `{task}`, otherwise all.
 
     Raises:
         DataError: a store does not answer.
@@ -214,18 +214,20 @@ def missing_outputs(request: SubmissionRequest, step: Step) -> dict[str, Sequenc
     makers: dict[str, Sequence[JobTask]] = {}
     for output in step.outputs:
         for number, task in enumerate(request.tasks):
-            makers[filled(output, number, len(request.tasks))] = [task] if "{task}" in output else request.tasks
+            makers[fill_placeholders(output, number, len(request.tasks))] = (
+                [task] if "{task}" in output else request.tasks
+            )
     there = side_by_side(exists, makers)
     return {place: tasks for (place, tasks), is_there in zip(makers.items(), there, strict=True) if not is_there}
 
 
-def filled(text: str, number: int, tasks: int) -> str:
-    """A text with `{task}` and `{tasks}` in it, for one task."""
+def fill_placeholders(text: str, number: int, tasks: int) -> str:
+    """Replace `{task}` and `{tasks}` in a text for one task."""
     return text.replace("{task}", str(number)).replace("{tasks}", str(tasks))
 
 
 def exists(url: str) -> bool:
-    """Whether there is an object, a file, or a folder with something in it.
+    """Return whether an object, a file or a non-empty folder exists.
 
     Raises:
         DataError: the store does not answer.
@@ -241,9 +243,9 @@ def exists(url: str) -> bool:
         return False
 
 
-def made(step: Step, request: SubmissionRequest) -> list[str]:
-    """What later steps may count on: outputs, the dataset whose manifest or the model whose config is one of them, and
-    the step's folder. A training: its run."""
-    outputs = [filled(each, number, step.array) for each in step.outputs for number in range(step.array)]
+def expected_products(step: Step, request: SubmissionRequest) -> list[str]:
+    """Return the products that later steps may expect: outputs, the dataset or model whose manifest or config is an
+    output, and the step's folder; for a training, its run."""
+    outputs = [fill_placeholders(each, number, step.array) for each in step.outputs for number in range(step.array)]
     wholes = [each.removesuffix(mark) for each in outputs for mark in _MARKS if each.endswith(mark)]
     return list(dict.fromkeys([*outputs, *wholes, str(request.base)]))

@@ -1,4 +1,4 @@
-"""What is looked at before a job is submitted: everything that is wrong is told at once. Imports no torch."""
+"""Preflight checks before a job is submitted; all problems are reported at once. Imports no torch."""
 
 from launcher.preflight.report import Report, check
 

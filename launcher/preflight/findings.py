@@ -1,4 +1,4 @@
-"""What the checks look at, and what they say."""
+"""Subjects and findings of the preflight checks, and the estimates of `regen describe`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from regen_dist.config import AnyRunConfig, RunConfig, to_yaml
 from regen_dist.errors import RegenError
 from regen_dist.programs import regen, with_safe_path
 
-# What a model needs, as `regen describe` says. That builds it, with torch, so it runs in a process of its own.
+# Memory estimates by `regen describe`. It builds the model with torch, so it runs in a subprocess.
 
-_PATIENCE_S = 60.0  # for all models of an order together
+_PATIENCE_S = 60.0  # timeout for all models of a request together
 
 
 class NoEstimate(RegenError):
-    """`regen describe` did not answer; says why."""
+    """Failure of `regen describe`, with the reason."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Parameters of a model, and bytes of a GPU by what they are for."""
+    """Parameters of a model, and GPU memory in bytes by purpose."""
 
     parameters: int
     memory: dict[str, int]
@@ -38,7 +38,7 @@ class Estimate:
 
 @dataclass
 class Estimates:
-    """Asks once for each model, its clips and a number of ranks, whoever wants to know. Threads may share it."""
+    """Cache of estimates, computed once per model, clip shape and number of ranks. Thread-safe."""
 
     patience_s: float = _PATIENCE_S
     _known: dict[str, Estimate | NoEstimate] = field(default_factory=dict)
@@ -46,23 +46,23 @@ class Estimates:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def of(self, config: AnyRunConfig, world_size: int) -> Estimate:
-        """The estimate for a run.
+        """Return the estimate for a run.
 
         Raises:
-            NoEstimate: torch is not here, it took too long, or it failed.
+            NoEstimate: torch is missing, or the command timed out or failed.
         """
         key = _key(config, world_size)
         with self._lock:
             if key not in self._known:
                 began = time.monotonic()
-                self._known[key] = self._ask(config, world_size)
+                self._known[key] = self._run_command(config, world_size)
                 self._spent_s += time.monotonic() - began
         found = self._known[key]
         if isinstance(found, NoEstimate):
             raise found
         return found
 
-    def _ask(self, config: AnyRunConfig, world_size: int) -> Estimate | NoEstimate:
+    def _run_command(self, config: AnyRunConfig, world_size: int) -> Estimate | NoEstimate:
         left_s = self.patience_s - self._spent_s
         try:
             return describe(config, world_size, left_s) if left_s > 0 else _too_long(self.patience_s)
@@ -73,10 +73,10 @@ class Estimates:
 
 
 def describe(config: AnyRunConfig, world_size: int, timeout_s: float) -> Estimate:
-    """Ask `regen describe`.
+    """Run `regen describe`.
 
     Raises:
-        NoEstimate: it failed, with its last word.
+        NoEstimate: it failed, with its last line.
         subprocess.TimeoutExpired: it took longer than `timeout_s`.
     """
     with tempfile.TemporaryDirectory(prefix="regen-") as folder:
@@ -90,13 +90,13 @@ def describe(config: AnyRunConfig, world_size: int, timeout_s: float) -> Estimat
     if ended.returncode:
         said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
         raise NoEstimate(f"`regen describe` failed: {said[-1]}")
-    told = json.loads(ended.stdout)
-    return Estimate(told["parameters"]["total"], told["memory_bytes_per_gpu"])
+    described = json.loads(ended.stdout)
+    return Estimate(described["parameters"]["total"], described["memory_bytes_per_gpu"])
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment for `regen`: with the code that this process runs, from whatever folder it was started, and
-    without a look at this machine's GPUs."""
+    """Return the environment for `regen`: the code of this process first on the path, whatever the current folder, and
+    no GPUs of this machine."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return with_safe_path({**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""})
 
@@ -106,7 +106,7 @@ def _too_long(patience_s: float) -> NoEstimate:
 
 
 def _key(config: AnyRunConfig, world_size: int) -> str:
-    """All that an estimate depends on, and nothing that runs of a sweep usually differ in."""
+    """Return everything that an estimate depends on, without what runs of a sweep usually differ in."""
     train = config.train
     parts = [config.model.model_dump_json(), config.engine.model_dump_json(), config.optimizer.kind]
     cut = config.data.sizes if isinstance(config, RunConfig) else config.data.clips
@@ -117,30 +117,30 @@ _NAMED = 3
 
 
 class PreflightFinding(NamedTuple):
-    """Something that a check has to say. A problem forbids the submission, a note does not."""
+    """Result of a check. A problem forbids the submission, a note does not."""
 
     text: str
     forbids: bool
 
 
 def problem(text: str) -> PreflightFinding:
-    """What must be mended first."""
+    """Return a finding that must be fixed first."""
     return PreflightFinding(text, True)
 
 
 def make_note(text: str) -> PreflightFinding:
-    """What is worth knowing."""
+    """Return a finding for information."""
     return PreflightFinding(text, False)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An order to be checked.
+    """A request to be checked.
 
     Args:
-        order: of the job.
-        produced: URLs and paths that an earlier job will have made by then.
-        estimates: what models need, computed when it is asked for.
+        request: request for the job.
+        produced: URLs and paths that an earlier job will have produced by then.
+        estimates: memory estimates of models, computed on demand.
     """
 
     request: SubmissionRequest
@@ -149,12 +149,12 @@ class Subject:
 
     @property
     def configs(self) -> Sequence[AnyRunConfig]:
-        """Of the runs; none where the job is no training."""
+        """Configs of the runs; empty if the job is not training."""
         return self.request.configs
 
     @property
     def on_slurm(self) -> bool:
-        """Whether the job runs on other machines than this one."""
+        """True if the job runs on machines other than this one."""
         return self.request.cluster.kind == "slurm"
 
 
@@ -162,11 +162,11 @@ Check = Callable[[Subject], Iterator[PreflightFinding]]
 
 
 def by_run(
-    configs: Sequence[AnyRunConfig], look: Callable[[AnyRunConfig], Iterable[PreflightFinding]]
+    configs: Sequence[AnyRunConfig], find: Callable[[AnyRunConfig], Iterable[PreflightFinding]]
 ) -> Iterator[PreflightFinding]:
-    """What is found of each run, told once; with the names of the runs where it is not said of all."""
+    """Yield the findings of each run once, naming the runs unless a finding concerns all of them."""
     runs: dict[PreflightFinding, list[str]] = {}
-    for config, findings in zip(configs, side_by_side(lambda each: list(look(each)), configs), strict=True):
+    for config, findings in zip(configs, side_by_side(lambda each: list(find(each)), configs), strict=True):
         for finding in dict.fromkeys(findings):
             runs.setdefault(finding, []).append(config.name)
     for finding, names in runs.items():
@@ -175,6 +175,6 @@ def by_run(
 
 
 def shortened(names: Sequence[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """Return the first few of many names, and the number of the others."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more

@@ -1,4 +1,4 @@
-"""The library's own validation of a job's configs: `regen check`, in a process of its own, for it may need torch."""
+"""The library's own validation of a job's configs: `regen check` in a subprocess, because it may need torch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from regen_dist.config import to_yaml
 from regen_dist.errors import BackendError
 from regen_dist.programs import regen
 
-_PATIENCE_S = 120.0  # for all configs of an order together
+_PATIENCE_S = 120.0  # timeout for all configs of a request together
 
 
 def library(subject: Subject) -> Iterator[PreflightFinding]:
-    """What `regen train` would refuse at its start on every rank: `regen check` of each config."""
+    """Yield what `regen train` would refuse at its start on every rank: `regen check` of each config."""
     if not subject.configs:
         return
-    found = dict(zip(map(id, subject.configs), _ask(subject), strict=True))
+    found = dict(zip(map(id, subject.configs), _run_command(subject), strict=True))
     yield from by_run(subject.configs, lambda config: found[id(config)])
 
 
-def _ask(subject: Subject) -> list[list[PreflightFinding]]:
-    """The findings of each config, in order."""
+def _run_command(subject: Subject) -> list[list[PreflightFinding]]:
+    """Return the findings of each config, in order."""
     with tempfile.TemporaryDirectory(prefix="regen-") as folder:
         paths = [Path(folder) / f"{number}.yaml" for number in range(len(subject.configs))]
         for path, config in zip(paths, subject.configs, strict=True):
@@ -40,8 +40,8 @@ def _ask(subject: Subject) -> list[list[PreflightFinding]]:
             silent = make_note(f"the configs were not checked: `regen check` took longer than {_PATIENCE_S:.0f} s")
             return [[silent] for _ in paths]
     try:
-        told = json.loads(ended.stdout)["configs"]
-        return [[_finding(Checked(exit_code=0, **each)) for each in told[str(path)]["findings"]] for path in paths]
+        described = json.loads(ended.stdout)["configs"]
+        return [[_finding(Checked(exit_code=0, **each)) for each in described[str(path)]["findings"]] for path in paths]
     except (ValueError, KeyError, TypeError) as error:
         said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
         raise BackendError(f"`regen check` failed: {said[-1]}") from error
@@ -50,7 +50,7 @@ def _ask(subject: Subject) -> list[list[PreflightFinding]]:
 def _arguments(subject: Subject, paths: Sequence[Path]) -> list[str]:
     cluster = subject.request.cluster
     flags = ["--json", f"--world-size={cluster.world_size}", "--gpus" if cluster.gpus_per_node else "--no-gpus"]
-    if cluster.python is not None or cluster.activate:  # what is installed elsewhere cannot be seen from here
+    if cluster.python is not None or cluster.activate:  # packages of another environment cannot be inspected
         flags.append("--elsewhere")
     if any("--fresh" in task.command for task in subject.request.tasks):
         flags.append("--fresh")

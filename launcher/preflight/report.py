@@ -1,4 +1,4 @@
-"""All checks of an order, and what they found."""
+"""All checks of a request, and their findings."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _STORES = ("AWS_", "GOOGLE_", "AZURE_")
 
 
 class PreflightError(ConfigError):
-    """Something is wrong with a job that was to be submitted; the message lists all of it."""
+    """Refusal of a submission; the message lists all problems."""
 
 
 @dataclass
 class Report:
-    """What the checks found: problems forbid the submission, notes do not."""
+    """Findings of the checks: problems forbid the submission, notes do not."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def raise_problems(self, name: str) -> None:
-        """Raises PreflightError if there are any."""
+        """Raise PreflightError if there are problems."""
         if self.problems:
             count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
             listed = "\n".join(f"  - {problem}" for problem in self.problems)
-            raise PreflightError(f"{name} was not submitted: {count}\n{listed}\nMend them, or submit with --force")
+            raise PreflightError(f"{name} was not submitted: {count}\n{listed}\nFix them, or submit with --force")
 
 
 def check(request: SubmissionRequest, *, produced: Collection[str] = (), checks: Sequence[Check] = CHECKS) -> Report:
-    """Every check, side by side, each on its own: one that fails does not hide the others.
+    """Run every check concurrently and independently: one that fails does not hide the others.
 
     Args:
-        order: of the job.
-        produced: URLs and paths of data that is not there yet, because an earlier job makes it.
-        checks: all, unless told otherwise.
+        request: request for the job.
+        produced: URLs and paths of data that an earlier job will produce.
+        checks: checks to run; all by default.
     """
     subject = Subject(request, produced)
     with _storage_variables(request.cluster.environment), ThreadPoolExecutor(len(checks)) as threads:
@@ -72,7 +72,7 @@ def _run(each: Check, subject: Subject) -> list[PreflightFinding]:
 
 @contextmanager
 def _storage_variables(environment: Mapping[str, str]) -> Iterator[None]:
-    """Stores are asked as the job will ask them: with the endpoints that the cluster's file sets for it."""
+    """Apply the cluster file's store endpoints, so that stores are queried as the job will query them."""
     ours = {name: value for name, value in environment.items() if name.startswith(_STORES)}
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)

@@ -1,8 +1,9 @@
-"""The runs themselves: whether they are running, done, or could not go on from what they have."""
+"""Checks of the runs: whether they are active, have disk space, and have time to save."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from regen_dist.observe.record import read_record
 
 
 def alive(subject: Subject) -> Iterator[PreflightFinding]:
-    """No job works in the same folders."""
+    """Check that no active job works in the same folders."""
     wanted = {task.folder for task in subject.request.tasks}
     for base in dict.fromkeys([subject.request.base, *sorted(wanted), *_sweeps(subject.request.base.parent)]):
         try:
@@ -31,41 +32,41 @@ def alive(subject: Subject) -> Iterator[PreflightFinding]:
             shared = _shared(job, base, subject) if job else []
             lives = job is not None and bool(shared) and is_alive(job)
         except RegenError as error:
-            yield make_note(f"whether the newest job in {base} still runs could not be told: {error}")
+            yield make_note(f"it could not be determined whether the newest job in {base} still runs: {error}")
             continue
         if job is not None and lives:
             which = "it" if len(wanted) == 1 else ", ".join(folder.name for folder in shared[:3])
             yield problem(
                 f"job {job.id()} ({job.cluster_name}) runs or waits for {which} already, in {base}; wait for it, or "
-                f"end it first: `regen jobs stop {base}`"
+                f"end it first: `regen jobs stop {shlex.quote(str(base))}`"
             )
 
 
 def _shared(job: Submission, base: Path, subject: Subject) -> list[Path]:
-    """The folders of a job that this one would work in, too."""
+    """Return the folders of a job in which this job would also work."""
     wanted = [task.folder for task in subject.request.tasks]
     return [base] if base == subject.request.base else [task.folder for task in job.tasks if task.folder in wanted]
 
 
 def _sweeps(folder: Path) -> list[Path]:
-    """Arrays of training whose runs lie in this folder."""
+    """Return the training arrays whose runs lie in this folder."""
     return sorted({path.parents[2] for path in folder.glob(f"*-sweep/{LAUNCH}/*/{JOB_FILE}")})
 
 
-# What a run has measured of itself until now, from its own record.
+# Measurements of a run, from its own record.
 
 _NEWEST = 20
 
 
 class MeasuredRun(NamedTuple):
-    """High values of the newest figures.
+    """High values of the newest measurements.
 
     Args:
-        step_s: of a step, by `ranks` ranks.
-        save_s: of a save, from its beginning to its end; None before the first.
-        save_bytes: of a checkpoint; None before the first.
-        start_s: from the beginning of a start of the job to its first step; None where it is not known.
-        ranks: of the newest start.
+        step_s: seconds per step, with `ranks` ranks.
+        save_s: seconds per save, from beginning to end; None before the first.
+        save_bytes: size of a checkpoint; None before the first.
+        start_s: seconds from a start of the job to its first step; None if unknown.
+        ranks: number of ranks of the newest start.
     """
 
     step_s: float
@@ -76,7 +77,7 @@ class MeasuredRun(NamedTuple):
 
 
 def measured(config: AnyRunConfig) -> MeasuredRun | None:
-    """Of a run; None before it has made steps."""
+    """Return the measurements of a run; None before it has made steps."""
     path = config.folder / "metrics.jsonl"
     lines = read_record(path) if path.is_file() else []
     steps = _steps(lines)
@@ -93,7 +94,7 @@ def measured(config: AnyRunConfig) -> MeasuredRun | None:
 
 
 def _steps(lines: Sequence[dict[str, Any]]) -> list[float]:
-    """Seconds of a step at each log line. The first after a start warms up: it is left out where there are others."""
+    """Return the step times of the log lines. The first after a start is warm-up and left out if there are others."""
     warming: list[float] = []
     steady: list[float] = []
     first = True
@@ -117,14 +118,14 @@ def _start_s(folder: Path, lines: Sequence[dict[str, Any]]) -> float | None:
     return next((line["time"] - began for line in lines if _is_start(line) and line["time"] >= began), None)
 
 
-# Whether the disk holds the checkpoints that a run keeps.
+# Disk space for the checkpoints that a run keeps.
 
-BYTES_PER_PARAMETER = 16  # float32: master, two moments, EMA
+BYTES_PER_PARAMETER = 16  # float32: master weights, two moments, EMA
 GIB = 2**30
 
 
 def space(subject: Subject) -> Iterator[PreflightFinding]:
-    """Every local disk has room for what its runs will keep, beside what they hold already."""
+    """Check that every local disk has room for the checkpoints that its runs will keep, beside existing ones."""
     disks: dict[int, list[tuple[AnyRunConfig, Path]]] = {}
     for config in subject.configs:
         folder = parse_url(config.checkpoints).folder
@@ -143,7 +144,7 @@ def _one_disk(runs: list[tuple[AnyRunConfig, Path]], subject: Subject) -> Iterat
     except NoEstimate as error:
         yield make_note(f"free space was not compared with what checkpoints need: {error}")
         return
-    except ConfigError:  # the batch does not fit the ranks, which another check tells
+    except ConfigError:  # the batch does not fit the ranks, which another check reports
         return
     free, folder = free_bytes(runs[0][1]), runs[0][1]
     if needed > free:
@@ -156,7 +157,7 @@ def _one_disk(runs: list[tuple[AnyRunConfig, Path]], subject: Subject) -> Iterat
 
 
 def checkpoints_kept(config: AnyRunConfig) -> int:
-    """The most that lie there at once: what retention keeps, one that is written, and the debris of one."""
+    """Return the largest number of checkpoints at a time: those kept, one being written, and one incomplete."""
     policy = config.checkpoint
     for_good = config.train.steps // policy.keep_every if policy.keep_every else 0
     wanted = policy.keep_last + policy.keep_best + for_good
@@ -168,17 +169,18 @@ def _checkpoint_bytes(config: AnyRunConfig, subject: Subject) -> int:
     found, world_size = measured(config), subject.request.cluster.world_size
     if found is not None and found.save_bytes is not None:
         return found.save_bytes
-    clips_per_rank(config, world_size)  # or the estimate would be refused, in other words
+    clips_per_rank(config, world_size)  # otherwise the estimate would fail with another message
     return BYTES_PER_PARAMETER * subject.estimates.of(config, world_size).parameters
 
 
-# Whether a job that is told to go has the time to save.
+# Time to save after the signal.
 
 _ROUND_S = 10
 
 
 def times(subject: Subject) -> Iterator[PreflightFinding]:
-    """The signal comes earlier than two steps and two saves before the limit; the run's own limit likewise."""
+    """Check that the signal comes at least two steps and two saves before the limit, and the run's own limit
+    likewise."""
     yield from by_run(subject.configs, lambda config: _times_of(config, subject.request.cluster))
 
 
@@ -187,7 +189,7 @@ def _times_of(config: AnyRunConfig, cluster: ClusterConfig) -> Iterator[Prefligh
     own_s = config.train.time_limit_s
     if limit_s is not None and own_s is not None and own_s > limit_s - cluster.signal_lead_s:
         yield make_note(
-            f"train.time_limit_s {own_s:g} never comes: the job's own limit, {cluster.time_min} min, is told "
+            f"train.time_limit_s {own_s:g} never applies: the job's own limit, {cluster.time_min} min, is signalled "
             f"{cluster.signal_lead_s} s before its end"
         )
     if limit_s is None and own_s is None:
@@ -224,7 +226,7 @@ def _too_short(
 
 
 def _step_s(found: MeasuredRun, cluster: ClusterConfig) -> float:
-    """As measured; by fewer ranks, so much longer."""
+    """Return the measured seconds per step, scaled up if fewer ranks run now."""
     return found.step_s * max(1.0, found.ranks / cluster.world_size)
 
 
@@ -242,5 +244,5 @@ def _hardly_any_time(
         yield make_note(
             f"within {cluster.time_min} min less signal_lead_s {cluster.signal_lead_s} the run starts ({start_s:.0f} "
             f"s) but does not get to the checkpoint after checkpoint.every {config.checkpoint.every} steps "
-            f"({interval_s:.0f} s): whatever fails costs all of it; save more often, or raise --time"
+            f"({interval_s:.0f} s): any failure loses all of it; save more often, or raise --time"
         )

@@ -1,4 +1,4 @@
-"""What Slurm itself says to the job, before it gets it."""
+"""Slurm's own validation of the job before submission."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOTHING = ("UNLIMITED", "INFINITE", "N/A", "")
 
 
 def scheduler(subject: Subject) -> Iterator[PreflightFinding]:
-    """Slurm judges the very script; what it would only let wait for ever is compared here."""
+    """Check the batch script with Slurm, and limits that Slurm would accept but never satisfy."""
     if not subject.on_slurm:
         return
     request, cluster = subject.request, subject.request.cluster
@@ -40,7 +40,7 @@ def scheduler(subject: Subject) -> Iterator[PreflightFinding]:
 
 
 def refusal(script: str) -> str:
-    """What `sbatch --test-only` says against a script; "" when it would take it."""
+    """Return the message of `sbatch --test-only` against a script; "" if it would be accepted."""
     with tempfile.TemporaryDirectory(prefix="regen-") as folder:
         path = Path(folder) / "job.sh"
         path.write_text(script, encoding="utf-8")
@@ -58,31 +58,31 @@ def refusal(script: str) -> str:
 
 
 def _partitions() -> list[dict[str, str]]:
-    """What the controller says of each partition."""
+    """Return the controller's fields of each partition."""
     lines = slurm.run_program("scontrol", "show", "partition", "--oneliner").splitlines()
     return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
 
 
 def _chosen(partitions: list[dict[str, str]], named: str | None) -> list[dict[str, str]]:
-    """Those that the job may start in: the ones that were named, or the default."""
+    """Return the partitions in which the job may start: those named, or the default."""
     if named is None:
         return [each for each in partitions if each.get("Default") == "YES"]
     return [each for each in partitions if each["PartitionName"] in named.split(",")]
 
 
 def _allowed(partitions: list[dict[str, str]], cluster: ClusterConfig) -> str:
-    """What there is, in the place of what was asked for."""
+    """Describe the available resources, for the message of a refusal."""
     if not partitions:
         known = ", ".join(each["PartitionName"] for each in _partitions())
         return f"There is no partition {cluster.partition!r}; set partition to one of: {known}"
-    told = []
+    described = []
     for each in partitions:
         name = each["PartitionName"]
         nodes = (
             each["TotalNodes"] if each["MaxNodes"] in _NOTHING else min(each["TotalNodes"], each["MaxNodes"], key=int)
         )
-        told.append(f"partition {name}: at most {nodes} node(s) ({_node_kinds(name)}), {each['MaxTime']}")
-    return f"There is: {'; '.join(told)} (nodes, of which each has; time limit)"
+        described.append(f"partition {name}: at most {nodes} node(s) ({_node_kinds(name)}), {each['MaxTime']}")
+    return f"There is: {'; '.join(described)} (nodes, of which each has; time limit)"
 
 
 def _node_kinds(partition: str) -> str:
@@ -94,27 +94,25 @@ def _node_kinds(partition: str) -> str:
 
 
 def _would_wait(partitions: list[dict[str, str]], cluster: ClusterConfig) -> Iterator[PreflightFinding]:
-    """Slurm takes jobs that are too long for their partition, and lets them wait for ever (EnforcePartLimits=NO)."""
+    """Yield jobs that Slurm accepts but would never start because of their time limit (EnforcePartLimits=NO)."""
     asked_min = cluster.time_min or 0
     names = ", ".join(each["PartitionName"] for each in partitions)
     if all(each["State"] != "UP" for each in partitions):
         states = ", ".join(dict.fromkeys(each["State"] for each in partitions))
-        yield problem(
-            f"partition {names} is {states}: the job would wait for ever; set another by --set partition=NAME"
-        )
+        yield problem(f"partition {names} is {states}: the job would wait forever; set another by --set partition=NAME")
     limits = [_minutes(each["MaxTime"]) for each in partitions]
     longest = max((limit for limit in limits if limit is not None), default=0.0)
     if None not in limits and asked_min > longest:
         yield problem(
-            f"time_min {asked_min} is longer than partition {names} allows ({longest:g} min): the job would wait for "
-            f"ever; give --time {int(longest)}, it is requeued and goes on"
+            f"time_min {asked_min} is longer than partition {names} allows ({longest:g} min): the job would wait "
+            f"forever; give --time {int(longest)}, it is requeued and goes on"
         )
 
 
-def _minutes(told: str) -> float | None:
-    """ "2-00:30:00" in minutes; None where there is no limit."""
-    if told in _NOTHING:
+def _minutes(described: str) -> float | None:
+    """Convert "2-00:30:00" to minutes; None if there is no limit."""
+    if described in _NOTHING:
         return None
-    days, _, clock = told.rpartition("-")
+    days, _, clock = described.rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
     return (int(days or 0) * 24 + hours) * 60 + minutes + seconds / 60

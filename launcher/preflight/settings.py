@@ -1,4 +1,4 @@
-"""Whether every rank of a job has a GPU for itself."""
+"""Checks of GPUs and GPU memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from regen_dist.errors import ConfigError
 
 
 def ranks_and_gpus(subject: Subject) -> Iterator[PreflightFinding]:
-    """Every rank has a GPU, and none idles."""
+    """Check that every rank has a GPU and none is idle."""
     cluster = subject.request.cluster
     if not subject.configs or not cluster.gpus_per_node:
         return
@@ -24,15 +24,15 @@ def ranks_and_gpus(subject: Subject) -> Iterator[PreflightFinding]:
         )
 
 
-# Whether the model and its training state fit on a card.
+# GPU memory of the model and its training state.
 
 GIB = 2**30
-TIGHT = 0.85  # what the estimate leaves out: the CUDA context, fragmentation, workspaces
+TIGHT = 0.85  # the estimate leaves out the CUDA context, fragmentation and workspaces
 _TERMS = 3
 
 
 def gpu_memory(subject: Subject) -> Iterator[PreflightFinding]:
-    """The estimate of `regen describe` against `gpu_memory_gb` of the cluster."""
+    """Compare the estimate of `regen describe` with `gpu_memory_gb` of the cluster."""
     cluster = subject.request.cluster
     if cluster.gpu_memory_gb and cluster.gpus_per_node:
         yield from by_run(subject.configs, lambda config: _memory_of(config, subject, cluster.gpu_memory_gb or 0.0))
@@ -43,7 +43,7 @@ def _memory_of(config: AnyRunConfig, subject: Subject, card_gb: float) -> Iterat
     try:
         clips_per_rank(config, world_size)
         terms = subject.estimates.of(config, world_size).memory
-    except ConfigError:  # which another check tells
+    except ConfigError:  # reported by another check
         return
     except NoEstimate as error:
         yield make_note(f"GPU memory was not estimated: {error}")
@@ -52,7 +52,7 @@ def _memory_of(config: AnyRunConfig, subject: Subject, card_gb: float) -> Iterat
     if total > card_gb:
         yield problem(
             f"about {total:.1f} GiB are needed on each of {world_size} GPUs, a card has {card_gb:g} (gpu_memory_gb); "
-            f"most of it: {_largest(terms)}. {_mend(config)} (`regen describe` shows all of it)"
+            f"most of it: {_largest(terms)}. {_advice(config)} (`regen describe` shows all of it)"
         )
     elif total > TIGHT * card_gb:
         yield make_note(
@@ -66,8 +66,8 @@ def _largest(terms: dict[str, int]) -> str:
     return "; ".join(f"{name} {size / GIB:.1f} GiB" for name, size in ordered)
 
 
-def _mend(config: AnyRunConfig) -> str:
-    """What lowers it, as far as this config has not done so."""
+def _advice(config: AnyRunConfig) -> str:
+    """Return ways to lower the memory that this config does not use yet."""
     ways = ["take more GPUs"] if config.engine.kind == "zero3" else ["set engine.kind=zero3 and take more GPUs"]
     ways.append(f"raise train.accumulation (now {config.train.accumulation})")
     if not config.engine.activation_checkpointing:

@@ -1,4 +1,4 @@
-"""Whether checkpoints can be written."""
+"""Checks of folders, checkpoint stores and tracking credentials."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError, StoreUnavailable
 
-# The folders of a job: they can be written to, and all nodes see them.
+# Folders of a job: writable, and visible to all nodes.
 
 
 def folders(subject: Subject) -> Iterator[PreflightFinding]:
-    """The job can leave its files. A file is made and removed again, which permissions alone do not tell (a quota, a
-    disk that is mounted read-only)."""
+    """Check that the job can write its files. A file is created and removed, which also finds quotas and read-only
+    mounts, unlike permissions."""
     request = subject.request
     for folder in dict.fromkeys([request.base, *(task.folder for task in request.tasks)]):
         if why := unwritable(folder):
@@ -32,7 +32,7 @@ def folders(subject: Subject) -> Iterator[PreflightFinding]:
 
 
 def shared(subject: Subject) -> Iterator[PreflightFinding]:
-    """Everything that nodes exchange by files lies where all of them see it."""
+    """Check that everything nodes exchange through files lies in the shared folder."""
     common = subject.request.cluster.shared
     if not subject.on_slurm or common is None:
         return
@@ -50,7 +50,7 @@ def shared(subject: Subject) -> Iterator[PreflightFinding]:
 
 
 def _exchanged(subject: Subject) -> list[tuple[str, Path]]:
-    """Each folder once, and what it is."""
+    """Return each folder once, with its purpose."""
     request = subject.request
     named = [(f"the run folder of {task.name}", str(task.folder)) for task in request.tasks]
     for config in subject.configs:
@@ -64,7 +64,7 @@ def _exchanged(subject: Subject) -> list[tuple[str, Path]]:
 
 
 def unwritable(folder: Path) -> str:
-    """Why no file can be made in a folder, or in the one above in which it would be made; "" when one can."""
+    """Return why no file can be created in a folder or its nearest existing parent; "" if one can."""
     existing = nearest(folder)
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -74,18 +74,19 @@ def unwritable(folder: Path) -> str:
 
 
 def nearest(path: Path) -> Path:
-    """A folder, or the first above it that is there."""
+    """Return a folder, or its nearest existing parent."""
     while not path.exists():
         path = path.parent
     return path
 
 
-WRITING = StoreLimits(stall_s=4.0, deadline_s=24.0, connect_s=4.0)  # a third of it for one request
+WRITING = StoreLimits(stall_s=4.0, deadline_s=24.0, connect_s=4.0)  # one request gets a third of the deadline
 
 
 def checkpoints(subject: Subject) -> Iterator[PreflightFinding]:
-    """Where checkpoints go an object can be written and deleted again. Those that are there are not touched."""
-    first: dict[str | None, AnyRunConfig] = {}  # of the runs that share a place
+    """Check that a test object can be written and deleted at the checkpoint location. Existing objects are not
+    touched."""
+    first: dict[str | None, AnyRunConfig] = {}  # first run of each checkpoint location
     for config in subject.configs:
         first.setdefault(config.checkpoint.url, config)
     chosen = list(first.values())
@@ -103,14 +104,14 @@ def _unwritable(url: str) -> str:
 
 
 def _probe(url: str) -> str:
-    """Write an object into a bucket, and delete it; what went wrong, or ""."""
+    """Write and delete an object in a bucket; return the error, or ""."""
     name = f"preflight-{secrets.token_hex(8)}"
     try:
-        Store(url, READING).size(name)  # a store that is down costs less time here
+        Store(url, READING).size(name)  # fails faster than a write if the store is down
         store = Store(url, WRITING)
         try:
             store.put(name, b"written before a job is submitted, and deleted at once\n")
-        except StoreUnavailable:  # it may have come through all the same
+        except StoreUnavailable:  # the object may have been written all the same
             store.delete(name)
             raise
     except DataError as error:
@@ -122,23 +123,23 @@ def _probe(url: str) -> str:
     return ""
 
 
-# Whether metrics can be sent to where the config wants them.
+# Credentials for metric tracking.
 
 _SERVICE = "https://api.wandb.ai"
 
 
 def wandb_key(subject: Subject) -> Iterator[PreflightFinding]:
-    """A key is there for wandb.mode=online."""
+    """Check that there is a key for wandb.mode=online."""
     given = {**os.environ, **subject.request.cluster.environment}
 
-    def look(config: AnyRunConfig) -> Iterator[PreflightFinding]:
+    def find(config: AnyRunConfig) -> Iterator[PreflightFinding]:
         if config.wandb.mode == "online" and not given.get("WANDB_API_KEY") and not _in_netrc(given):
             yield problem(
                 f"wandb.mode=online, but there is no key: WANDB_API_KEY is not set, and {_netrc(given)} has none for "
                 f"{_host(given)}; run `wandb login`, or set wandb.mode=offline"
             )
 
-    yield from by_run(subject.configs, look)
+    yield from by_run(subject.configs, find)
 
 
 def _in_netrc(given: dict[str, str]) -> bool:

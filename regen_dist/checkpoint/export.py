@@ -118,7 +118,10 @@ def write_model(path: Path, weights: Mapping[str, Tensor], dtype: str) -> str:
     CheckpointError if a converted weight is not finite."""
     stored = {name: tensor.to(_DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
     check_finite(stored, f"the weights as {dtype}")
-    save_file(stored, path, {"format": "pt"})
+    try:
+        save_file(stored, path, {"format": "pt"})
+    except SafetensorError as error:  # it tells of the disk by its text alone
+        raise CheckpointError(f"{path} cannot be written: {error}; make room there, or name another place") from None
     sync(path)
     return _sha256(path)
 

@@ -325,11 +325,13 @@ class Evaluation:
 
     def _kept(self, model: EvaluatedModel, video: PinnedVideo, digest: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The measures of one video, from their file where it has the same key."""
-        told = [self.protocol.hash, digest, model.fingerprint, model.steps, self.networks.names(), self.with_vmaf]
-        key = hashlib.sha256(json_text(told).encode()).hexdigest()
+        decided_by = [self.protocol.hash, digest, model.fingerprint, model.codec.num_frames, model.steps]
+        decided_by += [self.networks.names(), self.with_vmaf]
+        key = hashlib.sha256(json_text(decided_by).encode()).hexdigest()
         path = self.out / MEASURED / model.name / f"{video.name}.json"
         arrays = path.with_suffix(".npz")
-        if path.is_file():
+        shown = self.out / MEDIA / model.name / f"{video.name}.mp4"
+        if all(each.is_file() for each in (path, arrays, shown)):
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["key"] == key:
                 with np.load(arrays, allow_pickle=False) as file:

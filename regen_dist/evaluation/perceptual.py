@@ -177,14 +177,16 @@ _ALEX_STRIDES, _ALEX_PADDING, _ALEX_POOLED = (4, 1, 1, 1, 1), (2, 2, 1, 1, 1), (
 
 def _lpips_of(weights: Mapping[str, Tensor], path: Path) -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS out of the names of the package's state dict: `net.slice1.0.weight`, …, `lin0.model.1.weight`, …."""
-    found = [(match, name) for name in weights if (match := re.fullmatch(r"net\.slice(\d)\.(\d+)\.weight", name))]
-    convs = [(int(m[1]), name.removesuffix(".weight")) for m, name in sorted(found, key=lambda e: int(e[0][2]))]
-    lins = [weights[f"lin{i}.model.1.weight"] for i in range(5) if f"lin{i}.model.1.weight" in weights]
+    found_convs = [(match, name) for name in weights if (match := re.fullmatch(r"net\.slice(\d)\.(\d+)\.weight", name))]
+    convs = [(int(m[1]), name.removesuffix(".weight")) for m, name in sorted(found_convs, key=lambda e: int(e[0][2]))]
+    # The package registers each linear layer twice; which of the names is in the file depends on how it was saved.
+    names = [(f"lin{i}.model.1.weight", f"lins.{i}.model.1.weight") for i in range(5)]
+    lins = [weights[found] for pair in names if (found := next((name for name in pair if name in weights), None))]
     layouts = {5: "alex", 13: "vgg"}
     if len(lins) != 5 or len(convs) not in layouts or any(f"{name}.bias" not in weights for _, name in convs):
         raise DataError(
             f"{path} is not the state dict of lpips.LPIPS: found {len(convs)} convolutions (alex has 5, vgg 13) and "
-            f"{len(lins)} linear layers of 5. Save `lpips.LPIPS(net='alex').state_dict()` by safetensors"
+            f"{len(lins)} linear layers of 5. Write it by safetensors.torch.save_model(lpips.LPIPS(net='alex'), FILE)"
         )
     alex = layouts[len(convs)] == "alex"
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -82,6 +83,9 @@ class GenerationSettings:
     negative: str | None = None
 
     def __post_init__(self) -> None:
+        floats = [name for name in ("fps", "guidance") if not isfinite(getattr(self, name))]
+        if floats:  # nothing else can be said of them
+            raise ConfigError("; ".join(f"{name} is {getattr(self, name)}; it must be finite" for name in floats))
         least = {"frames": 1, "steps": 1, "decode_steps": 1, "guidance": 0, "seed": 0}
         problems = [
             f"{name} is {getattr(self, name):g}; it must be at least {low}"
@@ -217,7 +221,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         DataError: there is no such file, it is no text, or there is nothing in it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read prompts from {path}: {error}") from error
     texts = [line.strip() for line in lines if line.strip()]

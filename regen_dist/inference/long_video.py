@@ -9,6 +9,7 @@ Positions are real numbers, in frames of the video: 2.5 lies halfway between fra
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_left, bisect_right
 from collections import deque
@@ -111,13 +112,13 @@ def output_positions(timestamps: Seconds, fps: float | None) -> Positions:
         Positions [N], from 0 to at most F - 1: nothing is made up past the last frame.
 
     Raises:
-        ConfigError: `fps` is not above 0.
+        ConfigError: `fps` is not above 0, or not finite.
     """
     numbers = np.arange(len(timestamps), dtype=np.float64)
     if fps is None:
         return numbers
-    if not fps > 0:
-        raise ConfigError(f"fps is {fps:g}; it must be above 0")
+    if not 0 < fps < math.inf:
+        raise ConfigError(f"fps is {fps:g}; it must be above 0, and finite")
     times = np.arange(int(timestamps[-1] * fps + 1e-6) + 1) / fps
     return np.interp(times, timestamps, numbers)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.errors import BackendError, CheckpointError, ConfigError, DataError
+from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Latents
 
 ENCODER_FACT = "encoder"  # under which a checkpoint's facts on its data name the frozen encoder's fingerprint
@@ -72,7 +73,7 @@ class DiffusersEncoder(nn.Module):
         """SHA-256 in hex of the autoencoder's config and weights, and of what is made of them here."""
         config = {name: value for name, value in json.loads(self._config.read_text()).items() if name[:1] != "_"}
         facts = [config, self.settings.precision, self.num_frames]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        digest = hashlib.sha256(json_text(facts, sort_keys=True).encode())
         for name, tensor in sorted(self._read[0].state_dict().items()):
             if name.startswith(("encoder.", "quant_conv.", "latents_")):
                 digest.update(f"{name} {list(tensor.shape)}".encode())

@@ -159,12 +159,12 @@ def test_limits_of_a_partition(high: SlurmCluster, tmp_path: Path) -> None:
     """Slurm takes a job that is too long, or for a partition that is down, and lets it wait for ever."""
     assert asks(tmp_path, partition="high", nodes=1, time_min=1470) == []
     assert asks(tmp_path, partition="high", nodes=1, time_min=1471) == [
-        "time_min 1471 is longer than partition high allows (1470 min): the job would wait for ever; give --time 1470, "
+        "time_min 1471 is longer than partition high allows (1470 min): the job would wait forever; give --time 1470, "
         "it is requeued and goes on"
     ]
     assert "partition high: at most 1 node(s)" in asks(tmp_path, partition="high")[0]
     high.run("scontrol", "update", "PartitionName=high", "State=DOWN")
-    assert "partition high is DOWN: the job would wait for ever" in asks(tmp_path, partition="high", nodes=1)[0]
+    assert "partition high is DOWN: the job would wait forever" in asks(tmp_path, partition="high", nodes=1)[0]
 
 
 def test_slurm_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

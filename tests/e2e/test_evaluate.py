@@ -158,6 +158,16 @@ def test_a_diffusers_autoencoder_decodes_as_by_itself(place: Path) -> None:
         other.decode_windows([window], torch.arange(7.0))
 
 
+def test_what_changes_the_figures_is_measured_again(place: Path) -> None:
+    """Other clips of the same weights; a video of the page that was deleted. Nothing else."""
+    out = place / "again"
+    fixed = ["--model", place / "wan", "--no-baselines", "--no-vmaf", "--frames", 5, "--out", out]
+    assert evaluate(place, *fixed, "--clip-frames", 5).output.count("wan: ") == 3
+    (out / "media" / "wan" / "two.mp4").unlink()
+    assert evaluate(place, *fixed, "--clip-frames", 5).output.count("wan: ") == 1
+    assert evaluate(place, *fixed, "--clip-frames", 1).output.count("wan: ") == 3
+
+
 def test_models_that_are_not_there_or_have_one_name_are_refused(place: Path) -> None:
     with pytest.raises(ConfigError, match=r"no model at .*nowhere: expected the folder of a run"):
         load_models(["nowhere"], steps=1, clip_frames=5, baselines=False)

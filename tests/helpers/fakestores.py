@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,10 +99,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.store.lost_answers -= 1
                 self.close_connection = True
                 return
-            self._send(201, b"", {"ETag": '"1"'})
+            self._send(201, b"", {"ETag": f'"{_tag(data)}"'})
 
     def _send_object(self, key: str) -> None:
-        data, status, more = self.store.objects[key], 200, {"ETag": '"1"', "Last-Modified": _DATE}
+        data, status, more = (
+            self.store.objects[key],
+            200,
+            {"ETag": f'"{_tag(self.store.objects[key])}"', "Last-Modified": _DATE},
+        )
         if asked := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("range") or ""):
             start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
             more["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
@@ -115,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         shown, quoted = keys[: self.store.page], query.get("encoding-type") == "url"
         rows = "".join(
             f"<Contents><Key>{quote(key) if quoted else escape(key)}</Key><Size>{len(self.store.objects[key])}</Size>"
-            f"<ETag>&quot;1&quot;</ETag><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
+            f"<ETag>&quot;{_tag(self.store.objects[key])}&quot;</ETag><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
             for key in shown
         )
         more = len(keys) > len(shown)
@@ -145,3 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
+
+
+def _tag(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"

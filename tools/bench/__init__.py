@@ -1,5 +1,5 @@
-"""`regen bench`: measurements that write JSON, with the hardware, the versions and the config's hash beside the
-figures. One file a subcommand, imported when it is called."""
+"""`regen bench`: measurements written as JSON with hardware, versions and config hash. One file per subcommand,
+imported when it is called."""
 
 from __future__ import annotations
 

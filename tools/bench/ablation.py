@@ -1,4 +1,4 @@
-"""`regen bench ablation`: prediction target, timestep density and loss weighting against each other."""
+"""`regen bench ablation`: comparison of prediction targets, timestep densities and loss weightings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def ablation(
     console.print(f"written: {out / 'ablation.json'}, {out / 'ablation.md'}")
 
 
-# The diffusion ablation: prediction target x timestep density x loss weighting, every arm at the same budget.
+# Arms of the ablation: prediction target x timestep density x loss weighting, all at the same budget.
 #
 # An arm is an ordinary training run with other overrides; this module names the arms, reads what they reached and
 # tabulates it.
@@ -82,7 +82,7 @@ class AblationArm(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        """What sets this arm apart from its config."""
+        """Overrides that distinguish this arm from its config."""
         return [
             f"diffusion.target={self.target}",
             f"diffusion.density.kind={self.density}",
@@ -93,8 +93,8 @@ class AblationArm(NamedTuple):
 
 
 def arms() -> Iterator[AblationArm]:
-    """Every combination that can be trained: a noise prediction takes no samples at pure noise, where it says nothing
-    of x0."""
+    """Yield every combination that can be trained: noise prediction uses no samples at pure noise, which carry no
+    information on x0."""
     for target, density, pure_noise, weighting in product(
         ("x0", "velocity", "eps"), ("uniform", "logit_normal"), (NONE, HALF), ("x0", "velocity")
     ):
@@ -103,8 +103,8 @@ def arms() -> Iterator[AblationArm]:
 
 
 def measure_arm(arm: AblationArm, run: Path) -> dict[str, Any]:
-    """What an arm reached: PSNR of the validation clips in 1 and 4 steps (None where that is impossible), and its
-    training."""
+    """Return the results of an arm: PSNR of the validation clips in 1 and 4 steps (None if impossible), and training
+    figures."""
     config, codec = embedder_only(load_saved_config(run), str(run)), Codec.load(run)
     batch = validation_clip(config.data, num_frames=codec.num_frames)
     training = read_record(run / "metrics.jsonl", "train")
@@ -130,7 +130,7 @@ def _psnr_db(codec: Codec, video: Any, ids: Sequence[int], steps: int) -> float 
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as a Markdown table, best one-step PSNR first."""
+    """Format the results as a Markdown table, best one-step PSNR first."""
     lines = [
         "| target | density | share at pure noise | loss weighted as | PSNR, 1 step | PSNR, 4 steps |",
         "| --- | --- | ---: | --- | ---: | ---: |",

@@ -1,4 +1,4 @@
-"""`regen bench checkpoint`: what saving and loading checkpoints costs."""
+"""`regen bench checkpoint`: cost of saving and loading checkpoints."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def checkpoint(
     console.print(f"written: {out / 'checkpoint.json'}, {out / 'checkpoint.md'}")
 
 
-# From what was measured to the figures of `regen bench checkpoint`, and their Markdown table.
+# Figures of `regen bench checkpoint` from the measurements, and their Markdown table.
 #
-# Everything is in seconds, so a ratio says how many times as long something takes; each is formed within a round, and
-# the median stands beside the least and the most.
+# Everything is in seconds, so a ratio is a relative duration; ratios are formed within a round, and the median is
+# reported with minimum and maximum.
 
 BLOCKED_TARGET = 0.05  # of one step, beside one bare copy of the state
 STATE_BYTES = 16  # a parameter: master weight, moving average and two moments in float32
@@ -108,12 +108,12 @@ Turns = list[dict[str, Any]]
 
 
 def figure(values: Sequence[float]) -> dict[str, Any]:
-    """Median, both ends, and every value."""
+    """Return median, minimum, maximum and all values."""
     return {**spread(values), "values": list(values)}
 
 
 def state_section(parameters: int, written_bytes: int, files: int) -> dict[str, Any]:
-    """Bytes written beside the state's size."""
+    """Return the bytes written in relation to the state's size."""
     state = STATE_BYTES * parameters
     return {
         "parameters": parameters,
@@ -127,7 +127,7 @@ def state_section(parameters: int, written_bytes: int, files: int) -> dict[str, 
 def training_section(
     asynchronous: Sequence[Saving], synchronous: Sequence[Saving], copies_s: Sequence[float]
 ) -> dict[str, Any]:
-    """What saving costs a run, one `Saving` and one bare copy of the state a round."""
+    """Return the cost of saving during a run: one `Saving` and one plain copy of the state per round."""
     rounds = list(zip(asynchronous, copies_s, strict=True))
     beside = [(run, save) for run in asynchronous for save in run.saves if save.beside]
     return {
@@ -177,11 +177,11 @@ def _cost(run: Saving) -> float:
 
 
 def cases_section(kind: str, cases: Mapping[str, Turns]) -> dict[str, Any]:
-    """Seconds and bytes of each way to save or to load, and each beside the plain files; a bucket's beside its own.
+    """Return seconds and bytes of each way to save or load, relative to plain files; for a bucket, to its own.
 
     Args:
         kind: "save" or "load".
-        cases: the turns of each.
+        cases: turns of each.
     """
     found: dict[str, Any] = {"against": _AGAINST[kind], "cases": {}, "ratios": {}}
     for name, turns in cases.items():
@@ -198,12 +198,12 @@ def cases_section(kind: str, cases: Mapping[str, Turns]) -> dict[str, Any]:
 
 
 def times_as_long(turns: Turns, others: Turns) -> dict[str, Any]:
-    """How many times as long `turns` take as `others`, round by round."""
+    """Return the durations of `turns` relative to `others`, round by round."""
     return figure([turn["seconds"] / other["seconds"] for turn, other in zip(turns, others, strict=True)])
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """All figures, and what the others do not do."""
+    """Format all figures, and features that the alternatives lack."""
     state = facts["state"]
     size = f"{state['state_bytes'] / 1e6:.0f} MB"
     rows = [
@@ -274,7 +274,7 @@ def _ratio(found: Mapping[str, float]) -> str:
 
 
 def checkpoint_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
-    """What two records are compared by."""
+    """Yield the figures by which two records are compared."""
     training = facts["training"]
     yield Figure("a step, s", training["step_s"]["median"], False, noise=0.25)
     for kind in ("asynchronous", "synchronous"):
@@ -288,7 +288,7 @@ def checkpoint_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
     yield Figure("bytes written over the state's", facts["state"]["ratio"], False, noise=0.01)
 
 
-# The rounds of `regen bench checkpoint`: each starts the runs and the ranks anew, one after the other.
+# Rounds of `regen bench checkpoint`: each starts new runs and ranks, one after the other.
 
 _MODES = {"asynchronous": "true", "synchronous": "false"}
 _TAIL_LINES = 20
@@ -303,7 +303,7 @@ class BenchStore(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What one round found: the runs by mode, the ranks' figures by their number, a checkpoint's bytes and files."""
+    """Results of one round: runs by mode, figures by number of ranks, bytes and files of a checkpoint."""
 
     runs: dict[str, Saving]
     measured: dict[int, dict[str, Any]]
@@ -314,15 +314,15 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointBench:
-    """What is measured.
+    """Settings of the checkpoint bench.
 
     Args:
-        config: file of the run.
-        overrides: changes to it.
-        ranks: that train, save and load.
-        repeats: turns of saving and loading in a round.
-        work: folder for everything, on the disk that is measured.
-        say: told what is done.
+        config: config file of the run.
+        overrides: config overrides.
+        ranks: number of ranks that train, save and load.
+        repeats: turns of saving and loading per round.
+        work: folder of all files, on the disk to be measured.
+        say: called with progress messages.
     """
 
     config: Path
@@ -334,11 +334,12 @@ class CheckpointBench:
 
     @property
     def clips(self) -> Path:
-        """The dataset that is trained on."""
+        """Training dataset."""
         return self.work / "clips"
 
     def round(self, number: int, url: str | None, *, bucket: bool) -> Round:
-        """Everything once: a run of each kind, saving and loading by as many ranks, loading by another number."""
+        """Run everything once: each kind of training, saving and loading by `ranks`, loading by another number of
+        ranks."""
         folder = self.work / f"round-{number}"
         runs = {mode: self._train(folder, mode) for mode in _MODES}
         checkpoints = CheckpointFolder(folder / "asynchronous" / "checkpoints")
@@ -351,7 +352,7 @@ class CheckpointBench:
         return Round(runs, measured, manifest.size_bytes, len(manifest.files), there.described)
 
     def _train(self, folder: Path, mode: str) -> Saving:
-        """A run from start to end, and what its record says."""
+        """Train a run from start to end; return the saves in its record."""
         places = [*self._places(folder), f"name={mode}", f"checkpoint.asynchronous={_MODES[mode]}"]
         program = regen("train", str(self.config), *self.overrides, *places)
         program += ["--ranks", str(self.ranks)]
@@ -368,7 +369,7 @@ class CheckpointBench:
         return found
 
     def _measure(self, folder: Path, ranks: int, there: BenchStore, *options: str) -> dict[str, Any]:
-        """What the rank program finds with so many ranks."""
+        """Return the figures of the rank program with this number of ranks."""
         measured = folder / "measured"
         save_config(load_config(self.config, [*self.overrides, *self._places(folder)]), measured)
         program = python("-m", checkpoint_cases.__name__, str(measured), f"--repeats={self.repeats}", *options)
@@ -384,8 +385,8 @@ class CheckpointBench:
 
 @contextmanager
 def place(url: str | None, *, bucket: bool) -> Iterator[BenchStore]:
-    """Where checkpoints go beside the disk for the length of a `with` block: a folder of its own in the bucket that
-    `url` names, which is emptied in the end, or in a server that this starts."""
+    """Yield the store of checkpoints beside the disk: a new folder in the bucket `url`, emptied at the end, or a local
+    server for the duration of the block."""
     inherited = dict(os.environ)
     if not bucket:
         yield BenchStore(None, "none", inherited)
@@ -404,7 +405,7 @@ def place(url: str | None, *, bucket: bool) -> Iterator[BenchStore]:
 
 
 def sections(rounds: Sequence[Round]) -> dict[str, Any]:
-    """The figures of all rounds together."""
+    """Combine the figures of all rounds."""
     ranks, other = rounds[0].measured
     ours = [each.measured[ranks] for each in rounds]
     copies = [median(turn["seconds"] for turn in each["save"]["bare copy"]) for each in ours]

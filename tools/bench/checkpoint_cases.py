@@ -1,5 +1,4 @@
-"""What checkpoints cost: training that saves, saving and loading alone, and what else a user could take.
-`regen bench checkpoint` runs them."""
+"""Cases of `regen bench checkpoint`: saving during training, saving and loading alone, and the alternatives."""
 
 from __future__ import annotations
 
@@ -42,27 +41,27 @@ from regen_dist.jsontext import json_text
 from regen_dist.models.building import build_model
 from tools.bench.common import Case, Rounds, Turn, in_turn
 
-# What a save costs the run that makes it: read from the run's record, which must have a line for every step.
+# Cost of a save to its run, from the run's record, which must have a line for every step.
 #
-# A save stands between two steps, s and s + 1. The record tells when each line was written and how long each step
-# took without what stood between, so the clock says how long training stood still. A thread then writes while later
-# steps go on: those are compared with the steps that nothing disturbed.
+# A save happens between two steps, s and s + 1. The record has the time of each line and the duration of each step
+# without what happened in between, so the clock shows how long training was blocked. A thread then writes during later
+# steps, which are compared with undisturbed ones.
 
 COLD_STEPS = 2  # of a start: caches and pools fill
 _CLOCKS_AGREE_S = 1e-3  # the record's clock and the one that measures
 
 
 class Save(NamedTuple):
-    """One save of a run; seconds.
+    """One save of a run; times in seconds.
 
     Args:
-        step: after which it was made.
-        blocked_s: for how long the saver says that it blocked: the copy, and where it is waited for, the writing.
-        still_s: how long the loop stood still between two steps, by the clock.
-        seconds: from the beginning of the copy until the checkpoint was committed.
-        size_bytes: of all shards.
-        beside: steps that were made, wholly or in part, while it was written.
-        beside_s: how long they took together.
+        step: step after which it was made.
+        blocked_s: blocking time as measured by the saver: the copy and, if waited for, the writing.
+        still_s: time between the two steps by the clock.
+        seconds: from the beginning of the copy to the commit of the checkpoint.
+        size_bytes: size of all shards.
+        beside: steps made, wholly or partly, during the writing.
+        beside_s: total duration of these steps.
     """
 
     step: int
@@ -76,9 +75,9 @@ class Save(NamedTuple):
 
 @dataclass(frozen=True)
 class Saving:
-    """The saves of a run that can be judged, and its undisturbed steps.
+    """Saves of a run that can be evaluated, and its undisturbed steps.
 
-    Neither the first save, which makes the buffers, nor the last, which is waited for, is among them.
+    The first save, which allocates the buffers, and the last, which is waited for, are excluded.
     """
 
     quiet_s: list[float]
@@ -91,19 +90,19 @@ class Saving:
         return median(self.quiet_s)
 
     def lost_s(self, save: Save) -> float:
-        """By how much the steps beside a save's writing were longer than undisturbed ones, all together."""
+        """Return the total slowdown of the steps during a save's writing, relative to undisturbed steps."""
         return save.beside_s - save.beside * self.step_s
 
     def cost_s(self, save: Save) -> float:
-        """What a save makes the run longer by."""
+        """Return the time by which a save prolongs the run."""
         return save.still_s + self.lost_s(save)
 
 
 def saving(lines: Sequence[Mapping[str, Any]]) -> Saving:
-    """What the record of a run, written from its start on with `train.log_every=1`, says of its saves.
+    """Return the saves in the record of a run that was written from its start with `train.log_every=1`.
 
     Raises:
-        DataError: a save failed, or the run was too short to judge one.
+        DataError: a save failed, or the run was too short to evaluate one.
     """
     steps = {line["step"]: line for line in lines if line["kind"] == "train"}
     saved = [line for line in lines if line["kind"] == "checkpoint"]
@@ -136,21 +135,21 @@ def _save(steps: Mapping[int, Mapping[str, Any]], line: Mapping[str, Any], besid
 
 
 def _beside(steps: Mapping[int, Mapping[str, Any]], line: Mapping[str, Any]) -> list[int]:
-    """The steps that began after the save did and before it was committed."""
+    """Return the steps that began after the save and before its commit."""
     committed = steps[line["step"]]["time"] + line["seconds"] - _CLOCKS_AGREE_S
     later = (step for step in steps if step > line["step"])
     return [step for step in later if steps[step]["time"] - steps[step]["step_s"] < committed]
 
 
-# What a user could take instead: torch.distributed.checkpoint over the same pieces, and DeepSpeed's own saving.
+# Alternatives: torch.distributed.checkpoint on the same shards, and DeepSpeed's own saving.
 
 
 class Distributed:
-    """torch.distributed.checkpoint over this rank's pieces: each is an even flat chunk, so a sharded DTensor.
+    """torch.distributed.checkpoint on this rank's shards: each is an even flat chunk, hence a sharded DTensor.
 
     Args:
-        engine: whose pieces.
-        ranks: of the job; its process group must be there.
+        engine: engine that holds the state.
+        ranks: ranks of the job; its process group must exist.
     """
 
     def __init__(self, engine: Engine, ranks: Ranks) -> None:
@@ -180,13 +179,13 @@ class Distributed:
 
 
 class _Held:
-    """Pieces that were loaded already, as an engine takes them."""
+    """Already loaded pieces, in the form that an engine reads."""
 
     def __init__(self, pieces: Mapping[str, Tensor]) -> None:
         self._pieces = pieces
 
     def read_all(self, wanted: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
-        """What this rank holds, whatever range is named: it is the same."""
+        """Return this rank's pieces for any requested range: they are the same."""
         return ((key, self._pieces[key]) for key in wanted)
 
 
@@ -211,20 +210,20 @@ class DeepSpeedOwn:
             raise CheckpointError(f"DeepSpeed loaded nothing from {folder}")
 
 
-# What one rank does in turn: copying, writing and reading the same state in several ways. All are collective.
+# Cases of one rank: copying, writing and reading the same state in several ways. All are collective.
 
 Job = Callable[[], Mapping[str, float] | None]
 
 
 class MeasuredEngine:
-    """The state of an engine, and what is done with it.
+    """State of an engine and the operations measured on it.
 
     Args:
-        config: of the run whose state it is.
-        engine: which holds it.
-        ranks: of the job.
-        folder: for all files; on one disk, shared by the ranks.
-        url: a folder in a bucket, or None.
+        config: config of the run.
+        engine: engine that holds the state.
+        ranks: ranks of the job.
+        folder: folder of all files, on one disk shared by the ranks.
+        url: folder in a bucket, or None.
     """
 
     def __init__(self, config: RunConfig, engine: Engine, ranks: Ranks, folder: Path, url: str | None) -> None:
@@ -235,7 +234,7 @@ class MeasuredEngine:
         self._step = 0
 
     def saves(self) -> dict[str, Case]:
-        """Saving, by name."""
+        """Return the cases of saving, by name."""
         pieces = self.engine.pieces()
         buffers = {name: torch.empty(piece.shape, pin_memory=piece.is_cuda) for name, piece in pieces.items()}
         own = self._saver(self.ours)
@@ -256,7 +255,7 @@ class MeasuredEngine:
         return cases
 
     def loads(self) -> dict[str, Case]:
-        """Loading what `saves` left, by name: at any number of ranks, but for DeepSpeed's."""
+        """Return the cases of loading what `saves` wrote, by name: with any number of ranks, except DeepSpeed's."""
         cases: dict[str, Case] = {
             "plain reads": lambda: self.timed(self._read_plain, self._files_bytes),
             "ours": lambda: self.timed(lambda: self._restore(self.ours), self._files_bytes),
@@ -278,7 +277,7 @@ class MeasuredEngine:
         return cases
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of this rank's pieces of each kind."""
+        """Return the SHA-256 of this rank's pieces of each kind."""
         digests: dict[str, Any] = {}
         for name, piece in sorted(self.engine.pieces().items()):
             kind = name.split("/", 1)[0]
@@ -286,17 +285,17 @@ class MeasuredEngine:
         return {kind: digest.hexdigest() for kind, digest in digests.items()}
 
     def deepspeed_elsewhere(self) -> str:
-        """What DeepSpeed says to its own checkpoint at a number of ranks that did not save it; empty without it."""
+        """Return DeepSpeed's error on loading its own checkpoint with another number of ranks; empty without error."""
         if self.deepspeed is None:
             return ""
         try:
             self.deepspeed.load(self.folder / "deepspeed/saved")
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the figure
+        except Exception as error:  # noqa: BLE001 - the error is the result
             return f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return "loaded"
 
     def timed(self, job: Job, size_bytes: Callable[[], int]) -> Turn:
-        """How long the slowest rank takes; `size_bytes` says of how much, over all ranks, when it is done."""
+        """Time the slowest rank; `size_bytes` returns the amount over all ranks when it is done."""
         self.ranks.barrier()
         begun = time.perf_counter()
         facts = job() or {}
@@ -356,7 +355,7 @@ class MeasuredEngine:
         return folder.manifest(folder.steps()[-1])
 
     def _files(self) -> list[str]:
-        """The files that this rank reads when all are read once."""
+        """Return the files that this rank reads when every file is read once."""
         manifest = self._newest(self.ours)
         names = [f"{checkpoint_name(manifest.step)}/{file}" for file in sorted(manifest.files)]
         return names[self.ranks.rank :: self.ranks.world_size]
@@ -393,7 +392,7 @@ def _copy(pieces: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
 
 
 def _write_plain(folder: Path, ranks: Ranks, buffers: Mapping[str, Tensor]) -> None:
-    """The same bytes into a file a rank, synced, and nothing else."""
+    """Write the same bytes to one file per rank and fsync it; nothing else."""
     folder.mkdir(exist_ok=True)
     with (folder / f"rank-{ranks.rank}").open("wb") as file:
         for buffer in buffers.values():
@@ -425,12 +424,12 @@ _READS = ("plain reads", "plain gets")  # they load nothing into the engine
 
 
 def result_file(folder: Path, ranks: int) -> Path:
-    """Where rank 0 leaves the figures of so many ranks."""
+    """Return the path of rank 0's figures for this number of ranks."""
     return folder / f"ranks-{ranks}.json"
 
 
 def log_file(folder: Path, ranks: int) -> Path:
-    """What rank 0 printed."""
+    """Return the path of rank 0's log."""
     return folder / f"ranks-{ranks}.log"
 
 
@@ -462,7 +461,7 @@ def main() -> None:
 def measure(
     config: RunConfig, ranks: Ranks, folder: Path, url: str | None, repeats: int, load_only: bool
 ) -> dict[str, Any]:
-    """What `saves` and `loads` of `Measured` take, turn by turn, and whether all loads brought the same state."""
+    """Time the `saves` and `loads` of a `MeasuredEngine` in turn, and check that all loads restored the same state."""
     engine = build_engine(config, ranks, partial(_build, config))
     measured = MeasuredEngine(config, engine, ranks, folder, url)
     found: dict[str, Any] = {"ranks": ranks.world_size, "parameters": _parameters(engine.shapes())}
@@ -484,7 +483,7 @@ def measure(
 
 
 def _digests_after(measured: MeasuredEngine, case: Case) -> dict[str, str]:
-    """What a way of loading leaves in an engine whose state was spoilt before. This turn does not count."""
+    """Return the digests after loading into an engine whose state was overwritten. This turn is not timed."""
     for piece in measured.engine.pieces().values():
         piece.detach().zero_()
     case()
@@ -499,7 +498,7 @@ def _warm_in_turn(cases: Mapping[str, Case], repeats: int) -> Rounds:
 
 @torch.no_grad()
 def _fill(measured: MeasuredEngine, seed: int) -> None:
-    """Random state: what is loaded can be told from what was never saved."""
+    """Fill the state with random numbers, so that loaded state differs from never-saved state."""
     generator = torch.Generator().manual_seed(seed)
     for piece in measured.engine.pieces().values():
         piece.detach().copy_(torch.rand(piece.shape, generator=generator))
@@ -519,7 +518,7 @@ def _plain(rounds: Rounds) -> dict[str, list[dict[str, Any]]]:
 
 
 def _print_to(log: Path) -> None:
-    """All that this process and its libraries print: the terminal is the command's."""
+    """Redirect all output of this process and its libraries to a log: the terminal belongs to the command."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -1,4 +1,4 @@
-"""`regen bench codec`: what encoding and decoding costs, beside the codecs that a user would take instead."""
+"""`regen bench codec`: cost of encoding and decoding, compared with other video codecs."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def codec(
         Path | None, typer.Option(help="Folder with packages that are not installed, such as magvit2-pytorch.")
     ] = None,
 ) -> None:
-    """Measure what encoding and decoding the same clip costs: this project's codecs (full, fast, nano), those of
-    diffusers and magvit2-pytorch, with random weights, one process for each. A codec that is not installed, or takes
-    more than the limits, is a row that says so.
+    """Measure the cost of encoding and decoding the same clip: this project's codecs (full, fast, nano), those of
+    diffusers and magvit2-pytorch, with random weights, one process each. A codec that is not installed or exceeds the
+    limits gets a row with the reason.
 
     Example: regen bench codec --size 17x64x64 --systems 'fast|Cosmos'
     """
@@ -105,7 +105,7 @@ def _configs(systems: list[System]) -> dict[str, Any]:
 
 
 def _versions(packages: Path | None) -> dict[str, str]:
-    """Of the packages that are compared with."""
+    """Return the versions of the packages compared with."""
     from importlib.metadata import distributions
 
     places = [*sys.path, *([str(packages)] if packages else [])]
@@ -113,7 +113,7 @@ def _versions(packages: Path | None) -> dict[str, str]:
     return {name: found.get(name, "not installed") for name in ("diffusers", "magvit2-pytorch")}
 
 
-# The figures of `regen bench codec` as Markdown tables.
+# Figures of `regen bench codec` as Markdown tables.
 #
 # Behind each figure, in parentheses, how many times as much it is as that of this project's fast codec at the same
 # temporal compression and size.
@@ -162,7 +162,7 @@ _RUN = 3  # the first of them that is had by running
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """Targets, sizes, slopes."""
+    """Format targets, sizes and slopes."""
     rows = facts["rows"]
     parts = [_targets(rows)]
     parts += [_size_table(rows, size) for size in _sizes(rows)]
@@ -170,7 +170,7 @@ def table(facts: Mapping[str, Any]) -> str:
 
 
 def figures(facts: Mapping[str, Any]) -> dict[str, float]:
-    """What is compared from run to run: CPU seconds of this project's codecs."""
+    """Return the figures that are compared between runs: CPU seconds of this project's codecs."""
     found = {}
     for row in facts["rows"]:
         for call in ("encode", "decode"):
@@ -180,7 +180,7 @@ def figures(facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def targets(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
-    """What was to be reached: what it is, the figure, and the most that it may be; without those that were not had."""
+    """Yield each target: name, figure and upper limit; without those that were not measured."""
     for row in rows:
         if row["size"] == TARGET_SIZE and row["system"] in REFERENCES.values() and "decode_flops" in row:
             what = f"{row['system']}: TFLOP of a decoder step at 17x256x256"
@@ -191,7 +191,7 @@ def targets(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
 
 
 def _encoders(cosmos: Row, own: Row | None) -> Iterator[tuple[str, float, float]]:
-    """Our encoder beside Cosmos' at one size."""
+    """Yield the cost of our encoder relative to Cosmos' at one size."""
     for name, of in (("FLOP", _counted("encode_flops")), ("CPU seconds", _seconds("encode"))):
         if own is not None and (ours := of(own)) is not None and (theirs := of(cosmos)):
             size = "x".join(map(str, own["size"]))
@@ -250,13 +250,13 @@ def _plain(text: str) -> str:
 
 
 def _reference(rows: Sequence[Row], row: Row) -> Row | None:
-    """Our fast codec at the row's temporal compression and size."""
+    """Return our fast codec at the row's temporal compression and size."""
     wanted = REFERENCES.get(row["temporal_compression"])
     return next((each for each in rows if each["system"] == wanted and each["size"] == row["size"]), None)
 
 
 def _slopes(rows: Sequence[Row]) -> list[str]:
-    """How many times as much the largest size takes as the smallest, and as many frames of the smallest sides."""
+    """Return the cost of the largest size relative to the smallest, and to as many frames of the smallest size."""
     found = [*_SLOPES]
     for name in dict.fromkeys(row["system"] for row in rows):
         run = sorted((row for row in rows if row["system"] == name and "decode" in row), key=_pixels)
@@ -278,12 +278,12 @@ def _pixels(row: Row) -> int:
     return int(frames * height * width)
 
 
-# One codec at one size in a process of its own, so that the memory that it takes is its own.
+# One codec at one size per process, so that its memory can be measured.
 #
 #     python -m tools.bench.codec '{"do": "measure", "system": "nano", "sizes": ["17x64x64"]}'
 #
-# Each thing that is known goes to the standard output at once, a JSON object a line: what ends the process early ends
-# no more than that. Linux alone tells the memory.
+# Each result is printed immediately, one JSON object per line, so that a killed process loses only what
+# follows. Memory is reported on Linux only.
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _C = ctypes.CDLL(None)
@@ -292,17 +292,17 @@ _AGAIN_WITHIN_S = 30.0  # a pass that takes longer needs no second: what is done
 
 
 class CodecJob(NamedTuple):
-    """What a process is asked for.
+    """Job of one process.
 
     Args:
         do: "measure" or "count".
-        system: a name.
-        sizes: of the clips; one, where it measures.
+        system: name of the codec.
+        sizes: sizes of the clips; a single one for "measure".
         precision: "fp32" or "bf16".
-        threads: of torch.
-        repeats: passes that are timed, after one that is not.
-        limit_bytes: memory that it may take; 0: any.
-        packages: a folder with packages that are not installed, or "".
+        threads: threads of torch.
+        repeats: timed passes, after one warm-up.
+        limit_bytes: memory limit; 0: none.
+        packages: folder with packages that are not installed, or "".
     """
 
     do: str
@@ -316,7 +316,7 @@ class CodecJob(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """What one call took: seconds on the clock and of the CPU, and bytes above those that it began with."""
+    """Cost of one call: wall and CPU seconds, and additional bytes of memory."""
 
     wall_s: float
     cpu_s: float
@@ -324,7 +324,7 @@ class Spent(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """Do the job that the first argument describes, and tell."""
+    """Run the job described by the first argument and print its results."""
     job = CodecJob(**json.loads(arguments[0]))
     if job.packages:
         sys.path.append(job.packages)
@@ -340,7 +340,7 @@ def main(arguments: list[str]) -> None:
                 measure(system, size, job)
         except ImportError as error:
             tell(size=str(size), problem=f"not installed: {system.needs or error.name} ({error})")
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is what the table says of this codec
+        except Exception as error:  # noqa: BLE001 - any error is the codec's result in the table
             tell(size=str(size), problem=reason(error))
 
 
@@ -351,7 +351,7 @@ def tell(**facts: Any) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a codec says, at most 160 characters of it."""
+    """Return the first line of a codec's error message, at most 160 characters."""
     text = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, MemoryError) or "allocate memory" in text:
         return "out of the memory that is allowed"
@@ -359,7 +359,7 @@ def reason(error: Exception) -> str:
 
 
 def measure(system: System, size: ClipSize, job: CodecJob) -> None:
-    """Encode and decode in turn; tells of every call."""
+    """Encode and decode in turn; print the cost of every call."""
     begun = time.perf_counter()
     coder = system.coder(job.precision)
     video = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -384,7 +384,7 @@ def one_pass(coder: Coder, video: torch.Tensor, base: int | None, number: int) -
 
 
 def spent(call: Callable[[], Any], base: int | None) -> tuple[Any, Spent]:
-    """What a call gives, and what it took."""
+    """Return a call's result and its cost."""
     _forget_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     result = call()
@@ -394,7 +394,7 @@ def spent(call: Callable[[], Any], base: int | None) -> tuple[Any, Spent]:
 
 
 def _forget_peak() -> None:
-    """Give back what the allocator keeps of earlier calls, and begin with the peak where the process is now."""
+    """Release memory cached by earlier calls, and reset the peak to the current value."""
     if hasattr(_C, "malloc_trim"):  # glibc's
         _C.malloc_trim(0)
     if _RESET.exists():
@@ -402,7 +402,7 @@ def _forget_peak() -> None:
 
 
 def _resident(name: str) -> int | None:
-    """Bytes of this process in memory: now (VmRSS), or at most (VmHWM); None where the system does not say."""
+    """Return this process's resident bytes: now (VmRSS) or at peak (VmHWM); None if the system does not report it."""
     if not _STATUS.exists():
         return None
     found = [line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith(name)]
@@ -421,15 +421,15 @@ _CALLS = ("encode", "decode")
 
 @dataclass(frozen=True)
 class CodecLimits:
-    """What a process may take, and how it works.
+    """Limits and settings of a process.
 
     Attributes:
-        seconds: until it is ended, loading included.
-        gib: of memory.
-        threads: of torch.
-        repeats: passes that are timed, after one that is not.
+        seconds: timeout, loading included.
+        gib: memory limit.
+        threads: threads of torch.
+        repeats: timed passes, after one warm-up.
         precision: "fp32" or "bf16".
-        packages: a folder with packages that are not installed, or "".
+        packages: folder with packages that are not installed, or "".
     """
 
     seconds: float
@@ -440,7 +440,7 @@ class CodecLimits:
     packages: str = ""
 
     def job(self, do: Literal["count", "measure"], system: System, sizes: Sequence[ClipSize]) -> CodecJob:
-        """What the process is told."""
+        """Return the job description for the process."""
         asked = [str(size) for size in sizes]
         limit = int(self.gib * 2**30)
         return CodecJob(do, system.name, asked, self.precision, self.threads, self.repeats, limit, self.packages)
@@ -455,15 +455,15 @@ def measure_all(
     rounds: int,
     told: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """A row for each size and codec; those at sizes that are `counted` alone have no seconds.
+    """Measure each size and codec; codecs that are only `counted` at a size have no seconds.
 
     Args:
         systems: the codecs.
-        sizes: at which they run.
-        counted: at which their operations are counted, too.
-        limits: of each process.
-        rounds: how often everything is run.
-        told: hears of what goes on.
+        sizes: sizes at which they run.
+        counted: sizes at which their operations are counted, too.
+        limits: limits of each process.
+        rounds: number of repetitions of everything.
+        told: called with progress messages.
     """
     rows = {(size, system.name): _row(system, size) for size in [*sizes, *counted] for system in systems}
     for system in systems:
@@ -482,7 +482,7 @@ def measure_all(
 
 
 def run(job: CodecJob, limits: CodecLimits) -> list[dict[str, Any]]:
-    """What the process told; the last line says so where it was ended, or ended itself without a word."""
+    """Return the results of a process; the last one gives the reason if it was killed or ended without output."""
     command = python("-W", "ignore", "-m", __name__, json_text(job._asdict()))
     environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(limits.threads))
     pipe = subprocess.PIPE
@@ -503,7 +503,7 @@ def run(job: CodecJob, limits: CodecLimits) -> list[dict[str, Any]]:
 
 
 def _lines(out: str) -> Iterator[dict[str, Any]]:
-    """Whole lines; a process that is ended may leave a part of one."""
+    """Yield whole lines; a killed process may leave a partial one."""
     for line in out.splitlines(keepends=True):
         if line.startswith("{") and line.endswith("}\n"):
             yield json.loads(line)
@@ -515,7 +515,7 @@ def _row(system: System, size: ClipSize) -> dict[str, Any]:
 
 
 def _counts(system: System, sizes: list[ClipSize], limits: CodecLimits) -> Iterator[tuple[ClipSize, dict[str, Any]]]:
-    """What is known of a codec at each size without running it, or why it is not."""
+    """Yield the counted operations of a codec at each size, or the reason why there are none."""
     told = run(limits.job("count", system, sizes), limits)
     counted = {line["size"]: line for line in told if "size" in line}
     ended = next((line["problem"] for line in reversed(told) if "problem" in line), "it said nothing")
@@ -525,7 +525,7 @@ def _counts(system: System, sizes: list[ClipSize], limits: CodecLimits) -> Itera
 
 
 def summary(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of all passes of a codec at a size: medians of seconds, the most memory, and what went wrong.
+    """Summarise all passes of a codec at a size: median seconds, peak memory, and errors.
 
     The first pass of a process does not count, unless it is the only one.
     """

@@ -1,8 +1,8 @@
-"""The package magvit2-pytorch at 32-fold temporal compression, with random weights.
+"""Codecs of `regen bench codec`: this project's, those of diffusers, and magvit2-pytorch, with random weights.
 
-It imports torchvision for the weights of a perceptual loss, and a trainer, which imports more. Neither is needed to
-encode and decode, and torchvision's builds on PyPI do not import beside a CPU build of torch: where one of them is
-missing, a name without content stands in for it.
+magvit2-pytorch imports torchvision for a perceptual loss and for a trainer with further imports. Neither is needed to
+encode and decode, and torchvision's builds on PyPI cannot be imported beside a CPU build of torch: a missing one is
+replaced by an empty module.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.encoder import Latents
 
 CODE_BITS = 18  # of a token: the paper's codebook (Yu et al., 2024) of 2**18 words
-# As in the package's own example, with as many halvings of time as k = 32 takes.
+# The package's own example, with enough temporal downsampling for k = 32.
 _LAYERS = (
     "residual",
     "compress_space",
@@ -63,7 +63,7 @@ class Magvit2Coder:
 
     def __init__(self) -> None:
         self.model = _tokenizer()(
-            image_size=256,  # its `forward` alone looks at it
+            image_size=256,  # used only in its `forward`
             init_dim=64,
             layers=_LAYERS,
             max_dim=_WIDEST,
@@ -74,17 +74,17 @@ class Magvit2Coder:
         ).eval()
 
     def encode(self, video: Tensor) -> Tensor:
-        """[1, 3, T, H, W] to the quantised [1, C, t, h, w]."""
+        """Encode [1, 3, T, H, W] to the quantised [1, C, t, h, w]."""
         quantized: Tensor = self.model.encode(video, quantize=True)[0]
         return quantized
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[1, C, t, h, w] to [1, 3, T, H, W]."""
+        """Decode [1, C, t, h, w] to [1, 3, T, H, W]."""
         frames: Tensor = self.model.decode(latents)
         return frames
 
     def bits(self, latents: Tensor) -> int:
-        """Of the tokens."""
+        """Return the bits of the tokens."""
         return CODE_BITS * torch.Size((latents.shape[0], *latents.shape[2:])).numel()
 
 
@@ -92,7 +92,7 @@ def _tokenizer() -> Any:
     for name, content in _stand_ins().items():
         try:
             import_module(name)
-        except (ImportError, RuntimeError):  # torchvision says RuntimeError where its operators do not fit torch
+        except (ImportError, RuntimeError):  # RuntimeError: torchvision's operators do not match torch
             sys.modules[name] = content
     return import_module("magvit2_pytorch.magvit2_pytorch").VideoTokenizer
 
@@ -106,7 +106,7 @@ def _stand_ins() -> dict[str, ModuleType]:
     return {each.__name__: each for each in (vision, models, trainer)}
 
 
-# The video codecs of diffusers, by their default configs, with random weights: this is about cost.
+# Video codecs of diffusers with their default configs and random weights: only the cost is measured.
 
 _BITS = 16  # of a latent's value
 
@@ -126,26 +126,26 @@ class DiffusersCoder:
         self.model = getattr(import_module("diffusers"), name)(**options).eval()
 
     def encode(self, video: Tensor) -> Tensor:
-        """[1, 3, T, H, W] to [1, C, t, h, w]."""
+        """Encode [1, 3, T, H, W] to [1, C, t, h, w]."""
         mean: Tensor = self.model.encode(video).latent_dist.mode()
         return mean
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[1, C, t, h, w] to [1, 3, T, H, W]."""
+        """Decode [1, C, t, h, w] to [1, 3, T, H, W]."""
         video: Tensor = self.model.decode(latents).sample
         return video
 
     def bits(self, latents: Tensor) -> int:
-        """Of what is kept."""
+        """Return the bits of the latents."""
         return _BITS * latents.numel()
 
 
 def diffusers_coder(name: str, **options: Any) -> Callable[[], DiffusersCoder]:
-    """Makes the codec when it is called."""
+    """Return a function that creates the codec."""
     return lambda: DiffusersCoder(name, **options)
 
 
-# Sizes of clips, and what is said of a codec at one of them.
+# Clip sizes, and the counted operations of a codec at a size.
 
 
 class ClipSize(NamedTuple):
@@ -157,7 +157,7 @@ class ClipSize(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of all frames."""
+        """Pixels of all frames."""
         return self.frames * self.height * self.width
 
     def __str__(self) -> str:
@@ -165,10 +165,10 @@ class ClipSize(NamedTuple):
 
 
 def parse_size(text: str) -> ClipSize:
-    """FRAMESxHEIGHTxWIDTH, as in 17x64x64.
+    """Parse FRAMESxHEIGHTxWIDTH, such as 17x64x64.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it is malformed.
     """
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
     if not found:
@@ -178,13 +178,13 @@ def parse_size(text: str) -> ClipSize:
 
 @dataclass(frozen=True)
 class Counted:
-    """What is known of a codec without running it.
+    """Counts of a codec, determined without running it.
 
     Attributes:
-        parameters: of encoder and decoder.
-        encode_flops, decode_flops: of the clip, one decoder step; a multiplication with an addition counts as two.
-        latents: shapes of what is kept.
-        latent_bits: of it: 16 for each real number, or those of its tokens.
+        parameters: parameters of encoder and decoder.
+        encode_flops, decode_flops: per clip, with one decoder step; a multiply-add counts as two.
+        latents: shapes of the latents.
+        latent_bits: bits of the latents: 16 per real number, or those of the tokens.
     """
 
     parameters: int
@@ -194,7 +194,7 @@ class Counted:
     latent_bits: int
 
     def facts(self, size: ClipSize) -> dict[str, Any]:
-        """As plain values."""
+        """Return the counts as plain values."""
         return {
             "parameters": self.parameters,
             "encode_flops": self.encode_flops,
@@ -208,11 +208,11 @@ class Coder(Protocol):
     """A codec with random weights, ready to work."""
 
     def encode(self, video: Tensor) -> Any:
-        """A clip [1, 3, T, H, W] in [-1, 1] to whatever `decode` takes."""
+        """Encode a clip [1, 3, T, H, W] in [-1, 1] to the input of `decode`."""
         ...
 
     def decode(self, latents: Any) -> Any:
-        """All frames of the clip."""
+        """Return all frames of the clip."""
         ...
 
 
@@ -226,7 +226,7 @@ class OwnCoder:
         self._codec = Codec(build_model(config.model), config, torch.device("cpu"))
 
     def encode(self, video: Tensor) -> tuple[list[Window], tuple[int, int, int]]:
-        """The windows of a clip, a group of them at a time, and the clip's size."""
+        """Return the windows of a clip, encoded in groups, and the clip's size."""
         frames, height, width = video.shape[2:]
         plan = make_plan(frames, self._codec.num_frames)
         windows: list[Window] = []
@@ -239,7 +239,7 @@ class OwnCoder:
         return windows, (frames, height, width)
 
     def decode(self, latents: tuple[list[Window], tuple[int, int, int]]) -> list[Frame]:
-        """Group by group, neighbours blended."""
+        """Decode group by group and blend neighbours."""
         windows, (frames, *sides) = latents
         plan = make_plan(frames, self._codec.num_frames)
         groups = ([windows[number] for number in group] for group in plan.groups)
@@ -250,7 +250,7 @@ class OwnCoder:
 
 
 def own_config(path: Path, precision: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A config whose data is never looked for."""
+    """Return a config whose data is never opened."""
     own = ["data.url=nowhere", "data.validation_url=null", f"engine.precision={precision}", *overrides]
     return load_embedder_config(path, own)
 
@@ -278,19 +278,19 @@ def count_own(config: ModelConfig, size: ClipSize) -> Counted:
 
 
 def _on_meta(config: ModelConfig) -> ModelConfig:
-    """With the kernel that runs on the meta device; which one it is changes no count."""
+    """Return the config with an attention backend that runs on the meta device; it does not affect the counts."""
     attention = config.decoder.attention.model_copy(update={"backend": "sdpa"})
     return config.model_copy(update={"decoder": config.decoder.model_copy(update={"attention": attention})})
 
 
 def _frames_given(plan: DecodePlan) -> list[int]:
-    """How many frames of the clip each window decodes; neighbours both decode those that they share."""
+    """Return the number of frames that each window decodes; neighbours both decode shared frames."""
     times = torch.arange(plan.num_frames, dtype=torch.float64, device="cpu")
     return (blend_weights(plan.starts, plan.clip, times) > 0).sum(1).tolist()
 
 
 def _decode(model: Regen | Baseline, latents: Latents, frames: int, clip: int) -> int:
-    """Operations of one step for so many frames of a clip; the baseline's decoder gives whole clips alone."""
+    """Return the FLOPs of one step for this many frames; the baseline's decoder decodes whole clips only."""
     height, width = (SPATIAL_COMPRESSION * side for side in latents.content.shape[-2:])
     noisy, times = torch.empty(1, 3, frames, height, width), torch.empty(1, frames)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -307,7 +307,7 @@ def _filled(clip: Tensor, length: int) -> Tensor:
     return torch.cat([clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2) if missing else clip
 
 
-# The codecs that are compared, by name; those of this project by the stem of their config.
+# The compared codecs by name; this project's by the stem of their config.
 
 CONFIGS = Path("configs/embedder")
 REFERENCES = {4: "fast_k4", 8: "fast_k8", 16: "fast_k16", 32: "fast_k32"}  # ours, by temporal compression
@@ -333,11 +333,11 @@ class System:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is this project's."""
+        """True if it is this project's codec."""
         return self.build is None
 
     def coder(self, precision: str) -> Coder:
-        """The codec with random weights. Raises ImportError where its package is not installed."""
+        """Return the codec with random weights. Raises ImportError if its package is not installed."""
         if self.build is None:
             return OwnCoder(own_config(CONFIGS / f"{self.name}.yaml", precision))
         coder = self.build()
@@ -345,14 +345,14 @@ class System:
         return coder  # type: ignore[no-any-return]
 
     def count(self, size: ClipSize) -> Counted:
-        """Its shapes and operations, without its memory. Raises whatever it does at a size that it does not take."""
+        """Return its shapes and operations. Raises the codec's own error at a size that it does not support."""
         if self.build is None:
             return count_own(own_config(CONFIGS / f"{self.name}.yaml", "fp32").model, size)
         return count_other(self.build, size)
 
 
 def systems() -> list[System]:
-    """All that can be compared, this project's first."""
+    """Return all codecs, this project's first."""
     own = [own_config(CONFIGS / f"{name}.yaml", "fp32").model for name in _OWN]
     found = [System(name, model.temporal_compression) for name, model in zip(_OWN, own, strict=True)]
     diffusers: list[tuple[str, int, dict[str, Any]]] = [
@@ -369,10 +369,10 @@ def systems() -> list[System]:
 
 
 def chosen_systems(pattern: str) -> list[System]:
-    """Those whose names a regular expression finds.
+    """Return the codecs whose names match a regular expression.
 
     Raises:
-        ConfigError: it is none, or finds none.
+        ConfigError: the expression is invalid or matches none.
     """
     try:
         found = [system for system in systems() if re.search(pattern, system.name)]
@@ -404,14 +404,14 @@ def count_other(build: Callable[[], Any], size: ClipSize) -> Counted:
 
 
 def check_frames(decoded: Any, frames: int) -> None:
-    """Make sure that a codec gives the frames that it was given.
+    """Check that a codec returns as many frames as it was given.
 
     Args:
         decoded: [1, 3, T, H, W], or a list of frames.
-        frames: that there were.
+        frames: number of frames of the input.
 
     Raises:
-        DataError: it gives more or fewer.
+        DataError: the number differs.
     """
     found = decoded.shape[2] if isinstance(decoded, torch.Tensor) else len(decoded)
     if found != frames:

@@ -1,4 +1,4 @@
-"""Two records of the benches side by side: what got slower, what got faster, and what is noise."""
+"""Common base of the benches: turns, costs, figures, and the comparison of two records."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from regen_dist.errors import DataError
 
-# The figures that a bench declares of its record, so that two records can be compared: each with the direction that
-# is better, and how far it moves by itself.
+# Figures that a bench declares for its record, so that two records can be compared: each with the better direction
+# and its noise.
 
-NOISE = 0.1  # of a figure that nothing more is known of: machines are shared
+NOISE = 0.1  # default relative noise of a figure: machines are shared
 
 
 class Figure(NamedTuple):
@@ -42,7 +42,7 @@ _HEAD = ["| bench | figure | old | new | new / old | verdict |", "| --- | --- | 
 
 
 class ChangeKind(StrEnum):
-    """What a change of a figure means."""
+    """Meaning of a figure's change."""
 
     WORSE = "worse"
     BETTER = "better"
@@ -61,21 +61,21 @@ class Change(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """New over old."""
+        """New value over old."""
         return None if self.new is None or not self.old else self.new / self.old
 
 
 def changes(
     old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]], declared: Mapping[str, Declared]
 ) -> list[Change]:
-    """Every figure of the benches that stand in both records.
+    """Return the change of every figure that is in both records.
 
     Args:
         old, new: facts by bench.
-        declared: what each bench says its figures are.
+        declared: figures declared by each bench.
 
     Raises:
-        DataError: no bench stands in both, or a record is of another shape.
+        DataError: no bench is in both, or a record has another format.
     """
     both = [bench for bench in declared if bench in old and bench in new]
     if not both:
@@ -148,20 +148,20 @@ Rounds = dict[str, list[Turn]]
 
 
 def in_turn(
-    cases: Mapping[str, Case], repeats: int, told: Callable[[str, Turn], None] = lambda name, turn: None
+    cases: Mapping[str, Case], repeats: int, on_turn: Callable[[str, Turn], None] = lambda name, turn: None
 ) -> Rounds:
-    """Every case once, then every case again, `repeats` times; `told(name, turn)` hears of each."""
+    """Run every case once, then again, `repeats` times; `on_turn(name, turn)` is called after each."""
     rounds: Rounds = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
             turn = case()
             rounds[name].append(turn)
-            told(name, turn)
+            on_turn(name, turn)
     return rounds
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and both ends."""
+    """Return median, minimum and maximum."""
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
@@ -177,14 +177,14 @@ def summary(turns: Sequence[Turn]) -> dict[str, Any]:
 
 
 def ratio(turns: Sequence[Turn], others: Sequence[Turn]) -> dict[str, float]:
-    """How many times faster `turns` are than `others`, round by round."""
+    """Return the speedup of `turns` over `others`, round by round."""
     return spread([turn.rate / other.rate for turn, other in zip(turns, others, strict=True)])
 
 
 @contextmanager
 def measured(store: int | None) -> Iterator[dict[str, float]]:
-    """What the block costs, filled in when it ends: `seconds`; `own_cpu_s`, CPU seconds of this process and of those
-    of its workers that live through all of it; `store_cpu_s`, of the process `store`."""
+    """Measure the cost of a block; filled in at its end: `seconds`; `own_cpu_s`, CPU seconds of this process and of its
+    workers that live through the whole block; `store_cpu_s`, of the process `store`."""
     own = [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)]
     costs: dict[str, float] = {}
     watched = {"own_cpu_s": own} | ({"store_cpu_s": [store]} if store else {})
@@ -196,11 +196,11 @@ def measured(store: int | None) -> Iterator[dict[str, float]]:
 
 
 def turn_of(amount: float, costs: Mapping[str, float], **facts: float) -> Turn:
-    """The turn of what `measured` filled in."""
+    """Return the turn of the costs that `measured` recorded."""
     return Turn(amount, costs["seconds"], {name: costs[name] for name in costs if name != "seconds"} | facts)
 
 
 def cpu_seconds(process: int) -> float:
-    """CPU seconds of a running process so far, all its threads, and its children that have ended."""
+    """Return the CPU seconds of a running process so far, with all threads and its ended children."""
     fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")

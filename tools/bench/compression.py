@@ -1,4 +1,4 @@
-"""`regen bench compression`: REGEN beside its baseline and its variants at one budget, on real video."""
+"""`regen bench compression`: REGEN, its baseline and variants at equal training budgets, on real video."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def compression(
     ] = None,
     fresh_measures: Annotated[bool, typer.Option("--fresh-measures", help="Measure again what is measured.")] = False,
 ) -> None:
-    """Train every arm for the same time, measure all on video that none was trained on, and write a page. Ten minutes
-    an arm, the default, take about three hours on two cores.
+    """Train every arm for the same time, measure all on videos outside the training data, and write a page. Ten minutes
+    per arm, the default, take about three hours on two cores.
 
-    The same command again goes on where it stopped; what is trained and measured is not done again. Of several budgets
-    each has its own folder in `--out`, the shortest comes first, and curves.md is written anew after each.
+    The same command continues where it stopped; finished trainings and measurements are not repeated. With several
+    budgets, each has its own folder in `--out`, the shortest runs first, and curves.md is rewritten after each.
 
     Example: regen bench compression --arms 'regen-k16|magvit2-k16-linear' --minutes-per-arm 5 --minutes-per-arm 20
     """
@@ -85,7 +85,7 @@ def _one_budget(
     fvd: Path | None,
     fresh_measures: bool,
 ) -> None:
-    """All arms at one budget, in the folder `out`; the shards are in the folder `data`."""
+    """Run all arms at one budget in the folder `out`; the shards are in the folder `data`."""
     from rich.console import Console
 
     from regen_dist.config import config_hash, load_embedder_config
@@ -118,13 +118,14 @@ def _one_budget(
 
 
 def _told_apart(config: Path, overrides: Sequence[str]) -> tuple[Path, list[str]]:
-    """The config may be left out: then what stands in its place is a change to the default one."""
+    """Separate the optional config from overrides: an argument that is not a config is an override of the default
+    one."""
     given = "=" not in str(config)
     return config if given else _CONFIG, [*([] if given else [str(config)]), *overrides]
 
 
 def _changes(data: Path, out: Path, asked: Sequence[str]) -> list[str]:
-    """To the config that every arm starts from."""
+    """Return the overrides of the config that every arm starts from."""
     first = [
         f"data.url={data}/shards",
         f"data.validation_url={data}/tuning",
@@ -134,7 +135,7 @@ def _changes(data: Path, out: Path, asked: Sequence[str]) -> list[str]:
 
 
 def _make_shards(base: RunConfig) -> None:
-    """Where the config's datasets are not there: of the film, all but its beginning, and its beginning."""
+    """Build missing datasets of the config: training on the film without its beginning, validation on its beginning."""
     from regen_dist.data.format.manifest import MANIFEST
 
     train, tuning, side = base.data.url, base.data.validation_url, base.data.short_side
@@ -164,7 +165,7 @@ def _measure(
     fvd: Path | None,
     fresh: bool,
 ) -> dict[str, Any]:
-    """All measures of every arm, several arms side by side."""
+    """Measure every arm, several arms at a time."""
     from functools import partial
 
     from regen_dist.data.pool import worker_pool
@@ -182,7 +183,7 @@ def _measure(
 
 
 def _write(out: Path, facts: dict[str, Any], kept: Mapping[str, Path]) -> None:
-    """JSON, plots, tables and page."""
+    """Write JSON, plots, tables and page."""
     from tools.bench.compression_report import draw, margins, markdown, missed, write_page
 
     facts |= {"margins": margins(facts), "missed": missed(facts)}

@@ -1,7 +1,7 @@
-"""The test clips: stretches of video listed by name and frame, or found in a folder by a rule.
+"""Measurements of `regen bench compression`: test clips, features, Fréchet distance and quality.
 
-A stretch lies within one shot, and is cut into as many whole clips of k + 1 frames as it has, whatever k is. It is read
-at a scale and with a crop, so that the same picture can be had at the training resolution and at twice it.
+A test stretch lies within one shot and is cut into whole clips of k + 1 frames for any k. It is read at a scale and
+with a crop, so that the same view is available at the training resolution and at twice that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from regen_dist.pixels import to_frames, to_videos
 SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".y4m", ".mpg", ".mpeg", ".ts"})
 LEAST_FRAMES, MOST_FRAMES = 33, 66  # one clip of k = 32, and two
 MOST_STRETCHES = 4  # of one video
-LOOKED_AT = 1500  # frames of a video in which shots are looked for
+LOOKED_AT = 1500  # frames of a video that are searched for shots
 RULE = (
     f"every video of the folder, in order of name; its first {LOOKED_AT} frames are parted at scene changes; of each "
     f"shot of at least {LEAST_FRAMES} frames in which something moves, the middle {MOST_FRAMES} frames (or all); at "
@@ -47,8 +47,7 @@ RULE = (
 
 
 class ClipSpan(Section):
-    """Frames `first` to `first + frames - 1` of a video, its name in the folder of the videos; where the crop lies in
-    the room there is."""
+    """Frames `first` to `first + frames - 1` of a video, given by name; and the relative position of the crop."""
 
     video: str
     first: int = Field(ge=0)
@@ -58,19 +57,19 @@ class ClipSpan(Section):
 
     @property
     def label(self) -> str:
-        """For pictures and tables."""
+        """Label in pictures and tables."""
         return f"{self.video}, frame {self.first}"
 
 
 class ClipList(Section):
-    """The committed file."""
+    """Schema of the committed list file."""
 
     stretches: tuple[ClipSpan, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Stretches of the videos in a folder, how they were chosen, and videos that gave none."""
+    """Stretches of the videos in a folder, the rule by which they were chosen, and videos without any."""
 
     __test__ = False  # pytest: no class of tests
 
@@ -80,16 +79,16 @@ class TestSet:
     left_out: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
-        """Its part of the JSON. The folder is told by its name alone."""
+        """Return its part of the JSON. Of the folder, only the name is included."""
         listed = [stretch.model_dump(mode="json") for stretch in self.stretches]
         return {"folder": self.folder.name, "chosen": self.chosen, "stretches": listed, "left_out": list(self.left_out)}
 
 
 def load_clips(path: Path, folder: Path) -> TestSet:
-    """The stretches that a file lists, of videos in `folder`.
+    """Return the stretches listed in a file, of videos in `folder`.
 
     Raises:
-        ConfigError: the file is not such a list.
+        ConfigError: the file is not a valid list.
         DataError: a video is missing.
     """
     stretches = load_section(ClipList, path).stretches
@@ -100,10 +99,11 @@ def load_clips(path: Path, folder: Path) -> TestSet:
 
 
 def find_clips(folder: Path) -> TestSet:
-    """Stretches of any videos, by `RULE`. Videos that cannot be read, or have no such shot, are left out and named.
+    """Find stretches of any videos by `RULE`. Unreadable videos and those without a suitable shot are listed and
+    skipped.
 
     Raises:
-        DataError: there is no such folder, or nothing in it serves.
+        DataError: the folder does not exist or contains no suitable video.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; give one with videos to --tests")
@@ -125,7 +125,7 @@ def find_clips(folder: Path) -> TestSet:
 
 
 def _stretches_of(path: Path, name: str) -> Iterator[ClipSpan]:
-    """By the rule."""
+    """Yield the stretches of a video by the rule."""
     with video.VideoReader(path) as reader:
         number = min(len(reader.table.pts), LOOKED_AT)
         seen = analyse(frame for _, frame in reader.frames(range(number)))
@@ -143,16 +143,16 @@ def _serves(seen: Analysis, start: int, stop: int) -> bool:
 
 
 def read_stretch(folder: Path, stretch: ClipSpan, size: tuple[int, int], short_side: int) -> Frame:
-    """The frames of a stretch, uint8 [T, H, W, 3].
+    """Read the frames of a stretch, uint8 [T, H, W, 3].
 
     Args:
-        folder: of the videos.
-        stretch: which frames, and where in the picture.
+        folder: folder of the videos.
+        stretch: frames and position of the crop.
         size: (height, width) of the crop.
-        short_side: that whole frames are resized to before; enlarged further only if the crop would not fit.
+        short_side: size to which whole frames are resized first; enlarged only if the crop would not fit.
 
     Raises:
-        DataError: the video cannot be read, or has fewer frames.
+        DataError: the video is unreadable or has fewer frames.
     """
     path = folder / stretch.video
     try:
@@ -167,12 +167,12 @@ def read_stretch(folder: Path, stretch: ClipSpan, size: tuple[int, int], short_s
 
 
 def _below_one(place: float) -> float:
-    """The far edge is 1 in the list, and just below it where places are drawn."""
+    """Return a position just below 1 for the far edge, which is 1 in the list."""
     return min(place, 1 - 1e-9)
 
 
 def cut(frames: Frame, length: int, stride: int = 1) -> Sequence[Frame]:
-    """Whole clips of `length` frames, `stride` apart, one after the other: [length, H, W, 3] each."""
+    """Cut whole clips of `length` frames, `stride` apart: [length, H, W, 3] each."""
     span = (length - 1) * stride + 1
     return [frames[start : start + span : stride] for start in range(0, len(frames) - span + 1, span)]
 
@@ -204,7 +204,7 @@ def features_of(videos: Iterable[Frame], fvd: Path | None) -> Tensor | None:
     return torch.cat(parts) if parts else torch.empty(0, 1)
 
 
-# How close decoded stretches are to their sources: PSNR, SSIM, VMAF, and a distance between features of both.
+# Quality of decoded stretches against their sources: PSNR, SSIM, VMAF, and a distance of features.
 
 _RATE = 25  # of the copies that VMAF reads; it plays no part
 
@@ -219,8 +219,8 @@ class Decoded(NamedTuple):
 def quality(stretches: Sequence[Decoded], features: Tensor | None = None, fvd: Path | None = None) -> dict[str, Any]:
     """The measures of stretches of one size. Where one cannot be had it is None, and `notes` says why.
 
-    `psnr_db` is the mean over stretches of each one's PSNR, which is of its mean squared error; `psnr_pooled_db` that
-    of the error over all of them; SSIM the mean over frames; VMAF that of all stretches one after the other.
+    `psnr_db` is the mean over stretches of the PSNR of each one's mean squared error; `psnr_pooled_db` uses the error
+    over all of them; SSIM is the mean over frames; VMAF is of all stretches in sequence.
 
     Args:
         stretches: of one size.
@@ -228,7 +228,7 @@ def quality(stretches: Sequence[Decoded], features: Tensor | None = None, fvd: P
         fvd: the user's network of video, for the Fréchet distance.
 
     Raises:
-        DataError: there is none.
+        DataError: there are no stretches.
     """
     if not stretches:
         raise DataError("there is no decoded stretch to measure")
@@ -252,7 +252,7 @@ def quality(stretches: Sequence[Decoded], features: Tensor | None = None, fvd: P
 
 
 def mean_psnr_db(stretches: Iterable[Decoded]) -> float:
-    """As `psnr_db` of `quality`, alone."""
+    """Compute only the `psnr_db` of `quality`."""
     return fmean(psnr_db(squared_error(*each)) for each in stretches)
 
 
@@ -283,7 +283,7 @@ def _distance(stretches: Sequence[Decoded], features: Tensor | None, fvd: Path |
         return None, str(error)
 
 
-# What a trained arm makes of the test clips: at three sizes, in more steps, and between given frames.
+# Measurement of a trained arm on the test clips: three sizes, more steps, and times between given frames.
 
 TRAINED, DOUBLE, OTHER = "training", "double", "other aspect"
 _VERSION = 2  # of what is measured: measures of another are made again
@@ -298,11 +298,11 @@ class CropSize(NamedTuple):
 
 
 def sizes_of(config: RunConfig) -> dict[str, CropSize]:
-    """The sizes that are tested: the training crop; the same view at twice the resolution; a crop of about the same
-    area at the training scale that is about 2.25 times as wide for its height.
+    """Return the test sizes: the training crop; the same view at twice the resolution; a crop of about the same area at
+    the training scale with about 2.25 times its aspect ratio.
 
     Raises:
-        ConfigError: the config does not say at which scale it trains.
+        ConfigError: the config does not define the scale at which it trains.
     """
     side, (height, width) = config.data.short_side, config.data.size
     if not isinstance(side, int):
@@ -327,7 +327,7 @@ def measure_arm(
     fresh: bool = False,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """All measures of an arm. They are kept in a file, and taken from it while weights and clips are the same.
+    """Measure an arm. Results are cached in a file and reused while weights and clips are the same.
 
     Args:
         run: folder of the arm's run.
@@ -341,7 +341,7 @@ def measure_arm(
 
     Raises:
         CheckpointError: there is no good checkpoint.
-        DataError: a clip cannot be read.
+        DataError: a clip is unreadable.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -369,14 +369,14 @@ def _key(
     """What the measures depend on, as one hash: the config, the bytes of the weights, the clips."""
     config, folder = open_run(run)
     manifest = find_checkpoint(folder, checksums=False)
-    told = [_VERSION, config_hash(config), manifest.step, sorted(str(each) for each in manifest.files.values())]
-    told += [
+    parts = [_VERSION, config_hash(config), manifest.step, sorted(str(each) for each in manifest.files.values())]
+    parts += [
         [str(tests.folder.resolve()), tests.facts()],
         {name: str(size) for name, size in sizes.items()},
         list(steps),
         None if fvd is None else _network(fvd).name,
     ]
-    return hashlib.sha256(json_text(told).encode()).hexdigest()
+    return hashlib.sha256(json_text(parts).encode()).hexdigest()
 
 
 def _kept(path: Path, key: str) -> dict[str, Any] | None:
@@ -387,7 +387,7 @@ def _kept(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _decoded(codec: Codec, sources: Sequence[Frame], steps: int) -> list[Decoded]:
-    """Every stretch, cut into clips, through the codec; those too short for a clip are left out."""
+    """Pass every stretch through the codec, cut into clips; those shorter than a clip are skipped."""
     found, number = [], 0
     for source in sources:
         clips = cut(source, codec.num_frames)
@@ -400,18 +400,19 @@ def _decoded(codec: Codec, sources: Sequence[Frame], steps: int) -> list[Decoded
 
 
 def _made(codec: Codec, clips: Tensor, times: Tensor, steps: int, number: int) -> Frame:
-    """Decoded frames at `times` of each clip, one clip after the other. `number` is the first clip's, for the noise."""
+    """Return decoded frames at `times` of each clip in sequence. `number` is the index of the first clip, for the
+    noise."""
     ids = range(number, number + len(clips))
     videos = codec.decode(codec.encode(clips), times, steps=steps, sample_ids=ids)
     return np.concatenate([to_frames(each) for each in videos])
 
 
 def between(codec: Codec, sources: Sequence[Frame]) -> dict[str, Any]:
-    """PSNR in dB of the frames that were held out, where every second of 2k + 1 frames is encoded, in one step.
+    """Compute the PSNR in dB of held-out frames: every second one of 2k + 1 frames is encoded; one decoder step.
 
-    `decoded` asks for the times between; `decoded_then_blended` decodes the frames that were given and takes the mean
-    of the neighbours, all that the baseline can; `blended` is the mean of the source's own neighbours, which a decoder
-    does not have. Where no stretch is long enough, `clips` is 0 and nothing else is there.
+    `decoded` decodes at the times in between; `decoded_then_blended` decodes the given frames and averages the
+    neighbours, which is all that the baseline can do; `blended` averages the source's own neighbours, which a decoder
+    does not have. If no stretch is long enough, `clips` is 0 and the other entries are absent.
     """
     k, ways = codec.temporal_compression, dict[str, list[Decoded]]()
     for number, source in enumerate(sources):
@@ -423,7 +424,7 @@ def between(codec: Codec, sources: Sequence[Frame]) -> dict[str, Any]:
 
 
 def _between(codec: Codec, clip: Frame, number: int) -> dict[str, Frame]:
-    """The odd frames of a clip of 2k + 1, by every way."""
+    """Return the odd frames of a clip of 2k + 1 frames, by each method."""
     given, whole = to_videos([clip[::2]]), torch.arange(codec.num_frames)
     ways = {"decoded_then_blended": _blended(_made(codec, given, whole, 1, number)), "blended": _blended(clip[::2])}
     if codec.kind == "regen":
@@ -432,13 +433,13 @@ def _between(codec: Codec, clip: Frame, number: int) -> dict[str, Frame]:
 
 
 def _blended(frames: Frame) -> Frame:
-    """The mean of each frame and the next."""
+    """Return the mean of each frame and the next."""
     mean = (frames[:-1].astype(np.uint16) + frames[1:] + 1) // 2
     return mean.astype(np.uint8)
 
 
 def _shown(size: str, stretches: Sequence[ClipSpan], decoded: Sequence[Decoded]) -> dict[str, Frame]:
-    """The first and the last stretch, for the page: the source, and what was made of it."""
+    """Return the first and the last stretch for the page: source and decoded frames."""
     if len(decoded) != len(stretches):
         return {}
     places = sorted({0, len(stretches) - 1})[:_SHOWN]

@@ -1,4 +1,4 @@
-"""By how much REGEN leads, out of the comparison's JSON, and which targets that misses."""
+"""Report of `regen bench compression`: leads over the baseline, targets, plots, tables and the page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Facts = Mapping[str, Any]
 
 
 def psnr_db(facts: Facts, arm: str, size: str = TRAINED, steps: int = 1) -> float | None:
-    """Of an arm; None where it was not trained."""
+    """Return the PSNR of an arm; None if it was not trained."""
     found = facts["arms"].get(arm)
     return None if found is None else found["measures"][size][str(steps)]["psnr_db"]
 
@@ -58,12 +58,12 @@ def margin_db(facts: Facts, arm: str, other: str, size: str = TRAINED) -> float 
 
 
 def lead_db(facts: Facts, k: int) -> float | None:
-    """Of REGEN over the baseline as published, one step, training resolution."""
+    """Return the lead of REGEN over the baseline as published: one step, training resolution."""
     return margin_db(facts, regen(k).name, baseline(k).name)
 
 
 def margins(facts: Facts) -> dict[str, Any]:
-    """Each target beside what was reached: `margin_db` (None where an arm is missing), `target_db`, `met`."""
+    """Return each target with the result: `margin_db` (None if an arm is missing), `target_db`, `met`."""
     found = {f"k = {k}": (lead_db(facts, k), MARGIN_TARGETS_DB.get(k)) for k in compressions(facts)}
     in_context = margin_db(facts, CONTENT_AWARE, IN_CONTEXT, DOUBLE)
     found["over latents in context, at twice the resolution"] = (in_context, IN_CONTEXT_TARGET_DB)
@@ -75,7 +75,7 @@ def margins(facts: Facts) -> dict[str, Any]:
 
 
 def missed(facts: Facts) -> list[str]:
-    """Targets that are measured and not met, in words."""
+    """Return descriptions of the measured targets that are not met."""
     return [
         f"{name}: {each['margin_db']:+.2f} dB, the target is {each['target_db']:+.1f} dB"
         for name, each in margins(facts).items()
@@ -84,7 +84,7 @@ def missed(facts: Facts) -> list[str]:
 
 
 def _not_growing(facts: Facts) -> list[str]:
-    """The margin over the baseline is to grow with k."""
+    """Return violations of the target that the margin over the baseline grows with k."""
     found = [(k, lead_db(facts, k)) for k in sorted(MARGIN_TARGETS_DB)]
     known = [(k, margin) for k, margin in found if margin is not None]
     falls = [(a, b) for a, b in pairwise(known) if b[1] <= a[1]]
@@ -92,11 +92,11 @@ def _not_growing(facts: Facts) -> list[str]:
 
 
 def compressions(facts: Facts) -> list[int]:
-    """The temporal compressions of the arms that were trained, ascending."""
+    """Return the temporal compressions of the trained arms, ascending."""
     return sorted({arm["k"] for arm in facts["arms"].values()})
 
 
-# The comparison as plots: what is lost with compression, by how much REGEN leads, what more steps do.
+# Plots: quality against compression, lead of REGEN, effect of more steps.
 
 # For files that stand alone, the light page's colours.
 _COLOURS = {INK: "#667084", LINE: "#e3e6ec", ACCENT: "#3056d3"}
@@ -124,7 +124,7 @@ class _Series:
 
 
 def draw(facts: Facts) -> list[Plot]:
-    """All plots for which there are at least two points."""
+    """Return all plots with at least two points."""
     wanted = [
         ("psnr", "PSNR against temporal compression, one step", "k", "dB", list(_psnr(facts))),
         ("margin", "Lead over the baseline, one step", "k", "dB", list(_margins(facts))),
@@ -203,7 +203,7 @@ def _dress(axes: Axes, labels: tuple[str, str], ticks: Sequence[float]) -> None:
     axes.tick_params(length=0)
 
 
-# The tables of the comparison, out of its JSON: for the page and, as Markdown, for the terminal.
+# Tables from the JSON: for the page and, as Markdown, for the terminal.
 
 MET, MISSED = "✓", "✗ missed"
 _MEASURES = ("PSNR dB", "SSIM", "VMAF", "Fréchet")
@@ -212,7 +212,7 @@ _SIZES = (TRAINED, DOUBLE, OTHER)
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` are texts; `ours` the numbers of the rows that stand out."""
+    """A table; `rows` are texts, `ours` the indices of highlighted rows."""
 
     title: str
     columns: Sequence[str]
@@ -222,7 +222,7 @@ class Table:
 
 
 def tables(facts: Facts) -> list[Table]:
-    """All tables that the arms which were trained can fill."""
+    """Return all tables for which arms were trained."""
     made = [
         _headline(facts),
         _linear_code(facts),
@@ -237,7 +237,7 @@ def tables(facts: Facts) -> list[Table]:
 
 
 def markdown(facts: Facts) -> str:
-    """The tables as Markdown, with the targets that are missed."""
+    """Format the tables as Markdown, with the missed targets."""
     parts = [f"`{facts['command']}`, {facts['minutes_per_arm']:g} minutes of one core an arm."]
     parts += [to_markdown(table) for table in tables(facts)]
     missed = facts["missed"]
@@ -276,7 +276,7 @@ def _headline(facts: Facts) -> Table:
 
 
 def _linear_code(facts: Facts) -> Table:
-    """Who leads where neither has the linear code, and where both have it."""
+    """Return the comparison without the linear code on either side, and with it on both."""
     rows = []
     for k in compressions(facts):
         arms = [arm.name for arm in (baseline(k), regen_alone(k), baseline_with_code(k), regen(k))]
@@ -296,7 +296,7 @@ def _linear_code(facts: Facts) -> Table:
 
 
 def _paper_form(facts: Facts) -> Table:
-    """What local convolutions in the decoder add, with and without the linear code."""
+    """Return the effect of local convolutions in the decoder, with and without the linear code."""
     rows = []
     for k in compressions(facts):
         pairs = ((paper_form(k).name, regen(k).name), (paper_form_alone(k).name, regen_alone(k).name))
@@ -407,9 +407,9 @@ def _cost_rows(facts: Facts) -> Iterator[list[str]]:
 
 
 def _tuning(facts: Facts) -> str:
-    """How the learning rates were come by."""
-    told = [f"{kind} {found['lr']:.2g}{_tried(found)}" for kind, found in facts["tuning"].items()]
-    return "Learning rates:\n" + ";\n".join(told) + "."  # lines that a reader of the file can take in
+    """Describe the choice of the learning rates."""
+    rates = [f"{kind} {found['lr']:.2g}{_tried(found)}" for kind, found in facts["tuning"].items()]
+    return "Learning rates:\n" + ";\n".join(rates) + "."  # short lines, for readers of the file
 
 
 def _tried(found: Facts) -> str:
@@ -428,7 +428,7 @@ def _signed(value: float | None) -> str:
 
 
 def not_measured(facts: Facts) -> list[str]:
-    """What could not be measured, and why."""
+    """Return what could not be measured, with reasons."""
     return [
         f"{arm['label']}, {size}: {note}"
         for arm in facts["arms"].values()
@@ -437,7 +437,7 @@ def not_measured(facts: Facts) -> list[str]:
     ]
 
 
-# The page of the comparison: one `index.html` that holds all that it shows.
+# The page: a single self-contained `index.html`.
 
 _COLUMNS = 5
 _QUALITY = 82  # of WebP
@@ -452,13 +452,13 @@ class Sheet:
 
 
 def write_page(out: Path, facts: Facts, plots: Sequence[Plot], kept: Mapping[str, Path]) -> Path:
-    """Write `index.html` in one move.
+    """Write `index.html` atomically.
 
     Args:
-        out: folder that is there.
-        facts: what is in compression.json.
-        plots: of it.
-        kept: arm to the file with its decoded frames.
+        out: existing folder.
+        facts: content of compression.json.
+        plots: plots of the facts.
+        kept: file with decoded frames by arm.
 
     Returns:
         The page's path.
@@ -478,8 +478,8 @@ def write_page(out: Path, facts: Facts, plots: Sequence[Plot], kept: Mapping[str
 
 
 def _sheets(facts: Facts, kept: Mapping[str, Path]) -> list[Sheet]:
-    """Of each k both kinds, with and without the linear code, on the same clips; then both ways of conditioning at
-    twice the resolution."""
+    """Return the sheets of both kinds for each k, with and without the linear code, on the same clips; then of both
+    kinds of conditioning at twice the resolution."""
     kinds = (baseline, regen_alone, baseline_with_code, regen)
     wanted = [(tuple(arm(k).name for arm in kinds), TRAINED, f"k = {k}") for k in COMPRESSIONS]
     wanted.append(((IN_CONTEXT, CONTENT_AWARE), DOUBLE, "twice the training resolution"))
@@ -493,7 +493,7 @@ def _sheets(facts: Facts, kept: Mapping[str, Path]) -> list[Sheet]:
 
 
 def _frames(kept: Path, size: str) -> dict[int, dict[str, Frame]]:
-    """By the stretch's number: `source` and `made`."""
+    """Return `source` and `made` by index of the stretch."""
     found: dict[int, dict[str, Frame]] = {}
     with np.load(kept, allow_pickle=False) as arrays:
         for name in arrays.files:
@@ -509,7 +509,7 @@ def _stretch(facts: Facts, place: int) -> str:
 
 
 def _sheet(title: str, arms: Mapping[str, Mapping[str, Frame]]) -> Sheet:
-    """The source, then what each arm made of it; arms of one k, so of the same frames."""
+    """Return the source and each arm's reconstruction; the arms share k and therefore the frames."""
     source = next(iter(arms.values()))["source"]
     numbers = sheet_frames(len(source), _COLUMNS)
     with tempfile.TemporaryDirectory() as folder:
@@ -533,19 +533,19 @@ Budgets = Mapping[float, Facts]  # minutes of one core an arm, and what compress
 
 
 def read_budgets(folders: Mapping[float, Path]) -> dict[float, dict[str, Any]]:
-    """The records that are there, by minutes, ascending."""
+    """Return the existing records by minutes, ascending."""
     files = {minutes: folder / "compression.json" for minutes, folder in sorted(folders.items())}
     return {minutes: json.loads(file.read_text("utf-8")) for minutes, file in files.items() if file.is_file()}
 
 
 def budget_tables(budgets: Budgets) -> list[Table]:
-    """Of each k, a row for each arm that was trained: one-step PSNR at every budget, then the leads with and without
-    the linear code in both."""
+    """Return for each k the one-step PSNR of each trained arm at every budget, then the leads without the linear code
+    and with it on both sides."""
     return [table for k in COMPRESSIONS if (table := _table(budgets, k)).rows]
 
 
 def budgets_markdown(budgets: Budgets) -> str:
-    """The tables as Markdown."""
+    """Format the tables as Markdown."""
     return "\n\n".join(to_markdown(table) for table in budget_tables(budgets)) + "\n"
 
 

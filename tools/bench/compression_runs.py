@@ -1,4 +1,4 @@
-"""The trainings of `regen bench compression`: how fast each arm is, which learning rates, then the arms themselves."""
+"""Trainings of `regen bench compression`: speed of each arm, learning rates, then the arms themselves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from regen_dist.pixels import to_float, to_frames
 from tools import stages
 from tools.bench.compression_measure import Decoded, mean_psnr_db
 
-# The arms of the comparison: what each trains, beside what it stands, and what the paper says.
+# Arms of the comparison: model, counterpart, and the paper's result.
 #
 # An arm is an ordinary run with other overrides of one config, so encoder, latents, data and optimizer are the same.
 
@@ -63,25 +63,25 @@ class CompressionArm:
 
     @property
     def label(self) -> str:
-        """What it is called in tables and pictures."""
+        """Label in tables and pictures."""
         kind = "REGEN" if self.kind == "regen" else "MAGVIT-v2"
         return f"{kind}, k = {self.k}" + (f", {self.what}" if self.what else "")
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Sampling steps that it is measured at: variants, and the baseline that has no others, decode in one."""
+        """Sampling steps at which it is measured: variants and the single-step baseline decode in one."""
         return STEPS if self.kind == "regen" and not self.variant else STEPS[:1]
 
     @property
     def has_code(self) -> bool:
-        """Whether the linear code stands beside its decoder."""
+        """True if its decoder has the linear code."""
         return _NO_LINEAR[0] not in self.changes
 
     def overrides(self, base: RunConfig) -> list[str]:
-        """What sets it apart from the config that all start from.
+        """Return the overrides that distinguish it from the common config.
 
         Raises:
-            ConfigError: that config has too few stages for this temporal compression.
+            ConfigError: the config has too few stages for this temporal compression.
         """
         stages = stages_of(base, self.k)
         return [
@@ -94,39 +94,39 @@ class CompressionArm:
 
 
 def regen(k: int) -> CompressionArm:
-    """REGEN as this project builds it, with the linear code beside its decoder."""
+    """Return REGEN as implemented in this project, with the linear code."""
     return CompressionArm("regen", k)
 
 
 def baseline(k: int) -> CompressionArm:
-    """The baseline as it was published, without our linear code: what the paper's margins are over."""
+    """Return the baseline as published, without the linear code: the reference of the paper's margins."""
     return CompressionArm("magvit2", k, changes=_NO_LINEAR)
 
 
 def regen_alone(k: int) -> CompressionArm:
-    """REGEN's decoder as the paper has it, without the linear code."""
+    """Return REGEN without the linear code."""
     return CompressionArm("regen", k, "no_linear", _NO_LINEAR, "without the linear code", regen(k).name)
 
 
 def baseline_with_code(k: int) -> CompressionArm:
-    """The baseline with our linear code beside its decoder."""
+    """Return the baseline with the linear code."""
     return CompressionArm("magvit2", k, "linear", (), "with our linear code", baseline(k).name)
 
 
 def paper_form(k: int) -> CompressionArm:
-    """REGEN with the decoder of the paper: no local convolutions."""
+    """Return REGEN with the paper's decoder: no local mixing."""
     return CompressionArm("regen", k, "paper", _PAPER, "the paper's form", regen(k).name)
 
 
 def paper_form_alone(k: int) -> CompressionArm:
-    """REGEN as the paper has it: neither local convolutions nor the linear code."""
+    """Return REGEN as in the paper: neither local mixing nor the linear code."""
     what = "the paper's form, without the linear code"
     return CompressionArm("regen", k, "paper-no_linear", (*_PAPER, *_NO_LINEAR), what, regen_alone(k).name)
 
 
 def tuned_at(arm: CompressionArm) -> CompressionArm:
-    """The arm at which the learning rate of this one is chosen: of its kind and form, with or without the linear code
-    as it is."""
+    """Return the arm at which this arm's learning rate is chosen: same kind and form, with or without the linear code
+    alike."""
     where = {"regen": (regen_alone, regen), "magvit2": (baseline, baseline_with_code)}
     forms = (paper_form_alone, paper_form) if _PAPER[0] in arm.changes else where[arm.kind]
     return forms[arm.has_code](ABLATED)
@@ -167,8 +167,8 @@ PAPER_DB = {
 
 
 def all_arms() -> Iterator[CompressionArm]:
-    """Both kinds at every temporal compression, each with and without the linear code, the paper's form of REGEN
-    likewise, then the variants."""
+    """Yield both kinds at every temporal compression, each with and without the linear code, likewise the paper's form
+    of REGEN, then the variants."""
     for k in COMPRESSIONS:
         yield from (regen(k), baseline(k))
     for k in COMPRESSIONS:
@@ -179,10 +179,10 @@ def all_arms() -> Iterator[CompressionArm]:
 
 
 def chosen_arms(pattern: str) -> list[CompressionArm]:
-    """The arms whose whole name a regular expression matches.
+    """Return the arms whose whole name matches a regular expression.
 
     Raises:
-        ConfigError: it is none, or matches none.
+        ConfigError: the expression is invalid or matches none.
     """
     try:
         found = [arm for arm in all_arms() if re.fullmatch(pattern, arm.name)]
@@ -195,10 +195,10 @@ def chosen_arms(pattern: str) -> list[CompressionArm]:
 
 
 def stages_of(base: RunConfig, k: int) -> list[dict[str, int]]:
-    """The first stages of the config's encoder, so many as make the temporal compression k.
+    """Return the first stages of the config's encoder that together give the temporal compression k.
 
     Raises:
-        ConfigError: there are too few, or one of them keeps the frames.
+        ConfigError: there are too few, or one of them does not downsample in time.
     """
     number, stages = k.bit_length() - 1, base.model.encoder.stages
     if len(stages) < number or any(stage.temporal == 1 for stage in stages[:number]):
@@ -209,33 +209,33 @@ def stages_of(base: RunConfig, k: int) -> list[dict[str, int]]:
     return [stage.model_dump() for stage in stages[:number]]
 
 
-# How many steps an arm gets for its time, which learning rate, and what its training took in the end.
+# Step budget of an arm, its learning rate, and the facts of its training.
 
 LEAST_STEPS = 4
 TUNED_ON = 16  # clips of the validation data
 
 
 def training_pace(run: Path, warm: int) -> dict[str, float]:
-    """Seconds a step of a short run that logged every step, the median of those after `warm`: `cpu_s` of its process,
-    `wall_s` by the clock. On a core that nothing else uses they are equal."""
+    """Return the median seconds per step after `warm` steps of a short run that logged every step: `cpu_s` of its
+    process, `wall_s` by the clock. On an otherwise idle core they are equal."""
     lines = read_record(run / "metrics.jsonl", "train")[warm:]
     named = {"cpu_s": "cpu_step_s", "wall_s": "step_s"}
     return {name: median(line[key] for line in lines) for name, key in named.items()}
 
 
 def num_steps(minutes: float, seconds_per_step: float) -> int:
-    """Steps that fit into the time, at least `LEAST_STEPS`."""
+    """Return the number of steps that fit into the time, at least `LEAST_STEPS`."""
     return max(LEAST_STEPS, int(60 * minutes / seconds_per_step))
 
 
 def paced_config(overrides: Sequence[str], steps: int, warmup_steps: int) -> list[str]:
-    """Overrides of a run of so many steps, whose warm-up is at most a tenth of it."""
+    """Return the overrides of a run of this many steps; its warm-up is at most a tenth of it."""
     return [*overrides, f"train.steps={steps}", f"optimizer.warmup_steps={min(warmup_steps, max(1, steps // 10))}"]
 
 
 def best_rate(tried: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The learning rate with the highest PSNR, and whether it lies at an edge of what was tried (then a better one may
-    lie beyond).
+    """Return the learning rate with the highest PSNR, and whether it is at an edge of the tried range (a better one may
+    then lie beyond).
 
     Args:
         tried: `lr` and `psnr_db` of each.
@@ -259,7 +259,7 @@ def validation_psnr_db(run: Path) -> float:
 
 
 def is_trained(run: Path, steps: int) -> bool:
-    """Whether a run has the checkpoint of its last step."""
+    """Return whether a run has the checkpoint of its last step."""
     try:
         _, folder = open_run(run)
         return find_checkpoint(folder, checksums=False).step >= steps
@@ -268,10 +268,10 @@ def is_trained(run: Path, steps: int) -> bool:
 
 
 def training_facts(run: Path) -> dict[str, Any]:
-    """What the training of an arm took, and what its model is.
+    """Return facts of an arm's training and model.
 
-    `seconds` are of its steps by the clock and `cpu_seconds` those of its process, without validation and saving;
-    `flops` those of forward and backward passes.
+    `seconds` and `cpu_seconds` are wall and CPU time of its steps, without validation and saving; `flops` are those of
+    forward and backward passes.
     """
     config = embedder_only(load_saved_config(run), str(run))
     lines = read_record(run / "metrics.jsonl", "train")
@@ -291,7 +291,7 @@ def training_facts(run: Path) -> dict[str, Any]:
 
 
 def _total(lines: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Over all steps; a line holds the mean since the one before it."""
+    """Return the sum over all steps; a line holds the mean since the previous line."""
     begun = [0, *(line["step"] for line in lines)]
     return float(sum(line[name] * (line["step"] - before) for line, before in zip(lines, begun, strict=False)))
 
@@ -303,7 +303,7 @@ def _flops_per_clip(config: RunConfig) -> int:
 
 
 def _model_facts(config: RunConfig) -> dict[str, Any]:
-    """Parameters of each part, operations to encode a clip and to decode it in one step."""
+    """Return the parameters of each part and the FLOPs to encode a clip and to decode it in one step."""
     counted = count_flops(config.model, config.data.size)
     encode = counted.forward_flops["encoder"]
     return {
@@ -320,12 +320,12 @@ def _model_facts(config: RunConfig) -> dict[str, Any]:
 def run_side_by_side(
     commands: Mapping[str, Sequence[str]], *, logs: Path, at_once: int, done: Callable[[str], None] = lambda name: None
 ) -> None:
-    """Run every command, `at_once` at a time with an equal share of the cores each; `done(name)` is told as they end.
+    """Run every command, `at_once` at a time with an equal share of the cores; `done(name)` is called as they end.
 
-    Where this is interrupted, nothing more is started, and what runs is told to end (SIGTERM) and waited for.
+    On an interrupt nothing more is started; running commands are asked to end (SIGTERM) and waited for.
 
     Raises:
-        TrainingError: some failed (the others have still run); names them and their logs.
+        TrainingError: some failed (the others were still run); lists them with their logs.
     """
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
@@ -370,12 +370,12 @@ class Runs:
     """All trainings of one table, in the folder `out`.
 
     Args:
-        config, own: what every arm starts from, and the changes to it.
-        base: the same, loaded.
-        out: of everything.
-        minutes: of one core, for each arm.
-        at_once: arms side by side.
-        say: told what happens.
+        config, own: common config and its overrides.
+        base: the loaded config.
+        out: folder of all outputs.
+        minutes: minutes on one core per arm.
+        at_once: number of arms trained at a time.
+        say: called with progress messages.
     """
 
     config: Path
@@ -387,18 +387,18 @@ class Runs:
     say: Callable[[str], None]
 
     def folder(self, arm: CompressionArm) -> Path:
-        """Of an arm's run."""
+        """Return the folder of an arm's run."""
         return self.out / "arms" / arm.name
 
     def kept(self, arm: CompressionArm) -> Path:
-        """Where its measures are kept."""
+        """Return the cache file of its measures."""
         return self.out / "measures" / f"{arm.name}.json"
 
     def claim(self) -> None:
-        """Make the folder that of this config and these minutes.
+        """Claim the folder for this config and budget.
 
         Raises:
-            ConfigError: it is of others: what was trained there would not compare with what is trained now.
+            ConfigError: it belongs to others, whose trainings would not be comparable.
         """
         told = self.out / "minutes.json"
         if not told.is_file():
@@ -417,7 +417,7 @@ class Runs:
             )
 
     def pace(self, arms: Sequence[CompressionArm], *, tune: bool) -> dict[str, dict[str, float]]:
-        """How long a step of each arm takes and how many it gets, measured once: later calls find the same."""
+        """Return seconds per step and number of steps of each arm, measured once; later calls return the same."""
         path, wanted = self.out / "pace.json", _unique([*arms, *(_tuned(arms) if tune else ())])
         known: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         new = [arm for arm in wanted if arm.name not in known]
@@ -430,8 +430,8 @@ class Runs:
         return known
 
     def tune(self, arms: Sequence[CompressionArm], *, tune: bool) -> dict[str, dict[str, Any]]:
-        """The learning rates of the arms, by the name of the arm of k = 16 at which each was chosen (`tuned_at`), by as
-        many short runs for each. Where they are not tuned, they are the config's.
+        """Return the learning rates by the arm of k = 16 at which each was chosen (`tuned_at`), from short runs.
+        Without tuning they are the config's.
         """
         lr, path = self.base.optimizer.lr, self.out / "tuning.json"
         if not tune:
@@ -460,7 +460,7 @@ class Runs:
         self._run("arms", commands)
 
     def facts(self, arm: CompressionArm) -> dict[str, Any]:
-        """What the JSON says of an arm, but for its measures."""
+        """Return the facts of an arm for the JSON, without its measures."""
         told = {name: getattr(arm, name) for name in ("kind", "k", "variant", "label", "against")}
         training = training_facts(self.folder(arm))
         return {
@@ -498,7 +498,7 @@ class Runs:
 
 
 def _tuned(arms: Iterable[CompressionArm]) -> list[CompressionArm]:
-    """The arms at which the learning rates of these are chosen."""
+    """Return the arms at which the learning rates of these are chosen."""
     return _unique(map(tuned_at, arms))
 
 

@@ -1,4 +1,4 @@
-"""`regen bench data`: what reading training data costs."""
+"""`regen bench data`: cost of reading training data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _RUNS = {"one rank, plain": ("plain", 1), "two ranks, zero3": ("zero3", 2)}
 
 
 class DataPart(StrEnum):
-    """What can be measured."""
+    """Parts that can be measured."""
 
     CLIPS = "clips"
     SMALL = "small"
@@ -114,7 +114,7 @@ class _Place(NamedTuple):
 
 @contextmanager
 def _place(url: str | None) -> Iterator[_Place]:
-    """Where the data goes: the given bucket, or one of a server that runs as long as the block."""
+    """Yield the location of the data: the given bucket, or that of a local server for the duration of the block."""
     from tools.local_services.s3 import start_store
 
     if url is not None:
@@ -142,7 +142,7 @@ def _measure(suite: Suite, part: DataPart) -> Any:
 
 
 def _waits(config: Path, overrides: list[str], console: Console) -> dict[str, Any]:
-    """Data wait of a run of each kind, which is left behind nowhere."""
+    """Return the data wait of a run of each kind; the runs are deleted."""
     from launcher.supervise import die_with
     from tools.bench.data_cases import data_wait
 
@@ -185,14 +185,14 @@ def _command() -> str:
     return " ".join(["regen", *sys.argv[1:]])
 
 
-# The figures of `regen bench data` as a Markdown table.
+# Figures of `regen bench data` as a Markdown table.
 
 _SCALES = {"clips": (1.0, "clips/s"), "bytes": (1e6, "MB/s")}
 _HEAD = ["| measured | figure | ratio (lowest to highest) | target |", "| --- | ---: | ---: | ---: |"]
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """Whatever was measured; parts that were left out are missing."""
+    """Format the measured parts; omitted parts are missing."""
     rows: list[Sequence[str]] = []
     for section in [*facts.get("clips", []), *filter(None, [facts.get("small"), facts.get("others")])]:
         rows += _compared(section)
@@ -240,7 +240,7 @@ def _starts(states: Mapping[str, Any]) -> Iterator[Sequence[str]]:
 
 
 def data_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
-    """What two records are compared by. Ratios within a round move less than rates."""
+    """Yield the figures by which two records are compared. Ratios within a round vary less than rates."""
     for section in [*facts.get("clips", []), *filter(None, [facts.get("small"), facts.get("others")])]:
         for name, case in section["cases"].items():
             yield Figure(f"{section['what']}: {name}, per s", case["per_s"]["median"], True, noise=0.25)
@@ -260,17 +260,17 @@ _PLANNED = (1_000_000, 100_000_000)
 
 @dataclass(frozen=True)
 class Suite:
-    """What is measured, and how long.
+    """Measurements of the data bench and their durations.
 
     Args:
-        folder: the dataset of clips on a local disk.
-        clips_url, small_url: the datasets in the store.
-        num_frames: of a clip.
-        read: how bytes are read for clips.
-        seconds: about how long one measurement of clips takes.
-        repeats: rounds.
-        store: process id of the store where it is on this machine.
-        told: hears of each measurement.
+        folder: dataset of clips on a local disk.
+        clips_url, small_url: datasets in the store.
+        num_frames: frames of a clip.
+        read: read settings for clips.
+        seconds: approximate duration of one measurement of clips.
+        repeats: number of rounds.
+        store: process id of the store, if it is on this machine.
+        on_turn: called after each measurement.
     """
 
     folder: Path
@@ -281,10 +281,10 @@ class Suite:
     seconds: float
     repeats: int
     store: int | None
-    told: Callable[[str, Turn], None]
+    on_turn: Callable[[str, Turn], None]
 
     def clips(self) -> list[dict[str, Any]]:
-        """Clips through the loader, from the folder and from the store, against decoding alone; for each crop."""
+        """Measure clips through the loader, from folder and store, against decoding alone; for each crop."""
         return [self._clips(crop) for crop in CROPS]
 
     def _clips(self, crop: int) -> dict[str, Any]:
@@ -295,7 +295,7 @@ class Suite:
             "loader, local folder": lambda: clipping.through_loader(local),
             "loader, store": lambda: clipping.through_loader(remote, self.store),
         }
-        rounds = in_turn(cases, self.repeats, self.told)
+        rounds = in_turn(cases, self.repeats, self.on_turn)
         alone, folder, store = rounds.values()
         ratios = {"loader, local folder": ratio(folder, alone), "loader, store": ratio(store, alone)}
         if self.store is not None:
@@ -311,7 +311,7 @@ class Suite:
         }
 
     def _stretch(self, url: str, crop: int) -> clipping.Workload:
-        """As many batches as take about `seconds`; the first decoding of all tells how many."""
+        """Return a workload that takes about `seconds`, based on the first decoding."""
         config = DataConfig(url=url, size=(crop, crop), short_side="fit", read=self.read)
         workers = len(os.sched_getaffinity(0))
         stretch = clipping.Workload(config, self.num_frames, _BATCH, 2, workers)
@@ -320,7 +320,8 @@ class Suite:
         )
 
     def small(self) -> dict[str, Any]:
-        """Bytes by our fetcher against obstore alone; one request a sample, so that both ask for the same ranges."""
+        """Measure bytes by our fetcher against plain obstore; one request per sample, so that both request the same
+        ranges."""
         url, store = self.small_url, self.store
         dataset = open_dataset(url)
         mixed, in_order = data_cases.shuffled_rows(dataset), list(range(len(dataset)))
@@ -336,7 +337,7 @@ class Suite:
                 "fetcher, in order, joining": lambda: data_cases.by_fetcher(url, ReadConfig(), in_order, store),
                 "fetcher, from the warm cache": lambda: data_cases.by_fetcher(url, cached, mixed, store),
             }
-            rounds = in_turn(cases, self.repeats, self.told)
+            rounds = in_turn(cases, self.repeats, self.on_turn)
         alone = faster(rounds["obstore, a call a sample"], rounds["obstore, a call a shard"])
         ratios = {name: ratio(turns, alone) for name, turns in rounds.items() if name.startswith("fetcher")}
         settings = {"samples": len(dataset), "bytes": dataset.manifest.totals.bytes, "requests": apart.requests}
@@ -350,7 +351,7 @@ class Suite:
         }
 
     def others(self) -> dict[str, Any]:
-        """The same samples by plain WebDataset."""
+        """Measure the same samples through plain WebDataset."""
         url, store = self.small_url, self.store
         dataset = open_dataset(url)
         mixed, in_order = data_cases.shuffled_rows(dataset), list(range(len(dataset)))
@@ -362,7 +363,7 @@ class Suite:
         }
         if piped is not None:
             cases["WebDataset, pipe:aws s3 cp"] = lambda: data_cases.by_webdataset(piped, store)
-        rounds = in_turn(cases, self.repeats, self.told)
+        rounds = in_turn(cases, self.repeats, self.on_turn)
         plain = rounds["WebDataset, curl"]
         ratios = {name: ratio(turns, plain) for name, turns in rounds.items() if turns is not plain}
         return {
@@ -375,18 +376,18 @@ class Suite:
         }
 
     def order(self) -> list[dict[str, Any]]:
-        """Planning one epoch."""
+        """Measure the planning of one epoch."""
         found = []
         for samples in _PLANNED:
             for mixed in (False, True):
                 costs = data_cases.plan(samples, mixed=mixed)
                 kind = "6 buckets x 3 datasets" if mixed else "one line"
-                self.told(f"planning, {kind}", Turn(samples, costs["seconds"]))
+                self.on_turn(f"planning, {kind}", Turn(samples, costs["seconds"]))
                 found.append({"samples": samples, "kind": kind, "batch": data_cases.BATCH, **costs})
         return found
 
     def start(self) -> dict[str, Any]:
-        """From nothing to the first batch, with and without a catalogue on this machine."""
+        """Measure the time to the first batch, with and without a local catalogue."""
         found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
         for _ in range(self.repeats):
             with TemporaryDirectory() as cache:
@@ -396,18 +397,18 @@ class Suite:
                             self.clips_url, Path(cache), crop=CROPS[0], num_frames=self.num_frames, batch=_BATCH
                         )
                     )
-                    self.told(f"first batch, {state} catalogue", Turn(1, each[-1]["seconds"]))
+                    self.on_turn(f"first batch, {state} catalogue", Turn(1, each[-1]["seconds"]))
         return {state: {name: spread([one[name] for one in each]) for name in each[0]} for state, each in found.items()}
 
 
 def without_store(turn: Turn, cores: int) -> Turn:
-    """What a turn would have been, had the store's CPU time been that of another machine: all cores were busy, so the
-    workers would have had it."""
+    """Return a turn corrected as if the store had run on another machine: all cores were busy, so the workers would
+    have had its CPU time."""
     return Turn(turn.amount, turn.seconds - turn.facts["store_cpu_s"] / cores, turn.facts)
 
 
 def faster(*several: Sequence[Turn]) -> list[Turn]:
-    """The fastest turn of each round."""
+    """Return the fastest turn of each round."""
     return [max(each, key=lambda turn: turn.rate) for each in zip(*several, strict=True)]
 
 
@@ -419,15 +420,15 @@ def _plain(stretch: clipping.Workload) -> dict[str, Any]:
     return {name: getattr(stretch, name) for name in ("num_frames", "batch", "batches", "workers", "seed")}
 
 
-# The datasets that are measured: made once in a local folder by the shard tools, then copied into the store.
+# Measured datasets: built once in a local folder by the shard tools, then copied to the store.
 
 SHORT_SIDE = 128
 _SECONDS_OF_A_FILE = 180.0
 
 
 def make_clips(folder: Path, videos: Path | None) -> dict[str, Any]:
-    """A dataset of four-second samples of 128 pixels at `folder`, from the videos of a folder, or of moving shapes
-    where that is None; finished if begun. Says what is in it."""
+    """Build or finish a dataset of four-second samples of 128 pixels at `folder`, from the videos of a folder, or of
+    moving shapes if that is None. Return a description."""
     if videos is not None:
         options = BuildOptions(short_side=SHORT_SIDE, scenes=False, max_seconds=_SECONDS_OF_A_FILE, shard_mb=8)
         build_shards([videos], folder, options)
@@ -444,10 +445,10 @@ def make_clips(folder: Path, videos: Path | None) -> dict[str, Any]:
 
 
 def copy_dataset(source: str | Path, target: str) -> None:
-    """Every object of a finished dataset, the manifest last; nothing happens when the same one is there.
+    """Copy every object of a finished dataset, the manifest last; skip it if the same dataset exists.
 
     Raises:
-        DataError: `target` holds another dataset.
+        DataError: `target` contains another dataset.
     """
     here, there = Store(source), Store(target)
     manifest = here.get(MANIFEST)

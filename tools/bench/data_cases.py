@@ -1,5 +1,5 @@
-"""Training clips per second: the whole loader, beside the same cores decoding the same clips from memory and doing
-nothing else."""
+"""Cases of `regen bench data`: loader against decoding alone, fetcher against obstore and WebDataset, planning,
+wait."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _READY_S = 120.0  # to read every clip's bytes
 
 
 class Workload(NamedTuple):
-    """What is measured: `batches` micro-batches of `batch` clips by each of `workers` processes."""
+    """Workload: `batches` micro-batches of `batch` clips by each of `workers` processes."""
 
     config: DataConfig
     num_frames: int
@@ -62,17 +62,17 @@ class Workload(NamedTuple):
 
     @property
     def first(self) -> int:
-        """Step that is measured first; before it the loader warms up."""
+        """First measured step; earlier ones warm the loader up."""
         return WARM_BATCHES * self.workers
 
     def open(self) -> TrainingSet:
-        """The samples and their order."""
+        """Open the samples and their order."""
         config = self.config.model_copy(update={"workers": self.workers})
         return TrainingSet(config, num_frames=self.num_frames, batch_global=self.batch, seed=self.seed)
 
 
 def through_loader(stretch: Workload, store: int | None = None) -> Turn:
-    """Clips per second of `clip_batches` once warm, taken as fast as they come. `store` is the store's process."""
+    """Measure clips per second of a warm `clip_batches`, consumed at full speed. `store` is the store's process."""
     batches = clip_batches(stretch.open(), accumulation=1, rank=0, world_size=1, cursor=0)
     try:
         for _ in islice(batches, stretch.first):
@@ -85,8 +85,8 @@ def through_loader(stretch: Workload, store: int | None = None) -> Turn:
 
 
 def from_memory(stretch: Workload) -> Turn:
-    """Clips per second of as many processes, each decoding the clips that its counterpart of the loader would, their
-    bytes in memory, and letting go of the pixels."""
+    """Measure clips per second of the same number of processes, each decoding the clips of its counterpart in the
+    loader from memory and discarding the pixels."""
     start_safely()
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -98,7 +98,7 @@ def from_memory(stretch: Workload) -> Turn:
 
 
 class ClipToDecode(NamedTuple):
-    """All that decoding takes."""
+    """Inputs of one decoding."""
 
     data: bytes
     frames: int
@@ -107,14 +107,14 @@ class ClipToDecode(NamedTuple):
     flip: bool
 
     def decode(self) -> video.UInt8s:
-        """The clip, uint8 [3, T, H, W]."""
+        """Decode the clip, uint8 [3, T, H, W]."""
         with video.VideoReader(self.data) as reader:
             numbers = video.clip_frames(reader.table, self.draw.start, self.draw.stride, self.frames)
             return video.read_clip(reader, numbers, self.geometry, flip=self.flip)
 
 
 def clips_of(stretch: Workload, worker: int) -> Iterator[ClipToDecode]:
-    """The clips of the batches that a worker of the loader makes, in its order, with their bytes."""
+    """Yield the clips of a loader worker's batches in order, with their bytes."""
     data = stretch.open()
     config, stop = data.config, stretch.first + stretch.batches * stretch.workers
     for batch in islice(BatchPlan(data, 0, 1, 0, 1), stretch.first + worker, stop, stretch.workers):
@@ -140,7 +140,7 @@ def _keep(barrier: Barrier) -> None:
 
 
 def _decode_part(stretch: Workload, worker: int) -> _ClipCount:
-    """One process's share; all begin together, once all bytes are there."""
+    """Decode one process's share; all start together once all bytes are in memory."""
     clips = list(clips_of(stretch, worker))
     assert _barrier is not None, "set as the process starts"
     _barrier.wait(_READY_S)
@@ -157,15 +157,15 @@ _BATCH = 16  # samples that are asked for together
 
 
 def shuffled_rows(dataset: Dataset, seed: int = 0) -> list[int]:
-    """Every row once, as a training run would ask for them."""
+    """Return every row once, in shuffled order as in training."""
     return [int(row) for row in np.random.default_rng(seed).permutation(len(dataset))]
 
 
 def by_fetcher(url: str, config: ReadConfig, rows: Sequence[int], store: int | None = None) -> Turn:
-    """Bytes per second of one `Fetcher`. `store` is the store's process.
+    """Measure bytes per second of one `Fetcher`. `store` is the store's process.
 
     Raises:
-        DataError: a sample's bytes were wrong.
+        DataError: the bytes of a sample were wrong.
     """
     dataset = open_dataset(url, config.cache)
     with Fetcher([dataset], config) as fetcher, measured(store) as costs:
@@ -174,7 +174,7 @@ def by_fetcher(url: str, config: ReadConfig, rows: Sequence[int], store: int | N
 
 
 def by_obstore(url: str, config: ReadConfig, rows: Sequence[int], store: int | None = None) -> Turn:
-    """Bytes per second of obstore alone: one request a sample, as many at once as `config.requests`."""
+    """Measure bytes per second of plain obstore: one request per sample, `config.requests` concurrently."""
     import obstore
 
     dataset = open_dataset(url, config.cache)
@@ -191,7 +191,7 @@ def by_obstore(url: str, config: ReadConfig, rows: Sequence[int], store: int | N
 
 
 def by_obstore_many(url: str, config: ReadConfig, rows: Sequence[int], store: int | None = None) -> Turn:
-    """As `by_obstore`, with all ranges of a shard given to obstore at once: it makes its own concurrency."""
+    """Measure as `by_obstore`, with all ranges of a shard in one obstore call, which parallelises them itself."""
     import obstore
 
     dataset = open_dataset(url, config.cache)
@@ -221,7 +221,7 @@ def _size(found: Bytes) -> int:
     return len(found.data)
 
 
-# The same samples through plain `webdataset.WebDataset`, which reads whole tars one after the other.
+# The same samples through plain `webdataset.WebDataset`, which reads whole tars sequentially.
 
 _VALID_S = 3600
 
@@ -237,7 +237,7 @@ def presigned(url: str) -> list[str]:
 
 
 def piped(url: str) -> list[str] | None:
-    """A command for each shard that WebDataset pipes it from: `aws s3 cp`. None where there is no `aws`."""
+    """Return the command by which WebDataset pipes each shard: `aws s3 cp`. None without `aws`."""
     program = shutil.which("aws", path=str(Path(sys.executable).parent)) or shutil.which("aws")
     if program is None:
         return None
@@ -246,7 +246,7 @@ def piped(url: str) -> list[str] | None:
 
 
 def by_webdataset(addresses: Sequence[str], store: int | None = None) -> Turn:
-    """Bytes of videos per second through `WebDataset` over these addresses."""
+    """Measure video bytes per second through `WebDataset` over these addresses."""
     import webdataset
 
     with measured(store) as costs:
@@ -259,8 +259,8 @@ def _video_bytes(sample: dict[str, object]) -> int:
     return sum(len(part) for name, part in sample.items() if name in VIDEO_EXTENSIONS and isinstance(part, bytes))
 
 
-# How long planning takes, and in how much memory. `python -m` of this module plans in a process of its own, for the
-# peak memory of a process never falls.
+# Time and memory of planning. `python -m` of this module plans in a separate process,
+# because the peak memory of a process never falls.
 
 BATCH = 8192
 _WEIGHTS = (1.0, 2.0, 3.0)
@@ -268,11 +268,10 @@ _BUCKETS = 6
 
 
 def plan(samples: int, *, mixed: bool) -> dict[str, float]:
-    """Plan one epoch of `samples` samples in global batches of 8192: one line of all, or six buckets of three datasets.
+    """Plan one epoch of `samples` samples in global batches of 8192: one bucket, or six buckets of three datasets.
 
     Returns:
-        `seconds` from nothing to the last batch; `peak_mb`, the process's highest memory, `before_mb`, the same before
-        it planned anything.
+        `seconds` to the last batch; `peak_mb`, the process's peak memory; `before_mb`, its memory before planning.
     """
     command = python("-m", __name__, str(samples), "mixed" if mixed else "one")
     found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
@@ -280,7 +279,7 @@ def plan(samples: int, *, mixed: bool) -> dict[str, float]:
 
 
 def make_order(samples: int, *, mixed: bool) -> DataOrder:
-    """The order that is planned."""
+    """Return the order to be planned."""
     if not mixed:
         return DataOrder.single(samples, BATCH, seed=0)
     each = samples // (_BUCKETS * len(_WEIGHTS))
@@ -297,7 +296,7 @@ def _measure(samples: int, *, mixed: bool) -> dict[str, float]:
 
 
 def _peak_mb() -> float:
-    """Of this program. `getrusage` would give that of the process that started it, where that is larger."""
+    """Return the peak memory of this program. `getrusage` would return that of its parent, if larger."""
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
@@ -314,8 +313,9 @@ _DESCRIBED = SampleFacts(frames=17, height=64, width=64, fps=24.0, source="drawn
 def make_small_samples(
     url: str, number: int, *, smallest: int = 20_000, largest: int = 200_000, shard_mb: int = 64, seed: int = 0
 ) -> None:
-    """Write `number` samples of `smallest` to `largest` bytes (evenly drawn in the logarithm) as a dataset at `url`;
-    nothing happens when it is there. DataError when something else is."""
+    """Write `number` samples of `smallest` to `largest` bytes (log-uniform) as a dataset at `url`; skip it if it
+    exists.
+    DataError if `url` contains something else."""
     store = Store(url)
     options: dict[str, Any] = {"number": number, "bytes": [smallest, largest], "shard_mb": shard_mb, "seed": seed}
     claim(store, {"kind": "synthetic", "schema_version": SCHEMA_VERSION, "options": options})
@@ -377,22 +377,22 @@ if __name__ == "__main__":
     print(json_text(_starting_measure(**json.loads(sys.argv[1]))))
 
 
-# How much of a training run its steps waited for data: read from the run's record.
+# Data wait of a training run, from its record.
 
 COLD_LINES = 2  # of the log, at the start
 
 
 def data_wait(run: Path) -> dict[str, float]:
-    """As `waited`, of a run folder."""
+    """Return the data wait (see `waited`) of a run folder."""
     return waited(read_record(run / "metrics.jsonl", "train"))
 
 
 def waited(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The share of step time that was data wait once the run is warm: over all warm steps together, and of the worst
-    log line; `step_s` is the median.
+    """Return the share of step time spent waiting for data after warm-up: over all warm steps, and of the worst log
+    line; `step_s` is the median.
 
     Args:
-        lines: of the log, in order, each for as many steps.
+        lines: log lines in order, each covering the same number of steps.
 
     Raises:
         DataError: the run ended before it was warm.

@@ -1,4 +1,4 @@
-"""`regen bench all`: every bench of speed at short settings, and what got slower since an old record."""
+"""`regen bench all`: every speed bench at short settings, and regressions since an old record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class SpeedBench(StrEnum):
-    """The benches of speed; the others measure quality, for hours."""
+    """Speed benches; the others measure quality for hours."""
 
     CHECKPOINT = "checkpoint"
     CODEC = "codec"
@@ -75,7 +75,7 @@ def everything(
 
 
 def _run(chosen: Sequence[SpeedBench], further: Sequence[str], out: Path) -> dict[str, Any]:
-    """The facts of each bench, which are written as they come."""
+    """Return the facts of each bench, written as they arrive."""
     from regen_dist.config.files import write_text_atomically
 
     found: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def _run(chosen: Sequence[SpeedBench], further: Sequence[str], out: Path) -> dic
         print(f"$ regen {' '.join(arguments)}", flush=True)
         code = subprocess.run(regen(*arguments), env=without_ranks(os.environ), check=False).returncode
         if code:
-            raise TrainingError(f"the bench {bench} ended with exit code {code}; leave it out with --only, or mend it")
+            raise TrainingError(f"the bench {bench} ended with exit code {code}; leave it out with --only, or fix it")
         found[bench.value] = _json(folder / f"{bench}.json")
         write_text_atomically(out / _FILE, json_text(found, indent=1) + "\n")
     print(f"written: {out / _FILE}")
@@ -106,7 +106,7 @@ def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
 
 
 def declared() -> dict[str, Declared]:
-    """What each bench says its figures are."""
+    """Return the figures declared by each bench."""
     from tools.bench.checkpoint import checkpoint_figures
     from tools.bench.data import data_figures
     from tools.bench.step import step_figures
@@ -122,7 +122,7 @@ def declared() -> dict[str, Declared]:
 
 
 def _codec_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
-    """CPU seconds of our codecs."""
+    """Yield the CPU seconds of our codecs."""
     from tools.bench.codec import figures
     from tools.bench.common import Figure
 

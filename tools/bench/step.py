@@ -1,4 +1,4 @@
-"""`regen bench step`: what a training step costs beside what the machine could do."""
+"""`regen bench step`: cost of a training step relative to the machine's peak."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tools.shards.progress import stopping_cleanly
 
 
 class StepPart(StrEnum):
-    """What can be measured."""
+    """Parts that can be measured."""
 
     UTILISATION = "utilisation"
     MEMORY = "memory"
@@ -100,7 +100,7 @@ def _measure(bench: StepBench, part: StepPart, *, compiled: bool) -> dict[str, A
     return bench.memory() if part is StepPart.MEMORY else bench.sharding()
 
 
-# The parts of `regen bench step`: what is trained, in this process or by ranks that it starts.
+# Parts of `regen bench step`: trainings, in this process or on ranks that it starts.
 
 EMBEDDER, T2V, SHARDED = "embedder", "text to video", "text to video, to be sharded"
 CHECKPOINTED, COMPILED = "activations recomputed", "torch.compile"
@@ -112,7 +112,7 @@ _RANK = Path(step_rank.__file__).resolve()
 
 
 class BenchRun(NamedTuple):
-    """What is trained: a file, what is changed in it, and the config that they give."""
+    """A run to measure: config file, overrides, and the resulting config."""
 
     path: Path
     overrides: list[str]
@@ -123,16 +123,16 @@ class BenchRun(NamedTuple):
         return cls(path, list(overrides), load_config(path, overrides))
 
     def with_changes(self, *overrides: str) -> BenchRun:
-        """The same run with more changes."""
+        """Return the same run with further overrides."""
         return BenchRun.of(self.path, [*self.overrides, *overrides])
 
     def facts(self) -> dict[str, Any]:
-        """What a record says of it."""
+        """Return its description for the record."""
         return {"config": str(self.path), "overrides": self.overrides, "config_hash": config_hash(self.config)}
 
 
 def prepared(paths: Mapping[str, Path], work: Path, side: int) -> dict[str, BenchRun]:
-    """The runs on data that is made here: moving shapes for the embedder, and their cache for text to video."""
+    """Return runs on generated data: moving shapes for the embedder, and their cache for text to video."""
     common = [f"engine.precision={stages.working_precision()}", "engine.kind=plain", f"output={work / 'runs'}"]
     common += ["data.image_fraction=0", "data.validation_url=null"]
     t2v_own = [*common, "generation.embedder=null", f"data.url={work / 'cached' / 'latents'}"]
@@ -162,14 +162,14 @@ def _make_cache(runs: Sequence[BenchRun], embedder: RunConfig, work: Path, side:
 
 @dataclass(frozen=True)
 class StepBench:
-    """What is measured.
+    """Settings of the step bench.
 
     Args:
-        runs: that are trained, by name.
-        work: a folder for what the ranks leave.
-        steps: of one turn.
+        runs: runs to train, by name.
+        work: folder of the ranks' output.
+        steps: steps per turn.
         repeats: turns of each.
-        say: told what is done.
+        say: called with progress messages.
     """
 
     runs: Mapping[str, BenchRun]
@@ -179,8 +179,8 @@ class StepBench:
     say: Callable[[str], None]
 
     def utilisation(self, *, compiled: bool) -> dict[str, Any]:
-        """The model's operations beside bare products, and the profile, of the embedder and of text to video; in turn
-        with them the same with recomputed activations, and compiled if asked for."""
+        """Measure model FLOPs against plain matrix products, with a profile, for embedder and text to video; in turn
+        also with activation checkpointing, and compiled if requested."""
         variants: dict[str, tuple[BenchRun, bool]] = {}
         for name in (EMBEDDER, T2V):
             variants[name] = (self.runs[name], False)
@@ -207,7 +207,7 @@ class StepBench:
         return figures
 
     def memory(self) -> dict[str, Any]:
-        """The memory of one process beside its estimate, with activations kept and recomputed."""
+        """Measure the memory of one process against its estimate, with and without activation checkpointing."""
         found = {}
         for name in (EMBEDDER, T2V):
             for kind, changes in (("activations kept", []), (CHECKPOINTED, [_CHECKPOINTING])):
@@ -216,7 +216,7 @@ class StepBench:
         return found
 
     def sharding(self) -> dict[str, Any]:
-        """The same global batch by one process and by two ranks, in turn, and the memory of both."""
+        """Measure the same global batch on one process and on two ranks in turn, and the memory of both."""
         runs = {ONE: self.runs[SHARDED], TWO: self.runs[SHARDED].with_changes("engine.kind=zero3")}
         jobs: dict[str, list[found_by_ranks.Job]] = {name: [] for name in runs}
         for _ in range(self.repeats):
@@ -228,7 +228,7 @@ class StepBench:
         return {**found_by_ranks.compared(jobs, ONE), **target, "memory": memory, **self.runs[SHARDED].facts()}
 
     def against(self, checkout: Path) -> dict[str, Any]:
-        """The step of another checkout of this repository, in turn with this one's, each by its own program."""
+        """Measure the step of another checkout of this repository in turn with this one's, each by its own program."""
         places = {THERE: checkout.resolve(), HERE: None}
         found = {}
         for name in (EMBEDDER, T2V):
@@ -241,7 +241,7 @@ class StepBench:
         return found
 
     def _memory(self, name: str, job: found_by_ranks.Job, run: BenchRun) -> dict[str, Any]:
-        """Of ranks that were timed, and of as many more whose tensors are counted."""
+        """Return the memory of ranks that were timed, and of as many others whose tensors are counted."""
         figures = found_by_ranks.memory(job, self._job(run, len(job), options=["--tensors"]), run.config)
         self.say(f"  memory, {name}: {figures['tensor_bytes'] / 1e6:.0f} MB, {figures['ratio']:.2f} of the estimate")
         return figures
@@ -249,7 +249,8 @@ class StepBench:
     def _job(
         self, run: BenchRun, ranks: int, checkout: Path | None = None, options: Sequence[str] = ()
     ) -> list[dict[str, Any]]:
-        """What each rank of a start of its own found, on one thread a rank; by another checkout's program if given."""
+        """Return the results of each rank of a new start, with one thread per rank; by another checkout's program if
+        given."""
         rank = _RANK if checkout is None else checkout / "tools" / "bench" / _RANK.name
         if not rank.is_file():
             raise TrainingError(f"{checkout} has no {rank.relative_to(rank.parents[2])}; give a checkout that has it")
@@ -276,11 +277,11 @@ def _mfu(turn: Any) -> float:
 
 
 def _losses(jobs: Mapping[str, Sequence[found_by_ranks.Job]]) -> dict[str, float]:
-    """After the last step: equal where a change of the code did not change what is computed."""
+    """Return the losses after the last step: equal unless a code change affected the computation."""
     return {place: each[-1][0]["loss"] for place, each in jobs.items()}
 
 
-# The figures of `regen bench step` as Markdown tables, and those that another run is compared by.
+# Figures of `regen bench step`: Markdown tables, and those that are compared between records.
 
 _HEAD = ["| measured | figure | ratio (lowest to highest) | target |", "| --- | ---: | ---: | ---: |"]
 _NAMES = {"bf16": "bf16", "fp32": "float32"}
@@ -288,7 +289,7 @@ Row = tuple[str, str, str, str]
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """Whatever was measured; parts that were left out are missing."""
+    """Format the measured parts; omitted parts are missing."""
     rows = [*_utilisation(facts), *_memory(facts.get("memory", {})), *_sharding(facts), *_against(facts)]
     lines = [*_HEAD, *("| " + " | ".join(row) + " |" for row in rows)]
     return "\n".join([*lines, *_profile(facts.get("utilisation", {}).get("profile", {}))]) + "\n"
@@ -356,7 +357,7 @@ def _spread(found: Mapping[str, float]) -> str:
 
 
 def step_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
-    """What two records are compared by. By CPU time they move less than by the clock."""
+    """Yield the figures by which two records are compared. CPU time varies less than wall time."""
     found = facts.get("utilisation", {"cases": {}, "time_ratios": {}})
     for name, case in found["cases"].items():
         yield Figure(f"{name}, of the peak, by CPU time", case["mfu_by_cpu"]["median"], True)

@@ -39,12 +39,12 @@ _KIB = 1024
 
 
 def result_file(folder: Path, rank: int) -> Path:
-    """Where a rank leaves its figures."""
+    """Return the path of a rank's figures."""
     return folder / f"rank-{rank}.json"
 
 
 def quiet() -> None:
-    """The arithmetic of a training run (`training.run`), without its warnings."""
+    """Set up the arithmetic of a training run (`training.run`) without its warnings."""
     torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", message=".*deterministic.*")
@@ -53,13 +53,13 @@ def quiet() -> None:
 
 
 class Training:
-    """A run's task, engine and batches in this process.
+    """Task, engine and batches of a run in this process.
 
     Args:
-        config: of the run.
-        ranks: this process's place.
-        compiled: whether the model goes through `torch.compile`; of the plain engine alone.
-        before_model: called when the data is open and a batch was read, before there is a model.
+        config: config of the run.
+        ranks: rank information of this process.
+        compiled: use `torch.compile`; plain engine only.
+        before_model: called after the first batch was read, before the model is built.
     """
 
     def __init__(
@@ -84,31 +84,31 @@ class Training:
         self._stepper = Stepper(config, ranks, self._task, engine, meter, batches=batches)
 
     def step(self) -> None:
-        """The loop's own step; the loss is waited for, as the loop does."""
+        """Run the training loop's step and wait for the loss, as the loop does."""
         with record_function("step"):
             made = self._stepper.train_step()
         self.loss, _ = self._stepper.meter.end_step()
         self._uncounted.append(made.batch)
 
     def flops(self) -> float:
-        """The model's operations in the steps since the last call. Counting a shape that is new takes a while: not to
-        be called while a clock runs."""
+        """Return the model FLOPs of the steps since the last call. Counting a new shape takes time: do not call it
+        while timing."""
         batches, self._uncounted = self._uncounted, []
         return self._config.train.accumulation * sum(self._task.flops(batch) for batch in batches)
 
     def close(self) -> None:
-        """End the data workers."""
+        """Stop the data workers."""
         self._stepper.close_batches()
 
 
 def _readers(config: AnyRunConfig, ranks: Ranks) -> Ranks:
-    """The place among those that have samples of their own: ranks that share rows of tokens read the same."""
+    """Return the rank among those with their own samples: ranks that share rows of tokens read the same ones."""
     shared = config.engine.sequence_parallel
     return Ranks(ranks.rank // shared, ranks.world_size // shared, ranks.local_rank)
 
 
 def _shape(batch: Any) -> dict[str, Any]:
-    """What an account of the batch depends on: its number of samples, and their sizes."""
+    """Return what the FLOP count of a batch depends on: number and sizes of its samples."""
     if hasattr(batch, "video"):
         samples, _, frames, *size = batch.video.shape
         return {"samples": samples, "frames": frames, "size": size}
@@ -124,13 +124,13 @@ def memory_now_bytes(name: str) -> int:
 
 
 def forget_peak() -> None:
-    """Let `VmHWM` begin anew (Linux, proc(5): clear_refs)."""
+    """Reset `VmHWM` (Linux, proc(5): clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def tensor_peak(work: Callable[[], object]) -> int:
-    """Bytes that tensors in host memory held at most while `work` ran, of those that it made: what
-    `torch.cuda.max_memory_allocated` tells of a GPU. Slow; what the profiler keeps is not counted."""
+    """Return the peak bytes of host tensors allocated by `work`: the counterpart of `torch.cuda.max_memory_allocated`.
+    Slow; the profiler's own memory is not counted."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
     with TemporaryDirectory() as folder:
@@ -138,13 +138,13 @@ def tensor_peak(work: Callable[[], object]) -> int:
         found.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
     changes = sorted((each for each in events if each["name"] == "[memory]"), key=lambda each: each["ts"])
-    told = [each["args"] for each in changes]
-    before = told[0]["Total Allocated"] - told[0]["Bytes"] if told else 0  # by what was profiled earlier
-    return max((each["Total Allocated"] - before for each in told), default=0)
+    facts = [each["args"] for each in changes]
+    before = facts[0]["Total Allocated"] - facts[0]["Bytes"] if facts else 0  # by what was profiled earlier
+    return max((each["Total Allocated"] - before for each in facts), default=0)
 
 
 def measure_tensors(config: AnyRunConfig, ranks: Ranks, *, warm: int) -> dict[str, Any]:
-    """The most that the tensors of a run held, from the building of the model through its first `warm` steps."""
+    """Return the peak of a run's tensors, from building the model through its first `warm` steps."""
     made: list[Training] = []
 
     def work() -> None:
@@ -160,8 +160,8 @@ def measure_tensors(config: AnyRunConfig, ranks: Ranks, *, warm: int) -> dict[st
 
 
 def measure(config: AnyRunConfig, ranks: Ranks, *, warm: int, steps: int) -> dict[str, Any]:
-    """CPU and wall seconds of each of `steps` steady steps, and the resident memory at most above what the process had
-    before there was a model."""
+    """Return CPU and wall seconds of each of `steps` steady steps, and the peak resident memory above that before the
+    model was built."""
     base: list[int] = []
 
     def before_model() -> None:
@@ -177,8 +177,8 @@ def measure(config: AnyRunConfig, ranks: Ranks, *, warm: int, steps: int) -> dic
     finally:
         training.close()
     memory = {"base_bytes": base[0], "peak_bytes": memory_now_bytes("VmHWM") - base[0]}
-    told = {"parameters": training.parameters, "sample": training.sample, "loss": training.loss}
-    return {"steps": turns, **memory, **told, "threads": torch.get_num_threads()}
+    facts = {"parameters": training.parameters, "sample": training.sample, "loss": training.loss}
+    return {"steps": turns, **memory, **facts, "threads": torch.get_num_threads()}
 
 
 def _timed(training: Training) -> dict[str, float]:
@@ -188,7 +188,7 @@ def _timed(training: Training) -> dict[str, float]:
 
 
 def _import_backend(config: AnyRunConfig) -> None:
-    """What the code of DeepSpeed, of optimizers and of products takes by itself is no part of the state."""
+    """Import DeepSpeed, optimizers and kernels first: their code is not part of the state's memory."""
     if config.engine.kind == "zero3":
         import deepspeed  # noqa: F401
     weight = torch.nn.Parameter(torch.ones(64, 64))
@@ -221,10 +221,10 @@ if __name__ == "__main__":
     main()
 
 
-# Where the time of a training step goes: torch's profiler over a few steps, its operators put into a few groups.
+# Profile of a training step: torch's profiler over a few steps, with operators combined into groups.
 #
-# A group gets the time that an operator spends in itself. What lies inside a marked stretch (`record_function`)
-# belongs to the stretch, whatever operators it is made of.
+# A group gets the self time of its operators. Operators inside a marked range (`record_function`) count for the
+# range.
 
 PRODUCTS, ATTENTION, CONVOLUTIONS = "matrix products", "attention", "convolutions"
 NORMS, ACTIVATIONS, ELEMENTWISE = "norms and modulation", "activations", "elementwise, casts and copies"
@@ -242,7 +242,7 @@ _TOP = 12  # operators that are named one by one
 
 
 class Event(Protocol):
-    """What is used of the profiler's events."""
+    """Fields used of the profiler's events."""
 
     name: str
     self_cpu_time_total: float  # microseconds
@@ -250,7 +250,7 @@ class Event(Protocol):
 
 
 def group_of(event: Event) -> str:
-    """The group of one event: of the stretch that it lies in, else by its operator."""
+    """Return the group of one event: that of its enclosing range, otherwise by its operator."""
     place: Any = event
     while place is not None:
         if place.name in STRETCHES:
@@ -263,7 +263,7 @@ def group_of(event: Event) -> str:
 
 
 def shares(events: Iterable[Event]) -> dict[str, float]:
-    """The share of all time that each group takes."""
+    """Return the share of the total time of each group."""
     seconds = dict.fromkeys(GROUPS, 0.0)
     for event in events:
         seconds[group_of(event)] += event.self_cpu_time_total
@@ -272,7 +272,7 @@ def shares(events: Iterable[Event]) -> dict[str, float]:
 
 
 def profiled(step: Callable[[], object], steps: int) -> dict[str, Any]:
-    """The shares of `steps` steps by group, and the operators that take most."""
+    """Return the shares of `steps` steps by group, and the most expensive operators."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):
             step()
@@ -281,7 +281,7 @@ def profiled(step: Callable[[], object], steps: int) -> dict[str, Any]:
 
 
 def _operators(events: Iterable[Event]) -> dict[str, float]:
-    """Shares of the operators that take most, each with its group."""
+    """Return the shares of the most expensive operators, with their groups."""
     seconds: dict[str, float] = {}
     for event in events:
         name = f"{event.name} ({group_of(event)})"
@@ -291,7 +291,7 @@ def _operators(events: Iterable[Event]) -> dict[str, float]:
     return {name: seconds[name] / whole for name in top}
 
 
-# What rank processes found (`tools/bench/step_rank.py`): the price of sharding, and memory beside its estimate.
+# Results of rank processes (`tools/bench/step_rank.py`): cost of sharding, and memory against its estimate.
 
 CPU_TARGET, MEMORY_TARGET = 1.3, 0.1
 Found = Mapping[str, Any]  # of one rank
@@ -299,21 +299,21 @@ Job = Sequence[Found]  # of all ranks of a start
 
 
 def cpu_s(job: Job) -> float:
-    """CPU seconds of a step over all ranks: the median of the steps."""
+    """Return the CPU seconds of a step over all ranks: median of the steps."""
     return float(median(sum(rank["steps"][step]["cpu_s"] for rank in job) for step in range(len(job[0]["steps"]))))
 
 
 def wall_s(job: Job) -> float:
-    """Seconds of a step, of the slowest rank."""
+    """Return the seconds of a step on the slowest rank."""
     return float(median(max(rank["steps"][step]["seconds"] for rank in job) for step in range(len(job[0]["steps"]))))
 
 
 def compared(jobs: Mapping[str, Sequence[Job]], against: str) -> dict[str, Any]:
-    """Jobs that were started in turn, each kind beside another's of the same round.
+    """Compare jobs started in turn, each kind with another of the same round.
 
     Args:
-        jobs: by kind, one a round.
-        against: the kind that the others are divided by.
+        jobs: jobs by kind, one per round.
+        against: reference kind.
     """
     base = [cpu_s(job) for job in jobs[against]]
     return {
@@ -336,26 +336,26 @@ def compared(jobs: Mapping[str, Sequence[Job]], against: str) -> dict[str, Any]:
 
 
 def memory(job: Job, tensors: Job, config: AnyRunConfig) -> dict[str, Any]:
-    """The memory that the fullest rank took, beside the estimate of `regen describe`.
+    """Return the memory of the fullest rank, with the estimate of `regen describe`.
 
     Args:
-        job: what each rank had resident: of a buffer what was written to, with what the heap keeps of tensors that are
-            gone, and what libraries take for themselves.
-        tensors: what the tensors of each rank held at once, which the estimate is of.
-        config: of the run.
+        job: resident memory of each rank: written pages of buffers, freed tensors still in the heap, and the libraries'
+            own memory.
+        tensors: peak tensor bytes of each rank, to which the estimate refers.
+        config: config of the run.
     """
     terms = estimate(tensors[0]["sample"], config, world_size=len(tensors))
     written = estimate(job[0]["sample"], config, world_size=len(job), resident=True)
     measured, estimated = max(rank["tensor_bytes"] for rank in tensors), sum(terms.values())
     resident = max(rank["peak_bytes"] for rank in job)
-    told = {"tensor_bytes": measured, "estimated_bytes": estimated, "ratio": measured / estimated}
-    return {**told, "resident_bytes": resident, "resident_ratio": resident / sum(written.values()), "terms": terms}
+    facts = {"tensor_bytes": measured, "estimated_bytes": estimated, "ratio": measured / estimated}
+    return {**facts, "resident_bytes": resident, "resident_ratio": resident / sum(written.values()), "terms": terms}
 
 
 def estimate(
     sample: Mapping[str, Any], config: AnyRunConfig, *, world_size: int, resident: bool = False
 ) -> dict[str, int]:
-    """The terms of the estimate for batches like `sample`; of tensors, or of what of them is resident in host
+    """Return the terms of the estimate for batches like `sample`: of tensors, or of their resident part in host
     memory."""
     return memory_bytes(
         _account(sample, config),
@@ -379,10 +379,9 @@ def _account(sample: Mapping[str, Any], config: AnyRunConfig) -> FlopReport:
     return count_row_flops(config.model, sample["frames"], (height, width), sample["text_tokens"], **kept)
 
 
-# The model's operations per second of a training step, over those of bare matrix products on the same cores.
+# Utilisation: model FLOP/s of a training step over those of plain matrix products on the same cores.
 #
-# The peak is measured before and after each stretch of steps, because what a machine can do changes while others use
-# it.
+# The peak is measured before and after each series of steps, because it varies on shared machines.
 
 MFU_TARGET = 0.6
 PEAK_S = 0.4  # of matrix products, on either side of the steps
@@ -393,13 +392,13 @@ Peak = Callable[[], float]  # operations per second of bare matrix products
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = PEAK_S) -> Peak:
-    """The peak of this process's threads, measured anew at each call (on a known GPU: of its data sheet)."""
+    """Return the peak of this process's threads, measured at each call (on a known GPU: from its data sheet)."""
     return lambda: peak_tflops(device, dtype, seconds) * 1e12
 
 
 def steps_case(step: Step, flops: Flops, peak: Peak, steps: int) -> Case:
-    """So many steps as one turn: `amount` are operations of the model; `peak` the best rate of bare products before and
-    after them, `cpu_s` the CPU seconds of this process."""
+    """Return a case that runs this many steps per turn: `amount` is model FLOPs; `peak` the best rate of matrix
+    products before and after, `cpu_s` the CPU seconds of this process."""
 
     def turn() -> Turn:
         flops()  # of what came before
@@ -414,12 +413,12 @@ def steps_case(step: Step, flops: Flops, peak: Peak, steps: int) -> Case:
 
 
 def section(rounds: Rounds, *, threads: int, against: Mapping[str, str]) -> dict[str, Any]:
-    """The figures of all turns.
+    """Combine the figures of all turns.
 
     Args:
-        rounds: of `steps_case`.
-        threads: that the steps and the products ran on.
-        against: pairs of cases; how many times as long the first takes as the second is told, round by round.
+        rounds: rounds of `steps_case`.
+        threads: number of threads of steps and products.
+        against: pairs of cases whose relative durations are reported, round by round.
     """
     return {
         "threads": threads,
@@ -440,5 +439,5 @@ def _case(turns: list[Turn], threads: int) -> dict[str, Any]:
 
 
 def _inverse(turns: list[Turn]) -> list[Turn]:
-    """Turns whose rate is CPU seconds per step."""
+    """Return turns whose rate is CPU seconds per step."""
     return [Turn(turn.facts["cpu_s"], turn.facts["steps"]) for turn in turns]

@@ -1,4 +1,4 @@
-"""`regen bench t2v`: what training from a latent cache costs, and what it saves."""
+"""`regen bench t2v`: cost and gain of training from a latent cache."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def t2v(
         console.print(f"measuring, {repeats} turns of {seconds:g} s each")
         facts["training"] = compare(
             trained.step, trained.take, trained.feeds(encoding, side), seconds=seconds, repeats=repeats,
-            told=lambda name, turn: console.print(f"  {name}: {turn.rate:.2f} steps/s"),
+            on_turn=lambda name, turn: console.print(f"  {name}: {turn.rate:.2f} steps/s"),
         )  # fmt: skip
         facts["data"] = made.facts | {"reads": "local folder, warm page cache", "text_bytes": trained.text_bytes}
     facts["load_after"] = os.getloadavg()
@@ -97,7 +97,7 @@ def t2v(
 
 
 class _Training:
-    """The task and the engine of a run in this process, on a cache that was prepared."""
+    """Task and engine of a run in this process, on a prepared cache."""
 
     def __init__(self, config: T2VConfig, made: Prepared) -> None:
         from regen_dist.distributed.ranks import Ranks
@@ -117,18 +117,18 @@ class _Training:
         self._texts = texts_of(self._task.data)
 
     def step(self, batches: Iterator[LatentBatch]) -> None:
-        """The loop's own step on these batches; the loss is waited for, as the loop does."""
+        """Run the training loop's step on these batches and wait for the loss, as the loop does."""
         self._stepper.batches = batches
         self._stepper.train_step()
         self._stepper.meter.end_step()
 
     def take(self, batches: Iterator[LatentBatch]) -> None:
-        """The batches of a step, which is not made."""
+        """Take the batches of a step without computing it."""
         for _ in range(self._config.train.accumulation):
             next(batches)
 
     def feeds(self, embedder: RunConfig, side: int) -> dict[str, Feed]:
-        """Where batches come from."""
+        """Return the sources of batches by name."""
         from regen_dist.data.loading.datasets import TrainingSet
         from regen_dist.inference.encoder import FrozenEncoder
 
@@ -146,12 +146,12 @@ class _Training:
 
     @property
     def text_bytes(self) -> int:
-        """Of all captions' embeddings in the cache."""
+        """Return the bytes of all caption embeddings in the cache."""
         return sum(text.nbytes for text, _ in self._texts.values())
 
 
 def _run(config: Path, asked: Sequence[str]) -> tuple[T2VConfig, list[str]]:
-    """What is trained, and the changes to its config: in one process, of rows that are alike."""
+    """Return the config and overrides of the training: one process, uniform rows."""
     from regen_dist.config import load_config
     from regen_dist.config.files import t2v_only
 
@@ -163,7 +163,7 @@ def _run(config: Path, asked: Sequence[str]) -> tuple[T2VConfig, list[str]]:
 
 
 def _embedder(config: Path, run: T2VConfig) -> tuple[RunConfig, list[str]]:
-    """What makes the cache of a run."""
+    """Return the config and overrides of the embedder that makes a run's cache."""
     from regen_dist.config import load_embedder_config
 
     own = [f"model.latent.channels={run.model.latent_channels}", f"engine.precision={run.engine.precision}"]
@@ -171,8 +171,7 @@ def _embedder(config: Path, run: T2VConfig) -> tuple[RunConfig, list[str]]:
     return load_embedder_config(config, own), own
 
 
-# Where a training step's batches may come from other than the cache's reader: memory, or videos that are encoded on
-# the way.
+# Alternative sources of a training step's batches: memory, or videos encoded on the fly.
 #
 # Legend: b rows, n clips in a row, k+1 frames of a clip, C channels, h x w latent cells, L tokens, D their width.
 
@@ -180,7 +179,7 @@ Text = tuple[Tensor, Tensor]  # a caption's embedding [L, D] and its mask [L], a
 
 
 def kept(batches: Generator[LatentBatch], number: int) -> list[LatentBatch]:
-    """The first batches, in memory."""
+    """Return the first batches, in memory."""
     try:
         return list(islice(batches, number))
     finally:
@@ -188,12 +187,12 @@ def kept(batches: Generator[LatentBatch], number: int) -> list[LatentBatch]:
 
 
 def over_and_over(batches: Sequence[LatentBatch]) -> Generator[LatentBatch]:
-    """Batches from memory, without end."""
+    """Yield batches from memory endlessly."""
     yield from cycle(batches)
 
 
 def texts_of(data: LatentSet) -> dict[int, Text]:
-    """The embedding of every caption of a cache by the sample's id, which is that of its video.
+    """Return the embedding of every caption of a cache by sample id, which is that of its video.
 
     Raises:
         DataError: an entry is damaged, or has no text.
@@ -211,7 +210,7 @@ def texts_of(data: LatentSet) -> dict[int, Text]:
 def encoding(
     data: TrainingSet, encoder: FrozenEncoder, texts: Mapping[int, Text], *, accumulation: int
 ) -> Generator[LatentBatch]:
-    """Rows of clips of the videos, decoded by worker processes and encoded when they are taken."""
+    """Yield rows of clips of the videos, decoded by worker processes and encoded on demand."""
     batches = clip_batches(data, accumulation=accumulation, rank=0, world_size=1, cursor=0)
     try:
         for batch in batches:
@@ -232,20 +231,20 @@ def _encoded(batch: ClipBatch, encoder: FrozenEncoder, texts: Mapping[int, Text]
 
 
 def _clips(video: Tensor, num_frames: int) -> Tensor:
-    """Rows of clips [b, 3, n*(k+1), H, W] as clips [b*n, 3, k+1, H, W]."""
+    """Reshape rows of clips [b, 3, n*(k+1), H, W] to clips [b*n, 3, k+1, H, W]."""
     clips: Tensor = video.unflatten(2, (-1, num_frames))  # [b, 3, n, k+1, H, W]
     return clips.transpose(1, 2).flatten(0, 1)
 
 
-# What is trained on: moving shapes, and their cache by an embedder and a text encoder of fresh weights, which are as
-# fast as trained ones.
+# Training data: moving shapes, and their cache by a randomly initialised embedder and text encoder, which are as fast
+# as trained ones.
 
 _SAMPLES_PER_SHARD, _BATCH_CLIPS, _MAX_TOKENS = 64, 16, 64
 
 
 class Prepared(NamedTuple):
-    """Folders of the videos, of their cache, and of the exported embedder that made it; and what to say of them: bytes,
-    and the speed of pre-encoding."""
+    """Folders of the videos, their cache, and the exported embedder that made it; with sizes in bytes and the speed of
+    pre-encoding."""
 
     videos: Path
     cache: Path
@@ -257,15 +256,15 @@ def prepare(work: Path, embedder: RunConfig, *, videos: int, side: int, clips: i
     """Make videos and cache in an empty folder.
 
     Args:
-        work: where to.
-        embedder: its config; the weights are drawn.
-        videos: how many.
-        side: of a video, in pixels: a multiple of 16.
-        clips: of a video, which has no frame more.
-        text_width: of the captions' embeddings.
+        work: target folder.
+        embedder: config of the embedder, whose weights are random.
+        videos: number of videos.
+        side: height and width of a video in pixels: a multiple of 16.
+        clips: clips per video, without further frames.
+        text_width: width of the caption embeddings.
 
     Raises:
-        DataError: there are no such videos.
+        DataError: such videos cannot be generated.
     """
     paths = Prepared(work / "videos", work / "latents", work / "embedder", {})
     frames = clips * embedder.model.num_frames
@@ -313,27 +312,27 @@ Feed = Callable[[], Generator[LatentBatch]]  # begins anew, without end
 
 def compare(
     step: Step, take: Step, feeds: Mapping[str, Feed], *, seconds: float, repeats: int,
-    told: Callable[[str, Turn], None],
+    on_turn: Callable[[str, Turn], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Steps per second of every feed in turn, and the ratios that say what a cache costs and gains; and how fast the
-    cache's reader is when nothing is done with what it reads.
+    """Measure steps per second of every feed in turn, with the ratios that express cost and gain of a cache; and the
+    speed of the cache's reader alone.
 
     Args:
-        step: what is fed.
-        take: takes the batches of a step, and does nothing else.
+        step: consumes batches.
+        take: takes the batches of a step without computing.
         feeds: named `CACHE`, `MEMORY` and `ENCODER`.
-        seconds: of a turn, at least.
+        seconds: minimum duration of a turn.
         repeats: turns of each.
-        told: hears of each turn.
+        on_turn: called after each turn.
     """
     cases = {name: _case(step, feed, seconds) for name, feed in feeds.items()}
     cases[READER] = _case(take, feeds[CACHE], seconds)
-    return section(in_turn(cases, repeats, told))
+    return section(in_turn(cases, repeats, on_turn))
 
 
 def section(rounds: Rounds) -> dict[str, Any]:
-    """The figures of all turns together. `by_cpu` are the ratios of steps per second of CPU time, over all threads and
-    workers: on a machine that others use too they are steadier, and they hide nothing that other cores do."""
+    """Combine the figures of all turns. `by_cpu` are ratios of steps per second of CPU time over all threads and
+    workers, which vary less on a shared machine and include work on other cores."""
     cpu = {name: [by_cpu(turn) for turn in turns] for name, turns in rounds.items()}
     return {
         "unit": "steps",
@@ -345,7 +344,7 @@ def section(rounds: Rounds) -> dict[str, Any]:
 
 
 def by_cpu(turn: Turn) -> Turn:
-    """The same work in the CPU time that it took."""
+    """Return the turn with its CPU time as its duration."""
     return Turn(turn.amount, max(turn.facts["own_cpu_s"], _TICK_S), turn.facts)
 
 
@@ -354,8 +353,8 @@ def _against(rounds: Rounds) -> dict[str, Any]:
 
 
 def steps_per_second(step: Step, batches: Generator[LatentBatch], seconds: float) -> Turn:
-    """Steps for so long, after a few to warm up; `data_wait` is the share of the time in which they waited for batches.
-    Closes the batches."""
+    """Measure steps per second after a warm-up; `data_wait` is the share of time spent waiting for batches. Closes the
+    batches."""
     timed = _Timed(batches)
     try:
         for _ in range(WARM_STEPS):
@@ -376,7 +375,7 @@ def _case(step: Step, feed: Feed, seconds: float) -> Callable[[], Turn]:
 
 
 class _Timed(Iterator[LatentBatch]):
-    """Batches, and how long they were waited for."""
+    """Batches with the total time spent waiting for them."""
 
     def __init__(self, batches: Iterator[LatentBatch]) -> None:
         self._batches, self.waited_s = batches, 0.0
@@ -388,7 +387,7 @@ class _Timed(Iterator[LatentBatch]):
         return batch
 
 
-# The figures of `regen bench t2v` as Markdown tables.
+# Figures of `regen bench t2v` as Markdown tables.
 
 _HEAD = [
     "| training from | steps/s (lowest to highest) | waits for batches | the cache's speed against it | by CPU time | "
@@ -399,7 +398,7 @@ _SIZES = ["| on disk | bytes | of the videos |", "| --- | ---: | ---: |"]
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """Speeds, then sizes."""
+    """Format speeds, then sizes."""
     rows = [*_HEAD, *_speeds(facts["training"]), "", *_SIZES, *_sizes(facts["data"])]
     return "\n".join(rows) + "\n"
 
@@ -430,7 +429,7 @@ def _spread(found: Mapping[str, float]) -> str:
 
 
 def t2v_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
-    """What two records are compared by. Ratios within a round move less than rates."""
+    """Yield the figures by which two records are compared. Ratios within a round vary less than rates."""
     for name, case in facts["training"]["cases"].items():
         yield Figure(f"{name}, steps/s", case["per_s"]["median"], True, noise=0.25)
     for name, found in facts["training"]["by_cpu"].items():

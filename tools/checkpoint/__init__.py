@@ -1,5 +1,4 @@
-"""`regen checkpoint`: look at a run's checkpoints, check them, export models, begin runs from them. One file a
-subcommand."""
+"""`regen checkpoint`: list, verify, export, import and delete checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import typer
 from tools.checkpoint.export import export, import_model
 from tools.checkpoint.maintenance import adopt, list_checkpoints, pin, prune, unpin, verify
 
-app = typer.Typer(name="checkpoint", help="List, check, export and delete checkpoints.", no_args_is_help=True)
+app = typer.Typer(name="checkpoint", help="List, verify, export and delete checkpoints.", no_args_is_help=True)
 app.command("list")(list_checkpoints)
 app.command("import")(import_model)
 for command in (verify, export, prune, pin, unpin, adopt):

@@ -1,7 +1,8 @@
-"""`regen checkpoint export`: a model without its run."""
+"""`regen checkpoint export` and `import`: models without their runs."""
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,47 +15,47 @@ from tools.shards.progress import stopping_cleanly
 
 
 class Dtype(StrEnum):
-    """How numbers are stored."""
+    """Dtype of stored weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
 def export(
-    out: Annotated[Path, typer.Option(help="Folder for the model; empty, or not there yet.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model; empty or not existing.")],
     run: Annotated[
         Path | None,
         typer.Argument(
-            help="Run folder with a checkpoint, such as runs/demo, or a model that was exported before; without one, "
-            "the embedder that the package carries.",
+            help="Run folder with a checkpoint, such as runs/demo, or an exported model; without one, "
+            "the packaged embedder.",
             metavar="[RUN]",
         ),
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Of the checkpoint; the newest good one by default.", min=0)] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; newest good by default.", min=0)] = None,
     weights: Annotated[Weights, typer.Option(help="EMA weights, or those of the last step.")] = Weights.ema,
     statistics_clips: Annotated[
-        int, typer.Option(help="Clips of the training data that the latents' mean and std are measured on.", min=1)
+        int, typer.Option(help="Training clips on which the mean and std of the latents are measured.", min=1)
     ] = 64,
-    statistics: Annotated[bool, typer.Option(help="Measure the latents' mean and std.")] = True,
+    statistics: Annotated[bool, typer.Option(help="Measure mean and std of the latents.")] = True,
     data: Annotated[
-        str | None, typer.Option(help="Dataset for the statistics, where the run's own is not within reach.")
+        str | None, typer.Option(help="Dataset for the statistics, if the run's own is not reachable.")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="In which the weights are stored; float32 by default.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the stored weights; float32 by default.")] = None,
     embedder: Annotated[
         Path | None,
         typer.Option(
-            help="Of a text-to-video model: run or export of its embedder, to export both as a pipeline of diffusers; "
+            help="For a text-to-video model: run or export of its embedder, to export both as a diffusers pipeline; "
             "the config's generation.embedder by default."
         ),
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="Text encoder of that pipeline, where it is not where the caches say.")
+        str | None, typer.Option(help="Text encoder of that pipeline, if not at the location recorded in the caches.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an exported model that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing exported model.")] = False,
 ) -> None:
-    """Write the weights of a checkpoint, a config, a model card and the latents' statistics into a folder, which
-    `regen reconstruct --run FOLDER` and `Codec.load(FOLDER)` read without DeepSpeed; of a text-to-video run, with the
-    statistics of its caches, `regen generate --run FOLDER`. The folder also has what diffusers opens without
+    """Export a checkpoint's weights with config, model card and latent statistics to a folder, which
+    `regen reconstruct --run FOLDER` and `Codec.load(FOLDER)` read without DeepSpeed; for a text-to-video run, with the
+    statistics of its caches, `regen generate --run FOLDER`. The folder also has the files that diffusers opens without
     this package (docs/diffusers.md).
 
     Example: regen checkpoint export runs/demo --out runs/demo-model
@@ -88,15 +89,15 @@ def export(
     )
 
 
-# `regen checkpoint import`: begin a run from an exported model.
+# `regen checkpoint import`: start a run from an exported model.
 
 
 def import_model(
-    export: Annotated[Path, typer.Argument(help="What `regen checkpoint export` wrote.", metavar="EXPORT")],
-    config: Annotated[Path, typer.Argument(help="YAML file of the run that is to begin.", metavar="CONFIG")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
+    export: Annotated[Path, typer.Argument(help="Folder written by `regen checkpoint export`.", metavar="EXPORT")],
+    config: Annotated[Path, typer.Argument(help="YAML file of the new run.", metavar="CONFIG")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Config overrides, as a.b=value.")] = None,
 ) -> None:
-    """Make exported weights the checkpoint of step 0 of a new run: `regen train` with the same config then trains on
+    """Import exported weights as the checkpoint of step 0 of a new run: `regen train` with the same config then trains
     from them, on any number of ranks and on any data.
 
     Example: regen checkpoint import runs/demo-model configs/demo/embedder.yaml name=tuned
@@ -108,6 +109,7 @@ def import_model(
     loaded = load_config(config, overrides or [])
     for difference in job(export, loaded):
         typer.echo(f"Note: {difference}")
-    if isinstance(loaded, T2VConfig):  # so that it can generate before it has trained
+    if isinstance(loaded, T2VConfig):  # needed to generate before any training
         read_space(export).write(loaded.folder)
-    typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `regen train {config} …`")
+    again = f"regen train {shlex.quote(str(config))} …"
+    typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `{again}`")

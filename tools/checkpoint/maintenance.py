@@ -1,4 +1,4 @@
-"""`regen checkpoint list`: which checkpoints a run has."""
+"""`regen checkpoint list`, `pin`, `prune`, `verify` and `adopt`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regen_dist.config.run import CheckpointConfig
 
 
-# What several subcommands of `regen checkpoint` take and show alike.
+# Arguments and progress bar that several subcommands share.
 
 RUN: Any = typer.Argument(
     help="Run folder, such as runs/demo; or the folder or URL (s3://…) of its checkpoints.", metavar="RUN"
@@ -28,7 +28,7 @@ RUN: Any = typer.Argument(
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A live bar on stderr, told (what, how much of it, of how much). It is gone afterwards."""
+    """Yield a callback (what, done, total) that drives a live bar on stderr; the bar is removed at the end."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -47,8 +47,7 @@ def list_checkpoints(
     run: Annotated[str, RUN],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Show the committed checkpoints of a run, what is wrong with them as far as sizes tell, and what was never
-    committed.
+    """List the committed checkpoints of a run, problems visible from file sizes, and uncommitted saves.
 
     Example: regen checkpoint list runs/demo
     """
@@ -109,13 +108,13 @@ def _facts(entry: Entry, metric: str) -> list[str]:
     ]
 
 
-# `regen checkpoint pin` and `unpin`: keep a checkpoint for good.
+# `regen checkpoint pin` and `unpin`: protection from deletion.
 
 _STEP = typer.Argument(help="Step of the checkpoint.", min=0, metavar="STEP")
 
 
 def pin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
-    """Never delete a checkpoint, whatever the run's policy says.
+    """Protect a checkpoint from deletion, whatever the run's retention policy.
 
     Example: regen checkpoint pin runs/demo 400
     """
@@ -127,7 +126,7 @@ def pin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
 
 
 def unpin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
-    """Let the run's policy decide again whether a checkpoint stays.
+    """Return a checkpoint to the run's retention policy.
 
     Example: regen checkpoint unpin runs/demo 400
     """
@@ -141,20 +140,20 @@ def unpin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
     typer.echo(f"step {step} in {folder.url} is no longer pinned: the next save, or prune, may delete it")
 
 
-# `regen checkpoint prune`: delete the checkpoints that are not to be kept.
+# `regen checkpoint prune`: deletion by the retention policy.
 
 
 def prune(
     run: Annotated[str, RUN],
-    keep_last: Annotated[int | None, typer.Option(help="Keep the newest so many.", min=2)] = None,
+    keep_last: Annotated[int | None, typer.Option(help="Number of newest checkpoints to keep.", min=2)] = None,
     keep_every: Annotated[
-        int | None, typer.Option(help="Also keep those of steps that are multiples of this; 0: none.", min=0)
+        int | None, typer.Option(help="Also keep steps that are multiples of this; 0: none.", min=0)
     ] = None,
-    keep_best: Annotated[int | None, typer.Option(help="Also keep the best so many.", min=0)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    keep_best: Annotated[int | None, typer.Option(help="Number of best checkpoints to keep as well.", min=0)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be deleted; delete nothing.")] = False,
 ) -> None:
-    """Delete what the run's config (with these changes) does not keep, and what was never committed. Pinned checkpoints
-    stay, and never fewer than two good ones do. Not while the run trains.
+    """Delete what the run's retention policy (with these changes) does not keep, and uncommitted saves. Pinned
+    checkpoints and the two newest good ones are always kept. Refused while the run trains.
 
     Example: regen checkpoint prune runs/demo --keep-last 2 --keep-every 1000 --dry-run
     """
@@ -171,15 +170,15 @@ def prune(
 def _policy(place: CheckpointLocation, changes: dict[str, int | None]) -> CheckpointConfig:
     from regen_dist.config.run import CheckpointConfig
 
-    told: dict[str, int | None] = {name: value for name, value in changes.items() if value is not None}
-    if place.policy is None and "keep_last" not in told:
+    given: dict[str, int | None] = {name: value for name, value in changes.items() if value is not None}
+    if place.policy is None and "keep_last" not in given:
         raise ConfigError(
             f"what {place.folder.url} keeps is in its run's config, which is not here; name the run folder, or say "
             "--keep-last (and --keep-every, --keep-best)"
         )
-    if told.get("keep_every") == 0:
-        told["keep_every"] = None
-    return (place.policy or CheckpointConfig()).model_copy(update=told)
+    if given.get("keep_every") == 0:
+        given["keep_every"] = None
+    return (place.policy or CheckpointConfig()).model_copy(update=given)
 
 
 def _tell(place: CheckpointLocation, pruned: Pruned, verb: str) -> None:
@@ -191,15 +190,15 @@ def _tell(place: CheckpointLocation, pruned: Pruned, verb: str) -> None:
     typer.echo(f"{place.folder.url}: {len(pruned.steps)} checkpoints and {total:,} bytes in all {verb}")
 
 
-# `regen checkpoint verify`: whether checkpoints are as they were written.
+# `regen checkpoint verify`: integrity of checkpoints.
 
 
 def verify(
     run: Annotated[str, RUN],
-    step: Annotated[int | None, typer.Option(help="Check this checkpoint alone.", min=0)] = None,
+    step: Annotated[int | None, typer.Option(help="Verify only this checkpoint.", min=0)] = None,
 ) -> None:
-    """Read every byte of every committed checkpoint, and compare it with what was written. Names each damaged file,
-    and ends with exit code 4 then.
+    """Read every byte of every committed checkpoint and compare checksums. Lists each damaged file; exit code 4 if
+    there are any.
 
     Example: regen checkpoint verify runs/demo
     """
@@ -227,19 +226,19 @@ def _line(entry: Entry) -> str:
     return f"step {entry.step}: {f'DAMAGED, {len(entry.problems)} of its' if entry.problems else 'ok,'} {size}"
 
 
-# `regen checkpoint adopt`: let a run go on from checkpoints that were saved by another run folder.
+# `regen checkpoint adopt`: continue from checkpoints that another run folder has saved.
 
 
 def adopt(
-    run: Annotated[Path, typer.Argument(help="Folder of the run that shall go on, OUTPUT/NAME.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run that is to continue, OUTPUT/NAME.", metavar="RUN")],
     checkpoints: Annotated[
         str, typer.Argument(help="Folder or URL of the checkpoints, as the refusal names it.", metavar="URL")
     ],
 ) -> None:
-    """Say that the checkpoints at a place are this run's: its folder was lost, or is another one now.
+    """Assign the checkpoints at a location to this run: its folder was lost or has been replaced.
 
-    A run goes on from its own checkpoints alone; by its id in RUN/run_id it tells them from those of another run of the
-    same name.
+    A run resumes only from its own checkpoints; the id in RUN/run_id distinguishes them from those of another run of
+    the same name.
 
     Example: regen checkpoint adopt runs/k32 s3://bucket/runs/k32
     """

@@ -1,4 +1,4 @@
-"""`regen describe`: what a config builds and what it costs, without building it."""
+"""`regen describe`: shapes, sizes and costs of a config, without building it."""
 
 from __future__ import annotations
 

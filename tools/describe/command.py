@@ -1,4 +1,4 @@
-"""`regen describe`: the command."""
+"""`regen describe`: the command-line interface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DEFAULT_WORLD_SIZE = 8
 
 def describe(
     config: Annotated[Path, typer.Argument(help="A YAML file under configs/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Config overrides, as a.b=value.")] = None,
     world_size: Annotated[
         list[int] | None,
         typer.Option(
@@ -40,7 +40,7 @@ def describe(
     peak_tflops: Annotated[
         float | None, typer.Option(min=0.001, help="Of one GPU [default: an H100's in bf16, 989].")
     ] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that are joined by NVLink.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node, joined by NVLink.")] = 8,
     nvlink_gbps: Annotated[
         float, typer.Option(min=0.001, help="Gigabits per second of one GPU in one direction, within a node.")
     ] = 3600.0,
@@ -50,20 +50,20 @@ def describe(
     dollars_per_gpu_hour: Annotated[float, typer.Option(min=0.0, help="The price.")] = 3.0,
     size: Annotated[
         str | None,
-        typer.Option(metavar="HEIGHTxWIDTH", help="Of text to video: the videos' sides in pixels [default: 192x320]."),
+        typer.Option(metavar="HEIGHTxWIDTH", help="Text to video: height and width in pixels [default: 192x320]."),
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option(min=1, help="Of text to video: a video's frames, in clips of 33 [default: as data.clips says]."),
+        typer.Option(min=1, help="Text to video: frames of a video, in clips of 33 [default: by data.clips]."),
     ] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of text to video: tokens of a caption [default: 256].")
+        int | None, typer.Option(min=1, help="Text to video: tokens of a caption [default: 256].")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Print latent shapes, parameters and FLOPs of a config, and what it needs of GPUs: memory, communication, time and
-    dollars. The model is built on the meta device. MFU, bandwidths and the price are assumptions that you state. A
-    text-to-video config also shows what a video costs by the embedder that makes its latents.
+    """Print latent shapes, parameters and FLOPs of a config, and its requirements on GPUs: memory, communication, time
+    and cost in dollars. The model is built on the meta device. MFU, bandwidths and the price are assumptions set by the
+    options. A text-to-video config also shows the cost of a video by the embedder of its latents.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""What `regen describe` says, as plain values."""
+"""Facts of `regen describe` as plain values."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from tools.describe.video import DescribedVideo
 
 Config = TypeVar("Config", bound="CommonConfig")
-EXCHANGED = "tokens exchanged for attention"  # of `sent_bytes_per_gpu_and_step`, where GPUs share rows of tokens
+EXCHANGED = "tokens exchanged for attention"  # key of `sent_bytes_per_gpu_and_step` under sequence parallelism
 
 
 def gather(
     config: AnyRunConfig, world_size: int, assumed: Assumptions | None = None, video: DescribedVideo | None = None
 ) -> dict[str, Any]:
-    """Everything that `regen describe` prints, as plain values: shapes, counts, operations, bytes, time and dollars.
+    """Return everything that `regen describe` prints, as plain values: shapes, counts, FLOPs, bytes, time and dollars.
 
     Args:
-        config: of an embedder, whose samples are clips, or of text to video, whose samples are rows of clips.
-        world_size: GPUs.
-        assumed: what is stated and not measured.
-        video: that a text-to-video config is described for.
+        config: embedder config, whose samples are clips, or text-to-video config, whose samples are rows of clips.
+        world_size: number of GPUs.
+        assumed: assumptions that are not measured.
+        video: video for which a text-to-video config is described.
 
     Raises:
         ConfigError: the global batch cannot be divided over `world_size` ranks, or an embedder was given a video.
@@ -81,11 +81,11 @@ def _loss_memory(config: AnyRunConfig, counted: FlopReport, clips_per_gpu: int) 
 
 
 def with_clips_per_gpu(config: Config, world_size: int, clips: int) -> Config:
-    """The config with the `train.accumulation` that puts so many clips (or rows) at once on each of `world_size` GPUs,
-    or on each group of GPUs that share them.
+    """Return the config with the `train.accumulation` that puts this many clips (or rows) at a time on each of
+    `world_size` GPUs, or on each group of GPUs that share them.
 
     Raises:
-        ConfigError: the global batch is no multiple of the clips of all GPUs.
+        ConfigError: the global batch is not a multiple of the clips of all GPUs.
     """
     from regen_dist.config.identity import num_readers
     from regen_dist.errors import ConfigError
@@ -110,7 +110,7 @@ def _units(config: CommonConfig) -> str:
 
 
 def _counted(config: AnyRunConfig, video: DescribedVideo | None) -> tuple[FlopReport, dict[str, Any]]:
-    """The account of one sample, and its shapes."""
+    """Return the FLOP report of one sample, and its shapes."""
     from regen_dist.config import T2VConfig
     from regen_dist.errors import ConfigError
     from tools.describe.video import DescribedVideo, row_account, row_shapes
@@ -181,7 +181,7 @@ def _clip_shapes(config: RunConfig, counted: ClipFlops) -> dict[str, Any]:
 
 
 def _tokens(model: ModelConfig, counted: ClipFlops) -> int:
-    """What the decoder's blocks see: one token per latent cell and frame, and those of latents in context."""
+    """Return the tokens of the decoder's blocks: one per latent cell and frame, plus those of in-context latents."""
     from regen_dist.models.flops import NUM_LATENT_FRAMES
 
     in_context = NUM_LATENT_FRAMES if model.conditioning.kind == "in_context" else 0
@@ -190,7 +190,7 @@ def _tokens(model: ModelConfig, counted: ClipFlops) -> int:
 
 
 def _transformer(config: AnyRunConfig, counted: FlopReport) -> tuple[DecoderConfig | T2VModelConfig, int]:
-    """The part of a model that GPUs can share the rows of, and how many tokens a row has."""
+    """Return the transformer whose rows GPUs can share, and the number of tokens of a row."""
     from regen_dist.config import T2VConfig
     from regen_dist.models.flops import ClipFlops, RowFlops
 

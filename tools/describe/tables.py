@@ -1,4 +1,4 @@
-"""What `regen describe` prints: the facts as tables, for one number of GPUs or side by side for several."""
+"""Output of `regen describe`: the facts as tables, for one number of GPUs or side by side for several."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from typing import Any
 
 from tools.describe.facts import EXCHANGED
 
-# Numbers as text.
+# Formatting of numbers.
 
 
 def flops_text(count: int) -> str:
-    """A multiplication with an addition counts as two."""
+    """Format FLOPs; a multiply-add counts as two."""
     return scaled(count, 1000, (" FLOP", " KFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP"))
 
 
 def bytes_text(count: int) -> str:
-    """Memory is counted in powers of 1024."""
+    """Format memory in powers of 1024."""
     return scaled(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
 
 
 def decimal_bytes(count: int) -> str:
-    """Traffic is counted in powers of 1000, as bandwidths are."""
+    """Format traffic in powers of 1000, like bandwidths."""
     return scaled(count, 1000, (" B", " kB", " MB", " GB", " TB"))
 
 
 def scaled(count: float, base: int, units: tuple[str, ...]) -> str:
-    """Three or so significant digits with the largest unit that keeps the number at 1 or above."""
+    """Format about three significant digits with the largest unit that keeps the number at 1 or above."""
     power = 0
     while count >= base and power < len(units) - 1:
         count, power = count / base, power + 1
     return f"{count:.0f}{units[0]}" if power == 0 else f"{count:.2f}{units[power]}"
 
 
-# Rows of text of the tables that say what a model is.
+# Table rows that describe the model.
 
 Row = tuple[str, ...]
 
 
 def shape_rows(facts: dict[str, Any]) -> list[Row]:
-    """What goes in, what the latents are, and the transformer."""
+    """Return the rows of input, latents and transformer."""
     return _clip_rows(facts) if facts["unit"] == "clip" else _row_rows(facts)
 
 
@@ -75,7 +75,7 @@ def _row_rows(facts: dict[str, Any]) -> list[Row]:
 
 
 def embedder_tables(facts: dict[str, Any]) -> dict[str, list[Row]]:
-    """One forward pass for a video, by the embedder that makes its latents; of an embedder's own config none."""
+    """Return the cost of one forward pass for a video by embedder of its latents; empty for an embedder config."""
     if "by_embedder" not in facts:
         return {}
     video = facts["video"]
@@ -96,7 +96,7 @@ def _sides(video: dict[str, Any]) -> str:
 
 
 def operation_rows(facts: dict[str, Any]) -> list[Row]:
-    """Operations of one sample by part, and of a step."""
+    """Return the FLOPs of one sample by part, and of a step."""
     unit = facts["unit"]
     forward, recomputed = facts[f"forward_flops_per_{unit}"], facts[f"recomputed_flops_per_{unit}"]
     rows: list[Row] = [(f"forward, {name}, per {unit}", flops_text(count)) for name, count in forward.items() if count]
@@ -107,7 +107,7 @@ def operation_rows(facts: dict[str, Any]) -> list[Row]:
 
 
 def show(each: list[dict[str, Any]]) -> None:
-    """Print the facts of each number of GPUs."""
+    """Print the facts for each number of GPUs."""
     from rich.console import Console
 
     console = Console()
@@ -139,7 +139,7 @@ def _table(title: str, rows: list[Row]) -> Any:
 
 
 def _model_tables(facts: dict[str, Any], title: str) -> dict[str, list[Row]]:
-    """Rows of text, by the title of their table: what no number of GPUs changes."""
+    """Return the rows that do not depend on the number of GPUs, by table title."""
     return {
         title: shape_rows(facts),
         **embedder_tables(facts),
@@ -149,7 +149,7 @@ def _model_tables(facts: dict[str, Any], title: str) -> dict[str, list[Row]]:
 
 
 def _machine_tables(facts: dict[str, Any]) -> dict[str, list[Row]]:
-    """The same for one number of GPUs."""
+    """Return the rows for one number of GPUs, by table title."""
     memory, ranks = facts["memory_bytes_per_gpu"], facts["world_size"]
     tables: dict[str, list[Row]] = {
         f"Memory per GPU while training on {ranks} (estimate)": [
@@ -182,7 +182,7 @@ def _wire_rows(facts: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any
 
 
 def _memory(*beginnings: str) -> Callable[[dict[str, Any]], str]:
-    """The sum of the terms whose names begin so; without any, of all terms."""
+    """Return a function that sums the memory terms with these name prefixes; without any, all terms."""
     return lambda facts: bytes_text(
         sum(size for name, size in facts["memory_bytes_per_gpu"].items() if name.startswith(beginnings or ""))
     )

@@ -1,4 +1,4 @@
-"""The video that a text-to-video config is described for, and what it costs by the embedder that makes its latents."""
+"""Video for which a text-to-video config is described, and its cost by embedder."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from regen_dist.models.flops import RowFlops
 
 COMPRESSIONS = (4, 8, 16, 32)  # k
-CONVENTIONAL = 4  # frames per latent frame of the embedder that others are compared with
-TOKEN_SIDE = LATENT_PATCH * SPATIAL_COMPRESSION  # pixels a side of a token
+CONVENTIONAL = 4  # frames per latent frame of the reference embedder
+TOKEN_SIDE = LATENT_PATCH * SPATIAL_COMPRESSION  # pixels per side of a token
 _CLIP_FRAMES = 33  # k = 32
 _TEXT_TOKENS: int = TextConfig.model_fields["max_tokens"].default
 
 
 @dataclass(frozen=True)
 class DescribedVideo:
-    """Which config says only how many clips are in a row: the sides and the text are the cache's.
+    """Dimensions of a video; the config itself says only how many clips a row has, the cache determines the rest.
 
     Args:
         size: (height, width) in pixels, multiples of 16.
-        frames: in all, as clips of 33; None: the longest row of `data.clips`. One is an image.
-        text_tokens: of the caption, padding included.
+        frames: total, as clips of 33; None: the longest row of `data.clips`. 1 is an image.
+        text_tokens: tokens of the caption, padding included.
     """
 
     size: tuple[int, int] = (192, 320)
@@ -38,7 +38,7 @@ class DescribedVideo:
     text_tokens: int = _TEXT_TOKENS
 
     def num_frames(self, config: T2VConfig) -> int:
-        """Of the whole video."""
+        """Return the frames of the whole video."""
         return self.frames or max(config.data.clips) * _CLIP_FRAMES
 
     @property
@@ -48,15 +48,15 @@ class DescribedVideo:
 
     @property
     def tokens_per_frame(self) -> int:
-        """Tokens of each latent frame."""
+        """Tokens per latent frame."""
         return (self.cells[0] // LATENT_PATCH) * (self.cells[1] // LATENT_PATCH)
 
 
 def chosen_video(size: str | None, frames: int | None, text_tokens: int | None) -> DescribedVideo | None:
-    """By the command's options; None when none was given.
+    """Return the video given by the options; None if none was given.
 
     Raises:
-        ConfigError: of `parse_size`.
+        ConfigError: see `parse_size`.
     """
     if size is None and frames is None and text_tokens is None:
         return None
@@ -65,10 +65,10 @@ def chosen_video(size: str | None, frames: int | None, text_tokens: int | None) 
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """HEIGHTxWIDTH, as in 192x320.
+    """Parse HEIGHTxWIDTH, such as 192x320.
 
     Raises:
-        ConfigError: it is something else, or the sides are no multiples of 16.
+        ConfigError: it is malformed, or the sides are not multiples of 16.
     """
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     sides = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -78,20 +78,20 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def latent_frames(frames: int, k: int) -> int:
-    """Latent frames of a video in clips of k+1 frames, two for each; the last clip is counted as a whole one. An image
-    has one."""
+    """Return the latent frames of a video in clips of k+1 frames, two per clip; the last clip counts as whole. An
+    image has one."""
     return 1 if frames == 1 else 2 * -(-frames // (k + 1))
 
 
 def row_account(config: T2VConfig, video: DescribedVideo) -> RowFlops:
-    """Of the video as one row."""
+    """Return the FLOP report of the video as one row."""
     frames, engine = latent_frames(video.num_frames(config), _CLIP_FRAMES - 1), config.engine
     how = engine.precision, engine.activation_checkpointing, engine.sequence_parallel
     return _account(config.model, frames, video.cells, video.text_tokens, *how)
 
 
 def row_shapes(config: T2VConfig, counted: RowFlops, video: DescribedVideo) -> dict[str, Any]:
-    """What `regen describe` says of the row and the transformer."""
+    """Return the shapes of the row and the transformer for `regen describe`."""
     channels, frames, *cells = counted.latent_shape
     model = config.model
     return {
@@ -108,8 +108,8 @@ def row_shapes(config: T2VConfig, counted: RowFlops, video: DescribedVideo) -> d
 
 
 def by_embedder(config: T2VConfig, video: DescribedVideo) -> list[dict[str, Any]]:
-    """One forward pass of the model for the same video, with the latents of this project's embedders and of a
-    conventional one, which makes a latent frame of each four frames. First the conventional one."""
+    """Return the cost of one forward pass for the same video with the latents of this project's embedders and of a
+    conventional one with one latent frame per four frames. The conventional one comes first."""
     whole = video.num_frames(config)
     frames = {("conventional", CONVENTIONAL): -(-whole // CONVENTIONAL)}
     frames |= {("regen", k): latent_frames(whole, k) for k in COMPRESSIONS}

@@ -1,4 +1,4 @@
-"""`regen gpu-check`: what a machine with a GPU computes right, and how fast, part by part."""
+"""`regen gpu-check`: correctness and speed of a GPU machine, part by part."""
 
 from __future__ import annotations
 

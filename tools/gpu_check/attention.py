@@ -1,4 +1,4 @@
-"""Attention: every kernel against the textbook, forward and backward, and how fast each is.
+"""Attention: every backend against a reference implementation, forward and backward, and its speed.
 
 Legend: B batch, N heads, L tokens, M text tokens, E width of a head.
 """
@@ -35,12 +35,12 @@ def attention(machine: Machine) -> dict[str, Any]:
         runs.append((backend, errors))
     timed = {backend: _speed(machine, backend) for backend, _ in runs if backend in _FUSED}
     fastest = {shape: max(found[shape]["tflops"] for found in timed.values()) for shape in next(iter(timed.values()))}
-    told = ", ".join(f"L = {shape}: {tflops:.3g} TFLOP/s" for shape, tflops in fastest.items())
+    summary = ", ".join(f"L = {shape}: {tflops:.3g} TFLOP/s" for shape, tflops in fastest.items())
     return {
         "errors": dict(runs),
         "not_run": missing,
         "speed": timed,
-        "summary": f"{', '.join(name for name, _ in runs)} agree; {told}",
+        "summary": f"{', '.join(name for name, _ in runs)} agree; {summary}",
     }
 
 
@@ -48,7 +48,7 @@ Case = Callable[[str], tuple[tuple[Tensor, ...], Callable[..., Tensor]]]
 
 
 def _cases(machine: Machine) -> Iterator[tuple[str, Case]]:
-    """What is compared: inputs and the function of a backend, by name."""
+    """Yield the comparisons by name: inputs and the function of a backend."""
     grid = machine.size((9, 24, 40), (3, 6, 5))
     for pattern, shifted in (("full", False), ("window", False), ("window", True)):
         name = f"{pattern}{', shifted' if shifted else ''}"
@@ -70,7 +70,7 @@ def _cross(machine: Machine, backend: str) -> Any:
 
 
 def _compare(machine: Machine, what: str, case: Case, backend: str) -> dict[str, float]:
-    """Relative errors of the result and of each gradient."""
+    """Return the relative errors of the result and of each gradient."""
     found, expected = (_run(*case(each)) for each in (backend, "reference"))
     names = ("result", "gradient of q", "gradient of k", "gradient of v")
     errors = {name: relative_error(a, b) for name, a, b in zip(names, found, expected, strict=True)}
@@ -94,7 +94,7 @@ def _random(machine: Machine, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def _speed(machine: Machine, backend: str) -> dict[str, dict[str, Any]]:
-    """TFLOP/s of forward and backward pass, at the decoder's row and at the 5B transformer's."""
+    """Return TFLOP/s of forward and backward pass, at the decoder's row length and at the 5B transformer's."""
     shapes = machine.size(((31_680, 16, 128), (1_920, 24, 128)), ((512, 2, 32), (128, 2, 32)))
     kernel, found = BACKENDS[backend].build.attend, dict[str, dict[str, Any]]()
     for length, heads, width in shapes:

@@ -1,4 +1,4 @@
-"""`regen gpu-check`: the command."""
+"""`regen gpu-check`: the command-line interface."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def gpu_check(
     out: Annotated[Path, typer.Option(help="Folder for what --train makes.")] = Path("runs/gpu_check"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:
-    """Check everything that a GPU does here, in about ten minutes, each part in a process of its own (docs/gpu.md).
-    Ends with 0 only if no part failed.
+    """Check everything that a GPU does here, in about ten minutes, each part in its own process (docs/gpu.md). Exit
+    code 0 only if no part failed.
 
     Parts: versions, attention, convolutions, optimizers, zero3, embedders, t2v-blocks, t2v-5b, ranks, tests; --train
     adds train, which --only need not name. One that the machine has no room for is left out, and says so.
@@ -101,7 +101,7 @@ def _show(results: Sequence[dict[str, Any]]) -> None:
             console.print(f"{result['part']} printed at its end:\n{result['log']}", highlight=False, markup=False)
 
 
-# The parts of `regen gpu-check`: their names, what each proves, and how long it may take. Imports no torch.
+# Parts of `regen gpu-check`: name, purpose and timeout. Imports no torch.
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ class Part:
     """One part, which runs in a process of its own.
 
     Args:
-        name: that `--only` takes.
-        function: that makes it, `module:name` below `tools.gpu_check`.
-        proves: in one line (docs/gpu.md says more).
-        limit_s: seconds that it may take before it is ended; it counts as failed then.
+        name: name for `--only`.
+        function: function that runs it, `module:name` below `tools.gpu_check`.
+        proves: what it proves, in one line (more in docs/gpu.md).
+        limit_s: timeout in seconds, after which it counts as failed.
     """
 
     name: str
@@ -138,13 +138,13 @@ _TRAIN_S, _ARMS = 900.0, 4  # beside the minutes themselves: the film, probes, m
 
 
 def training_part(minutes: float) -> Part:
-    """What `--train` adds: REGEN and its baseline at two compressions, so many minutes each."""
+    """Return the part that `--train` adds: REGEN and its baseline at two compressions, this many minutes each."""
     proves = "REGEN and its baseline at k = 16 and 32: one-step PSNR on filmed video that none was trained on"
     return Part("train", "training:training", proves, _TRAIN_S + _ARMS * 60 * minutes * 1.5)
 
 
 def chosen_parts(names: list[str] | None) -> tuple[Part, ...]:
-    """The parts of these names, in their own order; all of them by default.
+    """Return the parts of these names in their defined order; all by default.
 
     Raises:
         ConfigError: there is no such part.
@@ -164,13 +164,13 @@ _TAIL_LINES = 12
 
 
 def run_part(part: Part, folder: Path, *, cpu: bool, arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """What became of a part.
+    """Run a part in its own process and return its result.
 
     Args:
-        part: which.
-        folder: for its log, and for what it leaves.
-        cpu: on the CPU, at small sizes, even where there is a GPU.
-        arguments: more of the worker.
+        part: part to run.
+        folder: folder of its log and outputs.
+        cpu: run on the CPU at small sizes, even if there is a GPU.
+        arguments: further arguments of the worker.
 
     Returns:
         `part`, `status` (passed, failed or left out), `summary`, `seconds`, `proves`, `facts`; of one that failed also
@@ -181,26 +181,26 @@ def run_part(part: Part, folder: Path, *, cpu: bool, arguments: Sequence[str] = 
     begun = time.monotonic()
     code = _ended([*command, *arguments], _environment(cpu), log, part.limit_s)
     found = _found(out, code, part.limit_s)
-    told = {"part": part.name, **found, "seconds": time.monotonic() - begun, "proves": part.proves}
+    result = {"part": part.name, **found, "seconds": time.monotonic() - begun, "proves": part.proves}
     if found["status"] == FAILED:
-        told["log"] = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
-    return told
+        result["log"] = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
+    return result
 
 
 def all_passed(results: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether none failed, and not all were left out."""
+    """Return whether no part failed and not all were left out."""
     statuses = [result["status"] for result in results]
     return PASSED in statuses and FAILED not in statuses
 
 
 def _environment(cpu: bool) -> dict[str, str]:
-    """Of a process that is a job of one rank."""
+    """Return the environment of a single-rank job."""
     common = rank_environment(os.environ, 1)
     return {**common, "CUDA_VISIBLE_DEVICES": ""} if cpu else common
 
 
 def _ended(command: Sequence[str], environment: Mapping[str, str], log: Path, limit_s: float) -> int | None:
-    """The exit code; None where its time was over and it was killed, with all that it started."""
+    """Return the exit code; None if it timed out and was killed with all its descendants."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

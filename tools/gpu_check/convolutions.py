@@ -1,5 +1,5 @@
-"""Causal convolutions in the working precision against float32, at the encoder's shapes and beyond what one call of
-cuDNN is trusted with."""
+"""Causal convolutions in the working precision against float32, at the encoder's shapes and beyond the size at which a
+single cuDNN call is trusted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _compare(
 
 
 def _exact(layer: CausalConv) -> CausalConv:
-    """The same weights, in float32."""
+    """Return a copy with the same weights in float32."""
     same = CausalConv(layer.in_channels, layer.out_channels, spatial=layer.stride[1], temporal=layer.stride[0])
     same = same.to(next(layer.parameters()).device)
     same.load_state_dict({name: weight.float() for name, weight in layer.state_dict().items()})
@@ -69,7 +69,7 @@ def _exact(layer: CausalConv) -> CausalConv:
 
 @torch.no_grad()
 def _large(machine: Machine) -> tuple[float, int]:
-    """The relative error of a convolution that is cut into strips, beside float32 of some rows at a time."""
+    """Return the relative error of a convolution that is cut into strips, against float32 on some rows at a time."""
     channels, frames, height, width = machine.size((128, 33, 400, 1152), (8, 5, 24, 16))
     torch.manual_seed(0)
     layer = CausalConv(channels, channels).to(machine.device, _DTYPE)
@@ -83,14 +83,14 @@ def _large(machine: Machine) -> tuple[float, int]:
 
 
 def _strips(machine: Machine) -> AbstractContextManager[object]:
-    """On the CPU, strips of a size that cuts the small tensor too."""
+    """Reduce the strip size on the CPU, so that the small tensor is cut too."""
     if machine.is_cuda:
         return nullcontext()
     return mock.patch.multiple(layers, MOST_ELEMENTS=4000, STRIP_ELEMENTS=2000)
 
 
 def _error_of_rows(exact: CausalConv, video: Tensor, found: Tensor, start: int, stop: int) -> float:
-    """Of rows start..stop, which see one row more on either side."""
+    """Return the error of rows start..stop, which depend on one more row on either side."""
     low, high = max(start - 1, 0), min(stop + 1, video.shape[-2])
     _, expected = exact(split_first(video[..., low:high, :].float()))
     return relative_error(found[..., start:stop, :], expected[..., start - low : stop - low, :])

@@ -1,5 +1,5 @@
-"""What the parts of `regen gpu-check` share: where they run, how they compare, how they take time. And the first part:
-what is installed, and whether ranks can talk."""
+"""Common base of the parts of `regen gpu-check` (device, comparison, timing), and the first part: installed versions
+and communication between ranks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _PACKAGES = ("regen-dist", "torch", "deepspeed", "flash-attn", "flash-attn-3", "
 
 
 class LeftOut(Exception):
-    """A part that this machine has no room or no hardware for; says what it would take."""
+    """A part for which this machine lacks memory or hardware; the message states the requirement."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a part runs. On the CPU everything is small, so that it takes seconds.
+    """Device of a part. On the CPU everything is small, so that it takes seconds.
 
     Args:
         device: a CUDA device, or the CPU.
-        minutes: that each model is trained for; 0 trains none.
-        folder: for what training makes.
+        minutes: training time of each model; 0 trains none.
+        folder: folder of training outputs.
     """
 
     device: torch.device
@@ -44,30 +44,30 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That models compute in."""
+        """Working dtype of the models."""
         return torch.bfloat16 if self.is_cuda else torch.float32
 
     @property
     def precision(self) -> str:
-        """The same as the config says it."""
+        """Working dtype as the config names it."""
         return "bf16" if self.is_cuda else "fp32"
 
     @property
     def tolerance(self) -> float:
-        """Of relative errors of single operations: bf16 has 8 bits, each of which sums round a few times."""
+        """Tolerance of relative errors of single operations: bf16 has 8 bits, and sums round several times."""
         return 2e-2 if self.is_cuda else 1e-4
 
     def size(self, cuda: Choice, cpu: Choice) -> Choice:
-        """A full size, or the small one that stands for it on the CPU."""
+        """Return the full size, or its small replacement on the CPU."""
         return cuda if self.is_cuda else cpu
 
     def wait(self) -> None:
-        """Until the device has done all that it was asked for."""
+        """Block until the device has finished all work."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object], repeats: int = 3) -> float:
-        """Of one call: the median of some, after one that warms up."""
+        """Return the seconds of one call: the median of several after a warm-up."""
         work()
         return median(self._once(work) for _ in range(repeats))
 
@@ -79,14 +79,14 @@ class Machine:
         return time.perf_counter() - begun
 
     def forget_peak(self) -> None:
-        """Give back cached memory, and let the peak begin anew."""
+        """Release cached memory and reset the peak."""
         if self.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; infinite where a number is not finite."""
+    """Return the norm of the difference over the norm of the expected; infinite if a number is not finite."""
     found, expected = found.detach().float(), expected.detach().float()
     error = torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected).clamp(min=1e-30)
     return float(torch.where(error.isfinite(), error, torch.inf))
@@ -104,7 +104,7 @@ def require_close(what: str, found: float, most: float) -> float:
 
 
 def versions(machine: Machine) -> dict[str, Any]:
-    """Name what is installed, and sum over a group of one rank: NCCL on a GPU, and gloo beside it."""
+    """Return the installed versions, after a sum over a group of one rank: NCCL on a GPU, and gloo."""
     import torch.distributed as dist
 
     from regen_dist.distributed.ranks import process_group, read_environment
@@ -121,8 +121,11 @@ def versions(machine: Machine) -> dict[str, Any]:
             if values.tolist() != [0.0, 1.0, 2.0, 3.0]:
                 raise RegenError(f"the sum over one rank by {dist.get_backend(group)} is {values.tolist()}")
             sums[name] = dist.get_backend(group)
-    told = [f"torch {torch.__version__}", *(f"{key} {facts[key]}" for key in ("cuda", "cudnn", "nccl") if key in facts)]
-    return {**facts, "groups": sums, "summary": ", ".join([*told, "groups " + " and ".join(sums.values())])}
+    text = [
+        f"torch {torch.__version__}",
+        *(f"{key} {facts[key]}" for key in ("cuda", "cudnn", "nccl") if key in facts),
+    ]
+    return {**facts, "groups": sums, "summary": ", ".join([*text, "groups " + " and ".join(sums.values())])}
 
 
 def _cuda_facts(machine: Machine) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def _cuda_facts(machine: Machine) -> dict[str, Any]:
 
 
 def _driver() -> str:
-    """The driver's version as the kernel module tells it."""
+    """Return the driver's version as reported by the kernel module."""
     try:
         with open("/proc/driver/nvidia/version", encoding="utf-8", errors="replace") as file:
             return file.readline().strip()

@@ -1,4 +1,4 @@
-"""The optimizers that have kernels of their own, against torch's plain AdamW: 20 steps, saved, resumed, 20 more."""
+"""Optimizers with their own kernels against torch's plain AdamW: 20 steps, save, resume, 20 more."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def optimizers(machine: Machine) -> dict[str, Any]:
 
 
 def _compare(machine: Machine, config: OptimizerConfig, shapes: list[tuple[int, ...]]) -> float:
-    """Relative error of what all updates together changed."""
+    """Return the relative error of the sum of all updates."""
     start = list(_random(machine, shapes, 0))
     expected = _plain(config, machine, start, shapes)
     weights = [each.clone() for each in start]
@@ -55,7 +55,7 @@ def _compare(machine: Machine, config: OptimizerConfig, shapes: list[tuple[int, 
 def _plain(
     config: OptimizerConfig, machine: Machine, start: list[Tensor], shapes: list[tuple[int, ...]]
 ) -> list[Tensor]:
-    """Where torch's loop over single parameters ends, without a break."""
+    """Return the result of torch's single-tensor loop, uninterrupted."""
     weights = [each.clone() for each in start]
     groups = [
         {"params": [each for each in weights if each.ndim > 1], "weight_decay": config.weight_decay},
@@ -75,7 +75,7 @@ def _advance(
     first: int,
     saved: Path | None = None,
 ) -> torch.optim.Optimizer:
-    """`_STEPS` updates from step `first` on, as an engine makes them."""
+    """Apply `_STEPS` updates from step `first` on, as an engine does."""
     optimizer = build_optimizer(config, weights, machine.device)
     for weight in weights:
         optimizer.state[weight] = fresh_state(config, weight)

@@ -22,7 +22,7 @@ _MOST_S = 45.0  # with the start of two processes
 
 
 def ranks(machine: Machine) -> dict[str, Any]:
-    """Start two ranks, of which one raises: over NCCL where there are two GPUs, else over gloo on the CPU."""
+    """Start two ranks, one of which raises: over NCCL with two GPUs, otherwise over gloo on the CPU."""
     nccl = machine.is_cuda and torch.cuda.device_count() > 1
     common = rank_environment(os.environ, 2) | ({} if nccl else {"CUDA_VISIBLE_DEVICES": ""})
     with TemporaryDirectory() as folder:
@@ -31,11 +31,11 @@ def ranks(machine: Machine) -> dict[str, Any]:
             python("-m", "tools.gpu_check.ranks"), rank_environments(common, 2), logs=Path(folder), grace_s=10.0
         )
         seconds = time.monotonic() - begun
-        told = (Path(folder) / "rank_1.log").read_text(encoding="utf-8", errors="replace")
+        output = (Path(folder) / "rank_1.log").read_text(encoding="utf-8", errors="replace")
     if ended.code == 0:
         raise RegenError("a rank raised, and the job ended with exit code 0")
-    if MESSAGE not in told or "Traceback" not in told:
-        raise RegenError(f"a rank raised, and its log shows no traceback:\n{told[-2000:]}")
+    if MESSAGE not in output or "Traceback" not in output:
+        raise RegenError(f"a rank raised, and its log shows no traceback:\n{output[-2000:]}")
     if seconds > _MOST_S:
         raise RegenError(f"a rank raised, and the job ended after {seconds:.0f} s; at most {_MOST_S:.0f} s are right")
     over = "NCCL" if nccl else "gloo (NCCL needs two GPUs)"

@@ -1,5 +1,4 @@
-"""How fast the models are, and how much memory they take: the embedders, eight blocks of the 5B transformer, and all of
-it."""
+"""Speed and memory of the models: the embedders, eight blocks of the 5B transformer, and the whole of it."""
 
 from __future__ import annotations
 
@@ -48,15 +47,15 @@ _ROW_FRAMES, _TEXT = 8, 256  # latent frames of a row of four clips, and tokens 
 
 
 def embedders(machine: Machine) -> dict[str, Any]:
-    """Clips per second of encoder and decoder, the kernels that take most of a training step, and how often it waits
-    for the device."""
+    """Return clips per second of encoder and decoder, the most expensive kernels of a training step, and the number of
+    its synchronisations with the device."""
     found = {name: _embedder(machine, _embedder_config(machine, name)) for name in ("regen_k32", "fast_k32")}
-    told = [
+    summary = [
         f"{name}: encodes {each['encode_clips_per_s']:.3g}, decodes {each['decode_clips_per_s']:.3g} clips/s, "
         f"{each['synchronisations']} synchronisations a step"
         for name, each in found.items()
     ]
-    return {**found, "summary": "; ".join(told)}
+    return {**found, "summary": "; ".join(summary)}
 
 
 def _embedder_config(machine: Machine, name: str) -> RunConfig:
@@ -110,7 +109,7 @@ def _codec_speed(machine: Machine, config: RunConfig) -> dict[str, float]:
 
 
 def _synchronisations(machine: Machine, step: Callable[[], object]) -> int:
-    """How often the host waits for the device in a step; 0 on the CPU, which is its own device."""
+    """Return how often the host waits for the device in a step; 0 on the CPU."""
     if not machine.is_cuda:
         return 0
     torch.cuda.set_sync_debug_mode("warn")
@@ -124,7 +123,7 @@ def _synchronisations(machine: Machine, step: Callable[[], object]) -> int:
 
 
 def _kernels(machine: Machine, step: Callable[[], object]) -> dict[str, float]:
-    """The shares of a step's time that its longest kernels take (on the CPU: operators)."""
+    """Return the shares of a step's time of its longest kernels (on the CPU: operators)."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if machine.is_cuda else [])]
     with profile(activities=activities) as recorded:
         step()
@@ -136,8 +135,8 @@ def _kernels(machine: Machine, step: Callable[[], object]) -> dict[str, float]:
 
 
 def t2v_blocks(machine: Machine) -> dict[str, Any]:
-    """Forward and backward pass of eight blocks on rows of four clips: the share of the device's peak that the model's
-    operations take (MFU), and with those that recomputation does again (HFU)."""
+    """Run forward and backward pass of eight blocks on rows of four clips; return model FLOPs as a share of the
+    device's peak (MFU), and including recomputation (HFU)."""
     config, rows = _row_config(machine, 8, "plain"), machine.size(4, 1)
     counted, inputs = _counted(machine, config), _row(machine, config, rows)
     torch.manual_seed(0)
@@ -154,8 +153,8 @@ def t2v_blocks(machine: Machine) -> dict[str, Any]:
     hfu = rows * (counted.num_training_flops + counted.recomputed_flops) / seconds / peak
     if not 0 < mfu < hfu < machine.size(1.0, 2.0):  # the CPU's own peak is measured, and moves
         raise RegenError(f"MFU {mfu:.2f} and HFU {hfu:.2f} cannot be: the count or the peak ({peak:.3g}) is wrong")
-    told = f"MFU {mfu:.2f}, HFU {hfu:.2f} of {peak / 1e12:.3g} TFLOP/s, {rows} row{'s' if rows > 1 else ''}"
-    return {"mfu": mfu, "hfu": hfu, "seconds": seconds, "peak_tflops": peak / 1e12, "summary": told}
+    summary = f"MFU {mfu:.2f}, HFU {hfu:.2f} of {peak / 1e12:.3g} TFLOP/s, {rows} row{'s' if rows > 1 else ''}"
+    return {"mfu": mfu, "hfu": hfu, "seconds": seconds, "peak_tflops": peak / 1e12, "summary": summary}
 
 
 def t2v_5b(machine: Machine) -> dict[str, Any]:
@@ -173,12 +172,12 @@ def t2v_5b(machine: Machine) -> dict[str, Any]:
         raise RegenError(
             f"peak {measured / _GIB:.2f} GiB, {ratio:.2f} times the estimate of {estimated / _GIB:.2f} GiB"
         )
-    told = f"peak {measured / _GIB:.2f} GiB, {ratio:.2f} times the estimate"
-    return {"peak": measured, "estimate": estimated, "ratio": ratio, "terms": terms, "summary": told}
+    summary = f"peak {measured / _GIB:.2f} GiB, {ratio:.2f} times the estimate"
+    return {"peak": measured, "estimate": estimated, "ratio": ratio, "terms": terms, "summary": summary}
 
 
 def _peak(machine: Machine, work: Callable[[], object]) -> int:
-    """Bytes that tensors held at most."""
+    """Return the peak bytes of tensors."""
     if not machine.is_cuda:
         from tools.bench.step_rank import tensor_peak
 
@@ -222,7 +221,7 @@ def _counted(machine: Machine, config: T2VConfig) -> RowFlops:
 
 
 def _row(machine: Machine, config: T2VConfig, rows: int) -> tuple[Tensor, ...]:
-    """Latents, times, texts and masks at random."""
+    """Return random latents, times, texts and masks."""
     size, device = machine.size((24, 40), (4, 6)), machine.device
     x = torch.randn(rows, config.model.latent_channels, _ROW_FRAMES, *size, device=device)
     text = torch.randn(rows, _TEXT, config.model.text_width, device=device)
@@ -253,16 +252,20 @@ def training(machine: Machine) -> dict[str, Any]:
         quality = measured[TRAINED]["1"]
         found[arm.name] = {"steps": steps, "psnr_db": quality["psnr_db"], "measures": quality, **_facts(run)}
         print(f"{arm.label}: {steps} steps, {quality['psnr_db']:.2f} dB", flush=True)
-    return {"minutes": machine.minutes, "arms": found, "summary": "; ".join(_told(k, found) for k in _COMPRESSIONS)}
+    return {
+        "minutes": machine.minutes,
+        "arms": found,
+        "summary": "; ".join(_train_summary(k, found) for k in _COMPRESSIONS),
+    }
 
 
-def _told(k: int, found: dict[str, Any]) -> str:
+def _train_summary(k: int, found: dict[str, Any]) -> str:
     ours, theirs = (found[arm(k).name]["psnr_db"] for arm in (regen, baseline))
     return f"k = {k}: REGEN {ours:.2f} dB, baseline {theirs:.2f} dB, {ours - theirs:+.2f} dB in one step"
 
 
 def _own(machine: Machine) -> list[str]:
-    """Changes to the config."""
+    """Return the config overrides."""
     small = [SMALL_ENCODER, "model.conditioning.width=16", "model.decoder.width=32", "model.decoder.heads=2"]
     small += ["model.decoder.blocks=1", "data.size=[32, 32]", "data.validation_size=[32, 32]", "train.batch_global=2"]
     small += ["data.workers=0", "engine.precision=fp32"]
@@ -270,7 +273,7 @@ def _own(machine: Machine) -> list[str]:
 
 
 def _make_shards(machine: Machine, base: RunConfig) -> None:
-    """The film at 128 pixels, and the clips for the tests, where they are not there yet."""
+    """Build the shards of the film at 128 pixels and the test clips, if they do not exist yet."""
     names = [each for name in (_FILM, *_TESTS) for each in ("--only", name)]
     _run(machine, "fetch", ["fetch-videos", "--out", str(_VIDEOS), *names])
     url = str(base.data.url)
@@ -280,8 +283,7 @@ def _make_shards(machine: Machine, base: RunConfig) -> None:
 
 
 def _trained(machine: Machine, own: Sequence[str], base: RunConfig, arm: CompressionArm) -> int:
-    """Train an arm for as many steps as fit into the minutes, by the clock; returns how many. A short run before tells
-    how long a step takes."""
+    """Train an arm for as many steps as fit into the minutes, by a short timing run; return the number of steps."""
 
     def command(name: str, steps: int, more: Sequence[str]) -> None:
         changes = paced_config(arm.overrides(base), steps, base.optimizer.warmup_steps)

@@ -1,4 +1,4 @@
-"""The tests that are marked `cuda`, by pytest."""
+"""Tests marked `cuda`, run by pytest."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tools.gpu_check.machine import LeftOut, Machine
 
 
 def made_by(function: str, machine: Machine) -> dict[str, Any]:
-    """What became of a part: its `status`, a line that says it (`summary`), and figures (`facts`)."""
+    """Return the result of a part: `status`, a one-line `summary`, and figures (`facts`)."""
     module, name = function.split(":")
     try:
         facts: dict[str, Any] = getattr(import_module(f"tools.gpu_check.{module}"), name)(machine)
@@ -27,8 +27,8 @@ def made_by(function: str, machine: Machine) -> dict[str, Any]:
     except RegenError as error:
         return {"status": "failed", "summary": str(error), "facts": {}}
     except Exception as error:  # noqa: BLE001 - a part must not hide what the others find
-        told = f"{type(error).__name__}: {error}"
-        return {"status": "failed", "summary": told, "facts": {"traceback": traceback.format_exc()}}
+        summary = f"{type(error).__name__}: {error}"
+        return {"status": "failed", "summary": summary, "facts": {"traceback": traceback.format_exc()}}
     return {"status": "passed", "summary": facts.pop("summary"), "facts": facts}
 
 

@@ -1,5 +1,5 @@
-"""ZeRO-3 with one rank beside the plain engine: the same losses and weights, no trace thrown away where images and
-clips take turns, and a state that is saved and restored."""
+"""ZeRO-3 with one rank against the plain engine: equal losses and weights, no discarded traces when images and clips
+alternate, and a state that is saved and restored."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def zero3(machine: Machine) -> dict[str, Any]:
         thrown_away = {"t2v": rows.pop("invalidations"), "regen": _embedder(machine, ranks)}
     if any(thrown_away.values()):
         raise RegenError(f"traces of ZeRO-3's prefetch thrown away: {thrown_away}; none was expected")
-    told = f"weights within {rows['weights']:.1e} of the plain engine's update; no trace thrown away; restored"
-    return {**rows, "invalidations": thrown_away, "summary": told}
+    summary = f"weights within {rows['weights']:.1e} of the plain engine's update; no trace thrown away; restored"
+    return {**rows, "invalidations": thrown_away, "summary": summary}
 
 
 def _rows(machine: Machine, ranks: Ranks) -> dict[str, Any]:
-    """The text-to-video transformer, at full width and of few blocks."""
+    """Return the text-to-video transformer at full width with few blocks."""
     sharded, counts = build_engine(_config(machine, "zero3"), ranks, lambda: _model(machine)), list[int]()
     start = {name: each.detach().cpu().clone() for name, each in sharded.named_masters()}
     with counted_invalidations(counts), TemporaryDirectory() as folder:
@@ -111,13 +111,13 @@ def _step(engine: Engine, machine: Machine, step: int) -> float:
 
 
 class _Saved:
-    """Pieces in a file (safetensors)."""
+    """Pieces stored in a safetensors file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read_all(self, wanted: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
-        """As `PieceSource`."""
+        """Yield the pieces, as `PieceSource`."""
         from safetensors import safe_open
 
         with safe_open(self._path, "pt") as file:
@@ -134,13 +134,13 @@ def _save(engine: Engine, path: Path) -> _Saved:
 
 
 class _Masters:
-    """The state before the first step: these weights, and moments of zeros."""
+    """State before the first step: given weights and zero moments."""
 
     def __init__(self, masters: Pieces) -> None:
         self._masters = masters
 
     def read_all(self, wanted: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
-        """As `PieceSource`."""
+        """Yield the pieces, as `PieceSource`."""
         for name in wanted:
             kind, parameter = name.split("/", 1)
             whole = self._masters[parameter]
@@ -148,7 +148,7 @@ class _Masters:
 
 
 def _embedder(machine: Machine, ranks: Ranks) -> int:
-    """How many traces the training of an embedder throws away."""
+    """Return the number of traces discarded in the training of an embedder."""
     config = _embedder_config(machine)
     task, counts = build_task(config, machine.device), list[int]()
     engine = build_engine(config, ranks, task.build)

@@ -1,1 +1,1 @@
-"""Servers for tests and tries on this machine: a real Slurm and a real S3 store on loopback."""
+"""Local servers for tests and experiments: a real Slurm and a real S3 store on loopback."""

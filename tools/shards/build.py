@@ -1,4 +1,4 @@
-"""`regen shards build`: videos to a dataset."""
+"""`regen shards build`, `index` and `synthetic`: create datasets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 10
 HDR_HELP = "High dynamic range and wide primaries (PQ, HLG, BT.2020, P3): tone-map to BT.709, or leave-out."
-INTERLACED_HELP = "Frames that consist of two fields: deinterlace, or leave-out."
+INTERLACED_HELP = "Interlaced frames (two fields): deinterlace, or leave-out."
 
 
 def build(
@@ -29,45 +29,45 @@ def build(
         ),
     ],
     out: Annotated[str, typer.Option(help="Folder or URL of the dataset; empty, or begun by this same command.")],
-    segment_seconds: Annotated[float, typer.Option(help="Length of a sample, at most.")] = 4.0,
+    segment_seconds: Annotated[float, typer.Option(help="Maximum length of a sample.")] = 4.0,
     short_side: Annotated[int, typer.Option(help="Resize the short side to this many pixels; 0 keeps the size.")] = 128,
     crf: Annotated[int, typer.Option(help="Quality of x264: 0 (best) to 51.")] = 18,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Store whole files as they are: no cutting, no encoding.")
-    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Store whole files unchanged: no cutting, no encoding.")] = False,
     scenes: Annotated[
-        bool, typer.Option(help="Cut at scene changes, measure motion; without it samples may hold cuts.")
+        bool, typer.Option(help="Cut at scene changes and measure motion; otherwise samples may contain cuts.")
     ] = True,
-    scene_threshold: Annotated[float, typer.Option(help="Change between two frames that is a cut.")] = 27.0,
-    min_motion: Annotated[float, typer.Option(help="Leave out what changes less from frame to frame.")] = 0.15,
-    min_frames: Annotated[int, typer.Option(help="Leave out what is shorter: a clip of k = 32 needs 33.")] = 33,
+    scene_threshold: Annotated[float, typer.Option(help="Change between two frames that counts as a cut.")] = 27.0,
+    min_motion: Annotated[float, typer.Option(help="Leave out samples with less change between frames.")] = 0.15,
+    min_frames: Annotated[int, typer.Option(help="Leave out shorter samples: a clip of k = 32 needs 33.")] = 33,
     min_side: Annotated[int | None, typer.Option(help="Leave out sources with a shorter side.")] = None,
     max_aspect: Annotated[
-        float | None, typer.Option(help="Leave out sources whose long side is more times the short.")
+        float | None, typer.Option(help="Leave out sources with a larger ratio of long to short side.")
     ] = None,
     hdr: Annotated[str, typer.Option(help=HDR_HELP)] = "tone-map",
     interlaced: Annotated[str, typer.Option(help=INTERLACED_HELP)] = "deinterlace",
-    start_seconds: Annotated[float, typer.Option(help="Leave out the beginning of every source.")] = 0.0,
-    max_seconds: Annotated[float | None, typer.Option(help="Use at most this much of every source.")] = None,
+    start_seconds: Annotated[float, typer.Option(help="Skip the beginning of every source.")] = 0.0,
+    max_seconds: Annotated[float | None, typer.Option(help="Maximum use of every source.")] = None,
     captions: Annotated[
         str | None,
-        typer.Option(help="List with the columns video and caption, for folders. NAME.txt beside also does."),
+        typer.Option(help="List with the columns video and caption, for folders; or NAME.txt beside a video."),
     ] = None,
     columns: Annotated[
-        str | None, typer.Option(help="Columns of the lists under other names: video=COLUMN,caption=COLUMN.")
+        str | None, typer.Option(help="Names of the columns in the lists: video=COLUMN,caption=COLUMN.")
     ] = None,
     shard_mb: Annotated[float, typer.Option(help="Size at which a tar is closed.")] = 256.0,
-    samples_per_shard: Annotated[int | None, typer.Option(help="Samples in one tar, at most.")] = None,
-    part_gb: Annotated[float, typer.Option(help="Sources that are planned and made at a time.")] = 4.0,
-    max_bad_share: Annotated[float, typer.Option(help="Stop when more of many sources cannot be read.")] = 0.5,
+    samples_per_shard: Annotated[int | None, typer.Option(help="Maximum number of samples in a tar.")] = None,
+    part_gb: Annotated[float, typer.Option(help="Size of the parts in which sources are planned and built.")] = 4.0,
+    max_bad_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Stop when a larger share of the sources is unreadable.")
+    ] = 0.5,
     task: Annotated[
-        str, typer.Option(help="Make every N-th part from the I-th (from 0), I/N; slurm: as its array says.")
+        str, typer.Option(help="Build every N-th part from the I-th (from 0), I/N; slurm: by the array index.")
     ] = "0/1",
     workers: Annotated[
         int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
     ] = None,
 ) -> None:
-    """Cut videos into samples, encode them, write tars and indices. The same command again finishes a killed build.
+    """Cut videos into samples, encode them, write tars and indices. The same command finishes an interrupted build.
 
     Example: regen shards build runs/videos --out runs/shards --short-side 128
     """
@@ -134,19 +134,17 @@ def _print_summary(manifest: DatasetManifest, made: int, out: str) -> None:
 
 
 def print_notes(manifest: DatasetManifest) -> None:
-    """Count what was converted, by kind; manifest.json names each source."""
+    """Print the number of conversions by kind; manifest.json names each source."""
     for kind, number in Counter(note.note.partition(":")[0] for note in manifest.notes).most_common():
         typer.echo(f"Converted, {kind}: {number} sources; manifest.json says how under notes")
 
 
-# `regen shards index`: a dataset out of WebDataset tars that others wrote.
+# `regen shards index`: index existing WebDataset tars.
 
 
 def index(
     url: Annotated[str, typer.Argument(help="Folder or URL; every *.tar below it is a shard.", metavar="URL")],
-    out: Annotated[
-        str | None, typer.Option(help="Where the indices go when URL cannot be written to; the tars stay.")
-    ] = None,
+    out: Annotated[str | None, typer.Option(help="Location of the indices if URL is read-only; the tars stay.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
     ] = None,
@@ -156,9 +154,9 @@ def index(
     hdr: Annotated[str, typer.Option(help=HDR_HELP)] = "tone-map",
     interlaced: Annotated[str, typer.Option(help=INTERLACED_HELP)] = "deinterlace",
 ) -> None:
-    """Make the index of WebDataset tars that others wrote, so that they can be trained from. Every tar is read once.
+    """Build the index of existing WebDataset tars, so that they can be used for training. Every tar is read once.
 
-    The same command again finishes what was killed, and takes in new tars. Exit code 3: tars are broken.
+    The same command finishes an interrupted run and adds new tars. Exit code 3: tars are broken.
 
     Example: regen shards index s3://bucket/videos --out runs/videos-index
     """
@@ -185,7 +183,7 @@ def index(
 
 
 class Split(StrEnum):
-    """Which combinations of colour, shape and direction are shown."""
+    """Subset of the combinations of colour, shape and direction."""
 
     ALL = "all"
     TRAIN = "train"
@@ -194,29 +192,29 @@ class Split(StrEnum):
 
 def synthetic(
     out: Annotated[str, typer.Option(help="Folder or URL of the dataset; empty, or begun by this same command.")],
-    number: Annotated[int, typer.Option(help="Clips to make.")],
-    seed: Annotated[int, typer.Option(help="Another seed gives other clips.")],
+    number: Annotated[int, typer.Option(help="Number of clips.")],
+    seed: Annotated[int, typer.Option(help="Seed of the clips.")],
     side: Annotated[int, typer.Option(help="Height and width in pixels; even, at least 32.")] = 64,
-    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 33,
+    frames: Annotated[int, typer.Option(help="Frames per clip.")] = 33,
     fps: Annotated[float, typer.Option(help="Frames per second.")] = 24.0,
     crf: Annotated[int, typer.Option(help="Quality of x264: 0 (best) to 51.")] = 8,
     split: Annotated[
         Split, typer.Option(help="All combinations of colour, shape and direction, or one of two parts.")
     ] = Split.ALL,
-    held_out_share: Annotated[float, typer.Option(help="Share of the combinations that train never shows.")] = 0.15,
+    held_out_share: Annotated[float, typer.Option(help="Share of combinations left out of the train split.")] = 0.15,
     backgrounds: Annotated[
-        str | None, typer.Option(help="What shapes move over, such as black,grey,white; all by default.")
+        str | None, typer.Option(help="Backgrounds, such as black,grey,white; all by default.")
     ] = None,
-    samples_per_shard: Annotated[int, typer.Option(help="Clips in one tar, at most.")] = 1024,
-    shard_mb: Annotated[int, typer.Option(help="Megabytes at which a tar is closed, at the latest.")] = 256,
+    samples_per_shard: Annotated[int, typer.Option(help="Maximum number of clips in a tar.")] = 1024,
+    shard_mb: Annotated[int, typer.Option(help="Maximum size of a tar in MB.")] = 256,
     workers: Annotated[
         int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
     ] = None,
     task: Annotated[
-        str, typer.Option(help="Make every N-th shard from the I-th (from 0), I/N; slurm: as its array says.")
+        str, typer.Option(help="Build every N-th shard from the I-th (from 0), I/N; slurm: by the array index.")
     ] = "0/1",
 ) -> None:
-    """Draw captioned moving shapes as H.264 files. The same command again finishes what was killed.
+    """Render captioned moving shapes as H.264 files. The same command finishes an interrupted build.
 
     Example: regen shards synthetic --out runs/shapes --number 2000 --seed 1 --split train
     """

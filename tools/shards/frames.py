@@ -1,4 +1,4 @@
-"""`regen shards frames`: folders of pictures and raw files to lossless videos."""
+"""`regen shards frames`: lossless videos from folders of pictures and raw files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typer
 
 def frames(
     source: Annotated[Path, typer.Argument(help="Folder with folders of pictures, or with .yuv files.")],
-    out: Annotated[Path, typer.Option(help="Folder of the videos; those that are there stay.")],
+    out: Annotated[Path, typer.Option(help="Folder of the videos; existing ones are kept.")],
     fps: Annotated[float | None, typer.Option(help="Frames a second; NAME_WIDTHxHEIGHT_FPS.yuv says its own.")] = None,
 ) -> None:
-    """Make a lossless video of every folder of pictures and every raw YUV 4:2:0 file below a folder.
+    """Encode every folder of pictures and every raw YUV 4:2:0 file below a folder as a lossless video.
 
     Example: regen shards frames DAVIS/JPEGImages/480p --out runs/davis --fps 24
     """

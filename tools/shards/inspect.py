@@ -1,4 +1,4 @@
-"""`regen shards inspect`: what a dataset holds, in numbers and pictures."""
+"""`regen shards inspect`, `captions`, `order` and `verify`: the content of a dataset."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 
 _BAR, _REASONS = 30, 12
-_LONG = "statistics"  # of latents: dozens of numbers, which --json prints
+_LONG = "statistics"  # of latents: dozens of numbers, printed by --json only
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def inspect(
     url: Annotated[str, typer.Argument(help="Folder or URL of a dataset.", metavar="URL")],
     sheet: Annotated[
-        Path | None, typer.Option(help="Where the contact sheet (PNG) goes; into the cache folder by default.")
+        Path | None, typer.Option(help="Path of the contact sheet (PNG); in the cache folder by default.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples on the contact sheet; 0 makes none.", min=0, max=200)] = 12,
     seed: Annotated[
-        int | None, typer.Option(help="Draw the samples; by default they are spread evenly.", min=0)
+        int | None, typer.Option(help="Seed to draw random samples; evenly spread by default.", min=0)
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the numbers as JSON; a sheet is made with --sheet only.")
+        bool, typer.Option("--json", help="Print the numbers as JSON; a sheet is written only with --sheet.")
     ] = False,
 ) -> None:
-    """Show what a dataset holds: a table, histograms, what was left out, and a contact sheet (none of a latent cache).
+    """Show a dataset's content: a table, histograms, what was left out, and a contact sheet (none for a latent cache).
 
     Example: regen shards inspect runs/shards --sheet runs/shards.png --samples 12
     """
@@ -71,7 +71,7 @@ def inspect(
 
 
 def _default_sheet(dataset: Dataset) -> Path:
-    """Not in the dataset, which may lie in a bucket, nor wherever the user happens to stand."""
+    """Return a path outside the dataset, which may be in a bucket, and outside the current folder."""
     from regen_dist.data.format.catalogue import cache_folder
 
     name = dataset.store.url.rstrip("/").rpartition("/")[2]
@@ -131,7 +131,7 @@ def _spread(shown: Histogram) -> str:
 
 
 def _bars(shown: Histogram, width: int, digits: int) -> Iterator[str]:
-    """A line for each bar: label, bar, count, share. Widths in characters."""
+    """Yield one line per bar: label, bar, count, share. Widths in characters."""
     most, total = max(bar.count for bar in shown.bars), sum(bar.count for bar in shown.bars)
     for bar in shown.bars:
         eighths = max(round(bar.count / most * _BAR * 8), 1 if bar.count else 0)
@@ -139,13 +139,13 @@ def _bars(shown: Histogram, width: int, digits: int) -> Iterator[str]:
         yield f"  {bar.label:>{width}}  {drawn:<{_BAR}}  {bar.count:>{digits},} {bar.count / total:>6.1%}"
 
 
-# `regen shards captions`: prompts out of a dataset.
+# `regen shards captions`: prompts from a dataset.
 
 
 def captions(
     url: Annotated[str, typer.Argument(help="Folder or URL of a dataset.", metavar="URL")],
-    out: Annotated[Path, typer.Option(help="Text file to write, one caption a line.")],
-    number: Annotated[int, typer.Option(min=1, help="How many, of the first samples that have one.")] = 200,
+    out: Annotated[Path, typer.Option(help="Text file to write, one caption per line.")],
+    number: Annotated[int, typer.Option(min=1, help="Number of captions, from the first samples that have one.")] = 200,
     first_frames: Annotated[
         Path | None, typer.Option(help="Folder for their first frames, 00000.png, …, for `regen generate --image`.")
     ] = None,
@@ -170,7 +170,7 @@ def captions(
 
 
 def _captioned(dataset: Dataset) -> Iterator[tuple[str, Sample]]:
-    """Captions, each on one line, and their samples, in the dataset's order; an index is read when its shard is
+    """Yield captions, each on one line, with their samples in dataset order; an index is read when its shard is
     reached."""
     from regen_dist.data.format.index import read_index, samples_of
 
@@ -195,14 +195,14 @@ def _write_first_frames(dataset: Dataset, samples: list[Sample], folder: Path) -
             Image.fromarray(frame_to_rgb(frame)).save(folder / f"{number:05d}.png")
 
 
-# `regen shards order`: what a run trains on, and when.
+# `regen shards order`: the data order of a run.
 
 
 def order(
     config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, as a.b=value.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Config overrides, as a.b=value.")] = None,
     step: Annotated[
-        int | None, typer.Option(min=1, help="Name the samples of this step, counted from 1 as in metrics.jsonl.")
+        int | None, typer.Option(min=1, help="List the samples of this step, counted from 1 as in metrics.jsonl.")
     ] = None,
 ) -> None:
     """Show the buckets and shares of a run's data, or the samples of one step, without reading a video or a latent.
@@ -249,7 +249,7 @@ def _buckets(data: SampleSet[Any]) -> Table:
 
 
 def _batch(data: SampleSet[Any], step: int) -> str:
-    """A line for each sample, wide and plain: it is copied and searched rather than looked at."""
+    """Return one line per sample, wide and unformatted: it is copied and searched rather than read."""
     batch = data.order.global_batch(step - 1)
     height, width, frames = batch.bucket
     lines = [f"step {step}: {len(batch.rows)} clips of {frames} x {height} x {width}", "epoch  id  key  shard  dataset"]
@@ -260,9 +260,9 @@ def _batch(data: SampleSet[Any], step: int) -> str:
     return "\n".join(lines)
 
 
-# `regen shards verify`: whether a dataset is what was written.
+# `regen shards verify`: integrity of a dataset.
 
-_MEND = {
+_REMEDIES = {
     "index": "copy the tars named again from where they came; remove the indices that are bad, or whose tars were "
     "changed on purpose, and run `regen shards index` again",
     "build": "remove the shards named, with their indices, and run the build again",
@@ -285,7 +285,7 @@ def verify(
         int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
     ] = None,
 ) -> None:
-    """Check every shard, index and sample against its checksum. Names what is bad, and ends with exit code 3 then.
+    """Verify every shard, index and sample against its checksum; list what is bad. Exit code 3 if anything is.
 
     Example: regen shards verify runs/shards --deep
     """
@@ -299,7 +299,7 @@ def verify(
     for note in verdict.notes:
         typer.echo(f"Note: {note}")
     if verdict.bad:
-        title = f"{len(verdict.bad)} problems in {url}; {_MEND[verdict.manifest.kind]}:"
+        title = f"{len(verdict.bad)} problems in {url}; {_REMEDIES[verdict.manifest.kind]}:"
         raise DataError("\n".join([title, *verdict.bad]))
     totals = verdict.manifest.totals
     checked = _UNPACKED if depth == "deep" and verdict.manifest.kind == "latents" else _CHECKED[depth]

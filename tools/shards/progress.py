@@ -1,4 +1,4 @@
-"""A live bar on stderr for the long commands of `regen shards`."""
+"""Progress bar, clean stops and task numbers for the long commands of `regen shards`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A live bar on stderr, one line a stage."""
+    """Show a live bar on stderr, one line per stage."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -37,7 +37,7 @@ def progress_bar() -> Iterator[Progress]:
     from rich.text import Text
 
     class Rate(ProgressColumn):
-        """How much is done in a second, lately."""
+        """Recent progress per second."""
 
         def render(self, task: Task) -> Text:
             return Text(f"{task.speed:.1f}/s" if task.speed else "")
@@ -61,21 +61,21 @@ def progress_bar() -> Iterator[Progress]:
         yield show
 
 
-# What the long commands of `regen shards` do when they are asked to stop.
+# Stop requests in the long commands of `regen shards`.
 
 _AGAIN_S = 0.05
 
 
 @contextmanager
 def stopping_cleanly() -> Iterator[None]:
-    """Ctrl-C, and the signal by which a batch system ends a job, end the command at once: files are whole or not
-    there, so the same command goes on. Exit code 75."""
+    """End the command immediately on Ctrl-C or a batch system's signal: files are complete or absent, so the same
+    command continues. Exit code 75."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with _heard_in_destructors():
             yield
     except KeyboardInterrupt:
-        print("Stopped. What is finished stays; run the same command again to go on.", file=sys.stderr)
+        print("Stopped. Finished files are kept; run the same command again to continue.", file=sys.stderr)
         raise typer.Exit(EXIT_RESUME) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -87,8 +87,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _heard_in_destructors() -> Iterator[None]:
-    """What a signal raises while an object is being deleted is told of, and lost: the signal is sent again a moment
-    later."""
+    """Send a signal again shortly after if its exception was raised in a destructor, where Python drops exceptions."""
     tell, main = sys.unraisablehook, threading.main_thread().ident or 0
     again: list[threading.Timer] = []
 
@@ -109,11 +108,11 @@ def _heard_in_destructors() -> Iterator[None]:
             timer.join()
 
 
-# `--task` of the commands that several processes share: which part of the work falls to this one.
+# `--task`: this process's part of shared work.
 
 
 def parse_task(text: str, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Read "I/N" (I counts from 0), or "slurm": both from the Slurm array that this process belongs to.
+    """Parse "I/N" (I counts from 0), or "slurm": both from the Slurm array of this process.
 
     Raises:
         ConfigError: it is neither, I is not below N, or there is no Slurm array.
@@ -132,7 +131,7 @@ def _written(text: str) -> tuple[int, int]:
 
 
 def _slurm(environ: Mapping[str, str]) -> tuple[int, int]:
-    """An array may begin anywhere and go in steps: --array=4-10:2 has four tasks."""
+    """Read the array index of this task, for arrays with any start and step: --array=4-10:2 has four tasks."""
     try:
         number, first, count = (int(environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "COUNT"))
         step = int(environ.get("SLURM_ARRAY_TASK_STEP", "1"))

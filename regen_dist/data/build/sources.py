@@ -244,7 +244,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-VIDEO_SUFFIXES = frozenset(f".{extension}" for extension in VIDEO_EXTENSIONS)
+# Beside what shards hold as it is (`--keep`): what else of videos ffmpeg decodes, by the names of cameras and archives.
+_MORE_EXTENSIONS = ("3gp", "flv", "gif", "m2ts", "mts", "mxf", "ogv", "vob", "wmv")
+VIDEO_SUFFIXES = frozenset(f".{extension}" for extension in (*VIDEO_EXTENSIONS, *_MORE_EXTENSIONS))
 _REQUESTS_AT_ONCE = 32
 _ASKING = StoreLimits(stall_s=10.0, deadline_s=20.0)  # a web server for a size: what gives no answer now is dead
 _WORTH_LISTING = 1000  # so many objects of one folder are sized by listing it: a request gives a thousand

@@ -36,6 +36,14 @@ def field_validator(*fields: str) -> Callable[[Any], Any]:
     return lambda check: check
 
 
+def model_serializer(*, mode: str) -> Callable[[Any], Any]:
+    """Leave how a section is written as it is: nothing is written here."""
+    return lambda written: written
+
+
+SerializerFunctionWrapHandler = Any
+
+
 def AfterValidator(check: Any) -> Any:
     """Stand for the check of an annotated type, which type hints leave out."""
     return check

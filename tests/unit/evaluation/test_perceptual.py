@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -140,10 +141,13 @@ def lpips_of(whole: nn.Module, a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["alex", "vgg"])
-def test_lpips_of_safetensors_is_the_packages_network(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lin", ["lin", "lins."])
+def test_lpips_of_safetensors_is_the_packages_network(kind: str, lin: str, tmp_path: Path) -> None:
+    """The package holds its linear layers as `lin0` and as `lins.0`; `save_model` keeps one of the names."""
     torch.manual_seed(0)
     whole = lpips_net(kind)
-    save_file(dict(whole.state_dict()), tmp_path / "lpips.safetensors")
+    weights = {re.sub(r"^lin(\d)", rf"{lin}\1", name): each for name, each in whole.state_dict().items()}
+    save_file(weights, tmp_path / "lpips.safetensors")
     a, b = torch.rand(2, 2, 3, 72, 80) * 2 - 1
     network = load_lpips(tmp_path / "lpips.safetensors")
     assert network.call(a, b).tolist() == pytest.approx(lpips_of(whole, a, b).tolist(), rel=1e-4)

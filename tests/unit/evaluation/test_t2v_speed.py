@@ -80,12 +80,12 @@ def test_a_turn_has_a_step_however_short_and_closes_what_fails() -> None:
 
 def test_every_feed_has_its_turn_in_every_round() -> None:
     sources = {name: Source(0.0) for name in (MEMORY, CACHE, ENCODER)}
-    told: list[str] = []
+    on_turn: list[str] = []
     found = compare(
         step, next, {name: source.batches for name, source in sources.items()}, seconds=0.0, repeats=2,
-        told=lambda name, turn: told.append(name),
+        on_turn=lambda name, turn: on_turn.append(name),
     )  # fmt: skip
-    assert told == [MEMORY, CACHE, ENCODER, READER] * 2
+    assert on_turn == [MEMORY, CACHE, ENCODER, READER] * 2
     of_steps, read = 2 * 2 * (WARM_STEPS + 1), 2 * (WARM_STEPS + 1)
     taken = {name: source.taken for name, source in sources.items()}
     assert taken == {MEMORY: of_steps, CACHE: of_steps + read, ENCODER: of_steps}

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
+import click
 import pytest
+import typer
 
+from regen_dist.config import RunConfig, T2VConfig
+from regen_dist.config.run import Section
 from tests.unit.house.test_contracts import ROOT
 from tests.unit.house.test_docs import PAGES
+from tools.cli import app
 
 LONGEST_LINE = 299
 GUIDES = [page for page in PAGES if "results" not in page.parts and page.name != "CHANGELOG.md"]
@@ -114,3 +121,97 @@ def test_guarantees_stand_on_one_page() -> None:
     """No other page has a table of them."""
     found = [page.name for page in PAGES if re.search(r"^\| guarantee", page.read_text(encoding="utf-8"), re.MULTILINE)]
     assert found == []
+
+
+PRIVATE = re.compile(
+    r"\b(told|mend(s|ed|ing)?|for ever|stand-ins?|stood in for|looked at|gone back from|as it stands|leaves word"
+    r"|in the place of|first word|last word|nobody in|held against|out of thin air|walk(s|ing)? to it)\b",
+    re.IGNORECASE,
+)
+
+
+def _prose(text: str) -> str:
+    """A page without its code: blocks, spans, and the names of files in links."""
+    return re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", " ", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_a_page_uses_standard_words(page: Path) -> None:
+    """STYLE: report, fix, forever, replacement sample, inspect, roll back, unchanged, record, instead of."""
+    assert PRIVATE.search("It is told once")
+    assert not PRIVATE.search(_prose("`for ever` for every"))
+    prose = " ".join(_prose(page.read_text(encoding="utf-8")).split())
+    assert [found.group() for found in PRIVATE.finditer(prose)] == []
+
+
+LIST_WITHOUT_A_GAP = re.compile(r"^(?![-*|#>` ]|\d+\.)[^\n]+\n[-*] ", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_list_begins_after_an_empty_line(page: Path) -> None:
+    """Or the site shows it as one paragraph (GitHub does not)."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert [found.group()[:60] for found in LIST_WITHOUT_A_GAP.finditer(text)] == []
+
+
+def _sections(annotation: object) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)
+
+
+def _is_a_key(parts: list[str], sections: Sequence[type[Section]]) -> bool:
+    fields = [section.model_fields[parts[0]] for section in sections if parts[0] in section.model_fields]
+    below = [each for field in fields for each in _sections(field.annotation)]
+    return bool(fields) and (len(parts) == 1 or _is_a_key(parts[1:], below))
+
+
+RUNS = (RunConfig, T2VConfig)
+GROUPS = "|".join(sorted({name for run in RUNS for name, field in run.model_fields.items()
+                          if list(_sections(field.annotation))}))  # fmt: skip
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_keys_of_the_config_that_are_named_exist(page: Path) -> None:
+    assert _is_a_key(["model", "decoder", "attention", "backend"], RUNS)
+    assert not _is_a_key(["model", "nothing"], RUNS)
+    text = re.sub(r"```python.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = set(re.findall(rf"(?<![\w./\"])((?:{GROUPS})(?:\.[a-z_0-9]+)+)(?![\w(/])", text))
+    files = {name for name in named if name.rpartition(".")[2] in ("py", "md", "json", "yaml", "safetensors")}
+    assert [name for name in sorted(named - files) if not _is_a_key(name.split("."), RUNS)] == []
+
+
+def _is_a_module(name: str) -> bool:
+    """Of this project: a module, a package, or a name in one."""
+    path = ROOT.joinpath(*name.split("."))
+    if path.is_dir() or path.with_suffix(".py").is_file():
+        return True
+    file = path.parent.with_suffix(".py") if path.parent.with_suffix(".py").is_file() else path.parent / "__init__.py"
+    return file.is_file() and path.name in re.findall(r"\w+", file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_modules_and_folders_that_are_named_exist(page: Path) -> None:
+    text, ours = page.read_text(encoding="utf-8"), "regen_dist|launcher|tools"
+    modules = set(re.findall(rf"\b((?:{ours})(?:\.\w+)+)", text))
+    for module, names in re.findall(rf"from ((?:{ours})(?:\.\w+)+) import ([\w, ]+)", text):
+        modules |= {f"{module}.{name.strip()}" for name in names.split(",")}
+    assert [name for name in sorted(modules) if not _is_a_module(name)] == []
+    folders = set(re.findall(rf"`((?:{ours}|configs|tests|docs)/[\w/.-]+)`", text))
+    assert [name for name in sorted(folders) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_are_named_exist(page: Path) -> None:
+    if page.name == "CHANGELOG.md":
+        pytest.skip("it names commands of earlier versions, too")
+    cli = typer.main.get_command(app)
+    named = re.findall(
+        r"(?:^|`|# |\$ )regen ([a-z][a-z-]*)(?: ([a-z][a-z-]*)(?![\w./=-]))?", page.read_text(), re.MULTILINE
+    )
+    for first, second in named:
+        command = cli.get_command(click.Context(cli), first)
+        assert command is not None, first
+        if second and isinstance(command, click.Group):
+            assert command.get_command(click.Context(command), second) is not None, f"{first} {second}"

@@ -40,6 +40,7 @@ SWITCHES = {
     "CheckpointConfig.best_is", "SpikeConfig.action", "LatentStdConfig.action", "ConditioningConfig.kind",
     "ConditioningConfig.time", "AttentionConfig.pattern", "ModelConfig.linear_start", "DensityConfig.kind",
     "DiffusionConfig.path", "DiffusionConfig.target", "DiffusionConfig.weighting", "DiffusionConfig.sampler",
+    "FlowConfig.sampler", "ZeroConfig.communication_dtype", "EncoderConfig.kind", "EncoderConfig.precision",
     "AdversarialConfig.loss", "AdversarialConfig.regularisation",
 }  # fmt: skip
 

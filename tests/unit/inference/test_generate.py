@@ -340,6 +340,12 @@ class TestSettings:
         ):  # fmt: skip
             assert text in str(caught.value)
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("name", ["fps", "guidance"])
+    def test_what_is_not_finite_is_refused(self, made: Made, name: str, value: float) -> None:
+        with pytest.raises(ConfigError, match=f"{name} is -?(nan|inf); it must be finite"):
+            resolve_settings(made.model, **{name: value})
+
     def test_an_empty_batch(self, made: Made, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="the batch is 0"):
             _generate(made, tmp_path, batch=0)
@@ -359,6 +365,14 @@ class TestTexts:
         codec.model.encoder.load_state_dict({n: t + 0.01 for n, t in codec.model.encoder.state_dict().items()})
         with pytest.raises(CheckpointError, match="is not the one that the latents were made with"):
             generate(made.model, codec, WordEncoder, PROMPTS, tmp_path / "out", _settings(made))
+
+    @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+    @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+    def test_prompts_of_a_file_of_any_editor(self, tmp_path: Path, mark: bytes, end: bytes) -> None:
+        """A byte-order mark is no text; lines end at a newline alone, and what else Unicode breaks at stays."""
+        texts = ["a red circle", "two\u2028lines\x85of one\x0bprompt", "Ende"]
+        (tmp_path / "p.txt").write_bytes(mark + end.join(text.encode() for text in [texts[0], "", *texts[1:]]))
+        assert read_prompts(tmp_path / "p.txt") == [Prompt(number, text) for number, text in enumerate(texts)]
 
     def test_embeddings_are_rounded_as_in_a_cache(self, made: Made) -> None:
         found = embed_prompts(WordEncoder(), made.model.space, PROMPTS)

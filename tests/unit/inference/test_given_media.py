@@ -291,7 +291,7 @@ class TestCommand:
         assert "rows of 3 clips are sampled, the model was trained on 2 at most" in shown
 
     def test_both_are_refused(self, made: Made, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="give one of both"):
+        with pytest.raises(ConfigError, match="give only one of them"):
             self._regen(made, tmp_path, "--image", "a.png", "--continue", "b.mp4")
 
 

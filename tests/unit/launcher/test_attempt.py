@@ -224,7 +224,7 @@ def test_a_history_that_cannot_be_written_ends_no_task_and_starts_none_for_ever(
     ranks_end(job, 0, 75, 75)
     verdict = end(job, task, Place(why="preempted"), 75)
     assert (verdict.go, verdict.code) == (False, 75)
-    assert "not started again, for its history cannot be written" in verdict.text
+    assert "not restarted, because its history cannot be written" in verdict.text
     said = capsys.readouterr().err
-    assert "this start is missing in the history" in said
-    assert "no word is left of the end of rank 1 (75)" in said
+    assert "this start is missing from the history" in said
+    assert "exit status 75 of rank 1 was not recorded" in said

@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from launcher.cluster import load_cluster
 from launcher.pipelines.planning import plan
-from launcher.pipelines.schema import filled, load_pipeline
+from launcher.pipelines.schema import fill_placeholders, load_pipeline
 from launcher.submit import expand_sweep, sweep_request
 from regen_dist.errors import ConfigError
 from tools.cli import app
@@ -47,7 +47,7 @@ def test_commands_of_every_pipeline_can_be_read(path: Path) -> None:
     """By the console command: there are such commands, with such options."""
     for step in load_pipeline(path).steps.values():
         if step.command:
-            read(get_command(app), [filled(word, 0, step.array) for word in step.command])
+            read(get_command(app), [fill_placeholders(word, 0, step.array) for word in step.command])
 
 
 def read(command: Any, words: list[str]) -> None:
@@ -59,7 +59,7 @@ def read(command: Any, words: list[str]) -> None:
 
 
 def test_a_cluster_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"no cluster 'slurmm'; there are .*local.*slurm"):
+    with pytest.raises(ConfigError, match=r"no cluster 'slurmm'; choose one of .*local.*slurm"):
         load_cluster("slurmm")
 
 
@@ -86,7 +86,8 @@ def test_what_a_cluster_cannot_be(override: str, expected: str) -> None:
         ("{a: {command: [x], after: [c]}, b: {command: [x]}}", "there is no step 'c'; Allowed: b"),
         ("{a: {command: [x], after: [bb]}, bbb: {command: [x]}}", "did you mean bbb?"),
         ("{a: {command: [x], after: [b]}, b: {command: [x]}}", "these steps wait for each other: "),
-        ("{a: {command: [x], outputs: ['http://x/y']}}", "is not supported"),
+        ("{a: {command: [x], outputs: ['http://x/y']}}", "http:// is read only"),
+        ("{a: {command: [x], outputs: ['ftp://x/y']}}", "is not supported"),
         ("{a: {train: y.yaml, outputs: [z]}}", "inputs and outputs are a command's"),
         ("{a: {command: [x], train: y.yaml}}", "give either train"),
         ("{a: {}}", "give either train"),

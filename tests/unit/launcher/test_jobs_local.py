@@ -13,7 +13,7 @@ from launcher import local_executor, slurm
 from launcher.cluster import ClusterConfig
 from launcher.job import Submission, newest_job
 from launcher.jobs.find import choose_job
-from launcher.jobs.stop import left_to_do, rebuild_request, resubmit, stop
+from launcher.jobs.stop import incomplete_tasks, rebuild_request, resubmit, stop
 from launcher.retry import decide_start, read_history
 from launcher.submit import command_request, submit, wait_for
 from regen_dist.config import to_yaml
@@ -70,7 +70,7 @@ def test_a_command_is_stopped_for_good(local: Here, capsys: pytest.CaptureFixtur
     job = local.watcher("w")
     wait_until(lambda: is_printing(job), lambda: (job.folder / local_executor.LOG).read_text())
     with pytest.raises(ConfigError, match=r"w: cannot be resumed while it is running, as job \d+; `regen jobs stop w`"):
-        left_to_do(choose_job("w", local.root), local.root)
+        incomplete_tasks(choose_job("w", local.root), local.root)
     assert stop(choose_job("w", local.root), local.root, at_once=False, wait=True)
     assert whys(job.tasks[0].folder) == ["stopped"]
     assert capsys.readouterr().out == "w: stopped; to go on: regen jobs resume w\n"
@@ -95,7 +95,7 @@ def test_one_task_of_an_array_is_stopped_alone(local: Here, capsys: pytest.Captu
     assert stop(choose_job("w/2", local.root), local.root, at_once=False, wait=True)
     assert capsys.readouterr().out == "w/2: stopping (it does not begin)\n"
     with pytest.raises(ConfigError, match="w/2: cannot be resumed while it is stopping"):
-        left_to_do(choose_job("w/2", local.root), local.root)
+        incomplete_tasks(choose_job("w/2", local.root), local.root)
     assert stop(choose_job("w/0", local.root), local.root, at_once=False, wait=True)
     assert whys(job.tasks[0].folder) == ["stopped"]
     assert whys(job.tasks[1].folder) == [""]
@@ -112,14 +112,14 @@ def test_the_task_that_failed_alone_is_resumed(local: Here) -> None:
     job = local.submit("a", command, tasks=3, parallel=3)
     assert wait_for(job) != 0
     (local.root / "1.yaml").write_text(to_yaml(tiny_run()))
-    before, order = rebuild_request(left_to_do(choose_job("a", local.root), local.root), None, [])
+    before, order = rebuild_request(incomplete_tasks(choose_job("a", local.root), local.root), None, [])
     again = resubmit(before, order)
     assert again.tasks == job.tasks[1:2]
     assert again.code == job.code
     assert wait_for(again) == 0
     assert [whys(task.folder) for task in job.tasks] == [["done"], ["failed", "done"], ["done"]]
     with pytest.raises(ConfigError, match="a: nothing is left to do"):
-        left_to_do(choose_job("a", local.root), local.root)
+        incomplete_tasks(choose_job("a", local.root), local.root)
 
 
 def test_a_complete_training_is_not_resumed(tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_a_complete_training_is_not_resumed(tmp_path: Path) -> None:
     started(job.tasks[0])
     ended(job.tasks[0], "stopped")
     committed(tmp_path / "a", 90, at=time.time())
-    assert len(left_to_do(choose_job("a", tmp_path), tmp_path)) == 1
+    assert len(incomplete_tasks(choose_job("a", tmp_path), tmp_path)) == 1
     committed(tmp_path / "a", 100, at=time.time())
     with pytest.raises(ConfigError, match="a: nothing is left to do, all is complete; for more steps submit it again"):
-        left_to_do(choose_job("a", tmp_path), tmp_path)
+        incomplete_tasks(choose_job("a", tmp_path), tmp_path)
 
 
 def test_steps_of_a_pipeline_are_not_resumed_beside_each_other(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_what_slurm_does_not_tell_is_not_resumed(tmp_path: Path, monkeypatch: py
     job = made_job(tmp_path / "a", array_tasks(tmp_path / "a", 1), steps=None)
     started(job.tasks[0])
     with pytest.raises(RegenError, match="squeue not found"):
-        left_to_do(choose_job("a", tmp_path), tmp_path)
-    assert len(left_to_do(choose_job("a", tmp_path), tmp_path, force=True)) == 1
+        incomplete_tasks(choose_job("a", tmp_path), tmp_path)
+    assert len(incomplete_tasks(choose_job("a", tmp_path), tmp_path, force=True)) == 1
 
 
 def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (fresh.code / "launcher" / "jobs").is_dir()
     assert (fresh.workdir, fresh.kind, fresh.cluster.nodes) == (job.workdir, "train", 1)
     os.rmdir(job.code)
-    with pytest.raises(RegenError, match="the copy of the code is gone; --new-code"):
+    with pytest.raises(RegenError, match="the code snapshot is gone; --new-code"):
         resubmit(job, fewer)
 
 

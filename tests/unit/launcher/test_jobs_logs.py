@@ -15,7 +15,7 @@ import pytest
 
 from launcher.job import Submission
 from launcher.jobs.find import Member
-from launcher.jobs.logs import Follower, choose_logs, last_lines, launcher_logs, newest_log, show
+from launcher.jobs.logs import Follower, choose_logs, last_bytes, last_lines, launcher_logs, show
 from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import ConfigError
 from tests.helpers.jobs import SUBMITTED, array_tasks, ended, made_job, started
@@ -45,7 +45,7 @@ def test_the_newest_lines(tmp_path: Path, text: str, count: int, expected: list[
     path = tmp_path / "log"
     path.write_bytes(text.encode())
     assert last_lines(path, count) == expected
-    assert text.encode().endswith(newest_log(path, count))
+    assert text.encode().endswith(last_bytes(path, count))
 
 
 def test_lines_over_many_blocks(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from launcher.jobs.find import JobState, QueueState, judge
+from launcher.jobs.find import JobState, QueueState, derive_state
 from launcher.retry import Attempt, End, Start, Why
 
 
@@ -61,11 +61,11 @@ GONE, CANCELLED, FAILED = QueueState(), QueueState("CANCELLED"), QueueState("FAI
 )  # fmt: skip
 def test_states(history: list[Attempt], told: QueueState, expected: JobState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.jobs.find.time.time", lambda: NOW)
-    assert judge(history, told, stop=False, complete=False) == expected
+    assert derive_state(history, told, stop=False, complete=False) == expected
 
 
 def test_a_job_that_ends_before_it_begins_has_failed() -> None:
-    found = judge([], FAILED, stop=False, complete=False)
+    found = derive_state([], FAILED, stop=False, complete=False)
     assert found.state == "failed"
     assert "--launcher" in found.note
 
@@ -83,11 +83,11 @@ def test_a_job_that_ends_before_it_begins_has_failed() -> None:
     ],
 )
 def test_with_a_file_that_asks_it_to_stop(history: list[Attempt], told: QueueState, state: str) -> None:
-    assert judge(history, told, stop=True, complete=False).state == state
+    assert derive_state(history, told, stop=True, complete=False).state == state
 
 
 def test_a_complete_run_that_was_submitted_again_is_done() -> None:
-    assert judge([], QueueState("COMPLETED"), stop=False, complete=True) == JobState("done")
+    assert derive_state([], QueueState("COMPLETED"), stop=False, complete=True) == JobState("done")
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,4 @@ def test_a_complete_run_that_was_submitted_again_is_done() -> None:
     ],
 )
 def test_where_the_scheduler_is_silent_the_history_tells(history: list[Attempt], stop: bool, state: str) -> None:
-    assert judge(history, None, stop=stop, complete=False).state == state
+    assert derive_state(history, None, stop=stop, complete=False).state == state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from launcher import slurm
+from launcher.cli import print_submitted
 from launcher.job import JobTask
 from launcher.jobs.find import choose_job
 from launcher.jobs.table import TAIL_BYTES, JobRow, duration, list_jobs, print_rows, read_end, read_tail
@@ -204,7 +206,7 @@ def test_runs_without_the_launcher_are_told_by_their_heartbeats(
     beaten(run, at=time.time() - age_s, left=left, why=why)
     row = rows_of(tmp_path)["plain"]
     assert (row.state, row.step, row.steps) == (state, 8, 8)
-    with pytest.raises(ConfigError, match=r"was not started by `regen submit`.*STOP"):
+    with pytest.raises(ConfigError, match=r"not started by `regen submit`.*STOP"):
         choose_job("plain", tmp_path)
 
 
@@ -272,7 +274,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_a_name_that_is_none_is_answered_with_near_ones(tmp_path: Path) -> None:
     made_job(tmp_path / "nano")
-    with pytest.raises(ConfigError, match=r"nanno: no folder of this name .* there are nano"):
+    with pytest.raises(ConfigError, match=r"nanno: no such folder .* there are nano"):
         choose_job("nanno", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="nothing was submitted here"):
@@ -295,3 +297,34 @@ def test_json_and_no_torch(tmp_path: Path) -> None:
     assert (row["run"], row["state"], row["note"], row["steps"]) == ("a", "failed", "exit code 3", 100)
     with pytest.raises(ConfigError, match="no such folder"):
         list_jobs(tmp_path / "absent")
+
+
+def test_a_link_to_a_run_is_that_run(tmp_path: Path, squeue: Answers) -> None:
+    """Submitted or not, and whatever the link is called; by its name it is found too."""
+    squeue({})
+    root = tmp_path / "runs"
+    made_job(root / "m")
+    beaten(root / "plain", at=time.time())
+    for name, target in (("a_link", "m"), ("z_link", "m"), ("a_plain", "plain"), ("z_plain", "plain")):
+        (root / name).symlink_to(target)
+    assert sorted(row.run for row in list_jobs(root)[0]) == ["m", "plain"]
+    assert [member.task.folder for member in choose_job("z_link", root)] == [root / "m"]
+    (tmp_path / "other").symlink_to(root)
+    assert len(list_jobs(tmp_path)[0]) == 2
+
+
+def test_a_run_that_was_moved_says_where_it_was(tmp_path: Path) -> None:
+    made_job(tmp_path / "a")
+    beaten(tmp_path / "a", at=time.time())
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/b: was moved; it was submitted as {tmp_path}/a, .*[Mm]ove it"):
+        choose_job("b", tmp_path)
+
+
+def test_commands_to_copy_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path with a space and a quote comes back whole from the shell."""
+    folder = tmp_path / "my runs" / "it's"
+    print_submitted(made_job(folder))
+    line = capsys.readouterr().out.splitlines()[-1]
+    for command in line.removeprefix("watch it: ").split("; ")[1:]:
+        assert str(folder) in shlex.split(command)

@@ -14,7 +14,7 @@ from launcher import slurm
 from launcher.job import Submission, new_folder
 from launcher.pipelines import run
 from launcher.pipelines.planning import PlannedStep, plan
-from launcher.pipelines.run import check_all, held, run_here, run_on_slurm, scripts, table
+from launcher.pipelines.run import check_all, pipeline_lock, run_locally, run_on_slurm, scripts, table
 from launcher.pipelines.schema import load_pipeline
 from launcher.preflight import Report
 from launcher.preflight.report import PreflightError
@@ -95,17 +95,17 @@ def test_the_problems_of_all_steps_forbid_all(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(run, "check", check)
     said = list[str]()
     with pytest.raises(PreflightError) as caught:
-        check_all(planned(), force=False, tell=said.append)
+        check_all(planned(), force=False, emit=said.append)
     assert str(caught.value).splitlines()[:3] == [
         "nothing was submitted: 2 problem(s)", "  - first: bad p.first", "  - third: bad p.third",
     ]  # fmt: skip
     assert said == [f"note: {name}: by the way" for name in STEPS]
     assert known["p.first"] == []
-    made = ["s3://data/train/manifest.json", "s3://data/train", str(Path("runs/p/first").absolute())]
-    assert known["p.second"] == made
-    assert known["p.third"] == [*made, "made", str(Path("runs/p/second").absolute())]
-    check_all(planned(), force=True, tell=said.append)
-    assert said[-1] == "warning: submitted in spite of: third: bad p.third"
+    produced = ["s3://data/train/manifest.json", "s3://data/train", str(Path("runs/p/first").absolute())]
+    assert known["p.second"] == produced
+    assert known["p.third"] == [*produced, "made", str(Path("runs/p/second").absolute())]
+    check_all(planned(), force=True, emit=said.append)
+    assert said[-1] == "warning: submitted despite: third: bad p.third"
 
 
 def test_on_this_machine_a_failure_stops_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_on_this_machine_a_failure_stops_what_follows(monkeypatch: pytest.Monkey
     codes = {"p.first": 0, "p.second": 4}
     monkeypatch.setattr(run, "missing_outputs", lambda request, step: {})
     monkeypatch.setattr(run, "wait_for", lambda job: codes[job.name])
-    assert run_here(planned("local"), lines.append) == 4
+    assert run_locally(planned("local"), lines.append) == 4
     assert [name for name, _ in scheduler.taken] == ["p.first", "p.second"]
     assert lines[-1] == "second ended with exit code 4; nothing after it was started"
 
@@ -124,19 +124,19 @@ def test_a_step_that_does_not_make_what_it_declares(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run, "wait_for", lambda job: 0)
     second = [each for each in planned("local") if each.name == "second"]
     with pytest.raises(DataError, match="step second ended well, but made is not there"):
-        run_here(second, print)
+        run_locally(second, print)
 
 
 def test_one_command_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "p"
-    with held(folder, print):
+    with pipeline_lock(folder, print):
         program = (
-            "import sys; from pathlib import Path; from launcher.pipelines.run import held\n"
-            "with held(Path(sys.argv[1]), print): pass"
+            "import sys; from pathlib import Path; from launcher.pipelines.run import pipeline_lock\n"
+            "with pipeline_lock(Path(sys.argv[1]), print): pass"
         )
         other = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=False)
-        assert "another `regen submit pipeline` (process " in other.stderr
-    with held(folder, print):
+        assert "in use by another `regen submit pipeline` (process " in other.stderr
+    with pipeline_lock(folder, print):
         pass
 
 
@@ -146,8 +146,8 @@ def test_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     said = list[str]()
-    with held(tmp_path, said.append):
-        assert "no locks there (Function not implemented)" in said[0]
+    with pipeline_lock(tmp_path, said.append):
+        assert "supports no locks (Function not implemented)" in said[0]
 
 
 def test_the_plan_that_is_printed() -> None:

@@ -63,7 +63,7 @@ def test_what_was_told_to_go_goes_on(why: Why) -> None:
     """As often as it gets further."""
     before = history(*((step, why) for step in range(0, 80, 10)))
     verdict = decide_end([*before, attempt(80, None)], code=75, why=why, step=90, retry=RETRY)
-    assert (verdict.go, verdict.text) == (True, f"{why}: it goes on from step 90")
+    assert (verdict.go, verdict.text) == (True, f"{why}: continues from step 90")
 
 
 @pytest.mark.parametrize("why", ["preempted", "time limit", "signal", "unknown"])

@@ -168,7 +168,7 @@ def test_everything_that_is_wrong_is_told_at_once_and_force_submits_anyway(tmp_p
     assert not (tmp_path / "runs").exists()
     forced = _submit(*asked, "--force", "--wait", cwd=tmp_path)
     assert forced.stdout.startswith("submitted tiny on this machine as job ")
-    assert forced.stderr.count("warning: submitted in spite of: ") == 3
+    assert forced.stderr.count("warning: submitted despite: ") == 3
     assert forced.returncode != 0, "the ranks say the same"
 
 

@@ -99,7 +99,9 @@ def test_the_limit_of_the_run_itself(tmp_path: Path) -> None:
     assert told[0].startswith("train.time_limit_lead_s 30 is too short")
     assert told[0].endswith("give train.time_limit_lead_s=50")
     late = tiny_run(tmp_path, train__time_limit_s=600.0)
-    assert texts(timing.times(subject(late, TIMED)), forbids=False)[0].startswith("train.time_limit_s 600 never comes")
+    assert texts(timing.times(subject(late, TIMED)), forbids=False)[0].startswith(
+        "train.time_limit_s 600 never applies"
+    )
 
 
 def test_a_run_that_has_measured_nothing_is_a_note(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def submitted(order: SubmissionRequest, folder_of: Path) -> Iterator[Submission]
 
 def test_a_run_that_is_running(tmp_path: Path) -> None:
     checked = subject(tiny_run(tmp_path))
-    with submitted(checked.order, checked.order.base):
+    with submitted(checked.request, checked.request.base):
         told = texts(runs.alive(checked))
     assert len(told) == 1
     assert "job 4711 (test) runs or waits for it already" in told[0]
@@ -150,10 +152,10 @@ def test_a_run_of_a_sweep_that_is_running(tmp_path: Path) -> None:
     """Alone while the sweep runs, and the sweep while it runs alone."""
     swept = [(tiny_run(tmp_path, name=name), "tiny") for name in ("tiny-lr1", "tiny-lr2", "tiny-lr3")]
     sweep, alone = Subject(sweep_request(swept, LOCAL, "test")), subject(swept[1][0])
-    with submitted(sweep.order, sweep.order.base):
+    with submitted(sweep.request, sweep.request.base):
         assert f"`regen jobs stop {tmp_path}/tiny-sweep`" in texts(runs.alive(alone))[0]
         assert list(runs.alive(subject(tiny_run(tmp_path, name="other")))) == []
-    with submitted(alone.order, alone.order.base):
+    with submitted(alone.request, alone.request.base):
         assert "for tiny-lr2 already" in texts(runs.alive(sweep))[0]
 
 
@@ -163,10 +165,10 @@ def test_a_job_that_nobody_can_be_asked_about_is_a_note(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(runs, "is_alive", unknown)
     checked = subject(tiny_run(tmp_path))
-    with submitted(checked.order, checked.order.base):
+    with submitted(checked.request, checked.request.base):
         found = list(runs.alive(checked))
     assert [each.forbids for each in found] == [False]
-    assert "could not be told: squeue not found" in found[0].text
+    assert "still runs: squeue not found" in found[0].text
 
 
 # Checkpoints

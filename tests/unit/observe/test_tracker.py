@@ -49,7 +49,7 @@ def test_an_offline_run_is_resumed_with_its_videos(tmp_path: Path, monkeypatch: 
         tracker.close()
         assert tracker.failures == 0
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert {run.name.rsplit("-", 1)[1] for run in runs} == {read_run_id(tmp_path)}
+    assert {run.name.split("-")[3] for run in runs} == {read_run_id(tmp_path)}
     films = [path for run in runs for path in run.rglob("*.mp4")]
     assert len(films) == 2
     assert {path.read_bytes() for path in films} == {video.read_bytes()}

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from launcher.cluster import load_cluster
 from launcher.pipelines.schema import load_pipeline, with_inputs
-from launcher.submit import command_order
+from launcher.submit import command_request
 from regen_dist.config import load_config
 from regen_dist.errors import DataError
 from tools.bench.codec_systems import CONFIGS, own_config
@@ -38,7 +38,7 @@ def test_presets_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
 def test_inputs_of_a_pipeline_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As configs are; the user's own file comes first, and another content is another step."""
     preset = Path("configs/preencode/nano.yaml")
-    order = command_order("job", tmp_path, ["config"], load_cluster("local"), "local")
+    order = command_request("job", tmp_path, ["config"], load_cluster("local"), "local")
     monkeypatch.chdir(tmp_path)
     ours = with_inputs(order, [preset]).fingerprint
     assert ours == with_inputs(order, [ROOT / preset]).fingerprint != order.fingerprint

@@ -127,6 +127,6 @@ def test_what_is_refused(made: Made, tmp_path: Path) -> None:
         _regen(made, tmp_path, "a dog", "--prompts", file)
     with pytest.raises(DataError, match="holds no prompt"):
         _regen(made, tmp_path, "--prompts", file)
-    with pytest.raises(ConfigError, match="write HEIGHTxWIDTH in pixels, as 192x320"):
+    with pytest.raises(ConfigError, match="write HEIGHTxWIDTH in pixels, such as 192x320"):
         parse_size("192")
     assert parse_size("192x320") == (192, 320)

@@ -225,6 +225,14 @@ def test_a_text_belongs_to_the_video_of_its_very_name(tmp_path: Path) -> None:
     ]
 
 
+def test_videos_of_cameras_and_archives_are_found(tmp_path: Path) -> None:
+    """All that ffmpeg decodes and that people call videos; nothing in a folder is passed over by its ending alone."""
+    names = ["a.gif", "b.VOB", "c.mts", "d.m2ts", "e.wmv", "f.flv", "g.3gp", "h.mxf", "i.ogv"]
+    for name in [*names, "readme.md", "x.png"]:
+        (tmp_path / name).write_bytes(b"x")
+    assert [source.name for source in find_sources([tmp_path]).found] == names
+
+
 def test_another_text_of_the_same_length_is_another_dataset(videos: Path) -> None:
     """By its bytes, not by when it was written."""
     text = videos / "deep" / "c.txt"

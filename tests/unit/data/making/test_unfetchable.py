@@ -88,6 +88,15 @@ def test_a_caption_that_cannot_be_fetched_leaves_its_video_out(server: FakeStore
     assert "archived" in _left_out(tmp_path / "out")["a.mp4"]
 
 
+def test_another_caption_of_the_same_length_is_refused(server: FakeStore, tmp_path: Path) -> None:
+    """In a bucket by the object's tag, so that no text is fetched for it."""
+    build_shards([URL], tmp_path / "out", OPTIONS, workers=0)
+    build_shards([URL], tmp_path / "out", OPTIONS, workers=0)
+    server.objects["v/a.txt"] = b"a circle"
+    with pytest.raises(DataError, match="digest"):
+        build_shards([URL], tmp_path / "out", OPTIONS, workers=0)
+
+
 @pytest.mark.parametrize("answer", [(403, "ExpiredToken"), (403, "InvalidAccessKeyId"), (404, "NoSuchBucket")])
 def test_what_concerns_the_whole_store_stops_and_a_rerun_goes_on(
     server: FakeStore, tmp_path: Path, answer: tuple[int, str]
