@@ -38,6 +38,7 @@ from regen_dist.evaluation.protocol import PinnedVideo, Protocol
 from regen_dist.inference.frames import Frame, VideoWriter, write_video
 from regen_dist.jsontext import json_text
 from regen_dist.observe.hardware import describe_machine
+from regen_dist.pixels import to_float
 
 MEDIA, MEASURED = "media", "measured"
 WORST_FRAMES = 3  # of each video and model, from different stretches of `_STRETCH` frames
@@ -130,7 +131,7 @@ class _FrameMeasures:
             if self.networks.fid is not None:
                 self._keep(f"frames_{side}", self.networks.fid.call(_batch(frames)))
         if self.networks.lpips is not None and held:
-            a, b = (_batch(sides[side]) / 127.5 - 1 for side in ("source", "decoded"))
+            a, b = (to_float(_batch(sides[side])) for side in ("source", "decoded"))
             self.lpips += self.networks.lpips.call(a, b).tolist()
 
     def _keep(self, name: str, features: Tensor) -> None:

@@ -13,6 +13,7 @@ from regen_dist.data.loading.clip_loader import clip_batches
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
 from tools.bench import data_cases
+from tools.bench.data_start import first_batch
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,6 @@ def test_both_sides_count_every_clip(shapes: Path) -> None:
 
 
 def test_a_start_is_told_in_parts(shapes: Path, tmp_path: Path) -> None:
-    found = data_cases.first_batch(str(shapes), tmp_path, crop=32, num_frames=5, batch=2)
+    found = first_batch(str(shapes), tmp_path, crop=32, num_frames=5, batch=2)
     assert 0 < found["import_s"] + found["open_s"] + found["batch_s"] <= found["seconds"]
     assert list((tmp_path / "catalogues").glob("*.npy")), "it opened the dataset with this cache"

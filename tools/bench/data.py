@@ -31,6 +31,7 @@ from regen_dist.programs import regen
 from tools.bench import data_cases
 from tools.bench import data_cases as clipping
 from tools.bench.common import Case, Figure, Rounds, Turn, in_turn, ratio, spread, summary
+from tools.bench.data_start import first_batch
 from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
@@ -393,7 +394,7 @@ class Suite:
             with TemporaryDirectory() as cache:
                 for state, each in found.items():
                     each.append(
-                        data_cases.first_batch(
+                        first_batch(
                             self.clips_url, Path(cache), crop=CROPS[0], num_frames=self.num_frames, batch=_BATCH
                         )
                     )

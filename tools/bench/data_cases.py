@@ -4,7 +4,6 @@ wait."""
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -301,10 +300,6 @@ def _peak_mb() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
-if __name__ == "__main__":
-    print(json_text(_measure(int(sys.argv[1]), mixed=sys.argv[2] == "mixed")))
-
-
 # A dataset of small samples whose bytes are drawn, for what reads bytes and decodes nothing.
 
 _DESCRIBED = SampleFacts(frames=17, height=64, width=64, fps=24.0, source="drawn bytes, not a video")
@@ -327,54 +322,6 @@ def make_small_samples(
         for each, size in enumerate(sizes):
             writer.add(NewSample(f"small-{each:06d}", generator.bytes(size), _DESCRIBED))
     write_manifest(store, [index_name("small", shard) for shard in range(writer.shards)], "synthetic", options)
-
-
-# Seconds from nothing to the first batch, in a process of its own (`python -m` of this module).
-
-_BEGUN = time.perf_counter()
-
-
-def first_batch(url: str, cache: Path, *, crop: int, num_frames: int, batch: int) -> dict[str, float]:
-    """Start a program that opens the dataset and takes one batch from two workers.
-
-    Args:
-        cache: folder of the catalogue; where it holds the dataset's, that is used.
-
-    Returns:
-        seconds: `import_s` (the library and torch), `open_s` (the dataset), `batch_s` (workers, bytes, decoding) and
-        `seconds`, the whole program.
-    """
-    options = {"url": url, "crop": crop, "num_frames": num_frames, "batch": batch}
-    begun = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", __name__, json_text(options)],
-        env=os.environ | {"REGEN_CACHE": str(cache)},
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    found: dict[str, float] = json.loads(done.stdout)
-    return {"seconds": time.perf_counter() - begun, **found}
-
-
-def _starting_measure(url: str, crop: int, num_frames: int, batch: int) -> dict[str, float]:
-    from regen_dist.config.run import DataConfig
-    from regen_dist.data.loading.clip_loader import clip_batches
-    from regen_dist.data.loading.datasets import TrainingSet
-
-    imported = time.perf_counter()
-    config = DataConfig(url=url, size=(crop, crop), short_side="fit", workers=2)
-    data = TrainingSet(config, num_frames=num_frames, batch_global=batch, seed=0)
-    opened = time.perf_counter()
-    batches = clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)
-    next(batches)
-    there = time.perf_counter()
-    batches.close()
-    return {"import_s": imported - _BEGUN, "open_s": opened - imported, "batch_s": there - opened}
-
-
-if __name__ == "__main__":
-    print(json_text(_starting_measure(**json.loads(sys.argv[1]))))
 
 
 # Data wait of a training run, from its record.
@@ -408,3 +355,7 @@ def waited(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "step_s": median(line["step_s"] for line in warm),
         "warm_steps": warm[-1]["step"] - lines[COLD_LINES - 1]["step"],
     }
+
+
+if __name__ == "__main__":
+    print(json_text(_measure(int(sys.argv[1]), mixed=sys.argv[2] == "mixed")))

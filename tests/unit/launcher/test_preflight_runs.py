@@ -99,7 +99,9 @@ def test_the_limit_of_the_run_itself(tmp_path: Path) -> None:
     assert told[0].startswith("train.time_limit_lead_s 30 is too short")
     assert told[0].endswith("give train.time_limit_lead_s=50")
     late = tiny_run(tmp_path, train__time_limit_s=600.0)
-    assert texts(timing.times(subject(late, TIMED)), forbids=False)[0].startswith("train.time_limit_s 600 never applies")
+    assert texts(timing.times(subject(late, TIMED)), forbids=False)[0].startswith(
+        "train.time_limit_s 600 never applies"
+    )
 
 
 def test_a_run_that_has_measured_nothing_is_a_note(tmp_path: Path) -> None:

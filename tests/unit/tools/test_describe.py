@@ -20,7 +20,7 @@ from tools.describe.facts import with_clips_per_gpu
 from tools.describe.video import DescribedVideo
 
 ROOT = Path(__file__).parents[3]
-NOT_RUNS = ("base", "cluster", "pipelines", "preencode")  # fragments, places to run at, jobs after jobs, caches
+NOT_RUNS = ("base", "cluster", "evaluate", "pipelines", "preencode")  # fragments, machines, protocols, steps, caches
 LISTS = ("compression_clips.yaml",)  # of test clips
 CONFIGS = sorted(
     path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in NOT_RUNS and path.name not in LISTS

@@ -75,7 +75,8 @@ def test_on_a_disk_that_is_full(tmp_path: Path, root: Path) -> None:
         f"""
         import os, sys
         sys.path.insert(0, {str(root)!r})
-        from regen_dist.data.storage.store import DiskFull, Store
+        from regen_dist.data.storage.store import Store
+        from regen_dist.errors import DiskFull
         store = Store({str(tmp_path)!r})
         store.put("old", b"x" * 1000)
         for write in (
