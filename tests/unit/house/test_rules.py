@@ -29,7 +29,8 @@ SHORT = """
     regen_dist/models/baseline.py regen_dist/models/building.py regen_dist/models/discriminator.py
     regen_dist/models/loss_memory.py regen_dist/observe/streams.py regen_dist/pixels.py regen_dist/programs.py
     regen_dist/registry.py regen_dist/training/configs.py regen_dist/training/registry.py launcher/pipelines/cli.py
-    launcher/preflight/library.py launcher/preflight/report.py launcher/preflight/settings.py tools/bench/data_start.py tools/cli.py
+    launcher/preflight/library.py launcher/preflight/report.py launcher/preflight/settings.py
+    tools/bench/data_start.py tools/cli.py
     tools/config.py tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py
     tools/gpu_check/ranks.py tools/gpu_check/suite.py tools/gpu_check/worker.py tools/init.py tools/jobs.py
     tools/preencode.py tools/shards/frames.py tools/submit.py tools/text.py tools/train.py
@@ -49,7 +50,7 @@ LONG_FUNCTIONS = {  # of these all but one are commands, whose parameters are th
 COMMON_NAMES = {"cli": 4, "embedder": 4, "encoder": 3, "export": 3, "losses": 3, "preencode": 3, "run": 4, "t2v": 4}
 CLASSES_TWICE = {"Entry", "LeftOut", "Progress", "Step", "VideoSource", "_Saved"}
 # Upper bounds, measured when each rule was written. Lower one after rewording or inlining; never raise one.
-MOST_BAD_OPENINGS = 491
+MOST_BAD_OPENINGS = 228
 MOST_SMALL_HELPERS = 356
 BAD_OPENING = re.compile(
     r"(What|Whatever|Of|As|By|Whether|Where|Wherever|Which|Who|Whose|How|Why|When|For|From|In|On|To|With|That|Those|There)\b"
