@@ -43,7 +43,9 @@ def tell(error: BaseException, rank: int = 0, world_size: int = 1) -> None:
 
 def abort_group() -> None:
     """Leave the process group without waiting for its collectives, in `ABORT_S` at most."""
-    if not dist.is_initialized():
+    # A gloo group leaves nothing behind. Aborted first, it would break the connections of the other ranks, which could
+    # then end before this one; the job's exit code is that of the first rank that ends.
+    if not dist.is_initialized() or dist.get_backend() == "gloo":
         return
     # There is no public name for it in torch 2.10 to 2.13; `destroy_process_group` waits.
     thread = threading.Thread(target=dist.distributed_c10d._abort_process_group, name="abort", daemon=True)

@@ -26,14 +26,14 @@ def _train(config: AnyRunConfig) -> list[Any]:
     """As any run, but that rank 1 gets its batches late."""
     from regen_dist.training.loop import Trainer
 
-    batches = Trainer._batches
+    batches = Trainer.open_batches
 
     def late(self: Trainer) -> Generator[Any]:
         for batch in batches(self):
             time.sleep(SLOW_S * self.ranks.rank)
             yield batch
 
-    Trainer._batches = late  # type: ignore[method-assign]
+    Trainer.open_batches = late  # type: ignore[method-assign]
     return train_jobs([Job(config)])
 
 

@@ -155,6 +155,6 @@ def _run_block(config: T2VConfig, block: Any) -> float:
     mask = torch.ones(1, text_tokens, dtype=torch.bool)
     positions = rotary_angles(token_positions(grid, torch.device("cpu")), width // config.model.heads)
     with torch.no_grad(), deepspeed.zero.GatheredParameters(list(block.parameters())):
-        out = block(x, torch.ones(1, 6, width).bfloat16(), text, mask, positions, grid)
+        out = block(x, torch.ones(1, 1, 6, width).bfloat16(), text, mask, positions, grid)
     assert out.shape == x.shape
     return float(out.float().square().mean().sqrt())
