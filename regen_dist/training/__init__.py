@@ -1,1 +1,1 @@
-"""What one run does: tasks, the loop, guards and stopping."""
+"""One training run: tasks, the loop, guards and stopping."""

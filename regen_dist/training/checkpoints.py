@@ -1,4 +1,4 @@
-"""A run and its checkpoints: which one it starts from, what goes into one, and what a failed save means."""
+"""Checkpoints of a run: the choice of the one to start from, its content, and the handling of a failed save."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _CLOSE_S = 60.0  # for a save in flight when a run ends with an error
 
 
 def has_checkpoints(config: AnyRunConfig, ranks: Ranks) -> bool:
-    """Whether the run has any, whole or not. A collective."""
+    """Return whether the run has any checkpoint, whole or not. A collective."""
     folder = CheckpointFolder(config.checkpoints, limits_of(config.data.read))
     return ranks.on_main(lambda: bool(folder.steps()))
 
 
 class Progress(NamedTuple):
-    """How far a run is: optimizer steps made, batches of the data's order that were left out, and the metrics of the
+    """Progress of a run: optimizer steps made, batches of the data order that were left out, and the metrics of the
     newest validation."""
 
     step: int
@@ -42,7 +42,7 @@ class Progress(NamedTuple):
 
 
 class RunCheckpoints:
-    """The checkpoints of one run: what is saved of its engine and guards, and loaded into them. Collective throughout.
+    """Checkpoints of one run: save the state of its engine and guards, and load it. Collective throughout.
 
     Args:
         config: of the run.
@@ -56,7 +56,7 @@ class RunCheckpoints:
         folder: where they are.
         newest: the step of the newest one that is committed.
         rollbacks: the steps that the run went back to.
-        on_saved: told of every save that has ended.
+        on_saved: called with the outcome of every save that has ended.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class RunCheckpoints:
 
     @property
     def finished(self) -> bool:
-        """Whether this rank's part of a save has ended since it was last settled: vote on it, then `settle`."""
+        """Return whether this rank's part of a save has ended since the last `settle`: vote on it, then `settle`."""
         return self._saver.finished
 
     def settle(self, *, must_succeed: bool = False) -> None:
@@ -204,7 +204,7 @@ class RunCheckpoints:
         return f"The same command goes on from step {good[-1]}, the last checkpoint from before them"
 
     def close(self) -> None:
-        """Let a save in flight end, for a while: the run ends with an error, and that one is told."""
+        """Let a save in flight end, for a while: the run ends with an error of its own, which is the one to report."""
         self._saver.settle(_CLOSE_S)
 
     def _manifest(self, progress: Progress) -> CheckpointManifest:
@@ -225,7 +225,7 @@ class RunCheckpoints:
         )
 
     def _refuse_lost(self) -> None:
-        """A folder that is not mounted, or was emptied, is no new run."""
+        """Refuse a folder that is not mounted or was emptied: it is not a new run."""
         record = self._config.folder / "metrics.jsonl"
         lines = read_record(record, "checkpoint") if record.exists() else []
         if saved := [line["step"] for line in lines if not line["problem"]]:
@@ -236,7 +236,7 @@ class RunCheckpoints:
 
     @property
     def checksums(self) -> bool:
-        """Whether every byte of a checkpoint is compared before it is loaded."""
+        """Return whether every byte of a checkpoint is compared before it is loaded."""
         return self._config.checkpoint.verify == "checksums"
 
     def _check_belongs(self, manifest: CheckpointManifest) -> None:
@@ -257,7 +257,7 @@ class RunCheckpoints:
             )
 
     def _check_companion(self, manifest: CheckpointManifest, where: str) -> None:
-        """A discriminator may begin anew, or be given up; it cannot go on as another one."""
+        """Check the discriminator: it may begin anew or be dropped, but not continue as a different one."""
         companion, saved = self._engine.companion, manifest.state.get("companion")
         if companion is not None and saved is not None and saved["shapes"] != companion.shapes():
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The config of a run folder when the run goes on by another: what has changed is told, and the earlier one is kept.
+"""The config of a run folder when the run goes on by another: changes are reported, and the earlier one is kept.
 
 RUN/config.yaml             the current one
 RUN/config-00000400.yaml    the one before it, by which the run came to step 400
@@ -17,8 +17,8 @@ from regen_dist.training.metrics import learning_rate
 
 
 def replace_config(config: AnyRunConfig, step: int) -> list[str]:
-    """Make `config` the one of its run folder, from `step` on. Returns what there is to tell: each key that has
-    changed, and the learning rate before and after. A disk that takes no config ends no run: that is told too."""
+    """Make `config` the one of its run folder, from `step` on. Returns what to report: each key that has
+    changed, and the learning rate before and after. If the disk takes no config, the run goes on, with a warning."""
     told: list[str] = []
     try:
         if (config.folder / CONFIG_FILE).is_file():
@@ -48,7 +48,7 @@ _ABSENT = "(none)"
 
 
 def _rates(earlier: AnyRunConfig, config: AnyRunConfig, step: int) -> list[str]:
-    """How the learning rate of the next step differs from the one that it would have had; empty where it does not."""
+    """Compare the learning rate of the next step with the one by the earlier config; empty if they are the same."""
     now = learning_rate(config.optimizer, step, config.train.steps)
     would = learning_rate(earlier.optimizer, step, earlier.train.steps)
     before = learning_rate(earlier.optimizer, max(step - 1, 0), earlier.train.steps)

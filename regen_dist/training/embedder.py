@@ -30,7 +30,7 @@ from regen_dist.training.linear_start import LINEAR_CODES, first_cells, fit_line
 from regen_dist.training.losses import ExtraLosses
 from regen_dist.training.task import Loss, Validation
 
-# A noise prediction has no one-step reconstruction from pure noise: validate as near to it as the division allows.
+# A noise prediction has no one-step reconstruction from pure noise: validate as close to it as the division allows.
 LATEST_EPS_TIME = 0.98
 
 
@@ -79,7 +79,7 @@ class EmbedderTask:
         torch.manual_seed(self.config.train.seed)
         model = build_model(self.config.model)
         if self.config.model.linear_start == "pca" and not resumes:
-            # Read and fitted once: a stand-in on one rank alone would give it another code than the others'.
+            # Read and fitted once: a replacement sample on one rank alone would give it a code of its own.
             model.load_state_dict(ranks.on_main(lambda: self._fitted(model)), strict=False)
         model.set_activation_checkpointing(self.config.engine.activation_checkpointing)
         return model
@@ -119,7 +119,7 @@ class EmbedderTask:
         return validation(x0, x0_from(settings.path, settings.target, prediction, noise, t), latents)
 
     def _noise(self, x0: Tensor, ids: Tensor, step: int, frames: Tensor) -> Tensor:
-        """Of these frames [n] of clips."""
+        """Draw the noise of these frames [n] of clips."""
         times = frames.expand(x0.shape[0], -1)
         return gaussian(self.config.train.seed, ids, times, (x0.shape[3], x0.shape[4]), draw=step)
 
@@ -144,7 +144,7 @@ class BaselineTask(EmbedderTask):
 
 
 def frozen_encoder(config: ModelConfig) -> dict[str, str]:
-    """The fingerprint of somebody else's encoder, by which a checkpoint holds to it; nothing for our own."""
+    """Return the fingerprint of a third-party encoder, to which its checkpoints are bound; nothing for our own."""
     return {ENCODER_FACT: DiffusersEncoder(config).fingerprint} if config.encoder.frozen else {}
 
 
@@ -172,8 +172,8 @@ def latent_noise(config: RunConfig, x0: Tensor, ids: Tensor, step: int) -> Laten
 
 
 def latent_figures(latents: Latents, num_frames: int) -> dict[str, Tensor]:
-    """The latents' spread over positions: near 0 a latent says nothing, near 1 it uses its whole bound. Images have no
-    motion latent to tell of."""
+    """Return the latents' spread over positions: near 0 a latent carries no information, near 1 it uses its whole
+    bound. Images have no motion latent to report."""
     return {
         f"latent_std_{name}": latent.detach().float().std((0, 2, 3)).mean()
         for name, latent in latents._asdict().items()

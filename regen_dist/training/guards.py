@@ -1,4 +1,4 @@
-"""What keeps a long run from going wrong in silence."""
+"""Guards that keep a long run from going wrong unnoticed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from regen_dist.errors import DataError, TrainingError
 # The median absolute deviation times this is the standard deviation, where the values are normally distributed.
 _STD_OF_MAD = 1.4826
 
-# The least spread that a window is taken to have, as a share of its median. A window of nearly equal losses (a plateau,
+# Lower bound on the spread of a window, as a share of its median. A window of nearly equal losses (a plateau,
 # few clips seen again and again) has a MAD of about 0, and any noise would be many of those away. With the default
 # threshold of 10 this lets pass 10 % above the median at least; spikes that harm a run are several times the median.
 _LEAST_SPREAD = 0.01
@@ -82,7 +82,7 @@ class SpikeGuard:
         self.rollbacks = 0
 
     def judge(self, step: int, loss: float, kind: str = "") -> Spike | None:
-        """Take note of the loss of a step; a spike when this step completes one.
+        """Record the loss of a step; return a spike when this step completes one.
 
         Args:
             step: counted from 1.
@@ -110,7 +110,7 @@ class SpikeGuard:
         return spike
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: numbers, lists and names, which JSON gives back bit for bit."""
+        """Return the state that a checkpoint keeps: numbers, lists and names, which JSON restores bit for bit."""
         windows = {kind: list(window) for kind, window in self._windows.items()}
         return {"windows": windows, "row": list(self._row), "rollbacks": self.rollbacks}
 
@@ -129,13 +129,13 @@ def running_median(losses: Sequence[float], threshold: float) -> tuple[float, fl
     return middle, middle + threshold * max(spread, _LEAST_SPREAD * abs(middle))
 
 
-_LATENT_STD = "latent_std_"  # a task's figures of its latents begin so
+_LATENT_STD = "latent_std_"  # prefix of a task's figures of its latents
 
-_FEW_CLIPS = 1000  # before so many, a share says little: as many bad samples are borne as of this number
+_FEW_CLIPS = 1000  # below it a share says little: as many bad samples are allowed as of this number
 
 
 def poison_nonfinite(loss: Tensor) -> Tensor:
-    """The loss, with gradients that are nowhere finite when it is not finite itself: so the one check of the gradients,
+    """Return the loss; if it is not finite, with gradients that are nowhere finite: so the one check of the gradients,
     over all ranks, finds both."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
@@ -152,7 +152,7 @@ class Guards:
         self._clips = config.train.batch_global
 
     def after_step(self, step: int, result: StepResult, num_replaced: int) -> None:
-        """Take note of a step: what became of it, and how many of the global batch's clips were stand-ins.
+        """Take note of a step: its result, and the number of replacement samples in the global batch.
 
         Raises:
             SkippedSteps, DataError: too many steps were skipped, or too many samples are bad.
@@ -161,11 +161,11 @@ class Guards:
         self.bad_samples.check(step, {"bad_samples": num_replaced, "clips": self._clips})
 
     def figures(self) -> dict[str, float]:
-        """What the log shows of them."""
+        """Return the figures for the log."""
         return {"skipped": self.nonfinite.skipped, "rollbacks": self.spikes.rollbacks}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return {name: getattr(self, name).state() for name in _GUARDS}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -193,7 +193,7 @@ class NonFiniteGuard:
         self._most_in_a_row, self.in_a_row = in_a_row, 0
 
     def check(self, step: int, result: StepResult) -> None:
-        """Take note of a step.
+        """Record a step.
 
         Raises:
             SkippedSteps: a budget is used up.
@@ -213,7 +213,7 @@ class NonFiniteGuard:
             )
 
     def check_end(self, step: int) -> None:
-        """Refuse to call a run done whose last steps were skipped.
+        """Refuse to call a run complete if its last steps were skipped.
 
         Raises:
             SkippedSteps: they were.
@@ -226,7 +226,7 @@ class NonFiniteGuard:
             )
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return {"skipped": self.skipped} | ({"in_a_row": self.in_a_row} if self.in_a_row else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -246,7 +246,7 @@ class BadSampleGuard:
         self.bad, self.clips = 0, 0
 
     def check(self, step: int, figures: Mapping[str, float]) -> None:
-        """Take note of `bad_samples` among `clips` since the last check.
+        """Record `bad_samples` among `clips` since the last check.
 
         Raises:
             DataError: the share is exceeded.
@@ -260,7 +260,7 @@ class BadSampleGuard:
             )
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return {"bad": self.bad, "clips": self.clips}
 
     def restore(self, state: Mapping[str, int]) -> None:
@@ -280,7 +280,7 @@ class LatentGuard:
         self._outside: dict[str, int] = {}  # name of a latent -> log lines in a row
 
     def check(self, step: int, figures: Mapping[str, float]) -> list[str]:
-        """Take note of a log line, averaged over the ranks. Returns what to warn of, one line a latent.
+        """Record a log line, averaged over the ranks. Returns the warnings, one line a latent.
 
         Raises:
             TrainingError: a latent is out of range, and `guards.latent_std.action` is "stop".
@@ -297,7 +297,8 @@ class LatentGuard:
         return problems
 
     def _judge(self, name: str, std: float) -> str | None:
-        """What is wrong with a latent, at the log line that completes the row; when to stop, at later ones too."""
+        """Return the problem of a latent at the log line that completes `patience` lines in a row; with action=stop, at
+        later lines too."""
         config = self._config
         if config.low <= std <= config.high:
             self._outside.pop(name, None)
@@ -311,16 +312,16 @@ class LatentGuard:
         )
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return dict(self._outside)
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on from a checkpoint's state: what was said already is not said again."""
+        """Go on from a checkpoint's state: earlier warnings are not repeated."""
         self._outside = dict(state)
 
 
 def _advice(std: float, config: LatentStdConfig) -> str:
-    """What to try when a latent's std is `std`."""
+    """Return advice for a latent whose std is `std`."""
     if std < config.low:
         return (
             "The decoder learns next to nothing from it: lower model.latent.noise_std or optimizer.lr, "

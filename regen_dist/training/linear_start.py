@@ -1,4 +1,4 @@
-"""The cells that an embedder's linear code is fitted to before its first step: of the first clips of the order.
+"""Fit of an embedder's linear code before its first step, to cells of the first clips of the data order.
 
 Legend: B clips, M cells, k temporal compression, P = 8 pixels a side of a cell.
 """
@@ -27,11 +27,11 @@ from regen_dist.models.linear import EvenLinear, LinearDecoder
 #
 # Legend: B clips, M cells, k temporal compression, P = 8 pixels a side of a cell, C latent channels, J time modes.
 
-LINEAR_CODES = ("encoder.linear.", "linear.", "decoder.linear.")  # what it sets, of REGEN and of the baseline
+LINEAR_CODES = ("encoder.linear.", "linear.", "decoder.linear.")  # modules that it sets, of REGEN and of the baseline
 
-_RMS = 0.3  # of the latents over channels: well inside the ball that they lie in
+_RMS = 0.3  # std of the latents over channels: well inside their ball
 _SPREAD = 0.5  # of a component's std how much stays in its channel's: all channels bear latent noise about as well
-_RIDGE = 1e-6  # of the mean square of a feature
+_RIDGE = 1e-6  # share of the mean square of a feature
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 4  # of the randomised decomposition (Halko, Martinsson and Tropp, 2011)
 
 
@@ -131,7 +131,7 @@ def first_cells(data: TrainingSet) -> Tensor:
     """Cells of the first clips of the order, [M, k+1, 3*P*P] in [-1, 1]; images are passed over.
 
     Raises:
-        DataError: a sample and all that could stand in for it are bad, or the store does not answer.
+        DataError: a sample and all its possible replacement samples are bad, or the store does not answer.
     """
     taken, cells, clips = list[Tensor](), 0, 0
     with closing(clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)) as batches:
@@ -146,7 +146,7 @@ def first_cells(data: TrainingSet) -> Tensor:
 
 
 def _some_cells(video: Tensor) -> Tensor:
-    """Of uint8 clips [B, 3, k+1, H, W], evenly spread cells of each."""
+    """Take evenly spread cells of each of the uint8 clips [B, 3, k+1, H, W]."""
     cells = frames_to_cells(video.float() / 127.5 - 1)
     every = max(1, len(cells) // (len(video) * CELLS_PER_CLIP))
     return cells[::every]

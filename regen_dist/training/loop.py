@@ -20,8 +20,8 @@ from regen_dist.training.task import Batch, TrainingTask
 
 
 class StepHeartbeat(NamedTuple):
-    """What all ranks know after a step: the global mean loss, the stand-ins among the global batch's clips, whether
-    some rank wants to stop, and whether a save has ended."""
+    """State that all ranks share after a step: the global mean loss, the number of replacement samples in the global
+    batch, whether some rank wants to stop, and whether a save has ended."""
 
     loss: float
     num_replaced: int
@@ -30,7 +30,7 @@ class StepHeartbeat(NamedTuple):
 
 
 class Trainer(Stepper):
-    """One rank of a run: trains with the parts that `run.build_trainer` hands it, from where its checkpoints are.
+    """One rank of a run: trains from its newest checkpoint, with the parts that `run.build_trainer` passes.
 
     Args:
         config: of the run.
@@ -43,7 +43,7 @@ class Trainer(Stepper):
         reporter: tells of figures and events.
         sample_log: notes this rank's samples.
         progress: of the checkpoint that was loaded.
-        mark: told what this rank does next, and in which step: for its heartbeat.
+        mark: called with this rank's next phase and its step, for the heartbeat.
         gradient_hooks: see the gradients of every step.
     """
 
@@ -133,7 +133,7 @@ class Trainer(Stepper):
         self.sample_log.write(self.step + 1, micro, batch)
 
     def _pulse(self, stopper: Stopper) -> StepHeartbeat:
-        """What the ranks tell each other after every step, in one collective."""
+        """Exchange the state of all ranks after a step, in one collective."""
         self._mark("agree")
         loss, num_replaced = self.meter.end_step()
         own = [loss, num_replaced, stopper.wanted(), self.checkpoints.finished]
@@ -163,8 +163,8 @@ class Trainer(Stepper):
             self.checkpoints.save(Progress(self.step, self.data_shift, self.metrics), wait=wait)
 
     def _roll_back(self, spike: Spike) -> None:
-        """Go back, for good, to the newest whole checkpoint from before a spike, and on with the samples that come
-        after it. A collective.
+        """Go back, for good, to the newest whole checkpoint before a spike, and continue with the samples after it. A
+        collective.
 
         Raises:
             TrainingError: the run went back `guards.spike.max_rollbacks` times already.
@@ -208,7 +208,7 @@ class Trainer(Stepper):
         manifest = self.ranks.on_main(decide)
         checkpoints.newest, checkpoints.rollbacks = manifest.step, manifest.rollbacks
 
-        # Load it, drop what was recorded of later steps, and read on behind the spike.
+        # Load it, drop the records of later steps, and continue with the data after the spike.
         reached = self.step
         self.close_batches()
         self.step, self.data_shift, self.metrics = checkpoints.restore(manifest)

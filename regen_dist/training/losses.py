@@ -115,7 +115,7 @@ def _frames(video: Tensor, places: Tensor) -> Tensor:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """In the block, gradients pass through a module to its inputs alone."""
+    """Freeze a module in the block: gradients pass through it to its inputs alone."""
     module.requires_grad_(False)
     try:
         yield module

@@ -1,4 +1,4 @@
-"""What a stretch of steps cost: speed, data wait, MFU, and the means of the losses over micro-batches and ranks."""
+"""Metrics of a range of steps: speed, data wait, MFU, and the means of the losses over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StepMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew: nothing was counted, and the clock starts."""
+        """Clear all counts and restart the clock."""
         self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
         self._cpu_began = time.process_time()
         self._sums = {}
@@ -57,17 +57,17 @@ class StepMeter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in the block is data wait."""
+        """Time the block as data wait."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     def add(self, loss: Tensor, figures: Mapping[str, Tensor], flops: float, bad_samples: int = 0) -> None:
-        """The loss and the figures of a micro-batch of this rank. Kept on the device: no synchronisation.
+        """Add the loss and the figures of a micro-batch of this rank. Kept on the device: no synchronisation.
 
         Args:
             flops: operations that training on it needs (forward and backward), without recomputation.
-            bad_samples: how many of its clips are stand-ins.
+            bad_samples: number of replacement samples among its clips.
         """
         for name, value in {"loss": loss.detach(), **figures}.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
@@ -77,7 +77,7 @@ class StepMeter:
         self._step_bad += bad_samples
 
     def end_step(self) -> tuple[float, int]:
-        """Close a step. Returns this rank's mean loss of it, and how many of its clips were stand-ins."""
+        """Close a step. Returns this rank's mean loss of it, and its number of replacement samples."""
         loss, bad = float(torch.stack(self._step_losses).mean()), self._step_bad
         self._step_losses, self._step_bad = [], 0
         self._steps, self._bad_samples = self._steps + 1, self._bad_samples + bad
@@ -111,14 +111,14 @@ class StepMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in the block does not count: validation and saving are not training."""
+        """Leave the time of the block out: validation and saving are not training."""
         start, cpu_start = time.perf_counter(), time.process_time()
         yield
         self._began += time.perf_counter() - start
         self._cpu_began += time.process_time() - cpu_start
 
 
-# Which ranks are slow: the time that each waits for data, computes, and takes for a step.
+# Slow ranks: the time that each rank waits for data, computes, and takes for a step.
 #
 # Ranks wait for each other in every step, so the time of a step is nearly the same on all of them. Waiting for data
 # and the processor's time are a rank's own, and name the one that the others wait for.
@@ -160,7 +160,7 @@ class RankClock:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The block is a step, up to where ranks agree on going on."""
+        """Time the block as a step, which ends where the ranks agree to go on."""
         start, cpu = time.perf_counter(), time.process_time()
         yield
         self._stepped += time.perf_counter() - start
@@ -169,7 +169,7 @@ class RankClock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in the block, inside a step, is data wait."""
+        """Time the block, inside a step, as data wait."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
@@ -197,7 +197,7 @@ def compared(times: list[RankTimes]) -> RankReport:
     return RankReport(figures, f"ranks, min / median / max a step: {'; '.join(lines)}")
 
 
-# Where the figures and pictures of a run go: the record, the progress line, trackers, picture files. Only rank 0
+# Destinations of a run's figures and pictures: the record, the progress line, trackers, picture files. Only rank 0
 # reports.
 
 
@@ -220,7 +220,7 @@ class Reporter:
         self._record.write("event", step, {"event": "start", "world_size": ranks.world_size, "machine": machine})
 
     def train(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures of the steps since the last log line."""
+        """Report the figures of the steps since the last log line."""
         if self._silent:
             return
         self._record.write("train", step, figures)
@@ -228,8 +228,8 @@ class Reporter:
         self._trackers.log(step, {f"train/{name}": value for name, value in figures.items()})
 
     def validation(self, step: int, result: Validation) -> None:
-        """Figures of the validation, and what there is to look at: a picture of the first sample's source and what was
-        made of it; videos, where they were generated from captions."""
+        """Report the figures of the validation, and its media: the first sample's source beside its reconstruction; and
+        videos, if any were generated from captions."""
         if self._silent:
             return
         self._record.write("validation", step, result.figures)
@@ -241,7 +241,7 @@ class Reporter:
     def _shown(
         self, write: Callable[[int, Validation], dict[str, Path]], step: int, result: Validation
     ) -> dict[str, Path]:
-        """Files to look at; none where the disk refuses, which is said once and ends no run."""
+        """Return the media files; none if the disk refuses, which is reported once and does not end the run."""
         try:
             return write(step, result)
         except OSError as error:
@@ -251,7 +251,7 @@ class Reporter:
             return {}
 
     def gradients(self, step: int, norms: Mapping[str, float]) -> None:
-        """The norm of every layer's gradient in a step."""
+        """Report the norm of every layer's gradient in a step."""
         if self._silent:
             return
         self._record.write("gradients", step, norms)
@@ -283,26 +283,26 @@ class Reporter:
         return {f"validation/video {number}": path for number, path in enumerate(paths)}
 
     def say(self, step: int, text: str) -> None:
-        """Something that happened: on the terminal and in the record."""
+        """Report an event on the terminal and in the record."""
         if not self._silent:
             self._line.say(text)
             self._record.write("event", step, {"event": text})
 
     def ranks(self, step: int, report: RankReport) -> None:
-        """Which ranks are slow: on the terminal, in the record and in the trackers."""
+        """Report slow ranks: on the terminal, in the record and in the trackers."""
         if not self._silent:
             self.say(step, report.text)
             self._trackers.log(step, report.figures)
 
     def checkpoint(self, outcome: Outcome) -> None:
-        """A save that has ended, well or not."""
+        """Report a save that has ended, successfully or not."""
         if self._silent:
             return
         figures = {"seconds": outcome.seconds, "blocked_s": outcome.blocked_s, "bytes": outcome.size_bytes}
         self._record.write("checkpoint", outcome.step, figures | {"problem": outcome.problem or None})
 
     def rewind(self, step: int) -> None:
-        """The run went back to `step`: what was recorded of later ones is dropped."""
+        """Drop the records of later steps after the run went back to `step`."""
         if not self._silent:
             self._record.rewind(step)
             self._trackers.rewind(step)
@@ -314,7 +314,7 @@ class Reporter:
             self._trackers.close()
 
 
-# What each rank notes of its samples: the bad ones, once each, and on demand the id of every clip trained on.
+# Notes of each rank on its samples: the bad ones, once each, and on demand the id of every clip trained on.
 
 
 class SampleLog:
@@ -333,7 +333,7 @@ class SampleLog:
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
-        """Go on after `step`: the notes of later ones are dropped."""
+        """Go on after `step`: drop the notes of later ones."""
         self.close()
         self._step, self._records = step, {}
         self._known = self._read_known()

@@ -45,13 +45,13 @@ def train(
 
     Raises:
         RunBusy: another process trains this run.
-        RegenError: whatever a user can mend, on every rank alike where one rank alone could not go on.
+        RegenError: an error that a user can fix; on every rank alike if one rank alone could not go on.
     """
     ranks = ranks or read_environment()
     _prepare_process(config, ranks)
     limit_s, lead_s = config.train.time_limit_s, config.train.time_limit_lead_s
     claims = Claims(config)
-    if ranks.is_main:  # before anything is touched in the folder of a run that lives
+    if ranks.is_main:  # before anything is changed in the folder of a live run
         claims.refuse_if_taken()
     with (
         Watchdog(config.folder, ranks.rank, ranks.world_size, config.guards.hang) as watchdog,
@@ -87,7 +87,7 @@ def build_trainer(
     Args:
         config: of the run.
         ranks: this process's place.
-        mark: told what this rank does next, and in which step: for its heartbeat.
+        mark: called with this rank's next phase and its step, for the heartbeat.
         fresh: start from scratch where the run has checkpoints and none of them is whole.
         permit: asked by rank 0 before a checkpoint is begun or committed; raises where it may not be.
     """
@@ -116,7 +116,7 @@ def build_trainer(
 
 
 def _peak_tflops(config: AnyRunConfig, ranks: Ranks) -> float:
-    """Of one rank, for MFU: as configured, else looked up or measured."""
+    """Return the peak rate of one rank, for MFU: as configured, else looked up or measured."""
     return config.train.peak_tflops or peak_tflops(ranks.device, precision_of(config.engine.precision))
 
 
@@ -130,7 +130,7 @@ def _show_kernels() -> None:
 
 @contextmanager
 def _held(claims: Claims, ranks: Ranks) -> Iterator[None]:
-    """Hold the claims of a run, by rank 0. A collective: where somebody else holds one, every rank raises."""
+    """Hold the claims of a run, by rank 0. A collective: if another process holds one, every rank raises."""
     ranks.on_main(claims.take)
     try:
         yield
@@ -144,9 +144,9 @@ def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     device, dtype = ranks.device, precision_of(config.engine.precision)
     ENGINES.available(config.engine.kind, ranks.world_size)
     OPTIMIZERS.available(config.optimizer.kind, device, config.engine.kind)
-    if config.model.kind != "magvit2":  # which has no attention
+    if config.model.kind != "magvit2":  # the baseline has no attention
         BACKENDS.available(attention.backend, device.type, dtype)
-    if config.model.kind != "t2v":  # which has no convolutions
+    if config.model.kind != "t2v":  # t2v has no convolutions
         require_cudnn(device.type, dtype)
     if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not has_native_bf16():
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")

@@ -27,7 +27,7 @@ Called on every rank, so that it may be a collective."""
 
 
 class Step(NamedTuple):
-    """A step that was made: its learning rate, what became of it, and its last micro-batch."""
+    """A completed step: its learning rate, its result, and its last micro-batch."""
 
     lr: float
     result: StepResult
@@ -46,7 +46,7 @@ class Stepper:
         step: steps that were made before.
         data_shift: batches of the order that were left out before.
         batches: this rank's micro-batches from there on; opened by default.
-        mark: told what this rank does next, and in which step: for its heartbeat.
+        mark: called with this rank's next phase and its step, for the heartbeat.
         gradient_hooks: see the gradients of every step.
 
     Attributes:
@@ -75,7 +75,7 @@ class Stepper:
 
     def train_step(self) -> Step:
         """Make one optimizer step."""
-        train, leads = self.config.train, self.engine.rows.leads  # what ranks share is counted once
+        train, leads = self.config.train, self.engine.rows.leads  # shared samples are counted once
         for micro in range(train.accumulation):
             # Fetch a micro-batch.
             self._mark("data")
@@ -91,10 +91,10 @@ class Stepper:
             if leads:
                 self._fetched(micro, batch)
         self._mark("update")
-        # Gradients are whole and not cleared: here they can be looked at.
+        # Gradients are complete and not cleared yet: hooks inspect them here.
         for look in self.gradient_hooks:
             look(self.step + 1, self.engine.named_gradients())
-        # Clip, rate, optimizer, EMA: by the engine, for ZeRO-3 does the first three and clears the gradients in one.
+        # Clip, rate, optimizer, EMA: by the engine, because ZeRO-3 does the first three and the clearing in one.
         lr = learning_rate(self.config.optimizer, self.step, train.steps)
         with record_function("update"):
             result = self.engine.step(lr)
@@ -102,7 +102,8 @@ class Stepper:
         return Step(lr, result, batch)
 
     def open_batches(self) -> Generator[Batch]:
-        """This rank's micro-batches from the current step on: the data's place is the step and what was left out."""
+        """Open this rank's micro-batches from the current step on; the position in the data is the step plus the
+        batches left out."""
         rows, cursor = self.engine.rows, (self.step + self.data_shift) * self.config.train.batch_global
         return rows.read(lambda: self.task.batches(rows.readers, cursor))
 
@@ -112,10 +113,10 @@ class Stepper:
             self.batches.close()
 
     def _fetched(self, micro: int, batch: Batch) -> None:
-        """Note a micro-batch of the step at work."""
+        """Note a micro-batch of the current step."""
 
     def _mark(self, phase: str) -> None:
-        """Steps are told as the record counts them, from 1: the one at work, or the one just made."""
+        """Mark the phase with its step as the record counts steps, from 1: the current step, or the one just made."""
         self._tell(phase, self.step + (phase in _IN_A_STEP))
 
 
@@ -128,14 +129,14 @@ class GradientNorms:
     Args:
         every: steps from one report to the next.
         ranks: of the job; each holds a piece of every gradient.
-        report: told of the step and the norm of each layer.
+        report: called with the step and the norm of each layer.
     """
 
     def __init__(self, every: int, ranks: Ranks, report: Callable[[int, Mapping[str, float]], None]) -> None:
         self._every, self._ranks, self._report = every, ranks, report
 
     def __call__(self, step: int, gradients: Iterable[tuple[str, Tensor]]) -> None:
-        """See a step's gradients (`step.GradientHook`). A collective."""
+        """Inspect a step's gradients (`step.GradientHook`). A collective."""
         if step % self._every:
             return
         squares: dict[str, list[Tensor]] = {}

@@ -15,27 +15,27 @@ from regen_dist.distributed.ranks import Ranks
 
 # The signals that ask a rank to stop, from its first moment to its last. Imports no torch.
 #
-# A rank imports and builds for many seconds before it trains, and tidies up for some afterwards. A signal that came
-# then would end it at once, and look like a failure to whoever started it.
+# A rank imports and builds for many seconds before it trains, and tidies up for some afterwards. A signal
+# at such a moment would end it at once, and look like a failure to the process that started it.
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class SignalInbox:
-    """Keeps the first signal; whoever stops the run looks at it when it can."""
+    """Inbox for the first signal; the code that stops the run reads it when it can."""
 
     def __init__(self) -> None:
         self.first: str | None = None
 
     def listen(self) -> SignalInbox:
-        """From now on to the end of the process, but for those who take the handlers meanwhile."""
+        """Handle the signals from now on to the end of the process, unless others take the handlers meanwhile."""
         for number in SIGNALS:
             signal.signal(number, self._keep)
         return self
 
     def close(self) -> None:
-        """From now on nothing ends this process but its own end: Python gives handlers up before it is gone, and
-        leaves only what is ignored."""
+        """Ignore the signals from now on, so that none of them ends this process: at exit Python gives up handlers
+        early, but leaves ignored signals ignored."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -48,7 +48,7 @@ _START_TICKS = 19  # the process's start among the fields that follow its name: 
 
 
 def process_age_s(stat: Path = _STAT) -> float:
-    """Seconds since this process started; 0 where the system does not tell."""
+    """Seconds since this process started; 0 if the system does not report it."""
     try:
         fields = stat.read_text().rpartition(")")[2].split()  # the name may hold spaces and brackets
         started_s = int(fields[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
@@ -58,8 +58,8 @@ def process_age_s(stat: Path = _STAT) -> float:
 
 
 class Stopper:
-    """Collects the wish to stop. A handler only sets a flag: no collective, no IO; so that a second signal finds
-    nothing to disturb, even while a checkpoint is being written. The first reason stays.
+    """Collects requests to stop. A handler only sets a flag, without collectives or IO, so a second signal does no
+    harm, even while a checkpoint is being written. The first reason stays.
 
     Used as a context manager, it gives the handlers back that were there before.
 
@@ -104,7 +104,7 @@ class Stopper:
             signal.signal(number, handler)
 
     def _put_away(self) -> tuple[int, int] | None:
-        """Remove the file that asked the previous start to stop; where the disk does not let go of it, know it."""
+        """Remove the file that asked the previous start to stop; if the disk refuses, remember it as old."""
         try:
             self._file.unlink(missing_ok=True)
         except OSError as error:
@@ -112,7 +112,7 @@ class Stopper:
         return self._there()
 
     def _there(self) -> tuple[int, int] | None:
-        """Which file STOP is there, by its number and its time; None: there is none."""
+        """Identify the present file STOP by its inode and modification time; None if there is none."""
         try:
             found = self._file.stat()
         except OSError:
@@ -126,7 +126,7 @@ class Stopper:
         self.reason = self.reason or reason
 
     def wanted(self) -> bool:
-        """Whether this rank wants to stop. Only rank 0 looks at the file; each rank has a clock of its own."""
+        """Return whether this rank wants to stop. Only rank 0 looks at the file; each rank has a clock of its own."""
         if self._earlier.first:
             self._ask(self._earlier.first)
         if self.reason is None and self._ranks.is_main and self._there() not in (None, self._old):

@@ -1,5 +1,5 @@
 """The text-to-video task: a rectified flow on cached latents, with text from the cache. No video is decoded and no text
-encoded, but for the samples that are looked at.
+encoded, except for the logged samples.
 
 Legend: B rows, n clips, C channels, F latent frames, h x w latent cells, M text tokens.
 """
@@ -98,7 +98,7 @@ class TextToVideoTask:
         if self._codec is None:
             return Validation(figures)
         made = self._generated(engine, noise, text)
-        if not engine.ranks.is_main or not bool(torch.isfinite(made.frames).all()):  # nothing that can be looked at
+        if not engine.ranks.is_main or not bool(torch.isfinite(made.frames).all()):  # nothing to show
             return Validation(figures)
         videos = [self._decoded(rows) for rows in (NormalisedLatents(x0[: len(made.frames)]), made)]
         loss = f"loss {figures['loss']:.4f}"
@@ -110,7 +110,7 @@ class TextToVideoTask:
         return float(F.mse_loss(velocity, target_of("rectified_flow", "velocity", x0, noise, t)))
 
     def _generated(self, engine: Engine, noise: Tensor, text: Text) -> NormalisedLatents:
-        """A collective: every rank computes the same."""
+        """Generate videos from the captions. A collective: every rank computes the same."""
         count = len(self._captions)
         wanted = Text(text.text[:count], text.mask[:count])
         return sample_latents(engine, noise[:count], wanted, self._null.expanded(count), self.config.diffusion)
@@ -132,13 +132,13 @@ class TextToVideoTask:
         return Text(batch.text.to(self.device), batch.mask.to(self.device))
 
     def _with_dropout(self, text: Text, chances: Tensor) -> Text:
-        """The empty caption in the place of a share of the captions, for guidance (Ho and Salimans, 2022)."""
+        """Replace a share of the captions by the empty caption, for guidance (Ho and Salimans, 2022)."""
         dropped = chances < self.config.data.text_dropout
         return text.where(dropped, self._null.expanded(len(chances)))
 
     @cached_property
     def _space(self) -> LatentSpace:
-        """Of all caches together."""
+        """Latent space of all caches together."""
         data, null = self.data, self.data.null_text()
         assert null is not None, "the caches were checked for text"
         parsed = [parse_statistics(each, data.facts.url) for each in data.statistics]
@@ -168,7 +168,7 @@ class TextToVideoTask:
 
     @cached_property
     def _codec(self) -> Codec | None:
-        """What decodes samples; the same that encoded the caches."""
+        """Codec that decodes samples; the one that encoded the caches."""
         if self.config.generation.embedder is None:
             return None
         codec = Codec.load(self.config.generation.embedder, device=self.device)

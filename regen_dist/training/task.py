@@ -1,4 +1,5 @@
-"""What a step computes, and on what: all that differs between training the embedder, its baseline, and text to video.
+"""Interface of a training task: all that differs between training the embedder, its baseline, and text to video.
+
 The loop is the same.
 """
 
@@ -26,13 +27,13 @@ class Loss(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """All that is minimised."""
+        """The quantity to minimise."""
         return self.value if self.extra is None else self.value + self.extra
 
 
 class Validation(NamedTuple):
-    """Figures of fixed samples, and what to look at: source videos beside what the model makes of them, [B, 3, T, H, W]
-    in [-1, 1] (None where nothing was decoded). `captions` are those of videos that were generated, at `fps`."""
+    """Figures of fixed samples, and media: source videos beside their reconstructions, [B, 3, T, H, W] in [-1, 1] (None
+    if nothing was decoded). `captions` are those of generated videos, at `fps`."""
 
     figures: dict[str, float]
     source: Tensor | None = None
@@ -44,7 +45,7 @@ class Validation(NamedTuple):
 
 
 class Batch(Protocol):
-    """What the loop needs of a micro-batch."""
+    """Part of a micro-batch's interface that the loop needs."""
 
     @property
     def sample_ids(self) -> Tensor:
@@ -56,19 +57,19 @@ class Batch(Protocol):
 
     @property
     def num_replaced(self) -> int:
-        """How many samples come from others in place of bad ones."""
+        """Number of replacement samples."""
 
     @property
     def problem(self) -> str | None:
-        """What else should be known (once) of the reading."""
+        """Message on a problem with reading, to be reported once; None if there is none."""
 
     @property
     def kind(self) -> str:
-        """Its shape in words: losses of different kinds differ."""
+        """Shape of the batch in words: losses of different kinds differ."""
 
 
 class BatchSource(Protocol):
-    """What the loop needs of the training data."""
+    """Part of the training data's interface that the loop needs."""
 
     def identity(self) -> dict[str, str]:
         """Everything that decides which samples a step sees."""
@@ -78,15 +79,15 @@ class BatchSource(Protocol):
 
 
 class TrainingTask(Protocol):
-    """What the loop needs of a task."""
+    """Part of a task's interface that the loop needs."""
 
     @property
     def data(self) -> BatchSource:
         """The training data, opened at the first use."""
 
     def build(self, ranks: Ranks = Ranks(), *, resumes: bool = False) -> nn.Module:  # noqa: B008 - frozen
-        """A fresh model, the same on every rank. A collective of `ranks` where the data decide how it begins, which
-        they need not if it `resumes`: then a checkpoint sets every weight."""
+        """Build a fresh model, the same on every rank. A collective of `ranks` if the start depends on the data; it
+        does not if the run `resumes`, because then a checkpoint sets every weight."""
 
     def batches(self, ranks: Ranks, cursor: int) -> Generator[Any]:
         """This rank's micro-batches (`Batch`) from a cursor on (samples consumed so far by all ranks). Ranks that share
