@@ -27,7 +27,7 @@ __all__ = ["BACKENDS", "Grid", "attention", "cross_attention", "require_flash"]
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention as the textbook writes it, in float32: softmax(q k^T / sqrt(E)) v. Shapes [B, N, L, E]."""
+    """Textbook attention in float32: softmax(q k^T / sqrt(E)) v. Shapes [B, N, L, E]."""
     scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
     mixed: Tensor = scores.softmax(-1) @ v.float()
     return mixed.to(v.dtype)
@@ -44,8 +44,7 @@ def attend_eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def cross_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The textbook's attention to the tokens of a mask, in float32. q [B, N, L, E], k and v [B, N, M, E], mask
-    [B, M]."""
+    """Textbook attention to the tokens of a mask, in float32. q [B, N, L, E], k and v [B, N, M, E], mask [B, M]."""
     scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, N, L, M]
     mixed: Tensor = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1) @ v.float()
     return mixed.to(v.dtype)
@@ -145,7 +144,7 @@ def attention(
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, grid: Grid, config: AttentionConfig, shifted: bool) -> Tensor:
-    """Of whole rows, by any number of heads."""
+    """Compute attention of whole rows, for any number of heads."""
     kernel = BACKENDS[config.backend].build.attend
     if config.pattern == "full" or all(w >= g for w, g in zip(config.window, grid, strict=True)):
         return kernel(q, k, v)

@@ -1,4 +1,4 @@
-"""From a config to the model that it describes."""
+"""Construction of the model that a config describes."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from regen_dist.models.encoder import Latents
 
 
 class TimeWave(nn.Module):
-    """First layer of the SIREN: sin(omega (W t/k + b)), t in frames. [B, T] to [B, T, M]. Always in float32: the phase
-    is what it is about."""
+    """First layer of the SIREN: sin(omega (W t/k + b)), t in frames. [B, T] to [B, T, M]. Always in float32, which the
+    phase needs."""
 
     def __init__(self, k: int, width: int, omega: float) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class LatentConditioning(nn.Module):
 
 
 class FrameConditioning(nn.Module):
-    """C_e of the latent frames of somebody else's encoder (ours): any number n of them, any channels, any cell.
+    """C_e of the latent frames of a third-party encoder (ours): any number n of them, any channels, any cell.
 
     The first latent frame stands for frame 0, the j-th for the r frames (j-1) r + 1 ... j r, so for the time of their
     middle. Each speaks for the times around it by a SIREN over its distance, in latent frames, modulated by itself; at
@@ -144,7 +144,8 @@ class FrameConditioning(nn.Module):
         self.project = nn.Linear(self.channels + conditioning.width, config.decoder.width * self.split**2)
 
     def positions(self, times: Tensor) -> Tensor:
-        """Where times in frames lie among the latent frames: p(t), piecewise linear, before and past the clip too."""
+        """Map times in frames to positions among the latent frames: p(t), piecewise linear, before and past the clip
+        too."""
         middle = (self.stride + 1) / 2  # of the second latent frame
         return torch.where(times < middle, times / middle, 1 + (times - middle) / self.stride)
 
@@ -170,9 +171,9 @@ class FrameConditioning(nn.Module):
 
 # In-context conditioning: latents as tokens in front of the pixels', all at ordinary positions.
 #
-# The rival of C_e in the paper's conditioning ablation. Positions are absolute, in tokens, and told by sinusoids
-# (Vaswani et al., 2017; over several axes as in DiT, Peebles & Xie, 2023); which latent belongs to which pixels is
-# for attention to find out.
+# The alternative to C_e in the paper's conditioning ablation. Positions are absolute, in tokens, and encoded by
+# sinusoids (Vaswani et al., 2017; over several axes as in DiT, Peebles & Xie, 2023); attention has to learn which
+# latent belongs to which pixels.
 #
 # Legend: B batch, T decoded frames, h x w latent cells, Z latent channels, D width of the transformer.
 
@@ -180,8 +181,8 @@ _CONTENT_AT, _MOTION_AT = -2.0, -1.0  # on the axis of frames: before the clip, 
 
 
 class InContext(NamedTuple):
-    """What the decoder is told: positions [B, T, h, w, D] to add to the pixel tokens, and tokens [B, 2*h*w, D] to put
-    in front of them."""
+    """Input of the decoder: positions [B, T, h, w, D] to add to the pixel tokens, and tokens [B, 2*h*w, D] to put in
+    front of them."""
 
     positions: Tensor
     tokens: Tensor
@@ -227,7 +228,7 @@ def sinusoids(times: Tensor, rows: int, columns: int, width: int) -> Tensor:
     shape = (*times.shape, rows, columns, -1)
     parts = time[:, :, None, None], row[:, None], column
     whole = torch.cat([part.expand(shape) for part in parts], -1)
-    return F.pad(whole, (0, width % 2))  # an odd width has a number left over
+    return F.pad(whole, (0, width % 2))  # an odd width leaves one number over
 
 
 def _waves(at: Tensor, pairs: int) -> Tensor:

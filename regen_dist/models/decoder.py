@@ -125,7 +125,7 @@ class GenerativeDecoder(Checkpointed, RowSharing):
             t: diffusion time [B].
             conditioning: C_e, or what else is added to the pixel tokens, [B, T, h, w, D]; without context of the
                 frames `own_frames` alone.
-            context: tokens [B, M, D] that stand in front of the pixels' and are dropped in the end; full attention
+            context: tokens [B, M, D] in front of the pixels' tokens, dropped at the end; full attention
                 alone can take them.
 
         Returns:
@@ -151,7 +151,7 @@ class GenerativeDecoder(Checkpointed, RowSharing):
     def _start(
         self, pixels: Tensor, told: Tensor, gate: Tensor, grid: Grid, context: Tensor | None
     ) -> tuple[Tensor, SequenceShard]:
-        """What the blocks begin with, [B, l, D], and this rank's share of the row."""
+        """Return the input of the first block, [B, l, D], and this rank's share of the row."""
         if context is not None:
             x = torch.cat([context, torch.addcmul(told, self.embed(pixels), gate)], 1)  # [B, M+L, D]
             share = self.rows.share(x.shape[1])
@@ -162,20 +162,22 @@ class GenerativeDecoder(Checkpointed, RowSharing):
         return torch.addcmul(told[:, start - before : stop - before], self.embed(pixels[:, share.own]), gate), share
 
 
-# How far across a frame the parts of an embedder see: what a tile has to know around it to come out as in the whole.
+# Receptive fields of an embedder's parts: the surroundings that a tile needs to give the same result as the whole.
 #
 # Legend: a cell is a latent's place, P = 8 pixels a side.
 
 
 class ReceptiveField(NamedTuple):
-    """What a cell depends on lies within `cells` of it (rows, columns), if tiles begin at multiples of `step` cells."""
+    """Receptive field of a cell: at most `cells` around it (rows, columns), if tiles begin at multiples of `step`
+    cells."""
 
     cells: tuple[int, int]
     step: tuple[int, int] = (1, 1)
 
 
 def encoder_receptive_field(config: EncoderConfig) -> ReceptiveField:
-    """Of the encoder: the sum over its convolutions, each of which sees one place further at its own resolution."""
+    """Return the receptive field of the encoder: the sum over its convolutions, each of which sees one place further at
+    its own resolution."""
     side: int = config.stem_patch
     pixels = side  # the stem's own convolution
     for stage in config.stages:
@@ -185,7 +187,7 @@ def encoder_receptive_field(config: EncoderConfig) -> ReceptiveField:
 
 
 def conv_decoder_receptive_field(config: EncoderConfig) -> ReceptiveField:
-    """Of the baseline's decoder, which mirrors this encoder."""
+    """Return the receptive field of the baseline's decoder, which mirrors this encoder."""
     side = P
     pixels = (1 + 2 * config.out_blocks) * side
     for stage in reversed(config.stages):
@@ -196,10 +198,10 @@ def conv_decoder_receptive_field(config: EncoderConfig) -> ReceptiveField:
 
 
 def transformer_receptive_field(config: DecoderConfig) -> ReceptiveField | None:
-    """Of the generative decoder, or None where every token sees every other one.
+    """Return the receptive field of the generative decoder, or None if every token sees every other one.
 
-    In each block what a cell depends on grows by a cell (the local convolution), then to whole windows, which are
-    shifted in every second block.
+    Each block widens the receptive field by a cell (the local convolution), then to whole windows, which are shifted in
+    every second block.
     """
     if config.attention.pattern == "full":
         return None
@@ -208,7 +210,7 @@ def transformer_receptive_field(config: DecoderConfig) -> ReceptiveField | None:
 
 
 def _window_reach(config: DecoderConfig, window: int) -> int:
-    """The farthest cell that another depends on, along an axis with so long windows."""
+    """Return the farthest cell that another depends on, along an axis with windows of this length."""
     farthest = 0
     for cell in range(window):
         low, high = cell, cell
@@ -222,7 +224,7 @@ def _window_reach(config: DecoderConfig, window: int) -> int:
 
 
 def decoder_receptive_field(config: ModelConfig) -> ReceptiveField | None:
-    """Of the decoder that a config describes; None where it sees the whole frame."""
+    """Return the receptive field of the decoder that a config describes; None if it sees the whole frame."""
     return (
         conv_decoder_receptive_field(config.encoder)
         if config.kind == "magvit2"

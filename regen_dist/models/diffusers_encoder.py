@@ -1,4 +1,4 @@
-"""Somebody else's encoder, frozen: that of any video autoencoder of diffusers, for which our decoder is trained.
+"""Frozen third-party encoder: that of any video autoencoder of diffusers, for which our decoder is trained.
 
 It is no part of the model: it has no parameters here, is never trained and never saved. A checkpoint names it by
 fingerprint. The package is imported, and the weights are read, when the first video is encoded.
@@ -29,7 +29,7 @@ _CONFIG = "config.json"
 
 
 def latent_frames(latents: Latents, channels: int) -> Tensor:
-    """[B, n, Z, h, w] of the latents of a frozen encoder: `content` is the first frame, `motion` all others as
+    """Return the latents of a frozen encoder as [B, n, Z, h, w]: `content` is the first frame, `motion` all others as
     channels. Those of an image are followed by zeros."""
     frames: Tensor = torch.cat([latents.content, latents.motion], 1).unflatten(1, (-1, channels))
     return frames
@@ -70,7 +70,7 @@ class DiffusersEncoder(nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hex of the autoencoder's config and weights, and of what is made of them here."""
+        """SHA-256 in hex of the autoencoder's config and weights, and of the conversion to latents here."""
         config = {name: value for name, value in json.loads(self._config.read_text()).items() if name[:1] != "_"}
         facts = [config, self.settings.precision, self.num_frames]
         digest = hashlib.sha256(json_text(facts, sort_keys=True).encode())
@@ -82,7 +82,7 @@ class DiffusersEncoder(nn.Module):
 
     @property
     def _model(self) -> Any:
-        """The autoencoder, once it is known to be the one expected."""
+        """Return the autoencoder, after checking that it is the expected one."""
         if self.expected not in (None, self.fingerprint):
             raise CheckpointError(
                 f"{self._folder}: not the autoencoder that this model was trained with (fingerprint "
@@ -92,7 +92,7 @@ class DiffusersEncoder(nn.Module):
 
     @cached_property
     def _read(self) -> tuple[Any]:
-        """The autoencoder, in a tuple: as an attribute it would become a child of this module."""
+        """Read the autoencoder, in a tuple: as an attribute it would become a child of this module."""
         try:
             import diffusers
         except ImportError:
@@ -159,5 +159,5 @@ class DiffusersEncoder(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the autoencoder: it is read again where it is needed."""
+        """Return the state without the autoencoder, which is read again where it is needed."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_read", "_scale")}

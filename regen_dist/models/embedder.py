@@ -21,12 +21,12 @@ from regen_dist.models.linear import LinearDecoder
 
 
 def build_encoder(config: ModelConfig) -> Encoder | DiffusersEncoder:
-    """The encoder that a config describes: with fresh weights, or somebody else's."""
+    """Build the encoder that a config describes: with fresh weights, or a third-party one."""
     return DiffusersEncoder(config) if config.encoder.frozen else Encoder(config)
 
 
 class EmbedderBase(nn.Module):
-    """What both embedders share: the encoder and the shape of its latents."""
+    """Common base of the two embedders: the encoder and the shape of its latents."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Regen(EmbedderBase):
         self.linear = LinearDecoder(config) if config.decoder.linear and not config.encoder.frozen else None
 
     def denoise(self, noisy: Tensor, t: Tensor, latents: Latents, times: Tensor) -> Tensor:
-        """One prediction of the decoder.
+        """Predict once with the decoder.
 
         Args:
             noisy: [B, 3, T, H, W].
@@ -94,8 +94,8 @@ class Regen(EmbedderBase):
         latent_noise: Latents | None = None,
         times: Tensor | None = None,
     ) -> tuple[Tensor, Latents]:
-        """Encode `video` and predict from `noisy`: what one training step needs, in one call. `noisy` are the frames at
-        `times` [B, T]; the video's own by default. Returns the clean latents too."""
+        """Encode `video` and predict from `noisy`: one call for all that a training step needs. `noisy` are the frames
+        at `times` [B, T]; the video's own by default. Returns the clean latents too."""
         latents = self.encode(video)
         seen = latents if latent_noise is None else _perturb(latents, latent_noise)
         return self.denoise(noisy, t, seen, self.frame_times(video) if times is None else times), latents

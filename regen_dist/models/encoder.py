@@ -29,7 +29,7 @@ from regen_dist.models.linear import LinearEncoder
 
 
 class Latents(NamedTuple):
-    """What is kept of a clip: the content latent and the motion latent, [B, 8, h, w] each.
+    """Latents of a clip: the content latent and the motion latent, [B, 8, h, w] each.
 
     The content latent is a function of the first frame alone. The motion latent of an image is all zeros, the centre of
     the ball in which latents lie: nothing moves.

@@ -1,7 +1,7 @@
-"""What a model costs, counted on the meta device: parameters, floating point operations, activations.
+"""Cost of a model, counted on the meta device: parameters, floating point operations, activations.
 
-Attention counts as two matrix products over the tokens that see each other, 4 L^2 D operations for L tokens of width D
-that all do. Its matrix of weights is counted as kept where the backend keeps it: `eager` does, fused kernels do not.
+Attention counts as two matrix products over the tokens that see each other: 4 L^2 D operations for L tokens of width D
+if each sees all. Its weight matrix counts as kept if the backend keeps it: `eager` does, fused kernels do not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from regen_dist.models.building import build_model
 from regen_dist.models.sequence_parallel import SimulatedSequenceParallel, share_rows
 from regen_dist.models.t2v import token_grid
 
-# Counts, on the meta device, what one forward pass of a model computes and keeps.
+# Count, on the meta device, of the operations and kept bytes of one forward pass of a model.
 
 
 class Pass(NamedTuple):
@@ -44,7 +44,7 @@ def count_pass(model: nn.Module, forward: Callable[[], object], activation_check
     with FlopCounterMode(display=False) as counter, _Saved(model, units) as saved:
         output = forward()
     flops = {name: sum(each.values()) for name, each in counter.get_flop_counts().items()}
-    del output  # what the backward pass needs lives as long as this
+    del output  # alive until here, with the tensors that the backward pass needs
     recomputed = sum(_flops_of(flops, model, name) for name in units)
     return Pass(
         forward_flops={name: _flops_of(flops, model, name) for name, _ in model.named_children()},
@@ -54,7 +54,7 @@ def count_pass(model: nn.Module, forward: Callable[[], object], activation_check
 
 
 def _flops_of(flops: dict[str, int], model: nn.Module, name: str) -> int:
-    """Operations of a part; those of a list are its members', because it is never called itself."""
+    """Return the operations of a part; those of a list are its members', because it is never called itself."""
     part = model.get_submodule(name)
     if isinstance(part, nn.ModuleList):
         return sum(_flops_of(flops, model, f"{name}.{index}") for index in range(len(part)))
@@ -169,7 +169,7 @@ class FlopReport:
     activation_bytes: int  # kept per sample for the backward pass, on each of the ranks that share it
     parameter_sizes: tuple[int, ...]  # elements of each parameter
 
-    unit: ClassVar[str] = "sample"  # what one is called
+    unit: ClassVar[str] = "sample"  # name of a sample
 
     @property
     def num_parameters(self) -> int:
@@ -189,7 +189,7 @@ class FlopReport:
 
 @dataclass(frozen=True)
 class ClipFlops(FlopReport):
-    """An embedder's, for one clip."""
+    """Costs of an embedder, for one clip."""
 
     clip_shape: tuple[int, int, int, int]  # channels, frames, height, width
     latent_shape: tuple[int, int, int]  # channels, rows, columns of each latent frame
@@ -215,7 +215,7 @@ class ClipFlops(FlopReport):
 
 @dataclass(frozen=True)
 class RowFlops(FlopReport):
-    """The text-to-video transformer's, for one row of clips and its text."""
+    """Costs of the text-to-video transformer, for one row of clips and its text."""
 
     latent_shape: tuple[int, int, int, int]  # channels, latent frames, rows, columns
     text_tokens: int
@@ -285,7 +285,7 @@ def count_row_flops(
 
 
 def row_forward_flops(config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int) -> int:
-    """Operations of one forward pass of a row, as `account_row` counts them, sooner: of one block."""
+    """Count the operations of one forward pass of a row as `account_row` does, but faster: from one block."""
     flops = _count_blocks(config, 1, (config.latent_channels, frames, *size), text_tokens).forward_flops
     return sum(flops.values()) + (config.blocks - 1) * flops["blocks"]
 
@@ -294,7 +294,7 @@ def row_forward_flops(config: T2VModelConfig, frames: int, size: tuple[int, int]
 def training_flops_per_clip(
     config: ModelConfig, size: tuple[int, int], num_frames: int | None = None, decoded: int | None = None
 ) -> int:
-    """Operations that training needs for one clip of `size` = (height, width) pixels: what MFU is measured against.
+    """Count the operations that training needs for one clip of `size` = (height, width) pixels: the reference of MFU.
 
     What activation checkpointing computes a second time is no progress, and is left out. Where only `decoded` of the
     frames are, all but the encoder counts by that share (attention a little too high).
@@ -308,7 +308,7 @@ def training_flops_per_clip(
 
 
 def training_flops_per_row(config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int) -> int:
-    """The same for one row of `frames` latent frames of `size` = (h, w) cells, with so many text tokens.
+    """Count the same for one row of `frames` latent frames of `size` = (h, w) cells, with `text_tokens` tokens.
 
     Every operation on text is a matrix product with as many rows or columns as there are tokens, so the count is affine
     in them: it is taken at two lengths for each kind of row, and a new caption length costs nothing.
@@ -332,8 +332,8 @@ def _count_row(
     checkpointing: bool,
     sequence_parallel: int,
 ) -> Pass:
-    """All blocks are alike, and the meta device is slow: a model of one block and one of two are counted, and each
-    further block costs what the second does."""
+    """Count a row from a model of one block and one of two: all blocks are alike, so each further block costs what the
+    second does, and the meta device is slow."""
     how = precision, checkpointing, sequence_parallel
     one, two = (_count_blocks(config, blocks, shape, text_tokens, *how) for blocks in (1, 2))
     more = config.blocks - 1
@@ -353,15 +353,15 @@ def _count_blocks(
     checkpointing: bool = False,
     sequence_parallel: int = 1,
 ) -> Pass:
-    """One pass of a row through a model of so many blocks."""
+    """Count one pass of a row through a model of this many blocks."""
     model = _on_meta(config.model_copy(update={"blocks": blocks}), precision)
     inputs = _ones(1, *shape), _ones(1), _ones(1, text_tokens, config.text_width), _ones(1, text_tokens).bool()
     return _count_shared(model, inputs, checkpointing, sequence_parallel)
 
 
 def _count_shared(model: nn.Module, inputs: tuple[Tensor, ...], checkpointing: bool, sequence_parallel: int) -> Pass:
-    """Operations of a sample; what is done again, by checkpointing and by ranks that share it and do the same beside
-    each other; and what each of these keeps."""
+    """Return the operations of a sample; those that are repeated, by checkpointing and by each of the ranks that share
+    the sample; and the bytes that each of these ranks keeps."""
     whole = count_pass(model, lambda: model(*inputs), checkpointing)
     if sequence_parallel == 1:
         return whole
@@ -373,7 +373,7 @@ def _count_shared(model: nn.Module, inputs: tuple[Tensor, ...], checkpointing: b
 
 
 def _for_meta(config: Any) -> Any:
-    """The config with a kernel that runs on the meta device: of the fused ones it is PyTorch's, and they count
+    """Return the config with a kernel that runs on the meta device: for flash, PyTorch's fused kernel, which counts
     alike."""
     if isinstance(config, ModelConfig):
         return config.model_copy(update={"decoder": _for_meta(config.decoder)})
@@ -382,7 +382,7 @@ def _for_meta(config: Any) -> Any:
 
 
 def _on_meta(config: ModelConfig | T2VModelConfig, precision: Precision) -> nn.Module:
-    """The model without storage."""
+    """Build the model without storage."""
     with torch.device("meta"):
         return build_model(_for_meta(config)).to(_DTYPE[precision])  # type: ignore[no-any-return]
 

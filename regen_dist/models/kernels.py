@@ -1,7 +1,7 @@
-"""Which kernel computes attention on a GPU: PyTorch's in an order that is written down, FlashAttention-3 before 2.
+"""Choice of the kernel that computes attention on a GPU: PyTorch's kernels in a fixed order, FlashAttention-3 before 2.
 
 On Hopper cuDNN's kernel and FlashAttention-3 reach about twice the rate of FlashAttention-2 (Shah et al., 2024), and
-PyTorch by itself asks FlashAttention-2 first on most builds. Each kernel that runs is logged once
+PyTorch by itself tries FlashAttention-2 first on most builds. Each kernel that runs is logged once
 (logger `regen_dist.models.kernels`).
 """
 
@@ -90,7 +90,7 @@ def attend_flash_lengths(
 
 
 def _mixed(found: Any) -> Tensor:
-    """Earlier releases of FlashAttention-3 give the log-sums as well."""
+    """Return the output without the log-sums that earlier releases of FlashAttention-3 also return."""
     mixed: Tensor = found[0] if isinstance(found, tuple) else found
     return mixed
 
@@ -127,7 +127,7 @@ _told: set[tuple[object, ...]] = set()
 
 
 def _tell(backend: str, kernel: str, q: Tensor) -> None:
-    """Once for each kernel, dtype and width of head."""
+    """Log a kernel once for each dtype and width of head."""
     key = backend, kernel, q.dtype, q.shape[-1]
     if key not in _told:
         _told.add(key)

@@ -25,15 +25,15 @@ from regen_dist.errors import BackendError
 # other.
 #
 # Elementwise operations and matrix products split such tensors by themselves; kernels of convolutions may not, and
-# some then give wrong numbers without a word. Each strip is read with the rows around it that the kernel reaches, so
+# some then give wrong numbers silently. Each strip is read with the rows around it that the kernel reaches, so
 # the result is that of one call.
 
 # cuDNN before 9.15 was wrong from about 1.8e9 elements on, below what 32 bits count (pytorch#163539): stay clear of it.
 MOST_ELEMENTS = 3 * 2**29
-STRIP_ELEMENTS = 2**30  # of a strip, without the rows around it
+STRIP_ELEMENTS = 2**30  # elements of a strip, without the rows around it
 FIRST_CUDNN = 91500  # as `torch.backends.cudnn.version()` counts: 9.15.0
 
-Convolution = Callable[[Tensor, int], Tensor]  # of a tensor, with so many rows of zeros above and below it
+Convolution = Callable[[Tensor, int], Tensor]  # of a tensor, with this many rows of zeros above and below it
 
 
 def require_cudnn(device: str, dtype: torch.dtype) -> None:
@@ -91,7 +91,7 @@ class Frames(NamedTuple):
     rest: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Frames:
-        """Apply what works on each position by itself to both parts."""
+        """Apply a function of single positions to both parts."""
         return Frames(function(self.first), None if self.rest is None else function(self.rest))
 
     def add(self, other: Frames) -> Frames:
@@ -139,7 +139,7 @@ class ChannelNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Frames | Tensor) -> Frames | Tensor:
-        """Of a clip, or of one tensor [B, C, ...]."""
+        """Normalise a clip, or one tensor [B, C, ...]."""
         return x.map(self._normed) if isinstance(x, Frames) else self._normed(x)
 
     def _normed(self, x: Tensor) -> Tensor:
@@ -148,26 +148,26 @@ class ChannelNorm(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """A module that can run its parts with recomputation: their activations are made again in the backward pass."""
+    """Module that can run its parts with checkpointing: their activations are recomputed in the backward pass."""
 
     activation_checkpointing = False
 
     def run(self, part: nn.Module, *inputs: Any, **fixed: Any) -> Any:
-        """`part(*inputs, **fixed)`; `fixed` holds what is no tensor."""
+        """Run `part(*inputs, **fixed)`; `fixed` holds the arguments that are no tensors."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(part, *inputs, use_reentrant=False, **fixed)
         return part(*inputs, **fixed)
 
 
 def recompute_activations(model: nn.Module, enabled: bool) -> None:
-    """Make activations again in the backward pass instead of keeping them, in every `Checkpointed` part of a model."""
+    """Recompute activations in the backward pass instead of keeping them, in every `Checkpointed` part of a model."""
     for module in model.modules():
         if isinstance(module, Checkpointed):
             module.activation_checkpointing = enabled
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: gates and heads, which open as training goes.
+    """Linear layer that starts at zero: gates and heads, which open during training.
 
     Every module initialises its own parameters inside its own `__init__`, because under ZeRO-3
     (`engine.partitioned_init`) they are sharded, and out of reach, as soon as that returns.
@@ -212,11 +212,11 @@ class CausalConv(nn.Conv3d):
         return Frames(first, self._convolve(self._rest, self._with_past(frames)))
 
     def _first(self, frame: Tensor, rows: int) -> Tensor:
-        """Of the first frame, with so many rows of zeros above and below it."""
+        """Convolve the first frame, padded with `rows` rows of zeros above and below."""
         return F.conv2d(frame, self.weight[:, :, -1], self.bias, self.stride[1:], (rows, self._pad))
 
     def _rest(self, frames: Tensor, rows: int) -> Tensor:
-        """Of the frames after it, behind their past."""
+        """Convolve the frames after the first, with the frames of their past in front."""
         return F.conv3d(frames, self.weight, self.bias, self.stride, (0, rows, self._pad))
 
     def _convolve(self, convolution: Convolution, x: Tensor) -> Tensor:
@@ -239,8 +239,8 @@ class CausalConv(nn.Conv3d):
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """[B, C, ...] with the channels innermost in memory, which is how cuDNN's tensor cores read: given otherwise, every
-    convolution would turn its input and its output around. Padding, joining and norms keep it so."""
+    """Return [B, C, ...] with the channels innermost in memory, the layout that cuDNN's tensor cores read: otherwise
+    every convolution would convert its input and its output. Padding, joining and norms keep it."""
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 

@@ -41,7 +41,7 @@ class Mode(NamedTuple):
 
     @property
     def level(self) -> int:
-        """All its frequencies together."""
+        """Sum of all its frequencies."""
         return self.time + self.row + self.column
 
 
@@ -51,7 +51,7 @@ def content_modes(channels: int) -> list[Mode]:
 
 
 def motion_modes(channels: int) -> list[Mode]:
-    """The lowest frequencies of what later frames differ in from the first."""
+    """Return the lowest frequencies of the difference between later frames and the first."""
     every = product(range(TIME_MODES), range(P), range(P), range(3))
     return sorted((Mode(*each) for each in every), key=_rank)[:channels]
 
@@ -61,7 +61,7 @@ def _rank(mode: Mode) -> tuple[int, ...]:
 
 
 def _gain(mode: Mode, moving: bool) -> float:
-    """Makes a channel's std a few tenths on ordinary video, well inside the ball that latents lie in."""
+    """Return the gain that makes a channel's std a few tenths on ordinary video, well inside the latents' ball."""
     return 1 / 16 if mode.level == 0 else 1 / 8 if moving else 1 / 4
 
 
@@ -84,7 +84,7 @@ class EvenLinear(nn.Module):
     the root of their number (equalised learning rate; Karras et al., 2018)."""
 
     def __init__(self, start: Tensor) -> None:
-        """`start` [outputs, inputs] is what it computes at first."""
+        """Start from the weights `start` [outputs, inputs]."""
         super().__init__()
         self.scale = 1 / math.sqrt(start.shape[1])
         self.weight = nn.Parameter(torch.empty(start.shape))
@@ -128,7 +128,7 @@ def _content_start(channels: int, cosines: bool) -> Tensor:
 
 
 def _motion_start(channels: int, k: int, cosines: bool) -> Tensor:
-    """[C, (k+1)*192]: what the frames after the first differ in from it."""
+    """Return the weights [C, (k+1)*192] for the difference of the frames after the first from it."""
     if not cosines:
         return nn.init.kaiming_uniform_(torch.empty(channels, (k + 1) * PIXELS, device="cpu"), a=math.sqrt(5))
     rows = []
@@ -144,7 +144,7 @@ class LinearDecoder(nn.Module):
 
         x(t) = A y_c + min(|t|, 1) sum_j cos(pi j (t - 1/2) / k) (B_j y_m + D_j y_c)
 
-    so that the first frame is told by the content alone, as everywhere.
+    so that the content alone determines the first frame, as everywhere.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -163,8 +163,8 @@ class LinearDecoder(nn.Module):
         return _unfold(pixels.float())
 
     def features(self, y_c: Tensor, y_m: Tensor, times: Tensor) -> Tensor:
-        """What the pixels are linear in: [B, T, h, w, C*(1 + 2J)] of unbound latents [B, 1, h, w, C] at times
-        [B, T]."""
+        """Return the features that the pixels are linear in: [B, T, h, w, C*(1 + 2J)] of unbound latents [B, 1, h, w,
+        C] at times [B, T]."""
         waves = self._waves(times).to(y_c.dtype)  # [B, T, J]
         moving = (waves[:, :, None, None, :, None] * part.unsqueeze(-2) for part in (y_m, y_c))
         parts = [y_c.expand(-1, times.shape[1], -1, -1, -1), *(part.flatten(-2) for part in moving)]

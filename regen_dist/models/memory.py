@@ -1,4 +1,4 @@
-"""How long a run takes and what it costs, at a utilisation that the user states."""
+"""Duration and price of a run, at a utilisation that the user states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from regen_dist.config.run import EngineConfig
 from regen_dist.models.flops import FlopReport
 
-# What ZeRO-3 sends: bytes of each GPU in one optimizer step, and how long the wires need for them.
+# Communication of ZeRO-3: bytes that each GPU sends in one optimizer step, and the time that the wires need for them.
 #
 # In every micro-batch ("ZeRO", Rajbhandari et al., 2020, Sec. 7.2.2) weights are gathered twice, for the forward and
 # for the backward pass, in the working precision, and all gradients are reduced to their owners, in that which
@@ -19,7 +19,7 @@ from regen_dist.models.flops import FlopReport
 # stage3_max_reuse_distance), so that some weights need no second gather.
 
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements: gradients that are reduced at once
-_GATHERS = 2  # of a large weight in a micro-batch
+_GATHERS = 2  # gathers of a large weight in a micro-batch
 _GIGABIT = 1e9 / 8  # bytes
 
 
@@ -135,11 +135,12 @@ _DAY_S, _HOUR_S = 86_400, 3_600
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is not measured but stated. The defaults are the data sheet of a node of eight H100 SXM, and a price.
+    """Assumptions that are stated, not measured. The defaults are the data sheet of a node of eight H100 SXM, and a
+    price.
 
     Args:
-        mfu: model FLOPs utilisation: operations of the model, three forward passes a clip, over what the GPUs could do
-            at best. What activation checkpointing computes again is no progress, and does not count.
+        mfu: model FLOPs utilisation: operations of the model, three forward passes a clip, over the GPUs' peak.
+            Operations that activation checkpointing repeats are no progress and do not count.
         peak_tflops: of one GPU (H100 SXM, bf16 without sparsity).
         gpus_per_node: GPUs that are joined by `nvlink_gbps`; nodes are joined by `network_gbps`.
         nvlink_gbps: of one GPU in one direction, gigabits per second.
@@ -161,16 +162,16 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one optimizer step, and of a run of `steps`.
+    """Cost of one optimizer step, and of a run of `steps`.
 
     Args:
-        world_size: GPUs.
+        world_size: number of GPUs.
         model_flops: operations of a step of the global batch: forward and backward, nothing computed again.
         recomputed_flops: operations of a step that are done a second time.
-        sent_bytes: that each GPU sends in a step.
+        sent_bytes: bytes that each GPU sends in a step.
         steps: of the run.
-        assumed: what the user states.
-        collectives: of a step, each of which passes once around all GPUs.
+        assumed: assumptions that the user states.
+        collectives: number of collectives in a step, each of which passes once around all GPUs.
     """
 
     world_size: int
@@ -213,17 +214,17 @@ class Cost:
 
     @property
     def mfu(self) -> float:
-        """The assumed one, or what the wires leave of it."""
+        """MFU: the assumed one, or the share of it that the wires allow."""
         return self.assumed.mfu * self.computation_s / self.step_s
 
     @property
     def hfu(self) -> float:
-        """Hardware FLOPs utilisation: with what is computed again."""
+        """Hardware FLOPs utilisation: including recomputed operations."""
         return self.mfu * (self.model_flops + self.recomputed_flops) / self.model_flops
 
     @property
     def gpu_hours(self) -> float:
-        """Of the whole run."""
+        """GPU hours of the whole run."""
         return self.steps * self.step_s * self.world_size / _HOUR_S
 
     def facts(self) -> dict[str, Any]:
@@ -309,7 +310,8 @@ def host_bytes(num_parameters: int, engine: EngineConfig, *, world_size: int) ->
 
 
 def _replaced(activations: int, engine: EngineConfig, accumulation: int) -> int:
-    """Activations that are gone once there are gradients. ZeRO-3 has a place for all gradients from the start (fp32,
-    whatever they are reduced in); sums of micro-batches outlive a backward pass; what is recomputed comes back."""
+    """Return the activations that are gone once there are gradients. ZeRO-3 reserves memory for all gradients from the
+    start (fp32, whatever they are reduced in); sums of micro-batches outlive a backward pass; recomputed activations
+    return."""
     frees = engine.kind == "plain" and accumulation == 1 and not engine.activation_checkpointing
     return activations if frees else 0

@@ -61,12 +61,12 @@ class PerceptualNetwork:
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights."""
+        """Bytes of the weights."""
         return sum(4 * (layer.weight.numel() + layer.bias.numel()) for layer in self._layers)
 
     def activation_bytes(self, height: int, width: int) -> int:
-        """That the backward pass of one image keeps, at most: of every layer the output of the convolution and of the
-        ReLU, and two more of what ends a stage, for its length."""
+        """Return the upper bound of the bytes that the backward pass of one image keeps: of every layer the output of
+        the convolution and of the ReLU, and of a layer that ends a stage two more for its length."""
         total = 0
         for layer in self._layers:
             total += (4 if layer.ends_stage else 2) * 4 * len(layer.bias) * height * width
@@ -84,7 +84,7 @@ class PerceptualNetwork:
         return total
 
     def _features(self, images: Tensor) -> Iterator[Tensor]:
-        """Each stage's, [N, C, h, w], of unit length at every position."""
+        """Yield the features of each stage, [N, C, h, w], of unit length at every position."""
         x = (images.float() - self._shift) / self._scale
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
@@ -141,7 +141,7 @@ def load_perceptual(
 
 
 def _read(tensors: dict[str, Tensor]) -> tuple[list[_Layer], list[Tensor], str]:
-    """Layers, channel weights of the stages, and what is wrong with them; empty when nothing is."""
+    """Read layers, channel weights of the stages, and their problem; empty if there is none."""
     numbers = sorted({int(match[1]) for name in tensors if (match := _CONVOLUTION.fullmatch(name))})
     if not numbers:
         return [], [], f"found no tensor features.<n>.weight among {len(tensors)} ({', '.join(sorted(tensors)[:4])})"
@@ -169,7 +169,7 @@ def _read(tensors: dict[str, Tensor]) -> tuple[list[_Layer], list[Tensor], str]:
 
 
 def _layer_problem(number: int, weight: Tensor | None, bias: Tensor | None, channels: int, gap: int) -> str:
-    """What is wrong with a convolution, `gap` numbers before the next (0: the last); empty when nothing is."""
+    """Return the problem of a convolution, `gap` numbers before the next (0: the last); empty if there is none."""
     if weight is None or bias is None:
         return f"features.{number} has no {'weight' if weight is None else 'bias'}"
     square = weight.ndim == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2 == 1

@@ -18,10 +18,9 @@ from torch import Tensor
 
 
 class SequenceShard:
-    """One rank's part of a row. As it stands: that of a rank which has the row alone, and computes as if this were not
-    here."""
+    """One rank's part of a row. This base class is for a rank that has the row alone: nothing is exchanged."""
 
-    own: slice = slice(None)  # of the tokens of the row
+    own: slice = slice(None)  # part of the row's tokens
 
     def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Own tokens of all heads, [B, N, l, E] each, to all tokens of own heads, [B, N/S, L, E]. A collective of the
@@ -29,11 +28,11 @@ class SequenceShard:
         return tensors
 
     def to_tokens(self, mixed: Tensor) -> Tensor:
-        """The way back, [B, N/S, L, E] to [B, N, l, E]. A collective of the group."""
+        """Undo `to_heads`, [B, N/S, L, E] to [B, N, l, E]. A collective of the group."""
         return mixed
 
     def own_heads(self, heads: int) -> slice:
-        """The heads, of so many, that `to_heads` gives this rank."""
+        """Return the heads that this rank gets from `to_heads`, out of `heads` in all."""
         return slice(None)
 
     def whole(self, tokens: Tensor) -> Tensor:
@@ -50,7 +49,7 @@ WHOLE = SequenceShard()
 
 
 class Rows:
-    """How rows of tokens are shared among ranks. As it stands: not at all."""
+    """Way in which ranks share rows of tokens. This base class does not share them."""
 
     size = 1  # S
 
@@ -73,7 +72,7 @@ def share_rows(model: nn.Module, rows: Rows) -> None:
 
 
 def row_lengths(length: int, size: int) -> list[int]:
-    """How many tokens of a row each of `size` ranks has: as even as can be, the first ones one more."""
+    """Return the number of tokens of a row on each of `size` ranks: as even as possible, the first ones one more."""
     least, more = divmod(length, size)
     return [least + (index < more) for index in range(size)]
 

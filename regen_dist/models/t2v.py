@@ -101,7 +101,8 @@ class KindEmbedding(nn.Module):
 
 
 class FramePlace(nn.Module):
-    """Tells every token where in its frame it lies, as shares of the frame's height and width, added like a position.
+    """Positional embedding of every token within its frame, as shares of the frame's height and width, added to the
+    tokens.
 
     Ours: rotary positions tell tokens apart from each other, not from the border, which every object keeps away from.
     Shares instead of a table, so that any size can be taken. Adds nothing at the start.

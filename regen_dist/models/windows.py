@@ -21,9 +21,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Windows(NamedTuple):
-    """How a grid is cut.
+    """Partition of a grid into windows.
 
-    `order` [L] names the tokens window by window, windows of one size together; `places` [L] is where each went.
+    `order` [L] lists the tokens window by window, windows of one size together; `places` [L] is where each went.
     `groups` are (windows, tokens of each), in that order, and `starts` [windows + 1] where each window begins (int32,
     as kernels for many lengths take it). All tensors are on one device.
     """

@@ -1,5 +1,5 @@
-"""Text encoders: loading one, encoding captions, converting one, and making a small one. transformers is imported
-where a model is loaded or made, for that takes seconds."""
+"""Text encoders: loading one, encoding captions, converting one, and making a small one. transformers is imported only
+where a model is loaded or made, because that takes seconds."""
 
 from regen_dist.models.text.converting import convert_encoder
 from regen_dist.models.text.encoder import TextEncoder

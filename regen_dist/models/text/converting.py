@@ -1,4 +1,4 @@
-"""Encoders whose weights are published as pickles, written anew with safetensors.
+"""Conversion of encoders whose weights are published as pickles to safetensors.
 
 The pickles are read by a process of its own (unpickling.py) that loads tensors only. Of an encoder and decoder the
 encoder is kept.
@@ -63,7 +63,7 @@ def convert_encoder(name: str, folder: Path, dtype: Kept = "same") -> bool:
 
 
 def _is_there(folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether the folder holds what is to be made; CheckpointError when it holds something else."""
+    """Return whether the folder holds this conversion already; raise CheckpointError if it holds something else."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
@@ -75,7 +75,7 @@ def _is_there(folder: Path, recipe: dict[str, Any]) -> bool:
 
 
 def _write_weights(weights: Sequence[Path], folder: Path, dtype: Kept, leave: Sequence[str]) -> None:
-    """One file of safetensors for each of pickles, and an index when there are several."""
+    """Write a safetensors file for each pickle, and an index if there are several."""
     index: dict[str, str] = {}
     total = 0
     for number, path in enumerate(weights, 1):

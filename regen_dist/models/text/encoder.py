@@ -61,7 +61,7 @@ def load_model(files: EncoderFiles, dtype: torch.dtype) -> nn.Module:
 
 
 def most_positions(model: nn.Module) -> int | None:
-    """How many tokens the model has learned positions for; None where positions are relative or computed."""
+    """Return the number of positions that the model has learned; None if positions are relative or computed."""
     found = [
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         for name, module in model.named_modules()
@@ -134,23 +134,24 @@ class TextEncoder:
 
     @property
     def model(self) -> torch.nn.Module:
-        """Of transformers; moving it moves the encoder."""
+        """The model of transformers; moving it moves the encoder."""
         return self._model  # type: ignore[no-any-return]
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What it was loaded from: config, tokenizer, weights and, of weights in several files, their index."""
+        """Files that it was loaded from: config, tokenizer, weights and, if the weights are in several files, their
+        index."""
         index = self._files.folder / WEIGHTS_INDEX
         return (self._files.config, *self._files.tokenizer, *self._files.weights, *([index] if index.is_file() else []))
 
     def cut_at(self, max_tokens: int) -> TextEncoder:
-        """The same encoder for captions of at most so many tokens."""
+        """Return the same encoder for captions of at most this many tokens."""
         config = TextConfig(encoder=self._config.encoder, max_tokens=max_tokens)
         return TextEncoder(self._model, self._tokens, config, self._files)
 
     @cached_property
     def width(self) -> int:
-        """D."""
+        """Width D of the embeddings."""
         return int(self.null().shape[1])
 
     @cached_property
@@ -160,7 +161,7 @@ class TextEncoder:
         return hashlib.sha256(f"{self._files.digest()} {self._config.max_tokens}".encode()).hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """What a cache of embeddings says of the encoder; of these, `encoder` is a name only."""
+        """Return the facts of the encoder that a cache of embeddings records; `encoder` is a mere name."""
         return {
             "encoder": self._config.encoder,
             "fingerprint": self.fingerprint,
@@ -174,11 +175,11 @@ class TextEncoder:
         return self._tokens.ids(caption, self._most)
 
     def cuts(self, caption: str) -> bool:
-        """Whether a caption has more than `max_tokens` tokens, or more than the encoder takes."""
+        """Return whether a caption has more than `max_tokens` tokens, or more than the encoder takes."""
         return self._tokens.count(caption) > self._most
 
     def pieces(self, caption: str) -> list[str]:
-        """The same tokens, to look at."""
+        """Return the same tokens as text, for inspection."""
         return self._tokens.pieces(self.tokens(caption))
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -201,7 +202,7 @@ class TextEncoder:
 
 
 def _check_vocabulary(files: EncoderFiles, tokens: Tokens, model: Any) -> None:
-    """An encoder has rows for more tokens than its tokenizer knows, never for fewer."""
+    """Check that an encoder has no fewer rows than its tokenizer knows tokens; more are allowed."""
     rows = model.get_input_embeddings().num_embeddings
     if tokens.size > rows:
         raise CheckpointError(

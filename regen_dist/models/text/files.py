@@ -101,7 +101,7 @@ def find_pickled(name: str) -> tuple[Path, tuple[Path, ...]]:
 
 
 def described_by(name: str, folder: Path) -> tuple[tuple[Path, ...], bool]:
-    """The files of a folder's tokenizer, and whether they are a T5's; CheckpointError when something is missing."""
+    """Return the files of a folder's tokenizer, and whether they are a T5's; CheckpointError if one is missing."""
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"text encoder {name!r} has no {CONFIG_FILE} in {folder}; text.encoder takes {_NEEDED}")
     kind = _kind(folder / CONFIG_FILE)
@@ -130,7 +130,7 @@ def _kind(config: Path) -> str:
 
 @contextmanager
 def needing(package: str) -> Iterator[None]:
-    """Around an import: BackendError with the command that installs the package when it is not there."""
+    """Guard an import: raise BackendError with the command that installs the package if it is missing."""
     try:
         yield
     except ImportError as error:
@@ -139,7 +139,7 @@ def needing(package: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[Any]:
-    """transformers, without its progress bars and its talk of weights that an encoder leaves aside."""
+    """Import transformers without its progress bars and its messages on weights that an encoder does not use."""
     with needing("transformers"):
         import transformers
     logging = transformers.utils.logging
@@ -177,7 +177,7 @@ def _shards(name: str, folder: Path, index: str) -> tuple[Path, ...]:
 
 
 def _shard_names(index: Path) -> set[str]:
-    """The files that an index of weights names; in its own folder, wherever a foreign index points to."""
+    """Return the files that an index of weights names, always in its own folder, wherever a foreign index points to."""
     try:
         return {Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -204,7 +204,7 @@ def _fetch(name: str, patterns: list[str]) -> Path:
 
 
 # One file of pickled weights written as safetensors: `python -I -m regen_dist.models.text.files JOB`, a process
-# of its own, for nothing from outside is unpickled in ours.
+# of its own, because nothing from outside is unpickled in ours.
 #
 # PyTorch's restricted unpickler (`weights_only=True`) makes tensors and plain containers, and calls nothing that the
 # file names. JOB is JSON: `source`, `target`, `dtype` (or null), `leave` (beginnings of names that are left out). The
@@ -249,7 +249,7 @@ def main() -> None:
         answer: dict[str, object] = {
             "tensors": convert_file(Path(job["source"]), Path(job["target"]), dtype, job["leave"])
         }
-    except Exception as error:  # noqa: BLE001 - of the unpickler, of the disk: told to the process that asked
+    except Exception as error:  # noqa: BLE001 - of the unpickler, of the disk: reported to the process that asked
         answer = {"problem": next(iter(str(error).strip().splitlines()), type(error).__name__)}
     print(json_text(answer))
 

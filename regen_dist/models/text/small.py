@@ -37,12 +37,12 @@ _MOST_CAPTIONS = 1_000_000  # that the tokenizer learns from, spread evenly
 
 @dataclass(frozen=True)
 class SmallEncoderRecipe:
-    """What a small encoder is made from. The same recipe gives the same bytes.
+    """Recipe of a small encoder. The same recipe gives the same bytes.
 
     Args:
         captions: SHA-256 over the different captions.
-        num_captions: how many of these there are.
-        vocabulary: tokens at most; fewer where the captions do not hold as many.
+        num_captions: number of different captions.
+        vocabulary: tokens at most; fewer if the captions do not hold as many.
         width: of the embeddings.
         layers: of the T5.
         heads: of the T5.
@@ -58,7 +58,7 @@ class SmallEncoderRecipe:
     seed: int
 
     def to_text(self) -> str:
-        """As it stands in the folder."""
+        """Return the recipe as the text of its file in the folder."""
         return json_text(asdict(self), indent=1) + "\n"
 
 
@@ -109,7 +109,8 @@ def _recipe(
 
 
 def _is_there(folder: Path, recipe: SmallEncoderRecipe) -> bool:
-    """Whether the folder holds what the recipe makes; CheckpointError when it holds something else."""
+    """Return whether the folder holds the result of the recipe already; raise CheckpointError if it holds something
+    else."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return False
     found = folder / RECIPE_FILE
@@ -164,7 +165,7 @@ def _save_model(recipe: SmallEncoderRecipe, tokens: int, folder: Path) -> None:
 
 
 def _t5_config(transformers: Any, recipe: SmallEncoderRecipe, tokens: int) -> Any:
-    """As T5 v1.1, but small."""
+    """Return the config of a T5 v1.1, but small."""
     return transformers.T5Config(
         vocab_size=tokens,
         d_model=recipe.width,

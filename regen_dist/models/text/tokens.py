@@ -11,22 +11,21 @@ _NO_LIMIT = 1 << 30  # tokenizers without a longest text name a larger number
 
 
 class Tokens(Protocol):
-    """A tokenizer. `size` is how many rows of embeddings its ids take, `longest` how many tokens it allows, if it
-    says."""
+    """Tokenizer. `size`: rows of embeddings that its ids need; `longest`: tokens that it allows, if limited."""
 
     size: int
     longest: int | None
 
     def ids(self, caption: str, most: int) -> list[int]:
-        """Ids of a caption, at most so many, with the special tokens that belong to it. At least one."""
+        """Return at most `most` ids of a caption, and at least one, with its special tokens."""
         ...
 
     def count(self, caption: str) -> int:
-        """How many ids a caption has uncut."""
+        """Return the number of ids of the whole caption."""
         ...
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """Ids in words."""
+        """Return the ids as text."""
         ...
 
 
@@ -48,20 +47,20 @@ class SentencePieces:
         self.size = len(self._model)
 
     def ids(self, caption: str, most: int) -> list[int]:
-        """As in `Tokens`."""
+        """Implement `Tokens.ids`."""
         return [*self._model.encode(caption)[: most - 1], self._model.eos_id()]
 
     def count(self, caption: str) -> int:
-        """As in `Tokens`."""
+        """Implement `Tokens.count`."""
         return len(self._model.encode(caption)) + 1
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """As in `Tokens`."""
+        """Implement `Tokens.pieces`."""
         return [self._model.id_to_piece(token) for token in ids]
 
 
 class AutoTokens:
-    """transformers' tokenizer of a folder. No code out of the folder is run."""
+    """Tokenizer of a folder, by transformers. No code from the folder is run."""
 
     def __init__(self, files: EncoderFiles) -> None:
         with quiet_transformers() as transformers:
@@ -79,16 +78,16 @@ class AutoTokens:
         self.longest = longest if longest < _NO_LIMIT else None
 
     def ids(self, caption: str, most: int) -> list[int]:
-        """As in `Tokens`. Names of special tokens in a caption are plain text."""
+        """Implement `Tokens.ids`. Names of special tokens in a caption are plain text."""
         found = self._encode(caption, truncation=True, max_length=most)
         return found or [self._filler()]
 
     def count(self, caption: str) -> int:
-        """As in `Tokens`."""
+        """Implement `Tokens.count`."""
         return max(1, len(self._encode(caption)))
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """As in `Tokens`."""
+        """Implement `Tokens.pieces`."""
         return [str(each) for each in self._tokenizer.convert_ids_to_tokens(ids)]
 
     def _encode(self, caption: str, **more: Any) -> list[int]:
