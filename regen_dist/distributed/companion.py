@@ -31,13 +31,13 @@ _SEED = 0x64697363  # apart from the model's, whose weights are drawn with `trai
 
 
 def build_companion(config: CommonConfig, ranks: Ranks) -> Companion | None:
-    """The discriminator that a config asks for; None where the adversarial loss is off."""
+    """Build the discriminator that a config asks for; None if the adversarial loss is off."""
     if not isinstance(config, RunConfig) or config.train.losses.adversarial.weight == 0:
         return None
     adversarial = config.train.losses.adversarial
 
     def build() -> nn.Module:
-        """The same on every rank; the process's own generator is left alone."""
+        """Build the same discriminator on every rank; the process's own generator is left alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed ^ _SEED)
             return PatchDiscriminator(adversarial)
@@ -88,8 +88,8 @@ class Companion:
 
     @torch.no_grad()
     def step(self, applied: bool) -> None:
-        """Average the gradients over the ranks, clip, update, clear. A collective where there are gradients: the step
-        decides that, the same on every rank.
+        """Average the gradients over the ranks, clip, update, clear. A collective if there are gradients, which depends
+        on the step alone and is the same on every rank.
 
         Args:
             applied: whether the model's own update was made; else this one is not made either.
@@ -120,12 +120,12 @@ class Companion:
         self._optimizer.zero_grad(set_to_none=True)
 
     def pieces(self) -> dict[str, Tensor]:
-        """This rank's share of everything that a checkpoint must hold: views."""
+        """Return this rank's share of everything that a checkpoint must hold: views."""
         world_size, rank = self._ranks.world_size, self._ranks.rank
         return {name: whole[slice(*chunk(len(whole), world_size, rank))] for name, whole in self._wholes().items()}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides: plain values, which JSON gives back bit for bit."""
+        """Return the state that a checkpoint holds beside the pieces: plain values, which JSON restores bit for bit."""
         return {
             "num_updates": self.num_updates,
             "skipped": self.skipped,
@@ -166,11 +166,11 @@ class Companion:
         set_num_updates(self._optimizer, self.num_updates)
 
     def shapes(self) -> dict[str, list[int]]:
-        """The full shape of every parameter."""
+        """Return the full shape of every parameter."""
         return {name: list(param.shape) for name, param in self._params.items()}
 
     def _wholes(self) -> dict[str, Tensor]:
-        """Every flat parameter and moment, by the name of its piece: views."""
+        """Return every flat parameter and moment, by the name of its piece: views."""
         weights = {f"{_KIND}/{name}": param.detach().view(-1) for name, param in self._params.items()}
         moments = {
             f"{_KIND}_{moment}/{name}": self._optimizer.state[param][moment].view(-1)
@@ -180,7 +180,7 @@ class Companion:
         return weights | moments
 
     def _note(self, found: LogitAverages) -> None:
-        """An update was made, at these mean logits of the global batch."""
+        """Record an update, made at these mean logits of the global batch."""
         self.num_updates += 1
         before = self.averages or found
         self.averages = LogitAverages(*(_DECAY * a + (1 - _DECAY) * b for a, b in zip(before, found, strict=True)))

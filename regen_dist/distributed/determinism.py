@@ -1,4 +1,4 @@
-"""Which kernels a process may use: the fast ones, or those whose result is the same in every run."""
+"""Choice of kernels for a process: the fast ones, or those whose result is the same in every run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_repeatable(device: torch.device, *, deterministic: bool) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu and deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it at its first call
-    # As use_deterministic_algorithms, which imports the compiler to tell it, too.
+    # Like use_deterministic_algorithms, which in addition imports the compiler to set it there.
     torch.set_deterministic_debug_mode(("error" if deterministic else "default") if on_gpu else "warn")
     torch.backends.cudnn.deterministic = on_gpu and deterministic
     torch.backends.cudnn.benchmark = on_gpu and not deterministic

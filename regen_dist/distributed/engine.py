@@ -1,4 +1,4 @@
-"""The interface of what runs a training step.
+"""Interface of the engines that run a training step.
 
 An engine keeps float32 master weights, the optimizer's moments and the weights' moving average (EMA); the forward and
 backward passes run in the configured precision. State is exposed as *pieces*: for every parameter the flat chunk that
@@ -29,15 +29,15 @@ WEIGHTS = ("master", "ema")  # kinds that every engine has
 
 
 class PieceSource(Protocol):
-    """Where stored pieces are read from."""
+    """Source of stored pieces."""
 
     def read_all(self, wanted: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
         """Elements low..high of the flat parameter behind each key ("<kind>/<parameter>"), in the order given."""
 
 
 class StepResult(NamedTuple):
-    """What became of an optimizer step: not applied means that a gradient was not finite on some rank, and nothing
-    changed on any."""
+    """Result of an optimizer step. `applied` is False if a gradient was not finite on some rank; then nothing changed
+    on any rank."""
 
     applied: bool
     grad_norm: float
@@ -75,8 +75,8 @@ class Engine(ABC):
 
     @abstractmethod
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's flat float32 piece of every parameter's gradient, without padding, averaged over micro-batches
-        and ranks, before clipping. To be read between the last `backward` of a step and its `step`."""
+        """Return this rank's flat float32 piece of every parameter's gradient, without padding, averaged over
+        micro-batches and ranks, before clipping. Call it between the last `backward` of a step and its `step`."""
 
     @abstractmethod
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
@@ -87,11 +87,11 @@ class Engine(ABC):
         """This rank's flat piece of every moment, named `<moment>/<parameter>`: views."""
 
     def shapes(self) -> dict[str, list[int]]:
-        """The full shape of every parameter."""
+        """Return the full shape of every parameter."""
         return self._shapes
 
     def pieces(self) -> Pieces:
-        """Everything that a checkpoint must hold of this rank: views, valid until the next step."""
+        """Return everything that a checkpoint must hold of this rank: views, valid until the next step."""
         return self._model_pieces() | ({} if self.companion is None else self.companion.pieces())
 
     def _model_pieces(self) -> Pieces:
@@ -117,7 +117,7 @@ class Engine(ABC):
         self._after_restore()
 
     def _range(self, piece_name: str) -> tuple[int, int]:
-        """Which elements of the flat parameter a piece of this rank holds."""
+        """Return the range of elements of the flat parameter that a piece of this rank holds."""
         size = prod(self._shapes[piece_name.split("/", 1)[1]])
         return chunk(size, self.ranks.world_size, self.ranks.rank)
 
@@ -131,7 +131,7 @@ class Engine(ABC):
     def _after_restore(self) -> None: ...
 
     def _start(self) -> None:
-        """To be called once the module and the masters exist."""
+        """Initialise the shapes and the EMA. Call it once the module and the masters exist."""
         self._shapes = {name: list(full_shape(param)) for name, param in self.module.named_parameters()}
         self._live = dict(self.named_masters())
         self.ema = {name: tensor.detach().clone() for name, tensor in self._live.items()}
@@ -145,10 +145,10 @@ class Engine(ABC):
 
 
 def precision_of(name: str) -> torch.dtype:
-    """The dtype of the working weights: `bf16` or `fp32`."""
+    """Return the dtype of the working weights: `bf16` or `fp32`."""
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
 def full_shape(param: Tensor) -> torch.Size:
-    """A parameter's shape, sharded or not."""
+    """Return a parameter's full shape, sharded or not."""
     return getattr(param, "ds_shape", param.shape)

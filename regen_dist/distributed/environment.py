@@ -1,8 +1,8 @@
-"""Which rank this process is: the one place that reads, writes and removes rank variables. Imports no torch.
+"""Place of this process among the ranks: the only module that reads, writes and removes rank variables. No torch.
 
-torchrun and our launcher set RANK, WORLD_SIZE and LOCAL_RANK; Slurm sets SLURM_PROCID and its kin for each task of a
-step, and Submitit SUBMITIT_LOCAL_* where it starts tasks on this machine. Where several speak they must agree. What our
-launcher starts is told by it alone: the variables of the shell are removed first.
+torchrun and our launcher set RANK, WORLD_SIZE and LOCAL_RANK; Slurm sets SLURM_PROCID and related variables for each
+task of a step, and Submitit sets SUBMITIT_LOCAL_* where it starts tasks on this machine. If several are set, they must
+agree. Ranks that our launcher starts get their place from it alone: the variables of the shell are removed first.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 SUBMITIT = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
 # Seconds that a rank waits for the others to appear, before the job is one. Our launcher sets it: its ranks come, or it
-# ends them all. Without it, variables that are left over in a shell must not wait for what nobody starts.
+# ends them all. Without it, variables that are left over in a shell must not wait for ranks that nobody starts.
 JOIN_S = "REGEN_JOIN_S"
 _JOIN_S, _LAUNCHED_JOIN_S = 60.0, 1800.0
-# What tells a process of one launcher or another that it is a rank, and where ranks meet.
+# Variables of the launchers that make a process a rank, and that say where ranks meet.
 _RANK_NAMES = frozenset((
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *(JOIN_S, "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
@@ -69,8 +69,8 @@ def read_rank_info(environment: Mapping[str, str]) -> RankInfo:
 
 
 def starts_ranks(environment: Mapping[str, str], asked: bool) -> bool:
-    """Whether a command that can start ranks is to do so; otherwise this process is itself a rank, whom somebody else
-    has started. A single left-over variable makes no rank.
+    """Return whether a command that can start ranks should do so; otherwise this process is itself a rank that
+    something else has started. A single left-over variable does not make a rank.
 
     Args:
         environment: of this process.
@@ -96,7 +96,8 @@ def starts_ranks(environment: Mapping[str, str], asked: bool) -> bool:
 
 
 def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what any launcher tells its ranks, ours included; nothing else of a job is removed."""
+    """Return the environment without the variables that launchers pass to their ranks, ours included; nothing else of a
+    job is removed."""
     return {
         name: value
         for name, value in environment.items()
@@ -123,7 +124,7 @@ def read_variables(environment: Mapping[str, str], names: tuple[str, str, str]) 
 
 
 def rank_variables(place: RankInfo, *, local_world_size: int, address: str, port: int) -> dict[str, str]:
-    """What a rank is told of its place, and where the ranks meet."""
+    """Return the variables that pass its place to a rank, and the address where the ranks meet."""
     numbers = dict(zip(TORCHRUN, place, strict=True)) | {"LOCAL_WORLD_SIZE": local_world_size, "MASTER_PORT": port}
     return {"MASTER_ADDR": address, JOIN_S: f"{_LAUNCHED_JOIN_S:g}"} | {
         name: str(number) for name, number in numbers.items()
@@ -131,8 +132,8 @@ def rank_variables(place: RankInfo, *, local_world_size: int, address: str, port
 
 
 def join_timeout_s(environment: Mapping[str, str]) -> float:
-    """How long a rank waits for the others to appear: as REGEN_JOIN_S says; else long where a scheduler or torchrun has
-    started them, and a minute where nothing but variables speaks of them.
+    """Return how long a rank waits for the others to appear: REGEN_JOIN_S if set; else a long time if a scheduler or
+    torchrun has started the ranks, and a minute if nothing but variables says that there are others.
 
     Raises:
         ConfigError: REGEN_JOIN_S is no number above 0.
@@ -152,7 +153,7 @@ def join_timeout_s(environment: Mapping[str, str]) -> float:
 
 
 def left_over_advice(environment: Mapping[str, str]) -> str:
-    """Which variables make this process a rank of several, and the way out where nobody meant them to."""
+    """Name the variables that make this process one of several ranks, and the way out if that is not intended."""
     names = [name for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT") if name in environment]
     values = " ".join(f"{name}={environment[name]}" for name in names)
     unset = sorted({*names, *(name for name in environment if name.startswith("TORCHELASTIC_"))})
@@ -164,7 +165,8 @@ def left_over_advice(environment: Mapping[str, str]) -> str:
 
 
 def meeting_port(*what: object) -> int:
-    """A port on which the ranks of one start meet, the same for all who name the same things, as job and restart."""
+    """Return the port on which the ranks of one start meet: the same for all that pass the same values, such as job and
+    restart."""
     return _FIRST_PORT + zlib.crc32(repr(what).encode()) % _NUM_PORTS
 
 

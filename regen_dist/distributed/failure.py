@@ -1,7 +1,7 @@
-"""How a rank ends with an error: it says so at once, and waits for nobody.
+"""Exit of a rank that fails: it reports the error at once and waits for no other rank.
 
-The others may be inside a collective that this rank will never join. NCCL's way of leaving a group in order waits for
-the kernels of such collectives, and so would the interpreter's end: the error would look like a hang. So the error is
+The others may be inside a collective that this rank will never join. NCCL's orderly way of leaving a group waits for
+the kernels of such collectives, and so does the interpreter's exit: the error would look like a hang. So the error is
 printed before anything else, the group is aborted, and the process ends. The launcher, or srun, ends the other ranks.
 """
 
@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 from regen_dist.errors import EXIT_OK, RegenError
 
-ABORT_S = 10.0  # how long an abort of the group may take, which tells its kernels on the GPU to end
+ABORT_S = 10.0  # limit for an abort of the group, which ends its kernels on the GPU
 _INTERRUPTED = 128 + 2  # as a shell counts SIGINT
 _told: list[BaseException] = []  # errors that were printed
 
 
 def tell(error: BaseException, rank: int = 0, world_size: int = 1) -> None:
-    """Print an error on stderr, once: what a user can mend as its message, all else with its traceback.
+    """Print an error on stderr, once: one that a user can fix as its message, any other with its traceback.
 
     Args:
         error: an exit asked for (SystemExit) is none.
@@ -55,8 +55,9 @@ def abort_group() -> None:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Around the program of a rank: an error ends the process by its exit code, past all that waits at the
-    interpreter's end (GPU contexts, destructors of groups, threads). An exit asked for, and success, end as ever."""
+    """Run the program of a rank in the block. An error ends the process at once with its exit code, without the waits
+    of the interpreter's end (GPU contexts, destructors of groups, threads). A requested exit, and success, end as
+    usual."""
     try:
         yield
     except SystemExit as asked:
@@ -66,7 +67,7 @@ def ending_at_once() -> Iterator[None]:
     except KeyboardInterrupt as error:
         tell(error)
         _end(_INTERRUPTED)
-    except BaseException as error:  # noqa: BLE001 - it is told, and the process ends
+    except BaseException as error:  # noqa: BLE001 - it is reported, and the process ends
         tell(error)
         _end(error.exit_code if isinstance(error, RegenError) else 1)
 

@@ -23,8 +23,8 @@ Maker = Callable[[Groups, OptimizerConfig, torch.device], torch.optim.Optimizer]
 def build_optimizer(
     config: OptimizerConfig, params: Iterable[Tensor], device: torch.device, engine: str = "plain"
 ) -> torch.optim.Optimizer:
-    """The optimizer that the config names. Matrices and kernels decay; vectors (biases, norm gains, tables of one row)
-    do not.
+    """Build the optimizer that the config names. Matrices and kernels decay; vectors (biases, norm gains, tables of one
+    row) do not.
 
     Args:
         config: the kind and its numbers.
@@ -43,8 +43,8 @@ def build_optimizer(
 
 
 def _adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """In one pass over the state instead of ten, and without a copy of the second moments' roots
-    (docs/performance.md), where torch has that kernel."""
+    """Build AdamW: where torch has the fused kernel, one pass over the state instead of ten, and no copy of the second
+    moments' roots (docs/performance.md)."""
     one_pass = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=one_pass, foreach=not one_pass)
 
@@ -142,7 +142,7 @@ def fresh_state(config: OptimizerConfig, param: Tensor) -> dict[str, Any]:
 
 
 def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
-    """Tell the optimizer how many updates it has made (its bias correction depends on it)."""
+    """Set the number of updates that the optimizer has made (its bias correction depends on it)."""
     for slot in optimizer.state.values():
         if "step" in slot:
             count = slot["step"]
@@ -150,6 +150,6 @@ def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of every group."""
+    """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, how it joins them, and what they tell each other."""
+"""Place of this process among the ranks, the way it joins them, and their collectives."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Ranks:
         return tensor.tolist()
 
     def agree(self, flag: bool) -> bool:
-        """Whether any rank says so. A collective."""
+        """Return whether the flag is set on any rank. A collective."""
         return self.sum([float(flag)])[0] > 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank says, in the order of ranks. Small picklable things. A collective."""
+        """Return the values of all ranks, in the order of ranks; small picklable objects. A collective."""
         if self.world_size == 1:
             return [value]
         said: list[Any] = [None] * self.world_size
@@ -68,14 +68,14 @@ class Ranks:
                 raise each
 
     def on_main(self, job: Callable[[], Result]) -> Result:
-        """Do something on rank 0 alone; every rank gets what it returns, or raises what it raises. A collective."""
+        """Call `job` on rank 0 alone; every rank returns its result, or raises its error. A collective."""
         if self.world_size == 1:
             return job()
         told: list[Any] = [None, None]
         if self.is_main:
             try:
                 told[0] = job()
-            except Exception as error:  # noqa: BLE001 - told to all, then raised by all
+            except Exception as error:  # noqa: BLE001 - passed to all, then raised by all
                 told[1] = error if isinstance(error, RegenError) else RegenError(f"{type(error).__name__}: {error}")
         dist.broadcast_object_list(told, src=0, group=self.group)
         if told[1] is not None:
@@ -83,8 +83,8 @@ class Ranks:
         return told[0]  # type: ignore[no-any-return]
 
     def apart(self) -> Ranks:
-        """The same ranks with a gloo group of their own, for a thread that talks while the main thread does. A
-        collective."""
+        """Return the same ranks with a gloo group of their own, for a thread that communicates while the main thread
+        does. A collective."""
         return self if self.world_size == 1 else replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     def barrier(self) -> None:
@@ -103,8 +103,8 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks, needed: bool) -> Iterator[None]:
-    """Join the other ranks for the duration of the block: NCCL on GPUs, gloo on CPUs. An error is told at once, and the
-    group is then left without waiting for the others (see `failing`)."""
+    """Join the other ranks for the duration of the block: NCCL on GPUs, gloo on CPUs. An error is printed at once, and
+    then the group is left without waiting for the others (see `failing`)."""
     if not needed and ranks.world_size == 1:
         yield
         return

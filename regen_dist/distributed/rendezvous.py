@@ -1,4 +1,5 @@
-"""How ranks meet: each tells the others what it computes on before they join, for what does not fit would only hang."""
+"""Meeting of the ranks: each reports its device to the others before they join, because ranks that do not fit would
+hang."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ _POLL_S = 0.2
 
 
 def meet(rank: int, world_size: int, device: torch.device | None, problem: str, timeout: timedelta) -> Store:
-    """The store of the job (as MASTER_ADDR and MASTER_PORT say), once all ranks have told that their devices fit.
+    """Return the store of the job (at MASTER_ADDR and MASTER_PORT), once all ranks have devices that fit together.
 
     Ranks that nobody has started are not waited for: see `join_timeout_s`.
 
@@ -56,7 +57,7 @@ def meet(rank: int, world_size: int, device: torch.device | None, problem: str, 
 
 
 def _joined(rank: int, world_size: int) -> Store:
-    """The store, once the others are there; a line after some seconds says who is waited for.
+    """Return the store, once the others are there; after some seconds a line says which ranks are missing.
 
     Raises:
         RegenError: they did not come in time, the port is taken, or the address is missing or wrong.
@@ -71,7 +72,7 @@ def _joined(rank: int, world_size: int) -> Store:
         _wait_for_server(rank, end)
         left = timedelta(seconds=max(end - time.monotonic(), 1.0))
         store: Store = next(rendezvous("env://", rank, world_size, timeout=left))[0]
-    except (RuntimeError, ValueError, OSError) as error:  # of c10d; of a missing variable; of the network
+    except (RuntimeError, ValueError, OSError) as error:  # raised by c10d; for a missing variable; by the network
         reason = str(error).strip().partition("\n")[0]
         raise RegenError(f"{where} did not meet the others ({reason}): {left_over_advice(os.environ)}") from error
     finally:
@@ -80,7 +81,7 @@ def _joined(rank: int, world_size: int) -> Store:
 
 
 def _wait_for_server(rank: int, end: float) -> None:
-    """Try the address until somebody listens there. c10d would print a trace of its own for every failure.
+    """Try the address until a server listens there. c10d would print a trace of its own for every failure.
 
     Raises:
         OSError: nobody does.
@@ -103,7 +104,7 @@ def _say_waiting(text: str) -> None:
 
 
 def _wait_for_readers(store: Store, rank: int, world_size: int) -> None:
-    """Rank 0 serves the store: it stays until all have read, for a while."""
+    """Keep rank 0, which serves the store, until all ranks have read, for a limited time."""
     read, end = store.add("read", 1), time.monotonic() + _READ_S
     while rank == 0 and read < world_size and time.monotonic() < end:
         time.sleep(0.05)
@@ -111,10 +112,10 @@ def _wait_for_readers(store: Store, rank: int, world_size: int) -> None:
 
 
 def misfit(told: Sequence[Mapping[str, Any]]) -> str:
-    """Why ranks cannot work together; empty where they can.
+    """Return the reason why ranks cannot work together; empty if they can.
 
     Args:
-        told: by each rank: `host`, `device` ("cuda", "cpu" or empty), `gpu` (its unique id), `problem`.
+        told: reports, one a rank: `host`, `device` ("cuda", "cpu" or empty), `gpu` (its unique id), `problem`.
     """
     if failed := [rank for rank, each in enumerate(told) if each["problem"]]:
         return f"{_ranks(failed, told)}: {told[failed[0]]['problem']}"

@@ -39,12 +39,12 @@ class RowGroup(Rows):
 
     @property
     def leads(self) -> bool:
-        """Whether this rank stands for the group where its samples are read or counted: once, not by every rank."""
+        """Return whether this rank stands for its group where samples are read or counted: once, not by every rank."""
         return self.index == 0
 
     @property
     def readers(self) -> Ranks:
-        """The place of the group among the groups: of those that read samples apart from each other."""
+        """Return the place of the group among the groups, each of which reads samples of its own."""
         if self.size == 1:
             return self.ranks
         return Ranks(self.ranks.rank // self.size, self.ranks.world_size // self.size, self.ranks.local_rank)
@@ -53,11 +53,12 @@ class RowGroup(Rows):
         return SequenceShard() if self.size == 1 else _RowShard(self, length)
 
     def read(self, source: Callable[[], Generator[Item]]) -> Generator[Item]:
-        """What `source` gives on the first rank of the group, on every one: a read that fails or is replaced on one
-        rank alone cannot make them differ, and each sample is read once. A collective of the group at every item.
+        """Yield on every rank of the group the items that `source` yields on the first. A failed read or a replacement
+        sample on one rank alone cannot make the ranks differ, and each sample is read once. A collective of the group
+        at every item.
 
         Raises:
-            RegenError: what the first rank raised, on every one.
+            RegenError: the error of the first rank, on every rank.
         """
         return source() if self.size == 1 else self._told(source)
 
@@ -71,7 +72,7 @@ class RowGroup(Rows):
                 items.close()
 
     def _tell(self, items: Generator[Item] | None) -> Item:
-        """The next of the first rank's `items`; the other ranks have none."""
+        """Return the next of the first rank's `items` on every rank; the other ranks have none."""
         said: list[Any] = [None, None]
         if items is not None:
             try:
@@ -132,7 +133,7 @@ class _RowShard(SequenceShard):
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all; its backward pass sends every gradient back to where the number came from."""
+    """Exchange tokens all-to-all; the backward pass sends every gradient back to where the number came from."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
@@ -151,7 +152,8 @@ def _all_to_all(flat: Tensor, sent: list[int], received: list[int], group: Any) 
 
 
 class _Gather(torch.autograd.Function):
-    """The whole row from its parts; back goes S times the gradient of own tokens (see `Share.whole`)."""
+    """Gather the whole row from its parts; the backward pass returns S times the gradient of own tokens (see
+    `Share.whole`)."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, part: _RowShard) -> Tensor:

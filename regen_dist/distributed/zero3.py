@@ -96,8 +96,8 @@ class Zero3Engine(Engine):
         return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm() or 0.0))
 
     def _after_restore(self) -> None:
-        """ZeRO-3 keeps the working weights apart from the masters, and the small ones whole on every rank: write both
-        anew."""
+        """Write the working weights and the small weights anew: ZeRO-3 keeps the former apart from the masters, and the
+        latter whole on every rank."""
         set_num_updates(self._zero.optimizer, self.num_updates)
         self._zero.invalidate_secondary_tensor()  # hpZ's copies
         whole = self._zero.persistent_parameters
@@ -116,7 +116,7 @@ ENGINES: Registry[Entry[Callable[[CommonConfig, Ranks, Callable[[], nn.Module]],
 
 
 def build_engine(config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> Engine:
-    """The engine that the config names, around the module that `build` makes (the same on every rank)."""
+    """Build the engine that the config names, around the module that `build` makes (the same on every rank)."""
     engine = ENGINES.available(config.engine.kind, ranks.world_size).build(config, ranks, build)
     engine.rows = join_rows(ranks, config.engine.sequence_parallel)
     share_rows(engine.module, engine.rows)
@@ -124,7 +124,7 @@ def build_engine(config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Modu
 
 
 def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own config: everything it must know is derived from ours.
+    """Return DeepSpeed's own config; everything in it is derived from ours.
 
     Raises:
         ConfigError: the number of ranks does not fit.
@@ -135,7 +135,7 @@ def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
             f"engine.zero.partition_size {zero.partition_size} does not divide the {world_size} ranks; set it to the "
             "GPUs of a node, or to 1"
         )
-    # It knows of no ranks that share samples: by its count each of them has samples of its own.
+    # DeepSpeed does not know that ranks share samples: it assumes that each has samples of its own.
     batch = train.batch_global * config.engine.sequence_parallel
     return {
         "train_batch_size": batch,
@@ -162,7 +162,7 @@ def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
 
 
 def _trace_once(module: nn.Module) -> None:
-    """Let ZeRO-3 see one backward pass of a module for each call of it, however many tensors it gives.
+    """Let ZeRO-3 count one backward pass for each call of a module, however many tensors the call returns.
 
     DeepSpeed counts, in `applied_pre_backward_ref_cnt`, a pass for each tensor: for a clip, which travels as two, twice
     as many as for an image. So where they take turns no step would be as the one before, and no weights would be
@@ -185,7 +185,7 @@ def _trace_once(module: nn.Module) -> None:
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:
-    os.environ["DS_ACCELERATOR"] = ranks.device.type  # never another than ours, whatever the shell says
+    os.environ["DS_ACCELERATOR"] = ranks.device.type  # always our device, whatever the shell sets
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible
     from deepspeed.runtime import compiler
