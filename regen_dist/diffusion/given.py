@@ -1,4 +1,4 @@
-"""Latent frames that are given instead of generated: an image that a video begins with, or the clips that it continues.
+"""Given latent frames, which are not generated: the image that a video begins with, or the clips that it continues.
 
 A given frame stays clean, has the time of clean data (0) and counts for no loss; the others attend to it. The content
 latent depends on a clip's first frame alone (paper, Sec. 3), so an image alone gives the content of the first clip.
@@ -29,30 +29,30 @@ class Given:
 
     @classmethod
     def joined(cls, rows: Sequence[Given]) -> Given:
-        """Rows of one shape as a batch."""
+        """Join rows of one shape into a batch."""
         return cls(torch.cat([row.clean for row in rows]), torch.cat([row.mask for row in rows]))
 
     def times(self, t: Tensor) -> Tensor:
-        """Times [B] of rows as those of their frames, [B, F]: 0 for what is given."""
+        """Return the times of the frames, [B, F], from the times [B] of their rows: 0 for given frames."""
         return torch.where(self.mask, 0.0, t[:, None])
 
     def put_into(self, x: Tensor) -> Tensor:
-        """x [B, C, F, h, w] with the given frames in their places."""
+        """Return x [B, C, F, h, w] with the given frames in place."""
         return torch.where(self.mask[:, None, :, None, None], self.clean.to(x.dtype), x)
 
 
 def drawn(flow: FlowConfig, seed: int, keys: Tensor, step: int, clean: Tensor) -> Given | None:
-    """Which frames are given in a training step: a function of (seed, step, sample), whatever the batch and the rank.
+    """Choose the given frames of a training step: a function of (seed, step, sample), independent of batch and rank.
 
     Args:
-        flow: has the share of rows with the content of their first clip, and of those with whole first clips.
+        flow: holds the share of rows with a given first content latent, and the share with whole first clips given.
         seed: of the run.
         keys: of the rows, int64 [B].
         step: of training.
         clean: the rows, [B, C, F, h, w]; an image alone (F = 1) is never given.
 
     Returns:
-        None where the config gives nothing.
+        None if the config gives no frames.
     """
     content, clips, frames = flow.given_content, flow.given_clips, clean.shape[2]
     if not content + clips:

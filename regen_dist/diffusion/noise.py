@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for: a counter-based generator, Philox4x32-10 (Salmon et al., SC
+"""Random numbers as a pure function of their purpose: a counter-based generator, Philox4x32-10 (Salmon et al., SC
 2011).
 
 No state, no order: the noise of a pixel depends on (seed, sample id, frame time, y, x) alone. The same video therefore
@@ -25,14 +25,14 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 TICKS_PER_FRAME = 1024  # frame times are keyed in steps of 1/1024 of a frame
-STREAM_BITS = 8  # of the word that the stream shares with what ticks have beyond 32 bits
+STREAM_BITS = 8  # bits of the stream, in the word that it shares with the ticks' bits beyond 32
 LONGEST_SIDE = 1 << 16
 PLANE = 4  # normals that one call of the generator gives
-CHUNK = 1 << 13  # counters worked on at a time, so that the rounds stay in a CPU's cache
+CHUNK = 1 << 13  # counters at a time, so that the rounds stay in a CPU's cache
 
 
 class NoiseStream(IntEnum):
-    """What the numbers are for; one sample's streams are independent of each other."""
+    """Purpose of random numbers; one sample's streams are independent of each other."""
 
     PIXELS = 0
     TIMESTEP = 1
@@ -77,18 +77,18 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 
 def sample_keys(seed: int, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The two key words of each sample. seed below 2**63, sample_ids int64 [B] to two int64 [B]."""
+    """Return the two key words of each sample. seed below 2**63, sample_ids int64 [B] to two int64 [B]."""
     mixed = _mix(_mix(sample_ids.long() + 1) ^ seed)
     return mixed & MASK, _shift(mixed, 32)
 
 
 def _uniform(word: Tensor) -> Tensor:
-    """A word to float32 in (0, 1): the centre of one of 2**23 cells, so neither end is ever reached."""
+    """Map a word to float32 in (0, 1): the centre of one of 2**23 cells, so neither end is ever reached."""
     return ((word >> 9).float() + 0.5) * 2.0**-23
 
 
 def _normals(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Four words to four standard normals (Box and Muller, 1958)."""
+    """Map four words to four standard normals (Box and Muller, 1958)."""
     out: tuple[Tensor, ...] = ()
     for first, second in (words[:2], words[2:]):
         radius = torch.sqrt(-2.0 * torch.log(_uniform(first)))
@@ -164,8 +164,8 @@ def _gaussian(
 
 
 def _portions(samples: int, places: int, device: torch.device) -> Iterator[tuple[slice, int, int]]:
-    """What is drawn at a time, as (samples, first place, end): little enough for a cache on a CPU. On a GPU all of a
-    sample, where every portion costs the start of more than a hundred kernels."""
+    """Yield the portions that are drawn at a time, as (samples, first place, end). On a CPU a portion fits into its
+    cache. On a GPU it is a whole sample, because every portion starts more than a hundred kernels."""
     at_once = CHUNK if device.type == "cpu" else places
     for sample in range(samples):
         for start in range(0, places, max(at_once, 1)):
@@ -173,7 +173,7 @@ def _portions(samples: int, places: int, device: torch.device) -> Iterator[tuple
 
 
 def _places(size: tuple[int, int], origin: tuple[int, int], device: torch.device) -> Tensor:
-    """One word a pixel, [H*W]: half of its bits for the row, half for the column."""
+    """Return one word per pixel, [H*W]: half of its bits for the row, half for the column."""
     if any(start < 0 or start + length > LONGEST_SIDE for start, length in zip(origin, size, strict=True)):
         raise DataError(
             f"noise is keyed by rows and columns from 0 to {LONGEST_SIDE - 1}; asked for {size[0]}x{size[1]} pixels "

@@ -33,7 +33,7 @@ class Coefficients(NamedTuple):
 
     @property
     def wronskian(self) -> Tensor:
-        """sigma' alpha - sigma alpha': what turns (x_t, v) back into (x0, e); positive on both paths."""
+        """sigma' alpha - sigma alpha', the determinant that maps (x_t, v) back to (x0, e); positive on both paths."""
         return self.d_sigma * self.alpha - self.sigma * self.d_alpha
 
 
@@ -53,7 +53,7 @@ def noisy(path: PathName, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def target_of(path: PathName, target: Target, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the decoder is trained to predict."""
+    """Return the quantity that the decoder is trained to predict."""
     if target == "x0":
         return x0
     if target == "eps":
@@ -63,7 +63,7 @@ def target_of(path: PathName, target: Target, x0: Tensor, noise: Tensor, t: Tens
 
 
 def x0_from(path: PathName, target: Target, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The clean video that a prediction stands for.
+    """Return the clean video that a prediction implies.
 
     Raises:
         ConfigError: target 'eps' at pure noise, where x_t holds no signal and alpha is 0.
@@ -84,8 +84,8 @@ def x0_from(path: PathName, target: Target, prediction: Tensor, x_t: Tensor, t: 
 def squared_error_weight(
     path: PathName, target: Target, space: Literal["x0", "velocity"], t: Tensor, limit: float = 100.0
 ) -> Tensor:
-    """What turns a squared error of the target into one of x0 or of the velocity, [B, 1, 1, 1, 1], limited where it
-    diverges.
+    """Return the factor that turns a squared error of the target into one of x0 or of the velocity, [B, 1, 1, 1, 1],
+    limited where it diverges.
 
     For one x_t, an error d in x0 is an error d * alpha / sigma in e and d * wronskian / sigma in v.
     """
@@ -101,7 +101,7 @@ def signal_share(path: PathName, t: Tensor) -> Tensor:
     return (c.alpha.square() / (c.alpha.square() + c.sigma.square())).flatten()
 
 
-# Timestep densities: where in (0, 1] training looks. 1 is pure noise, from where one-step decoding starts.
+# Timestep densities: the distribution of training times in (0, 1]. 1 is pure noise, where one-step decoding starts.
 #
 # Times are quantiles of uniform numbers that the counter-based generator draws per (seed, step, sample id), so they
 # do not depend on ranks.
@@ -110,7 +110,7 @@ SMALLEST = 1e-3
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Times moved towards noise: s t / (1 + (s - 1) t) (Esser et al., 2024, Eq. 23)."""
+    """Return times moved towards noise: s t / (1 + (s - 1) t) (Esser et al., 2024, Eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -67,14 +67,15 @@ def sample(
 
 
 def _move(path: PathName, x: Tensor, x0: Tensor, now: Tensor, then: Tensor) -> Tensor:
-    """From x_now along the noise that x0 implies to x_then."""
+    """Move from x_now to x_then along the noise that x0 implies."""
     a, b = (coefficients(path, time.view(1).to(x.device)) for time in (now, then))
     return b.alpha * x0 + b.sigma * (x - a.alpha * x0) / a.sigma
 
 
 def _extrapolated(path: PathName, last: tuple[Tensor, Tensor], this: tuple[Tensor, Tensor], then: Tensor) -> Tensor:
-    """The estimate of x0 that stands for a step: linear in lambda = log(alpha / sigma), at the step's middle. Two steps
-    at least: pure noise, where lambda is not finite, says nothing of a slope, and this step's own estimate is kept."""
+    """Return the estimate of x0 for a step, extrapolated linearly in lambda = log(alpha / sigma) to the middle of the
+    step. If the previous step began at pure noise, where lambda is not finite, there is no slope, and this step's own
+    estimate is kept."""
     (before, old), (now, new) = last, this
     ends = (coefficients(path, time.view(1)) for time in (before, now, then))
     first, middle, end = (float((c.alpha / c.sigma).log()) for c in ends)
