@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 class RegenError(Exception):
-    """What a user can mend. The message says what was asked, what was found, what is allowed, and how to mend it."""
+    """Error that a user can fix. The message says what was asked, what was found, what is allowed, and the remedy."""
 
     exit_code = 1
 
@@ -29,11 +29,11 @@ class DataError(RegenError):
 
 
 class ObjectMissing(DataError):
-    """There is no such object, or no such bucket."""
+    """No such object, or no such bucket, in the object store."""
 
 
 class BucketMissing(ObjectMissing):
-    """There is no such bucket."""
+    """No such bucket in the object store."""
 
 
 class ObjectCut(DataError):
@@ -41,11 +41,11 @@ class ObjectCut(DataError):
 
 
 class AccessDenied(DataError):
-    """The store knows no such user, or does not let this one do it; or there are no credentials."""
+    """The store does not know this user, or does not allow the operation; or there are no credentials."""
 
 
 class ObjectDenied(AccessDenied):
-    """The store knows this user, and does not let it do this with this object."""
+    """The store knows this user, and does not allow the operation on this object."""
 
 
 class StoreUnavailable(DataError):
@@ -75,13 +75,13 @@ class TrainingError(RegenError):
 
 
 class HangError(RegenError):
-    """A rank stood still for longer than `guards.hang` allows."""
+    """A rank made no progress for longer than `guards.hang` allows."""
 
     exit_code = 7
 
 
 class RunBusy(RegenError):
-    """Another process, which lives, trains the same run."""
+    """Another live process trains the same run."""
 
     exit_code = 8
 
@@ -105,7 +105,7 @@ def errors_in_one_line(environment: Mapping[str, str] = os.environ) -> Iterator[
 
 
 def refusal(error: OSError) -> str | None:
-    """A disk's refusal in words, and how to mend it; None where the error is of another kind."""
+    """Describe a disk's refusal and its remedy; None if the error is of another kind."""
     if isinstance(error, shutil.Error) and error.args and error.args[0]:  # a list of (from, to, why)
         _, target, why = error.args[0][0]
         return f"{target} cannot be written: {why}; {_ROOM}, or name another place"

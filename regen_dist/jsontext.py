@@ -20,12 +20,12 @@ def json_text(
     those of `json.dumps`."""
     try:
         return _dumps(value, indent, sort_keys, ensure_ascii, separators)
-    except ValueError:  # rare: only then is all of it looked through
+    except ValueError:  # rare: only then is the whole value searched
         return _dumps(finite_only(value), indent, sort_keys, ensure_ascii, separators)
 
 
 def finite_only(value: object) -> Any:
-    """The same plain values with None for every number that is not finite; a key that is one is told in words."""
+    """The same plain values with None for every number that is not finite; a key that is one becomes a word."""
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""How Python is started here: never with the current folder on its path.
+"""Start of Python processes: never with the current folder on their path.
 
-Without that, `python -m` and the worker processes of multiprocessing look for modules in the folder where the user
-happens to be, before anywhere else: a `random.py` or a `tools/` there would be executed in the place of the real one.
+Otherwise `python -m` and the worker processes of multiprocessing look for modules in the user's current folder before
+anywhere else: a `random.py` or a `tools/` there would be executed in place of the real one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 
 SAFE_PATH = "PYTHONSAFEPATH"
 REGEN = "tools.cli"  # the module behind the command `regen`: named here alone
-GPUS_PER_NODE = "REGEN_GPUS_PER_NODE"  # by which our launcher tells how many GPUs it asked for on each node
+GPUS_PER_NODE = "REGEN_GPUS_PER_NODE"  # set by our launcher: the number of GPUs that it requested on each node
 
 
 def python(*arguments: str) -> list[str]:
@@ -35,7 +35,7 @@ def with_safe_path(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def start_safely(environment: MutableMapping[str, str] = os.environ) -> None:
-    """See to it that all that this process starts from now on imports safely."""
+    """Make all processes that this one starts from now on import safely."""
     safe = with_safe_path(environment)
     for name in (SAFE_PATH, "PYTHONPATH"):
         if name in safe:

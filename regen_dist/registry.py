@@ -16,7 +16,7 @@ AnyEntry = TypeVar("AnyEntry", bound="Entry[Any]")
 
 
 def runs_anywhere(*place: Any) -> None:
-    """Availability of what needs nothing of the place where it runs."""
+    """Availability of a value that needs nothing of its machine."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Registry(Mapping[str, AnyEntry]):
         return entry
 
     def reason(self, name: str, *place: Any) -> str:
-        """Why a value cannot run here; empty where it can."""
+        """Return the reason why a value cannot run here; empty if it can."""
         try:
             self.available(name, *place)
         except BackendError as error:
