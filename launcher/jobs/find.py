@@ -167,7 +167,7 @@ def _nothing_there(folder: Path) -> str:
 
 
 def _earlier_place(folder: Path) -> Path | None:
-    """Where a run folder was when it was submitted; None where it still is there, or never was submitted."""
+    """Return the place of a run folder at its submission; None if it has not moved or was never submitted."""
     for path in sorted((folder / LAUNCH).glob(f"*/{JOB_FILE}"), reverse=True):
         with suppress(RegenError):
             was = read_job(path.parent).folder.parents[1]

@@ -111,7 +111,7 @@ class Step(Section):
     @field_validator("command", "train", "inputs")
     @classmethod
     def _homes_are_expanded(cls, value: Any) -> Any:
-        """As the shell does before a word that a user types; a pipeline's words pass through none."""
+        """Expand a leading `~`, as the shell does for typed words; the words of a pipeline pass through no shell."""
         if isinstance(value, Path):
             return Path(expand_home(str(value)))
         if isinstance(value, tuple):
