@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def test_a_run_with_none_good_refuses_and_begins_anew_when_told(config: Path, un
     assert len(folder_of(run).steps()) == 2
     assert run_regen_ranks(*command, logs=logs) == [4, 4]
     for text in said(logs):
-        (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        (error,) = [line for line in text.splitlines() if re.match(r"(rank \d: )?error: ", line)]
         assert "--fresh" in error
         assert error.count(f"{SHARDS[0]} does not have the SHA-256") == 2
         assert "Traceback" not in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -94,7 +95,7 @@ def test_the_run_stops_where_that_is_the_policy(config: Path, disk: Disk, tmp_pa
     logs = tmp_path / "logs"
     assert run_regen_ranks(*_command(config, disk, "stops", "stop"), logs=logs) == [4, 4]
     for text in said(logs):
-        (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        (error,) = [line for line in text.splitlines() if re.match(r"(rank \d: )?error: ", line)]
         assert FULL in error
         assert f"the disk of {disk.path}" in error
         assert "The older checkpoints in " in error

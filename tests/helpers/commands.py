@@ -21,14 +21,14 @@ def start_regen_ranks(*arguments: object, logs: Path) -> Started:
 def run_regen_ranks(*arguments: object, logs: Path, timeout_s: float = 240.0) -> list[int]:
     """The same to its end; returns the exit code of each rank."""
     with start_regen_ranks(*arguments, logs=logs) as started:
-        return started.results(timeout_s)
+        return started.results(timeout_s, codes=True)
 
 
 def run_regen_alone(*arguments: object, logs: Path, timeout_s: float = 240.0) -> int:
     """The command line in one process that is no rank, as a user's shell starts it, to its end; returns its exit code.
     What it prints is in `logs/rank_0.log`."""
     with start_ranks(_regen_alone, 1, list(map(str, arguments)), logs=logs) as started:
-        return int(started.results(timeout_s)[0])
+        return int(started.results(timeout_s, codes=True)[0])
 
 
 def said(logs: Path) -> list[str]:

@@ -105,14 +105,18 @@ class Started:
         """The ranks that have not ended."""
         return [rank for rank, process in enumerate(self.processes) if process.is_alive()]
 
-    def results(self, timeout_s: float = 150.0) -> list[Any]:
+    def results(self, timeout_s: float = 150.0, *, codes: bool = False) -> list[Any]:
         """Wait for what every rank returns.
+
+        Args:
+            timeout_s: for all of them.
+            codes: the results are exit codes; a rank that ended by itself with one has it as its result.
 
         Raises:
             RuntimeError: a rank failed (with its traceback), or ended without a result.
             TimeoutError: time was up.
         """
-        return _collect(self.receivers, timeout_s)
+        return _collect(self.receivers, timeout_s, self.processes if codes else None)
 
     def exit_codes(self, timeout_s: float = 60.0) -> list[int]:
         """Wait until every rank has ended, however it did. Exit codes: 0 when it returned a result, 1 when it raised,
@@ -137,7 +141,9 @@ class Started:
             process.join()
 
 
-def _collect(receivers: Sequence[Connection], timeout_s: float) -> list[Any]:
+def _collect(
+    receivers: Sequence[Connection], timeout_s: float, ended: Sequence[BaseProcess] | None = None
+) -> list[Any]:
     results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_s
     while len(results) < len(receivers):
@@ -152,10 +158,18 @@ def _collect(receivers: Sequence[Connection], timeout_s: float) -> list[Any]:
             try:
                 ended_well, results[rank] = receiver.recv()  # type: ignore[union-attr]
             except EOFError:
-                raise RuntimeError(f"rank {rank} ended without a result") from None
+                code = None if ended is None else _exit_code(ended[rank])
+                if code is None or code < 0:
+                    raise RuntimeError(f"rank {rank} ended without a result") from None
+                ended_well, results[rank] = True, code
             if not ended_well:
                 raise RuntimeError(f"rank {rank} failed:\n{results[rank]}")
     return [results[rank] for rank in range(len(receivers))]
+
+
+def _exit_code(process: BaseProcess) -> int | None:
+    process.join(10.0)
+    return process.exitcode
 
 
 def _rank(
