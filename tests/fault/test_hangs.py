@@ -209,12 +209,12 @@ def test_a_rank_that_was_killed_is_said_to_be_gone(tmp_path: Path) -> None:
 def test_a_folder_that_does_not_answer_does_not_save_a_hang(tmp_path: Path) -> None:
     """The heart waits for a file for ever (a pipe that nobody reads): the guard ends the process without files."""
     extra = """
-from regen_dist.observe import standstill, watchdog
-watchdog.stale_s = lambda config: 0.2
+from regen_dist.observe import hang_detector
+hang_detector.stale_s = lambda config: 0.2
 def silent(*_): time.sleep(600)
 def held(step):
     if step == 5:
-        standstill.write_beat = silent
+        hang_detector.write_beat = silent
         time.sleep(600)
 """
     with _ranks(tmp_path, extra) as processes:
