@@ -267,7 +267,7 @@ def _indices(plan: DecodePlan, group: range, positions: Positions) -> tuple[npt.
 def _phases(indices: npt.NDArray[np.int64], positions: Positions) -> list[slice]:
     """Split dense positions into interleaved series about one frame apart, the spacing that a model is trained on.
 
-    Each decode then has as many times as in training, whatever the output's rate (our choice, not the paper's).
+    Times are then about as dense as in training, whatever the output's rate (our choice, not the paper's).
     """
     if not len(indices):
         return []

@@ -371,7 +371,7 @@ def _sums(store: Store, numbers: Sequence[int]) -> Sums:
 
 
 def _of_entries(store: Store, numbers: Sequence[int], dataset: Dataset) -> dict[str, Any]:
-    """Median frame rate of the clips (of the images, where there are no clips), and the sizes of the videos."""
+    """Median frame rate of the clips (of the images, where there are no clips), and source and pixel bytes."""
     rates, still_rates, pixels = [np.empty(0)], [np.empty(0)], 0
     for _, data in read_all(store, [_index(number) for number in numbers]):
         table: pa.Table = read_index(data)[0]
