@@ -1,1 +1,1 @@
-"""The library's own validation of a config before anything runs: what `regen train` would refuse at its start."""
+"""Validation of a config before anything runs: everything that `regen train` would refuse at its start."""

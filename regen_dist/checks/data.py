@@ -1,4 +1,4 @@
-"""Whether the datasets of a run can be read: their stores answer, and they are whole on the face of it."""
+"""Checks that the datasets of a run can be read: their stores answer, and they look complete."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError, ObjectMissing
 
-# Somebody waits for the answer: a store that is down is reported in seconds.
+# A user is waiting: a store that is down is reported within seconds.
 READING = StoreLimits(stall_s=4.0, deadline_s=8.0, connect_s=4.0)
-MANIFEST, SCHEMA_VERSION = "manifest.json", 2  # of a dataset, whose own module needs numpy
+MANIFEST, SCHEMA_VERSION = "manifest.json", 2  # the dataset's own module defines these too, but needs numpy
 
 
 def data(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
@@ -30,7 +30,7 @@ def data(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
 
 
 def dataset_problem(url: str) -> str:
-    """Say what is wrong with a dataset; "" where nothing is."""
+    """Describe the problem of a dataset; "" where there is none."""
     try:
         manifest = dataset_manifest(url)
         if not manifest["shards"]:
@@ -52,7 +52,7 @@ def dataset_manifest(url: str) -> dict[str, Any]:
     """Read the manifest of a dataset.
 
     Raises:
-        DataError: the store does not answer, denies access, or has none; or it is of another version.
+        DataError: the store does not answer or denies access, or the manifest is missing or of another version.
     """
     store = Store(url, READING)
     if store.folder is not None and not store.folder.is_dir():
@@ -75,7 +75,7 @@ def dataset_manifest(url: str) -> dict[str, Any]:
 
 
 def manifest_of(url: str, target: Target) -> dict[str, Any] | None:
-    """Return the manifest of a dataset; None where there is none that can be read, which `data` reports."""
+    """Return the manifest of a dataset; None where it cannot be read, which `data` reports."""
     try:
         found: object = target.once("manifest", url, dataset_manifest)
     except (DataError, ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""What a check finds, and the circumstances that it judges a config by."""
+"""Findings of checks, and the circumstances in which a config is judged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regen_dist.errors import ConfigError, RegenError
 One = TypeVar("One")
 Result = TypeVar("Result")
 _AT_ONCE = 16
-_FIX = re.compile(r"(.*)(?:; (?=[^A-Z])|\. (?=[A-Z]))(.*)", re.DOTALL)  # greedy: what follows the last separator
+_FIX = re.compile(r"(.*)(?:; (?=[^A-Z])|\. (?=[A-Z]))(.*)", re.DOTALL)  # greedy: the fix follows the last separator
 
 
 class Finding(NamedTuple):
@@ -23,10 +23,10 @@ class Finding(NamedTuple):
 
     Attributes:
         level: an error would stop the run at its start; a note is only worth knowing.
-        key: of the config, dotted, that it is about.
-        message: what is wrong.
-        fix: how to put it right; empty where the message says all.
-        exit_code: that the run would end with; 0 of a note.
+        key: dotted config key that the finding is about.
+        message: the problem.
+        fix: the remedy; empty where the message is sufficient.
+        exit_code: exit code that the run would end with; 0 for a note.
     """
 
     level: Literal["error", "note"]
@@ -48,12 +48,12 @@ class Finding(NamedTuple):
 
 
 def error(key: str, text: str, kind: type[RegenError] = ConfigError) -> Finding:
-    """Return what forbids the run; `text` is "message; fix" or "Message. Fix", `kind` has the exit code."""
+    """Return a finding that forbids the run; `text` is "message; fix" or "Message. Fix", `kind` has the exit code."""
     return Finding("error", key, *_split(text), kind.exit_code)
 
 
 def note(key: str, text: str) -> Finding:
-    """Return what is worth knowing."""
+    """Return a finding that is only worth knowing."""
     return Finding("note", key, *_split(text), 0)
 
 
@@ -64,13 +64,13 @@ def _split(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Target:
-    """Where configs are to run, as far as it is known.
+    """Target machine of the configs, as far as it is known.
 
     Args:
         world_size: number of ranks.
-        has_gpus: whether each rank has a GPU; None: as this machine.
+        has_gpus: whether each rank has a GPU; None assumes the same as on this machine.
         packages: whether the ranks run in this Python, so that its packages count.
-        produced: URLs and paths that will be there by then, because an earlier job makes them.
+        produced: URLs and paths that an earlier job will have made by then.
         fresh: whether the runs may start from scratch where checkpoints are lost.
     """
 
@@ -89,19 +89,19 @@ class Target:
         return any(f"{place}/".startswith(f"{parse_url(each).url}/") for each in self.produced)
 
     def once(self, what: str, url: str, ask: Callable[[str], Result]) -> Result:
-        """Ask a question about a URL once for all configs; its answer, or its exception, is everybody's."""
+        """Ask a question about a URL once for all configs, which share its answer or its exception."""
         with self._lock:
             is_first = f"{what} {url}" not in self._known
             answer: Future[Result] = self._known.setdefault(f"{what} {url}", Future())
         if is_first:
             try:
                 answer.set_result(ask(url))
-            except Exception as caught:  # noqa: BLE001 - raised again for everybody who asked
+            except Exception as caught:  # noqa: BLE001 - raised again for every caller
                 answer.set_exception(caught)
         return answer.result()
 
 
 def side_by_side(look: Callable[[One], Result], them: Iterable[One]) -> list[Result]:
-    """Return `look` at each of them, several at once, in their order: most of it is waiting for a store."""
+    """Apply `look` to each item and return the results in order. Several run at once, as most time is spent waiting."""
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         return list(threads.map(look, them))

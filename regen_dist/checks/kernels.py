@@ -1,4 +1,4 @@
-"""Whether a config can run on the ranks and devices that it is to get."""
+"""Checks that a config can run on the ranks and devices of its target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 def ranks(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
-    """Check that the batch is shared out evenly over the ranks."""
+    """Check that the batch divides evenly over the ranks."""
     try:
         clips_per_rank(config, target.world_size)
     except ConfigError as caught:
@@ -23,7 +23,7 @@ def ranks(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
 
 
 def kernels(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
-    """Check that attention and optimizer run on the device that there is, and that their packages are installed."""
+    """Check that attention and optimizer run on the available device, and that their packages are installed."""
     has_gpus = _NVIDIA.is_dir() if target.has_gpus is None else target.has_gpus
     yield from _attention(config, target, has_gpus)
     yield from _optimizer(config, target, has_gpus)
@@ -43,7 +43,7 @@ def _attention(config: AnyRunConfig, target: Target, has_gpus: bool) -> Iterator
 
 
 def _backend(config: AnyRunConfig) -> tuple[str, str]:
-    """The key that names the kernel of attention, and its value; "" for a model without."""
+    """Config key of the attention kernel, and its value; "" for a model without attention."""
     if isinstance(config, T2VConfig):
         return "model.attention.backend", config.model.attention.backend
     attends = config.model.kind == "regen"
@@ -67,8 +67,8 @@ def _optimizer(config: AnyRunConfig, target: Target, has_gpus: bool) -> Iterator
 
 
 def is_installed(package: str, part: str = "") -> bool:
-    """Return whether a package can be found (with a part that tells it from another of the same name), without
-    importing it."""
+    """Return whether a package can be found without importing it (by a part that distinguishes it from another package
+    of the same name)."""
     found = find_spec(package)
     places = found.submodule_search_locations if found else None
     return any((Path(place) / part).exists() for place in places or ())

@@ -1,5 +1,5 @@
-"""Whether runs have the kind of data that they train on: videos for an embedder, latents of one space for text to
-video, whose model and whose embedder fit them."""
+"""Checks that runs have the kind of data that they train on: videos for an embedder; for text to video, latents of one
+space that fit the model and the embedder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
 from regen_dist.config.files import read_yaml
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 
-KIND, _AGAIN = "latents", "run `regen preencode` again"  # as the dataset's own module says, which needs numpy
+KIND, _AGAIN = "latents", "run `regen preencode` again"  # as in the dataset's own module, which needs numpy
 _CONFIG = "config.yaml"  # in every run folder, and in every exported model
 
 
 class _Space(NamedTuple):
-    """What the latents of a cache are; `text_width` is None where it has no text."""
+    """Facts about the latents of a cache; `text_width` is None where it has no text."""
 
     fingerprint: str
     num_frames: int
@@ -27,8 +27,8 @@ class _Space(NamedTuple):
 
 
 def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
-    """Check the kind of the data, the latents' own facts against the config, and the embedder that shows what is
-    generated."""
+    """Check the kind of the data, the facts of the latents against the config, and the embedder that decodes generated
+    videos."""
     manifests = {url: manifest_of(url, target) for url in dict.fromkeys(_urls(config)) if not target.will_be_there(url)}
     found = {url: manifest for url, manifest in manifests.items() if manifest}
     caches = {url: manifest for url, manifest in found.items() if manifest.get("kind") == KIND}
@@ -74,7 +74,7 @@ def _space(manifest: Mapping[str, Any]) -> _Space:
 
 
 def _one_space(spaces: Mapping[str, _Space]) -> Iterator[Finding]:
-    """All caches of a run were made by one encoder in one way."""
+    """Check that all caches of a run were made by one encoder in the same way."""
     prints: dict[str, str] = {}
     for url, space in spaces.items():
         prints.setdefault(space.fingerprint, url)
@@ -89,7 +89,7 @@ def _one_space(spaces: Mapping[str, _Space]) -> Iterator[Finding]:
 
 
 def _fits(config: T2VConfig, url: str, space: _Space) -> Iterator[Finding]:
-    """What the model takes is what the cache has."""
+    """Check that the model's inputs match the cache."""
     model = config.model
     if model.latent_channels != space.channels:
         yield error(
@@ -111,7 +111,7 @@ def _fits(config: T2VConfig, url: str, space: _Space) -> Iterator[Finding]:
 
 
 def _embedder(config: T2VConfig, spaces: Mapping[str, _Space], target: Target) -> Iterator[Finding]:
-    """The embedder that decodes what is generated at validations is there, and of the caches' kind."""
+    """Check that the embedder that decodes generated videos at validations exists and matches the caches."""
     embedder = config.generation.embedder
     if embedder is None or target.will_be_there(embedder):
         return
@@ -135,7 +135,7 @@ def _embedder(config: T2VConfig, spaces: Mapping[str, _Space], target: Target) -
 
 
 def _latents_of(folder: Path) -> tuple[int, int] | None:
-    """Frames of a clip and channels, by the config of a run or of an exported model; None where neither is there."""
+    """Frames of a clip and channels, from the config of a run or of an export; None where there is neither."""
     try:
         model: Any = read_yaml(folder / _CONFIG)[0]["model"]
         return int(model["temporal_compression"]) + 1, int(model["latent"]["channels"])

@@ -1,4 +1,4 @@
-"""Whether the networks that `train.losses` names can be read."""
+"""Check that the networks named in `train.losses` can be read."""
 
 from __future__ import annotations
 

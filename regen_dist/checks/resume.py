@@ -1,4 +1,4 @@
-"""Whether a run can go on from what it has: its claims, its checkpoints, its model and the order of its data."""
+"""Checks that a run can resume: its claims, its checkpoints, its model and the order of its data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regen_dist.observe.record import read_record
 
 
 def busy(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
-    """Check that no process trains the same run, or writes the same checkpoints, by whatever it was started."""
+    """Check that no process, however it was started, trains the same run or writes the same checkpoints."""
     try:
         Claims(config, READING).refuse_if_taken()
     except RunBusy as caught:
@@ -27,7 +27,7 @@ def busy(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
 
 
 def resume(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
-    """Check what a run has done already: all of it, or something that this config cannot go on from."""
+    """Check whether a run is already complete, or has a state that this config cannot resume from."""
     if config.checkpoint.url in target.down:
         return
     try:
@@ -50,10 +50,10 @@ def resume(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
 
 
 def newest_checkpoint(url: str) -> CheckpointManifest | None:
-    """Read what the checkpoint that `latest` names says of itself; None where there is none.
+    """Read the manifest of the checkpoint that `latest` names; None where there is none.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the checkpoint is damaged.
         DataError: the store does not answer.
     """
     store = Store(url, READING)
@@ -66,7 +66,7 @@ def newest_checkpoint(url: str) -> CheckpointManifest | None:
 
 
 def _lost(config: AnyRunConfig) -> Iterator[Finding]:
-    """The record names checkpoints, and there are none."""
+    """Report checkpoints that the record names but that do not exist."""
     path = config.folder / "metrics.jsonl"
     lines = read_record(path, "checkpoint") if path.is_file() else []
     saved = [line["step"] for line in lines if not line["problem"]]
@@ -79,7 +79,7 @@ def _lost(config: AnyRunConfig) -> Iterator[Finding]:
 
 
 def _another_model(config: AnyRunConfig, manifest: CheckpointManifest) -> Iterator[Finding]:
-    """The parameters of the config's model are not those of the checkpoint, by name or shape."""
+    """Report parameters of the config's model that differ from the checkpoint's in name or shape."""
     try:
         from regen_dist.checkpoint.export import model_shapes
     except ImportError as caught:
@@ -97,7 +97,7 @@ def _another_model(config: AnyRunConfig, manifest: CheckpointManifest) -> Iterat
 
 
 def _changed_sections(config: AnyRunConfig) -> Sequence[str]:
-    """Keys of the model that differ from the config in the run folder, as far as there is one."""
+    """Model keys that differ from the config in the run folder, if there is one."""
     try:
         before = load_saved_config(config.folder).model.model_dump(mode="json")
     except ConfigError:  # of another version, or not there
@@ -107,7 +107,7 @@ def _changed_sections(config: AnyRunConfig) -> Sequence[str]:
 
 
 def _another_order(config: AnyRunConfig, manifest: CheckpointManifest, target: Target) -> Iterator[Finding]:
-    """The samples of a step are not those that the checkpoint's run would have seen."""
+    """Report a data order that differs from that of the checkpoint's run."""
     before: dict[str, str] | None = manifest.state["data"]
     if before is None:  # imported weights: any data will do
         return
@@ -123,7 +123,7 @@ def _identity(config: AnyRunConfig, before: dict[str, str], target: Target) -> d
     try:
         manifests = [target.once("manifest", url, dataset_manifest) for url in config.data.sources]
         prints = [str(each["fingerprint"]) for each in manifests]
-    except (DataError, KeyError, ValueError, AttributeError):  # which another check tells; compared is the rest
+    except (DataError, KeyError, ValueError, AttributeError):  # reported by another check; the rest is compared
         prints = None
     found = _order_of(config, prints or [])
     name = "dataset fingerprint"

@@ -1,4 +1,4 @@
-"""All checks of a config, each on its own: one that fails does not hide the others."""
+"""All checks of a config, run independently: a failing check does not hide the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHECKS: Sequence[Check] = (ranks, kernels, losses, data, latents, busy, resume)
 def check_runs(
     configs: Sequence[AnyRunConfig], target: Target, checks: Sequence[Check] = CHECKS
 ) -> list[tuple[Finding, ...]]:
-    """Return what `regen train` would refuse at its start, and what is worth knowing, for each config in order.
+    """Return, for each config in order, the errors that `regen train` would stop at, and the notes.
 
     Nothing is written. Stores are asked once for all configs.
     """
@@ -34,7 +34,7 @@ def check_runs(
 
 
 def check_preencode(config: PreencodeConfig, target: Target) -> tuple[Finding, ...]:
-    """Return what `regen preencode` would refuse at its start: no videos, or no embedder with a good checkpoint."""
+    """Return the errors that `regen preencode` would stop at: no videos, or no embedder with a good checkpoint."""
     return tuple(_preencode(config, target))
 
 

@@ -1,1 +1,1 @@
-"""Measures of a reconstruction, the trivial decoders it is held against, and the page that shows it."""
+"""Measures of a reconstruction, the trivial decoders that it is compared with, and the page that shows it."""

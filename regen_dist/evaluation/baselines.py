@@ -1,6 +1,6 @@
 """Decoders that a trained one must beat.
 
-They are given whole frames, far more than two latents, and their clips are cut, streamed and blended like the codec's.
+They take whole frames, far more data than two latents, and their clips are cut, streamed and blended like the codec's.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ LABELS: dict[TrivialKind, str] = {
 
 
 class TrivialCodec:
-    """Keeps one or two full frames of a clip: `repeat_first`, `blend` (first to last, linear in time) or `mean`.
+    """Codec that keeps one or two frames of a clip: `repeat_first`, `blend` (first to last, linear in time) or `mean`.
 
-    Has the shape of `regen_dist.inference.long_video.VideoCodec`. Its "latents" are pixels [B, 3, H, W].
+    It has the interface of `regen_dist.inference.long_video.VideoCodec`. Its "latents" are pixels [B, 3, H, W].
     """
 
     def __init__(self, kind: TrivialKind, num_frames: int) -> None:
@@ -36,7 +36,7 @@ class TrivialCodec:
         self.num_frames = num_frames
 
     def encode(self, clips: Tensor) -> Latents:
-        """Clips [B, 3, T, H, W] to two frames [B, 3, H, W] each."""
+        """Encode clips [B, 3, T, H, W] as two frames [B, 3, H, W] each."""
         first = clips.mean(dim=2) if self.kind == "mean" else clips[:, :, 0]
         last = clips[:, :, -1] if self.kind == "blend" else first
         return Latents(first, last)
@@ -44,7 +44,7 @@ class TrivialCodec:
     def decode_windows(
         self, windows: list[Window], times: Tensor, *, steps: int = 1, seed: int = 0, sample_id: int = 0
     ) -> Tensor:
-        """Frames [1, 3, F, H, W] at `times` [F]; overlapping windows are blended. Steps and noise play no part."""
+        """Decode frames [1, 3, F, H, W] at `times` [F], blending overlapping windows. Steps and noise are ignored."""
         weights = blend_weights([window.start for window in windows], windows[0].length, times).float()
         frames = [
             self._decode(window, times) * weight[:, None, None] for window, weight in zip(windows, weights, strict=True)
@@ -52,6 +52,6 @@ class TrivialCodec:
         return torch.stack(frames).sum(dim=0)[None]
 
     def _decode(self, window: Window, times: Tensor) -> Tensor:
-        """One window at all times, [3, F, H, W]."""
+        """Decode one window at all times, [3, F, H, W]."""
         along = ((times - window.start) / max(window.length - 1, 1)).float().clamp(0, 1)
         return torch.lerp(window.latents.content[0][:, None], window.latents.motion[0][:, None], along[:, None, None])

@@ -1,7 +1,7 @@
 """`regen evaluate`: every model on every video of a protocol, then means with confidence intervals over the videos.
 
-What is measured of one video by one model is kept in a file, under a key of all that decides it. The same command again
-measures what is missing.
+The measures of one video and one model are kept in a file, under a key of everything that decides them. Running the
+same command again measures what is missing.
 """
 
 from __future__ import annotations
@@ -41,15 +41,14 @@ from regen_dist.observe.hardware import describe_machine
 from regen_dist.pixels import to_float
 
 MEDIA, MEASURED = "media", "measured"
-WORST_FRAMES = 3  # of each video and model, from different stretches of `_STRETCH` frames
+WORST_FRAMES = 3  # worst frames kept of each video and model, from different stretches of `_STRETCH` frames
 _STRETCH = 8
 RESAMPLES, CONFIDENCE = 10_000, 0.95
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A row of the table: key in the JSON, title, unit, digits, and whether more (1) or less (-1) is better, or neither
-    (0)."""
+    """Row of the table: key in the JSON, title, unit, digits, and 1 if more is better, -1 if less, 0 if neither."""
 
     key: str
     title: str
@@ -78,21 +77,21 @@ _FRECHET = {"rfvd": "segments", "rfid": "frames"}
 
 @dataclass(frozen=True)
 class Networks:
-    """What the user gave weights for."""
+    """Networks that the user gave weights for."""
 
     lpips: GivenNetwork | None = None
     fvd: GivenNetwork | None = None
     fid: GivenNetwork | None = None
 
     def names(self) -> dict[str, str | None]:
-        """File and hash of each, by measure; None: not given."""
+        """File and hash of each network, by measure; None where it was not given."""
         given = {"lpips": self.lpips, "rfvd": self.fvd, "rfid": self.fid}
         return {key: network.name if network else None for key, network in given.items()}
 
 
 @dataclass
 class _FrameMeasures:
-    """Collects what one video's pairs of frames give beside PSNR and SSIM."""
+    """Collector of one video's measures of pairs of frames, apart from PSNR and SSIM."""
 
     period: int
     networks: Networks
@@ -102,9 +101,9 @@ class _FrameMeasures:
     flicker: list[float] = field(default_factory=list)
     grid: list[float] = field(default_factory=list)
     features: dict[str, list[Tensor]] = field(default_factory=dict)
-    worst: dict[int, tuple[float, Pair]] = field(default_factory=dict)  # by stretch
+    worst: dict[int, tuple[float, Pair]] = field(default_factory=dict)  # worst pair of each stretch
     _last: Pair | None = None
-    _held: list[Pair] = field(default_factory=list)  # of the segment that is not full yet
+    _held: list[Pair] = field(default_factory=list)  # pairs of the segment that is not full yet
 
     def add(self, pair: Pair) -> None:
         """Measure one more pair of frames."""
@@ -122,7 +121,7 @@ class _FrameMeasures:
                 self.finish(whole=True)
 
     def finish(self, *, whole: bool = False) -> None:
-        """Take the frames that are held through the networks; fewer than a segment's give no features of video."""
+        """Pass the held frames through the networks; an incomplete segment gives no video features."""
         held, self._held = self._held, []
         sides = {side: [getattr(pair, side) for pair in held] for side in ("source", "decoded")} if held else {}
         for side, frames in sides.items():
@@ -147,7 +146,7 @@ class _FrameMeasures:
 
 
 def _batch(frames: Sequence[Frame]) -> Tensor:
-    """Float [N, 3, H, W] in [0, 255]."""
+    """Stack frames as float [N, 3, H, W] in [0, 255]."""
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float()
 
 
@@ -160,18 +159,18 @@ def measure_video(
     *,
     with_vmaf: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """All measures of one video by one model; writes its decoded video and its worst frames for the page.
+    """Measure one video with one model; write the decoded video and the worst frames for the page.
 
     Args:
         video: the frames.
-        model: encodes and decodes.
+        model: the model that encodes and decodes.
         protocol: steps, overlap and seed, cell size.
-        networks: those that the user gave.
+        networks: the networks that the user gave.
         out: folder of the evaluation.
-        with_vmaf: whether VMAF is measured, which takes an ffmpeg with libvmaf.
+        with_vmaf: whether to measure VMAF, which needs an ffmpeg with libvmaf.
 
     Returns:
-        Its part of the JSON, and the features of its segments and frames.
+        The video's part of the JSON, and the features of its segments and frames.
     """
     options = Options(steps=model.steps, overlap=min(protocol.overlap, model.codec.num_frames - 1), seed=protocol.seed)
     passage, meter = Passage(video, model.codec, options), VideoMeter()
@@ -216,7 +215,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _write_worst(frames: _FrameMeasures, folder: Path, name: str) -> list[dict[str, Any]]:
-    """Source and reconstruction of the worst frames, worst first."""
+    """Write source and reconstruction of the worst frames, worst first."""
     found = []
     for error, pair in sorted(frames.worst.values(), key=lambda each: -each[0]):
         files = {}
@@ -229,7 +228,7 @@ def _write_worst(frames: _FrameMeasures, folder: Path, name: str) -> list[dict[s
 
 
 def reset_peak_memory() -> int:
-    """Begin a new peak, and return the bytes in use: of the GPU's allocator, or resident in this process (Linux)."""
+    """Start a new peak and return the bytes in use: in the GPU's allocator, or resident in this process (Linux)."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -253,20 +252,20 @@ def _status_bytes(name: str) -> int:
     return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
-# All models on all videos.
+# Evaluation of all models on all videos.
 
 
 @dataclass
 class Evaluation:
-    """One evaluation in a folder.
+    """An evaluation in a folder.
 
     Args:
         out: folder of the measures, the videos, the JSON and the page.
-        protocol: what is measured on.
-        videos: found by it.
-        networks: those that the user gave.
+        protocol: protocol of the evaluation.
+        videos: videos that the protocol selects.
+        networks: the networks that the user gave.
         say: prints a line of progress.
-        with_vmaf: whether VMAF is measured.
+        with_vmaf: whether to measure VMAF.
     """
 
     out: Path
@@ -277,7 +276,7 @@ class Evaluation:
     with_vmaf: bool = True
 
     def run(self, models: Sequence[Callable[[], EvaluatedModel]]) -> dict[str, Any]:
-        """Measure what is not measured yet, one model after the other, and return the content of the JSON."""
+        """Measure everything that is missing, one model after the other, and return the content of the JSON."""
         if not models or not self.videos:
             raise DataError("an evaluation takes at least one model and one video")
         network = self.networks.fvd
@@ -325,7 +324,7 @@ class Evaluation:
         }  # fmt: skip
 
     def _kept(self, model: EvaluatedModel, video: PinnedVideo, digest: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The measures of one video, from their file where it has the same key."""
+        """Measures of one video, read from their file where it has the same key."""
         decided_by = [self.protocol.hash, digest, model.fingerprint, model.codec.num_frames, model.steps]
         decided_by += [self.networks.names(), self.with_vmaf]
         key = hashlib.sha256(json_text(decided_by).encode()).hexdigest()
@@ -346,8 +345,8 @@ class Evaluation:
 
 
 def summarise(found: Sequence[Mapping[str, Any]], features: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Each measure over the videos: `mean`, `low` and `high` of its 95% interval (None for fewer than two videos), and
-    the number of videos (of features, for a Fréchet distance) that it is from."""
+    """Summarise each measure over the videos: `mean`, `low` and `high` of its 95% interval (None for fewer than two
+    videos), and the number of videos (of features, for a Fréchet distance) behind it."""
     summary: dict[str, Any] = {}
     for each in MEASURES:
         if each.key in _FRECHET:
@@ -370,8 +369,8 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float | None, float | N
 
 
 def _frechet_summary(kind: str, features: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """A distance of all videos' features together, with a jackknife interval over videos: resampling with replacement
-    would repeat features, which moves the distance itself."""
+    """Distance over the features of all videos, with a jackknife interval over videos: resampling with replacement
+    would repeat features, which changes the distance itself."""
     pairs = [(each[f"{kind}_source"], each[f"{kind}_decoded"]) for each in features if f"{kind}_source" in each]
     count = sum(len(source) for source, _ in pairs)
     if count < 2:
@@ -390,7 +389,7 @@ def _distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 
 def why_missing(facts: Mapping[str, Any]) -> list[str]:
-    """Why measures are not in the table, a line each."""
+    """Explain the measures that are missing from the table, one line each."""
     options = {"lpips": "--lpips", "rfvd": "--fvd", "rfid": "--fid"}
     titles = {each.key: each.title for each in MEASURES}
     lines = [

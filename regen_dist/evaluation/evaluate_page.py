@@ -27,7 +27,7 @@ Table = list[tuple[str, list[str], list[bool]]]  # title, a cell for each model,
 
 
 def table(facts: Mapping[str, Any]) -> Table:
-    """Rows of measures and costs, a cell for each model: the mean, and the interval's half width where there is one."""
+    """Rows of measures and costs, with a cell for each model: the mean, and the interval's half width if known."""
     rows: Table = []
     for measure in MEASURES:
         found = [model["summary"][measure.key] for model in facts["models"]]
@@ -65,7 +65,7 @@ def markdown(facts: Mapping[str, Any]) -> str:
 
 
 def identity(facts: Mapping[str, Any]) -> list[str]:
-    """The lines that two people compare: protocol, source frames, weights."""
+    """Lines to compare between two evaluations: protocol, source frames, weights."""
     videos, frames = len(facts["videos"]), sum(video["frames"] for video in facts["videos"])
     lines = [
         f"- protocol {facts['protocol']['name']}: hash {facts['protocol_hash']}",
@@ -104,7 +104,7 @@ def _of_model(worst: list[dict[str, Any]], model: int) -> list[dict[str, Any]]:
 
 
 def _embedded(facts: Mapping[str, Any]) -> Markup:
-    """What the page's script reads, safe inside a script element."""
+    """Data for the page's script, safe inside a script element."""
     videos = [
         {
             "name": video["name"], "frames": video["frames"], "fps": video["fps"],

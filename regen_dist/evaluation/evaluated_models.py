@@ -30,7 +30,7 @@ from regen_dist.models.flops import count_flops
 from regen_dist.observe.devices import choose_device
 
 PACKAGED = "packaged"
-_PIXEL_BITS = 8  # of a value of the whole frames that the trivial decoders are given
+_PIXEL_BITS = 8  # bits of a value in the whole frames that the trivial decoders take
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class EvaluatedModel:
 
     Attributes:
         name: for the table and the files.
-        label: how the table calls it.
-        codec: encodes and decodes.
-        steps: sampling steps that it decodes in.
-        bits: (latent values, frames of a clip) to the bits that are kept.
-        parameters: encoder and decoder together.
-        fingerprint: SHA-256 of what decides its output, in hex.
-        flops: (height, width) of frames to the operations of (encoding, decoding) one clip; None where they cannot be
-            counted.
+        label: name of the model in the table.
+        codec: the codec that encodes and decodes.
+        steps: sampling steps of decoding.
+        bits: map from (latent values, frames of a clip) to the number of stored bits.
+        parameters: number of parameters, encoder and decoder together.
+        fingerprint: SHA-256 in hex of everything that decides the output.
+        flops: map from (height, width) of frames to the operations of (encoding, decoding) one clip; None where they
+            cannot be counted.
     """
 
     name: str
@@ -60,11 +60,11 @@ class EvaluatedModel:
 
 
 class DiffusersCodec:
-    """An autoencoder of diffusers as a codec of clips; the mode of the latent distribution is kept.
+    """Adapter of a diffusers autoencoder to a codec of clips; uses the mode of the latent distribution.
 
     Args:
-        folder: with `config.json` and safetensors, as `save_pretrained` writes; no code in it is run.
-        num_frames: of a clip. Causal video autoencoders of temporal compression r take n r + 1.
+        folder: folder with `config.json` and safetensors, as `save_pretrained` writes it; no code in it is run.
+        num_frames: frames of a clip. Causal video autoencoders of temporal compression r take n r + 1.
 
     Raises:
         ConfigError: diffusers is not installed, or the folder is not one of its autoencoders.
@@ -81,8 +81,8 @@ class DiffusersCodec:
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Latents:
-        """Clips [B, 3, T, H, W] to [B, C t, h, w] and an empty motion latent; sides are filled up by repeating the edge
-        until the model takes them."""
+        """Encode clips [B, 3, T, H, W] to [B, C t, h, w] and an empty motion latent; sides are padded with the edge to
+        a size that the model takes."""
         z = encode_with(self.model, self._filled(clips).to(self.model.device, self.model.dtype), self.is_video)
         self._channels = z.shape[1]
         content = z.flatten(1, 2)
@@ -92,7 +92,7 @@ class DiffusersCodec:
     def decode_windows(
         self, windows: list[Window], times: Tensor, *, steps: int = 1, seed: int = 0, sample_id: int = 0
     ) -> Tensor:
-        """Frames [1, 3, F, H, W] at `times` [F], whole numbers; overlapping windows are blended."""
+        """Decode frames [1, 3, F, H, W] at `times` [F], whole numbers; overlapping windows are blended."""
         weights = blend_weights([window.start for window in windows], windows[0].length, times).float()
         total: Tensor | None = None
         for window, weight in zip(windows, weights, strict=True):
@@ -119,7 +119,7 @@ class DiffusersCodec:
 
 
 def encode_with(model: Any, clips: Tensor, is_video: bool) -> Tensor:
-    """Latents [B, C, t, h, w] of clips [B, 3, T, H, W]; an autoencoder of images takes every frame by itself."""
+    """Encode clips [B, 3, T, H, W] to latents [B, C, t, h, w]; an image autoencoder encodes every frame by itself."""
     made = model.encode(clips if is_video else clips.transpose(1, 2).flatten(0, 1))
     z: Tensor = made.latent if hasattr(made, "latent") else made.latent_dist.mode()
     if is_video:
@@ -129,7 +129,7 @@ def encode_with(model: Any, clips: Tensor, is_video: bool) -> Tensor:
 
 
 def decode_with(model: Any, z: Tensor, is_video: bool) -> Tensor:
-    """Frames [B, 3, T, H, W] of latents."""
+    """Decode latents to frames [B, 3, T, H, W]."""
     if not is_video:
         frames: Tensor = model.decode(z.transpose(1, 2).flatten(0, 1)).sample
         video: Tensor = frames.unflatten(0, (len(z), -1))
@@ -155,7 +155,7 @@ def _load_diffusers(folder: Path) -> Any:
 
 
 def _spatial_compression(model: Any) -> int:
-    """Pixels a latent cell is wide, or a multiple: 32 where the model does not say."""
+    """Width of a latent cell in pixels, or a multiple of it: 32 where the model does not record it."""
     config = model.config
     for owner, name in ((model, "spatial_compression_ratio"), (config, "spatial_compression_ratio"),
                         (config, "scale_factor_spatial")):  # fmt: skip
@@ -168,16 +168,16 @@ def _spatial_compression(model: Any) -> int:
 def load_models(
     given: list[str], *, steps: int, clip_frames: int, baselines: bool
 ) -> list[Callable[[], EvaluatedModel]]:
-    """What the command was asked to compare. Each is loaded when it is called, one at a time.
+    """Loaders of the models that the command compares; each loads its model when called, so one is held at a time.
 
     Args:
         given: `PATH`, `NAME=PATH`, `packaged`, or a trivial decoder's name.
         steps: sampling steps of REGEN models.
-        clip_frames: of a clip, for trivial decoders and autoencoders of diffusers.
+        clip_frames: frames of a clip, for trivial decoders and diffusers autoencoders.
         baselines: add all trivial decoders.
 
     Raises:
-        ConfigError: a path is not there, or two models have one name.
+        ConfigError: a path does not exist, or two models have the same name.
     """
     named = [_split(each) for each in given] + [
         (kind, kind) for kind in TRIVIAL_KINDS if baselines and kind not in given
@@ -218,7 +218,7 @@ def _loader(name: str, path: str, steps: int, clip_frames: int) -> Callable[[], 
 
 
 def _is_diffusers(folder: Path) -> bool:
-    """Not an export of ours, which diffusers opens, too, but which has a `config.yaml`."""
+    """Return whether a folder is a diffusers model, but not an export of this project, which has a `config.yaml`."""
     return (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
 
 
@@ -254,7 +254,7 @@ def _diffusers(name: str, folder: Path, clip_frames: int) -> EvaluatedModel:
                 with FlopCounterMode(display=False) as decoding:
                     decode_with(model, z, codec.is_video)
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
-            return None  # some of these models look at values, which the meta device does not have
+            return None  # some of these models read values, which the meta device does not have
         return int(encoding.get_total_flops()), int(decoding.get_total_flops())
 
     label = f"{name} ({type(codec.model).__name__})"
@@ -264,7 +264,7 @@ def _diffusers(name: str, folder: Path, clip_frames: int) -> EvaluatedModel:
 
 def _trivial(name: str, kind: Any, clip_frames: int) -> EvaluatedModel:
     def bits(values: int, clip: int) -> int:
-        """Of the whole frames that are used; of a video's clips the codec hands out two, whichever it uses."""
+        """Bits of the whole frames that are used; the codec returns two frames a clip, even where it uses one."""
         return values * _PIXEL_BITS // (1 if clip == 1 or kind == "blend" else 2)
 
     fingerprint = hashlib.sha256(f"{kind} {clip_frames}".encode()).hexdigest()

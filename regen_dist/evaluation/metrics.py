@@ -1,6 +1,6 @@
-"""How close a reconstruction is to its source: PSNR, SSIM, VMAF, the seam ratio, and what the latents cost.
+"""Quality of a reconstruction against its source: PSNR, SSIM, VMAF, the seam ratio, and the cost of the latents.
 
-Everything is taken on 8-bit RGB frames, as they are shown, and accumulated frame by frame.
+Everything is measured on 8-bit RGB frames, as displayed, and accumulated frame by frame.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from regen_dist.inference.long_video import (
 )
 
 PEAK = 255.0
-PSNR_CEILING = 100.0  # dB, what equal frames count as, so that means stay finite
+PSNR_CEILING = 100.0  # dB, the value for equal frames, so that means stay finite
 SSIM_WINDOW = 11  # pixels: the Gaussian window of Wang et al. 2004, sigma 1.5
 LATENT_BITS = 16  # a latent value is counted as stored in 16 bits
 RAW_BITS_PER_PIXEL = 24.0
@@ -58,7 +58,7 @@ def ssim(source: Frame, other: Frame) -> float | None:
     """Structural similarity over the three colours, Gaussian window; None for frames smaller than the window."""
     if min(source.shape[:2]) < SSIM_WINDOW:
         return None
-    from skimage.metrics import structural_similarity  # here: training measures no SSIM, and scipy costs its start
+    from skimage.metrics import structural_similarity  # here: training measures no SSIM, and scipy slows its start
 
     images = source.astype(np.float32), other.astype(np.float32)
     gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -68,7 +68,7 @@ def ssim(source: Frame, other: Frame) -> float | None:
 
 @dataclass
 class VideoMeter:
-    """Accumulates the measures of one video. Feed it the pairs of frames in order.
+    """Accumulator of the measures of one video. Pass it the pairs of frames in order.
 
     Attributes:
         errors: mean squared error of each frame.
@@ -97,12 +97,12 @@ class VideoMeter:
 
     @property
     def psnr_db(self) -> float:
-        """PSNR of the mean squared error over the whole video: the figure to quote."""
+        """PSNR of the mean squared error over the whole video, the figure to quote."""
         return psnr_db(float(np.mean(self.errors)))
 
     @property
     def psnr_mean_over_frames_db(self) -> float:
-        """Mean of the frames' PSNR; never below the other, and kinder to videos of uneven quality."""
+        """Mean of the frames' PSNR; never below `psnr_db`, and more favourable to videos of uneven quality."""
         return float(np.mean([psnr_db(error) for error in self.errors]))
 
     @property
@@ -118,7 +118,7 @@ def _change(before: Frame, after: Frame) -> float:
 def seam_ratio(changes: Sequence[float], crosses: Sequence[bool]) -> float | None:
     """Mean change between frames across clip borders over the mean change inside clips.
 
-    Compare it with the same ratio of the source: what is above that is a seam.
+    Compare it with the same ratio of the source: a larger value means visible seams.
 
     Args:
         changes: mean absolute difference of frames t and t + 1.
@@ -141,7 +141,7 @@ def bits_per_pixel(latent_values: int, num_frames: int, height: int, width: int)
 
 @dataclass(frozen=True)
 class Vmaf:
-    """VMAF (0 to 100, mean over frames, model vmaf_v0.6.1), or why there is none."""
+    """VMAF (0 to 100, mean over frames, model vmaf_v0.6.1), or the reason why it is missing."""
 
     score: float | None
     reason: str = ""
@@ -150,7 +150,7 @@ class Vmaf:
 def vmaf(reference: Path, distorted: Path, *, executable: str | None = None) -> Vmaf:
     """Compare two video files of equal sides, frame by frame in order, with the libvmaf of imageio-ffmpeg's ffmpeg.
 
-    Never raises for what ffmpeg does: a failure is the result's `reason`.
+    Failures of ffmpeg never raise; they are the result's `reason`.
     """
     try:
         ffmpeg = executable or imageio_ffmpeg.get_ffmpeg_exe()
@@ -177,7 +177,7 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-# A whole video through a codec, measured against its source on the way.
+# Passage of a whole video through a codec, measured against its source on the way.
 
 
 class FrameSource(Protocol):
@@ -185,7 +185,7 @@ class FrameSource(Protocol):
 
     @property
     def num_frames(self) -> int:
-        """Frames that `frames` yields."""
+        """Number of frames that `frames` yields."""
         ...
 
     @property
@@ -200,30 +200,30 @@ class FrameSource(Protocol):
 
     @property
     def height(self) -> int:
-        """Of the frames, in pixels."""
+        """Height of the frames in pixels."""
         ...
 
     @property
     def width(self) -> int:
-        """Of the frames, in pixels."""
+        """Width of the frames in pixels."""
         ...
 
     def frames(self) -> Iterator[Frame]:
-        """Every frame in order, uint8 [height, width, 3]."""
+        """Yield every frame in order, uint8 [height, width, 3]."""
         ...
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a video is reconstructed. Making one with steps below 1 or a rate that is not above 0 raises ConfigError.
+    """Options of a reconstruction. Steps below 1, or a rate that is not above 0, raise ConfigError.
 
     Attributes:
         steps: sampling steps of the decoder.
         fps: frames a second of the output; None keeps the source's own times.
         overlap: frames that neighbouring clips share.
-        seed: of the decoder's noise.
+        seed: seed of the decoder's noise.
         group: clips that are decoded together; bounds the memory.
-        tile: pixels a side of the tiles that the codec was told to use (`Codec.use_tiles`), for the record; None: none.
+        tile: side in pixels of the codec's tiles (`Codec.use_tiles`), for the record; None without tiles.
     """
 
     steps: int = 1
@@ -240,7 +240,7 @@ class Options:
             raise ConfigError(f"fps is {self.fps:g}; it must be above 0")
 
     def check(self, codec: VideoCodec) -> None:
-        """ConfigError where the options do not fit the codec."""
+        """Raise ConfigError where the options do not fit the codec."""
         if self.fps is not None and codec.kind == "magvit2":
             raise ConfigError(
                 "the magvit2 baseline decodes the frames that it was given and none between them: leave fps out, "
@@ -262,8 +262,8 @@ class Pair:
 class Passage:
     """One video on its way through a codec.
 
-    `measured` yields a pair for every frame of the source. `on_output` is called with the pairs of the output: these
-    same ones, or those at `options.fps`. After the last pair, `speed` and `plan` say what it took.
+    `measured` yields a pair for every frame of the source. `on_output` is called with the pairs of the output: the
+    same ones, or those at `options.fps`. After the last pair, `speed` and `plan` describe the work done.
     """
 
     source: FrameSource
@@ -275,13 +275,13 @@ class Passage:
     def __post_init__(self) -> None:
         self.options.check(self.codec)
         frames, clip = self.source.num_frames, self.codec.num_frames
-        fade = DEFAULT_FADE if self.codec.kind == "regen" else 0  # only REGEN decodes past a clip's ends
+        fade = DEFAULT_FADE if self.codec.kind == "regen" else 0  # only REGEN can decode past a clip's ends
         overlap, group = self.options.overlap, self.options.group
         self.plan: DecodePlan = make_plan(frames, clip, overlap=overlap, group=group, fade=fade)
         self._held: dict[int, Frame] = {}  # the source's frames that are still needed
 
     def measured(self) -> Iterator[Pair]:
-        """Pairs at the source's own times."""
+        """Yield pairs at the source's own times."""
         own = output_positions(self.source.timestamps, None)
         other = None if self.options.fps is None else output_positions(self.source.timestamps, self.options.fps)
         counts = [0, 0]
@@ -320,7 +320,7 @@ class Passage:
     def _output_pair(self, index: int, positions: Positions | None, decoded: Frame) -> Pair:
         assert positions is not None
         assert self.options.fps is not None
-        shown = int(positions[index] + 1e-6)  # the source's frame that a player would show at this time
+        shown = int(positions[index] + 1e-6)  # the source frame that a player would show at this time
         return Pair(index, index / self.options.fps, self._held[shown], decoded)
 
     def _forget(self, before: int) -> None:
@@ -337,7 +337,7 @@ def _next_source_frame(positions: Positions | None, count: int) -> int:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The measures of one video. Where a figure cannot be had it is None and `notes` says why."""
+    """Measures of one video. A figure that is not available is None, and `notes` gives the reason."""
 
     psnr_db: float
     psnr_mean_over_frames_db: float
@@ -362,8 +362,8 @@ def measure(
     on_pair: Callable[[Pair], None] = lambda pair: None,
     meter: VideoMeter | None = None,
 ) -> Measurement:
-    """Run a passage to its end. VMAF compares lossless 4:2:0 copies, which lie in a temporary folder meanwhile. A
-    caller's new `meter` holds the measures of each frame afterwards."""
+    """Run a passage to its end. VMAF compares lossless 4:2:0 copies in a temporary folder. A new `meter` passed by the
+    caller holds the measures of each frame afterwards."""
     meter = VideoMeter() if meter is None else meter
     with tempfile.TemporaryDirectory() as folder:
         copies = [Path(folder) / name for name in ("source.mp4", "decoded.mp4")]

@@ -1,7 +1,7 @@
-"""The arms of the comparison: what was made of the same captions, each read by the same detector.
+"""Arms of the comparison: videos of the same captions from different sources, all read by the same detector.
 
-Real videos say what the detector itself misses, reconstructions what the embedder costs, generated videos what the
-generator costs. Captions that were exchanged give the chance level.
+Real videos measure the detector's own errors, reconstructions those of the embedder, generated videos those of the
+generator. Exchanged captions give the chance level.
 """
 
 from __future__ import annotations
@@ -51,28 +51,28 @@ from regen_dist.observe.hardware import describe_machine
 from regen_dist.observe.record import read_record
 from regen_dist.pixels import to_frames, to_video
 
-# The videos that are compared: the held-out ones, what an embedder makes of them, and what was generated.
+# The compared videos: held-out ones, their reconstructions by an embedder, and generated ones.
 
-_NUMBERED = re.compile(r"\d+(-\d+)?")  # with several samples of a prompt, each by its own number
+_NUMBERED = re.compile(r"\d+(-\d+)?")  # with several samples of a prompt, each has its own number
 UInt8s = npt.NDArray[np.uint8]
 
 
 class ClipCodec(Protocol):
-    """What is needed of a codec: `regen_dist.inference.codec.Codec`, or a stand-in of the same shape."""
+    """Interface of a codec: `regen_dist.inference.codec.Codec`, or any object with the same methods."""
 
     num_frames: int
 
     def encode(self, clips: Tensor) -> Latents:
-        """Clips [B, 3, T, H, W] in [-1, 1], T of 1 or `num_frames`, to latents."""
+        """Encode clips [B, 3, T, H, W] in [-1, 1], T of 1 or `num_frames`, to latents."""
         ...
 
     def decode(self, latents: Latents, times: Tensor, *, starts: list[float]) -> Tensor:
-        """Clips [B, 3, T, H, W] in [-1, 1] at `times` [T], each from its first frame on."""
+        """Decode clips [B, 3, T, H, W] in [-1, 1] at `times` [T], counted from each clip's first frame."""
         ...
 
 
 class ShapeClip(NamedTuple):
-    """A video and what it is to show: frames uint8 RGB [T, H, W, 3], `fps` of them a second."""
+    """A video and its wanted attributes: frames uint8 RGB [T, H, W, 3], `fps` of them a second."""
 
     name: str
     caption: str
@@ -82,13 +82,13 @@ class ShapeClip(NamedTuple):
 
 
 def generated_names(folder: Path, number: int) -> list[str]:
-    """The first videos that `regen generate` wrote into a folder, by name. The JSON of a video comes last, so one
-    without it is not finished and not counted."""
+    """List the first videos that `regen generate` wrote into a folder, by name. The JSON of a video is written last, so
+    a video without it is unfinished and not counted."""
     return sorted(path.stem for path in folder.glob("*.json") if _NUMBERED.fullmatch(path.stem))[:number]
 
 
 def generated_facts(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """What the JSON of all these videos agrees on: how they were made."""
+    """Facts that the JSON files of all these videos share about their making."""
     kept: dict[str, Any] | None = None
     for name in names:
         facts = _facts(folder / f"{name}.json")
@@ -97,7 +97,7 @@ def generated_facts(folder: Path, names: Iterable[str]) -> dict[str, Any]:
 
 
 def generated_prompts(folder: Path, names: Iterable[str]) -> list[str]:
-    """What the videos were generated from. Raises DataError naming the JSON that does not say so."""
+    """Prompts of generated videos. Raises DataError naming a JSON file that records none."""
     prompts = []
     for name in names:
         prompt = _facts(folder / f"{name}.json").get("prompt")
@@ -108,7 +108,7 @@ def generated_prompts(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def generated_clips(folder: Path, names: Sequence[str]) -> Iterator[ShapeClip]:
-    """Generated videos with their prompts. Raises DataError naming the file when one cannot be used."""
+    """Yield generated videos with their prompts. Raises DataError naming a file that cannot be used."""
     for name, prompt in zip(names, generated_prompts(folder, names), strict=True):
         video = folder / f"{name}.mp4"
         if not video.is_file():
@@ -117,13 +117,13 @@ def generated_clips(folder: Path, names: Sequence[str]) -> Iterator[ShapeClip]:
 
 
 def held_out_samples(dataset: Dataset, number: int) -> list[Sample]:
-    """The first samples of a dataset; reads all of its index."""
+    """Read the first samples of a dataset, from its whole index."""
     samples: list[Sample] = samples_of(dataset.table().slice(0, number))
     return samples
 
 
 def held_out_clips(dataset: Dataset, samples: Iterable[Sample], clip_frames: int | None) -> Iterator[ShapeClip]:
-    """Videos of a dataset with their captions: so much of each as is whole clips of `clip_frames` (None: all)."""
+    """Yield videos of a dataset with their captions, each cut to whole clips of `clip_frames` (None: uncut)."""
     for sample in samples:
         if sample.caption is None:
             raise DataError(f"{sample.name} of {dataset.store.url} has no caption, so nobody knows what it shows")
@@ -132,12 +132,12 @@ def held_out_clips(dataset: Dataset, samples: Iterable[Sample], clip_frames: int
 
 
 def whole_frames(num_frames: int, clip_frames: int | None) -> int:
-    """How many frames of a video are encoded: whole clips, or a single frame of one that is shorter."""
+    """Number of frames of a video that are encoded: whole clips, or a single frame of a shorter video."""
     return num_frames if clip_frames is None else max(1, num_frames // clip_frames * clip_frames)
 
 
 def reconstructed(clip: ShapeClip, codec: ClipCodec) -> ShapeClip:
-    """What a codec makes of a video, clip by clip without overlap as in a latent cache, in one step.
+    """Reconstruct a video with a codec in one step, clip by clip without overlap, as in a latent cache.
 
     Args:
         clip: a video of whole clips, or of one frame.
@@ -151,8 +151,8 @@ def reconstructed(clip: ShapeClip, codec: ClipCodec) -> ShapeClip:
 
 
 def seen_in_training(wanted: Iterable[Attributes], dataset: Dataset) -> int | None:
-    """How many of these show a combination of colour, shape and direction that the dataset's options do not hold out;
-    None where the dataset does not tell what it holds out."""
+    """Number of these videos whose combination of colour, shape and direction the dataset's options do not hold out;
+    None where the dataset does not record its held-out combinations."""
     share = dataset.manifest.options.get("held_out_share")
     if not isinstance(share, float):
         return None
@@ -178,29 +178,29 @@ def _decoded(name: str, caption: str, source: Path | bytes, where: str) -> Shape
         raise DataError(f"{where}: {error}") from error
 
 
-# How many readings are right: shares with their intervals, what is taken for what, and the chance level.
+# Accuracy of the readings: shares with their intervals, confusions, and the chance level.
 
 ATTRIBUTES = ("colour", "shape", "direction")
 ALL = "all three"
 MEASURES = (*ATTRIBUTES, ALL)
 TARGETS = {"colour": 0.95, "shape": 0.85, "direction": 0.90, ALL: 0.80}  # shares of the generated videos
-LEAST_VIDEOS = 200  # with fewer a share says little
-NOTHING = "nothing"  # what a reading of None is called
+LEAST_VIDEOS = 200  # a share of fewer videos is too uncertain
+NOTHING = "nothing"  # name of a reading of None
 _QUANTILE = 1.959964  # of the normal distribution, for 95 %
 
-Confusion = dict[str, dict[str, int]]  # what was asked for: what was read: how often
+Confusion = dict[str, dict[str, int]]  # wanted value: read value: count
 
 
 @dataclass(frozen=True)
 class Fraction:
-    """`right` of `number`, at least one."""
+    """A share: `right` of `number`, which is at least one."""
 
     right: int
     number: int
 
     @property
     def value(self) -> float:
-        """Between 0 and 1."""
+        """The share as a number between 0 and 1."""
         return self.right / self.number
 
     def interval(self) -> tuple[float, float]:
@@ -211,7 +211,7 @@ class Fraction:
         return max(0.0, middle - half), min(1.0, middle + half)
 
     def to_json(self) -> dict[str, Any]:
-        """Counts, share and interval."""
+        """Convert counts, share and interval to plain values."""
         return {"right": self.right, "number": self.number, "share": self.value, "interval_95": list(self.interval())}
 
 
@@ -219,11 +219,11 @@ def score_arm(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict
     """Share of the readings that are right, for each of MEASURES.
 
     Args:
-        readings: of the videos.
-        wanted: what each was to show.
+        readings: readings of the videos.
+        wanted: attributes that each video should show.
 
-    Raises:
-        DataError: there are none.
+        Raises:
+            DataError: there are no readings.
     """
     if not readings:
         raise DataError("there are no videos to score")
@@ -235,7 +235,7 @@ def score_arm(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict
 
 
 def confusions(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict[str, Confusion]:
-    """For each of ATTRIBUTES, how often which value was read where which was wanted."""
+    """Confusion counts for each of ATTRIBUTES: wanted value, read value, number of videos."""
     found: dict[str, Confusion] = {name: {} for name in ATTRIBUTES}
     for reading, attributes in zip(readings, wanted, strict=True):
         for name in ATTRIBUTES:
@@ -255,7 +255,7 @@ def derangement(count: int, seed: int = 0) -> list[int]:
 
 
 def missed_targets(scores: dict[str, Fraction]) -> list[str]:
-    """What the generated videos miss of TARGETS, in words; empty when they meet them all."""
+    """Describe the TARGETS that the generated videos miss; empty when they meet them all."""
     number = scores[ALL].number
     found = [f"{number} videos, at least {LEAST_VIDEOS} are asked for"] if number < LEAST_VIDEOS else []
     return found + [
@@ -266,12 +266,12 @@ def missed_targets(scores: dict[str, Fraction]) -> list[str]:
 
 
 REAL, RECONSTRUCTED, WRONG_CAPTIONS = "real", "reconstructed", "wrong captions"
-_QUALITY = 80  # of WebP
+_QUALITY = 80  # quality of WebP
 
 
 @dataclass(frozen=True)
 class ScoredVideo:
-    """A video that was read."""
+    """A video with its reading."""
 
     name: str
     caption: str
@@ -279,13 +279,13 @@ class ScoredVideo:
     reading: Reading
 
     def to_json(self) -> dict[str, Any]:
-        """Its line in scores.json."""
+        """Convert to the video's line in scores.json."""
         return {"name": self.name, "caption": self.caption, "read": self.reading._asdict()}
 
 
 @dataclass
 class ScoredVideos:
-    """Videos of one kind. `facts` say how they were made, `previews` hold data URIs by caption."""
+    """Videos of one kind. `facts` record their making, `previews` hold data URIs by caption."""
 
     name: str
     facts: Mapping[str, Any]
@@ -293,7 +293,7 @@ class ScoredVideos:
     previews: dict[str, str] = field(default_factory=dict)
 
     def add(self, clip: ShapeClip, shown: Collection[str]) -> None:
-        """Read a video; keep what it looks like if its caption is one of those that are shown."""
+        """Read a video; keep a preview if its caption is one of those shown on the page."""
         self.videos.append(ScoredVideo(clip.name, clip.caption, clip.wanted, read(clip.frames)))
         if clip.caption in shown and clip.caption not in self.previews:
             self.previews[clip.caption] = animation(clip)
@@ -305,15 +305,15 @@ class ScoredVideos:
 
     @property
     def confusions(self) -> dict[str, Confusion]:
-        """What was taken for what, by attribute."""
+        """Confusion counts, by attribute."""
         return confusions(self._readings, [video.wanted for video in self.videos])
 
     def reading_of(self, caption: str) -> Reading | None:
-        """Of the video that is shown for a caption."""
+        """Reading of the video that is shown for a caption."""
         return next((video.reading for video in self.videos if video.caption == caption), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Its part of scores.json."""
+        """Convert to the arm's part of scores.json."""
         return {
             "facts": dict(self.facts),
             "scores": {name: share.to_json() for name, share in self.scores.items()},
@@ -336,11 +336,11 @@ def read_arm(
     """Read all videos of an arm.
 
     Args:
-        name: what it is called on the page.
-        clips: its videos.
-        facts: how they were made.
+        name: name of the arm on the page.
+        clips: videos of the arm.
+        facts: facts about their making.
         shown: captions whose videos are kept for the page.
-        progress: called with the number of videos that are read.
+        progress: called with the number of videos read so far.
     """
     arm = ScoredVideos(name, facts)
     for number, clip in enumerate(clips, 1):
@@ -350,8 +350,8 @@ def read_arm(
 
 
 def with_wrong_captions(arm: ScoredVideos) -> ScoredVideos | None:
-    """The same readings against captions that belong to other videos: what one gets right by chance. None where there
-    are fewer than two videos."""
+    """Score the same readings against captions of other videos, which gives the chance level. None where there are
+    fewer than two videos."""
     if len(arm.videos) < 2:
         return None
     order = derangement(len(arm.videos))
@@ -365,7 +365,7 @@ def with_wrong_captions(arm: ScoredVideos) -> ScoredVideos | None:
 
 
 def animation(clip: ShapeClip) -> str:
-    """A video as an animated WebP in a data URI: it plays in every browser, from a page alone."""
+    """Encode a video as an animated WebP in a data URI, which plays in every browser without further files."""
     first, *others = [Image.fromarray(frame) for frame in clip.frames]
     buffer = io.BytesIO()
     milliseconds = max(1, round(1000 / clip.fps))
@@ -375,14 +375,14 @@ def animation(clip: ShapeClip) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# The page of the miniature: one `index.html` that holds all that it shows, so it can be sent and kept as it is.
+# Page of the miniature: one self-contained `index.html`, which can be sent and kept as it is.
 
 _VALUES = {"colour": tuple(COLOURS), "shape": tuple(SHAPES), "direction": tuple(DIRECTIONS)}
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """A share with its interval, as it is shown; `met` says whether it reaches its target, where there is one."""
+    """A share with its interval, as displayed; `met` says whether it reaches its target, where there is one."""
 
     share: str
     low: str
@@ -411,7 +411,7 @@ class _ShownSample:
 
 @dataclass(frozen=True)
 class _Grid:
-    """What was taken for what: `rows` hold the wanted value and, for each column, count and share of the row."""
+    """Confusion table: `rows` hold the wanted value and, for each column, count and share of the row."""
 
     attribute: str
     columns: tuple[str, ...]
@@ -428,11 +428,11 @@ def write_page(
     """Write `index.html` in one move.
 
     Args:
-        out: folder that is there.
-        report: what is in scores.json.
-        arms: as they were read, with the videos of `captions`.
-        captions: whose videos are shown.
-        runs: name to a run folder, for its curves; what a run lacks is left out.
+        out: existing folder.
+        report: content of scores.json.
+        arms: the arms after reading, with the videos of `captions`.
+        captions: captions whose videos are shown.
+        runs: name to run folder, for the curves; curves that a run lacks are left out.
 
     Returns:
         The page's path.
@@ -468,7 +468,7 @@ def _row(arm: ScoredVideos, report: Mapping[str, Any]) -> _ScoreRow:
 
 
 def _videos(arms: Sequence[ScoredVideos], caption: str) -> list[_ShownSample]:
-    """What each arm shows for a caption; arms without such a video are left out."""
+    """Video of each arm for a caption; arms without one are left out."""
     wanted, found = parse_caption(caption), []
     for arm in arms:
         reading = arm.reading_of(caption)
@@ -504,14 +504,14 @@ def _grid(attribute: str, confusion: Confusion) -> _Grid:
     return _Grid(attribute, columns, rows)
 
 
-# Videos that were generated from a given first frame: how near their own first frame is to it, beside what the
-# embedder makes of it, and whether they still move as their captions say.
+# Videos generated from a given first frame: the distance of their own first frame from it, compared with the
+# embedder's reconstruction, and whether they still move as their captions say.
 
-MOST_LOST_DB, LEAST_DIRECTION = 1.0, 0.85  # targets: of frame 0 against the embedder's own, and of motion
+MOST_LOST_DB, LEAST_DIRECTION = 1.0, 0.85  # targets: frame 0 against its reconstruction, and motion
 
 
 def is_given(folder: Path, names: Sequence[str]) -> bool:
-    """Whether all these videos say that they were generated from an image."""
+    """Return whether the records of all these videos say that they were generated from an image."""
     records = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     return bool(records) and all((record.get("given") or {}).get("kind") == "image" for record in records)
 
@@ -519,16 +519,16 @@ def is_given(folder: Path, names: Sequence[str]) -> bool:
 def judge_first_frames(
     dataset: Dataset, codec: ClipCodec, folder: Path, names: Sequence[str], arm: ScoredVideos
 ) -> dict[str, Any]:
-    """Mean PSNR of the first frames to those of the held-out videos of the same numbers, of which they were given.
+    """Measure the mean PSNR of the first frames against the given ones, from held-out videos of the same numbers.
 
     Args:
-        dataset: of the held-out videos; the prompts are the captions of its first samples.
+        dataset: dataset of the held-out videos; the prompts are the captions of its first samples.
         codec: the embedder.
-        folder, names: of the generated videos.
-        arm: the same, read.
+        folder, names: folder and names of the generated videos.
+        arm: readings of the same videos.
 
-    Raises:
-        DataError: a prompt is not the caption of the sample that its number says.
+        Raises:
+            DataError: a prompt is not the caption of the sample with its number.
     """
     numbers = [int(name.split("-")[0]) for name in names]
     samples = held_out_samples(dataset, max(numbers) + 1)
@@ -553,7 +553,7 @@ def judge_first_frames(
 
 
 def missed_first_frames(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What they miss of the targets, in words."""
+    """Describe the missed targets of first frames."""
     missed = []
     for name, figures in found.items():
         lost = figures["embedder_psnr_db"] - figures["psnr_db"]
@@ -569,22 +569,22 @@ def _psnr(one: UInt8s, other: UInt8s) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-3)))
 
 
-# The job of `regen score-shapes`: reads every arm there is, and writes scores.json and the page.
+# The job of `regen score-shapes`: read every available arm, and write scores.json and the page.
 
 SCORES = "scores.json"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is compared.
+    """Inputs of a comparison.
 
     Args:
         held_out: URL of the held-out dataset: the real videos.
-        embedder: a run or an exported model; makes the reconstructions of the held-out videos.
-        generated: name to a folder of `regen generate`; the first is the one that the targets are for.
-        runs: name to a run folder, for the curves.
-        number: most videos of an arm.
-        previews: videos of each arm on the page.
+        embedder: a run or an exported model, for the reconstructions of the held-out videos.
+        generated: name to folder of `regen generate`; the targets apply to the first.
+        runs: name to run folder, for the curves.
+        number: largest number of videos in an arm.
+        previews: number of videos of each arm on the page.
     """
 
     held_out: str | None = None
@@ -601,7 +601,7 @@ class Request:
 
 
 class Judgement(NamedTuple):
-    """What came of it: `report` is what is in scores.json, `page` where the page is."""
+    """Result of a comparison: `report` is the content of scores.json, `page` the path of the page."""
 
     arms: list[ScoredVideos]
     report: dict[str, Any]
@@ -609,7 +609,7 @@ class Judgement(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """An arm that is still to be read."""
+    """An arm before it is read."""
 
     name: str
     captions: Sequence[str]
@@ -618,12 +618,12 @@ class _Source(NamedTuple):
 
 
 def judge_videos(request: Request, out: Path, progress: Progress = lambda stage, done, total: None) -> Judgement:
-    """Read the videos of every arm that there is, and write scores.json and index.html into a folder.
+    """Read the videos of every available arm, and write scores.json and index.html into a folder.
 
     Args:
-        request: what is compared; what is not there is told, not refused.
-        out: folder, made if need be; both files are replaced, each in one move.
-        progress: called with (arm, videos read, of how many).
+        request: inputs of the comparison; a missing one is reported, not refused.
+        out: folder, created if needed; both files are replaced, each in one move.
+        progress: called with (arm, videos read, total).
 
     Raises:
         DataError: a video or a dataset is damaged, or a caption does not say what its video shows.
@@ -648,7 +648,7 @@ def judge_videos(request: Request, out: Path, progress: Progress = lambda stage,
 
 
 def _first_frames(request: Request, dataset: Dataset | None, arms: Sequence[ScoredVideos]) -> dict[str, Any]:
-    """Of the generated videos that were given theirs."""
+    """Judge the first frames of the arms that were generated from given images."""
     found = {}
     by_name = {arm.name: arm for arm in arms}
     for name, folder in request.generated.items():
@@ -676,7 +676,7 @@ def _open(request: Request, not_made: dict[str, str]) -> Dataset | None:
 
 
 def _is_missing(url: str) -> bool:
-    """Whether it is a local folder that is not there; buckets are asked when they are read."""
+    """Return whether this is a local folder that does not exist; object stores are only checked when they are read."""
     try:
         folder = parse_url(url).folder
     except ValueError as error:
@@ -685,7 +685,7 @@ def _is_missing(url: str) -> bool:
 
 
 def _held_out(request: Request, dataset: Dataset | None, not_made: dict[str, str]) -> Iterator[_Source]:
-    """Real videos and, where there is an embedder, what it makes of them."""
+    """Arms of the real videos and, where there is an embedder, of its reconstructions."""
     if dataset is None:
         return
     codec = _codec(request, not_made)
@@ -734,8 +734,8 @@ def _generated(request: Request, not_made: dict[str, str]) -> Iterator[_Source]:
 
 
 def _choose(sources: Sequence[_Source], request: Request) -> list[str]:
-    """Captions that the page shows: spread over those of the videos that the targets are for, else over the first
-    arm's."""
+    """Choose the captions that the page shows: spread over those of the arm that the targets apply to, or else over
+    those of the first arm."""
     by_name = {source.name: source.captions for source in sources}
     captions = by_name.get(next(iter(request.generated), ""), sources[0].captions if sources else [])
     rows = choose_rows(len(captions), request.previews) if captions and request.previews else []
@@ -757,7 +757,7 @@ def _report(
     main: ScoredVideos | None,
     not_made: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What is in scores.json."""
+    """Content of scores.json."""
     seen = None
     if main is not None and dataset is not None:
         seen = seen_in_training([video.wanted for video in main.videos], dataset)

@@ -1,6 +1,6 @@
-"""Perceptual measures, by networks whose weights the user gives, and measures of what the eye sees first in a video.
+"""Perceptual measures by networks whose weights the user gives, and measures of the most visible video artefacts.
 
-No weights are in the package and none are fetched. LPIPS takes a TorchScript file, or the state dict of the package
+The package contains no weights and downloads none. LPIPS takes a TorchScript file, or the state dict of the package
 `lpips` as safetensors; the Fréchet distances take a TorchScript file, or a folder of transformers with safetensors.
 
 Legend: N frames or segments, T frames of a segment, H x W pixels, C channels, D features.
@@ -29,7 +29,7 @@ from regen_dist.inference.frames import Frame
 
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 _WINDOW, _SIGMA = 11, 1.5
-MS_SSIM_SIDE = (_WINDOW - 1) * 2 ** (len(_SCALE_WEIGHTS) - 1) + 1  # pixels a frame needs
+MS_SSIM_SIDE = (_WINDOW - 1) * 2 ** (len(_SCALE_WEIGHTS) - 1) + 1  # smallest side of a frame in pixels
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
@@ -66,15 +66,15 @@ def _ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return luminance, (2 * covariance + _C2) / (var_x + var_y + _C2)
 
 
-# Artefacts that a decoder of patches makes.
+# Artefacts of a patch decoder.
 
 
 def flicker(source: tuple[Frame, Frame], other: tuple[Frame, Frame]) -> float:
-    """Temporal flicker from a frame to the next: the mean absolute change of the error, in 8-bit units. An error that
-    stands still has none.
+    """Temporal flicker between two frames: the mean absolute change of the error, in 8-bit units. A static error has
+    none.
 
     Args:
-        source, other: the frame before and the frame, of the source and of the reconstruction.
+        source, other: the previous and the current frame, of the source and of the reconstruction.
     """
     before, now = (second.astype(np.int16) - first for first, second in zip(source, other, strict=True))
     return float(np.mean(np.abs(now - before), dtype=np.float64))
@@ -105,10 +105,10 @@ def grid_energy(source: Frame, other: Frame, period: int) -> float | None:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)), with A and B the covariances.
+    """Fréchet distance |mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)), with A and B the covariances.
 
     With fewer samples than features the covariances have no full rank and the distance comes out too high, the more so
-    the fewer there are: compare distances of equally many samples alone. The root is never formed: with A = X'X and
+    the fewer there are: compare only distances of equal sample counts. The root is never formed: with A = X'X and
     B = Y'Y its trace is the sum of the singular values of X Y'.
 
     Args:
@@ -137,13 +137,13 @@ def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class GivenNetwork:
-    """A network of the user's.
+    """A network that the user gave.
 
     Attributes:
         call: LPIPS: (a, b) [N, 3, H, W] in [-1, 1] to [N]; features: pixels in [0, 255], [N, 3, H, W] or
             [N, 3, T, H, W], to [N, D].
         name: file or folder name, and the first digits of the SHA-256 of its weights.
-        segment_frames: T that a network of video takes; None: any.
+        segment_frames: T that a video network takes; None for any.
     """
 
     call: Callable[..., Tensor]
@@ -152,7 +152,7 @@ class GivenNetwork:
 
 
 def load_lpips(path: Path) -> GivenNetwork:
-    """LPIPS (Zhang et al., 2018) with the user's weights.
+    """Load LPIPS (Zhang et al., 2018) with the user's weights.
 
     Args:
         path: TorchScript that takes two batches [N, 3, H, W] in [-1, 1]; or `.safetensors`, the state dict of
@@ -160,7 +160,7 @@ def load_lpips(path: Path) -> GivenNetwork:
 
     Raises:
         ConfigError: there is no such file.
-        DataError: it holds something else.
+        DataError: the file or folder holds something else.
     """
     _check_file(path)
     if path.suffix != ".safetensors":
@@ -176,7 +176,7 @@ _ALEX_STRIDES, _ALEX_PADDING, _ALEX_POOLED = (4, 1, 1, 1, 1), (2, 2, 1, 1, 1), (
 
 
 def _lpips_of(weights: Mapping[str, Tensor], path: Path) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS out of the names of the package's state dict: `net.slice1.0.weight`, …, `lin0.model.1.weight`, …."""
+    """Build LPIPS from the package's state dict, with names like `net.slice1.0.weight` and `lin0.model.1.weight`."""
     found_convs = [(match, name) for name in weights if (match := re.fullmatch(r"net\.slice(\d)\.(\d+)\.weight", name))]
     convs = [(int(m[1]), name.removesuffix(".weight")) for m, name in sorted(found_convs, key=lambda e: int(e[0][2]))]
     # The package registers each linear layer twice; which of the names is in the file depends on how it was saved.
@@ -214,7 +214,7 @@ def _lpips_of(weights: Mapping[str, Tensor], path: Path) -> Callable[[Tensor, Te
 
 
 def load_features(path: Path, *, video: bool) -> GivenNetwork:
-    """A network whose features a Fréchet distance compares.
+    """Load a network whose features a Fréchet distance compares.
 
     Args:
         path: TorchScript, as `i3d_torchscript.pt` of StyleGAN-V (video) or `inception-2015-12-05.pt` of StyleGAN3
@@ -225,7 +225,7 @@ def load_features(path: Path, *, video: bool) -> GivenNetwork:
 
     Raises:
         ConfigError: there is no such file or folder.
-        DataError: it holds something else.
+        DataError: the file or folder holds something else.
     """
     if path.is_dir():
         return _transformers_features(path, video)
@@ -293,7 +293,7 @@ def _named(path: Path, files: list[Path]) -> str:
 
 
 def segments(frames: list[Frame], length: int) -> Tensor:
-    """Whole segments of `length` frames, one after the other: float [N, 3, T, H, W] in [0, 255]."""
+    """Yield consecutive whole segments of `length` frames: float [N, 3, T, H, W] in [0, 255]."""
     whole = len(frames) // length
     pixels: Tensor = torch.from_numpy(np.stack(frames[: whole * length])).unflatten(0, (whole, length))
     return pixels.permute(0, 4, 1, 2, 3).float()

@@ -23,8 +23,8 @@ from regen_dist.inference.frames import Frame, Seconds, SourceVideo
 from regen_dist.jsontext import json_text
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".y4m", ".mpg", ".mpeg", ".ts", ".gif"})
-VERSION = 1  # of the measures: a change of any of them changes every protocol hash
-# What no option changes. Part of the hash, and printed.
+VERSION = 1  # version of the measures: raising it changes every protocol hash
+# Facts that no option changes. Part of the hash, and printed.
 FIXED = {
     "version": VERSION,
     "values": "decoded values are clamped to [-1, 1] and rounded to 8 bits; every measure is of 8-bit RGB frames",
@@ -44,17 +44,17 @@ class ListedVideo(Section):
 
 
 class Protocol(Section):
-    """What is measured on.
+    """Selection and preparation of the measured frames.
 
     Attributes:
-        name: for people.
+        name: name for readers; not part of the hash.
         short_side: pixels that frames are resized to; None keeps their size.
         crop: (height, width) cut from the centre after the resize; None keeps whole frames.
-        frames: at most so many of each video; None takes all of them. A listed video must have as many.
-        period: pixels a side of the cells whose borders `grid_energy` is measured at.
-        segment_frames: of the segments whose features the Fréchet video distance compares.
-        steps, overlap, seed: of the decoders (`regen reconstruct`).
-        videos: the list; empty: every video of the folder, in order of name.
+        frames: largest number of frames of each video; None takes all. A listed video must have this many.
+        period: side in pixels of the cells at whose borders `grid_energy` is measured.
+        segment_frames: frames of the segments whose features the Fréchet video distance compares.
+        steps, overlap, seed: options of decoding (`regen reconstruct`).
+        videos: the list; if empty, every video of the folder in order of name.
     """
 
     name: str = "folder"
@@ -77,22 +77,22 @@ class Protocol(Section):
         return self
 
     def facts(self) -> dict[str, Any]:
-        """All of it, as plain values: what is hashed and printed."""
+        """Convert to plain values, as hashed and printed."""
         return {**self.model_dump(mode="json"), "fixed": FIXED}
 
     @property
     def hash(self) -> str:
-        """Sixteen hex digits of the SHA-256 of `facts`, the name left out."""
+        """Sixteen hex digits of the SHA-256 of `facts` without the name."""
         facts = {key: value for key, value in self.facts().items() if key != "name"}
         return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_protocol(path: Path | None, **changes: Any) -> Protocol:
-    """A list file's protocol, or that of a folder without one.
+    """Load the protocol of a list file, or the default one for a folder without a list.
 
     Args:
-        path: YAML; None: no list.
-        changes: values that replace those of the file; None leaves a value.
+        path: YAML file; None without a list.
+        changes: values that replace those of the file; None keeps a value.
 
     Raises:
         ConfigError: the file, or a change, is not valid.
@@ -144,12 +144,12 @@ class PinnedVideo:
 
     @property
     def num_frames(self) -> int:
-        """Frames that `frames` yields."""
+        """Number of frames that `frames` yields."""
         return self._source.num_frames - self._first
 
     @property
     def timestamps(self) -> Seconds:
-        """Seconds from the first frame that is taken, float64 [F]."""
+        """Seconds from the first selected frame, float64 [F]."""
         own: Seconds = self._source.timestamps[self._first :] - self._source.timestamps[self._first]
         return own
 
@@ -160,17 +160,17 @@ class PinnedVideo:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How frames differ from those in the file (`SourceVideo.notes`)."""
+        """Differences from the frames in the file (`SourceVideo.notes`)."""
         return tuple(self._source.notes)
 
     def frames(self) -> Iterator[Frame]:
-        """Every frame in order, uint8 [height, width, 3]. Raises DataError at the first that is damaged."""
+        """Yield every frame in order, uint8 [height, width, 3]. Raises DataError at the first damaged frame."""
         rows, columns = slice(self._top, self._top + self.height), slice(self._left, self._left + self.width)
         for frame in islice(self._source.frames(), self._first, None):
             yield np.ascontiguousarray(frame[rows, columns])
 
     def sha256(self) -> str:
-        """Of the pixels of all frames and their sides, in hex."""
+        """SHA-256 in hex of the pixels of all frames and their sides."""
         digest = hashlib.sha256(f"{self.num_frames} {self.height} {self.width}".encode())
         for frame in self.frames():
             digest.update(frame.tobytes())
@@ -178,10 +178,10 @@ class PinnedVideo:
 
 
 def find_videos(folder: Path, protocol: Protocol) -> list[PinnedVideo]:
-    """The videos of a protocol, in the list's order or in that of their names.
+    """Find the videos of a protocol, in the order of the list or of their names.
 
     Args:
-        folder: of the videos, searched with its subfolders; or one video file, where the protocol has no list.
+        folder: folder of the videos, searched with its subfolders; or one video file, where the protocol has no list.
         protocol: with or without a list.
 
     Raises:

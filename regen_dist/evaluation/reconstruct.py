@@ -32,7 +32,7 @@ _DIVIDER = 4  # pixels between the two halves of the side-by-side video
 
 @dataclass
 class _Columns:
-    """Keeps the frames that the contact sheet will show."""
+    """Collector of the frames that the contact sheet shows."""
 
     numbers: list[int]
     source: list[Frame] = field(default_factory=list)
@@ -55,22 +55,22 @@ def reconstruct(
     compare: bool = False,
     progress: Callable[[int], None] = lambda frame: None,
 ) -> dict[str, Any]:
-    """Encode a video, decode it from the latents alone, and write what came of it into `out`.
+    """Encode a video, decode it from the latents alone, and write the result into `out`.
 
     Every file appears complete or not at all; `metrics.json` comes last. Files of an earlier run are replaced.
 
     Args:
         source: the video.
-        codec: encodes and decodes.
-        out: folder, made if need be.
+        codec: the codec that encodes and decodes.
+        out: folder, created if needed.
         options: steps, rate, overlap and seed.
-        label: what the decoder is called in pictures.
-        model: what is known about the model, for the record.
+        label: name of the decoder in pictures.
+        model: facts about the model, for the record.
         compare: also measure the trivial decoders on the same clips.
         progress: called with the number of frames that are done.
 
     Returns:
-        What is in `metrics.json`.
+        The content of `metrics.json`.
 
     Raises:
         ConfigError: the options do not fit.
@@ -105,7 +105,7 @@ def reconstruct(
 
 
 def measure_trivial(source: SourceVideo, num_frames: int, options: Options) -> dict[str, dict[str, Any]]:
-    """The trivial decoders on the same video, cut into the same clips, at the source's own times."""
+    """Measure the trivial decoders on the same video, cut into the same clips, at the source's own times."""
     plain = replace(options, fps=None, steps=1)
     found: dict[str, dict[str, Any]] = {}
     for kind in TRIVIAL_KINDS:

@@ -30,7 +30,7 @@ from regen_dist.observe.record import read_record
 
 # Training curves as SVG that follows the page's colours, light or dark.
 
-# Stand-ins that matplotlib draws with; the page's own variables take their place in the SVG.
+# Placeholder colours that matplotlib draws with; the SVG gets the page's own variables instead.
 INK, LINE, ACCENT = "#010203", "#040506", "#070809"
 _VARIABLES = {INK: "var(--faint)", LINE: "var(--line)", ACCENT: "var(--accent)"}
 STYLE: Any = {
@@ -49,7 +49,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One chart: what it shows, and its SVG."""
+    """A chart: its title and its SVG."""
 
     title: str
     last: str
@@ -72,15 +72,15 @@ _KINDS = (
     _Kind("Standard deviation of the latents", "train", ("latent_std_content", "latent_std_motion")),
     _Kind("Speed", "train", ("clips_per_s",), " clips/s"),
 )
-_DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)))  # of the first and the second series
+_DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)))  # line styles of the first and the second series
 Series = list[tuple[int, float]]  # step, value
 
 
 def draw_curves(lines: Sequence[dict[str, Any]]) -> list[Curve]:
-    """A chart for each known figure that the record has. A dashed line stands where the run was resumed.
+    """Draw a chart for each known figure in the record. A dashed line marks where the run was resumed.
 
     Args:
-        lines: of `metrics.jsonl`.
+        lines: lines of `metrics.jsonl`.
     """
     resumed = [line["step"] for line in lines if line.get("event") == "start" and line["step"] > 0]
     curves = []
@@ -136,7 +136,7 @@ def _dress(axes: Axes, kind: _Kind, values: Sequence[float]) -> None:
 
 
 def for_page(svg: str, title: str) -> str:
-    """The element alone, scaling with the page, in the page's font and colours."""
+    """Extract the SVG element, scaling with the page, in the page's font and colours."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
@@ -151,7 +151,7 @@ PAGE, MEDIA, TEMPLATES = "index.html", "media", Path(__file__).parent / "templat
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One line of the table: a decoder and how well it did. `trained` tells ours from the trivial ones."""
+    """Line of the table: a decoder and its measures. `trained` distinguishes trained decoders from trivial ones."""
 
     label: str
     trained: bool
@@ -172,7 +172,7 @@ class _ShownVideo:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """What `regen reconstruct` wrote into a folder. Raises DataError when it is not complete."""
+    """Read the output of `regen reconstruct` in a folder. Raises DataError when it is incomplete."""
     missing = [name for name in (METRICS, SIDE_BY_SIDE, RECONSTRUCTION, SHEET) if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)}: run `regen reconstruct … --out {folder}` again")
@@ -191,9 +191,9 @@ def write_report(out: Path, *, title: str, run: Path, reconstructions: Sequence[
     """Write the page; `index.html` comes last and in one move.
 
     Args:
-        out: folder, made if need be; what is in it under the same names is replaced.
-        title: of the page.
-        run: run folder, for the curves and the config; what it lacks is left out.
+        out: folder, created if needed; files with the same names are replaced.
+        title: title of the page.
+        run: run folder, for the curves and the config; parts that it lacks are left out.
         reconstructions: folders that `regen reconstruct` wrote, at least one.
 
     Returns:
@@ -247,7 +247,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def page_environment() -> jinja2.Environment:
-    """Templates of pages: what they show is escaped, and what they miss is an error."""
+    """Environment for page templates: values are escaped, and a missing value is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -1,8 +1,8 @@
-"""Reads a clip of moving shapes back, without learning: tells the shape from the background by its colour, what it is
-by its moments, and where it goes by the path of its centroid.
+"""Detector for clips of moving shapes, without learning: it finds the shape by its colour, identifies it by its
+moments, and reads its direction from the path of its centroid.
 
-It knows what the clips of `regen_dist.data.synthetic.shapes` can show, and nothing of who made the one at hand: the
-source, an embedder or a generator. What is blurred or noisy still reads; what shows nothing coloured reads as nothing.
+It uses the possible content of the clips of `regen_dist.data.synthetic.shapes`, but not the origin of a clip: the
+source, an embedder or a generator. Blurred or noisy clips are still readable; a clip without colour reads as nothing.
 
 Legend: T frames, H x W pixels, M moments.
 """
@@ -21,17 +21,17 @@ from regen_dist.data.synthetic.shapes import COLOURS, DIRECTIONS, SHAPES
 Floats = npt.NDArray[np.floating[Any]]
 UInt8s = npt.NDArray[np.uint8]
 
-_LEAST_CHROMA = 40.0  # of 255: below it nothing in a clip has a colour
-_TOP_SHARE, _CORE = 0.01, 0.8  # the pixels that tell the colour: nearly as coloured as the most coloured ones
+_LEAST_CHROMA = 40.0  # of 255: below this, nothing in a clip counts as coloured
+_TOP_SHARE, _CORE = 0.01, 0.8  # the pixels that decide the colour: nearly as saturated as the most saturated ones
 _COVERED, _TRACE = 0.4, 0.1  # share of a pixel from which it belongs to the shape, and to its edge
 _NEAR = 2  # pixels around the shape in which its edge counts
-_LEAST_PATH = 0.08  # share of the side: below it nothing moves; the slowest clips move twice as far
+_LEAST_PATH = 0.08  # share of the side: below this, nothing moves; the slowest clips move twice as far
 _BLURS = (0.0, 0.7, 1.2)  # standard deviations in pixels: how unsharp a shape may be
 _CENTRE = 0.35  # radius of the centre, where a ring has its hole
 
 
 class Reading(NamedTuple):
-    """What a clip shows, in the words of `shapes`; None where that cannot be told."""
+    """Attributes that a clip shows, in the words of `shapes`; None where one cannot be read."""
 
     colour: str | None
     shape: str | None
@@ -48,7 +48,7 @@ class _Seen(NamedTuple):
 
 
 def read(frames: UInt8s) -> Reading:
-    """What a clip, uint8 RGB [T, H, W, 3], shows. A shape must stand in half of the frames; a single frame has no
+    """Read a clip, uint8 RGB [T, H, W, 3]. The shape must be visible in half of the frames; a single frame has no
     direction."""
     video = frames.astype(np.float32)
     colour = _colour(video)
@@ -61,7 +61,7 @@ def read(frames: UInt8s) -> Reading:
 
 
 def _colour(video: Floats) -> str | None:
-    """The named colour that has the hue of the most coloured pixels of a clip. What a blur mixes in has none."""
+    """Named colour nearest in hue to the most saturated pixels of a clip. A blur mixes in only grey, without a hue."""
     chroma = _chroma(video).reshape(-1, 3)
     strength = np.linalg.norm(chroma, axis=1)
     top = float(np.quantile(strength, 1 - _TOP_SHARE)) if strength.size else 0.0
@@ -73,7 +73,7 @@ def _colour(video: Floats) -> str | None:
 
 
 def _chroma(rgb: Floats) -> Floats:
-    """What is left of a colour without its grey: nothing of the backgrounds."""
+    """Remove the grey part of a colour, which leaves nothing of the backgrounds."""
     rest: Floats = rgb - rgb.mean(-1, keepdims=True)
     return rest
 
@@ -89,7 +89,7 @@ def _look(number: int, coverage: Floats) -> _Seen | None:
     """The largest connected shape of a frame, coverage [H, W]; None where there is none."""
     cv2 = _opencv()
     count, labels, stats, _ = cv2.connectedComponentsWithStats((coverage > _COVERED).astype(np.uint8))
-    if count < 2:  # the background is one
+    if count < 2:  # the background counts as one
         return None
     largest = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
@@ -142,8 +142,8 @@ def _direction(seen: list[_Seen], num_frames: int, side: int) -> str | None:
 
 @cache
 def _opencv() -> Any:
-    """Imported late: it takes a while, and most of the library does without."""
+    """OpenCV, imported late because it is slow to import and most of the library does not need it."""
     import cv2
 
-    cv2.setNumThreads(1)  # the cores are shared out by process
+    cv2.setNumThreads(1)  # the processes already share the cores
     return cv2

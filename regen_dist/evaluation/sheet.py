@@ -1,4 +1,4 @@
-"""A contact sheet: a few frames of the source, what was made of them, and where it is wrong."""
+"""Contact sheet: a few frames of the source, their reconstructions, and the errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_sheet(
         numbers: number of each frame, for the captions.
         source: one frame [H, W, 3] for each number.
         others: label to frames that correspond to the source's.
-        title: above the rows.
+        title: title above the rows.
         errors: whether to draw the error rows.
     """
     cell = _cell_size(source[0])

@@ -43,7 +43,7 @@ print(tuple(model.decode(latents, num_frames={frames}).sample.shape))
 
 
 def usage_snippet(config: ExportConfig, folder: str, size: tuple[int, int]) -> str:
-    """Python that loads the model from `folder`, encodes a clip of (height, width) and decodes it."""
+    """Python code that loads the model from `folder`, encodes a clip of (height, width) and decodes it."""
     baseline = config.model.kind == "magvit2"  # it knows whole frames alone
     text = SNIPPET.replace("[0.0, 0.5, 1.0]{whole}", "[0.0, 1.0, 2.0]" if baseline else "[0.0, 0.5, 1.0]")
     return text.format(folder=folder, height=size[0], width=size[1], channels=config.model.latent.channels)
@@ -59,11 +59,11 @@ def model_card(
     """The README of an export, in Markdown.
 
     Args:
-        config: of the export.
-        origin: the checkpoint that it was taken from.
-        shapes: of its parameters.
-        size: height and width that it was trained at.
-        statistics: as they are in it; None when they were not measured.
+        config: config of the export.
+        origin: the checkpoint that the weights were taken from.
+        shapes: shapes of the model's parameters.
+        size: height and width of the training videos.
+        statistics: latent statistics in the export; None when they were not measured.
     """
     sections = {
         "What it is": _facts(config, origin, shapes, size),
@@ -86,7 +86,7 @@ def facts_table(rows: dict[str, str]) -> str:
 
 
 def origin_rows(origin: OriginConfig, what: str) -> dict[str, str]:
-    """Where a model comes from; `what` its samples are called."""
+    """Rows that tell where a model comes from; `what` is the name of its samples."""
     return {
         "run": f"{origin.run}, step {origin.step:,}, after {origin.samples:,} {what}, saved {origin.saved_at}",
         "config hash": f"`{origin.config_hash}`",
@@ -164,11 +164,11 @@ def t2v_card(
     """The README of an export, in Markdown.
 
     Args:
-        config: of the export.
-        origin: the checkpoint that it was taken from.
-        shapes: of its parameters.
-        space: in which it works.
-        pipeline: whether its embedder and text encoder are in the folder.
+        config: config of the export.
+        origin: the checkpoint that the weights were taken from.
+        shapes: shapes of the model's parameters.
+        space: the model's latent space.
+        pipeline: whether the folder also holds the embedder and the text encoder.
     """
     sections = {
         "What it is": _t2v_card_facts(config, origin, shapes, space),

@@ -40,11 +40,11 @@ PACKAGED_EMBEDDER = Path(__file__).parents[1] / "pretrained" / "pocket"
 
 
 class Codec:
-    """An embedder for inference. Takes and gives float32 videos in [-1, 1]; works in the precision that it was trained
-    in, unless another `dtype` is given.
+    """Embedder for inference. Takes and returns float32 videos in [-1, 1]; computes in the precision of training
+    unless another `dtype` is given.
 
     Attributes:
-        tile: pixels a side of the tiles that frames are worked on in, or None: whole frames (`use_tiles`).
+        tile: side in pixels of the tiles that frames are processed in; None for whole frames (`use_tiles`).
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Codec:
 
     @classmethod
     def load(cls, path: str | Path, weights: Weights | None = None, device: torch.device | None = None) -> Codec:
-        """A trained embedder, out of a run folder or of an exported one. Nothing is unpickled.
+        """Load a trained embedder from a run folder or an export. Nothing is unpickled.
 
         Args:
             path: a run folder, whose newest good checkpoint is taken; or what `regen checkpoint export` wrote.
-            weights: the averaged ones (`ema`) or those of the last step (`plain`); None takes the averaged ones of a
-                run, and of an export those that are in it.
-            device: CUDA where there is one, by default.
+            weights: the averaged weights (`ema`) or those of the last step (`plain`); None takes the averaged weights
+                of a run, and whichever weights an export holds.
+            device: CUDA by default, where it is available.
 
         Raises:
-            CheckpointError: there is no checkpoint, or it is damaged; an export has other weights than those asked for,
-                or is a text-to-video model.
+            CheckpointError: there is no checkpoint, or it is damaged; an export holds other weights than requested, or
+                is a text-to-video model.
             ConfigError: the folder is neither a run of an embedder nor an export.
         """
         found = find_embedder(path, weights)
@@ -89,16 +89,16 @@ class Codec:
         return cls(model, found.config, device or choose_device(), found.step, statistics)
 
     def use_tiles(self, side: int | None) -> None:
-        """Encode and decode frames in tiles from now on, which bounds the memory that large ones take.
+        """Encode and decode frames in tiles from now on, which bounds the memory that large frames take.
 
-        Each tile is read with as much around it as its inside depends on, so the result is that of whole frames up to
-        rounding (docs/codec.md has the tolerance, and what it costs).
+        Each tile is read with its full receptive field, so the result equals that of whole frames up to rounding
+        (docs/codec.md states the tolerance and the cost).
 
         Args:
-            side: of a tile, in pixels; rounded down to the decoder's windows. None: whole frames again.
+            side: side of a tile in pixels, rounded down to the decoder's windows; None returns to whole frames.
 
         Raises:
-            ConfigError: the decoder attends over whole frames; or the side is below 64.
+            ConfigError: the decoder attends over whole frames, or the side is below 64.
         """
         if side is not None and side < _SMALLEST_TILE:
             raise ConfigError(f"a tile of {side} pixels; it must have at least {_SMALLEST_TILE} a side")
@@ -113,8 +113,8 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Latents:
-        """Clips [B, 3, k+1 or 1, H, W], sides multiples of 8, to latents [B, 8, h, w]; DataError when they do not
-        fit."""
+        """Encode clips [B, 3, k+1 or 1, H, W], sides multiples of 8, to latents [B, 8, h, w]; raises DataError when the
+        shape does not fit."""
         return Latents(*(self._finite(part, "encodes to latents") for part in self._encode(clips)))
 
     def _encode(self, clips: Tensor) -> Latents:
@@ -142,22 +142,22 @@ class Codec:
         sample_ids: Sequence[int] | None = None,
         starts: Sequence[float] | None = None,
     ) -> Tensor:
-        """Decode clips, each by itself.
+        """Decode clips independently of each other.
 
         Args:
             latents: [B, 8, h, w] each.
-            times: [T] real, in frames from each clip's first; any subset of frames, times between them, slightly past
-                the end.
-            steps: evaluations of the decoder.
-            seed, sample_ids, starts: what the noise is keyed by: the sample (its number in the batch by default) and
-                the absolute time, `starts` (0 by default) being the position of each clip's first frame in its video.
+            times: [T] real numbers, in frames from each clip's first; any subset of frames, times between them, and
+                times slightly past the end.
+            steps: number of decoder evaluations.
+            seed, sample_ids, starts: keys of the noise: the sample (its number in the batch by default) and the
+                absolute time, where `starts` (0 by default) is the position of each clip's first frame in its video.
 
         Returns:
             [B, 3, T, H, W] in [-1, 1].
 
         Raises:
             DataError: the latents are normalised ones.
-            ConfigError: as `decode_windows`.
+            ConfigError: in the same cases as for `decode_windows`.
         """
         count = len(only_raw(latents).content)
         ids, firsts = sample_ids or range(count), starts or [0.0] * count
@@ -173,19 +173,19 @@ class Codec:
     def decode_windows(
         self, windows: list[Window], times: Tensor, *, steps: int = 1, seed: int = 0, sample_id: int = 0
     ) -> Tensor:
-        """Decode a stretch of a video from windows that may overlap: one noise, keyed by absolute time, and one
-        estimate, blended from the windows' estimates at every step (METHOD: long videos).
+        """Decode a stretch of a video from windows that may overlap. There is one noise, keyed by absolute time, and
+        one estimate, blended from the windows' estimates at every step (METHOD: long videos).
 
         Args:
             windows: encoded clips of one video.
-            times: [F] real, in frames of the video.
+            times: [F] real numbers, in frames of the video.
 
         Returns:
             [1, 3, F, H, W] in [-1, 1], float32.
 
         Raises:
-            ConfigError: fewer than one step; or the baseline, which knows whole frames alone, was asked for times
-                between them.
+            ConfigError: fewer than one step; or times between frames were requested from the baseline, which decodes
+                whole frames only.
         """
         starts, length, fade = [window.start for window in windows], windows[0].length, windows[0].fade
         weights = blend_weights(starts, length, times, fade=fade).to(self.device).float()
@@ -204,7 +204,7 @@ class Codec:
         return self._finite(made, "decodes to pixels").clamp(-1, 1)
 
     def _blended(self, windows: list[Window], times: Tensor, weights: Tensor) -> Denoiser:
-        """(x_t [1, 3, F, H, W], t [1]) to the windows' estimates of x0, weighted by `weights` [windows, F]."""
+        """Map from (x_t [1, 3, F, H, W], t [1]) to the windows' estimates of x0, weighted by `weights` [windows, F]."""
 
         def estimate(x: Tensor, t: Tensor) -> Tensor:
             total: Tensor | None = None
@@ -223,7 +223,7 @@ class Codec:
 
     def _window(self, window: Window, times: Tensor, x: Tensor, seen: Tensor, t: Tensor) -> Tensor:
         """One window's estimate of the frames `seen`, [1, 3, n, H, W]."""
-        latents = Latents(*(each.to(self.device, self._dtype) for each in window.latents))  # of a cache, or generated
+        latents = Latents(*(each.to(self.device, self._dtype) for each in window.latents))  # from a cache, or generated
         if isinstance(self.model, Baseline):
             frames = self._in_tiles(self._reconstruct(self.model, window.length), latents, window.length)
             return frames[:, :, _whole(times, window.length)]
@@ -252,13 +252,13 @@ class Codec:
 
 
 def expect_encoder(model: Regen | Baseline, facts: Mapping[str, Any] | None) -> None:
-    """Hold a model to the frozen encoder that it was trained with, where the checkpoint's `facts` name one."""
+    """Check that a model has the frozen encoder that it was trained with, where the checkpoint's `facts` name one."""
     if isinstance(model.encoder, DiffusersEncoder):
         model.encoder.expected = (facts or {}).get(ENCODER_FACT)
 
 
 def _whole(times: Tensor, length: int) -> Tensor:
-    """Times as numbers of frames."""
+    """Frame numbers of whole times."""
     numbers = times.round().long()
     if bool(((times - numbers).abs() > 1e-4).any()) or bool((numbers < 0).any()) or bool((numbers >= length).any()):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The encoder of a trained embedder, alone: pre-encoding and caches need no decoder.
+"""The encoder of a trained embedder without its decoder, which pre-encoding and caches do not need.
 
 Legend: B clips, k temporal compression, H x W pixels, h = H/8, w = W/8.
 """
@@ -26,21 +26,21 @@ from regen_dist.models.encoder import Encoder, Latents
 from regen_dist.models.layers import require_cudnn
 from regen_dist.observe.devices import choose_device
 
-_PREFIX = "encoder."  # of its parameters' names in an embedder, the baseline's too
+_PREFIX = "encoder."  # prefix of its parameter names in an embedder, the baseline's too
 
 
 class FrozenEncoder:
-    """An encoder for inference, in the precision that it was trained in.
+    """Encoder for inference, in the precision of its training.
 
     Args:
-        encoder: with its weights.
-        config: of the embedder that it is a part of.
-        device: where it works.
+        encoder: the module with its weights loaded.
+        config: config of the embedder that the encoder is a part of.
+        device: device to compute on.
         origin: name of the run and step of the checkpoint, where they are known.
 
     Attributes:
-        fingerprint: SHA-256 in hex of what decides its latents: the weights in their working precision, and the parts
-            of the config that the encoder is built by. A run and what was exported from it have the same.
+        fingerprint: SHA-256 in hex of everything that decides the latents: the weights in their working precision, and
+            the parts of the config that the encoder is built from. A run and its export have the same fingerprint.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class FrozenEncoder:
     def load(
         cls, path: str | Path, weights: Weights | None = None, device: torch.device | None = None
     ) -> FrozenEncoder:
-        """The encoder out of a run folder or of an exported model. Nothing of the decoder is allocated.
+        """Load the encoder from a run folder or an export. Nothing of the decoder is allocated.
 
         Args:
-            path, weights, device: as for `Codec.load`.
+            path, weights, device: see `Codec.load`.
 
         Raises:
-            CheckpointError: there is no checkpoint, or it is damaged; an export has other weights than those asked for.
+            CheckpointError: there is no checkpoint, or it is damaged; an export holds other weights than requested.
             ConfigError: the folder is neither a run of an embedder nor an export.
         """
         found = find_embedder(path, weights)
@@ -79,13 +79,13 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Latents:
-        """Clips [B, 3, k+1 or 1, H, W] in [-1, 1], sides multiples of 8, to latents [B, C, h, w] in the working
-        precision; DataError when they do not fit."""
+        """Encode clips [B, 3, k+1 or 1, H, W] in [-1, 1], sides multiples of 8, to latents [B, C, h, w] in the working
+        precision; raises DataError when the shape does not fit."""
         latents: Latents = self.encoder(clips.to(self.device))
         return latents
 
     def facts(self) -> dict[str, Any]:
-        """What a cache's manifest says of its encoder."""
+        """Facts about the encoder that a cache's manifest records."""
         return {
             "fingerprint": self.fingerprint,
             "temporal_compression": self.config.model.temporal_compression,
@@ -103,15 +103,15 @@ def _expect(encoder: Encoder | DiffusersEncoder, facts: Mapping[str, Any] | None
 
 
 def check_embedder(codec: Codec, facts: Mapping[str, Any], where: str) -> None:
-    """Make sure that a codec decodes what a cache's encoder made.
+    """Check that a codec decodes the latents of a cache's encoder.
 
     Args:
-        codec: the embedder that is to decode.
-        facts: what the cache says of its encoder (`FrozenEncoder.facts`).
-        where: how a message calls the embedder.
+        codec: the embedder that decodes.
+        facts: the cache's record of its encoder (`FrozenEncoder.facts`).
+        where: name of the embedder in error messages.
 
     Raises:
-        CheckpointError: its encoder has other weights.
+        CheckpointError: the codec's encoder has other weights.
     """
     found = _fingerprint(codec.model.encoder, codec.config)
     if found != facts.get("fingerprint"):
@@ -123,7 +123,7 @@ def check_embedder(codec: Codec, facts: Mapping[str, Any], where: str) -> None:
 
 
 def _encoder_with(config: ExportConfig, weights: Mapping[str, Tensor], what: str) -> Encoder | DiffusersEncoder:
-    """The encoder that a config describes, made of these weights; CheckpointError when they do not fit."""
+    """Build the encoder that a config describes from these weights; CheckpointError when they do not fit."""
     with torch.device("meta"):
         encoder = build_encoder(config.model)
     wanted = {_PREFIX + name: list(param.shape) for name, param in encoder.named_parameters()}
@@ -133,7 +133,7 @@ def _encoder_with(config: ExportConfig, weights: Mapping[str, Tensor], what: str
 
 
 def _fingerprint(encoder: Encoder | DiffusersEncoder, config: ExportConfig) -> str:
-    """In the working precision, so that neither the stored type nor the decoder changes it."""
+    """Fingerprint in the working precision, so that neither the stored type nor the decoder changes it."""
     if isinstance(encoder, DiffusersEncoder):
         return encoder.fingerprint
     model = config.model

@@ -1,4 +1,4 @@
-"""Exports a model out of a run: verified, whole or not at all."""
+"""Export of a run's model: verified, and either complete or absent."""
 
 from __future__ import annotations
 
@@ -62,24 +62,24 @@ from regen_dist.inference.latent_space import (
     read_statistics,
 )
 
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+Progress = Callable[[str, int, int], None]  # name of the stage, units done, units in total
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is exported.
+    """Options of an export.
 
     Args:
-        step: of the checkpoint; None takes the newest good one.
-        weights: averaged, or those of the last step.
-        dtype: in which they are stored; None takes float32, and of an exported model its own.
-        statistics_clips: clips that an embedder's latent statistics are measured on; 0 leaves the statistics out. Those
-            of a text-to-video model are its caches'.
+        step: step of the checkpoint; None takes the newest good one.
+        weights: the averaged weights, or those of the last step.
+        dtype: dtype of the stored weights; None takes float32, or for an exported model its own.
+        statistics_clips: clips that an embedder's latent statistics are measured on; 0 leaves the statistics out.
+            A text-to-video model takes the statistics of its caches.
         data: URL of the clips for the statistics; None takes the run's training data.
         force: replace the exported model that is in the target folder.
-        embedder: run or export of the embedder on whose latents a text-to-video model works, which makes the export a
-            pipeline of diffusers; None takes the config's `generation.embedder`, where there is one.
-        text: folder of the text encoder of that pipeline; None takes the one that the caches were made with.
+        embedder: run or export of the embedder whose latents a text-to-video model uses, which makes the export a
+            diffusers pipeline; None takes the config's `generation.embedder`, if set.
+        text: folder of that pipeline's text encoder; None takes the one that the caches were made with.
     """
 
     step: int | None = None
@@ -95,11 +95,11 @@ class ExportOptions:
 def export_model(
     run: Path, out: Path, options: ExportOptions, progress: Progress = lambda what, done, total: None
 ) -> AnyExportConfig:
-    """Write the model of a run's checkpoint into the folder `out`, which is there whole or not at all. Of a model that
-    was exported before, a copy, which has what this version adds for diffusers.
+    """Write the model of a run's checkpoint into the folder `out`, which appears complete or not at all. A model that
+    was exported before is copied, with the files that this version adds for diffusers.
 
-    Every byte of the checkpoint is compared with its checksum first; an embedder's statistics are those of the weights
-    as they are stored. Returns what the export says of itself.
+    Every byte of the checkpoint is first compared with its checksum; an embedder's statistics are measured with the
+    weights as stored. Returns the facts that the export records about itself.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or `out` is not empty; or the run of a
@@ -126,7 +126,7 @@ def export_model(
 
 
 def _export_again(folder: Path, out: Path, options: ExportOptions) -> AnyExportConfig:
-    """A copy of an exported model."""
+    """Copy an exported model."""
     config = load_any_export_config(folder)
     check_weights(folder, config, options.weights)
     asked = {"--step": options.step is not None, "--data": options.data is not None}
@@ -224,7 +224,7 @@ def _statistics(made: Path, config: RunConfig, options: ExportOptions, progress:
 
 
 def _data_at(data: DataConfig, url: str) -> DataConfig:
-    """The same way of cutting clips, from another place."""
+    """Data config that cuts clips in the same way, read from another location."""
     return DataConfig.model_validate(data.model_dump() | {"url": url, "mixture": ()})
 
 
@@ -241,7 +241,7 @@ def _check_target(out: Path, force: bool) -> None:
 
 @contextmanager
 def _made_whole(out: Path, force: bool) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place when the block ends well, and is removed when it does not."""
+    """New folder beside `out` that replaces it when the block succeeds and is removed when it fails."""
     out = Path(os.path.abspath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
@@ -257,8 +257,8 @@ def _made_whole(out: Path, force: bool) -> Iterator[Path]:
 
 
 def _take_place(made: Path, out: Path) -> None:
-    """Rename `made` to `out`. An export that is there is moved aside first, comes back when that fails, and is deleted
-    last."""
+    """Rename `made` to `out`. An existing export is first moved aside, is restored when the rename fails, and is
+    deleted last."""
     aside = made.with_suffix(".old")
     replaced = out.exists()
     if replaced:

@@ -27,12 +27,12 @@ Seconds = npt.NDArray[np.float64]
 
 BT709 = 1  # the number of this matrix, these primaries and this transfer in the H.264 tables
 CLOCK = 90_000  # ticks a second of files in which each frame has its own time
-LARGEST_SIDE = 4320  # of 8K video, its shorter one
+LARGEST_SIDE = 4320  # shorter side of 8K video
 FALLBACK_RATE = Fraction(25)
 
 
 class SourceVideo:
-    """A video file that can be read through any number of times.
+    """Video file that can be read any number of times.
 
     Args:
         path: the file.
@@ -43,8 +43,8 @@ class SourceVideo:
         timestamps: float64 [F], seconds from the first frame, increasing; the rate may vary.
         rate: average frames a second.
         stored: (height, width) of the file, upright, in square pixels.
-        notes: how frames differ from those in the file ("non-square pixels: …"), as far as the first tells.
-        height, width: of the frames that `frames` yields.
+        notes: differences from the frames in the file ("non-square pixels: …"), judged by the first frame.
+        height, width: size of the frames that `frames` yields.
 
     Raises:
         DataError: there is no such file, or it is not a video that can be read.
@@ -70,11 +70,11 @@ class SourceVideo:
 
     @property
     def num_frames(self) -> int:
-        """Frames that `frames` yields."""
+        """Number of frames that `frames` yields."""
         return len(self.timestamps)
 
     def frames(self) -> Iterator[Frame]:
-        """Every frame in order, upright, uint8 [height, width, 3]. Raises DataError at the first that is damaged."""
+        """Yield every frame in order, upright, uint8 [height, width, 3]; DataError at the first damaged frame."""
         with _named_errors(self.path), VideoReader(self.path, self._table) as reader:
             for number, frame in reader.frames(range(self.num_frames)):
                 if shown_sides(frame) != self.stored:
@@ -93,7 +93,7 @@ def _seconds(reader: VideoReader, max_frames: int | None) -> Seconds:
 
 
 def _average_rate(reader: VideoReader, timestamps: Seconds) -> Fraction:
-    """From the timestamps; what the container says is only asked for where there is a single frame."""
+    """Average frame rate from the timestamps; the container's own value is used only for a single frame."""
     if len(timestamps) > 1:
         return Fraction((len(timestamps) - 1) / timestamps[-1]).limit_denominator(1001)
     return Fraction(reader.stream.average_rate or reader.stream.guessed_rate or FALLBACK_RATE)
@@ -105,7 +105,7 @@ def _upright_sides(reader: VideoReader) -> tuple[int, int]:
 
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """Name the file in what the reader reports."""
+    """Add the file's name to the reader's errors."""
     try:
         yield
     except DataError as error:
@@ -115,15 +115,15 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 class VideoWriter:
-    """Writes uint8 RGB frames as an H.264 mp4 (yuv420p, BT.709), under a temporary name until it is complete.
+    """Writer of uint8 RGB frames as an H.264 mp4 (yuv420p, BT.709), under a temporary name until it is complete.
 
-    A context manager: leaving it normally moves the file to `path`; leaving it by an exception removes it. Odd sides
-    get one more row or column, a copy of the last, because 4:2:0 needs even ones.
+    A context manager: a normal exit moves the file to `path`, an exception removes it. An odd side gets one more row
+    or column, a copy of the last, because 4:2:0 needs even sides.
 
     Args:
         path: the file; its folder must exist.
-        rate: frames a second; the pace of the file, unless `write` is told the time of every frame.
-        crf: x264's constant rate factor; 0 is lossless but for the 4:2:0 colour.
+        rate: frames a second; the pace of the file, unless the time of every frame is passed to `write`.
+        crf: x264's constant rate factor; 0 is lossless except for the 4:2:0 colour.
         preset: x264's preset.
 
     Raises:

@@ -1,7 +1,7 @@
-"""From prompts to videos: text, noise, latents, frames, files.
+"""Generation of videos from prompts: text, noise, latents, frames, files.
 
-The noise of a prompt is a function of the seed and of the prompt's number alone, so that neither the batch that it is
-in nor the task that makes it changes more than the last bits of its latents.
+A prompt's noise depends only on the seed and the prompt's number, so neither its batch nor the task that generates it
+changes more than the last bits of its latents.
 
 Legend: B prompts, n clips in a row, C channels, F latent frames, h x w latent cells.
 """
@@ -45,30 +45,30 @@ from regen_dist.models.text import TextEncoder
 from regen_dist.observe.hardware import describe_machine
 from regen_dist.pixels import to_frames
 
-# What is asked of a generation, and where the frames of its videos lie.
+# Settings of a generation, and the positions of its videos' frames.
 
 SIDE_MULTIPLE = LATENT_PATCH * SPATIAL_COMPRESSION  # pixels: a token is 2 x 2 cells of 8 x 8
 DEFAULT_SIZE = (192, 320)  # paper, Sec. 4
-_DIGITS = 6  # of a position: 24 frames at 30 a second must not end at 32.99999…
+_DIGITS = 6  # decimals of a position: 24 frames at 30 a second must not end at 32.99999…
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Everything that is asked of a generation but the prompts.
+    """Settings of a generation, apart from the prompts.
 
     Args:
-        height, width: in pixels, multiples of 16.
-        frames: of each video; 1 makes images.
+        height, width: size in pixels, multiples of 16.
+        frames: frames of each video; 1 makes images.
         fps: frames a second of the videos.
-        steps: of the sampler.
+        steps: number of sampler steps.
         guidance: scale of classifier-free guidance; 1 is none.
         sampler: `euler`, `heun` or `dpmpp_2m` (second order).
         decode_steps: sampling steps of the embedder's decoder.
-        seed: of all noise.
-        negative: what guidance leads away from; None is the empty caption.
+        seed: seed of all noise.
+        negative: negative prompt that guidance leads away from; None is the empty caption.
 
     Raises:
-        ConfigError: every value that cannot be.
+        ConfigError: at least one value is invalid; the message lists all of them.
     """
 
     height: int
@@ -84,7 +84,7 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         floats = [name for name in ("fps", "guidance") if not isfinite(getattr(self, name))]
-        if floats:  # nothing else can be said of them
+        if floats:  # the other checks need finite values
             raise ConfigError("; ".join(f"{name} is {getattr(self, name)}; it must be finite" for name in floats))
         least = {"frames": 1, "steps": 1, "decode_steps": 1, "guidance": 0, "seed": 0}
         problems = [
@@ -104,12 +104,12 @@ class GenerationSettings:
 
     @property
     def is_image(self) -> bool:
-        """Whether images are made."""
+        """True when images are generated."""
         return self.frames == 1
 
     @property
     def cells(self) -> tuple[int, int]:
-        """Latent cells, (h, w)."""
+        """Size of a frame in latent cells, (h, w)."""
         return self.height // SPATIAL_COMPRESSION, self.width // SPATIAL_COMPRESSION
 
 
@@ -126,8 +126,8 @@ def resolve_settings(
     seed: int = 0,
     negative: str | None = None,
 ) -> GenerationSettings:
-    """Settings of which what is not given is as the model was trained: the size, where the caches have one (else that
-    of the paper), its longest row, its frame rate, and the sampling that its config names."""
+    """Fill in settings that are not given from the model's training: the size of its caches (the paper's where they
+    have several), its longest row, its frame rate, and the sampling in its config."""
     flow, space = model.config.diffusion, model.space
     height, width = size or size_for(space)
     longest = longest_row(model) * space.num_frames or 1
@@ -140,37 +140,37 @@ def resolve_settings(
 
 
 def longest_row(model: TextToVideoModel) -> int:
-    """Clips of the longest row that the model was trained on; 0 where images alone were."""
+    """Number of clips in the longest row that the model was trained on; 0 for a model trained on images only."""
     return max(model.config.clips, default=0)
 
 
 def size_for(space: LatentSpace) -> tuple[int, int]:
-    """(height, width) where none is given: that of the caches, where they have one, else that of the paper."""
+    """Default (height, width): the size of the caches where they have a single one, else that of the paper."""
     return trained_size(space) or DEFAULT_SIZE
 
 
 def trained_size(space: LatentSpace) -> tuple[int, int] | None:
-    """The (height, width) that all videos of the caches have; None where there are several, or they do not say."""
+    """The (height, width) of all videos in the caches; None where there are several sizes, or none is recorded."""
     sizes = space.facts.get("sizes") or space.facts["preprocessing"].get("buckets") or []
     return (int(sizes[0][0]), int(sizes[0][1])) if len(sizes) == 1 else None
 
 
 def frame_positions(settings: GenerationSettings, space_fps: float, before: int = 0) -> Positions:
-    """Where the frames of an output lie, in frames of what the model was trained on, from the first clip's first;
-    where they continue others, of which the row has `before`, they begin one frame of the output after the last."""
+    """Positions of the output's frames, in frames of the training videos, counted from the first clip's first frame.
+    Where they continue `before` frames of the row, they begin one output frame after the last of those."""
     first = before - 1 + space_fps / settings.fps if before else 0.0
     positions: Positions = np.round(first + np.arange(settings.frames) * space_fps / settings.fps, _DIGITS)
     return positions
 
 
 def clips_of(settings: GenerationSettings, space: LatentSpace, before: int = 0) -> int:
-    """Clips of a row, of which `before` are continued."""
+    """Number of clips in a row, including the `before` clips that it continues."""
     return clips_for(frame_positions(settings, space.fps, before * space.num_frames), space.num_frames)
 
 
 def clips_for(positions: Positions, num_frames: int) -> int:
-    """Clips of `num_frames` frames in a row that reach to the last position: clip i takes those from i * num_frames to
-    below (i + 1) * num_frames, in which it goes past its own last frame by less than one frame."""
+    """Number of clips of `num_frames` frames needed to reach the last position: clip i takes the positions from
+    i * num_frames to below (i + 1) * num_frames, which extends past its own last frame by less than one frame."""
     return int(positions[-1] // num_frames) + 1
 
 
@@ -184,30 +184,29 @@ def _nearest(side: int) -> int:
 
 
 class Prompt(NamedTuple):
-    """A prompt and its number: its place in the file, which its noise is keyed by, as by seed + `sample`."""
+    """A prompt and its number, which is its place in the file. The number and seed + `sample` key its noise."""
 
     number: int
     text: str
-    sample: int = 0  # of several videos of it, from 0
+    sample: int = 0  # index among several videos of one prompt, from 0
 
 
 class CaptionEncoder(Protocol):
-    """What is needed of a text encoder: `regen_dist.models.text.TextEncoder`, or a stand-in."""
+    """Interface of a text encoder: `regen_dist.models.text.TextEncoder`, or any object with the same methods."""
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides its embeddings."""
+        """Digest of everything that decides the embeddings."""
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """Embeddings [L, D]."""
+        """Embed a caption as [L, D]."""
 
     def cuts(self, caption: str) -> bool:
-        """Whether a caption is too long."""
+        """Return whether a caption is too long and is cut."""
 
 
 class Embedded(NamedTuple):
-    """Embeddings [L, D] of some prompts and of what guidance leads away from, float32 on the CPU; and the prompts that
-    were cut."""
+    """Embeddings [L, D] of prompts and of the negative prompt, float32 on the CPU; and the prompts that were cut."""
 
     texts: list[Tensor]
     null: Tensor
@@ -215,10 +214,10 @@ class Embedded(NamedTuple):
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a text file, one a line; empty lines have no number.
+    """Read the prompts of a text file, one a line; empty lines have no number.
 
     Raises:
-        DataError: there is no such file, it is no text, or there is nothing in it.
+        DataError: the file is missing, is not text, or is empty.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -231,11 +230,11 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def load_text_encoder(space: LatentSpace, path: str | None, device: torch.device) -> TextEncoder:
-    """The text encoder that the caches were made with; `path` says where it is, if not where it was.
+    """Load the text encoder that the caches were made with; `path` gives its location if it was moved.
 
     Raises:
-        CheckpointError: it is not there, or the caches do not say which one it was.
-        BackendError: a package that it needs is not installed.
+        CheckpointError: the encoder is not there, or the caches do not record which one it was.
+        BackendError: a package that the encoder needs is not installed.
     """
     facts = space.facts["text"] or {}
     name = path or facts.get("encoder")
@@ -248,16 +247,16 @@ def load_text_encoder(space: LatentSpace, path: str | None, device: torch.device
 def embed_prompts(
     encoder: CaptionEncoder, space: LatentSpace, prompts: Sequence[Prompt], negative: str | None = None
 ) -> Embedded:
-    """Embed prompts, rounded as they are in a cache.
+    """Embed prompts, rounded as in a cache.
 
     Args:
-        encoder: must be the one that the caches were made with.
-        space: of the caches.
-        prompts: to embed; too long ones are cut.
-        negative: what guidance leads away from; None takes the caches' empty caption.
+        encoder: the text encoder; must be the one that the caches were made with.
+        space: latent space of the caches.
+        prompts: prompts to embed; prompts that are too long are cut.
+        negative: negative prompt that guidance leads away from; None takes the caches' empty caption.
 
     Raises:
-        CheckpointError: it is another encoder.
+        CheckpointError: the encoder differs from that of the caches.
     """
     check_text_encoder(encoder, space)
     texts = [prompt.text for prompt in prompts]
@@ -268,7 +267,7 @@ def embed_prompts(
 
 
 def check_text_encoder(encoder: CaptionEncoder, space: LatentSpace) -> None:
-    """CheckpointError when an encoder is not the one that the caches were made with."""
+    """Raise CheckpointError when an encoder is not the one that the caches were made with."""
     wanted = (space.facts["text"] or {}).get("fingerprint")
     if encoder.fingerprint != wanted:
         raise CheckpointError(
@@ -278,51 +277,51 @@ def check_text_encoder(encoder: CaptionEncoder, space: LatentSpace) -> None:
 
 
 def as_in_cache(text: Tensor) -> Tensor:
-    """An embedding, rounded as a cache stores it."""
+    """Round an embedding as a cache stores it."""
     return text.to("cpu", torch.bfloat16).float()
 
 
 # The files of a generation: for each prompt a video (or image) and a JSON file with everything that makes it again.
 #
-# OUT/00000.mp4     of prompt 0; OUT/00000.png where images are made
-# OUT/00000.json    written last: while it says what is asked for, prompt 0 is done
+# OUT/00000.mp4     video of prompt 0; OUT/00000.png where images are made
+# OUT/00000.json    written last: prompt 0 is done while this matches the request
 #
-# Of several samples of a prompt: OUT/00000-0.mp4, OUT/00000-1.mp4, … Named by their prompts (as VBench reads them):
+# Several samples of a prompt: OUT/00000-0.mp4, OUT/00000-1.mp4, … Named by prompt (as VBench reads them):
 # OUT/a red circle-0.mp4, and nothing else in OUT; their JSON files lie in OUT-records.
 
 RECORD_FORMAT = 1
 _VIDEO, _IMAGE, _RECORD = ".mp4", ".png", ".json"
 _LONGEST_NAME = 255  # bytes, on most file systems
-_ABOUT = ("paths", "version", "machine")  # what a record says beside what decides the video
+_ABOUT = ("paths", "version", "machine")  # facts in a record that do not decide the video
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How files are named.
+    """Naming of the files of a generation.
 
     Args:
-        samples: of each prompt.
-        by_prompt: name videos by prompt and sample, and keep their records in a folder beside, since VBench takes
-            whatever lies in a folder for a video.
+        samples: number of samples of each prompt.
+        by_prompt: name videos by prompt and sample, and keep their records in a folder next to them, since VBench takes
+            every file in a folder for a video.
     """
 
     samples: int = 1
     by_prompt: bool = False
 
     def stem(self, prompt: Prompt) -> str:
-        """What the files of a prompt's sample are called."""
+        """File name of a prompt's sample, without the ending."""
         name = prompt.text if self.by_prompt else f"{prompt.number:05d}"
         return f"{name}-{prompt.sample}" if self.by_prompt or self.samples > 1 else name
 
     def records(self, folder: Path) -> Path:
-        """Where the JSON files are."""
+        """Folder of the JSON files."""
         return folder.with_name(f"{folder.name}-records") if self.by_prompt else folder
 
     def expanded(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Every sample of every prompt.
+        """List every sample of every prompt.
 
         Raises:
-            ConfigError: prompts that no file can be called by, or that are the same.
+            ConfigError: a prompt cannot be a file name, or two prompts are the same.
         """
         if self.samples < 1:
             raise ConfigError(f"{self.samples} samples of each prompt; give at least 1")
@@ -345,15 +344,15 @@ def _is_file_name(stem: str) -> bool:
 
 
 class GeneratedFiles:
-    """The files in one folder.
+    """Files of a generation in one folder.
 
     Args:
-        folder: where to; made when something is written.
-        settings: of the generation.
-        made_by: what else decides the videos: model, embedder, text encoder.
-        paths: where those were; told, but of no weight.
-        layout: how they are named.
-        given: what a prompt's video begins with or continues, for its record.
+        folder: output folder; created when something is written.
+        settings: settings of the generation.
+        made_by: everything else that decides the videos: model, embedder, text encoder.
+        paths: locations of those models; recorded, but not compared.
+        layout: naming of the files.
+        given: the image or video that a prompt's video begins with or continues, for its record.
     """
 
     def __init__(
@@ -369,25 +368,25 @@ class GeneratedFiles:
         self._made_by, self._paths = made_by, paths
 
     def is_done(self, prompt: Prompt) -> bool:
-        """Whether the prompt was generated by the same settings and models."""
+        """Return whether the prompt was already generated with the same settings and models."""
         try:
             found = json.loads(self._path(prompt, _RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none, or one that is damaged: it is made anew
+        except (OSError, ValueError):  # missing or damaged: generate it again
             return False
         if not isinstance(found, dict) or not self._made(prompt).is_file():
             return False
         return {name: value for name, value in found.items() if name not in _ABOUT} == self._decided(prompt)
 
     def write(self, prompt: Prompt, frames: Iterable[list[Frame]]) -> Path:
-        """Write a prompt's video or image as its frames come, then its record. Returns the video's path.
+        """Write a prompt's video or image as its frames arrive, then its record. Returns the video's path.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: a file cannot be written.
         """
         for folder in (self.folder, self._layout.records(self.folder)):
             folder.mkdir(parents=True, exist_ok=True)
         record, path = self._path(prompt, _RECORD), self._made(prompt)
-        record.unlink(missing_ok=True)  # first: it must not vouch for another video
+        record.unlink(missing_ok=True)  # first, so that it never describes another video
         _write_image(path, frames) if self._settings.is_image else _write_video(path, frames, self._settings.fps)
         self._path(prompt, _VIDEO if self._settings.is_image else _IMAGE).unlink(missing_ok=True)
         about = {"paths": self._paths, "version": code_version(), "machine": describe_machine()}
@@ -395,7 +394,7 @@ class GeneratedFiles:
         return path
 
     def _decided(self, prompt: Prompt) -> dict[str, Any]:
-        """Everything that decides the video, as it is read back."""
+        """Everything that decides the video, in the form in which it is read back from JSON."""
         given = self._given(prompt)
         facts = {
             "format": RECORD_FORMAT,
@@ -433,11 +432,11 @@ def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
 
 
 GivenTo = Callable[[Prompt], GivenMedia | None]
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+Progress = Callable[[str, int, int], None]  # name of the stage, units done, units in total
 
 
 class Generated(NamedTuple):
-    """The prompts that were generated, those that were there already, and the texts that were too long and cut."""
+    """Prompts that were generated, prompts that existed already, and the texts that were too long and cut."""
 
     made: list[Prompt]
     skipped: list[Prompt]
@@ -458,24 +457,24 @@ def generate(
     given: GivenMedia | Mapping[int, GivenImage] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Generated:
-    """Generate a video for every prompt, unless it is there already.
+    """Generate a video for every prompt that has none yet.
 
     Args:
-        model: from text to latents.
-        codec: decodes them; must be the embedder whose latents the model was trained on.
-        load_encoder: gives the text encoder of the caches; called when something is to do.
-        prompts: what to generate.
+        model: text-to-video model, which samples latents.
+        codec: decoder of the latents; must be the embedder whose latents the model was trained on.
+        load_encoder: returns the text encoder of the caches; called only when a prompt has no video yet.
+        prompts: prompts to generate.
         out: folder for the videos and their JSON files (see `GeneratedFiles`).
-        settings: of the videos.
-        batch: prompts that are sampled at once; changes the speed, and the last bits of the result.
-        paths: where models were taken from, for the records.
-        layout: how files are named; `Layout.expanded` gives the samples of prompts.
-        given: an image that every video begins with, or a video that each continues; or images by prompts' numbers.
-        progress: told how many prompts are done.
+        settings: settings of the videos.
+        batch: number of prompts sampled at once; affects the speed, and the last bits of the result.
+        paths: locations of the models, for the records.
+        layout: naming of the files; `Layout.expanded` lists the samples of prompts.
+        given: an image that every video begins with, or a video that each continues; or images by prompt number.
+        progress: called with the number of prompts that are done.
 
     Raises:
-        CheckpointError: the embedder or the text encoder is another than that of the caches.
-        ConfigError: a batch of nothing; or what the embedder cannot decode.
+        CheckpointError: the embedder or the text encoder differs from that of the caches.
+            ConfigError: the batch size is below 1, or the embedder cannot decode the settings.
         DataError: a file cannot be written.
     """
     if batch < 1:
@@ -500,7 +499,7 @@ def generate(
 
 
 def _given_to(given: GivenMedia | Mapping[int, GivenImage] | None, prompts: Sequence[Prompt]) -> GivenTo:
-    """What is given to each prompt; ConfigError where some have no image."""
+    """Image or video given to each prompt; ConfigError where a prompt has no image."""
     if not isinstance(given, Mapping):
         return lambda prompt: given
     missing = sorted({prompt.number for prompt in prompts} - given.keys())
@@ -520,16 +519,16 @@ def sample_rows(
     model: TextToVideoModel, prompts: Sequence[Prompt], texts: Sequence[Tensor], null: Tensor,
     settings: GenerationSettings, given: Given | None = None, clips_before: int = 0,
 ) -> list[Latents]:  # fmt: skip
-    """The latents of each clip of the rows of some prompts, [B, C, h, w] each, as a codec takes them.
+    """Sample the latents of each clip in the rows of prompts, [B, C, h, w] each, as a codec takes them.
 
     Args:
-        model: from text to latents.
-        prompts: whose numbers and samples key their noise.
-        texts: their embeddings [L, D].
-        null: what guidance leads away from, [L, D].
-        settings: of the videos.
-        given: frames of the rows that are known.
-        clips_before: clips at the rows' beginning that the videos continue.
+        model: text-to-video model, which samples latents.
+        prompts: prompts, whose numbers and samples key the noise.
+        texts: embeddings of the prompts, [L, D].
+        null: embedding that guidance leads away from, [L, D].
+        settings: settings of the videos.
+        given: known latent frames of the rows.
+        clips_before: clips at the beginning of the rows that the videos continue.
     """
     space, device = model.space, model.device
     clips = clips_of(settings, space, clips_before)
@@ -551,7 +550,7 @@ def _generated(
     model: TextToVideoModel, codec: Codec, prompts: Sequence[Prompt], embedded: Embedded, settings: GenerationSettings,
     batch: int, given_to: GivenTo,
 ) -> Iterator[tuple[Prompt, Iterable[list[Frame]]]]:  # fmt: skip
-    """Each prompt with its frames as they are decoded."""
+    """Yield each prompt with its frames as they are decoded."""
     before = max((media.clips for media in map(given_to, prompts) if media is not None), default=0)
     clips, encode = clips_of(settings, model.space, before), cache(given_row)  # one image may be given to all
     for first in range(0, len(prompts), batch):
@@ -579,7 +578,7 @@ def _frames(
 
 
 def _made_by(model: TextToVideoModel, codec: Codec, settings: GenerationSettings, clips_before: int) -> dict[str, Any]:
-    """What decides the videos beside the settings and the prompt."""
+    """Everything that decides the videos apart from the settings and the prompt."""
     space, text = model.space, model.space.facts["text"] or {}
     clips = clips_of(settings, space, clips_before)
     origin = codec.config.origin

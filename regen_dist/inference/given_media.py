@@ -1,7 +1,7 @@
-"""An image that generated videos begin with, or a video that they continue: read, fitted to their size, encoded.
+"""Image that generated videos begin with, or video that they continue: read, fitted to their size, encoded.
 
-An image or a video of another size is scaled, keeping its proportions, until it covers the size that is generated; what
-lies over is cut off on both sides alike.
+An image or a video of another size is scaled, keeping its proportions, until it covers the generated size; what lies
+outside is cut off equally on both sides.
 
 Legend: n clips in a row, L = k + 1 frames of a clip, C channels, h x w latent cells.
 """
@@ -29,8 +29,8 @@ from regen_dist.inference.latent_space import LatentScale
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_video
 
-_PART = 16  # frames that are handed on at a time
-_ROUNDING_S = 1e-6  # of times in seconds
+_PART = 16  # frames passed on at a time
+_ROUNDING_S = 1e-6  # tolerance of times in seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,19 +39,19 @@ class GivenImage:
 
     path: Path
     frame: Frame
-    clips = 0  # that are given whole
+    clips = 0  # clips that are given as a whole
 
     def encoded(self, codec: Codec) -> Latents:
-        """Its content latent, [1, C, h, w], and no motion."""
+        """Content latent of the image, [1, C, h, w], and no motion."""
         found = codec.encode(to_video([self.frame])[None])
         return Latents(found.content, found.content[:0])
 
     def before(self, fps: float) -> Iterator[list[Frame]]:
-        """Nothing stands before the generated frames."""
+        """Frames before the generated ones: none."""
         return iter(())
 
     def facts(self) -> dict[str, Any]:
-        """Its part of a record."""
+        """Facts about the given image or video for a record."""
         return {"kind": "image", "sha256": self._digest}
 
     @cached_property
@@ -61,8 +61,8 @@ class GivenImage:
 
 @dataclass(frozen=True, eq=False)
 class GivenVideo:
-    """A video whose last `clips` clips of `length` frames, `fps` of them a second, are given; its last frame is the
-    last of them."""
+    """A video whose last `clips` clips of `length` frames, at `fps` frames a second, are given. They end with the
+    video's last frame."""
 
     source: SourceVideo
     size: tuple[int, int]
@@ -71,18 +71,18 @@ class GivenVideo:
     fps: float
 
     def encoded(self, codec: Codec) -> Latents:
-        """Content and motion of the clips, [clips, C, h, w] each."""
+        """Content and motion latents of the clips, [clips, C, h, w] each."""
         frames = [frame for part in self._frames(self.fps, self.clips * self.length) for frame in part]
         clips = to_video(frames).unflatten(1, (self.clips, self.length)).movedim(1, 0)  # [clips, 3, L, H, W]
         parts = [codec.encode(clip[None]) for clip in clips]
         return Latents(torch.cat([part.content for part in parts]), torch.cat([part.motion for part in parts]))
 
     def before(self, fps: float) -> Iterator[list[Frame]]:
-        """All of the video, at another rate: its last frame stays the last."""
+        """Frames of the whole video at another rate, ending with its last frame."""
         return self._frames(fps, frames_at(self.source, fps))
 
     def facts(self) -> dict[str, Any]:
-        """Its part of a record."""
+        """Facts about the given image or video for a record."""
         return {"kind": "video", "sha256": self._digest, "clips": self.clips}
 
     @cached_property
@@ -90,7 +90,7 @@ class GivenVideo:
         return _digest(self.source.path)
 
     def _frames(self, fps: float, count: int) -> Iterator[list[Frame]]:
-        """The last `count` frames at a rate: of each time the frame that is nearest."""
+        """The last `count` frames at a rate: for each time the nearest frame."""
         numbers = _nearest(self.source, fps, count)
         part: list[Frame] = []
         for number, frame in enumerate(self.source.frames()):
@@ -107,10 +107,10 @@ GivenMedia = GivenImage | GivenVideo
 
 
 def read_image(path: Path, size: tuple[int, int]) -> GivenImage:
-    """An image file, fitted to (height, width): upright, its transparent parts over white.
+    """Read an image file, fitted to (height, width): upright, with transparent parts over white.
 
     Raises:
-        DataError: there is no such file, or it is not an image that can be read.
+        DataError: the file is missing, or is not a readable image.
     """
     if not path.is_file():
         raise DataError(f"no image at {path}: " + ("it is a folder" if path.is_dir() else "there is no such file"))
@@ -126,10 +126,10 @@ def read_image(path: Path, size: tuple[int, int]) -> GivenImage:
 
 
 def read_images(folder: Path, size: tuple[int, int]) -> dict[int, GivenImage]:
-    """The images of a folder that are named by prompts' numbers ("00000.png"), by number; as `read_image`.
+    """Read the images in a folder that are named by prompt number ("00000.png"); each as by `read_image`.
 
     Raises:
-        DataError: there are none, or one cannot be read.
+        DataError: there are no such images, or one cannot be read.
     """
     found = {int(path.stem): path for path in sorted(folder.iterdir()) if path.stem.isdecimal() and path.is_file()}
     if not found:
@@ -138,13 +138,13 @@ def read_images(folder: Path, size: tuple[int, int]) -> dict[int, GivenImage]:
 
 
 def read_video(path: Path, size: tuple[int, int], *, most_clips: int, length: int, fps: float) -> GivenVideo:
-    """The end of a video file, fitted to (height, width).
+    """Read the end of a video file, fitted to (height, width).
 
     Args:
         path: the file.
-        size: of the frames.
-        most_clips: that are given; fewer where the video is shorter.
-        length: frames of a clip, `fps` of them a second.
+        size: (height, width) of the frames.
+        most_clips: upper bound on the clips that are given; fewer where the video is shorter.
+        length, fps: frames of a clip, and frames a second.
 
     Raises:
         DataError: there is no such file, it is not a video that can be read, or it is shorter than a clip.
@@ -160,12 +160,12 @@ def read_video(path: Path, size: tuple[int, int], *, most_clips: int, length: in
 
 
 def frames_at(source: SourceVideo, fps: float) -> int:
-    """Frames of a video at another rate."""
+    """Number of frames of a video at another rate."""
     return int((source.timestamps[-1] + _ROUNDING_S) * fps) + 1
 
 
 def given_row(media: GivenMedia, codec: Codec, scale: LatentScale, clips: int) -> Given:
-    """The given frames of one row of so many clips, normalised as in training."""
+    """Given latent frames of one row of `clips` clips, normalised as in training."""
     known = media.encoded(codec)
     content, motion = (torch.zeros(1, clips, *known.content.shape[1:], device=codec.device) for _ in range(2))
     content[0, : len(known.content)], motion[0, : len(known.motion)] = known.content, known.motion
@@ -175,7 +175,7 @@ def given_row(media: GivenMedia, codec: Codec, scale: LatentScale, clips: int) -
 
 
 def fitted(frame: Frame, size: tuple[int, int]) -> Frame:
-    """A picture scaled until it covers (height, width), and the middle of it."""
+    """Scale a picture until it covers (height, width), and crop its centre."""
     if frame.shape[:2] == size:
         return frame
     scale = max(size[0] / frame.shape[0], size[1] / frame.shape[1])
@@ -186,7 +186,7 @@ def fitted(frame: Frame, size: tuple[int, int]) -> Frame:
 
 
 def _rgb(image: Image.Image) -> Frame:
-    if image.mode.startswith("I"):  # 16 bits of grey: PIL would cut them off at 255
+    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip values at 255
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -197,7 +197,7 @@ def _rgb(image: Image.Image) -> Frame:
 
 
 def _nearest(source: SourceVideo, fps: float, count: int) -> npt.NDArray[np.int64]:
-    """Numbers of the frames that are nearest to `count` times that end at the last frame's."""
+    """Numbers of the frames nearest to `count` times that end with the last frame's time."""
     stamps = source.timestamps
     times = stamps[-1] - np.arange(count - 1, -1, -1) / fps
     after = np.clip(np.searchsorted(stamps, times - _ROUNDING_S), 1, max(1, len(stamps) - 1))
@@ -220,13 +220,13 @@ def notes(
     clips: int,
     longest: int,
 ) -> list[str]:
-    """Where a model is asked for what it was not trained for, in words.
+    """Notes on requests that the model was not trained for.
 
     Args:
-        media: what is given.
-        given_content, given_clips: shares that it was trained with.
-        clips: of a row that is sampled.
-        longest: row that it was trained on.
+        media: the given image or video.
+        given_content, given_clips: shares of given content and of given clips in training.
+        clips: clips in a sampled row.
+        longest: clips in the longest row of training.
     """
     found = []
     if isinstance(media, (GivenImage, Mapping)) and not given_content:

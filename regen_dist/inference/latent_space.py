@@ -1,8 +1,8 @@
-"""The space in which a text-to-video model works: latents with the mean and std of each channel taken out (of the std
-only a part, where the run says so).
+"""Latent space of a text-to-video model: latents normalised by the mean and std of each channel (by a part of the std
+only, where the run says so).
 
-`NormalisedLatents` are a type of their own, so that nothing can decode them by mistake: a codec takes `Latents` alone,
-and only `LatentScale.restore` makes those of them.
+`NormalisedLatents` are a separate type, so that nothing can decode them by mistake: a codec takes `Latents` only, and
+only `LatentScale.restore` converts one to the other.
 
 Legend: B batch, n clips, C channels, h x w latent cells, F latent frames: 2n (content, motion of each clip), or 1 for
 an image.
@@ -30,7 +30,7 @@ from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_float
 
-# Mean and std of each latent channel: what a model that works on latents normalises them with.
+# Mean and std of each latent channel, with which a model of latents normalises them.
 #
 # Legend: B clips, C channels, h x w latent cells.
 
@@ -41,12 +41,12 @@ STATISTICS_FORMAT = 1
 class ChannelStatistics:
     """Count, mean and spread of the values of each channel, in float64.
 
-    Two of them add up to that of both sets of values (Chan, Golub and LeVeque 1983), so that many tasks can each take
-    a part; with one value at a time this is Welford's method. Neither subtracts large sums from each other.
+    The sum of two is the statistics of both sets of values (Chan, Golub and LeVeque 1983), so that many tasks can each
+    take a part; with one value at a time this is Welford's method. Neither subtracts large sums from each other.
 
     Args:
-        count: values of each channel.
-        mean: [C].
+        count: number of values in each channel.
+        mean: mean of each channel, [C].
         squares: [C], the sum of squared deviations from the mean.
     """
 
@@ -56,7 +56,7 @@ class ChannelStatistics:
 
     @classmethod
     def of(cls, latents: Tensor) -> ChannelStatistics:
-        """Those of latents [B, C, h, w] of any floating type; CheckpointError when a value is not
+        """Compute the statistics of latents [B, C, h, w] of any floating type; CheckpointError when a value is not
         finite."""
         values = latents.detach().transpose(0, 1).flatten(1).to("cpu", torch.float64)  # [C, B h w]
         if values.shape[1] == 0:
@@ -68,7 +68,7 @@ class ChannelStatistics:
 
     @classmethod
     def nothing(cls, channels: int) -> ChannelStatistics:
-        """Those of no values: adding them changes nothing."""
+        """Return the statistics of no values, the neutral element of addition."""
         return cls(0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
 
     def __add__(self, other: ChannelStatistics) -> ChannelStatistics:
@@ -81,11 +81,11 @@ class ChannelStatistics:
 
     @property
     def std(self) -> Tensor:
-        """[C], of all the values (divided by their number, not by one less)."""
+        """Standard deviation of each channel, [C] (divided by the number of values, not by one less)."""
         return (self.squares / max(self.count, 1)).sqrt()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; `from_json` gives back the same bits."""
+        """Convert to plain numbers; `from_json` restores the same bits."""
         return {
             "count": self.count,
             "mean": self.mean.tolist(),
@@ -95,7 +95,7 @@ class ChannelStatistics:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> ChannelStatistics:
-        """What `to_json` gave."""
+        """Restore from the output of `to_json`."""
         mean, squares = (torch.tensor(found[name], dtype=torch.float64) for name in ("mean", "squares"))
         if mean.ndim != 1 or mean.shape != squares.shape:
             raise ValueError(f"mean has {tuple(mean.shape)} values and squares {tuple(squares.shape)}")
@@ -112,7 +112,7 @@ class LatentSpread:
 
     @classmethod
     def of(cls, latents: Latents, *, images: bool = False) -> LatentSpread:
-        """That of a batch."""
+        """Compute the statistics of a batch."""
         motion = None if images else ChannelStatistics.of(latents.motion)
         return cls(len(latents.content), ChannelStatistics.of(latents.content), motion)
 
@@ -123,22 +123,22 @@ class LatentSpread:
         return LatentSpread(self.num_clips + other.num_clips, self.content + other.content, motion)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Convert to plain numbers."""
         motion = None if self.motion is None else self.motion.to_json()
         return {"num_clips": self.num_clips, "content": self.content.to_json(), "motion": motion}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> LatentSpread:
-        """What `to_json` gave."""
+        """Restore from the output of `to_json`."""
         motion = None if found["motion"] is None else ChannelStatistics.from_json(found["motion"])
         return cls(int(found["num_clips"]), ChannelStatistics.from_json(found["content"]), motion)
 
 
 @dataclass(frozen=True, eq=False)
 class LatentStatistics:
-    """What `statistics.json` holds: of clips and, apart from them, of images, where the run was trained on such.
+    """Content of `statistics.json`: statistics of clips and, where the run was trained on images, of images.
 
-    `measured_on` says on which data: the dataset's fingerprints, sides, frames, seed.
+    `measured_on` describes the data: the dataset's fingerprints, sides, frames, seed.
     """
 
     clips: LatentSpread | None
@@ -146,12 +146,12 @@ class LatentStatistics:
     measured_on: dict[str, Any]
 
     def to_text(self) -> str:
-        """JSON; equal numbers give equal bytes."""
+        """Serialise to JSON; equal numbers give equal bytes."""
         parts = {name: None if part is None else part.to_json() for name, part in self._parts().items()}
         return json_text({"format": STATISTICS_FORMAT, **parts, "measured_on": self.measured_on}, indent=1) + "\n"
 
     def __add__(self, other: LatentStatistics) -> LatentStatistics:
-        """Those of both sets of latents."""
+        """Combine the statistics of two sets of latents."""
         clips, images = (
             mine + theirs if mine and theirs else mine or theirs
             for mine, theirs in ((self.clips, other.clips), (self.images, other.images))
@@ -163,10 +163,10 @@ class LatentStatistics:
 
 
 def read_statistics(path: Path) -> LatentStatistics | None:
-    """The statistics in a file; None when there is none.
+    """Read the statistics in a file; None when there is none.
 
     Raises:
-        CheckpointError: the file cannot be read as what `LatentStatistics.to_text` writes.
+        CheckpointError: the file is not in the format that `LatentStatistics.to_text` writes.
     """
     if not path.exists():
         return None
@@ -178,10 +178,10 @@ def read_statistics(path: Path) -> LatentStatistics | None:
 
 
 def parse_statistics(found: Mapping[str, Any], where: str) -> LatentStatistics:
-    """The statistics in parsed JSON.
+    """Build the statistics from parsed JSON.
 
     Raises:
-        CheckpointError: it is not what `LatentStatistics.to_text` writes; `where` says whose it is.
+        CheckpointError: the JSON is not in the format of `LatentStatistics.to_text`; the message names `where`.
     """
     try:
         if found["format"] != STATISTICS_FORMAT:
@@ -195,12 +195,12 @@ def parse_statistics(found: Mapping[str, Any], where: str) -> LatentStatistics:
 
 
 class LatentEncoder(Protocol):
-    """What measuring needs of a codec."""
+    """Interface of a codec for measuring statistics."""
 
     num_frames: int
 
     def encode(self, clips: Tensor) -> Latents:
-        """Clips [B, 3, T, H, W] in [-1, 1] to latents [B, C, h, w]."""
+        """Encode clips [B, 3, T, H, W] in [-1, 1] to latents [B, C, h, w]."""
 
 
 def measure_statistics(
@@ -211,15 +211,15 @@ def measure_statistics(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentStatistics:
-    """Encode clips of the training data, drawn as training draws them, and count them channel by channel.
+    """Encode clips of the training data, drawn as in training, and measure the statistics of each channel.
 
     Args:
-        codec: with the weights whose latents they are.
-        data: where the clips come from, and how they are cut. As many images are encoded as clips, where
-            `image_fraction` says that there are any.
-        num_clips: how many.
-        seed: of the draw.
-        progress: told (clips and images done, of how many).
+        codec: codec whose latents are measured.
+        data: source of the clips, and the way they are cut. As many images as clips are encoded, where
+            `image_fraction` is above 0.
+        num_clips: number of clips.
+        seed: seed of the draw.
+        progress: called with (clips and images done, total).
 
     Raises:
         DataError: the data cannot be read.
@@ -243,7 +243,7 @@ def measure_statistics(
 
 
 def _clips(data: TrainingSet) -> Iterator[Tensor]:
-    """Clips [1, 3, T, H, W] in [-1, 1], one after the other: the buckets mix as finely as they can."""
+    """Yield clips [1, 3, T, H, W] in [-1, 1] one by one, with the buckets mixed as finely as possible."""
     batches = clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)
     try:
         for batch in batches:
@@ -252,7 +252,7 @@ def _clips(data: TrainingSet) -> Iterator[Tensor]:
         batches.close()
 
 
-_LEAST_STD = 1e-4  # a channel that never changes is left as it is
+_LEAST_STD = 1e-4  # a constant channel is left unscaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,20 +263,21 @@ class NormalisedLatents:
 
     @property
     def is_image(self) -> bool:
-        """Whether each is the content latent of an image alone."""
+        """True when each row is only the content latent of an image."""
         return self.frames.shape[2] == 1
 
 
 class LatentScale:
-    """Takes the mean and std of each channel out of latents, and puts them back.
+    """Normalisation of latents by the mean and std of each channel, and its inverse.
 
-    Content and motion have statistics of their own; an image (F = 1) has those of images, where any were measured, and
-    else those of clips' content, which are latents of first frames, too.
+    Content and motion have separate statistics. An image (F = 1) uses those of images, where they were measured, and
+    otherwise those of clips' content, which are latents of first frames, too.
     """
 
     def __init__(self, statistics: LatentStatistics, whitening: float = 1.0) -> None:
-        """`whitening` in [0, 1] is the share of the channels' different strengths that is taken out: 1 gives each a std
-        of 1, less leaves it std^(1 - whitening), scaled so that the mean square over the channels is 1."""
+        """Prepare the scale. `whitening` in [0, 1] is the share of the channels' differences in strength that is
+        removed: 1 gives each a std of 1, less leaves std^(1 - whitening), scaled so that the mean square over the
+        channels is 1."""
         clips, images = statistics.clips, statistics.images
         content = clips or images
         if content is None:
@@ -286,7 +287,7 @@ class LatentScale:
         self._image = _scale((images or content).content, whitening)
 
     def normalise(self, content: Tensor, motion: Tensor) -> NormalisedLatents:
-        """Latents of rows of clips, each [B, n, C, h, w] of any floating type; of images, motion [B, 0, C, h, w]."""
+        """Normalise latents of rows, each [B, n, C, h, w] of any floating type; images have motion [B, 0, C, h, w]."""
         if motion.shape[1] == 0:
             frames = content[:, :1].float()
         elif motion.shape == content.shape:
@@ -297,7 +298,7 @@ class LatentScale:
         return NormalisedLatents(((frames - mean) / std).transpose(1, 2).contiguous())
 
     def restore(self, latents: NormalisedLatents) -> list[Latents]:
-        """What a codec decodes: for each clip of the row its latents, [B, C, h, w] each; an image's motion is zero."""
+        """Restore the latents of each clip of the row for a codec: [B, C, h, w] each; an image's motion is zero."""
         frames = latents.frames.transpose(1, 2)  # [B, F, C, h, w]
         mean, std = self._of(frames)
         raw = frames * std + mean
@@ -313,7 +314,7 @@ class LatentScale:
 
 
 def only_raw(latents: Latents) -> Latents:
-    """What a codec decodes, or DataError: normalised latents would decode to something, but to nothing meant."""
+    """Return raw latents unchanged; DataError for normalised ones, which would decode to a meaningless video."""
     if not isinstance(latents, Latents):
         raise DataError(
             f"a codec decodes Latents, found {type(latents).__name__}; of normalised latents LatentScale.restore makes "
@@ -323,18 +324,18 @@ def only_raw(latents: Latents) -> Latents:
 
 
 def _scale(of: ChannelStatistics, whitening: float) -> tuple[Tensor, Tensor]:
-    """What is taken off each channel, and what it is then divided by."""
+    """Offset and divisor of each channel."""
     std = of.std.float()
     known = torch.where(std < _LEAST_STD, 1.0, std)
     left = known ** (1 - whitening)
     return of.mean.float(), known / left * left.square().mean().sqrt()
 
 
-# What generating from a run takes beside its weights: the latent space of the caches that it was trained on, kept in
-# the run folder and in every exported model.
+# Latent space of the caches that a run was trained on. Generating needs it beside the weights, so it is kept in the
+# run folder and in every exported model.
 #
-# FOLDER/latent_space/null_text.safetensors    the embedding of the empty caption FOLDER/latent_space/facts.json
-# encoder, text encoder, statistics, whitening and frame rate; written last
+# FOLDER/latent_space/null_text.safetensors    the embedding of the empty caption
+# FOLDER/latent_space/facts.json               encoder, text encoder, statistics, whitening, frame rate; written last
 
 SPACE_FOLDER, _FACTS, _NULL = "latent_space", "facts.json", "null_text.safetensors"
 _KEPT = ("fingerprint", "num_frames", "channels", "fps", "encoder", "preprocessing", "text")
@@ -351,17 +352,17 @@ class LatentSpace:
 
     @property
     def scale(self) -> LatentScale:
-        """Normalises latents and undoes it."""
+        """Normalisation of this space's latents, and its inverse."""
         return LatentScale(self.statistics, float(self.facts.get("whitening", 1.0)))
 
     @property
     def num_frames(self) -> int:
-        """Frames of a clip: k + 1."""
+        """Number of frames in a clip, k + 1."""
         return int(self.facts["num_frames"])
 
     @property
     def fps(self) -> float:
-        """Frames per second of what the model was trained on."""
+        """Frames per second of the training videos."""
         return float(self.facts["fps"])
 
     @classmethod
@@ -373,16 +374,16 @@ class LatentSpace:
         sizes: Sequence[tuple[int, int]] = (),
         whitening: float = 1.0,
     ) -> LatentSpace:
-        """That of a cache; `sizes` are the (height, width) of the videos in it, `whitening` as of `LatentScale`."""
+        """Build the space of a cache; `sizes` are its videos' (height, width), `whitening` as for `LatentScale`."""
         kept = {name: _plain(getattr(facts, name)) for name in _KEPT}
         return cls({**kept, "sizes": [list(size) for size in sizes], "whitening": whitening}, statistics, null_text)
 
     def to_json(self) -> dict[str, Any]:
-        """Facts and statistics as plain values."""
+        """Convert facts and statistics to plain values."""
         return {**self.facts, "statistics": json.loads(self.statistics.to_text())}
 
     def write(self, folder: Path) -> None:
-        """Keep it in a run folder or an exported model; nothing is written when the same is there."""
+        """Write the space into a run folder or an exported model, unless the same is there already."""
         place = folder / SPACE_FOLDER
         text = json_text(self.to_json(), indent=1) + "\n"
         if (place / _FACTS).is_file() and (place / _FACTS).read_text(encoding="utf-8") == text:
@@ -393,10 +394,10 @@ class LatentSpace:
 
 
 def read_space(folder: Path) -> LatentSpace:
-    """The latent space of a text-to-video run or of an exported model.
+    """Read the latent space of a text-to-video run or of an exported model.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: the latent space is missing or damaged.
     """
     place = folder / SPACE_FOLDER
     try:

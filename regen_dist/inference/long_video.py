@@ -38,28 +38,28 @@ _COMPLETE = 1.0 - 1e-4  # the sum of float32 weights at which a frame is finishe
 
 
 class VideoCodec(Protocol):
-    """What is needed of a codec: `regen_dist.inference.codec.Codec`, or a stand-in of the same shape."""
+    """Interface of a codec: `regen_dist.inference.codec.Codec`, or any object with the same methods."""
 
     num_frames: int
 
     @property
     def kind(self) -> str:
-        """`regen`, `magvit2`, or the name of a stand-in."""
+        """Kind of the codec: `regen`, `magvit2`, or another name."""
         ...
 
     def encode(self, clips: Tensor) -> Latents:
-        """Clips [B, 3, T, H, W] in [-1, 1], T of 1 or `num_frames`, to latents."""
+        """Encode clips [B, 3, T, H, W] in [-1, 1], T of 1 or `num_frames`, to latents."""
         ...
 
     def decode_windows(self, windows: list[Window], times: Tensor, *, steps: int, seed: int, sample_id: int) -> Tensor:
-        """Frames [1, 3, F, H, W] in [-1, 1] at `times` [F] from windows that overlap."""
+        """Decode overlapping windows to frames [1, 3, F, H, W] in [-1, 1] at `times` [F]."""
         ...
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """How one video is cut: `starts` of windows of `clip` frames (1 for an image), decoded `group` at a time and
-    cross-faded over `2 fade + 1` frames at least."""
+    """Plan for cutting one video: `starts` of windows of `clip` frames (1 for an image), decoded `group` at a time and
+    cross-faded over at least `2 fade + 1` frames."""
 
     num_frames: int
     clip: int
@@ -69,13 +69,13 @@ class DecodePlan:
 
     @property
     def groups(self) -> list[range]:
-        """Numbers of the windows of each group."""
+        """Window numbers of each group."""
         count = len(self.starts)
         return [range(first, min(first + self.group, count)) for first in range(0, count, self.group)]
 
     def crosses(self) -> list[bool]:
-        """For each frame but the last, whether the step to the next crosses from clip to clip, or touches a frame that
-        two share. A fade does not widen this: the same steps are measured whatever the blend."""
+        """Flags, one for each frame but the last: whether the step to the next frame crosses from clip to clip, or
+        touches a frame that two clips share. A fade does not widen this: the same steps are measured for any blend."""
         steps = [False] * (self.num_frames - 1)
         for before, after in pairwise(self.starts):
             for frame in range(after - 1, min(before + self.clip, self.num_frames - 1)):
@@ -83,7 +83,7 @@ class DecodePlan:
         return steps
 
     def share(self, group: range, positions: Positions) -> Tensor:
-        """How much of the frames at `positions` comes from this group: [F], 0 to 1; the groups' shares sum to 1."""
+        """Share of this group in the frames at `positions`: [F], 0 to 1; the groups' shares sum to 1."""
         first, last = self.starts[group[0]], self.starts[group[-1]]
         near = range(bisect_left(self.starts, first - 2 * self.clip), bisect_right(self.starts, last + 2 * self.clip))
         starts = [self.starts[i] for i in near]
@@ -94,7 +94,7 @@ class DecodePlan:
 def make_plan(
     num_frames_video: int, num_frames_clip: int, *, overlap: int = 1, group: int = DEFAULT_GROUP, fade: int = 0
 ) -> DecodePlan:
-    """Plan the windows of a video; ConfigError when the overlap or the group do not fit."""
+    """Plan the windows of a video; ConfigError when the overlap or the group does not fit."""
     if group < 1:
         raise ConfigError(f"windows are decoded {group} at a time; it must be at least 1")
     starts = plan_windows(num_frames_video, num_frames_clip, overlap)
@@ -102,14 +102,14 @@ def make_plan(
 
 
 def output_positions(timestamps: Seconds, fps: float | None) -> Positions:
-    """Where the frames of the output lie, in frames of the source.
+    """Positions of the output's frames, in frames of the source.
 
     Args:
         timestamps: seconds of the source's frames [F], increasing; the rate may vary.
         fps: frames a second of the output; None means the source's own frames.
 
     Returns:
-        Positions [N], from 0 to at most F - 1: nothing is made up past the last frame.
+        Positions [N], from 0 to at most F - 1: nothing is extrapolated past the last frame.
 
     Raises:
         ConfigError: `fps` is not above 0, or not finite.
@@ -142,7 +142,7 @@ class Speed:
 
 @dataclass
 class _Track:
-    """One series of positions to decode, and its frames that still wait for the next group."""
+    """Series of positions to decode, and its frames that still wait for the next group."""
 
     positions: Positions
     pending: dict[int, Tensor] = field(default_factory=dict)  # index: weighted sum of frames [3, H, W]
@@ -167,7 +167,7 @@ class _Track:
 
 
 def encode_groups(codec: VideoCodec, frames: Iterable[Frame], plan: DecodePlan, speed: Speed) -> Iterator[list[Window]]:
-    """Encode a video's frames, group by group. A video shorter than a clip is filled up with its last frame."""
+    """Encode a video's frames, group by group. A video shorter than a clip is padded with its last frame."""
     source = iter(frames)
     held: deque[Frame] = deque()
     first = 0  # number of the frame held[0]
@@ -190,7 +190,7 @@ def encode_groups(codec: VideoCodec, frames: Iterable[Frame], plan: DecodePlan, 
 
 
 def _clips(held: Iterable[Frame], starts: Sequence[int], length: int) -> list[list[Frame]]:
-    """Clips of `length` frames that begin at these of the frames held; the last frame fills up what is missing."""
+    """Clips of `length` frames that begin at these of the held frames, padded with the last frame."""
     frames = list(held)
     frames += [frames[-1]] * (starts[-1] + length - len(frames))
     return [frames[start : start + length] for start in starts]
@@ -223,18 +223,18 @@ def decode_stream(
     sample_id: int = 0,
     speed: Speed | None = None,
 ) -> Iterator[list[list[Frame]]]:
-    """Decode groups as they come; for each group, the frames of every track that are now finished.
+    """Decode groups as they arrive; yield, for each group, the frames of every track that are now finished.
 
     Args:
         codec: decodes.
         groups: encoded windows, as `encode_groups` yields them.
-        plan: the plan they follow.
+        plan: the plan that the groups follow.
         tracks: series of positions to decode, each increasing; every series is decoded by itself.
         sides: (height, width) to crop to.
         steps: sampling steps.
-        seed: of the noise.
-        sample_id: of the noise; two videos of one seed differ in it.
-        speed: added to.
+        seed: seed of the noise.
+        sample_id: key of the noise that tells apart two videos of one seed.
+        speed: counters that the decoding time and the frames are added to.
     """
     speed = Speed() if speed is None else speed
     states = [_Track(positions) for positions in tracks]
@@ -253,7 +253,7 @@ def decode_stream(
 
 
 def _indices(plan: DecodePlan, group: range, positions: Positions) -> tuple[npt.NDArray[np.int64], Tensor]:
-    """Which of the positions a group has a share in, and the shares."""
+    """Indices of the positions that a group has a share in, and the shares."""
     first, last = plan.starts[group[0]] - 1 - plan.fade, plan.starts[group[-1]] + plan.clip + plan.fade
     low, high = np.searchsorted(positions, [first, last], side="left")
     indices = np.arange(low, high)
@@ -267,7 +267,7 @@ def _indices(plan: DecodePlan, group: range, positions: Positions) -> tuple[npt.
 def _phases(indices: npt.NDArray[np.int64], positions: Positions) -> list[slice]:
     """Split dense positions into interleaved series about one frame apart, the spacing that a model is trained on.
 
-    Times between frames are then decoded among as many others as the model knows, whatever the output's rate (ours).
+    Times are then about as dense as in training, whatever the output's rate (our choice, not the paper's).
     """
     if not len(indices):
         return []
@@ -281,9 +281,9 @@ def _wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-# Decodes rows of clips that lie side by side, as text to video makes them, at any times.
+# Decoding of rows of adjacent clips, as text to video generates them, at any times.
 #
-# Legend: B rows, n clips in a row, T = k + 1 frames of a clip, F frames that are asked for, H x W pixels.
+# Legend: B rows, n clips in a row, T = k + 1 frames of a clip, F requested frames, H x W pixels.
 
 
 def row_frames(
@@ -295,14 +295,14 @@ def row_frames(
     seed: int = 0,
     sample_id: int = 0,
 ) -> Iterator[list[Frame]]:
-    """The frames of one row, in order, as they are finished: what is held does not grow with its length.
+    """Yield the frames of one row in order as they are finished. Memory does not grow with the row's length.
 
     Args:
         codec: decodes.
         row: the latents of each clip, [1, C, h, w].
         positions: [F] real and ascending, in frames from the row's first; clip i begins at i * T.
         steps: sampling steps of the decoder.
-        seed, sample_id: of the decoder's noise.
+        seed, sample_id: keys of the decoder's noise.
     """
     clip = codec.num_frames
     plan = make_plan(len(row) * clip, clip, overlap=0)
@@ -316,8 +316,8 @@ def row_frames(
 
 
 def decode_row(codec: Codec, row: Sequence[Latents], *, steps: int = 1, seed: int = 0) -> Tensor:
-    """Whole rows of a batch at their own frames, [B, 3, n*T, H, W] in [-1, 1] on the CPU; images (of one clip without
-    motion) as [B, 3, 1, H, W]."""
+    """Decode the whole rows of a batch at their own frames, [B, 3, n*T, H, W] in [-1, 1] on the CPU; images (one clip
+    without motion) as [B, 3, 1, H, W]."""
     if len(row) == 1 and not bool((row[0].motion != 0).any()):
         return codec.decode(row[0], torch.zeros(1), steps=steps, seed=seed).cpu()
     positions = np.arange(len(row) * codec.num_frames, dtype=np.float64)

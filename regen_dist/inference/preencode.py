@@ -1,8 +1,8 @@
-"""Pre-encoding: a dataset of videos to a cache of latents and text embeddings.
+"""Pre-encoding of a dataset of videos into a cache of latents and text embeddings.
 
-A cache is a dataset (data/dataset) of kind "latents": one shard for each shard of videos, one entry for each video. It
-is resumable: what is finished stays, the rest is made, the manifest is last. Tasks, also on several machines, share the
-shards.
+A cache is a dataset (data/dataset) of kind "latents": one shard for each shard of videos, one entry for each video.
+Pre-encoding is resumable: finished shards stay, missing ones are made, and the manifest is written last. Several tasks,
+also on several machines, can share the shards.
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ from regen_dist.models.text import TextEncoder
 #
 # Legend: L tokens, D their width.
 
-_TOGETHER = 32  # captions that are handed to the encoder
-_HELD = 1024  # embeddings that are kept for captions that come again: 2 GB at 256 tokens of width 4096
+_TOGETHER = 32  # captions passed to the encoder at a time
+_HELD = 1024  # embeddings kept for repeated captions: 2 GB at 256 tokens of width 4096
 
 
 class Captions:
-    """Embeds captions a few ahead of their use, each once while it is held.
+    """Embedder of captions that works a few captions ahead, and embeds each once while it is held.
 
     Args:
-        encoder: embeds them, each as if it were alone.
-        captions: those that will be asked for, in that order.
+        encoder: text encoder; embeds each caption independently of the others.
+        captions: captions that will be requested, in that order.
         null: the embedding of the empty caption [L, D], for videos that have none.
     """
 
@@ -91,7 +91,7 @@ class Captions:
         self._held: OrderedDict[str, Tensor] = OrderedDict()
 
     def embedding(self, caption: str | None) -> Tensor:
-        """Of one of the captions: bf16 [L, D] on the CPU."""
+        """Return the embedding of one of the captions: bf16 [L, D] on the CPU."""
         if not caption:
             return self._null
         if caption not in self._held:
@@ -107,14 +107,14 @@ class Captions:
 
 
 def as_stored(text: Tensor) -> Tensor:
-    """An embedding as a cache holds it; CheckpointError where it is not finite."""
+    """Convert an embedding to the form stored in a cache; CheckpointError where it is not finite."""
     stored = text.detach().to("cpu", torch.bfloat16)
     if not bool(torch.isfinite(stored).all()):
         raise CheckpointError("the text encoder gives embeddings that are not finite; its weights are broken")
     return stored
 
 
-# What is counted over the entries of a cache: statistics of its latents, and frames that are in no clip.
+# Sums over the entries of a cache: statistics of its latents, and frames that are in no clip.
 #
 # Each shard has its own sums, which are added in the order of the shards, so that the numbers are the same, bit for
 # bit, however many tasks shared the work.
@@ -124,7 +124,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Of some entries. `images` is of what training takes as images: the first content latent of every entry."""
+    """Sums over some entries. `images` covers what training uses as images: the first content latent of every entry."""
 
     clips: LatentSpread | None = None
     images: LatentSpread | None = None
@@ -132,7 +132,7 @@ class Sums:
 
     @classmethod
     def of(cls, latents: Latents, left_out: int) -> Sums:
-        """Of one entry, as it is stored: latents [n, C, h, w], the motion of an image [0, C, h, w]."""
+        """Compute the sums of one stored entry: latents [n, C, h, w], the motion of an image [0, C, h, w]."""
         first = Latents(latents.content[:1], latents.motion[:0])
         clips = LatentSpread.of(latents) if len(latents.motion) else None
         return cls(clips, LatentSpread.of(first, images=True), left_out)
@@ -142,22 +142,22 @@ class Sums:
         return Sums(_added(self.clips, other.clips), _added(self.images, other.images), left_out)
 
     def to_bytes(self) -> bytes:
-        """JSON; equal numbers give equal bytes."""
+        """Serialise to JSON; equal numbers give equal bytes."""
         spreads = {"clips": self.clips, "images": self.images}
         found: dict[str, Any] = {name: spread and spread.to_json() for name, spread in spreads.items()}
         return to_json({"format": _FORMAT, "frames_left_out": self.frames_left_out, **found})
 
 
 def sums_name(stem: str) -> str:
-    """Name of the sums of a shard."""
+    """File name of a shard's sums."""
     return f"{stem}.statistics.json"
 
 
 def read_sums(store: Store, stem: str, data: bytes) -> Sums:
-    """What `Sums.to_bytes` gave.
+    """Parse the output of `Sums.to_bytes`.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the data is damaged.
     """
     try:
         found = json.loads(data)
@@ -178,14 +178,14 @@ def _added(one: LatentSpread | None, other: LatentSpread | None) -> LatentSpread
     return one + other
 
 
-# One shard of a cache, made of one shard of videos: the same keys in the same order, always from its beginning.
+# One shard of a cache, made from one shard of videos: the same keys in the same order, always from the beginning.
 
-_ENOUGH_TO_JUDGE = 20  # videos of one shard that cannot be encoded, before their share says something
+_ENOUGH_TO_JUDGE = 20  # bad videos in one shard before their share is judged
 _ONE_SHARD = ShardLimits(size_bytes=sys.maxsize)
 
 
 class Tools(NamedTuple):
-    """What encoding any shard takes. `text` is the encoder and the embedding of the empty caption, or None."""
+    """Everything needed to encode a shard. `text` is the text encoder and the empty caption's embedding, or None."""
 
     config: PreencodeConfig
     dataset: Dataset
@@ -197,19 +197,19 @@ class Tools(NamedTuple):
 
 
 class EncodedCounts(NamedTuple):
-    """How many clips and images were encoded."""
+    """Numbers of encoded clips and images."""
 
     clips: int = 0
     images: int = 0
 
 
 def stem_of(number: int) -> str:
-    """How the names of the output of a source shard begin."""
+    """Common stem of the output files of a source shard."""
     return f"latents-{number:06d}"
 
 
 def samples_in(dataset: Dataset, number: int) -> list[Sample]:
-    """The index entries of a dataset's shard."""
+    """Read the index entries of a dataset's shard."""
     return samples_of(dataset.index(number))
 
 
@@ -217,8 +217,8 @@ def encode_shard(tools: Tools, number: int, store: Store, told: Callable[[int], 
     """Make the shard of source shard `number`: its tar, its sums, and last its index.
 
     Args:
-        store: where to.
-        told: of clips and images that are done, or will never be.
+        store: destination of the cache.
+        told: called with the number of clips and images that are done or cannot be encoded.
 
     Raises:
         DataError: more videos than `max_bad_share` cannot be encoded; the store does not answer.
@@ -249,7 +249,7 @@ def _pending(sample: Sample, tools: Tools) -> Pending:
 
 
 def _encoded(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[Pending]:
-    """The videos in order, each with its latents or a problem."""
+    """Yield the videos in order, each with its latents or a problem."""
     batches = Batches(tools.encoder, tools.config.batch_clips, videos)
     for video, clips in tools.decoders.run(_jobs(tools, number, videos)):
         try:
@@ -263,7 +263,7 @@ def _encoded(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[P
 
 
 def _jobs(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[DecodeJob[Pending]]:
-    """What is to be decoded, as its bytes arrive."""
+    """Yield the videos to decode as their bytes arrive."""
     first = int(np.sum([shard.samples for shard in tools.dataset.manifest.shards[:number]], dtype=np.int64))
     wanted = (
         (video, [SampleLocation(0, tools.dataset.row(first + place))])
@@ -275,7 +275,7 @@ def _jobs(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[Deco
 
 
 def _add(writer: ShardWriter, video: Pending, captions: Captions | None) -> Sums:
-    """Write an entry; what it adds to the sums."""
+    """Write an entry and return its contribution to the sums."""
     sample, cut, latents = video.sample, video.cut, video.latents()
     text = None if captions is None else captions.embedding(sample.caption)
     data = pack_latents(*latents, text, {"frames_left_out": str(cut.left_out)})
@@ -295,15 +295,15 @@ def _guard(tools: Tools, number: int, videos: int, bad: Sequence[Skip]) -> None:
         )
 
 
-# Which shards of a cache are made, and what they say together once all of them are.
+# Tracking of finished shards, and the summary of a cache once all of its shards are made.
 
 STATISTICS = "statistics.json"
 _PIXEL_BYTES = 3
 
 
 def unfinished(store: Store, numbers: Sequence[int]) -> list[int]:
-    """Those of the source shards whose output is not whole: index and sums are there, and the tar that the index tells
-    of has its size."""
+    """Source shards whose output is incomplete. Complete means that index and sums exist, and the tar file has the size
+    that the index records."""
     found = store.list("latents-")
     begun = [number for number in numbers if {_index(number), sums_name(stem_of(number))} <= found.keys()]
     whole = set()
@@ -317,10 +317,10 @@ def unfinished(store: Store, numbers: Sequence[int]) -> list[int]:
 def write_cache_manifest(
     store: Store, dataset: Dataset, identity: Mapping[str, Any], encoder: FrozenEncoder, text: TextEncoder | None
 ) -> DatasetManifest:
-    """Gather what all shards say, and write the statistics and the manifest.
+    """Combine the facts of all shards, and write the statistics and the manifest.
 
     Raises:
-        DataError: no entry is left, or something is damaged.
+        DataError: no entry is left, or a file is damaged.
     """
     numbers = range(len(dataset.manifest.shards))
     _check_counts(store, dataset)
@@ -347,7 +347,7 @@ def write_cache_manifest(
 
 
 def _check_counts(store: Store, dataset: Dataset) -> None:
-    """DataError unless each shard accounts for every sample of its source shard, as an entry or as left out."""
+    """Raise DataError unless each shard accounts for every sample of its source shard, as an entry or as left out."""
     shards = dataset.manifest.shards
     for number, (name, data) in enumerate(read_all(store, [_index(number) for number in range(len(shards))])):
         table, facts = read_index(data)
@@ -364,14 +364,14 @@ def _index(number: int) -> str:
 
 
 def _sums(store: Store, numbers: Sequence[int]) -> Sums:
-    """In the order of the shards: sums of numbers depend on it."""
+    """Sums over all shards, added in the order of the shards, because rounding depends on the order."""
     names = [sums_name(stem_of(number)) for number in numbers]
     parts = zip(numbers, read_all(store, names), strict=True)
     return reduce(add, (read_sums(store, stem_of(number), data) for number, (_, data) in parts), Sums())
 
 
 def _of_entries(store: Store, numbers: Sequence[int], dataset: Dataset) -> dict[str, Any]:
-    """The median frame rate of the clips (of the images, where there are no clips), and sizes to compare with."""
+    """Median frame rate of the clips (of the images, where there are no clips), and source and pixel bytes."""
     rates, still_rates, pixels = [np.empty(0)], [np.empty(0)], 0
     for _, data in read_all(store, [_index(number) for number in numbers]):
         table: pa.Table = read_index(data)[0]
@@ -386,18 +386,18 @@ def _of_entries(store: Store, numbers: Sequence[int], dataset: Dataset) -> dict[
     return {"fps": float(np.median(found)), "sizes": sizes}
 
 
-# Claiming a cache's folder, and whether what lies in it was made of these very videos.
+# Claiming a cache's folder, and checking that its content was made from these very videos.
 #
-# Earlier versions recorded the bytes of the videos alone, neither captions nor shards. Their caches are read
-# and finished like others once their entries were compared with the videos' indices.
+# Earlier versions recorded only the bytes of the videos, neither captions nor shards. Their caches are read
+# and finished like others once their entries have been compared with the videos' indices.
 
-_OLD_SOURCE = {"fingerprint"}  # what caches said of their videos before captions and shards were recorded
+_OLD_SOURCE = {"fingerprint"}  # keys that caches of earlier versions recorded about their videos
 _NAMED = 3
 
 
 def claim_cache(store: Store, inputs: Inputs) -> None:
-    """Make sure that the folder is ours, as `claim`. A plan of before is brought up to date, if all that lies there was
-    made of these videos.
+    """Claim the folder for this cache, as `claim` does. A plan of an earlier version is updated if everything in the
+    folder was made from these videos.
 
     Raises:
         DataError: the folder holds something else.
@@ -411,10 +411,10 @@ def claim_cache(store: Store, inputs: Inputs) -> None:
 
 
 def check_source(store: Store, recorded: Any, inputs: Inputs) -> dict[str, Any]:
-    """The part of the identity that what a cache recorded of its videos is to be equal to.
+    """Return the part of the identity that a cache's record of its videos must equal.
 
     Raises:
-        DataError: the cache is one of before, of the same videos' bytes, and its entries are not those of these videos.
+        DataError: the cache is from an earlier version and records the same bytes, but its entries are of other videos.
     """
     source: dict[str, Any] = inputs.identity["source"]
     if not _is_old(recorded):
@@ -425,7 +425,7 @@ def check_source(store: Store, recorded: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def check_entries(store: Store, dataset: Dataset) -> None:
-    """DataError unless each finished shard holds the videos of its source shard, no other, with their captions."""
+    """Raise DataError unless each finished shard holds exactly the videos of its source shard with their captions."""
     suffix, shards = "-000000.parquet", dataset.manifest.shards
     names = [name for name in store.list("latents-") if name.endswith(suffix)]
     for name, data in read_all(store, names):
@@ -452,12 +452,12 @@ def _is_old(recorded: Any) -> bool:
 
 
 MAX_BAD_SHARE = 0.5
-_IDLE_S = 3600.0  # other tasks may be at work on other machines: what they write is newer than that
+_IDLE_S = 3600.0  # tasks on other machines may still be writing: their files are newer than this
 
 
 class Preencoded(NamedTuple):
-    """What a call did: the manifest, or None while shards are left to other tasks; how many shards, clips and images it
-    made, in how many seconds; how many shards there are and how many are missing."""
+    """Result of a call: the manifest, or None while other tasks still have shards to make; the shards, clips and images
+    that this call made, and its seconds; the total number of shards and the number missing."""
 
     manifest: DatasetManifest | None
     shards_made: int
@@ -468,7 +468,7 @@ class Preencoded(NamedTuple):
 
     @property
     def clips_per_s(self) -> float:
-        """Clips and images of this call a second, reading and writing included."""
+        """Clips and images per second of this call, including reading and writing."""
         return sum(self.encoded) / self.seconds if self.seconds else 0.0
 
 
@@ -482,18 +482,17 @@ def preencode(
     """Make (or finish) the cache of a dataset.
 
     Args:
-        config: what is encoded, by what, and where to; `output` is empty, or begun by the same config, weights and
-            videos.
+        config: input, models and output; `output` is empty, or was begun with the same config, weights and videos.
         task: (i, n): make the shards of every n-th source shard from the i-th (from 0). The call that finds all shards
             made writes the manifest.
-        max_bad_share: stop when a larger share of the many videos of a shard cannot be encoded.
+        max_bad_share: stop when at least 20 videos of a shard, and more than this share of them, cannot be encoded.
         progress: called with ("encode", done, total) in clips and images of this task.
 
     Raises:
         DataError: the videos cannot be read, or have no captions; `output` holds something else; there is no such task;
-            no entry is left.
-        CheckpointError: the embedder has no usable checkpoint.
-        ConfigError: the embedder is none.
+                no entry is left.
+            CheckpointError: the embedder has no usable checkpoint.
+            ConfigError: the given embedder is not an embedder.
     """
     index, count = task
     if not 0 <= index < count:
@@ -513,7 +512,7 @@ def preencode(
 
 @contextmanager
 def _tools(config: PreencodeConfig, inputs: Inputs, store: Store, max_bad_share: float) -> Iterator[Tools]:
-    """What encodes; the embedding of the empty caption is written first."""
+    """Load the encoders; write the embedding of the empty caption first."""
     text = None
     if inputs.text is not None:
         text = inputs.text, as_stored(inputs.text.null())
@@ -538,7 +537,7 @@ def _encode(tools: Tools, store: Store, todo: Sequence[int], progress: Progress)
 
 
 def _units(tools: Tools, todo: Sequence[int]) -> int:
-    """Clips and images in these source shards, by the index."""
+    """Number of clips and images in these source shards, from the index."""
     frames = tools.dataset.records["frames"]
     starts = np.cumsum([0, *(entry.samples for entry in tools.dataset.manifest.shards)])
     parts = [frames[starts[number] : starts[number + 1]].astype(np.int64) for number in todo]
@@ -547,7 +546,7 @@ def _units(tools: Tools, todo: Sequence[int]) -> int:
 
 
 def _finish(done: Preencoded, inputs: Inputs, store: Store) -> Preencoded:
-    """Write the manifest when nothing is missing. Of tasks that end together each may do so: it is the same one."""
+    """Write the manifest when nothing is missing. Tasks that end together may each write it: it is the same one."""
     missing = len(unfinished(store, range(done.shards)))
     if missing:
         return done._replace(shards_missing=missing)

@@ -1,4 +1,4 @@
-"""Clips of one size encoded together, and handed back as videos in the order in which they came.
+"""Encoding of clips of one size in batches; the videos are returned in the order of the input.
 
 Legend: n clips of a video, T frames, H x W pixels, h = H/8, w = W/8.
 """
@@ -42,18 +42,18 @@ from regen_dist.models.encoder import Latents
 from regen_dist.models.text import TextEncoder
 from regen_dist.pixels import to_float
 
-# What a cache is made of: everything that decides its latents and text embeddings, and one fingerprint over it.
+# Identity of a cache: everything that decides its latents and text embeddings, and a fingerprint of it.
 
 KIND: Kind = "latents"
 ENCODING_VERSION = 1  # raise it when the same config, weights and videos would give other bytes
 SIDE_MULTIPLE = 16  # pixels: a latent cell of 8, and 2 x 2 cells for a token of a text-to-video model
-_SPACE = ("encoder", "preprocessing", "text", "code")  # what the fingerprint is over
+_SPACE = ("encoder", "preprocessing", "text", "code")  # the parts that the fingerprint covers
 
 
 def cache_identity(
     config: PreencodeConfig, dataset: Dataset, encoder: FrozenEncoder, text: TextEncoder | None
 ) -> dict[str, Any]:
-    """What a cache's folder is claimed with: the parts of the fingerprint, and which videos are encoded."""
+    """Identity that a cache's folder is claimed with: the parts of the fingerprint, and the encoded videos."""
     return {
         "kind": KIND,
         "schema_version": SCHEMA_VERSION,
@@ -66,8 +66,8 @@ def cache_identity(
 
 
 def source_identity(dataset: Dataset) -> dict[str, Any]:
-    """Everything of a dataset of videos that a cache depends on: bytes and order of the samples, their captions, what
-    else the indices say, and which shard each is in, for entries are made and numbered shard by shard."""
+    """Facts about a dataset of videos that a cache depends on: bytes and order of the samples, their captions, the
+    other columns of the indices, and the shard of each sample, because entries are made and numbered shard by shard."""
     manifest = dataset.manifest
     return {
         "fingerprint": manifest.fingerprint,
@@ -78,8 +78,8 @@ def source_identity(dataset: Dataset) -> dict[str, Any]:
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
-    """32 hex digits of SHA-256 over what decides the latents. The videos are no part of it: caches of several datasets
-    that were made alike can be mixed."""
+    """Return 32 hex digits of SHA-256 over everything that decides the latents, except the videos: caches of several
+    datasets that were made in the same way can be mixed."""
     parts = json_text({name: identity[name] for name in _SPACE}, sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
@@ -95,14 +95,14 @@ def _preprocessing(config: PreencodeConfig, encoder: FrozenEncoder) -> dict[str,
 
 
 def _text(text: TextEncoder) -> dict[str, Any]:
-    """Without the encoder's name: it may be a path."""
+    """Facts about the text encoder without its name, which may be a path."""
     facts = text.facts()
     return {name: facts[name] for name in ("fingerprint", "width", "max_tokens")}
 
 
-# How a video becomes clips: which frames, and which part of them.
+# Cutting of videos into clips: the choice of frames, and of a crop.
 #
-# Clips lie one after the other from the first frame on, without overlap; what is left at the end is left out. A video
+# Clips follow each other from the first frame on, without overlap; the remainder at the end is left out. A video
 # that is shorter than a clip becomes an image, its first frame.
 
 Int64s = npt.NDArray[np.int64]
@@ -120,33 +120,33 @@ class ClipCut(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """Content latents: the clips, or 1 for an image."""
+        """Number of content latents: that of the clips, or 1 for an image."""
         return max(1, self.clips)
 
     @property
     def frames(self) -> int:
-        """Frames that are encoded."""
+        """Number of encoded frames."""
         return self.parts * self.length
 
     @property
     def is_image(self) -> bool:
-        """Whether there is no motion latent."""
+        """True for an image, which has no motion latent."""
         return self.clips == 0
 
 
-NO_CUT = ClipCut(0, 1, 1, Geometry(0, 0, 0, 0, (0, 0)), 0)  # of a video that has none
+NO_CUT = ClipCut(0, 1, 1, Geometry(0, 0, 0, 0, (0, 0)), 0)  # the cut of a video without clips
 
 
 def cut_video(sample: Sample, config: PreencodeConfig, num_frames: int) -> ClipCut:
-    """The clips of a video.
+    """Cut a video into clips.
 
     Args:
         sample: the video.
-        config: says how it is cut.
-        num_frames: of a clip (k + 1).
+        config: settings of the cut.
+        num_frames: frames of a clip (k + 1).
 
     Raises:
-        DataError: it is too small for any latent.
+        DataError: the video is too small for any latent.
     """
     clips = int(count_clips(np.array([sample.frames], np.int64), config, num_frames)[0])
     length = num_frames if clips else 1
@@ -157,13 +157,13 @@ def cut_video(sample: Sample, config: PreencodeConfig, num_frames: int) -> ClipC
 
 
 def count_clips(frames: Int64s, config: PreencodeConfig, num_frames: int) -> Int64s:
-    """Whole clips of videos of so many frames [n]: 0 for those that become images."""
+    """Number of whole clips in videos with these frame counts [n]; 0 for videos that become images."""
     clips: Int64s = -(-frames // config.stride) // num_frames
     return clips if config.max_clips is None else np.minimum(clips, config.max_clips)
 
 
 def _size(sample: Sample, config: PreencodeConfig) -> tuple[int, int]:
-    """The crop that suits a video best; without buckets as much of it as fits the latent."""
+    """Crop that suits a video best; without buckets, the largest one that fits the latent grid."""
     if config.buckets:
         height, width = np.array([sample.height], np.int32), np.array([sample.width], np.int32)
         return config.buckets[int(best_size(height, width, config.buckets)[0])]
@@ -175,13 +175,13 @@ def _size(sample: Sample, config: PreencodeConfig) -> tuple[int, int]:
     return rows, columns
 
 
-_BATCHES_HELD = 4  # of pixels, over all sizes; a dataset without buckets may have as many sizes as videos
+_BATCHES_HELD = 4  # batches of pixels held over all sizes; without buckets there may be as many sizes as videos
 
 
 @dataclass
 class Pending:
-    """A video of which something may still be missing: latents [1, C, h, w] in bf16 by number of the clip; `problem` is
-    why there will be none."""
+    """A video whose latents may be incomplete: [1, C, h, w] in bf16 by clip number; `problem` is the reason why it will
+    have none."""
 
     sample: Sample
     cut: ClipCut
@@ -190,20 +190,20 @@ class Pending:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is missing any more."""
+        """True once no latent is missing."""
         return self.problem is not None or len(self.done) == self.cut.parts
 
     def latents(self) -> Latents:
-        """Content [n, C, h, w] and motion alike, [0, C, h, w] for an image."""
+        """Content latents [n, C, h, w] and motion latents of the same shape, [0, C, h, w] for an image."""
         parts = [self.done[number] for number in range(self.cut.parts)]
         content, motion = (torch.cat(latents) for latents in zip(*parts, strict=True))
         return Latents(content, motion[:0] if self.cut.is_image else motion)
 
 
 def encode_pixels(encoder: FrozenEncoder, clips: list[UInt8s]) -> Latents:
-    """Clips uint8 [3, T, H, W] of one size to latents as they are stored: bf16, on the CPU.
+    """Encode clips uint8 [3, T, H, W] of one size to latents in their stored form: bf16, on the CPU.
 
-    Convolutions are asked for kernels that give the same bits each time.
+    Convolutions use deterministic kernels.
     """
     video = torch.from_numpy(np.stack(clips)).to(encoder.device)  # B 3 T H W
     tf32 = torch.backends.cudnn.allow_tf32
@@ -213,12 +213,12 @@ def encode_pixels(encoder: FrozenEncoder, clips: list[UInt8s]) -> Latents:
 
 
 class Batches:
-    """Gathers clips into batches. What is in a batch follows from the clips that came before, in order, alone.
+    """Batches of clips. The content of a batch depends only on the preceding clips, in order.
 
     Args:
-        encoder: encodes them.
+        encoder: the encoder of the clips.
         size: clips of a batch.
-        videos: whose clips they are, in the order in which they are handed back.
+        videos: videos that the clips belong to, in the order in which they are returned.
     """
 
     def __init__(self, encoder: FrozenEncoder, size: int, videos: Sequence[Pending]) -> None:
@@ -226,7 +226,7 @@ class Batches:
         self._waiting: dict[tuple[int, ...], list[tuple[Pending, int, UInt8s]]] = {}
 
     def add(self, video: Pending, number: int, clip: UInt8s) -> None:
-        """A clip of a video, uint8 [3, T, H, W]; encodes when that fills a batch, or when too much is held."""
+        """Add a clip of a video, uint8 [3, T, H, W]; encode when a batch is full, or when too much is held."""
         key = clip.shape
         self._waiting.setdefault(key, []).append((video, number, clip))
         if len(self._waiting[key]) == self._size:
@@ -235,12 +235,12 @@ class Batches:
             self._encode(max(self._waiting, key=lambda each: len(self._waiting[each])))
 
     def finish(self) -> None:
-        """Encode what is left."""
+        """Encode the remaining clips."""
         for key in list(self._waiting):
             self._encode(key)
 
     def complete(self) -> Iterator[Pending]:
-        """Take the first videos, up to one of which something is missing."""
+        """Take the complete videos at the front, up to the first incomplete one."""
         while self._videos and self._videos[0].is_complete:
             yield self._videos.popleft()
 
@@ -258,14 +258,14 @@ def _stored(latents: Tensor) -> Tensor:
 # Clips of many videos, decoded ahead by several threads, in order and with bounded memory.
 
 _MOST_THREADS = 16
-_CLIPS_AHEAD = 2  # of each video that is being decoded
-_LOOK_S = 0.1  # how soon a thread that waits for room sees that it is to end
+_CLIPS_AHEAD = 2  # clips decoded ahead of each video
+_LOOK_S = 0.1  # interval at which a thread waiting for room checks whether to end
 
 Item = TypeVar("Item")
 
 
 class DecodeJob(NamedTuple, Generic[Item]):
-    """A video to decode, and whatever belongs to it: its file, its index entry's number of frames, its clips."""
+    """A video to decode, with its item: its file, its number of frames in the index, and its clips."""
 
     item: Item
     found: Bytes
@@ -273,24 +273,24 @@ class DecodeJob(NamedTuple, Generic[Item]):
     cut: ClipCut
 
 
-Message = UInt8s | BaseException | None  # a clip; what went wrong; the end
+Message = UInt8s | BaseException | None  # a clip; an error; the end
 
 
 class Decoders:
-    """Threads that decode (what they call lets others run)."""
+    """Decoding threads (the decoder releases the GIL)."""
 
     def __init__(self, count: int) -> None:
         self._count, self._stop = count, Event()
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
 
     def run(self, jobs: Iterable[DecodeJob[Item]]) -> Generator[tuple[Item, Iterator[UInt8s]]]:
-        """For each video, in order, its clips: uint8 [3, T, H, W], which are to be taken before the next video.
+        """Yield each video in order with an iterator of its clips, uint8 [3, T, H, W], to use before the next video.
 
-        Taking them raises DataError where the video cannot be read or decoded.
+        The iterator raises DataError where the video cannot be read or decoded.
         """
         waiting: deque[tuple[Item, Queue[Message]]] = deque()
         for job in jobs:
-            # The first that waits is always being decoded: threads take videos in order, and all before it are done.
+            # The first waiting video is always being decoded: threads take videos in order, and all before it are done.
             waiting.append((job.item, self._start(job)))
             if len(waiting) > self._count:
                 yield _taken(waiting.popleft())
@@ -298,7 +298,7 @@ class Decoders:
             yield _taken(waiting.popleft())
 
     def stop(self) -> None:
-        """End the threads, whatever they are doing."""
+        """Stop the threads, even in the middle of a video."""
         self._stop.set()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
@@ -314,7 +314,7 @@ class Decoders:
                 self._put(out, clip)
                 if self._stop.is_set():
                     return
-        except BaseException as error:  # noqa: BLE001 - raised where the clips are taken; else that waits for ever
+        except BaseException as error:  # noqa: BLE001 - raised in the consumer, which would otherwise wait for ever
             end = error
         self._put(out, end)
 
@@ -329,7 +329,7 @@ class Decoders:
 
 @contextmanager
 def decoders(count: int | None = None) -> Iterator[Decoders]:
-    """`count` threads, one a core by default."""
+    """Open `count` decoding threads, one a core by default."""
     made = Decoders(count or min(_MOST_THREADS, len(os.sched_getaffinity(0))))
     try:
         yield made
@@ -338,15 +338,15 @@ def decoders(count: int | None = None) -> Iterator[Decoders]:
 
 
 def decode_clips(found: Bytes, frames: int, cut: ClipCut) -> Iterator[UInt8s]:
-    """The clips of a video, uint8 [3, T, H, W] each, in one pass.
+    """Decode the clips of a video, uint8 [3, T, H, W] each, in one pass.
 
     Args:
-        found: its file.
-        frames: how many the index says that it has.
-        cut: which clips.
+        found: file of the video.
+        frames: number of frames in the index.
+        cut: the clips to decode.
 
     Raises:
-        DataError: it cannot be read or decoded, or has other frames than the index says.
+        DataError: the video cannot be read or decoded, or its frames do not match the index.
     """
     if found.problem is not None:
         raise DataError(found.problem)
@@ -358,7 +358,7 @@ def decode_clips(found: Bytes, frames: int, cut: ClipCut) -> Iterator[UInt8s]:
 
 
 def _clips(reader: VideoReader, numbers: list[int], cut: ClipCut) -> Iterator[UInt8s]:
-    """Cut the frames of these numbers, which may come again, into clips."""
+    """Cut the frames with these numbers, which may repeat, into clips."""
     rows, columns = cut.geometry.crop
     top, left = cut.geometry.top, cut.geometry.left
     reformatter, place = VideoReformatter(), 0
@@ -385,11 +385,11 @@ def _arriving(clips: Queue[Message]) -> Iterator[UInt8s]:
         yield message
 
 
-# What a cache is made of, opened: videos, the embedder's encoder, the text encoder.
+# Opened inputs of a cache: videos, the embedder's encoder, the text encoder.
 
 
 class Inputs(NamedTuple):
-    """The parts, and the identity of a cache that follows from them. `text` is None for a cache without text."""
+    """Inputs of a cache, and the identity that follows from them. `text` is None for a cache without text."""
 
     dataset: Dataset
     encoder: FrozenEncoder
@@ -398,12 +398,12 @@ class Inputs(NamedTuple):
 
 
 def open_inputs(config: PreencodeConfig) -> Inputs:
-    """Open what a config names.
+    """Open the inputs that a config names.
 
     Raises:
         DataError: the videos cannot be read, or none has a caption though text is asked for.
         CheckpointError: the embedder has no usable checkpoint.
-        ConfigError: the embedder is none; the text encoder cannot be loaded.
+        ConfigError: the given embedder is not an embedder; the text encoder cannot be loaded.
     """
     dataset = open_dataset(config.data, config.read.cache, limits_of(config.read))
     only_videos(dataset.manifest, dataset.store.url)
@@ -415,7 +415,7 @@ def open_inputs(config: PreencodeConfig) -> Inputs:
 
 
 def _check_captions(dataset: Dataset) -> None:
-    """Some videos may have none: they get the embedding of the empty caption."""
+    """Check that captions exist. Single videos may have none: they get the embedding of the empty caption."""
     indices = [entry.index for entry in dataset.manifest.shards]
     if not any(any(read_index(data)[0]["caption"].to_pylist()) for _, data in read_all(dataset.store, indices)):
         raise DataError(

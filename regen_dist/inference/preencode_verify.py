@@ -1,4 +1,4 @@
-"""Whether a cache is what its config makes: entries encoded again and compared."""
+"""Verification of a cache against its config: entries are encoded again and compared."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from regen_dist.inference.preencode_clips import (
 )
 from regen_dist.models.encoder import Latents
 
-RELATIVE = 2.0**-6  # two steps of bf16: other clips in a batch, or another machine, change the last bits
-ABSOLUTE = {"fp32": 2.0**-10, "bf16": 2.0**-5}  # near zero, by the precision in which the encoder works
+RELATIVE = 2.0**-6  # two steps of bf16: the other clips of a batch, or another machine, change the last bits
+ABSOLUTE = {"fp32": 2.0**-10, "bf16": 2.0**-5}  # near zero, by the encoder's working precision
 
 
 class Verified(NamedTuple):
-    """How many entries were compared, the largest difference of a value, and what is wrong, by key."""
+    """Result of a verification: number of compared entries, largest difference of a value, and problems by key."""
 
     entries: int
     largest: float
@@ -49,17 +49,17 @@ def verify_cache(
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> Verified:
-    """Encode some entries of a finished cache again, and compare them with what is stored.
+    """Encode some entries of a finished cache again, and compare them with the stored ones.
 
     Values agree when they differ by at most `RELATIVE` of the larger, or by `ABSOLUTE`.
 
     Args:
-        config: the one that made it.
-        samples: entries, drawn by `seed`; all when there are fewer.
+        config: the config that the cache was made with.
+        samples: number of entries, drawn with `seed`; all when there are fewer.
         progress: called with ("verify", done, total) in entries.
 
     Raises:
-        DataError: there is no finished cache, or it was made of something else; names what.
+        DataError: there is no finished cache, or it was made from other inputs, which the message names.
     """
     inputs, cache = open_inputs(config), _open_cache(config)
     facts = CacheFacts.of(cache.manifest, cache.store.url)
@@ -104,7 +104,7 @@ def _draw(total: int, samples: int, seed: int) -> list[int]:
 
 
 def _compare(config: PreencodeConfig, inputs: Inputs, cache: Dataset, facts: CacheFacts, entry: Sample) -> float:
-    """The largest difference; DataError when the entry is not what is made now."""
+    """Largest difference of an entry's values; DataError when the entry differs from the new encoding."""
     stored = unpack_latents(cache.read(entry))
     facts.check(stored, entry.frames, entry.height, entry.width)
     source = _source_of(inputs.dataset, entry)
@@ -121,7 +121,7 @@ def _compare(config: PreencodeConfig, inputs: Inputs, cache: Dataset, facts: Cac
 
 
 def _source_of(dataset: Dataset, entry: Sample) -> Sample:
-    """The video that an entry was made of: of the same key, in the shard whose number the entry's shard has."""
+    """The video that an entry was made from: the same key, in the source shard with the same number."""
     number = int(entry.shard.split("-")[1])
     if number < len(dataset.manifest.shards):
         for sample in samples_in(dataset, number):
@@ -131,7 +131,7 @@ def _source_of(dataset: Dataset, entry: Sample) -> Sample:
 
 
 def _encoded(config: PreencodeConfig, inputs: Inputs, source: Sample) -> Latents:
-    """The latents of one video, in batches of its own."""
+    """Encode one video in batches of its own."""
     video = Pending(source, cut_video(source, config, inputs.encoder.num_frames))
     batches = Batches(inputs.encoder, config.batch_clips, [video])
     found = Bytes(inputs.dataset.read(source))
@@ -142,13 +142,13 @@ def _encoded(config: PreencodeConfig, inputs: Inputs, source: Sample) -> Latents
 
 
 def _difference(name: str, stored: Tensor, made: Tensor, near_zero: float) -> float:
-    """The largest of a value; DataError when one differs by more than is allowed."""
+    """Largest difference of a value; DataError when a difference exceeds the tolerance."""
     if stored.shape != made.shape:
         raise DataError(f"{name} is {list(stored.shape)} and is made as {list(made.shape)} now")
     a, b = stored.float(), made.float()
     differences = (a - b).abs()
     allowed = torch.maximum(a.abs(), b.abs()) * RELATIVE + near_zero
-    bad = ~(differences <= allowed)  # so that what is no number counts, too
+    bad = ~(differences <= allowed)  # negated, so that NaN counts as bad
     if bool(bad.any()):
         raise DataError(
             f"{int(bad.sum())} of {bad.numel()} values of {name} differ from what is made now, by up to "

@@ -29,41 +29,41 @@ from regen_dist.models.building import build_model
 from regen_dist.models.t2v import TextToVideo
 from regen_dist.observe.devices import choose_device
 
-# From noise to normalised latents of a row of clips, by a text-to-video model, with classifier-free guidance.
+# Sampling of the normalised latents of a row of clips by a text-to-video model, with classifier-free guidance.
 #
 # Legend: B samples, C channels, F latent frames, h x w latent cells, M text tokens, D their width.
 
-# x_t [B, C, F, h, w], t [B] or [B, F], text [B, M, D], mask [B, M] to the velocity [B, C, F, h, w]
+# map from x_t [B, C, F, h, w], t [B] or [B, F], text [B, M, D], mask [B, M] to the velocity [B, C, F, h, w]
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Text(NamedTuple):
-    """Text embeddings [B, M, D] and which of their tokens count, bool [B, M]."""
+    """Text embeddings [B, M, D] and the mask of valid tokens, bool [B, M]."""
 
     text: Tensor
     mask: Tensor
 
     @classmethod
     def of(cls, texts: Sequence[Tensor], device: torch.device | None = None) -> Text:
-        """Embeddings [L, D] of any lengths, padded to the longest."""
+        """Batch embeddings [L, D] of any lengths, padded to the longest."""
         longest = max(map(len, texts))
         padded = torch.stack([F.pad(text.float(), (0, 0, 0, longest - len(text))) for text in texts])
         lengths = torch.tensor([len(text) for text in texts])
         return cls(padded.to(device), (torch.arange(longest) < lengths[:, None]).to(device))
 
     def padded(self, tokens: int) -> Text:
-        """The same with room for at least so many tokens."""
+        """Pad to at least this number of tokens."""
         more = max(0, tokens - self.mask.shape[1])
         return Text(F.pad(self.text, (0, 0, 0, more)), F.pad(self.mask, (0, more)))
 
     def joined(self, other: Text) -> Text:
-        """Both, one after the other: [2B, M, D]."""
+        """Concatenate two batches: [2B, M, D]."""
         longest = max(self.mask.shape[1], other.mask.shape[1])
         mine, theirs = self.padded(longest), other.padded(longest)
         return Text(torch.cat([mine.text, theirs.text]), torch.cat([mine.mask, theirs.mask]))
 
     def where(self, chosen: Tensor, other: Text) -> Text:
-        """The samples of `other` where `chosen` [B] is True, else one's own."""
+        """Take the samples of `other` where `chosen` [B] is True, and the own samples elsewhere."""
         longest = max(self.mask.shape[1], other.mask.shape[1])
         mine, theirs = self.padded(longest), other.padded(longest)
         return Text(
@@ -72,12 +72,12 @@ class Text(NamedTuple):
         )
 
     def expanded(self, batch: int) -> Text:
-        """One sample as a batch of equal ones."""
+        """Repeat one sample to a batch."""
         return Text(self.text.expand(batch, -1, -1), self.mask.expand(batch, -1))
 
 
 def row_tokens(latents: Sequence[int]) -> int:
-    """Tokens of a row of latents (F, h, w)."""
+    """Number of tokens in a row of latents (F, h, w)."""
     return prod(latents) // LATENT_PATCH**2
 
 
@@ -98,15 +98,15 @@ def sample_latents(
 
     Args:
         predict: the model.
-        noise: standard normal, [B, C, F, h, w].
-        text: of each sample.
-        null: what guidance leads away from, for each sample: the empty caption, or a negative prompt.
-        flow: of the run; what is not given comes from it.
-        steps: of the sampler.
-        guidance: g of v = v_null + g (v_text - v_null) (Ho and Salimans, 2022); 1 asks the model for the text alone,
-            and 0 for the null text alone, once a step instead of twice.
+        noise: standard normal noise, [B, C, F, h, w].
+        text: text of each sample.
+        null: text that guidance leads away from, for each sample: the empty caption, or a negative prompt.
+        flow: flow config of the run, which supplies the options that are not given.
+        steps: number of sampler steps.
+        guidance: g of v = v_null + g (v_text - v_null) (Ho and Salimans, 2022); 1 evaluates the model with
+            the text only, and 0 with the null text only, once a step instead of twice.
         sampler: `euler`, `heun` (second order, two evaluations a step) or `dpmpp_2m` (second order, one).
-        given: frames that are known, normalised; they come out as they are, the others are generated to them.
+        given: known frames, normalised; they are returned unchanged, and the others are generated to match them.
     """
     scale = flow.guidance if guidance is None else guidance
     velocity = _guided(predict, text, null, scale)
@@ -140,15 +140,15 @@ def _guided(predict: Predict, text: Text, null: Text, scale: float) -> Callable[
 
 
 class TextToVideoModel:
-    """A text-to-video model with the latent space that it works in. Computes in the precision that it was trained in.
+    """A text-to-video model with its latent space. Computes in the precision of its training.
 
     Args:
-        model: with its weights.
-        config: of it.
-        space: of the caches that it was trained on.
-        device: where it works.
-        origin: what a record says of the weights: run, step and so on.
-        dtype: in which it computes, where not in that.
+        model: the module with its weights loaded.
+        config: config of the model.
+        space: latent space of the caches that it was trained on.
+        device: device to compute on.
+        origin: facts about the weights for records: run, step and so on.
+        dtype: precision to compute in, if different from that of training.
     """
 
     def __init__(
@@ -167,19 +167,19 @@ class TextToVideoModel:
         *,
         untrained: bool = False,
     ) -> TextToVideoModel:
-        """A text-to-video model out of a run folder or an exported one. Nothing is unpickled.
+        """Load a text-to-video model from a run folder or an export. Nothing is unpickled.
 
         Args:
             path: a run folder, whose newest good checkpoint is taken; or what `regen checkpoint export` wrote.
-            weights: the averaged ones (`ema`) or those of the last step (`plain`); None takes the averaged ones of a
-                run, and of an export those that are in it.
-            device: CUDA where there is one, by default.
-            untrained: take the weights that training began with instead, as a control.
+            weights: the averaged weights (`ema`) or those of the last step (`plain`); None takes the averaged weights
+                of a run, and whichever weights an export holds.
+            device: CUDA by default, where it is available.
+            untrained: take the initial weights of training instead, as a control.
 
         Raises:
-            CheckpointError: there is no checkpoint, it or the latent space is damaged or missing; an export has other
-                weights than those asked for, or is an embedder.
-            ConfigError: the folder is neither a run of text to video nor an export.
+            CheckpointError: there is no checkpoint, it or the latent space is damaged or missing; an export holds other
+                weights than requested, or is an embedder.
+            ConfigError: the folder is neither a text-to-video run nor an export.
         """
         found, device = find_t2v(path, weights), device or choose_device()
         space = read_space(found.path)
@@ -191,7 +191,7 @@ class TextToVideoModel:
 
     @property
     def channels(self) -> int:
-        """C."""
+        """Number of latent channels, C."""
         return self.config.model.latent_channels
 
     def sample(
@@ -205,8 +205,8 @@ class TextToVideoModel:
         sampler: SamplerName | None = None,
         given: Given | None = None,
     ) -> NormalisedLatents:
-        """Normalised latents [B, C, F, h, w] from noise of that shape; see `sample_latents`. What is not given is as
-        the run's config says. `space.scale.restore` makes of them what a codec decodes."""
+        """Sample normalised latents [B, C, F, h, w] from noise of that shape; see `sample_latents`. Options that are
+        not given come from the run's config. `space.scale.restore` turns them into latents that a codec decodes."""
         made = sample_latents(
             self.predict, noise, text, null, self.config.diffusion,
             steps=steps, guidance=guidance, sampler=sampler, given=given,
@@ -224,12 +224,12 @@ class TextToVideoModel:
         return self.model(x, t, text, mask)  # type: ignore[no-any-return]
 
     def facts(self) -> dict[str, Any]:
-        """What a record says of the weights. A run and what was exported from it, unrounded, say the same."""
+        """Facts about the weights for records. A run and its unrounded export have the same facts."""
         return dict(self._origin)
 
 
 def _fresh(config: T2VExportConfig) -> TextToVideo:
-    """As training begins, whatever torch's own generator did; it stays as it was."""
+    """Model with the initial weights of training. The state of torch's own generator neither matters nor changes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build_model(config.model)

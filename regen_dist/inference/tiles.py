@@ -1,8 +1,8 @@
-"""Frames cut into tiles that are read with as much around them as their inside depends on: so nothing is blended, and
-what comes out is what the whole frame gives, up to rounding. Bounds the memory by the size of a tile, where frames are
-large; costs what is computed again around each.
+"""Tiled encoding and decoding of frames. Each tile is read with its full receptive field, so nothing is blended and the
+result equals that of the whole frame up to rounding. Memory is bounded by the size of a tile; the cost is that the
+surroundings of each tile are computed again.
 
-Legend: a cell is a latent's place, P = 8 pixels a side; h x w cells of a frame.
+Legend: a cell is the position of one latent, P = 8 pixels a side; h x w cells of a frame.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Tile(NamedTuple):
     columns: TileCut
 
     def read(self, frames: Tensor, scale: int = 1) -> Tensor:
-        """What the tile reads of [..., h, w] latents, or of pixels (`scale` = 8)."""
+        """Crop the region that the tile reads from [..., h, w] latents, or from pixels (`scale` = 8)."""
         rows, columns = (slice(cut.first * scale, cut.last * scale) for cut in self)
         return frames[..., rows, columns]
 
     def keep(self, out: Tensor, made: Tensor, scale: int = 1) -> None:
-        """Put what was made of a tile into the whole frame; what is around it is dropped."""
+        """Write the result of a tile into the whole frame, without its surroundings."""
         rows, columns = (slice(cut.start * scale, cut.stop * scale) for cut in self)
         top, left = ((cut.start - cut.first) * scale for cut in self)
         height, width = ((cut.stop - cut.start) * scale for cut in self)
@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 
 
 def axis_cuts(length: int, tile: int, reach: int, step: int) -> Iterator[TileCut]:
-    """Tiles along an axis of `length` cells: each keeps about `tile` of them, a multiple of `step`."""
+    """Cut an axis of `length` cells into tiles: each keeps about `tile` cells, a multiple of `step`."""
     kept, around = max(tile // step, 1) * step, -(-reach // step) * step
     for start in range(0, length, kept):
         stop = min(start + kept, length)
@@ -56,14 +56,14 @@ def axis_cuts(length: int, tile: int, reach: int, step: int) -> Iterator[TileCut
 
 
 def frame_tiles(grid: tuple[int, int], side: int, reach: ReceptiveField) -> Iterator[Tile]:
-    """The tiles of a frame of `grid` = (h, w) cells, each about `side` pixels."""
+    """Cut a frame of `grid` = (h, w) cells into tiles of about `side` pixels a side."""
     axes = zip(grid, reach.cells, reach.step, strict=True)
     for rows, columns in product(*(list(axis_cuts(length, side // P, cells, step)) for length, cells, step in axes)):
         yield Tile(rows, columns)
 
 
 def encode_in_tiles(encode: Callable[[Tensor], Latents], clips: Tensor, side: int, reach: ReceptiveField) -> Latents:
-    """Clips [B, 3, T, H, W] to latents, a tile of a clip at a time."""
+    """Encode clips [B, 3, T, H, W] to latents, one tile of one clip at a time."""
     return Latents(*map(torch.cat, zip(*(_encode(encode, clip, side, reach) for clip in clips.split(1)), strict=True)))
 
 
@@ -83,14 +83,14 @@ def _encode(encode: Callable[[Tensor], Latents], clip: Tensor, side: int, reach:
 def decode_in_tiles(
     decode: Callable[[Latents, Tile], Tensor], latents: Latents, frames: int, side: int, reach: ReceptiveField
 ) -> Tensor:
-    """Latents [1, C, h, w] to pixels [1, 3, T, H, W] in float32, tile by tile.
+    """Decode latents [1, C, h, w] to pixels [1, 3, T, H, W] in float32, tile by tile.
 
     Args:
-        decode: a tile's latents, and the tile, to its pixels.
-        latents: of a clip.
+        decode: map from a tile's latents and the tile to its pixels.
+        latents: latents of one clip.
         frames: T.
-        side: of a tile in pixels.
-        reach: of the decoder.
+        side: side of a tile in pixels.
+        reach: receptive field of the decoder.
     """
     height, width = latents.content.shape[-2:]
     out = torch.empty(1, 3, frames, height * P, width * P, device=latents.content.device)

@@ -1,4 +1,4 @@
-"""How a long video is cut into clips that overlap, and how much each clip counts at a given time.
+"""Windows of a long video: cutting it into overlapping clips, and the weight of each clip at a given time.
 
 Frames are numbered from 0 and stand for bins of width one; a window of `n` frames that starts at frame `s` covers
 the times `[s, s + n - 1]`. Two windows that share `m` frames are cross-faded by a linear ramp over these `m` bins:
@@ -22,8 +22,8 @@ from regen_dist.models.encoder import Latents
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """One encoded clip of a longer video: latents (B = 1), the video's frame where it starts, its frames, and how many
-    frames a cross-fade with a neighbour may reach past the middle (`blend_weights`).
+    """One encoded clip of a longer video: latents (B = 1), the frame of the video where it starts, its frames, and how
+    many frames a cross-fade with a neighbour may reach past the middle (`blend_weights`).
 
     Raises:
         DataError: the latents are normalised ones.
@@ -88,7 +88,7 @@ def blend_weights(starts: Sequence[float], num_frames: int, times: Tensor, *, fa
 
 
 def _ramps(first: Tensor, last: Tensor, at: Tensor, past: Tensor) -> Tensor:
-    """Rise over what is shared with the window before and `past` it on both sides, fall with the next: `[W, F]`."""
+    """Ramps `[W, F]`: rise over the frames shared with the previous window and `past` on both sides, then fall."""
     rise, fall = torch.ones_like(first + at), torch.ones_like(first + at)
     shared = last[:-1] - first[1:] + 1 + 2 * past  # W-1 1
     bins = shared.clamp(min=1.0)

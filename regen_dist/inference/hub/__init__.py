@@ -1,2 +1,2 @@
-"""Models in the form that diffusers opens: a folder with one module of code beside the weights, which needs no package
-of ours. `embedder.py` and `pipeline.py` are what users of diffusers see; they alone import it."""
+"""Models in the form that diffusers opens: a folder with the weights and one module of code, which does not need this
+package. `embedder.py` and `pipeline.py` are the interface for users of diffusers; only they import it."""

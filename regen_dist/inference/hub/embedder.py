@@ -1,7 +1,8 @@
-"""An embedder as diffusers has its autoencoders: `from_pretrained`, `encode(video).latent_dist`, `decode(...).sample`.
+"""Embedder with the interface of a diffusers autoencoder: `from_pretrained`, `encode(video).latent_dist`,
+`decode(...).sample`.
 
-Latent frames lie one after the other: content and motion of the first clip, then those of the next; an image is one
-latent frame, its content.
+Latent frames follow each other: content and motion of the first clip, then those of the next. An image is one latent
+frame, its content.
 
 Legend: B videos, T frames, n clips of k + 1 frames, F = 2n latent frames (1 of an image), C latent channels, H x W
 pixels, h = H/8, w = W/8.
@@ -35,18 +36,18 @@ DEFAULT_TILE = 256
 
 
 class LatentDistribution:
-    """What the encoder says of latents: a mean, and the noise (`config.noise_std`) that the decoder was trained to
-    bear. [B, C, F, h, w]."""
+    """Latent distribution [B, C, F, h, w] of the encoder: a mean, and the std of the noise that the decoder was trained
+    with (`config.noise_std`)."""
 
     def __init__(self, mean: Tensor, std: float) -> None:
         self.mean, self.std = mean, std
 
     def mode(self) -> Tensor:
-        """The latents themselves."""
+        """Return the latents without noise."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """The latents with noise on them; without any where the decoder was trained without."""
+        """Return the latents with noise; without noise where the decoder was trained without it."""
         if self.std == 0:
             return self.mean
         device = self.mean.device if generator is None else generator.device
@@ -69,17 +70,17 @@ class DecodedVideo(BaseOutput):  # type: ignore[misc]
 
 
 class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A trained embedder, for inference. Computes in the dtype of its weights; without `torch_dtype` that which it was
-    trained in.
+    """A trained embedder for inference. Computes in the dtype of its weights, which is that of training unless
+    `torch_dtype` is given.
 
     Args:
         model: the `ModelConfig`, as plain values.
         diffusion: the `DiffusionConfig`, as plain values.
-        precision: `bf16` or `fp32`, in which it was trained.
-        latents_mean, latents_std: [C] of content and [C] of motion latents; None where they were not measured.
+        precision: precision of training, `bf16` or `fp32`.
+        latents_mean, latents_std: [C] for content and [C] for motion latents; None where they were not measured.
         scaling_factor: one over the std of all latents together; 1 where it was not measured.
-        noise_std: of the noise on latents that the decoder was trained with.
-        auto_map: where diffusers finds this class.
+        noise_std: std of the noise on latents in the decoder's training.
+        auto_map: module and name under which diffusers finds this class.
     """
 
     _supports_gradient_checkpointing = False
@@ -111,7 +112,7 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
-        """An exported folder, or a repository of such on the hub; options as of diffusers' `ModelMixin`."""
+        """Load an exported folder or a repository on the hub; options as in diffusers' `ModelMixin`."""
         return super().from_pretrained(path, **in_trained_precision(cls, path, options))
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
@@ -121,16 +122,16 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def num_frames(self) -> int:
-        """Frames of a clip, k + 1."""
+        """Number of frames in a clip, k + 1."""
         return self._exported.model.num_frames  # type: ignore[no-any-return]
 
     @property
     def latent_channels(self) -> int:
-        """C."""
+        """Number of latent channels, C."""
         return self._exported.model.latent.channels  # type: ignore[no-any-return]
 
     def enable_tiling(self, side: int = DEFAULT_TILE) -> None:
-        """Work on tiles of so many pixels a side, which bounds the memory; the result is that of whole frames.
+        """Process tiles with sides of this many pixels, which bounds the memory; the result is that of whole frames.
 
         Raises:
             ConfigError: the decoder attends over whole frames, or the side is below 64.
@@ -139,7 +140,7 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.tile = side
 
     def disable_tiling(self) -> None:
-        """Work on whole frames again."""
+        """Process whole frames again."""
         self.tile = None
 
     def enable_slicing(self) -> None:
@@ -152,10 +153,9 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def encode(self, x: Tensor, return_dict: bool = True) -> EncodedVideo | tuple[LatentDistribution]:
-        """Videos [B, 3, T, H, W] in [-1, 1], sides multiples of 8, to latent frames [B, C, F, h, w].
+        """Encode videos [B, 3, T, H, W] in [-1, 1], sides multiples of 8, to latent frames [B, C, F, h, w].
 
-        One frame is an image. Longer videos are cut into clips that lie side by side, the last of which is filled up
-        with its last frame.
+        One frame is an image. Longer videos are cut into adjacent clips; the last is padded with its last frame.
 
         Raises:
             DataError: the shape does not fit.
@@ -182,20 +182,20 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         start: float = 0.0,
         return_dict: bool = True,
     ) -> DecodedVideo | tuple[Tensor]:
-        """Latent frames [B, C, F, h, w] to videos [B, 3, T, H, W] in [-1, 1], float32.
+        """Decode latent frames [B, C, F, h, w] to videos [B, 3, T, H, W] in [-1, 1], float32.
 
         Args:
-            z: as `encode` gives them, not scaled.
-            num_frames: T, the first of all that was encoded, which are decoded by whole clips; all by default.
-            times: [T] real, instead: in frames from the video's first, clip i beginning at i (k + 1). Between frames
-                and slightly past the last are possible.
-            num_inference_steps: of the decoder; as trained by default.
-            seed, sample_ids, start: what the decoder's noise is keyed by: the number of each video (its place in the
-                batch by default), and the time of each frame, of which `start` is that of the first.
+            z: latents as `encode` returns them, not scaled.
+            num_frames: T, the number of frames to decode from the first one on, in whole clips; all by default.
+            times: [T] real numbers, instead of `num_frames`: in frames from the video's first, where clip i begins at
+                i (k + 1). Times between frames and slightly past the last are allowed.
+            num_inference_steps: sampling steps of the decoder; as in training by default.
+            seed, sample_ids, start: keys of the decoder's noise: the number of each video (its place in the batch by
+                default), and the time of each frame, where `start` is the time of the first.
 
         Raises:
-            DataError: the latent frames are neither an image's nor a row of clips', or hold fewer frames.
-            ConfigError: the convolutional baseline was asked for times between frames.
+            DataError: the latent frames are neither of an image nor of a row of clips, or hold fewer frames.
+            ConfigError: times between frames were requested from the convolutional baseline.
         """
         if z.ndim != 5 or z.shape[1] != self.latent_channels or (z.shape[2] != 1 and z.shape[2] % 2):
             raise DataError(
@@ -230,7 +230,7 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 def _clips(videos: Tensor, length: int) -> Tensor:
-    """Videos [B, 3, T, H, W] as clips [B*n, 3, length, H, W] that lie side by side; an image as it is."""
+    """Cut videos [B, 3, T, H, W] into adjacent clips [B*n, 3, length, H, W]; an image stays as it is."""
     if videos.shape[2] == 1:
         return videos
     missing = -videos.shape[2] % length
@@ -240,7 +240,7 @@ def _clips(videos: Tensor, length: int) -> Tensor:
 
 
 def _windows(row: Tensor, length: int, start: float) -> Iterator[Window]:
-    """The clips of one video's latent frames [1, C, F, h, w], side by side from `start` on."""
+    """Split one video's latent frames [1, C, F, h, w] into its clips, adjacent from `start` on."""
     if row.shape[2] == 1:
         yield Window(Latents(row[:, :, 0], torch.zeros_like(row[:, :, 0])), start, 1)
     for clip in range(row.shape[2] // 2):

@@ -1,13 +1,13 @@
-"""What an exported model has beside its weights for diffusers, which reads them where they are.
+"""Files that an export has beside its weights, so that diffusers can open the folder in place.
 
-EXPORT/config.json                                     what the class is built from, and which class
-EXPORT/diffusion_pytorch_model.safetensors.index.json  that all weights are in model.safetensors
-EXPORT/regen_….py                                      the class, with all that it needs of this package
+EXPORT/config.json                                     arguments and name of the class
+EXPORT/diffusion_pytorch_model.safetensors.index.json  index: all weights are in model.safetensors
+EXPORT/regen_….py                                      the class, with everything that it needs from this package
 
-A text-to-video model with its embedder and text encoder is a pipeline, too:
+A text-to-video model with its embedder and text encoder is also a pipeline:
 
-EXPORT/model_index.json     its parts, which lie in:
-EXPORT/transformer/         config.json, code, and a second name of the weights (a hard link, where there are such)
+EXPORT/model_index.json     its parts, which are in:
+EXPORT/transformer/         config.json, code, and the weights again (as a hard link, where the file system has them)
 EXPORT/vae/                 the embedder, exported
 EXPORT/text_encoder/        copies of the encoder's files, and code
 """
@@ -42,13 +42,13 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 def write_embedder_files(
     folder: Path, config: ExportConfig, shapes: Mapping[str, list[int]], statistics: LatentStatistics | None
 ) -> None:
-    """Make an exported embedder one that `diffusers.AutoModel.from_pretrained` opens.
+    """Add the files with which `diffusers.AutoModel.from_pretrained` opens an exported embedder.
 
     Args:
-        folder: with its weights.
-        config: of it.
-        shapes: of its parameters.
-        statistics: of its latents, where they were measured.
+        folder: folder of the export, with the weights.
+        config: config of the export.
+        shapes: shapes of the parameters.
+        statistics: statistics of the latents, where they were measured.
     """
     values = {
         "_class_name": "VideoEmbedder",
@@ -66,26 +66,26 @@ def write_embedder_files(
 def write_transformer_files(
     folder: Path, config: T2VExportConfig, shapes: Mapping[str, list[int]], space: LatentSpace
 ) -> None:
-    """Make an exported text-to-video model one that `diffusers.AutoModel.from_pretrained` opens.
+    """Add the files with which `diffusers.AutoModel.from_pretrained` opens an exported text-to-video model.
 
     Args:
-        folder: with its weights.
-        config: of it.
-        shapes: of its parameters.
-        space: in which it works.
+        folder: folder of the export, with the weights.
+        config: config of the export.
+        shapes: shapes of the parameters.
+        space: latent space of the model.
     """
     _write_json(folder / CONFIG_FILE, _transformer(folder, config, space))
     _write_json(folder / INDEX_FILE, _index(config.dtype, shapes))
 
 
 def write_pipeline_files(folder: Path, config: T2VExportConfig, space: LatentSpace, text: TextEncoder) -> None:
-    """Make it one that `diffusers.DiffusionPipeline.from_pretrained` opens.
+    """Add the files with which `diffusers.DiffusionPipeline.from_pretrained` opens an exported text-to-video model.
 
     Args:
-        folder: with its weights, and with its embedder in `vae/`.
-        config: of it.
-        space: in which it works.
-        text: encoder of the captions that it was trained on.
+        folder: folder of the export, with the weights, and with the embedder in `vae/`.
+        config: config of the export.
+        space: latent space of the model.
+        text: text encoder of the training captions.
     """
     transformer, encoder = folder / TRANSFORMER, folder / TEXT_ENCODER
     for part in (transformer, encoder):
@@ -108,7 +108,7 @@ def write_pipeline_files(folder: Path, config: T2VExportConfig, space: LatentSpa
 
 
 def _transformer(folder: Path, config: T2VExportConfig, space: LatentSpace) -> dict[str, Any]:
-    """What a transformer's config.json says; its code is written into the folder."""
+    """Write a transformer's code into the folder and return the content of its config.json."""
     return {
         "_class_name": "TextToVideoTransformer",
         "auto_map": write_code(folder, pipeline_module(), "TextToVideoTransformer"),
@@ -139,7 +139,7 @@ def _index(dtype: str, shapes: Mapping[str, list[int]]) -> dict[str, Any]:
 
 
 def _scales(statistics: LatentStatistics | None) -> dict[str, Any]:
-    """Mean and std of the channels of content and motion, and one factor for all, as diffusers' autoencoders have."""
+    """Mean and std of the content and motion channels, and one overall factor, as in diffusers' autoencoders."""
     spread = None if statistics is None else statistics.clips or statistics.images
     if spread is None:
         return {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0}

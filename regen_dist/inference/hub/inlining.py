@@ -1,9 +1,9 @@
-"""One self-contained module out of this package's sources: what some classes of it need, and nothing else.
+"""Assembly of one self-contained module from this package's sources: exactly the code that some of its classes need.
 
-Statements at the top of modules are taken as they stand, with their comments, in the order in which modules import each
-other. A name that two modules give to different things is changed in one of them. Imports of this package vanish, those
-of others are gathered at the top; pydantic is replaced by `stand_ins.py`. What a function's annotations alone name is
-not taken along: nothing evaluates them.
+Top-level statements are copied unchanged, with their comments, in the order in which modules import each other. A name
+that two modules give to different things is changed in one of them. Imports of this package are removed, other imports
+are gathered at the top, and pydantic is replaced by `stand_ins.py`. Names that occur only in a function's annotations
+are left out, because nothing evaluates those.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 class Symbol(NamedTuple):
-    """A name at the top of a module."""
+    """A top-level name of a module."""
 
     module: str
     name: str
 
 
 class External(NamedTuple):
-    """An import of another package: `import module` where `name` is None, else `from module import name`."""
+    """Import of another package: `import module` where `name` is None, else `from module import name`."""
 
     module: str
     name: str | None
@@ -43,17 +43,17 @@ class External(NamedTuple):
 
 @dataclass
 class Source:
-    """One module: its text as lines of bytes (positions in a syntax tree count bytes), and what its names are."""
+    """A module: its text as lines of bytes (positions in a syntax tree count bytes), and the meaning of its names."""
 
     name: str
     lines: list[bytes]
     defined: dict[str, ast.stmt] = field(default_factory=dict)
     imported: dict[str, Symbol | External] = field(default_factory=dict)
-    inside: dict[str, External] = field(default_factory=dict)  # by functions, of other packages
+    inside: dict[str, External] = field(default_factory=dict)  # imports of other packages inside functions
 
     @classmethod
     def of(cls, name: str) -> Source:
-        """That of a module of this package."""
+        """Read the source of a module of this package."""
         path = _path(name)
         text = path.read_text(encoding="utf-8")
         source = cls(name, text.encode().splitlines(keepends=True))
@@ -73,18 +73,18 @@ _source = cache(Source.of)
 
 
 def inlined(roots: Sequence[Symbol], left_out: Mapping[Symbol, Sequence[str]], title: str) -> tuple[str, str]:
-    """A module with these classes and functions.
+    """Assemble a module with these classes and functions.
 
     Args:
-        roots: what users of the module look for; these keep their names.
-        left_out: methods of classes that the module does without.
-        title: its docstring.
+        roots: the classes and functions that users of the module need; these keep their names.
+        left_out: methods of classes that the module omits.
+        title: docstring of the module.
 
     Returns:
-        The file's name, which tells versions apart by a digest of the contents, and its text.
+        The file's name, which contains a digest of the contents to distinguish versions, and its text.
 
     Raises:
-        ValueError: something of the package cannot be inlined; the message names it.
+        ValueError: a part of the package cannot be inlined; the message names it.
     """
     reached = Reached()
     reached.follow(roots, left_out)
@@ -113,15 +113,15 @@ for _name, _value in list(globals().items()):
 
 @dataclass
 class Reached:
-    """What the roots need: names of this package, imports of others by the name they go by, and classes of this
-    package that annotations alone name."""
+    """Everything that the roots need: names of this package, imports of other packages by their local name, and classes
+    of this package that occur only in annotations."""
 
     symbols: set[Symbol] = field(default_factory=set)
     external: dict[str, External] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
 
     def follow(self, roots: Sequence[Symbol], left_out: Mapping[Symbol, Sequence[str]]) -> None:
-        """Add everything that is needed, from the roots on."""
+        """Add everything that is needed, starting from the roots."""
         for symbol in left_out:
             if symbol.name not in _source(symbol.module).defined:
                 raise ValueError(f"{symbol.module} defines no {symbol.name}, of which methods are to be left out")
@@ -158,12 +158,12 @@ class Reached:
 
 
 def _is_alias(target: Symbol) -> bool:
-    """Whether a name is given to a type, and is no class."""
+    """Return whether a symbol is a type alias, and not a class."""
     return isinstance(_source(target.module).defined[target.name], ast.Assign)
 
 
 def _target(source: Source, name: str) -> Symbol | External | None:
-    """What a name in a module stands for; None for builtins and local variables."""
+    """Resolve a name in a module; None for builtins and local variables."""
     if name in source.defined:
         return Symbol(source.name, name)
     found = source.imported.get(name)
@@ -171,7 +171,7 @@ def _target(source: Source, name: str) -> Symbol | External | None:
 
 
 def _resolved(found: Symbol | External) -> Symbol | External:
-    """Where a name is defined, through modules that only pass it on."""
+    """Find the definition of a name, through modules that only re-export it."""
     if isinstance(found, External):
         return Symbol(STAND_INS, found.name) if found.module == "pydantic" and found.name else found
     source = _source(found.module)
@@ -195,7 +195,7 @@ def _is_optional(target: External) -> bool:
 
 
 def _referenced(statement: ast.stmt, left_out: Sequence[str]) -> set[tuple[str, bool]]:
-    """Names in a statement, and whether it evaluates them: nothing does the annotations of functions."""
+    """Names in a statement, and whether they are evaluated; the annotations of functions never are."""
     names: set[tuple[str, bool]] = set()
     waiting: list[tuple[ast.AST, bool, bool]] = [(statement, False, True)]
     while waiting:
@@ -223,7 +223,7 @@ def _defined_names(statement: ast.stmt) -> list[str]:
 
 
 def _imports(node: ast.AST) -> dict[str, Symbol | External]:
-    """The names that an import gives."""
+    """Names that an import defines."""
     if isinstance(node, ast.Import):
         return dict(map(_whole_module, node.names))
     if not isinstance(node, ast.ImportFrom) or node.module is None or node.module == "__future__":
@@ -234,7 +234,7 @@ def _imports(node: ast.AST) -> dict[str, Symbol | External]:
 
 
 def _whole_module(alias: ast.alias) -> tuple[str, External]:
-    """The name that `import a.b`, or `import a.b as c`, gives. The latter is `from a import b as c`."""
+    """Name that `import a.b` or `import a.b as c` defines. The latter is `from a import b as c`."""
     parent, _, last = alias.name.rpartition(".")
     if alias.asname is not None and parent:
         return alias.asname, External(parent, last)
@@ -242,7 +242,7 @@ def _whole_module(alias: ast.alias) -> tuple[str, External]:
 
 
 def _unique_names(reached: Reached, roots: Sequence[Symbol]) -> dict[Symbol, str]:
-    """What each is called in the module: its own name, unless two share it; then that of its module stands before."""
+    """Name of each symbol in the new module: its own name or, where two share it, prefixed with that of its module."""
     taken = {*reached.external, *dir(builtins)}
     count: dict[str, int] = {}
     for symbol in reached.symbols:
@@ -258,7 +258,7 @@ def _unique_names(reached: Reached, roots: Sequence[Symbol]) -> dict[Symbol, str
 
 
 def _header(reached: Reached) -> str:
-    """Imports, those of whole modules first, and the classes that are only named."""
+    """Write the imports, those of whole modules first, and the classes that occur only in annotations."""
     whole: list[str] = []
     parts: dict[str, list[str]] = {}
     for name, target in sorted(reached.external.items()):
@@ -283,7 +283,7 @@ def _renaming(name: str, called: str) -> str:
 
 
 def _order(needed: set[Symbol]) -> list[str]:
-    """Modules, each behind those that it imports."""
+    """Order modules so that each follows those that it imports."""
     modules = {symbol.module for symbol in needed}
     placed: list[str] = []
     seen: set[str] = set()
@@ -305,7 +305,7 @@ def _order(needed: set[Symbol]) -> list[str]:
 def _resolved_or_none(target: Symbol | External) -> Symbol | External | None:
     try:
         return _resolved(target)
-    except ValueError:  # a module as a whole, which nothing that is needed uses
+    except ValueError:  # a module as a whole, which no needed code uses
         return None
 
 
@@ -318,7 +318,7 @@ def _statements(module: str, needed: set[Symbol]) -> list[ast.stmt]:
 def _text(
     source: Source, statement: ast.stmt, names: Mapping[Symbol, str], left_out: Mapping[Symbol, Sequence[str]]
 ) -> str:
-    """A statement as it stands, with the comments above it, under the names that things have in the module."""
+    """Text of a statement with the comments above it, with the names of the new module."""
     lines = list(source.lines)
     for place, name in _renamed(source, statement, names):
         row, column = place.lineno - 1, place.col_offset
@@ -343,7 +343,7 @@ def _first_row(statement: ast.AST) -> int:
 
 
 def _rows_of(node: ast.ClassDef, methods: Sequence[str], lines: list[bytes]) -> set[int]:
-    """The rows of some methods of a class, with the blank ones behind them."""
+    """Line numbers of some methods of a class, with the blank lines after them."""
     rows: set[int] = set()
     for each in node.body:
         if isinstance(each, ast.FunctionDef) and each.name in methods:
@@ -355,10 +355,10 @@ def _rows_of(node: ast.ClassDef, methods: Sequence[str], lines: list[bytes]) -> 
 
 
 def _rewritten_import(node: ast.AST, lines: list[bytes]) -> set[int]:
-    """Make an import inside a function fit; returns the rows that go.
+    """Adapt an import inside a function to the new module; return the lines to remove.
 
-    What is of this package is in the module already. Optional packages are imported by a call: diffusers takes every
-    import statement for something that must be installed.
+    Imports of this package are in the module already. Optional packages are imported by a call, because diffusers
+    requires the package of every import statement to be installed.
     """
     if not isinstance(node, ast.ImportFrom) or node.module is None:
         return set()
@@ -379,7 +379,7 @@ def _rewritten_import(node: ast.AST, lines: list[bytes]) -> set[int]:
 def _renamed(
     source: Source, statement: ast.stmt, names: Mapping[Symbol, str]
 ) -> list[tuple[ast.Name | ast.ClassDef | ast.FunctionDef, str]]:
-    """Where a statement says a name that the module has another one for; from the end to the beginning."""
+    """Occurrences in a statement of names that change in the new module, from the end to the beginning."""
     changed = {}
     for name in {*source.defined, *source.imported}:
         target = _resolved_or_none(Symbol(source.name, name))
@@ -397,7 +397,7 @@ def _renamed(
 
 
 def _in_scopes(node: ast.AST, local: frozenset[str]) -> Iterator[tuple[ast.AST, frozenset[str]]]:
-    """Every node, with the variables of the functions around it."""
+    """Yield every node with the local variables of its enclosing functions."""
     yield node, local
     inside = local | _bound(node) if isinstance(node, (*_FUNCTIONS, *_COMPREHENSIONS)) else local
     for name, value in ast.iter_fields(node):
@@ -411,7 +411,7 @@ def _in_scopes(node: ast.AST, local: frozenset[str]) -> Iterator[tuple[ast.AST, 
 
 
 def _bound(function: ast.AST) -> frozenset[str]:
-    """Names that a function or a comprehension gives values of its own; imports inside it are of the module."""
+    """Local names of a function or comprehension; names imported inside it count as names of the module."""
     names: set[str] = set()
     if isinstance(function, _FUNCTIONS):
         arguments = function.args

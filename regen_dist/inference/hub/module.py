@@ -1,4 +1,4 @@
-"""The module of code that is exported beside weights."""
+"""Module of code that is exported beside the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _EMBEDDER = (Symbol(f"{_HUB}.embedder", "VideoEmbedder"),)
 _PIPELINE = tuple(
     Symbol(f"{_HUB}.pipeline", name) for name in ("TextToVideoPipeline", "TextToVideoTransformer", "PromptEncoder")
 )
-# What reads runs and exports of this package, and what writes them.
+# Methods that read or write runs and exports of this package.
 _LEFT_OUT = {
     Symbol(f"{_INFERENCE}.codec", "Codec"): ("load", "_of_run", "_of_export"),
     Symbol(f"{_INFERENCE}.sampler", "TextToVideoModel"): ("load", "_of_run", "_of_export", "facts"),

@@ -1,4 +1,4 @@
-"""What models for diffusers share when they are opened and saved."""
+"""Opening and saving, common to all models for diffusers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _LOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revis
 
 
 def in_trained_precision(kind: Any, path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `from_pretrained` with the dtype that a model was trained in, where none is asked for.
+    """Add a model's training dtype to the options of `from_pretrained`, unless they name one.
 
     Args:
         kind: class of the model.
         path: a folder, or a repository on the hub.
-        options: as they were given.
+        options: options of the call.
     """
     if options.get("torch_dtype") is not None or options.get("dtype") is not None:
         return options

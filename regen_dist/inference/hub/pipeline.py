@@ -1,5 +1,5 @@
-"""A text-to-video model as diffusers has its own: a transformer, a text encoder, and the pipeline of them and of the
-embedder, `pipeline("a prompt", num_frames=…, guidance_scale=…).frames`.
+"""Text-to-video model with the interface of a diffusers pipeline: a transformer, a text encoder, and the pipeline that
+joins them with the embedder, `pipeline("a prompt", num_frames=…, guidance_scale=…).frames`.
 
 Legend: B prompts, C latent channels, F latent frames, h x w latent cells, M text tokens, D their width, T frames of a
 video, H x W pixels.
@@ -55,24 +55,24 @@ class Velocity(BaseOutput):  # type: ignore[misc]
 
 @dataclass
 class GeneratedVideos(BaseOutput):  # type: ignore[misc]
-    """Output of `TextToVideoPipeline`: the videos' `frames`, in the form that was asked for, and frames a second."""
+    """Output of `TextToVideoPipeline`: the videos' `frames`, in the requested form, and frames a second."""
 
     frames: Any
     fps: float
 
 
 class TextToVideoTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A trained text-to-video transformer with the latent space that it works in. Computes in the dtype of its weights;
-    without `torch_dtype` that which it was trained in.
+    """A trained text-to-video transformer with its latent space. Computes in the dtype of its weights, which is that of
+    training unless `torch_dtype` is given.
 
     Args:
         model: the `T2VModelConfig`, as plain values.
         diffusion: the `FlowConfig`, as plain values.
-        space: of the latents, as `latent_space/facts.json` has it.
+        space: the latent space, as in `latent_space/facts.json`.
         null_text: the embedding of the empty caption, [M][D].
-        clips: lengths of the rows that it was trained on.
-        precision: `bf16` or `fp32`, in which it was trained.
-        auto_map: where diffusers finds this class.
+        clips: lengths of the rows in training.
+        precision: precision of training, `bf16` or `fp32`.
+        auto_map: module and name under which diffusers finds this class.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -99,7 +99,7 @@ class TextToVideoTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
-        """An exported folder, or a repository of such on the hub; options as of diffusers' `ModelMixin`."""
+        """Load an exported folder or a repository on the hub; options as in diffusers' `ModelMixin`."""
         return super().from_pretrained(path, **in_trained_precision(cls, path, options))
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
@@ -120,9 +120,9 @@ class TextToVideoTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             hidden_states: normalised latents x_t, [B, C, F, h, w].
             timestep: diffusion time [B] in (0, 1].
-            encoder_hidden_states: text, [B, M, D].
+            encoder_hidden_states: text embeddings, [B, M, D].
             encoder_attention_mask: [B, M], true where a text token counts; all by default.
-            return_dict: an object, or a tuple.
+            return_dict: return an object instead of a tuple.
         """
         text = encoder_hidden_states
         mask = torch.ones_like(text[:, :, 0]) if encoder_attention_mask is None else encoder_attention_mask
@@ -131,7 +131,7 @@ class TextToVideoTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 class PromptEncoder(ModelMixin):  # type: ignore[misc]
-    """The text encoder of a pipeline, whatever transformers loads, with its tokenizer."""
+    """Text encoder of a pipeline, any that transformers loads, with its tokenizer."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class PromptEncoder(ModelMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, torch_dtype: torch.dtype | None = None, **options: Any) -> PromptEncoder:
-        """The encoder in a folder; in float32 by default, for T5 overflows in float16."""
+        """Load the encoder in a folder; in float32 by default, because T5 overflows in float16."""
         return cls(TextEncoder.load(TextConfig(encoder=str(path)), "cpu", torch_dtype or torch.float32))
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -152,12 +152,12 @@ class PromptEncoder(ModelMixin):  # type: ignore[misc]
 
 
 class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Prompts to videos, as `regen generate` makes them: the same prompt's number and seed give the same video.
+    """Pipeline from prompts to videos, equal to `regen generate`: the same prompt number and seed give the same video.
 
     Args:
-        transformer: from text to latents.
-        vae: the embedder whose latents these are.
-        text_encoder: that of the captions it was trained on.
+        transformer: samples latents for a text.
+        vae: the embedder of these latents.
+        text_encoder: the encoder of the training captions.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -166,7 +166,7 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         super().__init__()
         parts = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
         self.register_modules(**parts)
-        for name, part in parts.items():  # the file in its folder, wherever diffusers took it from
+        for name, part in parts.items():  # the file in its folder, from wherever diffusers loaded it
             self.register_to_config(**{name: (type(part).__module__.rpartition(".")[2], type(part).__name__)})
 
     @torch.no_grad()
@@ -190,21 +190,21 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Generate a video for every prompt.
 
         Args:
-            prompt: one or several; their numbers, from 0, key their noise.
-            negative_prompt: what guidance leads away from; the empty caption by default.
-            height, width: in pixels, multiples of 16; what it was trained on by default.
-            num_frames: T, 1 for images; the longest row that it was trained on by default.
-            fps: frames a second; what it was trained on by default.
-            num_inference_steps, guidance_scale, sampler: of the latents; the config's by default.
-            num_decode_steps: of the embedder's decoder.
-            seed: of all noise.
-            generator: draws the seed instead.
-            output_type: of the frames: `np` float32 [B, T, H, W, 3] in [0, 1], `uint8` the same in 0 to 255, `pt` a
-                tensor [B, T, 3, H, W] in [0, 1], `pil` lists of pictures.
-            return_dict: an object with `frames` and `fps`, or a tuple of the frames.
+            prompt: one or several prompts; their numbers, from 0, key their noise.
+            negative_prompt: text that guidance leads away from; the empty caption by default.
+            height, width: size in pixels, multiples of 16; that of training by default.
+            num_frames: T, 1 for images; the longest row of training by default.
+            fps: frames a second; that of training by default.
+            num_inference_steps, guidance_scale, sampler: sampling of the latents; as in the config by default.
+            num_decode_steps: sampling steps of the embedder's decoder.
+            seed: seed of all noise.
+            generator: generator to draw the seed from instead.
+            output_type: form of the frames: `np` float32 [B, T, H, W, 3] in [0, 1], `uint8` the same in 0 to 255, `pt`
+                a tensor [B, T, 3, H, W] in [0, 1], `pil` lists of pictures.
+            return_dict: return an object with `frames` and `fps` instead of a tuple of the frames.
 
         Raises:
-            ConfigError: a size, number or form that cannot be.
+            ConfigError: a size, number or form is invalid.
         """
         if output_type not in _FORMS:
             raise ConfigError(f"output_type is {output_type!r}; it can be {', '.join(_FORMS)}")
@@ -238,14 +238,14 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         (Path(save_directory) / name).write_text(text, encoding="utf-8")
 
     def _embedded(self, prompts: list[str], negative: str | None, space: LatentSpace) -> tuple[list[Tensor], Tensor]:
-        """Embeddings [M, D] of the prompts and of what guidance leads away from, rounded as in training."""
+        """Embeddings [M, D] of the prompts and of the negative prompt, rounded as in training."""
         most = (space.facts["text"] or {}).get("max_tokens")
         encoder = self.text_encoder.encoder if most is None else self.text_encoder.encoder.cut_at(int(most))
         texts = [as_in_cache(each) for each in encoder.encode(prompts)]
         return texts, space.null_text.text if negative is None else as_in_cache(encoder.encode([negative])[0])
 
     def _frames(self, rows: Sequence[Latents], number: int, settings: GenerationSettings, fps: float) -> Any:
-        """uint8 [T, H, W, 3] of one prompt."""
+        """Decode the frames of one prompt, uint8 [T, H, W, 3]."""
         row = [Latents(*(part[number : number + 1] for part in latents)) for latents in rows]
         fixed = {"seed": settings.seed, "sample_id": number, "steps": settings.decode_steps}
         decoder = RowDecoder(self.vae)
@@ -256,7 +256,7 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 class PipelineModel(TextToVideoModel):
-    """A pipeline's transformer, called as diffusers calls it, so that its hooks run."""
+    """Adapter that calls a pipeline's transformer as diffusers does, so that its hooks run."""
 
     def __init__(self, transformer: Any, device: torch.device) -> None:
         super().__init__(
@@ -270,7 +270,7 @@ class PipelineModel(TextToVideoModel):
 
 
 class RowDecoder:
-    """Decodes windows that lie side by side by a `VideoEmbedder`, of whatever module."""
+    """Adapter that decodes adjacent windows with a `VideoEmbedder`, from any module."""
 
     kind = "regen"
 
@@ -278,11 +278,11 @@ class RowDecoder:
         self.vae, self.num_frames = vae, vae.num_frames
 
     def encode(self, clips: Tensor) -> Latents:
-        """Clips [B, 3, T, H, W] to latents."""
+        """Encode clips [B, 3, T, H, W] to latents."""
         return Latents(*self.vae.encode(clips).latent_dist.mode().unbind(2))
 
     def decode_windows(self, windows: list[Window], times: Tensor, *, steps: int, seed: int, sample_id: int) -> Tensor:
-        """Frames [1, 3, F, H, W] at `times` [F]."""
+        """Decode frames [1, 3, F, H, W] at `times` [F]."""
         start, image = windows[0].start, windows[0].length == 1
         parts = [part for each in windows for part in (each.latents[:1] if image else each.latents)]
         made: Tensor = self.vae.decode(
@@ -307,9 +307,9 @@ _FORMS = {
 
 
 def _space(facts: Mapping[str, Any], null_text: Sequence[Sequence[float]]) -> LatentSpace:
-    """The latent space that a config holds."""
+    """Build the latent space from a config."""
     kept = {name: value for name, value in facts.items() if name != "statistics"}
-    with torch.device("cpu"):  # also where weights are made on no device at first
+    with torch.device("cpu"):  # also when weights are first created on the meta device
         text = torch.tensor(null_text)
         statistics = parse_statistics(facts["statistics"], "the model's config")
         return LatentSpace(kept, statistics, TextEmbedding(text, torch.ones(len(text), dtype=torch.bool)))

@@ -1,5 +1,5 @@
-"""Stand-ins in an exported module for what only this package has: pydantic's part in the config, and the module's own
-source. `inlining.py` puts them in the place of the originals."""
+"""Replacements, in an exported module, for parts that only this package has: pydantic in the config, and the module's
+own source. `inlining.py` puts them in the place of the originals."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _CHECKED, _MISSING = "_is_check", object()
 
 
 def Field(default: Any = _MISSING, **constraints: Any) -> Any:
-    """The default of a field. Constraints were checked when the model was exported."""
+    """Return the default of a field. Constraints were checked when the model was exported."""
     return constraints["default_factory"]() if "default_factory" in constraints else default
 
 
 def ConfigDict(**settings: Any) -> dict[str, Any]:
-    """Settings of a section, which is always frozen here."""
+    """Return the settings of a section, which is always frozen here."""
     return settings
 
 
 def model_validator(*, mode: str) -> Callable[[Any], Any]:
-    """Marks a check of a whole section."""
+    """Mark a check of a whole section."""
 
     def marked(check: Any) -> Any:
         setattr(check, _CHECKED, mode == "after")
@@ -32,12 +32,12 @@ def model_validator(*, mode: str) -> Callable[[Any], Any]:
 
 
 def field_validator(*fields: str) -> Callable[[Any], Any]:
-    """Leave a check of single fields as it is: values were checked when the model was exported."""
+    """Return a check of single fields unchanged: values were checked when the model was exported."""
     return lambda check: check
 
 
 def model_serializer(*, mode: str) -> Callable[[Any], Any]:
-    """Leave how a section is written as it is: nothing is written here."""
+    """Return a section's serialiser unchanged: nothing is written here."""
     return lambda written: written
 
 
@@ -45,12 +45,12 @@ SerializerFunctionWrapHandler = Any
 
 
 def AfterValidator(check: Any) -> Any:
-    """Stand for the check of an annotated type, which type hints leave out."""
+    """Placeholder for the check of an annotated type, which type hints omit."""
     return check
 
 
 class BaseModel:
-    """A section of the config: typed fields by name, sections inside it and tuples built from plain JSON, frozen."""
+    """Frozen section of the config: typed fields by name, with nested sections and tuples built from plain JSON."""
 
     def __init__(self, **values: Any) -> None:
         kinds = {name: kind for name, kind in get_type_hints(type(self)).items() if name != "model_config"}
@@ -77,7 +77,7 @@ class BaseModel:
 
 
 def _built(kind: Any, value: Any) -> Any:
-    """A JSON value as a field of this type has it."""
+    """Convert a JSON value to the type of a field."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return value if isinstance(value, kind) else kind(**value)
     origin, kinds = get_origin(kind), get_args(kind)
@@ -90,6 +90,6 @@ def _built(kind: Any, value: Any) -> Any:
 
 
 def own_module() -> tuple[str, str]:
-    """File name and text of the module that this is part of."""
+    """Return file name and text of the module that this function is part of."""
     path = Path(__file__)
     return path.name, path.read_text(encoding="utf-8")
