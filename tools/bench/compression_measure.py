@@ -366,7 +366,7 @@ def measure_arm(
 def _key(
     run: Path, tests: TestSet, sizes: Mapping[str, CropSize], steps: Sequence[int], fvd: Path | None = None
 ) -> str:
-    """What the measures depend on, as one hash: the config, the bytes of the weights, the clips."""
+    """Return one hash of all that the measures depend on: the config, the bytes of the weights, the clips."""
     config, folder = open_run(run)
     manifest = find_checkpoint(folder, checksums=False)
     parts = [_VERSION, config_hash(config), manifest.step, sorted(str(each) for each in manifest.files.values())]

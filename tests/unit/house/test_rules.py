@@ -50,7 +50,7 @@ LONG_FUNCTIONS = {  # of these all but one are commands, whose parameters are th
 COMMON_NAMES = {"cli": 4, "embedder": 4, "encoder": 3, "export": 3, "losses": 3, "preencode": 3, "run": 4, "t2v": 4}
 CLASSES_TWICE = {"Entry", "LeftOut", "Progress", "Step", "VideoSource", "_Saved"}
 # Upper bounds, measured when each rule was written. Lower one after rewording or inlining; never raise one.
-MOST_BAD_OPENINGS = 228
+MOST_BAD_OPENINGS = 0
 MOST_SMALL_HELPERS = 356
 BAD_OPENING = re.compile(
     r"(What|Whatever|Of|As|By|Whether|Where|Wherever|Which|Who|Whose|How|Why|When|For|From|In|On|To|With|That|Those|There)\b"
