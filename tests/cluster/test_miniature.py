@@ -66,7 +66,7 @@ def _t2v() -> dict[str, Any]:
         "task": "t2v",
         "name": "t2v",
         "model": {"blocks": 2, "heads": 2, "width": 32, "text_width": 64, "attention": {"backend": "eager"}},
-        "data": {"url": "none"},
+        "data": {"url": "absent"},
         "diffusion": {"steps": 2},
         "generation": {"prompts": 2},
         "optimizer": {"warmup_steps": 2},
