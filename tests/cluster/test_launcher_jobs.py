@@ -102,7 +102,7 @@ def test_a_node_that_fails_twice_is_left_out(regen_submit: Submitter, folder: Pa
     assert wait_for_end(run, starts=3) == "done", told(run)
     nodes = [each.start.nodes[0] for each in attempts(run)]
     assert nodes == [nodes[0], nodes[0], {"node1": "node2", "node2": "node1"}[nodes[0]]]
-    assert "left out from now on" in told(run)
+    assert "excluded from now on" in told(run)
     assert sorted(losses(run)) == list(range(1, 201))
 
 

@@ -50,6 +50,8 @@ def write_embedder_files(
         shapes: shapes of the parameters.
         statistics: statistics of the latents, where they were measured.
     """
+    if config.model.encoder.kind == "diffusers":  # its encoder is a model of diffusers already, and not in this export
+        return
     values = {
         "_class_name": "VideoEmbedder",
         "auto_map": write_code(folder, own_module(), "VideoEmbedder"),
