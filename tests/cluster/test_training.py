@@ -128,7 +128,7 @@ def test_an_undisturbed_run_sees_every_sample_once_an_epoch(shop: Workshop, undi
 def test_a_killed_run_trains_on_exactly_the_samples_of_an_undisturbed_one(
     shop: Workshop, undisturbed: Path, killed: Path
 ) -> None:
-    """SIGKILL in the middle: ranks and workers go with the launcher (see `killed`); the same command goes on from the
+    """SIGKILL in the middle: ranks and workers go with the launcher (see `killed`); the same command continues from the
     last checkpoint; no step trains on anything else, and the losses are the same bit for bit."""
     saved = newest(shop.run("left"))
     assert SAVE_EVERY <= saved.step < STEPS

@@ -1,4 +1,4 @@
-"""A pipeline on this machine whose command is ended in the middle: nothing runs twice, and the same command goes on."""
+"""A pipeline on this machine whose command is ended in the middle: nothing runs twice, and the same command continues."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_told_to_end_it_saves_and_goes_on_later(folder: Path, start: Callable[[]
         first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=60)
     assert first.returncode == 75, said
-    assert said.splitlines()[-1] == "stopped; the same command goes on"
+    assert said.splitlines()[-1] == "stopped; the same command continues"
     assert whys(run) == ["stopped"]
     again = Submitter(folder, {})("pipeline", "p.yaml")
     assert again.returncode == 0, again.stdout + again.stderr
