@@ -83,7 +83,7 @@ def test_a_store_that_is_down_is_told_in_seconds(bucket_url: str, tmp_path: Path
     down = ClusterConfig(kind="local", environment={"AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
     began = time.monotonic()
     report = check(order(tmp_path, f"{bucket_url}/train", down, checkpoint__url=bucket_url))
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < 60
     checked, checkpoints = report.problems
     assert checked.startswith(f"data: {bucket_url}/train/manifest.json: could not read it in")
     assert checkpoints.startswith(f"checkpoints cannot be written: {bucket_url}/tiny/preflight-")
@@ -177,7 +177,7 @@ def test_a_folder_that_slurm_would_read_otherwise(here: SlurmCluster, tmp_path: 
     made = order(tmp_path / "50%j", "none", cluster)
     told = check(made, checks=[scheduler.scheduler]).problems
     assert len(told) == 1
-    assert "a meaning of its own; choose another output folder" in told[0]
+    assert "choose another output folder" in told[0]
 
 
 def test_a_job_that_waits_for_the_same_run(here: SlurmCluster, tmp_path: Path) -> None:
