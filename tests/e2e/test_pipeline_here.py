@@ -1,4 +1,4 @@
-"""A pipeline on this machine whose command is ended in the middle: nothing runs twice, and the same command continues."""
+"""A pipeline on this machine whose command is ended midway: nothing runs twice, the same command continues."""
 
 from __future__ import annotations
 
