@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from regen_dist import pixels
 from regen_dist.config.embedder import ModelConfig, RunConfig
 from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
 from regen_dist.data.loading.datasets import TrainingSet
@@ -36,7 +37,7 @@ LATEST_EPS_TIME = 0.98
 
 def to_float(video: Tensor, device: torch.device) -> Tensor:
     """uint8 [B, 3, T, H, W] to float32 in [-1, 1] on the device."""
-    return video.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)
+    return pixels.to_float(video.to(device, non_blocking=True))
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float:

@@ -18,6 +18,7 @@ from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.encoder import Encoder
 from regen_dist.models.layers import fold_patches, split_first
 from regen_dist.models.linear import EvenLinear, LinearDecoder
+from regen_dist.pixels import to_float
 
 # The linear code of the embedders fitted to data: principal components of the cells instead of cosines.
 #
@@ -147,6 +148,6 @@ def first_cells(data: TrainingSet) -> Tensor:
 
 def _some_cells(video: Tensor) -> Tensor:
     """Take evenly spread cells of each of the uint8 clips [B, 3, k+1, H, W]."""
-    cells = frames_to_cells(video.float() / 127.5 - 1)
+    cells = frames_to_cells(to_float(video))
     every = max(1, len(cells) // (len(video) * CELLS_PER_CLIP))
     return cells[::every]
