@@ -20,7 +20,7 @@ demo: $(STAMP) ## real video -> shards -> two-rank ZeRO-3 training, stopped and 
 	regen demo
 
 miniature: $(STAMP) ## drawn videos -> embedder -> latents -> text to video, preempted once -> generated videos, scored
-	regen miniature
+	regen miniature $(if $(HARD),--hard)
 
 test: $(addprefix test-,$(SUITES)) ## every suite, servers included
 	@echo "all suites passed: $(SUITES)"

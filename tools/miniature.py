@@ -19,33 +19,40 @@ if TYPE_CHECKING:
 
     from launcher.pipelines.schema import Pipeline
 
-PIPELINE = Path("configs/pipelines/miniature.yaml")
+PIPELINE, HARD = Path("configs/pipelines/miniature.yaml"), Path("configs/pipelines/miniature_hard.yaml")
 _BUCKET = "miniature"
 _TRAINING, _SCORE = "t2v", "score"  # steps: the one that is interrupted once on purpose, and the last
 
 
 def miniature(
     overrides: Annotated[list[str] | None, typer.Argument(help="Pipeline overrides, as a.b=value.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of all outputs and of the object store's data.")] = Path(
-        "runs/miniature"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of all outputs and of the object store's data. [runs/miniature, or …_hard]"),
+    ] = None,
+    hard: Annotated[bool, typer.Option("--hard", help="Four backgrounds, and videos of two clips.")] = False,
 ) -> None:
     """Train an embedder and a text-to-video model on synthetic videos in a local object store; generate and score.
 
     The text-to-video training is interrupted half-way once and resumed. The same command continues where it stopped and
     skips finished steps. Fails (exit code 6) if the generated videos miss a target.
 
-    Example: regen miniature variables.t2v_steps=1000
+    Examples:
+
+    regen miniature variables.t2v_steps=1000
+
+    regen miniature --hard
     """
     from launcher.pipelines.schema import load_pipeline
     from tools.local_services.s3 import start_store
 
-    began = time.monotonic()
+    began, pipeline = time.monotonic(), HARD if hard else PIPELINE
+    out = out or Path("runs") / pipeline.stem
     changes = _changes(out, overrides or [])
-    planned = load_pipeline(PIPELINE, changes)
+    planned = load_pipeline(pipeline, changes)
     with start_store(out / "store", bucket=_BUCKET) as server:
         environment = {**os.environ, **server.environment()}
-        _see_through(["submit", "pipeline", str(PIPELINE), "--cluster", "local", *changes], planned, environment)
+        _see_through(["submit", "pipeline", str(pipeline), "--cluster", "local", *changes], planned, environment)
     _conclude(planned, time.monotonic() - began)
 
 

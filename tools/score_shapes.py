@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +35,7 @@ def score_shapes(
         list[str] | None,
         typer.Option(help="Run whose curves are shown; repeatable.", metavar="NAME=FOLDER"),
     ] = None,
+    solvers: Annotated[Path | None, typer.Option(help="solvers.json of `regen bench solvers`, for the page.")] = None,
     number: Annotated[int, typer.Option(help="Maximum number of videos of each kind.", min=1)] = 200,
     previews: Annotated[int, typer.Option(help="Captions whose videos are on the page.", min=0, max=100)] = 12,
     require: Annotated[bool, typer.Option("--require", help="Fail (exit code 6) when a target is missed.")] = False,
@@ -51,7 +52,13 @@ def score_shapes(
     from regen_dist.evaluation.miniature import SCORES, Request, judge_videos
 
     request = Request(
-        held_out, embedder, _named(generated or [], "--generated"), _named(run or [], "--run"), number, previews
+        held_out,
+        embedder,
+        _named(generated or [], "--generated"),
+        _named(run or [], "--run"),
+        number,
+        previews,
+        solvers,
     )
     with progress_bar() as progress:
         found = judge_videos(request, out, progress)
@@ -60,12 +67,25 @@ def score_shapes(
     for name, each in found.report["first_frames"].items():
         frames = f"{each['psnr_db']:.2f} dB, the embedder's {each['embedder_psnr_db']:.2f} dB"
         console.print(f"{name}: first frame given, {frames}; direction {each['direction']:.1%}", markup=False)
+    for line in _of_rows(found):
+        console.print(line, markup=False)
     for name, reason in found.report["not_made"].items():
         console.print(f"{name}: not made, {reason}", highlight=False, markup=False)
     console.print(f"Written: {out / SCORES}, {found.page}", highlight=False, markup=False, soft_wrap=True)
     missed = found.report["missed"]
     if require and missed:
         raise TrainingError(f"the targets are missed: {'; '.join(missed)}; {found.page} shows what was taken for what")
+
+
+def _of_rows(found: Judgement) -> Iterator[str]:
+    """Yield a line for the continued videos and the seams of each arm."""
+    for name, each in found.report["continued"].items():
+        psnr = f"{each['psnr_db']:.2f} dB, the embedder's {each['embedder_psnr_db']:.2f} dB"
+        still = f"the last given frame held {each['held_psnr_db']:.2f} dB"
+        yield f"{name}: added frames {psnr}, {still}; direction {each['direction']:.1%}"
+    for name, arm in found.report["arms"].items():
+        if arm["seams"] is not None:
+            yield f"{name}: seam ratio {arm['seams']['seam_ratio']:.2f}"
 
 
 def _named(given: Sequence[str], option: str) -> dict[str, Path]:
