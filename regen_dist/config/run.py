@@ -239,6 +239,9 @@ class ZeroConfig(Section):
 
 FP32_FROM = 64  # ranks
 
+# Activations that the backward pass computes again: none, all of a block, or all but what attention made.
+Recomputation = bool | Literal["selective"]
+
 
 class EngineConfig(Section):
     """Distribution of the step: DeepSpeed ZeRO-3, or plain PyTorch in one process."""
@@ -247,7 +250,9 @@ class EngineConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     # Build each parameter already sharded (zero.Init), in the working precision: for models larger than one GPU.
     partitioned_init: bool = False
-    activation_checkpointing: bool = False
+    # Recompute blocks in the backward pass instead of keeping their activations: more operations, less memory.
+    # selective: all of a block but attention, whose outputs are kept.
+    activation_checkpointing: Recomputation = False
     # Only kernels whose result does not change from run to run, as far as torch has them (docs/gpu.md): on GPUs slower.
     deterministic: bool = False
     persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank
