@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from regen_dist.config.urls import parse_url
@@ -384,6 +383,8 @@ def with_wrong_captions(arm: ScoredVideos) -> ScoredVideos | None:
 
 def animation(clip: ShapeClip) -> str:
     """Encode a video as an animated WebP in a data URI, which plays in every browser without further files."""
+    from PIL import Image
+
     first, *others = [Image.fromarray(frame) for frame in clip.frames]
     buffer = io.BytesIO()
     milliseconds = max(1, round(1000 / clip.fps))

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from regen_dist.config.files import write_bytes_atomically, write_text_atomically
@@ -425,6 +424,8 @@ def _write_video(path: Path, frames: Iterable[list[Frame]], fps: float) -> None:
 
 
 def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
+    from PIL import Image
+
     ((frame,),) = frames
     data = io.BytesIO()
     Image.fromarray(frame).save(data, "PNG")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from regen_dist.data.format.catalogue import Dataset
 from regen_dist.data.format.index import Sample
@@ -18,14 +18,21 @@ from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
 # --- drawing shared by all contact sheets ---
 
 
 @lru_cache(maxsize=16)
 def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which comes with matplotlib."""
-    import matplotlib
+    """Return DejaVu Sans, which comes with matplotlib; without that Pillow's own font, which has fewer scripts."""
+    from PIL import ImageFont
 
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
@@ -102,6 +109,8 @@ def _card(dataset: Dataset, sample: Sample, box: tuple[int, int]) -> _Card:
 
 def _pictures(video: bytes, box: tuple[int, int]) -> list[Image.Image]:
     """Read the first, middle and last frame, as large as the box allows."""
+    from PIL import Image
+
     with VideoReader(video) as reader:
         info = reader.info()
         scale = min(box[0] / info.width, box[1] / info.height)
@@ -113,6 +122,8 @@ def _pictures(video: bytes, box: tuple[int, int]) -> list[Image.Image]:
 
 
 def _draw(cards: Sequence[_Card], box: tuple[int, int], title: str) -> Image.Image:
+    from PIL import Image, ImageDraw
+
     card_width = _PICTURES * box[0] + (_PICTURES - 1) * _GAP
     columns = max(1, min(len(cards), _SHEET_WIDTH // (card_width + _GUTTER)))
     columns = math.ceil(len(cards) / math.ceil(len(cards) / columns))
