@@ -77,10 +77,17 @@ def _key(node: Node, sections: Mapping[str, Node]) -> Node:
         changes = _changed_defaults(node.get("default"), kind, sections)
         beside = {"description": _description(node, sections)} | ({"default": changes} if changes else {})
         return {**beside, "allOf": [kind]}  # draft 7 ignores what stands beside a $ref
+    return {**beside, **_or_reference(kind)}
+
+
+def _or_reference(kind: Node) -> Node:
+    """Allow a reference instead of a value. Free strings allow it anyway; mappings, sections and lists of sections are
+    left alone, so that editors name the key at fault inside them."""
     choices = kind.get("anyOf", [kind])
-    if {"type": "string"} in choices:
-        return {**beside, **kind}
-    return {**beside, "anyOf": [*choices, {"$ref": "#/definitions/reference"}]}
+    nested = "$ref" in kind or kind.get("type") == "object" or "$ref" in kind.get("items", ())
+    if nested or {"type": "string"} in choices:
+        return kind
+    return {"anyOf": [*choices, {"$ref": "#/definitions/reference"}]}
 
 
 def _description(node: Node, sections: Mapping[str, Node]) -> str:
@@ -93,10 +100,11 @@ def _kind(node: Node) -> Node:
     """Convert the schema of a value to draft 7, without titles."""
     converted = {key: value for key, value in node.items() if key not in ("title", "format", "prefixItems")}
     if "prefixItems" in node:
-        converted |= {"items": [_kind(each) for each in node["prefixItems"]], "additionalItems": False}
+        parts = [_or_reference(_kind(each)) for each in node["prefixItems"]]
+        converted |= {"items": parts, "additionalItems": False}
     for key in ("items", "additionalProperties"):
         if isinstance(converted.get(key), dict):
-            converted[key] = _kind(converted[key])
+            converted[key] = _or_reference(_kind(converted[key]))
     if "patternProperties" in converted:
         named = {pattern: _kind(each) for pattern, each in converted["patternProperties"].items()}
         converted |= {"patternProperties": named, "additionalProperties": False}
