@@ -31,7 +31,7 @@ SHORT = """
     regen_dist/registry.py regen_dist/training/configs.py regen_dist/training/registry.py launcher/pipelines/cli.py
     launcher/preflight/library.py launcher/preflight/report.py launcher/preflight/settings.py
     tools/bench/data_start.py tools/cli.py
-    tools/config.py tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py
+    tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py
     tools/gpu_check/ranks.py tools/gpu_check/suite.py tools/gpu_check/worker.py tools/init.py tools/jobs.py
     tools/preencode.py tools/shards/frames.py tools/submit.py tools/text.py tools/train.py
 """
