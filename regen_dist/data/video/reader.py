@@ -397,7 +397,9 @@ class VideoReader:
             raise DataError("it has no frames" + (" that are whole: it is cut off in the first" if partial else ""))
         if len(set(pts)) < len(pts) and not self._holds_fields():
             return self._counted_table()
-        return FrameTable(tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost, cut=bool(partial) or self._is_cut())
+        return FrameTable(
+            tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost, cut=bool(partial) or self._is_cut()
+        )
 
     def _is_cut(self) -> bool:
         """Return true if a Matroska file is shorter than its header says, the only sign that it is truncated there."""

@@ -122,7 +122,9 @@ def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
     for fill in ("40", "80", "120"):
         path = tmp_path / f"{fill}.mp4"
         environment = os.environ | {"MALLOC_PERTURB_": fill}
-        subprocess.run([sys.executable, "-c", code, str(path)], check=True, env=environment, cwd=Path(__file__).parents[3])
+        subprocess.run(
+            [sys.executable, "-c", code, str(path)], check=True, env=environment, cwd=Path(__file__).parents[3]
+        )
         written.append(path.read_bytes())
     assert written[0] == written[1] == written[2]
 
