@@ -7,13 +7,14 @@ both, and check everything else. They are in JSON Schema draft 7, which every ed
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
 from regen_dist.errors import ConfigError
+from regen_dist.jsontext import json_text
+from regen_dist.tables import Table
 
 Node = dict[str, Any]  # a JSON schema, or a part of one
 
@@ -46,7 +47,7 @@ def file_schema(config: type[BaseModel]) -> Node:
 
 def schema_text(config: type[BaseModel]) -> str:
     """Format `file_schema` as the text of a file."""
-    return json.dumps(file_schema(config), indent=2, ensure_ascii=False) + "\n"
+    return json_text(file_schema(config), indent=2, ensure_ascii=False) + "\n"
 
 
 def _refs_of_lists(node: Any) -> Iterator[str]:
@@ -170,7 +171,7 @@ def _inner(dotted: str, node: Node) -> Iterator[tuple[str, Node]]:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json_text(value, ensure_ascii=False)
 
 
 def _type(node: Node) -> str:
@@ -265,5 +266,4 @@ def _table(keys: list[ConfigKey]) -> str:
     if not keys:
         return ""
     rows = [[f"`{key.name}`", key.type, _default_cell(key), key.description] for key in keys]
-    lines = [["key", "type", "default", "description"], ["---"] * 4, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return Table(["key", "type", "default", "description"], rows).to_markdown().rstrip("\n")

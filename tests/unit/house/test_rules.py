@@ -32,8 +32,8 @@ SHORT = """
     launcher/preflight/library.py launcher/preflight/report.py launcher/preflight/settings.py
     tools/bench/data_start.py tools/cli.py
     tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py
-    tools/gpu_check/ranks.py tools/gpu_check/suite.py tools/gpu_check/worker.py tools/init.py tools/jobs.py
-    tools/preencode.py tools/shards/frames.py tools/submit.py tools/text.py tools/train.py
+    tools/gpu_check/ranks.py tools/gpu_check/suite.py tools/gpu_check/worker.py
+    tools/preencode.py tools/shards/frames.py tools/text.py tools/train.py regen_dist/models/recomputation.py
 """
 LONG = """
     regen_dist/config/files.py regen_dist/data/build/plan.py regen_dist/data/build/sources.py
