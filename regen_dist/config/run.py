@@ -339,8 +339,7 @@ class EngineConfig(Section):
     )
     activation_checkpointing: Recomputation = Field(
         default=False,
-        description="Recompute blocks in the backward pass: less memory, more computation; selective: all of a block "
-        "but attention, whose outputs are kept.",
+        description="Recompute blocks in the backward pass: less memory, more time; selective: all but attention.",
     )
     deterministic: bool = Field(
         default=False,
