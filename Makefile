@@ -64,7 +64,7 @@ $(STAMP): pyproject.toml constraints.txt .ci/system-packages
 	.ci/system-packages $(PYTHON)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch setuptools
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,docs,bench,tensorboard]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,docs,bench,tensorboard,app]'
 	touch $@
 
 clean: ## removes caches and builds; keeps runs and the environment
