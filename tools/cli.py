@@ -33,6 +33,7 @@ _COMMANDS = {
     "gpu-check": ("gpu_check", "gpu_check"),
     "evaluate": ("evaluate", "evaluate"),
     "fetch-videos": ("fetch_videos", "fetch_videos"),
+    "app": ("app", "serve_app"),
 }
 _GROUPS = {
     "submit": "launcher.pipelines.cli",

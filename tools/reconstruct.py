@@ -81,8 +81,8 @@ def reconstruct(
             codec,
             out,
             options,
-            label=_label(codec, steps),
-            model=_model(run, codec),
+            label=decoder_label(codec, steps),
+            model=model_facts(run, codec),
             compare=compare,
             progress=progress,
         )
@@ -92,13 +92,14 @@ def reconstruct(
     console.print(f"Written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
 
-def _label(codec: Codec, steps: int) -> str:
+def decoder_label(codec: Codec, steps: int) -> str:
+    """Name of the decoder in tables and pictures."""
     if codec.kind == "magvit2":
         return "MAGVIT-v2 baseline"
     return f"REGEN, {steps} step{'s' if steps > 1 else ''}"
 
 
-def _model(run: Path, codec: Codec) -> dict[str, Any]:
+def model_facts(run: Path, codec: Codec) -> dict[str, Any]:
     """Return the record of the model for metrics.json."""
     hash_file, origin = run / "config.hash", codec.config.origin
     return {
