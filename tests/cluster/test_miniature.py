@@ -43,8 +43,8 @@ class Miniature:
         (folder / "embedder.yaml").write_text(to_yaml(run))
         (folder / "t2v.yaml").write_text(yaml.safe_dump(_t2v()))
         variables = {
-            "data": self.data, "precision": "fp32", "side": SIDE, "evaluations": "1,3", "videos": 12, "videos_per_shard": 6,
-            "held_out": 6, "embedder": folder / "embedder.yaml", "embedder_steps": EMBEDDER_STEPS,
+            "data": self.data, "precision": "fp32", "side": SIDE, "videos": 12, "videos_per_shard": 6,
+            "evaluations": "1,3", "held_out": 6, "embedder": folder / "embedder.yaml", "embedder_steps": EMBEDDER_STEPS,
             "t2v": folder / "t2v.yaml", "t2v_steps": T2V_STEPS, "prompts": PROMPTS,
         }  # fmt: skip
         ranks = {"embedder.cluster.tasks_per_node": 1, "t2v.cluster.tasks_per_node": 1, "t2v.cluster.nodes": 2}
