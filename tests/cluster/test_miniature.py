@@ -43,9 +43,9 @@ class Miniature:
         (folder / "embedder.yaml").write_text(to_yaml(run))
         (folder / "t2v.yaml").write_text(yaml.safe_dump(_t2v()))
         variables = {
-            "data": self.data, "precision": "fp32", "side": SIDE, "evaluations": "1,3", "videos": 12,
-            "videos_per_shard": 6, "held_out": 6, "embedder": folder / "embedder.yaml",
-            "embedder_steps": EMBEDDER_STEPS, "t2v": folder / "t2v.yaml", "t2v_steps": T2V_STEPS, "prompts": PROMPTS,
+            "data": self.data, "precision": "fp32", "side": SIDE, "videos": 12, "videos_per_shard": 6,
+            "evaluations": "1,3", "held_out": 6, "embedder": folder / "embedder.yaml", "embedder_steps": EMBEDDER_STEPS,
+            "t2v": folder / "t2v.yaml", "t2v_steps": T2V_STEPS, "prompts": PROMPTS,
         }  # fmt: skip
         ranks = {"embedder.cluster.tasks_per_node": 1, "t2v.cluster.tasks_per_node": 1, "t2v.cluster.nodes": 2}
         arrays = {
@@ -133,6 +133,6 @@ def _check_scores(miniature: Miniature) -> None:
     assert scores["targets_are_for"] == "generated"
     assert scores["first_frames"]["first frame given"]["videos"] == PROMPTS
     assert scores["continued"]["first clip given"]["added_frames"] == 17
-    assert all(scores["arms"][name]["seams"]["videos"] == PROMPTS for name in (*FOLDERS, REAL, RECONSTRUCTED))
+    assert scores["arms"][REAL]["seams"]["videos"] == PROMPTS
     assert {row["evaluations"] for row in scores["solvers"]["rows"]} == {1, 3}
     assert "<html" in (miniature.work / "report" / "index.html").read_text()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regen_dist.inference.codec import Codec
     from regen_dist.inference.generate import Prompt
     from regen_dist.inference.sampler import TextToVideoModel
+    from regen_dist.models.text import TextEncoder
 
 _EVALUATIONS = "3,5,9,15,25"
 _FILE = "solvers.json"
@@ -60,19 +61,18 @@ def solvers(
 
     from regen_dist.config.files import write_text_atomically
     from regen_dist.inference.codec import Codec
-    from regen_dist.inference.generate import read_prompts
+    from regen_dist.inference.generate import load_text_encoder, read_prompts
     from regen_dist.inference.sampler import TextToVideoModel
     from regen_dist.observe.hardware import describe_machine
 
     planned = planned_settings(evaluations)
     sides = None if size is None else parse_size(size)
     model, codec = TextToVideoModel.load(run), Codec.load(embedder)
-    wanted = read_prompts(prompts)[:number]
-    rows = []
+    wanted, encoder, rows = read_prompts(prompts)[:number], load_text_encoder(model.space, text, model.device), []
     with stopping_cleanly(), progress_bar() as progress:
         for done, setting in enumerate(planned):
             progress("solvers", done, len(planned))
-            rows.append(_measured(model, codec, wanted, setting, out, sides, guidance, text))
+            rows.append(_measured(model, codec, encoder, wanted, setting, out, sides, guidance))
     record = {"prompts": len(wanted), "model": model.facts(), "rows": rows, "machine": describe_machine()}
     write_text_atomically(out / _FILE, json_text(record, indent=1) + "\n")
     _table(rows).show(Console())
@@ -104,21 +104,21 @@ def planned_settings(evaluations: str) -> list[SolverSetting]:
 def _measured(
     model: TextToVideoModel,
     codec: Codec,
+    encoder: TextEncoder,
     wanted: Sequence[Prompt],
     setting: SolverSetting,
     out: Path,
     sides: tuple[int, int] | None,
     guidance: float | None,
-    text: str | None,
 ) -> dict[str, Any]:
     """Generate the videos of one setting, read them, and return their row of the record."""
     from regen_dist.evaluation.miniature import generated_clips, read_arm
-    from regen_dist.inference.generate import generate, load_text_encoder, resolve_settings
+    from regen_dist.inference.generate import generate, resolve_settings
 
     folder = out / f"{setting.sampler}-{setting.steps:02d}"
     settings = resolve_settings(model, size=sides, steps=setting.steps, sampler=setting.sampler, guidance=guidance)
     began = time.monotonic()
-    found = generate(model, codec, lambda: load_text_encoder(model.space, text, model.device), wanted, folder, settings)
+    found = generate(model, codec, lambda: encoder, wanted, folder, settings)
     seconds = time.monotonic() - began
     names = [f"{prompt.number:05d}" for prompt in wanted]
     arm = read_arm(folder.name, generated_clips(folder, names), {})
