@@ -7,19 +7,20 @@ both, and check everything else. They are in JSON Schema draft 7, which every ed
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
 from regen_dist.errors import ConfigError
+from regen_dist.jsontext import json_text
 
 Node = dict[str, Any]  # a JSON schema, or a part of one
 
 REQUIRED = "required"  # instead of a default
 _DIALECT = "http://json-schema.org/draft-07/schema#"
 _BESIDE = ("description", "default")  # of a key, whatever its value's type is
+_SIGNS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤", "multipleOf": "multiple of"}
 _REFERENCE: Node = {"type": "string", "pattern": r"\$\{.+\}"}
 _EXTENDS: Node = {
     "description": "File that this one builds on, or a list of them (later ones win), relative to this file.",
@@ -46,7 +47,7 @@ def file_schema(config: type[BaseModel]) -> Node:
 
 def schema_text(config: type[BaseModel]) -> str:
     """Format `file_schema` as the text of a file."""
-    return json.dumps(file_schema(config), indent=2, ensure_ascii=False) + "\n"
+    return json_text(file_schema(config), indent=2, ensure_ascii=False) + "\n"
 
 
 def _refs_of_lists(node: Any) -> Iterator[str]:
@@ -170,7 +171,7 @@ def _inner(dotted: str, node: Node) -> Iterator[tuple[str, Node]]:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json_text(value, ensure_ascii=False)
 
 
 def _type(node: Node) -> str:
@@ -188,15 +189,8 @@ def _type(node: Node) -> str:
     if kind == "object":
         named = [*node.get("patternProperties", {}).values(), node.get("additionalProperties")]
         return f"mapping of {_type(next((each for each in named if isinstance(each, dict)), {}))}"
-    signs = {
-        "exclusiveMinimum": ">",
-        "minimum": "≥",
-        "exclusiveMaximum": "<",
-        "maximum": "≤",
-        "multipleOf": "multiple of",
-    }
     bounds = [
-        f"{sign} {int(node[key]) if node[key] % 1 == 0 else node[key]}" for key, sign in signs.items() if key in node
+        f"{sign} {int(node[key]) if node[key] % 1 == 0 else node[key]}" for key, sign in _SIGNS.items() if key in node
     ]
     return " ".join([str(kind), ", ".join(bounds)]).strip()
 
@@ -218,14 +212,15 @@ def explain(name: str, kinds: Mapping[str, type[BaseModel]]) -> str:
         near = [each for each in names if each.rpartition(".")[2] == name] or difflib.get_close_matches(name, names)
         hint = f"did you mean {' or '.join(near)}?" if near else "docs/config.md lists all keys"
         raise ConfigError(f"no config has a key {name!r}; {hint}")
-    return "\n".join(
-        f"{key.name} ({', '.join(where)})\n  {'; '.join(filter(None, [key.type, _default(key)]))}\n  {key.description}"
-        for key, where in found.items()
-    )
+    lines = []
+    for key, where in found.items():
+        facts = [each for each in (key.type, _default(key, "default {}")) if each]
+        lines.append(f"{key.name} ({', '.join(where)})\n  {'; '.join(facts)}\n  {key.description}")
+    return "\n".join(lines)
 
 
-def _default(key: ConfigKey) -> str:
-    return f"default {key.default}" if key.default not in ("", REQUIRED) else key.default
+def _default(key: ConfigKey, form: str) -> str:
+    return form.format(key.default) if key.default not in ("", REQUIRED) else key.default
 
 
 # --- the page of all keys ---
@@ -256,14 +251,10 @@ def keys_page(introduction: str, kinds: Mapping[str, tuple[str, type[BaseModel]]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _default_cell(key: ConfigKey) -> str:
-    return f"`{key.default}`" if key.default not in ("", REQUIRED) else key.default
-
-
 def _table(keys: list[ConfigKey]) -> str:
     """Format keys as a table."""
     if not keys:
         return ""
-    rows = [[f"`{key.name}`", key.type, _default_cell(key), key.description] for key in keys]
+    rows = [[f"`{key.name}`", key.type, _default(key, "`{}`"), key.description] for key in keys]
     lines = [["key", "type", "default", "description"], ["---"] * 4, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
