@@ -21,6 +21,7 @@ Node = dict[str, Any]  # a JSON schema, or a part of one
 REQUIRED = "required"  # instead of a default
 _DIALECT = "http://json-schema.org/draft-07/schema#"
 _BESIDE = ("description", "default")  # of a key, whatever its value's type is
+_SIGNS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤", "multipleOf": "multiple of"}
 _REFERENCE: Node = {"type": "string", "pattern": r"\$\{.+\}"}
 _EXTENDS: Node = {
     "description": "File that this one builds on, or a list of them (later ones win), relative to this file.",
@@ -189,15 +190,8 @@ def _type(node: Node) -> str:
     if kind == "object":
         named = [*node.get("patternProperties", {}).values(), node.get("additionalProperties")]
         return f"mapping of {_type(next((each for each in named if isinstance(each, dict)), {}))}"
-    signs = {
-        "exclusiveMinimum": ">",
-        "minimum": "≥",
-        "exclusiveMaximum": "<",
-        "maximum": "≤",
-        "multipleOf": "multiple of",
-    }
     bounds = [
-        f"{sign} {int(node[key]) if node[key] % 1 == 0 else node[key]}" for key, sign in signs.items() if key in node
+        f"{sign} {int(node[key]) if node[key] % 1 == 0 else node[key]}" for key, sign in _SIGNS.items() if key in node
     ]
     return " ".join([str(kind), ", ".join(bounds)]).strip()
 
@@ -219,14 +213,15 @@ def explain(name: str, kinds: Mapping[str, type[BaseModel]]) -> str:
         near = [each for each in names if each.rpartition(".")[2] == name] or difflib.get_close_matches(name, names)
         hint = f"did you mean {' or '.join(near)}?" if near else "docs/config.md lists all keys"
         raise ConfigError(f"no config has a key {name!r}; {hint}")
-    return "\n".join(
-        f"{key.name} ({', '.join(where)})\n  {'; '.join(filter(None, [key.type, _default(key)]))}\n  {key.description}"
-        for key, where in found.items()
-    )
+    lines = []
+    for key, where in found.items():
+        facts = [each for each in (key.type, _default(key, "default {}")) if each]
+        lines.append(f"{key.name} ({', '.join(where)})\n  {'; '.join(facts)}\n  {key.description}")
+    return "\n".join(lines)
 
 
-def _default(key: ConfigKey) -> str:
-    return f"default {key.default}" if key.default not in ("", REQUIRED) else key.default
+def _default(key: ConfigKey, form: str) -> str:
+    return form.format(key.default) if key.default not in ("", REQUIRED) else key.default
 
 
 # --- the page of all keys ---
@@ -257,13 +252,9 @@ def keys_page(introduction: str, kinds: Mapping[str, tuple[str, type[BaseModel]]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _default_cell(key: ConfigKey) -> str:
-    return f"`{key.default}`" if key.default not in ("", REQUIRED) else key.default
-
-
 def _table(keys: list[ConfigKey]) -> str:
     """Format keys as a table."""
     if not keys:
         return ""
-    rows = [[f"`{key.name}`", key.type, _default_cell(key), key.description] for key in keys]
+    rows = [[f"`{key.name}`", key.type, _default(key, "`{}`"), key.description] for key in keys]
     return Table(["key", "type", "default", "description"], rows).to_markdown().rstrip("\n")

@@ -20,7 +20,7 @@ from tests.unit.house.test_contracts import ROOT, _sources
 FEWEST_LINES, MOST_LINES, MOST_FUNCTION_LINES, MOST_MODULES_OF_A_NAME = 100, 500, 60, 2
 SHORT = """
     regen_dist/checkpoint/identity.py regen_dist/checkpoint/retention.py regen_dist/checks/data.py
-    regen_dist/checks/losses.py regen_dist/checks/run.py 
+    regen_dist/checks/kernels.py regen_dist/checks/losses.py regen_dist/checks/run.py
     regen_dist/config/preencode.py regen_dist/config/version.py regen_dist/data/storage/web_folder.py
     regen_dist/diffusion/given.py regen_dist/diffusion/samplers.py regen_dist/distributed/determinism.py
     regen_dist/distributed/failure.py regen_dist/distributed/single_process.py
