@@ -41,7 +41,7 @@ class Pass(NamedTuple):
 def count_pass(model: nn.Module, forward: Callable[[], object], activation_checkpointing: bool) -> Pass:
     """Count `forward`, which calls the model once."""
     units = _checkpointed_units(model)
-    with FlopCounterMode(display=False) as counter, _Saved(model, units) as saved:
+    with FlopCounterMode(display=False) as counter, _SavedTensors(model, units) as saved:
         output = forward()
     flops = {name: sum(each.values()) for name, each in counter.get_flop_counts().items()}
     del output  # alive until here, with the tensors that the backward pass needs
@@ -73,7 +73,7 @@ def _checkpointed_units(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-class _Saved(TorchFunctionMode):
+class _SavedTensors(TorchFunctionMode):
     """Counts what autograd keeps for the backward pass, weights apart: each storage once, by the unit that kept it."""
 
     def __init__(self, model: nn.Module, units: dict[str, nn.Module]) -> None:
@@ -95,7 +95,7 @@ class _Saved(TorchFunctionMode):
         largest = max((_bytes(self.kept[name]) for name in self.units), default=0)
         return _bytes({**self.kept[""], **self.inputs}) + largest
 
-    def __enter__(self) -> _Saved:
+    def __enter__(self) -> _SavedTensors:
         super().__enter__()  # type: ignore[no-untyped-call]
         self.scope.__enter__()
         return self
