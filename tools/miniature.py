@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,34 +19,42 @@ from tools.shards.progress import progress_bar
 
 if TYPE_CHECKING:
     from launcher.pipelines.schema import Pipeline
+    from regen_dist.evaluation.miniature import Judgement
 
-PIPELINE = Path("configs/pipelines/miniature.yaml")
+PIPELINE, HARD = Path("configs/pipelines/miniature.yaml"), Path("configs/pipelines/miniature_hard.yaml")
 _BUCKET = "miniature"
 _TRAINING, _SCORE = "t2v", "score"  # steps: the one that is interrupted once on purpose, and the last
 
 
 def miniature(
     overrides: Annotated[list[str] | None, typer.Argument(help="Pipeline overrides, as a.b=value.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of all outputs and of the object store's data.")] = Path(
-        "runs/miniature"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of all outputs and of the object store's data. [runs/miniature, or …_hard]"),
+    ] = None,
+    hard: Annotated[bool, typer.Option("--hard", help="Four backgrounds, and videos of two clips.")] = False,
 ) -> None:
     """Train an embedder and a text-to-video model on synthetic videos in a local object store; generate and score.
 
     The text-to-video training is interrupted half-way once and resumed. The same command continues where it stopped and
     skips finished steps. Fails (exit code 6) if the generated videos miss a target.
 
-    Example: regen miniature variables.t2v_steps=1000
+    Examples:
+
+    regen miniature variables.t2v_steps=1000
+
+    regen miniature --hard
     """
     from launcher.pipelines.schema import load_pipeline
     from tools.local_services.s3 import start_store
 
-    began = time.monotonic()
+    began, pipeline = time.monotonic(), HARD if hard else PIPELINE
+    out = out or Path("runs") / pipeline.stem
     changes = _changes(out, overrides or [])
-    planned = load_pipeline(PIPELINE, changes)
+    planned = load_pipeline(pipeline, changes)
     with start_store(out / "store", bucket=_BUCKET) as server:
         environment = {**os.environ, **server.environment()}
-        _see_through(["submit", "pipeline", str(PIPELINE), "--cluster", "local", *changes], planned, environment)
+        _see_through(["submit", "pipeline", str(pipeline), "--cluster", "local", *changes], planned, environment)
     _conclude(planned, time.monotonic() - began)
 
 
@@ -117,6 +125,7 @@ def score_shapes(
         list[str] | None,
         typer.Option(help="Run whose curves are shown; repeatable.", metavar="NAME=FOLDER"),
     ] = None,
+    solvers: Annotated[Path | None, typer.Option(help="solvers.json of `regen bench solvers`, for the page.")] = None,
     number: Annotated[int, typer.Option(help="Maximum number of videos of each kind.", min=1)] = 200,
     previews: Annotated[int, typer.Option(help="Captions whose videos are on the page.", min=0, max=100)] = 12,
     require: Annotated[bool, typer.Option("--require", help="Fail (exit code 6) when a target is missed.")] = False,
@@ -133,7 +142,13 @@ def score_shapes(
     from regen_dist.evaluation.miniature import SCORES, Request, judge_videos
 
     request = Request(
-        held_out, embedder, _named(generated or [], "--generated"), _named(run or [], "--run"), number, previews
+        held_out,
+        embedder,
+        _named(generated or [], "--generated"),
+        _named(run or [], "--run"),
+        number,
+        previews,
+        solvers,
     )
     with progress_bar() as progress:
         found = judge_videos(request, out, progress)
@@ -142,6 +157,8 @@ def score_shapes(
     for name, each in found.report["first_frames"].items():
         frames = f"{each['psnr_db']:.2f} dB, the embedder's {each['embedder_psnr_db']:.2f} dB"
         console.print(f"{name}: first frame given, {frames}; direction {each['direction']:.1%}", markup=False)
+    for line in _of_rows(found):
+        console.print(line, markup=False)
     for name, reason in found.report["not_made"].items():
         console.print(f"{name}: not made, {reason}", highlight=False, markup=False)
     console.print(f"Written: {out / SCORES}, {found.page}", highlight=False, markup=False, soft_wrap=True)
@@ -182,3 +199,14 @@ def scores_table(report: dict[str, Any]) -> Table:
 def _share(score: dict[str, Any]) -> str:
     low, high = score["interval_95"]
     return f"{score['share']:.1%} ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def _of_rows(found: Judgement) -> Iterator[str]:
+    """Yield a line for the continued videos and the seams of each arm."""
+    for name, each in found.report["continued"].items():
+        psnr = f"{each['psnr_db']:.2f} dB, the embedder's {each['embedder_psnr_db']:.2f} dB"
+        still = f"the last given frame held {each['held_psnr_db']:.2f} dB"
+        yield f"{name}: added frames {psnr}, {still}; direction {each['direction']:.1%}"
+    for name, arm in found.report["arms"].items():
+        if arm["seams"] is not None:
+            yield f"{name}: seam ratio {arm['seams']['seam_ratio']:.2f}"

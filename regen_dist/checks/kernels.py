@@ -8,8 +8,8 @@ from pathlib import Path
 from regen_dist.checks.findings import Finding, Target, error
 from regen_dist.config import AnyRunConfig, T2VConfig
 from regen_dist.config.identity import clips_per_rank
-from regen_dist.errors import BackendError, ConfigError
-from regen_dist.requirements import Site, problems
+from regen_dist.errors import BackendError, ConfigError, missing_extra
+from regen_dist.requirements import Site, is_installed, problems
 
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 
@@ -28,6 +28,26 @@ def kernels(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
     kind, site = config.optimizer.kind, _site(config, target)
     yield from (error(key, text, BackendError) for text in problems("attention.backend", backend, site, key))
     yield from (error("optimizer.kind", text, BackendError) for text in problems("optimizer.kind", kind, site))
+
+
+def packages(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check that the optional packages that the run imports are installed."""
+    for key, user, package in optional_packages(config):
+        if target.packages and not is_installed(package):
+            yield error(key, missing_extra(user, package), BackendError)
+
+
+def optional_packages(config: AnyRunConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield the config key, its user in words, and the name of each optional package (`errors.EXTRAS`) of a run."""
+    yield "data.url", "data.url, a dataset,", "pyarrow"
+    if config.model.kind != "t2v":
+        yield "data.url", "data.url, a dataset of videos,", "av"
+    if config.wandb.mode != "disabled":
+        yield "wandb.mode", f"wandb.mode={config.wandb.mode}", "wandb"
+    if config.tensorboard.enabled:
+        yield "tensorboard.enabled", "tensorboard.enabled=true", "tensorboard"
+    if config.model.kind == "regen" and config.model.encoder.kind == "diffusers":
+        yield "model.encoder.kind", "model.encoder.kind=diffusers", "diffusers"
 
 
 def convolutions(config: AnyRunConfig, target: Target) -> Iterator[Finding]:

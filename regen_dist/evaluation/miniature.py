@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,25 +14,16 @@ from regen_dist.config.urls import parse_url
 from regen_dist.data.format.catalogue import Dataset, open_dataset
 from regen_dist.data.inspect.contact import choose_rows
 from regen_dist.data.pool import Progress
-from regen_dist.data.synthetic.shapes import (
-    COLOURS,
-    DIRECTIONS,
-    SHAPES,
-    Attributes,
-    parse_caption,
-)
 from regen_dist.errors import ConfigError, DataError
+from regen_dist.evaluation.clip_rows import LEAST_DIRECTION, ContinuationMeter, missed_continuations
+from regen_dist.evaluation.miniature_page import write_page
 from regen_dist.evaluation.miniature_scores import (
-    ATTRIBUTES,
     LEAST_VIDEOS,
-    MEASURES,
-    NOTHING,
     REAL,
     RECONSTRUCTED,
     TARGETS,
     WRONG_CAPTIONS,
     ClipCodec,
-    Confusion,
     ScoredVideos,
     ShapeClip,
     UInt8s,
@@ -42,160 +31,29 @@ from regen_dist.evaluation.miniature_scores import (
     generated_facts,
     generated_names,
     generated_prompts,
+    given_kind,
     held_out_clips,
     held_out_samples,
     missed_targets,
     read_arm,
     reconstructed,
+    recorded_facts,
     seen_in_training,
     with_wrong_captions,
 )
 from regen_dist.evaluation.reconstruct import write_json
-from regen_dist.evaluation.report import PAGE, Curve, draw_curves, page_environment, replace_file
-from regen_dist.evaluation.shapes import Reading
 from regen_dist.inference.codec import Codec
 from regen_dist.observe.hardware import describe_machine
-from regen_dist.observe.record import read_record
-
-# Page of the miniature: one self-contained `index.html`, which can be sent and kept as it is.
-
-_VALUES = {"colour": tuple(COLOURS), "shape": tuple(SHAPES), "direction": tuple(DIRECTIONS)}
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """A share with its interval, as displayed; `met` says whether it reaches its target, where there is one."""
-
-    share: str
-    low: str
-    high: str
-    met: bool | None
-
-
-@dataclass(frozen=True)
-class _ScoreRow:
-    """An arm in the table."""
-
-    name: str
-    main: bool
-    number: int
-    cells: list[_Cell]
-
-
-@dataclass(frozen=True)
-class _ShownSample:
-    """A video on the page: its data URI, and the words of its reading, each with whether it is right."""
-
-    arm: str
-    image: str
-    words: list[tuple[str, bool]]
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Confusion table: `rows` hold the wanted value and, for each column, count and share of the row."""
-
-    attribute: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, list[tuple[int, float]]]]
-
-
-def write_page(
-    out: Path,
-    report: Mapping[str, Any],
-    arms: Sequence[ScoredVideos],
-    captions: Sequence[str],
-    runs: Mapping[str, Path],
-) -> Path:
-    """Write `index.html` in one move.
-
-    Args:
-        out: existing folder.
-        report: content of scores.json.
-        arms: the arms after reading, with the videos of `captions`.
-        captions: captions whose videos are shown.
-        runs: name to run folder, for the curves; curves that a run lacks are left out.
-
-    Returns:
-        The page's path.
-    """
-    rows = [_row(arm, report) for arm in arms]
-    text = (
-        page_environment()
-        .get_template("miniature.html.j2")
-        .render(
-            report=report,
-            measures=MEASURES,
-            targets={name: f"{target:.0%}" for name, target in TARGETS.items()},
-            rows=rows,
-            main=next((row for row in rows if row.main), None),
-            gallery=[(caption, _videos(arms, caption)) for caption in captions],
-            curves={name: found for name, run in runs.items() if (found := _curves(run))},
-            grids={arm.name: _grids(arm) for arm in arms if arm.name != WRONG_CAPTIONS},
-            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        )
-    )
-    replace_file(out / PAGE, lambda file: file.write_text(text, encoding="utf-8"))
-    return out / PAGE
-
-
-def _row(arm: ScoredVideos, report: Mapping[str, Any]) -> _ScoreRow:
-    main, scores = arm.name == report["targets_are_for"], arm.scores
-    cells = []
-    for name in MEASURES:
-        low, high = (f"{100 * end:.0f}" for end in scores[name].interval())
-        met = scores[name].value >= TARGETS[name] if main else None
-        cells.append(_Cell(f"{scores[name].value:.1%}", low, high, met))
-    return _ScoreRow(arm.name, main, len(arm.videos), cells)
-
-
-def _videos(arms: Sequence[ScoredVideos], caption: str) -> list[_ShownSample]:
-    """Video of each arm for a caption; arms without one are left out."""
-    wanted, found = parse_caption(caption), []
-    for arm in arms:
-        reading = arm.reading_of(caption)
-        if reading is not None and caption in arm.previews:
-            found.append(_ShownSample(arm.name, arm.previews[caption], _words(reading, wanted)))
-    return found
-
-
-def _words(reading: Reading, wanted: Attributes) -> list[tuple[str, bool]]:
-    if reading == (None, None, None):
-        return [(NOTHING, False)]
-    read = {name: getattr(reading, name) for name in ATTRIBUTES}
-    return [(word or f"no {name}", word == getattr(wanted, name)) for name, word in read.items()]
-
-
-def _curves(run: Path) -> list[Curve]:
-    record = run / "metrics.jsonl"
-    return draw_curves(read_record(record)) if record.is_file() else []
-
-
-def _grids(arm: ScoredVideos) -> list[_Grid]:
-    return [_grid(name, confusion) for name, confusion in arm.confusions.items()]
-
-
-def _grid(attribute: str, confusion: Confusion) -> _Grid:
-    values = _VALUES[attribute]
-    columns = (*values, NOTHING)
-    rows = []
-    for wanted in values:
-        counts = confusion.get(wanted, {})
-        total = max(1, sum(counts.values()))
-        rows.append((wanted, [(counts.get(read, 0), counts.get(read, 0) / total) for read in columns]))
-    return _Grid(attribute, columns, rows)
-
 
 # Videos generated from a given first frame: the distance of their own first frame from it, compared with the
 # embedder's reconstruction, and whether they still move as their captions say.
 
-MOST_LOST_DB, LEAST_DIRECTION = 1.0, 0.85  # targets: frame 0 against its reconstruction, and motion
+MOST_LOST_DB = 1.0  # target of frame 0 against its reconstruction
 
 
-def is_given(folder: Path, names: Sequence[str]) -> bool:
-    """Return whether the records of all these videos say that they were generated from an image."""
-    records = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
-    return bool(records) and all((record.get("given") or {}).get("kind") == "image" for record in records)
+def is_given(folder: Path, names: Sequence[str], kind: str = "image") -> bool:
+    """Return whether the records of all these videos say that they were generated from an image, or a video."""
+    return bool(names) and all(given_kind(recorded_facts(folder / f"{name}.json")) == kind for name in names)
 
 
 def judge_first_frames(
@@ -212,16 +70,8 @@ def judge_first_frames(
         Raises:
             DataError: a prompt is not the caption of the sample with its number.
     """
-    numbers = [int(name.split("-")[0]) for name in names]
-    samples = held_out_samples(dataset, max(numbers) + 1)
-    sources = held_out_clips(dataset, [samples[number] for number in numbers], codec.num_frames)
     made, own = [], []
-    for name, clip, source in zip(names, generated_clips(folder, names), sources, strict=True):
-        if " ".join(source.caption.split()) != clip.caption:
-            raise DataError(
-                f"{folder / name}.json: its prompt is {clip.caption!r}, the held-out video of that number shows "
-                f"{source.caption!r}; make the prompts and first frames again with `regen shards captions`"
-            )
+    for clip, source in _with_sources(dataset, codec, folder, names):
         made.append(_psnr(clip.frames[0], source.frames[0]))
         own.append(_psnr(reconstructed(source, codec).frames[0], source.frames[0]))
     direction = arm.scores["direction"].value
@@ -232,6 +82,33 @@ def judge_first_frames(
         "direction": direction,
         "targets": {"most_lost_db": MOST_LOST_DB, "least_direction": LEAST_DIRECTION},
     }
+
+
+def judge_continuations(
+    dataset: Dataset, codec: ClipCodec, folder: Path, names: Sequence[str], arm: ScoredVideos
+) -> dict[str, Any]:
+    """Measure continued videos against the held-out videos whose first clips they continue, as `judge_first_frames`
+    does for images."""
+    meter = ContinuationMeter()
+    for clip, source in _with_sources(dataset, codec, folder, names):
+        meter.add(clip.frames, source.frames, reconstructed(source, codec).frames, clip.given)
+    return meter.to_json(arm.scores["direction"].value)
+
+
+def _with_sources(
+    dataset: Dataset, codec: ClipCodec, folder: Path, names: Sequence[str]
+) -> Iterator[tuple[ShapeClip, ShapeClip]]:
+    """Yield generated videos, each with the held-out video of its number; DataError where its prompt is another."""
+    numbers = [int(name.split("-")[0]) for name in names]
+    samples = held_out_samples(dataset, max(numbers) + 1)
+    sources = held_out_clips(dataset, [samples[number] for number in numbers], codec.num_frames)
+    for name, clip, source in zip(names, generated_clips(folder, names), sources, strict=True):
+        if " ".join(source.caption.split()) != clip.caption:
+            raise DataError(
+                f"{folder / name}.json: its prompt is {clip.caption!r}, the held-out video of that number shows "
+                f"{source.caption!r}; make the prompts and first frames again with `regen shards captions`"
+            )
+        yield clip, source
 
 
 def missed_first_frames(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -267,6 +144,7 @@ class Request:
         runs: name to run folder, for the curves.
         number: largest number of videos in an arm.
         previews: number of videos of each arm on the page.
+        solvers: record of `regen bench solvers`, shown on the page.
     """
 
     held_out: str | None = None
@@ -275,6 +153,7 @@ class Request:
     runs: Mapping[str, Path] = field(default_factory=dict)
     number: int = LEAST_VIDEOS
     previews: int = 12
+    solvers: Path | None = None
 
     def __post_init__(self) -> None:
         taken = sorted({REAL, RECONSTRUCTED, WRONG_CAPTIONS} & set(self.generated))
@@ -313,32 +192,53 @@ def judge_videos(request: Request, out: Path, progress: Progress = lambda stage,
     """
     not_made: dict[str, str] = {}
     dataset = _open(request, not_made)
-    sources = [*_held_out(request, dataset, not_made), *_generated(request, not_made)]
-    shown = _choose(sources, request)
+    codec = None if dataset is None else _codec(request, not_made)
+    sources = [*_held_out(request, dataset, codec), *_generated(request, not_made)]
+    shown, length = _choose(sources, request), None if codec is None else codec.num_frames
     arms = [
-        read_arm(each.name, each.clips, each.facts, shown, partial(_tell, progress, each.name, len(each.captions)))
+        read_arm(
+            each.name, each.clips, each.facts, shown, partial(_tell, progress, each.name, len(each.captions)), length
+        )
         for each in sources
     ]
     main = next((arm for arm in arms if arm.name == next(iter(request.generated), None)), None)
     arms += _chance(main or next(iter(arms), None), not_made)
-    report = _report(request, dataset, arms, main, not_made)
-    report["first_frames"] = _first_frames(request, dataset, arms)
-    report["missed"] += missed_first_frames(report["first_frames"])
+    solvers = _solvers(request, not_made)
+    report = _report(request, dataset, arms, main, not_made) | {"solvers": solvers}
+    report["first_frames"] = _of_given(request, dataset, codec, arms, "image", judge_first_frames)
+    report["continued"] = _of_given(request, dataset, codec, arms, "video", judge_continuations)
+    report["missed"] += missed_first_frames(report["first_frames"]) + missed_continuations(report["continued"])
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / SCORES, report)
     return Judgement(arms, report, write_page(out, report, arms, shown, request.runs))
 
 
-def _first_frames(request: Request, dataset: Dataset | None, arms: Sequence[ScoredVideos]) -> dict[str, Any]:
-    """Judge the first frames of the arms that were generated from given images."""
-    found = {}
+def _of_given(
+    request: Request,
+    dataset: Dataset | None,
+    codec: ClipCodec | None,
+    arms: Sequence[ScoredVideos],
+    kind: str,
+    judge: Callable[[Dataset, ClipCodec, Path, Sequence[str], ScoredVideos], dict[str, Any]],
+) -> dict[str, Any]:
+    """Judge the arms that were generated from given images, or given videos."""
+    found: dict[str, Any] = {}
     by_name = {arm.name: arm for arm in arms}
     for name, folder in request.generated.items():
         names = generated_names(folder, request.number)
-        if dataset is not None and name in by_name and is_given(folder, names) and request.embedder is not None:
-            codec = Codec.load(request.embedder)
-            found[name] = judge_first_frames(dataset, codec, folder, names, by_name[name])
+        if dataset is not None and codec is not None and name in by_name and is_given(folder, names, kind):
+            found[name] = judge(dataset, codec, folder, names, by_name[name])
     return found
+
+
+def _solvers(request: Request, not_made: dict[str, str]) -> dict[str, Any] | None:
+    """Content of a record of `regen bench solvers`."""
+    if request.solvers is None:
+        return None
+    if not request.solvers.is_file():
+        not_made["solvers"] = f"there is nothing at {request.solvers}"
+        return None
+    return recorded_facts(request.solvers)
 
 
 def _tell(progress: Progress, name: str, total: int, done: int) -> None:
@@ -366,11 +266,10 @@ def _is_missing(url: str) -> bool:
     return folder is not None and not folder.exists()
 
 
-def _held_out(request: Request, dataset: Dataset | None, not_made: dict[str, str]) -> Iterator[_Source]:
+def _held_out(request: Request, dataset: Dataset | None, codec: Codec | None) -> Iterator[_Source]:
     """Arms of the real videos and, where there is an embedder, of its reconstructions."""
     if dataset is None:
         return
-    codec = _codec(request, not_made)
     length = None if codec is None else codec.num_frames
     samples = held_out_samples(dataset, request.number)
     captions = [sample.caption or "" for sample in samples]

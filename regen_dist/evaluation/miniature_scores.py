@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from regen_dist.data.format.catalogue import Dataset
@@ -30,6 +29,7 @@ from regen_dist.data.synthetic.shapes import (
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
+from regen_dist.evaluation.clip_rows import SeamMeter
 from regen_dist.evaluation.shapes import Reading, read
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_frames, to_video
@@ -53,13 +53,15 @@ class ClipCodec(Protocol):
 
 
 class ShapeClip(NamedTuple):
-    """A video and its wanted attributes: frames uint8 RGB [T, H, W, 3], `fps` of them a second."""
+    """A video and its wanted attributes: frames uint8 RGB [T, H, W, 3], `fps` of them a second. The first `given` were
+    not generated and are not read."""
 
     name: str
     caption: str
     wanted: Attributes
     frames: UInt8s
     fps: float
+    given: int = 0
 
 
 def generated_names(folder: Path, number: int) -> list[str]:
@@ -72,7 +74,7 @@ def generated_facts(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """Facts that the JSON files of all these videos share about their making."""
     kept: dict[str, Any] | None = None
     for name in names:
-        facts = _facts(folder / f"{name}.json")
+        facts = recorded_facts(folder / f"{name}.json")
         kept = facts if kept is None else {key: value for key, value in kept.items() if facts.get(key) == value}
     return {key: value for key, value in (kept or {}).items() if key != "prompt"}
 
@@ -81,7 +83,7 @@ def generated_prompts(folder: Path, names: Iterable[str]) -> list[str]:
     """Prompts of generated videos. Raises DataError naming a JSON file that records none."""
     prompts = []
     for name in names:
-        prompt = _facts(folder / f"{name}.json").get("prompt")
+        prompt = recorded_facts(folder / f"{name}.json").get("prompt")
         if not isinstance(prompt, str):
             raise DataError(f"{folder / name}.json says no prompt; generate the videos again with `regen generate`")
         prompts.append(prompt)
@@ -94,7 +96,15 @@ def generated_clips(folder: Path, names: Sequence[str]) -> Iterator[ShapeClip]:
         video = folder / f"{name}.mp4"
         if not video.is_file():
             raise DataError(f"{video} is missing, though {name}.json is there; generate the videos again")
-        yield _decoded(f"{name}.mp4", prompt, video, str(video))
+        clip, facts = _decoded(f"{name}.mp4", prompt, video, str(video)), recorded_facts(folder / f"{name}.json")
+        is_continued = given_kind(facts) == "video"
+        yield clip._replace(given=len(clip.frames) - facts["settings"]["frames"]) if is_continued else clip
+
+
+def given_kind(facts: Mapping[str, Any]) -> str | None:
+    """Kind of what a generated video began with, by its record: `image`, `video`, or None for nothing."""
+    kind: str | None = (facts.get("given") or {}).get("kind")
+    return kind
 
 
 def held_out_samples(dataset: Dataset, number: int) -> list[Sample]:
@@ -141,7 +151,8 @@ def seen_in_training(wanted: Iterable[Attributes], dataset: Dataset) -> int | No
     return sum(Combination(each.colour, each.shape, each.direction) not in held_out for each in wanted)
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def recorded_facts(path: Path) -> dict[str, Any]:
+    """Facts of a generated video, from its JSON file. Raises DataError when it is damaged."""
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -272,10 +283,14 @@ class ScoredVideos:
     facts: Mapping[str, Any]
     videos: list[ScoredVideo] = field(default_factory=list)
     previews: dict[str, str] = field(default_factory=dict)
+    seams: SeamMeter | None = None
 
     def add(self, clip: ShapeClip, shown: Collection[str]) -> None:
         """Read a video; keep a preview if its caption is one of those shown on the page."""
-        self.videos.append(ScoredVideo(clip.name, clip.caption, clip.wanted, read(clip.frames)))
+        reading = read(clip.frames[clip.given :], 1 - clip.given / len(clip.frames))
+        self.videos.append(ScoredVideo(clip.name, clip.caption, clip.wanted, reading))
+        if self.seams is not None:
+            self.seams.add(clip.frames)
         if clip.caption in shown and clip.caption not in self.previews:
             self.previews[clip.caption] = animation(clip)
 
@@ -299,6 +314,7 @@ class ScoredVideos:
             "facts": dict(self.facts),
             "scores": {name: share.to_json() for name, share in self.scores.items()},
             "confusions": self.confusions,
+            "seams": None if self.seams is None else self.seams.to_json(),
             "videos": [video.to_json() for video in self.videos],
         }
 
@@ -313,6 +329,7 @@ def read_arm(
     facts: Mapping[str, Any],
     shown: Collection[str] = (),
     progress: Callable[[int], None] = lambda done: None,
+    clip_frames: int | None = None,
 ) -> ScoredVideos:
     """Read all videos of an arm.
 
@@ -322,8 +339,9 @@ def read_arm(
         facts: facts about their making.
         shown: captions whose videos are kept for the page.
         progress: called with the number of videos read so far.
+        clip_frames: frames of the embedder's clips, to measure the seams between them; None: they are not measured.
     """
-    arm = ScoredVideos(name, facts)
+    arm = ScoredVideos(name, facts, seams=None if clip_frames is None else SeamMeter(clip_frames))
     for number, clip in enumerate(clips, 1):
         arm.add(clip, shown)
         progress(number)
@@ -347,6 +365,8 @@ def with_wrong_captions(arm: ScoredVideos) -> ScoredVideos | None:
 
 def animation(clip: ShapeClip) -> str:
     """Encode a video as an animated WebP in a data URI, which plays in every browser without further files."""
+    from PIL import Image
+
     first, *others = [Image.fromarray(frame) for frame in clip.frames]
     buffer = io.BytesIO()
     milliseconds = max(1, round(1000 / clip.fps))

@@ -16,18 +16,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from regen_dist.errors import DataError
 from regen_dist.evaluation.reconstruct import METRICS, RECONSTRUCTION, SHEET, SIDE_BY_SIDE
 from regen_dist.observe.record import read_record
 from regen_dist.tables import Table, numbers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Training curves as SVG that follows the page's colours, light or dark.
 
@@ -103,6 +102,9 @@ def _is_number(value: object) -> bool:
 
 
 def _draw(kind: _Kind, series: Mapping[str, Series], resumed: Sequence[int]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
@@ -124,6 +126,8 @@ def _draw(kind: _Kind, series: Mapping[str, Series], resumed: Sequence[int]) -> 
 
 
 def _dress(axes: Axes, kind: _Kind, values: Sequence[float]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     if kind.logarithmic and min(values) > 0 and max(values) / min(values) > 5:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -11,14 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-from PIL import Image
 
 from regen_dist.evaluation.report import ACCENT, INK, LINE, PAGE, STYLE, for_page, page_environment, replace_file
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
@@ -42,6 +37,9 @@ from tools.bench.compression_runs import (
     regen,
     regen_alone,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Facts = Mapping[str, Any]
 
@@ -173,6 +171,9 @@ def _known(found: Mapping[int, float | None]) -> list[tuple[float, float]]:
 
 
 def _plot(name: str, title: str, labels: tuple[str, str], series: Sequence[_Series]) -> Plot:
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         axes = figure.add_subplot()
@@ -193,6 +194,8 @@ def _plot(name: str, title: str, labels: tuple[str, str], series: Sequence[_Seri
 
 
 def _dress(axes: Axes, labels: tuple[str, str], ticks: Sequence[float]) -> None:
+    from matplotlib.ticker import NullLocator
+
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -511,6 +514,8 @@ def _sheet(title: str, arms: Mapping[str, Mapping[str, Frame]]) -> Sheet:
 
 
 def _data_uri(path: Path) -> str:
+    from PIL import Image
+
     buffer = io.BytesIO()
     with Image.open(path) as image:
         image.save(buffer, "WEBP", quality=_QUALITY, method=4)

@@ -143,6 +143,10 @@ def captions(
     first_frames: Annotated[
         Path | None, typer.Option(help="Folder for their first frames, 00000.png, …, for `regen generate --image`.")
     ] = None,
+    first_clips: Annotated[
+        Path | None, typer.Option(help="Folder for their first clips, 00000.mp4, …, for `regen generate --continue`.")
+    ] = None,
+    clip_frames: Annotated[int, typer.Option(min=2, help="Frames of a first clip: k + 1 of the embedder.")] = 17,
 ) -> None:
     """Write the captions of a dataset's first samples, as prompts for `regen generate --prompts`.
 
@@ -159,6 +163,8 @@ def captions(
     write_text_atomically(out, "".join(f"{caption}\n" for caption, _ in found))
     if first_frames is not None:
         _write_first_frames(dataset, [sample for _, sample in found], first_frames)
+    if first_clips is not None:
+        _write_first_clips(dataset, [sample for _, sample in found], first_clips, clip_frames)
     fewer = f" (fewer than the {number} that were asked for: no more samples have one)" if len(found) < number else ""
     typer.echo(f"{out}: {len(found)} captions of {url}{fewer}")
 
@@ -187,6 +193,24 @@ def _write_first_frames(dataset: Dataset, samples: list[Sample], folder: Path) -
         with VideoReader(dataset.read(sample)) as reader:
             _, frame = next(reader.frames([0]))
             Image.fromarray(frame_to_rgb(frame)).save(folder / f"{number:05d}.png")
+
+
+def _write_first_clips(dataset: Dataset, samples: list[Sample], folder: Path, frames: int) -> None:
+    """Write the first frames of each video as a video of its own, lossless but for the rounding of colours."""
+    from regen_dist.data.video.conversion import frame_to_rgb
+    from regen_dist.data.video.reader import VideoReader
+    from regen_dist.errors import DataError
+    from regen_dist.inference.frames import VideoWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, sample in enumerate(samples):
+        with VideoReader(dataset.read(sample)) as reader:
+            length = len(reader.table.pts)
+            if length < frames:
+                raise DataError(f"{sample.name} has {length} frames, fewer than the {frames} of --clip-frames")
+            with VideoWriter(folder / f"{number:05d}.mp4", reader.rate, crf=0) as writer:
+                for _, frame in reader.frames(range(frames)):
+                    writer.write(frame_to_rgb(frame))
 
 
 # `regen shards order`: the data order of a run.

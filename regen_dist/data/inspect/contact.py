@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from regen_dist.data.format.catalogue import Dataset
 from regen_dist.data.format.index import Sample
@@ -18,14 +18,21 @@ from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
 # --- drawing shared by all contact sheets ---
 
 
 @lru_cache(maxsize=16)
 def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which comes with matplotlib."""
-    import matplotlib
+    """Return DejaVu Sans, which comes with matplotlib; without that Pillow's own font, which has fewer scripts."""
+    from PIL import ImageFont
 
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
@@ -46,6 +53,8 @@ MARGIN, HEAD = 28, 52  # pixels around a sheet, and of its title
 
 def blank_sheet(size: tuple[int, int], title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """Return an empty sheet of (width, height) below its title, which is shortened to fit, and a pen for it."""
+    from PIL import Image, ImageDraw
+
     image = Image.new("RGB", size, BACKGROUND)
     pen = ImageDraw.Draw(image)
     bold = font(24, bold=True)
@@ -117,6 +126,8 @@ def _card(dataset: Dataset, sample: Sample, box: tuple[int, int]) -> _Card:
 
 def _pictures(video: bytes, box: tuple[int, int]) -> list[Image.Image]:
     """Read the first, middle and last frame, as large as the box allows."""
+    from PIL import Image
+
     with VideoReader(video) as reader:
         info = reader.info()
         scale = min(box[0] / info.width, box[1] / info.height)
@@ -128,6 +139,7 @@ def _pictures(video: bytes, box: tuple[int, int]) -> list[Image.Image]:
 
 
 def _draw(cards: Sequence[_Card], box: tuple[int, int], title: str) -> Image.Image:
+
     card_width = _PICTURES * box[0] + (_PICTURES - 1) * _GAP
     columns = max(1, min(len(cards), _SHEET_WIDTH // (card_width + _GUTTER)))
     columns = math.ceil(len(cards) / math.ceil(len(cards) / columns))
