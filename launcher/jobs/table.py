@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from launcher.job import JobTask, Progress
+from launcher.job import JobTask, TaskProgress
 from launcher.jobs.find import (
     FoundJobs,
     JobState,
@@ -245,7 +245,7 @@ def task_row(member: Member, queue: Queue, root: Path) -> JobRow:
     return _with_heartbeat(row, task, began) if task.progress and began else row
 
 
-def _with_figures(row: JobRow, known: RunFigures, progress: Progress) -> JobRow:
+def _with_figures(row: JobRow, known: RunFigures, progress: TaskProgress) -> JobRow:
     """Add the figures; speed and remaining time only while the run is running."""
     runs = row.state in ("running", "stopping")
     left_s = None
@@ -293,7 +293,7 @@ def _plain_row(folder: Path, root: Path) -> JobRow | None:
     steps = _steps(folder)
     task = JobTask(
         name=folder.name, folder=folder, command=(),
-        progress=Progress(checkpoints=str(folder / "checkpoints"), steps=steps or 1),
+        progress=TaskProgress(checkpoints=str(folder / "checkpoints"), steps=steps or 1),
     )  # fmt: skip
     known = run_figures(task, ())
     state = _state_by_heartbeat(beat.left, beat.why, age_s, finished=steps is not None and (known.step or 0) >= steps)

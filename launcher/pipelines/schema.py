@@ -89,7 +89,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Word = Annotated[str, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]})]  # numbers become text
 
 
-class Step(Section):
+class PipelineStep(Section):
     """One job: a training, or a command of `regen`."""
 
     train: Path | None = Field(default=None, description="Config of a training; give either this or `command`.")
@@ -139,7 +139,7 @@ class Step(Section):
         return outputs
 
     @model_validator(mode="after")
-    def _is_one_of_the_two(self) -> Step:
+    def _is_one_of_the_two(self) -> PipelineStep:
         if (self.train is None) == (not self.command):
             raise ValueError("give either train (a config) or command (a list: a command of regen and its arguments)")
         if self.train is None and self.overrides:
@@ -161,7 +161,7 @@ class Pipeline(Section):
     variables: dict[str, str | int | float] = Field(
         default_factory=dict, description="Values for ${variables.NAME} elsewhere in the file."
     )
-    steps: dict[Annotated[str, Field(pattern=NAME)], Step] = Field(
+    steps: dict[Annotated[str, Field(pattern=NAME)], PipelineStep] = Field(
         min_length=1, description="Steps by name; each waits for the one above unless it has `after`."
     )
 
@@ -224,7 +224,7 @@ def _content(path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def missing_outputs(request: SubmissionRequest, step: Step) -> dict[str, Sequence[JobTask]]:
+def missing_outputs(request: SubmissionRequest, step: PipelineStep) -> dict[str, Sequence[JobTask]]:
     """Return the missing outputs and the tasks that make each: one task if it contains `{task}`, otherwise all.
 
     Raises:
@@ -262,7 +262,7 @@ def exists(url: str) -> bool:
         return False
 
 
-def expected_products(step: Step, request: SubmissionRequest) -> list[str]:
+def expected_products(step: PipelineStep, request: SubmissionRequest) -> list[str]:
     """Return the products that later steps may expect: outputs, the dataset or model whose manifest or config is an
     output, and the step's folder; for a training, its run."""
     outputs = [fill_placeholders(each, number, step.array) for each in step.outputs for number in range(step.array)]

@@ -27,6 +27,7 @@ from regen_dist.config.files import write_bytes_atomically, write_text_atomicall
 from regen_dist.config.run import SPATIAL_COMPRESSION, SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, TextConfig
 from regen_dist.config.version import code_version
+from regen_dist.data.pool import Progress
 from regen_dist.diffusion.given import Given
 from regen_dist.diffusion.noise import latent_gaussian
 from regen_dist.errors import CheckpointError, ConfigError, DataError
@@ -433,7 +434,6 @@ def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
 
 
 GivenTo = Callable[[Prompt], GivenMedia | None]
-Progress = Callable[[str, int, int], None]  # name of the stage, units done, units in total
 
 
 class Generated(NamedTuple):

@@ -18,7 +18,7 @@ import typer
 
 from regen_dist.config.run import DataConfig, ReadConfig
 from regen_dist.data.build.build import build_shards
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.manifest import MANIFEST
 from regen_dist.data.storage.store import Store

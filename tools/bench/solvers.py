@@ -112,7 +112,7 @@ def _measured(
     guidance: float | None,
 ) -> dict[str, Any]:
     """Generate the videos of one setting, read them, and return their row of the record."""
-    from regen_dist.evaluation.miniature import generated_clips, read_arm
+    from regen_dist.evaluation.miniature_scores import generated_clips, read_arm
     from regen_dist.inference.generate import generate, resolve_settings
 
     folder = out / f"{setting.sampler}-{setting.steps:02d}"

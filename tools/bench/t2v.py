@@ -307,12 +307,12 @@ CACHE_TARGET = 0.95
 WARM_STEPS = 4  # of each turn, before the clock starts: what was read ahead until then is used up
 _TICK_S = 0.01  # no CPU time is known better
 
-Step = Callable[[Iterator[LatentBatch]], None]  # one optimizer step on the batches that come next
+TakeStep = Callable[[Iterator[LatentBatch]], None]  # one optimizer step on the batches that come next
 Feed = Callable[[], Generator[LatentBatch]]  # begins anew, without end
 
 
 def compare(
-    step: Step, take: Step, feeds: Mapping[str, Feed], *, seconds: float, repeats: int,
+    step: TakeStep, take: TakeStep, feeds: Mapping[str, Feed], *, seconds: float, repeats: int,
     on_turn: Callable[[str, Turn], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Measure steps per second of every feed in turn, with the ratios that express cost and gain of a cache; and the
@@ -353,7 +353,7 @@ def _against(rounds: Rounds) -> dict[str, Any]:
     return {other: ratio(rounds[CACHE], rounds[other]) for other in (MEMORY, ENCODER)}
 
 
-def steps_per_second(step: Step, batches: Generator[LatentBatch], seconds: float) -> Turn:
+def steps_per_second(step: TakeStep, batches: Generator[LatentBatch], seconds: float) -> Turn:
     """Measure steps per second after a warm-up; `data_wait` is the share of time spent waiting for batches. Closes the
     batches."""
     timed = _Timed(batches)
@@ -371,7 +371,7 @@ def steps_per_second(step: Step, batches: Generator[LatentBatch], seconds: float
     return turn_of(steps, costs, data_wait=timed.waited_s / costs["seconds"])
 
 
-def _case(step: Step, feed: Feed, seconds: float) -> Callable[[], Turn]:
+def _case(step: TakeStep, feed: Feed, seconds: float) -> Callable[[], Turn]:
     return lambda: steps_per_second(step, feed(), seconds)
 
 

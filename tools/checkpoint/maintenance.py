@@ -14,7 +14,7 @@ from regen_dist.jsontext import json_text
 from regen_dist.tables import Column, Table, numbers
 
 if TYPE_CHECKING:
-    from regen_dist.checkpoint.maintenance import CheckpointLocation, Entry, Pruned
+    from regen_dist.checkpoint.maintenance import CheckpointEntry, CheckpointLocation, Pruned
     from regen_dist.config.run import CheckpointConfig
 
 
@@ -77,7 +77,7 @@ def list_checkpoints(
         console.print("The next save clears it, and so does `regen checkpoint prune`.", highlight=False)
 
 
-def _table(place: CheckpointLocation, found: list[Entry]) -> Table:
+def _table(place: CheckpointLocation, found: list[CheckpointEntry]) -> Table:
     metric = "psnr_db" if place.policy is None else place.policy.best_metric
     head = numbers("step", "samples", "saved (UTC)", "MB", "ranks", metric, fixed=True)
     rows = [[*_facts(entry, metric), "damaged" if entry.problems else "ok", ", ".join(entry.marks)] for entry in found]
@@ -85,7 +85,7 @@ def _table(place: CheckpointLocation, found: list[Entry]) -> Table:
     return Table(columns, rows, title=place.folder.url, frame="light")  # fits in 80 columns
 
 
-def _facts(entry: Entry, metric: str) -> list[str]:
+def _facts(entry: CheckpointEntry, metric: str) -> list[str]:
     manifest = entry.manifest
     if manifest is None:
         return [str(entry.step), *[""] * 5]
@@ -211,7 +211,7 @@ def verify(
         raise CheckpointError("\n".join([title, *(f"  {each}" for each in bad)]))
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: CheckpointEntry) -> str:
     if entry.manifest is None:
         return f"step {entry.step}: DAMAGED, its manifest cannot be read"
     size = f"{len(entry.manifest.files)} files, {entry.manifest.size_bytes / 1e6:,.1f} MB"

@@ -9,8 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from regen_dist.checks.findings import Target
-from regen_dist.checks.kernels import packages, require_packages
+from regen_dist.checks.findings import Target, refuse
+from regen_dist.checks.kernels import packages
 from regen_dist.errors import EXTRAS, BackendError, errors_in_one_line
 from tests.helpers.tiny import tiny_run
 from tests.unit.house.test_environment import ROOT, _project
@@ -86,11 +86,10 @@ def test_a_run_is_refused_before_its_start(
     package: str, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_run(**changes)
-    require_packages(config)
     assert list(packages(config, Target())) == []
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(BackendError, match=rf"needs {package}, .*\[{EXTRAS[package]}\]'"):
-        require_packages(config)
+        refuse(packages(config, Target()))
     (finding,) = packages(config, Target())
     assert finding.exit_code == BackendError.exit_code
     assert list(packages(config, Target(packages=False))) == []

@@ -13,7 +13,7 @@ import webdataset
 
 from regen_dist.data.build import build as shards
 from regen_dist.data.build.build import Built, build_shards
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import checksum, sample_id
 from regen_dist.data.format.manifest import MANIFEST, DatasetManifest
