@@ -95,6 +95,7 @@ EXTRAS = {  # optional packages by the name that is imported: the extra of pypro
     "av": "video",
     "cv2": "data",
     "diffusers": "hub",
+    "gradio": "app",
     "huggingface_hub": "text",
     "imageio_ffmpeg": "eval",
     "matplotlib": "eval",

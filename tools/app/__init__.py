@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from regen_dist.errors import BackendError, ConfigError
+from regen_dist.errors import ConfigError, needing_extra
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -31,8 +30,6 @@ def serve_app(
 
     Example: regen app --runs runs --port 7860
     """
-    if find_spec("gradio") is None:
-        raise BackendError("regen app needs gradio, which is not installed; pip install '.[app]'")
     if not runs.is_dir():
         raise ConfigError(f"there is no folder {runs} of runs; give it with --runs, or make it for the results")
     # Before gradio is imported, which reads them: nothing is reported to anyone, and uploads lie in our own folder.
@@ -41,7 +38,8 @@ def serve_app(
         "GRADIO_TEMP_DIR": str(out.absolute() / "uploads"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    from tools.app.page import AppState, build_page, launch
+    with needing_extra("regen app"):
+        from tools.app.page import AppState, build_page, launch
     from tools.app.runner import JobRunner
     from tools.app.uploads import Limits
 

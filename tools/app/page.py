@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from regen_dist.errors import ConfigError, RegenError
+from regen_dist.tables import Table
 from tools.app.listing import (
     ListedModel,
     RunView,
@@ -177,7 +178,7 @@ def measures_table(found: Mapping[str, Any]) -> str:
         "video": f"{video['frames']} frames of {video['width']}x{video['height']}",
         "decoder": found["label"],
     }
-    return "| measure | value |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    return Table(["measure", "value"], list(values.items())).to_markdown()
 
 
 def build_page(state: AppState) -> gr.Blocks:

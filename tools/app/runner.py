@@ -148,7 +148,7 @@ class JobRunner:
             if not code:
                 os.replace(work / OUTPUT, job.folder)
             elif not job.cancelling and not job.message:
-                job.message = f"the job ended with code {code}: " + (" | ".join(log) or "it printed nothing")
+                job.message = f"the job ended with code {code}: " + ("; ".join(log) or "it printed nothing")
             job.state = "done" if not code else "cancelled" if job.cancelling else "failed"
         except OSError as error:
             job.state, job.message = "failed", f"the result cannot be kept: {error}"
