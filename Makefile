@@ -20,7 +20,7 @@ demo: $(STAMP) ## real video -> shards -> two-rank ZeRO-3 training, stopped and 
 	regen demo
 
 miniature: $(STAMP) ## drawn videos -> embedder -> latents -> text to video, preempted once -> generated videos, scored
-	regen miniature
+	regen miniature $(if $(HARD),--hard)
 
 test: $(addprefix test-,$(SUITES)) ## every suite, servers included
 	@echo "all suites passed: $(SUITES)"
@@ -69,7 +69,7 @@ $(STAMP): pyproject.toml constraints.txt .ci/system-packages
 	.ci/system-packages $(PYTHON)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch setuptools
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,docs,bench,tensorboard]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[all,dev,docs,bench]'
 	touch $@
 
 clean: ## removes caches and builds; keeps runs and the environment

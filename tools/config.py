@@ -1,4 +1,5 @@
-"""`regen config`: resolved configs as a run would see them, and the documentation of their keys."""
+"""`regen config`: resolved configs, the documentation of their keys and their JSON schemas; `regen init`: a project
+folder of the user."""
 
 from __future__ import annotations
 
@@ -160,3 +161,19 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in pairs:
         flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="New or empty folder.", metavar="DIR")],
+    embedder: Annotated[str, typer.Option(help="Preset of configs/embedder/ to start from.")] = "nano",
+    t2v: Annotated[str, typer.Option(help="Preset of configs/t2v/ to start from.")] = "nano",
+) -> None:
+    """Create a project folder: configs to edit, a cluster file, and a README with the commands.
+
+    Example: regen init my_project --embedder regen_k16
+    """
+    from regen_dist.config.project import lay_out
+
+    for path in lay_out(folder, embedder, t2v):
+        typer.echo(path)
+    typer.echo(f"Next: cd {folder}, and read README.md")

@@ -9,7 +9,7 @@ from pathlib import Path
 from regen_dist.checks.findings import Finding, Target, error
 from regen_dist.config import AnyRunConfig, T2VConfig
 from regen_dist.config.identity import clips_per_rank
-from regen_dist.errors import BackendError, ConfigError
+from regen_dist.errors import BackendError, ConfigError, missing_extra
 
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 
@@ -27,6 +27,33 @@ def kernels(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
     has_gpus = _NVIDIA.is_dir() if target.has_gpus is None else target.has_gpus
     yield from _attention(config, target, has_gpus)
     yield from _optimizer(config, target, has_gpus)
+
+
+def packages(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check that the optional packages that the run imports are installed."""
+    for key, user, package in optional_packages(config):
+        if target.packages and not is_installed(package):
+            yield error(key, missing_extra(user, package), BackendError)
+
+
+def require_packages(config: AnyRunConfig) -> None:
+    """Raise BackendError for the first optional package of a run that is not installed."""
+    for _, user, package in optional_packages(config):
+        if not is_installed(package):
+            raise BackendError(missing_extra(user, package))
+
+
+def optional_packages(config: AnyRunConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield the config key, its user in words, and the name of each optional package (`errors.EXTRAS`) of a run."""
+    yield "data.url", "data.url, a dataset,", "pyarrow"
+    if config.model.kind != "t2v":
+        yield "data.url", "data.url, a dataset of videos,", "av"
+    if config.wandb.mode != "disabled":
+        yield "wandb.mode", f"wandb.mode={config.wandb.mode}", "wandb"
+    if config.tensorboard.enabled:
+        yield "tensorboard.enabled", "tensorboard.enabled=true", "tensorboard"
+    if config.model.kind == "regen" and config.model.encoder.kind == "diffusers":
+        yield "model.encoder.kind", "model.encoder.kind=diffusers", "diffusers"
 
 
 def _attention(config: AnyRunConfig, target: Target, has_gpus: bool) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from regen_dist.checks.data import data, dataset_problem, manifest_of
 from regen_dist.checks.findings import Finding, Target, error, side_by_side
-from regen_dist.checks.kernels import kernels, ranks
+from regen_dist.checks.kernels import kernels, packages, ranks
 from regen_dist.checks.latents import KIND, latents
 from regen_dist.checks.losses import losses
 from regen_dist.checks.resume import busy, resume
@@ -16,7 +16,7 @@ from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.errors import DataError, RegenError
 
 Check = Callable[[AnyRunConfig, Target], Iterator[Finding]]
-CHECKS: Sequence[Check] = (ranks, kernels, losses, data, latents, busy, resume)
+CHECKS: Sequence[Check] = (ranks, kernels, packages, losses, data, latents, busy, resume)
 
 
 def check_runs(

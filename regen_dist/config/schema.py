@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from regen_dist.errors import ConfigError
 from regen_dist.jsontext import json_text
+from regen_dist.tables import Table
 
 Node = dict[str, Any]  # a JSON schema, or a part of one
 
@@ -256,5 +257,4 @@ def _table(keys: list[ConfigKey]) -> str:
     if not keys:
         return ""
     rows = [[f"`{key.name}`", key.type, _default(key, "`{}`"), key.description] for key in keys]
-    lines = [["key", "type", "default", "description"], ["---"] * 4, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return Table(["key", "type", "default", "description"], rows).to_markdown().rstrip("\n")

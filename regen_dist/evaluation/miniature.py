@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from regen_dist.config.urls import parse_url
@@ -42,6 +41,7 @@ from regen_dist.data.synthetic.shapes import (
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import ConfigError, DataError
+from regen_dist.evaluation.clip_rows import LEAST_DIRECTION, ContinuationMeter, SeamMeter, missed_continuations
 from regen_dist.evaluation.reconstruct import write_json
 from regen_dist.evaluation.report import PAGE, Curve, draw_curves, page_environment, replace_file
 from regen_dist.evaluation.shapes import Reading, read
@@ -72,13 +72,15 @@ class ClipCodec(Protocol):
 
 
 class ShapeClip(NamedTuple):
-    """A video and its wanted attributes: frames uint8 RGB [T, H, W, 3], `fps` of them a second."""
+    """A video and its wanted attributes: frames uint8 RGB [T, H, W, 3], `fps` of them a second. The first `given` were
+    not generated and are not read."""
 
     name: str
     caption: str
     wanted: Attributes
     frames: UInt8s
     fps: float
+    given: int = 0
 
 
 def generated_names(folder: Path, number: int) -> list[str]:
@@ -113,7 +115,15 @@ def generated_clips(folder: Path, names: Sequence[str]) -> Iterator[ShapeClip]:
         video = folder / f"{name}.mp4"
         if not video.is_file():
             raise DataError(f"{video} is missing, though {name}.json is there; generate the videos again")
-        yield _decoded(f"{name}.mp4", prompt, video, str(video))
+        clip, facts = _decoded(f"{name}.mp4", prompt, video, str(video)), _facts(folder / f"{name}.json")
+        is_continued = given_kind(facts) == "video"
+        yield clip._replace(given=len(clip.frames) - facts["settings"]["frames"]) if is_continued else clip
+
+
+def given_kind(facts: Mapping[str, Any]) -> str | None:
+    """Kind of what a generated video began with, by its record: `image`, `video`, or None for nothing."""
+    kind: str | None = (facts.get("given") or {}).get("kind")
+    return kind
 
 
 def held_out_samples(dataset: Dataset, number: int) -> list[Sample]:
@@ -291,10 +301,14 @@ class ScoredVideos:
     facts: Mapping[str, Any]
     videos: list[ScoredVideo] = field(default_factory=list)
     previews: dict[str, str] = field(default_factory=dict)
+    seams: SeamMeter | None = None
 
     def add(self, clip: ShapeClip, shown: Collection[str]) -> None:
         """Read a video; keep a preview if its caption is one of those shown on the page."""
-        self.videos.append(ScoredVideo(clip.name, clip.caption, clip.wanted, read(clip.frames)))
+        reading = read(clip.frames[clip.given :], 1 - clip.given / len(clip.frames))
+        self.videos.append(ScoredVideo(clip.name, clip.caption, clip.wanted, reading))
+        if self.seams is not None:
+            self.seams.add(clip.frames)
         if clip.caption in shown and clip.caption not in self.previews:
             self.previews[clip.caption] = animation(clip)
 
@@ -318,6 +332,7 @@ class ScoredVideos:
             "facts": dict(self.facts),
             "scores": {name: share.to_json() for name, share in self.scores.items()},
             "confusions": self.confusions,
+            "seams": None if self.seams is None else self.seams.to_json(),
             "videos": [video.to_json() for video in self.videos],
         }
 
@@ -332,6 +347,7 @@ def read_arm(
     facts: Mapping[str, Any],
     shown: Collection[str] = (),
     progress: Callable[[int], None] = lambda done: None,
+    clip_frames: int | None = None,
 ) -> ScoredVideos:
     """Read all videos of an arm.
 
@@ -341,8 +357,9 @@ def read_arm(
         facts: facts about their making.
         shown: captions whose videos are kept for the page.
         progress: called with the number of videos read so far.
+        clip_frames: frames of the embedder's clips, to measure the seams between them; None: they are not measured.
     """
-    arm = ScoredVideos(name, facts)
+    arm = ScoredVideos(name, facts, seams=None if clip_frames is None else SeamMeter(clip_frames))
     for number, clip in enumerate(clips, 1):
         arm.add(clip, shown)
         progress(number)
@@ -366,6 +383,8 @@ def with_wrong_captions(arm: ScoredVideos) -> ScoredVideos | None:
 
 def animation(clip: ShapeClip) -> str:
     """Encode a video as an animated WebP in a data URI, which plays in every browser without further files."""
+    from PIL import Image
+
     first, *others = [Image.fromarray(frame) for frame in clip.frames]
     buffer = io.BytesIO()
     milliseconds = max(1, round(1000 / clip.fps))
@@ -507,13 +526,12 @@ def _grid(attribute: str, confusion: Confusion) -> _Grid:
 # Videos generated from a given first frame: the distance of their own first frame from it, compared with the
 # embedder's reconstruction, and whether they still move as their captions say.
 
-MOST_LOST_DB, LEAST_DIRECTION = 1.0, 0.85  # targets: frame 0 against its reconstruction, and motion
+MOST_LOST_DB = 1.0  # target of frame 0 against its reconstruction
 
 
-def is_given(folder: Path, names: Sequence[str]) -> bool:
-    """Return whether the records of all these videos say that they were generated from an image."""
-    records = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
-    return bool(records) and all((record.get("given") or {}).get("kind") == "image" for record in records)
+def is_given(folder: Path, names: Sequence[str], kind: str = "image") -> bool:
+    """Return whether the records of all these videos say that they were generated from an image, or a video."""
+    return bool(names) and all(given_kind(_facts(folder / f"{name}.json")) == kind for name in names)
 
 
 def judge_first_frames(
@@ -530,16 +548,8 @@ def judge_first_frames(
         Raises:
             DataError: a prompt is not the caption of the sample with its number.
     """
-    numbers = [int(name.split("-")[0]) for name in names]
-    samples = held_out_samples(dataset, max(numbers) + 1)
-    sources = held_out_clips(dataset, [samples[number] for number in numbers], codec.num_frames)
     made, own = [], []
-    for name, clip, source in zip(names, generated_clips(folder, names), sources, strict=True):
-        if " ".join(source.caption.split()) != clip.caption:
-            raise DataError(
-                f"{folder / name}.json: its prompt is {clip.caption!r}, the held-out video of that number shows "
-                f"{source.caption!r}; make the prompts and first frames again with `regen shards captions`"
-            )
+    for clip, source in _with_sources(dataset, codec, folder, names):
         made.append(_psnr(clip.frames[0], source.frames[0]))
         own.append(_psnr(reconstructed(source, codec).frames[0], source.frames[0]))
     direction = arm.scores["direction"].value
@@ -550,6 +560,33 @@ def judge_first_frames(
         "direction": direction,
         "targets": {"most_lost_db": MOST_LOST_DB, "least_direction": LEAST_DIRECTION},
     }
+
+
+def judge_continuations(
+    dataset: Dataset, codec: ClipCodec, folder: Path, names: Sequence[str], arm: ScoredVideos
+) -> dict[str, Any]:
+    """Measure continued videos against the held-out videos whose first clips they continue, as `judge_first_frames`
+    does for images."""
+    meter = ContinuationMeter()
+    for clip, source in _with_sources(dataset, codec, folder, names):
+        meter.add(clip.frames, source.frames, reconstructed(source, codec).frames, clip.given)
+    return meter.to_json(arm.scores["direction"].value)
+
+
+def _with_sources(
+    dataset: Dataset, codec: ClipCodec, folder: Path, names: Sequence[str]
+) -> Iterator[tuple[ShapeClip, ShapeClip]]:
+    """Yield generated videos, each with the held-out video of its number; DataError where its prompt is another."""
+    numbers = [int(name.split("-")[0]) for name in names]
+    samples = held_out_samples(dataset, max(numbers) + 1)
+    sources = held_out_clips(dataset, [samples[number] for number in numbers], codec.num_frames)
+    for name, clip, source in zip(names, generated_clips(folder, names), sources, strict=True):
+        if " ".join(source.caption.split()) != clip.caption:
+            raise DataError(
+                f"{folder / name}.json: its prompt is {clip.caption!r}, the held-out video of that number shows "
+                f"{source.caption!r}; make the prompts and first frames again with `regen shards captions`"
+            )
+        yield clip, source
 
 
 def missed_first_frames(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -585,6 +622,7 @@ class Request:
         runs: name to run folder, for the curves.
         number: largest number of videos in an arm.
         previews: number of videos of each arm on the page.
+        solvers: record of `regen bench solvers`, shown on the page.
     """
 
     held_out: str | None = None
@@ -593,6 +631,7 @@ class Request:
     runs: Mapping[str, Path] = field(default_factory=dict)
     number: int = LEAST_VIDEOS
     previews: int = 12
+    solvers: Path | None = None
 
     def __post_init__(self) -> None:
         taken = sorted({REAL, RECONSTRUCTED, WRONG_CAPTIONS} & set(self.generated))
@@ -631,32 +670,53 @@ def judge_videos(request: Request, out: Path, progress: Progress = lambda stage,
     """
     not_made: dict[str, str] = {}
     dataset = _open(request, not_made)
-    sources = [*_held_out(request, dataset, not_made), *_generated(request, not_made)]
-    shown = _choose(sources, request)
+    codec = None if dataset is None else _codec(request, not_made)
+    sources = [*_held_out(request, dataset, codec), *_generated(request, not_made)]
+    shown, length = _choose(sources, request), None if codec is None else codec.num_frames
     arms = [
-        read_arm(each.name, each.clips, each.facts, shown, partial(_tell, progress, each.name, len(each.captions)))
+        read_arm(
+            each.name, each.clips, each.facts, shown, partial(_tell, progress, each.name, len(each.captions)), length
+        )
         for each in sources
     ]
     main = next((arm for arm in arms if arm.name == next(iter(request.generated), None)), None)
     arms += _chance(main or next(iter(arms), None), not_made)
-    report = _report(request, dataset, arms, main, not_made)
-    report["first_frames"] = _first_frames(request, dataset, arms)
-    report["missed"] += missed_first_frames(report["first_frames"])
+    solvers = _solvers(request, not_made)
+    report = _report(request, dataset, arms, main, not_made) | {"solvers": solvers}
+    report["first_frames"] = _of_given(request, dataset, codec, arms, "image", judge_first_frames)
+    report["continued"] = _of_given(request, dataset, codec, arms, "video", judge_continuations)
+    report["missed"] += missed_first_frames(report["first_frames"]) + missed_continuations(report["continued"])
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / SCORES, report)
     return Judgement(arms, report, write_page(out, report, arms, shown, request.runs))
 
 
-def _first_frames(request: Request, dataset: Dataset | None, arms: Sequence[ScoredVideos]) -> dict[str, Any]:
-    """Judge the first frames of the arms that were generated from given images."""
-    found = {}
+def _of_given(
+    request: Request,
+    dataset: Dataset | None,
+    codec: ClipCodec | None,
+    arms: Sequence[ScoredVideos],
+    kind: str,
+    judge: Callable[[Dataset, ClipCodec, Path, Sequence[str], ScoredVideos], dict[str, Any]],
+) -> dict[str, Any]:
+    """Judge the arms that were generated from given images, or given videos."""
+    found: dict[str, Any] = {}
     by_name = {arm.name: arm for arm in arms}
     for name, folder in request.generated.items():
         names = generated_names(folder, request.number)
-        if dataset is not None and name in by_name and is_given(folder, names) and request.embedder is not None:
-            codec = Codec.load(request.embedder)
-            found[name] = judge_first_frames(dataset, codec, folder, names, by_name[name])
+        if dataset is not None and codec is not None and name in by_name and is_given(folder, names, kind):
+            found[name] = judge(dataset, codec, folder, names, by_name[name])
     return found
+
+
+def _solvers(request: Request, not_made: dict[str, str]) -> dict[str, Any] | None:
+    """Content of a record of `regen bench solvers`."""
+    if request.solvers is None:
+        return None
+    if not request.solvers.is_file():
+        not_made["solvers"] = f"there is nothing at {request.solvers}"
+        return None
+    return _facts(request.solvers)
 
 
 def _tell(progress: Progress, name: str, total: int, done: int) -> None:
@@ -684,11 +744,10 @@ def _is_missing(url: str) -> bool:
     return folder is not None and not folder.exists()
 
 
-def _held_out(request: Request, dataset: Dataset | None, not_made: dict[str, str]) -> Iterator[_Source]:
+def _held_out(request: Request, dataset: Dataset | None, codec: Codec | None) -> Iterator[_Source]:
     """Arms of the real videos and, where there is an embedder, of its reconstructions."""
     if dataset is None:
         return
-    codec = _codec(request, not_made)
     length = None if codec is None else codec.num_frames
     samples = held_out_samples(dataset, request.number)
     captions = [sample.caption or "" for sample in samples]

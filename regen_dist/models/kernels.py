@@ -70,7 +70,7 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     module = require_flash(q.device.type, q.dtype, _capability(q))
     _tell("flash", module.__name__, q)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # they take [B, L, N, E]
-    return _mixed(module.flash_attn_func(q, k, v)).transpose(1, 2)
+    return _mixed(module.flash_attn_func(q, k, v, **_repeatable())).transpose(1, 2)
 
 
 def attend_flash_lengths(
@@ -86,7 +86,14 @@ def attend_flash_lengths(
     """
     module = require_flash(q.device.type, q.dtype, _capability(q))
     _tell("flash, many lengths", module.__name__, q)
-    return _mixed(module.flash_attn_varlen_func(q, k, v, *starts, *longest))
+    return _mixed(module.flash_attn_varlen_func(q, k, v, *starts, *longest, **_repeatable()))
+
+
+def _repeatable() -> dict[str, bool]:
+    """Return the argument that makes the backward pass add up in a fixed order (slower, and with more memory), where
+    operations that are not repeatable are errors: `engine.deterministic` on a GPU. Both packages take it."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() and not warns else {}
 
 
 def _mixed(found: Any) -> Tensor:

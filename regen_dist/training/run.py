@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from regen_dist.checkpoint.claims import Claims
+from regen_dist.checks.kernels import require_packages
 from regen_dist.config import AnyRunConfig
 from regen_dist.distributed.determinism import make_repeatable
 from regen_dist.distributed.engine import precision_of
@@ -142,6 +143,7 @@ def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     """Refuse what cannot run here before anything is built, and make the arithmetic repeatable."""
     attention = config.model.attention if config.model.kind == "t2v" else config.model.decoder.attention
     device, dtype = ranks.device, precision_of(config.engine.precision)
+    require_packages(config)
     ENGINES.available(config.engine.kind, ranks.world_size)
     OPTIMIZERS.available(config.optimizer.kind, device, config.engine.kind)
     if config.model.kind != "magvit2":  # the baseline has no attention

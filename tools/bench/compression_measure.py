@@ -28,8 +28,8 @@ from regen_dist.config.run import SPATIAL_COMPRESSION, Fraction, PositiveInt, Se
 from regen_dist.data.video import reader as video
 from regen_dist.data.video.scenes import Analysis, analyse, is_frozen, missed_cut, shots
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.metrics import SSIM_WINDOW, VideoMeter, Vmaf, psnr_db, squared_error, vmaf
-from regen_dist.evaluation.perceptual import GivenNetwork, frechet_distance, load_features, segments
+from regen_dist.evaluation.metrics import VideoMeter, Vmaf, psnr_db, squared_error, vmaf
+from regen_dist.evaluation.perceptual import SSIM_WINDOW, GivenNetwork, frechet_distance, load_features, segments
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame, write_video
 from regen_dist.jsontext import json_text

@@ -11,10 +11,9 @@ import typer
 
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.jsontext import json_text
+from regen_dist.tables import Column, Table, numbers
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from regen_dist.checkpoint.maintenance import CheckpointLocation, Entry, Pruned
     from regen_dist.config.run import CheckpointConfig
 
@@ -64,7 +63,7 @@ def list_checkpoints(
         return
     console = Console()
     if found:
-        console.print(_table(place, found))
+        _table(place, found).show(console)
         for entry in found:
             for problem in entry.problems:
                 console.print(f"step {entry.step}: {problem}", highlight=False, markup=False, soft_wrap=True)
@@ -79,18 +78,11 @@ def list_checkpoints(
 
 
 def _table(place: CheckpointLocation, found: list[Entry]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     metric = "psnr_db" if place.policy is None else place.policy.best_metric
-    table = Table(title=place.folder.url, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits in 80 columns
-    for name in ("step", "samples", "saved (UTC)", "MB", "ranks", metric):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("marks")
-    for entry in found:
-        table.add_row(*_facts(entry, metric), "damaged" if entry.problems else "ok", ", ".join(entry.marks))
-    return table
+    head = numbers("step", "samples", "saved (UTC)", "MB", "ranks", metric, fixed=True)
+    rows = [[*_facts(entry, metric), "damaged" if entry.problems else "ok", ", ".join(entry.marks)] for entry in found]
+    columns: list[Column | str] = [*head, Column("status", fixed=True), "marks"]
+    return Table(columns, rows, title=place.folder.url, frame="light")  # fits in 80 columns
 
 
 def _facts(entry: Entry, metric: str) -> list[str]:

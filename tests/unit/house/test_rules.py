@@ -20,7 +20,7 @@ from tests.unit.house.test_contracts import ROOT, _sources
 FEWEST_LINES, MOST_LINES, MOST_FUNCTION_LINES, MOST_MODULES_OF_A_NAME = 100, 500, 60, 2
 SHORT = """
     regen_dist/checkpoint/identity.py regen_dist/checkpoint/retention.py regen_dist/checks/data.py
-    regen_dist/checks/kernels.py regen_dist/checks/losses.py regen_dist/checks/run.py
+    regen_dist/checks/losses.py regen_dist/checks/run.py
     regen_dist/config/preencode.py regen_dist/config/version.py regen_dist/data/storage/web_folder.py
     regen_dist/diffusion/given.py regen_dist/diffusion/samplers.py regen_dist/distributed/determinism.py
     regen_dist/distributed/failure.py regen_dist/distributed/single_process.py
@@ -32,8 +32,8 @@ SHORT = """
     launcher/preflight/library.py launcher/preflight/report.py launcher/preflight/settings.py
     tools/bench/data_start.py tools/cli.py
     tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py
-    tools/gpu_check/ranks.py tools/gpu_check/suite.py tools/gpu_check/worker.py tools/init.py tools/jobs.py
-    tools/preencode.py tools/shards/frames.py tools/submit.py tools/text.py tools/train.py
+    tools/gpu_check/ranks.py tools/gpu_check/suite.py tools/gpu_check/worker.py
+    tools/preencode.py tools/shards/frames.py tools/text.py tools/train.py regen_dist/models/recomputation.py
 """
 LONG = """
     regen_dist/config/files.py regen_dist/data/build/plan.py regen_dist/data/build/sources.py

@@ -97,6 +97,16 @@ def test_it_stops_once_goes_on_and_skips_what_is_done(
     assert len(starts(out)) == 2
 
 
+def test_the_harder_setting(folders: list[tuple[Path, str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It has a pipeline and a folder of its own."""
+    hard, easy = load_pipeline(miniature.HARD), load_pipeline(miniature.PIPELINE)
+    assert set(hard.steps) - set(easy.steps) == {"continued"}
+    with pytest.raises(TrainingError, match="the targets are missed"):
+        miniature.miniature([f"output={tmp_path}", "variables.t2v_steps=10"], hard=True)
+    assert folders == [(Path("runs/miniature_hard/store"), "miniature")]
+    assert "$ regen submit pipeline configs/pipelines/miniature_hard.yaml --cluster local" in capfd.readouterr().out
+
+
 def test_a_training_that_was_stopped_late_is_not_stopped_again(folders: list[tuple[Path, str]], tmp_path: Path) -> None:
     (tmp_path / "mini" / "t2v").mkdir(parents=True)
     (tmp_path / "mini" / "t2v" / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 40}) + "\n")
