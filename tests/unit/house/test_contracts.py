@@ -58,7 +58,7 @@ def test_imports_keep_to_the_contracts() -> None:
 
 
 def test_whatever_is_imported_is_asked_for() -> None:
-    assert _outside() - COMPANIONS - _asked_for("hub", "tensorboard") == set()
+    assert _outside() - COMPANIONS - _asked_for("hub", "tensorboard", "app") == set()
 
 
 def test_whatever_is_asked_for_is_imported() -> None:
