@@ -62,6 +62,10 @@ class CheckpointError(RegenError):
     exit_code = 4
 
 
+class NoGoodCheckpoint(CheckpointError):
+    """Not one of the checkpoints can be used; or they are lost."""
+
+
 class BackendError(RegenError):
     """An accelerator, kernel or package was asked for that cannot run here."""
 
@@ -91,6 +95,7 @@ EXTRAS = {  # optional packages by the name that is imported: the extra of pypro
     "av": "video",
     "cv2": "data",
     "diffusers": "hub",
+    "gradio": "app",
     "huggingface_hub": "text",
     "imageio_ffmpeg": "eval",
     "matplotlib": "eval",

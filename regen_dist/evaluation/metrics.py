@@ -86,8 +86,8 @@ class VideoMeter:
         if similarity is not None:
             self.similarities.append(similarity)
         if self._last is not None:
-            self.source_changes.append(_change(self._last[0], source))
-            self.changes.append(_change(self._last[1], other))
+            self.source_changes.append(frame_change(self._last[0], source))
+            self.changes.append(frame_change(self._last[1], other))
         self._last = (source, other)
 
     @property
@@ -106,7 +106,8 @@ class VideoMeter:
         return float(np.mean(self.similarities)) if self.similarities else None
 
 
-def _change(before: Frame, after: Frame) -> float:
+def frame_change(before: Frame, after: Frame) -> float:
+    """Mean absolute difference of two frames, in 8-bit units."""
     return float(np.mean(np.abs(after.astype(np.int16) - before), dtype=np.float64))
 
 

@@ -23,6 +23,7 @@ import jinja2
 from regen_dist.errors import DataError
 from regen_dist.evaluation.reconstruct import METRICS, RECONSTRUCTION, SHEET, SIDE_BY_SIDE
 from regen_dist.observe.record import read_record
+from regen_dist.tables import Table, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,6 +192,13 @@ def compare_rows(reports: Sequence[Mapping[str, Any]]) -> list[ReportRow]:
     return rows + [ReportRow(r["label"], False, r["psnr_db"], r["ssim"], r["vmaf"]) for r in trivial.values()]
 
 
+def measures_table(rows: Sequence[ReportRow], title: str = "") -> Table:
+    """Return the table of decoders and their measures; trained decoders are highlighted."""
+    figures = [(row.label, _figure(row.psnr_db, 2), _figure(row.ssim, 3), _figure(row.vmaf, 1)) for row in rows]
+    trained = {number: "bold" for number, row in enumerate(rows) if row.trained}
+    return Table(["decoder", *numbers("PSNR dB", "SSIM", "VMAF")], figures, title=title, styles=trained)
+
+
 def write_report(out: Path, *, title: str, run: Path, reconstructions: Sequence[Path]) -> Path:
     """Write the page; `index.html` comes last and in one move.
 
@@ -211,14 +219,15 @@ def write_report(out: Path, *, title: str, run: Path, reconstructions: Sequence[
     reports = [read_metrics(folder) for folder in reconstructions]
     (out / MEDIA).mkdir(parents=True, exist_ok=True)
     shown = [_show(folder, report, out) for folder, report in zip(reconstructions, reports, strict=True)]
-    record = run / "metrics.jsonl"
+    record, rows = run / "metrics.jsonl", compare_rows(reports)
     config = run / "config.yaml"
     page = (
         page_environment()
         .get_template("report.html.j2")
         .render(
             title=title,
-            rows=compare_rows(reports),
+            rows=rows,
+            measures=measures_table(rows),
             first=reports[0],
             shown=shown,
             curves=draw_curves(read_record(record)) if record.is_file() else [],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from regen_dist.data.inspect.contact import font, save_png
+from regen_dist.data.inspect.contact import FAINT, HEAD, INK, MARGIN, blank_sheet, font, save_png
 from regen_dist.evaluation.metrics import psnr_db, squared_error
 from regen_dist.inference.frames import Frame
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 ERROR_GAIN = 4  # an error of a quarter of the range is shown at full brightness
 COLUMNS = 6
 
-_BACKGROUND, _INK, _FAINT = (255, 255, 255), (24, 28, 36), (112, 120, 134)
-_MARGIN, _GAP, _LABELS_WIDTH, _CAPTION = 28, 10, 196, 30
+_GAP, _LABELS_WIDTH, _CAPTION = 10, 196, 30
 _CELL_WIDTH, _LARGEST_CELL_HEIGHT = 236, 320
 # matplotlib's colour map of this name as uint8 [256, 3], so that a sheet needs no matplotlib.
 MAGMA = np.frombuffer(
@@ -106,29 +105,23 @@ def _error_map(source: Frame, other: Frame) -> Frame:
 
 
 def _draw(rows: list[_SheetRow], cell: tuple[int, int], title: str) -> Image.Image:
-    from PIL import Image, ImageDraw
 
     columns = len(rows[0].cells)
     heights = [cell[1] + (_CAPTION if row.captions else 0) for row in rows]
-    head = 52 if title else 0
-    width = 2 * _MARGIN + _LABELS_WIDTH + columns * cell[0] + (columns - 1) * _GAP
-    height = 2 * _MARGIN + head + sum(heights) + (len(rows) - 1) * _GAP
-    image = Image.new("RGB", (width, height), _BACKGROUND)
-    pen = ImageDraw.Draw(image)
-    if title:
-        pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=font(24, bold=True))
-    top = _MARGIN + head
+    head = HEAD if title else 0
+    width = 2 * MARGIN + _LABELS_WIDTH + columns * cell[0] + (columns - 1) * _GAP
+    height = 2 * MARGIN + head + sum(heights) + (len(rows) - 1) * _GAP
+    image, pen = blank_sheet((width, height), title)
+    top = MARGIN + head
     for row, row_height in zip(rows, heights, strict=True):
         middle = top + cell[1] // 2
-        pen.text(
-            (_MARGIN, middle - (11 if row.note else 0)), row.label, fill=_INK, font=font(18, bold=True), anchor="lm"
-        )
-        pen.text((_MARGIN, middle + 11), row.note, fill=_FAINT, font=font(14), anchor="lm")
+        pen.text((MARGIN, middle - (11 if row.note else 0)), row.label, fill=INK, font=font(18, bold=True), anchor="lm")
+        pen.text((MARGIN, middle + 11), row.note, fill=FAINT, font=font(14), anchor="lm")
         for column, picture in enumerate(row.cells):
-            left = _MARGIN + _LABELS_WIDTH + column * (cell[0] + _GAP)
+            left = MARGIN + _LABELS_WIDTH + column * (cell[0] + _GAP)
             image.paste(picture, (left, top))
             if row.captions:
                 place = (left + cell[0] // 2, top + cell[1] + _CAPTION // 2)
-                pen.text(place, row.captions[column], fill=_FAINT, font=font(16), anchor="mm")
+                pen.text(place, row.captions[column], fill=FAINT, font=font(16), anchor="mm")
         top += row_height + _GAP
     return image

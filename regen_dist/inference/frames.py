@@ -133,7 +133,9 @@ class VideoWriter:
             raise DataError(f"{path.name}: the frame rate is {float(rate):g}; it must be above 0")
         self.path = path
         self._rate = Fraction(rate).limit_denominator(1001)
-        self._options = {"crf": str(crf), "preset": preset}
+        # Without cpu-independent, x264 writes other bytes for the same frames where a side is no multiple of 16: its
+        # rate control then depends on uninitialised memory (core 165, measured).
+        self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1"}
         self._partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
         self._stream: VideoStream | None = None
         self._num_written = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,10 +135,7 @@ def read_images(folder: Path, size: tuple[int, int]) -> dict[int, GivenImage]:
     Raises:
         DataError: there are no such images, or one cannot be read.
     """
-    found = {int(path.stem): path for path in sorted(folder.iterdir()) if path.stem.isdecimal() and path.is_file()}
-    if not found:
-        raise DataError(f"{folder} holds no image named by a prompt's number, as 00000.png; or give an image file")
-    return {number: read_image(path, size) for number, path in found.items()}
+    return {number: read_image(path, size) for number, path in _numbered(folder, "image", "00000.png").items()}
 
 
 def read_video(path: Path, size: tuple[int, int], *, most_clips: int, length: int, fps: float) -> GivenVideo:
@@ -161,6 +158,38 @@ def read_video(path: Path, size: tuple[int, int], *, most_clips: int, length: in
             f"continuing takes a clip of {length} at least. Give a longer video, or an image with --image"
         )
     return GivenVideo(source, size, min(most_clips, count // length), length, fps)
+
+
+def read_videos(
+    folder: Path, size: tuple[int, int], *, most_clips: int, length: int, fps: float
+) -> dict[int, GivenVideo]:
+    """Read the videos in a folder that are named by prompt number ("00000.mp4"); each as by `read_video`. All give as
+    many clips as the shortest, because rows are sampled together.
+
+    Raises:
+        DataError: there are no such videos, or one cannot be read.
+    """
+    found = {
+        number: read_video(path, size, most_clips=most_clips, length=length, fps=fps)
+        for number, path in _numbered(folder, "video", "00000.mp4").items()
+    }
+    fewest = min(video.clips for video in found.values())
+    return {number: replace(video, clips=fewest) for number, video in found.items()}
+
+
+def _numbered(folder: Path, kind: str, example: str) -> dict[int, Path]:
+    """Files of a folder by the prompt number that is their name; DataError where there are none."""
+    found = {int(path.stem): path for path in sorted(folder.iterdir()) if path.stem.isdecimal() and path.is_file()}
+    if not found:
+        article = "an image" if kind == "image" else "a video"
+        raise DataError(f"{folder} holds no {kind} named by a prompt's number, as {example}; or give {article} file")
+    return found
+
+
+def clips_given(media: GivenMedia | Mapping[int, GivenMedia] | None) -> int:
+    """Number of whole clips that are given to a prompt: the same for all."""
+    one = next(iter(media.values()), None) if isinstance(media, Mapping) else media
+    return 0 if one is None else one.clips
 
 
 def frames_at(source: SourceVideo, fps: float) -> int:
@@ -222,7 +251,7 @@ def _digest(path: Path) -> str:
 
 
 def notes(
-    media: GivenMedia | Mapping[int, GivenImage] | None,
+    media: GivenMedia | Mapping[int, GivenMedia] | None,
     given_content: float,
     given_clips: float,
     clips: int,
@@ -237,10 +266,11 @@ def notes(
         longest: clips in the longest row of training.
     """
     found = []
-    if isinstance(media, (GivenImage, Mapping)) and not given_content:
+    one = next(iter(media.values()), None) if isinstance(media, Mapping) else media
+    if isinstance(one, GivenImage) and not given_content:
         found.append("this model was not trained with given images (diffusion.given_content is 0)")
-    if isinstance(media, GivenVideo) and not given_clips:
+    if isinstance(one, GivenVideo) and not given_clips:
         found.append("this model was not trained to continue clips (diffusion.given_clips is 0)")
-    if media is not None and clips > longest:
+    if one is not None and clips > longest:
         found.append(f"rows of {clips} clips are sampled, the model was trained on {longest} at most")
     return found

@@ -375,7 +375,7 @@ class VideoReader:
             return self._counted_table()
         pts: list[int] = []
         keyframes: list[tuple[int, int]] = []
-        lost = 0
+        lost, partial = 0, list[int]()  # the latter: of the packets with which the file breaks off
         with _av_failures("is damaged"):
             for packet in self._container.demux(self.stream):
                 if packet.size == 0 and packet.pts is None:
@@ -384,18 +384,25 @@ class VideoReader:
                     continue
                 if packet.pts is None:
                     return self._counted_table()
-                lost += packet.is_corrupt  # its frame is refused when it is asked for
+                if packet.is_corrupt:
+                    partial.append(packet.pts)
+                else:
+                    lost, partial = lost + len(partial), []  # a damaged frame in between is refused when asked for
                 pts.append(packet.pts)
                 if packet.is_keyframe:
                     keyframes.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
+        whole = len(pts) - len(partial)
+        pts, keyframes = pts[:whole], [key for key in keyframes if key[0] not in partial]
         if not pts:
-            raise DataError("it has no frames")
+            raise DataError("it has no frames" + (" that are whole: it is cut off in the first" if partial else ""))
         if len(set(pts)) < len(pts) and not self._holds_fields():
             return self._counted_table()
-        return FrameTable(tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost, cut=self._is_cut())
+        return FrameTable(
+            tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost, cut=bool(partial) or self._is_cut()
+        )
 
     def _is_cut(self) -> bool:
-        """Return true if a Matroska file is shorter than its header says, the only sign that it is truncated."""
+        """Return true if a Matroska file is shorter than its header says, the only sign that it is truncated there."""
         if isinstance(self._source, Path):
             with self._source.open("rb") as file:
                 head, size = file.read(_HEAD), self._source.stat().st_size

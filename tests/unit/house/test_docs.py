@@ -47,6 +47,8 @@ def test_sizes_of_dependencies_are_those_installed() -> None:
     wrong = {}
     for name, (_, megabytes, licence) in _rows_of_dependencies().items():
         assert licence, f"{name} has no licence"
+        if megabytes == "not measured":
+            continue
         try:
             files = distribution(name).files or ()
         except PackageNotFoundError:

@@ -9,8 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from regen_dist.checks.findings import Target
-from regen_dist.checks.kernels import packages, require_packages
+from regen_dist.checks.findings import Target, refuse
+from regen_dist.checks.kernels import packages
 from regen_dist.errors import EXTRAS, BackendError, errors_in_one_line
 from tests.helpers.tiny import tiny_run
 from tests.unit.house.test_environment import ROOT, _project
@@ -18,7 +18,8 @@ from tests.unit.house.test_environment import ROOT, _project
 DISTRIBUTIONS = {  # by the name that is imported, where that is another one
     "PIL": "pillow", "cv2": "opencv-python-headless", "scenedetect": "scenedetect-headless",
 }  # fmt: skip
-DERIVE_FROM_DIFFUSERS = {"regen_dist.inference.hub.embedder", "regen_dist.inference.hub.pipeline"}
+# Classes that derive from diffusers', and the page, which is gradio's through and through.
+NEED_THEIR_PACKAGE = {"regen_dist.inference.hub.embedder", "regen_dist.inference.hub.pipeline", "tools.app.page"}
 WALK = """
 import importlib, pkgutil, sys
 from regen_dist.errors import EXTRAS
@@ -39,7 +40,7 @@ for root in (launcher, regen_dist, tools):
 def test_no_module_imports_an_optional_package_before_it_is_used() -> None:
     done = subprocess.run([sys.executable, "-c", WALK], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) == DERIVE_FROM_DIFFUSERS
+    assert set(done.stdout.split()) == NEED_THEIR_PACKAGE
 
 
 def test_the_table_of_extras_is_that_of_the_project() -> None:
@@ -86,11 +87,10 @@ def test_a_run_is_refused_before_its_start(
     package: str, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_run(**changes)
-    require_packages(config)
     assert list(packages(config, Target())) == []
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(BackendError, match=rf"needs {package}, .*\[{EXTRAS[package]}\]'"):
-        require_packages(config)
+        refuse(packages(config, Target()))
     (finding,) = packages(config, Target())
     assert finding.exit_code == BackendError.exit_code
     assert list(packages(config, Target(packages=False))) == []
