@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,10 +19,10 @@ from tools.shards.progress import parse_task, stopping_cleanly
 
 if TYPE_CHECKING:
     from regen_dist.inference.generate import Generated, GenerationSettings, Prompt
-    from regen_dist.inference.given_media import GivenImage, GivenMedia
+    from regen_dist.inference.given_media import GivenMedia
     from regen_dist.inference.sampler import TextToVideoModel
 
-    Given = GivenMedia | dict[int, GivenImage]
+    Given = GivenMedia | Mapping[int, GivenMedia]
 
 
 class FileLayout(StrEnum):
@@ -55,7 +55,11 @@ def generate(
         ),
     ] = None,
     continued: Annotated[
-        Path | None, typer.Option("--continue", help="Video that every video continues; --frames are added to it.")
+        Path | None,
+        typer.Option(
+            "--continue",
+            help="Video that every video continues, or a folder of one a prompt (00000.mp4, …); --frames are added.",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Videos of each prompt: of seeds --seed, --seed + 1, ….", min=1)] = 1,
     layout: Annotated[
@@ -147,7 +151,7 @@ def _media(
     """Return the given media, and the number of frames per row that the model has room for beside given clips (None: no
     limit)."""
     from regen_dist.inference.generate import longest_row, resolve_settings, size_for
-    from regen_dist.inference.given_media import read_image, read_images, read_video
+    from regen_dist.inference.given_media import clips_given, read_image, read_images, read_video, read_videos
 
     resolve_settings(model, size=sides)  # rejects an impossible size
     size, space = sides or size_for(model.space), model.space
@@ -156,16 +160,17 @@ def _media(
     if continued is None:
         return None, None
     longest = longest_row(model)
-    video = read_video(continued, size, most_clips=max(1, longest - 1), length=space.num_frames, fps=space.fps)
-    return video, max(1, longest - video.clips) * space.num_frames
+    read = read_videos if continued.is_dir() else read_video
+    media = read(continued, size, most_clips=max(1, longest - 1), length=space.num_frames, fps=space.fps)
+    return media, max(1, longest - clips_given(media)) * space.num_frames
 
 
 def _note(model: TextToVideoModel, settings: GenerationSettings, media: Given | None) -> None:
     """Print notes on settings that the model was not trained for."""
     from regen_dist.inference.generate import clips_of, longest_row
-    from regen_dist.inference.given_media import notes
+    from regen_dist.inference.given_media import clips_given, notes
 
-    flow, clips = model.config.diffusion, clips_of(settings, model.space, getattr(media, "clips", 0))
+    flow, clips = model.config.diffusion, clips_of(settings, model.space, clips_given(media))
     for note in notes(media, flow.given_content, flow.given_clips, clips, longest_row(model)):
         typer.echo(f"Note: {note}", err=True)
 

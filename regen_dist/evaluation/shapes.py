@@ -47,9 +47,10 @@ class _Seen(NamedTuple):
     centroid: tuple[float, float]
 
 
-def read(frames: UInt8s) -> Reading:
+def read(frames: UInt8s, path_share: float = 1.0) -> Reading:
     """Read a clip, uint8 RGB [T, H, W, 3]. The shape must be visible in half of the frames; a single frame has no
-    direction."""
+    direction. `path_share` is the share of the drawn path that these frames show: it shortens the shortest path that
+    counts as a motion."""
     video = frames.astype(np.float32)
     colour = _colour(video)
     if colour is None:
@@ -57,7 +58,7 @@ def read(frames: UInt8s) -> Reading:
     seen = [one for number, each in enumerate(_coverage(video, colour)) if (one := _look(number, each)) is not None]
     if 2 * len(seen) < len(frames):
         return Reading(colour, None, None)
-    return Reading(colour, _shape(seen), _direction(seen, len(frames), min(frames.shape[1:3])))
+    return Reading(colour, _shape(seen), _direction(seen, len(frames), min(frames.shape[1:3]) * path_share))
 
 
 def _colour(video: Floats) -> str | None:
@@ -130,7 +131,7 @@ def _shape(seen: list[_Seen]) -> str:
     return names[int(np.linalg.norm((templates - found) / templates.std(0), axis=1).argmin())]
 
 
-def _direction(seen: list[_Seen], num_frames: int, side: int) -> str | None:
+def _direction(seen: list[_Seen], num_frames: int, side: float) -> str | None:
     """The direction nearest to the straight line through the centroids; None where it is too short for one."""
     if len(seen) < 2:
         return None

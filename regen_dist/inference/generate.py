@@ -21,20 +21,20 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from regen_dist.config.files import write_bytes_atomically, write_text_atomically
 from regen_dist.config.run import SPATIAL_COMPRESSION, SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, TextConfig
 from regen_dist.config.version import code_version
+from regen_dist.data.pool import Progress
 from regen_dist.diffusion.given import Given
 from regen_dist.diffusion.noise import latent_gaussian
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.frames import Frame, VideoWriter
-from regen_dist.inference.given_media import GivenImage, GivenMedia, GivenVideo, given_row
+from regen_dist.inference.given_media import GivenImage, GivenMedia, clips_given, given_row
 from regen_dist.inference.latent_space import LatentSpace
 from regen_dist.inference.long_video import Positions, row_frames
 from regen_dist.inference.sampler import Text, TextToVideoModel
@@ -425,6 +425,8 @@ def _write_video(path: Path, frames: Iterable[list[Frame]], fps: float) -> None:
 
 
 def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
+    from PIL import Image
+
     ((frame,),) = frames
     data = io.BytesIO()
     Image.fromarray(frame).save(data, "PNG")
@@ -432,7 +434,6 @@ def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
 
 
 GivenTo = Callable[[Prompt], GivenMedia | None]
-Progress = Callable[[str, int, int], None]  # name of the stage, units done, units in total
 
 
 class Generated(NamedTuple):
@@ -454,7 +455,7 @@ def generate(
     batch: int = 8,
     paths: dict[str, str | None] | None = None,
     layout: Layout = Layout(),
-    given: GivenMedia | Mapping[int, GivenImage] | None = None,
+    given: GivenMedia | Mapping[int, GivenMedia] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Generated:
     """Generate a video for every prompt that has none yet.
@@ -469,7 +470,7 @@ def generate(
         batch: number of prompts sampled at once; affects the speed, and the last bits of the result.
         paths: locations of the models, for the records.
         layout: naming of the files; `Layout.expanded` lists the samples of prompts.
-        given: an image that every video begins with, or a video that each continues; or images by prompt number.
+        given: an image that every video begins with, or a video that each continues; or either by prompt number.
         progress: called with the number of prompts that are done.
 
     Raises:
@@ -483,7 +484,7 @@ def generate(
     if given is not None and settings.is_image:
         raise ConfigError("one frame is asked for, and an image or a video is given to go on from; ask for more frames")
     given_to = _given_to(given, prompts)
-    made_by = _made_by(model, codec, settings, given.clips if isinstance(given, GivenVideo) else 0)
+    made_by = _made_by(model, codec, settings, clips_given(given))
     files = GeneratedFiles(out, settings, made_by, paths or {}, layout, lambda prompt: _facts(given_to(prompt)))
     skipped = [prompt for prompt in prompts if files.is_done(prompt)]
     done = set(skipped)
@@ -498,15 +499,17 @@ def generate(
     return Generated(wanted, skipped, embedded.cut)
 
 
-def _given_to(given: GivenMedia | Mapping[int, GivenImage] | None, prompts: Sequence[Prompt]) -> GivenTo:
-    """Image or video given to each prompt; ConfigError where a prompt has no image."""
+def _given_to(given: GivenMedia | Mapping[int, GivenMedia] | None, prompts: Sequence[Prompt]) -> GivenTo:
+    """Image or video given to each prompt; ConfigError where a prompt has none."""
     if not isinstance(given, Mapping):
         return lambda prompt: given
     missing = sorted({prompt.number for prompt in prompts} - given.keys())
     if missing:
+        images = all(isinstance(each, GivenImage) for each in given.values())
+        kind, suffix = ("image", ".png") if images else ("video", ".mp4")
         raise ConfigError(
-            f"there is no image for {len(missing)} of the prompts, the first is number {missing[0]}: name it "
-            f"{missing[0]:05d}.png"
+            f"there is no {kind} for {len(missing)} of the prompts, the first is number {missing[0]}: name it "
+            f"{missing[0]:05d}{suffix}"
         )
     return lambda prompt: given[prompt.number]
 

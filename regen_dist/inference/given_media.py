@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
 
 from regen_dist.data.video.conversion import fit_geometry
 from regen_dist.diffusion.given import Given
@@ -28,6 +27,9 @@ from regen_dist.inference.frames import Frame, SourceVideo
 from regen_dist.inference.latent_space import LatentScale
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_video
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _PART = 16  # frames passed on at a time
 _ROUNDING_S = 1e-6  # tolerance of times in seconds
@@ -112,6 +114,8 @@ def read_image(path: Path, size: tuple[int, int]) -> GivenImage:
     Raises:
         DataError: the file is missing, or is not a readable image.
     """
+    from PIL import Image, ImageOps
+
     if not path.is_file():
         raise DataError(f"no image at {path}: " + ("it is a folder" if path.is_dir() else "there is no such file"))
     try:
@@ -131,10 +135,7 @@ def read_images(folder: Path, size: tuple[int, int]) -> dict[int, GivenImage]:
     Raises:
         DataError: there are no such images, or one cannot be read.
     """
-    found = {int(path.stem): path for path in sorted(folder.iterdir()) if path.stem.isdecimal() and path.is_file()}
-    if not found:
-        raise DataError(f"{folder} holds no image named by a prompt's number, as 00000.png; or give an image file")
-    return {number: read_image(path, size) for number, path in found.items()}
+    return {number: read_image(path, size) for number, path in _numbered(folder, "image", "00000.png").items()}
 
 
 def read_video(path: Path, size: tuple[int, int], *, most_clips: int, length: int, fps: float) -> GivenVideo:
@@ -159,6 +160,38 @@ def read_video(path: Path, size: tuple[int, int], *, most_clips: int, length: in
     return GivenVideo(source, size, min(most_clips, count // length), length, fps)
 
 
+def read_videos(
+    folder: Path, size: tuple[int, int], *, most_clips: int, length: int, fps: float
+) -> dict[int, GivenVideo]:
+    """Read the videos in a folder that are named by prompt number ("00000.mp4"); each as by `read_video`. All give as
+    many clips as the shortest, because rows are sampled together.
+
+    Raises:
+        DataError: there are no such videos, or one cannot be read.
+    """
+    found = {
+        number: read_video(path, size, most_clips=most_clips, length=length, fps=fps)
+        for number, path in _numbered(folder, "video", "00000.mp4").items()
+    }
+    fewest = min(video.clips for video in found.values())
+    return {number: replace(video, clips=fewest) for number, video in found.items()}
+
+
+def _numbered(folder: Path, kind: str, example: str) -> dict[int, Path]:
+    """Files of a folder by the prompt number that is their name; DataError where there are none."""
+    found = {int(path.stem): path for path in sorted(folder.iterdir()) if path.stem.isdecimal() and path.is_file()}
+    if not found:
+        article = "an image" if kind == "image" else "a video"
+        raise DataError(f"{folder} holds no {kind} named by a prompt's number, as {example}; or give {article} file")
+    return found
+
+
+def clips_given(media: GivenMedia | Mapping[int, GivenMedia] | None) -> int:
+    """Number of whole clips that are given to a prompt: the same for all."""
+    one = next(iter(media.values()), None) if isinstance(media, Mapping) else media
+    return 0 if one is None else one.clips
+
+
 def frames_at(source: SourceVideo, fps: float) -> int:
     """Number of frames of a video at another rate."""
     return int((source.timestamps[-1] + _ROUNDING_S) * fps) + 1
@@ -176,6 +209,8 @@ def given_row(media: GivenMedia, codec: Codec, scale: LatentScale, clips: int) -
 
 def fitted(frame: Frame, size: tuple[int, int]) -> Frame:
     """Scale a picture until it covers (height, width), and crop its centre."""
+    from PIL import Image
+
     if frame.shape[:2] == size:
         return frame
     scale = max(size[0] / frame.shape[0], size[1] / frame.shape[1])
@@ -186,6 +221,8 @@ def fitted(frame: Frame, size: tuple[int, int]) -> Frame:
 
 
 def _rgb(image: Image.Image) -> Frame:
+    from PIL import Image
+
     if image.mode.startswith("I"):  # 16-bit grey: PIL would clip values at 255
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).astype(np.uint8))
@@ -214,7 +251,7 @@ def _digest(path: Path) -> str:
 
 
 def notes(
-    media: GivenMedia | Mapping[int, GivenImage] | None,
+    media: GivenMedia | Mapping[int, GivenMedia] | None,
     given_content: float,
     given_clips: float,
     clips: int,
@@ -229,10 +266,11 @@ def notes(
         longest: clips in the longest row of training.
     """
     found = []
-    if isinstance(media, (GivenImage, Mapping)) and not given_content:
+    one = next(iter(media.values()), None) if isinstance(media, Mapping) else media
+    if isinstance(one, GivenImage) and not given_content:
         found.append("this model was not trained with given images (diffusion.given_content is 0)")
-    if isinstance(media, GivenVideo) and not given_clips:
+    if isinstance(one, GivenVideo) and not given_clips:
         found.append("this model was not trained to continue clips (diffusion.given_clips is 0)")
-    if media is not None and clips > longest:
+    if one is not None and clips > longest:
         found.append(f"rows of {clips} clips are sampled, the model was trained on {longest} at most")
     return found

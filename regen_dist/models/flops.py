@@ -43,7 +43,7 @@ def count_pass(model: nn.Module, forward: Callable[[], object], activation_check
     """Count `forward`, which calls the model once."""
     selective = activation_checkpointing == "selective"
     units = _checkpointed_units(model)
-    with FlopCounterMode(display=False) as counter, _Saved(model, units) as saved:
+    with FlopCounterMode(display=False) as counter, _SavedTensors(model, units) as saved:
         output = forward()
     flops = {name: sum(each.values()) for name, each in counter.get_flop_counts().items()}
     del output  # alive until here, with the tensors that the backward pass needs
@@ -75,7 +75,7 @@ def _checkpointed_units(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-class _Saved(TorchFunctionMode):
+class _SavedTensors(TorchFunctionMode):
     """Counts what autograd keeps for the backward pass, weights apart: each storage once, by the unit that kept it.
 
     Attributes:
@@ -108,7 +108,7 @@ class _Saved(TorchFunctionMode):
         again = ({key: each for key, each in self.kept[name].items() if key not in kept} for name in self.units)
         return _bytes(kept) + max(map(_bytes, again), default=0)
 
-    def __enter__(self) -> _Saved:
+    def __enter__(self) -> _SavedTensors:
         super().__enter__()  # type: ignore[no-untyped-call]
         self.scope.__enter__()
         return self

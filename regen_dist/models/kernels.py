@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regen_dist.errors import BackendError
+from regen_dist.requirements import Site, problems
 
 _HOPPER = 9  # major compute capability, from which on cuDNN's kernel is the faster one
-_MEND = "set model.decoder.attention.backend=sdpa (of text to video: model.attention.backend=sdpa)"
+_KEY = "model.[decoder.]attention.backend"  # of an embedder with its part, of text to video without
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _log = logging.getLogger(__name__)
 
 
@@ -112,12 +114,9 @@ def require_flash(device: str, dtype: torch.dtype, capability: tuple[int, int] =
     Raises:
         BackendError: no CUDA device, a dtype that the kernels do not take, or neither package.
     """
-    if device != "cuda":
-        raise BackendError(f"attention backend 'flash' needs a CUDA device, the tensors are on '{device}'; {_MEND}")
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise BackendError(
-            f"attention backend 'flash' needs bf16 or fp16, found {dtype}; set engine.precision=bf16, or {_MEND}"
-        )
+    site = Site(device, _PRECISIONS.get(dtype, str(dtype)), packages=False)  # they are tried below
+    for problem in problems("attention.backend", "flash", site, _KEY):
+        raise BackendError(problem)
     names = ["flash_attn_interface"] * (capability[0] == _HOPPER) + ["flash_attn"]  # version 3 is Hopper's alone
     errors = []
     for name in names:
@@ -126,7 +125,7 @@ def require_flash(device: str, dtype: torch.dtype, capability: tuple[int, int] =
         except ImportError as error:
             errors.append(str(error))
     raise BackendError(
-        f"attention backend 'flash' needs the package flash-attn ({'; '.join(errors)}); install it, or {_MEND}"
+        f"{_KEY}=flash needs the package flash-attn ({'; '.join(errors)}); install it, or set {_KEY}=sdpa"
     )
 
 

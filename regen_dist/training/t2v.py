@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from regen_dist.checks.findings import Target, refuse
+from regen_dist.checks.latents import embedder, fits
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.data.loading.datasets import LatentSet, sizes_of
 from regen_dist.data.loading.latent_loader import LatentBatch, latent_batches
@@ -24,7 +26,6 @@ from regen_dist.diffusion.noise import NoiseStream, latent_gaussian, uniforms
 from regen_dist.diffusion.path import noisy, target_of, timesteps
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.latent_space import LatentScale, LatentSpace, NormalisedLatents, parse_statistics
@@ -45,10 +46,12 @@ class TextToVideoTask:
 
     @cached_property
     def data(self) -> LatentSet:
-        """The caches; checked against the model."""
+        """The caches; refused where model or embedder do not fit them, as `regen check` does beforehand."""
         config = self.config
         data = LatentSet(config.data, batch_global=config.train.batch_global, seed=config.train.seed)
-        self._check(data)
+        facts = data.facts
+        refuse(fits(config, facts.url, facts))
+        refuse(embedder(config, {facts.url: facts}, Target()))
         return data
 
     def build(self, ranks: Ranks = Ranks(), *, resumes: bool = False) -> nn.Module:  # noqa: B008 - frozen
@@ -177,15 +180,3 @@ class TextToVideoTask:
         codec = Codec.load(self.config.generation.embedder, device=self.device)
         check_embedder(codec, self.data.facts.encoder, self.config.generation.embedder)
         return codec
-
-    def _check(self, data: LatentSet) -> None:
-        """DataError when the model cannot be trained on these caches."""
-        facts, model = data.facts, self.config.model
-        if facts.text_width is None:
-            raise DataError(f"{facts.url} holds no text embeddings; pre-encode it again with text")
-        for name, has, wants in (
-            ("latent_channels", facts.channels, model.latent_channels),
-            ("text_width", facts.text_width, model.text_width),
-        ):
-            if has != wants:
-                raise DataError(f"model.{name} is {wants}, {facts.url} has {has}; set model.{name}={has}")

@@ -14,7 +14,7 @@ import yaml
 from launcher.pipelines.schema import Pipeline, exists, load_pipeline
 from regen_dist.config import to_yaml
 from regen_dist.data.format.catalogue import open_dataset
-from regen_dist.evaluation.miniature import REAL, RECONSTRUCTED, WRONG_CAPTIONS
+from regen_dist.evaluation.miniature_scores import REAL, RECONSTRUCTED, WRONG_CAPTIONS
 from regen_dist.observe.record import read_record
 from tests.helpers.launching import Submitter, attempts, losses, told
 from tests.helpers.objects import use
@@ -23,11 +23,12 @@ from tools.local_services.s3 import ObjectServer
 from tools.local_services.slurm import SlurmCluster
 
 ROOT = Path(__file__).parents[2]
-FILE = "configs/pipelines/miniature.yaml"
+FILE = "configs/pipelines/miniature_hard.yaml"  # it has every step of miniature.yaml, and one more
 SIDE, EMBEDDER_STEPS, T2V_STEPS, PROMPTS = 32, 6, 6, 4
 FOLDERS = {
     "generated": "guided",
     "first frame given": "given",
+    "first clip given": "continued",
     "guidance off": "unguided",
     "untrained model": "untrained",
 }
@@ -42,13 +43,13 @@ class Miniature:
         (folder / "embedder.yaml").write_text(to_yaml(run))
         (folder / "t2v.yaml").write_text(yaml.safe_dump(_t2v()))
         variables = {
-            "data": self.data, "precision": "fp32", "side": SIDE, "frames": 17, "videos": 12, "videos_per_shard": 6,
-            "held_out": 6, "embedder": folder / "embedder.yaml", "embedder_steps": EMBEDDER_STEPS,
+            "data": self.data, "precision": "fp32", "side": SIDE, "videos": 12, "videos_per_shard": 6,
+            "evaluations": "1,3", "held_out": 6, "embedder": folder / "embedder.yaml", "embedder_steps": EMBEDDER_STEPS,
             "t2v": folder / "t2v.yaml", "t2v_steps": T2V_STEPS, "prompts": PROMPTS,
         }  # fmt: skip
         ranks = {"embedder.cluster.tasks_per_node": 1, "t2v.cluster.tasks_per_node": 1, "t2v.cluster.nodes": 2}
         arrays = {
-            f"{step}.array": 1 for step in ("shards", "given", "unguided", "untrained")
+            f"{step}.array": 1 for step in ("shards", "given", "continued", "unguided", "untrained")
         }  # less to start; two are left
         self.changes = [
             f"output={self.work.parent}",
@@ -66,8 +67,8 @@ def _t2v() -> dict[str, Any]:
         "task": "t2v",
         "name": "t2v",
         "model": {"blocks": 2, "heads": 2, "width": 32, "text_width": 64, "attention": {"backend": "eager"}},
-        "data": {"url": "absent"},
-        "diffusion": {"steps": 2},
+        "data": {"url": "absent", "clips": [2]},
+        "diffusion": {"steps": 2, "given_content": 0.2, "given_clips": 0.1},
         "generation": {"prompts": 2},
         "optimizer": {"warmup_steps": 2},
         "train": {"steps": 1, "batch_global": 4, "log_every": 1, "validate_every": T2V_STEPS, "peak_tflops": 0.1},
@@ -131,4 +132,7 @@ def _check_scores(miniature: Miniature) -> None:
     assert shares["untrained model"] < 1.0
     assert scores["targets_are_for"] == "generated"
     assert scores["first_frames"]["first frame given"]["videos"] == PROMPTS
+    assert scores["continued"]["first clip given"]["added_frames"] == 17
+    assert scores["arms"][REAL]["seams"]["videos"] == PROMPTS
+    assert {row["evaluations"] for row in scores["solvers"]["rows"]} == {1, 3}
     assert "<html" in (miniature.work / "report" / "index.html").read_text()

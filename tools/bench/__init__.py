@@ -16,6 +16,7 @@ _COMMANDS = {
     "codec": ("codec", "Measure what encoding and decoding cost, beside other video codecs."),
     "compression": ("compression", "Train REGEN and the baseline at several compressions, and compare them."),
     "data": ("data", "Measure the data loader beside WebDataset and bare decoding."),
+    "solvers": ("solvers", "Score generated moving shapes for each solver and number of evaluations."),
     "step": ("step", "Measure a training step: utilisation, memory, ZeRO-3 over one process."),
     "t2v": ("t2v", "Measure text-to-video training on latent caches beside encoding on the fly."),
 }

@@ -11,11 +11,11 @@ import typer
 
 from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
+from regen_dist.tables import Table, numbers
 from tools.shards.progress import progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from regen_dist.config import AnyRunConfig
     from regen_dist.data.format.catalogue import Dataset
@@ -79,7 +79,7 @@ def _default_sheet(dataset: Dataset) -> Path:
 
 
 def _show(overview: Overview, console: Console) -> None:
-    console.print(_table(overview))
+    _table(overview).show(console)
     width = max((len(bar.label) for shown in overview.histograms.values() for bar in shown.bars), default=0)
     digits = max((len(f"{bar.count:,}") for shown in overview.histograms.values() for bar in shown.bars), default=0)
     for name, shown in overview.histograms.items():
@@ -95,11 +95,8 @@ def _show(overview: Overview, console: Console) -> None:
 
 
 def _table(overview: Overview) -> Table:
-    from rich.table import Table
-
     totals = overview.totals
     sources = "" if overview.sources is None else f" from {overview.sources:,} sources"
-    table = Table(title=overview.url, show_header=False)
     rows = {
         "made by": "regen preencode" if overview.kind == "latents" else f"regen shards {overview.kind}",
         "samples": f"{totals.samples:,}{sources}",
@@ -111,10 +108,7 @@ def _table(overview: Overview) -> Table:
         "options": ", ".join(f"{name}={value}" for name, value in overview.options.items() if name != _LONG),
         "fingerprint": overview.fingerprint,
     }
-    for name, text in rows.items():
-        if text:
-            table.add_row(name, text)
-    return table
+    return Table(["", ""], [row for row in rows.items() if row[1]], title=overview.url)
 
 
 def _duration(seconds: float) -> str:
@@ -149,6 +143,10 @@ def captions(
     first_frames: Annotated[
         Path | None, typer.Option(help="Folder for their first frames, 00000.png, …, for `regen generate --image`.")
     ] = None,
+    first_clips: Annotated[
+        Path | None, typer.Option(help="Folder for their first clips, 00000.mp4, …, for `regen generate --continue`.")
+    ] = None,
+    clip_frames: Annotated[int, typer.Option(min=2, help="Frames of a first clip: k + 1 of the embedder.")] = 17,
 ) -> None:
     """Write the captions of a dataset's first samples, as prompts for `regen generate --prompts`.
 
@@ -165,6 +163,8 @@ def captions(
     write_text_atomically(out, "".join(f"{caption}\n" for caption, _ in found))
     if first_frames is not None:
         _write_first_frames(dataset, [sample for _, sample in found], first_frames)
+    if first_clips is not None:
+        _write_first_clips(dataset, [sample for _, sample in found], first_clips, clip_frames)
     fewer = f" (fewer than the {number} that were asked for: no more samples have one)" if len(found) < number else ""
     typer.echo(f"{out}: {len(found)} captions of {url}{fewer}")
 
@@ -195,6 +195,24 @@ def _write_first_frames(dataset: Dataset, samples: list[Sample], folder: Path) -
             Image.fromarray(frame_to_rgb(frame)).save(folder / f"{number:05d}.png")
 
 
+def _write_first_clips(dataset: Dataset, samples: list[Sample], folder: Path, frames: int) -> None:
+    """Write the first frames of each video as a video of its own, lossless but for the rounding of colours."""
+    from regen_dist.data.video.conversion import frame_to_rgb
+    from regen_dist.data.video.reader import VideoReader
+    from regen_dist.errors import DataError
+    from regen_dist.inference.frames import VideoWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, sample in enumerate(samples):
+        with VideoReader(dataset.read(sample)) as reader:
+            length = len(reader.table.pts)
+            if length < frames:
+                raise DataError(f"{sample.name} has {length} frames, fewer than the {frames} of --clip-frames")
+            with VideoWriter(folder / f"{number:05d}.mp4", reader.rate, crf=0) as writer:
+                for _, frame in reader.frames(range(frames)):
+                    writer.write(frame_to_rgb(frame))
+
+
 # `regen shards order`: the data order of a run.
 
 
@@ -209,13 +227,11 @@ def order(
 
     Example: regen shards order configs/embedder/nano.yaml data.url=runs/shards --step 100
     """
-    from rich.console import Console
-
     from regen_dist.config import load_config
 
     data = _opened(load_config(config, overrides or []))
     if step is None:
-        Console().print(_buckets(data))
+        _buckets(data).show()
     else:
         typer.echo(_batch(data, step))
 
@@ -231,21 +247,20 @@ def _opened(config: AnyRunConfig) -> SampleSet[Any]:
 
 
 def _buckets(data: SampleSet[Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=data.summary(), title_justify="left")
-    for name in ("clip", "samples", "share of steps", "times an epoch", "by dataset"):
-        table.add_column(name, justify="right")
+    rows = []
     for share in data.order.expected():
         height, width, frames = share.bucket
-        table.add_row(
-            f"{frames} x {height} x {width}",
-            f"{share.samples}",
-            f"{share.steps:.1%}",
-            f"{share.samples_per_epoch / share.samples:.2f}" if share.samples else "",
-            ", ".join(f"{part:.1%}" for part in share.datasets),
+        rows.append(
+            (
+                f"{frames} x {height} x {width}",
+                f"{share.samples}",
+                f"{share.steps:.1%}",
+                f"{share.samples_per_epoch / share.samples:.2f}" if share.samples else "",
+                ", ".join(f"{part:.1%}" for part in share.datasets),
+            )
         )
-    return table
+    columns = numbers("clip", "samples", "share of steps", "times an epoch", "by dataset")
+    return Table(columns, rows, title=data.summary())
 
 
 def _batch(data: SampleSet[Any], step: int) -> str:

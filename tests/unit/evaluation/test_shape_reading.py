@@ -18,7 +18,9 @@ from regen_dist.data.synthetic.shapes import (
     SPEEDS,
     Attributes,
     SyntheticOptions,
+    draw_frames,
     make_clip,
+    place_shape,
     render_scene,
 )
 from regen_dist.data.video.conversion import frame_to_rgb
@@ -93,6 +95,15 @@ def test_what_stands_still_has_no_direction() -> None:
     frames, attributes = render_scene(0, _options(32))
     still = np.repeat(frames[:1], 5, axis=0)
     assert read(still) == read(_noisy(still, 8)) == read(frames[:1]) == _wanted(attributes)._replace(direction=None)
+
+
+def test_half_a_path_needs_half_the_motion() -> None:
+    """The slowest clips move less than the shortest path that counts for whole ones."""
+    wanted = Attributes("red", "circle", "large", "left", "slow", "black")
+    frames = draw_frames(place_shape(wanted, 32, 34, draws=(0.5, 0.0, 0.5, 0.5), turn=0))
+    assert read(frames).direction == "left"
+    assert read(frames[17:]).direction is None
+    assert read(frames[17:], path_share=0.5).direction == "left"
 
 
 def test_a_shape_that_is_seldom_seen_is_not_told() -> None:

@@ -24,7 +24,16 @@ from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.frames import SourceVideo
 from regen_dist.inference.generate import Prompt, embed_prompts, generate, resolve_settings, sample_rows
-from regen_dist.inference.given_media import fitted, frames_at, given_row, notes, read_image, read_images, read_video
+from regen_dist.inference.given_media import (
+    fitted,
+    frames_at,
+    given_row,
+    notes,
+    read_image,
+    read_images,
+    read_video,
+    read_videos,
+)
 from regen_dist.inference.latent_space import LatentSpace
 from regen_dist.inference.sampler import TextToVideoModel
 from regen_dist.pixels import to_video
@@ -246,6 +255,27 @@ class TestContinue:
         assert read_video(path, (48, 64), most_clips=3, length=4, fps=8.0).clips == 2
         with pytest.raises(DataError, match=r"short.mp4 has 9 frames at the 8 a second .* a clip of 17 at least"):
             read_video(path, (48, 64), most_clips=1, length=17, fps=8.0)
+
+    def test_a_video_for_each_prompt(self, made: Made, tmp_path: Path) -> None:
+        """By number; all give as many clips as the shortest, and every video goes on with its own."""
+        folder = tmp_path / "videos"
+        folder.mkdir()
+        for number, length in ((0, 2 * LENGTH), (1, LENGTH)):
+            write_video(folder / f"0000{number}.mp4", moving_square(length, SIDE, SIDE, seed=number), fps=int(FPS))
+        given = read_videos(folder, (SIDE, SIDE), most_clips=2, length=LENGTH, fps=FPS)
+        assert [video.clips for video in given.values()] == [1, 1]
+        for number, video in enumerate(_generate(made, tmp_path / "out", given)):
+            before = np.stack(list(SourceVideo(folder / f"0000{number}.mp4").frames()))
+            frames = np.stack(list(video.frames()))
+            assert len(frames) == len(before) + LENGTH
+            assert _psnr(before, frames[: len(before)]) > 33
+        (folder / "00001.mp4").unlink()
+        few = read_videos(folder, (SIDE, SIDE), most_clips=2, length=LENGTH, fps=FPS)
+        with pytest.raises(ConfigError, match=r"no video for 1 of the prompts, the first is number 1: name it 00001\."):
+            _generate(made, tmp_path / "few", few)
+        (folder / "00000.mp4").unlink()
+        with pytest.raises(DataError, match=r"holds no video named by a prompt's number, as 00000\.mp4"):
+            read_videos(folder, (SIDE, SIDE), most_clips=2, length=LENGTH, fps=FPS)
 
     def test_wrong_files(self, tmp_path: Path) -> None:
         (tmp_path / "text.mp4").write_text("hello")

@@ -17,7 +17,8 @@ from regen_dist.data.storage.store import Store
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import DataError
-from regen_dist.evaluation.miniature import held_out_clips, held_out_samples
+from regen_dist.evaluation.miniature_scores import held_out_clips, held_out_samples
+from regen_dist.inference.frames import SourceVideo
 from tools import shards
 
 CAPTIONS = ("a red\n square", None, "", "a blue disc", "ein grüner Kreis", "a yellow star")
@@ -66,6 +67,21 @@ def test_first_frames(tmp_path: Path) -> None:
     for number, clip in enumerate(held_out_clips(dataset, held_out_samples(dataset, 3), None)):
         assert clip.caption == prompts[number]
         assert np.array_equal(np.asarray(Image.open(tmp_path / "first" / f"0000{number}.png")), clip.frames[0])
+
+
+def test_first_clips(tmp_path: Path) -> None:
+    """The first frames of each video as a video of its own; a video that is shorter is named."""
+    options = SyntheticOptions(number=3, seed=2, side=32, frames=8)
+    build_synthetic(tmp_path / "data", options, workers=0)
+    common = (tmp_path / "data", "--out", tmp_path / "prompts.txt", "--first-clips", tmp_path / "first")
+    run(*common, "--clip-frames", 5)
+    dataset = open_dataset(tmp_path / "data")
+    for number, clip in enumerate(held_out_clips(dataset, held_out_samples(dataset, 3), None)):
+        written = np.stack(list(SourceVideo(tmp_path / "first" / f"{number:05d}.mp4").frames()))
+        assert written.shape == (5, 32, 32, 3)
+        assert np.abs(written.astype(int) - clip.frames[:5]).mean() < 2  # 4:2:0 rounds colours once more
+    with pytest.raises(DataError, match="has 8 frames, fewer than the 9 of --clip-frames"):
+        run(*common, "--clip-frames", 9)
 
 
 def test_it_says_when_there_are_fewer(dataset: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ while step < total:
     file.write(json.dumps({"kind": "train", "step": step}) + "\\n")
     time.sleep(0.02)
 missed = [] if total > 50 else ["shape 10.0%, the target is 85%"]
-shares = {name: {"share": 0.9, "number": 200} for name in ("colour", "shape")}
+shares = {name: {"share": 0.9, "number": 200, "interval_95": [0.85, 0.94]} for name in ("colour", "shape")}
 scores = {"targets": {"colour": 0.95, "shape": 0.85}, "least_videos": 200, "targets_are_for": "generated",
           "missed": missed, "arms": {"real videos": {"scores": shares}, "generated": {"scores": shares}}}
 (work / "report").mkdir(exist_ok=True)
@@ -95,6 +95,16 @@ def test_it_stops_once_goes_on_and_skips_what_is_done(
     assert f"The page: {out / 'report' / 'index.html'}" in said
     miniature.miniature(["variables.t2v_steps=60"], out=out)
     assert len(starts(out)) == 2
+
+
+def test_the_harder_setting(folders: list[tuple[Path, str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It has a pipeline and a folder of its own."""
+    hard, easy = load_pipeline(miniature.HARD), load_pipeline(miniature.PIPELINE)
+    assert set(hard.steps) - set(easy.steps) == {"continued"}
+    with pytest.raises(TrainingError, match="the targets are missed"):
+        miniature.miniature([f"output={tmp_path}", "variables.t2v_steps=10"], hard=True)
+    assert folders == [(Path("runs/miniature_hard/store"), "miniature")]
+    assert "$ regen submit pipeline configs/pipelines/miniature_hard.yaml --cluster local" in capfd.readouterr().out
 
 
 def test_a_training_that_was_stopped_late_is_not_stopped_again(folders: list[tuple[Path, str]], tmp_path: Path) -> None:
