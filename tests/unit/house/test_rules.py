@@ -27,12 +27,12 @@ SHORT = """
     regen_dist/inference/hub/stand_ins.py regen_dist/inference/tiles.py regen_dist/jsontext.py
     regen_dist/models/baseline.py regen_dist/models/building.py regen_dist/models/discriminator.py
     regen_dist/models/loss_memory.py regen_dist/models/recomputation.py regen_dist/observe/streams.py
-    regen_dist/pixels.py regen_dist/programs.py regen_dist/registry.py regen_dist/requirements.py
-    regen_dist/training/configs.py regen_dist/training/registry.py launcher/pipelines/cli.py
-    launcher/preflight/library.py launcher/preflight/report.py launcher/preflight/settings.py
-    tools/bench/data_start.py tools/cli.py tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py
-    tools/gpu_check/ranks.py tools/gpu_check/suite.py tools/gpu_check/worker.py tools/preencode.py
-    tools/shards/frames.py tools/text.py tools/train.py
+    regen_dist/pixels.py regen_dist/programs.py regen_dist/registry.py regen_dist/training/configs.py
+    regen_dist/training/registry.py launcher/pipelines/cli.py launcher/preflight/library.py
+    launcher/preflight/report.py launcher/preflight/settings.py tools/bench/data_start.py tools/cli.py
+    tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py tools/gpu_check/ranks.py
+    tools/gpu_check/suite.py tools/gpu_check/worker.py tools/preencode.py tools/shards/frames.py tools/text.py
+    tools/train.py
 """
 LONG = """
     regen_dist/config/files.py regen_dist/data/video/reader.py regen_dist/inference/generate.py
