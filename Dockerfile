@@ -27,7 +27,9 @@ RUN if [ "${APEX}" = 1 ]; then git clone https://github.com/NVIDIA/apex /tmp/ape
 # The library's dependencies; torch stays what it is.
 COPY pyproject.toml setup.py README.md LICENSE /tmp/regen/
 COPY regen_dist/__init__.py /tmp/regen/regen_dist/
-RUN python -c "import tomllib; print(*tomllib.load(open('/tmp/regen/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; p = tomllib.load(open('/tmp/regen/pyproject.toml', 'rb'))['project']; \
+e = [x for n in ('video', 'data', 'text', 'eval', 'track', 'hub') for x in p['optional-dependencies'][n]]; \
+print(*p['dependencies'], *(x for x in e if not x.startswith(p['name'])), sep='\n')" \
     > /tmp/requirements.txt && DS_BUILD_OPS=0 pip install --no-cache-dir -r /tmp/requirements.txt
 
 FROM nvidia/cuda:${CUDA}-runtime-${UBUNTU}

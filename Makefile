@@ -8,7 +8,7 @@ SUITES := unit dist fault cluster e2e
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(JIT)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help venv demo miniature test check lint docs unit clean $(addprefix test-,$(SUITES))
+.PHONY: help venv demo miniature test check lint schemas docs unit clean $(addprefix test-,$(SUITES))
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,11 @@ lint: $(STAMP)
 	ruff format --check .
 	mypy
 	lint-imports
+
+schemas: $(STAMP) ## configs/schema and docs/config.md, written from the config's code
+	for kind in $(notdir $(basename $(wildcard configs/schema/*.json))); do \
+		regen config schema $$kind --out configs/schema/$$kind.json || exit 1; done
+	regen config keys --out docs/config.md
 
 docs: $(STAMP) ## the pages as a site in build/site; fails on a link or an anchor that leads nowhere
 	NO_MKDOCS_2_WARNING=1 mkdocs build
@@ -64,7 +69,7 @@ $(STAMP): pyproject.toml constraints.txt .ci/system-packages
 	.ci/system-packages $(PYTHON)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch setuptools
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,docs,bench,tensorboard]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[all,dev,docs,bench]'
 	touch $@
 
 clean: ## removes caches and builds; keeps runs and the environment

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from regen_dist.config.files import load_section
-from regen_dist.config.run import PositiveFloat, PositiveInt, Section
+from regen_dist.config.run import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from regen_dist.config.urls import expand_home
 from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import ConfigError
@@ -24,42 +24,78 @@ _FIELDS = ("partition", "account", "qos", "constraint", "exclusive", "exclude", 
 class RetryConfig(Section):
     """Limits on restarting a job that failed or was interrupted."""
 
-    failures: Annotated[int, Field(ge=0)] = 3  # consecutive failures without a new checkpoint
-    starts_without_progress: PositiveInt = 5  # starts for any reason without a new checkpoint: breaks restart loops
-    failures_of_a_node: PositiveInt = 2  # failures after which a node is excluded
-    starts: PositiveInt = 1000  # total number of starts
+    failures: NonNegativeInt = Field(
+        default=3, description="Failures in a row without a new checkpoint; then the job ends."
+    )
+    starts_without_progress: PositiveInt = Field(
+        default=5,
+        description="Starts for any reason without a new checkpoint; then the job ends: breaks restart loops.",
+    )
+    failures_of_a_node: PositiveInt = Field(default=2, description="Failures on a node after which it is excluded.")
+    starts: PositiveInt = Field(default=1000, description="Starts in all; then the job ends.")
 
 
 class ClusterConfig(Section):
     """A cluster or machine that runs jobs; commands may override nodes, GPUs and time."""
 
-    kind: Literal["slurm", "local"] = "slurm"
-    nodes: PositiveInt = 1
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    tasks_per_node: PositiveInt | None = None  # ranks per node; None: one per GPU, or one
-    cpus_per_task: PositiveInt | None = None
-    memory_gb: PositiveFloat | None = None  # per node
-    time_min: PositiveInt | None = None  # None: no limit (kind: local only)
-    signal_lead_s: PositiveInt = 300  # seconds before the time limit at which a job is signalled to save
-    gpu_type: str | None = None  # GRES type such as "h100"; None: any
-    gpu_memory_gb: PositiveFloat | None = None  # per GPU, for the memory estimate of preflight
+    kind: Literal["slurm", "local"] = Field(
+        default="slurm", description="slurm, or local: this machine, in the background."
+    )
+    nodes: PositiveInt = Field(default=1, description="Nodes of a job; commands override it with --nodes.")
+    gpus_per_node: NonNegativeInt = Field(default=0, description="GPUs of each node.")
+    tasks_per_node: PositiveInt | None = Field(
+        default=None, description="Ranks of each node; null: one per GPU, or one without GPUs."
+    )
+    cpus_per_task: PositiveInt | None = Field(
+        default=None, description="CPU cores of each rank; null: the site's default."
+    )
+    memory_gb: PositiveFloat | None = Field(
+        default=None, description="Memory of each node in GB; null: the site's default."
+    )
+    time_min: PositiveInt | None = Field(
+        default=None, description="Time limit in minutes, required on Slurm; null: no limit (local only)."
+    )
+    signal_lead_s: PositiveInt = Field(
+        default=300,
+        description="Seconds before the time limit at which a job is signalled to save; two steps and two saves must "
+        "fit.",
+    )
+    gpu_type: str | None = Field(default=None, description="GPU type of the site's GRES, such as h100; null: any.")
+    gpu_memory_gb: PositiveFloat | None = Field(
+        default=None,
+        description="Memory of each GPU in GB, which preflight compares with its estimate; null: not compared.",
+    )
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: tuple[str, ...] = ()
-    nodelist: tuple[str, ...] = ()
-    exclusive: bool = False
-    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)  # any other sbatch option, without its dashes
-    srun: tuple[str, ...] = ()  # extra arguments of srun
-    array_parallelism: PositiveInt = 256  # array tasks that run at the same time
+    partition: str | None = Field(default=None, description="Slurm partition; null: the site's default.")
+    account: str | None = Field(default=None, description="Slurm account; null: the user's default.")
+    qos: str | None = Field(default=None, description="Slurm quality of service; null: the default.")
+    constraint: str | None = Field(
+        default=None, description="Slurm constraint: features that nodes must have; null: none."
+    )
+    exclude: tuple[str, ...] = Field(default=(), description="Nodes that jobs avoid.")
+    nodelist: tuple[str, ...] = Field(default=(), description="Nodes that jobs must include.")
+    exclusive: bool = Field(default=False, description="Share nodes with no other job.")
+    sbatch: dict[str, str | int | bool] = Field(
+        default_factory=dict, description="Any other option of sbatch, without its dashes, such as {comment: regen}."
+    )
+    srun: tuple[str, ...] = Field(default=(), description="Extra arguments of srun.")
+    array_parallelism: PositiveInt = Field(default=256, description="Tasks of an array that run at the same time.")
 
-    shared: Path | None = None  # folder that all nodes see; run folders must lie in it
-    activate: tuple[str, ...] = ()  # shell lines that run first, such as `module load` or a conda activation
-    python: str | None = None  # shell command that replaces this Python, such as `apptainer exec --nv IMAGE python`
-    environment: dict[str, str] = Field(default_factory=dict)  # variables of every process of the job
-    retry: RetryConfig = RetryConfig()
+    shared: Path | None = Field(
+        default=None, description="Folder that all nodes see; run folders must lie in it. Null: not checked."
+    )
+    activate: tuple[str, ...] = Field(
+        default=(), description="Shell lines that run first, such as `module load` or a conda activation."
+    )
+    python: str | None = Field(
+        default=None,
+        description="Shell command that replaces this Python, such as `apptainer exec --nv IMAGE python`; null: this "
+        "one.",
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="Environment variables of every process of the job."
+    )
+    retry: RetryConfig = Field(default=RetryConfig(), description="Limits on restarts.")
 
     @property
     def ranks_per_node(self) -> int:

@@ -26,7 +26,7 @@ from regen_dist.jsontext import json_text
 JOB_FILE, ID_FILE, LAUNCH = "job.json", "job_id", "launch"
 
 
-class Progress(Section):
+class TaskProgress(Section):
     """Checkpoint location of a training task, and the number of steps that completes it."""
 
     checkpoints: str
@@ -39,7 +39,7 @@ class JobTask(Section):
     name: str
     folder: Path
     command: tuple[str, ...]
-    progress: Progress | None = None  # training only; other commands are complete when they have succeeded
+    progress: TaskProgress | None = None  # training only; other commands are complete when they have succeeded
 
     @property
     def launch(self) -> Path:

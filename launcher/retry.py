@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from launcher import slurm
 from launcher.cluster import RetryConfig
-from launcher.job import JobTask, Progress, Submission, read_job
+from launcher.job import JobTask, Submission, TaskProgress, read_job
 from regen_dist.checkpoint.manifest import parse_manifest
 from regen_dist.config.files import write_text_atomically
 from regen_dist.config.run import Section
@@ -515,7 +515,7 @@ def _failed_rank(code: int, found: Sequence[RankExit | None]) -> str:
     return f" (rank {failed[0].rank} on {failed[0].node}, exit code {code})"
 
 
-def newest_step(progress: Progress | None) -> int | None:
+def newest_step(progress: TaskProgress | None) -> int | None:
     """Return the step of the newest committed checkpoint, 0 if there is none; None without progress or if the store
     does not answer. Skipped steps at its end do not count: they trained nothing."""
     if progress is None:

@@ -19,7 +19,7 @@ import yaml
 
 from launcher import local_executor, slurm
 from launcher.cluster import ClusterConfig
-from launcher.job import ID_FILE, LAUNCH, JobTask, Progress, Submission, new_folder, write_job
+from launcher.job import ID_FILE, LAUNCH, JobTask, Submission, TaskProgress, new_folder, write_job
 from launcher.retry import archive_history, read_history
 from launcher.script import slurm_executor, slurm_tasks
 from regen_dist.config import AnyRunConfig, config_hash, load_config, to_yaml
@@ -147,7 +147,7 @@ def train_task(config: AnyRunConfig, *, fresh: bool = False) -> JobTask:
     change."""
     folder = config.folder.absolute()
     flags = ["--fresh"] if fresh else []
-    progress = Progress(checkpoints=_absolute(config.checkpoints), steps=config.train.steps)
+    progress = TaskProgress(checkpoints=_absolute(config.checkpoints), steps=config.train.steps)
     command = ("train", *flags, "--", str(folder / LAUNCH / "config.yaml"))
     return JobTask(name=config.name, folder=folder, command=command, progress=progress)
 

@@ -62,6 +62,10 @@ class CheckpointError(RegenError):
     exit_code = 4
 
 
+class NoGoodCheckpoint(CheckpointError):
+    """Not one of the checkpoints can be used; or they are lost."""
+
+
 class BackendError(RegenError):
     """An accelerator, kernel or package was asked for that cannot run here."""
 
@@ -86,6 +90,49 @@ class RunBusy(RegenError):
     exit_code = 8
 
 
+EXTRAS = {  # optional packages by the name that is imported: the extra of pyproject.toml that brings each
+    "PIL": "video",
+    "av": "video",
+    "cv2": "data",
+    "diffusers": "hub",
+    "gradio": "app",
+    "huggingface_hub": "text",
+    "imageio_ffmpeg": "eval",
+    "matplotlib": "eval",
+    "obstore": "data",
+    "pyarrow": "data",
+    "scenedetect": "data",
+    "sentencepiece": "text",
+    "tensorboard": "track",
+    "transformers": "text",
+    "wandb": "track",
+}
+
+
+@contextmanager
+def needing_extra(user: str) -> Iterator[None]:
+    """Report a missing optional package (`EXTRAS`) with the command that installs it.
+
+    Args:
+        user: the command, key or measure that needs the package.
+
+    Raises:
+        BackendError: an import inside the block found that the package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise BackendError(missing_extra(user, package)) from error
+
+
+def missing_extra(user: str, package: str) -> str:
+    """Return the message for a missing package of `EXTRAS`."""
+    return f"{user} needs {package}, which is not installed; run: pip install 'regen-dist[{EXTRAS[package]}]'"
+
+
 EXIT_OK = 0
 EXIT_RESUME = 75  # stopped early with everything saved: run the same command again (EX_TEMPFAIL of sysexits.h)
 
@@ -95,13 +142,19 @@ def errors_in_one_line(environment: Mapping[str, str] = os.environ) -> Iterator[
     """End a command with one message on stderr and an exit code: that of a RegenError, or 2 where a file or folder
     refuses. Any other error keeps its traceback, and with REGEN_DEBUG=1 all do."""
     try:
-        yield
+        with needing_extra(_command()):
+            yield
     except (RegenError, OSError) as error:
         told = str(error) if isinstance(error, RegenError) else refusal(error)
         if told is None or environment.get("REGEN_DEBUG") == "1":
             raise
         print(f"error: {told}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", ConfigError.exit_code)) from None
+
+
+def _command() -> str:
+    """Return the command of `regen` that runs, without its arguments."""
+    return f"`regen {next((word for word in sys.argv[1:] if not word.startswith('-')), '')}`"
 
 
 def refusal(error: OSError) -> str | None:

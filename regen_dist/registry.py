@@ -1,22 +1,20 @@
 """Registries: for each choice of the config one table from its values to what they build.
 
-A new value is one file with what it builds, one line in its registry, and its name in the config's Literal.
+A new value is one file with what it builds, one line in its registry, and its name in the config's Literal. What it
+needs of its machine stands in `requirements.py`, which imports nothing heavy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from regen_dist.errors import BackendError
+from regen_dist.requirements import Site, problems
 
 Builder = TypeVar("Builder")
 AnyEntry = TypeVar("AnyEntry", bound="Entry[Any]")
-
-
-def runs_anywhere(*place: Any) -> None:
-    """Availability of a value that needs nothing of its machine."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +23,10 @@ class Entry(Generic[Builder]):
 
     Args:
         build: makes it, or computes it.
-        check: raises BackendError, with the reason and the remedy, where it cannot run; arguments as the registry says.
         state: the kinds of tensors that it adds to a checkpoint for every parameter.
     """
 
     build: Builder
-    check: Callable[..., None] = runs_anywhere
     state: tuple[str, ...] = ()
 
 
@@ -56,20 +52,17 @@ class Registry(Mapping[str, AnyEntry]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def available(self, name: str, *place: Any) -> AnyEntry:
-        """The entry of a value that can run here.
+    def available(self, name: str, site: Site) -> AnyEntry:
+        """The entry of a value that can run at a site.
 
         Raises:
             BackendError: it cannot, with the reason and the remedy.
         """
         entry = self[name]
-        entry.check(*place)
+        if reason := self.reason(name, site):
+            raise BackendError(reason)
         return entry
 
-    def reason(self, name: str, *place: Any) -> str:
-        """Return the reason why a value cannot run here; empty if it can."""
-        try:
-            self.available(name, *place)
-        except BackendError as error:
-            return str(error)
-        return ""
+    def reason(self, name: str, site: Site) -> str:
+        """Return the reason why a value cannot run at a site; empty if it can."""
+        return next(problems(self.key, name, site), "")

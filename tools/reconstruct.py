@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from regen_dist.tables import Table, numbers
 
+if TYPE_CHECKING:
     from regen_dist.inference.codec import Codec
     from regen_dist.inference.frames import SourceVideo
 
@@ -81,24 +81,25 @@ def reconstruct(
             codec,
             out,
             options,
-            label=_label(codec, steps),
-            model=_model(run, codec),
+            label=decoder_label(codec, steps),
+            model=model_facts(run, codec),
             compare=compare,
             progress=progress,
         )
-    console.print(_table(report))
+    _table(report).show(console)
     for note in report["notes"]:
         console.print(f"Note: {note}", highlight=False)
     console.print(f"Written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
 
-def _label(codec: Codec, steps: int) -> str:
+def decoder_label(codec: Codec, steps: int) -> str:
+    """Name of the decoder in tables and pictures."""
     if codec.kind == "magvit2":
         return "MAGVIT-v2 baseline"
     return f"REGEN, {steps} step{'s' if steps > 1 else ''}"
 
 
-def _model(run: Path, codec: Codec) -> dict[str, Any]:
+def model_facts(run: Path, codec: Codec) -> dict[str, Any]:
     """Return the record of the model for metrics.json."""
     hash_file, origin = run / "config.hash", codec.config.origin
     return {
@@ -124,19 +125,21 @@ def _progress(source: SourceVideo) -> Iterator[Callable[[int], None]]:
 
 def _table(report: dict[str, Any]) -> Table:
     """Return the table of measures: one row for the codec and one for each trivial baseline."""
-    from rich.table import Table
-
     video, options = report["video"], report["options"]
     rate = f"{video['fps']:.4g} fps" + (f" in, {options['fps']:.4g} out" if options["fps"] else "")
-    title = f"{video['file']}: {video['frames']} frames of {video['height']}x{video['width']}, {rate}"
-    table = Table(title=title, caption=_caption(report))
-    table.add_column("decoder")
-    for name in ("PSNR dB", "mean over frames", "SSIM", "VMAF"):
-        table.add_column(name, justify="right")
-    for row in (report, *report.get("trivial", {}).values()):
-        psnr = f"{row['psnr_db']:.2f}", f"{row['psnr_mean_over_frames_db']:.2f}"
-        table.add_row(row["label"], *psnr, _figure(row["ssim"], 3), _figure(row["vmaf"], 1))
-    return table
+    rows = [
+        (
+            row["label"], f"{row['psnr_db']:.2f}", f"{row['psnr_mean_over_frames_db']:.2f}", _figure(row["ssim"], 3),
+            _figure(row["vmaf"], 1),
+        )
+        for row in (report, *report.get("trivial", {}).values())
+    ]  # fmt: skip
+    return Table(
+        ["decoder", *numbers("PSNR dB", "mean over frames", "SSIM", "VMAF")],
+        rows,
+        title=f"{video['file']}: {video['frames']} frames of {video['height']}x{video['width']}, {rate}",
+        note=_caption(report),
+    )
 
 
 def _caption(report: dict[str, Any]) -> str:

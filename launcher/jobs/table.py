@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from launcher.job import JobTask, Progress
+from launcher.job import JobTask, TaskProgress
 from launcher.jobs.find import (
     FoundJobs,
     JobState,
@@ -30,11 +30,10 @@ from launcher.retry import Attempt, read_history
 from regen_dist.errors import ConfigError
 from regen_dist.jsontext import json_text
 from regen_dist.observe.heartbeat import Beat, beat_path, parse_beat, read_text
+from regen_dist.tables import Column, Table, numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
 
 # Progress of a run, read from the ends of its files: a record may have gigabytes.
@@ -246,7 +245,7 @@ def task_row(member: Member, queue: Queue, root: Path) -> JobRow:
     return _with_heartbeat(row, task, began) if task.progress and began else row
 
 
-def _with_figures(row: JobRow, known: RunFigures, progress: Progress) -> JobRow:
+def _with_figures(row: JobRow, known: RunFigures, progress: TaskProgress) -> JobRow:
     """Add the figures; speed and remaining time only while the run is running."""
     runs = row.state in ("running", "stopping")
     left_s = None
@@ -294,7 +293,7 @@ def _plain_row(folder: Path, root: Path) -> JobRow | None:
     steps = _steps(folder)
     task = JobTask(
         name=folder.name, folder=folder, command=(),
-        progress=Progress(checkpoints=str(folder / "checkpoints"), steps=steps or 1),
+        progress=TaskProgress(checkpoints=str(folder / "checkpoints"), steps=steps or 1),
     )  # fmt: skip
     known = run_figures(task, ())
     state = _state_by_heartbeat(beat.left, beat.why, age_s, finished=steps is not None and (known.step or 0) >= steps)
@@ -329,38 +328,21 @@ _NUMBERS = ("size", "again", "step", "loss", "clips/s", "ETA", "saved")
 def print_rows(console: Console, rows: Sequence[JobRow]) -> None:
     """Print the table; if it is narrow, notes are printed below it."""
     wide = console.width >= _WIDE
-    console.print(_table(rows, wide))
+    _table(rows, wide).show(console)
     for row in rows if not wide else ():
         if row.note:
             console.print(f"{row.run}: {row.note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(rows: Sequence[JobRow], wide: bool) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0) if wide else 0)  # fits in 80 columns
-    table.add_column("run", overflow="fold", min_width=8)
+    columns = [Column("run", min_width=8), Column("state", fixed=True), *numbers(*_NUMBERS, fixed=True)]
+    cells = [[row.run, row.state, *_numbers(row, wide)] for row in rows]
     if wide:
-        table.add_column("job", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for name in _NUMBERS:
-        table.add_column(name, justify="right", no_wrap=True)
-    if wide:
-        table.add_column("")
-    for row in rows:
-        job, note = ([_plain(row.job or "")], [_plain(row.note)]) if wide else ([], [])
-        table.add_row(
-            _plain(row.run), *job, _plain(row.state, _COLOURS.get(row.state, "")), *_numbers(row, wide), *note
-        )
-    return table
-
-
-def _plain(text: str, style: str = "") -> Text:
-    """Return text without markup: a name may contain brackets."""
-    from rich.text import Text
-
-    return Text(text, style=style)
+        columns = [columns[0], Column("job", fixed=True), *columns[1:], Column()]
+        cells = [[run, row.job or "", *rest, row.note] for row, (run, *rest) in zip(rows, cells, strict=True)]
+    state = [column.name for column in columns].index("state")
+    styles = {(number, state): _COLOURS.get(row.state, "") for number, row in enumerate(rows)}
+    return Table(columns, cells, cell_styles=styles, frame="light" if wide else "tight")  # fits in 80 columns
 
 
 def _numbers(row: JobRow, wide: bool) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from launcher.cluster import load_cluster
 from launcher.job import JobTask, Submission, newest_job
-from launcher.pipelines.schema import Pipeline, Step, missing_outputs, with_inputs
+from launcher.pipelines.schema import Pipeline, PipelineStep, missing_outputs, with_inputs
 from launcher.retry import is_complete, newest_step, read_history
 from launcher.submit import SubmissionRequest, command_request, is_alive, train_request
 from regen_dist.config import load_config
@@ -27,7 +27,7 @@ class PlannedStep:
     """
 
     name: str
-    step: Step
+    step: PipelineStep
     before: tuple[str, ...]
     request: SubmissionRequest
     state: Literal["complete", "alive", "run"]
@@ -75,7 +75,9 @@ def _orders(pipeline: Pipeline, cluster: str, settings: Sequence[str]) -> dict[s
     return orders
 
 
-def _order(pipeline: Pipeline, name: str, step: Step, cluster: str, settings: Sequence[str]) -> SubmissionRequest:
+def _order(
+    pipeline: Pipeline, name: str, step: PipelineStep, cluster: str, settings: Sequence[str]
+) -> SubmissionRequest:
     one_node = [] if step.train else ["nodes=1"]  # a command is one process
     own = [f"{key}={shown_value(value)}" for key, value in step.cluster.items()]
     place = load_cluster(cluster, [*settings, *one_node, *own])
@@ -97,7 +99,9 @@ def _shared_folders(orders: Mapping[str, SubmissionRequest]) -> list[str]:
     ]
 
 
-def _planned(name: str, step: Step, request: SubmissionRequest, before: Mapping[str, PlannedStep]) -> PlannedStep:
+def _planned(
+    name: str, step: PipelineStep, request: SubmissionRequest, before: Mapping[str, PlannedStep]
+) -> PlannedStep:
     names, job = tuple(before), newest_job(request.base)
     if job is not None and is_alive(job):
         why = f"job {job.id()} runs or waits"
@@ -152,7 +156,7 @@ def _remaining_training(
 
 
 def _remaining_command(
-    request: SubmissionRequest, step: Step, job: Submission | None, before: Mapping[str, PlannedStep]
+    request: SubmissionRequest, step: PipelineStep, job: Submission | None, before: Mapping[str, PlannedStep]
 ) -> Remaining:
     """Return the tasks that remain by their histories and outputs, if these belong to this command and to the current
     predecessors."""

@@ -21,6 +21,7 @@ from launcher.retry import read_history
 from launcher.script import batch_script
 from launcher.submit import submit, wait_for
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, DataError, RegenError
+from regen_dist.tables import Table
 
 Emit = Callable[[str], None]
 _LOCK = "pipeline.lock"
@@ -199,10 +200,7 @@ _SHOWN = 3  # commands of an array that are printed
 
 def table(plan: Sequence[PlannedStep]) -> Iterator[str]:
     """Yield a header and a line for every step."""
-    rows = [_HEAD, *map(_row, plan)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return Table(_HEAD, list(map(_row, plan))).to_lines()
 
 
 def _row(planned: PlannedStep) -> tuple[str, ...]:

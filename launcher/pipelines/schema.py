@@ -10,7 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from launcher.job import JobTask
 from launcher.submit import SubmissionRequest
@@ -86,19 +86,32 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Word = Annotated[str, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]})]  # numbers become text
 
 
-class Step(Section):
-    """One job: `train` names a config, changed by `overrides`; or `command` is a `regen` command with arguments."""
+class PipelineStep(Section):
+    """One job: a training, or a command of `regen`."""
 
-    train: Path | None = None
-    overrides: tuple[str, ...] = ()
-    command: tuple[str, ...] | None = None
-    array: PositiveInt = 1  # tasks of a command; {task} and {tasks} in its arguments are replaced
-    after: tuple[str, ...] | None = None  # predecessors; None: the previous step
-    inputs: tuple[Path, ...] = ()  # files read by a command that count as part of it, such as a config
-    outputs: tuple[str, ...] = ()  # paths or URLs that must exist for a command to be complete; {task}: one per task
-    cluster: dict[str, Any] = Field(default_factory=dict)  # keys of the cluster file, such as nodes or time_min
+    train: Path | None = Field(default=None, description="Config of a training; give either this or `command`.")
+    overrides: tuple[Word, ...] = Field(default=(), description="Changes to the config of a training, as a.b=value.")
+    command: tuple[Word, ...] | None = Field(
+        default=None, description="Command of regen and its arguments, as a list of words."
+    )
+    array: PositiveInt = Field(
+        default=1, description="Tasks of a command; {task} and {tasks} in its arguments are replaced."
+    )
+    after: tuple[str, ...] | None = Field(
+        default=None, description="Steps that this one waits for; null: the one above; []: none."
+    )
+    inputs: tuple[Path, ...] = Field(
+        default=(), description="Local files that count as part of a command, such as a config that it is given."
+    )
+    outputs: tuple[Word, ...] = Field(
+        default=(), description="Paths or URLs that must exist for a command to be complete; with {task}: one per task."
+    )
+    cluster: dict[str, Any] = Field(
+        default_factory=dict, description="Keys of the cluster file for this step, such as nodes or time_min."
+    )
 
     @field_validator("command", "overrides", "outputs", mode="before")
     @classmethod
@@ -126,7 +139,7 @@ class Step(Section):
         return outputs
 
     @model_validator(mode="after")
-    def _is_one_of_the_two(self) -> Step:
+    def _is_one_of_the_two(self) -> PipelineStep:
         if (self.train is None) == (not self.command):
             raise ValueError("give either train (a config) or command (a list: a command of regen and its arguments)")
         if self.train is None and self.overrides:
@@ -141,10 +154,16 @@ class Step(Section):
 class Pipeline(Section):
     """A pipeline: steps by name. Commands write to OUTPUT/NAME/STEP, trainings to their run folders."""
 
-    name: Annotated[str, Field(pattern=NAME)]
-    output: HomePath = "runs"
-    variables: dict[str, str | int | float] = Field(default_factory=dict)  # for ${variables.NAME} elsewhere in the file
-    steps: Annotated[dict[Annotated[str, Field(pattern=NAME)], Step], Field(min_length=1)]
+    name: str = Field(pattern=NAME, description="Name of the pipeline, and of its folder in `output`.")
+    output: HomePath = Field(
+        default="runs", description="Folder of the pipelines' folders: commands write to OUTPUT/NAME/STEP."
+    )
+    variables: dict[str, str | int | float] = Field(
+        default_factory=dict, description="Values for ${variables.NAME} elsewhere in the file."
+    )
+    steps: dict[Annotated[str, Field(pattern=NAME)], PipelineStep] = Field(
+        min_length=1, description="Steps by name; each waits for the one above unless it has `after`."
+    )
 
     @property
     def folder(self) -> Path:
@@ -205,7 +224,7 @@ def _content(path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def missing_outputs(request: SubmissionRequest, step: Step) -> dict[str, Sequence[JobTask]]:
+def missing_outputs(request: SubmissionRequest, step: PipelineStep) -> dict[str, Sequence[JobTask]]:
     """Return the missing outputs and the tasks that make each: one task if it contains `{task}`, otherwise all.
 
     Raises:
@@ -243,7 +262,7 @@ def exists(url: str) -> bool:
         return False
 
 
-def expected_products(step: Step, request: SubmissionRequest) -> list[str]:
+def expected_products(step: PipelineStep, request: SubmissionRequest) -> list[str]:
     """Return the products that later steps may expect: outputs, the dataset or model whose manifest or config is an
     output, and the step's folder; for a training, its run."""
     outputs = [fill_placeholders(each, number, step.array) for each in step.outputs for number in range(step.array)]

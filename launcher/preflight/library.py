@@ -41,7 +41,7 @@ def _run_command(subject: Subject) -> list[list[PreflightFinding]]:
             return [[silent] for _ in paths]
     try:
         described = json.loads(ended.stdout)["configs"]
-        return [[_finding(Checked(exit_code=0, **each)) for each in described[str(path)]["findings"]] for path in paths]
+        return [[_finding(Checked(**each)) for each in described[str(path)]["findings"]] for path in paths]
     except (ValueError, KeyError, TypeError) as error:
         said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
         raise BackendError(f"`regen check` failed: {said[-1]}") from error

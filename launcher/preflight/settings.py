@@ -70,6 +70,6 @@ def _advice(config: AnyRunConfig) -> str:
     """Return ways to lower the memory that this config does not use yet."""
     ways = ["take more GPUs"] if config.engine.kind == "zero3" else ["set engine.kind=zero3 and take more GPUs"]
     ways.append(f"raise train.accumulation (now {config.train.accumulation})")
-    if not config.engine.activation_checkpointing:
+    if config.engine.activation_checkpointing is not True:
         ways.append("set engine.activation_checkpointing=true")
     return f"To lower it, {', '.join(ways[:-1])}, or {ways[-1]}"

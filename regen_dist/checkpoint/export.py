@@ -24,7 +24,7 @@ from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.reader import newest_good
 from regen_dist.checkpoint.shards import nonfinite, shard_name
-from regen_dist.config import AnyRunConfig, config_hash, load_saved_config, save_config
+from regen_dist.config import AnyRunConfig, RunConfig, config_hash, load_saved_config, save_config
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.config.exported import EXPORT_CONFIG_FILE, AnyExportConfig, CommonExportConfig, load_any_export_config
 from regen_dist.config.run import Section
@@ -36,6 +36,7 @@ from regen_dist.distributed.engine import WEIGHTS
 from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.errors import CheckpointError
 from regen_dist.models.building import build_model
+from regen_dist.models.discriminator import PatchDiscriminator
 from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.t2v import TextToVideo
 
@@ -170,6 +171,15 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
 def model_shapes(config: ModelConfig | T2VModelConfig) -> dict[str, list[int]]:
     """Return the shape of every parameter of the model that a config describes; nothing is allocated."""
     return {name: list(param.shape) for name, param in _on_meta(config).named_parameters()}
+
+
+def discriminator_shapes(config: AnyRunConfig) -> dict[str, list[int]] | None:
+    """Return the shape of every parameter of the discriminator that a config asks for; None where it asks for none."""
+    if not isinstance(config, RunConfig) or config.train.losses.adversarial.weight == 0:
+        return None
+    with torch.device("meta"):
+        parameters = PatchDiscriminator(config.train.losses.adversarial).named_parameters()
+    return {name: list(param.shape) for name, param in parameters}
 
 
 def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:

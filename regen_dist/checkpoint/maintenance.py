@@ -62,7 +62,7 @@ def open_checkpoints(run: str) -> CheckpointLocation:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CheckpointEntry:
     """Committed checkpoint in a listing. `manifest` is None if it cannot be read; `problems` is empty for a good one;
     `marks` are among latest, pinned, best."""
 
@@ -88,7 +88,7 @@ class Entry:
         }
 
 
-def entries(place: CheckpointLocation) -> list[Entry]:
+def entries(place: CheckpointLocation) -> list[CheckpointEntry]:
     """Return all committed checkpoints by step, with problems that are visible from file sizes."""
     folder, pins = place.folder, place.folder.pins()
     pointed = _pointer(folder)
@@ -96,7 +96,7 @@ def entries(place: CheckpointLocation) -> list[Entry]:
     newest_first = [manifest for _, manifest, _ in reversed(found) if manifest]
     best = [manifest.step for manifest in best_first(newest_first, place.policy or CheckpointConfig())[:1]]
     return [
-        Entry(
+        CheckpointEntry(
             step,
             manifest,
             problems,
@@ -111,7 +111,7 @@ def check(
     place: CheckpointLocation,
     step: int | None,
     progress: Callable[[int, int, int], None] = lambda step, done, total: None,
-) -> Iterator[Entry]:
+) -> Iterator[CheckpointEntry]:
     """Verify every byte of all committed checkpoints, or of one, yielding one after the other.
 
     Args:
@@ -128,7 +128,7 @@ def check(
         held = f"; there are: {', '.join(map(str, steps))}" if steps else ""
         raise CheckpointError(f"{place.folder.url} holds no committed checkpoint{of}{held}")
     return (
-        Entry(*_inspect(place.folder, each, checksums=True, progress=progress), marks=[])
+        CheckpointEntry(*_inspect(place.folder, each, checksums=True, progress=progress), marks=[])
         for each in (steps if step is None else [step])
     )
 

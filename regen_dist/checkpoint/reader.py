@@ -8,14 +8,10 @@ from typing import NamedTuple
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import CheckpointError, RegenError
+from regen_dist.errors import CheckpointError, NoGoodCheckpoint, RegenError
 from regen_dist.observe.streams import warn
 
 Say = Callable[[str], None]
-
-
-class NoGoodCheckpoint(CheckpointError):
-    """Error: there are checkpoints, but none can be used."""
 
 
 class _Candidate(NamedTuple):

@@ -26,14 +26,19 @@ class Finding(NamedTuple):
         key: dotted config key that the finding is about.
         message: the problem.
         fix: the remedy; empty where the message is sufficient.
-        exit_code: exit code that the run would end with; 0 for a note.
+        kind: the error that the run ends with.
     """
 
     level: Literal["error", "note"]
     key: str
     message: str
     fix: str
-    exit_code: int
+    kind: type[RegenError] = ConfigError
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code that the run would end with; 0 for a note."""
+        return self.kind.exit_code if self.level == "error" else 0
 
     @property
     def text(self) -> str:
@@ -49,12 +54,19 @@ class Finding(NamedTuple):
 
 def error(key: str, text: str, kind: type[RegenError] = ConfigError) -> Finding:
     """Return a finding that forbids the run; `text` is "message; fix" or "Message. Fix", `kind` has the exit code."""
-    return Finding("error", key, *_split(text), kind.exit_code)
+    return Finding("error", key, *_split(text), kind)
 
 
 def note(key: str, text: str) -> Finding:
     """Return a finding that is only worth knowing."""
-    return Finding("note", key, *_split(text), 0)
+    return Finding("note", key, *_split(text))
+
+
+def refuse(found: Iterable[Finding]) -> None:
+    """Raise the first error of these findings, if there is one: the end of a run at its start."""
+    for each in found:
+        if each.level == "error":
+            raise each.kind(each.text)
 
 
 def _split(text: str) -> tuple[str, str]:

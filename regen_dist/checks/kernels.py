@@ -1,15 +1,15 @@
-"""Checks that a config can run on the ranks and devices of its target."""
+"""Checks that a config can run on the ranks and devices of its target, with the networks that it names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from regen_dist.checks.findings import Finding, Target, error
 from regen_dist.config import AnyRunConfig, T2VConfig
 from regen_dist.config.identity import clips_per_rank
-from regen_dist.errors import BackendError, ConfigError
+from regen_dist.errors import BackendError, ConfigError, missing_extra
+from regen_dist.requirements import Site, is_installed, problems
 
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 
@@ -24,22 +24,76 @@ def ranks(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
 
 def kernels(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
     """Check that attention and optimizer run on the available device, and that their packages are installed."""
-    has_gpus = _NVIDIA.is_dir() if target.has_gpus is None else target.has_gpus
-    yield from _attention(config, target, has_gpus)
-    yield from _optimizer(config, target, has_gpus)
-
-
-def _attention(config: AnyRunConfig, target: Target, has_gpus: bool) -> Iterator[Finding]:
     key, backend = _backend(config)
-    if backend != "flash":
+    kind, site = config.optimizer.kind, _site(config, target)
+    yield from (error(key, text, BackendError) for text in problems("attention.backend", backend, site, key))
+    yield from (error("optimizer.kind", text, BackendError) for text in problems("optimizer.kind", kind, site))
+
+
+def packages(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check that the optional packages that the run imports are installed."""
+    for key, user, package in optional_packages(config):
+        if target.packages and not is_installed(package):
+            yield error(key, missing_extra(user, package), BackendError)
+
+
+def optional_packages(config: AnyRunConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield the config key, its user in words, and the name of each optional package (`errors.EXTRAS`) of a run."""
+    yield "data.url", "data.url, a dataset,", "pyarrow"
+    if config.model.kind != "t2v":
+        yield "data.url", "data.url, a dataset of videos,", "av"
+    if config.wandb.mode != "disabled":
+        yield "wandb.mode", f"wandb.mode={config.wandb.mode}", "wandb"
+    if config.tensorboard.enabled:
+        yield "tensorboard.enabled", "tensorboard.enabled=true", "tensorboard"
+    if config.model.kind == "regen" and config.model.encoder.kind == "diffusers":
+        yield "model.encoder.kind", "model.encoder.kind=diffusers", "diffusers"
+
+
+def convolutions(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check that the cuDNN of this Python computes an embedder's convolutions in half precision correctly."""
+    site = _site(config, target)
+    if isinstance(config, T2VConfig) or site.device != "cuda" or not site.packages or site.precision != "bf16":
         return
-    fix = f"set {key}=sdpa"
-    if not has_gpus:
-        yield error(key, f"{key}=flash needs GPUs, and the job has none; {fix}", BackendError)
-    elif config.engine.precision != "bf16":
-        yield error(key, f"{key}=flash computes in bf16; set engine.precision=bf16, or {fix}", BackendError)
-    if target.packages and not is_installed("flash_attn"):
-        yield error(key, f"{key}=flash needs the package flash-attn; install it, or {fix}", BackendError)
+    try:
+        import torch
+
+        from regen_dist.models.layers import require_cudnn
+    except ImportError:  # no torch on this machine
+        return
+    try:
+        if torch.version.cuda is not None:
+            require_cudnn("cuda", torch.bfloat16)
+    except BackendError as caught:
+        yield error("engine.precision", str(caught), BackendError)
+
+
+def losses(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check that the feature network of the perceptual loss can be read."""
+    if isinstance(config, T2VConfig) or config.train.losses.perceptual.weight == 0:
+        return
+    settings, key = config.train.losses.perceptual, "train.losses.perceptual.network"
+    if settings.network is None or target.will_be_there(settings.network):
+        return
+    try:
+        import torch
+
+        from regen_dist.models.perceptual import load_perceptual
+    except ImportError:  # no torch on this machine
+        if not Path(settings.network).expanduser().is_file():
+            yield error(key, f"{key}={settings.network} is no file; correct the path")
+        return
+    smallest = min(min(size) for size in config.data.sizes)
+    try:
+        load_perceptual(settings.network, torch.device("cpu"), sha256=settings.sha256, smallest=smallest)
+    except ConfigError as caught:
+        yield error(key, str(caught))
+
+
+def _site(config: AnyRunConfig, target: Target) -> Site:
+    has_gpus = _NVIDIA.is_dir() if target.has_gpus is None else target.has_gpus
+    engine = config.engine
+    return Site("cuda" if has_gpus else "cpu", engine.precision, engine.kind, target.world_size, target.packages)
 
 
 def _backend(config: AnyRunConfig) -> tuple[str, str]:
@@ -48,27 +102,3 @@ def _backend(config: AnyRunConfig) -> tuple[str, str]:
         return "model.attention.backend", config.model.attention.backend
     attends = config.model.kind == "regen"
     return "model.decoder.attention.backend", config.model.decoder.attention.backend if attends else ""
-
-
-def _optimizer(config: AnyRunConfig, target: Target, has_gpus: bool) -> Iterator[Finding]:
-    key, kind, fix = "optimizer.kind", config.optimizer.kind, "set optimizer.kind=adamw"
-    if kind == "fused_adam" and not has_gpus:
-        yield error(key, f"{key}=fused_adam (apex) needs GPUs, and the job has none; {fix}", BackendError)
-    if kind == "fused_adam" and target.packages and not is_installed("apex", "optimizers"):
-        text = (
-            f"{key}=fused_adam needs NVIDIA apex, which is built from source (see environment.yml; PyPI's `apex` is "
-            f"another package); or {fix}"
-        )
-        yield error(key, text, BackendError)
-    if kind == "cpu_adam" and has_gpus:
-        yield error(key, f"{key}=cpu_adam is for models on the CPU, and the job has GPUs; {fix}", BackendError)
-    if kind == "cpu_adam" and config.engine.kind == "plain":
-        yield error(key, f"{key}=cpu_adam is DeepSpeed's; set engine.kind=zero3, or {fix}", BackendError)
-
-
-def is_installed(package: str, part: str = "") -> bool:
-    """Return whether a package can be found without importing it (by a part that distinguishes it from another package
-    of the same name)."""
-    found = find_spec(package)
-    places = found.submodule_search_locations if found else None
-    return any((Path(place) / part).exists() for place in places or ())

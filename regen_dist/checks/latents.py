@@ -5,20 +5,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from regen_dist.checks.data import manifest_of
 from regen_dist.checks.findings import Finding, Target, error
 from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
 from regen_dist.config.files import read_yaml
+from regen_dist.config.identity import different_latents
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 
 KIND, _AGAIN = "latents", "run `regen preencode` again"  # as in the dataset's own module, which needs numpy
 _CONFIG = "config.yaml"  # in every run folder, and in every exported model
 
 
-class _Space(NamedTuple):
+class LatentFacts(Protocol):
     """Facts about the latents of a cache; `text_width` is None where it has no text."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def num_frames(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def text_width(self) -> int | None: ...
+
+
+class _Space(NamedTuple):
+    """Those facts, as a manifest has them."""
 
     fingerprint: str
     num_frames: int
@@ -43,9 +57,10 @@ def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
         except (KeyError, TypeError, ValueError) as caught:
             told = f"{type(caught).__name__}: {caught}"
             yield error("data", f"{url}: its manifest does not say what the latents are ({told}); {_AGAIN}", DataError)
-    yield from _one_space(spaces)
-    yield from (finding for url, space in spaces.items() for finding in _fits(config, url, space))
-    yield from _embedder(config, spaces, target)
+    if problem := different_latents({url: space.fingerprint for url, space in spaces.items()}):
+        yield error("data", problem, DataError)
+    yield from (finding for url, space in spaces.items() for finding in fits(config, url, space))
+    yield from embedder(config, spaces, target)
 
 
 def _urls(config: AnyRunConfig) -> list[str]:
@@ -73,22 +88,7 @@ def _space(manifest: Mapping[str, Any]) -> _Space:
     return _Space(str(options["fingerprint"]), int(options["num_frames"]), int(options["channels"]), text_width)
 
 
-def _one_space(spaces: Mapping[str, _Space]) -> Iterator[Finding]:
-    """Check that all caches of a run were made by one encoder in the same way."""
-    prints: dict[str, str] = {}
-    for url, space in spaces.items():
-        prints.setdefault(space.fingerprint, url)
-    if len(prints) > 1:
-        named = ", ".join(f"{url} ({fingerprint[:12]})" for fingerprint, url in prints.items())
-        yield error(
-            "data",
-            f"these caches were not made alike, as their fingerprints tell: {named}; their latents do not mean the "
-            "same: make them with one config of `regen preencode`, or leave one out",
-            DataError,
-        )
-
-
-def _fits(config: T2VConfig, url: str, space: _Space) -> Iterator[Finding]:
+def fits(config: T2VConfig, url: str, space: LatentFacts) -> Iterator[Finding]:
     """Check that the model's inputs match the cache."""
     model = config.model
     if model.latent_channels != space.channels:
@@ -110,16 +110,16 @@ def _fits(config: T2VConfig, url: str, space: _Space) -> Iterator[Finding]:
         )
 
 
-def _embedder(config: T2VConfig, spaces: Mapping[str, _Space], target: Target) -> Iterator[Finding]:
+def embedder(config: T2VConfig, spaces: Mapping[str, LatentFacts], target: Target) -> Iterator[Finding]:
     """Check that the embedder that decodes generated videos at validations exists and matches the caches."""
-    embedder = config.generation.embedder
-    if embedder is None or target.will_be_there(embedder):
+    path = config.generation.embedder
+    if path is None or target.will_be_there(path):
         return
-    found = _latents_of(Path(embedder))
+    found = _latents_of(Path(path))
     if found is None:
         yield error(
             "generation.embedder",
-            f"generation.embedder: {embedder} is neither a run nor an exported model (no {_CONFIG} of an embedder in "
+            f"generation.embedder: {path} is neither a run nor an exported model (no {_CONFIG} of an embedder in "
             "it); correct the path, or set generation.embedder=null to generate nothing while training",
         )
         return
@@ -127,7 +127,7 @@ def _embedder(config: T2VConfig, spaces: Mapping[str, _Space], target: Target) -
         if found != (space.num_frames, space.channels):
             yield error(
                 "generation.embedder",
-                f"generation.embedder: {embedder} has clips of {found[0]} frames and {found[1]} channels, the latents "
+                f"generation.embedder: {path} has clips of {found[0]} frames and {found[1]} channels, the latents "
                 f"in {url} are of {space.num_frames} frames and {space.channels} channels; give the embedder that made "
                 "them",
                 CheckpointError,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from regen_dist.checkpoint.claims import Claims
 from regen_dist.checkpoint.identity import foreign_run_reason
@@ -12,7 +12,7 @@ from regen_dist.checks.findings import Finding, Target, error, note
 from regen_dist.config import AnyRunConfig, T2VConfig, load_saved_config
 from regen_dist.config.identity import latent_identity, order_changes, order_identity
 from regen_dist.data.storage.store import Store
-from regen_dist.errors import CheckpointError, ConfigError, DataError, ObjectMissing, RunBusy
+from regen_dist.errors import CheckpointError, ConfigError, DataError, NoGoodCheckpoint, ObjectMissing, RunBusy
 from regen_dist.observe.record import read_record
 
 
@@ -39,14 +39,17 @@ def resume(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
         target.down.add(config.checkpoint.url)
         return
     if manifest is None:
-        yield from () if target.fresh else _lost(config)
+        gone = [] if target.fresh else list(lost(config))
+        if gone and not any(name.endswith("/manifest.json") for name in Store(config.checkpoints, READING).list()):
+            yield from gone
         return
     if manifest.step >= config.train.steps:
         yield note("train.steps", f"nothing is left to do: all {config.train.steps} steps are done")
     if foreign := foreign_run_reason(config, manifest):
         yield error("name", foreign, CheckpointError)
-    yield from _another_model(config, manifest)
-    yield from _another_order(config, manifest, target)
+    yield from _another_network(config, manifest)
+    if (before := manifest.state["data"]) is not None:
+        yield from another_order(config, manifest, _identity(config, before, target))
 
 
 def newest_checkpoint(url: str) -> CheckpointManifest | None:
@@ -65,35 +68,72 @@ def newest_checkpoint(url: str) -> CheckpointManifest | None:
         return None
 
 
-def _lost(config: AnyRunConfig) -> Iterator[Finding]:
-    """Report checkpoints that the record names but that do not exist."""
+def lost(config: AnyRunConfig) -> Iterator[Finding]:
+    """Check that the record names no checkpoint, where there is none: a folder that is not mounted or was emptied is
+    not a new run."""
     path = config.folder / "metrics.jsonl"
     lines = read_record(path, "checkpoint") if path.is_file() else []
-    saved = [line["step"] for line in lines if not line["problem"]]
-    if saved and not any(name.endswith("/manifest.json") for name in Store(config.checkpoints, READING).list()):
+    if saved := [line["step"] for line in lines if not line["problem"]]:
         text = (
             f"{path} tells of a checkpoint of step {saved[-1]}, but {config.checkpoints} holds none. Is that folder "
             "mounted, and checkpoint.url the one it was? Restore them, or start the run from scratch with --fresh"
         )
-        yield error("checkpoint.url", text, CheckpointError)
+        yield error("checkpoint.url", text, NoGoodCheckpoint)
 
 
-def _another_model(config: AnyRunConfig, manifest: CheckpointManifest) -> Iterator[Finding]:
-    """Report parameters of the config's model that differ from the checkpoint's in name or shape."""
+def _another_network(config: AnyRunConfig, manifest: CheckpointManifest) -> Iterator[Finding]:
+    """Compare the model and the discriminator that the config describes with the checkpoint's."""
     try:
-        from regen_dist.checkpoint.export import model_shapes
+        from regen_dist.checkpoint.export import discriminator_shapes, model_shapes
     except ImportError as caught:
         yield note("model", f"the model was not compared with the checkpoint's, which takes torch ({caught})")
         return
-    if manifest.shapes == model_shapes(config.model):
+    yield from another_model(config, manifest, model_shapes(config.model))
+    yield from another_discriminator(config, manifest, discriminator_shapes(config))
+
+
+def another_model(
+    config: AnyRunConfig, manifest: CheckpointManifest, shapes: Mapping[str, list[int]]
+) -> Iterator[Finding]:
+    """Check that the parameters of the config's model have the names and shapes of the checkpoint's."""
+    if manifest.shapes == shapes:
         return
     changed = _changed_sections(config)
     which = f" ({', '.join(changed)} of {config.folder}/config.yaml differ)" if changed else ""
     text = (
-        f"the checkpoint of step {manifest.step} in {config.checkpoints} was saved by another model{which}; give the "
-        "run another name, or restore the model section"
+        f"{_where(config, manifest)} was saved by another model{which}; give the run another name, or restore the "
+        "model section"
     )
     yield error("model", text, CheckpointError)
+
+
+def another_discriminator(
+    config: AnyRunConfig, manifest: CheckpointManifest, shapes: Mapping[str, list[int]] | None
+) -> Iterator[Finding]:
+    """Check that a discriminator goes on as the same; it may begin anew or be dropped (None)."""
+    saved = manifest.state.get("companion")
+    if shapes is None or saved is None or saved["shapes"] == shapes:
+        return
+    text = (
+        f"{_where(config, manifest)} holds another discriminator; restore train.losses.adversarial.channels and "
+        ".layers, or give the run another name"
+    )
+    yield error("train.losses.adversarial", text, CheckpointError)
+
+
+def another_order(config: AnyRunConfig, manifest: CheckpointManifest, identity: Mapping[str, str]) -> Iterator[Finding]:
+    """Check that the data comes in the order of the checkpoint's run; imported weights go on with any data."""
+    before: dict[str, str] | None = manifest.state["data"]
+    if before is not None and (changed := order_changes(before, identity)):
+        text = (
+            f"the run cannot go on from {_where(config, manifest)}, because the order of its data has changed: "
+            f"{'; '.join(changed)}. Restore that, or give the run another name"
+        )
+        yield error("data", text, CheckpointError)
+
+
+def _where(config: AnyRunConfig, manifest: CheckpointManifest) -> str:
+    return f"the checkpoint of step {manifest.step} in {config.checkpoints}"
 
 
 def _changed_sections(config: AnyRunConfig) -> Sequence[str]:
@@ -104,19 +144,6 @@ def _changed_sections(config: AnyRunConfig) -> Sequence[str]:
         return []
     now = config.model.model_dump(mode="json")
     return [f"model.{key}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-
-
-def _another_order(config: AnyRunConfig, manifest: CheckpointManifest, target: Target) -> Iterator[Finding]:
-    """Report a data order that differs from that of the checkpoint's run."""
-    before: dict[str, str] | None = manifest.state["data"]
-    if before is None:  # imported weights: any data will do
-        return
-    if changed := order_changes(before, _identity(config, before, target)):
-        text = (
-            f"the run cannot go on from the checkpoint of step {manifest.step} in {config.checkpoints}, because the "
-            f"order of its data has changed: {'; '.join(changed)}. Restore that, or give the run another name"
-        )
-        yield error("data", text, CheckpointError)
 
 
 def _identity(config: AnyRunConfig, before: dict[str, str], target: Target) -> dict[str, str]:

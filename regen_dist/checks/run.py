@@ -6,17 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from regen_dist.checks.data import data, dataset_problem, manifest_of
-from regen_dist.checks.findings import Finding, Target, error, side_by_side
-from regen_dist.checks.kernels import kernels, ranks
+from regen_dist.checks.findings import Finding, Target, error, refuse, side_by_side
+from regen_dist.checks.kernels import convolutions, kernels, losses, packages, ranks
 from regen_dist.checks.latents import KIND, latents
-from regen_dist.checks.losses import losses
 from regen_dist.checks.resume import busy, resume
 from regen_dist.config import AnyRunConfig
 from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.errors import DataError, RegenError
 
 Check = Callable[[AnyRunConfig, Target], Iterator[Finding]]
-CHECKS: Sequence[Check] = (ranks, kernels, losses, data, latents, busy, resume)
+PROCESS: Sequence[Check] = (
+    packages,
+    ranks,
+    kernels,
+    convolutions,
+)  # before anything is built
+CHECKS: Sequence[Check] = (*PROCESS, losses, data, latents, busy, resume)
 
 
 def check_runs(
@@ -31,6 +36,11 @@ def check_runs(
         return tuple(dict.fromkeys(finding for check in checks for finding in _found(check, config, target)))
 
     return side_by_side(look, configs)
+
+
+def refuse_process(config: AnyRunConfig, target: Target) -> None:
+    """Raise the first reason why a run cannot be built in this process: what `regen check` finds beforehand."""
+    refuse(finding for check in PROCESS for finding in check(config, target))
 
 
 def check_preencode(config: PreencodeConfig, target: Target) -> tuple[Finding, ...]:

@@ -6,7 +6,7 @@ Imports neither torch nor the library, so that a launcher can validate a config 
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -22,7 +22,9 @@ from regen_dist.config.run import (
     HangConfig,
     LatentStdConfig,
     MixtureConfig,
+    NonNegativeFloat,
     OptimizerConfig,
+    PositiveFloat,
     PositiveInt,
     ReadConfig,
     SamplerName,
@@ -47,30 +49,44 @@ TemporalCompression = Literal[4, 8, 16, 32]
 class StageConfig(Section):
     """One resolution level of the causal encoder: residual blocks, then a strided causal convolution."""
 
-    channels: PositiveInt
-    blocks: PositiveInt = 1
-    spatial: Literal[1, 2] = 1
-    temporal: Literal[1, 2] = 1
+    channels: PositiveInt = Field(description="Channels of the stage.")
+    blocks: PositiveInt = Field(default=1, description="Residual blocks of the stage.")
+    spatial: Literal[1, 2] = Field(
+        default=1,
+        description="Spatial stride at the stage's end; these and `stem_patch` multiply to 8 (paper: 8x spatial).",
+    )
+    temporal: Literal[1, 2] = Field(
+        default=1, description="Temporal stride at the stage's end; these multiply to `model.temporal_compression`."
+    )
 
 
 class EncoderConfig(Section):
     """The encoder: `causal`, our 3D-convolutional one, which is trained; or `diffusers`, that of somebody else's video
-    autoencoder, which is not.
+    autoencoder, which is not. Fields of the other kind are ignored, and not saved."""
 
-    Of the first: `stem_patch` folds that many pixels a side into channels before the first convolution. Of the second:
-    `path` is the folder that diffusers has saved it in; `cell` and `stride` are its pixels a side and its frames for
-    each latent, and must be what it does; `precision` is the one it works in. What belongs to the other kind is passed
-    over, and not saved.
-    """
-
-    kind: Literal["causal", "diffusers"] = "causal"
-    stem_patch: Literal[1, 2, 4] = 1
-    stages: tuple[StageConfig, ...] = ()
-    out_blocks: PositiveInt = 1
-    path: str | None = None
-    cell: Literal[8, 16, 32] = 8
-    stride: Literal[1, 2, 4, 8] = 4
-    precision: Literal["fp32", "bf16"] = "fp32"
+    kind: Literal["causal", "diffusers"] = Field(
+        default="causal",
+        description="causal: our 3D convolutions, trained (paper); diffusers: a pretrained video autoencoder's, "
+        "frozen.",
+    )
+    stem_patch: Literal[1, 2, 4] = Field(
+        default=1,
+        description="Causal: pixels a side folded into channels before the first convolution; 1: none, 4 saves time.",
+    )
+    stages: tuple[StageConfig, ...] = Field(default=(), description="Causal: resolution levels in order, at least one.")
+    out_blocks: PositiveInt = Field(default=1, description="Causal: residual blocks after the last stage.")
+    path: str | None = Field(
+        default=None, description="Diffusers, required: folder that diffusers has saved the autoencoder in."
+    )
+    cell: Literal[8, 16, 32] = Field(
+        default=8, description="Diffusers: pixels a side per latent cell; must be what the autoencoder does."
+    )
+    stride: Literal[1, 2, 4, 8] = Field(
+        default=4, description="Diffusers: frames per latent frame; must be what the autoencoder does."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Diffusers: precision that the encoder works in."
+    )
 
     @property
     def frozen(self) -> bool:
@@ -104,48 +120,72 @@ class EncoderConfig(Section):
 
 
 class LatentConfig(Section):
-    """Latents lie in a ball by construction (`encoder.bound_latent`); `noise_std` is Gaussian noise added in training,
-    for robust decoders."""
+    """Latents, which lie in a ball by construction (`encoder.bound_latent`)."""
 
-    channels: PositiveInt = 8
-    noise_std: Annotated[float, Field(ge=0.0)] = 0.0
+    channels: PositiveInt = Field(default=8, description="Channels of each latent frame (paper: 8).")
+    noise_std: NonNegativeFloat = Field(
+        default=0.0,
+        description="Std of Gaussian noise added to latents in training, for robust decoders; 0: none.",
+    )
 
 
 class ConditioningConfig(Section):
-    """Conditioning of the decoder on the latents.
+    """Conditioning of the decoder on the latents: by a function of time that the motion latent modulates, or by tokens
+    in front of the pixels', which take none of the other settings (paper: Fig. 3 and the conditioning ablation)."""
 
-    `content_aware`: a function of time, modulated by the motion latent, joined with the content latent (paper, Fig. 3).
-    The function is a SIREN, or one learned vector for each frame (`time`). `in_context`: latents as tokens in front of
-    the pixels' (the rival in the paper's conditioning ablation), which takes none of the other settings.
-    """
-
-    kind: Literal["content_aware", "in_context"] = "content_aware"
-    time: Literal["siren", "learned"] = "siren"
-    width: PositiveInt = 256
-    layers: PositiveInt = 3
-    omega: Annotated[float, Field(gt=0.0)] = 10.0
-    first_frame_rule: bool = True
+    kind: Literal["content_aware", "in_context"] = Field(
+        default="content_aware",
+        description="content_aware: a function of time joined with the content (paper, Fig. 3); in_context: latents as "
+        "tokens, its rival.",
+    )
+    time: Literal["siren", "learned"] = Field(
+        default="siren",
+        description="Function of time: siren takes any real time (paper); learned: one vector for each frame.",
+    )
+    width: PositiveInt = Field(default=256, description="Width of the layers that the motion latent modulates.")
+    layers: PositiveInt = Field(default=3, description="Number of layers that the motion latent modulates.")
+    omega: PositiveFloat = Field(
+        default=10.0, description="Frequency of the SIREN's first layer: sin(omega (W t/k + b)), t in frames."
+    )
+    first_frame_rule: bool = Field(
+        default=True,
+        description="The first frame does not depend on the motion latent, so that images and videos are conditioned "
+        "alike (paper, Fig. 3).",
+    )
 
 
 class AttentionConfig(Section):
     """Self-attention: the kernel (`backend`) and the attention pattern (`pattern`)."""
 
-    backend: Literal["sdpa", "eager", "flash", "reference"] = "sdpa"
-    pattern: Literal["full", "window"] = "full"
-    window: tuple[PositiveInt, PositiveInt, PositiveInt] = (9, 8, 8)  # frames, rows, columns of tokens
+    backend: Literal["sdpa", "eager", "flash", "reference"] = Field(
+        default="sdpa",
+        description="Kernel. eager can be faster on CPUs for small windows; flash needs CUDA; reference is for tests.",
+    )
+    pattern: Literal["full", "window"] = Field(
+        default="full",
+        description="full: every token sees all (paper); window: those of its box, at a cost linear in the video.",
+    )
+    window: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        default=(9, 8, 8), description="Tokens of a box of pattern window: (frames, rows, columns)."
+    )
 
 
 class DecoderConfig(Section):
-    """Pixel-space diffusion transformer (paper: 24 blocks, 16 heads, width 2048, patch 8). `linear`: whether the linear
-    code of `models/linear.py` stands beside the decoder, the baseline's too, which takes nothing else from here."""
+    """Pixel-space diffusion transformer of patch 8 (paper). The baseline takes only `linear` from it."""
 
-    blocks: PositiveInt = 24
-    heads: PositiveInt = 16
-    width: PositiveInt = 2048
-    mlp_ratio: Annotated[float, Field(gt=0.0)] = 4.0
-    attention: AttentionConfig = AttentionConfig()
-    local: bool = True  # a depthwise 3x3 convolution in every block; the paper's decoder has none
-    linear: bool = True
+    blocks: PositiveInt = Field(default=24, description="Transformer blocks (paper: 24).")
+    heads: PositiveInt = Field(default=16, description="Attention heads; must divide `width` (paper: 16).")
+    width: PositiveInt = Field(default=2048, description="Channels of a token (paper: 2048).")
+    mlp_ratio: PositiveFloat = Field(default=4.0, description="Hidden width of the feed-forward layers over `width`.")
+    attention: AttentionConfig = Field(default=AttentionConfig(), description="Self-attention.")
+    local: bool = Field(
+        default=True,
+        description="Depthwise 3x3 convolution in every block (ours, +0.4 to +0.6 dB in short runs; the paper has "
+        "none).",
+    )
+    linear: bool = Field(
+        default=True, description="Linear code beside the decoder, the baseline's too (ours); false: the decoder alone."
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> DecoderConfig:
@@ -158,16 +198,24 @@ class ModelConfig(Section):
     """The embedder: `regen` (diffusion transformer decoder) or `magvit2` (the mirrored causal convolutional
     baseline)."""
 
-    kind: Literal["regen", "magvit2"] = "regen"
-    temporal_compression: TemporalCompression = 8
-    encoder: EncoderConfig
-    latent: LatentConfig = LatentConfig()
-    conditioning: ConditioningConfig = ConditioningConfig()
-    decoder: DecoderConfig = DecoderConfig()
-    # Of the linear code beside encoder and decoder: a cosine transform, for decoders that predict x0 (the baseline's
-    # too); at random, and zero in the decoder, for the others.
-    # "pca" fits it, before the first step, to the first clips of the data (training/linear_start.py).
-    linear_start: Literal["dct", "pca", "random"] = "dct"
+    kind: Literal["regen", "magvit2"] = Field(
+        default="regen",
+        description="regen: diffusion transformer decoder; magvit2: the mirrored causal convolutional baseline.",
+    )
+    temporal_compression: TemporalCompression = Field(
+        default=8, description="k: a clip of k + 1 frames becomes two latent frames (paper: 4, 8, 16 and 32)."
+    )
+    encoder: EncoderConfig = Field(description="Encoder of clips to latents.")
+    latent: LatentConfig = Field(default=LatentConfig(), description="Latents between encoder and decoder.")
+    conditioning: ConditioningConfig = Field(
+        default=ConditioningConfig(), description="Conditioning of the decoder on the latents."
+    )
+    decoder: DecoderConfig = Field(default=DecoderConfig(), description="Decoder; magvit2 takes only `linear` from it.")
+    linear_start: Literal["dct", "pca", "random"] = Field(
+        default="dct",
+        description="Start of the linear code: dct for x0 predictions (others at random), pca fitted to the first "
+        "clips, or random.",
+    )
 
     @property
     def num_frames(self) -> int:
@@ -228,28 +276,45 @@ class ModelConfig(Section):
 
 
 class DensityConfig(Section):
-    """Density of the training timesteps in (0, 1]; 1 is pure noise. `pure_noise` is the share of samples at exactly
-    1."""
+    """Density of the training timesteps in (0, 1]; 1 is pure noise."""
 
-    kind: Literal["uniform", "logit_normal"] = "logit_normal"
-    mean: float = 0.0
-    std: Annotated[float, Field(gt=0.0)] = 1.0
-    shift: Annotated[float, Field(gt=0.0)] = 1.0
-    pure_noise: Fraction = 0.5
+    kind: Literal["uniform", "logit_normal"] = Field(
+        default="logit_normal", description="Density of the timesteps, before the shift."
+    )
+    mean: float = Field(default=0.0, description="Mean of the logit of logit_normal; above 0 is noisier.")
+    std: PositiveFloat = Field(default=1.0, description="Std of the logit of logit_normal.")
+    shift: PositiveFloat = Field(default=1.0, description="Moves timesteps towards noise; 1: not at all.")
+    pure_noise: Fraction = Field(
+        default=0.5, description="Share of the samples at exactly 1, where a one-step reconstruction starts."
+    )
 
 
 class DiffusionConfig(Section):
     """Noise path, prediction target, timestep density, loss weighting, and the sampler used by default."""
 
-    path: Literal["rectified_flow", "cosine_vp"] = "rectified_flow"
-    target: Literal["x0", "velocity", "eps"] = "x0"
-    weighting: Literal["x0", "velocity"] = "x0"
-    # Of each clip the decoder is trained on so many frames in a step, drawn anew for each; None: on all. The encoder
-    # sees them all.
-    train_frames: PositiveInt | None = None
-    density: DensityConfig = DensityConfig()
-    sampler: SamplerName = "euler"
-    steps: PositiveInt = 1
+    path: Literal["rectified_flow", "cosine_vp"] = Field(
+        default="rectified_flow", description="Way between clip and noise."
+    )
+    target: Literal["x0", "velocity", "eps"] = Field(
+        default="x0",
+        description="Prediction of the decoder (paper: eps, which one step from pure noise cannot use; see "
+        "docs/embedder.md).",
+    )
+    weighting: Literal["x0", "velocity"] = Field(
+        default="x0", description="Prediction whose squared error is the loss, whatever the target."
+    )
+    train_frames: PositiveInt | None = Field(
+        default=None,
+        description="Frames of each clip that the decoder is trained on in a step, drawn anew; null: all. The encoder "
+        "sees all.",
+    )
+    density: DensityConfig = Field(
+        default=DensityConfig(), description="Density of the training timesteps in (0, 1]; 1 is pure noise."
+    )
+    sampler: SamplerName = Field(default="euler", description="Sampler used by default.")
+    steps: PositiveInt = Field(
+        default=1, description="Sampling steps used by default; one already reconstructs well (paper)."
+    )
 
     @model_validator(mode="after")
     def _eps_has_no_pure_noise(self) -> DiffusionConfig:
@@ -264,11 +329,13 @@ class DiffusionConfig(Section):
 class RunConfig(CommonConfig):
     """Config of an embedder's training, saved in resolved form in its run folder, together with its hash."""
 
-    task: Literal["embedder"] = "embedder"
-    model: ModelConfig
-    diffusion: DiffusionConfig = DiffusionConfig()
-    data: DataConfig
-    train: EmbedderTrainConfig
+    task: Literal["embedder"] = Field(default="embedder", description="What is trained: an embedder.")
+    model: ModelConfig = Field(description="Encoder, conditioning and decoder.")
+    diffusion: DiffusionConfig = Field(
+        default=DiffusionConfig(), description="Diffusion of the decoder; the magvit2 baseline takes nothing from it."
+    )
+    data: DataConfig = Field(description="Training and validation data.")
+    train: EmbedderTrainConfig = Field(description="Length, batch, intervals and losses.")
 
     @model_validator(mode="after")
     def _noise_predictions_need_signal(self) -> RunConfig:

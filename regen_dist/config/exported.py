@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -22,25 +22,27 @@ EXPORT_CONFIG_FILE = "config.yaml"
 class OriginConfig(Section):
     """Origin of an exported model: the checkpoint that it was taken from."""
 
-    run: str
-    step: int
-    samples: int
-    config_hash: str
-    version: str
-    saved_at: str
-    data: dict[str, str] = Field(default_factory=dict)  # what identified the training data
-    metrics: dict[str, float] = Field(default_factory=dict)  # of the newest validation before the checkpoint
+    run: str = Field(description="Name of the run.")
+    step: int = Field(description="Optimizer step of the checkpoint.")
+    samples: int = Field(description="Samples that the run had trained on.")
+    config_hash: str = Field(description="SHA-256 of the run's config.")
+    version: str = Field(description="Version of the code that trained.")
+    saved_at: str = Field(description="Time at which the checkpoint was saved.")
+    data: dict[str, str] = Field(default_factory=dict, description="Identity of the training data.")
+    metrics: dict[str, float] = Field(default_factory=dict, description="Newest validation before the checkpoint.")
 
 
 class CommonExportConfig(Section):
-    """Export config of every task. `sha256` is that of model.safetensors; None is not compared."""
+    """Export config of every task."""
 
-    format: Literal[1] = 1
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the working weights
-    weights: Literal["ema", "plain"] = "ema"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of what is stored
-    sha256: str | None = None
-    origin: OriginConfig | None = None
+    format: Literal[1] = Field(default=1, description="Version of this format.")
+    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="Working precision of the weights.")
+    weights: Literal["ema", "plain"] = Field(
+        default="ema", description="Moving average of the weights, or those of the last step."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Precision of the stored weights.")
+    sha256: str | None = Field(default=None, description="SHA-256 of model.safetensors; null: not compared.")
+    origin: OriginConfig | None = Field(default=None, description="Checkpoint that the model was taken from.")
 
     def to_yaml(self) -> str:
         """Return the complete config as YAML, with every default."""
@@ -50,8 +52,8 @@ class CommonExportConfig(Section):
 class ExportConfig(CommonExportConfig):
     """Export config of an embedder."""
 
-    model: ModelConfig
-    diffusion: DiffusionConfig = DiffusionConfig()
+    model: ModelConfig = Field(description="Encoder, conditioning and decoder.")
+    diffusion: DiffusionConfig = Field(default=DiffusionConfig(), description="Diffusion of the decoder.")
 
     @classmethod
     def of(cls, run: RunConfig, weights: Literal["ema", "plain"] = "ema") -> ExportConfig:
@@ -62,10 +64,12 @@ class ExportConfig(CommonExportConfig):
 class T2VExportConfig(CommonExportConfig):
     """Export config of a text-to-video model."""
 
-    model: T2VModelConfig
-    diffusion: FlowConfig = FlowConfig()
-    clips: tuple[PositiveInt, ...] = ()  # lengths of the rows that it was trained on; none when on images alone
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # that its weights were drawn with
+    model: T2VModelConfig = Field(description="Diffusion transformer on latent frames.")
+    diffusion: FlowConfig = Field(default=FlowConfig(), description="Rectified flow with velocity prediction.")
+    clips: tuple[PositiveInt, ...] = Field(
+        default=(), description="Clips in the rows that it was trained on; empty: on images alone."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed that its weights were drawn with.")
 
     @classmethod
     def of(cls, run: T2VConfig, weights: Literal["ema", "plain"] = "ema") -> T2VExportConfig:

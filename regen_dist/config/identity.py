@@ -12,6 +12,7 @@ from regen_dist.config.files import write_text_atomically
 from regen_dist.config.run import CommonConfig, DataConfig
 from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.errors import ConfigError
+from regen_dist.requirements import Site, problems
 
 
 def order_identity(
@@ -74,6 +75,20 @@ def order_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str
     ]
 
 
+def different_latents(fingerprints: Mapping[str, str]) -> str:
+    """Explain why latent caches (fingerprints by URL) must not be mixed; empty if they may."""
+    first: dict[str, str] = {}
+    for url, fingerprint in fingerprints.items():
+        first.setdefault(fingerprint, url)
+    if len(first) < 2:
+        return ""
+    named = ", ".join(f"{url} ({fingerprint[:12]})" for fingerprint, url in first.items())
+    return (
+        f"these caches were not made alike, as their fingerprints tell: {named}; their latents do not mean the same: "
+        "make them with one config of `regen preencode`, or leave one out"
+    )
+
+
 def _told(facts: Mapping[str, object]) -> dict[str, str]:
     return {name: str(_plain(value)) for name, value in facts.items()}
 
@@ -92,8 +107,8 @@ def clips_per_rank(config: CommonConfig, world_size: int) -> int:
     Raises:
         ConfigError: the global batch cannot be divided over that many ranks; names the numbers that fit.
     """
-    if config.engine.kind == "plain" and world_size > 1:
-        raise ConfigError(f"engine.kind=plain trains in one process, found {world_size} ranks; set engine.kind=zero3")
+    for problem in problems("engine.kind", config.engine.kind, Site(num_ranks=world_size)):
+        raise ConfigError(problem)
     train, shared = config.train, config.engine.sequence_parallel
     return micro_batch_size(train.batch_global, train.accumulation, num_readers(config, world_size), shared)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from regen_dist.config.files import load_section
 from regen_dist.config.run import SPATIAL_COMPRESSION, HomePath, PositiveInt, ReadConfig, Section
@@ -16,18 +16,29 @@ from regen_dist.config.urls import checked_url, expand_home, parse_url
 class PreencodeConfig(Section):
     """Config of a latent cache: sources, preprocessing and text encoder."""
 
-    embedder: HomePath  # a run folder, or an exported model
-    weights: Literal["ema", "plain"] = "ema"
-    data: str  # the dataset of videos: folder or URL
-    output: str  # of the cache: folder or URL, empty or begun by the same config
-    # (height, width) that videos are resized and cropped to: each goes to the one it fits best. None: the stored sides,
-    # cropped to multiples of 16, which a text-to-video model needs.
-    buckets: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
-    stride: PositiveInt = 1  # take every n-th frame
-    max_clips: PositiveInt | None = None  # of a video; the rest is left out
-    text: TextConfig | None = TextConfig()  # None: no text embeddings
-    batch_clips: PositiveInt = 8  # clips that are encoded at once: changes the speed, and the last bits of the result
-    read: ReadConfig = ReadConfig()
+    embedder: HomePath = Field(description="Run folder or exported model that encodes.")
+    weights: Literal["ema", "plain"] = Field(
+        default="ema", description="Weights of a run: their moving average, or those of the last step."
+    )
+    data: str = Field(description="Dataset of videos: a folder or a URL.")
+    output: str = Field(description="Folder or URL of the cache; empty, or begun by the same config.")
+    buckets: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        default=(),
+        description="Sizes (height, width) in pixels, each video goes to the one it fits best; empty: stored sides, "
+        "cut to multiples of 16.",
+    )
+    stride: PositiveInt = Field(default=1, description="Frame stride: every n-th frame is encoded.")
+    max_clips: PositiveInt | None = Field(
+        default=None, description="Clips of a video at most, the rest is left out; null: all."
+    )
+    text: TextConfig | None = Field(
+        default=TextConfig(), description="Text encoder of the captions; null: no text embeddings."
+    )
+    batch_clips: PositiveInt = Field(
+        default=8,
+        description="Clips that are encoded at once: changes speed, memory, and the last bits of the latents.",
+    )
+    read: ReadConfig = Field(default=ReadConfig(), description="Reading from the store.")
 
     @field_validator("data")
     @classmethod

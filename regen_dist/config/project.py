@@ -15,6 +15,8 @@ from regen_dist.errors import ConfigError
 
 _DATA = {"url": "data/train", "validation_url": "data/held_out"}
 _LATENTS = {"url": "data/latents_train", "validation_url": "data/latents_held_out"}
+_SCHEMAS = Path("configs/schema")  # of this checkout, and of a project
+_KINDS = ("embedder", "t2v", "preencode", "cluster")
 _HEADS = {
     "embedder": "The embedder of this project.\n#   regen train configs/embedder.yaml --ranks 2",
     "preencode": "Latents of the videos and embeddings of their captions.\n#   regen preencode configs/preencode.yaml",
@@ -60,6 +62,7 @@ and resubmits what is preempted; no script of your own is needed.
 | `configs/embedder.yaml`, `configs/t2v.yaml` | what is trained: {embedder} and {t2v}, with every key that these set |
 | `configs/preencode.yaml` | which embedder and text encoder make the latents |
 | `cluster.yaml` | the cluster that `--cluster cluster.yaml` submits to |
+| `configs/schema/` | what an editor with a YAML extension completes and checks these files by |
 | `data/`, `runs/` | shards and latents; run folders. Not for version control |
 """
 
@@ -86,6 +89,7 @@ def lay_out(folder: Path, embedder: str = "nano", t2v: str = "nano") -> list[Pat
         "configs/t2v.yaml": _text("t2v", _t2v(presets["t2v"])),
         "cluster.yaml": _cluster(),
         ".gitignore": "/data/\n/runs/\n",
+        **{f"{_SCHEMAS}/{kind}.json": find_preset(_SCHEMAS / f"{kind}.json").read_text("utf-8") for kind in _KINDS},
     }
     _check_empty(folder)
     try:
@@ -95,6 +99,11 @@ def lay_out(folder: Path, embedder: str = "nano", t2v: str = "nano") -> list[Pat
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error}") from error
     return [folder / name for name in texts]
+
+
+def schema_comment(path: str) -> str:
+    """Return the line that names a file's schema to editors; `path` is relative to the file."""
+    return f"# yaml-language-server: $schema={path}"
 
 
 def _check_empty(folder: Path) -> None:
@@ -137,11 +146,12 @@ def _preencode() -> dict[str, Any]:
 
 def _cluster() -> str:
     """The general Slurm cluster, with its comments."""
-    _, *lines = find_preset(Path("configs/cluster/slurm.yaml")).read_text(encoding="utf-8").splitlines()
-    _, *rest = lines  # both lines of its head are about its place here
-    head = "# The cluster of `--cluster cluster.yaml`: set what your site asks for.\n"
-    return head + "\n".join(rest) + "\n"
+    _, _, _, *rest = find_preset(Path("configs/cluster/slurm.yaml")).read_text(encoding="utf-8").splitlines()
+    head = "# The cluster of `--cluster cluster.yaml`: set what your site asks for."
+    return "\n".join([schema_comment(f"{_SCHEMAS}/cluster.json"), head, *rest]) + "\n"
 
 
 def _text(name: str, values: dict[str, Any]) -> str:
-    return f"# {_HEADS[name]}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    return f"{schema_comment(f'schema/{name}.json')}\n# {_HEADS[name]}\n" + yaml.safe_dump(
+        values, sort_keys=False, allow_unicode=True, width=120
+    )

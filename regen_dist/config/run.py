@@ -14,6 +14,8 @@ SPATIAL_COMPRESSION = 8  # paper: one latent cell per 8x8 pixels
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]  # AdamW moves every weight by about so much in a step
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 SamplerName = Literal["euler", "heun", "dpmpp_2m"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HomePath = Annotated[str, AfterValidator(expand_home)]  # a path or URL whose `~` is expanded once, here
@@ -25,26 +27,33 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-# --- training data ---
-
-
 class ReadConfig(Section):
     """Reading of bytes from the store by a decoding process. Nothing here changes the training data."""
 
-    requests: PositiveInt = 8  # at once, for each decoding process
-    ahead_mb: PositiveInt = 64  # bytes fetched ahead of the decoder, for each decoding process
-    join_kb: Annotated[int, Field(ge=0)] = 256  # neighbours in a shard with a smaller gap come by one request
-    stall_s: PositiveFloat = 10.0  # a request that brings nothing for so long is tried again
-    deadline_s: PositiveFloat = 120.0  # all tries of a request together; then the run stops and says so
-    cache: HomePath | None = None  # folder on a local disk for samples from object storage; None: they are not kept
-    cache_gb: PositiveFloat = 20.0
+    requests: PositiveInt = Field(default=8, description="Requests at once, for each decoding process.")
+    ahead_mb: PositiveInt = Field(
+        default=64, description="Megabytes fetched ahead of the decoder, held in memory by each decoding process."
+    )
+    join_kb: NonNegativeInt = Field(
+        default=256, description="Samples of a shard that lie at most this many kB apart come by one request."
+    )
+    stall_s: PositiveFloat = Field(default=10.0, description="Seconds without a byte until a request is tried again.")
+    deadline_s: PositiveFloat = Field(
+        default=120.0, description="Seconds for all tries of a request together; then the run stops with exit code 3."
+    )
+    cache: HomePath | None = Field(
+        default=None, description="Folder on a local disk that keeps samples from object storage; null: none are kept."
+    )
+    cache_gb: PositiveFloat = Field(
+        default=20.0, description="Size limit of the cache in GB; the least recently used samples are removed first."
+    )
 
 
 class SourceConfig(Section):
-    """One dataset of a mixture. `weight` is its share of the samples, relative to the others' weights."""
+    """One dataset of a mixture."""
 
-    url: str
-    weight: PositiveFloat = 1.0
+    url: str = Field(description="Dataset: a folder or a URL (s3://, gs://, az://, https://, hf://).")
+    weight: PositiveFloat = Field(default=1.0, description="Share of the samples, relative to the other weights.")
 
     @field_validator("url")
     @classmethod
@@ -56,12 +65,20 @@ class SourceConfig(Section):
 class MixtureConfig(Section):
     """Sources of samples: one dataset or several, and how they are read."""
 
-    url: str | None = None  # one dataset; or
-    mixture: tuple[SourceConfig, ...] = ()  # several, drawn by weight
-    validation_url: str | None = None
-    image_fraction: Fraction = 0.0  # share of global batches that are images: clips of one frame
-    max_bad_share: Fraction = 0.01  # of the samples may be stand-ins for those that cannot be read; then the run stops
-    read: ReadConfig = ReadConfig()
+    url: str | None = Field(
+        default=None, description="The one training dataset, a folder or a URL; for several give `mixture` instead."
+    )
+    mixture: tuple[SourceConfig, ...] = Field(default=(), description="Several training datasets, drawn by weight.")
+    validation_url: str | None = Field(
+        default=None, description="Dataset of the validation, a folder or a URL; null: the first training dataset."
+    )
+    image_fraction: Fraction = Field(
+        default=0.0, description="Share of the global batches that are images: clips of one frame (paper: both)."
+    )
+    max_bad_share: Fraction = Field(
+        default=0.01, description="Largest share of replacement samples; above it the run stops with exit code 3."
+    )
+    read: ReadConfig = Field(default=ReadConfig(), description="Reading from the store.")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -92,15 +109,26 @@ class MixtureConfig(Section):
 class DataConfig(MixtureConfig):
     """Sources and cropping of clips. Sides in pixels, time in frames."""
 
-    size: tuple[PositiveInt, PositiveInt] = (64, 64)  # height, width of the training crop
-    buckets: tuple[tuple[PositiveInt, PositiveInt], ...] = ()  # several crops: each video goes to the one it fits best
-    validation_size: tuple[PositiveInt, PositiveInt] | None = None  # height, width of the validation crop; None: `size`
-    # The frame is resized to this before the crop; None keeps the stored size, "fit" makes the crop just fit.
-    short_side: PositiveInt | Literal["fit"] | None = None
-    stride: tuple[PositiveInt, ...] = (1,)  # frame strides, drawn per clip
-    flip: bool = True
-    workers: Annotated[int, Field(ge=0)] = 1  # decoding processes per rank; 0 decodes in the rank itself
-    prefetch: PositiveInt = 4  # batches that a worker prepares ahead
+    size: tuple[PositiveInt, PositiveInt] = Field(
+        default=(64, 64),
+        description="Training crop, (height, width) in pixels, multiples of 8; small for CPUs (paper: 192, 320).",
+    )
+    buckets: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        default=(), description="Several crops, (height, width) in pixels; each video goes to the one it fits best."
+    )
+    validation_size: tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None, description="Validation crop, (height, width) in pixels; null: the training crop."
+    )
+    short_side: PositiveInt | Literal["fit"] | None = Field(
+        default=None,
+        description="Pixels of the shorter side before the crop; null: as stored; fit: the crop just fits.",
+    )
+    stride: tuple[PositiveInt, ...] = Field(
+        default=(1,), description="Frame strides, one drawn per clip: 2 takes every second."
+    )
+    flip: bool = Field(default=True, description="Mirror half of the clips, drawn at random.")
+    workers: NonNegativeInt = Field(default=1, description="Decoding processes per rank; 0: the rank decodes itself.")
+    prefetch: PositiveInt = Field(default=4, description="Batches that each decoding process prepares ahead.")
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -122,23 +150,33 @@ class DataConfig(MixtureConfig):
         return self
 
 
-# --- checkpoints and guards ---
-
-
 class CheckpointConfig(Section):
     """Checkpoints: location, interval, retention and verification. Intervals in optimizer steps."""
 
-    url: str | None = None  # folder or bucket; the run's name is appended. None: checkpoints/ in the run folder
-    every: PositiveInt = 1000
-    asynchronous: bool = True  # the step goes on while a thread writes a copy of the state
-    on_failure: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written while training goes on
-    verify: Literal["checksums", "sizes"] = "checksums"  # of every file of a checkpoint before it is loaded
-    # At least 2: the newest may turn out to be damaged.
-    keep_last: Annotated[int, Field(ge=2)] = 2
-    keep_every: PositiveInt | None = None  # also keep those of steps that are multiples of this, for good
-    keep_best: Annotated[int, Field(ge=0)] = 0  # also keep the best so many by `best_metric`
-    best_metric: str = "psnr_db"  # of the validation
-    best_is: Literal["max", "min"] = "max"
+    url: str | None = Field(
+        default=None, description="Folder or URL, the run's name is appended; null: checkpoints/ in the run folder."
+    )
+    every: PositiveInt = Field(default=1000, description="Optimizer steps between checkpoints.")
+    asynchronous: bool = Field(
+        default=True, description="Write a copy of the state in a thread while training continues."
+    )
+    on_failure: Literal["continue", "stop"] = Field(
+        default="continue", description="When a save fails during training: go on to the next, or stop (exit code 4)."
+    )
+    verify: Literal["checksums", "sizes"] = Field(
+        default="checksums", description="Check of a checkpoint's files before loading; sizes misses changed bytes."
+    )
+    keep_last: int = Field(
+        default=2, ge=2, description="Newest checkpoints to keep; 2 at least, because the newest may be damaged."
+    )
+    keep_every: PositiveInt | None = Field(
+        default=None, description="Also keep the checkpoints of steps that are multiples of this, for good; null: none."
+    )
+    keep_best: NonNegativeInt = Field(default=0, description="Also keep so many of the best by `best_metric`.")
+    best_metric: str = Field(default="psnr_db", description="Metric that `keep_best` compares; of text to video: loss.")
+    best_is: Literal["max", "min"] = Field(
+        default="max", description="Best value of `best_metric`: the largest or smallest."
+    )
 
     @field_validator("url")
     @classmethod
@@ -149,12 +187,17 @@ class CheckpointConfig(Section):
 class SpikeConfig(Section):
     """Detection and handling of loss spikes."""
 
-    action: Literal["off", "warn", "rollback"] = "warn"
-    window: Annotated[int, Field(ge=8)] = 128  # the newest finite, unsuspicious losses that a step is compared with
-    least: Annotated[int, Field(ge=4)] = 32  # before there are so many, nothing is judged
-    threshold: PositiveFloat = 10.0  # robust standard deviations above the window's median
-    patience: PositiveInt = 3  # so many suspicious steps in a row are a spike
-    max_rollbacks: Annotated[int, Field(ge=0)] = 3  # then the run stops with its own error
+    action: Literal["off", "warn", "rollback"] = Field(
+        default="warn",
+        description="Reaction to a spike; rollback restores the checkpoint before it and skips its samples.",
+    )
+    window: int = Field(default=128, ge=8, description="Newest unsuspicious losses that a step is compared with.")
+    least: int = Field(default=32, ge=4, description="Losses in the window before the first step is judged.")
+    threshold: PositiveFloat = Field(
+        default=10.0, description="Robust standard deviations above the median that make a loss suspicious."
+    )
+    patience: PositiveInt = Field(default=3, description="Suspicious losses in a row that are a spike.")
+    max_rollbacks: NonNegativeInt = Field(default=3, description="Rollbacks of a run; past them exit code 6.")
 
     @model_validator(mode="after")
     def _window_holds_the_least(self) -> SpikeConfig:
@@ -166,19 +209,30 @@ class SpikeConfig(Section):
 class LatentStdConfig(Section):
     """Allowed range of the latents' std over positions, and the action outside of it."""
 
-    action: Literal["off", "warn", "stop"] = "warn"
-    low: Annotated[float, Field(ge=0.0)] = 0.02  # below, a latent says nothing
-    high: PositiveFloat = 0.99  # above, it does nothing but touch its bound
-    patience: PositiveInt = 5  # so many log lines in a row
+    action: Literal["off", "warn", "stop"] = Field(
+        default="warn", description="Reaction to a std out of range; stop: exit code 6."
+    )
+    low: NonNegativeFloat = Field(default=0.02, description="Smallest allowed std; below it a latent says nothing.")
+    high: PositiveFloat = Field(
+        default=0.99, description="Largest allowed std; above it a latent only touches its bound, 1."
+    )
+    patience: PositiveInt = Field(default=5, description="Log lines in a row out of range before the action.")
 
 
 class HangConfig(Section):
     """Time limits for a rank without progress in one phase."""
 
-    beat_s: PositiveFloat = 5.0  # how often each rank writes its heartbeat
-    warn_s: PositiveFloat = 120.0  # then a warning names the rank and the phase
-    limit_s: PositiveFloat = 900.0  # then every rank dumps its stacks and the run ends with its own exit code
-    start_limit_s: PositiveFloat = 1800.0  # the same until the second step: building, loading, compiling
+    beat_s: PositiveFloat = Field(default=5.0, description="Seconds between two heartbeats of a rank.")
+    warn_s: PositiveFloat = Field(
+        default=120.0, description="Seconds without progress until a warning names the rank and its phase."
+    )
+    limit_s: PositiveFloat = Field(
+        default=900.0,
+        description="Seconds without progress until all ranks write their stacks and end with exit code 7.",
+    )
+    start_limit_s: PositiveFloat = Field(
+        default=1800.0, description="`limit_s` until the second step: building, loading and compiling take longer."
+    )
 
     @model_validator(mode="after")
     def _the_limits_come_in_order(self) -> HangConfig:
@@ -193,11 +247,15 @@ class HangConfig(Section):
 class GuardsConfig(Section):
     """Guards: checks that skip steps, stop the run or roll it back."""
 
-    nonfinite_budget: Annotated[int, Field(ge=0)] = 100  # steps skipped for non-finite losses or gradients, in all
-    nonfinite_in_a_row: Annotated[int, Field(ge=0)] = 20  # and so many one after the other: the weights are broken
-    spike: SpikeConfig = SpikeConfig()
-    latent_std: LatentStdConfig = LatentStdConfig()
-    hang: HangConfig = HangConfig()
+    nonfinite_budget: NonNegativeInt = Field(
+        default=100, description="Steps of a run that may be skipped for non-finite gradients; past it exit code 6."
+    )
+    nonfinite_in_a_row: NonNegativeInt = Field(
+        default=20, description="The same one after the other; past it the weights are broken: exit code 6."
+    )
+    spike: SpikeConfig = Field(default=SpikeConfig(), description="Detection of loss spikes.")
+    latent_std: LatentStdConfig = Field(default=LatentStdConfig(), description="Allowed spread of the latents.")
+    hang: HangConfig = Field(default=HangConfig(), description="Time limits for ranks without progress.")
 
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1 a moment never learns, and its bias correction divides by 0
@@ -206,13 +264,27 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1 a moment never learns, an
 class OptimizerConfig(Section):
     """AdamW: torch's by default; DeepSpeed's CPU Adam or apex's FusedAdam where they can run."""
 
-    kind: Literal["adamw", "cpu_adam", "fused_adam"] = "adamw"
-    lr: Rate = 1e-4
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    warmup_steps: Annotated[int, Field(ge=0)] = 1000
-    min_lr_ratio: Fraction = 0.1
-    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    kind: Literal["adamw", "cpu_adam", "fused_adam"] = Field(
+        default="adamw", description="AdamW of torch, of DeepSpeed on a CPU, or of NVIDIA apex on a GPU."
+    )
+    lr: Rate = Field(
+        default=1e-4, description="Peak learning rate; AdamW moves every weight by about this much in a step."
+    )
+    betas: tuple[Beta, Beta] = Field(
+        default=(0.9, 0.99), description="Decay of the averages of the gradient and of its square."
+    )
+    weight_decay: NonNegativeFloat = Field(
+        default=0.01, description="Decoupled weight decay: a step takes away lr * weight_decay of every weight."
+    )
+    warmup_steps: NonNegativeInt = Field(
+        default=1000, description="Optimizer steps over which the learning rate rises linearly to `lr`."
+    )
+    min_lr_ratio: Fraction = Field(
+        default=0.1, description="Learning rate of the last step over `lr`; a cosine leads there after the warmup."
+    )
+    clip_norm: PositiveFloat = Field(
+        default=1.0, description="Largest norm of the whole gradient; longer ones are scaled down."
+    )
 
     @model_validator(mode="after")
     def _decay_shrinks_weights(self) -> OptimizerConfig:
@@ -225,35 +297,61 @@ class OptimizerConfig(Section):
 
 
 class ZeroConfig(Section):
-    """Partitioning of ZeRO-3; DeepSpeed's names in parentheses. Sizes count elements."""
+    """Partitioning of ZeRO-3; DeepSpeed's names in parentheses."""
 
-    prefetch_bucket: Annotated[int, Field(ge=0)] = 50_000_000  # weights gathered ahead (stage3_prefetch_bucket_size)
-    sub_group: PositiveInt = 1_000_000_000  # that one inner optimizer step handles (sub_group_size)
-    # hpZ (ZeRO++): so many consecutive ranks, as of a node, keep a second copy of the weights among them, so that the
-    # backward pass gathers inside the node (zero_hpz_partition_size). 1: none.
-    partition_size: PositiveInt = 1
-    # Gradients are reduced in it (communication_data_type). auto: fp32 at `FP32_FROM` ranks and above, where sums in
-    # bf16 have lost more than their last bit; below, the working precision.
-    communication_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    prefetch_bucket: NonNegativeInt = Field(
+        default=50_000_000, description="Elements gathered ahead of their use (DeepSpeed: stage3_prefetch_bucket_size)."
+    )
+    sub_group: PositiveInt = Field(
+        default=1_000_000_000, description="Elements of one inner optimizer step (DeepSpeed: sub_group_size)."
+    )
+    partition_size: PositiveInt = Field(
+        default=1,
+        description="Consecutive ranks, as of a node, that keep a second copy of the weights (hpZ, "
+        "zero_hpz_partition_size); 1: none.",
+    )
+    communication_dtype: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto",
+        description="Precision of the gradients' reduction; auto: fp32 from 64 ranks on, where sums in bf16 lose more "
+        "than their last bit.",
+    )
 
 
 FP32_FROM = 64  # ranks
+
+# Activations that the backward pass computes again: none, all of a block, or all but what attention made.
+Recomputation = bool | Literal["selective"]
 
 
 class EngineConfig(Section):
     """Distribution of the step: DeepSpeed ZeRO-3, or plain PyTorch in one process."""
 
-    kind: Literal["zero3", "plain"] = "zero3"
-    precision: Literal["bf16", "fp32"] = "bf16"
-    # Build each parameter already sharded (zero.Init), in the working precision: for models larger than one GPU.
-    partitioned_init: bool = False
-    activation_checkpointing: bool = False
-    # Only kernels whose result does not change from run to run, as far as torch has them (docs/gpu.md): on GPUs slower.
-    deterministic: bool = False
-    persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank
-    zero: ZeroConfig = ZeroConfig()
-    # So many consecutive ranks share samples: each has a part of every transformer's row of tokens, and of the heads.
-    sequence_parallel: PositiveInt = 1
+    kind: Literal["zero3", "plain"] = Field(
+        default="zero3", description="zero3: DeepSpeed ZeRO-3 on any number of ranks; plain: PyTorch in one process."
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Working precision; the optimizer's master weights are fp32."
+    )
+    partitioned_init: bool = Field(
+        default=False, description="Build parameters already sharded (zero.Init): for models larger than one GPU."
+    )
+    activation_checkpointing: Recomputation = Field(
+        default=False,
+        description="Recompute blocks in the backward pass: less memory, more time; selective: all but attention.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Only kernels with the same result in every run, where torch has them; slower on GPUs.",
+    )
+    persistence_threshold: NonNegativeInt = Field(
+        default=100_000, description="ZeRO-3 keeps parameters of at most this many elements whole on every rank."
+    )
+    zero: ZeroConfig = Field(default=ZeroConfig(), description="Partitioning of ZeRO-3.")
+    sequence_parallel: PositiveInt = Field(
+        default=1,
+        description="Consecutive ranks that share samples, each with a part of every row of tokens and of the heads; "
+        "1: none.",
+    )
 
     @model_validator(mode="after")
     def _one_process_shares_nothing(self) -> EngineConfig:
@@ -294,20 +392,41 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     """Length, batch and intervals of a run. A step is an optimizer step."""
 
-    steps: PositiveInt
-    batch_global: PositiveInt
-    accumulation: PositiveInt = 1
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
-    log_every: PositiveInt = 10
-    validate_every: PositiveInt = 500
-    validate_at_start: bool = False  # once more before the first step: what training adds is seen on the curve
-    time_limit_s: PositiveFloat | None = None  # save and end (code 75) before this much time has passed since the start
-    time_limit_lead_s: Annotated[float, Field(ge=0.0)] = 120.0  # how long before: time for a step and a save
-    grad_norms_every: PositiveInt | None = None  # record the norm of every layer's gradient so often; None: never
-    slow_ranks_every: PositiveInt = 100  # steps between reports of which ranks are slow, where there are several
-    trace_samples: bool = False  # write the ids of every clip that was trained on to samples/ in the run folder
-    peak_tflops: float | None = None  # per rank, for MFU; None looks the GPU up or measures the CPU
+    steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
+    batch_global: PositiveInt = Field(description="Samples of one optimizer step, over all ranks and micro-batches.")
+    accumulation: PositiveInt = Field(
+        default=1, description="Micro-batches of a step, one after the other: more of them need less memory."
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Seed of the initial weights, the order of the data and the noise."
+    )
+    ema_decay: float = Field(
+        default=0.999,
+        ge=0.0,
+        lt=1.0,
+        description="Decay of the weights' moving average per step; 0.999 averages about 1000 steps.",
+    )
+    log_every: PositiveInt = Field(default=10, description="Optimizer steps between log lines.")
+    validate_every: PositiveInt = Field(default=500, description="Optimizer steps between validations.")
+    validate_at_start: bool = Field(
+        default=False, description="Validate before the first step, too, so that the curve shows what training adds."
+    )
+    time_limit_s: PositiveFloat | None = Field(
+        default=None, description="Seconds from the start until it has saved and ended (exit code 75); null: no limit."
+    )
+    time_limit_lead_s: NonNegativeFloat = Field(
+        default=120.0, description="Seconds before `time_limit_s` when training stops: time for a step and a save."
+    )
+    grad_norms_every: PositiveInt | None = Field(
+        default=None, description="Optimizer steps between records of the norm of each layer's gradient; null: never."
+    )
+    slow_ranks_every: PositiveInt = Field(default=100, description="Optimizer steps between reports of slow ranks.")
+    trace_samples: bool = Field(
+        default=False, description="Write the ids of all trained clips to samples/ in the run folder."
+    )
+    peak_tflops: float | None = Field(
+        default=None, description="Peak TFLOP/s of a rank, for MFU; null: looked up for a GPU, measured on a CPU."
+    )
 
     @model_validator(mode="after")
     def _accumulation_divides_the_batch(self) -> TrainConfig:
@@ -328,29 +447,41 @@ class TrainConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases. An outage is logged once and never stops a run."""
 
-    mode: Literal["disabled", "offline", "online"] = "disabled"
-    project: str = "regen"
-    entity: str | None = None
+    mode: Literal["disabled", "offline", "online"] = Field(
+        default="disabled", description="Tracking: none, files to upload later, or online."
+    )
+    project: str = Field(default="regen", description="Project that the run appears in.")
+    entity: str | None = Field(
+        default=None, description="User or team that owns the project; null: the account's default."
+    )
 
 
 class TensorBoardConfig(Section):
     """TensorBoard's event files, in `tensorboard/` in the run folder. Needs the package `tensorboard`."""
 
-    enabled: bool = False
+    enabled: bool = Field(
+        default=False, description="Write event files to tensorboard/ in the run folder; needs the package tensorboard."
+    )
 
 
 class CommonConfig(Section):
     """Config of runs of every task."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    output: HomePath = "runs"
-    optimizer: OptimizerConfig = OptimizerConfig()
-    engine: EngineConfig = EngineConfig()
-    train: TrainConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    guards: GuardsConfig = GuardsConfig()
-    wandb: WandbConfig = WandbConfig()
-    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in `output`."
+    )
+    output: HomePath = Field(default="runs", description="Folder of the run folders.")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="Optimizer and learning rate.")
+    engine: EngineConfig = Field(default=EngineConfig(), description="Distribution of the step over ranks.")
+    train: TrainConfig = Field(description="Length, batch and intervals.")
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(), description="Location, interval, retention and verification of checkpoints."
+    )
+    guards: GuardsConfig = Field(
+        default=GuardsConfig(), description="Checks that skip steps, roll back or stop the run."
+    )
+    wandb: WandbConfig = Field(default=WandbConfig(), description="Tracking by Weights & Biases.")
+    tensorboard: TensorBoardConfig = Field(default=TensorBoardConfig(), description="Tracking by TensorBoard.")
 
     @property
     def folder(self) -> Path:

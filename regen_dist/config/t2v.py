@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,7 @@ from regen_dist.config.run import (
     Fraction,
     HomePath,
     MixtureConfig,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     SamplerName,
@@ -23,17 +24,26 @@ LATENT_PATCH = 2  # latent cells a side of one token (paper: patch 2x2)
 
 
 class T2VModelConfig(Section):
-    """Diffusion transformer on latent frames with cross-attention to text. `latent_channels` and `text_width` are those
-    of the cache."""
+    """Diffusion transformer on latent frames with cross-attention to text."""
 
-    kind: Literal["t2v"] = "t2v"
-    blocks: PositiveInt = 32
-    heads: PositiveInt = 24
-    width: PositiveInt = 3072
-    mlp_ratio: PositiveFloat = 4.0
-    latent_channels: PositiveInt = 8
-    text_width: PositiveInt = 4096
-    attention: AttentionConfig = AttentionConfig()
+    kind: Literal["t2v"] = Field(default="t2v", description="Kind of the model.")
+    blocks: PositiveInt = Field(
+        default=32, description="Transformer blocks; the defaults make 4.9B parameters (paper: 5B)."
+    )
+    heads: PositiveInt = Field(
+        default=24, description="Attention heads; must divide `width` into even parts of at least 6 (rotary positions)."
+    )
+    width: PositiveInt = Field(default=3072, description="Channels of a token.")
+    mlp_ratio: PositiveFloat = Field(default=4.0, description="Hidden width of the feed-forward layers over `width`.")
+    latent_channels: PositiveInt = Field(
+        default=8, description="Channels of a latent frame; those of the cache (paper: 8)."
+    )
+    text_width: PositiveInt = Field(
+        default=4096, description="Channels of a text embedding; those of the cache (4096: T5 v1.1 XXL)."
+    )
+    attention: AttentionConfig = Field(
+        default=AttentionConfig(), description="Self-attention; its pattern must be full."
+    )
 
     @model_validator(mode="after")
     def _heads_fit(self) -> T2VModelConfig:
@@ -50,22 +60,37 @@ class T2VModelConfig(Section):
 
 
 class FlowConfig(Section):
-    """Rectified flow with velocity prediction. `shift` s moves times towards noise at a row of `shift_tokens` tokens;
-    a row of n tokens is shifted by s * sqrt(n / shift_tokens) (Esser et al., 2024, Eq. 23)."""
+    """Rectified flow with velocity prediction."""
 
-    density: DensityConfig = DensityConfig(pure_noise=0.0)
-    shift: PositiveFloat = 1.0
-    shift_tokens: PositiveInt = 256
-    # Of each channel's std, how much normalisation takes out: 1 makes all channels equally strong; below it the weak
-    # ones, which hold detail, stay weaker (std^(1 - whitening)) and drown in noise first, as they do in pixels.
-    whitening: Fraction = 1.0
-    # Shares of the rows that are trained with frames given clean (`regen generate --image`, `--continue`): the content
-    # latent of the first clip; and, of rows of several clips, one clip or more, but not the last.
-    given_content: Fraction = 0.0
-    given_clips: Fraction = 0.0
-    sampler: SamplerName = "euler"
-    steps: PositiveInt = 30
-    guidance: Annotated[float, Field(ge=0.0)] = 6.0  # 1 is no guidance
+    density: DensityConfig = Field(
+        default=DensityConfig(pure_noise=0.0),
+        description="Density of the training timesteps; by default without a share at pure noise.",
+    )
+    shift: PositiveFloat = Field(
+        default=1.0, description="Moves timesteps towards noise at a row of `shift_tokens` tokens; 1: not at all."
+    )
+    shift_tokens: PositiveInt = Field(
+        default=256,
+        description="Tokens of that row; one of n is shifted by shift * sqrt(n / shift_tokens) (Esser et al., 2024, "
+        "Eq. 23).",
+    )
+    whitening: Fraction = Field(
+        default=1.0,
+        description="Share of the channels' differences in std that normalisation removes; below 1 weak channels, "
+        "which hold detail, stay weaker.",
+    )
+    given_content: Fraction = Field(
+        default=0.0,
+        description="Share of the rows with the first clip's content latent given clean (`regen generate --image`).",
+    )
+    given_clips: Fraction = Field(
+        default=0.0,
+        description="Share of the rows of several clips with one or more of them, not the last, given clean "
+        "(`--continue`).",
+    )
+    sampler: SamplerName = Field(default="euler", description="Sampler used by default.")
+    steps: PositiveInt = Field(default=30, description="Sampling steps used by default.")
+    guidance: NonNegativeFloat = Field(default=6.0, description="Classifier-free guidance used by default; 1: none.")
 
     @model_validator(mode="after")
     def _shares_are_of_one_whole(self) -> FlowConfig:
@@ -84,8 +109,12 @@ class FlowConfig(Section):
 class LatentDataConfig(MixtureConfig):
     """Sources of cached latents, and how rows of clips are cut from them."""
 
-    clips: tuple[PositiveInt, ...] = (1,)  # clips in a row; several: each is a bucket of its own
-    text_dropout: Fraction = 0.1  # share of the samples that are trained with the null embedding, for guidance
+    clips: tuple[PositiveInt, ...] = Field(
+        default=(1,), description="Clips in a row; several numbers: each is a bucket of its own."
+    )
+    text_dropout: Fraction = Field(
+        default=0.1, description="Share of the samples trained with the empty caption's embedding, for guidance."
+    )
 
     @field_validator("clips")
     @classmethod
@@ -98,9 +127,13 @@ class LatentDataConfig(MixtureConfig):
 class GenerationConfig(Section):
     """Generation at every validation of a run."""
 
-    embedder: HomePath | None = None  # a run or an exported model that decodes; None: only the loss is validated
-    prompts: PositiveInt = 4  # the captions of so many samples of the validation data
-    decode_steps: PositiveInt = 1
+    embedder: HomePath | None = Field(
+        default=None, description="Run folder or exported model that decodes; null: only the loss is validated."
+    )
+    prompts: PositiveInt = Field(
+        default=4, description="Captions of the validation data that videos are generated from."
+    )
+    decode_steps: PositiveInt = Field(default=1, description="Sampling steps of the embedder's decoder.")
 
     @field_validator("embedder")
     @classmethod
@@ -113,11 +146,11 @@ class GenerationConfig(Section):
 class T2VConfig(CommonConfig):
     """Config of a text-to-video run."""
 
-    task: Literal["t2v"] = "t2v"
-    model: T2VModelConfig = T2VModelConfig()
-    diffusion: FlowConfig = FlowConfig()
-    data: LatentDataConfig
-    generation: GenerationConfig = GenerationConfig()
+    task: Literal["t2v"] = Field(default="t2v", description="What is trained: a text-to-video model.")
+    model: T2VModelConfig = Field(default=T2VModelConfig(), description="Diffusion transformer on latent frames.")
+    diffusion: FlowConfig = Field(default=FlowConfig(), description="Rectified flow with velocity prediction.")
+    data: LatentDataConfig = Field(description="Latent caches.")
+    generation: GenerationConfig = Field(default=GenerationConfig(), description="Generation at every validation.")
 
     @model_validator(mode="after")
     def _ranks_can_share_rows(self) -> T2VConfig:
@@ -139,8 +172,11 @@ class TextConfig(Section):
     """A text encoder and its tokenizer, such as a T5 or whatever else transformers loads: a folder (`regen text make`
     writes a small one, `regen text convert` one of pickled weights), or a name on the Hugging Face hub."""
 
-    encoder: str = "google/t5-v1_1-xxl"
-    max_tokens: PositiveInt = 256  # longer captions are cut
+    encoder: str = Field(
+        default="google/t5-v1_1-xxl",
+        description="Folder of a text encoder with its tokenizer, or its name on the Hugging Face hub.",
+    )
+    max_tokens: PositiveInt = Field(default=256, description="Tokens of a caption; longer ones are cut.")
 
 
 __all__ = ["TextConfig"]

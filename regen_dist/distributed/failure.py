@@ -41,6 +41,11 @@ def tell(error: BaseException, rank: int = 0, world_size: int = 1) -> None:
     sys.stderr.flush()
 
 
+def has_failed() -> bool:
+    """Return whether this process has printed an error that ends it: what closes then must not wait for others."""
+    return bool(_told)
+
+
 def abort_group() -> None:
     """Leave the process group without waiting for its collectives, in `ABORT_S` at most."""
     # A gloo group leaves nothing behind. Aborted first, it would break the connections of the other ranks, which could

@@ -12,6 +12,7 @@ from torch import Tensor
 from regen_dist.config.run import OptimizerConfig
 from regen_dist.errors import BackendError
 from regen_dist.registry import Entry, Registry
+from regen_dist.requirements import Site
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -39,7 +40,7 @@ def build_optimizer(
     decayed = [p for p in params if len(getattr(p, "ds_shape", p.shape)) > 1]
     rest = [p for p in params if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return OPTIMIZERS.available(config.kind, device, engine).build(groups, config, device)
+    return OPTIMIZERS.available(config.kind, Site(device.type, engine=engine)).build(groups, config, device)
 
 
 def _adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -49,15 +50,6 @@ def _adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> tor
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=one_pass, foreach=not one_pass)
 
 
-def _require_deepspeed(device: torch.device, engine: str) -> None:
-    if device.type != "cpu":
-        raise BackendError(
-            f"optimizer.kind=cpu_adam keeps its state on the CPU, the model is on {device}; set optimizer.kind=adamw"
-        )
-    if engine != "zero3":
-        raise BackendError("optimizer.kind=cpu_adam is DeepSpeed's; set engine.kind=zero3, or optimizer.kind=adamw")
-
-
 def _cpu_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """DeepSpeed's vectorised Adam for state in host memory; compiled at its first use (g++, about a minute)."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -65,23 +57,14 @@ def _cpu_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> 
     return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, adamw_mode=True)  # type: ignore[no-any-return]
 
 
-def _require_apex(device: torch.device, engine: str) -> None:
-    if device.type != "cuda":
-        raise BackendError(
-            f"optimizer.kind=fused_adam (apex) needs a CUDA device, found {device}; set optimizer.kind=adamw"
-        )
+def _fused_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     try:
-        import apex.optimizers  # noqa: F401
+        from apex.optimizers import FusedAdam
     except ImportError as error:
         raise BackendError(
-            f"optimizer.kind=fused_adam needs NVIDIA apex ({error}), which is built from source (see environment.yml; "
-            "PyPI's `apex` is another package); or set optimizer.kind=adamw"
+            f"optimizer.kind=fused_adam: apex cannot be imported ({error}); build it again for this torch (see "
+            "environment.yml), or set optimizer.kind=adamw"
         ) from error
-
-
-def _fused_adam(groups: Groups, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    from apex.optimizers import FusedAdam
-
     optimizer: torch.optim.Optimizer = _counting_per_parameter(FusedAdam)(
         groups, lr=config.lr, betas=config.betas, adam_w_mode=True
     )
@@ -117,7 +100,7 @@ def _counting_per_parameter(fused_adam: Any) -> Any:
 
 @dataclass(frozen=True)
 class OptimizerEntry(Entry[Maker]):
-    """An optimizer: `check` takes the device and the engine's kind, `state` names its tensors of every parameter, as
+    """An optimizer: `state` names its tensors of every parameter, as
     they stand in `optimizer.state`. It counts its updates in `step`, in a tensor on the device or in Python."""
 
     counts_on_device: bool = False
@@ -127,8 +110,8 @@ OPTIMIZERS = Registry(
     "optimizer.kind",
     {
         "adamw": OptimizerEntry(_adamw, state=MOMENTS, counts_on_device=True),
-        "cpu_adam": OptimizerEntry(_cpu_adam, _require_deepspeed, MOMENTS),
-        "fused_adam": OptimizerEntry(_fused_adam, _require_apex, MOMENTS),
+        "cpu_adam": OptimizerEntry(_cpu_adam, MOMENTS),
+        "fused_adam": OptimizerEntry(_fused_adam, MOMENTS),
     },
 )
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist.distributed.ranks import TIMEOUT, Ranks
-from regen_dist.errors import RegenError
+from regen_dist.distributed.shared_reading import SharedReader
 from regen_dist.models.sequence_parallel import Rows, SequenceShard, row_lengths
 
 Item = TypeVar("Item")
@@ -31,11 +31,13 @@ class RowGroup(Rows):
         ranks: this process's place.
         size: ranks of the group, S.
         group: their process group; None where there is only one.
+        feed: gloo group of the same ranks, for their samples.
     """
 
-    def __init__(self, ranks: Ranks, size: int = 1, group: Any = None) -> None:
+    def __init__(self, ranks: Ranks, size: int = 1, group: Any = None, feed: Any = None) -> None:
         self.ranks, self.size, self.group = ranks, size, group
         self.index = ranks.rank % size
+        self._reader = SharedReader(feed, ranks.rank - self.index, reads=self.leads)
 
     @property
     def leads(self) -> bool:
@@ -54,35 +56,13 @@ class RowGroup(Rows):
 
     def read(self, source: Callable[[], Generator[Item]]) -> Generator[Item]:
         """Yield on every rank of the group the items that `source` yields on the first. A failed read or a replacement
-        sample on one rank alone cannot make the ranks differ, and each sample is read once. A collective of the group
-        at every item.
+        sample on one rank alone cannot make the ranks differ, and each sample is read once. Items arrive ahead of time,
+        over a gloo group of their own (see `SharedReader`).
 
         Raises:
             RegenError: the error of the first rank, on every rank.
         """
-        return source() if self.size == 1 else self._told(source)
-
-    def _told(self, source: Callable[[], Generator[Item]]) -> Generator[Item]:
-        items = source() if self.leads else None
-        try:
-            while True:
-                yield self._tell(items)
-        finally:
-            if items is not None:
-                items.close()
-
-    def _tell(self, items: Generator[Item] | None) -> Item:
-        """Return the next of the first rank's `items` on every rank; the other ranks have none."""
-        said: list[Any] = [None, None]
-        if items is not None:
-            try:
-                said[0] = next(items)
-            except RegenError as error:
-                said[1] = error
-        dist.broadcast_object_list(said, src=self.ranks.rank - self.index, group=self.group)
-        if said[1] is not None:
-            raise said[1]
-        return said[0]  # type: ignore[no-any-return]
+        return source() if self.size == 1 else self._reader.read(source)
 
 
 def join_rows(ranks: Ranks, size: int) -> RowGroup:
@@ -90,7 +70,8 @@ def join_rows(ranks: Ranks, size: int) -> RowGroup:
     if size == 1:
         return RowGroup(ranks)
     group, _ = dist.new_subgroups(size, timeout=TIMEOUT)
-    return RowGroup(ranks, size, group)
+    feed, _ = dist.new_subgroups(size, timeout=TIMEOUT, backend="gloo")
+    return RowGroup(ranks, size, group, feed)
 
 
 class _RowShard(SequenceShard):

@@ -14,19 +14,6 @@ from regen_dist.config.run import CommonConfig
 from regen_dist.distributed.engine import Engine, StepResult, precision_of
 from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import BackendError
-
-
-def require_one_process(world_size: int) -> None:
-    """Refuse several ranks: each would train a model of its own.
-
-    Raises:
-        BackendError: there are several.
-    """
-    if world_size > 1:
-        raise BackendError(
-            f"engine.kind=plain runs in one process, found {world_size} ranks; set engine.kind=zero3, or --ranks 1"
-        )
 
 
 class PlainEngine(Engine):
@@ -35,7 +22,6 @@ class PlainEngine(Engine):
 
     def __init__(self, config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
         super().__init__(config, ranks)
-        require_one_process(ranks.world_size)
         self.module = build().to(ranks.device)
         self._masters = {name: param.detach().float() for name, param in self.module.named_parameters()}
         self.optimizer = build_optimizer(config.optimizer, list(self._masters.values()), ranks.device)

@@ -18,10 +18,11 @@ from regen_dist.distributed.engine import WEIGHTS, Engine, StepResult, full_shap
 from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.sequence_parallel import join_rows
-from regen_dist.distributed.single_process import PlainEngine, require_one_process
+from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import ConfigError
 from regen_dist.models.sequence_parallel import share_rows
 from regen_dist.registry import Entry, Registry
+from regen_dist.requirements import Site
 
 
 class Zero3Engine(Engine):
@@ -111,13 +112,13 @@ class Zero3Engine(Engine):
 
 ENGINES: Registry[Entry[Callable[[CommonConfig, Ranks, Callable[[], nn.Module]], Engine]]] = Registry(
     "engine.kind",
-    {"zero3": Entry(Zero3Engine, state=WEIGHTS), "plain": Entry(PlainEngine, require_one_process, WEIGHTS)},
+    {"zero3": Entry(Zero3Engine, WEIGHTS), "plain": Entry(PlainEngine, WEIGHTS)},
 )
 
 
 def build_engine(config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> Engine:
     """Build the engine that the config names, around the module that `build` makes (the same on every rank)."""
-    engine = ENGINES.available(config.engine.kind, ranks.world_size).build(config, ranks, build)
+    engine = ENGINES.available(config.engine.kind, Site(num_ranks=ranks.world_size)).build(config, ranks, build)
     engine.rows = join_rows(ranks, config.engine.sequence_parallel)
     share_rows(engine.module, engine.rows)
     return engine

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from regen_dist.config.files import write_text_atomically
@@ -216,6 +215,8 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _write_worst(frames: _FrameMeasures, folder: Path, name: str) -> list[dict[str, Any]]:
     """Write source and reconstruction of the worst frames, worst first."""
+    from PIL import Image
+
     found = []
     for error, pair in sorted(frames.worst.values(), key=lambda each: -each[0]):
         files = {}

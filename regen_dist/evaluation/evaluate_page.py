@@ -14,6 +14,7 @@ from markupsafe import Markup
 from regen_dist.evaluation.evaluate import MEASURES, MEDIA, Measure, why_missing
 from regen_dist.evaluation.report import PAGE, page_environment, replace_file
 from regen_dist.jsontext import json_text
+from regen_dist.tables import Table, numbers
 
 JSON = "evaluation.json"
 _WORST_SHOWN = 24
@@ -23,12 +24,12 @@ _COSTS = (
     ("decode_flops_per_frame", "Decoding, GFLOPs a frame", 1e-9, 2),
     ("working_memory_bytes", "Working memory beside the weights, MiB", 2.0**-20, 0),
 )
-Table = list[tuple[str, list[str], list[bool]]]  # title, a cell for each model, whether it is the best
+MeasureRows = list[tuple[str, list[str], list[bool]]]  # title, a cell for each model, whether it is the best
 
 
-def table(facts: Mapping[str, Any]) -> Table:
+def table(facts: Mapping[str, Any]) -> MeasureRows:
     """Rows of measures and costs, with a cell for each model: the mean, and the interval's half width if known."""
-    rows: Table = []
+    rows: MeasureRows = []
     for measure in MEASURES:
         found = [model["summary"][measure.key] for model in facts["models"]]
         if any(each["mean"] is not None for each in found):
@@ -58,10 +59,9 @@ def _best(found: list[Mapping[str, Any]], measure: Measure) -> list[bool]:
 def markdown(facts: Mapping[str, Any]) -> str:
     """The table and the protocol's hashes as text."""
     labels = [model["label"] for model in facts["models"]]
-    lines = [f"| measure | {' | '.join(labels)} |", f"| --- |{' ---: |' * len(labels)}"]
-    lines += [f"| {title} | {' | '.join(cells)} |" for title, cells, _ in table(facts)]
-    lines += ["", *identity(facts)]
-    return "\n".join([*lines, *(f"- {line}" for line in why_missing(facts))]) + "\n"
+    rows = [(title, *cells) for title, cells, _ in table(facts)]
+    lines = [*identity(facts), *(f"- {line}" for line in why_missing(facts))]
+    return Table(["measure", *numbers(*labels)], rows, note="\n".join(lines)).to_markdown()
 
 
 def identity(facts: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config.run import SPATIAL_COMPRESSION
-from regen_dist.errors import ConfigError, DataError
+from regen_dist.errors import ConfigError, DataError, needing_extra
 from regen_dist.evaluation.baselines import LABELS, TRIVIAL_KINDS, TrivialCodec
 from regen_dist.evaluation.metrics import LATENT_BITS
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
@@ -67,7 +67,8 @@ class DiffusersCodec:
         num_frames: frames of a clip. Causal video autoencoders of temporal compression r take n r + 1.
 
     Raises:
-        ConfigError: diffusers is not installed, or the folder is not one of its autoencoders.
+        ConfigError: the folder is not one of diffusers' autoencoders.
+        BackendError: diffusers is not installed.
     """
 
     kind = "diffusers"
@@ -140,12 +141,8 @@ def decode_with(model: Any, z: Tensor, is_video: bool) -> Tensor:
 
 
 def _load_diffusers(folder: Path) -> Any:
-    try:
+    with needing_extra(f"{folder}, a model of diffusers,"):
         import diffusers
-    except ImportError as error:
-        raise ConfigError(
-            f"{folder} is a model of diffusers, which is not installed; pip install '.[hub]' has it"
-        ) from error
     name = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", ""))
     if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
         raise ConfigError(

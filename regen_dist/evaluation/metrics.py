@@ -16,10 +16,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
 
-import imageio_ffmpeg
 import numpy as np
 
-from regen_dist.errors import ConfigError, DataError
+from regen_dist.errors import BackendError, ConfigError, DataError, needing_extra
+from regen_dist.evaluation.perceptual import SSIM_WINDOW, frame_planes, ssim_terms
 from regen_dist.inference.frames import Frame, Seconds, VideoWriter
 from regen_dist.inference.long_video import (
     DEFAULT_FADE,
@@ -36,7 +36,6 @@ from regen_dist.inference.long_video import (
 
 PEAK = 255.0
 PSNR_CEILING = 100.0  # dB, the value for equal frames, so that means stay finite
-SSIM_WINDOW = 11  # pixels: the Gaussian window of Wang et al. 2004, sigma 1.5
 LATENT_BITS = 16  # a latent value is counted as stored in 16 bits
 RAW_BITS_PER_PIXEL = 24.0
 
@@ -58,12 +57,8 @@ def ssim(source: Frame, other: Frame) -> float | None:
     """Structural similarity over the three colours, Gaussian window; None for frames smaller than the window."""
     if min(source.shape[:2]) < SSIM_WINDOW:
         return None
-    from skimage.metrics import structural_similarity  # here: training measures no SSIM, and scipy slows its start
-
-    images = source.astype(np.float32), other.astype(np.float32)
-    gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    similarity = structural_similarity(*images, data_range=PEAK, channel_axis=2, **gaussian)  # type: ignore[no-untyped-call]
-    return float(similarity)
+    luminance, contrast = ssim_terms(frame_planes(source), frame_planes(other))
+    return float((luminance * contrast).mean())
 
 
 @dataclass
@@ -154,8 +149,8 @@ def vmaf(reference: Path, distorted: Path, *, executable: str | None = None) -> 
     Failures of ffmpeg never raise; they are the result's `reason`.
     """
     try:
-        ffmpeg = executable or imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
+        ffmpeg = executable or _ffmpeg()
+    except (BackendError, RuntimeError) as error:
         return Vmaf(None, f"no ffmpeg: {error}")
     with tempfile.TemporaryDirectory() as folder:
         # Frames are paired by number: setpts takes the files' own timing out of it.
@@ -171,6 +166,12 @@ def vmaf(reference: Path, distorted: Path, *, executable: str | None = None) -> 
             return Vmaf(float(log["pooled_metrics"]["vmaf"]["mean"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             return Vmaf(None, f"libvmaf gave no score: {error}")
+
+
+def _ffmpeg() -> str:
+    with needing_extra("VMAF"):
+        import imageio_ffmpeg
+    return str(imageio_ffmpeg.get_ffmpeg_exe())
 
 
 def _last_line(text: str) -> str:

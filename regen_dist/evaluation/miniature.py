@@ -1,526 +1,49 @@
-"""Arms of the comparison: videos of the same captions from different sources, all read by the same detector.
-
-Real videos measure the detector's own errors, reconstructions those of the embedder, generated videos those of the
-generator. Exchanged captions give the chance level.
-"""
+"""Judgement of the miniature: every available kind of video is read by the same detector; scores.json and the page."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from math import sqrt
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from PIL import Image
-from torch import Tensor
 
 from regen_dist.config.urls import parse_url
 from regen_dist.data.format.catalogue import Dataset, open_dataset
-from regen_dist.data.format.index import Sample, samples_of
 from regen_dist.data.inspect.contact import choose_rows
 from regen_dist.data.pool import Progress
-from regen_dist.data.synthetic.shapes import (
-    COLOURS,
-    DIRECTIONS,
-    SHAPES,
-    Attributes,
-    Combination,
-    parse_caption,
-    split_combinations,
-)
-from regen_dist.data.video.conversion import frame_to_rgb
-from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.clip_rows import LEAST_DIRECTION, ContinuationMeter, SeamMeter, missed_continuations
+from regen_dist.evaluation.clip_rows import LEAST_DIRECTION, ContinuationMeter, missed_continuations
+from regen_dist.evaluation.miniature_page import write_page
+from regen_dist.evaluation.miniature_scores import (
+    LEAST_VIDEOS,
+    REAL,
+    RECONSTRUCTED,
+    TARGETS,
+    WRONG_CAPTIONS,
+    ClipCodec,
+    ScoredVideos,
+    ShapeClip,
+    UInt8s,
+    generated_clips,
+    generated_facts,
+    generated_names,
+    generated_prompts,
+    given_kind,
+    held_out_clips,
+    held_out_samples,
+    missed_targets,
+    read_arm,
+    reconstructed,
+    recorded_facts,
+    seen_in_training,
+    with_wrong_captions,
+)
 from regen_dist.evaluation.reconstruct import write_json
-from regen_dist.evaluation.report import PAGE, Curve, draw_curves, page_environment, replace_file
-from regen_dist.evaluation.shapes import Reading, read
 from regen_dist.inference.codec import Codec
-from regen_dist.models.encoder import Latents
 from regen_dist.observe.hardware import describe_machine
-from regen_dist.observe.record import read_record
-from regen_dist.pixels import to_frames, to_video
-
-# The compared videos: held-out ones, their reconstructions by an embedder, and generated ones.
-
-_NUMBERED = re.compile(r"\d+(-\d+)?")  # with several samples of a prompt, each has its own number
-UInt8s = npt.NDArray[np.uint8]
-
-
-class ClipCodec(Protocol):
-    """Interface of a codec: `regen_dist.inference.codec.Codec`, or any object with the same methods."""
-
-    num_frames: int
-
-    def encode(self, clips: Tensor) -> Latents:
-        """Encode clips [B, 3, T, H, W] in [-1, 1], T of 1 or `num_frames`, to latents."""
-        ...
-
-    def decode(self, latents: Latents, times: Tensor, *, starts: list[float]) -> Tensor:
-        """Decode clips [B, 3, T, H, W] in [-1, 1] at `times` [T], counted from each clip's first frame."""
-        ...
-
-
-class ShapeClip(NamedTuple):
-    """A video and its wanted attributes: frames uint8 RGB [T, H, W, 3], `fps` of them a second. The first `given` were
-    not generated and are not read."""
-
-    name: str
-    caption: str
-    wanted: Attributes
-    frames: UInt8s
-    fps: float
-    given: int = 0
-
-
-def generated_names(folder: Path, number: int) -> list[str]:
-    """List the first videos that `regen generate` wrote into a folder, by name. The JSON of a video is written last, so
-    a video without it is unfinished and not counted."""
-    return sorted(path.stem for path in folder.glob("*.json") if _NUMBERED.fullmatch(path.stem))[:number]
-
-
-def generated_facts(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """Facts that the JSON files of all these videos share about their making."""
-    kept: dict[str, Any] | None = None
-    for name in names:
-        facts = _facts(folder / f"{name}.json")
-        kept = facts if kept is None else {key: value for key, value in kept.items() if facts.get(key) == value}
-    return {key: value for key, value in (kept or {}).items() if key != "prompt"}
-
-
-def generated_prompts(folder: Path, names: Iterable[str]) -> list[str]:
-    """Prompts of generated videos. Raises DataError naming a JSON file that records none."""
-    prompts = []
-    for name in names:
-        prompt = _facts(folder / f"{name}.json").get("prompt")
-        if not isinstance(prompt, str):
-            raise DataError(f"{folder / name}.json says no prompt; generate the videos again with `regen generate`")
-        prompts.append(prompt)
-    return prompts
-
-
-def generated_clips(folder: Path, names: Sequence[str]) -> Iterator[ShapeClip]:
-    """Yield generated videos with their prompts. Raises DataError naming a file that cannot be used."""
-    for name, prompt in zip(names, generated_prompts(folder, names), strict=True):
-        video = folder / f"{name}.mp4"
-        if not video.is_file():
-            raise DataError(f"{video} is missing, though {name}.json is there; generate the videos again")
-        clip, facts = _decoded(f"{name}.mp4", prompt, video, str(video)), _facts(folder / f"{name}.json")
-        is_continued = given_kind(facts) == "video"
-        yield clip._replace(given=len(clip.frames) - facts["settings"]["frames"]) if is_continued else clip
-
-
-def given_kind(facts: Mapping[str, Any]) -> str | None:
-    """Kind of what a generated video began with, by its record: `image`, `video`, or None for nothing."""
-    kind: str | None = (facts.get("given") or {}).get("kind")
-    return kind
-
-
-def held_out_samples(dataset: Dataset, number: int) -> list[Sample]:
-    """Read the first samples of a dataset, from its whole index."""
-    samples: list[Sample] = samples_of(dataset.table().slice(0, number))
-    return samples
-
-
-def held_out_clips(dataset: Dataset, samples: Iterable[Sample], clip_frames: int | None) -> Iterator[ShapeClip]:
-    """Yield videos of a dataset with their captions, each cut to whole clips of `clip_frames` (None: uncut)."""
-    for sample in samples:
-        if sample.caption is None:
-            raise DataError(f"{sample.name} of {dataset.store.url} has no caption, so nobody knows what it shows")
-        clip = _decoded(sample.key, sample.caption, dataset.read(sample), sample.name)
-        yield clip._replace(frames=clip.frames[: whole_frames(len(clip.frames), clip_frames)])
-
-
-def whole_frames(num_frames: int, clip_frames: int | None) -> int:
-    """Number of frames of a video that are encoded: whole clips, or a single frame of a shorter video."""
-    return num_frames if clip_frames is None else max(1, num_frames // clip_frames * clip_frames)
-
-
-def reconstructed(clip: ShapeClip, codec: ClipCodec) -> ShapeClip:
-    """Reconstruct a video with a codec in one step, clip by clip without overlap, as in a latent cache.
-
-    Args:
-        clip: a video of whole clips, or of one frame.
-    """
-    length = codec.num_frames if len(clip.frames) > 1 else 1
-    video = to_video(list(clip.frames))  # [3, T, H, W]
-    clips = video.unflatten(1, (-1, length)).movedim(1, 0)  # [n, 3, k+1, H, W]
-    times, starts = torch.arange(length, dtype=torch.float64), [float(length * number) for number in range(len(clips))]
-    frames = codec.decode(codec.encode(clips), times, starts=starts)  # [n, 3, k+1, H, W]
-    return clip._replace(frames=to_frames(frames.movedim(0, 1).flatten(1, 2)))
-
-
-def seen_in_training(wanted: Iterable[Attributes], dataset: Dataset) -> int | None:
-    """Number of these videos whose combination of colour, shape and direction the dataset's options do not hold out;
-    None where the dataset does not record its held-out combinations."""
-    share = dataset.manifest.options.get("held_out_share")
-    if not isinstance(share, float):
-        return None
-    held_out = set(split_combinations(share)[1])
-    return sum(Combination(each.colour, each.shape, each.direction) not in held_out for each in wanted)
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); generate the video again") from error
-    return facts
-
-
-def _decoded(name: str, caption: str, source: Path | bytes, where: str) -> ShapeClip:
-    try:
-        wanted = parse_caption(caption)
-        with VideoReader(source) as reader:
-            frames = [frame_to_rgb(frame) for _, frame in reader.frames(range(len(reader.table.pts)))]
-            return ShapeClip(name, caption, wanted, np.stack(frames), float(reader.rate))
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-# Accuracy of the readings: shares with their intervals, confusions, and the chance level.
-
-ATTRIBUTES = ("colour", "shape", "direction")
-ALL = "all three"
-MEASURES = (*ATTRIBUTES, ALL)
-TARGETS = {"colour": 0.95, "shape": 0.85, "direction": 0.90, ALL: 0.80}  # shares of the generated videos
-LEAST_VIDEOS = 200  # a share of fewer videos is too uncertain
-NOTHING = "nothing"  # name of a reading of None
-_QUANTILE = 1.959964  # of the normal distribution, for 95 %
-
-Confusion = dict[str, dict[str, int]]  # wanted value: read value: count
-
-
-@dataclass(frozen=True)
-class Fraction:
-    """A share: `right` of `number`, which is at least one."""
-
-    right: int
-    number: int
-
-    @property
-    def value(self) -> float:
-        """The share as a number between 0 and 1."""
-        return self.right / self.number
-
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of Wilson (1927), which stays inside [0, 1] and is not empty at either end."""
-        number, share, z2 = self.number, self.value, _QUANTILE**2
-        middle = (share + z2 / (2 * number)) / (1 + z2 / number)
-        half = _QUANTILE / (1 + z2 / number) * sqrt(share * (1 - share) / number + z2 / (4 * number**2))
-        return max(0.0, middle - half), min(1.0, middle + half)
-
-    def to_json(self) -> dict[str, Any]:
-        """Convert counts, share and interval to plain values."""
-        return {"right": self.right, "number": self.number, "share": self.value, "interval_95": list(self.interval())}
-
-
-def score_arm(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict[str, Fraction]:
-    """Share of the readings that are right, for each of MEASURES.
-
-    Args:
-        readings: readings of the videos.
-        wanted: attributes that each video should show.
-
-        Raises:
-            DataError: there are no readings.
-    """
-    if not readings:
-        raise DataError("there are no videos to score")
-    right: Counter[str] = Counter()
-    for reading, attributes in zip(readings, wanted, strict=True):
-        hits = [name for name in ATTRIBUTES if getattr(reading, name) == getattr(attributes, name)]
-        right.update(hits if len(hits) < len(ATTRIBUTES) else MEASURES)
-    return {name: Fraction(right[name], len(readings)) for name in MEASURES}
-
-
-def confusions(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict[str, Confusion]:
-    """Confusion counts for each of ATTRIBUTES: wanted value, read value, number of videos."""
-    found: dict[str, Confusion] = {name: {} for name in ATTRIBUTES}
-    for reading, attributes in zip(readings, wanted, strict=True):
-        for name in ATTRIBUTES:
-            row = found[name].setdefault(getattr(attributes, name), {})
-            read = getattr(reading, name) or NOTHING
-            row[read] = row.get(read, 0) + 1
-    return found
-
-
-def derangement(count: int, seed: int = 0) -> list[int]:
-    """A fixed order of 0 to `count` - 1, at least 2, in which nothing keeps its place: one cycle (Sattolo, 1986)."""
-    random, order = np.random.default_rng(seed), list(range(count))
-    for last in range(count - 1, 0, -1):
-        other = int(random.integers(last))
-        order[last], order[other] = order[other], order[last]
-    return order
-
-
-def missed_targets(scores: dict[str, Fraction]) -> list[str]:
-    """Describe the TARGETS that the generated videos miss; empty when they meet them all."""
-    number = scores[ALL].number
-    found = [f"{number} videos, at least {LEAST_VIDEOS} are asked for"] if number < LEAST_VIDEOS else []
-    return found + [
-        f"{name} {scores[name].value:.1%}, the target is {target:.0%}"
-        for name, target in TARGETS.items()
-        if scores[name].value < target
-    ]
-
-
-REAL, RECONSTRUCTED, WRONG_CAPTIONS = "real", "reconstructed", "wrong captions"
-_QUALITY = 80  # quality of WebP
-
-
-@dataclass(frozen=True)
-class ScoredVideo:
-    """A video with its reading."""
-
-    name: str
-    caption: str
-    wanted: Attributes
-    reading: Reading
-
-    def to_json(self) -> dict[str, Any]:
-        """Convert to the video's line in scores.json."""
-        return {"name": self.name, "caption": self.caption, "read": self.reading._asdict()}
-
-
-@dataclass
-class ScoredVideos:
-    """Videos of one kind. `facts` record their making, `previews` hold data URIs by caption."""
-
-    name: str
-    facts: Mapping[str, Any]
-    videos: list[ScoredVideo] = field(default_factory=list)
-    previews: dict[str, str] = field(default_factory=dict)
-    seams: SeamMeter | None = None
-
-    def add(self, clip: ShapeClip, shown: Collection[str]) -> None:
-        """Read a video; keep a preview if its caption is one of those shown on the page."""
-        reading = read(clip.frames[clip.given :], 1 - clip.given / len(clip.frames))
-        self.videos.append(ScoredVideo(clip.name, clip.caption, clip.wanted, reading))
-        if self.seams is not None:
-            self.seams.add(clip.frames)
-        if clip.caption in shown and clip.caption not in self.previews:
-            self.previews[clip.caption] = animation(clip)
-
-    @property
-    def scores(self) -> dict[str, Fraction]:
-        """Share that is right, by measure."""
-        return score_arm(self._readings, [video.wanted for video in self.videos])
-
-    @property
-    def confusions(self) -> dict[str, Confusion]:
-        """Confusion counts, by attribute."""
-        return confusions(self._readings, [video.wanted for video in self.videos])
-
-    def reading_of(self, caption: str) -> Reading | None:
-        """Reading of the video that is shown for a caption."""
-        return next((video.reading for video in self.videos if video.caption == caption), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """Convert to the arm's part of scores.json."""
-        return {
-            "facts": dict(self.facts),
-            "scores": {name: share.to_json() for name, share in self.scores.items()},
-            "confusions": self.confusions,
-            "seams": None if self.seams is None else self.seams.to_json(),
-            "videos": [video.to_json() for video in self.videos],
-        }
-
-    @property
-    def _readings(self) -> list[Reading]:
-        return [video.reading for video in self.videos]
-
-
-def read_arm(
-    name: str,
-    clips: Iterable[ShapeClip],
-    facts: Mapping[str, Any],
-    shown: Collection[str] = (),
-    progress: Callable[[int], None] = lambda done: None,
-    clip_frames: int | None = None,
-) -> ScoredVideos:
-    """Read all videos of an arm.
-
-    Args:
-        name: name of the arm on the page.
-        clips: videos of the arm.
-        facts: facts about their making.
-        shown: captions whose videos are kept for the page.
-        progress: called with the number of videos read so far.
-        clip_frames: frames of the embedder's clips, to measure the seams between them; None: they are not measured.
-    """
-    arm = ScoredVideos(name, facts, seams=None if clip_frames is None else SeamMeter(clip_frames))
-    for number, clip in enumerate(clips, 1):
-        arm.add(clip, shown)
-        progress(number)
-    return arm
-
-
-def with_wrong_captions(arm: ScoredVideos) -> ScoredVideos | None:
-    """Score the same readings against captions of other videos, which gives the chance level. None where there are
-    fewer than two videos."""
-    if len(arm.videos) < 2:
-        return None
-    order = derangement(len(arm.videos))
-    videos = [
-        ScoredVideo(video.name, arm.videos[other].caption, arm.videos[other].wanted, video.reading)
-        for video, other in zip(arm.videos, order, strict=True)
-    ]
-    return ScoredVideos(
-        WRONG_CAPTIONS, {"videos": arm.name, "captions": "exchanged among them, none keeps its own"}, videos
-    )
-
-
-def animation(clip: ShapeClip) -> str:
-    """Encode a video as an animated WebP in a data URI, which plays in every browser without further files."""
-    first, *others = [Image.fromarray(frame) for frame in clip.frames]
-    buffer = io.BytesIO()
-    milliseconds = max(1, round(1000 / clip.fps))
-    first.save(
-        buffer, "WEBP", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=_QUALITY, method=4
-    )
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# Page of the miniature: one self-contained `index.html`, which can be sent and kept as it is.
-
-_VALUES = {"colour": tuple(COLOURS), "shape": tuple(SHAPES), "direction": tuple(DIRECTIONS)}
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """A share with its interval, as displayed; `met` says whether it reaches its target, where there is one."""
-
-    share: str
-    low: str
-    high: str
-    met: bool | None
-
-
-@dataclass(frozen=True)
-class _ScoreRow:
-    """An arm in the table."""
-
-    name: str
-    main: bool
-    number: int
-    cells: list[_Cell]
-
-
-@dataclass(frozen=True)
-class _ShownSample:
-    """A video on the page: its data URI, and the words of its reading, each with whether it is right."""
-
-    arm: str
-    image: str
-    words: list[tuple[str, bool]]
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Confusion table: `rows` hold the wanted value and, for each column, count and share of the row."""
-
-    attribute: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, list[tuple[int, float]]]]
-
-
-def write_page(
-    out: Path,
-    report: Mapping[str, Any],
-    arms: Sequence[ScoredVideos],
-    captions: Sequence[str],
-    runs: Mapping[str, Path],
-) -> Path:
-    """Write `index.html` in one move.
-
-    Args:
-        out: existing folder.
-        report: content of scores.json.
-        arms: the arms after reading, with the videos of `captions`.
-        captions: captions whose videos are shown.
-        runs: name to run folder, for the curves; curves that a run lacks are left out.
-
-    Returns:
-        The page's path.
-    """
-    rows = [_row(arm, report) for arm in arms]
-    text = (
-        page_environment()
-        .get_template("miniature.html.j2")
-        .render(
-            report=report,
-            measures=MEASURES,
-            targets={name: f"{target:.0%}" for name, target in TARGETS.items()},
-            rows=rows,
-            main=next((row for row in rows if row.main), None),
-            gallery=[(caption, _videos(arms, caption)) for caption in captions],
-            curves={name: found for name, run in runs.items() if (found := _curves(run))},
-            grids={arm.name: _grids(arm) for arm in arms if arm.name != WRONG_CAPTIONS},
-            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        )
-    )
-    replace_file(out / PAGE, lambda file: file.write_text(text, encoding="utf-8"))
-    return out / PAGE
-
-
-def _row(arm: ScoredVideos, report: Mapping[str, Any]) -> _ScoreRow:
-    main, scores = arm.name == report["targets_are_for"], arm.scores
-    cells = []
-    for name in MEASURES:
-        low, high = (f"{100 * end:.0f}" for end in scores[name].interval())
-        met = scores[name].value >= TARGETS[name] if main else None
-        cells.append(_Cell(f"{scores[name].value:.1%}", low, high, met))
-    return _ScoreRow(arm.name, main, len(arm.videos), cells)
-
-
-def _videos(arms: Sequence[ScoredVideos], caption: str) -> list[_ShownSample]:
-    """Video of each arm for a caption; arms without one are left out."""
-    wanted, found = parse_caption(caption), []
-    for arm in arms:
-        reading = arm.reading_of(caption)
-        if reading is not None and caption in arm.previews:
-            found.append(_ShownSample(arm.name, arm.previews[caption], _words(reading, wanted)))
-    return found
-
-
-def _words(reading: Reading, wanted: Attributes) -> list[tuple[str, bool]]:
-    if reading == (None, None, None):
-        return [(NOTHING, False)]
-    read = {name: getattr(reading, name) for name in ATTRIBUTES}
-    return [(word or f"no {name}", word == getattr(wanted, name)) for name, word in read.items()]
-
-
-def _curves(run: Path) -> list[Curve]:
-    record = run / "metrics.jsonl"
-    return draw_curves(read_record(record)) if record.is_file() else []
-
-
-def _grids(arm: ScoredVideos) -> list[_Grid]:
-    return [_grid(name, confusion) for name, confusion in arm.confusions.items()]
-
-
-def _grid(attribute: str, confusion: Confusion) -> _Grid:
-    values = _VALUES[attribute]
-    columns = (*values, NOTHING)
-    rows = []
-    for wanted in values:
-        counts = confusion.get(wanted, {})
-        total = max(1, sum(counts.values()))
-        rows.append((wanted, [(counts.get(read, 0), counts.get(read, 0) / total) for read in columns]))
-    return _Grid(attribute, columns, rows)
-
 
 # Videos generated from a given first frame: the distance of their own first frame from it, compared with the
 # embedder's reconstruction, and whether they still move as their captions say.
@@ -530,7 +53,7 @@ MOST_LOST_DB = 1.0  # target of frame 0 against its reconstruction
 
 def is_given(folder: Path, names: Sequence[str], kind: str = "image") -> bool:
     """Return whether the records of all these videos say that they were generated from an image, or a video."""
-    return bool(names) and all(given_kind(_facts(folder / f"{name}.json")) == kind for name in names)
+    return bool(names) and all(given_kind(recorded_facts(folder / f"{name}.json")) == kind for name in names)
 
 
 def judge_first_frames(
@@ -715,7 +238,7 @@ def _solvers(request: Request, not_made: dict[str, str]) -> dict[str, Any] | Non
     if not request.solvers.is_file():
         not_made["solvers"] = f"there is nothing at {request.solvers}"
         return None
-    return _facts(request.solvers)
+    return recorded_facts(request.solvers)
 
 
 def _tell(progress: Progress, name: str, total: int, done: int) -> None:

@@ -25,11 +25,12 @@ from torch import Tensor
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.frames import Frame
 
-# Multi-scale SSIM (Wang, Simoncelli and Bovik, 2003): contrast and structure at five scales, luminance at the last.
+# SSIM (Wang et al., 2004) by their Gaussian window, where it fits whole. Multi-scale SSIM (Wang, Simoncelli and Bovik,
+# 2003): contrast and structure at five scales, luminance at the last.
 
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-_WINDOW, _SIGMA = 11, 1.5
-MS_SSIM_SIDE = (_WINDOW - 1) * 2 ** (len(_SCALE_WEIGHTS) - 1) + 1  # smallest side of a frame in pixels
+SSIM_WINDOW, _SIGMA = 11, 1.5  # pixels
+MS_SSIM_SIDE = (SSIM_WINDOW - 1) * 2 ** (len(_SCALE_WEIGHTS) - 1) + 1  # smallest side of a frame in pixels
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
@@ -37,22 +38,28 @@ def ms_ssim(source: Frame, other: Frame) -> float | None:
     """MS-SSIM of two RGB frames [H, W, 3], mean over the colours; None for frames smaller than `MS_SSIM_SIDE`."""
     if min(source.shape[:2]) < MS_SSIM_SIDE:
         return None
-    x, y = (torch.from_numpy(np.ascontiguousarray(each)).permute(2, 0, 1)[:, None].float() for each in (source, other))
+    x, y = frame_planes(source).float(), frame_planes(other).float()
     values = []
     for scale in range(len(_SCALE_WEIGHTS)):
         if scale:
             odd = [side % 2 for side in x.shape[-2:]]
             x, y = (F.avg_pool2d(each, 2, padding=odd) for each in (x, y))
-        luminance, contrast = _ssim_terms(x, y)
+        luminance, contrast = ssim_terms(x, y)
         values.append(luminance * contrast if scale == len(_SCALE_WEIGHTS) - 1 else contrast)
     means = torch.stack([value.mean((1, 2, 3)).clamp(min=0) for value in values])  # scales, 3
     weights = torch.tensor(_SCALE_WEIGHTS)[:, None]
     return float((means**weights).prod(0).mean())
 
 
-def _ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The luminance and the contrast-structure terms of SSIM at every place where the window fits, [3, 1, h, w]."""
-    at = torch.arange(_WINDOW) - _WINDOW // 2
+def frame_planes(frame: Frame) -> Tensor:
+    """Return the colours of a frame [H, W, 3] as planes [3, 1, H, W], float64."""
+    return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[:, None].double()
+
+
+def ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The luminance and the contrast-structure terms of SSIM of planes [3, 1, H, W] in [0, 255] at every position where
+    the window fits, [3, 1, h, w]."""
+    at = torch.arange(SSIM_WINDOW, dtype=x.dtype) - SSIM_WINDOW // 2
     window = torch.exp(-(at**2) / (2 * _SIGMA**2))
     window = window / window.sum()
 

@@ -36,37 +36,45 @@ FIXED = {
 
 
 class ListedVideo(Section):
-    """A video of a list: its file name without the ending, or a pattern that fits one file; where its frames begin."""
+    """A video of a list."""
 
-    video: str = Field(min_length=1)
-    first: int = Field(default=0, ge=0)
-    frames: PositiveInt | None = None  # None: as many as the protocol takes
+    video: str = Field(
+        min_length=1, description="File name of the video without its ending, or a pattern that fits one file."
+    )
+    first: int = Field(default=0, ge=0, description="First measured frame, counted from 0.")
+    frames: PositiveInt | None = Field(
+        default=None, description="Measured frames; null: as many as the protocol takes."
+    )
 
 
 class Protocol(Section):
-    """Selection and preparation of the measured frames.
+    """Selection and preparation of the measured frames."""
 
-    Attributes:
-        name: name for readers; not part of the hash.
-        short_side: pixels that frames are resized to; None keeps their size.
-        crop: (height, width) cut from the centre after the resize; None keeps whole frames.
-        frames: largest number of frames of each video; None takes all. A listed video must have this many.
-        period: side in pixels of the cells at whose borders `grid_energy` is measured.
-        segment_frames: frames of the segments whose features the Fréchet video distance compares.
-        steps, overlap, seed: options of decoding (`regen reconstruct`).
-        videos: the list; if empty, every video of the folder in order of name.
-    """
-
-    name: str = "folder"
-    short_side: PositiveInt | None = None
-    crop: tuple[PositiveInt, PositiveInt] | None = None
-    frames: PositiveInt | None = None
-    period: int = Field(default=8, ge=2)
-    segment_frames: int = Field(default=16, ge=2)
-    steps: PositiveInt = 1
-    overlap: int = Field(default=1, ge=0)
-    seed: int = 0
-    videos: tuple[ListedVideo, ...] = ()
+    name: str = Field(default="folder", description="Name for readers; not part of the hash.")
+    short_side: PositiveInt | None = Field(
+        default=None, description="Pixels that the shorter side is resized to; null: not resized."
+    )
+    crop: tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None, description="(height, width) in pixels, cut from the centre after the resize; null: whole frames."
+    )
+    frames: PositiveInt | None = Field(
+        default=None,
+        description="Largest number of frames of each video; null: all. A listed video must have this many.",
+    )
+    period: int = Field(
+        default=8,
+        ge=2,
+        description="Side in pixels of the cells at whose borders `grid_energy` is measured (8: the latent cells).",
+    )
+    segment_frames: int = Field(
+        default=16, ge=2, description="Frames of the segments whose features the Fréchet video distance compares."
+    )
+    steps: PositiveInt = Field(default=1, description="Sampling steps of decoding.")
+    overlap: int = Field(default=1, ge=0, description="Frames that neighbouring clips share in decoding.")
+    seed: int = Field(default=0, description="Seed of the decoder's noise.")
+    videos: tuple[ListedVideo, ...] = Field(
+        default=(), description="Videos that are measured; empty: every video of the folder in order of name."
+    )
 
     @model_validator(mode="after")
     def _each_video_once(self) -> Protocol:

@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from regen_dist.errors import DataError
 from regen_dist.evaluation.reconstruct import METRICS, RECONSTRUCTION, SHEET, SIDE_BY_SIDE
 from regen_dist.observe.record import read_record
+from regen_dist.tables import Table, numbers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Training curves as SVG that follows the page's colours, light or dark.
 
@@ -102,6 +102,9 @@ def _is_number(value: object) -> bool:
 
 
 def _draw(kind: _Kind, series: Mapping[str, Series], resumed: Sequence[int]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
@@ -123,6 +126,8 @@ def _draw(kind: _Kind, series: Mapping[str, Series], resumed: Sequence[int]) -> 
 
 
 def _dress(axes: Axes, kind: _Kind, values: Sequence[float]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     if kind.logarithmic and min(values) > 0 and max(values) / min(values) > 5:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -187,6 +192,13 @@ def compare_rows(reports: Sequence[Mapping[str, Any]]) -> list[ReportRow]:
     return rows + [ReportRow(r["label"], False, r["psnr_db"], r["ssim"], r["vmaf"]) for r in trivial.values()]
 
 
+def measures_table(rows: Sequence[ReportRow], title: str = "") -> Table:
+    """Return the table of decoders and their measures; trained decoders are highlighted."""
+    figures = [(row.label, _figure(row.psnr_db, 2), _figure(row.ssim, 3), _figure(row.vmaf, 1)) for row in rows]
+    trained = {number: "bold" for number, row in enumerate(rows) if row.trained}
+    return Table(["decoder", *numbers("PSNR dB", "SSIM", "VMAF")], figures, title=title, styles=trained)
+
+
 def write_report(out: Path, *, title: str, run: Path, reconstructions: Sequence[Path]) -> Path:
     """Write the page; `index.html` comes last and in one move.
 
@@ -207,14 +219,15 @@ def write_report(out: Path, *, title: str, run: Path, reconstructions: Sequence[
     reports = [read_metrics(folder) for folder in reconstructions]
     (out / MEDIA).mkdir(parents=True, exist_ok=True)
     shown = [_show(folder, report, out) for folder, report in zip(reconstructions, reports, strict=True)]
-    record = run / "metrics.jsonl"
+    record, rows = run / "metrics.jsonl", compare_rows(reports)
     config = run / "config.yaml"
     page = (
         page_environment()
         .get_template("report.html.j2")
         .render(
             title=title,
-            rows=compare_rows(reports),
+            rows=rows,
+            measures=measures_table(rows),
             first=reports[0],
             shown=shown,
             curves=draw_curves(read_record(record)) if record.is_file() else [],

@@ -1,7 +1,8 @@
-"""The README of an exported model."""
+"""The model card (README) of an exported model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 from regen_dist.checkpoint.export import MODEL_FILE
@@ -9,6 +10,7 @@ from regen_dist.config.exported import ExportConfig, OriginConfig, T2VExportConf
 from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.config.t2v import LATENT_PATCH
 from regen_dist.inference.latent_space import SPACE_FOLDER, LatentSpace, LatentSpread, LatentStatistics
+from regen_dist.tables import Table
 
 _KINDS = {
     "regen": "REGEN: a causal convolutional encoder and a generative (diffusion transformer) decoder",
@@ -65,54 +67,63 @@ def model_card(
         size: height and width of the training videos.
         statistics: latent statistics in the export; None when they were not measured.
     """
-    sections = {
-        "What it is": _facts(config, origin, shapes, size),
-        "Loading it": _loading(config, size),
-        "Latent statistics": _statistics(statistics),
-        "License": LICENSE,
-    }
-    return render_page(f"{origin.run}, a video embedder", sections)
+    sections = {"Loading it": _loading(config, size), "Latent statistics": _statistics(statistics)}
+    return _write_card("a video embedder", config, origin, shapes, _facts(config, size), sections)
 
 
-def render_page(title: str, sections: dict[str, str]) -> str:
-    """Markdown of titled sections."""
-    text = "\n\n".join(f"## {name}\n\n{body}" for name, body in sections.items())
-    return f"# {title}\n\n{text}\n"
+def _write_card(
+    what: str,
+    config: ExportConfig | T2VExportConfig,
+    origin: OriginConfig,
+    shapes: Mapping[str, list[int]],
+    facts: Mapping[str, str],
+    sections: Mapping[str, str],
+) -> str:
+    """Return a card: what the model is, from `facts`, its weights and its origin; its own sections; the license.
 
-
-def facts_table(rows: dict[str, str]) -> str:
-    """A Markdown table of two columns."""
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in rows.items())])
-
-
-def origin_rows(origin: OriginConfig, what: str) -> dict[str, str]:
-    """Rows that tell where a model comes from; `what` is the name of its samples."""
-    return {
-        "run": f"{origin.run}, step {origin.step:,}, after {origin.samples:,} {what}, saved {origin.saved_at}",
+    Args:
+        what: kind of the model, for the title.
+        config: config of the export.
+        origin: the checkpoint that the weights were taken from.
+        shapes: shapes of the model's parameters.
+        facts: facts of this kind of model; the first is followed by the number of parameters.
+        sections: Markdown by heading.
+    """
+    (model, kind), *others = facts.items()
+    samples = "clips" if isinstance(config, ExportConfig) else "rows"
+    rows = {
+        model: kind,
+        "parameters": f"{sum(map(prod, shapes.values())):,} in {len(shapes)} tensors, stored as {config.dtype}",
+        **dict(others),
+        "weights": WEIGHTS[config.weights],
+        "run": f"{origin.run}, step {origin.step:,}, after {origin.samples:,} {samples}, saved {origin.saved_at}",
         "config hash": f"`{origin.config_hash}`",
         "made by": f"regen-dist {origin.version}",
         "data fingerprint": f"`{origin.data.get('dataset fingerprint', 'not known')}`",
         "validation": ", ".join(f"{name} {value:.4g}" for name, value in origin.metrics.items()) or "none was recorded",
     }
+    table = Table(["", ""], list(rows.items())).to_markdown().rstrip("\n")
+    text = "\n\n".join(
+        f"## {name}\n\n{body}" for name, body in {"What it is": table, **sections, "License": LICENSE}.items()
+    )
+    return f"# {origin.run}, {what}\n\n{text}\n"
 
 
-def _facts(config: ExportConfig, origin: OriginConfig, shapes: dict[str, list[int]], size: tuple[int, int]) -> str:
-    model, count = config.model, sum(map(prod, shapes.values()))
+def _facts(config: ExportConfig, size: tuple[int, int]) -> dict[str, str]:
+    model = config.model
     rows = {
         "model": _KINDS[model.kind],
-        "parameters": f"{count:,} in {len(shapes)} tensors, stored as {config.dtype}",
         "temporal compression k": f"{model.temporal_compression}: a clip is {model.num_frames} frames, the first and "
         f"k that follow (or an image: one frame)",
         "latents": f"content and motion, each {model.latent.channels} channels of H/{SPATIAL_COMPRESSION} x "
         f"W/{SPATIAL_COMPRESSION} for a clip of H x W pixels",
         "trained at": f"{size[0]} x {size[1]} pixels",
-        "prediction": f"{config.diffusion.target} on the path {config.diffusion.path}, {config.precision} weights",
-        "weights": WEIGHTS[config.weights],
-        **origin_rows(origin, "clips"),
     }
-    if model.kind == "magvit2":
-        del rows["prediction"]
-    return facts_table(rows)
+    if model.kind != "magvit2":
+        rows["prediction"] = (
+            f"{config.diffusion.target} on the path {config.diffusion.path}, {config.precision} weights"
+        )
+    return rows
 
 
 def _loading(config: ExportConfig, size: tuple[int, int]) -> str:
@@ -170,34 +181,22 @@ def t2v_card(
         space: the model's latent space.
         pipeline: whether the folder also holds the embedder and the text encoder.
     """
-    sections = {
-        "What it is": _t2v_card_facts(config, origin, shapes, space),
-        "Generating with it": _generating(pipeline),
-        "Latents and text": _space(space),
-        "License": LICENSE,
-    }
-    return render_page(f"{origin.run}, a text-to-video model", sections)
+    sections = {"Generating with it": _generating(pipeline), "Latents and text": _space(space)}
+    return _write_card("a text-to-video model", config, origin, shapes, _t2v_facts(config, space), sections)
 
 
-def _t2v_card_facts(
-    config: T2VExportConfig, origin: OriginConfig, shapes: dict[str, list[int]], space: LatentSpace
-) -> str:
-    model, flow, count = config.model, config.diffusion, sum(map(prod, shapes.values()))
+def _t2v_facts(config: T2VExportConfig, space: LatentSpace) -> dict[str, str]:
+    model, flow = config.model, config.diffusion
     rows = [f"{clips * space.num_frames} frames" for clips in sorted(config.clips)] or ["images alone"]
-    return facts_table(
-        {
-            "model": "a diffusion transformer on a video embedder's latents: two latent frames for each clip of "
-            f"{space.num_frames} frames",
-            "parameters": f"{count:,} in {len(shapes)} tensors, stored as {config.dtype}",
-            "size": f"{model.blocks} blocks, width {model.width}, {model.heads} heads",
-            "trained on": f"{', '.join(rows)} at {space.fps:g} frames a second; others run",
-            "sides": f"multiples of {LATENT_PATCH * SPATIAL_COMPRESSION} pixels",
-            "prediction": f"velocity of a rectified flow, {config.precision} weights; by default {flow.steps} steps of "
-            f"{flow.sampler} at guidance {flow.guidance:g}",
-            "weights": WEIGHTS[config.weights],
-            **origin_rows(origin, "rows"),
-        }
-    )
+    return {
+        "model": "a diffusion transformer on a video embedder's latents: two latent frames for each clip of "
+        f"{space.num_frames} frames",
+        "size": f"{model.blocks} blocks, width {model.width}, {model.heads} heads",
+        "trained on": f"{', '.join(rows)} at {space.fps:g} frames a second; others run",
+        "sides": f"multiples of {LATENT_PATCH * SPATIAL_COMPRESSION} pixels",
+        "prediction": f"velocity of a rectified flow, {config.precision} weights; by default {flow.steps} steps of "
+        f"{flow.sampler} at guidance {flow.guidance:g}",
+    }
 
 
 def _generating(pipeline: bool) -> str:

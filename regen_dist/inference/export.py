@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -41,6 +41,7 @@ from regen_dist.config.exported import (
 )
 from regen_dist.config.files import write_text_atomically
 from regen_dist.config.run import DataConfig
+from regen_dist.data.pool import Progress
 from regen_dist.data.storage.local import full_disk, sync
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.card import model_card, t2v_card
@@ -61,8 +62,6 @@ from regen_dist.inference.latent_space import (
     read_space,
     read_statistics,
 )
-
-Progress = Callable[[str, int, int], None]  # name of the stage, units done, units in total
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorRange, Colorspace
 
-from regen_dist.data.video.conversion import RESIZE, frame_to_rgb, shown_sides
+from regen_dist.data.video.conversion import BT709_MATRIX, LIMITED_RANGE, RESIZE, frame_to_rgb, shown_sides
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 
@@ -135,12 +133,16 @@ class VideoWriter:
             raise DataError(f"{path.name}: the frame rate is {float(rate):g}; it must be above 0")
         self.path = path
         self._rate = Fraction(rate).limit_denominator(1001)
-        self._options = {"crf": str(crf), "preset": preset}
+        # Without cpu-independent, x264 writes other bytes for the same frames where a side is no multiple of 16: its
+        # rate control then depends on uninitialised memory (core 165, measured).
+        self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1"}
         self._partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
         self._stream: VideoStream | None = None
         self._num_written = 0
 
     def __enter__(self) -> VideoWriter:
+        import av
+
         if not self.path.parent.is_dir():
             raise DataError(f"{self.path} cannot be written: there is no folder {self.path.parent}")
         with self._write_errors():
@@ -149,15 +151,17 @@ class VideoWriter:
 
     def write(self, frame: Frame, seconds: float | None = None) -> None:
         """Add one frame [H, W, 3]. All frames have one size; `seconds` is given for all of them or for none."""
+        from av.video.frame import VideoFrame
+
         frame = _even_sides(frame)
         with self._write_errors():
             if self._stream is None:
                 self._stream = self._add_stream(frame, timed=seconds is not None)
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+            picture = VideoFrame.from_ndarray(frame, format="rgb24").reformat(
                 format="yuv420p",
                 interpolation=RESIZE,
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
+                dst_colorspace=BT709_MATRIX,
+                dst_color_range=LIMITED_RANGE,
             )
             picture.pts = self._num_written if seconds is None else round(seconds * CLOCK)
             picture.time_base = self._stream.codec_context.time_base
@@ -192,12 +196,14 @@ class VideoWriter:
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.time_base = Fraction(1, CLOCK) if timed else 1 / self._rate
-        context.color_range = int(ColorRange.MPEG)
+        context.color_range = LIMITED_RANGE
         context.colorspace = context.color_primaries = context.color_trc = BT709
         return stream
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:
+        import av
+
         try:
             yield
         except (av.FFmpegError, OSError) as error:

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from regen_dist.config.files import write_bytes_atomically, write_text_atomically
 from regen_dist.config.run import SPATIAL_COMPRESSION, SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, TextConfig
 from regen_dist.config.version import code_version
+from regen_dist.data.pool import Progress
 from regen_dist.diffusion.given import Given
 from regen_dist.diffusion.noise import latent_gaussian
 from regen_dist.errors import CheckpointError, ConfigError, DataError
@@ -425,6 +425,8 @@ def _write_video(path: Path, frames: Iterable[list[Frame]], fps: float) -> None:
 
 
 def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
+    from PIL import Image
+
     ((frame,),) = frames
     data = io.BytesIO()
     Image.fromarray(frame).save(data, "PNG")
@@ -432,7 +434,6 @@ def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
 
 
 GivenTo = Callable[[Prompt], GivenMedia | None]
-Progress = Callable[[str, int, int], None]  # name of the stage, units done, units in total
 
 
 class Generated(NamedTuple):

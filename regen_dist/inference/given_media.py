@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
 
 from regen_dist.data.video.conversion import fit_geometry
 from regen_dist.diffusion.given import Given
@@ -28,6 +27,9 @@ from regen_dist.inference.frames import Frame, SourceVideo
 from regen_dist.inference.latent_space import LatentScale
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_video
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _PART = 16  # frames passed on at a time
 _ROUNDING_S = 1e-6  # tolerance of times in seconds
@@ -112,6 +114,8 @@ def read_image(path: Path, size: tuple[int, int]) -> GivenImage:
     Raises:
         DataError: the file is missing, or is not a readable image.
     """
+    from PIL import Image, ImageOps
+
     if not path.is_file():
         raise DataError(f"no image at {path}: " + ("it is a folder" if path.is_dir() else "there is no such file"))
     try:
@@ -205,6 +209,8 @@ def given_row(media: GivenMedia, codec: Codec, scale: LatentScale, clips: int) -
 
 def fitted(frame: Frame, size: tuple[int, int]) -> Frame:
     """Scale a picture until it covers (height, width), and crop its centre."""
+    from PIL import Image
+
     if frame.shape[:2] == size:
         return frame
     scale = max(size[0] / frame.shape[0], size[1] / frame.shape[1])
@@ -215,6 +221,8 @@ def fitted(frame: Frame, size: tuple[int, int]) -> Frame:
 
 
 def _rgb(image: Image.Image) -> Frame:
+    from PIL import Image
+
     if image.mode.startswith("I"):  # 16-bit grey: PIL would clip values at 255
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).astype(np.uint8))

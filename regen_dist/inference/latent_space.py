@@ -285,6 +285,7 @@ class LatentScale:
         motion = None if clips is None else clips.motion
         self._clip = [_scale(content.content, whitening), _scale(motion or content.content, whitening)]
         self._image = _scale((images or content).content, whitening)
+        self._copies: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # of `_of`: made once for a device
 
     def normalise(self, content: Tensor, motion: Tensor) -> NormalisedLatents:
         """Normalise latents of rows, each [B, n, C, h, w] of any floating type; images have motion [B, 0, C, h, w]."""
@@ -308,9 +309,12 @@ class LatentScale:
 
     def _of(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std for each frame of [B, F, C, h, w], as [1, F, C, 1, 1]."""
-        each = [self._image] if frames.shape[1] == 1 else self._clip * (frames.shape[1] // 2)
-        mean, std = (torch.stack([one[part] for one in each]).to(frames.device) for part in (0, 1))
-        return mean[None, :, :, None, None], std[None, :, :, None, None]
+        key = frames.shape[1], frames.device
+        if key not in self._copies:
+            each = [self._image] if frames.shape[1] == 1 else self._clip * (frames.shape[1] // 2)
+            mean, std = (torch.stack([one[part] for one in each]).to(frames.device) for part in (0, 1))
+            self._copies[key] = mean[None, :, :, None, None], std[None, :, :, None, None]
+        return self._copies[key]
 
 
 def only_raw(latents: Latents) -> Latents:

@@ -19,7 +19,6 @@ from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -374,7 +373,7 @@ def _of_entries(store: Store, numbers: Sequence[int], dataset: Dataset) -> dict[
     """Median frame rate of the clips (of the images, where there are no clips), and source and pixel bytes."""
     rates, still_rates, pixels = [np.empty(0)], [np.empty(0)], 0
     for _, data in read_all(store, [_index(number) for number in numbers]):
-        table: pa.Table = read_index(data)[0]
+        table = read_index(data)[0]
         fps, frames = table["fps"].to_numpy(), table["frames"].to_numpy().astype(np.int64)
         rates.append(fps[frames > 1])
         still_rates.append(fps[frames == 1])

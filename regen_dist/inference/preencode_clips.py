@@ -19,7 +19,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from regen_dist import __version__
@@ -359,6 +358,8 @@ def decode_clips(found: Bytes, frames: int, cut: ClipCut) -> Iterator[UInt8s]:
 
 def _clips(reader: VideoReader, numbers: list[int], cut: ClipCut) -> Iterator[UInt8s]:
     """Cut the frames with these numbers, which may repeat, into clips."""
+    from av.video.reformatter import VideoReformatter
+
     rows, columns = cut.geometry.crop
     top, left = cut.geometry.top, cut.geometry.left
     reformatter, place = VideoReformatter(), 0

@@ -43,65 +43,93 @@ def attend_eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mixed
 
 
-def cross_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Textbook attention to the tokens of a mask, in float32. q [B, N, L, E], k and v [B, N, M, E], mask [B, M]."""
+class TextTokens(NamedTuple):
+    """Tokens of a batch of texts that count, in the forms that kernels take: computed once for all blocks of a pass.
+
+    Attributes:
+        mask: bool [B, M], True where a token counts.
+        seen: `mask`, and all of a text without any: a softmax over nothing is NaN.
+        places: indices of the seen tokens in [B*M], int64; only where a kernel packs them, because a GPU makes the host
+            wait for their number.
+        starts: where each text's begin among them, int32 [B + 1].
+    """
+
+    mask: Tensor
+    seen: Tensor
+    places: Tensor | None = None
+    starts: Tensor | None = None
+
+
+def text_tokens(mask: Tensor, backend: str) -> TextTokens:
+    """Prepare a mask, bool [B, M], for `cross_attention` by a backend."""
+    seen = mask | ~mask.any(-1, keepdim=True)
+    if not BACKENDS[backend].build.packs_text:
+        return TextTokens(mask, seen)
+    return TextTokens(mask, seen, seen.flatten().nonzero()[:, 0], F.pad(seen.sum(-1).cumsum(0), (1, 0)).int())
+
+
+def cross_reference(q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
+    """Textbook attention to a text's tokens, in float32. q [B, N, L, E], k and v [B, N, M, E]."""
     scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, N, L, M]
-    mixed: Tensor = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1) @ v.float()
+    mixed: Tensor = scores.masked_fill(~text.seen[:, None, None], -torch.inf).softmax(-1) @ v.float()
     return mixed.to(v.dtype)
 
 
-def cross_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def cross_sdpa(q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
     """PyTorch's fused attention, which takes masks. Shapes as of `cross_reference`."""
-    return attend_sdpa(q, k, v, mask[:, None, None])
+    return attend_sdpa(q, k, v, text.seen[:, None, None])
 
 
-def cross_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def cross_eager(q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
     """Two matrix products around a softmax, in the working precision. Shapes as of `cross_reference`."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    mixed: Tensor = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1) @ v
+    mixed: Tensor = scores.masked_fill(~text.seen[:, None, None], -torch.inf).softmax(-1) @ v
     return mixed
 
 
-def cross_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """FlashAttention on the tokens of the mask alone, packed one text after the other. Shapes as of
+def cross_flash(q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
+    """FlashAttention on the tokens that count alone, packed one text after the other. Shapes as of
     `cross_reference`."""
     require_flash(q.device.type, q.dtype)
+    places, starts_k = text.places, text.starts
+    assert places is not None, "`text_tokens` packs for this backend"
+    assert starts_k is not None, "it comes with the places"
     batch, _, length, _ = q.shape
-    packed_k, packed_v = (tensor.transpose(1, 2)[mask] for tensor in (k, v))  # [tokens of all texts, N, E]
+    packed_k, packed_v = (each.transpose(1, 2).flatten(0, 1).index_select(0, places) for each in (k, v))
     starts_q = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * length
-    starts_k = F.pad(mask.sum(-1).cumsum(0), (1, 0)).int()
     packed_q = q.transpose(1, 2).flatten(0, 1)  # [B*L, N, E]
-    mixed = attend_flash_lengths(packed_q, packed_k, packed_v, (starts_q, starts_k), (length, mask.shape[1]))
+    mixed = attend_flash_lengths(packed_q, packed_k, packed_v, (starts_q, starts_k), (length, k.shape[2]))
     rows: Tensor = mixed.unflatten(0, (batch, length)).transpose(1, 2)
     return rows
 
 
 class Kernels(NamedTuple):
-    """One backend's functions: attention among a video's tokens, and from them to a text's."""
+    """One backend's functions: attention among a video's tokens, and from them to a text's, whose tokens it packs or
+    masks."""
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    cross: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    cross: Callable[[Tensor, Tensor, Tensor, TextTokens], Tensor]
+    packs_text: bool = False
 
 
-# `check` takes the device's type and the dtype.
 BACKENDS = Registry(
     "attention.backend",
     {
         "sdpa": Entry(Kernels(attend_sdpa, cross_sdpa)),
         "eager": Entry(Kernels(attend_eager, cross_eager)),
-        "flash": Entry(Kernels(attend_flash, cross_flash), require_flash),
+        "flash": Entry(Kernels(attend_flash, cross_flash, packs_text=True)),
         "reference": Entry(Kernels(attend_reference, cross_reference)),
     },
 )
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, backend: str) -> Tensor:
-    """Attention of a video's tokens to those of a text, of which the mask says which count.
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, text: TextTokens | Tensor, backend: str) -> Tensor:
+    """Attention of a video's tokens to those of a text that count.
 
     Args:
         q: [B, N, L, E].
         k, v: [B, N, M, E]; what they hold where the mask is False changes nothing, as long as `k` is finite.
-        mask: bool [B, M], True where a token counts. A text without any gives zeros.
+        text: of `text_tokens`, or the mask, bool [B, M], True where a token counts. A text without any gives zeros.
         backend: of `AttentionConfig`.
 
     Returns:
@@ -110,9 +138,10 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, backend: str)
     Raises:
         BackendError: the backend cannot run here.
     """
-    v = v.masked_fill(~mask[:, None, :, None], 0.0)
-    seen = mask | ~mask.any(-1, keepdim=True)  # a text without tokens sees its zeros: a softmax over nothing is NaN
-    return BACKENDS[backend].build.cross(q, k, v, seen)
+    if isinstance(text, Tensor):
+        text = text_tokens(text, backend)
+    v = v.masked_fill(~text.mask[:, None, :, None], 0.0)  # a text without tokens sees its zeros
+    return BACKENDS[backend].build.cross(q, k, v, text)
 
 
 def attention(

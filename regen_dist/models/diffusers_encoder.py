@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from regen_dist.config.embedder import ModelConfig
-from regen_dist.errors import BackendError, CheckpointError, ConfigError, DataError
+from regen_dist.errors import CheckpointError, ConfigError, DataError, needing_extra
 from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Latents
 
@@ -93,12 +93,8 @@ class DiffusersEncoder(nn.Module):
     @cached_property
     def _read(self) -> tuple[Any]:
         """Read the autoencoder, in a tuple: as an attribute it would become a child of this module."""
-        try:
+        with needing_extra("model.encoder.kind=diffusers"):
             import diffusers
-        except ImportError:
-            raise BackendError(
-                "model.encoder.kind=diffusers needs diffusers, which is not installed; run `pip install -e '.[bench]'`"
-            ) from None
         name = json.loads(self._config.read_text()).get("_class_name", "")
         kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
         if kind is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.config.run import SPATIAL_COMPRESSION as P
+from regen_dist.config.run import Recomputation
 from regen_dist.models.baseline import ConvDecoder
 from regen_dist.models.conditioning import FrameConditioning, InContextConditioning, LatentConditioning
 from regen_dist.models.decoder import GenerativeDecoder
@@ -46,8 +47,8 @@ class EmbedderBase(nn.Module):
         times = torch.arange(video.shape[2], device=video.device, dtype=torch.float32)
         return times.expand(video.shape[0], -1)
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
+    def set_activation_checkpointing(self, enabled: Recomputation) -> None:
+        """Recompute activations in the backward pass instead of keeping them; "selective": all but attention's."""
         recompute_activations(self, enabled)
 
 

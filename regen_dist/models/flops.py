@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config.embedder import ModelConfig
+from regen_dist.config.run import Recomputation
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.models.building import build_model
 from regen_dist.models.sequence_parallel import SimulatedSequenceParallel, share_rows
@@ -38,18 +39,19 @@ class Pass(NamedTuple):
     activation_bytes: int
 
 
-def count_pass(model: nn.Module, forward: Callable[[], object], activation_checkpointing: bool) -> Pass:
+def count_pass(model: nn.Module, forward: Callable[[], object], activation_checkpointing: Recomputation) -> Pass:
     """Count `forward`, which calls the model once."""
+    selective = activation_checkpointing == "selective"
     units = _checkpointed_units(model)
-    with FlopCounterMode(display=False) as counter, _Saved(model, units) as saved:
+    with FlopCounterMode(display=False) as counter, _SavedTensors(model, units) as saved:
         output = forward()
     flops = {name: sum(each.values()) for name, each in counter.get_flop_counts().items()}
     del output  # alive until here, with the tensors that the backward pass needs
-    recomputed = sum(_flops_of(flops, model, name) for name in units)
+    recomputed = sum(_flops_of(flops, model, name) for name in units) - (saved.attention_flops if selective else 0)
     return Pass(
         forward_flops={name: _flops_of(flops, model, name) for name, _ in model.named_children()},
         recomputed_flops=recomputed if activation_checkpointing else 0,
-        activation_bytes=saved.checkpointed_bytes() if activation_checkpointing else saved.num_bytes(),
+        activation_bytes=saved.checkpointed_bytes(selective) if activation_checkpointing else saved.num_bytes(),
     )
 
 
@@ -73,8 +75,13 @@ def _checkpointed_units(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-class _Saved(TorchFunctionMode):
-    """Counts what autograd keeps for the backward pass, weights apart: each storage once, by the unit that kept it."""
+class _SavedTensors(TorchFunctionMode):
+    """Counts what autograd keeps for the backward pass, weights apart: each storage once, by the unit that kept it.
+
+    Attributes:
+        attended: attention's outputs, by unit, which `models.recomputation` keeps.
+        attention_flops: of them, which are then not done again.
+    """
 
     def __init__(self, model: nn.Module, units: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -84,18 +91,24 @@ class _Saved(TorchFunctionMode):
         self.fused = False
         self.kept: dict[str, dict[int, Tensor]] = {"": {}, **{name: {} for name in units}}
         self.inputs: dict[int, Tensor] = {}
+        self.attended: dict[str, dict[int, Tensor]] = {name: {} for name in self.kept}
+        self.attention_flops, self.has_weights = 0, False
         self.scope = self._watch()
 
     def num_bytes(self) -> int:
         """Kept without checkpointing."""
         return _bytes({key: each for kept in self.kept.values() for key, each in kept.items()})
 
-    def checkpointed_bytes(self) -> int:
-        """Kept with checkpointing: what lies outside the units, their inputs, and one unit while it is recomputed."""
-        largest = max((_bytes(self.kept[name]) for name in self.units), default=0)
-        return _bytes({**self.kept[""], **self.inputs}) + largest
+    def checkpointed_bytes(self, selective: bool = False) -> int:
+        """Kept with checkpointing: what lies outside the units, their inputs, attention's outputs in them if it is
+        selective, and one unit while it is recomputed."""
+        kept = {**self.kept[""], **self.inputs}
+        for name in self.units if selective else ():
+            kept |= self.attended[name]
+        again = ({key: each for key, each in self.kept[name].items() if key not in kept} for name in self.units)
+        return _bytes(kept) + max(map(_bytes, again), default=0)
 
-    def __enter__(self) -> _Saved:
+    def __enter__(self) -> _SavedTensors:
         super().__enter__()  # type: ignore[no-untyped-call]
         self.scope.__enter__()
         return self
@@ -107,14 +120,27 @@ class _Saved(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """A fused attention kernel keeps inputs and output; on the meta device it is made of parts that keep more."""
         if function is not F.scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
+            output = function(*args, **(kwargs or {}))
+            if function is Tensor.softmax:
+                self.has_weights = True
+            elif function in _PRODUCTS and self.has_weights:
+                self.has_weights = False
+                self._attended(output, 2 * output.numel() * args[0].shape[-1])
+            return output
         self.fused = True
         output = function(*args, **(kwargs or {}))  # [..., N, L, E], laid out as the kernels do: [..., L, N, E]
         output = output.transpose(-3, -2).contiguous().transpose(-3, -2)
         self.fused = False
         for tensor in (*args, output):
             self._keep(tensor)
+        self._attended(output, 4 * output.numel() * args[1].shape[-2])
         return output
+
+    def _attended(self, output: Tensor, flops: int) -> None:
+        """Note attention's output and its operations, where it is in a unit."""
+        if self.unit:
+            self.attended[self.unit][_storage(output)] = output
+            self.attention_flops += flops
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
@@ -142,6 +168,9 @@ class _Saved(TorchFunctionMode):
         if not self.fused and storage not in self.weights:
             self.kept[self.unit].setdefault(storage, tensor)
         return tensor
+
+
+_PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -235,7 +264,7 @@ def count_flops(
     *,
     num_frames: int | None = None,
     precision: Precision = "bf16",
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Recomputation = False,
     sequence_parallel: int = 1,
 ) -> ClipFlops:
     """Count the costs of an embedder for clips of `num_frames` (k+1 by default) and `size` = (height, width) pixels, of
@@ -260,7 +289,7 @@ def count_row_flops(
     text_tokens: int,
     *,
     precision: Precision = "bf16",
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Recomputation = False,
     sequence_parallel: int = 1,
 ) -> RowFlops:
     """Count the costs of the text-to-video transformer for one row of clips.
@@ -271,7 +300,7 @@ def count_row_flops(
         size: rows and columns of the latents: the video's sides over 8.
         text_tokens: of the text, padding included.
         precision: that it computes in.
-        activation_checkpointing: whether blocks are recomputed.
+        activation_checkpointing: which activations of blocks are recomputed.
         sequence_parallel: ranks that share a row.
 
     Raises:
@@ -329,7 +358,7 @@ def _count_row(
     shape: tuple[int, ...],
     text_tokens: int,
     precision: Precision,
-    checkpointing: bool,
+    checkpointing: Recomputation,
     sequence_parallel: int,
 ) -> Pass:
     """Count a row from a model of one block and one of two: all blocks are alike, so each further block costs what the
@@ -350,7 +379,7 @@ def _count_blocks(
     shape: tuple[int, ...],
     text_tokens: int,
     precision: Precision = "bf16",
-    checkpointing: bool = False,
+    checkpointing: Recomputation = False,
     sequence_parallel: int = 1,
 ) -> Pass:
     """Count one pass of a row through a model of this many blocks."""
@@ -359,7 +388,9 @@ def _count_blocks(
     return _count_shared(model, inputs, checkpointing, sequence_parallel)
 
 
-def _count_shared(model: nn.Module, inputs: tuple[Tensor, ...], checkpointing: bool, sequence_parallel: int) -> Pass:
+def _count_shared(
+    model: nn.Module, inputs: tuple[Tensor, ...], checkpointing: Recomputation, sequence_parallel: int
+) -> Pass:
     """Return the operations of a sample; those that are repeated, by checkpointing and by each of the ranks that share
     the sample; and the bytes that each of these ranks keeps."""
     whole = count_pass(model, lambda: model(*inputs), checkpointing)

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regen_dist.errors import BackendError
+from regen_dist.requirements import Site, problems
 
 _HOPPER = 9  # major compute capability, from which on cuDNN's kernel is the faster one
-_MEND = "set model.decoder.attention.backend=sdpa (of text to video: model.attention.backend=sdpa)"
+_KEY = "model.[decoder.]attention.backend"  # of an embedder with its part, of text to video without
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _log = logging.getLogger(__name__)
 
 
@@ -70,7 +72,7 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     module = require_flash(q.device.type, q.dtype, _capability(q))
     _tell("flash", module.__name__, q)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # they take [B, L, N, E]
-    return _mixed(module.flash_attn_func(q, k, v)).transpose(1, 2)
+    return _mixed(module.flash_attn_func(q, k, v, **_repeatable())).transpose(1, 2)
 
 
 def attend_flash_lengths(
@@ -86,7 +88,14 @@ def attend_flash_lengths(
     """
     module = require_flash(q.device.type, q.dtype, _capability(q))
     _tell("flash, many lengths", module.__name__, q)
-    return _mixed(module.flash_attn_varlen_func(q, k, v, *starts, *longest))
+    return _mixed(module.flash_attn_varlen_func(q, k, v, *starts, *longest, **_repeatable()))
+
+
+def _repeatable() -> dict[str, bool]:
+    """Return the argument that makes the backward pass add up in a fixed order (slower, and with more memory), where
+    operations that are not repeatable are errors: `engine.deterministic` on a GPU. Both packages take it."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() and not warns else {}
 
 
 def _mixed(found: Any) -> Tensor:
@@ -105,12 +114,9 @@ def require_flash(device: str, dtype: torch.dtype, capability: tuple[int, int] =
     Raises:
         BackendError: no CUDA device, a dtype that the kernels do not take, or neither package.
     """
-    if device != "cuda":
-        raise BackendError(f"attention backend 'flash' needs a CUDA device, the tensors are on '{device}'; {_MEND}")
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise BackendError(
-            f"attention backend 'flash' needs bf16 or fp16, found {dtype}; set engine.precision=bf16, or {_MEND}"
-        )
+    site = Site(device, _PRECISIONS.get(dtype, str(dtype)), packages=False)  # they are tried below
+    for problem in problems("attention.backend", "flash", site, _KEY):
+        raise BackendError(problem)
     names = ["flash_attn_interface"] * (capability[0] == _HOPPER) + ["flash_attn"]  # version 3 is Hopper's alone
     errors = []
     for name in names:
@@ -119,7 +125,7 @@ def require_flash(device: str, dtype: torch.dtype, capability: tuple[int, int] =
         except ImportError as error:
             errors.append(str(error))
     raise BackendError(
-        f"attention backend 'flash' needs the package flash-attn ({'; '.join(errors)}); install it, or {_MEND}"
+        f"{_KEY}=flash needs the package flash-attn ({'; '.join(errors)}); install it, or set {_KEY}=sdpa"
     )
 
 

@@ -17,9 +17,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from regen_dist.config.run import Recomputation
 from regen_dist.errors import BackendError
+from regen_dist.models.recomputation import attention_kept
 
 # Convolutions on GPUs: the cuDNN that they need, and very large tensors in strips, rows of the frame one after the
 # other.
@@ -148,18 +150,20 @@ class ChannelNorm(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Module that can run its parts with checkpointing: their activations are recomputed in the backward pass."""
+    """Module that can run its parts with checkpointing: their activations are recomputed in the backward pass, all of
+    them or, where it is "selective", all but attention's."""
 
-    activation_checkpointing = False
+    activation_checkpointing: Recomputation = False
 
     def run(self, part: nn.Module, *inputs: Any, **fixed: Any) -> Any:
         """Run `part(*inputs, **fixed)`; `fixed` holds the arguments that are no tensors."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, *inputs, use_reentrant=False, **fixed)
+            contexts = attention_kept if self.activation_checkpointing == "selective" else noop_context_fn
+            return checkpoint(part, *inputs, use_reentrant=False, context_fn=contexts, **fixed)
         return part(*inputs, **fixed)
 
 
-def recompute_activations(model: nn.Module, enabled: bool) -> None:
+def recompute_activations(model: nn.Module, enabled: Recomputation) -> None:
     """Recompute activations in the backward pass instead of keeping them, in every `Checkpointed` part of a model."""
     for module in model.modules():
         if isinstance(module, Checkpointed):

@@ -15,11 +15,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config.run import SPATIAL_COMPRESSION
+from regen_dist.config.run import SPATIAL_COMPRESSION, Recomputation
 from regen_dist.config.t2v import LATENT_PATCH as P
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.errors import DataError
-from regen_dist.models.attention import RotaryAngles, attention, cross_attention, rotary_angles, rotate
+from regen_dist.models.attention import (
+    RotaryAngles,
+    TextTokens,
+    attention,
+    cross_attention,
+    rotary_angles,
+    rotate,
+    text_tokens,
+)
 from regen_dist.models.layers import (
     Checkpointed,
     Modulation,
@@ -170,11 +178,11 @@ class CrossAttention(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(config.width // config.heads, eps=_NORM_EPS) for _ in range(2))
         self.out = ZeroLinear(config.width, config.width)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """x [B, L, D], text [B, M, D], mask [B, M], True where a text token counts."""
+    def forward(self, x: Tensor, text: Tensor, counting: TextTokens) -> Tensor:
+        """x [B, L, D], text [B, M, D], of whose tokens `counting` count."""
         q = self.norm_q(self.q(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, N, L, E]
         k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).unbind(2)  # [B, M, N, E] each
-        mixed = cross_attention(q, self.norm_k(k).transpose(1, 2), v.transpose(1, 2), mask, self.backend)
+        mixed = cross_attention(q, self.norm_k(k).transpose(1, 2), v.transpose(1, 2), counting, self.backend)
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -195,15 +203,15 @@ class TextToVideoBlock(nn.Module):
         x: Tensor,
         modulation: Tensor,
         text: Tensor,
-        mask: Tensor,
+        counting: TextTokens,
         positions: RotaryAngles,
         grid: Grid,
         share: SequenceShard = WHOLE,
     ) -> Tensor:
-        """x [B, L, D], of a shared row this rank's part; modulation [B, 1 or L, 6, D], text [B, M, D], mask [B, M]."""
+        """x [B, L, D], of a shared row this rank's part; modulation [B, 1 or L, 6, D], text [B, M, D]."""
         parts = (modulation + self.table).unbind(2)  # six of [B, 1 or L, D]
         x = torch.addcmul(x, parts[2], self.self_attention(modulate(x, parts[0], parts[1]), positions, grid, share))
-        x = x + self.cross_attention(F.layer_norm(x, x.shape[-1:]), text, mask)
+        x = x + self.cross_attention(F.layer_norm(x, x.shape[-1:]), text, counting)
         hidden = F.gelu(self.expand(modulate(x, parts[3], parts[4])), approximate="tanh")
         return torch.addcmul(x, parts[5], self.contract(hidden))
 
@@ -251,16 +259,17 @@ class TextToVideo(Checkpointed, RowSharing):
         tokens = self.kind(self.embed(fold_latents(x.to(dtype))[:, share.own]), grid, share)  # [B, L, D]
         tokens = self.place(tokens, grid, share)
         text, mask = padded_text(text, mask, _TEXT_MULTIPLE.get(x.device.type, 1))
+        counting = text_tokens(mask.bool(), self.config.attention.backend)
         text, vectors = self.text(text.to(dtype)), self._times(t, grid)  # [B, M, D], [B, 1 or F, D]
         modulation = _of_tokens(self.modulation(vectors), grid, share)  # [B, 1 or L, 6, D]
         for block in self.blocks:
-            tokens = self.run(block, tokens, modulation, text, mask.bool(), positions, grid=grid, share=share)
+            tokens = self.run(block, tokens, modulation, text, counting, positions, grid=grid, share=share)
         scale, shift = _of_tokens(self.final_modulation(vectors), grid, share).unbind(2)
         velocities = share.whole(self.head(modulate(tokens, scale, shift)))
         return unfold_latents(velocities.float(), grid)
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
+    def set_activation_checkpointing(self, enabled: Recomputation) -> None:
+        """Recompute activations in the backward pass instead of keeping them; "selective": all but attention's."""
         recompute_activations(self, enabled)
 
     def _times(self, t: Tensor, grid: Grid) -> Tensor:

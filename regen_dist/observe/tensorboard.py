@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
+from regen_dist.errors import needing_extra
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class TensorBoard:
     def _write(
         self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
     ) -> None:
+        from PIL import Image
+
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, step)
@@ -84,17 +86,14 @@ class TensorBoard:
 
 
 def _writer(folder: Path, step: int) -> Any:
-    try:
+    with needing_extra("tensorboard.enabled=true"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(
-            f"tensorboard.enabled=true needs the package tensorboard ({error}): pip install 'regen-dist[tensorboard]'"
-        ) from error
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def _add_gif(writer: Any, name: str, path: Path, step: int) -> None:
     """Write a video as a GIF; torch's own method needs moviepy."""
+    from PIL import Image
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     with VideoReader(path) as reader:

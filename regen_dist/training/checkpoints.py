@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.identity import own_run_id
 from regen_dist.checkpoint.manifest import CheckpointManifest
-from regen_dist.checkpoint.reader import NoGoodCheckpoint, newest_good
+from regen_dist.checkpoint.reader import newest_good
 from regen_dist.checkpoint.saver import Outcome, Saver
 from regen_dist.checkpoint.shards import nonfinite
+from regen_dist.checks.findings import refuse
+from regen_dist.checks.resume import another_discriminator, another_model, another_order, lost
 from regen_dist.config import AnyRunConfig, config_hash
-from regen_dist.config.identity import order_changes
 from regen_dist.config.version import code_version
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import CheckpointError
-from regen_dist.observe.record import read_record
+from regen_dist.errors import CheckpointError, NoGoodCheckpoint
 from regen_dist.observe.streams import warn
 from regen_dist.training.guards import Guards
 
@@ -32,7 +32,7 @@ def has_checkpoints(config: AnyRunConfig, ranks: Ranks) -> bool:
     return ranks.on_main(lambda: bool(folder.steps()))
 
 
-class Progress(NamedTuple):
+class RunProgress(NamedTuple):
     """Progress of a run: optimizer steps made, batches of the data order that were left out, and the metrics of the
     newest validation."""
 
@@ -84,7 +84,7 @@ class RunCheckpoints:
             "precision": config.engine.precision,
         }
 
-    def resume(self, *, fresh: bool = False) -> Progress:
+    def resume(self, *, fresh: bool = False) -> RunProgress:
         """Go on from the newest whole checkpoint; from the beginning where there is none. One whose sizes are right may
         still turn out to be damaged.
 
@@ -97,14 +97,14 @@ class RunCheckpoints:
             warn(str(error))
             return self.restore(self.choose(doubt=True))
 
-    def restore(self, manifest: CheckpointManifest | None) -> Progress:
+    def restore(self, manifest: CheckpointManifest | None) -> RunProgress:
         """Load a checkpoint into engine and guards; None is the beginning, which they are at when they are built.
 
         Raises:
             CheckpointError: it cannot be read, or holds values that are not finite; on every rank.
         """
         if manifest is None:
-            return Progress(0, 0, {})
+            return RunProgress(0, 0, {})
         self._engine.restore(self.folder.reader(manifest), manifest.state["num_updates"])
         if (companion := self._engine.companion) is not None:
             state = manifest.state.get("companion")
@@ -116,7 +116,7 @@ class RunCheckpoints:
                 "earlier one may be whole"
             )
         self._guards.restore(manifest.state["guards"])
-        return Progress(manifest.step, manifest.state["data_shift"], manifest.metrics)
+        return RunProgress(manifest.step, manifest.state["data_shift"], manifest.metrics)
 
     def choose(self, *, fresh: bool = False, doubt: bool = False) -> CheckpointManifest | None:
         """The checkpoint to go on from; None to start from scratch.
@@ -132,7 +132,7 @@ class RunCheckpoints:
         try:
             manifest = newest_good(self.folder, self._ranks, checksums=self.checksums or fresh or doubt)
             if manifest is None:
-                self._ranks.on_main(self._refuse_lost)
+                self._ranks.on_main(lambda: refuse(lost(self._config)))
         except NoGoodCheckpoint as error:
             if not fresh:
                 raise
@@ -144,7 +144,7 @@ class RunCheckpoints:
             self.newest, self.rollbacks = manifest.step, manifest.rollbacks
         return manifest
 
-    def save(self, progress: Progress, *, wait: bool) -> None:
+    def save(self, progress: RunProgress, *, wait: bool) -> None:
         """Save, unless this step is committed already (a run that is stopped right after it resumed).
 
         Args:
@@ -207,7 +207,7 @@ class RunCheckpoints:
         """Let a save in flight end, for a while: the run ends with an error of its own, which is the one to report."""
         self._saver.settle(_CLOSE_S)
 
-    def _manifest(self, progress: Progress) -> CheckpointManifest:
+    def _manifest(self, progress: RunProgress) -> CheckpointManifest:
         state: dict[str, Any] = {"num_updates": self._engine.num_updates, "data_shift": progress.data_shift}
         if self._engine.companion is not None:  # its shapes lie here: an export takes those of the model
             state["companion"] = self._engine.companion.state()
@@ -224,43 +224,14 @@ class RunCheckpoints:
             run_id=self._run_id,
         )
 
-    def _refuse_lost(self) -> None:
-        """Refuse a folder that is not mounted or was emptied: it is not a new run."""
-        record = self._config.folder / "metrics.jsonl"
-        lines = read_record(record, "checkpoint") if record.exists() else []
-        if saved := [line["step"] for line in lines if not line["problem"]]:
-            raise NoGoodCheckpoint(
-                f"{record} tells of a checkpoint of step {saved[-1]}, but {self.folder.url} holds none. Is that folder "
-                "mounted, and checkpoint.url the one it was? Restore them, or start the run from scratch with --fresh"
-            )
-
     @property
     def checksums(self) -> bool:
         """Return whether every byte of a checkpoint is compared before it is loaded."""
         return self._config.checkpoint.verify == "checksums"
 
     def _check_belongs(self, manifest: CheckpointManifest) -> None:
-        where = f"the checkpoint of step {manifest.step} in {self.folder.url}"
-        if manifest.shapes != self._shapes:
-            raise CheckpointError(
-                f"{where} was saved by another model; give the run another name, or restore the model section of its "
-                "config"
-            )
-        self._check_companion(manifest, where)
-        before, now = manifest.state["data"], self._identity
-        if before is None:  # imported weights: any data will do
-            return
-        if changed := order_changes(before, now):
-            raise CheckpointError(
-                f"the run cannot go on from {where}, because the order of its data has changed: "
-                f"{'; '.join(changed)}. Restore that, or give the run another name"
-            )
-
-    def _check_companion(self, manifest: CheckpointManifest, where: str) -> None:
-        """Check the discriminator: it may begin anew or be dropped, but not continue as a different one."""
-        companion, saved = self._engine.companion, manifest.state.get("companion")
-        if companion is not None and saved is not None and saved["shapes"] != companion.shapes():
-            raise CheckpointError(
-                f"{where} holds another discriminator; restore train.losses.adversarial.channels and .layers, or give "
-                "the run another name"
-            )
+        """Refuse another model, discriminator or order of the data, as `regen check` does beforehand."""
+        companion = self._engine.companion
+        refuse(another_model(self._config, manifest, self._shapes))
+        refuse(another_discriminator(self._config, manifest, None if companion is None else companion.shapes()))
+        refuse(another_order(self._config, manifest, self._identity))

@@ -29,7 +29,7 @@ from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import training_flops_per_clip
 from regen_dist.training.linear_start import LINEAR_CODES, first_cells, fit_linear_code
 from regen_dist.training.losses import ExtraLosses
-from regen_dist.training.task import Loss, Validation
+from regen_dist.training.task import Loss, Validation, on_device
 
 # A noise prediction has no one-step reconstruction from pure noise: validate as close to it as the division allows.
 LATEST_EPS_TIME = 0.98
@@ -91,9 +91,10 @@ class EmbedderTask:
         return {name: weight for name, weight in model.state_dict().items() if name.startswith(LINEAR_CODES)}
 
     def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
-        x0, ids, settings = to_float(batch.video, self.device), batch.keys.to(self.device), self.config.diffusion
+        batch, settings = on_device(batch, self.device), self.config.diffusion
+        x0, ids = pixels.to_float(batch.video), batch.keys
         t = timesteps(settings.density, uniforms(self.config.train.seed, ids, step, NoiseStream.TIMESTEP))
-        frames = train_frames(self.config, x0.shape[2], step).to(self.device)
+        frames = train_frames(self.config, x0.shape[2], step, self.device)
         seen, noise = x0[:, :, frames], self._noise(x0, ids, step, frames)
         x_t = noisy(settings.path, seen, noise, t)
         prediction, latents = engine(
@@ -111,8 +112,8 @@ class EmbedderTask:
 
     @torch.no_grad()
     def validate(self, engine: Engine) -> Validation:
-        batch = self._validation_clips
-        x0, ids = to_float(batch.video, self.device), batch.keys.to(self.device)
+        batch = on_device(self._validation_clips, self.device)
+        x0, ids = pixels.to_float(batch.video), batch.keys
         settings, every = self.config.diffusion, torch.arange(x0.shape[2], device=self.device)
         noise = self._noise(x0, ids, 0, every)
         t = torch.full((len(ids),), LATEST_EPS_TIME if settings.target == "eps" else 1.0, device=self.device)
@@ -129,7 +130,8 @@ class BaselineTask(EmbedderTask):
     """The MAGVIT-v2 style baseline: the same encoder and budget, trained on the pixels' squared error."""
 
     def loss(self, engine: Engine, batch: ClipBatch, step: int) -> Loss:
-        x0, ids = to_float(batch.video, self.device), batch.keys.to(self.device)
+        batch = on_device(batch, self.device)
+        x0, ids = pixels.to_float(batch.video), batch.keys
         reconstruction, latents = engine(x0, latent_noise(self.config, x0, ids, step))
         loss = Loss(F.mse_loss(reconstruction, x0), latent_figures(latents, x0.shape[2]))
         if not self.extra_losses:
@@ -149,13 +151,14 @@ def frozen_encoder(config: ModelConfig) -> dict[str, str]:
     return {ENCODER_FACT: DiffusersEncoder(config).fingerprint} if config.encoder.frozen else {}
 
 
-def train_frames(config: RunConfig, num_frames: int, step: int) -> Tensor:
+def train_frames(config: RunConfig, num_frames: int, step: int, device: torch.device | None = None) -> Tensor:
     """Numbers of the frames that the decoder is trained on in a step, ascending, int64 [n]: the same for all clips."""
+    every = torch.arange(num_frames, device=device)
     wanted = config.diffusion.train_frames
     if wanted is None or wanted >= num_frames:
-        return torch.arange(num_frames)
-    chances = uniforms(config.train.seed, torch.arange(num_frames), step, NoiseStream.FRAMES)[:, 0]
-    return chances.argsort()[:wanted].sort().values
+        return every
+    chances = uniforms(config.train.seed, every, step, NoiseStream.FRAMES)[:, 0]
+    return chances.argsort(stable=True)[:wanted].sort().values
 
 
 def latent_noise(config: RunConfig, x0: Tensor, ids: Tensor, step: int) -> Latents | None:

@@ -11,7 +11,7 @@ from regen_dist.config import AnyRunConfig
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, CheckpointError, TrainingError
-from regen_dist.training.checkpoints import Progress, RunCheckpoints
+from regen_dist.training.checkpoints import RunCheckpoints, RunProgress
 from regen_dist.training.guards import Guards, SkippedSteps, Spike
 from regen_dist.training.metrics import Reporter, SampleLog, StepMeter
 from regen_dist.training.step import GradientHook, Step, Stepper
@@ -59,7 +59,7 @@ class Trainer(Stepper):
         checkpoints: RunCheckpoints,
         reporter: Reporter,
         sample_log: SampleLog,
-        progress: Progress,
+        progress: RunProgress,
         mark: Callable[[str, int], None] = lambda phase, step: None,
         gradient_hooks: Sequence[GradientHook] = (),
     ) -> None:
@@ -160,7 +160,7 @@ class Trainer(Stepper):
     def _save(self, *, wait: bool) -> None:
         self._mark("save")
         with self.meter.paused():
-            self.checkpoints.save(Progress(self.step, self.data_shift, self.metrics), wait=wait)
+            self.checkpoints.save(RunProgress(self.step, self.data_shift, self.metrics), wait=wait)
 
     def _roll_back(self, spike: Spike) -> None:
         """Go back, for good, to the newest whole checkpoint before a spike, and continue with the samples after it. A

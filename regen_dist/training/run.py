@@ -10,15 +10,14 @@ from contextlib import contextmanager
 import torch
 
 from regen_dist.checkpoint.claims import Claims
+from regen_dist.checks.findings import Target
+from regen_dist.checks.run import refuse_process
 from regen_dist.config import AnyRunConfig
 from regen_dist.distributed.determinism import make_repeatable
 from regen_dist.distributed.engine import precision_of
 from regen_dist.distributed.failure import tell
-from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
-from regen_dist.distributed.zero3 import ENGINES, build_engine
-from regen_dist.models.attention import BACKENDS
-from regen_dist.models.layers import require_cudnn
+from regen_dist.distributed.zero3 import build_engine
 from regen_dist.observe.hang_detector import Watchdog
 from regen_dist.observe.hardware import has_native_bf16, peak_tflops
 from regen_dist.observe.streams import warn
@@ -140,14 +139,7 @@ def _held(claims: Claims, ranks: Ranks) -> Iterator[None]:
 
 def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     """Refuse what cannot run here before anything is built, and make the arithmetic repeatable."""
-    attention = config.model.attention if config.model.kind == "t2v" else config.model.decoder.attention
-    device, dtype = ranks.device, precision_of(config.engine.precision)
-    ENGINES.available(config.engine.kind, ranks.world_size)
-    OPTIMIZERS.available(config.optimizer.kind, device, config.engine.kind)
-    if config.model.kind != "magvit2":  # the baseline has no attention
-        BACKENDS.available(attention.backend, device.type, dtype)
-    if config.model.kind != "t2v":  # t2v has no convolutions
-        require_cudnn(device.type, dtype)
+    refuse_process(config, Target(ranks.world_size, has_gpus=ranks.device.type == "cuda"))
     if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not has_native_bf16():
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")
     make_repeatable(ranks.device, deterministic=config.engine.deterministic)

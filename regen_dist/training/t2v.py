@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from regen_dist.checks.findings import Target, refuse
+from regen_dist.checks.latents import embedder, fits
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.data.loading.datasets import LatentSet, sizes_of
 from regen_dist.data.loading.latent_loader import LatentBatch, latent_batches
@@ -24,7 +26,6 @@ from regen_dist.diffusion.noise import NoiseStream, latent_gaussian, uniforms
 from regen_dist.diffusion.path import noisy, target_of, timesteps
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.latent_space import LatentScale, LatentSpace, NormalisedLatents, parse_statistics
@@ -32,7 +33,7 @@ from regen_dist.inference.long_video import decode_row
 from regen_dist.inference.sampler import Text, row_tokens, sample_latents
 from regen_dist.models.building import build_model
 from regen_dist.models.flops import training_flops_per_row
-from regen_dist.training.task import Loss, Validation
+from regen_dist.training.task import Loss, Validation, on_device
 
 _VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -45,10 +46,12 @@ class TextToVideoTask:
 
     @cached_property
     def data(self) -> LatentSet:
-        """The caches; checked against the model."""
+        """The caches; refused where model or embedder do not fit them, as `regen check` does beforehand."""
         config = self.config
         data = LatentSet(config.data, batch_global=config.train.batch_global, seed=config.train.seed)
-        self._check(data)
+        facts = data.facts
+        refuse(fits(config, facts.url, facts))
+        refuse(embedder(config, {facts.url: facts}, Target()))
         return data
 
     def build(self, ranks: Ranks = Ranks(), *, resumes: bool = False) -> nn.Module:  # noqa: B008 - frozen
@@ -66,7 +69,8 @@ class TextToVideoTask:
         )
 
     def loss(self, engine: Engine, batch: LatentBatch, step: int) -> Loss:
-        seed, ids = self.config.train.seed, batch.keys.to(self.device)
+        batch = on_device(batch, self.device)
+        seed, ids = self.config.train.seed, batch.keys
         x0, flow = self._normalised(batch).frames, self.config.diffusion
         chances = uniforms(seed, ids, step, NoiseStream.TIMESTEP)
         t = timesteps(flow.density, chances, flow.shift_at(row_tokens(x0.shape[2:])))
@@ -90,7 +94,7 @@ class TextToVideoTask:
     def validate(self, engine: Engine) -> Validation:
         """The loss of fixed rows at fixed times, and videos generated from their captions by the weights of this step,
         where the config names an embedder that decodes them."""
-        batch = self._rows
+        batch = on_device(self._rows, self.device)
         x0, text = self._normalised(batch).frames, self._text(batch)
         noise = self._noise(batch, x0)
         losses = [self._loss_at(engine, x0, noise, text, time) for time in _VALIDATION_TIMES]
@@ -121,20 +125,22 @@ class TextToVideoTask:
 
     def _noise(self, batch: LatentBatch, x0: Tensor) -> Tensor:
         size, seed = (x0.shape[3], x0.shape[4]), self.config.train.seed
-        return latent_gaussian(seed, batch.sample_ids.to(self.device), x0.shape[2], x0.shape[1], size)
+        return latent_gaussian(seed, batch.sample_ids, x0.shape[2], x0.shape[1], size)
 
     def _normalised(self, batch: LatentBatch) -> NormalisedLatents:
-        return self._scale.normalise(batch.content.to(self.device), batch.motion.to(self.device))
+        """Latents in float32, in which noise is added to them."""
+        return self._scale.normalise(batch.content, batch.motion)
 
     def _text(self, batch: LatentBatch) -> Text:
         assert batch.text is not None, "the caches were checked for text"
         assert batch.mask is not None, "the caches were checked for text"
-        return Text(batch.text.to(self.device), batch.mask.to(self.device))
+        return Text(*(each.to(self.device, non_blocking=True) for each in (batch.text, batch.mask)))
 
     def _with_dropout(self, text: Text, chances: Tensor) -> Text:
         """Replace a share of the captions by the empty caption, for guidance (Ho and Salimans, 2022)."""
         dropped = chances < self.config.data.text_dropout
-        return text.where(dropped, self._null.expanded(len(chances)))
+        null = self._null.expanded(len(chances))
+        return text.where(dropped, Text(null.text.to(text.text.dtype), null.mask))
 
     @cached_property
     def _space(self) -> LatentSpace:
@@ -174,15 +180,3 @@ class TextToVideoTask:
         codec = Codec.load(self.config.generation.embedder, device=self.device)
         check_embedder(codec, self.data.facts.encoder, self.config.generation.embedder)
         return codec
-
-    def _check(self, data: LatentSet) -> None:
-        """DataError when the model cannot be trained on these caches."""
-        facts, model = data.facts, self.config.model
-        if facts.text_width is None:
-            raise DataError(f"{facts.url} holds no text embeddings; pre-encode it again with text")
-        for name, has, wants in (
-            ("latent_channels", facts.channels, model.latent_channels),
-            ("text_width", facts.text_width, model.text_width),
-        ):
-            if has != wants:
-                raise DataError(f"model.{name} is {wants}, {facts.url} has {has}; set model.{name}={has}")

@@ -6,14 +6,27 @@ The loop is the same.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
 from regen_dist.data.loading.plan import BadSample
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
+
+AnyBatch = TypeVar("AnyBatch", bound=NamedTuple)
+
+
+def on_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
+    """Return a batch with its tensors on a device. From page-locked memory the copies do not wait for the GPU."""
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name, value in batch._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    return batch._replace(**moved)
 
 
 class Loss(NamedTuple):

@@ -12,7 +12,8 @@ import pytest
 from tests.helpers.objects import READER, Proxied, use
 from tests.helpers.slurm import clear_jobs
 from tools.local_services.s3 import Identity, ObjectServer, start_store
-from tools.local_services.slurm import SlurmCluster, missing_packages, start_slurm
+from tools.local_services.slurm import SlurmCluster, start_slurm
+from tools.local_services.slurm_daemons import missing_packages
 
 # Workers that share the suite by files end together when these come first.
 LONGEST = (

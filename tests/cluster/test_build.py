@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from regen_dist.data.build.build import build_shards
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import samples_of
 from regen_dist.data.storage.bucket import ObjectInfo

@@ -18,7 +18,7 @@ import pytest
 from launcher.job import Submission
 from regen_dist.config import to_yaml
 from regen_dist.data.build.build import build_shards
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from tests.helpers.launching import (
     Submitter,
     attempts,

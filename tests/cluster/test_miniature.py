@@ -14,7 +14,7 @@ import yaml
 from launcher.pipelines.schema import Pipeline, exists, load_pipeline
 from regen_dist.config import to_yaml
 from regen_dist.data.format.catalogue import open_dataset
-from regen_dist.evaluation.miniature import REAL, RECONSTRUCTED, WRONG_CAPTIONS
+from regen_dist.evaluation.miniature_scores import REAL, RECONSTRUCTED, WRONG_CAPTIONS
 from regen_dist.observe.record import read_record
 from tests.helpers.launching import Submitter, attempts, losses, told
 from tests.helpers.objects import use

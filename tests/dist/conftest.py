@@ -145,6 +145,7 @@ def _first_start_of_two(made: Callable[..., RunConfig]) -> list[Job]:
         Job(made("halted_bf16", **BF16), stop_after=STOP),
         Job(made("accumulated", train__accumulation=2, **SHORT)),
         Job(made("recomputed", engine__activation_checkpointing=True, **SHORT)),
+        Job(made("selective", engine__activation_checkpointing="selective", **SHORT)),
         Job(made("partitioned", engine__partitioned_init=True, **SHORT)),
         Job(made("partitioned_bf16", engine__partitioned_init=True, **BF16, **SHORT)),
         Job(made("baseline", model__kind="magvit2", **SHORT)),

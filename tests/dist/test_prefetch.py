@@ -10,12 +10,13 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import clips, tiny_run
 from tools.gpu_check.zero3 import counted_invalidations
 
-KINDS = ("regen", "magvit2", "recomputed", "in_context")
+KINDS = ("regen", "magvit2", "recomputed", "selective", "in_context")
 TURNS = (5, 1, 5, 1, 1, 5)  # frames of each step's clip
 CHANGES: dict[str, dict[str, Any]] = {
     "regen": {},
     "magvit2": {"model__kind": "magvit2"},
     "recomputed": {"engine__activation_checkpointing": True},
+    "selective": {"engine__activation_checkpointing": "selective"},
     "in_context": {"model__conditioning__kind": "in_context"},
 }
 

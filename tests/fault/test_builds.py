@@ -15,7 +15,7 @@ import pytest
 
 from regen_dist.data.build.build import build_shards
 from regen_dist.data.build.foreign import index_tars
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.storage.store import Store
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.storage.store import Store
 from tests.helpers.video import moving_square, write_video
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster import ClusterConfig
-from launcher.job import ID_FILE, JobTask, Progress, Submission, write_job
+from launcher.job import ID_FILE, JobTask, Submission, TaskProgress, write_job
 from launcher.retry import End, Start, Why, write_entry
 from regen_dist.config.files import write_text_atomically
 from regen_dist.observe.heartbeat import Beat, beat_path, write_beat
@@ -31,7 +31,7 @@ def made_job(
     checkpoints: str | None = None,
 ) -> Submission:
     """A submission in `base`: of a training of `steps` steps, or of a command, or of some tasks."""
-    progress = Progress(checkpoints=checkpoints or str(base / "checkpoints"), steps=steps) if steps else None
+    progress = TaskProgress(checkpoints=checkpoints or str(base / "checkpoints"), steps=steps) if steps else None
     command = ("train", "--", str(base / "launch" / "config.yaml")) if steps else ("shards", "verify", "x")
     chosen = tuple(tasks or [JobTask(name=base.name, folder=base, command=command, progress=progress)])
     folder = base / "launch" / f"2026-{submitted:.0f}"

@@ -11,7 +11,7 @@ from torch import nn
 from regen_dist.config.embedder import ModelConfig, RunConfig
 from regen_dist.config.t2v import T2VConfig, T2VModelConfig
 from regen_dist.data.build.build import build_shards
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from tests.helpers.video import moving_square, write_video
 
 SIDE = 32

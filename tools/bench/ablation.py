@@ -17,6 +17,7 @@ from regen_dist.inference.codec import Codec
 from regen_dist.jsontext import json_text
 from regen_dist.observe.record import read_record
 from regen_dist.pixels import to_float
+from regen_dist.tables import Column, Table, numbers
 
 
 def ablation(
@@ -131,14 +132,12 @@ def _psnr_db(codec: Codec, video: Any, ids: Sequence[int], steps: int) -> float 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Format the results as a Markdown table, best one-step PSNR first."""
-    lines = [
-        "| target | density | share at pure noise | loss weighted as | PSNR, 1 step | PSNR, 4 steps |",
-        "| --- | --- | ---: | --- | ---: | ---: |",
-    ]
+    columns: list[Column | str] = ["target", "density", *numbers("share at pure noise"), "loss weighted as"]
+    columns += numbers(*(f"PSNR, {steps} step{'s' if steps > 1 else ''}" for steps in STEPS))
+    rows = []
     for row in sorted(results, key=lambda row: -(row["psnr_1_step_db"] or 0.0)):
         figures = [
             "impossible" if row[f"psnr_{n}_step_db"] is None else f"{row[f'psnr_{n}_step_db']:.2f} dB" for n in STEPS
         ]
-        cells = [row["target"], row["density"], f"{row['pure_noise']:g}", row["weighting"], *figures]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([row["target"], row["density"], f"{row['pure_noise']:g}", row["weighting"], *figures])
+    return Table(columns, rows).to_markdown()

@@ -27,9 +27,10 @@ from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
 from regen_dist.jsontext import json_text
 from regen_dist.observe.record import read_record
 from regen_dist.programs import python, regen
+from regen_dist.tables import Table
 from tools.bench import checkpoint_cases
 from tools.bench.checkpoint_cases import Saving, saving
-from tools.bench.common import Figure, spread
+from tools.bench.common import MEASURED, Figure, spread, spread_text
 from tools.local_services.s3 import start_store
 from tools.shards.progress import stopping_cleanly
 
@@ -94,7 +95,6 @@ def checkpoint(
 
 BLOCKED_TARGET = 0.05  # of one step, beside one bare copy of the state
 STATE_BYTES = 16  # a parameter: master weight, moving average and two moments in float32
-_HEAD = ["| measured | figure | ratio (lowest to highest) | target |", "| --- | ---: | ---: | ---: |"]
 _AGAINST = {"save": "plain files", "load": "plain reads"}
 _IN_BUCKET = {"save": "bucket: plain objects", "load": "bucket: plain gets"}
 _CHOSEN = "ours, from choosing to loaded, "
@@ -221,8 +221,8 @@ def table(facts: Mapping[str, Any]) -> str:
             for row in _case_rows("loading", section, f"{ranks} rank(s)")
         ),
     ]
-    lacks = [f"- {name}: {text}." for name, text in LACKS.items()]
-    return "\n".join([*_HEAD, *("| " + " | ".join(row) + " |" for row in rows), "", *lacks]) + "\n"
+    lacks = "\n".join(f"- {name}: {text}." for name, text in LACKS.items())
+    return Table(MEASURED, rows, note=lacks).to_markdown()
 
 
 def _training_rows(training: Mapping[str, Any], size: str) -> Iterator[list[str]]:
@@ -232,9 +232,9 @@ def _training_rows(training: Mapping[str, Any], size: str) -> Iterator[list[str]
     yield [f"one bare copy of the state, {size}", _seconds(training["copy_s"]), "", ""]
     still = f"{_share(ours['still_of_step'])} of a step"
     yield ["asynchronous save: training stands still", _seconds(ours["still_s"]), still, allowed]
-    yield ["… beside what the target allows", "", _ratio(ours["still_of_allowed"]), "≤ 1"]
+    yield ["… beside what the target allows", "", spread_text(ours["still_of_allowed"]), "≤ 1"]
     beside = f"steps while the thread writes ({ours['steps_beside']['median']:g} a save), beside an undisturbed one"
-    yield [beside, "", _ratio(ours["step_beside_of_step"]), ""]
+    yield [beside, "", spread_text(ours["step_beside_of_step"]), ""]
     for name, run in (("asynchronous", ours), ("synchronous", waited)):
         yield [
             f"{name} save: all that it costs the run",
@@ -250,7 +250,7 @@ def _case_rows(verb: str, section: Mapping[str, Any], who: str) -> Iterator[list
         yield [
             f"{verb} by {who}: {name}",
             f"{_seconds(case['seconds'])}, {case['bytes'] / 1e6:.0f} MB{_beside(case)}",
-            _ratio(ratio) if ratio else "",
+            spread_text(ratio) if ratio else "",
             "",
         ]
     if "checksums_add_s" in section:
@@ -267,10 +267,6 @@ def _seconds(found: Mapping[str, float]) -> str:
 
 def _share(found: Mapping[str, float]) -> str:
     return f"{found['median']:.1%} ({found['min']:.1%} to {found['max']:.1%})"
-
-
-def _ratio(found: Mapping[str, float]) -> str:
-    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
 
 
 def checkpoint_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ import typer
 
 from regen_dist.jsontext import json_text
 from regen_dist.programs import python
+from regen_dist.tables import Column, Table, numbers
 from tools import stages
 from tools.bench.codec_systems import (
     DTYPES,
@@ -31,6 +31,7 @@ from tools.bench.codec_systems import (
     named_system,
     parse_size,
 )
+from tools.bench.common import spread
 from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
@@ -121,14 +122,18 @@ def _versions(packages: Path | None) -> dict[str, str]:
 DECODER_TARGET = 3e12  # operations of a step of the fast preset at `TARGET_SIZE`
 TARGET_SIZE = [17, 256, 256]
 _COSMOS = "AutoencoderKLCosmos"
-_HEAD = [
-    "| codec | k | latents | bits per pixel | parameters | encode FLOP | decode FLOP | encode s | decode s | "
-    "encode memory | decode memory | |",
-    "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+_HEAD: list[Column | str] = [
+    "codec", *numbers("k"), "latents",
+    *numbers("bits per pixel", "parameters", "encode FLOP", "decode FLOP", "encode s", "decode s", "encode memory",
+             "decode memory"),
+    "",
+]  # fmt: skip
+_SLOPES: list[Column | str] = [
+    "codec",
+    "from",
+    "to",
+    *numbers("pixels", "encode s", "decode s", "encode memory", "decode memory"),
 ]
-_SLOPES = ["| codec | from | to | pixels | encode s | decode s | encode memory | decode memory |"]
-_SLOPES += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-_TARGETS = ["| target | figure | limit | met |", "| --- | ---: | ---: | --- |"]
 Row = Mapping[str, Any]
 Figure = Callable[[Row], float | None]
 
@@ -164,9 +169,7 @@ _RUN = 3  # the first of them that is had by running
 def table(facts: Mapping[str, Any]) -> str:
     """Format targets, sizes and slopes."""
     rows = facts["rows"]
-    parts = [_targets(rows)]
-    parts += [_size_table(rows, size) for size in _sizes(rows)]
-    return "\n\n".join([*("\n".join(part) for part in parts), "\n".join(_slopes(rows))]) + "\n"
+    return "\n".join([_targets(rows), *(_size_table(rows, size) for size in _sizes(rows)), _slopes(rows)])
 
 
 def figures(facts: Mapping[str, Any]) -> dict[str, float]:
@@ -202,32 +205,32 @@ def _encoders(cosmos: Row, own: Row | None) -> Iterator[tuple[str, float, float]
             )
 
 
-def _targets(rows: Sequence[Row]) -> list[str]:
-    found = []
-    for what, figure, most in targets(rows):
-        found.append(f"| {what} | {figure:.2f} | ≤ {most:g} | {'yes' if figure <= most else '**no**'} |")
-    return [*_TARGETS, *found]
+def _targets(rows: Sequence[Row]) -> str:
+    found = [
+        (what, f"{figure:.2f}", f"≤ {most:g}", "yes" if figure <= most else "**no**")
+        for what, figure, most in targets(rows)
+    ]
+    return Table(["target", *numbers("figure", "limit"), "met"], found).to_markdown()
 
 
 def _sizes(rows: Sequence[Row]) -> list[list[int]]:
     return [list(size) for size in dict.fromkeys(tuple(row["size"]) for row in rows)]
 
 
-def _size_table(rows: Sequence[Row], size: list[int]) -> list[str]:
+def _size_table(rows: Sequence[Row], size: list[int]) -> str:
     own = [row for row in rows if row["size"] == size]
     title = f"**{size[0]} frames of {size[1]}x{size[2]}**"
     if not any("encode" in row for row in own):
         title += " (counted, not run)"
-    return [title, "", *_HEAD, *(_line(row, _reference(rows, row)) for row in own)]
+    return f"{title}\n\n" + Table(_HEAD, [_line(row, _reference(rows, row)) for row in own]).to_markdown()
 
 
-def _line(row: Row, reference: Row | None) -> str:
+def _line(row: Row, reference: Row | None) -> list[str]:
     cells = [row["system"], str(row["temporal_compression"]), _latents(row)]
     cells.append(f"{row['bits_per_pixel']:.3g}" if "bits_per_pixel" in row else "")
     for of, shown in _FIGURES:
         cells.append(_cell(of(row), None if reference is None or reference is row else of(reference), shown))
-    cells.append(_plain(row.get("problem") or row.get("not_counted") or ""))
-    return f"| {' | '.join(cells)} |"
+    return [*cells, row.get("problem") or row.get("not_counted") or ""]
 
 
 def _cell(figure: float | None, reference: float | None, shown: Callable[[float], str]) -> str:
@@ -245,28 +248,22 @@ def _named(row: Row) -> str:
     return "x".join(map(str, row["size"]))
 
 
-def _plain(text: str) -> str:
-    return text.replace("|", "/")
-
-
 def _reference(rows: Sequence[Row], row: Row) -> Row | None:
     """Return our fast codec at the row's temporal compression and size."""
     wanted = REFERENCES.get(row["temporal_compression"])
     return next((each for each in rows if each["system"] == wanted and each["size"] == row["size"]), None)
 
 
-def _slopes(rows: Sequence[Row]) -> list[str]:
+def _slopes(rows: Sequence[Row]) -> str:
     """Return the cost of the largest size relative to the smallest, and to as many frames of the smallest size."""
-    found = [*_SLOPES]
+    found = []
     for name in dict.fromkeys(row["system"] for row in rows):
         run = sorted((row for row in rows if row["system"] == name and "decode" in row), key=_pixels)
         for row in run[1:]:
             ratios = (_ratio(of(row), of(run[0])) for of, _ in _FIGURES[_RUN:])
             sizes = ("x".join(map(str, each["size"])) for each in (run[0], row))
-            found.append(
-                f"| {name} | {' | '.join(sizes)} | {_pixels(row) / _pixels(run[0]):.2f}× | {' | '.join(ratios)} |"
-            )
-    return found
+            found.append((name, *sizes, f"{_pixels(row) / _pixels(run[0]):.2f}×", *ratios))
+    return Table(_SLOPES, found).to_markdown()
 
 
 def _ratio(figure: float | None, of: float | None) -> str:
@@ -534,13 +531,9 @@ def summary(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lines = [line for line in told if call in line]
         later = [line[call] for line in lines if line["number"]] or [line[call] for line in lines]
         if later:
-            found[call] = {name: _spread([each[name] for each in later]) for name in ("wall_s", "cpu_s")}
+            found[call] = {name: spread([each[name] for each in later]) for name in ("wall_s", "cpu_s")}
             peaks = [line[call]["peak_bytes"] for line in lines if line[call]["peak_bytes"] is not None]
             found[call] |= {"peak_bytes": max(peaks) if peaks else None, "passes": len(later)}
     problems = [line["problem"] for line in told if "problem" in line]
     base = [line["base_bytes"] for line in told if line.get("base_bytes") is not None]
     return found | ({"base_bytes": max(base)} if base else {}) | ({"problem": problems[0]} if problems else {})
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}

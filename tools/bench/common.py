@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from regen_dist.errors import DataError
+from regen_dist.tables import Column, Table, numbers
 
 # Figures that a bench declares for its record, so that two records can be compared: each with the better direction
 # and its noise.
@@ -38,7 +39,10 @@ class Figure(NamedTuple):
 
 
 Declared = Callable[[Mapping[str, Any]], Iterable[Figure]]
-_HEAD = ["| bench | figure | old | new | new / old | verdict |", "| --- | --- | ---: | ---: | ---: | --- |"]
+MEASURED: list[Column | str] = [
+    "measured",
+    *numbers("figure", "ratio (lowest to highest)", "target"),
+]  # columns of most benches
 
 
 class ChangeKind(StrEnum):
@@ -90,7 +94,9 @@ def table(found: Iterable[Change]) -> str:
     """A row for each figure: those that got worse first, then those that got better."""
     order = list(ChangeKind)
     rows = sorted(found, key=lambda change: order.index(change.verdict))
-    return "\n".join([*_HEAD, *map(_row, rows)]) + "\n"
+    return Table(
+        ["bench", "figure", *numbers("old", "new", "new / old"), "verdict"], list(map(_row, rows))
+    ).to_markdown()
 
 
 def _of_bench(bench: str, declared: Declared, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[Change]:
@@ -116,9 +122,9 @@ def _verdict(old: Figure | None, new: Figure | None) -> ChangeKind:
     return ChangeKind.BETTER if gain > 1 / (1 - new.noise) else ChangeKind.SAME
 
 
-def _row(change: Change) -> str:
+def _row(change: Change) -> list[str]:
     values = [_shown(change.old), _shown(change.new), _shown(change.ratio)]
-    return "| " + " | ".join([change.bench, change.name, *values, change.verdict.value]) + " |"
+    return [change.bench, change.name, *values, change.verdict.value]
 
 
 def _shown(value: float | None) -> str:
@@ -158,6 +164,11 @@ def in_turn(
             rounds[name].append(turn)
             on_turn(name, turn)
     return rounds
+
+
+def spread_text(found: Mapping[str, float]) -> str:
+    """Format a `spread`."""
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

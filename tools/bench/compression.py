@@ -53,7 +53,8 @@ def compression(
     per arm, the default, take about three hours on two cores.
 
     The same command continues where it stopped; finished trainings and measurements are not repeated. With several
-    budgets, each has its own folder in `--out`, the shortest runs first, and curves.md is rewritten after each.
+    budgets, each has its own folder in `--out`, the shortest runs first, the longer ones take its learning rates, and
+    curves.md is rewritten after each.
 
     Example: regen bench compression --arms 'regen-k16|magvit2-k16-linear' --minutes-per-arm 5 --minutes-per-arm 20
     """
@@ -64,7 +65,8 @@ def compression(
     asked = _told_apart(config, overrides or [])
     folders = {minutes: out if len(budgets) == 1 else out / f"{minutes:g}_minutes" for minutes in budgets}
     for minutes, folder in folders.items():
-        _one_budget(*asked, out, folder, minutes, tests, clips, arms, at_once, tune, fvd, fresh_measures)
+        shorter = None if minutes == budgets[0] else folders[budgets[0]]
+        _one_budget(*asked, out, folder, shorter, minutes, tests, clips, arms, at_once, tune, fvd, fresh_measures)
         if len(budgets) > 1:
             text = budgets_markdown(read_budgets(folders))
             write_text_atomically(out / "curves.md", text)
@@ -76,6 +78,7 @@ def _one_budget(
     asked: list[str],
     data: Path,
     out: Path,
+    shorter: Path | None,
     minutes_per_arm: float,
     tests: Path | None,
     clips: Path,
@@ -85,7 +88,8 @@ def _one_budget(
     fvd: Path | None,
     fresh_measures: bool,
 ) -> None:
-    """Run all arms at one budget in the folder `out`; the shards are in the folder `data`."""
+    """Run all arms at one budget in the folder `out`; the shards are in the folder `data`, the pace and the learning
+    rates in the folder `shorter` of a shorter budget, if there is one."""
     from rich.console import Console
 
     from regen_dist.config import config_hash, load_embedder_config
@@ -103,6 +107,8 @@ def _one_budget(
         runs.claim()
         _make_shards(base)
         test_set = _test_set(tests, clips)
+        if shorter is not None:
+            runs.take_over(shorter)
         runs.pace(chosen, tune=tune)
         tuning = runs.tune(chosen, tune=tune)
         runs.train(chosen, tuning)

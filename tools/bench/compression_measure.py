@@ -28,8 +28,8 @@ from regen_dist.config.run import SPATIAL_COMPRESSION, Fraction, PositiveInt, Se
 from regen_dist.data.video import reader as video
 from regen_dist.data.video.scenes import Analysis, analyse, is_frozen, missed_cut, shots
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.metrics import SSIM_WINDOW, VideoMeter, Vmaf, psnr_db, squared_error, vmaf
-from regen_dist.evaluation.perceptual import GivenNetwork, frechet_distance, load_features, segments
+from regen_dist.evaluation.metrics import VideoMeter, Vmaf, psnr_db, squared_error, vmaf
+from regen_dist.evaluation.perceptual import SSIM_WINDOW, GivenNetwork, frechet_distance, load_features, segments
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame, write_video
 from regen_dist.jsontext import json_text
@@ -49,11 +49,11 @@ RULE = (
 class ClipSpan(Section):
     """Frames `first` to `first + frames - 1` of a video, given by name; and the relative position of the crop."""
 
-    video: str
-    first: int = Field(ge=0)
-    frames: PositiveInt
-    crop_y: Fraction = 0.5
-    crop_x: Fraction = 0.5
+    video: str = Field(description="File name of the video.")
+    first: int = Field(ge=0, description="First frame, counted from 0.")
+    frames: PositiveInt = Field(description="Number of frames.")
+    crop_y: Fraction = Field(default=0.5, description="Vertical position of the crop: 0 is the top, 1 the bottom.")
+    crop_x: Fraction = Field(default=0.5, description="Horizontal position of the crop: 0 is the left, 1 the right.")
 
     @property
     def label(self) -> str:
@@ -64,7 +64,7 @@ class ClipSpan(Section):
 class ClipList(Section):
     """Schema of the committed list file."""
 
-    stretches: tuple[ClipSpan, ...] = Field(min_length=1)
+    stretches: tuple[ClipSpan, ...] = Field(min_length=1, description="Test clips, each a stretch of a video.")
 
 
 @dataclass(frozen=True)

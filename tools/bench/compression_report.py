@@ -6,23 +6,19 @@ import base64
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-from PIL import Image
 
 from regen_dist.evaluation.report import ACCENT, INK, LINE, PAGE, STYLE, for_page, page_environment, replace_file
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import Frame
+from regen_dist.tables import Column, Table, numbers
 from tools.bench.compression_measure import DOUBLE, NAME, NOT_GIVEN, OTHER, TRAINED
 from tools.bench.compression_runs import (
     ABLATED,
@@ -41,6 +37,9 @@ from tools.bench.compression_runs import (
     regen,
     regen_alone,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Facts = Mapping[str, Any]
 
@@ -172,6 +171,9 @@ def _known(found: Mapping[int, float | None]) -> list[tuple[float, float]]:
 
 
 def _plot(name: str, title: str, labels: tuple[str, str], series: Sequence[_Series]) -> Plot:
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         axes = figure.add_subplot()
@@ -192,6 +194,8 @@ def _plot(name: str, title: str, labels: tuple[str, str], series: Sequence[_Seri
 
 
 def _dress(axes: Axes, labels: tuple[str, str], ticks: Sequence[float]) -> None:
+    from matplotlib.ticker import NullLocator
+
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -208,17 +212,6 @@ def _dress(axes: Axes, labels: tuple[str, str], ticks: Sequence[float]) -> None:
 MET, MISSED = "✓", "✗ missed"
 _MEASURES = ("PSNR dB", "SSIM", "VMAF", "Fréchet")
 _SIZES = (TRAINED, DOUBLE, OTHER)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; `rows` are texts, `ours` the indices of highlighted rows."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    ours: frozenset[int] = frozenset()
 
 
 def tables(facts: Facts) -> list[Table]:
@@ -239,18 +232,19 @@ def tables(facts: Facts) -> list[Table]:
 def markdown(facts: Facts) -> str:
     """Format the tables as Markdown, with the missed targets."""
     parts = [f"`{facts['command']}`, {facts['minutes_per_arm']:g} minutes of one core an arm."]
-    parts += [to_markdown(table) for table in tables(facts)]
+    parts += [table.to_markdown().rstrip("\n") for table in tables(facts)]
     missed = facts["missed"]
     parts.append("Missed: " + "; ".join(missed) + "." if missed else "No target that was measured is missed.")
     parts += [f"Not measured: {each}." for each in not_measured(facts)]
     return "\n\n".join(parts) + "\n"
 
 
-def to_markdown(table: Table) -> str:
-    """A table as Markdown, with its title and note."""
-    rule = ["---", *["---:"] * (len(table.columns) - 1)]
-    lines = ["| " + " | ".join(row) + " |" for row in (table.columns, rule, *table.rows)]
-    return "\n".join([f"### {table.title}", "", *lines, *(["", table.note] if table.note else [])])
+def _table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "", ours: Collection[int] = ()
+) -> Table:
+    """Return a table of a label and numbers, whose rows `ours` are highlighted."""
+    head = [Column(columns[0]), *numbers(*columns[1:])]
+    return Table(head, rows, title=title, note=note, styles=dict.fromkeys(ours, "bold"))
 
 
 def _headline(facts: Facts) -> Table:
@@ -272,7 +266,7 @@ def _headline(facts: Facts) -> Table:
         "PSNR is the mean over stretches; the frames that whole clips of k + 1 cover differ a little between k. The "
         "paper's figures are of other videos, models and sizes: what compares is the margin."
     )
-    return Table("REGEN beside the baseline", columns, rows, note, frozenset(ours))
+    return _table("REGEN beside the baseline", columns, rows, note, ours)
 
 
 def _linear_code(facts: Facts) -> Table:
@@ -292,7 +286,7 @@ def _linear_code(facts: Facts) -> Table:
         "One-step PSNR in dB, training resolution. The linear code is ours; the paper's method has none, and the "
         "published baseline neither."
     )
-    return Table("What the linear code does", columns, rows, note)
+    return _table("What the linear code does", columns, rows, note)
 
 
 def _paper_form(facts: Facts) -> Table:
@@ -309,7 +303,7 @@ def _paper_form(facts: Facts) -> Table:
     columns = [
         "k", "paper's decoder, with the code", "ours", "gain", "paper's decoder, without", "ours", "gain",
     ]  # fmt: skip
-    return Table("What local convolutions do", columns, rows, "One-step PSNR in dB, training resolution.")
+    return _table("What local convolutions do", columns, rows, "One-step PSNR in dB, training resolution.")
 
 
 def _against(margin: float | None, target: float | None) -> list[str]:
@@ -336,7 +330,7 @@ def _steps(facts: Facts) -> Table:
         if len(arm["measures"][TRAINED]) > 1 and not arm["against"]
         for steps, found in arm["measures"][TRAINED].items()
     ]
-    return Table("More steps, training resolution", ["decoder", "steps", *_MEASURES], rows)
+    return _table("More steps, training resolution", ["decoder", "steps", *_MEASURES], rows)
 
 
 def _sizes(facts: Facts) -> Table:
@@ -346,7 +340,7 @@ def _sizes(facts: Facts) -> Table:
         for arm in facts["arms"].values()
         for name in _SIZES
     ]
-    return Table("Sizes that were never trained on, one step", ["decoder", "size", *_MEASURES], rows)
+    return _table("Sizes that were never trained on, one step", ["decoder", "size", *_MEASURES], rows)
 
 
 def _variants(facts: Facts) -> Table:
@@ -359,7 +353,7 @@ def _variants(facts: Facts) -> Table:
         against = facts["arms"].get(variant.against, {}).get("label", variant.against)
         rows.append([variant.label, against, *(f"{a} ({b})" for a, b in zip(figures, changes, strict=True))])
     columns = ["variant", "differs in one thing from", *(f"{size}: PSNR dB (change)" for size in _SIZES)]
-    return Table(f"Variants at k = {ABLATED}, one step", columns, rows, _in_context(facts))
+    return _table(f"Variants at k = {ABLATED}, one step", columns, rows, _in_context(facts))
 
 
 def _in_context(facts: Facts) -> str:
@@ -384,7 +378,7 @@ def _between(facts: Facts) -> Table:
         "Every second of 2k + 1 frames is encoded; PSNR in dB of those that were not, training resolution, one step. "
         "The last column has the source's own frames, which no decoder has."
     )
-    return Table("Between frames", columns, [row for row in rows if row[1] != "0"], note)
+    return _table("Between frames", columns, [row for row in rows if row[1] != "0"], note)
 
 
 def _cost(facts: Facts) -> Table:
@@ -392,7 +386,7 @@ def _cost(facts: Facts) -> Table:
         "decoder", "learning rate", "steps", "core seconds", "seconds by the clock", "training TFLOP", "parameters",
         "GFLOP to decode a clip",
     ]  # fmt: skip
-    return Table("What each arm took", columns, list(_cost_rows(facts)), _tuning(facts))
+    return _table("What each arm took", columns, list(_cost_rows(facts)), _tuning(facts))
 
 
 def _cost_rows(facts: Facts) -> Iterator[list[str]]:
@@ -520,6 +514,8 @@ def _sheet(title: str, arms: Mapping[str, Mapping[str, Frame]]) -> Sheet:
 
 
 def _data_uri(path: Path) -> str:
+    from PIL import Image
+
     buffer = io.BytesIO()
     with Image.open(path) as image:
         image.save(buffer, "WEBP", quality=_QUALITY, method=4)
@@ -541,15 +537,15 @@ def read_budgets(folders: Mapping[float, Path]) -> dict[float, dict[str, Any]]:
 def budget_tables(budgets: Budgets) -> list[Table]:
     """Return for each k the one-step PSNR of each trained arm at every budget, then the leads without the linear code
     and with it on both sides."""
-    return [table for k in COMPRESSIONS if (table := _table(budgets, k)).rows]
+    return [table for k in COMPRESSIONS if (table := _budget_table(budgets, k)).rows]
 
 
 def budgets_markdown(budgets: Budgets) -> str:
     """Format the tables as Markdown."""
-    return "\n\n".join(to_markdown(table) for table in budget_tables(budgets)) + "\n"
+    return "\n".join(table.to_markdown() for table in budget_tables(budgets))
 
 
-def _table(budgets: Budgets, k: int) -> Table:
+def _budget_table(budgets: Budgets, k: int) -> Table:
     arms = [kind(k) for kind in KINDS]
     found = {arm: [psnr_db(facts, arm.name) for facts in budgets.values()] for arm in arms}
     rows = [[_label(arm), *map(_db, values)] for arm, values in found.items() if any(v is not None for v in values)]
@@ -559,7 +555,7 @@ def _table(budgets: Budgets, k: int) -> Table:
             ["lead without it", *_leads(found[arms[3]], found[arms[5]])],
         ]
     columns = [f"k = {k}, one-step PSNR dB after", *(f"{minutes:g} min" for minutes in budgets)]
-    return Table(f"k = {k}", columns, rows)
+    return _table(f"k = {k}", columns, rows)
 
 
 def _label(arm: CompressionArm) -> str:

@@ -416,6 +416,15 @@ class Runs:
                 "config and overrides, or another --out"
             )
 
+    def take_over(self, shorter: Path) -> None:
+        """Take the pace and the learning rates of a shorter budget's folder, where this folder has none of its own."""
+        if not (self.out / "pace.json").is_file():
+            paces = json.loads((shorter / "pace.json").read_text(encoding="utf-8"))
+            own = {name: each | {"steps": num_steps(self.minutes, each["cpu_s"])} for name, each in paces.items()}
+            write_text_atomically(self.out / "pace.json", json_text(own, indent=1) + "\n")
+        if not (self.out / "tuning.json").is_file() and (shorter / "tuning.json").is_file():
+            write_text_atomically(self.out / "tuning.json", (shorter / "tuning.json").read_text(encoding="utf-8"))
+
     def pace(self, arms: Sequence[CompressionArm], *, tune: bool) -> dict[str, dict[str, float]]:
         """Return seconds per step and number of steps of each arm, measured once; later calls return the same."""
         path, wanted = self.out / "pace.json", _unique([*arms, *(_tuned(arms) if tune else ())])

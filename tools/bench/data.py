@@ -18,7 +18,7 @@ import typer
 
 from regen_dist.config.run import DataConfig, ReadConfig
 from regen_dist.data.build.build import build_shards
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.manifest import MANIFEST
 from regen_dist.data.storage.store import Store
@@ -28,9 +28,10 @@ from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import DataError, TrainingError
 from regen_dist.jsontext import json_text
 from regen_dist.programs import regen
+from regen_dist.tables import Table
 from tools.bench import data_cases
 from tools.bench import data_cases as clipping
-from tools.bench.common import Case, Figure, Rounds, Turn, in_turn, ratio, spread, summary
+from tools.bench.common import MEASURED, Case, Figure, Rounds, Turn, in_turn, ratio, spread, spread_text, summary
 from tools.bench.data_start import first_batch
 from tools.shards.progress import stopping_cleanly
 
@@ -189,7 +190,6 @@ def _command() -> str:
 # Figures of `regen bench data` as a Markdown table.
 
 _SCALES = {"clips": (1.0, "clips/s"), "bytes": (1e6, "MB/s")}
-_HEAD = ["| measured | figure | ratio (lowest to highest) | target |", "| --- | ---: | ---: | ---: |"]
 
 
 def table(facts: Mapping[str, Any]) -> str:
@@ -200,7 +200,7 @@ def table(facts: Mapping[str, Any]) -> str:
     rows += _report_waits(facts.get("wait", {}))
     rows += _orders(facts.get("order", []))
     rows += _starts(facts.get("start", {}))
-    return "\n".join([*_HEAD, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    return Table(MEASURED, rows).to_markdown()
 
 
 def _compared(section: Mapping[str, Any]) -> Iterator[Sequence[str]]:
@@ -219,7 +219,7 @@ def _compared(section: Mapping[str, Any]) -> Iterator[Sequence[str]]:
 
 
 def _ratio(found: Mapping[str, float] | None) -> str:
-    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})" if found else ""
+    return spread_text(found) if found else ""
 
 
 def _report_waits(runs: Mapping[str, Any]) -> Iterator[Sequence[str]]:

@@ -12,12 +12,11 @@ import typer
 from regen_dist.config.run import SamplerName
 from regen_dist.errors import ConfigError
 from regen_dist.jsontext import json_text
+from regen_dist.tables import Table, numbers
 from tools.generate import parse_size
 from tools.shards.progress import progress_bar, stopping_cleanly
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from regen_dist.inference.codec import Codec
     from regen_dist.inference.generate import Prompt
     from regen_dist.inference.sampler import TextToVideoModel
@@ -76,7 +75,7 @@ def solvers(
             rows.append(_measured(model, codec, encoder, wanted, setting, out, sides, guidance))
     record = {"prompts": len(wanted), "model": model.facts(), "rows": rows, "machine": describe_machine()}
     write_text_atomically(out / _FILE, json_text(record, indent=1) + "\n")
-    Console().print(_table(rows))
+    _table(rows).show(Console())
     typer.echo(f"Written: {out / _FILE}")
 
 
@@ -113,7 +112,7 @@ def _measured(
     guidance: float | None,
 ) -> dict[str, Any]:
     """Generate the videos of one setting, read them, and return their row of the record."""
-    from regen_dist.evaluation.miniature import generated_clips, read_arm
+    from regen_dist.evaluation.miniature_scores import generated_clips, read_arm
     from regen_dist.inference.generate import generate, resolve_settings
 
     folder = out / f"{setting.sampler}-{setting.steps:02d}"
@@ -134,17 +133,14 @@ def _measured(
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return the shares that are right, one setting per row."""
-    from rich.table import Table
-
-    table = Table(title="read right, by solver and evaluations of the model")
-    for name in ("solver", "evaluations"):
-        table.add_column(name)
-    for name in rows[0]["scores"]:
-        table.add_column(name, justify="right")
-    for row in _by_evaluations(rows):
-        shares = [f"{share['share']:.1%}" for share in row["scores"].values()]
-        table.add_row(row["sampler"], str(row["evaluations"]), *shares)
-    return table
+    names = rows[0]["scores"]
+    lines = [
+        [row["sampler"], str(row["evaluations"]), *(f"{share['share']:.1%}" for share in row["scores"].values())]
+        for row in _by_evaluations(rows)
+    ]
+    return Table(
+        ["solver", *numbers("evaluations", *names)], lines, title="read right, by solver and evaluations of the model"
+    )
 
 
 def _by_evaluations(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

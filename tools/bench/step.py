@@ -26,10 +26,11 @@ from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
 from regen_dist.jsontext import json_text
 from regen_dist.programs import python
+from regen_dist.tables import Table, numbers
 from tools import stages
 from tools.bench import step_rank
 from tools.bench import step_rank as found_by_ranks
-from tools.bench.common import Figure, in_turn
+from tools.bench.common import MEASURED, Figure, in_turn, spread_text
 from tools.bench.step_rank import MEMORY_TARGET, Training, matrix_peak, profiled, section, steps_case
 from tools.bench.t2v import prepare
 from tools.shards.progress import stopping_cleanly
@@ -283,7 +284,6 @@ def _losses(jobs: Mapping[str, Sequence[found_by_ranks.Job]]) -> dict[str, float
 
 # Figures of `regen bench step`: Markdown tables, and those that are compared between records.
 
-_HEAD = ["| measured | figure | ratio (lowest to highest) | target |", "| --- | ---: | ---: | ---: |"]
 _NAMES = {"bf16": "bf16", "fp32": "float32"}
 Row = tuple[str, str, str, str]
 
@@ -291,8 +291,7 @@ Row = tuple[str, str, str, str]
 def table(facts: Mapping[str, Any]) -> str:
     """Format the measured parts; omitted parts are missing."""
     rows = [*_utilisation(facts), *_memory(facts.get("memory", {})), *_sharding(facts), *_against(facts)]
-    lines = [*_HEAD, *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n".join([*lines, *_profile(facts.get("utilisation", {}).get("profile", {}))]) + "\n"
+    return Table(MEASURED, rows).to_markdown() + _profile(facts.get("utilisation", {}).get("profile", {}))
 
 
 def _utilisation(facts: Mapping[str, Any]) -> Iterator[Row]:
@@ -302,10 +301,10 @@ def _utilisation(facts: Mapping[str, Any]) -> Iterator[Row]:
         beside = f"{_NAMES[facts['precision']]} matrix products on {_threads(found)}, {peak}"
         target = f"≥ {found['target']:g}" * (name not in found["time_ratios"])
         figure = f"{case['step_s']['median']:.2f} s a step of {case['flops_per_step'] / 1e9:.0f} GFLOP"
-        yield f"{name}: the model's operations over {beside}", figure, _spread(case["mfu"]), target
-        yield f"{name}: the same by CPU time", "", _spread(case["mfu_by_cpu"]), ""
+        yield f"{name}: the model's operations over {beside}", figure, spread_text(case["mfu"]), target
+        yield f"{name}: the same by CPU time", "", spread_text(case["mfu_by_cpu"]), ""
     for name, ratio in found["time_ratios"].items():
-        yield f"{name}: CPU time of a step, beside without", "", _spread(ratio), ""
+        yield f"{name}: CPU time of a step, beside without", "", spread_text(ratio), ""
 
 
 def _threads(found: Mapping[str, Any]) -> str:
@@ -329,7 +328,7 @@ def _sharding(facts: Mapping[str, Any]) -> Iterator[Row]:
         ratio = found["cpu_ratios"].get(name)
         figure = f"{case['cpu_s']['median']:.2f} s"
         target = f"≤ {found['target']:g}" if ratio else ""
-        yield f"{name}, {size}: CPU time of a step", figure, _spread(ratio) if ratio else "", target
+        yield f"{name}, {size}: CPU time of a step", figure, spread_text(ratio) if ratio else "", target
     yield from _memory(found["memory"])
 
 
@@ -338,22 +337,17 @@ def _against(facts: Mapping[str, Any]) -> Iterator[Row]:
         for name, ratio in found["cpu_ratios"].items():
             own, other = (found["cases"][place] for place in (name, found["against"]))
             beside = f"{name} beside {found['against']}"
-            yield f"{run}: CPU time of a step, {beside}", f"{own['cpu_s']['median']:.3f} s", _spread(ratio), ""
+            yield f"{run}: CPU time of a step, {beside}", f"{own['cpu_s']['median']:.3f} s", spread_text(ratio), ""
             less = f"{own['peak_bytes'] / other['peak_bytes']:.2f}"
             yield f"{run}: peak memory, {beside}", f"{own['peak_bytes'] / 1e6:.0f} MB", less, ""
 
 
-def _profile(found: Mapping[str, Any]) -> Iterator[str]:
+def _profile(found: Mapping[str, Any]) -> str:
     if not found:
-        return
+        return ""
     groups = next(iter(found.values()))["groups"]
-    yield from ("", "| share of a step | " + " | ".join(found) + " |", "| --- |" + " ---: |" * len(found))
-    for group in groups:
-        yield f"| {group} | " + " | ".join(f"{each['groups'][group]:.1%}" for each in found.values()) + " |"
-
-
-def _spread(found: Mapping[str, float]) -> str:
-    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+    rows = [(group, *(f"{each['groups'][group]:.1%}" for each in found.values())) for group in groups]
+    return "\n" + Table(["share of a step", *numbers(*found)], rows).to_markdown()
 
 
 def step_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:

@@ -386,7 +386,7 @@ def _account(sample: Mapping[str, Any], config: AnyRunConfig) -> FlopReport:
 MFU_TARGET = 0.6
 PEAK_S = 0.4  # of matrix products, on either side of the steps
 
-Step = Callable[[], object]  # one optimizer step
+TakeStep = Callable[[], object]  # one optimizer step
 Flops = Callable[[], float]  # the model's operations in the steps since it was last called
 Peak = Callable[[], float]  # operations per second of bare matrix products
 
@@ -396,7 +396,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = PEAK_
     return lambda: peak_tflops(device, dtype, seconds) * 1e12
 
 
-def steps_case(step: Step, flops: Flops, peak: Peak, steps: int) -> Case:
+def steps_case(step: TakeStep, flops: Flops, peak: Peak, steps: int) -> Case:
     """Return a case that runs this many steps per turn: `amount` is model FLOPs; `peak` the best rate of matrix
     products before and after, `cpu_s` the CPU seconds of this process."""
 

@@ -35,8 +35,9 @@ from regen_dist.jsontext import json_text
 from regen_dist.models.building import build_model
 from regen_dist.models.text import make_small_encoder
 from regen_dist.pixels import to_float
+from regen_dist.tables import Table, numbers
 from tools import stages
-from tools.bench.common import Figure, Rounds, Turn, in_turn, measured, ratio, summary, turn_of
+from tools.bench.common import Figure, Rounds, Turn, in_turn, measured, ratio, spread_text, summary, turn_of
 from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
@@ -306,12 +307,12 @@ CACHE_TARGET = 0.95
 WARM_STEPS = 4  # of each turn, before the clock starts: what was read ahead until then is used up
 _TICK_S = 0.01  # no CPU time is known better
 
-Step = Callable[[Iterator[LatentBatch]], None]  # one optimizer step on the batches that come next
+TakeStep = Callable[[Iterator[LatentBatch]], None]  # one optimizer step on the batches that come next
 Feed = Callable[[], Generator[LatentBatch]]  # begins anew, without end
 
 
 def compare(
-    step: Step, take: Step, feeds: Mapping[str, Feed], *, seconds: float, repeats: int,
+    step: TakeStep, take: TakeStep, feeds: Mapping[str, Feed], *, seconds: float, repeats: int,
     on_turn: Callable[[str, Turn], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Measure steps per second of every feed in turn, with the ratios that express cost and gain of a cache; and the
@@ -352,7 +353,7 @@ def _against(rounds: Rounds) -> dict[str, Any]:
     return {other: ratio(rounds[CACHE], rounds[other]) for other in (MEMORY, ENCODER)}
 
 
-def steps_per_second(step: Step, batches: Generator[LatentBatch], seconds: float) -> Turn:
+def steps_per_second(step: TakeStep, batches: Generator[LatentBatch], seconds: float) -> Turn:
     """Measure steps per second after a warm-up; `data_wait` is the share of time spent waiting for batches. Closes the
     batches."""
     timed = _Timed(batches)
@@ -370,7 +371,7 @@ def steps_per_second(step: Step, batches: Generator[LatentBatch], seconds: float
     return turn_of(steps, costs, data_wait=timed.waited_s / costs["seconds"])
 
 
-def _case(step: Step, feed: Feed, seconds: float) -> Callable[[], Turn]:
+def _case(step: TakeStep, feed: Feed, seconds: float) -> Callable[[], Turn]:
     return lambda: steps_per_second(step, feed(), seconds)
 
 
@@ -389,30 +390,32 @@ class _Timed(Iterator[LatentBatch]):
 
 # Figures of `regen bench t2v` as Markdown tables.
 
-_HEAD = [
-    "| training from | steps/s (lowest to highest) | waits for batches | the cache's speed against it | by CPU time | "
-    "target |",
-    "| --- | ---: | ---: | ---: | ---: | ---: |",
-]
-_SIZES = ["| on disk | bytes | of the videos |", "| --- | ---: | ---: |"]
-
 
 def table(facts: Mapping[str, Any]) -> str:
     """Format speeds, then sizes."""
-    rows = [*_HEAD, *_speeds(facts["training"]), "", *_SIZES, *_sizes(facts["data"])]
-    return "\n".join(rows) + "\n"
+    speeds = Table(
+        [
+            "training from",
+            *numbers(
+                "steps/s (lowest to highest)", "waits for batches", "the cache's speed against it", "by CPU time",
+                "target",
+            ),
+        ],
+        list(_speeds(facts["training"])),
+    )  # fmt: skip
+    sizes = Table(["on disk", *numbers("bytes", "of the videos")], list(_sizes(facts["data"])))
+    return f"{speeds.to_markdown()}\n{sizes.to_markdown()}"
 
 
-def _speeds(section: Mapping[str, Any]) -> Iterator[str]:
+def _speeds(section: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     for name, case in section["cases"].items():
-        compared = [section[kind].get(name) for kind in ("ratios", "by_cpu")]
-        against = " | ".join(_spread(found) if found else "" for found in compared)
+        against = [spread_text(found) if (found := section[kind].get(name)) else "" for kind in ("ratios", "by_cpu")]
         target = f"≥ {section['target']:g}" if name == MEMORY else ""
         waits = f"{case['data_wait']:.1%}" if name != READER else ""
-        yield f"| {name} | {_spread(case['per_s'])} | {waits} | {against} | {target} |"
+        yield name, spread_text(case["per_s"]), waits, *against, target
 
 
-def _sizes(data: Mapping[str, Any]) -> Iterator[str]:
+def _sizes(data: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     videos = data["source_bytes"]
     parts = {
         f"{data['videos']} videos of {data['frames']} frames of {data['side']}x{data['side']}": videos,
@@ -421,11 +424,7 @@ def _sizes(data: Mapping[str, Any]) -> Iterator[str]:
         "text embeddings in it": data["text_bytes"],
     }
     for name, size in parts.items():
-        yield f"| {name} | {size:,} | {size / videos:.2f} |"
-
-
-def _spread(found: Mapping[str, float]) -> str:
-    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+        yield name, f"{size:,}", f"{size / videos:.2f}"
 
 
 def t2v_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:

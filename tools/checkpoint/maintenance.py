@@ -11,11 +11,10 @@ import typer
 
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.jsontext import json_text
+from regen_dist.tables import Column, Table, numbers
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from regen_dist.checkpoint.maintenance import CheckpointLocation, Entry, Pruned
+    from regen_dist.checkpoint.maintenance import CheckpointEntry, CheckpointLocation, Pruned
     from regen_dist.config.run import CheckpointConfig
 
 
@@ -64,7 +63,7 @@ def list_checkpoints(
         return
     console = Console()
     if found:
-        console.print(_table(place, found))
+        _table(place, found).show(console)
         for entry in found:
             for problem in entry.problems:
                 console.print(f"step {entry.step}: {problem}", highlight=False, markup=False, soft_wrap=True)
@@ -78,22 +77,15 @@ def list_checkpoints(
         console.print("The next save clears it, and so does `regen checkpoint prune`.", highlight=False)
 
 
-def _table(place: CheckpointLocation, found: list[Entry]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+def _table(place: CheckpointLocation, found: list[CheckpointEntry]) -> Table:
     metric = "psnr_db" if place.policy is None else place.policy.best_metric
-    table = Table(title=place.folder.url, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits in 80 columns
-    for name in ("step", "samples", "saved (UTC)", "MB", "ranks", metric):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("marks")
-    for entry in found:
-        table.add_row(*_facts(entry, metric), "damaged" if entry.problems else "ok", ", ".join(entry.marks))
-    return table
+    head = numbers("step", "samples", "saved (UTC)", "MB", "ranks", metric, fixed=True)
+    rows = [[*_facts(entry, metric), "damaged" if entry.problems else "ok", ", ".join(entry.marks)] for entry in found]
+    columns: list[Column | str] = [*head, Column("status", fixed=True), "marks"]
+    return Table(columns, rows, title=place.folder.url, frame="light")  # fits in 80 columns
 
 
-def _facts(entry: Entry, metric: str) -> list[str]:
+def _facts(entry: CheckpointEntry, metric: str) -> list[str]:
     manifest = entry.manifest
     if manifest is None:
         return [str(entry.step), *[""] * 5]
@@ -219,7 +211,7 @@ def verify(
         raise CheckpointError("\n".join([title, *(f"  {each}" for each in bad)]))
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: CheckpointEntry) -> str:
     if entry.manifest is None:
         return f"step {entry.step}: DAMAGED, its manifest cannot be read"
     size = f"{len(entry.manifest.files)} files, {entry.manifest.size_bytes / 1e6:,.1f} MB"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from regen_dist.config import AnyRunConfig, RunConfig
     from regen_dist.config.embedder import DecoderConfig, ModelConfig
-    from regen_dist.config.run import CommonConfig
+    from regen_dist.config.run import CommonConfig, Recomputation
     from regen_dist.config.t2v import T2VModelConfig
     from regen_dist.models.flops import ClipFlops, FlopReport
     from regen_dist.models.memory import Assumptions
@@ -130,7 +130,9 @@ def _counted(config: AnyRunConfig, video: DescribedVideo | None) -> tuple[FlopRe
 
 
 @lru_cache(maxsize=32)
-def _account(model: ModelConfig, size: tuple[int, int], precision: Any, checkpointing: bool, shared: int) -> ClipFlops:
+def _account(
+    model: ModelConfig, size: tuple[int, int], precision: Any, checkpointing: Recomputation, shared: int
+) -> ClipFlops:
     from regen_dist.models.flops import count_flops
 
     return count_flops(

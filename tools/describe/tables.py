@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from regen_dist.tables import Column, Table, numbers
 from tools.describe.facts import EXCHANGED
 
 # Formatting of numbers.
@@ -118,24 +119,16 @@ def show(each: list[dict[str, Any]]) -> None:
         **(_machine_tables(first) if len(each) == 1 else {}),
     }
     for title, rows in tables.items():
-        console.print(_table(title, rows))
+        _table(title, rows).show(console)
     if len(each) > 1:
         sizes = ", ".join(str(facts["world_size"]) for facts in each[:-1])
         title = f"{first['name']} on {sizes} and {each[-1]['world_size']} GPUs (estimate)"
-        console.print(_table(title, _compared_rows(each)))
+        _table(title, _compared_rows(each)).show(console)
     console.print(_assumed_text(first["assumptions"], first["unit"]))
 
 
-def _table(title: str, rows: list[Row]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=False, min_width=72)
-    table.add_column(no_wrap=True)
-    for _ in rows[0][1:]:
-        table.add_column(justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _table(title: str, rows: list[Row]) -> Table:
+    return Table([Column(fixed=True), *numbers(*[""] * (len(rows[0]) - 1))], rows, title=title, min_width=72)
 
 
 def _model_tables(facts: dict[str, Any], title: str) -> dict[str, list[Row]]:

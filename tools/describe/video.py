@@ -13,6 +13,7 @@ from regen_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from regen_dist.config import T2VConfig
+    from regen_dist.config.run import Recomputation
     from regen_dist.config.t2v import T2VModelConfig
     from regen_dist.models.flops import RowFlops
 
@@ -141,7 +142,7 @@ def _account(
     cells: tuple[int, int],
     text_tokens: int,
     precision: Any,
-    checkpointing: bool,
+    checkpointing: Recomputation,
     shared: int,
 ) -> RowFlops:
     from regen_dist.models.flops import count_row_flops

@@ -20,6 +20,7 @@ from launcher.supervise import die_with, rank_environment
 from regen_dist.errors import BackendError, ConfigError
 from regen_dist.jsontext import json_text
 from regen_dist.programs import python
+from regen_dist.tables import Table, numbers
 
 _CPU_PATIENCE = 4  # times the limits: CPUs are slower, and shared
 
@@ -81,21 +82,15 @@ def _require_cuda() -> None:
 
 def _show(results: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title="regen gpu-check")
-    table.add_column("part")
-    table.add_column("result")
-    table.add_column("s", justify="right")
-    table.add_column("found", overflow="fold")
     styles = {"passed": "green", "failed": "bold red"}
-    for result in results:
-        status = result["status"]
-        table.add_row(
-            result["part"], status, f"{result['seconds']:.0f}", result["summary"], style=styles.get(status, "")
-        )
     console = Console()
-    console.print(table)
+    Table(
+        ["part", "result", *numbers("s"), "found"],
+        [(each["part"], each["status"], f"{each['seconds']:.0f}", each["summary"]) for each in results],
+        title="regen gpu-check",
+        styles={number: styles.get(each["status"], "") for number, each in enumerate(results)},
+    ).show(console)
     for result in results:
         if "log" in result:
             console.print(f"{result['part']} printed at its end:\n{result['log']}", highlight=False, markup=False)
@@ -140,7 +135,7 @@ _TRAIN_S, _ARMS = 900.0, 4  # beside the minutes themselves: the film, probes, m
 def training_part(minutes: float) -> Part:
     """Return the part that `--train` adds: REGEN and its baseline at two compressions, this many minutes each."""
     proves = "REGEN and its baseline at k = 16 and 32: one-step PSNR on filmed video that none was trained on"
-    return Part("train", "training:training", proves, _TRAIN_S + _ARMS * 60 * minutes * 1.5)
+    return Part("train", "speed:training", proves, _TRAIN_S + _ARMS * 60 * minutes * 1.5)
 
 
 def chosen_parts(names: list[str] | None) -> tuple[Part, ...]:

@@ -20,7 +20,7 @@ Choice = TypeVar("Choice")
 _PACKAGES = ("regen-dist", "torch", "deepspeed", "flash-attn", "flash-attn-3", "apex")
 
 
-class LeftOut(Exception):
+class PartLeftOut(Exception):
     """A part for which this machine lacks memory or hardware; the message states the requirement."""
 
 

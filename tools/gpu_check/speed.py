@@ -37,7 +37,7 @@ from tools.bench.compression_runs import (
     training_facts,
     training_pace,
 )
-from tools.gpu_check.machine import LeftOut, Machine
+from tools.gpu_check.machine import Machine, PartLeftOut
 from tools.gpu_check.zero3 import SMALL_ENCODER
 
 _TOP = 8  # kernels that a profile names
@@ -163,7 +163,7 @@ def t2v_5b(machine: Machine) -> dict[str, Any]:
     terms = memory_bytes(_counted(machine, config), config.engine, world_size=1, clips_per_gpu=1)
     estimated = sum(terms.values())
     if machine.is_cuda and estimated > (free := torch.cuda.mem_get_info(machine.device)[0]):
-        raise LeftOut(f"needs {estimated / _GIB:.0f} GiB by `regen describe`, {free / _GIB:.0f} GiB are free")
+        raise PartLeftOut(f"needs {estimated / _GIB:.0f} GiB by `regen describe`, {free / _GIB:.0f} GiB are free")
     ranks = read_environment({})
     with process_group(ranks, needed=True):
         measured = _peak(machine, lambda: _one_step(machine, config, ranks))

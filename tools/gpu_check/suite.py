@@ -9,7 +9,7 @@ from typing import Any
 
 from regen_dist.errors import RegenError
 from regen_dist.programs import python
-from tools.gpu_check.machine import LeftOut, Machine
+from tools.gpu_check.machine import Machine, PartLeftOut
 
 _ROOT = Path(__file__).parents[2]
 
@@ -18,9 +18,9 @@ def tests(machine: Machine) -> dict[str, Any]:
     """Run them. Without a GPU all of them are skipped, which shows that they can be collected."""
     folder = _ROOT / "tests" / "cuda"
     if not folder.is_dir():
-        raise LeftOut("needs a checkout of the repository: the package carries no tests")
+        raise PartLeftOut("needs a checkout of the repository: the package carries no tests")
     if importlib.util.find_spec("pytest") is None:
-        raise LeftOut("needs pytest: pip install -e '.[dev]'")
+        raise PartLeftOut("needs pytest: pip install -e '.[dev]'")
     command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", str(folder))
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr, flush=True)

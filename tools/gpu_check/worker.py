@@ -14,7 +14,7 @@ import torch
 from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import RegenError
 from regen_dist.jsontext import json_text
-from tools.gpu_check.machine import LeftOut, Machine
+from tools.gpu_check.machine import Machine, PartLeftOut
 
 
 def made_by(function: str, machine: Machine) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def made_by(function: str, machine: Machine) -> dict[str, Any]:
     module, name = function.split(":")
     try:
         facts: dict[str, Any] = getattr(import_module(f"tools.gpu_check.{module}"), name)(machine)
-    except LeftOut as why:
+    except PartLeftOut as why:
         return {"status": "left out", "summary": str(why), "facts": {}}
     except RegenError as error:
         return {"status": "failed", "summary": str(error), "facts": {}}

@@ -110,7 +110,7 @@ def _step(engine: Engine, machine: Machine, step: int) -> float:
     return float(loss.detach())
 
 
-class _Saved:
+class _SavedState:
     """Pieces stored in a safetensors file."""
 
     def __init__(self, path: Path) -> None:
@@ -125,12 +125,12 @@ class _Saved:
                 yield name, file.get_slice(name)[low:high]
 
 
-def _save(engine: Engine, path: Path) -> _Saved:
+def _save(engine: Engine, path: Path) -> _SavedState:
     from regen_dist.checkpoint.shards import write_shard
 
     with path.open("wb") as file:
         write_shard(file, {name: piece.detach().cpu() for name, piece in engine.pieces().items()})
-    return _Saved(path)
+    return _SavedState(path)
 
 
 class _Masters:

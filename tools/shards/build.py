@@ -72,8 +72,8 @@ def build(
     Example: regen shards build runs/videos --out runs/shards --short-side 128
     """
     from regen_dist.data.build.build import build_shards
-    from regen_dist.data.build.plan import BuildOptions
-    from regen_dist.data.build.sources import Columns
+    from regen_dist.data.build.lists import Columns
+    from regen_dist.data.build.segments import BuildOptions
 
     options = BuildOptions(
         segment_seconds=segment_seconds,

@@ -11,11 +11,11 @@ import typer
 
 from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
+from regen_dist.tables import Table, numbers
 from tools.shards.progress import progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from regen_dist.config import AnyRunConfig
     from regen_dist.data.format.catalogue import Dataset
@@ -79,7 +79,7 @@ def _default_sheet(dataset: Dataset) -> Path:
 
 
 def _show(overview: Overview, console: Console) -> None:
-    console.print(_table(overview))
+    _table(overview).show(console)
     width = max((len(bar.label) for shown in overview.histograms.values() for bar in shown.bars), default=0)
     digits = max((len(f"{bar.count:,}") for shown in overview.histograms.values() for bar in shown.bars), default=0)
     for name, shown in overview.histograms.items():
@@ -95,11 +95,8 @@ def _show(overview: Overview, console: Console) -> None:
 
 
 def _table(overview: Overview) -> Table:
-    from rich.table import Table
-
     totals = overview.totals
     sources = "" if overview.sources is None else f" from {overview.sources:,} sources"
-    table = Table(title=overview.url, show_header=False)
     rows = {
         "made by": "regen preencode" if overview.kind == "latents" else f"regen shards {overview.kind}",
         "samples": f"{totals.samples:,}{sources}",
@@ -111,10 +108,7 @@ def _table(overview: Overview) -> Table:
         "options": ", ".join(f"{name}={value}" for name, value in overview.options.items() if name != _LONG),
         "fingerprint": overview.fingerprint,
     }
-    for name, text in rows.items():
-        if text:
-            table.add_row(name, text)
-    return table
+    return Table(["", ""], [row for row in rows.items() if row[1]], title=overview.url)
 
 
 def _duration(seconds: float) -> str:
@@ -233,13 +227,11 @@ def order(
 
     Example: regen shards order configs/embedder/nano.yaml data.url=runs/shards --step 100
     """
-    from rich.console import Console
-
     from regen_dist.config import load_config
 
     data = _opened(load_config(config, overrides or []))
     if step is None:
-        Console().print(_buckets(data))
+        _buckets(data).show()
     else:
         typer.echo(_batch(data, step))
 
@@ -255,21 +247,20 @@ def _opened(config: AnyRunConfig) -> SampleSet[Any]:
 
 
 def _buckets(data: SampleSet[Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=data.summary(), title_justify="left")
-    for name in ("clip", "samples", "share of steps", "times an epoch", "by dataset"):
-        table.add_column(name, justify="right")
+    rows = []
     for share in data.order.expected():
         height, width, frames = share.bucket
-        table.add_row(
-            f"{frames} x {height} x {width}",
-            f"{share.samples}",
-            f"{share.steps:.1%}",
-            f"{share.samples_per_epoch / share.samples:.2f}" if share.samples else "",
-            ", ".join(f"{part:.1%}" for part in share.datasets),
+        rows.append(
+            (
+                f"{frames} x {height} x {width}",
+                f"{share.samples}",
+                f"{share.steps:.1%}",
+                f"{share.samples_per_epoch / share.samples:.2f}" if share.samples else "",
+                ", ".join(f"{part:.1%}" for part in share.datasets),
+            )
         )
-    return table
+    columns = numbers("clip", "samples", "share of steps", "times an epoch", "by dataset")
+    return Table(columns, rows, title=data.summary())
 
 
 def _batch(data: SampleSet[Any], step: int) -> str:

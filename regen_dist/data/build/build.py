@@ -6,16 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from regen_dist.data.build.lists import Columns
 from regen_dist.data.build.plan import (
-    KIND,
-    BuildOptions,
     BuildPart,
     Copies,
     PlannedSource,
     Planner,
     StartedBuild,
     Work,
-    build_identity,
     count_units,
     cut_parts,
     files_of,
@@ -23,7 +21,8 @@ from regen_dist.data.build.plan import (
     work_of,
     write_done,
 )
-from regen_dist.data.build.sources import Columns, VideoSource, find_sources
+from regen_dist.data.build.segments import KIND, BuildOptions, build_identity
+from regen_dist.data.build.sources import VideoSource, find_sources
 from regen_dist.data.format.index import SampleFacts
 from regen_dist.data.format.manifest import MANIFEST, DatasetManifest, Note, Skip, claim, read_manifest, write_manifest
 from regen_dist.data.format.writing import NewSample, ShardWriter

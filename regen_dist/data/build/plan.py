@@ -6,7 +6,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 import tempfile
 from bisect import bisect_left, bisect_right
@@ -14,218 +13,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from operator import attrgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from regen_dist.data.build.probe import DecodableSpan, Origin, SurveyedSource, content_of, fetch_again, survey_source
-from regen_dist.data.build.sources import Sources, VideoSource
-from regen_dist.data.format.index import SCHEMA_VERSION, VIDEO_EXTENSIONS
-from regen_dist.data.format.manifest import Kind, Skip, listed, read_all, to_json
-from regen_dist.data.format.writing import Finished, ShardLimits, finished_shards
+from regen_dist.data.build.probe import Origin, SurveyedSource, content_of, fetch_again, survey_source
+from regen_dist.data.build.segments import BuildOptions, Candidate, candidates, cut_segments, unsuitable_reason
+from regen_dist.data.build.sources import VideoSource
+from regen_dist.data.format.index import VIDEO_EXTENSIONS
+from regen_dist.data.format.manifest import Skip, listed, read_all, to_json
+from regen_dist.data.format.writing import Finished, finished_shards
 from regen_dist.data.pool import Call, Pool
 from regen_dist.data.storage.local import free_bytes
 from regen_dist.data.storage.store import Store
-from regen_dist.data.video.conversion import LeftOut
 from regen_dist.data.video.reader import VideoInfo
-from regen_dist.data.video.scenes import CUT, FROZEN, Float32s, is_frozen, missed_cut, motion, shots
-from regen_dist.data.video.transcode import PRESET, X264_PARAMS, EncodeOptions, Segment
+from regen_dist.data.video.transcode import Segment
 from regen_dist.errors import DataError, DiskFull
-
-# What a build was asked for.
-
-KIND: Kind = "build"
-LARGEST_SIDE = 4320  # of a sample, the shorter one: 8K video
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """Options of `regen shards build`: all that decides about the dataset's bytes beside its sources.
-
-    Times in seconds, sides in pixels. `keep` stores whole files as they are. `scenes` cuts at scene changes and
-    measures motion; without it `min_motion` has no say.
-    `hdr` ("tone-map" or "leave-out") is of sources of high dynamic range or wide primaries, `interlaced` ("deinterlace"
-    or "leave-out") of those with fields. `shard_mb` (10^6 bytes) and `samples_per_shard` close a shard,
-    `part_gb` (10^9 bytes of sources) is what is planned and made at a time. None: no limit.
-    """
-
-    segment_seconds: float = 4.0
-    short_side: int | None = 128
-    crf: int = 18
-    keep: bool = False
-    scenes: bool = True
-    scene_threshold: float = CUT
-    min_motion: float = FROZEN
-    min_frames: int = 33
-    min_side: int | None = None
-    max_aspect: float | None = None
-    hdr: str = "tone-map"
-    interlaced: str = "deinterlace"
-    start_seconds: float = 0.0
-    max_seconds: float | None = None
-    shard_mb: float = 256.0
-    samples_per_shard: int | None = None
-    part_gb: float = 4.0
-
-    def __post_init__(self) -> None:
-        names = ("segment_seconds", "samples_per_shard", "min_frames", "scene_threshold", "min_side", "max_seconds")
-        values = {name: getattr(self, name) for name in (*names, "shard_mb", "part_gb")}
-        given = {name: value for name, value in values.items() if value is not None}
-        wrong = [f"{_flag(name)} {value}: must be above 0" for name, value in given.items() if value <= 0]
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
-        wrong += [f"{_flag(name)} {value}: must be finite" for name, value in numbers.items() if not isfinite(value)]
-        if self.short_side is not None and self.short_side < 16:
-            wrong.append(f"--short-side {self.short_side}: must be at least 16")
-        if not 0 <= self.crf <= 51:
-            wrong.append(f"--crf {self.crf}: must be 0 (best) to 51")
-        if self.max_aspect is not None and self.max_aspect < 1:
-            wrong.append(f"--max-aspect {self.max_aspect}: long side over short side, must be at least 1")
-        wrong += [f"{_flag(n)} must not be negative" for n in ("start_seconds", "min_motion") if getattr(self, n) < 0]
-        if self.short_side is not None and self.short_side > LARGEST_SIDE:
-            wrong.append(f"--short-side {self.short_side}: must be at most {LARGEST_SIDE}")
-        try:
-            _ = self.sources_left_out
-        except DataError as error:
-            wrong.append(str(error))
-        if wrong:
-            raise DataError("; ".join(wrong))
-
-    @property
-    def sources_left_out(self) -> LeftOut:
-        """Return the kinds of sources that are skipped instead of being converted."""
-        return LeftOut.of(self.hdr, self.interlaced)
-
-    @property
-    def encode(self) -> EncodeOptions:
-        """The part that encoding needs."""
-        return EncodeOptions(self.short_side, self.crf, self.keep)
-
-    @property
-    def limits(self) -> ShardLimits:
-        """Return the limits of a shard."""
-        return ShardLimits(round(self.shard_mb * 1e6), self.samples_per_shard)
-
-    def recorded(self) -> dict[str, Any]:
-        """Return these options and the fixed ones of the encoder, for plan.json and the manifest."""
-        encoder = {"codec": "libx264", "preset": PRESET, "x264_params": X264_PARAMS}
-        return asdict(self) | ({} if self.keep else encoder)
-
-
-def build_identity(sources: Sources, options: BuildOptions) -> dict[str, Any]:
-    """Return the identity by which a later build recognises its own folder."""
-    return {
-        "kind": KIND,
-        "schema_version": SCHEMA_VERSION,
-        "options": options.recorded(),
-        "sources": sources.identity(),
-    }
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-# Which frames of a source become samples, and which are left out with what reason. Pure: no file is touched.
-#
-# A reason begins with its kind and a colon ("frozen: …"), by which summaries count.
-
-
-class Candidate(NamedTuple):
-    """Frames [start, stop) of a source: a sample, unless there is a problem. `motion` None: not measured."""
-
-    start: int
-    stop: int
-    motion: float | None = None
-    problem: str = ""
-
-
-def unsuitable_reason(info: VideoInfo, options: BuildOptions) -> str:
-    """Explain why no part of such a source can be used; empty if it can."""
-    short, long = sorted((info.height, info.width))
-    if options.min_side is not None and short < options.min_side:
-        return f"too small: {info.height} x {info.width}, short side below --min-side {options.min_side}"
-    if options.max_aspect is not None and long > short * options.max_aspect:
-        return f"too narrow: {info.height} x {info.width}, aspect above --max-aspect {options.max_aspect:g}"
-    return ""
-
-
-def candidates(info: VideoInfo, stretches: Sequence[DecodableSpan], options: BuildOptions) -> list[Candidate]:
-    """Cut a source at its shots and these into segments, each judged by the filters. With `keep` it is one piece."""
-    if options.keep:
-        return [_kept(info, stretches, options)]
-    first = min(info.frames, round(options.start_seconds * info.fps))
-    stop = info.frames
-    if options.max_seconds is not None:
-        stop = min(stop, first + round(options.max_seconds * info.fps))
-    if first >= stop:
-        return [Candidate(0, info.frames, problem=f"out of range: it ends before --start-seconds {first / info.fps:g}")]
-    return [
-        candidate
-        for one in stretches
-        if max(one.start, first) < min(one.stop, stop)
-        for candidate in _in_stretch(one, max(one.start, first), min(one.stop, stop), info.fps, options)
-    ]
-
-
-def cut_segments(name: str, content: str, found: Sequence[Candidate]) -> Iterator[Segment | tuple[int, str]]:
-    """Decide on each candidate in order: a segment with its key, or its number and the reason for skipping it.
-
-    64 bits of the content's hash are in the key: enough for a hundred million files of one name.
-    """
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:48] or "video"
-    for number, one in enumerate(found):
-        if one.problem:
-            yield number, one.problem
-        else:
-            yield Segment(f"{stem}-{content[:16]}-{one.start:08d}-{one.stop:08d}", number, one.start, one.stop)
-
-
-def _in_stretch(one: DecodableSpan, first: int, stop: int, fps: float, options: BuildOptions) -> Iterator[Candidate]:
-    if one.problem:
-        yield Candidate(first, stop, problem=f"damaged: {one.problem}")
-        return
-    cuts = [one.start + cut for cut in one.analysis.cuts] if one.analysis else []
-    length = max(1, round(options.segment_seconds * fps))
-    for begin, end in shots(cuts, first, stop):
-        for start in range(begin, end, length):
-            yield _judged(one, start, min(start + length, end), options)
-
-
-def _judged(one: DecodableSpan, start: int, stop: int, options: BuildOptions) -> Candidate:
-    """The filters that a segment must pass, in order of their cost to the user: the first that fails is told."""
-    if one.analysis is None:
-        return Candidate(start, stop, None, _too_short(start, stop, options))
-    change, here = one.analysis.change, (start - one.start, stop - one.start)
-    problem = _too_short(start, stop, options) or _frozen(change, *here, options)
-    if not problem and missed_cut(change, *here, options.scene_threshold):
-        problem = "cut inside: too near to another cut, or to the start of the video"
-    return Candidate(start, stop, motion(change, *here), problem)
-
-
-def _kept(info: VideoInfo, stretches: Sequence[DecodableSpan], options: BuildOptions) -> Candidate:
-    """A whole file: it may hold cuts, but no damage."""
-    damage = next((f"damaged: {one.problem}" for one in stretches if one.problem), "")
-    if not damage and len(stretches) > 1:
-        damage = f"several takes: it breaks off in front of frame {stretches[1].start}; without --keep it is cut there"
-    analysis = stretches[0].analysis
-    if damage or analysis is None:
-        return Candidate(0, info.frames, None, damage or _too_short(0, info.frames, options))
-    problem = _too_short(0, info.frames, options) or _frozen(analysis.change, 0, info.frames, options)
-    return Candidate(0, info.frames, motion(analysis.change, 0, info.frames), problem)
-
-
-def _too_short(start: int, stop: int, options: BuildOptions) -> str:
-    frames = stop - start
-    return f"too short: {frames} frames, below --min-frames {options.min_frames}" if frames < options.min_frames else ""
-
-
-def _frozen(change: Float32s, start: int, stop: int, options: BuildOptions) -> str:
-    if options.min_motion == 0:
-        return ""  # not even a single frame, in which nothing can move
-    frozen = is_frozen(change, start, stop, options.min_motion)
-    return f"frozen: nine of ten changes are below --min-motion {options.min_motion:g}" if frozen else ""
-
 
 # Parts of a build: consecutive sources that are planned and made at a time, by whichever task it falls to.
 #

@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from regen_dist.data.format.index import Sample, checksum, read_index, samples_of
 from regen_dist.data.format.manifest import DatasetManifest, ShardEntry, manifest_bytes, parse_manifest, read_all
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 RECORD = np.dtype(
     [
@@ -133,6 +135,8 @@ class Dataset:
 
     def table(self) -> pa.Table:
         """Return all index entries with their texts, in memory: for small datasets and for inspection."""
+        import pyarrow as pa
+
         indices = [entry.index for entry in self.manifest.shards]
         return pa.concat_tables([read_index(data)[0] for _, data in read_all(self.store, indices)])
 

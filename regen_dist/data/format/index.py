@@ -12,35 +12,17 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import IO, TYPE_CHECKING, Any
 
 from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 SCHEMA_VERSION = 2
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts"})
 PAYLOAD_EXTENSIONS = VIDEO_EXTENSIONS | {"safetensors"}  # file types of samples in shards that this package writes
-INDEX_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("id", pa.int64(), nullable=False),
-        pa.field("shard", pa.string(), nullable=False),
-        pa.field("member", pa.string(), nullable=False),
-        pa.field("offset", pa.int64(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("checksum", pa.string(), nullable=False),
-        pa.field("frames", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("fps", pa.float64(), nullable=False),
-        pa.field("motion", pa.float32()),
-        pa.field("caption", pa.string()),
-        pa.field("source", pa.string(), nullable=False),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -130,10 +112,27 @@ def indexed(key: str, shard: str, member: tarfile.TarInfo, data: bytes, facts: S
     )
 
 
+def index_schema() -> pa.Schema:
+    """Return the columns of an index."""
+    import pyarrow as pa
+
+    required = {
+        "key": pa.string(), "id": pa.int64(), "shard": pa.string(), "member": pa.string(), "offset": pa.int64(),
+        "size": pa.int64(), "checksum": pa.string(), "frames": pa.int32(), "height": pa.int32(), "width": pa.int32(),
+        "fps": pa.float64(),
+    }  # fmt: skip
+    fields = [pa.field(name, kind, nullable=False) for name, kind in required.items()]
+    optional = [pa.field("motion", pa.float32()), pa.field("caption", pa.string())]
+    return pa.schema([*fields, *optional, pa.field("source", pa.string(), nullable=False)])
+
+
 def write_index(samples: Sequence[Sample], facts: dict[str, Any]) -> bytes:
     """Return a Parquet file of one shard's samples; `facts` (JSON) about the shard become its metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     metadata = {"regen.schema_version": str(SCHEMA_VERSION), "regen.shard": json_text(facts, sort_keys=True)}
-    table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=INDEX_SCHEMA.with_metadata(metadata))
+    table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=index_schema().with_metadata(metadata))
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
@@ -141,6 +140,9 @@ def write_index(samples: Sequence[Sample], facts: dict[str, Any]) -> bytes:
 
 def read_index(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
     """Return the samples and the facts that `write_index` stored; raise DataError if it is not such a file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:

@@ -6,16 +6,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from regen_dist.data.format.index import SCHEMA_VERSION, read_index
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError, ObjectMissing
 from regen_dist.jsontext import json_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MANIFEST = "manifest.json"
 Kind = Literal["build", "index", "synthetic", "latents"]
@@ -237,6 +239,8 @@ class _Descriptions:
 
     def add(self, table: pa.Table) -> None:
         """Add the next rows."""
+        import pyarrow as pa
+
         for name, digest in self._columns.items():
             column = table[name]
             if pa.types.is_string(column.type):

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from regen_dist.data.format.catalogue import Dataset
 from regen_dist.data.format.index import Sample
@@ -18,14 +18,21 @@ from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
 # --- drawing shared by all contact sheets ---
 
 
 @lru_cache(maxsize=16)
 def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which comes with matplotlib."""
-    import matplotlib
+    """Return DejaVu Sans, which comes with matplotlib; without that Pillow's own font, which has fewer scripts."""
+    from PIL import ImageFont
 
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
@@ -40,10 +47,27 @@ def save_png(image: Image.Image, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-_BACKGROUND, _CARD, _INK, _FAINT, _ALARM = "#ffffff", "#eef0f3", "#181c24", "#707886", "#be2828"
-_MARGIN, _GAP, _GUTTER, _LINE = 28, 4, 28, 20
+BACKGROUND, INK, FAINT = "#ffffff", "#181c24", "#707886"
+MARGIN, HEAD = 28, 52  # pixels around a sheet, and of its title
+
+
+def blank_sheet(size: tuple[int, int], title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """Return an empty sheet of (width, height) below its title, which is shortened to fit, and a pen for it."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", size, BACKGROUND)
+    pen = ImageDraw.Draw(image)
+    bold = font(24, bold=True)
+    pen.text((MARGIN, MARGIN), _shortened(title, bold, size[0] - 2 * MARGIN) if title else "", fill=INK, font=bold)
+    return image, pen
+
+
+# --- samples of a dataset ---
+
+_CARD, _ALARM = "#eef0f3", "#be2828"
+_GAP, _GUTTER, _LINE = 4, 28, 20
 _PICTURE_AREA, _SHEET_WIDTH, _PICTURES, _CAPTION_LINES = 20_000, 1900, 3, 4
-_HEAD, _TEXT_TOP = 52, 8
+_TEXT_TOP = 8
 
 
 @dataclass(frozen=True)
@@ -102,6 +126,8 @@ def _card(dataset: Dataset, sample: Sample, box: tuple[int, int]) -> _Card:
 
 def _pictures(video: bytes, box: tuple[int, int]) -> list[Image.Image]:
     """Read the first, middle and last frame, as large as the box allows."""
+    from PIL import Image
+
     with VideoReader(video) as reader:
         info = reader.info()
         scale = min(box[0] / info.width, box[1] / info.height)
@@ -113,6 +139,7 @@ def _pictures(video: bytes, box: tuple[int, int]) -> list[Image.Image]:
 
 
 def _draw(cards: Sequence[_Card], box: tuple[int, int], title: str) -> Image.Image:
+
     card_width = _PICTURES * box[0] + (_PICTURES - 1) * _GAP
     columns = max(1, min(len(cards), _SHEET_WIDTH // (card_width + _GUTTER)))
     columns = math.ceil(len(cards) / math.ceil(len(cards) / columns))
@@ -120,17 +147,14 @@ def _draw(cards: Sequence[_Card], box: tuple[int, int], title: str) -> Image.Ima
     captions = [[_wrapped(card.caption, font(14), card_width, _CAPTION_LINES) for card in row] for row in rows]
     heights = [box[1] + _TEXT_TOP + _LINE * (2 + max(map(len, row))) for row in captions]
     size = (
-        2 * _MARGIN + columns * card_width + (columns - 1) * _GUTTER,
-        2 * _MARGIN + _HEAD + sum(heights) + (len(rows) - 1) * _GUTTER,
+        2 * MARGIN + columns * card_width + (columns - 1) * _GUTTER,
+        2 * MARGIN + HEAD + sum(heights) + (len(rows) - 1) * _GUTTER,
     )
-    image = Image.new("RGB", size, _BACKGROUND)
-    pen = ImageDraw.Draw(image)
-    title = _shortened(title, font(24, bold=True), size[0] - 2 * _MARGIN)
-    pen.text((_MARGIN, _MARGIN), title, fill=_INK, font=font(24, bold=True))
-    top = _MARGIN + _HEAD
+    image, pen = blank_sheet(size, title)
+    top = MARGIN + HEAD
     for row, lines, height in zip(rows, captions, heights, strict=True):
         for number, card in enumerate(row):
-            left = _MARGIN + number * (card_width + _GUTTER)
+            left = MARGIN + number * (card_width + _GUTTER)
             _draw_pictures(image, pen, card, (left, top), box)
             _draw_text(pen, card, lines[number], (left, top + box[1] + _TEXT_TOP), card_width)
         top += height + _GUTTER
@@ -156,10 +180,10 @@ def _draw_text(
     pen: ImageDraw.ImageDraw, card: _Card, caption: Sequence[str], corner: tuple[int, int], width: int
 ) -> None:
     left, top = corner
-    pen.text(corner, _shortened(card.title, font(15, bold=True), width), fill=_INK, font=font(15, bold=True))
-    pen.text((left, top + _LINE), card.facts, fill=_FAINT, font=font(14))
+    pen.text(corner, _shortened(card.title, font(15, bold=True), width), fill=INK, font=font(15, bold=True))
+    pen.text((left, top + _LINE), card.facts, fill=FAINT, font=font(14))
     for number, line in enumerate(caption, 2):
-        pen.text((left, top + number * _LINE), line, fill=_INK, font=font(14))
+        pen.text((left, top + number * _LINE), line, fill=INK, font=font(14))
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:

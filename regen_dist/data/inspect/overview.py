@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from regen_dist.data.format.catalogue import Dataset
 from regen_dist.data.format.index import read_index, sample_id
 from regen_dist.data.format.manifest import Skip, Totals, read_all
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from regen_dist.data.pool import Progress
 
 
@@ -232,6 +232,8 @@ class _Texts:
         self._new: list[int] = []
 
     def add(self, table: pa.Table) -> None:
+        import pyarrow.compute as pc
+
         captions = pc.utf8_trim_whitespace(table["caption"].drop_null())
         self.words.add(pc.list_value_length(pc.utf8_split_whitespace(captions)).to_numpy())
         if self._sources is not None:

@@ -12,7 +12,7 @@ from typing import IO, Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from regen_dist.config.identity import latent_identity, order_identity
+from regen_dist.config.identity import different_latents, latent_identity, order_identity
 from regen_dist.config.run import DataConfig, MixtureConfig
 from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.data.format.catalogue import Dataset, cache_folder, make_once, open_dataset
@@ -313,8 +313,7 @@ class LatentSet(SampleSet[LatentDataConfig]):
 
     def __init__(self, config: LatentDataConfig, *, batch_global: int, seed: int) -> None:
         datasets, facts = zip(*(open_latents(url, config) for url in config.sources), strict=True)
-        for other in facts[1:]:
-            check_same_space(facts[0], other)
+        check_same_space(facts)
         self.facts: CacheFacts = facts[0]
         self.statistics: tuple[Mapping[str, Any], ...] = tuple(each.statistics for each in facts)
         buckets = _latents_buckets(config, sizes_of(datasets), self.facts.num_frames)
@@ -348,14 +347,10 @@ def open_latents(url: str, config: MixtureConfig) -> tuple[Dataset, CacheFacts]:
     return dataset, CacheFacts.of(dataset.manifest, url)
 
 
-def check_same_space(first: CacheFacts, other: CacheFacts) -> None:
-    """Raise DataError if the latents of two caches must not be mixed."""
-    if first.fingerprint != other.fingerprint:
-        raise DataError(
-            f"{other.url} holds other latents (fingerprint {other.fingerprint}) than {first.url} "
-            f"({first.fingerprint}): of other encoder weights, preprocessing, text encoder or version. Pre-encode both "
-            "with the same config, or leave one out"
-        )
+def check_same_space(facts: Sequence[CacheFacts]) -> None:
+    """Raise DataError if the latents of these caches must not be mixed."""
+    if problem := different_latents({each.url: each.fingerprint for each in facts}):
+        raise DataError(problem)
 
 
 def sizes_of(datasets: Sequence[Dataset]) -> list[tuple[int, int]]:

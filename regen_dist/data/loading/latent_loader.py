@@ -1,4 +1,5 @@
-"""Latent loader for training: rows of cached latents, prefetched, verified, padded, returned as float32.
+"""Latent loader for training: rows of cached latents, prefetched, verified and padded, in the precision they are stored
+in.
 
 Legend: b rows of this rank and micro-batch, n clips in a row (0 for images), C channels, h x w latent cells, M tokens
 of the longest caption of the batch, D their width.
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from queue import SimpleQueue
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,8 +92,9 @@ _AHEAD = 4  # batches prepared ahead: compensates for one that reads longer than
 class LatentBatch(NamedTuple):
     """Rows of clips of one micro-batch as stored: not normalised, without text dropout.
 
-    `content` is float32 [b, max(n, 1), C, h, w], `motion` float32 [b, n, C, h, w]; `text` float32 [b, M, D] and `mask`
-    bool [b, M] (True: valid token), both None if the cache has no text; the rest as in `ClipBatch`.
+    `content` is bf16 [b, max(n, 1), C, h, w], `motion` bf16 [b, n, C, h, w]; `text` bf16 [b, M, D] and `mask`
+    bool [b, M] (True: valid token), both None if the cache has no text; the rest as in `ClipBatch`. Where there is a
+    GPU the tensors are in page-locked memory: copying them to it waits for nothing (`pinned`).
     """
 
     content: Tensor
@@ -153,7 +155,7 @@ def _read(plan: BatchPlan[LatentSet]) -> Generator[LatentBatch]:
     data = plan.data
     with Fetcher(data.datasets, data.config.read) as fetcher:
         for batch, found in fetcher.ahead((batch, data.places(batch)) for batch in plan):
-            yield _batch(data, fetcher, batch, found)
+            yield pinned(_batch(data, fetcher, batch, found))
 
 
 def _batch(data: LatentSet, fetcher: Fetcher, batch: MicroBatch, found: Sequence[Bytes]) -> LatentBatch:
@@ -192,13 +194,22 @@ def row_of(entry: LatentEntry, first: int, n: int) -> _Taken:
 
 
 def collate_latents(rows: Sequence[_Taken], sample_ids: Tensor) -> LatentBatch:
-    """Stack rows of one shape into a batch; texts are zero-padded to the longest."""
+    """Stack rows of one shape into a batch, in the dtype of the entries; texts are zero-padded to the longest."""
     texts = [row.text for row in rows if row.text is not None]
     masks = [row.mask for row in rows if row.mask is not None]
     return LatentBatch(
-        torch.stack([row.content for row in rows]).float(),
-        torch.stack([row.motion for row in rows]).float(),
-        pad_sequence(texts, batch_first=True).float() if texts else None,
+        torch.stack([row.content for row in rows]),
+        torch.stack([row.motion for row in rows]),
+        pad_sequence(texts, batch_first=True) if texts else None,
         pad_sequence(masks, batch_first=True).bool() if masks else None,
         sample_ids,
     )
+
+
+def pinned(batch: LatentBatch) -> LatentBatch:
+    """Copy a batch into page-locked memory where there is a GPU. Called in the thread that prepares batches."""
+    if not torch.cuda.is_available():
+        return batch
+    tensors = {name: each for name, each in batch._asdict().items() if isinstance(each, Tensor)}
+    locked: dict[str, Any] = {name: each.pin_memory() for name, each in tensors.items()}
+    return batch._replace(**locked)

@@ -75,7 +75,7 @@ def validation_rows(config: LatentDataConfig, facts: CacheFacts, *, rows: int = 
         DataError: the cache has other latents, or an entry cannot be read; validation entries are not replaced.
     """
     dataset, found = open_latents(config.validation_url or config.sources[0], config)
-    check_same_space(facts, found)
+    check_same_space([facts, found])
     clips, fitting = _fitting(dataset.records[:_MAX_CANDIDATES], config.clips, facts.num_frames)
     number = min(rows, len(fitting))
     chosen = [int(fitting[place * len(fitting) // number]) for place in range(number)]

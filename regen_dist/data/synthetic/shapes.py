@@ -16,15 +16,17 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 from math import pi, sqrt
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-import av
 import numpy as np
 import numpy.typing as npt
 
 from regen_dist.data.video.reader import VideoInfo, VideoReader
 from regen_dist.data.video.transcode import StreamTags, encode_frames, prepare_encoder
 from regen_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
 
 UInt8s = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating[Any]]  # float32 all through
@@ -452,9 +454,11 @@ def _uniform(seed: int, stream: int, counter: int, count: int) -> np.ndarray[tup
     return generator.random(count)
 
 
-def _to_encode(frames: UInt8s, rate: Fraction) -> Iterator[av.VideoFrame]:
+def _to_encode(frames: UInt8s, rate: Fraction) -> Iterator[VideoFrame]:
+    from av.video.frame import VideoFrame
+
     for number, image in enumerate(frames):
-        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+        frame = VideoFrame.from_ndarray(image, format="rgb24")
         frame.pts, frame.time_base = number, 1 / rate
         yield prepare_encoder(frame, None)
 

@@ -15,20 +15,40 @@ So a grey of 49 cd/m², which is 190 of 255 in BT.709, stays near 190; the refer
 from __future__ import annotations
 
 import functools
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorPrimaries, ColorTrc
 
 Floats = npt.NDArray[np.float64]
 
 PEAK, WHITE = 1000.0, 100.0  # cd/m²: of the light that is kept, and of the result
 DISPLAY_GAMMA = 2.4  # BT.1886
-HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
-WIDE = {
-    int(ColorPrimaries.BT2020): "BT.2020",
-    int(ColorPrimaries.SMPTE431): "DCI-P3",
-    int(ColorPrimaries.SMPTE432): "Display P3",
+
+
+class Primaries(IntEnum):
+    """Colour primaries by their numbers in H.273, which FFmpeg uses too."""
+
+    BT709 = 1
+    BT2020 = 9
+    SMPTE431 = 11
+    SMPTE432 = 12
+
+
+class Transfer(IntEnum):
+    """Transfer characteristics by their numbers in H.273, which FFmpeg uses too."""
+
+    BT709 = 1
+    IEC61966_2_1 = 13
+    SMPTE2084 = 16
+    ARIB_STD_B67 = 18
+
+
+HDR: dict[int, str] = {Transfer.SMPTE2084: "PQ", Transfer.ARIB_STD_B67: "HLG"}
+WIDE: dict[int, str] = {
+    Primaries.BT2020: "BT.2020",
+    Primaries.SMPTE431: "DCI-P3",
+    Primaries.SMPTE432: "Display P3",
 }
 
 _M1, _M2 = 2610 / 16384, 2523 / 4096 * 128  # BT.2100, table 4
@@ -36,11 +56,13 @@ _C1, _C2, _C3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
 _A, _B, _C = 0.17883277, 0.28466892, 0.55991073  # BT.2100, table 5
 _OOTF_GAMMA = 1.2
 _D65 = (0.3127, 0.3290)
-_CHROMATICITIES = {  # of red, green, blue, white (H.273, table 2); the white of DCI-P3 is adapted to D65 by scaling XYZ
-    int(ColorPrimaries.BT709): ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060), _D65),
-    int(ColorPrimaries.BT2020): ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), _D65),
-    int(ColorPrimaries.SMPTE431): ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.314, 0.351)),
-    int(ColorPrimaries.SMPTE432): ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), _D65),
+_CHROMATICITIES: dict[
+    int, tuple[tuple[float, float], ...]
+] = {  # of red, green, blue, white (H.273, table 2); the white of DCI-P3 is adapted to D65 by scaling XYZ
+    Primaries.BT709: ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060), _D65),
+    Primaries.BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), _D65),
+    Primaries.SMPTE431: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.314, 0.351)),
+    Primaries.SMPTE432: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), _D65),
 }
 
 
@@ -81,7 +103,7 @@ def tone_curve(light: Floats) -> Floats:
 
 def to_bt709(primaries: int) -> Floats:
     """Matrix [3, 3] from linear RGB of these primaries (a number of H.273) to linear RGB of BT.709."""
-    matrix: Floats = np.linalg.inv(_to_xyz(int(ColorPrimaries.BT709))) @ _to_xyz(primaries)
+    matrix: Floats = np.linalg.inv(_to_xyz(Primaries.BT709)) @ _to_xyz(primaries)
     return matrix
 
 

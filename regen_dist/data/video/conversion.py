@@ -13,23 +13,18 @@ from contextlib import suppress
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.filter import Graph
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
-from regen_dist.data.video.colour import HDR, WIDE, cube
+from regen_dist.data.video.colour import HDR, WIDE, Primaries, Transfer, cube
 from regen_dist.errors import DataError
 
-if TYPE_CHECKING:
-    from av.video.frame import VideoFrame
-    from typing_extensions import Buffer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from av.filter.context import FilterContext
     from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
     from typing_extensions import Buffer
 
     Frames = Callable[[Sequence[int]], Iterator[tuple[int, VideoFrame]]]
@@ -40,6 +35,8 @@ _FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 _BT2020_MATRICES = (9, 10)  # with constant luminance or without
 _UNREADABLE_MATRICES = {10: "BT.2020 of constant luminance", 11: "Y'D'zD'x", 13: "constant luminance", 14: "ICtCp"}
 _UNSPECIFIED = 2
+LIMITED_RANGE, FULL_RANGE = 1, 2  # FFmpeg's numbers
+BT709_MATRIX = 1
 _LARGEST_SIDE = 32_768  # swscale can do no more, and a wrong shape of pixels must not ask for gigabytes
 
 
@@ -89,7 +86,7 @@ class Look(NamedTuple):
         """Read it from a frame. Primaries and transfer that are not told follow from the matrix."""
         primaries, transfer = frame.color_primaries, frame.color_trc
         if primaries in (0, _UNSPECIFIED) and (transfer in HDR or frame.colorspace in _BT2020_MATRICES):
-            primaries = int(ColorPrimaries.BT2020)
+            primaries = int(Primaries.BT2020)
         names = (frame.format.name, frame.colorspace, frame.color_range)
         return cls(frame.width, frame.height, *names, transfer, primaries)
 
@@ -220,7 +217,7 @@ def _steps(look: Look, width: int, height: int) -> list[tuple[str, str]]:
 def _matrix(look: Look) -> str:
     """Name of the matrix that makes R'G'B' of a frame; where it is not told, that of its primaries."""
     if look.matrix in (0, _UNSPECIFIED, 3):
-        return "bt2020" if look.primaries == ColorPrimaries.BT2020 else "bt709"
+        return "bt2020" if look.primaries == Primaries.BT2020 else "bt709"
     return "auto"
 
 
@@ -228,6 +225,8 @@ class _Filters:
     """A chain of ffmpeg's filters for frames of one look."""
 
     def __init__(self, look: Look, frame: VideoFrame, steps: Sequence[tuple[str, str]]) -> None:
+        from av.filter import Graph
+
         self._look, self._graph = look, Graph()
         self._graph.threads = 1
         base = frame.time_base or Fraction(1, 1000)
@@ -263,6 +262,8 @@ class _Filters:
         return self._ready()
 
     def _ready(self) -> list[VideoFrame]:
+        import av
+
         ready = []
         with suppress(av.BlockingIOError, av.EOFError):
             while True:
@@ -274,8 +275,8 @@ def _tagged(done: VideoFrame, source: VideoFrame, look: Look) -> VideoFrame:
     """Tag a converted frame with its colours and time."""
     _timed(done, source)
     if look.colours:
-        done.colorspace, done.color_range = 0, int(ColorRange.JPEG)  # 0: R'G'B'
-        done.color_primaries = int(ColorPrimaries.BT709)
+        done.colorspace, done.color_range = 0, FULL_RANGE  # 0: R'G'B'
+        done.color_primaries = int(Primaries.BT709)
         done.color_trc = standard_transfer(look.transfer)
     return done
 
@@ -289,7 +290,7 @@ def _timed(done: VideoFrame, source: VideoFrame) -> None:
 
 def standard_transfer(transfer: int) -> int:
     """The transfer of a converted frame: that of sRGB stays, all others (HDR, BT.2020's) are BT.709."""
-    return transfer if transfer == ColorTrc.IEC61966_2_1 else int(ColorTrc.BT709)
+    return transfer if transfer == Transfer.IEC61966_2_1 else int(Transfer.BT709)
 
 
 def to_yuv(frame: VideoFrame, width: int, height: int, interpolation: int) -> VideoFrame:
@@ -301,16 +302,16 @@ def to_yuv(frame: VideoFrame, width: int, height: int, interpolation: int) -> Vi
         height=height,
         format="yuv420p",
         interpolation=interpolation,
-        dst_colorspace=Colorspace.ITU709 if is_rgb else None,
-        dst_color_range=ColorRange.MPEG,
+        dst_colorspace=BT709_MATRIX if is_rgb else None,
+        dst_color_range=LIMITED_RANGE,
         threads=1,
     )
     if is_rgb:
-        ready.colorspace = int(Colorspace.ITU709)
+        ready.colorspace = BT709_MATRIX
         if ready.color_primaries == _UNSPECIFIED:
-            ready.color_primaries = int(ColorPrimaries.BT709)
+            ready.color_primaries = int(Primaries.BT709)
         if ready.color_trc == _UNSPECIFIED:
-            ready.color_trc = int(ColorTrc.IEC61966_2_1)
+            ready.color_trc = int(Transfer.IEC61966_2_1)
     return ready
 
 
@@ -320,9 +321,7 @@ UInt8s = npt.NDArray[np.uint8]
 
 # Bicubic whose support grows with the reduction, so it filters before it drops pixels; exact rounding and full
 # chroma cost little and keep the result equal over machines.
-RESIZE = (
-    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-)
+RESIZE = 0x4 | 0x40000 | 0x2000 | 0x4000  # swscale's flags of the same names as in `_FLAGS`
 
 
 class Orientation(NamedTuple):
@@ -398,6 +397,8 @@ def frame_to_planes(
     Planes, because swscale makes them in a third of the time that it takes for the same pixels interleaved.
     `reformatter` is kept over the frames of a clip: its tables are made once.
     """
+    from av.video.reformatter import VideoReformatter
+
     orientation = Orientation.of(frame)
     rows, columns = (width, height) if orientation.turned else (height, width)
     scaled = (reformatter or VideoReformatter()).reformat(

@@ -17,10 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import av
 import numpy as np
-from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
 
 from regen_dist.data.video.conversion import (
     RESIZE,
@@ -42,9 +39,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
     from typing_extensions import Buffer
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.stream import VideoStream
 
 
 # --- choice of the video stream, as on ffmpeg's command line ---
@@ -59,6 +53,8 @@ def choose_video(container: InputContainer) -> VideoStream:
     Raises:
         DataError: there is no such stream, or no decoder for any.
     """
+    from av.stream import Disposition
+
     streams = container.streams.video
     pictures = Disposition.attached_pic | Disposition.timed_thumbnails
     videos = [stream for stream in streams if not stream.disposition & pictures]
@@ -72,6 +68,8 @@ def choose_video(container: InputContainer) -> VideoStream:
 
 
 def _score(stream: VideoStream) -> int:
+    from av.stream import Disposition
+
     pixels = stream.codec_context.width * stream.codec_context.height
     return pixels + _DEFAULT_PIXELS * bool(stream.disposition & Disposition.default)
 
@@ -244,6 +242,8 @@ class VideoReader:
     def _from_the_beginning(self) -> Iterator[VideoFrame]:
         """Every frame that can be decoded, by a container and a decoder of their own: what is delivered only once (a
         palette, parameter sets) is there again. Damaged packets are counted, and decoded as far as they can be."""
+        import av
+
         container, stream = self._open()
         self._lost, aspects, count = 0, _Aspects(stream, container), 0
         self._aspects = aspects.found
@@ -356,6 +356,8 @@ class VideoReader:
         return self._container.demux(self.stream)
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
+        import av
+
         with _av_failures("cannot be opened"):
             source = self._source
             container = av.open(f"file:{source}" if isinstance(source, Path) else _BufferFile(source), "r")
@@ -373,7 +375,7 @@ class VideoReader:
             return self._counted_table()
         pts: list[int] = []
         keyframes: list[tuple[int, int]] = []
-        lost = 0
+        lost, partial = 0, list[int]()  # the latter: of the packets with which the file breaks off
         with _av_failures("is damaged"):
             for packet in self._container.demux(self.stream):
                 if packet.size == 0 and packet.pts is None:
@@ -382,18 +384,25 @@ class VideoReader:
                     continue
                 if packet.pts is None:
                     return self._counted_table()
-                lost += packet.is_corrupt  # its frame is refused when it is asked for
+                if packet.is_corrupt:
+                    partial.append(packet.pts)
+                else:
+                    lost, partial = lost + len(partial), []  # a damaged frame in between is refused when asked for
                 pts.append(packet.pts)
                 if packet.is_keyframe:
                     keyframes.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
+        whole = len(pts) - len(partial)
+        pts, keyframes = pts[:whole], [key for key in keyframes if key[0] not in partial]
         if not pts:
-            raise DataError("it has no frames")
+            raise DataError("it has no frames" + (" that are whole: it is cut off in the first" if partial else ""))
         if len(set(pts)) < len(pts) and not self._holds_fields():
             return self._counted_table()
-        return FrameTable(tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost, cut=self._is_cut())
+        return FrameTable(
+            tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost, cut=bool(partial) or self._is_cut()
+        )
 
     def _is_cut(self) -> bool:
-        """Return true if a Matroska file is shorter than its header says, the only sign that it is truncated."""
+        """Return true if a Matroska file is shorter than its header says, the only sign that it is truncated there."""
         if isinstance(self._source, Path):
             with self._source.open("rb") as file:
                 head, size = file.read(_HEAD), self._source.stat().st_size
@@ -508,6 +517,8 @@ def read_clip(
     Returns:
         uint8 RGB [3, T, *geometry.crop]: `out` where it is given, else new memory, contiguous.
     """
+    from av.video.reformatter import VideoReformatter
+
     rows, columns = geometry.crop
     part = np.s_[geometry.top : geometry.top + rows, geometry.left : geometry.left + columns]
     clip = np.empty((3, len(numbers), rows, columns), dtype=np.uint8) if out is None else out
@@ -527,6 +538,8 @@ def read_clip(
 
 @contextmanager
 def _av_failures(what: str) -> Iterator[None]:
+    import av
+
     try:
         yield
     except (av.FFmpegError, UnicodeDecodeError) as error:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import VideoReformatter
 
 from regen_dist.data.video.conversion import RESIZE
 from regen_dist.data.video.reader import VideoReader
@@ -111,6 +110,8 @@ def _all_frames(frames: VideoReader | Iterable[VideoFrame]) -> Iterable[VideoFra
 
 def _small(frames: Iterable[VideoFrame]) -> Iterator[npt.NDArray[np.uint8]]:
     """Blue, green, red [height, width, 3] at the size that the first frame's longer side asks for."""
+    from av.video.reformatter import VideoReformatter
+
     reformatter, size = VideoReformatter(), None
     for frame in frames:
         if size is None:

@@ -12,15 +12,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import av
-from av.video.reformatter import ColorRange
-
-from regen_dist.data.video.conversion import RESIZE, UPRIGHT, Orientation, frame_to_rgb, to_yuv
+from regen_dist.data.video.conversion import LIMITED_RANGE, RESIZE, UPRIGHT, Orientation, frame_to_rgb, to_yuv
 from regen_dist.data.video.reader import VideoInfo, VideoReader
 from regen_dist.data.video.timing import FrameTable
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
+    from av.container import OutputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -115,6 +113,8 @@ def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOpti
 
     All are decoded in one pass; where that fails, each is tried by itself, so that damage stays where it is.
     """
+    import av
+
     if options.keep:
         return [_explain(path, segment, lambda _: path.read_bytes()) for segment in segments]
     try:
@@ -124,6 +124,8 @@ def encode_segments(path: Path, segments: Sequence[Segment], options: EncodeOpti
 
 
 def _explain(path: Path, segment: Segment, make: Callable[[Segment], bytes]) -> EncodedSegment:
+    import av
+
     try:
         return _checked(segment, make(segment))
     except (DataError, OSError, av.FFmpegError) as error:  # FFmpeg's are of sides that no scaler or encoder takes
@@ -176,6 +178,8 @@ def _moved(frames: Iterator[VideoFrame], first_pts: int) -> Iterator[VideoFrame]
 
 def encode_frames(frames: Iterable[VideoFrame], tags: StreamTags, crf: int) -> bytes:
     """H.264 in mp4 of yuv420p frames of limited range with even sides, `pts` set. Equal input gives equal bytes."""
+    import av
+
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as output:
         stream: VideoStream | None = None
@@ -187,7 +191,7 @@ def encode_frames(frames: Iterable[VideoFrame], tags: StreamTags, crf: int) -> b
     return buffer.getvalue()
 
 
-def _add_stream(output: av.container.OutputContainer, frame: VideoFrame, tags: StreamTags, crf: int) -> VideoStream:
+def _add_stream(output: OutputContainer, frame: VideoFrame, tags: StreamTags, crf: int) -> VideoStream:
     # One thread and no other changing input: the same source and options give the same bytes.
     options = {
         "crf": str(crf),
@@ -200,23 +204,25 @@ def _add_stream(output: av.container.OutputContainer, frame: VideoFrame, tags: S
     context = stream.codec_context
     if tags.time_base is not None:
         context.time_base = tags.time_base
-    context.color_range = int(ColorRange.MPEG)
+    context.color_range = LIMITED_RANGE
     context.colorspace, context.color_primaries, context.color_trc = tags.colorspace, tags.primaries, tags.transfer
     return stream
 
 
 def prepare_encoder(frame: VideoFrame, short_side: int | None) -> VideoFrame:
     """The frame upright, resized to `short_side`, with even sides, as yuv420p of limited range."""
+    from av.video.frame import PictureType, VideoFrame
+
     scale = short_side / min(frame.height, frame.width) if short_side else 1.0
     height, width = (max(2, round(side * scale / 2) * 2) for side in (frame.height, frame.width))
     pts, time_base = frame.pts, frame.time_base
     orientation = Orientation.of(frame)
     if orientation != UPRIGHT:
         image = frame_to_rgb(frame, *((width, height) if orientation.turned else (height, width)))
-        upright = av.VideoFrame.from_ndarray(image.copy(), format="rgb24")
+        upright = VideoFrame.from_ndarray(image.copy(), format="rgb24")
         upright.color_primaries, upright.color_trc = frame.color_primaries, frame.color_trc
         frame, height, width = upright, upright.height, upright.width
     ready = to_yuv(frame, width, height, RESIZE)
     ready.pts, ready.time_base = pts, time_base
-    ready.pict_type = av.video.frame.PictureType.NONE  # else the encoder repeats the source's picture types
+    ready.pict_type = PictureType.NONE  # else the encoder repeats the source's picture types
     return ready

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from regen_dist.errors import BackendError, CheckpointError
+from regen_dist.errors import CheckpointError, needing_extra
 from regen_dist.jsontext import json_text
 
 CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE = "config.json", "spiece.model", "model.safetensors"
@@ -129,18 +129,9 @@ def _kind(config: Path) -> str:
 
 
 @contextmanager
-def needing(package: str) -> Iterator[None]:
-    """Guard an import: raise BackendError with the command that installs the package if it is missing."""
-    try:
-        yield
-    except ImportError as error:
-        raise BackendError(f"text encoders need {package} ({error}); run: pip install {package}") from error
-
-
-@contextmanager
 def quiet_transformers() -> Iterator[Any]:
     """Import transformers without its progress bars and its messages on weights that an encoder does not use."""
-    with needing("transformers"):
+    with needing_extra("a text encoder"):
         import transformers
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -190,7 +181,7 @@ def _fetch(name: str, patterns: list[str]) -> Path:
             f"text encoder {name!r}: there is no such folder; text.encoder takes {_NEEDED} (`regen text make` writes a "
             "small one), or a name on the Hugging Face hub such as google/t5-v1_1-xxl"
         )
-    with needing("huggingface-hub"):
+    with needing_extra(f"text encoder {name!r}, fetched from the hub,"):
         from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-from regen_dist.errors import CheckpointError, ConfigError
+from regen_dist.errors import CheckpointError, ConfigError, needing_extra
 from regen_dist.jsontext import json_text
 from regen_dist.models.text.files import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     atomic_folder,
-    needing,
     quiet_transformers,
 )
 
@@ -128,8 +127,9 @@ def _is_there(folder: Path, recipe: SmallEncoderRecipe) -> bool:
 
 def _trained_tokenizer(captions: Sequence[str], vocabulary: int) -> tuple[bytes, int]:
     """A sentencepiece model with T5's ids of special tokens, and its number of tokens."""
-    with needing("sentencepiece"):
+    with needing_extra("a text encoder"):
         from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(

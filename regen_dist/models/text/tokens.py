@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from regen_dist.errors import CheckpointError
-from regen_dist.models.text.files import EncoderFiles, needing, quiet_transformers
+from regen_dist.errors import CheckpointError, needing_extra
+from regen_dist.models.text.files import EncoderFiles, quiet_transformers
 
 _NO_LIMIT = 1 << 30  # tokenizers without a longest text name a larger number
 
@@ -36,8 +36,9 @@ class SentencePieces:
 
     def __init__(self, files: EncoderFiles) -> None:
         (path,) = files.tokenizer
-        with needing("sentencepiece"):
+        with needing_extra("a text encoder"):
             from sentencepiece import SentencePieceProcessor
+
         try:
             self._model = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:

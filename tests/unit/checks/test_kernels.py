@@ -10,7 +10,11 @@ import pytest
 
 from regen_dist.checks.findings import Target
 from regen_dist.checks.kernels import kernels, ranks
+from regen_dist.checks.run import PROCESS, check_runs
 from regen_dist.config.embedder import RunConfig
+from regen_dist.distributed.ranks import Ranks
+from regen_dist.errors import RegenError
+from regen_dist.training.run import train
 from tests.helpers.tiny import tiny_run
 
 
@@ -39,28 +43,32 @@ def test_one_process_engine_on_several_ranks() -> None:
 @pytest.mark.parametrize(
     ("gpus", "changes", "told"),
     [
-        (0, {"model__decoder__attention": {"backend": "flash"}}, "backend=flash needs GPUs, and the job has none"),
-        (1, {"model__decoder__attention": {"backend": "flash"}}, "computes in bf16; set engine.precision=bf16"),
+        (0, {"model__decoder__attention": {"backend": "flash"}}, "backend=flash needs a CUDA device, found cpu"),
+        (
+            1,
+            {"model__decoder__attention": {"backend": "flash"}},
+            "computes in bf16, found fp32; set engine.precision=bf16",
+        ),
         (
             0,
             {"optimizer__kind": "fused_adam"},
-            "fused_adam (apex) needs GPUs, and the job has none; set optimizer.kind",
+            "fused_adam (apex) needs a CUDA device, found cpu; set optimizer.kind",
         ),
-        (1, {"optimizer__kind": "cpu_adam"}, "cpu_adam is for models on the CPU, and the job has GPUs"),
+        (1, {"optimizer__kind": "cpu_adam"}, "cpu_adam keeps its state on the CPU, the model is on cuda"),
         (0, {"optimizer__kind": "cpu_adam", "engine__kind": "plain"}, "cpu_adam is DeepSpeed's; set engine.kind=zero3"),
     ],
 )
 def test_what_cannot_run_on_the_device(
     gpus: int, changes: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regen_dist.checks.kernels.is_installed", lambda *_: True)
+    monkeypatch.setattr("regen_dist.requirements.is_installed", lambda *_: True)
     found = texts(kernels(run(**changes), Target(has_gpus=bool(gpus))))
     assert len(found) == 1
     assert told in found[0]
 
 
 def test_what_runs_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regen_dist.checks.kernels.is_installed", lambda *_: True)
+    monkeypatch.setattr("regen_dist.requirements.is_installed", lambda *_: True)
     on_gpus = {"model__decoder__attention": {"backend": "flash"}, "engine__precision": "bf16"}
     assert texts(kernels(run(optimizer__kind="fused_adam", **on_gpus), Target(has_gpus=True))) == []
     assert texts(kernels(run(optimizer__kind="cpu_adam"), Target(has_gpus=False))) == []
@@ -84,3 +92,22 @@ def test_a_package_that_is_missing(
     assert len(found) == 1
     assert told in found[0]
     assert texts(kernels(run(**changes), Target(has_gpus=True, packages=False))) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [
+        ({"model__decoder__attention": {"backend": "flash"}}, 1),
+        ({"optimizer__kind": "fused_adam"}, 1),
+        ({"optimizer__kind": "cpu_adam", "engine__kind": "plain"}, 1),
+        ({"engine__kind": "plain"}, 2),
+        ({"train__batch_global": 3}, 2),
+    ],
+    ids=str,
+)
+def test_training_refuses_what_the_check_finds(changes: dict[str, Any], world_size: int) -> None:
+    """By the same words and exit code, before anything is built."""
+    found = [*check_runs([run(**changes)], Target(world_size, has_gpus=False), PROCESS)[0]]
+    with pytest.raises(RegenError) as caught:
+        train(run(**changes), Ranks(0, world_size))
+    assert (str(caught.value), caught.value.exit_code) == (found[0].text, found[0].exit_code)

@@ -136,7 +136,7 @@ def test_an_embedder_that_did_not_make_the_cache(cache: Path, tmp_path: Path) ->
 def test_flash_attention_without_gpus(cache: Path, tmp_path: Path) -> None:
     run = t2v_run(tmp_path, cache, model={"attention": {"backend": "flash"}})
     found = [finding.text for finding in kernels(run, Target(has_gpus=False, packages=False))]
-    assert found == ["model.attention.backend=flash needs GPUs, and the job has none; set model.attention.backend=sdpa"]
+    assert found == ["model.attention.backend=flash needs a CUDA device, found cpu; set model.attention.backend=sdpa"]
 
 
 def committed(config: T2VConfig, step: int) -> None:

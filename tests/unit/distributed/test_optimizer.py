@@ -88,7 +88,7 @@ def test_what_cannot_run_on_a_device_is_refused(kind: str, device: torch.device,
 @pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="apex is installed")
 def test_fused_adam_without_apex_is_refused() -> None:
     """The package is named, with the warning that PyPI's apex is another one."""
-    with pytest.raises(BackendError, match=r"needs NVIDIA apex .*PyPI's `apex` is another package"):
+    with pytest.raises(BackendError, match=r"needs NVIDIA apex, .*PyPI's `apex` is another package"):
         build_optimizer(OptimizerConfig(kind="fused_adam"), _params(), CUDA)
 
 

@@ -39,7 +39,6 @@ def as_tensor(frame: np.ndarray) -> Tensor:
 
 @pytest.mark.parametrize(("height", "width"), [(192, 256), (181, 203)])
 def test_ms_ssim_and_ssim_are_those_of_pytorch_msssim(height: int, width: int) -> None:
-    """SSIM of scikit-image filters with a reflected edge and then crops it, so both average the same places."""
     reference = pytest.importorskip("pytorch_msssim")
     source = moving_square(1, height, width)[0]
     for scale in (3.0, 40.0):
@@ -48,6 +47,18 @@ def test_ms_ssim_and_ssim_are_those_of_pytorch_msssim(height: int, width: int) -
         assert ms_ssim(source, other) == pytest.approx(float(reference.ms_ssim(*pair, data_range=255)), abs=1e-5)
         assert ssim(source, other) == pytest.approx(float(reference.ssim(*pair, data_range=255)), abs=1e-4)
     assert ms_ssim(source, source) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(11, 11), (64, 96), (181, 203)])
+def test_ssim_is_that_of_scikit_image(height: int, width: int) -> None:
+    """It filters with a reflected edge and then crops it, so both average the same positions."""
+    reference = pytest.importorskip("skimage.metrics").structural_similarity
+    source = RANDOM.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    for other in (noisy(source, 3.0), noisy(source, 60.0), 255 - source):
+        expected = reference(
+            source, other, data_range=255, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+        assert ssim(source, other) == pytest.approx(expected, abs=1e-12)
 
 
 def test_ms_ssim_needs_its_scales() -> None:

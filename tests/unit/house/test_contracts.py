@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from regen_dist.errors import EXTRAS
+
 ROOT = Path(__file__).parents[3]
 OWN = {"regen_dist", "launcher", "tools", "tests"}
 NOT_IMPORTED = {"ninja"}  # it compiles DeepSpeed's operators
@@ -44,10 +46,14 @@ def _outside() -> set[str]:
     return {canonicalize_name(owners[name][0]) for name in names}
 
 
-def _asked_for(*extras: str) -> set[str]:
+def _asked_for() -> set[str]:
+    """Distributions of the core and of every extra for users."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
-    return {canonicalize_name(Requirement(line).name) for line in lines}
+    lines = [
+        *project["dependencies"],
+        *(line for extra in set(EXTRAS.values()) for line in project["optional-dependencies"][extra]),
+    ]
+    return {canonicalize_name(Requirement(line).name) for line in lines} - {"regen-dist"}
 
 
 def test_imports_keep_to_the_contracts() -> None:
@@ -58,11 +64,11 @@ def test_imports_keep_to_the_contracts() -> None:
 
 
 def test_whatever_is_imported_is_asked_for() -> None:
-    assert _outside() - COMPANIONS - _asked_for("hub", "tensorboard") == set()
+    assert _outside() - COMPANIONS - _asked_for() == set()
 
 
 def test_whatever_is_asked_for_is_imported() -> None:
-    assert _asked_for("hub") - _outside() - NOT_IMPORTED == set()
+    assert _asked_for() - _outside() - NOT_IMPORTED == set()
 
 
 @pytest.mark.parametrize("folder", ["regen_dist", "launcher", "tools"])

@@ -51,6 +51,8 @@ def _names(source: str) -> set[str]:
                       if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)}  # fmt: skip
         if isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
     return names
 
 

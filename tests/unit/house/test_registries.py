@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -21,13 +21,14 @@ from regen_dist.errors import BackendError
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models.attention import BACKENDS
 from regen_dist.registry import Entry, Registry
+from regen_dist.requirements import REQUIREMENTS, Site
 from regen_dist.training.registry import TASKS
 from regen_dist.training.run import train
 from tests.helpers.checkpoints import folder_of, newest
 from tests.helpers.saved import saved_run
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
-CHOICES: dict[tuple[type[Section], str], Mapping[str, Any]] = {
+CHOICES: dict[tuple[type[Section], str], Registry[Any]] = {
     (AttentionConfig, "backend"): BACKENDS,
     (OptimizerConfig, "kind"): OPTIMIZERS,
     (EngineConfig, "kind"): ENGINES,
@@ -67,6 +68,11 @@ def test_each_value_of_a_choice_has_one_entry() -> None:
         assert sorted(registry) == sorted(values[id(registry)]), registry
 
 
+def test_each_requirement_is_of_a_value() -> None:
+    keys = {(registry.key, value) for registry in CHOICES.values() for value in registry}
+    assert REQUIREMENTS.keys() <= keys
+
+
 def test_a_new_choice_is_put_somewhere() -> None:
     """A field of words is a choice with a registry, or a switch that is named here."""
     found = {
@@ -81,14 +87,14 @@ def test_a_new_choice_is_put_somewhere() -> None:
 
 
 def test_what_cannot_run_says_why() -> None:
-    cpu = torch.device("cpu")
-    assert BACKENDS.reason("sdpa", "cpu", torch.float32) == ""
-    assert "needs a CUDA device" in BACKENDS.reason("flash", "cpu", torch.bfloat16)
-    assert OPTIMIZERS.reason("cpu_adam", cpu, "zero3") == ""
-    assert "set engine.kind=zero3" in OPTIMIZERS.reason("cpu_adam", cpu, "plain")
-    assert "needs a CUDA device" in OPTIMIZERS.reason("fused_adam", cpu, "plain")
-    assert ENGINES.reason("zero3", 4) == ENGINES.reason("plain", 1) == ""
-    assert "found 4 ranks" in ENGINES.reason("plain", 4)
+    cpu, cuda = Site("cpu"), Site("cuda", packages=False)
+    assert BACKENDS.reason("sdpa", cpu) == BACKENDS.reason("flash", cuda) == ""
+    assert "needs a CUDA device" in BACKENDS.reason("flash", cpu)
+    assert OPTIMIZERS.reason("cpu_adam", Site("cpu", engine="zero3")) == OPTIMIZERS.reason("fused_adam", cuda) == ""
+    assert "set engine.kind=zero3" in OPTIMIZERS.reason("cpu_adam", cpu)
+    assert "needs a CUDA device" in OPTIMIZERS.reason("fused_adam", cpu)
+    assert ENGINES.reason("zero3", Site(num_ranks=4)) == ENGINES.reason("plain", cpu) == ""
+    assert "found 4 ranks" in ENGINES.reason("plain", Site(num_ranks=4))
     with pytest.raises(BackendError, match=r"a\.b=three is not known; set it to one of one, two"):
         _ = Registry("a.b", {"one": Entry(1), "two": Entry(2)})["three"]
 

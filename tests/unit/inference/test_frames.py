@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -98,10 +100,33 @@ def test_unreadable(tmp_path: Path) -> None:
 
 
 def test_cut_file(tmp_path: Path) -> None:
+    """What is there is read and noted where the index comes first; without an index nothing can be read."""
     path = write(tmp_path / "a.mp4", gradient(30, 64, 64))
     path.write_bytes(path.read_bytes()[:-200])
+    cut = SourceVideo(path)
+    assert 20 < len(list(cut.frames())) == cut.num_frames < 30
+    assert "damaged: the file is cut off before its end" in cut.notes
+    path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(DataError, match=r"a\.mp4"):
-        list(SourceVideo(path).frames())
+        SourceVideo(path)
+
+
+def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
+    """Whatever the encoder finds in memory that was used before, at sides that are no multiples of 16."""
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from regen_dist.inference.frames import write_video\n"
+        "noise = np.random.default_rng(0).integers(0, 256, (23, 10, 12, 3), dtype=np.uint8)\n"
+        "write_video(Path(sys.argv[1]), noise.repeat(5, 1).repeat(6, 2)[:, :, :66], 24)\n"
+    )
+    written = []
+    for fill in ("40", "80", "120"):
+        path = tmp_path / f"{fill}.mp4"
+        environment = os.environ | {"MALLOC_PERTURB_": fill}
+        subprocess.run(
+            [sys.executable, "-c", code, str(path)], check=True, env=environment, cwd=Path(__file__).parents[3]
+        )
+        written.append(path.read_bytes())
+    assert written[0] == written[1] == written[2]
 
 
 @pytest.mark.parametrize("options", [{"short_side": 0}, {"max_frames": 0}])

@@ -16,7 +16,7 @@ from PIL import Image
 from regen_dist.config.embedder import RunConfig
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
-from regen_dist.evaluation.miniature import generated_names
+from regen_dist.evaluation.miniature_scores import generated_names
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.frames import SourceVideo

@@ -11,7 +11,7 @@ import pytest
 
 from launcher import retry
 from launcher.cluster import ClusterConfig
-from launcher.job import JobTask, Progress, Submission, new_folder, newest_job, read_job, write_job
+from launcher.job import JobTask, Submission, TaskProgress, new_folder, newest_job, read_job, write_job
 from launcher.retry import Start, Why, archive_history, begin, end, newest_step, read_history, write_entry
 from launcher.submit import take_snapshot
 from regen_dist.config.version import code_version
@@ -38,7 +38,7 @@ class Place:
 @pytest.fixture
 def job(tmp_path: Path) -> Submission:
     """Training of 40 steps on two nodes."""
-    progress = Progress(checkpoints=str(tmp_path / "checkpoints"), steps=40)
+    progress = TaskProgress(checkpoints=str(tmp_path / "checkpoints"), steps=40)
     task = JobTask(name="run", folder=tmp_path, command=("train", "x"), progress=progress)
     made = Submission(
         name="run", kind="train", cluster=ClusterConfig(time_min=60, nodes=2), cluster_name="mine", tasks=(task,),

@@ -13,20 +13,17 @@ import pytest
 
 from regen_dist.errors import BackendError
 from tests.helpers.processes import descendants, runs, wait_until_gone
-from tools.local_services import slurm
-from tools.local_services.slurm import (
-    Daemons,
+from tools.local_services import slurm_daemons as slurm
+from tools.local_services.slurm import start_slurm
+from tools.local_services.slurm_daemons import Daemons, host_command, listens, missing_packages
+from tools.local_services.slurm_files import (
     Design,
     gres_conf,
     held,
-    host_command,
     hosts,
-    listens,
-    missing_packages,
     short_path,
     slurm_conf,
     slurm_files,
-    start_slurm,
     write_file,
 )
 
@@ -193,7 +190,7 @@ def test_daemons_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     mark = tmp_path / "detached"
     command = ["sh", "-c", f"(setsid sh -c 'echo $$ > {mark}; exec sleep 60' &); sleep 60"]
     code = (
-        "import sys, time, pathlib; from tools.local_services.slurm import Daemons\n"
+        "import sys, time, pathlib; from tools.local_services.slurm_daemons import Daemons\n"
         f"Daemons(pathlib.Path({str(tmp_path)!r}), {{'PATH': '/usr/bin:/bin'}}, None).start('node1', {command!r})\n"
         "time.sleep(60)\n"
     )

@@ -129,6 +129,37 @@ def test_one_call_for_all_windows() -> None:
     assert calls == [3 * 2 * 3]
 
 
+@pytest.mark.parametrize("package", [TWO, THREE], ids=["2", "3"])
+@pytest.mark.parametrize(("debug_mode", "asked"), [("default", []), ("warn", []), ("error", [True] * 3)])
+def test_deterministic_mode_reaches_the_backward_pass(package: ModuleType, debug_mode: Any, asked: list[bool]) -> None:
+    """Of whole rows, windows and texts: by the keyword that both packages have (`deterministic`), and only in the mode
+    that `engine.deterministic` sets on a GPU."""
+    seen: list[bool] = []
+    made = ModuleType(package.__name__)
+
+    def flash_attn_func(*given: Any, deterministic: bool | None = None) -> Any:
+        seen.extend([] if deterministic is None else [deterministic])
+        return package.flash_attn_func(*given)
+
+    def flash_attn_varlen_func(*given: Any, deterministic: bool | None = None) -> Any:
+        seen.extend([] if deterministic is None else [deterministic])
+        return package.flash_attn_varlen_func(*given)
+
+    made.__dict__.update(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+    q = torch.randn(1, 2, 210, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(debug_mode)
+    try:
+        with _pretended(HOPPER, **{package.__name__: made}):
+            for pattern in ("full", "window"):
+                config = AttentionConfig.model_validate({"backend": "flash", "pattern": pattern, "window": [2, 4, 3]})
+                attention(q, q, q, (5, 6, 7), config)
+            cross_attention(q, q, q, torch.ones(1, 210, dtype=torch.bool), "flash")
+    finally:
+        torch.set_deterministic_debug_mode(before)
+    assert seen == asked
+
+
 def test_without_either_package_both_are_named() -> None:
     both = r"package flash-attn .*flash_attn_interface.*flash_attn.*; install it"
     with (

@@ -56,9 +56,10 @@ def test_configs_that_commands_name_themselves_are_found(tmp_path: Path, monkeyp
         for found in re.findall(r'Path\(\s*"(configs/[^"{]*\.yaml)"', program.read_text())
     }
     assert len(named) > 8
-    for path in named - {CLIPS, Path("configs/pipelines/miniature.yaml")}:
+    pipelines = {path for path in named if path.parent.name == "pipelines"}
+    for path in named - {CLIPS} - pipelines:
         assert load_config(path).name, path
-    assert load_pipeline(Path("configs/pipelines/miniature.yaml")).steps
+    assert all(load_pipeline(path).steps for path in pipelines)
     with pytest.raises(DataError, match=r"carphone\.mp4"):  # the list was read; the videos are not here
         load_clips(CLIPS, tmp_path)
     assert own_config(CONFIGS / "fast_k4.yaml", "fp32").name

@@ -98,3 +98,18 @@ def test_measures_and_runs_have_their_places(tmp_path: Path) -> None:
 def test_the_config_may_be_left_out() -> None:
     assert _told_apart(Path("a.b=c"), ["d=e"]) == (Path("configs/bench/compression.yaml"), ["a.b=c", "d=e"])
     assert _told_apart(Path("my.yaml"), ["d=e"]) == (Path("my.yaml"), ["d=e"])
+
+
+def test_a_longer_budget_takes_pace_and_rates_of_the_shorter(tmp_path: Path) -> None:
+    """Steps follow the longer time; what the folder has measured itself stays."""
+    short, long = tmp_path / "1", tmp_path / "4"
+    short.mkdir()
+    (short / "pace.json").write_text(json.dumps({"regen-k16": {"wall_s": 0.6, "cpu_s": 0.5, "steps": 120}}))
+    (short / "tuning.json").write_text(json.dumps({"regen-k16": {"lr": 0.002}}))
+    long.mkdir()
+    runs = _runs(long, minutes=4)
+    runs.take_over(short)
+    assert json.loads((long / "pace.json").read_text())["regen-k16"] == {"wall_s": 0.6, "cpu_s": 0.5, "steps": 480}
+    (long / "tuning.json").write_text(json.dumps({"regen-k16": {"lr": 0.001}}))
+    runs.take_over(short)
+    assert json.loads((long / "tuning.json").read_text())["regen-k16"]["lr"] == 0.001

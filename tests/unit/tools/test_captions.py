@@ -17,7 +17,7 @@ from regen_dist.data.storage.store import Store
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import DataError
-from regen_dist.evaluation.miniature import held_out_clips, held_out_samples
+from regen_dist.evaluation.miniature_scores import held_out_clips, held_out_samples
 from regen_dist.inference.frames import SourceVideo
 from tools import shards
 

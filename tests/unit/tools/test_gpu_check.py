@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from regen_dist.errors import BackendError, ConfigError, RegenError
 from tools.cli import app
 from tools.gpu_check import command
-from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part
-from tools.gpu_check.machine import LeftOut, Machine, relative_error, require_close
+from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part, training_part
+from tools.gpu_check.machine import Machine, PartLeftOut, relative_error, require_close
 from tools.gpu_check.worker import made_by
 
 ROOT = Path(__file__).parents[3]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 
 def test_every_part_exists_and_says_what_it_proves() -> None:
     page = (ROOT / "docs" / "gpu.md").read_text()
-    for part in PARTS:
+    for part in (*PARTS, training_part(1.0)):
         module, name = part.function.split(":")
         assert f"def {name}(machine: Machine)" in (ROOT / "tools" / "gpu_check" / f"{module}.py").read_text()
         assert f"| `{part.name}` |" in page
@@ -125,7 +125,7 @@ def test_errors_of_a_part_become_its_result(monkeypatch: pytest.MonkeyPatch) -> 
         return made_by("machine:versions", machine)
 
     assert made(None) == {"status": "passed", "summary": "fine", "facts": {"figure": 1}}
-    assert made(LeftOut("needs more"))["status"] == "left out"
+    assert made(PartLeftOut("needs more"))["status"] == "left out"
     assert made(RegenError("wrong"))["summary"] == "wrong"
     assert "ZeroDivisionError: x" in made(ZeroDivisionError("x"))["facts"]["traceback"]
 

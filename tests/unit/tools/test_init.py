@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import fastjsonschema
 import pytest
 from typer.testing import CliRunner
 
 from launcher.cluster import load_cluster
 from regen_dist.config import load_config
+from regen_dist.config.files import read_yaml
 from regen_dist.config.preencode import load_preencode_config
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.errors import ConfigError
@@ -44,6 +47,14 @@ def test_its_configs_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for path in Path().rglob("*.yaml"):
         assert "extends" not in path.read_text()
     assert load_config("configs/embedder.yaml").model == load_config("configs/embedder/nano.yaml").model
+
+
+def test_editors_find_the_schema_of_each_file(tmp_path: Path) -> None:
+    _init(tmp_path / "mine")
+    for path in (files := sorted((tmp_path / "mine").rglob("*.yaml"))):
+        named = path.read_text().splitlines()[0].removeprefix("# yaml-language-server: $schema=")
+        fastjsonschema.compile(json.loads((path.parent / named).read_text()))(read_yaml(path)[0])
+    assert len(files) == 4
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -40,7 +40,7 @@ while step < total:
     file.write(json.dumps({"kind": "train", "step": step}) + "\\n")
     time.sleep(0.02)
 missed = [] if total > 50 else ["shape 10.0%, the target is 85%"]
-shares = {name: {"share": 0.9, "number": 200} for name in ("colour", "shape")}
+shares = {name: {"share": 0.9, "number": 200, "interval_95": [0.85, 0.94]} for name in ("colour", "shape")}
 scores = {"targets": {"colour": 0.95, "shape": 0.85}, "least_videos": 200, "targets_are_for": "generated",
           "missed": missed, "arms": {"real videos": {"scores": shares}, "generated": {"scores": shares}}}
 (work / "report").mkdir(exist_ok=True)

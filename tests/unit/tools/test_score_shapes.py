@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from regen_dist.data.synthetic.shapes import SyntheticOptions, make_clip
 from regen_dist.errors import ConfigError, TrainingError
 from tools.cli import app
-from tools.score_shapes import _named
+from tools.miniature import _named
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from regen_dist.checks.findings import Target
-from regen_dist.checks.losses import losses
+from regen_dist.checks.kernels import losses
 from regen_dist.checks.run import CHECKS
 from regen_dist.config import config_hash, load_saved_config, save_config
 from regen_dist.data.loading.clip_loader import ClipBatch

@@ -37,6 +37,7 @@ EMBEDDERS: dict[str, dict[str, Any]] = {
     "velocity": {"diffusion__target": "velocity", "diffusion__path": "cosine_vp", "diffusion__weighting": "velocity"},
     "eps": {"diffusion__target": "eps", "diffusion__density__pure_noise": 0.0},
     "recomputed": {"engine__activation_checkpointing": True},
+    "selective": {"engine__activation_checkpointing": "selective"},
     "bf16": {"engine__precision": "bf16"},
 }
 

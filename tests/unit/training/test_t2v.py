@@ -151,8 +151,11 @@ class TestCaches:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"model__text_width": 8}, r"model\.text_width is 8, .* has 16; set model\.text_width=16"),
-            ({"model__latent_channels": 4}, r"model\.latent_channels is 4, .* has 8; set model\.latent_channels=8"),
+            ({"model__text_width": 8}, r"model\.text_width is 8, .* width of 16; set model\.text_width=16"),
+            (
+                {"model__latent_channels": 4},
+                r"model\.latent_channels is 4, .* have 8 channels; set model\.latent_channels=8",
+            ),
         ],
     )
     def test_widths(self, cache: Path, changes: dict[str, Any], message: str) -> None:
@@ -161,7 +164,7 @@ class TestCaches:
 
     def test_no_text(self, tmp_path: Path) -> None:
         bare = write_cache(tmp_path / "cache", text_width=None)
-        with pytest.raises(DataError, match="holds no text embeddings; pre-encode it again with text"):
+        with pytest.raises(DataError, match="holds no text embeddings; run `regen preencode` with a text encoder"):
             _ = build_task(tiny_t2v("runs", bare), CPU).data
 
     def test_the_latent_space_is_noted_in_the_run(self, tmp_path: Path) -> None:

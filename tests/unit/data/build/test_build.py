@@ -13,7 +13,7 @@ import webdataset
 
 from regen_dist.data.build import build as shards
 from regen_dist.data.build.build import Built, build_shards
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import checksum, sample_id
 from regen_dist.data.format.manifest import MANIFEST, DatasetManifest
@@ -152,7 +152,7 @@ def test_a_file_cut_behind_its_header_is_noticed(tmp_path: Path) -> None:
     front.write_bytes(data[: len(data) * 2 // 3])
     manifest = build_shards([front], tmp_path / "out", OPTIONS, workers=0).manifest
     assert 0 < manifest.totals.frames < 120  # what decodes is kept
-    assert any("damaged" in skip.reason for skip in manifest.skipped)
+    assert [note.note for note in manifest.notes] == ["damaged: the file is cut off before its end"]
 
 
 def test_nothing_left_is_an_error_that_tells_why(tmp_path: Path) -> None:

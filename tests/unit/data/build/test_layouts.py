@@ -16,8 +16,9 @@ from PIL import Image
 
 from regen_dist.data.build.assembling import assemble, sequences_below
 from regen_dist.data.build.build import build_shards
-from regen_dist.data.build.plan import BuildOptions
-from regen_dist.data.build.sources import Columns, find_sources
+from regen_dist.data.build.lists import Columns
+from regen_dist.data.build.segments import BuildOptions
+from regen_dist.data.build.sources import find_sources
 from regen_dist.errors import DataError
 from tests.helpers.video import moving_square, write_video
 

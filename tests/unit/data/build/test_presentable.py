@@ -10,7 +10,7 @@ import pytest
 
 from regen_dist.data.build.build import build_shards
 from regen_dist.data.build.foreign import index_tars
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.build.sources import find_sources
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.manifest import DatasetManifest, read_manifest

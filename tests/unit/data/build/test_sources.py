@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from regen_dist.data.build.sources import Sources, find_sources, read_rows
+from regen_dist.data.build.lists import read_rows
+from regen_dist.data.build.sources import Sources, find_sources
 from regen_dist.errors import DataError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from regen_dist.data.build.build import build_shards
-from regen_dist.data.build.plan import BuildOptions
+from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.build.sources import find_sources
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.storage.connection import StoreLimits
@@ -37,7 +37,7 @@ def write_csv(server: WebServer, *videos: str) -> None:
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("heads", [True, False])
 def test_a_list_on_a_web_server_becomes_a_dataset(tmp_path: Path, server: WebServer, ranges: bool, heads: bool) -> None:
-    from regen_dist.data.build.sources import Columns
+    from regen_dist.data.build.lists import Columns
 
     if not ranges and not heads:
         pytest.skip("a server that tells no size at all")
@@ -56,7 +56,7 @@ def test_dead_links_are_left_out_with_their_names_and_denied_ones_too(server: We
     server.refuse = {"private": 403}
     write_csv(server, f"{server.url}/clips/c.mp4", f"{server.url}/gone.mp4", f"{server.url}/private.mp4")
     (server.folder / "private.mp4").write_bytes(b"x")
-    from regen_dist.data.build.sources import Columns
+    from regen_dist.data.build.lists import Columns
 
     found = find_sources([server.folder / "list.csv"], columns=Columns.parse("video=path"))
     assert len(found.found) == 1

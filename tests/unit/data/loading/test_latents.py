@@ -102,8 +102,8 @@ def test_rows_are_runs_of_clips_of_the_entries(config: LatentDataConfig, cache: 
     for batch in read(config, 40):
         n = batch.motion.shape[1]
         kinds[batch.kind] += 1
-        assert batch.content.dtype == batch.motion.dtype == torch.float32
         assert batch.text is not None
+        assert batch.content.dtype == batch.motion.dtype == batch.text.dtype == torch.bfloat16, "as stored"
         assert batch.mask is not None
         assert batch.epochs is not None
         assert batch.mask.sum(1).max() == batch.mask.shape[1], "no longer than the longest"
@@ -111,11 +111,11 @@ def test_rows_are_runs_of_clips_of_the_entries(config: LatentDataConfig, cache: 
             entry = stored[number]
             first = draw_row(data.seed, epoch, number, entry.clips, n) if n else 0
             starts |= {first} if n == 2 else set()
-            assert torch.equal(batch.content[slot], entry.content[first : first + max(n, 1)].float())
-            assert torch.equal(batch.motion[slot], entry.motion[first : first + n].float())
+            assert torch.equal(batch.content[slot], entry.content[first : first + max(n, 1)])
+            assert torch.equal(batch.motion[slot], entry.motion[first : first + n])
             assert entry.text is not None
             tokens = len(entry.text)
-            assert torch.equal(batch.text[slot, :tokens], entry.text.float())
+            assert torch.equal(batch.text[slot, :tokens], entry.text)
             assert batch.mask[slot].tolist() == [True] * tokens + [False] * (batch.mask.shape[1] - tokens)
             assert not batch.text[slot, tokens:].any()
     assert set(kinds) == {"1x4x4", "2x4x4", "1x4x6", "2x4x6", "image 4x4", "image 4x6"}
@@ -132,7 +132,7 @@ def test_an_image_is_the_first_clips_content(config: LatentDataConfig, cache: Pa
         assert batch.motion.shape == (8, 0, 8, 4, batch.content.shape[4])
         for number, content in zip(batch.sample_ids.tolist(), batch.content, strict=True):
             seen.add(number)
-            assert torch.equal(content, stored[number].content[:1].float())
+            assert torch.equal(content, stored[number].content[:1])
     assert seen == set(stored)
 
 
@@ -221,10 +221,10 @@ def test_closing_ends_the_thread(config: LatentDataConfig) -> None:
 def test_caches_of_other_latents_are_not_mixed(cache: Path, tmp_path: Path) -> None:
     other = write_cache(tmp_path / "other", videos=2, seed=1, fingerprint="another")
     mixture = {"mixture": [{"url": str(cache)}, {"url": str(other)}]}
-    with pytest.raises(DataError, match=r"other holds other latents \(fingerprint another\) than .*cache.* \(test\)"):
+    with pytest.raises(DataError, match=r"cache.* \(test\), .*other \(another\); their latents do not mean the same"):
         made(LatentDataConfig.model_validate(mixture))
     config = LatentDataConfig(url=str(cache), validation_url=str(other))
-    with pytest.raises(DataError, match="other holds other latents"):
+    with pytest.raises(DataError, match="not made alike"):
         validation_rows(config, made(config).facts)
 
 
@@ -311,7 +311,7 @@ def test_validation_rows_are_fixed_and_spread(config: LatentDataConfig, cache: P
     assert found.captions == ("a green square", "a yellow square", "a yellow square")
     assert found.fps == (8.0,) * 3
     for number, content in zip(found.batch.sample_ids.tolist(), found.batch.content, strict=True):
-        assert torch.equal(content, stored[number].content[:2].float())
+        assert torch.equal(content, stored[number].content[:2])
     assert torch.equal(validation_rows(config, facts, rows=3).batch.content, found.batch.content)
     assert len(validation_rows(config, facts, rows=99).batch.content) == 5
 

@@ -24,7 +24,7 @@ def test_a_row_is_an_arm_and_a_column_a_budget(tmp_path: Path) -> None:
     budgets = read_budgets(folders)
     assert list(budgets) == [5.0, 20.0]
     (table,) = budget_tables(budgets)
-    assert list(table.columns) == ["k = 16, one-step PSNR dB after", "5 min", "20 min"]
+    assert [column.name for column in table.header] == ["k = 16, one-step PSNR dB after", "5 min", "20 min"]
     assert [list(row[1:]) for row in table.rows] == [
         ["21.50", "22.00"],
         ["–", "21.00"],

@@ -16,15 +16,8 @@ from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions, make_clip, parse_caption
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.miniature import (
-    Request,
-    ShapeClip,
-    held_out_clips,
-    held_out_samples,
-    judge_videos,
-    missed_first_frames,
-    reconstructed,
-)
+from regen_dist.evaluation.miniature import Request, judge_videos, missed_first_frames
+from regen_dist.evaluation.miniature_scores import ShapeClip, held_out_clips, held_out_samples, reconstructed
 from regen_dist.inference.codec import Codec
 from regen_dist.models.building import build_model
 from regen_dist.models.encoder import Latents

@@ -6,7 +6,7 @@ import pytest
 
 from regen_dist.data.synthetic.shapes import Attributes
 from regen_dist.errors import DataError
-from regen_dist.evaluation.miniature import Fraction, confusions, derangement, missed_targets, score_arm
+from regen_dist.evaluation.miniature_scores import Fraction, confusions, derangement, missed_targets, score_arm
 from regen_dist.evaluation.shapes import Reading
 
 

@@ -1,0 +1,228 @@
+"""Lists of videos and captions as people keep them: CSV, JSON, JSONL or Parquet, or lines of two text files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from regen_dist.config.urls import parse_url
+from regen_dist.data.storage.store import Store
+from regen_dist.errors import DataError
+
+LIST_SUFFIXES = frozenset({".csv", ".json", ".jsonl", ".parquet"})
+# Of a folder as finetrainers, diffusion-pipe and VideoFolder of `datasets` lay it out: the first that is there.
+FOLDER_LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json", "captions.json")
+VIDEO_LINES = ("videos.txt", "video.txt")  # a path a line; and in the same order
+CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a list: the first of each that a row has counts."""
+
+    video: tuple[str, ...] = ("video",)
+    caption: tuple[str, ...] = ("caption",)
+
+    @classmethod
+    def parse(cls, text: str) -> Columns:
+        """Columns from `video=path,caption=text`; DataError for anything else. Either may be left out."""
+        given: dict[str, tuple[str, ...]] = {}
+        for part in text.split(","):
+            name, _, column = (each.strip() for each in part.partition("="))
+            if name not in ("video", "caption") or not column or name in given:
+                raise DataError(f"--columns {text}: {part!r} is not understood; write video=COLUMN,caption=COLUMN")
+            given[name] = (column,)
+        return cls(**given)
+
+
+PLAIN = Columns()
+METADATA = Columns(("file_name", "video", "path"), ("caption", "text", "prompt"))
+
+
+class CaptionRow(NamedTuple):
+    """A row of a list. `where` is how messages call it ("line 7"), `caption` None where there is none."""
+
+    where: str
+    video: str
+    caption: str | None
+
+
+def is_list(place: str | Path) -> bool:
+    """Return true if a path or URL names a list, by its ending."""
+    return PurePosixPath(str(place)).suffix.lower() in LIST_SUFFIXES
+
+
+def read_rows(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool = False) -> list[CaptionRow]:
+    """The rows of a list: a local file, or an object of a store.
+
+    Raises:
+        DataError: it cannot be read, a column is missing, or rows are wrong: all of them, each with its line.
+    """
+    data = _bytes_of(place)
+    needed = (columns.video, columns.caption) if need_caption else (columns.video,)
+    rows, wrong = [], []
+    try:
+        for where, values in _raw_rows(PurePosixPath(str(place)).suffix.lower(), data, columns, needed):
+            problem = values if isinstance(values, str) else _problem(values, columns, needed)
+            if problem or isinstance(values, str):
+                wrong.append(f"{where}: {problem}")
+            else:
+                rows.append(CaptionRow(where, _cell(values, columns.video), _cell(values, columns.caption) or None))
+    except (ValueError, csv.Error, OSError) as error:  # pyarrow's errors are ValueErrors or OSErrors
+        raise DataError(f"{place}: cannot be read as a list: {_first_line(error)}") from error
+    refuse(place, wrong)
+    if not rows:
+        raise DataError(
+            f"{place}: the list is empty; it needs the column {_named(columns.video)}, and may have the column "
+            f"{_named(columns.caption)}"
+        )
+    return rows
+
+
+def read_lines(videos: str | Path, captions: str | Path) -> list[CaptionRow]:
+    """The rows of two files with a path and a caption a line, in the same order; DataError when their lengths
+    differ."""
+    texts = []
+    for place in (videos, captions):
+        try:
+            texts.append(_bytes_of(place).decode("utf-8-sig").rstrip("\r\n").split("\n"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: cannot be read as a list: {error}") from error
+    paths, said = texts
+    if len(paths) != len(said):
+        raise DataError(
+            f"{videos} has {len(paths)} lines and {captions} {len(said)}: each video needs its line of caption"
+        )
+    refuse(videos, [f"line {number}: it has no video" for number, path in enumerate(paths, 1) if not path.strip()])
+    pairs = enumerate(zip(paths, said, strict=True), 1)
+    return [CaptionRow(f"line {number}", path.strip(), caption.strip() or None) for number, (path, caption) in pairs]
+
+
+def refuse(place: str | Path, wrong: list[str]) -> None:
+    """One DataError for all that is wrong in a list; nothing when there is nothing."""
+    if wrong:
+        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+        lines = "\n".join(f"  {line}" for line in wrong[:_SHOWN] + more)
+        raise DataError(f"{place}: {len(wrong)} rows are wrong; mend or remove them:\n{lines}")
+
+
+def read_captions(place: str | Path, columns: Columns = PLAIN) -> dict[str, str]:
+    """Captions by video name from a list with both columns; DataError as for `read_rows`, and when one video has two
+    captions."""
+    captions: dict[str, str] = {}
+    wrong = []
+    for row in read_rows(place, columns, need_caption=True):
+        if captions.setdefault(row.video, row.caption or "") != (row.caption or ""):
+            wrong.append(f"{row.where}: another caption for {row.video}")
+    refuse(place, wrong)
+    return captions
+
+
+def _bytes_of(place: str | Path) -> bytes:
+    folder, _, name = str(place).rpartition("/") if "://" in str(place) else ("", "", "")
+    if folder:
+        return Store(folder).get(unquote(name) if parse_url(str(place)).read_only else name)
+    try:
+        return Path(place).expanduser().read_bytes()
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read: {error.strerror or error}") from error
+
+
+def _raw_rows(
+    suffix: str, data: bytes, columns: Columns, needed: Sequence[Sequence[str]]
+) -> Iterator[tuple[str, dict[Any, Any] | str]]:
+    """Yield the position of each row and its values, or its problem."""
+    if suffix == ".parquet":
+        yield from _parquet_rows(data, columns, needed)
+    elif suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        _need(needed, reader.fieldnames or ())
+        for values in reader:
+            yield f"line {reader.line_num}", values
+    elif suffix == ".jsonl":
+        # Not splitlines: a caption may hold U+2028, which JSON leaves as it is.
+        for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
+            if line.strip():
+                yield f"line {number}", _object(line)
+    elif suffix == ".json":
+        yield from _json_rows(json.loads(data.decode("utf-8-sig")), columns)
+    else:
+        raise ValueError(f"lists end in {', '.join(sorted(LIST_SUFFIXES))}")
+
+
+def _json_rows(rows: object, columns: Columns) -> Iterator[tuple[str, dict[Any, Any] | str]]:
+    """The rows of an array of objects, or of one object that gives each path its caption, or several: the first."""
+    if isinstance(rows, dict):
+        for video, said in rows.items():
+            caption = said[0] if isinstance(said, list) and said else said
+            yield f"entry {video!r}", {columns.video[0]: video, columns.caption[0]: caption}
+        return
+    if not isinstance(rows, list):
+        raise ValueError("a JSON list is an array of objects, or one object of captions by path")
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row if isinstance(row, dict) else "not a JSON object"
+
+
+def _parquet_rows(
+    data: bytes, columns: Columns, needed: Sequence[Sequence[str]]
+) -> Iterator[tuple[str, dict[Any, Any]]]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(io.BytesIO(data))
+    _need(needed, file.schema_arrow.names)
+    wanted = [name for name in (*columns.video, *columns.caption) if name in file.schema_arrow.names]
+    rows = (values for batch in file.iter_batches(columns=wanted) for values in batch.to_pylist())
+    for number, values in enumerate(rows, 1):
+        yield f"row {number}", values
+
+
+def _need(needed: Sequence[Sequence[str]], found: Sequence[str]) -> None:
+    if any(not set(names) & set(found) for names in needed):
+        raise ValueError(
+            f"every row needs a {' and a '.join(map(_named, needed))}; the columns are {', '.join(found) or 'none'}; "
+            "other names are given by --columns video=COLUMN,caption=COLUMN"
+        )
+
+
+def _named(names: Sequence[str]) -> str:
+    return " or ".join(names)
+
+
+def _cell(values: dict[Any, Any], names: Sequence[str]) -> str:
+    return str(_value(values, names) or "").strip()
+
+
+def _value(values: dict[Any, Any], names: Sequence[str]) -> object:
+    return next((values[name] for name in names if values.get(name) is not None), None)
+
+
+def _object(line: str) -> dict[Any, Any] | str:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        return f"not JSON: {error}"
+    return values if isinstance(values, dict) else "not a JSON object"
+
+
+def _problem(values: dict[Any, Any], columns: Columns, needed: Sequence[Sequence[str]]) -> str:
+    """Describe the problem with the values of a row; empty if there is none."""
+    if None in values:
+        return "more fields than columns; put a text with commas into quotes"
+    for names in (columns.video, columns.caption):
+        value = _value(values, names)
+        if value is not None and not isinstance(value, str):
+            return f"its {_named(names)} is {value!r}, not a text"
+        if names in needed and not (value or "").strip():
+            return f"it has no {_named(names)}"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,95 @@
+"""Requirements of the config's choices: the device, the ranks and the packages that a value needs.
+
+Training asks here at its start and `regen check` before it, on a machine that may have neither GPUs nor torch: nothing
+is imported. A value without an entry runs anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Site:
+    """Circumstances in which a value of a choice is to run.
+
+    Args:
+        device: type of each rank's device, "cpu" or "cuda".
+        precision: of the working weights: "bf16", "fp16" or "fp32".
+        engine: kind of the engine.
+        num_ranks: ranks of the run.
+        packages: whether the ranks run in this Python, so that its packages count.
+    """
+
+    device: str = "cpu"
+    precision: str = "bf16"
+    engine: str = "plain"
+    num_ranks: int = 1
+    packages: bool = True
+
+
+Requirement = Callable[[str, Site], Iterator[str]]  # config key and site to "problem; remedy"
+
+
+def _flash(key: str, site: Site) -> Iterator[str]:
+    if site.device != "cuda":
+        yield f"{key}=flash needs a CUDA device, found {site.device}; set {key}=sdpa"
+    elif site.precision not in ("bf16", "fp16"):
+        yield f"{key}=flash computes in bf16, found {site.precision}; set engine.precision=bf16, or {key}=sdpa"
+    if site.packages and not any(map(is_installed, ("flash_attn", "flash_attn_interface"))):
+        yield f"{key}=flash needs the package flash-attn; install it, or set {key}=sdpa"
+
+
+def _fused_adam(key: str, site: Site) -> Iterator[str]:
+    if site.device != "cuda":
+        yield f"{key}=fused_adam (apex) needs a CUDA device, found {site.device}; set {key}=adamw"
+    if site.packages and not is_installed("apex", "optimizers"):
+        yield (
+            f"{key}=fused_adam needs NVIDIA apex, which is built from source (see environment.yml; PyPI's `apex` is "
+            f"another package); or set {key}=adamw"
+        )
+
+
+def _cpu_adam(key: str, site: Site) -> Iterator[str]:
+    if site.device != "cpu":
+        yield f"{key}=cpu_adam keeps its state on the CPU, the model is on {site.device}; set {key}=adamw"
+    if site.engine != "zero3":
+        yield f"{key}=cpu_adam is DeepSpeed's; set engine.kind=zero3, or {key}=adamw"
+
+
+def _one_process(key: str, site: Site) -> Iterator[str]:
+    if site.num_ranks > 1:
+        yield f"{key}=plain trains in one process, found {site.num_ranks} ranks; set {key}=zero3"
+
+
+REQUIREMENTS: Mapping[tuple[str, str], Requirement] = {
+    ("attention.backend", "flash"): _flash,
+    ("engine.kind", "plain"): _one_process,
+    ("optimizer.kind", "cpu_adam"): _cpu_adam,
+    ("optimizer.kind", "fused_adam"): _fused_adam,
+}
+
+
+def problems(choice: str, value: str, site: Site, key: str = "") -> Iterator[str]:
+    """Yield why a value cannot run at a site, each with its remedy.
+
+    Args:
+        choice: key of the choice, as its registry has it.
+        value: of the choice.
+        site: where it is to run.
+        key: key of the config in the messages, where it is longer.
+    """
+    requirement = REQUIREMENTS.get((choice, value))
+    if requirement is not None:
+        yield from requirement(key or choice, site)
+
+
+def is_installed(package: str, part: str = "") -> bool:
+    """Return whether a package can be found without importing it (by a part that distinguishes it from another package
+    of the same name)."""
+    found = find_spec(package)
+    places = found.submodule_search_locations if found else None
+    return any((Path(place) / part).exists() for place in places or ())
