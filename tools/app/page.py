@@ -347,7 +347,10 @@ def _job_rows(runs: Path) -> tuple[list[list[Any]], str]:
         found, problems = list_jobs(runs)
     except RegenError as error:
         return [], banner(str(error), "error")
-    rows = [[row.run, row.state, row.step, row.steps, row.loss, row.note] for row in found]
+    rows = [
+        [row.run, row.state, row.step, row.steps, None if row.loss is None else f"{row.loss:.4g}", row.note]
+        for row in found
+    ]
     return rows, "".join(banner(each) for each in problems)
 
 
