@@ -32,6 +32,7 @@ _POLL_S = 0.3
 _SIDES = ["128", "192", "256", "480", "as it is"]
 _BOUNDS = {"steps": (1, 100), "frames a second": (1, 120), "samples": (1, 8), "guidance": (0, 30), "seed": (0, 2**31)}
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_SHOWN_ONLY: dict[str, Any] = {"interactive": False, "buttons": ["download", "fullscreen"]}  # no sharing elsewhere
 _CSS = """
 :root, .dark { --faint: var(--body-text-color-subdued); --line: var(--border-color-primary); --accent: #3b62d6; }
 .banner { padding: .5em .8em; border-radius: 6px; border: 1px solid var(--border-color-primary); }
@@ -226,7 +227,7 @@ def _reconstruct_tab(state: AppState, status: gr.HTML, page: gr.Blocks) -> None:
             video = gr.Video(
                 label="Source and reconstruction, side by side", interactive=False, autoplay=True, loop=True
             )
-            sheet = gr.Image(label="Frames, reconstruction, and the error (4 times amplified)", interactive=False)
+            sheet = gr.Image(label="Frames, reconstruction, and the error (4 times amplified)", **_SHOWN_ONLY)
             table = gr.Markdown(elem_id="measures")
     page.load(lambda: gr.Dropdown(state.refreshed("embedder")), None, model, **_QUIET)
 
@@ -268,7 +269,7 @@ def _generate_tab(state: AppState, status: gr.HTML, page: gr.Blocks) -> None:
             if not models:
                 gr.Markdown(f"No text-to-video run or export lies under `{state.runs}`.")
         with gr.Column(scale=3):
-            videos = gr.Gallery(label="Generated", columns=2, elem_id="generated")
+            videos = gr.Gallery(label="Generated", columns=2, elem_id="generated", **_SHOWN_ONLY)
     page.load(lambda: gr.Dropdown(state.refreshed("t2v")), None, model, **_QUIET)
     page.load(lambda: gr.Dropdown(state.refreshed("embedder")), None, embedder, **_QUIET)
 
@@ -303,8 +304,8 @@ def _runs_tab(state: AppState, page: gr.Blocks) -> None:
         run = gr.Dropdown([], label="Run", elem_id="run")
         report = gr.Dropdown([], label="Report page", elem_id="report")
     curves = gr.HTML(elem_id="curves")
-    pictures = gr.Gallery(label="Pictures of its validation", columns=1, visible=False)
-    videos = gr.Gallery(label="Videos that it generated", columns=4, visible=False)
+    pictures = gr.Gallery(label="Pictures of its validation", columns=1, visible=False, **_SHOWN_ONLY)
+    videos = gr.Gallery(label="Videos that it generated", columns=4, visible=False, **_SHOWN_ONLY)
     config = gr.Code(label="config.yaml", language="yaml", visible=False)
     frame = gr.HTML(elem_id="page")
 
@@ -347,7 +348,10 @@ def _job_rows(runs: Path) -> tuple[list[list[Any]], str]:
         found, problems = list_jobs(runs)
     except RegenError as error:
         return [], banner(str(error), "error")
-    rows = [[row.run, row.state, row.step, row.steps, row.loss, row.note] for row in found]
+    rows = [
+        [row.run, row.state, row.step, row.steps, None if row.loss is None else f"{row.loss:.4g}", row.note]
+        for row in found
+    ]
     return rows, "".join(banner(each) for each in problems)
 
 
