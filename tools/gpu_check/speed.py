@@ -233,7 +233,7 @@ def _row(machine: Machine, config: T2VConfig, rows: int) -> tuple[Tensor, ...]:
 _CONFIG, _CLIPS = Path("configs/bench/gpu_check.yaml"), Path("configs/bench/compression_clips.yaml")
 _VIDEOS, _FILM, _TESTS = Path("runs/videos"), "bbb.mp4", ("bikes.mp4", "carphone.mp4")
 _COMPRESSIONS = (16, 32)
-_PROBED_STEPS, _WARM_STEPS = 12, 6
+_PROBE = (12, 6), (4, 1)  # steps of the timing run and of its warm-up: on a GPU, on the CPU
 _NEVER = 10**9
 
 
@@ -290,10 +290,10 @@ def _trained(machine: Machine, own: Sequence[str], base: RunConfig, arm: Compres
         quiet = [f"train.validate_every={_NEVER}", *more]
         _run(machine, name, ["train", str(_CONFIG), *own, *changes, *quiet])
 
-    probes = machine.folder / "probes"
+    probes, (probed, warm) = machine.folder / "probes", machine.size(*_PROBE)
     rhythm = ["train.log_every=1", f"checkpoint.every={_NEVER}", f"output={probes}"]
-    command(f"{arm.name}-probe", _PROBED_STEPS, rhythm)
-    steps = num_steps(machine.minutes, training_pace(probes / arm.name, _WARM_STEPS)["wall_s"])
+    command(f"{arm.name}-probe", probed, rhythm)
+    steps = num_steps(machine.minutes, training_pace(probes / arm.name, warm)["wall_s"])
     command(arm.name, steps, [])
     return steps
 
