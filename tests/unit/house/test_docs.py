@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,41 @@ def test_configs_that_are_named_exist(page: Path) -> None:
 
 def test_every_dependency_is_explained() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
-    page = (ROOT / "docs" / "dependencies.md").read_text()
-    names = {Requirement(line).name for line in lines} - {project["name"]}  # an extra may hold other extras
-    assert [name for name in sorted(names) if f"| `{name}` |" not in page] == []
+    asked: dict[str, set[str]] = {Requirement(line).name: set() for line in project["dependencies"]}
+    for extra, lines in project["optional-dependencies"].items():
+        for name in {Requirement(line).name for line in lines} - {project["name"]}:
+            asked.setdefault(name, set()).update({extra} - {"dev", "docs"})
+    rows = _rows_of_dependencies()
+    assert {name: extras for name, (extras, *_) in rows.items()} == asked
+
+
+def test_sizes_of_dependencies_are_those_installed() -> None:
+    """Within a factor of two, for versions differ; of packages under 1 MB only that they are."""
+    wrong = {}
+    for name, (_, megabytes, licence) in _rows_of_dependencies().items():
+        assert licence, f"{name} has no licence"
+        if megabytes == "not measured":
+            continue
+        try:
+            files = distribution(name).files or ()
+        except PackageNotFoundError:
+            continue  # GPU packages are nowhere, those of the site may be missing
+        sizes = [Path(str(file.locate())).lstat().st_size for file in files if Path(str(file.locate())).exists()]
+        found = sum(sizes) / 1e6
+        if not found / 2 - 0.5 < float(megabytes) < found * 2 + 0.5:
+            wrong[name] = (megabytes, round(found, 1))
+    assert wrong == {}
+
+
+def _rows_of_dependencies() -> dict[str, tuple[set[str], str, str]]:
+    """Extras, MB and licence of every package in the tables of docs/dependencies.md."""
+    found = {}
+    for line in (ROOT / "docs" / "dependencies.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.match(r"`[\w-]+`$", cells[0]) and len(cells) in (4, 5):
+            extras = set(re.findall(r"`(\w+)`", cells[1])) if len(cells) == 5 else set()
+            found[cells[0].strip("`")] = (extras, cells[-3], cells[-2])
+    return found
 
 
 def test_the_readme_lists_the_exit_codes() -> None:

@@ -30,7 +30,7 @@ SHORT = """
     launcher/preflight/library.py launcher/preflight/report.py launcher/preflight/settings.py
     tools/bench/data_start.py tools/cli.py tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py
     tools/gpu_check/ranks.py tools/gpu_check/worker.py tools/preencode.py tools/shards/frames.py tools/text.py
-    tools/train.py regen_dist/models/recomputation.py tools/app/worker.py
+    tools/train.py regen_dist/models/recomputation.py
 """
 LONG = """
     regen_dist/data/video/reader.py regen_dist/inference/generate.py
