@@ -23,8 +23,9 @@ from launcher.job import ID_FILE, LAUNCH, JobTask, Submission, TaskProgress, new
 from launcher.retry import archive_history, read_history
 from launcher.script import slurm_executor, slurm_tasks
 from regen_dist.config import AnyRunConfig, config_hash, load_config, to_yaml
-from regen_dist.config.files import parse_yaml, write_text_atomically
+from regen_dist.config.files import write_text_atomically
 from regen_dist.config.version import VERSION_FILE, code_version
+from regen_dist.config.yaml_files import parse_yaml
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, BackendError, ConfigError, RegenError
 from regen_dist.jsontext import json_text
 

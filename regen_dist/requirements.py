@@ -36,7 +36,8 @@ class Site:
 Requirement = Callable[[str, Site], Iterator[str]]  # config key and site to "problem; remedy"
 
 
-def _flash(key: str, site: Site) -> Iterator[str]:
+def flash(key: str, site: Site) -> Iterator[str]:
+    """FlashAttention: a CUDA device, half precision, and one of its packages."""
     if site.device != "cuda":
         yield f"{key}=flash needs a CUDA device, found {site.device}; set {key}=sdpa"
     elif site.precision not in ("bf16", "fp16"):
@@ -45,7 +46,8 @@ def _flash(key: str, site: Site) -> Iterator[str]:
         yield f"{key}=flash needs the package flash-attn; install it, or set {key}=sdpa"
 
 
-def _fused_adam(key: str, site: Site) -> Iterator[str]:
+def fused_adam(key: str, site: Site) -> Iterator[str]:
+    """apex's FusedAdam: a CUDA device, and NVIDIA's apex."""
     if site.device != "cuda":
         yield f"{key}=fused_adam (apex) needs a CUDA device, found {site.device}; set {key}=adamw"
     if site.packages and not is_installed("apex", "optimizers"):
@@ -55,36 +57,40 @@ def _fused_adam(key: str, site: Site) -> Iterator[str]:
         )
 
 
-def _cpu_adam(key: str, site: Site) -> Iterator[str]:
+def cpu_adam(key: str, site: Site) -> Iterator[str]:
+    """DeepSpeed's CPU Adam: a model on the CPU, under ZeRO-3."""
     if site.device != "cpu":
         yield f"{key}=cpu_adam keeps its state on the CPU, the model is on {site.device}; set {key}=adamw"
     if site.engine != "zero3":
         yield f"{key}=cpu_adam is DeepSpeed's; set engine.kind=zero3, or {key}=adamw"
 
 
-def _one_process(key: str, site: Site) -> Iterator[str]:
+def one_process(key: str, site: Site) -> Iterator[str]:
+    """Plain PyTorch: one rank."""
     if site.num_ranks > 1:
         yield f"{key}=plain trains in one process, found {site.num_ranks} ranks; set {key}=zero3"
 
 
-def _text_encoder(key: str, site: Site) -> Iterator[str]:
+def text_encoder(key: str, site: Site) -> Iterator[str]:
+    """Any text encoder: transformers."""
     if site.packages and not is_installed("transformers"):
         yield missing_extra("a text encoder", "transformers")
 
 
-def _t5(key: str, site: Site) -> Iterator[str]:
-    yield from _text_encoder(key, site)
+def t5_encoder(key: str, site: Site) -> Iterator[str]:
+    """A T5 with its own tokenizer: sentencepiece, too."""
+    yield from text_encoder(key, site)
     if site.packages and not is_installed("sentencepiece"):
         yield missing_extra("a text encoder", "sentencepiece")
 
 
 REQUIREMENTS: Mapping[tuple[str, str], Requirement] = {
-    ("attention.backend", "flash"): _flash,
-    ("engine.kind", "plain"): _one_process,
-    ("optimizer.kind", "cpu_adam"): _cpu_adam,
-    ("optimizer.kind", "fused_adam"): _fused_adam,
-    ("text.encoder", "auto"): _text_encoder,
-    ("text.encoder", "t5"): _t5,
+    ("attention.backend", "flash"): flash,
+    ("engine.kind", "plain"): one_process,
+    ("optimizer.kind", "cpu_adam"): cpu_adam,
+    ("optimizer.kind", "fused_adam"): fused_adam,
+    ("text.encoder", "auto"): text_encoder,
+    ("text.encoder", "t5"): t5_encoder,
 }
 
 

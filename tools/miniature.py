@@ -186,7 +186,9 @@ def scores_table(report: dict[str, Any]) -> Table:
     rows = []
     for name, arm in report["arms"].items():
         scores = [arm["scores"][measure] for measure in targets]
-        rows.append([name, f"{scores[0]['number']}", *map(_share, scores)])
+        intervals = ((each["share"], *each["interval_95"]) for each in scores)
+        shares = [f"{share:.1%} ({100 * low:.0f}–{100 * high:.0f})" for share, low, high in intervals]
+        rows.append([name, f"{scores[0]['number']}", *shares])
     return Table(
         ["videos", *numbers("number", *targets)],
         rows,
@@ -194,11 +196,6 @@ def scores_table(report: dict[str, Any]) -> Table:
         footer=[["target", f"≥ {report['least_videos']}", *(f"≥ {target:.0%}" for target in targets.values())]],
         styles={number: "bold" for number, row in enumerate(rows) if row[0] == report["targets_are_for"]},
     )
-
-
-def _share(score: dict[str, Any]) -> str:
-    low, high = score["interval_95"]
-    return f"{score['share']:.1%} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 def _of_rows(found: Judgement) -> Iterator[str]:

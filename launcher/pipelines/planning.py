@@ -14,7 +14,7 @@ from launcher.pipelines.schema import Pipeline, PipelineStep, missing_outputs, w
 from launcher.retry import is_complete, newest_step, read_history
 from launcher.submit import SubmissionRequest, command_request, is_alive, train_request
 from regen_dist.config import load_config
-from regen_dist.config.files import shown_value
+from regen_dist.config.yaml_files import shown_value
 from regen_dist.errors import ConfigError
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 from regen_dist.checks.data import manifest_of
 from regen_dist.checks.findings import Finding, Target, error
 from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
-from regen_dist.config.files import read_yaml
 from regen_dist.config.identity import different_latents
+from regen_dist.config.yaml_files import read_yaml
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 
 KIND, _AGAIN = "latents", "run `regen preencode` again"  # as in the dataset's own module, which needs numpy

@@ -10,10 +10,11 @@ import yaml
 from pydantic import Field, ValidationError
 
 from regen_dist.config.embedder import DiffusionConfig, ModelConfig, RunConfig
-from regen_dist.config.files import Composed, describe_problem, display, problem_message, read_yaml
+from regen_dist.config.files import Composed, describe_problem, problem_message
 from regen_dist.config.run import PositiveInt, Section
 from regen_dist.config.t2v import FlowConfig, T2VConfig, T2VModelConfig
 from regen_dist.config.version import fill_later_fields
+from regen_dist.config.yaml_files import display, read_yaml
 from regen_dist.errors import CheckpointError, ConfigError
 
 EXPORT_CONFIG_FILE = "config.yaml"

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,22 +14,24 @@ from regen_dist.checkpoint.claims import Claims
 from regen_dist.checks.findings import Target
 from regen_dist.checks.run import refuse_process
 from regen_dist.config import AnyRunConfig
-from regen_dist.distributed.determinism import make_repeatable
 from regen_dist.distributed.engine import precision_of
 from regen_dist.distributed.failure import tell
-from regen_dist.distributed.ranks import Ranks, process_group, read_environment
+from regen_dist.distributed.ranks import Ranks, make_repeatable, process_group, read_environment
 from regen_dist.distributed.zero3 import build_engine
 from regen_dist.observe.hang_detector import Watchdog
 from regen_dist.observe.hardware import has_native_bf16, peak_tflops
 from regen_dist.observe.streams import warn
+from regen_dist.registry import Entry, Registry
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
 from regen_dist.training.configs import replace_config
+from regen_dist.training.embedder import BaselineTask, EmbedderTask
 from regen_dist.training.guards import Guards
 from regen_dist.training.loop import Trainer
 from regen_dist.training.metrics import Reporter, SampleLog, StepMeter
-from regen_dist.training.registry import build_task
 from regen_dist.training.step import GradientNorms
 from regen_dist.training.stopping import SignalInbox, Stopper
+from regen_dist.training.t2v import TextToVideoTask
+from regen_dist.training.task import TrainingTask
 
 
 def train(
@@ -149,3 +152,14 @@ def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     if ranks.is_main:
         _show_kernels()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
+
+
+TASKS: Registry[Entry[Callable[[Any, torch.device], TrainingTask]]] = Registry(
+    "model.kind",
+    {"regen": Entry(EmbedderTask), "magvit2": Entry(BaselineTask), "t2v": Entry(TextToVideoTask)},
+)
+
+
+def build_task(config: AnyRunConfig, device: torch.device) -> TrainingTask:
+    """The task that the config describes."""
+    return TASKS[config.model.kind].build(config, device)

@@ -114,7 +114,7 @@ def _bytes_of_a_step(cases: list[Case]) -> list[Measured]:
 
 def _measure(case: Case, ranks: Any) -> Measured:
     from regen_dist.distributed import zero3 as engines
-    from regen_dist.training.registry import build_task
+    from regen_dist.training.run import build_task
 
     settings = engines.deepspeed_settings
 

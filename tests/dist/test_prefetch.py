@@ -72,7 +72,7 @@ def _losses(engine_kind: str, kind: str, ranks: Any) -> tuple[list[float], int]:
 
     from regen_dist.data.loading.clip_loader import ClipBatch
     from regen_dist.distributed.zero3 import build_engine
-    from regen_dist.training.registry import build_task
+    from regen_dist.training.run import build_task
 
     config = tiny_run(engine__kind=engine_kind, engine__persistence_threshold=0, **CHANGES[kind])
     task = build_task(config, ranks.device)

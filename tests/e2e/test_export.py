@@ -21,7 +21,7 @@ from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import SourceVideo
 from regen_dist.observe.record import read_record
-from regen_dist.training.registry import build_task
+from regen_dist.training.run import build_task
 from tests.helpers.checkpoints import newest, tensors
 from tests.helpers.ranks import run_regen
 from tests.helpers.tiny import tiny_dataset, tiny_run

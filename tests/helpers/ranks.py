@@ -254,7 +254,7 @@ def train_jobs(jobs: Sequence[Job]) -> list[Any]:
 
 def _starting_masters(config: AnyRunConfig, ranks: Any) -> dict[str, Any]:
     from regen_dist.distributed.zero3 import build_engine
-    from regen_dist.training.registry import build_task
+    from regen_dist.training.run import build_task
 
     engine = build_engine(config, ranks, build_task(config, ranks.device).build)
     return {name: master.detach().clone().numpy() for name, master in engine.named_masters()}

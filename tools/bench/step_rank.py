@@ -31,7 +31,7 @@ from regen_dist.models.flops import FlopReport, count_flops, count_row_flops
 from regen_dist.models.memory import memory_bytes
 from regen_dist.observe.hardware import peak_tflops
 from regen_dist.training.metrics import StepMeter
-from regen_dist.training.registry import build_task
+from regen_dist.training.run import build_task
 from regen_dist.training.step import Stepper
 from tools.bench.common import Case, Rounds, Turn, ratio, spread
 

@@ -126,7 +126,7 @@ PARTS = (
     Part("t2v-blocks", "speed:t2v_blocks", "eight blocks of the 5B transformer: MFU and HFU"),
     Part("t2v-5b", "speed:t2v_5b", "the whole 5B model, one row: peak memory against `regen describe`", 180.0),
     Part("ranks", "ranks:ranks", "a rank that raises amid a collective ends the job in seconds, with its traceback"),
-    Part("tests", "suite:tests", "the tests that are marked `cuda`", 180.0),
+    Part("tests", "machine:tests", "the tests that are marked `cuda`", 180.0),
 )
 
 _TRAIN_S, _ARMS = 900.0, 4  # beside the minutes themselves: the film, probes, measuring

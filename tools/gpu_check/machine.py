@@ -4,6 +4,8 @@ and communication between ranks."""
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.errors import RegenError
+from regen_dist.programs import python
 
 Choice = TypeVar("Choice")
 _PACKAGES = ("regen-dist", "torch", "deepspeed", "flash-attn", "flash-attn-3", "apex")
@@ -156,3 +159,24 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+_ROOT = Path(__file__).parents[2]
+
+
+def tests(machine: Machine) -> dict[str, Any]:
+    """Run them. Without a GPU all of them are skipped, which shows that they can be collected."""
+    folder = _ROOT / "tests" / "cuda"
+    if not folder.is_dir():
+        raise PartLeftOut("needs a checkout of the repository: the package carries no tests")
+    if importlib.util.find_spec("pytest") is None:
+        raise PartLeftOut("needs pytest: pip install -e '.[dev]'")
+    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", str(folder))
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout, done.stderr, flush=True)
+    last = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
+    if done.returncode:
+        raise RegenError(f"pytest ended with exit code {done.returncode}: {last}")
+    if machine.is_cuda and "passed" not in last:
+        raise RegenError(f"no test ran: {last}")
+    return {"summary": last}

@@ -25,7 +25,7 @@ from regen_dist.models.flops import RowFlops, count_row_flops
 from regen_dist.models.memory import memory_bytes
 from regen_dist.observe.hardware import peak_tflops
 from regen_dist.programs import regen as regen_command
-from regen_dist.training.registry import build_task
+from regen_dist.training.run import build_task
 from tools.bench.compression_measure import TRAINED, CropSize, load_clips, measure_arm
 from tools.bench.compression_runs import (
     CompressionArm,

@@ -24,7 +24,7 @@ from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.distributed.zero3 import build_engine
 from regen_dist.errors import RegenError
 from regen_dist.models.building import build_model
-from regen_dist.training.registry import build_task
+from regen_dist.training.run import build_task
 from tools.gpu_check.machine import Machine, relative_error, require_close
 
 _TURNS = (8, 1, 8, 1, 1, 8)  # latent frames of the row of each step: clips and images in turn

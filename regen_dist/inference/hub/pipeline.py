@@ -33,8 +33,8 @@ from regen_dist.inference.generate import (
     resolve_settings,
     sample_rows,
 )
-from regen_dist.inference.hub.module import pipeline_module
-from regen_dist.inference.hub.opening import in_trained_precision, write_code
+from regen_dist.inference.hub.folder import in_trained_precision, write_code
+from regen_dist.inference.hub.inlining import pipeline_module
 from regen_dist.inference.latent_space import LatentSpace, parse_statistics
 from regen_dist.inference.long_video import row_frames
 from regen_dist.inference.sampler import TextToVideoModel

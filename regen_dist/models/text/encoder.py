@@ -73,11 +73,8 @@ def most_positions(model: nn.Module) -> int | None:
     return min(found, default=None)
 
 
-def _t5_class(transformers: Any, files: EncoderFiles) -> Any:
-    return transformers.T5EncoderModel
-
-
-def _auto_class(transformers: Any, files: EncoderFiles) -> Any:
+def auto_class(transformers: Any, files: EncoderFiles) -> Any:
+    """Class of transformers for any other encoder: that of its text part, where it has one of its own."""
     config = transformers.AutoConfig.from_pretrained(str(files.folder), local_files_only=True, trust_remote_code=False)
     known = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
     return transformers.AutoModelForTextEncoding if type(config) in known else transformers.AutoModel
@@ -93,7 +90,10 @@ class EncoderParts(NamedTuple):
 # By the kind that `files.described_by` finds. A frozen encoder adds nothing to a checkpoint.
 TEXT_ENCODERS: Registry[Entry[EncoderParts]] = Registry(
     "text.encoder",
-    {"t5": Entry(EncoderParts(_t5_class, SentencePieces)), "auto": Entry(EncoderParts(_auto_class, AutoTokens))},
+    {
+        "t5": Entry(EncoderParts(lambda transformers, _: transformers.T5EncoderModel, SentencePieces)),
+        "auto": Entry(EncoderParts(auto_class, AutoTokens)),
+    },
 )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from regen_dist.distributed.determinism import make_repeatable
+from regen_dist.distributed.ranks import make_repeatable
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,11 @@ import fastjsonschema
 import pytest
 from typer.testing import CliRunner
 
-from regen_dist.config.files import inherited, parse_yaml, read_yaml
+from regen_dist.config.files import inherited
 from regen_dist.config.project import schema_comment
 from regen_dist.config.run import Section
 from regen_dist.config.schema import config_keys, file_schema, schema_text
+from regen_dist.config.yaml_files import parse_yaml, read_yaml
 from tests.unit.house.test_contracts import ROOT
 from tools.cli import app
 from tools.config import SOURCES, ConfigKind, schema_class

@@ -18,7 +18,7 @@ from regen_dist.inference.codec import Codec
 from regen_dist.inference.windows import Window
 from regen_dist.models.building import build_model
 from regen_dist.models.encoder import Latents
-from regen_dist.training.registry import build_task
+from regen_dist.training.run import build_task
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.tiny import clips, tiny_run, wake
 

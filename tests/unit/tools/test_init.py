@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from launcher.cluster import load_cluster
 from regen_dist.config import load_config
-from regen_dist.config.files import read_yaml
 from regen_dist.config.preencode import load_preencode_config
 from regen_dist.config.t2v import T2VConfig
+from regen_dist.config.yaml_files import read_yaml
 from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_dataset
 from tools.cli import app

@@ -17,7 +17,7 @@ from regen_dist.diffusion.samplers import sample
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.training.guards import Guards, poison_nonfinite
 from regen_dist.training.metrics import StepMeter
-from regen_dist.training.registry import build_task
+from regen_dist.training.run import build_task
 from regen_dist.training.task import Loss, Validation
 from tests.helpers.latents import write_cache
 from tests.helpers.meta import META, Answers, MetaRanks

@@ -15,7 +15,7 @@ from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.generate import trained_size
 from regen_dist.inference.latent_space import parse_statistics, read_space
-from regen_dist.training.registry import build_task
+from regen_dist.training.run import build_task
 from regen_dist.training.t2v import TextToVideoTask
 from tests.helpers.latents import write_cache
 from tests.helpers.saved import saved_run

@@ -16,7 +16,7 @@ from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.training.embedder import latent_noise, psnr_db, to_float, train_frames
 from regen_dist.training.linear_start import LINEAR_CODES
-from regen_dist.training.registry import build_task
+from regen_dist.training.run import build_task
 from tests.helpers.tiny import tiny_run, wake
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.models import attention, kernels
 from regen_dist.models.attention import attend_reference
-from regen_dist.training.registry import build_task
+from regen_dist.training.run import build_task
 from tests.helpers.latents import write_cache
 from tests.helpers.meta import META, MetaRanks
 from tests.helpers.tiny import tiny_run, tiny_t2v, wake

@@ -23,7 +23,7 @@ from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.hub.embedder import VideoEmbedder
-from regen_dist.inference.hub.module import own_module
+from regen_dist.inference.hub.inlining import own_module
 from regen_dist.inference.latent_space import read_statistics
 from regen_dist.models.encoder import Latents
 from tests.helpers.saved import saved_run
