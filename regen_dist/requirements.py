@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from regen_dist.errors import missing_extra
+
 
 @dataclass(frozen=True)
 class Site:
@@ -65,11 +67,24 @@ def _one_process(key: str, site: Site) -> Iterator[str]:
         yield f"{key}=plain trains in one process, found {site.num_ranks} ranks; set {key}=zero3"
 
 
+def _text_encoder(key: str, site: Site) -> Iterator[str]:
+    if site.packages and not is_installed("transformers"):
+        yield missing_extra("a text encoder", "transformers")
+
+
+def _t5(key: str, site: Site) -> Iterator[str]:
+    yield from _text_encoder(key, site)
+    if site.packages and not is_installed("sentencepiece"):
+        yield missing_extra("a text encoder", "sentencepiece")
+
+
 REQUIREMENTS: Mapping[tuple[str, str], Requirement] = {
     ("attention.backend", "flash"): _flash,
     ("engine.kind", "plain"): _one_process,
     ("optimizer.kind", "cpu_adam"): _cpu_adam,
     ("optimizer.kind", "fused_adam"): _fused_adam,
+    ("text.encoder", "auto"): _text_encoder,
+    ("text.encoder", "t5"): _t5,
 }
 
 

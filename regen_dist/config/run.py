@@ -173,9 +173,7 @@ class CheckpointConfig(Section):
         default=None, description="Also keep the checkpoints of steps that are multiples of this, for good; null: none."
     )
     keep_best: NonNegativeInt = Field(default=0, description="Also keep so many of the best by `best_metric`.")
-    best_metric: str = Field(
-        default="psnr_db", description="Metric of the validation that `keep_best` compares; of text to video: loss."
-    )
+    best_metric: str = Field(default="psnr_db", description="Metric that `keep_best` compares; of text to video: loss.")
     best_is: Literal["max", "min"] = Field(
         default="max", description="Best value of `best_metric`: the largest or smallest."
     )
@@ -422,11 +420,9 @@ class TrainConfig(Section):
     grad_norms_every: PositiveInt | None = Field(
         default=None, description="Optimizer steps between records of the norm of each layer's gradient; null: never."
     )
-    slow_ranks_every: PositiveInt = Field(
-        default=100, description="Optimizer steps between reports of slow ranks, where there are several ranks."
-    )
+    slow_ranks_every: PositiveInt = Field(default=100, description="Optimizer steps between reports of slow ranks.")
     trace_samples: bool = Field(
-        default=False, description="Write the ids of all clips that are trained on to samples/ in the run folder."
+        default=False, description="Write the ids of all trained clips to samples/ in the run folder."
     )
     peak_tflops: float | None = Field(
         default=None, description="Peak TFLOP/s of a rank, for MFU; null: looked up for a GPU, measured on a CPU."

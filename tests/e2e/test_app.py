@@ -35,7 +35,7 @@ REQUIRED = os.environ.get("REGEN_REQUIRE_CHROMIUM") == "1"
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync",
          "--disable-component-update", "--no-first-run")  # fmt: skip
 JOB_MS = 240_000  # in which a job must end, also on a loaded machine
-JOB = re.compile("is done|failed|was cancelled")
+JOB_ENDS = re.compile("is done|failed|was cancelled")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def address(folder: Path) -> Iterator[str]:
         assert f"http://127.0.0.1:{port}/" in log.read_text()
         yield f"http://127.0.0.1:{port}/"
         server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0, log.read_text()
+        assert server.wait(120) == 0, log.read_text()
         assert list((folder / "out" / "work").iterdir()) == []
     finally:
         with suppress(ProcessLookupError):
@@ -113,14 +113,15 @@ def _says(page: Page, pattern: str | re.Pattern[str], timeout_ms: int = 60_000) 
 
 def _upload(page: Page, where: str, path: Path | dict[str, Any]) -> None:
     """Give a file to the page, in place of the one before."""
-    clear = page.locator(f"{where} button[aria-label='Clear']")
-    if clear.count():
-        clear.first.click()
-    page.locator(f"{where} input[type=file]").set_input_files(path)
+    chooser = page.locator(f"{where} input[type=file]")
+    if not chooser.count():  # a file is there
+        page.locator(f"{where} button[aria-label='Clear']").first.click()
+    chooser.set_input_files(path)
 
 
 def test_the_page_in_a_browser(browser: Any, folder: Path, address: str) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(60_000)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
@@ -144,7 +145,7 @@ def _bad_uploads(page: Page, folder: Path) -> None:
         _upload(page, "#video", given / name)
         _says(page, message)
     _upload(page, "#video", given / "heavy.mp4")
-    page.get_by_text(re.compile("exceeds the maximum allowed size|File size exceeded")).first.wait_for()
+    page.get_by_text(re.compile("exceed the maximum allowed size of 2")).wait_for()
     outside = {"name": "../../../escaped.mp4", "mimeType": "video/mp4", "buffer": (given / "short.mp4").read_bytes()}
     _upload(page, "#video", outside)
     _says(page, "escaped.mp4: 9 frames, 0.38 seconds, 64x48")
@@ -157,7 +158,7 @@ def _reconstruct_and_cancel(page: Page, folder: Path) -> None:
     page.get_by_label("Shorter side in pixels").click()
     page.get_by_role("option", name="as it is").click()
     start.click()
-    assert "Job 1 (reconstruct) is done" in _says(page, JOB, JOB_MS)
+    assert "Job 1 (reconstruct) is done" in _says(page, JOB_ENDS, JOB_MS)
     assert re.search(r"PSNR\s+\d\d\.\d\d dB", page.locator("#measures").inner_text())
     assert page.locator("video").first.evaluate(
         "v => new Promise(r => v.readyState ? r(1) : v.onloadeddata = () => r(1))"
@@ -169,8 +170,6 @@ def _reconstruct_and_cancel(page: Page, folder: Path) -> None:
     page.get_by_label("Decoder steps").first.fill("16")
     start.click()
     _says(page, r"Job 2 \(reconstruct\): frames \d+ of 120", JOB_MS)
-    start.click()
-    _says(page, r"job 2 \(reconstruct\) is running, and one runs at a time")
     began = time.monotonic()
     page.get_by_role("button", name="Cancel", exact=True).click()
     _says(page, r"Job 2 \(reconstruct\) was cancelled; its files are removed")
@@ -187,7 +186,7 @@ def _generate_from_an_image(page: Page, folder: Path) -> None:
     _says(page, "first.png: 32x32")
     page.get_by_label("Prompt", exact=True).fill("a red circle moves left")
     page.get_by_role("button", name="Generate", exact=True).click()
-    assert "Job 3 (generate) is done" in _says(page, JOB, JOB_MS)
+    assert "Job 3 (generate) is done" in _says(page, JOB_ENDS, JOB_MS)
     page.locator("#generated video, #generated button").first.wait_for()
     made = folder / "out" / "results" / "0003-generate"
     assert SourceVideo(made / "00000.mp4").num_frames == 5

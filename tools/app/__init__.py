@@ -51,14 +51,10 @@ def serve_app(
         print(f"{address}  ({limits.text()} an upload; Ctrl-C ends it)", flush=True)
         if host not in _LOOPBACK:
             print(f"warning: {host} is not loopback: whoever reaches this port can upload and run jobs", flush=True)
-        _wait_for_signal()
+        ended = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
+        ended.wait()
     finally:
         state.runner.close()
         page.close(verbose=False)
-
-
-def _wait_for_signal() -> None:
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    ended.wait()

@@ -187,7 +187,8 @@ def copy_page(runs: Path, name: str, shown: Path) -> Path:
     folder = known[name]
     text = (folder / PAGE).read_text(encoding="utf-8", errors="replace")
     linked = {folder / unquote(each) for each in re.findall(r"""(?:src|href|poster)=["']([^"':#?]+)["']""", text)}
-    files = [folder / PAGE, *(each for each in sorted(linked) if _is_inside(each, folder))]
+    inside = (each for each in sorted(linked) if each.resolve().is_relative_to(folder.resolve()))  # links followed
+    files = [folder / PAGE, *(each for each in inside if each.is_file())]
     size = sum(each.stat().st_size for each in files)
     if size > MOST_PAGE_BYTES:
         raise ConfigError(f"the page {name} has {size / 2**20:.0f} MB; open {folder / PAGE} itself")
@@ -197,11 +198,6 @@ def copy_page(runs: Path, name: str, shown: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(each, target)
     return copies / PAGE
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Return whether a file, links followed, lies in a folder."""
-    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
 def _newest(folder: Path, pattern: str) -> list[Path]:

@@ -31,6 +31,7 @@ LONGEST_PROMPT = 1000
 _POLL_S = 0.3
 _SIDES = ["128", "192", "256", "480", "as it is"]
 _BOUNDS = {"steps": (1, 100), "frames a second": (1, 120), "samples": (1, 8), "guidance": (0, 30), "seed": (0, 2**31)}
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _CSS = """
 :root, .dark { --faint: var(--body-text-color-subdued); --line: var(--border-color-primary); --accent: #3b62d6; }
 .banner { padding: .5em .8em; border-radius: 6px; border: 1px solid var(--border-color-primary); }
@@ -92,6 +93,7 @@ class AppState:
         request = {
             "model": str(chosen.folder), "steps": int(steps), "fps": float(fps) if fps else None, "seed": 0,
             "short_side": int(side) if side.isdecimal() else None, "max_frames": self.limits.num_frames,
+            "max_pixels": self.limits.pixels,
         }  # fmt: skip
         return self.runner.start("reconstruct", request, source)
 
@@ -204,8 +206,8 @@ def build_page(state: AppState) -> gr.Blocks:
                 yield job_banner(job)
             yield banner("No job is running.") if job is None else job_banner(job)
 
-        cancel.click(stop, None, status, concurrency_limit=None, show_progress="hidden", api_visibility="private")
-        page.load(follow, None, status, concurrency_limit=None, show_progress="hidden", api_visibility="private")
+        cancel.click(stop, None, status, concurrency_limit=None, **_QUIET)
+        page.load(follow, None, status, concurrency_limit=None, **_QUIET)
     return page
 
 
@@ -226,7 +228,7 @@ def _reconstruct_tab(state: AppState, status: gr.HTML, page: gr.Blocks) -> None:
             )
             sheet = gr.Image(label="Frames, reconstruction, and the error (4 times amplified)", interactive=False)
             table = gr.Markdown(elem_id="measures")
-    page.load(lambda: gr.Dropdown(state.refreshed("embedder")), None, model, api_visibility="private")
+    page.load(lambda: gr.Dropdown(state.refreshed("embedder")), None, model, **_QUIET)
 
     def check(path: str | None) -> str:
         try:
@@ -240,10 +242,10 @@ def _reconstruct_tab(state: AppState, status: gr.HTML, page: gr.Blocks) -> None:
     def run(*values: Any) -> Iterator[tuple[Any, ...]]:
         yield from _followed(lambda: state.reconstruction(*values), reconstruction_results, 3)
 
-    file.upload(check, file, status, show_progress="hidden", api_visibility="private")
+    file.upload(check, file, status, **_QUIET)
     start.click(
         run, [file, model, steps, fps, side], [status, video, sheet, table],
-        concurrency_limit=None, show_progress="hidden", api_visibility="private",
+        concurrency_limit=None, **_QUIET,
     )  # fmt: skip
 
 
@@ -267,8 +269,8 @@ def _generate_tab(state: AppState, status: gr.HTML, page: gr.Blocks) -> None:
                 gr.Markdown(f"No text-to-video run or export lies under `{state.runs}`.")
         with gr.Column(scale=3):
             videos = gr.Gallery(label="Generated", columns=2, elem_id="generated")
-    page.load(lambda: gr.Dropdown(state.refreshed("t2v")), None, model, api_visibility="private")
-    page.load(lambda: gr.Dropdown(state.refreshed("embedder")), None, embedder, api_visibility="private")
+    page.load(lambda: gr.Dropdown(state.refreshed("t2v")), None, model, **_QUIET)
+    page.load(lambda: gr.Dropdown(state.refreshed("embedder")), None, embedder, **_QUIET)
 
     def results(folder: Path) -> tuple[list[str]]:
         return ([str(each) for each in sorted([*folder.glob("*.mp4"), *folder.glob("*.png")])],)
@@ -284,13 +286,11 @@ def _generate_tab(state: AppState, status: gr.HTML, page: gr.Blocks) -> None:
     def run(*values: Any) -> Iterator[tuple[Any, ...]]:
         yield from _followed(lambda: state.generation(*values), results, 1)
 
-    image.upload(check, image, status, show_progress="hidden", api_visibility="private")
-    model.change(
-        state.defaults_of, model, [embedder, steps, guidance], show_progress="hidden", api_visibility="private"
-    )
+    image.upload(check, image, status, **_QUIET)
+    model.change(state.defaults_of, model, [embedder, steps, guidance], **_QUIET)
     start.click(
         run, [prompt, negative, image, model, embedder, samples, steps, guidance, seed], [status, videos],
-        concurrency_limit=None, show_progress="hidden", api_visibility="private",
+        concurrency_limit=None, **_QUIET,
     )  # fmt: skip
 
 
@@ -333,11 +333,10 @@ def _runs_tab(state: AppState, page: gr.Blocks) -> None:
         link = f'<a href="{address}" target="_blank">open {html.escape(name)} by itself</a>'
         return f'{link}<iframe class="report" src="{address}" title="{html.escape(name)}"></iframe>'
 
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    refresh.click(lists, None, [table, note, run, report], **quiet)
-    page.load(lists, None, [table, note, run, report], **quiet)
-    run.change(show, run, [curves, pictures, videos, config], **quiet)
-    report.change(open_page, report, frame, **quiet)
+    refresh.click(lists, None, [table, note, run, report], **_QUIET)
+    page.load(lists, None, [table, note, run, report], **_QUIET)
+    run.change(show, run, [curves, pictures, videos, config], **_QUIET)
+    report.change(open_page, report, frame, **_QUIET)
 
 
 def _job_rows(runs: Path) -> tuple[list[list[Any]], str]:

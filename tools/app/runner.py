@@ -106,7 +106,9 @@ class JobRunner:
             if self.job is not None and not self.job.ended.is_set():
                 running = f"job {self.job.number} ({self.job.kind})"
                 raise JobRunning(f"{running} is running, and one runs at a time; wait for it or cancel it")
-            number = self._next_number()
+            names = (re.match(r"\d+", each.name) for each in self.results.iterdir())
+            last = self.job.number if self.job else 0
+            number = max([last, *(int(found[0]) for found in names if found)]) + 1
             work = self._work / f"{number:04d}"
             (work / OUTPUT).mkdir(parents=True)
             given = _take(source, work) if source else None
@@ -159,11 +161,6 @@ class JobRunner:
                     process.stdin.close()
             job.ended.set()
 
-    def _next_number(self) -> int:
-        names = (re.match(r"\d+", each.name) for each in self.results.iterdir())
-        last = self.job.number if self.job else 0
-        return max([last, *(int(found[0]) for found in names if found)]) + 1
-
 
 def _claim(folder: Path) -> IO[bytes]:
     """Take a folder for this app alone: an empty one, or one that an app made. Return the open file that holds it."""
@@ -178,11 +175,6 @@ def _claim(folder: Path) -> IO[bytes]:
         file.close()
         raise ConfigError(f"another regen app uses {folder}; end it, or give another folder with --out") from error
     return file
-
-
-def report(**values: Any) -> None:
-    """Print a report of the worker, which `JobRunner` reads: `what`, `done`, `total`, or `error`."""
-    print(json_text(values), flush=True)
 
 
 def _read_reports(job: Job, lines: IO[str]) -> list[str]:

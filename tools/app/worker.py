@@ -14,8 +14,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from regen_dist.errors import RegenError
-from tools.app.runner import OUTPUT, REQUEST, report
+from regen_dist.errors import DataError, RegenError
+from regen_dist.jsontext import json_text
+from tools.app.runner import OUTPUT, REQUEST
+
+
+def report(**values: Any) -> None:
+    """Print a report, which `JobRunner` reads.
+
+    Args:
+        values: `what` is done, with `done` of `total` units; or the `error` that ends the job.
+    """
+    print(json_text(values), flush=True)
 
 
 def reconstruct(request: dict[str, Any], out: Path) -> None:
@@ -27,11 +37,18 @@ def reconstruct(request: dict[str, Any], out: Path) -> None:
     from tools.reconstruct import decoder_label, model_facts
 
     source = SourceVideo(Path(request["source"]), short_side=request["short_side"], max_frames=request["max_frames"])
+    height, width = source.stored
+    if height * width > request["max_pixels"]:  # by the first frame: the container may have said something else
+        raise DataError(
+            f"the video's frames have {width}x{height} pixels, more than the {request['max_pixels'] / 1e6:.3g} million "
+            "that are allowed; scale it down first"
+        )
     model = Path(request["model"])
     report(what="loading the model")
     codec = Codec.load(model)
     options = Options(steps=request["steps"], fps=request["fps"], seed=request["seed"])
     total = source.num_frames
+    report(what="frames", done=0, total=total)
     job(
         source, codec, out, options, label=decoder_label(codec, options.steps), model=model_facts(model, codec),
         progress=lambda frame: report(what="frames", done=frame, total=total),
@@ -65,14 +82,14 @@ def generate(request: dict[str, Any], out: Path) -> None:
 _JOBS = {"reconstruct": reconstruct, "generate": generate}
 
 
-def _end_with_parent() -> None:
-    os.read(0, 1)  # not sys.stdin, whose lock would be held when the interpreter ends
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def main(folder: Path) -> int:
     """Do the job of a folder; return the exit code."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def end_with_parent() -> None:
+        os.read(0, 1)  # not sys.stdin, whose lock would be held when the interpreter ends
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     try:
         _JOBS[request["kind"]](request, folder / OUTPUT)

@@ -22,7 +22,7 @@ from regen_dist.jsontext import json_text
 from regen_dist.programs import python
 from regen_dist.tables import Table, numbers
 
-_CPU_PATIENCE = 4  # times the limits: CPUs are slower, and shared
+_CPU_PATIENCE = 10  # times the limits: CPUs are slower, and shared
 
 
 def gpu_check(

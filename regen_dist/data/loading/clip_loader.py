@@ -11,7 +11,7 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import count, islice
+from itertools import count
 from math import prod
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,8 +54,9 @@ class ClipReader:
     """
 
     def __init__(self, data: TrainingSet, fetcher: Fetcher, board: Tensor) -> None:
-        self._data, self._fetcher, self._board = data, fetcher, board
-        board[0] = os.getpid()
+        self._data, self._fetcher = data, fetcher
+        self._board = board.numpy()  # torch takes 30 times as long to set a number
+        self._board[0] = os.getpid()
 
     def read(self, batch: MicroBatch, found: Sequence[Bytes], out: video.UInt8s) -> BatchWithReplacements:
         """Decode a micro-batch, with replacements for its bad samples, into `out`, [b, 3, T, H, W].
@@ -293,7 +294,7 @@ class _Clips(IterableDataset[_WorkerBatch | DataError]):
         try:
             with Fetcher(data.datasets, data.config.read) as fetcher:
                 reader = ClipReader(data, fetcher, board)
-                mine = islice(self._plan, number, None, workers)
+                mine = self._plan.part(number, workers)
                 for batch, found in fetcher.ahead((batch, data.places(batch)) for batch in mine):
                     video, slot = self._slots.take(number, (len(found), 3, *_sides(batch)))
                     places, bad, num_replaced = reader.read(batch, found, video.numpy())

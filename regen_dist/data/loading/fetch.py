@@ -17,6 +17,7 @@ from regen_dist.data.storage.connection import limits_of
 from regen_dist.errors import AccessDenied, DataError, StoreUnavailable
 
 _RETRIES = 2  # of a sample with wrong bytes: the network or the cache may have corrupted them
+_PART_BYTES = 4 << 20  # of a shard that one thread fetches and verifies: several do so side by side
 _FIRST_WINDOW_BYTES = 1 << 20  # small, for a fast first batch; each window may be twice the last
 
 
@@ -91,17 +92,18 @@ class Fetcher:
             yield window
 
     def _start(self, window: Sequence[Wanted[Item]]) -> list[tuple[Item, list[Future[Bytes]]]]:
-        """Start fetching all samples of a window, each once, grouped by shard."""
+        """Start fetching all samples of a window, each once, grouped by shard, in parts of neighbours."""
         shards: dict[tuple[int, str], dict[SampleLocation, Future[Bytes]]] = {}
         for _, places in window:
             for place in places:
                 shards.setdefault((place.dataset, place.row.shard), {}).setdefault(place, Future())
         for futures in shards.values():
-            self._threads.submit(self._fetch, futures)
+            for part in _parts(futures):
+                self._threads.submit(self._fetch, part)
         return [(item, [shards[place.dataset, place.row.shard][place] for place in places]) for item, places in window]
 
     def _fetch(self, futures: dict[SampleLocation, Future[Bytes]]) -> None:
-        """Set the results of the futures of samples in one shard."""
+        """Set the results of the futures of some samples of one shard."""
         try:
             missing = []
             for place, future in futures.items():
@@ -180,6 +182,20 @@ def _cache(config: ReadConfig) -> DiskCache | None:
     if config.cache is None:
         return None
     return DiskCache(cache_folder(config.cache) / "samples", int(config.cache_gb * 1e9))
+
+
+def _parts(futures: dict[SampleLocation, Future[Bytes]]) -> Iterator[dict[SampleLocation, Future[Bytes]]]:
+    """Yield the samples of one shard in parts of `_PART_BYTES`, in order of offset, so that neighbours share a request
+    as before."""
+    part: dict[SampleLocation, Future[Bytes]] = {}
+    held = 0
+    for place in sorted(futures, key=lambda place: place.row.offset):
+        if part and held + place.row.size > _PART_BYTES:
+            yield part
+            part, held = {}, 0
+        part[place] = futures[place]
+        held += place.row.size
+    yield part
 
 
 def _arrived(waiting: list[tuple[Item, list[Future[Bytes]]]]) -> Iterator[tuple[Item, list[Bytes]]]:

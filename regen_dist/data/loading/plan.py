@@ -39,10 +39,15 @@ class BatchPlan(Generic[Data]):
         return plan
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        order = self.data.order
-        for step in count(self._first_step):
-            for micro in range(self._accumulation):
-                yield order.micro_batch(step, micro, self._accumulation, self._rank, self._world_size)
+        return self.part(0, 1)
+
+    def part(self, worker: int, workers: int) -> Iterator[MicroBatch]:
+        """Yield every `workers`-th micro-batch from number `worker` on; those between them are not planned."""
+        for number in count(worker, workers):
+            step, micro = divmod(number, self._accumulation)
+            yield self.data.order.micro_batch(
+                self._first_step + step, micro, self._accumulation, self._rank, self._world_size
+            )
 
     @property
     def samples(self) -> int:

@@ -105,6 +105,7 @@ class Converter:
 
     def __init__(self) -> None:
         self._aspect = Fraction(1)
+        self._unchanged: tuple[Look, Fraction | None] | None = None  # frames like the last one pass as they are
         self._filters: dict[tuple[Look, int, int], _Filters] = {}
         self.notes: dict[str, None] = {}
 
@@ -118,13 +119,16 @@ class Converter:
         Raises:
             DataError: its colours or the shape of its pixels cannot be converted.
         """
-        self._aspect = Fraction(pixel_aspect) if pixel_aspect else Fraction(1)
         look = Look.of(frame)
+        if (look, pixel_aspect) == self._unchanged:
+            return frame
+        self._aspect = Fraction(pixel_aspect) if pixel_aspect else Fraction(1)
         if look.matrix in _UNREADABLE_MATRICES and not frame.format.is_rgb:
             matrix = _UNREADABLE_MATRICES[look.matrix]
             raise DataError(f"its colours are {matrix} (matrix {look.matrix} of H.273), which cannot be converted")
         width, height = self._square(look)
         if not look.colours and (width, height) == (look.width, look.height):
+            self._unchanged = look, pixel_aspect
             return frame
         if (width, height) != (look.width, look.height):
             aspect = f"{self._aspect.numerator}:{self._aspect.denominator}"

@@ -525,9 +525,10 @@ def read_clip(
     reformatter, index = VideoReformatter(), 0
     sides: tuple[int, int] | None = None
     for number, frame in reader.frames(numbers):
-        if sides not in (None, shown_sides(frame)):
+        shown = shown_sides(frame)
+        if sides not in (None, shown):
             raise DataError(f"the picture changes its size at frame {number}")
-        sides = shown_sides(frame)
+        sides = shown
         start = index
         while index < len(numbers) and numbers[index] == number:
             index += 1

@@ -11,10 +11,10 @@ whatever batch, task or order it comes, and there is no padding to mask. Equal c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,8 @@ from regen_dist.config.t2v import TextConfig
 from regen_dist.errors import CheckpointError
 from regen_dist.models.text.files import WEIGHTS_INDEX, EncoderFiles, find_files, quiet_transformers
 from regen_dist.models.text.tokens import AutoTokens, SentencePieces, Tokens
+from regen_dist.registry import Entry, Registry
+from regen_dist.requirements import Site
 
 # The part of a pretrained model that reads text, whatever the architecture: weights out of safetensors, no foreign
 # code.
@@ -41,7 +43,8 @@ def load_model(files: EncoderFiles, dtype: torch.dtype) -> nn.Module:
     """
     with quiet_transformers() as transformers:
         try:
-            model, found = _class(transformers, files).from_pretrained(
+            model_class = TEXT_ENCODERS[files.kind].build.model_class(transformers, files)
+            model, found = model_class.from_pretrained(
                 str(files.folder), use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=dtype,
                 output_loading_info=True,
             )  # fmt: skip
@@ -70,12 +73,28 @@ def most_positions(model: nn.Module) -> int | None:
     return min(found, default=None)
 
 
-def _class(transformers: Any, files: EncoderFiles) -> Any:
-    if files.is_t5:
-        return transformers.T5EncoderModel
+def _t5_class(transformers: Any, files: EncoderFiles) -> Any:
+    return transformers.T5EncoderModel
+
+
+def _auto_class(transformers: Any, files: EncoderFiles) -> Any:
     config = transformers.AutoConfig.from_pretrained(str(files.folder), local_files_only=True, trust_remote_code=False)
     known = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
     return transformers.AutoModelForTextEncoding if type(config) in known else transformers.AutoModel
+
+
+class EncoderParts(NamedTuple):
+    """One kind of text encoder: the class of transformers that reads its weights, and its tokenizer."""
+
+    model_class: Callable[[Any, EncoderFiles], Any]
+    tokens: Callable[[EncoderFiles], Tokens]
+
+
+# By the kind that `files.described_by` finds. A frozen encoder adds nothing to a checkpoint.
+TEXT_ENCODERS: Registry[Entry[EncoderParts]] = Registry(
+    "text.encoder",
+    {"t5": Entry(EncoderParts(_t5_class, SentencePieces)), "auto": Entry(EncoderParts(_auto_class, AutoTokens))},
+)
 
 
 def _text_part(model: Any) -> tuple[nn.Module, str]:
@@ -127,7 +146,7 @@ class TextEncoder:
         """
         device = torch.device(device)
         files = find_files(config.encoder)
-        tokens = SentencePieces(files) if files.is_t5 else AutoTokens(files)
+        tokens = TEXT_ENCODERS.available(files.kind, Site(device.type)).build.tokens(files)
         model = load_model(files, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
         _check_vocabulary(files, tokens, model)
         return cls(model.to(device).eval().requires_grad_(False), tokens, config, files)

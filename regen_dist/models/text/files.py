@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -41,20 +41,21 @@ PICKLED_INDEX = f"{PICKLED_FILE}.index.json"
 _DESCRIBED = [CONFIG_FILE, *TOKENIZER_FILES]
 _FETCHED = [*_DESCRIBED, WEIGHTS_FILE, WEIGHTS_INDEX, "model-*.safetensors"]
 _FETCHED_PICKLED = [*_DESCRIBED, PICKLED_FILE, PICKLED_INDEX, "pytorch_model-*.bin"]
-_T5_KINDS = ("t5", "mt5")
+_T5_TYPES = ("t5", "mt5")
+EncoderKind = Literal["t5", "auto"]  # values of the registry in encoder.py
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NEEDED = f"a local folder with {CONFIG_FILE}, a tokenizer and {WEIGHTS_FILE}"
 
 
 class EncoderFiles(NamedTuple):
     """The files of one encoder, all there. `tokenizer` and `weights` are sorted by name. A T5 with a sentencepiece
-    tokenizer (`is_t5`) has that one file alone."""
+    tokenizer (kind `t5`) has that one file alone."""
 
     folder: Path
     config: Path
     tokenizer: tuple[Path, ...]
     weights: tuple[Path, ...]
-    is_t5: bool
+    kind: EncoderKind
 
     def digest(self) -> str:
         """SHA-256 over the files' names and bytes: the same wherever they lie."""
@@ -76,8 +77,8 @@ def find_files(name: str) -> EncoderFiles:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _fetch(name, _FETCHED)
-    tokenizer, is_t5 = described_by(name, folder)
-    return EncoderFiles(folder, folder / CONFIG_FILE, tokenizer, _weights(name, folder), is_t5)
+    tokenizer, kind = described_by(name, folder)
+    return EncoderFiles(folder, folder / CONFIG_FILE, tokenizer, _weights(name, folder), kind)
 
 
 def find_pickled(name: str) -> tuple[Path, tuple[Path, ...]]:
@@ -100,23 +101,23 @@ def find_pickled(name: str) -> tuple[Path, tuple[Path, ...]]:
     return folder, (folder / PICKLED_FILE,)
 
 
-def described_by(name: str, folder: Path) -> tuple[tuple[Path, ...], bool]:
-    """Return the files of a folder's tokenizer, and whether they are a T5's; CheckpointError if one is missing."""
+def described_by(name: str, folder: Path) -> tuple[tuple[Path, ...], EncoderKind]:
+    """Return the files of a folder's tokenizer, and the encoder's kind; CheckpointError if one is missing."""
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"text encoder {name!r} has no {CONFIG_FILE} in {folder}; text.encoder takes {_NEEDED}")
-    kind = _kind(folder / CONFIG_FILE)
+    model_type = _model_type(folder / CONFIG_FILE)
     found = tuple(folder / file for file in TOKENIZER_FILES if (folder / file).is_file())
-    if kind in _T5_KINDS and (folder / TOKENIZER_FILE).is_file():
-        return (folder / TOKENIZER_FILE,), True
+    if model_type in _T5_TYPES and (folder / TOKENIZER_FILE).is_file():
+        return (folder / TOKENIZER_FILE,), "t5"
     if not found:
         raise CheckpointError(
             f"text encoder {name!r} has no {TOKENIZER_FILE} in {folder}, nor another tokenizer "
             f"({', '.join(TOKENIZER_FILES)}); text.encoder takes {_NEEDED}"
         )
-    return found, False
+    return found, "auto"
 
 
-def _kind(config: Path) -> str:
+def _model_type(config: Path) -> str:
     """The model type that a config names; CheckpointError when it cannot be read."""
     try:
         found = json.loads(config.read_bytes())

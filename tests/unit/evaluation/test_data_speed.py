@@ -15,7 +15,7 @@ from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import DataError
 from tools.bench import data_cases
 from tools.bench.common import Turn, in_turn, ratio, summary
-from tools.bench.data import copy_dataset, faster, table, without_store
+from tools.bench.data import by_cpu_time, copy_dataset, faster, table, without_store
 from tools.bench.data_cases import by_webdataset, make_small_samples, piped, waited
 
 
@@ -63,6 +63,11 @@ def test_a_summary_has_the_median_and_both_ends() -> None:
 def test_the_stores_cpu_time_is_taken_out_of_all_cores() -> None:
     turn = without_store(Turn(100, 10, {"store_cpu_s": 4.0}), cores=2)
     assert turn.rate == pytest.approx(100 / 8)
+
+
+def test_rates_by_cpu_time_ignore_the_clock() -> None:
+    slow, alone = Turn(100, 9.0, {"own_cpu_s": 3.0, "store_cpu_s": 2.0}), Turn(100, 1.0, {"own_cpu_s": 4.0})
+    assert [turn.rate for turn in by_cpu_time([slow, alone])] == [20, 25]
 
 
 def test_every_way_of_reading_brings_every_byte(small: str) -> None:

@@ -184,6 +184,34 @@ def test_keys_of_the_config_that_are_named_exist(page: Path) -> None:
     assert [name for name in sorted(named - files) if not _is_a_key(name.split("."), RUNS)] == []
 
 
+def _messages(text: str) -> list[str]:
+    """Quoted messages in the tables of a page: spans of several words that are no command, code or file."""
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("| "))
+    return [each for each in re.findall(r"`([^`\n]+)`", rows) if re.search(r"(\w+ ){4}\w+", each) and "--" not in each]
+
+
+def _constant_texts() -> str:
+    """All strings in the code, an f-string's fixed parts with a gap between them."""
+    nodes = (node for path in (*(ROOT / "launcher").rglob("*.py"), *(ROOT / "regen_dist").rglob("*.py"))
+             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))  # fmt: skip
+    return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def _not_printed(messages: Sequence[str]) -> list[str]:
+    """Fixed parts of messages that the code does not have: without values, names and what is cut off (…)."""
+    code = _constant_texts()
+    parts = [part.strip(" ,:") for each in messages for part in re.split(r"[…;]|\S*\d\S*|\(\w+\)|\bit\b", each)]
+    return [part for part in parts if len(part.split()) > 1 and part not in code]
+
+
+def test_messages_that_are_quoted_are_printed() -> None:
+    quoted = _messages((ROOT / "docs" / "preflight.md").read_text(encoding="utf-8"))
+    assert len(quoted) >= 4
+    assert _not_printed([*quoted, "12 ranks of the kind that nobody prints"]) == [
+        "ranks of the kind that nobody prints"
+    ]
+
+
 def _is_a_module(name: str) -> bool:
     """Of this project: a module, a package, or a name in one."""
     path = ROOT.joinpath(*name.split("."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -20,6 +21,8 @@ from regen_dist.distributed.zero3 import ENGINES
 from regen_dist.errors import BackendError
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models.attention import BACKENDS
+from regen_dist.models.text.encoder import TEXT_ENCODERS
+from regen_dist.models.text.files import EncoderKind
 from regen_dist.registry import Entry, Registry
 from regen_dist.requirements import REQUIREMENTS, Site
 from regen_dist.training.registry import TASKS
@@ -66,10 +69,11 @@ def test_each_value_of_a_choice_has_one_entry() -> None:
         values.setdefault(id(registry), []).extend(_words(section, field))
     for registry in {id(each): each for each in CHOICES.values()}.values():
         assert sorted(registry) == sorted(values[id(registry)]), registry
+    assert sorted(TEXT_ENCODERS) == sorted(get_args(EncoderKind)), "found in the encoder's folder, not in the config"
 
 
 def test_each_requirement_is_of_a_value() -> None:
-    keys = {(registry.key, value) for registry in CHOICES.values() for value in registry}
+    keys = {(registry.key, value) for registry in [*CHOICES.values(), TEXT_ENCODERS] for value in registry}
     assert REQUIREMENTS.keys() <= keys
 
 
@@ -86,7 +90,7 @@ def test_a_new_choice_is_put_somewhere() -> None:
     assert missing == SWITCHES
 
 
-def test_what_cannot_run_says_why() -> None:
+def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = Site("cpu"), Site("cuda", packages=False)
     assert BACKENDS.reason("sdpa", cpu) == BACKENDS.reason("flash", cuda) == ""
     assert "needs a CUDA device" in BACKENDS.reason("flash", cpu)
@@ -94,6 +98,10 @@ def test_what_cannot_run_says_why() -> None:
     assert "set engine.kind=zero3" in OPTIMIZERS.reason("cpu_adam", cpu)
     assert "needs a CUDA device" in OPTIMIZERS.reason("fused_adam", cpu)
     assert ENGINES.reason("zero3", Site(num_ranks=4)) == ENGINES.reason("plain", cpu) == ""
+    assert TEXT_ENCODERS.reason("t5", cpu) == TEXT_ENCODERS.reason("auto", cpu) == ""
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    assert "regen-dist[text]" in TEXT_ENCODERS.reason("t5", cpu)
+    assert TEXT_ENCODERS.reason("auto", cpu) == TEXT_ENCODERS.reason("t5", Site(packages=False)) == ""
     assert "found 4 ranks" in ENGINES.reason("plain", Site(num_ranks=4))
     with pytest.raises(BackendError, match=r"a\.b=three is not known; set it to one of one, two"):
         _ = Registry("a.b", {"one": Entry(1), "two": Entry(2)})["three"]

@@ -20,26 +20,22 @@ from tests.unit.house.test_contracts import ROOT, _sources
 FEWEST_LINES, MOST_LINES, MOST_FUNCTION_LINES, MOST_MODULES_OF_A_NAME = 100, 500, 60, 2
 SHORT = """
     regen_dist/checkpoint/identity.py regen_dist/checkpoint/retention.py regen_dist/checks/data.py
-    regen_dist/checks/run.py
-    regen_dist/config/preencode.py regen_dist/config/version.py regen_dist/data/storage/web_folder.py
-    regen_dist/diffusion/given.py regen_dist/diffusion/samplers.py regen_dist/distributed/determinism.py
-    regen_dist/distributed/failure.py regen_dist/distributed/single_process.py
+    regen_dist/checks/run.py regen_dist/config/preencode.py regen_dist/config/version.py
+    regen_dist/data/storage/web_folder.py regen_dist/diffusion/given.py regen_dist/diffusion/samplers.py
+    regen_dist/distributed/determinism.py regen_dist/distributed/failure.py regen_dist/distributed/single_process.py
     regen_dist/evaluation/baselines.py regen_dist/inference/hub/module.py regen_dist/inference/hub/opening.py
     regen_dist/inference/hub/stand_ins.py regen_dist/inference/tiles.py regen_dist/jsontext.py
     regen_dist/models/baseline.py regen_dist/models/building.py regen_dist/models/discriminator.py
-    regen_dist/models/loss_memory.py regen_dist/observe/streams.py regen_dist/pixels.py regen_dist/programs.py
-    regen_dist/registry.py regen_dist/requirements.py regen_dist/training/configs.py
-    regen_dist/training/registry.py launcher/pipelines/cli.py
-    launcher/preflight/library.py launcher/preflight/report.py launcher/preflight/settings.py
-    tools/bench/data_start.py tools/cli.py
-    tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py
-    tools/gpu_check/ranks.py tools/gpu_check/suite.py tools/gpu_check/worker.py
-    tools/preencode.py tools/shards/frames.py tools/text.py tools/train.py
-    regen_dist/models/recomputation.py tools/app/worker.py
+    regen_dist/models/loss_memory.py regen_dist/models/recomputation.py regen_dist/observe/streams.py
+    regen_dist/pixels.py regen_dist/programs.py regen_dist/registry.py regen_dist/training/configs.py
+    regen_dist/training/registry.py launcher/pipelines/cli.py launcher/preflight/library.py
+    launcher/preflight/report.py launcher/preflight/settings.py tools/bench/data_start.py tools/cli.py
+    tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py tools/gpu_check/ranks.py
+    tools/gpu_check/suite.py tools/gpu_check/worker.py tools/preencode.py tools/shards/frames.py tools/text.py
+    tools/train.py
 """
 LONG = """
-    regen_dist/config/files.py
-    regen_dist/data/video/reader.py regen_dist/inference/generate.py
+    regen_dist/config/files.py regen_dist/data/video/reader.py regen_dist/inference/generate.py
     regen_dist/inference/preencode.py regen_dist/observe/hang_detector.py launcher/retry.py
     tools/bench/checkpoint_cases.py tools/bench/codec.py tools/bench/compression_report.py
     tools/bench/compression_runs.py

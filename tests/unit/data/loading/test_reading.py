@@ -85,6 +85,25 @@ def test_a_shard_is_asked_once_for_what_is_wanted_of_it() -> None:
     assert sorted(shards.calls) == [("0", [3, 4]), ("1", [17, 18])]
 
 
+def test_much_of_a_shard_is_asked_in_parts_side_by_side() -> None:
+    """Ten samples of 1 MB in any order: four at a time at most, neighbours together, two requests at once."""
+    together = threading.Barrier(2, timeout=30)
+
+    class Meeting(Shards):
+        def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]], join_bytes: int = 0) -> list[bytes]:
+            found = super().get_ranges(name, ranges, join_bytes)
+            if len(self.calls) <= 2:  # with one request after the other they would not meet
+                together.wait()
+            return found
+
+    shards, size = Meeting(1 << 20), 1 << 20
+    with fetcher(shards, requests=2) as each:
+        order = [7, 0, 3, 9, 1, 2, 8, 5, 4, 6]
+        found = list(each.ahead([("all", [place(row, size) for row in order])]))
+    assert found == [("all", [Bytes(content(row, size)) for row in order])]
+    assert sorted(rows for _, rows in shards.calls) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
 def test_nothing_is_fetched_for_nothing() -> None:
     assert fetch(Shards(), []) == []
 

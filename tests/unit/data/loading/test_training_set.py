@@ -18,6 +18,7 @@ from regen_dist.data.format.manifest import Skip
 from regen_dist.data.loading import datasets as module
 from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.data.loading.plan import BatchPlan
+from regen_dist.data.order.order import DataOrder
 from tests.helpers.dataconfigs import SIZES, draw_shapes, mixed_with
 from tests.helpers.workers import read
 
@@ -97,8 +98,21 @@ def test_ranks_and_workers_cut_the_same_global_batches(
 
 def _as_workers_do(plan: BatchPlan[TrainingSet], number: int, workers: int) -> list[Any]:
     """The first micro-batches of a rank, each worker going through every n-th by itself."""
-    lines = [islice(plan, worker, None, workers or 1) for worker in range(workers or 1)]
+    lines = [plan.part(worker, workers or 1) for worker in range(workers or 1)]
     return [next(lines[index % len(lines)]) for index in range(number)]
+
+
+def test_a_worker_plans_its_own_batches_alone(mixed: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of sixteen workers: five micro-batches cost five plans, not eighty."""
+    planned, micro_batch = list[int](), DataOrder.micro_batch
+
+    def counted(order: DataOrder, step: int, *place: int) -> Any:
+        planned.append(step)
+        return micro_batch(order, step, *place)
+
+    monkeypatch.setattr(DataOrder, "micro_batch", counted)
+    found = list(islice(BatchPlan(made(mixed), 7, 2, 0, 1).part(3, 16), 5))
+    assert planned == [batch.step for batch in found] == [7 + (3 + 16 * turn) // 2 for turn in range(5)]
 
 
 def check_pixels(config: DataConfig, world_size: int, cursor: int, **changes: Any) -> None:
