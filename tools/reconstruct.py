@@ -74,7 +74,7 @@ def reconstruct(
             f"The source is resized from {height}x{width} to {source.height}x{source.width} before everything."
         )
     for note in source.notes:
-        console.print(f"Note: {note}", highlight=False)
+        console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
     with _progress(source) as progress:
         report = job(
             source,
@@ -88,7 +88,7 @@ def reconstruct(
         )
     _table(report).show(console)
     for note in report["notes"]:
-        console.print(f"Note: {note}", highlight=False)
+        console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
 

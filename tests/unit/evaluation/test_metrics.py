@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
+from regen_dist.data.video.colour import Primaries, Transfer
+from regen_dist.data.video.conversion import BT709_MATRIX, FULL_RANGE, LIMITED_RANGE, RESIZE
 from regen_dist.errors import DataError
 from regen_dist.evaluation.metrics import PSNR_CEILING, VideoMeter, bits_per_pixel, psnr_db, seam_ratio, ssim, vmaf
+from regen_dist.evaluation.sheet import MAGMA
 from regen_dist.inference.frames import VideoWriter
 
 
@@ -93,3 +98,25 @@ def test_vmaf_says_why_it_has_no_score(tmp_path: Path) -> None:
         result = vmaf(missing, missing, executable=executable)
         assert result.score is None
         assert result.reason
+
+
+def test_without_the_extra_vmaf_is_left_out_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    found = vmaf(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    assert found.score is None
+    assert found.reason.endswith("pip install 'regen-dist[eval]'")
+
+
+def test_the_colours_of_error_maps_are_those_of_magma() -> None:
+    magma = pytest.importorskip("matplotlib").colormaps["magma"](np.arange(256))
+    np.testing.assert_array_equal(MAGMA, (magma[:, :3] * 255).round())
+
+
+def test_numbers_of_colours_and_scaling_are_those_of_ffmpeg() -> None:
+    flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+    assert flags | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP == RESIZE
+    assert {each.name: int(each) for each in Primaries} == {
+        each.name: int(ColorPrimaries[each.name]) for each in Primaries
+    }
+    assert {each.name: int(each) for each in Transfer} == {each.name: int(ColorTrc[each.name]) for each in Transfer}
+    assert (LIMITED_RANGE, FULL_RANGE, BT709_MATRIX) == (ColorRange.MPEG, ColorRange.JPEG, Colorspace.ITU709)

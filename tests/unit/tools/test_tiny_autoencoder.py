@@ -1,0 +1,22 @@
+"""The tiny autoencoder of `tools.bench.tiny_autoencoder` learns, and is one that a frozen encoder can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.helpers.video import moving_square
+from tools.bench.tiny_autoencoder import build_autoencoder, train_autoencoder
+
+
+def test_its_loss_falls(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    clips = torch.from_numpy(moving_square(9, 32, 32)).permute(3, 0, 1, 2)[None]
+    model = build_autoencoder(channels=4, width=8)
+    curve = train_autoencoder(model, clips, clips, steps=12, batch=1, lr=5e-3, every=4)
+    assert [point["step"] for point in curve] == [0, 4, 8, 12]
+    assert curve[-1]["loss"] < curve[1]["loss"] - 0.01
+    assert curve[-1]["psnr_db"] > curve[0]["psnr_db"] + 1
+    model.save_pretrained(tmp_path / "vae")
+    assert (tmp_path / "vae" / "config.json").is_file()
