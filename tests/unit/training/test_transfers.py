@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from regen_dist.data.loading import latent_loader
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.data.loading.latent_loader import LatentBatch
+from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.models import attention, kernels
 from regen_dist.models.attention import attend_reference
 from regen_dist.training.registry import build_task
 from tests.helpers.latents import write_cache
 from tests.helpers.meta import META, MetaRanks
-from tests.helpers.tiny import tiny_run, tiny_t2v
+from tests.helpers.tiny import tiny_run, tiny_t2v, wake
 
 ATEN = torch.ops.aten
 
@@ -64,7 +65,7 @@ def _copies(task: Any, batch: Any) -> Copies:
 def test_a_batch_is_copied_once_as_stored_and_nobody_waits(cache: Path, clips: int, precision: str) -> None:
     config = tiny_t2v("runs", cache, data__text_dropout=0.4, diffusion__given_content=0.5, engine__precision=precision)
     task: Any = build_task(config, META)
-    with next_batch(task) as read:
+    with NextBatch(task) as read:
         stored = (read.content.dtype, read.text.dtype)
     content, motion = torch.zeros(4, max(clips, 1), 8, 4, 4), torch.zeros(4, clips, 8, 4, 4)
     batch = LatentBatch(
@@ -79,7 +80,7 @@ def test_a_batch_is_copied_once_as_stored_and_nobody_waits(cache: Path, clips: i
     assert _copies(task, batch).found == [(dtype, dtype, shape, False) for dtype, shape in expected]
 
 
-class next_batch:
+class NextBatch:
     """The first batch that the loader reads, whose thread ends with the context."""
 
     def __init__(self, task: Any) -> None:
@@ -107,11 +108,11 @@ def test_batches_are_page_locked_where_there_is_a_gpu(cache: Path, monkeypatch: 
         locked.append(tensor.dtype)
         return tensor
 
-    with next_batch(task):
+    with NextBatch(task):
         assert not locked
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
-    with next_batch(task):
+    with NextBatch(task):
         assert locked[:6] == [torch.bfloat16] * 3 + [torch.bool] + [torch.int64] * 2
 
 
@@ -163,3 +164,16 @@ def test_the_host_waits_for_the_texts_once_a_pass(cache: Path, backend: str, onc
     with _Waits() as waits:
         model(torch.zeros(2, 8, 2, 4, 4), torch.ones(2), text, torch.ones(2, 5)).sum().backward()
     assert waits.count == once
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@torch.no_grad()
+def test_the_loss_is_that_of_a_batch_in_float32(cache: Path, precision: str) -> None:
+    """To the bit: what is stored is bf16, and all arithmetic on latents is float32."""
+    config = tiny_t2v("runs", cache, data__text_dropout=0.4, engine__precision=precision)
+    task: Any = build_task(config, torch.device("cpu"))
+    engine = PlainEngine(config, Ranks(), task.build)
+    wake(engine.module)
+    with NextBatch(task) as batch:
+        floats = batch._replace(content=batch.content.float(), motion=batch.motion.float(), text=batch.text.float())
+        assert torch.equal(task.loss(engine, batch, 3).total, task.loss(engine, floats, 3).total)
