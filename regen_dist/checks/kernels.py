@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +68,21 @@ def convolutions(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
             require_cudnn("cuda", torch.bfloat16)
     except BackendError as caught:
         yield error("engine.precision", str(caught), BackendError)
+
+
+def compiler(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check that torch.compile finds what it makes machine code with: Triton for a GPU, a C++ compiler for a CPU."""
+    if not config.engine.compile or not target.packages:
+        return
+    if _site(config, target).device == "cuda":
+        if not is_installed("triton"):
+            text = "engine.compile needs Triton on a GPU; install triton, or set engine.compile=false"
+            yield error("engine.compile", text, BackendError)
+        return
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        text = f"engine.compile needs a C++ compiler on a CPU, {name} is not there; install g++, or set CXX, or "
+        yield error("engine.compile", f"{text}engine.compile=false", BackendError)
 
 
 def losses(config: AnyRunConfig, target: Target) -> Iterator[Finding]:

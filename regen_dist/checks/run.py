@@ -7,7 +7,7 @@ from pathlib import Path
 
 from regen_dist.checks.data import data, dataset_problem, manifest_of
 from regen_dist.checks.findings import Finding, Target, error, refuse, side_by_side
-from regen_dist.checks.kernels import convolutions, kernels, losses, packages, ranks
+from regen_dist.checks.kernels import compiler, convolutions, kernels, losses, packages, ranks
 from regen_dist.checks.latents import KIND, latents
 from regen_dist.checks.resume import busy, resume
 from regen_dist.config import AnyRunConfig
@@ -20,6 +20,7 @@ PROCESS: Sequence[Check] = (
     ranks,
     kernels,
     convolutions,
+    compiler,
 )  # before anything is built
 CHECKS: Sequence[Check] = (*PROCESS, losses, data, latents, busy, resume)
 

@@ -339,6 +339,9 @@ class EngineConfig(Section):
         default=False,
         description="Recompute blocks in the backward pass: less memory, more time; selective: all but attention.",
     )
+    compile: bool = Field(
+        default=False, description="torch.compile of every block, at its first call for each shape; kind plain alone."
+    )
     deterministic: bool = Field(
         default=False,
         description="Only kernels with the same result in every run, where torch has them; slower on GPUs.",
@@ -352,6 +355,21 @@ class EngineConfig(Section):
         description="Consecutive ranks that share samples, each with a part of every row of tokens and of the heads; "
         "1: none.",
     )
+
+    @model_validator(mode="after")
+    def _blocks_can_be_compiled(self) -> EngineConfig:
+        if self.compile and self.kind != "plain":
+            raise ValueError(
+                f"compile: under kind '{self.kind}' hooks gather the weights of every layer inside the blocks, which "
+                "torch compiles anew up to its limit, and then not at all; set engine.compile=false, or "
+                "engine.kind=plain"
+            )
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "compile: a compiled block runs in one piece, in which attention cannot be told apart; set "
+                "engine.activation_checkpointing to true or false, or engine.compile=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_process_shares_nothing(self) -> EngineConfig:

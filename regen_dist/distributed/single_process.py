@@ -14,6 +14,7 @@ from regen_dist.config.run import CommonConfig
 from regen_dist.distributed.engine import Engine, StepResult, precision_of
 from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.ranks import Ranks
+from regen_dist.models.compilation import compile_blocks
 
 
 class PlainEngine(Engine):
@@ -29,6 +30,8 @@ class PlainEngine(Engine):
         for master in self._masters.values():
             self.optimizer.state[master] = fresh_state(config.optimizer, master)
         self._start()
+        if config.engine.compile:
+            compile_blocks(self.module)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         (loss / self.config.train.accumulation).backward()
