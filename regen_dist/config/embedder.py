@@ -10,26 +10,23 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from regen_dist.config.datasets import DataConfig, MixtureConfig, ReadConfig, SourceConfig
 from regen_dist.config.losses import EmbedderTrainConfig
 from regen_dist.config.run import (
     SPATIAL_COMPRESSION,
     CheckpointConfig,
     CommonConfig,
-    DataConfig,
     EngineConfig,
     Fraction,
     GuardsConfig,
     HangConfig,
     LatentStdConfig,
-    MixtureConfig,
     NonNegativeFloat,
     OptimizerConfig,
     PositiveFloat,
     PositiveInt,
-    ReadConfig,
     SamplerName,
     Section,
-    SourceConfig,
     SpikeConfig,
     TrainConfig,
     WandbConfig,

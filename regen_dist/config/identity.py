@@ -8,8 +8,9 @@ import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from regen_dist.config.datasets import DataConfig
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.run import CommonConfig, DataConfig
+from regen_dist.config.run import CommonConfig
 from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.errors import ConfigError
 from regen_dist.requirements import Site, problems

@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from regen_dist.config.datasets import ReadConfig
 from regen_dist.config.files import load_section
-from regen_dist.config.run import SPATIAL_COMPRESSION, HomePath, PositiveInt, ReadConfig, Section
+from regen_dist.config.run import SPATIAL_COMPRESSION, HomePath, PositiveInt, Section
 from regen_dist.config.t2v import TextConfig
 from regen_dist.config.urls import checked_url, expand_home, parse_url
 

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from regen_dist.config.datasets import MixtureConfig
 from regen_dist.config.embedder import AttentionConfig, DensityConfig
 from regen_dist.config.run import (
     CommonConfig,
     Fraction,
     HomePath,
-    MixtureConfig,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,

@@ -31,6 +31,7 @@ from regen_dist.checkpoint.export import (
 )
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.config.exported import (
     EXPORT_CONFIG_FILE,
     AnyExportConfig,
@@ -40,7 +41,6 @@ from regen_dist.config.exported import (
     load_any_export_config,
 )
 from regen_dist.config.files import write_text_atomically
-from regen_dist.config.run import DataConfig
 from regen_dist.data.pool import Progress
 from regen_dist.data.storage.local import full_disk, sync
 from regen_dist.errors import CheckpointError, DataError

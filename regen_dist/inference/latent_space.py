@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from regen_dist.config.datasets import DataConfig
 from regen_dist.config.files import write_bytes_atomically, write_text_atomically
-from regen_dist.config.run import DataConfig
 from regen_dist.data.format.latents import CacheFacts, TextEmbedding, pack_null_text, unpack_null_text
 from regen_dist.data.loading.clip_loader import clip_batches
 from regen_dist.data.loading.datasets import TrainingSet

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from regen_dist.config.run import ReadConfig
+from regen_dist.config.datasets import ReadConfig
 from regen_dist.data.format.catalogue import open_dataset
 from tools.bench import data_cases
 from tools.bench.data_cases import make_small_samples

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 import torch
 
-from regen_dist.config.run import DataConfig, ReadConfig
+from regen_dist.config.datasets import DataConfig, ReadConfig
 from regen_dist.data.format.catalogue import Dataset, open_dataset
 from regen_dist.data.format.index import Sample, checksum
 from regen_dist.data.loading.clip_loader import ClipBatch

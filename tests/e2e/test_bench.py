@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.config.run import DataConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.data.loading.clip_loader import clip_batches
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from regen_dist.config import to_yaml
-from regen_dist.config.run import DataConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.loading.datasets import LatentSet, TrainingSet

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.config.run import DataConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.data.build.build import build_shards
 from tests.helpers.builds import OPTIONS, write_sources
 from tests.helpers.dataconfigs import draw_shapes, mixed_with, single

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regen_dist.config.run import DataConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import Sample
 from regen_dist.errors import DataError

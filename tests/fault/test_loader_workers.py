@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.config.run import DataConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.loading import clip_loader
 from regen_dist.data.loading.clip_loader import ClipReader, decoding_problems

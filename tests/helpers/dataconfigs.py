@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regen_dist.config.run import DataConfig, ReadConfig
+from regen_dist.config.datasets import DataConfig, ReadConfig
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
 

@@ -7,7 +7,7 @@ from itertools import islice
 from multiprocessing import forkserver
 from typing import Any
 
-from regen_dist.config.run import DataConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
 from regen_dist.data.loading.datasets import TrainingSet
 

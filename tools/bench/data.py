@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from regen_dist.config.run import DataConfig, ReadConfig
+from regen_dist.config.datasets import DataConfig, ReadConfig
 from regen_dist.data.build.build import build_shards
 from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.format.catalogue import open_dataset

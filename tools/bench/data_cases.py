@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from regen_dist.config.run import DataConfig, ReadConfig
+from regen_dist.config.datasets import DataConfig, ReadConfig
 from regen_dist.config.urls import parse_url
 from regen_dist.data.format.catalogue import Dataset, open_dataset
 from regen_dist.data.format.index import SCHEMA_VERSION, VIDEO_EXTENSIONS, SampleFacts

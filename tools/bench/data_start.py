@@ -41,7 +41,7 @@ def first_batch(url: str, cache: Path, *, crop: int, num_frames: int, batch: int
 
 
 def _measure(url: str, crop: int, num_frames: int, batch: int) -> dict[str, float]:
-    from regen_dist.config.run import DataConfig
+    from regen_dist.config.datasets import DataConfig
     from regen_dist.data.loading.clip_loader import clip_batches
     from regen_dist.data.loading.datasets import TrainingSet
 

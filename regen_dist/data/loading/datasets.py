@@ -12,8 +12,8 @@ from typing import IO, Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from regen_dist.config.datasets import DataConfig, MixtureConfig
 from regen_dist.config.identity import different_latents, latent_identity, order_identity
-from regen_dist.config.run import DataConfig, MixtureConfig
 from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.data.format.catalogue import Dataset, cache_folder, make_once, open_dataset
 from regen_dist.data.format.latents import CacheFacts, TextEmbedding, read_null_text

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
-from regen_dist.config.run import ReadConfig
+from regen_dist.config.datasets import ReadConfig
 from regen_dist.data.format.catalogue import Dataset, SampleRow, cache_folder
 from regen_dist.data.loading.cache import DiskCache
 from regen_dist.data.storage.connection import limits_of

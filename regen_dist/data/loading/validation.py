@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from regen_dist.config.run import DataConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.data.format.catalogue import Dataset
 from regen_dist.data.format.latents import CacheFacts, LatentEntry

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from regen_dist.config.run import ReadConfig
+from regen_dist.config.datasets import ReadConfig
 from regen_dist.config.urls import WEB_SCHEMES, Location
 from regen_dist.data.storage.web import explained_web, open_web
 from regen_dist.errors import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regen_dist.config.run import ReadConfig
+from regen_dist.config.datasets import ReadConfig
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.config.run import DataConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.latent_space import (
     ChannelStatistics,

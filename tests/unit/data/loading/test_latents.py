@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.config.run import DataConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.latents import CacheFacts, LatentEntry, unpack_latents

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regen_dist.config.run import DataConfig
+from regen_dist.config.datasets import DataConfig
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.data.loading.datasets import TrainingSet

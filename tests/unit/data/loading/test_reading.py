@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from regen_dist.config.run import ReadConfig
+from regen_dist.config.datasets import ReadConfig
 from regen_dist.data.format.catalogue import Dataset, SampleRow
 from regen_dist.data.format.index import checksum
 from regen_dist.data.loading.fetch import Bytes, Fetcher, SampleLocation

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from regen_dist.config.run import DataConfig, SourceConfig
+from regen_dist.config.datasets import DataConfig, SourceConfig
 from regen_dist.data.format.catalogue import RECORD, Dataset, open_dataset
 from regen_dist.data.format.manifest import Skip
 from regen_dist.data.loading import datasets as module
