@@ -14,7 +14,12 @@ from regen_dist.config.run import CommonConfig
 from regen_dist.distributed.engine import Engine, StepResult, precision_of
 from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.models.compilation import compile_blocks
+from regen_dist.models.layers import Checkpointed
+
+BACKEND = "inductor"
+# Compilations of one kind of block before it is left as it is: one for each shape of a batch (images, clips, every
+# bucket), with gradients and without.
+_MOST_SHAPES = 64
 
 
 class PlainEngine(Engine):
@@ -84,3 +89,23 @@ class PlainEngine(Engine):
 def _gradient(param: nn.Parameter) -> Tensor:
     """The gradient in float32; zeros where the parameter took no part (the motion path of a batch of images)."""
     return torch.zeros_like(param, dtype=torch.float32) if param.grad is None else param.grad.float()
+
+
+# --- torch.compile of blocks: they are where the time goes and are alike, so that one compilation serves them all ---
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the blocks of every `Checkpointed` part of a model, at their first call for each shape.
+
+    In place (`nn.Module.compile`): the names of parameters, and so checkpoints, stay as they are.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
+    for block in blocks_of(model):
+        block.compile(backend=BACKEND, dynamic=False)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that `Checkpointed` parts run one after the other."""
+    owners = [module for module in model.modules() if isinstance(module, Checkpointed)]
+    lists = [child for owner in owners for child in owner.children() if isinstance(child, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]

@@ -23,6 +23,7 @@ from regen_dist.data.video.conversion import fit_geometry
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.errors import DataError, needing_extra
 from regen_dist.jsontext import json_text
+from regen_dist.pixels import to_float
 
 CELL, STRIDE = 32, 8  # pixels a side and frames of a latent, by the class
 CURVE = "curve.json"
@@ -60,7 +61,7 @@ def build_autoencoder(channels: int, width: int) -> Any:
 
 def as_input(clips: Tensor) -> Tensor:
     """Convert uint8 clips to float32 in [-1, 1]."""
-    return clips.float() / 127.5 - 1
+    return to_float(clips)
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -199,12 +201,15 @@ class _ApexFusedAdam(torch.optim.Optimizer):
 @pytest.mark.parametrize("early", [True, False], ids=["state made early", "state made by apex"])
 @pytest.mark.parametrize("sub_groups", [1, 3])
 def test_fused_adam_follows_adamw_through_sub_groups_and_a_resume(
-    monkeypatch: pytest.MonkeyPatch, sub_groups: int, early: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sub_groups: int, early: bool
 ) -> None:
     """ZeRO-3 hands parameters over one after the other and calls `step` for each; a resumed run restores moments and
     number of updates into a fresh optimizer. Both must be the updates that torch's AdamW makes, each of them."""
     apex, optimizers = ModuleType("apex"), ModuleType("apex.optimizers")
     optimizers.FusedAdam = _ApexFusedAdam  # type: ignore[attr-defined]
+    (tmp_path / "optimizers").mkdir()  # by which NVIDIA's apex is known from PyPI's
+    apex.__spec__ = ModuleSpec("apex", None, is_package=True)
+    apex.__spec__.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setitem(sys.modules, "apex", apex)
     monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
     config = OptimizerConfig(kind="fused_adam", weight_decay=0.1, lr=1e-2)

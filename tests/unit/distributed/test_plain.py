@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from regen_dist.checks.findings import Target
+from regen_dist.checks.run import refuse_process
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
-from regen_dist.errors import BackendError
+from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_run
 
 
@@ -153,9 +155,9 @@ def test_restored_state_goes_on_bit_for_bit(precision: str) -> None:
 
 
 def test_more_ranks_are_refused() -> None:
-    """One process cannot pretend to be two: the message says which engine can."""
-    with pytest.raises(BackendError, match=r"found 2 ranks; set engine\.kind=zero3"):
-        PlainEngine(tiny_run(), Ranks(0, 2, 0), Net)
+    """One process cannot pretend to be two: the message says which engine can, before anything is built."""
+    with pytest.raises(ConfigError, match=r"found 2 ranks; set engine\.kind=zero3"):
+        refuse_process(tiny_run(), Target(world_size=2))
 
 
 @pytest.mark.parametrize(("precision", "shared"), [("fp32", True), ("bf16", False)])
