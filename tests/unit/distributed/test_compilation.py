@@ -16,8 +16,8 @@ from torch import Tensor
 from regen_dist.checks.findings import Target
 from regen_dist.checks.kernels import compiler
 from regen_dist.config.run import EngineConfig
+from regen_dist.distributed import single_process
 from regen_dist.distributed.single_process import blocks_of, compile_blocks
-from regen_dist.models import compilation
 from regen_dist.models.building import build_model
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import build_trainer, train
@@ -36,7 +36,7 @@ def fresh() -> Iterator[None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are traced, forward and backward pass, and no machine code is made of them."""
-    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    monkeypatch.setattr(single_process, "BACKEND", "aot_eager")
 
 
 def _graphs() -> int:

@@ -22,21 +22,19 @@ SHORT = """
     regen_dist/checkpoint/identity.py regen_dist/checkpoint/retention.py regen_dist/checks/data.py
     regen_dist/checks/run.py regen_dist/config/preencode.py regen_dist/config/version.py
     regen_dist/data/storage/web_folder.py regen_dist/diffusion/given.py regen_dist/diffusion/samplers.py
-    regen_dist/distributed/failure.py regen_dist/distributed/single_process.py regen_dist/evaluation/baselines.py
-    regen_dist/inference/hub/stand_ins.py regen_dist/inference/tiles.py regen_dist/jsontext.py
-    regen_dist/models/baseline.py regen_dist/models/building.py regen_dist/models/discriminator.py
-    regen_dist/models/loss_memory.py regen_dist/observe/streams.py regen_dist/pixels.py regen_dist/programs.py
-    regen_dist/registry.py regen_dist/training/configs.py launcher/pipelines/cli.py
-    launcher/preflight/library.py launcher/preflight/report.py launcher/preflight/settings.py
-    tools/bench/data_start.py tools/cli.py tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py
-    tools/gpu_check/ranks.py tools/gpu_check/worker.py tools/preencode.py tools/shards/frames.py tools/text.py
-    tools/train.py regen_dist/models/recomputation.py
+    regen_dist/distributed/failure.py regen_dist/evaluation/baselines.py regen_dist/inference/hub/stand_ins.py
+    regen_dist/inference/tiles.py regen_dist/jsontext.py regen_dist/models/baseline.py regen_dist/models/building.py
+    regen_dist/models/discriminator.py regen_dist/models/loss_memory.py regen_dist/models/recomputation.py
+    regen_dist/observe/streams.py regen_dist/pixels.py regen_dist/programs.py regen_dist/registry.py
+    regen_dist/training/configs.py launcher/pipelines/cli.py launcher/preflight/library.py
+    launcher/preflight/report.py launcher/preflight/settings.py tools/bench/data_start.py tools/cli.py
+    tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py tools/gpu_check/ranks.py
+    tools/gpu_check/worker.py tools/preencode.py tools/shards/frames.py tools/text.py tools/train.py
 """
 LONG = """
-    regen_dist/data/video/reader.py regen_dist/inference/generate.py
-    regen_dist/inference/preencode.py regen_dist/observe/hang_detector.py launcher/retry.py
-    tools/bench/checkpoint_cases.py tools/bench/codec.py tools/bench/compression_report.py
-    tools/bench/compression_runs.py
+    regen_dist/data/video/reader.py regen_dist/inference/generate.py regen_dist/inference/preencode.py
+    regen_dist/observe/hang_detector.py launcher/retry.py tools/bench/checkpoint_cases.py tools/bench/codec.py
+    tools/bench/compression_report.py tools/bench/compression_runs.py
 """
 LONG_FUNCTIONS = {  # of these all but one are commands, whose parameters are their flags
     "tools/checkpoint/export.py:export", "tools/describe/command.py:describe", "tools/evaluate.py:evaluate",
