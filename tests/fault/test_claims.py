@@ -16,7 +16,7 @@ from tests.helpers.checkpoints import folder_of
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
-STEPS = 400
+STEPS = 4000  # more than are made while four other starts are refused
 
 
 @pytest.fixture(scope="module")
