@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from launcher.supervise import die_with
 from regen_dist.checkpoint.export import find_checkpoint, open_run
 from regen_dist.config import RunConfig, embedder_only, load_saved_config, save_config
 from regen_dist.config.files import write_text_atomically
@@ -322,7 +323,8 @@ def run_side_by_side(
 ) -> None:
     """Run every command, `at_once` at a time with an equal share of the cores; `done(name)` is called as they end.
 
-    On an interrupt nothing more is started; running commands are asked to end (SIGTERM) and waited for.
+    On an interrupt nothing more is started; running commands are asked to end (SIGTERM) and waited for. Where this
+    process is killed they end with it.
 
     Raises:
         TrainingError: some failed (the others were still run); lists them with their logs.
@@ -338,7 +340,9 @@ def run_side_by_side(
         with (logs / f"{name}.log").open("ab") as log, starting:
             if stopping.is_set():
                 return EXIT_RESUME
-            running[name] = subprocess.Popen(commands[name], env=environment, stdout=log, stderr=log)
+            running[name] = subprocess.Popen(
+                commands[name], env=environment, stdout=log, stderr=log, preexec_fn=die_with(os.getpid())
+            )
         code = running[name].wait()
         if not stopping.is_set():
             done(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from regen_dist.errors import TrainingError
+from tests.helpers.launching import wait_until
+from tests.helpers.processes import wait_until_gone
 from tools.bench.compression_runs import run_side_by_side
 
 
@@ -57,3 +60,20 @@ def test_an_interruption_ends_what_runs_and_starts_nothing_more(tmp_path: Path) 
     assert not later.exists()
     assert done == [], "what was ended is not done"
     assert time.monotonic() - began < 60
+
+
+def test_a_killed_bench_leaves_no_training_behind(tmp_path: Path) -> None:
+    """SIGKILL of the bench: the kernel ends what it has started."""
+    code = (
+        "import sys; from pathlib import Path; from tools.bench.compression_runs import run_side_by_side\n"
+        "wait = 'import os, time; print(os.getpid(), flush=True); time.sleep(300)'\n"
+        "run_side_by_side({'a': [sys.executable, '-c', wait]}, logs=Path(sys.argv[1]), at_once=1)\n"
+    )
+    log = tmp_path / "a.log"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) as bench:
+        try:
+            wait_until(lambda: log.is_file() and log.read_text().strip().isdigit(), lambda: "it did not start")
+        finally:
+            bench.kill()
+    pid = int(log.read_text())
+    wait_until_gone([pid])
