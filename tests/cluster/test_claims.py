@@ -27,7 +27,7 @@ QUICK = Patience(beat_s=0.3, look_s=1.0, stale_s=2.5, poll_s=0.1)
 
 
 def _config(tmp_path: Path, output: str, url: str, data: Path) -> Path:
-    made = tiny_run(tmp_path / output, data, train__steps=400, checkpoint__every=10, checkpoint__url=url)
+    made = tiny_run(tmp_path / output, data, train__steps=4000, checkpoint__every=10, checkpoint__url=url)
     path = tmp_path / f"{output}.yaml"
     path.write_text(to_yaml(made))
     return path
