@@ -31,7 +31,7 @@ def config(tmp_path: Path, data: Path) -> Path:
     return path
 
 
-def _ended(process: subprocess.Popen[bytes], timeout_s: float = 60.0) -> int:
+def _ended(process: subprocess.Popen[bytes], timeout_s: float = 120.0) -> int:
     try:
         return process.wait(timeout_s)
     finally:
@@ -62,7 +62,7 @@ def test_a_second_start_is_refused_and_disturbs_nothing(config: Path, tmp_path: 
         environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         alone = subprocess.run(
             ["regen", "train", str(config)], env={**environment, "MASTER_PORT": "29511"}, capture_output=True,
-            timeout=60, check=False,
+            timeout=120, check=False,
         )  # fmt: skip
         assert alone.returncode == 8, alone.stderr.decode()
         assert run_regen("submit", "train", config, log=log) != 0
