@@ -42,7 +42,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(local: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one undisturbed build of the local folder makes in a local folder."""
+    """Result of one undisturbed build of the local folder, in a local folder."""
     out = tmp_path_factory.mktemp("whole")
     run_builds([local, "--out", out, *FLAGS, "--workers", "1"])
     return contents(out)
@@ -67,7 +67,7 @@ def source_url(local: Path, bucket_url: str) -> str:
 
 
 def copies() -> list[Path]:
-    """What builds keep of sources on this machine just now."""
+    """Sources that builds keep on this machine just now."""
     return list(Path(tempfile.gettempdir()).glob("regen-sources-*/*"))
 
 

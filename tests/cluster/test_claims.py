@@ -72,7 +72,7 @@ def test_the_same_checkpoints_from_two_run_folders(bucket_url: str, tmp_path: Pa
 
 
 def test_of_many_that_start_at_once_one_wins(bucket_url: str) -> None:
-    """By conditional writes, over what a dead process of another machine has left; signs of life keep it."""
+    """Conditional writes decide, over what a dead process of another machine has left; signs of life keep it."""
     dead = replace(this_process(Path("theirs")), boot="another", host="node7", written=0.0)
     Store(f"{bucket_url}/claims").put("00000001.json", json_text(asdict(dead)).encode())
     results: list[str] = []

@@ -79,7 +79,7 @@ def assert_equal(found: list[ClipBatch], expected: list[ClipBatch]) -> None:
 
 
 def assert_whole(cache: Path, dataset: Dataset, least: int) -> None:
-    """What the cache holds is what the index says; nothing is half-written."""
+    """The cache holds what the index says; nothing is half-written."""
     files = [path for path in (cache / "samples").rglob("*") if path.is_file() and path.name != "usage"]
     assert len(files) >= least
     known = {dataset.row(row).checksum for row in range(len(dataset))}

@@ -116,7 +116,7 @@ def here(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
 
 
 def asks(tmp_path: Path, **changes: Any) -> list[str]:
-    """What the scheduler says to a run on two nodes."""
+    """Answer of the scheduler to a run on two nodes."""
     wanted = {"partition": "main", "nodes": 2, "time_min": 10, "signal_lead_s": 60, **changes}
     return texts(scheduler.scheduler(Subject(order(tmp_path, "none", ClusterConfig.model_validate(wanted)))))
 

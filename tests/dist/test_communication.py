@@ -1,4 +1,4 @@
-"""What `regen describe` says of communication against the bytes that ZeRO-3 hands to its collectives."""
+"""Communication that `regen describe` states, against the bytes that ZeRO-3 hands to its collectives."""
 
 from __future__ import annotations
 

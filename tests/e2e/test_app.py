@@ -202,7 +202,7 @@ def _browse(page: Page) -> None:
 
 
 def _no_file_of_the_disk(page: Page, folder: Path, address: str) -> None:
-    """By the address of files: what the app made is served; nothing else of this machine is, nor a job at work."""
+    """Files by their address: what the app made is served; nothing else of this machine is, nor a job at work."""
     made = folder / "out" / "results" / "0001-reconstruct" / "metrics.json"
     assert page.request.get(f"{address}gradio_api/file={made}").ok
     (folder / "out" / "work" / "x.mp4").write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""What `regen bench data` compares, with worker processes and from nothing."""
+"""Comparisons of `regen bench data`, with worker processes and from nothing."""
 
 from __future__ import annotations
 
