@@ -39,6 +39,14 @@ class BucketMissing(ObjectMissing):
 class ObjectCut(DataError):
     """An object is shorter than the range that was asked of it."""
 
+    @classmethod
+    def at(cls, where: str, offset: int, size: int, found: int) -> ObjectCut:
+        """Return the error for `found` instead of `size` bytes at an offset of the object at the URL `where`."""
+        return cls(
+            f"{where}: asked for {size} bytes at {offset}, got {found}; the object is cut: run `regen shards verify` "
+            "and build the shard again"
+        )
+
 
 class AccessDenied(DataError):
     """The store does not know this user, or does not allow the operation; or there are no credentials."""

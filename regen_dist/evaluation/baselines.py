@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.errors import ConfigError
-from regen_dist.inference.windows import Window, blend_weights
+from regen_dist.inference.codec import Window, blend_weights
 from regen_dist.models.encoder import Latents
 
 TrivialKind = Literal["repeat_first", "blend", "mean"]

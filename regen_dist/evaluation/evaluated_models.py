@@ -22,9 +22,8 @@ from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError, DataError, needing_extra
 from regen_dist.evaluation.baselines import LABELS, TRIVIAL_KINDS, TrivialCodec
 from regen_dist.evaluation.metrics import LATENT_BITS
-from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
+from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec, Window, blend_weights
 from regen_dist.inference.long_video import VideoCodec
-from regen_dist.inference.windows import Window, blend_weights
 from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import count_flops
 from regen_dist.observe.devices import choose_device

@@ -1,6 +1,6 @@
 """Encoding and decoding of a video of any length, a few clips at a time.
 
-The video is cut into overlapping windows (`regen_dist.inference.windows`), encoded and decoded in groups: in a group
+The video is cut into overlapping windows (`plan_windows`), encoded and decoded in groups: in a group
 the codec blends the denoised estimates of neighbours at every sampling step; between groups the finished frames are
 cross-faded by the same weights. So memory depends on the size of a group alone, and clip borders do not show.
 
@@ -25,9 +25,8 @@ from torch import Tensor
 
 from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.inference.codec import Codec
+from regen_dist.inference.codec import Codec, Window, blend_weights, plan_windows
 from regen_dist.inference.frames import Frame, Seconds
-from regen_dist.inference.windows import Window, blend_weights, plan_windows
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_frames, to_video
 

@@ -17,8 +17,8 @@ from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.evaluate import MEASURES, bootstrap_interval, summarise
 from regen_dist.evaluation.evaluated_models import DiffusersCodec, load_models
 from regen_dist.evaluation.metrics import VideoMeter
+from regen_dist.inference.codec import Window
 from regen_dist.inference.frames import SourceVideo, write_video
-from regen_dist.inference.windows import Window
 from tests.helpers.saved import saved_run
 from tests.helpers.video import moving_square
 from tools.cli import app

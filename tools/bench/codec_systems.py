@@ -28,10 +28,9 @@ from regen_dist.config import load_embedder_config
 from regen_dist.config.embedder import ModelConfig, RunConfig
 from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.inference.codec import Codec
+from regen_dist.inference.codec import Codec, Window, blend_weights
 from regen_dist.inference.frames import Frame
 from regen_dist.inference.long_video import DecodePlan, decode_stream, make_plan
-from regen_dist.inference.windows import Window, blend_weights
 from regen_dist.models.building import build_model
 from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.encoder import Latents

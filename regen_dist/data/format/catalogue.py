@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from regen_dist.data.format.index import Sample, checksum, read_index, samples_of
+from regen_dist.data.format.index import Sample, check_bytes, read_index, samples_of
 from regen_dist.data.format.manifest import DatasetManifest, ShardEntry, manifest_bytes, parse_manifest, read_all
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
@@ -134,16 +134,8 @@ class Dataset:
     def read(self, row: SampleRow | Sample) -> bytes:
         """Return a sample's file; raise DataError with the shard's name if the bytes differ from those written."""
         data = self.shards.get_range(row.shard, row.offset, row.size)
-        self.check(row, data)
+        check_bytes(row, data, self.store.url)
         return data
-
-    def check(self, row: SampleRow | Sample, data: bytes) -> None:
-        """Raise DataError if `data` differs from what was written for this sample."""
-        if len(data) != row.size or checksum(data) != row.checksum:
-            raise DataError(
-                f"the bytes differ from those that were written (checksum {checksum(data)}, the index says "
-                f"{row.checksum}); run `regen shards verify {self.store.url}` and build {row.shard} again"
-            )
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:

@@ -20,6 +20,8 @@ from regen_dist.jsontext import json_text
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from regen_dist.data.format.catalogue import SampleRow
+
 SCHEMA_VERSION = 2
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts"})
 PAYLOAD_EXTENSIONS = VIDEO_EXTENSIONS | {"safetensors"}  # file types of samples in shards that this package writes
@@ -169,3 +171,12 @@ def sample_id(key: str) -> int:
 def checksum(data: bytes) -> str:
     """Return a BLAKE2b digest of 16 bytes in hex, faster than SHA-256 and as safe against accidental damage."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def check_bytes(row: SampleRow | Sample, data: bytes, url: str) -> None:
+    """Raise DataError if `data` differs from what was written for a sample of the dataset at `url`."""
+    if len(data) != row.size or checksum(data) != row.checksum:
+        raise DataError(
+            f"the bytes differ from those that were written (checksum {checksum(data)}, the index says "
+            f"{row.checksum}); run `regen shards verify {url}` and build {row.shard} again"
+        )

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from regen_dist.config.datasets import ReadConfig
 from regen_dist.data.format.catalogue import Dataset, SampleRow, cache_folder
+from regen_dist.data.format.index import check_bytes
 from regen_dist.data.loading.cache import DiskCache
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.errors import AccessDenied, DataError, StoreUnavailable
@@ -140,7 +141,7 @@ class Fetcher:
             try:
                 row = place.row
                 data = self._datasets[place.dataset].shards.get_range(row.shard, row.offset, row.size)
-                self._datasets[place.dataset].check(row, data)
+                self._check(place, data)
             except (AccessDenied, StoreUnavailable):
                 raise
             except DataError as error:
@@ -150,10 +151,13 @@ class Fetcher:
                 return Bytes(data)
         return Bytes(b"", problem)
 
+    def _check(self, place: SampleLocation, data: bytes) -> None:
+        check_bytes(place.row, data, self._datasets[place.dataset].store.url)
+
     def _taken(self, place: SampleLocation, data: bytes) -> Bytes | None:
         """Verify the bytes and store them in the cache; None if they are wrong."""
         try:
-            self._datasets[place.dataset].check(place.row, data)
+            self._check(place, data)
         except DataError:
             return None
         self._keep(place, data)
@@ -167,7 +171,7 @@ class Fetcher:
         if data is None:
             return None
         try:
-            self._datasets[place.dataset].check(place.row, data)
+            self._check(place, data)
         except DataError:
             self._cache.drop(place.row.checksum)
             return None

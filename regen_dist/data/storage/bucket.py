@@ -54,15 +54,13 @@ def join_ranges(ranges: Sequence[Range], join_bytes: int) -> list[ByteSpan]:
     return spans
 
 
-def split_span(
-    ranges: Sequence[Range], spans: Sequence[ByteSpan], fetched: Sequence[memoryview], where: str
-) -> list[bytes]:
-    """The ranges' own bytes out of what was fetched for each span; ObjectCut where a span came back too short."""
+def split_span(ranges: Sequence[Range], spans: Sequence[ByteSpan], fetched: Sequence[memoryview]) -> list[bytes]:
+    """The ranges' own bytes out of what was fetched for each span; too few where a span came back too short."""
     found = [b""] * len(ranges)
     for span, view in zip(spans, fetched, strict=True):
         for number in span.members:
             offset, size = ranges[number]
-            found[number] = exact_bytes(bytes(view[offset - span.start :][:size]), offset, size, where)
+            found[number] = bytes(view[offset - span.start :][:size])
     return found
 
 
@@ -70,10 +68,7 @@ def exact_bytes(data: bytes, offset: int, size: int, where: str) -> bytes:
     """`data` when it has `size` bytes; ObjectCut otherwise. `where` is the object's URL."""
     if len(data) == size:
         return data
-    raise ObjectCut(
-        f"{where}: asked for {size} bytes at {offset}, got {len(data)}; the object is cut: run `regen shards verify` "
-        "and build the shard again"
-    )
+    raise ObjectCut.at(where, offset, size, len(data))
 
 
 Result = TypeVar("Result")
@@ -112,21 +107,21 @@ class ObjectBucket:
         return self._call("read", name, lambda: bytes(obstore.get(self._store(), name).bytes()))
 
     def get_ranges(self, name: str, ranges: Sequence[Range], join_bytes: int) -> list[bytes]:
-        """Read exactly these ranges, merging neighbours into one request."""
+        """Read these ranges, merging neighbours into one request; too few bytes where the object is cut."""
         import obstore
 
-        spans, where = join_ranges(ranges, join_bytes), f"{self._place.url}/{name}"
+        spans = join_ranges(ranges, join_bytes)
         if len(spans) == 1:
             start, stop, _ = spans[0]
             one = self._call("read", name, lambda: obstore.get_range(self._store(), name, start=start, end=stop))
-            return split_span(ranges, spans, [memoryview(one)], where)
+            return split_span(ranges, spans, [memoryview(one)])
         if not spans:
             return [b""] * len(ranges)
         starts, ends = [span.start for span in spans], [span.stop for span in spans]
         many = self._call(  # obstore's own joining panics where an object is cut
             "read", name, lambda: obstore.get_ranges(self._store(), name, starts=starts, ends=ends, coalesce=0)
         )
-        return split_span(ranges, spans, [memoryview(part) for part in many], where)
+        return split_span(ranges, spans, [memoryview(part) for part in many])
 
     def get_pinned(self, name: str, offset: int, size: int, etag: str | None) -> bytes:
         """Read exactly these bytes of the version `etag`; raise DataError if the object was replaced."""

@@ -21,7 +21,7 @@ from regen_dist.data.storage.bucket import Listing, ObjectBucket, ObjectInfo, Ra
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.local import LocalFolder, full_disk, sync
 from regen_dist.data.storage.web_folder import WebFolder
-from regen_dist.errors import DataError, ObjectMissing
+from regen_dist.errors import DataError, ObjectCut, ObjectMissing
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -90,9 +90,15 @@ class Store:
             join_bytes: ranges with at most this gap between them come by one request. The requests run side by side.
         """
         backend = self._open()
-        if isinstance(backend, LocalFolder):
-            return backend.get_ranges(name, ranges)
-        return backend.get_ranges(name, ranges, join_bytes)
+        found = (
+            backend.get_ranges(name, ranges)
+            if isinstance(backend, LocalFolder)
+            else backend.get_ranges(name, ranges, join_bytes)
+        )
+        for data, (offset, size) in zip(found, ranges, strict=True):
+            if len(data) != size:
+                raise ObjectCut.at(f"{self.url}/{name}", offset, size, len(data))
+        return found
 
     def stream(self, name: str, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
         """An object piece by piece; DataError when a bucket's object is replaced in between."""

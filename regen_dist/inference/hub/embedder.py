@@ -25,10 +25,9 @@ from torch import Tensor
 from regen_dist.config.embedder import DiffusionConfig, ModelConfig
 from regen_dist.config.exported import ExportConfig
 from regen_dist.errors import DataError
-from regen_dist.inference.codec import Codec
+from regen_dist.inference.codec import Codec, Window
 from regen_dist.inference.hub.folder import in_trained_precision, write_code
 from regen_dist.inference.hub.inlining import own_module
-from regen_dist.inference.windows import Window
 from regen_dist.models.building import build_embedder
 from regen_dist.models.encoder import Latents
 

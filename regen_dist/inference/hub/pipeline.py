@@ -25,6 +25,7 @@ from regen_dist.config.exported import T2VExportConfig
 from regen_dist.config.t2v import FlowConfig, T2VModelConfig, TextConfig
 from regen_dist.data.format.latents import TextEmbedding
 from regen_dist.errors import ConfigError
+from regen_dist.inference.codec import Window
 from regen_dist.inference.generate import (
     GenerationSettings,
     Prompt,
@@ -38,7 +39,6 @@ from regen_dist.inference.hub.inlining import pipeline_module
 from regen_dist.inference.latent_space import LatentSpace, parse_statistics
 from regen_dist.inference.long_video import row_frames
 from regen_dist.inference.sampler import TextToVideoModel
-from regen_dist.inference.windows import Window
 from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Latents
 from regen_dist.models.t2v import TextToVideo

@@ -7,7 +7,7 @@ import torch
 
 from regen_dist.errors import ConfigError
 from regen_dist.evaluation.baselines import LABELS, TRIVIAL_KINDS, TrivialCodec
-from regen_dist.inference.windows import Window
+from regen_dist.inference.codec import Window
 
 
 def decode(kind: str, clip: torch.Tensor) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 
 from regen_dist.data.format.latents import pack_null_text
 from regen_dist.errors import CheckpointError, DataError
+from regen_dist.inference.codec import Window
 from regen_dist.inference.latent_space import (
     ChannelStatistics,
     LatentScale,
@@ -18,7 +19,6 @@ from regen_dist.inference.latent_space import (
     NormalisedLatents,
     read_space,
 )
-from regen_dist.inference.windows import Window
 from regen_dist.models.encoder import Latents
 from tests.helpers.saved import saved_run
 from tests.helpers.t2v import CHANNELS, CPU, latent_space, latent_statistics

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.baselines import TrivialCodec
+from regen_dist.inference.codec import Window, blend_weights
 from regen_dist.inference.frames import Frame
 from regen_dist.inference.long_video import (
     DecodePlan,
@@ -22,7 +23,6 @@ from regen_dist.inference.long_video import (
     output_positions,
     pad_sides,
 )
-from regen_dist.inference.windows import Window, blend_weights
 from regen_dist.models.encoder import Latents
 
 

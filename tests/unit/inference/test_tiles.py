@@ -9,9 +9,8 @@ import torch
 
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference import codec as codec_module
-from regen_dist.inference.codec import Codec
+from regen_dist.inference.codec import Codec, Window
 from regen_dist.inference.tiles import axis_cuts
-from regen_dist.inference.windows import Window
 from regen_dist.models.building import build_model
 from regen_dist.models.decoder import ReceptiveField
 from tests.helpers.tiny import clips, tiny_run, wake

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from regen_dist.errors import ConfigError
-from regen_dist.inference.windows import blend_weights, plan_windows
+from regen_dist.inference.codec import blend_weights, plan_windows
 
 
 @pytest.mark.parametrize(
