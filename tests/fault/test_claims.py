@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from regen_dist.config import to_yaml
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import folder_of
+from tests.helpers.processes import wait_until_gone
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
@@ -94,10 +94,7 @@ def test_a_killed_run_is_in_nobodys_way(config: Path, tmp_path: Path) -> None:
     rank = _rank_of(run)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    deadline = time.monotonic() + 10.0
-    while Path(f"/proc/{rank}/stat").exists() and ") Z" not in Path(f"/proc/{rank}/stat").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_gone([rank])
     assert len(list((run / "claims").glob("*.json"))) == 1
     assert run_regen("train", config, "train.steps=40", log=tmp_path / "second.log") == 0
     assert "resumed at step 20" in (tmp_path / "second.log").read_text()
