@@ -314,7 +314,7 @@ def count_row_flops(
 
 
 def row_forward_flops(config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int) -> int:
-    """Count the operations of one forward pass of a row as `account_row` does, but faster: from one block."""
+    """Count the operations of one forward pass of a row as `count_row_flops` does, but faster: from one block."""
     flops = _count_blocks(config, 1, (config.latent_channels, frames, *size), text_tokens).forward_flops
     return sum(flops.values()) + (config.blocks - 1) * flops["blocks"]
 

@@ -1,4 +1,4 @@
-"""Duration and price of a run, at a utilisation that the user states."""
+"""Communication, time, price and memory of training, estimated from a model's counts and what the user states."""
 
 from __future__ import annotations
 

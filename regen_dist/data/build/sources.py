@@ -110,7 +110,7 @@ def find_sources(
     """The videos of all places, each once, in order of the places, and by name inside a folder.
 
     Args:
-        places: video files, folders, prefixes of buckets, and lists (`captions.read_rows`), as paths or URLs. What a
+        places: video files, folders, prefixes of buckets, and lists (`lists.read_rows`), as paths or URLs. What a
             list names is relative to its own folder or URL.
         captions: a list that gives captions to videos by path inside the folder or by file name, with or without its
             ending.

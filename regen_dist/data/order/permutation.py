@@ -1,7 +1,7 @@
 """Keyed permutations of [0, size) for any size: constant time and memory per element, no tables.
 
-`mix` and the Feistel network work on Python ints and on uint64 arrays alike: for the few rows of a micro-batch ints
-are several times faster than arrays, for many rows arrays are faster.
+`mix_bits` and the Feistel network work on Python ints and on uint64 arrays alike: for the few rows of a micro-batch
+ints are several times faster than arrays, for many rows arrays are faster.
 """
 
 from __future__ import annotations

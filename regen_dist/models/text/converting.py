@@ -1,7 +1,7 @@
 """Conversion of encoders whose weights are published as pickles to safetensors.
 
-The pickles are read by a process of its own (unpickling.py) that loads tensors only. Of an encoder and decoder the
-encoder is kept.
+The pickles are read by a process of its own (the main program of files.py) that loads tensors only. Of an encoder
+and decoder the encoder is kept.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def make_small_encoder(
     Args:
         captions: what the tokenizer is trained on; their order and repetitions do not matter.
         folder: empty, not there yet, or with this same encoder.
-        vocabulary, width, layers, heads, seed: as in `Recipe`.
+        vocabulary, width, layers, heads, seed: as in `SmallEncoderRecipe`.
 
     Returns:
         False when the folder held this same encoder already.
