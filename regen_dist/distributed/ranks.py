@@ -156,7 +156,7 @@ def make_repeatable(device: torch.device, *, deterministic: bool) -> None:
     new shape, and keeps the fastest.
 
     Args:
-        device: of the process.
+        device: device of the process.
         deterministic: `engine.deterministic`.
     """
     on_gpu = device.type == "cuda"

@@ -38,7 +38,7 @@ class EvaluatedModel:
     """One column of the evaluation.
 
     Attributes:
-        name: for the table and the files.
+        name: name in the columns and in file names.
         label: name of the model in the table.
         codec: the codec that encodes and decodes.
         steps: sampling steps of decoding.

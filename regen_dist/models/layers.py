@@ -68,8 +68,8 @@ def convolve_in_strips(
     Args:
         convolve: a convolution of x.
         x: [B, C, ..., H, W].
-        channels_out: that it gives.
-        kernel, stride, padding: of it along the rows.
+        channels_out: output channels of the convolution.
+        kernel, stride, padding: sizes of the convolution along the rows.
     """
     most = max(x.numel(), x.numel() // x.shape[1] * channels_out)  # input, or output where the stride is 1
     if most <= MOST_ELEMENTS:

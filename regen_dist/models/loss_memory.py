@@ -17,9 +17,9 @@ def loss_memory_bytes(losses: LossesConfig, clip: tuple[int, int, int, int], cli
     """Bytes per GPU by what for; empty where the terms are off. Nothing of it is sharded.
 
     Args:
-        losses: of the config.
+        losses: losses of the config.
         clip: channels, frames, height and width that the decoder gives.
-        clips_per_gpu: of one micro-batch.
+        clips_per_gpu: clips of one micro-batch.
 
     Raises:
         ConfigError: the perceptual network's file cannot be read.

@@ -38,7 +38,7 @@ class Stepper:
     """One rank's steps, with all that they need and nothing that surrounds them: a bench uses this, a run `Trainer`.
 
     Args:
-        config: of the run.
+        config: config of the run.
         ranks: this process's place.
         task: gives batches and losses.
         engine: holds model and optimizer.
@@ -128,7 +128,7 @@ class GradientNorms:
 
     Args:
         every: steps from one report to the next.
-        ranks: of the job; each holds a piece of every gradient.
+        ranks: ranks of the job; each holds a piece of every gradient.
         report: called with the step and the norm of each layer.
     """
 

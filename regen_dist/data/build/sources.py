@@ -52,11 +52,11 @@ class VideoSource:
     """A video to build from.
 
     Args:
-        name: how the dataset calls it: its path inside what was given. Never an absolute path.
+        name: name in the dataset: the path inside what was given. Never an absolute path.
         folder: URL of the store that it is in.
         file: its name in there.
-        size: in bytes, as listed.
-        caption: from a list.
+        size: bytes, as listed.
+        caption: caption that a list gives.
         text: a file beside it (name in `folder`) that holds its caption, where no list gives one.
         text_mark: changes with the bytes of that file: their hash, or the tag that the store gives them.
     """

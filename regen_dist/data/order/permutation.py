@@ -33,7 +33,7 @@ def permute(places: Int64s, epochs: Int64s, sizes: Int64s | int, seed: int, line
         places: [n], each in [0, size).
         epochs: [n].
         sizes: rows of the stratum, [n] or one for all; below 2**62.
-        seed: in [0, 2**64).
+        seed: key of the permutation, in [0, 2**64).
         lines: numbers of the strata, [n] or one for all; each number has its own permutations.
 
     Returns:

@@ -37,7 +37,7 @@ def convert_encoder(name: str, folder: Path, dtype: Kept = "same") -> bool:
     Args:
         name: a folder, or a name on the Hugging Face hub.
         folder: empty, not there yet, or with this same encoder.
-        dtype: of floating-point weights; "same" leaves them as they are.
+        dtype: type of floating-point weights; "same" leaves them as they are.
 
     Returns:
         False when the folder held this same encoder already.
