@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def _ended(process: subprocess.Popen[bytes], timeout_s: float = 120.0) -> int:
         process.kill()
 
 
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def _rank_of(run: Path) -> int:
     """The process that holds the claim."""
     import json
@@ -61,7 +67,7 @@ def test_a_second_start_is_refused_and_disturbs_nothing(config: Path, tmp_path: 
         assert "Traceback" not in told
         environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         alone = subprocess.run(
-            ["regen", "train", str(config)], env={**environment, "MASTER_PORT": "29511"}, capture_output=True,
+            ["regen", "train", str(config)], env={**environment, "MASTER_PORT": str(_free_port())}, capture_output=True,
             timeout=120, check=False,
         )  # fmt: skip
         assert alone.returncode == 8, alone.stderr.decode()
