@@ -96,7 +96,7 @@ def new_folder(base: Path) -> Path:
         except FileExistsError:
             continue
         return folder
-    raise RegenError(f"a hundred submissions within a second in {base / LAUNCH}")
+    raise RegenError(f"a hundred submissions within a second in {base / LAUNCH}; wait a second, then submit again")
 
 
 def write_job(job: Submission) -> None:

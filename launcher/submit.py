@@ -228,7 +228,10 @@ def _sbatch(job: Submission, dependency: str | None) -> str:
     try:
         return executor.submit_all(slurm_tasks(job))
     except (FailedJobError, FailedSubmissionError) as error:
-        raise BackendError(f"Slurm refused the job: {_sbatch_message(error)}") from None
+        raise BackendError(
+            f"Slurm refused the job: {_sbatch_message(error)}"
+            "; change what it names in the cluster file or the options, then submit again"
+        ) from None
 
 
 def _sbatch_message(error: BaseException) -> str:

@@ -89,7 +89,7 @@ def describe(config: AnyRunConfig, world_size: int, timeout_s: float) -> Estimat
         )  # fmt: skip
     if ended.returncode:
         said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
-        raise NoEstimate(f"`regen describe` failed: {said[-1]}")
+        raise NoEstimate(f"`regen describe` failed: {said[-1]}; `regen describe` on this config prints all of it")
     described = json.loads(ended.stdout)
     return Estimate(described["parameters"]["total"], described["memory_bytes_per_gpu"])
 

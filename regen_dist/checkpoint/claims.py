@@ -198,7 +198,10 @@ class Claim:
             CheckpointError: another process took over.
         """
         if self._name and not self._still_ours():
-            raise CheckpointError(f"{self._place}: {self.lost}. Nothing more is written there")
+            raise CheckpointError(
+                f"{self._place}: {self.lost}. Nothing more is written there"
+                "; end the other process before this run is resumed here"
+            )
 
     def release(self) -> None:
         """Release the claim if it was taken. A store that does not answer is not an error: the claim is then

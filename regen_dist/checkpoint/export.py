@@ -145,7 +145,7 @@ def read_model(folder: Path, config: CommonExportConfig, prefix: str = "") -> di
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
             found = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; copy it again, or export the run again") from error
     check_finite(found, f"the weights in {path}")
     return found
 
@@ -165,7 +165,7 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
         with safe_open(path, framework="pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; copy it again, or export the run again") from error
 
 
 def model_shapes(config: ModelConfig | T2VModelConfig) -> dict[str, list[int]]:

@@ -76,7 +76,10 @@ class CheckpointFolder:
         try:
             manifest = parse_manifest(self.store.get(name), f"checkpoint {self.url}/{name}")
         except ObjectMissing:
-            raise CheckpointError(f"checkpoint {self.url}/{checkpoint_name(step)} has no {MANIFEST}") from None
+            raise CheckpointError(
+                f"checkpoint {self.url}/{checkpoint_name(step)} has no {MANIFEST}"
+                "; `regen checkpoint list RUN` shows those that can be used"
+            ) from None
         if manifest.step != step:
             raise CheckpointError(f"checkpoint {self.url}/{name} is of step {manifest.step}; it was moved there")
         return manifest
@@ -116,7 +119,10 @@ class CheckpointFolder:
         except ObjectMissing:
             return None
         if not (match := re.fullmatch(r"step-(\d{8,})", text)):
-            raise CheckpointError(f"the pointer {self.url}/{POINTER} is damaged: it says {text[:40]!r}")
+            raise CheckpointError(
+                f"the pointer {self.url}/{POINTER} is damaged: it says {text[:40]!r}"
+                "; remove the file: the newest whole checkpoint is then found without it"
+            )
         return int(match[1])
 
     def set_latest(self, step: int) -> None:

@@ -125,7 +125,11 @@ def check(
     steps = place.folder.steps()
     if not steps or (step is not None and step not in steps):
         of = "" if step is None else f" of step {step}"
-        held = f"; there are: {', '.join(map(str, steps))}" if steps else ""
+        held = (
+            f"; there are: {', '.join(map(str, steps))}"
+            if steps
+            else "; give the run folder or the URL of a run that saved one"
+        )
         raise CheckpointError(f"{place.folder.url} holds no committed checkpoint{of}{held}")
     return (
         CheckpointEntry(*_inspect(place.folder, each, checksums=True, progress=progress), marks=[])
@@ -213,7 +217,10 @@ def adopt_checkpoints(run: Path, url: str) -> CheckpointManifest:
     refuse_if_training(CheckpointLocation(folder, run, None))
     newest = newest_good(folder)
     if newest is None:
-        raise CheckpointError(f"{folder.url} holds no committed checkpoint that could be taken over")
+        raise CheckpointError(
+            f"{folder.url} holds no committed checkpoint that could be taken over"
+            "; give the folder or URL that has `step-N` folders"
+        )
     adopt(run, newest)
     return newest
 

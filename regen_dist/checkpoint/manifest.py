@@ -117,13 +117,25 @@ def parse_manifest(text: bytes | str, where: str) -> CheckpointManifest:
         stored = content.pop(_CHECKSUM, None)
         schema = content["schema"]
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{where} is damaged: {type(error).__name__}: {error}"
+            "; `regen checkpoint verify RUN` shows which checkpoints are whole"
+        ) from error
     if schema != SCHEMA and stored is None:  # older than checksums, or not written by this package
-        raise CheckpointError(f"{where} has schema {schema}, this version reads {SCHEMA}")
+        raise CheckpointError(
+            f"{where} has schema {schema}, this version reads {SCHEMA}"
+            "; use the version that wrote it, or start a new run"
+        )
     if stored != _sha256(text.replace(f',\n "{_CHECKSUM}": "{stored}"\n}}\n', "\n}\n")):
-        raise CheckpointError(f"{where} is damaged: it does not match its own checksum")
+        raise CheckpointError(
+            f"{where} is damaged: it does not match its own checksum"
+            "; `regen checkpoint verify RUN` shows which checkpoints are whole"
+        )
     if schema != SCHEMA:
-        raise CheckpointError(f"{where} has schema {schema}, this version reads {SCHEMA}")
+        raise CheckpointError(
+            f"{where} has schema {schema}, this version reads {SCHEMA}"
+            "; use the version that wrote it, or start a new run"
+        )
     metrics = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
     return CheckpointManifest(**content | {"metrics": metrics})
 

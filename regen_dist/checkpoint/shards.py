@@ -182,6 +182,7 @@ class ShardReader:
             raise CheckpointError(
                 f"{self._store.url}/{self._folder} holds no parameter '{_parameter(key)}': it was saved by another "
                 "model config"
+                "; use the config that it was saved with"
             )
         return prod(shapes[_parameter(key)])
 

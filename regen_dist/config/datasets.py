@@ -135,7 +135,9 @@ class DataConfig(MixtureConfig):
         if isinstance(self.short_side, int):
             for size in self.sizes:
                 if self.short_side < min(size):
-                    raise ValueError(f"short_side {self.short_side} is smaller than the crop {size}")
+                    raise ValueError(
+                        f"short_side {self.short_side} is smaller than the crop {size}; make it at least {min(size)}"
+                    )
         if len(set(self.buckets)) < len(self.buckets):
-            raise ValueError("a size stands in buckets twice")
+            raise ValueError(f"buckets {self.buckets}: a size is given twice; keep one")
         return self

@@ -112,7 +112,9 @@ def load_any_export_config(folder: Path) -> AnyExportConfig:
     try:
         values, lines, _ = read_yaml(path)
     except ConfigError as error:
-        raise CheckpointError(f"{display(folder)} is no exported model: {error}") from error
+        raise CheckpointError(
+            f"{display(folder)} is no exported model: {error}; give a folder that `regen checkpoint export` wrote"
+        ) from error
     fill_later_fields(values)
     where, schema = display(path), _schema_of(values)
     composed = Composed(values, {key: f"{where}:{line}" for key, line in lines.items()})

@@ -107,7 +107,9 @@ def _add_file(composed: Composed, path: Path, chain: tuple[Path, ...]) -> None:
     resolved = path.resolve()
     if resolved in chain:
         circle = " -> ".join(display(each) for each in (*chain, resolved))
-        raise ConfigError(f"{display(path)}: configs that extend each other in a circle: {circle}")
+        raise ConfigError(
+            f"{display(path)}: configs that extend each other in a circle: {circle}; remove one `extends`"
+        )
     values, lines, refused = read_yaml(path)
     for dotted, problem in refused.items():
         composed.problems.append((f"{display(path)}:{lines[dotted]}", dotted, problem))

@@ -58,7 +58,7 @@ class PreencodeConfig(Section):
             if any(side % SPATIAL_COMPRESSION for side in size):
                 raise ValueError(f"buckets {size} must be multiples of {SPATIAL_COMPRESSION}")
         if len(set(self.buckets)) < len(self.buckets):
-            raise ValueError("a size stands in buckets twice")
+            raise ValueError(f"buckets {self.buckets}: a size is given twice; keep one")
         return self
 
 

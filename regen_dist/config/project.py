@@ -97,7 +97,7 @@ def lay_out(folder: Path, embedder: str = "nano", t2v: str = "nano") -> list[Pat
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(folder / name, text)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error}") from error
+        raise ConfigError(f"{folder} cannot be written: {error}; give a folder that you may write to") from error
     return [folder / name for name in texts]
 
 

@@ -326,7 +326,10 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _accumulation_divides_the_batch(self) -> TrainConfig:
         if self.batch_global % self.accumulation:
-            raise ValueError(f"batch_global {self.batch_global} is not a multiple of accumulation {self.accumulation}")
+            raise ValueError(
+                f"batch_global {self.batch_global} is not a multiple of accumulation {self.accumulation}"
+                "; change one of the two"
+            )
         return self
 
     @model_validator(mode="after")

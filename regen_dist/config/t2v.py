@@ -139,7 +139,7 @@ class GenerationConfig(Section):
     @classmethod
     def _embedder_is_local(cls, embedder: str | None) -> str | None:
         if embedder is not None and parse_url(embedder).folder is None:
-            raise ValueError(f"embedder {embedder}: must be a local folder")
+            raise ValueError(f"embedder {embedder}: must be a local folder; copy the run or export there")
         return embedder
 
 

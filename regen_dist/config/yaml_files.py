@@ -122,7 +122,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, str
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{display(path)}:{mark.line + 1}" if mark else display(path)
-        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from error
+        raise ConfigError(
+            f"{where}: not valid YAML: {error.problem or error.context}; correct the file there"
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{display(path)}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or node is None:
@@ -152,7 +154,7 @@ def _read_text(path: Path) -> str:
     except IsADirectoryError:
         raise ConfigError(f"{display(path)}: is a folder; give the YAML file inside it") from None
     except OSError as error:
-        raise ConfigError(f"{display(path)}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{display(path)}: cannot be read: {error.strerror}; check its owner and mode") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{display(path)}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
 

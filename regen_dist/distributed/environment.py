@@ -119,7 +119,10 @@ def read_variables(environment: Mapping[str, str], names: tuple[str, str, str]) 
     except ValueError as error:
         raise ConfigError(f"{', '.join(names)} must be whole numbers, found {found}") from error
     if not 0 <= place.rank < place.world_size:
-        raise ConfigError(f"{names[0]}={place.rank} is not below {names[1]}={place.world_size}")
+        raise ConfigError(
+            f"{names[0]}={place.rank} is not below {names[1]}={place.world_size}"
+            "; unset both, or start the ranks with `regen train`, torchrun or Slurm"
+        )
     return place
 
 

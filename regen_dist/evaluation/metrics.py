@@ -80,7 +80,9 @@ class VideoMeter:
     def add(self, source: Frame, other: Frame) -> None:
         """Measure one more frame. Raises DataError when the sides differ."""
         if source.shape != other.shape:
-            raise DataError(f"frames of {source.shape[:2]} and {other.shape[:2]} pixels cannot be compared")
+            raise DataError(
+                f"frames of {source.shape[:2]} and {other.shape[:2]} pixels cannot be compared; give videos of one size"
+            )
         self.errors.append(squared_error(source, other))
         similarity = ssim(source, other)
         if similarity is not None:

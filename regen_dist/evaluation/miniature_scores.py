@@ -218,7 +218,7 @@ def score_arm(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict
             DataError: there are no readings.
     """
     if not readings:
-        raise DataError("there are no videos to score")
+        raise DataError("there are no videos to score; give a folder of `regen generate`")
     right: Counter[str] = Counter()
     for reading, attributes in zip(readings, wanted, strict=True):
         hits = [name for name in ATTRIBUTES if getattr(reading, name) == getattr(attributes, name)]

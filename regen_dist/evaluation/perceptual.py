@@ -125,7 +125,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         DataError: a set has fewer than two.
     """
     if min(len(a), len(b)) < 2:
-        raise DataError(f"a Fréchet distance takes at least two features a set, found {len(a)} and {len(b)}")
+        raise DataError(
+            f"a Fréchet distance takes at least two features a set, found {len(a)} and {len(b)}; give more videos"
+        )
     (mean_a, x), (mean_b, y) = _centred(a), _centred(b)
     root = torch.linalg.svdvals(x @ y.T).sum()
     distance = (mean_a - mean_b).square().sum() + x.square().sum() + y.square().sum() - 2 * root
@@ -253,7 +255,10 @@ def _transformers_features(folder: Path, video: bool) -> GivenNetwork:
 
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
-        raise DataError(f"{folder} holds no config.json with safetensors, as `save_pretrained` of transformers writes")
+        raise DataError(
+            f"{folder} holds no config.json with safetensors, as `save_pretrained` of transformers writes"
+            "; save the network so"
+        )
     model: Any = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
     given = getattr(model.config, "image_size", None)
     side = given if isinstance(given, int) else int(given[0]) if given else 224

@@ -81,7 +81,7 @@ class Protocol(Section):
         names = [each.video for each in self.videos]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"videos are listed twice: {', '.join(twice)}")
+            raise ValueError(f"videos are listed twice: {', '.join(twice)}; keep each once")
         return self
 
     def facts(self) -> dict[str, Any]:
@@ -199,11 +199,14 @@ def find_videos(folder: Path, protocol: Protocol) -> list[PinnedVideo]:
     if folder.is_file() and not protocol.videos:
         return [PinnedVideo(folder, protocol)]
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder with videos")
+        raise DataError(f"{folder} is no folder with videos; give the folder that holds them")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
     if not protocol.videos:
         if not files:
-            raise DataError(f"{folder} has no video: none of its files ends in {', '.join(sorted(VIDEO_SUFFIXES))}")
+            raise DataError(
+                f"{folder} has no video: none of its files ends in {', '.join(sorted(VIDEO_SUFFIXES))}"
+                "; give a folder that has one"
+            )
         return _each_name_once([PinnedVideo(path, protocol) for path in files])
     problems, chosen = [], []
     for listed in protocol.videos:

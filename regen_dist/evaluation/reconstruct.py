@@ -147,7 +147,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"the folder {folder} cannot be made: {error}") from error
+        raise DataError(f"the folder {folder} cannot be made: {error}; choose another --out") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -263,5 +263,6 @@ def _whole(times: Tensor, length: int) -> Tensor:
     if bool(((times - numbers).abs() > 1e-4).any()) or bool((numbers < 0).any()) or bool((numbers >= length).any()):
         raise ConfigError(
             f"the baseline decodes the frames 0 to {length - 1} of a clip alone, not times between or beyond them"
+            "; give whole times in this range, or use a REGEN model"
         )
     return numbers

@@ -55,7 +55,8 @@ class SourceVideo:
         if short_side is not None and short_side > LARGEST_SIDE:
             raise DataError(f"the short side is {short_side}; it must be at most {LARGEST_SIDE}")
         if not path.is_file():
-            raise DataError(f"no video at {path}: " + ("it is a folder" if path.is_dir() else "there is no such file"))
+            found = "it is a folder" if path.is_dir() else "there is no such file"
+            raise DataError(f"no video at {path}: {found}; give the path of a video file")
         self.path = path
         with _named_errors(path), VideoReader(path) as reader:
             self._table = reader.table
@@ -109,7 +110,7 @@ def _named_errors(path: Path) -> Iterator[None]:
     except DataError as error:
         raise DataError(f"{path} cannot be used as a video: {error}") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}; check its owner and mode") from error
 
 
 class VideoWriter:
@@ -144,7 +145,10 @@ class VideoWriter:
         import av
 
         if not self.path.parent.is_dir():
-            raise DataError(f"{self.path} cannot be written: there is no folder {self.path.parent}")
+            raise DataError(
+                f"{self.path} cannot be written: there is no folder {self.path.parent}"
+                "; make it, or choose another --out"
+            )
         with self._write_errors():
             self._container = av.open(f"file:{self._partial}", "w", format="mp4", options={"movflags": "+faststart"})
         return self
@@ -207,7 +211,7 @@ class VideoWriter:
         try:
             yield
         except (av.FFmpegError, OSError) as error:
-            raise DataError(f"{self.path} cannot be written: {error}") from error
+            raise DataError(f"{self.path} cannot be written: {error}; choose another --out, or make room") from error
 
 
 def write_video(path: Path, frames: Iterable[Frame], rate: Fraction | float, *, crf: int = 16) -> None:

@@ -222,7 +222,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read prompts from {path}: {error}") from error
+        raise DataError(f"cannot read prompts from {path}: {error}; give a UTF-8 text file") from error
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise DataError(f"{path} holds no prompt; write one a line")
@@ -479,7 +479,7 @@ def generate(
         DataError: a file cannot be written.
     """
     if batch < 1:
-        raise ConfigError(f"the batch is {batch}; it must be at least 1")
+        raise ConfigError(f"--batch {batch}: it must be at least 1")
     check_embedder(codec, model.space.facts["encoder"], "the embedder")
     if given is not None and settings.is_image:
         raise ConfigError("one frame is asked for, and an image or a video is given to go on from; ask for more frames")

@@ -117,7 +117,8 @@ def read_image(path: Path, size: tuple[int, int]) -> GivenImage:
     from PIL import Image, ImageOps
 
     if not path.is_file():
-        raise DataError(f"no image at {path}: " + ("it is a folder" if path.is_dir() else "there is no such file"))
+        found = "it is a folder" if path.is_dir() else "there is no such file"
+        raise DataError(f"no image at {path}: {found}; give a PNG or JPEG file, or a folder of them")
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)

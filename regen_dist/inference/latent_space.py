@@ -173,7 +173,9 @@ def read_statistics(path: Path) -> LatentStatistics | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no latent statistics: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path} holds no latent statistics: {type(error).__name__}: {error}; copy the run or the export again"
+        ) from error
     return parse_statistics(found, str(path))
 
 
@@ -191,7 +193,9 @@ def parse_statistics(found: Mapping[str, Any], where: str) -> LatentStatistics:
         )
         return LatentStatistics(clips, images, found["measured_on"])
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{where} holds no latent statistics: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{where} holds no latent statistics: {type(error).__name__}: {error}; copy the run or the export again"
+        ) from error
 
 
 class LatentEncoder(Protocol):

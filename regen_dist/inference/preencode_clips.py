@@ -351,7 +351,7 @@ def decode_clips(found: Bytes, frames: int, cut: ClipCut) -> Iterator[UInt8s]:
         raise DataError(found.problem)
     with VideoReader(found.data) as reader:
         if len(reader.table.pts) != frames:
-            raise DataError(f"it has {len(reader.table.pts)} frames, the index says {frames}")
+            raise DataError(f"it has {len(reader.table.pts)} frames, the index says {frames}; build its shard again")
         numbers = clip_frames(reader.table, 0, cut.stride, cut.frames)
         yield from _clips(reader, numbers, cut)
 

@@ -127,7 +127,10 @@ def _source_of(dataset: Dataset, entry: Sample) -> Sample:
         for sample in samples_in(dataset, number):
             if sample.key == entry.key:
                 return sample
-    raise DataError(f"there is no video of this key in shard {number} of {dataset.store.url}")
+    raise DataError(
+        f"there is no video of this key in shard {number} of {dataset.store.url}"
+        "; encode the dataset again, into another folder"
+    )
 
 
 def _encoded(config: PreencodeConfig, inputs: Inputs, source: Sample) -> Latents:

@@ -182,7 +182,10 @@ class RunCheckpoints:
             return
         text = f"the checkpoint of step {outcome.step} was not saved: {outcome.problem}"
         if must_succeed or self._config.checkpoint.on_failure == "stop":
-            raise CheckpointError(f"{text}. The older checkpoints in {self.folder.url} are untouched")
+            raise CheckpointError(
+                f"{text}. The older checkpoints in {self.folder.url} are untouched"
+                "; run the same command again when the cause is fixed"
+            )
         warn(f"{text}. Training goes on (checkpoint.on_failure=continue)")
 
     def point_before(self, step: int) -> str:

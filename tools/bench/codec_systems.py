@@ -377,7 +377,7 @@ def chosen_systems(pattern: str) -> list[System]:
     try:
         found = [system for system in systems() if re.search(pattern, system.name)]
     except re.error as error:
-        raise ConfigError(f"--systems {pattern!r} is no regular expression: {error}") from error
+        raise ConfigError(f"--systems {pattern!r} is no regular expression: {error}; give another") from error
     if not found:
         raise ConfigError(f"--systems {pattern!r} finds none of {', '.join(each.name for each in systems())}")
     return found

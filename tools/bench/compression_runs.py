@@ -188,7 +188,7 @@ def chosen_arms(pattern: str) -> list[CompressionArm]:
     try:
         found = [arm for arm in all_arms() if re.fullmatch(pattern, arm.name)]
     except re.error as error:
-        raise ConfigError(f"--arms {pattern!r} is no regular expression: {error}") from error
+        raise ConfigError(f"--arms {pattern!r} is no regular expression: {error}; give another") from error
     if not found:
         names = ", ".join(arm.name for arm in all_arms())
         raise ConfigError(f"--arms {pattern!r} matches no arm; there are {names}")

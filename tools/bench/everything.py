@@ -137,7 +137,10 @@ def _read(path: Path) -> dict[str, Any]:
     """
     found = _json(path)
     if not isinstance(found, dict) or not found.keys() <= {bench.value for bench in SpeedBench}:
-        raise DataError(f"{path} is no record of `regen bench all`, which is one JSON object {{bench: facts}}")
+        raise DataError(
+            f"{path} is no record of `regen bench all`, which is one JSON object {{bench: facts}}"
+            "; give one that it wrote"
+        )
     return found
 
 

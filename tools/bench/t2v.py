@@ -203,7 +203,7 @@ def texts_of(data: LatentSet) -> dict[int, Text]:
     for row in map(dataset.row, range(len(dataset))):
         entry = read_entry(data.facts, row, dataset.read(row))
         if entry.text is None or entry.mask is None:
-            raise DataError(f"{data.facts.url}: an entry without text")
+            raise DataError(f"{data.facts.url}: an entry without text; encode the captions too (`regen preencode`)")
         texts[row.id] = entry.text, entry.mask
     return texts
 

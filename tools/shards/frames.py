@@ -21,7 +21,7 @@ def frames(
     from regen_dist.errors import DataError
 
     if not source.is_dir():
-        raise DataError(f"{source}: no such folder")
+        raise DataError(f"{source}: no such folder; give the folder of the pictures")
     out.mkdir(parents=True, exist_ok=True)
     for one in sequences_below(source):
         relative = one.relative_to(source)

@@ -307,7 +307,7 @@ def verify(
     from regen_dist.data.inspect.check import verify_dataset
 
     if quick and deep:
-        raise typer.BadParameter("--quick and --deep exclude each other")
+        raise typer.BadParameter("--quick and --deep exclude each other; give one of them")
     depth: Depth = "quick" if quick else "deep" if deep else "bytes"
     with progress_bar() as progress:
         verdict = verify_dataset(url, depth, workers=workers, progress=progress)

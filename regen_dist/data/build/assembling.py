@@ -24,7 +24,10 @@ def sequences_below(folder: Path) -> list[Path]:
     found = [Path(top) for top, _, names in os.walk(folder) if any(_is_picture(name) for name in names)]
     found += folder.rglob("*.yuv")
     if not found:
-        raise DataError(f"{folder}: no folder of pictures ({', '.join(sorted(PICTURES))}) and no .yuv file below it")
+        raise DataError(
+            f"{folder}: no folder of pictures ({', '.join(sorted(PICTURES))}) and no .yuv file below it"
+            "; give a folder that has one of these"
+        )
     return sorted(found)
 
 
@@ -62,7 +65,7 @@ def assemble(source: Path, target: Path, fps: float | None = None) -> int:
                 container.mux(stream.encode(frame))
                 count += 1
             if stream is None:
-                raise DataError(f"{source}: no frames")
+                raise DataError(f"{source}: no frames; remove it, or add its frames")
             container.mux(stream.encode(None))
         os.replace(temporary, target)
     finally:
@@ -81,7 +84,7 @@ def _pictures(folder: Path) -> Iterator[VideoFrame]:
             with Image.open(path) as picture:
                 shown = picture.convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{path}: cannot be read as a picture: {error}") from error
+            raise DataError(f"{path}: cannot be read as a picture: {error}; replace or remove the file") from error
         if size not in (None, shown.size):
             raise DataError(f"{path}: {shown.size} pixels where those before are {size}; one size a folder")
         size = shown.size
@@ -95,7 +98,10 @@ def _raw_frames(path: Path) -> Iterator[VideoFrame]:
     width, height, _ = _raw_shape(path)
     size = width * height * 3 // 2
     if path.stat().st_size % size:
-        raise DataError(f"{path}: {path.stat().st_size} bytes are no whole number of {width} x {height} 4:2:0 frames")
+        raise DataError(
+            f"{path}: {path.stat().st_size} bytes are no whole number of {width} x {height} 4:2:0 frames"
+            "; name the file after its true size, or copy it again"
+        )
     with path.open("rb") as file:
         while data := file.read(size):
             yield av.VideoFrame.from_ndarray(

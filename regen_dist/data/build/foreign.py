@@ -129,7 +129,7 @@ def _is_video(extension: str) -> bool:
 
 def _sample(shard: str, group: _Group, left_out: LeftOut) -> tuple[Sample, tuple[str, ...]]:
     if group.repeated:
-        raise _Unusable(f"two members are called {printable(group.repeated)}")
+        raise _Unusable(f"two members are called {printable(group.repeated)}; rename one of them")
     member, data = _video(group)
     try:
         member.name.encode()
@@ -162,7 +162,7 @@ def _video(group: _Group) -> tuple[tarfile.TarInfo, bytes]:
     if not chosen:
         raise _Unusable(f"it has no video, only {', '.join(map(printable, sorted(group.members)))}")
     if len(chosen) > 1:
-        raise _Unusable(f"it has several videos: {', '.join(map(printable, sorted(chosen)))}")
+        raise _Unusable(f"it has several videos: {', '.join(map(printable, sorted(chosen)))}; keep one")
     member, data = group.members[chosen[0]]
     if data is None:
         raise _Unusable(
@@ -178,7 +178,7 @@ def _caption(group: _Group) -> str | None:
         try:
             caption = read(data).strip() if data is not None else ""
         except (ValueError, RecursionError) as error:
-            raise _Unusable(f"its {extension} cannot be read: {error}") from error
+            raise _Unusable(f"its {extension} cannot be read: {error}; write it as UTF-8 text or JSON") from error
         if caption:
             return caption.encode("utf-8", "replace").decode()  # JSON can carry halves of characters
     return None

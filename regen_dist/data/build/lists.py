@@ -110,7 +110,7 @@ def refuse(place: str | Path, wrong: list[str]) -> None:
     if wrong:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         lines = "\n".join(f"  {line}" for line in wrong[:_SHOWN] + more)
-        raise DataError(f"{place}: {len(wrong)} rows are wrong; mend or remove them:\n{lines}")
+        raise DataError(f"{place}: {len(wrong)} rows are wrong; fix or remove them:\n{lines}")
 
 
 def read_captions(place: str | Path, columns: Columns = PLAIN) -> dict[str, str]:
@@ -132,7 +132,9 @@ def _bytes_of(place: str | Path) -> bytes:
     try:
         return Path(place).expanduser().read_bytes()
     except OSError as error:
-        raise DataError(f"{place}: cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"{place}: cannot be read: {error.strerror or error}; check the path, its owner and mode"
+        ) from error
 
 
 def _raw_rows(

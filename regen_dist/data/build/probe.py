@@ -138,7 +138,7 @@ def _caption(origin: Origin) -> str | None:
     try:
         return Store(origin.folder).get(origin.text).decode("utf-8-sig").strip() or None
     except UnicodeDecodeError as error:
-        raise DataError(f"its caption {origin.text} is not UTF-8") from error
+        raise DataError(f"its caption {origin.text} is not UTF-8; save it as UTF-8") from error
 
 
 def _whole(reader: VideoReader) -> Iterator[DecodableSpan]:

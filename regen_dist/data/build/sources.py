@@ -121,7 +121,7 @@ def find_sources(
     """
     missing = [str(place) for place in places if "://" not in str(place) and not Path(place).expanduser().exists()]
     if missing:
-        raise DataError(f"no such file or folder: {', '.join(missing)}")
+        raise DataError(f"no such file or folder: {', '.join(missing)}; check the paths")
     found: dict[str, VideoSource] = {}
     skipped: list[Skip] = []
     for place in places:
@@ -305,7 +305,7 @@ def _locate(base: str, video: str) -> tuple[str, str]:
     place = parse_url(base)
     key = posixpath.normpath(f"{place.prefix}/{video}").lstrip("/")
     if key.startswith(".."):
-        raise DataError(f"{video} leads out of the bucket")
+        raise DataError(f"{video} leads out of the bucket; name a file inside it")
     return _located(place.scheme, place.bucket or "", key)
 
 
@@ -317,7 +317,7 @@ def _on_the_web(video: str) -> tuple[str, str]:
         raise DataError(str(error)) from None
     folder, _, file = place.url.rpartition("/")
     if file == place.bucket or not place.prefix:
-        raise DataError(f"{place.url} names a server, not a file")
+        raise DataError(f"{place.url} names a server, not a file; add the path of a file")
     return Store(folder).url, unquote(file)
 
 
@@ -412,7 +412,8 @@ def _captioned(found: Sequence[VideoSource], captions: dict[str, str], skipped: 
     unused = [name for name in captions if name not in names]
     if len(unused) == len(captions):
         raise DataError(
-            f"no caption belongs to a video: captions name {unused[:3]}, the videos are {sorted(names)[:3]}"
+            f"no caption belongs to a video: captions name {unused[:3]}, the videos are {sorted(names)[:3]}; "
+            "name videos by their path in the folder or their file name"
         )
     return Sources(
         tuple(_with_caption(source, captions) for source in found),

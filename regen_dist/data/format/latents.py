@@ -27,6 +27,7 @@ NULL_TEXT = "null.safetensors"
 _METADATA = "regen"  # one JSON entry: safetensors writes several in an order that varies between processes
 _DTYPES = {"content": torch.bfloat16, "motion": torch.bfloat16, "text": torch.bfloat16, "mask": torch.uint8}
 _NDIM = {"content": 4, "motion": 4, "text": 2, "mask": 1}
+_ALL_SUCH = "; `regen shards verify --deep` lists all such entries"
 
 
 class TextEmbedding(NamedTuple):
@@ -80,7 +81,7 @@ def unpack_latents(data: bytes) -> LatentEntry:
     tensors = _load(data)
     missing = [name for name in ("content", "motion") if name not in tensors]
     if missing:
-        raise DataError(f"not an entry of a latent cache: there is no tensor '{missing[0]}' in it")
+        raise DataError(f"not an entry of a latent cache: there is no tensor '{missing[0]}' in it{_ALL_SUCH}")
     _check_types(tensors)
     _check_shapes(tensors)
     return LatentEntry(
@@ -179,22 +180,22 @@ class CacheFacts:
         cell = int(self.encoder.get("cell", SPATIAL_COMPRESSION))
         expected = (n, self.channels, height // cell, width // cell)
         if found != expected:
-            raise DataError(f"content latents {_x(found)}, the index and the manifest say {_x(expected)}")
+            raise DataError(f"content latents {_x(found)}, the index and the manifest say {_x(expected)}{_ALL_SUCH}")
         if entry.clips != frames // self.num_frames:
-            raise DataError(f"motion latents of {entry.clips} clips, the index says {frames} frames")
+            raise DataError(f"motion latents of {entry.clips} clips, the index says {frames} frames{_ALL_SUCH}")
         motion = (self.channels * (int(self.encoder.get("latent_frames", 2)) - 1), *expected[2:])
         if tuple(entry.motion.shape[1:]) != motion:
-            raise DataError(f"motion latents {_x(entry.motion.shape[1:])}, the manifest says {_x(motion)}")
+            raise DataError(f"motion latents {_x(entry.motion.shape[1:])}, the manifest says {_x(motion)}{_ALL_SUCH}")
         text_width = None if entry.text is None else entry.text.shape[1]
         if text_width != self.text_width:
-            raise DataError(f"text embeddings of width {text_width}, the manifest says {self.text_width}")
+            raise DataError(f"text embeddings of width {text_width}, the manifest says {self.text_width}{_ALL_SUCH}")
 
 
 def _load(data: bytes) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise DataError(f"not a safetensors file, or a damaged one ({error})") from error
+        raise DataError(f"not a safetensors file, or a damaged one ({error}){_ALL_SUCH}") from error
     return tensors
 
 
@@ -205,7 +206,7 @@ def _metadata_of(data: bytes) -> dict[str, str]:
         words = json.loads(header.get("__metadata__", {}).get(_METADATA, "{}"))
         return {str(name): str(word) for name, word in words.items()}
     except (ValueError, AttributeError) as error:
-        raise DataError(f"the metadata '{_METADATA}' is not a JSON object ({error})") from error
+        raise DataError(f"the metadata '{_METADATA}' is not a JSON object ({error}){_ALL_SUCH}") from error
 
 
 def _text_tensors(text: Tensor | None) -> dict[str, Tensor]:
@@ -219,7 +220,9 @@ def _stored(name: str, tensor: Tensor) -> Tensor:
 def _check_types(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != _DTYPES.get(name):
-            raise DataError(f"tensor '{name}' is {tensor.dtype}, expected is {_DTYPES.get(name, 'no such tensor')}")
+            raise DataError(
+                f"tensor '{name}' is {tensor.dtype}, expected is {_DTYPES.get(name, 'no such tensor')}{_ALL_SUCH}"
+            )
 
 
 def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
@@ -243,7 +246,7 @@ def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
 def _check_text(tensors: Mapping[str, Tensor]) -> None:
     missing = [name for name in ("text", "mask") if name not in tensors]
     if missing:
-        raise DataError(f"there is no tensor '{missing[0]}' in it")
+        raise DataError(f"there is no tensor '{missing[0]}' in it{_ALL_SUCH}")
     _check_dimensions(tensors)
     text, mask = tensors["text"].shape, tensors["mask"].shape
     if not text[0] or text[0] != mask[0]:
@@ -253,7 +256,9 @@ def _check_text(tensors: Mapping[str, Tensor]) -> None:
 def _check_dimensions(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.ndim != _NDIM[name]:
-            raise DataError(f"tensor '{name}' has the shape {_x(tensor.shape)}, expected are {_NDIM[name]} dimensions")
+            raise DataError(
+                f"tensor '{name}' has the shape {_x(tensor.shape)}, expected are {_NDIM[name]} dimensions{_ALL_SUCH}"
+            )
 
 
 def _x(shape: tuple[int, ...]) -> str:

@@ -33,7 +33,9 @@ class BatchPlan(Generic[Data]):
             ConfigError: the batch does not divide, or the cursor is not a multiple of it.
         """
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} is not in [0, {world_size})")
+            raise ConfigError(
+                f"rank {rank} is not in [0, {world_size}); start the ranks with `regen train`, torchrun or Slurm"
+            )
         plan = cls(data, data.order.step_of(cursor), accumulation, rank, world_size)
         micro_batch_size(data.order.batch_global, accumulation, world_size)  # raises if the batch does not divide
         return plan

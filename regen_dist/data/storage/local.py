@@ -134,7 +134,9 @@ class LocalFolder:
         except PermissionError as error:
             raise AccessDenied(f"{where}: cannot {verb} it: {error.strerror}; check its owner and mode") from error
         except (OSError, ValueError) as error:
-            raise DataError(f"{where}: cannot {verb} it: {getattr(error, 'strerror', None) or error}") from error
+            raise DataError(
+                f"{where}: cannot {verb} it: {getattr(error, 'strerror', None) or error}; check the path and its disk"
+            ) from error
 
 
 @contextmanager

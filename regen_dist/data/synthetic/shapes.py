@@ -432,7 +432,10 @@ def make_clip(number: int, options: SyntheticOptions) -> SyntheticClip:
     with VideoReader(data) as reader:
         info = reader.info()
     if info.frames != options.frames:
-        raise DataError(f"clip {number}: {options.frames} frames went in, {info.frames} came out")
+        raise DataError(
+            f"clip {number}: {options.frames} frames went in, {info.frames} came out"
+            "; install the pinned PyAV (`make venv`)"
+        )
     return SyntheticClip(number, scene, text, data, info)
 
 

@@ -125,7 +125,10 @@ class Converter:
         self._aspect = Fraction(pixel_aspect) if pixel_aspect else Fraction(1)
         if look.matrix in _UNREADABLE_MATRICES and not frame.format.is_rgb:
             matrix = _UNREADABLE_MATRICES[look.matrix]
-            raise DataError(f"its colours are {matrix} (matrix {look.matrix} of H.273), which cannot be converted")
+            raise DataError(
+                f"its colours are {matrix} (matrix {look.matrix} of H.273), which cannot be converted; convert it to "
+                "BT.709 first, or leave it out"
+            )
         width, height = self._square(look)
         if not look.colours and (width, height) == (look.width, look.height):
             self._unchanged = look, pixel_aspect

@@ -60,10 +60,13 @@ def choose_video(container: InputContainer) -> VideoStream:
     videos = [stream for stream in streams if not stream.disposition & pictures]
     if not videos:
         what = f", only {len(streams)} attached pictures (cover art)" if streams else ""
-        raise DataError(f"it has no video stream{what}")
+        raise DataError(f"it has no video stream{what}; leave the file out")
     decodable = [stream for stream in videos if stream.codec_context is not None]  # so PyAV says it, against its types
     if not decodable:
-        raise DataError("there is no decoder for its video")
+        raise DataError(
+            "there is no decoder for its video"
+            "; convert it with an FFmpeg that has one, for example ffmpeg -i IN OUT.mp4"
+        )
     return max(decodable, key=_score)  # the first of equals
 
 
@@ -188,7 +191,10 @@ class VideoReader:
             DataError: a number is not in the video, or a frame cannot be decoded.
         """
         if not 0 <= numbers[0] <= numbers[-1] < len(self.table.pts):
-            raise DataError(f"frames {numbers[0]} to {numbers[-1]} were asked for, the video has {len(self.table.pts)}")
+            raise DataError(
+                f"frames {numbers[0]} to {numbers[-1]} were asked for, the video has {len(self.table.pts)}"
+                "; ask for less"
+            )
         with _av_failures("cannot be decoded"):
             if not self._convert:
                 yield from self._decoded(numbers)
@@ -237,7 +243,9 @@ class VideoReader:
             if following is None:
                 return
             number = following
-        raise DataError(f"frame {number} could not be decoded")
+        raise DataError(
+            f"frame {number} could not be decoded; re-encode the file, for example with ffmpeg -i IN OUT.mp4"
+        )
 
     def _from_the_beginning(self) -> Iterator[VideoFrame]:
         """Every frame that can be decoded, by a container and a decoder of their own: what is delivered only once (a
@@ -300,12 +308,17 @@ class VideoReader:
                 if frame.pts > pts[done] or (lean and frame.is_corrupt):
                     break
                 if frame.is_corrupt:
-                    raise DataError(f"frame {numbers[done]} is damaged")
+                    raise DataError(
+                        f"frame {numbers[done]} is damaged; re-encode the file, for example with ffmpeg -i IN OUT.mp4"
+                    )
                 yield numbers[done], frame
                 done += 1
                 if done == len(numbers):
                     return
-        raise DataError(f"{len(numbers) - done} of {len(numbers)} frames could not be decoded, first: {numbers[done]}")
+        raise DataError(
+            f"{len(numbers) - done} of {len(numbers)} frames could not be decoded, first: {numbers[done]}"
+            "; re-encode the file, for example with ffmpeg -i IN OUT.mp4"
+        )
 
     def _decode_lean(self, group: int, wanted: Sequence[int]) -> Iterator[VideoFrame]:
         """Decode from a group of pictures on, skipping unwanted frames that no other frame refers to, until all of
@@ -394,7 +407,8 @@ class VideoReader:
         whole = len(pts) - len(partial)
         pts, keyframes = pts[:whole], [key for key in keyframes if key[0] not in partial]
         if not pts:
-            raise DataError("it has no frames" + (" that are whole: it is cut off in the first" if partial else ""))
+            found = " that are whole: it is cut off in the first" if partial else ""
+            raise DataError(f"it has no frames{found}; copy the file again, or leave it out")
         if len(set(pts)) < len(pts) and not self._holds_fields():
             return self._counted_table()
         return FrameTable(
@@ -428,9 +442,8 @@ class VideoReader:
             sides = frame.width, frame.height
             times.append(None if made_up else frame.pts)
         if not times:
-            raise DataError(
-                "it has no frames" + (f": none of {self._lost} packets can be decoded" if self._lost else "")
-            )
+            found = f": none of {self._lost} packets can be decoded" if self._lost else ""
+            raise DataError(f"it has no frames{found}; copy the file again, or leave it out")
         rate = self.stream.guessed_rate or self.stream.average_rate
         step = max(1, round(1 / (rate * self.stream.time_base))) if rate and self.stream.time_base else 1
         return FrameTable(presentation_times(times, step), (), False, tuple(resized), self._lost, tuple(self._aspects))
@@ -527,7 +540,10 @@ def read_clip(
     for number, frame in reader.frames(numbers):
         shown = shown_sides(frame)
         if sides not in (None, shown):
-            raise DataError(f"the picture changes its size at frame {number}")
+            raise DataError(
+                f"the picture changes its size at frame {number}"
+                "; re-encode it at one size, for example with ffmpeg -i IN -vf scale=640:360 OUT.mp4"
+            )
         sides = shown
         start = index
         while index < len(numbers) and numbers[index] == number:
@@ -544,4 +560,6 @@ def _av_failures(what: str) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise DataError(f"it {what}: {error}") from error
+        raise DataError(
+            f"it {what}: {error}; copy the file again, or re-encode it, for example with ffmpeg -i IN OUT.mp4"
+        ) from error

@@ -84,7 +84,9 @@ def _write_weights(weights: Sequence[Path], folder: Path, dtype: Kept, leave: Se
         index |= dict.fromkeys(tensors, file)
         total += sum(tensors.values())
     if not index:
-        raise CheckpointError(f"{weights[0].parent}: there is no weight of an encoder in its pickled files")
+        raise CheckpointError(
+            f"{weights[0].parent}: there is no weight of an encoder in its pickled files; give the encoder's own folder"
+        )
     if len(weights) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / WEIGHTS_INDEX).write_text(json_text(content, indent=1, sort_keys=True), encoding="utf-8")
@@ -101,7 +103,10 @@ def _converted(source: Path, target: Path, dtype: Kept, leave: Sequence[str]) ->
         answer = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         last = next(iter(done.stderr.strip().splitlines()[-1:]), "no word")
-        raise CheckpointError(f"{source}: its conversion ended with code {done.returncode} ({last})") from None
+        raise CheckpointError(
+            f"{source}: its conversion ended with code {done.returncode} ({last})"
+            "; copy the file again, or make more memory available"
+        ) from None
     if "problem" in answer:
         raise CheckpointError(
             f"{source} is not converted: {answer['problem']}. Only tensors are taken out of a pickle, nothing in it is "

@@ -227,4 +227,5 @@ def _check_vocabulary(files: EncoderFiles, tokens: Tokens, model: Any) -> None:
         raise CheckpointError(
             f"the tokenizer in {files.folder} has {tokens.size} tokens, the encoder beside it takes {rows}: they do "
             "not belong together"
+            "; copy the tokenizer of this model there"
         )

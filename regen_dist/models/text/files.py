@@ -276,7 +276,10 @@ def atomic_folder(folder: Path, is_there: Callable[[], bool]) -> Iterator[Path]:
         finally:
             shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
-        raise CheckpointError(f"the text encoder cannot be written to {folder}: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"the text encoder cannot be written to {folder}: {error.strerror or error}"
+            "; choose another folder, or make room"
+        ) from error
 
 
 def _take_place(made: Path, folder: Path, is_there: Callable[[], bool]) -> None:

@@ -97,7 +97,9 @@ def _recipe(
     captions: Sequence[str], vocabulary: int, width: int, layers: int, heads: int, seed: int
 ) -> SmallEncoderRecipe:
     if not captions:
-        raise ConfigError("a text encoder is made from captions, and there are none with a word in them")
+        raise ConfigError(
+            "a text encoder is made from captions, and there are none with a word in them; give a dataset with captions"
+        )
     if min(vocabulary, width, layers, heads) < 1 or width % heads:
         raise ConfigError(
             f"vocabulary {vocabulary}, width {width}, layers {layers} and heads {heads} must be at least 1, and the "

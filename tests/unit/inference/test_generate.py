@@ -347,7 +347,7 @@ class TestSettings:
             resolve_settings(made.model, **{name: value})
 
     def test_an_empty_batch(self, made: Made, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="the batch is 0"):
+        with pytest.raises(ConfigError, match="--batch 0: it must be at least 1"):
             _generate(made, tmp_path, batch=0)
 
 

@@ -315,7 +315,7 @@ def test_videos_that_cannot_be_encoded_are_left_out(embedder: Path, tmp_path: Pa
     assert {skip.source: skip.reason.split(":")[0] for skip in made.manifest.skipped} == {
         "video-1": "it cannot be opened",
         "video-2": "8x32 is too small",
-        "video-4": "it has 6 frames, the index says 7",
+        "video-4": "it has 6 frames, the index says 7; build its shard again",
     }
     assert open_dataset(tmp_path / "out").table()["key"].to_pylist() == ["video-0", "video-3"]
     assert made.encoded == (3, 0)
