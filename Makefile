@@ -22,7 +22,8 @@ demo: $(STAMP) ## real video -> shards -> two-rank ZeRO-3 training, stopped and 
 miniature: $(STAMP) ## drawn videos -> embedder -> latents -> text to video, preempted once -> generated videos, scored
 	regen miniature $(if $(HARD),--hard)
 
-test: $(addprefix test-,$(SUITES)) ## every suite, servers included
+test: ## every suite, servers included; a suite that fails does not keep the others from running
+	@$(MAKE) --no-print-directory --keep-going $(addprefix test-,$(SUITES))
 	@echo "all suites passed: $(SUITES)"
 
 check: lint docs unit ## ruff, mypy --strict, import contracts, the site's links, unit tests: before every commit
@@ -41,19 +42,19 @@ schemas: $(STAMP) ## configs/schema and docs/config.md, written from the config'
 docs: $(STAMP) ## the pages as a site in build/site; fails on a link or an anchor that leads nowhere
 	NO_MKDOCS_2_WARNING=1 mkdocs build
 
+# Tests in every suite start and kill real processes, on machines that others share: one that fails is run once more, and
+# the summary names it (RERUN). One that fails twice fails the suite.
+AGAIN := --reruns 1 -raR
+
 unit: test-unit
 
 test-unit: $(STAMP)
 	@echo "== unit =="
-	OMP_NUM_THREADS=1 pytest tests/unit -n logical --dist worksteal -q
+	OMP_NUM_THREADS=1 pytest tests/unit -n logical --dist worksteal -q $(AGAIN)
 
 test-dist: $(STAMP)
 	@echo "== dist =="
-	pytest tests/dist -q
-
-# These suites kill and delay real processes by the clock, on machines that others share: a test that fails is run once
-# more, and the summary names it (RERUN). One that fails twice fails the suite.
-AGAIN := --reruns 1 -raR
+	pytest tests/dist -q $(AGAIN)
 
 # Much of their time is waiting: three files at once. Their conftest.py puts those that last longest first.
 test-fault test-cluster: test-%: $(STAMP)

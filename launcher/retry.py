@@ -401,7 +401,7 @@ def combined_exit_code(codes: Sequence[int | None], srun: int) -> int:
     """Combine the exit codes of a start's ranks.
 
     Args:
-        codes: of each rank in order of their end; None for a rank without an exit file.
+        codes: exit codes of the ranks in order of their end; None for a rank without an exit file.
         srun: exit code of the program that started them: 0 unless a rank failed or was lost.
     """
     failed = [code for code in codes if code not in (None, EXIT_OK, EXIT_RESUME)]

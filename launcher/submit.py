@@ -184,7 +184,7 @@ def submit(request: SubmissionRequest, dependency: str | None = None) -> Submiss
     """Write the job's files and hand it to the scheduler; a refused submission leaves nothing behind.
 
     Args:
-        dependency: for Slurm, as "afterok:123".
+        dependency: Slurm's dependency, such as "afterok:123".
 
     Raises:
         RegenError: Slurm refused the job, or it did not start on this machine.

@@ -22,7 +22,7 @@ class Entry(Generic[Builder]):
     """One value of a choice.
 
     Args:
-        build: makes it, or computes it.
+        build: the builder: makes the value's object, or computes it.
         state: the kinds of tensors that it adds to a checkpoint for every parameter.
     """
 
@@ -34,8 +34,8 @@ class Registry(Mapping[str, AnyEntry]):
     """The values of one choice of the config.
 
     Args:
-        key: of the config.
-        entries: by value.
+        key: key of the config.
+        entries: an entry for each value.
     """
 
     def __init__(self, key: str, entries: Mapping[str, AnyEntry]) -> None:

@@ -20,10 +20,10 @@ class Site:
 
     Args:
         device: type of each rank's device, "cpu" or "cuda".
-        precision: of the working weights: "bf16", "fp16" or "fp32".
+        precision: precision of the working weights: "bf16", "fp16" or "fp32".
         engine: kind of the engine.
         num_ranks: ranks of the run.
-        packages: whether the ranks run in this Python, so that its packages count.
+        packages: true if the ranks run in this Python, so that its packages count.
     """
 
     device: str = "cpu"
@@ -99,8 +99,8 @@ def problems(choice: str, value: str, site: Site, key: str = "") -> Iterator[str
 
     Args:
         choice: key of the choice, as its registry has it.
-        value: of the choice.
-        site: where it is to run.
+        value: value of the choice.
+        site: machine and Python that run it.
         key: key of the config in the messages, where it is longer.
     """
     requirement = REQUIREMENTS.get((choice, value))

@@ -23,8 +23,8 @@ class Column:
 
     Args:
         name: its heading.
-        right: whether its cells are aligned to the right, as numbers are.
-        fixed: whether it keeps its width in a narrow terminal, where other columns wrap.
+        right: true to align cells to the right, as numbers are.
+        fixed: true to keep the width in a narrow terminal, where other columns wrap.
         min_width: characters that it keeps when others wrap.
     """
 
@@ -51,7 +51,7 @@ class Table:
         footer: rows below a line.
         styles: a terminal's style (of rich) by row.
         cell_styles: the same by (row, column).
-        frame: in a terminal: a box, a rule under the header, or the same with a single blank between columns.
+        frame: style in a terminal: a box, a rule under the header, or the same with a single blank between columns.
         min_width: characters of the whole table in a terminal.
     """
 
@@ -67,7 +67,7 @@ class Table:
 
     @property
     def header(self) -> list[Column]:
-        """The columns, of which a plain heading is one that is aligned to the left."""
+        """The columns; a plain heading becomes a left-aligned column."""
         return [Column(each) if isinstance(each, str) else each for each in self.columns]
 
     def to_markdown(self) -> str:

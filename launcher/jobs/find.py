@@ -209,7 +209,7 @@ class QueueState(NamedTuple):
 
 
 class Queue:
-    """Scheduler states of tasks. `silence`: the reason why Slurm did not answer."""
+    """Scheduler states of tasks. `no_answer`: the reason why Slurm did not answer."""
 
     def __init__(self, told: dict[str, QueueState], no_answer: str) -> None:
         self._told, self.no_answer = told, no_answer

@@ -228,7 +228,7 @@ def incomplete_tasks(members: Sequence[Member], root: Path, *, force: bool = Fal
     """Return the tasks that have ended without being complete.
 
     Args:
-        force: if Slurm does not answer, trust the histories and treat tasks without a recorded end as ended.
+        force: true: if Slurm does not answer, trust the histories; tasks without a recorded end count as ended.
 
     Raises:
         ConfigError: there are none: they are running or complete.

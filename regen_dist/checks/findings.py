@@ -80,10 +80,10 @@ class Target:
 
     Args:
         world_size: number of ranks.
-        has_gpus: whether each rank has a GPU; None assumes the same as on this machine.
-        packages: whether the ranks run in this Python, so that its packages count.
+        has_gpus: true if each rank has a GPU; None assumes the same as on this machine.
+        packages: true if the ranks run in this Python, so that its packages count.
         produced: URLs and paths that an earlier job will have made by then.
-        fresh: whether the runs may start from scratch where checkpoints are lost.
+        fresh: true if the runs may start from scratch where checkpoints are lost.
     """
 
     world_size: int = 1

@@ -32,7 +32,7 @@ class LatentFacts(Protocol):
 
 
 class _Space(NamedTuple):
-    """Those facts, as a manifest has them."""
+    """Facts about the latents, read from a manifest."""
 
     fingerprint: str
     num_frames: int

@@ -210,8 +210,8 @@ class ModelConfig(Section):
     decoder: DecoderConfig = Field(default=DecoderConfig(), description="Decoder; magvit2 takes only `linear` from it.")
     linear_start: Literal["dct", "pca", "random"] = Field(
         default="dct",
-        description="Start of the linear code: dct for x0 predictions (others at random), pca fitted to the first "
-        "clips, or random.",
+        description="Start of the linear code: dct (for x0 predictions), pca fitted to the first clips, or random (for "
+        "other targets).",
     )
 
     @property

@@ -419,7 +419,7 @@ def load_section(
     Args:
         schema: schema of the file.
         path: path of the file.
-        overrides: as for `load_config`.
+        overrides: changes `a.b=c`, as for `load_config`.
         look: finds further problems in the composed, not yet validated values.
 
     Raises:

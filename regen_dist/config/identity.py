@@ -26,7 +26,7 @@ def order_identity(
         fingerprints: those of its datasets, in the order of `config.sources`.
         num_frames: frames of a clip (k + 1).
         batch_global: samples of one optimizer step.
-        seed: of the order.
+        seed: seed of the order.
     """
     facts = {
         "dataset fingerprint": fingerprints,
@@ -52,7 +52,7 @@ def latent_identity(
         config: config of the data.
         fingerprints: those of its caches, in the order of `config.sources`.
         batch_global: samples of one optimizer step.
-        seed: of the order.
+        seed: seed of the order.
     """
     facts = {
         "dataset fingerprint": fingerprints,

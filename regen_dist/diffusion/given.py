@@ -46,9 +46,9 @@ def drawn(flow: FlowConfig, seed: int, keys: Tensor, step: int, clean: Tensor) -
 
     Args:
         flow: holds the share of rows with a given first content latent, and the share with whole first clips given.
-        seed: of the run.
-        keys: of the rows, int64 [B].
-        step: of training.
+        seed: seed of the run.
+        keys: keys of the rows, int64 [B].
+        step: step of the training.
         clean: the rows, [B, C, F, h, w]; an image alone (F = 1) is never given.
 
     Returns:

@@ -118,15 +118,15 @@ def gaussian(
     """Standard normal noise of a video, keyed by (seed, sample id, frame time, y, x).
 
     Args:
-        seed: of the run, below 2**63.
+        seed: seed of the run, below 2**63.
         sample_ids: int64 [B].
-        times: of the frames in the video's own frames, real, [B, T]; equal times get equal noise.
+        times: times of the frames, counted in the video's own frames, real, [B, T]; equal times get equal noise.
         size: H, W of the part that is wanted.
         channels: up to 4.
         origin: row and column of the part's first pixel in the whole frame: the noise of a tile is a cut from the whole
             frame's noise.
         draw: the training step, or 0.
-        stream: what the noise is for.
+        stream: purpose of the noise.
 
     Returns:
         float32 [B, channels, T, H, W].
@@ -200,13 +200,13 @@ def latent_gaussian(
     channels of 5 and of 8 are the same.
 
     Args:
-        seed: of the run, below 2**63.
+        seed: seed of the run, below 2**63.
         sample_ids: int64 [B].
         num_frames: F, latent frames.
         channels: C, any number.
         size: h, w in latent cells.
         draw: the training step, or 0.
-        stream: what the noise is for.
+        stream: purpose of the noise.
 
     Returns:
         float32 [B, C, F, h, w].

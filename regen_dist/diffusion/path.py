@@ -10,7 +10,7 @@ Legend: videos are [B, C, T, H, W]; t is [B].
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -42,8 +42,10 @@ def coefficients(path: PathName, t: Tensor) -> Coefficients:
     t = t.float().view(-1, 1, 1, 1, 1)
     if path == "rectified_flow":
         return Coefficients(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
-    cos, sin = torch.cos(HALF_PI * t), torch.sin(HALF_PI * t)
-    return Coefficients(torch.where(t >= 1, 0.0, cos), sin, -HALF_PI * sin, HALF_PI * cos)
+    if path == "cosine_vp":
+        cos, sin = torch.cos(HALF_PI * t), torch.sin(HALF_PI * t)
+        return Coefficients(torch.where(t >= 1, 0.0, cos), sin, -HALF_PI * sin, HALF_PI * cos)
+    assert_never(path)
 
 
 def noisy(path: PathName, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -58,8 +60,10 @@ def target_of(path: PathName, target: Target, x0: Tensor, noise: Tensor, t: Tens
         return x0
     if target == "eps":
         return noise
-    c = coefficients(path, t)
-    return c.d_alpha * x0 + c.d_sigma * noise
+    if target == "velocity":
+        c = coefficients(path, t)
+        return c.d_alpha * x0 + c.d_sigma * noise
+    assert_never(target)
 
 
 def x0_from(path: PathName, target: Target, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -73,6 +77,8 @@ def x0_from(path: PathName, target: Target, prediction: Tensor, x_t: Tensor, t: 
     c = coefficients(path, t)
     if target == "velocity":
         return (c.d_sigma * x_t - c.sigma * prediction) / c.wronskian
+    if target != "eps":
+        assert_never(target)
     if bool((c.alpha <= 0).any()):
         raise ConfigError(
             "a noise prediction (diffusion.target=eps) cannot be turned into pixels at pure noise: "

@@ -51,13 +51,13 @@ class Companion:
     Args:
         build: makes it with fresh weights, the same on every rank.
         config: its optimizer's numbers.
-        ranks: of the job.
+        ranks: ranks of the job.
         accumulation: micro-batches of a step.
 
     Attributes:
         module: the network.
-        averages: of the logits; None before the first update.
-        num_updates: that it has made.
+        averages: running averages of the logits; None before the first update.
+        num_updates: number of updates made.
         skipped: updates that were left out, because a gradient was not finite.
     """
 
@@ -92,7 +92,7 @@ class Companion:
         on the step alone and is the same on every rank.
 
         Args:
-            applied: whether the model's own update was made; else this one is not made either.
+            applied: true if the model's own update was made; else this one is not made either.
         """
         if not self._logits:
             return
@@ -139,7 +139,7 @@ class Companion:
 
         Args:
             source: reads pieces (`engine.PieceSource`), of the shapes in `state`.
-            state: of the checkpoint; None of one that has no discriminator, where a new one begins.
+            state: the checkpoint's state; None if it has no discriminator, so that a new one begins.
 
         Raises:
             RegenError: some rank could not read it; on every rank.

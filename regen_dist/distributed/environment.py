@@ -73,7 +73,7 @@ def starts_ranks(environment: Mapping[str, str], asked: bool) -> bool:
     something else has started. A single left-over variable does not make a rank.
 
     Args:
-        environment: of this process.
+        environment: environment variables of this process.
         asked: a number of ranks was given (`--ranks`).
 
     Raises:

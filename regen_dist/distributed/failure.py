@@ -27,8 +27,8 @@ def tell(error: BaseException, rank: int = 0, world_size: int = 1) -> None:
     """Print an error on stderr, once: one that a user can fix as its message, any other with its traceback.
 
     Args:
-        error: an exit asked for (SystemExit) is none.
-        rank: whose it is; named where there are others.
+        error: the error; a SystemExit prints nothing.
+        rank: rank of this process; printed if there are several.
         world_size: number of ranks.
     """
     if isinstance(error, SystemExit) or any(error is each for each in _told):

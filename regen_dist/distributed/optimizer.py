@@ -29,8 +29,8 @@ def build_optimizer(
 
     Args:
         config: the kind and its numbers.
-        params: what it updates.
-        device: where they are.
+        params: parameters to update.
+        device: device of the parameters.
         engine: kind of the engine that calls its `step`.
 
     Raises:

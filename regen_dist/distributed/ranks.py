@@ -93,7 +93,7 @@ class Ranks:
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """The place that the environment gives this process (see `environment.read_place`).
+    """The place that the environment gives this process (see `environment.read_rank_info`).
 
     Raises:
         ConfigError: the variables of torchrun, Slurm and Submitit disagree, or make no sense.
@@ -104,7 +104,7 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
 @contextmanager
 def process_group(ranks: Ranks, needed: bool) -> Iterator[None]:
     """Join the other ranks for the duration of the block: NCCL on GPUs, gloo on CPUs. An error is printed at once, and
-    then the group is left without waiting for the others (see `failing`)."""
+    then the group is left without waiting for the others (see `failure`)."""
     if not needed and ranks.world_size == 1:
         yield
         return
@@ -156,7 +156,7 @@ def make_repeatable(device: torch.device, *, deterministic: bool) -> None:
     new shape, and keeps the fastest.
 
     Args:
-        device: of the process.
+        device: device of the process.
         deterministic: `engine.deterministic`.
     """
     on_gpu = device.type == "cuda"

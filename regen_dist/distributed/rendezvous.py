@@ -34,10 +34,10 @@ def meet(rank: int, world_size: int, device: torch.device | None, problem: str, 
     Ranks that nobody has started are not waited for: see `join_timeout_s`.
 
     Args:
-        rank, world_size: of this process.
-        device: that it computes on; None where it found none that it may use.
+        rank, world_size: rank of this process, and number of ranks.
+        device: device that this process computes on; None if it found none that it may use.
         problem: why; empty otherwise.
-        timeout: how long to wait for what they say, once all are there.
+        timeout: longest wait for the other ranks' reports, once all are there.
 
     Raises:
         RegenError: the others do not appear.

@@ -2,7 +2,7 @@
 tokens that their models make of them.
 
 The gradients of weights need no exchange of their own: ZeRO-3 takes their mean over all ranks, of a group too (see
-`models.sequence.Share.whole`).
+`models.sequence_parallel.SequenceShard.whole`).
 
 Legend: as in `models/sequence_parallel.py`.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regen_dist.distributed.ranks import TIMEOUT, Ranks
 from regen_dist.distributed.shared_reading import SharedReader
-from regen_dist.models.sequence_parallel import Rows, SequenceShard, row_lengths
+from regen_dist.models.sequence_parallel import WHOLE, Rows, SequenceShard, row_lengths
 
 Item = TypeVar("Item")
 
@@ -52,7 +52,7 @@ class RowGroup(Rows):
         return Ranks(self.ranks.rank // self.size, self.ranks.world_size // self.size, self.ranks.local_rank)
 
     def share(self, length: int) -> SequenceShard:
-        return SequenceShard() if self.size == 1 else _RowShard(self, length)
+        return WHOLE if self.size == 1 else _RowShard(self, length)
 
     def read(self, source: Callable[[], Generator[Item]]) -> Generator[Item]:
         """Yield on every rank of the group the items that `source` yields on the first. A failed read or a replacement
@@ -134,7 +134,7 @@ def _all_to_all(flat: Tensor, sent: list[int], received: list[int], group: Any) 
 
 class _Gather(torch.autograd.Function):
     """Gather the whole row from its parts; the backward pass returns S times the gradient of own tokens (see
-    `Share.whole`)."""
+    `SequenceShard.whole`)."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, part: _RowShard) -> Tensor:

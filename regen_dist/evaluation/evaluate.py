@@ -166,7 +166,7 @@ def measure_video(
         protocol: steps, overlap and seed, cell size.
         networks: the networks that the user gave.
         out: folder of the evaluation.
-        with_vmaf: whether to measure VMAF, which needs an ffmpeg with libvmaf.
+        with_vmaf: true to measure VMAF, which needs an ffmpeg with libvmaf.
 
     Returns:
         The video's part of the JSON, and the features of its segments and frames.
@@ -266,7 +266,7 @@ class Evaluation:
         videos: videos that the protocol selects.
         networks: the networks that the user gave.
         say: prints a line of progress.
-        with_vmaf: whether to measure VMAF.
+        with_vmaf: true to measure VMAF.
     """
 
     out: Path

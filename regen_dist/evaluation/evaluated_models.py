@@ -6,7 +6,6 @@ Legend: B clips, T frames, H x W pixels, C latent channels, t latent frames.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config.run import SPATIAL_COMPRESSION
-from regen_dist.errors import ConfigError, DataError, needing_extra
+from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.baselines import LABELS, TRIVIAL_KINDS, TrivialCodec
 from regen_dist.evaluation.metrics import LATENT_BITS
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
 from regen_dist.inference.long_video import VideoCodec
 from regen_dist.inference.windows import Window, blend_weights
+from regen_dist.models.diffusers_encoder import load_autoencoder
 from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import count_flops
 from regen_dist.observe.devices import choose_device
@@ -38,7 +38,7 @@ class EvaluatedModel:
     """One column of the evaluation.
 
     Attributes:
-        name: for the table and the files.
+        name: name in the columns and in file names.
         label: name of the model in the table.
         codec: the codec that encodes and decodes.
         steps: sampling steps of decoding.
@@ -67,15 +67,15 @@ class DiffusersCodec:
         num_frames: frames of a clip. Causal video autoencoders of temporal compression r take n r + 1.
 
     Raises:
-        ConfigError: the folder is not one of diffusers' autoencoders.
+        ConfigError: the folder is not one of diffusers' autoencoders, or lacks weights.
         BackendError: diffusers is not installed.
     """
 
     kind = "diffusers"
 
     def __init__(self, folder: Path, num_frames: int) -> None:
-        self.model, self.num_frames = _load_diffusers(folder), num_frames
-        self.model = self.model.to(choose_device()).eval()
+        self.model, self.num_frames = load_autoencoder(folder), num_frames
+        self.model = self.model.to(choose_device())
         self.is_video = any(isinstance(part, nn.Conv3d) for part in self.model.modules())
         self.multiple = _spatial_compression(self.model)
         self._channels = 0
@@ -138,17 +138,6 @@ def decode_with(model: Any, z: Tensor, is_video: bool) -> Tensor:
     timed = getattr(model.config, "timestep_conditioning", False)
     given = {"temb": torch.zeros(len(z), device=z.device, dtype=z.dtype)} if timed else {}
     return model.decode(z, **given).sample  # type: ignore[no-any-return]
-
-
-def _load_diffusers(folder: Path) -> Any:
-    with needing_extra(f"{folder}, a model of diffusers,"):
-        import diffusers
-    name = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", ""))
-    if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
-        raise ConfigError(
-            f"{folder}/config.json names the class {name or 'none'}; expected an Autoencoder of diffusers"
-        )
-    return getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True)
 
 
 def _spatial_compression(model: Any) -> int:

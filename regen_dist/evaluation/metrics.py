@@ -118,7 +118,7 @@ def seam_ratio(changes: Sequence[float], crosses: Sequence[bool]) -> float | Non
 
     Args:
         changes: mean absolute difference of frames t and t + 1.
-        crosses: whether frames t and t + 1 come from different clips, or in different proportions.
+        crosses: true where frames t and t + 1 come from different clips, or in different proportions.
 
     Returns:
         The ratio; None when all steps or none cross a border, or when nothing moves inside the clips.

@@ -228,7 +228,7 @@ def load_features(path: Path, *, video: bool) -> GivenNetwork:
             (frames): it is called with float pixels in [0, 255] and those of `rescale`, `resize`, `return_features`
             that it has; or a folder with `config.json` and safetensors that `transformers.AutoModel` opens (VideoMAE;
             DINOv2, ViT).
-        video: whether it takes segments of video, [N, 3, T, H, W], or frames, [N, 3, H, W].
+        video: true for a network of segments of video, [N, 3, T, H, W]; false for one of frames, [N, 3, H, W].
 
     Raises:
         ConfigError: there is no such file or folder.

@@ -190,7 +190,7 @@ def find_videos(folder: Path, protocol: Protocol) -> list[PinnedVideo]:
 
     Args:
         folder: folder of the videos, searched with its subfolders; or one video file, where the protocol has no list.
-        protocol: with or without a list.
+        protocol: the protocol, with or without a list.
 
     Raises:
         DataError: there is no such folder, no video in it, or a listed one is missing or found twice; two videos have

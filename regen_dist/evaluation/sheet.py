@@ -70,7 +70,7 @@ def write_sheet(
         source: one frame [H, W, 3] for each number.
         others: label to frames that correspond to the source's.
         title: title above the rows.
-        errors: whether to draw the error rows.
+        errors: true to draw the error rows.
     """
     cell = _cell_size(source[0])
     rows = [_SheetRow("Source", "", _scaled(source, cell), [f"frame {number}" for number in numbers])]

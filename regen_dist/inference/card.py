@@ -179,7 +179,7 @@ def t2v_card(
         origin: the checkpoint that the weights were taken from.
         shapes: shapes of the model's parameters.
         space: the model's latent space.
-        pipeline: whether the folder also holds the embedder and the text encoder.
+        pipeline: true if the folder also holds the embedder and the text encoder.
     """
     sections = {"Generating with it": _generating(pipeline), "Latents and text": _space(space)}
     return _write_card("a text-to-video model", config, origin, shapes, _t2v_facts(config, space), sections)

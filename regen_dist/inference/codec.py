@@ -174,7 +174,7 @@ class Codec:
         self, windows: list[Window], times: Tensor, *, steps: int = 1, seed: int = 0, sample_id: int = 0
     ) -> Tensor:
         """Decode a stretch of a video from windows that may overlap. There is one noise, keyed by absolute time, and
-        one estimate, blended from the windows' estimates at every step (METHOD: long videos).
+        one estimate, blended from the windows' estimates at every step (docs/reconstruct.md).
 
         Args:
             windows: encoded clips of one video.

@@ -475,7 +475,7 @@ def generate(
 
     Raises:
         CheckpointError: the embedder or the text encoder differs from that of the caches.
-            ConfigError: the batch size is below 1, or the embedder cannot decode the settings.
+        ConfigError: the batch size is below 1, or the embedder cannot decode the settings.
         DataError: a file cannot be written.
     """
     if batch < 1:

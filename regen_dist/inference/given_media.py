@@ -198,7 +198,7 @@ def frames_at(source: SourceVideo, fps: float) -> int:
 
 
 def given_row(media: GivenMedia, codec: Codec, scale: LatentScale, clips: int) -> Given:
-    """Given latent frames of one row of `clips` clips, normalised as in training."""
+    """Return the known latent frames of one row of `clips` clips, normalised as in training."""
     known = media.encoded(codec)
     content, motion = (torch.zeros(1, clips, *known.content.shape[1:], device=codec.device) for _ in range(2))
     content[0, : len(known.content)], motion[0, : len(known.motion)] = known.content, known.motion

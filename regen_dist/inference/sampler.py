@@ -1,6 +1,7 @@
-"""A trained text-to-video model for inference: from a run, or from an exported model.
+"""A trained text-to-video model, of a run or an export, and its sampling of the normalised latents of a row of clips
+with classifier-free guidance.
 
-Legend: B samples, C channels, F latent frames, h x w latent cells.
+Legend: B samples, C channels, F latent frames, h x w latent cells, M text tokens, D their width.
 """
 
 from __future__ import annotations
@@ -28,10 +29,6 @@ from regen_dist.inference.latent_space import LatentSpace, NormalisedLatents, re
 from regen_dist.models.building import build_model
 from regen_dist.models.t2v import TextToVideo
 from regen_dist.observe.devices import choose_device
-
-# Sampling of the normalised latents of a row of clips by a text-to-video model, with classifier-free guidance.
-#
-# Legend: B samples, C channels, F latent frames, h x w latent cells, M text tokens, D their width.
 
 # map from x_t [B, C, F, h, w], t [B] or [B, F], text [B, M, D], mask [B, M] to the velocity [B, C, F, h, w]
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -3,7 +3,7 @@
 Frames are numbered from 0 and stand for bins of width one; a window of `n` frames that starts at frame `s` covers
 the times `[s, s + n - 1]`. Two windows that share `m` frames are cross-faded by a linear ramp over these `m` bins:
 with one shared frame each window counts one half there, with two the weights go 1/4, 3/4. With a `fade` the ramp is
-wider than what they share: both windows are decoded past their ends (METHOD: extrapolation). The blending is our own
+wider than what they share: both windows are decoded past their ends (docs/reconstruct.md). The blending is our own
 choice, not the paper's.
 """
 

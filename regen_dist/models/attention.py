@@ -51,7 +51,7 @@ class TextTokens(NamedTuple):
         seen: `mask`, and all of a text without any: a softmax over nothing is NaN.
         places: indices of the seen tokens in [B*M], int64; only where a kernel packs them, because a GPU makes the host
             wait for their number.
-        starts: where each text's begin among them, int32 [B + 1].
+        starts: index of each text's first token in `places`, int32 [B + 1].
     """
 
     mask: Tensor
@@ -129,8 +129,8 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, text: TextTokens | Tensor, 
     Args:
         q: [B, N, L, E].
         k, v: [B, N, M, E]; what they hold where the mask is False changes nothing, as long as `k` is finite.
-        text: of `text_tokens`, or the mask, bool [B, M], True where a token counts. A text without any gives zeros.
-        backend: of `AttentionConfig`.
+        text: output of `text_tokens`, or the mask, bool [B, M], True where a token counts. An empty text gives zeros.
+        backend: value of `AttentionConfig.backend`.
 
     Returns:
         [B, N, L, E].

@@ -216,7 +216,7 @@ def sinusoids(times: Tensor, rows: int, columns: int, width: int) -> Tensor:
 
     Args:
         times: [B, T] real.
-        rows, columns: of the grid, at places 0, 1, 2, ...
+        rows, columns: size of the grid, at places 0, 1, 2, ...
         width: D.
 
     Returns:

@@ -75,7 +75,7 @@ class Regen(EmbedderBase):
         Args:
             noisy: [B, 3, T, H, W].
             t: diffusion time [B] in (0, 1].
-            latents: of the clips.
+            latents: latents of the clips.
             times: [B, T] real, in frames from each clip's first.
 
         Returns:

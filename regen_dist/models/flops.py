@@ -80,7 +80,7 @@ class _SavedTensors(TorchFunctionMode):
 
     Attributes:
         attended: attention's outputs, by unit, which `models.recomputation` keeps.
-        attention_flops: of them, which are then not done again.
+        attention_flops: operations of attention, which are not done again where its outputs are kept.
     """
 
     def __init__(self, model: nn.Module, units: dict[str, nn.Module]) -> None:
@@ -295,12 +295,12 @@ def count_row_flops(
     """Count the costs of the text-to-video transformer for one row of clips.
 
     Args:
-        config: of the model.
+        config: config of the model.
         frames: latent frames of the row: two per clip, or 1 for an image.
         size: rows and columns of the latents: the video's sides over 8.
-        text_tokens: of the text, padding included.
-        precision: that it computes in.
-        activation_checkpointing: which activations of blocks are recomputed.
+        text_tokens: tokens of the text, padding included.
+        precision: precision of the computation.
+        activation_checkpointing: the activations of blocks that are recomputed.
         sequence_parallel: ranks that share a row.
 
     Raises:
@@ -314,7 +314,7 @@ def count_row_flops(
 
 
 def row_forward_flops(config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int) -> int:
-    """Count the operations of one forward pass of a row as `account_row` does, but faster: from one block."""
+    """Count the operations of one forward pass of a row as `count_row_flops` does, but faster: from one block."""
     flops = _count_blocks(config, 1, (config.latent_channels, frames, *size), text_tokens).forward_flops
     return sum(flops.values()) + (config.blocks - 1) * flops["blocks"]
 

@@ -83,7 +83,7 @@ def attend_flash_lengths(
     Args:
         q: [queries of all, N, E].
         k, v: [keys of all, N, E].
-        starts: where the queries and the keys of each sequence begin, int32 [sequences + 1] each.
+        starts: start of each sequence's queries and keys, int32 [sequences + 1] each.
         longest: queries and keys of the longest.
     """
     module = require_flash(q.device.type, q.dtype, _capability(q))

@@ -68,8 +68,8 @@ def convolve_in_strips(
     Args:
         convolve: a convolution of x.
         x: [B, C, ..., H, W].
-        channels_out: that it gives.
-        kernel, stride, padding: of it along the rows.
+        channels_out: output channels of the convolution.
+        kernel, stride, padding: sizes of the convolution along the rows.
     """
     most = max(x.numel(), x.numel() // x.shape[1] * channels_out)  # input, or output where the stride is 1
     if most <= MOST_ELEMENTS:
@@ -319,7 +319,7 @@ class Modulation(nn.Module):
     """adaLN: the timestep's vector to `parts` vectors of width D for all blocks, [B, D] to [B, parts, D].
 
     One projection serves every block, and each block adds a table of its own (adaLN-single, PixArt-alpha). Zero at the
-    start, so that the gates of all blocks are closed and the transformer begins as the identity.
+    start, so that each block begins with its own table alone: closed gates in text to video, open ones in the decoder.
     """
 
     def __init__(self, width: int, parts: int) -> None:

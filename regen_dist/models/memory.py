@@ -1,4 +1,4 @@
-"""Estimates for `regen describe`: communication, duration, price and memory of a training run."""
+"""Communication, time, price and memory of training, estimated from a model's counts and what the user states."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def ring_seconds(world_size: int, gpus_per_node: int, *, nvlink_hop_us: float, n
 
     Args:
         world_size: GPUs.
-        gpus_per_node: of each node.
-        nvlink_hop_us, network_hop_us: of a step inside a node and between nodes.
+        gpus_per_node: GPUs of each node.
+        nvlink_hop_us, network_hop_us: duration of a step inside a node and between nodes.
     """
     between = -(-world_size // gpus_per_node) - 1
     return ((world_size - 1 - between) * nvlink_hop_us + between * network_hop_us) / 1e6
@@ -100,12 +100,12 @@ def exchanged_bytes(
     which is gathered once, is not in it: it is narrow.
 
     Args:
-        engine: how many GPUs share a row, the precision, and whether activations are computed again.
-        tokens: of a row.
-        width: of the transformer.
-        blocks: of the transformer.
-        samples: of the step that each group of GPUs shares.
-        local: whether each block has a local convolution, which exchanges the tokens there and back once more.
+        engine: number of GPUs that share a row, precision, and recomputation of activations.
+        tokens: tokens of a row.
+        width: width of the transformer.
+        blocks: blocks of the transformer.
+        samples: samples of a step that each group of GPUs shares.
+        local: true if each block has a local convolution, which exchanges the tokens there and back once more.
     """
     shared, passes = engine.sequence_parallel, 3 if engine.activation_checkpointing else 2
     elements = (6 if local else 4) * passes * blocks * samples * tokens * width
@@ -129,8 +129,8 @@ def wire_seconds(sent: int, network: int, *, nvlink_gbps: float, network_gbps: f
     Args:
         sent: bytes that one GPU sends to the next.
         network: bytes that one node sends to the next.
-        nvlink_gbps: of one GPU in one direction, gigabits per second.
-        network_gbps: of all interfaces of one node in one direction, gigabits per second.
+        nvlink_gbps: bandwidth of one GPU in one direction, gigabits per second.
+        network_gbps: bandwidth of all interfaces of one node in one direction, gigabits per second.
     """
     return max(sent / (nvlink_gbps * _GIGABIT), network / (network_gbps * _GIGABIT))
 
@@ -146,10 +146,10 @@ class Assumptions:
     Args:
         mfu: model FLOPs utilisation: operations of the model, three forward passes a clip, over the GPUs' peak.
             Operations that activation checkpointing repeats are no progress and do not count.
-        peak_tflops: of one GPU (H100 SXM, bf16 without sparsity).
+        peak_tflops: peak of one GPU (H100 SXM, bf16 without sparsity).
         gpus_per_node: GPUs that are joined by `nvlink_gbps`; nodes are joined by `network_gbps`.
-        nvlink_gbps: of one GPU in one direction, gigabits per second.
-        network_gbps: of all interfaces of one node in one direction, gigabits per second.
+        nvlink_gbps: bandwidth of one GPU in one direction, gigabits per second.
+        network_gbps: bandwidth of all interfaces of one node in one direction, gigabits per second.
         dollars_per_gpu_hour: the price.
         nvlink_hop_us, network_hop_us: latency of a step of a ring inside a node and between nodes, in microseconds;
             NCCL's own table (src/graph/tuning.cc: ring, Simple).
@@ -174,7 +174,7 @@ class Cost:
         model_flops: operations of a step of the global batch: forward and backward, nothing computed again.
         recomputed_flops: operations of a step that are done a second time.
         sent_bytes: bytes that each GPU sends in a step.
-        steps: of the run.
+        steps: steps of the run.
         assumed: assumptions that the user states.
         collectives: number of collectives in a step, each of which passes once around all GPUs.
     """
@@ -332,9 +332,9 @@ def loss_memory_bytes(losses: LossesConfig, clip: tuple[int, int, int, int], cli
     """Bytes per GPU by what for; empty where the terms are off. Nothing of it is sharded.
 
     Args:
-        losses: of the config.
+        losses: losses of the config.
         clip: channels, frames, height and width that the decoder gives.
-        clips_per_gpu: of one micro-batch.
+        clips_per_gpu: clips of one micro-batch.
 
     Raises:
         ConfigError: the perceptual network's file cannot be read.

@@ -45,7 +45,7 @@ class PerceptualNetwork:
     """Feature network with fixed weights, in float32.
 
     Args:
-        layers: of the network, in order.
+        layers: layers of the network, in order.
         channel_weights: [1, C, 1, 1] of each stage.
     """
 
@@ -100,9 +100,9 @@ def load_perceptual(
     """Read and check a feature network.
 
     Args:
-        path: of the safetensors file.
-        device: where it is used.
-        sha256: of the file, where the config says it.
+        path: path of the safetensors file.
+        device: device of the network.
+        sha256: checksum of the file, if the config has it.
         smallest: shortest side of the images that it is used on, in pixels.
 
     Raises:

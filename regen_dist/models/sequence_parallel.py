@@ -3,8 +3,8 @@ Ulysses).
 
 Each rank of a group holds a part of every row and works on it alone, but for self-attention: in front of it the ranks
 exchange parts of the row for parts of the heads, so that each attends with N/S heads over the whole row, by any kernel
-and in any pattern; behind it they change back. What lies before the cut and behind `Share.whole` is computed by every
-rank of a group alike.
+and in any pattern; behind it they change back. What lies before the cut and behind `SequenceShard.whole` is computed
+by every rank of a group alike.
 
 Legend: B batch, L tokens of a row, l of this rank's part of it, S ranks that share a row, N heads, E width of a head, C
 channels.

@@ -127,7 +127,7 @@ class FramePlace(nn.Module):
 
 
 def frame_places(grid: Grid, device: torch.device) -> Tensor:
-    """Sinusoids of every token's centre in its frame, [L, 4*octaves]: of half a turn to eight half turns a side."""
+    """Sinusoids of each token's centre in its frame, [L, 4*octaves]: half a turn to eight half turns over a side."""
     centres = [(torch.arange(length, device=device) + 0.5) / length for length in grid]
     _, rows, columns = torch.meshgrid(*centres, indexing="ij")
     places = torch.stack([rows, columns], -1).flatten(0, 2)  # [L, 2]

@@ -90,7 +90,7 @@ def attend_in_groups(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, windows: W
     Args:
         kernel: attention of [batch, heads, tokens, E].
         q, k, v: [L, M, E] each, by windows.
-        windows: of the grid.
+        windows: windows of the grid.
 
     Returns:
         [L, M, E], by windows.

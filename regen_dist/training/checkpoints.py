@@ -45,15 +45,15 @@ class RunCheckpoints:
     """Checkpoints of one run: save the state of its engine and guards, and load it. Collective throughout.
 
     Args:
-        config: of the run.
-        ranks: of the job.
+        config: config of the run.
+        ranks: ranks of the job.
         engine: holds the tensors.
         guards: hold what they have counted.
-        identity: of the data's order (`TrainingSet.identity`).
+        identity: identity of the data's order (`TrainingSet.identity`).
         permit: asked by rank 0 before it changes anything there; raises where it may not.
 
     Attributes:
-        folder: where they are.
+        folder: folder or URL of the checkpoints.
         newest: the step of the newest one that is committed.
         rollbacks: the steps that the run went back to.
         on_saved: called with the outcome of every save that has ended.
@@ -148,8 +148,8 @@ class RunCheckpoints:
         """Save, unless this step is committed already (a run that is stopped right after it resumed).
 
         Args:
-            progress: of the run.
-            wait: until it is committed; else a thread writes it while training goes on.
+            progress: progress of the run.
+            wait: true to wait for the commit; else a thread writes while training goes on.
 
         Raises:
             CheckpointError: this save failed and was waited for, or the one before failed and the policy is to stop.
@@ -170,7 +170,8 @@ class RunCheckpoints:
         """Wait for the save in flight, if there is one.
 
         Raises:
-            CheckpointError: it failed, and must not or the policy is to stop. Older checkpoints are untouched.
+            CheckpointError: it failed, and `must_succeed` or checkpoint.on_failure=stop; older checkpoints are
+                untouched.
         """
         outcome = self._saver.settle()
         if outcome is None:

@@ -72,7 +72,7 @@ class SpikeGuard:
     With "off" nothing is kept and nothing judged.
 
     Attributes:
-        rollbacks: how often the run went back, over all its starts.
+        rollbacks: number of times that the run went back, over all its starts.
     """
 
     def __init__(self, config: SpikeConfig) -> None:
@@ -87,7 +87,7 @@ class SpikeGuard:
         Args:
             step: counted from 1.
             loss: mean over the global batch.
-            kind: of the batch, for example "17x64x64".
+            kind: kind of the batch, for example "17x64x64".
         """
         if self._config.action == "off" or not isfinite(loss):
             return None

@@ -1,6 +1,11 @@
-"""Fit of an embedder's linear code before its first step, to cells of the first clips of the data order.
+"""Fit of an embedder's linear code before its first step, to cells of the first clips of the data order: principal
+components of the cells instead of cosines.
 
-Legend: B clips, M cells, k temporal compression, P = 8 pixels a side of a cell.
+Ours. The content latent takes the principal components of the first frame's cell, the motion latent those of what
+the later frames hold beyond what the content predicts of them, and the decoder's map is the least-squares one back, so
+that training begins where a linear code of these data ends (docs/embedder.md has the measurement).
+
+Legend: B clips, M cells, k temporal compression, P = 8 pixels a side of a cell, C latent channels, J time modes.
 """
 
 from __future__ import annotations
@@ -19,14 +24,6 @@ from regen_dist.models.encoder import Encoder
 from regen_dist.models.layers import fold_patches, split_first
 from regen_dist.models.linear import EvenLinear, LinearDecoder
 from regen_dist.pixels import to_float
-
-# The linear code of the embedders fitted to data: principal components of the cells instead of cosines.
-#
-# Ours. The content latent takes the principal components of the first frame's cell, the motion latent those of what
-# the later frames hold beyond what the content tells of them, and the decoder's map is the least-squares one back, so
-# that training begins where a linear code of these data ends (docs/embedder.md has the measurement).
-#
-# Legend: B clips, M cells, k temporal compression, P = 8 pixels a side of a cell, C latent channels, J time modes.
 
 LINEAR_CODES = ("encoder.linear.", "linear.", "decoder.linear.")  # modules that it sets, of REGEN and of the baseline
 

@@ -33,7 +33,7 @@ class Trainer(Stepper):
     """One rank of a run: trains from its newest checkpoint, with the parts that `run.build_trainer` passes.
 
     Args:
-        config: of the run.
+        config: config of the run.
         ranks: this process's place.
         task: gives batches, losses and validation.
         engine: holds model and optimizer, as of `progress`.
@@ -42,7 +42,7 @@ class Trainer(Stepper):
         checkpoints: save engine and guards.
         reporter: tells of figures and events.
         sample_log: notes this rank's samples.
-        progress: of the checkpoint that was loaded.
+        progress: progress of the checkpoint that was loaded.
         mark: called with this rank's next phase and its step, for the heartbeat.
         gradient_hooks: see the gradients of every step.
     """

@@ -28,8 +28,8 @@ class ExtraLosses:
     """The terms that a config asks for; false where it asks for none.
 
     Args:
-        config: of the run.
-        device: of the rank.
+        config: config of the run.
+        device: device of the rank.
 
     Raises:
         ConfigError: the perceptual network's file is missing or not in the format.
@@ -52,13 +52,13 @@ class ExtraLosses:
         """The loss with the terms. Accumulates the gradients of the discriminator, which `engine.step` updates.
 
         Args:
-            loss: of the reconstruction.
+            loss: loss of the reconstruction.
             engine: has the discriminator.
             source: clips [B, 3, T, H, W] in [-1, 1].
             made: the model's prediction of them.
-            share: what each sample counts, [B].
-            ids: of the samples, int64 [B].
-            step: of training.
+            share: weight of each sample, [B].
+            ids: ids of the samples, int64 [B].
+            step: step of the training.
         """
         extra, figures = torch.zeros((), device=made.device), dict(loss.figures)
         if self._network is not None:

@@ -35,8 +35,8 @@ class StepMeter:
     """Gathers the figures of the steps between two log lines.
 
     Args:
-        clips_per_step: of the global batch.
-        peak_tflops: of one rank.
+        clips_per_step: clips of the global batch.
+        peak_tflops: peak of one rank.
     """
 
     def __init__(self, ranks: Ranks, clips_per_step: int, peak_tflops: float) -> None:

@@ -40,7 +40,7 @@ def train(
     """Train as one of the ranks that the environment describes; the same call resumes. Returns the exit code.
 
     Args:
-        config: of the run.
+        config: config of the run.
         ranks: this process's place; the environment's by default.
         fresh: start from scratch where the run has checkpoints and none of them is whole.
         earlier: signals that came before this.
@@ -87,7 +87,7 @@ def build_trainer(
     """Build all parts of a run, at the newest checkpoint, and the trainer that they are handed to. A collective.
 
     Args:
-        config: of the run.
+        config: config of the run.
         ranks: this process's place.
         mark: called with this rank's next phase and its step, for the heartbeat.
         fresh: start from scratch where the run has checkpoints and none of them is whole.

@@ -38,7 +38,7 @@ class Stepper:
     """One rank's steps, with all that they need and nothing that surrounds them: a bench uses this, a run `Trainer`.
 
     Args:
-        config: of the run.
+        config: config of the run.
         ranks: this process's place.
         task: gives batches and losses.
         engine: holds model and optimizer.
@@ -128,7 +128,7 @@ class GradientNorms:
 
     Args:
         every: steps from one report to the next.
-        ranks: of the job; each holds a piece of every gradient.
+        ranks: ranks of the job; each holds a piece of every gradient.
         report: called with the step and the norm of each layer.
     """
 
@@ -136,7 +136,7 @@ class GradientNorms:
         self._every, self._ranks, self._report = every, ranks, report
 
     def __call__(self, step: int, gradients: Iterable[tuple[str, Tensor]]) -> None:
-        """Inspect a step's gradients (`step.GradientHook`). A collective."""
+        """Inspect a step's gradients (a `GradientHook`). A collective."""
         if step % self._every:
             return
         squares: dict[str, list[Tensor]] = {}
@@ -149,7 +149,7 @@ class GradientNorms:
 
 def layer_of(parameter: str) -> str:
     """The layer that a parameter belongs to: its name up to the first number (`decoder.blocks.3`), or, where there is
-    none, up to the parameter's own name (`decoder.unpatch`)."""
+    none, up to the parameter's own name (`decoder.head`)."""
     parts = parameter.split(".")
     numbered = next((place for place, part in enumerate(parts) if part.isdigit()), None)
     return ".".join(parts[:-1] if numbered is None else parts[: numbered + 1]) or parameter

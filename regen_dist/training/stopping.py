@@ -69,9 +69,9 @@ class Stopper:
             process that torchrun or a scheduler started again has its time from the beginning.
         lead_s: so much earlier, less than the limit (`TrainConfig` refuses others).
         clock: seconds that go up.
-        earlier: what came before this began.
+        earlier: signals that came before this began.
         lost: why the run is not this process's any more; empty while it is.
-        age_s: how old the process is now; None asks the system. Where that does not tell, time counts from now.
+        age_s: age of the process; None asks the system. If it is not known there, time counts from now.
     """
 
     def __init__(

@@ -95,7 +95,7 @@ class JobRunner:
         """Start a job.
 
         Args:
-            kind: which work it is.
+            kind: kind of the work.
             request: settings of the job, plain values.
             source: uploaded file that it reads; it is linked or copied as `source` with its ending.
 

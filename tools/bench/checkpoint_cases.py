@@ -58,7 +58,7 @@ class Save(NamedTuple):
         step: step after which it was made.
         blocked_s: blocking time as measured by the saver: the copy and, if waited for, the writing.
         still_s: time between the two steps by the clock.
-        seconds: from the beginning of the copy to the commit of the checkpoint.
+        seconds: time between the beginning of the copy and the commit of the checkpoint.
         size_bytes: size of all shards.
         beside: steps made, wholly or partly, during the writing.
         beside_s: total duration of these steps.

@@ -116,7 +116,7 @@ class DiffusersCoder:
 
     Args:
         name: its class.
-        options: beside the defaults.
+        options: settings that differ from the defaults.
 
     Raises:
         ImportError: diffusers is not installed.
@@ -182,7 +182,7 @@ class Counted:
 
     Attributes:
         parameters: parameters of encoder and decoder.
-        encode_flops, decode_flops: per clip, with one decoder step; a multiply-add counts as two.
+        encode_flops, decode_flops: operations per clip, with one decoder step; a multiply-add counts as two.
         latents: shapes of the latents.
         latent_bits: bits of the latents: 16 per real number, or those of the tokens.
     """
@@ -320,7 +320,7 @@ class System:
     """A codec that can be compared.
 
     Attributes:
-        name: of this project's, the stem of a config in `CONFIGS`.
+        name: model of this project: the stem of a config in `CONFIGS`.
         temporal_compression: frames for each latent frame; of this project's, k.
         build: the codec, or None for this project's.
         needs: the package that has it.

@@ -26,9 +26,9 @@ class Figure(NamedTuple):
     """One number of a record.
 
     Attributes:
-        name: within its bench; the same in every record.
-        value: of this record.
-        higher_is_better: of speeds it is, of times and bytes not.
+        name: name within its bench; the same in every record.
+        value: value in this record.
+        higher_is_better: true for speeds, false for times and bytes.
         noise: the share by which it differs between two runs of the same code.
     """
 

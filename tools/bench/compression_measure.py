@@ -223,8 +223,8 @@ def quality(stretches: Sequence[Decoded], features: Tensor | None = None, fvd: P
     over all of them; SSIM is the mean over frames; VMAF is of all stretches in sequence.
 
     Args:
-        stretches: of one size.
-        features: of the sources, where `features_of` has made them already.
+        stretches: decoded and source frames of stretches of one size.
+        features: features of the sources, if `features_of` has made them already.
         fvd: the user's network of video, for the Fréchet distance.
 
     Raises:
@@ -332,12 +332,12 @@ def measure_arm(
     Args:
         run: folder of the arm's run.
         tests: the test clips.
-        sizes: at which they are read.
+        sizes: sizes at which the clips are read.
         kept: the file; beside it, with the ending `.npz`, decoded frames of the first and the last stretch.
         steps: sampling steps, 1 among them.
         fvd: the user's network of video, for the Fréchet distance; None: it is not measured.
         fresh: measure even so.
-        threads: of this process, where it is one of several.
+        threads: threads of this process, if it is one of several.
 
     Raises:
         CheckpointError: there is no good checkpoint.

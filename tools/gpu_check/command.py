@@ -106,7 +106,7 @@ class Part:
     Args:
         name: name for `--only`.
         function: function that runs it, `module:name` below `tools.gpu_check`.
-        proves: what it proves, in one line (more in docs/gpu.md).
+        proves: fact that it proves, in one line (more in docs/gpu.md).
         limit_s: timeout in seconds, after which it counts as failed.
     """
 

@@ -129,9 +129,9 @@ def start_slurm(
         folder: new, or used by such a cluster before. If its path is too long for sockets (or has
             characters that Slurm's files do not accept), a link in /tmp is used.
         nodes: number of nodes, named node1, node2, ….
-        cpus: per node, as declared.
+        cpus: cores per node, as declared.
         gpus: fake GPUs per node, as GRES: CUDA_VISIBLE_DEVICES is set, but there is no device.
-        accounting: with slurmdbd and MariaDB, for `sacct`.
+        accounting: true to start slurmdbd and MariaDB, for `sacct`.
         grace_s: seconds between the signal and the end of a preempted job.
 
     Raises:

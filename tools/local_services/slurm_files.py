@@ -29,11 +29,11 @@ class Design:
         host: name of the machine that it runs on.
         user: owner, who may submit to it.
         nodes: number of nodes, named node1, node2, ….
-        cpus: per node, as declared; nodes share the cores of the machine.
-        gpus: per node; device names only.
-        accounting: whether slurmdbd stores the data for `sacct`.
+        cpus: cores per node, as declared; nodes share the cores of the machine.
+        gpus: GPUs per node; device names only.
+        accounting: true if slurmdbd stores the data for `sacct`.
         grace_s: seconds between the signal and the end of a preempted job.
-        ports: on 127.0.0.1, of "slurmctld", "slurmdbd" and each node.
+        ports: ports on 127.0.0.1 of "slurmctld", "slurmdbd" and each node.
         first_job_id: random, so that a folder named after a job id is not taken for that of an older cluster's job.
     """
 

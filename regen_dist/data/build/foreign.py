@@ -222,10 +222,10 @@ def index_tars(
 
     Args:
         url: folder or URL; every `*.tar` below it is a shard, whatever folder it is in.
-        out: where the indices go when `url` cannot be written to; the tars stay where they are.
+        out: folder or URL of the indices if `url` cannot be written to; the tars stay in place.
         workers: processes; all cores by default, 0 works in this process.
         skip_broken: leave out the tars that cannot be read to their end, and finish without them.
-        unwanted: which videos are left out; all others stay as they are in the tars, and are converted when they are
+        unwanted: the videos to leave out; all others stay as they are in the tars, and are converted when they are
             read.
         progress: called with ("index", done, total).
 

@@ -189,7 +189,7 @@ class Copies:
     """Local copies of the sources of parts.
 
     Args:
-        folder: for copies; None when there is nothing to copy.
+        folder: folder of the copies; None when there is nothing to copy.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -298,9 +298,9 @@ class Planner:
     """Plans the parts of a build, one after the other, in their order.
 
     Args:
-        store: of the dataset.
+        store: store of the dataset.
         parts: all of the build, whoever makes them.
-        max_bad_share: of sources that cannot be read, in a part.
+        max_bad_share: largest share of a part's sources that may be unreadable.
         tell: called with how many sources are done.
     """
 

@@ -63,8 +63,8 @@ def survey_source(origin: Origin, threshold: float | None) -> SurveyedSource:
     """Read through a source: content hash, frames, sides, rate, cuts, motion. Its problems are returned, not raised.
 
     Args:
-        origin: where it is.
-        threshold: of a cut; None looks for no cuts, so that only the first frame is decoded.
+        origin: location of the source.
+        threshold: threshold of a cut; None looks for no cuts, so that only the first frame is decoded.
     """
     try:
         path = fetch_source(origin)

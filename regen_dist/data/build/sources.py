@@ -52,11 +52,11 @@ class VideoSource:
     """A video to build from.
 
     Args:
-        name: how the dataset calls it: its path inside what was given. Never an absolute path.
+        name: name in the dataset: the path inside what was given. Never an absolute path.
         folder: URL of the store that it is in.
         file: its name in there.
-        size: in bytes, as listed.
-        caption: from a list.
+        size: bytes, as listed.
+        caption: caption that a list gives.
         text: a file beside it (name in `folder`) that holds its caption, where no list gives one.
         text_mark: changes with the bytes of that file: their hash, or the tag that the store gives them.
     """
@@ -110,7 +110,7 @@ def find_sources(
     """The videos of all places, each once, in order of the places, and by name inside a folder.
 
     Args:
-        places: video files, folders, prefixes of buckets, and lists (`captions.read_rows`), as paths or URLs. What a
+        places: video files, folders, prefixes of buckets, and lists (`lists.read_rows`), as paths or URLs. What a
             list names is relative to its own folder or URL.
         captions: a list that gives captions to videos by path inside the folder or by file name, with or without its
             ending.

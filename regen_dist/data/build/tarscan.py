@@ -34,7 +34,7 @@ class Pieces:
     way while one is used. A context manager.
 
     Args:
-        store: where the object is.
+        store: store that holds the object.
         name: its name.
     """
 

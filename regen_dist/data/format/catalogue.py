@@ -163,7 +163,7 @@ def open_dataset(url: str | Path, cache: str | Path | None = None, limits: Store
     """Read the manifest of a dataset and compile its indices, unless this node has done so before.
 
     Args:
-        cache: as for `cache_folder`.
+        cache: the cache folder that is configured (see `cache_folder`).
         limits: time limits of a bucket.
 
     Raises:

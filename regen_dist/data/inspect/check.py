@@ -98,7 +98,7 @@ def check_shard(
         entry: its entry in the manifest.
         has_index: true if the index exists.
         size: size of the tar in bytes; None if it does not exist.
-        depth: as in `verify_dataset`.
+        depth: depth of the check (see `verify_dataset`).
         facts: description of the latents; None if the samples are videos.
     """
     bad = [] if has_index else [f"{entry.index}: missing"]

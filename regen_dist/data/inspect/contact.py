@@ -95,7 +95,7 @@ def write_contact_sheet(dataset: Dataset, path: Path, rows: Sequence[int]) -> No
     Args:
         dataset: an opened dataset.
         path: the file, replaced in one move; its folder is made.
-        rows: which samples, at least one.
+        rows: rows of the samples to draw, at least one.
     """
     samples = [dataset.sample(row) for row in rows]
     box = _picture_box(samples)

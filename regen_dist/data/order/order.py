@@ -46,7 +46,7 @@ class DataOrder:
     Args:
         streams: the buckets, with one stratum for each dataset.
         batch_global: samples of one optimizer step, over all ranks and micro-batches.
-        seed: in [0, 2**63); a different one gives different permutations.
+        seed: key of the permutations, in [0, 2**63); a different one gives different permutations.
         weights: share of each dataset, relative to the others'; None draws every video equally often.
         image_fraction: share of the global batches that come from buckets of one frame; 0 leaves those out.
 

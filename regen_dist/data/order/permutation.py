@@ -1,7 +1,7 @@
 """Keyed permutations of [0, size) for any size: constant time and memory per element, no tables.
 
-`mix` and the Feistel network work on Python ints and on uint64 arrays alike: for the few rows of a micro-batch ints
-are several times faster than arrays, for many rows arrays are faster.
+`mix_bits` and the Feistel network work on Python ints and on uint64 arrays alike: for the few rows of a micro-batch
+ints are several times faster than arrays, for many rows arrays are faster.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def permute(places: Int64s, epochs: Int64s, sizes: Int64s | int, seed: int, line
         places: [n], each in [0, size).
         epochs: [n].
         sizes: rows of the stratum, [n] or one for all; below 2**62.
-        seed: in [0, 2**64).
+        seed: key of the permutation, in [0, 2**64).
         lines: numbers of the strata, [n] or one for all; each number has its own permutations.
 
     Returns:

@@ -74,9 +74,9 @@ class StoreLimits:
 
     Args:
         stall_s: longest wait for the next bytes of an answer; then the rest is asked for again.
-        deadline_s: for one call with all its retries, or for each piece of an object that is moved in pieces. A call
-            may run over it by one wait.
-        connect_s: to make a connection.
+        deadline_s: limit of one call with all its retries, or of each piece of an object that is moved in pieces.
+            A call may run over it by one wait.
+        connect_s: longest wait for a connection.
     """
 
     stall_s: float = 10.0

@@ -79,7 +79,7 @@ class Store:
 
         Args:
             name: the object.
-            ranges: in any order; they may overlap, and may be empty.
+            ranges: ranges of bytes in any order; they may overlap, and may be empty.
             join_bytes: ranges with at most this gap between them come by one request. The requests run side by side.
         """
         backend = self._open()

@@ -62,7 +62,7 @@ def build_synthetic(
 
     Args:
         out: folder or URL of the dataset: empty, or begun with the same options.
-        options: what to make; together with the code it decides every byte.
+        options: settings of the dataset; together with the code they decide every byte.
         task: (i, n): make the i-th (from 0) of n parts. The call that finishes the last part writes the manifest.
         workers: processes; all cores by default, 0 works in this process.
         progress: called with ("draw", done, total) in clips of this task.

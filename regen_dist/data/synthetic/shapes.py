@@ -157,10 +157,10 @@ def place_shape(
 
     Args:
         attributes: the attributes to show.
-        side: of the frame, in pixels.
-        frames: from the first position to the last.
+        side: side of the frame, in pixels.
+        frames: number of frames, the first and the last position included.
         draws: numbers in [0, 1) that choose radius, length of the path, and the start in the room that the path leaves.
-        turn: how the background lies.
+        turn: orientation of the background.
     """
     radius = SIZES[attributes.size] * side * (1 + SIZE_SPREAD * (2 * draws[0] - 1))
     shortest, longest = SPEEDS[attributes.speed]

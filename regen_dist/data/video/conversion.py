@@ -83,7 +83,7 @@ class Look(NamedTuple):
 
     @classmethod
     def of(cls, frame: VideoFrame) -> Look:
-        """Read it from a frame. Primaries and transfer that are not told follow from the matrix."""
+        """Read the properties of a frame. Missing primaries follow from transfer and matrix."""
         primaries, transfer = frame.color_primaries, frame.color_trc
         if primaries in (0, _UNSPECIFIED) and (transfer in HDR or frame.colorspace in _BT2020_MATRICES):
             primaries = int(Primaries.BT2020)
@@ -113,7 +113,7 @@ class Converter:
         """The frame, or a new one in its place with the same time and orientation.
 
         Args:
-            frame: as it was decoded.
+            frame: the decoded frame.
             pixel_aspect: width of its pixels over their height; None or 0: square.
 
         Raises:
@@ -150,12 +150,12 @@ class Converter:
         if max(width, height) > _LARGEST_SIDE:
             raise DataError(
                 f"pixels of {self._aspect} would make {look.height}x{look.width} into {height}x{width}, more than "
-                f"{_LARGEST_SIDE} a side; mend the file, for example with ffmpeg -i IN -vf setsar=1 OUT.mp4"
+                f"{_LARGEST_SIDE} a side; fix the file, for example with ffmpeg -i IN -vf setsar=1 OUT.mp4"
             )
         return width, height
 
     def note_interlaced(self) -> None:
-        """Remember that fields were found, and joined."""
+        """Add a note that the video is interlaced and was deinterlaced."""
         self.notes[f"{INTERLACED_KIND}: frames of two fields, deinterlaced by bwdif"] = None
 
 
@@ -170,8 +170,8 @@ def deinterlaced(
     Args:
         frames: gives decoded frames by their numbers, with these.
         numbers: never decreasing, without repetitions.
-        count: of the video's frames.
-        converter: is told when there was something to do.
+        count: number of frames of the video.
+        converter: notes that the video was deinterlaced.
     """
     rest = list(dict.fromkeys(numbers))
     for done, (number, frame) in enumerate(frames(rest)):

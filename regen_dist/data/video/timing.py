@@ -22,14 +22,14 @@ class FrameTable(NamedTuple):
 
     Attributes:
         pts: their timestamps, strictly increasing.
-        keyframes: for each keyframe (its timestamp, where to seek to for it).
-        seekable: whether a frame can be found by its timestamp after a seek. Otherwise (containers whose timestamps
-            are missing, repeated or made up) it is found by counting what the decoder gives from the beginning.
+        keyframes: timestamp of each keyframe, and the timestamp to seek to for it.
+        seekable: true if a frame can be found by its timestamp after a seek. Otherwise (containers whose timestamps are
+            missing, repeated or made up) it is found by counting what the decoder gives from the beginning.
         resized: frames at which the picture changes its size.
         lost: packets that could not be decoded.
-        aspects: width of a pixel over its height, with the frame from which on it counts, where only decoding tells it;
-            none: as the container says.
-        cut: whether the file ends before the end that its container names.
+        aspects: width of a pixel over its height, with the frame from which on it counts, if it is known by decoding
+            alone; empty: the container's.
+        cut: true if the file ends before the end that its container names.
     """
 
     pts: tuple[int, ...]
@@ -45,7 +45,7 @@ def gaps(table: FrameTable, tick_s: float) -> list[int]:
     """Numbers of the frames in front of which a video pauses for so long that it is another take.
 
     Args:
-        table: of the video.
+        table: the video's frames.
         tick_s: seconds of one unit of its timestamps.
     """
     intervals = np.diff(np.asarray(table.pts, dtype=np.float64))
@@ -59,7 +59,7 @@ def presentation_times(found: Sequence[int | None], step: int) -> tuple[int, ...
     """Strictly increasing timestamps of frames in order of presentation.
 
     Args:
-        found: what the container says of each; None where it says nothing.
+        found: timestamp of each frame in the container; None where it has none.
         step: ticks of a frame at the nominal rate.
 
     Returns:

@@ -1,7 +1,7 @@
 """Conversion of encoders whose weights are published as pickles to safetensors.
 
-The pickles are read by a process of its own (unpickling.py) that loads tensors only. Of an encoder and decoder the
-encoder is kept.
+The pickles are read by a process of its own (the main program of files.py) that loads tensors only. Of an encoder
+and decoder the encoder is kept.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def convert_encoder(name: str, folder: Path, dtype: Kept = "same") -> bool:
     Args:
         name: a folder, or a name on the Hugging Face hub.
         folder: empty, not there yet, or with this same encoder.
-        dtype: of floating-point weights; "same" leaves them as they are.
+        dtype: type of floating-point weights; "same" leaves them as they are.
 
     Returns:
         False when the folder held this same encoder already.

@@ -117,10 +117,10 @@ class TextEncoder:
     """A frozen text encoder. Made by `load`.
 
     Args:
-        model: of transformers, on its device.
+        model: model of transformers, on its device.
         tokens: its tokenizer.
-        config: what was asked for.
-        files: where model and tokenizer come from.
+        config: the config that names it.
+        files: files of model and tokenizer.
     """
 
     def __init__(self, model: Any, tokens: Tokens, config: TextConfig, files: EncoderFiles) -> None:
@@ -137,8 +137,8 @@ class TextEncoder:
 
         Args:
             config: names a folder or a model on the Hugging Face hub.
-            device: where it computes.
-            dtype: in which; by default bfloat16 on a GPU, float32 elsewhere. T5 overflows in float16.
+            device: device of the computation.
+            dtype: precision; by default bfloat16 on a GPU, float32 elsewhere. T5 overflows in float16.
 
         Raises:
             CheckpointError: a file is missing, damaged, or does not fit the others; the hub cannot be reached.

@@ -259,7 +259,7 @@ def atomic_folder(folder: Path, is_there: Callable[[], bool]) -> Iterator[Path]:
 
     Args:
         folder: not there yet, or empty.
-        is_there: whether another process has made the same meanwhile; raises when it holds something else.
+        is_there: true if another process has made the same meanwhile; raises when it holds something else.
 
     Raises:
         CheckpointError: it cannot be written.

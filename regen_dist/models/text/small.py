@@ -42,10 +42,10 @@ class SmallEncoderRecipe:
         captions: SHA-256 over the different captions.
         num_captions: number of different captions.
         vocabulary: tokens at most; fewer if the captions do not hold as many.
-        width: of the embeddings.
-        layers: of the T5.
-        heads: of the T5.
-        seed: of its weights.
+        width: width of the embeddings.
+        layers: layers of the T5.
+        heads: heads of the T5.
+        seed: seed of its weights.
     """
 
     captions: str
@@ -68,9 +68,9 @@ def make_small_encoder(
     """Make a small encoder in Hugging Face's layout, whole or not at all, for `TextEncoder.load`.
 
     Args:
-        captions: what the tokenizer is trained on; their order and repetitions do not matter.
+        captions: texts to train the tokenizer on; their order and repetitions do not matter.
         folder: empty, not there yet, or with this same encoder.
-        vocabulary, width, layers, heads, seed: as in `Recipe`.
+        vocabulary, width, layers, heads, seed: fields of `SmallEncoderRecipe`.
 
     Returns:
         False when the folder held this same encoder already.

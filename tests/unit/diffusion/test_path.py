@@ -31,6 +31,17 @@ def test_round_trip(path: str, target: str) -> None:
     torch.testing.assert_close(found, x0, rtol=1e-3, atol=1e-3)
 
 
+def test_an_unknown_name_is_not_taken_for_another() -> None:
+    """A target or a path that is added to the config alone must not train as the velocity, noise or cosine path."""
+    x0, noise = _pair()
+    with pytest.raises(AssertionError, match="half_x0"):
+        target_of("rectified_flow", "half_x0", x0, noise, TIMES)
+    with pytest.raises(AssertionError, match="half_x0"):
+        x0_from("rectified_flow", "half_x0", x0, noise, TIMES)
+    with pytest.raises(AssertionError, match="curved"):
+        coefficients("curved", TIMES)
+
+
 @pytest.mark.parametrize(("path", "target"), [*itertools.product(PATHS, ("x0", "velocity"))])
 def test_round_trip_from_pure_noise(path: str, target: str) -> None:
     """Where one-step decoding starts, x0 and velocity still give the clean video."""

@@ -187,6 +187,31 @@ def test_docstrings_open_with_a_verb_or_a_noun() -> None:
     assert len(found) <= MOST_BAD_OPENINGS, f"{len(found)}: {_summary(found)}"
 
 
+BAD_ARGUMENT = re.compile(
+    r"^ *[*\w`][*\w, `]*: (of|in|to|by|for|from|with|at|on|per|as|that|when|where|whether|which|what|how|who|whose) "
+)
+
+
+def _arguments(node: ast.AST) -> list[str]:
+    """The lines of a docstring from `Args:` or `Attributes:` on."""
+    if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return []
+    section, found = "", []
+    for line in (ast.get_docstring(node) or "").splitlines():
+        section = line if re.fullmatch(r"[A-Z]\w+:", line) else section
+        found += [line] if section in ("Args:", "Attributes:") else []
+    return found
+
+
+def test_the_entry_of_an_argument_says_what_it_is() -> None:
+    """Such as "seed: seed of the order", not "seed: of the order"."""
+    assert BAD_ARGUMENT.match("    rows, columns: of the grid.")
+    assert not BAD_ARGUMENT.match("    rows, columns: size of the grid.")
+    found = [f"{_named(path)}:{getattr(node, 'lineno', 1)} {line.strip()}" for path in _sources()
+             for node in _nodes(path) for line in _arguments(node) if BAD_ARGUMENT.match(line)]  # fmt: skip
+    assert found == []
+
+
 @pytest.mark.parametrize("package", ["regen_dist", "launcher"])
 def test_nothing_below_tools_knows_benches_or_local_services(package: str) -> None:
     """Neither by an import, inside a function or not, nor by the name of a module that a process is started with."""

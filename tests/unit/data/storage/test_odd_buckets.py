@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from regen_dist.data.storage.connection import StoreLimits, key_problem
+from regen_dist.config.urls import BUCKET_SCHEMES
+from regen_dist.data.storage.connection import LOOKED_AT, StoreLimits, key_problem
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectDenied
 from tests.helpers.fakestores import BUCKET, FakeStore, fake_store
@@ -121,3 +122,8 @@ def test_conditional_writes_keep_to_azures_rule_for_metadata(server: FakeStore) 
     assert server.lost_answers == 0
     assert server.objects == {"run/claim": b"1", "run/other": b"3"}
     assert all(name.isalpha() and name.islower() for named in server.metadata.values() for name in named)
+
+
+def test_each_service_has_the_names_of_its_credentials() -> None:
+    """Without them the message about missing credentials would itself fail."""
+    assert set(LOOKED_AT) == set(BUCKET_SCHEMES)
