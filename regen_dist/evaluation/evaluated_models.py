@@ -56,7 +56,7 @@ class EvaluatedModel:
     bits: Callable[[int, int], int]
     parameters: int
     fingerprint: str
-    flops: Callable[[int, int], tuple[int, int] | None]
+    flops: Callable[[int, int], tuple[int | None, int] | None]
 
 
 class DiffusersCodec:
@@ -213,11 +213,11 @@ def _own(name: str, folder: Path, steps: int) -> EvaluatedModel:
     model, baseline = codec.config.model, codec.kind == "magvit2"
     steps = 1 if baseline else steps
 
-    def flops(height: int, width: int) -> tuple[int, int]:
+    def flops(height: int, width: int) -> tuple[int | None, int]:
         up = SPATIAL_COMPRESSION
         counted = count_flops(model, (-(-height // up) * up, -(-width // up) * up)).forward_flops
         rest = sum(counted.values()) - counted["encoder"]
-        return counted["encoder"], rest * steps
+        return None if model.encoder.frozen else counted["encoder"], rest * steps  # a frozen one is not counted
 
     kind = "MAGVIT-v2 baseline" if baseline else f"REGEN, {steps} step{'s' if steps > 1 else ''}"
     label = f"{name} ({kind}, k = {codec.temporal_compression})"

@@ -108,7 +108,8 @@ class DiffusersEncoder(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 in hex of the autoencoder's config and weights, and of the conversion to latents here."""
         weights = sorted(self._read[0].state_dict().items())
-        config = {name: value for name, value in json.loads(self._config.read_text()).items() if name[:1] != "_"}
+        written = json.loads(self.settings.autoencoder_config().read_text(encoding="utf-8"))
+        config = {name: value for name, value in written.items() if name[:1] != "_"}
         facts = [config, self.settings.precision, self.num_frames]
         digest = hashlib.sha256(json_text(facts, sort_keys=True).encode())
         for name, tensor in weights:
@@ -122,7 +123,7 @@ class DiffusersEncoder(nn.Module):
         """Return the autoencoder, after checking that it is the expected one."""
         if self.expected not in (None, self.fingerprint):
             raise CheckpointError(
-                f"{self._folder}: not the autoencoder that this model was trained with (fingerprint "
+                f"{self.settings.path}: not the autoencoder that this model was trained with (fingerprint "
                 f"{self.fingerprint[:16]}…, its own is {str(self.expected)[:16]}…); set model.encoder.path to that"
             )
         return self._read[0]
@@ -131,7 +132,7 @@ class DiffusersEncoder(nn.Module):
     def _read(self) -> tuple[Any]:
         """Read the autoencoder, in a tuple: as an attribute it would become a child of this module."""
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.settings.precision]
-        return (load_autoencoder(self._config.parent, dtype).requires_grad_(False),)
+        return (load_autoencoder(self.settings.autoencoder_config().parent, dtype).requires_grad_(False),)
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,21 +144,6 @@ class DiffusersEncoder(nn.Module):
             return torch.as_tensor(default if value is None else value, dtype=torch.float32)
 
         return said("latents_mean", 0.0), said("latents_std", 1.0), said("scaling_factor", 1.0)
-
-    @property
-    def _folder(self) -> Path:
-        path = Path(self.settings.path or "").expanduser()
-        return path / "vae" if (path / "vae" / _CONFIG).is_file() else path
-
-    @property
-    def _config(self) -> Path:
-        path = self._folder / _CONFIG
-        if not path.is_file():
-            raise ConfigError(
-                f"model.encoder.path {self.settings.path}: no {_CONFIG} there; give the folder of an autoencoder that "
-                "diffusers has saved, or of a pipeline with vae/ in it (of the hub: `hf download` it first)"
-            )
-        return path
 
     def _check(self, video: Tensor) -> None:
         cell = self.settings.spatial
@@ -173,8 +159,8 @@ class DiffusersEncoder(nn.Module):
         wanted = [self.channels, 1 if frames == 1 else 1 + self.rest, height // cell, width // cell]
         if list(z.shape[1:]) != wanted:
             raise ConfigError(
-                f"{self._folder}: {frames} frames of {height}x{width} become latents {list(z.shape[1:])} [channels, "
-                f"frames, rows, columns], the config says {wanted}; set model.latent.channels={z.shape[1]}, "
+                f"{self.settings.path}: {frames} frames of {height}x{width} become latents {list(z.shape[1:])} "
+                f"[channels, frames, rows, columns], the config says {wanted}; set model.latent.channels={z.shape[1]}, "
                 f"model.encoder.cell={height // z.shape[3]} and model.encoder.stride="
                 f"{(frames - 1) // max(1, z.shape[2] - 1) if frames > 1 else self.settings.stride}"
             )

@@ -78,6 +78,12 @@ def psnr_of(model: Any, clips: Tensor) -> float:
     return float(10 * np.log10(4 / np.mean(errors)))
 
 
+def psnr_of_mean_colour(clips: Tensor) -> float:
+    """Compute the PSNR in dB of clips [clips, 3, T, H, W] of one colour each, their mean: what learns nothing else."""
+    video = as_input(clips)
+    return float(10 * np.log10(4 / (video - video.mean((2, 3, 4), keepdim=True)).square().mean().item()))
+
+
 def train_autoencoder(
     model: Any, clips: Tensor, held_out: Tensor, *, steps: int, batch: int = 8, lr: float = 2e-3, every: int = 50
 ) -> list[dict[str, float]]:
@@ -129,6 +135,7 @@ def main(
     torch.manual_seed(0)
     model = build_autoencoder(channels, width)
     seen, unseen = load_clips(dataset, frames, side, clips), load_clips(held_out, frames, side, 16)
+    print(f"the mean colour of each held-out clip: {psnr_of_mean_colour(unseen):.2f} dB", flush=True)
     curve = train_autoencoder(model, seen, unseen, steps=steps, batch=batch, lr=lr)
     record_statistics(model, seen[:64])
     model.save_pretrained(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tools.bench.tiny_autoencoder import (
     STRIDE,
     as_input,
     build_autoencoder,
+    psnr_of_mean_colour,
     record_statistics,
     train_autoencoder,
 )
@@ -36,3 +38,9 @@ def test_its_loss_falls(tmp_path: Path) -> None:
     frames = torch.cat([latents.content, latents.motion], 1).unflatten(1, (3, 4))  # [1, n, Z, h, w]
     assert frames.mean((0, 1, 3, 4)).tolist() == pytest.approx([0.0] * 4, abs=1e-4)
     assert frames.std((0, 1, 3, 4)).tolist() == pytest.approx([1.0] * 4, abs=1e-3)
+
+
+def test_psnr_of_the_mean_colour() -> None:
+    halves = torch.zeros(2, 3, 5, 8, 8, dtype=torch.uint8)
+    halves[..., 4:] = 255  # each pixel is 1 away from grey in [-1, 1], where the range is 2
+    assert psnr_of_mean_colour(halves) == pytest.approx(10 * math.log10(4), abs=0.01)
