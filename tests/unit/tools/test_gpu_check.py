@@ -17,6 +17,7 @@ from tools.cli import app
 from tools.gpu_check import command
 from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part, training_part
 from tools.gpu_check.machine import Machine, PartLeftOut, relative_error, require_close
+from tools.gpu_check.speed import train_for
 from tools.gpu_check.worker import made_by
 
 ROOT = Path(__file__).parents[3]
@@ -162,3 +163,25 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "frames after it" in made_by("convolutions:convolutions", machine)["summary"]
     monkeypatch.setattr(optimizers, "set_num_updates", lambda optimizer, updates: None)
     assert made_by("optimizers:optimizers", machine)["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("pace", "true_pace", "trained"),
+    [
+        (0.1, 0.1, [300]),
+        (0.12, 0.1, [250]),  # 25 of 30 seconds are enough
+        (5.0, 0.1, [6, 300]),  # the timing run met another program
+        (0.01, 0.1, [3000]),  # too long is not repeated
+    ],
+)
+def test_a_training_far_shorter_than_its_time_is_repeated_at_its_own_pace(
+    pace: float, true_pace: float, trained: list[int]
+) -> None:
+    calls: list[int] = []
+
+    def train(steps: int) -> float:
+        calls.append(steps)
+        return steps * true_pace
+
+    assert train_for(30.0, pace, train) == trained[-1]
+    assert calls == trained
