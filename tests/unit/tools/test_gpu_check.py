@@ -168,10 +168,10 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("pace", "true_pace", "trained"),
     [
-        (0.1, 0.1, [300]),
-        (0.12, 0.1, [250]),  # 25 of 30 seconds are enough
-        (5.0, 0.1, [6, 300]),  # the timing run met another program
-        (0.01, 0.1, [3000]),  # too long is not repeated
+        (0.125, 0.125, [240]),
+        (0.15, 0.125, [200]),  # 25 of 30 seconds are enough
+        (5.0, 0.125, [6, 240]),  # the timing run met another program
+        (0.0125, 0.125, [2400]),  # too long is not repeated
     ],
 )
 def test_a_training_far_shorter_than_its_time_is_repeated_at_its_own_pace(
