@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault(
     "REGEN_CACHE", str(ROOT / ".cache" / "tests")
 )  # what tests compile is not left in the home folder
+
+# A shell starts its background commands with Ctrl-C ignored, and what they start inherits it: tests send it on purpose.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -69,9 +69,8 @@ def run_until(
         environment: environment of the command; None: this program's own.
     """
     inherited = without_ranks(os.environ if environment is None else environment)
-    process = subprocess.Popen(command(arguments), env=inherited, start_new_session=True)  # one signal instead of two
     asked = False
-    with _handed_on(process) as signals:
+    with _started(command(arguments), inherited) as (process, signals):
         while process.poll() is None:
             time.sleep(_POLL_S)
             if stop_at is not None and not asked and last_step(training) >= stop_at:
@@ -81,19 +80,30 @@ def run_until(
 
 
 @contextmanager
-def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Forward signals of this program to the command, as the launcher forwards them to ranks; yield those received."""
+def _started(
+    program: Sequence[str], environment: Mapping[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """Start a command in a session of its own and forward the signals of this program to it, as the launcher forwards
+    them to ranks, also those that come while it starts; yield its process and the signals received."""
     from launcher.supervise import FORWARDED
 
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
     came: list[int] = []
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
         came.append(number)
-        process.send_signal(FORWARDED[signal.Signals(number)])
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(FORWARDED[signal.Signals(number)])
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield came
+        process = subprocess.Popen(program, env=environment, start_new_session=True)  # one signal instead of two
+        for number in early:
+            process.send_signal(FORWARDED[signal.Signals(number)])
+        yield process, came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

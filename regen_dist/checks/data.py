@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from regen_dist.checks.findings import Finding, Target, error, side_by_side
-from regen_dist.config import AnyRunConfig
+from regen_dist.config import AnyRunConfig, T2VConfig
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
-from regen_dist.errors import DataError, ObjectMissing
+from regen_dist.errors import ConfigError, DataError, ObjectMissing
 
 # A user is waiting: a store that is down is reported within seconds.
 READING = StoreLimits(stall_s=4.0, deadline_s=8.0, connect_s=4.0)
@@ -27,6 +27,18 @@ def data(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
     for url, wrong in zip(wanted, found, strict=True):
         if wrong:
             yield error(keys[url], f"{keys[url]}: {wrong}", DataError)
+
+
+def frozen_encoder(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check that the autoencoder for whose latents a decoder is trained is there."""
+    if isinstance(config, T2VConfig) or not config.model.encoder.frozen:
+        return
+    encoder = config.model.encoder
+    if not target.will_be_there(str(encoder.path)):
+        try:
+            encoder.autoencoder_config()
+        except ConfigError as caught:
+            yield error("model.encoder.path", str(caught))
 
 
 def dataset_problem(url: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from regen_dist.checks.data import data, dataset_problem, manifest_of
+from regen_dist.checks.data import data, dataset_problem, frozen_encoder, manifest_of
 from regen_dist.checks.findings import Finding, Target, error, refuse, side_by_side
 from regen_dist.checks.kernels import compiler, convolutions, kernels, losses, packages, ranks
 from regen_dist.checks.latents import KIND, latents
@@ -22,7 +22,7 @@ PROCESS: Sequence[Check] = (
     convolutions,
     compiler,
 )  # before anything is built
-CHECKS: Sequence[Check] = (*PROCESS, losses, data, latents, busy, resume)
+CHECKS: Sequence[Check] = (*PROCESS, losses, data, frozen_encoder, latents, busy, resume)
 
 
 def check_runs(

@@ -6,6 +6,7 @@ Imports neither torch nor the library, so that a launcher can validate a config 
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -31,6 +32,7 @@ from regen_dist.config.run import (
     TrainConfig,
     WandbConfig,
 )
+from regen_dist.errors import ConfigError
 
 __all__ = [
     "SPATIAL_COMPRESSION", "AttentionConfig", "CheckpointConfig", "CommonConfig", "ConditioningConfig", "DataConfig",
@@ -99,6 +101,21 @@ class EncoderConfig(Section):
     def temporal(self) -> int:
         """Return the temporal compression: frames after the first that the motion, or each, latent frame encodes."""
         return self.stride if self.frozen else prod(stage.temporal for stage in self.stages)
+
+    def autoencoder_config(self) -> Path:
+        """Return the `config.json` of the diffusers autoencoder in the folder `path`, or in `vae/` of a pipeline's.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        folder = Path(self.path or "").expanduser()
+        for found in (folder / "vae" / "config.json", folder / "config.json"):
+            if found.is_file():
+                return found
+        raise ConfigError(
+            f"model.encoder.path {self.path}: no config.json there; give the folder of an autoencoder that "
+            "diffusers has saved, or of a pipeline with vae/ in it (of the hub: `hf download` it first)"
+        )
 
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> EncoderConfig:

@@ -311,12 +311,12 @@ class Evaluation:
             facts, own = self._kept(model, video, str(source["sha256"]))
             found.append({"video": video.name, **facts})
             features.append(own)
-        counted = model.flops(self.videos[0].height, self.videos[0].width)
+        encoding, decoding = model.flops(self.videos[0].height, self.videos[0].width) or (None, None)
         clip = model.codec.num_frames
         costs = {
             "parameters": model.parameters, "clip_frames": clip,
-            "encode_flops_per_frame": counted[0] / clip if counted else None,
-            "decode_flops_per_frame": counted[1] / clip if counted else None,
+            "encode_flops_per_frame": None if encoding is None else encoding / clip,
+            "decode_flops_per_frame": None if decoding is None else decoding / clip,
             "working_memory_bytes": max(each["working_memory_bytes"] for each in found),
         }  # fmt: skip
         return {

@@ -6,7 +6,6 @@ Legend: B clips, T frames, H x W pixels, C latent channels, t latent frames.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config.run import SPATIAL_COMPRESSION
-from regen_dist.errors import ConfigError, DataError, needing_extra
+from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.baselines import LABELS, TRIVIAL_KINDS, TrivialCodec
 from regen_dist.evaluation.metrics import LATENT_BITS
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec, Window, blend_weights
 from regen_dist.inference.long_video import VideoCodec
+from regen_dist.models.diffusers_encoder import load_autoencoder
 from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import count_flops
 from regen_dist.observe.devices import choose_device
@@ -55,7 +55,7 @@ class EvaluatedModel:
     bits: Callable[[int, int], int]
     parameters: int
     fingerprint: str
-    flops: Callable[[int, int], tuple[int, int] | None]
+    flops: Callable[[int, int], tuple[int | None, int] | None]
 
 
 class DiffusersCodec:
@@ -66,15 +66,15 @@ class DiffusersCodec:
         num_frames: frames of a clip. Causal video autoencoders of temporal compression r take n r + 1.
 
     Raises:
-        ConfigError: the folder is not one of diffusers' autoencoders.
+        ConfigError: the folder is not one of diffusers' autoencoders, or lacks weights.
         BackendError: diffusers is not installed.
     """
 
     kind = "diffusers"
 
     def __init__(self, folder: Path, num_frames: int) -> None:
-        self.model, self.num_frames = _load_diffusers(folder), num_frames
-        self.model = self.model.to(choose_device()).eval()
+        self.model, self.num_frames = load_autoencoder(folder), num_frames
+        self.model = self.model.to(choose_device())
         self.is_video = any(isinstance(part, nn.Conv3d) for part in self.model.modules())
         self.multiple = _spatial_compression(self.model)
         self._channels = 0
@@ -137,17 +137,6 @@ def decode_with(model: Any, z: Tensor, is_video: bool) -> Tensor:
     timed = getattr(model.config, "timestep_conditioning", False)
     given = {"temb": torch.zeros(len(z), device=z.device, dtype=z.dtype)} if timed else {}
     return model.decode(z, **given).sample  # type: ignore[no-any-return]
-
-
-def _load_diffusers(folder: Path) -> Any:
-    with needing_extra(f"{folder}, a model of diffusers,"):
-        import diffusers
-    name = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", ""))
-    if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
-        raise ConfigError(
-            f"{folder}/config.json names the class {name or 'none'}; expected an Autoencoder of diffusers"
-        )
-    return getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True)
 
 
 def _spatial_compression(model: Any) -> int:
@@ -223,11 +212,11 @@ def _own(name: str, folder: Path, steps: int) -> EvaluatedModel:
     model, baseline = codec.config.model, codec.kind == "magvit2"
     steps = 1 if baseline else steps
 
-    def flops(height: int, width: int) -> tuple[int, int]:
+    def flops(height: int, width: int) -> tuple[int | None, int]:
         up = SPATIAL_COMPRESSION
         counted = count_flops(model, (-(-height // up) * up, -(-width // up) * up)).forward_flops
         rest = sum(counted.values()) - counted["encoder"]
-        return counted["encoder"], rest * steps
+        return None if model.encoder.frozen else counted["encoder"], rest * steps  # a frozen one is not counted
 
     kind = "MAGVIT-v2 baseline" if baseline else f"REGEN, {steps} step{'s' if steps > 1 else ''}"
     label = f"{name} ({kind}, k = {codec.temporal_compression})"

@@ -35,6 +35,42 @@ def latent_frames(latents: Latents, channels: int) -> Tensor:
     return frames
 
 
+def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a diffusers autoencoder from the `config.json` and safetensors of a folder; no code in it is run.
+
+    Raises:
+        ConfigError: the folder holds no such autoencoder, or not all of its weights.
+        BackendError: diffusers is not installed.
+    """
+    with needing_extra(f"{folder}, an autoencoder of diffusers,"):
+        import diffusers
+    config = folder / _CONFIG
+    try:
+        name = str(json.loads(config.read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{config} is no config that diffusers has saved ({type(error).__name__}: {error})"
+        ) from error
+    kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
+    if kind is None:
+        raise ConfigError(f"{config}: {name!r} is no autoencoder of diffusers {diffusers.__version__}")
+    options = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
+    try:
+        with torch.device("cpu"):
+            model, found = kind.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"{folder}: the weights of this {name} cannot be read; it needs whole safetensors that belong to its "
+            f"{_CONFIG} (pickled weights are not read): {error}"
+        ) from error
+    if found["missing_keys"]:
+        raise ConfigError(
+            f"{folder}: its safetensors lack {len(found['missing_keys'])} weights of this {name}, such as "
+            f"{min(found['missing_keys'])}; give the folder of the whole autoencoder"
+        )
+    return model.eval()
+
+
 class DiffusersEncoder(nn.Module):
     """Video [B, 3, T, H, W] in [-1, 1] to `Latents`: `content` [B, Z, h, w] the first latent frame, `motion`
     [B, (n-1)*Z, h, w] the others (zeros for an image).
@@ -71,10 +107,12 @@ class DiffusersEncoder(nn.Module):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 in hex of the autoencoder's config and weights, and of the conversion to latents here."""
-        config = {name: value for name, value in json.loads(self._config.read_text()).items() if name[:1] != "_"}
+        weights = sorted(self._read[0].state_dict().items())
+        written = json.loads(self.settings.autoencoder_config().read_text(encoding="utf-8"))
+        config = {name: value for name, value in written.items() if name[:1] != "_"}
         facts = [config, self.settings.precision, self.num_frames]
         digest = hashlib.sha256(json_text(facts, sort_keys=True).encode())
-        for name, tensor in sorted(self._read[0].state_dict().items()):
+        for name, tensor in weights:
             if name.startswith(("encoder.", "quant_conv.", "latents_")):
                 digest.update(f"{name} {list(tensor.shape)}".encode())
                 digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
@@ -85,7 +123,7 @@ class DiffusersEncoder(nn.Module):
         """Return the autoencoder, after checking that it is the expected one."""
         if self.expected not in (None, self.fingerprint):
             raise CheckpointError(
-                f"{self._folder}: not the autoencoder that this model was trained with (fingerprint "
+                f"{self.settings.path}: not the autoencoder that this model was trained with (fingerprint "
                 f"{self.fingerprint[:16]}…, its own is {str(self.expected)[:16]}…); set model.encoder.path to that"
             )
         return self._read[0]
@@ -93,20 +131,8 @@ class DiffusersEncoder(nn.Module):
     @cached_property
     def _read(self) -> tuple[Any]:
         """Read the autoencoder, in a tuple: as an attribute it would become a child of this module."""
-        with needing_extra("model.encoder.kind=diffusers"):
-            import diffusers
-        name = json.loads(self._config.read_text()).get("_class_name", "")
-        kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
-        if kind is None:
-            raise ConfigError(
-                f"{self._config}: {name or 'nothing'!r} is no autoencoder of diffusers {diffusers.__version__}"
-            )
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.settings.precision]
-        with torch.device("cpu"):
-            model = kind.from_pretrained(
-                self._folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
-            )
-        return (model.eval().requires_grad_(False),)
+        return (load_autoencoder(self.settings.autoencoder_config().parent, dtype).requires_grad_(False),)
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,21 +144,6 @@ class DiffusersEncoder(nn.Module):
             return torch.as_tensor(default if value is None else value, dtype=torch.float32)
 
         return said("latents_mean", 0.0), said("latents_std", 1.0), said("scaling_factor", 1.0)
-
-    @property
-    def _folder(self) -> Path:
-        path = Path(self.settings.path or "").expanduser()
-        return path / "vae" if (path / "vae" / _CONFIG).is_file() else path
-
-    @property
-    def _config(self) -> Path:
-        path = self._folder / _CONFIG
-        if not path.is_file():
-            raise ConfigError(
-                f"model.encoder.path {self.settings.path}: no {_CONFIG} there; give the folder of an autoencoder that "
-                "diffusers has saved, or of a pipeline with vae/ in it (of the hub: `hf download` it first)"
-            )
-        return path
 
     def _check(self, video: Tensor) -> None:
         cell = self.settings.spatial
@@ -148,8 +159,8 @@ class DiffusersEncoder(nn.Module):
         wanted = [self.channels, 1 if frames == 1 else 1 + self.rest, height // cell, width // cell]
         if list(z.shape[1:]) != wanted:
             raise ConfigError(
-                f"{self._folder}: {frames} frames of {height}x{width} become latents {list(z.shape[1:])} [channels, "
-                f"frames, rows, columns], the config says {wanted}; set model.latent.channels={z.shape[1]}, "
+                f"{self.settings.path}: {frames} frames of {height}x{width} become latents {list(z.shape[1:])} "
+                f"[channels, frames, rows, columns], the config says {wanted}; set model.latent.channels={z.shape[1]}, "
                 f"model.encoder.cell={height // z.shape[3]} and model.encoder.stride="
                 f"{(frames - 1) // max(1, z.shape[2] - 1) if frames > 1 else self.settings.stride}"
             )

@@ -34,7 +34,6 @@ READS: dict[str, tuple[Callable[[Store], Any], Any]] = {
     "get_ranges": (lambda store: store.get_ranges("one.bin", RANGES, join_bytes=0), PARTS),
     "joined": (lambda store: store.get_ranges("one.bin", RANGES), PARTS),
     "download": (_downloaded, DATA),
-    "reader": (lambda store: store.open_reader("one.bin").read(), DATA),
 }
 FAULTS: dict[str, tuple[Kind, dict[str, Any]]] = {
     "503": ("status", {"status": 503, "times": 2}),

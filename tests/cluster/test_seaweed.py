@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from regen_dist.data.storage.store import Store
 from tests.helpers.objects import use
+from tests.helpers.processes import runs, wait_until_gone
 from tools.local_services.s3 import start_store
 
 
@@ -37,17 +37,7 @@ def test_a_server_ends_with_its_parent(tmp_path: Path, root: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root, stdout=subprocess.PIPE)
     assert parent.stdout is not None
     server = int(parent.stdout.readline())
-    assert _runs(server)
+    assert runs(server)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 30
-    while _runs(server) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _runs(server)
-
-
-def _runs(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    wait_until_gone([server], 30.0)

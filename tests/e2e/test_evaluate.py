@@ -177,7 +177,7 @@ def test_models_that_are_not_there_or_have_one_name_are_refused(place: Path) -> 
         evaluate(place, "--crop", "256", "--out", place / "bad")
     (place / "other").mkdir(exist_ok=True)
     (place / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(ConfigError, match="names the class UNet2DModel; expected an Autoencoder"):
+    with pytest.raises(ConfigError, match="'UNet2DModel' is no autoencoder"):
         load_models([str(place / "other")], steps=1, clip_frames=5, baselines=False)[0]()
 
 

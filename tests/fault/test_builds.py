@@ -144,8 +144,10 @@ def test_a_killed_synthetic_build_is_finished_with_the_same_bytes(tmp_path: Path
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    workers = descendants(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    wait_until_gone(workers)
     assert not (tmp_path / "killed" / "manifest.json").exists()
     again = build_synthetic(tmp_path / "killed", options, workers=0)
     assert 0 < again.shards_made < 10

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from regen_dist.config import to_yaml
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import folder_of
+from tests.helpers.processes import wait_until_gone
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
@@ -38,6 +39,11 @@ def _ended(process: subprocess.Popen[bytes], timeout_s: float = 120.0) -> int:
         process.kill()
 
 
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def _rank_of(run: Path) -> int:
     """The process that holds the claim."""
     import json
@@ -61,7 +67,7 @@ def test_a_second_start_is_refused_and_disturbs_nothing(config: Path, tmp_path: 
         assert "Traceback" not in told
         environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         alone = subprocess.run(
-            ["regen", "train", str(config)], env={**environment, "MASTER_PORT": "29511"}, capture_output=True,
+            ["regen", "train", str(config)], env={**environment, "MASTER_PORT": str(_free_port())}, capture_output=True,
             timeout=120, check=False,
         )  # fmt: skip
         assert alone.returncode == 8, alone.stderr.decode()
@@ -94,10 +100,7 @@ def test_a_killed_run_is_in_nobodys_way(config: Path, tmp_path: Path) -> None:
     rank = _rank_of(run)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    deadline = time.monotonic() + 10.0
-    while Path(f"/proc/{rank}/stat").exists() and ") Z" not in Path(f"/proc/{rank}/stat").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_gone([rank])
     assert len(list((run / "claims").glob("*.json"))) == 1
     assert run_regen("train", config, "train.steps=40", log=tmp_path / "second.log") == 0
     assert "resumed at step 20" in (tmp_path / "second.log").read_text()

@@ -21,6 +21,7 @@ from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.loading import clip_loader
 from regen_dist.data.loading.clip_loader import ClipReader, decoding_problems
 from regen_dist.errors import DataError
+from tests.helpers.launching import is_stopped, wait_until
 from tests.helpers.processes import wait_until_gone
 from tests.helpers.workers import start, worker_ids
 
@@ -42,7 +43,7 @@ def _held_while_decoding(batches: Any) -> tuple[int, int]:
     while time.monotonic() < deadline:
         if (noted := decoding_problems(_board(batches))) and noted[2]:
             os.kill(worker, signal.SIGSTOP)
-            time.sleep(0.05)
+            wait_until(lambda: is_stopped(worker), lambda: "SIGSTOP had no effect")
             if (noted := decoding_problems(_board(batches))) and noted[2]:
                 return noted[:2]
             os.kill(worker, signal.SIGCONT)

@@ -70,10 +70,9 @@ def _rewrite(patch: pytest.MonkeyPatch, script: Script, rank: int) -> None:
 
         def phase(name: str) -> None:
             told(name)
-            if name in script.saving:
-                time.sleep(SLOW_S / 2)
+            if name in script.saving:  # first the signal: later, the next save may be due before it is heard
                 os.kill(os.getpid(), script.saving[name])
-                time.sleep(SLOW_S / 2)
+                time.sleep(SLOW_S)
 
         self._phase = phase
 

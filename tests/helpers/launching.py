@@ -119,14 +119,15 @@ def held(run: Path, ranks: int, step: int, *, starts: int = 1, saved: bool = Fal
     for process in stopped.values():
         os.kill(process, signal.SIGSTOP)
     try:
-        wait_until(lambda: all(map(_is_stopped, stopped.values())), lambda: told(run))
+        wait_until(lambda: all(map(is_stopped, stopped.values())), lambda: told(run))
         yield stopped
     finally:
         for process in stopped.values():
             _send(process, signal.SIGCONT)
 
 
-def _is_stopped(process: int) -> bool:
+def is_stopped(process: int) -> bool:
+    """Whether SIGSTOP holds a process."""
     return "State:\tT" in Path(f"/proc/{process}/status").read_text()
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -41,7 +39,6 @@ class StoreContract:
     def test_an_empty_object_is_one(self, store: Store) -> None:
         store.put("empty", b"")
         assert (store.get("empty"), store.list(), list(store.stream("empty"))) == (b"", {"empty": 0}, [])
-        assert store.open_reader("empty").read() == b""
 
     @pytest.mark.parametrize("ranges", [[(3, 10)], [(30, 10)], [(0, 2), (30, 10)], [(0, 2), (4, 2)]])
     def test_a_range_past_the_end_is_a_cut_object(self, store: Store, ranges: list[tuple[int, int]]) -> None:
@@ -54,8 +51,7 @@ class StoreContract:
     def test_a_missing_object_says_so_everywhere(self, store: Store, tmp_path: Path) -> None:
         for read in (
             lambda: store.get("two.bin"), lambda: store.get_range("two.bin", 0, 1), lambda: store.sha256("two.bin"),
-            lambda: store.open_reader("two.bin"), lambda: store.download("two.bin", tmp_path / "two"),
-            lambda: list(store.stream("two.bin")),
+            lambda: store.download("two.bin", tmp_path / "two"), lambda: list(store.stream("two.bin")),
         ):  # fmt: skip
             with pytest.raises(ObjectMissing, match=r"two\.bin: not found") as caught:
                 read()
@@ -115,24 +111,6 @@ class StoreContract:
         target.write_bytes(b"old")
         assert store.download("one.bin", target) == len(DATA)
         assert target.read_bytes() == DATA
-
-    def test_a_reader_is_a_seekable_file(self, store: Store) -> None:
-        buffer = BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as tar:
-            for name, size in (("a.mp4", 70_000), ("a.json", 40), ("b.mp4", 5)):
-                member = tarfile.TarInfo(name)
-                member.size = size
-                tar.addfile(member, BytesIO(os.urandom(size)))
-        store.put("shard.tar", buffer.getvalue())
-        with store.open_reader("shard.tar", buffer_bytes=4096) as file:
-            assert file.seekable()
-            with tarfile.open(fileobj=file) as tar:
-                found = {m.name: (m.offset_data, m.size) for m in tar}
-            assert {name: size for name, (_, size) in found.items()} == {"a.mp4": 70_000, "a.json": 40, "b.mp4": 5}
-            file.seek(-100, os.SEEK_END)
-            assert (file.read(), file.read(1)) == (buffer.getvalue()[-100:], b"")
-            assert file.seek(found["b.mp4"][0]) == file.tell()
-            assert file.read(5) == buffer.getvalue()[file.tell() - 5 :][:5]
 
     def test_it_crosses_to_other_processes(self, store: Store) -> None:
         store.put("one.bin", b"1")

@@ -1,9 +1,9 @@
-"""A tiny video autoencoder of diffusers (LTX's class), trained for some minutes: a frozen encoder to try ours with.
+"""A tiny video autoencoder of diffusers (Wan's class), trained for some minutes: a frozen encoder to try ours with.
 
-    python -m tools.bench.tiny_autoencoder DATASET --held-out DATASET --out FOLDER --steps 400
+    python -m tools.bench.tiny_autoencoder DATASET --held-out DATASET --out FOLDER --steps 600
 
-Squared error, and a weak pull of the latents towards 0; no perceptual and no adversarial loss. FOLDER becomes what
-`save_pretrained` of diffusers writes, and `curve.json` beside it holds PSNR on the held-out clips over the steps.
+Squared error alone; no perceptual and no adversarial loss, and no KL term. FOLDER becomes what `save_pretrained` of
+diffusers writes, and `curve.json` in it holds PSNR on the held-out clips over the steps.
 """
 
 from __future__ import annotations
@@ -25,37 +25,41 @@ from regen_dist.errors import DataError, needing_extra
 from regen_dist.jsontext import json_text
 from regen_dist.pixels import to_float
 
-CELL, STRIDE = 32, 8  # pixels a side and frames of a latent, by the class
+CELL, STRIDE, PATCH = 8, 4, 2  # pixels a side and frames of a latent; pixels a side folded into channels before
 CURVE = "curve.json"
-LATENT_PULL = 1e-3  # weight of the latents' mean square beside the squared error
 
 
 def load_clips(url: str, frames: int, side: int, most: int) -> Tensor:
-    """Read the first frames of a dataset's first videos, at most `most`, as uint8 [clips, 3, frames, side, side]."""
+    """Read clips one after the other from the beginning of each video of a dataset, the same number of each and at most
+    `most` in all, as uint8 [clips, 3, frames, side, side]."""
     dataset, clips = open_dataset(url), []
     for number in range(min(most, len(dataset))):
         with VideoReader(dataset.read(dataset.row(number))) as reader:
             info = reader.info()
-            if info.frames >= frames:
-                clips.append(
-                    read_clip(reader, range(frames), fit_geometry(info.height, info.width, (side, side), side))
-                )
+            geometry = fit_geometry(info.height, info.width, (side, side), side)
+            for first in range(0, min(info.frames // frames, -(-most // len(dataset))) * frames, frames):
+                clips.append(read_clip(reader, range(first, first + frames), geometry))
     if not clips:
         raise DataError(f"{url} has no video of {frames} frames; give another dataset, or fewer --frames")
-    return torch.from_numpy(np.stack(clips))
+    return torch.from_numpy(np.stack(clips[:most]))
 
 
 def build_autoencoder(channels: int, width: int) -> Any:
-    """Build LTX's autoencoder with one layer a block."""
+    """Build Wan's autoencoder with one residual block a level and shortcuts around the levels, as its version 2.2."""
     with needing_extra("a frozen encoder"):
-        from diffusers import AutoencoderKLLTXVideo
-    widths = (width, 2 * width, 2 * width, 2 * width)
-    return AutoencoderKLLTXVideo(
-        latent_channels=channels,
-        block_out_channels=widths,
-        decoder_block_out_channels=widths,
-        layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5,
+        from diffusers import AutoencoderKLWan
+    return AutoencoderKLWan(
+        base_dim=width,
+        z_dim=channels,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        patch_size=PATCH,
+        in_channels=3 * PATCH**2,
+        out_channels=3 * PATCH**2,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
     )
 
 
@@ -74,6 +78,12 @@ def psnr_of(model: Any, clips: Tensor) -> float:
     return float(10 * np.log10(4 / np.mean(errors)))
 
 
+def psnr_of_mean_colour(clips: Tensor) -> float:
+    """Compute the PSNR in dB of clips [clips, 3, T, H, W] of one colour each, their mean: what learns nothing else."""
+    video = as_input(clips)
+    return float(10 * np.log10(4 / (video - video.mean((2, 3, 4), keepdim=True)).square().mean().item()))
+
+
 def train_autoencoder(
     model: Any, clips: Tensor, held_out: Tensor, *, steps: int, batch: int = 8, lr: float = 2e-3, every: int = 50
 ) -> list[dict[str, float]]:
@@ -85,7 +95,7 @@ def train_autoencoder(
     for step in range(1, steps + 1):
         video = as_input(clips[torch.randint(len(clips), (batch,), generator=draw)])
         z = model.encode(video).latent_dist.mode()
-        loss = (model.decode(z).sample - video).square().mean() + LATENT_PULL * z.square().mean()
+        loss = (model.decode(z).sample - video).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -100,26 +110,34 @@ def train_autoencoder(
     return curve
 
 
+def record_statistics(model: Any, clips: Tensor) -> None:
+    """Record the mean and std of each latent channel in the config, as pretrained models have them."""
+    with torch.no_grad():
+        latents = torch.cat([model.encode(as_input(one)).latent_dist.mode() for one in clips.split(8)])
+    spread, mean = torch.std_mean(latents, (0, 2, 3, 4))
+    model.register_to_config(latents_mean=mean.tolist(), latents_std=spread.tolist())
+
+
 def main(
     dataset: Annotated[str, typer.Argument(help="Videos to train on, shards.")],
     held_out: Annotated[str, typer.Option(help="Videos to measure on, shards.")],
     out: Annotated[Path, typer.Option(help="Folder of the autoencoder.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 400,
-    side: Annotated[int, typer.Option(min=CELL, help="Height and width in pixels, a multiple of 32.")] = 32,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of a clip, 8 n + 1.")] = 9,
-    channels: Annotated[int, typer.Option(min=1, help="Channels of the latents.")] = 64,
-    width: Annotated[int, typer.Option(min=8, help="Channels of the first block.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Clips of a step.")] = 8,
-    clips: Annotated[int, typer.Option(min=1, help="Most clips to train on.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 600,
+    side: Annotated[int, typer.Option(min=CELL, help="Height and width in pixels, a multiple of 8.")] = 64,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a clip, 4 n + 1.")] = 9,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of the latents.")] = 16,
+    width: Annotated[int, typer.Option(min=8, help="Channels of the first level.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Clips of a step.")] = 4,
+    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate.")] = 2e-3,
+    clips: Annotated[int, typer.Option(min=1, help="Most clips to train on.")] = 700,
 ) -> None:
     """Train a tiny video autoencoder of diffusers on a dataset, and save it."""
     torch.manual_seed(0)
     model = build_autoencoder(channels, width)
-    seen, unseen = load_clips(dataset, frames, side, clips), load_clips(held_out, frames, side, 64)
-    curve = train_autoencoder(model, seen, unseen, steps=steps, batch=batch)
-    with torch.no_grad():
-        spread = model.encode(as_input(seen[:64])).latent_dist.mode().std().item()
-    model.register_to_config(scaling_factor=1 / spread)  # so that normalised latents have a std of 1
+    seen, unseen = load_clips(dataset, frames, side, clips), load_clips(held_out, frames, side, 16)
+    print(f"the mean colour of each held-out clip: {psnr_of_mean_colour(unseen):.2f} dB", flush=True)
+    curve = train_autoencoder(model, seen, unseen, steps=steps, batch=batch, lr=lr)
+    record_statistics(model, seen[:64])
     model.save_pretrained(out)
     write_text_atomically(out / CURVE, json_text(curve[1:]))
 

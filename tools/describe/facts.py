@@ -72,7 +72,7 @@ def _loss_memory(config: AnyRunConfig, counted: FlopReport, clips_per_gpu: int) 
     if isinstance(config, T2VConfig) or not config.train.losses.any:
         return {}
     from regen_dist.models.flops import ClipFlops
-    from regen_dist.models.loss_memory import loss_memory_bytes
+    from regen_dist.models.memory import loss_memory_bytes
 
     assert isinstance(counted, ClipFlops), "what a clip was counted as"
     channels, frames, height, width = counted.clip_shape

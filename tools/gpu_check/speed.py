@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -235,6 +236,7 @@ _VIDEOS, _FILM, _TESTS = Path("runs/videos"), "bbb.mp4", ("bikes.mp4", "carphone
 _COMPRESSIONS = (16, 32)
 _PROBE = (12, 6), (4, 1)  # steps of the timing run and of its warm-up: on a GPU, on the CPU
 _NEVER = 10**9
+_TRIES, _LEAST_SHARE = 3, 0.75  # trainings at most for an arm, and the share of its time that one must have taken
 
 
 def training(machine: Machine) -> dict[str, Any]:
@@ -283,18 +285,45 @@ def _make_shards(machine: Machine, base: RunConfig) -> None:
 
 
 def _trained(machine: Machine, own: Sequence[str], base: RunConfig, arm: CompressionArm) -> int:
-    """Train an arm for as many steps as fit into the minutes, by a short timing run; return the number of steps."""
+    """Train an arm for the minutes; return the number of steps. One that was trained and measured before stays."""
 
     def command(name: str, steps: int, more: Sequence[str]) -> None:
         changes = paced_config(arm.overrides(base), steps, base.optimizer.warmup_steps)
         quiet = [f"train.validate_every={_NEVER}", *more]
         _run(machine, name, ["train", str(_CONFIG), *own, *changes, *quiet])
 
+    def train(steps: int) -> float:
+        shutil.rmtree(run, ignore_errors=True)
+        command(arm.name, steps, [])
+        return float(training_facts(run)["seconds"])
+
+    run, measured = machine.folder / "arms" / arm.name, machine.folder / "measures" / f"{arm.name}.json"
+    if measured.exists():
+        return int(training_facts(run)["steps"])
     probes, (probed, warm) = machine.folder / "probes", machine.size(*_PROBE)
     rhythm = ["train.log_every=1", f"checkpoint.every={_NEVER}", f"output={probes}"]
     command(f"{arm.name}-probe", probed, rhythm)
-    steps = num_steps(machine.minutes, training_pace(probes / arm.name, warm)["wall_s"])
-    command(arm.name, steps, [])
+    return train_for(60 * machine.minutes, training_pace(probes / arm.name, warm)["wall_s"], train)
+
+
+def train_for(seconds: float, pace: float, train: Callable[[int], float]) -> int:
+    """Train for about as long as asked; return the number of steps.
+
+    A timing run of a few steps may be far off (kernels that are being tuned, other programs on the machine). A training
+    that took less than three quarters of the time is repeated from its start, at the pace that it had, at most twice.
+
+    Args:
+        seconds: time of the training's steps.
+        pace: seconds of a step, from a timing run.
+        train: trains from the start for a number of steps; returns the seconds that they took.
+    """
+    steps = 0
+    for _ in range(_TRIES):
+        steps = num_steps(seconds / 60, pace)
+        took = train(steps)
+        if took >= _LEAST_SHARE * seconds:
+            break
+        pace = took / steps
     return steps
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import IO
 
 from regen_dist.data.storage.bucket import ObjectInfo, Range
 from regen_dist.data.storage.connection import checked_name
@@ -44,11 +43,6 @@ class LocalFolder:
         with self._failures(name, "read"), self._path(name).open("rb", buffering=0) as file:
             while piece := file.read(piece_bytes):
                 yield piece
-
-    def open(self, name: str) -> IO[bytes]:
-        """A binary file for reading."""
-        with self._failures(name, "read"):
-            return self._path(name).open("rb")
 
     def head(self, name: str) -> ObjectInfo:
         """Size of an object."""

@@ -8,13 +8,11 @@ message, manifest or config can leak them. connection.py has the deadlines and w
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
 
 from regen_dist.config.urls import parse_url
 from regen_dist.data.storage.bucket import Listing, ObjectBucket, ObjectInfo, Range, pieces_of
@@ -23,13 +21,8 @@ from regen_dist.data.storage.local import LocalFolder, full_disk, sync
 from regen_dist.data.storage.web_folder import WebFolder
 from regen_dist.errors import DataError, ObjectCut, ObjectMissing
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-
 PIECE_BYTES = 32 << 20  # large objects are read in such pieces: each has the deadline for itself
 JOIN_BYTES = 1 << 20
-_READER_BYTES = 1 << 20
 
 
 class Store:
@@ -108,13 +101,6 @@ class Store:
             if isinstance(backend, LocalFolder)
             else pieces_of(backend, name, piece_bytes)
         )
-
-    def open_reader(self, name: str, buffer_bytes: int = _READER_BYTES) -> IO[bytes]:
-        """A readable, seekable binary file. `buffer_bytes` is the least that one request brings."""
-        backend = self._open()
-        if isinstance(backend, LocalFolder):
-            return backend.open(name)
-        return io.BufferedReader(_Remote(backend, name), buffer_bytes)
 
     def sha256(self, name: str) -> str:
         """SHA-256 of an object in hex, read piece by piece."""
@@ -204,36 +190,3 @@ class Store:
             kind = WebFolder if self._place.read_only else ObjectBucket
             self._backend = LocalFolder(here) if here is not None else kind(self._place, self._limits)
         return self._backend
-
-
-class _Remote(io.RawIOBase):
-    """A bucket's object as a file: every read is a range request of the version that was there at first."""
-
-    def __init__(self, bucket: ObjectBucket, name: str) -> None:
-        super().__init__()
-        self._bucket, self._name, self._at = bucket, name, 0
-        self._size, self._etag = bucket.head(name)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"cannot seek to {base + offset}")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Buffer, /) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._size - self._at))
-        if count:
-            view[:count] = self._bucket.get_pinned(self._name, self._at, count, self._etag)
-            self._at += count
-        return count

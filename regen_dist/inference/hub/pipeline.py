@@ -204,13 +204,13 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             return_dict: return an object with `frames` and `fps` instead of a tuple of the frames.
 
         Raises:
-            ConfigError: a size, number or form is invalid.
+            ConfigError: a prompt has no text, or a size, number or form is invalid.
         """
         if output_type not in _FORMS:
             raise ConfigError(f"output_type is {output_type!r}; it can be {', '.join(_FORMS)}")
         if (height is None) != (width is None):
             raise ConfigError(f"height is {height} and width is {width}; give both, or none")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _prompts(prompt)
         if generator is not None:
             seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
         model = PipelineModel(self.transformer, self._execution_device)
@@ -290,6 +290,14 @@ class RowDecoder:
             sample_ids=[sample_id],
         ).sample  # fmt: skip
         return made
+
+
+def _prompts(given: Any) -> list[str]:
+    """Return one or several prompts as a list, after checking that each is a text with words in it."""
+    prompts = list(given) if isinstance(given, list | tuple) else [given]
+    if not prompts or not all(isinstance(each, str) and each.strip() for each in prompts):
+        raise ConfigError(f"prompt is {given!r}; give a text with words in it, or a list of at least one such text")
+    return prompts
 
 
 def _pictures(videos: Any) -> Any:

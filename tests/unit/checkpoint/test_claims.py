@@ -20,9 +20,12 @@ from regen_dist.checkpoint.claims import Claim, Claims, Holder, Patience, parse_
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, RunBusy
 from regen_dist.jsontext import json_text
+from tests.helpers.launching import wait_until
+from tests.helpers.processes import wait_until_gone
 from tests.helpers.tiny import tiny_run
 
 QUICK = Patience(beat_s=0.1, look_s=0.6, stale_s=1.5, poll_s=0.05)
+STEADY = QUICK._replace(look_s=60.0, stale_s=60.0)  # for signs of life, which may be late on a loaded machine
 _HOLD = """
 import sys, time
 from regen_dist.checkpoint.claims import Claim, this_process
@@ -50,9 +53,9 @@ def holding(place: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def claim(place: str, **changes: Any) -> Claim:
+def claim(place: str, patience: Patience = QUICK, **changes: Any) -> Claim:
     """One of this process, or of one that is like it but for the changes."""
-    return Claim(place, replace(this_process(Path("mine")), **changes), patience=QUICK, say=lambda text: None)
+    return Claim(place, replace(this_process(Path("mine")), **changes), patience=patience, say=lambda text: None)
 
 
 def written(place: str) -> list[Holder | None]:
@@ -88,13 +91,8 @@ def test_the_living_is_named(place: str, holding: subprocess.Popen[str]) -> None
 def test_one_that_was_killed_is_known_at_once(place: str, holding: subprocess.Popen[str]) -> None:
     """Dead by SIGKILL, though nobody has buried it; and an id that another process has by now."""
     holding.kill()
-    began = time.monotonic()
-    while True:
-        try:
-            claim(place).refuse_if_taken()
-            break
-        except RunBusy:
-            assert time.monotonic() - began < 5.0
+    wait_until_gone([holding.pid])
+    claim(place).refuse_if_taken()
     mine = claim(place)
     mine.take()
     (holder,) = written(place)
@@ -127,13 +125,13 @@ def test_a_job_that_slurm_starts_again_goes_on_at_once(place: str) -> None:
     held = elsewhere(this_process(Path("theirs")), job="77", restart=0, written=time.time())
     leave(place, held)
     began = time.monotonic()
-    again = claim(place, job="77", restart=1)
+    again = claim(place, STEADY, job="77", restart=1)
     again.take()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < STEADY.look_s / 2, "it was not waited for"
     again.release()
     leave(place, held)
     with pytest.raises(RunBusy), beating(place, held):
-        claim(place, job="77", restart=0).take()
+        claim(place, STEADY, job="77", restart=0).take()
 
 
 class beating:
@@ -164,7 +162,7 @@ def test_one_of_another_machine_lives_while_it_writes(place: str, clock_s: float
     held = elsewhere(this_process(Path("theirs")), written=time.time() + clock_s)
     leave(place, held)
     with beating(place, held, clock_s), pytest.raises(RunBusy, match="node7"):
-        claim(place).take()
+        claim(place, STEADY).take()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +173,7 @@ def test_one_of_another_machine_is_dead_when_it_is_silent(place: str, clock_s: f
     began = time.monotonic()
     mine = claim(place)
     mine.take()
-    assert least_s <= time.monotonic() - began < QUICK.stale_s + 1.0
+    assert time.monotonic() - began >= least_s
     mine.check()
     mine.release()
 
@@ -202,7 +200,7 @@ def test_of_many_that_start_at_once_one_wins(place: str) -> None:
             try:
                 one.take()
                 results.append("won")
-                time.sleep(0.5)
+                wait_until(lambda: len(results) == 8, lambda: results)  # whoever comes late finds it held
                 one.release()
             except RunBusy:
                 results.append("refused")
@@ -233,10 +231,9 @@ def test_who_was_taken_over_writes_nothing_more(place: str) -> None:
 def test_signs_of_life_are_given(place: str) -> None:
     mine = claim(place)
     mine.take()
-    time.sleep(5 * QUICK.beat_s)
+    wait_until(lambda: all(holder and holder.number >= 2 for holder in written(place)), lambda: written(place))
     (holder,) = written(place)
     assert holder is not None
-    assert holder.number >= 2
     assert holder.written > holder.since
     mine.release()
 

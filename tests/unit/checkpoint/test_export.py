@@ -362,7 +362,10 @@ class TestStatistics:
         assert codec.statistics.images is None
         assert codec.statistics.clips.num_clips == 3
         assert bool((codec.statistics.clips.content.std > 0).all())
-        assert "statistics.json" in (run.folder.parent.parent / "model" / "README.md").read_text()
+        card = (run.folder.parent.parent / "model" / "README.md").read_text()
+        assert "statistics.json" in card
+        means = codec.statistics.clips.content.mean
+        assert f"- 3 clips; content: means {means.min():.3f} to {means.max():.3f}, std " in card
         plain = Codec.load(_export(run, statistics_clips=3, weights="plain", force=True), device=CPU)
         assert plain.statistics is not None
         assert plain.statistics.to_text() != codec.statistics.to_text()

@@ -62,7 +62,7 @@ def test_the_state_is_that_of_the_moment_of_saving(tmp_path: Path) -> None:
         time.sleep(0.01)
     outcome = _settled(saver)
     assert (outcome.step, outcome.problem) == (1, "")
-    assert outcome.blocked_s < outcome.seconds - 0.05, "only the copy blocked"
+    assert outcome.blocked_s < outcome.seconds, "only the copy blocked"
     manifest = saver.folder.manifest(1)
     assert torch.equal(saver.folder.reader(manifest).whole("master/weight"), torch.ones(6))
     assert outcome.size_bytes == manifest.size_bytes > 24
@@ -75,13 +75,14 @@ def test_at_most_one_save_is_in_flight(tmp_path: Path) -> None:
     gate = Gate("shard")
     saver = _saver(tmp_path, gate)
     saver.save(_manifest(1), {"master/weight": torch.ones(6)})
-    threading.Timer(0.2, gate.open.set).start()
+    threading.Timer(0.5, gate.open.set).start()
     before = saver.save(_manifest(2), {"master/weight": torch.ones(6)})
     assert before is not None
     assert (before.step, before.problem) == (1, "")
     assert before.blocked_s > 0.1, "it was waited for"
     assert _settled(saver).step == 2
     assert saver.folder.steps() == [1, 2]
+    assert gate.phases == [*PHASES, *PHASES]
 
 
 def test_a_failure_is_an_outcome_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

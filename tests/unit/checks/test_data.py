@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from regen_dist.checks import data as checked
-from regen_dist.checks.data import data
+from regen_dist.checks.data import data, frozen_encoder
 from regen_dist.checks.findings import Target
+from regen_dist.checks.run import CHECKS
 from regen_dist.data.format.index import SCHEMA_VERSION
 from regen_dist.data.format.manifest import MANIFEST
+from tests.helpers.autoencoders import frozen_model
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 
@@ -29,6 +31,20 @@ def test_data_that_is_there(dataset: Path, tmp_path: Path) -> None:
     assert texts(data(tiny_run(tmp_path, dataset, data__validation_url=str(dataset)), Target())) == []
     assert checked.SCHEMA_VERSION == SCHEMA_VERSION
     assert checked.MANIFEST == MANIFEST
+
+
+def test_the_folder_of_a_frozen_encoder(dataset: Path, tmp_path: Path) -> None:
+    def found(path: Path) -> list[str]:
+        return texts(frozen_encoder(tiny_run(tmp_path, dataset, model=frozen_model("wan", path)), Target()))
+
+    (missing,) = found(tmp_path / "none")
+    assert "none: no config.json there; give the folder of an autoencoder" in missing
+    (tmp_path / "pipeline" / "vae").mkdir(parents=True)
+    assert len(found(tmp_path / "pipeline")) == 1
+    (tmp_path / "pipeline" / "vae" / "config.json").write_text("{}")
+    assert found(tmp_path / "pipeline") == []
+    assert texts(frozen_encoder(tiny_run(tmp_path, dataset), Target())) == []
+    assert frozen_encoder in CHECKS
 
 
 def _broken(dataset: Path, folder: Path, **changes: Any) -> Path:

@@ -101,7 +101,7 @@ def test_a_run_goes_on_compiled_and_not(tmp_path: Path) -> None:
         [line["loss"] for line in read_record(each.folder / "metrics.jsonl", "train")] for each in (config, whole)
     ]
     assert len(losses[0]) == 3
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     trainers = [build_trainer(each, _ranks()) for each in (config, whole)]
     try:
         names = [list(each.engine.pieces()) for each in trainers]

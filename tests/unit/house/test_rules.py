@@ -24,7 +24,7 @@ SHORT = """
     regen_dist/data/storage/web_folder.py regen_dist/diffusion/given.py regen_dist/diffusion/samplers.py
     regen_dist/distributed/failure.py regen_dist/evaluation/baselines.py regen_dist/inference/hub/stand_ins.py
     regen_dist/inference/tiles.py regen_dist/jsontext.py regen_dist/models/baseline.py regen_dist/models/building.py
-    regen_dist/models/discriminator.py regen_dist/models/loss_memory.py regen_dist/models/recomputation.py
+    regen_dist/models/discriminator.py regen_dist/models/recomputation.py
     regen_dist/observe/streams.py regen_dist/pixels.py regen_dist/programs.py regen_dist/registry.py
     regen_dist/training/configs.py launcher/pipelines/cli.py launcher/preflight/library.py
     launcher/preflight/report.py launcher/preflight/settings.py tools/bench/data_start.py tools/cli.py

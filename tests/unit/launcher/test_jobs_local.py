@@ -82,7 +82,7 @@ def test_now_kills_every_process(local: Here) -> None:
     job = local.watcher("w", tasks=2, parallel=2)
     wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / local_executor.LOG).read_text())
     assert stop(choose_job("w", local.root), local.root, at_once=True, wait=True)
-    wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root), timeout_s=10)
+    wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root), timeout_s=60)
     for task in job.tasks:
         (attempt,) = read_history(task.launch)
         assert attempt.end is not None

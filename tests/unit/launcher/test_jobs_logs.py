@@ -142,7 +142,7 @@ def test_following_lasts_over_a_requeue_until_the_end(tmp_path: Path) -> None:
         assert process.stdout.readline() == "resumed\n"
         log(job, "nd")
         ended(task, "done", at=SUBMITTED + 40)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
     assert (out, err) == ("no line break at the end\n", "a: done\n")
     assert process.returncode == 0
 
@@ -155,7 +155,7 @@ def test_ctrl_c_ends_following_without_a_traceback(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "three\n"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
     assert (out, err) == ("", "")
     assert process.returncode == 130
 
@@ -169,7 +169,7 @@ def test_watching_ends_with_ctrl_c_too(tmp_path: Path) -> None:
     try:
         wait_until(lambda: output.read_text().count("pending") >= 2, output.read_text)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 130
+        assert process.wait(timeout=60) == 130
     finally:
         process.kill()
         process.wait()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
@@ -107,6 +110,31 @@ def test_what_does_not_fit_is_told_with_the_values_that_do(wan: Path, tmp_path: 
     encoder.expected = "another"
     with pytest.raises(CheckpointError, match="not the autoencoder"):
         encoder(torch.zeros(1, 3, 1, 32, 32))
+
+
+@pytest.mark.parametrize("damage", ["no weights", "a pickle alone", "cut off", "some missing", "another's", "no JSON"])
+def test_folders_that_hold_no_whole_autoencoder_are_refused(wan: Path, tmp_path: Path, damage: str) -> None:
+    """Not loaded with what is missing at random, and never unpickled."""
+    folder = tmp_path / "vae"
+    shutil.copytree(wan, folder)
+    weights, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    tensors, written = load_file(weights), json.loads(config.read_text())
+    if damage in ("no weights", "a pickle alone"):
+        weights.unlink()
+    if damage == "a pickle alone":
+        torch.save(tensors, folder / "diffusion_pytorch_model.bin")
+    elif damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "some missing":
+        save_file({name: value for name, value in tensors.items() if "conv_in" not in name}, weights)
+    elif damage == "another's":
+        config.write_text(json.dumps(written | {"base_dim": 16}))
+    elif damage == "no JSON":
+        config.write_text("{")
+    with pytest.raises(ConfigError, match=str(folder)):
+        DiffusersEncoder(config_of("wan", folder))(torch.zeros(1, 3, 9, 32, 32))
+    with pytest.raises(ConfigError, match=str(folder)):
+        _ = DiffusersEncoder(config_of("wan", folder)).fingerprint
 
 
 def test_the_fingerprint_follows_the_weights_and_not_the_place(wan: Path, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_a_call_that_never_returns_is_given_up(
         tracker.log(1, {"loss": 0.5})
         tracker.log(2, {"loss": 0.5})
         tracker.close()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50, "the call would take 60 s"
     assert tracker.failures == 1
     assert [record.getMessage() for record in caplog.records if "no answer within 0.2 s" in record.getMessage()]
     assert len(caplog.records) == 1

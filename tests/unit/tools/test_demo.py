@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -20,9 +22,10 @@ from tools import demo, stages
 
 CONFIG = Path("configs/demo/embedder.yaml")
 
-# Stands in for `regen train`: a step every 20 ms, code 75 when it finds the file STOP; a second start goes on.
+# Stands in for `regen train`: a step every 20 ms, code 75 when it finds the file STOP; a second start goes on. The
+# first HELD starts make MOST steps, and wait there for the file.
 TRAINING = """
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 run, total = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 run.mkdir(parents=True, exist_ok=True)
 record, stop = run / "metrics.jsonl", run / "STOP"
@@ -30,11 +33,16 @@ stop.unlink(missing_ok=True)
 lines = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 step = max((line["step"] for line in lines), default=0)
+held = sum(line["kind"] == "event" for line in lines) < int(os.environ.get("HELD", "0"))
+pause_at = step + int(os.environ["MOST"]) if held else total
 file = record.open("a", buffering=1)
 file.write(json.dumps({"kind": "event", "step": step, "event": "start"}) + "\\n")
 while step < total:
     if stop.exists():
         sys.exit(75)
+    if step == pause_at:
+        time.sleep(0.02)
+        continue
     step += 1
     file.write(json.dumps({"kind": "train", "step": step}) + "\\n")
     time.sleep(0.02)
@@ -56,23 +64,35 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
+def hold(monkeypatch: pytest.MonkeyPatch, starts: int, most: int) -> None:
+    """Have the first starts of the training wait for the file STOP after so many steps."""
+    monkeypatch.setenv("HELD", str(starts))
+    monkeypatch.setenv("MOST", str(most))
+
+
 def starts(run: Path) -> list[int]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if line["kind"] == "event"]
 
 
-def test_stops_once_and_goes_on(training: Path, config: RunConfig, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stops_once_and_goes_on(
+    training: Path, config: RunConfig, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, starts=1, most=45)
     demo._train([str(training), "60"], config, training)
     first, second = starts(training)
     assert first == 0
-    assert 30 <= second < 60
+    assert 30 <= second <= 45
     assert stages.last_step(training) == 60
     demo._train([str(training), "60"], config, training)
     assert len(starts(training)) == 2
     assert "has all its 60 steps" in capfd.readouterr().out
 
 
-def test_a_run_that_was_resumed_is_not_stopped_again(training: Path, config: RunConfig) -> None:
+def test_a_run_that_was_resumed_is_not_stopped_again(
+    training: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, starts=2, most=15)
     assert stages.run_until([str(training), "60"], training, 10) == (EXIT_RESUME, True)
     assert stages.run_until([str(training), "60"], training, stages.last_step(training) + 10) == (EXIT_RESUME, True)
     demo._train([str(training), "60"], config, training)
@@ -90,6 +110,21 @@ def test_a_signal_is_handed_on_and_ends_the_demo(training: Path) -> None:
         demo._train([str(training), "6000"], load_config(CONFIG, ["train.steps=6000"]), training)
     assert ended.value.exit_code == EXIT_RESUME
     assert len(starts(training)) == 1
+
+
+def test_a_signal_that_comes_while_the_command_starts_reaches_it(
+    training: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = subprocess.Popen
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(stages.subprocess, "Popen", signalled)
+    code, on_purpose = stages.run_until([str(training), "6000"], training, None)
+    assert code in (-signal.SIGTERM, EXIT_RESUME)  # it was told before or after it could listen
+    assert not on_purpose
 
 
 def test_a_failure_ends_the_demo_with_its_code(training: Path, config: RunConfig) -> None:

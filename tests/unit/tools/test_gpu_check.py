@@ -12,10 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from regen_dist.errors import BackendError, ConfigError, RegenError
+from tests.helpers.processes import wait_until_gone
 from tools.cli import app
 from tools.gpu_check import command
 from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part, training_part
 from tools.gpu_check.machine import Machine, PartLeftOut, relative_error, require_close
+from tools.gpu_check.speed import train_for
 from tools.gpu_check.worker import made_by
 
 ROOT = Path(__file__).parents[3]
@@ -78,8 +80,7 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None
     found = _run(code, tmp_path, limit_s=5.0)
     assert found["status"] == "failed"
     assert "not done after 5 s" in found["summary"]
-    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    wait_until_gone([int((tmp_path / "pid").read_text())])
 
 
 @pytest.mark.parametrize(
@@ -162,3 +163,25 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "frames after it" in made_by("convolutions:convolutions", machine)["summary"]
     monkeypatch.setattr(optimizers, "set_num_updates", lambda optimizer, updates: None)
     assert made_by("optimizers:optimizers", machine)["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("pace", "true_pace", "trained"),
+    [
+        (0.125, 0.125, [240]),
+        (0.15, 0.125, [200]),  # 25 of 30 seconds are enough
+        (5.0, 0.125, [6, 240]),  # the timing run met another program
+        (0.0125, 0.125, [2400]),  # too long is not repeated
+    ],
+)
+def test_a_training_far_shorter_than_its_time_is_repeated_at_its_own_pace(
+    pace: float, true_pace: float, trained: list[int]
+) -> None:
+    calls: list[int] = []
+
+    def train(steps: int) -> float:
+        calls.append(steps)
+        return steps * true_pace
+
+    assert train_for(30.0, pace, train) == trained[-1]
+    assert calls == trained

@@ -27,7 +27,7 @@ class Struck:
 def _be_struck(number: signal.Signals) -> None:
     struck = Struck(number)
     del struck
-    time.sleep(5.0)
+    time.sleep(60.0)
     pytest.fail("it was not heard")
 
 

@@ -18,7 +18,7 @@ from tests.helpers.video import moving_square, write_video
 from tests.helpers.webserver import WebServer, serving
 
 OPTIONS = BuildOptions(min_frames=4, min_motion=0, short_side=32)
-QUICK = StoreLimits(stall_s=1, deadline_s=2)
+QUICK = StoreLimits(stall_s=1, deadline_s=2)  # only where it is meant to be given up
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_body_that_is_cut_once_goes_on_and_one_that_always_is_has_a_clear_erro
 ) -> None:
     whole = (server.folder / "clips/c.mp4").read_bytes()
     server.cut, server.cuts = "c.mp4", 1
-    Store(f"{server.url}/clips", QUICK).download("c.mp4", tmp_path / "c.mp4")
+    Store(f"{server.url}/clips").download("c.mp4", tmp_path / "c.mp4")
     assert (tmp_path / "c.mp4").read_bytes() == whole
     server.cuts = -1
     server.ranges = False
@@ -78,11 +78,11 @@ def test_a_body_that_is_cut_once_goes_on_and_one_that_always_is_has_a_clear_erro
 
 
 def test_errors_say_what_the_server_said(server: WebServer) -> None:
-    store = Store(f"{server.url}/clips", QUICK)
+    store = Store(f"{server.url}/clips")
     with pytest.raises(ObjectMissing, match="HTTP 404"):
         store.get("gone.mp4")
     with pytest.raises(DataError, match="redirects do not end"):
-        Store(f"{server.url}/loop", QUICK).get("x.mp4")
+        Store(f"{server.url}/loop").get("x.mp4")
     with pytest.raises(DataError, match="a web server has no listing"):
         find_sources([f"{server.url}/clips"])
     with pytest.raises(DataError, match="read only"):
@@ -123,7 +123,7 @@ def test_a_gated_repository_says_how_to_be_let_in(server: WebServer, monkeypatch
     with pytest.raises(AccessDenied, match="HF_TOKEN"):
         find_sources(["hf://datasets/me/videos/clips"])
     with pytest.raises(AccessDenied, match="HF_TOKEN"):
-        Store("hf://datasets/me/videos/clips", QUICK).get("c.mp4")
+        Store("hf://datasets/me/videos/clips").get("c.mp4")
     with pytest.raises(DataError, match="hf://datasets/OWNER/NAME"):
         Store("hf://datasets/me")
 

@@ -12,10 +12,10 @@ from regen_dist.data.loading.latent_loader import in_background
 
 
 class Source:
-    """Numbers, without end or up to a mistake; `made` of them so far. `more` is set whenever one is made."""
+    """Numbers, without end or up to a mistake; `made` of them so far, and `more` counts those that no test awaited."""
 
     def __init__(self, mistake: int | None = None, end: int = 1000) -> None:
-        self.made, self.closed, self.more = 0, threading.Event(), threading.Event()
+        self.made, self.closed, self.more = 0, threading.Event(), threading.Semaphore(0)
         self._mistake, self._end = mistake, end
 
     def items(self) -> Generator[int]:
@@ -24,7 +24,7 @@ class Source:
                 if number == self._mistake:
                     raise ValueError("a mistake")
                 self.made += 1
-                self.more.set()
+                self.more.release()
                 yield number
         finally:
             self.closed.set()
@@ -43,10 +43,9 @@ def test_so_many_are_made_ahead_and_no_more() -> None:
     source = Source()
     items = in_background(source.items(), 3)
     assert next(items) == 0
-    while source.made < 4:
-        source.more.wait(5)
-        source.more.clear()
-    assert not source.more.wait(0.05), "a fourth is made while three wait"
+    for _ in range(4):  # the one that was taken, and three that wait
+        assert source.more.acquire(timeout=60)
+    assert not source.more.acquire(timeout=0.2), "a fourth is made while three wait"
     items.close()
 
 
@@ -95,4 +94,6 @@ def test_closing_does_not_wait_for_a_read_without_end(monkeypatch: pytest.Monkey
     items.close()
     assert not closed.is_set()
     goes_on.set()
-    assert closed.wait(5), "the thread ends as soon as it can"
+    assert closed.wait(60), "the thread ends as soon as it can"
+    for thread in threads():
+        thread.join(60)

@@ -14,7 +14,7 @@ from tests.helpers.fakestores import BUCKET, FakeStore, fake_store
 from tests.helpers.objects import use
 
 URL = f"s3://{BUCKET}"
-QUICK = StoreLimits(stall_s=2.0, deadline_s=2.0)
+LIMITS = StoreLimits(stall_s=20.0, deadline_s=20.0)
 ODD = ["v//b.mp4", "v/./c.mp4", "v/../d.mp4", "v/e\nf.mp4", "v/tab\t.mp4", "v/x//"]
 PLAIN = ["v/a.mp4", "v/a b+c&d.mp4", "v/é#?%20.mp4", "v/e\\f.mp4", "v/z/deep.mp4", "w/other.mp4"]
 
@@ -30,12 +30,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStore]:
 @pytest.mark.parametrize("odd", [*([key] for key in ODD), ODD], ids=repr)
 def test_an_odd_key_hides_no_other(server: FakeStore, odd: list[str], page: int) -> None:
     server.objects, server.page = {key: key.encode() for key in [*PLAIN, *odd]}, page
-    listing = Store(f"{URL}/v", QUICK).list_all()
+    listing = Store(f"{URL}/v", LIMITS).list_all()
     assert list(listing.unreadable) == sorted(key[2:] for key in odd)
     assert {name: found.size for name, found in listing.found.items()} == {
         key[2:]: len(key.encode()) for key in PLAIN if key.startswith("v/")
     }
-    store = Store(URL, QUICK)
+    store = Store(URL, LIMITS)
     assert set(store.list("v/")) == {key for key in PLAIN if key.startswith("v/")}
     assert store.list("v/a") == {key: len(key.encode()) for key in PLAIN if key.startswith("v/a")}
     for key in PLAIN:
@@ -44,7 +44,7 @@ def test_an_odd_key_hides_no_other(server: FakeStore, odd: list[str], page: int)
 
 def test_folders_with_odd_signs_in_their_urls(server: FakeStore) -> None:
     server.objects = {"a#b?/v.mp4": b"1", "a#b?//w.mp4": b"2"}
-    listing = Store(f"{URL}/a%23b%3F", QUICK).list_all()
+    listing = Store(f"{URL}/a%23b%3F", LIMITS).list_all()
     assert (list(listing.found), listing.unreadable) == (
         ["v.mp4"],
         {"/w.mp4": "its key has an empty part ('//'): rename it"},
@@ -66,13 +66,13 @@ def test_without_keys_to_sign_with_the_message_says_what_to_do(
     """Listing again needs credentials as such; boto3's chain is asked where the environment has none."""
     server.objects = dict.fromkeys([*PLAIN, *ODD], b"")
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
-    assert len(Store(URL, QUICK).list()) == len(PLAIN)
+    assert len(Store(URL, LIMITS).list()) == len(PLAIN)
     from regen_dist.data.storage import plain_listing
 
     monkeypatch.delenv("AWS_SKIP_SIGNATURE")
     monkeypatch.setattr(plain_listing, "_credentials", _no_boto)
     with pytest.raises(BackendError, match="pip install boto3"):
-        Store(URL, QUICK).list()
+        Store(URL, LIMITS).list()
 
 
 def _no_boto(place: object) -> None:
@@ -82,7 +82,7 @@ def _no_boto(place: object) -> None:
 def test_a_wrong_region_is_named(server: FakeStore) -> None:
     """AWS answers 400 AuthorizationHeaderMalformed; a HEAD has no body, so only the status."""
     server.region = "eu-west-1"
-    store = Store(f"{URL}/v", QUICK)
+    store = Store(f"{URL}/v", LIMITS)
     for call in (store.list, lambda: store.get("a.mp4")):
         with pytest.raises(DataError, match="AWS_REGION is us-east-1, set AWS_REGION to eu-west-1"):
             call()
@@ -106,7 +106,7 @@ def test_what_a_refused_object_means(
     server: FakeStore, answer: tuple[int, str], kind: type[DataError], words: str
 ) -> None:
     server.objects, server.refused = {"a.mp4": b"1"}, {"a.mp4": answer}
-    for call in (lambda: Store(URL, QUICK).get("a.mp4"), lambda: list(Store(URL, QUICK).stream("a.mp4"))):
+    for call in (lambda: Store(URL, LIMITS).get("a.mp4"), lambda: list(Store(URL, LIMITS).stream("a.mp4"))):
         with pytest.raises(DataError, match=words) as caught:
             call()
         assert type(caught.value) is kind or (kind is DataError and not isinstance(caught.value, AccessDenied))
@@ -114,7 +114,7 @@ def test_what_a_refused_object_means(
 
 def test_conditional_writes_keep_to_azures_rule_for_metadata(server: FakeStore) -> None:
     """A C# identifier; and the name must come back when the answer of a write was lost."""
-    store = Store(f"az://{BUCKET}/run", StoreLimits(stall_s=2.0, deadline_s=6.0))
+    store = Store(f"az://{BUCKET}/run", StoreLimits(stall_s=20.0, deadline_s=60.0))
     assert store.put_new("claim", b"1")
     assert not store.put_new("claim", b"2")
     server.lost_answers = 1

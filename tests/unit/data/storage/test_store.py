@@ -116,6 +116,37 @@ def test_a_disk_without_hard_links_still_creates_once(tmp_path: Path, monkeypatc
     assert (store.get("claim"), os.listdir(tmp_path)) == (b"1", ["claim"])
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_every_write_reaches_the_disk_before_it_counts(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file and its folder's entry, also where a new object is made without hard links."""
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    synced: set[int] = set()
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "fsync", noted)
+    (tmp_path / "source").write_bytes(b"1")
+    store = Store(tmp_path / "store")
+    for name, write in (
+        ("put", lambda: store.put("put/one", b"1")),
+        ("put_file", lambda: store.put_file("put_file/one", tmp_path / "source")),
+        ("put_new", lambda: store.put_new("put_new/one", b"1")),
+    ):
+        write()
+        path = tmp_path / "store" / name / "one"
+        assert {path.stat().st_ino, path.parent.stat().st_ino} <= synced, name
+
+
 def test_leftovers_of_a_killed_write_are_removed_and_nothing_else(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()

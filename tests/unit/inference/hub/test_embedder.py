@@ -85,16 +85,16 @@ def test_long_videos_are_rows_of_clips(tmp_path: Path) -> None:
     filled = torch.cat([video, video[:, :, -1:].expand(-1, -1, 3, -1, -1)], 2)
     for clip in range(3):
         latents = codec.encode(filled[:, :, 5 * clip : 5 * clip + 5])
-        torch.testing.assert_close(rows[:, :, 2 * clip : 2 * clip + 2], torch.stack(latents, 2), rtol=0, atol=1e-6)
+        torch.testing.assert_close(rows[:, :, 2 * clip : 2 * clip + 2], torch.stack(latents, 2), rtol=0, atol=1e-5)
         own = Latents(rows[:, :, 2 * clip], rows[:, :, 2 * clip + 1])
         expected = codec.decode(own, torch.arange(5), starts=[5.0 * clip] * 2)
         made = model.decode(rows).sample
-        torch.testing.assert_close(made[:, :, 5 * clip : 5 * clip + 5], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(made[:, :, 5 * clip : 5 * clip + 5], expected, rtol=0, atol=1e-5)
     assert torch.equal(model.decode(rows, num_frames=12).sample, made[:, :, :12])
     with pytest.raises(Exception, match="hold 15 frames, asked for 16"):
         model.decode(rows, num_frames=16)
     model.enable_slicing()
-    torch.testing.assert_close(model.encode(video).latent_dist.mode(), rows, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.encode(video).latent_dist.mode(), rows, rtol=0, atol=1e-5)
     assert model(video).sample.shape == video.shape
 
 

@@ -105,6 +105,9 @@ def test_forms_of_frames(tmp_path: Path) -> None:
     for said, wrong in refused.items():
         with pytest.raises(Exception, match=said):
             pipeline(PROMPTS[0], **wrong)
+    for textless in ("", " \n", [], None, 3, ["a red circle", ""], ["a red circle", None]):
+        with pytest.raises(Exception, match="give a text with words in it"):
+            pipeline(textless)
 
 
 def test_what_was_saved_opens_again(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def test_what_is_decoded_ahead_is_bounded_and_threads_end(tmp_path: Path, monkey
         _, clips = next(run)
         next(clips)
         for _ in range(2 * 3 + 1):  # each of two threads: two that wait, one in hand; and the one that was taken
-            assert made.acquire(timeout=20)
+            assert made.acquire(timeout=60)
         assert not made.acquire(timeout=0.3)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_what_else_goes_wrong_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
