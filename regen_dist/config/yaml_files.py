@@ -163,7 +163,7 @@ def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; there is no folder {display(path.parent)} either"
     names = sorted(each.name for each in path.parent.glob("*.yaml"))
-    return f"; {display(path.parent)} has: {', '.join(names)}" if names else ""
+    return f"; {display(path.parent)} has: {', '.join(names)}" if names else "; check the path"
 
 
 def _walk(node: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> None:

@@ -49,7 +49,8 @@ def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         name = str(json.loads(config.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{config} is no config that diffusers has saved ({type(error).__name__}: {error})"
+            f"{config} is no config that diffusers has saved ({type(error).__name__}: {error}); give the "
+            "autoencoder's folder"
         ) from error
     kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
     if kind is None:

@@ -131,7 +131,7 @@ def find_sources(
             elif found.setdefault(source.place, source) is not source and is_list(place):
                 skipped.append(Skip(source=source.name, reason="named twice: only the first is used"))
     if not found:
-        left_out = f"; left out:\n{listed(skipped)}" if skipped else ""
+        left_out = f"; left out:\n{listed(skipped)}" if skipped else "; give another folder, or a list of videos"
         raise DataError(f"no videos ({', '.join(sorted(VIDEO_SUFFIXES))}) in {', '.join(map(str, places))}{left_out}")
     if captions is None:
         return Sources(tuple(found.values()), tuple(skipped))

@@ -173,7 +173,7 @@ def write_manifest(
             digest.add(table)
             described.add(table)
     if not entries:
-        raise DataError(f"{store.url}: no sample is left:\n{listed(left_out)}")
+        raise DataError(f"{store.url}: no sample is left; correct the sources or the options:\n{listed(left_out)}")
     manifest = DatasetManifest(
         schema_version=SCHEMA_VERSION,
         kind=kind,
