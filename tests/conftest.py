@@ -20,9 +20,11 @@ os.environ.setdefault(
     "REGEN_CACHE", str(ROOT / ".cache" / "tests")
 )  # what tests compile is not left in the home folder
 
-# A shell starts its background commands with Ctrl-C ignored, and what they start inherits it: tests send it on purpose.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# `&` starts a command with Ctrl-C ignored, `nohup` with SIGHUP, and what they start inherits it: tests send both.
+if threading.current_thread() is threading.main_thread():
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

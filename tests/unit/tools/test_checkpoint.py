@@ -155,7 +155,9 @@ class TestVerify:
         with pytest.raises(CheckpointError, match=r"no committed checkpoint of step 50; there are: 10, 20, 30, 40"):
             _regen("verify", run, "--step", 50)
         save_config(tiny_run(tmp_path), tmp_path / "fresh")
-        with pytest.raises(CheckpointError, match=r"holds no committed checkpoint$"):
+        with pytest.raises(
+            CheckpointError, match=r"holds no committed checkpoint; give the run folder or the URL of a run"
+        ):
             _regen("verify", tmp_path / "fresh")
 
 
