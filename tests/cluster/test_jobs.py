@@ -111,7 +111,8 @@ def test_a_run_is_watched_stopped_and_resumed_on_one_node(desk: Desk) -> None:
     (desk.run("first") / "launch" / "config.yaml").write_text(
         (desk.run("first") / "launch" / "config.yaml").read_text().replace(f"steps: {STEPS}", f"steps: {reached + 5}")
     )
-    resumed = desk.jobs("resume", "first", "--nodes", 1)
+    # The ranks were held in a step, which preflight takes for slow steps: longer than the time before the job's end.
+    resumed = desk.jobs("resume", "first", "--nodes", 1, "--force")
     assert resumed.returncode == 0, resumed.stderr
     assert "1 node(s) x 1 rank(s)" in resumed.stdout
     assert wait_for_end(desk.run("first"), starts=2) == "done", told(desk.run("first"))
