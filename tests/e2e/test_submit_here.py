@@ -54,9 +54,9 @@ def test_a_rank_that_is_killed_is_started_again(folder: Path) -> None:
 
 
 def test_a_time_limit_begins_anew_with_every_start(folder: Path) -> None:
-    """A minute, told ten seconds after the start: saved, started again by Submitit, done."""
+    """Two minutes, told 25 seconds after the start: saved, started again by Submitit, done."""
     run = folder / "runs" / "limited"
-    limit = ("--time", 1, "--set", "signal_lead_s=48", "train.steps=12")
+    limit = ("--time", 2, "--set", "signal_lead_s=95", "train.steps=12")
     job = Submitter(folder, {}).job(run, "train", "tiny.yaml", "name=limited", *TWO_RANKS, *limit)
     with held(run, 2, 3) as ranks:
         wait_until(lambda: all(has_been_told(each, signal.SIGUSR2) for each in ranks.values()), lambda: told(run))
