@@ -182,7 +182,7 @@ def test_models_that_are_not_there_or_have_one_name_are_refused(place: Path) -> 
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
-    """Of 30 videos' normal values: 95% of intervals hold the true mean, within what 200 draws can tell."""
+    """95% of the intervals of 30 videos' normal values hold the true mean, within what 200 draws can tell."""
     random = np.random.default_rng(1)
     held = 0
     for _ in range(200):

@@ -36,7 +36,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one undisturbed process makes of the sources in parts."""
+    """The dataset that one undisturbed process makes of the sources in parts."""
     folder = tmp_path_factory.mktemp("whole")
     assert build_shards([sources], folder, PARTS, workers=0).parts == 8
     return objects(folder)

@@ -53,8 +53,8 @@ def _rank_of(run: Path) -> int:
 
 
 def test_a_second_start_is_refused_and_disturbs_nothing(config: Path, tmp_path: Path) -> None:
-    """By the launcher, and by a rank that another launcher starts; the one that trains ends as if nothing had been, and
-    then the same command continues."""
+    """Refused by the launcher, and by a rank that another launcher starts; the one that trains ends as if nothing had
+    been, and then the same command continues."""
     run = tmp_path / "runs" / "tiny"
     first = start_regen("train", config, log=tmp_path / "first.log")
     try:

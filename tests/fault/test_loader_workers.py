@@ -1,4 +1,4 @@
-"""What becomes of a loader whose workers die, cannot work, or run out of room: one clear error, never a hang."""
+"""A loader whose workers die, cannot work, or run out of room: one clear error, never a hang."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Script(NamedTuple):
 
 
 def _play(scripts: list[Script]) -> list[int]:
-    """What a rank does: one run after the other; returns their exit codes."""
+    """Train one run after the other as a rank; return their exit codes."""
     from regen_dist.distributed.ranks import process_group, read_environment
     from regen_dist.training import run
 
@@ -157,7 +157,7 @@ def _rank_process(launcher: int, rank: int) -> int:
 
 
 def test_sigterm_to_the_process_of_one_rank_and_a_time_limit(config: Path) -> None:
-    """By the command line: exit code 75 after a signal to the process of rank 1 alone; the same command with a time
+    """Exit code 75 on the command line after a signal to the process of rank 1 alone; the same command with a time
     limit goes on from there, saves when the time is up, and ends with 75 again."""
     run, log = config.parent / "runs" / "one_signal", config.with_name("one_signal.log")
     command = ["train", config, "--ranks", 2, "name=one_signal", "train.trace_samples=true"]

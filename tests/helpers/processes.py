@@ -1,4 +1,4 @@
-"""What runs on this machine because of a process: its children and theirs."""
+"""Processes that run on this machine because of another: its children and theirs."""
 
 from __future__ import annotations
 

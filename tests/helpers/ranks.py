@@ -235,7 +235,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], timeou
 
 
 def train_jobs(jobs: Sequence[Job]) -> list[Any]:
-    """What a rank does with `run_ranks`: one training run after the other; returns their exit codes.
+    """Train one run after the other, as a rank of `run_ranks`; return their exit codes.
 
     All of them share one process group, because DeepSpeed does not survive that its group is left and joined again.
     """
