@@ -17,7 +17,7 @@ from regen_dist.distributed.environment import read_rank_info
 from regen_dist.distributed.failure import abort_group, tell
 from regen_dist.distributed.rendezvous import meet
 from regen_dist.errors import BackendError, RegenError
-from regen_dist.observe.devices import choose_device
+from regen_dist.observe.hardware import choose_device
 
 TIMEOUT = timedelta(minutes=30)
 Result = TypeVar("Result")

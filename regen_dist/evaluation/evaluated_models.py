@@ -26,7 +26,7 @@ from regen_dist.inference.long_video import VideoCodec
 from regen_dist.models.diffusers_encoder import load_autoencoder
 from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import count_flops
-from regen_dist.observe.devices import choose_device
+from regen_dist.observe.hardware import choose_device
 
 PACKAGED = "packaged"
 _PIXEL_BITS = 8  # bits of a value in the whole frames that the trivial decoders take

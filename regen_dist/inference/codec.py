@@ -30,7 +30,7 @@ from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
 from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.encoder import Latents, check_clip
 from regen_dist.models.layers import require_cudnn
-from regen_dist.observe.devices import choose_device
+from regen_dist.observe.hardware import choose_device
 
 _SMALLEST_TILE = 64
 Decode = Callable[[Latents, Tile | None], Tensor]  # latents of a tile, or of the whole frame (None), to pixels

@@ -24,7 +24,7 @@ from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
 from regen_dist.models.embedder import build_encoder
 from regen_dist.models.encoder import Encoder, Latents
 from regen_dist.models.layers import require_cudnn
-from regen_dist.observe.devices import choose_device
+from regen_dist.observe.hardware import choose_device
 
 _PREFIX = "encoder."  # prefix of its parameter names in an embedder, the baseline's too
 

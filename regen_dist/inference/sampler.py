@@ -28,7 +28,7 @@ from regen_dist.errors import CheckpointError
 from regen_dist.inference.latent_space import LatentSpace, NormalisedLatents, read_space
 from regen_dist.models.building import build_model
 from regen_dist.models.t2v import TextToVideo
-from regen_dist.observe.devices import choose_device
+from regen_dist.observe.hardware import choose_device
 
 # map from x_t [B, C, F, h, w], t [B] or [B, F], text [B, M, D], mask [B, M] to the velocity [B, C, F, h, w]
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -22,7 +22,7 @@ from regen_dist.distributed.engine import StepResult
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import write_video
-from regen_dist.observe.devices import accelerator, shown
+from regen_dist.observe.hardware import accelerator, shown
 from regen_dist.observe.hardware import memory_bytes
 from regen_dist.observe.record import ProgressLine, Record, read_record
 from regen_dist.observe.streams import warn

@@ -11,7 +11,7 @@ import torch
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import BackendError
 from regen_dist.observe import devices
-from regen_dist.observe.devices import accelerator, choose_device, shown
+from regen_dist.observe.hardware import accelerator, choose_device, shown
 from regen_dist.programs import GPUS_PER_NODE
 
 NONE = Path("/nowhere")
