@@ -44,7 +44,7 @@ from regen_dist.errors import (
     RunBusy,
     TrainingError,
 )
-from regen_dist.observe.streams import shield_streams
+from regen_dist.observe.record import shield_streams
 
 # Exit status of each rank of a start: one small file per rank, written by its parent process, which outlives a rank
 # that is killed.

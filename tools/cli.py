@@ -36,7 +36,7 @@ _COMMANDS = {
     "app": ("app", "serve_app"),
 }
 _GROUPS = {
-    "submit": "launcher.pipelines.cli",
+    "submit": "launcher.pipelines.run",
     "jobs": "launcher.jobs.cli",
     **{name: f"tools.{name}" for name in ("shards", "text", "checkpoint", "config", "bench")},
 }

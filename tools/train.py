@@ -30,7 +30,7 @@ def train(
     Example: regen train configs/embedder/nano.yaml --ranks 2 train.steps=200
     """
     from regen_dist.distributed.environment import starts_ranks
-    from regen_dist.observe.streams import shield_streams
+    from regen_dist.observe.record import shield_streams
 
     shield_streams()
     if starts_ranks(os.environ, asked=ranks is not None):
@@ -42,7 +42,7 @@ def train(
 
     earlier = SignalInbox().listen()
     loaded = load_config(config, overrides or [])  # before torch is imported: config errors are reported quickly
-    from regen_dist.distributed.failure import ending_at_once
+    from regen_dist.distributed.rendezvous import ending_at_once
     from regen_dist.training.run import train as train_rank
 
     with ending_at_once():

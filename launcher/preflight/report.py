@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from launcher.preflight.findings import Check, PreflightFinding, Subject, problem
-from launcher.preflight.library import library
-from launcher.preflight.runs import alive, space, times
-from launcher.preflight.scheduler import scheduler
-from launcher.preflight.settings import gpu_memory, ranks_and_gpus
+from launcher.preflight.runs import alive, library, space, times
+from launcher.preflight.scheduler import gpu_memory, ranks_and_gpus, scheduler
 from launcher.preflight.storage import checkpoints, folders, shared, wandb_key
 from launcher.submit import SubmissionRequest
 from regen_dist.errors import ConfigError, RegenError

@@ -20,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest
-from regen_dist.checkpoint.reader import newest_good
 from regen_dist.checkpoint.shards import nonfinite, shard_name
 from regen_dist.config import AnyRunConfig, RunConfig, config_hash, load_saved_config, save_config
 from regen_dist.config.embedder import ModelConfig
@@ -35,9 +34,8 @@ from regen_dist.data.storage.local import sync
 from regen_dist.distributed.engine import WEIGHTS
 from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.errors import CheckpointError
-from regen_dist.models.building import build_model
-from regen_dist.models.discriminator import PatchDiscriminator
-from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.embedder import Baseline, Regen, build_model
+from regen_dist.models.perceptual import PatchDiscriminator
 from regen_dist.models.t2v import TextToVideo
 
 MODEL_FILE, STATISTICS_FILE, CARD_FILE = "model.safetensors", "statistics.json", "README.md"

@@ -11,7 +11,7 @@ from regen_dist.checks.findings import Finding, Target, error
 from regen_dist.config import AnyRunConfig, T2VConfig
 from regen_dist.config.identity import clips_per_rank
 from regen_dist.errors import BackendError, ConfigError, missing_extra
-from regen_dist.requirements import Site, is_installed, problems
+from regen_dist.registry import Site, is_installed, problems
 
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from regen_dist.checkpoint.claims import Claims
-from regen_dist.checkpoint.identity import foreign_run_reason
-from regen_dist.checkpoint.manifest import CheckpointManifest, parse_manifest
+from regen_dist.checkpoint.manifest import CheckpointManifest, foreign_run_reason, parse_manifest
 from regen_dist.checks.data import READING, dataset_manifest
 from regen_dist.checks.findings import Finding, Target, error, note
 from regen_dist.config import AnyRunConfig, T2VConfig, load_saved_config

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from regen_dist.checks.data import data, dataset_problem, frozen_encoder, manifest_of
+from regen_dist.checks.data import KIND, data, dataset_problem, frozen_encoder, latents, manifest_of
 from regen_dist.checks.findings import Finding, Target, error, refuse, side_by_side
 from regen_dist.checks.kernels import compiler, convolutions, kernels, losses, packages, ranks
-from regen_dist.checks.latents import KIND, latents
 from regen_dist.checks.resume import busy, resume
 from regen_dist.config import AnyRunConfig
 from regen_dist.config.preencode import PreencodeConfig

@@ -13,7 +13,7 @@ from regen_dist.config.files import write_text_atomically
 from regen_dist.config.run import CommonConfig
 from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.errors import ConfigError
-from regen_dist.requirements import Site, problems
+from regen_dist.registry import Site, problems
 
 
 def order_identity(

@@ -16,14 +16,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.embedder import RunConfig
-from regen_dist.config.losses import AdversarialConfig
+from regen_dist.config.embedder import AdversarialConfig, RunConfig
 from regen_dist.config.run import CommonConfig, OptimizerConfig
 from regen_dist.distributed.optimizer import MOMENTS, build_optimizer, fresh_state, set_num_updates
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.errors import RegenError
-from regen_dist.models.discriminator import LogitAverages, PatchDiscriminator
-from regen_dist.observe.streams import warn
+from regen_dist.models.perceptual import LogitAverages, PatchDiscriminator
+from regen_dist.observe.record import warn
 
 _KIND = "discriminator"  # of the pieces: its weights, and with a suffix its moments
 _DECAY = 0.99  # of the logits' averages

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from regen_dist.config.run import OptimizerConfig
 from regen_dist.errors import BackendError
-from regen_dist.registry import Entry, Registry
-from regen_dist.requirements import Site
+from regen_dist.registry import Entry, Registry, Site
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from regen_dist.distributed.environment import read_rank_info
-from regen_dist.distributed.failure import abort_group, tell
-from regen_dist.distributed.rendezvous import meet
+from regen_dist.distributed.rendezvous import abort_group, meet, tell
 from regen_dist.errors import BackendError, RegenError
 from regen_dist.observe.hardware import choose_device
 

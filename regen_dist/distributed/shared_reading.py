@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regen_dist.distributed.failure import has_failed
+from regen_dist.distributed.rendezvous import has_failed
 from regen_dist.errors import RegenError, TrainingError
 
 Item = TypeVar("Item")

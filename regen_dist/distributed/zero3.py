@@ -21,8 +21,7 @@ from regen_dist.distributed.sequence_parallel import join_rows
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import ConfigError
 from regen_dist.models.sequence_parallel import share_rows
-from regen_dist.registry import Entry, Registry
-from regen_dist.requirements import Site
+from regen_dist.registry import Entry, Registry, Site
 
 
 class Zero3Engine(Engine):

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.baselines import LABELS, TRIVIAL_KINDS, TrivialCodec
 from regen_dist.evaluation.metrics import LATENT_BITS
+from regen_dist.evaluation.reconstruct import LABELS, TRIVIAL_KINDS, TrivialCodec
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec, Window, blend_weights
 from regen_dist.inference.long_video import VideoCodec
 from regen_dist.models.diffusers_encoder import load_autoencoder

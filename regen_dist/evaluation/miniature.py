@@ -15,15 +15,16 @@ from regen_dist.data.format.catalogue import Dataset, open_dataset
 from regen_dist.data.inspect.contact import choose_rows
 from regen_dist.data.pool import Progress
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.clip_rows import LEAST_DIRECTION, ContinuationMeter, missed_continuations
 from regen_dist.evaluation.miniature_page import write_page
 from regen_dist.evaluation.miniature_scores import (
+    LEAST_DIRECTION,
     LEAST_VIDEOS,
     REAL,
     RECONSTRUCTED,
     TARGETS,
     WRONG_CAPTIONS,
     ClipCodec,
+    ContinuationMeter,
     ScoredVideos,
     ShapeClip,
     UInt8s,
@@ -34,6 +35,7 @@ from regen_dist.evaluation.miniature_scores import (
     given_kind,
     held_out_clips,
     held_out_samples,
+    missed_continuations,
     missed_targets,
     read_arm,
     reconstructed,

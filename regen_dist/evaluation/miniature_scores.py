@@ -1,4 +1,5 @@
-"""Compared videos of moving shapes (held-out, reconstructed, generated), and how often a detector reads them right."""
+"""Compared videos of moving shapes (held-out, reconstructed, generated): how often a detector reads them right, and how
+visible the seams between their clips are."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from regen_dist.data.synthetic.shapes import (
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
-from regen_dist.evaluation.clip_rows import SeamMeter
+from regen_dist.evaluation.metrics import frame_change, psnr_db, seam_ratio, squared_error
 from regen_dist.evaluation.shapes import Reading, read
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_frames, to_video
@@ -171,7 +172,6 @@ def _decoded(name: str, caption: str, source: Path | bytes, where: str) -> Shape
 
 
 # Accuracy of the readings: shares with their intervals, confusions, and the chance level.
-
 ATTRIBUTES = ("colour", "shape", "direction")
 ALL = "all three"
 MEASURES = (*ATTRIBUTES, ALL)
@@ -374,3 +374,99 @@ def animation(clip: ShapeClip) -> str:
         buffer, "WEBP", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=_QUALITY, method=4
     )
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# Videos of several clips: how visible the seams between clips are, and how well a given first clip is continued.
+#
+# Legend: T frames, H x W pixels; a clip is the k + 1 frames that the embedder encodes together.
+
+
+LEAST_DIRECTION = 0.85  # target: videos that go on from an image or a clip and still move as their captions say
+
+
+@dataclass
+class SeamMeter:
+    """Accumulator of the changes between frames, over all videos of an arm. Videos of one clip have no seam.
+
+    Args:
+        clip_frames: frames of a clip.
+    """
+
+    clip_frames: int
+    videos: int = 0
+    _changes: list[float] = field(default_factory=list)
+    _crosses: list[bool] = field(default_factory=list)
+
+    def add(self, frames: UInt8s) -> None:
+        """Measure a video, uint8 [T, H, W, 3], whose clips begin at multiples of `clip_frames`."""
+        if len(frames) <= self.clip_frames:
+            return
+        self.videos += 1
+        for number in range(1, len(frames)):
+            self._changes.append(frame_change(frames[number - 1], frames[number]))
+            self._crosses.append(number % self.clip_frames == 0)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """The seam ratio over all videos, with the mean changes at and between the seams; None without a seam."""
+        ratio = seam_ratio(self._changes, self._crosses) if self._changes else None
+        if ratio is None:
+            return None
+        changes, crosses = np.array(self._changes), np.array(self._crosses)
+        return {
+            "videos": self.videos,
+            "seam_ratio": ratio,
+            "change_at_seams": float(changes[crosses].mean()),
+            "change_inside": float(changes[~crosses].mean()),
+        }
+
+
+@dataclass
+class ContinuationMeter:
+    """Accumulator of the distance of continued videos from the videos that they continue. A shape on a straight line
+    at a constant speed can only go on in one way, so the source's own frames are the answer."""
+
+    _made: list[float] = field(default_factory=list)
+    _own: list[float] = field(default_factory=list)
+    _held: list[float] = field(default_factory=list)
+    _added: list[int] = field(default_factory=list)
+
+    def add(self, made: UInt8s, source: UInt8s, own: UInt8s, given: int) -> None:
+        """Compare the frames after the given ones.
+
+        Args:
+            made: the continued video, [T, H, W, 3].
+            source: the video whose first `given` frames were given.
+            own: reconstruction of the source by the embedder.
+            given: number of frames that were given.
+        """
+        frames = range(given, min(len(made), len(source), len(own)))
+        self._added.append(len(made) - given)
+        self._made.append(_psnr(made, source, frames))
+        self._own.append(_psnr(own, source, frames))
+        self._held.append(psnr_db(float(np.mean([squared_error(source[given - 1], source[t]) for t in frames]))))
+
+    def to_json(self, direction: float) -> dict[str, Any]:
+        """Mean PSNR of the added frames, of the embedder's, and of the last given frame held; `direction` is the share
+        of the videos whose added frames move as their captions say."""
+        return {
+            "videos": len(self._made),
+            "added_frames": max(self._added, default=0),
+            "psnr_db": float(np.mean(self._made)),
+            "embedder_psnr_db": float(np.mean(self._own)),
+            "held_psnr_db": float(np.mean(self._held)),
+            "direction": direction,
+            "targets": {"least_direction": LEAST_DIRECTION},
+        }
+
+
+def _psnr(one: UInt8s, other: UInt8s, frames: range) -> float:
+    return psnr_db(float(np.mean([squared_error(other[t], one[t]) for t in frames])))
+
+
+def missed_continuations(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Describe the missed targets of continued videos."""
+    return [
+        f"{name}: direction of the added frames {figures['direction']:.1%}, the target is {LEAST_DIRECTION:.0%}"
+        for name, figures in found.items()
+        if figures["direction"] < LEAST_DIRECTION
+    ]

@@ -1,14 +1,16 @@
-"""A trained embedder as a codec: clips to latents, latents to frames at any times; the windows of a long video.
+"""A trained embedder as a codec: clips to latents, latents to frames at any times, frames in tiles; the
+windows of a long video.
 
 Legend: B clips, T frames, F frames of a longer video, H x W pixels, h = H/8, w = W/8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +26,99 @@ from regen_dist.diffusion.samplers import Denoiser, sample
 from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.latent_space import LatentStatistics, only_raw, read_statistics
-from regen_dist.inference.tiles import Tile, decode_in_tiles, encode_in_tiles
-from regen_dist.models.decoder import decoder_receptive_field, encoder_receptive_field
+from regen_dist.models.decoder import ReceptiveField, decoder_receptive_field, encoder_receptive_field
 from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
 from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.encoder import Latents, check_clip
 from regen_dist.models.layers import require_cudnn
 from regen_dist.observe.hardware import choose_device
 
-_SMALLEST_TILE = 64
-Decode = Callable[[Latents, Tile | None], Tensor]  # latents of a tile, or of the whole frame (None), to pixels
+# Tiled encoding and decoding of frames. Each tile is read with its full receptive field, so nothing is blended and the
+# result equals that of the whole frame up to rounding. Memory is bounded by the size of a tile; the cost is that the
+# surroundings of each tile are computed again.
+#
+# Legend: a cell is the position of one latent, P = 8 pixels a side; h x w cells of a frame.
+
+
+class TileCut(NamedTuple):
+    """A tile along one axis, in cells of the frame: [start, stop) is kept, [first, last) is read."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+class Tile(NamedTuple):
+    """A tile of a frame."""
+
+    rows: TileCut
+    columns: TileCut
+
+    def read(self, frames: Tensor, scale: int = 1) -> Tensor:
+        """Crop the region that the tile reads from [..., h, w] latents, or from pixels (`scale` = 8)."""
+        rows, columns = (slice(cut.first * scale, cut.last * scale) for cut in self)
+        return frames[..., rows, columns]
+
+    def keep(self, out: Tensor, made: Tensor, scale: int = 1) -> None:
+        """Write the result of a tile into the whole frame, without its surroundings."""
+        rows, columns = (slice(cut.start * scale, cut.stop * scale) for cut in self)
+        top, left = ((cut.start - cut.first) * scale for cut in self)
+        height, width = ((cut.stop - cut.start) * scale for cut in self)
+        out[..., rows, columns] = made[..., top : top + height, left : left + width]
+
+
+def axis_cuts(length: int, tile: int, reach: int, step: int) -> Iterator[TileCut]:
+    """Cut an axis of `length` cells into tiles: each keeps about `tile` cells, a multiple of `step`."""
+    kept, around = max(tile // step, 1) * step, -(-reach // step) * step
+    for start in range(0, length, kept):
+        stop = min(start + kept, length)
+        yield TileCut(start, stop, max(start - around, 0), min(stop + around, length))
+
+
+def frame_tiles(grid: tuple[int, int], side: int, reach: ReceptiveField) -> Iterator[Tile]:
+    """Cut a frame of `grid` = (h, w) cells into tiles of about `side` pixels a side."""
+    axes = zip(grid, reach.cells, reach.step, strict=True)
+    for rows, columns in product(*(list(axis_cuts(length, side // P, cells, step)) for length, cells, step in axes)):
+        yield Tile(rows, columns)
+
+
+def encode_in_tiles(encode: Callable[[Tensor], Latents], clips: Tensor, side: int, reach: ReceptiveField) -> Latents:
+    """Encode clips [B, 3, T, H, W] to latents, one tile of one clip at a time."""
+    return Latents(*map(torch.cat, zip(*(_encode(encode, clip, side, reach) for clip in clips.split(1)), strict=True)))
+
+
+def _encode(encode: Callable[[Tensor], Latents], clip: Tensor, side: int, reach: ReceptiveField) -> Latents:
+    height, width = (length // P for length in clip.shape[-2:])
+    whole: Latents | None = None
+    for tile in frame_tiles((height, width), side, reach):
+        made = encode(tile.read(clip, P))
+        if whole is None:
+            whole = Latents(*(part.new_empty(*part.shape[:2], height, width) for part in made))
+        for out, part in zip(whole, made, strict=True):
+            tile.keep(out, part)
+    assert whole is not None, "a frame has tiles"
+    return whole
+
+
+def decode_in_tiles(
+    decode: Callable[[Latents, Tile], Tensor], latents: Latents, frames: int, side: int, reach: ReceptiveField
+) -> Tensor:
+    """Decode latents [1, C, h, w] to pixels [1, 3, T, H, W] in float32, tile by tile.
+
+    Args:
+        decode: map from a tile's latents and the tile to its pixels.
+        latents: latents of one clip.
+        frames: T.
+        side: side of a tile in pixels.
+        reach: receptive field of the decoder.
+    """
+    height, width = latents.content.shape[-2:]
+    out = torch.empty(1, 3, frames, height * P, width * P, device=latents.content.device)
+    for tile in frame_tiles((height, width), side, reach):
+        tile.keep(out, decode(Latents(*map(tile.read, latents)), tile), P)
+    return out
+
 
 # The embedder that the package carries, as `regen checkpoint export` wrote it; its README.md is its model card.
 PACKAGED_EMBEDDER = Path(__file__).parents[1] / "pretrained" / "pocket"
@@ -275,8 +360,6 @@ def _whole(times: Tensor, length: int) -> Tensor:
 # with one shared frame each window counts one half there, with two the weights go 1/4, 3/4. With a `fade` the ramp is
 # wider than what they share: both windows are decoded past their ends (docs/reconstruct.md). The blending is our own
 # choice, not the paper's.
-
-
 @dataclass(frozen=True, eq=False)
 class Window:
     """One encoded clip of a longer video: latents (B = 1), the frame of the video where it starts, its frames, and how

@@ -28,8 +28,8 @@ from regen_dist.config.run import SPATIAL_COMPRESSION, SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, TextConfig
 from regen_dist.config.version import code_version
 from regen_dist.data.pool import Progress
-from regen_dist.diffusion.given import Given
 from regen_dist.diffusion.noise import latent_gaussian
+from regen_dist.diffusion.samplers import Given
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from regen_dist.data.video.conversion import fit_geometry
-from regen_dist.diffusion.given import Given
+from regen_dist.diffusion.samplers import Given
 from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame, SourceVideo

@@ -20,13 +20,12 @@ from regen_dist.checkpoint.load_model import find_t2v
 from regen_dist.config.exported import T2VExportConfig
 from regen_dist.config.run import SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, FlowConfig
-from regen_dist.diffusion.given import Given
 from regen_dist.diffusion.path import x0_from
-from regen_dist.diffusion.samplers import sample
+from regen_dist.diffusion.samplers import Given, sample
 from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.latent_space import LatentSpace, NormalisedLatents, read_space
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.t2v import TextToVideo
 from regen_dist.observe.hardware import choose_device
 

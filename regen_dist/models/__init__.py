@@ -1,8 +1,7 @@
 """The video embedders (encoder, latent conditioning, generative decoder, and the convolutional baseline), and the
 text-to-video transformer on their latents."""
 
-from regen_dist.models.building import build_model
-from regen_dist.models.embedder import Baseline, EmbedderBase, Regen
+from regen_dist.models.embedder import Baseline, EmbedderBase, Regen, build_model
 from regen_dist.models.encoder import Latents
 from regen_dist.models.t2v import TextToVideo
 

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from regen_dist.config.embedder import DecoderConfig, EncoderConfig, ModelConfig
 from regen_dist.config.run import SPATIAL_COMPRESSION as P
-from regen_dist.models.attention import attention
+from regen_dist.models.attention import Grid, attention
 from regen_dist.models.layers import BranchLinear, Checkpointed, Modulation, TimestepEmbedding, ZeroLinear, modulate
 from regen_dist.models.sequence_parallel import WHOLE, RowSharing, SequenceShard
-from regen_dist.models.windows import Grid
 
 
 def fold_tokens(video: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.config.run import Recomputation
 from regen_dist.config.t2v import T2VModelConfig
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.sequence_parallel import SimulatedSequenceParallel, share_rows
 from regen_dist.models.t2v import token_grid
 

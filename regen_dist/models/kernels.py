@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regen_dist.errors import BackendError
-from regen_dist.requirements import Site, problems
+from regen_dist.registry import Site, problems
 
 _HOPPER = 9  # major compute capability, from which on cuDNN's kernel is the faster one
 _KEY = "model.[decoder.]attention.backend"  # of an embedder with its part, of text to video without

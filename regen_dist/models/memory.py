@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from regen_dist.config.losses import AdversarialConfig, LossesConfig
+from regen_dist.config.embedder import AdversarialConfig, LossesConfig
 from regen_dist.config.run import EngineConfig
-from regen_dist.models.discriminator import PatchDiscriminator
 from regen_dist.models.flops import FlopReport, count_pass
-from regen_dist.models.perceptual import load_perceptual
+from regen_dist.models.perceptual import PatchDiscriminator, load_perceptual
 
 # Communication of ZeRO-3: bytes that each GPU sends in one optimizer step, and the time that the wires need for them.
 #

@@ -20,6 +20,7 @@ from regen_dist.config.t2v import LATENT_PATCH as P
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.errors import DataError
 from regen_dist.models.attention import (
+    Grid,
     RotaryAngles,
     TextTokens,
     attention,
@@ -37,7 +38,6 @@ from regen_dist.models.layers import (
     recompute_activations,
 )
 from regen_dist.models.sequence_parallel import WHOLE, RowSharing, SequenceShard
-from regen_dist.models.windows import Grid
 
 FRAMES_PER_CLIP = 2  # content and motion
 _NORM_EPS = 1e-6

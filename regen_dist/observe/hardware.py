@@ -1,4 +1,4 @@
-"""Peak performance and memory of the machine, the denominators of the metrics."""
+"""The machine: its peak performance and memory, the denominators of the metrics, and the choice of the device."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ GPU_PEAKS = {
     "4090": Peak(165.0, 82.6, "Ada GPU architecture white paper, RTX 4090"),
     "V100": Peak(None, 15.7, "V100 Tensor Core GPU, SXM2 (tensor cores take fp16 alone)"),
 }
-
 GPU_PEAK_TFLOPS = {name: peak.bf16 for name, peak in GPU_PEAKS.items() if peak.bf16 is not None}
 
 
@@ -133,7 +132,6 @@ def _processor() -> str:
 
 
 _DRIVER = Path("/proc/driver/nvidia")
-
 _TO_USE_CPUS = "or, to compute on CPUs on purpose, set CUDA_VISIBLE_DEVICES= (empty), and ask for no GPUs"
 
 

@@ -1,9 +1,10 @@
-"""Metrics record of a run: `metrics.jsonl`, one JSON object a line, in the order of the steps; and the progress
-line."""
+"""Metrics record of a run: `metrics.jsonl`, one JSON object a line, in the order of the steps; the progress line;
+and standard streams that survive a full disk."""
 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -11,13 +12,16 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from regen_dist.config.files import write_text_atomically
 from regen_dist.jsontext import json_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 Kind = Literal["train", "validation", "event", "gradients", "checkpoint", "samples", "bad_sample"]
 _FIGURES = ("train", "validation", "gradients")  # kinds of lines with numeric values
@@ -138,7 +142,6 @@ def _warn(text: str) -> None:
 
 
 # --- progress line ---
-
 PLAIN_EVERY_S = 10.0
 
 
@@ -196,3 +199,44 @@ def describe(step: int, total: int, values: Mapping[str, Any], validation: str =
         f"{values['memory_bytes'] / 2**30:.2f} GiB",
     ]
     return "  ".join(parts)
+
+
+# Standard streams that survive a full disk: the log loses lines, but the run does not end; and user warnings.
+
+
+class _Lossy(io.FileIO):
+    """File that drops bytes while its disk refuses them. A broken pipe still raises."""
+
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def shield_streams() -> None:
+    """Make stdout and stderr of this process lossy. Call it once, at the start of a long-running process."""
+    sys.stdout, sys.stderr = _shielded(sys.stdout), _shielded(sys.stderr)
+
+
+def _shielded(stream: TextIO) -> TextIO:
+    """Return the stream on top of a lossy file; unchanged if it has no file descriptor of its own."""
+    if not isinstance(stream, io.TextIOWrapper) or not isinstance(getattr(stream.buffer, "raw", None), io.FileIO):
+        return stream
+    stream.flush()
+    raw = _Lossy(stream.fileno(), "w", closefd=False)
+    shielded = io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering or stream is sys.stderr,
+        write_through=stream.write_through,
+    )
+    return cast("TextIO", shielded)
+
+
+def warn(text: str) -> None:
+    """Print a warning for the user on stderr, one line, unbuffered."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.identity import own_run_id
-from regen_dist.checkpoint.manifest import CheckpointManifest
-from regen_dist.checkpoint.reader import newest_good
+from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
+from regen_dist.checkpoint.manifest import CheckpointManifest, own_run_id
 from regen_dist.checkpoint.saver import Outcome, Saver
 from regen_dist.checkpoint.shards import nonfinite
 from regen_dist.checks.findings import refuse
@@ -20,7 +18,7 @@ from regen_dist.data.storage.connection import limits_of
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, NoGoodCheckpoint
-from regen_dist.observe.streams import warn
+from regen_dist.observe.record import warn
 from regen_dist.training.guards import Guards
 
 _CLOSE_S = 60.0  # for a save in flight when a run ends with an error

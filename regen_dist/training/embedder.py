@@ -22,9 +22,8 @@ from regen_dist.diffusion.noise import NoiseStream, gaussian, latent_gaussian, u
 from regen_dist.diffusion.path import noisy, signal_share, squared_error_weight, target_of, timesteps, x0_from
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.models.building import build_model
 from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
-from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import training_flops_per_clip
 from regen_dist.training.linear_start import LINEAR_CODES, first_cells, fit_linear_code

@@ -19,8 +19,14 @@ from regen_dist.config.embedder import RunConfig
 from regen_dist.diffusion.noise import NoiseStream, latent_gaussian
 from regen_dist.distributed.companion import Companion
 from regen_dist.distributed.engine import Engine
-from regen_dist.models.discriminator import discriminator_loss, generator_loss, lecam_penalty, r1_penalty
-from regen_dist.models.perceptual import PerceptualNetwork, load_perceptual
+from regen_dist.models.perceptual import (
+    PerceptualNetwork,
+    discriminator_loss,
+    generator_loss,
+    lecam_penalty,
+    load_perceptual,
+    r1_penalty,
+)
 from regen_dist.training.task import Loss
 
 

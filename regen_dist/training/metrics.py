@@ -22,10 +22,8 @@ from regen_dist.distributed.engine import StepResult
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import write_video
-from regen_dist.observe.hardware import accelerator, shown
-from regen_dist.observe.hardware import memory_bytes
-from regen_dist.observe.record import ProgressLine, Record, read_record
-from regen_dist.observe.streams import warn
+from regen_dist.observe.hardware import accelerator, memory_bytes, shown
+from regen_dist.observe.record import ProgressLine, Record, read_record, warn
 from regen_dist.observe.tracker import Trackers
 from regen_dist.pixels import to_frames
 from regen_dist.training.task import Batch, Validation

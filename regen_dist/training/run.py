@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,22 +14,22 @@ import torch
 from regen_dist.checkpoint.claims import Claims
 from regen_dist.checks.findings import Target
 from regen_dist.checks.run import refuse_process
-from regen_dist.config import AnyRunConfig
+from regen_dist.config import AnyRunConfig, load_saved_config, save_config
+from regen_dist.config.files import CONFIG_FILE, write_text_atomically
 from regen_dist.distributed.engine import precision_of
-from regen_dist.distributed.failure import tell
 from regen_dist.distributed.ranks import Ranks, make_repeatable, process_group, read_environment
+from regen_dist.distributed.rendezvous import tell
 from regen_dist.distributed.zero3 import build_engine
+from regen_dist.errors import ConfigError
 from regen_dist.observe.hang_detector import Watchdog
 from regen_dist.observe.hardware import has_native_bf16, peak_tflops
-from regen_dist.observe.streams import warn
+from regen_dist.observe.record import warn
 from regen_dist.registry import Entry, Registry
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
-from regen_dist.training.configs import replace_config
 from regen_dist.training.embedder import BaselineTask, EmbedderTask
 from regen_dist.training.guards import Guards
-from regen_dist.training.loop import Trainer
-from regen_dist.training.metrics import Reporter, SampleLog, StepMeter
-from regen_dist.training.step import GradientNorms
+from regen_dist.training.loop import GradientNorms, Trainer
+from regen_dist.training.metrics import Reporter, SampleLog, StepMeter, learning_rate
 from regen_dist.training.stopping import SignalInbox, Stopper
 from regen_dist.training.t2v import TextToVideoTask
 from regen_dist.training.task import TrainingTask
@@ -163,3 +164,76 @@ TASKS: Registry[Entry[Callable[[Any, torch.device], TrainingTask]]] = Registry(
 def build_task(config: AnyRunConfig, device: torch.device) -> TrainingTask:
     """The task that the config describes."""
     return TASKS[config.model.kind].build(config, device)
+
+
+# The config of a run folder when the run goes on by another: changes are reported, and the earlier one is kept.
+#
+# RUN/config.yaml             the current one
+# RUN/config-00000400.yaml    the one before it, by which the run came to step 400
+
+
+def replace_config(config: AnyRunConfig, step: int) -> list[str]:
+    """Make `config` the one of its run folder, from `step` on. Returns what to report: each key that has
+    changed, and the learning rate before and after. If the disk takes no config, the run goes on, with a warning."""
+    told: list[str] = []
+    try:
+        if (config.folder / CONFIG_FILE).is_file():
+            told = _changes(config, step)
+            if told:
+                told.append(f"the earlier config is {_keep(config.folder, step)}")
+        save_config(config, config.folder)
+    except OSError as error:
+        told.append(f"warning: {config.folder / CONFIG_FILE} is not the config of this start: {error}")
+    return told
+
+
+def _changes(config: AnyRunConfig, step: int) -> list[str]:
+    try:
+        earlier = load_saved_config(config.folder)
+    except ConfigError as error:
+        return [f"the config was replaced after step {step}; it cannot be compared: {error}"]
+    old, new = (_flat(each.model_dump(mode="json")) for each in (earlier, config))
+    keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+    told = [f"{key}: {old.get(key, _ABSENT)} → {new.get(key, _ABSENT)}" for key in keys]
+    if not told:
+        return []
+    return [f"the config changed after step {step}: {'; '.join(told)}", *_rates(earlier, config, step)]
+
+
+_ABSENT = "(none)"
+
+
+def _rates(earlier: AnyRunConfig, config: AnyRunConfig, step: int) -> list[str]:
+    """Compare the learning rate of the next step with the one by the earlier config; empty if they are the same."""
+    now = learning_rate(config.optimizer, step, config.train.steps)
+    would = learning_rate(earlier.optimizer, step, earlier.train.steps)
+    before = learning_rate(earlier.optimizer, max(step - 1, 0), earlier.train.steps)
+    if now == would and step < earlier.train.steps:
+        return []
+    last = f"; step {step} had {before:.4g}" if step else ""
+    return [f"the learning rate of step {step + 1} is {now:.4g}, by the earlier config it was {would:.4g}{last}"]
+
+
+def _keep(folder: Path, step: int) -> Path:
+    """A copy of the config that is there, under a name that is free, or that holds the same."""
+    text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+    stem, number = f"config-{step:08d}", 1
+    while True:
+        path = folder / (f"{stem}.yaml" if number == 1 else f"{stem}-{number}.yaml")
+        if not path.exists():
+            write_text_atomically(path, text)
+            return path
+        if path.read_text(encoding="utf-8") == text:
+            return path
+        number += 1
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -15,15 +15,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from regen_dist.checks.data import embedder, fits
 from regen_dist.checks.findings import Target, refuse
-from regen_dist.checks.latents import embedder, fits
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.data.loading.datasets import LatentSet, sizes_of
 from regen_dist.data.loading.latent_loader import LatentBatch, latent_batches
 from regen_dist.data.loading.validation import ValidationRows, validation_rows
-from regen_dist.diffusion.given import drawn, error_of_the_rest
 from regen_dist.diffusion.noise import NoiseStream, latent_gaussian, uniforms
 from regen_dist.diffusion.path import noisy, target_of, timesteps
+from regen_dist.diffusion.samplers import drawn, error_of_the_rest
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.inference.codec import Codec
@@ -31,7 +31,7 @@ from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.latent_space import LatentScale, LatentSpace, NormalisedLatents, parse_statistics
 from regen_dist.inference.long_video import decode_row
 from regen_dist.inference.sampler import Text, row_tokens, sample_latents
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.flops import training_flops_per_row
 from regen_dist.training.task import Loss, Validation, on_device
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest
-from regen_dist.checkpoint.reader import newest_good
 from regen_dist.checkpoint.saver import Saver
 from regen_dist.checkpoint.shards import shard_name
 from regen_dist.config.embedder import RunConfig

@@ -17,7 +17,7 @@ PROGRAM = """
     import threading, time
     import torch
     import torch.distributed as dist
-    from regen_dist.distributed.failure import ending_at_once
+    from regen_dist.distributed.rendezvous import ending_at_once
     from regen_dist.distributed.ranks import process_group, read_environment
     from regen_dist.errors import BackendError
 
@@ -56,7 +56,7 @@ def test_one_ranks_error_ends_the_job(tmp_path: Path, act: str, code: int, said:
 
 GPU_OF_ONE = """
     import torch
-    from regen_dist.distributed.failure import ending_at_once
+    from regen_dist.distributed.rendezvous import ending_at_once
     from regen_dist.distributed.ranks import process_group, read_environment
 
     ranks = read_environment()

@@ -225,7 +225,7 @@ def _counting(rank: int) -> Iterator[list[int]]:
 
 
 def _model(case: Case) -> Any:
-    from regen_dist.models.building import build_model
+    from regen_dist.models.embedder import build_model
 
     torch.manual_seed(0)
     model = build_model(case.model)

@@ -102,7 +102,7 @@ def _build_among_many(config: T2VConfig) -> dict[str, tuple[int, int]]:
     from regen_dist.distributed.zero3 import _import_deepspeed
     from regen_dist.distributed.zero3 import deepspeed_settings
     from regen_dist.distributed.ranks import read_environment
-    from regen_dist.models.building import build_model
+    from regen_dist.models.embedder import build_model
 
     os.environ |= {"RANK": "3", "WORLD_SIZE": str(LARGE_WORLD)}
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=LARGE_WORLD)
@@ -120,7 +120,7 @@ def _build(config: T2VConfig) -> Built:
     from regen_dist.distributed.zero3 import deepspeed_settings
     from regen_dist.distributed.ranks import process_group
     from regen_dist.distributed.ranks import read_environment
-    from regen_dist.models.building import build_model
+    from regen_dist.models.embedder import build_model
 
     ranks = read_environment()
     with process_group(ranks, needed=True):

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest
-from regen_dist.checkpoint.reader import newest_good
 from regen_dist.checkpoint.shards import shard_name
 
 KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")

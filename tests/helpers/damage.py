@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.reader import newest_good
+from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment

@@ -14,7 +14,7 @@ from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.shards import shard_name
 from regen_dist.config import AnyRunConfig, RunConfig, config_hash, save_config
 from regen_dist.distributed.ranks import chunk
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from tests.helpers.checkpoints import KINDS
 from tests.helpers.tiny import tiny_run, wake
 

@@ -13,18 +13,22 @@ import gradio as gr
 
 from regen_dist.errors import ConfigError, RegenError
 from regen_dist.tables import Table
-from tools.app.listing import (
+from tools.app.runner import Job, JobRunner, Kind, checked
+from tools.app.uploads import (
+    Limits,
     ListedModel,
     RunView,
+    check_picture,
+    check_video,
     choose_model,
     copy_page,
     find_models,
     report_pages,
     run_folders,
+    shown_name,
+    uploaded_file,
     view_run,
 )
-from tools.app.runner import Job, JobRunner, Kind, checked
-from tools.app.uploads import Limits, check_picture, check_video, shown_name, uploaded_file
 
 SHOWN = "shown"  # folder of copies of runs' pictures and report pages
 LONGEST_PROMPT = 1000

@@ -25,20 +25,19 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from regen_dist.checkpoint.folder import CheckpointFolder, checkpoint_name
+from regen_dist.checkpoint.folder import CheckpointFolder, checkpoint_name, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest
-from regen_dist.checkpoint.reader import newest_good
 from regen_dist.checkpoint.saver import Saver
 from regen_dist.checkpoint.shards import shard_name
 from regen_dist.config import RunConfig, config_hash, embedder_only, load_saved_config
 from regen_dist.config.version import code_version
 from regen_dist.distributed.engine import Engine
-from regen_dist.distributed.failure import ending_at_once
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
+from regen_dist.distributed.rendezvous import ending_at_once
 from regen_dist.distributed.zero3 import Zero3Engine, build_engine
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.jsontext import json_text
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from tools.bench.common import Case, Rounds, Turn, in_turn
 
 # Cost of a save to its run, from the run's record, which must have a line for every step.

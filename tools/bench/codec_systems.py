@@ -31,8 +31,7 @@ from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import Codec, Window, blend_weights
 from regen_dist.inference.frames import Frame
 from regen_dist.inference.long_video import DecodePlan, decode_stream, make_plan
-from regen_dist.models.building import build_model
-from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.models.encoder import Latents
 
 CODE_BITS = 18  # of a token: the paper's codebook (Yu et al., 2024) of 2**18 words

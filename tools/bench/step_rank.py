@@ -23,16 +23,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from regen_dist.config import AnyRunConfig, RunConfig, load_config
-from regen_dist.distributed.failure import ending_at_once
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
+from regen_dist.distributed.rendezvous import ending_at_once
 from regen_dist.distributed.zero3 import build_engine
 from regen_dist.jsontext import json_text
 from regen_dist.models.flops import FlopReport, count_flops, count_row_flops
 from regen_dist.models.memory import memory_bytes
 from regen_dist.observe.hardware import peak_tflops
+from regen_dist.training.loop import Stepper
 from regen_dist.training.metrics import StepMeter
 from regen_dist.training.run import build_task
-from regen_dist.training.step import Stepper
 from tools.bench.common import Case, Rounds, Turn, ratio, spread
 
 _KIB = 1024

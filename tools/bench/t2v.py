@@ -32,7 +32,7 @@ from regen_dist.errors import DataError
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.preencode import preencode
 from regen_dist.jsontext import json_text
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.text import make_small_encoder
 from regen_dist.pixels import to_float
 from regen_dist.tables import Table, numbers
@@ -103,8 +103,8 @@ class _Training:
     def __init__(self, config: T2VConfig, made: Prepared) -> None:
         from regen_dist.distributed.ranks import Ranks
         from regen_dist.distributed.zero3 import build_engine
+        from regen_dist.training.loop import Stepper
         from regen_dist.training.metrics import StepMeter
-        from regen_dist.training.step import Stepper
         from regen_dist.training.t2v import TextToVideoTask
 
         data = config.data.model_copy(update={"url": str(made.cache)})

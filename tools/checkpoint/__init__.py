@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tools.checkpoint.export import export, import_model
-from tools.checkpoint.maintenance import adopt, list_checkpoints, pin, prune, unpin, verify
+from tools.checkpoint.maintenance import adopt, export, import_model, list_checkpoints, pin, prune, unpin, verify
 
 app = typer.Typer(name="checkpoint", help="List, verify, export and delete checkpoints.", no_args_is_help=True)
 app.command("list")(list_checkpoints)

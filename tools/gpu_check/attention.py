@@ -14,9 +14,8 @@ from torch import Tensor
 
 from regen_dist.config.embedder import AttentionConfig
 from regen_dist.errors import BackendError
-from regen_dist.models.attention import BACKENDS, cross_attention
+from regen_dist.models.attention import BACKENDS, Grid, cross_attention
 from regen_dist.models.attention import attention as attend
-from regen_dist.models.windows import Grid
 from tools.gpu_check.machine import Machine, relative_error, require_close
 
 _FUSED = ("sdpa", "flash")  # the others keep all scores

@@ -20,8 +20,7 @@ from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.distributed.zero3 import build_engine
 from regen_dist.errors import RegenError
-from regen_dist.models.building import build_model
-from regen_dist.models.embedder import Regen
+from regen_dist.models.embedder import Regen, build_model
 from regen_dist.models.flops import RowFlops, count_row_flops
 from regen_dist.models.memory import memory_bytes
 from regen_dist.observe.hardware import peak_tflops

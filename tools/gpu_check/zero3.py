@@ -23,7 +23,7 @@ from regen_dist.distributed.engine import Engine, Pieces
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.distributed.zero3 import build_engine
 from regen_dist.errors import RegenError
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.training.run import build_task
 from tools.gpu_check.machine import Machine, relative_error, require_close
 

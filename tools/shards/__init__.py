@@ -5,8 +5,8 @@ from __future__ import annotations
 import typer
 
 from tools.shards.build import build, index, synthetic
-from tools.shards.frames import frames
 from tools.shards.inspect import captions, inspect, order, verify
+from tools.shards.progress import frames
 
 app = typer.Typer(name="shards", help="Build, index, inspect and verify datasets.", no_args_is_help=True)
 for command in (build, captions, frames, index, inspect, order, synthetic, verify):

@@ -9,8 +9,9 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -62,7 +63,6 @@ def progress_bar() -> Iterator[Progress]:
 
 
 # Stop requests in the long commands of `regen shards`.
-
 _AGAIN_S = 0.05
 
 
@@ -109,8 +109,6 @@ def _heard_in_destructors() -> Iterator[None]:
 
 
 # `--task`: this process's part of shared work.
-
-
 def parse_task(text: str, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Parse "I/N" (I counts from 0), or "slurm": both from the Slurm array of this process.
 
@@ -141,3 +139,31 @@ def _slurm(environ: Mapping[str, str]) -> tuple[int, int]:
             "give --task I/N"
         ) from None
     return (number - first) // step, count
+
+
+# `regen shards frames`: lossless videos from folders of pictures and raw files.
+
+
+def frames(
+    source: Annotated[Path, typer.Argument(help="Folder with folders of pictures, or with .yuv files.")],
+    out: Annotated[Path, typer.Option(help="Folder of the videos; existing ones are kept.")],
+    fps: Annotated[float | None, typer.Option(help="Frames a second; NAME_WIDTHxHEIGHT_FPS.yuv says its own.")] = None,
+) -> None:
+    """Encode every folder of pictures and every raw YUV 4:2:0 file below a folder as a lossless video.
+
+    Example: regen shards frames DAVIS/JPEGImages/480p --out runs/davis --fps 24
+    """
+    from regen_dist.data.build.build import assemble, sequences_below
+    from regen_dist.errors import DataError
+
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder; give the folder of the pictures")
+    out.mkdir(parents=True, exist_ok=True)
+    for one in sequences_below(source):
+        relative = one.relative_to(source)
+        name = "-".join(relative.with_suffix("").parts if one.is_file() else relative.parts) or source.resolve().name
+        target = out / f"{name}.mkv"
+        if target.exists():
+            typer.echo(f"{target}: is there")
+        else:
+            typer.echo(f"{target}: {assemble(one, target, fps)} frames")

@@ -17,8 +17,18 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regen_dist.data.build.probe import Origin, SurveyedSource, content_of, fetch_again, survey_source
-from regen_dist.data.build.segments import BuildOptions, Candidate, candidates, cut_segments, unsuitable_reason
+from regen_dist.data.build.segments import (
+    BuildOptions,
+    Candidate,
+    Origin,
+    SurveyedSource,
+    candidates,
+    content_of,
+    cut_segments,
+    fetch_again,
+    survey_source,
+    unsuitable_reason,
+)
 from regen_dist.data.build.sources import VideoSource
 from regen_dist.data.format.index import VIDEO_EXTENSIONS
 from regen_dist.data.format.manifest import Skip, listed, read_all, to_json

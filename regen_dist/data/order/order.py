@@ -15,9 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from regen_dist.config.identity import micro_batch_size
-from regen_dist.data.order.interleave import Interleave
 from regen_dist.data.order.mixture import Bucket, BucketShare, BucketStream, expected, quotas
-from regen_dist.data.order.permutation import Int64s, combine_keys, permute
+from regen_dist.data.order.permutation import Int64s, Interleave, combine_keys, permute
 from regen_dist.errors import ConfigError, DataError
 
 # Constants that make the uses of one seed independent of each other.

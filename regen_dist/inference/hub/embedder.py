@@ -28,7 +28,7 @@ from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec, Window
 from regen_dist.inference.hub.folder import in_trained_precision, write_code
 from regen_dist.inference.hub.inlining import own_module
-from regen_dist.models.building import build_embedder
+from regen_dist.models.embedder import build_embedder
 from regen_dist.models.encoder import Latents
 
 DEFAULT_TILE = 256

@@ -16,7 +16,7 @@ from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from tests.helpers.checkpoints import KINDS, newest, tensors
 from tests.helpers.saved import model_state, saved_run
 from tests.helpers.t2v import saved_t2v

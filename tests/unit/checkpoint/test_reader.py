@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.reader import NoGoodCheckpoint, newest_good
+from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
+from regen_dist.checkpoint.shards import NoGoodCheckpoint
 from regen_dist.errors import AccessDenied
 from tests.unit.checkpoint.conftest import Write
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from regen_dist.checkpoint.manifest import CheckpointManifest
-from regen_dist.checkpoint.retention import to_delete
+from regen_dist.checkpoint.manifest import CheckpointManifest, to_delete
 from regen_dist.config.run import CheckpointConfig
 
 

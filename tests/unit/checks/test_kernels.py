@@ -61,14 +61,14 @@ def test_one_process_engine_on_several_ranks() -> None:
 def test_what_cannot_run_on_the_device(
     gpus: int, changes: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regen_dist.requirements.is_installed", lambda *_: True)
+    monkeypatch.setattr("regen_dist.registry.is_installed", lambda *_: True)
     found = texts(kernels(run(**changes), Target(has_gpus=bool(gpus))))
     assert len(found) == 1
     assert told in found[0]
 
 
 def test_what_runs_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regen_dist.requirements.is_installed", lambda *_: True)
+    monkeypatch.setattr("regen_dist.registry.is_installed", lambda *_: True)
     on_gpus = {"model__decoder__attention": {"backend": "flash"}, "engine__precision": "bf16"}
     assert texts(kernels(run(optimizer__kind="fused_adam", **on_gpus), Target(has_gpus=True))) == []
     assert texts(kernels(run(optimizer__kind="cpu_adam"), Target(has_gpus=False))) == []

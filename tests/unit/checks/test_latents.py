@@ -10,9 +10,9 @@ import pytest
 
 from regen_dist.checkpoint.export import model_shapes
 from regen_dist.checkpoint.manifest import CheckpointManifest, to_text
+from regen_dist.checks.data import latents
 from regen_dist.checks.findings import Target
 from regen_dist.checks.kernels import kernels
-from regen_dist.checks.latents import latents
 from regen_dist.checks.resume import resume
 from regen_dist.config import AnyRunConfig, T2VConfig, save_config
 from regen_dist.config.identity import latent_identity

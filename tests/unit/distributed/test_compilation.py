@@ -18,7 +18,7 @@ from regen_dist.checks.kernels import compiler
 from regen_dist.config.run import EngineConfig
 from regen_dist.distributed import single_process
 from regen_dist.distributed.single_process import blocks_of, compile_blocks
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import build_trainer, train
 from tests.helpers.latents import write_cache

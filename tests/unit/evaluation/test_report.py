@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from regen_dist.errors import DataError
-from regen_dist.evaluation.baselines import TrivialCodec
 from regen_dist.evaluation.metrics import Options
-from regen_dist.evaluation.reconstruct import reconstruct
+from regen_dist.evaluation.reconstruct import TrivialCodec, reconstruct
 from regen_dist.evaluation.report import compare_rows, draw_curves, read_metrics, write_report
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import SourceVideo, VideoWriter

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regen_dist.errors import ConfigError
-from regen_dist.evaluation.baselines import LABELS, TRIVIAL_KINDS, TrivialCodec
+from regen_dist.evaluation.reconstruct import LABELS, TRIVIAL_KINDS, TrivialCodec
 from regen_dist.inference.codec import Window
 
 

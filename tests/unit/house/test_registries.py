@@ -23,8 +23,7 @@ from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models.attention import BACKENDS
 from regen_dist.models.text.encoder import TEXT_ENCODERS
 from regen_dist.models.text.files import EncoderKind
-from regen_dist.registry import Entry, Registry
-from regen_dist.requirements import REQUIREMENTS, Site
+from regen_dist.registry import REQUIREMENTS, Entry, Registry, Site
 from regen_dist.training.run import TASKS, train
 from tests.helpers.checkpoints import folder_of, newest
 from tests.helpers.saved import saved_run

@@ -15,7 +15,7 @@ from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec, Window
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.encoder import Latents
 from regen_dist.training.run import build_task
 from tests.helpers.checkpoints import write_checkpoint

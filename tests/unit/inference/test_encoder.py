@@ -15,8 +15,8 @@ from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.models.baseline import ConvDecoder
 from regen_dist.models.decoder import GenerativeDecoder
+from regen_dist.models.embedder import ConvDecoder
 from tests.helpers.saved import saved_run
 from tests.helpers.tiny import clips
 

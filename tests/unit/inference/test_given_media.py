@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from regen_dist.config import T2VConfig
 from regen_dist.config.t2v import FlowConfig
 from regen_dist.data.format.latents import TextEmbedding
-from regen_dist.diffusion.given import Given
+from regen_dist.diffusion.samplers import Given
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference import generate as prompts_module
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec

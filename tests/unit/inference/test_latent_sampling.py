@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from regen_dist.config.t2v import FlowConfig
-from regen_dist.diffusion.given import Given
+from regen_dist.diffusion.samplers import Given
 from regen_dist.inference.sampler import Predict, Text, row_tokens, sample_latents
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.t2v import TextToVideo
 from tests.helpers.tiny import tiny_t2v_model, wake
 

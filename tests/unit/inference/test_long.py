@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.baselines import TrivialCodec
+from regen_dist.evaluation.reconstruct import TrivialCodec
 from regen_dist.inference.codec import Window, blend_weights
 from regen_dist.inference.frames import Frame
 from regen_dist.inference.long_video import (

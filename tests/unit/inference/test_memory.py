@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame
 from regen_dist.inference.long_video import Speed, decode_stream, encode_groups, make_plan
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from tests.helpers.tiny import tiny_run
 
 SIDES = (16, 24)

@@ -12,9 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from regen_dist.errors import ConfigError, DataError, RegenError
-from regen_dist.evaluation.baselines import TrivialCodec
 from regen_dist.evaluation.metrics import Measurement, Options, Passage, measure
-from regen_dist.evaluation.reconstruct import reconstruct
+from regen_dist.evaluation.reconstruct import TrivialCodec, reconstruct
 from regen_dist.inference.frames import SourceVideo, VideoWriter
 from regen_dist.inference.long_video import VideoCodec
 

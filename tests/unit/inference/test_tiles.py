@@ -9,10 +9,9 @@ import torch
 
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference import codec as codec_module
-from regen_dist.inference.codec import Codec, Window
-from regen_dist.inference.tiles import axis_cuts
-from regen_dist.models.building import build_model
+from regen_dist.inference.codec import Codec, Window, axis_cuts
 from regen_dist.models.decoder import ReceptiveField
+from regen_dist.models.embedder import build_model
 from tests.helpers.tiny import clips, tiny_run, wake
 
 TOLERANCE = 1e-5  # in float32: convolutions of another size may add in another order

@@ -13,9 +13,9 @@ import pytest
 from launcher.cluster import ClusterConfig
 from launcher.preflight import check
 from launcher.preflight.findings import PreflightFinding, Subject, make_note, problem
-from launcher.preflight.library import library
 from launcher.preflight.report import PreflightError, Report
-from launcher.preflight.settings import ranks_and_gpus
+from launcher.preflight.runs import library
+from launcher.preflight.scheduler import ranks_and_gpus
 from launcher.preflight.storage import wandb_key
 from launcher.submit import SubmissionRequest, command_request, sweep_request, train_request
 from regen_dist.config import to_yaml

@@ -17,7 +17,7 @@ from launcher import job, retry
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, Submission
 from launcher.local_executor import LOCK
-from launcher.preflight import findings, runs, settings
+from launcher.preflight import findings, runs, scheduler
 from launcher.preflight import runs as timing
 from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
 from launcher.preflight.runs import measured
@@ -196,21 +196,21 @@ def on_cards(gigabytes: float | None, told: Estimates, gpus: int = 4, **changes:
 
 def test_a_model_that_is_too_large() -> None:
     told = Told(weights=2 << 30, moments=7 << 30, ema=1 << 30, activations=40 << 30)
-    assert texts(settings.gpu_memory(on_cards(40.0, told))) == [
+    assert texts(scheduler.gpu_memory(on_cards(40.0, told))) == [
         "about 50.0 GiB are needed on each of 4 GPUs, a card has 40 (gpu_memory_gb); most of it: activations 40.0 GiB; "
         "moments 7.0 GiB; weights 2.0 GiB. To lower it, take more GPUs, raise train.accumulation (now 1), or set "
         "engine.activation_checkpointing=true (`regen describe` shows all of it)"
     ]
-    [tight] = list(settings.gpu_memory(on_cards(55.0, told)))
+    [tight] = list(scheduler.gpu_memory(on_cards(55.0, told)))
     assert (tight.forbids, "91% of a card's 55" in tight.text) == (False, True)
-    assert list(settings.gpu_memory(on_cards(60.0, told))) == []
+    assert list(scheduler.gpu_memory(on_cards(60.0, told))) == []
 
 
 def test_memory_is_not_looked_at_without_cards() -> None:
     told = Told(weights=1 << 40)
-    assert list(settings.gpu_memory(on_cards(None, told))) == []
-    assert list(settings.gpu_memory(on_cards(1.0, told, gpus=0))) == []
-    assert list(settings.gpu_memory(on_cards(1.0, told, gpus=3))) == [], "the batch does not fit: told elsewhere"
+    assert list(scheduler.gpu_memory(on_cards(None, told))) == []
+    assert list(scheduler.gpu_memory(on_cards(1.0, told, gpus=0))) == []
+    assert list(scheduler.gpu_memory(on_cards(1.0, told, gpus=3))) == [], "the batch does not fit: told elsewhere"
     assert told.asked == 0
 
 
@@ -237,7 +237,7 @@ def test_describing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         raise subprocess.TimeoutExpired("describe", timeout_s)
 
     monkeypatch.setattr(findings, "describe", slow)
-    [found] = list(settings.gpu_memory(on_cards(80.0, Estimates())))
+    [found] = list(scheduler.gpu_memory(on_cards(80.0, Estimates())))
     assert (found.forbids, found.text) == (
         False, "GPU memory was not estimated: `regen describe` took longer than 60 s",
     )  # fmt: skip

@@ -13,7 +13,7 @@ from regen_dist.config.embedder import AttentionConfig
 from regen_dist.config.run import EngineConfig
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.models import flops
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.flops import FlopReport, count_flops, count_pass, count_row_flops, training_flops_per_row
 from regen_dist.models.memory import memory_bytes
 from tests.helpers.presets import NANO_AT_8

@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config.embedder import AttentionConfig
 from regen_dist.errors import BackendError
-from regen_dist.models.attention import attention
+from regen_dist.models.attention import Grid, attention
 from regen_dist.models.kernels import require_flash
-from regen_dist.models.windows import Grid
 
 BACKENDS = ("sdpa", "eager", "reference")
 ODD = [

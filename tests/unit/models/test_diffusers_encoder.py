@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
-from regen_dist.models.building import build_model
 from regen_dist.models.conditioning import FrameConditioning
 from regen_dist.models.diffusers_encoder import DiffusersEncoder, latent_frames
-from regen_dist.models.embedder import Regen
+from regen_dist.models.embedder import Regen, build_model
 from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import count_flops
 from tests.helpers.autoencoders import KINDS, frozen_model, save_autoencoder

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from regen_dist.config import load_config
-from regen_dist.models.building import build_model
 from regen_dist.models.decoder import LocalMixing, fold_tokens, unfold_tokens
-from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.models.encoder import Latents
 from tests.helpers.tiny import clips, tiny_model, wake
 

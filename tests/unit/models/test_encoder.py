@@ -10,7 +10,7 @@ from torch import Tensor
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.errors import DataError
 from regen_dist.models import layers
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.encoder import Encoder, bound_latent
 from regen_dist.models.layers import CausalConv, ChannelNorm, Frames, join_first, split_first
 from tests.helpers.tiny import clips, tiny_model

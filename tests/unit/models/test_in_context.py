@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.models.building import build_model
 from regen_dist.models.conditioning import InContextConditioning, sinusoids
-from regen_dist.models.embedder import Regen
+from regen_dist.models.embedder import Regen, build_model
 from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import count_flops
 from tests.helpers.tiny import clips, tiny_model, wake

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.models.building import build_model
-from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.models.encoder import bound_latent
 from regen_dist.models.linear import TIME_MODES, content_modes, motion_modes, unbound_latent
 from tests.helpers.tiny import clips, tiny_model

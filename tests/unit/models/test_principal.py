@@ -10,8 +10,7 @@ from torch import Tensor
 
 from regen_dist.data.synthetic.shapes import SyntheticOptions, render_scene
 from regen_dist.errors import DataError
-from regen_dist.models.building import build_model
-from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.training.linear_start import fit_linear_code, frames_to_cells
 from tests.helpers.tiny import tiny_model
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.models.building import build_model
 from regen_dist.models.decoder import conv_decoder_receptive_field, decoder_receptive_field, encoder_receptive_field
-from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.models.encoder import Latents
 from tests.helpers.tiny import clips, tiny_model, wake
 

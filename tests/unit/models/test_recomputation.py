@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config.run import EngineConfig, Recomputation
 from regen_dist.models import attention, kernels
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.flops import count_flops, count_row_flops
 from tests.helpers.tiny import tiny_model, tiny_t2v_model, wake
 

@@ -7,8 +7,8 @@ import torch
 
 from regen_dist.config.embedder import AttentionConfig
 from regen_dist.models.attention import attention
-from regen_dist.models.building import build_model
 from regen_dist.models.decoder import GenerativeDecoder
+from regen_dist.models.embedder import build_model
 from regen_dist.models.flops import count_flops, count_row_flops
 from regen_dist.models.sequence_parallel import WHOLE, Rows, SimulatedSequenceParallel, row_lengths, share_rows
 from tests.helpers.tiny import tiny_model, tiny_t2v_model

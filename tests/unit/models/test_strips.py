@@ -8,8 +8,7 @@ from torch import Tensor
 
 from regen_dist.errors import BackendError
 from regen_dist.models import layers
-from regen_dist.models.building import build_model
-from regen_dist.models.embedder import Baseline
+from regen_dist.models.embedder import Baseline, build_model
 from regen_dist.models.layers import CausalConv, Frames
 from tests.helpers.tiny import clips, tiny_model, wake
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from regen_dist.config import load_config
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.errors import DataError
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.t2v import TextToVideo, fold_latents, frame_places, token_positions, unfold_latents
 from tests.helpers.tiny import tiny_t2v_model, wake
 

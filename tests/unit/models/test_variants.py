@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.models.building import build_model
-from regen_dist.models.embedder import Baseline, Regen
+from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.models.linear import LinearDecoder
 from tests.helpers.tiny import clips, tiny_model, wake
 

@@ -10,7 +10,7 @@ import torch
 
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import BackendError
-from regen_dist.observe import devices
+from regen_dist.observe import hardware
 from regen_dist.observe.hardware import accelerator, choose_device, shown
 from regen_dist.programs import GPUS_PER_NODE
 
@@ -74,7 +74,7 @@ def test_what_is_told_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
-    monkeypatch.setattr(devices, "_nccl_version", lambda: "2.27.5")
+    monkeypatch.setattr(hardware, "_nccl_version", lambda: "2.27.5")
     told = accelerator(torch.device("cuda", 0), tmp_path)
     assert told["driver"] == "570.86.15"
     assert shown(told) == (

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regen_dist.observe.tensorboard import TensorBoard
-from regen_dist.observe.tracker import Trackers
+from regen_dist.observe.tracker import TensorBoard, Trackers
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
 

@@ -18,9 +18,20 @@ from tests.helpers.processes import wait_until_gone
 from tests.helpers.saved import saved_run
 from tests.helpers.t2v import saved_t2v
 from tests.helpers.video import moving_square, write_video
-from tools.app.listing import choose_model, copy_page, find_models, report_pages, run_folders, view_run
 from tools.app.runner import JobRunner, JobRunning, checked
-from tools.app.uploads import Limits, check_picture, check_video, shown_name, uploaded_file
+from tools.app.uploads import (
+    Limits,
+    check_picture,
+    check_video,
+    choose_model,
+    copy_page,
+    find_models,
+    report_pages,
+    run_folders,
+    shown_name,
+    uploaded_file,
+    view_run,
+)
 
 LIMITS = Limits(num_bytes=200_000, seconds=2.0, num_frames=40, pixels=128 * 128)
 

@@ -14,7 +14,7 @@ from regen_dist.config import load_config, save_config
 from regen_dist.errors import CheckpointError, ConfigError, DataError, RegenError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import SourceVideo, VideoWriter
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from tests.helpers.presets import NANO_AT_8
 from tools.cli import app
 

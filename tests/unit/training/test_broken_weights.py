@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.reader import newest_good
+from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.saver import Saver
 from regen_dist.config.embedder import RunConfig
 from regen_dist.config.run import CheckpointConfig
@@ -19,7 +18,7 @@ from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError, TrainingError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.training import step
+from regen_dist.training import loop
 from regen_dist.training.run import train
 from tests.helpers.checkpoints import folder_of, newest, write_checkpoint
 from tests.helpers.tiny import tiny_dataset, tiny_run
@@ -35,8 +34,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _broken_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """A rate that breaks the weights, from the step after `steps` on."""
-    clean = step.learning_rate
-    monkeypatch.setattr(step, "learning_rate", lambda config, made, total: (
+    clean = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", lambda config, made, total: (
         BREAKS if made >= steps else clean(config, made, total)))  # fmt: skip
 
 

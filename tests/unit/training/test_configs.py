@@ -8,8 +8,7 @@ import pytest
 
 from regen_dist.config import load_config, load_saved_config
 from regen_dist.observe.record import read_record
-from regen_dist.training.configs import replace_config
-from regen_dist.training.run import train
+from regen_dist.training.run import replace_config, train
 from tests.helpers.disks import fill, small_disk
 from tests.helpers.tiny import tiny_dataset, tiny_run
 

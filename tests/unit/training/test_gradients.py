@@ -13,8 +13,8 @@ from regen_dist.distributed.engine import StepResult
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.observe.record import read_record
+from regen_dist.training.loop import layer_of
 from regen_dist.training.run import build_trainer, train
-from regen_dist.training.step import layer_of
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 

@@ -20,8 +20,7 @@ from regen_dist.distributed.companion import Companion, build_companion
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError
-from regen_dist.models.discriminator import PatchDiscriminator, discriminator_loss, r1_penalty
-from regen_dist.models.perceptual import load_perceptual
+from regen_dist.models.perceptual import PatchDiscriminator, discriminator_loss, load_perceptual, r1_penalty
 from regen_dist.training.run import build_task, train
 from tests.helpers.adversarial import ADVERSARIAL, saved_tensors
 from tests.helpers.perceptual import vgg_tensors, write_vgg

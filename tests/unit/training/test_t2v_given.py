@@ -12,8 +12,8 @@ from torch import Tensor
 
 from regen_dist.config.t2v import FlowConfig
 from regen_dist.data.loading.plan import sample_keys
-from regen_dist.diffusion.given import Given, drawn, error_of_the_rest
 from regen_dist.diffusion.noise import latent_gaussian
+from regen_dist.diffusion.samplers import Given, drawn, error_of_the_rest
 from tests.helpers.latents import write_cache
 from tests.unit.training.test_t2v import IDS, _batch, _one, _task
 

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from regen_dist.data.build.assembling import assemble, sequences_below
-from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.build import assemble, build_shards, sequences_below
 from regen_dist.data.build.lists import Columns
 from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.build.sources import find_sources

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from regen_dist.data.build.plan import BuildPart, PlannedSource, cut_parts, work_of
-from regen_dist.data.build.probe import DecodableSpan
-from regen_dist.data.build.segments import BuildOptions, Candidate, candidates, cut_segments, unsuitable_reason
+from regen_dist.data.build.segments import (
+    BuildOptions,
+    Candidate,
+    DecodableSpan,
+    candidates,
+    cut_segments,
+    unsuitable_reason,
+)
 from regen_dist.data.build.sources import VideoSource
 from regen_dist.data.format.manifest import Skip
 from regen_dist.data.video.reader import VideoInfo

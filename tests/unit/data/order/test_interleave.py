@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from regen_dist.data.order.interleave import Interleave
+from regen_dist.data.order.permutation import Interleave
 
 QUOTAS = [
     (Fraction(1), Fraction(1)),

@@ -67,10 +67,10 @@ def test_without_keys_to_sign_with_the_message_says_what_to_do(
     server.objects = dict.fromkeys([*PLAIN, *ODD], b"")
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     assert len(Store(URL, LIMITS).list()) == len(PLAIN)
-    from regen_dist.data.storage import plain_listing
+    from regen_dist.data.storage import bucket
 
     monkeypatch.delenv("AWS_SKIP_SIGNATURE")
-    monkeypatch.setattr(plain_listing, "_credentials", _no_boto)
+    monkeypatch.setattr(bucket, "_credentials", _no_boto)
     with pytest.raises(BackendError, match="pip install boto3"):
         Store(URL, LIMITS).list()
 

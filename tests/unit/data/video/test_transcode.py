@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regen_dist.data.build.probe import Origin, survey_source
+from regen_dist.data.build.segments import Origin, survey_source
 from regen_dist.data.video.conversion import fit_geometry
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.transcode import EncodeOptions, Segment, content_hash, encode_segments

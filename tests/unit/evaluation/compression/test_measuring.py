@@ -12,7 +12,7 @@ import torch
 from regen_dist.config.embedder import RunConfig
 from regen_dist.errors import ConfigError
 from regen_dist.inference.codec import Codec
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.encoder import Latents
 from tests.helpers.saved import saved_run
 from tests.helpers.tiny import tiny_model, tiny_run

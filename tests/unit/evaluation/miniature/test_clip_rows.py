@@ -12,12 +12,11 @@ import torch
 
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions, make_clip
-from regen_dist.evaluation.clip_rows import SeamMeter, missed_continuations
 from regen_dist.evaluation.miniature import Request, judge_videos
-from regen_dist.evaluation.miniature_scores import generated_clips
+from regen_dist.evaluation.miniature_scores import SeamMeter, generated_clips, missed_continuations
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import VideoWriter
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from tests.helpers.tiny import tiny_run
 
 NUMBER, GIVEN = 4, 5

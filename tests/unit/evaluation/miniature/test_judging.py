@@ -19,7 +19,7 @@ from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.miniature import Request, judge_videos, missed_first_frames
 from regen_dist.evaluation.miniature_scores import ShapeClip, held_out_clips, held_out_samples, reconstructed
 from regen_dist.inference.codec import Codec
-from regen_dist.models.building import build_model
+from regen_dist.models.embedder import build_model
 from regen_dist.models.encoder import Latents
 from tests.helpers.tiny import tiny_run
 
