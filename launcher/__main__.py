@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import launcher.pipelines.run  # noqa: F401 - adds its command
+import launcher.pipelines.cli  # noqa: F401 - adds its command
 from launcher.cli import app
 from regen_dist.errors import errors_in_one_line
 from regen_dist.programs import start_safely

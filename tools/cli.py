@@ -36,7 +36,7 @@ _COMMANDS = {
     "app": ("app", "serve_app"),
 }
 _GROUPS = {
-    "submit": "launcher.pipelines.run",
+    "submit": "launcher.pipelines.cli",
     "jobs": "launcher.jobs.cli",
     **{name: f"tools.{name}" for name in ("shards", "text", "checkpoint", "config", "bench")},
 }

@@ -1,5 +1,4 @@
-"""`regen submit pipeline`: execution of a plan, on Slurm as dependent jobs, all at once; on this
-machine one step after the other."""
+"""Execution of a plan: on Slurm as dependent jobs, all at once; on this machine one step after the other."""
 
 from __future__ import annotations
 
@@ -7,17 +6,12 @@ import fcntl
 import os
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
-
-import typer
 
 from launcher import slurm
-from launcher.cli import Cluster, DryRun, Force, Set, Wait, app
 from launcher.job import LAUNCH, Submission
 from launcher.pipelines.planning import PlannedStep
 from launcher.pipelines.schema import expected_products, missing_outputs
@@ -28,9 +22,6 @@ from launcher.script import batch_script
 from launcher.submit import submit, wait_for
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, DataError, RegenError
 from regen_dist.tables import Table
-
-if TYPE_CHECKING:
-    from launcher.pipelines.planning import PlannedStep
 
 Emit = Callable[[str], None]
 _LOCK = "pipeline.lock"
@@ -202,6 +193,7 @@ def _line(planned: PlannedStep, job: Submission | None, before: Sequence[str]) -
 
 
 # `regen submit pipeline --dry-run`.
+
 _HEAD = ("step", "after", "what", "state", "nodes x ranks", "tasks", "why")
 _SHOWN = 3  # commands of an array that are printed
 
@@ -236,62 +228,3 @@ def scripts(plan: Sequence[PlannedStep]) -> Iterator[str]:
             job = request.job(request.base / LAUNCH / "DATE", request.base / LAUNCH / "code" / "HASH")
             yield batch_script(job, dependency(waits_for)).rstrip("\n")
         jobs[planned.name] = f"JOB-OF-{planned.name}"
-
-
-# `regen submit pipeline`.
-
-
-@app.command()
-def pipeline(
-    file: Annotated[Path, typer.Argument(help="A YAML file under configs/pipelines/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Pipeline overrides, as a.b=value.", metavar="[a.b=c …]")
-    ] = None,
-    cluster: Cluster = "local",
-    settings: Set = None,
-    dry_run: DryRun = False,
-    force: Force = False,
-    wait: Wait = False,
-) -> None:
-    """Run dependent jobs; complete steps are skipped, so the same command continues an interrupted pipeline.
-
-    On Slurm all steps are submitted at once, with dependencies; on this machine they run one after the other, and the
-    command returns when they are done.
-
-    Example: regen submit pipeline configs/pipelines/paper.yaml --cluster slurm
-    """
-    from launcher.cluster import load_cluster
-    from launcher.pipelines.planning import plan
-    from launcher.pipelines.schema import load_pipeline
-
-    found = load_pipeline(file, overrides or [])
-    if dry_run:
-        _show(plan(found, cluster, settings or []))
-        return
-    with pipeline_lock(found.folder, _warn):
-        planned = plan(found, cluster, settings or [])
-        if all(each.state == "complete" for each in planned):
-            _say("\n".join([*(f"{each.name}: skipped, {each.why}" for each in planned), "nothing is left to do"]))
-            return
-        check_all(planned, force=force, emit=_warn)
-        if load_cluster(cluster, settings or []).kind == "local":
-            raise typer.Exit(run_locally(planned, _say))
-        jobs = run_on_slurm(planned, _say)
-    if wait:
-        raise typer.Exit(wait_for_jobs(jobs, _say))
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)  # readers of a pipe need each line while the steps run
-
-
-def _warn(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _show(planned: Sequence[PlannedStep]) -> None:
-
-    for line in (*table(planned), *scripts(planned)):
-        print(line)
-    for problem in problems(planned, _warn):
-        _warn(f"problem: {problem}")

@@ -120,6 +120,9 @@ def decode_in_tiles(
     return out
 
 
+_SMALLEST_TILE = 64
+Decode = Callable[[Latents, Tile | None], Tensor]  # latents of a tile, or of the whole frame (None), to pixels
+
 # The embedder that the package carries, as `regen checkpoint export` wrote it; its README.md is its model card.
 PACKAGED_EMBEDDER = Path(__file__).parents[1] / "pretrained" / "pocket"
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from regen_dist.config.t2v import T2VModelConfig
     from regen_dist.models.flops import ClipFlops, FlopReport
     from regen_dist.models.memory import Assumptions
-    from tools.describe.command import DescribedVideo
+    from tools.describe.video import DescribedVideo
 
 Config = TypeVar("Config", bound="CommonConfig")
 EXCHANGED = "tokens exchanged for attention"  # key of `sent_bytes_per_gpu_and_step` under sequence parallelism
@@ -113,7 +113,7 @@ def _counted(config: AnyRunConfig, video: DescribedVideo | None) -> tuple[FlopRe
     """Return the FLOP report of one sample, and its shapes."""
     from regen_dist.config import T2VConfig
     from regen_dist.errors import ConfigError
-    from tools.describe.command import DescribedVideo, row_account, row_shapes
+    from tools.describe.video import DescribedVideo, row_account, row_shapes
 
     if isinstance(config, T2VConfig):
         video = video or DescribedVideo()

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
-from regen_dist.checkpoint.shards import NoGoodCheckpoint
-from regen_dist.errors import AccessDenied
+from regen_dist.errors import AccessDenied, NoGoodCheckpoint
 from tests.unit.checkpoint.conftest import Write
 
 SHARD = "rank-00000-of-00001.safetensors"

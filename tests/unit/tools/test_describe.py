@@ -16,8 +16,8 @@ from regen_dist.models.memory import Assumptions
 from tests.helpers.presets import NANO_AT_8
 from tools.cli import app
 from tools.describe import describe, gather
-from tools.describe.command import DescribedVideo
 from tools.describe.facts import with_clips_per_gpu
+from tools.describe.video import DescribedVideo
 
 ROOT = Path(__file__).parents[3]
 NOT_RUNS = ("base", "cluster", "evaluate", "pipelines", "preencode")  # fragments, machines, protocols, steps, caches

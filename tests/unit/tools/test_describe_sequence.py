@@ -15,8 +15,8 @@ from regen_dist.errors import ConfigError
 from regen_dist.models.flops import FlopReport, count_flops, count_row_flops
 from regen_dist.models.memory import exchanged_bytes
 from tools.cli import app
-from tools.describe.command import DescribedVideo, latent_frames
 from tools.describe.facts import EXCHANGED, with_clips_per_gpu
+from tools.describe.video import DescribedVideo, latent_frames
 
 ROOT = Path(__file__).parents[3]
 RANKS = 64

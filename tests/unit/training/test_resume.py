@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from regen_dist.checkpoint.shards import NoGoodCheckpoint
 from regen_dist.config import load_saved_config
-from regen_dist.errors import CheckpointError
+from regen_dist.errors import CheckpointError, NoGoodCheckpoint
 from regen_dist.training.run import train
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
