@@ -90,7 +90,7 @@ def test_a_shard_that_rank_0_does_not_see(folder: CheckpointFolder) -> None:
 def test_amending_keeps_the_tensors(folder: CheckpointFolder) -> None:
     """The manifest says something else, in one atomic write; the files are the same."""
     before = _inside(folder, "step-00000002", SHARD).stat().st_ino
-    folder.amend(folder.manifest(2), state={"data_shift": 5}, rollbacks=[2])
+    folder.update_manifest(folder.manifest(2), state={"data_shift": 5}, rollbacks=[2])
     amended = folder.manifest(2)
     assert (amended.state, amended.rollbacks) == ({"data_shift": 5}, [2])
     assert folder.problems(amended, checksums=True) == []

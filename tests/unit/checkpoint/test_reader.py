@@ -113,7 +113,7 @@ def test_a_store_that_denies_access_is_no_damage(folder: CheckpointFolder, monke
 def test_a_given_up_future_is_not_gone_on_from(folder: CheckpointFolder, write: Write) -> None:
     """After a rollback to step 2 the checkpoint of step 3 is no candidate, even when all that is newer is bad, or the
     pointer is lost."""
-    folder.amend(folder.manifest(2), rollbacks=[2])
+    folder.update_manifest(folder.manifest(2), rollbacks=[2])
     folder.set_latest(2)
     assert _newest(folder) == 2
     _path(folder, "latest").unlink()

@@ -96,7 +96,7 @@ def test_whatever_may_go_on_goes_on(tmp_path: Path, data: Path) -> None:
     folder = CheckpointFolder(tmp_path / "saved" / "tiny")
     for step in folder.steps():
         manifest = folder.manifest(step)
-        folder.amend(manifest, run_id="")
+        folder.update_manifest(manifest, run_id="")
         assert replace(manifest, run_id="") == folder.manifest(step)
     assert train(_run(tmp_path, data, "new", 4)) == 0
     assert folder.manifest(4).run_id == read_run_id(tmp_path / "new" / "tiny")
