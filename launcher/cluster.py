@@ -131,7 +131,7 @@ class ClusterConfig(Section):
         return options
 
     @model_validator(mode="after")
-    def _a_place_is_whole(self) -> ClusterConfig:
+    def _check_location(self) -> ClusterConfig:
         if self.kind == "slurm" and self.time_min is None:
             raise ValueError("time_min is required for kind: slurm; a job without a limit waits longest in the queue")
         if self.kind == "local" and self.nodes > 1:

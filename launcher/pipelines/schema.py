@@ -15,7 +15,7 @@ from pydantic import Field, WithJsonSchema, field_validator, model_validator
 from launcher.job import JobTask
 from launcher.submit import SubmissionRequest
 from regen_dist.checks.data import READING
-from regen_dist.checks.findings import side_by_side
+from regen_dist.checks.findings import run_concurrently
 from regen_dist.config.files import compose, find_preset, load_section
 from regen_dist.config.run import HomePath, PositiveInt, Section
 from regen_dist.config.urls import checked_url, expand_home, parse_url
@@ -236,7 +236,7 @@ def missing_outputs(request: SubmissionRequest, step: PipelineStep) -> dict[str,
             makers[fill_placeholders(output, number, len(request.tasks))] = (
                 [task] if "{task}" in output else request.tasks
             )
-    there = side_by_side(exists, makers)
+    there = run_concurrently(exists, makers)
     return {place: tasks for (place, tasks), is_there in zip(makers.items(), there, strict=True) if not is_there}
 
 

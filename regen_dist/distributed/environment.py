@@ -90,7 +90,7 @@ def starts_ranks(environment: Mapping[str, str], asked: bool) -> bool:
         if place is not None and place.world_size > 1 and (names is not TORCHRUN or "MASTER_ADDR" in environment):
             raise ConfigError(
                 f"--ranks starts ranks, and this process is {_format_rank(place)} already ({names[0]}, {names[1]}). "
-                f"Leave out --ranks, so that it is that rank; or, if the variables are left over: unset {' '.join(names)}"
+                f"Leave out --ranks, so that it is that rank; or, if these variables are stale: unset {' '.join(names)}"
             )
     return True
 

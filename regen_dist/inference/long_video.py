@@ -232,7 +232,7 @@ def decode_stream(
         sides: (height, width) to crop to.
         steps: sampling steps.
         seed: seed of the noise.
-        sample_id: key of the noise that tells apart two videos of one seed.
+        sample_id: key of the noise, which distinguishes two videos of one seed.
         speed: counters that the decoding time and the frames are added to.
     """
     speed = Speed() if speed is None else speed

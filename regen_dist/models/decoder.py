@@ -39,7 +39,7 @@ def unfold_tokens(tokens: Tensor, grid: Grid) -> Tensor:
 class LocalMixing(nn.Module):
     """Depthwise 3x3 convolution over each frame's grid of tokens, added to them (ours).
 
-    Content alone is no position that tells a left neighbour from a right one; this does, and being equivariant to
+    Content alone does not distinguish a left neighbour from a right one; this does, and being equivariant to
     shifts it leaves any size and aspect ratio possible (conditional positional encoding; Chu et al., 2021).
     """
 

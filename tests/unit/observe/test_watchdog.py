@@ -91,7 +91,7 @@ def _hold(run: Run, culprit: int) -> None:
 def test_a_run_that_works_says_nothing_and_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank writes its own file alone."""
     run = Run(tmp_path, 3)
-    monkeypatch.setattr("regen_dist.observe.heartbeat.Heartbeats.look", lambda *_: pytest.fail("it read"))
+    monkeypatch.setattr("regen_dist.observe.heartbeat.Heartbeats.read", lambda *_: pytest.fail("it read"))
     monkeypatch.setattr("regen_dist.observe.hang_detector.read_text", lambda *_: pytest.fail("it read"))
     run.train(1, 100)
     assert run.said == [[], [], []]

@@ -53,7 +53,7 @@ def test_a_folder_of_checkpoints_that_is_gone_is_no_new_run(tmp_path: Path, data
     config = tiny_run(tmp_path, data, train__steps=1)
     assert train(config) == 0
     shutil.rmtree(config.folder / "checkpoints")
-    with pytest.raises(NoGoodCheckpoint, match=r"metrics\.jsonl tells of a checkpoint of step 1, .* mounted.*--fresh"):
+    with pytest.raises(NoGoodCheckpoint, match=r"metrics\.jsonl records a checkpoint of step 1, .* mounted.*--fresh"):
         train(config)
     assert train(config, fresh=True) == 0
     assert train(config) == 0
