@@ -32,6 +32,7 @@ from tools.bench.compression_runs import (
     CompressionArm,
     baseline,
     baseline_with_code,
+    linear_code,
     paper_form,
     paper_form_alone,
     regen,
@@ -524,7 +525,7 @@ def _data_uri(path: Path) -> str:
 
 # PSNR of the arms against their training time, out of the records of several budgets.
 
-KINDS = (regen, paper_form, baseline_with_code, regen_alone, paper_form_alone, baseline)
+KINDS = (regen, paper_form, baseline_with_code, linear_code, regen_alone, paper_form_alone, baseline)
 Budgets = Mapping[float, Facts]  # minutes of one core an arm, and what compression.json holds
 
 
@@ -552,13 +553,15 @@ def _budget_table(budgets: Budgets, k: int) -> Table:
     if rows:
         rows += [
             ["lead with the code in both", *_leads(found[arms[0]], found[arms[2]])],
-            ["lead without it", *_leads(found[arms[3]], found[arms[5]])],
+            ["lead without it", *_leads(found[arms[4]], found[arms[6]])],
         ]
     columns = [f"k = {k}, one-step PSNR dB after", *(f"{minutes:g} min" for minutes in budgets)]
     return _table(f"k = {k}", columns, rows)
 
 
 def _label(arm: CompressionArm) -> str:
+    if not arm.trains:
+        return arm.what
     kind = "REGEN" if arm.kind == "regen" else "MAGVIT-v2 style baseline"
     return f"{kind}, {arm.what}" if arm.what else f"{kind}, {'with' if arm.has_code else 'without'} the linear code"
 

@@ -44,6 +44,7 @@ STEPS = (1, 2, 4, 8)
 _FULL = ("model.decoder.attention.pattern=full", "model.decoder.attention.backend=sdpa")
 _NO_LINEAR = ("model.decoder.linear=false",)
 _PAPER = ("model.decoder.local=false",)
+_UNTRAINED = ("optimizer.lr=1e-12",)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class CompressionArm:
     def steps(self) -> tuple[int, ...]:
         """Sampling steps at which it is measured: variants and the single-step baseline decode in one."""
         return STEPS if self.kind == "regen" and not self.variant else STEPS[:1]
+
+    @property
+    def trains(self) -> bool:
+        """False for an arm that stays where it begins."""
+        return self.changes != _UNTRAINED
 
     @property
     def has_code(self) -> bool:
@@ -125,6 +131,11 @@ def paper_form_alone(k: int) -> CompressionArm:
     return CompressionArm("regen", k, "paper-no_linear", (*_PAPER, *_NO_LINEAR), what, regen_alone(k).name)
 
 
+def linear_code(k: int) -> CompressionArm:
+    """Return the start of every arm with the linear code, fitted and not trained: what a decoder must improve on."""
+    return CompressionArm("regen", k, "untrained", _UNTRAINED, "the linear code alone, not trained", regen(k).name)
+
+
 def tuned_at(arm: CompressionArm) -> CompressionArm:
     """Return the arm at which this arm's learning rate is chosen: same kind and form, with or without the linear code
     alike."""
@@ -169,13 +180,15 @@ PAPER_DB = {
 
 def all_arms() -> Iterator[CompressionArm]:
     """Yield both kinds at every temporal compression, each with and without the linear code, likewise the paper's form
-    of REGEN, then the variants."""
+    of REGEN and the linear code alone, then the variants."""
     for k in COMPRESSIONS:
         yield from (regen(k), baseline(k))
     for k in COMPRESSIONS:
         yield from (regen_alone(k), baseline_with_code(k))
     for k in COMPRESSIONS:
         yield from (paper_form(k), paper_form_alone(k))
+    for k in COMPRESSIONS:
+        yield linear_code(k)
     yield from VARIANTS
 
 
@@ -424,7 +437,7 @@ class Runs:
         """Take the pace and the learning rates of a shorter budget's folder, where this folder has none of its own."""
         if not (self.out / "pace.json").is_file():
             paces = json.loads((shorter / "pace.json").read_text(encoding="utf-8"))
-            own = {name: each | {"steps": num_steps(self.minutes, each["cpu_s"])} for name, each in paces.items()}
+            own = {name: each | {"steps": self._steps(name, each["cpu_s"])} for name, each in paces.items()}
             write_text_atomically(self.out / "pace.json", json_text(own, indent=1) + "\n")
         if not (self.out / "tuning.json").is_file() and (shorter / "tuning.json").is_file():
             write_text_atomically(self.out / "tuning.json", (shorter / "tuning.json").read_text(encoding="utf-8"))
@@ -437,7 +450,7 @@ class Runs:
         self._run("probes", {arm.name: self._probe(arm) for arm in new})
         for arm in new:
             measured = training_pace(self.out / "probes" / arm.name, _WARM_STEPS)
-            known[arm.name] = {**measured, "steps": num_steps(self.minutes, measured["cpu_s"])}
+            known[arm.name] = {**measured, "steps": self._steps(arm.name, measured["cpu_s"])}
             self.say(f"{arm.name}: {measured['cpu_s']:.3f} s a step, {known[arm.name]['steps']} steps")
         write_text_atomically(path, json_text(known, indent=1) + "\n")
         return known
@@ -469,7 +482,8 @@ class Runs:
         commands = {}
         for arm in left:
             changes = paced_config(arm.overrides(self.base), steps[arm.name], self.base.optimizer.warmup_steps)
-            commands[arm.name] = self._command([*changes, f"optimizer.lr={tuning[tuned_at(arm).name]['lr']}"])
+            rate = [f"optimizer.lr={tuning[tuned_at(arm).name]['lr']}"] if arm.trains else []
+            commands[arm.name] = self._command([*changes, *rate])
         self._run("arms", commands)
 
     def facts(self, arm: CompressionArm) -> dict[str, Any]:
@@ -482,6 +496,10 @@ class Runs:
             "pace": self._known_pace()[arm.name],
             "training": training,
         }
+
+    def _steps(self, name: str, seconds_per_step: float) -> int:
+        untrained = {linear_code(k).name for k in COMPRESSIONS}
+        return LEAST_STEPS if name in untrained else num_steps(self.minutes, seconds_per_step)
 
     def _known_pace(self) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = json.loads((self.out / "pace.json").read_text(encoding="utf-8"))
@@ -512,7 +530,7 @@ class Runs:
 
 def _tuned(arms: Iterable[CompressionArm]) -> list[CompressionArm]:
     """Return the arms at which the learning rates of these are chosen."""
-    return _unique(map(tuned_at, arms))
+    return _unique(tuned_at(arm) for arm in arms if arm.trains)
 
 
 def _unique(arms: Iterable[CompressionArm]) -> list[CompressionArm]:
