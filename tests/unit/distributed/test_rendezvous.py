@@ -46,11 +46,11 @@ from regen_dist.errors import RegenError
 rendezvous._NOTICE_S = 0.5
 time.sleep(float(sys.argv[2]))
 try:
-    rendezvous.meet(int(sys.argv[1]), 2, torch.device("cpu"), "", timedelta(minutes=2))
+    store = rendezvous.meet(int(sys.argv[1]), 2, torch.device("cpu"), "", timedelta(minutes=2))
 except RegenError as error:
     sys.exit(f"error: {error}")
 if sys.argv[1] == "0":
-    sys.stdin.read()  # its store is gone with it: the others must have met before
+    sys.stdin.read()  # its store ends with it, or with the variable: the others must have met before
 """
 
 

@@ -26,6 +26,7 @@ from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import EXIT_RESUME, DataError
 from regen_dist.evaluation.miniature_scores import held_out_clips, held_out_samples
 from regen_dist.inference.frames import SourceVideo
+from tests.helpers.builds import write_sources
 from tests.unit.data.build.test_build import flip_byte
 from tools import fetch_videos, shards
 from tools.shards.progress import stopping_cleanly
@@ -37,8 +38,8 @@ def run(*arguments: str) -> str:
     return result.output
 
 
-def test_build_inspect_verify(sources: Path, tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
+def test_build_inspect_verify(tmp_path: Path) -> None:
+    sources, out = write_sources(tmp_path / "in"), str(tmp_path / "out")
     command = ["build", str(sources / "tall.mp4"), "--out", out, "--segment-seconds", "2", "--short-side", "32"]
     assert "2 samples, 4 s of video" in run(*command, "--workers", "0")
     assert "(0 made now)" in run(*command, "--workers", "0")

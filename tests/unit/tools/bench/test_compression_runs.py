@@ -37,6 +37,7 @@ from tools.bench.compression_runs import (
     best_rate,
     chosen_arms,
     is_trained,
+    linear_code,
     num_steps,
     paced_config,
     paper_form,
@@ -63,11 +64,13 @@ def _config(arm: CompressionArm) -> RunConfig:
 def test_every_arm_is_a_valid_config_of_its_kind_and_compression() -> None:
     arms = list(all_arms())
     configs = [_config(arm) for arm in arms]
-    assert len({arm.name for arm in arms}) == len({config.model for config in configs}) == len(arms) == 28
+    assert len({arm.name for arm in arms}) == len(arms) == 32
+    trained = [config for arm, config in zip(arms, configs, strict=True) if arm.trains]
+    assert len({config.model for config in trained}) == len(trained) == 28
     for arm, config in zip(arms, configs, strict=True):
         assert (config.model.kind, config.model.temporal_compression) == (arm.kind, arm.k)
     same = {"name": "", "model": BASE.model}
-    assert len({config.model_copy(update=same) for config in configs}) == 1, "the model alone differs"
+    assert len({config.model_copy(update=same) for config in trained}) == 1, "the model alone differs"
 
 
 @pytest.mark.parametrize("k", COMPRESSIONS)
@@ -78,7 +81,8 @@ def test_both_kinds_have_the_same_encoder_and_latents(k: int) -> None:
 
 @pytest.mark.parametrize("k", COMPRESSIONS)
 def test_the_linear_code_is_regens_and_each_kind_is_trained_with_and_without_it(k: int) -> None:
-    has_code = {arm.name: _config(arm).model.decoder.linear for arm in all_arms() if arm.k == k and arm not in VARIANTS}
+    arms = [arm for arm in all_arms() if arm.k == k and arm.trains and arm not in VARIANTS]
+    has_code = {arm.name: _config(arm).model.decoder.linear for arm in arms}
     assert has_code == {
         f"regen-k{k}": True,
         f"magvit2-k{k}": False,
@@ -89,6 +93,16 @@ def test_the_linear_code_is_regens_and_each_kind_is_trained_with_and_without_it(
     }
 
 
+@pytest.mark.parametrize("k", COMPRESSIONS)
+def test_the_linear_code_alone_is_regen_that_stays_where_it_begins(k: int) -> None:
+    alone, beside = linear_code(k), regen(k)
+    assert alone.against == beside.name
+    ours, theirs = _config(alone), _config(beside)
+    assert ours.optimizer.lr < 1e-9 * theirs.optimizer.lr
+    same = {"name": "", "optimizer": theirs.optimizer}
+    assert ours.model_copy(update=same) == theirs.model_copy(update=same)
+
+
 @pytest.mark.parametrize("code", [True, False])
 def test_the_papers_form_has_no_local_convolutions_and_a_rate_of_its_own(code: bool) -> None:
     arm = (paper_form if code else paper_form_alone)(8)
@@ -97,7 +111,7 @@ def test_the_papers_form_has_no_local_convolutions_and_a_rate_of_its_own(code: b
     assert tuned_at(arm) != tuned_at((regen if code else regen_alone)(8))
 
 
-@pytest.mark.parametrize("variant", [arm for arm in all_arms() if arm.against], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("variant", [arm for arm in all_arms() if arm.against and arm.trains], ids=lambda arm: arm.name)
 def test_a_variant_differs_in_one_thing_from_the_arm_that_it_stands_beside(variant: CompressionArm) -> None:
     beside = next(arm for arm in all_arms() if arm.name == variant.against)
     ours, theirs = (_config(arm).model.model_dump(mode="json") for arm in (variant, beside))
@@ -117,7 +131,7 @@ def test_a_variant_differs_in_one_thing_from_the_arm_that_it_stands_beside(varia
 
 def test_arms_are_chosen_by_their_whole_names() -> None:
     assert [arm.name for arm in chosen_arms("regen-k16|magvit2-k4")] == ["magvit2-k4", "regen-k16"]
-    assert len(chosen_arms(".*")) == 28
+    assert len(chosen_arms(".*")) == 32
     with pytest.raises(ConfigError, match="matches no arm; there are regen-k4, "):
         chosen_arms("regen")
     with pytest.raises(ConfigError, match="no regular expression"):
