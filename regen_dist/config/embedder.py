@@ -342,49 +342,6 @@ class DiffusionConfig(Section):
         return self
 
 
-class RunConfig(CommonConfig):
-    """Config of an embedder's training, saved in resolved form in its run folder, together with its hash."""
-
-    task: Literal["embedder"] = Field(default="embedder", description="What is trained: an embedder.")
-    model: ModelConfig = Field(description="Encoder, conditioning and decoder.")
-    diffusion: DiffusionConfig = Field(
-        default=DiffusionConfig(), description="Diffusion of the decoder; the magvit2 baseline takes nothing from it."
-    )
-    data: DataConfig = Field(description="Training and validation data.")
-    train: EmbedderTrainConfig = Field(description="Length, batch, intervals and losses.")
-
-    @model_validator(mode="after")
-    def _check_signal_floor(self) -> RunConfig:
-        losses = self.train.losses
-        if self.model.kind == "regen" and self.diffusion.target == "eps" and losses.any and losses.signal_floor > 0:
-            raise ValueError(
-                f"train.losses.signal_floor {losses.signal_floor:g}: the pixels of a noise prediction "
-                "(diffusion.target=eps) diverge near pure noise, where the floor would count them; set "
-                "train.losses.signal_floor=0, or use target 'x0' or 'velocity'"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_linear_start(self) -> RunConfig:
-        if self.model.linear_start == "pca" and self.engine.partitioned_init:
-            raise ValueError(
-                "model.linear_start=pca fits the linear code before the weights are sharded; set "
-                "engine.partitioned_init=false, or model.linear_start=dct"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_sequence_parallel(self) -> RunConfig:
-        if self.model.kind == "regen":
-            self.engine.check_heads("model.decoder.heads", self.model.decoder.heads)
-        elif self.engine.sequence_parallel > 1:
-            raise ValueError(
-                f"engine.sequence_parallel {self.engine.sequence_parallel}: the convolutional baseline has no row of "
-                "tokens to share; set engine.sequence_parallel=1"
-            )
-        return self
-
-
 # Sections on losses beside the reconstruction's, all off by default (docs/losses.md). Imports no torch.
 
 
@@ -482,3 +439,46 @@ class EmbedderTrainConfig(TrainConfig):
         if self.losses == LossesConfig():
             del values["losses"]
         return values
+
+
+class RunConfig(CommonConfig):
+    """Config of an embedder's training, saved in resolved form in its run folder, together with its hash."""
+
+    task: Literal["embedder"] = Field(default="embedder", description="What is trained: an embedder.")
+    model: ModelConfig = Field(description="Encoder, conditioning and decoder.")
+    diffusion: DiffusionConfig = Field(
+        default=DiffusionConfig(), description="Diffusion of the decoder; the magvit2 baseline takes nothing from it."
+    )
+    data: DataConfig = Field(description="Training and validation data.")
+    train: EmbedderTrainConfig = Field(description="Length, batch, intervals and losses.")
+
+    @model_validator(mode="after")
+    def _check_signal_floor(self) -> RunConfig:
+        losses = self.train.losses
+        if self.model.kind == "regen" and self.diffusion.target == "eps" and losses.any and losses.signal_floor > 0:
+            raise ValueError(
+                f"train.losses.signal_floor {losses.signal_floor:g}: the pixels of a noise prediction "
+                "(diffusion.target=eps) diverge near pure noise, where the floor would count them; set "
+                "train.losses.signal_floor=0, or use target 'x0' or 'velocity'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_linear_start(self) -> RunConfig:
+        if self.model.linear_start == "pca" and self.engine.partitioned_init:
+            raise ValueError(
+                "model.linear_start=pca fits the linear code before the weights are sharded; set "
+                "engine.partitioned_init=false, or model.linear_start=dct"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sequence_parallel(self) -> RunConfig:
+        if self.model.kind == "regen":
+            self.engine.check_heads("model.decoder.heads", self.model.decoder.heads)
+        elif self.engine.sequence_parallel > 1:
+            raise ValueError(
+                f"engine.sequence_parallel {self.engine.sequence_parallel}: the convolutional baseline has no row of "
+                "tokens to share; set engine.sequence_parallel=1"
+            )
+        return self

@@ -30,7 +30,9 @@ def test_two_ranks_and_one_process_give_the_same_losses(runs: Runs, precision: s
     assert two.diff().abs().median() > 2 * tolerance
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-3), ("accumulated", 1e-3), ("images", 1e-3), ("bf16", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("fp32", 1e-3), ("accumulated", 1e-3), ("images", 1e-3), ("bf16", 0.1)]
+)
 def test_gradients_are_seen_before_they_are_cleared(runs: Runs, name: str, tolerance: float) -> None:
     """DeepSpeed clips and clears gradients inside its step: what the hook sees is whole, averaged and not clipped. The
     norms by layer are those of the plain engine, zeros of layers that took no part in a step of images included, and
@@ -42,7 +44,9 @@ def test_gradients_are_seen_before_they_are_cleared(runs: Runs, name: str, toler
         assert ours.keys() == plain.keys()
         assert math.hypot(*ours.values()) == pytest.approx(whole, rel=1e-3), f"step {step + 1}"
         for layer, norm in ours.items():
-            assert norm == pytest.approx(plain[layer], rel=tolerance, abs=tolerance * whole), f"{layer}, step {step + 1}"
+            assert norm == pytest.approx(plain[layer], rel=tolerance, abs=tolerance * whole), (
+                f"{layer}, step {step + 1}"
+            )
     still = [layer for norms in two for layer, norm in norms.items() if norm == 0]
     assert bool([layer for layer in still if "motion" in layer]) == (name == "images")
 
@@ -108,7 +112,7 @@ def test_image_and_video_batches_mix(runs: Runs, name: str) -> None:
     and moments agree (DeepSpeed by itself would apply the gradients of the last clips again)."""
     torch.testing.assert_close(runs.losses(name), runs.losses(f"plain_{name}"), rtol=0, atol=FP32)
     two, one = runs.tensors(name, SHORTER), runs.tensors(f"plain_{name}", SHORTER)
-    # Where a gradient is nearly zero, AdamW makes whole steps of its rounding: one weight in a thousand may differ by some.
+    # Where a gradient is nearly zero, AdamW makes whole steps of its rounding: one weight in a thousand may differ.
     for key in two:
         difference = (two[key] - one[key]).abs()
         assert difference.max() <= 1e-3 * SHORTER, key

@@ -11,7 +11,8 @@ import pytest
 from regen_dist.config import to_yaml
 from tests.helpers.ranks import run_regen
 from tests.helpers.tiny import tiny_model, tiny_run
-from tools.bench.checkpoint import STATE_BYTES, table
+from tools.bench.checkpoint import STATE_BYTES
+from tools.bench.checkpoint import table as checkpoint_table
 
 SAVING = {"bare copy", "plain files", "ours", "torch.distributed.checkpoint", "DeepSpeed"}
 LOADING = {"plain reads", "ours", "torch.distributed.checkpoint", "DeepSpeed"}
@@ -48,7 +49,7 @@ def facts(out: Path) -> dict[str, Any]:
 def test_only_the_figures_are_left(out: Path, facts: dict[str, Any]) -> None:
     """No run, checkpoint or clip stays, and the table is that of the figures."""
     assert {path.name for path in out.iterdir()} == {"checkpoint.json", "checkpoint.md"}
-    assert (out / "checkpoint.md").read_text() == table(facts)
+    assert (out / "checkpoint.md").read_text() == checkpoint_table(facts)
 
 
 def test_it_says_where_and_with_what_it_was_measured(facts: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from regen_dist.config import to_yaml
 from tests.helpers.ranks import run_regen
 from tests.helpers.tiny import tiny_run, tiny_t2v
-from tools.bench.step import table
+from tools.bench.step import table as step_table
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_utilisation_and_the_profile_by_way_of_all(small: list[str], tmp_path: P
     assert run_regen(*command, log=log, timeout_s=240.0) == 0, log.read_text()
     facts = json.loads((out / "all.json").read_text())["step"]
     assert {path.name for path in (out / "step").iterdir()} == {"step.json", "step.md"}
-    assert (out / "step/step.md").read_text() == table(facts)
+    assert (out / "step/step.md").read_text() == step_table(facts)
     assert facts["machine"].keys() >= {"device", "cores", "packages"}
     assert all(len(run["config_hash"]) == 64 for run in facts["runs"].values())
     found = facts["utilisation"]

@@ -17,7 +17,8 @@ from regen_dist.data.loading.latent_loader import read_entry
 from regen_dist.inference.encoder import FrozenEncoder
 from tests.helpers.ranks import run_regen
 from tests.helpers.tiny import tiny_run, tiny_t2v
-from tools.bench.t2v import CACHE, ENCODER, MEMORY, READER, encoding, prepare, table, texts_of
+from tools.bench.t2v import CACHE, ENCODER, MEMORY, READER, encoding, prepare, texts_of
+from tools.bench.t2v import table as t2v_table
 
 VIDEOS, SIDE, CLIPS = 6, 32, 2
 
@@ -33,7 +34,7 @@ def test_the_command_writes_all_figures_and_leaves_nothing_else(tmp_path: Path) 
     assert code == 0, log.read_text()
     assert {path.name for path in out.iterdir()} == {"t2v.json", "t2v.md"}
     facts = json.loads((out / "t2v.json").read_text())
-    assert (out / "t2v.md").read_text() == table(facts)
+    assert (out / "t2v.md").read_text() == t2v_table(facts)
     assert facts["machine"].keys() >= {"device", "cores", "packages"}
     assert len(facts["config_hash"]) == len(facts["embedder_hash"]) == 64
     assert facts["data"]["frames"] == CLIPS * 5, "rows of the most clips"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regen_dist.data.synthetic.shapes import WORDINGS, caption, parse_caption
-from tests.unit.data.build.test_synthetic import EVERYTHING
+from tests.unit.data.synthetic.test_shapes import EVERYTHING
 
 
 def test_every_caption_in_every_wording_reads_back() -> None:

@@ -11,8 +11,8 @@ from regen_dist.data.build.build import build_shards
 from tests.helpers.builds import OPTIONS, write_sources
 from tests.helpers.dataconfigs import draw_shapes, mixed_with, single
 from tests.helpers.workers import read
-from tests.unit.data.loading.test_loader import equal
-from tests.unit.data.loading.test_training_set import check_pixels
+from tests.unit.data.loading.test_clip_loader import equal
+from tests.unit.data.loading.test_datasets import check_pixels
 
 
 @pytest.fixture(scope="module")

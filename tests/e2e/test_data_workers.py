@@ -17,8 +17,8 @@ from regen_dist.data.synthetic.dataset import build_synthetic
 from tests.helpers.builds import OPTIONS, objects, write_sources
 from tests.helpers.foreign import change, write_shards
 from tests.helpers.video import moving_square, write_video
-from tests.unit.data.build.test_parts import manifest_of, reasons, samples
-from tests.unit.data.build.test_synthetic import SMALL
+from tests.unit.data.build.test_build import manifest_of, reasons, samples
+from tests.unit.data.synthetic.test_shapes import SMALL
 
 
 @pytest.fixture(scope="module")

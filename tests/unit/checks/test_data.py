@@ -8,14 +8,21 @@ from typing import Any
 
 import pytest
 
+from regen_dist.checkpoint.export import model_shapes
+from regen_dist.checkpoint.manifest import CheckpointManifest, to_text
 from regen_dist.checks import data as checked
-from regen_dist.checks.data import data, frozen_encoder
+from regen_dist.checks.data import data, frozen_encoder, latents
 from regen_dist.checks.findings import Target
+from regen_dist.checks.kernels import kernels
+from regen_dist.checks.resume import resume
 from regen_dist.checks.run import CHECKS
+from regen_dist.config import AnyRunConfig, T2VConfig, save_config
+from regen_dist.config.identity import latent_identity
 from regen_dist.data.format.index import SCHEMA_VERSION
 from regen_dist.data.format.manifest import MANIFEST
 from tests.helpers.autoencoders import frozen_model
-from tests.helpers.tiny import tiny_dataset, tiny_run
+from tests.helpers.latents import write_cache
+from tests.helpers.tiny import tiny_dataset, tiny_model, tiny_run
 
 
 def texts(found: Any) -> list[str]:
@@ -97,3 +104,160 @@ def test_what_an_earlier_job_makes_need_not_be_there(tmp_path: Path) -> None:
     told = texts(data(made, Target(produced=[f"file://{tmp_path}/made"])))
     assert len(told) == 1
     assert "made-not" in told[0]
+
+
+# What is said of the data of a text-to-video run before it starts: caches of one kind, which its model fits.
+
+
+MODEL = {"blocks": 1, "heads": 2, "width": 16, "text_width": 16}
+
+
+def t2v_run(output: Path, *urls: Path, **changes: Any) -> T2VConfig:
+    """A text-to-video run on one cache or several; changes are sections, laid over its own."""
+    sources = [{"url": str(url)} for url in urls]
+    values: dict[str, Any] = {
+        "name": "t2v",
+        "output": str(output),
+        "model": MODEL,
+        "data": {"url": str(urls[0])} if len(urls) == 1 else {"mixture": sources},
+        "engine": {"kind": "plain", "precision": "fp32"},
+        "train": {"steps": 8, "batch_global": 4},
+    }
+    merged = {name: {**values.get(name, {}), **section} for name, section in changes.items()}
+    return T2VConfig.model_validate({**values, **merged})
+
+
+def told(config: AnyRunConfig, produced: tuple[str, ...] = ()) -> list[str]:
+    return [finding.text for finding in latents(config, Target(produced=produced)) if finding.level == "error"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cache(tmp_path_factory.mktemp("cache"), videos=2)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+def export(folder: Path, temporal_compression: int = 4) -> Path:
+    """An exported embedder, as far as its config goes."""
+    save_config(tiny_run(folder, model=tiny_model(temporal_compression).model_dump(mode="json")), folder)
+    return folder
+
+
+def test_a_cache_that_fits(cache: Path, tmp_path: Path) -> None:
+    embedder = str(export(tmp_path / "model"))
+    run = t2v_run(tmp_path, cache, data={"validation_url": str(cache)}, generation={"embedder": embedder})
+    assert told(run) == []
+
+
+def test_videos_are_no_latents_and_latents_no_videos(cache: Path, videos: Path, tmp_path: Path) -> None:
+    run = t2v_run(tmp_path, cache, data={"validation_url": str(videos)})
+    assert told(run) == [
+        f"{videos} holds videos, not latents; make a cache of it with `regen preencode`, and give that cache"
+    ]
+    wrong = told(tiny_run(tmp_path, cache, data__validation_url=str(videos)))
+    assert len(wrong) == 1
+    assert wrong[0].startswith(f"{cache} holds latents that `regen preencode` made, not videos")
+    assert told(tiny_run(tmp_path, videos)) == []
+
+
+def test_caches_that_were_not_made_alike(cache: Path, tmp_path: Path) -> None:
+    alike = write_cache(tmp_path / "alike", videos=2, seed=1)
+    assert told(t2v_run(tmp_path, cache, alike)) == []
+    other = write_cache(tmp_path / "other", videos=2, fingerprint="another")
+    for run in (t2v_run(tmp_path, cache, other), t2v_run(tmp_path, cache, data={"validation_url": str(other)})):
+        wrong = told(run)
+        assert len(wrong) == 1
+        assert f"{cache} (test), {other} (another)" in wrong[0]
+
+
+def test_a_model_that_does_not_fit_its_cache(cache: Path, tmp_path: Path) -> None:
+    run = t2v_run(tmp_path, cache, model={"latent_channels": 4, "text_width": 32})
+    assert told(run) == [
+        f"model.latent_channels is 4, the latents in {cache} have 8 channels; set model.latent_channels=8",
+        f"model.text_width is 32, the text embeddings in {cache} have a width of 16; set model.text_width=16",
+    ]
+
+
+def test_a_cache_without_text(tmp_path: Path) -> None:
+    silent = write_cache(tmp_path / "silent", videos=2, text_width=None)
+    wrong = told(t2v_run(tmp_path, silent))
+    assert len(wrong) == 1
+    assert f"{silent} holds no text embeddings; run `regen preencode` with a text encoder" in wrong[0]
+
+
+def test_a_manifest_that_does_not_say_what_the_latents_are(tmp_path: Path) -> None:
+    damaged = write_cache(tmp_path / "damaged", videos=2)
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    del manifest["options"]["channels"]
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    assert told(t2v_run(tmp_path, damaged)) == [
+        f"{damaged}: its manifest does not say what the latents are (KeyError: 'channels'); run `regen preencode` again"
+    ]
+
+
+def test_what_cannot_be_read_is_told_by_another_check(tmp_path: Path) -> None:
+    assert told(t2v_run(tmp_path, tmp_path / "nowhere")) == []
+
+
+def test_an_embedder_that_is_not_there(cache: Path, tmp_path: Path) -> None:
+    """Unless an earlier job makes it."""
+    gone = t2v_run(tmp_path, cache, generation={"embedder": str(tmp_path / "model")})
+    wrong = told(gone)
+    assert len(wrong) == 1
+    assert wrong[0].startswith(f"generation.embedder: {tmp_path}/model is neither a run nor an exported model")
+    assert told(gone, (str(tmp_path / "model"),)) == []
+    as_its_own = t2v_run(tmp_path, cache, generation={"embedder": str(tmp_path / "t2v")})
+    save_config(as_its_own, tmp_path / "t2v")
+    assert "is neither a run" in told(as_its_own)[0]
+
+
+def test_an_embedder_that_did_not_make_the_cache(cache: Path, tmp_path: Path) -> None:
+    embedder = export(tmp_path / "model", 8)
+    assert told(t2v_run(tmp_path, cache, generation={"embedder": str(embedder)})) == [
+        f"generation.embedder: {embedder} has clips of 9 frames and 8 channels, the latents in {cache} are of 5 frames "
+        "and 8 channels; give the embedder that made them"
+    ]
+
+
+def test_flash_attention_without_gpus(cache: Path, tmp_path: Path) -> None:
+    run = t2v_run(tmp_path, cache, model={"attention": {"backend": "flash"}})
+    found = [finding.text for finding in kernels(run, Target(has_gpus=False, packages=False))]
+    assert found == ["model.attention.backend=flash needs a CUDA device, found cpu; set model.attention.backend=sdpa"]
+
+
+def committed(config: T2VConfig, step: int) -> None:
+    """A checkpoint of a run, as far as its manifest goes."""
+    train = config.train
+    data = latent_identity(config.data, ["abc"], batch_global=train.batch_global, seed=train.seed)
+    folder = Path(config.checkpoints) / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    manifest = CheckpointManifest(
+        step=step, samples=0, config_hash="", version="", topology={"world_size": 1}, state={"data": data}, metrics={},
+        rollbacks=[], shapes=model_shapes(config.model),
+    )  # fmt: skip
+    (folder / "manifest.json").write_text(to_text(manifest))
+    (folder.parent / "latest").write_text(folder.name)
+    save_config(config, config.folder)
+
+
+def stands(config: T2VConfig) -> list[str]:
+    return [finding.text for finding in resume(config, Target()) if finding.level == "error"]
+
+
+def test_rows_in_another_order(tmp_path: Path) -> None:
+    committed(t2v_run(tmp_path, Path("none")), 4)
+    assert stands(t2v_run(tmp_path, Path("none"))) == []
+    changed = stands(t2v_run(tmp_path, Path("none"), data={"clips": [2], "text_dropout": 0.5}))
+    assert len(changed) == 1
+    assert "data.clips was [1], is [2]; data.text_dropout was 0.1, is 0.5. Restore that" in changed[0]
+
+
+def test_another_model(tmp_path: Path) -> None:
+    committed(t2v_run(tmp_path, Path("none")), 4)
+    changed = stands(t2v_run(tmp_path, Path("none"), model={"blocks": 2}))
+    assert len(changed) == 1
+    assert "was saved by another model (model.blocks of" in changed[0]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from regen_dist.distributed.environment import RankInfo, meeting_port, rank_variables, read_rank_info
-from regen_dist.distributed.ranks import Ranks, chunk, process_group, read_environment
+from regen_dist.distributed.ranks import Ranks, chunk, make_repeatable, process_group, read_environment
 from regen_dist.errors import ConfigError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -98,3 +102,39 @@ def test_one_rank_needs_no_others() -> None:
             ranks.raise_together(ConfigError("mine"))
         with pytest.raises(ZeroDivisionError):
             ranks.on_main(lambda: 1 // 0)
+
+
+# `engine.deterministic`: which kernels a process may use.
+
+
+@pytest.fixture
+def restored_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn = torch.backends.cudnn
+    mode, flags = torch.get_deterministic_debug_mode(), (cudnn.deterministic, cudnn.benchmark)
+    yield
+    torch.set_deterministic_debug_mode(mode)
+    cudnn.deterministic, cudnn.benchmark = flags
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.usefixtures("restored_determinism")
+@pytest.mark.parametrize(
+    ("device", "asked", "mode", "cudnn", "benchmark"),
+    [("cuda", True, 2, True, False), ("cuda", False, 0, False, True), ("cpu", False, 1, False, False)],
+)
+def test_kernels_are_restricted_on_gpus_where_it_is_asked_for(
+    device: str, asked: bool, mode: int, cudnn: bool, benchmark: bool
+) -> None:
+    """Strictly, for under a mere warning attention's backward pass would stay free."""
+    make_repeatable(torch.device(device), deterministic=asked)
+    assert torch.get_deterministic_debug_mode() == mode
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (cudnn, benchmark)
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == (device == "cuda" and asked)
+
+
+@pytest.mark.usefixtures("restored_determinism")
+def test_what_cannot_be_repeated_is_an_error() -> None:
+    make_repeatable(torch.device("cuda"), deterministic=True)
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.nn.functional.max_unpool2d(torch.ones(1, 1, 2, 2), torch.tensor([[[[0, 3], [8, 11]]]]), 2)

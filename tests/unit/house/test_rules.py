@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -36,6 +39,7 @@ LONG_FUNCTIONS = {  # of these all but one are commands, whose parameters are th
     "tools/local_services/slurm_files.py:slurm_conf", "tools/reconstruct.py:reconstruct", "tools/shards/build.py:build",
 }  # fmt: skip
 COMMON_NAMES = {"cli": 4, "embedder": 4, "encoder": 3, "preencode": 3, "run": 4, "t2v": 4}
+CROSS_SUBJECT_TESTS = "tests/unit/launcher/test_shell_variables.py tests/unit/test_older_files.py"
 # Upper bounds, measured when each rule was written. Lower one after rewording or inlining; never raise one.
 MOST_BAD_OPENINGS = 0
 MOST_SMALL_HELPERS = 359
@@ -228,3 +232,31 @@ def test_the_command_is_named_in_one_constant() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"\btools\.\w+\b", node.value)
     ]
     assert len(found) == 1, found
+
+
+def test_every_test_file_is_collected_and_linted(pytestconfig: pytest.Config) -> None:
+    """pytest and ruff pass over folders named build or dist by default, without a word."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    passed_over = pytestconfig.getini("norecursedirs")
+    assert not [
+        _named(path)
+        for path in files
+        for part in path.relative_to(ROOT).parts
+        if any(fnmatch(part, pattern) for pattern in passed_over)
+    ]
+    command = [sys.executable, "-m", "ruff", "check", "--show-files", "tests", "regen_dist", "launcher", "tools"]
+    linted = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not {str(path) for path in [*files, *_sources()]} - set(linted)
+
+
+def test_unit_tests_follow_the_tree() -> None:
+    """`tests/unit/models/test_flops.py` tests `regen_dist/models/flops.py`; `_more` may follow, for a second file."""
+    unit, astray = ROOT / "tests" / "unit", []
+    for path in sorted(unit.rglob("test_*.py")):
+        folder = path.parent.relative_to(unit)
+        roots = [ROOT] if folder.parts[:1] in (("launcher",), ("tools",)) else [ROOT / "regen_dist"]
+        subjects = {found.stem for root in roots for found in (root / folder).glob("*") if found.name[0] != "_"}
+        name = path.stem.removeprefix("test_")
+        if folder.parts[:1] != ("house",) and not any(f"{name}_".startswith(f"{one}_") for one in subjects):
+            astray.append(_named(path))
+    assert sorted(astray) == sorted(CROSS_SUBJECT_TESTS.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from regen_dist.diffusion.noise import gaussian
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError, ConfigError, DataError
-from regen_dist.inference.codec import Codec, Window
+from regen_dist.inference import codec as codec_module
+from regen_dist.inference.codec import Codec, Window, axis_cuts, blend_weights, plan_windows
+from regen_dist.models.decoder import ReceptiveField
 from regen_dist.models.embedder import build_model
 from regen_dist.models.encoder import Latents
 from regen_dist.training.run import build_task
@@ -240,3 +243,185 @@ class TestLoad:
         save_config(tiny_run(tmp_path), tmp_path / "fresh")
         with pytest.raises(CheckpointError, match=r"no checkpoint yet; train it with `regen train`"):
             Codec.load(tmp_path / "fresh")
+
+
+# Windows cover every frame, and their weights are a partition of unity.
+
+
+@pytest.mark.parametrize(
+    ("frames", "clip", "overlap", "starts"),
+    [
+        (1, 9, 1, [0]),
+        (5, 9, 1, [0]),
+        (9, 9, 1, [0]),
+        (17, 9, 1, [0, 8]),
+        (20, 9, 1, [0, 8, 11]),
+        (18, 9, 0, [0, 9]),
+        (10, 9, 4, [0, 1]),
+        (19, 9, 4, [0, 5, 10]),
+    ],
+)
+def test_plan(frames: int, clip: int, overlap: int, starts: list[int]) -> None:
+    assert plan_windows(frames, clip, overlap) == starts
+
+
+def test_every_frame_is_covered_and_windows_are_full() -> None:
+    for clip in (5, 9, 17):
+        for overlap in range(clip):
+            for frames in range(1, 60):
+                starts = plan_windows(frames, clip, overlap)
+                covered = {frame for start in starts for frame in range(start, start + clip)}
+                assert covered >= set(range(frames))
+                assert starts == sorted(set(starts))
+                assert frames < clip or starts[-1] + clip == frames
+                assert all(b - a <= clip - overlap for a, b in pairwise(starts))
+
+
+@pytest.mark.parametrize(("frames", "clip", "overlap"), [(0, 9, 1), (9, 0, 0), (30, 9, 9), (30, 9, -1)])
+def test_plan_refuses(frames: int, clip: int, overlap: int) -> None:
+    with pytest.raises(ConfigError, match=r"frames"):
+        plan_windows(frames, clip, overlap)
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("frames", [1, 6, 9, 20, 41])
+def test_weights_are_a_partition_of_unity(frames: int, overlap: int) -> None:
+    starts = plan_windows(frames, 9, overlap)
+    times = torch.arange(0, frames - 1 + 1e-6, 0.125, dtype=torch.float64)
+    weights = blend_weights(starts, 9, times)
+    assert weights.shape == (len(starts), len(times))
+    torch.testing.assert_close(weights.sum(dim=0), torch.ones_like(times))
+    assert (weights >= 0).all()
+    for row, start in zip(weights, starts, strict=True):
+        outside = (times < start) | (times > start + 8)
+        if overlap > 0:
+            assert (row[outside] == 0).all()
+
+
+def test_one_shared_frame_is_halved() -> None:
+    weights = blend_weights([0, 8], 9, torch.tensor([0.0, 7.5, 8.0, 8.5, 16.0]))
+    assert weights.tolist() == [[1, 1, 0.5, 0, 0], [0, 0, 0.5, 1, 1]]
+
+
+def test_ramp_is_linear_over_the_shared_frames() -> None:
+    weights = blend_weights([0, 5], 9, torch.tensor([4.0, 5.0, 6.0, 7.0, 8.0, 9.0]))
+    torch.testing.assert_close(weights[1], torch.tensor([0, 0.125, 0.375, 0.625, 0.875, 1]))
+
+
+def test_times_beyond_the_windows_go_to_the_nearest() -> None:
+    weights = blend_weights([0, 9], 9, torch.tensor([-1.0, 8.2, 8.8, 20.0]))
+    assert weights.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+
+
+def test_integer_times_give_float_weights() -> None:
+    assert blend_weights([0], 9, torch.arange(9)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2, 3, 8])
+def test_a_fade_reaches_past_the_clips_and_stays_a_partition(overlap: int) -> None:
+    starts, times = [place * (17 - overlap) for place in range(4)], torch.arange(0, 17 + 3 * (17 - overlap) - 0.9, 0.5)
+    weights = blend_weights(starts, 17, times, fade=2)
+    torch.testing.assert_close(weights.sum(dim=0), torch.ones(len(times)))
+    largest_step = weights.diff(dim=1).abs().max()
+    assert float(largest_step) <= 0.5 / 5 + 1e-6  # no faster than a ramp over five frames
+    if overlap >= 5:
+        torch.testing.assert_close(weights, blend_weights(starts, 17, times))  # wide enough by itself
+
+
+def test_a_fade_over_one_shared_frame() -> None:
+    weights = blend_weights([0, 16], 17, torch.arange(13.0, 20.0), fade=2)
+    torch.testing.assert_close(weights[1], torch.tensor([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]))
+
+
+# Tiles of a frame give what the whole frame gives; where they cannot, they are refused.
+
+
+TOLERANCE = 1e-5  # in float32: convolutions of another size may add in another order
+HEIGHT, WIDTH = 80, 168
+WINDOWED: dict[str, Any] = {"model__decoder__attention": {"pattern": "window", "window": [5, 2, 3]}}
+
+
+@pytest.mark.parametrize("tile", [64, 100])
+def test_latents_of_tiles_are_those_of_whole_frames(tile: int) -> None:
+    """Of clips and of images, of batches; also where tiles do not divide the sides."""
+    for video in (clips(2, 5, HEIGHT, WIDTH), clips(1, 1, HEIGHT, WIDTH)):
+        codec = _codec(**WINDOWED)
+        whole = codec.encode(video)
+        codec.use_tiles(tile)
+        for part, other in zip(codec.encode(video), whole, strict=True):
+            torch.testing.assert_close(part, other, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("blocks", "steps"), [(1, 1), (2, 3), (4, 1)])
+def test_frames_of_tiles_are_those_of_whole_frames(blocks: int, steps: int) -> None:
+    """From windows that overlap, at several steps: the noise and the estimates are the whole frame's."""
+    codec = _codec(model__decoder__blocks=blocks, **WINDOWED)
+    latents = codec.encode(clips(2, 5, HEIGHT, WIDTH))
+    windows = [Window(type(latents)(*(part[i, None] for part in latents)), 4.0 * i, 5) for i in range(2)]
+    whole = codec.decode_windows(windows, torch.arange(9.0), steps=steps, seed=3)
+    codec.use_tiles(64)
+    tiled = codec.decode_windows(windows, torch.arange(9.0), steps=steps, seed=3)
+    assert whole.abs().max() < 1
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=TOLERANCE)
+
+
+def test_the_baselines_tiles() -> None:
+    codec = _codec(model__kind="magvit2")
+    latents, times = codec.encode(clips(1, 5, HEIGHT, WIDTH)), torch.arange(5.0)
+    whole = codec.decode(latents, times)
+    codec.use_tiles(64)
+    torch.testing.assert_close(codec.decode(latents, times), whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["regen", "magvit2"])
+def test_without_what_is_around_them_tiles_show(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the two tests above see a difference where there is one."""
+    codec = _codec(model__kind=kind, **WINDOWED)
+    video = clips(1, 5, HEIGHT, WIDTH)
+    latents = codec.encode(video)
+    whole = codec.decode(latents, torch.arange(5.0))
+    codec.use_tiles(64)
+    for name, step in (("encoder_receptive_field", (1, 1)), ("decoder_receptive_field", (2, 3))):
+        monkeypatch.setattr(codec_module, name, lambda config, step=step: ReceptiveField((0, 0), step))
+    assert (codec.encode(video).motion - latents.motion).abs().max() > 1e-3
+    assert (codec.decode(latents, torch.arange(5.0)) - whole).abs().max() > 1e-3
+
+
+def test_whole_frames_again() -> None:
+    codec = _codec(**WINDOWED)
+    video = clips(1, 5, 64, 64)
+    whole = codec.encode(video)
+    codec.use_tiles(64)
+    codec.use_tiles(None)
+    assert torch.equal(codec.encode(video).motion, whole.motion)
+
+
+def test_full_attention_is_refused() -> None:
+    """It sees the whole frame: a tile cannot give what the whole frame gives."""
+    with pytest.raises(ConfigError, match=r"attends over whole frames .*pattern=full.* leave the tiles out"):
+        _codec().use_tiles(256)
+
+
+def test_a_tile_too_small() -> None:
+    with pytest.raises(ConfigError, match="a tile of 8 pixels; it must have at least 64 a side"):
+        _codec(**WINDOWED).use_tiles(8)
+
+
+def test_clips_that_do_not_fit_are_refused_before_they_are_cut() -> None:
+    codec = _codec(**WINDOWED)
+    codec.use_tiles(64)
+    with pytest.raises(DataError, match="multiples of 8, found 130x264"):
+        codec.encode(torch.zeros(1, 3, 5, 130, 264))
+
+
+@pytest.mark.parametrize(
+    ("length", "tile", "reach", "step"), [(33, 8, 5, 1), (33, 8, 5, 3), (5, 8, 9, 4), (16, 1, 0, 8)]
+)
+def test_cuts_keep_every_cell_once_and_read_what_it_depends_on(length: int, tile: int, reach: int, step: int) -> None:
+    every = list(axis_cuts(length, tile, reach, step))
+    assert [cell for cut in every for cell in range(cut.start, cut.stop)] == list(range(length))
+    for cut in every:
+        assert cut.first % step == 0
+        assert cut.first <= max(cut.start - reach, 0)
+        assert cut.last >= min(cut.stop + reach, length)
+        assert cut.last in (length, cut.last // step * step)

@@ -19,11 +19,13 @@ from regen_dist.data.video.conversion import fit_geometry
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.errors import DataError
 from regen_dist.inference import preencode as module
+from regen_dist.inference import preencode as preencode_module
 from regen_dist.inference import preencode_clips
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.latent_space import read_statistics
-from regen_dist.inference.preencode import preencode
+from regen_dist.inference.preencode import Captions, Sums, preencode, read_sums
+from regen_dist.models.encoder import Latents
 from regen_dist.models.text import TextEncoder
 from tests.helpers.builds import objects
 from tests.helpers.preencoding import FPS, StandInText, Video, preencode_config, write_videos
@@ -366,3 +368,44 @@ def test_progress_and_counts(data: Path, embedder: Path, tmp_path: Path) -> None
     assert made.clips_per_s == pytest.approx(13 / made.seconds)
     with pytest.raises(DataError, match="--task 4/4: must be one of 0/4 to 3/4"):
         preencode(config, task=(4, 4))
+
+
+# Embeddings of a shard's captions, each once while it is held.
+
+
+def test_embeddings_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preencode_module, "_TOGETHER", 2)
+    monkeypatch.setattr(preencode_module, "_HELD", 3)
+    asked = ["a", "b", "a", "", None, "c", "d", "e", "a"]
+    encoder: Any = StandInText()
+    held = Captions(encoder, asked, encoder.null().bfloat16())
+    for caption in asked:
+        expected = encoder.encode([caption])[0] if caption else encoder.null()
+        encoder.asked.pop() if caption else None
+        assert torch.equal(held.embedding(caption), expected.bfloat16())
+        assert len(held._embeddings) <= 3
+    assert encoder.asked == ["a", "b", "c", "d", "e", "a", "b"]
+
+
+# What is counted over the entries of a cache.
+
+
+def test_sums_survive_their_file() -> None:
+    """Bit for bit, in whatever parts they are read back and added; damage is told."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        Sums.of(Latents(*torch.randn(2, n, 8, 4, 4, generator=generator).bfloat16()), left_out=n) for n in (1, 2, 3)
+    ]
+    parts.insert(1, Sums.of(Latents(torch.ones(1, 8, 4, 4), torch.ones(0, 8, 4, 4)), left_out=5))
+    store = Store("unused")
+    total, again = Sums(), Sums()
+    for part in parts:
+        total, again = total + part, again + read_sums(store, "latents-000000", part.to_bytes())
+    assert again.to_bytes() == total.to_bytes()
+    assert total.frames_left_out == 11
+    assert total.clips is not None
+    assert total.images is not None
+    assert (total.clips.num_clips, total.images.num_clips) == (6, 4)
+    assert Sums().to_bytes() == read_sums(store, "latents-000000", Sums().to_bytes()).to_bytes()
+    with pytest.raises(DataError, match=r"latents-000000\.statistics\.json: damaged"):
+        read_sums(store, "latents-000000", b"{}")

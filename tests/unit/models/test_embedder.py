@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from regen_dist.config import load_config
-from regen_dist.models.decoder import LocalMixing, fold_tokens, unfold_tokens
+from regen_dist.models.decoder import (
+    LocalMixing,
+    conv_decoder_receptive_field,
+    decoder_receptive_field,
+    encoder_receptive_field,
+    fold_tokens,
+    unfold_tokens,
+)
 from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.models.encoder import Latents
+from regen_dist.models.linear import LinearDecoder
 from tests.helpers.tiny import clips, tiny_model, wake
 
 WINDOWS = {"pattern": "window", "window": [2, 2, 2]}
@@ -220,3 +229,182 @@ def test_the_baselines_decoder_is_causal() -> None:
     assert torch.equal(frames[:, :, 0], other[:, :, 0])
     assert torch.equal(frames[:, :, :1], model.reconstruct(Latents(content, torch.zeros_like(motion)), 1))
     assert not torch.allclose(frames[:, :, 1:], other[:, :, 1:])
+
+
+# The embedders' variants for ablations: each takes what the default takes, and learns as a whole.
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "in_context": {"conditioning__kind": "in_context"},
+    "in_context_alone": {"conditioning__kind": "in_context", "decoder__linear": False},
+    "learned_time": {"conditioning__time": "learned"},
+    "no_linear_code": {"decoder__linear": False},
+    "window": {"decoder__attention": {"pattern": "window", "window": [2, 3, 3]}},
+    "no_first_frame_rule": {"conditioning__first_frame_rule": False},
+    "bare": {"conditioning__time": "learned", "conditioning__first_frame_rule": False, "decoder__linear": False},
+}
+
+
+def _variant(name: str, *, fresh: bool = False) -> Regen:
+    torch.manual_seed(0)
+    model = build_model(tiny_model(**VARIANTS[name]))
+    assert isinstance(model, Regen)
+    if not fresh:
+        wake(model)
+    return model
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_any_size_and_any_times_can_be_decoded(name: str) -> None:
+    """Other sides than a clip's of training, times between frames and past the end, and an image."""
+    model = _variant(name)
+    latents = model.encode(clips(2, 5, 24, 40))
+    times = torch.tensor([0.0, 0.5, 3.0, 4.5]).expand(2, -1)
+    frames = model.denoise(torch.randn(2, 3, 4, 24, 40), torch.ones(2), latents, times)
+    assert frames.shape == (2, 3, 4, 24, 40)
+    assert frames.dtype == torch.float32
+    assert frames.isfinite().all()
+    assert frames.diff(dim=2).abs().amax((0, 1, 3, 4)).min() > 1e-3  # no two of the times look alike
+    image = clips(2, 1, 24, 40)
+    assert model(image, torch.randn_like(image), torch.ones(2))[0].shape == image.shape
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    """There is none that is built and not used, the encoder's included."""
+    model, video = _variant(name), clips()
+    noisy = torch.randn(video.shape, generator=torch.Generator().manual_seed(1))
+    (model(video, noisy, torch.tensor([1.0, 0.4]))[0] - video).square().mean().backward()
+    dead = [name for name, each in model.named_parameters() if each.grad is None or not each.grad.any()]
+    assert dead == []
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_a_batch_is_its_samples(name: str) -> None:
+    """Samples do not see each other, and each has times of its own."""
+    model, video = _variant(name), clips()
+    noisy, times, t = torch.randn(2, 3, 2, 32, 32), torch.tensor([[0.0, 1.5], [4.0, 2.0]]), torch.tensor([1.0, 0.3])
+    both = model(video, noisy, t, times=times)[0]
+    for one in (slice(0, 1), slice(1, 2)):
+        alone = model(video[one], noisy[one], t[one], times=times[one])[0]
+        torch.testing.assert_close(both[one], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["in_context_alone", "no_linear_code", "bare"])
+@torch.no_grad()
+def test_without_the_linear_code_a_fresh_decoder_says_zero(name: str) -> None:
+    """Nothing of it is built beside the decoder; the encoder keeps its own."""
+    model, video = _variant(name, fresh=True), clips()
+    assert not any(isinstance(module, LinearDecoder) for module in model.modules())
+    assert not any(key.startswith("linear.") for key in model.state_dict())
+    prediction, latents = model(video, torch.randn_like(video), torch.ones(2))
+    assert not prediction.any()
+    assert latents.content.std() > 0.05
+
+
+@torch.no_grad()
+def test_the_baselines_linear_code_is_a_choice_too() -> None:
+    """Causal convolutions alone are left, which decode clips and images."""
+    torch.manual_seed(0)
+    model = build_model(tiny_model(kind="magvit2", decoder__linear=False))
+    assert isinstance(model, Baseline)
+    assert not any(isinstance(module, LinearDecoder) for module in model.modules())
+    assert not model(clips())[0].any()
+    wake(model)
+    for video in (clips(), clips(2, 1)):
+        decoded = model(video)[0]
+        assert decoded.shape == video.shape
+        assert decoded.std() > 1e-3
+
+
+@torch.no_grad()
+def test_without_the_first_frame_rule_motion_shows_in_the_first_frame() -> None:
+    """As pixels, of the decoder alone; with the rule, and one frame at a time, it does not."""
+    told = {}
+    for rule in (True, False):
+        torch.manual_seed(0)
+        model = build_model(tiny_model(conditioning__first_frame_rule=rule, decoder__linear=False))
+        assert isinstance(model, Regen)
+        wake(model)
+        latents, noisy = model.encode(clips(1)), clips(1, 1)
+        args = (noisy, torch.ones(1))
+        other = latents._replace(motion=-latents.motion)
+        told[rule] = [model.denoise(*args, each, torch.zeros(1, 1)) for each in (latents, other)]
+    assert torch.equal(*told[True])
+    assert not torch.allclose(*told[False], atol=1e-3)
+
+
+# How far the parts of an embedder see: never further than `reach` says, and about as far.
+
+
+SIDE = 24  # cells
+AT = SIDE // 2
+WINDOWED: dict[str, Any] = {"decoder__attention": {"pattern": "window", "window": [5, 2, 3]}, "decoder__blocks": 4}
+
+
+def _changed_cells(before: Tensor, after: Tensor) -> Tensor:
+    """Rows and columns of cells that differ, [n, 2], of pixels or latents [1, C, (T,) H, W]."""
+    differs = (before != after).flatten(0, -3).any(0).float()
+    scale = differs.shape[0] // SIDE
+    return torch.nn.functional.max_pool2d(differs[None, None], scale)[0, 0].nonzero()
+
+
+def _model(**changes: Any) -> Regen | Baseline:
+    torch.manual_seed(0)
+    model = build_model(tiny_model(**changes))
+    wake(model)
+    return model.eval()
+
+
+def _spread(cells: Tensor) -> list[int]:
+    return (cells - AT).abs().amax(0).tolist()
+
+
+@torch.no_grad()
+def test_an_encoder_sees_as_far_as_its_convolutions_reach() -> None:
+    model = _model()
+    video = clips(1, 5, 8 * SIDE, 8 * SIDE)
+    other = video.clone()
+    other[..., 8 * AT : 8 * AT + 8, 8 * AT : 8 * AT + 8] *= -1
+    both = [torch.cat(model.encode(each), 1) for each in (video, other)]
+    found, reach = _spread(_changed_cells(*both)), encoder_receptive_field(tiny_model().encoder)
+    assert reach.step == (1, 1)
+    assert all(limit - 1 <= far <= limit for far, limit in zip(found, reach.cells, strict=True))
+
+
+@torch.no_grad()
+def test_the_baselines_decoder_sees_as_far_as_its_convolutions_reach() -> None:
+    model = _model(kind="magvit2")
+    assert isinstance(model, Baseline)
+    latents = torch.randn(2, 1, 8, SIDE, SIDE)
+    other = latents.clone()
+    other[..., AT, AT] *= -1
+    found = _spread(_changed_cells(*(model.reconstruct(Latents(*each), 5) for each in (latents, other))))
+    reach = conv_decoder_receptive_field(tiny_model().encoder)
+    assert decoder_receptive_field(tiny_model(kind="magvit2")) == reach
+    assert all(limit - 1 <= far <= limit for far, limit in zip(found, reach.cells, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("local", "cells"), [(False, (4, 7)), (True, (5, 8))])
+def test_windows_see_no_further_than_their_reach(local: bool, cells: tuple[int, int]) -> None:
+    """Two of the four blocks are shifted, with windows of 2 x 3 cells; a local convolution adds a cell each."""
+    config = {**WINDOWED, "decoder__local": local}
+    model = _model(**config)
+    assert isinstance(model, Regen)
+    reach = decoder_receptive_field(tiny_model(**config))
+    assert reach == (cells, (2, 3))
+    noisy = torch.randn(1, 3, 5, 8 * SIDE, 8 * SIDE)
+    latents, times = Latents(*torch.randn(2, 1, 8, SIDE, SIDE)), torch.arange(5.0)[None]
+    other = Latents(latents.content.clone(), latents.motion)
+    other.content[..., AT, AT] *= -1
+    found = _spread(_changed_cells(*(model.denoise(noisy, torch.ones(1), each, times) for each in (latents, other))))
+    assert 2 < found[0] <= cells[0]
+    assert 3 < found[1] <= cells[1]
+
+
+@pytest.mark.parametrize("kind", ["regen", "magvit2"])
+def test_full_attention_sees_everything(kind: str) -> None:
+    assert (decoder_receptive_field(tiny_model(kind=kind)) is None) == (kind == "regen")

@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from launcher.pipelines.schema import load_pipeline
-from regen_dist.errors import TrainingError
+from regen_dist.data.synthetic.shapes import SyntheticOptions, make_clip
+from regen_dist.errors import ConfigError, TrainingError
 from tools import miniature, stages
+from tools.cli import app
 from tools.local_services import s3
+from tools.miniature import _named
 
 # Stands in for `regen submit pipeline`: a step of the training every 20 ms, code 75 when it finds the file STOP; a
 # second start goes on. Where HELD is set, the first makes three quarters of the steps and waits there for the file. At
@@ -141,3 +145,44 @@ def test_the_pipeline_has_the_steps_that_it_counts_on() -> None:
     planned = load_pipeline(miniature.PIPELINE)
     assert planned.steps["t2v"].train is not None
     assert [Path(each).name for each in planned.steps["score"].outputs] == ["scores.json", "index.html"]
+
+
+# `regen score-shapes`: the table, and failing when a target is required and missed.
+
+
+@pytest.fixture
+def generated(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(3):
+        clip = make_clip(number, SyntheticOptions(number=3, seed=2, side=32, frames=5))
+        (folder / f"{number:05d}.mp4").write_bytes(clip.data)
+        (folder / f"{number:05d}.json").write_text(json.dumps({"prompt": clip.caption}))
+    return folder
+
+
+def test_table_and_files(generated: Path, tmp_path: Path) -> None:
+    arguments = ["score-shapes", "--generated", f"mine={generated}", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "140"})
+    assert done.exit_code == 0, done.output
+    for shown in ("mine", "100.0% (44–100)", "≥ 200", "real: not made, no held-out dataset was given"):
+        assert shown in done.output
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["targets_are_for"] == "mine"
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_a_required_target_that_is_missed(generated: Path, tmp_path: Path) -> None:
+    """The page is written all the same."""
+    arguments = ["score-shapes", "--generated", f"mine={generated}", "--out", str(tmp_path / "out"), "--require"]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, TrainingError)
+    assert "3 videos, at least 200 are asked for" in str(done.exception)
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_names_of_folders() -> None:
+    named = _named(["a=x/y", "runs/b", "guidance off=z=1"], "--generated")
+    assert named == {"a": Path("x/y"), "b": Path("runs/b"), "guidance off": Path("z=1")}
+    for wrong in (["a=x", "a=y"], ["=x"]):
+        with pytest.raises(ConfigError, match="--generated NAME=FOLDER"):
+            _named(wrong, "--generated")

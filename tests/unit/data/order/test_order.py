@@ -4,13 +4,14 @@ import pickle
 import time
 import tracemalloc
 from collections import Counter
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import pytest
 
+from regen_dist.data.order import order as module
 from regen_dist.data.order.mixture import Bucket, BucketStream
-from regen_dist.data.order.order import DataOrder, MicroBatch
+from regen_dist.data.order.order import DataOrder, MicroBatch, draw_clip, fit_stride
 from regen_dist.errors import ConfigError, DataError
 
 WIDE, TALL, LONG, IMAGE = Bucket(64, 96, 9), Bucket(96, 64, 9), Bucket(64, 96, 33), Bucket(64, 64, 1)
@@ -238,3 +239,129 @@ def test_data_and_settings_that_do_not_fit_are_refused() -> None:
         DataOrder.single(0, 1, 0)
     with pytest.raises(ConfigError, match="2 weights for 3 datasets"):
         mixed(weights=(1.0, 2.0))
+
+
+def test_clip_draws_depend_on_seed_epoch_and_sample_alone() -> None:
+    draws = {(s, e, i): draw_clip(s, e, i, 1000, 9, (1, 2, 3)) for s in (0, 1) for e in (0, 1) for i in (5, 2**63 - 1)}
+    assert len(set(draws.values())) == 8
+    for (seed, epoch, sample), drawn in draws.items():
+        assert draw_clip(seed, epoch, sample, 1000, 9, (1, 2, 3)) == drawn
+
+
+def test_clip_draws_cover_what_is_allowed() -> None:
+    draws = [draw_clip(0, 0, sample, 20, 9, (1, 2)) for sample in range(500)]
+    assert {draw.start for draw in draws if draw.stride == 1} == set(range(12))
+    assert {draw.start for draw in draws if draw.stride == 2} == set(range(4))
+    assert 200 < sum(draw.flip for draw in draws) < 300
+    assert all(0 <= draw.crop_y < 1 and 0 <= draw.crop_x < 1 for draw in draws)
+
+
+def test_a_stride_that_does_not_fit_gives_way_to_the_largest_that_does() -> None:
+    assert fit_stride(4, (1, 2, 4), frames=33, num_frames=9) == 4
+    assert fit_stride(4, (1, 2, 4), frames=32, num_frames=9) == 2
+    assert fit_stride(4, (4,), frames=30, num_frames=9) == 3
+    assert fit_stride(4, (4,), frames=1, num_frames=1) == 4
+    with pytest.raises(DataError, match="--min-frames 9"):
+        fit_stride(1, (1,), frames=8, num_frames=9)
+
+
+@pytest.fixture
+def rows_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that only count datasets: which rows they give takes most of the time."""
+    monkeypatch.setattr(module, "permute", lambda places, *_: places)
+
+
+@pytest.mark.usefixtures("rows_left_out")
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.2, 0.7, 0.1), (5.0, 1 / 3, 1e-3)])
+@pytest.mark.parametrize("images", [0.0, 0.4, 1.0])
+def test_shares_of_datasets_follow_their_weights(weights: tuple[float, ...], images: float) -> None:
+    order = DataOrder(STREAMS, 20, 5, weights, images)
+    counts: Counter[int] = Counter()
+    for step in range(1500):
+        counts.update(order.global_batch(step).datasets.tolist())
+    for dataset, weight in enumerate(weights):
+        wanted = 1500 * 20 * weight / sum(weights)
+        assert abs(counts[dataset] - wanted) <= 5 * 20  # one batch a stream, and one over
+
+
+def test_without_weights_every_sample_is_seen_equally_often() -> None:
+    order = DataOrder(STREAMS, 10, 5)
+    counts: Counter[tuple[int, ...]] = Counter()
+    for step in range(1940):
+        batch = order.global_batch(step)
+        counts.update(
+            (batch.stream, *sample) for sample in zip(batch.datasets.tolist(), batch.rows.tolist(), strict=True)
+        )
+    assert len(counts) == 194  # every video and no image
+    assert set(counts.values()) == {100}
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (0.1, 108), (0.25, 270), (1 / 3, 360), (1.0, 1080)])
+def test_image_batches_come_in_the_ratio_and_evenly(fraction: float, expected: int) -> None:
+    order = DataOrder(
+        [BucketStream(WIDE, (70,)), BucketStream(TALL, (20,)), BucketStream(IMAGE, (40,))],
+        5,
+        0,
+        image_fraction=fraction,
+    )
+    kinds = [order.global_batch(step).bucket.is_image for step in range(1080)]  # whole epochs, whatever the fraction
+    assert sum(kinds) == expected
+    ninths = [sum(kinds[start : start + 120]) for start in range(0, 1080, 120)]
+    assert max(ninths) - min(ninths) <= 6
+
+
+def test_the_share_of_each_bucket_is_as_told() -> None:
+    order = DataOrder(STREAMS, 16, 5, (0.2, 0.7, 0.1), 0.3)
+    counts = Counter(order.stream_of(step) for step in range(4000))
+    shares = order.expected()
+    assert sum(share.steps for share in shares) == pytest.approx(1)
+    assert shares[3].steps == pytest.approx(0.3)
+    for stream, share in enumerate(shares):
+        assert abs(counts[stream] - 4000 * share.steps) <= 4
+
+
+def test_a_bucket_smaller_than_a_batch_comes_rarely_but_is_not_lost() -> None:
+    order = DataOrder([BucketStream(WIDE, (1000,)), BucketStream(TALL, (3,))], 100, 0)
+    counts = Counter(order.stream_of(step) for step in range(10_030))
+    assert counts[1] == 30
+    rare = next(step for step in count() if order.stream_of(step) == 1)
+    assert Counter(order.global_batch(rare).epochs.tolist()) == {**dict.fromkeys(range(33), 3), 33: 1}
+
+
+@pytest.mark.parametrize("size", [2, 3, 10, 64, 65])
+def test_stand_ins_are_all_the_other_rows_in_turn(size: int) -> None:
+    order = DataOrder([BucketStream(WIDE, (5, size))], 4, 0)
+    for row in range(0, size, 7):
+        first, second = (
+            [order.replacement(0, 1, 3, row, attempt) for attempt in range(start, start + size - 1)]
+            for start in (0, size - 1)
+        )
+        assert sorted(first) == sorted(second) == [other for other in range(size) if other != row]
+
+
+def test_a_line_of_one_row_has_no_stand_in() -> None:
+    order = DataOrder([BucketStream(WIDE, (5, 1))], 4, 0)
+    assert {order.replacement(0, 1, 3, 0, attempt) for attempt in range(5)} == {0}
+
+
+def test_stand_ins_depend_on_seed_line_epoch_row_and_attempt_alone() -> None:
+    streams = [BucketStream(WIDE, (10**9, 10**9)), BucketStream(TALL, (10**9, 10**9))]
+    one, other = DataOrder(streams, 4, 0), DataOrder(streams, 4, 1)
+    places = [
+        (s, d, epoch, row, attempt)
+        for s in (0, 1)
+        for d in (0, 1)
+        for epoch in (0, 7)
+        for row in (0, 5)
+        for attempt in (0, 1)
+    ]
+    rows = [order.replacement(*place) - place[3] for order in (one, other) for place in places]
+    assert len(set(rows)) == len(rows)
+    again = DataOrder(streams, 64, 0, weights=(1.0, 3.0))
+    assert [again.replacement(*place) for place in places] == [one.replacement(*place) for place in places]
+
+
+def test_stand_ins_of_many_bad_samples_are_spread() -> None:
+    order = DataOrder.single(1000, 4, 0)
+    counts = Counter(order.replacement(0, 0, 0, row, 0) for row in range(1000))
+    assert max(counts.values()) < 10  # 1000 draws out of 1000: 7 or more of one are already rare

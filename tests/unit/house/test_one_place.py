@@ -1,0 +1,104 @@
+"""JSON is written in one place, which knows no bare NaN."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from regen_dist.jsontext import json_text
+from tests.unit.house.test_contracts import ROOT, _sources
+
+JSON_WRITER = ROOT / "regen_dist" / "jsontext.py"
+
+
+def _writes_json(path: Path) -> list[int]:
+    """Lines that write JSON by the standard library, under whatever name, without `allow_nan=False`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+               for alias in node.names if alias.name == "json"}  # fmt: skip
+    functions = {alias.asname or alias.name for node in ast.walk(tree)
+                 if isinstance(node, ast.ImportFrom) and node.module == "json"
+                 for alias in node.names if alias.name in ("dump", "dumps", "JSONEncoder")}  # fmt: skip
+    lines = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute | ast.Name):
+            continue
+        by_module = (
+            isinstance(node, ast.Attribute) and node.attr in ("dump", "dumps", "JSONEncoder")
+            and isinstance(node.value, ast.Name) and node.value.id in modules
+        )  # fmt: skip
+        if by_module or (isinstance(node, ast.Name) and node.id in functions):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_every_json_goes_through_the_one_writer() -> None:
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in _sources()
+        if path != JSON_WRITER and (lines := _writes_json(path))
+    }
+    assert found == {}, "use regen_dist.jsontext.json_text"
+    assert _writes_json(JSON_WRITER), "the check finds what it looks for"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_null(value: float) -> None:
+    """Wherever they stand; everything else is as `json.dumps` writes it."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"a bare {name}")
+
+    text = json_text({"a": [1.5, value, (value, {"b": value})], "c": "NaN", "d": True, value: 1}, sort_keys=False)
+    assert json.loads(text, parse_constant=refuse) == {
+        "a": [1.5, None, [None, {"b": None}]], "c": "NaN", "d": True, str(value): 1,
+    }  # fmt: skip
+    plain = {"x": 0.1, "ö": [1, None, "é"], "z": {"y": 1e300}}
+    assert json_text(plain, indent=1) == json.dumps(plain, indent=1)
+
+
+# Tables are laid out in one module: nothing else builds one for a terminal or joins the cells of a Markdown row.
+
+
+TABLE_WRITER = ROOT / "regen_dist" / "tables.py"
+PAGES = [ROOT / "regen_dist" / "config" / "project.py"]  # a whole page of a new project, with the table in it
+
+
+def _lays_out(source: str) -> list[int]:
+    """Lines that import rich's table, or join the cells or write the rule of a Markdown table."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "rich.table":
+            lines.append(node.lineno)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            joins = node.value == " | "
+            if joins or re.search(r"\|\s*:?---", node.value):
+                lines.append(node.lineno)
+    return lines
+
+
+def test_tables_are_laid_out_in_one_module() -> None:
+    assert _lays_out('x = " | ".join(cells)')
+    assert _lays_out('rule = "| --- | ---: |"')
+    assert _lays_out(TABLE_WRITER.read_text(encoding="utf-8")), "the check finds what it looks for"
+    files = [path for path in _sources() if path not in (TABLE_WRITER, *PAGES)]
+    found = {str(path.relative_to(ROOT)): lines for path in files if (lines := _lays_out(path.read_text("utf-8")))}
+    assert found == {}, "use regen_dist.tables.Table"
+
+
+# Contact sheets are drawn with one font loader and written by one function.
+
+
+def test_fonts_are_loaded_in_one_place() -> None:
+    found = [
+        str(path.relative_to(ROOT))
+        for path in _sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "truetype"
+    ]
+    assert found == ["regen_dist/data/inspect/contact.py"]
