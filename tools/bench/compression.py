@@ -183,7 +183,7 @@ def _measure(
         measure = partial(measure_arm, fvd=fvd, fresh=fresh, threads=threads)
         given = {arm: (runs.folder(arm), tests, sizes, runs.kept(arm), arm.steps) for arm in chosen}
         for arm, measures in pool.run(measure, given.items()):
-            runs.say(f"measured: {arm.name}")
+            runs.log(f"measured: {arm.name}")
             found[arm.name] = measures
     return found
 
