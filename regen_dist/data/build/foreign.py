@@ -1,4 +1,4 @@
-"""Indices for WebDataset tars that others wrote: each tar is read once, its videos are looked into, nothing is copied.
+"""Indices for WebDataset tars that others wrote: each tar is read once, its videos are inspected, nothing is copied.
 
 A sample is what WebDataset takes for one: neighbouring members whose names agree up to the first dot of the file's
 name. Keys of such tars are often numbers that start anew in every shard, so a sample's id comes from the shard's name
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from regen_dist.data.pool import Progress
 
 
-# From the members of a tar that others wrote to samples: split as WebDataset does, each video looked into.
+# From the members of a tar that others wrote to samples: split as WebDataset does, each video inspected.
 
 LARGEST_VIDEO_BYTES = 2 << 30  # a sample is read whole, by every reader
 _LARGEST_TEXT_BYTES = 16 << 20

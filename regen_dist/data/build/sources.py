@@ -201,7 +201,7 @@ def _text_mark(folder: str, name: str, etag: str | None) -> str:
     try:
         return hashlib.blake2b((store.folder / name).read_bytes(), digest_size=16).hexdigest()
     except OSError:
-        return "unreadable"  # the source is left out when it is looked into
+        return "unreadable"  # the source is left out when it is surveyed
 
 
 def _neighbours(folder: str, file: str) -> dict[str, ObjectInfo]:
@@ -310,7 +310,7 @@ def _locate(base: str, video: str) -> tuple[str, str]:
 
 
 def _split_web_url(video: str) -> tuple[str, str]:
-    """Folder and file of an address, as it stands in a browser: `%20` is a space."""
+    """Folder and file of an address, as a browser shows it: `%20` is a space."""
     try:
         place = parse_url(video)
     except ValueError as error:

@@ -106,7 +106,7 @@ def open_backend(place: Location, limits: StoreLimits, *, writing: bool = False)
     except (BaseError, ValueError) as error:
         what = re.search(r"^Generic \w+ error: ([A-Z][\w ]{,60})$", str(error).splitlines()[0])
         raise AccessDenied(
-            f"{place.url}: cannot be opened{f' ({what[1]})' if what else ''}; looked at {LOOKED_AT[place.scheme]}"
+            f"{place.url}: cannot be opened{f' ({what[1]})' if what else ''}; checked {LOOKED_AT[place.scheme]}"
         ) from None
 
 
@@ -134,8 +134,8 @@ def explain_store_error(error: Exception, place: Location, name: str, verb: str,
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403) or code in _DENIED:
         kind = ObjectDenied if status in (None, 403) and code in _DENIED_ONE else AccessDenied
         return kind(
-            f"{where}: access denied when trying to {verb} ({details or 'no reason given'}); check that these keys may do "
-            f"that, and what is set of {LOOKED_AT[place.scheme]}"
+            f"{where}: access denied when trying to {verb} ({details or 'no reason given'}); check that these keys may "
+            f"do that, and what is set of {LOOKED_AT[place.scheme]}"
         )
     if code == "NoSuchBucket":
         return BucketMissing(f"{place.url}: there is no bucket {place.bucket!r}{_endpoint()}; check the URL")
@@ -180,7 +180,7 @@ def checked_name(name: str, url: str) -> str:
 def no_credentials(place: Location) -> AccessDenied:
     """Return the error for a store without credentials."""
     hint = "; ~/.aws is read only when AWS_PROFILE is set" if place.scheme == "s3" else ""
-    return AccessDenied(f"{place.url}: no credentials were found; looked at {LOOKED_AT[place.scheme]}{hint}")
+    return AccessDenied(f"{place.url}: no credentials were found; checked {LOOKED_AT[place.scheme]}{hint}")
 
 
 def _client(limits: StoreLimits, writing: bool) -> ClientConfig:

@@ -352,7 +352,7 @@ class VideoReader:
         """Packets from a keyframe on, or from earlier where the container cannot seek there.
 
         Some containers seek by time of presentation, others by time of decoding, which is before it. So both are
-        tried, and where we came out is looked at: a keyframe too late loses frames, one too early costs a whole group.
+        tried, and the position reached is checked: a keyframe too late loses frames, one too early costs a whole group.
         """
         if group > 0:
             shown, decoded = self.table.keyframes[group]
@@ -463,7 +463,7 @@ def matroska_end(head: bytes) -> int | None:
         width = 9 - head[at + 4].bit_length()
         size = int.from_bytes(head[at + 4 : at + 4 + width]) & ~(1 << 7 * width)
         if size == (1 << 7 * width) - 1:
-            return None  # written while nobody knew
+            return None  # written before it was known
         at += 4 + width + size
     return at
 
