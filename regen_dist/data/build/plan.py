@@ -291,8 +291,8 @@ _ENOUGH_TO_JUDGE = 20  # unreadable sources in one part, before their share says
 
 @dataclass
 class StartedBuild:
-    """A part whose sources are being surveyed. `plan` is set if an earlier build made it; `after` is the finished share of
-    the part. Calls by the number of a source in the part: copying it (with the reason of a failure), hashing it,
+    """A part whose sources are being surveyed. `plan` is set if an earlier build made it; `after` is the finished share
+    of it. Calls by the number of a source in the part: copying it (with the reason of a failure), hashing it,
     surveying it."""
 
     part: BuildPart

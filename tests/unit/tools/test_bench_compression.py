@@ -13,7 +13,7 @@ import pytest
 from regen_dist.config import load_embedder_config
 from regen_dist.errors import ConfigError
 from tools.bench import compression_runs
-from tools.bench.compression import _told_apart
+from tools.bench.compression import _split_arguments
 from tools.bench.compression_runs import CompressionArm, Runs, chosen_arms
 
 ROOT = Path(__file__).parents[3]
@@ -96,8 +96,8 @@ def test_measures_and_runs_have_their_places(tmp_path: Path) -> None:
 
 
 def test_the_config_may_be_left_out() -> None:
-    assert _told_apart(Path("a.b=c"), ["d=e"]) == (Path("configs/bench/compression.yaml"), ["a.b=c", "d=e"])
-    assert _told_apart(Path("my.yaml"), ["d=e"]) == (Path("my.yaml"), ["d=e"])
+    assert _split_arguments(Path("a.b=c"), ["d=e"]) == (Path("configs/bench/compression.yaml"), ["a.b=c", "d=e"])
+    assert _split_arguments(Path("my.yaml"), ["d=e"]) == (Path("my.yaml"), ["d=e"])
 
 
 def test_a_longer_budget_takes_pace_and_rates_of_the_shorter(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.helpers.preencoding import StandInText
 
 def test_embeddings_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preencode, "_TOGETHER", 2)
-    monkeypatch.setattr(preencode, "_HELD", 3)
+    monkeypatch.setattr(preencode, "_MAX_EMBEDDINGS", 3)
     asked = ["a", "b", "a", "", None, "c", "d", "e", "a"]
     encoder: Any = StandInText()
     held = Captions(encoder, asked, encoder.null().bfloat16())
