@@ -116,7 +116,8 @@ def _run(world_size: int, jobs: list[Job]) -> list[Any]:
 
 def _load(config: RunConfig) -> dict[str, Any]:
     """This rank's pieces of the state that a run goes on from, as numpy arrays; runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
     from regen_dist.training.run import build_trainer
 
     ranks = read_environment()

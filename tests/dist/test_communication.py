@@ -12,7 +12,8 @@ import pytest
 
 from regen_dist.config.embedder import RunConfig
 from regen_dist.models.flops import count_flops
-from regen_dist.models.memory import memory_bytes, sent_bytes
+from regen_dist.models.memory import sent_bytes
+from regen_dist.models.memory import memory_bytes
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import SIDE, clips, tiny_run
 
@@ -103,7 +104,8 @@ def test_gradients_are_kept_in_float32_beside_a_bucket(measured: dict[str, Measu
 
 def _bytes_of_a_step(cases: list[Case]) -> list[Measured]:
     """Runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
 
     ranks = read_environment()
     with process_group(ranks, needed=True):

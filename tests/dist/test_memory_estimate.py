@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 from launcher.supervise import launch
+from tools.bench.step_rank import MEMORY_TARGET
+from tools.bench.step_rank import estimate
 from tools.bench import step_rank
-from tools.bench.step import EMBEDDER, T2V, BenchRun, prepared
-from tools.bench.step_rank import MEMORY_TARGET, estimate
+from tools.bench.step import EMBEDDER
+from tools.bench.step import T2V
+from tools.bench.step import BenchRun
+from tools.bench.step import prepared
 
 
 @pytest.fixture(scope="module")

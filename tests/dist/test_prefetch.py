@@ -52,7 +52,8 @@ def test_the_losses_are_those_of_the_plain_engine(switched: dict[str, Switched],
 
 def _train_in_turn(kinds: tuple[str, ...]) -> list[Switched]:
     """Runs in the rank."""
-    from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
 
     ranks = read_environment()
     with process_group(ranks, needed=True):

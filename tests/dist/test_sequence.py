@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regen_dist.config.embedder import ModelConfig
 from regen_dist.config.run import EngineConfig
+from regen_dist.config.embedder import ModelConfig
 from regen_dist.config.t2v import T2VModelConfig
-from regen_dist.models.flops import count_flops, count_row_flops
+from regen_dist.models.flops import count_flops
+from regen_dist.models.flops import count_row_flops
 from regen_dist.models.memory import exchanged_bytes
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import clips, tiny_model, tiny_t2v_model, wake
@@ -151,7 +152,8 @@ def test_the_group_reads_as_its_first_rank() -> None:
 
 def _compare(cases: list[Case]) -> list[Compared]:
     """Runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
     from regen_dist.distributed.sequence_parallel import join_rows
 
     ranks = read_environment()
@@ -163,7 +165,8 @@ def _compare(cases: list[Case]) -> list[Compared]:
 def _compare_one(case: Case, rows: Any) -> Compared:
     import torch.distributed as dist
 
-    from regen_dist.models.sequence_parallel import Rows, share_rows
+    from regen_dist.models.sequence_parallel import Rows
+    from regen_dist.models.sequence_parallel import share_rows
 
     model, inputs = _model(case), _inputs(case)
     found = []
@@ -186,7 +189,8 @@ def _compare_one(case: Case, rows: Any) -> Compared:
 
 def _measure(cases: list[Case]) -> list[Measured]:
     """Runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
     from regen_dist.distributed.sequence_parallel import join_rows
     from regen_dist.models.flops import count_pass
     from regen_dist.models.sequence_parallel import share_rows
@@ -261,7 +265,8 @@ def _forward(model: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, int]:
 
 def _read() -> tuple[list[Any], str]:
     """What a rank is told by the first of its group; runs in the ranks."""
-    from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
     from regen_dist.distributed.sequence_parallel import join_rows
     from regen_dist.errors import DataError
 

@@ -143,8 +143,8 @@ def _stop_early() -> str:
 
 def _fail() -> float:
     """Seconds that closing takes on a rank whose partner has failed, or that has failed itself."""
-    from regen_dist.distributed.ranks import process_group, read_environment
     from regen_dist.distributed.rendezvous import report_failure
+    from regen_dist.distributed.ranks import process_group, read_environment
     from regen_dist.distributed.sequence_parallel import join_rows
 
     ranks = read_environment()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from regen_dist.config.embedder import RunConfig
-from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
+from regen_dist.data.synthetic.dataset import build_synthetic
 from tests.helpers.comeback import ending, small_run, train
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny_dataset

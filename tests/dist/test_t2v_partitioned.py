@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from regen_dist.config import T2VConfig, load_config
+from regen_dist.config import T2VConfig
+from regen_dist.config import load_config
 from regen_dist.models.flops import count_row_flops
 from tests.helpers.ranks import run_ranks
 
@@ -98,8 +99,9 @@ def _build_among_many(config: T2VConfig) -> dict[str, tuple[int, int]]:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from regen_dist.distributed.zero3 import _import_deepspeed
+    from regen_dist.distributed.zero3 import deepspeed_settings
     from regen_dist.distributed.ranks import read_environment
-    from regen_dist.distributed.zero3 import _import_deepspeed, deepspeed_settings
     from regen_dist.models.embedder import build_model
 
     os.environ |= {"RANK": "3", "WORLD_SIZE": str(LARGE_WORLD)}
@@ -114,8 +116,10 @@ def _build(config: T2VConfig) -> Built:
     """Runs in the ranks."""
     import torch
 
-    from regen_dist.distributed.ranks import process_group, read_environment
-    from regen_dist.distributed.zero3 import _import_deepspeed, deepspeed_settings
+    from regen_dist.distributed.zero3 import _import_deepspeed
+    from regen_dist.distributed.zero3 import deepspeed_settings
+    from regen_dist.distributed.ranks import process_group
+    from regen_dist.distributed.ranks import read_environment
     from regen_dist.models.embedder import build_model
 
     ranks = read_environment()

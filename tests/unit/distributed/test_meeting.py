@@ -46,7 +46,7 @@ from regen_dist.errors import RegenError
 rendezvous._NOTICE_S = 0.5
 time.sleep(float(sys.argv[2]))
 try:
-    rendezvous.meet(int(sys.argv[1]), 2, torch.device("cpu"), "", timedelta(minutes=2))
+    rendezvous.rendezvous_ranks(int(sys.argv[1]), 2, torch.device("cpu"), "", timedelta(minutes=2))
 except RegenError as error:
     sys.exit(f"error: {error}")
 if sys.argv[1] == "0":
