@@ -472,7 +472,7 @@ def end(job: Submission, task: JobTask, scheduler: Scheduler, srun_code: int) ->
     found = read_rank_exits(task.launch, scheduler.job, scheduler.restart, job.world_size)
     code = combined_exit_code([each.code if each else None for each in found], srun_code)
     why = _end_reason(job, task, scheduler, code)
-    at_fault = _at_fault(task, code, found, scheduler) if why == "failed" else ()
+    at_fault = _nodes_at_fault(task, code, found, scheduler) if why == "failed" else ()
     step = newest_step(task.progress)
     decision = decide_end(history, code=code, why=why, step=step, retry=job.cluster.retry, since=job.submitted)
     if unknown and decision.go:  # without a history, starts cannot be counted
@@ -496,7 +496,9 @@ def _end_reason(job: Submission, task: JobTask, scheduler: Scheduler, code: int)
     return scheduler.stop_reason(job) if code == EXIT_RESUME else "failed"
 
 
-def _at_fault(task: JobTask, code: int, found: Sequence[RankExit | None], scheduler: Scheduler) -> tuple[str, ...]:
+def _nodes_at_fault(
+    task: JobTask, code: int, found: Sequence[RankExit | None], scheduler: Scheduler
+) -> tuple[str, ...]:
     """Return the node of the first failed rank if the node may be the cause: killed, hung, or an unknown error. Nodes
     that are down come before any rank."""
     if down := scheduler.down_nodes(scheduler.nodes):

@@ -69,9 +69,9 @@ def run_program(program: str, *arguments: str) -> str:
     except subprocess.TimeoutExpired:
         raise BackendError(f"{program} did not answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
     if ended.returncode:
-        said = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()
+        output = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()
         raise BackendError(
-            f"{program} {' '.join(arguments)}: exit code {ended.returncode}: {said[-1]}"
+            f"{program} {' '.join(arguments)}: exit code {ended.returncode}: {output[-1]}"
             "; check the job's settings, and with `sinfo` that Slurm answers"
         )
     return ended.stdout.strip()

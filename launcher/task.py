@@ -55,7 +55,7 @@ class SlurmTask:
             environment |= _rank_variables(job, here.hostnames[0], here.raw_job_id, restart)
         # Replaces Submitit's handlers, which would requeue the job after its command has ended.
         for number in FORWARDED:
-            signal.signal(number, _leave_alone)
+            signal.signal(number, _ignore_signal)
         ended = supervise([*COMMAND, *task.command], {rank: environment}, logs=task.logs)
         node, code = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(ended.code, ended.signals)
         retry.write_rank_exit(
@@ -133,7 +133,7 @@ class LocalTask:
         return DelayedSubmission(self)
 
 
-def _leave_alone(_number: int, _frame: FrameType | None) -> None:
+def _ignore_signal(_number: int, _frame: FrameType | None) -> None:
     """Ignore a signal that arrives after the command has ended."""
 
 

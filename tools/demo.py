@@ -48,7 +48,7 @@ def demo(
     from regen_dist.config import load_embedder_config
 
     began = time.monotonic()
-    overrides = [*_suited_to_this_machine(), *(overrides or [])]
+    overrides = [*_machine_overrides(), *(overrides or [])]
     loaded = load_embedder_config(config, overrides)
     base = Path(loaded.output)
     names = [f"{steps}_step{'s' if steps > 1 else ''}" for steps in STEPS]
@@ -58,10 +58,10 @@ def demo(
     _build_shards(loaded, videos)
     _train(["train", str(config), "--ranks", str(ranks), *overrides], loaded, paths.run)
     _reconstruct(paths)
-    _conclude(paths, time.monotonic() - began)
+    _print_summary(paths, time.monotonic() - began)
 
 
-def _suited_to_this_machine() -> list[str]:
+def _machine_overrides() -> list[str]:
     """Return the overrides without which the demo would take hours on this machine."""
     if stages.working_precision() == "bf16":
         return []
@@ -107,7 +107,7 @@ def _reconstruct(paths: _OutputPaths) -> None:
             stages.run(arguments)
 
 
-def _conclude(paths: _OutputPaths, seconds: float) -> None:
+def _print_summary(paths: _OutputPaths, seconds: float) -> None:
     """Print the table, write the page, and fail if a trivial baseline does as well as one decoder step."""
     from rich.console import Console
 

@@ -64,14 +64,14 @@ def evaluate(
         load_features(fvd, video=True) if fvd else None,
         load_features(fid, video=False) if fid else None,
     )
-    say = Console(stderr=True, highlight=False).print
-    evaluation = Evaluation(out, pinned, find_videos(videos, pinned), networks, say, with_vmaf=vmaf)
+    log = Console(stderr=True, highlight=False).print
+    evaluation = Evaluation(out, pinned, find_videos(videos, pinned), networks, log, with_vmaf=vmaf)
     facts = evaluation.run(models)
     text = markdown(facts)
     write_text_atomically(out / "evaluation.md", text)
     page = write_page(out, facts)
     print(text)
-    say(f"Written: {page}, {out / 'evaluation.json'}, {out / 'evaluation.md'}")
+    log(f"Written: {page}, {out / 'evaluation.json'}, {out / 'evaluation.md'}")
 
 
 def _sides(crop: str | None) -> tuple[int, int] | None:

@@ -126,7 +126,7 @@ def generate(
             model, codec, lambda: load_text_encoder(model.space, text, device), share, out, settings, batch=batch,
             paths=paths, layout=names, given=media, progress=progress,
         )  # fmt: skip
-    _conclude(found, out)
+    _print_summary(found, out)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -188,7 +188,7 @@ def _describe(model: TextToVideoModel, settings: GenerationSettings, count: int,
     )
 
 
-def _conclude(found: Generated, out: Path) -> None:
+def _print_summary(found: Generated, out: Path) -> None:
     for cut in found.cut:
         typer.echo(f"warning: a prompt has more tokens than the text encoder takes and was cut: {cut[:80]}…", err=True)
     there = f"; {len(found.skipped)} were there" if found.skipped else ""

@@ -50,15 +50,15 @@ def miniature(
 
     began, pipeline = time.monotonic(), HARD if hard else PIPELINE
     out = out or Path("runs") / pipeline.stem
-    changes = _changes(out, overrides or [])
+    changes = _pipeline_overrides(out, overrides or [])
     planned = load_pipeline(pipeline, changes)
     with start_store(out / "store", bucket=_BUCKET) as server:
         environment = {**os.environ, **server.environment()}
-        _see_through(["submit", "pipeline", str(pipeline), "--cluster", "local", *changes], planned, environment)
-    _conclude(planned, time.monotonic() - began)
+        _run_pipeline(["submit", "pipeline", str(pipeline), "--cluster", "local", *changes], planned, environment)
+    _print_summary(planned, time.monotonic() - began)
 
 
-def _changes(out: Path, overrides: Sequence[str]) -> list[str]:
+def _pipeline_overrides(out: Path, overrides: Sequence[str]) -> list[str]:
     """Return the pipeline overrides: its folder, its data, and the precision of this machine."""
     precision = stages.working_precision()
     if precision != "bf16":
@@ -67,7 +67,7 @@ def _changes(out: Path, overrides: Sequence[str]) -> list[str]:
     return [*own, f"variables.precision={precision}", *overrides]
 
 
-def _see_through(arguments: Sequence[str], planned: Pipeline, environment: Mapping[str, str]) -> None:
+def _run_pipeline(arguments: Sequence[str], planned: Pipeline, environment: Mapping[str, str]) -> None:
     """Run the pipeline to its end; the first time, stop the text-to-video training half-way by the file STOP and resume
     by the same command."""
     from regen_dist.config import load_config
@@ -90,7 +90,7 @@ def _see_through(arguments: Sequence[str], planned: Pipeline, environment: Mappi
         raise typer.Exit(ended.code)
 
 
-def _conclude(planned: Pipeline, seconds: float) -> None:
+def _print_summary(planned: Pipeline, seconds: float) -> None:
     """Print the table and the page's path, and fail if a target is missed."""
     from rich.console import Console
 

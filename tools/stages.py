@@ -91,14 +91,16 @@ def _started(
     early: list[int] = []
     came: list[int] = []
 
-    def hand_on(number: int, _frame: FrameType | None) -> None:
+    def forward_signal(number: int, _frame: FrameType | None) -> None:
         came.append(number)
         if process is None:
             early.append(number)
         else:
             process.send_signal(FORWARDED[signal.Signals(number)])
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, forward_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         process = subprocess.Popen(program, env=environment, start_new_session=True)  # one signal instead of two
         for number in early:

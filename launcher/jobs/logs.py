@@ -42,10 +42,12 @@ def launcher_logs(member: Member) -> list[Path]:
     names = [member.queue_id]
     if member.job.cluster.kind == "local":
         names = [each.start.job for each in read_history(member.task.launch)]
-    said = [path for name in names for path in sorted((member.job.folder / "submitit").glob(f"{name}_*_log.*"))]
+    log_files = [path for name in names for path in sorted((member.job.folder / "submitit").glob(f"{name}_*_log.*"))]
     if member.job.cluster.kind == "slurm":  # "12_0_log.err": task 0 of an array, or node 0 of a single job
-        said = sorted((member.job.folder / "submitit").glob(f"{member.queue_id}_[0-9]*_log.*"))
-    return [path for path in [*said, member.job.folder / local_executor.LOG] if path.is_file() and path.stat().st_size]
+        log_files = sorted((member.job.folder / "submitit").glob(f"{member.queue_id}_[0-9]*_log.*"))
+    return [
+        path for path in [*log_files, member.job.folder / local_executor.LOG] if path.is_file() and path.stat().st_size
+    ]
 
 
 def log_sources(member: Member, rank: int | None, *, launcher: bool) -> list[Path]:

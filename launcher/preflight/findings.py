@@ -88,8 +88,10 @@ def describe(config: AnyRunConfig, world_size: int, timeout_s: float) -> Estimat
             timeout=timeout_s, check=False,
         )  # fmt: skip
     if ended.returncode:
-        said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
-        raise NoEstimate(f"`regen describe` failed: {said[-1]}; `regen describe` on this config prints all of it")
+        output_lines = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
+        raise NoEstimate(
+            f"`regen describe` failed: {output_lines[-1]}; `regen describe` on this config prints all of it"
+        )
     described = json.loads(ended.stdout)
     return Estimate(described["parameters"]["total"], described["memory_bytes_per_gpu"])
 

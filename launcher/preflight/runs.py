@@ -216,7 +216,7 @@ def _times_of(config: AnyRunConfig, cluster: ClusterConfig) -> Iterator[Prefligh
         return
     if limit_s is not None:
         yield from _too_short("signal_lead_s", cluster.signal_lead_s, found, cluster, "--set signal_lead_s")
-        yield from _hardly_any_time(config, limit_s - cluster.signal_lead_s, found, cluster)
+        yield from _check_time_to_checkpoint(config, limit_s - cluster.signal_lead_s, found, cluster)
     if own_s is not None:
         lead_s = config.train.time_limit_lead_s
         yield from _too_short("train.time_limit_lead_s", lead_s, found, cluster, "train.time_limit_lead_s")
@@ -247,7 +247,7 @@ def _on(found: MeasuredRun, cluster: ClusterConfig) -> str:
     return f" on {found.ranks} ranks; now there are {cluster.world_size}" if other else ""
 
 
-def _hardly_any_time(
+def _check_time_to_checkpoint(
     config: AnyRunConfig, left_s: float, found: MeasuredRun, cluster: ClusterConfig
 ) -> Iterator[PreflightFinding]:
     start_s = found.start_s or 0.0
@@ -292,8 +292,8 @@ def _run_command(subject: Subject) -> list[list[PreflightFinding]]:
         described = json.loads(ended.stdout)["configs"]
         return [[_finding(Checked(**each)) for each in described[str(path)]["findings"]] for path in paths]
     except (ValueError, KeyError, TypeError) as error:
-        said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
-        raise BackendError(f"`regen check` failed: {said[-1]}") from error
+        output_lines = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
+        raise BackendError(f"`regen check` failed: {output_lines[-1]}") from error
 
 
 def _arguments(subject: Subject, paths: Sequence[Path]) -> list[str]:

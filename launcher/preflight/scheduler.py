@@ -34,11 +34,11 @@ def scheduler(subject: Subject) -> Iterator[PreflightFinding]:
             f"{', '.join(found)} of this shell do not reach the job; set such options in the cluster's file"
         )
     partitions = _chosen(_partitions(), cluster.partition)
-    if said := refusal(script):
+    if refused := refusal(script):
         what = f"{cluster.nodes} node(s) x {cluster.gpus_per_node} GPU(s) for {cluster.time_min} min"
-        yield problem(f"Slurm would refuse the job ({what}): {said}. {_allowed(partitions, cluster)}")
+        yield problem(f"Slurm would refuse the job ({what}): {refused}. {_allowed(partitions, cluster)}")
     elif partitions:
-        yield from _would_wait(partitions, cluster)
+        yield from _check_time_limit(partitions, cluster)
 
 
 def refusal(script: str) -> str:
@@ -95,18 +95,18 @@ def _node_kinds(partition: str) -> str:
     )
 
 
-def _would_wait(partitions: list[dict[str, str]], cluster: ClusterConfig) -> Iterator[PreflightFinding]:
+def _check_time_limit(partitions: list[dict[str, str]], cluster: ClusterConfig) -> Iterator[PreflightFinding]:
     """Yield jobs that Slurm accepts but would never start because of their time limit (EnforcePartLimits=NO)."""
-    asked_min = cluster.time_min or 0
+    requested_min = cluster.time_min or 0
     names = ", ".join(each["PartitionName"] for each in partitions)
     if all(each["State"] != "UP" for each in partitions):
         states = ", ".join(dict.fromkeys(each["State"] for each in partitions))
         yield problem(f"partition {names} is {states}: the job would wait forever; set another by --set partition=NAME")
     limits = [_minutes(each["MaxTime"]) for each in partitions]
     longest = max((limit for limit in limits if limit is not None), default=0.0)
-    if None not in limits and asked_min > longest:
+    if None not in limits and requested_min > longest:
         yield problem(
-            f"time_min {asked_min} is longer than partition {names} allows ({longest:g} min): the job would wait "
+            f"time_min {requested_min} is longer than partition {names} allows ({longest:g} min): the job would wait "
             f"forever; give --time {int(longest)}, it is requeued and goes on"
         )
 

@@ -140,7 +140,7 @@ class Claim:
         me: this process.
         limits: time limits of a bucket.
         patience: time limits for other processes.
-        say: called with a message when this process waits for one of another machine.
+        log: called with a message when this process waits for one of another machine.
     """
 
     def __init__(
@@ -149,9 +149,9 @@ class Claim:
         me: Holder,
         limits: StoreLimits = StoreLimits(),  # noqa: B008 - frozen
         patience: Patience | None = None,
-        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+        log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
-        self._place, self._me, self._say = str(place), me, say
+        self._place, self._me, self._log = str(place), me, log
         self._store = Store(f"{str(place).rstrip('/')}/{CLAIMS}", limits)
         self._patience = patience or PATIENCE
         self._name = ""  # file name of the own claim
@@ -197,7 +197,7 @@ class Claim:
         Raises:
             CheckpointError: another process took over.
         """
-        if self._name and not self._still_ours():
+        if self._name and not self._is_own():
             raise CheckpointError(
                 f"{self._place}: {self.lost}. Nothing more is written there"
                 "; end the other process before this run is resumed here"
@@ -211,7 +211,7 @@ class Claim:
             self._thread.join(_JOIN_S)
         if self._name:
             with suppress(DataError):
-                if self._still_ours():
+                if self._is_own():
                     self._store.delete(self._name)
             self._name = ""
 
@@ -255,7 +255,7 @@ class Claim:
             if not announced and full_wait:
                 announced = True
                 who = found.holder or found.name
-                self._say(f"{self._place}: waiting {self._patience.stale_s:.0f} s for a sign of life of {who}")
+                self._log(f"{self._place}: waiting {self._patience.stale_s:.0f} s for a sign of life of {who}")
 
     def _busy(self, found: _Found) -> RunBusy:
         return RunBusy(
@@ -266,7 +266,7 @@ class Claim:
     def _text(self) -> bytes:
         return (json_text(asdict(self._me), indent=1) + "\n").encode()
 
-    def _still_ours(self) -> bool:
+    def _is_own(self) -> bool:
         try:
             holder = parse_holder(self._store.get(self._name))
         except ObjectMissing:
@@ -281,14 +281,14 @@ class Claim:
         complained = False
         while not self._stop.wait(self._patience.beat_s):
             try:
-                if not self._still_ours():
+                if not self._is_own():
                     return
                 self._me = replace(self._me, number=self._me.number + 1, written=time.time())
                 self._store.put(self._name, self._text())
             except DataError as error:
                 if not complained:
                     complained = True
-                    self._say(f"warning: the claim on {self._place} cannot be renewed: {error}")
+                    self._log(f"warning: the claim on {self._place} cannot be renewed: {error}")
 
 
 PATIENCE = Patience()

@@ -285,7 +285,7 @@ def _write(path: Path, pieces: Mapping[str, Tensor]) -> FileFacts:
 # Choice of the checkpoint to resume from: the newest good one, agreed on by all ranks.
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class _Candidate(NamedTuple):
@@ -302,7 +302,7 @@ def newest_good(
     *,
     checksums: bool = False,
     before: int | None = None,
-    say: Say = warn,
+    log: Log = warn,
 ) -> CheckpointManifest | None:
     """Return the checkpoint that `latest` names if it is good, else the newest good one that it was trained from.
 
@@ -313,7 +313,7 @@ def newest_good(
         ranks: the ranks that share the verification.
         checksums: verify checksums, not only sizes.
         before: consider only checkpoints of steps below this.
-        say: called on every rank for every rejected checkpoint, with the file and the reason.
+        log: called on every rank for every rejected checkpoint, with the file and the reason.
 
     Returns:
         the manifest; None when the folder holds no committed checkpoint.
@@ -328,9 +328,9 @@ def newest_good(
         problem = candidate.problem or _problem(folder, ranks, candidate.manifest, checksums)
         if not problem:
             if passed_over:
-                say(f"resuming from {folder.url} at step {candidate.step}, the newest good checkpoint")
+                log(f"resuming from {folder.url} at step {candidate.step}, the newest good checkpoint")
             return candidate.manifest
-        say(problem)
+        log(problem)
         passed_over.append(problem)
     if passed_over:
         raise NoGoodCheckpoint(
@@ -353,9 +353,9 @@ def _candidates(folder: CheckpointFolder, before: int | None) -> Iterator[_Candi
     committed = folder.steps()
     others = sorted((_read(folder, step) for step in committed if step != pointed), key=_newest_first)
     others = [each for each in others if before is None or each.step < before]
-    yield from (each for each in others if _leads_to(each, first, pointed))
+    yield from (each for each in others if _is_ancestor(each, first, pointed))
     if pointed not in (None, *committed):  # a damaged pointer to a lower step does not exclude later ones
-        yield from (each for each in others if not _leads_to(each, first, pointed))
+        yield from (each for each in others if not _is_ancestor(each, first, pointed))
 
 
 def _read(folder: CheckpointFolder, step: int) -> _Candidate:
@@ -371,7 +371,7 @@ def _newest_first(candidate: _Candidate) -> tuple[float, int]:
     return -rollbacks, -candidate.step
 
 
-def _leads_to(candidate: _Candidate, first: _Candidate | None, pointed: int | None) -> bool:
+def _is_ancestor(candidate: _Candidate, first: _Candidate | None, pointed: int | None) -> bool:
     """Return true if the checkpoint that `latest` names was trained from this one, as far as can be determined."""
     if first is not None and first.manifest is not None and candidate.manifest is not None:
         return candidate.manifest.is_followed_by(first.manifest)

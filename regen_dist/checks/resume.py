@@ -153,7 +153,7 @@ def _identity(config: AnyRunConfig, before: dict[str, str], target: Target) -> d
         prints = None
     found = _order_of(config, prints or [])
     name = "dataset fingerprint"
-    return found if prints else found | {name: before.get(name, "not recorded")}
+    return found if prints else found | {name: before.get(name, "unknown")}
 
 
 def _order_of(config: AnyRunConfig, prints: Sequence[str]) -> dict[str, str]:

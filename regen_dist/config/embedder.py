@@ -433,7 +433,7 @@ class EmbedderTrainConfig(TrainConfig):
     losses: LossesConfig = Field(default=LossesConfig(), description="Terms beside the reconstruction's loss.")
 
     @model_serializer(mode="wrap")
-    def _leave_out_what_is_off(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_default_losses(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave the defaults out, so that configs saved before there were such losses keep their text and hash."""
         values: dict[str, Any] = serialize(self)
         if self.losses == LossesConfig():

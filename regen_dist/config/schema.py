@@ -72,13 +72,13 @@ def _section(section: Node, sections: Mapping[str, Node]) -> Node:
 
 
 def _key(node: Node, sections: Mapping[str, Node]) -> Node:
-    """Convert the schema of a key: what stands annotations its type, and the type or a reference."""
+    """Convert the schema of a key: its annotations, and the type or a reference."""
     annotations = {key: node[key] for key in _BESIDE if key in node}
     kind = _kind({key: value for key, value in node.items() if key not in _BESIDE})
     if "$ref" in kind:
         changes = _changed_defaults(node.get("default"), kind, sections)
         annotations = {"description": _description(node, sections)} | ({"default": changes} if changes else {})
-        return {**annotations, "allOf": [kind]}  # draft 7 ignores what stands annotations a $ref
+        return {**annotations, "allOf": [kind]}  # draft 7 ignores siblings of a $ref
     return {**annotations, **_or_reference(kind)}
 
 

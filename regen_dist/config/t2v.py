@@ -118,7 +118,7 @@ class LatentDataConfig(MixtureConfig):
 
     @field_validator("clips")
     @classmethod
-    def _clips_stand_once(cls, clips: tuple[int, ...]) -> tuple[int, ...]:
+    def _check_clips(cls, clips: tuple[int, ...]) -> tuple[int, ...]:
         if not clips or len(set(clips)) < len(clips):
             raise ValueError(f"clips {list(clips)}: give at least one number, and none twice")
         return clips

@@ -18,7 +18,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 SUBMITIT = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
 # Seconds that a rank waits for the others to appear, before the job is one. Our launcher sets it: its ranks come, or it
-# ends them all. Without it, variables that are left over in a shell must not wait for ranks that nobody starts.
+# ends them all. Without it, variables that are left over in a shell must not wait for ranks that do not exist.
 JOIN_S = "REGEN_JOIN_S"
 _JOIN_S, _LAUNCHED_JOIN_S = 60.0, 1800.0
 # Variables of the launchers that make a process a rank, and that say where ranks meet.
@@ -78,7 +78,7 @@ def starts_ranks(environment: Mapping[str, str], asked: bool) -> bool:
 
     Raises:
         ConfigError: `--ranks` in each of several ranks would start as many times more of them; or the variables make no
-            sense (those of a shell are not looked at where `--ranks` is given).
+            sense (those of a shell are ignored where `--ranks` is given).
     """
     if not asked:
         return read_variables(environment, TORCHRUN) is None and read_rank_info(environment).world_size == 1

@@ -36,7 +36,7 @@ def rendezvous_ranks(
 ) -> Store:
     """Return the store of the job (at MASTER_ADDR and MASTER_PORT), once all ranks have devices that fit together.
 
-    Ranks that nobody has started are not waited for: see `join_timeout_s`.
+    Ranks that were never started are not waited for: see `join_timeout_s`.
 
     Args:
         rank, world_size: rank of this process, and number of ranks.
@@ -89,7 +89,7 @@ def _wait_for_server(rank: int, end: float) -> None:
     """Try the address until a server listens there. c10d would print a trace of its own for every failure.
 
     Raises:
-        OSError: nobody does.
+        OSError: no server does.
         ValueError: the port is no number.
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")

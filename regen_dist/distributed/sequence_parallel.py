@@ -41,7 +41,7 @@ class RowGroup(Rows):
 
     @property
     def leads(self) -> bool:
-        """Return whether this rank stands for its group where samples are read or counted: once, not by every rank."""
+        """Return whether this rank reads and counts the samples of its group, which must happen once."""
         return self.index == 0
 
     @property

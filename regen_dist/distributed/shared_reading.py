@@ -69,7 +69,7 @@ class SharedReader:
         take the same number of them, and then close this or take the end.
 
         Raises:
-            RegenError: the error of the reading rank, in the place of the item that it could not read.
+            RegenError: the error of the reading rank, instead of the item that it could not read.
         """
         reading = _Reading(self, source, self._thread)
         self._thread = threading.Thread(target=reading.run, name="shared reading", daemon=True)

@@ -265,7 +265,7 @@ class Evaluation:
         protocol: protocol of the evaluation.
         videos: videos that the protocol selects.
         networks: the networks that the user gave.
-        say: prints a line of progress.
+        log: prints a line of progress.
         with_vmaf: true to measure VMAF.
     """
 
@@ -273,7 +273,7 @@ class Evaluation:
     protocol: Protocol
     videos: Sequence[PinnedVideo]
     networks: Networks
-    say: Callable[[str], None] = lambda line: None
+    log: Callable[[str], None] = lambda line: None
     with_vmaf: bool = True
 
     def run(self, models: Sequence[Callable[[], EvaluatedModel]]) -> dict[str, Any]:
@@ -337,7 +337,7 @@ class Evaluation:
             if kept["key"] == key:
                 with np.load(arrays, allow_pickle=False) as file:
                     return kept["facts"], {name: torch.from_numpy(file[name]) for name in file.files}
-        self.say(f"{model.name}: {video.name}, {video.num_frames} frames of {video.height}x{video.width}")
+        self.log(f"{model.name}: {video.name}, {video.num_frames} frames of {video.height}x{video.width}")
         facts, features = measure_video(video, model, self.protocol, self.networks, self.out, with_vmaf=self.with_vmaf)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(arrays, **{name: each.numpy() for name, each in features.items()})  # type: ignore[arg-type]

@@ -178,7 +178,7 @@ def _ffmpeg() -> str:
 
 def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
 # Passage of a whole video through a codec, measured against its source on the way.

@@ -118,7 +118,7 @@ def held_out_clips(dataset: Dataset, samples: Iterable[Sample], clip_frames: int
     """Yield videos of a dataset with their captions, each cut to whole clips of `clip_frames` (None: uncut)."""
     for sample in samples:
         if sample.caption is None:
-            raise DataError(f"{sample.name} of {dataset.store.url} has no caption, so nobody knows what it shows")
+            raise DataError(f"{sample.name} of {dataset.store.url} has no caption, so its content is unknown")
         clip = _decoded(sample.key, sample.caption, dataset.read(sample), sample.name)
         yield clip._replace(frames=clip.frames[: whole_frames(len(clip.frames), clip_frames)])
 

@@ -119,13 +119,13 @@ def _draw(kind: _Kind, series: Mapping[str, Series], resumed: Sequence[int]) -> 
             axes.legend(frameon=False, handlelength=2.6)
         for step in resumed:
             axes.axvline(step, color=INK, linestyle=(0, (3, 3)), linewidth=1)
-        _dress(axes, kind, [value for points in series.values() for _, value in points])
+        _style_axes(axes, kind, [value for points in series.values() for _, value in points])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return for_page(buffer.getvalue(), kind.title)
 
 
-def _dress(axes: Axes, kind: _Kind, values: Sequence[float]) -> None:
+def _style_axes(axes: Axes, kind: _Kind, values: Sequence[float]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     if kind.logarithmic and min(values) > 0 and max(values) / min(values) > 5:

@@ -139,12 +139,16 @@ class DiffusersEncoder(nn.Module):
     def _scale(self) -> tuple[Tensor, Tensor, Tensor]:
         model = self._model
 
-        def said(name: str, default: float) -> Tensor:
+        def channel_values(name: str, default: float) -> Tensor:
             value = dict(model.named_buffers()).get(name)
             value = model.config.get(name) if value is None else value
             return torch.as_tensor(default if value is None else value, dtype=torch.float32)
 
-        return said("latents_mean", 0.0), said("latents_std", 1.0), said("scaling_factor", 1.0)
+        return (
+            channel_values("latents_mean", 0.0),
+            channel_values("latents_std", 1.0),
+            channel_values("scaling_factor", 1.0),
+        )
 
     def _check(self, video: Tensor) -> None:
         cell = self.settings.spatial

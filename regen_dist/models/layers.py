@@ -53,11 +53,11 @@ def require_cudnn(device: str, dtype: torch.dtype) -> None:
         return
     found: int | None = torch.backends.cudnn.version()
     if found is None or found < FIRST_CUDNN:
-        said = "none" if found is None else f"{found // 10_000}.{found // 100 % 100}.{found % 100}"
+        version = "none" if found is None else f"{found // 10_000}.{found // 100 % 100}.{found % 100}"
         raise BackendError(
-            f"3D convolutions in {dtype} need cuDNN 9.15 or later, found {said} (torch {torch.__version__}): before, "
-            "they are wrong beyond 1.8e9 elements, or run without cuDNN, with 17 times the memory and 10 to 20 times "
-            "slower; install torch>=2.10 or nvidia-cudnn>=9.15 (conda: cudnn), or set engine.precision=fp32"
+            f"3D convolutions in {dtype} need cuDNN 9.15 or later, found {version} (torch {torch.__version__}): "
+            "before, they are wrong beyond 1.8e9 elements, or run without cuDNN, with 17 times the memory and 10 to 20 "
+            "times slower; install torch>=2.10 or nvidia-cudnn>=9.15 (conda: cudnn), or set engine.precision=fp32"
         )
 
 
@@ -214,7 +214,7 @@ class CausalConv(nn.Conv3d):
         first = self._convolve(self._first, frames.first)
         if frames.rest is None:
             return Frames(first, None)
-        return Frames(first, self._convolve(self._rest, self._with_past(frames)))
+        return Frames(first, self._convolve(self._rest, self._prepend_past(frames)))
 
     def _first(self, frame: Tensor, rows: int) -> Tensor:
         """Convolve the first frame, padded with `rows` rows of zeros above and below."""
@@ -232,7 +232,7 @@ class CausalConv(nn.Conv3d):
             convolution, x, channels_out=self.out_channels, kernel=kernel, stride=stride, padding=self._pad
         )
 
-    def _with_past(self, frames: Frames) -> Tensor:
+    def _prepend_past(self, frames: Frames) -> Tensor:
         """The frames after the first, behind as many of the past (the first frame, then zeros) as the kernel reaches
         back to."""
         assert frames.rest is not None

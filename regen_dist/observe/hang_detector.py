@@ -247,7 +247,7 @@ class Monitor:
         """Write the heartbeat if it is due, and check the time since the main thread's newest mark."""
         lasted_s = self._stand.see(now, mark)
         if lasted_s is not None:
-            self._go_on(lasted_s)
+            self._report_recovery(lasted_s)
         if now >= self._next_beat:
             self._next_beat = now + self._config.beat_s
             self._write(self._beat_now(mark))
@@ -345,7 +345,7 @@ class Monitor:
         try:
             replace_file(self._run / "hang.json", json_text(self._facts(finding, message), indent=1) + "\n")
         except OSError as error:
-            self._complain(error)
+            self._warn_once(error)
         self._leave(now, message, speak=True, dumped=True)
 
     def _facts(self, finding: HangFinding, message: str) -> dict[str, object]:
@@ -369,7 +369,7 @@ class Monitor:
             self._print_line(f"error: {message}")
         self._leave_at = now + self._moment_s
 
-    def _go_on(self, lasted_s: float) -> None:
+    def _report_recovery(self, lasted_s: float) -> None:
         if self._warned and self._leave_at is None:
             self._print_line(f"the run goes on after it stood still for {lasted_s:.0f} s")
         self._considered = self._warned = False
@@ -390,9 +390,9 @@ class Monitor:
         try:
             write_beat(self._run, beat)
         except OSError as error:
-            self._complain(error)
+            self._warn_once(error)
 
-    def _complain(self, error: OSError) -> None:
+    def _warn_once(self, error: OSError) -> None:
         """Warn once that a heartbeat cannot be written: a full disk must not end a working run."""
         if not self._cannot_write:
             self._cannot_write = True
@@ -411,7 +411,7 @@ class Monitor:
                 for path in beat_path(self._run, 0).parent.glob("rank-*"):
                     path.unlink(missing_ok=True)
             except OSError as error:
-                self._complain(error)
+                self._warn_once(error)
         return old
 
 

@@ -59,7 +59,7 @@ class Record:
         self._close_file()
         self._step = step
         self._waiting = b"".join(
-            each for each in self._waiting.splitlines(keepends=True) if _stays(json.loads(each), step)
+            each for each in self._waiting.splitlines(keepends=True) if _survives_rewind(json.loads(each), step)
         )
         self._flush()
 
@@ -110,7 +110,7 @@ class Record:
             self._file = None
 
     def _drop_after(self, step: int) -> None:
-        kept = [line for line in read_record(self._path) if _stays(line, step)]
+        kept = [line for line in read_record(self._path) if _survives_rewind(line, step)]
         text = "".join(json_text(line) + "\n" for line in kept)
         if text != self._path.read_text(encoding="utf-8", errors="replace"):  # rewriting needs space for a second copy
             write_text_atomically(self._path, text)
@@ -132,7 +132,7 @@ def read_record(path: Path, kind: Kind | None = None) -> list[dict[str, Any]]:
     return lines
 
 
-def _stays(line: Mapping[str, Any], step: int) -> bool:
+def _survives_rewind(line: Mapping[str, Any], step: int) -> bool:
     """Return true if a line stays valid when the run resumes from `step`."""
     return bool(line["kind"] == "event" or line["step"] <= step)
 

@@ -361,7 +361,7 @@ class SampleLog:
             return
         self._known.add((sample.shard, sample.key))
         self._open("bad_samples").write("bad_sample", step, sample._asdict())
-        warn(f"sample {sample.key} in {sample.shard} is bad, another stands in for it: {sample.reason}")
+        warn(f"sample {sample.key} in {sample.shard} is bad and was replaced by another: {sample.reason}")
 
     def _open(self, kind: str) -> Record:
         if kind not in self._records:

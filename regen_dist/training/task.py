@@ -113,4 +113,4 @@ class TrainingTask(Protocol):
         """Operations that training on a micro-batch needs."""
 
     def validate(self, engine: Engine) -> Validation:
-        """Look at fixed samples. A collective under ZeRO-3: every rank computes the same."""
+        """Evaluate fixed samples. A collective under ZeRO-3: every rank computes the same."""

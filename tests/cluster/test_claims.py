@@ -81,7 +81,7 @@ def test_of_many_that_start_at_once_one_wins(bucket_url: str) -> None:
 
     def start(number: int) -> None:  # each as if on a machine of its own
         me = replace(this_process(Path(f"run{number}")), boot=f"boot{number}", host=f"node{number}", token=f"t{number}")
-        one = Claim(bucket_url, me, patience=QUICK, say=lambda text: None)
+        one = Claim(bucket_url, me, patience=QUICK, log=lambda text: None)
         barrier.wait()
         try:
             one.take()

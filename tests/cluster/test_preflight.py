@@ -75,7 +75,7 @@ def test_no_keys_at_all(bucket_url: str, object_store: ObjectServer, tmp_path: P
     use(monkeypatch, kept)
     told = texts(data(order(tmp_path, f"{bucket_url}/train").configs[0], Target()))
     assert len(told) == 1
-    assert "no credentials were found; looked at AWS_ACCESS_KEY_ID" in told[0]
+    assert "no credentials were found; checked AWS_ACCESS_KEY_ID" in told[0]
 
 
 def test_a_store_that_is_down_is_told_in_seconds(bucket_url: str, tmp_path: Path) -> None:

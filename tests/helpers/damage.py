@@ -86,7 +86,7 @@ def _answer(folder: CheckpointFolder, ranks: Ranks) -> Answer:
     began = time.monotonic()
     step, problem, exit_code = None, "", 0
     try:
-        manifest = newest_good(folder, ranks, checksums=True, say=said.append)
+        manifest = newest_good(folder, ranks, checksums=True, log=said.append)
         step = None if manifest is None else manifest.step
     except RegenError as error:
         problem, exit_code = f"{type(error).__name__}: {error}", error.exit_code

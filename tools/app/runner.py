@@ -229,7 +229,7 @@ def checked(values: Mapping[str, float | None], bounds: Mapping[str, tuple[float
 # Worker process of the app: one job, read from its folder, its result written to the folder `output` in it.
 #
 # `JobRunner` starts it. It prints one JSON object a line, and ends when its parent does: its standard input is a pipe
-# that nobody writes to.
+# that is never written.
 
 
 def report(**values: Any) -> None:

@@ -318,7 +318,7 @@ class CheckpointBench:
         ranks: number of ranks that train, save and load.
         repeats: turns of saving and loading per round.
         work: folder of all files, on the disk to be measured.
-        say: called with progress messages.
+        log: called with progress messages.
     """
 
     config: Path
@@ -326,7 +326,7 @@ class CheckpointBench:
     ranks: int
     repeats: int
     work: Path
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     @property
     def clips(self) -> Path:
@@ -361,7 +361,7 @@ class CheckpointBench:
         _check(ended.returncode, f"the run with {mode} saves", log)
         found = saving(read_record(folder / mode / "metrics.jsonl"))
         cost = median(found.cost_s(save) for save in found.saves)
-        self.say(f"  {mode} saves: {cost:.3f} s each, of a run whose steps take {found.step_s:.3f} s")
+        self.log(f"  {mode} saves: {cost:.3f} s each, of a run whose steps take {found.step_s:.3f} s")
         return found
 
     def _measure(self, folder: Path, ranks: int, there: BenchStore, *options: str) -> dict[str, Any]:
@@ -372,7 +372,7 @@ class CheckpointBench:
         program += [f"--url={there.url}"] if there.url else []
         code = launch(program, ranks=ranks, logs=measured, environment=there.environment)
         _check(code, f"measuring with {ranks} rank(s)", checkpoint_cases.log_file(measured, ranks))
-        self.say(f"  saved and loaded by {ranks} rank(s)" if not options else f"  loaded by {ranks} rank(s)")
+        self.log(f"  saved and loaded by {ranks} rank(s)" if not options else f"  loaded by {ranks} rank(s)")
         return json.loads(checkpoint_cases.result_file(measured, ranks).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
     def _places(self, folder: Path) -> list[str]:
@@ -410,9 +410,9 @@ def sections(rounds: Sequence[Round]) -> dict[str, Any]:
         "store": rounds[0].store,
         "state": state_section(ours[0]["parameters"], rounds[0].written_bytes, rounds[0].files),
         "training": training_section(asynchronous, synchronous, copies),
-        "save": cases_section("save", _together([each["save"] for each in ours])),
+        "save": cases_section("save", _merge_rounds([each["save"] for each in ours])),
         "load": {
-            str(number): cases_section("load", _together([each.measured[number]["load"] for each in rounds]))
+            str(number): cases_section("load", _merge_rounds([each.measured[number]["load"] for each in rounds]))
             for number in (ranks, other)
         },
         "restored_alike": all(found["restored_alike"] for each in rounds for found in each.measured.values()),
@@ -420,7 +420,7 @@ def sections(rounds: Sequence[Round]) -> dict[str, Any]:
     }
 
 
-def _together(rounds: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
+def _merge_rounds(rounds: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
     return {name: [turn for each in rounds for turn in each[name]] for name in rounds[0]}
 
 

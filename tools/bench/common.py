@@ -61,7 +61,7 @@ class Change(NamedTuple):
     name: str
     old: float | None
     new: float | None
-    verdict: ChangeKind
+    kind: ChangeKind
 
     @property
     def ratio(self) -> float | None:
@@ -93,9 +93,9 @@ def changes(
 def table(found: Iterable[Change]) -> str:
     """A row for each figure: those that got worse first, then those that got better."""
     order = list(ChangeKind)
-    rows = sorted(found, key=lambda change: order.index(change.verdict))
+    rows = sorted(found, key=lambda change: order.index(change.kind))
     return Table(
-        ["bench", "figure", *numbers("old", "new", "new / old"), "verdict"], list(map(_row, rows))
+        ["bench", "figure", *numbers("old", "new", "new / old"), "change"], list(map(_row, rows))
     ).to_markdown()
 
 
@@ -103,7 +103,7 @@ def _of_bench(bench: str, declared: Declared, old: Mapping[str, Any], new: Mappi
     before, after = (_figures(bench, declared, facts) for facts in (old, new))
     for name in before | after:
         one, other = before.get(name), after.get(name)
-        yield Change(bench, name, one and one.value, other and other.value, _verdict(one, other))
+        yield Change(bench, name, one and one.value, other and other.value, _change_kind(one, other))
 
 
 def _figures(bench: str, declared: Declared, facts: Mapping[str, Any]) -> dict[str, Figure]:
@@ -113,7 +113,7 @@ def _figures(bench: str, declared: Declared, facts: Mapping[str, Any]) -> dict[s
         raise DataError(f"a record of the bench {bench!r} is not of this version ({error!r}); measure anew") from error
 
 
-def _verdict(old: Figure | None, new: Figure | None) -> ChangeKind:
+def _change_kind(old: Figure | None, new: Figure | None) -> ChangeKind:
     if old is None or new is None or not old.value:
         return ChangeKind.MISSING
     gain = new.value / old.value if new.higher_is_better else old.value / max(new.value, 1e-12)
@@ -124,7 +124,7 @@ def _verdict(old: Figure | None, new: Figure | None) -> ChangeKind:
 
 def _row(change: Change) -> list[str]:
     values = [_shown(change.old), _shown(change.new), _shown(change.ratio)]
-    return [change.bench, change.name, *values, change.verdict.value]
+    return [change.bench, change.name, *values, change.kind.value]
 
 
 def _shown(value: float | None) -> str:

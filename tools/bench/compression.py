@@ -37,7 +37,7 @@ def compression(
         typer.Option(help="Training time of an arm, on one core. Given several times: a table of curves.", min=0.001),
     ] = None,
     tests: Annotated[
-        Path | None, typer.Option(help="Folder of videos to test on, in the place of the listed clips.")
+        Path | None, typer.Option(help="Folder of videos to test on, instead of the listed clips.")
     ] = None,
     clips: Annotated[Path, typer.Option(help="List of the test clips.")] = Path("configs/bench/compression_clips.yaml"),
     arms: Annotated[str, typer.Option(help="Regular expression of the arms' names.", metavar="REGEX")] = ".*",
@@ -183,7 +183,7 @@ def _measure(
         measure = partial(measure_arm, fvd=fvd, fresh=fresh, threads=threads)
         given = {arm: (runs.folder(arm), tests, sizes, runs.kept(arm), arm.steps) for arm in chosen}
         for arm, measures in pool.run(measure, given.items()):
-            runs.say(f"measured: {arm.name}")
+            runs.log(f"measured: {arm.name}")
             found[arm.name] = measures
     return found
 

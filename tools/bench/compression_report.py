@@ -184,7 +184,7 @@ def _plot(name: str, title: str, labels: tuple[str, str], series: Sequence[_Seri
                     *zip(*each.points, strict=True), color=each.colour, linestyle=each.dashes, marker=each.marker,
                     markersize=4, linewidth=1.8, label=each.label,
                 )  # fmt: skip
-        _dress(axes, labels, sorted({x for each in series for x, _ in each.points}))
+        _style_axes(axes, labels, sorted({x for each in series for x, _ in each.points}))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -194,7 +194,7 @@ def _plot(name: str, title: str, labels: tuple[str, str], series: Sequence[_Seri
     return Plot(name, title, for_page(text, title), file)
 
 
-def _dress(axes: Axes, labels: tuple[str, str], ticks: Sequence[float]) -> None:
+def _style_axes(axes: Axes, labels: tuple[str, str], ticks: Sequence[float]) -> None:
     from matplotlib.ticker import NullLocator
 
     axes.set_xscale("log", base=2)
@@ -310,8 +310,8 @@ def _paper_form(facts: Facts) -> Table:
 def _against(margin: float | None, target: float | None) -> list[str]:
     if margin is None:
         return ["", "" if target is None else f"≥ {target:+.1f}", ""]
-    verdict = "" if target is None else MET if margin >= target else MISSED
-    return [f"{margin:+.2f} dB", "" if target is None else f"≥ {target:+.1f} dB", verdict]
+    outcome = "" if target is None else MET if margin >= target else MISSED
+    return [f"{margin:+.2f} dB", "" if target is None else f"≥ {target:+.1f} dB", outcome]
 
 
 def _paper(k: int, ours: bool) -> str:
@@ -361,10 +361,10 @@ def _in_context(facts: Facts) -> str:
     margin = margin_db(facts, CONTENT_AWARE, IN_CONTEXT, DOUBLE)
     if margin is None:
         return ""
-    shown, target, verdict = _against(margin, IN_CONTEXT_TARGET_DB)
+    shown, target, outcome = _against(margin, IN_CONTEXT_TARGET_DB)
     return (
         f"Content-aware positions over latents in context, at twice the training resolution: {shown}, the target is "
-        f"{target} {verdict} (the paper: +6.02 dB)."
+        f"{target} {outcome} (the paper: +6.02 dB)."
     )
 
 

@@ -392,7 +392,7 @@ class Runs:
         out: folder of all outputs.
         minutes: minutes on one core per arm.
         at_once: number of arms trained at a time.
-        say: called with progress messages.
+        log: called with progress messages.
     """
 
     config: Path
@@ -401,7 +401,7 @@ class Runs:
     out: Path
     minutes: float
     at_once: int
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def folder(self, arm: CompressionArm) -> Path:
         """Return the folder of an arm's run."""
@@ -451,7 +451,7 @@ class Runs:
         for arm in new:
             measured = training_pace(self.out / "probes" / arm.name, _WARM_STEPS)
             known[arm.name] = {**measured, "steps": self._steps(arm.name, measured["cpu_s"])}
-            self.say(f"{arm.name}: {measured['cpu_s']:.3f} s a step, {known[arm.name]['steps']} steps")
+            self.log(f"{arm.name}: {measured['cpu_s']:.3f} s a step, {known[arm.name]['steps']} steps")
         write_text_atomically(path, json_text(known, indent=1) + "\n")
         return known
 
@@ -471,7 +471,7 @@ class Runs:
             folder = self.out / "tuning_runs"
             results = [{"lr": lr, "psnr_db": validation_psnr_db(folder / _tuning_name(arm, lr))} for lr in rates]
             known[arm.name] = best_rate(results)
-            self.say(f"{arm.name}: learning rate {known[arm.name]['lr']:.2g}")
+            self.log(f"{arm.name}: learning rate {known[arm.name]['lr']:.2g}")
         write_text_atomically(path, json_text(known, indent=1) + "\n")
         return known
 
@@ -522,9 +522,9 @@ class Runs:
     def _run(self, what: str, commands: Mapping[str, Sequence[str]]) -> None:
         if not commands:
             return
-        self.say(f"{what}: {len(commands)} to train, {self.at_once} at a time")
+        self.log(f"{what}: {len(commands)} to train, {self.at_once} at a time")
         run_side_by_side(
-            commands, logs=self.out / "logs" / what, at_once=self.at_once, done=lambda name: self.say(f"done: {name}")
+            commands, logs=self.out / "logs" / what, at_once=self.at_once, done=lambda name: self.log(f"done: {name}")
         )
 
 

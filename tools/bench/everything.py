@@ -102,7 +102,7 @@ def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
         before, after = (facts[bench].get("machine", {}) for facts in (old, new))
         if before != after:
             print(f"{bench}: measured on other machines or versions: {before} and {after}")
-    return sum(change.verdict is ChangeKind.WORSE for change in found)
+    return sum(change.kind is ChangeKind.WORSE for change in found)
 
 
 def declared() -> dict[str, Declared]:

@@ -170,14 +170,14 @@ class StepBench:
         work: folder of the ranks' output.
         steps: steps per turn.
         repeats: turns of each.
-        say: called with progress messages.
+        log: called with progress messages.
     """
 
     runs: Mapping[str, BenchRun]
     work: Path
     steps: int
     repeats: int
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def utilisation(self, *, compiled: bool) -> dict[str, Any]:
         """Measure model FLOPs against plain matrix products, with a profile, for embedder and text to video; in turn
@@ -195,11 +195,11 @@ class StepBench:
     def _measured(self, trained: Mapping[str, Training]) -> dict[str, Any]:
         peak = matrix_peak(torch.device("cpu"), precision_of(self.runs[EMBEDDER].config.engine.precision))
         for name, training in trained.items():
-            self.say(f"  {name}: {training.parameters / 1e6:.1f} million parameters")
+            self.log(f"  {name}: {training.parameters / 1e6:.1f} million parameters")
             training.step()
             training.step()  # what the allocator and the kernels learn from the first
         cases = {name: steps_case(each.step, each.flops, peak, self.steps) for name, each in trained.items()}
-        rounds = in_turn(cases, self.repeats, lambda name, turn: self.say(f"  {name}: {_mfu(turn):.2f} of the peak"))
+        rounds = in_turn(cases, self.repeats, lambda name, turn: self.log(f"  {name}: {_mfu(turn):.2f} of the peak"))
         against = {name: name.rpartition(", ")[0] for name in trained if ", " in name}
         figures = section(rounds, threads=torch.get_num_threads(), against=against)
         for name, training in trained.items():
@@ -223,7 +223,7 @@ class StepBench:
         for _ in range(self.repeats):
             for name, run in runs.items():
                 jobs[name].append(self._job(run, 1 if name == ONE else 2))
-                self.say(f"  {name}: {found_by_ranks.cpu_s(jobs[name][-1]):.2f} s of CPU time a step")
+                self.log(f"  {name}: {found_by_ranks.cpu_s(jobs[name][-1]):.2f} s of CPU time a step")
         memory = {name: self._memory(name, each[-1], runs[name]) for name, each in jobs.items()}
         target = {"target": found_by_ranks.CPU_TARGET}
         return {**found_by_ranks.compared(jobs, ONE), **target, "memory": memory, **self.runs[SHARDED].facts()}
@@ -237,14 +237,14 @@ class StepBench:
             for _ in range(self.repeats):
                 for place, tree in places.items():
                     jobs[place].append(self._job(self.runs[name], 1, tree))
-                    self.say(f"  {name}, {place}: {found_by_ranks.cpu_s(jobs[place][-1]):.3f} s of CPU time a step")
+                    self.log(f"  {name}, {place}: {found_by_ranks.cpu_s(jobs[place][-1]):.3f} s of CPU time a step")
             found[name] = found_by_ranks.compared(jobs, THERE) | {"losses": _losses(jobs)}
         return found
 
     def _memory(self, name: str, job: found_by_ranks.Job, run: BenchRun) -> dict[str, Any]:
         """Return the memory of ranks that were timed, and of as many others whose tensors are counted."""
         figures = found_by_ranks.memory(job, self._job(run, len(job), options=["--tensors"]), run.config)
-        self.say(f"  memory, {name}: {figures['tensor_bytes'] / 1e6:.0f} MB, {figures['ratio']:.2f} of the estimate")
+        self.log(f"  memory, {name}: {figures['tensor_bytes'] / 1e6:.0f} MB, {figures['ratio']:.2f} of the estimate")
         return figures
 
     def _job(

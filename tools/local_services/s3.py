@@ -162,10 +162,10 @@ def _command(folder: Path, ports: dict[str, int]) -> list[str]:
     }
     for service in _SERVICES:
         flags |= {f"{service}.port": ports[service], f"{service}.port.grpc": ports[f"{service}.grpc"]}
-    return [_weed(), "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in flags.items())]
+    return [_seaweedfs(), "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in flags.items())]
 
 
-def _weed() -> str:
+def _seaweedfs() -> str:
     """Return the path of the program: beside this Python, or on PATH."""
     found = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     if found is None:
@@ -239,5 +239,5 @@ def _free_ports(s3: int | None) -> dict[str, int]:
 
 def _last(folder: Path) -> str:
     lines = (folder / LOG).read_text(errors="replace").split("\n")
-    said = [line.strip() for line in lines if line.strip()]
-    return said[-1] if said else "(nothing)"
+    output_lines = [line.strip() for line in lines if line.strip()]
+    return output_lines[-1] if output_lines else "(nothing)"

@@ -96,8 +96,8 @@ class SlurmCluster:
         except subprocess.TimeoutExpired:
             raise BackendError(f"{program} did not answer within {timeout_s:.0f} s") from None
         if ended.returncode:
-            said = ended.stderr.strip() or ended.stdout.strip() or "nothing"
-            raise BackendError(f"{program} ended with exit code {ended.returncode} and said: {said}")
+            output = ended.stderr.strip() or ended.stdout.strip() or "nothing"
+            raise BackendError(f"{program} ended with exit code {ended.returncode} and output: {output}")
         return ended.stdout.strip()
 
     def end_node(self, name: str) -> None:

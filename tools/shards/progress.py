@@ -72,7 +72,7 @@ def stopping_cleanly() -> Iterator[None]:
     command continues. Exit code 75."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _heard_in_destructors():
+        with _resend_lost_signals():
             yield
     except KeyboardInterrupt:
         print("Stopped. Finished files are kept; run the same command again to continue.", file=sys.stderr)
@@ -86,7 +86,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def _heard_in_destructors() -> Iterator[None]:
+def _resend_lost_signals() -> Iterator[None]:
     """Send a signal again shortly after if its exception was raised in a destructor, where Python drops exceptions."""
     previous_hook, main = sys.unraisablehook, threading.main_thread().ident or 0
     again: list[threading.Timer] = []

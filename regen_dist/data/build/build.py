@@ -214,7 +214,7 @@ class _Builder:
 def _sample(
     source: VideoSource, planned: PlannedSource, segment: Segment, result: EncodedSegment, extension: str
 ) -> NewSample:
-    assert result.info is not None, "what could be encoded has been looked at"
+    assert result.info is not None, "an encoded segment has its facts"
     info, motion = result.info, planned.candidates[segment.number].motion
     caption = source.caption or planned.caption
     described = SampleFacts(info.frames, info.height, info.width, info.fps, source.name, caption, motion)

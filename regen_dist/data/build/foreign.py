@@ -1,4 +1,4 @@
-"""Indices for WebDataset tars that others wrote: each tar is read once, its videos are looked into, nothing is copied.
+"""Indices for WebDataset tars that others wrote: each tar is read once, its videos are inspected, nothing is copied.
 
 A sample is what WebDataset takes for one: neighbouring members whose names agree up to the first dot of the file's
 name. Keys of such tars are often numbers that start anew in every shard, so a sample's id comes from the shard's name
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from regen_dist.data.pool import Progress
 
 
-# From the members of a tar that others wrote to samples: split as WebDataset does, each video looked into.
+# From the members of a tar that others wrote to samples: split as WebDataset does, each video inspected.
 
 LARGEST_VIDEO_BYTES = 2 << 30  # a sample is read whole, by every reader
 _LARGEST_TEXT_BYTES = 16 << 20
@@ -64,7 +64,7 @@ class _Group:
     repeated: str = ""
 
 
-class _Unusable(Exception):
+class _UnusableSample(Exception):
     """Error with the reason why there is no sample."""
 
 
@@ -88,10 +88,12 @@ def samples_in(
     for group in _groups(members):
         try:
             if group.key in seen:
-                raise _Unusable("the key came before in this shard; pack the members of a sample next to each other")
+                raise _UnusableSample(
+                    "the key came before in this shard; pack the members of a sample next to each other"
+                )
             found, notes = _sample(shard, group, left_out)
             seen.add(group.key)
-        except _Unusable as reason:
+        except _UnusableSample as reason:
             yield Skip(source=f"{shard}: {printable(group.key)}", reason=str(reason))
             continue
         yield found
@@ -129,27 +131,29 @@ def _is_video(extension: str) -> bool:
 
 def _sample(shard: str, group: _Group, left_out: LeftOut) -> tuple[Sample, tuple[str, ...]]:
     if group.repeated:
-        raise _Unusable(f"two members are called {printable(group.repeated)}; rename one of them")
+        raise _UnusableSample(f"two members are called {printable(group.repeated)}; rename one of them")
     member, data = _video(group)
     try:
         member.name.encode()
     except UnicodeEncodeError as error:
-        raise _Unusable("its name is not UTF-8") from error
+        raise _UnusableSample("its name is not UTF-8") from error
     caption = _caption(group)
     try:
         with VideoReader(data) as reader:
             info = reader.info()
             notes, breaks, lost, cut = reader.notes, reader.breaks(), reader.table.lost, reader.table.cut
     except DataError as error:
-        raise _Unusable(str(error)) from error
+        raise _UnusableSample(str(error)) from error
     if reason := left_out.reason(notes):
-        raise _Unusable(reason)
+        raise _UnusableSample(reason)
     if lost:
-        raise _Unusable(f"it is damaged: {lost} packets cannot be decoded; `regen shards build` keeps what can")
+        raise _UnusableSample(f"it is damaged: {lost} packets cannot be decoded; `regen shards build` keeps what can")
     if cut:
-        raise _Unusable("it is damaged: the file is cut off before its end; `regen shards build` keeps what is there")
+        raise _UnusableSample(
+            "it is damaged: the file is cut off before its end; `regen shards build` keeps what is there"
+        )
     if breaks:
-        raise _Unusable(f"{next(iter(breaks.values()))}; cut it there, for example with `regen shards build`")
+        raise _UnusableSample(f"{next(iter(breaks.values()))}; cut it there, for example with `regen shards build`")
     facts = SampleFacts(info.frames, info.height, info.width, info.fps, source=member.name, caption=caption)
     return replace(indexed(group.key, shard, member, data, facts), id=sample_id(f"{shard}/{group.key}")), notes
 
@@ -160,12 +164,12 @@ def _video(group: _Group) -> tuple[tarfile.TarInfo, bytes]:
     plain = [extension for extension in videos if extension in VIDEO_EXTENSIONS]
     chosen = plain or videos
     if not chosen:
-        raise _Unusable(f"it has no video, only {', '.join(map(printable, sorted(group.members)))}")
+        raise _UnusableSample(f"it has no video, only {', '.join(map(printable, sorted(group.members)))}")
     if len(chosen) > 1:
-        raise _Unusable(f"it has several videos: {', '.join(map(printable, sorted(chosen)))}; keep one")
+        raise _UnusableSample(f"it has several videos: {', '.join(map(printable, sorted(chosen)))}; keep one")
     member, data = group.members[chosen[0]]
     if data is None:
-        raise _Unusable(
+        raise _UnusableSample(
             f"its video has {member.size} bytes, more than {LARGEST_VIDEO_BYTES}; cut it with `regen shards build`"
         )
     return member, data
@@ -178,7 +182,7 @@ def _caption(group: _Group) -> str | None:
         try:
             caption = read(data).strip() if data is not None else ""
         except (ValueError, RecursionError) as error:
-            raise _Unusable(f"its {extension} cannot be read: {error}; write it as UTF-8 text or JSON") from error
+            raise _UnusableSample(f"its {extension} cannot be read: {error}; write it as UTF-8 text or JSON") from error
         if caption:
             return caption.encode("utf-8", "replace").decode()  # JSON can carry halves of characters
     return None
@@ -280,7 +284,7 @@ def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHIN
                     samples.append(found)
         except BrokenTar as error:
             return str(error)
-        skipped += _behind_the_end(name, pieces)
+        skipped += _trailing_members(name, pieces)
         facts: dict[str, Any] = {"name": name, "sha256": pieces.sha256(), "size": pieces.position}
     facts |= {"units": len(samples) + len(skipped), "skipped": [skip.model_dump() for skip in skipped]}
     facts["options"] = unwanted.recorded()
@@ -349,7 +353,7 @@ def _unfinished(store: Store, tars: dict[str, int], unwanted: LeftOut) -> list[s
     return [name for name in tars if name not in finished]
 
 
-def _behind_the_end(name: str, pieces: Pieces) -> list[Skip]:
+def _trailing_members(name: str, pieces: Pieces) -> list[Skip]:
     """Members that were appended behind the archive's end, as `cat a.tar b.tar` does: no tar reader sees them."""
     end = pieces.position
     if all(piece == bytes(len(piece)) for piece in pieces.rest()):

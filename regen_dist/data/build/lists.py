@@ -95,13 +95,13 @@ def read_lines(videos: str | Path, captions: str | Path) -> list[CaptionRow]:
             texts.append(_bytes_of(place).decode("utf-8-sig").rstrip("\r\n").split("\n"))
         except UnicodeDecodeError as error:
             raise DataError(f"{place}: cannot be read as a list: {error}") from error
-    paths, said = texts
-    if len(paths) != len(said):
+    paths, lines = texts
+    if len(paths) != len(lines):
         raise DataError(
-            f"{videos} has {len(paths)} lines and {captions} {len(said)}: each video needs its line of caption"
+            f"{videos} has {len(paths)} lines and {captions} {len(lines)}: each video needs its line of caption"
         )
     refuse(videos, [f"line {number}: it has no video" for number, path in enumerate(paths, 1) if not path.strip()])
-    pairs = enumerate(zip(paths, said, strict=True), 1)
+    pairs = enumerate(zip(paths, lines, strict=True), 1)
     return [CaptionRow(f"line {number}", path.strip(), caption.strip() or None) for number, (path, caption) in pairs]
 
 
@@ -162,8 +162,8 @@ def _raw_rows(
 def _json_rows(rows: object, columns: Columns) -> Iterator[tuple[str, dict[Any, Any] | str]]:
     """The rows of an array of objects, or of one object that gives each path its caption, or several: the first."""
     if isinstance(rows, dict):
-        for video, said in rows.items():
-            caption = said[0] if isinstance(said, list) and said else said
+        for video, values in rows.items():
+            caption = values[0] if isinstance(values, list) and values else values
             yield f"entry {video!r}", {columns.video[0]: video, columns.caption[0]: caption}
         return
     if not isinstance(rows, list):

@@ -1,5 +1,5 @@
-"""Planning parts: their sources are looked into by the workers, copies of earlier sources are found, and it is decided
-what becomes of each."""
+"""Planning parts: their sources are surveyed by the workers, copies of earlier sources are found, and the use of
+each is decided."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from regen_dist.errors import DataError, DiskFull
 # Parts of a build: consecutive sources that are planned and made at a time, by whichever task it falls to.
 #
 # A part has its own shards `part-00000-000000.tar …`. `part-00000.plan.json` keeps what was found in its sources, so
-# that a killed build does not look again; `part-00000.json` is written last and names what the part consists of.
+# that a killed build does not survey again; `part-00000.json` is written last and names what the part consists of.
 
 _NEAR_FRAMES = 240  # segments nearer than this are decoded in one pass
 _SEGMENTS_AT_ONCE = 8
@@ -291,9 +291,9 @@ _ENOUGH_TO_JUDGE = 20  # unreadable sources in one part, before their share says
 
 @dataclass
 class StartedBuild:
-    """A part that workers are looking into. `plan` is there when an earlier build made it; `after` is what of the part
-    is finished. Calls by the number of a source in the part: copying it (with why it could not be), hashing it,
-    looking into it."""
+    """A part whose sources are being surveyed. `plan` is set if an earlier build made it; `after` is the finished share
+    of it. Calls by the number of a source in the part: copying it (with the reason of a failure), hashing it,
+    surveying it."""
 
     part: BuildPart
     origins: list[Origin]
@@ -363,7 +363,7 @@ class Planner:
         return plan
 
     def _find_copies(self, begun: StartedBuild) -> dict[int, PlannedSource]:
-        """Sources with the content of an earlier one; the others that might have been are looked into now."""
+        """Sources with the content of an earlier one; the others that might have been are surveyed now."""
         first, copied = begun.part.first, {}
         for number, call in begun.surveys.items():
             if self._originals.after(first + number):

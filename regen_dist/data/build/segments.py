@@ -241,7 +241,7 @@ class Origin(NamedTuple):
 
 class DecodableSpan(NamedTuple):
     """Frames [start, stop) of a source that could be decoded, with what was found in them (cuts count from `start`;
-    None where nothing was looked for), or the problem."""
+    None where cuts were not searched), or the problem."""
 
     start: int
     stop: int
@@ -251,7 +251,7 @@ class DecodableSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class SurveyedSource:
-    """A source that was looked into. Without `info` it cannot be used, and `problem` says why."""
+    """Survey of a source. Without `info` it cannot be used, and `problem` says why."""
 
     content: str
     info: VideoInfo | None = None
@@ -273,7 +273,7 @@ def survey_source(origin: Origin, threshold: float | None) -> SurveyedSource:
 
     Args:
         origin: location of the source.
-        threshold: threshold of a cut; None looks for no cuts, so that only the first frame is decoded.
+        threshold: threshold of a cut; None: cuts are not searched, so that only the first frame is decoded.
     """
     try:
         path = fetch_source(origin)
@@ -303,7 +303,7 @@ def stop_for_the_store(error: Exception) -> None:
 
 
 def fetch_again(origin: Origin, content: str) -> str:
-    """Bring a source that was looked into before. Returns why it cannot be fetched any more, or nothing; DataError when
+    """Fetch a source that was surveyed before. Returns why it cannot be fetched any more, or nothing; DataError when
     it has changed since."""
     try:
         fetch_source(origin)

@@ -148,7 +148,7 @@ def _below(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip]:
         found, unreadable = _files_below(folder)
         sizes = {name: one.size for name, one in found.items()}
         if (rows := _own_rows(folder, sizes, columns)) is not None:
-            yield from _left_unnamed(folder, sizes, list(_listed(*rows)))
+            yield from _skip_unlisted(folder, sizes, list(_listed(*rows)))
             return
         yield from (Skip(source=name, reason=why) for name, why in unreadable.items() if _is_video(name))
     texts = Texts(found)
@@ -201,7 +201,7 @@ def _text_mark(folder: str, name: str, etag: str | None) -> str:
     try:
         return hashlib.blake2b((store.folder / name).read_bytes(), digest_size=16).hexdigest()
     except OSError:
-        return "unreadable"  # the source is left out when it is looked into
+        return "unreadable"  # the source is left out when it is surveyed
 
 
 def _neighbours(folder: str, file: str) -> dict[str, ObjectInfo]:
@@ -234,7 +234,7 @@ def _spelled(folder: str, name: str) -> str:
     return f"{folder}/{name}" if local is None else str(local / name)
 
 
-def _left_unnamed(
+def _skip_unlisted(
     folder: str, sizes: dict[str, int], named: Sequence[VideoSource | Skip]
 ) -> Iterator[VideoSource | Skip]:
     """Yield the sources of a folder's own list, and a skip for each other video."""
@@ -297,7 +297,7 @@ def _locate(base: str, video: str) -> tuple[str, str]:
         bucket, _, key = video.removeprefix(f"{scheme}://").partition("/")
         return _located(scheme, bucket, key)
     if scheme in WEB_SCHEMES and scheme != video:
-        return _on_the_web(video)
+        return _split_web_url(video)
     if "://" in video or video.startswith(("/", "~", "pipe:")):
         return _split(str(Store(video).folder))
     if base.startswith("file:"):
@@ -309,8 +309,8 @@ def _locate(base: str, video: str) -> tuple[str, str]:
     return _located(place.scheme, place.bucket or "", key)
 
 
-def _on_the_web(video: str) -> tuple[str, str]:
-    """Folder and file of an address, as it stands in a browser: `%20` is a space."""
+def _split_web_url(video: str) -> tuple[str, str]:
+    """Folder and file of an address, as a browser shows it: `%20` is a space."""
     try:
         place = parse_url(video)
     except ValueError as error:
@@ -367,7 +367,7 @@ def _sizes(folder: str, files: Sequence[str]) -> dict[str, int]:
         paths = ((file, store.folder / file) for file in files)
         return {file: path.stat().st_size for file, path in paths if path.is_file()}
     if store.read_only and not (store.can_list and len(files) >= _WORTH_LISTING):
-        return {file: size for file in files if (size := _size_on_the_web(store, file)) is not None}
+        return {file: size for file in files if (size := _web_size(store, file)) is not None}
     if len(files) >= _WORTH_LISTING:
         found = store.list()
     else:
@@ -375,7 +375,7 @@ def _sizes(folder: str, files: Sequence[str]) -> dict[str, int]:
     return {file: found[file] for file in files if file in found}
 
 
-def _size_on_the_web(store: Store, file: str) -> int | None:
+def _web_size(store: Store, file: str) -> int | None:
     try:
         return Store(store.url, _ASKING).size(file)
     except ObjectDenied:

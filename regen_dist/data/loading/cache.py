@@ -194,7 +194,7 @@ class DiskCache:
         if used + needed <= self.limit_bytes:
             return used
         target = int(KEEP * self.limit_bytes) - needed
-        newest = _newest_to_go(np.array(used_ns, np.int64), np.array(sizes, np.int64), used - target)
+        newest = _eviction_cutoff(np.array(used_ns, np.int64), np.array(sizes, np.int64), used - target)
         for entry in self._entries():
             if used > target and entry.used_ns <= newest:
                 with suppress(FileNotFoundError):
@@ -254,7 +254,7 @@ class DiskCache:
         return _RECORD.pack(used, hashlib.blake2b(f"{used} {self._boot}".encode(), digest_size=8).digest())
 
 
-def _newest_to_go(used_ns: Int64s, sizes: Int64s, excess: int) -> int:
+def _eviction_cutoff(used_ns: Int64s, sizes: Int64s, excess: int) -> int:
     """Return the time of last use up to which entries must be evicted to free `excess` bytes."""
     order = np.argsort(used_ns, kind="stable")
     last = np.searchsorted(np.cumsum(sizes[order]), excess)

@@ -136,8 +136,8 @@ def _get(base: str, query: dict[str, str], keys: _Keys | None, limits: StoreLimi
         with urllib.request.urlopen(request, timeout=limits.stall_s) as answer:
             return bytes(answer.read())
     except urllib.error.HTTPError as error:
-        said = error.read(4096).decode(errors="replace")
-        raise OSError(f"status code: {error.code} {said}") from None
+        body = error.read(4096).decode(errors="replace")
+        raise OSError(f"status code: {error.code} {body}") from None
     except HTTPException as error:  # a body that was cut
         raise OSError(f"kind: Decode, {type(error).__name__}") from None
 

@@ -106,7 +106,7 @@ def open_backend(place: Location, limits: StoreLimits, *, writing: bool = False)
     except (BaseError, ValueError) as error:
         what = re.search(r"^Generic \w+ error: ([A-Z][\w ]{,60})$", str(error).splitlines()[0])
         raise AccessDenied(
-            f"{place.url}: cannot be opened{f' ({what[1]})' if what else ''}; looked at {LOOKED_AT[place.scheme]}"
+            f"{place.url}: cannot be opened{f' ({what[1]})' if what else ''}; checked {LOOKED_AT[place.scheme]}"
         ) from None
 
 
@@ -124,18 +124,18 @@ def explain_store_error(error: Exception, place: Location, name: str, verb: str,
         else ""
     )
     where = f"{place.url}/{name}"
-    said = " ".join(part for part in (f"HTTP {status}" if status else "", code) if part)
+    details = " ".join(part for part in (f"HTTP {status}" if status else "", code) if part)
     if any(path in text for path in _METADATA_PATHS):
         return no_credentials(place)
     if code in _ARCHIVED:
-        return DataError(f"{where}: it is archived ({said}); restore it to a class that can be read, then run again")
+        return DataError(f"{where}: it is archived ({details}); restore it to a class that can be read, then run again")
     if code in _OTHER_REGION or "configured region" in text or (status is not None and 300 <= status < 400):
-        return DataError(f"{where}: the bucket is in another region ({said or 'redirected'}){_region(text)}")
+        return DataError(f"{where}: the bucket is in another region ({details or 'redirected'}){_region(text)}")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403) or code in _DENIED:
         kind = ObjectDenied if status in (None, 403) and code in _DENIED_ONE else AccessDenied
         return kind(
-            f"{where}: access denied when trying to {verb} ({said or 'no reason given'}); check that these keys may do "
-            f"that, and what is set of {LOOKED_AT[place.scheme]}"
+            f"{where}: access denied when trying to {verb} ({details or 'no reason given'}); check that these keys may "
+            f"do that, and what is set of {LOOKED_AT[place.scheme]}"
         )
     if code == "NoSuchBucket":
         return BucketMissing(f"{place.url}: there is no bucket {place.bucket!r}{_endpoint()}; check the URL")
@@ -149,14 +149,14 @@ def explain_store_error(error: Exception, place: Location, name: str, verb: str,
         return DataError(f"{place.url}: {name!r} is not a name that an object can have")
     if status == 400 and not code and place.scheme == "s3":  # HEAD has no body that would say more
         return DataError(
-            f"{where}: the store refused to {verb} it ({said}){_endpoint()}; often the bucket is in another "
+            f"{where}: the store refused to {verb} it ({details}){_endpoint()}; often the bucket is in another "
             f"region{_region(text)}"
         )
     if status is not None and status < 500 and status not in _AGAIN:
-        return DataError(f"{where}: the store refused to {verb} it ({said}){_endpoint()}")
+        return DataError(f"{where}: the store refused to {verb} it ({details}){_endpoint()}")
     return StoreUnavailable(
-        f"{where}: could not {verb} it in {waited_s:.0f} s (last: {said or _kind(text)}){_endpoint()}; check that the "
-        "store is up and can be reached, then run the same again"
+        f"{where}: could not {verb} it in {waited_s:.0f} s (last: {details or _kind(text)}){_endpoint()}; check that "
+        "the store is up and can be reached, then run the same again"
     )
 
 
@@ -180,7 +180,7 @@ def checked_name(name: str, url: str) -> str:
 def no_credentials(place: Location) -> AccessDenied:
     """Return the error for a store without credentials."""
     hint = "; ~/.aws is read only when AWS_PROFILE is set" if place.scheme == "s3" else ""
-    return AccessDenied(f"{place.url}: no credentials were found; looked at {LOOKED_AT[place.scheme]}{hint}")
+    return AccessDenied(f"{place.url}: no credentials were found; checked {LOOKED_AT[place.scheme]}{hint}")
 
 
 def _client(limits: StoreLimits, writing: bool) -> ClientConfig:

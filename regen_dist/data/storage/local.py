@@ -152,7 +152,7 @@ def full_disk(folder: Path, where: str) -> Iterator[None]:
 
 def remove_leftovers(folder: Path, *, idle_s: float = 0.0) -> list[str]:
     """Remove the temporary files that a killed `staging` left in a folder: those of processes that no longer run on
-    this machine, and that nobody wrote to for `idle_s` seconds (for writers on other machines). Returns their names."""
+    this machine, and that were idle for `idle_s` seconds (for writers on other machines). Returns their names."""
     left = []
     for path in sorted(folder.glob(".*.tmp")):
         writer = _TEMPORARY.match(path.name)

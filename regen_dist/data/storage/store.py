@@ -59,7 +59,7 @@ class WebFolder(ObjectBucket):
             try:
                 meta = obstore.head(self._store(), name)
             except (BaseError, FileNotFoundError) as error:  # obstore takes 405 for an absence, too
-                if _settled(error):
+                if _is_final(error):
                     raise
                 meta = obstore.get(self._store(), name, options={"range": (0, 1)}).meta
             return ObjectInfo(int(meta["size"]), meta["e_tag"])
@@ -94,7 +94,7 @@ class WebFolder(ObjectBucket):
         )
 
 
-def _settled(error: Exception) -> bool:
+def _is_final(error: Exception) -> bool:
     """Return true if a GET would not help either: the file does not exist, or there was no answer at all."""
     return any(
         kind in str(error) for kind in ("status code: 404", "kind: Connect", "kind: Timeout", "following redirect")

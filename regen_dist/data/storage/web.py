@@ -129,8 +129,8 @@ def explained_status(status: int, place: Location, name: str, waited_s: float = 
     return _unavailable(where, waited_s, f"HTTP {status}")
 
 
-def _unavailable(where: str, waited_s: float, said: str) -> StoreUnavailable:
+def _unavailable(where: str, waited_s: float, reason: str) -> StoreUnavailable:
     return StoreUnavailable(
-        f"{where}: no usable answer in {waited_s:.0f} s (last: {said}); check the address and the network, then run "
+        f"{where}: no usable answer in {waited_s:.0f} s (last: {reason}); check the address and the network, then run "
         "the same again"
     )

@@ -261,17 +261,17 @@ def caption(attributes: Attributes, wording: int) -> str:
 
 def parse_caption(text: str) -> Attributes:
     """Parse the attributes in a caption, in any order; raise DataError if one is missing or occurs twice."""
-    said: dict[str, set[str]] = {}
+    words: dict[str, set[str]] = {}
     for word in _WORDS.findall(text.lower()):
         if word in _MEANINGS:
             attribute, value = _MEANINGS[word]
-            said.setdefault(attribute, set()).add(value)
-    values = {name: min(found) for name, found in said.items()}
+            words.setdefault(attribute, set()).add(value)
+    values = {name: min(found) for name, found in words.items()}
     ways = [values.pop(name) for name in ("vertical", "horizontal") if name in values]
     if ways:
         values["direction"] = "-".join(ways)
     names = Attributes.__dataclass_fields__
-    unclear = [name for name, found in said.items() if len(found) > 1] + [name for name in names if name not in values]
+    unclear = [name for name, found in words.items() if len(found) > 1] + [name for name in names if name not in values]
     if unclear:
         raise DataError(
             f"{text!r} does not say exactly one {', one '.join(unclear)}; a caption is like {caption(_EXAMPLE, 0)!r}, "

@@ -225,10 +225,10 @@ class VideoReader:
 
     def _count(self, numbers: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
         """The frames of these numbers, counted from the beginning, or from where the last call stopped."""
-        at, frames = self._counted or (0, self._from_the_beginning())
+        at, frames = self._counted or (0, self._decode_from_start())
         self._counted = None  # in use: another call in between counts for itself
         if at > numbers[0]:
-            at, frames = 0, self._from_the_beginning()
+            at, frames = 0, self._decode_from_start()
         wanted = iter(dict.fromkeys(numbers))
         number = next(wanted)
         for frame in frames:
@@ -247,7 +247,7 @@ class VideoReader:
             f"frame {number} could not be decoded; re-encode the file, for example with ffmpeg -i IN OUT.mp4"
         )
 
-    def _from_the_beginning(self) -> Iterator[VideoFrame]:
+    def _decode_from_start(self) -> Iterator[VideoFrame]:
         """Every frame that can be decoded, by a container and a decoder of their own: what is delivered only once (a
         palette, parameter sets) is there again. Damaged packets are counted, and decoded as far as they can be."""
         import av
@@ -352,7 +352,7 @@ class VideoReader:
         """Packets from a keyframe on, or from earlier where the container cannot seek there.
 
         Some containers seek by time of presentation, others by time of decoding, which is before it. So both are
-        tried, and where we came out is looked at: a keyframe too late loses frames, one too early costs a whole group.
+        tried, and the position reached is checked: a keyframe too late loses frames, one too early costs a whole group.
         """
         if group > 0:
             shown, decoded = self.table.keyframes[group]
@@ -436,7 +436,7 @@ class VideoReader:
         times: list[int | None] = []
         made_up = _MADE_UP & set(self._container.format.name.split(","))
         resized, sides = list[int](), (0, 0)
-        for frame in self._from_the_beginning():
+        for frame in self._decode_from_start():
             if sides not in ((0, 0), (frame.width, frame.height)):
                 resized.append(len(times))
             sides = frame.width, frame.height
@@ -463,7 +463,7 @@ def matroska_end(head: bytes) -> int | None:
         width = 9 - head[at + 4].bit_length()
         size = int.from_bytes(head[at + 4 : at + 4 + width]) & ~(1 << 7 * width)
         if size == (1 << 7 * width) - 1:
-            return None  # written while nobody knew
+            return None  # written before it was known
         at += 4 + width + size
     return at
 

@@ -1,5 +1,5 @@
 """Replacements, in an exported module, for parts that only this package has: pydantic in the config, and the module's
-own source. `inlining.py` puts them in the place of the originals."""
+own source. `inlining.py` uses them instead of the originals."""
 
 from __future__ import annotations
 

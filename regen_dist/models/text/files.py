@@ -247,12 +247,12 @@ def main() -> None:
 
 # Folders of an encoder that appear whole or not at all.
 @contextmanager
-def atomic_folder(folder: Path, is_there: Callable[[], bool]) -> Iterator[Path]:
+def atomic_folder(folder: Path, is_present: Callable[[], bool]) -> Iterator[Path]:
     """A new folder beside `folder` that is renamed to it when the block ends well, and removed when it does not.
 
     Args:
         folder: not there yet, or empty.
-        is_there: true if another process has made the same meanwhile; raises when it holds something else.
+        is_present: true if another process has made the same meanwhile; raises when it holds something else.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -265,7 +265,7 @@ def atomic_folder(folder: Path, is_there: Callable[[], bool]) -> Iterator[Path]:
             made.chmod(0o755)
             for path in (*made.iterdir(), made):
                 _sync(path)
-            _take_place(made, folder, is_there)
+            _move_into_place(made, folder, is_present)
         finally:
             shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
@@ -275,11 +275,11 @@ def atomic_folder(folder: Path, is_there: Callable[[], bool]) -> Iterator[Path]:
         ) from error
 
 
-def _take_place(made: Path, folder: Path, is_there: Callable[[], bool]) -> None:
+def _move_into_place(made: Path, folder: Path, is_present: Callable[[], bool]) -> None:
     try:
         os.rename(made, folder)
     except OSError:
-        if not is_there():
+        if not is_present():
             raise
     _sync(folder.parent)
 
@@ -321,11 +321,11 @@ def convert_encoder(name: str, folder: Path, dtype: Kept = "same") -> bool:
     source, weights = find_pickled(name)
     folder = Path(os.path.abspath(folder))
     recipe = {"dtype": dtype, "files": {path.name: path.stat().st_size for path in weights}}
-    if _is_there(folder, recipe):
+    if _is_present(folder, recipe):
         return False
     config = json.loads((source / CONFIG_FILE).read_bytes())
     leave = _DECODER if config.get("is_encoder_decoder") or config["model_type"] in ("t5", "mt5", "umt5") else ()
-    with atomic_folder(folder, lambda: _is_there(folder, recipe)) as made:
+    with atomic_folder(folder, lambda: _is_present(folder, recipe)) as made:
         for file in (CONFIG_FILE, *TOKENIZER_FILES):
             if (source / file).is_file():
                 shutil.copyfile(source / file, made / file)
@@ -334,7 +334,7 @@ def convert_encoder(name: str, folder: Path, dtype: Kept = "same") -> bool:
     return True
 
 
-def _is_there(folder: Path, recipe: dict[str, Any]) -> bool:
+def _is_present(folder: Path, recipe: dict[str, Any]) -> bool:
     """Return whether the folder holds this conversion already; raise CheckpointError if it holds something else."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return False

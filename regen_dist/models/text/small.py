@@ -83,10 +83,10 @@ def make_small_encoder(
     kept = sorted({" ".join(caption.split()) for caption in captions} - {""})
     recipe = _recipe(kept, vocabulary, width, layers, heads, seed)
     folder = Path(os.path.abspath(folder))
-    if _is_there(folder, recipe):
+    if _is_present(folder, recipe):
         return False
     tokenizer, tokens = _trained_tokenizer(kept, vocabulary)
-    with atomic_folder(folder, lambda: _is_there(folder, recipe)) as made:
+    with atomic_folder(folder, lambda: _is_present(folder, recipe)) as made:
         _save_model(recipe, tokens, made)
         (made / TOKENIZER_FILE).write_bytes(tokenizer)
         (made / RECIPE_FILE).write_text(recipe.to_text(), encoding="utf-8")
@@ -109,7 +109,7 @@ def _recipe(
     return SmallEncoderRecipe(digest, len(captions), vocabulary, width, layers, heads, seed)
 
 
-def _is_there(folder: Path, recipe: SmallEncoderRecipe) -> bool:
+def _is_present(folder: Path, recipe: SmallEncoderRecipe) -> bool:
     """Return whether the folder holds the result of the recipe already; raise CheckpointError if it holds something
     else."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):

@@ -55,7 +55,7 @@ def holding(place: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def claim(place: str, patience: Patience = QUICK, **changes: Any) -> Claim:
     """One of this process, or of one that is like it but for the changes."""
-    return Claim(place, replace(this_process(Path("mine")), **changes), patience=patience, say=lambda text: None)
+    return Claim(place, replace(this_process(Path("mine")), **changes), patience=patience, log=lambda text: None)
 
 
 def written(place: str) -> list[Holder | None]:

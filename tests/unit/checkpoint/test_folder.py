@@ -154,7 +154,7 @@ class Said(list[str]):
 
 def _newest(folder: CheckpointFolder, said: list[str] | None = None, **options: object) -> int | None:
     listener = Said()
-    manifest = newest_good(folder, say=listener, **options)  # type: ignore[arg-type]
+    manifest = newest_good(folder, log=listener, **options)  # type: ignore[arg-type]
     if said is not None:
         said.extend(listener)
     return None if manifest is None else manifest.step

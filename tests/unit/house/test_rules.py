@@ -100,6 +100,29 @@ def test_a_function_is_one_thought() -> None:
     _differences(long, LONG_FUNCTIONS, f"over {MOST_FUNCTION_LINES} lines")
 
 
+PRIVATE_NAMES = {"told", "mend", "nowhere", "pulse", "verdict", "standin", "standins"}
+FIELDS_ON_DISK = ["launcher/retry.py:told", "launcher/retry.py:told"]  # the field of a rank's exit file, and its use
+
+
+def _private_names(node: ast.AST) -> list[str]:
+    """Names in a node that have one of this project's private words as a part."""
+    names = [getattr(node, field, None) for field in ("id", "attr", "arg", "name")]
+    return [
+        name
+        for name in names
+        if isinstance(name, str) and PRIVATE_NAMES & {*name.lower().replace("stand_in", "standin").split("_")}
+    ]
+
+
+def test_a_name_is_a_standard_word() -> None:
+    """STYLE: a noun for a value (message, reports, conditioning), a verb for a function (report_failure)."""
+    source = "def tell_mend(told): return told._told + told.stand_ins + foretold + _Told_apart"
+    names = [name for node in ast.walk(ast.parse(source)) for name in _private_names(node)]
+    assert sorted(names) == ["_Told_apart", "_told", "stand_ins", "tell_mend", "told", "told", "told"]
+    found = [f"{_named(path)}:{name}" for path in _sources() for node in _nodes(path) for name in _private_names(node)]
+    assert found == FIELDS_ON_DISK
+
+
 def _small_helpers(source: str) -> list[str]:
     """Private functions of at most four lines that are named once beside their definition."""
     found, words = [], Counter(re.findall(r"\w+", source))

@@ -375,7 +375,7 @@ def test_progress_and_counts(data: Path, embedder: Path, tmp_path: Path) -> None
 
 def test_embeddings_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preencode_module, "_TOGETHER", 2)
-    monkeypatch.setattr(preencode_module, "_HELD", 3)
+    monkeypatch.setattr(preencode_module, "_MAX_EMBEDDINGS", 3)
     asked = ["a", "b", "a", "", None, "c", "d", "e", "a"]
     encoder: Any = StandInText()
     held = Captions(encoder, asked, encoder.null().bfloat16())

@@ -68,7 +68,7 @@ def _pretended(capability: tuple[int, int], **packages: Any) -> Iterator[None]:
         mock.patch.dict(sys.modules, every),
         mock.patch.object(kernels, "require_flash", lambda device, dtype, _=None: require("cuda", dtype, capability)),
         mock.patch.object(module, "require_flash", lambda device, dtype: require("cuda", dtype, capability)),
-        mock.patch.object(kernels, "_told", set()),
+        mock.patch.object(kernels, "_logged_kernels", set()),
     ):
         yield
 

@@ -188,7 +188,7 @@ def test_broken_weights_are_no_checkpoint(tmp_path: Path, data: Path, value: flo
     write_checkpoint(run, 6, pieces, good.shapes, state=good.state)
     assert "holds values that are not finite" in folder.problems(folder.manifest(6), checksums=True)[0]
     told: list[str] = []
-    found = newest_good(folder, checksums=True, say=told.append)
+    found = newest_good(folder, checksums=True, log=told.append)
     assert found is not None
     assert found.step == 4
     assert "not finite" in told[0]

@@ -27,7 +27,7 @@ DECLARED = {"reading": _speeds, "other": _speeds}
 
 
 def _verdicts(old: dict[str, float], new: dict[str, float]) -> dict[str, ChangeKind]:
-    return {change.name: change.verdict for change in changes({"reading": old}, {"reading": new}, DECLARED)}
+    return {change.name: change.kind for change in changes({"reading": old}, {"reading": new}, DECLARED)}
 
 
 @pytest.mark.parametrize(
