@@ -20,8 +20,8 @@ from regen_dist.config import AnyRunConfig, T2VConfig, save_config
 from regen_dist.config.identity import latent_identity
 from regen_dist.data.format.index import SCHEMA_VERSION
 from regen_dist.data.format.manifest import MANIFEST
-from tests.helpers.autoencoders import frozen_model
 from tests.helpers.latents import write_cache
+from tests.helpers.networks import frozen_model
 from tests.helpers.tiny import tiny_dataset, tiny_model, tiny_run
 
 

@@ -17,7 +17,7 @@ from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models.decoder import GenerativeDecoder
 from regen_dist.models.embedder import ConvDecoder, Regen
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.tiny import clips
 from tests.helpers.video import moving_square
 

@@ -24,7 +24,7 @@ from regen_dist.training.metrics import StepMeter
 from regen_dist.training.run import build_task, build_trainer, train
 from regen_dist.training.task import Loss, Validation
 from tests.helpers.latents import write_cache
-from tests.helpers.meta import META, Answers, MetaRanks
+from tests.helpers.machine import META, Answers, MetaRanks
 from tests.helpers.tiny import tiny_dataset, tiny_run, tiny_t2v
 
 

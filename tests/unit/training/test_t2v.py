@@ -23,8 +23,8 @@ from regen_dist.inference.generate import trained_size
 from regen_dist.inference.latent_space import parse_statistics, read_space
 from regen_dist.training.run import build_task
 from regen_dist.training.t2v import TextToVideoTask
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
-from tests.helpers.saved import saved_run
 from tests.helpers.t2v import cache_for
 from tests.helpers.tiny import tiny_t2v, wake
 

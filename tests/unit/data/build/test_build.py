@@ -21,7 +21,7 @@ from regen_dist.data.format.index import Sample, checksum, sample_id, samples_of
 from regen_dist.data.format.manifest import MANIFEST, DatasetManifest
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import ConfigError, DataError
-from tests.helpers.builds import OPTIONS, PARTS, objects
+from tests.helpers.datasets import OPTIONS, PARTS, objects
 from tests.helpers.video import moving_square, write_video
 from tools.shards.progress import parse_task
 

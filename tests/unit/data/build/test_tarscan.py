@@ -15,7 +15,7 @@ import pytest
 from regen_dist.data.build import tarscan
 from regen_dist.data.build.tarscan import BLOCK, BrokenTar, Pieces, scan_members
 from regen_dist.data.storage.store import Store
-from tests.helpers.foreign import add_member, change, members
+from tests.helpers.datasets import add_member, change, members
 
 LONG = "folder/" * 30 + "ä" * 60 + ".mp4"
 

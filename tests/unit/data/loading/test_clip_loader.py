@@ -15,8 +15,7 @@ from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.data.loading.validation import validation_clip
 from regen_dist.data.video.conversion import UInt8s
 from regen_dist.errors import ConfigError, DataError
-from tests.helpers.dataconfigs import single
-from tests.helpers.workers import read
+from tests.helpers.datasets import read, single
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from regen_dist.data.loading.latent_loader import LatentBatch, in_background, la
 from regen_dist.data.loading.validation import validation_clip, validation_rows
 from regen_dist.data.order.order import draw_row
 from regen_dist.errors import ConfigError, DataError
-from tests.helpers.foreign import change
+from tests.helpers.datasets import change
 from tests.helpers.latents import write_cache
 
 SIZES = ((32, 48), (32, 32))

@@ -17,8 +17,7 @@ from regen_dist.data.video.conversion import RESIZE, Geometry, UInt8s, fit_geome
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.transcode import EncodeOptions, Segment, encode_segments, probe_video
 from regen_dist.errors import DataError
-from tests.helpers.ffmpeg import H264, PATTERN, ffmpeg
-from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
+from tests.helpers.video import H264, PATTERN, ffmpeg, frame_numbers, moving_square, numbered_frames, write_video
 
 WHOLE = Geometry(48, 64, 0, 0, (48, 64))
 
