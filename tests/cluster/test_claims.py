@@ -1,4 +1,4 @@
-"""Runs whose checkpoints are in a bucket: one process writes them, from whatever run folder."""
+"""Checkpoints of runs in a bucket: one process writes, from any run folder, and `regen checkpoint` handles them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds out of a bucket and into one: the same bytes as between local folders, whoever is killed."""
+"""Datasets in a bucket: built out of it and into it, made of the tars of others, and read by `regen bench data`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`regen jobs` on a real Slurm: what waits and why, what runs, stopping it, and going on on fewer nodes."""
+"""`regen jobs` on a real Slurm: waiting, running, stopping, resuming on fewer nodes; the shell's Slurm variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every operation of a store against a real S3 server."""
+"""A real S3 server: every operation of a store against it, and the server's own start and end."""
 
 from __future__ import annotations
 

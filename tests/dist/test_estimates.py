@@ -1,4 +1,4 @@
-"""Communication that `regen describe` states, against the bytes that ZeRO-3 hands to its collectives."""
+"""Communication and memory that `regen describe` states, against the collectives and tensors of real ZeRO-3 steps."""
 
 from __future__ import annotations
 

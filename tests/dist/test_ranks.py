@@ -1,4 +1,4 @@
-"""What a start of a rank costs, and what it begins with."""
+"""Ranks as processes: the cost of a start, a rank that raises inside a collective, and the naming of slow ranks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Text to video trains from a cache as embedders train from videos: on two ranks as on one, resumed bit for bit; and
-its validation generates videos."""
+"""Text to video under ZeRO-3: two ranks train as one does and resume bit for bit; the 5B model is made sharded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ZeRO-3 on two ranks computes what one plain process computes."""
+"""ZeRO-3 on two ranks computes what one plain process computes, however it cuts its work and prefetches weights."""
 
 from __future__ import annotations
 

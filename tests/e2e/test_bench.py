@@ -1,4 +1,4 @@
-"""Comparisons of `regen bench data`, with worker processes and from nothing."""
+"""`regen bench` data, step, t2v, checkpoint and all at their smallest: whole figures that agree, no speeds."""
 
 from __future__ import annotations
 

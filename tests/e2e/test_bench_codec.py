@@ -1,4 +1,4 @@
-"""`regen bench codec`: a process for each codec; what cannot be had is a row that says so."""
+"""`regen bench codec` and `regen bench compression` at their smallest: a process for each codec, two trained arms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes make datasets as one process does: builds, drawn clips, indexes of tars, and their checks."""
+"""Worker processes make and read datasets as one process does; every caption of moving shapes reads back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WebDataset tars of others: indexed, then trained on together with synthetic shards, as a user types it."""
+"""Data and encoders of others, as a user types it: WebDataset tars trained on, our decoder on a frozen encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`regen submit --cluster local`: by Submitit's local executor, in the background, by the rules of a cluster."""
+"""`regen submit --cluster local` and pipelines on this machine: started again after kills, continued after an end."""
 
 from __future__ import annotations
 

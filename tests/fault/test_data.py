@@ -1,4 +1,4 @@
-"""Bad samples in a loader: another stands in, the same one however the work is divided."""
+"""Faults below the loader: bad samples and their replacements, broken tars, and a disk cache that processes share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that fills up while a run saves: what is there stays, and the run goes on or stops, as configured."""
+"""Disks that fill up or refuse: what is there stays, and a run goes on or stops, as configured."""
 
 from __future__ import annotations
 

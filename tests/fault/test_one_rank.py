@@ -1,4 +1,4 @@
-"""A gradient that is not finite on one rank alone."""
+"""Faults on one rank of two: a gradient that is not finite, and a sample that cannot be read."""
 
 from __future__ import annotations
 

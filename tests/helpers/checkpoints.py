@@ -1,4 +1,4 @@
-"""Looking at a run's checkpoints, and breaking them."""
+"""Checkpoints: inspected, written without training, and damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting `regen shards build` as users do, and looking at what it made."""
+"""Small datasets: built, drawn and made by others, with the data configs and loaders that read them."""
 
 from __future__ import annotations
 

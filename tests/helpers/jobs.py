@@ -1,4 +1,4 @@
-"""Submissions as their folders show them, without anything that runs."""
+"""Submissions: as their folders show them, and real jobs that are held in a step and followed to their end."""
 
 from __future__ import annotations
 

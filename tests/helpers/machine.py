@@ -1,4 +1,4 @@
-"""Processes that run on this machine because of another: its children and theirs."""
+"""Facts of the machine under a test: processes, small disks, a clean Python, and the meta device in place of a GPU."""
 
 from __future__ import annotations
 

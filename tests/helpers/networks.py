@@ -1,4 +1,4 @@
-"""Video autoencoders of diffusers with few random weights, saved as their users have them."""
+"""Networks of others with random weights: diffusers' video autoencoders, and features in torchvision's VGG format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small captioned videos of chosen lengths and sizes, and what encodes them."""
+"""Small captioned videos of chosen lengths and sizes, their encoders, and captions of moving shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real ranks on this machine for tests: processes that find each other through the usual variables."""
+"""Real ranks on this machine for tests, and `regen` commands in ranks that begin with everything imported."""
 
 from __future__ import annotations
 

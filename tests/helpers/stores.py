@@ -1,5 +1,4 @@
-"""Small servers that speak S3 or Azure as far as tests need it, for answers that SeaweedFS does not give: keys that it
-would normalise, archived objects, other regions, Azure's rule for names of metadata."""
+"""Stores beside SeaweedFS: small servers with answers of S3 and Azure that it does not give, and environments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text-to-video runs as if trained: a checkpoint and a latent space, made in a moment; and a text encoder of words."""
+"""Text-to-video runs as if trained, made in a moment: checkpoint, latent space, embedder and text encoder."""
 
 from __future__ import annotations
 

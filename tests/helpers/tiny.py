@@ -1,4 +1,4 @@
-"""The smallest models and runs that still have every part; independent of the presets' numbers."""
+"""The smallest models and runs that still have every part, with and without the adversarial term."""
 
 from __future__ import annotations
 

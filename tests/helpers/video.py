@@ -1,4 +1,4 @@
-"""Small real H.264 videos made from numpy."""
+"""Small real videos made from numpy or by ffmpeg, and frames as ffmpeg shows them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data that cannot be read is found before a run starts."""
+"""Checks of the data before a run starts: clips that cannot be read, caches that do not fit the model."""
 
 from __future__ import annotations
 

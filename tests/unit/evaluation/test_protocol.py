@@ -1,4 +1,4 @@
-"""The protocol of an evaluation: what its hash depends on, which frames it takes, what it refuses."""
+"""The protocol of an evaluation, its hash, frames and refusals; and the costs of the models compared."""
 
 from __future__ import annotations
 

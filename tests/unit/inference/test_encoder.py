@@ -1,4 +1,4 @@
-"""The encoder alone: what is loaded, what is not, and what its fingerprint says."""
+"""The encoder alone: loading, fingerprint; and the embedder that the package carries."""
 
 from __future__ import annotations
 

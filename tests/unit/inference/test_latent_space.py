@@ -1,4 +1,4 @@
-"""Normalising latents, undoing it, and that nobody decodes the one for the other."""
+"""The latent space: normalisation, its inverse, refusals, and statistics that do not depend on the order of sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos to a cache of latents: what an entry holds, resuming, sharing the work, and what is refused."""
+"""Videos to a cache of latents: entries, captions, sums, resuming, sharing the work, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The local launcher, with small Python programs for ranks: environment, exit codes, signals, and no orphans."""
+"""The local launcher: environment, exit codes, signals and orphans of ranks, locks of killed builds, early checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latent conditioning: real-valued time, by a SIREN or by learned vectors; the first-frame rule."""
+"""Latent conditioning: real-valued time, by a SIREN, learned vectors or tokens in context; the first-frame rule."""
 
 from __future__ import annotations
 

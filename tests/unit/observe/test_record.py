@@ -1,4 +1,4 @@
-"""The record on disk: every step once, whatever happened in between."""
+"""The record on disk, every step once whatever happened in between, and the progress line of the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`regen describe` runs for every config of the repository."""
+"""`regen describe`: every config of the repository, and the pages that quote it."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Local services: configuration and processes of the loopback Slurm and of the S3 server."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""The programs that make data: `regen shards` and `regen fetch-videos`, without the network."""
+"""Programs that make data, without the network: `regen shards` with captions, `regen fetch-videos`, and stopping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guards: what they count, when they speak, and that a resumed run counts on."""
+"""The guards: counts, moments of speaking, loss spikes, and equal decisions after a resume."""
 
 from __future__ import annotations
 

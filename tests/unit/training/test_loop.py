@@ -1,4 +1,4 @@
-"""What the training step shows of its gradients: whole, averaged, not clipped; and the norms by layer in the record."""
+"""The training step: its gradients, whole, averaged, not clipped; and whole steps of each task on the meta device."""
 
 from __future__ import annotations
 

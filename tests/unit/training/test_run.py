@@ -1,4 +1,4 @@
-"""A run that goes on by another config says what has changed, and keeps the earlier one."""
+"""Runs that resume: another config, another folder or name, and only where their checkpoint belongs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to video's task: a loss of samples and not of batches, texts that are dropped, and what is looked at."""
+"""Text to video's task: losses of samples, dropped texts, previews, and rows with frames given clean."""
 
 from __future__ import annotations
 

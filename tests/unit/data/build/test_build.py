@@ -1,3 +1,5 @@
+"""Builds of datasets: content, options, filters, duplicates, tasks, and builds that are killed and continued."""
+
 from __future__ import annotations
 
 import json

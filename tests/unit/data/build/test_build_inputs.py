@@ -1,4 +1,4 @@
-"""Building and indexing what a player shows otherwise than it is stored; odd names, odd rates, odd options."""
+"""Builds of difficult inputs: odd display, names and rates, and objects of buckets that cannot be fetched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`regen shards verify`: what is bad is named, whatever it is."""
+"""`regen shards verify`: each defect of a dataset or latent cache is named."""
 
 from __future__ import annotations
 

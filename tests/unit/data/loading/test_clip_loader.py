@@ -1,3 +1,5 @@
+"""The clip loader: batches, cursors, and the slots that hold decoded clips."""
+
 from __future__ import annotations
 
 import gc

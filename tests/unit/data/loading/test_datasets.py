@@ -1,4 +1,4 @@
-"""Which samples go to which bucket, and the file that says so."""
+"""Training sets: samples in their buckets, mixtures, and clips that do not depend on ranks and workers."""
 
 from __future__ import annotations
 

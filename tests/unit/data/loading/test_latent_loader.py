@@ -1,4 +1,4 @@
-"""Latent caches as training data: which rows a run sees, however it is cut into ranks and micro-batches."""
+"""The latent loader: rows that do not depend on ranks and micro-batches, and items that are made ahead."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The video reader: frames by number and time, streams, rotation, and errors of damaged files."""
+
 from __future__ import annotations
 
 import struct

@@ -1,4 +1,4 @@
-"""What the preflight says of a run that was there before: times, jobs, checkpoints; and of its memory."""
+"""The preflight of existing runs: times, jobs, checkpoints, memory; and of text-to-video runs."""
 
 from __future__ import annotations
 

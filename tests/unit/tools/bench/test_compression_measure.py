@@ -1,4 +1,4 @@
-"""What an arm is measured by: sizes, clips in and out of a codec, times between frames, and measures that are kept."""
+"""Measures of a compression arm: clips that are tested on, sizes, times between frames, and kept results."""
 
 from __future__ import annotations
 

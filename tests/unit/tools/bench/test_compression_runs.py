@@ -1,4 +1,4 @@
-"""The arms of the compression benchmark: valid configs that differ from each other in what their names say."""
+"""Trainings of the compression benchmark: arms, budgets, what is trained and when, and commands side by side."""
 
 from __future__ import annotations
 
