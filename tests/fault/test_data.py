@@ -27,8 +27,7 @@ from regen_dist.data.format.manifest import MANIFEST
 from regen_dist.data.inspect.check import verify_dataset
 from regen_dist.data.loading.cache import DiskCache
 from regen_dist.errors import DataError
-from tests.helpers.datasets import change, read, single, write_shards
-from tests.unit.data.build.test_build import flip_byte
+from tests.helpers.datasets import flip_byte, read, single, write_shards
 from tests.unit.data.loading.test_cache import BLOCK, occupied, recorded
 
 
@@ -120,7 +119,7 @@ def cut_boundary(tar: Path) -> int:
 def damage_header(tar: Path) -> int:
     with tarfile.open(tar) as opened:
         at = opened.getmembers()[3].offset
-    change(tar, at + 3)
+    flip_byte(tar, at + 3)
     return at
 
 

@@ -155,7 +155,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes | Any) -> None:
     tar.addfile(info, BytesIO(data))
 
 
-def change(path: Path, position: int) -> None:
+def flip_byte(path: Path, position: int) -> None:
     """Turn over one bit."""
     data = bytearray(path.read_bytes())
     data[position] ^= 0x40

@@ -114,3 +114,21 @@ def saved_parts(folder: Path, *, embedder: dict[str, Any] | None = None, **chang
     embedding = TextEmbedding(null, torch.ones(len(null), dtype=torch.bool))
     LatentSpace({**space.facts, "text": encoder.facts()}, space.statistics, embedding).write(run.folder)
     return Parts(run, codec, folder / "t5")
+
+
+SMALL_MODEL = {"blocks": 1, "heads": 2, "width": 16, "text_width": 16}
+
+
+def t2v_run(output: Path, *urls: Path, **changes: Any) -> T2VConfig:
+    """A text-to-video run on one cache or several; changes are sections, laid over its own."""
+    sources = [{"url": str(url)} for url in urls]
+    values: dict[str, Any] = {
+        "name": "t2v",
+        "output": str(output),
+        "model": SMALL_MODEL,
+        "data": {"url": str(urls[0])} if len(urls) == 1 else {"mixture": sources},
+        "engine": {"kind": "plain", "precision": "fp32"},
+        "train": {"steps": 8, "batch_global": 4},
+    }
+    merged = {name: {**values.get(name, {}), **section} for name, section in changes.items()}
+    return T2VConfig.model_validate({**values, **merged})
