@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from tests.helpers.objects import READER, Proxied, use
 from tests.helpers.slurm import clear_jobs
+from tests.helpers.stores import READER, Proxied, use
 from tools.local_services.s3 import Identity, ObjectServer, start_store
 from tools.local_services.slurm import SlurmCluster, start_slurm
 from tools.local_services.slurm_daemons import missing_packages

@@ -29,12 +29,10 @@ from regen_dist.distributed.ranks import Ranks, chunk, process_group, read_envir
 from regen_dist.errors import AccessDenied, CheckpointError, StoreUnavailable
 from regen_dist.observe.record import read_record
 from regen_dist.training import run as training
-from tests.helpers.checkpoints import KINDS
-from tests.helpers.damage import Answer, Case, Damage, ask
-from tests.helpers.objects import use
+from tests.helpers.checkpoints import KINDS, Answer, Case, Damage, ask, save_checkpoint, small_state
 from tests.helpers.proxy import FaultProxy
 from tests.helpers.ranks import run_ranks, start_ranks
-from tests.helpers.saved import save_checkpoint, small_state
+from tests.helpers.stores import use
 from tests.helpers.tiny import tiny_dataset, tiny_run
 from tools.checkpoint import app
 from tools.local_services.s3 import ObjectServer

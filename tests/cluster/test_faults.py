@@ -13,8 +13,8 @@ import pytest
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, ObjectMissing, StoreUnavailable
-from tests.helpers.objects import Proxied
 from tests.helpers.proxy import FaultProxy, Kind
+from tests.helpers.stores import Proxied
 
 LIMITS = StoreLimits(stall_s=0.3, deadline_s=6.0, connect_s=1.0)
 SHORT = StoreLimits(stall_s=0.2, deadline_s=0.6, connect_s=0.5)

@@ -19,7 +19,7 @@ from launcher.job import Submission
 from regen_dist.config import to_yaml
 from regen_dist.data.build.build import build_shards
 from regen_dist.data.build.segments import BuildOptions
-from tests.helpers.launching import (
+from tests.helpers.jobs import (
     Submitter,
     attempts,
     has_been_told,
@@ -30,9 +30,9 @@ from tests.helpers.launching import (
     wait_until,
     whys,
 )
-from tests.helpers.objects import use
 from tests.helpers.ranks import run_regen
 from tests.helpers.slurm import submit, wait_for
+from tests.helpers.stores import use
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
 from tools.local_services.s3 import ObjectServer

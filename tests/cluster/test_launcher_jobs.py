@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from regen_dist.config import to_yaml
-from tests.helpers.launching import Submitter, attempts, held, losses, told, wait_for_end, wait_until, whys
+from tests.helpers.jobs import Submitter, attempts, held, losses, told, wait_for_end, wait_until, whys
 from tests.helpers.slurm import wait_for
 from tests.helpers.tiny import tiny_dataset, tiny_run
 from tests.helpers.video import moving_square, write_video

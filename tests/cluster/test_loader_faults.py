@@ -24,12 +24,11 @@ from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import AccessDenied, DataError, StoreUnavailable
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import train
-from tests.helpers.disks import small_disk
-from tests.helpers.objects import Proxied, use
-from tests.helpers.processes import wait_until_gone
+from tests.helpers.datasets import forget_environment, read, start, worker_ids
+from tests.helpers.machine import small_disk, wait_until_gone
 from tests.helpers.proxy import Kind
+from tests.helpers.stores import Proxied, use
 from tests.helpers.tiny import tiny_run
-from tests.helpers.workers import forget_environment, read, start, worker_ids
 from tools.local_services.s3 import ObjectServer
 
 SAMPLES = 25  # three shards of eight, and one of a single sample

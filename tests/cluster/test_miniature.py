@@ -16,8 +16,8 @@ from regen_dist.config import to_yaml
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.evaluation.miniature_scores import REAL, RECONSTRUCTED, WRONG_CAPTIONS
 from regen_dist.observe.record import read_record
-from tests.helpers.launching import Submitter, attempts, losses, told
-from tests.helpers.objects import use
+from tests.helpers.jobs import Submitter, attempts, losses, told
+from tests.helpers.stores import use
 from tests.helpers.tiny import tiny_model, tiny_run
 from tools.local_services.s3 import ObjectServer
 from tools.local_services.slurm import SlurmCluster

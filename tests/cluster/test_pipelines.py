@@ -14,9 +14,9 @@ import yaml
 from launcher.job import Submission, newest_job
 from launcher.pipelines.schema import exists
 from regen_dist.config import to_yaml
-from tests.helpers.launching import Submitter, attempts, has_been_told, held, told, wait_for_end, wait_until, whys
-from tests.helpers.objects import use
+from tests.helpers.jobs import Submitter, attempts, has_been_told, held, told, wait_for_end, wait_until, whys
 from tests.helpers.slurm import submit, wait_for
+from tests.helpers.stores import use
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
 from tools.local_services.s3 import ObjectServer

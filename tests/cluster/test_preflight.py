@@ -22,9 +22,9 @@ from regen_dist.config import to_yaml
 from regen_dist.data.storage.store import Store
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
-from tests.helpers.launching import Submitter
-from tests.helpers.objects import READER, use
+from tests.helpers.jobs import Submitter
 from tests.helpers.slurm import submit
+from tests.helpers.stores import READER, use
 from tests.helpers.tiny import tiny_run
 from tools.local_services.s3 import ObjectServer
 from tools.local_services.slurm import SlurmCluster

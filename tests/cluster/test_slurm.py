@@ -15,9 +15,9 @@ import pytest
 import submitit
 
 from regen_dist.errors import BackendError
-from tests.helpers.objects import use
-from tests.helpers.processes import descendants, runs, wait_until_gone
+from tests.helpers.machine import descendants, runs, wait_until_gone
 from tests.helpers.slurm import accounted, said, state, submit, wait_for, wait_until
+from tests.helpers.stores import use
 from tools.local_services.slurm import SlurmCluster, start_slurm
 
 LOOPBACK, LISTENS = "0100007F", "0A"  # in /proc/net/tcp

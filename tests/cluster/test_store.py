@@ -1,4 +1,4 @@
-"""Every operation of a store against a real S3 server."""
+"""A real S3 server: every operation of a store against it, and the server's own start and end."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import pytest
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectMissing, StoreUnavailable
-from tests.helpers.objects import READER, Proxied, use
+from tests.helpers.machine import runs, wait_until_gone
 from tests.helpers.storecontract import DATA, StoreContract
-from tools.local_services.s3 import ObjectServer
+from tests.helpers.stores import READER, Proxied, use
+from tools.local_services.s3 import ObjectServer, start_store
 
 SECRET = "SENTINEL0123456789"
 QUICK = StoreLimits(stall_s=0.5, deadline_s=1.0, connect_s=0.5)
@@ -200,3 +201,34 @@ def test_a_killed_upload_leaves_no_object(bucket_url: str, proxied: Proxied, tmp
     assert (store.list(), store.size("a/large")) == ({}, None)
     store.put_file("a/large", path)  # and the next try is not in its way
     assert store.size("a/large") == 30 << 20
+
+
+# The server itself: what it keeps, and that it never outlives who started it.
+
+
+def test_a_server_serves_again_what_lies_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_store(tmp_path, bucket="first") as server:
+        use(monkeypatch, server.environment())
+        Store("s3://first/x").put("one.bin", b"1" * 1000)
+        server.create_bucket("second")
+        server.create_bucket("second")
+        assert Store("s3://second").list() == {}
+    assert server.process.poll() is not None
+    with start_store(tmp_path, bucket="first", identities=server.identities) as again:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", again.endpoint)
+        assert Store("s3://first/x").get("one.bin") == b"1" * 1000
+
+
+def test_a_server_ends_with_its_parent(tmp_path: Path, root: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from tools.local_services.s3 import start_store\n"
+        "with start_store(pathlib.Path(sys.argv[1])) as server:\n"
+        "    print(server.process.pid, flush=True); time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    server = int(parent.stdout.readline())
+    assert runs(server)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_until_gone([server], 30.0)

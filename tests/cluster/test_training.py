@@ -19,9 +19,9 @@ from regen_dist.errors import AccessDenied, CheckpointError
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import train
 from tests.helpers.checkpoints import newest
-from tests.helpers.objects import use
-from tests.helpers.processes import descendants, wait_until_gone
+from tests.helpers.machine import descendants, wait_until_gone
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step
+from tests.helpers.stores import use
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
 from tools.local_services.s3 import ObjectServer

@@ -11,10 +11,9 @@ import torch
 
 from regen_dist.config.embedder import RunConfig
 from regen_dist.observe.record import read_record
-from tests.helpers.adversarial import ADVERSARIAL, saved_tensors
-from tests.helpers.perceptual import write_vgg
+from tests.helpers.networks import write_vgg
 from tests.helpers.ranks import Job, run_ranks, train_jobs
-from tests.helpers.tiny import tiny_dataset, tiny_run
+from tests.helpers.tiny import ADVERSARIAL, saved_tensors, tiny_dataset, tiny_run
 
 pytestmark = pytest.mark.timeout(1200)
 

@@ -12,8 +12,8 @@ import torch
 from regen_dist.config import AnyRunConfig
 from regen_dist.observe.record import read_record
 from tests.dist.conftest import START_S, Runs
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.ranks import Job, run_ranks, train_jobs
-from tests.helpers.saved import saved_run
 from tests.helpers.t2v import WordEncoder, cache_for
 from tests.helpers.tiny import tiny_dataset, tiny_run, tiny_t2v
 

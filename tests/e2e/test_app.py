@@ -23,7 +23,7 @@ from regen_dist.config.t2v import TextConfig
 from regen_dist.inference.frames import SourceVideo
 from regen_dist.models.text import TextEncoder, make_small_encoder
 from regen_dist.programs import regen
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.t2v import CPU, WordEncoder, saved_t2v
 from tests.helpers.video import moving_square, write_video
 

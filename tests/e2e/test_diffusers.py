@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
-from tests.helpers.clean_python import clean_python, run_clean
-from tests.helpers.pipelines import saved_parts
+from tests.helpers.machine import clean_python, run_clean
 from tests.helpers.ranks import run_regen
+from tests.helpers.t2v import saved_parts
 from tests.helpers.tiny import clips
 
 EMBEDDER = """

@@ -19,7 +19,7 @@ from regen_dist.evaluation.evaluated_models import DiffusersCodec, load_models
 from regen_dist.evaluation.metrics import VideoMeter
 from regen_dist.inference.codec import Window
 from regen_dist.inference.frames import SourceVideo, write_video
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.video import moving_square
 from tools.cli import app
 

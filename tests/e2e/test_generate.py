@@ -10,9 +10,9 @@ import yaml
 
 from regen_dist.config import to_yaml
 from regen_dist.inference.frames import SourceVideo
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.preencoding import Video, write_videos
 from tests.helpers.ranks import run_regen
-from tests.helpers.saved import saved_run
 from tests.helpers.tiny import tiny_t2v
 
 STEPS, TEXT_WIDTH = 4, 16

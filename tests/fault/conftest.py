@@ -9,8 +9,8 @@ import pytest
 from regen_dist.config import to_yaml
 from regen_dist.data.build.build import build_shards
 from regen_dist.observe.record import read_record
-from tests.helpers.builds import OPTIONS, write_sources
-from tests.helpers.commands import run_regen_ranks
+from tests.helpers.datasets import OPTIONS, write_sources
+from tests.helpers.ranks import run_regen_ranks
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 STEPS, SAVE_EVERY = 16, 4

@@ -19,9 +19,18 @@ from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.storage.store import Store
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
-from tests.helpers.builds import FLAGS, PARTS, objects, run_builds, start_build, wait_for, write_sources
-from tests.helpers.foreign import numbered, write_tar
-from tests.helpers.processes import descendants, wait_until_gone
+from tests.helpers.datasets import (
+    FLAGS,
+    PARTS,
+    numbered,
+    objects,
+    run_builds,
+    start_build,
+    wait_for,
+    write_sources,
+    write_tar,
+)
+from tests.helpers.machine import descendants, wait_until_gone
 from tests.helpers.video import moving_square, write_video
 
 
@@ -89,7 +98,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(sources:
         from dataclasses import replace
         from pathlib import Path
         from regen_dist.data.build.build import build_shards
-        from tests.helpers.builds import PARTS
+        from tests.helpers.datasets import PARTS
 
         try:
             build_shards([sys.argv[1]], sys.argv[2], replace(PARTS, keep=True), workers=0)

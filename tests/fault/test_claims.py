@@ -13,7 +13,7 @@ import pytest
 from regen_dist.config import to_yaml
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import folder_of
-from tests.helpers.processes import wait_until_gone
+from tests.helpers.machine import wait_until_gone
 from tests.helpers.ranks import run_regen, start_regen, wait_for_step
 from tests.helpers.tiny import tiny_dataset, tiny_run
 

@@ -13,11 +13,8 @@ from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.shards import shard_name
 from regen_dist.data.storage.connection import StoreLimits
 from tests.fault.conftest import SAVE_EVERY, STEPS, losses
-from tests.helpers.checkpoints import folder_of, newest
-from tests.helpers.commands import run_regen_ranks, said
-from tests.helpers.damage import Answer, Case, Damage, ask, flip
-from tests.helpers.ranks import run_ranks
-from tests.helpers.saved import save_checkpoint, small_state
+from tests.helpers.checkpoints import Answer, Case, Damage, ask, flip, folder_of, newest, save_checkpoint, small_state
+from tests.helpers.ranks import run_ranks, run_regen_ranks, said
 
 OLDER, NEWEST = 4, 8
 FOLDER, BEFORE = f"step-{NEWEST:08d}", f"step-{OLDER:08d}"

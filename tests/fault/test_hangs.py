@@ -22,7 +22,7 @@ import pytest
 from launcher.supervise import launch
 from regen_dist.config.run import HangConfig
 from regen_dist.observe.heartbeat import beat_path, parse_beat, read_text
-from tests.helpers.processes import runs
+from tests.helpers.machine import runs
 from tests.helpers.ranks import start_regen, wait_for_step
 
 CONFIG = HangConfig(beat_s=0.2, warn_s=3.0, limit_s=6.0, start_limit_s=30.0)

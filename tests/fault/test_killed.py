@@ -11,9 +11,8 @@ import pytest
 
 from tests.fault.conftest import SAVE_EVERY, STEPS, losses
 from tests.helpers.checkpoints import folder_of, newest
-from tests.helpers.commands import run_regen_ranks, said
-from tests.helpers.processes import wait_until_gone
-from tests.helpers.ranks import run_regen, start_regen, wait_for_step
+from tests.helpers.machine import wait_until_gone
+from tests.helpers.ranks import run_regen, run_regen_ranks, said, start_regen, wait_for_step
 
 
 def _children(process_id: int) -> list[int]:

@@ -21,9 +21,9 @@ from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.loading import clip_loader
 from regen_dist.data.loading.clip_loader import ClipReader, decoding_problems
 from regen_dist.errors import DataError
-from tests.helpers.launching import is_stopped, wait_until
-from tests.helpers.processes import wait_until_gone
-from tests.helpers.workers import start, worker_ids
+from tests.helpers.datasets import start, worker_ids
+from tests.helpers.jobs import is_stopped, wait_until
+from tests.helpers.machine import wait_until_gone
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ _SMALL_SHARED_MEMORY = """
 import sys
 from regen_dist.config.embedder import DataConfig
 from regen_dist.errors import DataError
-from tests.helpers.workers import read
+from tests.helpers.datasets import read
 
 if __name__ == "__main__":
     try:

@@ -17,8 +17,8 @@ from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.inference.preencode import preencode
 from regen_dist.models.text import make_small_encoder
-from tests.helpers.builds import objects, wait_for
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
+from tests.helpers.datasets import objects, wait_for
 
 SHARDS = 40
 

@@ -16,9 +16,8 @@ from regen_dist.config.embedder import RunConfig
 from regen_dist.observe.record import read_record
 from tests.fault.conftest import losses
 from tests.helpers.checkpoints import folder_of, newest
-from tests.helpers.commands import run_regen_ranks, said
-from tests.helpers.processes import descendants
-from tests.helpers.ranks import run_ranks, start_regen, wait_for_step
+from tests.helpers.machine import descendants
+from tests.helpers.ranks import run_ranks, run_regen_ranks, said, start_regen, wait_for_step
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 RESUME = 75

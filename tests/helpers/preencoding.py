@@ -1,9 +1,11 @@
-"""Small captioned videos of chosen lengths and sizes, and what encodes them."""
+"""Small captioned videos of chosen lengths and sizes, their encoders, and captions of moving shapes."""
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,17 @@ from regen_dist.data.format.index import SampleFacts
 from regen_dist.data.format.manifest import write_manifest
 from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
 from regen_dist.data.storage.store import Store
+from regen_dist.data.synthetic.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    WORDINGS,
+    Attributes,
+    caption,
+)
 from tests.helpers.video import moving_square, write_video
 
 FPS = 8
@@ -77,3 +90,15 @@ def preencode_config(embedder: Path, data: Path, output: Path, **changes: Any) -
     """A config without text, of small batches."""
     values = {"embedder": str(embedder), "data": str(data), "output": str(output), "text": None, "batch_clips": 4}
     return PreencodeConfig.model_validate(values | changes)
+
+
+# Captions of moving shapes, without the videos.
+
+
+@cache
+def captioned_scenes(number: int) -> tuple[tuple[Attributes, str], ...]:
+    """Scenes and what is said of each: always the same."""
+    drawn = random.Random(0)
+    kinds = [list(names) for names in (COLOURS, SHAPES, SIZES, DIRECTIONS, SPEEDS, BACKGROUNDS)]
+    scenes = [Attributes(*(drawn.choice(names) for names in kinds)) for _ in range(number)]
+    return tuple((scene, caption(scene, drawn.randrange(WORDINGS))) for scene in scenes)

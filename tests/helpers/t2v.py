@@ -1,22 +1,25 @@
-"""Text-to-video runs as if trained: a checkpoint and a latent space, made in a moment; and a text encoder of words."""
+"""Text-to-video runs as if trained, made in a moment: checkpoint, latent space, embedder and text encoder."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import RunConfig, T2VConfig, config_hash, save_config
+from regen_dist.config.t2v import TextConfig
 from regen_dist.data.format.latents import TextEmbedding
 from regen_dist.inference.encoder import FrozenEncoder
+from regen_dist.inference.generate import as_in_cache
 from regen_dist.inference.latent_space import LatentSpace, LatentSpread, LatentStatistics
 from regen_dist.models.encoder import Latents
+from regen_dist.models.text import TextEncoder, make_small_encoder
+from tests.helpers.checkpoints import model_state, save_checkpoint, saved_run
 from tests.helpers.latents import write_cache
 from tests.helpers.preencoding import StandInText
-from tests.helpers.saved import model_state, save_checkpoint
 from tests.helpers.tiny import tiny_t2v
 
 CPU = torch.device("cpu")
@@ -83,3 +86,49 @@ def saved_t2v(output: Path, embedder: RunConfig | None = None, *, step: int = 7,
         metrics={"loss": 0.5},
     )  # fmt: skip
     return config
+
+
+# A text-to-video run with its embedder and a text encoder of transformers, as if trained, made in a moment.
+
+
+CAPTIONS = ("a small red circle moves left", "a large green square moves up", "a blue star stands still")
+TEXT_WIDTH, MAX_TOKENS = 16, 6
+
+
+class Parts(NamedTuple):
+    """The runs, and the folder of the text encoder."""
+
+    run: T2VConfig
+    embedder: RunConfig
+    text: Path
+
+
+def saved_parts(folder: Path, *, embedder: dict[str, Any] | None = None, **changes: Any) -> Parts:
+    """All three, which belong together; captions are cut at six tokens."""
+    codec = saved_run(folder / "runs", **(embedder or {}))
+    make_small_encoder(CAPTIONS, folder / "t5", width=TEXT_WIDTH)
+    run = saved_t2v(folder / "runs", codec, model__text_width=TEXT_WIDTH, **changes)
+    encoder = TextEncoder.load(TextConfig(encoder=str(folder / "t5"), max_tokens=MAX_TOKENS))
+    space = latent_space(codec)
+    null = as_in_cache(encoder.null())
+    embedding = TextEmbedding(null, torch.ones(len(null), dtype=torch.bool))
+    LatentSpace({**space.facts, "text": encoder.facts()}, space.statistics, embedding).write(run.folder)
+    return Parts(run, codec, folder / "t5")
+
+
+SMALL_MODEL = {"blocks": 1, "heads": 2, "width": 16, "text_width": 16}
+
+
+def t2v_run(output: Path, *urls: Path, **changes: Any) -> T2VConfig:
+    """A text-to-video run on one cache or several; changes are sections, laid over its own."""
+    sources = [{"url": str(url)} for url in urls]
+    values: dict[str, Any] = {
+        "name": "t2v",
+        "output": str(output),
+        "model": SMALL_MODEL,
+        "data": {"url": str(urls[0])} if len(urls) == 1 else {"mixture": sources},
+        "engine": {"kind": "plain", "precision": "fp32"},
+        "train": {"steps": 8, "batch_global": 4},
+    }
+    merged = {name: {**values.get(name, {}), **section} for name, section in changes.items()}
+    return T2VConfig.model_validate({**values, **merged})

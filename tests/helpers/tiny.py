@@ -1,13 +1,18 @@
-"""The smallest models and runs that still have every part; independent of the presets' numbers."""
+"""The smallest models and runs that still have every part, with and without the adversarial term."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
+from regen_dist.checkpoint.folder import CheckpointFolder
+from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.config.embedder import ModelConfig, RunConfig
 from regen_dist.config.t2v import T2VConfig, T2VModelConfig
 from regen_dist.data.build.build import build_shards
@@ -124,3 +129,34 @@ def tiny_dataset(folder: Path) -> Path:
     options = BuildOptions(segment_seconds=1.0, short_side=48, crf=20, samples_per_shard=4, min_frames=20)
     build_shards([folder / "videos"], folder / "shards", options, workers=0)
     return folder / "shards"
+
+
+# Presets as tests want them: independent of how `nano` is tuned.
+
+
+STAGES_AT_8 = "[{channels: 64, temporal: 2}, {channels: 96, spatial: 2, temporal: 2}, {channels: 128, temporal: 2}]"
+NANO_AT_8 = [  # overrides that make configs/embedder/nano*.yaml a k = 8 model with full attention
+    "model.temporal_compression=8",
+    f"model.encoder.stages={STAGES_AT_8}",
+    "model.decoder.attention={backend: sdpa, pattern: full}",
+]
+
+
+# Runs with the adversarial term, and what their checkpoints hold.
+
+
+ADVERSARIAL: dict[str, Any] = {
+    f"train__losses__adversarial__{key}": value
+    for key, value in {"weight": 0.1, "channels": 16, "layers": 1, "lr": 1e-3}.items()
+}
+
+
+def saved_tensors(run: Path, step: int) -> tuple[dict[str, Tensor], CheckpointManifest]:
+    """Every tensor of a checkpoint, flat and gathered over the ranks that saved it, by its key; and the manifest."""
+    folder = CheckpointFolder(run / "checkpoints")
+    manifest = folder.manifest(step)
+    shapes = manifest.shapes | manifest.state.get("companion", {}).get("shapes", {})
+    reader = folder.reader(replace(manifest, shapes=shapes))
+    with safe_open(next(run.glob(f"checkpoints/step-{step:08d}/*.safetensors")), "pt") as shard:  # type: ignore[no-untyped-call]
+        keys = list(shard.keys())
+    return {key: reader.read(key, 0, prod(shapes[key.split("/", 1)[1]])) for key in keys}, manifest

@@ -11,7 +11,7 @@ import torch
 from regen_dist.data.inspect.check import verify_dataset
 from regen_dist.inference.codec import Codec
 from regen_dist.observe.record import read_record
-from tests.helpers.commands import run_regen_alone
+from tests.helpers.ranks import run_regen_alone
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "004112b"
 

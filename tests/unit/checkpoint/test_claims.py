@@ -20,8 +20,8 @@ from regen_dist.checkpoint.claims import Claim, Claims, Holder, Patience, parse_
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, RunBusy
 from regen_dist.jsontext import json_text
-from tests.helpers.launching import wait_until
-from tests.helpers.processes import wait_until_gone
+from tests.helpers.jobs import wait_until
+from tests.helpers.machine import wait_until_gone
 from tests.helpers.tiny import tiny_run
 
 QUICK = Patience(beat_s=0.1, look_s=0.6, stale_s=1.5, poll_s=0.05)

@@ -22,7 +22,7 @@ from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
-from tests.helpers.saved import model_state, save_checkpoint, saved_run
+from tests.helpers.checkpoints import model_state, save_checkpoint, saved_run
 from tests.helpers.t2v import saved_t2v
 from tests.helpers.tiny import clips, tiny_dataset, tiny_run
 

@@ -17,8 +17,7 @@ from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models.embedder import build_model
-from tests.helpers.checkpoints import KINDS, newest, tensors
-from tests.helpers.saved import model_state, saved_run
+from tests.helpers.checkpoints import KINDS, model_state, newest, saved_run, tensors
 from tests.helpers.t2v import saved_t2v
 from tests.helpers.tiny import tiny_run, tiny_t2v
 

@@ -1,4 +1,4 @@
-"""A checkpoint is there as a whole or not at all."""
+"""Checkpoint folders: a checkpoint is there as a whole or not at all, and the newest whole one is found."""
 
 from __future__ import annotations
 

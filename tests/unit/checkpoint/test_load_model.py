@@ -11,7 +11,7 @@ import torch
 from regen_dist.checkpoint.load_model import find_embedder, find_t2v
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.export import ExportOptions, export_model
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.t2v import saved_t2v
 from tests.unit.house.test_contracts import ROOT, _sources
 

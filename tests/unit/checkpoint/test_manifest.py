@@ -1,4 +1,4 @@
-"""A manifest that was changed is noticed; histories are told from futures that were given up."""
+"""Manifests: changes are noticed, abandoned futures differ from the history, and the retention rule keeps steps."""
 
 from __future__ import annotations
 

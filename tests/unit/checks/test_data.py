@@ -1,4 +1,4 @@
-"""Data that cannot be read is found before a run starts."""
+"""Checks of the data before a run starts: clips that cannot be read, caches that do not fit the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from regen_dist.config import AnyRunConfig, T2VConfig, save_config
 from regen_dist.config.identity import latent_identity
 from regen_dist.data.format.index import SCHEMA_VERSION
 from regen_dist.data.format.manifest import MANIFEST
-from tests.helpers.autoencoders import frozen_model
 from tests.helpers.latents import write_cache
+from tests.helpers.networks import frozen_model
+from tests.helpers.t2v import t2v_run
 from tests.helpers.tiny import tiny_dataset, tiny_model, tiny_run
 
 
@@ -107,24 +108,6 @@ def test_what_an_earlier_job_makes_need_not_be_there(tmp_path: Path) -> None:
 
 
 # What is said of the data of a text-to-video run before it starts: caches of one kind, which its model fits.
-
-
-MODEL = {"blocks": 1, "heads": 2, "width": 16, "text_width": 16}
-
-
-def t2v_run(output: Path, *urls: Path, **changes: Any) -> T2VConfig:
-    """A text-to-video run on one cache or several; changes are sections, laid over its own."""
-    sources = [{"url": str(url)} for url in urls]
-    values: dict[str, Any] = {
-        "name": "t2v",
-        "output": str(output),
-        "model": MODEL,
-        "data": {"url": str(urls[0])} if len(urls) == 1 else {"mixture": sources},
-        "engine": {"kind": "plain", "precision": "fp32"},
-        "train": {"steps": 8, "batch_global": 4},
-    }
-    merged = {name: {**values.get(name, {}), **section} for name, section in changes.items()}
-    return T2VConfig.model_validate({**values, **merged})
 
 
 def told(config: AnyRunConfig, produced: tuple[str, ...] = ()) -> list[str]:

@@ -1,4 +1,4 @@
-"""A global batch is divided in one place: the config's check, the order of the data and DeepSpeed give one answer."""
+"""Division of a global batch: one answer for config, data order and DeepSpeed; and ranks that share rows of tokens."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from regen_dist.data.build.build import build_shards
-from tests.helpers.builds import OPTIONS, write_sources
+from tests.helpers.datasets import OPTIONS, write_sources
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Counter-based noise: the published generator, and a function of its key alone."""
+"""Counter-based noise and timestep densities: functions of their key alone, with the published distributions."""
 
 from __future__ import annotations
 

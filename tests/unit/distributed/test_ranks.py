@@ -1,4 +1,4 @@
-"""Who a process is among the ranks, and which part of a parameter it holds."""
+"""Ranks: identity of a process, its part of a parameter, and the kernels that determinism allows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain engine: the arithmetic that ZeRO-3 is held against."""
+"""The plain engine, reference of ZeRO-3: its arithmetic, and its blocks through torch.compile."""
 
 from __future__ import annotations
 

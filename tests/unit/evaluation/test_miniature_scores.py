@@ -1,4 +1,6 @@
-"""Every arm is read against its captions, and the page shows it all by itself. Drawn clips stand in for generated."""
+"""Scores of the miniature: arms read against their captions, intervals and chance level, and the page. Drawn clips
+replace generated ones.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol of an evaluation: what its hash depends on, which frames it takes, what it refuses."""
+"""The protocol of an evaluation, its hash, frames and refusals; and the costs of the models compared."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.evaluated_models import load_models
 from regen_dist.evaluation.protocol import ListedVideo, PinnedVideo, Protocol, find_videos, load_protocol
 from regen_dist.inference.frames import SourceVideo, write_video
-from tests.helpers.autoencoders import frozen_model, save_autoencoder
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
+from tests.helpers.networks import frozen_model, save_autoencoder
 from tests.helpers.video import moving_square, numbered_frames
 
 

@@ -1,4 +1,4 @@
-"""A video file goes in; a folder with videos, a sheet and the measures comes out, whole or not at all."""
+"""Reconstruction of a video file: a folder with videos, sheet and measures, whole or not at all; trivial decoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""environment.yml (conda, GPU cluster), pyproject.toml (pip) and constraints.txt (CI) ask for the same packages."""
+"""Environments: environment.yml, pyproject.toml, constraints.txt, the Dockerfile and docs/gpu.md ask for the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON is written in one place, which knows no bare NaN."""
+"""Acts that only one module does: writing JSON, laying out tables, drawing contact sheets."""
 
 from __future__ import annotations
 

@@ -25,8 +25,7 @@ from regen_dist.models.text.encoder import TEXT_ENCODERS
 from regen_dist.models.text.files import EncoderKind
 from regen_dist.registry import REQUIREMENTS, Entry, Registry, Site
 from regen_dist.training.run import TASKS, train
-from tests.helpers.checkpoints import folder_of, newest
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import folder_of, newest, saved_run
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 CHOICES: dict[tuple[type[Section], str], Registry[Any]] = {

@@ -1,4 +1,4 @@
-"""The codec: clips to latents and back, at any times, from windows that overlap."""
+"""The codec: clips to latents and back, at any times, from overlapping windows and from tiles of a frame."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder alone: what is loaded, what is not, and what its fingerprint says."""
+"""The encoder alone: loading, fingerprint; and the embedder that the package carries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models.decoder import GenerativeDecoder
 from regen_dist.models.embedder import ConvDecoder, Regen
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.tiny import clips
 from tests.helpers.video import moving_square
 

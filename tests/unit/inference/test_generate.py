@@ -33,7 +33,7 @@ from regen_dist.inference.generate import (
     sample_rows,
 )
 from regen_dist.inference.sampler import TextToVideoModel
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.t2v import CPU, WordEncoder, latent_space, saved_t2v
 
 PROMPTS = [Prompt(n, text) for n, text in enumerate(["a red square", "a dog", "two small blue circles move left"])]

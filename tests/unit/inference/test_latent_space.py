@@ -1,4 +1,4 @@
-"""Normalising latents, undoing it, and that nobody decodes the one for the other."""
+"""The latent space: normalisation, its inverse, refusals, and statistics that do not depend on the order of sums."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from regen_dist.inference.latent_space import (
     read_statistics,
 )
 from regen_dist.models.encoder import Latents
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.t2v import CHANNELS, CPU, latent_space, latent_statistics
 from tests.helpers.tiny import SIDE, tiny_dataset
 

@@ -1,4 +1,4 @@
-"""Long videos pass through clip by clip: every frame once, no seam of the machinery's own, memory bounded."""
+"""Long videos, clip by clip: every frame once, no seam of the machinery's own, bounded memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos to a cache of latents: what an entry holds, resuming, sharing the work, and what is refused."""
+"""Videos to a cache of latents: entries, captions, sums, resuming, sharing the work, and refusals."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from regen_dist.inference.latent_space import read_statistics
 from regen_dist.inference.preencode import Captions, Sums, preencode, read_sums
 from regen_dist.models.encoder import Latents
 from regen_dist.models.text import TextEncoder
-from tests.helpers.builds import objects
+from tests.helpers.checkpoints import saved_run
+from tests.helpers.datasets import objects
 from tests.helpers.preencoding import FPS, StandInText, Video, preencode_config, write_videos
-from tests.helpers.saved import saved_run
 
 CPU = torch.device("cpu")
 TEXT = {"encoder": "stand-in", "max_tokens": 8}

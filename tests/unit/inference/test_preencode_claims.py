@@ -22,9 +22,9 @@ from regen_dist.errors import DataError
 from regen_dist.inference.preencode import preencode
 from regen_dist.inference.preencode_verify import verify_cache
 from regen_dist.models.text import TextEncoder
-from tests.helpers.builds import objects
+from tests.helpers.checkpoints import saved_run
+from tests.helpers.datasets import objects
 from tests.helpers.preencoding import StandInText, Video, preencode_config, write_videos
-from tests.helpers.saved import saved_run
 
 TEXT = {"encoder": "stand-in", "max_tokens": 8}
 VIDEOS = [Video(6, caption=f"square {number}") for number in range(7)]

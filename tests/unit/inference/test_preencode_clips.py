@@ -1,4 +1,4 @@
-"""Which frames of a video become clips, and which part of them."""
+"""Clips of a shard's videos: cutting, decoding ahead by threads, and batches of one size."""
 
 from __future__ import annotations
 

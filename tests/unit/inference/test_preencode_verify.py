@@ -23,8 +23,8 @@ from regen_dist.inference import preencode_verify
 from regen_dist.inference.preencode import preencode
 from regen_dist.inference.preencode_verify import verify_cache
 from regen_dist.models.text import TextEncoder
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.preencoding import StandInText, Video, preencode_config, write_videos
-from tests.helpers.saved import saved_run
 
 VIDEOS = [Video(12, caption="a red square"), Video(3, caption="a disk"), Video(6), Video(5, caption="a red square")]
 

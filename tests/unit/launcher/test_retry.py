@@ -1,4 +1,4 @@
-"""What becomes of a task: decided by its history alone."""
+"""Decisions about a task, from its history alone; and the records around a start."""
 
 from __future__ import annotations
 

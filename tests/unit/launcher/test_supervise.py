@@ -1,4 +1,4 @@
-"""The local launcher, with small Python programs for ranks: environment, exit codes, signals, and no orphans."""
+"""The local launcher: environment, exit codes, signals and orphans of ranks, locks of killed builds, early checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from launcher.supervise import _Job, clear_stale_locks, launch, rank_environment, rank_environments, train_locally
 from regen_dist.errors import ConfigError, TrainingError
-from tests.helpers.processes import runs, wait_until_gone
+from tests.helpers.machine import runs, wait_until_gone
 
 
 def program(code: str) -> list[str]:

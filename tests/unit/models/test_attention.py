@@ -1,4 +1,4 @@
-"""Attention: kernels that agree, windows that cut exactly, cost that grows as promised."""
+"""Attention, to itself and to text: kernels that agree, exact windows, ignored padding, rotary positions, cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latent conditioning: real-valued time, by a SIREN or by learned vectors; the first-frame rule."""
+"""Latent conditioning: real-valued time, by a SIREN, learned vectors or tokens in context; the first-frame rule."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_any_width_can_be_told() -> None:
 
 
 @torch.no_grad()
-def test_tokens_of_the_context_are_split_arguments_by_their_positions_alone() -> None:
+def test_tokens_of_the_context_are_told_apart_by_their_positions_alone() -> None:
     """In another order they say the same; without them the decoder says something else."""
     model = _regen()
     noisy, latents = torch.randn(2, 3, 3, 8 * H, 8 * W), _latents()

@@ -20,7 +20,7 @@ from regen_dist.models.diffusers_encoder import DiffusersEncoder, latent_frames
 from regen_dist.models.embedder import Regen, build_model
 from regen_dist.models.encoder import Latents
 from regen_dist.models.flops import count_flops
-from tests.helpers.autoencoders import KINDS, frozen_model, save_autoencoder
+from tests.helpers.networks import KINDS, frozen_model, save_autoencoder
 from tests.helpers.tiny import tiny_model, wake
 
 

@@ -1,4 +1,4 @@
-"""Both embedders as wholes: presets, shapes, unseen sizes and times, how they start."""
+"""Embedders as wholes: presets, shapes, unseen sizes and times, starts, variants for ablations, and reach."""
 
 from __future__ import annotations
 

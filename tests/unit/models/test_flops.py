@@ -16,8 +16,7 @@ from regen_dist.models import flops
 from regen_dist.models.embedder import build_model
 from regen_dist.models.flops import FlopReport, count_flops, count_pass, count_row_flops, training_flops_per_row
 from regen_dist.models.memory import memory_bytes
-from tests.helpers.presets import NANO_AT_8
-from tests.helpers.tiny import tiny_t2v_model
+from tests.helpers.tiny import NANO_AT_8, tiny_t2v_model
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Selective recomputation: the same gradients, attention's forward pass done once, and the memory that is promised."""
+"""Layers: selective recomputation with its memory, and convolutions in strips below 32-bit counts."""
 
 from __future__ import annotations
 

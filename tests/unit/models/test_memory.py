@@ -1,4 +1,4 @@
-"""The bytes of ZeRO-3 by hand; tests/dist/test_communication.py compares them with a real step."""
+"""The bytes of ZeRO-3 and the cost of a run by hand; tests/dist/test_estimates.py compares them with a real step."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regen_dist.errors import ConfigError
 from regen_dist.models.perceptual import load_perceptual
-from tests.helpers.perceptual import LAYERS, vgg_tensors, write_vgg
+from tests.helpers.networks import LAYERS, vgg_tensors, write_vgg
 
 CPU = torch.device("cpu")
 

@@ -81,7 +81,7 @@ def test_content_and_motion_of_a_clip_are_at_one_place() -> None:
     assert positions[4, 1, 2].tolist() == [2, 1, 2]
 
 
-def test_content_and_motion_are_split_arguments() -> None:
+def test_content_and_motion_are_told_apart() -> None:
     """The two frames of a clip changed for each other: another result, which the kind alone can make."""
     x, *rest = _inputs(frames=2)
     model = _model()

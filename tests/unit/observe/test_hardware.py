@@ -1,4 +1,4 @@
-"""What is known of the machine."""
+"""Facts of the machine, and the device that a process was promised or an explanation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record on disk: every step once, whatever happened in between."""
+"""The record on disk, every step once whatever happened in between, and the progress line of the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from regen_dist.observe.hardware import memory_bytes, peak_tflops
 from regen_dist.observe.record import ProgressLine, Record, describe, read_record
-from tests.helpers.disks import fill, make_read_only, small_disk
+from tests.helpers.machine import fill, make_read_only, small_disk
 
 
 def _write(path: Path, resumed: int, steps: range) -> None:

@@ -1,4 +1,4 @@
-"""wandb: offline for real, and no trouble to the run when it fails."""
+"""Trackers: wandb offline, harmless when it fails; TensorBoard's event files read back."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from regen_dist.errors import ConfigError, DataError
-from tests.helpers.processes import wait_until_gone
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
+from tests.helpers.machine import wait_until_gone
 from tests.helpers.t2v import saved_t2v
 from tests.helpers.video import moving_square, write_video
 from tools.app.runner import JobRunner, JobRunning, checked

@@ -15,8 +15,8 @@ import yaml
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import RunConfig, to_yaml
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
-from tests.helpers.saved import saved_run
 from tests.helpers.tiny import tiny_dataset, tiny_run
 from tests.unit.house.test_contracts import ROOT, _sources
 

@@ -16,7 +16,7 @@ from regen_dist.config import save_config
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.sampler import TextToVideoModel
 from regen_dist.observe.heartbeat import Beat, beat_path, write_beat
-from tests.helpers.saved import save_checkpoint, saved_run, small_state
+from tests.helpers.checkpoints import save_checkpoint, saved_run, small_state
 from tests.helpers.t2v import saved_t2v
 from tests.helpers.tiny import tiny_run
 from tools.checkpoint import app

@@ -1,4 +1,4 @@
-"""The console command: quick help, an example in every help text, and errors without a traceback."""
+"""The console command: quick help, an example in every help text, errors without a traceback, from any folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`regen describe` runs for every config of the repository."""
+"""`regen describe`: every config of the repository, and the pages that quote it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regen_dist.config.identity import num_readers
 from regen_dist.errors import ConfigError
 from regen_dist.models.flops import FlopReport, count_flops, count_row_flops
 from regen_dist.models.memory import Assumptions, exchanged_bytes
-from tests.helpers.presets import NANO_AT_8
+from tests.helpers.tiny import NANO_AT_8
 from tools.cli import app
 from tools.describe import describe, gather
 from tools.describe.facts import EXCHANGED, with_clips_per_gpu

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference import generate as prompts_module
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.t2v import WordEncoder, saved_t2v
 from tools.cli import app
 from tools.generate import parse_size

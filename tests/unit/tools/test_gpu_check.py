@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from regen_dist.errors import BackendError, ConfigError, RegenError
-from tests.helpers.processes import wait_until_gone
+from tests.helpers.machine import wait_until_gone
 from tools.cli import app
 from tools.gpu_check import command
 from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part, training_part

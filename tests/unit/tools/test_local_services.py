@@ -1,3 +1,5 @@
+"""Local services: configuration and processes of the loopback Slurm and of the S3 server."""
+
 from __future__ import annotations
 
 import json
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from regen_dist.errors import BackendError
-from tests.helpers.processes import descendants, runs, wait_until_gone
+from tests.helpers.machine import descendants, runs, wait_until_gone
 from tools.local_services import slurm_daemons as slurm
 from tools.local_services.s3 import Identity, start_store
 from tools.local_services.slurm import start_slurm

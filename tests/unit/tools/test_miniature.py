@@ -1,4 +1,4 @@
-"""The miniature stops its text-to-video training once, goes on by the same command, and tells what came of it."""
+"""The miniature: a training that is stopped once and resumed, a summary, and `regen score-shapes`."""
 
 from __future__ import annotations
 

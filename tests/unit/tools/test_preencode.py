@@ -13,8 +13,8 @@ from regen_dist.config.preencode import load_preencode_config
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.errors import CheckpointError, ConfigError, DataError, RegenError
 from regen_dist.models.text import TextEncoder
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.preencoding import StandInText, Video, write_videos
-from tests.helpers.saved import saved_run
 from tests.helpers.tiny import tiny_run
 from tools.cli import app
 

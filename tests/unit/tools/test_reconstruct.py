@@ -15,7 +15,7 @@ from regen_dist.errors import CheckpointError, ConfigError, DataError, RegenErro
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import SourceVideo, VideoWriter
 from regen_dist.models.embedder import build_model
-from tests.helpers.presets import NANO_AT_8
+from tests.helpers.tiny import NANO_AT_8
 from tools.cli import app
 
 CONFIG = Path("configs/embedder/nano.yaml")

@@ -1,4 +1,4 @@
-"""The programs that make data: `regen shards` and `regen fetch-videos`, without the network."""
+"""Programs that make data, without the network: `regen shards` with captions, `regen fetch-videos`, and stopping."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import EXIT_RESUME, DataError
 from regen_dist.evaluation.miniature_scores import held_out_clips, held_out_samples
 from regen_dist.inference.frames import SourceVideo
-from tests.helpers.builds import write_sources
-from tests.unit.data.build.test_build import flip_byte
+from tests.helpers.datasets import flip_byte, write_sources
 from tools import fetch_videos, shards
 from tools.shards.progress import stopping_cleanly
 

@@ -11,7 +11,7 @@ from regen_dist.data.build.build import build_shards
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import CheckpointError, DataError
-from tests.helpers.builds import OPTIONS, write_sources
+from tests.helpers.datasets import OPTIONS, write_sources
 from tools.text import app
 
 

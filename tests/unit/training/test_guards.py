@@ -1,4 +1,4 @@
-"""The guards: what they count, when they speak, and that a resumed run counts on."""
+"""The guards: counts, moments of speaking, loss spikes, and equal decisions after a resume."""
 
 from __future__ import annotations
 
@@ -21,26 +21,23 @@ def figures(bad: float, clips: float = 100) -> dict[str, float]:
     return {"bad_samples": bad, "clips": clips}
 
 
-def test_not_one_is_borne_where_the_share_is_zero() -> None:
-    guard = BadSampleGuard(0.0)
-    guard.check(1, figures(0))
-    with pytest.raises(DataError, match=r"step 2: 1 of 200 samples could not be read, data\.max_bad_share allows 0\."):
-        guard.check(2, figures(1))
-
-
-def test_at_first_as_many_are_borne_as_of_a_thousand() -> None:
-    guard = BadSampleGuard(0.01)
-    guard.check(1, figures(10, 10))
-    with pytest.raises(DataError, match="step 2: 11 of 20 "):
-        guard.check(2, figures(1, 10))
-
-
-def test_the_share_is_of_the_whole_run() -> None:
-    guard = BadSampleGuard(0.01)
-    for step in range(100):
-        guard.check(step, figures(1))
-    with pytest.raises(DataError, match=r"step 100: 102 of 10100 .* allows 0\.01"):
-        guard.check(100, figures(2))
+@pytest.mark.parametrize(
+    ("share", "steps", "then", "error"),
+    [
+        (0.0, [figures(0)], figures(1), r"1 of 200 samples could not be read, data\.max_bad_share allows 0\."),
+        (0.01, [figures(10, 10)], figures(1, 10), "11 of 20 "),  # at first as many as of a thousand
+        (0.01, [figures(1)] * 100, figures(2), r"102 of 10100 .* allows 0\.01"),
+    ],
+    ids=["none", "at first", "of the whole run"],
+)
+def test_bad_samples_are_borne_up_to_their_share(
+    share: float, steps: list[dict[str, float]], then: dict[str, float], error: str
+) -> None:
+    guard = BadSampleGuard(share)
+    for step, seen in enumerate(steps):
+        guard.check(step, seen)
+    with pytest.raises(DataError, match=f"step {len(steps)}: {error}"):
+        guard.check(len(steps), then)
 
 
 def test_everything_may_be_bad_where_that_is_asked_for() -> None:

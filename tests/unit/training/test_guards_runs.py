@@ -1,4 +1,4 @@
-"""A run goes back past a loss spike: by a real loop in one process, whose losses are multiplied at chosen batches."""
+"""Guards in real runs of one process: a return past a loss spike, and checkpoints kept from before broken weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the training step shows of its gradients: whole, averaged, not clipped; and the norms by layer in the record."""
+"""The training step: its gradients, whole, averaged, not clipped; and whole steps of each task on the meta device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from regen_dist.training.metrics import StepMeter
 from regen_dist.training.run import build_task, build_trainer, train
 from regen_dist.training.task import Loss, Validation
 from tests.helpers.latents import write_cache
-from tests.helpers.meta import META, Answers, MetaRanks
+from tests.helpers.machine import META, Answers, MetaRanks
 from tests.helpers.tiny import tiny_dataset, tiny_run, tiny_t2v
 
 

@@ -22,9 +22,8 @@ from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError
 from regen_dist.models.perceptual import PatchDiscriminator, discriminator_loss, load_perceptual, r1_penalty
 from regen_dist.training.run import build_task, train
-from tests.helpers.adversarial import ADVERSARIAL, saved_tensors
-from tests.helpers.perceptual import vgg_tensors, write_vgg
-from tests.helpers.tiny import tiny_dataset, tiny_run, wake
+from tests.helpers.networks import vgg_tensors, write_vgg
+from tests.helpers.tiny import ADVERSARIAL, saved_tensors, tiny_dataset, tiny_run, wake
 from tools.describe import gather
 
 CPU = torch.device("cpu")

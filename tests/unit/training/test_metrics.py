@@ -1,4 +1,4 @@
-"""The figures of a stretch of steps, on a clock that the test holds."""
+"""Metrics: figures of a stretch of steps, the learning rate, samples that were seen, and slow ranks."""
 
 from __future__ import annotations
 

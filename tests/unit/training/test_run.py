@@ -1,4 +1,4 @@
-"""A run that goes on by another config says what has changed, and keeps the earlier one."""
+"""Runs that resume: another config, another folder or name, and only where their checkpoint belongs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regen_dist.config.identity import read_or_create_run_id, read_run_id
 from regen_dist.errors import CheckpointError, ConfigError, NoGoodCheckpoint
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import replace_config, train
-from tests.helpers.disks import fill, small_disk
+from tests.helpers.machine import fill, small_disk
 from tests.helpers.tiny import tiny_dataset, tiny_run
 from tools.checkpoint import app
 

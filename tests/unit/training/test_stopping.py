@@ -18,7 +18,7 @@ from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import TrainingError
 from regen_dist.training.guards import NonFiniteGuard
 from regen_dist.training.stopping import SIGNALS, SignalInbox, Stopper, process_age_s
-from tests.helpers.disks import make_read_only, small_disk
+from tests.helpers.machine import make_read_only, small_disk
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)

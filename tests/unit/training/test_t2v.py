@@ -1,4 +1,4 @@
-"""Text to video's task: a loss of samples and not of batches, texts that are dropped, and what is looked at."""
+"""Text to video's task: losses of samples, dropped texts, previews, and rows with frames given clean."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from regen_dist.inference.generate import trained_size
 from regen_dist.inference.latent_space import parse_statistics, read_space
 from regen_dist.training.run import build_task
 from regen_dist.training.t2v import TextToVideoTask
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
-from tests.helpers.saved import saved_run
 from tests.helpers.t2v import cache_for
 from tests.helpers.tiny import tiny_t2v, wake
 

@@ -22,7 +22,7 @@ from regen_dist.models import attention, kernels
 from regen_dist.models.attention import attend_reference
 from regen_dist.training.run import build_task
 from tests.helpers.latents import write_cache
-from tests.helpers.meta import META, MetaRanks
+from tests.helpers.machine import META, MetaRanks
 from tests.helpers.tiny import tiny_run, tiny_t2v, wake
 
 ATEN = torch.ops.aten

@@ -1,3 +1,5 @@
+"""Builds of datasets: content, options, filters, duplicates, tasks, and builds that are killed and continued."""
+
 from __future__ import annotations
 
 import json
@@ -21,7 +23,7 @@ from regen_dist.data.format.index import Sample, checksum, sample_id, samples_of
 from regen_dist.data.format.manifest import MANIFEST, DatasetManifest
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import ConfigError, DataError
-from tests.helpers.builds import OPTIONS, PARTS, objects
+from tests.helpers.datasets import OPTIONS, PARTS, flip_byte, objects
 from tests.helpers.video import moving_square, write_video
 from tools.shards.progress import parse_task
 
@@ -226,12 +228,6 @@ def test_the_manifest_holds_what_was_written(dataset_folder: Path) -> None:
             assert {member.mtime for member in tar} == {0}
     assert manifest.options["crf"] == 20
     assert str(dataset_folder.parent) not in (dataset_folder / MANIFEST).read_text()
-
-
-def flip_byte(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 0x40
-    path.write_bytes(data)
 
 
 # Builds of several parts: tasks, killed builds, duplicates; and what the filters do to real videos.

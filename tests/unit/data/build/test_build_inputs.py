@@ -1,4 +1,4 @@
-"""Building and indexing what a player shows otherwise than it is stored; odd names, odd rates, odd options."""
+"""Builds of difficult inputs: odd display, names and rates, and objects of buckets that cannot be fetched."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 from regen_dist.inference.frames import SourceVideo
 from regen_dist.inference.frames import write_video as write_frames
-from tests.helpers.fakestores import BUCKET, FakeStore, fake_store
-from tests.helpers.ffmpeg import H264, PATTERN, ffmpeg
-from tests.helpers.objects import use
-from tests.helpers.video import moving_square, write_video
+from tests.helpers.stores import BUCKET, FakeStore, fake_store, use
+from tests.helpers.video import H264, PATTERN, ffmpeg, moving_square, write_video
 
 CHANGES = {"short_side": 64, "min_frames": 4, "segment_seconds": 10.0}
 HLG = "setparams=color_primaries=bt2020:color_trc=arib-std-b67:colorspace=bt2020nc:range=tv"

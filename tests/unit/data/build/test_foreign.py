@@ -23,8 +23,8 @@ from regen_dist.data.format.writing import NewSample, ShardWriter
 from regen_dist.data.inspect.check import verify_dataset
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
-from tests.helpers.foreign import add_member, clip, numbered, write_shards, write_tar
-from tests.helpers.foreign import members as members_of
+from tests.helpers.datasets import add_member, clip, numbered, write_shards, write_tar
+from tests.helpers.datasets import members as members_of
 
 
 def index(url: Path, out: Path | None = None, **options: Any) -> IndexedTars:

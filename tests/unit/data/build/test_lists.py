@@ -1,5 +1,4 @@
-"""Datasets in the layouts of their authors and of other trainers, in small: each becomes a dataset of ours with its
-captions, by the call behind the command that docs/recipes.md gives."""
+"""Lists of videos: the layouts of other datasets and trainers, and videos on web servers and the hub."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 from regen_dist.data.build import tarscan
 from regen_dist.data.build.tarscan import BLOCK, BrokenTar, Pieces, scan_members
 from regen_dist.data.storage.store import Store
-from tests.helpers.foreign import add_member, change, members
+from tests.helpers.datasets import add_member, flip_byte, members
 
 LONG = "folder/" * 30 + "ä" * 60 + ".mp4"
 
@@ -137,9 +137,9 @@ def test_cuts_in_long_names(tmp_path: Path, form: int) -> None:
 def test_every_byte_of_a_header_is_guarded(tmp_path: Path) -> None:
     path = some_tar(tmp_path / "x.tar", form=tarfile.USTAR_FORMAT)
     for position in range(1536, 2048, 37):
-        change(path, position)
+        flip_byte(path, position)
         assert "the header at byte 1536 is damaged" in broken(path)
-        change(path, position)
+        flip_byte(path, position)
     assert len(scan(path)) == 3
 
 

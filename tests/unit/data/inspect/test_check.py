@@ -1,4 +1,4 @@
-"""`regen shards verify`: what is bad is named, whatever it is."""
+"""`regen shards verify`: each defect of a dataset or latent cache is named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from regen_dist.data.inspect import check
 from regen_dist.data.inspect.check import Depth, verify_dataset
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
-from tests.helpers.foreign import change, write_shards
+from tests.helpers.datasets import change, write_shards
 from tests.helpers.latents import write_cache
 from tools import shards
 

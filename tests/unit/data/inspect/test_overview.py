@@ -19,7 +19,7 @@ from regen_dist.data.inspect import overview
 from regen_dist.data.inspect.contact import choose_rows, write_contact_sheet
 from regen_dist.data.inspect.overview import Bar, Tally, count_reasons, make_overview
 from regen_dist.data.storage.store import Store
-from tests.helpers.foreign import change, clip, write_tar
+from tests.helpers.datasets import change, clip, write_tar
 from tools import shards
 
 CAPTIONS = ["a square", None, "a square that crosses a gradient from left to right", "  one two  three "]

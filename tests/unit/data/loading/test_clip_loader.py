@@ -1,3 +1,5 @@
+"""The clip loader: batches, cursors, and the slots that hold decoded clips."""
+
 from __future__ import annotations
 
 import gc
@@ -15,8 +17,7 @@ from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.data.loading.validation import validation_clip
 from regen_dist.data.video.conversion import UInt8s
 from regen_dist.errors import ConfigError, DataError
-from tests.helpers.dataconfigs import single
-from tests.helpers.workers import read
+from tests.helpers.datasets import read, single
 
 
 @pytest.fixture

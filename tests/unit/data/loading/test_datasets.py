@@ -1,4 +1,4 @@
-"""Which samples go to which bucket, and the file that says so."""
+"""Training sets: samples in their buckets, mixtures, and clips that do not depend on ranks and workers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from regen_dist.data.loading.plan import BatchPlan
 from regen_dist.data.order.mixture import Bucket
 from regen_dist.data.order.order import DataOrder
 from regen_dist.errors import DataError
-from tests.helpers.dataconfigs import SIZES, draw_shapes, mixed_with
-from tests.helpers.workers import read
+from tests.helpers.datasets import SIZES, draw_shapes, mixed_with, read
 
 FOUR_SIZES = [(32, 32), (32, 64), (64, 32), (64, 64)]
 

@@ -13,7 +13,7 @@ from regen_dist.data.format.catalogue import Dataset, SampleRow
 from regen_dist.data.format.index import checksum
 from regen_dist.data.loading.fetch import Bytes, Fetcher, SampleLocation
 from regen_dist.errors import AccessDenied, DataError, ObjectCut, StoreUnavailable
-from tests.helpers.launching import wait_until
+from tests.helpers.jobs import wait_until
 
 SIZE = 1000
 

@@ -1,4 +1,4 @@
-"""Latent caches as training data: which rows a run sees, however it is cut into ranks and micro-batches."""
+"""The latent loader: rows that do not depend on ranks and micro-batches, and items that are made ahead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from regen_dist.data.loading.latent_loader import LatentBatch, in_background, la
 from regen_dist.data.loading.validation import validation_clip, validation_rows
 from regen_dist.data.order.order import draw_row
 from regen_dist.errors import ConfigError, DataError
-from tests.helpers.foreign import change
+from tests.helpers.datasets import change
 from tests.helpers.latents import write_cache
 
 SIZES = ((32, 48), (32, 32))

@@ -1,3 +1,5 @@
+"""The order of samples: batches, buckets, shares of a mixture, and replacement samples."""
+
 from __future__ import annotations
 
 import pickle

@@ -1,3 +1,5 @@
+"""Permutations and interleaving: each index once, without a table, and evenly spread."""
+
 from __future__ import annotations
 
 import tracemalloc

@@ -10,8 +10,7 @@ from regen_dist.config.urls import BUCKET_SCHEMES
 from regen_dist.data.storage.connection import LOOKED_AT, StoreLimits, key_problem
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectDenied
-from tests.helpers.fakestores import BUCKET, FakeStore, fake_store
-from tests.helpers.objects import use
+from tests.helpers.stores import BUCKET, FakeStore, fake_store, use
 
 URL = f"s3://{BUCKET}"
 LIMITS = StoreLimits(stall_s=20.0, deadline_s=20.0)

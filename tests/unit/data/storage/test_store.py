@@ -18,8 +18,8 @@ from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.local import free_bytes, remove_leftovers
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, BackendError, DataError, DiskFull, ObjectMissing
-from tests.helpers.objects import use
 from tests.helpers.storecontract import StoreContract
+from tests.helpers.stores import use
 
 SECRET = "hunter2"
 

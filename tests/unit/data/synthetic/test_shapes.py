@@ -1,3 +1,5 @@
+"""Drawn videos of moving shapes: captions, combinations, splits, and datasets of them."""
+
 from __future__ import annotations
 
 import hashlib

@@ -15,7 +15,7 @@ from regen_dist.data.video.reader import VideoReader
 from regen_dist.data.video.transcode import EncodeOptions, Segment, encode_segments
 from regen_dist.errors import DataError
 from regen_dist.inference.frames import SourceVideo
-from tests.helpers.ffmpeg import H264, PATTERN, UInt8s, ffmpeg, shown_frames
+from tests.helpers.video import H264, PATTERN, UInt8s, ffmpeg, shown_frames
 
 PQ, HLG, SDR = "smpte2084", "arib-std-b67", "bt709"
 _NPL = "npl=100"  # cd/m² of SDR's white: what zscale takes, too, when it is not told

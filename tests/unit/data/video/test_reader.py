@@ -1,3 +1,5 @@
+"""The video reader: frames by number and time, streams, rotation, and errors of damaged files."""
+
 from __future__ import annotations
 
 import struct
@@ -17,8 +19,7 @@ from regen_dist.data.video.conversion import RESIZE, Geometry, UInt8s, fit_geome
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.transcode import EncodeOptions, Segment, encode_segments, probe_video
 from regen_dist.errors import DataError
-from tests.helpers.ffmpeg import H264, PATTERN, ffmpeg
-from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
+from tests.helpers.video import H264, PATTERN, ffmpeg, frame_numbers, moving_square, numbered_frames, write_video
 
 WHOLE = Geometry(48, 64, 0, 0, (48, 64))
 
@@ -319,16 +320,19 @@ def test_a_file_of_cover_art_alone_says_so(tmp_path: Path) -> None:
         VideoReader(path)
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_the_default_track_goes_before_a_larger_one(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "order", "second", "options", "expected"),
+    [
+        ("mp4", "01", "default", (), (24, 48, 64)),
+        ("mkv", "01", "default", (), (24, 48, 64)),
+        ("mkv", "10", "0", ("-default_mode", "passthrough"), (60, 128, 192)),
+    ],
+)
+def test_the_default_track_goes_first_and_the_largest_without_one(
+    tmp_path: Path, suffix: str, order: str, second: str, options: tuple[str, ...], expected: tuple[int, int, int]
+) -> None:
     path = tmp_path / f"a.{suffix}"
-    maps = ("-map", "0:v", "-map", "1:v", "-disposition:v:0", "0", "-disposition:v:1", "default")
-    ffmpeg(*PATTERN, *SMALL, *maps, *H264, path)
-    assert sides(path) == (24, 48, 64)
-
-
-def test_without_marks_the_largest_is_taken(tmp_path: Path) -> None:
-    path = tmp_path / "a.mkv"
-    maps = ("-map", "1:v", "-map", "0:v", "-disposition:v:0", "0", "-disposition:v:1", "0")
-    ffmpeg(*PATTERN, *SMALL, *maps, *H264, "-default_mode", "passthrough", path)
-    assert sides(path) == (60, 128, 192)
+    tracks = [word for number in order for word in ("-map", f"{number}:v")]
+    maps = (*tracks, "-disposition:v:0", "0", "-disposition:v:1", second)
+    ffmpeg(*PATTERN, *SMALL, *maps, *H264, *options, path)
+    assert sides(path) == expected

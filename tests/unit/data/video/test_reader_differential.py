@@ -11,7 +11,7 @@ import pytest
 
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
-from tests.helpers.ffmpeg import H264, PATTERN, UInt8s, ffmpeg, shown_frames
+from tests.helpers.video import H264, PATTERN, UInt8s, ffmpeg, shown_frames
 
 # testsrc2 counts frames in large digits and moves everything: another frame differs by more than this.
 TOLERANCE = 4.0  # mean difference of 8-bit values; versions of swscale differ in how they enlarge chroma

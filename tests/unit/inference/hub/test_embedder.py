@@ -26,7 +26,7 @@ from regen_dist.inference.hub.embedder import VideoEmbedder
 from regen_dist.inference.hub.inlining import own_module
 from regen_dist.inference.latent_space import read_statistics
 from regen_dist.models.encoder import Latents
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.tiny import clips, tiny_dataset
 
 CPU = torch.device("cpu")

@@ -22,9 +22,8 @@ from regen_dist.inference.hub.inlining import own_module, pipeline_module
 from regen_dist.inference.hub.pipeline import TextToVideoTransformer
 from regen_dist.inference.sampler import Text, TextToVideoModel
 from regen_dist.models.text import make_small_encoder
-from tests.helpers.pipelines import CAPTIONS, Parts, saved_parts
-from tests.helpers.saved import saved_run
-from tests.helpers.t2v import saved_t2v
+from tests.helpers.checkpoints import saved_run
+from tests.helpers.t2v import CAPTIONS, Parts, saved_parts, saved_t2v
 
 CPU = torch.device("cpu")
 PROMPTS = ["a small red circle", "a blue star stands still and does not move at all"]

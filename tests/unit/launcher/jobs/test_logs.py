@@ -18,8 +18,7 @@ from launcher.jobs.find import Member
 from launcher.jobs.logs import Follower, choose_logs, last_bytes, last_lines, launcher_logs, show
 from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import ConfigError
-from tests.helpers.jobs import SUBMITTED, array_tasks, ended, made_job, started
-from tests.helpers.launching import wait_until
+from tests.helpers.jobs import SUBMITTED, array_tasks, ended, made_job, started, wait_until
 
 
 def log(job: Submission, text: str, rank: int = 0) -> Path:

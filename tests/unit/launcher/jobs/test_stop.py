@@ -18,8 +18,7 @@ from launcher.retry import decide_start, read_history
 from launcher.submit import command_request, submit, wait_for
 from regen_dist.config import to_yaml
 from regen_dist.errors import ConfigError, RegenError
-from tests.helpers.jobs import LOCAL, SUBMITTED, array_tasks, committed, ended, made_job, started
-from tests.helpers.launching import wait_until, whys
+from tests.helpers.jobs import LOCAL, SUBMITTED, array_tasks, committed, ended, made_job, started, wait_until, whys
 from tests.helpers.tiny import tiny_run
 
 

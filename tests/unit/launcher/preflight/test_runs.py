@@ -1,4 +1,4 @@
-"""What the preflight says of a run that was there before: times, jobs, checkpoints; and of its memory."""
+"""The preflight of existing runs: times, jobs, checkpoints, memory; and of text-to-video runs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from launcher.preflight import runs as timing
 from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
 from launcher.preflight.runs import measured
 from launcher.submit import SubmissionRequest, sweep_request, train_request
-from regen_dist.config import T2VConfig
 from regen_dist.config.embedder import RunConfig
 from regen_dist.errors import BackendError
 from tests.helpers.latents import write_cache
+from tests.helpers.t2v import t2v_run
 from tests.helpers.tiny import tiny_run
 
 LOCAL = ClusterConfig(kind="local")
@@ -254,24 +254,6 @@ def test_describe_is_asked_with_the_overrides(monkeypatch: pytest.MonkeyPatch, t
 
 
 # What the preflight says of a text-to-video run: the folders that its nodes share, and its estimate.
-
-
-MODEL = {"blocks": 1, "heads": 2, "width": 16, "text_width": 16}
-
-
-def t2v_run(output: Path, *urls: Path, **changes: Any) -> T2VConfig:
-    """A text-to-video run on one cache or several; changes are sections, laid over its own."""
-    sources = [{"url": str(url)} for url in urls]
-    values: dict[str, Any] = {
-        "name": "t2v",
-        "output": str(output),
-        "model": MODEL,
-        "data": {"url": str(urls[0])} if len(urls) == 1 else {"mixture": sources},
-        "engine": {"kind": "plain", "precision": "fp32"},
-        "train": {"steps": 8, "batch_global": 4},
-    }
-    merged = {name: {**values.get(name, {}), **section} for name, section in changes.items()}
-    return T2VConfig.model_validate({**values, **merged})
 
 
 @pytest.fixture(scope="module")

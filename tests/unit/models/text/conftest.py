@@ -7,7 +7,7 @@ import pytest
 
 from regen_dist.config.t2v import TextConfig
 from regen_dist.models.text import TextEncoder, make_small_encoder
-from tests.helpers.captions import captioned_scenes
+from tests.helpers.preencoding import captioned_scenes
 
 
 @pytest.fixture(scope="session")

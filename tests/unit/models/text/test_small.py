@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity, one_hot
 from regen_dist.data.synthetic.shapes import COLOURS
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.models.text import TextEncoder, files, make_small_encoder, small
-from tests.helpers.captions import captioned_scenes
+from tests.helpers.preencoding import captioned_scenes
 
 ROOT = Path(__file__).parents[4]
 

@@ -1,4 +1,4 @@
-"""What `regen bench checkpoint` makes of what it measured is what it says."""
+"""`regen bench checkpoint`: objects left in a store, and figures, ratios and tables of measured rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a codec costs is counted without running it, as it is run."""
+"""`regen bench codec`: costs counted without running, and tables that invent nothing and name failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What got worse, what got better, and what is noise."""
+"""Comparison of records, worse, better and noise; and `regen bench all`, which compares published ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an arm is measured by: sizes, clips in and out of a codec, times between frames, and measures that are kept."""
+"""Measures of a compression arm: clips that are tested on, sizes, times between frames, and kept results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.models.embedder import build_model
 from regen_dist.models.encoder import Latents
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.tiny import tiny_model, tiny_run
 from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
 from tools.bench import compression_measure

@@ -1,4 +1,4 @@
-"""From figures to tables, plots and page: margins, targets that are met and missed, and what was not measured."""
+"""Tables, plots and page of the compression benchmark: margins, targets, budgets, and what was not measured."""
 
 from __future__ import annotations
 

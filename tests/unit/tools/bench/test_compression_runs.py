@@ -1,4 +1,4 @@
-"""The arms of the compression benchmark: valid configs that differ from each other in what their names say."""
+"""Trainings of the compression benchmark: arms, budgets, what is trained and when, and commands side by side."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import pytest
 from regen_dist.config import RunConfig, load_embedder_config, save_config
 from regen_dist.errors import ConfigError, TrainingError
 from regen_dist.models.flops import count_flops
-from tests.helpers.launching import wait_until
-from tests.helpers.processes import wait_until_gone
-from tests.helpers.saved import saved_run
+from tests.helpers.checkpoints import saved_run
+from tests.helpers.jobs import wait_until
+from tests.helpers.machine import wait_until_gone
 from tests.helpers.tiny import tiny_dataset, tiny_model, tiny_run
 from tools.bench import compression_runs
 from tools.bench.compression import _split_arguments

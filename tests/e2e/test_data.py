@@ -1,4 +1,4 @@
-"""Worker processes make datasets as one process does: builds, drawn clips, indexes of tars, and their checks."""
+"""Worker processes make and read datasets as one process does; every caption of moving shapes reads back."""
 
 from __future__ import annotations
 
@@ -9,16 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from regen_dist.config.datasets import DataConfig
 from regen_dist.data.build.build import build_shards
 from regen_dist.data.build.foreign import index_tars
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.inspect.check import verify_dataset
 from regen_dist.data.synthetic.dataset import build_synthetic
-from tests.helpers.builds import OPTIONS, objects, write_sources
-from tests.helpers.foreign import change, write_shards
+from regen_dist.data.synthetic.shapes import WORDINGS, caption, parse_caption
+from tests.helpers.datasets import (
+    OPTIONS,
+    change,
+    draw_shapes,
+    mixed_with,
+    objects,
+    read,
+    single,
+    write_shards,
+    write_sources,
+)
 from tests.helpers.video import moving_square, write_video
 from tests.unit.data.build.test_build import manifest_of, reasons, samples
-from tests.unit.data.synthetic.test_shapes import SMALL
+from tests.unit.data.loading.test_clip_loader import equal
+from tests.unit.data.loading.test_datasets import check_pixels
+from tests.unit.data.synthetic.test_shapes import EVERYTHING, SMALL
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +95,56 @@ def test_a_check_says_the_same(tmp_path: Path) -> None:
     change(folder / damaged.shard, damaged.offset)
     (folder / "00000.tar").unlink()
     assert verify_dataset(folder, "deep", workers=2) == verify_dataset(folder, "deep", workers=0)
+
+
+# Loaders with decoding processes: they give what one process gives, pixel by pixel.
+
+
+@pytest.fixture(scope="module")
+def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven samples of two or three aspects. Read it, do not change it."""
+    folder = tmp_path_factory.mktemp("dataset")
+    build_shards([write_sources(tmp_path_factory.mktemp("sources"))], folder, OPTIONS, workers=0)
+    return folder
+
+
+@pytest.fixture
+def config(dataset_folder: Path) -> DataConfig:
+    return single(dataset_folder)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_shapes(tmp_path_factory.mktemp("shapes"))
+
+
+@pytest.fixture
+def mixed(dataset_folder: Path, shapes: Path) -> DataConfig:
+    return mixed_with(dataset_folder, shapes)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(config: DataConfig, workers: int) -> None:
+    parallel = config.model_copy(update={"workers": workers})
+    assert equal(read(parallel, 6), read(config, 6))
+
+
+def test_batches_that_are_kept_are_not_overwritten(config: DataConfig) -> None:
+    few = config.model_copy(update={"workers": 1, "prefetch": 1})  # three slots
+    assert equal(read(few, 8), read(config, 8))
+
+
+@pytest.mark.parametrize(("world_size", "workers", "cursor"), [(1, 3, 0), (2, 1, 16)])
+def test_the_pixels_of_mixtures_and_buckets_are_the_same_too(
+    mixed: DataConfig, world_size: int, workers: int, cursor: int
+) -> None:
+    check_pixels(mixed, world_size, cursor, workers=workers)
+
+
+# Captions of moving shapes, all 184,320 of them.
+
+
+def test_every_caption_in_every_wording_reads_back() -> None:
+    for attributes in EVERYTHING:
+        for wording in range(WORDINGS):
+            assert parse_caption(caption(attributes, wording)) == attributes

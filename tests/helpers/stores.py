@@ -1,8 +1,8 @@
-"""Small servers that speak S3 or Azure as far as tests need it, for answers that SeaweedFS does not give: keys that it
-would normalise, archived objects, other regions, Azure's rule for names of metadata."""
+"""Stores beside SeaweedFS: small servers with answers of S3 and Azure that it does not give, and environments."""
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import zlib
@@ -13,6 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+import pytest
+
+from tests.helpers.proxy import FaultProxy
+from tools.local_services.s3 import Identity, ObjectServer
 
 BUCKET = "regen"
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")  # of C#: what Azure takes as a name of metadata
@@ -154,3 +159,33 @@ _DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
 
 def _tag(data: bytes) -> str:
     return f"{zlib.crc32(data):08x}"
+
+
+# Object stores for tests: environments of clients, and buckets seen through the fault proxy.
+
+
+READER = Identity("reader", actions=("Read", "List"))
+_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """Let this process and its children have exactly these variables of storage services."""
+    for name in [name for name in os.environ if name.startswith(_PREFIXES)]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@dataclass
+class Proxied:
+    """Puts a fault proxy between this process (and its children) and a server."""
+
+    server: ObjectServer
+    monkeypatch: pytest.MonkeyPatch
+
+    @contextmanager
+    def __call__(self) -> Iterator[FaultProxy]:
+        """While the block lasts, stores that are opened go through the proxy that it gives."""
+        with FaultProxy(self.server.ports["s3"]) as proxy, self.monkeypatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            yield proxy

@@ -1,26 +1,39 @@
-"""Builds out of a bucket and into one: the same bytes as between local folders, whoever is killed."""
+"""Datasets in a bucket: built out of it and into it, made of the tars of others, and read by `regen bench data`."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import shutil
+import subprocess
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from regen_dist.config.datasets import ReadConfig
 from regen_dist.data.build.build import build_shards
+from regen_dist.data.build.foreign import index_tars
 from regen_dist.data.build.segments import BuildOptions
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import samples_of
+from regen_dist.data.format.manifest import MANIFEST, DatasetManifest
+from regen_dist.data.inspect.check import verify_dataset
 from regen_dist.data.storage.bucket import ObjectInfo
 from regen_dist.data.storage.store import Store
-from regen_dist.errors import DataError
-from tests.helpers.builds import objects, run_builds, start_build, wait_for
+from regen_dist.errors import AccessDenied, DataError
+from tests.helpers.datasets import members, objects, run_builds, start_build, wait_for, write_shards
+from tests.helpers.proxy import Kind
+from tests.helpers.stores import READER, Proxied, use
 from tests.helpers.video import moving_square, write_video
+from tools import shards
+from tools.bench import data_cases
+from tools.bench.data_cases import make_small_samples
 from tools.local_services.s3 import ObjectServer
 
 FLAGS = ["--segment-seconds", "1.5", "--short-side", "48", "--crf", "20", "--min-frames", "20"]
@@ -168,3 +181,133 @@ def test_lists_name_keys_as_they_stand(bucket_url: str, local: Path, tmp_path: P
     dataset = open_dataset(tmp_path / "out")
     assert set(dataset.table()["source"].to_pylist()) == {f"{bucket_url}/odd/{name}"}
     assert [skip.reason for skip in dataset.manifest.skipped] == ["named twice: only the first is used"]
+
+
+# Tars of others in a bucket: indexed in place or from the outside, verified, read.
+
+
+@pytest.fixture
+def tars(tmp_path: Path, bucket_url: str) -> list[Path]:
+    """Three tars, here and under a folder of the bucket's prefix."""
+    written = write_shards(tmp_path / "tars")
+    for tar in written:
+        Store(bucket_url).put_file(f"train/{tar.name}", tar)
+    return written
+
+
+def check_reading(url: str | Path, tars: list[Path]) -> DatasetManifest:
+    """Every sample is the member of its tar."""
+    dataset = open_dataset(url)
+    whole = {f"train/{tar.name}": members(tar) for tar in tars}
+    rows = [dataset.sample(row) for row in range(len(dataset))]
+    assert [row.key for row in rows] == [f"{number:06d}" for number in range(12)]
+    for row in rows:
+        assert dataset.read(row) == whole[row.shard][row.member]
+    return dataset.manifest
+
+
+def test_tars_in_a_bucket(bucket_url: str, tars: list[Path]) -> None:
+    run = CliRunner()
+    shown = run.invoke(shards.app, ["index", bucket_url, "--workers", "2"], catch_exceptions=False)
+    assert "12 samples" in shown.output
+    assert "3 shards (3 indexed now), 0 left out" in shown.output
+    check_reading(bucket_url, tars)
+    assert "train/00000.index.parquet" in Store(bucket_url).list()
+    again = run.invoke(shards.app, ["index", bucket_url, "--workers", "0"], catch_exceptions=False)
+    assert "(0 indexed now)" in again.output
+    shown = run.invoke(shards.app, ["verify", bucket_url, "--deep", "--workers", "2"], catch_exceptions=False)
+    assert "every frame decodes: 12 samples in 3 shards" in shown.output
+    sheet = str(tars[0].parent / "sheet.png")
+    shown = run.invoke(shards.app, ["inspect", bucket_url, "--sheet", sheet], catch_exceptions=False)
+    assert "caption words" in shown.output
+    assert Path(sheet).exists()
+
+
+def test_what_is_bad_in_a_bucket(bucket_url: str, tars: list[Path]) -> None:
+    store = Store(bucket_url)
+    index_tars(bucket_url, workers=0)
+    damaged = open_dataset(bucket_url).sample(5)
+    data = bytearray(tars[1].read_bytes())
+    data[damaged.offset + damaged.size // 2] ^= 0x40
+    store.put("train/00001.tar", bytes(data))
+    store.put("train/00002.tar", tars[2].read_bytes()[:3000])
+    store.delete("train/00000.tar")
+    found = verify_dataset(bucket_url, workers=0).bad
+    assert found[0].startswith("train/00000.tar: missing")
+    assert found[1] == "train/00001.tar: the bytes differ from those that were written"
+    assert found[2].startswith(f"sample {damaged.key} in train/00001.tar: ")
+    assert found[3].startswith("train/00002.tar: 3000 bytes, the manifest says ")
+    assert len(verify_dataset(bucket_url, "quick").bad) == 2
+    with pytest.raises(DataError, match=r"1 of 2 tars cannot be used.*\n  train/00002\.tar: it ends at byte 3000"):
+        index_tars(bucket_url, workers=0)
+    assert MANIFEST not in store.list()
+
+
+def test_a_bucket_that_may_only_be_read(
+    bucket_url: str, tars: list[Path], object_store: ObjectServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = Store(bucket_url).list()
+    use(monkeypatch, object_store.environment(READER))
+    with pytest.raises(AccessDenied):
+        index_tars(bucket_url, workers=0)
+    index_tars(bucket_url, tmp_path / "index", workers=0)
+    assert check_reading(tmp_path / "index", tars).shards_url == bucket_url
+    assert verify_dataset(tmp_path / "index", "deep", workers=0).bad == ()
+    assert Store(bucket_url).list() == before
+    assert READER.secret_key not in (tmp_path / "index" / MANIFEST).read_text()
+
+
+@pytest.mark.parametrize("kind", ["reset", "short", "status"])
+def test_faults_of_the_network_change_nothing(bucket_url: str, tars: list[Path], proxied: Proxied, kind: Kind) -> None:
+    """A body that is cut on its way is no broken tar."""
+    good = index_tars(bucket_url, workers=0).manifest
+    for tar in tars:
+        Store(bucket_url).delete(f"train/{tar.stem}.index.parquet")
+    with proxied() as proxy:
+        fault = proxy.add(kind, ".tar", every=2)
+        made = index_tars(bucket_url, workers=0)
+        assert (made.manifest, made.shards_made) == (good, 3)
+        assert verify_dataset(bucket_url, "deep", workers=0).bad == ()
+        assert fault.struck >= 3
+
+
+# `regen bench data` against a real store: every way of reading brings the same samples; and the command itself.
+
+
+def test_every_way_of_reading_brings_every_byte(bucket_url: str, tmp_path: Path) -> None:
+    make_small_samples(bucket_url, 40, shard_mb=1)
+    dataset = open_dataset(bucket_url)
+    rows, config = data_cases.shuffled_rows(dataset), ReadConfig(cache=str(tmp_path))
+    turns = [
+        data_cases.by_fetcher(bucket_url, config, rows),
+        data_cases.by_fetcher(bucket_url, config, rows),  # from the cache
+        data_cases.by_obstore(bucket_url, config, rows),
+        data_cases.by_obstore_many(bucket_url, config, rows),
+    ]
+    if shutil.which("curl"):
+        turns.append(data_cases.by_webdataset(data_cases.presigned(bucket_url)))
+    if piped := data_cases.piped(bucket_url):
+        turns.append(data_cases.by_webdataset(piped))
+    assert {turn.amount for turn in turns} == {dataset.records["size"].sum()}
+    assert {turn.facts["samples"] for turn in turns} == {40}
+
+
+def test_the_command_writes_figures_and_a_table(root: Path, tmp_path: Path) -> None:
+    """With moving shapes, on a store that it starts itself."""
+    command = [sys.executable, "-m", "tools.cli", "bench", "data", "--out", str(tmp_path), "--samples", "60"]
+    small = ["--repeats", "1", "--seconds", "0.2", "--synthetic"]
+    parts = [each for part in ("clips", "small") for each in ("--only", part)]
+    done = subprocess.run([*command, *small, *parts], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "data.json").read_text())
+    assert facts["data"]["videos"] == "synthetic: moving shapes"
+    assert [section["what"] for section in facts["clips"]] == ["17 frames of 64x64", "17 frames of 128x128"]
+    assert facts["clips"][0]["ratios"].keys() > {
+        "loader, local folder",
+        "loader, store",
+        "loader, local folder, by CPU time",
+    }
+    assert facts["clips"][0]["cases"]["loader, store"]["store_cpu_s"] >= 0
+    assert len(facts["config_hash"]) == 64
+    assert (tmp_path / "data.md").read_text() in done.stdout
+    assert not {"others", "wait", "order", "start"} & facts.keys()

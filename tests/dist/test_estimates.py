@@ -1,20 +1,27 @@
-"""Communication that `regen describe` states, against the bytes that ZeRO-3 hands to its collectives."""
+"""Communication and memory that `regen describe` states, against the collectives and tensors of real ZeRO-3 steps."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 
+from launcher.supervise import launch
 from regen_dist.config.embedder import RunConfig
 from regen_dist.models.flops import count_flops
 from regen_dist.models.memory import memory_bytes, sent_bytes
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import SIDE, clips, tiny_run
+from tools.bench import step_rank
+from tools.bench.step import EMBEDDER, T2V, BenchRun, prepared
+from tools.bench.step_rank import MEMORY_TARGET, estimate
 
 WORLD_SIZE = 2
 LIVE, PREFETCH = 1_000_000_000, 50_000_000  # DeepSpeed's defaults for what stays gathered, in elements
@@ -177,3 +184,23 @@ def _counting() -> Iterator[Counter[str]]:
         mock.patch.object(Optimizer, "_post_step", updating),
     ):
         yield counts
+
+
+# The memory that `regen describe` promises beside what the tensors of real training steps hold.
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, BenchRun]:
+    """Of twenty million parameters."""
+    paths = {EMBEDDER: root / "configs/bench/step_embedder.yaml", T2V: root / "configs/bench/step_t2v.yaml"}
+    return prepared(paths, tmp_path_factory.mktemp("memory"), side=128)
+
+
+@pytest.mark.parametrize(("name", "recomputed"), [(EMBEDDER, "false"), (T2V, "true")])
+def test_tensors_hold_what_was_promised(runs: dict[str, BenchRun], name: str, recomputed: str, tmp_path: Path) -> None:
+    run = runs[name].with_changes(f"engine.activation_checkpointing={recomputed}")
+    program = [sys.executable, "-P", step_rank.__file__, str(run.path), *run.overrides]
+    assert launch([*program, "--tensors", "--warm", "1", "--out", str(tmp_path)], ranks=1, logs=tmp_path) == 0
+    found = json.loads(step_rank.result_file(tmp_path, 0).read_text())
+    promised = sum(estimate(found["sample"], run.config, world_size=1).values())
+    assert found["tensor_bytes"] == pytest.approx(promised, rel=MEMORY_TARGET)
