@@ -107,12 +107,12 @@ class ClusterConfig(Section):
 
     @field_validator("shared")
     @classmethod
-    def _home_is_expanded(cls, shared: Path | None) -> Path | None:
+    def _expand_home(cls, shared: Path | None) -> Path | None:
         return None if shared is None else Path(expand_home(str(shared)))
 
     @field_validator("environment")
     @classmethod
-    def _names_can_be_exported(cls, environment: dict[str, str]) -> dict[str, str]:
+    def _check_environment_names(cls, environment: dict[str, str]) -> dict[str, str]:
         wrong = [name for name in environment if not name.isidentifier() or not name.isascii()]
         if wrong:
             raise ValueError(f"{', '.join(map(repr, wrong))}: not a valid environment variable name")
@@ -122,7 +122,7 @@ class ClusterConfig(Section):
 
     @field_validator("sbatch")
     @classmethod
-    def _options_are_not_set_twice(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+    def _check_options(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
         named = {name.replace("_", "-") for name in options}
         if wrong := sorted(named & {*_OURS, *_OURS_TOO}):
             raise ValueError(f"{', '.join(wrong)}: set by the launcher; use the options of the command instead")
@@ -131,7 +131,7 @@ class ClusterConfig(Section):
         return options
 
     @model_validator(mode="after")
-    def _a_place_is_whole(self) -> ClusterConfig:
+    def _check_limits(self) -> ClusterConfig:
         if self.kind == "slurm" and self.time_min is None:
             raise ValueError("time_min is required for kind: slurm; a job without a limit waits longest in the queue")
         if self.kind == "local" and self.nodes > 1:

@@ -1,6 +1,6 @@
 """`python -m launcher.local_executor FOLDER`: a background job on this machine, on Submitit's local executor.
 
-The process holds a lock while it runs, which tells `regen jobs` that the job is alive. At most `array_parallelism`
+The process holds a lock while it runs, which shows `regen jobs` that the job is alive. At most `array_parallelism`
 tasks of an array run at a time.
 """
 

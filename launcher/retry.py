@@ -56,7 +56,7 @@ class RankExit(Section):
     rank: int
     node: str
     code: int
-    told: tuple[str, ...] = ()  # signals sent to the rank, in order
+    told: tuple[str, ...] = ()  # signals sent to the rank, in order; the key in the file
     time: float
 
 
@@ -66,10 +66,10 @@ def folder(launch: Path, job: str, restart: int) -> Path:
 
 
 def write_rank_exit(
-    launch: Path, job: str, restart: int, *, rank: int, node: str, code: int, told: Sequence[str]
+    launch: Path, job: str, restart: int, *, rank: int, node: str, code: int, signals: Sequence[str]
 ) -> None:
     """Write a rank's exit file; if that fails, print a warning and rely on the exit code alone."""
-    ended = RankExit(rank=rank, node=node, code=code, told=tuple(told), time=time.time())
+    ended = RankExit(rank=rank, node=node, code=code, told=tuple(signals), time=time.time())
     try:
         write_text_atomically(folder(launch, job, restart) / f"rank-{rank:05d}.json", ended.model_dump_json() + "\n")
     except OSError as error:
@@ -98,8 +98,8 @@ def read_rank_exits(launch: Path, job: str, restart: int, world_size: int) -> li
 def hung_hosts(run: Path) -> set[str]:
     """Return the hosts of the hung ranks, if the run ended with the exit code of a hang."""
     try:
-        told = json.loads((run / "hang.json").read_text(encoding="utf-8"))
-        return {each["host"].partition(".")[0] for each in told["ranks"]} if told["kind"] != "together" else set()
+        report = json.loads((run / "hang.json").read_text(encoding="utf-8"))
+        return {each["host"].partition(".")[0] for each in report["ranks"]} if report["kind"] != "together" else set()
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
@@ -226,10 +226,10 @@ class SlurmScheduler:
 
     def stop_reason(self, job: Submission) -> Why:
         """Ask the controller for a preemption and compare the time limit; otherwise a user sent the signal."""
-        told = slurm.show_job(self.job)
-        if slurm.seconds_until(told.get("PreemptTime")) is not None:
+        facts = slurm.show_job(self.job)
+        if slurm.seconds_until(facts.get("PreemptTime")) is not None:
             return "preempted"
-        left_s = slurm.seconds_until(told.get("EndTime"))
+        left_s = slurm.seconds_until(facts.get("EndTime"))
         near = left_s is not None and left_s <= job.cluster.signal_lead_s + _LATE_S
         return "time limit" if near else "signal"
 
@@ -349,8 +349,8 @@ def decide_end(
         return limits._replace(code=code)
     failures = _failures_in_a_row(history[:-1], step) + 1
     if why in _FAILURES and failures > retry.failures:
-        told = f"it failed {failures} times without a new checkpoint in between (retry.failures: {retry.failures})"
-        return RetryDecision(False, told, code)
+        reason = f"it failed {failures} times without a new checkpoint in between (retry.failures: {retry.failures})"
+        return RetryDecision(False, reason, code)
     return RetryDecision(True, f"{why}: continues from {_resume_point(step)}")
 
 

@@ -147,9 +147,9 @@ def _prolog(job: Submission) -> list[str]:
         *(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
         f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "trap : TERM  # this shell outlives the signal, to decide what follows",
-        f"{_retry_command('begin', job)}; verdict=$?",
-        f"[ $verdict -ne {NOTHING_TO_DO} ] || exit 0",
-        "[ $verdict -eq 0 ] || exit $verdict",
+        f"{_retry_command('begin', job)}; decision=$?",
+        f"[ $decision -ne {NOTHING_TO_DO} ] || exit 0",
+        "[ $decision -eq 0 ] || exit $decision",
     ]
 
 

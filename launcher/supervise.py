@@ -49,35 +49,35 @@ def clear_stale_locks(folder: Path, *, grace_s: float = _GRACE_S) -> list[Path]:
         folder: root of the compiled operators, one subfolder per operator.
         grace_s: age in seconds below which a lock is never touched.
     """
-    held = _files_held_open()
-    limit_s = grace_s if held is not None else max(grace_s, _GRACE_UNKNOWN_S)
-    stale = [lock for lock in sorted(folder.glob("*/lock")) if _is_stale(lock, held or set(), limit_s)]
+    open_locks = _open_lock_files()
+    limit_s = grace_s if open_locks is not None else max(grace_s, _GRACE_UNKNOWN_S)
+    stale = [lock for lock in sorted(folder.glob("*/lock")) if _is_stale(lock, open_locks or set(), limit_s)]
     for lock in stale:
         lock.unlink(missing_ok=True)
     return stale
 
 
-def _is_stale(lock: Path, held: set[str], limit_s: float) -> bool:
+def _is_stale(lock: Path, open_locks: set[str], limit_s: float) -> bool:
     try:
         age_s = time.time() - lock.stat().st_mtime
     except FileNotFoundError:  # its builder has just finished
         return False
-    return age_s >= limit_s and str(lock.resolve()) not in held
+    return age_s >= limit_s and str(lock.resolve()) not in open_locks
 
 
-def _files_held_open() -> set[str] | None:
+def _open_lock_files() -> set[str] | None:
     """Return the operator build locks that some process has open; None without /proc."""
     processes = Path("/proc")
     if not (processes / "self" / "fd").is_dir():
         return None
-    held: set[str] = set()
+    open_locks: set[str] = set()
     for descriptors in processes.glob("[0-9]*/fd"):
         try:
             links = [os.readlink(entry) for entry in os.scandir(descriptors)]
         except OSError:  # the process has ended, or belongs to another user
             continue
-        held.update(link for link in links if link.endswith("/lock"))
-    return held
+        open_locks.update(link for link in links if link.endswith("/lock"))
+    return open_locks
 
 
 GRACE_S = 20.0  # between the request to end and the kill

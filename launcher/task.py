@@ -59,7 +59,7 @@ class SlurmTask:
         ended = supervise([*COMMAND, *task.command], {rank: environment}, logs=task.logs)
         node, code = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(ended.code, ended.signals)
         retry.write_rank_exit(
-            task.launch, here.raw_job_id, restart, rank=rank, node=node, code=code, told=ended.signals
+            task.launch, here.raw_job_id, restart, rank=rank, node=node, code=code, signals=ended.signals
         )
         if code not in (EXIT_OK, EXIT_RESUME):
             raise SystemExit(code)
@@ -120,7 +120,7 @@ class LocalTask:
                 rank=rank,
                 node=scheduler.nodes[0],
                 code=code,
-                told=ended.signals,
+                signals=ended.signals,
             )
         decision = end(job, task, scheduler, _code(ended.code, ended.signals))
         log_line(f"{task.name}: {decision.text}")

@@ -153,10 +153,10 @@ def errors_in_one_line(environment: Mapping[str, str] = os.environ) -> Iterator[
         with needing_extra(_command()):
             yield
     except (RegenError, OSError) as error:
-        told = str(error) if isinstance(error, RegenError) else refusal(error)
-        if told is None or environment.get("REGEN_DEBUG") == "1":
+        message = str(error) if isinstance(error, RegenError) else refusal(error)
+        if message is None or environment.get("REGEN_DEBUG") == "1":
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", ConfigError.exit_code)) from None
 
 

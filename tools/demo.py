@@ -24,7 +24,7 @@ STEPS = (1, 4)
 
 
 @dataclass(frozen=True)
-class _Places:
+class _OutputPaths:
     """Paths of the demo's outputs."""
 
     videos: Path
@@ -53,12 +53,12 @@ def demo(
     base = Path(loaded.output)
     names = [f"{steps}_step{'s' if steps > 1 else ''}" for steps in STEPS]
     run = base / loaded.name
-    places = _Places(videos, run, tuple(base / "reconstructions" / name for name in names), base / "report")
+    paths = _OutputPaths(videos, run, tuple(base / "reconstructions" / name for name in names), base / "report")
     stages.run(["fetch-videos", "--out", str(videos), "--only", TRAIN_VIDEO, "--only", HELD_OUT_VIDEO])
     _build_shards(loaded, videos)
-    _train(["train", str(config), "--ranks", str(ranks), *overrides], loaded, places.run)
-    _reconstruct(places)
-    _conclude(places, time.monotonic() - began)
+    _train(["train", str(config), "--ranks", str(ranks), *overrides], loaded, paths.run)
+    _reconstruct(paths)
+    _conclude(paths, time.monotonic() - began)
 
 
 def _suited_to_this_machine() -> list[str]:
@@ -94,10 +94,10 @@ def _train(arguments: Sequence[str], config: RunConfig, run: Path) -> None:
         raise typer.Exit(ended.code)
 
 
-def _reconstruct(places: _Places) -> None:
-    video, record = places.videos / HELD_OUT_VIDEO, places.run / "metrics.jsonl"
-    for steps, out in zip(STEPS, places.reconstructions, strict=True):
-        arguments = ["reconstruct", str(video), "--run", str(places.run), "--out", str(out), "--steps", str(steps)]
+def _reconstruct(paths: _OutputPaths) -> None:
+    video, record = paths.videos / HELD_OUT_VIDEO, paths.run / "metrics.jsonl"
+    for steps, out in zip(STEPS, paths.reconstructions, strict=True):
+        arguments = ["reconstruct", str(video), "--run", str(paths.run), "--out", str(out), "--steps", str(steps)]
         arguments += ["--short-side", str(SHORT_SIDE), *(["--compare"] if steps == STEPS[0] else [])]
         metrics = out / "metrics.json"
         if metrics.is_file() and metrics.stat().st_mtime > record.stat().st_mtime:
@@ -107,19 +107,19 @@ def _reconstruct(places: _Places) -> None:
             stages.run(arguments)
 
 
-def _conclude(places: _Places, seconds: float) -> None:
+def _conclude(paths: _OutputPaths, seconds: float) -> None:
     """Print the table, write the page, and fail if a trivial baseline does as well as one decoder step."""
     from rich.console import Console
 
     from regen_dist.evaluation.report import compare_rows, measures_table, read_metrics, write_report
 
-    rows = compare_rows([read_metrics(folder) for folder in places.reconstructions])
+    rows = compare_rows([read_metrics(folder) for folder in paths.reconstructions])
     title = f"REGEN, re-generating {HELD_OUT_VIDEO}"
-    page = write_report(places.report, title=title, run=places.run, reconstructions=places.reconstructions)
+    page = write_report(paths.report, title=title, run=paths.run, reconstructions=paths.reconstructions)
     console = Console()
     console.print()
     measures_table(rows, f"{HELD_OUT_VIDEO}, never trained on").show(console)
-    if learned := _learned(places.run):
+    if learned := _learned(paths.run):
         console.print(learned, highlight=False)
     console.print(f"{seconds / 60:.1f} minutes. The page: {page}", highlight=False)
     better = [row for row in rows if not row.trained and row.psnr_db >= rows[0].psnr_db]

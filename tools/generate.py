@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from regen_dist.inference.given_media import GivenMedia
     from regen_dist.inference.sampler import TextToVideoModel
 
-    Given = GivenMedia | Mapping[int, GivenMedia]
+    AnyGivenMedia = GivenMedia | Mapping[int, GivenMedia]
 
 
 class FileLayout(StrEnum):
@@ -147,7 +147,7 @@ def _prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
 
 def _media(
     model: TextToVideoModel, image: Path | None, continued: Path | None, sides: tuple[int, int] | None
-) -> tuple[Given | None, int | None]:
+) -> tuple[AnyGivenMedia | None, int | None]:
     """Return the given media, and the number of frames per row that the model has room for beside given clips (None: no
     limit)."""
     from regen_dist.inference.generate import longest_row, resolve_settings, size_for
@@ -165,7 +165,7 @@ def _media(
     return media, max(1, longest - clips_given(media)) * space.num_frames
 
 
-def _note(model: TextToVideoModel, settings: GenerationSettings, media: Given | None) -> None:
+def _note(model: TextToVideoModel, settings: GenerationSettings, media: AnyGivenMedia | None) -> None:
     """Print notes on settings that the model was not trained for."""
     from regen_dist.inference.generate import clips_of, longest_row
     from regen_dist.inference.given_media import clips_given, notes

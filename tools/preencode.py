@@ -57,13 +57,12 @@ def _verify(config: PreencodeConfig, samples: int, seed: int) -> None:
     from regen_dist.inference.preencode_verify import verify_cache
 
     with progress_bar() as progress:
-        verdict = verify_cache(config, samples=samples, seed=seed, progress=progress)
-    if verdict.mismatches:
-        title = f"{len(verdict.mismatches)} of {verdict.entries} entries in {config.output} are not what is made now:"
-        raise DataError("\n".join([title, *verdict.mismatches]))
+        result = verify_cache(config, samples=samples, seed=seed, progress=progress)
+    if result.mismatches:
+        title = f"{len(result.mismatches)} of {result.entries} entries in {config.output} are not what is made now:"
+        raise DataError("\n".join([title, *result.mismatches]))
     typer.echo(
-        f"{config.output}: {verdict.entries} entries encoded again; all agree (largest difference "
-        f"{verdict.largest:.2g})"
+        f"{config.output}: {result.entries} entries encoded again; all agree (largest difference {result.largest:.2g})"
     )
 
 

@@ -133,7 +133,7 @@ def choose_job(name: str, root: Path) -> list[Member]:
     ]
     chosen = chosen or [member for run in find_jobs(folder).runs for member in run.members]
     if not chosen:
-        raise ConfigError("\n".join([_nothing_there(folder), *unread]))
+        raise ConfigError("\n".join([_explain_no_jobs(folder), *unread]))
     return chosen
 
 
@@ -155,7 +155,7 @@ def _siblings(folder: Path) -> list[Path]:
     return [each.parent for each in sorted(folder.parent.glob(f"*/{LAUNCH}")) if each.parent != folder]
 
 
-def _nothing_there(folder: Path) -> str:
+def _explain_no_jobs(folder: Path) -> str:
     if was := _earlier_place(folder):
         return (
             f"{folder}: was moved; it was submitted as {was}, and its jobs know it by that path. Move it back, or "
@@ -211,14 +211,14 @@ class QueueState(NamedTuple):
 class Queue:
     """Scheduler states of tasks. `no_answer`: the reason why Slurm did not answer."""
 
-    def __init__(self, told: dict[str, QueueState], no_answer: str) -> None:
-        self._told, self.no_answer = told, no_answer
+    def __init__(self, states: dict[str, QueueState], no_answer: str) -> None:
+        self._states, self.no_answer = states, no_answer
 
     def state_of(self, member: Member) -> QueueState | None:
         """Return the state of a task; None if it cannot be determined from this machine."""
         if member.job.cluster.kind == "local":
             return _local_state(member)
-        return None if self.no_answer else self._told.get(member.queue_id, QueueState())
+        return None if self.no_answer else self._states.get(member.queue_id, QueueState())
 
 
 def query_queue(members: Iterable[Member], *, must: bool = False) -> Queue:
@@ -229,7 +229,7 @@ def query_queue(members: Iterable[Member], *, must: bool = False) -> Queue:
     """
     slurms = {str(each.job.id()) for each in members if each.job.cluster.kind == "slurm" and not has_final_end(each)}
     try:
-        return Queue({name: QueueState(*told) for name, told in slurm.queue(sorted(slurms)).items()}, "")
+        return Queue({name: QueueState(*state) for name, state in slurm.queue(sorted(slurms)).items()}, "")
     except BackendError as error:
         if must:
             raise
@@ -280,29 +280,31 @@ def job_state(member: Member, queue: Queue, *, complete: bool = False) -> JobSta
     return derive_state(history, queue.state_of(member), stop=member.task.stop_file.exists(), complete=complete)
 
 
-def derive_state(history: Sequence[Attempt], told: QueueState | None, *, stop: bool, complete: bool) -> JobState:
+def derive_state(history: Sequence[Attempt], queue_state: QueueState | None, *, stop: bool, complete: bool) -> JobState:
     """Derive the state of a task.
 
     Args:
         history: starts of the newest submission.
-        told: state from the scheduler; None: unknown, so that only the history counts.
+        queue_state: state from the scheduler; None: unknown, so that only the history counts.
         stop: its folder has a file STOP.
         complete: nothing is left to do.
     """
     end = history[-1].end if history else None
     if end and not end.again:
         return _state_of_ended(end)
-    if told is None:
+    if queue_state is None:
         return _state_by_history(history, end, stop=stop, complete=complete)
-    if told.waits:
-        return JobState("stopping", NEVER) if stop and not history else _state_of_waiting(history, end, told.reason)
-    if told.works:
+    if queue_state.waits:
+        if stop and not history:
+            return JobState("stopping", NEVER)
+        return _state_of_waiting(history, end, queue_state.reason)
+    if queue_state.works:
         if end:
             return _state_of_waiting(history, end, "")
         return _state_of_running(history, stop=stop)
-    if end and time.time() - end.time < _MOMENT_S and told.state in ("", "COMPLETED") and not stop:
+    if end and time.time() - end.time < _MOMENT_S and queue_state.state in ("", "COMPLETED") and not stop:
         return _state_of_waiting(history, end, "")
-    return _state_of_gone(history, end, told.state, stop=stop, complete=complete)
+    return _state_of_gone(history, end, queue_state.state, stop=stop, complete=complete)
 
 
 def _state_of_ended(end: End) -> JobState:

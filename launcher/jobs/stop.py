@@ -24,7 +24,7 @@ from regen_dist.config.files import load_section
 from regen_dist.config.run import Section
 from regen_dist.errors import BackendError, ConfigError, RegenError
 
-_POLL_S, _ASK_EVERY_S, _SAY_EVERY_S = 0.3, 3.0, 60.0
+_POLL_S, _ASK_EVERY_S, _MESSAGE_EVERY_S = 0.3, 3.0, 60.0
 _IDS_PER_CALL = 200  # job ids per call of scancel
 
 
@@ -61,7 +61,7 @@ class StopRequest:
         """Drop pending tasks of a local array whose other tasks are not stopped: such a task keeps its position and
         does not start when its turn comes."""
         for job, members in _by_job(self._active):
-            if job.cluster.kind == "local" and not _is_all_that_remains(job, members):
+            if job.cluster.kind == "local" and not _covers_active_tasks(job, members):
                 waiting = [each for each in members if not read_history(each.task.launch)]
                 self.states |= dict.fromkeys(waiting, JobState("stopping", NEVER))
                 self._active = [each for each in self._active if each not in waiting]
@@ -91,7 +91,7 @@ class StopRequest:
         if self._at_once:
             for process in _processes(job, members):
                 _kill(process, signal.SIGKILL)
-        elif _is_all_that_remains(job, members):
+        elif _covers_active_tasks(job, members):
             if self._not_signalled(members):
                 _kill(int(job.id() or 0), signal.SIGTERM)
         else:
@@ -106,7 +106,7 @@ class StopRequest:
         return found
 
 
-def _is_all_that_remains(job: Submission, members: Sequence[Member]) -> bool:
+def _covers_active_tasks(job: Submission, members: Sequence[Member]) -> bool:
     stopped = {each.index for each in members}
     return all(has_final_end(Member(job, index)) for index in range(len(job.tasks)) if index not in stopped)
 
@@ -138,7 +138,7 @@ def _controllers(member: Member) -> list[int]:
 
 def _processes(job: Submission, members: Sequence[Member]) -> list[int]:
     """Return the processes to kill to end local tasks immediately; their ranks end with their parent."""
-    whole = _is_all_that_remains(job, members)
+    whole = _covers_active_tasks(job, members)
     tops = [int(job.id() or 0)] if whole else [process for member in members for process in _controllers(member)]
     return [process for top in tops if top for process in [top, *_descendants(top)]]
 
@@ -188,17 +188,20 @@ def stop(members: Sequence[Member], root: Path, *, at_once: bool, wait: bool) ->
 
 
 def _wait(stopping: StopRequest, active: list[Member], root: Path, *, at_once: bool) -> None:
-    began = said = time.monotonic()
-    told = active
+    began = last_message = time.monotonic()
+    asked = active
     while active := stopping.poll():
-        if time.monotonic() - said > _SAY_EVERY_S:
-            said = time.monotonic()
+        if time.monotonic() - last_message > _MESSAGE_EVERY_S:
+            last_message = time.monotonic()
             names = ", ".join(shown_name(each.task.folder, root) for each in active[:3])
             hint = "" if at_once else "; `regen jobs stop RUN --now` ends it without saving"
-            print(f"waiting for {len(active)} task(s) since {duration(said - began)}: {names}{hint}", file=sys.stderr)
+            print(
+                f"waiting for {len(active)} task(s) since {duration(time.monotonic() - began)}: {names}{hint}",
+                file=sys.stderr,
+            )
         time.sleep(_POLL_S)
     if at_once:
-        for member in told:
+        for member in asked:
             _record_end(member)
 
 

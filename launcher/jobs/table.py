@@ -268,13 +268,13 @@ def _with_heartbeat(row: JobRow, task: JobTask, began: float) -> JobRow:
 
 def _folded(run: SubmittedRun, all_rows: Sequence[JobRow], root: Path) -> JobRow:
     counts = Counter(row.state for row in all_rows)
-    told = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
+    summary = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
     first = next(state for state in _ORDER if counts[state])
     newest = max(run.members, key=lambda member: member.job.submitted).job
     return JobRow(
         run=shown_name(run.folder, root),
         state=first,
-        note=f"{len(all_rows)} tasks: {told}",
+        note=f"{len(all_rows)} tasks: {summary}",
         folder=str(run.folder),
         job=newest.id(),
         cluster=newest.cluster_name,
@@ -301,8 +301,8 @@ def _plain_row(folder: Path, root: Path) -> JobRow | None:
         run=shown_name(folder, root), state=state.state, note=state.note, folder=str(folder),
         heartbeat_age_s=age_s if state.active else None,
     )  # fmt: skip
-    shown = _with_figures(row, known, task.progress) if task.progress else row
-    return shown if steps else replace(shown, steps=None, eta_s=None)
+    result = _with_figures(row, known, task.progress) if task.progress else row
+    return result if steps else replace(result, steps=None, eta_s=None)
 
 
 def _state_by_heartbeat(left: str, why: str, age_s: float, *, finished: bool) -> JobState:

@@ -46,17 +46,19 @@ def pipeline(
     with pipeline_lock(found.folder, _warn):
         planned = plan(found, cluster, settings or [])
         if all(each.state == "complete" for each in planned):
-            _say("\n".join([*(f"{each.name}: skipped, {each.why}" for each in planned), "nothing is left to do"]))
+            _print_line(
+                "\n".join([*(f"{each.name}: skipped, {each.why}" for each in planned), "nothing is left to do"])
+            )
             return
         check_all(planned, force=force, emit=_warn)
         if load_cluster(cluster, settings or []).kind == "local":
-            raise typer.Exit(run_locally(planned, _say))
-        jobs = run_on_slurm(planned, _say)
+            raise typer.Exit(run_locally(planned, _print_line))
+        jobs = run_on_slurm(planned, _print_line)
     if wait:
-        raise typer.Exit(wait_for_jobs(jobs, _say))
+        raise typer.Exit(wait_for_jobs(jobs, _print_line))
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     print(text, flush=True)  # readers of a pipe need each line while the steps run
 
 

@@ -115,7 +115,7 @@ def _cancel_submitted(submitted: dict[str, Submission], planned: PlannedStep, er
             cancelled.append(f"{name} (job {job.id()})")
         except RegenError as problem:
             left.append(f"{name} (job {job.id()}: {problem})")
-    what = str(error) or "interrupted; `squeue` tells whether Slurm has it all the same"
+    what = str(error) or "interrupted; `squeue` shows whether Slurm has the job nevertheless"
     texts = [f"step {planned.name}: {what}"]
     texts += [f"cancelled again: {', '.join(cancelled)}"] if cancelled else []
     texts += [f"could NOT be cancelled, and will run: {', '.join(left)}"] if left else []

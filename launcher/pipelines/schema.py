@@ -15,7 +15,7 @@ from pydantic import Field, WithJsonSchema, field_validator, model_validator
 from launcher.job import JobTask
 from launcher.submit import SubmissionRequest
 from regen_dist.checks.data import READING
-from regen_dist.checks.findings import side_by_side
+from regen_dist.checks.findings import run_concurrently
 from regen_dist.config.files import compose, find_preset, load_section
 from regen_dist.config.run import HomePath, PositiveInt, Section
 from regen_dist.config.urls import checked_url, expand_home, parse_url
@@ -58,7 +58,7 @@ def problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     steps = values.get("steps")
     if not isinstance(steps, dict):
         return
-    after = {name: _asked(step) for name, step in steps.items()}
+    after = {name: _dependencies_of(step) for name, step in steps.items()}
     for name, asked in after.items():
         for other in asked or ():
             if other not in after:
@@ -73,10 +73,10 @@ def problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"steps.{circle[0]}", f"these steps wait for each other: {' -> '.join(circle)}; take one `after` out"
 
 
-def _asked(step: object) -> list[str] | None:
+def _dependencies_of(step: object) -> list[str] | None:
     """Return a step's `after`; the schema reports values that are no lists of names."""
-    asked = step.get("after") if isinstance(step, dict) else None
-    return [each for each in asked if isinstance(each, str)] if isinstance(asked, list) else None
+    after = step.get("after") if isinstance(step, dict) else None
+    return [each for each in after if isinstance(each, str)] if isinstance(after, list) else None
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
@@ -115,7 +115,7 @@ class PipelineStep(Section):
 
     @field_validator("command", "overrides", "outputs", mode="before")
     @classmethod
-    def _numbers_are_text(cls, values: object) -> object:
+    def _convert_numbers(cls, values: object) -> object:
         plain = (str, int, float)
         return (
             [str(each) if isinstance(each, plain) else each for each in values] if isinstance(values, list) else values
@@ -123,7 +123,7 @@ class PipelineStep(Section):
 
     @field_validator("command", "train", "inputs")
     @classmethod
-    def _homes_are_expanded(cls, value: Any) -> Any:
+    def _expand_home(cls, value: Any) -> Any:
         """Expand a leading `~`, as the shell does for typed words; the words of a pipeline pass through no shell."""
         if isinstance(value, Path):
             return Path(expand_home(str(value)))
@@ -133,13 +133,13 @@ class PipelineStep(Section):
 
     @field_validator("outputs")
     @classmethod
-    def _outputs_are_places(cls, outputs: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_outputs(cls, outputs: tuple[str, ...]) -> tuple[str, ...]:
         for each in outputs:
             checked_url(each)
         return outputs
 
     @model_validator(mode="after")
-    def _is_one_of_the_two(self) -> PipelineStep:
+    def _check_kind(self) -> PipelineStep:
         if (self.train is None) == (not self.command):
             raise ValueError("give either train (a config) or command (a list: a command of regen and its arguments)")
         if self.train is None and self.overrides:
@@ -213,8 +213,8 @@ def with_inputs(request: SubmissionRequest, inputs: Sequence[Path]) -> Submissio
         )
     if not inputs:
         return request
-    told = json_text([request.fingerprint, *map(_content, inputs)])
-    return replace(request, parent_fingerprint=hashlib.sha256(told.encode()).hexdigest()[:16])
+    identity = json_text([request.fingerprint, *map(_content, inputs)])
+    return replace(request, parent_fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16])
 
 
 def _content(path: Path) -> str:
@@ -236,7 +236,7 @@ def missing_outputs(request: SubmissionRequest, step: PipelineStep) -> dict[str,
             makers[fill_placeholders(output, number, len(request.tasks))] = (
                 [task] if "{task}" in output else request.tasks
             )
-    there = side_by_side(exists, makers)
+    there = run_concurrently(exists, makers)
     return {place: tasks for (place, tasks), is_there in zip(makers.items(), there, strict=True) if not is_there}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.submit import ROOT, SubmissionRequest
-from regen_dist.checks.findings import side_by_side
+from regen_dist.checks.findings import run_concurrently
 from regen_dist.config import AnyRunConfig, RunConfig, to_yaml
 from regen_dist.errors import RegenError
 from regen_dist.programs import regen, with_safe_path
@@ -166,7 +166,7 @@ def by_run(
 ) -> Iterator[PreflightFinding]:
     """Yield the findings of each run once, naming the runs unless a finding concerns all of them."""
     runs: dict[PreflightFinding, list[str]] = {}
-    for config, findings in zip(configs, side_by_side(lambda each: list(find(each)), configs), strict=True):
+    for config, findings in zip(configs, run_concurrently(lambda each: list(find(each)), configs), strict=True):
         for finding in dict.fromkeys(findings):
             runs.setdefault(finding, []).append(config.name)
     for finding, names in runs.items():

@@ -63,7 +63,7 @@ def _run(each: Check, subject: Subject) -> list[PreflightFinding]:
         return list(each(subject))
     except RegenError as error:
         return [problem(str(error))]
-    except Exception as error:  # noqa: BLE001 - told as a problem, beside what the other checks found
+    except Exception as error:  # noqa: BLE001 - reported as a problem, beside the other findings
         name = f"{each.__module__.rpartition('.')[2]}.{getattr(each, '__name__', each)}"
         return [problem(f"the check {name} itself failed: {type(error).__name__}: {error}")]
 

@@ -152,8 +152,8 @@ def _one_disk(runs: list[tuple[AnyRunConfig, Path]], subject: Subject) -> Iterat
     needed = 0
     try:
         for config, folder in runs:
-            held = sum(Store(folder).list().values())
-            needed += max(0, checkpoints_kept(config) * _checkpoint_bytes(config, subject) - held)
+            existing_bytes = sum(Store(folder).list().values())
+            needed += max(0, checkpoints_kept(config) * _checkpoint_bytes(config, subject) - existing_bytes)
     except NoEstimate as error:
         yield make_note(f"free space was not compared with what checkpoints need: {error}")
         return

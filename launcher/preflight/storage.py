@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from launcher.preflight.findings import PreflightFinding, Subject, by_run, make_note, problem
 from regen_dist.checks.data import READING
-from regen_dist.checks.findings import side_by_side
+from regen_dist.checks.findings import run_concurrently
 from regen_dist.config import AnyRunConfig, T2VConfig
 from regen_dist.config.urls import parse_url
 from regen_dist.data.storage.connection import StoreLimits
@@ -90,7 +90,7 @@ def checkpoints(subject: Subject) -> Iterator[PreflightFinding]:
     for config in subject.configs:
         first.setdefault(config.checkpoint.url, config)
     chosen = list(first.values())
-    for wrong in side_by_side(lambda config: _unwritable(config.checkpoints), chosen):
+    for wrong in run_concurrently(lambda config: _unwritable(config.checkpoints), chosen):
         if wrong:
             yield problem(wrong)
 

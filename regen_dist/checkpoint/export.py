@@ -119,7 +119,7 @@ def write_model(path: Path, weights: Mapping[str, Tensor], dtype: str) -> str:
     check_finite(stored, f"the weights as {dtype}")
     try:
         save_file(stored, path, {"format": "pt"})
-    except SafetensorError as error:  # it tells of the disk by its text alone
+    except SafetensorError as error:  # only its text says that the disk is full
         raise CheckpointError(f"{path} cannot be written: {error}; make room there, or name another place") from None
     sync(path)
     return _sha256(path)

@@ -207,11 +207,11 @@ class CheckpointFolder:
         phase("pointer")
         self.set_latest(manifest.step)
 
-    def amend(self, manifest: CheckpointManifest, **changes: Any) -> CheckpointManifest:
+    def update_manifest(self, manifest: CheckpointManifest, **changes: Any) -> CheckpointManifest:
         """Replace fields of a committed checkpoint's manifest atomically and return the new manifest."""
-        amended = replace(manifest, **changes)
-        self.store.put(f"{checkpoint_name(manifest.step)}/{MANIFEST}", to_text(amended).encode())
-        return amended
+        updated = replace(manifest, **changes)
+        self.store.put(f"{checkpoint_name(manifest.step)}/{MANIFEST}", to_text(updated).encode())
+        return updated
 
     def _rename(self, step: int) -> None:
         assert self.store.folder is not None, "buckets do not rename"

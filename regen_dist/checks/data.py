@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from regen_dist.checks.findings import Finding, Target, error, side_by_side
+from regen_dist.checks.findings import Finding, Target, error, run_concurrently
 from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
 from regen_dist.config.identity import different_latents
 from regen_dist.config.yaml_files import read_yaml
@@ -26,7 +26,7 @@ def data(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
     if config.data.validation_url:
         keys.setdefault(config.data.validation_url, "data.validation_url")
     wanted = [url for url in keys if not target.will_be_there(url)]
-    found = side_by_side(lambda url: target.once("dataset", url, dataset_problem), wanted)
+    found = run_concurrently(lambda url: target.once("dataset", url, dataset_problem), wanted)
     for url, wrong in zip(wanted, found, strict=True):
         if wrong:
             yield error(keys[url], f"{keys[url]}: {wrong}", DataError)
@@ -143,8 +143,10 @@ def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
         try:
             spaces[url] = _space(manifest)
         except (KeyError, TypeError, ValueError) as caught:
-            told = f"{type(caught).__name__}: {caught}"
-            yield error("data", f"{url}: its manifest does not say what the latents are ({told}); {_AGAIN}", DataError)
+            reason = f"{type(caught).__name__}: {caught}"
+            yield error(
+                "data", f"{url}: its manifest does not say what the latents are ({reason}); {_AGAIN}", DataError
+            )
     if problem := different_latents({url: space.fingerprint for url, space in spaces.items()}):
         yield error("data", problem, DataError)
     yield from (finding for url, space in spaces.items() for finding in fits(config, url, space))

@@ -113,7 +113,7 @@ class Target:
         return answer.result()
 
 
-def side_by_side(look: Callable[[One], Result], them: Iterable[One]) -> list[Result]:
-    """Apply `look` to each item and return the results in order. Several run at once, as most time is spent waiting."""
+def run_concurrently(check: Callable[[One], Result], items: Iterable[One]) -> list[Result]:
+    """Apply `check` to each item concurrently and return the results in order; most of the time is spent waiting."""
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        return list(threads.map(look, them))
+        return list(threads.map(check, items))

@@ -74,7 +74,7 @@ def lost(config: AnyRunConfig) -> Iterator[Finding]:
     lines = read_record(path, "checkpoint") if path.is_file() else []
     if saved := [line["step"] for line in lines if not line["problem"]]:
         text = (
-            f"{path} tells of a checkpoint of step {saved[-1]}, but {config.checkpoints} holds none. Is that folder "
+            f"{path} records a checkpoint of step {saved[-1]}, but {config.checkpoints} holds none. Is that folder "
             "mounted, and checkpoint.url the one it was? Restore them, or start the run from scratch with --fresh"
         )
         yield error("checkpoint.url", text, NoGoodCheckpoint)
@@ -153,7 +153,7 @@ def _identity(config: AnyRunConfig, before: dict[str, str], target: Target) -> d
         prints = None
     found = _order_of(config, prints or [])
     name = "dataset fingerprint"
-    return found if prints else found | {name: before.get(name, "not told")}
+    return found if prints else found | {name: before.get(name, "not recorded")}
 
 
 def _order_of(config: AnyRunConfig, prints: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from regen_dist.checks.data import KIND, data, dataset_problem, frozen_encoder, latents, manifest_of
-from regen_dist.checks.findings import Finding, Target, error, refuse, side_by_side
+from regen_dist.checks.findings import Finding, Target, error, refuse, run_concurrently
 from regen_dist.checks.kernels import compiler, convolutions, kernels, losses, packages, ranks
 from regen_dist.checks.resume import busy, resume
 from regen_dist.config import AnyRunConfig
@@ -32,10 +32,10 @@ def check_runs(
     Nothing is written. Stores are asked once for all configs.
     """
 
-    def look(config: AnyRunConfig) -> tuple[Finding, ...]:
+    def check_all(config: AnyRunConfig) -> tuple[Finding, ...]:
         return tuple(dict.fromkeys(finding for check in checks for finding in _found(check, config, target)))
 
-    return side_by_side(look, configs)
+    return run_concurrently(check_all, configs)
 
 
 def refuse_process(config: AnyRunConfig, target: Target) -> None:

@@ -89,7 +89,7 @@ class MixtureConfig(Section):
         return None if url is None else expand_home(url)
 
     @model_validator(mode="after")
-    def _one_source_or_a_mixture(self) -> Self:
+    def _check_sources(self) -> Self:
         if (self.url is None) == (not self.mixture):
             raise ValueError("give either url (one dataset) or mixture (a list of {url, weight})")
         if len(set(self.sources)) < len(self.sources):
@@ -127,7 +127,7 @@ class DataConfig(MixtureConfig):
         return self.buckets or (self.size,)
 
     @model_validator(mode="after")
-    def _sides_fit_the_latent(self) -> DataConfig:
+    def _check_sides(self) -> DataConfig:
         named = [("size", self.size), ("validation_size", self.validation_size or self.size)]
         for name, size in [*named, *(("buckets", size) for size in self.buckets)]:
             if any(side % SPATIAL_COMPRESSION for side in size):

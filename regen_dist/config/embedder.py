@@ -120,7 +120,7 @@ class EncoderConfig(Section):
         )
 
     @model_validator(mode="after")
-    def _kind_has_what_it_needs(self) -> EncoderConfig:
+    def _check_kind(self) -> EncoderConfig:
         if self.frozen and not self.path:
             raise ValueError("kind 'diffusers' needs path: the folder of an autoencoder that diffusers has saved")
         if not self.frozen and not self.stages:
@@ -204,7 +204,7 @@ class DecoderConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> DecoderConfig:
+    def _check_heads(self) -> DecoderConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; choose a width that is")
         return self
@@ -244,7 +244,7 @@ class ModelConfig(Section):
         return 1 + self.temporal_compression // self.encoder.temporal if self.encoder.frozen else 2
 
     @model_validator(mode="after")
-    def _frozen_encoders_have_our_decoder(self) -> ModelConfig:
+    def _check_frozen_encoder(self) -> ModelConfig:
         if not self.encoder.frozen:
             return self
         wanted = {
@@ -264,7 +264,7 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _strides_make_the_latent(self) -> ModelConfig:
+    def _check_strides(self) -> ModelConfig:
         if self.encoder.frozen:
             return self
         if self.encoder.spatial != SPATIAL_COMPRESSION:
@@ -280,7 +280,7 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _windows_hold_pixels_alone(self) -> ModelConfig:
+    def _check_attention_pattern(self) -> ModelConfig:
         pattern = self.decoder.attention.pattern
         if self.kind == "regen" and self.conditioning.kind == "in_context" and pattern != "full":
             raise ValueError(
@@ -333,7 +333,7 @@ class DiffusionConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _eps_has_no_pure_noise(self) -> DiffusionConfig:
+    def _check_pure_noise(self) -> DiffusionConfig:
         if self.target == "eps" and self.density.pure_noise > 0:
             raise ValueError(
                 "target 'eps' cannot be turned into pixels at pure noise (the signal's weight is 0); "
@@ -365,7 +365,7 @@ class PerceptualConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _the_term_has_a_network(self) -> Self:
+    def _check_network(self) -> Self:
         if self.weight > 0 and self.network is None:
             raise ValueError(
                 f"weight {self.weight:g} needs a feature network, and network is not set; give the path of a "
@@ -375,7 +375,7 @@ class PerceptualConfig(Section):
 
 
 class AdversarialConfig(Section):
-    """Loss of a 3D patch discriminator that learns to tell source from reconstruction (MAGVIT-v2, Yu et al., 2024;
+    """Loss of a 3D patch discriminator that learns to distinguish source and output (MAGVIT-v2, Yu et al., 2024;
     VidTok, Tang et al., 2024), and how the discriminator is trained."""
 
     weight: Weight = Field(default=0.0, description="Weight beside the reconstruction's 1; 0: off.")
@@ -453,7 +453,7 @@ class RunConfig(CommonConfig):
     train: EmbedderTrainConfig = Field(description="Length, batch, intervals and losses.")
 
     @model_validator(mode="after")
-    def _noise_predictions_need_signal(self) -> RunConfig:
+    def _check_signal_floor(self) -> RunConfig:
         losses = self.train.losses
         if self.model.kind == "regen" and self.diffusion.target == "eps" and losses.any and losses.signal_floor > 0:
             raise ValueError(
@@ -464,7 +464,7 @@ class RunConfig(CommonConfig):
         return self
 
     @model_validator(mode="after")
-    def _what_is_fitted_is_whole(self) -> RunConfig:
+    def _check_linear_start(self) -> RunConfig:
         if self.model.linear_start == "pca" and self.engine.partitioned_init:
             raise ValueError(
                 "model.linear_start=pca fits the linear code before the weights are sharded; set "
@@ -473,7 +473,7 @@ class RunConfig(CommonConfig):
         return self
 
     @model_validator(mode="after")
-    def _ranks_can_share_rows(self) -> RunConfig:
+    def _check_sequence_parallel(self) -> RunConfig:
         if self.model.kind == "regen":
             self.engine.check_heads("model.decoder.heads", self.model.decoder.heads)
         elif self.engine.sequence_parallel > 1:

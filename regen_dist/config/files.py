@@ -368,7 +368,7 @@ TASKS: dict[str, type[RunConfig] | type[T2VConfig]] = {"embedder": RunConfig, "t
 CONFIG_FILE = "config.yaml"
 HASH_FILE = "config.hash"
 Schema = TypeVar("Schema", bound=BaseModel)
-Look = Callable[[dict[str, Any]], Iterable[tuple[str, str]]]  # dotted key and problem
+ValueCheck = Callable[[dict[str, Any]], Iterable[tuple[str, str]]]  # dotted key and problem
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyRunConfig:
@@ -414,7 +414,7 @@ def t2v_only(config: AnyRunConfig, what: str) -> T2VConfig:
 
 
 def load_section(
-    schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), look: Look | None = None
+    schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), check: ValueCheck | None = None
 ) -> Schema:
     """Load a file of another kind (a cluster, a pipeline) by the rules of a run's config.
 
@@ -422,13 +422,13 @@ def load_section(
         schema: schema of the file.
         path: path of the file.
         overrides: changes `a.b=c`, as for `load_config`.
-        look: finds further problems in the composed, not yet validated values.
+        check: finds further problems in the composed, not yet validated values.
 
     Raises:
         ConfigError: as `load_config`.
     """
     composed, file = compose(Path(path), overrides), display(Path(path))
-    for dotted, problem in look(composed.values) if look else ():
+    for dotted, problem in check(composed.values) if check else ():
         composed.problems.append((composed.origin(dotted) or file, dotted, problem))
     return _validate(schema, composed, Path(path))
 

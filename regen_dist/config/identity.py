@@ -40,7 +40,7 @@ def order_identity(
         "train.batch_global": batch_global,
         "train.seed": seed,
     }
-    return _told(facts)
+    return _as_text(facts)
 
 
 def latent_identity(
@@ -63,7 +63,7 @@ def latent_identity(
         "train.batch_global": batch_global,
         "train.seed": seed,
     }
-    return _told(facts)
+    return _as_text(facts)
 
 
 def order_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -85,12 +85,12 @@ def different_latents(fingerprints: Mapping[str, str]) -> str:
         return ""
     named = ", ".join(f"{url} ({fingerprint[:12]})" for fingerprint, url in first.items())
     return (
-        f"these caches were not made alike, as their fingerprints tell: {named}; their latents do not mean the same: "
+        f"these caches were made differently, as their fingerprints show: {named}; their latents do not mean the same: "
         "make them with one config of `regen preencode`, or leave one out"
     )
 
 
-def _told(facts: Mapping[str, object]) -> dict[str, str]:
+def _as_text(facts: Mapping[str, object]) -> dict[str, str]:
     return {name: str(_plain(value)) for name, value in facts.items()}
 
 

@@ -53,7 +53,7 @@ class PreencodeConfig(Section):
         return expand_home(checked_url(url))
 
     @model_validator(mode="after")
-    def _sides_fit_the_latent(self) -> PreencodeConfig:
+    def _check_sides(self) -> PreencodeConfig:
         for size in self.buckets:
             if any(side % SPATIAL_COMPRESSION for side in size):
                 raise ValueError(f"buckets {size} must be multiples of {SPATIAL_COMPRESSION}")

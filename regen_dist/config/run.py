@@ -77,7 +77,7 @@ class SpikeConfig(Section):
     max_rollbacks: NonNegativeInt = Field(default=3, description="Rollbacks of a run; past them exit code 6.")
 
     @model_validator(mode="after")
-    def _window_holds_the_least(self) -> SpikeConfig:
+    def _check_window(self) -> SpikeConfig:
         if self.least > self.window:
             raise ValueError(f"least {self.least} is more than window {self.window} holds; nothing would be judged")
         return self
@@ -112,7 +112,7 @@ class HangConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _the_limits_come_in_order(self) -> HangConfig:
+    def _check_limit_order(self) -> HangConfig:
         if not self.beat_s <= self.warn_s < self.limit_s <= self.start_limit_s:
             raise ValueError(
                 f"beat_s {self.beat_s:g} <= warn_s {self.warn_s:g} < limit_s {self.limit_s:g} <= start_limit_s "
@@ -164,7 +164,7 @@ class OptimizerConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _decay_shrinks_weights(self) -> OptimizerConfig:
+    def _check_weight_decay(self) -> OptimizerConfig:
         if self.lr * self.weight_decay >= 1:
             raise ValueError(
                 f"lr {self.lr:g} * weight_decay {self.weight_decay:g} is what a step takes away of every weight; it "
@@ -234,7 +234,7 @@ class EngineConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _blocks_can_be_compiled(self) -> EngineConfig:
+    def _check_compile(self) -> EngineConfig:
         if self.compile and self.kind != "plain":
             raise ValueError(
                 f"compile: under kind '{self.kind}' hooks gather the weights of every layer inside the blocks, which "
@@ -243,13 +243,13 @@ class EngineConfig(Section):
             )
         if self.compile and self.activation_checkpointing == "selective":
             raise ValueError(
-                "compile: a compiled block runs in one piece, in which attention cannot be told apart; set "
+                "compile: a compiled block runs in one piece, in which attention cannot be separated; set "
                 "engine.activation_checkpointing to true or false, or engine.compile=false"
             )
         return self
 
     @model_validator(mode="after")
-    def _one_process_shares_nothing(self) -> EngineConfig:
+    def _check_single_process(self) -> EngineConfig:
         if self.kind == "plain" and self.zero != ZeroConfig():
             raise ValueError("zero: its keys cut the work of kind 'zero3'; leave them out, or set engine.kind=zero3")
         if self.kind == "plain" and self.sequence_parallel > 1:
@@ -324,7 +324,7 @@ class TrainConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _accumulation_divides_the_batch(self) -> TrainConfig:
+    def _check_accumulation(self) -> TrainConfig:
         if self.batch_global % self.accumulation:
             raise ValueError(
                 f"batch_global {self.batch_global} is not a multiple of accumulation {self.accumulation}"
@@ -333,7 +333,7 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_lead_leaves_time_to_train(self) -> TrainConfig:
+    def _check_time_limit_lead(self) -> TrainConfig:
         if self.time_limit_s is not None and self.time_limit_lead_s >= self.time_limit_s:
             raise ValueError(
                 f"time_limit_lead_s {self.time_limit_lead_s:g} leaves no time to train within time_limit_s "

@@ -72,14 +72,14 @@ def _section(section: Node, sections: Mapping[str, Node]) -> Node:
 
 
 def _key(node: Node, sections: Mapping[str, Node]) -> Node:
-    """Convert the schema of a key: what stands beside its type, and the type or a reference."""
-    beside = {key: node[key] for key in _BESIDE if key in node}
+    """Convert the schema of a key: what stands annotations its type, and the type or a reference."""
+    annotations = {key: node[key] for key in _BESIDE if key in node}
     kind = _kind({key: value for key, value in node.items() if key not in _BESIDE})
     if "$ref" in kind:
         changes = _changed_defaults(node.get("default"), kind, sections)
-        beside = {"description": _description(node, sections)} | ({"default": changes} if changes else {})
-        return {**beside, "allOf": [kind]}  # draft 7 ignores what stands beside a $ref
-    return {**beside, **_or_reference(kind)}
+        annotations = {"description": _description(node, sections)} | ({"default": changes} if changes else {})
+        return {**annotations, "allOf": [kind]}  # draft 7 ignores what stands annotations a $ref
+    return {**annotations, **_or_reference(kind)}
 
 
 def _or_reference(kind: Node) -> Node:
@@ -151,9 +151,9 @@ def _keys(section: Node, sections: Mapping[str, Node], prefix: str, changed: Nod
     for name, node in section["properties"].items():
         dotted = f"{prefix}{name}"
         default = changed.get(name, node.get("default", {}))  # without one: made by `dict`
-        shown = "" if "$ref" in node else _shown(default)
+        default_text = "" if "$ref" in node else _shown(default)
         required = name in section.get("required", ())
-        yield ConfigKey(dotted, _type(node), REQUIRED if required else shown, _description(node, sections))
+        yield ConfigKey(dotted, _type(node), REQUIRED if required else default_text, _description(node, sections))
         for path, reference in _inner(dotted, node):
             inner = _changed_defaults(default, reference, sections) if reference is node else {}
             yield from _keys(sections[_name(reference)], sections, path, inner)

@@ -46,7 +46,7 @@ class T2VModelConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> T2VModelConfig:
+    def _check_heads(self) -> T2VModelConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; choose a width that is")
         if self.width // self.heads % 2 or self.width // self.heads < 6:
@@ -93,7 +93,7 @@ class FlowConfig(Section):
     guidance: NonNegativeFloat = Field(default=6.0, description="Classifier-free guidance used by default; 1: none.")
 
     @model_validator(mode="after")
-    def _shares_are_of_one_whole(self) -> FlowConfig:
+    def _check_given_shares(self) -> FlowConfig:
         if self.given_content + self.given_clips > 1:
             raise ValueError(
                 f"given_content {self.given_content:g} + given_clips {self.given_clips:g} is more than all rows; lower "
@@ -153,12 +153,12 @@ class T2VConfig(CommonConfig):
     generation: GenerationConfig = Field(default=GenerationConfig(), description="Generation at every validation.")
 
     @model_validator(mode="after")
-    def _ranks_can_share_rows(self) -> T2VConfig:
+    def _check_sequence_parallel(self) -> T2VConfig:
         self.engine.check_heads("model.heads", self.model.heads)
         return self
 
     @model_validator(mode="after")
-    def _the_best_is_by_what_is_measured(self) -> T2VConfig:
+    def _check_best_metric(self) -> T2VConfig:
         kept = self.checkpoint
         if kept.keep_best and (kept.best_metric, kept.best_is) != ("loss", "min"):
             raise ValueError(

@@ -103,14 +103,14 @@ _CLIP_FRAMES = 2  # content and motion
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class GivenFrames:
     """Frames of rows that are given: `clean` [B, C, F, h, w] is used where `mask`, bool [B, F], is True."""
 
     clean: Tensor
     mask: Tensor
 
     @classmethod
-    def joined(cls, rows: Sequence[Given]) -> Given:
+    def joined(cls, rows: Sequence[GivenFrames]) -> GivenFrames:
         """Join rows of one shape into a batch."""
         return cls(torch.cat([row.clean for row in rows]), torch.cat([row.mask for row in rows]))
 
@@ -123,7 +123,7 @@ class Given:
         return torch.where(self.mask[:, None, :, None, None], self.clean.to(x.dtype), x)
 
 
-def drawn(flow: FlowConfig, seed: int, keys: Tensor, step: int, clean: Tensor) -> Given | None:
+def draw_given_frames(flow: FlowConfig, seed: int, keys: Tensor, step: int, clean: Tensor) -> GivenFrames | None:
     """Choose the given frames of a training step: a function of (seed, step, sample), independent of batch and rank.
 
     Args:
@@ -144,10 +144,10 @@ def drawn(flow: FlowConfig, seed: int, keys: Tensor, step: int, clean: Tensor) -
     some = (quantile * most).long() + min(most, 1)  # [B], 1 ... most alike
     counts = torch.where(chance < content, min(frames - 1, 1), _CLIP_FRAMES * some)
     counts = torch.where(chance < content + clips, counts, 0)
-    return Given(clean, torch.arange(frames, device=keys.device) < counts[:, None])
+    return GivenFrames(clean, torch.arange(frames, device=keys.device) < counts[:, None])
 
 
-def error_of_the_rest(prediction: Tensor, target: Tensor, given: Given) -> Tensor:
+def error_without_given(prediction: Tensor, target: Tensor, given: GivenFrames) -> Tensor:
     """Mean squared error over the frames that are not given, each row with the same weight."""
     squares = (prediction - target).square().mean((1, 3, 4))  # [B, F]
     rest = ~given.mask

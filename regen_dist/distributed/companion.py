@@ -121,7 +121,9 @@ class Companion:
     def pieces(self) -> dict[str, Tensor]:
         """Return this rank's share of everything that a checkpoint must hold: views."""
         world_size, rank = self._ranks.world_size, self._ranks.rank
-        return {name: whole[slice(*chunk(len(whole), world_size, rank))] for name, whole in self._wholes().items()}
+        return {
+            name: tensor[slice(*chunk(len(tensor), world_size, rank))] for name, tensor in self._flat_tensors().items()
+        }
 
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint holds beside the pieces: plain values, which JSON restores bit for bit."""
@@ -145,17 +147,17 @@ class Companion:
         """
         self._optimizer.zero_grad(set_to_none=True)
         self._logits = []
-        wholes, error = self._wholes(), None
+        tensors, error = self._flat_tensors(), None
         if state is None:
             self.module.load_state_dict(self._build().state_dict())
-            for name, whole in wholes.items():
+            for name, tensor in tensors.items():
                 if not name.startswith(f"{_KIND}/"):
-                    whole.zero_()
+                    tensor.zero_()
             state = {}
         else:
             try:
-                for name, stored in source.read_all({name: (0, len(whole)) for name, whole in wholes.items()}):
-                    wholes[name].copy_(stored)
+                for name, stored in source.read_all({name: (0, len(tensor)) for name, tensor in tensors.items()}):
+                    tensors[name].copy_(stored)
             except RegenError as caught:
                 error = caught
         self._ranks.raise_together(error)
@@ -168,7 +170,7 @@ class Companion:
         """Return the full shape of every parameter."""
         return {name: list(param.shape) for name, param in self._params.items()}
 
-    def _wholes(self) -> dict[str, Tensor]:
+    def _flat_tensors(self) -> dict[str, Tensor]:
         """Return every flat parameter and moment, by the name of its piece: views."""
         weights = {f"{_KIND}/{name}": param.detach().view(-1) for name, param in self._params.items()}
         moments = {

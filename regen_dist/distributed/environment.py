@@ -60,12 +60,12 @@ def read_rank_info(environment: Mapping[str, str]) -> RankInfo:
     if own and "TORCHELASTIC_RUN_ID" in environment:
         return own
     schedulers = {names: read_variables(environment, names) for names in (SLURM, SUBMITIT)}
-    said = {names: place for names, place in schedulers.items() if place is not None and place.world_size > 1}
-    told = ({TORCHRUN: own} if own else {}) | (said if own or "MASTER_ADDR" in environment else {})
-    if len(set(told.values())) > 1:
-        heard = "; ".join(f"{', '.join(names)} say {_shown(place)}" for names, place in told.items())
-        raise ConfigError(f"it is not clear which rank this is: {heard}. Start the ranks by one of them")
-    return next(iter(told.values()), RankInfo())
+    scheduled = {names: place for names, place in schedulers.items() if place is not None and place.world_size > 1}
+    candidates = ({TORCHRUN: own} if own else {}) | (scheduled if own or "MASTER_ADDR" in environment else {})
+    if len(set(candidates.values())) > 1:
+        conflicts = "; ".join(f"{', '.join(names)} say {_format_rank(place)}" for names, place in candidates.items())
+        raise ConfigError(f"it is not clear which rank this is: {conflicts}. Start the ranks by one of them")
+    return next(iter(candidates.values()), RankInfo())
 
 
 def starts_ranks(environment: Mapping[str, str], asked: bool) -> bool:
@@ -89,8 +89,8 @@ def starts_ranks(environment: Mapping[str, str], asked: bool) -> bool:
             continue
         if place is not None and place.world_size > 1 and (names is not TORCHRUN or "MASTER_ADDR" in environment):
             raise ConfigError(
-                f"--ranks starts ranks, and this process is {_shown(place)} already ({names[0]}, {names[1]}). Leave "
-                f"out --ranks, so that it is that rank; or, where the variables are left over: unset {' '.join(names)}"
+                f"--ranks starts ranks, and this process is {_format_rank(place)} already ({names[0]}, {names[1]}). "
+                f"Leave out --ranks, so that it is that rank; or, if these variables are stale: unset {' '.join(names)}"
             )
     return True
 
@@ -173,5 +173,5 @@ def meeting_port(*what: object) -> int:
     return _FIRST_PORT + zlib.crc32(repr(what).encode()) % _NUM_PORTS
 
 
-def _shown(place: RankInfo) -> str:
+def _format_rank(place: RankInfo) -> str:
     return f"rank {place.rank} of {place.world_size}, local rank {place.local_rank}"

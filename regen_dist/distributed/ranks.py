@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from regen_dist.distributed.environment import read_rank_info
-from regen_dist.distributed.rendezvous import abort_group, meet, tell
+from regen_dist.distributed.rendezvous import abort_group, rendezvous_ranks, report_failure
 from regen_dist.errors import BackendError, RegenError
 from regen_dist.observe.hardware import choose_device
 
@@ -56,9 +56,9 @@ class Ranks:
         """Return the values of all ranks, in the order of ranks; small picklable objects. A collective."""
         if self.world_size == 1:
             return [value]
-        said: list[Any] = [None] * self.world_size
-        dist.all_gather_object(said, value, group=self.group)
-        return said
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def raise_together(self, error: RegenError | None) -> None:
         """Raise on every rank when some rank has an error: the same one, that of the lowest rank. A collective."""
@@ -70,16 +70,16 @@ class Ranks:
         """Call `job` on rank 0 alone; every rank returns its result, or raises its error. A collective."""
         if self.world_size == 1:
             return job()
-        told: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         if self.is_main:
             try:
-                told[0] = job()
+                outcome[0] = job()
             except Exception as error:  # noqa: BLE001 - passed to all, then raised by all
-                told[1] = error if isinstance(error, RegenError) else RegenError(f"{type(error).__name__}: {error}")
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]  # type: ignore[no-any-return]
+                outcome[1] = error if isinstance(error, RegenError) else RegenError(f"{type(error).__name__}: {error}")
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
 
     def apart(self) -> Ranks:
         """Return the same ranks with a gloo group of their own, for a thread that communicates while the main thread
@@ -111,7 +111,7 @@ def process_group(ranks: Ranks, needed: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        tell(error, ranks.rank, ranks.world_size)
+        report_failure(error, ranks.rank, ranks.world_size)
         abort_group()
         raise
     dist.destroy_process_group()
@@ -128,8 +128,8 @@ def _join(ranks: Ranks) -> None:
         if ranks.world_size == 1:
             raise
         problem = str(error)
-    store = HashStore() if alone else meet(ranks.rank, ranks.world_size, device, problem, TIMEOUT)
-    assert device is not None, "meet raises on every rank where one has no device"
+    store = HashStore() if alone else rendezvous_ranks(ranks.rank, ranks.world_size, device, problem, TIMEOUT)
+    assert device is not None, "rendezvous_ranks raises on every rank where one has no device"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses the device

@@ -1,4 +1,4 @@
-"""Meeting of the ranks, each of which reports its device before they join, because ranks that do not fit would hang;
+"""Rendezvous of the ranks, each of which reports its device first, because ranks with unsuitable devices would hang;
 and the exit of a rank that fails."""
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _NOTICE_S = 5.0
 _POLL_S = 0.2
 
 
-def meet(rank: int, world_size: int, device: torch.device | None, problem: str, timeout: timedelta) -> Store:
+def rendezvous_ranks(
+    rank: int, world_size: int, device: torch.device | None, problem: str, timeout: timedelta
+) -> Store:
     """Return the store of the job (at MASTER_ADDR and MASTER_PORT), once all ranks have devices that fit together.
 
     Ranks that nobody has started are not waited for: see `join_timeout_s`.
@@ -46,20 +48,20 @@ def meet(rank: int, world_size: int, device: torch.device | None, problem: str, 
         RegenError: the others do not appear.
         BackendError: some rank has no device, some have GPUs and others CPUs, or two have the same GPU; on every rank.
     """
-    store = _joined(rank, world_size)
+    store = _connect(rank, world_size)
     store.set_timeout(timeout)
-    store.set(f"device/{rank}", json_text(_own(device, problem)))
+    store.set(f"device/{rank}", json_text(_own_report(device, problem)))
     if rank == 0:
         keys = [f"device/{each}" for each in range(world_size)]
         store.wait(keys)
-        store.set("devices", misfit([json.loads(told) for told in store.multi_get(keys)]))
-    if verdict := store.get("devices").decode():
+        store.set("devices", find_mismatch([json.loads(report) for report in store.multi_get(keys)]))
+    if mismatch := store.get("devices").decode():
         _wait_for_readers(store, rank, world_size)
-        raise BackendError(verdict)
+        raise BackendError(mismatch)
     return PrefixStore("regen", store)
 
 
-def _joined(rank: int, world_size: int) -> Store:
+def _connect(rank: int, world_size: int) -> Store:
     """Return the store, once the others are there; after some seconds a line says which ranks are missing.
 
     Raises:
@@ -114,32 +116,33 @@ def _wait_for_readers(store: Store, rank: int, world_size: int) -> None:
         read = store.add("read", 0)
 
 
-def misfit(told: Sequence[Mapping[str, Any]]) -> str:
+def find_mismatch(reports: Sequence[Mapping[str, Any]]) -> str:
     """Return the reason why ranks cannot work together; empty if they can.
 
     Args:
-        told: reports, one a rank: `host`, `device` ("cuda", "cpu" or empty), `gpu` (its unique id), `problem`.
+        reports: reports, one a rank: `host`, `device` ("cuda", "cpu" or empty), `gpu` (its unique id), `problem`.
     """
-    if failed := [rank for rank, each in enumerate(told) if each["problem"]]:
-        return f"{_ranks(failed, told)}: {told[failed[0]]['problem']}"
-    kinds = {kind: [rank for rank, each in enumerate(told) if each["device"] == kind] for kind in ("cuda", "cpu")}
+    if failed := [rank for rank, each in enumerate(reports) if each["problem"]]:
+        return f"{_name_ranks(failed, reports)}: {reports[failed[0]]['problem']}"
+    kinds = {kind: [rank for rank, each in enumerate(reports) if each["device"] == kind] for kind in ("cuda", "cpu")}
     if kinds["cuda"] and kinds["cpu"]:
         return (
-            f"{len(kinds['cuda'])} ranks have a GPU and {len(kinds['cpu'])} do not: {_ranks(kinds['cpu'], told)}. Ask "
-            "for GPUs on every node, and look at the driver of those nodes (nvidia-smi)"
+            f"{len(kinds['cuda'])} ranks have a GPU and {len(kinds['cpu'])} do not: "
+            f"{_name_ranks(kinds['cpu'], reports)}. Ask for GPUs on every node, and "
+            "look at the driver of those nodes (nvidia-smi)"
         )
-    used = Counter((each["host"], each["gpu"]) for each in told if each["gpu"])
-    if shared := [rank for rank, each in enumerate(told) if used[each["host"], each["gpu"]] > 1]:
-        return f"{_ranks(shared, told)} share a GPU: each rank needs its own; start as many ranks as there are GPUs"
+    used = Counter((each["host"], each["gpu"]) for each in reports if each["gpu"])
+    if shared := [rank for rank, each in enumerate(reports) if used[each["host"], each["gpu"]] > 1]:
+        return f"{_name_ranks(shared, reports)} share a GPU: each rank needs its own; start one rank per GPU"
     return ""
 
 
-def _ranks(ranks: Sequence[int], told: Sequence[Mapping[str, Any]]) -> str:
-    named = ", ".join(f"rank {rank} on {told[rank]['host']}" for rank in ranks[:_MOST_NAMED])
+def _name_ranks(ranks: Sequence[int], reports: Sequence[Mapping[str, Any]]) -> str:
+    named = ", ".join(f"rank {rank} on {reports[rank]['host']}" for rank in ranks[:_MOST_NAMED])
     return named + (f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else "")
 
 
-def _own(device: torch.device | None, problem: str) -> dict[str, str]:
+def _own_report(device: torch.device | None, problem: str) -> dict[str, str]:
     gpu = ""
     if device is not None and device.type == "cuda":
         gpu = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
@@ -157,10 +160,10 @@ def _own(device: torch.device | None, problem: str) -> dict[str, str]:
 
 ABORT_S = 10.0  # limit for an abort of the group, which ends its kernels on the GPU
 _INTERRUPTED = 128 + 2  # as a shell counts SIGINT
-_told: list[BaseException] = []  # errors that were printed
+_reported: list[BaseException] = []  # errors that were printed
 
 
-def tell(error: BaseException, rank: int = 0, world_size: int = 1) -> None:
+def report_failure(error: BaseException, rank: int = 0, world_size: int = 1) -> None:
     """Print an error on stderr, once: one that a user can fix as its message, any other with its traceback.
 
     Args:
@@ -168,9 +171,9 @@ def tell(error: BaseException, rank: int = 0, world_size: int = 1) -> None:
         rank: rank of this process; printed if there are several.
         world_size: number of ranks.
     """
-    if isinstance(error, SystemExit) or any(error is each for each in _told):
+    if isinstance(error, SystemExit) or any(error is each for each in _reported):
         return
-    _told.append(error)
+    _reported.append(error)
     who = f"rank {rank}: " if world_size > 1 else ""
     plain = isinstance(error, RegenError) and os.environ.get("REGEN_DEBUG") != "1"
     text = f"error: {error}" if plain else "".join(traceback.format_exception(error)).rstrip()
@@ -180,7 +183,7 @@ def tell(error: BaseException, rank: int = 0, world_size: int = 1) -> None:
 
 def has_failed() -> bool:
     """Return whether this process has printed an error that ends it: what closes then must not wait for others."""
-    return bool(_told)
+    return bool(_reported)
 
 
 def abort_group() -> None:
@@ -207,10 +210,10 @@ def ending_at_once() -> Iterator[None]:
             raise
         _end(asked.code if isinstance(asked.code, int) else 1)
     except KeyboardInterrupt as error:
-        tell(error)
+        report_failure(error)
         _end(_INTERRUPTED)
     except BaseException as error:  # noqa: BLE001 - it is reported, and the process ends
-        tell(error)
+        report_failure(error)
         _end(error.exit_code if isinstance(error, RegenError) else 1)
 
 

@@ -102,7 +102,7 @@ class _FrameMeasures:
     features: dict[str, list[Tensor]] = field(default_factory=dict)
     worst: dict[int, tuple[float, Pair]] = field(default_factory=dict)  # worst pair of each stretch
     _last: Pair | None = None
-    _held: list[Pair] = field(default_factory=list)  # pairs of the segment that is not full yet
+    _pending: list[Pair] = field(default_factory=list)  # pairs of the segment that is not full yet
 
     def add(self, pair: Pair) -> None:
         """Measure one more pair of frames."""
@@ -115,20 +115,20 @@ class _FrameMeasures:
         self._last = pair
         self._remember_worst(pair)
         if self.networks != Networks():
-            self._held.append(pair)
-            if len(self._held) == self.segment_frames:
+            self._pending.append(pair)
+            if len(self._pending) == self.segment_frames:
                 self.finish(whole=True)
 
     def finish(self, *, whole: bool = False) -> None:
-        """Pass the held frames through the networks; an incomplete segment gives no video features."""
-        held, self._held = self._held, []
-        sides = {side: [getattr(pair, side) for pair in held] for side in ("source", "decoded")} if held else {}
+        """Pass the pending frames through the networks; an incomplete segment gives no video features."""
+        pending, self._pending = self._pending, []
+        sides = {side: [getattr(pair, side) for pair in pending] for side in ("source", "decoded")} if pending else {}
         for side, frames in sides.items():
             if self.networks.fvd is not None and whole:
                 self._keep(f"segments_{side}", self.networks.fvd.call(segments(frames, self.segment_frames)))
             if self.networks.fid is not None:
                 self._keep(f"frames_{side}", self.networks.fid.call(_batch(frames)))
-        if self.networks.lpips is not None and held:
+        if self.networks.lpips is not None and pending:
             a, b = (to_float(_batch(sides[side])) for side in ("source", "decoded"))
             self.lpips += self.networks.lpips.call(a, b).tolist()
 

@@ -282,7 +282,7 @@ class Passage:
         fade = DEFAULT_FADE if self.codec.kind == "regen" else 0  # only REGEN can decode past a clip's ends
         overlap, group = self.options.overlap, self.options.group
         self.plan: DecodePlan = make_plan(frames, clip, overlap=overlap, group=group, fade=fade)
-        self._held: dict[int, Frame] = {}  # the source's frames that are still needed
+        self._source_frames: dict[int, Frame] = {}  # the source's frames that are still needed
 
     def measured(self) -> Iterator[Pair]:
         """Yield pairs at the source's own times."""
@@ -292,7 +292,7 @@ class Passage:
         for done in self._decode([own] if other is None else [own, other]):
             for decoded in done[0]:
                 index = counts[0]
-                pair = Pair(index, float(self.source.timestamps[index]), self._held[index], decoded)
+                pair = Pair(index, float(self.source.timestamps[index]), self._source_frames[index], decoded)
                 if other is None:
                     self.on_output(pair)
                 yield pair
@@ -318,18 +318,18 @@ class Passage:
 
     def _frames(self) -> Iterator[Frame]:
         for index, frame in enumerate(self.source.frames()):
-            self._held[index] = frame
+            self._source_frames[index] = frame
             yield frame
 
     def _output_pair(self, index: int, positions: Positions | None, decoded: Frame) -> Pair:
         assert positions is not None
         assert self.options.fps is not None
         shown = int(positions[index] + 1e-6)  # the source frame that a player would show at this time
-        return Pair(index, index / self.options.fps, self._held[shown], decoded)
+        return Pair(index, index / self.options.fps, self._source_frames[shown], decoded)
 
     def _forget(self, before: int) -> None:
-        for index in [index for index in self._held if index < before]:
-            del self._held[index]
+        for index in [index for index in self._source_frames if index < before]:
+            del self._source_frames[index]
 
 
 def _next_source_frame(positions: Positions | None, count: int) -> int:

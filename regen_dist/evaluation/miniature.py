@@ -199,7 +199,12 @@ def judge_videos(request: Request, out: Path, progress: Progress = lambda stage,
     shown, length = _choose(sources, request), None if codec is None else codec.num_frames
     arms = [
         read_arm(
-            each.name, each.clips, each.facts, shown, partial(_tell, progress, each.name, len(each.captions)), length
+            each.name,
+            each.clips,
+            each.facts,
+            shown,
+            partial(_report_progress, progress, each.name, len(each.captions)),
+            length,
         )
         for each in sources
     ]
@@ -243,7 +248,7 @@ def _solvers(request: Request, not_made: dict[str, str]) -> dict[str, Any] | Non
     return recorded_facts(request.solvers)
 
 
-def _tell(progress: Progress, name: str, total: int, done: int) -> None:
+def _report_progress(progress: Progress, name: str, total: int, done: int) -> None:
     progress(name, done, total)
 
 

@@ -427,7 +427,7 @@ class ContinuationMeter:
 
     _made: list[float] = field(default_factory=list)
     _own: list[float] = field(default_factory=list)
-    _held: list[float] = field(default_factory=list)
+    _last_given: list[float] = field(default_factory=list)
     _added: list[int] = field(default_factory=list)
 
     def add(self, made: UInt8s, source: UInt8s, own: UInt8s, given: int) -> None:
@@ -443,7 +443,7 @@ class ContinuationMeter:
         self._added.append(len(made) - given)
         self._made.append(_psnr(made, source, frames))
         self._own.append(_psnr(own, source, frames))
-        self._held.append(psnr_db(float(np.mean([squared_error(source[given - 1], source[t]) for t in frames]))))
+        self._last_given.append(psnr_db(float(np.mean([squared_error(source[given - 1], source[t]) for t in frames]))))
 
     def to_json(self, direction: float) -> dict[str, Any]:
         """Mean PSNR of the added frames, of the embedder's, and of the last given frame held; `direction` is the share
@@ -453,7 +453,7 @@ class ContinuationMeter:
             "added_frames": max(self._added, default=0),
             "psnr_db": float(np.mean(self._made)),
             "embedder_psnr_db": float(np.mean(self._own)),
-            "held_psnr_db": float(np.mean(self._held)),
+            "held_psnr_db": float(np.mean(self._last_given)),
             "direction": direction,
             "targets": {"least_direction": LEAST_DIRECTION},
         }

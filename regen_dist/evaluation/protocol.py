@@ -225,5 +225,5 @@ def _each_name_once(videos: list[PinnedVideo]) -> list[PinnedVideo]:
     names = [video.name for video in videos]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"several videos are called {', '.join(twice)}; rename them: the page tells them by name")
+        raise DataError(f"several videos are called {', '.join(twice)}; rename them: the page identifies them by name")
     return videos

@@ -95,7 +95,7 @@ def reconstruct(
         def on_output(pair: Pair) -> None:
             seconds = pair.seconds if options.fps is None else None
             alone.write(pair.decoded, seconds)
-            both.write(_beside(pair.source, pair.decoded), seconds)
+            both.write(_side_by_side(pair.source, pair.decoded), seconds)
 
         measurement = measure(Passage(source, codec, options, on_output), on_pair=on_pair)
     title = f"{source.path.name}   {measurement.psnr_db:.2f} dB, {measurement.latent_bits_per_pixel:.3f} bits per pixel"
@@ -141,7 +141,7 @@ def _report(
     }
 
 
-def _beside(left: Frame, right: Frame) -> Frame:
+def _side_by_side(left: Frame, right: Frame) -> Frame:
     divider = np.full((left.shape[0], _DIVIDER, 3), 255, np.uint8)
     return np.concatenate([left, divider, right], axis=1)
 

@@ -38,7 +38,7 @@ class Reading(NamedTuple):
     direction: str | None
 
 
-class _Seen(NamedTuple):
+class _DetectedShape(NamedTuple):
     """The shape in one frame: its moments [M], its radius and its centroid (x, y) in pixels."""
 
     frame: int
@@ -55,7 +55,7 @@ def read(frames: UInt8s, path_share: float = 1.0) -> Reading:
     colour = _colour(video)
     if colour is None:
         return Reading(None, None, None)
-    seen = [one for number, each in enumerate(_coverage(video, colour)) if (one := _look(number, each)) is not None]
+    seen = [one for number, each in enumerate(_coverage(video, colour)) if (one := _detect(number, each)) is not None]
     if 2 * len(seen) < len(frames):
         return Reading(colour, None, None)
     return Reading(colour, _shape(seen), _direction(seen, len(frames), min(frames.shape[1:3]) * path_share))
@@ -86,7 +86,7 @@ def _coverage(video: Floats, colour: str) -> Floats:
     return covered
 
 
-def _look(number: int, coverage: Floats) -> _Seen | None:
+def _detect(number: int, coverage: Floats) -> _DetectedShape | None:
     """The largest connected shape of a frame, coverage [H, W]; None where there is none."""
     cv2 = _opencv()
     count, labels, stats, _ = cv2.connectedComponentsWithStats((coverage > _COVERED).astype(np.uint8))
@@ -98,7 +98,7 @@ def _look(number: int, coverage: Floats) -> _Seen | None:
     return _measure(number, np.where((near > 0) & (coverage > _TRACE), coverage, 0))
 
 
-def _measure(number: int, shape: Floats) -> _Seen:
+def _measure(number: int, shape: Floats) -> _DetectedShape:
     """Moments about the centroid, with the radius of the circle of the same area as the unit of length."""
     area, height, width = float(shape.sum()), *shape.shape
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)
@@ -106,7 +106,7 @@ def _measure(number: int, shape: Floats) -> _Seen:
     x, y = ((x - centre_x) / radius)[None, :], ((y - centre_y) / radius)[:, None]
     rho = x * x + y * y
     parts = np.stack([rho, rho**2, y**3 + 0 * x, x * x * y, x**4 + y**4 - 6 * x * x * y * y, rho < _CENTRE**2])
-    return _Seen(number, (parts * shape).sum((1, 2)) / area, radius, (centre_x, centre_y))
+    return _DetectedShape(number, (parts * shape).sum((1, 2)) / area, radius, (centre_x, centre_y))
 
 
 @lru_cache(maxsize=64)
@@ -124,14 +124,14 @@ def _templates(radius: int) -> tuple[tuple[str, ...], Floats]:
     return tuple(names), np.array(moments)
 
 
-def _shape(seen: list[_Seen]) -> str:
+def _shape(seen: list[_DetectedShape]) -> str:
     """The shape whose moments are nearest to the median ones, each in units of its spread over all shapes."""
     names, templates = _templates(max(2, round(float(np.median([one.radius for one in seen])))))
     found = np.median([one.moments for one in seen], axis=0)
     return names[int(np.linalg.norm((templates - found) / templates.std(0), axis=1).argmin())]
 
 
-def _direction(seen: list[_Seen], num_frames: int, side: float) -> str | None:
+def _direction(seen: list[_DetectedShape], num_frames: int, side: float) -> str | None:
     """The direction nearest to the straight line through the centroids; None where it is too short for one."""
     if len(seen) < 2:
         return None

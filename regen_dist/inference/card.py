@@ -152,13 +152,13 @@ def _statistics(statistics: LatentStatistics | None) -> str:
 
 def _spread(name: str, part: LatentSpread) -> str:
     latents = {"content": part.content, "motion": part.motion}
-    told = [
+    ranges = [
         f"{latent}: means {each.mean.min():.3f} to {each.mean.max():.3f}, std {each.std.min():.3f} to "
         f"{each.std.max():.3f}"
         for latent, each in latents.items()
         if each is not None
     ]
-    return f"{part.num_clips} {name}; " + "; ".join(told)
+    return f"{part.num_clips} {name}; " + "; ".join(ranges)
 
 
 # The README of an exported text-to-video model.

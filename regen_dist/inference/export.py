@@ -114,7 +114,7 @@ def export_model(
     manifest = find_checkpoint(folder, options.step, checksums=True)
     check_shapes(manifest.shapes, model_shapes(config.model), f"the parameters of step {manifest.step} in {folder.url}")
     progress("verify", 1, 1)
-    with _made_whole(out, options.force) as made:
+    with _staged_folder(out, options.force) as made:
         weights = checkpoint_weights(folder, manifest, options.weights)
         digest = write_model(made / MODEL_FILE, weights, options.dtype or "float32")
         del weights
@@ -128,16 +128,16 @@ def _export_again(folder: Path, out: Path, options: ExportOptions) -> AnyExportC
     """Copy an exported model."""
     config = load_any_export_config(folder)
     check_weights(folder, config, options.weights)
-    asked = {"--step": options.step is not None, "--data": options.data is not None}
-    asked["--dtype"] = options.dtype not in (None, config.dtype)
-    if given := [name for name, found in asked.items() if found]:
+    unsupported = {"--step": options.step is not None, "--data": options.data is not None}
+    unsupported["--dtype"] = options.dtype not in (None, config.dtype)
+    if given := [name for name, found in unsupported.items() if found]:
         raise CheckpointError(
             f"{folder} is an exported model, which is copied as it is; leave {', '.join(given)} out, or export its run"
         )
     weights = read_model(folder, config)  # verified
     shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
     check_shapes(shapes, model_shapes(config.model), f"the parameters in {folder}")
-    with _made_whole(out, options.force) as made:
+    with _staged_folder(out, options.force) as made:
         for name in (EXPORT_CONFIG_FILE, MODEL_FILE, CARD_FILE, STATISTICS_FILE):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, made / name)
@@ -239,7 +239,7 @@ def _check_target(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def _made_whole(out: Path, force: bool) -> Iterator[Path]:
+def _staged_folder(out: Path, force: bool) -> Iterator[Path]:
     """New folder beside `out` that replaces it when the block succeeds and is removed when it fails."""
     out = Path(os.path.abspath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -250,12 +250,12 @@ def _made_whole(out: Path, force: bool) -> Iterator[Path]:
             made.chmod(0o755)
             sync(made)
             _check_target(out, force)  # again: it took a while
-            _take_place(made, out)
+            _replace_folder(made, out)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _take_place(made: Path, out: Path) -> None:
+def _replace_folder(made: Path, out: Path) -> None:
     """Rename `made` to `out`. An existing export is first moved aside, is restored when the rename fails, and is
     deleted last."""
     aside = made.with_suffix(".old")

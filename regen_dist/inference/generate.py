@@ -29,7 +29,7 @@ from regen_dist.config.t2v import LATENT_PATCH, TextConfig
 from regen_dist.config.version import code_version
 from regen_dist.data.pool import Progress
 from regen_dist.diffusion.noise import latent_gaussian
-from regen_dist.diffusion.samplers import Given
+from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
@@ -349,7 +349,7 @@ class GeneratedFiles:
     Args:
         folder: output folder; created when something is written.
         settings: settings of the generation.
-        made_by: everything else that decides the videos: model, embedder, text encoder.
+        provenance: everything else that decides the videos: model, embedder, text encoder.
         paths: locations of those models; recorded, but not compared.
         layout: naming of the files.
         given: the image or video that a prompt's video begins with or continues, for its record.
@@ -359,13 +359,13 @@ class GeneratedFiles:
         self,
         folder: Path,
         settings: GenerationSettings,
-        made_by: dict[str, Any],
+        provenance: dict[str, Any],
         paths: dict[str, str | None],
         layout: Layout = Layout(),
         given: Callable[[Prompt], dict[str, Any] | None] = lambda prompt: None,
     ) -> None:
         self.folder, self._settings, self._layout, self._given = folder, settings, layout, given
-        self._made_by, self._paths = made_by, paths
+        self._provenance, self._paths = provenance, paths
 
     def is_done(self, prompt: Prompt) -> bool:
         """Return whether the prompt was already generated with the same settings and models."""
@@ -373,7 +373,7 @@ class GeneratedFiles:
             found = json.loads(self._path(prompt, _RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # missing or damaged: generate it again
             return False
-        if not isinstance(found, dict) or not self._made(prompt).is_file():
+        if not isinstance(found, dict) or not self._media_path(prompt).is_file():
             return False
         return {name: value for name, value in found.items() if name not in _ABOUT} == self._decided(prompt)
 
@@ -385,7 +385,7 @@ class GeneratedFiles:
         """
         for folder in (self.folder, self._layout.records(self.folder)):
             folder.mkdir(parents=True, exist_ok=True)
-        record, path = self._path(prompt, _RECORD), self._made(prompt)
+        record, path = self._path(prompt, _RECORD), self._media_path(prompt)
         record.unlink(missing_ok=True)  # first, so that it never describes another video
         _write_image(path, frames) if self._settings.is_image else _write_video(path, frames, self._settings.fps)
         self._path(prompt, _VIDEO if self._settings.is_image else _IMAGE).unlink(missing_ok=True)
@@ -400,16 +400,16 @@ class GeneratedFiles:
             "format": RECORD_FORMAT,
             "prompt": prompt.text,
             "number": prompt.number,
-            "file": self._made(prompt).name,
+            "file": self._media_path(prompt).name,
             "settings": asdict(self._settings),
             **({"sample": prompt.sample, "seed": self._settings.seed + prompt.sample} if prompt.sample else {}),
             **({} if given is None else {"given": given}),
-            **self._made_by,
+            **self._provenance,
         }
         read_back: dict[str, Any] = json.loads(json_text(facts))
         return read_back
 
-    def _made(self, prompt: Prompt) -> Path:
+    def _media_path(self, prompt: Prompt) -> Path:
         return self._path(prompt, _IMAGE if self._settings.is_image else _VIDEO)
 
     def _path(self, prompt: Prompt, suffix: str) -> Path:
@@ -433,7 +433,7 @@ def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
     write_bytes_atomically(path, data.getvalue())
 
 
-GivenTo = Callable[[Prompt], GivenMedia | None]
+MediaLookup = Callable[[Prompt], GivenMedia | None]
 
 
 class Generated(NamedTuple):
@@ -483,9 +483,9 @@ def generate(
     check_embedder(codec, model.space.facts["encoder"], "the embedder")
     if given is not None and settings.is_image:
         raise ConfigError("one frame is asked for, and an image or a video is given to go on from; ask for more frames")
-    given_to = _given_to(given, prompts)
-    made_by = _made_by(model, codec, settings, clips_given(given))
-    files = GeneratedFiles(out, settings, made_by, paths or {}, layout, lambda prompt: _facts(given_to(prompt)))
+    media_of = _media_lookup(given, prompts)
+    provenance = _provenance(model, codec, settings, clips_given(given))
+    files = GeneratedFiles(out, settings, provenance, paths or {}, layout, lambda prompt: _facts(media_of(prompt)))
     skipped = [prompt for prompt in prompts if files.is_done(prompt)]
     done = set(skipped)
     wanted = [prompt for prompt in prompts if prompt not in done]
@@ -493,13 +493,13 @@ def generate(
         return Generated([], skipped, [])
     embedded = embed_prompts(load_encoder(), model.space, wanted, settings.negative)
     progress("generated", 0, len(wanted))
-    for count, (prompt, frames) in enumerate(_generated(model, codec, wanted, embedded, settings, batch, given_to), 1):
+    for count, (prompt, frames) in enumerate(_generated(model, codec, wanted, embedded, settings, batch, media_of), 1):
         files.write(prompt, frames)
         progress("generated", count, len(wanted))
     return Generated(wanted, skipped, embedded.cut)
 
 
-def _given_to(given: GivenMedia | Mapping[int, GivenMedia] | None, prompts: Sequence[Prompt]) -> GivenTo:
+def _media_lookup(given: GivenMedia | Mapping[int, GivenMedia] | None, prompts: Sequence[Prompt]) -> MediaLookup:
     """Image or video given to each prompt; ConfigError where a prompt has none."""
     if not isinstance(given, Mapping):
         return lambda prompt: given
@@ -520,7 +520,7 @@ def _facts(media: GivenMedia | None) -> dict[str, Any] | None:
 
 def sample_rows(
     model: TextToVideoModel, prompts: Sequence[Prompt], texts: Sequence[Tensor], null: Tensor,
-    settings: GenerationSettings, given: Given | None = None, clips_before: int = 0,
+    settings: GenerationSettings, given: GivenFrames | None = None, clips_before: int = 0,
 ) -> list[Latents]:  # fmt: skip
     """Sample the latents of each clip in the rows of prompts, [B, C, h, w] each, as a codec takes them.
 
@@ -551,16 +551,16 @@ def sample_rows(
 
 def _generated(
     model: TextToVideoModel, codec: Codec, prompts: Sequence[Prompt], embedded: Embedded, settings: GenerationSettings,
-    batch: int, given_to: GivenTo,
+    batch: int, media_of: MediaLookup,
 ) -> Iterator[tuple[Prompt, Iterable[list[Frame]]]]:  # fmt: skip
     """Yield each prompt with its frames as they are decoded."""
-    before = max((media.clips for media in map(given_to, prompts) if media is not None), default=0)
+    before = max((media.clips for media in map(media_of, prompts) if media is not None), default=0)
     clips, encode = clips_of(settings, model.space, before), cache(given_row)  # one image may be given to all
     for first in range(0, len(prompts), batch):
         part, texts = prompts[first : first + batch], embedded.texts[first : first + batch]
-        media = [given_to(prompt) for prompt in part]
+        media = [media_of(prompt) for prompt in part]
         known = [encode(each, codec, model.space.scale, clips) for each in media if each is not None]
-        given = Given.joined(known) if known else None
+        given = GivenFrames.joined(known) if known else None
         rows = sample_rows(model, part, texts, embedded.null, settings, given, before)
         for place, prompt in enumerate(part):
             own = [Latents(*(each[place : place + 1] for each in latents)) for latents in rows]
@@ -580,7 +580,9 @@ def _frames(
     return row_frames(codec, row, positions, steps=settings.decode_steps, seed=seed, sample_id=prompt.number)
 
 
-def _made_by(model: TextToVideoModel, codec: Codec, settings: GenerationSettings, clips_before: int) -> dict[str, Any]:
+def _provenance(
+    model: TextToVideoModel, codec: Codec, settings: GenerationSettings, clips_before: int
+) -> dict[str, Any]:
     """Everything that decides the videos apart from the settings and the prompt."""
     space, text = model.space, model.space.facts["text"] or {}
     clips = clips_of(settings, space, clips_before)

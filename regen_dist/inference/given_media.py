@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from regen_dist.data.video.conversion import fit_geometry
-from regen_dist.diffusion.samplers import Given
+from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame, SourceVideo
@@ -198,14 +198,14 @@ def frames_at(source: SourceVideo, fps: float) -> int:
     return int((source.timestamps[-1] + _ROUNDING_S) * fps) + 1
 
 
-def given_row(media: GivenMedia, codec: Codec, scale: LatentScale, clips: int) -> Given:
+def given_row(media: GivenMedia, codec: Codec, scale: LatentScale, clips: int) -> GivenFrames:
     """Return the known latent frames of one row of `clips` clips, normalised as in training."""
     known = media.encoded(codec)
     content, motion = (torch.zeros(1, clips, *known.content.shape[1:], device=codec.device) for _ in range(2))
     content[0, : len(known.content)], motion[0, : len(known.motion)] = known.content, known.motion
     frames = scale.normalise(content, motion).frames
     count = len(known.content) + len(known.motion)
-    return Given(frames, (torch.arange(2 * clips, device=codec.device) < count)[None])
+    return GivenFrames(frames, (torch.arange(2 * clips, device=codec.device) < count)[None])
 
 
 def fitted(frame: Frame, size: tuple[int, int]) -> Frame:

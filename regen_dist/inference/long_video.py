@@ -168,24 +168,24 @@ class _Track:
 def encode_groups(codec: VideoCodec, frames: Iterable[Frame], plan: DecodePlan, speed: Speed) -> Iterator[list[Window]]:
     """Encode a video's frames, group by group. A video shorter than a clip is padded with its last frame."""
     source = iter(frames)
-    held: deque[Frame] = deque()
-    first = 0  # number of the frame held[0]
+    buffer: deque[Frame] = deque()
+    first = 0  # number of the frame buffer[0]
     for group in plan.groups:
         start, stop = plan.starts[group[0]], plan.starts[group[-1]] + plan.clip
-        for _ in range(min(start - first, len(held))):
-            held.popleft()
+        for _ in range(min(start - first, len(buffer))):
+            buffer.popleft()
         first = start
-        held.extend(
+        buffer.extend(
             pad_sides(frame, getattr(codec, "cell", SPATIAL_COMPRESSION))
-            for frame in islice(source, min(stop, plan.num_frames) - first - len(held))
+            for frame in islice(source, min(stop, plan.num_frames) - first - len(buffer))
         )
-        if len(held) < min(stop, plan.num_frames) - first:
+        if len(buffer) < min(stop, plan.num_frames) - first:
             raise DataError(
-                f"the video ends after frame {first + len(held) - 1}; {plan.num_frames} frames were announced"
+                f"the video ends after frame {first + len(buffer) - 1}; {plan.num_frames} frames were announced"
             )
         starts = [plan.starts[i] for i in group]
         # Nothing here keeps the clips while the group is decoded.
-        yield _encode(codec, _clips(held, [start - first for start in starts], plan.clip), starts, plan.fade, speed)
+        yield _encode(codec, _clips(buffer, [start - first for start in starts], plan.clip), starts, plan.fade, speed)
 
 
 def _clips(held: Iterable[Frame], starts: Sequence[int], length: int) -> list[list[Frame]]:
@@ -232,7 +232,7 @@ def decode_stream(
         sides: (height, width) to crop to.
         steps: sampling steps.
         seed: seed of the noise.
-        sample_id: key of the noise that tells apart two videos of one seed.
+        sample_id: key of the noise, which distinguishes two videos of one seed.
         speed: counters that the decoding time and the frames are added to.
     """
     speed = Speed() if speed is None else speed

@@ -71,7 +71,7 @@ from regen_dist.models.text import TextEncoder
 # Legend: L tokens, D their width.
 
 _TOGETHER = 32  # captions passed to the encoder at a time
-_HELD = 1024  # embeddings kept for repeated captions: 2 GB at 256 tokens of width 4096
+_MAX_EMBEDDINGS = 1024  # embeddings kept for repeated captions: 2 GB at 256 tokens of width 4096
 
 
 class Captions:
@@ -86,23 +86,23 @@ class Captions:
     def __init__(self, encoder: TextEncoder, captions: Iterable[str | None], null: Tensor) -> None:
         self._encoder, self._null = encoder, null
         self._captions = list(dict.fromkeys(caption for caption in captions if caption))
-        self._places = {caption: place for place, caption in enumerate(self._captions)}
-        self._held: OrderedDict[str, Tensor] = OrderedDict()
+        self._positions = {caption: start for start, caption in enumerate(self._captions)}
+        self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
     def embedding(self, caption: str | None) -> Tensor:
         """Return the embedding of one of the captions: bf16 [L, D] on the CPU."""
         if not caption:
             return self._null
-        if caption not in self._held:
-            self._embed(self._places[caption])
-        return self._held[caption]
+        if caption not in self._embeddings:
+            self._embed(self._positions[caption])
+        return self._embeddings[caption]
 
-    def _embed(self, place: int) -> None:
-        some = self._captions[place : place + _TOGETHER]
+    def _embed(self, start: int) -> None:
+        some = self._captions[start : start + _TOGETHER]
         for caption, text in zip(some, self._encoder.encode(some), strict=True):
-            self._held[caption] = as_stored(text)
-        while len(self._held) > _HELD:
-            self._held.popitem(last=False)
+            self._embeddings[caption] = as_stored(text)
+        while len(self._embeddings) > _MAX_EMBEDDINGS:
+            self._embeddings.popitem(last=False)
 
 
 def as_stored(text: Tensor) -> Tensor:
@@ -212,12 +212,12 @@ def samples_in(dataset: Dataset, number: int) -> list[Sample]:
     return samples_of(dataset.index(number))
 
 
-def encode_shard(tools: Tools, number: int, store: Store, told: Callable[[int], None]) -> EncodedCounts:
+def encode_shard(tools: Tools, number: int, store: Store, report_progress: Callable[[int], None]) -> EncodedCounts:
     """Make the shard of source shard `number`: its tar, its sums, and last its index.
 
     Args:
         store: destination of the cache.
-        told: called with the number of clips and images that are done or cannot be encoded.
+        report_progress: called with the number of clips and images that are done or cannot be encoded.
 
     Raises:
         DataError: more videos than `max_bad_share` cannot be encoded; the store does not answer.
@@ -228,7 +228,7 @@ def encode_shard(tools: Tools, number: int, store: Store, told: Callable[[int], 
     sums, encoded, bad = Sums(), EncodedCounts(), list[Skip]()
     with ShardWriter(store, stem_of(number), _ONE_SHARD) as writer:
         for video in _encoded(tools, number, [_pending(sample, tools) for sample in samples]):
-            told(video.cut.parts)
+            report_progress(video.cut.parts)
             if video.problem is not None:
                 bad.append(Skip(source=video.sample.key, reason=video.problem))
                 writer.skip(bad[-1])
@@ -350,10 +350,10 @@ def _check_counts(store: Store, dataset: Dataset) -> None:
     shards = dataset.manifest.shards
     for number, (name, data) in enumerate(read_all(store, [_index(number) for number in range(len(shards))])):
         table, facts = read_index(data)
-        told = table.num_rows + len(facts["skipped"])
-        if told != shards[number].samples:
+        accounted = table.num_rows + len(facts["skipped"])
+        if accounted != shards[number].samples:
             raise DataError(
-                f"{store.url}/{name}: accounts for {told} videos, {shards[number].name} holds "
+                f"{store.url}/{name}: accounts for {accounted} videos, {shards[number].name} holds "
                 f"{shards[number].samples}; remove {name} and run the same again, which makes that shard anew"
             )
 
@@ -524,13 +524,13 @@ def _encode(tools: Tools, store: Store, todo: Sequence[int], progress: Progress)
     """Make the shards of these source shards."""
     total, done, encoded = _units(tools, todo), 0, EncodedCounts()
 
-    def told(units: int) -> None:
+    def report_progress(units: int) -> None:
         nonlocal done
         done += units
         progress("encode", done, total)
 
     for number in todo:
-        made = encode_shard(tools, number, store, told)
+        made = encode_shard(tools, number, store, report_progress)
         encoded = EncodedCounts(encoded.clips + made.clips, encoded.images + made.images)
     return encoded
 

@@ -313,7 +313,7 @@ class Decoders:
                 self._put(out, clip)
                 if self._stop.is_set():
                     return
-        except BaseException as error:  # noqa: BLE001 - raised in the consumer, which would otherwise wait for ever
+        except BaseException as error:  # noqa: BLE001 - raised in the consumer, which would wait forever
             end = error
         self._put(out, end)
 

@@ -21,7 +21,7 @@ from regen_dist.config.exported import T2VExportConfig
 from regen_dist.config.run import SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, FlowConfig
 from regen_dist.diffusion.path import x0_from
-from regen_dist.diffusion.samplers import Given, sample
+from regen_dist.diffusion.samplers import GivenFrames, sample
 from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.latent_space import LatentSpace, NormalisedLatents, read_space
@@ -88,7 +88,7 @@ def sample_latents(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: SamplerName | None = None,
-    given: Given | None = None,
+    given: GivenFrames | None = None,
 ) -> NormalisedLatents:
     """Integrate the flow from noise to latents.
 
@@ -199,7 +199,7 @@ class TextToVideoModel:
         steps: int | None = None,
         guidance: float | None = None,
         sampler: SamplerName | None = None,
-        given: Given | None = None,
+        given: GivenFrames | None = None,
     ) -> NormalisedLatents:
         """Sample normalised latents [B, C, F, h, w] from noise of that shape; see `sample_latents`. Options that are
         not given come from the run's config. `space.scale.restore` turns them into latents that a codec decodes."""

@@ -155,11 +155,13 @@ class FrameConditioning(nn.Module):
         at, last = self.positions(times.float()), frames.shape[1] - 1
         below = at.floor().long().clamp(0, max(0, last - 1))
         share = (at - below).clamp(0, 1).where(below < last, 0)
-        told = self._told(frames, below, at, 1 - share) + self._told(frames, (below + 1).clamp(max=last), at, share)
-        cells = self.project(told).unflatten(-1, (self.split, self.split, -1))  # [B, T, h, w, s, s, D]
+        features = self._weighted_features(frames, below, at, 1 - share) + self._weighted_features(
+            frames, (below + 1).clamp(max=last), at, share
+        )
+        cells = self.project(features).unflatten(-1, (self.split, self.split, -1))  # [B, T, h, w, s, s, D]
         return cells.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # type: ignore[no-any-return]
 
-    def _told(self, frames: Tensor, index: Tensor, at: Tensor, share: Tensor) -> Tensor:
+    def _weighted_features(self, frames: Tensor, index: Tensor, at: Tensor, share: Tensor) -> Tensor:
         """[B, T, h, w, Z + M] of the latent frames `index` [B, T], multiplied by their shares."""
         chosen = torch.stack([row[own] for row, own in zip(frames, index, strict=True)])  # [B, T, h, w, Z]
         whole = torch.ones_like(share)[:, :, None, None, None].to(chosen.dtype)

@@ -39,7 +39,7 @@ def unfold_tokens(tokens: Tensor, grid: Grid) -> Tensor:
 class LocalMixing(nn.Module):
     """Depthwise 3x3 convolution over each frame's grid of tokens, added to them (ours).
 
-    Content alone is no position that tells a left neighbour from a right one; this does, and being equivariant to
+    Content alone does not distinguish a left neighbour from a right one; this does, and being equivariant to
     shifts it leaves any size and aspect ratio possible (conditional positional encoding; Chu et al., 2021).
     """
 
@@ -133,8 +133,8 @@ class GenerativeDecoder(Checkpointed, RowSharing):
         grid: Grid = (noisy.shape[2], noisy.shape[3] // P, noisy.shape[4] // P)
         vector = self.timestep(t)
         modulation = self.modulation(vector)
-        told, gate = conditioning.flatten(1, 3), self.noise_gate(vector)
-        x, share = self._start(fold_tokens(noisy.to(self.embed.weight.dtype)), told, gate, grid, context)
+        conditioning, gate = conditioning.flatten(1, 3), self.noise_gate(vector)
+        x, share = self._start(fold_tokens(noisy.to(self.embed.weight.dtype)), conditioning, gate, grid, context)
         for block in self.blocks:
             x = self.run(block, x, modulation, grid=grid, share=share)
         scale, shift = self.final_modulation(vector).unsqueeze(2).unbind(1)
@@ -148,17 +148,19 @@ class GenerativeDecoder(Checkpointed, RowSharing):
         return slice(start // cells, -(-stop // cells))
 
     def _start(
-        self, pixels: Tensor, told: Tensor, gate: Tensor, grid: Grid, context: Tensor | None
+        self, pixels: Tensor, conditioning: Tensor, gate: Tensor, grid: Grid, context: Tensor | None
     ) -> tuple[Tensor, SequenceShard]:
         """Return the input of the first block, [B, l, D], and this rank's share of the row."""
         if context is not None:
-            x = torch.cat([context, torch.addcmul(told, self.embed(pixels), gate)], 1)  # [B, M+L, D]
+            x = torch.cat([context, torch.addcmul(conditioning, self.embed(pixels), gate)], 1)  # [B, M+L, D]
             share = self.rows.share(x.shape[1])
             return x[:, share.own], share
         share = self.rows.share(pixels.shape[1])
         start, stop, _ = share.own.indices(pixels.shape[1])
-        before = self.own_frames(grid).start * grid[1] * grid[2]  # tokens of frames that are not in `told`
-        return torch.addcmul(told[:, start - before : stop - before], self.embed(pixels[:, share.own]), gate), share
+        before = self.own_frames(grid).start * grid[1] * grid[2]  # tokens of frames that are not in `conditioning`
+        return torch.addcmul(
+            conditioning[:, start - before : stop - before], self.embed(pixels[:, share.own]), gate
+        ), share
 
 
 # Receptive fields of an embedder's parts: the surroundings that a tile needs to give the same result as the whole.

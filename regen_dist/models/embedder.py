@@ -98,8 +98,10 @@ class Regen(EmbedderBase):
         """
         linear = None if self.linear is None else self.linear(*latents, times)
         grid = (noisy.shape[2], noisy.shape[3] // P, noisy.shape[4] // P)
-        told = self.conditioning(latents, times if self.in_context else times[:, self.decoder.own_frames(grid)])
-        decoded: Tensor = self.decoder(noisy, t, *told) if self.in_context else self.decoder(noisy, t, told)
+        conditioning = self.conditioning(latents, times if self.in_context else times[:, self.decoder.own_frames(grid)])
+        decoded: Tensor = (
+            self.decoder(noisy, t, *conditioning) if self.in_context else self.decoder(noisy, t, conditioning)
+        )
         return decoded if linear is None else linear + decoded
 
     def forward(

@@ -174,7 +174,7 @@ _PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul)
 
 
 def _storage(tensor: Tensor) -> int:
-    """Tells storages apart; on the meta device all data pointers are zero."""
+    """Identifies storages; on the meta device all data pointers are zero."""
     return int(tensor.untyped_storage()._cdata)
 
 

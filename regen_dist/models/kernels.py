@@ -46,7 +46,7 @@ def _ordered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AbstractCo
         return nullcontext()
     order = _order_of(q.device)
     if not torch.compiler.is_compiling():
-        _tell("sdpa", sdpa_choice(order, q, k, v, mask), q)
+        _log_kernel("sdpa", sdpa_choice(order, q, k, v, mask), q)
     return sdpa_kernel(order, set_priority=True)
 
 
@@ -70,7 +70,7 @@ def sdpa_choice(order: list[SDPBackend], q: Tensor, k: Tensor, v: Tensor, mask: 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention (package flash-attn, or flash-attn-3). Shapes [B, N, L, E]; half precision on a CUDA device."""
     module = require_flash(q.device.type, q.dtype, _capability(q))
-    _tell("flash", module.__name__, q)
+    _log_kernel("flash", module.__name__, q)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # they take [B, L, N, E]
     return _mixed(module.flash_attn_func(q, k, v, **_repeatable())).transpose(1, 2)
 
@@ -87,7 +87,7 @@ def attend_flash_lengths(
         longest: queries and keys of the longest.
     """
     module = require_flash(q.device.type, q.dtype, _capability(q))
-    _tell("flash, many lengths", module.__name__, q)
+    _log_kernel("flash, many lengths", module.__name__, q)
     return _mixed(module.flash_attn_varlen_func(q, k, v, *starts, *longest, **_repeatable()))
 
 
@@ -129,12 +129,12 @@ def require_flash(device: str, dtype: torch.dtype, capability: tuple[int, int] =
     )
 
 
-_told: set[tuple[object, ...]] = set()
+_logged_kernels: set[tuple[object, ...]] = set()
 
 
-def _tell(backend: str, kernel: str, q: Tensor) -> None:
+def _log_kernel(backend: str, kernel: str, q: Tensor) -> None:
     """Log a kernel once for each dtype and width of head."""
     key = backend, kernel, q.dtype, q.shape[-1]
-    if key not in _told:
-        _told.add(key)
+    if key not in _logged_kernels:
+        _logged_kernels.add(key)
         _log.info("attention: %s runs %s for %s, heads of %d", backend, kernel, q.dtype, q.shape[-1])

@@ -383,7 +383,7 @@ class _AttentionMode(TorchDispatchMode):
         return name in _FUSED
 
 
-class _Keep(_AttentionMode):
+class _StoreAttention(_AttentionMode):
     """Keeps attention's outputs, in the forward pass."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -394,7 +394,7 @@ class _Keep(_AttentionMode):
         return output
 
 
-class _Reuse(_AttentionMode):
+class _ReuseAttention(_AttentionMode):
     """Returns what was kept, in the recomputation."""
 
     def __enter__(self) -> Any:
@@ -412,4 +412,4 @@ def attention_kept() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Return the contexts of a block's forward pass and of its recomputation (`context_fn` of
     `torch.utils.checkpoint.checkpoint`)."""
     outputs: list[Any] = []
-    return _Keep(outputs), _Reuse(outputs)
+    return _StoreAttention(outputs), _ReuseAttention(outputs)

@@ -54,7 +54,7 @@ def sent_bytes(
 
 
 def num_collectives(parameter_sizes: Sequence[int], engine: EngineConfig, *, accumulation: int) -> int:
-    """Gathers and reductions that a GPU takes part in, in one optimizer step; of as many bytes as `sent_bytes` tells.
+    """Gathers and reductions that a GPU takes part in, in one optimizer step; of as many bytes as `sent_bytes` returns.
 
     DeepSpeed gathers weights ahead until they fill `engine.zero.prefetch_bucket`, and reduces gradients by the bucket.
     A weight that is larger than the bucket is gathered alone. What ranks exchange that share rows is not in it.

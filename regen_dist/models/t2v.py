@@ -42,7 +42,7 @@ from regen_dist.models.sequence_parallel import WHOLE, RowSharing, SequenceShard
 FRAMES_PER_CLIP = 2  # content and motion
 _NORM_EPS = 1e-6
 _TEXT_MULTIPLE = {"cuda": 64}  # text tokens, by device: cuDNN plans anew, hundreds of milliseconds, for each new length
-_PLACE_OCTAVES = 4  # of the sinusoids that tell a token where in its frame it lies
+_PLACE_OCTAVES = 4  # of the sinusoids of a token's position in its frame
 
 
 def token_grid(latents: tuple[int, int, int]) -> Grid:
@@ -96,7 +96,7 @@ def padded_text(text: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tens
 
 
 class KindEmbedding(nn.Module):
-    """Tells content from motion: one learned vector for each, added to every token of its frames."""
+    """Distinguishes content from motion: one learned vector for each, added to every token of its frames."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -212,7 +212,7 @@ class Monitor:
         rank: this rank.
         world_size: number of ranks of the run.
         config: the limits.
-        say: prints a line for the user.
+        print_line: prints a line for the user.
         dump: writes this process's stacks below the given header line.
         end: ends this process with the given exit code; does not return.
         now: start time on the clock of `tick`.
@@ -225,17 +225,17 @@ class Monitor:
         world_size: int,
         config: HangConfig,
         *,
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
         dump: Callable[[str], None],
         end: Callable[[int], None],
         now: float = 0.0,
     ) -> None:
         self._run, self._rank, self._world_size, self._config = run, rank, world_size, config
-        self._say, self._dump, self._end = say, dump, end
+        self._print_line, self._dump, self._end = print_line, dump, end
         self._stand, self._beats = ProgressTimeout(config, now), Heartbeats(run)
         self._stale_s, self._tick_s = stale_s(config), tick_s(config)
         self._moment_s = 2 * self._tick_s + 1.0  # time until other ranks see what this one has written
-        self._next_beat = self._next_look = now
+        self._next_beat = self._next_read = now
         self._number, self._cannot_write = 0, False
         self._beat: Beat | None = None
         self._seen: list[Seen] = []
@@ -261,7 +261,7 @@ class Monitor:
         """Write the last heartbeat: this rank has ended, normally or for the given reason."""
         self._write(self._beat_now(mark).ending(why))
 
-    def verdict(self) -> str:
+    def reported_hang(self) -> str:
         """Return the report of a hang in this start of the run; empty if there is none."""
         text = read_text(self._run / "hang.json")
         if not text or text == self._old:
@@ -275,7 +275,7 @@ class Monitor:
 
     def _check_progress(self, now: float, mark: Marked) -> None:
         stood_s, limit_s, warn_s = self._stand.stood_s, self._stand.limit_s, self._stand.warn_s
-        if message := self.verdict():
+        if message := self.reported_hang():
             self._leave(now, message, speak=self._rank == 0)
             return
         self._read_others(now, mark)
@@ -286,7 +286,7 @@ class Monitor:
             if not self._lower_deputy_waits():
                 self._warned = True
                 left_s = limit_s - stood_s
-                self._say(
+                self._print_line(
                     f"warning: {self._describe(self._find())}; the run is ended if nothing moves for {left_s:.0f} s"
                 )
 
@@ -304,13 +304,13 @@ class Monitor:
             needed = before_warning or stood_s >= self._stand.limit_s - ahead_s
         else:
             needed = stood_s >= self._stand.limit_s + self._moment_s
-        if needed and now >= self._next_look:
-            self._next_look = now + self._config.beat_s
-            self._seen = self._look(now, mark)
+        if needed and now >= self._next_read:
+            self._next_read = now + self._config.beat_s
+            self._seen = self._read_heartbeats(now, mark)
 
-    def _look(self, now: float, mark: Marked) -> list[Seen]:
+    def _read_heartbeats(self, now: float, mark: Marked) -> list[Seen]:
         return [
-            Seen(rank, self._beat_now(mark), 0.0) if rank == self._rank else self._beats.look(rank, now)
+            Seen(rank, self._beat_now(mark), 0.0) if rank == self._rank else self._beats.read(rank, now)
             for rank in range(self._world_size)
         ]
 
@@ -334,7 +334,7 @@ class Monitor:
     # --- reporting ---
 
     def _report_hang(self, now: float, mark: Marked) -> None:
-        self._seen = self._look(now, mark)
+        self._seen = self._read_heartbeats(now, mark)
         finding = self._find()
         message = (
             f"{self._describe(finding)}. The run is ended; the stacks of its ranks are in {self._run / 'stacks'}. "
@@ -366,12 +366,12 @@ class Monitor:
         if not dumped:
             self._dump(f"rank {self._rank}: {message}")
         if speak:
-            self._say(f"error: {message}")
+            self._print_line(f"error: {message}")
         self._leave_at = now + self._moment_s
 
     def _go_on(self, lasted_s: float) -> None:
         if self._warned and self._leave_at is None:
-            self._say(f"the run goes on after it stood still for {lasted_s:.0f} s")
+            self._print_line(f"the run goes on after it stood still for {lasted_s:.0f} s")
         self._considered = self._warned = False
 
     # --- files ---
@@ -396,7 +396,7 @@ class Monitor:
         """Warn once that a heartbeat cannot be written: a full disk must not end a working run."""
         if not self._cannot_write:
             self._cannot_write = True
-            self._say(f"warning: rank {self._rank} cannot write its heartbeat and goes on without: {error}")
+            self._print_line(f"warning: rank {self._rank} cannot write its heartbeat and goes on without: {error}")
 
     def _clear_earlier_start(self) -> str:
         """Return the report of an earlier start; rank 0 deletes it and the old heartbeats.
@@ -455,7 +455,13 @@ class Watchdog:
         # The time of a late tick counts; that of a suspended process does not.
         self._longest_s = self._config.beat_s + 2.0
         self._monitor = Monitor(
-            self._run, self._rank, self._world_size, self._config, say=say, dump=self._stacks.dump, end=os._exit
+            self._run,
+            self._rank,
+            self._world_size,
+            self._config,
+            print_line=write_stderr,
+            dump=self._stacks.dump,
+            end=os._exit,
         )
         self._threads = [
             threading.Thread(target=target, name=f"watchdog-{target.__name__.strip('_')}", daemon=True)
@@ -473,10 +479,10 @@ class Watchdog:
         for thread in self._threads:
             thread.join(_JOIN_S)
         self._alarm.close()
-        verdict = self._monitor.verdict() if self._why else ""
+        reported_hang = self._monitor.reported_hang() if self._why else ""
         self._stacks.close()
-        if verdict:
-            raise HangError(f"this rank ended because of a hang: {verdict}") from error
+        if reported_hang:
+            raise HangError(f"this rank ended because of a hang: {reported_hang}") from error
 
     def _run_heartbeat(self) -> None:
         clock, complained = AwakeClock(self._longest_s, time.monotonic), False
@@ -489,7 +495,7 @@ class Watchdog:
                     self._monitor.tick(clock.read(), self._mark)
             except Exception as error:  # noqa: BLE001 - must survive any error; the guard ends a hang without it
                 if not complained:
-                    say(f"warning: the watchdog of rank {self._rank} failed and continues: {error!r}")
+                    write_stderr(f"warning: the watchdog of rank {self._rank} failed and continues: {error!r}")
                 complained = True
             if stopped:
                 return
@@ -513,12 +519,12 @@ class Watchdog:
             f"error: rank {self._rank} has stood still for {stand.stood_s:.0f} s in phase '{phase}' of step "
             f"{step}, and cannot report it: does the file system of {self._run} answer?"
         )
-        threading.Thread(target=say, args=(last_words,), daemon=True).start()
+        threading.Thread(target=write_stderr, args=(last_words,), daemon=True).start()
         time.sleep(1.0)
         os._exit(HangError.exit_code)
 
 
-def say(text: str) -> None:
+def write_stderr(text: str) -> None:
     """Write a line to stderr without Python's buffers, whose lock a blocked main thread may hold. If stderr fails (a
     log on a full disk), the line is lost."""
     clear = "\r\x1b[2K" if os.isatty(2) else ""  # clear the progress line
@@ -545,7 +551,7 @@ class StackFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            say(f"warning: stacks would go to stderr, for {path} cannot be written: {error}")
+            write_stderr(f"warning: stacks would go to stderr, for {path} cannot be written: {error}")
 
     def fileno(self) -> int:
         return 2 if self._file is None else self._file.fileno()
@@ -563,7 +569,7 @@ class StackFile:
                 self._path.unlink(missing_ok=True)
             self._file.close()
         except OSError as error:  # must not fail a finished run
-            say(f"warning: {self._path} could not be tidied away: {error}")
+            write_stderr(f"warning: {self._path} could not be tidied away: {error}")
 
 
 class StackAlarm:

@@ -238,7 +238,7 @@ def _nccl_version() -> str | None:
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
-def shown(facts: Mapping[str, Any]) -> str:
+def summarise_machine(facts: Mapping[str, Any]) -> str:
     """Format the facts of `accelerator` in one line."""
     names = {"driver": "driver", "cuda": "CUDA", "cudnn": "cuDNN", "nccl": "NCCL"}
     versions = [f"{names.get(name, name)} {facts[name]}" for name in ("torch", *names) if facts.get(name)]

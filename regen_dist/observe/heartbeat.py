@@ -123,7 +123,7 @@ class Heartbeats:
         self._run = run
         self._known: dict[int, tuple[str, float]] = {}  # text, and when it was first seen
 
-    def look(self, rank: int, now: float) -> Seen:
+    def read(self, rank: int, now: float) -> Seen:
         """Read one heartbeat; `now` in seconds of the reader's clock. On the first reading `quiet_s` is 0."""
         text = read_text(beat_path(self._run, rank))
         if rank not in self._known or self._known[rank][0] != text:

@@ -179,7 +179,7 @@ class ProgressLine:
         texts = {"psnr_db": "val {:.2f} dB", "loss": "val {:.4f}"}
         self._validation = next((text.format(values[name]) for name, text in texts.items() if name in values), "")
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Print a message on a line of its own."""
         self._console.print(text, highlight=False, soft_wrap=True)
 

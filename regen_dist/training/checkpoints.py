@@ -125,7 +125,7 @@ class RunCheckpoints:
 
         Raises:
             CheckpointError: it does not belong to this run, this model or this data, or none is whole, or the run's
-                record tells of checkpoints and there are none.
+                record lists checkpoints and there are none.
         """
         try:
             manifest = newest_good(self.folder, self._ranks, checksums=self.checksums or fresh or doubt)
@@ -134,7 +134,7 @@ class RunCheckpoints:
         except NoGoodCheckpoint as error:
             if not fresh:
                 raise
-            warn(f"starting from scratch, as told by --fresh: {error}")
+            warn(f"starting from scratch, as --fresh asks: {error}")
             manifest = None
         self._run_id = self._ranks.on_main(lambda: own_run_id(self._config, manifest))
         if manifest is not None:

@@ -135,8 +135,8 @@ _FEW_CLIPS = 1000  # below it a share says little: as many bad samples are allow
 
 
 def poison_nonfinite(loss: Tensor) -> Tensor:
-    """Return the loss; if it is not finite, with gradients that are nowhere finite: so the one check of the gradients,
-    over all ranks, finds both."""
+    """Return the loss; if it is not finite, with no finite gradient, so that the one check of the
+    gradients, over all ranks, finds both."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 

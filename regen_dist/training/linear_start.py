@@ -73,13 +73,13 @@ def _fit_encoder(cells: Tensor, channels: int) -> tuple[Map, Map]:
     first, later = cells[:, 0].double(), cells[:, 1:].flatten(1).double()
     mean, centre = first.mean(0), later.mean(0)
     basis = _components(first - mean, channels)  # [C, 192]
-    told = (first - mean) @ basis.T  # [M, C]
-    follows = torch.linalg.lstsq(told, later - centre).solution  # [C, k*192]
-    left = later - centre - told @ follows
-    moving = _components(left, channels)  # [C, k*192]
-    content = _scaled(basis, -basis @ mean, told)
-    weight = torch.cat([-moving @ follows.T @ basis, moving], 1)  # [C, (k+1)*192]
-    motion = _scaled(weight, -weight @ torch.cat([mean, centre]), left @ moving.T)
+    content_values = (first - mean) @ basis.T  # [M, C]
+    motion_from_content = torch.linalg.lstsq(content_values, later - centre).solution  # [C, k*192]
+    residual = later - centre - content_values @ motion_from_content
+    moving = _components(residual, channels)  # [C, k*192]
+    content = _scaled(basis, -basis @ mean, content_values)
+    weight = torch.cat([-moving @ motion_from_content.T @ basis, moving], 1)  # [C, (k+1)*192]
+    motion = _scaled(weight, -weight @ torch.cat([mean, centre]), residual @ moving.T)
     return content, motion
 
 

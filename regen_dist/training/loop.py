@@ -78,7 +78,7 @@ class Stepper:
         self.config, self.ranks, self.task, self.engine, self.meter = config, ranks, task, engine, meter
         self.step, self.data_shift = step, data_shift
         self.clock = RankClock(ranks)
-        self.gradient_hooks, self._tell = list(gradient_hooks), mark
+        self.gradient_hooks, self._mark_phase = list(gradient_hooks), mark
         self.batches: Iterator[Batch] = self.open_batches() if batches is None else batches
 
     def train_step(self) -> Step:
@@ -100,8 +100,8 @@ class Stepper:
                 self._fetched(micro, batch)
         self._mark("update")
         # Gradients are complete and not cleared yet: hooks inspect them here.
-        for look in self.gradient_hooks:
-            look(self.step + 1, self.engine.named_gradients())
+        for hook in self.gradient_hooks:
+            hook(self.step + 1, self.engine.named_gradients())
         # Clip, rate, optimizer, EMA: by the engine, because ZeRO-3 does the first three and the clearing in one.
         lr = learning_rate(self.config.optimizer, self.step, train.steps)
         with record_function("update"):
@@ -125,7 +125,7 @@ class Stepper:
 
     def _mark(self, phase: str) -> None:
         """Mark the phase with its step as the record counts steps, from 1: the current step, or the one just made."""
-        self._tell(phase, self.step + (phase in _IN_A_STEP))
+        self._mark_phase(phase, self.step + (phase in _IN_A_STEP))
 
 
 # Norms of the gradients by layer: a hook of the training step (`train.grad_norms_every`).
@@ -182,7 +182,7 @@ class Trainer(Stepper):
         meter: counts and times.
         guards: stop or turn back a run that goes wrong.
         checkpoints: save engine and guards.
-        reporter: tells of figures and events.
+        reporter: reports figures and events.
         sample_log: notes this rank's samples.
         progress: progress of the checkpoint that was loaded.
         mark: called with this rank's next phase and its step, for the heartbeat.
@@ -222,7 +222,7 @@ class Trainer(Stepper):
             code = self._fit(stopper)
             if code == EXIT_OK:
                 self.guards.nonfinite.check_end(self.step)
-                self.reporter.say(self.step, f"done: {self.step} steps")
+                self.reporter.event(self.step, f"done: {self.step} steps")
             return code
         except SkippedSteps as error:
             self._mark("save")
@@ -237,11 +237,11 @@ class Trainer(Stepper):
         while self.step < train.steps:
             with self.clock.step():
                 made = self.train_step()
-            pulse = self._pulse(stopper)
-            self.guards.after_step(self.step, made.result, pulse.num_replaced)
-            spike = self.guards.spikes.judge(self.step, pulse.loss, made.batch.kind)
+            heartbeat = self._exchange_heartbeat(stopper)
+            self.guards.after_step(self.step, made.result, heartbeat.num_replaced)
+            spike = self.guards.spikes.judge(self.step, heartbeat.loss, made.batch.kind)
             if spike is not None:
-                self.reporter.say(self.step, f"warning: {spike}")
+                self.reporter.event(self.step, f"warning: {spike}")
                 if self.config.guards.spike.action == "rollback":
                     self._roll_back(spike)
                     continue
@@ -252,14 +252,14 @@ class Trainer(Stepper):
                 self.reporter.ranks(self.step, self.clock.report())
             if self._due(train.validate_every):
                 self._validate()
-            if pulse.saved:
+            if heartbeat.saved:
                 self._mark("save")
                 self.checkpoints.settle()
-            if pulse.stop or self._due(self.config.checkpoint.every):
-                self._save(wait=pulse.stop or self.step == train.steps)
-            if pulse.stop and self.step < train.steps:
+            if heartbeat.stop or self._due(self.config.checkpoint.every):
+                self._save(wait=heartbeat.stop or self.step == train.steps)
+            if heartbeat.stop and self.step < train.steps:
                 why = stopper.reason or "another rank"
-                self.reporter.say(self.step, f"stopped by {why} after step {self.step}: run it again to go on")
+                self.reporter.event(self.step, f"stopped by {why} after step {self.step}: run it again to go on")
                 return EXIT_RESUME
         return EXIT_OK
 
@@ -274,7 +274,7 @@ class Trainer(Stepper):
     def _fetched(self, micro: int, batch: Batch) -> None:
         self.sample_log.write(self.step + 1, micro, batch)
 
-    def _pulse(self, stopper: Stopper) -> StepHeartbeat:
+    def _exchange_heartbeat(self, stopper: Stopper) -> StepHeartbeat:
         """Exchange the state of all ranks after a step, in one collective."""
         self._mark("agree")
         loss, num_replaced = self.meter.end_step()
@@ -290,7 +290,7 @@ class Trainer(Stepper):
         figures = self.meter.read(made.lr, made.result) | self.guards.figures()
         self.reporter.train(self.step, figures)
         for warning in self.guards.latents.check(self.step, figures):
-            self.reporter.say(self.step, f"warning: {warning}")
+            self.reporter.event(self.step, f"warning: {warning}")
 
     def _validate(self) -> None:
         self._mark("validate")
@@ -333,8 +333,8 @@ class Trainer(Stepper):
                 "(checkpoint.every)"
             )
 
-        # Decide for good, in the manifest and then in the pointer: a run that is killed now resumes from there. Its
-        # memory of losses and latents is the checkpoint's own; what was counted since still counts, and so does this.
+        # Make the decision permanent, in the manifest and then in the pointer: a run that is killed now resumes from
+        # there. Its statistics of losses and latents are the checkpoint's own; counts since then stay.
         counted = {"nonfinite": {"skipped": guards.nonfinite.skipped}, "bad_samples": guards.bad_samples.state()}
         spikes = target.state["guards"].get("spikes", {}) | {"rollbacks": done + 1}
         state = target.state | {
@@ -343,9 +343,9 @@ class Trainer(Stepper):
         }
 
         def decide() -> CheckpointManifest:
-            amended = folder.amend(target, state=state, rollbacks=[*checkpoints.rollbacks, target.step])
+            updated = folder.update_manifest(target, state=state, rollbacks=[*checkpoints.rollbacks, target.step])
             folder.set_latest(target.step)
-            return amended
+            return updated
 
         manifest = self.ranks.on_main(decide)
         checkpoints.newest, checkpoints.rollbacks = manifest.step, manifest.rollbacks
@@ -358,7 +358,7 @@ class Trainer(Stepper):
         self.reporter.rewind(self.step)
         self.sample_log.rewind(self.step)
         self.batches = self.open_batches()
-        self.reporter.say(
+        self.reporter.event(
             self.step,
             f"went back from step {reached} to {self.step}; the {reached - self.step} batches between are left out",
         )

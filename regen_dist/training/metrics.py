@@ -22,7 +22,7 @@ from regen_dist.distributed.engine import StepResult
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import write_video
-from regen_dist.observe.hardware import accelerator, memory_bytes, shown
+from regen_dist.observe.hardware import accelerator, memory_bytes, summarise_machine
 from regen_dist.observe.record import ProgressLine, Record, read_record, warn
 from regen_dist.observe.tracker import Trackers
 from regen_dist.pixels import to_frames
@@ -176,9 +176,9 @@ class RankClock:
         """All ranks' steps since the last report. A collective."""
         steps = max(1, self._steps)
         own = (self._waited / steps, self._stepped / steps, self._computed / steps)
-        told = self._ranks.gather(RankTimes(self._ranks.rank, self._host, *own))
+        times = self._ranks.gather(RankTimes(self._ranks.rank, self._host, *own))
         self._clear()
-        return compared(told)
+        return compared(times)
 
 
 def compared(times: list[RankTimes]) -> RankReport:
@@ -210,11 +210,11 @@ class Reporter:
         self._line = ProgressLine(config.train.steps, step)
         self._trackers = Trackers(config, self._run, step)
         self._unseen = False
-        self._line.say(
+        self._line.message(
             f"{self._run}: {'resumed at' if step else 'starting at'} step {step} on {ranks.world_size} rank(s)"
         )
         machine = accelerator(ranks.device)
-        self._line.say(f"rank 0 on {shown(machine)}")
+        self._line.message(f"rank 0 on {summarise_machine(machine)}")
         self._record.write("event", step, {"event": "start", "world_size": ranks.world_size, "machine": machine})
 
     def train(self, step: int, figures: Mapping[str, float]) -> None:
@@ -233,10 +233,10 @@ class Reporter:
         self._record.write("validation", step, result.figures)
         self._line.validation(result.figures)
         figures = {f"validation/{name}": value for name, value in result.figures.items()}
-        pictures, videos = (self._shown(write, step, result) for write in (self._draw, self._write_videos))
+        pictures, videos = (self._media_files(write, step, result) for write in (self._draw, self._write_videos))
         self._trackers.log(step, figures, pictures, videos)
 
-    def _shown(
+    def _media_files(
         self, write: Callable[[int, Validation], dict[str, Path]], step: int, result: Validation
     ) -> dict[str, Path]:
         """Return the media files; none if the disk refuses, which is reported once and does not end the run."""
@@ -245,7 +245,7 @@ class Reporter:
         except OSError as error:
             if not self._unseen:
                 self._unseen = True
-                self.say(step, f"warning: no picture or video of step {step}, and the run goes on: {error}")
+                self.event(step, f"warning: no picture or video of step {step}, and the run goes on: {error}")
             return {}
 
     def gradients(self, step: int, norms: Mapping[str, float]) -> None:
@@ -280,16 +280,16 @@ class Reporter:
             write_video(path, to_frames(video), result.fps)
         return {f"validation/video {number}": path for number, path in enumerate(paths)}
 
-    def say(self, step: int, text: str) -> None:
+    def event(self, step: int, text: str) -> None:
         """Report an event on the terminal and in the record."""
         if not self._silent:
-            self._line.say(text)
+            self._line.message(text)
             self._record.write("event", step, {"event": text})
 
     def ranks(self, step: int, report: RankReport) -> None:
         """Report slow ranks: on the terminal, in the record and in the trackers."""
         if not self._silent:
-            self.say(step, report.text)
+            self.event(step, report.text)
             self._trackers.log(step, report.figures)
 
     def checkpoint(self, outcome: Outcome) -> None:
@@ -327,7 +327,7 @@ class SampleLog:
         self._bad, self._trace = config.folder / "bad_samples", config.folder / "samples"
         self._traces, self._ranks = config.train.trace_samples, ranks
         self._records: dict[str, Record] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
@@ -348,8 +348,8 @@ class SampleLog:
             self._records["samples"].write("samples", step, {"micro": micro, "ids": batch.sample_ids.tolist()})
         for sample in batch.bad:
             self._note(step, sample)
-        if batch.problem and batch.problem not in self._told:
-            self._told.add(batch.problem)
+        if batch.problem and batch.problem not in self._warned:
+            self._warned.add(batch.problem)
             warn(batch.problem)
 
     def close(self) -> None:

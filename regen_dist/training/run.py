@@ -18,7 +18,7 @@ from regen_dist.config import AnyRunConfig, load_saved_config, save_config
 from regen_dist.config.files import CONFIG_FILE, write_text_atomically
 from regen_dist.distributed.engine import precision_of
 from regen_dist.distributed.ranks import Ranks, make_repeatable, process_group, read_environment
-from regen_dist.distributed.rendezvous import tell
+from regen_dist.distributed.rendezvous import report_failure
 from regen_dist.distributed.zero3 import build_engine
 from regen_dist.errors import ConfigError
 from regen_dist.observe.hang_detector import Watchdog
@@ -62,16 +62,16 @@ def train(
             config.folder, ranks, time_limit_s=limit_s, lead_s=lead_s, earlier=earlier, lost=lambda: claims.lost
         ) as stopper,
         process_group(ranks, needed=config.engine.kind == "zero3"),
-        _held(claims, ranks),
+        _claimed(claims, ranks),
     ):
         trainer = build_trainer(config, ranks, mark=watchdog.mark, fresh=fresh, permit=claims.check)
         try:
             if ranks.is_main:  # only now: a config that is refused must not take the place of the run's own
                 for text in replace_config(config, trainer.step):
-                    trainer.reporter.say(trainer.step, text)
+                    trainer.reporter.event(trainer.step, text)
             return trainer.fit(stopper)
         except BaseException as error:  # before anything is closed, which may wait
-            tell(error, ranks.rank, ranks.world_size)
+            report_failure(error, ranks.rank, ranks.world_size)
             raise
         finally:
             trainer.close()
@@ -102,7 +102,7 @@ def build_trainer(
     progress = checkpoints.resume(fresh=fresh)
     meter = StepMeter(ranks, config.train.batch_global, _peak_tflops(config, ranks))
     reporter = Reporter(config, ranks, progress.step)
-    reporter.say(progress.step, task.data.summary())
+    reporter.event(progress.step, task.data.summary())
     checkpoints.on_saved = reporter.checkpoint
     every = config.train.grad_norms_every
     hooks = [] if every is None else [GradientNorms(every, ranks, reporter.gradients)]
@@ -132,7 +132,7 @@ def _show_kernels() -> None:
 
 
 @contextmanager
-def _held(claims: Claims, ranks: Ranks) -> Iterator[None]:
+def _claimed(claims: Claims, ranks: Ranks) -> Iterator[None]:
     """Hold the claims of a run, by rank 0. A collective: if another process holds one, every rank raises."""
     ranks.on_main(claims.take)
     try:
@@ -175,35 +175,35 @@ def build_task(config: AnyRunConfig, device: torch.device) -> TrainingTask:
 def replace_config(config: AnyRunConfig, step: int) -> list[str]:
     """Make `config` the one of its run folder, from `step` on. Returns what to report: each key that has
     changed, and the learning rate before and after. If the disk takes no config, the run goes on, with a warning."""
-    told: list[str] = []
+    messages: list[str] = []
     try:
         if (config.folder / CONFIG_FILE).is_file():
-            told = _changes(config, step)
-            if told:
-                told.append(f"the earlier config is {_keep(config.folder, step)}")
+            messages = _describe_changes(config, step)
+            if messages:
+                messages.append(f"the earlier config is {_keep_earlier_config(config.folder, step)}")
         save_config(config, config.folder)
     except OSError as error:
-        told.append(f"warning: {config.folder / CONFIG_FILE} is not the config of this start: {error}")
-    return told
+        messages.append(f"warning: {config.folder / CONFIG_FILE} is not the config of this start: {error}")
+    return messages
 
 
-def _changes(config: AnyRunConfig, step: int) -> list[str]:
+def _describe_changes(config: AnyRunConfig, step: int) -> list[str]:
     try:
         earlier = load_saved_config(config.folder)
     except ConfigError as error:
         return [f"the config was replaced after step {step}; it cannot be compared: {error}"]
     old, new = (_flat(each.model_dump(mode="json")) for each in (earlier, config))
     keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
-    told = [f"{key}: {old.get(key, _ABSENT)} → {new.get(key, _ABSENT)}" for key in keys]
-    if not told:
+    differences = [f"{key}: {old.get(key, _ABSENT)} → {new.get(key, _ABSENT)}" for key in keys]
+    if not differences:
         return []
-    return [f"the config changed after step {step}: {'; '.join(told)}", *_rates(earlier, config, step)]
+    return [f"the config changed after step {step}: {'; '.join(differences)}", *_describe_rates(earlier, config, step)]
 
 
 _ABSENT = "(none)"
 
 
-def _rates(earlier: AnyRunConfig, config: AnyRunConfig, step: int) -> list[str]:
+def _describe_rates(earlier: AnyRunConfig, config: AnyRunConfig, step: int) -> list[str]:
     """Compare the learning rate of the next step with the one by the earlier config; empty if they are the same."""
     now = learning_rate(config.optimizer, step, config.train.steps)
     would = learning_rate(earlier.optimizer, step, earlier.train.steps)
@@ -214,7 +214,7 @@ def _rates(earlier: AnyRunConfig, config: AnyRunConfig, step: int) -> list[str]:
     return [f"the learning rate of step {step + 1} is {now:.4g}, by the earlier config it was {would:.4g}{last}"]
 
 
-def _keep(folder: Path, step: int) -> Path:
+def _keep_earlier_config(folder: Path, step: int) -> Path:
     """A copy of the config that is there, under a name that is free, or that holds the same."""
     text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
     stem, number = f"config-{step:08d}", 1

@@ -30,7 +30,7 @@ class SignalInbox:
     def listen(self) -> SignalInbox:
         """Handle the signals from now on to the end of the process, unless others take the handlers meanwhile."""
         for number in SIGNALS:
-            signal.signal(number, self._keep)
+            signal.signal(number, self._store_first)
         return self
 
     def close(self) -> None:
@@ -39,7 +39,7 @@ class SignalInbox:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def _keep(self, number: int, _frame: FrameType | None) -> None:
+    def _store_first(self, number: int, _frame: FrameType | None) -> None:
         self.first = self.first or signal.Signals(number).name
 
 
@@ -96,22 +96,22 @@ class Stopper:
     def __enter__(self) -> Stopper:
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         if self._ranks.is_main:
-            self._old = self._put_away()
+            self._old = self._remove_old_stop_file()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _put_away(self) -> tuple[int, int] | None:
+    def _remove_old_stop_file(self) -> tuple[int, int] | None:
         """Remove the file that asked the previous start to stop; if the disk refuses, remember it as old."""
         try:
             self._file.unlink(missing_ok=True)
         except OSError as error:
             print(f"warning: {self._file} cannot be removed, and is ignored: {error}", file=sys.stderr, flush=True)
-        return self._there()
+        return self._stop_file_id()
 
-    def _there(self) -> tuple[int, int] | None:
+    def _stop_file_id(self) -> tuple[int, int] | None:
         """Identify the present file STOP by its inode and modification time; None if there is none."""
         try:
             found = self._file.stat()
@@ -120,20 +120,20 @@ class Stopper:
         return found.st_ino, found.st_mtime_ns
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._ask(signal.Signals(number).name)
+        self._request_stop(signal.Signals(number).name)
 
-    def _ask(self, reason: str) -> None:
+    def _request_stop(self, reason: str) -> None:
         self.reason = self.reason or reason
 
     def wanted(self) -> bool:
         """Return whether this rank wants to stop. Only rank 0 looks at the file; each rank has a clock of its own."""
         if self._earlier.first:
-            self._ask(self._earlier.first)
-        if self.reason is None and self._ranks.is_main and self._there() not in (None, self._old):
-            self._ask("the file STOP")
+            self._request_stop(self._earlier.first)
+        if self.reason is None and self._ranks.is_main and self._stop_file_id() not in (None, self._old):
+            self._request_stop("the file STOP")
         if lost := self._lost():
-            self._ask(lost)
+            self._request_stop(lost)
         limit_s = self._limit_s
         if limit_s is not None and self._clock() - self._started >= limit_s - self._lead_s:
-            self._ask(f"the time limit of {limit_s:.12g} s")
+            self._request_stop(f"the time limit of {limit_s:.12g} s")
         return self.reason is not None

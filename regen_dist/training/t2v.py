@@ -23,7 +23,7 @@ from regen_dist.data.loading.latent_loader import LatentBatch, latent_batches
 from regen_dist.data.loading.validation import ValidationRows, validation_rows
 from regen_dist.diffusion.noise import NoiseStream, latent_gaussian, uniforms
 from regen_dist.diffusion.path import noisy, target_of, timesteps
-from regen_dist.diffusion.samplers import drawn, error_of_the_rest
+from regen_dist.diffusion.samplers import draw_given_frames, error_without_given
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.inference.codec import Codec
@@ -76,12 +76,12 @@ class TextToVideoTask:
         t = timesteps(flow.density, chances, flow.shift_at(row_tokens(x0.shape[2:])))
         noise = latent_gaussian(seed, ids, x0.shape[2], x0.shape[1], (x0.shape[3], x0.shape[4]), draw=step)
         text = self._with_dropout(self._text(batch), uniforms(seed, ids, step, NoiseStream.TEXT)[:, 0])
-        x, given = noisy("rectified_flow", x0, noise, t), drawn(flow, seed, ids, step, x0)
+        x, given = noisy("rectified_flow", x0, noise, t), draw_given_frames(flow, seed, ids, step, x0)
         if given is None:
             velocity = engine(x, t, *text)
             return Loss(F.mse_loss(velocity, target_of("rectified_flow", "velocity", x0, noise, t)), {})
         velocity = engine(given.put_into(x), given.times(t), *text)
-        return Loss(error_of_the_rest(velocity, target_of("rectified_flow", "velocity", x0, noise, t), given), {})
+        return Loss(error_without_given(velocity, target_of("rectified_flow", "velocity", x0, noise, t), given), {})
 
     def flops(self, batch: LatentBatch) -> float:
         """Operations that training on a micro-batch needs; rows differ in length."""

@@ -144,7 +144,7 @@ def _stop_early() -> str:
 def _fail() -> float:
     """Seconds that closing takes on a rank whose partner has failed, or that has failed itself."""
     from regen_dist.distributed.ranks import process_group, read_environment
-    from regen_dist.distributed.rendezvous import tell
+    from regen_dist.distributed.rendezvous import report_failure
     from regen_dist.distributed.sequence_parallel import join_rows
 
     ranks = read_environment()
@@ -154,7 +154,7 @@ def _fail() -> float:
         next(items)
         ranks.barrier()
         if not rows.leads:
-            tell(RuntimeError("out of memory"), ranks.rank, ranks.world_size)
+            report_failure(RuntimeError("out of memory"), ranks.rank, ranks.world_size)
         begun = time.monotonic()
         if not rows.leads:
             items.close()

@@ -165,7 +165,7 @@ def test_a_run_with_none_good_refuses_and_begins_anew_when_told(config: Path, un
         assert "Traceback" not in text
     assert _hashes(run) == before
     assert run_regen_ranks(*command, "--fresh", logs=logs) == [0, 0]
-    assert all("starting from scratch, as told by --fresh" in text for text in said(logs))
+    assert all("starting from scratch, as --fresh asks" in text for text in said(logs))
     assert losses(run) == undisturbed
     assert newest(run).step == STEPS
 

@@ -292,7 +292,7 @@ def forget_moments(run: Path) -> None:
             tensors = {name: 0 * x if name.startswith("exp_avg") else x.clone() for name, x in mapped.items()}
             with shard.open("wb") as file:
                 facts[shard.name] = write_shard(file, tensors)
-        folder.amend(folder.manifest(step), files=facts)
+        folder.update_manifest(folder.manifest(step), files=facts)
 
 
 # `regen` in ranks that begin with everything imported: what `regen train --ranks 2` starts, without the seconds of its

@@ -135,7 +135,7 @@ def training_section(
         "step_s": figure([value for run in (*asynchronous, *synchronous) for value in run.quiet_s]),
         "copy_s": figure(copies_s),
         "asynchronous": {
-            **_told(asynchronous),
+            **_save_figures(asynchronous),
             "first_blocked_s": figure([run.first_blocked_s for run in asynchronous]),
             "still_of_step": figure([save.still_s / run.step_s for run, _ in rounds for save in run.saves]),
             "allowed_of_step": figure([_allowed_s(run, copy_s) / run.step_s for run, copy_s in rounds]),
@@ -145,14 +145,14 @@ def training_section(
             "steps_beside": figure([save.beside for run in asynchronous for save in run.saves]),
             "step_beside_of_step": figure([save.beside_s / save.beside / run.step_s for run, save in beside] or [1.0]),
         },
-        "synchronous": _told(synchronous),
+        "synchronous": _save_figures(synchronous),
         "asynchronous_of_synchronous": figure(
             [_cost(one) / _cost(other) for one, other in zip(asynchronous, synchronous, strict=True)]
         ),
     }
 
 
-def _told(runs: Sequence[Saving]) -> dict[str, Any]:
+def _save_figures(runs: Sequence[Saving]) -> dict[str, Any]:
     def each(value: Any) -> dict[str, Any]:
         return figure([value(run, save) for run in runs for save in run.saves])
 
@@ -249,7 +249,7 @@ def _case_rows(verb: str, section: Mapping[str, Any], who: str) -> Iterator[list
         ratio = section["ratios"].get(name)
         yield [
             f"{verb} by {who}: {name}",
-            f"{_seconds(case['seconds'])}, {case['bytes'] / 1e6:.0f} MB{_beside(case)}",
+            f"{_seconds(case['seconds'])}, {case['bytes'] / 1e6:.0f} MB{_sync_text(case)}",
             spread_text(ratio) if ratio else "",
             "",
         ]
@@ -257,7 +257,7 @@ def _case_rows(verb: str, section: Mapping[str, Any], who: str) -> Iterator[list
         yield [f"{verb} by {who}: verifying checksums adds", _seconds(section["checksums_add_s"]), "", ""]
 
 
-def _beside(case: Mapping[str, Any]) -> str:
+def _sync_text(case: Mapping[str, Any]) -> str:
     return f"; syncing then takes {case['sync_s']['median']:.3f} s" if "sync_s" in case else ""
 
 

@@ -108,15 +108,15 @@ def saving(lines: Sequence[Mapping[str, Any]]) -> Saving:
     if failed := [line["problem"] for line in saved if line["problem"]]:
         raise DataError(f"a checkpoint of the run was not saved: {failed[0]}")
     judged = [line for line in saved[1:] if line["step"] + 1 in steps]
-    beside = {line["step"]: _beside(steps, line) for line in saved}
-    disturbed = {step for each in beside.values() for step in each}
+    concurrent = {line["step"]: _concurrent_steps(steps, line) for line in saved}
+    disturbed = {step for each in concurrent.values() for step in each}
     quiet = [line["step_s"] for step, line in steps.items() if step > COLD_STEPS and step not in disturbed]
     if not judged or not quiet:
         raise DataError(
             f"a run of {len(steps)} steps with {len(saved)} saves cannot be judged: the first save and the last are "
             "left out, and some steps must be undisturbed. Raise train.steps, or change checkpoint.every"
         )
-    saves = [_save(steps, line, beside[line["step"]]) for line in judged]
+    saves = [_save(steps, line, concurrent[line["step"]]) for line in judged]
     return Saving(quiet, saves, saved[0]["blocked_s"])
 
 
@@ -133,7 +133,7 @@ def _save(steps: Mapping[int, Mapping[str, Any]], line: Mapping[str, Any], besid
     )
 
 
-def _beside(steps: Mapping[int, Mapping[str, Any]], line: Mapping[str, Any]) -> list[int]:
+def _concurrent_steps(steps: Mapping[int, Mapping[str, Any]], line: Mapping[str, Any]) -> list[int]:
     """Return the steps that began after the save and before its commit."""
     committed = steps[line["step"]]["time"] + line["seconds"] - _CLOCKS_AGREE_S
     later = (step for step in steps if step > line["step"])
@@ -164,7 +164,9 @@ class Distributed:
         """Load into the engine, at any number of ranks."""
         state = self._state(empty=True)
         load(state, checkpoint_id=str(folder), process_group=self._group)
-        self._engine.restore(_Held({key: tensor.to_local() for key, tensor in state.items()}), self._engine.num_updates)
+        self._engine.restore(
+            _LoadedPieces({key: tensor.to_local() for key, tensor in state.items()}), self._engine.num_updates
+        )
 
     def _state(self, *, empty: bool = False) -> dict[str, DTensor]:
         return {
@@ -177,7 +179,7 @@ class Distributed:
         return DTensor.from_local(piece, self._mesh, [Shard(0)], shape=torch.Size([size]), stride=(1,), run_check=False)
 
 
-class _Held:
+class _LoadedPieces:
     """Already loaded pieces, in the form that an engine reads."""
 
     def __init__(self, pieces: Mapping[str, Tensor]) -> None:

@@ -91,7 +91,7 @@ def codec(
     facts |= {"config_hashes": {name: config_hash(config) for name, config in _configs(found).items()}}
     out.mkdir(parents=True, exist_ok=True)
     with stopping_cleanly():
-        facts["rows"] = measure_all(found, run, count, limits, rounds=rounds, told=console.print)
+        facts["rows"] = measure_all(found, run, count, limits, rounds=rounds, report_progress=console.print)
     facts["load_after"] = os.getloadavg()
     write_text_atomically(out / "codec.json", json_text(facts, indent=1) + "\n")
     write_text_atomically(out / "codec.md", table(facts))
@@ -228,15 +228,15 @@ def _size_table(rows: Sequence[Row], size: list[int]) -> str:
 def _line(row: Row, reference: Row | None) -> list[str]:
     cells = [row["system"], str(row["temporal_compression"]), _latents(row)]
     cells.append(f"{row['bits_per_pixel']:.3g}" if "bits_per_pixel" in row else "")
-    for of, shown in _FIGURES:
-        cells.append(_cell(of(row), None if reference is None or reference is row else of(reference), shown))
+    for of, format_figure in _FIGURES:
+        cells.append(_cell(of(row), None if reference is None or reference is row else of(reference), format_figure))
     return [*cells, row.get("problem") or row.get("not_counted") or ""]
 
 
-def _cell(figure: float | None, reference: float | None, shown: Callable[[float], str]) -> str:
+def _cell(figure: float | None, reference: float | None, format_figure: Callable[[float], str]) -> str:
     if figure is None:
         return "–"
-    return shown(figure) + (f" ({figure / reference:.2g}×)" if reference else "")
+    return format_figure(figure) + (f" ({figure / reference:.2g}×)" if reference else "")
 
 
 def _latents(row: Row) -> str:
@@ -332,17 +332,17 @@ def main(arguments: list[str]) -> None:
     for size in map(parse_size, job.sizes):
         try:
             if job.do == "count":
-                tell(size=str(size), counted=system.count(size).facts(size))
+                print_result(size=str(size), counted=system.count(size).facts(size))
             else:
                 measure(system, size, job)
         except ImportError as error:
-            tell(size=str(size), problem=f"not installed: {system.needs or error.name} ({error})")
+            print_result(size=str(size), problem=f"not installed: {system.needs or error.name} ({error})")
         except Exception as error:  # noqa: BLE001 - any error is the codec's result in the table
-            tell(size=str(size), problem=reason(error))
+            print_result(size=str(size), problem=reason(error))
 
 
-def tell(**facts: Any) -> None:
-    """One line to whoever started this process."""
+def print_result(**facts: Any) -> None:
+    """Print one result as a line of JSON, for the parent process."""
     sys.stdout.write(json_text(facts) + "\n")
     sys.stdout.flush()
 
@@ -362,7 +362,7 @@ def measure(system: System, size: ClipSize, job: CodecJob) -> None:
     video = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     video = video if system.is_own else video.to(DTYPES[job.precision])
     base = _resident("VmRSS")
-    tell(built_s=time.perf_counter() - begun, base_bytes=base)
+    print_result(built_s=time.perf_counter() - begun, base_bytes=base)
     with torch.no_grad():
         for number in range(1 + job.repeats):
             spent_s = one_pass(coder, video, base, number)
@@ -373,10 +373,10 @@ def measure(system: System, size: ClipSize, job: CodecJob) -> None:
 def one_pass(coder: Coder, video: torch.Tensor, base: int | None, number: int) -> float:
     """Encode and decode once; returns the seconds of both."""
     latents, encoding = spent(lambda: coder.encode(video), base)
-    tell(encode=encoding._asdict(), number=number)
+    print_result(encode=encoding._asdict(), number=number)
     frames, decoding = spent(lambda: coder.decode(latents), base)
     check_frames(frames, video.shape[2])
-    tell(decode=decoding._asdict(), number=number)
+    print_result(decode=decoding._asdict(), number=number)
     return encoding.wall_s + decoding.wall_s
 
 
@@ -450,7 +450,7 @@ def measure_all(
     limits: CodecLimits,
     *,
     rounds: int,
-    told: Callable[[str], None],
+    report_progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Measure each size and codec; codecs that are only `counted` at a size have no seconds.
 
@@ -460,21 +460,21 @@ def measure_all(
         counted: sizes at which their operations are counted, too.
         limits: limits of each process.
         rounds: number of repetitions of everything.
-        told: called with progress messages.
+        report_progress: called with progress messages.
     """
     rows = {(size, system.name): _row(system, size) for size in [*sizes, *counted] for system in systems}
     for system in systems:
-        told(f"counting {system.name}")
+        report_progress(f"counting {system.name}")
         for size, found in _counts(system, list(dict.fromkeys([*sizes, *counted])), limits):
             rows[size, system.name] |= found
     passes: dict[tuple[ClipSize, str], list[dict[str, Any]]] = {}
     for number in range(rounds):
         for size in sizes:
             for system in systems:
-                told(f"round {number + 1} of {rounds}: {system.name} at {size}")
+                report_progress(f"round {number + 1} of {rounds}: {system.name} at {size}")
                 passes.setdefault((size, system.name), []).extend(run(limits.job("measure", system, [size]), limits))
-    for key, told_of in passes.items():
-        rows[key] |= summary(told_of)
+    for key, results in passes.items():
+        rows[key] |= summary(results)
     return list(rows.values())
 
 
@@ -513,27 +513,27 @@ def _row(system: System, size: ClipSize) -> dict[str, Any]:
 
 def _counts(system: System, sizes: list[ClipSize], limits: CodecLimits) -> Iterator[tuple[ClipSize, dict[str, Any]]]:
     """Yield the counted operations of a codec at each size, or the reason why there are none."""
-    told = run(limits.job("count", system, sizes), limits)
-    counted = {line["size"]: line for line in told if "size" in line}
-    ended = next((line["problem"] for line in reversed(told) if "problem" in line), "it said nothing")
+    results = run(limits.job("count", system, sizes), limits)
+    counted = {line["size"]: line for line in results if "size" in line}
+    ended = next((line["problem"] for line in reversed(results) if "problem" in line), "no output")
     for size in sizes:
         line = counted.get(str(size), {"problem": ended})
         yield size, line["counted"] if "counted" in line else {"not_counted": line["problem"]}
 
 
-def summary(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarise all passes of a codec at a size: median seconds, peak memory, and errors.
 
     The first pass of a process does not count, unless it is the only one.
     """
     found: dict[str, Any] = {}
     for call in _CALLS:
-        lines = [line for line in told if call in line]
+        lines = [line for line in results if call in line]
         later = [line[call] for line in lines if line["number"]] or [line[call] for line in lines]
         if later:
             found[call] = {name: spread([each[name] for each in later]) for name in ("wall_s", "cpu_s")}
             peaks = [line[call]["peak_bytes"] for line in lines if line[call]["peak_bytes"] is not None]
             found[call] |= {"peak_bytes": max(peaks) if peaks else None, "passes": len(later)}
-    problems = [line["problem"] for line in told if "problem" in line]
-    base = [line["base_bytes"] for line in told if line.get("base_bytes") is not None]
+    problems = [line["problem"] for line in results if "problem" in line]
+    base = [line["base_bytes"] for line in results if line.get("base_bytes") is not None]
     return found | ({"base_bytes": max(base)} if base else {}) | ({"problem": problems[0]} if problems else {})

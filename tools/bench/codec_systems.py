@@ -87,7 +87,7 @@ class Magvit2Coder:
 
 
 def _tokenizer() -> Any:
-    for name, content in _stand_ins().items():
+    for name, content in _replacement_modules().items():
         try:
             import_module(name)
         except (ImportError, RuntimeError):  # RuntimeError: torchvision's operators do not match torch
@@ -95,7 +95,8 @@ def _tokenizer() -> Any:
     return import_module("magvit2_pytorch.magvit2_pytorch").VideoTokenizer
 
 
-def _stand_ins() -> dict[str, ModuleType]:
+def _replacement_modules() -> dict[str, ModuleType]:
+    """Return empty modules for imports of the package that the tokenizer does not need."""
     models, vision, trainer = map(ModuleType, ("torchvision.models", "torchvision", "magvit2_pytorch.trainer"))
     weights = enum.Enum("VGG16_Weights", "DEFAULT", module="torchvision.models")  # type: ignore[misc]
     setattr(models, "VGG16_Weights", weights)  # noqa: B010 - a module's attribute that no type knows

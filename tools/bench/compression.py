@@ -62,7 +62,7 @@ def compression(
     from tools.bench.compression_report import budgets_markdown, read_budgets
 
     budgets = sorted(set(minutes_per_arm or [10.0]))
-    asked = _told_apart(config, overrides or [])
+    asked = _split_arguments(config, overrides or [])
     folders = {minutes: out if len(budgets) == 1 else out / f"{minutes:g}_minutes" for minutes in budgets}
     for minutes, folder in folders.items():
         shorter = None if minutes == budgets[0] else folders[budgets[0]]
@@ -123,7 +123,7 @@ def _one_budget(
     _write(out, facts, {arm.name: runs.kept(arm).with_suffix(".npz") for arm in chosen})
 
 
-def _told_apart(config: Path, overrides: Sequence[str]) -> tuple[Path, list[str]]:
+def _split_arguments(config: Path, overrides: Sequence[str]) -> tuple[Path, list[str]]:
     """Separate the optional config from overrides: an argument that is not a config is an override of the default
     one."""
     given = "=" not in str(config)

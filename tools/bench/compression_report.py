@@ -189,8 +189,8 @@ def _plot(name: str, title: str, labels: tuple[str, str], series: Sequence[_Seri
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     file = text
-    for stand_in, colour in _COLOURS.items():
-        file = file.replace(stand_in, colour)
+    for placeholder, colour in _COLOURS.items():
+        file = file.replace(placeholder, colour)
     return Plot(name, title, for_page(text, title), file)
 
 

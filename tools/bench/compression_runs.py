@@ -417,11 +417,11 @@ class Runs:
         Raises:
             ConfigError: it belongs to others, whose trainings would not be comparable.
         """
-        told = self.out / "minutes.json"
-        if not told.is_file():
+        path = self.out / "minutes.json"
+        if not path.is_file():
             save_config(self.base, self.out)
-            write_text_atomically(told, json_text(self.minutes) + "\n")
-        minutes = json.loads(told.read_text(encoding="utf-8"))
+            write_text_atomically(path, json_text(self.minutes) + "\n")
+        minutes = json.loads(path.read_text(encoding="utf-8"))
         if minutes != self.minutes:
             raise ConfigError(
                 f"the arms in {self.out} have {minutes:g} minutes each, now {self.minutes:g} are asked for; give "
@@ -488,10 +488,10 @@ class Runs:
 
     def facts(self, arm: CompressionArm) -> dict[str, Any]:
         """Return the facts of an arm for the JSON, without its measures."""
-        told = {name: getattr(arm, name) for name in ("kind", "k", "variant", "label", "against")}
+        fields = {name: getattr(arm, name) for name in ("kind", "k", "variant", "label", "against")}
         training = training_facts(self.folder(arm))
         return {
-            **told,
+            **fields,
             "overrides": arm.overrides(self.base),
             "pace": self._known_pace()[arm.name],
             "training": training,

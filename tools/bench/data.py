@@ -108,25 +108,27 @@ def data(
     console.print(f"written: {out / 'data.json'}, {out / 'data.md'}")
 
 
-class _Place(NamedTuple):
+class _DataLocation(NamedTuple):
     url: str
     described: str
     process: int | None
 
 
 @contextmanager
-def _place(url: str | None) -> Iterator[_Place]:
+def _place(url: str | None) -> Iterator[_DataLocation]:
     """Yield the location of the data: the given bucket, or that of a local server for the duration of the block."""
     from tools.local_services.s3 import start_store
 
     if url is not None:
-        yield _Place(url.rstrip("/"), "the store that --url names", None)
+        yield _DataLocation(url.rstrip("/"), "the store that --url names", None)
         return
     with TemporaryDirectory(prefix="regen-bench-") as folder, start_store(Path(folder)) as server:
         before = dict(os.environ)
         os.environ |= server.environment() | {"REGEN_CACHE": f"{folder}/cache"}
         try:
-            yield _Place(f"s3://{server.bucket}/bench", "SeaweedFS on this machine, on its cores", server.process.pid)
+            yield _DataLocation(
+                f"s3://{server.bucket}/bench", "SeaweedFS on this machine, on its cores", server.process.pid
+            )
         finally:
             os.environ.clear()
             os.environ |= before

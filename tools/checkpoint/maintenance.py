@@ -155,7 +155,7 @@ def prune(
     policy = _policy(place, {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best})
     if place.run is None:
         typer.echo("Note: the run's folder is not known from here; see to it that the run is not training", err=True)
-    _tell(place, job(place, policy, dry_run=dry_run), "would be deleted" if dry_run else "deleted")
+    _print_pruned(place, job(place, policy, dry_run=dry_run), "would be deleted" if dry_run else "deleted")
 
 
 def _policy(place: CheckpointLocation, changes: dict[str, int | None]) -> CheckpointConfig:
@@ -172,7 +172,7 @@ def _policy(place: CheckpointLocation, changes: dict[str, int | None]) -> Checkp
     return (place.policy or CheckpointConfig()).model_copy(update=given)
 
 
-def _tell(place: CheckpointLocation, pruned: Pruned, verb: str) -> None:
+def _print_pruned(place: CheckpointLocation, pruned: Pruned, verb: str) -> None:
     for step, size in pruned.steps.items():
         typer.echo(f"{verb}: step {step}, {size:,} bytes")
     for name, size in pruned.debris.items():

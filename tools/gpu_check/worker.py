@@ -17,7 +17,7 @@ from regen_dist.jsontext import json_text
 from tools.gpu_check.machine import Machine, PartLeftOut
 
 
-def made_by(function: str, machine: Machine) -> dict[str, Any]:
+def run_check(function: str, machine: Machine) -> dict[str, Any]:
     """Return the result of a part: `status`, a one-line `summary`, and figures (`facts`)."""
     module, name = function.split(":")
     try:
@@ -33,19 +33,19 @@ def made_by(function: str, machine: Machine) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make one part, and leave what became of it in a file."""
+    """Run one part and write its result to a file."""
     parser = argparse.ArgumentParser(description="One part of `regen gpu-check`.")
     parser.add_argument("function", help="module:name")
-    parser.add_argument("--out", type=Path, required=True, help="file for what became of it")
+    parser.add_argument("--out", type=Path, required=True, help="file for the result")
     parser.add_argument("--cpu", action="store_true", help="small sizes, on the CPU")
-    parser.add_argument("--minutes", type=float, default=0.0, help="of training")
-    parser.add_argument("--folder", type=Path, default=Path("runs/gpu_check"), help="for what training makes")
+    parser.add_argument("--minutes", type=float, default=0.0, help="minutes of training")
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu_check"), help="folder for the output of training")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = torch.device("cpu") if given.cpu else torch.device("cuda", 0)
     if not given.cpu:
         torch.cuda.set_device(device)
-    found = made_by(given.function, Machine(device, given.minutes, given.folder))
+    found = run_check(given.function, Machine(device, given.minutes, given.folder))
     if not given.cpu:
         found["facts"]["peak_bytes"] = torch.cuda.max_memory_allocated(device)
     write_text_atomically(given.out, json_text(found) + "\n")

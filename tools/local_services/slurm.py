@@ -31,7 +31,7 @@ from tools.local_services.slurm_daemons import (
     start_daemons,
     start_node,
 )
-from tools.local_services.slurm_files import SLURM_CONF, Design, held, short_path
+from tools.local_services.slurm_files import SLURM_CONF, Design, lock_folder, short_path
 
 # Settings of another cluster, inside whose job this process may run
 _FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_")
@@ -144,7 +144,7 @@ def start_slurm(
             f"Slurm is not installed: {', '.join(missing)} missing; on Debian and Ubuntu run `{command}`"
         )
     folder = folder.resolve()
-    with held(folder), short_path(folder) as short:
+    with lock_folder(folder), short_path(folder) as short:
         design, daemons = start_daemons(
             short, nodes=nodes, cpus=cpus, gpus=gpus, accounting=accounting, grace_s=grace_s
         )

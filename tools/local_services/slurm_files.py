@@ -192,7 +192,7 @@ _KEY_BYTES = 1024
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder for one cluster; BackendError if it contains something else or another cluster runs in it."""
     try:
         if folder.exists() and not (folder / SLURM_CONF).exists() and any(folder.iterdir()):

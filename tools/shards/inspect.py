@@ -80,11 +80,13 @@ def _default_sheet(dataset: Dataset) -> Path:
 
 def _show(overview: Overview, console: Console) -> None:
     _table(overview).show(console)
-    width = max((len(bar.label) for shown in overview.histograms.values() for bar in shown.bars), default=0)
-    digits = max((len(f"{bar.count:,}") for shown in overview.histograms.values() for bar in shown.bars), default=0)
-    for name, shown in overview.histograms.items():
-        console.print(f"\n[bold]{name}[/bold]{_spread(shown)}", highlight=False)
-        for line in _bars(shown, width, digits):
+    width = max((len(bar.label) for histogram in overview.histograms.values() for bar in histogram.bars), default=0)
+    digits = max(
+        (len(f"{bar.count:,}") for histogram in overview.histograms.values() for bar in histogram.bars), default=0
+    )
+    for name, histogram in overview.histograms.items():
+        console.print(f"\n[bold]{name}[/bold]{_spread(histogram)}", highlight=False)
+        for line in _bars(histogram, width, digits):
             console.print(line, highlight=False, markup=False)
     if overview.left_out:
         console.print("\n[bold]left out[/bold], by reason", highlight=False)
@@ -118,16 +120,16 @@ def _duration(seconds: float) -> str:
     return f"{hours:,} h {minutes} min" if hours else f"{minutes} min"
 
 
-def _spread(shown: Histogram) -> str:
-    if shown.low is None or shown.low == shown.high:
+def _spread(histogram: Histogram) -> str:
+    if histogram.low is None or histogram.low == histogram.high:
         return ""
-    return f"  {shown.low:g} to {shown.high:g}, median {shown.median:g}"
+    return f"  {histogram.low:g} to {histogram.high:g}, median {histogram.median:g}"
 
 
-def _bars(shown: Histogram, width: int, digits: int) -> Iterator[str]:
+def _bars(histogram: Histogram, width: int, digits: int) -> Iterator[str]:
     """Yield one line per bar: label, bar, count, share. Widths in characters."""
-    most, total = max(bar.count for bar in shown.bars), sum(bar.count for bar in shown.bars)
-    for bar in shown.bars:
+    most, total = max(bar.count for bar in histogram.bars), sum(bar.count for bar in histogram.bars)
+    for bar in histogram.bars:
         eighths = max(round(bar.count / most * _BAR * 8), 1 if bar.count else 0)
         drawn = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
         yield f"  {bar.label:>{width}}  {drawn:<{_BAR}}  {bar.count:>{digits},} {bar.count / total:>6.1%}"
@@ -310,12 +312,12 @@ def verify(
         raise typer.BadParameter("--quick and --deep exclude each other; give one of them")
     depth: Depth = "quick" if quick else "deep" if deep else "bytes"
     with progress_bar() as progress:
-        verdict = verify_dataset(url, depth, workers=workers, progress=progress)
-    for note in verdict.notes:
+        result = verify_dataset(url, depth, workers=workers, progress=progress)
+    for note in result.notes:
         typer.echo(f"Note: {note}")
-    if verdict.bad:
-        title = f"{len(verdict.bad)} problems in {url}; {_REMEDIES[verdict.manifest.kind]}:"
-        raise DataError("\n".join([title, *verdict.bad]))
-    totals = verdict.manifest.totals
-    checked = _UNPACKED if depth == "deep" and verdict.manifest.kind == "latents" else _CHECKED[depth]
+    if result.bad:
+        title = f"{len(result.bad)} problems in {url}; {_REMEDIES[result.manifest.kind]}:"
+        raise DataError("\n".join([title, *result.bad]))
+    totals = result.manifest.totals
+    checked = _UNPACKED if depth == "deep" and result.manifest.kind == "latents" else _CHECKED[depth]
     typer.echo(f"{url}: {checked}: {totals.samples} samples in {totals.shards} shards")

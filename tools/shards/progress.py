@@ -88,12 +88,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 @contextmanager
 def _heard_in_destructors() -> Iterator[None]:
     """Send a signal again shortly after if its exception was raised in a destructor, where Python drops exceptions."""
-    tell, main = sys.unraisablehook, threading.main_thread().ident or 0
+    previous_hook, main = sys.unraisablehook, threading.main_thread().ident or 0
     again: list[threading.Timer] = []
 
     def hook(lost: sys.UnraisableHookArgs) -> None:
         if lost.exc_type is not KeyboardInterrupt:
-            tell(lost)
+            previous_hook(lost)
             return
         again.append(threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGTERM)))
         again[-1].start()
@@ -102,7 +102,7 @@ def _heard_in_destructors() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = tell
+        sys.unraisablehook = previous_hook
         for timer in again:
             timer.cancel()
             timer.join()

@@ -116,7 +116,7 @@ def _unfinished(store: Store, parts: Sequence[BuildPart]) -> list[BuildPart]:
 
 
 class _Builder:
-    """Makes parts one after the other; while one is encoded, the workers look into the sources of the next."""
+    """Makes parts one after the other; while one is encoded, the workers survey the sources of the next."""
 
     def __init__(
         self,
@@ -131,14 +131,14 @@ class _Builder:
     ) -> None:
         self._store, self._todo, self._options, self._pool = store, todo, options, pool
         self._copies, self._progress = copies, progress
-        self._planner = Planner(store, parts, options, pool, copies, max_bad_share, self._looked)
+        self._planner = Planner(store, parts, options, pool, copies, max_bad_share, self._report_surveyed)
         self._sources = sum(len(part.sources) for part in todo)
         self._sources_done = self._units = self._units_done = self.shards_made = 0
 
     def run(self) -> None:
         """Make all parts."""
         begun: list[StartedBuild] = []
-        self._looked(0)
+        self._report_surveyed(0)
         for number, part in enumerate(self._todo):
             self._progress("parts", number, len(self._todo))
             begun.append(self._planner.begin(part))
@@ -152,13 +152,13 @@ class _Builder:
     def _make(self, begun: StartedBuild) -> None:
         part, plan = begun.part, self._planner.finish(begun)
         self._units += count_units(part, plan)
-        self._built(begun.after.units)
+        self._report_built(begun.after.units)
         with ShardWriter(self._store, part.stem, self._options.limits, begun.after) as writer:
             for work, results in self._results(begun, plan):
                 copying = begun.copying.get(work.source)
                 lost = copying.result() if copying is not None and work.segments else ""
                 self._write(writer, part.sources[work.source], plan[work.source], work, results, lost)
-                self._built(len(work.units))
+                self._report_built(len(work.units))
         write_done(self._store, part, plan)
         self._copies.remove(part)
         self.shards_made += writer.made
@@ -202,11 +202,11 @@ class _Builder:
     def _extension(self, source: VideoSource) -> str:
         return source.suffix[1:] if self._options.keep else "mp4"
 
-    def _looked(self, sources: int) -> None:
+    def _report_surveyed(self, sources: int) -> None:
         self._sources_done += sources
         self._progress("probe", self._sources_done, self._sources)
 
-    def _built(self, units: int) -> None:
+    def _report_built(self, units: int) -> None:
         self._units_done += units
         self._progress("build", self._units_done, self._units)
 

@@ -361,7 +361,7 @@ def _refusal(broken: Sequence[Skip], tars: int) -> str:
     lines = [f"  {skip.source}: {skip.reason}" for skip in broken]
     return "\n".join(
         [
-            f"{len(broken)} of {tars} tars cannot be used; the others are indexed, there is no manifest yet. Mend them "
+            f"{len(broken)} of {tars} tars cannot be used; the others are indexed, there is no manifest yet. Fix them "
             "and run the same command again, or leave them out with --skip-broken:",
             *lines,
         ]

@@ -237,8 +237,8 @@ class Copies:
         return Origin(source.folder, source.file, source.text, path)
 
 
-def elsewhere(source: VideoSource) -> Origin:
-    """A source that is read without keeping a copy."""
+def uncopied_origin(source: VideoSource) -> Origin:
+    """Origin of a source that is read in place, without a copy."""
     return Origin(source.folder, source.file, source.text, source.local or Path(os.devnull) / "none")
 
 
@@ -301,7 +301,7 @@ class StartedBuild:
     plan: list[PlannedSource] | None = None
     copying: dict[int, Call[str]] = field(default_factory=dict)
     hashing: dict[int, Call[str]] = field(default_factory=dict)
-    looking: dict[int, Call[SurveyedSource]] = field(default_factory=dict)
+    surveys: dict[int, Call[SurveyedSource]] = field(default_factory=dict)
 
 
 class Planner:
@@ -311,7 +311,7 @@ class Planner:
         store: store of the dataset.
         parts: all of the build, whoever makes them.
         max_bad_share: largest share of a part's sources that may be unreadable.
-        tell: called with how many sources are done.
+        report_progress: called with the number of sources that are done.
     """
 
     def __init__(
@@ -322,15 +322,15 @@ class Planner:
         pool: Pool,
         copies: Copies,
         max_bad_share: float,
-        tell: Callable[[int], None],
+        report_progress: Callable[[int], None],
     ) -> None:
         self._store, self._options, self._pool, self._copies = store, options, pool, copies
-        self._max_bad_share, self._tell = max_bad_share, tell
+        self._max_bad_share, self._report_progress = max_bad_share, report_progress
         self._originals = Originals(store, parts, pool)
         self._threshold = options.scene_threshold if options.scenes else None
 
     def begin(self, part: BuildPart) -> StartedBuild:
-        """Let the workers look into the sources of a part, or bring those of a part that is planned already."""
+        """Let the workers survey the sources of a part, or bring those of a part that is planned already."""
         self._copies.make_room(part)
         begun = StartedBuild(part, self._copies.origins(part), finished_shards(self._store, part.stem))
         if self._store.size(part.plan_name) is not None:
@@ -343,19 +343,19 @@ class Planner:
             if self._originals.before(part.first + number):
                 begun.hashing[number] = self._pool.submit(content_of, origin, True)
             else:
-                begun.looking[number] = self._pool.submit(survey_source, origin, self._threshold)
+                begun.surveys[number] = self._pool.submit(survey_source, origin, self._threshold)
         return begun
 
     def finish(self, begun: StartedBuild) -> list[PlannedSource]:
         """Wait for what was begun, and write the plan; DataError when too much of a part cannot be read."""
         if begun.plan is not None:
-            self._tell(len(begun.part.sources))
+            self._report_progress(len(begun.part.sources))
             return begun.plan
         copied = self._find_copies(begun)
         plan = []
         for number, source in enumerate(begun.part.sources):
-            plan.append(copied[number] if number in copied else self._planned(source, begun.looking[number].result()))
-            self._tell(1)
+            plan.append(copied[number] if number in copied else self._planned(source, begun.surveys[number].result()))
+            self._report_progress(1)
         self._guard(begun.part, plan)
         write_plan(self._store, begun.part, plan)
         for number, one in enumerate(plan):
@@ -365,7 +365,7 @@ class Planner:
     def _find_copies(self, begun: StartedBuild) -> dict[int, PlannedSource]:
         """Sources with the content of an earlier one; the others that might have been are looked into now."""
         first, copied = begun.part.first, {}
-        for number, call in begun.looking.items():
+        for number, call in begun.surveys.items():
             if self._originals.after(first + number):
                 self._originals.learn(first + number, call.result().content)
         for number, hashing in begun.hashing.items():
@@ -373,7 +373,7 @@ class Planner:
             self._originals.learn(first + number, content)
             original = self._originals.find(first + number, content)
             if original is None:
-                begun.looking[number] = self._pool.submit(survey_source, begun.origins[number], self._threshold)
+                begun.surveys[number] = self._pool.submit(survey_source, begun.origins[number], self._threshold)
             else:
                 copied[number] = PlannedSource(content, problem=f"duplicate: same content as {original.name}")
         return copied
@@ -441,7 +441,7 @@ class Originals:
         for number in numbers:
             self._from_plan(number)
             if number not in self._contents:
-                reading[number] = self._pool.submit(content_of, elsewhere(self._sources[number]), False)
+                reading[number] = self._pool.submit(content_of, uncopied_origin(self._sources[number]), False)
         self._contents |= {number: call.result() for number, call in reading.items()}
 
     def _from_plan(self, number: int) -> None:

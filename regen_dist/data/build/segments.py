@@ -191,7 +191,7 @@ def _in_stretch(one: DecodableSpan, first: int, stop: int, fps: float, options: 
 
 
 def _judged(one: DecodableSpan, start: int, stop: int, options: BuildOptions) -> Candidate:
-    """The filters that a segment must pass, in order of their cost to the user: the first that fails is told."""
+    """The filters that a segment must pass, in order of their cost to the user: the first that fails is reported."""
     if one.analysis is None:
         return Candidate(start, stop, None, _too_short(start, stop, options))
     change, here = one.analysis.change, (start - one.start, stop - one.start)

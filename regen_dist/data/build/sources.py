@@ -153,13 +153,13 @@ def _below(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip]:
         yield from (Skip(source=name, reason=why) for name, why in unreadable.items() if _is_video(name))
     texts = Texts(found)
     for name in [file] if file else sorted(name for name in found if _is_video(name)):
-        beside = texts.beside(name)
-        text = beside[0] if beside else None
-        if len(beside) < 2:
+        matching = texts.matching(name)
+        text = matching[0] if matching else None
+        if len(matching) < 2:
             mark = _text_mark(folder, text, found[text].etag) if text else ""
             yield VideoSource(name, folder, name, found[name].size, text=text, text_mark=mark)
         else:
-            both = ", ".join(beside)
+            both = ", ".join(matching)
             yield Skip(source=name, reason=f"ambiguous caption: {both} differ in case alone; rename one")
 
 
@@ -183,7 +183,7 @@ class Texts:
     def _key(path: PurePosixPath) -> tuple[PurePosixPath, str]:
         return path.parent, unicodedata.normalize("NFC", path.stem).casefold()
 
-    def beside(self, name: str) -> list[str]:
+    def matching(self, name: str) -> list[str]:
         """The text of a video; none, or several between which nothing decides."""
         video = PurePosixPath(name)
         near = sorted(self._texts.get(self._key(video), ()), key=lambda path: (path.suffix != ".txt", str(path)))
@@ -268,7 +268,7 @@ def _in_list(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip
 
 def _listed(base: str, place: str, rows: Sequence[CaptionRow]) -> Iterator[VideoSource | Skip]:
     """The videos of the rows of a list. DataError for all rows that name none; but links to the web rot, those that
-    lead nowhere are left out."""
+    lead to no file are left out."""
     located: dict[CaptionRow, tuple[str, str]] = {}
     wrong: dict[CaptionRow, str] = {}
     by_folder: dict[str, list[str]] = defaultdict(list)

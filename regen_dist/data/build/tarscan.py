@@ -1,7 +1,7 @@
 """Reading a tar once, from its first byte to its last, out of an object store.
 
 Python's tarfile takes a damaged header in the middle for the end of the archive and says nothing; so does everything
-that is built on it. Here a tar that does not come to its proper end is an error that tells the byte.
+that is built on it. Here a tar that does not come to its proper end is an error that names the byte.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COPY_AGAIN = "copy the tar again from where it came"
 
 
 class BrokenTar(DataError):
-    """A tar that cannot be read to its end; the message names the byte and how to mend it."""
+    """A tar that cannot be read to its end; the message names the byte and the remedy."""
 
 
 class Pieces:
@@ -99,19 +99,19 @@ def scan_members(
     Raises:
         BrokenTar: compressed, cut, or a header is damaged.
     """
-    always: dict[str, str] = {}
-    told: dict[str, str] = {}
+    global_headers: dict[str, str] = {}
+    member_headers: dict[str, str] = {}
     while (info := _header(pieces)) is not None:
         if info.type in _GNU_LONG:
             name = _extended(pieces, info).partition(b"\0")[0]
-            told |= {"path": _text(name)} if info.type == tarfile.GNUTYPE_LONGNAME else {}
+            member_headers |= {"path": _text(name)} if info.type == tarfile.GNUTYPE_LONGNAME else {}
         elif info.type in _PAX:
-            told |= _records(_extended(pieces, info), info)
+            member_headers |= _records(_extended(pieces, info), info)
         elif info.type == tarfile.XGLTYPE:
-            always |= _records(_extended(pieces, info), info)
+            global_headers |= _records(_extended(pieces, info), info)
         else:
-            _apply(info, always | told)
-            told = {}
+            _apply(info, global_headers | member_headers)
+            member_headers = {}
             info.offset_data = pieces.position
             plain = info.isreg() and info.type != tarfile.GNUTYPE_SPARSE
             data = _payload(pieces, info, keep=plain and wanted(info)) if _has_payload(info) else None
@@ -186,14 +186,14 @@ def _records(payload: bytes, info: tarfile.TarInfo) -> dict[str, str]:
     return records
 
 
-def _apply(info: tarfile.TarInfo, told: dict[str, str]) -> None:
-    """Name and size as extended headers tell them, for they do not fit into the plain one."""
-    info.name = told.get("path") or info.name
-    size = told.get("size") or str(info.size)
+def _apply(info: tarfile.TarInfo, member_headers: dict[str, str]) -> None:
+    """Apply name and size from extended headers, for values that do not fit into the plain one."""
+    info.name = member_headers.get("path") or info.name
+    size = member_headers.get("size") or str(info.size)
     if not size.isdigit():
         raise _damaged(info.offset, f"size {size!r}")
     info.size = int(size)
-    if any(key.startswith("GNU.sparse.") for key in told):
+    if any(key.startswith("GNU.sparse.") for key in member_headers):
         info.type = tarfile.GNUTYPE_SPARSE
 
 

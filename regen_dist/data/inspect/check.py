@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from regen_dist.data.pool import Progress
 
 Depth = Literal["quick", "bytes", "deep"]
-Look = Callable[[Sample, bytes], str]  # finds the problem of a sample with correct bytes; empty if none
+SampleCheck = Callable[[Sample, bytes], str]  # finds the problem of a sample with correct bytes; empty if none
 _OURS = (PLAN, MANIFEST)
 _SAMPLES_NAMED = 20  # of one shard
 
@@ -112,8 +112,8 @@ def check_shard(
     if has_index:
         samples, problem = _read_samples(store, entry)
         bad += problem
-    look = None if depth != "deep" else _decode if facts is None else partial(_unpack, facts)
-    return bad if size is None else bad + _check_tar(shards, entry, size, samples, look)
+    deep_check = None if depth != "deep" else _decode if facts is None else partial(_unpack, facts)
+    return bad if size is None else bad + _check_tar(shards, entry, size, samples, deep_check)
 
 
 def _read_samples(store: Store, entry: ShardEntry) -> tuple[list[Sample], list[str]]:
@@ -130,13 +130,15 @@ def _read_samples(store: Store, entry: ShardEntry) -> tuple[list[Sample], list[s
     return sorted(samples, key=lambda sample: sample.offset), []
 
 
-def _check_tar(shards: Store, entry: ShardEntry, size: int, samples: Sequence[Sample], look: Look | None) -> list[str]:
-    """Verify in one pass the checksums of a tar and of each sample, and apply `look` to each sample."""
+def _check_tar(
+    shards: Store, entry: ShardEntry, size: int, samples: Sequence[Sample], deep_check: SampleCheck | None
+) -> list[str]:
+    """Verify in one pass the checksums of a tar and of each sample, and apply `deep_check` to each sample."""
     bad = []
     with Pieces(shards, entry.name) as pieces:
         for sample in samples:
             pieces.skip(max(0, sample.offset - pieces.position))
-            problem = _check_sample(sample, pieces.take(sample.size), look)
+            problem = _check_sample(sample, pieces.take(sample.size), deep_check)
             bad += [f"{sample.name}: {problem}"] if problem else []
         same = pieces.sha256() == entry.sha256
     more = [f"{entry.name}: and {len(bad) - _SAMPLES_NAMED} samples more"] if len(bad) > _SAMPLES_NAMED else []
@@ -147,12 +149,12 @@ def _check_tar(shards: Store, entry: ShardEntry, size: int, samples: Sequence[Sa
     return bad
 
 
-def _check_sample(sample: Sample, data: bytes, look: Look | None) -> str:
+def _check_sample(sample: Sample, data: bytes, deep_check: SampleCheck | None) -> str:
     if len(data) < sample.size:
         return f"{len(data)} of its {sample.size} bytes are there"
     if checksum(data) != sample.checksum:
         return f"the bytes differ from those that were written (checksum {checksum(data)}, not {sample.checksum})"
-    return look(sample, data) if look else ""
+    return deep_check(sample, data) if deep_check else ""
 
 
 def _decode(sample: Sample, data: bytes) -> str:
@@ -206,10 +208,10 @@ def _against_source(manifest: DatasetManifest) -> list[str]:
     """Check that a cache accounts for all of its source videos; older caches do not record their number."""
     if manifest.kind != "latents" or "samples" not in (source := manifest.options.get("source") or {}):
         return []
-    told = manifest.totals.samples + len(manifest.skipped)
-    if told == source["samples"]:
+    accounted = manifest.totals.samples + len(manifest.skipped)
+    if accounted == source["samples"]:
         return []
-    return [f"{MANIFEST}: entries and what was left out are {told}, the videos were {source['samples']}"]
+    return [f"{MANIFEST}: entries and what was left out are {accounted}, the videos were {source['samples']}"]
 
 
 def _unknown(store: Store, manifest: DatasetManifest, found: dict[str, int]) -> Iterator[str]:

@@ -132,7 +132,7 @@ class Fetcher:
             yield from map(self._checked, places)
             return
         for place, data in zip(places, found, strict=True):
-            yield self._taken(place, data) or self._checked(place)
+            yield self._verified(place, data) or self._checked(place)
 
     def _checked(self, place: SampleLocation) -> Bytes:
         """Fetch a sample by its own request, retried if its bytes are wrong."""
@@ -154,7 +154,7 @@ class Fetcher:
     def _check(self, place: SampleLocation, data: bytes) -> None:
         check_bytes(place.row, data, self._datasets[place.dataset].store.url)
 
-    def _taken(self, place: SampleLocation, data: bytes) -> Bytes | None:
+    def _verified(self, place: SampleLocation, data: bytes) -> Bytes | None:
         """Verify the bytes and store them in the cache; None if they are wrong."""
         try:
             self._check(place, data)
@@ -192,13 +192,13 @@ def _parts(futures: dict[SampleLocation, Future[Bytes]]) -> Iterator[dict[Sample
     """Yield the samples of one shard in parts of `_PART_BYTES`, in order of offset, so that neighbours share a request
     as before."""
     part: dict[SampleLocation, Future[Bytes]] = {}
-    held = 0
+    size = 0
     for place in sorted(futures, key=lambda place: place.row.offset):
-        if part and held + place.row.size > _PART_BYTES:
+        if part and size + place.row.size > _PART_BYTES:
             yield part
-            part, held = {}, 0
+            part, size = {}, 0
         part[place] = futures[place]
-        held += place.row.size
+        size += place.row.size
     yield part
 
 

@@ -211,7 +211,7 @@ def exact_bytes(data: bytes, offset: int, size: int, where: str) -> bytes:
 Result = TypeVar("Result")
 _PART_BYTES = 8 << 20  # of a multipart upload; S3 asks for at least 5 MiB
 _MOST_PARTS = 9_000  # S3 takes 10,000
-_NONCE = "regenwrite"  # attribute of a conditional write: tells whose it was when its answer was lost.
+_NONCE = "regenwrite"  # attribute of a conditional write: identifies the writer when its answer was lost.
 
 # Letters alone: Azure takes a C# identifier, without a hyphen; services send it back in small letters.
 _runtime_process: int | None = None  # which process has obstore's threads

@@ -94,7 +94,7 @@ class LocalFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
             sync(temporary)
-            if not _place_new(temporary, target):
+            if not _link_new(temporary, target):
                 return False
             sync(target.parent)
         return True
@@ -183,7 +183,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _place_new(temporary: Path, target: Path) -> bool:
+def _link_new(temporary: Path, target: Path) -> bool:
     """Give a file its name unless that is taken: by a hard link, or where the disk has none by an exclusive copy."""
     try:
         os.link(temporary, target)

@@ -237,7 +237,7 @@ class Store:
 
     def put_new(self, name: str, data: bytes) -> bool:
         """Write an object only if there is none of that name; False when there was one. Of several that try at once
-        exactly one is told True."""
+        exactly one gets True."""
         return self._open().put_new(name, data)
 
     def put_file(self, name: str, path: Path) -> None:

@@ -28,7 +28,7 @@ _CLIPS_PER_CALL = 16  # clips that a worker makes in one call
 _IDLE_S = 3600.0  # other tasks may be at work on other machines: what they write is newer than that
 
 
-class Made(NamedTuple):
+class SyntheticResult(NamedTuple):
     """Result of a call: the number of shards it made, and the manifest, or None while other tasks are unfinished."""
 
     manifest: DatasetManifest | None
@@ -57,7 +57,7 @@ def build_synthetic(
     task: tuple[int, int] = (0, 1),
     workers: int | None = None,
     progress: Progress = lambda stage, done, total: None,
-) -> Made:
+) -> SyntheticResult:
     """Make (or finish) a dataset of moving shapes at `out`.
 
     Args:
@@ -83,14 +83,14 @@ def build_synthetic(
     return _finish(store, runs, options, made)
 
 
-def _finish(store: Store, runs: Sequence[SyntheticRange], options: SyntheticOptions, made: int) -> Made:
+def _finish(store: Store, runs: Sequence[SyntheticRange], options: SyntheticOptions, made: int) -> SyntheticResult:
     """Write the manifest if nothing is missing. Tasks that end together may all do so: it is identical."""
     done = {run: finished_shards(store, run.stem) for run in runs}
     missing = sum(run.size - finished.units for run, finished in done.items())
     if missing:
-        return Made(None, made, missing)
+        return SyntheticResult(None, made, missing)
     indices = [index_name(run.stem, number) for run, finished in done.items() for number in range(finished.shards)]
-    return Made(write_manifest(store, indices, KIND, _identity(options)["options"]), made, 0)
+    return SyntheticResult(write_manifest(store, indices, KIND, _identity(options)["options"]), made, 0)
 
 
 def _runs(options: SyntheticOptions) -> list[SyntheticRange]:

@@ -293,7 +293,7 @@ _EXAMPLE = Attributes("red", "triangle", "small", "up-left", "slow", "grey")
 Split = Literal["all", "train", "held-out"]
 DRAWING_VERSION = 2  # raise it when the same options would show or say something else
 _SCENE_STREAM, _COMBINATION_STREAM = 0x7363656E, 0x636F6D62  # set the draws apart from other uses of a seed
-_BT601 = 6  # colour matrix, primaries and transfer: what RGB is turned into without being told
+_BT601 = 6  # colour matrix, primaries and transfer: ffmpeg's default when it converts RGB
 _MAX_HELD_OUT = 0.5
 
 

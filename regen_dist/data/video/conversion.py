@@ -70,7 +70,7 @@ class LeftOut(NamedTuple):
         return ""
 
 
-class Look(NamedTuple):
+class FrameProperties(NamedTuple):
     """Frame properties that determine the conversion: sides, format, colours (numbers of H.273)."""
 
     width: int
@@ -82,7 +82,7 @@ class Look(NamedTuple):
     primaries: int
 
     @classmethod
-    def of(cls, frame: VideoFrame) -> Look:
+    def of(cls, frame: VideoFrame) -> FrameProperties:
         """Read the properties of a frame. Missing primaries follow from transfer and matrix."""
         primaries, transfer = frame.color_primaries, frame.color_trc
         if primaries in (0, _UNSPECIFIED) and (transfer in HDR or frame.colorspace in _BT2020_MATRICES):
@@ -105,8 +105,10 @@ class Converter:
 
     def __init__(self) -> None:
         self._aspect = Fraction(1)
-        self._unchanged: tuple[Look, Fraction | None] | None = None  # frames like the last one pass as they are
-        self._filters: dict[tuple[Look, int, int], _Filters] = {}
+        self._unchanged: tuple[FrameProperties, Fraction | None] | None = (
+            None  # frames like the last one pass as they are
+        )
+        self._filters: dict[tuple[FrameProperties, int, int], _Filters] = {}
         self.notes: dict[str, None] = {}
 
     def __call__(self, frame: VideoFrame, pixel_aspect: Fraction | None = None) -> VideoFrame:
@@ -119,41 +121,41 @@ class Converter:
         Raises:
             DataError: its colours or the shape of its pixels cannot be converted.
         """
-        look = Look.of(frame)
-        if (look, pixel_aspect) == self._unchanged:
+        properties = FrameProperties.of(frame)
+        if (properties, pixel_aspect) == self._unchanged:
             return frame
         self._aspect = Fraction(pixel_aspect) if pixel_aspect else Fraction(1)
-        if look.matrix in _UNREADABLE_MATRICES and not frame.format.is_rgb:
-            matrix = _UNREADABLE_MATRICES[look.matrix]
+        if properties.matrix in _UNREADABLE_MATRICES and not frame.format.is_rgb:
+            matrix = _UNREADABLE_MATRICES[properties.matrix]
             raise DataError(
-                f"its colours are {matrix} (matrix {look.matrix} of H.273), which cannot be converted; convert it to "
-                "BT.709 first, or leave it out"
+                f"its colours are {matrix} (matrix {properties.matrix} of H.273), which cannot be converted; "
+                "convert it to BT.709 first, or leave it out"
             )
-        width, height = self._square(look)
-        if not look.colours and (width, height) == (look.width, look.height):
-            self._unchanged = look, pixel_aspect
+        width, height = self._square(properties)
+        if not properties.colours and (width, height) == (properties.width, properties.height):
+            self._unchanged = properties, pixel_aspect
             return frame
-        if (width, height) != (look.width, look.height):
+        if (width, height) != (properties.width, properties.height):
             aspect = f"{self._aspect.numerator}:{self._aspect.denominator}"
-            note = f"{PIXELS_KIND}: of {aspect}, {look.height}x{look.width} scaled to {height}x{width}"
+            note = f"{PIXELS_KIND}: of {aspect}, {properties.height}x{properties.width} scaled to {height}x{width}"
             self.notes[note] = None
-        if look.colours:
-            self.notes[look.colours] = None
-        key = look, width, height
+        if properties.colours:
+            self.notes[properties.colours] = None
+        key = properties, width, height
         if key not in self._filters:
             self._filters.clear()  # a change within a video is rare, a filter's memory is that of some frames
-            self._filters[key] = _Filters(look, frame, _steps(look, width, height))
+            self._filters[key] = _Filters(properties, frame, _steps(properties, width, height))
         (done,) = self._filters[key].run(frame)
-        return _tagged(done, frame, look)
+        return _tagged(done, frame, properties)
 
-    def _square(self, look: Look) -> tuple[int, int]:
+    def _square(self, properties: FrameProperties) -> tuple[int, int]:
         """Width and height in square pixels. The side whose pixels are long grows: nothing is thrown away."""
-        width = round(look.width * max(self._aspect, Fraction(1)))
-        height = round(look.height / min(self._aspect, Fraction(1)))
+        width = round(properties.width * max(self._aspect, Fraction(1)))
+        height = round(properties.height / min(self._aspect, Fraction(1)))
         if max(width, height) > _LARGEST_SIDE:
             raise DataError(
-                f"pixels of {self._aspect} would make {look.height}x{look.width} into {height}x{width}, more than "
-                f"{_LARGEST_SIDE} a side; fix the file, for example with ffmpeg -i IN -vf setsar=1 OUT.mp4"
+                f"pixels of {self._aspect} would make {properties.height}x{properties.width} into {height}x{width}, "
+                f"more than {_LARGEST_SIDE} a side; fix the file, for example with ffmpeg -i IN -vf setsar=1 OUT.mp4"
             )
         return width, height
 
@@ -203,7 +205,7 @@ def _with_neighbours(frames: Frames, numbers: list[int], count: int) -> Iterator
         if filters is not None and (number != last + 1 or not filters.takes(frame)):
             yield from out(filters.finish())
             filters = None
-        filters = filters or _Filters(Look.of(frame), frame, [("bwdif", "mode=send_frame:deint=interlaced")])
+        filters = filters or _Filters(FrameProperties.of(frame), frame, [("bwdif", "mode=send_frame:deint=interlaced")])
         waiting.append((number, frame))
         yield from out(filters.run(frame))
         last = number
@@ -211,39 +213,43 @@ def _with_neighbours(frames: Frames, numbers: list[int], count: int) -> Iterator
         yield from out(filters.finish())
 
 
-def _steps(look: Look, width: int, height: int) -> list[tuple[str, str]]:
+def _steps(properties: FrameProperties, width: int, height: int) -> list[tuple[str, str]]:
     """Filters in order with their arguments: colours at full precision, then the shape of pixels, then 8 bits."""
-    resize = [("scale", f"{width}:{height}:flags={_FLAGS}")] if (width, height) != (look.width, look.height) else []
-    if not look.colours:
+    resize = (
+        [("scale", f"{width}:{height}:flags={_FLAGS}")]
+        if (width, height) != (properties.width, properties.height)
+        else []
+    )
+    if not properties.colours:
         return [*resize, ("setsar", "1")]
-    known = f"in_color_matrix={_matrix(look)}:flags={_FLAGS}"
+    known = f"in_color_matrix={_matrix(properties)}:flags={_FLAGS}"
     steps = [("scale", known), ("format", "gbrp16le"), ("lut3d", "interp=tetrahedral"), *resize]
     return [*steps, ("setsar", "1"), ("scale", f"flags={_FLAGS}"), ("format", "gbrp")]
 
 
-def _matrix(look: Look) -> str:
-    """Name of the matrix that makes R'G'B' of a frame; where it is not told, that of its primaries."""
-    if look.matrix in (0, _UNSPECIFIED, 3):
-        return "bt2020" if look.primaries == Primaries.BT2020 else "bt709"
+def _matrix(properties: FrameProperties) -> str:
+    """Name of the matrix that makes R'G'B' of a frame; where it is unknown, that of its primaries."""
+    if properties.matrix in (0, _UNSPECIFIED, 3):
+        return "bt2020" if properties.primaries == Primaries.BT2020 else "bt709"
     return "auto"
 
 
 class _Filters:
-    """A chain of ffmpeg's filters for frames of one look."""
+    """A chain of ffmpeg's filters for frames with the same properties."""
 
-    def __init__(self, look: Look, frame: VideoFrame, steps: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, properties: FrameProperties, frame: VideoFrame, steps: Sequence[tuple[str, str]]) -> None:
         from av.filter import Graph
 
-        self._look, self._graph = look, Graph()
+        self._properties, self._graph = properties, Graph()
         self._graph.threads = 1
         base = frame.time_base or Fraction(1, 1000)
-        size = f"video_size={look.width}x{look.height}:pix_fmt={look.format}"
+        size = f"video_size={properties.width}x{properties.height}:pix_fmt={properties.format}"
         colours = f"colorspace={frame.colorspace}:range={frame.color_range}"
         node = self._graph.add("buffer", f"{size}:time_base={base}:pixel_aspect=1/1:{colours}")
         with tempfile.NamedTemporaryFile("w", suffix=".cube") as table:
             for name, options in steps:
                 if name == "lut3d":
-                    table.write(cube(look.transfer, look.primaries))
+                    table.write(cube(properties.transfer, properties.primaries))
                     table.flush()
                     options = f"file='{table.name}':{options}"
                 node = self._linked(node, self._graph.add(name, options))
@@ -256,7 +262,7 @@ class _Filters:
 
     def takes(self, frame: VideoFrame) -> bool:
         """Return true if a frame has the properties that the chain was made for."""
-        return Look.of(frame) == self._look
+        return FrameProperties.of(frame) == self._properties
 
     def run(self, frame: VideoFrame) -> list[VideoFrame]:
         """Put a frame in; what is ready comes out."""
@@ -278,13 +284,13 @@ class _Filters:
         return ready
 
 
-def _tagged(done: VideoFrame, source: VideoFrame, look: Look) -> VideoFrame:
+def _tagged(done: VideoFrame, source: VideoFrame, properties: FrameProperties) -> VideoFrame:
     """Tag a converted frame with its colours and time."""
     _timed(done, source)
-    if look.colours:
+    if properties.colours:
         done.colorspace, done.color_range = 0, FULL_RANGE  # 0: R'G'B'
         done.color_primaries = int(Primaries.BT709)
-        done.color_trc = standard_transfer(look.transfer)
+        done.color_trc = standard_transfer(properties.transfer)
     return done
 
 

@@ -143,9 +143,9 @@ class VideoReader:
     def rate(self) -> Fraction:
         """Frames per second: the nominal rate, or the average where they differ; DataError if there is neither."""
         average, nominal = self.stream.average_rate, self.stream.guessed_rate
-        told, measured = [rate for rate in (nominal, average) if rate], self._measured_rate()
+        declared, measured = [rate for rate in (nominal, average) if rate], self._measured_rate()
         if measured:
-            near = (rate for rate in told if abs(measured / rate - 1) < _RATE_TOLERANCE)
+            near = (rate for rate in declared if abs(measured / rate - 1) < _RATE_TOLERANCE)
             return Fraction(next(near, measured))
         if not average and not nominal:
             raise DataError("the video has no frame rate; remux it, for example with ffmpeg -i IN -c copy OUT.mp4")
@@ -153,7 +153,7 @@ class VideoReader:
 
     def _measured_rate(self) -> Fraction | None:
         """Frames per second by the timestamps of the first and the last frame; None where these are one frame, or
-        lie too near to each other for their ticks to tell a rate that the container does not."""
+        lie too near to each other for their ticks to give a rate that the container does not."""
         ticks, steps = self.table.pts[-1] - self.table.pts[0], len(self.table.pts) - 1
         if ticks <= 0 or not self.stream.time_base:
             return None
@@ -164,7 +164,7 @@ class VideoReader:
         return Fraction(steps / (ticks * self.stream.time_base)).limit_denominator(1001)
 
     def info(self) -> VideoInfo:
-        """Frames, sides and rate; decodes the first frame, for only it tells the rotation."""
+        """Frames, sides and rate; decodes the first frame, for only it has the rotation."""
         height, width = shown_sides(next(frame for _, frame in self.frames([0])))
         return VideoInfo(len(self.table.pts), height, width, float(self.rate))
 
@@ -204,8 +204,8 @@ class VideoReader:
 
     def _aspect_at(self, number: int) -> Fraction | None:
         """Width of a frame's pixels over their height; None where nothing says it."""
-        told = [aspect for first, aspect in self.table.aspects if first <= number]
-        return told[-1] if told else self.stream.sample_aspect_ratio
+        known = [aspect for first, aspect in self.table.aspects if first <= number]
+        return known[-1] if known else self.stream.sample_aspect_ratio
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -471,7 +471,7 @@ def matroska_end(head: bytes) -> int | None:
 class _Aspects:
     """Shapes of pixels, as they are found while a video is decoded: `found` has the frames at which they change.
 
-    Where the container tells it (AVI), that counts; otherwise it is the decoder's, which changes when a packet goes in:
+    Where the container has it (AVI), that counts; otherwise it is the decoder's, which changes when a packet goes in:
     the frame of that packet may come out later.
     """
 
@@ -484,8 +484,11 @@ class _Aspects:
     def decode(self, packet: Packet[VideoStream] | None, number: int) -> Iterator[VideoFrame]:
         """The frames that come out when a packet goes in, the first of which is frame `number`."""
         frames = self._stream.codec_context.decode(packet)
-        told, own = self._stream.sample_aspect_ratio, self._stream.codec_context.sample_aspect_ratio
-        aspect = told if self._fixed else own or told
+        container_aspect, codec_aspect = (
+            self._stream.sample_aspect_ratio,
+            self._stream.codec_context.sample_aspect_ratio,
+        )
+        aspect = container_aspect if self._fixed else codec_aspect or container_aspect
         if aspect != self._last and packet is not None:
             self._waiting, self._last = (packet.pts, aspect), aspect
         for at, frame in enumerate(frames, number):

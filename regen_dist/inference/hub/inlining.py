@@ -2,8 +2,8 @@
 
 Top-level statements are copied unchanged, with their comments, in the order in which modules import each other. A name
 that two modules give to different things is changed in one of them. Imports of this package are removed, other imports
-are gathered at the top, and pydantic is replaced by `stand_ins.py`. Names that occur only in a function's annotations
-are left out, because nothing evaluates those.
+are gathered at the top, and pydantic is replaced by `replacements.py`. Names that occur only in the annotations of
+functions are left out, because nothing evaluates those.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = "regen_dist"
-STAND_INS = f"{PACKAGE}.inference.hub.stand_ins"
+REPLACEMENTS = f"{PACKAGE}.inference.hub.replacements"
 ALLOWED = {"PIL", "torch", "numpy", "diffusers", "safetensors", "transformers", "sentencepiece", "huggingface_hub"}
 OPTIONAL = {"flash_attn", "sentencepiece", "huggingface_hub"}  # imported by functions, where they are needed
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -118,7 +118,7 @@ class Reached:
 
     symbols: set[Symbol] = field(default_factory=set)
     external: dict[str, External] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
+    annotation_only: set[str] = field(default_factory=set)
 
     def follow(self, roots: Sequence[Symbol], left_out: Mapping[Symbol, Sequence[str]]) -> None:
         """Add everything that is needed, starting from the roots."""
@@ -139,10 +139,10 @@ class Reached:
                 elif target is not None and (evaluated or _is_alias(target)):
                     waiting.append(target)
                 elif target is not None:
-                    self.told.add(target.name)
+                    self.annotation_only.add(target.name)
                 elif name in source.inside:
                     self._check(source.inside[name], found)
-        self.told -= {symbol.name for symbol in self.symbols}
+        self.annotation_only -= {symbol.name for symbol in self.symbols}
 
     def _add_import(self, name: str, target: External, user: Symbol) -> None:
         self._check(target, user)
@@ -173,7 +173,7 @@ def _target(source: Source, name: str) -> Symbol | External | None:
 def _resolved(found: Symbol | External) -> Symbol | External:
     """Find the definition of a name, through modules that only re-export it."""
     if isinstance(found, External):
-        return Symbol(STAND_INS, found.name) if found.module == "pydantic" and found.name else found
+        return Symbol(REPLACEMENTS, found.name) if found.module == "pydantic" and found.name else found
     source = _source(found.module)
     if found.name in source.defined:
         return _REPLACED.get(found, found)
@@ -185,7 +185,7 @@ def _resolved(found: Symbol | External) -> Symbol | External:
 
 
 _REPLACED = {
-    Symbol(f"{PACKAGE}.inference.hub.inlining", name): Symbol(STAND_INS, "own_module")
+    Symbol(f"{PACKAGE}.inference.hub.inlining", name): Symbol(REPLACEMENTS, "own_module")
     for name in ("own_module", "pipeline_module")
 }
 
@@ -206,10 +206,10 @@ def _referenced(statement: ast.stmt, left_out: Sequence[str]) -> set[tuple[str, 
             continue
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for name, value in ast.iter_fields(node):
-            told = name == "returns" or (name == "annotation" and (inside or isinstance(node, ast.arg)))
+            is_annotation = name == "returns" or (name == "annotation" and (inside or isinstance(node, ast.arg)))
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
-                    waiting.append((child, inside or function, evaluated and not told))
+                    waiting.append((child, inside or function, evaluated and not is_annotation))
     return names
 
 
@@ -271,10 +271,10 @@ def _header(reached: Reached) -> str:
         else:
             whole.append(f"import {target.module}")
     lines = [*whole, *(f"from {module} import {', '.join(names)}" for module, names in sorted(parts.items()))]
-    if reached.told:
-        told = " = ".join(sorted(reached.told))
+    if reached.annotation_only:
+        names = " = ".join(sorted(reached.annotation_only))
         lines += ["from typing import TYPE_CHECKING", "", "if TYPE_CHECKING:  # of regen-dist, and not in this file"]
-        lines.append(f"    {told} = Any")
+        lines.append(f"    {names} = Any")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -90,7 +90,7 @@ def test_a_shard_that_rank_0_does_not_see(folder: CheckpointFolder) -> None:
 def test_amending_keeps_the_tensors(folder: CheckpointFolder) -> None:
     """The manifest says something else, in one atomic write; the files are the same."""
     before = _inside(folder, "step-00000002", SHARD).stat().st_ino
-    folder.amend(folder.manifest(2), state={"data_shift": 5}, rollbacks=[2])
+    folder.update_manifest(folder.manifest(2), state={"data_shift": 5}, rollbacks=[2])
     amended = folder.manifest(2)
     assert (amended.state, amended.rollbacks) == ({"data_shift": 5}, [2])
     assert folder.problems(amended, checksums=True) == []
@@ -243,7 +243,7 @@ def test_a_store_that_denies_access_is_no_damage(folder: CheckpointFolder, monke
 def test_a_given_up_future_is_not_gone_on_from(folder: CheckpointFolder, write: Write) -> None:
     """After a rollback to step 2 the checkpoint of step 3 is no candidate, even when all that is newer is bad, or the
     pointer is lost."""
-    folder.amend(folder.manifest(2), rollbacks=[2])
+    folder.update_manifest(folder.manifest(2), rollbacks=[2])
     folder.set_latest(2)
     assert _newest(folder) == 2
     _path(folder, "latest").unlink()

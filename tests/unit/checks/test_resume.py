@@ -116,7 +116,7 @@ def test_checkpoints_that_are_lost(tmp_path: Path) -> None:
     record(config, step(1.0), saved(1.0))
     told = texts(resume(config, Target()))
     assert len(told) == 1
-    assert "tells of a checkpoint of step 1, but" in told[0]
+    assert "records a checkpoint of step 1, but" in told[0]
     assert list(resume(config, Target(fresh=True))) == []
 
 

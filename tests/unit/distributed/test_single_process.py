@@ -295,7 +295,7 @@ def _ranks() -> Any:
         ({"kind": "zero3", "compile": True}, r"compile: under kind 'zero3' .*engine\.compile=false, or engine\.kind"),
         (
             {"kind": "plain", "compile": True, "activation_checkpointing": "selective"},
-            r"attention cannot be told apart; set engine\.activation_checkpointing",
+            r"attention cannot be separated; set engine\.activation_checkpointing",
         ),
     ],
 )

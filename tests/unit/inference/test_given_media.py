@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from regen_dist.config import T2VConfig
 from regen_dist.config.t2v import FlowConfig
 from regen_dist.data.format.latents import TextEmbedding
-from regen_dist.diffusion.samplers import Given
+from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference import generate as prompts_module
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
@@ -112,7 +112,7 @@ class TestImage:
         image = read_image(_picture(tmp_path / "first.png", moving_square(1, SIDE, SIDE)[0]), (SIDE, SIDE))
         content = image.encoded(made.codec).content.float()
         found = embed_prompts(WordEncoder(), made.model.space, PROMPTS)
-        row = Given.joined([given_row(image, made.codec, made.model.space.scale, 1)] * 2)
+        row = GivenFrames.joined([given_row(image, made.codec, made.model.space.scale, 1)] * 2)
         for sampler, guidance in (("euler", 1.0), ("heun", 2.0), ("dpmpp_2m", 2.0)):
             settings = resolve_settings(made.model, frames=LENGTH, steps=3, sampler=sampler, guidance=guidance)  # type: ignore[arg-type]
             (latents,) = sample_rows(made.model, PROMPTS, found.texts, found.null, settings, row)
@@ -228,7 +228,7 @@ class TestContinue:
             known = given.encoded(made.codec)
             found = embed_prompts(WordEncoder(), made.model.space, PROMPTS)
             settings = resolve_settings(made.model, frames=LENGTH, steps=2)
-            row = Given.joined([given_row(given, made.codec, made.model.space.scale, 3)] * 2)
+            row = GivenFrames.joined([given_row(given, made.codec, made.model.space.scale, 3)] * 2)
             rows.append(sample_rows(made.model, PROMPTS, found.texts, found.null, settings, row, 2))
             assert len(rows[-1]) == 3
             for number in range(2):

@@ -383,7 +383,7 @@ def test_embeddings_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> N
         expected = encoder.encode([caption])[0] if caption else encoder.null()
         encoder.asked.pop() if caption else None
         assert torch.equal(held.embedding(caption), expected.bfloat16())
-        assert len(held._held) <= 3
+        assert len(held._embeddings) <= 3
     assert encoder.asked == ["a", "b", "c", "d", "e", "a", "b"]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.config.t2v import FlowConfig
-from regen_dist.diffusion.samplers import Given
+from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.inference.sampler import Predict, Text, row_tokens, sample_latents
 from regen_dist.models.embedder import build_model
 from regen_dist.models.t2v import TextToVideo
@@ -165,16 +165,16 @@ class TestGivenFrames:
         clean, mask = torch.ones(2, 8, 2, 4, 4), torch.tensor([[True, False]] * 2)
         options: dict[str, Any] = {"sampler": sampler, "guidance": guidance}
         free = _sample(model, text, null, **options)
-        found = _sample(model, text, null, given=Given(clean, mask), **options)
+        found = _sample(model, text, null, given=GivenFrames(clean, mask), **options)
         assert torch.equal(found[:, :, 0], clean[:, :, 0])
         assert (found[:, :, 1] - free[:, :, 1]).abs().max() > 1e-3
         other = clean.clone()
         other[:, :, 1] = 7.0  # not given, so of no weight
-        assert torch.equal(_sample(model, text, null, given=Given(other, mask), **options), found)
+        assert torch.equal(_sample(model, text, null, given=GivenFrames(other, mask), **options), found)
         noise = _noise()
         noise[:, :, 0] = 5.0
         assert torch.equal(
-            sample_latents(model, noise, text, null, FLOW, given=Given(clean, mask), **options).frames, found
+            sample_latents(model, noise, text, null, FLOW, given=GivenFrames(clean, mask), **options).frames, found
         )
 
     def test_the_model_is_told_that_they_are_clean(self) -> None:
@@ -186,7 +186,9 @@ class TestGivenFrames:
 
         clean, mask = torch.full((1, 8, 4, 4, 4), 2.0), torch.tensor([[True, True, False, False]])
         text = _texts(1)
-        sample_latents(told, torch.zeros_like(clean), text, text, FLOW, steps=2, guidance=1.0, given=Given(clean, mask))
+        sample_latents(
+            told, torch.zeros_like(clean), text, text, FLOW, steps=2, guidance=1.0, given=GivenFrames(clean, mask)
+        )
         for x, t in seen:
             assert t[0, :2].tolist() == [0.0, 0.0]
             assert (t[0, 2:] > 0).all()

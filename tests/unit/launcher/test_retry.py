@@ -209,7 +209,9 @@ def checkpoint(job: Submission, step: int) -> None:
 
 def ranks_end(job: Submission, restart: int, *codes: int) -> None:
     for rank, code in enumerate(codes):
-        retry.write_rank_exit(job.tasks[0].launch, "77", restart, rank=rank, node=f"node{rank + 1}", code=code, told=())
+        retry.write_rank_exit(
+            job.tasks[0].launch, "77", restart, rank=rank, node=f"node{rank + 1}", code=code, signals=()
+        )
 
 
 def test_a_job_is_read_as_it_was_written(job: Submission, tmp_path: Path) -> None:
@@ -265,8 +267,8 @@ def test_the_rank_that_failed_first_names_the_node(job: Submission) -> None:
     """Also when the others fail because of it; an error of ours says nothing about a node."""
     task = job.tasks[0]
     begin(job, task, Place())
-    retry.write_rank_exit(task.launch, "77", 0, rank=1, node="node2", code=137, told=())
-    retry.write_rank_exit(task.launch, "77", 0, rank=0, node="node1", code=1, told=("SIGTERM",))
+    retry.write_rank_exit(task.launch, "77", 0, rank=1, node="node2", code=137, signals=())
+    retry.write_rank_exit(task.launch, "77", 0, rank=0, node="node1", code=1, signals=("SIGTERM",))
     verdict = end(job, task, Place(), 137)
     assert verdict.go
     assert "(rank 1 on node2, exit code 137)" in verdict.text

@@ -61,7 +61,7 @@ def test_what_is_quoted_comes_out_as_it_was(tmp_path: Path) -> None:
     )  # fmt: skip
     assert told.stdout.splitlines() == [ODD, f"/tmp/{ODD}/code"]
     (begin,) = [line for line in before.splitlines() if " begin " in line]
-    assert shlex.split(begin.removesuffix("; verdict=$?"))[-2:] == ["begin", f"/tmp/{ODD}/launch/{ODD}"]
+    assert shlex.split(begin.removesuffix("; decision=$?"))[-2:] == ["begin", f"/tmp/{ODD}/launch/{ODD}"]
     assert not list(tmp_path.iterdir())
     assert ODD not in re.sub(r"'[^']*'|\"'\"", "", script), "it stands in quotes wherever it stands"
 

@@ -32,7 +32,7 @@ class Rank:
         self.alive = True
         self.mark = FIRST_MARK
         self.monitor = Monitor(
-            run, rank, world_size, config, say=self.said.append, dump=self.dumped.append, end=self._end, now=now
+            run, rank, world_size, config, print_line=self.said.append, dump=self.dumped.append, end=self._end, now=now
         )
 
     def _end(self, code: int) -> None:
@@ -91,7 +91,7 @@ def _hold(run: Run, culprit: int) -> None:
 def test_a_run_that_works_says_nothing_and_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank writes its own file alone."""
     run = Run(tmp_path, 3)
-    monkeypatch.setattr("regen_dist.observe.heartbeat.Heartbeats.look", lambda *_: pytest.fail("it read"))
+    monkeypatch.setattr("regen_dist.observe.heartbeat.Heartbeats.read", lambda *_: pytest.fail("it read"))
     monkeypatch.setattr("regen_dist.observe.hang_detector.read_text", lambda *_: pytest.fail("it read"))
     run.train(1, 100)
     assert run.said == [[], [], []]
@@ -179,7 +179,7 @@ def test_of_hundreds_of_ranks_few_look_at_all(tmp_path: Path, monkeypatch: pytes
     run = Run(tmp_path, 12)
     looks: set[int] = set()
     for rank, each in enumerate(run.ranks):
-        look = each.monitor._look
+        look = each.monitor._read_heartbeats
 
         def watched(
             now: float, mark: Marked, rank: int = rank, look: Callable[..., list[object]] = look
@@ -187,7 +187,7 @@ def test_of_hundreds_of_ranks_few_look_at_all(tmp_path: Path, monkeypatch: pytes
             looks.add(rank)
             return look(now, mark)
 
-        monkeypatch.setattr(each.monitor, "_look", watched)
+        monkeypatch.setattr(each.monitor, "_read_heartbeats", watched)
     _hold(run, 11)
     run.go(50)
     assert looks == set(range(9))
@@ -238,7 +238,7 @@ def test_what_an_earlier_start_left_is_not_believed(tmp_path: Path) -> None:
     early = Rank(tmp_path, 1, 2, now=0.0)
     for now in range(10):
         early.monitor.tick(float(now), early.mark)
-    assert (early.code, early.said, early.monitor.verdict()) == (None, [], "")
+    assert (early.code, early.said, early.monitor.reported_hang()) == (None, [], "")
     Rank(tmp_path, 0, 2)
     assert os.listdir(tmp_path / "heartbeats") == []
     assert sorted(os.listdir(tmp_path)) == ["hang-previous.json", "heartbeats"]

@@ -11,7 +11,14 @@ import torch
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import BackendError
 from regen_dist.observe import hardware
-from regen_dist.observe.hardware import GPU_PEAKS, accelerator, choose_device, has_native_bf16, known_peak, shown
+from regen_dist.observe.hardware import (
+    GPU_PEAKS,
+    accelerator,
+    choose_device,
+    has_native_bf16,
+    known_peak,
+    summarise_machine,
+)
 from regen_dist.programs import GPUS_PER_NODE
 
 
@@ -125,7 +132,7 @@ def test_what_is_told_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(hardware, "_nccl_version", lambda: "2.27.5")
     told = accelerator(torch.device("cuda", 0), tmp_path)
     assert told["driver"] == "570.86.15"
-    assert shown(told) == (
+    assert summarise_machine(told) == (
         f"NVIDIA H100 80GB HBM3 (80 GiB): torch {torch.__version__}, driver 570.86.15, CUDA 12.8, cuDNN 9.15.1, "
         "NCCL 2.27.5"
     )

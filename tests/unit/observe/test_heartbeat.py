@@ -76,14 +76,14 @@ def test_what_is_no_heartbeat_is_none(text: str) -> None:
 def test_only_a_file_that_was_seen_unchanged_is_quiet(tmp_path: Path) -> None:
     """The times in the file and of the file are not believed."""
     heartbeats = Heartbeats(tmp_path)
-    assert heartbeats.look(0, now=5.0) == Seen(0, None, 0.0)
-    assert heartbeats.look(0, now=9.0) == Seen(0, None, 4.0)
+    assert heartbeats.read(0, now=5.0) == Seen(0, None, 0.0)
+    assert heartbeats.read(0, now=9.0) == Seen(0, None, 4.0)
     write_beat(tmp_path, beat(number=1))
     os.utime(beat_path(tmp_path, 0), (0, 0))
-    assert heartbeats.look(0, now=10.0).quiet_s == 0.0
-    assert heartbeats.look(0, now=30.0).quiet_s == 20.0
+    assert heartbeats.read(0, now=10.0).quiet_s == 0.0
+    assert heartbeats.read(0, now=30.0).quiet_s == 20.0
     write_beat(tmp_path, beat(number=2))
-    assert heartbeats.look(0, now=31.0).quiet_s == 0.0
+    assert heartbeats.read(0, now=31.0).quiet_s == 0.0
 
 
 def test_a_suspended_process_does_not_count_the_time() -> None:

@@ -160,7 +160,7 @@ def test_without_a_terminal_plain_lines_now_and_then(monkeypatch: pytest.MonkeyP
     for step in range(10, 1001, 10):
         now[0] += 1.0
         line.train(step, VALUES)
-    line.say("done")
+    line.message("done")
     line.close()
     shown = [text for text in file.getvalue().splitlines() if text.strip()]
     assert "\x1b" not in file.getvalue()

@@ -79,7 +79,7 @@ def test_another_order_another_model_and_lost_checkpoints(tmp_path: Path) -> Non
     code, told = regen_check(tmp_path, path, *produced)
     assert (code, keys(told)) == (4, ["data"]), "the order of its data is another"
     folder = CheckpointFolder(run.checkpoints)
-    folder.amend(folder.manifest(7), state={"data": None}, rollbacks=[])
+    folder.update_manifest(folder.manifest(7), state={"data": None}, rollbacks=[])
     assert keys(regen_check(tmp_path, path, *produced)[1]) == []
     code, told = regen_check(tmp_path, path, *produced, "model.decoder.blocks=3")
     assert (code, keys(told)) == (4, ["model"])

@@ -18,7 +18,7 @@ from tools.gpu_check import command
 from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part, training_part
 from tools.gpu_check.machine import Machine, PartLeftOut, relative_error, require_close
 from tools.gpu_check.speed import train_for
-from tools.gpu_check.worker import made_by
+from tools.gpu_check.worker import run_check
 
 ROOT = Path(__file__).parents[3]
 
@@ -123,7 +123,7 @@ def test_errors_of_a_part_become_its_result(monkeypatch: pytest.MonkeyPatch) -> 
             return {"figure": 1, "summary": "fine"}
 
         monkeypatch.setattr(module, "versions", part)
-        return made_by("machine:versions", machine)
+        return run_check("machine:versions", machine)
 
     assert made(None) == {"status": "passed", "summary": "fine", "facts": {"figure": 1}}
     assert made(PartLeftOut("needs more"))["status"] == "left out"
@@ -141,7 +141,7 @@ def test_a_comparison_fails_where_numbers_differ_or_are_none() -> None:
 
 @pytest.mark.parametrize("function", ["attention:attention", "convolutions:convolutions", "optimizers:optimizers"])
 def test_numeric_parts_run_on_the_cpu(function: str) -> None:
-    found = made_by(function, Machine(torch.device("cpu")))
+    found = run_check(function, Machine(torch.device("cpu")))
     assert found["status"] == "passed", found
 
 
@@ -155,14 +155,14 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, kernels = Machine(torch.device("cpu")), attention.BACKENDS["sdpa"].build
     wrong = Entry(kernels._replace(attend=lambda q, k, v: kernels.attend(q, k, v) * 1.01))
     monkeypatch.setitem(attention.BACKENDS._entries, "sdpa", wrong)
-    assert "sdpa, full, result" in made_by("attention:attention", machine)["summary"]
+    assert "sdpa, full, result" in run_check("attention:attention", machine)["summary"]
     rest = CausalConv._rest
     monkeypatch.setattr(
         CausalConv, "_rest", lambda self, x, rows: rest(self, x, rows) * (1.05 if x.dtype == torch.bfloat16 else 1)
     )
-    assert "frames after it" in made_by("convolutions:convolutions", machine)["summary"]
+    assert "frames after it" in run_check("convolutions:convolutions", machine)["summary"]
     monkeypatch.setattr(optimizers, "set_num_updates", lambda optimizer, updates: None)
-    assert made_by("optimizers:optimizers", machine)["status"] == "failed"
+    assert run_check("optimizers:optimizers", machine)["status"] == "failed"
 
 
 @pytest.mark.parametrize(

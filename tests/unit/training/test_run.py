@@ -132,7 +132,7 @@ def test_a_folder_of_checkpoints_that_is_gone_is_no_new_run(tmp_path: Path, data
     config = tiny_run(tmp_path, data, train__steps=1)
     assert train(config) == 0
     shutil.rmtree(config.folder / "checkpoints")
-    with pytest.raises(NoGoodCheckpoint, match=r"metrics\.jsonl tells of a checkpoint of step 1, .* mounted.*--fresh"):
+    with pytest.raises(NoGoodCheckpoint, match=r"metrics\.jsonl records a checkpoint of step 1, .* mounted.*--fresh"):
         train(config)
     assert train(config, fresh=True) == 0
     assert train(config) == 0
@@ -210,7 +210,7 @@ def test_whatever_may_go_on_goes_on(tmp_path: Path, data: Path) -> None:
     folder = CheckpointFolder(tmp_path / "saved" / "tiny")
     for step in folder.steps():
         manifest = folder.manifest(step)
-        folder.amend(manifest, run_id="")
+        folder.update_manifest(manifest, run_id="")
         assert replace(manifest, run_id="") == folder.manifest(step)
     assert train(_run(tmp_path, data, "new", 4)) == 0
     assert folder.manifest(4).run_id == read_run_id(tmp_path / "new" / "tiny")

@@ -15,7 +15,7 @@ from regen_dist.config.t2v import FlowConfig
 from regen_dist.data.loading.latent_loader import LatentBatch
 from regen_dist.data.loading.plan import sample_keys
 from regen_dist.diffusion.noise import latent_gaussian
-from regen_dist.diffusion.samplers import Given, drawn, error_of_the_rest
+from regen_dist.diffusion.samplers import GivenFrames, draw_given_frames, error_without_given
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError, DataError
@@ -257,7 +257,7 @@ KEYS = sample_keys(torch.arange(3000), None)
 
 def _counts(frames: int, step: int = 0, seed: int = 0, **shares: float) -> Tensor:
     """Frames given to each of the rows; they are always the first ones."""
-    given = drawn(FlowConfig(**shares), seed, KEYS, step, torch.zeros(len(KEYS), 1, frames, 1, 1))
+    given = draw_given_frames(FlowConfig(**shares), seed, KEYS, step, torch.zeros(len(KEYS), 1, frames, 1, 1))
     assert given is not None
     counts = given.mask.sum(1)
     assert torch.equal(given.mask, torch.arange(frames) < counts[:, None])
@@ -287,7 +287,7 @@ class TestWhichFrames:
         assert (_counts(4, given_clips=1.0) == 2).all()
 
     def test_off_by_default(self) -> None:
-        assert drawn(FlowConfig(), 0, KEYS, 0, torch.zeros(len(KEYS), 1, 2, 1, 1)) is None
+        assert draw_given_frames(FlowConfig(), 0, KEYS, 0, torch.zeros(len(KEYS), 1, 2, 1, 1)) is None
 
     def test_keyed_by_seed_step_and_sample(self) -> None:
         share = {"given_content": 0.5}
@@ -342,7 +342,7 @@ class TestLoss:
         mask = torch.tensor([[True, True, True, False], [False] * 4])
         prediction = torch.randn(2, 3, 4, 2, 2, requires_grad=True)
         target = torch.zeros_like(prediction)
-        loss = error_of_the_rest(prediction, target, Given(target, mask))
+        loss = error_without_given(prediction, target, GivenFrames(target, mask))
         loss.backward()  # type: ignore[no-untyped-call]
         assert prediction.grad is not None
         assert not prediction.grad[0, :, :3].any()

@@ -225,7 +225,7 @@ def test_caches_of_other_latents_are_not_mixed(cache: Path, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"cache.* \(test\), .*other \(another\); their latents do not mean the same"):
         made(LatentDataConfig.model_validate(mixture))
     config = LatentDataConfig(url=str(cache), validation_url=str(other))
-    with pytest.raises(DataError, match="not made alike"):
+    with pytest.raises(DataError, match="made differently"):
         validation_rows(config, made(config).facts)
 
 

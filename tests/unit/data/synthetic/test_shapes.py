@@ -21,7 +21,7 @@ import webdataset
 from typer.testing import CliRunner
 
 from regen_dist.data.format.catalogue import open_dataset
-from regen_dist.data.synthetic.dataset import Made, build_synthetic
+from regen_dist.data.synthetic.dataset import SyntheticResult, build_synthetic
 from regen_dist.data.synthetic.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -254,8 +254,8 @@ def test_the_index_and_the_members_tell_all(made: Path) -> None:
 
 def test_tasks_in_any_order_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
     first = build_synthetic(tmp_path, SMALL, task=(2, 3), workers=0)
-    assert first == Made(None, 1, 16)
-    assert build_synthetic(tmp_path, SMALL, task=(0, 3), workers=0) == Made(None, 2, 8)
+    assert first == SyntheticResult(None, 1, 16)
+    assert build_synthetic(tmp_path, SMALL, task=(0, 3), workers=0) == SyntheticResult(None, 2, 8)
     assert not (tmp_path / "manifest.json").exists()
     last = build_synthetic(tmp_path, SMALL, task=(1, 3), workers=0)
     assert last.manifest is not None

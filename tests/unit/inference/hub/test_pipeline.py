@@ -48,7 +48,7 @@ def _expected(parts: Parts, negative: str | None = None, **asked: Any) -> Any:
     prompts = [Prompt(number, text) for number, text in enumerate(PROMPTS)]
     embedded = embed_prompts(load_text_encoder(model.space, None, CPU), model.space, prompts, negative)
     settings = resolve_settings(model, negative=negative, **asked)
-    made = _generated(model, codec, prompts, embedded, settings, batch=len(prompts), given_to=lambda prompt: None)
+    made = _generated(model, codec, prompts, embedded, settings, batch=len(prompts), media_of=lambda prompt: None)
     return np.stack([np.stack([frame for part in frames for frame in part]) for _, frames in made])
 
 

@@ -26,9 +26,9 @@ export PYTORCH_ALLOC_CONF=expandable_segments:True
 export PYTHONSAFEPATH=1
 export PYTHONPATH=/fsx/you/regen/runs/regen_k32/launch/code/0123456789ab${PYTHONPATH:+:$PYTHONPATH}
 trap : TERM  # this shell outlives the signal, to decide what follows
-/fsx/you/regen/.venv/bin/python -P -m launcher.retry begin /fsx/you/regen/runs/regen_k32/launch/20260131-120000; verdict=$?
-[ $verdict -ne 100 ] || exit 0
-[ $verdict -eq 0 ] || exit $verdict
+/fsx/you/regen/.venv/bin/python -P -m launcher.retry begin /fsx/you/regen/runs/regen_k32/launch/20260131-120000; decision=$?
+[ $decision -ne 100 ] || exit 0
+[ $decision -eq 0 ] || exit $decision
 
 # command
 export SUBMITIT_EXECUTOR=slurm

@@ -12,7 +12,7 @@ _CHECKED, _MISSING = "_is_check", object()
 
 
 def Field(default: Any = _MISSING, **constraints: Any) -> Any:
-    """Stand in for pydantic's Field: return the default. Constraints were checked when the model was exported."""
+    """Replacement for pydantic's Field: return the default. Constraints were checked when the model was exported."""
     return constraints["default_factory"]() if "default_factory" in constraints else default
 
 
