@@ -13,7 +13,7 @@ import pytest
 
 from launcher.supervise import rank_environments
 from regen_dist.distributed.environment import JOIN_S, join_timeout_s, left_over_advice, without_ranks
-from regen_dist.distributed.rendezvous import misfit
+from regen_dist.distributed.rendezvous import find_mismatch
 from regen_dist.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def _told(device: str = "cuda", gpu: str = "", host: str = "n0", problem: str = 
     ],
 )
 def test_what_does_not_fit_is_named(told: list[dict[str, Any]], said: str) -> None:
-    found = misfit(told)
+    found = find_mismatch(told)
     assert said in found
     assert bool(said) == bool(found)
 
@@ -46,7 +46,7 @@ from regen_dist.errors import RegenError
 rendezvous._NOTICE_S = 0.5
 time.sleep(float(sys.argv[2]))
 try:
-    store = rendezvous.meet(int(sys.argv[1]), 2, torch.device("cpu"), "", timedelta(minutes=2))
+    store = rendezvous.rendezvous_ranks(int(sys.argv[1]), 2, torch.device("cpu"), "", timedelta(minutes=2))
 except RegenError as error:
     sys.exit(f"error: {error}")
 if sys.argv[1] == "0":

@@ -23,8 +23,8 @@ from tools.local_services.slurm_daemons import Daemons, host_command, listens, m
 from tools.local_services.slurm_files import (
     Design,
     gres_conf,
-    held,
     hosts,
+    lock_folder,
     short_path,
     slurm_conf,
     slurm_files,
@@ -119,21 +119,25 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     """The folders of a cluster are deleted at its start: never those of somebody else."""
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "thesis.tex").write_text("mine")
-    with pytest.raises(BackendError, match="choose a new folder"), held(tmp_path):
+    with pytest.raises(BackendError, match="choose a new folder"), lock_folder(tmp_path):
         pytest.fail("it was taken")
     assert (tmp_path / "state" / "thesis.tex").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BackendError, match="Slurm cannot use the folder"), held(tmp_path / "file" / "below"):
+    with pytest.raises(BackendError, match="Slurm cannot use the folder"), lock_folder(tmp_path / "file" / "below"):
         pytest.fail("it was taken")
 
 
 def test_a_folder_is_one_clusters_at_a_time(tmp_path: Path) -> None:
-    with held(tmp_path / "c"), pytest.raises(BackendError, match=r"runs in .* already"), held(tmp_path / "c"):
+    with (
+        lock_folder(tmp_path / "c"),
+        pytest.raises(BackendError, match=r"runs in .* already"),
+        lock_folder(tmp_path / "c"),
+    ):
         pytest.fail("it was taken twice")
-    with held(tmp_path / "c"):
+    with lock_folder(tmp_path / "c"):
         pass
 
 
