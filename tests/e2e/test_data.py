@@ -18,8 +18,8 @@ from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import WORDINGS, caption, parse_caption
 from tests.helpers.datasets import (
     OPTIONS,
-    change,
     draw_shapes,
+    flip_byte,
     mixed_with,
     objects,
     read,
@@ -92,7 +92,7 @@ def test_a_check_says_the_same(tmp_path: Path) -> None:
     write_shards(folder)
     index_tars(folder, workers=0)
     damaged = open_dataset(folder).sample(9)
-    change(folder / damaged.shard, damaged.offset)
+    flip_byte(folder / damaged.shard, damaged.offset)
     (folder / "00000.tar").unlink()
     assert verify_dataset(folder, "deep", workers=2) == verify_dataset(folder, "deep", workers=0)
 

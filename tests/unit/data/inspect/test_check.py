@@ -25,7 +25,7 @@ from regen_dist.data.inspect import check
 from regen_dist.data.inspect.check import Depth, verify_dataset
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
-from tests.helpers.datasets import change, write_shards
+from tests.helpers.datasets import flip_byte, write_shards
 from tests.helpers.latents import write_cache
 from tools import shards
 
@@ -76,7 +76,7 @@ def test_a_whole_dataset_is_good(whole: Path, depth: check.Depth) -> None:
 
 def test_a_flipped_byte_is_named_with_its_sample(folder: Path) -> None:
     damaged = sample(folder, 5)
-    change(folder / damaged.shard, damaged.offset + damaged.size // 2)
+    flip_byte(folder / damaged.shard, damaged.offset + damaged.size // 2)
     found = bad(folder)
     assert found[0] == "00001.tar: the bytes differ from those that were written"
     assert found[1].startswith(f"sample {damaged.key} in 00001.tar: the bytes differ from those that were written (")
@@ -86,7 +86,7 @@ def test_a_flipped_byte_is_named_with_its_sample(folder: Path) -> None:
 
 def test_a_flipped_byte_in_no_sample(folder: Path) -> None:
     with tarfile.open(folder / "00002.tar") as tar:
-        change(folder / "00002.tar", tar.getmember("000008.json").offset_data)
+        flip_byte(folder / "00002.tar", tar.getmember("000008.json").offset_data)
     assert bad(folder) == [
         "00002.tar: the bytes differ from those that were written, in no sample: in the tar's own headers or in "
         "another member"
@@ -121,7 +121,7 @@ def test_a_cut_tar_names_the_samples_that_it_lost(folder: Path) -> None:
 def test_an_index_of_another_shard(folder: Path) -> None:
     shutil.copy(folder / "00002.index.parquet", folder / INDEX)
     assert bad(folder) == [f"{INDEX}: the bytes differ from those that were written"]
-    change(folder / "00001.tar", 3000)
+    flip_byte(folder / "00001.tar", 3000)
     assert [line.partition(":")[0] for line in bad(folder)] == [INDEX, "00001.tar"]
 
 
@@ -186,7 +186,7 @@ def test_deep_finds_videos_that_do_not_decode(tmp_path: Path) -> None:
 def test_many_bad_samples_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_SAMPLES_NAMED", 2)
     for row in range(4):
-        change(folder / "00000.tar", sample(folder, row).offset)
+        flip_byte(folder / "00000.tar", sample(folder, row).offset)
     found = bad(folder)
     assert len(found) == 4
     assert found[-1] == "00000.tar: and 2 samples more"
@@ -264,7 +264,7 @@ def test_a_whole_cache_is_good(whole_cache: Path, depth: Depth) -> None:
 
 def test_a_flipped_byte_is_named_with_its_entry(cache_folder: Path) -> None:
     damaged = open_dataset(cache_folder).sample(4)
-    change(cache_folder / damaged.shard, damaged.offset + damaged.size // 2)
+    flip_byte(cache_folder / damaged.shard, damaged.offset + damaged.size // 2)
     found = bad_entries(cache_folder, "bytes")
     assert found[0] == f"{damaged.shard}: the bytes differ from those that were written"
     assert found[1].startswith(f"{damaged.name}: the bytes differ")

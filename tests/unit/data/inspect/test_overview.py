@@ -19,7 +19,7 @@ from regen_dist.data.inspect import overview
 from regen_dist.data.inspect.contact import choose_rows, write_contact_sheet
 from regen_dist.data.inspect.overview import Bar, Tally, count_reasons, make_overview
 from regen_dist.data.storage.store import Store
-from tests.helpers.datasets import change, clip, write_tar
+from tests.helpers.datasets import clip, flip_byte, write_tar
 from tools import shards
 
 CAPTIONS = ["a square", None, "a square that crosses a gradient from left to right", "  one two  three "]
@@ -164,7 +164,7 @@ def test_a_bad_sample_does_not_spoil_the_sheet(tmp_path: Path) -> None:
     index_tars(tmp_path, workers=0)
     dataset = open_dataset(tmp_path)
     write_contact_sheet(dataset, tmp_path / "whole.png", [0, 1])
-    change(tmp_path / "1.tar", dataset.sample(1).offset)
+    flip_byte(tmp_path / "1.tar", dataset.sample(1).offset)
     write_contact_sheet(dataset, tmp_path / "damaged.png", [0, 1])
     whole, damaged = (np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in ("whole.png", "damaged.png"))
     assert whole.shape == damaged.shape

@@ -27,7 +27,7 @@ from regen_dist.data.loading.latent_loader import LatentBatch, in_background, la
 from regen_dist.data.loading.validation import validation_clip, validation_rows
 from regen_dist.data.order.order import draw_row
 from regen_dist.errors import ConfigError, DataError
-from tests.helpers.datasets import change
+from tests.helpers.datasets import flip_byte
 from tests.helpers.latents import write_cache
 
 SIZES = ((32, 48), (32, 32))
@@ -182,7 +182,7 @@ def test_a_bad_entry_has_the_same_stand_in_on_every_rank(tmp_path: Path) -> None
     config = LatentDataConfig(url=str(folder), clips=(2,))
     clean = read(config, 4)
     damaged = open_dataset(folder).row(5)
-    change(folder / damaged.shard, damaged.offset + damaged.size // 2)
+    flip_byte(folder / damaged.shard, damaged.offset + damaged.size // 2)
     whole = read(config, 4)
     for found, expected in zip(whole, clean, strict=True):
         assert (found.num_replaced, len(found.bad)) == (1, 1), "eight entries, eight a batch"
@@ -327,7 +327,7 @@ def test_a_bad_validation_entry_has_no_stand_in(tmp_path: Path) -> None:
     folder = write_cache(tmp_path, videos=2)
     config = LatentDataConfig(url=str(folder))
     damaged = open_dataset(folder).row(1)
-    change(folder / damaged.shard, damaged.offset)
+    flip_byte(folder / damaged.shard, damaged.offset)
     with pytest.raises(DataError, match=r"validation entry, row 1 in latents-000000-000000.tar of .*the bytes differ"):
         validation_rows(config, made(config).facts)
 
