@@ -225,8 +225,8 @@ def test_a_profile_needs_boto3(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("az://container/x", {}, "Account must be specified.*AZURE_STORAGE_ACCOUNT_NAME"),
         ("az://container/x", {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_ACCOUNT_KEY": SECRET}, "AZURE_STORAGE"),
-        ("gs://bucket/x", {"GOOGLE_SERVICE_ACCOUNT": f"/{SECRET}"}, "looked at GOOGLE_APPLICATION_CREDENTIALS"),
-        ("gs://bucket/x", {"GOOGLE_SERVICE_ACCOUNT_KEY": f'{{"private_key": "{SECRET}"}}'}, "looked at GOOGLE_APPL"),
+        ("gs://bucket/x", {"GOOGLE_SERVICE_ACCOUNT": f"/{SECRET}"}, "checked GOOGLE_APPLICATION_CREDENTIALS"),
+        ("gs://bucket/x", {"GOOGLE_SERVICE_ACCOUNT_KEY": f'{{"private_key": "{SECRET}"}}'}, "checked GOOGLE_APPL"),
     ],
 )
 def test_the_other_services_say_what_they_look_at(
