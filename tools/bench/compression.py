@@ -50,7 +50,7 @@ def compression(
     fresh_measures: Annotated[bool, typer.Option("--fresh-measures", help="Measure again what is measured.")] = False,
 ) -> None:
     """Train every arm for the same time, measure all on videos outside the training data, and write a page. Ten minutes
-    per arm, the default, take about three hours on two cores.
+    per arm, the default, take about four hours on two cores.
 
     The same command continues where it stopped; finished trainings and measurements are not repeated. With several
     budgets, each has its own folder in `--out`, the shortest runs first, the longer ones take its learning rates, and
