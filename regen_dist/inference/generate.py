@@ -580,12 +580,10 @@ def _frames(
     return row_frames(codec, row, positions, steps=settings.decode_steps, seed=seed, sample_id=prompt.number)
 
 
-def _provenance(
-    model: TextToVideoModel, codec: Codec, settings: GenerationSettings, clips_before: int
-) -> dict[str, Any]:
+def _provenance(model: TextToVideoModel, codec: Codec, settings: GenerationSettings, before: int) -> dict[str, Any]:
     """Everything that decides the videos apart from the settings and the prompt."""
     space, text = model.space, model.space.facts["text"] or {}
-    clips = clips_of(settings, space, clips_before)
+    clips = clips_of(settings, space, before)
     origin = codec.config.origin
     return {
         "clips": clips,

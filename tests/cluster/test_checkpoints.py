@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 
 def _train(jobs: list[Job]) -> list[int]:
-    """What a rank does: one run after the other; returns their exit codes."""
+    """One rank: train one run after the other; returns their exit codes."""
     from regen_dist.training.loop import Trainer
 
     ranks, train_step, codes = read_environment(), Trainer.train_step, []
@@ -117,9 +117,9 @@ def url(object_store: ObjectServer) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def shop(object_store: ObjectServer, url: str, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """By two starts of two ranks under ZeRO-3: `local` saves on a disk and nothing happens to it; `killed` is killed
-    and resumed, `left` is how it was found, and `alone` a copy of that; of what `faulty` saves, step 4 and step 6 are
-    not taken."""
+    """Runs of two starts of two ranks under ZeRO-3: `local` saves on a disk and nothing happens to it; `killed` is
+    killed and resumed, `left` is how it was found, and `alone` a copy of that; of what `faulty` saves, step 4 and
+    step 6 are not taken."""
     folder = tmp_path_factory.mktemp("checkpoints")
     data = tiny_dataset(folder / "data")
 
@@ -209,7 +209,7 @@ def _regen(*arguments: object) -> tuple[str, BaseException | None]:
 
 
 def test_the_command_line_lists_and_verifies_them(shop: Shop) -> None:
-    """By the run folder and by the URL; a flipped byte of an object is named."""
+    """Checkpoints given by the run folder and by the URL; a flipped byte of an object is named."""
     listed, error = _regen("list", shop.folder / "killed")
     assert error is None
     assert all(str(step) in listed for step in (STEPS - EVERY, STEPS))
@@ -235,7 +235,7 @@ EXIT_CODE = 9
 
 
 def _save(url: str, step: int, who: int, where: str) -> str:
-    """What a rank does: save; but rank `who` ends at the phase `where`. Returns what became of it."""
+    """One rank: save; but rank `who` ends at the phase `where`. Returns what became of it."""
     ranks = read_environment()
 
     def phase(name: str) -> None:
@@ -326,7 +326,7 @@ FILES = ["manifest.json", shard_name(0, 2), shard_name(1, 2)]
 
 @pytest.fixture(scope="module")
 def answers(url: str) -> dict[str, tuple[Answer, Answer]]:
-    """What two ranks make of damaged objects, and of a store that is down or lets nobody in; by one start."""
+    """Answers of two ranks to damaged objects, and to a store that is down or denies access; one start."""
     folder = CheckpointFolder(f"{url}/damaged", PATIENT)
     for step in (OLDER, NEWEST):
         save_checkpoint(folder, step, small_state(float(step)), ranks=2)

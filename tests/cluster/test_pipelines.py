@@ -95,7 +95,7 @@ def write_pipeline(file: Path, shop: Workshop, name: str, steps: Mapping[str, ob
 
 
 def run_pipeline(regen_submit: Submitter, file: Path, *more: object) -> list[str]:
-    """What `regen submit pipeline` printed."""
+    """Submit a pipeline; returns the lines that were printed."""
     made = regen_submit("pipeline", file, "--cluster", "loopback", *more)
     assert made.returncode == 0, made.stdout + made.stderr
     return made.stdout.splitlines()

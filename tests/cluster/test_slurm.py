@@ -186,7 +186,7 @@ def test_everything_ends_when_the_process_that_started_it_is_killed(tmp_path: Pa
 
 @pytest.mark.usefixtures("slurm_packages")
 def test_the_command_makes_a_shell_a_client_until_it_is_interrupted(tmp_path: Path, root: Path) -> None:
-    """What it prints can be sourced as it is, from a folder whose name Slurm itself would not take."""
+    """The printed lines can be sourced as it is, from a folder whose name Slurm itself would not take."""
     folder = tmp_path / "a folder, with a name"
     command = [sys.executable, "-m", "tools.local_services.slurm", str(folder), "--nodes", "1", "--no-accounting"]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:

@@ -191,7 +191,7 @@ def _counting() -> Iterator[Counter[str]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, BenchRun]:
-    """Of twenty million parameters."""
+    """Models of twenty million parameters, prepared as the bench does."""
     paths = {EMBEDDER: root / "configs/bench/step_embedder.yaml", T2V: root / "configs/bench/step_t2v.yaml"}
     return prepared(paths, tmp_path_factory.mktemp("memory"), side=128)
 
