@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist.config.embedder import AttentionConfig
-from regen_dist.models.kernels import attend_flash, attend_flash_lengths, attend_sdpa, require_flash
+from regen_dist.models.kernels import attend_flash, attend_flash_lengths, attend_sdpa
 from regen_dist.models.sequence_parallel import WHOLE, SequenceShard
 from regen_dist.registry import Entry, Registry
 
-__all__ = ["BACKENDS", "Grid", "attention", "cross_attention", "require_flash"]
+__all__ = ["BACKENDS", "Grid", "attention", "cross_attention"]
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -93,7 +93,6 @@ def cross_eager(q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
 def cross_flash(q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
     """FlashAttention on the tokens that count alone, packed one text after the other. Shapes as of
     `cross_reference`."""
-    require_flash(q.device.type, q.dtype)
     places, starts_k = text.places, text.starts
     assert places is not None, "`text_tokens` packs for this backend"
     assert starts_k is not None, "it comes with the places"

@@ -108,7 +108,7 @@ def _capability(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else (0, 0)
 
 
-def require_flash(device: str, dtype: torch.dtype, capability: tuple[int, int] = (0, 0)) -> Any:
+def require_flash(device: str, dtype: torch.dtype, capability: tuple[int, int]) -> Any:
     """The FlashAttention that runs here: version 3 on Hopper where it is installed, else 2.
 
     Raises:

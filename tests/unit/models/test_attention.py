@@ -125,14 +125,14 @@ def test_flash_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(BackendError, match=r"needs a CUDA device, found cpu.*backend=sdpa"):
         attention(q, k, v, (1, 2, 2), AttentionConfig(backend="flash"))
     with pytest.raises(BackendError, match=r"computes in bf16, found fp32"):
-        require_flash("cuda", torch.float32)
+        require_flash("cuda", torch.float32, (8, 0))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
 def test_flash_without_its_package_is_refused() -> None:
     """The missing package is named, and so is what to do without it."""
     with pytest.raises(BackendError, match=r"package flash-attn .*; install it, or set .*backend=sdpa"):
-        require_flash("cuda", torch.bfloat16)
+        require_flash("cuda", torch.bfloat16, (8, 0))
 
 
 class _FullSize(TorchDispatchMode):

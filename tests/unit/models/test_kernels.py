@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend
 
 from regen_dist.config.embedder import AttentionConfig
 from regen_dist.errors import BackendError
-from regen_dist.models import attention as module
 from regen_dist.models import kernels
 from regen_dist.models.attention import attend_reference, attention, cross_attention
 
@@ -66,8 +65,8 @@ def _pretended(capability: tuple[int, int], **packages: Any) -> Iterator[None]:
     require, every = kernels.require_flash, {"flash_attn": None, "flash_attn_interface": None, **packages}
     with (
         mock.patch.dict(sys.modules, every),
-        mock.patch.object(kernels, "require_flash", lambda device, dtype, _=None: require("cuda", dtype, capability)),
-        mock.patch.object(module, "require_flash", lambda device, dtype: require("cuda", dtype, capability)),
+        mock.patch.object(kernels, "_capability", return_value=capability),
+        mock.patch.object(kernels, "require_flash", lambda _, *rest: require("cuda", *rest)),
         mock.patch.object(kernels, "_logged_kernels", set()),
     ):
         yield
