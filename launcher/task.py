@@ -1,4 +1,4 @@
-"""Task entry points: small slurm_tasks that Submitit pickles and calls in every process of a job.
+"""Task entry points: small callables that Submitit pickles and calls in every process of a job.
 
 Each starts its command as a subprocess from the code snapshot, forwards signals and records the exit status. It uses
 little memory, so that it survives when the kernel's out-of-memory killer ends a rank.

@@ -1,4 +1,5 @@
-"""Registries: for each choice of the config one table from its values to what they build.
+"""Registries: tables from the values of a choice of the config (attention backend, optimizer, engine, task, text
+encoder) to what they build.
 
 A new value is one file with what it builds, one line in its registry, and its name in the config's Literal. What it
 needs of its machine stands in `REQUIREMENTS`. Imports nothing heavy.

@@ -31,7 +31,7 @@ class ConfigKind(StrEnum):
 
 
 SOURCES = {  # title of each kind, module and class of its schema
-    ConfigKind.EMBEDDER: ("Training of an embedder", "regen_dist.config.embedder", "RunConfig"),
+    ConfigKind.EMBEDDER: ("Training of an embedder", "regen_dist.config.embedder", "EmbedderConfig"),
     ConfigKind.T2V: ("Training of a text-to-video model", "regen_dist.config.t2v", "T2VConfig"),
     ConfigKind.PREENCODE: ("Latent caches", "regen_dist.config.preencode", "PreencodeConfig"),
     ConfigKind.CLUSTER: ("Clusters", "launcher.cluster", "ClusterConfig"),

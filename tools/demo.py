@@ -14,7 +14,7 @@ from regen_dist.errors import EXIT_RESUME, RegenError
 from tools import stages
 
 if TYPE_CHECKING:
-    from regen_dist.config import RunConfig
+    from regen_dist.config import EmbedderConfig
 
 # Training video: an animated film. Test video: filmed street scenes with fast motion and cuts.
 TRAIN_VIDEO, HELD_OUT_VIDEO = "bbb.mp4", "bikes.mp4"
@@ -69,7 +69,7 @@ def _machine_overrides() -> list[str]:
     return ["engine.precision=fp32"]
 
 
-def _build_shards(config: RunConfig, videos: Path) -> None:
+def _build_shards(config: EmbedderConfig, videos: Path) -> None:
     train, held_out = config.data.url, config.data.validation_url
     if train is None or held_out is None:
         raise RegenError("the demo needs data.url and data.validation_url in its config: the shards go there")
@@ -77,7 +77,7 @@ def _build_shards(config: RunConfig, videos: Path) -> None:
         stages.run(["shards", "build", str(videos / video), "--out", url, "--short-side", str(SHORT_SIDE)])
 
 
-def _train(arguments: Sequence[str], config: RunConfig, run: Path) -> None:
+def _train(arguments: Sequence[str], config: EmbedderConfig, run: Path) -> None:
     """Train to the end; the first time, stop half-way by the file STOP and resume by the same command."""
     total = config.train.steps
     stages.announce(arguments)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from launcher.submit import ROOT, SubmissionRequest
 from regen_dist.checks.findings import run_concurrently
-from regen_dist.config import AnyRunConfig, RunConfig, to_yaml
+from regen_dist.config import AnyRunConfig, EmbedderConfig, to_yaml
 from regen_dist.errors import RegenError
 from regen_dist.programs import regen, with_safe_path
 
@@ -111,7 +111,7 @@ def _key(config: AnyRunConfig, world_size: int) -> str:
     """Return everything that an estimate depends on, without what runs of a sweep usually differ in."""
     train = config.train
     parts = [config.model.model_dump_json(), config.engine.model_dump_json(), config.optimizer.kind]
-    cut = config.data.sizes if isinstance(config, RunConfig) else config.data.clips
+    cut = config.data.sizes if isinstance(config, EmbedderConfig) else config.data.clips
     return repr([parts, cut, train.batch_global, train.accumulation, world_size])
 
 

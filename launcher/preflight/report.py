@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from launcher.preflight.findings import Check, PreflightFinding, Subject, problem
-from launcher.preflight.runs import alive, library, space, times
+from launcher.preflight.runs import alive, library_checks, space, times
 from launcher.preflight.scheduler import gpu_memory, ranks_and_gpus, scheduler
 from launcher.preflight.storage import checkpoints, folders, shared, wandb_key
 from launcher.submit import SubmissionRequest
 from regen_dist.errors import ConfigError, RegenError
 
 CHECKS: Sequence[Check] = (
-    library, ranks_and_gpus, folders, shared, checkpoints, space, times, gpu_memory, wandb_key, scheduler, alive,
+    library_checks, ranks_and_gpus, folders, shared, checkpoints, space, times, gpu_memory, wandb_key, scheduler, alive,
 )  # fmt: skip
 _STORES = ("AWS_", "GOOGLE_", "AZURE_")
 

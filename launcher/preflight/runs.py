@@ -266,7 +266,7 @@ def _check_time_to_checkpoint(
 _PATIENCE_S = 120.0  # timeout for all configs of a request together
 
 
-def library(subject: Subject) -> Iterator[PreflightFinding]:
+def library_checks(subject: Subject) -> Iterator[PreflightFinding]:
     """Yield what `regen train` would refuse at its start on every rank: `regen check` of each config."""
     if not subject.configs:
         return

@@ -23,7 +23,7 @@ from torch import Tensor
 from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.shards import nonfinite, shard_name
-from regen_dist.config import AnyRunConfig, RunConfig, config_hash, load_saved_config, save_config
+from regen_dist.config import AnyRunConfig, EmbedderConfig, config_hash, load_saved_config, save_config
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.config.exported import EXPORT_CONFIG_FILE, AnyExportConfig, CommonExportConfig, load_any_export_config
 from regen_dist.config.run import Section
@@ -173,7 +173,7 @@ def model_shapes(config: ModelConfig | T2VModelConfig) -> dict[str, list[int]]:
 
 def discriminator_shapes(config: AnyRunConfig) -> dict[str, list[int]] | None:
     """Return the shape of every parameter of the discriminator that a config asks for; None where it asks for none."""
-    if not isinstance(config, RunConfig) or config.train.losses.adversarial.weight == 0:
+    if not isinstance(config, EmbedderConfig) or config.train.losses.adversarial.weight == 0:
         return None
     with torch.device("meta"):
         parameters = PatchDiscriminator(config.train.losses.adversarial).named_parameters()
@@ -199,14 +199,14 @@ def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str)
 
 
 @overload
-def model_with(config: ModelConfig, weights: Mapping[str, Tensor], what: str) -> Regen | Baseline: ...
+def build_with_weights(config: ModelConfig, weights: Mapping[str, Tensor], what: str) -> Regen | Baseline: ...
 
 
 @overload
-def model_with(config: T2VModelConfig, weights: Mapping[str, Tensor], what: str) -> TextToVideo: ...
+def build_with_weights(config: T2VModelConfig, weights: Mapping[str, Tensor], what: str) -> TextToVideo: ...
 
 
-def model_with(
+def build_with_weights(
     config: ModelConfig | T2VModelConfig, weights: Mapping[str, Tensor], what: str
 ) -> Regen | Baseline | TextToVideo:
     """Build the model that a config describes from these weights, without a copy; raise CheckpointError if they do not

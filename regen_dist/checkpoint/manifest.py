@@ -1,5 +1,5 @@
-"""Checkpoint manifest: the metadata of a checkpoint, whose presence commits a folder of shards; and the identity
-of its run."""
+"""Checkpoint manifest: the metadata of a checkpoint, whose presence commits a folder of shards; the identity of
+its run; and the retention rule (`to_delete`)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from regen_dist.checks.findings import Finding, Target, error, run_concurrently
-from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
+from regen_dist.config import AnyRunConfig, EmbedderConfig, T2VConfig
 from regen_dist.config.identity import different_latents
 from regen_dist.config.yaml_files import read_yaml
 from regen_dist.data.storage.connection import StoreLimits
@@ -134,7 +134,7 @@ def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
     manifests = {url: manifest_of(url, target) for url in dict.fromkeys(_urls(config)) if not target.will_be_there(url)}
     found = {url: manifest for url, manifest in manifests.items() if manifest}
     caches = {url: manifest for url, manifest in found.items() if manifest.get("kind") == KIND}
-    if isinstance(config, RunConfig):
+    if isinstance(config, EmbedderConfig):
         yield from map(_no_videos, caches)
         return
     yield from (_no_latents(url) for url in found if url not in caches)

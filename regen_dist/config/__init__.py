@@ -1,6 +1,6 @@
 """Run config: a typed schema, YAML files composed by inheritance, dotted overrides. Imports no torch."""
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.files import (
     AnyRunConfig,
     config_hash,
@@ -14,6 +14,6 @@ from regen_dist.config.files import (
 from regen_dist.config.t2v import T2VConfig
 
 __all__ = [
-    "AnyRunConfig", "RunConfig", "T2VConfig", "config_hash", "embedder_only", "load_config", "load_embedder_config",
-    "load_saved_config", "save_config", "to_yaml",
+    "AnyRunConfig", "EmbedderConfig", "T2VConfig", "config_hash", "embedder_only", "load_config",
+    "load_embedder_config", "load_saved_config", "save_config", "to_yaml",
 ]  # fmt: skip

@@ -38,9 +38,9 @@ from regen_dist.errors import ConfigError
 
 __all__ = [
     "SPATIAL_COMPRESSION", "AttentionConfig", "CheckpointConfig", "CommonConfig", "ConditioningConfig", "DataConfig",
-    "DecoderConfig", "DensityConfig", "DiffusionConfig", "EncoderConfig", "EngineConfig", "GuardsConfig", "HangConfig",
-    "LatentConfig", "LatentStdConfig", "MixtureConfig", "ModelConfig", "OptimizerConfig", "ReadConfig", "RunConfig",
-    "SourceConfig", "SpikeConfig", "StageConfig", "TrainConfig", "WandbConfig",
+    "DecoderConfig", "DensityConfig", "DiffusionConfig", "EmbedderConfig", "EncoderConfig", "EngineConfig",
+    "GuardsConfig", "HangConfig", "LatentConfig", "LatentStdConfig", "MixtureConfig", "ModelConfig", "OptimizerConfig",
+    "ReadConfig", "SourceConfig", "SpikeConfig", "StageConfig", "TrainConfig", "WandbConfig",
 ]  # fmt: skip
 
 _OF_DIFFUSERS = ("path", "cell", "stride", "precision")
@@ -441,7 +441,7 @@ class EmbedderTrainConfig(TrainConfig):
         return values
 
 
-class RunConfig(CommonConfig):
+class EmbedderConfig(CommonConfig):
     """Config of an embedder's training, saved in resolved form in its run folder, together with its hash."""
 
     task: Literal["embedder"] = Field(default="embedder", description="What is trained: an embedder.")
@@ -453,7 +453,7 @@ class RunConfig(CommonConfig):
     train: EmbedderTrainConfig = Field(description="Length, batch, intervals and losses.")
 
     @model_validator(mode="after")
-    def _check_signal_floor(self) -> RunConfig:
+    def _check_signal_floor(self) -> EmbedderConfig:
         losses = self.train.losses
         if self.model.kind == "regen" and self.diffusion.target == "eps" and losses.any and losses.signal_floor > 0:
             raise ValueError(
@@ -464,7 +464,7 @@ class RunConfig(CommonConfig):
         return self
 
     @model_validator(mode="after")
-    def _check_linear_start(self) -> RunConfig:
+    def _check_linear_start(self) -> EmbedderConfig:
         if self.model.linear_start == "pca" and self.engine.partitioned_init:
             raise ValueError(
                 "model.linear_start=pca fits the linear code before the weights are sharded; set "
@@ -473,7 +473,7 @@ class RunConfig(CommonConfig):
         return self
 
     @model_validator(mode="after")
-    def _check_sequence_parallel(self) -> RunConfig:
+    def _check_sequence_parallel(self) -> EmbedderConfig:
         if self.model.kind == "regen":
             self.engine.check_heads("model.decoder.heads", self.model.decoder.heads)
         elif self.engine.sequence_parallel > 1:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from regen_dist.config.embedder import DiffusionConfig, ModelConfig, RunConfig
+from regen_dist.config.embedder import DiffusionConfig, EmbedderConfig, ModelConfig
 from regen_dist.config.files import Composed, describe_problem, problem_message
 from regen_dist.config.run import PositiveInt, Section
 from regen_dist.config.t2v import FlowConfig, T2VConfig, T2VModelConfig
@@ -57,7 +57,7 @@ class ExportConfig(CommonExportConfig):
     diffusion: DiffusionConfig = Field(default=DiffusionConfig(), description="Diffusion of the decoder.")
 
     @classmethod
-    def of(cls, run: RunConfig, weights: Literal["ema", "plain"] = "ema") -> ExportConfig:
+    def of(cls, run: EmbedderConfig, weights: Literal["ema", "plain"] = "ema") -> ExportConfig:
         """Extract the model's part of a run's config."""
         return cls(model=run.model, diffusion=run.diffusion, precision=run.engine.precision, weights=weights)
 

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.run import CommonConfig
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.config.version import fill_later_fields
@@ -363,8 +363,8 @@ def _write_and_replace(path: Path, data: bytes) -> None:
         raise
 
 
-AnyRunConfig = RunConfig | T2VConfig
-TASKS: dict[str, type[RunConfig] | type[T2VConfig]] = {"embedder": RunConfig, "t2v": T2VConfig}
+AnyRunConfig = EmbedderConfig | T2VConfig
+TASKS: dict[str, type[EmbedderConfig] | type[T2VConfig]] = {"embedder": EmbedderConfig, "t2v": T2VConfig}
 CONFIG_FILE = "config.yaml"
 HASH_FILE = "config.hash"
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -386,18 +386,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyRunConfig
     return _validate(_schema_of(composed), composed, Path(path))
 
 
-def load_embedder_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_embedder_config(path: str | Path, overrides: Sequence[str] = ()) -> EmbedderConfig:
     """Load the config of an embedder; raise ConfigError for another task."""
     return embedder_only(load_config(path, overrides), display(Path(path)))
 
 
-def embedder_only(config: AnyRunConfig, what: str) -> RunConfig:
+def embedder_only(config: AnyRunConfig, what: str) -> EmbedderConfig:
     """Return the config if it is that of an embedder.
 
     Raises:
         ConfigError: it is not; `what` describes it in the message.
     """
-    if not isinstance(config, RunConfig):
+    if not isinstance(config, EmbedderConfig):
         raise ConfigError(f"{what} is a config of task '{config.task}'; this needs one of an embedder (task: embedder)")
     return config
 
@@ -466,14 +466,14 @@ def config_hash(config: CommonConfig) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def _schema_of(composed: Composed) -> type[RunConfig] | type[T2VConfig]:
+def _schema_of(composed: Composed) -> type[EmbedderConfig] | type[T2VConfig]:
     """Choose the schema by the task; an unknown task is reported with the other problems."""
     task = composed.values.get("task", "embedder")
     if not isinstance(task, str) or task not in TASKS:
         problem = f"found {task!r}; allowed: {' or '.join(TASKS)}"
         composed.problems.append((composed.origin("task") or "command line", "task", problem))
         composed.values["task"] = "embedder"
-        return RunConfig
+        return EmbedderConfig
     return TASKS[task]
 
 

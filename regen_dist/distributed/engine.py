@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from regen_dist.config.run import CommonConfig
-from regen_dist.distributed.companion import build_companion
+from regen_dist.distributed.discriminator import build_discriminator_trainer
 from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.sequence_parallel import RowGroup
@@ -53,7 +53,7 @@ class Engine(ABC):
         self.config, self.ranks, self.num_updates = config, ranks, 0
         self.moments = OPTIMIZERS[config.optimizer.kind].state  # kinds that the optimizer adds
         self.rows = RowGroup(ranks)  # which ranks share samples with this one
-        self.companion = build_companion(config, ranks)  # the discriminator, where the config asks for one
+        self.discriminator = build_discriminator_trainer(config, ranks)  # None without an adversarial loss
 
     def __call__(self, *args: Any) -> Any:
         """The module's forward pass."""
@@ -65,8 +65,8 @@ class Engine(ABC):
         if result.applied:
             self.num_updates += 1
             self._update_ema()
-        if self.companion is not None:
-            self.companion.step(result.applied)
+        if self.discriminator is not None:
+            self.discriminator.step(result.applied)
         return result
 
     @abstractmethod
@@ -92,7 +92,7 @@ class Engine(ABC):
 
     def pieces(self) -> Pieces:
         """Return everything that a checkpoint must hold of this rank: views, valid until the next step."""
-        return self._model_pieces() | ({} if self.companion is None else self.companion.pieces())
+        return self._model_pieces() | ({} if self.discriminator is None else self.discriminator.pieces())
 
     def _model_pieces(self) -> Pieces:
         masters = {f"master/{name}": tensor for name, tensor in self.named_masters()}

@@ -23,7 +23,7 @@ from torch import Tensor
 from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import DataError
 from regen_dist.evaluation.evaluated_models import EvaluatedModel
-from regen_dist.evaluation.metrics import Options, Pair, Passage, VideoMeter, measure, psnr_db, squared_error
+from regen_dist.evaluation.metrics import Options, Pair, Roundtrip, VideoMeter, measure, psnr_db, squared_error
 from regen_dist.evaluation.perceptual import (
     MS_SSIM_SIDE,
     GivenNetwork,
@@ -172,7 +172,7 @@ def measure_video(
         The video's part of the JSON, and the features of its segments and frames.
     """
     options = Options(steps=model.steps, overlap=min(protocol.overlap, model.codec.num_frames - 1), seed=protocol.seed)
-    passage, meter = Passage(video, model.codec, options), VideoMeter()
+    roundtrip, meter = Roundtrip(video, model.codec, options), VideoMeter()
     frames = _FrameMeasures(protocol.period, networks, protocol.segment_frames)
     folder = out / MEDIA / model.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,15 +184,15 @@ def measure_video(
             frames.add(pair)
             shown.write(pair.decoded)
 
-        found = measure(passage, with_vmaf=with_vmaf, on_pair=on_pair, meter=meter)
+        found = measure(roundtrip, with_vmaf=with_vmaf, on_pair=on_pair, meter=meter)
     frames.finish()
-    speed, pixels = passage.speed, video.num_frames * video.height * video.width
+    speed, pixels = roundtrip.speed, video.num_frames * video.height * video.width
     seam = found.seam_ratio / found.seam_ratio_source if found.seam_ratio and found.seam_ratio_source else None
     values = {
         "psnr_db": found.psnr_db, "ssim": found.ssim, "ms_ssim": _mean(frames.ms_ssim), "vmaf": found.vmaf,
         "lpips": _mean(frames.lpips), "flicker": _mean(frames.flicker), "seam_ratio": seam,
         "grid_energy": _mean(frames.grid),
-        "bits_per_pixel": model.bits(speed.latent_values, passage.plan.clip) / pixels,
+        "bits_per_pixel": model.bits(speed.latent_values, roundtrip.plan.clip) / pixels,
         "encode_ms_per_frame": 1000 * speed.encode_s / video.num_frames,
         "decode_ms_per_frame": 1000 * speed.decode_s / video.num_frames,
     }  # fmt: skip

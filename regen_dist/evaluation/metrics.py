@@ -181,7 +181,7 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else "no output"
 
 
-# Passage of a whole video through a codec, measured against its source on the way.
+# Roundtrip of a whole video through a codec, measured against its source on the way.
 
 
 class FrameSource(Protocol):
@@ -263,7 +263,7 @@ class Pair:
 
 
 @dataclass
-class Passage:
+class Roundtrip:
     """One video on its way through a codec.
 
     `measured` yields a pair for every frame of the source. `on_output` is called with the pairs of the output: the
@@ -360,33 +360,33 @@ class Measurement:
 
 
 def measure(
-    passage: Passage,
+    roundtrip: Roundtrip,
     *,
     with_vmaf: bool = True,
     on_pair: Callable[[Pair], None] = lambda pair: None,
     meter: VideoMeter | None = None,
 ) -> Measurement:
-    """Run a passage to its end. VMAF compares lossless 4:2:0 copies in a temporary folder. A new `meter` passed by the
-    caller holds the measures of each frame afterwards."""
+    """Run a roundtrip to its end. VMAF compares lossless 4:2:0 copies in a temporary folder. A new `meter` passed by
+    the caller holds the measures of each frame afterwards."""
     meter = VideoMeter() if meter is None else meter
     with tempfile.TemporaryDirectory() as folder:
         copies = [Path(folder) / name for name in ("source.mp4", "decoded.mp4")]
         with ExitStack() as stack:
             writers = [
-                stack.enter_context(VideoWriter(path, passage.source.rate, crf=0, preset="ultrafast"))
+                stack.enter_context(VideoWriter(path, roundtrip.source.rate, crf=0, preset="ultrafast"))
                 for path in (copies if with_vmaf else ())
             ]
-            for pair in passage.measured():
+            for pair in roundtrip.measured():
                 meter.add(pair.source, pair.decoded)
                 on_pair(pair)
                 for writer, frame in zip(writers, (pair.source, pair.decoded), strict=False):
                     writer.write(frame)
         score = vmaf(*copies) if with_vmaf else Vmaf(None, "not asked for")
-    return _summarise(passage, meter, score)
+    return _summarise(roundtrip, meter, score)
 
 
-def _summarise(passage: Passage, meter: VideoMeter, score: Vmaf) -> Measurement:
-    source, speed, crosses = passage.source, passage.speed, passage.plan.crosses()
+def _summarise(roundtrip: Roundtrip, meter: VideoMeter, score: Vmaf) -> Measurement:
+    source, speed, crosses = roundtrip.source, roundtrip.speed, roundtrip.plan.crosses()
     bits = bits_per_pixel(speed.latent_values, source.num_frames, source.height, source.width)
     seam = seam_ratio(meter.changes, crosses) if crosses else None
     notes = [f"VMAF: {score.reason}"] if score.score is None else []
@@ -403,7 +403,7 @@ def _summarise(passage: Passage, meter: VideoMeter, score: Vmaf) -> Measurement:
         seam_ratio_source=seam_ratio(meter.source_changes, crosses) if crosses else None,
         latent_bits_per_pixel=bits,
         compression=RAW_BITS_PER_PIXEL / bits,
-        windows=len(passage.plan.starts),
+        windows=len(roundtrip.plan.starts),
         encode_s=speed.encode_s,
         decode_s=speed.decode_s,
         encode_frames_per_s=source.num_frames / max(speed.encode_s, 1e-9),

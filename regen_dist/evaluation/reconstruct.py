@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.metrics import Measurement, Options, Pair, Passage, measure
+from regen_dist.evaluation.metrics import Measurement, Options, Pair, Roundtrip, measure
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.codec import Window, blend_weights
 from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
@@ -97,7 +97,7 @@ def reconstruct(
             alone.write(pair.decoded, seconds)
             both.write(_side_by_side(pair.source, pair.decoded), seconds)
 
-        measurement = measure(Passage(source, codec, options, on_output), on_pair=on_pair)
+        measurement = measure(Roundtrip(source, codec, options, on_output), on_pair=on_pair)
     title = f"{source.path.name}   {measurement.psnr_db:.2f} dB, {measurement.latent_bits_per_pixel:.3f} bits per pixel"
     write_sheet(out / SHEET, columns.numbers, columns.source, {label: columns.decoded}, title=title)
     report = _report(source, options, label, model, measurement)
@@ -112,7 +112,7 @@ def measure_trivial(source: SourceVideo, num_frames: int, options: Options) -> d
     plain = replace(options, fps=None, steps=1)
     found: dict[str, dict[str, Any]] = {}
     for kind in TRIVIAL_KINDS:
-        measurement = measure(Passage(source, TrivialCodec(kind, num_frames), plain))
+        measurement = measure(Roundtrip(source, TrivialCodec(kind, num_frames), plain))
         kept = ("psnr_db", "psnr_mean_over_frames_db", "ssim", "vmaf")
         found[kind] = {"label": LABELS[kind], **{name: getattr(measurement, name) for name in kept}}
     return found

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.export import STATISTICS_FILE, Weights, model_with
+from regen_dist.checkpoint.export import STATISTICS_FILE, Weights, build_with_weights
 from regen_dist.checkpoint.load_model import find_embedder
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.exported import ExportConfig
 from regen_dist.config.run import SPATIAL_COMPRESSION as P
 from regen_dist.diffusion.noise import gaussian
@@ -138,7 +138,7 @@ class Codec:
     def __init__(
         self,
         model: Regen | Baseline,
-        config: RunConfig | ExportConfig,
+        config: EmbedderConfig | ExportConfig,
         device: torch.device,
         step: int = 0,
         statistics: LatentStatistics | None = None,
@@ -171,8 +171,8 @@ class Codec:
             ConfigError: the folder is neither a run of an embedder nor an export.
         """
         found = find_embedder(path, weights)
-        model = model_with(found.config.model, found.weights(), found.what)
-        expect_encoder(model, found.data)
+        model = build_with_weights(found.config.model, found.weights(), found.what)
+        set_expected_encoder(model, found.data)
         statistics = None if found.run is not None else read_statistics(found.path / STATISTICS_FILE)
         return cls(model, found.config, device or choose_device(), found.step, statistics)
 
@@ -339,7 +339,7 @@ class Codec:
         return lambda latents, tile: model.reconstruct(latents, length)
 
 
-def expect_encoder(model: Regen | Baseline, facts: Mapping[str, Any] | None) -> None:
+def set_expected_encoder(model: Regen | Baseline, facts: Mapping[str, Any] | None) -> None:
     """Check that a model has the frozen encoder that it was trained with, where the checkpoint's `facts` name one."""
     if isinstance(model.encoder, DiffusersEncoder):
         model.encoder.expected = (facts or {}).get(ENCODER_FACT)

@@ -30,7 +30,7 @@ from regen_dist.checkpoint.export import (
     write_model,
 )
 from regen_dist.checkpoint.manifest import CheckpointManifest
-from regen_dist.config import AnyRunConfig, RunConfig, T2VConfig
+from regen_dist.config import AnyRunConfig, EmbedderConfig, T2VConfig
 from regen_dist.config.datasets import DataConfig
 from regen_dist.config.exported import (
     EXPORT_CONFIG_FILE,
@@ -164,7 +164,7 @@ def _described(
     )
     exported: AnyExportConfig = (
         ExportConfig.of(config, options.weights)
-        if isinstance(config, RunConfig)
+        if isinstance(config, EmbedderConfig)
         else T2VExportConfig.of(config, options.weights)
     )
     return exported.model_copy(update={"dtype": options.dtype or "float32", "sha256": digest, "origin": origin})
@@ -182,7 +182,7 @@ def _complete(
         space = read_space(run)
         _complete_t2v(made, exported, manifest.shapes, space, replace(options, embedder=embedder))
         return t2v_card(exported, exported.origin, manifest.shapes, space, pipeline=(made / PIPELINE_FILE).is_file())
-    assert isinstance(config, RunConfig), "what is exported is of the run's kind"
+    assert isinstance(config, EmbedderConfig), "what is exported is of the run's kind"
     statistics = _statistics(made, config, options, progress) if options.statistics_clips else None
     if statistics is not None:
         write_text_atomically(made / STATISTICS_FILE, statistics.to_text())
@@ -207,7 +207,7 @@ def _complete_t2v(
     write_pipeline_files(made, exported, space, text)
 
 
-def _statistics(made: Path, config: RunConfig, options: ExportOptions, progress: Progress) -> LatentStatistics:
+def _statistics(made: Path, config: EmbedderConfig, options: ExportOptions, progress: Progress) -> LatentStatistics:
     data = config.data if options.data is None else _data_at(config.data, options.data)
     codec = Codec.load(made)
     try:

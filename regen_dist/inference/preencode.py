@@ -1,6 +1,6 @@
 """Pre-encoding of a dataset of videos into a cache of latents and text embeddings.
 
-A cache is a dataset (data/dataset) of kind "latents": one shard for each shard of videos, one entry for each video.
+A cache is a dataset (data/format) of kind "latents": one shard for each shard of videos, one entry for each video.
 Pre-encoding is resumable: finished shards stay, missing ones are made, and the manifest is written last. Several tasks,
 also on several machines, can share the shards.
 """

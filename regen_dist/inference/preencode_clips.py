@@ -28,7 +28,7 @@ from regen_dist.data.format.index import SCHEMA_VERSION, Sample, read_index
 from regen_dist.data.format.manifest import Kind, described, only_videos, read_all
 from regen_dist.data.loading.clip_loader import clip_geometry
 from regen_dist.data.loading.datasets import best_size
-from regen_dist.data.loading.fetch import Bytes
+from regen_dist.data.loading.fetch import FetchResult
 from regen_dist.data.order.mixture import Bucket
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.data.video.conversion import Geometry, UInt8s, frame_to_planes
@@ -267,7 +267,7 @@ class DecodeJob(NamedTuple, Generic[Item]):
     """A video to decode, with its item: its file, its number of frames in the index, and its clips."""
 
     item: Item
-    found: Bytes
+    found: FetchResult
     frames: int
     cut: ClipCut
 
@@ -336,7 +336,7 @@ def decoders(count: int | None = None) -> Iterator[Decoders]:
         made.stop()
 
 
-def decode_clips(found: Bytes, frames: int, cut: ClipCut) -> Iterator[UInt8s]:
+def decode_clips(found: FetchResult, frames: int, cut: ClipCut) -> Iterator[UInt8s]:
     """Decode the clips of a video, uint8 [3, T, H, W] each, in one pass.
 
     Args:

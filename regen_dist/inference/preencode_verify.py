@@ -13,7 +13,7 @@ from regen_dist.data.format.catalogue import Dataset, open_dataset
 from regen_dist.data.format.index import Sample
 from regen_dist.data.format.latents import CacheFacts, unpack_latents
 from regen_dist.data.format.manifest import MANIFEST, changes
-from regen_dist.data.loading.fetch import Bytes
+from regen_dist.data.loading.fetch import FetchResult
 from regen_dist.data.pool import Progress
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.data.storage.store import Store
@@ -137,7 +137,7 @@ def _encoded(config: PreencodeConfig, inputs: Inputs, source: Sample) -> Latents
     """Encode one video in batches of its own."""
     video = Pending(source, cut_video(source, config, inputs.encoder.num_frames))
     batches = Batches(inputs.encoder, config.batch_clips, [video])
-    found = Bytes(inputs.dataset.read(source))
+    found = FetchResult(inputs.dataset.read(source))
     for number, clip in enumerate(decode_clips(found, source.frames, video.cut)):
         batches.add(video, number, clip)
     batches.finish()

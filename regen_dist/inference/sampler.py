@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.checkpoint.export import Weights, model_with
+from regen_dist.checkpoint.export import Weights, build_with_weights
 from regen_dist.checkpoint.load_model import find_t2v
 from regen_dist.config.exported import T2VExportConfig
 from regen_dist.config.run import SamplerName
@@ -182,7 +182,7 @@ class TextToVideoModel:
         if untrained:
             facts = {"run": found.name, "step": 0, "weights": "untrained", "config_hash": found.config_hash}
             return cls(_fresh(found.config), found.config, space, device, facts)
-        model = model_with(found.config.model, found.weights(), found.what)
+        model = build_with_weights(found.config.model, found.weights(), found.what)
         return cls(model, found.config, space, device, found.facts())
 
     @property

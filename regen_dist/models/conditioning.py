@@ -87,7 +87,7 @@ class SineLayer(nn.Module):
 
 
 class LatentConditioning(nn.Module):
-    """C_e, the decoder's only positional information.
+    """C_e: what each token of the decoder is told of its time and its latents.
 
     Time is a real number of frames from the clip's first: any subset of frames, times between them, and times slightly
     past the clip's end can be asked for.

@@ -79,7 +79,7 @@ class _SavedTensors(TorchFunctionMode):
     """Counts what autograd keeps for the backward pass, weights apart: each storage once, by the unit that kept it.
 
     Attributes:
-        attended: attention's outputs, by unit, which `models.recomputation` keeps.
+        attended: attention's outputs, by unit, which recomputation (`models/layers.py`) keeps.
         attention_flops: operations of attention, which are not done again where its outputs are kept.
     """
 

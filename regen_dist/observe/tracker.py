@@ -27,7 +27,7 @@ START_S, SEND_S, FINISH_S, TEARDOWN_S = 30.0, 10.0, 20.0, 2.0  # time limits of 
 _STEP = "step"  # x-axis of every curve; wandb's own counter drops points with a lower step than the last
 
 
-class Tracker:
+class WandbTracker:
     """Weights & Biases tracker; disables itself at the first failure, or at the first call that exceeds its time
     limit."""
 
@@ -186,7 +186,7 @@ class Trackers:
     """
 
     def __init__(self, config: CommonConfig, run: Path, step: int = 0) -> None:
-        self._all: list[MetricTracker] = [Tracker(config, run)]
+        self._all: list[MetricTracker] = [WandbTracker(config, run)]
         if config.tensorboard.enabled:
             self._all.append(TensorBoard(run / "tensorboard", step))
 

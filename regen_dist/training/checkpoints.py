@@ -104,10 +104,10 @@ class RunCheckpoints:
         if manifest is None:
             return RunProgress(0, 0, {})
         self._engine.restore(self.folder.reader(manifest), manifest.state["num_updates"])
-        if (companion := self._engine.companion) is not None:
+        if (trainer := self._engine.discriminator) is not None:
             state = manifest.state.get("companion")
             shapes = {} if state is None else state["shapes"]
-            companion.restore(self.folder.reader(replace(manifest, shapes=shapes)), state)
+            trainer.restore(self.folder.reader(replace(manifest, shapes=shapes)), state)
         if self._ranks.agree(bool(nonfinite(self._engine.pieces()))):
             raise CheckpointError(
                 f"the checkpoint of step {manifest.step} in {self.folder.url} holds values that are not finite; an "
@@ -211,8 +211,8 @@ class RunCheckpoints:
 
     def _manifest(self, progress: RunProgress) -> CheckpointManifest:
         state: dict[str, Any] = {"num_updates": self._engine.num_updates, "data_shift": progress.data_shift}
-        if self._engine.companion is not None:  # its shapes lie here: an export takes those of the model
-            state["companion"] = self._engine.companion.state()
+        if self._engine.discriminator is not None:  # its shapes lie here: an export takes those of the model
+            state["companion"] = self._engine.discriminator.state()
         return CheckpointManifest(
             step=progress.step,
             samples=progress.step * self._config.train.batch_global,
@@ -233,7 +233,7 @@ class RunCheckpoints:
 
     def _check_belongs(self, manifest: CheckpointManifest) -> None:
         """Refuse another model, discriminator or order of the data, as `regen check` does beforehand."""
-        companion = self._engine.companion
+        trainer = self._engine.discriminator
         refuse(another_model(self._config, manifest, self._shapes))
-        refuse(another_discriminator(self._config, manifest, None if companion is None else companion.shapes()))
+        refuse(another_discriminator(self._config, manifest, None if trainer is None else trainer.shapes()))
         refuse(another_order(self._config, manifest, self._identity))

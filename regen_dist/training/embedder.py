@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist import pixels
-from regen_dist.config.embedder import ModelConfig, RunConfig
+from regen_dist.config.embedder import EmbedderConfig, ModelConfig
 from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
 from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.data.loading.validation import validation_clip
@@ -47,7 +47,7 @@ def psnr_db(a: Tensor, b: Tensor) -> float:
 class EmbedderTask:
     """REGEN: encoder, conditioning and decoder trained end to end with one diffusion loss (paper, Sec. 3)."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: EmbedderConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.extra_losses = ExtraLosses(config, device)
 
@@ -150,7 +150,7 @@ def frozen_encoder(config: ModelConfig) -> dict[str, str]:
     return {ENCODER_FACT: DiffusersEncoder(config).fingerprint} if config.encoder.frozen else {}
 
 
-def train_frames(config: RunConfig, num_frames: int, step: int, device: torch.device | None = None) -> Tensor:
+def train_frames(config: EmbedderConfig, num_frames: int, step: int, device: torch.device | None = None) -> Tensor:
     """Numbers of the frames that the decoder is trained on in a step, ascending, int64 [n]: the same for all clips."""
     every = torch.arange(num_frames, device=device)
     wanted = config.diffusion.train_frames
@@ -160,7 +160,7 @@ def train_frames(config: RunConfig, num_frames: int, step: int, device: torch.de
     return chances.argsort(stable=True)[:wanted].sort().values
 
 
-def latent_noise(config: RunConfig, x0: Tensor, ids: Tensor, step: int) -> Latents | None:
+def latent_noise(config: EmbedderConfig, x0: Tensor, ids: Tensor, step: int) -> Latents | None:
     """Gaussian noise for the latents, keyed like the pixels' noise; None when the config asks for none."""
     std, channels = config.model.latent.noise_std, config.model.latent.channels
     if std == 0:

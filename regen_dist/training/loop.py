@@ -161,7 +161,7 @@ def layer_of(parameter: str) -> str:
     return ".".join(parts[:-1] if numbered is None else parts[: numbered + 1]) or parameter
 
 
-class StepHeartbeat(NamedTuple):
+class StepAgreement(NamedTuple):
     """State that all ranks share after a step: the global mean loss, the number of replacement samples in the global
     batch, whether some rank wants to stop, and whether a save has ended."""
 
@@ -237,7 +237,7 @@ class Trainer(Stepper):
         while self.step < train.steps:
             with self.clock.step():
                 made = self.train_step()
-            heartbeat = self._exchange_heartbeat(stopper)
+            heartbeat = self._agree(stopper)
             self.guards.after_step(self.step, made.result, heartbeat.num_replaced)
             spike = self.guards.spikes.judge(self.step, heartbeat.loss, made.batch.kind)
             if spike is not None:
@@ -274,13 +274,13 @@ class Trainer(Stepper):
     def _fetched(self, micro: int, batch: Batch) -> None:
         self.sample_log.write(self.step + 1, micro, batch)
 
-    def _exchange_heartbeat(self, stopper: Stopper) -> StepHeartbeat:
+    def _agree(self, stopper: Stopper) -> StepAgreement:
         """Exchange the state of all ranks after a step, in one collective."""
         self._mark("agree")
         loss, num_replaced = self.meter.end_step()
         own = [loss, num_replaced, stopper.wanted(), self.checkpoints.finished]
         total, bad, stop, saved = self.ranks.sum([float(value) for value in own])
-        return StepHeartbeat(total / self.ranks.world_size, int(bad), stop > 0, saved > 0)
+        return StepAgreement(total / self.ranks.world_size, int(bad), stop > 0, saved > 0)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps

@@ -15,9 +15,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.diffusion.noise import NoiseStream, latent_gaussian
-from regen_dist.distributed.companion import Companion
+from regen_dist.distributed.discriminator import DiscriminatorTrainer
 from regen_dist.distributed.engine import Engine
 from regen_dist.models.perceptual import (
     PerceptualNetwork,
@@ -41,7 +41,7 @@ class ExtraLosses:
         ConfigError: the perceptual network's file is missing or not in the format.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: EmbedderConfig, device: torch.device) -> None:
         self._losses, self._seed = config.train.losses, config.train.seed
         settings, self._network = self._losses.perceptual, None
         if settings.weight > 0:
@@ -72,9 +72,9 @@ class ExtraLosses:
             extra = extra + self._losses.perceptual.weight * (share * distance).mean()
             figures["perceptual"] = distance.detach().mean()
         if self._losses.adversarial.weight > 0 and step >= self._losses.adversarial.start_step:
-            assert engine.companion is not None, "built where the weight is above 0"
-            figures |= self._train(engine.companion, source, made.detach(), share)
-            with _frozen(engine.companion.module) as discriminator:
+            assert engine.discriminator is not None, "built where the weight is above 0"
+            figures |= self._train(engine.discriminator, source, made.detach(), share)
+            with _frozen(engine.discriminator.module) as discriminator:
                 fooled = generator_loss(self._losses.adversarial.loss, discriminator(made))
             extra = extra + self._losses.adversarial.weight * (share * fooled).mean()
             figures["adversarial"] = fooled.detach().mean()
@@ -93,19 +93,19 @@ class ExtraLosses:
         noise = latent_gaussian(self._seed, ids, num_frames, 1, (1, 1), draw=step, stream=NoiseStream.PERCEPTUAL)
         return noise.view(len(ids), num_frames).argsort(1)[:, :wanted]
 
-    def _train(self, companion: Companion, source: Tensor, made: Tensor, share: Tensor) -> dict[str, Tensor]:
+    def _train(self, trainer: DiscriminatorTrainer, source: Tensor, made: Tensor, share: Tensor) -> dict[str, Tensor]:
         """Accumulate the discriminator's gradients of a micro-batch. Returns figures."""
-        config, discriminator = self._losses.adversarial, companion.module
+        config, discriminator = self._losses.adversarial, trainer.module
         penalty = torch.zeros(len(source), device=source.device)
         if config.regularisation == "r1":
             real, penalty = r1_penalty(discriminator, source)
         else:
             real = discriminator(source)
         fake = discriminator(made)
-        if config.regularisation == "lecam" and companion.averages is not None:
-            penalty = lecam_penalty(real, fake, companion.averages)
+        if config.regularisation == "lecam" and trainer.averages is not None:
+            penalty = lecam_penalty(real, fake, trainer.averages)
         losses = discriminator_loss(config.loss, real, fake)
-        companion.backward((share * (losses + config.regularisation_weight * penalty)).mean(), real, fake)
+        trainer.backward((share * (losses + config.regularisation_weight * penalty)).mean(), real, fake)
         return {
             "discriminator": losses.detach().mean(),
             "logit_real": real.detach().mean(),

@@ -21,7 +21,7 @@ from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.saver import Saver
 from regen_dist.checkpoint.shards import shard_name
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.run import CheckpointConfig
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
@@ -49,7 +49,7 @@ HURRIED_READ = {"data__read__stall_s": HURRIED.stall_s, "data__read__deadline_s"
 class Job(NamedTuple):
     """A run, with variables of its own; SIGKILL ends every rank before the step after `killed_after`."""
 
-    config: RunConfig
+    config: EmbedderConfig
     environment: Mapping[str, str] = {}
     killed_after: int | None = None
 
@@ -81,7 +81,7 @@ class Shop(NamedTuple):
 
     folder: Path
     url: str
-    configs: dict[str, RunConfig]
+    configs: dict[str, EmbedderConfig]
 
     def checkpoints(self, name: str) -> CheckpointFolder:
         return CheckpointFolder(self.configs[name].checkpoints, PATIENT)
@@ -123,7 +123,7 @@ def shop(object_store: ObjectServer, url: str, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("checkpoints")
     data = tiny_dataset(folder / "data")
 
-    def config(name: str, place: str | None, **changes: Any) -> RunConfig:
+    def config(name: str, place: str | None, **changes: Any) -> EmbedderConfig:
         values = {"engine__kind": "zero3", "train__steps": STEPS, "checkpoint__every": EVERY, "checkpoint__url": place}
         return tiny_run(folder, data, name=name, **{**values, **HURRIED_READ, **changes})
 

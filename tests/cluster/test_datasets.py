@@ -24,7 +24,7 @@ from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import samples_of
 from regen_dist.data.format.manifest import MANIFEST, DatasetManifest
 from regen_dist.data.inspect.check import verify_dataset
-from regen_dist.data.storage.bucket import ObjectInfo
+from regen_dist.data.storage.object_store import ObjectInfo
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, DataError
 from tests.helpers.datasets import members, objects, run_builds, start_build, wait_for, write_shards

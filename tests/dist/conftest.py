@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import tensors
 from tests.helpers.ranks import Job, forget_moments, run_ranks, train_jobs
@@ -114,7 +114,7 @@ def _run(world_size: int, jobs: list[Job]) -> list[Any]:
     return run_ranks(train_jobs, world_size, jobs, timeout_s=START_S)
 
 
-def _load(config: RunConfig) -> dict[str, Any]:
+def _load(config: EmbedderConfig) -> dict[str, Any]:
     """This rank's pieces of the state that a run goes on from, as numpy arrays; runs in the ranks."""
     from regen_dist.distributed.ranks import process_group, read_environment
     from regen_dist.training.run import build_trainer
@@ -129,14 +129,14 @@ def _load(config: RunConfig) -> dict[str, Any]:
             trainer.close()
 
 
-def _maker(folder: Path, data: Path) -> Callable[..., RunConfig]:
-    def make(name: str, **changes: Any) -> RunConfig:
+def _maker(folder: Path, data: Path) -> Callable[..., EmbedderConfig]:
+    def make(name: str, **changes: Any) -> EmbedderConfig:
         return tiny_run(folder, data, name=name, **{**COMMON, **changes})
 
     return make
 
 
-def _first_start_of_two(made: Callable[..., RunConfig]) -> list[Job]:
+def _first_start_of_two(made: Callable[..., EmbedderConfig]) -> list[Job]:
     return [
         Job(made("bf16", **BF16)),
         Job(made("fp32")),
@@ -154,7 +154,7 @@ def _first_start_of_two(made: Callable[..., RunConfig]) -> list[Job]:
     ]
 
 
-def _first_start_of_one(made: Callable[..., RunConfig]) -> list[Job]:
+def _first_start_of_one(made: Callable[..., EmbedderConfig]) -> list[Job]:
     return [
         Job(made("plain_bf16", **PLAIN, **BF16)),
         Job(made("plain_fp32", **PLAIN)),

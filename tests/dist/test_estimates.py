@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from launcher.supervise import launch
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.models.flops import count_flops
 from regen_dist.models.memory import memory_bytes, sent_bytes
 from tests.helpers.ranks import run_ranks
@@ -31,7 +31,7 @@ GATHERED, REDUCED, SMALL = "weights gathered", "gradients reduced", "small weigh
 class Case(NamedTuple):
     """A run, and DeepSpeed's `zero_optimization` settings that are changed for it."""
 
-    config: RunConfig
+    config: EmbedderConfig
     settings: dict[str, int]
 
 
@@ -123,7 +123,7 @@ def _measure(case: Case, ranks: Any) -> Measured:
 
     settings = engines.deepspeed_settings
 
-    def changed(config: RunConfig, world_size: int) -> dict[str, Any]:
+    def changed(config: EmbedderConfig, world_size: int) -> dict[str, Any]:
         usual = settings(config, world_size)
         return usual | {"zero_optimization": usual["zero_optimization"] | case.settings}
 
@@ -141,7 +141,7 @@ def _measure(case: Case, ranks: Any) -> Measured:
     )
 
 
-def _step(engine: Any, task: Any, config: RunConfig) -> None:
+def _step(engine: Any, task: Any, config: EmbedderConfig) -> None:
     import torch
 
     from regen_dist.data.loading.clip_loader import ClipBatch

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.observe.record import read_record
 from tests.helpers.networks import write_vgg
 from tests.helpers.ranks import Job, run_ranks, train_jobs
@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     zero3: dict[str, Any] = {"engine__kind": "zero3", "engine__persistence_threshold": 500}
 
-    def run(name: str, **changes: Any) -> RunConfig:
+    def run(name: str, **changes: Any) -> EmbedderConfig:
         return tiny_run(folder, data, name=name, **common, **changes)
 
     baseline, r1 = {"model__kind": "magvit2"}, {"train__losses__adversarial__regularisation": "r1"}

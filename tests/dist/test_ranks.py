@@ -14,7 +14,7 @@ import pytest
 
 from launcher.supervise import launch
 from regen_dist.config import AnyRunConfig
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.observe.record import read_record
@@ -27,7 +27,7 @@ from tests.helpers.tiny import tiny_dataset, tiny_t2v
 COSTLY = {"torch._inductor.compile_fx", "skimage.metrics", "scipy.ndimage"}  # seconds each where a disk is slow
 
 
-def _imported(config: RunConfig) -> list[str]:
+def _imported(config: EmbedderConfig) -> list[str]:
     assert train(config) == 0
     assert "deepspeed.runtime.zero.muon.original_muon" in sys.modules, "what would import the compiler"
     return sorted(COSTLY & sys.modules.keys())
@@ -45,10 +45,10 @@ def test_two_ranks_begin_at_the_linear_code_that_one_of_them_fitted(tmp_path: Pa
     shapes = tmp_path / "shapes"
     build_synthetic(shapes, SyntheticOptions(number=48, seed=1, side=32, frames=5), workers=0)
 
-    def run(name: str, start: str, **changes: Any) -> RunConfig:
+    def run(name: str, start: str, **changes: Any) -> EmbedderConfig:
         return small_run(tmp_path, shapes, name, model__linear_start=start, train__steps=2, **changes)
 
-    def losses(config: RunConfig, ranks: int) -> list[float]:
+    def losses(config: EmbedderConfig, ranks: int) -> list[float]:
         assert run_ranks(train, ranks, config) == [0] * ranks
         return ending(config).losses
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from regen_dist.checkpoint.export import model_with
-from regen_dist.config import RunConfig, load_saved_config, to_yaml
+from regen_dist.checkpoint.export import build_with_weights
+from regen_dist.config import EmbedderConfig, load_saved_config, to_yaml
 from regen_dist.data.loading.clip_loader import clip_batches
 from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.distributed.ranks import Ranks
@@ -178,11 +178,11 @@ class TestImport:
         assert not (folder / "runs" / "wrong").exists()
 
 
-def _loss(config: RunConfig, weights: dict[str, torch.Tensor] | None) -> float:
+def _loss(config: EmbedderConfig, weights: dict[str, torch.Tensor] | None) -> float:
     """The loss of a run's first batch at these weights; None: those that the run would begin with."""
     cpu = torch.device("cpu")
     task = build_task(config, cpu)
-    module = task.build() if weights is None else model_with(config.model, weights, "the parameters")
+    module = task.build() if weights is None else build_with_weights(config.model, weights, "the parameters")
     plain = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "plain"})})
     engine = PlainEngine(plain, Ranks(), lambda: module)
     data = TrainingSet(

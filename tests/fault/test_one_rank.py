@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from regen_dist.config import to_yaml
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import Sample
 from regen_dist.observe.record import read_record
@@ -22,7 +22,7 @@ from tests.helpers.tiny import tiny_dataset, tiny_run
 BAD_STEP = 3  # counted from 0: the fourth step
 
 
-def _train_with_a_nan(configs: list[RunConfig], bad_rank: int) -> list[Any]:
+def _train_with_a_nan(configs: list[EmbedderConfig], bad_rank: int) -> list[Any]:
     """Train, with a loss that is NaN in one step on one rank; runs in the ranks."""
     from regen_dist.training.embedder import EmbedderTask
 

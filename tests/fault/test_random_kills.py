@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import folder_of, newest
 from tests.helpers.comeback import assert_equal, ending, first_lines, small_run, train
@@ -58,7 +58,7 @@ def test_a_run_that_is_killed_twenty_times_comes_back(tmp_path: Path) -> None:
     assert_equal(ending(config), ending(whole))
 
 
-def _pace(config: RunConfig) -> Pace:
+def _pace(config: EmbedderConfig) -> Pace:
     """Train undisturbed, and time it."""
     run_ranks(time.time, 2)  # what ranks are forked from is there afterwards
     began = time.time()
@@ -67,18 +67,18 @@ def _pace(config: RunConfig) -> Pace:
     return Pace(times[0] - began, (times[-1] - times[0]) / (STEPS - 1))
 
 
-def _step(config: RunConfig) -> int:
+def _step(config: EmbedderConfig) -> int:
     """The newest checkpoint, which must be whole; 0 when nothing was ever committed."""
     return newest(config.folder).step if folder_of(config.folder).steps() else 0
 
 
-def _reached(config: RunConfig) -> int:
+def _reached(config: EmbedderConfig) -> int:
     """The last step that is in the record."""
     record = config.folder / "metrics.jsonl"
     return max((line["step"] for line in read_record(record, "train")), default=0) if record.exists() else 0
 
 
-def _kill(started: Started, config: RunConfig, chance: random.Random, pace: Pace, before: int) -> None:
+def _kill(started: Started, config: EmbedderConfig, chance: random.Random, pace: Pace, before: int) -> None:
     """One rank or both, at a moment that is drawn; what is left a little later, as the launcher ends it."""
     at_step, steps, share = chance.random() < AT_STEP, chance.randint(1, MOST_STEPS), chance.random()
     victims, patience_s = chance.choice([[0], [1], [0, 1]]), chance.uniform(0.0, 1.0)
@@ -92,7 +92,7 @@ def _kill(started: Started, config: RunConfig, chance: random.Random, pace: Pace
     started.kill()
 
 
-def _made(started: Started, config: RunConfig, step: int, timeout_s: float) -> bool:
+def _made(started: Started, config: EmbedderConfig, step: int, timeout_s: float) -> bool:
     """Wait until this start has made a step; False when time is up. What an earlier start recorded of the same steps
     is dropped when this one resumes."""
     began, deadline = started.began, time.monotonic() + timeout_s
@@ -106,7 +106,7 @@ def _made(started: Started, config: RunConfig, step: int, timeout_s: float) -> b
     return False
 
 
-def _check(config: RunConfig, before: int, logs: Path) -> None:
+def _check(config: EmbedderConfig, before: int, logs: Path) -> None:
     """A start went on from where the run was; what it committed is whole, and not more than two steps behind."""
     for line in first_lines(logs):  # none where it was killed before it came so far
         wanted = f"resumed at step {before} on 2 rank(s)" if before else "starting at step 0 on 2 rank(s)"

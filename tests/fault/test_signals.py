@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.observe.record import read_record
 from tests.fault.conftest import losses
 from tests.helpers.checkpoints import folder_of, newest
@@ -30,7 +30,7 @@ class Script(NamedTuple):
     """A run, and the signals that ranks send themselves: `at_stop` (rank, signal) after step `STOP`; while a checkpoint
     is written, one at each of the phases in `saving`, on every rank."""
 
-    config: RunConfig
+    config: EmbedderConfig
     at_stop: tuple[int, signal.Signals] | None
     saving: Mapping[str, signal.Signals] = {}
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import RegenError
 from regen_dist.observe.record import read_record
 from tests.fault.conftest import losses
@@ -33,7 +33,7 @@ TIMES = 1000.0
 class Script(NamedTuple):
     """A run, and what happens to its loss at which batches of the order."""
 
-    config: RunConfig
+    config: EmbedderConfig
     spikes: tuple[int, ...] = ()
     nan_at: int | None = None  # on rank 1 alone
     inf_at: int | None = None  # on rank 0 alone, and its gradients are finite
@@ -118,7 +118,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     data = tiny_dataset(folder / "data")
     guard = {"action": "rollback", "window": 16, "least": 6, "threshold": 20.0, "patience": 2, "max_rollbacks": 1}
 
-    def config(name: str, *, action: str = "rollback", **changes: Any) -> RunConfig:
+    def config(name: str, *, action: str = "rollback", **changes: Any) -> EmbedderConfig:
         values = {
             "engine__kind": "zero3", "train__steps": STEPS, "train__trace_samples": True, "checkpoint__every": EVERY,
             "checkpoint__keep_last": STEPS, "guards__spike": {**guard, "action": action},

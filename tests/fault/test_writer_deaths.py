@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from tests.helpers.checkpoints import folder_of, newest
 from tests.helpers.comeback import Ending, assert_equal, ending, first_lines, small_run, undisturbed
 from tests.helpers.ranks import start_ranks
@@ -56,7 +56,7 @@ DEATHS = [
 SOME = [death for death in DEATHS if (death.rank, death.phase) in {(1, "middle"), (0, "rename"), (0, "pointer")}]
 
 
-def _train_and_die(config: RunConfig, death: Death | None) -> int:
+def _train_and_die(config: EmbedderConfig, death: Death | None) -> int:
     """Train, in a rank; it dies as told."""
     from regen_dist.training import checkpoints, run
 
@@ -106,7 +106,7 @@ def _die_in_the_middle_of_a_shard() -> None:
     folder.write_shard = half
 
 
-def _start_and_die(config: RunConfig, death: Death, logs: Path) -> None:
+def _start_and_die(config: EmbedderConfig, death: Death, logs: Path) -> None:
     """One start, until the rank has died and the other one has noticed."""
     with start_ranks(_train_and_die, 2, config, death, logs=logs) as started:
         codes = started.exit_codes(timeout_s=150)
@@ -115,7 +115,7 @@ def _start_and_die(config: RunConfig, death: Death, logs: Path) -> None:
     assert codes[1 - death.rank] == 1, "the other rank ends with an error by itself"
 
 
-def _come_back(config: RunConfig, deaths: list[Death], logs: Path) -> Ending:
+def _come_back(config: EmbedderConfig, deaths: list[Death], logs: Path) -> Ending:
     """A run with all these deaths, and then an undisturbed start to its end."""
     folder, goes_on_from = folder_of(config.folder), 0
     for number, death in enumerate(deaths):
@@ -141,7 +141,7 @@ def _come_back(config: RunConfig, deaths: list[Death], logs: Path) -> Ending:
     return ending(config)
 
 
-def _finish(config: RunConfig, logs: Path) -> None:
+def _finish(config: EmbedderConfig, logs: Path) -> None:
     with start_ranks(_train_and_die, 2, config, None, logs=logs) as started:
         assert started.results() == [0, 0]
 

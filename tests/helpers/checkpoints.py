@@ -15,7 +15,7 @@ from torch import Tensor
 from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.shards import shard_name
-from regen_dist.config import AnyRunConfig, RunConfig, config_hash, save_config
+from regen_dist.config import AnyRunConfig, EmbedderConfig, config_hash, save_config
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.distributed.ranks import Ranks, chunk, process_group, read_environment
@@ -123,7 +123,9 @@ def model_state(config: AnyRunConfig, seed: int = 0) -> dict[str, Tensor]:
     return state | {f"{kind}/{name}": torch.rand_like(t) for kind in KINDS[2:] for name, t in masters.items()}
 
 
-def saved_run(output: Path, url: Path | str = "none", *, step: int = 7, ranks: int = 2, **changes: Any) -> RunConfig:
+def saved_run(
+    output: Path, url: Path | str = "none", *, step: int = 7, ranks: int = 2, **changes: Any
+) -> EmbedderConfig:
     """A run of the tiny model with one checkpoint. Returns its config; `config.folder` is the run."""
     config = tiny_run(output, url, **changes)
     save_config(config, config.folder)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import tensors
 from tests.helpers.ranks import run_ranks
@@ -22,7 +22,7 @@ class Ending(NamedTuple):
     hashes: dict[str, str]
 
 
-def small_run(folder: Path, data: Path, name: str, **changes: object) -> RunConfig:
+def small_run(folder: Path, data: Path, name: str, **changes: object) -> EmbedderConfig:
     """Two ranks' share of ZeRO-3 on the smallest model, some parameters gathered and some kept, saved at every step."""
     values = {
         "engine__kind": "zero3", "engine__persistence_threshold": 500, "checkpoint__every": 1,
@@ -31,20 +31,20 @@ def small_run(folder: Path, data: Path, name: str, **changes: object) -> RunConf
     return tiny_run(folder, data, name=name, **{**values, **changes})
 
 
-def train(config: RunConfig) -> int:
+def train(config: EmbedderConfig) -> int:
     """The real loop, in a rank. Returns its exit code."""
     from regen_dist.training import run
 
     return run.train(config)
 
 
-def undisturbed(config: RunConfig, world_size: int = 2) -> Ending:
+def undisturbed(config: EmbedderConfig, world_size: int = 2) -> Ending:
     """Train from the beginning to the end in one start."""
     assert run_ranks(train, world_size, config) == [0] * world_size
     return ending(config)
 
 
-def ending(config: RunConfig) -> Ending:
+def ending(config: EmbedderConfig) -> Ending:
     """What a finished run came to; fails when a step is missing or stands in its record twice."""
     lines = read_record(config.folder / "metrics.jsonl", "train")
     assert [line["step"] for line in lines] == list(range(1, config.train.steps + 1))

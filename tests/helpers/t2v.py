@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.config import RunConfig, T2VConfig, config_hash, save_config
+from regen_dist.config import EmbedderConfig, T2VConfig, config_hash, save_config
 from regen_dist.config.t2v import TextConfig
 from regen_dist.data.format.latents import TextEmbedding
 from regen_dist.inference.encoder import FrozenEncoder
@@ -35,7 +35,7 @@ class WordEncoder(StandInText):
 
 
 def latent_space(
-    embedder: RunConfig | None = None, *, images: bool = True, buckets: tuple[tuple[int, int], ...] = ((32, 32),)
+    embedder: EmbedderConfig | None = None, *, images: bool = True, buckets: tuple[tuple[int, int], ...] = ((32, 32),)
 ) -> LatentSpace:
     """The space of a cache that a trained embedder and a `WordEncoder` would have made."""
     encoder = {} if embedder is None else FrozenEncoder.load(embedder.folder, device=CPU).facts()
@@ -52,7 +52,7 @@ def latent_space(
     return LatentSpace(facts, latent_statistics(images=images), TextEmbedding(null, torch.ones(1, dtype=torch.bool)))
 
 
-def cache_for(embedder: RunConfig, folder: Path, **options: Any) -> Path:
+def cache_for(embedder: EmbedderConfig, folder: Path, **options: Any) -> Path:
     """A cache of random latents (see `write_cache`) that says that a trained embedder and a `WordEncoder` made it."""
     write_cache(folder, **{"text_width": WordEncoder.width, **options})
     path = folder / "manifest.json"
@@ -76,7 +76,7 @@ def latent_statistics(*, images: bool = True) -> LatentStatistics:
     return LatentStatistics(clips, still, {"dataset": "random numbers"})
 
 
-def saved_t2v(output: Path, embedder: RunConfig | None = None, *, step: int = 7, **changes: Any) -> T2VConfig:
+def saved_t2v(output: Path, embedder: EmbedderConfig | None = None, *, step: int = 7, **changes: Any) -> T2VConfig:
     """A run of the tiny text-to-video model with one checkpoint of two ranks and its latent space."""
     config = tiny_t2v(output, **{"model__text_width": WordEncoder.width, **changes})
     save_config(config, config.folder)
@@ -99,7 +99,7 @@ class Parts(NamedTuple):
     """The runs, and the folder of the text encoder."""
 
     run: T2VConfig
-    embedder: RunConfig
+    embedder: EmbedderConfig
     text: Path
 
 

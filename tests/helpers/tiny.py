@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.checkpoint.manifest import CheckpointManifest
-from regen_dist.config.embedder import ModelConfig, RunConfig
+from regen_dist.config.embedder import EmbedderConfig, ModelConfig
 from regen_dist.config.t2v import T2VConfig, T2VModelConfig
 from regen_dist.data.build.build import build_shards
 from regen_dist.data.build.segments import BuildOptions
@@ -49,7 +49,7 @@ def tiny_t2v_model(**changes: Any) -> T2VModelConfig:
     return T2VModelConfig.model_validate(_changed(values, changes))
 
 
-def tiny_run(output: Path | str = "runs", url: Path | str = "none", **changes: Any) -> RunConfig:
+def tiny_run(output: Path | str = "runs", url: Path | str = "none", **changes: Any) -> EmbedderConfig:
     """A run config around `tiny_model`: one process, float32, four clips a step, every step logged."""
     values: dict[str, Any] = {
         "name": "tiny",
@@ -69,7 +69,7 @@ def tiny_run(output: Path | str = "runs", url: Path | str = "none", **changes: A
         },
         "checkpoint": {"every": 1000},
     }
-    return RunConfig.model_validate(_changed(values, changes))
+    return EmbedderConfig.model_validate(_changed(values, changes))
 
 
 def tiny_t2v(output: Path | str = "runs", url: Path | str = "none", **changes: Any) -> T2VConfig:

@@ -29,7 +29,7 @@ from regen_dist.checkpoint.folder import CheckpointFolder, checkpoint_name, newe
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.saver import Saver
 from regen_dist.checkpoint.shards import shard_name
-from regen_dist.config import RunConfig, config_hash, embedder_only, load_saved_config
+from regen_dist.config import EmbedderConfig, config_hash, embedder_only, load_saved_config
 from regen_dist.config.version import code_version
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
@@ -227,7 +227,7 @@ class MeasuredEngine:
         url: folder in a bucket, or None.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine, ranks: Ranks, folder: Path, url: str | None) -> None:
+    def __init__(self, config: EmbedderConfig, engine: Engine, ranks: Ranks, folder: Path, url: str | None) -> None:
         self.config, self.engine, self.ranks, self.folder, self.url = config, engine, ranks, folder, url
         self.ours = CheckpointFolder(folder / "ours")
         self.dcp = Distributed(engine, ranks)
@@ -460,7 +460,7 @@ def main() -> None:
 
 
 def measure(
-    config: RunConfig, ranks: Ranks, folder: Path, url: str | None, repeats: int, load_only: bool
+    config: EmbedderConfig, ranks: Ranks, folder: Path, url: str | None, repeats: int, load_only: bool
 ) -> dict[str, Any]:
     """Time the `saves` and `loads` of a `MeasuredEngine` in turn, and check that all loads restored the same state."""
     engine = build_engine(config, ranks, partial(_build, config))
@@ -505,7 +505,7 @@ def _fill(measured: MeasuredEngine, seed: int) -> None:
         piece.detach().copy_(torch.rand(piece.shape, generator=generator))
 
 
-def _build(config: RunConfig) -> nn.Module:
+def _build(config: EmbedderConfig) -> nn.Module:
     torch.manual_seed(config.train.seed)
     return build_model(config.model)
 

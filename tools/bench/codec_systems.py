@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config import load_embedder_config
-from regen_dist.config.embedder import ModelConfig, RunConfig
+from regen_dist.config.embedder import EmbedderConfig, ModelConfig
 from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import Codec, Window, blend_weights
@@ -221,7 +221,7 @@ class Coder(Protocol):
 class OwnCoder:
     """An embedder of this project, one sampling step; decodes as `regen reconstruct` does, to frames of eight bits."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: EmbedderConfig) -> None:
         self._codec = Codec(build_model(config.model), config, torch.device("cpu"))
 
     def encode(self, video: Tensor) -> tuple[list[Window], tuple[int, int, int]]:
@@ -248,7 +248,7 @@ class OwnCoder:
         return [frame for (finished,) in stream for frame in finished]
 
 
-def own_config(path: Path, precision: str, overrides: Sequence[str] = ()) -> RunConfig:
+def own_config(path: Path, precision: str, overrides: Sequence[str] = ()) -> EmbedderConfig:
     """Return a config whose data is never opened."""
     own = ["data.url=nowhere", "data.validation_url=null", f"engine.precision={precision}", *overrides]
     return load_embedder_config(path, own)

@@ -15,7 +15,7 @@ from tools import stages
 from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
-    from regen_dist.config import RunConfig
+    from regen_dist.config import EmbedderConfig
     from tools.bench.compression_measure import CropSize, TestSet
     from tools.bench.compression_runs import CompressionArm, Runs
 
@@ -140,7 +140,7 @@ def _changes(data: Path, out: Path, asked: Sequence[str]) -> list[str]:
     return [*first, *asked, "engine.kind=plain", f"output={out}/arms"]
 
 
-def _make_shards(base: RunConfig) -> None:
+def _make_shards(base: EmbedderConfig) -> None:
     """Build missing datasets of the config: training on the film without its beginning, validation on its beginning."""
     from regen_dist.data.format.manifest import MANIFEST
 

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from regen_dist.checkpoint.export import find_checkpoint, open_run
-from regen_dist.config import RunConfig, config_hash
+from regen_dist.config import EmbedderConfig, config_hash
 from regen_dist.config.files import load_section, write_text_atomically
 from regen_dist.config.run import SPATIAL_COMPRESSION, Fraction, PositiveInt, Section
 from regen_dist.data.video import reader as video
@@ -297,7 +297,7 @@ class CropSize(NamedTuple):
     short_side: int
 
 
-def sizes_of(config: RunConfig) -> dict[str, CropSize]:
+def sizes_of(config: EmbedderConfig) -> dict[str, CropSize]:
     """Return the test sizes: the training crop; the same view at twice the resolution; a crop of about the same area at
     the training scale with about 2.25 times its aspect ratio.
 

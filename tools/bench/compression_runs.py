@@ -18,7 +18,7 @@ import torch
 
 from launcher.supervise import die_with
 from regen_dist.checkpoint.export import find_checkpoint, open_run
-from regen_dist.config import RunConfig, embedder_only, load_saved_config, save_config
+from regen_dist.config import EmbedderConfig, embedder_only, load_saved_config, save_config
 from regen_dist.config.files import write_text_atomically
 from regen_dist.data.loading.validation import validation_clip
 from regen_dist.distributed.environment import without_ranks
@@ -84,7 +84,7 @@ class CompressionArm:
         """True if its decoder has the linear code."""
         return _NO_LINEAR[0] not in self.changes
 
-    def overrides(self, base: RunConfig) -> list[str]:
+    def overrides(self, base: EmbedderConfig) -> list[str]:
         """Return the overrides that distinguish it from the common config.
 
         Raises:
@@ -208,7 +208,7 @@ def chosen_arms(pattern: str) -> list[CompressionArm]:
     return found
 
 
-def stages_of(base: RunConfig, k: int) -> list[dict[str, int]]:
+def stages_of(base: EmbedderConfig, k: int) -> list[dict[str, int]]:
     """Return the first stages of the config's encoder that together give the temporal compression k.
 
     Raises:
@@ -310,13 +310,13 @@ def _total(lines: Sequence[Mapping[str, Any]], name: str) -> float:
     return float(sum(line[name] * (line["step"] - before) for line, before in zip(lines, begun, strict=False)))
 
 
-def _flops_per_clip(config: RunConfig) -> int:
+def _flops_per_clip(config: EmbedderConfig) -> int:
     frames = config.model.num_frames
     decoded = min(config.diffusion.train_frames or frames, frames) if config.model.kind == "regen" else frames
     return training_flops_per_clip(config.model, config.data.size, frames, decoded)
 
 
-def _model_facts(config: RunConfig) -> dict[str, Any]:
+def _model_facts(config: EmbedderConfig) -> dict[str, Any]:
     """Return the parameters of each part and the FLOPs to encode a clip and to decode it in one step."""
     counted = count_flops(config.model, config.data.size)
     encode = counted.forward_flops["encoder"]
@@ -397,7 +397,7 @@ class Runs:
 
     config: Path
     own: Sequence[str]
-    base: RunConfig
+    base: EmbedderConfig
     out: Path
     minutes: float
     at_once: int

@@ -28,7 +28,7 @@ from regen_dist.data.format.manifest import MANIFEST, claim, write_manifest
 from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
 from regen_dist.data.loading.clip_loader import clip_batches, clip_geometry
 from regen_dist.data.loading.datasets import TrainingSet
-from regen_dist.data.loading.fetch import Bytes, Fetcher, SampleLocation
+from regen_dist.data.loading.fetch import Fetcher, FetchResult, SampleLocation
 from regen_dist.data.loading.plan import BatchPlan
 from regen_dist.data.order.mixture import Bucket, BucketStream
 from regen_dist.data.order.order import ClipDraw, DataOrder, draw_clip
@@ -214,7 +214,7 @@ def _batches(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[int, list[
         yield start, [SampleLocation(0, dataset.row(row)) for row in rows[start : start + _BATCH]]
 
 
-def _size(found: Bytes) -> int:
+def _size(found: FetchResult) -> int:
     if found.problem is not None:
         raise DataError(f"a benchmark needs a whole dataset: {found.problem}")
     return len(found.data)

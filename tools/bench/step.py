@@ -17,7 +17,7 @@ import torch
 import typer
 
 from launcher.supervise import launch
-from regen_dist.config import AnyRunConfig, RunConfig, config_hash, load_config, load_embedder_config
+from regen_dist.config import AnyRunConfig, EmbedderConfig, config_hash, load_config, load_embedder_config
 from regen_dist.config.files import t2v_only
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
@@ -146,13 +146,13 @@ def prepared(paths: Mapping[str, Path], work: Path, side: int) -> dict[str, Benc
     return runs
 
 
-def _make_clips(config: RunConfig, folder: Path) -> None:
+def _make_clips(config: EmbedderConfig, folder: Path) -> None:
     frames, side = 2 * config.model.num_frames, max(map(max, config.data.sizes))
     options = SyntheticOptions(_VIDEOS, seed=0, side=side, frames=frames, samples_per_shard=_VIDEOS)
     build_synthetic(folder, options, workers=0)
 
 
-def _make_cache(runs: Sequence[BenchRun], embedder: RunConfig, work: Path, side: int) -> None:
+def _make_cache(runs: Sequence[BenchRun], embedder: EmbedderConfig, work: Path, side: int) -> None:
     configs = [t2v_only(run.config, str(run.path)) for run in runs]
     latent = embedder.model.latent.model_copy(update={"channels": configs[0].model.latent_channels})
     maker = embedder.model_copy(update={"model": embedder.model.model_copy(update={"latent": latent})})

@@ -1,6 +1,6 @@
 """One rank of `regen bench step`: `python tools/bench/step_rank.py --help`.
 
-Trains a run for a few steps, by the training step of the library (`training/step.py`), and leaves what they took in
+Trains a run for a few steps, by the training step of the library (`training/loop.py`), and leaves what they took in
 `OUT/rank-N.json`. It uses nothing of the programs beside it: `regen bench step --against` starts that of the other
 checkout with the library of the other checkout (`PYTHONPATH`), for a comparison of before and after.
 """
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from regen_dist.config import AnyRunConfig, RunConfig, load_config
+from regen_dist.config import AnyRunConfig, EmbedderConfig, load_config
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.distributed.rendezvous import ending_at_once
 from regen_dist.distributed.zero3 import build_engine
@@ -374,7 +374,7 @@ def _account(sample: Mapping[str, Any], config: AnyRunConfig) -> FlopReport:
         "activation_checkpointing": config.engine.activation_checkpointing,
         "sequence_parallel": config.engine.sequence_parallel,
     }
-    if isinstance(config, RunConfig):
+    if isinstance(config, EmbedderConfig):
         return count_flops(config.model, (height, width), num_frames=sample["frames"], **kept)
     return count_row_flops(config.model, sample["frames"], (height, width), sample["text_tokens"], **kept)
 

@@ -16,7 +16,7 @@ import typer
 from torch import Tensor
 
 from regen_dist.checkpoint.export import MODEL_FILE, write_model
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.exported import EXPORT_CONFIG_FILE, ExportConfig
 from regen_dist.config.files import write_text_atomically
 from regen_dist.config.preencode import PreencodeConfig
@@ -41,7 +41,7 @@ from tools.bench.common import Figure, Rounds, Turn, in_turn, measured, ratio, s
 from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
-    from regen_dist.config import RunConfig, T2VConfig
+    from regen_dist.config import EmbedderConfig, T2VConfig
     from regen_dist.data.loading.latent_loader import LatentBatch
 
 
@@ -128,7 +128,7 @@ class _Training:
         for _ in range(self._config.train.accumulation):
             next(batches)
 
-    def feeds(self, embedder: RunConfig, side: int) -> dict[str, Feed]:
+    def feeds(self, embedder: EmbedderConfig, side: int) -> dict[str, Feed]:
         """Return the sources of batches by name."""
         from regen_dist.data.loading.datasets import TrainingSet
         from regen_dist.inference.encoder import FrozenEncoder
@@ -163,7 +163,7 @@ def _run(config: Path, asked: Sequence[str]) -> tuple[T2VConfig, list[str]]:
     return t2v_only(load_config(config, own), str(config)), own
 
 
-def _embedder(config: Path, run: T2VConfig) -> tuple[RunConfig, list[str]]:
+def _embedder(config: Path, run: T2VConfig) -> tuple[EmbedderConfig, list[str]]:
     """Return the config and overrides of the embedder that makes a run's cache."""
     from regen_dist.config import load_embedder_config
 
@@ -253,7 +253,7 @@ class Prepared(NamedTuple):
     facts: dict[str, Any]
 
 
-def prepare(work: Path, embedder: RunConfig, *, videos: int, side: int, clips: int, text_width: int) -> Prepared:
+def prepare(work: Path, embedder: EmbedderConfig, *, videos: int, side: int, clips: int, text_width: int) -> Prepared:
     """Make videos and cache in an empty folder.
 
     Args:
@@ -290,7 +290,7 @@ def _preencoding(paths: Prepared, text: Path) -> PreencodeConfig:
     )  # fmt: skip
 
 
-def _write_embedder(config: RunConfig, folder: Path) -> None:
+def _write_embedder(config: EmbedderConfig, folder: Path) -> None:
     """An exported model of fresh weights."""
     folder.mkdir()
     torch.manual_seed(config.train.seed)

@@ -1,4 +1,4 @@
-"""`regen describe`: shapes, sizes and costs of a config, without building it."""
+"""`regen describe`: shapes, sizes and costs of a config, without its weights in memory."""
 
 from __future__ import annotations
 

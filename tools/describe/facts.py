@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from regen_dist.config import AnyRunConfig, RunConfig
+    from regen_dist.config import AnyRunConfig, EmbedderConfig
     from regen_dist.config.embedder import DecoderConfig, ModelConfig
     from regen_dist.config.run import CommonConfig, Recomputation
     from regen_dist.config.t2v import T2VModelConfig
@@ -165,7 +165,7 @@ def _costs(config: AnyRunConfig, counted: FlopReport, world_size: int, assumed: 
     return {"sent_bytes_per_gpu_and_step": sent, "assumptions": asdict(assumed), "cost": cost.facts()}
 
 
-def _clip_shapes(config: RunConfig, counted: ClipFlops) -> dict[str, Any]:
+def _clip_shapes(config: EmbedderConfig, counted: ClipFlops) -> dict[str, Any]:
     decoder = config.model.decoder
     is_transformer = config.model.kind == "regen"
     return {

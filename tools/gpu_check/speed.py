@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from regen_dist.config import RunConfig, load_embedder_config
+from regen_dist.config import EmbedderConfig, load_embedder_config
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.data.format.manifest import MANIFEST
 from regen_dist.data.loading.clip_loader import ClipBatch
@@ -58,7 +58,7 @@ def embedders(machine: Machine) -> dict[str, Any]:
     return {**found, "summary": "; ".join(summary)}
 
 
-def _embedder_config(machine: Machine, name: str) -> RunConfig:
+def _embedder_config(machine: Machine, name: str) -> EmbedderConfig:
     small = [SMALL_ENCODER, "model.conditioning.width=16", "model.decoder.width=32", "model.decoder.heads=2"]
     small += ["model.decoder.blocks=2", "data.size=[16, 32]"]
     changes = [
@@ -71,7 +71,7 @@ def _embedder_config(machine: Machine, name: str) -> RunConfig:
     return load_embedder_config(Path(f"configs/embedder/{name}.yaml"), changes)
 
 
-def _embedder(machine: Machine, config: RunConfig) -> dict[str, Any]:
+def _embedder(machine: Machine, config: EmbedderConfig) -> dict[str, Any]:
     machine.forget_peak()
     speeds = _codec_speed(machine, config)
     task = build_task(config, machine.device)
@@ -92,7 +92,7 @@ def _embedder(machine: Machine, config: RunConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _codec_speed(machine: Machine, config: RunConfig) -> dict[str, float]:
+def _codec_speed(machine: Machine, config: EmbedderConfig) -> dict[str, float]:
     torch.manual_seed(0)
     model = build_model(config.model).to(machine.device, machine.dtype).eval()
     assert isinstance(model, Regen), "both configs are of REGEN"
@@ -273,7 +273,7 @@ def _own(machine: Machine) -> list[str]:
     return [f"data.url={machine.folder / 'shards'}", f"output={machine.folder / 'arms'}", *machine.size([], small)]
 
 
-def _make_shards(machine: Machine, base: RunConfig) -> None:
+def _make_shards(machine: Machine, base: EmbedderConfig) -> None:
     """Build the shards of the film at 128 pixels and the test clips, if they do not exist yet."""
     names = [each for name in (_FILM, *_TESTS) for each in ("--only", name)]
     _run(machine, "fetch", ["fetch-videos", "--out", str(_VIDEOS), *names])
@@ -283,7 +283,7 @@ def _make_shards(machine: Machine, base: RunConfig) -> None:
         _run(machine, "shards", ["shards", "build", str(_VIDEOS / _FILM), "--out", url, "--short-side", "128", *part])
 
 
-def _trained(machine: Machine, own: Sequence[str], base: RunConfig, arm: CompressionArm) -> int:
+def _trained(machine: Machine, own: Sequence[str], base: EmbedderConfig, arm: CompressionArm) -> int:
     """Train an arm for the minutes; return the number of steps. One that was trained and measured before stays."""
 
     def command(name: str, steps: int, more: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.config import RunConfig, load_embedder_config
+from regen_dist.config import EmbedderConfig, load_embedder_config
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.diffusion.path import noisy, target_of
@@ -162,7 +162,7 @@ def _embedder(machine: Machine, ranks: Ranks) -> int:
     return len(counts)
 
 
-def _embedder_config(machine: Machine) -> RunConfig:
+def _embedder_config(machine: Machine) -> EmbedderConfig:
     small = [SMALL_ENCODER, "model.conditioning.width=16", "model.decoder.width=32", "model.decoder.heads=2"]
     changes = ["model.decoder.blocks=2", "engine.kind=zero3", f"engine.precision={machine.precision}"]
     changes += ["data.url=absent", "data.validation_url=absent", "train.batch_global=1", "train.accumulation=1"]

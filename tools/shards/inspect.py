@@ -239,11 +239,11 @@ def order(
 
 
 def _opened(config: AnyRunConfig) -> SampleSet[Any]:
-    from regen_dist.config import RunConfig
+    from regen_dist.config import EmbedderConfig
     from regen_dist.data.loading.datasets import LatentSet, TrainingSet
 
     batch, seed = config.train.batch_global, config.train.seed
-    if isinstance(config, RunConfig):
+    if isinstance(config, EmbedderConfig):
         return TrainingSet(config.data, num_frames=config.model.num_frames, batch_global=batch, seed=seed)
     return LatentSet(config.data, batch_global=batch, seed=seed)
 

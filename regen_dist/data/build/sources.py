@@ -34,8 +34,8 @@ from regen_dist.data.build.lists import (
 )
 from regen_dist.data.format.index import VIDEO_EXTENSIONS
 from regen_dist.data.format.manifest import Skip, listed
-from regen_dist.data.storage.bucket import ObjectInfo
 from regen_dist.data.storage.connection import StoreLimits, key_problem
+from regen_dist.data.storage.object_store import ObjectInfo
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError, ObjectDenied
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from regen_dist.data.format.catalogue import Dataset, SampleRow
 from regen_dist.data.loading.datasets import TrainingSet
-from regen_dist.data.loading.fetch import Bytes, Fetcher, SampleLocation
+from regen_dist.data.loading.fetch import Fetcher, FetchResult, SampleLocation
 from regen_dist.data.loading.plan import (
     BadSample,
     BatchPlan,
@@ -58,7 +58,7 @@ class ClipReader:
         self._board = board.numpy()  # torch takes 30 times as long to set a number
         self._board[0] = os.getpid()
 
-    def read(self, batch: MicroBatch, found: Sequence[Bytes], out: video.UInt8s) -> BatchWithReplacements:
+    def read(self, batch: MicroBatch, found: Sequence[FetchResult], out: video.UInt8s) -> BatchWithReplacements:
         """Decode a micro-batch, with replacements for its bad samples, into `out`, [b, 3, T, H, W].
 
         Raises:

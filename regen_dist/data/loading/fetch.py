@@ -29,7 +29,7 @@ class SampleLocation(NamedTuple):
     row: SampleRow
 
 
-class Bytes(NamedTuple):
+class FetchResult(NamedTuple):
     """Result of fetching a sample: its bytes, or the reason of the failure."""
 
     data: bytes
@@ -60,16 +60,16 @@ class Fetcher:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def ahead(self, wanted: Iterable[Wanted[Item]]) -> Generator[tuple[Item, list[Bytes]]]:
+    def ahead(self, wanted: Iterable[Wanted[Item]]) -> Generator[tuple[Item, list[FetchResult]]]:
         """Yield each item with its samples' bytes, in order, while the next window of items is fetched."""
-        current: list[tuple[Item, list[Future[Bytes]]]] = []
+        current: list[tuple[Item, list[Future[FetchResult]]]] = []
         for window in self._windows(iter(wanted)):
             coming = self._start(window)
             yield from _arrived(current)
             current = coming
         yield from _arrived(current)
 
-    def one(self, place: SampleLocation) -> Bytes:
+    def one(self, place: SampleLocation) -> FetchResult:
         """Fetch a single sample immediately."""
         return self._checked(place)
 
@@ -92,9 +92,9 @@ class Fetcher:
         if window:
             yield window
 
-    def _start(self, window: Sequence[Wanted[Item]]) -> list[tuple[Item, list[Future[Bytes]]]]:
+    def _start(self, window: Sequence[Wanted[Item]]) -> list[tuple[Item, list[Future[FetchResult]]]]:
         """Start fetching all samples of a window, each once, grouped by shard, in parts of neighbours."""
-        shards: dict[tuple[int, str], dict[SampleLocation, Future[Bytes]]] = {}
+        shards: dict[tuple[int, str], dict[SampleLocation, Future[FetchResult]]] = {}
         for _, places in window:
             for place in places:
                 shards.setdefault((place.dataset, place.row.shard), {}).setdefault(place, Future())
@@ -103,13 +103,13 @@ class Fetcher:
                 self._threads.submit(self._fetch, part)
         return [(item, [shards[place.dataset, place.row.shard][place] for place in places]) for item, places in window]
 
-    def _fetch(self, futures: dict[SampleLocation, Future[Bytes]]) -> None:
+    def _fetch(self, futures: dict[SampleLocation, Future[FetchResult]]) -> None:
         """Set the results of the futures of some samples of one shard."""
         try:
             missing = []
             for place, future in futures.items():
                 if (data := self._cached(place)) is not None:
-                    future.set_result(Bytes(data))
+                    future.set_result(FetchResult(data))
                 else:
                     missing.append(place)
             for place, found in zip(missing, self._joined(missing), strict=True):
@@ -119,7 +119,7 @@ class Fetcher:
                 if not future.done():
                     future.set_exception(error)
 
-    def _joined(self, places: Sequence[SampleLocation]) -> Iterator[Bytes]:
+    def _joined(self, places: Sequence[SampleLocation]) -> Iterator[FetchResult]:
         """Yield samples from one merged request, or one by one if that fails, so that only the bad sample fails."""
         if not places:
             return
@@ -134,7 +134,7 @@ class Fetcher:
         for place, data in zip(places, found, strict=True):
             yield self._verified(place, data) or self._checked(place)
 
-    def _checked(self, place: SampleLocation) -> Bytes:
+    def _checked(self, place: SampleLocation) -> FetchResult:
         """Fetch a sample by its own request, retried if its bytes are wrong."""
         problem = ""
         for _ in range(1 + _RETRIES):
@@ -148,20 +148,20 @@ class Fetcher:
                 problem = str(error)
             else:
                 self._keep(place, data)
-                return Bytes(data)
-        return Bytes(b"", problem)
+                return FetchResult(data)
+        return FetchResult(b"", problem)
 
     def _check(self, place: SampleLocation, data: bytes) -> None:
         check_bytes(place.row, data, self._datasets[place.dataset].store.url)
 
-    def _verified(self, place: SampleLocation, data: bytes) -> Bytes | None:
+    def _verified(self, place: SampleLocation, data: bytes) -> FetchResult | None:
         """Verify the bytes and store them in the cache; None if they are wrong."""
         try:
             self._check(place, data)
         except DataError:
             return None
         self._keep(place, data)
-        return Bytes(data)
+        return FetchResult(data)
 
     def _cached(self, place: SampleLocation) -> bytes | None:
         """Return a sample's verified bytes from the cache. Samples on a local disk are not cached."""
@@ -188,10 +188,10 @@ def _cache(config: ReadConfig) -> DiskCache | None:
     return DiskCache(cache_folder(config.cache) / "samples", int(config.cache_gb * 1e9))
 
 
-def _parts(futures: dict[SampleLocation, Future[Bytes]]) -> Iterator[dict[SampleLocation, Future[Bytes]]]:
+def _parts(futures: dict[SampleLocation, Future[FetchResult]]) -> Iterator[dict[SampleLocation, Future[FetchResult]]]:
     """Yield the samples of one shard in parts of `_PART_BYTES`, in order of offset, so that neighbours share a request
     as before."""
-    part: dict[SampleLocation, Future[Bytes]] = {}
+    part: dict[SampleLocation, Future[FetchResult]] = {}
     size = 0
     for place in sorted(futures, key=lambda place: place.row.offset):
         if part and size + place.row.size > _PART_BYTES:
@@ -202,7 +202,7 @@ def _parts(futures: dict[SampleLocation, Future[Bytes]]) -> Iterator[dict[Sample
     yield part
 
 
-def _arrived(waiting: list[tuple[Item, list[Future[Bytes]]]]) -> Iterator[tuple[Item, list[Bytes]]]:
+def _arrived(waiting: list[tuple[Item, list[Future[FetchResult]]]]) -> Iterator[tuple[Item, list[FetchResult]]]:
     """Yield the batches of a window, releasing each as it is taken."""
     waiting.reverse()
     while waiting:

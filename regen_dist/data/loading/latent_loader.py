@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from regen_dist.data.format.catalogue import SampleRow
 from regen_dist.data.format.latents import CacheFacts, LatentEntry, unpack_latents
 from regen_dist.data.loading.datasets import LatentSet
-from regen_dist.data.loading.fetch import Bytes, Fetcher, SampleLocation
+from regen_dist.data.loading.fetch import Fetcher, FetchResult, SampleLocation
 from regen_dist.data.loading.plan import BadSample, BatchPlan, sample_keys, take_with_replacements
 from regen_dist.data.order.mixture import Bucket
 from regen_dist.data.order.order import MicroBatch, draw_row
@@ -158,7 +158,7 @@ def _read(plan: BatchPlan[LatentSet]) -> Generator[LatentBatch]:
             yield pinned(_batch(data, fetcher, batch, found))
 
 
-def _batch(data: LatentSet, fetcher: Fetcher, batch: MicroBatch, found: Sequence[Bytes]) -> LatentBatch:
+def _batch(data: LatentSet, fetcher: Fetcher, batch: MicroBatch, found: Sequence[FetchResult]) -> LatentBatch:
     rows: list[_Taken] = []
 
     def take(slot: int, place: SampleLocation, stored: bytes) -> None:

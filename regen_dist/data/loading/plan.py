@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regen_dist.config.identity import micro_batch_size
 from regen_dist.data.loading.datasets import SampleSet
-from regen_dist.data.loading.fetch import Bytes, Fetcher, SampleLocation
+from regen_dist.data.loading.fetch import Fetcher, FetchResult, SampleLocation
 from regen_dist.data.order.order import MicroBatch
 from regen_dist.errors import ConfigError, DataError
 
@@ -96,7 +96,7 @@ def take_with_replacements(
     data: SampleSet[Any],
     fetcher: Fetcher,
     batch: MicroBatch,
-    found: Sequence[Bytes],
+    found: Sequence[FetchResult],
     take: Callable[[int, SampleLocation, bytes], None],
 ) -> BatchWithReplacements:
     """Pass the bytes of every sample of a micro-batch, or of its replacement, to `take`.

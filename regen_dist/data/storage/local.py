@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from regen_dist.data.storage.bucket import ObjectInfo, Range
 from regen_dist.data.storage.connection import checked_name
+from regen_dist.data.storage.object_store import ObjectInfo, Range
 from regen_dist.errors import AccessDenied, DataError, DiskFull, ObjectMissing
 
 _SERIAL = count()  # threads of a process may write the same name at once

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from regen_dist.config.urls import parse_url
-from regen_dist.data.storage.bucket import Listing, ObjectBucket, ObjectInfo, Range, exact_bytes, pieces_of
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.local import LocalFolder, full_disk, sync
+from regen_dist.data.storage.object_store import Listing, ObjectInfo, ObjectStoreFolder, Range, exact_bytes, pieces_of
 from regen_dist.data.storage.web import list_repository
 from regen_dist.errors import DataError, ObjectCut, ObjectMissing
 
 # The files under a web address, or of a repository of the hub, as a read-only bucket.
 
 
-class WebFolder(ObjectBucket):
+class WebFolder(ObjectStoreFolder):
     """The files under a web address or in a repository. Belongs to the process that made it."""
 
     def get_pinned(self, name: str, offset: int, size: int, etag: str | None) -> bytes:
@@ -127,7 +127,7 @@ class Store:
             raise DataError(str(error)) from None
         self.url, self.folder = self._place.url, self._place.folder
         self._limits = limits
-        self._backend: ObjectBucket | LocalFolder | None = None
+        self._backend: ObjectStoreFolder | LocalFolder | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Return the state without the connection, which belongs to the process that opened it."""
@@ -264,9 +264,9 @@ class Store:
         with tempfile.TemporaryDirectory(prefix="regen-") as folder, full_disk(Path(folder), f"{self.url}/{name}"):
             yield Path(folder) / Path(name).name
 
-    def _open(self) -> ObjectBucket | LocalFolder:
+    def _open(self) -> ObjectStoreFolder | LocalFolder:
         if self._backend is None:
             here = self.folder
-            kind = WebFolder if self._place.read_only else ObjectBucket
+            kind = WebFolder if self._place.read_only else ObjectStoreFolder
             self._backend = LocalFolder(here) if here is not None else kind(self._place, self._limits)
         return self._backend

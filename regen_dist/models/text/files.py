@@ -5,7 +5,7 @@
     FOLDER/model.safetensors                 its weights; or, in several files:
     FOLDER/model.safetensors.index.json      which tensor is in which of FOLDER/model-….safetensors
 
-Weights that are pickled are not read: `regen text convert` writes them anew (converting.py).
+Weights that are pickled are not read: `regen text convert` writes them anew (`convert_encoder`).
 """
 
 from __future__ import annotations

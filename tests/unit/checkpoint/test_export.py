@@ -16,7 +16,7 @@ from torch import Tensor
 from regen_dist.checkpoint import export as exporting
 from regen_dist.checkpoint.export import check_shapes, model_shapes
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.exported import load_export_config, load_t2v_export_config
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
@@ -34,17 +34,17 @@ FOR_DIFFUSERS = {*BY_DIFFUSERS, own_module()[0]}
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunConfig:
+def run(tmp_path: Path) -> EmbedderConfig:
     return saved_run(tmp_path / "runs")
 
 
-def _export(run: RunConfig, **options: Any) -> Path:
+def _export(run: EmbedderConfig, **options: Any) -> Path:
     out = run.folder.parent.parent / "model"
     export_model(run.folder, out, ExportOptions(**{"statistics_clips": 0, **options}))
     return out
 
 
-def _expected(run: RunConfig, kind: str) -> dict[str, Tensor]:
+def _expected(run: EmbedderConfig, kind: str) -> dict[str, Tensor]:
     prefix = f"{kind}/"
     return {key.removeprefix(prefix): t for key, t in model_state(run).items() if key.startswith(prefix)}
 
@@ -55,7 +55,7 @@ def _frames(codec: Codec) -> Tensor:
 
 
 @pytest.mark.parametrize(("weights", "kind"), [("ema", "ema"), ("plain", "master")])
-def test_the_weights_are_those_of_the_checkpoint(run: RunConfig, weights: str, kind: str) -> None:
+def test_the_weights_are_those_of_the_checkpoint(run: EmbedderConfig, weights: str, kind: str) -> None:
     """Every parameter that two ranks saved in halves, whole, bit for bit; EMA and last ones are not mixed up."""
     out = _export(run, weights=weights)
     found, expected = load_file(out / "model.safetensors"), _expected(run, kind)
@@ -88,7 +88,7 @@ def test_an_export_is_of_its_runs_variant(tmp_path: Path, changes: dict[str, Any
     torch.testing.assert_close(_frames(one), _frames(other), rtol=0, atol=1e-4)
 
 
-def test_it_can_be_stored_in_bfloat16(run: RunConfig) -> None:
+def test_it_can_be_stored_in_bfloat16(run: EmbedderConfig) -> None:
     """Half the size; the values are the rounded ones, and it loads into the precision that it was trained in."""
     out = _export(run, dtype="bfloat16")
     found, expected = load_file(out / "model.safetensors"), _expected(run, "ema")
@@ -96,7 +96,7 @@ def test_it_can_be_stored_in_bfloat16(run: RunConfig) -> None:
     assert next(Codec.load(out, device=CPU).model.parameters()).dtype == torch.float32
 
 
-def test_an_export_has_one_kind_of_weights(run: RunConfig) -> None:
+def test_an_export_has_one_kind_of_weights(run: EmbedderConfig) -> None:
     """Whoever asks for the other kind is told, and does not silently get this one."""
     out = _export(run, weights="plain")
     assert Codec.load(out, device=CPU).weights == Codec.load(out, "plain", device=CPU).weights == "plain"
@@ -104,7 +104,7 @@ def test_an_export_has_one_kind_of_weights(run: RunConfig) -> None:
         Codec.load(out, "ema", device=CPU)
 
 
-def test_a_step_can_be_chosen(run: RunConfig) -> None:
+def test_a_step_can_be_chosen(run: EmbedderConfig) -> None:
     """An earlier one by its number; the newest by default; one that is not there is an error that lists those that
     are."""
     newer = model_state(run, seed=9)
@@ -118,7 +118,7 @@ def test_a_step_can_be_chosen(run: RunConfig) -> None:
         _export(run, step=8, force=True)
 
 
-def test_the_card_says_what_it_is(run: RunConfig) -> None:
+def test_the_card_says_what_it_is(run: EmbedderConfig) -> None:
     """k, parameters, step, samples, data, metrics, weights, how to load it, and that the license is the user's to
     choose; the config rebuilds the model."""
     out = _export(run)
@@ -135,7 +135,7 @@ def test_the_card_says_what_it_is(run: RunConfig) -> None:
     assert config.origin.metrics == {"psnr_db": 21.5}
 
 
-def test_the_snippet_of_the_card_runs(run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_snippet_of_the_card_runs(run: EmbedderConfig, capsys: pytest.CaptureFixture[str]) -> None:
     """What the card shows, as it stands but for the folder: ten lines at most. (tests/e2e/test_export.py runs it where
     DeepSpeed cannot be imported.)"""
     out = _export(run)
@@ -146,7 +146,7 @@ def test_the_snippet_of_the_card_runs(run: RunConfig, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.strip() == "(1, 8, 4, 4) (1, 3, 3, 32, 32)"
 
 
-def test_a_damaged_checkpoint_is_not_exported(run: RunConfig) -> None:
+def test_a_damaged_checkpoint_is_not_exported(run: EmbedderConfig) -> None:
     """A flipped byte that no size shows: the step that was asked for is refused; by default the one before is taken."""
     folder = CheckpointFolder(run.checkpoints)
     save_checkpoint(folder, 9, model_state(run, seed=9))
@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_not_exported(run: RunConfig) -> None:
     assert load_export_config(_export(run)).origin.step == 7  # type: ignore[union-attr]
 
 
-def test_a_run_that_cannot_be_exported(run: RunConfig, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_exported(run: EmbedderConfig, tmp_path: Path) -> None:
     """No run and no checkpoint are told apart; a checkpoint of another model than the config's is named. Nothing is
     written."""
     with pytest.raises(ConfigError, match="not a run folder"):
@@ -174,7 +174,7 @@ def test_a_run_that_cannot_be_exported(run: RunConfig, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_not_overwritten(run: RunConfig, tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_not_overwritten(run: EmbedderConfig, tmp_path: Path) -> None:
     """An export is replaced with --force alone; anything else never is; an empty folder is used."""
     (tmp_path / "model").mkdir()
     out = _export(run)
@@ -190,7 +190,7 @@ def test_a_folder_that_holds_something_is_not_overwritten(run: RunConfig, tmp_pa
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_an_export_that_fails_leaves_nothing(run: RunConfig, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
+def test_an_export_that_fails_leaves_nothing(run: EmbedderConfig, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
     """When the disk is full half way, there is no half export and no debris, and an older export is as it was."""
     if force:
         _export(run, weights="plain")
@@ -211,7 +211,7 @@ def test_an_export_that_fails_leaves_nothing(run: RunConfig, monkeypatch: pytest
 class TestDamage:
     """A damaged export is an error that says what is wrong, never other weights."""
 
-    def test_a_flipped_byte(self, run: RunConfig) -> None:
+    def test_a_flipped_byte(self, run: EmbedderConfig) -> None:
         """The file's checksum is compared; whoever changed it on purpose can say so."""
         out = _export(run)
         data = bytearray((out / "model.safetensors").read_bytes())
@@ -223,7 +223,7 @@ class TestDamage:
         (out / "config.yaml").write_text(re.sub(r"sha256: .*\n", "", text))
         assert Codec.load(out, device=CPU).step == 7
 
-    def test_a_file_that_was_cut(self, run: RunConfig) -> None:
+    def test_a_file_that_was_cut(self, run: EmbedderConfig) -> None:
         """Also without a checksum."""
         out = _export(run)
         (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-3])
@@ -231,7 +231,7 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
             Codec.load(out, device=CPU)
 
-    def test_another_model(self, run: RunConfig) -> None:
+    def test_another_model(self, run: EmbedderConfig) -> None:
         """Parameters that are missing, too many or of another shape are named."""
         out = _export(run)
         tensors = load_file(out / "model.safetensors")
@@ -246,7 +246,7 @@ class TestDamage:
         for text in (f"{first} is missing", "extra is not in the model", f"{second} has the shape [1]"):
             assert text in str(caught.value)
 
-    def test_no_config(self, run: RunConfig) -> None:
+    def test_no_config(self, run: EmbedderConfig) -> None:
         """A safetensors file alone cannot be rebuilt; an unknown key names the version."""
         out = _export(run)
         text = (out / "config.yaml").read_text()
@@ -325,12 +325,12 @@ def test_many_problems_are_counted() -> None:
     check_shapes(wanted, dict(reversed(wanted.items())), "the parameters")
 
 
-def test_shapes_cost_nothing(run: RunConfig) -> None:
+def test_shapes_cost_nothing(run: EmbedderConfig) -> None:
     """A model's shapes are known without building it: those of the parameters that it would have."""
     assert model_shapes(run.model) == {name: list(t.shape) for name, t in _expected(run, "ema").items()}
 
 
-def test_a_run_that_was_moved_is_found(run: RunConfig, tmp_path: Path) -> None:
+def test_a_run_that_was_moved_is_found(run: EmbedderConfig, tmp_path: Path) -> None:
     """The checkpoints in the folder that is named count, wherever the config says that the run once was."""
     moved = tmp_path / "elsewhere"
     os.rename(run.folder, moved)

@@ -11,7 +11,7 @@ import torch
 
 from regen_dist.checkpoint.export import import_model
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError
@@ -25,22 +25,22 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def source(tmp_path_factory: pytest.TempPathFactory) -> EmbedderConfig:
     return saved_run(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
-def export(source: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def export(source: EmbedderConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exports") / "model"
     export_model(source.folder, out, ExportOptions(statistics_clips=0))
     return out
 
 
-def _new(tmp_path: Path, **changes: Any) -> RunConfig:
+def _new(tmp_path: Path, **changes: Any) -> EmbedderConfig:
     return tiny_run(tmp_path / "runs", **{"name": "new", **changes})
 
 
-def test_what_is_in_checkpoint_0(source: RunConfig, export: Path, tmp_path: Path) -> None:
+def test_what_is_in_checkpoint_0(source: EmbedderConfig, export: Path, tmp_path: Path) -> None:
     """Masters and averages are the exported (averaged) weights, the moments zero; no step, sample or data was seen;
     where the weights come from is told."""
     run = _new(tmp_path)
@@ -57,7 +57,7 @@ def test_what_is_in_checkpoint_0(source: RunConfig, export: Path, tmp_path: Path
     assert manifest.state["imported"]["weights"] == "ema"
 
 
-def test_an_engine_takes_it_up(export: Path, source: RunConfig, tmp_path: Path) -> None:
+def test_an_engine_takes_it_up(export: Path, source: EmbedderConfig, tmp_path: Path) -> None:
     """The working weights of an engine that restores checkpoint 0 are the exported ones."""
     run = _new(tmp_path)
     import_model(export, run)
@@ -80,7 +80,7 @@ def test_any_number_of_ranks_reads_it(export: Path, tmp_path: Path) -> None:
             assert torch.equal(reader.read(key, low, high), whole[low:high])
 
 
-def test_bfloat16_becomes_float32(source: RunConfig, tmp_path: Path) -> None:
+def test_bfloat16_becomes_float32(source: EmbedderConfig, tmp_path: Path) -> None:
     """Masters are float32 whatever the export was stored in."""
     out, run = tmp_path / "half", _new(tmp_path)
     export_model(source.folder, out, ExportOptions(statistics_clips=0, dtype="bfloat16", weights="plain"))
@@ -101,7 +101,7 @@ def test_a_model_that_does_not_fit_is_refused(export: Path, tmp_path: Path) -> N
         import_model(export, deeper)
 
 
-def test_a_run_that_has_checkpoints_is_refused(export: Path, source: RunConfig) -> None:
+def test_a_run_that_has_checkpoints_is_refused(export: Path, source: EmbedderConfig) -> None:
     """An import never takes the place of training that was done."""
     with pytest.raises(CheckpointError, match=r"holds 1 checkpoints, the newest of step 7; give the run another name"):
         import_model(export, source)
@@ -146,7 +146,7 @@ def test_kinds_of_models_are_not_mixed(export: Path, tmp_path: Path) -> None:
         import_model(tmp_path / "model", _new(tmp_path))
 
 
-def test_a_damaged_export_is_refused(source: RunConfig, tmp_path: Path) -> None:
+def test_a_damaged_export_is_refused(source: EmbedderConfig, tmp_path: Path) -> None:
     """Checksums are compared before anything is committed."""
     out, run = tmp_path / "damaged", _new(tmp_path)
     export_model(source.folder, out, ExportOptions(statistics_clips=0))

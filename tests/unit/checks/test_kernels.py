@@ -11,14 +11,14 @@ import pytest
 from regen_dist.checks.findings import Target
 from regen_dist.checks.kernels import kernels, ranks
 from regen_dist.checks.run import PROCESS, check_runs
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import RegenError
 from regen_dist.training.run import train
 from tests.helpers.tiny import tiny_run
 
 
-def run(**changes: Any) -> RunConfig:
+def run(**changes: Any) -> EmbedderConfig:
     return tiny_run("runs", **{"engine__kind": "zero3", **changes})
 
 

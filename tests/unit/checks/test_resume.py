@@ -16,7 +16,7 @@ from regen_dist.checks.findings import Target
 from regen_dist.checks.resume import resume
 from regen_dist.checks.run import check_runs
 from regen_dist.config import save_config
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.identity import order_identity
 from regen_dist.errors import StoreUnavailable
 from tests.helpers.tiny import tiny_run
@@ -26,7 +26,7 @@ def texts(found: Any, level: str = "error") -> list[str]:
     return [each.text for each in found if each.level == level]
 
 
-def record(config: RunConfig, *lines: dict[str, Any]) -> None:
+def record(config: EmbedderConfig, *lines: dict[str, Any]) -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / "metrics.jsonl").write_text("".join(json.dumps({"step": 1, **line}) + "\n" for line in lines))
 
@@ -39,7 +39,7 @@ def saved(seconds: float, problem: str | None = None) -> dict[str, Any]:
     return {"kind": "checkpoint", "seconds": seconds, "bytes": 1000, "problem": problem}
 
 
-def committed(config: RunConfig, step: int, data: dict[str, str] | None) -> None:
+def committed(config: EmbedderConfig, step: int, data: dict[str, str] | None) -> None:
     """A checkpoint of a run, as far as its manifest goes."""
     folder = Path(config.checkpoints) / f"step-{step:08d}"
     folder.mkdir(parents=True)
@@ -52,7 +52,7 @@ def committed(config: RunConfig, step: int, data: dict[str, str] | None) -> None
     save_config(config, config.folder)
 
 
-def identity(config: RunConfig) -> dict[str, str]:
+def identity(config: EmbedderConfig) -> dict[str, str]:
     train = config.train
     return order_identity(
         config.data, ["abc"], num_frames=config.model.num_frames, batch_global=train.batch_global, seed=train.seed

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from regen_dist.errors import ConfigError, DataError, RegenError
-from regen_dist.evaluation.metrics import Measurement, Options, Passage, measure
+from regen_dist.evaluation.metrics import Measurement, Options, Roundtrip, measure
 from regen_dist.evaluation.reconstruct import LABELS, TRIVIAL_KINDS, TrivialCodec, reconstruct
 from regen_dist.inference.codec import Window
 from regen_dist.inference.frames import SourceVideo, VideoWriter
@@ -44,7 +44,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(video: Path) -> Measurement:
-    return measure(Passage(SourceVideo(video), TrivialCodec("blend", 9), Options()), with_vmaf=False)
+    return measure(Roundtrip(SourceVideo(video), TrivialCodec("blend", 9), Options()), with_vmaf=False)
 
 
 def test_all_files(video: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_resized_source(video: Path, tmp_path: Path) -> None:
 
 def test_a_lossless_codec_is_measured_as_one(video: Path) -> None:
     """A clip of two frames is kept whole by blending first and last."""
-    measurement = measure(Passage(SourceVideo(video), TrivialCodec("blend", 2), Options()))
+    measurement = measure(Roundtrip(SourceVideo(video), TrivialCodec("blend", 2), Options()))
     assert measurement.psnr_db == 100
     assert measurement.ssim == pytest.approx(1)
     assert measurement.vmaf is not None

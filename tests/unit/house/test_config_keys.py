@@ -164,4 +164,4 @@ def test_the_schema_is_written_to_a_file(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["config", "schema", "cluster", "--out", str(tmp_path / "new" / "cluster.json")])
     assert (result.exit_code, result.output) == (0, "")
     assert json.loads((tmp_path / "new" / "cluster.json").read_text())["title"] == "ClusterConfig"
-    assert json.loads(CliRunner().invoke(app, ["config", "schema"]).output)["title"] == "RunConfig"
+    assert json.loads(CliRunner().invoke(app, ["config", "schema"]).output)["title"] == "EmbedderConfig"

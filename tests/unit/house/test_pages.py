@@ -12,7 +12,7 @@ import click
 import pytest
 import typer
 
-from regen_dist.config import RunConfig, T2VConfig
+from regen_dist.config import EmbedderConfig, T2VConfig
 from regen_dist.config.run import Section
 from tests.unit.house.test_contracts import ROOT
 from tests.unit.house.test_docs import PAGES
@@ -169,7 +169,7 @@ def _is_a_key(parts: list[str], sections: Sequence[type[Section]]) -> bool:
     return bool(fields) and (len(parts) == 1 or _is_a_key(parts[1:], below))
 
 
-RUNS = (RunConfig, T2VConfig)
+RUNS = (EmbedderConfig, T2VConfig)
 GROUPS = "|".join(sorted({name for run in RUNS for name, field in run.model_fields.items()
                           if list(_sections(field.annotation))}))  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from regen_dist.checkpoint.export import import_model
-from regen_dist.config import RunConfig, T2VConfig
+from regen_dist.config import EmbedderConfig, T2VConfig
 from regen_dist.config.embedder import AttentionConfig, ModelConfig
 from regen_dist.config.run import EngineConfig, OptimizerConfig, Section
 from regen_dist.config.t2v import T2VModelConfig
@@ -78,7 +78,7 @@ def test_a_new_choice_is_put_somewhere() -> None:
     """A field of words is a choice with a registry, or a switch that is named here."""
     found = {
         (section, field)
-        for run in (RunConfig, T2VConfig)
+        for run in (EmbedderConfig, T2VConfig)
         for section in _sections(run)
         for field in section.model_fields
         if len(_words(section, field)) > 1 and all(isinstance(word, str) for word in _words(section, field))
@@ -116,7 +116,7 @@ def test_a_new_optimizer_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(OPTIMIZERS, "_entries", more)
     data = tiny_dataset(tmp_path / "data")
 
-    def config(name: str, steps: int) -> RunConfig:
+    def config(name: str, steps: int) -> EmbedderConfig:
         run = tiny_run(tmp_path, data, name=name, train__steps=steps, optimizer__warmup_steps=0,
                        optimizer__min_lr_ratio=1.0)  # fmt: skip
         return run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"kind": "sgd"})})

@@ -10,7 +10,7 @@ import torch
 
 from regen_dist.checkpoint.shards import ShardReader
 from regen_dist.config import save_config
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
 from regen_dist.inference.encoder import FrozenEncoder
@@ -25,19 +25,19 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def run(tmp_path_factory: pytest.TempPathFactory) -> EmbedderConfig:
     """A run with one checkpoint, saved by two ranks."""
     return saved_run(tmp_path_factory.mktemp("runs"))
 
 
-def _exported(run: RunConfig, out: Path, **options: Any) -> Path:
+def _exported(run: EmbedderConfig, out: Path, **options: Any) -> Path:
     export_model(run.folder, out, ExportOptions(statistics_clips=0, **options))
     return out
 
 
 @pytest.mark.parametrize("weights", ["ema", "plain"])
 @pytest.mark.parametrize("frames", [5, 1])
-def test_it_encodes_as_the_whole_model_does(run: RunConfig, weights: Any, frames: int) -> None:
+def test_it_encodes_as_the_whole_model_does(run: EmbedderConfig, weights: Any, frames: int) -> None:
     encoder, codec = FrozenEncoder.load(run.folder, weights, CPU), Codec.load(run.folder, weights, CPU)
     latents, expected = encoder.encode(clips(2, frames)), codec.encode(clips(2, frames))
     assert torch.equal(latents.content, expected.content)
@@ -46,7 +46,7 @@ def test_it_encodes_as_the_whole_model_does(run: RunConfig, weights: Any, frames
 
 
 def test_nothing_of_the_decoder_is_built_or_read(
-    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: EmbedderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither out of a run nor out of an export; the decoders cannot even be made here."""
     export = _exported(run, tmp_path / "export")
@@ -70,7 +70,7 @@ def test_nothing_of_the_decoder_is_built_or_read(
     assert all(key.startswith("ema/encoder.") for key in read)
 
 
-def test_a_run_and_its_exports_have_one_fingerprint(run: RunConfig, tmp_path: Path) -> None:
+def test_a_run_and_its_exports_have_one_fingerprint(run: EmbedderConfig, tmp_path: Path) -> None:
     fingerprint = FrozenEncoder.load(run.folder, device=CPU).fingerprint
     assert FrozenEncoder.load(_exported(run, tmp_path / "ema"), device=CPU).fingerprint == fingerprint
     plain = FrozenEncoder.load(run.folder, "plain", CPU).fingerprint
@@ -89,7 +89,7 @@ def test_of_a_bf16_run_even_the_export_in_bf16(tmp_path: Path) -> None:
     assert FrozenEncoder.load(other.folder, device=CPU).fingerprint not in fingerprints
 
 
-def test_the_decoder_does_not_change_the_fingerprint_and_the_encoder_does(run: RunConfig, tmp_path: Path) -> None:
+def test_the_decoder_does_not_change_the_fingerprint_and_the_encoder_does(run: EmbedderConfig, tmp_path: Path) -> None:
     """Built from the same seed, the encoder comes first: its weights are the same beside other decoders."""
     fingerprint = FrozenEncoder.load(run.folder, "plain", CPU).fingerprint
     baseline = saved_run(tmp_path / "baseline", model__kind="magvit2")
@@ -100,12 +100,12 @@ def test_the_decoder_does_not_change_the_fingerprint_and_the_encoder_does(run: R
     assert found[2] != fingerprint
 
 
-def test_what_cannot_be_loaded_is_told(run: RunConfig, tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_told(run: EmbedderConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a run folder"):
         FrozenEncoder.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="holds the ema weights alone"):
         FrozenEncoder.load(_exported(run, tmp_path / "export"), "plain")
-    other = RunConfig.model_validate(run.model_dump() | {"name": "other"})
+    other = EmbedderConfig.model_validate(run.model_dump() | {"name": "other"})
     save_config(other, other.folder)
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         FrozenEncoder.load(other.folder)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.evaluation.miniature_scores import generated_names
@@ -43,7 +43,7 @@ LONG = "one two three four five six seven eight"
 class Made(NamedTuple):
     """A trained embedder and a text-to-video run on its latents, as configs and loaded."""
 
-    embedder: RunConfig
+    embedder: EmbedderConfig
     run: T2VConfig
     model: TextToVideoModel
     codec: Codec

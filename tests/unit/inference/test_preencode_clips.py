@@ -13,7 +13,7 @@ import torch
 
 from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.data.format.index import Sample
-from regen_dist.data.loading.fetch import Bytes
+from regen_dist.data.loading.fetch import FetchResult
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.errors import DataError
 from regen_dist.inference import preencode_clips
@@ -61,15 +61,15 @@ def test_the_middle_of_a_frame_is_kept() -> None:
 # Clips decoded ahead by threads: the right frames, in order, within bounds.
 
 
-def _video(path: Path, frames: int, seed: int = 0) -> Bytes:
-    return Bytes(write_video(path, moving_square(frames, 32, 32, seed=seed)).read_bytes())
+def _video(path: Path, frames: int, seed: int = 0) -> FetchResult:
+    return FetchResult(write_video(path, moving_square(frames, 32, 32, seed=seed)).read_bytes())
 
 
 def test_clips_hold_the_frames_that_they_should(tmp_path: Path) -> None:
     """Numbered frames: every third one, clip after clip, the same pixels as a clip that is read alone."""
     data = write_video(tmp_path / "v.mp4", numbered_frames(40), crf=8).read_bytes()
     cut = cut_video(_sample(40, 48, 64), _config(stride=3), 5)
-    found = list(decode_clips(Bytes(data), 40, cut))
+    found = list(decode_clips(FetchResult(data), 40, cut))
     assert [frame_numbers(clip) for clip in found] == [[0, 3, 6, 9, 12], [15, 18, 21, 24, 27]]
     with VideoReader(data) as reader:
         for first, clip in zip((0, 15), found, strict=True):
@@ -81,7 +81,7 @@ def test_a_varying_rate_keeps_its_pace(tmp_path: Path) -> None:
     ticks = [40 * number + (400 if number > 5 else 0) for number in range(20)]
     data = write_video(tmp_path / "v.mp4", numbered_frames(20), ticks=ticks, crf=8).read_bytes()
     cut = cut_video(_sample(20, 48, 64), _config(), 5)
-    numbers = [number for clip in decode_clips(Bytes(data), 20, cut) for number in frame_numbers(clip)]
+    numbers = [number for clip in decode_clips(FetchResult(data), 20, cut) for number in frame_numbers(clip)]
     assert len(numbers) == 20
     assert numbers == sorted(numbers)
     assert numbers.count(5) > 2
@@ -91,7 +91,7 @@ def test_threads_keep_the_order(tmp_path: Path) -> None:
     """Videos of different lengths, more than threads; one that is damaged raises in its own place."""
     lengths = [15, 5, 10, 5, 20, 5, 15]
     found = [_video(tmp_path / f"{n}.mp4", frames, n) for n, frames in enumerate(lengths)]
-    found[3] = Bytes(b"", "the bytes differ")
+    found[3] = FetchResult(b"", "the bytes differ")
     jobs = [
         DecodeJob(n, found[n], frames, cut_video(_sample(frames), _config(), 5)) for n, frames in enumerate(lengths)
     ]
@@ -115,7 +115,7 @@ def test_what_is_decoded_ahead_is_bounded_and_threads_end(tmp_path: Path, monkey
     made = threading.Semaphore(0)
     clip = np.zeros((3, 5, 16, 16), np.uint8)
 
-    def endless(found: Bytes, frames: int, cut: ClipCut) -> Iterator[np.ndarray]:
+    def endless(found: FetchResult, frames: int, cut: ClipCut) -> Iterator[np.ndarray]:
         while True:
             made.release()
             yield clip
@@ -124,7 +124,7 @@ def test_what_is_decoded_ahead_is_bounded_and_threads_end(tmp_path: Path, monkey
     cut = cut_video(_sample(5), _config(), 5)
     before = threading.active_count()
     with decoders(2) as threads:
-        run = threads.run(DecodeJob(n, Bytes(b""), 5, cut) for n in range(10))
+        run = threads.run(DecodeJob(n, FetchResult(b""), 5, cut) for n in range(10))
         _, clips = next(run)
         next(clips)
         for _ in range(2 * 3 + 1):  # each of two threads: two that wait, one in hand; and the one that was taken
@@ -134,13 +134,13 @@ def test_what_is_decoded_ahead_is_bounded_and_threads_end(tmp_path: Path, monkey
 
 
 def test_what_else_goes_wrong_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(found: Bytes, frames: int, cut: ClipCut) -> Iterator[np.ndarray]:
+    def broken(found: FetchResult, frames: int, cut: ClipCut) -> Iterator[np.ndarray]:
         raise ZeroDivisionError
         yield
 
     monkeypatch.setattr(preencode_clips, "decode_clips", broken)
     with decoders(1) as threads:
-        _, clips = next(threads.run([DecodeJob(0, Bytes(b""), 5, cut_video(_sample(5), _config(), 5))]))
+        _, clips = next(threads.run([DecodeJob(0, FetchResult(b""), 5, cut_video(_sample(5), _config(), 5))]))
         with pytest.raises(ZeroDivisionError):
             list(clips)
 

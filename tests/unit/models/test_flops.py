@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from regen_dist.config import RunConfig, load_embedder_config
+from regen_dist.config import EmbedderConfig, load_embedder_config
 from regen_dist.config.embedder import AttentionConfig
 from regen_dist.config.run import EngineConfig
 from regen_dist.config.t2v import T2VModelConfig
@@ -20,11 +20,11 @@ from tests.helpers.tiny import NANO_AT_8, tiny_t2v_model
 
 
 @pytest.fixture
-def nano(root: Path) -> RunConfig:
+def nano(root: Path) -> EmbedderConfig:
     return load_embedder_config(root / "configs/embedder/nano.yaml", NANO_AT_8)
 
 
-def _decoder_flops(config: RunConfig, tokens: int, seen: int) -> int:
+def _decoder_flops(config: EmbedderConfig, tokens: int, seen: int) -> int:
     """The transformer's matrix products, by hand: `tokens` of them, each of which sees `seen`."""
     decoder = config.model.decoder
     width = decoder.width
@@ -35,12 +35,12 @@ def _decoder_flops(config: RunConfig, tokens: int, seen: int) -> int:
     return decoder.blocks * tokens * per_token + pixels + modulation
 
 
-def test_decoder_flops_equal_the_formula(nano: RunConfig) -> None:
+def test_decoder_flops_equal_the_formula(nano: EmbedderConfig) -> None:
     tokens = 9 * 8 * 8
     assert count_flops(nano.model, (64, 64)).forward_flops["decoder"] == _decoder_flops(nano, tokens, tokens)
 
 
-def test_windows_make_attention_linear(nano: RunConfig) -> None:
+def test_windows_make_attention_linear(nano: EmbedderConfig) -> None:
     decoder = nano.model.decoder.model_copy(update={"attention": AttentionConfig(pattern="window", window=(9, 4, 4))})
     model = nano.model.model_copy(update={"decoder": decoder})
     small, large = (count_flops(model, size).forward_flops["decoder"] for size in ((64, 64), (64, 128)))
@@ -49,7 +49,7 @@ def test_windows_make_attention_linear(nano: RunConfig) -> None:
     assert large / small == pytest.approx(2.0, rel=0.02)
 
 
-def test_parameters_are_those_of_the_real_model(nano: RunConfig) -> None:
+def test_parameters_are_those_of_the_real_model(nano: EmbedderConfig) -> None:
     real = build_model(nano.model)
     assert count_flops(nano.model, (64, 64)).num_parameters == sum(each.numel() for each in real.parameters())
 
@@ -73,7 +73,7 @@ def _kept_bytes(model: nn.Module, *inputs: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_activations_are_what_autograd_keeps_in_a_real_forward_pass(nano: RunConfig) -> None:
+def test_activations_are_what_autograd_keeps_in_a_real_forward_pass(nano: EmbedderConfig) -> None:
     clip = torch.rand(1, 3, 9, 64, 64)
     counted = count_flops(nano.model, (64, 64), precision="fp32").activation_bytes
     assert counted == pytest.approx(_kept_bytes(build_model(nano.model), clip, clip, torch.ones(1)), rel=0.01)
@@ -90,7 +90,7 @@ def test_weights_of_attention_are_counted_where_the_backend_keeps_them() -> None
     assert counted > fused + config.blocks * config.heads * 192 * 192 * 4
 
 
-def test_checkpointing_trades_memory_for_operations(nano: RunConfig) -> None:
+def test_checkpointing_trades_memory_for_operations(nano: EmbedderConfig) -> None:
     plain = count_flops(nano.model, (64, 64))
     checkpointed = count_flops(nano.model, (64, 64), activation_checkpointing=True)
     assert plain.num_training_flops == 3 * plain.num_forward_flops
@@ -98,7 +98,7 @@ def test_checkpointing_trades_memory_for_operations(nano: RunConfig) -> None:
     assert checkpointed.activation_bytes < 0.7 * plain.activation_bytes
 
 
-def test_both_kinds_keep_the_same_latents(nano: RunConfig, root: Path) -> None:
+def test_both_kinds_keep_the_same_latents(nano: EmbedderConfig, root: Path) -> None:
     baseline = count_flops(load_embedder_config(root / "configs/embedder/nano_magvit2.yaml", NANO_AT_8).model, (64, 64))
     embedder = count_flops(nano.model, (64, 64))
     assert baseline.latent_shape == embedder.latent_shape == (8, 8, 8)
@@ -106,7 +106,7 @@ def test_both_kinds_keep_the_same_latents(nano: RunConfig, root: Path) -> None:
     assert baseline.compression == embedder.compression == pytest.approx(12 * 9)
 
 
-def test_every_attention_backend_counts_alike(nano: RunConfig) -> None:
+def test_every_attention_backend_counts_alike(nano: EmbedderConfig) -> None:
     decoder = nano.model.decoder.model_copy(update={"attention": AttentionConfig(backend="flash")})
     flash = count_flops(nano.model.model_copy(update={"decoder": decoder}), (64, 64))
     assert flash == count_flops(nano.model, (64, 64))

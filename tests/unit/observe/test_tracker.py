@@ -18,7 +18,7 @@ from PIL import Image
 
 from regen_dist.config.identity import read_run_id
 from regen_dist.observe import tracker as tracking
-from regen_dist.observe.tracker import TensorBoard, Tracker, Trackers
+from regen_dist.observe.tracker import TensorBoard, Trackers, WandbTracker
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
 
@@ -30,7 +30,7 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     picture = tmp_path / "picture.png"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture)
-    tracker = Tracker(tiny_run(wandb__mode="offline"), tmp_path)
+    tracker = WandbTracker(tiny_run(wandb__mode="offline"), tmp_path)
     tracker.log(1, {"train/loss": 0.5, "name": "is no number"}, {"clip": picture})
     tracker.close()
     assert tracker.failures == 0
@@ -45,7 +45,7 @@ def test_an_offline_run_is_resumed_with_its_videos(tmp_path: Path, monkeypatch: 
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
     video = write_video(tmp_path / "video.mp4", moving_square(5, 32, 32), fps=8)
     for step in (1, 2):
-        tracker = Tracker(tiny_run(wandb__mode="offline"), tmp_path)
+        tracker = WandbTracker(tiny_run(wandb__mode="offline"), tmp_path)
         tracker.log(step, {"train/loss": 0.5}, videos={"validation/video 0": video})
         tracker.close()
         assert tracker.failures == 0
@@ -61,7 +61,7 @@ def test_disabled_does_not_even_import_it(tmp_path: Path, monkeypatch: pytest.Mo
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("wandb was started"))
-    tracker = Tracker(tiny_run(), tmp_path)
+    tracker = WandbTracker(tiny_run(), tmp_path)
     tracker.log(1, {"loss": 0.5})
     tracker.close()
     assert tracker.failures == 0
@@ -79,7 +79,7 @@ def test_a_failing_start_is_counted_and_said_once(
 
     monkeypatch.setattr(wandb, "init", fail)
     with caplog.at_level(logging.WARNING):
-        tracker = Tracker(tiny_run(wandb__mode="online"), tmp_path)
+        tracker = WandbTracker(tiny_run(wandb__mode="online"), tmp_path)
         for step in range(3):
             tracker.log(step, {"loss": 0.5})
         tracker.close()
@@ -114,12 +114,12 @@ def test_an_outage_in_the_middle_switches_it_off(tmp_path: Path, monkeypatch: py
 
     broken = _Broken()
     monkeypatch.setattr(wandb, "init", lambda **_: broken)
-    tracker = Tracker(tiny_run(wandb__mode="online"), tmp_path)
+    tracker = WandbTracker(tiny_run(wandb__mode="online"), tmp_path)
     for step in range(3):
         tracker.log(step, {"loss": 0.5})
     tracker.close()
     assert (tracker.failures, broken.calls) == (1, 1)
-    tracker = Tracker(tiny_run(wandb__mode="online"), tmp_path)
+    tracker = WandbTracker(tiny_run(wandb__mode="online"), tmp_path)
     tracker.log(0, {}, {"clip": tmp_path / "missing.png"})
     assert tracker.failures == 1
 
@@ -149,7 +149,7 @@ def test_points_after_a_rollback_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
     kept, given = _Kept(), list[dict[str, Any]]()
     monkeypatch.setattr(wandb, "init", lambda **options: (given.append(options), kept)[1])
     for folder in ("a", "a", "b"):
-        tracker = Tracker(tiny_run(wandb__mode="online"), tmp_path / folder)
+        tracker = WandbTracker(tiny_run(wandb__mode="online"), tmp_path / folder)
         for step in (7, 8, 3):
             tracker.log(step, {"loss": 0.5})
         tracker.close()
@@ -180,7 +180,7 @@ def test_a_call_that_never_returns_is_given_up(
         monkeypatch.setattr(tracking, name, 0.2)
     began = time.monotonic()
     with caplog.at_level(logging.WARNING):
-        tracker = Tracker(tiny_run(wandb__mode="online"), tmp_path)
+        tracker = WandbTracker(tiny_run(wandb__mode="online"), tmp_path)
         tracker.log(1, {"loss": 0.5})
         tracker.log(2, {"loss": 0.5})
         tracker.close()
@@ -196,7 +196,7 @@ from pathlib import Path
 from regen_dist.observe import tracker as tracking
 from tests.helpers.tiny import tiny_run
 tracking.START_S = tracking.FINISH_S = 3.0
-tracker = tracking.Tracker(tiny_run(wandb__mode="online"), Path(sys.argv[1]))
+tracker = tracking.WandbTracker(tiny_run(wandb__mode="online"), Path(sys.argv[1]))
 tracker.log(1, {"loss": 0.5})
 tracker.close()
 sys.exit(75)

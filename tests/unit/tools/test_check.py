@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.config import RunConfig, to_yaml
+from regen_dist.config import EmbedderConfig, to_yaml
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
 from tests.helpers.tiny import tiny_dataset, tiny_run
@@ -34,7 +34,7 @@ def regen_check(folder: Path, *arguments: object) -> tuple[int, dict[str, Any]]:
     return ended.returncode, json.loads(ended.stdout)
 
 
-def written(config: RunConfig, folder: Path) -> Path:
+def written(config: EmbedderConfig, folder: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(to_yaml(config))
     return path

@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from regen_dist.config import load_config
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import EXIT_RESUME
 from tools import demo, stages
 
@@ -50,7 +50,7 @@ while step < total:
 
 
 @pytest.fixture
-def config() -> RunConfig:
+def config() -> EmbedderConfig:
     return load_config(CONFIG, ["train.steps=60"])
 
 
@@ -76,7 +76,7 @@ def starts(run: Path) -> list[int]:
 
 
 def test_stops_once_and_goes_on(
-    training: Path, config: RunConfig, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    training: Path, config: EmbedderConfig, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold(monkeypatch, starts=1, most=45)
     demo._train([str(training), "60"], config, training)
@@ -90,7 +90,7 @@ def test_stops_once_and_goes_on(
 
 
 def test_a_run_that_was_resumed_is_not_stopped_again(
-    training: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    training: Path, config: EmbedderConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold(monkeypatch, starts=2, most=15)
     assert stages.run_until([str(training), "60"], training, 10) == (EXIT_RESUME, True)
@@ -127,7 +127,7 @@ def test_a_signal_that_comes_while_the_command_starts_reaches_it(
     assert not on_purpose
 
 
-def test_a_failure_ends_the_demo_with_its_code(training: Path, config: RunConfig) -> None:
+def test_a_failure_ends_the_demo_with_its_code(training: Path, config: EmbedderConfig) -> None:
     with pytest.raises(typer.Exit) as ended:
         demo._train([str(training), "not a number"], config, training)
     assert ended.value.exit_code == 1

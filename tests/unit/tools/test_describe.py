@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from regen_dist.config import RunConfig, T2VConfig, load_config
+from regen_dist.config import EmbedderConfig, T2VConfig, load_config
 from regen_dist.config.identity import num_readers
 from regen_dist.errors import ConfigError
 from regen_dist.models.flops import FlopReport, count_flops, count_row_flops
@@ -37,7 +37,7 @@ CONFIGS = sorted(
 def test_every_config_can_be_described(path: Path) -> None:
     config = load_config(path)
     facts = gather(config, world_size=1 if config.engine.kind == "plain" else 2)
-    _check_clip(config, facts) if isinstance(config, RunConfig) else _check_row(config, facts)
+    _check_clip(config, facts) if isinstance(config, EmbedderConfig) else _check_row(config, facts)
     unit = facts["unit"]
     assert facts["parameters"]["total"] == sum(facts["parameters"].values()) / 2
     assert facts[f"training_flops_per_{unit}"] >= 3 * facts[f"forward_flops_per_{unit}"]["total"] > 0
@@ -45,7 +45,7 @@ def test_every_config_can_be_described(path: Path) -> None:
     assert facts["training_flops_per_step"] == facts[f"training_flops_per_{unit}"] * config.train.batch_global
 
 
-def _check_clip(config: RunConfig, facts: dict[str, Any]) -> None:
+def _check_clip(config: EmbedderConfig, facts: dict[str, Any]) -> None:
     channels, frames, height, width = facts["input_shape"]
     assert (channels, frames) == (3, config.model.temporal_compression + 1)
     assert (facts["latent_frames"], facts["latent_shape"]) == (
@@ -262,7 +262,7 @@ def test_the_table_of_text_to_video(row: list[str]) -> None:
 @pytest.mark.parametrize("row", CLIPS, ids=lambda row: f"S={row[0]}")
 def test_the_table_of_the_embedder(row: list[str]) -> None:
     config = load_config(ROOT / "configs/embedder/regen_k32.yaml", [f"engine.sequence_parallel={row[0]}"])
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, EmbedderConfig)
     counted = count_flops(config.model, config.data.sizes[0], **_how(config))
     _, rows, columns = counted.latent_shape
     assert row[1:] == _cells(config, counted, config.model.decoder, 33 * rows * columns)

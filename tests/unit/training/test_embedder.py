@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
@@ -95,7 +95,7 @@ def test_one_loss_trains_every_part_end_to_end() -> None:
     assert not still
 
 
-def _noise(config: RunConfig, ids: torch.Tensor, step: int = 3) -> Any:
+def _noise(config: EmbedderConfig, ids: torch.Tensor, step: int = 3) -> Any:
     return latent_noise(config, torch.zeros(len(ids), 3, 5, 16, 24), ids, step)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.saver import Saver
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.run import CheckpointConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError, TrainingError
@@ -52,7 +52,7 @@ def spiky(monkeypatch: pytest.MonkeyPatch) -> Spiky:
     return plan
 
 
-def _spike_config(tmp_path: Path, data: Path, **changes: Any) -> RunConfig:
+def _spike_config(tmp_path: Path, data: Path, **changes: Any) -> EmbedderConfig:
     values = {"train__steps": STEPS, "checkpoint__every": 2, "train__trace_samples": True, "guards__spike": GUARD}
     return tiny_run(tmp_path, data, **{**values, **changes})
 
@@ -115,7 +115,7 @@ def _broken_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         BREAKS if made >= steps else clean(config, made, total)))  # fmt: skip
 
 
-def _nonfinite_config(tmp_path: Path, data: Path, every: int = 2, **changes: Any) -> RunConfig:
+def _nonfinite_config(tmp_path: Path, data: Path, every: int = 2, **changes: Any) -> EmbedderConfig:
     return tiny_run(tmp_path, data, checkpoint__every=every, **changes)
 
 

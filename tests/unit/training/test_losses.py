@@ -16,7 +16,7 @@ from regen_dist.checks.kernels import losses
 from regen_dist.checks.run import CHECKS
 from regen_dist.config import config_hash, load_saved_config, save_config
 from regen_dist.data.loading.clip_loader import ClipBatch
-from regen_dist.distributed.companion import Companion, build_companion
+from regen_dist.distributed.discriminator import DiscriminatorTrainer, build_discriminator_trainer
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError
@@ -79,20 +79,20 @@ def test_gradients_reach_every_part(model: str, terms: str, network: Path) -> No
     model's."""
     task, engine = _task(**_settings(terms, network), **MODELS[model])
     loss = task.loss(engine, _batch(), 3)
-    before = {name: p.grad.clone() for name, p in _companion(engine).items()}
+    before = {name: p.grad.clone() for name, p in _discriminator_parameters(engine).items()}
     loss.extra.backward()
     still = [name for name, p in engine.module.named_parameters() if p.grad is None or not p.grad.any()]
     assert not still
     assert all(p.grad.isfinite().all() for p in engine.module.parameters())
-    for name, parameter in _companion(engine).items():
+    for name, parameter in _discriminator_parameters(engine).items():
         assert torch.equal(parameter.grad, before[name]), name
         # The head's bias gets none while the hinge is open to all logits: sources and reconstructions cancel out.
         assert parameter.numel() == 1 or before[name].any(), name
     assert bool(before) == (terms != "perceptual")
 
 
-def _companion(engine: PlainEngine) -> dict[str, Any]:
-    return {} if engine.companion is None else dict(engine.companion.module.named_parameters())
+def _discriminator_parameters(engine: PlainEngine) -> dict[str, Any]:
+    return {} if engine.discriminator is None else dict(engine.discriminator.module.named_parameters())
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -103,12 +103,12 @@ def test_terms_of_a_sample_do_not_depend_on_its_batch(model: str, terms: str, ne
     task, engine = _task(**_settings(terms, network), **MODELS[model])
     batch = _batch()
     together = task.loss(engine, batch, 7).extra
-    whole = {name: p.grad.clone() for name, p in _companion(engine).items()}
-    if engine.companion is not None:
-        engine.companion.module.zero_grad()
+    whole = {name: p.grad.clone() for name, p in _discriminator_parameters(engine).items()}
+    if engine.discriminator is not None:
+        engine.discriminator.module.zero_grad()
     alone = [task.loss(engine, ClipBatch(batch.video[i, None], IDS[i, None]), 7).extra for i in (2, 0, 3, 1)]
     torch.testing.assert_close(together, torch.stack(alone).mean(), rtol=1e-4, atol=1e-6)
-    for name, parameter in _companion(engine).items():
+    for name, parameter in _discriminator_parameters(engine).items():
         torch.testing.assert_close(parameter.grad / 4, whole[name], rtol=1e-3, atol=1e-6)
 
 
@@ -145,7 +145,7 @@ def test_off_is_the_loss_of_before(kind: str, network: Path) -> None:
     loss = task.loss(engine, _batch(), 7)
     assert loss.extra is None
     assert loss.total is loss.value
-    assert engine.companion is None
+    assert engine.discriminator is None
     assert not any("discriminator" in name for name in engine.pieces())
     other, with_terms = _task(model__kind=kind, **_settings("both", network))
     beside = other.loss(with_terms, _batch(), 7)
@@ -212,41 +212,41 @@ def test_r1_is_the_squared_slope() -> None:
         assert float(penalty[n]) == pytest.approx(0.5 * (float(there - back) / 2e-5) ** 2, rel=1e-3)
 
 
-def _made(**changes: Any) -> Companion:
-    companion = build_companion(tiny_run(**{**ADVERSARIAL, **changes}), Ranks())
-    assert companion is not None
-    return companion
+def _made(**changes: Any) -> DiscriminatorTrainer:
+    trainer = build_discriminator_trainer(tiny_run(**{**ADVERSARIAL, **changes}), Ranks())
+    assert trainer is not None
+    return trainer
 
 
 def test_the_discriminator_learns() -> None:
     """To tell noise from its blurred self, in 40 updates; its logits' averages follow."""
-    companion, losses = _made(train__losses__adversarial__lr=2e-3), []
+    trainer, losses = _made(train__losses__adversarial__lr=2e-3), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
         real = torch.randn(4, 3, 5, 16, 16, generator=generator)
         fake = torch.nn.functional.avg_pool3d(real, (1, 3, 3), 1, (0, 1, 1))
-        logits = companion.module(real), companion.module(fake)
+        logits = trainer.module(real), trainer.module(fake)
         loss = discriminator_loss("hinge", *logits).mean()
-        companion.backward(loss, *logits)
-        companion.step(True)
+        trainer.backward(loss, *logits)
+        trainer.step(True)
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
-    assert companion.num_updates == 40
-    assert companion.averages is not None
-    assert companion.averages.real > companion.averages.fake
+    assert trainer.num_updates == 40
+    assert trainer.averages is not None
+    assert trainer.averages.real > trainer.averages.fake
 
 
 @pytest.mark.parametrize(("applied", "scale"), [(False, 1.0), (True, float("nan"))])
 def test_updates_are_skipped_as_the_models_are(applied: bool, scale: float) -> None:
     """Neither a skipped step of the model nor a gradient that is not finite changes weights, moments or averages."""
-    companion = _made()
-    before = {name: piece.clone() for name, piece in companion.pieces().items()}
-    logits = companion.module(torch.zeros(1, 3, 5, 16, 16))
-    companion.backward(scale * logits.sum(), logits, logits)
-    companion.step(applied)
-    assert all(torch.equal(piece, before[name]) for name, piece in companion.pieces().items())
-    assert (companion.num_updates, companion.averages, companion.skipped) == (0, None, int(applied))
-    assert all(parameter.grad is None for parameter in companion.module.parameters())
+    trainer = _made()
+    before = {name: piece.clone() for name, piece in trainer.pieces().items()}
+    logits = trainer.module(torch.zeros(1, 3, 5, 16, 16))
+    trainer.backward(scale * logits.sum(), logits, logits)
+    trainer.step(applied)
+    assert all(torch.equal(piece, before[name]) for name, piece in trainer.pieces().items())
+    assert (trainer.num_updates, trainer.averages, trainer.skipped) == (0, None, int(applied))
+    assert all(parameter.grad is None for parameter in trainer.module.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -305,11 +305,11 @@ def test_describe_counts_what_the_terms_hold(network: Path) -> None:
     plain, found = (gather(each, world_size=1)["memory_bytes_per_gpu"] for each in (without, config))
     added = {name: size for name, size in found.items() if name not in plain}
     assert {name: size for name, size in found.items() if name in plain} == plain
-    companion = _made()
-    held = sum(piece.numel() * 4 for piece in companion.pieces().values())
+    trainer = _made()
+    held = sum(piece.numel() * 4 for piece in trainer.pieces().values())
     assert added["discriminator (fp32, on every GPU)"] == held * 5 / 3  # weights and moments, and gradients twice
     video = torch.rand(4, 3, 5, 16, 24, requires_grad=True)
-    passes = _kept(lambda: [companion.module(video), companion.module(video.clone())], companion.module.parameters())
+    passes = _kept(lambda: [trainer.module(video), trainer.module(video.clone())], trainer.module.parameters())
     assert added["activations of the discriminator"] == pytest.approx(passes, rel=0.1)
     images = torch.rand(8, 3, 16, 24, requires_grad=True)
     perceptual = load_perceptual(str(network), CPU)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.run import OptimizerConfig
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.data.loading.plan import BadSample
@@ -125,29 +125,29 @@ def batch(*ids: int, bad: tuple[BadSample, ...] = (), problem: str | None = None
     return ClipBatch(torch.empty(0), torch.tensor(ids), bad=bad, problem=problem)
 
 
-def ids(run: RunConfig, rank: int = 0) -> list[tuple[int, int, list[int]]]:
+def ids(run: EmbedderConfig, rank: int = 0) -> list[tuple[int, int, list[int]]]:
     lines = read_record(run.folder / "samples" / f"rank-{rank:05d}.jsonl", "samples")
     return [(line["step"], line["micro"], line["ids"]) for line in lines]
 
 
-def noted(run: RunConfig, rank: int = 0) -> list[tuple[int, str]]:
+def noted(run: EmbedderConfig, rank: int = 0) -> list[tuple[int, str]]:
     path = run.folder / "bad_samples" / f"rank-{rank:05d}.jsonl"
     return [(line["step"], line["key"]) for line in read_record(path)] if path.exists() else []
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunConfig:
+def run(tmp_path: Path) -> EmbedderConfig:
     return tiny_run(tmp_path, train__trace_samples=True)
 
 
-def write(run: RunConfig, start: int, *notes: tuple[int, ClipBatch], rank: int = 0, world_size: int = 1) -> None:
+def write(run: EmbedderConfig, start: int, *notes: tuple[int, ClipBatch], rank: int = 0, world_size: int = 1) -> None:
     log = SampleLog(run, Ranks(rank, world_size), start)
     for step, each in notes:
         log.write(step, 0, each)
     log.close()
 
 
-def test_ids_are_noted_by_step_and_micro_batch(run: RunConfig) -> None:
+def test_ids_are_noted_by_step_and_micro_batch(run: EmbedderConfig) -> None:
     log = SampleLog(run, Ranks(), 0)
     log.write(1, 0, batch(5, 6))
     log.write(1, 1, batch(7, 8))
@@ -164,7 +164,7 @@ def test_without_the_option_only_bad_samples_are_noted(tmp_path: Path) -> None:
     assert not (run.folder / "samples").exists()
 
 
-def test_a_resumed_run_drops_the_notes_of_steps_that_come_again(run: RunConfig) -> None:
+def test_a_resumed_run_drops_the_notes_of_steps_that_come_again(run: EmbedderConfig) -> None:
     write(run, 0, (1, batch(1)), (2, batch(2, bad=(BAD,))), (3, batch(3, bad=(OTHER,))))
     write(run, 2, (3, batch(30)))
     assert ids(run) == [(1, 0, [1]), (2, 0, [2]), (3, 0, [30])]
@@ -174,7 +174,7 @@ def test_a_resumed_run_drops_the_notes_of_steps_that_come_again(run: RunConfig) 
     assert ids(run) == [(1, 0, [1])], "also where ids are noted no more"
 
 
-def test_a_bad_sample_is_noted_once(run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_sample_is_noted_once(run: EmbedderConfig, capsys: pytest.CaptureFixture[str]) -> None:
     write(run, 0, (1, batch(1, bad=(BAD, BAD))), (2, batch(2, bad=(BAD,))))
     write(run, 2, (3, batch(3, bad=(BAD, OTHER))))
     assert noted(run) == [(1, "one"), (3, "two")]
@@ -184,13 +184,13 @@ def test_a_bad_sample_is_noted_once(run: RunConfig, capsys: pytest.CaptureFixtur
     ]  # fmt: skip
 
 
-def test_what_another_rank_has_noted_is_known_after_resuming(run: RunConfig) -> None:
+def test_what_another_rank_has_noted_is_known_after_resuming(run: EmbedderConfig) -> None:
     write(run, 0, (1, batch(1, bad=(BAD,))), (4, batch(1, bad=(OTHER,))), rank=1, world_size=2)
     write(run, 2, (3, batch(3, bad=(BAD, OTHER))), rank=0, world_size=2)
     assert noted(run) == [(3, "two")], "what comes again is not known yet"
 
 
-def test_notes_of_ranks_that_are_no_more_end_at_the_checkpoint(run: RunConfig) -> None:
+def test_notes_of_ranks_that_are_no_more_end_at_the_checkpoint(run: EmbedderConfig) -> None:
     for rank in range(3):
         write(run, 0, *((step, batch(rank, bad=(BAD,) * (step == 3))) for step in (1, 2, 3)), rank=rank, world_size=3)
     write(run, 2, rank=0, world_size=2)
@@ -200,7 +200,7 @@ def test_notes_of_ranks_that_are_no_more_end_at_the_checkpoint(run: RunConfig) -
     assert len(ids(run, 1)) == 2
 
 
-def test_a_problem_is_told_once(run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_problem_is_told_once(run: EmbedderConfig, capsys: pytest.CaptureFixture[str]) -> None:
     write(run, 0, *((step, batch(1, problem="the disk is full")) for step in range(1, 5)))
     assert capsys.readouterr().err == "warning: the disk is full\n"
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import load_config, load_saved_config
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.identity import read_or_create_run_id, read_run_id
 from regen_dist.errors import CheckpointError, ConfigError, NoGoodCheckpoint
 from regen_dist.observe.record import read_record
@@ -141,7 +141,7 @@ def test_a_folder_of_checkpoints_that_is_gone_is_no_new_run(tmp_path: Path, data
 # A run goes on from its own checkpoints alone, whatever its name is.
 
 
-def _run(tmp_path: Path, data: Path, output: str, steps: int = 1, **changes: Any) -> RunConfig:
+def _run(tmp_path: Path, data: Path, output: str, steps: int = 1, **changes: Any) -> EmbedderConfig:
     saved = {"checkpoint__url": str(tmp_path / "saved"), "checkpoint__every": 1}
     return tiny_run(tmp_path / output, data, **{"train__steps": steps, **saved, **changes})
 

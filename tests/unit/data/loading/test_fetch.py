@@ -11,7 +11,7 @@ import pytest
 from regen_dist.config.datasets import ReadConfig
 from regen_dist.data.format.catalogue import Dataset, SampleRow
 from regen_dist.data.format.index import checksum
-from regen_dist.data.loading.fetch import Bytes, Fetcher, SampleLocation
+from regen_dist.data.loading.fetch import Fetcher, FetchResult, SampleLocation
 from regen_dist.errors import AccessDenied, DataError, ObjectCut, StoreUnavailable
 from tests.helpers.jobs import wait_until
 
@@ -69,7 +69,7 @@ def fetcher(shards: Shards, **settings: Any) -> Fetcher:
     return Fetcher([cast(Dataset, Rows(shards))], ReadConfig(**settings))
 
 
-def fetch(shards: Shards, batches: Sequence[Sequence[int]], **settings: Any) -> list[tuple[int, list[Bytes]]]:
+def fetch(shards: Shards, batches: Sequence[Sequence[int]], **settings: Any) -> list[tuple[int, list[FetchResult]]]:
     with fetcher(shards, **settings) as each:
         return list(each.ahead((n, [place(row) for row in rows]) for n, rows in enumerate(batches)))
 
@@ -77,7 +77,7 @@ def fetch(shards: Shards, batches: Sequence[Sequence[int]], **settings: Any) -> 
 def test_batches_come_in_the_order_asked_for() -> None:
     batches = [[17, 3, 99], [4], [3, 12, 3]]
     found = fetch(Shards(), batches)
-    assert found == [(n, [Bytes(content(row)) for row in rows]) for n, rows in enumerate(batches)]
+    assert found == [(n, [FetchResult(content(row)) for row in rows]) for n, rows in enumerate(batches)]
 
 
 def test_a_shard_is_asked_once_for_what_is_wanted_of_it() -> None:
@@ -101,7 +101,7 @@ def test_much_of_a_shard_is_asked_in_parts_side_by_side() -> None:
     with fetcher(shards, requests=2) as each:
         order = [7, 0, 3, 9, 1, 2, 8, 5, 4, 6]
         found = list(each.ahead([("all", [place(row, size) for row in order])]))
-    assert found == [("all", [Bytes(content(row, size)) for row in order])]
+    assert found == [("all", [FetchResult(content(row, size)) for row in order])]
     assert sorted(rows for _, rows in shards.calls) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
@@ -113,7 +113,7 @@ def test_nothing_is_fetched_for_nothing() -> None:
 def test_wrong_bytes_are_asked_for_again(times: int) -> None:
     shards = Shards()
     shards.trouble = lambda row, asked: b"x" * SIZE if row == 4 and asked <= times else None
-    assert fetch(shards, [[3, 4, 5]]) == [(0, [Bytes(content(row)) for row in (3, 4, 5)])]
+    assert fetch(shards, [[3, 4, 5]]) == [(0, [FetchResult(content(row)) for row in (3, 4, 5)])]
     assert shards.asked == {3: 1, 4: times + 1, 5: 1}
 
 
@@ -134,7 +134,7 @@ def test_one_bad_sample_does_not_spoil_its_neighbours() -> None:
             return super().get_ranges(name, ranges, join_bytes)
 
     (_, found), = fetch(Cut(), [[4, 5, 6, 14]])  # fmt: skip
-    assert found == [Bytes(content(4)), *[Bytes(b"", "the object is cut")] * 2, Bytes(content(14))]
+    assert found == [FetchResult(content(4)), *[FetchResult(b"", "the object is cut")] * 2, FetchResult(content(14))]
 
 
 @pytest.mark.parametrize("error", [AccessDenied("no"), StoreUnavailable("no"), RuntimeError("a bug")])

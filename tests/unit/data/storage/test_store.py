@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from regen_dist.data.storage.bucket import ByteSpan, join_ranges
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.local import free_bytes, remove_leftovers
+from regen_dist.data.storage.object_store import ByteSpan, join_ranges
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, BackendError, DataError, DiskFull, ObjectMissing
 from tests.helpers.storecontract import StoreContract

@@ -18,7 +18,7 @@ from diffusers import AutoModel
 from torch import Tensor
 
 from regen_dist.config import load_config
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
@@ -267,7 +267,7 @@ def _module(folder: Path) -> ModuleType:
 def test_its_config_is_that_of_the_package(preset: Path, tmp_path: Path) -> None:
     """Without pydantic: every value and property of the presets' models, and what does not fit is refused."""
     real = load_config(preset)
-    assert isinstance(real, RunConfig)
+    assert isinstance(real, EmbedderConfig)
     module = _module(tmp_path)
     model = module.ModelConfig(**real.model.model_dump(mode="json"))
     _same(model, real.model)

@@ -14,7 +14,7 @@ from launcher.cluster import ClusterConfig
 from launcher.preflight import check
 from launcher.preflight.findings import PreflightFinding, Subject, make_note, problem
 from launcher.preflight.report import PreflightError, Report
-from launcher.preflight.runs import library
+from launcher.preflight.runs import library_checks
 from launcher.preflight.scheduler import ranks_and_gpus
 from launcher.preflight.storage import wandb_key
 from launcher.submit import SubmissionRequest, command_request, sweep_request, train_request
@@ -70,7 +70,7 @@ def test_several_runs_with_the_same_problem_are_told_once() -> None:
         tiny_run(name=f"run{n}", engine__kind="zero3", train__batch_global=b) for n, b in enumerate((4, 4, 4, 4, 6))
     ]
     swept = sweep_request([(run, "run") for run in runs], ClusterConfig(kind="local", tasks_per_node=3), "test")
-    told = problems(library(Subject(swept, produced=["data"])))
+    told = problems(library_checks(Subject(swept, produced=["data"])))
     assert sum("train.batch_global 4" in each for each in told) == 1
     assert any(each.startswith("run0, run1, run2 and 1 more: train.batch_global 4") for each in told)
 
@@ -81,18 +81,18 @@ def test_the_library_is_told_where_the_job_runs(tmp_path: Path) -> None:
     data = str(tmp_path / "made")
     cluster = {"kind": "local", "gpus_per_node": 4, "tasks_per_node": 3}
     config = {"output": str(tmp_path), "data__url": data, "data__validation_url": data}
-    told = problems(library(Subject(order(cluster, **config, **flash))))
+    told = problems(library_checks(Subject(order(cluster, **config, **flash))))
     assert len(told) == 3, told
     assert any("4 samples at a time, not a multiple of 3 ranks" in each for each in told)
     assert any("flash needs the package flash-attn" in each for each in told)
     assert any(f"there is no folder {data}" in each for each in told)
     elsewhere = {**cluster, "tasks_per_node": 4, "python": "apptainer exec --nv image.sif python"}
-    assert problems(library(Subject(order(elsewhere, **config, **flash), produced=[data]))) == []
+    assert problems(library_checks(Subject(order(elsewhere, **config, **flash), produced=[data]))) == []
 
 
 def test_a_library_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    report = check(order(), checks=[library])
+    report = check(order(), checks=[library_checks])
     assert report.problems == ["`regen check` failed: exit code 1"]
 
 

@@ -22,7 +22,7 @@ from launcher.preflight import runs as timing
 from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
 from launcher.preflight.runs import measured
 from launcher.submit import SubmissionRequest, sweep_request, train_request
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import BackendError
 from tests.helpers.latents import write_cache
 from tests.helpers.t2v import t2v_run
@@ -36,11 +36,11 @@ def texts(found: Any, *, forbids: bool = True) -> list[str]:
     return [each.text for each in found if each.forbids == forbids]
 
 
-def subject(config: RunConfig, cluster: ClusterConfig = LOCAL, *, fresh: bool = False) -> Subject:
+def subject(config: EmbedderConfig, cluster: ClusterConfig = LOCAL, *, fresh: bool = False) -> Subject:
     return Subject(train_request(config, cluster, "test", fresh=fresh))
 
 
-def record(config: RunConfig, *lines: dict[str, Any]) -> None:
+def record(config: EmbedderConfig, *lines: dict[str, Any]) -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / "metrics.jsonl").write_text("".join(json.dumps({"step": 1, **line}) + "\n" for line in lines))
 
@@ -180,7 +180,7 @@ class Told(Estimates):
         super().__init__()
         self.terms, self.asked = terms, 0
 
-    def of(self, config: RunConfig, world_size: int) -> Estimate:
+    def of(self, config: EmbedderConfig, world_size: int) -> Estimate:
         self.asked += 1
         return Estimate(1, self.terms)
 
@@ -213,7 +213,7 @@ def test_memory_is_not_looked_at_without_cards() -> None:
 def test_runs_of_a_sweep_share_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def describe(config: RunConfig, world_size: int, timeout_s: float) -> Estimate:
+    def describe(config: EmbedderConfig, world_size: int, timeout_s: float) -> Estimate:
         asked.append(config.name)
         return Estimate(len(asked), {})
 
@@ -229,7 +229,7 @@ def test_runs_of_a_sweep_share_an_estimate(monkeypatch: pytest.MonkeyPatch) -> N
 def test_describing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """No torch, or too slow: a note, and the time of all models together is limited."""
 
-    def slow(config: RunConfig, world_size: int, timeout_s: float) -> Estimate:
+    def slow(config: EmbedderConfig, world_size: int, timeout_s: float) -> Estimate:
         raise subprocess.TimeoutExpired("describe", timeout_s)
 
     monkeypatch.setattr(findings, "describe", slow)

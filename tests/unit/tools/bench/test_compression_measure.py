@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from regen_dist.config.embedder import RunConfig
+from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.models.embedder import build_model
@@ -33,7 +33,7 @@ from tools.bench.compression_measure import (
 )
 
 
-def _config(**changes: Any) -> RunConfig:
+def _config(**changes: Any) -> EmbedderConfig:
     return tiny_run(data__short_side=48, **changes)
 
 

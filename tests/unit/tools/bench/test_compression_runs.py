@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from regen_dist.config import RunConfig, load_embedder_config, save_config
+from regen_dist.config import EmbedderConfig, load_embedder_config, save_config
 from regen_dist.errors import ConfigError, TrainingError
 from regen_dist.models.flops import count_flops
 from tests.helpers.checkpoints import saved_run
@@ -57,7 +57,7 @@ CONFIG = ROOT / "configs" / "bench" / "compression.yaml"
 BASE = load_embedder_config(CONFIG)
 
 
-def _config(arm: CompressionArm) -> RunConfig:
+def _config(arm: CompressionArm) -> EmbedderConfig:
     return load_embedder_config(CONFIG, arm.overrides(BASE))
 
 

@@ -211,8 +211,8 @@ def test_figures_say_what_is_better() -> None:
 
 @pytest.mark.parametrize("name", ["step_embedder", "step_t2v", "step_sharded"])
 def test_the_configs_are_as_wide_as_the_target_asks(name: str, root: Path) -> None:
-    from regen_dist.config import RunConfig, load_config
+    from regen_dist.config import EmbedderConfig, load_config
 
     config = load_config(root / f"configs/bench/{name}.yaml")
-    width = config.model.decoder.width if isinstance(config, RunConfig) else config.model.width
+    width = config.model.decoder.width if isinstance(config, EmbedderConfig) else config.model.width
     assert width >= 512

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.embedder import AdversarialConfig, RunConfig
+from regen_dist.config.embedder import AdversarialConfig, EmbedderConfig
 from regen_dist.config.run import CommonConfig, OptimizerConfig
 from regen_dist.distributed.optimizer import MOMENTS, build_optimizer, fresh_state, set_num_updates
 from regen_dist.distributed.ranks import Ranks, chunk
@@ -29,9 +29,9 @@ _DECAY = 0.99  # of the logits' averages
 _SEED = 0x64697363  # apart from the model's, whose weights are drawn with `train.seed`
 
 
-def build_companion(config: CommonConfig, ranks: Ranks) -> Companion | None:
+def build_discriminator_trainer(config: CommonConfig, ranks: Ranks) -> DiscriminatorTrainer | None:
     """Build the discriminator that a config asks for; None if the adversarial loss is off."""
-    if not isinstance(config, RunConfig) or config.train.losses.adversarial.weight == 0:
+    if not isinstance(config, EmbedderConfig) or config.train.losses.adversarial.weight == 0:
         return None
     adversarial = config.train.losses.adversarial
 
@@ -41,10 +41,10 @@ def build_companion(config: CommonConfig, ranks: Ranks) -> Companion | None:
             torch.manual_seed(config.train.seed ^ _SEED)
             return PatchDiscriminator(adversarial)
 
-    return Companion(build, adversarial, ranks, config.train.accumulation)
+    return DiscriminatorTrainer(build, adversarial, ranks, config.train.accumulation)
 
 
-class Companion:
+class DiscriminatorTrainer:
     """The discriminator with its optimizer.
 
     Args:

@@ -231,7 +231,7 @@ class Listing(NamedTuple):
     unreadable: dict[str, str]
 
 
-class ObjectBucket:
+class ObjectStoreFolder:
     """Objects under a bucket's prefix. Bound to the process that created it."""
 
     def __init__(self, place: Location, limits: StoreLimits) -> None:
@@ -423,7 +423,7 @@ class ObjectBucket:
         return again(once)
 
 
-def pieces_of(bucket: ObjectBucket, name: str, piece_bytes: int) -> Iterator[bytes]:
+def pieces_of(bucket: ObjectStoreFolder, name: str, piece_bytes: int) -> Iterator[bytes]:
     """An object piece by piece, each with a deadline of its own; DataError when it is replaced meanwhile."""
     size, etag = bucket.head(name)
     for offset in range(0, size, piece_bytes):

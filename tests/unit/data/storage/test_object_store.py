@@ -66,7 +66,7 @@ def test_without_keys_to_sign_with_the_message_says_what_to_do(
     server.objects = dict.fromkeys([*PLAIN, *ODD], b"")
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     assert len(Store(URL, LIMITS).list()) == len(PLAIN)
-    from regen_dist.data.storage import bucket
+    from regen_dist.data.storage import object_store as bucket
 
     monkeypatch.delenv("AWS_SKIP_SIGNATURE")
     monkeypatch.setattr(bucket, "_credentials", _no_boto)
