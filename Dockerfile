@@ -19,6 +19,9 @@ RUN apt-get update && apt-get install -y --no-install-recommends git g++ ninja-b
 RUN python3 -m venv /opt/regen
 ENV PATH=/opt/regen/bin:$PATH
 RUN pip install --no-cache-dir "${TORCH}" --index-url ${TORCH_INDEX}
+# torch 2.10 for CUDA 12 pins a cuDNN whose 3D convolutions in bf16 are wrong.
+ARG CUDA
+RUN pip install --no-cache-dir --no-deps "nvidia-cudnn-cu${CUDA%%.*}>=9.15"
 RUN pip install --no-cache-dir "setuptools>=77" wheel packaging ninja psutil numpy
 RUN pip install --no-cache-dir --no-build-isolation "${FLASH_ATTN}"
 RUN if [ "${APEX}" = 1 ]; then git clone https://github.com/NVIDIA/apex /tmp/apex && cd /tmp/apex \

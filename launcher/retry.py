@@ -206,6 +206,9 @@ class Scheduler(Protocol):
     restart: int
     nodes: tuple[str, ...]
 
+    def was_cancelled(self) -> bool:
+        """Return whether somebody has cancelled the job."""
+
     def stop_reason(self, job: Submission) -> Why:
         """Return why ranks that ended cleanly, with everything saved, were signalled."""
 
@@ -218,15 +221,38 @@ class Scheduler(Protocol):
 
 @dataclass
 class SlurmScheduler:
-    """The Slurm job that this process belongs to."""
+    """The Slurm job that this process belongs to. A controller that does not answer is asked again for a while."""
 
     job: str = field(default_factory=lambda: os.environ["SLURM_JOB_ID"])
     restart: int = field(default_factory=lambda: int(os.environ.get("SLURM_RESTART_COUNT", "0")))
     nodes: tuple[str, ...] = field(default_factory=lambda: slurm.expand(os.environ.get("SLURM_JOB_NODELIST", "")))
 
+    @property
+    def name(self) -> str:
+        """The controller's name of this task alone. The last task of an array has the array's number as its job id,
+        and that names all of its tasks."""
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else self.job
+
+    def was_cancelled(self) -> bool:
+        """Return whether somebody has cancelled the job, which then may not be requeued. The controller calls it
+        COMPLETING while its processes end; after a preemption or a lost node it has requeued the job itself."""
+        try:
+            facts = slurm.ask_patiently(lambda: slurm.show_job(self.name))
+        except BackendError as error:
+            log_line(f"warning: {error}")
+            return False
+        ends = facts.get("JobState") in ("COMPLETING", "CANCELLED") and facts.get("Reason") != "TimeLimit"
+        requeued = facts.get("Restarts", str(self.restart)) != str(self.restart)
+        return ends and not requeued and slurm.seconds_until(facts.get("PreemptTime")) is None
+
     def stop_reason(self, job: Submission) -> Why:
         """Ask the controller for a preemption and compare the time limit; otherwise a user sent the signal."""
-        facts = slurm.show_job(self.job)
+        try:
+            facts = slurm.ask_patiently(lambda: slurm.show_job(self.name))
+        except BackendError as error:
+            log_line(f"warning: {error}")
+            return "signal"
         if slurm.seconds_until(facts.get("PreemptTime")) is not None:
             return "preempted"
         left_s = slurm.seconds_until(facts.get("EndTime"))
@@ -234,13 +260,22 @@ class SlurmScheduler:
         return "time limit" if near else "signal"
 
     def down_nodes(self, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Ask the controller."""
-        return slurm.lost_nodes(nodes)
+        """Ask the controller; none if it does not answer."""
+        try:
+            return slurm.ask_patiently(lambda: slurm.lost_nodes(nodes))
+        except BackendError as error:
+            log_line(f"warning: {error}")
+            return ()
 
     def excludable(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Return all, or none if the partition would become too small."""
-        left = set(slurm.partition_nodes(job.cluster.partition)) - {*nodes, *job.cluster.exclude}
-        return tuple(nodes) if len(left) >= job.cluster.nodes else ()
+        """Return all, or none if Slurm could not start the job without them."""
+        if not nodes:
+            return ()
+        from launcher.script import batch_script  # which imports submitit
+
+        without = job.cluster.model_copy(update={"exclude": (*job.cluster.exclude, *nodes)})
+        script = batch_script(job.model_copy(update={"cluster": without}))
+        return () if slurm.ask_patiently(lambda: slurm.refusal(script)) else tuple(nodes)
 
 
 class LocalScheduler:
@@ -251,6 +286,10 @@ class LocalScheduler:
         self.restart = len(read_history(task.launch))
         self.nodes: tuple[str, ...] = (socket.gethostname(),)
         self.timed_out = False
+
+    def was_cancelled(self) -> bool:
+        """Nothing cancels a task of this machine but `regen jobs stop`, which leaves a STOP file."""
+        return False
 
     def stop_reason(self, job: Submission) -> Why:
         """Compare the time limit, which began with this process. Any other signal is a user's request to stop: no one
@@ -310,10 +349,11 @@ def decide_start(
         return RetryDecision(
             False, "a stop was requested (file STOP in its folder); `regen jobs resume` continues", EXIT_RESUME
         )
-    return _within_limits(_attempts_since(history, since), step, retry)
+    return _within_limits(attempts_since(history, since), step, retry)
 
 
-def _attempts_since(history: Sequence[Attempt], since: float) -> Sequence[Attempt]:
+def attempts_since(history: Sequence[Attempt], since: float) -> Sequence[Attempt]:
+    """Return the attempts that began after a submission (seconds since the epoch)."""
     return [each for each in history if each.start.time >= since]
 
 
@@ -337,7 +377,7 @@ def decide_end(
         retry: limits.
         since: see `decide_start`.
     """
-    history = _attempts_since(history, since)
+    history = attempts_since(history, since)
     if why in ("done", "stopped"):
         return RetryDecision(False, why, code)
     if code in PERMANENT:
@@ -491,7 +531,7 @@ def _belongs_to(start: Start, scheduler: Scheduler) -> bool:
 def _end_reason(job: Submission, task: JobTask, scheduler: Scheduler, code: int) -> Why:
     if code == EXIT_OK:
         return "done"
-    if task.stop_file.exists():
+    if task.stop_file.exists() or scheduler.was_cancelled():
         return "stopped"
     return scheduler.stop_reason(job) if code == EXIT_RESUME else "failed"
 
@@ -567,13 +607,13 @@ def main(arguments: Sequence[str]) -> int:
 def _requeue(job: Submission, task: JobTask, scheduler: SlurmScheduler) -> int:
     """Requeue this job, then exclude the nodes on which it failed: Slurm accepts that for pending jobs only."""
     bad = bad_nodes(read_history(task.launch), job.cluster.retry)
-    left_out = scheduler.excludable(job, bad)
-    if bad and not left_out:
-        log_line(f"{', '.join(bad)} failed too often, but the partition is too small without it: not excluded")
     try:
-        slurm.requeue(scheduler.job)
+        left_out = scheduler.excludable(job, bad)
+        if bad and not left_out:
+            log_line(f"{', '.join(bad)} failed too often, but Slurm could not start the job without: not excluded")
+        slurm.ask_patiently(lambda: slurm.requeue(scheduler.name))
         if left_out:
-            slurm.exclude(scheduler.job, [*job.cluster.exclude, *left_out])
+            slurm.ask_patiently(lambda: slurm.exclude(scheduler.name, [*job.cluster.exclude, *left_out]))
             log_line(f"excluded from now on: {', '.join(left_out)}")
     except BackendError as error:
         log_line(f"error: {error}; `regen jobs resume` continues")
@@ -582,7 +622,8 @@ def _requeue(job: Submission, task: JobTask, scheduler: SlurmScheduler) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # requeueing a job ends it, and this process with it
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # requeueing a job ends it, and this process with it
     try:
         code = main(sys.argv[1:])
     except RegenError as error:

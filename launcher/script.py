@@ -96,7 +96,7 @@ def submitit_parameters(job: Submission, dependency: str | None = None) -> dict[
         "job_name": job.name,
         "time": cluster.time_min,
         "signal_delay_s": cluster.signal_lead_s,
-        "nodes": cluster.nodes,
+        "nodes": cluster.nodes if job.distributed else 1,  # a command is one process
         "ntasks_per_node": cluster.ranks_per_node if job.distributed else 1,
         "cpus_per_task": cluster.cpus_per_task,
         "gpus_per_node": _gpus(cluster),
@@ -146,7 +146,7 @@ def _prolog(job: Submission) -> list[str]:
         *job.cluster.activate,
         *(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
         f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "trap : TERM  # this shell outlives the signal, to decide what follows",
+        "trap : TERM USR1 USR2 INT HUP  # this shell outlives the signal, to decide what follows",
         f"{_retry_command('begin', job)}; decision=$?",
         f"[ $decision -ne {NOTHING_TO_DO} ] || exit 0",
         "[ $decision -eq 0 ] || exit $decision",

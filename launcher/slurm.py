@@ -6,9 +6,13 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
 
 from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import BackendError
@@ -16,7 +20,15 @@ from regen_dist.programs import with_safe_path
 
 _TIMEOUT_S = 60.0
 _GONE = ("DOWN", "DRAIN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN", "REBOOT")  # states of a node that lost its jobs
+_FINISHING = ("DRAINING", "FAILING")  # it takes no new jobs, but runs those that it has
 _UNKNOWN_JOB = "Invalid job id"
+_PENDING = "Job is pending execution"
+# Messages of a controller that restarts, hands over to its backup, or is busy.
+_UNREACHABLE = (
+    "Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted", "in standby mode",
+    "Connection refused",
+)  # fmt: skip
+_PATIENCE_S, _PAUSE_S = 240.0, 5.0  # how long, and how often, a controller is asked again
 # Variables by which a shell sets options of Slurm's programs, or by which an allocation describes itself. Only those
 # that locate the controller are passed on: the others would change what a job requests and how answers are parsed.
 _FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_")
@@ -53,11 +65,35 @@ def options(script: str) -> list[str]:
     return [option for line in marked for option in shlex.split(line)]
 
 
+class SlurmUnreachable(BackendError):
+    """The controller does not answer now; it may do so later."""
+
+
+Answer = TypeVar("Answer")
+
+
+def ask_patiently(question: Callable[[], Answer]) -> Answer:
+    """Ask until the controller answers, for a few minutes: it may restart, or hand over to its backup.
+
+    Raises:
+        SlurmUnreachable: it did not answer in that time.
+    """
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return question()
+        except SlurmUnreachable:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(_PAUSE_S)
+
+
 def run_program(program: str, *arguments: str) -> str:
     """Run one of Slurm's programs without this shell's option variables; return its output.
 
     Raises:
-        BackendError: it is not installed, failed (with its message), or did not answer within a minute.
+        SlurmUnreachable: the controller did not answer.
+        BackendError: the program is not installed, or failed (with its message).
     """
     if shutil.which(program) is None:
         raise BackendError(f"{program} not found: run this where Slurm is installed, such as a login node")
@@ -67,10 +103,11 @@ def run_program(program: str, *arguments: str) -> str:
             timeout=_TIMEOUT_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise BackendError(f"{program} did not answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
+        raise SlurmUnreachable(f"{program} did not answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
     if ended.returncode:
         output = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()
-        raise BackendError(
+        unreachable = any(each in line for line in output for each in _UNREACHABLE)
+        raise (SlurmUnreachable if unreachable else BackendError)(
             f"{program} {' '.join(arguments)}: exit code {ended.returncode}: {output[-1]}"
             "; check the job's settings, and with `sinfo` that Slurm answers"
         )
@@ -97,8 +134,12 @@ def seconds_until(printed: str | None) -> float | None:
 
 
 def requeue(job: str) -> None:
-    """Requeue a running job; its processes are ended."""
-    run_program("scontrol", "requeue", job)
+    """Requeue a running job; its processes are ended. A job that waits already was requeued by an earlier try."""
+    try:
+        run_program("scontrol", "requeue", job)
+    except BackendError as error:
+        if _PENDING not in str(error):
+            raise
 
 
 def exclude(job: str, nodes: Sequence[str]) -> None:
@@ -112,22 +153,43 @@ def expand(nodelist: str) -> tuple[str, ...]:
 
 
 def lost_nodes(nodes: Sequence[str]) -> tuple[str, ...]:
-    """Return the nodes among `nodes` that are down or going down."""
+    """Return the nodes among `nodes` that have lost their jobs. A node that is being drained still runs its own."""
     if not nodes:
         return ()
     lines = run_program("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T").splitlines()
     states = dict(line.split(maxsplit=1) for line in lines)
-    return tuple(
-        node for node in nodes if states.get(node, "").endswith("*") or states.get(node, "").upper().startswith(_GONE)
-    )
+    return tuple(node for node in nodes if _is_lost(states.get(node, "").upper()))
 
 
-def partition_nodes(partition: str | None) -> tuple[str, ...]:
-    """Return the names of all nodes of a partition, or of the default partition."""
+def _is_lost(state: str) -> bool:
+    return state.endswith("*") or (state.startswith(_GONE) and not state.startswith(_FINISHING))
+
+
+def unavailable_nodes(partition: str | None) -> int:
+    """Count the nodes of a partition, or of all, on which no job starts now: down, drained or being drained."""
     chosen = [f"--partition={partition}"] if partition else []
-    lines = run_program("sinfo", "--noheader", "--Node", "--format=%N %P", *chosen).splitlines()
-    named = [line.split() for line in lines]
-    return tuple(sorted({name for name, where in named if partition or where.endswith("*")}))
+    lines = run_program("sinfo", "--noheader", "--Node", "--format=%N %T", *chosen).splitlines()
+    states = dict(line.split(maxsplit=1) for line in lines)
+    return sum(state.endswith("*") or state.upper().startswith(_GONE) for state in states.values())
+
+
+def refusal(script: str) -> str:
+    """Return the message of `sbatch --test-only` against a script; "" if it would be accepted. Nodes that are down or
+    drained do not count there: a job that needs them is refused, though sbatch would let it wait."""
+    with tempfile.TemporaryDirectory(prefix="regen-") as folder:
+        path = Path(folder) / "job.sh"
+        path.write_text(script, encoding="utf-8")
+        try:
+            ended = subprocess.run(
+                ["sbatch", "--test-only", *options(script), str(path)], env=client_environment(),
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise SlurmUnreachable(f"sbatch gave no answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
+    if ended.returncode == 0:
+        return ""
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in ended.stderr.splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith("Try ")) or f"code {ended.returncode}"
 
 
 def queue(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -20,7 +20,7 @@ import yaml
 from launcher import local_executor, slurm
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, LAUNCH, JobTask, Submission, TaskProgress, new_folder, write_job
-from launcher.retry import archive_history, read_history
+from launcher.retry import archive_history, attempts_since, is_complete, newest_step, read_history
 from launcher.script import slurm_executor, slurm_tasks
 from regen_dist.config import AnyRunConfig, config_hash, load_config, to_yaml
 from regen_dist.config.files import write_text_atomically
@@ -317,17 +317,20 @@ def sweep_request(
 # Waiting for a job.
 
 _LOCAL_POLL_S, _SLURM_POLL_S = 0.3, 5.0
-_LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
+_ENDED = (
+    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
+    "LAUNCH_FAILED", "RECONFIG_FAIL", "REVOKED",
+)  # fmt: skip
 
 
 def wait_for(job: Submission) -> int:
     """Block until a job has ended; return 0, or the exit code of its first task that did not succeed."""
-    while is_alive(job):
+    while slurm.ask_patiently(lambda: is_alive(job)):
         time.sleep(_LOCAL_POLL_S if job.cluster.kind == "local" else _SLURM_POLL_S)
     if job.cluster.kind == "local":
         code = local_exit_code(job)
         return RegenError.exit_code if code is None else code
-    return next((code for code in map(last_exit_code, job.tasks) if code), EXIT_OK)
+    return next((code for code in (last_exit_code(job, task) for task in job.tasks) if code), EXIT_OK)
 
 
 def is_alive(job: Submission) -> bool:
@@ -336,19 +339,22 @@ def is_alive(job: Submission) -> bool:
         return local_executor.is_running_locally(job)
     known = slurm.queue([job.id() or ""])
     # A requeued job is COMPLETED for a moment.
-    return any(state in _LIVING for state, _ in known.values()) or any(
-        _will_be_requeued(task) for task in job.tasks if known
+    return any(state not in _ENDED for state, _ in known.values()) or any(
+        _will_be_requeued(job, task) for task in job.tasks if known
     )
 
 
-def _will_be_requeued(task: JobTask) -> bool:
-    history = read_history(task.launch)
+def _will_be_requeued(job: Submission, task: JobTask) -> bool:
+    history = attempts_since(read_history(task.launch), job.submitted)
     return bool(history) and history[-1].end is not None and history[-1].end.again
 
 
-def last_exit_code(task: JobTask) -> int:
-    """Return the exit code of a task's newest start; 75 if it was interrupted without a record."""
-    history = read_history(task.launch)
-    if not history or history[-1].end is None:
-        return EXIT_RESUME
-    return history[-1].end.code
+def last_exit_code(job: Submission, task: JobTask) -> int:
+    """Return the exit code of a task's newest start since its submission; 75 if it was interrupted without a record,
+    or never started although something was left to do."""
+    before = read_history(task.launch)
+    history = attempts_since(before, job.submitted)
+    if not history:
+        steps = task.progress.steps if task.progress else None
+        return EXIT_OK if is_complete(before, step=newest_step(task.progress), steps=steps) else EXIT_RESUME
+    return EXIT_RESUME if history[-1].end is None else history[-1].end.code

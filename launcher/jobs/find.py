@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from launcher import local_executor, slurm
 from launcher.job import JOB_FILE, LAUNCH, JobTask, Submission, read_job
-from launcher.retry import Attempt, End, read_history
+from launcher.retry import Attempt, End, attempts_since, read_history
 from regen_dist.errors import BackendError, ConfigError, RegenError
 
 TASKS = "tasks"
@@ -189,7 +189,7 @@ def shown_name(folder: Path, root: Path) -> str:
 
 # Scheduler states: one query to Slurm for all jobs, and a lock check for jobs of this machine.
 
-WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 WORKING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 
 
@@ -238,12 +238,12 @@ def query_queue(members: Iterable[Member], *, must: bool = False) -> Queue:
 
 def has_final_end(member: Member) -> bool:
     """Return whether the history records a final end of this submission of the task."""
-    history = [each for each in read_history(member.task.launch) if each.start.time >= member.job.submitted]
+    history = attempts_since(read_history(member.task.launch), member.job.submitted)
     return bool(history) and history[-1].end is not None and not history[-1].end.again
 
 
 def _local_state(member: Member) -> QueueState | None:
-    history = [each for each in read_history(member.task.launch) if each.start.time >= member.job.submitted]
+    history = attempts_since(read_history(member.task.launch), member.job.submitted)
     if history and history[-1].start.nodes != (socket.gethostname(),):
         return None  # locks of another machine cannot be checked
     if not local_executor.is_running_locally(member.job):
@@ -276,7 +276,7 @@ def job_state(member: Member, queue: Queue, *, complete: bool = False) -> JobSta
     Args:
         complete: its checkpoints show that the last step is done.
     """
-    history = [each for each in read_history(member.task.launch) if each.start.time >= member.job.submitted]
+    history = attempts_since(read_history(member.task.launch), member.job.submitted)
     return derive_state(history, queue.state_of(member), stop=member.task.stop_file.exists(), complete=complete)
 
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from launcher.cluster import load_cluster
 from launcher.job import JobTask, Submission, newest_job
 from launcher.pipelines.schema import Pipeline, PipelineStep, missing_outputs, with_inputs
-from launcher.retry import is_complete, newest_step, read_history
+from launcher.retry import attempts_since, is_complete, newest_step, read_history
 from launcher.submit import SubmissionRequest, command_request, is_alive, train_request
 from regen_dist.config import load_config
 from regen_dist.config.yaml_files import shown_value
@@ -125,14 +125,14 @@ def _conflict_text(job: Submission, request: SubmissionRequest, before: Mapping[
         return f"{what} with another {'config' if request.configs else 'command'} than this one; {first}"
     if again := [name for name, each in before.items() if each.state == "run"]:
         return f"{what}, while {_joined(again)} before it must run again; {first}"
-    if failed := [task.name for task in job.tasks if _has_failed(task)]:
+    if failed := [task.name for task in job.tasks if _has_failed(job, task)]:
         return f"{what}, but {_joined(failed)} failed, so that what follows would be cancelled; {first}"
     return ""
 
 
-def _has_failed(task: JobTask) -> bool:
-    """Return whether a task has ended unsuccessfully."""
-    history = read_history(task.launch)
+def _has_failed(job: Submission, task: JobTask) -> bool:
+    """Return whether a task has ended unsuccessfully since the job was submitted."""
+    history = attempts_since(read_history(task.launch), job.submitted)
     end = history[-1].end if history else None
     return end is not None and not end.again and end.why != "done"
 

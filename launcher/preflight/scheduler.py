@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from launcher import slurm
 from launcher.cluster import ClusterConfig
@@ -14,9 +11,9 @@ from launcher.preflight.findings import NoEstimate, PreflightFinding, Subject, b
 from launcher.script import batch_script
 from regen_dist.config import AnyRunConfig
 from regen_dist.config.identity import clips_per_rank
-from regen_dist.errors import BackendError, ConfigError
+from regen_dist.errors import ConfigError
 
-_TIMEOUT_S = 60.0
+_NO_SUCH_NODES = "node configuration is not available"  # also where the nodes are there, but down
 _NOTHING = ("UNLIMITED", "INFINITE", "N/A", "")
 
 
@@ -34,29 +31,15 @@ def scheduler(subject: Subject) -> Iterator[PreflightFinding]:
             f"{', '.join(found)} of this shell do not reach the job; set such options in the cluster's file"
         )
     partitions = _chosen(_partitions(), cluster.partition)
-    if refused := refusal(script):
+    refused = slurm.refusal(script)
+    away = slurm.unavailable_nodes(cluster.partition) if _NO_SUCH_NODES in refused else 0
+    if away:
+        yield make_note(f"{away} node(s) are down or drained: the job may wait for them ({refused})")
+    elif refused:
         what = f"{cluster.nodes} node(s) x {cluster.gpus_per_node} GPU(s) for {cluster.time_min} min"
         yield problem(f"Slurm would refuse the job ({what}): {refused}. {_allowed(partitions, cluster)}")
     elif partitions:
         yield from _check_time_limit(partitions, cluster)
-
-
-def refusal(script: str) -> str:
-    """Return the message of `sbatch --test-only` against a script; "" if it would be accepted."""
-    with tempfile.TemporaryDirectory(prefix="regen-") as folder:
-        path = Path(folder) / "job.sh"
-        path.write_text(script, encoding="utf-8")
-        try:
-            ended = subprocess.run(
-                ["sbatch", "--test-only", *slurm.options(script), str(path)], env=slurm.client_environment(),
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise BackendError(f"sbatch gave no answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
-    if ended.returncode == 0:
-        return ""
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in ended.stderr.splitlines()]
-    return "; ".join(line for line in lines if line and not line.startswith("Try ")) or f"code {ended.returncode}"
 
 
 def _partitions() -> list[dict[str, str]]:

@@ -41,10 +41,10 @@ class Zero3Engine(Engine):
         for part in self.module.modules():
             _trace_once(part)
         self._params: dict[str, Any] = dict(self.module.named_parameters())  # with the attributes that ZeRO-3 adds
+        for name, master in self.named_masters():  # DeepSpeed makes the masters from the rounded working weights
+            master.detach().copy_(exact.pop(name))  # freed before moments and EMA are allocated
         for group in self._zero.fp32_partitioned_groups_flat:
             self._zero.optimizer.state[group] = fresh_state(config.optimizer, group)
-        for name, master in self.named_masters():  # DeepSpeed makes the masters from the rounded working weights
-            master.detach().copy_(exact[name])
         self._start()
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -187,14 +187,16 @@ def _trace_once(module: nn.Module) -> None:
 def _import_deepspeed(ranks: Ranks) -> Any:
     os.environ["DS_ACCELERATOR"] = ranks.device.type  # always our device, whatever the shell sets
     import deepspeed
-    from deepspeed.ops import __compatible_ops__ as compatible
     from deepspeed.runtime import compiler
 
     # It decorates the functions of an optimizer that is not used here, and to do so imports all of the compiler: a
     # second or more of every rank's start.
     compiler.compile = lambda: lambda function: function
-    # Its shared-memory operator serves inference only; building it takes minutes, and a killed build hangs every later
-    # run.
-    compatible["deepspeed_shm_comm"] = False
+    if ranks.device.type == "cpu":  # on a GPU nothing asks for it, and this import starts compilers
+        from deepspeed.ops import __compatible_ops__ as compatible
+
+        # Its shared-memory operator serves inference only; building it takes minutes, and a killed build hangs every
+        # later run.
+        compatible["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     return deepspeed

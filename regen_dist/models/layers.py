@@ -57,8 +57,13 @@ def require_cudnn(device: str, dtype: torch.dtype) -> None:
         raise BackendError(
             f"3D convolutions in {dtype} need cuDNN 9.15 or later, found {version} (torch {torch.__version__}): "
             "before, they are wrong beyond 1.8e9 elements, or run without cuDNN, with 17 times the memory and 10 to 20 "
-            "times slower; install torch>=2.10 or nvidia-cudnn>=9.15 (conda: cudnn), or set engine.precision=fp32"
+            f"times slower; pip install --no-deps 'nvidia-cudnn-cu{_cuda_major()}>=9.15' (conda: cudnn>=9.15), or set "
+            "engine.precision=fp32"
         )
+
+
+def _cuda_major() -> str:
+    return (torch.version.cuda or "12").split(".")[0]
 
 
 def convolve_in_strips(

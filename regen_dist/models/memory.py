@@ -282,8 +282,8 @@ def memory_bytes(
     low = 2 if mixed else 4
     copied = min(model.num_parameters, REDUCE_BUCKET)
     reduced = 4 if engine.reduces_in(world_size) == "fp32" else 2  # bytes
-    # In fp32 beside a bucket in bf16, the copy is of twice the width, and on GPUs exists as long as the reduction.
-    bucket = low * REDUCE_BUCKET + reduced * copied if on_gpu else (low + 2 * reduced) * copied
+    # DeepSpeed's bucket has the precision of the reduction, and on GPUs its copy exists as long as that lasts.
+    bucket = reduced * (REDUCE_BUCKET + copied) if on_gpu else (low + 2 * reduced) * copied
     second = low * -(-model.num_parameters // engine.zero.partition_size) if engine.zero.partition_size > 1 else 0
     activations = clips_per_gpu * model.activation_bytes
     gradients = (4 if zero3 or not mixed else low + 4) * share  # in fp32 for the update, whatever they are reduced in
@@ -307,10 +307,13 @@ def memory_bytes(
     )
 
 
-def host_bytes(num_parameters: int, engine: EngineConfig, *, world_size: int) -> int:
+def host_bytes(parameter_sizes: Sequence[int], engine: EngineConfig, *, world_size: int) -> int:
     """Page-locked host memory of each rank while checkpoints are written: the copy of its share of masters, EMA and two
-    moments, in fp32. It is kept for the next checkpoint, and cannot be swapped out."""
-    return 16 * -(-num_parameters // (world_size if engine.kind == "zero3" else 1))
+    moments, in fp32, each piece rounded up to a power of two by torch's allocator. It is kept for the next checkpoint,
+    and cannot be swapped out."""
+    shards = world_size if engine.kind == "zero3" else 1
+    pieces = (4 * -(-size // shards) for size in parameter_sizes)  # bytes of each
+    return 4 * sum(1 << (size - 1).bit_length() for size in pieces if size)
 
 
 def _replaced(activations: int, engine: EngineConfig, accumulation: int) -> int:

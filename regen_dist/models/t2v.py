@@ -41,7 +41,9 @@ from regen_dist.models.sequence_parallel import WHOLE, RowSharing, SequenceShard
 
 FRAMES_PER_CLIP = 2  # content and motion
 _NORM_EPS = 1e-6
-_TEXT_MULTIPLE = {"cuda": 64}  # text tokens, by device: cuDNN plans anew, hundreds of milliseconds, for each new length
+# Text tokens, by device: cuDNN plans anew, hundreds of milliseconds, for each new length; and at lengths of 64 modulo
+# 128 its backward pass with a mask can give NaN on Hopper (pytorch#196678).
+_TEXT_MULTIPLE = {"cuda": 128}
 _PLACE_OCTAVES = 4  # of the sinusoids of a token's position in its frame
 
 

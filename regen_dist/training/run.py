@@ -20,7 +20,7 @@ from regen_dist.distributed.engine import precision_of
 from regen_dist.distributed.ranks import Ranks, make_repeatable, process_group, read_environment
 from regen_dist.distributed.rendezvous import report_failure
 from regen_dist.distributed.zero3 import build_engine
-from regen_dist.errors import ConfigError
+from regen_dist.errors import BackendError, ConfigError
 from regen_dist.observe.hang_detector import Watchdog
 from regen_dist.observe.hardware import has_native_bf16, peak_tflops
 from regen_dist.observe.record import warn
@@ -143,10 +143,16 @@ def _claimed(claims: Claims, ranks: Ranks) -> Iterator[None]:
 
 def _prepare_process(config: AnyRunConfig, ranks: Ranks) -> None:
     """Refuse what cannot run here before anything is built, and make the arithmetic repeatable."""
-    refuse_process(config, Target(ranks.world_size, has_gpus=ranks.device.type == "cuda"))
-    if ranks.is_main and ranks.device.type == "cpu" and config.engine.precision == "bf16" and not has_native_bf16():
+    try:
+        device = ranks.device
+    except BackendError:  # a node without its GPU: when the ranks meet, all hear of it
+        if ranks.world_size == 1:
+            raise
+        return
+    refuse_process(config, Target(ranks.world_size, has_gpus=device.type == "cuda"))
+    if ranks.is_main and device.type == "cpu" and config.engine.precision == "bf16" and not has_native_bf16():
         warn("this CPU does not multiply bf16 itself; engine.precision=fp32 is several times as fast here")
-    make_repeatable(ranks.device, deterministic=config.engine.deterministic)
+    make_repeatable(device, deterministic=config.engine.deterministic)
     # It would write NaN over DeepSpeed's communication buckets, gigabytes a rank that otherwise stay untouched.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

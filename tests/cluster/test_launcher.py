@@ -159,6 +159,31 @@ def test_a_job_that_must_go_saves_and_goes_on(
     assert wait_for(slurm, number) == "COMPLETED"
 
 
+def test_a_cancelled_job_saves_and_does_not_come_back(
+    regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster
+) -> None:
+    """`scancel` leaves the ranks half a minute, as Slurm does by default; they save, and the job is not requeued although
+    they could go on."""
+    run = shop.run("cancelled")
+    job = train(regen_submit, shop, "cancelled", "checkpoint.every=1000")
+    number = job.id()
+    assert number
+    config = Path(slurm.environment()["SLURM_CONF"])
+    before = config.read_text()
+    try:
+        config.write_text(before.replace("KillWait=3", "KillWait=30"))
+        slurm.run("scontrol", "reconfigure")
+        with held(run, 2, 5) as ranks:
+            slurm.run("scancel", number)
+            everyone = [*ranks.values()]
+            wait_until(lambda: all(has_been_told(each, signal.SIGTERM) for each in everyone), lambda: told(run))
+        assert wait_for(slurm, number) == "CANCELLED"
+    finally:
+        config.write_text(before)
+        slurm.run("scontrol", "reconfigure")
+    assert whys(run) == ["stopped"], told(run)
+
+
 def test_a_rank_that_is_killed_goes_on_from_the_last_checkpoint(
     regen_submit: Submitter, shop: Workshop, undisturbed: dict[int, float]
 ) -> None:

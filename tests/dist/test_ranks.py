@@ -109,24 +109,33 @@ GPU_OF_ONE = """
     import torch
     from regen_dist.distributed.rendezvous import ending_at_once
     from regen_dist.distributed.ranks import process_group, read_environment
+    from regen_dist.training.run import train
+    from tests.helpers.tiny import tiny_run
 
+    config = tiny_run("RUNS", engine__kind="zero3")
     ranks = read_environment()
     torch.cuda.is_available = torch.cuda.is_initialized = lambda: ranks.rank == 0  # the driver of rank 1's node is old
     torch.cuda.device_count = lambda: 1
     torch.cuda.get_device_properties = lambda device: type("Gpu", (), {"uuid": "GPU-1"})
-    with ending_at_once(), process_group(ranks, needed=True):
-        raise AssertionError("they must not meet")
+    with ending_at_once():
+        MEET
+    raise AssertionError("they must not meet")
 """
+# On their own, or by the first act of a training.
+MEETINGS = ("with process_group(ranks, needed=True): pass", "train(config, ranks)")
 
 
+@pytest.mark.parametrize("meeting", MEETINGS, ids=["alone", "training"])
 @pytest.mark.parametrize(("asked", "said"), [("8", "were requested"), ("0", "1 ranks have a GPU and 1 do not")])
 def test_ranks_without_a_gpu_among_others_end_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path, asked: str, said: str, meeting: str
 ) -> None:
     """Told by every rank, with the code of what a user can mend; no rank waits for NCCL."""
     monkeypatch.setenv("REGEN_GPUS_PER_NODE", asked)
     program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent(GPU_OF_ONE), encoding="utf-8")
+    text = textwrap.dedent(GPU_OF_ONE).replace("MEET", meeting).replace("RUNS", str(tmp_path / "runs"))
+    program.write_text(text, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(root))
     assert launch([sys.executable, str(program)], ranks=2, logs=tmp_path) == 5
     log = (tmp_path / "rank_1.log").read_text(encoding="utf-8")
     assert "error: rank 1 on" in log or "1 ranks have a GPU" in log

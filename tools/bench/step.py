@@ -77,7 +77,7 @@ def step(
     facts |= {"load_before": os.getloadavg(), "precision": stages.working_precision()}
     facts |= {"steps": steps, "repeats": repeats, "runs": {}}
     out.mkdir(parents=True, exist_ok=True)
-    quiet()
+    quiet(torch.device("cpu"))
     with stopping_cleanly(), TemporaryDirectory(dir=out, prefix=".work-") as folder:
         runs = prepared({EMBEDDER: embedder, T2V: t2v, SHARDED: sharded}, Path(folder), side)
         bench = StepBench(runs, Path(folder), steps, repeats, console.print)

@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from regen_dist.config import AnyRunConfig, EmbedderConfig, load_config
-from regen_dist.distributed.ranks import Ranks, process_group, read_environment
+from regen_dist.distributed.ranks import Ranks, make_repeatable, process_group, read_environment
 from regen_dist.distributed.rendezvous import ending_at_once
 from regen_dist.distributed.zero3 import build_engine
 from regen_dist.jsontext import json_text
@@ -43,9 +43,9 @@ def result_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
 
 
-def quiet() -> None:
+def quiet(device: torch.device, *, deterministic: bool = False) -> None:
     """Set up the arithmetic of a training run (`training.run`) without its warnings."""
-    torch.set_deterministic_debug_mode("warn")
+    make_repeatable(device, deterministic=deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", message=".*deterministic.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -206,8 +206,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps that are measured")
     parser.add_argument("--tensors", action="store_true", help="measure the memory of tensors, and no time")
     given = parser.parse_args()
-    quiet()
     ranks, config = read_environment(), load_config(given.config, given.overrides)
+    quiet(ranks.device, deterministic=config.engine.deterministic)
     with ending_at_once(), process_group(ranks, needed=config.engine.kind == "zero3"):
         found = (
             measure_tensors(config, ranks, warm=given.warm)

@@ -60,7 +60,7 @@ def gather(
             counted, config.engine, world_size=world_size, clips_per_gpu=per_gpu, accumulation=train.accumulation
         )
         | _loss_memory(config, counted, per_gpu),
-        "host_memory_bytes_per_rank": host_bytes(counted.num_parameters, config.engine, world_size=world_size),
+        "host_memory_bytes_per_rank": host_bytes(counted.parameter_sizes, config.engine, world_size=world_size),
         **_costs(config, counted, world_size, assumed),
     }
 

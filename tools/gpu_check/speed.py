@@ -129,7 +129,10 @@ def _kernels(machine: Machine, step: Callable[[], object]) -> dict[str, float]:
         step()
         machine.wait()
     of_one = "self_device_time_total" if machine.is_cuda else "self_cpu_time_total"
-    seconds: dict[str, float] = {each.key: getattr(each, of_one) for each in recorded.key_averages()}
+    rows = recorded.key_averages()
+    if machine.is_cuda:  # operators carry the time of their kernels, and annotations that of what they span
+        rows = [each for each in rows if each.device_type.name != "CPU" and not each.is_user_annotation]
+    seconds: dict[str, float] = {each.key: getattr(each, of_one) for each in rows}
     whole = sum(seconds.values()) or 1.0
     return {name: seconds[name] / whole for name in sorted(seconds, key=lambda name: -seconds[name])[:_TOP]}
 

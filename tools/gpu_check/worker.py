@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from regen_dist.config.files import write_text_atomically
+from regen_dist.distributed.ranks import make_repeatable
 from regen_dist.errors import RegenError
 from regen_dist.jsontext import json_text
 from tools.gpu_check.machine import Machine, PartLeftOut
@@ -45,6 +46,7 @@ def main() -> None:
     device = torch.device("cpu") if given.cpu else torch.device("cuda", 0)
     if not given.cpu:
         torch.cuda.set_device(device)
+    make_repeatable(device, deterministic=False)  # the arithmetic of a training run
     found = run_check(given.function, Machine(device, given.minutes, given.folder))
     if not given.cpu:
         found["facts"]["peak_bytes"] = torch.cuda.max_memory_allocated(device)

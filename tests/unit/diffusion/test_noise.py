@@ -255,16 +255,23 @@ def test_a_gpu_draws_a_sample_in_one_portion() -> None:
     """What a CPU cuts up for its cache: 8 portions of a clip of 192 x 320 there, and 1 on a GPU. The numbers are the
     same however they are cut."""
     places = 192 * 320
-    cpu, gpu = (list(noise._portions(2, places, torch.device(name))) for name in ("cpu", "cuda"))
+    cpu, gpu = (list(noise._portions(2, 5, places, torch.device(name))) for name in ("cpu", "cuda"))
     assert [(rows, stop - start) for rows, start, stop in gpu] == [(slice(0, 1), places), (slice(1, 2), places)]
     assert len(cpu) == 2 * -(-places // CHUNK)
+
+
+def test_a_long_video_is_drawn_in_portions_on_a_gpu_too() -> None:
+    """132 frames of 1080 x 1920 pixels: in one portion some 24 GB."""
+    numbers = [132 * (stop - start) for _, start, stop in noise._portions(1, 132, 1080 * 1920, torch.device("cuda"))]
+    assert max(numbers) <= 1 << 24
+    assert sum(numbers) == 132 * 1080 * 1920
 
 
 def test_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn as a GPU does, bit for bit as a CPU does."""
     cut = gaussian(5, IDS, TIMES, (96, 100))
     portions = noise._portions
-    monkeypatch.setattr(noise, "_portions", lambda samples, n, _: portions(samples, n, torch.device("cuda")))
+    monkeypatch.setattr(noise, "_portions", lambda samples, t, n, _: portions(samples, t, n, torch.device("cuda")))
     assert torch.equal(gaussian(5, IDS, TIMES, (96, 100)), cut)
 
 

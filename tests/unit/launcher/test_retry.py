@@ -178,6 +178,9 @@ class Place:
         self.job, self.restart, self.nodes = "77", restart, nodes
         self.why, self.down = why, tuple[str, ...]()
 
+    def was_cancelled(self) -> bool:
+        return False
+
     def stop_reason(self, job: Submission) -> Why:
         return self.why
 

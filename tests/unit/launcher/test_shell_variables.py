@@ -15,8 +15,9 @@ import typer
 from launcher import local_executor, slurm
 from launcher.cluster import ClusterConfig
 from launcher.preflight.findings import Subject
-from launcher.preflight.scheduler import refusal, scheduler
+from launcher.preflight.scheduler import scheduler
 from launcher.script import batch_script, slurm_executor, slurm_tasks
+from launcher.slurm import refusal
 from launcher.submit import command_request
 from launcher.supervise import launch
 from launcher.task import _rank_variables, child_environment

@@ -311,10 +311,11 @@ def test_one_call_never_reaches_what_cudnn_got_wrong(monkeypatch: pytest.MonkeyP
 def test_a_cudnn_with_wrong_or_slow_convolutions_is_refused(
     monkeypatch: pytest.MonkeyPatch, version: int | None, said: str
 ) -> None:
-    """In half precision on a GPU alone; the error says why and what to install."""
+    """In half precision on a GPU alone; the error says why and what to install. torch 2.10 for CUDA 12 pins 9.10."""
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     for dtype in (torch.bfloat16, torch.float16):
-        with pytest.raises(BackendError, match=rf"cuDNN 9\.15 or later, {said}.*17 times.*install torch>=2\.10"):
+        with pytest.raises(BackendError, match=rf"cuDNN 9\.15 or later, {said}.*17 times.*nvidia-cudnn-cu12>=9\.15"):
             layers.require_cudnn("cuda", dtype)
     layers.require_cudnn("cuda", torch.float32)
     layers.require_cudnn("cpu", torch.bfloat16)

@@ -240,3 +240,13 @@ def test_text_is_padded_to_few_lengths_on_gpus_and_nothing_changes(monkeypatch: 
         torch.testing.assert_close(model(x, t, text, mask), expected, rtol=1e-4, atol=1e-5)
         assert set(lengths) == {64}
         monkeypatch.delitem(t2v._TEXT_MULTIPLE, "cpu")
+
+
+def test_padded_texts_avoid_lengths_at_which_cudnn_gives_nan() -> None:
+    """64 modulo 128, in its backward pass with a mask."""
+    from regen_dist.models import t2v
+
+    for tokens in (1, 64, 77, 128, 129, 300):
+        text, mask = t2v.padded_text(torch.ones(1, tokens, 4), torch.ones(1, tokens), t2v._TEXT_MULTIPLE["cuda"])
+        assert text.shape[1] == mask.shape[1]
+        assert text.shape[1] % 128 == 0

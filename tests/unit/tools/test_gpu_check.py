@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
 from regen_dist.errors import BackendError, ConfigError, RegenError
 from tests.helpers.machine import wait_until_gone
 from tools.cli import app
-from tools.gpu_check import command
+from tools.gpu_check import command, speed
+from tools.gpu_check import worker as worker_module
 from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part, training_part
 from tools.gpu_check.machine import Machine, PartLeftOut, relative_error, require_close
 from tools.gpu_check.speed import train_for
@@ -185,3 +190,42 @@ def test_a_training_far_shorter_than_its_time_is_repeated_at_its_own_pace(
 
     assert train_for(30.0, pace, train) == trained[-1]
     assert calls == trained
+
+
+class _Row(NamedTuple):
+    """One row of a profile."""
+
+    key: str
+    device_type: DeviceType
+    is_user_annotation: bool
+    self_device_time_total: float = 10.0
+
+
+def test_the_time_of_a_kernel_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again as that of the operator that started it, or of the annotation around it."""
+    rows = [
+        _Row("aten::mm", DeviceType.CPU, False),
+        _Row("gemm", DeviceType.CUDA, False),
+        _Row("step", DeviceType.CUDA, True),
+    ]
+    recorded = mock.Mock(key_averages=lambda: rows)
+    monkeypatch.setattr(speed, "profile", lambda **_: nullcontext(recorded))
+    machine = mock.Mock(is_cuda=True)
+    assert speed._kernels(machine, lambda: None) == {"gemm": 1.0}
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_parts_compute_as_a_training_does(on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The convolutions that are checked are those that the tuner of a training may choose."""
+    asked: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        worker_module, "make_repeatable", lambda device, *, deterministic: asked.append((device.type, deterministic))
+    )
+    monkeypatch.setattr(worker_module, "run_check", lambda *_: {"facts": {}})
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 0)
+    monkeypatch.setattr(
+        sys, "argv", ["worker", "versions:check", "--out", str(tmp_path / "out.json"), *([] if on_gpu else ["--cpu"])]
+    )
+    worker_module.main()
+    assert asked == [("cuda" if on_gpu else "cpu", False)]

@@ -25,7 +25,7 @@ export OMP_NUM_THREADS=12
 export PYTORCH_ALLOC_CONF=expandable_segments:True
 export PYTHONSAFEPATH=1
 export PYTHONPATH=/fsx/you/regen/runs/regen_k32/launch/code/0123456789ab${PYTHONPATH:+:$PYTHONPATH}
-trap : TERM  # this shell outlives the signal, to decide what follows
+trap : TERM USR1 USR2 INT HUP  # this shell outlives the signal, to decide what follows
 /fsx/you/regen/.venv/bin/python -P -m launcher.retry begin /fsx/you/regen/runs/regen_k32/launch/20260131-120000; decision=$?
 [ $decision -ne 100 ] || exit 0
 [ $decision -eq 0 ] || exit $decision

@@ -27,10 +27,11 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-def ends(task: JobTask, why: Why, *, again: bool = False) -> None:
-    """A start of a task that ended: for good, or to be requeued."""
-    write_entry(task.launch, Start(job="1", restart=0, nodes=("a",), time=1.0))
-    write_entry(task.launch, End(why=why, code=0, text="", again=again, time=2.0))
+def ends(task: JobTask, why: Why, *, again: bool = False, at: float | None = None) -> None:
+    """A start of a task that ended: for good, or to be requeued; now, or at a time before."""
+    began = time.time() if at is None else at
+    write_entry(task.launch, Start(job="1", restart=0, nodes=("a",), time=began))
+    write_entry(task.launch, End(why=why, code=0, text="", again=again, time=began))
 
 
 class Pipe:
@@ -232,6 +233,15 @@ def test_a_job_that_runs_but_is_not_what_is_wanted(pipe: Pipe, change: Callable[
     problem = pipe.plan()["shards"].problem
     assert expected in problem
     assert "regen jobs stop" in problem
+
+
+def test_the_failure_of_an_earlier_submission_is_none_of_a_resumed_job(pipe: Pipe) -> None:
+    pipe.submit(pipe.plan()["shards"].request, why=None)
+    pipe.alive = {"p.shards"}
+    job = newest_job(Path("runs/p/shards").absolute())
+    assert job is not None
+    ends(job.tasks[1], "failed", at=job.submitted - 60)
+    assert pipe.plan()["shards"].problem == ""
 
 
 def test_a_job_that_runs_while_what_is_before_it_must_run_again(pipe: Pipe) -> None:
