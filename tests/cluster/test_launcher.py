@@ -162,7 +162,7 @@ def test_a_job_that_must_go_saves_and_goes_on(
 def test_a_cancelled_job_saves_and_does_not_come_back(
     regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster
 ) -> None:
-    """`scancel` leaves the ranks half a minute, as Slurm does by default; they save, and the job is not requeued although
+    """`scancel` leaves the ranks half a minute, Slurm's default; they save, and the job is not requeued although
     they could go on."""
     run = shop.run("cancelled")
     job = train(regen_submit, shop, "cancelled", "checkpoint.every=1000")
