@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 JIT := .cache/torch_extensions
-SUITES := cluster unit e2e fault dist
+SUITES := unit dist fault cluster e2e
 
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(JIT)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -22,9 +22,8 @@ demo: $(STAMP) ## real video -> shards -> two-rank ZeRO-3 training, stopped and 
 miniature: $(STAMP) ## drawn videos -> embedder -> latents -> text to video, preempted once -> generated videos, scored
 	regen miniature $(if $(HARD),--hard)
 
-# Two suites at a time, the longest first: much of their time is waiting. A suite's output is printed when it has ended.
-test: $(STAMP) ## every suite, servers included; a suite that fails does not keep the others from running
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target $(addprefix test-,$(SUITES))
+test: ## every suite, servers included; a suite that fails does not keep the others from running
+	@$(MAKE) --no-print-directory --keep-going $(addprefix test-,$(SUITES))
 	@echo "all suites passed: $(SUITES)"
 
 check: lint docs unit ## ruff, mypy --strict, import contracts, the site's links, unit tests: before every commit

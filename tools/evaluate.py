@@ -64,8 +64,8 @@ def evaluate(
         load_features(fvd, video=True) if fvd else None,
         load_features(fid, video=False) if fid else None,
     )
-    log = Console(stderr=True, highlight=False).print
-    evaluation = Evaluation(out, pinned, find_videos(videos, pinned), networks, log, with_vmaf=vmaf)
+    log = Console(stderr=True, highlight=False, markup=False).print
+    evaluation = Evaluation(out, pinned, find_videos(videos, pinned, out), networks, log, with_vmaf=vmaf)
     facts = evaluation.run(models)
     text = markdown(facts)
     write_text_atomically(out / "evaluation.md", text)

@@ -89,7 +89,8 @@ def reconstruct(
     _table(report).show(console)
     for note in report["notes"]:
         console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"Written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
+    names = sorted(path.name for path in out.iterdir() if path.is_file())
+    console.print(f"Written to {out}: " + ", ".join(names), markup=False, soft_wrap=True)
 
 
 def decoder_label(codec: Codec, steps: int) -> str:
@@ -116,10 +117,11 @@ def model_facts(run: Path, codec: Codec) -> dict[str, Any]:
 @contextmanager
 def _progress(source: SourceVideo) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"reconstructing {source.path.name}", total=source.num_frames)
+        task = bar.add_task(f"reconstructing {escape(source.path.name)}", total=source.num_frames)
         yield lambda frame: bar.update(task, completed=frame)
 
 

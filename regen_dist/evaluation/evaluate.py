@@ -15,6 +15,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -223,7 +224,7 @@ def _write_worst(frames: _FrameMeasures, folder: Path, name: str) -> list[dict[s
         for side in ("source", "decoded"):
             path = folder / f"{name}_{pair.index}_{side}.png"
             Image.fromarray(np.ascontiguousarray(getattr(pair, side))).save(path)
-            files[side] = f"{MEDIA}/{folder.name}/{path.name}"
+            files[side] = f"{MEDIA}/{quote(folder.name)}/{quote(path.name)}"
         found.append({"frame": pair.index, "psnr_db": psnr_db(error), **files})
     return found
 

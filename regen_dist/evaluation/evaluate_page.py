@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -108,9 +109,12 @@ def _embedded(facts: Mapping[str, Any]) -> Markup:
     videos = [
         {
             "name": video["name"], "frames": video["frames"], "fps": video["fps"],
-            "size": [video["width"], video["height"]], "source": f"{MEDIA}/source/{video['name']}.mp4",
+            "size": [video["width"], video["height"]], "source": f"{MEDIA}/source/{quote(video['name'])}.mp4",
             "models": [
-                {"file": f"{MEDIA}/{model['name']}/{video['name']}.mp4", "curves": model["videos"][number]["curves"]}
+                {
+                    "file": f"{MEDIA}/{quote(model['name'])}/{quote(video['name'])}.mp4",
+                    "curves": model["videos"][number]["curves"],
+                }
                 for model in facts["models"]
             ],
         }

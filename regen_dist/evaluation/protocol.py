@@ -185,7 +185,7 @@ class PinnedVideo:
         return digest.hexdigest()
 
 
-def find_videos(folder: Path, protocol: Protocol) -> list[PinnedVideo]:
+def find_videos(folder: Path, protocol: Protocol, out: Path | None = None) -> list[PinnedVideo]:
     """Find the videos of a protocol, in the order of the list or of their names.
 
     Args:
@@ -200,7 +200,7 @@ def find_videos(folder: Path, protocol: Protocol) -> list[PinnedVideo]:
         return [PinnedVideo(folder, protocol)]
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder with videos; give the folder that holds them")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if _is_source(path, out))
     if not protocol.videos:
         if not files:
             raise DataError(
@@ -219,6 +219,13 @@ def find_videos(folder: Path, protocol: Protocol) -> list[PinnedVideo]:
     if problems:
         raise DataError(f"{folder} is not the data of {protocol.name}: {'; '.join(problems)}. See docs/evaluate.md")
     return _each_name_once([PinnedVideo(path, protocol, listed) for path, listed in chosen])
+
+
+def _is_source(path: Path, out: Path | None) -> bool:
+    """Return whether a file is a video, neither hidden (as macOS leaves them) nor of an earlier evaluation in `out`."""
+    if path.suffix.lower() not in VIDEO_SUFFIXES or path.name.startswith(".") or not path.is_file():
+        return False
+    return out is None or out.resolve() not in path.resolve().parents
 
 
 def _each_name_once(videos: list[PinnedVideo]) -> list[PinnedVideo]:

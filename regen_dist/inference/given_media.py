@@ -31,6 +31,7 @@ from regen_dist.pixels import to_video
 if TYPE_CHECKING:
     from PIL import Image
 
+_TEXTS = {".txt", ".json"}  # beside media: captions and settings
 _PART = 16  # frames passed on at a time
 _ROUNDING_S = 1e-6  # tolerance of times in seconds
 
@@ -180,7 +181,13 @@ def read_videos(
 
 def _numbered(folder: Path, kind: str, example: str) -> dict[int, Path]:
     """Files of a folder by the prompt number that is their name; DataError where there are none."""
-    found = {int(path.stem): path for path in sorted(folder.iterdir()) if path.stem.isdecimal() and path.is_file()}
+    named = [path for path in sorted(folder.iterdir()) if path.stem.isdecimal() and path.is_file()]
+    found: dict[int, Path] = {}
+    for path in named:
+        if path.suffix.lower() in _TEXTS:
+            continue
+        if (other := found.setdefault(int(path.stem), path)) is not path:
+            raise DataError(f"{folder} has two files for prompt {int(path.stem)}: {other.name}, {path.name}; keep one")
     if not found:
         article = "an image" if kind == "image" else "a video"
         raise DataError(f"{folder} holds no {kind} named by a prompt's number, as {example}; or give {article} file")

@@ -32,6 +32,7 @@ from regen_dist.data.build.lists import (
     read_rows,
     refuse,
 )
+from regen_dist.data.build.tarscan import printable
 from regen_dist.data.format.index import VIDEO_EXTENSIONS
 from regen_dist.data.format.manifest import Skip, listed
 from regen_dist.data.storage.connection import StoreLimits, key_problem
@@ -395,15 +396,29 @@ def _files_below(folder: str) -> tuple[dict[str, ObjectInfo], dict[str, str]]:
         listing = store.list_all()
         seen = {name: one for name, one in listing.found.items() if not PurePosixPath(name).name.startswith(".")}
         return seen, listing.unreadable
-    found = {}
-    for top, _, names in os.walk(store.folder):
+    found, unreadable = {}, {}
+
+    def refuse_folder(error: OSError) -> None:
+        raise DataError(f"{error.filename}: the folder cannot be read: {error.strerror}; check its owner and mode")
+
+    visited = set()
+    for top, folders, names in os.walk(store.folder, onerror=refuse_folder, followlinks=True):
+        if (place := os.path.realpath(top)) in visited:  # a link to a folder above, or to one that was seen
+            folders.clear()
+            continue
+        visited.add(place)
+        folders.sort()
         for path in (Path(top, name) for name in names if not name.startswith(".")):
             if (
                 path.suffix.lower() in VIDEO_SUFFIXES | {".txt"} or path.name in FOLDER_LISTS
             ):  # a dangling link is a source that cannot be read
+                name = path.relative_to(store.folder).as_posix()
+                if printable(name) != name:
+                    unreadable[printable(name)] = "unreadable: its name is not UTF-8; rename it"
+                    continue
                 size = path.stat().st_size if path.exists() else 0
-                found[path.relative_to(store.folder).as_posix()] = ObjectInfo(size, None)
-    return found, {}
+                found[name] = ObjectInfo(size, None)
+    return found, unreadable
 
 
 def _captioned(found: Sequence[VideoSource], captions: dict[str, str], skipped: Sequence[Skip]) -> Sources:

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 HDR_KIND, WIDE_KIND, INTERLACED_KIND, PIXELS_KIND = "HDR", "wide primaries", "interlaced", "non-square pixels"
 _FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 _BT2020_MATRICES = (9, 10)  # with constant luminance or without
-_UNREADABLE_MATRICES = {10: "BT.2020 of constant luminance", 11: "Y'D'zD'x", 13: "constant luminance", 14: "ICtCp"}
+_UNREADABLE_MATRICES = {  # swscale has no conversion from them
+    8: "YCgCo", 10: "BT.2020 of constant luminance", 11: "Y'D'zD'x", 12: "chromaticity-derived",
+    13: "constant luminance", 14: "ICtCp", 15: "IPT-C2", 16: "YCgCo-Re", 17: "YCgCo-Ro",
+}  # fmt: skip
 _UNSPECIFIED = 2
 LIMITED_RANGE, FULL_RANGE = 1, 2  # FFmpeg's numbers
 BT709_MATRIX = 1

@@ -8,12 +8,12 @@ are counted as the decoder gives them from the beginning.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -165,8 +165,19 @@ class VideoReader:
 
     def info(self) -> VideoInfo:
         """Frames, sides and rate; decodes the first frame, for only it has the rotation."""
-        height, width = shown_sides(next(frame for _, frame in self.frames([0])))
+        height, width = shown_sides(self._first_whole())
         return VideoInfo(len(self.table.pts), height, width, float(self.rate))
+
+    def _first_whole(self) -> VideoFrame:
+        """Return the first frame; where it is damaged, that of the first group of pictures which is not."""
+        starts = dict.fromkeys((0, *(bisect_left(self.table.pts, shown) for shown, _ in self.table.keyframes)))
+        problems: list[DataError] = []
+        for number in starts:
+            try:
+                return next(frame for _, frame in self.frames([number]))
+            except DataError as error:
+                problems.append(error)
+        raise problems[0]
 
     @property
     def gaps(self) -> list[int]:
@@ -263,6 +274,8 @@ class VideoReader:
                 except av.FFmpegError:  # the file breaks off here
                     self._lost += 1
                     packet = None
+                if packet is not None and _is_repeat(packet):
+                    continue
                 damaged = packet is not None and packet.is_corrupt
                 try:
                     for frame in aspects.decode(packet, count):
@@ -366,7 +379,7 @@ class VideoReader:
 
     def _seek(self, position: int) -> Iterator[Packet[VideoStream]]:
         self._container.seek(position, stream=self.stream)
-        return self._container.demux(self.stream)
+        return (packet for packet in self._container.demux(self.stream) if not _is_repeat(packet))
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
         import av
@@ -393,7 +406,7 @@ class VideoReader:
             for packet in self._container.demux(self.stream):
                 if packet.size == 0 and packet.pts is None:
                     continue  # behind the last
-                if packet.is_discard:
+                if packet.is_discard or _is_repeat(packet):
                     continue
                 if packet.pts is None:
                     return self._counted_table()
@@ -411,9 +424,24 @@ class VideoReader:
             raise DataError(f"it has no frames{found}; copy the file again, or leave it out")
         if len(set(pts)) < len(pts) and not self._holds_fields():
             return self._counted_table()
-        return FrameTable(
-            tuple(sorted(set(pts))), tuple(sorted(keyframes)), lost=lost, cut=bool(partial) or self._is_cut()
-        )
+        shown = tuple(sorted(set(pts) - self._undecodable(pts, keyframes)))
+        return FrameTable(shown, tuple(sorted(keyframes)), lost=lost, cut=bool(partial) or self._is_cut())
+
+    def _undecodable(self, pts: Sequence[int], keyframes: Sequence[tuple[int, int]]) -> set[int]:
+        """Return the times of pictures before the first keyframe that refer to frames that were cut away (open GOP)."""
+        import av
+
+        leading = {each for each in pts if keyframes and each < keyframes[0][0]}
+        if not leading:
+            return set()
+        with suppress(av.FFmpegError):
+            for packet in self._seek(min(leading)):
+                for frame in packet.decode():
+                    if frame.pts is not None and frame.pts >= keyframes[0][0]:
+                        return leading
+                    if not frame.is_corrupt:
+                        leading.discard(frame.pts or 0)
+        return leading
 
     def _is_cut(self) -> bool:
         """Return true if a Matroska file is shorter than its header says, the only sign that it is truncated there."""
@@ -427,8 +455,7 @@ class VideoReader:
 
     def _holds_fields(self) -> bool:
         """Return true if the first frame is interlaced: its two fields may come in packets of one timestamp."""
-        self._seek(0)
-        frame = next((frame for packet in self._container.demux(self.stream) for frame in packet.decode()), None)
+        frame = next((frame for packet in self._seek(0) for frame in packet.decode()), None)
         return frame is not None and frame.interlaced_frame
 
     def _counted_table(self) -> FrameTable:
@@ -440,13 +467,21 @@ class VideoReader:
             if sides not in ((0, 0), (frame.width, frame.height)):
                 resized.append(len(times))
             sides = frame.width, frame.height
-            times.append(None if made_up else frame.pts)
+            times.append(frame.pts)
+        if made_up and any(b is None or a is None or b <= a for a, b in pairwise(times)):
+            times = [None] * len(times)
         if not times:
             found = f": none of {self._lost} packets can be decoded" if self._lost else ""
             raise DataError(f"it has no frames{found}; copy the file again, or leave it out")
         rate = self.stream.guessed_rate or self.stream.average_rate
         step = max(1, round(1 / (rate * self.stream.time_base))) if rate and self.stream.time_base else 1
         return FrameTable(presentation_times(times, step), (), False, tuple(resized), self._lost, tuple(self._aspects))
+
+
+def _is_repeat(packet: Packet[VideoStream]) -> bool:
+    """Return true for a packet without bytes: the frame before it stays (Theora, QuickTime). The one behind the last
+    packet has no time."""
+    return packet.size == 0 and packet.dts is not None
 
 
 def matroska_end(head: bytes) -> int | None:
@@ -551,7 +586,9 @@ def read_clip(
         start = index
         while index < len(numbers) and numbers[index] == number:
             index += 1
-        for channel, plane in enumerate(frame_to_planes(frame, geometry.height, geometry.width, reformatter)):
+        with _av_failures("cannot be converted to R'G'B'"):
+            planes = frame_to_planes(frame, geometry.height, geometry.width, reformatter)
+        for channel, plane in enumerate(planes):
             clip[channel, start:index] = plane[part][:, ::-1] if flip else plane[part]
     return clip
 

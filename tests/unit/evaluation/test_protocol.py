@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,14 @@ def test_a_folder_is_taken_in_order_of_name_and_a_list_in_its_own(folder: Path) 
     listed = Protocol(videos=(ListedVideo(video="c_*"), ListedVideo(video="a")))
     assert [video.name for video in find_videos(folder, listed)] == ["c_1920x1080_30", "a"]
     assert [video.name for video in find_videos(folder / "a.mp4", Protocol())] == ["a"]
+
+
+def test_hidden_files_and_an_earlier_evaluation_are_no_videos(folder: Path) -> None:
+    out = folder / "evaluation"
+    (out / "media" / "source").mkdir(parents=True)
+    shutil.copy(folder / "a.mp4", out / "media" / "source" / "a.mp4")
+    (folder / "._a.mp4").write_bytes(b"of macOS")
+    assert [video.name for video in find_videos(folder, Protocol(), out)] == ["a", "b", "c_1920x1080_30"]
 
 
 def test_what_does_not_fit_is_refused_with_names(folder: Path, tmp_path: Path) -> None:

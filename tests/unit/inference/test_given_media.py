@@ -191,6 +191,11 @@ class TestImage:
         with pytest.raises(ConfigError, match=r"no image for 1 of the prompts, .* name it 00001\.png"):
             _generate(made, tmp_path / "less", images)
         assert not (tmp_path / "less").exists()
+        (tmp_path / "first" / "00000.txt").write_text("its caption")
+        assert len(read_images(tmp_path / "first", (SIDE, SIDE))) == 2
+        _picture(tmp_path / "first" / "0.jpg", frames[0])
+        with pytest.raises(DataError, match=r"two files for prompt 0: 0\.jpg, 00000\.png; keep one"):
+            read_images(tmp_path / "first", (SIDE, SIDE))
         (tmp_path / "none").mkdir()
         with pytest.raises(DataError, match="holds no image named by a prompt's number"):
             read_images(tmp_path / "none", (SIDE, SIDE))

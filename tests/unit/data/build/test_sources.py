@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,6 +58,26 @@ def test_each_video_comes_once_in_order_of_the_places(videos: Path) -> None:
 def test_a_dangling_link_is_a_source_that_cannot_be_read(videos: Path) -> None:
     (videos / "z.mp4").symlink_to(videos / "absent.mp4")
     assert names(find_sources([videos]))[-1] == "z.mp4"
+
+
+def test_linked_folders_are_followed_once(videos: Path, tmp_path: Path) -> None:
+    """As links to files are; a link back to a folder above ends there."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.mp4").write_bytes(b"abc")
+    (videos / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(videos)
+    assert names(find_sources([videos])) == ["a #1%20.MKV", "b.mp4", "deep/c.webm", "linked/d.mp4"]
+
+
+def test_a_name_that_is_not_utf8_is_left_out(videos: Path) -> None:
+    """A manifest cannot hold it; one such file does not keep the others out."""
+    with open(os.fsencode(videos) + b"/bad\xff\xfename.mp4", "wb") as file:
+        file.write(b"abc")
+    found = find_sources([videos])
+    assert names(found) == ["a #1%20.MKV", "b.mp4", "deep/c.webm"]
+    ((name, why),) = ((each.source, each.reason) for each in found.skipped)
+    assert name.isascii()
+    assert "not UTF-8; rename it" in why
 
 
 def test_what_is_missing_is_told_at_once(videos: Path, tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
-from regen_dist.data.video.conversion import frame_to_rgb
-from regen_dist.data.video.reader import VideoReader
+from regen_dist.data.video.conversion import Geometry, frame_to_rgb
+from regen_dist.data.video.reader import VideoReader, read_clip
+from regen_dist.errors import DataError
 from tests.helpers.video import H264, PATTERN, UInt8s, ffmpeg, shown_frames
 
 # testsrc2 counts frames in large digits and moves everything: another frame differs by more than this.
@@ -245,3 +247,68 @@ def test_a_file_that_is_cut_off_is_read_and_noted(tmp_path: Path, container: str
     path.write_bytes(data)
     with VideoReader(path) as reader:
         assert not any("damaged" in note for note in reader.notes)
+
+
+# Files that other programs show and that were refused, cut short or played too fast.
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_a_matroska_file_that_begins_inside_an_open_group_of_pictures(tmp_path: Path, codec: str) -> None:
+    """As mkvmerge and recorders cut: the pictures in front of the first keyframe lean on what was cut away."""
+    whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
+    keys = "open-gop=1:keyint=20:min-keyint=20:bframes=3:scenecut=0"
+    extra = ("-x264-params", keys) if codec == "libx264" else ("-x265-params", f"{keys}:log-level=error:pools=1")
+    ffmpeg(*PATTERN, "-c:v", codec, "-pix_fmt", "yuv420p", "-threads", "1", *extra, whole)
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream, seen = source.streams.video[0], 0
+        copied = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            seen += packet.is_keyframe
+            if packet.pts is not None and seen > 1:
+                packet.stream = copied
+                target.mux(packet)
+    assert_as_ffmpeg(cut)
+
+
+def test_repeated_pictures_of_theora_have_no_end_in_them(tmp_path: Path) -> None:
+    """A packet without bytes says that the picture stays; it was taken for the end of the file."""
+    path = tmp_path / "a.ogv"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=24:duration=1.7", "-c:v", "libtheora", path)
+    with VideoReader(path) as reader:
+        count = len(reader.table.pts)
+    assert count == len(shown_frames(path, 48, 64)) > 20
+    assert len(sequentially(path)) == count
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "mpeg4", "ffv1"])
+def test_frames_that_an_avi_leaves_out_take_their_time(tmp_path: Path, codec: str) -> None:
+    path = tmp_path / "a.avi"
+    skipping = ("-vf", r"select='not(eq(mod(n\,5)\,2))'", "-fps_mode", "passthrough", "-enc_time_base", "1:24")
+    ffmpeg(*PATTERN, *skipping, "-c:v", codec, *(("-bf", "0") if codec == "mpeg4" else ()), path)
+    with VideoReader(path) as reader:
+        times = [float((pts - reader.table.pts[0]) * reader.stream.time_base) for pts in reader.table.pts]
+    shown = [number for number in range(60) if number % 5 != 2]
+    assert times == pytest.approx([number / 24 for number in shown], abs=1e-3)
+
+
+def test_damage_in_the_first_group_of_pictures_loses_that_alone(tmp_path: Path) -> None:
+    path = plain(tmp_path, "mp4", "h264-index-first")
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 700
+    data[start : start + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    with VideoReader(path) as reader:
+        info = reader.info()
+        assert (info.height, info.width) == (128, 192)
+        with pytest.raises(DataError, match="damaged"):
+            list(reader.frames([0]))
+        assert len(list(reader.frames(range(20, 60)))) == 40
+
+
+@pytest.mark.parametrize("matrix", [8, 12, 15, 16, 17])
+def test_colours_that_cannot_be_converted_are_an_error_that_names_them(tmp_path: Path, matrix: int) -> None:
+    base, path = plain(tmp_path, "mp4", "h264"), tmp_path / "matrix.mp4"
+    tags = f"h264_metadata=matrix_coefficients={matrix}:colour_primaries=1:transfer_characteristics=1"
+    ffmpeg("-i", base, "-c", "copy", "-bsf:v", tags, path)
+    with VideoReader(path) as reader, pytest.raises(DataError, match=rf"matrix {matrix} of H\.273"):
+        read_clip(reader, range(3), Geometry(128, 192, 0, 0, (128, 192)))
