@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -234,28 +235,28 @@ class SlurmScheduler:
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else self.job
 
+    @cached_property
+    def _facts(self) -> dict[str, str]:
+        """The controller's fields of the job at its end; none if it does not answer."""
+        try:
+            return slurm.ask_patiently(lambda: slurm.show_job(self.name))
+        except BackendError as error:
+            log_line(f"warning: {error}")
+            return {}
+
     def was_cancelled(self) -> bool:
         """Return whether somebody has cancelled the job, which then may not be requeued. The controller calls it
         COMPLETING while its processes end; after a preemption or a lost node it has requeued the job itself."""
-        try:
-            facts = slurm.ask_patiently(lambda: slurm.show_job(self.name))
-        except BackendError as error:
-            log_line(f"warning: {error}")
-            return False
+        facts = self._facts
         ends = facts.get("JobState") in ("COMPLETING", "CANCELLED") and facts.get("Reason") != "TimeLimit"
         requeued = facts.get("Restarts", str(self.restart)) != str(self.restart)
         return ends and not requeued and slurm.seconds_until(facts.get("PreemptTime")) is None
 
     def stop_reason(self, job: Submission) -> Why:
         """Ask the controller for a preemption and compare the time limit; otherwise a user sent the signal."""
-        try:
-            facts = slurm.ask_patiently(lambda: slurm.show_job(self.name))
-        except BackendError as error:
-            log_line(f"warning: {error}")
-            return "signal"
-        if slurm.seconds_until(facts.get("PreemptTime")) is not None:
+        if slurm.seconds_until(self._facts.get("PreemptTime")) is not None:
             return "preempted"
-        left_s = slurm.seconds_until(facts.get("EndTime"))
+        left_s = slurm.seconds_until(self._facts.get("EndTime"))
         near = left_s is not None and left_s <= job.cluster.signal_lead_s + _LATE_S
         return "time limit" if near else "signal"
 

@@ -61,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _figures(run: Path) -> torch.Tensor:
-    """Of every step, [steps, figures]; NaN where the adversarial term has not begun."""
+    """Logged figures of every step, [steps, figures]; NaN where the adversarial term has not begun."""
     lines = read_record(run / "metrics.jsonl", "train")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     rows = [[line.get(name, torch.nan) for name in FIGURES] for line in lines]

@@ -152,7 +152,7 @@ SLOW_S = 0.3
 
 
 def _train(config: AnyRunConfig) -> list[Any]:
-    """As any run, but that rank 1 gets its batches late."""
+    """Train, with the batches of rank 1 late."""
     from regen_dist.training.loop import Trainer
 
     batches = Trainer.open_batches

@@ -25,7 +25,7 @@ NEAR_END = STEPS - 3 * MOST_STEPS  # from here on they all come while it starts:
 
 
 class Pace(NamedTuple):
-    """What this machine needs for a start, and for one step with its save."""
+    """Seconds that this machine needs for a start, and for one step with its save."""
 
     start_s: float
     step_s: float

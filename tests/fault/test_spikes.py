@@ -41,7 +41,7 @@ class Script(NamedTuple):
 
 
 def _play(scripts: list[Script], outcomes: Path) -> None:
-    """What a rank does: one run after the other. Notes how each ended."""
+    """Train one run after the other, as a rank, and note how each ended."""
     from regen_dist.distributed.ranks import process_group, read_environment
     from regen_dist.training import run
 
@@ -101,7 +101,7 @@ class Made(NamedTuple):
         return [json.loads((self.folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
     def events(self, name: str) -> list[str]:
-        """What the run told of."""
+        """Return the events of a run's record."""
         return [line["event"] for line in read_record(self.folder / name / "metrics.jsonl", "event")]
 
     def batches(self, name: str) -> list[list[int]]:

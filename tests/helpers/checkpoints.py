@@ -140,7 +140,7 @@ def saved_run(
 
 
 class Damage(NamedTuple):
-    """What happens to one file. `name` is its name in the checkpoint folder; `at` is where it is cut, or which of its
+    """Damage to one file. `name` is its name in the checkpoint folder; `at` is where it is cut, or which of its
     bytes gets the bit `bit` flipped; counted from the end when negative."""
 
     name: str
@@ -169,7 +169,7 @@ class Case(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What one rank came to: the step to go on from (None: there is no checkpoint), what it said, and the error."""
+    """Result of one rank: the step to go on from (None: there is no checkpoint), what it said, and the error."""
 
     step: int | None
     said: list[str]
@@ -179,8 +179,7 @@ class Answer(NamedTuple):
 
 
 def ask(url: str, cases: Sequence[Case], limits: StoreLimits) -> list[Answer]:
-    """What a rank of `run_ranks` does: look for the newest whole checkpoint in each case. The damages are undone after
-    each."""
+    """Look for the newest whole checkpoint in each case, as a rank of `run_ranks`; undo each damage afterwards."""
     ranks = read_environment()
     with process_group(ranks, needed=True):
         return [_asked_about(url, case, limits, ranks) for case in cases]
