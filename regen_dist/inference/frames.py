@@ -135,8 +135,9 @@ class VideoWriter:
         self.path = path
         self._rate = Fraction(rate).limit_denominator(1001)
         # Without cpu-independent, x264 writes other bytes for the same frames where a side is no multiple of 16: its
-        # rate control then depends on uninitialised memory (core 165, measured).
-        self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1"}
+        # rate control then depends on uninitialised memory (core 165, measured). From RGB, swscale puts chroma in the
+        # middle of its pixels (chromaloc=1); untagged, H.264 means their left edge: colours half a pixel aside.
+        self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1:chromaloc=1"}
         self._partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
         self._stream: VideoStream | None = None
         self._num_written = 0

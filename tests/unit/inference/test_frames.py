@@ -111,6 +111,15 @@ def test_cut_file(tmp_path: Path) -> None:
         SourceVideo(path)
 
 
+def test_colours_stay_where_they_are(tmp_path: Path) -> None:
+    """H.264 without a chroma location means the left edge of two pixels, swscale writes their middle: 30.9 dB."""
+    waves = np.sin(np.arange(96) * 2 * np.pi / 12)
+    row = np.stack([128 + 90 * waves, 128 - 45 * waves, np.full(96, 128)], -1)
+    frame = np.broadcast_to(row.round(), (64, 96, 3)).astype(np.uint8)
+    read = next(iter(SourceVideo(write(tmp_path / "a.mp4", [frame])).frames()))
+    assert np.square(read[:, 8:-8].astype(float) - frame[:, 8:-8]).mean() < 30
+
+
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
     """Whatever the encoder finds in memory that was used before, at sides that are no multiples of 16."""
     code = (
