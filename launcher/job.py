@@ -3,7 +3,7 @@
 RUN/launch/20260131-120000/job.json       one submission; the newest sorts last
 RUN/launch/20260131-120000/submitit/      the batch script and the output of Slurm and Submitit
 RUN/launch/code/0123456789ab/             the copy of the code that it runs
-RUN/launch/starts.jsonl                   every start and end of the task (see `launcher.retry`)
+RUN/launch/starts.jsonl                   every start and end of the task (see `launcher.attempts`)
 RUN/launch/ranks/JOB-RESTART/             the exit status of each rank of one start
 RUN/logs/rank_N.log                       output of a rank
 RUN/STOP                                  the task does not continue while this file exists

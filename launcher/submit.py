@@ -18,9 +18,10 @@ from typing import Any, Literal
 import yaml
 
 from launcher import local_executor, slurm
+from launcher.attempts import archive_history, read_history
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, LAUNCH, JobTask, Submission, TaskProgress, new_folder, write_job
-from launcher.retry import archive_history, attempts_since, is_complete, newest_step, read_history
+from launcher.retry import attempts_since, is_complete, newest_step
 from launcher.script import slurm_executor, slurm_tasks
 from regen_dist.config import AnyRunConfig, config_hash, load_config, to_yaml
 from regen_dist.config.files import write_text_atomically

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from launcher import retry
+from launcher import attempts
 from launcher.job import JobTask, Submission, read_job
 from launcher.retry import LocalScheduler, RetryDecision, begin, end, log_line
 from launcher.supervise import FORWARDED, JobExit, program_environment, rank_environment, rank_environments, supervise
@@ -58,7 +58,7 @@ class SlurmTask:
             signal.signal(number, _ignore_signal)
         ended = supervise([*COMMAND, *task.command], {rank: environment}, logs=task.logs)
         node, code = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(ended.code, ended.signals)
-        retry.write_rank_exit(
+        attempts.write_rank_exit(
             task.launch, here.raw_job_id, restart, rank=rank, node=node, code=code, signals=ended.signals
         )
         if code not in (EXIT_OK, EXIT_RESUME):
@@ -113,7 +113,7 @@ class LocalTask:
         ended = _run_here(job, task)
         codes = {rank: _code(code, ended.signals) for rank, code in ended.codes.items()}
         for rank, code in codes.items():
-            retry.write_rank_exit(
+            attempts.write_rank_exit(
                 task.launch,
                 scheduler.job,
                 scheduler.restart,

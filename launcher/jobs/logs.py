@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import local_executor
+from launcher.attempts import read_history
 from launcher.jobs.find import JobState, Member, has_final_end, job_state, query_queue, shown_name
-from launcher.retry import read_history
 from regen_dist.errors import ConfigError
 
 _BLOCK_BYTES = 2**16

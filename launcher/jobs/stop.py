@@ -13,11 +13,12 @@ from contextlib import chdir
 from pathlib import Path
 
 from launcher import slurm
+from launcher.attempts import End, now, read_history, write_entry
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.job import LAUNCH, JobTask, Submission, new_folder
 from launcher.jobs.find import NEVER, JobState, Member, has_final_end, job_state, query_queue, shown_name
 from launcher.jobs.table import duration
-from launcher.retry import End, is_complete, newest_step, now, read_history, write_entry
+from launcher.retry import is_complete, newest_step
 from launcher.submit import SubmissionRequest, submit_to_slurm, take_snapshot
 from regen_dist.config import load_config
 from regen_dist.config.files import load_section

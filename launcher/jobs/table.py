@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from launcher.attempts import Attempt, read_history
 from launcher.job import JobTask, TaskProgress
 from launcher.jobs.find import (
     FoundJobs,
@@ -26,7 +27,6 @@ from launcher.jobs.find import (
     query_queue,
     shown_name,
 )
-from launcher.retry import Attempt, read_history
 from regen_dist.errors import ConfigError
 from regen_dist.jsontext import json_text
 from regen_dist.observe.heartbeat import Beat, beat_path, parse_beat, read_text

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from launcher.attempts import read_history
 from launcher.cluster import load_cluster
 from launcher.job import JobTask, Submission, newest_job
 from launcher.pipelines.schema import Pipeline, PipelineStep, missing_outputs, with_inputs
-from launcher.retry import attempts_since, is_complete, newest_step, read_history
+from launcher.retry import attempts_since, is_complete, newest_step
 from launcher.submit import SubmissionRequest, command_request, is_alive, train_request
 from regen_dist.config import load_config
 from regen_dist.config.yaml_files import shown_value

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import FrameType
 
 from launcher import slurm
+from launcher.attempts import read_history
 from launcher.job import LAUNCH, Submission
 from launcher.pipelines.planning import PlannedStep
 from launcher.pipelines.schema import expected_products, missing_outputs
 from launcher.preflight import check
 from launcher.preflight.report import PreflightError
-from launcher.retry import read_history
 from launcher.script import batch_script
 from launcher.submit import submit, wait_for
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, DataError, RegenError

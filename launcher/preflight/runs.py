@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launcher.attempts import read_history
 from launcher.cluster import ClusterConfig
 from launcher.job import JOB_FILE, LAUNCH, Submission, newest_job
 from launcher.preflight.findings import (
@@ -25,7 +26,6 @@ from launcher.preflight.findings import (
     shortened,
 )
 from launcher.preflight.storage import nearest
-from launcher.retry import read_history
 from launcher.submit import is_alive
 from regen_dist.checks.findings import Finding as Checked
 from regen_dist.config import AnyRunConfig, to_yaml

@@ -1,5 +1,5 @@
-"""Checkpoint manifest: the metadata of a checkpoint, whose presence commits a folder of shards; the identity of
-its run; and the retention rule (`to_delete`)."""
+"""Checkpoint manifest: the metadata of a checkpoint, whose presence commits a folder of shards; and the
+identity of its run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, TypedDict
 
 from regen_dist.config import AnyRunConfig
 from regen_dist.config.identity import read_or_create_run_id, read_run_id, write_run_id
-from regen_dist.config.run import CheckpointConfig
 from regen_dist.errors import CheckpointError
 from regen_dist.jsontext import json_text
 
@@ -190,64 +188,3 @@ def adopt(run: Path, manifest: CheckpointManifest) -> None:
     """Give a run folder, which need not exist yet, the identity of the run that saved a checkpoint."""
     if manifest.run_id:
         write_run_id(run, manifest.run_id)
-
-
-# Retention policy: a pure function of the manifests; the saver and `regen checkpoint prune` apply it.
-
-
-LEAST_GOOD = 2  # the newest may turn out to be damaged
-
-
-def to_delete(
-    manifests: Sequence[CheckpointManifest],
-    newest: CheckpointManifest,
-    policy: CheckpointConfig,
-    *,
-    pinned: frozenset[int] | set[int] = frozenset(),
-    is_good: Callable[[CheckpointManifest], bool] = lambda manifest: True,
-) -> list[int]:
-    """Return the steps to delete, ascending.
-
-    The last `keep_last`, multiples of `keep_every`, the `keep_best` best by `best_metric`, and pinned checkpoints stay.
-    Only checkpoints that `newest` was trained from (not those abandoned by a rollback) and whose files exist are
-    counted. Later ones of the same history, if `latest` was set back by hand, are left alone. While consecutive steps
-    are skipped, the newest checkpoint from before them stays too. Nothing is deleted unless two of those that stay are
-    good.
-
-    Args:
-        manifests: those of all readable committed checkpoints; unreadable ones are not touched.
-        newest: the checkpoint that the run resumes from.
-        policy: numbers of checkpoints to keep.
-        pinned: steps that always stay.
-        is_good: returns true if a checkpoint's files match its manifest; called only for those that stay.
-    """
-    history = sorted((each for each in manifests if each.is_followed_by(newest)), key=lambda each: each.age)[::-1]
-    last = _first(history, max(policy.keep_last, LEAST_GOOD), is_good)
-    if len(last) < LEAST_GOOD:
-        return []
-    best = _first(best_first(history, policy), policy.keep_best, is_good)
-    before = [each for each in history if each.step < newest.trusted_before] if newest.skipped_in_a_row else []
-    kept = {each.step for each in (*last, *best, *_first(before, 1, is_good))} | set(pinned)
-    if policy.keep_every:
-        kept |= {each.step for each in history if each.step % policy.keep_every == 0}
-    later = {each.step for each in manifests if each.rollbacks == newest.rollbacks and each.step > newest.step}
-    return sorted({each.step for each in manifests} - kept - later)
-
-
-def _first(
-    ordered: Sequence[CheckpointManifest], count: int, is_good: Callable[[CheckpointManifest], bool]
-) -> list[CheckpointManifest]:
-    found: list[CheckpointManifest] = []
-    for each in ordered:
-        if len(found) == count:
-            break
-        if is_good(each):
-            found.append(each)
-    return found
-
-
-def best_first(history: Sequence[CheckpointManifest], policy: CheckpointConfig) -> list[CheckpointManifest]:
-    """Sort checkpoints by `best_metric`, stably, best first; those without the metric, or with NaN, are left out."""
-    sign = -1.0 if policy.best_is == "max" else 1.0
-    rated = [each for each in history if math.isfinite(each.metrics.get(policy.best_metric, math.nan))]
-    return sorted(rated, key=lambda each: sign * each.metrics[policy.best_metric])

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from regen_dist.checkpoint.folder import CheckpointFolder
-from regen_dist.checkpoint.manifest import CheckpointManifest, FileFacts, to_delete
+from regen_dist.checkpoint.manifest import CheckpointManifest, FileFacts
+from regen_dist.checkpoint.retention import to_delete
 from regen_dist.checkpoint.shards import nonfinite, shard_name
 from regen_dist.config.run import CheckpointConfig
 from regen_dist.distributed.ranks import Ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -310,6 +310,41 @@ class Reporter:
             self._line.close()
             self._record.close()
             self._trackers.close()
+
+
+# Norms of the gradients by layer: a hook of the training step (`train.grad_norms_every`).
+
+
+class GradientNorms:
+    """Reports the norm of every layer's gradient, before clipping: their squares add up to that of `grad_norm`.
+
+    Args:
+        every: steps from one report to the next.
+        ranks: ranks of the job; each holds a piece of every gradient.
+        report: called with the step and the norm of each layer.
+    """
+
+    def __init__(self, every: int, ranks: Ranks, report: Callable[[int, Mapping[str, float]], None]) -> None:
+        self._every, self._ranks, self._report = every, ranks, report
+
+    def __call__(self, step: int, gradients: Iterable[tuple[str, Tensor]]) -> None:
+        """Inspect a step's gradients (a `GradientHook`). A collective."""
+        if step % self._every:
+            return
+        squares: dict[str, list[Tensor]] = {}
+        for name, piece in gradients:
+            squares.setdefault(layer_of(name), []).append(torch.linalg.vector_norm(piece, dtype=torch.float64).square())
+        own = torch.stack([torch.stack(each).sum() for each in squares.values()]).tolist()  # one wait for the device
+        totals = self._ranks.sum(own)
+        self._report(step, {layer: math.sqrt(total) for layer, total in zip(squares, totals, strict=True)})
+
+
+def layer_of(parameter: str) -> str:
+    """The layer that a parameter belongs to: its name up to the first number (`decoder.blocks.3`), or, where there is
+    none, up to the parameter's own name (`decoder.head`)."""
+    parts = parameter.split(".")
+    numbered = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[:-1] if numbered is None else parts[: numbered + 1]) or parameter
 
 
 # Notes of each rank on its samples: the bad ones, once each, and on demand the id of every clip trained on.

@@ -28,8 +28,8 @@ from regen_dist.registry import Entry, Registry
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
 from regen_dist.training.embedder import BaselineTask, EmbedderTask
 from regen_dist.training.guards import Guards
-from regen_dist.training.loop import GradientNorms, Trainer
-from regen_dist.training.metrics import Reporter, SampleLog, StepMeter, learning_rate
+from regen_dist.training.loop import Trainer
+from regen_dist.training.metrics import GradientNorms, Reporter, SampleLog, StepMeter, learning_rate
 from regen_dist.training.stopping import SignalInbox, Stopper
 from regen_dist.training.t2v import TextToVideoTask
 from regen_dist.training.task import TrainingTask

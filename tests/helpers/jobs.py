@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.attempts import Attempt, End, Start, Why, read_history, write_entry
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, JobTask, Submission, TaskProgress, newest_job, write_job
-from launcher.retry import Attempt, End, Start, Why, read_history, write_entry
 from regen_dist.config.files import write_text_atomically
 from regen_dist.observe.heartbeat import Beat, beat_path, parse_beat, read_text, write_beat
 from regen_dist.observe.record import read_record

@@ -22,15 +22,16 @@ from tests.unit.house.test_contracts import ROOT, _sources
 
 FEWEST_LINES, MOST_LINES, MOST_FUNCTION_LINES, MOST_MODULES_OF_A_NAME = 100, 500, 60, 2
 SHORT = """
-    regen_dist/checks/run.py regen_dist/config/preencode.py regen_dist/config/version.py
-    regen_dist/inference/hub/replacements.py regen_dist/jsontext.py regen_dist/pixels.py regen_dist/programs.py
+    regen_dist/checkpoint/retention.py regen_dist/checks/run.py regen_dist/config/preencode.py
+    regen_dist/config/version.py regen_dist/inference/hub/replacements.py regen_dist/jsontext.py
+    regen_dist/pixels.py regen_dist/programs.py
     launcher/pipelines/cli.py launcher/preflight/report.py tools/bench/data_start.py tools/cli.py
     tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py tools/gpu_check/ranks.py
     tools/gpu_check/worker.py tools/preencode.py tools/text.py tools/train.py
 """
 LONG = """
     regen_dist/data/video/reader.py regen_dist/inference/generate.py regen_dist/inference/preencode.py
-    regen_dist/observe/hang_detector.py launcher/retry.py tools/bench/checkpoint_cases.py tools/bench/codec.py
+    regen_dist/observe/hang_detector.py tools/bench/checkpoint_cases.py tools/bench/codec.py
     tools/bench/compression_report.py tools/bench/compression_runs.py
 """
 LONG_FUNCTIONS = {  # of these all but one are commands, whose parameters are their flags
@@ -101,7 +102,10 @@ def test_a_function_is_one_thought() -> None:
 
 
 PRIVATE_NAMES = {"told", "mend", "nowhere", "pulse", "verdict", "standin", "standins"}
-FIELDS_ON_DISK = ["launcher/retry.py:told", "launcher/retry.py:told"]  # the field of a rank's exit file, and its use
+FIELDS_ON_DISK = [
+    "launcher/attempts.py:told",
+    "launcher/attempts.py:told",
+]  # the field of a rank's exit file, and its use
 
 
 def _private_names(node: ast.AST) -> list[str]:

@@ -9,26 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import retry
+from launcher import attempts
+from launcher.attempts import Attempt, End, Start, Why, archive_history, read_history, write_entry
 from launcher.cluster import ClusterConfig, RetryConfig
 from launcher.job import JobTask, Submission, TaskProgress, new_folder, newest_job, read_job, write_job
-from launcher.retry import (
-    Attempt,
-    End,
-    Start,
-    Why,
-    archive_history,
-    bad_nodes,
-    begin,
-    combined_exit_code,
-    decide_end,
-    decide_start,
-    end,
-    is_complete,
-    newest_step,
-    read_history,
-    write_entry,
-)
+from launcher.retry import bad_nodes, begin, combined_exit_code, decide_end, decide_start, end, is_complete, newest_step
 from launcher.submit import take_snapshot
 from regen_dist.config.version import code_version
 from regen_dist.errors import RegenError
@@ -212,7 +197,7 @@ def checkpoint(job: Submission, step: int) -> None:
 
 def ranks_end(job: Submission, restart: int, *codes: int) -> None:
     for rank, code in enumerate(codes):
-        retry.write_rank_exit(
+        attempts.write_rank_exit(
             job.tasks[0].launch, "77", restart, rank=rank, node=f"node{rank + 1}", code=code, signals=()
         )
 
@@ -270,8 +255,8 @@ def test_the_rank_that_failed_first_names_the_node(job: Submission) -> None:
     """Also when the others fail because of it; an error of ours says nothing about a node."""
     task = job.tasks[0]
     begin(job, task, Place())
-    retry.write_rank_exit(task.launch, "77", 0, rank=1, node="node2", code=137, signals=())
-    retry.write_rank_exit(task.launch, "77", 0, rank=0, node="node1", code=1, signals=("SIGTERM",))
+    attempts.write_rank_exit(task.launch, "77", 0, rank=1, node="node2", code=137, signals=())
+    attempts.write_rank_exit(task.launch, "77", 0, rank=0, node="node1", code=1, signals=("SIGTERM",))
     verdict = end(job, task, Place(), 137)
     assert verdict.go
     assert "(rank 1 on node2, exit code 137)" in verdict.text
@@ -313,7 +298,7 @@ def test_what_ranks_leave_does_not_pile_up(job: Submission) -> None:
         ranks_end(job, restart, 0, 0)
     assert begin(job, task, Place(restart=6)).go
     assert len(list((task.launch / "ranks").iterdir())) == 3
-    assert retry.read_rank_exits(task.launch, "77", 5, 2)[0] is not None
+    assert attempts.read_rank_exits(task.launch, "77", 5, 2)[0] is not None
 
 
 def test_lines_that_were_cut_short_are_left_out(job: Submission) -> None:
@@ -376,7 +361,7 @@ def test_a_history_that_cannot_be_written_ends_no_task_and_starts_none_for_ever(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("launcher.retry.write_entry", refuse)
-    monkeypatch.setattr("launcher.retry.write_text_atomically", refuse)
+    monkeypatch.setattr("launcher.attempts.write_text_atomically", refuse)
     (task,) = job.tasks
     assert begin(job, task, Place()).go
     ranks_end(job, 0, 75, 75)

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from launcher import retry, slurm
+from launcher import attempts, retry, slurm
+from launcher.attempts import Start, read_history, write_entry
 from launcher.cluster import ClusterConfig
 from launcher.job import Submission, write_job
 from launcher.preflight.findings import Subject
 from launcher.preflight.scheduler import scheduler
-from launcher.retry import Start, read_history, write_entry
 from launcher.script import batch_script, submitit_parameters
 from launcher.submit import command_request, is_alive, last_exit_code
 from regen_dist.errors import EXIT_RESUME, BackendError
@@ -74,7 +74,7 @@ def _end(job: Submission, monkeypatch: pytest.MonkeyPatch, number: int = 0, code
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
     write_entry(job.tasks[number].launch, Start(job="36", restart=0, nodes=("node1",), time=20.0))
     launch, step = job.tasks[number].launch, {"rank": 0, "node": "node1", "code": code, "signals": ()}
-    retry.write_rank_exit(launch, "36", 0, **step)
+    attempts.write_rank_exit(launch, "36", 0, **step)
     return retry.main(["end", str(job.folder), str(code)])
 
 

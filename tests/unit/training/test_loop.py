@@ -19,8 +19,7 @@ from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.observe.record import read_record
 from regen_dist.training.guards import Guards, poison_nonfinite
-from regen_dist.training.loop import layer_of
-from regen_dist.training.metrics import StepMeter
+from regen_dist.training.metrics import StepMeter, layer_of
 from regen_dist.training.run import build_task, build_trainer, train
 from regen_dist.training.task import Loss, Validation
 from tests.helpers.latents import write_cache

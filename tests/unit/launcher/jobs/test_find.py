@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from launcher.attempts import Attempt, End, Start, Why
 from launcher.jobs.find import JobState, QueueState, derive_state
-from launcher.retry import Attempt, End, Start, Why
 
 
 def start() -> Attempt:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from launcher import local_executor, slurm
+from launcher.attempts import read_history
 from launcher.cluster import ClusterConfig
 from launcher.job import Submission, newest_job
 from launcher.jobs.find import choose_job
 from launcher.jobs.stop import incomplete_tasks, rebuild_request, resubmit, stop
-from launcher.retry import decide_start, read_history
+from launcher.retry import decide_start
 from launcher.submit import command_request, submit, wait_for
 from regen_dist.config import to_yaml
 from regen_dist.errors import ConfigError, RegenError

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher.attempts import End, Start, Why, archive_history, write_entry
 from launcher.job import ID_FILE, JobTask, Submission, new_folder, newest_job, write_job
 from launcher.pipelines import planning
 from launcher.pipelines.planning import PlannedStep, plan
 from launcher.pipelines.schema import load_pipeline
-from launcher.retry import End, Start, Why, archive_history, write_entry
 from launcher.submit import SubmissionRequest
 from regen_dist.config import to_yaml
 from regen_dist.errors import ConfigError

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launcher import job, retry
+from launcher import attempts, job
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, Submission
 from launcher.local_executor import LOCK
@@ -115,8 +115,8 @@ def test_a_limit_that_ends_before_the_next_checkpoint_is_a_note(tmp_path: Path) 
     config = tiny_run(tmp_path, checkpoint__every=60)
     record(config, began(at=1050.0), step(9.0), step(9.0), saved(10.0))
     (config.folder / "launch").mkdir()
-    start = retry.Start(job="1", restart=0, nodes=("a",), time=1000.0)
-    retry.write_entry(config.folder / "launch", start)
+    start = attempts.Start(job="1", restart=0, nodes=("a",), time=1000.0)
+    attempts.write_entry(config.folder / "launch", start)
     told = texts(timing.times(subject(config, TIMED)), forbids=False)
     assert len(told) == 1
     assert "the run starts (50 s) but does not get to the checkpoint" in told[0]
