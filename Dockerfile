@@ -19,9 +19,6 @@ RUN apt-get update && apt-get install -y --no-install-recommends git g++ ninja-b
 RUN python3 -m venv /opt/regen
 ENV PATH=/opt/regen/bin:$PATH
 RUN pip install --no-cache-dir "${TORCH}" --index-url ${TORCH_INDEX}
-# torch 2.10 for CUDA 12 pins a cuDNN whose 3D convolutions in bf16 are wrong.
-ARG CUDA
-RUN pip install --no-cache-dir --no-deps "nvidia-cudnn-cu${CUDA%%.*}>=9.15"
 RUN pip install --no-cache-dir "setuptools>=77" wheel packaging ninja psutil numpy
 RUN pip install --no-cache-dir --no-build-isolation "${FLASH_ATTN}"
 RUN if [ "${APEX}" = 1 ]; then git clone https://github.com/NVIDIA/apex /tmp/apex && cd /tmp/apex \
@@ -34,6 +31,10 @@ RUN python -c "import tomllib; p = tomllib.load(open('/tmp/regen/pyproject.toml'
 e = [x for n in ('video', 'data', 'text', 'eval', 'track', 'hub') for x in p['optional-dependencies'][n]]; \
 print(*p['dependencies'], *(x for x in e if not x.startswith(p['name'])), sep='\n')" \
     > /tmp/requirements.txt && DS_BUILD_OPS=0 pip install --no-cache-dir -r /tmp/requirements.txt
+# torch 2.10 for CUDA 12 pins a cuDNN whose 3D convolutions in bf16 are wrong. Last: pip goes back to the pinned one
+# whenever it installs something that depends on torch.
+ARG CUDA
+RUN pip install --no-cache-dir --no-deps "nvidia-cudnn-cu${CUDA%%.*}>=9.15"
 
 FROM nvidia/cuda:${CUDA}-runtime-${UBUNTU}
 # g++ compiles DeepSpeed's CPU operator and torch.compile's launchers; python3-dev has the headers for both.

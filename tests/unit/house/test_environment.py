@@ -108,6 +108,8 @@ def test_cudnn_is_one_that_training_accepts() -> None:
     first = f"{FIRST_CUDNN // 10_000}.{FIRST_CUDNN // 100 % 100}"
     assert _conda_requirements()["cudnn"] == f">={first}"
     assert f"| cuDNN | {first} |" in PAGE
+    *_, last = re.findall(r"pip install .*", DOCKER)  # pip undoes it where it installs what depends on torch
+    assert last.split()[3:] == ["--no-deps", f'"nvidia-cudnn-cu${{CUDA%%.*}}>={first}"']
 
 
 @pytest.mark.parametrize("name", ["torch", "flash-attn"])
