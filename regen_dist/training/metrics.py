@@ -207,7 +207,8 @@ class Reporter:
         self._silent, self._run = not ranks.is_main, config.folder
         if self._silent:
             return
-        self._record = Record(self._run / "metrics.jsonl", step)
+        # A run that begins anew validates before its first step again (`train.validate_at_start`).
+        self._record = Record(self._run / "metrics.jsonl", step or -1)
         self._line = ProgressLine(config.train.steps, step)
         self._trackers = Trackers(config, self._run, step)
         self._unseen = False

@@ -228,6 +228,18 @@ def test_a_video_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pyte
     assert "warning: no picture or video of step 5, and the run goes on: " in capsys.readouterr().err
 
 
+def test_a_validation_before_the_first_step_stands_there_once(tmp_path: Path) -> None:
+    """A run that is killed before its first checkpoint begins anew, with that validation; one that goes back to an
+    imported checkpoint of step 0 does not validate again."""
+    for loss in (1.0, 2.0):
+        reporter = Reporter(tiny_run(tmp_path), Ranks(), 0)
+        reporter.validation(0, Validation({"loss": loss}))
+        reporter.rewind(0)
+        reporter.close()
+    lines = read_record(tiny_run(tmp_path).folder / "metrics.jsonl", "validation")
+    assert [line["loss"] for line in lines] == [2.0]
+
+
 # The learning rate is a function of the step.
 
 
