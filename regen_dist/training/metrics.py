@@ -305,6 +305,7 @@ class Reporter:
         """Drop the records of later steps after the run went back to `step`."""
         if not self._silent:
             self._record.rewind(step)
+            self._line.rewind(step)
             self._trackers.rewind(step)
 
     def close(self) -> None:
