@@ -267,12 +267,12 @@ class Claim:
         return (json_text(asdict(self._me), indent=1) + "\n").encode()
 
     def _is_own(self) -> bool:
-        try:
-            holder = parse_holder(self._store.get(self._name))
-        except ObjectMissing:
-            holder = None
-        if holder is None or holder.token != self._me.token:
-            by = next((str(each.holder) for each in self._all() if each.holder), "another process")
+        """Look whether the claim is still there and no other process has created a later one, because it took this one
+        for dead: a renewal that came late may have written this one again."""
+        claims = {each.name: each.holder for each in self._all()}
+        own = claims.pop(self._name, None)
+        if own is None or own.token != self._me.token or (claims and max(claims) > self._name):
+            by = next((str(claims[name]) for name in sorted(claims, reverse=True) if claims[name]), "another process")
             self.lost = f"the run was taken over by {by}, because this process gave no sign of life for too long"
         return not self.lost
 
@@ -281,14 +281,22 @@ class Claim:
         complained = False
         while not self._stop.wait(self._patience.beat_s):
             try:
-                if not self._is_own():
+                if not self._renew():
                     return
-                self._me = replace(self._me, number=self._me.number + 1, written=time.time())
-                self._store.put(self._name, self._text())
             except DataError as error:
                 if not complained:
                     complained = True
                     self._log(f"warning: the claim on {self._place} cannot be renewed: {error}")
+
+    def _renew(self) -> bool:
+        """Renew the claim; return false if another process took over, before or meanwhile."""
+        if not self._is_own():
+            return False
+        self._me = replace(self._me, number=self._me.number + 1, written=time.time())
+        self._store.put(self._name, self._text())
+        if not self._is_own():  # the write was so late that it was taken over meanwhile
+            self._store.delete(self._name)
+        return not self.lost
 
 
 PATIENCE = Patience()
