@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import secrets
 import sys
 import threading
@@ -34,6 +35,7 @@ from regen_dist.observe.heartbeat import host_and_namespace
 CLAIMS = "claims"
 _STATE, _START = 0, 19  # indices of the fields of /proc/PID/stat after the process name
 _JOIN_S = 5.0
+_CLAIM = re.compile(r"\d{8,}\.json")  # others are no claims, such as the .nfs… that NFS leaves of a file in use
 
 
 class Patience(NamedTuple):
@@ -218,7 +220,7 @@ class Claim:
     def _all(self) -> list[_Found]:
         """Return all existing claims."""
         found = []
-        for name in self._store.list():
+        for name in filter(_CLAIM.fullmatch, self._store.list()):
             with suppress(ObjectMissing):  # released meanwhile
                 text = self._store.get(name)
                 found.append(_Found(name, text, parse_holder(text)))

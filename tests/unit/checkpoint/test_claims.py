@@ -228,6 +228,16 @@ def test_who_was_taken_over_writes_nothing_more(place: str) -> None:
     assert len(written(place)) == 1
 
 
+def test_other_files_are_no_claims(place: str) -> None:
+    """NFS renames a file that is deleted while somebody reads it."""
+    Store(f"{place}/claims").put(".nfs000000000001f4a2", b"{}")
+    mine = claim(place)
+    mine.take()
+    assert [path.name for path in Path(place, "claims").glob("*.json")] == ["00000001.json"]
+    mine.check()
+    mine.release()
+
+
 def test_a_sign_of_life_that_comes_too_late_takes_nothing_back(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that waits for the store (a network that was down) until another process has taken over."""
     mine, theirs = claim(place, STEADY._replace(beat_s=60.0)), claim(place, boot="another", host="node7")
