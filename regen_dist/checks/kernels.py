@@ -9,7 +9,7 @@ from pathlib import Path
 
 from regen_dist.checks.findings import Finding, Target, error
 from regen_dist.config import AnyRunConfig, T2VConfig
-from regen_dist.config.identity import clips_per_rank
+from regen_dist.config.identity import check_partition_size, clips_per_rank
 from regen_dist.errors import BackendError, ConfigError, missing_extra
 from regen_dist.registry import Site, is_installed, problems
 
@@ -17,11 +17,12 @@ _NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 def ranks(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
-    """Check that the batch divides evenly over the ranks."""
-    try:
-        clips_per_rank(config, target.world_size)
-    except ConfigError as caught:
-        yield error("train.batch_global", str(caught))
+    """Check that the batch divides evenly over the ranks, and the ranks into those that share a copy of the weights."""
+    for key, check in (("train.batch_global", clips_per_rank), ("engine.zero.partition_size", check_partition_size)):
+        try:
+            check(config, target.world_size)
+        except ConfigError as caught:
+            yield error(key, str(caught))
 
 
 def kernels(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
