@@ -310,7 +310,9 @@ class Claims:
     def __init__(self, config: AnyRunConfig, limits: StoreLimits | None = None) -> None:
         me, read = this_process(config.folder), config.data.read
         self._claims = [Claim(config.folder, me)]
-        if config.checkpoint.url is not None:
+        saved_in = None if config.checkpoint.url is None else Store(config.checkpoints).folder
+        in_run = saved_in is not None and saved_in.resolve() == config.folder.resolve()  # checkpoint.url is `output`
+        if config.checkpoint.url is not None and not in_run:
             self._claims.append(Claim(config.checkpoints, me, limits or StoreLimits(read.stall_s, read.deadline_s)))
 
     def take(self) -> None:

@@ -281,3 +281,11 @@ def test_a_run_claims_its_folder_and_where_it_saves(tmp_path: Path, monkeypatch:
     second = Claims(other)
     second.take()
     second.release()
+
+
+def test_a_run_that_saves_in_its_own_folder_has_one_claim(tmp_path: Path) -> None:
+    """`checkpoint.url` is `output`, and the run's name is appended to both."""
+    held = Claims(tiny_run(tmp_path, checkpoint__url=str(tmp_path)))
+    held.take()
+    assert len(written(str(tmp_path / "tiny"))) == 1
+    held.release()
