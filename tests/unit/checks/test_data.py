@@ -20,6 +20,7 @@ from regen_dist.config import AnyRunConfig, T2VConfig, save_config
 from regen_dist.config.identity import latent_identity
 from regen_dist.data.format.index import SCHEMA_VERSION
 from regen_dist.data.format.manifest import MANIFEST
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
 from tests.helpers.networks import frozen_model
 from tests.helpers.t2v import t2v_run
@@ -131,7 +132,7 @@ def export(folder: Path, temporal_compression: int = 4) -> Path:
 
 
 def test_a_cache_that_fits(cache: Path, tmp_path: Path) -> None:
-    embedder = str(export(tmp_path / "model"))
+    embedder = str(saved_run(tmp_path).folder)
     run = t2v_run(tmp_path, cache, data={"validation_url": str(cache)}, generation={"embedder": embedder})
     assert told(run) == []
 
@@ -203,6 +204,16 @@ def test_an_embedder_that_did_not_make_the_cache(cache: Path, tmp_path: Path) ->
     assert told(t2v_run(tmp_path, cache, generation={"embedder": str(embedder)})) == [
         f"generation.embedder: {embedder} has clips of 9 frames and 8 channels, the latents in {cache} are of 5 frames "
         "and 8 channels; give the embedder that made them"
+    ]
+
+
+def test_an_embedder_that_was_not_trained(cache: Path, tmp_path: Path) -> None:
+    """A run that has begun, or whose checkpoints are gone."""
+    embedder = tiny_run(tmp_path)
+    save_config(embedder, embedder.folder)
+    assert told(t2v_run(tmp_path, cache, generation={"embedder": str(embedder.folder)})) == [
+        f"generation.embedder: file://{embedder.folder}/checkpoints has no checkpoint yet; train it with `regen "
+        "train`, or wait for its first checkpoint.every"
     ]
 
 
