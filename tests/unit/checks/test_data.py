@@ -13,7 +13,7 @@ from regen_dist.checkpoint.manifest import CheckpointManifest, to_text
 from regen_dist.checks import data as checked
 from regen_dist.checks.data import data, frozen_encoder, latents
 from regen_dist.checks.findings import Target
-from regen_dist.checks.kernels import kernels
+from regen_dist.checks.kernels import decoding_embedder, kernels
 from regen_dist.checks.resume import resume
 from regen_dist.checks.run import CHECKS
 from regen_dist.config import AnyRunConfig, T2VConfig, save_config
@@ -132,7 +132,7 @@ def export(folder: Path, temporal_compression: int = 4) -> Path:
 
 
 def test_a_cache_that_fits(cache: Path, tmp_path: Path) -> None:
-    embedder = str(saved_run(tmp_path).folder)
+    embedder = str(export(tmp_path / "model"))
     run = t2v_run(tmp_path, cache, data={"validation_url": str(cache)}, generation={"embedder": embedder})
     assert told(run) == []
 
@@ -208,13 +208,19 @@ def test_an_embedder_that_did_not_make_the_cache(cache: Path, tmp_path: Path) ->
 
 
 def test_an_embedder_that_was_not_trained(cache: Path, tmp_path: Path) -> None:
-    """A run that has begun, or whose checkpoints are gone."""
+    """A run that has begun, or whose checkpoints are gone. One that is no embedder is told of by `latents`."""
     embedder = tiny_run(tmp_path)
+    run = t2v_run(tmp_path, cache, generation={"embedder": str(embedder.folder)})
+    assert texts(decoding_embedder(run, Target())) == []
     save_config(embedder, embedder.folder)
-    assert told(t2v_run(tmp_path, cache, generation={"embedder": str(embedder.folder)})) == [
+    assert texts(decoding_embedder(run, Target())) == [
         f"generation.embedder: file://{embedder.folder}/checkpoints has no checkpoint yet; train it with `regen "
         "train`, or wait for its first checkpoint.every"
     ]
+    assert texts(decoding_embedder(run, Target(produced=(str(embedder.folder),)))) == []
+    saved_run(tmp_path)
+    assert texts(decoding_embedder(run, Target())) == []
+    assert decoding_embedder in CHECKS
 
 
 def test_flash_attention_without_gpus(cache: Path, tmp_path: Path) -> None:
