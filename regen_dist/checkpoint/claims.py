@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import secrets
 import sys
 import threading
@@ -34,6 +35,7 @@ from regen_dist.observe.heartbeat import host_and_namespace
 CLAIMS = "claims"
 _STATE, _START = 0, 19  # indices of the fields of /proc/PID/stat after the process name
 _JOIN_S = 5.0
+_CLAIM = re.compile(r"\d{8,}\.json")  # others are no claims, such as the .nfs… that NFS leaves of a file in use
 
 
 class Patience(NamedTuple):
@@ -218,7 +220,7 @@ class Claim:
     def _all(self) -> list[_Found]:
         """Return all existing claims."""
         found = []
-        for name in self._store.list():
+        for name in filter(_CLAIM.fullmatch, self._store.list()):
             with suppress(ObjectMissing):  # released meanwhile
                 text = self._store.get(name)
                 found.append(_Found(name, text, parse_holder(text)))
@@ -267,12 +269,12 @@ class Claim:
         return (json_text(asdict(self._me), indent=1) + "\n").encode()
 
     def _is_own(self) -> bool:
-        try:
-            holder = parse_holder(self._store.get(self._name))
-        except ObjectMissing:
-            holder = None
-        if holder is None or holder.token != self._me.token:
-            by = next((str(each.holder) for each in self._all() if each.holder), "another process")
+        """Look whether the claim is still there and no other process has created a later one, because it took this one
+        for dead: a renewal that came late may have written this one again."""
+        claims = {each.name: each.holder for each in self._all()}
+        own = claims.pop(self._name, None)
+        if own is None or own.token != self._me.token or (claims and max(claims) > self._name):
+            by = next((str(claims[name]) for name in sorted(claims, reverse=True) if claims[name]), "another process")
             self.lost = f"the run was taken over by {by}, because this process gave no sign of life for too long"
         return not self.lost
 
@@ -281,14 +283,22 @@ class Claim:
         complained = False
         while not self._stop.wait(self._patience.beat_s):
             try:
-                if not self._is_own():
+                if not self._renew():
                     return
-                self._me = replace(self._me, number=self._me.number + 1, written=time.time())
-                self._store.put(self._name, self._text())
             except DataError as error:
                 if not complained:
                     complained = True
                     self._log(f"warning: the claim on {self._place} cannot be renewed: {error}")
+
+    def _renew(self) -> bool:
+        """Renew the claim; return false if another process took over, before or meanwhile."""
+        if not self._is_own():
+            return False
+        self._me = replace(self._me, number=self._me.number + 1, written=time.time())
+        self._store.put(self._name, self._text())
+        if not self._is_own():  # the write was so late that it was taken over meanwhile
+            self._store.delete(self._name)
+        return not self.lost
 
 
 PATIENCE = Patience()
@@ -300,7 +310,9 @@ class Claims:
     def __init__(self, config: AnyRunConfig, limits: StoreLimits | None = None) -> None:
         me, read = this_process(config.folder), config.data.read
         self._claims = [Claim(config.folder, me)]
-        if config.checkpoint.url is not None:
+        saved_in = None if config.checkpoint.url is None else Store(config.checkpoints).folder
+        in_run = saved_in is not None and saved_in.resolve() == config.folder.resolve()  # checkpoint.url is `output`
+        if config.checkpoint.url is not None and not in_run:
             self._claims.append(Claim(config.checkpoints, me, limits or StoreLimits(read.stall_s, read.deadline_s)))
 
     def take(self) -> None:

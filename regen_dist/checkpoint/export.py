@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regen_dist.checkpoint.claims import Claims
 from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.checkpoint.shards import nonfinite, shard_name
@@ -250,7 +251,9 @@ def import_model(export: Path, config: AnyRunConfig) -> list[str]:
 
     Raises:
         CheckpointError: the export is damaged or does not fit the config's model, or the run has checkpoints.
+        RunBusy: a process trains the run.
     """
+    Claims(config).refuse_if_taken()  # its first save may be in progress
     exported = load_any_export_config(export)
     _check_kind(export, exported, config)
     shapes = model_shapes(config.model)

@@ -161,9 +161,13 @@ class CheckpointFolder:
         return found
 
     def clear_debris(self) -> None:
-        """Delete uncommitted checkpoints. Must not run while another process saves."""
-        for folder in self._empty_folders() | set(self.debris()):
-            self._delete(folder)
+        """Delete uncommitted checkpoints. Must not run while another process saves. What cannot be deleted (on NFS, a
+        file that somebody reads) is in no checkpoint's way: it stays, with a warning, until the next time."""
+        for folder in sorted(self._empty_folders() | set(self.debris())):
+            try:
+                self._delete(folder)
+            except (RegenError, OSError) as error:
+                warn(f"{self.url}/{folder}, which is no checkpoint, was not deleted: {error}")
         if self.store.folder is not None:
             remove_leftovers(self.store.folder)
 

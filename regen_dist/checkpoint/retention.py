@@ -61,7 +61,15 @@ def _first(
 
 
 def best_first(history: Sequence[CheckpointManifest], policy: CheckpointConfig) -> list[CheckpointManifest]:
-    """Sort checkpoints by `best_metric`, stably, best first; those without the metric, or with NaN, are left out."""
+    """Sort checkpoints by `best_metric`, stably, best first; those without the metric, or with NaN, are left out.
+
+    Checkpoints after a validation have its figures until the next one. The first of them has its weights, or those
+    nearest to them, and stands for all.
+    """
     sign = -1.0 if policy.best_is == "max" else 1.0
     rated = [each for each in history if math.isfinite(each.metrics.get(policy.best_metric, math.nan))]
-    return sorted(rated, key=lambda each: sign * each.metrics[policy.best_metric])
+    first: dict[frozenset[tuple[str, float]], int] = {}
+    for each in sorted(rated, key=lambda each: each.step):
+        first.setdefault(frozenset(each.metrics.items()), each.step)
+    measured = [each for each in rated if each.step == first[frozenset(each.metrics.items())]]
+    return sorted(measured, key=lambda each: sign * each.metrics[policy.best_metric])

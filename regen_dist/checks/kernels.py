@@ -9,19 +9,20 @@ from pathlib import Path
 
 from regen_dist.checks.findings import Finding, Target, error
 from regen_dist.config import AnyRunConfig, T2VConfig
-from regen_dist.config.identity import clips_per_rank
-from regen_dist.errors import BackendError, ConfigError, missing_extra
+from regen_dist.config.identity import check_partition_size, clips_per_rank
+from regen_dist.errors import BackendError, ConfigError, RegenError, missing_extra
 from regen_dist.registry import Site, is_installed, problems
 
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 def ranks(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
-    """Check that the batch divides evenly over the ranks."""
-    try:
-        clips_per_rank(config, target.world_size)
-    except ConfigError as caught:
-        yield error("train.batch_global", str(caught))
+    """Check that the batch divides evenly over the ranks, and the ranks into those that share a copy of the weights."""
+    for key, check in (("train.batch_global", clips_per_rank), ("engine.zero.partition_size", check_partition_size)):
+        try:
+            check(config, target.world_size)
+        except ConfigError as caught:
+            yield error(key, str(caught))
 
 
 def kernels(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
@@ -105,6 +106,22 @@ def losses(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
         load_perceptual(settings.network, torch.device("cpu"), sha256=settings.sha256, smallest=smallest)
     except ConfigError as caught:
         yield error(key, str(caught))
+
+
+def decoding_embedder(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
+    """Check that the embedder that decodes generated videos at validations has weights; `checks.data` compares its
+    latents."""
+    path = config.generation.embedder if isinstance(config, T2VConfig) else None
+    if path is None or target.will_be_there(path) or not (Path(path) / "config.yaml").is_file():
+        return
+    try:
+        from regen_dist.checkpoint.load_model import find_embedder
+    except ImportError:  # no torch on this machine
+        return
+    try:
+        _ = find_embedder(path).manifest
+    except RegenError as caught:
+        yield error("generation.embedder", f"generation.embedder: {caught}", type(caught))
 
 
 def _site(config: AnyRunConfig, target: Target) -> Site:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from regen_dist.checks.data import KIND, data, dataset_problem, frozen_encoder, latents, manifest_of
 from regen_dist.checks.findings import Finding, Target, error, refuse, run_concurrently
-from regen_dist.checks.kernels import compiler, convolutions, kernels, losses, packages, ranks
+from regen_dist.checks.kernels import compiler, convolutions, decoding_embedder, kernels, losses, packages, ranks
 from regen_dist.checks.resume import busy, resume
 from regen_dist.config import AnyRunConfig
 from regen_dist.config.preencode import PreencodeConfig
@@ -21,7 +21,7 @@ PROCESS: Sequence[Check] = (
     convolutions,
     compiler,
 )  # before anything is built
-CHECKS: Sequence[Check] = (*PROCESS, losses, data, frozen_encoder, latents, busy, resume)
+CHECKS: Sequence[Check] = (*PROCESS, losses, data, frozen_encoder, latents, decoding_embedder, busy, resume)
 
 
 def check_runs(

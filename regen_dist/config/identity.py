@@ -114,6 +114,16 @@ def clips_per_rank(config: CommonConfig, world_size: int) -> int:
     return micro_batch_size(train.batch_global, train.accumulation, num_readers(config, world_size), shared)
 
 
+def check_partition_size(config: CommonConfig, world_size: int) -> None:
+    """Raise ConfigError if ranks that keep a second copy of the weights together do not divide all ranks evenly."""
+    size = config.engine.zero.partition_size
+    if world_size % size:
+        raise ConfigError(
+            f"engine.zero.partition_size {size} does not divide the {world_size} ranks; set it to the GPUs of a node, "
+            "or to 1"
+        )
+
+
 def micro_batch_size(batch_global: int, accumulation: int, readers: int, shared: int = 1) -> int:
     """Divide a global batch into micro-batches and return the samples of each. All batch division is done here.
 

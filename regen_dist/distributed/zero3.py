@@ -12,14 +12,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.identity import micro_batch_size, num_readers
+from regen_dist.config.identity import check_partition_size, micro_batch_size, num_readers
 from regen_dist.config.run import CommonConfig
 from regen_dist.distributed.engine import WEIGHTS, Engine, StepResult, full_shape
 from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.sequence_parallel import join_rows
 from regen_dist.distributed.single_process import PlainEngine
-from regen_dist.errors import ConfigError
 from regen_dist.models.sequence_parallel import share_rows
 from regen_dist.registry import Entry, Registry, Site
 
@@ -130,11 +129,7 @@ def deepspeed_settings(config: CommonConfig, world_size: int) -> dict[str, Any]:
         ConfigError: the number of ranks does not fit.
     """
     train, zero = config.train, config.engine.zero
-    if world_size % zero.partition_size:
-        raise ConfigError(
-            f"engine.zero.partition_size {zero.partition_size} does not divide the {world_size} ranks; set it to the "
-            "GPUs of a node, or to 1"
-        )
+    check_partition_size(config, world_size)
     # DeepSpeed does not know that ranks share samples: it assumes that each has samples of its own.
     batch = train.batch_global * config.engine.sequence_parallel
     return {

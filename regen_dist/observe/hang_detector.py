@@ -557,8 +557,10 @@ class StackFile:
         return 2 if self._file is None else self._file.fileno()
 
     def dump(self, header: str) -> None:
-        """Write the header and the stack of every thread of this process."""
-        os.write(self.fileno(), f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {header}\n".encode())
+        """Write the header and the stack of every thread of this process, as far as the disk takes them: what comes
+        next is the end of the run."""
+        with suppress(OSError):
+            os.write(self.fileno(), f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {header}\n".encode())
         faulthandler.dump_traceback(self.fileno(), all_threads=True)
 
     def close(self) -> None:

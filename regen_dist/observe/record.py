@@ -179,6 +179,11 @@ class ProgressLine:
         texts = {"psnr_db": "val {:.2f} dB", "loss": "val {:.4f}"}
         self._validation = next((text.format(values[name]) for name, text in texts.items() if name in values), "")
 
+    def rewind(self, step: int) -> None:
+        """Count the time that is left from here on, after the run went back to `step`."""
+        self._start, self._began = step, time.monotonic()
+        self._bar.reset(self._task, completed=step, description="went back")
+
     def message(self, text: str) -> None:
         """Print a message on a line of its own."""
         self._console.print(text, highlight=False, soft_wrap=True)

@@ -229,7 +229,7 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int = 0) -> None:
         self._folder, self.failures = folder, 0
         self._writer: Any = None
-        self._open(step)
+        self._open(step + 1 if step else 0)  # anew from step 0: what came of a start before is no longer shown
 
     def log(
         self,
@@ -246,7 +246,7 @@ class TensorBoard:
         """Discard what was logged for steps after `step`."""
         if self._writer is not None:
             self._guard(self._writer.close)
-            self._open(step)
+            self._open(step + 1)
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -254,8 +254,8 @@ class TensorBoard:
             self._guard(self._writer.close)
         self._writer = None
 
-    def _open(self, step: int) -> None:
-        self._writer = None if self.failures else self._guard(lambda: _writer(self._folder, step))
+    def _open(self, first_step: int) -> None:
+        self._writer = None if self.failures else self._guard(lambda: _writer(self._folder, first_step))
 
     def _write(
         self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
@@ -283,10 +283,11 @@ class TensorBoard:
             return None
 
 
-def _writer(folder: Path, step: int) -> Any:
+def _writer(folder: Path, first_step: int) -> Any:
+    """Writer of a new event file; earlier points of `first_step` and later ones are no longer shown."""
     with needing_extra("tensorboard.enabled=true"):
         from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 def _add_gif(writer: Any, name: str, path: Path, step: int) -> None:

@@ -109,6 +109,9 @@ class EmbedderTask:
         made = x0_from(settings.path, settings.target, prediction, x_t, t)
         return self.extra_losses.add(loss, engine, seen, made, share, ids, step)
 
+    def read_validation(self) -> None:
+        _ = self._validation_clips
+
     @torch.no_grad()
     def validate(self, engine: Engine) -> Validation:
         batch = on_device(self._validation_clips, self.device)

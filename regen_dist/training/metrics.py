@@ -20,6 +20,7 @@ from regen_dist.config.run import CommonConfig, OptimizerConfig
 from regen_dist.data.loading.plan import BadSample
 from regen_dist.distributed.engine import StepResult
 from regen_dist.distributed.ranks import Ranks
+from regen_dist.errors import DataError
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import write_video
 from regen_dist.observe.hardware import accelerator, memory_bytes, summarise_machine
@@ -206,7 +207,8 @@ class Reporter:
         self._silent, self._run = not ranks.is_main, config.folder
         if self._silent:
             return
-        self._record = Record(self._run / "metrics.jsonl", step)
+        # A run that begins anew validates before its first step again (`train.validate_at_start`).
+        self._record = Record(self._run / "metrics.jsonl", step or -1)
         self._line = ProgressLine(config.train.steps, step)
         self._trackers = Trackers(config, self._run, step)
         self._unseen = False
@@ -242,7 +244,7 @@ class Reporter:
         """Return the media files; none if the disk refuses, which is reported once and does not end the run."""
         try:
             return write(step, result)
-        except OSError as error:
+        except (OSError, DataError) as error:  # a video's writer has errors of its own
             if not self._unseen:
                 self._unseen = True
                 self.event(step, f"warning: no picture or video of step {step}, and the run goes on: {error}")
@@ -303,6 +305,7 @@ class Reporter:
         """Drop the records of later steps after the run went back to `step`."""
         if not self._silent:
             self._record.rewind(step)
+            self._line.rewind(step)
             self._trackers.rewind(step)
 
     def close(self) -> None:

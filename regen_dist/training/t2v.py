@@ -90,6 +90,9 @@ class TextToVideoTask:
         assert batch.mask is not None, "the caches were checked for text"
         return rows * training_flops_per_row(self.config.model, frames, (height, width), batch.mask.shape[1])
 
+    def read_validation(self) -> None:
+        _ = self._validation, self._codec
+
     @torch.no_grad()
     def validate(self, engine: Engine) -> Validation:
         """The loss of fixed rows at fixed times, and videos generated from their captions by the weights of this step,

@@ -112,5 +112,8 @@ class TrainingTask(Protocol):
     def flops(self, batch: Any) -> float:
         """Operations that training on a micro-batch needs."""
 
+    def read_validation(self) -> None:
+        """Read all that `validate` needs, so that what is wrong with it ends the run before its first step."""
+
     def validate(self, engine: Engine) -> Validation:
         """Evaluate fixed samples. A collective under ZeRO-3: every rank computes the same."""

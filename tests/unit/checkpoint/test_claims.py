@@ -228,6 +228,36 @@ def test_who_was_taken_over_writes_nothing_more(place: str) -> None:
     assert len(written(place)) == 1
 
 
+def test_other_files_are_no_claims(place: str) -> None:
+    """NFS renames a file that is deleted while somebody reads it."""
+    Store(f"{place}/claims").put(".nfs000000000001f4a2", b"{}")
+    mine = claim(place)
+    mine.take()
+    assert [path.name for path in Path(place, "claims").glob("*.json")] == ["00000001.json"]
+    mine.check()
+    mine.release()
+
+
+def test_a_sign_of_life_that_comes_too_late_takes_nothing_back(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that waits for the store (a network that was down) until another process has taken over."""
+    mine, theirs = claim(place, STEADY._replace(beat_s=60.0)), claim(place, boot="another", host="node7")
+    mine.take()
+    put = mine._store.put
+
+    def late(name: str, data: bytes) -> None:
+        theirs.take()
+        put(name, data)
+
+    monkeypatch.setattr(mine._store, "put", late)
+    assert not mine._renew()
+    with pytest.raises(CheckpointError, match="the run was taken over by rank 0 on node7"):
+        mine.check()
+    theirs.check()
+    assert [holder.host for holder in written(place) if holder] == ["node7"]
+    mine.release()
+    theirs.release()
+
+
 def test_signs_of_life_are_given(place: str) -> None:
     mine = claim(place)
     mine.take()
@@ -251,3 +281,11 @@ def test_a_run_claims_its_folder_and_where_it_saves(tmp_path: Path, monkeypatch:
     second = Claims(other)
     second.take()
     second.release()
+
+
+def test_a_run_that_saves_in_its_own_folder_has_one_claim(tmp_path: Path) -> None:
+    """`checkpoint.url` is `output`, and the run's name is appended to both."""
+    held = Claims(tiny_run(tmp_path, checkpoint__url=str(tmp_path)))
+    held.take()
+    assert len(written(str(tmp_path / "tiny"))) == 1
+    held.release()

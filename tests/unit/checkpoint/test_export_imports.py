@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from regen_dist.checkpoint.claims import Claims
 from regen_dist.checkpoint.export import import_model
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.single_process import PlainEngine
-from regen_dist.errors import CheckpointError
+from regen_dist.errors import CheckpointError, RunBusy
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models.embedder import build_model
 from tests.helpers.checkpoints import KINDS, model_state, newest, saved_run, tensors
@@ -106,6 +107,18 @@ def test_a_run_that_has_checkpoints_is_refused(export: Path, source: EmbedderCon
     with pytest.raises(CheckpointError, match=r"holds 1 checkpoints, the newest of step 7; give the run another name"):
         import_model(export, source)
     assert newest(source.folder).step == 7
+
+
+def test_a_run_that_trains_is_refused(export: Path, tmp_path: Path) -> None:
+    """Before its first checkpoint, too: what it is saving would be deleted, and its config replaced."""
+    run = _new(tmp_path)
+    claims, folder = Claims(run), CheckpointFolder(run.checkpoints)
+    claims.take()
+    folder.write_shard(10, "rank-00000-of-00001.safetensors", {"master/weight": torch.ones(6)})
+    with pytest.raises(RunBusy, match="already being trained by rank 0"):
+        import_model(export, run)
+    assert list(folder.debris()) == ["step-00000010.tmp"]
+    claims.release()
 
 
 def test_settings_that_shapes_do_not_show_are_told(export: Path, tmp_path: Path) -> None:

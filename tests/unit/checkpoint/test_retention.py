@@ -51,6 +51,14 @@ def test_policies(policy: dict[str, Any], kept: list[int]) -> None:
     assert _kept(RUN, **policy) == kept
 
 
+def test_the_best_is_the_one_that_was_measured() -> None:
+    """Later checkpoints have the figures of the newest validation, too, until the next one."""
+    run = [_manifest(step, psnr) for step, psnr in [(10, 20.0), (20, 25.0), (30, 25.0), (40, 25.0), (50, 22.0)]]
+    run += [_manifest(60, 22.0), _manifest(70, 22.0)]
+    assert _kept(run, keep_last=2, keep_best=1) == [20, 60, 70]
+    assert _kept(run, keep_last=2, keep_best=2) == [20, 50, 60, 70]
+
+
 def test_bad_ones_do_not_count() -> None:
     """Two good ones stay, however many bad ones are newer."""
     assert _kept(RUN, keep_last=2, bad=[50, 40]) == [20, 30]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -145,3 +147,25 @@ def test_an_old_one_that_cannot_be_deleted_is_no_failure(
         assert not _settled(saver).problem
     assert saver.folder.steps() == [1, 2, 3]
     assert "were not deleted: busy" in capsys.readouterr().err
+
+
+def test_what_is_left_of_a_deletion_that_failed_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody reads a file of an old checkpoint on NFS: its folder stays for a while, and saves go on."""
+    saver, delete = _saver(tmp_path, keep_last=2), shutil.rmtree
+
+    def busy(folder: Path) -> None:
+        if folder.name == "step-00000001":
+            raise OSError(errno.EBUSY, "busy", str(folder / ".nfs0001"))
+        delete(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        for step in (1, 2, 3, 4):
+            saver.save(_manifest(step), {"master/weight": torch.ones(6)})
+            assert not _settled(saver).problem
+        assert (saver.folder.steps(), list(saver.folder.debris())) == ([3, 4], ["step-00000001"])
+        assert "step-00000001, which is no checkpoint, was not deleted: [Errno 16] busy" in capsys.readouterr().err
+    saver.save(_manifest(5), {"master/weight": torch.ones(6)})
+    assert (_settled(saver).problem, saver.folder.debris()) == ("", {})

@@ -13,13 +13,14 @@ from regen_dist.checkpoint.manifest import CheckpointManifest, to_text
 from regen_dist.checks import data as checked
 from regen_dist.checks.data import data, frozen_encoder, latents
 from regen_dist.checks.findings import Target
-from regen_dist.checks.kernels import kernels
+from regen_dist.checks.kernels import decoding_embedder, kernels
 from regen_dist.checks.resume import resume
 from regen_dist.checks.run import CHECKS
 from regen_dist.config import AnyRunConfig, T2VConfig, save_config
 from regen_dist.config.identity import latent_identity
 from regen_dist.data.format.index import SCHEMA_VERSION
 from regen_dist.data.format.manifest import MANIFEST
+from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
 from tests.helpers.networks import frozen_model
 from tests.helpers.t2v import t2v_run
@@ -204,6 +205,22 @@ def test_an_embedder_that_did_not_make_the_cache(cache: Path, tmp_path: Path) ->
         f"generation.embedder: {embedder} has clips of 9 frames and 8 channels, the latents in {cache} are of 5 frames "
         "and 8 channels; give the embedder that made them"
     ]
+
+
+def test_an_embedder_that_was_not_trained(cache: Path, tmp_path: Path) -> None:
+    """A run that has begun, or whose checkpoints are gone. One that is no embedder is told of by `latents`."""
+    embedder = tiny_run(tmp_path)
+    run = t2v_run(tmp_path, cache, generation={"embedder": str(embedder.folder)})
+    assert texts(decoding_embedder(run, Target())) == []
+    save_config(embedder, embedder.folder)
+    assert texts(decoding_embedder(run, Target())) == [
+        f"generation.embedder: file://{embedder.folder}/checkpoints has no checkpoint yet; train it with `regen "
+        "train`, or wait for its first checkpoint.every"
+    ]
+    assert texts(decoding_embedder(run, Target(produced=(str(embedder.folder),)))) == []
+    saved_run(tmp_path)
+    assert texts(decoding_embedder(run, Target())) == []
+    assert decoding_embedder in CHECKS
 
 
 def test_flash_attention_without_gpus(cache: Path, tmp_path: Path) -> None:

@@ -34,6 +34,14 @@ def test_a_batch_that_does_not_fit_the_ranks() -> None:
     ]
 
 
+def test_copies_of_the_weights_that_do_not_fit_the_ranks() -> None:
+    told = list(ranks(run(engine={"kind": "zero3", "zero": {"partition_size": 4}}, train__batch_global=12), Target(6)))
+    assert texts(told) == [
+        "engine.zero.partition_size 4 does not divide the 6 ranks; set it to the GPUs of a node, or to 1"
+    ]
+    assert told[0].key == "engine.zero.partition_size"
+
+
 def test_one_process_engine_on_several_ranks() -> None:
     told = texts(ranks(run(engine__kind="plain"), Target(2)))
     assert len(told) == 1

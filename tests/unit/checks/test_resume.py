@@ -19,6 +19,8 @@ from regen_dist.config import save_config
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.identity import order_identity
 from regen_dist.errors import StoreUnavailable
+from regen_dist.models.diffusers_encoder import ENCODER_FACT
+from tests.helpers.networks import frozen_model
 from tests.helpers.tiny import tiny_run
 
 
@@ -91,6 +93,13 @@ def test_weights_that_were_imported_go_on_with_any_data(tmp_path: Path) -> None:
     config = tiny_run(tmp_path)
     committed(config, 0, None)
     assert list(resume(tiny_run(tmp_path, train__seed=9), Target())) == []
+
+
+def test_a_frozen_encoder_is_left_to_the_run(tmp_path: Path) -> None:
+    """Its fingerprint, which takes the weights, is among the facts of the checkpoint."""
+    config = tiny_run(tmp_path, model=frozen_model("wan", tmp_path))
+    committed(config, 4, identity(config) | {ENCODER_FACT: "abc"})
+    assert list(resume(config, Target())) == []
 
 
 def test_another_model(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from regen_dist.config.run import HangConfig
 from regen_dist.errors import HangError
-from regen_dist.observe.hang_detector import Monitor, ProgressTimeout, Watchdog, is_deputy
+from regen_dist.observe.hang_detector import Monitor, ProgressTimeout, StackFile, Watchdog, is_deputy
 from regen_dist.observe.heartbeat import FIRST_MARK, Marked, Seen, beat_path, next_mark, parse_beat
 
 CONFIG = HangConfig(beat_s=1.0, warn_s=20.0, limit_s=60.0, start_limit_s=120.0)
@@ -322,3 +322,15 @@ def test_a_folder_that_goes_away_does_not_end_the_run(tmp_path: Path, capfd: pyt
         run.rename(tmp_path / "elsewhere")
         run.write_text("in the way")
     assert "rank 0 cannot write its heartbeat" in capfd.readouterr().err
+
+
+def test_a_full_disk_does_not_keep_a_hang_from_being_ended(tmp_path: Path) -> None:
+    """The stacks are lost; the report and the end come all the same."""
+    said: list[str] = []
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        stacks = StackFile(tmp_path / "stacks")
+        stacks._file = full
+        monitor = Monitor(tmp_path, 0, 1, CONFIG, print_line=said.append, dump=stacks.dump, end=lambda code: None)
+        for now in range(round(CONFIG.start_limit_s) + 2):
+            monitor.tick(float(now), FIRST_MARK)
+    assert "The run is ended" in said[-1]

@@ -172,6 +172,19 @@ def test_without_a_terminal_plain_lines_now_and_then(monkeypatch: pytest.MonkeyP
     assert shown[-1] == "done"
 
 
+def test_the_time_left_after_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that were made before it are no measure of those that are left."""
+    now = [1000.0]
+    monkeypatch.setattr("regen_dist.observe.record.time.monotonic", lambda: now[0])
+    console, file = _console(terminal=False)
+    line = ProgressLine(1000, 500, console)
+    now[0] += 600.0
+    line.rewind(400)
+    now[0] += 60.0
+    line.train(460, VALUES)
+    assert file.getvalue().endswith("eta 9.0 min\n")
+
+
 def test_on_a_terminal_the_line_is_live() -> None:
     """The same figures, drawn in place."""
     console, file = _console(terminal=True)

@@ -276,14 +276,25 @@ def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
     assert _points(tmp_path / "tensorboard", "loss") == wanted
 
 
-def test_a_rollback_takes_points_back(tmp_path: Path) -> None:
+def test_a_run_that_begins_anew_shows_the_newer_points(tmp_path: Path) -> None:
+    """One that was killed before its first checkpoint."""
+    for stop, value in ((5, 1.0), (3, 2.0)):
+        board = TensorBoard(tmp_path, 0)
+        for step in range(stop + 1):
+            board.log(step, {"loss": value})
+        board.close()
+    assert _points(tmp_path, "loss") == [(0, 2.0), (1, 2.0), (2, 2.0), (3, 2.0)]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_rollback_takes_points_back(tmp_path: Path, step: int) -> None:
     board = TensorBoard(tmp_path)
-    for step in range(1, 6):
-        board.log(step, {"loss": 1.0})
-    board.rewind(2)
-    board.log(3, {"loss": 2.0})
+    for made in range(6):
+        board.log(made, {"loss": 1.0})
+    board.rewind(step)
+    board.log(step + 1, {"loss": 2.0})
     board.close()
-    assert _points(tmp_path, "loss") == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert _points(tmp_path, "loss") == [*((made, 1.0) for made in range(step + 1)), (step + 1, 2.0)]
 
 
 def test_off_by_default(tmp_path: Path) -> None:

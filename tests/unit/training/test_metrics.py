@@ -17,7 +17,17 @@ from regen_dist.data.loading.plan import BadSample
 from regen_dist.distributed.engine import StepResult
 from regen_dist.distributed.ranks import Ranks, process_group, read_environment
 from regen_dist.observe.record import read_record
-from regen_dist.training.metrics import RankClock, RankReport, RankTimes, SampleLog, StepMeter, compared, learning_rate
+from regen_dist.training.metrics import (
+    RankClock,
+    RankReport,
+    RankTimes,
+    Reporter,
+    SampleLog,
+    StepMeter,
+    compared,
+    learning_rate,
+)
+from regen_dist.training.task import Validation
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny_run
 
@@ -203,6 +213,31 @@ def test_notes_of_ranks_that_are_no_more_end_at_the_checkpoint(run: EmbedderConf
 def test_a_problem_is_told_once(run: EmbedderConfig, capsys: pytest.CaptureFixture[str]) -> None:
     write(run, 0, *((step, batch(1, problem="the disk is full")) for step in range(1, 5)))
     assert capsys.readouterr().err == "warning: the disk is full\n"
+
+
+# What the reporter writes of a validation.
+
+
+def test_a_video_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The writer of videos has errors of its own, which are no OSError."""
+    run = tiny_run(tmp_path)
+    (run.folder / "generated" / "step-00000005" / "00.mp4").mkdir(parents=True)
+    reporter, video = Reporter(run, Ranks(), 0), torch.zeros(1, 3, 5, 32, 32)
+    reporter.validation(5, Validation({"loss": 1.0}, video, video, "", "", ("a caption",), 8.0))
+    reporter.close()
+    assert "warning: no picture or video of step 5, and the run goes on: " in capsys.readouterr().err
+
+
+def test_a_validation_before_the_first_step_stands_there_once(tmp_path: Path) -> None:
+    """A run that is killed before its first checkpoint begins anew, with that validation; one that goes back to an
+    imported checkpoint of step 0 does not validate again."""
+    for loss in (1.0, 2.0):
+        reporter = Reporter(tiny_run(tmp_path), Ranks(), 0)
+        reporter.validation(0, Validation({"loss": loss}))
+        reporter.rewind(0)
+        reporter.close()
+    lines = read_record(tiny_run(tmp_path).folder / "metrics.jsonl", "validation")
+    assert [line["loss"] for line in lines] == [2.0]
 
 
 # The learning rate is a function of the step.

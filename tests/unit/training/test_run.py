@@ -17,11 +17,13 @@ from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import load_config, load_saved_config
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.identity import read_or_create_run_id, read_run_id
-from regen_dist.errors import CheckpointError, ConfigError, NoGoodCheckpoint
+from regen_dist.errors import CheckpointError, ConfigError, DataError, NoGoodCheckpoint
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import replace_config, train
+from tests.helpers.checkpoints import saved_run
+from tests.helpers.latents import write_cache
 from tests.helpers.machine import fill, small_disk
-from tests.helpers.tiny import tiny_dataset, tiny_run
+from tests.helpers.tiny import tiny_dataset, tiny_run, tiny_t2v
 from tools.checkpoint import app
 
 
@@ -116,6 +118,24 @@ def test_changed_data_order_or_model_is_refused_and_named(
     with pytest.raises(CheckpointError, match=told):
         train(tiny_run(tmp_path, data, train__steps=2, **changes))
     assert load_saved_config(first.folder) == first
+
+
+def test_validation_data_that_is_not_there_ends_a_run_at_its_start(tmp_path: Path, data: Path) -> None:
+    """Not at the first validation, with what was trained until then. A run that is done needs none."""
+    config = tiny_run(tmp_path, data, train__steps=1, data__validation_url=str(tmp_path / "none"))
+    with pytest.raises(DataError, match=r"none: there is no manifest\.json"):
+        train(config)
+    assert not list(config.folder.glob("metrics.jsonl"))
+    assert train(tiny_run(tmp_path, data, train__steps=1)) == 0
+    assert train(config) == 0
+
+
+def test_another_embedder_ends_text_to_video_at_its_start(tmp_path: Path) -> None:
+    """One that was trained on after the cache was made, for example."""
+    embedder, cache = saved_run(tmp_path), write_cache(tmp_path / "cache")
+    with pytest.raises(CheckpointError, match="is not the one that the latents were made with"):
+        train(tiny_t2v(tmp_path, cache, generation__embedder=str(embedder.folder)))
+    assert not (tmp_path / "tiny_t2v" / "metrics.jsonl").exists()
 
 
 def test_more_steps_go_on_from_the_checkpoint(tmp_path: Path, data: Path) -> None:
