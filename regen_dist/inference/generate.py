@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -555,11 +555,12 @@ def _generated(
 ) -> Iterator[tuple[Prompt, Iterable[list[Frame]]]]:  # fmt: skip
     """Yield each prompt with its frames as they are decoded."""
     before = max((media.clips for media in map(media_of, prompts) if media is not None), default=0)
-    clips, encode = clips_of(settings, model.space, before), cache(given_row)  # one image may be given to all
+    clips, scale = clips_of(settings, model.space, before), model.space.scale
+    encode = lru_cache(batch)(given_row)  # one image may be given to all, or to the samples of one prompt
     for first in range(0, len(prompts), batch):
         part, texts = prompts[first : first + batch], embedded.texts[first : first + batch]
         media = [media_of(prompt) for prompt in part]
-        known = [encode(each, codec, model.space.scale, clips) for each in media if each is not None]
+        known = [encode(each, codec, scale, clips) for each in media if each is not None]
         given = GivenFrames.joined(known) if known else None
         rows = sample_rows(model, part, texts, embedded.null, settings, given, before)
         for place, prompt in enumerate(part):

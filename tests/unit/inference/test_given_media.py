@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -118,6 +119,16 @@ class TestImage:
             (latents,) = sample_rows(made.model, PROMPTS, found.texts, found.null, settings, row)
             torch.testing.assert_close(latents.content, content.expand(2, -1, -1, -1), rtol=1e-4, atol=1e-5)
             assert (latents.motion[0] - latents.motion[1]).abs().max() > 0.1
+
+    def test_one_image_for_all_is_encoded_once(
+        self, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image = read_image(_picture(tmp_path / "first.png", moving_square(1, SIDE, SIDE)[0]), (SIDE, SIDE))
+        counted = Mock(side_effect=made.codec.encode)
+        monkeypatch.setattr(made.codec, "encode", counted)
+        settings = resolve_settings(made.model, frames=2, steps=1)
+        generate(made.model, made.codec, WordEncoder, PROMPTS, tmp_path, settings, batch=1, given=image)
+        assert counted.call_count == 1
 
     def test_an_image_of_another_size_covers_and_is_cropped(self) -> None:
         """Proportions are kept; of what lies over, both sides lose alike."""
