@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from regen_dist.config.files import short_name
 from regen_dist.data.video.conversion import BT709_MATRIX, LIMITED_RANGE, RESIZE, frame_to_rgb, shown_sides
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
@@ -137,7 +138,7 @@ class VideoWriter:
         # Without cpu-independent, x264 writes other bytes for the same frames where a side is no multiple of 16: its
         # rate control then depends on uninitialised memory (core 165, measured).
         self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1"}
-        self._partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+        self._partial = path.with_name(f".{short_name(path.stem)}.{os.getpid()}.partial{path.suffix}")
         self._stream: VideoStream | None = None
         self._num_written = 0
 

@@ -339,7 +339,7 @@ class Layout:
 
 
 def _is_file_name(stem: str) -> bool:
-    fits = len(stem.encode()) + len(_VIDEO) <= _LONGEST_NAME
+    fits = len(stem.encode()) + len(_RECORD) <= _LONGEST_NAME  # the longest ending
     return fits and not stem.startswith(".") and not any(each in "/\0" for each in stem)
 
 

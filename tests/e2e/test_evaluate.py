@@ -168,6 +168,17 @@ def test_what_changes_the_figures_is_measured_again(place: Path) -> None:
     assert evaluate(place, *fixed, "--clip-frames", 1).output.count("wan: ") == 3
 
 
+def test_videos_with_the_longest_names(tmp_path: Path) -> None:
+    """As downloaders name them by a title: 251 bytes and an ending leave no room in longer names built from it."""
+    (tmp_path / "videos").mkdir()
+    name = "é" * 125 + "x"
+    write_video(tmp_path / "videos" / f"{name}.mp4", moving_square(3, HEIGHT, WIDTH), 10)
+    only = ["--no-vmaf", "--no-baselines", "--model", "mean", "--clip-frames", 5, "--out", tmp_path / "out"]
+    for _ in range(2):
+        evaluate(tmp_path, *only)
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["videos"][0]["name"] == name
+
+
 def test_models_that_are_not_there_or_have_one_name_are_refused(place: Path) -> None:
     with pytest.raises(ConfigError, match=r"no model at .*nowhere: expected the folder of a run"):
         load_models(["nowhere"], steps=1, clip_frames=5, baselines=False)

@@ -179,6 +179,13 @@ class TestSamples:
         assert sorted(path.name for path in out.iterdir()) == sorted(f"{stem}.mp4" for stem in stems)
         assert sorted(path.stem for path in (tmp_path / "out-records").iterdir()) == sorted(stems)
 
+    def test_the_longest_name_is_written(self, made: Made, tmp_path: Path) -> None:
+        """As long as `expanded` allows; temporary names are longer than the file's own."""
+        layout = Layout(by_prompt=True)
+        prompts = layout.expanded([Prompt(0, "x" * 248)])
+        generate(made.model, made.codec, WordEncoder, prompts, tmp_path / "out", _settings(made), layout=layout)
+        assert [len(path.name) for path in (tmp_path / "out").iterdir()] == [254]
+
     @pytest.mark.parametrize("text", ["a/b", "x" * 250, "é" * 126, ".hidden", "a dog", "nul\0"])
     def test_prompts_that_are_no_file_names(self, text: str) -> None:
         """All of them are told before anything is made; numbered files take every prompt."""
