@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -315,7 +316,8 @@ class Layout:
 
     def records(self, folder: Path) -> Path:
         """Folder of the JSON files."""
-        return folder.with_name(f"{folder.name}-records") if self.by_prompt else folder
+        whole = Path(os.path.abspath(folder))  # "." has no name
+        return whole.with_name(f"{whole.name}-records") if self.by_prompt else folder
 
     def expanded(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """List every sample of every prompt.
