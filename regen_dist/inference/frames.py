@@ -28,6 +28,7 @@ BT709 = 1  # the number of this matrix, these primaries and this transfer in the
 CLOCK = 90_000  # ticks a second of files in which each frame has its own time
 LARGEST_SIDE = 4320  # shorter side of 8K video
 FALLBACK_RATE = Fraction(25)
+ROUNDING_S = 1e-3  # error of times in a file: Matroska and WebM round them to milliseconds
 
 
 class SourceVideo:
@@ -84,6 +85,11 @@ class SourceVideo:
                         f"the file there, or take the frames before it (--max-frames {number})"
                     )
                 yield frame_to_rgb(frame, self.height, self.width)
+
+
+def num_frames_at(timestamps: Seconds, fps: float) -> int:
+    """Number of frames at another rate between the first and the last of these times, which are rounded."""
+    return int(timestamps[-1] * fps + min(ROUNDING_S * fps, 0.5)) + 1
 
 
 def _seconds(reader: VideoReader, max_frames: int | None) -> Seconds:

@@ -265,6 +265,13 @@ class TestContinue:
         assert frames_at(given.source, 8.0) == 12
         assert [len(part) for part in given.before(32.0)] == [16, 16, 13]
 
+    def test_every_frame_counts_where_times_are_rounded(self, tmp_path: Path) -> None:
+        """Matroska has milliseconds: the 17th frame at 30 a second is noted a third of one before its time."""
+        path = write_video(tmp_path / "numbered.mkv", numbered_frames(17), fps=30)
+        given = read_video(path, (48, 64), most_clips=1, length=17, fps=30.0)
+        frames = [frame for part in given._frames(30.0, 17) for frame in part]
+        assert frame_numbers(np.stack(frames).transpose(3, 0, 1, 2)) == list(range(17))
+
     def test_short_videos_give_fewer_clips_or_none(self, tmp_path: Path) -> None:
         path = tmp_path / "short.mp4"
         write_video(path, numbered_frames(9), fps=8)
