@@ -28,6 +28,7 @@ BT709 = 1  # the number of this matrix, these primaries and this transfer in the
 CLOCK = 90_000  # ticks a second of files in which each frame has its own time
 LARGEST_SIDE = 4320  # shorter side of 8K video
 FALLBACK_RATE = Fraction(25)
+LONGEST_FRAME_S = 1001  # rates are written as a fraction of at most this denominator, as 30000/1001 is
 ROUNDING_S = 1e-3  # error of times in a file: Matroska and WebM round them to milliseconds
 
 
@@ -101,7 +102,8 @@ def _seconds(reader: VideoReader, max_frames: int | None) -> Seconds:
 def _average_rate(reader: VideoReader, timestamps: Seconds) -> Fraction:
     """Average frame rate from the timestamps; the container's own value is used only for a single frame."""
     if len(timestamps) > 1:
-        return Fraction((len(timestamps) - 1) / timestamps[-1]).limit_denominator(1001)
+        rate = Fraction((len(timestamps) - 1) / timestamps[-1]).limit_denominator(LONGEST_FRAME_S)
+        return max(rate, Fraction(1, LONGEST_FRAME_S))  # of slides
     return Fraction(reader.stream.average_rate or reader.stream.guessed_rate or FALLBACK_RATE)
 
 
@@ -137,10 +139,11 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, rate: Fraction | float, *, crf: int = 16, preset: str = "medium") -> None:
-        if rate <= 0:
-            raise DataError(f"{path.name}: the frame rate is {float(rate):g}; it must be above 0")
-        self.path = path
-        self._rate = Fraction(rate).limit_denominator(1001)
+        self.path, self._rate = path, Fraction(rate).limit_denominator(LONGEST_FRAME_S)
+        if self._rate <= 0:
+            raise DataError(
+                f"{path.name}: the frame rate is {float(rate):g}; it must be at least 1 frame in {LONGEST_FRAME_S} s"
+            )
         # Without cpu-independent, x264 writes other bytes for the same frames where a side is no multiple of 16: its
         # rate control then depends on uninitialised memory (core 165, measured).
         self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1"}
