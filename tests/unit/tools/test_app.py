@@ -233,6 +233,19 @@ def test_values_outside_their_bounds_are_named_together() -> None:
         checked({"steps": float("nan")}, {"steps": (1, 100)})
 
 
+def test_an_emptied_seed_is_zero(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from tools.app.page import AppState
+
+    saved_t2v(tmp_path / "runs", saved_run(tmp_path / "runs"))
+    runner = _runner(tmp_path, "(output / 'request.json').write_text((work / 'request.json').read_text())")
+    state = AppState(tmp_path / "runs", runner, LIMITS)
+    job = state.generation("a dog", "", None, "tiny_t2v", "tiny", samples=1, steps=1, guidance=1.0, seed=None)
+    assert job.ended.wait(60)
+    assert json.loads((job.folder / "request.json").read_text())["seed"] == 0
+    runner.close()
+
+
 def test_models_and_runs_are_found_by_name_alone(tmp_path: Path) -> None:
     """Runs with a checkpoint, of both tasks; a text-to-video model knows its embedder. Names are no paths, and links
     out of the folder are not followed."""
