@@ -24,7 +24,16 @@ from torch import Tensor
 from regen_dist.config.files import short_name, write_text_atomically
 from regen_dist.errors import DataError
 from regen_dist.evaluation.evaluated_models import EvaluatedModel
-from regen_dist.evaluation.metrics import Options, Pair, Roundtrip, VideoMeter, measure, psnr_db, squared_error
+from regen_dist.evaluation.metrics import (
+    Options,
+    Pair,
+    Roundtrip,
+    VideoMeter,
+    has_ffmpeg,
+    measure,
+    psnr_db,
+    squared_error,
+)
 from regen_dist.evaluation.perceptual import (
     MS_SSIM_SIDE,
     GivenNetwork,
@@ -328,7 +337,7 @@ class Evaluation:
     def _kept(self, model: EvaluatedModel, video: PinnedVideo, digest: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Measures of one video, read from their file where it has the same key."""
         decided_by = [self.protocol.hash, digest, model.fingerprint, model.codec.num_frames, model.steps]
-        decided_by += [self.networks.names(), self.with_vmaf]
+        decided_by += [self.networks.names(), self.with_vmaf and has_ffmpeg()]  # measured again once it is installed
         key = hashlib.sha256(json_text(decided_by).encode()).hexdigest()
         path = self.out / MEASURED / model.name / f"{short_name(video.name)}.json"
         arrays = path.with_suffix(".npz")
@@ -339,6 +348,7 @@ class Evaluation:
                 with np.load(arrays, allow_pickle=False) as file:
                     return kept["facts"], {name: torch.from_numpy(file[name]) for name in file.files}
         self.log(f"{model.name}: {video.name}, {video.num_frames} frames of {video.height}x{video.width}")
+        path.unlink(missing_ok=True)  # first, so that it never describes other files
         facts, features = measure_video(video, model, self.protocol, self.networks, self.out, with_vmaf=self.with_vmaf)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(arrays, **{name: each.numpy() for name, each in features.items()})  # type: ignore[arg-type]

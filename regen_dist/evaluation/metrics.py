@@ -170,6 +170,14 @@ def vmaf(reference: Path, distorted: Path, *, executable: str | None = None) -> 
             return Vmaf(None, f"libvmaf gave no score: {error}")
 
 
+def has_ffmpeg() -> bool:
+    """Return whether there is an ffmpeg that `vmaf` can ask."""
+    try:
+        return bool(_ffmpeg())
+    except (BackendError, RuntimeError):
+        return False
+
+
 def _ffmpeg() -> str:
     with needing_extra("VMAF"):
         import imageio_ffmpeg
