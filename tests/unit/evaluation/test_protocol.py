@@ -59,6 +59,12 @@ def test_a_folder_is_taken_in_order_of_name_and_a_list_in_its_own(folder: Path) 
     assert [video.name for video in find_videos(folder / "a.mp4", Protocol())] == ["a"]
 
 
+def test_videos_of_every_ending_that_datasets_are_built_of_are_taken(folder: Path) -> None:
+    (folder / "b.mp4").rename(folder / "b.M2TS")
+    (folder / "a.mp4").rename(folder / "a.3gp")
+    assert [video.name for video in find_videos(folder, Protocol())] == ["a", "b", "c_1920x1080_30"]
+
+
 def test_hidden_files_and_an_earlier_evaluation_are_no_videos(folder: Path) -> None:
     out = folder / "evaluation"
     (out / "media" / "source").mkdir(parents=True)
