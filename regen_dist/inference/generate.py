@@ -369,6 +369,14 @@ class GeneratedFiles:
         self.folder, self._settings, self._layout, self._given = folder, settings, layout, given
         self._provenance, self._paths = provenance, paths
 
+    def check_kept(self, prompt: Prompt, given: Path) -> None:
+        """Raise ConfigError where writing a prompt's video or image would replace or remove a given file."""
+        if given.resolve() in (self._path(prompt, suffix).resolve() for suffix in (_VIDEO, _IMAGE)):
+            raise ConfigError(
+                f"{given} would be replaced by what is generated from it, for prompt {prompt.number}; choose another "
+                "--out"
+            )
+
     def is_done(self, prompt: Prompt) -> bool:
         """Return whether the prompt was already generated with the same settings and models."""
         try:
@@ -477,7 +485,8 @@ def generate(
 
     Raises:
         CheckpointError: the embedder or the text encoder differs from that of the caches.
-        ConfigError: the batch size is below 1, or the embedder cannot decode the settings.
+        ConfigError: the batch size is below 1, the embedder cannot decode the settings, or a given file would be
+            replaced.
         DataError: a file cannot be written.
     """
     if batch < 1:
@@ -488,6 +497,9 @@ def generate(
     media_of = _media_lookup(given, prompts)
     provenance = _provenance(model, codec, settings, clips_given(given))
     files = GeneratedFiles(out, settings, provenance, paths or {}, layout, lambda prompt: _facts(media_of(prompt)))
+    for prompt in prompts:
+        if (media := media_of(prompt)) is not None:
+            files.check_kept(prompt, media.path)
     skipped = [prompt for prompt in prompts if files.is_done(prompt)]
     done = set(skipped)
     wanted = [prompt for prompt in prompts if prompt not in done]

@@ -72,6 +72,11 @@ class GivenVideo:
     length: int
     fps: float
 
+    @property
+    def path(self) -> Path:
+        """File of the video."""
+        return self.source.path
+
     def encoded(self, codec: Codec) -> Latents:
         """Content and motion latents of the clips, [clips, C, h, w] each."""
         frames = [frame for part in self._frames(self.fps, self.clips * self.length) for frame in part]
@@ -89,7 +94,7 @@ class GivenVideo:
 
     @cached_property
     def _digest(self) -> str:
-        return _digest(self.source.path)
+        return _digest(self.path)
 
     def _frames(self, fps: float, count: int) -> Iterator[list[Frame]]:
         """The last `count` frames at a rate: for each time the nearest frame."""

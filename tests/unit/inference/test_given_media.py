@@ -120,6 +120,17 @@ class TestImage:
             torch.testing.assert_close(latents.content, content.expand(2, -1, -1, -1), rtol=1e-4, atol=1e-5)
             assert (latents.motion[0] - latents.motion[1]).abs().max() > 0.1
 
+    def test_it_is_not_replaced_by_what_is_made_from_it(self, made: Made, tmp_path: Path) -> None:
+        """As where an image was generated into the folder that is still --out: a prompt has one file of its number."""
+        (tmp_path / "linked").symlink_to(tmp_path)
+        image = read_image(_picture(tmp_path / "00001.png", moving_square(1, SIDE, SIDE)[0]), (SIDE, SIDE))
+        path = write_video(tmp_path / "00000.mp4", moving_square(LENGTH, SIDE, SIDE), fps=int(FPS))
+        video = read_video(path, (SIDE, SIDE), most_clips=1, length=LENGTH, fps=FPS)
+        for given, number in ((image, 1), (video, 0)):
+            with pytest.raises(ConfigError, match=f"would be replaced .* prompt {number}; choose another --out"):
+                _generate(made, tmp_path / "linked", given)
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["00000.mp4", "00001.png", "linked"]
+
     def test_one_image_for_all_is_encoded_once(
         self, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
