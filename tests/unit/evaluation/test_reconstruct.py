@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,14 @@ def test_a_folder_that_cannot_be_made(video: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be made"):
         run(video, tmp_path / "file" / "out")
+
+
+def test_a_source_is_not_replaced(video: Path, tmp_path: Path) -> None:
+    """An earlier reconstruction that is reconstructed again."""
+    source = Path(shutil.copy(video, tmp_path / "reconstruction.mp4"))
+    with pytest.raises(DataError, match="would be replaced by its reconstruction; choose another --out"):
+        run(source, tmp_path)
+    assert source.read_bytes() == video.read_bytes()
 
 
 def test_a_missing_video(tmp_path: Path) -> None:
