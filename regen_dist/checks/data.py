@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from regen_dist.checks.findings import Finding, Target, error, run_concurrently
 from regen_dist.config import AnyRunConfig, EmbedderConfig, T2VConfig
 from regen_dist.config.identity import different_latents
+from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.config.yaml_files import read_yaml
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
@@ -103,6 +104,7 @@ def manifest_of(url: str, target: Target) -> dict[str, Any] | None:
 
 
 KIND, _AGAIN = "latents", "run `regen preencode` again"  # as in the dataset's own module, which needs numpy
+_OWN_LATENTS = {"cell": SPATIAL_COMPRESSION, "latent_frames": 2}  # facts about our encoders
 _CONFIG = "config.yaml"  # in every run folder, and in every exported model
 
 
@@ -117,6 +119,8 @@ class LatentFacts(Protocol):
     def channels(self) -> int: ...
     @property
     def text_width(self) -> int | None: ...
+    @property
+    def encoder(self) -> Mapping[str, Any]: ...
 
 
 class _Space(NamedTuple):
@@ -126,6 +130,7 @@ class _Space(NamedTuple):
     num_frames: int
     channels: int
     text_width: int | None
+    encoder: Mapping[str, Any]
 
 
 def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
@@ -175,12 +180,21 @@ def _no_latents(url: str) -> Finding:
 def _space(manifest: Mapping[str, Any]) -> _Space:
     options = manifest["options"]
     text_width = int(options["text"]["width"]) if options["text"] else None
-    return _Space(str(options["fingerprint"]), int(options["num_frames"]), int(options["channels"]), text_width)
+    channels, encoder = int(options["channels"]), dict(options.get("encoder") or {})
+    return _Space(str(options["fingerprint"]), int(options["num_frames"]), channels, text_width, encoder)
 
 
 def fits(config: T2VConfig, url: str, space: LatentFacts) -> Iterator[Finding]:
     """Check that the model's inputs match the cache."""
     model = config.model
+    cell, frames = (int(space.encoder.get(name, own)) for name, own in _OWN_LATENTS.items())
+    if (cell, frames) != tuple(_OWN_LATENTS.values()):
+        text = (
+            f"the latents in {url} have cells of {cell} pixels and {frames} latent frames a clip; text to video takes "
+            "cells of 8 pixels and 2 latent frames, as this project's encoders make: run `regen preencode` with such "
+            "an embedder, into a new cache"
+        )
+        yield error("data", text, DataError)
     if model.latent_channels != space.channels:
         yield error(
             "model.latent_channels",

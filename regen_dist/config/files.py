@@ -328,6 +328,14 @@ def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | 
 
 # --- atomic writes ---
 
+_LONGEST_REPEATED = 150  # bytes of a name that others repeat; most file systems allow 255 for the whole name
+
+
+def short_name(name: str) -> str:
+    """Return a name to build longer file names from, such as temporary ones: the same, or a digest of a long one."""
+    data = os.fsencode(name)
+    return name if len(data) <= _LONGEST_REPEATED else hashlib.sha256(data).hexdigest()
+
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write `text` as UTF-8: to a new name in the same folder, synced, then moved over `path`."""
@@ -350,7 +358,7 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
 
 
 def _write_and_replace(path: Path, data: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{short_name(path.name)}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

@@ -21,10 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regen_dist.config.files import write_text_atomically
+from regen_dist.config.files import short_name, write_text_atomically
 from regen_dist.errors import DataError
 from regen_dist.evaluation.evaluated_models import EvaluatedModel
-from regen_dist.evaluation.metrics import Options, Pair, Roundtrip, VideoMeter, measure, psnr_db, squared_error
+from regen_dist.evaluation.metrics import (
+    Options,
+    Pair,
+    Roundtrip,
+    VideoMeter,
+    has_ffmpeg,
+    measure,
+    psnr_db,
+    squared_error,
+)
 from regen_dist.evaluation.perceptual import (
     MS_SSIM_SIDE,
     GivenNetwork,
@@ -222,7 +231,7 @@ def _write_worst(frames: _FrameMeasures, folder: Path, name: str) -> list[dict[s
     for error, pair in sorted(frames.worst.values(), key=lambda each: -each[0]):
         files = {}
         for side in ("source", "decoded"):
-            path = folder / f"{name}_{pair.index}_{side}.png"
+            path = folder / f"{short_name(name)}_{pair.index}_{side}.png"
             Image.fromarray(np.ascontiguousarray(getattr(pair, side))).save(path)
             files[side] = f"{MEDIA}/{quote(folder.name)}/{quote(path.name)}"
         found.append({"frame": pair.index, "psnr_db": psnr_db(error), **files})
@@ -299,7 +308,7 @@ class Evaluation:
 
     def _source(self, video: PinnedVideo) -> dict[str, Any]:
         digest, shown = video.sha256(), self.out / MEDIA / "source" / f"{video.name}.mp4"
-        mark = shown.with_suffix(".sha256")
+        mark = shown.with_name(f"{short_name(video.name)}.sha256")
         if not shown.is_file() or not mark.is_file() or mark.read_text(encoding="ascii") != digest:
             write_video(shown, video.frames(), video.rate)
             write_text_atomically(mark, digest)
@@ -328,9 +337,9 @@ class Evaluation:
     def _kept(self, model: EvaluatedModel, video: PinnedVideo, digest: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Measures of one video, read from their file where it has the same key."""
         decided_by = [self.protocol.hash, digest, model.fingerprint, model.codec.num_frames, model.steps]
-        decided_by += [self.networks.names(), self.with_vmaf]
+        decided_by += [self.networks.names(), self.with_vmaf and has_ffmpeg()]  # measured again once it is installed
         key = hashlib.sha256(json_text(decided_by).encode()).hexdigest()
-        path = self.out / MEASURED / model.name / f"{video.name}.json"
+        path = self.out / MEASURED / model.name / f"{short_name(video.name)}.json"
         arrays = path.with_suffix(".npz")
         shown = self.out / MEDIA / model.name / f"{video.name}.mp4"
         if all(each.is_file() for each in (path, arrays, shown)):
@@ -339,6 +348,7 @@ class Evaluation:
                 with np.load(arrays, allow_pickle=False) as file:
                     return kept["facts"], {name: torch.from_numpy(file[name]) for name in file.files}
         self.log(f"{model.name}: {video.name}, {video.num_frames} frames of {video.height}x{video.width}")
+        path.unlink(missing_ok=True)  # first, so that it never describes other files
         facts, features = measure_video(video, model, self.protocol, self.networks, self.out, with_vmaf=self.with_vmaf)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(arrays, **{name: each.numpy() for name, each in features.items()})  # type: ignore[arg-type]

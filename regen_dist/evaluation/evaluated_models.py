@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import LATENT_BITS
 from regen_dist.evaluation.reconstruct import LABELS, TRIVIAL_KINDS, TrivialCodec
@@ -213,7 +212,7 @@ def _own(name: str, folder: Path, steps: int) -> EvaluatedModel:
     steps = 1 if baseline else steps
 
     def flops(height: int, width: int) -> tuple[int | None, int]:
-        up = SPATIAL_COMPRESSION
+        up = model.encoder.spatial
         counted = count_flops(model, (-(-height // up) * up, -(-width // up) * up)).forward_flops
         rest = sum(counted.values()) - counted["encoder"]
         return None if model.encoder.frozen else counted["encoder"], rest * steps  # a frozen one is not counted

@@ -20,7 +20,7 @@ import numpy as np
 
 from regen_dist.errors import BackendError, ConfigError, DataError, needing_extra
 from regen_dist.evaluation.perceptual import SSIM_WINDOW, frame_planes, ssim_terms
-from regen_dist.inference.frames import Frame, Seconds, VideoWriter
+from regen_dist.inference.frames import ROUNDING_S, Frame, Seconds, VideoWriter
 from regen_dist.inference.long_video import (
     DEFAULT_FADE,
     DEFAULT_GROUP,
@@ -168,6 +168,14 @@ def vmaf(reference: Path, distorted: Path, *, executable: str | None = None) -> 
             return Vmaf(float(log["pooled_metrics"]["vmaf"]["mean"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             return Vmaf(None, f"libvmaf gave no score: {error}")
+
+
+def has_ffmpeg() -> bool:
+    """Return whether there is an ffmpeg that `vmaf` can ask."""
+    try:
+        return bool(_ffmpeg())
+    except (BackendError, RuntimeError):
+        return False
 
 
 def _ffmpeg() -> str:
@@ -324,7 +332,9 @@ class Roundtrip:
     def _output_pair(self, index: int, positions: Positions | None, decoded: Frame) -> Pair:
         assert positions is not None
         assert self.options.fps is not None
-        shown = int(positions[index] + 1e-6)  # the source frame that a player would show at this time
+        # The source frame that a player would show at this time, which may be rounded to just before it.
+        slack = min(0.5, ROUNDING_S * float(self.source.rate))
+        shown = min(int(positions[index] + slack), self.source.num_frames - 1)
         return Pair(index, index / self.options.fps, self._source_frames[shown], decoded)
 
     def _forget(self, before: int) -> None:

@@ -86,6 +86,8 @@ def reconstruct(
         progress(pair.index + 1)
 
     options.check(codec)
+    if source.path.resolve() in ((out / name).resolve() for name in (RECONSTRUCTION, SIDE_BY_SIDE)):
+        raise DataError(f"{source.path} would be replaced by its reconstruction; choose another --out")
     _make_folder(out)
     with ExitStack() as stack:
         rate = source.rate if options.fps is None else options.fps

@@ -15,6 +15,8 @@ from regen_dist.tables import Table
 _KINDS = {
     "regen": "REGEN: a causal convolutional encoder and a generative (diffusion transformer) decoder",
     "magvit2": "the MAGVIT-v2 style baseline: a causal convolutional encoder and a mirrored decoder",
+    "frozen": "REGEN's generative (diffusion transformer) decoder on the latents of an autoencoder of diffusers, which "
+    "is not in this folder: `config.yaml` says where it is (`model.encoder.path`)",
 }
 WEIGHTS = {"ema": "the moving average (EMA) of the weights", "plain": "the weights of the last step"}
 LICENSE = (
@@ -48,6 +50,9 @@ def usage_snippet(config: ExportConfig, folder: str, size: tuple[int, int]) -> s
     """Python code that loads the model from `folder`, encodes a clip of (height, width) and decodes it."""
     baseline = config.model.kind == "magvit2"  # it knows whole frames alone
     text = SNIPPET.replace("[0.0, 0.5, 1.0]{whole}", "[0.0, 1.0, 2.0]" if baseline else "[0.0, 0.5, 1.0]")
+    if config.model.encoder.frozen:
+        text = text.replace("content and motion", "the first latent frame, and all others as channels")
+        text = text.replace(", [B, {channels}, H / 8, W / 8] each", "")
     return text.format(folder=folder, height=size[0], width=size[1], channels=config.model.latent.channels)
 
 
@@ -110,13 +115,15 @@ def _write_card(
 
 
 def _facts(config: ExportConfig, size: tuple[int, int]) -> dict[str, str]:
-    model = config.model
+    model, cell = config.model, config.model.encoder.spatial
+    what = f"content and motion, each {model.latent.channels} channels"
+    if model.encoder.frozen:
+        what = f"{model.latent_frames} latent frames of the autoencoder, each {model.latent.channels} channels"
     rows = {
-        "model": _KINDS[model.kind],
+        "model": _KINDS["frozen" if model.encoder.frozen else model.kind],
         "temporal compression k": f"{model.temporal_compression}: a clip is {model.num_frames} frames, the first and "
         f"k that follow (or an image: one frame)",
-        "latents": f"content and motion, each {model.latent.channels} channels of H/{SPATIAL_COMPRESSION} x "
-        f"W/{SPATIAL_COMPRESSION} for a clip of H x W pixels",
+        "latents": f"{what} of H/{cell} x W/{cell} for a clip of H x W pixels",
         "trained at": f"{size[0]} x {size[1]} pixels",
     }
     if model.kind != "magvit2":
@@ -127,17 +134,19 @@ def _facts(config: ExportConfig, size: tuple[int, int]) -> dict[str, str]:
 
 
 def _loading(config: ExportConfig, size: tuple[int, int]) -> str:
-    folder, (height, width) = "PATH/OF/THIS/FOLDER", size
-    alone = FOR_DIFFUSERS.format(
-        folder=folder, frames=config.model.num_frames, height=height, width=width, channels=config.model.latent.channels
-    )
-    return (
-        "With the package `regen-dist`; sides of clips must be multiples of 8.\n\n"
+    folder, (height, width), model = "PATH/OF/THIS/FOLDER", size, config.model
+    own = (
+        f"With the package `regen-dist`; sides of clips must be multiples of {model.encoder.spatial}.\n\n"
         f"```python\n{usage_snippet(config, folder, size)}```\n\n"
         "`regen reconstruct VIDEO --run THIS_FOLDER --out FOLDER` takes a video of any length. "
-        f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build.\n\n"
-        f"With diffusers, without that package (the folder holds the code):\n\n```python\n{alone}```"
+        f"`{MODEL_FILE}` can be read by any reader of safetensors; `config.yaml` says what to build."
     )
+    if model.encoder.frozen:  # without files for diffusers
+        return own
+    alone = FOR_DIFFUSERS.format(
+        folder=folder, frames=model.num_frames, height=height, width=width, channels=model.latent.channels
+    )
+    return f"{own}\n\nWith diffusers, without that package (the folder holds the code):\n\n```python\n{alone}```"
 
 
 def _statistics(statistics: LatentStatistics | None) -> str:

@@ -51,6 +51,7 @@ from regen_dist.inference.generate import check_text_encoder, load_text_encoder
 from regen_dist.inference.hub.folder import (
     EMBEDDER,
     PIPELINE_FILE,
+    TEXT_ENCODER,
     write_embedder_files,
     write_pipeline_files,
     write_transformer_files,
@@ -145,8 +146,17 @@ def _export_again(folder: Path, out: Path, options: ExportOptions) -> AnyExportC
         if isinstance(config, ExportConfig):
             write_embedder_files(made, config, shapes, read_statistics(folder / STATISTICS_FILE))
         else:
-            _complete_t2v(made, config, shapes, read_space(folder), options)
+            _complete_t2v(made, config, shapes, read_space(folder), _with_own_parts(folder, options))
     return config
+
+
+def _with_own_parts(folder: Path, options: ExportOptions) -> ExportOptions:
+    """Return options that make a pipeline of an exported pipeline, with its own embedder and text encoder where no
+    others are given."""
+    if not (folder / PIPELINE_FILE).is_file():
+        return options
+    text = options.text or str(folder / TEXT_ENCODER)
+    return replace(options, embedder=options.embedder or folder / EMBEDDER, text=text)
 
 
 def _described(

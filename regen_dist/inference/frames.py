@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from regen_dist.config.files import short_name
 from regen_dist.data.video.conversion import BT709_MATRIX, LIMITED_RANGE, RESIZE, frame_to_rgb, shown_sides
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
@@ -27,6 +28,8 @@ BT709 = 1  # the number of this matrix, these primaries and this transfer in the
 CLOCK = 90_000  # ticks a second of files in which each frame has its own time
 LARGEST_SIDE = 4320  # shorter side of 8K video
 FALLBACK_RATE = Fraction(25)
+LONGEST_FRAME_S = 1001  # rates are written as a fraction of at most this denominator, as 30000/1001 is
+ROUNDING_S = 1e-3  # error of times in a file: Matroska and WebM round them to milliseconds
 
 
 class SourceVideo:
@@ -85,6 +88,11 @@ class SourceVideo:
                 yield frame_to_rgb(frame, self.height, self.width)
 
 
+def num_frames_at(timestamps: Seconds, fps: float) -> int:
+    """Number of frames at another rate between the first and the last of these times, which are rounded."""
+    return int(timestamps[-1] * fps + min(ROUNDING_S * fps, 0.5)) + 1
+
+
 def _seconds(reader: VideoReader, max_frames: int | None) -> Seconds:
     pts = np.asarray(reader.table.pts[:max_frames], dtype=np.float64)
     seconds: Seconds = (pts - pts[0]) * float(reader.stream.time_base or Fraction(1, CLOCK))
@@ -94,7 +102,8 @@ def _seconds(reader: VideoReader, max_frames: int | None) -> Seconds:
 def _average_rate(reader: VideoReader, timestamps: Seconds) -> Fraction:
     """Average frame rate from the timestamps; the container's own value is used only for a single frame."""
     if len(timestamps) > 1:
-        return Fraction((len(timestamps) - 1) / timestamps[-1]).limit_denominator(1001)
+        rate = Fraction((len(timestamps) - 1) / timestamps[-1]).limit_denominator(LONGEST_FRAME_S)
+        return max(rate, Fraction(1, LONGEST_FRAME_S))  # of slides
     return Fraction(reader.stream.average_rate or reader.stream.guessed_rate or FALLBACK_RATE)
 
 
@@ -130,15 +139,16 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, rate: Fraction | float, *, crf: int = 16, preset: str = "medium") -> None:
-        if rate <= 0:
-            raise DataError(f"{path.name}: the frame rate is {float(rate):g}; it must be above 0")
-        self.path = path
-        self._rate = Fraction(rate).limit_denominator(1001)
+        self.path, self._rate = path, Fraction(rate).limit_denominator(LONGEST_FRAME_S)
+        if self._rate <= 0:
+            raise DataError(
+                f"{path.name}: the frame rate is {float(rate):g}; it must be at least 1 frame in {LONGEST_FRAME_S} s"
+            )
         # Without cpu-independent, x264 writes other bytes for the same frames where a side is no multiple of 16: its
         # rate control then depends on uninitialised memory (core 165, measured). From RGB, swscale puts chroma in the
         # middle of its pixels (chromaloc=1); untagged, H.264 means their left edge: colours half a pixel aside.
         self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1:chromaloc=1"}
-        self._partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+        self._partial = path.with_name(f".{short_name(path.stem)}.{os.getpid()}.partial{path.suffix}")
         self._stream: VideoStream | None = None
         self._num_written = 0
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -315,7 +316,8 @@ class Layout:
 
     def records(self, folder: Path) -> Path:
         """Folder of the JSON files."""
-        return folder.with_name(f"{folder.name}-records") if self.by_prompt else folder
+        whole = Path(os.path.abspath(folder))  # "." has no name
+        return whole.with_name(f"{whole.name}-records") if self.by_prompt else folder
 
     def expanded(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """List every sample of every prompt.
@@ -339,7 +341,7 @@ class Layout:
 
 
 def _is_file_name(stem: str) -> bool:
-    fits = len(stem.encode()) + len(_VIDEO) <= _LONGEST_NAME
+    fits = len(stem.encode()) + len(_RECORD) <= _LONGEST_NAME  # the longest ending
     return fits and not stem.startswith(".") and not any(each in "/\0" for each in stem)
 
 
@@ -366,6 +368,14 @@ class GeneratedFiles:
     ) -> None:
         self.folder, self._settings, self._layout, self._given = folder, settings, layout, given
         self._provenance, self._paths = provenance, paths
+
+    def check_kept(self, prompt: Prompt, given: Path) -> None:
+        """Raise ConfigError where writing a prompt's video or image would replace or remove a given file."""
+        if given.resolve() in (self._path(prompt, suffix).resolve() for suffix in (_VIDEO, _IMAGE)):
+            raise ConfigError(
+                f"{given} would be replaced by what is generated from it, for prompt {prompt.number}; choose another "
+                "--out"
+            )
 
     def is_done(self, prompt: Prompt) -> bool:
         """Return whether the prompt was already generated with the same settings and models."""
@@ -475,7 +485,8 @@ def generate(
 
     Raises:
         CheckpointError: the embedder or the text encoder differs from that of the caches.
-        ConfigError: the batch size is below 1, or the embedder cannot decode the settings.
+        ConfigError: the batch size is below 1, the embedder cannot decode the settings, or a given file would be
+            replaced.
         DataError: a file cannot be written.
     """
     if batch < 1:
@@ -486,6 +497,9 @@ def generate(
     media_of = _media_lookup(given, prompts)
     provenance = _provenance(model, codec, settings, clips_given(given))
     files = GeneratedFiles(out, settings, provenance, paths or {}, layout, lambda prompt: _facts(media_of(prompt)))
+    for prompt in prompts:
+        if (media := media_of(prompt)) is not None:
+            files.check_kept(prompt, media.path)
     skipped = [prompt for prompt in prompts if files.is_done(prompt)]
     done = set(skipped)
     wanted = [prompt for prompt in prompts if prompt not in done]
@@ -555,11 +569,12 @@ def _generated(
 ) -> Iterator[tuple[Prompt, Iterable[list[Frame]]]]:  # fmt: skip
     """Yield each prompt with its frames as they are decoded."""
     before = max((media.clips for media in map(media_of, prompts) if media is not None), default=0)
-    clips, encode = clips_of(settings, model.space, before), cache(given_row)  # one image may be given to all
+    clips, scale = clips_of(settings, model.space, before), model.space.scale
+    encode = lru_cache(batch)(given_row)  # one image may be given to all, or to the samples of one prompt
     for first in range(0, len(prompts), batch):
         part, texts = prompts[first : first + batch], embedded.texts[first : first + batch]
         media = [media_of(prompt) for prompt in part]
-        known = [encode(each, codec, model.space.scale, clips) for each in media if each is not None]
+        known = [encode(each, codec, scale, clips) for each in media if each is not None]
         given = GivenFrames.joined(known) if known else None
         rows = sample_rows(model, part, texts, embedded.null, settings, given, before)
         for place, prompt in enumerate(part):

@@ -23,7 +23,7 @@ from regen_dist.data.video.conversion import fit_geometry
 from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
-from regen_dist.inference.frames import Frame, SourceVideo
+from regen_dist.inference.frames import Frame, SourceVideo, num_frames_at
 from regen_dist.inference.latent_space import LatentScale
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_video
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _TEXTS = {".txt", ".json"}  # beside media: captions and settings
 _PART = 16  # frames passed on at a time
-_ROUNDING_S = 1e-6  # tolerance of times in seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +72,11 @@ class GivenVideo:
     length: int
     fps: float
 
+    @property
+    def path(self) -> Path:
+        """File of the video."""
+        return self.source.path
+
     def encoded(self, codec: Codec) -> Latents:
         """Content and motion latents of the clips, [clips, C, h, w] each."""
         frames = [frame for part in self._frames(self.fps, self.clips * self.length) for frame in part]
@@ -90,7 +94,7 @@ class GivenVideo:
 
     @cached_property
     def _digest(self) -> str:
-        return _digest(self.source.path)
+        return _digest(self.path)
 
     def _frames(self, fps: float, count: int) -> Iterator[list[Frame]]:
         """The last `count` frames at a rate: for each time the nearest frame."""
@@ -202,7 +206,7 @@ def clips_given(media: GivenMedia | Mapping[int, GivenMedia] | None) -> int:
 
 def frames_at(source: SourceVideo, fps: float) -> int:
     """Number of frames of a video at another rate."""
-    return int((source.timestamps[-1] + _ROUNDING_S) * fps) + 1
+    return num_frames_at(source.timestamps, fps)
 
 
 def given_row(media: GivenMedia, codec: Codec, scale: LatentScale, clips: int) -> GivenFrames:
@@ -245,7 +249,7 @@ def _nearest(source: SourceVideo, fps: float, count: int) -> npt.NDArray[np.int6
     """Numbers of the frames nearest to `count` times that end with the last frame's time."""
     stamps = source.timestamps
     times = stamps[-1] - np.arange(count - 1, -1, -1) / fps
-    after = np.clip(np.searchsorted(stamps, times - _ROUNDING_S), 1, max(1, len(stamps) - 1))
+    after = np.clip(np.searchsorted(stamps, times), 1, max(1, len(stamps) - 1))
     if len(stamps) == 1:
         return np.zeros(count, dtype=np.int64)
     is_nearer = np.abs(stamps[after - 1] - times) <= np.abs(stamps[after] - times)

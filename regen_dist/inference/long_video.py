@@ -26,7 +26,7 @@ from torch import Tensor
 from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import Codec, Window, blend_weights, plan_windows
-from regen_dist.inference.frames import Frame, Seconds
+from regen_dist.inference.frames import Frame, Seconds, num_frames_at
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_frames, to_video
 
@@ -118,7 +118,7 @@ def output_positions(timestamps: Seconds, fps: float | None) -> Positions:
         return numbers
     if not 0 < fps < math.inf:
         raise ConfigError(f"fps is {fps:g}; it must be above 0, and finite")
-    times = np.arange(int(timestamps[-1] * fps + 1e-6) + 1) / fps
+    times = np.arange(num_frames_at(timestamps, fps)) / fps
     return np.interp(times, timestamps, numbers)
 
 

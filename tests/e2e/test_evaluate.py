@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,33 @@ def test_what_changes_the_figures_is_measured_again(place: Path) -> None:
     (out / "media" / "wan" / "two.mp4").unlink()
     assert evaluate(place, *fixed, "--clip-frames", 5).output.count("wan: ") == 1
     assert evaluate(place, *fixed, "--clip-frames", 1).output.count("wan: ") == 3
+
+
+def test_vmaf_is_measured_once_it_can_be(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command, after the extra with ffmpeg was installed."""
+    fixed = ["--model", "mean", "--no-baselines", "--frames", 3, "--clip-frames", 3, "--out", tmp_path]
+
+    def score() -> object:
+        return json.loads((tmp_path / "evaluation.json").read_text())["models"][0]["summary"]["vmaf"]["mean"]
+
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "imageio_ffmpeg", None)
+        evaluate(place, *fixed)
+        assert score() is None
+    evaluate(place, *fixed)
+    assert score() is not None
+    assert "mean: " not in evaluate(place, *fixed).stderr
+
+
+def test_videos_with_the_longest_names(tmp_path: Path) -> None:
+    """As downloaders name them by a title: 251 bytes and an ending leave no room in longer names built from it."""
+    (tmp_path / "videos").mkdir()
+    name = "é" * 125 + "x"
+    write_video(tmp_path / "videos" / f"{name}.mp4", moving_square(3, HEIGHT, WIDTH), 10)
+    only = ["--no-vmaf", "--no-baselines", "--model", "mean", "--clip-frames", 5, "--out", tmp_path / "out"]
+    for _ in range(2):
+        evaluate(tmp_path, *only)
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["videos"][0]["name"] == name
 
 
 def test_models_that_are_not_there_or_have_one_name_are_refused(place: Path) -> None:

@@ -107,6 +107,10 @@ def test_every_command_knows_it(
     assert regen(monkeypatch, "checkpoint", "export", run, "--out", model, "--statistics-clips", 2) == 0
     assert not any(name.startswith("encoder") for name in load_file(model / "model.safetensors"))
     assert len(yaml.safe_load((model / "config.yaml").read_text())["origin"]["data"]["encoder"]) == 64
+    card = (model / "README.md").read_text()
+    assert f"H/{one.cell} x W/{one.cell}" in card
+    assert f"multiples of {one.cell}." in card
+    assert "from diffusers" not in card  # there is no code for it
     video = write_video(tmp_path / "v.mp4", moving_square(12, 50, 66))
     assert regen(monkeypatch, "reconstruct", video, "--run", model, "--out", tmp_path / "out") == 0
     assert regen(monkeypatch, "reconstruct", video, "--run", run, "--out", tmp_path / "out2") == 0

@@ -104,9 +104,10 @@ class AppState:
 
     def generation(
         self, prompt: str, negative: str, image: str | None, model: str, embedder: str, samples: float, steps: float,
-        guidance: float, seed: float,
+        guidance: float, seed: float | None,
     ) -> Job:  # fmt: skip
-        """Check the values of the second tab, and start its job. Raises RegenError where one is not allowed."""
+        """Check the values of the second tab, and start its job; an empty seed is 0. Raises RegenError where one is not
+        allowed."""
         for name, text in (("prompt", prompt), ("negative prompt", negative)):
             if len(text) > LONGEST_PROMPT:
                 raise ConfigError(f"the {name} has {len(text)} characters; at most {LONGEST_PROMPT} are allowed")
@@ -121,7 +122,7 @@ class AppState:
             "model": str(choose_model(self.models, model, "t2v").folder),
             "embedder": str(choose_model(self.models, embedder, "embedder").folder),
             "prompt": prompt.strip(), "negative": negative.strip() or None, "samples": int(samples),
-            "steps": int(steps), "guidance": float(guidance), "seed": int(seed), "text": self.text,
+            "steps": int(steps), "guidance": float(guidance), "seed": int(seed or 0), "text": self.text,
         }  # fmt: skip
         return self.runner.start("generate", request, source)
 

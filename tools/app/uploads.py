@@ -206,6 +206,8 @@ DEPTH = 3
 MOST_PICTURES = 24
 PAGE = "index.html"
 MOST_PAGE_BYTES = 512 * 2**20
+# Links of a page: attributes, and values of its script's data (`source` and `file` of regen evaluate's videos).
+_LINK = re.compile(r"""(?:(?:src|href|poster)=|"(?:source|file)": ?)["']([^"':#?]+)["']""")
 _NO_MODELS = frozenset({"checkpoints", "logs", "heartbeats", "pictures", "generated", "launch", "wandb", "tensorboard"})
 
 
@@ -364,7 +366,7 @@ def copy_page(runs: Path, name: str, shown: Path) -> Path:
         raise ConfigError(f"there is no report page called {name!r} under the runs folder; refresh the list")
     folder = known[name]
     text = (folder / PAGE).read_text(encoding="utf-8", errors="replace")
-    linked = {folder / unquote(each) for each in re.findall(r"""(?:src|href|poster)=["']([^"':#?]+)["']""", text)}
+    linked = {folder / unquote(each) for each in _LINK.findall(text)}
     inside = (each for each in sorted(linked) if each.resolve().is_relative_to(folder.resolve()))  # links followed
     files = [folder / PAGE, *(each for each in inside if each.is_file())]
     size = sum(each.stat().st_size for each in files)

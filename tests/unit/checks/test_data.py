@@ -166,6 +166,17 @@ def test_a_model_that_does_not_fit_its_cache(cache: Path, tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.parametrize("facts", [{"cell": 32}, {"latent_frames": 3}])
+def test_a_cache_of_another_autoencoder(tmp_path: Path, facts: dict[str, int]) -> None:
+    """Generated videos would be cut to a corner of the frame, or no batch could be made."""
+    foreign = write_cache(tmp_path / "foreign", videos=2)
+    manifest = json.loads((foreign / "manifest.json").read_text())
+    manifest["options"]["encoder"] |= facts
+    (foreign / "manifest.json").write_text(json.dumps(manifest))
+    (wrong,) = told(t2v_run(tmp_path, foreign))
+    assert "text to video takes cells of 8 pixels and 2 latent frames" in wrong
+
+
 def test_a_cache_without_text(tmp_path: Path) -> None:
     silent = write_cache(tmp_path / "silent", videos=2, text_width=None)
     wrong = told(t2v_run(tmp_path, silent))

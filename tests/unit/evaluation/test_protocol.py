@@ -59,6 +59,12 @@ def test_a_folder_is_taken_in_order_of_name_and_a_list_in_its_own(folder: Path) 
     assert [video.name for video in find_videos(folder / "a.mp4", Protocol())] == ["a"]
 
 
+def test_videos_of_every_ending_that_datasets_are_built_of_are_taken(folder: Path) -> None:
+    (folder / "b.mp4").rename(folder / "b.M2TS")
+    (folder / "a.mp4").rename(folder / "a.3gp")
+    assert [video.name for video in find_videos(folder, Protocol())] == ["a", "b", "c_1920x1080_30"]
+
+
 def test_hidden_files_and_an_earlier_evaluation_are_no_videos(folder: Path) -> None:
     out = folder / "evaluation"
     (out / "media" / "source").mkdir(parents=True)
@@ -108,3 +114,10 @@ def test_a_frozen_encoder_is_not_counted_as_free(tmp_path: Path) -> None:
     assert found[0] is None
     assert found[1] > 0
     assert all(second.flops(32, 32) or (None,))
+
+
+def test_operations_are_counted_at_sides_that_are_filled_up_to_whole_cells(tmp_path: Path) -> None:
+    """Of 32 pixels here."""
+    frozen = saved_run(tmp_path / "frozen", model=frozen_model("ltx", save_autoencoder("ltx", tmp_path / "vae")))
+    (load,) = load_models([str(frozen.folder)], steps=1, clip_frames=9, baselines=False)
+    assert load().flops(40, 56) == load().flops(64, 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from regen_dist.evaluation.reconstruct import LABELS, TRIVIAL_KINDS, TrivialCode
 from regen_dist.inference.codec import Window
 from regen_dist.inference.frames import SourceVideo, VideoWriter
 from regen_dist.inference.long_video import VideoCodec
+from tests.helpers.video import frame_numbers, numbered_frames
+from tests.helpers.video import write_video as video_file
 
 FILES = {"reconstruction.mp4", "side_by_side.mp4", "contact_sheet.png", "metrics.json"}
 
@@ -85,6 +88,13 @@ def test_side_by_side_shows_the_source_of_the_time(video: Path, tmp_path: Path) 
         left = both[index][:, :50].astype(int)
         distances = [np.abs(left - frame).mean() for frame in source]
         assert int(np.argmin(distances)) == index // 2
+
+
+def test_each_source_frame_is_shown_where_times_are_rounded(tmp_path: Path) -> None:
+    path = video_file(tmp_path / "numbered.mkv", numbered_frames(33), fps=24)
+    run(path, tmp_path, fps=24.0)
+    both = np.stack(list(SourceVideo(tmp_path / "side_by_side.mp4").frames()))
+    assert frame_numbers(both[:, :, :64].transpose(3, 0, 1, 2)) == list(range(33))
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 9, 12])
@@ -174,6 +184,14 @@ def test_a_folder_that_cannot_be_made(video: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be made"):
         run(video, tmp_path / "file" / "out")
+
+
+def test_a_source_is_not_replaced(video: Path, tmp_path: Path) -> None:
+    """An earlier reconstruction that is reconstructed again."""
+    source = Path(shutil.copy(video, tmp_path / "reconstruction.mp4"))
+    with pytest.raises(DataError, match="would be replaced by its reconstruction; choose another --out"):
+        run(source, tmp_path)
+    assert source.read_bytes() == video.read_bytes()
 
 
 def test_a_missing_video(tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def test_variable_rate(tmp_path: Path) -> None:
     np.testing.assert_allclose(source.timestamps, seconds, atol=1e-4)
 
 
+def test_slides_that_stay_for_hours_have_a_rate(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 25) as writer:
+        for number, frame in enumerate(gradient(3, 16, 16)):
+            writer.write(frame, 7200.0 * number)
+    assert SourceVideo(tmp_path / "a.mp4").rate == Fraction(1, 1001)
+
+
 def test_odd_sides_are_padded_by_the_edge(tmp_path: Path) -> None:
     frames = gradient(2, 31, 45)
     source = SourceVideo(write(tmp_path / "a.mp4", frames))
@@ -170,5 +177,6 @@ def test_an_older_file_stays_when_writing_fails(tmp_path: Path) -> None:
 def test_writer_names_what_it_cannot_write(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere.*cannot be written"), VideoWriter(tmp_path / "nowhere" / "a.mp4", 25):
         pass
-    with pytest.raises(DataError, match="above 0"):
-        VideoWriter(tmp_path / "a.mp4", 0)
+    for rate in (0, 0.0004):
+        with pytest.raises(DataError, match="at least 1 frame in 1001 s"):
+            VideoWriter(tmp_path / "a.mp4", rate)

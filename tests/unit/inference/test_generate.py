@@ -179,6 +179,19 @@ class TestSamples:
         assert sorted(path.name for path in out.iterdir()) == sorted(f"{stem}.mp4" for stem in stems)
         assert sorted(path.stem for path in (tmp_path / "out-records").iterdir()) == sorted(stems)
 
+    def test_records_lie_beside_the_working_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """--out . has no name of its own."""
+        (tmp_path / "out").mkdir()
+        monkeypatch.chdir(tmp_path / "out")
+        assert Layout(by_prompt=True).records(Path(".")) == tmp_path / "out-records"
+
+    def test_the_longest_name_is_written(self, made: Made, tmp_path: Path) -> None:
+        """As long as `expanded` allows; temporary names are longer than the file's own."""
+        layout = Layout(by_prompt=True)
+        prompts = layout.expanded([Prompt(0, "x" * 248)])
+        generate(made.model, made.codec, WordEncoder, prompts, tmp_path / "out", _settings(made), layout=layout)
+        assert [len(path.name) for path in (tmp_path / "out").iterdir()] == [254]
+
     @pytest.mark.parametrize("text", ["a/b", "x" * 250, "é" * 126, ".hidden", "a dog", "nul\0"])
     def test_prompts_that_are_no_file_names(self, text: str) -> None:
         """All of them are told before anything is made; numbered files take every prompt."""

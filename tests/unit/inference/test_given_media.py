@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -118,6 +119,27 @@ class TestImage:
             (latents,) = sample_rows(made.model, PROMPTS, found.texts, found.null, settings, row)
             torch.testing.assert_close(latents.content, content.expand(2, -1, -1, -1), rtol=1e-4, atol=1e-5)
             assert (latents.motion[0] - latents.motion[1]).abs().max() > 0.1
+
+    def test_it_is_not_replaced_by_what_is_made_from_it(self, made: Made, tmp_path: Path) -> None:
+        """As where an image was generated into the folder that is still --out: a prompt has one file of its number."""
+        (tmp_path / "linked").symlink_to(tmp_path)
+        image = read_image(_picture(tmp_path / "00001.png", moving_square(1, SIDE, SIDE)[0]), (SIDE, SIDE))
+        path = write_video(tmp_path / "00000.mp4", moving_square(LENGTH, SIDE, SIDE), fps=int(FPS))
+        video = read_video(path, (SIDE, SIDE), most_clips=1, length=LENGTH, fps=FPS)
+        for given, number in ((image, 1), (video, 0)):
+            with pytest.raises(ConfigError, match=f"would be replaced .* prompt {number}; choose another --out"):
+                _generate(made, tmp_path / "linked", given)
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["00000.mp4", "00001.png", "linked"]
+
+    def test_one_image_for_all_is_encoded_once(
+        self, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image = read_image(_picture(tmp_path / "first.png", moving_square(1, SIDE, SIDE)[0]), (SIDE, SIDE))
+        counted = Mock(side_effect=made.codec.encode)
+        monkeypatch.setattr(made.codec, "encode", counted)
+        settings = resolve_settings(made.model, frames=2, steps=1)
+        generate(made.model, made.codec, WordEncoder, PROMPTS, tmp_path, settings, batch=1, given=image)
+        assert counted.call_count == 1
 
     def test_an_image_of_another_size_covers_and_is_cropped(self) -> None:
         """Proportions are kept; of what lies over, both sides lose alike."""
@@ -253,6 +275,13 @@ class TestContinue:
             assert frame_numbers(np.stack(frames).transpose(3, 0, 1, 2)) == numbers
         assert frames_at(given.source, 8.0) == 12
         assert [len(part) for part in given.before(32.0)] == [16, 16, 13]
+
+    def test_every_frame_counts_where_times_are_rounded(self, tmp_path: Path) -> None:
+        """Matroska has milliseconds: the 17th frame at 30 a second is noted a third of one before its time."""
+        path = write_video(tmp_path / "numbered.mkv", numbered_frames(17), fps=30)
+        given = read_video(path, (48, 64), most_clips=1, length=17, fps=30.0)
+        frames = [frame for part in given._frames(30.0, 17) for frame in part]
+        assert frame_numbers(np.stack(frames).transpose(3, 0, 1, 2)) == list(range(17))
 
     def test_short_videos_give_fewer_clips_or_none(self, tmp_path: Path) -> None:
         path = tmp_path / "short.mp4"

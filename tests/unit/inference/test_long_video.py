@@ -209,6 +209,15 @@ def test_positions_of_any_rate() -> None:
     np.testing.assert_array_equal(output_positions(np.zeros(1), 60), [0])
 
 
+@pytest.mark.parametrize("fps", [23.976, 24, 30, 60, 240])
+def test_times_in_milliseconds_lose_no_frame(fps: float) -> None:
+    """As in Matroska and WebM, where the last frame may be noted a little before its time."""
+    for count in range(1, 100):
+        found = output_positions(np.round(np.arange(count) / fps, 3), fps)
+        assert len(found) == count
+        assert found[-1] == pytest.approx(count - 1, abs=0.15)
+
+
 @pytest.mark.parametrize("fps", [0.0, -1.0, float("nan")])
 def test_rates_that_are_none(fps: float) -> None:
     with pytest.raises(ConfigError, match="above 0"):

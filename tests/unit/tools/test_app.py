@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from regen_dist.errors import ConfigError, DataError
 from tests.helpers.checkpoints import saved_run
@@ -32,6 +33,7 @@ from tools.app.uploads import (
     uploaded_file,
     view_run,
 )
+from tools.cli import app
 
 LIMITS = Limits(num_bytes=200_000, seconds=2.0, num_frames=40, pixels=128 * 128)
 
@@ -231,6 +233,19 @@ def test_values_outside_their_bounds_are_named_together() -> None:
         checked({"steps": float("nan")}, {"steps": (1, 100)})
 
 
+def test_an_emptied_seed_is_zero(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from tools.app.page import AppState
+
+    saved_t2v(tmp_path / "runs", saved_run(tmp_path / "runs"))
+    runner = _runner(tmp_path, "(output / 'request.json').write_text((work / 'request.json').read_text())")
+    state = AppState(tmp_path / "runs", runner, LIMITS)
+    job = state.generation("a dog", "", None, "tiny_t2v", "tiny", samples=1, steps=1, guidance=1.0, seed=None)
+    assert job.ended.wait(60)
+    assert json.loads((job.folder / "request.json").read_text())["seed"] == 0
+    runner.close()
+
+
 def test_models_and_runs_are_found_by_name_alone(tmp_path: Path) -> None:
     """Runs with a checkpoint, of both tasks; a text-to-video model knows its embedder. Names are no paths, and links
     out of the folder are not followed."""
@@ -266,6 +281,18 @@ def test_a_run_is_shown_by_copies(tmp_path: Path) -> None:
     assert "<svg" in found.curves
     assert [each.name for each in found.pictures] == ["pictures-step-00000001.png"]
     assert all(each.is_relative_to(tmp_path / "shown") for each in found.pictures)
+
+
+def test_the_page_of_an_evaluation_takes_along_its_videos(tmp_path: Path) -> None:
+    """They are not linked in its markup: its script shows them."""
+    (tmp_path / "runs" / "videos").mkdir(parents=True)
+    write_video(tmp_path / "runs" / "videos" / "a 1#.mp4", moving_square(3, 32, 32))
+    out = tmp_path / "runs" / "evaluation"
+    options = ["--no-vmaf", "--no-baselines", "--model", "mean", "--clip-frames", "3", "--out", str(out)]
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "runs" / "videos"), *options])
+    assert result.exit_code == 0, result.output
+    copies = copy_page(tmp_path / "runs", "evaluation", tmp_path / "shown").parent / "media"
+    assert {str(each.relative_to(copies)) for each in copies.rglob("*.mp4")} == {"source/a 1#.mp4", "mean/a 1#.mp4"}
 
 
 def test_a_report_page_takes_along_its_own_files_alone(tmp_path: Path) -> None:

@@ -84,6 +84,18 @@ def test_it_generates_what_regen_generate_does(tmp_path: Path, precision: str) -
     assert len(np.unique(expected[0])) > 50  # pictures, not one colour
 
 
+def test_a_copy_of_a_pipeline_is_one(tmp_path: Path) -> None:
+    """With its own embedder and text encoder: those of the training may be gone."""
+    folder = _export(tmp_path, saved_parts(tmp_path))
+    shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "t5")
+    export_model(Path(folder), tmp_path / "copy", ExportOptions())
+    files = [{str(path.relative_to(each)) for path in Path(each).rglob("*")} for each in (folder, tmp_path / "copy")]
+    assert files[0] == files[1]
+    frames = [_opened(str(each))(PROMPTS[0], output_type="uint8").frames for each in (folder, tmp_path / "copy")]
+    np.testing.assert_array_equal(*frames)
+
+
 def test_forms_of_frames(tmp_path: Path) -> None:
     """Numbers in [0, 1], tensors, pictures, and a tuple; one prompt is a batch of one; a generator draws the seed."""
     pipeline = _opened(_export(tmp_path, saved_parts(tmp_path)))
