@@ -231,7 +231,9 @@ class CheckpointFolder:
     def _check_written(self, manifest: CheckpointManifest) -> None:
         folder = checkpoint_name(manifest.step) + ("" if self.store.folder is None else ".tmp")
         sizes = self.store.list(f"{folder}/")
-        wrong = [file for file, facts in manifest.files.items() if sizes.get(f"{folder}/{file}") != facts["bytes"]]
+        unseen = [file for file, facts in manifest.files.items() if sizes.get(f"{folder}/{file}") != facts["bytes"]]
+        # NFS may list a folder as it was half a minute ago; a name that was never looked up is asked of the server.
+        wrong = [file for file in unseen if self.store.size(f"{folder}/{file}") != manifest.files[file]["bytes"]]
         if wrong:
             raise CheckpointError(
                 f"{len(wrong)} of {len(manifest.files)} shards are not in {self.url}/{folder} as their ranks wrote "

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, CheckpointError, NoGoodCheckpoint
 from tests.unit.checkpoint.conftest import Write
 
@@ -85,6 +86,14 @@ def test_a_shard_that_rank_0_does_not_see(folder: CheckpointFolder) -> None:
     with pytest.raises(CheckpointError, match=r"1 of 1 shards are not in .* a folder that all ranks share"):
         folder.commit(manifest.with_files(manifest.files))
     assert folder.steps() == [1, 2, 3]
+
+
+def test_a_listing_that_is_out_of_date(folder: CheckpointFolder, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS lists a folder as it was half a minute ago: shards that other nodes wrote are asked for by name."""
+    own = Store.list
+    monkeypatch.setattr(Store, "list", lambda store, prefix="": {} if ".tmp" in prefix else own(store, prefix))
+    write(4)
+    assert folder.steps() == [1, 2, 3, 4]
 
 
 def test_amending_keeps_the_tensors(folder: CheckpointFolder) -> None:
