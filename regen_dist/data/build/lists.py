@@ -198,7 +198,8 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _cell(values: dict[Any, Any], names: Sequence[str]) -> str:
-    return str(_value(values, names) or "").strip()
+    text = str(_value(values, names) or "").strip()
+    return text.encode("utf-8", "replace").decode()  # JSON can carry halves of characters
 
 
 def _value(values: dict[Any, Any], names: Sequence[str]) -> object:

@@ -65,6 +65,16 @@ def test_columns_may_have_other_names(tmp_path: Path, kind: str) -> None:
         find_sources([place], columns=Columns.parse("video=clip"))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_half_a_character_becomes_a_question_mark(tmp_path: Path, kind: str) -> None:
+    """Captions that a program cut after so many UTF-16 units; the tar's text and JSON could not be written."""
+    videos(tmp_path, "a.mp4")
+    row = r'{"video": "a.mp4", "caption": "a cat \ud83d"}'
+    (tmp_path / f"list.{kind}").write_text(row if kind == "jsonl" else f"[{row}]")
+    build_shards([tmp_path / f"list.{kind}"], tmp_path / "out", OPTIONS, workers=0)
+    assert open_dataset(tmp_path / "out").sample(0).caption == "a cat ?"
+
+
 @pytest.mark.parametrize("text", ["path", "video", "video=", "clip=x", "video=a,video=b", ""])
 def test_columns_that_are_not_understood_are_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"video=COLUMN,caption=COLUMN"):
