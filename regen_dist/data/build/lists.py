@@ -83,6 +83,8 @@ def read_rows(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool
             f"{place}: the list is empty; it needs the column {_named(columns.video)}, and may have the column "
             f"{_named(columns.caption)}"
         )
+    if columns.caption not in (PLAIN.caption, METADATA.caption) and not any(row.caption for row in rows):
+        raise DataError(f"{place}: no row has a {_named(columns.caption)}, which --columns names; check its name")
     return rows
 
 
@@ -144,7 +146,7 @@ def _raw_rows(
     if suffix == ".parquet":
         yield from _parquet_rows(data, columns, needed)
     elif suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True, skipinitialspace=True)
         _need(needed, reader.fieldnames or ())
         for values in reader:
             yield f"line {reader.line_num}", values

@@ -75,6 +75,20 @@ def test_half_a_character_becomes_a_question_mark(tmp_path: Path, kind: str) -> 
     assert open_dataset(tmp_path / "out").sample(0).caption == "a cat ?"
 
 
+def test_a_column_of_captions_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """A slip in its name gave a dataset without captions."""
+    videos(tmp_path, "a.mp4")
+    place = table(tmp_path / "list.csv", [{"video": "a.mp4", "text": "one"}])
+    with pytest.raises(DataError, match="no row has a txt, which --columns names"):
+        find_sources([place], columns=Columns.parse("video=video,caption=txt"))
+
+
+def test_spaces_after_the_commas_of_a_csv_mean_nothing(tmp_path: Path) -> None:
+    videos(tmp_path, "a.mp4")
+    (tmp_path / "list.csv").write_text('video, caption\na.mp4, "red, blue"\n')
+    assert captions(find_sources([tmp_path / "list.csv"])) == {"a.mp4": "red, blue"}
+
+
 @pytest.mark.parametrize("text", ["path", "video", "video=", "clip=x", "video=a,video=b", ""])
 def test_columns_that_are_not_understood_are_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"video=COLUMN,caption=COLUMN"):
