@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ FOLDER_LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.
 VIDEO_LINES = ("videos.txt", "video.txt")  # a path a line; and in the same order
 CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 _SHOWN = 20
+_LONGEST_FIELD = (1 << 31) - 1  # of a CSV, in characters; Python's own limit is 131072, and long captions exist
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def _raw_rows(
     if suffix == ".parquet":
         yield from _parquet_rows(data, columns, needed)
     elif suffix == ".csv":
+        csv.field_size_limit(_LONGEST_FIELD)
         reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True, skipinitialspace=True)
         _need(needed, reader.fieldnames or ())
         for values in reader:
@@ -223,7 +226,7 @@ def _problem(values: dict[Any, Any], columns: Columns, needed: Sequence[Sequence
     for names in (columns.video, columns.caption):
         value = _value(values, names)
         if value is not None and not isinstance(value, str):
-            return f"its {_named(names)} is {value!r}, not a text"
+            return f"its {_named(names)} is {reprlib.repr(value)}, not a text"
         if names in needed and not (value or "").strip():
             return f"it has no {_named(names)}"
     return ""

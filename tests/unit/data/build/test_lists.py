@@ -89,6 +89,21 @@ def test_spaces_after_the_commas_of_a_csv_mean_nothing(tmp_path: Path) -> None:
     assert captions(find_sources([tmp_path / "list.csv"])) == {"a.mp4": "red, blue"}
 
 
+def test_a_very_long_caption_of_a_csv_is_read(tmp_path: Path) -> None:
+    videos(tmp_path, "a.mp4")
+    place = table(tmp_path / "list.csv", [{"video": "a.mp4", "caption": "word " * 40_000}])
+    assert captions(find_sources([place])) == {"a.mp4": ("word " * 40_000).strip()}
+
+
+def test_a_value_that_is_no_text_is_shown_in_short(tmp_path: Path) -> None:
+    """Videos may be in a table as bytes, captions as whole records."""
+    videos(tmp_path, "a.mp4")
+    pq.write_table(pa.table({"video": [{"path": "a.mp4", "bytes": bytes(1 << 20)}]}), tmp_path / "list.parquet")
+    with pytest.raises(DataError, match=r"its video is \{.*, not a text") as caught:
+        find_sources([tmp_path / "list.parquet"])
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize("text", ["path", "video", "video=", "clip=x", "video=a,video=b", ""])
 def test_columns_that_are_not_understood_are_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"video=COLUMN,caption=COLUMN"):
