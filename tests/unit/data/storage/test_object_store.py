@@ -9,7 +9,7 @@ import pytest
 from regen_dist.config.urls import BUCKET_SCHEMES
 from regen_dist.data.storage.connection import LOOKED_AT, StoreLimits, key_problem
 from regen_dist.data.storage.store import Store
-from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectDenied
+from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectDenied, StoreUnavailable
 from tests.helpers.stores import BUCKET, FakeStore, fake_store, use
 
 URL = f"s3://{BUCKET}"
@@ -109,6 +109,14 @@ def test_what_a_refused_object_means(
         with pytest.raises(DataError, match=words) as caught:
             call()
         assert type(caught.value) is kind or (kind is DataError and not isinstance(caught.value, AccessDenied))
+
+
+def test_a_request_that_came_too_slowly_is_made_again(server: FakeStore) -> None:
+    """S3 answers 400 RequestTimeout to an upload that stalled; its own clients repeat it."""
+    server.objects, server.refused = {"a.mp4": b"1"}, {"a.mp4": (400, "RequestTimeout")}
+    with pytest.raises(StoreUnavailable, match="RequestTimeout"):
+        Store(URL, StoreLimits(stall_s=1.0, deadline_s=1.0)).get("a.mp4")
+    assert len(server.requests) > 1
 
 
 def test_conditional_writes_keep_to_azures_rule_for_metadata(server: FakeStore) -> None:
