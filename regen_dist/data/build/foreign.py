@@ -239,8 +239,9 @@ def index_tars(
     source, store = Store(url), Store(url if out is None else out)
     apart = source.url if source.url != store.url else None
     listing = source.list_all()
-    tars = {name: each.size for name, each in listing.found.items() if name.endswith(".tar")}
-    broken = [Skip(source=name, reason=_COMPRESSED) for name in listing.found if name.endswith(_COMPRESSED_NAMES)]
+    named = {name: each.size for name, each in listing.found.items() if name.endswith((".tar", *_COMPRESSED_NAMES))}
+    tars = {name: size for name, size in named.items() if name.endswith(".tar") and printable(name) == name}
+    broken = [Skip(source=printable(name), reason=_unusable_tar(name)) for name in named if name not in tars]
     broken += [
         Skip(source=name, reason=why)
         for name, why in listing.unreadable.items()
@@ -291,6 +292,10 @@ def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHIN
     facts["notes"] = [note.model_dump() for note in notes]
     store.put(index_name(name), write_index(samples, facts))
     return ""
+
+
+def _unusable_tar(name: str) -> str:
+    return _COMPRESSED if name.endswith(_COMPRESSED_NAMES) else "its name is not UTF-8; rename it"
 
 
 def index_name(tar: str) -> str:

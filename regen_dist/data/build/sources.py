@@ -45,6 +45,7 @@ _MORE_EXTENSIONS = ("3gp", "flv", "gif", "m2ts", "mts", "mxf", "ogv", "vob", "wm
 VIDEO_SUFFIXES = frozenset(f".{extension}" for extension in (*VIDEO_EXTENSIONS, *_MORE_EXTENSIONS))
 _REQUESTS_AT_ONCE = 32
 _ASKING = StoreLimits(stall_s=10.0, deadline_s=20.0)  # a web server for a size: what gives no answer now is dead
+_NOT_UTF8 = "unreadable: its name is not UTF-8; rename it"
 _WORTH_LISTING = 1000  # so many objects of one folder are sized by listing it: a request gives a thousand
 
 
@@ -144,6 +145,9 @@ def _below(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip]:
     that the place names."""
     folder, file = _place(place)
     if file:
+        if printable(file) != file:
+            yield Skip(source=printable(file), reason=_NOT_UTF8)
+            return
         found, unreadable = _neighbours(folder, file), dict[str, str]()
     else:
         found, unreadable = _files_below(folder)
@@ -414,7 +418,7 @@ def _files_below(folder: str) -> tuple[dict[str, ObjectInfo], dict[str, str]]:
             ):  # a dangling link is a source that cannot be read
                 name = path.relative_to(store.folder).as_posix()
                 if printable(name) != name:
-                    unreadable[printable(name)] = "unreadable: its name is not UTF-8; rename it"
+                    unreadable[printable(name)] = _NOT_UTF8
                     continue
                 size = path.stat().st_size if path.exists() else 0
                 found[name] = ObjectInfo(size, None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from regen_dist.data.build.foreign import index_name
-from regen_dist.data.build.tarscan import Pieces
+from regen_dist.data.build.tarscan import Pieces, printable
 from regen_dist.data.format.index import Sample, checksum, read_index, samples_of
 from regen_dist.data.format.latents import CacheFacts, read_null_text, unpack_latents
 from regen_dist.data.format.manifest import MANIFEST, PLAN, DatasetManifest, ShardEntry, read_manifest
@@ -222,7 +222,7 @@ def _unknown(store: Store, manifest: DatasetManifest, found: dict[str, int]) -> 
     known |= tars | {index_name(tar) for tar in tars}  # tars that are broken, or hold nothing that can be used
     left = [path.name for path in sorted(store.folder.glob(".*.tmp"))] if store.folder is not None else []
     for what, names in (
-        ("not named by the manifest", [name for name in found if name not in known]),
+        ("not named by the manifest", [printable(name) for name in found if printable(name) not in known]),
         ("left by a killed command (the same command again removes them)", left),
     ):
         if names:

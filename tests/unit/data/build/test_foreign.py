@@ -211,6 +211,15 @@ def test_compressed_names_are_told_too(tmp_path: Path) -> None:
     assert index(tmp_path, skip_broken=True).manifest.totals.shards == 1
 
 
+def test_a_tar_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    tars = write_shards(tmp_path, shards=2)
+    os.rename(tars[0], os.fsencode(tmp_path) + b"/caf\xe9.tar")
+    with pytest.raises(DataError, match=r"caf\\xe9\.tar: its name is not UTF-8; rename it"):
+        index(tmp_path)
+    assert index(tmp_path, skip_broken=True).manifest.totals.shards == 1
+    assert verify_dataset(tmp_path, workers=0).notes == ()
+
+
 def test_what_lies_behind_the_end_is_told(tmp_path: Path) -> None:
     tars = write_shards(tmp_path, shards=2)
     tars[0].write_bytes(tars[0].read_bytes() + tars[1].read_bytes())

@@ -78,6 +78,8 @@ def test_a_name_that_is_not_utf8_is_left_out(videos: Path) -> None:
     ((name, why),) = ((each.source, each.reason) for each in found.skipped)
     assert name.isascii()
     assert "not UTF-8; rename it" in why
+    with pytest.raises(DataError, match="not UTF-8; rename it"):
+        find_sources([os.fsdecode(os.fsencode(videos) + b"/bad\xff\xfename.mp4")])
 
 
 def test_what_is_missing_is_told_at_once(videos: Path, tmp_path: Path) -> None:
