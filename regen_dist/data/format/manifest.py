@@ -103,6 +103,17 @@ def read_manifest(store: Store) -> DatasetManifest:
     return parse_manifest(store, manifest_bytes(store))
 
 
+def finished_manifest(store: Store) -> DatasetManifest | None:
+    """Return the manifest of a folder; None if there is none, or a damaged one, which is written anew."""
+    if store.size(MANIFEST) is None:
+        return None
+    data = store.get(MANIFEST)
+    try:
+        return parse_manifest(store, data)
+    except DataError:
+        return None
+
+
 def manifest_bytes(store: Store) -> bytes:
     """Return the stored bytes of the manifest; raise DataError if there is none."""
     if store.can_list and MANIFEST not in store.list(MANIFEST):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from regen_dist.data.format.index import SampleFacts, read_index, scan_shard, write_index
 from regen_dist.data.format.manifest import Note, Skip
 from regen_dist.data.storage.store import Store
+from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
 
 if TYPE_CHECKING:
@@ -55,11 +56,16 @@ def index_name(stem: str, number: int) -> str:
 
 
 def finished_shards(store: Store, stem: str) -> Finished:
-    """Return the finished shards of `stem`, up to the first gap: the index exists, and the tar has the size in it."""
+    """Return the finished shards of `stem`, up to the first gap: the index can be read, and the tar has the size in
+    it."""
     found = store.list(stem)
     shards = units = 0
     while (name := index_name(stem, shards)) in found:
-        facts = read_index(store.get(name))[1]
+        data = store.get(name)
+        try:
+            facts = read_index(data)[1]
+        except DataError:
+            break  # damaged: made again
         if facts["size"] and found.get(facts["name"]) != facts["size"]:
             break
         shards, units = shards + 1, facts["units"]

@@ -259,6 +259,17 @@ def test_what_is_lost_is_made_again(
     assert objects(out) == objects(whole)
 
 
+@pytest.mark.parametrize("damaged", ["latents-000001-000000.parquet", "null.safetensors", "manifest.json"])
+def test_what_is_damaged_is_made_again(
+    data: Path, embedder: Path, in_four: tuple[Path, list[Any]], whole: Path, damaged: str
+) -> None:
+    """As the errors of all readers say: run the same again."""
+    out = in_four[0]
+    (out / damaged).write_bytes((out / damaged).read_bytes()[:50])
+    preencode(preencode_config(embedder, data, out, text=TEXT))
+    assert objects(out) == objects(whole)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -206,6 +206,16 @@ def test_damaged_manifest_and_index_are_refused(dataset_folder: Path, tmp_path: 
         open_dataset(folder)
 
 
+@pytest.mark.parametrize("damaged", ["part-00000-000001.parquet", MANIFEST])
+def test_what_is_cut_is_made_again(dataset_folder: Path, sources: Path, tmp_path: Path, damaged: str) -> None:
+    """As the errors of all readers say: run the build again."""
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset_folder, folder)
+    (folder / damaged).write_bytes((folder / damaged).read_bytes()[:50])
+    build_shards([sources], folder, OPTIONS, workers=0)
+    assert objects(folder) == objects(dataset_folder)
+
+
 def test_the_fingerprint_follows_the_data_not_the_place(dataset_folder: Path, sources: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset_folder, tmp_path / "copy")
     assert open_dataset(tmp_path / "copy").fingerprint == open_dataset(dataset_folder).fingerprint
