@@ -251,7 +251,7 @@ def index_tars(
         raise DataError(f"{source.url}: there is no *.tar below it; give the folder that holds the shards")
     _claim(store, [index_name(name) for name in tars], apart)
     todo = _unfinished(store, tars, unwanted)
-    if todo and MANIFEST in store.list(MANIFEST):
+    if todo:
         store.delete(MANIFEST)  # it speaks of indices that are about to change
     calls = ((name, (source, store, name, unwanted)) for name in todo)
     progress("index", len(tars) - len(todo), len(tars))

@@ -218,7 +218,7 @@ def _neighbours(folder: str, file: str) -> dict[str, ObjectInfo]:
     if not store.can_list:
         return {name: ObjectInfo(size, None) for name, size in _sizes(folder, [file]).items()}
     asked = [file, *_likely_texts(file)]
-    return {name: found[name] for name in asked for found in [store.list_found(name)] if name in found}
+    return {name: found for name in asked if (found := _looked_up(store, name)) is not None}
 
 
 def _own_rows(folder: str, sizes: dict[str, int], columns: Columns | None) -> tuple[str, str, list[CaptionRow]] | None:
@@ -374,10 +374,18 @@ def _sizes(folder: str, files: Sequence[str]) -> dict[str, int]:
     if store.read_only and not (store.can_list and len(files) >= _WORTH_LISTING):
         return {file: size for file in files if (size := _web_size(store, file)) is not None}
     if len(files) >= _WORTH_LISTING:
-        found = store.list()
-    else:
-        found = {name: size for file in files for name, size in store.list(file).items()}
-    return {file: found[file] for file in files if file in found}
+        listed = store.list()
+        return {file: listed[file] for file in files if file in listed}
+    return {file: found.size for file in files if (found := _looked_up(store, file)) is not None}
+
+
+def _looked_up(store: Store, file: str) -> ObjectInfo | None:
+    """Size and tag of one object of a bucket. Where that is denied the listing says whether it exists: it is left out
+    later, with the reason."""
+    try:
+        return store.info(file)
+    except ObjectDenied:
+        return store.list_found(file).get(file)
 
 
 def _web_size(store: Store, file: str) -> int | None:
