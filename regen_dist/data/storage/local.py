@@ -36,7 +36,7 @@ class LocalFolder:
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         """These ranges; too few bytes where the object is cut."""
         with self._failures(name, "read"), self._path(name).open("rb", buffering=0) as file:
-            return [os.pread(file.fileno(), size, offset) for offset, size in ranges]
+            return [_read(file.fileno(), offset, size) for offset, size in ranges]
 
     def pieces(self, name: str, piece_bytes: int) -> Iterator[bytes]:
         """An object piece by piece."""
@@ -181,6 +181,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read(descriptor: int, offset: int, size: int) -> bytes:
+    """Read these bytes, fewer at the end of the file; the system may give them in several parts."""
+    data = os.pread(descriptor, size, offset)
+    if len(data) in (0, size):
+        return data
+    parts, read = [data], len(data)
+    while read < size and (data := os.pread(descriptor, size - read, offset + read)):
+        parts.append(data)
+        read += len(data)
+    return b"".join(parts)
 
 
 def _link_new(temporary: Path, target: Path) -> bool:
