@@ -406,7 +406,7 @@ def _files_below(folder: str) -> tuple[dict[str, ObjectInfo], dict[str, str]]:
         return {name: ObjectInfo(size, None) for name, size in own.items()}, {}
     if store.folder is None:
         listing = store.list_all()
-        seen = {name: one for name, one in listing.found.items() if not PurePosixPath(name).name.startswith(".")}
+        seen = {name: one for name, one in listing.found.items() if "/." not in f"/{name}"}
         return seen, listing.unreadable
     found, unreadable = {}, {}
 
@@ -419,7 +419,7 @@ def _files_below(folder: str) -> tuple[dict[str, ObjectInfo], dict[str, str]]:
             folders.clear()
             continue
         visited.add(place)
-        folders.sort()
+        folders[:] = sorted(each for each in folders if not each.startswith("."))  # such as .Trash-1000
         for path in (Path(top, name) for name in names if not name.startswith(".")):
             if (
                 path.suffix.lower() in VIDEO_SUFFIXES | {".txt"} or path.name in FOLDER_LISTS

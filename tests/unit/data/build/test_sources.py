@@ -69,6 +69,13 @@ def test_linked_folders_are_followed_once(videos: Path, tmp_path: Path) -> None:
     assert names(find_sources([videos])) == ["a #1%20.MKV", "b.mp4", "deep/c.webm", "linked/d.mp4"]
 
 
+def test_what_lies_in_a_hidden_folder_is_not_taken(videos: Path) -> None:
+    """A file manager keeps there what was deleted."""
+    (videos / ".Trash-1000" / "files").mkdir(parents=True)
+    (videos / ".Trash-1000" / "files" / "gone.mp4").write_bytes(b"abc")
+    assert names(find_sources([videos])) == ["a #1%20.MKV", "b.mp4", "deep/c.webm"]
+
+
 def test_a_name_that_is_not_utf8_is_left_out(videos: Path) -> None:
     """A manifest cannot hold it; one such file does not keep the others out."""
     with open(os.fsencode(videos) + b"/bad\xff\xfename.mp4", "wb") as file:
