@@ -304,7 +304,7 @@ class ObjectStoreFolder:
                     {
                         meta["path"]: ObjectInfo(int(meta["size"]), meta["e_tag"])
                         for meta in every
-                        if meta["path"].startswith(prefix)
+                        if meta["path"] and meta["path"].startswith(prefix)  # "": the folder's own mark, see below
                     },
                     {},
                 )
@@ -323,6 +323,8 @@ class ObjectStoreFolder:
         top = f"{self._place.prefix}/" if self._place.prefix else ""
         found, unreadable = dict[str, ObjectInfo](), dict[str, str]()
         for key, size, etag in list_keys(self._place, self._limits, f"{top}{prefix}"):
+            if key == top:  # a mark that makes an empty folder visible, as the consoles of services write it
+                continue
             if problem := key_problem(key):
                 unreadable[key.removeprefix(top)] = f"{problem}: rename it"
             else:

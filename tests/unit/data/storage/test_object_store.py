@@ -50,6 +50,13 @@ def test_folders_with_odd_signs_in_their_urls(server: FakeStore) -> None:
     )
 
 
+@pytest.mark.parametrize("odd", [[], ["run//x"]])
+def test_the_mark_of_an_empty_folder_is_no_object(server: FakeStore, odd: list[str]) -> None:
+    """The consoles of services write it: a folder that was made there can be built into."""
+    server.objects = dict.fromkeys(["run/", *odd], b"")
+    assert Store(f"{URL}/run", LIMITS).list() == {}
+
+
 @pytest.mark.parametrize(
     ("key", "problem"),
     [("a/b", ""), ("/a", ""), ("a/", ""), ("a//b", "empty part"), ("a/../b", "'..'"), ("\x7f", "control")],
