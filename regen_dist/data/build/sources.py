@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from regen_dist.config.urls import BUCKET_SCHEMES, WEB_SCHEMES, carries_secret, key_url, parse_url
+from regen_dist.config.urls import BUCKET_SCHEMES, WEB_SCHEMES, carries_secret, key_url, local_path, parse_url
 from regen_dist.data.build.lists import (
     CAPTION_LINES,
     FOLDER_LISTS,
@@ -74,7 +74,7 @@ class VideoSource:
     @property
     def local(self) -> Path | None:
         """Its path, where it is a local file."""
-        return Path(unquote(urlsplit(self.folder).path)) / self.file if self.folder.startswith("file:") else None
+        return local_path(urlsplit(self.folder).path) / self.file if self.folder.startswith("file:") else None
 
     @property
     def place(self) -> str:
@@ -343,7 +343,7 @@ def _located(scheme: str, bucket: str, key: str) -> tuple[str, str]:
 
 def _name(base: str, video: str, file: str) -> str:
     """Return the dataset's name for an entry of a list, without paths of this machine."""
-    video = unquote(urlsplit(video).path) if video.startswith("file:") else video
+    video = str(local_path(urlsplit(video).path)) if video.startswith("file:") else video
     here = str(Store(base).folder or base)
     if video.startswith(f"{here}/"):
         return video[len(here) + 1 :]
