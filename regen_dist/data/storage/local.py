@@ -6,19 +6,18 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 from regen_dist.data.storage.connection import checked_name
 from regen_dist.data.storage.object_store import ObjectInfo, Range
 from regen_dist.errors import AccessDenied, DataError, DiskFull, ObjectMissing
 
-_SERIAL = count()  # threads of a process may write the same name at once
-_TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .NAME.SERIAL.PROCESS.tmp
+_TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .NAME.RANDOM.PROCESS.tmp
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -109,7 +108,8 @@ class LocalFolder:
         """A temporary path on the folder's disk; removed when left over."""
         with self._failures(name, "write"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{Path(name).name}.{next(_SERIAL)}.{os.getpid()}.tmp"
+        # Random: containers on several machines may write the same name at once, with the same process id.
+        temporary = self.folder / f".{Path(name).name}.{secrets.token_hex(4)}.{os.getpid()}.tmp"
         try:
             with full_disk(self.folder, f"{self._url}/{name}"):
                 yield temporary

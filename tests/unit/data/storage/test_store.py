@@ -147,6 +147,19 @@ def test_every_write_reaches_the_disk_before_it_counts(
         assert {path.stat().st_ino, path.parent.stat().st_ino} <= synced, name
 
 
+def test_containers_with_one_process_id_do_not_write_to_one_file(tmp_path: Path) -> None:
+    """Each is process 1 of its own; they claim the same folder at once."""
+    code = f"""if True:
+        import os
+        from pathlib import Path
+        from regen_dist.data.storage.local import LocalFolder
+        os.getpid = lambda: 1
+        with LocalFolder(Path({str(tmp_path)!r})).staging("plan.json") as temporary:
+            print(temporary)"""
+    names = {subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(2)}
+    assert len(names) == 2
+
+
 def test_leftovers_of_a_killed_write_are_removed_and_nothing_else(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
