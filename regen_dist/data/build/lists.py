@@ -96,10 +96,14 @@ def read_lines(videos: str | Path, captions: str | Path) -> list[CaptionRow]:
     texts = []
     for place in (videos, captions):
         try:
-            texts.append(_bytes_of(place).decode("utf-8-sig").rstrip("\r\n").split("\n"))
+            texts.append(_bytes_of(place).decode("utf-8-sig").removesuffix("\n").split("\n"))
         except UnicodeDecodeError as error:
             raise DataError(f"{place}: cannot be read as a list: {error}") from error
     paths, lines = texts
+    while len(paths) > 1 and not paths[-1].strip():  # empty lines at the end; but the last captions may be empty
+        paths.pop()
+    while len(lines) > len(paths) and not lines[-1].strip():
+        lines.pop()
     if len(paths) != len(lines):
         raise DataError(
             f"{videos} has {len(paths)} lines and {captions} {len(lines)}: each video needs its line of caption"

@@ -65,6 +65,14 @@ def test_columns_may_have_other_names(tmp_path: Path, kind: str) -> None:
         find_sources([place], columns=Columns.parse("video=clip"))
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n\r\n"])
+def test_the_last_caption_of_a_text_file_may_be_empty(tmp_path: Path, end: str) -> None:
+    videos(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "videos.txt").write_bytes(f"a.mp4\r\nb.mp4{end}".encode())
+    (tmp_path / "prompts.txt").write_bytes(f"one\r\n\r\n{end}".encode())
+    assert captions(find_sources([tmp_path])) == {"a.mp4": "one", "b.mp4": None}
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
 def test_half_a_character_becomes_a_question_mark(tmp_path: Path, kind: str) -> None:
     """Captions that a program cut after so many UTF-16 units; the tar's text and JSON could not be written."""
