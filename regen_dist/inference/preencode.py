@@ -279,7 +279,7 @@ def _add(writer: ShardWriter, video: Pending, captions: Captions | None) -> Sums
     data = pack_latents(*latents, text, {"frames_left_out": str(cut.left_out)})
     fps, (height, width) = sample.fps / cut.stride, cut.geometry.crop
     described = SampleFacts(cut.frames, height, width, fps, sample.source, sample.caption, sample.motion)
-    writer.add(NewSample(sample.key, data, described, LATENT_EXTENSION))
+    writer.add(NewSample(sample.key, data, described, LATENT_EXTENSION, id=sample.id))
     return Sums.of(latents, cut.left_out)
 
 
