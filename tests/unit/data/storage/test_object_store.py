@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from regen_dist.config.urls import BUCKET_SCHEMES
+from regen_dist.data.storage import object_store
 from regen_dist.data.storage.connection import LOOKED_AT, StoreLimits, key_problem
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectDenied, StoreUnavailable
@@ -48,6 +51,23 @@ def test_folders_with_odd_signs_in_their_urls(server: FakeStore) -> None:
         ["v.mp4"],
         {"/w.mp4": "its key has an empty part ('//'): rename it"},
     )
+
+
+def test_a_long_listing_repeats_the_page_that_failed(server: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a whole it takes longer than the deadline, which is each request's."""
+    server.objects, server.page = dict.fromkeys(["v//odd", *(f"v/{number:02d}" for number in range(20))], b"1"), 1
+    asked, real = [], object_store._get
+
+    def get(*arguments: Any) -> bytes:
+        asked.append(arguments)
+        time.sleep(0.1)
+        if len(asked) == 18:
+            raise OSError("status code: 503 <Code>SlowDown</Code>")
+        return real(*arguments)
+
+    monkeypatch.setattr(object_store, "_get", get)
+    assert len(Store(f"{URL}/v", StoreLimits(stall_s=1.0, deadline_s=1.0)).list()) == 20
+    assert len(asked) == 22
 
 
 @pytest.mark.parametrize("odd", [[], ["run//x"]])
