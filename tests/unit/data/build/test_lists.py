@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from regen_dist.data.build.build import assemble, build_shards, sequences_below
@@ -22,7 +23,7 @@ from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import check_bytes
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
-from regen_dist.errors import AccessDenied, DataError, ObjectCut, ObjectMissing
+from regen_dist.errors import AccessDenied, DataError, ObjectCut, ObjectMissing, StoreUnavailable
 from tests.helpers.video import moving_square, write_video
 from tests.helpers.webserver import WebServer, serving
 
@@ -332,6 +333,17 @@ def test_a_gated_repository_says_how_to_be_let_in(server: WebServer, monkeypatch
         Store("hf://datasets/me/videos/clips").get("c.mp4")
     with pytest.raises(DataError, match="hf://datasets/OWNER/NAME"):
         Store("hf://datasets/me")
+
+
+def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client's errors of connections are no OSErrors."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise HfHubHTTPError.__bases__[0]("[Errno 111] Connection refused")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", refuse)
+    with pytest.raises(StoreUnavailable, match=r"hf://datasets/me/videos: no usable answer.*check the address"):
+        find_sources(["hf://datasets/me/videos"])
 
 
 def test_a_dataset_of_ours_is_read_where_it_lies_on_the_web(
