@@ -52,13 +52,15 @@ class LocalFolder:
             return ObjectInfo(path.stat().st_size, None)
 
     def list(self, prefix: str) -> dict[str, ObjectInfo]:
-        """Every object whose name starts with `prefix`; an absent folder is empty. Links are followed."""
+        """Every object whose name starts with `prefix`; an absent folder is empty. Links are followed, but for those to
+        a folder above, which would go round for ever."""
         top = self.folder / prefix.rpartition("/")[0]
         found: dict[str, ObjectInfo] = {}
         if not top.is_dir():
             return found
         with self._failures(prefix or ".", "list"):
-            for folder, _, files in os.walk(top, onerror=_raise, followlinks=True):
+            for folder, folders, files in os.walk(top, onerror=_raise, followlinks=True):
+                folders[:] = [name for name in folders if not _leads_back(os.path.join(folder, name))]
                 for file in files:
                     path = Path(folder, file)
                     name = path.relative_to(self.folder).as_posix()
@@ -229,6 +231,14 @@ def _runs(process: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+def _leads_back(folder: str) -> bool:
+    """Return true if a folder is a link to one that it lies in."""
+    if not os.path.islink(folder):
+        return False
+    real = os.path.realpath(folder)
+    return any(os.path.realpath(above) == real for above in Path(folder).parents)
 
 
 def _raise(error: OSError) -> None:

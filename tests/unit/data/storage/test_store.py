@@ -298,6 +298,15 @@ def test_what_the_system_reads_in_parts_is_read_whole(tmp_path: Path, monkeypatc
         Store(tmp_path).get_range("video", 60, 50)
 
 
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
+    """Others are, also two to the same folder."""
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "sub" / "x").write_bytes(b"1")
+    (tmp_path / "data" / "sub" / "latest").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "sub")
+    assert list(Store(tmp_path / "data").list()) == ["again/x", "sub/x"]
+
+
 def test_what_is_deleted_while_a_folder_is_listed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process deletes between reading the folder and looking at the file; a dangling link is refused."""
     store = Store(str(tmp_path))
