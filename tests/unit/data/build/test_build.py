@@ -424,6 +424,13 @@ def test_tasks_are_numbered_from_nought_or_by_slurm(text: str, task: tuple[int, 
     assert parse_task(text, {f"SLURM_ARRAY_TASK_{name}": value for name, value in environ.items()}) == task
 
 
+def test_an_array_with_gaps_is_refused_by_that_name() -> None:
+    """Of sbatch --array=0,2,5 Slurm tells the least number and how many there are."""
+    environ = {f"SLURM_ARRAY_TASK_{name}": value for name, value in {"ID": "5", "MIN": "0", "COUNT": "3"}.items()}
+    with pytest.raises(ConfigError, match=r"array with gaps .*--array=0-2"):
+        parse_task("slurm", environ)
+
+
 @pytest.mark.parametrize("text", ["8/8", "1", "a/b", "-1/2", "0/0", "slurm"])
 def test_what_is_no_task_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--task"):
