@@ -223,7 +223,8 @@ def _checked_index(store: Store, entry: ShardEntry, data: bytes) -> pa.Table:
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
         raise DataError(
             f"{store.url}/{entry.index}: differs from the manifest, or the dataset was built again meanwhile; run the "
-            "build again (it makes what is missing), then this"
+            f"same again, and if that does not help `regen shards verify {store.url}`, which says what to "
+            "remove and make anew"
         )
     return read_index(data)[0]
 
