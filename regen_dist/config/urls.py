@@ -70,7 +70,7 @@ def parse_url(url: str) -> Location:
     except ValueError:  # brackets that are no address, for instance; its message would repeat the URL
         raise ValueError(f"not a URL; use {_READ}") from None
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
-        return _local(Path(unquote(url[url.index("/", len("file://")) if "://" in url else len("file:") :])))
+        return _local(local_path(url[url.index("/", len("file://")) if "://" in url else len("file:") :]))
     if parts.scheme in WEB_SCHEMES:
         return _web(parts)
     if parts.scheme not in BUCKET_SCHEMES:
@@ -87,6 +87,11 @@ def parse_url(url: str) -> Location:
         raise ValueError(f"{parts.scheme}://{parts.path}: no bucket; write {parts.scheme}://BUCKET/PREFIX")
     prefix = "/".join(part for part in parts.path.split("/") if part)
     return Location(f"{parts.scheme}://{parts.netloc}{'/' if prefix else ''}{prefix}", parts.scheme, None, parts.netloc)
+
+
+def local_path(quoted: str) -> Path:
+    """Return the path that the path of a file:// URL names, also where its bytes are not UTF-8."""
+    return Path(unquote(quoted, errors="surrogateescape"))
 
 
 def expand_home(path: str) -> str:

@@ -25,17 +25,16 @@ from torch import Tensor
 from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.data.format.catalogue import Dataset
 from regen_dist.data.format.index import Sample, SampleFacts, read_index, samples_of
-from regen_dist.data.format.latents import LATENT_EXTENSION, NULL_TEXT, pack_latents, pack_null_text
+from regen_dist.data.format.latents import LATENT_EXTENSION, NULL_TEXT, pack_latents, pack_null_text, unpack_null_text
 from regen_dist.data.format.manifest import (
-    MANIFEST,
     PLAN,
     DatasetManifest,
     Skip,
     changes,
     claim,
+    finished_manifest,
     listed,
     read_all,
-    read_manifest,
     read_plan,
     to_json,
     write_manifest,
@@ -280,7 +279,7 @@ def _add(writer: ShardWriter, video: Pending, captions: Captions | None) -> Sums
     data = pack_latents(*latents, text, {"frames_left_out": str(cut.left_out)})
     fps, (height, width) = sample.fps / cut.stride, cut.geometry.crop
     described = SampleFacts(cut.frames, height, width, fps, sample.source, sample.caption, sample.motion)
-    writer.add(NewSample(sample.key, data, described, LATENT_EXTENSION))
+    writer.add(NewSample(sample.key, data, described, LATENT_EXTENSION, id=sample.id))
     return Sums.of(latents, cut.left_out)
 
 
@@ -307,7 +306,10 @@ def unfinished(store: Store, numbers: Sequence[int]) -> list[int]:
     begun = [number for number in numbers if {_index(number), sums_name(stem_of(number))} <= found.keys()]
     whole = set()
     for number, (_, data) in zip(begun, read_all(store, [_index(number) for number in begun]), strict=True):
-        facts = read_index(data)[1]
+        try:
+            facts = read_index(data)[1]
+        except DataError:
+            continue  # damaged: made again
         if not facts["size"] or found.get(facts["name"]) == facts["size"]:
             whole.add(number)
     return [number for number in numbers if number not in whole]
@@ -515,9 +517,21 @@ def _tools(config: PreencodeConfig, inputs: Inputs, store: Store, max_bad_share:
     text = None
     if inputs.text is not None:
         text = inputs.text, as_stored(inputs.text.null())
-        store.put_new(NULL_TEXT, pack_null_text(text[1]))
+        _write_null_text(store, pack_null_text(text[1]))
     with Fetcher([inputs.dataset], config.read) as fetcher, decoders() as threads:
         yield Tools(config, inputs.dataset, inputs.encoder, text, fetcher, threads, max_bad_share)
+
+
+def _write_null_text(store: Store, data: bytes) -> None:
+    """Write the embedding of the empty caption, unless there is one that can be read: that of another GPU may differ in
+    its last bits."""
+    if store.put_new(NULL_TEXT, data):
+        return
+    found = store.get(NULL_TEXT)
+    try:
+        unpack_null_text(found)
+    except DataError:
+        store.put(NULL_TEXT, data)
 
 
 def _encode(tools: Tools, store: Store, todo: Sequence[int], progress: Progress) -> EncodedCounts:
@@ -549,7 +563,7 @@ def _finish(done: Preencoded, inputs: Inputs, store: Store) -> Preencoded:
     missing = len(unfinished(store, range(done.shards)))
     if missing:
         return done._replace(shards_missing=missing)
-    if not done.shards_made and store.size(MANIFEST) is not None:
-        return done._replace(manifest=read_manifest(store))
+    if not done.shards_made and (found := finished_manifest(store)) is not None:
+        return done._replace(manifest=found)
     manifest = write_cache_manifest(store, inputs.dataset, inputs.identity, inputs.encoder, inputs.text)
     return done._replace(manifest=manifest)

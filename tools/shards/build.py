@@ -165,7 +165,7 @@ def index(
     from regen_dist.data.video.conversion import LeftOut
 
     unwanted = LeftOut.of(hdr, interlaced)
-    with progress_bar() as progress:
+    with stopping_cleanly(), progress_bar() as progress:
         made = index_tars(url, out, workers=workers, skip_broken=skip_broken, unwanted=unwanted, progress=progress)
     manifest, totals = made.manifest, made.manifest.totals
     typer.echo(

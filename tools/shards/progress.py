@@ -138,7 +138,14 @@ def _slurm(environ: Mapping[str, str]) -> tuple[int, int]:
             "--task slurm: SLURM_ARRAY_TASK_ID, _MIN and _COUNT are not set; submit with sbatch --array=0-7, or "
             "give --task I/N"
         ) from None
-    return (number - first) // step, count
+    place = (number - first) // step
+    if not 0 <= place < count:
+        raise ConfigError(
+            f"--task slurm: array task {number} is not one of {count} from {first} in steps of {step}: an array with "
+            f"gaps cannot share the work; submit with sbatch --array=0-{count - 1}, or one task alone, which makes all "
+            "that is missing"
+        )
+    return place, count
 
 
 # `regen shards frames`: lossless videos from folders of pictures and raw files.

@@ -27,7 +27,7 @@ from regen_dist.data.build.plan import (
 from regen_dist.data.build.segments import KIND, BuildOptions, build_identity
 from regen_dist.data.build.sources import VideoSource, find_sources
 from regen_dist.data.format.index import SampleFacts
-from regen_dist.data.format.manifest import MANIFEST, DatasetManifest, Note, Skip, claim, read_manifest, write_manifest
+from regen_dist.data.format.manifest import DatasetManifest, Note, Skip, claim, finished_manifest, write_manifest
 from regen_dist.data.format.writing import NewSample, ShardWriter
 from regen_dist.data.pool import Pool, Progress, worker_pool
 from regen_dist.data.storage.local import remove_leftovers
@@ -92,8 +92,8 @@ def build_shards(
     missing = _missing(store, parts)
     if missing:
         return Built(None, builder.shards_made, len(parts), missing)
-    if not todo and store.size(MANIFEST) is not None:
-        return Built(read_manifest(store), 0, len(parts), 0)
+    if not todo and (manifest := finished_manifest(store)) is not None:
+        return Built(manifest, 0, len(parts), 0)
     indices = [name for _, files in files_of(store, parts) for name in files if name.endswith(".parquet")]
     manifest = write_manifest(store, indices, KIND, options.recorded(), found.skipped)
     return Built(manifest, builder.shards_made, len(parts), 0)

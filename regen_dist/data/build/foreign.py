@@ -73,7 +73,7 @@ def is_wanted(member: tarfile.TarInfo) -> bool:
     extension = split_member(member.name)[1]
     if _is_video(extension):
         return member.size <= LARGEST_VIDEO_BYTES
-    return extension in ("txt", "json") and member.size <= _LARGEST_TEXT_BYTES
+    return extension.rpartition(".")[2] in ("txt", "json") and member.size <= _LARGEST_TEXT_BYTES
 
 
 def samples_in(
@@ -132,12 +132,12 @@ def _is_video(extension: str) -> bool:
 def _sample(shard: str, group: _Group, left_out: LeftOut) -> tuple[Sample, tuple[str, ...]]:
     if group.repeated:
         raise _UnusableSample(f"two members are called {printable(group.repeated)}; rename one of them")
-    member, data = _video(group)
+    chosen, member, data = _video(group)
     try:
         member.name.encode()
     except UnicodeEncodeError as error:
         raise _UnusableSample("its name is not UTF-8") from error
-    caption = _caption(group)
+    caption = _caption(group, chosen.rpartition(".")[0])
     try:
         with VideoReader(data) as reader:
             info = reader.info()
@@ -158,8 +158,9 @@ def _sample(shard: str, group: _Group, left_out: LeftOut) -> tuple[Sample, tuple
     return replace(indexed(group.key, shard, member, data, facts), id=sample_id(f"{shard}/{group.key}")), notes
 
 
-def _video(group: _Group) -> tuple[tarfile.TarInfo, bytes]:
-    """The video of a sample: KEY.mp4 goes before KEY.left.mp4; two that are alike in this leave none."""
+def _video(group: _Group) -> tuple[str, tarfile.TarInfo, bytes]:
+    """The video of a sample, with its extension: KEY.mp4 goes before KEY.left.mp4; two that are alike in this leave
+    none."""
     videos = [extension for extension in group.members if _is_video(extension)]
     plain = [extension for extension in videos if extension in VIDEO_EXTENSIONS]
     chosen = plain or videos
@@ -172,12 +173,17 @@ def _video(group: _Group) -> tuple[tarfile.TarInfo, bytes]:
         raise _UnusableSample(
             f"its video has {member.size} bytes, more than {LARGEST_VIDEO_BYTES}; cut it with `regen shards build`"
         )
-    return member, data
+    return chosen[0], member, data
 
 
-def _caption(group: _Group) -> str | None:
-    """Return the caption: the content of `txt`, else `caption` or `text` of `json`; None if there is neither."""
-    for extension, read in (("txt", _plain_caption), ("json", _described_caption)):
+def _caption(group: _Group, inner: str) -> str | None:
+    """Return the caption: the content of `txt`, else `caption` or `text` of `json`; None if there is neither.
+
+    Of KEY.left.mp4, whose `inner` name is "left", KEY.left.txt and KEY.left.json go before KEY.txt and KEY.json.
+    """
+    kinds = (("txt", _plain_caption), ("json", _described_caption))
+    own = [(f"{inner}.{extension}", read) for extension, read in kinds] if inner else []
+    for extension, read in (*own, *kinds):
         data = group.members.get(extension, (None, None))[1]
         try:
             caption = read(data).strip() if data is not None else ""
@@ -239,8 +245,9 @@ def index_tars(
     source, store = Store(url), Store(url if out is None else out)
     apart = source.url if source.url != store.url else None
     listing = source.list_all()
-    tars = {name: each.size for name, each in listing.found.items() if name.endswith(".tar")}
-    broken = [Skip(source=name, reason=_COMPRESSED) for name in listing.found if name.endswith(_COMPRESSED_NAMES)]
+    named = {name: each.size for name, each in listing.found.items() if name.endswith((".tar", *_COMPRESSED_NAMES))}
+    tars = {name: size for name, size in named.items() if name.endswith(".tar") and printable(name) == name}
+    broken = [Skip(source=printable(name), reason=_unusable_tar(name)) for name in named if name not in tars]
     broken += [
         Skip(source=name, reason=why)
         for name, why in listing.unreadable.items()
@@ -250,7 +257,7 @@ def index_tars(
         raise DataError(f"{source.url}: there is no *.tar below it; give the folder that holds the shards")
     _claim(store, [index_name(name) for name in tars], apart)
     todo = _unfinished(store, tars, unwanted)
-    if todo and MANIFEST in store.list(MANIFEST):
+    if todo:
         store.delete(MANIFEST)  # it speaks of indices that are about to change
     calls = ((name, (source, store, name, unwanted)) for name in todo)
     progress("index", len(tars) - len(todo), len(tars))
@@ -291,6 +298,10 @@ def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHIN
     facts["notes"] = [note.model_dump() for note in notes]
     store.put(index_name(name), write_index(samples, facts))
     return ""
+
+
+def _unusable_tar(name: str) -> str:
+    return _COMPRESSED if name.endswith(_COMPRESSED_NAMES) else "its name is not UTF-8; rename it"
 
 
 def index_name(tar: str) -> str:

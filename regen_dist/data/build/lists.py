@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ FOLDER_LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.
 VIDEO_LINES = ("videos.txt", "video.txt")  # a path a line; and in the same order
 CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 _SHOWN = 20
+_LONGEST_FIELD = (1 << 31) - 1  # of a CSV, in characters; Python's own limit is 131072, and long captions exist
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def read_rows(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool
             f"{place}: the list is empty; it needs the column {_named(columns.video)}, and may have the column "
             f"{_named(columns.caption)}"
         )
+    if columns.caption not in (PLAIN.caption, METADATA.caption) and not any(row.caption for row in rows):
+        raise DataError(f"{place}: no row has a {_named(columns.caption)}, which --columns names; check its name")
     return rows
 
 
@@ -92,10 +96,14 @@ def read_lines(videos: str | Path, captions: str | Path) -> list[CaptionRow]:
     texts = []
     for place in (videos, captions):
         try:
-            texts.append(_bytes_of(place).decode("utf-8-sig").rstrip("\r\n").split("\n"))
+            texts.append(_bytes_of(place).decode("utf-8-sig").removesuffix("\n").split("\n"))
         except UnicodeDecodeError as error:
             raise DataError(f"{place}: cannot be read as a list: {error}") from error
     paths, lines = texts
+    while len(paths) > 1 and not paths[-1].strip():  # empty lines at the end; but the last captions may be empty
+        paths.pop()
+    while len(lines) > len(paths) and not lines[-1].strip():
+        lines.pop()
     if len(paths) != len(lines):
         raise DataError(
             f"{videos} has {len(paths)} lines and {captions} {len(lines)}: each video needs its line of caption"
@@ -144,7 +152,8 @@ def _raw_rows(
     if suffix == ".parquet":
         yield from _parquet_rows(data, columns, needed)
     elif suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        csv.field_size_limit(_LONGEST_FIELD)
+        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True, skipinitialspace=True)
         _need(needed, reader.fieldnames or ())
         for values in reader:
             yield f"line {reader.line_num}", values
@@ -198,7 +207,8 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _cell(values: dict[Any, Any], names: Sequence[str]) -> str:
-    return str(_value(values, names) or "").strip()
+    text = str(_value(values, names) or "").strip()
+    return text.encode("utf-8", "replace").decode()  # JSON can carry halves of characters
 
 
 def _value(values: dict[Any, Any], names: Sequence[str]) -> object:
@@ -220,7 +230,7 @@ def _problem(values: dict[Any, Any], columns: Columns, needed: Sequence[Sequence
     for names in (columns.video, columns.caption):
         value = _value(values, names)
         if value is not None and not isinstance(value, str):
-            return f"its {_named(names)} is {value!r}, not a text"
+            return f"its {_named(names)} is {reprlib.repr(value)}, not a text"
         if names in needed and not (value or "").strip():
             return f"it has no {_named(names)}"
     return ""

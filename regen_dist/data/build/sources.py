@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from regen_dist.config.urls import BUCKET_SCHEMES, WEB_SCHEMES, carries_secret, key_url, parse_url
+from regen_dist.config.urls import BUCKET_SCHEMES, WEB_SCHEMES, carries_secret, key_url, local_path, parse_url
 from regen_dist.data.build.lists import (
     CAPTION_LINES,
     FOLDER_LISTS,
@@ -45,6 +45,7 @@ _MORE_EXTENSIONS = ("3gp", "flv", "gif", "m2ts", "mts", "mxf", "ogv", "vob", "wm
 VIDEO_SUFFIXES = frozenset(f".{extension}" for extension in (*VIDEO_EXTENSIONS, *_MORE_EXTENSIONS))
 _REQUESTS_AT_ONCE = 32
 _ASKING = StoreLimits(stall_s=10.0, deadline_s=20.0)  # a web server for a size: what gives no answer now is dead
+_NOT_UTF8 = "unreadable: its name is not UTF-8; rename it"
 _WORTH_LISTING = 1000  # so many objects of one folder are sized by listing it: a request gives a thousand
 
 
@@ -73,7 +74,7 @@ class VideoSource:
     @property
     def local(self) -> Path | None:
         """Its path, where it is a local file."""
-        return Path(unquote(urlsplit(self.folder).path)) / self.file if self.folder.startswith("file:") else None
+        return local_path(urlsplit(self.folder).path) / self.file if self.folder.startswith("file:") else None
 
     @property
     def place(self) -> str:
@@ -144,6 +145,9 @@ def _below(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip]:
     that the place names."""
     folder, file = _place(place)
     if file:
+        if printable(file) != file:
+            yield Skip(source=printable(file), reason=_NOT_UTF8)
+            return
         found, unreadable = _neighbours(folder, file), dict[str, str]()
     else:
         found, unreadable = _files_below(folder)
@@ -214,7 +218,7 @@ def _neighbours(folder: str, file: str) -> dict[str, ObjectInfo]:
     if not store.can_list:
         return {name: ObjectInfo(size, None) for name, size in _sizes(folder, [file]).items()}
     asked = [file, *_likely_texts(file)]
-    return {name: found[name] for name in asked for found in [store.list_found(name)] if name in found}
+    return {name: found for name in asked if (found := _looked_up(store, name)) is not None}
 
 
 def _own_rows(folder: str, sizes: dict[str, int], columns: Columns | None) -> tuple[str, str, list[CaptionRow]] | None:
@@ -339,7 +343,7 @@ def _located(scheme: str, bucket: str, key: str) -> tuple[str, str]:
 
 def _name(base: str, video: str, file: str) -> str:
     """Return the dataset's name for an entry of a list, without paths of this machine."""
-    video = unquote(urlsplit(video).path) if video.startswith("file:") else video
+    video = str(local_path(urlsplit(video).path)) if video.startswith("file:") else video
     here = str(Store(base).folder or base)
     if video.startswith(f"{here}/"):
         return video[len(here) + 1 :]
@@ -370,10 +374,18 @@ def _sizes(folder: str, files: Sequence[str]) -> dict[str, int]:
     if store.read_only and not (store.can_list and len(files) >= _WORTH_LISTING):
         return {file: size for file in files if (size := _web_size(store, file)) is not None}
     if len(files) >= _WORTH_LISTING:
-        found = store.list()
-    else:
-        found = {name: size for file in files for name, size in store.list(file).items()}
-    return {file: found[file] for file in files if file in found}
+        listed = store.list()
+        return {file: listed[file] for file in files if file in listed}
+    return {file: found.size for file in files if (found := _looked_up(store, file)) is not None}
+
+
+def _looked_up(store: Store, file: str) -> ObjectInfo | None:
+    """Size and tag of one object of a bucket. Where that is denied the listing says whether it exists: it is left out
+    later, with the reason."""
+    try:
+        return store.info(file)
+    except ObjectDenied:
+        return store.list_found(file).get(file)
 
 
 def _web_size(store: Store, file: str) -> int | None:
@@ -394,7 +406,7 @@ def _files_below(folder: str) -> tuple[dict[str, ObjectInfo], dict[str, str]]:
         return {name: ObjectInfo(size, None) for name, size in own.items()}, {}
     if store.folder is None:
         listing = store.list_all()
-        seen = {name: one for name, one in listing.found.items() if not PurePosixPath(name).name.startswith(".")}
+        seen = {name: one for name, one in listing.found.items() if "/." not in f"/{name}"}
         return seen, listing.unreadable
     found, unreadable = {}, {}
 
@@ -407,14 +419,14 @@ def _files_below(folder: str) -> tuple[dict[str, ObjectInfo], dict[str, str]]:
             folders.clear()
             continue
         visited.add(place)
-        folders.sort()
+        folders[:] = sorted(each for each in folders if not each.startswith("."))  # such as .Trash-1000
         for path in (Path(top, name) for name in names if not name.startswith(".")):
             if (
                 path.suffix.lower() in VIDEO_SUFFIXES | {".txt"} or path.name in FOLDER_LISTS
             ):  # a dangling link is a source that cannot be read
                 name = path.relative_to(store.folder).as_posix()
                 if printable(name) != name:
-                    unreadable[printable(name)] = "unreadable: its name is not UTF-8; rename it"
+                    unreadable[printable(name)] = _NOT_UTF8
                     continue
                 size = path.stat().st_size if path.exists() else 0
                 found[name] = ObjectInfo(size, None)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -42,6 +44,7 @@ RECORD = np.dtype(
         ("checksum", "V16"),
     ]
 )
+_STALE_S = 3600.0
 _COLUMNS = ("id", "offset", "size", "frames", "height", "width", "fps")
 
 
@@ -182,9 +185,8 @@ def make_once(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     with _disk_failures(path.parent), _alone(path):
         if path.exists():
             return
-        for left in path.parent.glob(f"{path.stem}.*.tmp"):  # left by a killed process, since this one holds the lock
-            left.unlink(missing_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        _remove_stale(path)
+        temporary = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             with temporary.open("wb") as file:
                 write(file)
@@ -193,6 +195,15 @@ def make_once(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed processes left. The folder may be shared by machines, whose locks some network disks keep
+    apart: what was written lately may be in use."""
+    for left in path.parent.glob(f"{path.stem}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime >= _STALE_S:
+                left.unlink()
 
 
 def _compile(store: Store, manifest: DatasetManifest, file: IO[bytes]) -> None:
@@ -212,7 +223,8 @@ def _checked_index(store: Store, entry: ShardEntry, data: bytes) -> pa.Table:
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
         raise DataError(
             f"{store.url}/{entry.index}: differs from the manifest, or the dataset was built again meanwhile; run the "
-            "build again (it makes what is missing), then this"
+            f"same again, and if that does not help `regen shards verify {store.url}`, which says what to "
+            "remove and make anew"
         )
     return read_index(data)[0]
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from regen_dist.data.format.index import SCHEMA_VERSION, read_index
 from regen_dist.data.storage.store import Store
-from regen_dist.errors import DataError, ObjectMissing
+from regen_dist.errors import BucketMissing, DataError, ObjectMissing
 from regen_dist.jsontext import json_text
 
 if TYPE_CHECKING:
@@ -103,14 +103,30 @@ def read_manifest(store: Store) -> DatasetManifest:
     return parse_manifest(store, manifest_bytes(store))
 
 
+def finished_manifest(store: Store) -> DatasetManifest | None:
+    """Return the manifest of a folder; None if there is none, or a damaged one, which is written anew."""
+    if store.size(MANIFEST) is None:
+        return None
+    data = store.get(MANIFEST)
+    try:
+        return parse_manifest(store, data)
+    except DataError:
+        return None
+
+
 def manifest_bytes(store: Store) -> bytes:
     """Return the stored bytes of the manifest; raise DataError if there is none."""
-    if store.can_list and MANIFEST not in store.list(MANIFEST):
+    try:
+        return store.get(MANIFEST)
+    except BucketMissing:
+        raise
+    except ObjectMissing:
+        if not store.can_list:
+            raise
         raise DataError(
             f"{store.url}: there is no {MANIFEST}, so no finished dataset. Build one with `regen shards build SOURCE "
             f"--out {store.url}`, or index tars that are there with `regen shards index {store.url}`"
-        )
-    return store.get(MANIFEST)
+        ) from None
 
 
 def parse_manifest(store: Store, data: bytes) -> DatasetManifest:
@@ -187,7 +203,7 @@ def write_manifest(
         described=described.digests(),
     )
     data = to_json(manifest.model_dump(mode="json"))
-    if MANIFEST not in store.list(MANIFEST) or store.get(MANIFEST) != data:
+    if store.size(MANIFEST) is None or store.get(MANIFEST) != data:
         store.put(MANIFEST, data)
     return manifest
 

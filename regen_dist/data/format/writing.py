@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from regen_dist.data.format.index import SampleFacts, read_index, scan_shard, write_index
+from regen_dist.data.format.index import Sample, SampleFacts, read_index, scan_shard, write_index
 from regen_dist.data.format.manifest import Note, Skip
 from regen_dist.data.storage.store import Store
+from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
 
 if TYPE_CHECKING:
@@ -26,13 +27,15 @@ DEFAULT_SHARD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class NewSample:
-    """Sample to write: `data` holds the bytes of a whole video or latent file. `facts` are added to its JSON member."""
+    """Sample to write: `data` holds the bytes of a whole video or latent file. `facts` are added to its JSON member.
+    `id` is the one in the index; None: that of its key."""
 
     key: str
     data: bytes
     described: SampleFacts
     extension: str = "mp4"
     facts: dict[str, Any] = field(default_factory=dict)
+    id: int | None = None
 
 
 class ShardLimits(NamedTuple):
@@ -55,11 +58,16 @@ def index_name(stem: str, number: int) -> str:
 
 
 def finished_shards(store: Store, stem: str) -> Finished:
-    """Return the finished shards of `stem`, up to the first gap: the index exists, and the tar has the size in it."""
+    """Return the finished shards of `stem`, up to the first gap: the index can be read, and the tar has the size in
+    it."""
     found = store.list(stem)
     shards = units = 0
     while (name := index_name(stem, shards)) in found:
-        facts = read_index(store.get(name))[1]
+        data = store.get(name)
+        try:
+            facts = read_index(data)[1]
+        except DataError:
+            break  # damaged: made again
         if facts["size"] and found.get(facts["name"]) != facts["size"]:
             break
         shards, units = shards + 1, facts["units"]
@@ -109,6 +117,7 @@ class ShardWriter:
             members["txt"] = sample.described.caption.encode()
         self._tar.write(members)
         self._described[sample.key] = sample.described
+        self._ids |= {} if sample.id is None else {sample.key: sample.id}
         self.units += 1
         if self._is_full():
             self._finish()
@@ -125,6 +134,7 @@ class ShardWriter:
     def _reset(self) -> None:
         self._open_files = ExitStack()
         self._described: dict[str, SampleFacts] = {}
+        self._ids: dict[str, int] = {}
         self._skipped: list[Skip] = []
         self._notes: dict[Note, None] = {}
 
@@ -145,14 +155,15 @@ class ShardWriter:
 
     def _finish(self) -> None:
         """Write the tar, then the index. A shard without samples has an index only."""
-        samples = []
+        samples: list[Sample] = []
         facts: dict[str, Any] = {"name": self._name, "size": 0, "sha256": "", "units": self.units}
         facts["skipped"] = [skip.model_dump() for skip in self._skipped]
         facts["notes"] = [note.model_dump() for note in self._notes]
         if self._described:
             self._tar.close()
             self._file.close()
-            samples = scan_shard(self._path, self._name, self._described)
+            scanned = scan_shard(self._path, self._name, self._described)
+            samples = [replace(sample, id=self._ids.get(sample.key, sample.id)) for sample in scanned]
             with self._path.open("rb") as file:
                 facts |= {"size": self._path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
             self._store.put_file(self._name, self._path)

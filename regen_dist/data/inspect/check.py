@@ -4,6 +4,7 @@ cache."""
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from regen_dist.data.build.foreign import index_name
-from regen_dist.data.build.tarscan import Pieces
+from regen_dist.data.build.tarscan import Pieces, printable
 from regen_dist.data.format.index import Sample, checksum, read_index, samples_of
 from regen_dist.data.format.latents import CacheFacts, read_null_text, unpack_latents
 from regen_dist.data.format.manifest import MANIFEST, PLAN, DatasetManifest, ShardEntry, read_manifest
@@ -28,6 +29,8 @@ Depth = Literal["quick", "bytes", "deep"]
 SampleCheck = Callable[[Sample, bytes], str]  # finds the problem of a sample with correct bytes; empty if none
 _OURS = (PLAN, MANIFEST)
 _SAMPLES_NAMED = 20  # of one shard
+_RECORDS = re.compile(r"part-\d{5,}(\.plan)?\.json|(latents-\d{6}\.)?statistics\.json")  # of a build, of a cache
+_INDEX = re.compile(r"(part-\d{5,}|latents-\d{6})-\d{6}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -220,10 +223,17 @@ def _unknown(store: Store, manifest: DatasetManifest, found: dict[str, int]) -> 
     known |= {str(manifest.options["null_text"])} if manifest.kind == "latents" else set()
     tars = {skip.source.partition(": ")[0] for skip in manifest.skipped} if manifest.kind == "index" else set()
     known |= tars | {index_name(tar) for tar in tars}  # tars that are broken, or hold nothing that can be used
+    if manifest.kind in ("build", "latents"):
+        known |= {name for name in found if _RECORDS.fullmatch(name) or _is_index_alone(name, found)}
     left = [path.name for path in sorted(store.folder.glob(".*.tmp"))] if store.folder is not None else []
     for what, names in (
-        ("not named by the manifest", [name for name in found if name not in known]),
+        ("not named by the manifest", [printable(name) for name in found if printable(name) not in known]),
         ("left by a killed command (the same command again removes them)", left),
     ):
         if names:
             yield f"{len(names)} objects {what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+
+
+def _is_index_alone(name: str, found: dict[str, int]) -> bool:
+    """Return true for the index of a shard in which everything was left out: it has no tar."""
+    return _INDEX.fullmatch(name) is not None and f"{name.removesuffix('.parquet')}.tar" not in found

@@ -21,7 +21,7 @@ from regen_dist.data.video import reader as video
 from regen_dist.errors import DataError
 
 _MOST_CLIPS = 4
-_MAX_CANDIDATES = 1 << 20  # first rows of a cache, from which the validation rows are chosen
+_MAX_CANDIDATES = 1 << 20  # first rows of a dataset, from which the validation rows are chosen
 
 
 class ValidationRows(NamedTuple):
@@ -38,15 +38,35 @@ def validation_clip(config: DataConfig, *, num_frames: int, most: int = _MOST_CL
     First frames, stride 1, centre crop of `config.validation_size`, not mirrored. Read in this process.
 
     Raises:
-        DataError: a clip cannot be read; validation clips are not replaced.
+        DataError: no video is long enough, or a clip cannot be read; validation clips are not replaced.
     """
     dataset = open_videos(config.validation_url or config.sources[0], config)
-    number = min(most, len(dataset))
-    rows = [row * len(dataset) // number for row in range(number)]
+    rows = _long_enough(dataset, num_frames, most)
     bucket = Bucket(*(config.validation_size or config.sizes[0]), num_frames)
     clips = [_clip(dataset, row, bucket, config.short_side) for row in rows]
     ids = torch.tensor([int(dataset.records["id"][row]) for row in rows], dtype=torch.int64)
     return ClipBatch(torch.from_numpy(np.stack(clips)), ids)
+
+
+def _long_enough(dataset: Dataset, num_frames: int, most: int) -> list[int]:
+    """Choose rows spread over the dataset; where some of these are too short for a clip, spread over those that are
+    not."""
+    rows = _spread(len(dataset), most)
+    if min(int(dataset.records["frames"][row]) for row in rows) >= num_frames:
+        return rows
+    records = dataset.records[:_MAX_CANDIDATES]
+    fitting = np.flatnonzero(records["frames"] >= num_frames)
+    if not len(fitting):
+        raise DataError(
+            f"none of the {len(records)} samples of {dataset.store.url} has the {num_frames} frames of a validation "
+            "clip; name other videos in data.validation_url"
+        )
+    return [int(fitting[place]) for place in _spread(len(fitting), most)]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    number = min(most, count)
+    return [place * count // number for place in range(number)]
 
 
 def _clip(dataset: Dataset, number: int, bucket: Bucket, short_side: int | str | None) -> video.UInt8s:
@@ -77,8 +97,7 @@ def validation_rows(config: LatentDataConfig, facts: CacheFacts, *, rows: int = 
     dataset, found = open_latents(config.validation_url or config.sources[0], config)
     check_same_space([facts, found])
     clips, fitting = _fitting(dataset.records[:_MAX_CANDIDATES], config.clips, facts.num_frames)
-    number = min(rows, len(fitting))
-    chosen = [int(fitting[place * len(fitting) // number]) for place in range(number)]
+    chosen = [int(fitting[place]) for place in _spread(len(fitting), rows)]
     entries = [_entry(dataset, row, facts) for row in chosen]
     ids = torch.tensor([int(dataset.records["id"][row]) for row in chosen], dtype=torch.int64)
     batch = collate_latents([row_of(entry, 0, clips) for entry in entries], ids)

@@ -58,6 +58,7 @@ _METADATA = "http://169.254.169.254"
 _METADATA_PATHS = ("/latest/api/token", "/latest/meta-data", "/computeMetadata/", "/metadata/identity")
 _METADATA_S = 1.0  # it is one hop away, where there is one
 _AGAIN = (408, 409, 425, 429)  # besides 5xx: the same request may be answered later
+_AGAIN_CODES = ("IncompleteBody", "RequestTimeout")  # S3 answers 400 to a body that came too slowly, or was cut
 _NEVER = 1_000_000  # retries: time bounds them, not their number
 _KINDS = {
     "Timeout": "no bytes came in time",
@@ -152,7 +153,7 @@ def explain_store_error(error: Exception, place: Location, name: str, verb: str,
             f"{where}: the store refused to {verb} it ({details}){_endpoint()}; often the bucket is in another "
             f"region{_region(text)}"
         )
-    if status is not None and status < 500 and status not in _AGAIN:
+    if status is not None and status < 500 and status not in _AGAIN and code not in _AGAIN_CODES:
         return DataError(f"{where}: the store refused to {verb} it ({details}){_endpoint()}")
     return StoreUnavailable(
         f"{where}: could not {verb} it in {waited_s:.0f} s (last: {details or _kind(text)}){_endpoint()}; check that "

@@ -6,19 +6,18 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 from regen_dist.data.storage.connection import checked_name
 from regen_dist.data.storage.object_store import ObjectInfo, Range
 from regen_dist.errors import AccessDenied, DataError, DiskFull, ObjectMissing
 
-_SERIAL = count()  # threads of a process may write the same name at once
-_TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .NAME.SERIAL.PROCESS.tmp
+_TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .NAME.RANDOM.PROCESS.tmp
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -36,7 +35,7 @@ class LocalFolder:
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         """These ranges; too few bytes where the object is cut."""
         with self._failures(name, "read"), self._path(name).open("rb", buffering=0) as file:
-            return [os.pread(file.fileno(), size, offset) for offset, size in ranges]
+            return [_read(file.fileno(), offset, size) for offset, size in ranges]
 
     def pieces(self, name: str, piece_bytes: int) -> Iterator[bytes]:
         """An object piece by piece."""
@@ -53,13 +52,15 @@ class LocalFolder:
             return ObjectInfo(path.stat().st_size, None)
 
     def list(self, prefix: str) -> dict[str, ObjectInfo]:
-        """Every object whose name starts with `prefix`; an absent folder is empty. Links are followed."""
+        """Every object whose name starts with `prefix`; an absent folder is empty. Links are followed, but for those to
+        a folder above, which would go round for ever."""
         top = self.folder / prefix.rpartition("/")[0]
         found: dict[str, ObjectInfo] = {}
         if not top.is_dir():
             return found
         with self._failures(prefix or ".", "list"):
-            for folder, _, files in os.walk(top, onerror=_raise, followlinks=True):
+            for folder, folders, files in os.walk(top, onerror=_raise, followlinks=True):
+                folders[:] = [name for name in folders if not _leads_back(os.path.join(folder, name))]
                 for file in files:
                     path = Path(folder, file)
                     name = path.relative_to(self.folder).as_posix()
@@ -109,7 +110,8 @@ class LocalFolder:
         """A temporary path on the folder's disk; removed when left over."""
         with self._failures(name, "write"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{Path(name).name}.{next(_SERIAL)}.{os.getpid()}.tmp"
+        # Random: containers on several machines may write the same name at once, with the same process id.
+        temporary = self.folder / f".{Path(name).name}.{secrets.token_hex(4)}.{os.getpid()}.tmp"
         try:
             with full_disk(self.folder, f"{self._url}/{name}"):
                 yield temporary
@@ -183,6 +185,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _read(descriptor: int, offset: int, size: int) -> bytes:
+    """Read these bytes, fewer at the end of the file; the system may give them in several parts."""
+    data = os.pread(descriptor, size, offset)
+    if len(data) in (0, size):
+        return data
+    parts, read = [data], len(data)
+    while read < size and (data := os.pread(descriptor, size - read, offset + read)):
+        parts.append(data)
+        read += len(data)
+    return b"".join(parts)
+
+
 def _link_new(temporary: Path, target: Path) -> bool:
     """Give a file its name unless that is taken: by a hard link, or where the disk has none by an exclusive copy."""
     try:
@@ -217,6 +231,14 @@ def _runs(process: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+def _leads_back(folder: str) -> bool:
+    """Return true if a folder is a link to one that it lies in."""
+    if not os.path.islink(folder):
+        return False
+    real = os.path.realpath(folder)
+    return any(os.path.realpath(above) == real for above in Path(folder).parents)
 
 
 def _raise(error: OSError) -> None:

@@ -7,6 +7,7 @@ here, under the same deadline.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import os
@@ -71,8 +72,16 @@ def refused_key(error: Exception) -> str | None:
     return found[1] if found and key_problem(found[1]) else None
 
 
-def list_keys(place: Location, limits: StoreLimits, prefix: str) -> Iterator[Key]:
+def list_keys(
+    place: Location,
+    limits: StoreLimits,
+    prefix: str,
+    request: Callable[[Callable[[], ElementTree.Element]], ElementTree.Element],
+) -> Iterator[Key]:
     """Every key of a bucket that starts with `prefix`, in order.
+
+    Args:
+        request: runs the request of each page, so that one that fails is repeated alone: there may be thousands.
 
     Raises:
         AccessDenied: there are no keys to sign with.
@@ -81,7 +90,8 @@ def list_keys(place: Location, limits: StoreLimits, prefix: str) -> Iterator[Key
     keys, base, token = _credentials(place), _base(place), ""
     while True:
         query = {"list-type": "2", "encoding-type": "url", "prefix": prefix}
-        root = _parsed(_get(base, query | ({"continuation-token": token} if token else {}), keys, limits))
+        page = query | ({"continuation-token": token} if token else {})
+        root = request(functools.partial(_page, base, page, keys, limits))
         quoted = _text(root, "EncodingType") == "url"
         for one in root.iterfind("{*}Contents"):
             key = _text(one, "Key")
@@ -91,9 +101,9 @@ def list_keys(place: Location, limits: StoreLimits, prefix: str) -> Iterator[Key
             return
 
 
-def _parsed(answer: bytes) -> ElementTree.Element:
+def _page(base: str, query: dict[str, str], keys: _Keys | None, limits: StoreLimits) -> ElementTree.Element:
     try:
-        return ElementTree.fromstring(answer)
+        return ElementTree.fromstring(_get(base, query, keys, limits))
     except ElementTree.ParseError as error:
         raise OSError(f"kind: Decode, {error}") from None
 
@@ -304,7 +314,7 @@ class ObjectStoreFolder:
                     {
                         meta["path"]: ObjectInfo(int(meta["size"]), meta["e_tag"])
                         for meta in every
-                        if meta["path"].startswith(prefix)
+                        if meta["path"] and meta["path"].startswith(prefix)  # "": the folder's own mark, see below
                     },
                     {},
                 )
@@ -322,7 +332,10 @@ class ObjectStoreFolder:
             )
         top = f"{self._place.prefix}/" if self._place.prefix else ""
         found, unreadable = dict[str, ObjectInfo](), dict[str, str]()
-        for key, size, etag in list_keys(self._place, self._limits, f"{top}{prefix}"):
+        request = functools.partial(self._call, "list", prefix or ".")
+        for key, size, etag in list_keys(self._place, self._limits, f"{top}{prefix}", request):
+            if key == top:  # a mark that makes an empty folder visible, as the consoles of services write it
+                continue
             if problem := key_problem(key):
                 unreadable[key.removeprefix(top)] = f"{problem}: rename it"
             else:

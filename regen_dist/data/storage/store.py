@@ -211,8 +211,13 @@ class Store:
 
     def size(self, name: str) -> int | None:
         """Bytes of an object; None when there is none."""
+        found = self.info(name)
+        return None if found is None else found.size
+
+    def info(self, name: str) -> ObjectInfo | None:
+        """Size and tag of an object, by one request whatever lies beside it; None when there is none."""
         try:
-            return self._open().head(name).size
+            return self._open().head(name)
         except ObjectMissing:
             return None
 

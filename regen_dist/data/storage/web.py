@@ -84,7 +84,10 @@ def list_repository(place: Location, folder: str) -> Iterator[tuple[str, int, st
         return
     except HfHubHTTPError as error:  # its text quotes the address alone
         raise explained_status(error.response.status_code, place, "") from None
-    except OSError as error:
+    except (
+        OSError,
+        *HfHubHTTPError.__bases__,
+    ) as error:  # no answer: an error of the hub's HTTP client, whichever it is
         raise _unavailable(place.url, 0.0, type(error).__name__) from None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.config.preencode import PreencodeConfig
+from regen_dist.data.build.foreign import index_tars
 from regen_dist.data.format.catalogue import Dataset, open_dataset
 from regen_dist.data.format.latents import CacheFacts, LatentEntry, read_null_text, unpack_latents
 from regen_dist.data.storage.store import Store
@@ -28,7 +29,7 @@ from regen_dist.inference.preencode import Captions, Sums, preencode, read_sums
 from regen_dist.models.encoder import Latents
 from regen_dist.models.text import TextEncoder
 from tests.helpers.checkpoints import saved_run
-from tests.helpers.datasets import objects
+from tests.helpers.datasets import numbered, objects, write_tar
 from tests.helpers.preencoding import FPS, StandInText, Video, preencode_config, write_videos
 
 CPU = torch.device("cpu")
@@ -130,6 +131,17 @@ def test_the_index_describes_what_was_encoded(data: Path, whole: Path) -> None:
     for row, entry in enumerate(entries):
         found = cache.row(row)
         facts.check(entry, found.frames, found.height, found.width)
+
+
+def test_keys_that_start_anew_in_every_shard_keep_their_ids(embedder: Path, tmp_path: Path) -> None:
+    """In tars of others ids tell apart what keys do not: entries of one id would get the same noise."""
+    for shard in range(2):
+        write_tar(tmp_path / "tars" / f"{shard}.tar", numbered(2, seed=2 * shard))
+    index_tars(tmp_path / "tars", workers=0)
+    preencode(preencode_config(embedder, tmp_path / "tars", tmp_path / "out"))
+    ids = open_dataset(tmp_path / "out").ids.tolist()
+    assert ids == open_dataset(tmp_path / "tars").ids.tolist()
+    assert len(set(ids)) == 4
 
 
 def test_what_the_manifest_says(data: Path, embedder: Path, whole: Path) -> None:
@@ -256,6 +268,17 @@ def test_what_is_lost_is_made_again(
     (out / lost).unlink()
     again = preencode(preencode_config(embedder, data, out, text=TEXT))
     assert again.shards_made == (lost != "null.safetensors")
+    assert objects(out) == objects(whole)
+
+
+@pytest.mark.parametrize("damaged", ["latents-000001-000000.parquet", "null.safetensors", "manifest.json"])
+def test_what_is_damaged_is_made_again(
+    data: Path, embedder: Path, in_four: tuple[Path, list[Any]], whole: Path, damaged: str
+) -> None:
+    """As the errors of all readers say: run the same again."""
+    out = in_four[0]
+    (out / damaged).write_bytes((out / damaged).read_bytes()[:50])
+    preencode(preencode_config(embedder, data, out, text=TEXT))
     assert objects(out) == objects(whole)
 
 

@@ -16,6 +16,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from regen_dist.data.build import foreign
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import SampleFacts
 from regen_dist.data.format.manifest import write_manifest
@@ -203,6 +204,12 @@ def test_a_signal_that_a_destructor_swallows_is_heard(number: signal.Signals) ->
         _be_struck(number)
     assert ended.value.exit_code == EXIT_RESUME
     assert sys.unraisablehook is before
+
+
+def test_an_index_that_is_stopped_asks_to_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the other commands that make datasets, whose jobs are requeued then."""
+    monkeypatch.setattr(foreign, "index_tars", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert CliRunner().invoke(shards.app, ["index", str(tmp_path)]).exit_code == EXIT_RESUME
 
 
 def test_what_else_is_lost_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

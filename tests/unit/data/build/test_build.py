@@ -192,7 +192,8 @@ def test_damaged_manifest_and_index_are_refused(dataset_folder: Path, tmp_path: 
     folder = tmp_path / "copy"
     shutil.copytree(dataset_folder, folder)
     flip_byte(folder / "part-00000-000001.parquet", 100)
-    with pytest.raises(DataError, match=r"part-00000-000001\.parquet: differs from the manifest"):
+    message = r"part-00000-000001\.parquet: differs from the manifest.*regen shards verify .*which says what to remove"
+    with pytest.raises(DataError, match=message):
         open_dataset(folder, cache=tmp_path / "cache")
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 99}))
@@ -204,6 +205,16 @@ def test_damaged_manifest_and_index_are_refused(dataset_folder: Path, tmp_path: 
     (folder / MANIFEST).unlink()
     with pytest.raises(DataError, match="no finished dataset"):
         open_dataset(folder)
+
+
+@pytest.mark.parametrize("damaged", ["part-00000-000001.parquet", MANIFEST])
+def test_what_is_cut_is_made_again(dataset_folder: Path, sources: Path, tmp_path: Path, damaged: str) -> None:
+    """As the errors of all readers say: run the build again."""
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset_folder, folder)
+    (folder / damaged).write_bytes((folder / damaged).read_bytes()[:50])
+    build_shards([sources], folder, OPTIONS, workers=0)
+    assert objects(folder) == objects(dataset_folder)
 
 
 def test_the_fingerprint_follows_the_data_not_the_place(dataset_folder: Path, sources: Path, tmp_path: Path) -> None:
@@ -412,6 +423,13 @@ def test_a_source_list_that_is_wholly_wrong_stops_the_build(sources: Path, tmp_p
 def test_tasks_are_numbered_from_nought_or_by_slurm(text: str, task: tuple[int, int]) -> None:
     environ = {"ID": "8", "MIN": "4", "MAX": "10", "STEP": "2", "COUNT": "4"}  # --array=4-10:2
     assert parse_task(text, {f"SLURM_ARRAY_TASK_{name}": value for name, value in environ.items()}) == task
+
+
+def test_an_array_with_gaps_is_refused_by_that_name() -> None:
+    """Of sbatch --array=0,2,5 Slurm tells the least number and how many there are."""
+    environ = {f"SLURM_ARRAY_TASK_{name}": value for name, value in {"ID": "5", "MIN": "0", "COUNT": "3"}.items()}
+    with pytest.raises(ConfigError, match=r"array with gaps .*--array=0-2"):
+        parse_task("slurm", environ)
 
 
 @pytest.mark.parametrize("text", ["8/8", "1", "a/b", "-1/2", "0/0", "slurm"])

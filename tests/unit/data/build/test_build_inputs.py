@@ -319,6 +319,21 @@ def test_absolute_and_relative_names_in_lists_are_keys_as_they_stand(
         assert _sources(out) == {name}
 
 
+def test_what_a_list_names_is_not_looked_for_in_the_whole_folder(server: FakeStore, tmp_path: Path) -> None:
+    """A folder of a bucket may hold a million objects beside them."""
+    server.page = 1
+    (tmp_path / "list.csv").write_text(f"video\ns3://{BUCKET}/v/a.mp4\ns3://{BUCKET}/v/z.mp4\n")
+    assert len(find_sources([tmp_path / "list.csv"]).found) == len(server.requests) == 2
+    assert find_sources([f"s3://{BUCKET}/v/a.mp4"]).found[0].text == "a.txt"
+    assert not any("list-type" in request for request in server.requests)
+
+
+def test_opening_a_dataset_lists_nothing(server: FakeStore) -> None:
+    with pytest.raises(DataError, match=r"there is no manifest\.json"):
+        open_dataset(f"s3://{BUCKET}/v")
+    assert len(server.requests) == 1
+
+
 def test_a_signed_url_in_a_list_is_refused_and_not_repeated(server: FakeStore, tmp_path: Path) -> None:
     server.objects["lists/all.csv"] = b"video\ns3://regen/v/a.mp4?X-Amz-Signature=hunter2\n"
     with pytest.raises(DataError, match=r"line 2: .*must not carry credentials") as refused:

@@ -191,6 +191,21 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path: Path, monkeyp
     assert reasons["apart"] == "it has no video, only txt"
 
 
+def test_captions_of_names_with_dots(tmp_path: Path) -> None:
+    """WebDataset splits at the first dot: what is called as the video is, up to its ending, belongs to it."""
+    video = clip()
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in [("a.f137.mp4", video), ("a.f137.txt", b"own"), ("a.txt", b"of the key")]:
+            add_member(tar, name, data)
+        for name, data in [("b.v1.mp4", video), ("b.v1.json", {"caption": "told"}), ("c.v1.mp4", video)]:
+            add_member(tar, name, data)
+        for name, data in [("c.txt", b"of the key"), ("d.mp4", video), ("d.v1.txt", b"of another")]:
+            add_member(tar, name, data)
+    index(tmp_path)
+    found = {sample.key: sample.caption for sample in samples(open_dataset(tmp_path))}
+    assert found == {"a": "own", "b": "told", "c": "of the key", "d": None}
+
+
 def test_keys_that_start_anew_in_every_shard(tmp_path: Path) -> None:
     for shard in range(3):
         write_tar(tmp_path / "in" / f"{shard}.tar", numbered(4, seed=10 * shard))
@@ -209,6 +224,15 @@ def test_compressed_names_are_told_too(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"00000\.tar\.gz: it is compressed.*unpack it"):
         index(tmp_path)
     assert index(tmp_path, skip_broken=True).manifest.totals.shards == 1
+
+
+def test_a_tar_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    tars = write_shards(tmp_path, shards=2)
+    os.rename(tars[0], os.fsencode(tmp_path) + b"/caf\xe9.tar")
+    with pytest.raises(DataError, match=r"caf\\xe9\.tar: its name is not UTF-8; rename it"):
+        index(tmp_path)
+    assert index(tmp_path, skip_broken=True).manifest.totals.shards == 1
+    assert verify_dataset(tmp_path, workers=0).notes == ()
 
 
 def test_what_lies_behind_the_end_is_told(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from regen_dist.data.build.build import assemble, build_shards, sequences_below
@@ -22,7 +23,7 @@ from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import check_bytes
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
-from regen_dist.errors import AccessDenied, DataError, ObjectCut, ObjectMissing
+from regen_dist.errors import AccessDenied, DataError, ObjectCut, ObjectMissing, StoreUnavailable
 from tests.helpers.video import moving_square, write_video
 from tests.helpers.webserver import WebServer, serving
 
@@ -63,6 +64,53 @@ def test_columns_may_have_other_names(tmp_path: Path, kind: str) -> None:
     assert captions(found) == {"a.mp4": "one"}
     with pytest.raises(DataError, match="clip"):
         find_sources([place], columns=Columns.parse("video=clip"))
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n\r\n"])
+def test_the_last_caption_of_a_text_file_may_be_empty(tmp_path: Path, end: str) -> None:
+    videos(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "videos.txt").write_bytes(f"a.mp4\r\nb.mp4{end}".encode())
+    (tmp_path / "prompts.txt").write_bytes(f"one\r\n\r\n{end}".encode())
+    assert captions(find_sources([tmp_path])) == {"a.mp4": "one", "b.mp4": None}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_half_a_character_becomes_a_question_mark(tmp_path: Path, kind: str) -> None:
+    """Captions that a program cut after so many UTF-16 units; the tar's text and JSON could not be written."""
+    videos(tmp_path, "a.mp4")
+    row = r'{"video": "a.mp4", "caption": "a cat \ud83d"}'
+    (tmp_path / f"list.{kind}").write_text(row if kind == "jsonl" else f"[{row}]")
+    build_shards([tmp_path / f"list.{kind}"], tmp_path / "out", OPTIONS, workers=0)
+    assert open_dataset(tmp_path / "out").sample(0).caption == "a cat ?"
+
+
+def test_a_column_of_captions_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """A slip in its name gave a dataset without captions."""
+    videos(tmp_path, "a.mp4")
+    place = table(tmp_path / "list.csv", [{"video": "a.mp4", "text": "one"}])
+    with pytest.raises(DataError, match="no row has a txt, which --columns names"):
+        find_sources([place], columns=Columns.parse("video=video,caption=txt"))
+
+
+def test_spaces_after_the_commas_of_a_csv_mean_nothing(tmp_path: Path) -> None:
+    videos(tmp_path, "a.mp4")
+    (tmp_path / "list.csv").write_text('video, caption\na.mp4, "red, blue"\n')
+    assert captions(find_sources([tmp_path / "list.csv"])) == {"a.mp4": "red, blue"}
+
+
+def test_a_very_long_caption_of_a_csv_is_read(tmp_path: Path) -> None:
+    videos(tmp_path, "a.mp4")
+    place = table(tmp_path / "list.csv", [{"video": "a.mp4", "caption": "word " * 40_000}])
+    assert captions(find_sources([place])) == {"a.mp4": ("word " * 40_000).strip()}
+
+
+def test_a_value_that_is_no_text_is_shown_in_short(tmp_path: Path) -> None:
+    """Videos may be in a table as bytes, captions as whole records."""
+    videos(tmp_path, "a.mp4")
+    pq.write_table(pa.table({"video": [{"path": "a.mp4", "bytes": bytes(1 << 20)}]}), tmp_path / "list.parquet")
+    with pytest.raises(DataError, match=r"its video is \{.*, not a text") as caught:
+        find_sources([tmp_path / "list.parquet"])
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("text", ["path", "video", "video=", "clip=x", "video=a,video=b", ""])
@@ -285,6 +333,17 @@ def test_a_gated_repository_says_how_to_be_let_in(server: WebServer, monkeypatch
         Store("hf://datasets/me/videos/clips").get("c.mp4")
     with pytest.raises(DataError, match="hf://datasets/OWNER/NAME"):
         Store("hf://datasets/me")
+
+
+def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client's errors of connections are no OSErrors."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise HfHubHTTPError.__bases__[0]("[Errno 111] Connection refused")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", refuse)
+    with pytest.raises(StoreUnavailable, match=r"hf://datasets/me/videos: no usable answer.*check the address"):
+        find_sources(["hf://datasets/me/videos"])
 
 
 def test_a_dataset_of_ours_is_read_where_it_lies_on_the_web(

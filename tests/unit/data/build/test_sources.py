@@ -13,6 +13,7 @@ import pytest
 
 from regen_dist.data.build.lists import read_rows
 from regen_dist.data.build.sources import Sources, find_sources
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
 
 
@@ -69,6 +70,13 @@ def test_linked_folders_are_followed_once(videos: Path, tmp_path: Path) -> None:
     assert names(find_sources([videos])) == ["a #1%20.MKV", "b.mp4", "deep/c.webm", "linked/d.mp4"]
 
 
+def test_what_lies_in_a_hidden_folder_is_not_taken(videos: Path) -> None:
+    """A file manager keeps there what was deleted."""
+    (videos / ".Trash-1000" / "files").mkdir(parents=True)
+    (videos / ".Trash-1000" / "files" / "gone.mp4").write_bytes(b"abc")
+    assert names(find_sources([videos])) == ["a #1%20.MKV", "b.mp4", "deep/c.webm"]
+
+
 def test_a_name_that_is_not_utf8_is_left_out(videos: Path) -> None:
     """A manifest cannot hold it; one such file does not keep the others out."""
     with open(os.fsencode(videos) + b"/bad\xff\xfename.mp4", "wb") as file:
@@ -78,6 +86,18 @@ def test_a_name_that_is_not_utf8_is_left_out(videos: Path) -> None:
     ((name, why),) = ((each.source, each.reason) for each in found.skipped)
     assert name.isascii()
     assert "not UTF-8; rename it" in why
+    with pytest.raises(DataError, match="not UTF-8; rename it"):
+        find_sources([os.fsdecode(os.fsencode(videos) + b"/bad\xff\xfename.mp4")])
+
+
+def test_the_folder_above_may_have_any_name(tmp_path: Path) -> None:
+    """Only names inside the dataset must be UTF-8."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(b"abc")
+    (found,) = find_sources([folder]).found
+    assert found.local == folder / "a.mp4"
+    assert Store(found.folder).get("a.mp4") == b"abc"
 
 
 def test_what_is_missing_is_told_at_once(videos: Path, tmp_path: Path) -> None:

@@ -42,6 +42,24 @@ def test_it_is_compiled_once_for_all_copies(dataset_folder: Path, tmp_path: Path
     assert np.array_equal(second.records, first.records)
 
 
+def test_machines_whose_locks_are_apart_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network disks such as BeeGFS and Lustre may lock for one machine alone; home folders lie on them."""
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+
+    def write(file: IO[bytes]) -> None:
+        file.write(b"whole")
+
+    def write_while_another_does(file: IO[bytes]) -> None:
+        write(file)
+        make_once(tmp_path / "x.npy", write)
+
+    make_once(tmp_path / "x.npy", write_while_another_does)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == ["x.npy"]
+    assert (tmp_path / "x.npy").read_bytes() == b"whole"
+
+
 def test_one_of_many_makes_it(tmp_path: Path) -> None:
     made: list[int] = []
 
@@ -66,8 +84,9 @@ def test_it_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "x.999999999.tmp").write_bytes(bytes(1000))
-    (tmp_path / "y.999999999.tmp").write_bytes(bytes(1000))
+    for name in ("x.999999999.tmp", "y.999999999.tmp"):
+        (tmp_path / name).write_bytes(bytes(1000))
+        os.utime(tmp_path / name, (0, 0))
     make_once(tmp_path / "x.npy", lambda file: None)
     assert sorted(path.name for path in tmp_path.glob("*.tmp")) == ["y.999999999.tmp"], "others may be at work on y"
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from regen_dist.data.build.build import build_shards
 from regen_dist.data.build.foreign import index_tars
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.index import Sample, SampleFacts, read_index, samples_of, write_index
@@ -25,7 +27,7 @@ from regen_dist.data.inspect import check
 from regen_dist.data.inspect.check import Depth, verify_dataset
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
-from tests.helpers.datasets import flip_byte, write_shards
+from tests.helpers.datasets import PARTS, clip, flip_byte, objects, write_shards
 from tests.helpers.latents import write_cache
 from tools import shards
 
@@ -201,6 +203,15 @@ def test_what_belongs_to_nothing_is_mentioned(folder: Path) -> None:
         "1 objects not named by the manifest: notes.txt",
         "1 objects left by a killed command (the same command again removes them): .00004.tar.0.999999999.tmp",
     )
+
+
+def test_the_records_of_a_build_belong_to_it(tmp_path: Path) -> None:
+    """Its parts and their plans, and the index of a part whose sources were all left out."""
+    (tmp_path / "a.mp4").write_bytes(clip(24))
+    (tmp_path / "b.mp4").write_bytes(clip(4))
+    build_shards([tmp_path], tmp_path / "out", replace(PARTS, min_motion=0), workers=0)
+    assert "part-00001-000000.parquet" in objects(tmp_path / "out")
+    assert verify_dataset(tmp_path / "out", workers=0).notes == ()
 
 
 def test_samples_are_never_all_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

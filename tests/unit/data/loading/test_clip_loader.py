@@ -109,6 +109,14 @@ def test_validation_clips_are_fixed_and_centred(config: DataConfig) -> None:
     assert equal([first], [other])
 
 
+def test_validation_clips_are_of_videos_that_are_long_enough(config: DataConfig) -> None:
+    """As training leaves out the shorter ones: of eleven samples one has 24 frames, and ten have 36."""
+    clips = validation_clip(config, num_frames=33, most=11)
+    assert clips.video.shape == (10, 3, 33, 32, 40)
+    with pytest.raises(DataError, match=r"none of the 11 samples .* has the 41 frames"):
+        validation_clip(config, num_frames=41)
+
+
 def test_a_crop_larger_than_the_video_is_enlarged_to_fit(config: DataConfig) -> None:
     large = config.model_copy(update={"size": (64, 96), "short_side": None})
     assert read(large, 1)[0].video.shape == (8, 3, 9, 64, 96)

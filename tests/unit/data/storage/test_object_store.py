@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from regen_dist.config.urls import BUCKET_SCHEMES
+from regen_dist.data.storage import object_store
 from regen_dist.data.storage.connection import LOOKED_AT, StoreLimits, key_problem
 from regen_dist.data.storage.store import Store
-from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectDenied
+from regen_dist.errors import AccessDenied, BackendError, DataError, ObjectDenied, StoreUnavailable
 from tests.helpers.stores import BUCKET, FakeStore, fake_store, use
 
 URL = f"s3://{BUCKET}"
@@ -48,6 +51,30 @@ def test_folders_with_odd_signs_in_their_urls(server: FakeStore) -> None:
         ["v.mp4"],
         {"/w.mp4": "its key has an empty part ('//'): rename it"},
     )
+
+
+def test_a_long_listing_repeats_the_page_that_failed(server: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a whole it takes longer than the deadline, which is each request's."""
+    server.objects, server.page = dict.fromkeys(["v//odd", *(f"v/{number:02d}" for number in range(20))], b"1"), 1
+    asked, real = [], object_store._get
+
+    def get(*arguments: Any) -> bytes:
+        asked.append(arguments)
+        time.sleep(0.1)
+        if len(asked) == 18:
+            raise OSError("status code: 503 <Code>SlowDown</Code>")
+        return real(*arguments)
+
+    monkeypatch.setattr(object_store, "_get", get)
+    assert len(Store(f"{URL}/v", StoreLimits(stall_s=1.0, deadline_s=1.0)).list()) == 20
+    assert len(asked) == 22
+
+
+@pytest.mark.parametrize("odd", [[], ["run//x"]])
+def test_the_mark_of_an_empty_folder_is_no_object(server: FakeStore, odd: list[str]) -> None:
+    """The consoles of services write it: a folder that was made there can be built into."""
+    server.objects = dict.fromkeys(["run/", *odd], b"")
+    assert Store(f"{URL}/run", LIMITS).list() == {}
 
 
 @pytest.mark.parametrize(
@@ -109,6 +136,14 @@ def test_what_a_refused_object_means(
         with pytest.raises(DataError, match=words) as caught:
             call()
         assert type(caught.value) is kind or (kind is DataError and not isinstance(caught.value, AccessDenied))
+
+
+def test_a_request_that_came_too_slowly_is_made_again(server: FakeStore) -> None:
+    """S3 answers 400 RequestTimeout to an upload that stalled; its own clients repeat it."""
+    server.objects, server.refused = {"a.mp4": b"1"}, {"a.mp4": (400, "RequestTimeout")}
+    with pytest.raises(StoreUnavailable, match="RequestTimeout"):
+        Store(URL, StoreLimits(stall_s=1.0, deadline_s=1.0)).get("a.mp4")
+    assert len(server.requests) > 1
 
 
 def test_conditional_writes_keep_to_azures_rule_for_metadata(server: FakeStore) -> None:

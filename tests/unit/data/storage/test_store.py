@@ -17,7 +17,7 @@ from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.local import free_bytes, remove_leftovers
 from regen_dist.data.storage.object_store import ByteSpan, join_ranges
 from regen_dist.data.storage.store import Store
-from regen_dist.errors import AccessDenied, BackendError, DataError, DiskFull, ObjectMissing
+from regen_dist.errors import AccessDenied, BackendError, DataError, DiskFull, ObjectCut, ObjectMissing
 from tests.helpers.storecontract import StoreContract
 from tests.helpers.stores import use
 
@@ -147,6 +147,19 @@ def test_every_write_reaches_the_disk_before_it_counts(
         assert {path.stat().st_ino, path.parent.stat().st_ino} <= synced, name
 
 
+def test_containers_with_one_process_id_do_not_write_to_one_file(tmp_path: Path) -> None:
+    """Each is process 1 of its own; they claim the same folder at once."""
+    code = f"""if True:
+        import os
+        from pathlib import Path
+        from regen_dist.data.storage.local import LocalFolder
+        os.getpid = lambda: 1
+        with LocalFolder(Path({str(tmp_path)!r})).staging("plan.json") as temporary:
+            print(temporary)"""
+    names = {subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(2)}
+    assert len(names) == 2
+
+
 def test_leftovers_of_a_killed_write_are_removed_and_nothing_else(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -273,6 +286,25 @@ def test_neighbours_share_a_request() -> None:
     assert join_ranges(ranges, 2) == [ByteSpan(0, 20, (1, 3, 2)), ByteSpan(100, 111, (0, 5))]
     assert join_ranges(ranges, 80) == [ByteSpan(0, 111, (1, 3, 2, 0, 5))]
     assert join_ranges([(0, 100), (10, 5), (101, 1)], 1) == [ByteSpan(0, 102, (0, 1, 2))]
+
+
+def test_what_the_system_reads_in_parts_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux gives at most 2 GiB less a page at once, network disks less; kept videos may be larger."""
+    Store(tmp_path).put("video", bytes(range(100)))
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: real(file, min(size, 7), offset))
+    assert Store(tmp_path).get_ranges("video", [(10, 50), (3, 0)]) == [bytes(range(10, 60)), b""]
+    with pytest.raises(ObjectCut, match="asked for 50 bytes at 60, got 40"):
+        Store(tmp_path).get_range("video", 60, 50)
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
+    """Others are, also two to the same folder."""
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "sub" / "x").write_bytes(b"1")
+    (tmp_path / "data" / "sub" / "latest").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "sub")
+    assert list(Store(tmp_path / "data").list()) == ["again/x", "sub/x"]
 
 
 def test_what_is_deleted_while_a_folder_is_listed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
