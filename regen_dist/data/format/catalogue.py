@@ -7,6 +7,7 @@ Texts (keys, captions, sources) stay in the indices and are fetched when a messa
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -45,6 +46,7 @@ RECORD = np.dtype(
     ]
 )
 _STALE_S = 3600.0
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _COLUMNS = ("id", "offset", "size", "frames", "height", "width", "fps")
 
 
@@ -242,10 +244,15 @@ def _of_table(table: pa.Table, shard: int) -> npt.NDArray[np.void]:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock among the processes of this machine."""
+    """Hold an exclusive lock among the processes of this machine. On a disk without locks (Lustre mounted without
+    `flock`) several may make the same file, which costs time alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         yield
 
 

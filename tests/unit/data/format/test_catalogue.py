@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -89,6 +90,23 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
         os.utime(tmp_path / name, (0, 0))
     make_once(tmp_path / "x.npy", lambda file: None)
     assert sorted(path.name for path in tmp_path.glob("*.tmp")) == ["y.999999999.tmp"], "others may be at work on y"
+
+
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre mounted without flock; any other failure is one."""
+
+    def fail(number: int) -> None:
+        def flock(file: object, kind: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+
+    fail(errno.ENOSYS)
+    make_once(tmp_path / "x.npy", lambda file: None)
+    assert (tmp_path / "x.npy").is_file()
+    fail(errno.EIO)
+    with pytest.raises(DataError, match="cannot be written"):
+        make_once(tmp_path / "y.npy", lambda file: None)
 
 
 def test_a_damaged_catalogue_is_told(dataset_folder: Path, tmp_path: Path) -> None:
