@@ -33,7 +33,7 @@ from regen_dist.data.pool import Pool, Progress, worker_pool
 from regen_dist.data.storage.local import remove_leftovers
 from regen_dist.data.storage.store import Store
 from regen_dist.data.video.transcode import EncodedSegment, Segment, encode_segments
-from regen_dist.errors import DataError
+from regen_dist.errors import DataError, DiskFull
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
@@ -141,7 +141,13 @@ class _Builder:
         self._report_surveyed(0)
         for number, part in enumerate(self._todo):
             self._progress("parts", number, len(self._todo))
-            begun.append(self._planner.begin(part))
+            try:
+                begun.append(self._planner.begin(part))
+            except DiskFull:
+                if not begun:
+                    raise
+                self._make(begun.pop(0))  # the disk has room for the copies of one part alone
+                begun.append(self._planner.begin(part))
             if len(begun) > 1:
                 self._make(begun.pop(0))
         for last in begun:

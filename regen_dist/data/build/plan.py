@@ -204,28 +204,32 @@ class Copies:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        self._promised: dict[str, int] = {}  # bytes of the parts whose copies are here, or on their way
 
     def origins(self, part: BuildPart) -> list[Origin]:
         """Return the origin of each source of a part: its location, and the path where it is read."""
         return [self._origin(part, number) for number in range(len(part.sources))]
 
     def make_room(self, part: BuildPart) -> None:
-        """DiskFull when the sources of a part do not fit beside what is there."""
+        """DiskFull when the sources of a part do not fit beside what is there, and what is on its way."""
         needed = sum(source.size for source in part.sources if source.local is None)
         if self._folder is None or not needed:
             return
-        free = free_bytes(self._folder)
+        here = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
+        free = free_bytes(self._folder) - max(0, sum(self._promised.values()) - here)
         if needed > free:
             raise DiskFull(
                 f"{self._folder}: the sources of {part.stem} take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
                 "make room, or set TMPDIR to a folder on another disk, or build with a smaller --part-gb"
             )
+        self._promised[part.stem] = needed
         self._of(part).mkdir(exist_ok=True)
 
     def remove(self, part: BuildPart) -> None:
         """Remove the copies of a part's sources."""
         if self._folder is not None:
             shutil.rmtree(self._of(part), ignore_errors=True)
+            self._promised.pop(part.stem, None)
 
     def _of(self, part: BuildPart) -> Path:
         assert self._folder is not None, "there is a folder where something is copied"

@@ -12,15 +12,16 @@ import pytest
 
 from regen_dist.data.build.build import build_shards
 from regen_dist.data.build.foreign import index_tars
+from regen_dist.data.build.plan import BuildPart, Copies
 from regen_dist.data.build.segments import BuildOptions
-from regen_dist.data.build.sources import find_sources
+from regen_dist.data.build.sources import VideoSource, find_sources
 from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.format.manifest import DatasetManifest, read_manifest
 from regen_dist.data.inspect.check import verify_dataset
 from regen_dist.data.storage.store import Store
 from regen_dist.data.video.conversion import LeftOut
 from regen_dist.data.video.reader import VideoReader
-from regen_dist.errors import DataError
+from regen_dist.errors import DataError, DiskFull
 from regen_dist.inference.frames import SourceVideo
 from regen_dist.inference.frames import write_video as write_frames
 from tests.helpers.stores import BUCKET, FakeStore, fake_store, use
@@ -238,6 +239,31 @@ def test_sources_of_one_size_are_compared_though_one_cannot_be_fetched(
     assert {name: reason.split(":")[0] for name, reason in _left_out(tmp_path / "out").items()} == {
         "a.mp4": "unreadable", "c.mp4": "duplicate",
     }  # fmt: skip
+
+
+def test_a_disk_with_room_for_one_part(
+    server: FakeStore, videos: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next part is copied ahead only where both fit; one that does not fit alone is an error."""
+    room = max(map(len, videos))
+
+    def free(folder: Path) -> int:
+        return room - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    monkeypatch.setattr("regen_dist.data.build.plan.free_bytes", free)
+    build_shards([URL], tmp_path / "out", replace(OPTIONS, part_gb=1e-6), workers=0)
+    assert _sources(tmp_path / "out") == {"a.mp4", "m.mp4", "z.mp4"}
+    part = BuildPart(0, 0, (VideoSource("a", URL, "a.mp4", room),))
+    copies = Copies(tmp_path / "copies")
+    (tmp_path / "copies").mkdir()
+    copies.make_room(part)
+    with pytest.raises(DiskFull, match="0.0 GB are free"):  # the first copies are on their way
+        copies.make_room(part._replace(number=1))
+    copies.remove(part)
+    copies.make_room(part._replace(number=1))
+    room -= 1
+    with pytest.raises(DiskFull, match=r"set TMPDIR to a folder on another disk"):
+        build_shards([URL], tmp_path / "small", replace(OPTIONS, part_gb=1e-6), workers=0)
 
 
 def test_a_caption_that_cannot_be_fetched_leaves_its_video_out(server: FakeStore, tmp_path: Path) -> None:
