@@ -257,7 +257,7 @@ def test_a_disk_with_room_for_one_part(
     copies = Copies(tmp_path / "copies")
     (tmp_path / "copies").mkdir()
     copies.make_room(part)
-    with pytest.raises(DiskFull, match="0.0 GB are free"):  # the first copies are on their way
+    with pytest.raises(DiskFull, match=r"0\.0 GB are free"):  # the first copies are on their way
         copies.make_room(part._replace(number=1))
     copies.remove(part)
     copies.make_room(part._replace(number=1))
