@@ -50,6 +50,7 @@ def sample(
     if steps < 1:
         raise ConfigError(f"the number of sampling steps must be at least 1, found {steps}")
     times = shifted(torch.linspace(1.0, 0.0, steps + 1), shift)
+    times[0] = 1.0  # a shifted 1 may be rounded to more, where log(alpha) is NaN
     x = noise
     last: tuple[Tensor, Tensor] | None = None  # time and estimate of the step before
     for now, then in pairwise(times):

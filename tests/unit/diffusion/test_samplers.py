@@ -147,6 +147,21 @@ def test_shifted_steps_end_at_the_same_place(shift: float) -> None:
     assert float((found - (MEAN + STD * _noise())).abs().max()) < 1e-2
 
 
+@pytest.mark.parametrize("tokens", [8, 20, 32, 60])
+def test_shifted_steps_begin_at_pure_noise(tokens: int) -> None:
+    """Of a row of any length: beyond 1, by rounding, DPM-Solver++ took the logarithm of a negative number."""
+    seen: list[Tensor] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return x / 2
+
+    shift = (tokens / 1024) ** 0.5
+    found = sample(denoise, _noise(), path="rectified_flow", steps=4, method="dpmpp_2m", shift=shift)
+    assert bool(found.isfinite().all())
+    assert seen[0].tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_steps_are_refused(steps: int) -> None:
     """An error, not the noise as a video."""
