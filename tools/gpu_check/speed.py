@@ -152,8 +152,8 @@ def t2v_blocks(machine: Machine) -> dict[str, Any]:
 
     seconds = machine.seconds(step)
     peak = peak_tflops(machine.device, machine.dtype) * 1e12
-    mfu = rows * counted.num_training_flops / seconds / peak
-    hfu = rows * (counted.num_training_flops + counted.recomputed_flops) / seconds / peak
+    mfu = rows * (counted.num_training_flops - counted.recomputed_flops) / seconds / peak
+    hfu = rows * counted.num_training_flops / seconds / peak
     if not 0 < mfu < hfu < machine.size(1.0, 2.0):  # the CPU's own peak is measured, and moves
         raise RegenError(f"MFU {mfu:.2f} and HFU {hfu:.2f} cannot be: the count or the peak ({peak:.3g}) is wrong")
     summary = f"MFU {mfu:.2f}, HFU {hfu:.2f} of {peak / 1e12:.3g} TFLOP/s, {rows} row{'s' if rows > 1 else ''}"

@@ -192,6 +192,16 @@ def test_a_training_far_shorter_than_its_time_is_repeated_at_its_own_pace(
     assert calls == trained
 
 
+def test_recomputed_operations_count_for_the_hfu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(torch.device("cpu"))
+    monkeypatch.setattr(speed, "peak_tflops", lambda device, dtype: 1e3)
+    found = speed.t2v_blocks(machine)
+    counted = speed._counted(machine, speed._row_config(machine, 8, "plain"))
+    done = found["seconds"] * 1e15
+    assert found["mfu"] * done == pytest.approx(3 * counted.num_forward_flops)
+    assert found["hfu"] * done == pytest.approx(3 * counted.num_forward_flops + counted.recomputed_flops)
+
+
 class _Row(NamedTuple):
     """One row of a profile."""
 
