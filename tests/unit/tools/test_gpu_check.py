@@ -15,10 +15,11 @@ import torch
 from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
+from regen_dist.config.run import OptimizerConfig
 from regen_dist.errors import BackendError, ConfigError, RegenError
 from tests.helpers.machine import wait_until_gone
 from tools.cli import app
-from tools.gpu_check import command, speed
+from tools.gpu_check import command, optimizers, speed
 from tools.gpu_check import worker as worker_module
 from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part, training_part
 from tools.gpu_check.machine import Machine, PartLeftOut, relative_error, require_close
@@ -155,7 +156,6 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from regen_dist.models import attention
     from regen_dist.models.layers import CausalConv
     from regen_dist.registry import Entry
-    from tools.gpu_check import optimizers
 
     machine, kernels = Machine(torch.device("cpu")), attention.BACKENDS["sdpa"].build
     wrong = Entry(kernels._replace(attend=lambda q, k, v: kernels.attend(q, k, v) * 1.01))
@@ -168,6 +168,33 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "frames after it" in run_check("convolutions:convolutions", machine)["summary"]
     monkeypatch.setattr(optimizers, "set_num_updates", lambda optimizer, updates: None)
     assert run_check("optimizers:optimizers", machine)["status"] == "failed"
+
+
+class _Precise(torch.optim.AdamW):
+    """AdamW whose weights are updated in float64, as a fused kernel of CUDA does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            (b1, b2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] += 1
+                m, v = state["exp_avg"].lerp_(p.grad, 1 - b1), state["exp_avg_sq"].lerp_(p.grad.square(), 1 - b2)
+                m, v = m.double() / (1 - b1 ** float(state["step"])), v.double() / (1 - b2 ** float(state["step"]))
+                p.copy_(p.double() * (1 - lr * group["weight_decay"]) - lr * m / (v.sqrt() + group["eps"]))
+
+
+def test_an_optimizer_that_rounds_less_is_far_from_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(config: OptimizerConfig, weights: list[torch.Tensor], device: torch.device) -> torch.optim.Optimizer:
+        decays = (config.weight_decay, 0.0)
+        parts = [each for each in weights if each.ndim > 1], [each for each in weights if each.ndim <= 1]
+        groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, decays, strict=True)]
+        return _Precise(groups, lr=config.lr, betas=config.betas)
+
+    monkeypatch.setattr(optimizers, "build_optimizer", build)
+    errors = optimizers.optimizers(Machine(torch.device("cpu")))["errors"]
+    assert max(errors.values()) < optimizers._TOLERANCE / 2
 
 
 @pytest.mark.parametrize(
