@@ -259,7 +259,15 @@ def _transformers_features(folder: Path, video: bool) -> GivenNetwork:
             f"{folder} holds no config.json with safetensors, as `save_pretrained` of transformers writes"
             "; save the network so"
         )
-    model: Any = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    model, found = AutoModel.from_pretrained(folder, **options)  # type: Any, Any
+    drawn = sorted(found["missing_keys"])  # weights that are not in the files: at random
+    if missing := [name for name in drawn if "pooler" not in name]:
+        raise DataError(
+            f"{folder}: its safetensors lack {len(missing)} weights of this {type(model).__name__}, such as "
+            f"{missing[0]}; give the folder of the whole network"
+        )
+    model.eval()
     given = getattr(model.config, "image_size", None)
     side = given if isinstance(given, int) else int(given[0]) if given else 224
     frames = getattr(model.config, "num_frames", None)
@@ -275,7 +283,7 @@ def _transformers_features(folder: Path, video: bool) -> GivenNetwork:
         flat = F.interpolate(flat, size=(side, side), mode="bicubic", antialias=True).clamp(0, 255)
         flat = (flat / 255 - mean) / std
         made = model(pixel_values=flat.unflatten(0, (len(pixels), -1)) if video else flat)
-        pooled = getattr(made, "pooler_output", None)
+        pooled = None if drawn else getattr(made, "pooler_output", None)
         features: Tensor = made.last_hidden_state.mean(1) if pooled is None else pooled
         return features.float()
 

@@ -234,3 +234,21 @@ def test_features_of_transformers_folders(tmp_path: Path) -> None:
     assert torch.allclose(found, of_image, atol=1e-5)
     with pytest.raises(DataError, match="--fvd takes video"):
         load_features(tmp_path / "image", video=True)
+
+
+def test_features_are_of_no_weights_at_random(tmp_path: Path) -> None:
+    """A classifier has no pooler, which transformers would draw anew for every process."""
+    from safetensors.torch import load_file, save_file
+    from transformers import ViTConfig, ViTForImageClassification
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=16, **small)).eval()
+    model.save_pretrained(tmp_path)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32)).float()
+    with torch.no_grad():
+        expected = model.vit(pixel_values=pixels / 127.5 - 1).last_hidden_state.mean(1)
+    assert torch.allclose(load_features(tmp_path, video=False).call(pixels), expected, atol=1e-5)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: weights[name] for name in weights if "layernorm" not in name}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="lack 6 weights of this ViTModel, such as"):
+        load_features(tmp_path, video=False)
