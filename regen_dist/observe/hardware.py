@@ -69,14 +69,19 @@ def peak_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
             return peak
     side = 8192 if device.type == "cuda" else 512
     a = torch.randn(side, side, device=device, dtype=dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
+    _product_seconds(a)  # the first product of a process loads the library: it may take longer than all of `seconds`
+    best, end = _product_seconds(a), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, _product_seconds(a))
     return 2 * side**3 / best / 1e12
+
+
+def _product_seconds(a: torch.Tensor) -> float:
+    start = time.perf_counter()
+    a @ a
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - start
 
 
 def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

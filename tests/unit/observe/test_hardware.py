@@ -60,6 +60,19 @@ def test_a_gpu_has_the_peak_of_its_own_kind(name: str, entry: str | None) -> Non
     assert known_peak(name) is (None if entry is None else GPU_PEAKS[entry])
 
 
+def test_a_measured_peak_is_not_that_of_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads the library of a GPU, which may take longer than the whole measurement."""
+    clock, durations = [0.0], iter([0.5])
+
+    def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        clock[0] += next(durations, 1e-3)
+        return a
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+    assert hardware.peak_tflops(torch.device("cpu"), torch.float32) == pytest.approx(2 * 512**3 / 1e-3 / 1e12)
+
+
 def test_every_peak_has_its_source_and_tensor_cores_are_the_faster_ones() -> None:
     for peak in GPU_PEAKS.values():
         assert peak.source
