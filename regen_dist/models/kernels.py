@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from regen_dist.errors import BackendError
 from regen_dist.registry import Site, problems
 
+_AMPERE = 8  # major compute capability, before which FlashAttention does not run
 _HOPPER = 9  # major compute capability, from which on cuDNN's kernel is the faster one
 _KEY = "model.[decoder.]attention.backend"  # of an embedder with its part, of text to video without
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -112,11 +113,17 @@ def require_flash(device: str, dtype: torch.dtype, capability: tuple[int, int]) 
     """The FlashAttention that runs here: version 3 on Hopper where it is installed, else 2.
 
     Raises:
-        BackendError: no CUDA device, a dtype that the kernels do not take, or neither package.
+        BackendError: no CUDA device, one before Ampere, a dtype that the kernels do not take, or neither package.
     """
     site = Site(device, _PRECISIONS.get(dtype, str(dtype)), packages=False)  # they are tried below
     for problem in problems("attention.backend", "flash", site, _KEY):
         raise BackendError(problem)
+    if capability[0] < _AMPERE:
+        found = ".".join(map(str, capability))
+        raise BackendError(
+            f"{_KEY}=flash needs a GPU of compute capability {_AMPERE}.0 (Ampere) or later, found {found}; set "
+            f"{_KEY}=sdpa"
+        )
     names = ["flash_attn_interface"] * (capability[0] == _HOPPER) + ["flash_attn"]  # version 3 is Hopper's alone
     errors = []
     for name in names:

@@ -168,6 +168,13 @@ def test_without_either_package_both_are_named() -> None:
         kernels.require_flash("cuda", torch.bfloat16, HOPPER)
 
 
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_gpus_before_ampere_are_refused(capability: tuple[int, int]) -> None:
+    """The package itself would raise a RuntimeError amid the first step."""
+    with _pretended(capability, flash_attn=TWO), pytest.raises(BackendError, match=r"8\.0 .*found 7\.[05]; set"):
+        kernels.attend_flash(*[torch.ones(1, 1, 2, 8, dtype=torch.bfloat16)] * 3)
+
+
 def test_cudnn_comes_first_on_hopper() -> None:
     assert kernels.sdpa_order(HOPPER)[0] == SDPBackend.CUDNN_ATTENTION
     assert kernels.sdpa_order((10, 0))[0] == SDPBackend.CUDNN_ATTENTION
