@@ -6,6 +6,7 @@ import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -211,6 +212,15 @@ def test_a_job_is_read_as_it_was_written(job: Submission, tmp_path: Path) -> Non
     (later.folder / "job.json").write_text('{"name": 1}')
     with pytest.raises(RegenError, match="not a job of this version"):
         newest_job(tmp_path)
+
+
+def test_folders_sort_by_submission_when_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the end of summer time, or by a login node in another time zone."""
+    clocks = ["20251026-025959", "20251026-025959", "20251026-020000", "20251026-020000", "20251026-030100"]
+    monkeypatch.setattr("launcher.job.time", SimpleNamespace(strftime=lambda _: clocks.pop(0)))
+    made = [new_folder(tmp_path).name for _ in range(5)]
+    assert made == sorted(made)
+    assert (made[0], made[-1]) == ("20251026-025959", "20251026-030100")
 
 
 def test_a_run_from_start_to_end(job: Submission) -> None:
