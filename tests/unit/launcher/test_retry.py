@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,6 +361,21 @@ def test_the_copy_of_the_code(tmp_path: Path, root: Path) -> None:
     (changed / "launcher").mkdir(parents=True)
     (changed / "launcher" / "x.py").write_text("")
     assert take_snapshot(tmp_path / "code", changed) != copy
+
+
+def test_a_copy_of_files_that_are_not_utf_8(tmp_path: Path) -> None:
+    """In a checkout: a changed file in Latin-1, and a new one with such a name."""
+    checkout, notes = tmp_path / "checkout", tmp_path / "checkout" / "configs" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("caf\n")
+    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=a"]):
+        subprocess.run([*git, *command], check=True)
+    notes.write_bytes("café\n".encode("latin-1"))
+    Path(os.fsdecode(bytes(notes.parent) + b"/\xe9.txt")).touch()
+    copy = take_snapshot(tmp_path / "code", checkout)
+    assert b"+caf\xe9\n" in (copy / "changes.patch").read_bytes()
+    assert len(list((copy / "configs").iterdir())) == 2
 
 
 def test_a_history_that_cannot_be_written_ends_no_task_and_starts_none_for_ever(
