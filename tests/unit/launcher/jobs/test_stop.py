@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,9 @@ from launcher import local_executor, slurm
 from launcher.attempts import read_history
 from launcher.cluster import ClusterConfig
 from launcher.job import Submission, newest_job
-from launcher.jobs.find import choose_job
+from launcher.jobs import find
+from launcher.jobs import stop as stopping
+from launcher.jobs.find import Member, choose_job
 from launcher.jobs.stop import incomplete_tasks, rebuild_request, resubmit, stop
 from launcher.retry import decide_start
 from launcher.submit import command_request, submit, wait_for
@@ -102,6 +106,19 @@ def test_one_task_of_an_array_is_stopped_alone(local: Here, capsys: pytest.Captu
     assert stop(choose_job("w", local.root), local.root, at_once=False, wait=True)
     assert whys(job.tasks[1].folder) == ["stopped"]
     assert not (job.tasks[2].folder / "launch").exists()
+
+
+def test_a_task_that_is_being_started_is_stopped_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, sent = local_executor._Tasks(made_job(tmp_path / "a", steps=None, cluster=LOCAL)), list[int]()
+    process = SimpleNamespace(returncode=None, send_signal=sent.append, wait=lambda: None)
+
+    def submit_slowly(_task: object) -> SimpleNamespace:
+        tasks.stop(signal.SIGTERM, None)
+        return SimpleNamespace(_process=process)
+
+    monkeypatch.setattr(tasks, "_executor", SimpleNamespace(submit=submit_slowly))
+    tasks.run()
+    assert sent == [signal.SIGTERM]
 
 
 def test_the_task_that_failed_alone_is_resumed(local: Here) -> None:
