@@ -72,7 +72,9 @@ def take_snapshot(folder: Path, root: Path = ROOT) -> Path:
 def _fingerprint(root: Path) -> str:
     digest = hashlib.sha256()
     for part in _existing(root):
-        for path in sorted(part.rglob("*")) if part.is_dir() else [part]:
+        folders = os.walk(part, followlinks=True)  # as the copy does
+        inside = [Path(folder, name) for folder, _, names in folders for name in names]
+        for path in sorted(inside) if part.is_dir() else [part]:
             if path.is_file() and not _is_ignored(path.relative_to(root)):
                 digest.update(os.fsencode(path.relative_to(root)) + f"\0{path.stat().st_size}\0".encode())
                 digest.update(path.read_bytes())

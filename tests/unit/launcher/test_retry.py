@@ -363,6 +363,17 @@ def test_the_copy_of_the_code(tmp_path: Path, root: Path) -> None:
     assert take_snapshot(tmp_path / "code", changed) != copy
 
 
+def test_a_copy_of_a_linked_folder(tmp_path: Path) -> None:
+    """What changes in it makes another copy, too."""
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
+    (checkout / "configs").mkdir(parents=True)
+    elsewhere.mkdir()
+    (checkout / "configs" / "mine").symlink_to(elsewhere)
+    for text in ("a", "b"):
+        (elsewhere / "x.yaml").write_text(text)
+        assert (take_snapshot(tmp_path / "code", checkout) / "configs" / "mine" / "x.yaml").read_text() == text
+
+
 def test_a_copy_of_files_that_are_not_utf_8(tmp_path: Path) -> None:
     """In a checkout: a changed file in Latin-1, and a new one with such a name."""
     checkout, notes = tmp_path / "checkout", tmp_path / "checkout" / "configs" / "notes.txt"
