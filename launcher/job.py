@@ -11,7 +11,9 @@ RUN/STOP                                  the task does not continue while this 
 
 from __future__ import annotations
 
+import re
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +26,7 @@ from regen_dist.errors import RegenError
 from regen_dist.jsontext import json_text
 
 JOB_FILE, ID_FILE, LAUNCH = "job.json", "job_id", "launch"
+_STAMP, _STAMP_LENGTH = "%Y%m%d-%H%M%S", 15
 
 
 class TaskProgress(Section):
@@ -88,7 +91,11 @@ class Submission(Section):
 
 def new_folder(base: Path) -> Path:
     """Create a folder for a new submission under `base`; it sorts after all earlier ones."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    stamp = time.strftime(_STAMP)
+    earlier = (path.name[:_STAMP_LENGTH] for path in (base / LAUNCH).glob("[0-9]*"))
+    newest = max((name for name in earlier if re.fullmatch(r"\d{8}-\d{6}", name)), default="")
+    if newest > stamp:  # the clock was set back, or this machine is in another time zone
+        stamp = (datetime.strptime(newest, _STAMP) + timedelta(seconds=1)).strftime(_STAMP)
     for suffix in ["", *(f"-{number:02d}" for number in range(1, 100))]:
         folder = base / LAUNCH / f"{stamp}{suffix}"
         try:

@@ -103,11 +103,18 @@ class _Tasks:
         while code == LOCAL_REQUEUE and not self._stopped:  # Submitit restarts a task at most six times
             task = LocalTask(str(self._job.folder), index)
             task.outcome.unlink(missing_ok=True)
-            started: Any = self._executor.submit(task)
-            process = self._running[index] = started._process
+            process = self._start(task)
             process.wait()
             code = int(task.outcome.read_text()) if task.outcome.is_file() else RegenError.exit_code
         return EXIT_RESUME if code == LOCAL_REQUEUE else code
+
+    def _start(self, task: LocalTask) -> subprocess.Popen[bytes]:
+        started: Any = self._executor.submit(task)
+        process: subprocess.Popen[bytes] = started._process
+        self._running[task.index] = process
+        if self._stopped:  # the signal arrived while it was being started
+            process.send_signal(signal.SIGTERM)
+        return process
 
     def stop(self, _number: int, _frame: FrameType | None) -> None:
         """Forward a signal: the ranks save and end, and no further task starts."""

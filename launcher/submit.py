@@ -59,7 +59,7 @@ def take_snapshot(folder: Path, root: Path = ROOT) -> Path:
             else:
                 shutil.copy2(part, temporary / part.name)
         (temporary / VERSION_FILE).write_text(code_version() + "\n", encoding="utf-8")
-        (temporary / "changes.patch").write_text(_changes(root), encoding="utf-8")
+        (temporary / "changes.patch").write_bytes(_changes(root))
         temporary.chmod(0o755)
         os.replace(temporary, place)
     except OSError:
@@ -72,9 +72,11 @@ def take_snapshot(folder: Path, root: Path = ROOT) -> Path:
 def _fingerprint(root: Path) -> str:
     digest = hashlib.sha256()
     for part in _existing(root):
-        for path in sorted(part.rglob("*")) if part.is_dir() else [part]:
+        folders = os.walk(part, followlinks=True)  # as the copy does
+        inside = [Path(folder, name) for folder, _, names in folders for name in names]
+        for path in sorted(inside) if part.is_dir() else [part]:
             if path.is_file() and not _is_ignored(path.relative_to(root)):
-                digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
+                digest.update(os.fsencode(path.relative_to(root)) + f"\0{path.stat().st_size}\0".encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -87,15 +89,15 @@ def _is_ignored(path: Path) -> bool:
     return path.suffix == ".pyc" or any(part == "__pycache__" or part.startswith(".") for part in path.parts)
 
 
-def _changes(root: Path) -> str:
+def _changes(root: Path) -> bytes:
     """Return the difference from the commit; empty outside a git checkout or without git."""
     if not (root / ".git").exists():
-        return ""
+        return b""
     command = ["git", "-C", str(root), "diff", "HEAD", "--", *(path.name for path in _existing(root))]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return b""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ def show(member: Member, rank: int | None, *, launcher: bool, lines: int) -> Non
 
 
 def _no_logs(member: Member, rank: int | None) -> str:
-    known = sorted(int(path.stem.removeprefix("rank_")) for path in member.task.logs.glob("rank_*.log"))
+    names = (path.stem.removeprefix("rank_") for path in member.task.logs.glob("rank_*.log"))
+    known = sorted(int(name) for name in names if name.isdecimal())
     if rank is not None and known:
         return f"{rank_log(member, rank)}: not there; there are logs of ranks {known[0]} to {known[-1]}"
     return (
@@ -189,6 +191,8 @@ class StateWatch:
 
 def follow(member: Member, rank: int | None, *, launcher: bool, lines: int) -> JobState:
     """Print the last lines of the files, then appended data until the task has ended; return its final state."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # each of a thousand ranks has two files
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     followers: dict[Path, Follower] = {}
     printer, watch = Printer(raw=sys.stdout.isatty()), StateWatch(member)
     own = rank_log(member, rank or 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -13,12 +14,12 @@ from contextlib import chdir
 from pathlib import Path
 
 from launcher import slurm
-from launcher.attempts import End, now, read_history, write_entry
+from launcher.attempts import Attempt, End, now, read_history, write_entry
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.job import LAUNCH, JobTask, Submission, new_folder
 from launcher.jobs.find import NEVER, JobState, Member, has_final_end, job_state, query_queue, shown_name
 from launcher.jobs.table import duration
-from launcher.retry import is_complete, newest_step
+from launcher.retry import attempts_since, is_complete, newest_step
 from launcher.submit import SubmissionRequest, submit_to_slurm, take_snapshot
 from regen_dist.config import load_config
 from regen_dist.config.files import load_section
@@ -63,7 +64,7 @@ class StopRequest:
         does not start when its turn comes."""
         for job, members in _by_job(self._active):
             if job.cluster.kind == "local" and not _covers_active_tasks(job, members):
-                waiting = [each for each in members if not read_history(each.task.launch)]
+                waiting = [each for each in members if not _attempts(each)]
                 self.states |= dict.fromkeys(waiting, JobState("stopping", NEVER))
                 self._active = [each for each in self._active if each not in waiting]
 
@@ -88,8 +89,15 @@ class StopRequest:
             _scancel([each for each in working if each.task.progress is None], "--signal=TERM")
 
     def _stop_locally(self, job: Submission, members: Sequence[Member]) -> None:
-        """Signal the supervisor of all tasks if all are to end, otherwise the supervisors of the single tasks."""
-        if self._at_once:
+        """Signal the supervisor of all tasks if all are to end, otherwise the supervisors of the single tasks.
+
+        Raises:
+            RegenError: the job runs on another machine, and is no training that reads the file STOP.
+        """
+        if host := _other_host(job):
+            if self._at_once or any(each.task.progress is None for each in members):
+                raise RegenError(f"{job.name}: runs on {host}; give the command there")
+        elif self._at_once:
             for process in _processes(job, members):
                 _kill(process, signal.SIGKILL)
         elif _covers_active_tasks(job, members):
@@ -105,6 +113,17 @@ class StopRequest:
         found = [each for each in members if each.queue_id not in self._signalled]
         self._signalled |= {each.queue_id for each in found}
         return found
+
+
+def _attempts(member: Member) -> Sequence[Attempt]:
+    """Return the attempts of this submission. Processes of earlier ones are gone: their numbers may be reused."""
+    return attempts_since(read_history(member.task.launch), member.job.submitted)
+
+
+def _other_host(job: Submission) -> str:
+    """Return the machine on which a local job runs; "" if it is this one, or nothing has begun."""
+    attempts = [each for index in range(len(job.tasks)) for each in _attempts(Member(job, index))]
+    return ", ".join(sorted({node for each in attempts for node in each.start.nodes} - {socket.gethostname()}))
 
 
 def _covers_active_tasks(job: Submission, members: Sequence[Member]) -> bool:
@@ -133,7 +152,7 @@ def _scancel(members: Sequence[Member], *options: str, step: str = "") -> None:
 
 def _controllers(member: Member) -> list[int]:
     """Return the Submitit process that supervises a running local task and forwards signals."""
-    history = read_history(member.task.launch)
+    history = _attempts(member)
     return [int(history[-1].start.job)] if history and history[-1].end is None else []
 
 
@@ -208,7 +227,7 @@ def _wait(stopping: StopRequest, active: list[Member], root: Path, *, at_once: b
 
 def _record_end(member: Member) -> None:
     """Record the end if no process is left to do so; otherwise the next start would count it as a failure."""
-    history = read_history(member.task.launch)
+    history = _attempts(member)
     if history and history[-1].end is None:
         text = "ended by `regen jobs stop --now`"
         entry = End(why="stopped", code=128 + signal.SIGKILL, text=text, again=False, time=now())

@@ -232,10 +232,9 @@ def missing_outputs(request: SubmissionRequest, step: PipelineStep) -> dict[str,
     """
     makers: dict[str, Sequence[JobTask]] = {}
     for output in step.outputs:
-        for number, task in enumerate(request.tasks):
-            makers[fill_placeholders(output, number, len(request.tasks))] = (
-                [task] if "{task}" in output else request.tasks
-            )
+        for task in request.tasks:
+            number = int(task.folder.name) if step.array > 1 else 0  # the request may be a part of the array
+            makers[fill_placeholders(output, number, step.array)] = [task] if "{task}" in output else request.tasks
     there = run_concurrently(exists, makers)
     return {place: tasks for (place, tasks), is_there in zip(makers.items(), there, strict=True) if not is_there}
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -213,6 +216,15 @@ def test_a_job_is_read_as_it_was_written(job: Submission, tmp_path: Path) -> Non
         newest_job(tmp_path)
 
 
+def test_folders_sort_by_submission_when_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the end of summer time, or by a login node in another time zone."""
+    clocks = ["20251026-025959", "20251026-025959", "20251026-020000", "20251026-020000", "20251026-030100"]
+    monkeypatch.setattr("launcher.job.time", SimpleNamespace(strftime=lambda _: clocks.pop(0)))
+    made = [new_folder(tmp_path).name for _ in range(5)]
+    assert made == sorted(made)
+    assert (made[0], made[-1]) == ("20251026-025959", "20251026-030100")
+
+
 def test_a_run_from_start_to_end(job: Submission) -> None:
     task = job.tasks[0]
     assert begin(job, task, Place()).go
@@ -349,6 +361,32 @@ def test_the_copy_of_the_code(tmp_path: Path, root: Path) -> None:
     (changed / "launcher").mkdir(parents=True)
     (changed / "launcher" / "x.py").write_text("")
     assert take_snapshot(tmp_path / "code", changed) != copy
+
+
+def test_a_copy_of_a_linked_folder(tmp_path: Path) -> None:
+    """What changes in it makes another copy, too."""
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
+    (checkout / "configs").mkdir(parents=True)
+    elsewhere.mkdir()
+    (checkout / "configs" / "mine").symlink_to(elsewhere)
+    for text in ("a", "b"):
+        (elsewhere / "x.yaml").write_text(text)
+        assert (take_snapshot(tmp_path / "code", checkout) / "configs" / "mine" / "x.yaml").read_text() == text
+
+
+def test_a_copy_of_files_that_are_not_utf_8(tmp_path: Path) -> None:
+    """In a checkout: a changed file in Latin-1, and a new one with such a name."""
+    checkout, notes = tmp_path / "checkout", tmp_path / "checkout" / "configs" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("caf\n")
+    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=a"]):
+        subprocess.run([*git, *command], check=True)
+    notes.write_bytes("café\n".encode("latin-1"))
+    Path(os.fsdecode(bytes(notes.parent) + b"/\xe9.txt")).touch()
+    copy = take_snapshot(tmp_path / "code", checkout)
+    assert b"+caf\xe9\n" in (copy / "changes.patch").read_bytes()
+    assert len(list((copy / "configs").iterdir())) == 2
 
 
 def test_a_history_that_cannot_be_written_ends_no_task_and_starts_none_for_ever(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -71,6 +72,30 @@ def test_which_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [told, "step 2", "rank 1 speaks", told]
     with pytest.raises(ConfigError, match=r"rank_7\.log: not there; there are logs of ranks 0 to 1"):
         show(member, 7, launcher=False, lines=1)
+
+
+def test_other_files_beside_the_logs(tmp_path: Path) -> None:
+    job = made_job(tmp_path / "a")
+    log(job, "words\n", rank=3)
+    (job.tasks[0].logs / "rank_0.old.log").touch()
+    with pytest.raises(ConfigError, match=r"rank_7\.log: not there; there are logs of ranks 3 to 3"):
+        show(Member(job, 0), 7, launcher=False, lines=1)
+
+
+def test_following_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """A thousand ranks have two files each of what srun and Submitit said; a shell's limit is 1024, often."""
+    job = made_job(tmp_path / "a")
+    started(job.tasks[0])
+    ended(job.tasks[0], "done")
+    for rank in range(40):
+        write_text_atomically(job.folder / "submitit" / f"12_{rank}_log.out", f"rank {rank}\n")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    command = [sys.executable, "-m", "tools.cli", "jobs", "logs", str(tmp_path / "a"), "--launcher", "--follow"]
+    done = subprocess.run(
+        command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (32, hard)), capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.count("\nrank ")) == (0, 40), done.stderr
 
 
 def test_the_launchers_words_on_one_task_of_an_array(tmp_path: Path) -> None:

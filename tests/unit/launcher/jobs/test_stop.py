@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,9 @@ from launcher import local_executor, slurm
 from launcher.attempts import read_history
 from launcher.cluster import ClusterConfig
 from launcher.job import Submission, newest_job
-from launcher.jobs.find import choose_job
+from launcher.jobs import find
+from launcher.jobs import stop as stopping
+from launcher.jobs.find import Member, choose_job
 from launcher.jobs.stop import incomplete_tasks, rebuild_request, resubmit, stop
 from launcher.retry import decide_start
 from launcher.submit import command_request, submit, wait_for
@@ -102,6 +106,54 @@ def test_one_task_of_an_array_is_stopped_alone(local: Here, capsys: pytest.Captu
     assert stop(choose_job("w", local.root), local.root, at_once=False, wait=True)
     assert whys(job.tasks[1].folder) == ["stopped"]
     assert not (job.tasks[2].folder / "launch").exists()
+
+
+def test_a_process_of_an_earlier_submission_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another program's by now: the machine was started anew before the array was resumed."""
+    base, killed = tmp_path / "a", list[int]()
+    tasks = array_tasks(base, 2)
+    job = made_job(base, tasks, steps=None, cluster=LOCAL, job_id="4000")
+    for task in tasks:
+        started(task, at=SUBMITTED - 100, job="4001")  # cut off by the power: without an end
+    started(tasks[0], job="4002")
+    monkeypatch.setattr(local_executor, "is_running_locally", lambda job: True)
+    monkeypatch.setattr(stopping.os, "kill", lambda process, number: killed.append(process))
+    for at_once in (True, False):
+        stop([Member(job, 1)], tmp_path, at_once=at_once, wait=False)
+    assert not killed
+
+
+def test_a_task_that_is_being_started_is_stopped_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, sent = local_executor._Tasks(made_job(tmp_path / "a", steps=None, cluster=LOCAL)), list[int]()
+    process = SimpleNamespace(returncode=None, send_signal=sent.append, wait=lambda: None)
+
+    def submit_slowly(_task: object) -> SimpleNamespace:
+        tasks.stop(signal.SIGTERM, None)
+        return SimpleNamespace(_process=process)
+
+    monkeypatch.setattr(tasks, "_executor", SimpleNamespace(submit=submit_slowly))
+    tasks.run()
+    assert sent == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_job_of_another_machine_is_not_signalled_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """The folder is shared, the numbers of processes are not: a training reads the file STOP, all else is refused."""
+    killed = list[int]()
+    job = made_job(tmp_path / "a", steps=None if at_once else 100, cluster=LOCAL, job_id="4000")
+    started(job.tasks[0])
+    monkeypatch.setattr(find.socket, "gethostname", lambda: "elsewhere")
+    monkeypatch.setattr(stopping.os, "kill", lambda process, number: killed.append(process))
+    members = [Member(job, 0)]
+    if at_once:
+        with pytest.raises(RegenError, match=r"a: runs on .*; give the command there"):
+            stop(members, tmp_path, at_once=True, wait=False)
+    else:
+        stop(members, tmp_path, at_once=False, wait=False)
+        assert job.tasks[0].stop_file.exists()
+    assert not killed
 
 
 def test_the_task_that_failed_alone_is_resumed(local: Here) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,19 @@ def test_a_step_that_does_not_make_what_it_declares(monkeypatch: pytest.MonkeyPa
     second = [each for each in planned("local") if each.name == "second"]
     with pytest.raises(DataError, match="step second ended well, but made is not there"):
         run_locally(second, print)
+
+
+def test_the_tasks_that_are_left_are_judged_by_their_own_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    Scheduler(monkeypatch)
+    monkeypatch.setattr(run, "wait_for", lambda job: 0)
+    monkeypatch.setitem(STEPS["first"], "outputs", ["out/{task}-of-{tasks}"])
+    (first,) = (each for each in planned("local") if each.name == "first")
+    part = replace(first, request=first.request.part(first.request.tasks[3:4]))
+    with pytest.raises(DataError, match="but out/3-of-5 is not there"):
+        run_locally([part], print)
+    Path("out").mkdir()
+    Path("out/3-of-5").touch()
+    assert run_locally([part], print) == 0
 
 
 def test_one_command_at_a_time(tmp_path: Path) -> None:
