@@ -173,6 +173,8 @@ def refusal(error: OSError) -> str | None:
     remedy = _REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
+    if error.errno == errno.ENOENT and not error.filename and os.stat(".").st_nlink == 0:  # of os.getcwd
+        return "the current folder was deleted; go to another (`cd`), and run the same again"
     where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
     return f"{where}{error.strerror}; {remedy}"
 

@@ -6,6 +6,7 @@ anywhere else: a `random.py` or a `tools/` there would be executed in place of t
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
@@ -32,6 +33,13 @@ def with_safe_path(environment: Mapping[str, str]) -> dict[str, str]:
     if (path := safe.pop("PYTHONPATH", "")) and (kept := [each for each in path.split(os.pathsep) if each]):
         safe["PYTHONPATH"] = os.pathsep.join(kept)
     return safe
+
+
+def print_any_text() -> None:
+    """Let stdout show what its encoding lacks as `\\u2026`, as stderr does: names that are not UTF-8, and signs such as
+    "…" under a locale without them. Otherwise printing these raises UnicodeEncodeError."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def start_safely(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -95,9 +95,10 @@ class Table:
         """Print to the terminal, fitted to its width."""
         from rich.console import Console
 
-        (console or Console()).print(self._for_terminal())
+        console = console or Console()
+        console.print(self._for_terminal(console.width))
 
-    def _for_terminal(self) -> RichTable:
+    def _for_terminal(self, width: int) -> RichTable:
         from rich.box import HEAVY_HEAD, SIMPLE_HEAD
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -106,7 +107,8 @@ class Table:
             title=Text(self.title, "table.title") if self.title else None,
             caption=Text(self.note, "table.caption") if self.note else None,
             title_justify="left", caption_justify="left", box=HEAVY_HEAD if self.frame == "box" else SIMPLE_HEAD,
-            padding=_PADDING[self.frame], min_width=self.min_width,
+            padding=_PADDING[self.frame],
+            min_width=self.min_width if self.min_width and self.min_width <= width else None,
             show_header=any(column.name for column in self.header),
         )  # fmt: skip
         for column in self.header:

@@ -111,19 +111,33 @@ def _pipeline(path: Path, overrides: Sequence[str], target: Target) -> dict[str,
     made = [*target.produced]
     for name, step in load_pipeline(path, overrides).steps.items():
         command, then = step.command or (), replace(target, produced=tuple(made))
+        config: Path | None = None
+        changes: tuple[str, ...] = ()
         if step.train:
             config, changes = step.train, step.overrides
             made.append(str(load_config(config, changes).folder))
         elif command[:1] == ("preencode",) and len(command) > 1:
-            arguments = [each for each in command[1:] if not each.startswith("-") and "{" not in each]
-            config, changes = Path(arguments[0]), tuple(each for each in arguments[1:] if "=" in each)
-        else:
-            config = None
+            config, changes = _preencode_arguments(command[1:])
         if config is not None:
             for _, findings in _check([config], changes, then).items():
                 found[f"{path} {name}"] = findings
         made += [output.split("/manifest.json")[0] for output in step.outputs]
     return found
+
+
+def _preencode_arguments(words: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]:
+    """Return config and overrides of a `regen preencode`, told from its options and their values as the command itself
+    does; without those that `{task}` makes different for each task."""
+    from typer.main import get_command
+
+    from tools.preencode import preencode
+
+    app = typer.Typer()
+    app.command()(preencode)
+    given = get_command(app).make_context("preencode", list(words), resilient_parsing=True).params
+    config, overrides = given.get("config"), given.get("overrides") or ()
+    fixed = None if config is None or "{" in str(config) else Path(config)
+    return fixed, tuple(each for each in overrides if "{" not in each)
 
 
 def _to_json(found: dict[str, tuple[Finding, ...]]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def _print_summary(paths: _OutputPaths, seconds: float) -> None:
     measures_table(rows, f"{HELD_OUT_VIDEO}, never trained on").show(console)
     if learned := _learned(paths.run):
         console.print(learned, highlight=False)
-    console.print(f"{seconds / 60:.1f} minutes. The page: {page}", highlight=False)
+    console.print(f"{seconds / 60:.1f} minutes. The page: {page}", highlight=False, markup=False)
     better = [row for row in rows if not row.trained and row.psnr_db >= rows[0].psnr_db]
     if better:
         names = ", ".join(f"{row.label} ({row.psnr_db:.2f} dB)" for row in better)

@@ -99,7 +99,7 @@ def _print_summary(planned: Pipeline, seconds: float) -> None:
     console = Console()
     console.print()
     scores_table(found).show(console)
-    console.print(f"{seconds / 60:.1f} minutes. The page: {page}", highlight=False, soft_wrap=True)
+    console.print(f"{seconds / 60:.1f} minutes. The page: {page}", highlight=False, markup=False, soft_wrap=True)
     if found["missed"]:
         raise TrainingError(f"the targets are missed: {'; '.join(found['missed'])}")
 

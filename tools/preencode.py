@@ -31,7 +31,7 @@ def preencode(
     verify: Annotated[
         int, typer.Option(min=0, help="Re-encode this many entries of a finished cache and compare them.")
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of entries for --verify.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the choice of entries for --verify.")] = 0,
 ) -> None:
     """Encode videos clip by clip and embed their captions. The same command finishes an interrupted cache.
 

@@ -5,6 +5,7 @@ The configs are presets with all that these extend, in one file each, so that th
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def lay_out(folder: Path, embedder: str = "nano", t2v: str = "nano") -> list[Pat
         ConfigError: there is something in the folder, it cannot be written, or there is no such preset.
     """
     presets = {"embedder": _preset("embedder", embedder), "t2v": _preset("t2v", t2v)}
+    name = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
     texts = {
-        "README.md": _README.format(name=folder.resolve().name, **{key: f"`{path}`" for key, path in presets.items()}),
+        "README.md": _README.format(name=name, **{key: f"`{path}`" for key, path in presets.items()}),
         "configs/embedder.yaml": _text("embedder", _embedder(presets["embedder"])),
         "configs/preencode.yaml": _text("preencode", _preencode()),
         "configs/t2v.yaml": _text("t2v", _t2v(presets["t2v"])),

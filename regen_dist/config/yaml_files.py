@@ -67,6 +67,9 @@ def _surprises(node: yaml.Node | None, dotted: str = "") -> dict[str, str]:
     return found
 
 
+_NESTED = "nested too deeply, or an alias (`*name`) within its own anchor (`&name`); write the values out"
+
+
 def parse_yaml(text: str) -> Any:
     """Parse one YAML document; raise yaml.YAMLError if it is invalid."""
     return yaml.load(text, Loader=_Loader)
@@ -77,10 +80,16 @@ def parse_value(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: it cannot be parsed.
-        ConfigError: YAML would read it unexpectedly.
+        ConfigError: YAML would read it unexpectedly, it is not UTF-8, or it is nested without end.
     """
-    node = yaml.compose(text, Loader=_Loader)
-    for problem in _surprises(node).values():
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        refused = _surprises(node)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!r} is not UTF-8, as configs are; rename the file, or give a link to it") from None
+    except RecursionError:
+        raise ConfigError(_NESTED) from None
+    for problem in refused.values():
         raise ConfigError(problem)
     plain = isinstance(node, yaml.ScalarNode) and not node.style and node.tag == "tag:yaml.org,2002:str"
     return text.strip() if plain else parse_yaml(text)
@@ -113,7 +122,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, str
     with refused values (`yaml_surprise`), each with the reason.
 
     Raises:
-        ConfigError: the file is missing, is not UTF-8, not YAML, not a mapping, or has a key twice.
+        ConfigError: the file is missing, is not UTF-8, not YAML, not a mapping, nested without end, or has a key twice.
     """
     text = _read_text(path)
     try:
@@ -133,8 +142,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, str
             f"{display(path)}: found {kind} at the top; a config is a mapping of sections, like `train: …`"
         )
     lines: dict[str, int] = {}
-    _walk(node, "", lines, path)
-    return values, lines, _surprises(node)
+    try:
+        _walk(node, "", lines, path)
+        return values, lines, _surprises(node)
+    except RecursionError:
+        raise ConfigError(f"{display(path)}: {_NESTED}") from None
 
 
 def display(path: Path) -> str:

@@ -227,7 +227,8 @@ class FrameSource(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a reconstruction. Steps below 1, or a rate that is not above 0, raise ConfigError.
+    """Options of a reconstruction. Steps below 1, a rate that is not above 0, or a seed that is no int64
+    raise ConfigError.
 
     Attributes:
         steps: sampling steps of the decoder.
@@ -250,6 +251,8 @@ class Options:
             raise ConfigError(f"steps is {self.steps}; a decoder takes at least 1")
         if self.fps is not None and not (self.fps > 0 and math.isfinite(self.fps)):
             raise ConfigError(f"fps is {self.fps:g}; it must be above 0")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ConfigError(f"seed is {self.seed}; it must be in -2**63 to 2**63 - 1")
 
     def check(self, codec: VideoCodec) -> None:
         """Raise ConfigError where the options do not fit the codec."""

@@ -72,7 +72,7 @@ class Protocol(Section):
     )
     steps: PositiveInt = Field(default=1, description="Sampling steps of decoding.")
     overlap: int = Field(default=1, ge=0, description="Frames that neighbouring clips share in decoding.")
-    seed: int = Field(default=0, description="Seed of the decoder's noise.")
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="Seed of the decoder's noise.")
     videos: tuple[ListedVideo, ...] = Field(
         default=(), description="Videos that are measured; empty: every video of the folder in order of name."
     )

@@ -93,6 +93,8 @@ class GenerationSettings:
             for name, low in least.items()
             if getattr(self, name) < low
         ]
+        if self.seed >= 1 << 63:
+            problems.append(f"seed is {self.seed}; it must be at most 2**63 - 1")
         if not self.fps > 0:
             problems.append(f"fps is {self.fps:g}; it must be above 0")
         if self.height % SIDE_MULTIPLE or self.width % SIDE_MULTIPLE or min(self.height, self.width) < 1:

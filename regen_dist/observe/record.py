@@ -186,7 +186,7 @@ class ProgressLine:
 
     def message(self, text: str) -> None:
         """Print a message on a line of its own."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._bar.stop()

@@ -53,6 +53,10 @@ def test_fixed_columns_keep_their_width_where_others_wrap() -> None:
     assert "".join(line.replace("requeued", "") for line in lines[2:]).count("long") == 4
 
 
+def test_a_terminal_of_one_character() -> None:
+    assert _shown(Table(["what", "state"], [("run", "lost")], min_width=60), width=1)
+
+
 def test_without_headings_there_is_no_header() -> None:
     table = Table(["", *numbers("")], [("width", "64")])
     assert list(table.to_lines()) == ["width  64"]

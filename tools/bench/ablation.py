@@ -56,7 +56,7 @@ def ablation(
     (out / "ablation.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     (out / "ablation.md").write_text(table(results), encoding="utf-8")
     print(table(results))
-    console.print(f"written: {out / 'ablation.json'}, {out / 'ablation.md'}")
+    console.print(f"written: {out / 'ablation.json'}, {out / 'ablation.md'}", markup=False)
 
 
 # Arms of the ablation: prediction target x timestep density x loss weighting, all at the same budget.

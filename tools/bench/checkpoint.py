@@ -85,7 +85,7 @@ def checkpoint(
     (out / "checkpoint.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     (out / "checkpoint.md").write_text(table(facts), encoding="utf-8")
     print(table(facts))
-    console.print(f"written: {out / 'checkpoint.json'}, {out / 'checkpoint.md'}")
+    console.print(f"written: {out / 'checkpoint.json'}, {out / 'checkpoint.md'}", markup=False)
 
 
 # Figures of `regen bench checkpoint` from the measurements, and their Markdown table.

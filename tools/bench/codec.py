@@ -96,7 +96,7 @@ def codec(
     write_text_atomically(out / "codec.json", json_text(facts, indent=1) + "\n")
     write_text_atomically(out / "codec.md", table(facts))
     print(table(facts))
-    console.print(f"written: {out / 'codec.json'}, {out / 'codec.md'}")
+    console.print(f"written: {out / 'codec.json'}, {out / 'codec.md'}", markup=False)
 
 
 def _configs(systems: list[System]) -> dict[str, Any]:

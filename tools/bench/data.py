@@ -105,7 +105,7 @@ def data(
     _write(out / "data.json", facts)
     (out / "data.md").write_text(table(facts), encoding="utf-8")
     print(table(facts))
-    console.print(f"written: {out / 'data.json'}, {out / 'data.md'}")
+    console.print(f"written: {out / 'data.json'}, {out / 'data.md'}", markup=False)
 
 
 class _DataLocation(NamedTuple):

@@ -92,7 +92,7 @@ def step(
     (out / "step.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     (out / "step.md").write_text(table(facts), encoding="utf-8")
     print(table(facts))
-    console.print(f"written: {out / 'step.json'}, {out / 'step.md'}")
+    console.print(f"written: {out / 'step.json'}, {out / 'step.md'}", markup=False)
 
 
 def _measure(bench: StepBench, part: StepPart, *, compiled: bool) -> dict[str, Any]:

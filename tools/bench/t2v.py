@@ -94,7 +94,7 @@ def t2v(
     (out / "t2v.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     (out / "t2v.md").write_text(table(facts), encoding="utf-8")
     print(table(facts))
-    console.print(f"written: {out / 't2v.json'}, {out / 't2v.md'}")
+    console.print(f"written: {out / 't2v.json'}, {out / 't2v.md'}", markup=False)
 
 
 class _Training:

@@ -70,7 +70,8 @@ def list_checkpoints(
             for problem in entry.problems:
                 console.print(f"step {entry.step}: {problem}", highlight=False, markup=False, soft_wrap=True)
     else:
-        console.print(f"{place.folder.url} holds no committed checkpoint", highlight=False, soft_wrap=True)
+        text = f"{place.folder.url} holds no committed checkpoint"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     if pointer:
         console.print(f"Note: {pointer}", highlight=False, markup=False, soft_wrap=True)
     for name, size in debris.items():

@@ -105,6 +105,8 @@ def _recipe(
             f"vocabulary {vocabulary}, width {width}, layers {layers} and heads {heads} must be at least 1, and the "
             "width a multiple of the heads"
         )
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigError(f"seed {seed} must be in -2**63 to 2**63 - 1")
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
     return SmallEncoderRecipe(digest, len(captions), vocabulary, width, layers, heads, seed)
 

@@ -189,6 +189,8 @@ def test_a_rule_between_keys_keeps_its_own_words(write: Write) -> None:
         ("train..steps=1", "not an override"),
         ("=1", "not an override"),
         ("data.url=[a", "not valid YAML"),
+        ("data.url=caf\udce9", "is not UTF-8"),
+        ("data.url=&a [*a]", "within its own anchor"),
         ("model.encoder.stages.7.channels=1", "'7' is no element of a list of 2"),
         ("name=${nobody}", "cannot be resolved"),
         ("name=${oc.env:REGEN_ABSENT}", "REGEN_ABSENT"),
@@ -222,6 +224,7 @@ def test_a_number_for_a_name_is_told_how_to_quote_it(write: Write) -> None:
         ("extends: {a: b}\n", "allowed: a path, or a list of paths"),
         ("extends: nowhere.yaml\n", "nowhere.yaml: no such file"),
         ("a: \x00\n", "not valid YAML"),
+        ("a: &a\n  b: *a\n", "a.yaml: nested too deeply, or an alias"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_in_one_line(text: str, expected: str, write: Write) -> None:

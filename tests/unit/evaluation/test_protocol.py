@@ -88,6 +88,8 @@ def test_what_does_not_fit_is_refused_with_names(folder: Path, tmp_path: Path) -
         find_videos(folder, Protocol())
     with pytest.raises(ConfigError, match="protocol is not valid"):
         load_protocol(None, frames=0)
+    with pytest.raises(ConfigError, match="protocol is not valid"):
+        load_protocol(None, seed=2**63)
     with pytest.raises(ConfigError, match="listed twice: a"):
         load_protocol(None, videos=({"video": "a"}, {"video": "a"}))
 

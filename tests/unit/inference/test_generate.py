@@ -346,10 +346,11 @@ class TestSettings:
 
     def test_all_problems_at_once(self, made: Made) -> None:
         with pytest.raises(ConfigError) as caught:
-            resolve_settings(made.model, size=(100, 32), frames=0, fps=0.0, steps=0, guidance=-1.0)
+            resolve_settings(made.model, size=(100, 32), frames=0, fps=0.0, steps=0, guidance=-1.0, seed=2**63)
         for text in (
             "size is 100x32; sides are multiples of 16, the nearest is 96x32", "frames is 0; it must be at least 1",
             "fps is 0; it must be above 0", "steps is 0", "guidance is -1",
+            "seed is 9223372036854775808; it must be at most",
         ):  # fmt: skip
             assert text in str(caught.value)
 

@@ -160,6 +160,7 @@ def test_without_a_terminal_plain_lines_now_and_then(monkeypatch: pytest.MonkeyP
     for step in range(10, 1001, 10):
         now[0] += 1.0
         line.train(step, VALUES)
+    line.message("left out: [new]/a[/b].mp4")
     line.message("done")
     line.close()
     shown = [text for text in file.getvalue().splitlines() if text.strip()]
@@ -168,8 +169,8 @@ def test_without_a_terminal_plain_lines_now_and_then(monkeypatch: pytest.MonkeyP
     assert steps == [10, *range(120, 1000, 110), 1000]
     assert shown[0].startswith(LINE.replace("40/1000", "10/1000"))
     assert shown[0].endswith("eta 1.6 min")
-    assert shown[-2].endswith("eta 0.0 min")
-    assert shown[-1] == "done"
+    assert shown[-3].endswith("eta 0.0 min")
+    assert shown[-2:] == ["left out: [new]/a[/b].mp4", "done"]
 
 
 def test_the_time_left_after_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:

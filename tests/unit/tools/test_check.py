@@ -103,6 +103,16 @@ def test_preencoding_without_videos_or_an_embedder(dataset: Path, tmp_path: Path
     assert (code, keys(told)) == (3, ["data"])
 
 
+def test_the_pre_encodings_of_a_pipeline(tmp_path: Path) -> None:
+    """Options before the config, and their values, are told from it."""
+    path, config = tmp_path / "pipeline.yaml", tmp_path / "preencode.yaml"
+    config.write_text(yaml.safe_dump({"embedder": f"{tmp_path}/none", "data": "videos", "output": f"{tmp_path}/out"}))
+    command = ["preencode", "--task", "slurm", "--verify=2", str(config), f"data={tmp_path}/none"]
+    path.write_text(yaml.safe_dump({"name": "p", "steps": {"latents": {"command": command}}}))
+    code, told = regen_check(tmp_path, path)
+    assert (code, keys(told)) == (3, ["data", "embedder"])
+
+
 def test_the_trainings_of_a_pipeline(dataset: Path, tmp_path: Path) -> None:
     """What an earlier step makes need not be there; what none makes must."""
     config = written(tiny_run(tmp_path / "runs", tmp_path / "made"), tmp_path)

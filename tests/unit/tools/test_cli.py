@@ -18,7 +18,7 @@ from launcher.pipelines.schema import load_pipeline, with_inputs
 from launcher.submit import command_request
 from regen_dist import __version__
 from regen_dist.config import load_config
-from regen_dist.errors import DataError
+from regen_dist.errors import DataError, refusal
 from tools.bench.codec_systems import CONFIGS, own_config
 from tools.bench.compression_measure import load_clips
 from tools.cli import app
@@ -66,6 +66,21 @@ def test_an_error_of_the_user_is_one_message_and_its_exit_code() -> None:
     assert done.stderr.startswith("error: configs/embedder/nano.yaml: 1 problem\n  command line: train.stepz: ")
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_stdout_without_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    done = _regen("config", "explain", "data")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_working_folder_that_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        Path.cwd()
+    assert "the current folder was deleted" in (refusal(caught.value) or "")
 
 
 def test_debug_shows_where_an_error_comes_from() -> None:

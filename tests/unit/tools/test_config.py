@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from launcher.cluster import load_cluster
 from regen_dist.config import load_config
 from regen_dist.config.preencode import load_preencode_config
+from regen_dist.config.project import lay_out
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.config.yaml_files import read_yaml
 from regen_dist.errors import ConfigError
@@ -31,6 +32,11 @@ def _init(folder: Path, *arguments: str) -> str:
         raise result.exception
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    lay_out(tmp_path / "caf\udce9")
+    assert (tmp_path / "caf\udce9" / "README.md").read_text("utf-8").startswith("# caf\ufffd\n")
 
 
 def test_its_configs_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
