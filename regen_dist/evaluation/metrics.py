@@ -38,6 +38,7 @@ PEAK = 255.0
 PSNR_CEILING = 100.0  # dB, the value for equal frames, so that means stay finite
 LATENT_BITS = 16  # a latent value is counted as stored in 16 bits
 RAW_BITS_PER_PIXEL = 24.0
+HIGHEST_FPS = 1000
 
 
 def psnr_db(mean_squared_error: float) -> float:
@@ -249,8 +250,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; a decoder takes at least 1")
-        if self.fps is not None and not (self.fps > 0 and math.isfinite(self.fps)):
-            raise ConfigError(f"fps is {self.fps:g}; it must be above 0")
+        if self.fps is not None and not 0 < self.fps <= HIGHEST_FPS:
+            raise ConfigError(f"fps is {self.fps:g}; it must be above 0, and at most {HIGHEST_FPS}")
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ConfigError(f"seed is {self.seed}; it must be in -2**63 to 2**63 - 1")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.shards.progress import parse_task, progress_bar, stopping_cleanly
+from tools.shards.progress import Workers, parse_task, progress_bar, stopping_cleanly
 
 if TYPE_CHECKING:
     from regen_dist.data.format.manifest import DatasetManifest
@@ -63,9 +63,7 @@ def build(
     task: Annotated[
         str, typer.Option(help="Build every N-th part from the I-th (from 0), I/N; slurm: by the array index.")
     ] = "0/1",
-    workers: Annotated[
-        int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
-    ] = None,
+    workers: Workers = None,
 ) -> None:
     """Cut videos into samples, encode them, write tars and indices. The same command finishes an interrupted build.
 
@@ -145,9 +143,7 @@ def print_notes(manifest: DatasetManifest) -> None:
 def index(
     url: Annotated[str, typer.Argument(help="Folder or URL; every *.tar below it is a shard.", metavar="URL")],
     out: Annotated[str | None, typer.Option(help="Location of the indices if URL is read-only; the tars stay.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
-    ] = None,
+    workers: Workers = None,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Leave out tars that cannot be read to their end.")
     ] = False,
@@ -207,9 +203,7 @@ def synthetic(
     ] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Maximum number of clips in a tar.")] = 1024,
     shard_mb: Annotated[int, typer.Option(help="Maximum size of a tar in MB.")] = 256,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
-    ] = None,
+    workers: Workers = None,
     task: Annotated[
         str, typer.Option(help="Build every N-th shard from the I-th (from 0), I/N; slurm: by the array index.")
     ] = "0/1",

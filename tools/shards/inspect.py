@@ -12,7 +12,7 @@ import typer
 from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
 from regen_dist.tables import Table, numbers
-from tools.shards.progress import progress_bar
+from tools.shards.progress import Workers, progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -298,9 +298,7 @@ def verify(
     url: Annotated[str, typer.Argument(help="Folder or URL of a dataset.", metavar="URL")],
     quick: Annotated[bool, typer.Option("--quick", help="List the objects and compare sizes; read no shard.")] = False,
     deep: Annotated[bool, typer.Option("--deep", help="Also decode every frame, or unpack all latents.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes; all cores by default, 0 works in this process.")
-    ] = None,
+    workers: Workers = None,
 ) -> None:
     """Verify every shard, index and sample against its checksum; list what is bad. Exit code 3 if anything is.
 

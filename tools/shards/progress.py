@@ -20,6 +20,10 @@ from regen_dist.errors import EXIT_RESUME, ConfigError
 if TYPE_CHECKING:
     from regen_dist.data.pool import Progress
 
+Workers = Annotated[
+    int | None, typer.Option(min=0, max=1024, help="Processes; all cores by default, 0 works in this process.")
+]
+
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:

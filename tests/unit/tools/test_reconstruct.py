@@ -88,6 +88,7 @@ def test_the_seed_is_that_of_the_noise(video: Path, run_folder: Path, tmp_path: 
     [
         (["--steps", 0], ConfigError, "steps is 0"),
         (["--fps", 0], ConfigError, "fps is 0"),
+        (["--fps", 1e9], ConfigError, "at most 1000"),
         (["--seed", 2**63], ConfigError, "seed is 9223372036854775808; it must be in"),
         (["--overlap", 9], ConfigError, "overlap is 9"),
         (["--group", 0], ConfigError, "decoded 0 at a time"),
