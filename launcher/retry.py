@@ -52,7 +52,7 @@ from regen_dist.errors import (
     RunBusy,
     TrainingError,
 )
-from regen_dist.observe.record import shield_streams
+from regen_dist.observe.terminal import shield_streams
 
 # Schedulers: the queries that an attempt makes, on Slurm and on this machine.
 

@@ -22,7 +22,7 @@ from launcher.supervise import FORWARDED, JobExit, program_environment, rank_env
 from regen_dist.config.files import write_text_atomically
 from regen_dist.distributed.environment import SLURM, RankInfo, meeting_port, rank_variables, read_variables
 from regen_dist.errors import EXIT_OK, EXIT_RESUME
-from regen_dist.observe.record import shield_streams
+from regen_dist.observe.terminal import shield_streams
 from regen_dist.programs import GPUS_PER_NODE, regen
 
 if TYPE_CHECKING:

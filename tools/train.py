@@ -30,7 +30,7 @@ def train(
     Example: regen train configs/embedder/nano.yaml --ranks 2 train.steps=200
     """
     from regen_dist.distributed.environment import starts_ranks
-    from regen_dist.observe.record import shield_streams
+    from regen_dist.observe.terminal import shield_streams
 
     shield_streams()
     if starts_ranks(os.environ, asked=ranks is not None):

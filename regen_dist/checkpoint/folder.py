@@ -30,7 +30,7 @@ from regen_dist.data.storage.local import full_disk, remove_leftovers, sync
 from regen_dist.data.storage.store import Store
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, NoGoodCheckpoint, ObjectMissing, RegenError
-from regen_dist.observe.record import warn
+from regen_dist.observe.terminal import warn
 
 MANIFEST, POINTER, PIN = "manifest.json", "latest", "pinned"
 _CHECKPOINT = re.compile(r"^step-(\d{8,})(\.tmp)?/(.+)$")

@@ -29,7 +29,7 @@ from regen_dist.checkpoint.shards import nonfinite, shard_name
 from regen_dist.config.run import CheckpointConfig
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, RegenError
-from regen_dist.observe.record import warn
+from regen_dist.observe.terminal import warn
 
 Hook = Callable[[str], None]
 

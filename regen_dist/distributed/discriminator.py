@@ -22,7 +22,7 @@ from regen_dist.distributed.optimizer import MOMENTS, build_optimizer, fresh_sta
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.errors import RegenError
 from regen_dist.models.perceptual import LogitAverages, PatchDiscriminator
-from regen_dist.observe.record import warn
+from regen_dist.observe.terminal import warn
 
 _KIND = "discriminator"  # of the pieces: its weights, and with a suffix its moments
 _DECAY = 0.99  # of the logits' averages

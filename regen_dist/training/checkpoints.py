@@ -18,7 +18,7 @@ from regen_dist.data.storage.connection import limits_of
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, NoGoodCheckpoint
-from regen_dist.observe.record import warn
+from regen_dist.observe.terminal import warn
 from regen_dist.training.guards import Guards
 
 _CLOSE_S = 60.0  # for a save in flight when a run ends with an error

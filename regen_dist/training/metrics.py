@@ -24,7 +24,8 @@ from regen_dist.errors import DataError
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import write_video
 from regen_dist.observe.hardware import accelerator, memory_bytes, summarise_machine
-from regen_dist.observe.record import ProgressLine, Record, read_record, warn
+from regen_dist.observe.record import Record, read_record
+from regen_dist.observe.terminal import ProgressLine, warn
 from regen_dist.observe.tracker import Trackers
 from regen_dist.pixels import to_frames
 from regen_dist.training.task import Batch, Validation

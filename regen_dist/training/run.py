@@ -23,7 +23,7 @@ from regen_dist.distributed.zero3 import build_engine
 from regen_dist.errors import BackendError, ConfigError
 from regen_dist.observe.hang_detector import Watchdog
 from regen_dist.observe.hardware import has_native_bf16, peak_tflops
-from regen_dist.observe.record import warn
+from regen_dist.observe.terminal import warn
 from regen_dist.registry import Entry, Registry
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
 from regen_dist.training.embedder import BaselineTask, EmbedderTask

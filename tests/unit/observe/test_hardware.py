@@ -150,3 +150,9 @@ def test_what_is_told_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         "NCCL 2.27.5"
     )
     assert accelerator(torch.device("cpu"), NONE)["device"] == "cpu"
+
+
+def test_hardware_figures_are_plausible() -> None:
+    """A measured CPU peak between a thousandth of and ten TFLOP/s; memory of a process with torch in it."""
+    assert 1e-3 < hardware.peak_tflops(torch.device("cpu"), torch.float32, seconds=0.05) < 10
+    assert 50e6 < hardware.memory_bytes(torch.device("cpu")) < 100e9
