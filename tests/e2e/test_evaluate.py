@@ -186,7 +186,7 @@ def test_vmaf_is_measured_once_it_can_be(place: Path, tmp_path: Path, monkeypatc
 
 
 def test_videos_with_the_longest_names(tmp_path: Path) -> None:
-    """As downloaders name them by a title: 251 bytes and an ending leave no room in longer names built from it."""
+    """Titles, as downloaders name files: 251 bytes and an ending leave no room in longer names built from it."""
     (tmp_path / "videos").mkdir()
     name = "é" * 125 + "x"
     write_video(tmp_path / "videos" / f"{name}.mp4", moving_square(3, HEIGHT, WIDTH), 10)

@@ -64,12 +64,12 @@ def written(place: str) -> list[Holder | None]:
 
 
 def elsewhere(holder: Holder, **changes: Any) -> Holder:
-    """As if it were on another machine."""
+    """The same holder on another machine."""
     return replace(holder, boot="another", host="node7", **changes)
 
 
 def leave(place: str, holder: Holder, number: int = 1) -> None:
-    """What a process that ended without a word left behind."""
+    """Leave the claim of a process that ended without a word."""
     Store(f"{place}/claims").put(f"{number:08d}.json", json_text(asdict(holder)).encode())
 
 

@@ -38,7 +38,7 @@ def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
 
 
 def test_a_step_that_is_there_is_replaced(folder: CheckpointFolder, write: Write) -> None:
-    """Of a future that was gone back from; a pin stays."""
+    """A step of an abandoned future is saved again; a pin stays."""
     folder.pin(3)
     before = _inside(folder, "step-00000003", SHARD).stat().st_ino
     write(3, state={"again": True})
@@ -62,7 +62,7 @@ def test_what_was_never_committed_is_debris(folder: CheckpointFolder, write: Wri
 
 
 def test_empty_folders_and_temporary_files_of_the_dead_are_cleared(folder: CheckpointFolder) -> None:
-    """What a process leaves that dies before the first byte of a shard, or in the middle of the pointer."""
+    """Leftovers of a process that dies before the first byte of a shard, or in the middle of the pointer."""
     _inside(folder, "step-00000009.tmp").mkdir()
     _inside(folder, ".latest.0.4194305.tmp").touch()  # no process has so high a number
     folder.clear_debris()
@@ -155,7 +155,7 @@ def test_pins(folder: CheckpointFolder) -> None:
 
 
 class Said(list[str]):
-    """What the reader said."""
+    """Messages of the reader, in order."""
 
     def __call__(self, text: str) -> None:
         self.append(text)
@@ -220,7 +220,7 @@ def test_a_bad_one_is_named_and_the_one_before_is_used(folder: CheckpointFolder,
 
 
 def test_a_flipped_byte_is_found_by_checksums(folder: CheckpointFolder) -> None:
-    """By sizes alone it is not: that is the bargain of `checkpoint.verify: sizes`."""
+    """Sizes alone do not find it: that is the bargain of `checkpoint.verify: sizes`."""
     path = _path(folder, "step-00000003", SHARD)
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     assert _newest(folder, checksums=False) == 3

@@ -20,7 +20,7 @@ MANIFEST = CheckpointManifest(
 
 
 def test_round_trip() -> None:
-    """What was written is what is read, numbers bit for bit."""
+    """The written manifest is read back, numbers bit for bit."""
     assert parse_manifest(to_text(MANIFEST).encode(), "here") == MANIFEST
     assert (MANIFEST.world_size, MANIFEST.size_bytes) == (2, 3)
     assert MANIFEST.saved_at.endswith("+00:00")
