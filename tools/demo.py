@@ -111,21 +111,22 @@ def _print_summary(paths: _OutputPaths, seconds: float) -> None:
     """Print the table, write the page, and fail if a trivial baseline does as well as one decoder step."""
     from rich.console import Console
 
-    from regen_dist.evaluation.report import compare_rows, measures_table, read_metrics, write_report
+    from regen_dist.evaluation.report import decoders_table, read_metrics, trivial_decoders, write_report
 
-    rows = compare_rows([read_metrics(folder) for folder in paths.reconstructions])
+    reports = [read_metrics(folder) for folder in paths.reconstructions]
     title = f"REGEN, re-generating {HELD_OUT_VIDEO}"
     page = write_report(paths.report, title=title, run=paths.run, reconstructions=paths.reconstructions)
     console = Console()
     console.print()
-    measures_table(rows, f"{HELD_OUT_VIDEO}, never trained on").show(console)
+    decoders_table(reports, f"{HELD_OUT_VIDEO}, never trained on").show(console)
     if learned := _learned(paths.run):
         console.print(learned, highlight=False)
     console.print(f"{seconds / 60:.1f} minutes. The page: {page}", highlight=False, markup=False)
-    better = [row for row in rows if not row.trained and row.psnr_db >= rows[0].psnr_db]
+    first = reports[0]
+    better = [each for each in trivial_decoders(reports) if each["psnr_db"] >= first["psnr_db"]]
     if better:
-        names = ", ".join(f"{row.label} ({row.psnr_db:.2f} dB)" for row in better)
-        raise RegenError(f"{rows[0].label} has {rows[0].psnr_db:.2f} dB; it is not better than: {names}")
+        names = ", ".join(f"{each['label']} ({each['psnr_db']:.2f} dB)" for each in better)
+        raise RegenError(f"{first['label']} has {first['psnr_db']:.2f} dB; it is not better than: {names}")
 
 
 def _learned(run: Path) -> str:

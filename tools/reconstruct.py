@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regen_dist.tables import Table, numbers
-
 if TYPE_CHECKING:
     from regen_dist.inference.codec import Codec
     from regen_dist.inference.frames import SourceVideo
+    from regen_dist.tables import Table
 
 
 class Weights(StrEnum):
@@ -127,29 +126,21 @@ def _progress(source: SourceVideo) -> Iterator[Callable[[int], None]]:
 
 def _table(report: dict[str, Any]) -> Table:
     """Return the table of measures: one row for the codec and one for each trivial baseline."""
+    from regen_dist.evaluation.reconstruction_table import measures_table
+
     video, options = report["video"], report["options"]
     rate = f"{video['fps']:.4g} fps" + (f" in, {options['fps']:.4g} out" if options["fps"] else "")
-    rows = [
-        (
-            row["label"], f"{row['psnr_db']:.2f}", f"{row['psnr_mean_over_frames_db']:.2f}", _figure(row["ssim"], 3),
-            _figure(row["vmaf"], 1),
-        )
-        for row in (report, *report.get("trivial", {}).values())
-    ]  # fmt: skip
-    return Table(
-        ["decoder", *numbers("PSNR dB", "mean over frames", "SSIM", "VMAF")],
-        rows,
+    return measures_table(
+        [report, *report.get("trivial", {}).values()],
         title=f"{video['file']}: {video['frames']} frames of {video['height']}x{video['width']}, {rate}",
         note=_caption(report),
     )
 
 
 def _caption(report: dict[str, Any]) -> str:
-    seams = f"seam ratio {_figure(report['seam_ratio'], 3)}, the source's {_figure(report['seam_ratio_source'], 3)}"
+    from regen_dist.evaluation.reconstruction_table import figure
+
+    seams = f"seam ratio {figure(report['seam_ratio'], 3)}, the source's {figure(report['seam_ratio_source'], 3)}"
     size = f"{report['latent_bits_per_pixel']:.3f} bits of latent per pixel, 1:{report['compression']:.0f} of raw RGB"
     encode, decode = (f"{report[f'{what}_frames_per_s']:.1f} frames/s" for what in ("encode", "decode"))
     return "\n".join([size, f"encodes {encode}, decodes {decode}", f"{report['windows']} clips, {seams}"])
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -44,6 +44,7 @@ from regen_dist.evaluation.perceptual import (
     segments,
 )
 from regen_dist.evaluation.protocol import PinnedVideo, Protocol
+from regen_dist.evaluation.reconstruction_table import Measure
 from regen_dist.inference.frames import Frame, VideoWriter, write_video
 from regen_dist.jsontext import json_text
 from regen_dist.observe.hardware import describe_machine
@@ -53,17 +54,6 @@ MEDIA, MEASURED = "media", "measured"
 WORST_FRAMES = 3  # worst frames kept of each video and model, from different stretches of `_STRETCH` frames
 _STRETCH = 8
 RESAMPLES, CONFIDENCE = 10_000, 0.95
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Row of the table: key in the JSON, title, unit, digits, and 1 if more is better, -1 if less, 0 if neither."""
-
-    key: str
-    title: str
-    digits: int
-    better: int = 0
-    scale: float = 1.0
 
 
 MEASURES = (

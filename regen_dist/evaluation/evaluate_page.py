@@ -12,7 +12,8 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from regen_dist.evaluation.evaluate import MEASURES, MEDIA, Measure, why_missing
+from regen_dist.evaluation.evaluate import MEASURES, MEDIA, why_missing
+from regen_dist.evaluation.reconstruction_table import Measure
 from regen_dist.evaluation.report import PAGE, page_environment, replace_file
 from regen_dist.jsontext import json_text
 from regen_dist.tables import Table, numbers

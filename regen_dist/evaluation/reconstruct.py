@@ -16,6 +16,7 @@ from torch import Tensor
 
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import Measurement, Options, Pair, Roundtrip, measure
+from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.codec import Window, blend_weights
 from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
@@ -115,8 +116,8 @@ def measure_trivial(source: SourceVideo, num_frames: int, options: Options) -> d
     found: dict[str, dict[str, Any]] = {}
     for kind in TRIVIAL_KINDS:
         measurement = measure(Roundtrip(source, TrivialCodec(kind, num_frames), plain))
-        kept = ("psnr_db", "psnr_mean_over_frames_db", "ssim", "vmaf")
-        found[kind] = {"label": LABELS[kind], **{name: getattr(measurement, name) for name in kept}}
+        figures = {each.key: getattr(measurement, each.key) for each in RECONSTRUCTION_MEASURES}
+        found[kind] = {"label": LABELS[kind], **figures}
     return found
 
 

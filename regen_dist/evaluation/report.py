@@ -22,8 +22,9 @@ import jinja2
 
 from regen_dist.errors import DataError
 from regen_dist.evaluation.reconstruct import METRICS, RECONSTRUCTION, SHEET, SIDE_BY_SIDE
+from regen_dist.evaluation.reconstruction_table import figure, measures_table
 from regen_dist.observe.record import read_record
-from regen_dist.tables import Table, numbers
+from regen_dist.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,17 +156,6 @@ PAGE, MEDIA, TEMPLATES = "index.html", "media", Path(__file__).parent / "templat
 
 
 @dataclass(frozen=True)
-class ReportRow:
-    """Line of the table: a decoder and its measures. `trained` distinguishes trained decoders from trivial ones."""
-
-    label: str
-    trained: bool
-    psnr_db: float
-    ssim: float | None
-    vmaf: float | None
-
-
-@dataclass(frozen=True)
 class _ShownVideo:
     """One reconstruction on the page, with links relative to it."""
 
@@ -185,18 +175,15 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return found
 
 
-def compare_rows(reports: Sequence[Mapping[str, Any]]) -> list[ReportRow]:
-    """Rows of the table: every reconstruction, then the trivial decoders of the first report that measured them."""
-    rows = [ReportRow(report["label"], True, report["psnr_db"], report["ssim"], report["vmaf"]) for report in reports]
-    trivial: Mapping[str, Any] = next((report["trivial"] for report in reports if "trivial" in report), {})
-    return rows + [ReportRow(r["label"], False, r["psnr_db"], r["ssim"], r["vmaf"]) for r in trivial.values()]
+def trivial_decoders(reports: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return label and measures of the trivial decoders, of the first report that has them."""
+    return list(next((report["trivial"].values() for report in reports if "trivial" in report), ()))
 
 
-def measures_table(rows: Sequence[ReportRow], title: str = "") -> Table:
-    """Return the table of decoders and their measures; trained decoders are highlighted."""
-    figures = [(row.label, _figure(row.psnr_db, 2), _figure(row.ssim, 3), _figure(row.vmaf, 1)) for row in rows]
-    trained = {number: "bold" for number, row in enumerate(rows) if row.trained}
-    return Table(["decoder", *numbers("PSNR dB", "SSIM", "VMAF")], figures, title=title, styles=trained)
+def decoders_table(reports: Sequence[Mapping[str, Any]], title: str = "") -> Table:
+    """Return the table of every reconstruction, highlighted, then of the trivial decoders."""
+    styles = dict.fromkeys(range(len(reports)), "bold")
+    return measures_table([*reports, *trivial_decoders(reports)], title=title, styles=styles)
 
 
 def write_report(out: Path, *, title: str, run: Path, reconstructions: Sequence[Path]) -> Path:
@@ -219,16 +206,15 @@ def write_report(out: Path, *, title: str, run: Path, reconstructions: Sequence[
     reports = [read_metrics(folder) for folder in reconstructions]
     (out / MEDIA).mkdir(parents=True, exist_ok=True)
     shown = [_show(folder, report, out) for folder, report in zip(reconstructions, reports, strict=True)]
-    record, rows = run / "metrics.jsonl", compare_rows(reports)
-    config = run / "config.yaml"
+    record, config = run / "metrics.jsonl", run / "config.yaml"
     page = (
         page_environment()
         .get_template("report.html.j2")
         .render(
             title=title,
-            rows=rows,
-            measures=measures_table(rows),
-            first=reports[0],
+            reports=reports,
+            trivial=trivial_decoders(reports),
+            measures=decoders_table(reports),
             shown=shown,
             curves=draw_curves(read_record(record)) if record.is_file() else [],
             config=config.read_text(encoding="utf-8") if config.is_file() else "",
@@ -268,9 +254,5 @@ def page_environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["figure"] = _figure
+    environment.filters["figure"] = figure
     return environment
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

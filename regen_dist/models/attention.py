@@ -1,11 +1,11 @@
-"""Self-attention over a grid of video tokens (one function, four kernels, two patterns), and attention to text.
+"""Self-attention over a grid of video tokens (one function, two patterns), and attention to text.
 
 Legend: B batch, T token frames, H rows, W columns, L = T*H*W tokens, M text tokens, N heads, E width of a head.
 
-A *backend* is the kernel; a *pattern* says which tokens see each other. A window pattern cuts the grid into boxes and
-attends inside each box alone, so that the cost grows linearly with the size of the video. Odd layers shift the boxes by
-half their size, so that information crosses their borders after two layers. Boxes at a border are smaller instead of
-padded: no mask is needed, any backend runs (`windows`).
+A *backend* is the kernel (`models.attention_kernels`); a *pattern* says which tokens see each other. A window pattern
+cuts the grid into boxes and attends inside each box alone, so that the cost grows linearly with the size of the video.
+Odd layers shift the boxes by half their size, so that information crosses their borders after two layers. Boxes at a
+border are smaller instead of padded: no mask is needed, any backend runs (`windows`).
 """
 
 from __future__ import annotations
@@ -18,111 +18,13 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regen_dist.config.embedder import AttentionConfig
-from regen_dist.models.kernels import attend_flash, attend_flash_lengths, attend_sdpa
+from regen_dist.models.attention_kernels import BACKENDS, TextTokens, text_tokens
 from regen_dist.models.sequence_parallel import WHOLE, SequenceShard
-from regen_dist.registry import Entry, Registry
 
-__all__ = ["BACKENDS", "Grid", "attention", "cross_attention"]
-
-
-def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Textbook attention in float32: softmax(q k^T / sqrt(E)) v. Shapes [B, N, L, E]."""
-    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
-    mixed: Tensor = scores.softmax(-1) @ v.float()
-    return mixed.to(v.dtype)
-
-
-def attend_eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Two batched matrix products around a softmax, in the working precision. Shapes [B, N, L, E].
-
-    For small windows on CPUs whose fused kernel is slow at them: measure both (docs/performance.md).
-    """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    mixed: Tensor = scores.softmax(-1) @ v
-    return mixed
-
-
-class TextTokens(NamedTuple):
-    """Tokens of a batch of texts that count, in the forms that kernels take: computed once for all blocks of a pass.
-
-    Attributes:
-        mask: bool [B, M], True where a token counts.
-        seen: `mask`, and all of a text without any: a softmax over nothing is NaN.
-        places: indices of the seen tokens in [B*M], int64; only where a kernel packs them, because a GPU makes the host
-            wait for their number.
-        starts: index of each text's first token in `places`, int32 [B + 1].
-    """
-
-    mask: Tensor
-    seen: Tensor
-    places: Tensor | None = None
-    starts: Tensor | None = None
-
-
-def text_tokens(mask: Tensor, backend: str) -> TextTokens:
-    """Prepare a mask, bool [B, M], for `cross_attention` by a backend."""
-    seen = mask | ~mask.any(-1, keepdim=True)
-    if not BACKENDS[backend].build.packs_text:
-        return TextTokens(mask, seen)
-    return TextTokens(mask, seen, seen.flatten().nonzero()[:, 0], F.pad(seen.sum(-1).cumsum(0), (1, 0)).int())
-
-
-def cross_reference(q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
-    """Textbook attention to a text's tokens, in float32. q [B, N, L, E], k and v [B, N, M, E]."""
-    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, N, L, M]
-    mixed: Tensor = scores.masked_fill(~text.seen[:, None, None], -torch.inf).softmax(-1) @ v.float()
-    return mixed.to(v.dtype)
-
-
-def cross_sdpa(q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
-    """PyTorch's fused attention, which takes masks. Shapes as of `cross_reference`."""
-    return attend_sdpa(q, k, v, text.seen[:, None, None])
-
-
-def cross_eager(q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
-    """Two matrix products around a softmax, in the working precision. Shapes as of `cross_reference`."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    mixed: Tensor = scores.masked_fill(~text.seen[:, None, None], -torch.inf).softmax(-1) @ v
-    return mixed
-
-
-def cross_flash(q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
-    """FlashAttention on the tokens that count alone, packed one text after the other. Shapes as of
-    `cross_reference`."""
-    places, starts_k = text.places, text.starts
-    assert places is not None, "`text_tokens` packs for this backend"
-    assert starts_k is not None, "it comes with the places"
-    batch, _, length, _ = q.shape
-    packed_k, packed_v = (each.transpose(1, 2).flatten(0, 1).index_select(0, places) for each in (k, v))
-    starts_q = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * length
-    packed_q = q.transpose(1, 2).flatten(0, 1)  # [B*L, N, E]
-    mixed = attend_flash_lengths(packed_q, packed_k, packed_v, (starts_q, starts_k), (length, k.shape[2]))
-    rows: Tensor = mixed.unflatten(0, (batch, length)).transpose(1, 2)
-    return rows
-
-
-class Kernels(NamedTuple):
-    """One backend's functions: attention among a video's tokens, and from them to a text's, whose tokens it packs or
-    masks."""
-
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    cross: Callable[[Tensor, Tensor, Tensor, TextTokens], Tensor]
-    packs_text: bool = False
-
-
-BACKENDS = Registry(
-    "attention.backend",
-    {
-        "sdpa": Entry(Kernels(attend_sdpa, cross_sdpa)),
-        "eager": Entry(Kernels(attend_eager, cross_eager)),
-        "flash": Entry(Kernels(attend_flash, cross_flash, packs_text=True)),
-        "reference": Entry(Kernels(attend_reference, cross_reference)),
-    },
-)
+__all__ = ["Grid", "attention", "cross_attention"]
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, text: TextTokens | Tensor, backend: str) -> Tensor:
@@ -176,17 +78,17 @@ def attention(
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, grid: Grid, config: AttentionConfig, shifted: bool) -> Tensor:
     """Compute attention of whole rows, for any number of heads."""
-    kernel = BACKENDS[config.backend].build.attend
+    kernels = BACKENDS[config.backend].build
     if config.pattern == "full" or all(w >= g for w, g in zip(config.window, grid, strict=True)):
-        return kernel(q, k, v)
+        return kernels.attend(q, k, v)
     windows = cut_windows(grid, config.window, shifted, q.device)
     batch = q.shape[0]
     q, k, v = (by_windows(tensor, windows) for tensor in (q, k, v))  # [L, B*N, E] each
-    if config.backend == "flash":
+    if kernels.attend_packed is not None:
         starts, longest = windows.starts, windows.longest
-        mixed = attend_flash_lengths(q, k, v, (starts, starts), (longest, longest))
+        mixed = kernels.attend_packed(q, k, v, (starts, starts), (longest, longest))
     else:
-        mixed = attend_in_groups(kernel, q, k, v, windows)
+        mixed = attend_in_groups(kernels.attend, q, k, v, windows)
     return by_tokens(mixed, windows, batch)
 
 

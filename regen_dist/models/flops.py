@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.config.run import Recomputation
 from regen_dist.config.t2v import T2VModelConfig
+from regen_dist.models.attention_kernels import BACKENDS
 from regen_dist.models.embedder import build_model
 from regen_dist.models.sequence_parallel import SimulatedSequenceParallel, share_rows
 from regen_dist.models.t2v import token_grid
@@ -404,11 +405,10 @@ def _count_shared(
 
 
 def _for_meta(config: Any) -> Any:
-    """Return the config with a kernel that runs on the meta device: for flash, PyTorch's fused kernel, which counts
-    alike."""
+    """Return the config with a kernel that runs on the meta device and counts alike."""
     if isinstance(config, ModelConfig):
         return config.model_copy(update={"decoder": _for_meta(config.decoder)})
-    backend = "sdpa" if config.attention.backend == "flash" else config.attention.backend
+    backend = BACKENDS[config.attention.backend].build.counted_as or config.attention.backend
     return config.model_copy(update={"attention": config.attention.model_copy(update={"backend": backend})})
 
 

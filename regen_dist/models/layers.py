@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from regen_dist.config.run import Recomputation
 from regen_dist.errors import BackendError
+from regen_dist.models.attention_kernels import FUSED_OPERATIONS
 
 # Convolutions on GPUs: the cuDNN that they need, and very large tensors in strips, rows of the frame one after the
 # other.
@@ -353,19 +354,6 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 # matched by their order among attention's alone.
 
 
-_FUSED = frozenset(
-    {
-        "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
-        "aten::_scaled_dot_product_efficient_attention",
-        "aten::_scaled_dot_product_cudnn_attention",
-        "aten::_scaled_dot_product_fused_attention_overrideable",
-        "flash_attn::_flash_attn_forward",
-        "flash_attn::_flash_attn_varlen_forward",
-        "flash_attn_3::_flash_attn_forward",
-        "flash_attn_3::fwd",
-    }
-)
 _SOFTMAX, _PRODUCT = frozenset({"aten::_softmax", "aten::_safe_softmax"}), "aten::bmm"
 
 
@@ -385,7 +373,7 @@ class _AttentionMode(TorchDispatchMode):
         elif name == _PRODUCT and self.has_weights:
             self.has_weights = False
             return True
-        return name in _FUSED
+        return name in FUSED_OPERATIONS
 
 
 class _StoreAttention(_AttentionMode):

@@ -22,13 +22,12 @@ from regen_dist.errors import DataError
 from regen_dist.models.attention import (
     Grid,
     RotaryAngles,
-    TextTokens,
     attention,
     cross_attention,
     rotary_angles,
     rotate,
-    text_tokens,
 )
+from regen_dist.models.attention_kernels import TextTokens, text_tokens
 from regen_dist.models.layers import (
     Checkpointed,
     Modulation,

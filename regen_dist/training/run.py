@@ -126,8 +126,8 @@ def _peak_tflops(config: AnyRunConfig, ranks: Ranks) -> float:
 
 
 def _show_kernels() -> None:
-    """Show on stderr which kernel computes attention, as `models.kernels` logs it."""
-    logger = logging.getLogger("regen_dist.models.kernels")
+    """Show on stderr which kernel computes attention, as `models.attention_kernels` logs it."""
+    logger = logging.getLogger("regen_dist.models.attention_kernels")
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO)

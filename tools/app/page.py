@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from regen_dist.errors import ConfigError, RegenError
+from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES, figure
 from regen_dist.tables import Table
 from tools.app.runner import Job, JobRunner, Kind, checked
 from tools.app.uploads import (
@@ -175,12 +176,8 @@ def measures_table(found: Mapping[str, Any]) -> str:
     """Markdown table of the measures of a reconstruction."""
     video = found["video"]
     latent_bytes = found["latent_bits_per_pixel"] * video["frames"] * video["height"] * video["width"] / 8
-    ssim, vmaf = (
-        f"{value:.{n}f}" if (value := found[key]) is not None else "–" for key, n in (("ssim", 3), ("vmaf", 1))
-    )
     values = {
-        "PSNR": f"{found['psnr_db']:.2f} dB",
-        "SSIM, VMAF": f"{ssim}, {vmaf}",
+        **{each.title: figure(found[each.key], each.digits) for each in RECONSTRUCTION_MEASURES},
         "bits of latent per pixel": f"{found['latent_bits_per_pixel']:.3f}, 1:{found['compression']:.0f} of raw RGB",
         "size of the latents": f"{latent_bytes / 1024:.1f} KiB, 16 bits a value",
         "video": f"{video['frames']} frames of {video['width']}x{video['height']}",

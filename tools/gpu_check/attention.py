@@ -14,8 +14,9 @@ from torch import Tensor
 
 from regen_dist.config.embedder import AttentionConfig
 from regen_dist.errors import BackendError
-from regen_dist.models.attention import BACKENDS, Grid, cross_attention
+from regen_dist.models.attention import Grid, cross_attention
 from regen_dist.models.attention import attention as attend
+from regen_dist.models.attention_kernels import BACKENDS
 from tools.gpu_check.machine import Machine, relative_error, require_close
 
 _FUSED = ("sdpa", "flash")  # the others keep all scores

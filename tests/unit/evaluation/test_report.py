@@ -13,7 +13,7 @@ from PIL import Image
 from regen_dist.errors import DataError
 from regen_dist.evaluation.metrics import Options
 from regen_dist.evaluation.reconstruct import TrivialCodec, reconstruct
-from regen_dist.evaluation.report import compare_rows, draw_curves, read_metrics, write_report
+from regen_dist.evaluation.report import decoders_table, draw_curves, read_metrics, write_report
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.frames import SourceVideo, VideoWriter
 
@@ -96,9 +96,10 @@ def test_incomplete_reconstructions_are_named(folders: tuple[Path, Path], tmp_pa
 
 
 def test_rows(folders: tuple[Path, Path]) -> None:
-    rows = compare_rows([read_metrics(folders[1])])
-    assert [row.trained for row in rows] == [True, False, False, False]
-    assert rows[0].psnr_db == pytest.approx(rows[3].psnr_db)  # our stand-in is the mean of the clip
+    table = decoders_table([read_metrics(folders[1])])
+    assert (len(table.rows), table.styles) == (4, {0: "bold"})
+    assert table.rows[0][1:] == table.rows[3][1:]  # our stand-in is the mean of the clip
+    assert [column.name for column in table.header] == ["decoder", "PSNR dB", "mean over frames", "SSIM", "VMAF"]
 
 
 def test_curves() -> None:

@@ -20,7 +20,7 @@ from regen_dist.distributed.optimizer import OPTIMIZERS, Groups, OptimizerEntry
 from regen_dist.distributed.zero3 import ENGINES
 from regen_dist.errors import BackendError
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.models.attention import BACKENDS
+from regen_dist.models.attention_kernels import BACKENDS
 from regen_dist.models.text.encoder import TEXT_ENCODERS
 from regen_dist.models.text.files import EncoderKind
 from regen_dist.registry import REQUIREMENTS, Entry, Registry, Site

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regen_dist.config.embedder import AttentionConfig
 from regen_dist.errors import BackendError
 from regen_dist.models.attention import Grid, attention, cross_attention, rotary_angles, rotate, split_pairs
-from regen_dist.models.kernels import require_flash
+from regen_dist.models.attention_kernels import require_flash
 
 BACKENDS = ("sdpa", "eager", "reference")
 ODD = [

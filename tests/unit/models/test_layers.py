@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regen_dist.config.run import EngineConfig, Recomputation
 from regen_dist.errors import BackendError
-from regen_dist.models import kernels, layers
+from regen_dist.models import attention_kernels, layers
 from regen_dist.models.embedder import Baseline, build_model
 from regen_dist.models.flops import count_flops, count_row_flops
 from regen_dist.models.layers import CausalConv, Frames
@@ -61,7 +61,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor,
 def flash_on_cpus() -> Iterator[None]:
     """FlashAttention's functions, by the operation above, for CPUs."""
     package = mock.Mock(flash_attn_func=_Flash.apply, flash_attn_varlen_func=_varlen, __name__="flash_attn")
-    with mock.patch.object(kernels, "require_flash", return_value=package):
+    with mock.patch.object(attention_kernels, "require_flash", return_value=package):
         yield
 
 

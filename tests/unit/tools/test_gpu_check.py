@@ -153,13 +153,13 @@ def test_numeric_parts_run_on_the_cpu(function: str) -> None:
 
 def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend, a convolution and an optimizer that are wrong by a little fail their parts."""
-    from regen_dist.models import attention
+    from regen_dist.models.attention_kernels import BACKENDS
     from regen_dist.models.layers import CausalConv
     from regen_dist.registry import Entry
 
-    machine, kernels = Machine(torch.device("cpu")), attention.BACKENDS["sdpa"].build
+    machine, kernels = Machine(torch.device("cpu")), BACKENDS["sdpa"].build
     wrong = Entry(kernels._replace(attend=lambda q, k, v: kernels.attend(q, k, v) * 1.01))
-    monkeypatch.setitem(attention.BACKENDS._entries, "sdpa", wrong)
+    monkeypatch.setitem(BACKENDS._entries, "sdpa", wrong)
     assert "sdpa, full, result" in run_check("attention:attention", machine)["summary"]
     rest = CausalConv._rest
     monkeypatch.setattr(

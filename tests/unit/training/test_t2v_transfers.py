@@ -18,8 +18,8 @@ from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.data.loading.latent_loader import LatentBatch
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
-from regen_dist.models import kernels
-from regen_dist.models.attention import attend_reference
+from regen_dist.models import attention_kernels
+from regen_dist.models.attention_kernels import attend_reference
 from regen_dist.training.run import build_task
 from tests.helpers.latents import write_cache
 from tests.helpers.machine import META, MetaRanks
@@ -145,7 +145,7 @@ def flash() -> Iterator[None]:
     """Substitutes of FlashAttention's functions, for any device."""
     package = mock.Mock(flash_attn_varlen_func=_varlen, __name__="flash_attn")
     package.flash_attn_func = lambda *given: attend_reference(*(each.transpose(1, 2) for each in given)).transpose(1, 2)
-    with mock.patch.object(kernels, "require_flash", return_value=package):
+    with mock.patch.object(attention_kernels, "require_flash", return_value=package):
         yield
 
 

@@ -13,12 +13,13 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regen_dist.config.embedder import AttentionConfig
 from regen_dist.errors import BackendError
-from regen_dist.models import kernels
-from regen_dist.models.attention import attend_reference, attention, cross_attention
+from regen_dist.models import attention_kernels
+from regen_dist.models.attention import attention, cross_attention
+from regen_dist.models.attention_kernels import attend_reference
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 
@@ -62,12 +63,12 @@ def _package(name: str, wrap: Any = lambda x: x) -> ModuleType:
 @contextmanager
 def _pretended(capability: tuple[int, int], **packages: Any) -> Iterator[None]:
     """CPU tensors count as those of a GPU of this capability; packages that are None are missing."""
-    require, every = kernels.require_flash, {"flash_attn": None, "flash_attn_interface": None, **packages}
+    require, every = attention_kernels.require_flash, {"flash_attn": None, "flash_attn_interface": None, **packages}
     with (
         mock.patch.dict(sys.modules, every),
-        mock.patch.object(kernels, "_capability", return_value=capability),
-        mock.patch.object(kernels, "require_flash", lambda _, *rest: require("cuda", *rest)),
-        mock.patch.object(kernels, "_logged_kernels", set()),
+        mock.patch.object(attention_kernels, "_capability", return_value=capability),
+        mock.patch.object(attention_kernels, "require_flash", lambda _, *rest: require("cuda", *rest)),
+        mock.patch.object(attention_kernels, "_logged_kernels", set()),
     ):
         yield
 
@@ -99,7 +100,7 @@ def test_flash_attention_takes_the_fastest_version_and_is_right(
     q, k, v = torch.randn(3, 2, 2, 210, 8, generator=torch.Generator().manual_seed(0)).bfloat16().unbind(0)
     config = AttentionConfig.model_validate({"backend": "flash", "pattern": pattern, "window": [2, 4, 3]})
     expected = attention(q, k, v, grid, config.model_copy(update={"backend": "reference"}), shifted)
-    with _pretended(capability, **packages), caplog.at_level(logging.INFO, logger=kernels.__name__):
+    with _pretended(capability, **packages), caplog.at_level(logging.INFO, logger=attention_kernels.__name__):
         found = [attention(q, k, v, grid, config, shifted) for _ in range(2)]
     torch.testing.assert_close(found[0], expected, rtol=1e-2, atol=1e-2)
     assert [runs in line for line in caplog.messages] == [True], "told once"
@@ -165,22 +166,22 @@ def test_without_either_package_both_are_named() -> None:
         mock.patch.dict(sys.modules, {"flash_attn": None, "flash_attn_interface": None}),
         pytest.raises(BackendError, match=both),
     ):
-        kernels.require_flash("cuda", torch.bfloat16, HOPPER)
+        attention_kernels.require_flash("cuda", torch.bfloat16, HOPPER)
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
 def test_gpus_before_ampere_are_refused(capability: tuple[int, int]) -> None:
     """The package itself would raise a RuntimeError amid the first step."""
     with _pretended(capability, flash_attn=TWO), pytest.raises(BackendError, match=r"8\.0 .*found 7\.[05]; set"):
-        kernels.attend_flash(*[torch.ones(1, 1, 2, 8, dtype=torch.bfloat16)] * 3)
+        attention_kernels.attend_flash(*[torch.ones(1, 1, 2, 8, dtype=torch.bfloat16)] * 3)
 
 
 def test_cudnn_comes_first_on_hopper() -> None:
-    assert kernels.sdpa_order(HOPPER)[0] == SDPBackend.CUDNN_ATTENTION
-    assert kernels.sdpa_order((10, 0))[0] == SDPBackend.CUDNN_ATTENTION
-    assert kernels.sdpa_order(AMPERE)[:2] == [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    assert attention_kernels.sdpa_order(HOPPER)[0] == SDPBackend.CUDNN_ATTENTION
+    assert attention_kernels.sdpa_order((10, 0))[0] == SDPBackend.CUDNN_ATTENTION
+    assert attention_kernels.sdpa_order(AMPERE)[:2] == [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     for capability in (HOPPER, AMPERE, (7, 0)):
-        assert set(kernels.sdpa_order(capability)[2:]) == {SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
+        assert set(attention_kernels.sdpa_order(capability)[2:]) == {SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
 
 
 def test_the_order_is_what_pytorch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,11 +192,11 @@ def test_the_order_is_what_pytorch_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(torch._C._get_sdp_priority_order())
         return q
 
-    order = kernels.sdpa_order(HOPPER)
-    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", function)
-    monkeypatch.setattr(kernels, "_ordered", lambda *_: kernels.sdpa_kernel(order, set_priority=True))
+    order = attention_kernels.sdpa_order(HOPPER)
+    monkeypatch.setattr(attention_kernels.F, "scaled_dot_product_attention", function)
+    monkeypatch.setattr(attention_kernels, "_ordered", lambda *_: sdpa_kernel(order, set_priority=True))
     before = torch._C._get_sdp_priority_order()
-    kernels.attend_sdpa(*torch.zeros(3, 1, 1, 2, 4).unbind(0))
+    attention_kernels.attend_sdpa(*torch.zeros(3, 1, 1, 2, 4).unbind(0))
     assert seen[0][: len(order)] == [int(each) for each in order]
     assert torch._C._get_sdp_priority_order() == before != seen[0]
 
@@ -210,4 +211,4 @@ def test_the_kernel_that_is_told_is_the_first_that_takes_the_tensors(
     for each in ("cudnn", "flash", "efficient"):
         monkeypatch.setattr(torch.backends.cuda, f"can_use_{each}_attention", lambda given, each=each: each in taken)
     q = torch.zeros(1, 1, 2, 8)
-    assert kernels.sdpa_choice(kernels.sdpa_order(HOPPER), q, q, q, None) == name
+    assert attention_kernels.sdpa_choice(attention_kernels.sdpa_order(HOPPER), q, q, q, None) == name
