@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -161,3 +161,13 @@ def _ends_with_newline(path: Path) -> bool:
 def now() -> float:
     """Return seconds since the epoch, rounded for the history."""
     return round(time.time(), 3)
+
+
+def submission_time(tasks: Iterable[Path]) -> float:
+    """Return the time of a submission, for its job file: now, but after all starts of its tasks, by whatever clocks.
+
+    Args:
+        tasks: `launch` folders.
+    """
+    starts = [each.start.time for launch in tasks for each in read_history(launch)]
+    return max([time.time(), *(start + 0.001 for start in starts)])

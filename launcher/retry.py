@@ -332,13 +332,18 @@ def begin(job: Submission, task: JobTask, scheduler: Scheduler) -> RetryDecision
     stop, retry = task.stop_file.exists(), job.cluster.retry
     decision = decide_start(history, step=step, steps=steps, stop=stop, retry=retry, since=job.submitted)
     if decision.go:
-        start = Start(job=scheduler.job, restart=scheduler.restart, nodes=scheduler.nodes, step=step, time=now())
-        _append(task, start)
+        _append(task, _start(job, scheduler, step))
         prune_rank_exits(task.launch)
     elif history and history[-1].end and history[-1].end.again:  # it was to continue, and now does not
         why: Why = "done" if not decision.code else "stopped" if stop else "failed"
         _append(task, End(why=why, code=decision.code, text=decision.text, again=False, time=now()))
     return decision
+
+
+def _start(job: Submission, scheduler: Scheduler, step: int | None = None) -> Start:
+    """Return a start at this moment; not before the submission, where this node's clock is behind the submitter's."""
+    time_s = max(now(), job.submitted)
+    return Start(job=scheduler.job, restart=scheduler.restart, nodes=scheduler.nodes, step=step, time=time_s)
 
 
 def _append(task: JobTask, entry: Start | End) -> None:
@@ -369,8 +374,7 @@ def end(job: Submission, task: JobTask, scheduler: Scheduler, srun_code: int) ->
     """
     history = read_history(task.launch)
     if unknown := not history or not _belongs_to(history[-1].start, scheduler):  # the start could not be recorded
-        start = Start(job=scheduler.job, restart=scheduler.restart, nodes=scheduler.nodes, time=now())
-        history = [*history, Attempt(start, None)]
+        history = [*history, Attempt(_start(job, scheduler), None)]
     found = read_rank_exits(task.launch, scheduler.job, scheduler.restart, job.world_size)
     code = combined_exit_code([each.code if each else None for each in found], srun_code)
     why = _end_reason(job, task, scheduler, code)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from launcher import local_executor, slurm
-from launcher.attempts import archive_history, read_history
+from launcher.attempts import archive_history, read_history, submission_time
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, LAUNCH, JobTask, Submission, TaskProgress, new_folder, write_job
 from launcher.retry import attempts_since, is_complete, newest_step
@@ -141,8 +141,8 @@ class SubmissionRequest:
         """Return the request as a submission stored in `folder`."""
         return Submission(
             name=self.name, kind=self.kind, cluster=self.cluster, cluster_name=self.cluster_name, tasks=self.tasks,
-            distributed=self.distributed, folder=folder, workdir=Path.cwd(), code=code, submitted=time.time(),
-            fingerprint=self.fingerprint,
+            distributed=self.distributed, folder=folder, workdir=Path.cwd(), code=code,
+            submitted=submission_time(task.launch for task in self.tasks), fingerprint=self.fingerprint,
         )  # fmt: skip
 
 

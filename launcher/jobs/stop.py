@@ -14,7 +14,7 @@ from contextlib import chdir
 from pathlib import Path
 
 from launcher import slurm
-from launcher.attempts import Attempt, End, now, read_history, write_entry
+from launcher.attempts import Attempt, End, now, read_history, submission_time, write_entry
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.job import LAUNCH, JobTask, Submission, new_folder
 from launcher.jobs.find import NEVER, JobState, Member, has_final_end, job_state, query_queue, shown_name
@@ -346,6 +346,7 @@ def resubmit(job: Submission, request: SubmissionRequest, *, new_code: bool = Fa
         raise RegenError(f"{code}: the code snapshot is gone; --new-code takes one of the installed code")
     changes = {
         "cluster": request.cluster, "cluster_name": request.cluster_name, "tasks": request.tasks,
-        "folder": new_folder(request.base), "code": code, "submitted": time.time(),
+        "folder": new_folder(request.base), "code": code,
+        "submitted": submission_time(task.launch for task in request.tasks),
     }  # fmt: skip
     return submit_to_slurm(job.model_copy(update=changes))
