@@ -144,10 +144,15 @@ def write_entry(launch: Path, entry: Start | End) -> None:
         os.fsync(file.fileno())
 
 
+def archive(name: str) -> str:
+    """Return the file name of an old history."""
+    return f"starts-{name}.jsonl"
+
+
 def archive_history(launch: Path, name: str) -> None:
     """Start a new history; the old one is renamed to `starts-NAME.jsonl`."""
     if (launch / HISTORY_FILE).is_file():
-        os.replace(launch / HISTORY_FILE, launch / f"starts-{name}.jsonl")
+        os.replace(launch / HISTORY_FILE, launch / archive(name))
 
 
 def _ends_with_newline(path: Path) -> bool:

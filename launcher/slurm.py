@@ -106,12 +106,16 @@ def run_program(program: str, *arguments: str) -> str:
         raise SlurmUnreachable(f"{program} did not answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
     if ended.returncode:
         output = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()
-        unreachable = any(each in line for line in output for each in _UNREACHABLE)
-        raise (SlurmUnreachable if unreachable else BackendError)(
+        raise (SlurmUnreachable if is_unreachable("\n".join(output)) else BackendError)(
             f"{program} {' '.join(arguments)}: exit code {ended.returncode}: {output[-1]}"
             "; check the job's settings, and with `sinfo` that Slurm answers"
         )
     return ended.stdout.strip()
+
+
+def is_unreachable(message: str) -> bool:
+    """Return whether a program's message says that the controller does not answer."""
+    return any(each in message for each in _UNREACHABLE)
 
 
 def is_available() -> bool:

@@ -16,11 +16,11 @@ from pathlib import Path
 from launcher import slurm
 from launcher.attempts import Attempt, End, now, read_history, submission_time, write_entry
 from launcher.cluster import ClusterConfig, load_cluster
-from launcher.job import LAUNCH, JobTask, Submission, new_folder
+from launcher.job import LAUNCH, JobTask, Submission
 from launcher.jobs.find import NEVER, JobState, Member, has_final_end, job_state, query_queue, shown_name
 from launcher.jobs.table import duration
 from launcher.retry import attempts_since, is_complete, newest_step
-from launcher.submit import SubmissionRequest, submit_to_slurm, take_snapshot
+from launcher.submit import SubmissionRequest, claim_folder, submit_to_slurm, take_snapshot
 from regen_dist.config import load_config
 from regen_dist.config.files import load_section
 from regen_dist.config.run import Section
@@ -346,7 +346,7 @@ def resubmit(job: Submission, request: SubmissionRequest, *, new_code: bool = Fa
         raise RegenError(f"{code}: the code snapshot is gone; --new-code takes one of the installed code")
     changes = {
         "cluster": request.cluster, "cluster_name": request.cluster_name, "tasks": request.tasks,
-        "folder": new_folder(request.base), "code": code,
+        "folder": claim_folder(request), "code": code,
         "submitted": submission_time(task.launch for task in request.tasks),
     }  # fmt: skip
     return submit_to_slurm(job.model_copy(update=changes))

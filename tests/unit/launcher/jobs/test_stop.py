@@ -233,6 +233,7 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     handed: list[Submission] = []
     monkeypatch.setattr("launcher.jobs.stop.submit_to_slurm", lambda job: handed.append(job) or job)
     assert resubmit(job, fewer).code == job.code
+    _, fewer = rebuild_request(members, None, ["nodes=1"])
     fresh = resubmit(job, fewer, new_code=True)
     assert fresh.code != job.code
     assert (fresh.code / "launcher" / "jobs").is_dir()
