@@ -23,7 +23,7 @@ from launcher.retry import attempts_since, is_complete, newest_step
 from launcher.submit import SubmissionRequest, claim_folder, submit_to_slurm, take_snapshot
 from regen_dist.config import load_config
 from regen_dist.config.files import load_section
-from regen_dist.config.run import Section
+from regen_dist.config.yaml_files import dump_yaml
 from regen_dist.errors import BackendError, ConfigError, RegenError
 
 _POLL_S, _ASK_EVERY_S, _MESSAGE_EVERY_S = 0.3, 3.0, 60.0
@@ -296,18 +296,11 @@ def changed_cluster(job: Submission, name: str | None, overrides: Sequence[str])
         return job.cluster, job.cluster_name
     with tempfile.TemporaryDirectory() as folder:  # overrides are applied to files
         path = Path(folder) / f"{job.cluster_name.replace('/', '_')}.yaml"
-        path.write_text(_to_yaml(job.cluster), encoding="utf-8")
+        path.write_text(dump_yaml(job.cluster.model_dump(mode="json")), encoding="utf-8")
         try:
             return load_section(ClusterConfig, path, overrides), job.cluster_name
         except ConfigError as error:
             raise ConfigError(str(error).replace(str(path), f"the cluster of {job.name}")) from None
-
-
-def _to_yaml(section: Section) -> str:
-    """Return any config section as YAML."""
-    import yaml
-
-    return str(yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def rebuild_request(

@@ -18,7 +18,7 @@ from launcher.job import Submission, newest_job
 from launcher.jobs import find
 from launcher.jobs import stop as stopping
 from launcher.jobs.find import Member, choose_job
-from launcher.jobs.stop import incomplete_tasks, rebuild_request, resubmit, stop
+from launcher.jobs.stop import changed_cluster, incomplete_tasks, rebuild_request, resubmit, stop
 from launcher.retry import decide_start
 from launcher.submit import command_request, submit, wait_for
 from regen_dist.config import to_yaml
@@ -225,6 +225,8 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [config.name for config in same.configs] == ["tiny"]
     _, fewer = rebuild_request(members, None, ["nodes=1"])
     assert fewer.cluster == job.cluster.model_copy(update={"nodes": 1})
+    odd = job.cluster.model_copy(update={"account": "0891", "environment": {"MPI": "none"}})  # words to YAML's eyes
+    assert changed_cluster(job.model_copy(update={"cluster": odd}), None, ["nodes=1"])[0].account == "0891"
     _, moved = rebuild_request(members, "local", [])
     assert (moved.cluster.kind, moved.cluster_name) == ("local", "local")
     with pytest.raises(ConfigError, match=r"the cluster of a: 1 problem\n  command line: nodez: .* nodes\?"):
