@@ -189,6 +189,17 @@ def test_a_job_that_waits_for_nodes_that_are_down_is_not_refused(tmp_path: Path,
     assert problem.forbids
 
 
+def test_an_array_that_is_too_large_names_the_limit(tmp_path: Path, programs: Programs) -> None:
+    request = command_request("job", tmp_path / "job", ["a"], ClusterConfig(time_min=9), "test", tasks=1200)
+    programs(
+        sbatch=["!allocation failure: Invalid job array specification"],
+        scontrol=["PartitionName=mine Default=YES", "MaxArraySize            = 1001"],
+    )
+    (problem,) = scheduler(Subject(request))
+    assert "array of 1200 tasks: allocation failure: Invalid" in problem.text
+    assert "Its MaxArraySize is 1001" in problem.text
+
+
 @pytest.mark.parametrize("state", ["SIGNALING", "STAGE_OUT", "RESIZING", "SPECIAL_EXIT", "RESV_DEL_HOLD", "RUNNING"])
 def test_a_job_in_any_state_but_an_ended_one_is_alive(
     state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
