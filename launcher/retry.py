@@ -130,14 +130,18 @@ class SlurmScheduler:
             return ()
 
     def excludable(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Return all, or none if Slurm could not start the job without them."""
+        """Return all, or none if Slurm could not start the job without them, or does not answer."""
         if not nodes:
             return ()
         from launcher.script import batch_script  # which imports submitit
 
         without = job.cluster.model_copy(update={"exclude": (*job.cluster.exclude, *nodes)})
         script = batch_script(job.model_copy(update={"cluster": without}))
-        return () if slurm.ask_patiently(lambda: slurm.refusal(script)) else tuple(nodes)
+        try:
+            return () if slurm.ask_patiently(lambda: slurm.refusal(script)) else tuple(nodes)
+        except BackendError as error:
+            log_line(f"warning: {error}")
+            return ()
 
 
 class LocalScheduler:
@@ -473,17 +477,20 @@ def main(arguments: Sequence[str]) -> int:
 def _requeue(job: Submission, task: JobTask, scheduler: SlurmScheduler) -> int:
     """Requeue this job, then exclude the nodes on which it failed: Slurm accepts that for pending jobs only."""
     bad = bad_nodes(read_history(task.launch), job.cluster.retry)
+    left_out = scheduler.excludable(job, bad)
+    if bad and not left_out:
+        log_line(f"{', '.join(bad)} failed too often, but Slurm could not start the job without: not excluded")
     try:
-        left_out = scheduler.excludable(job, bad)
-        if bad and not left_out:
-            log_line(f"{', '.join(bad)} failed too often, but Slurm could not start the job without: not excluded")
         slurm.ask_patiently(lambda: slurm.requeue(scheduler.name))
+    except BackendError as error:
+        log_line(f"error: {error}; `regen jobs resume` continues")
+        return EXIT_RESUME
+    try:
         if left_out:
             slurm.ask_patiently(lambda: slurm.exclude(scheduler.name, [*job.cluster.exclude, *left_out]))
             log_line(f"excluded from now on: {', '.join(left_out)}")
     except BackendError as error:
-        log_line(f"error: {error}; `regen jobs resume` continues")
-        return EXIT_RESUME
+        log_line(f"warning: requeued, but {', '.join(left_out)} could not be excluded: {error}")
     return EXIT_OK
 
 

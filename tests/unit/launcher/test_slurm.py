@@ -165,14 +165,35 @@ def test_a_node_that_is_being_drained_has_lost_nothing(programs: Programs) -> No
     assert slurm.unavailable_nodes(None) == 5
 
 
-@pytest.mark.parametrize(("answer", "left_out"), [("", ("node4",)), ("!sbatch: error: not available", ())])
+@pytest.mark.parametrize(
+    ("answers", "left_out"),
+    [
+        ([""], ("node4",)),
+        (["!sbatch: error: not available"], ()),
+        (["!allocation failure: Unable to contact slurm controller (connect failure)", ""], ("node4",)),
+    ],
+)
 def test_nodes_are_excluded_where_slurm_could_start_the_job_without(
-    answer: str, left_out: tuple[str, ...], tmp_path: Path, programs: Programs
+    answers: list[str], left_out: tuple[str, ...], tmp_path: Path, programs: Programs
 ) -> None:
-    programs(sbatch=[answer])
+    programs(sbatch=answers)
     job = _job(tmp_path, exclude=["node[2-3]"])
     assert retry.SlurmScheduler("36", 0, ()).excludable(job, ["node4"]) == left_out
     assert retry.SlurmScheduler("36", 0, ()).excludable(job, []) == ()
+
+
+def test_a_job_is_requeued_where_a_node_cannot_be_excluded(
+    tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is not called ended."""
+    programs(scontrol=[RUNNING, "", "!Access/permission denied"])
+    job = _job(tmp_path)
+    write_entry(job.tasks[0].launch, Start(job="35", restart=0, nodes=("node1",), time=1.0))
+    write_entry(
+        job.tasks[0].launch, retry.End(why="failed", code=1, text="", again=True, at_fault=("node1",), time=2.0)
+    )
+    assert _end(job, monkeypatch, code=137) == 0
+    assert "warning: requeued, but node1 could not be excluded: scontrol update" in capsys.readouterr().err
 
 
 def test_a_job_that_waits_for_nodes_that_are_down_is_not_refused(tmp_path: Path, programs: Programs) -> None:
