@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 from launcher import local_executor, slurm
 from launcher.attempts import read_history
 from launcher.cluster import ClusterConfig
-from launcher.job import Submission, newest_job
+from launcher.job import ID_FILE, Submission, newest_job
 from launcher.jobs import find
 from launcher.jobs import stop as stopping
 from launcher.jobs.find import Member, choose_job
@@ -172,6 +175,26 @@ def test_the_task_that_failed_alone_is_resumed(local: Here) -> None:
     assert [whys(task.folder) for task in job.tasks] == [["done"], ["failed", "done"], ["done"]]
     with pytest.raises(ConfigError, match="a: nothing is left to do"):
         incomplete_tasks(choose_job("a", local.root), local.root)
+
+
+def test_a_job_of_this_machine_on_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre mounted without flock: it starts, and its process shows that it runs."""
+
+    def flock(file: object, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    job = made_job(tmp_path / "a", cluster=LOCAL)
+    with (
+        local_executor._locked(job.folder),
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(job.folder)]) as process,
+    ):
+        (job.folder / ID_FILE).write_text(f"{process.pid}\n")
+        assert local_executor.is_running_locally(job)
+        process.kill()
+    assert not local_executor.is_running_locally(job)
+    (job.folder / ID_FILE).write_text(f"{os.getpid()}\n")
+    assert not local_executor.is_running_locally(job), "another program's process"
 
 
 def test_a_complete_training_is_not_resumed(tmp_path: Path) -> None:
