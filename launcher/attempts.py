@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -144,10 +144,15 @@ def write_entry(launch: Path, entry: Start | End) -> None:
         os.fsync(file.fileno())
 
 
+def archive(name: str) -> str:
+    """Return the file name of an old history."""
+    return f"starts-{name}.jsonl"
+
+
 def archive_history(launch: Path, name: str) -> None:
     """Start a new history; the old one is renamed to `starts-NAME.jsonl`."""
     if (launch / HISTORY_FILE).is_file():
-        os.replace(launch / HISTORY_FILE, launch / f"starts-{name}.jsonl")
+        os.replace(launch / HISTORY_FILE, launch / archive(name))
 
 
 def _ends_with_newline(path: Path) -> bool:
@@ -161,3 +166,13 @@ def _ends_with_newline(path: Path) -> bool:
 def now() -> float:
     """Return seconds since the epoch, rounded for the history."""
     return round(time.time(), 3)
+
+
+def submission_time(tasks: Iterable[Path]) -> float:
+    """Return the time of a submission, for its job file: now, but after all starts of its tasks, by whatever clocks.
+
+    Args:
+        tasks: `launch` folders.
+    """
+    starts = [each.start.time for launch in tasks for each in read_history(launch)]
+    return max([time.time(), *(start + 0.001 for start in starts)])

@@ -17,8 +17,9 @@ from regen_dist.errors import ConfigError
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cluster"
 # Options that the launcher sets itself. sbatch would have to choose between two values of one option.
 _OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "open-mode", "output")
-_OURS_TOO = ("requeue", "no-requeue", "signal", "time", "wait", "parsable", "test-only")
-_FIELDS = ("partition", "account", "qos", "constraint", "exclusive", "exclude", "nodelist")
+_OURS_TOO = ("ntasks", "requeue", "no-requeue", "signal", "time", "wait", "parsable", "quiet", "test-only")
+_FIELDS = {name: name for name in ("partition", "account", "qos", "constraint", "exclusive", "exclude", "nodelist")}
+_FIELDS |= {"cpus-per-task": "cpus_per_task", "gpus-per-node": "gpus_per_node", "ntasks-per-node": "tasks_per_node"}
 
 
 class RetryConfig(Section):
@@ -127,7 +128,10 @@ class ClusterConfig(Section):
         if wrong := sorted(named & {*_OURS, *_OURS_TOO}):
             raise ValueError(f"{', '.join(wrong)}: set by the launcher; use the options of the command instead")
         if wrong := sorted(named & {*_FIELDS}):
-            raise ValueError(f"{', '.join(wrong)}: has its own key in this file; set that key")
+            keys = ", ".join(_FIELDS[each] for each in wrong)
+            raise ValueError(f"{', '.join(wrong)}: has its own key in this file; set that key ({keys})")
+        if "clusters" in named:
+            raise ValueError("clusters: jobs are looked for in the cluster of this machine; submit from one of its own")
         return options
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,13 +68,24 @@ def is_running_locally(job: Submission) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError:  # a disk without file locks, such as Lustre mounted without `flock`
+        return _supervises(job)
     return False
+
+
+def _supervises(job: Submission) -> bool:
+    """Return whether the process of a job's number is one of this machine that supervises it."""
+    try:
+        return os.fsencode(job.folder) in Path(f"/proc/{job.id()}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # it has ended
+        return False
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     with (folder / LOCK).open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # see `is_running_locally`
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -130,14 +130,18 @@ class SlurmScheduler:
             return ()
 
     def excludable(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Return all, or none if Slurm could not start the job without them."""
+        """Return all, or none if Slurm could not start the job without them, or does not answer."""
         if not nodes:
             return ()
         from launcher.script import batch_script  # which imports submitit
 
         without = job.cluster.model_copy(update={"exclude": (*job.cluster.exclude, *nodes)})
         script = batch_script(job.model_copy(update={"cluster": without}))
-        return () if slurm.ask_patiently(lambda: slurm.refusal(script)) else tuple(nodes)
+        try:
+            return () if slurm.ask_patiently(lambda: slurm.refusal(script)) else tuple(nodes)
+        except BackendError as error:
+            log_line(f"warning: {error}")
+            return ()
 
 
 class LocalScheduler:
@@ -332,13 +336,18 @@ def begin(job: Submission, task: JobTask, scheduler: Scheduler) -> RetryDecision
     stop, retry = task.stop_file.exists(), job.cluster.retry
     decision = decide_start(history, step=step, steps=steps, stop=stop, retry=retry, since=job.submitted)
     if decision.go:
-        start = Start(job=scheduler.job, restart=scheduler.restart, nodes=scheduler.nodes, step=step, time=now())
-        _append(task, start)
+        _append(task, _start(job, scheduler, step))
         prune_rank_exits(task.launch)
     elif history and history[-1].end and history[-1].end.again:  # it was to continue, and now does not
         why: Why = "done" if not decision.code else "stopped" if stop else "failed"
         _append(task, End(why=why, code=decision.code, text=decision.text, again=False, time=now()))
     return decision
+
+
+def _start(job: Submission, scheduler: Scheduler, step: int | None = None) -> Start:
+    """Return a start at this moment; not before the submission, where this node's clock is behind the submitter's."""
+    time_s = max(now(), job.submitted)
+    return Start(job=scheduler.job, restart=scheduler.restart, nodes=scheduler.nodes, step=step, time=time_s)
 
 
 def _append(task: JobTask, entry: Start | End) -> None:
@@ -369,8 +378,7 @@ def end(job: Submission, task: JobTask, scheduler: Scheduler, srun_code: int) ->
     """
     history = read_history(task.launch)
     if unknown := not history or not _belongs_to(history[-1].start, scheduler):  # the start could not be recorded
-        start = Start(job=scheduler.job, restart=scheduler.restart, nodes=scheduler.nodes, time=now())
-        history = [*history, Attempt(start, None)]
+        history = [*history, Attempt(_start(job, scheduler), None)]
     found = read_rank_exits(task.launch, scheduler.job, scheduler.restart, job.world_size)
     code = combined_exit_code([each.code if each else None for each in found], srun_code)
     why = _end_reason(job, task, scheduler, code)
@@ -469,17 +477,20 @@ def main(arguments: Sequence[str]) -> int:
 def _requeue(job: Submission, task: JobTask, scheduler: SlurmScheduler) -> int:
     """Requeue this job, then exclude the nodes on which it failed: Slurm accepts that for pending jobs only."""
     bad = bad_nodes(read_history(task.launch), job.cluster.retry)
+    left_out = scheduler.excludable(job, bad)
+    if bad and not left_out:
+        log_line(f"{', '.join(bad)} failed too often, but Slurm could not start the job without: not excluded")
     try:
-        left_out = scheduler.excludable(job, bad)
-        if bad and not left_out:
-            log_line(f"{', '.join(bad)} failed too often, but Slurm could not start the job without: not excluded")
         slurm.ask_patiently(lambda: slurm.requeue(scheduler.name))
+    except BackendError as error:
+        log_line(f"error: {error}; `regen jobs resume` continues")
+        return EXIT_RESUME
+    try:
         if left_out:
             slurm.ask_patiently(lambda: slurm.exclude(scheduler.name, [*job.cluster.exclude, *left_out]))
             log_line(f"excluded from now on: {', '.join(left_out)}")
     except BackendError as error:
-        log_line(f"error: {error}; `regen jobs resume` continues")
-        return EXIT_RESUME
+        log_line(f"warning: requeued, but {', '.join(left_out)} could not be excluded: {error}")
     return EXIT_OK
 
 

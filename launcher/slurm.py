@@ -106,12 +106,16 @@ def run_program(program: str, *arguments: str) -> str:
         raise SlurmUnreachable(f"{program} did not answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
     if ended.returncode:
         output = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()
-        unreachable = any(each in line for line in output for each in _UNREACHABLE)
-        raise (SlurmUnreachable if unreachable else BackendError)(
+        raise (SlurmUnreachable if is_unreachable("\n".join(output)) else BackendError)(
             f"{program} {' '.join(arguments)}: exit code {ended.returncode}: {output[-1]}"
             "; check the job's settings, and with `sinfo` that Slurm answers"
         )
     return ended.stdout.strip()
+
+
+def is_unreachable(message: str) -> bool:
+    """Return whether a program's message says that the controller does not answer."""
+    return any(each in message for each in _UNREACHABLE)
 
 
 def is_available() -> bool:
@@ -175,7 +179,14 @@ def unavailable_nodes(partition: str | None) -> int:
 
 def refusal(script: str) -> str:
     """Return the message of `sbatch --test-only` against a script; "" if it would be accepted. Nodes that are down or
-    drained do not count there: a job that needs them is refused, though sbatch would let it wait."""
+    drained do not count there: a job that needs them is refused, though sbatch would let it wait.
+
+    Raises:
+        SlurmUnreachable: the controller did not answer.
+        BackendError: there is no sbatch.
+    """
+    if not is_available():
+        raise BackendError("sbatch not found: no job can be tried out here")
     with tempfile.TemporaryDirectory(prefix="regen-") as folder:
         path = Path(folder) / "job.sh"
         path.write_text(script, encoding="utf-8")
@@ -188,6 +199,8 @@ def refusal(script: str) -> str:
             raise SlurmUnreachable(f"sbatch gave no answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
     if ended.returncode == 0:
         return ""
+    if is_unreachable(ended.stderr):
+        raise SlurmUnreachable(f"sbatch --test-only: {ended.stderr.strip()}")
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in ended.stderr.splitlines()]
     return "; ".join(line for line in lines if line and not line.startswith("Try ")) or f"code {ended.returncode}"
 

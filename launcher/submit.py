@@ -10,15 +10,16 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from launcher import local_executor, slurm
-from launcher.attempts import archive_history, read_history
+from launcher.attempts import HISTORY_FILE, archive, archive_history, read_history, submission_time
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, LAUNCH, JobTask, Submission, TaskProgress, new_folder, write_job
 from launcher.retry import attempts_since, is_complete, newest_step
@@ -27,7 +28,7 @@ from regen_dist.config import AnyRunConfig, config_hash, load_config, to_yaml
 from regen_dist.config.files import write_text_atomically
 from regen_dist.config.version import VERSION_FILE, code_version
 from regen_dist.config.yaml_files import parse_yaml
-from regen_dist.errors import EXIT_OK, EXIT_RESUME, BackendError, ConfigError, RegenError
+from regen_dist.errors import EXIT_OK, EXIT_RESUME, BackendError, ConfigError, RegenError, RunBusy
 from regen_dist.jsontext import json_text
 
 # Code snapshots: a copy made at submission, so that a job that restarts next week runs the same code.
@@ -121,6 +122,10 @@ class SubmissionRequest:
     cluster_name: str
     configs: tuple[AnyRunConfig, ...] = ()
     parent_fingerprint: str = ""  # fingerprint of the request that this is a part of
+    known: frozenset[tuple[str, bool]] = field(init=False, repr=False, compare=False)  # submissions at this time
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "known", _submissions(self.base))
 
     @property
     def fingerprint(self) -> str:
@@ -141,8 +146,8 @@ class SubmissionRequest:
         """Return the request as a submission stored in `folder`."""
         return Submission(
             name=self.name, kind=self.kind, cluster=self.cluster, cluster_name=self.cluster_name, tasks=self.tasks,
-            distributed=self.distributed, folder=folder, workdir=Path.cwd(), code=code, submitted=time.time(),
-            fingerprint=self.fingerprint,
+            distributed=self.distributed, folder=folder, workdir=Path.cwd(), code=code,
+            submitted=submission_time(task.launch for task in self.tasks), fingerprint=self.fingerprint,
         )  # fmt: skip
 
 
@@ -184,22 +189,63 @@ def command_request(
 
 
 def submit(request: SubmissionRequest, dependency: str | None = None) -> Submission:
-    """Write the job's files and hand it to the scheduler; a refused submission leaves nothing behind.
+    """Write the job's files and hand it to the scheduler. A refused submission leaves nothing behind but the copy of
+    the code.
 
     Args:
         dependency: Slurm's dependency, such as "afterok:123".
 
     Raises:
-        RegenError: Slurm refused the job, or it did not start on this machine.
+        RegenError: Slurm refused the job, or it did not start on this machine, or it was submitted meanwhile.
     """
     code = take_snapshot(request.base / LAUNCH / "code")
-    job = request.job(new_folder(request.base), code)
-    for task in request.tasks:
-        if task.progress is None:  # a resubmitted command runs again
-            archive_history(task.launch, job.folder.name)
-    for task, config in zip(request.tasks, request.configs, strict=False):
-        write_text_atomically(task.launch / "config.yaml", to_yaml(config))
-    return submit_to_slurm(job, dependency)
+    folder = claim_folder(request)
+    job = request.job(folder, code)
+    configs = {task.launch / "config.yaml": config for task, config in zip(job.tasks, request.configs, strict=False)}
+    again = [task.launch for task in job.tasks if task.progress is None]  # a resubmitted command runs again
+    with _put_back([*configs, *(launch / name for launch in again for name in (HISTORY_FILE, archive(folder.name)))]):
+        for launch in again:
+            archive_history(launch, folder.name)
+        for path, config in configs.items():
+            write_text_atomically(path, to_yaml(config))
+        return submit_to_slurm(job, dependency)
+
+
+def claim_folder(request: SubmissionRequest) -> Path:
+    """Create the folder of a submission.
+
+    Raises:
+        RunBusy: another command has submitted this job, or is about to, since the request was made.
+    """
+    folder = new_folder(request.base)
+    if others := sorted(name for name, _ in _submissions(request.base) - request.known if name != folder.name):
+        folder.rmdir()
+        raise RunBusy(
+            f"{request.name}: another command submits it at this time ({request.base / LAUNCH / others[-1]}); see "
+            "`regen jobs`, and submit it again if it is not there"
+        )
+    return folder
+
+
+def _submissions(base: Path) -> frozenset[tuple[str, bool]]:
+    """Return the name of every submission of a job, and whether a scheduler has taken it."""
+    return frozenset((path.name, (path / ID_FILE).is_file()) for path in (base / LAUNCH).glob("[0-9]*"))
+
+
+@contextmanager
+def _put_back(paths: Sequence[Path]) -> Iterator[None]:
+    """Give small files their earlier content if the job is refused. They are written before a scheduler is asked,
+    because a job may start at once."""
+    before = {path: path.read_bytes() if path.is_file() else None for path in paths}
+    try:
+        yield
+    except RegenError:
+        for path, content in before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
+        raise
 
 
 def submit_to_slurm(job: Submission, dependency: str | None = None) -> Submission:
@@ -208,17 +254,18 @@ def submit_to_slurm(job: Submission, dependency: str | None = None) -> Submissio
     Raises:
         RegenError: see `submit`.
     """
-    for task in job.tasks:
-        task.stop_file.unlink(missing_ok=True)
-    write_job(job)
-    try:
-        if job.cluster.kind == "local":
-            local_executor.start_locally(job)
-        else:
-            write_text_atomically(job.folder / ID_FILE, f"{_sbatch(job, dependency)}\n")
-    except RegenError:
-        shutil.rmtree(job.folder, ignore_errors=True)  # it was never submitted
-        raise
+    with _put_back([task.stop_file for task in job.tasks]):
+        for task in job.tasks:
+            task.stop_file.unlink(missing_ok=True)
+        write_job(job)
+        try:
+            if job.cluster.kind == "local":
+                local_executor.start_locally(job)
+            else:
+                write_text_atomically(job.folder / ID_FILE, f"{_sbatch(job, dependency)}\n")
+        except RegenError:
+            shutil.rmtree(job.folder, ignore_errors=True)  # it was never submitted
+            raise
     return job
 
 
@@ -231,16 +278,21 @@ def _sbatch(job: Submission, dependency: str | None) -> str:
     try:
         return executor.submit_all(slurm_tasks(job))
     except (FailedJobError, FailedSubmissionError) as error:
+        message = _sbatch_message(error)
+        if slurm.is_unreachable(message):
+            raise BackendError(
+                f"Slurm did not answer: {message}; wait until `sinfo` answers, then submit again"
+            ) from None
         raise BackendError(
-            f"Slurm refused the job: {_sbatch_message(error)}"
+            f"Slurm refused the job: {message}"
             "; change what it names in the cluster file or the options, then submit again"
         ) from None
 
 
 def _sbatch_message(error: BaseException) -> str:
-    """Extract sbatch's message from Submitit's exception."""
-    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-    return next((line for line in lines if "error:" in line), lines[-1] if lines else repr(error))
+    """Extract sbatch's message from Submitit's exception; its cause names only command and exit code."""
+    lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
+    return "; ".join(line for line in lines if "error:" in line) or (lines[0] if lines else repr(error))
 
 
 def local_exit_code(job: Submission) -> int | None:

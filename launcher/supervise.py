@@ -38,8 +38,10 @@ _GRACE_UNKNOWN_S = 1800.0  # without /proc, only a lock older than any build cou
 
 
 def extensions_folder() -> Path:
-    """Return the folder of compiled operators: TORCH_EXTENSIONS_DIR, or a cache under the current directory."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or DEFAULT_FOLDER).resolve()
+    """Return the folder of compiled operators: TORCH_EXTENSIONS_DIR, or a cache under the current directory. Nodes of a
+    cluster share that directory, but neither processors nor the sight of who holds a lock: each has a folder there."""
+    own = DEFAULT_FOLDER / socket.gethostname() if "SLURM_JOB_ID" in os.environ else DEFAULT_FOLDER
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or own).resolve()
 
 
 def clear_stale_locks(folder: Path, *, grace_s: float = _GRACE_S) -> list[Path]:

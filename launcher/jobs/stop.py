@@ -14,16 +14,16 @@ from contextlib import chdir
 from pathlib import Path
 
 from launcher import slurm
-from launcher.attempts import Attempt, End, now, read_history, write_entry
+from launcher.attempts import Attempt, End, now, read_history, submission_time, write_entry
 from launcher.cluster import ClusterConfig, load_cluster
-from launcher.job import LAUNCH, JobTask, Submission, new_folder
+from launcher.job import LAUNCH, JobTask, Submission
 from launcher.jobs.find import NEVER, JobState, Member, has_final_end, job_state, query_queue, shown_name
 from launcher.jobs.table import duration
 from launcher.retry import attempts_since, is_complete, newest_step
-from launcher.submit import SubmissionRequest, submit_to_slurm, take_snapshot
+from launcher.submit import SubmissionRequest, claim_folder, submit_to_slurm, take_snapshot
 from regen_dist.config import load_config
 from regen_dist.config.files import load_section
-from regen_dist.config.run import Section
+from regen_dist.config.yaml_files import dump_yaml
 from regen_dist.errors import BackendError, ConfigError, RegenError
 
 _POLL_S, _ASK_EVERY_S, _MESSAGE_EVERY_S = 0.3, 3.0, 60.0
@@ -296,18 +296,11 @@ def changed_cluster(job: Submission, name: str | None, overrides: Sequence[str])
         return job.cluster, job.cluster_name
     with tempfile.TemporaryDirectory() as folder:  # overrides are applied to files
         path = Path(folder) / f"{job.cluster_name.replace('/', '_')}.yaml"
-        path.write_text(_to_yaml(job.cluster), encoding="utf-8")
+        path.write_text(dump_yaml(job.cluster.model_dump(mode="json")), encoding="utf-8")
         try:
             return load_section(ClusterConfig, path, overrides), job.cluster_name
         except ConfigError as error:
             raise ConfigError(str(error).replace(str(path), f"the cluster of {job.name}")) from None
-
-
-def _to_yaml(section: Section) -> str:
-    """Return any config section as YAML."""
-    import yaml
-
-    return str(yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def rebuild_request(
@@ -346,6 +339,7 @@ def resubmit(job: Submission, request: SubmissionRequest, *, new_code: bool = Fa
         raise RegenError(f"{code}: the code snapshot is gone; --new-code takes one of the installed code")
     changes = {
         "cluster": request.cluster, "cluster_name": request.cluster_name, "tasks": request.tasks,
-        "folder": new_folder(request.base), "code": code, "submitted": time.time(),
+        "folder": claim_folder(request), "code": code,
+        "submitted": submission_time(task.launch for task in request.tasks),
     }  # fmt: skip
     return submit_to_slurm(job.model_copy(update=changes))

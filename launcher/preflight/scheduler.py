@@ -14,6 +14,7 @@ from regen_dist.config.identity import clips_per_rank
 from regen_dist.errors import ConfigError
 
 _NO_SUCH_NODES = "node configuration is not available"  # also where the nodes are there, but down
+_WRONG_ARRAY = "Invalid job array specification"
 _NOTHING = ("UNLIMITED", "INFINITE", "N/A", "")
 
 
@@ -35,6 +36,8 @@ def scheduler(subject: Subject) -> Iterator[PreflightFinding]:
     away = slurm.unavailable_nodes(cluster.partition) if _NO_SUCH_NODES in refused else 0
     if away:
         yield make_note(f"{away} node(s) are down or drained: the job may wait for them ({refused})")
+    elif _WRONG_ARRAY in refused:
+        yield problem(f"Slurm would refuse the array of {len(request.tasks)} tasks: {refused}. {_array_limit()}")
     elif refused:
         what = f"{cluster.nodes} node(s) x {cluster.gpus_per_node} GPU(s) for {cluster.time_min} min"
         yield problem(f"Slurm would refuse the job ({what}): {refused}. {_allowed(partitions, cluster)}")
@@ -68,6 +71,13 @@ def _allowed(partitions: list[dict[str, str]], cluster: ClusterConfig) -> str:
         )
         described.append(f"partition {name}: at most {nodes} node(s) ({_node_kinds(name)}), {each['MaxTime']}")
     return f"There is: {'; '.join(described)} (nodes, of which each has; time limit)"
+
+
+def _array_limit() -> str:
+    """Tell how many tasks an array may have: their indices are less than MaxArraySize."""
+    lines = slurm.run_program("scontrol", "show", "config").splitlines()
+    found = next((line.split("=")[1].strip() for line in lines if line.startswith("MaxArraySize")), "unknown")
+    return f"Its MaxArraySize is {found}: give each task a larger share of the work, and --array at most that number"
 
 
 def _node_kinds(partition: str) -> str:

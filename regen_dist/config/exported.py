@@ -16,6 +16,7 @@ from regen_dist.config.t2v import FlowConfig, T2VConfig, T2VModelConfig
 from regen_dist.config.version import fill_later_fields
 from regen_dist.config.yaml_files import display, read_yaml
 from regen_dist.errors import CheckpointError, ConfigError
+from regen_dist.seeds import SEED_END
 
 EXPORT_CONFIG_FILE = "config.yaml"
 
@@ -70,7 +71,7 @@ class T2VExportConfig(CommonExportConfig):
     clips: tuple[PositiveInt, ...] = Field(
         default=(), description="Clips in the rows that it was trained on; empty: on images alone."
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed that its weights were drawn with.")
+    seed: int = Field(default=0, ge=0, lt=SEED_END, description="Seed that its weights were drawn with.")
 
     @classmethod
     def of(cls, run: T2VConfig, weights: Literal["ema", "plain"] = "ema") -> T2VExportConfig:

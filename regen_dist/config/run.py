@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from regen_dist.config.urls import checked_url, expand_home
+from regen_dist.seeds import SEED_END
 
 SPATIAL_COMPRESSION = 8  # paper: one latent cell per 8x8 pixels
 
@@ -293,7 +294,7 @@ class TrainConfig(Section):
         default=1, description="Micro-batches of a step, one after the other: more of them need less memory."
     )
     seed: int = Field(
-        default=0, ge=0, lt=2**63, description="Seed of the initial weights, the order of the data and the noise."
+        default=0, ge=0, lt=SEED_END, description="Seed of the initial weights, the order of the data and the noise."
     )
     ema_decay: float = Field(
         default=0.999,

@@ -33,6 +33,7 @@ from regen_dist.inference.long_video import (
     make_plan,
     output_positions,
 )
+from regen_dist.seeds import check_seed
 
 PEAK = 255.0
 PSNR_CEILING = 100.0  # dB, the value for equal frames, so that means stay finite
@@ -252,8 +253,7 @@ class Options:
             raise ConfigError(f"steps is {self.steps}; a decoder takes at least 1")
         if self.fps is not None and not 0 < self.fps <= HIGHEST_FPS:
             raise ConfigError(f"fps is {self.fps:g}; it must be above 0, and at most {HIGHEST_FPS}")
-        if not -(1 << 63) <= self.seed < 1 << 63:
-            raise ConfigError(f"seed is {self.seed}; it must be in -2**63 to 2**63 - 1")
+        check_seed(self.seed)
 
     def check(self, codec: VideoCodec) -> None:
         """Raise ConfigError where the options do not fit the codec."""

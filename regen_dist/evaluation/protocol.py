@@ -22,6 +22,7 @@ from regen_dist.data.build.sources import VIDEO_SUFFIXES as BUILT_SUFFIXES
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.frames import Frame, Seconds, SourceVideo
 from regen_dist.jsontext import json_text
+from regen_dist.seeds import SEED_END
 
 VIDEO_SUFFIXES = BUILT_SUFFIXES | {".y4m"}  # whatever `regen shards build` takes, and raw video
 VERSION = 1  # version of the measures: raising it changes every protocol hash
@@ -72,7 +73,7 @@ class Protocol(Section):
     )
     steps: PositiveInt = Field(default=1, description="Sampling steps of decoding.")
     overlap: int = Field(default=1, ge=0, description="Frames that neighbouring clips share in decoding.")
-    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="Seed of the decoder's noise.")
+    seed: int = Field(default=0, ge=-SEED_END, lt=SEED_END, description="Seed of the decoder's noise.")
     videos: tuple[ListedVideo, ...] = Field(
         default=(), description="Videos that are measured; empty: every video of the folder in order of name."
     )

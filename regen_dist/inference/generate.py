@@ -45,6 +45,7 @@ from regen_dist.models.t2v import FRAMES_PER_CLIP
 from regen_dist.models.text import TextEncoder
 from regen_dist.observe.hardware import describe_machine
 from regen_dist.pixels import to_frames
+from regen_dist.seeds import SEED_END
 
 # Settings of a generation, and the positions of its videos' frames.
 
@@ -93,7 +94,7 @@ class GenerationSettings:
             for name, low in least.items()
             if getattr(self, name) < low
         ]
-        if self.seed >= 1 << 63:
+        if self.seed >= SEED_END:
             problems.append(f"seed is {self.seed}; it must be at most 2**63 - 1")
         if not self.fps > 0:
             problems.append(f"fps is {self.fps:g}; it must be above 0")

@@ -13,7 +13,7 @@ import math
 import time
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Protocol
@@ -314,15 +314,26 @@ def row_frames(
         yield frames
 
 
-def decode_row(codec: Codec, row: Sequence[Latents], *, steps: int = 1, seed: int = 0) -> Tensor:
+def decode_row(
+    codec: Codec,
+    row: Sequence[Latents],
+    *,
+    steps: int = 1,
+    seed: int = 0,
+    after_each: Callable[[], None] = lambda: None,
+) -> Tensor:
     """Decode the whole rows of a batch at their own frames, [B, 3, n*T, H, W] in [-1, 1] on the CPU; images (one clip
-    without motion) as [B, 3, 1, H, W]."""
+    without motion) as [B, 3, 1, H, W]. `after_each` is called once for each of the B rows."""
     if len(row) == 1 and not bool((row[0].motion != 0).any()):
-        return codec.decode(row[0], torch.zeros(1), steps=steps, seed=seed).cpu()
+        images = codec.decode(row[0], torch.zeros(1), steps=steps, seed=seed).cpu()
+        for _ in images:
+            after_each()
+        return images
     positions = np.arange(len(row) * codec.num_frames, dtype=np.float64)
     videos = []
     for number in range(len(row[0].content)):
         own = [Latents(*(part[number : number + 1] for part in latents)) for latents in row]
         parts = row_frames(codec, own, positions, steps=steps, seed=seed, sample_id=number)
         videos.append(to_video([frame for part in parts for frame in part]))
+        after_each()
     return torch.stack(videos)

@@ -17,7 +17,7 @@ from regen_dist.config.version import code_version
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import CheckpointError, NoGoodCheckpoint
+from regen_dist.errors import CheckpointError, NoGoodCheckpoint, RegenError
 from regen_dist.observe.terminal import warn
 from regen_dist.training.guards import Guards
 
@@ -74,6 +74,7 @@ class RunCheckpoints:
         self.on_saved: Callable[[Outcome], None] = lambda outcome: None
         self.newest: int | None = None
         self.rollbacks: list[int] = []
+        self._rated: RunProgress | None = None  # step and figures of a validation after its save began
         self._hash = config_hash(config)
         self._version = code_version() if ranks.is_main else ""  # rank 0 writes the manifest
         self._topology = {
@@ -155,6 +156,7 @@ class RunCheckpoints:
         self.settle()
         if progress.step == self.newest:
             return
+        self._rated = None
         self._saver.save(self._manifest(progress), self._engine.pieces())
         if wait or not self._config.checkpoint.asynchronous:
             self.settle(must_succeed=wait)
@@ -177,6 +179,7 @@ class RunCheckpoints:
         self.on_saved(outcome)
         if not outcome.problem:
             self.newest = outcome.step
+            self._write_figures()
             return
         text = f"the checkpoint of step {outcome.step} was not saved: {outcome.problem}"
         if must_succeed or self._config.checkpoint.on_failure == "stop":
@@ -185,6 +188,20 @@ class RunCheckpoints:
                 "; run the same command again when the cause is fixed"
             )
         warn(f"{text}. Training goes on (checkpoint.on_failure=continue)")
+
+    def rate(self, step: int, metrics: dict[str, float]) -> None:
+        """Put the figures of a validation into the checkpoint of its step, if there is one: now, or once it is
+        committed."""
+        self._rated = RunProgress(step, 0, metrics)
+        self._write_figures()
+
+    def _write_figures(self) -> None:
+        if self._rated is None or self._rated.step != self.newest or not self._ranks.is_main:
+            return
+        try:
+            self.folder.update_manifest(self.folder.manifest(self.newest), metrics=self._rated.metrics)
+        except RegenError as error:
+            warn(f"the checkpoint of step {self.newest} has not got the figures of its validation: {error}")
 
     def point_before(self, step: int) -> str:
         """Let the next start go on from before a step whose update may have broken the weights: every step after it was

@@ -5,7 +5,7 @@ Legend: B clips, T frames, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import cached_property
 
 import torch
@@ -109,11 +109,11 @@ class EmbedderTask:
         made = x0_from(settings.path, settings.target, prediction, x_t, t)
         return self.extra_losses.add(loss, engine, seen, made, share, ids, step)
 
-    def read_validation(self) -> None:
+    def read_validation(self, ranks: Ranks) -> None:
         _ = self._validation_clips
 
     @torch.no_grad()
-    def validate(self, engine: Engine) -> Validation:
+    def validate(self, engine: Engine, meet: Callable[[], None] = lambda: None) -> Validation:
         batch = on_device(self._validation_clips, self.device)
         x0, ids = pixels.to_float(batch.video), batch.keys
         settings, every = self.config.diffusion, torch.arange(x0.shape[2], device=self.device)
@@ -141,7 +141,7 @@ class BaselineTask(EmbedderTask):
         return self.extra_losses.add(loss, engine, x0, reconstruction, torch.ones(len(x0), device=x0.device), ids, step)
 
     @torch.no_grad()
-    def validate(self, engine: Engine) -> Validation:
+    def validate(self, engine: Engine, meet: Callable[[], None] = lambda: None) -> Validation:
         batch = self._validation_clips
         x0 = to_float(batch.video, self.device)
         reconstruction, latents = engine(x0, None)

@@ -215,13 +215,13 @@ class Trainer(Stepper):
             if self.ranks.world_size > 1 and self._due(train.slow_ranks_every):
                 self._mark("log")
                 self.reporter.ranks(self.step, self.clock.report())
-            if self._due(train.validate_every):
-                self._validate()
             if heartbeat.saved:
                 self._mark("save")
                 self.checkpoints.settle()
             if heartbeat.stop or self._due(self.config.checkpoint.every):
                 self._save(wait=heartbeat.stop or self.step == train.steps)
+            if self._due(train.validate_every):  # after the save, which an error in it must not lose
+                self._validate()
             if heartbeat.stop and self.step < train.steps:
                 why = stopper.reason or "another rank"
                 self.reporter.event(self.step, f"stopped by {why} after step {self.step}: run it again to go on")
@@ -260,9 +260,15 @@ class Trainer(Stepper):
     def _validate(self) -> None:
         self._mark("validate")
         with self.meter.paused():
-            result = self.task.validate(self.engine)
+            result = self.task.validate(self.engine, self._meet)
             self.metrics = result.figures
             self.reporter.validation(self.step, result)
+        self.checkpoints.rate(self.step, self.metrics)
+
+    def _meet(self) -> None:
+        """Wait for the other ranks within a validation, and mark that it goes on: one that is long is no hang."""
+        self.ranks.barrier()
+        self._mark("validate")
 
     def _save(self, *, wait: bool) -> None:
         self._mark("save")

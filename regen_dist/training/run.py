@@ -101,7 +101,7 @@ def build_trainer(
     checkpoints = RunCheckpoints(config, ranks, engine, guards, task.data.identity(), permit)
     progress = checkpoints.resume(fresh=fresh)
     if progress.step < config.train.steps:  # what is wrong with it must not end the run at its first validation
-        task.read_validation()
+        task.read_validation(ranks)
     meter = StepMeter(ranks, config.train.batch_global, _peak_tflops(config, ranks))
     reporter = Reporter(config, ranks, progress.step)
     reporter.event(progress.step, task.data.summary())

@@ -6,7 +6,7 @@ Legend: B rows, n clips, C channels, F latent frames, h x w latent cells, M text
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import cached_property, reduce
 from operator import add
 
@@ -90,24 +90,32 @@ class TextToVideoTask:
         assert batch.mask is not None, "the caches were checked for text"
         return rows * training_flops_per_row(self.config.model, frames, (height, width), batch.mask.shape[1])
 
-    def read_validation(self) -> None:
-        _ = self._validation, self._codec
+    def read_validation(self, ranks: Ranks) -> None:
+        _ = self._validation
+        if self.config.generation.embedder is not None:
+            ranks.on_main(self._read_codec)
+
+    def _read_codec(self) -> None:
+        _ = self._codec
 
     @torch.no_grad()
-    def validate(self, engine: Engine) -> Validation:
+    def validate(self, engine: Engine, meet: Callable[[], None] = lambda: None) -> Validation:
         """The loss of fixed rows at fixed times, and videos generated from their captions by the weights of this step,
-        where the config names an embedder that decodes them."""
+        where the config names an embedder that decodes them on rank 0."""
         batch = on_device(self._rows, self.device)
         x0, text = self._normalised(batch).frames, self._text(batch)
         noise = self._noise(batch, x0)
         losses = [self._loss_at(engine, x0, noise, text, time) for time in _VALIDATION_TIMES]
         figures = {"loss": sum(losses) / len(losses)}
-        if self._codec is None:
+        if self.config.generation.embedder is None:
             return Validation(figures)
         made = self._generated(engine, noise, text)
+        both = [NormalisedLatents(x0[: len(made.frames)]), made]
         if not engine.ranks.is_main or not bool(torch.isfinite(made.frames).all()):  # nothing to show
+            for _ in range(sum(len(rows.frames) for rows in both)):
+                meet()
             return Validation(figures)
-        videos = [self._decoded(rows) for rows in (NormalisedLatents(x0[: len(made.frames)]), made)]
+        videos = [self._decoded(rows, meet) for rows in both]
         loss = f"loss {figures['loss']:.4f}"
         return Validation(figures, videos[0], videos[1], loss, "generated", self._captions, self._validation.fps[0])
 
@@ -122,9 +130,9 @@ class TextToVideoTask:
         wanted = Text(text.text[:count], text.mask[:count])
         return sample_latents(engine, noise[:count], wanted, self._null.expanded(count), self.config.diffusion)
 
-    def _decoded(self, rows: NormalisedLatents) -> Tensor:
-        assert self._codec is not None, "nothing is generated without one"
-        return decode_row(self._codec, self._scale.restore(rows), steps=self.config.generation.decode_steps)
+    def _decoded(self, rows: NormalisedLatents, meet: Callable[[], None]) -> Tensor:
+        steps = self.config.generation.decode_steps
+        return decode_row(self._codec, self._scale.restore(rows), steps=steps, after_each=meet)
 
     def _noise(self, batch: LatentBatch, x0: Tensor) -> Tensor:
         size, seed = (x0.shape[3], x0.shape[4]), self.config.train.seed
@@ -176,10 +184,10 @@ class TextToVideoTask:
         return self._validation.captions[: self.config.generation.prompts]
 
     @cached_property
-    def _codec(self) -> Codec | None:
-        """Codec that decodes samples; the one that encoded the caches."""
-        if self.config.generation.embedder is None:
-            return None
-        codec = Codec.load(self.config.generation.embedder, device=self.device)
-        check_embedder(codec, self.data.facts.encoder, self.config.generation.embedder)
+    def _codec(self) -> Codec:
+        """Codec that decodes samples, for rank 0; the one that encoded the caches."""
+        embedder = self.config.generation.embedder
+        assert embedder is not None, "nothing is generated without one"
+        codec = Codec.load(embedder, device=self.device)
+        check_embedder(codec, self.data.facts.encoder, embedder)
         return codec

@@ -5,7 +5,7 @@ The loop is the same.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -112,8 +112,15 @@ class TrainingTask(Protocol):
     def flops(self, batch: Any) -> float:
         """Operations that training on a micro-batch needs."""
 
-    def read_validation(self) -> None:
-        """Read all that `validate` needs, so that what is wrong with it ends the run before its first step."""
+    def read_validation(self, ranks: Ranks) -> None:
+        """Read all that `validate` needs, so that what is wrong with it ends the run before its first step. A
+        collective."""
 
-    def validate(self, engine: Engine) -> Validation:
-        """Evaluate fixed samples. A collective under ZeRO-3: every rank computes the same."""
+    def validate(self, engine: Engine, meet: Callable[[], None] = lambda: None) -> Validation:
+        """Evaluate fixed samples. A collective under ZeRO-3: every rank computes the same.
+
+        Args:
+            engine: the model.
+            meet: waits for the other ranks and shows the hang detector that the validation goes on. Called on all ranks
+                alike after each long part of rank 0's work.
+        """

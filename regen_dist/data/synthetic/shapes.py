@@ -24,6 +24,7 @@ import numpy.typing as npt
 from regen_dist.data.video.reader import VideoInfo, VideoReader
 from regen_dist.data.video.transcode import StreamTags, encode_frames, prepare_encoder
 from regen_dist.errors import DataError
+from regen_dist.seeds import SEED_END
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
@@ -321,7 +322,7 @@ class SyntheticOptions:
     def __post_init__(self) -> None:
         rules = {
             f"--number {self.number}: must be above 0": self.number < 1,
-            f"--seed {self.seed}: must be in 0 to 2**63 - 1": not 0 <= self.seed < 1 << 63,
+            f"--seed {self.seed}: must be in 0 to 2**63 - 1": not 0 <= self.seed < SEED_END,
             f"--side {self.side}: must be even and at least 32, or shapes look alike": self.side < 32 or self.side % 2,
             f"--frames {self.frames}: must be at least 2, or nothing moves": self.frames < 2,
             f"--fps {self.fps}: must be in 1 to 240": not 1 <= self.fps <= 240,

@@ -27,6 +27,7 @@ from regen_dist.models.text.files import (
     atomic_folder,
     quiet_transformers,
 )
+from regen_dist.seeds import check_seed
 
 RECIPE_FILE = "recipe.json"
 _BIAS_STD = 0.5  # of the attention's biases by distance, beside scores of about 1
@@ -105,8 +106,7 @@ def _recipe(
             f"vocabulary {vocabulary}, width {width}, layers {layers} and heads {heads} must be at least 1, and the "
             "width a multiple of the heads"
         )
-    if not -(1 << 63) <= seed < 1 << 63:
-        raise ConfigError(f"seed {seed} must be in -2**63 to 2**63 - 1")
+    check_seed(seed)
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
     return SmallEncoderRecipe(digest, len(captions), vocabulary, width, layers, heads, seed)
 

@@ -71,6 +71,9 @@ def test_a_cluster_that_is_not_there() -> None:
         ("time_min=null", "time_min is required for kind: slurm"),
         ("sbatch={output: x}", "set by the launcher"),
         ("sbatch={partition: x}", "has its own key in this file"),
+        ("sbatch={ntasks_per_node: 4}", "set that key (tasks_per_node)"),
+        ("sbatch={quiet: true}", "quiet: set by the launcher"),
+        ("sbatch={clusters: other}", "jobs are looked for in the cluster of this machine"),
         ("environment={a-b: x}", "not a valid environment variable name"),
     ],
 )

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,29 @@ from types import SimpleNamespace
 import pytest
 
 from launcher import attempts
-from launcher.attempts import Attempt, End, Start, Why, archive_history, read_history, write_entry
+from launcher.attempts import (
+    Attempt,
+    End,
+    Start,
+    Why,
+    archive_history,
+    read_history,
+    submission_time,
+    write_entry,
+)
 from launcher.cluster import ClusterConfig, RetryConfig
 from launcher.job import JobTask, Submission, TaskProgress, new_folder, newest_job, read_job, write_job
-from launcher.retry import bad_nodes, begin, combined_exit_code, decide_end, decide_start, end, is_complete, newest_step
+from launcher.retry import (
+    attempts_since,
+    bad_nodes,
+    begin,
+    combined_exit_code,
+    decide_end,
+    decide_start,
+    end,
+    is_complete,
+    newest_step,
+)
 from launcher.submit import take_snapshot
 from regen_dist.config.version import code_version
 from regen_dist.errors import RegenError
@@ -239,6 +259,17 @@ def test_a_run_from_start_to_end(job: Submission) -> None:
     assert [(each.start.step, each.end and each.end.why) for each in read_history(task.launch)] == [
         (0, "preempted"), (20, "done")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("late_s", [-30.0, 30.0])
+def test_clocks_of_nodes_and_of_the_submitter_may_differ(job: Submission, late_s: float) -> None:
+    """A start counts for the submission that made it, and for no later one."""
+    task = job.tasks[0]
+    ahead = job.model_copy(update={"submitted": time.time() - late_s})
+    begin(ahead, task, Place())
+    assert len(attempts_since(read_history(task.launch), ahead.submitted)) == 1
+    write_entry(task.launch, Start(job="77", restart=1, nodes=(), time=time.time() + late_s))  # on another node
+    assert attempts_since(read_history(task.launch), submission_time([task.launch])) == []
 
 
 def test_the_file_stop_ends_it_for_good(job: Submission) -> None:

@@ -17,12 +17,13 @@ import pytest
 from launcher import attempts, retry, slurm
 from launcher.attempts import Start, read_history, write_entry
 from launcher.cluster import ClusterConfig
-from launcher.job import Submission, write_job
+from launcher.job import Submission, new_folder, write_job
 from launcher.preflight.findings import Subject
 from launcher.preflight.scheduler import scheduler
 from launcher.script import batch_script, submitit_parameters
-from launcher.submit import command_request, is_alive, last_exit_code
-from regen_dist.errors import EXIT_RESUME, BackendError
+from launcher.submit import command_request, is_alive, last_exit_code, submit, train_request
+from regen_dist.errors import EXIT_RESUME, BackendError, RunBusy
+from tests.helpers.tiny import tiny_run
 
 Programs = Callable[..., Path]
 RUNNING = "JobId=36 JobState=RUNNING Reason=None Restarts=0 PreemptTime=None EndTime=2030-01-01T00:00:00"
@@ -164,14 +165,35 @@ def test_a_node_that_is_being_drained_has_lost_nothing(programs: Programs) -> No
     assert slurm.unavailable_nodes(None) == 5
 
 
-@pytest.mark.parametrize(("answer", "left_out"), [("", ("node4",)), ("!sbatch: error: not available", ())])
+@pytest.mark.parametrize(
+    ("answers", "left_out"),
+    [
+        ([""], ("node4",)),
+        (["!sbatch: error: not available"], ()),
+        (["!allocation failure: Unable to contact slurm controller (connect failure)", ""], ("node4",)),
+    ],
+)
 def test_nodes_are_excluded_where_slurm_could_start_the_job_without(
-    answer: str, left_out: tuple[str, ...], tmp_path: Path, programs: Programs
+    answers: list[str], left_out: tuple[str, ...], tmp_path: Path, programs: Programs
 ) -> None:
-    programs(sbatch=[answer])
+    programs(sbatch=answers)
     job = _job(tmp_path, exclude=["node[2-3]"])
     assert retry.SlurmScheduler("36", 0, ()).excludable(job, ["node4"]) == left_out
     assert retry.SlurmScheduler("36", 0, ()).excludable(job, []) == ()
+
+
+def test_a_job_is_requeued_where_a_node_cannot_be_excluded(
+    tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is not called ended."""
+    programs(scontrol=[RUNNING, "", "!Access/permission denied"])
+    job = _job(tmp_path)
+    write_entry(job.tasks[0].launch, Start(job="35", restart=0, nodes=("node1",), time=1.0))
+    write_entry(
+        job.tasks[0].launch, retry.End(why="failed", code=1, text="", again=True, at_fault=("node1",), time=2.0)
+    )
+    assert _end(job, monkeypatch, code=137) == 0
+    assert "warning: requeued, but node1 could not be excluded: scontrol update" in capsys.readouterr().err
 
 
 def test_a_job_that_waits_for_nodes_that_are_down_is_not_refused(tmp_path: Path, programs: Programs) -> None:
@@ -188,6 +210,17 @@ def test_a_job_that_waits_for_nodes_that_are_down_is_not_refused(tmp_path: Path,
     assert problem.forbids
 
 
+def test_an_array_that_is_too_large_names_the_limit(tmp_path: Path, programs: Programs) -> None:
+    request = command_request("job", tmp_path / "job", ["a"], ClusterConfig(time_min=9), "test", tasks=1200)
+    programs(
+        sbatch=["!allocation failure: Invalid job array specification"],
+        scontrol=["PartitionName=mine Default=YES", "MaxArraySize            = 1001"],
+    )
+    (problem,) = scheduler(Subject(request))
+    assert "array of 1200 tasks: allocation failure: Invalid" in problem.text
+    assert "Its MaxArraySize is 1001" in problem.text
+
+
 @pytest.mark.parametrize("state", ["SIGNALING", "STAGE_OUT", "RESIZING", "SPECIAL_EXIT", "RESV_DEL_HOLD", "RUNNING"])
 def test_a_job_in_any_state_but_an_ended_one_is_alive(
     state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -198,6 +231,64 @@ def test_a_job_in_any_state_but_an_ended_one_is_alive(
     assert is_alive(job)
     monkeypatch.setattr(slurm, "queue", lambda jobs: {jobs[0]: ("CANCELLED", "")})
     assert not is_alive(job)
+
+
+def test_a_refused_submission_leaves_the_run_as_it_was(
+    tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config by which a job may still run, the history of a command, and the wish that it stops."""
+    monkeypatch.setattr("launcher.submit.take_snapshot", lambda _folder: tmp_path)
+    programs(sbatch=["!sbatch: error: Invalid qos specification"])
+    place = ClusterConfig(time_min=9)
+    for request in (
+        train_request(tiny_run(tmp_path / "runs"), place, "test"),
+        command_request("job", tmp_path / "runs" / "job", ["shards", "verify"], place, "test"),
+    ):
+        (task,) = request.tasks
+        write_entry(task.launch, Start(job="1", restart=0, nodes=(), time=1.0))
+        (task.launch / "config.yaml").write_text("earlier")
+        task.stop_file.touch()
+        before = {path: path.read_bytes() for path in task.folder.rglob("*") if path.is_file()}
+        with pytest.raises(BackendError, match="Slurm refused the job: sbatch: error: Invalid qos"):
+            submit(request)
+        assert {path: path.read_bytes() for path in task.folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (
+            "!sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates",
+            "refused the job: sbatch: error: QOSMaxSubmitJobPerUserLimit; sbatch: error: Batch job submission failed",
+        ),
+        ("!sbatch: error: Batch job submission failed: Unable to contact slurm controller", "Slurm did not answer: .*"),
+        ("!no", "refused the job: no; change"),
+    ],
+)
+def test_what_sbatch_said_is_told(
+    answer: str, told: str, tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.submit.take_snapshot", lambda _folder: tmp_path)
+    programs(sbatch=[answer])
+    with pytest.raises(BackendError, match=told):
+        submit(command_request("job", tmp_path / "job", ["shards"], ClusterConfig(time_min=9), "test"))
+
+
+def test_of_two_commands_that_submit_a_run_one_does(
+    tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other has looked for jobs before this one was there; and both give up where each sees the other's folder."""
+    monkeypatch.setattr("launcher.submit.take_snapshot", lambda _folder: tmp_path)
+    programs(sbatch=["Submitted batch job 36"])
+    first, second = (train_request(tiny_run(tmp_path), ClusterConfig(time_min=9), "test") for _ in range(2))
+    job = submit(first)
+    with pytest.raises(RunBusy, match="another command submits it at this time"):
+        submit(second)
+    third = train_request(tiny_run(tmp_path), ClusterConfig(time_min=9), "test")
+    assert [path.parent for path in first.base.glob("launch/*/job_id")] == [job.folder]
+    new_folder(third.base)
+    with pytest.raises(RunBusy):
+        submit(third)
 
 
 def test_the_end_of_an_earlier_submission_is_not_that_of_this_one(tmp_path: Path) -> None:

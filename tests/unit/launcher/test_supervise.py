@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from launcher.supervise import _Job, clear_stale_locks, launch, rank_environment, rank_environments, train_locally
+from launcher.supervise import (
+    _Job,
+    clear_stale_locks,
+    extensions_folder,
+    launch,
+    rank_environment,
+    rank_environments,
+    train_locally,
+)
 from regen_dist.errors import ConfigError, TrainingError
 from tests.helpers.machine import runs, wait_until_gone
 
@@ -242,6 +250,16 @@ def test_a_wrong_config_ends_with_code_2_before_any_rank_starts(root: Path) -> N
     assert "train.stepz" in done.stderr
     assert "did you mean train.steps?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_nodes_of_a_cluster_compile_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that another node holds looks stale here, and what it compiled may not run here."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "36")
+    monkeypatch.setattr("socket.gethostname", lambda: "node1")
+    assert extensions_folder() == Path(".cache/torch_extensions/node1").resolve()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert extensions_folder() == Path(".cache/torch_extensions").resolve()
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_with_what_fits(root: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from regen_dist.checkpoint.folder import CheckpointFolder
@@ -19,6 +20,7 @@ from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.identity import read_or_create_run_id, read_run_id
 from regen_dist.errors import CheckpointError, ConfigError, DataError, NoGoodCheckpoint
 from regen_dist.observe.record import read_record
+from regen_dist.training.embedder import EmbedderTask
 from regen_dist.training.run import replace_config, train
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
@@ -128,6 +130,35 @@ def test_validation_data_that_is_not_there_ends_a_run_at_its_start(tmp_path: Pat
     assert not list(config.folder.glob("metrics.jsonl"))
     assert train(tiny_run(tmp_path, data, train__steps=1)) == 0
     assert train(config) == 0
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_an_error_in_a_validation_loses_no_checkpoint(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """It is saved before. A validation that succeeds puts its figures into the checkpoint of its step."""
+    config = tiny_run(tmp_path, data, train__steps=6, train__validate_every=2, checkpoint__every=2)
+    config = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"asynchronous": asynchronous, "keep_last": 9})}
+    )
+    validate, left = EmbedderTask.validate, [True, False]
+
+    def fail_second(self: EmbedderTask, *arguments: Any) -> Any:
+        if left and not left.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return validate(self, *arguments)
+
+    monkeypatch.setattr(EmbedderTask, "validate", fail_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(config)
+    folder = CheckpointFolder(str(config.checkpoints))
+    assert folder.steps() == [2, 4]
+    assert train(config) == 0
+    lines = read_record(config.folder / "metrics.jsonl", "validation")
+    psnr = {line["step"]: line["psnr_db"] for line in lines}
+    assert {step: folder.manifest(step).metrics["psnr_db"] for step in folder.steps()} == {
+        2: psnr[2], 4: psnr[2], 6: psnr[6]
+    }  # fmt: skip
 
 
 def test_another_embedder_ends_text_to_video_at_its_start(tmp_path: Path) -> None:

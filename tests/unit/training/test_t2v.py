@@ -223,8 +223,24 @@ class TestValidation:
         assert not torch.allclose(found.made, found.source, atol=0.05)
         assert (len(found.captions), found.captions[0]) == (2, "a red square")
         assert (found.label, found.fps) == ("generated", 8.0)
+        met: list[int] = []
+        assert torch.equal(task.validate(engine, lambda: met.append(0)).made, found.made)
         engine.ranks = Ranks(1, 2)
-        assert task.validate(engine)._replace(figures={}) == type(found)({})
+        assert task.validate(engine, lambda: met.append(1))._replace(figures={}) == type(found)({})
+        assert met == [0] * 4 + [1] * 4, "the other ranks wait for each video"
+
+    def test_rank_0_alone_reads_the_embedder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is wrong with it is an error of all ranks, by a collective."""
+        embedder = saved_run(tmp_path)
+        cache = cache_for(embedder, tmp_path / "cache", clips=2, size=(32, 48))
+        task, engine = _task(cache, tmp_path, model__text_width=4, generation__embedder=str(embedder.folder))
+        monkeypatch.setattr(Ranks, "on_main", lambda self, job: job() if self.is_main else None)
+        task.read_validation(Ranks(1, 2))
+        engine.ranks = Ranks(1, 2)
+        task.validate(engine)
+        assert "_codec" not in task.__dict__
+        task.read_validation(Ranks(0, 2))
+        assert "_codec" in task.__dict__
 
     def test_another_embedder_is_refused(self, tmp_path: Path) -> None:
         embedder = saved_run(tmp_path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +17,11 @@ import pytest
 from launcher import local_executor, slurm
 from launcher.attempts import read_history
 from launcher.cluster import ClusterConfig
-from launcher.job import Submission, newest_job
+from launcher.job import ID_FILE, Submission, newest_job
 from launcher.jobs import find
 from launcher.jobs import stop as stopping
 from launcher.jobs.find import Member, choose_job
-from launcher.jobs.stop import incomplete_tasks, rebuild_request, resubmit, stop
+from launcher.jobs.stop import changed_cluster, incomplete_tasks, rebuild_request, resubmit, stop
 from launcher.retry import decide_start
 from launcher.submit import command_request, submit, wait_for
 from regen_dist.config import to_yaml
@@ -174,6 +177,26 @@ def test_the_task_that_failed_alone_is_resumed(local: Here) -> None:
         incomplete_tasks(choose_job("a", local.root), local.root)
 
 
+def test_a_job_of_this_machine_on_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre mounted without flock: it starts, and its process shows that it runs."""
+
+    def flock(file: object, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    job = made_job(tmp_path / "a", cluster=LOCAL)
+    with (
+        local_executor._locked(job.folder),
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(job.folder)]) as process,
+    ):
+        (job.folder / ID_FILE).write_text(f"{process.pid}\n")
+        assert local_executor.is_running_locally(job)
+        process.kill()
+    assert not local_executor.is_running_locally(job)
+    (job.folder / ID_FILE).write_text(f"{os.getpid()}\n")
+    assert not local_executor.is_running_locally(job), "another program's process"
+
+
 def test_a_complete_training_is_not_resumed(tmp_path: Path) -> None:
     job = made_job(tmp_path / "a", steps=100, cluster=LOCAL)
     started(job.tasks[0])
@@ -225,6 +248,8 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [config.name for config in same.configs] == ["tiny"]
     _, fewer = rebuild_request(members, None, ["nodes=1"])
     assert fewer.cluster == job.cluster.model_copy(update={"nodes": 1})
+    odd = job.cluster.model_copy(update={"account": "0891", "environment": {"MPI": "none"}})  # words to YAML's eyes
+    assert changed_cluster(job.model_copy(update={"cluster": odd}), None, ["nodes=1"])[0].account == "0891"
     _, moved = rebuild_request(members, "local", [])
     assert (moved.cluster.kind, moved.cluster_name) == ("local", "local")
     with pytest.raises(ConfigError, match=r"the cluster of a: 1 problem\n  command line: nodez: .* nodes\?"):
@@ -233,6 +258,7 @@ def test_another_place_and_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     handed: list[Submission] = []
     monkeypatch.setattr("launcher.jobs.stop.submit_to_slurm", lambda job: handed.append(job) or job)
     assert resubmit(job, fewer).code == job.code
+    _, fewer = rebuild_request(members, None, ["nodes=1"])
     fresh = resubmit(job, fewer, new_code=True)
     assert fresh.code != job.code
     assert (fresh.code / "launcher" / "jobs").is_dir()

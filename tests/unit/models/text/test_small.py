@@ -128,7 +128,7 @@ class TestMaking:
             (["", "  "], {}, "there are none"),
             (["a ring"], {"width": 30}, "a multiple of the heads"),
             (["a ring"], {"layers": 0}, "at least 1"),
-            (["a ring"], {"seed": 2**63}, r"must be in -2\*\*63"),
+            (["a ring"], {"seed": 2**63}, r"it must be in -2\*\*63"),
             (["a ring"], {"vocabulary": 8}, "no tokenizer of 8 tokens"),
         ],
     )
