@@ -376,6 +376,7 @@ def _account(sample: Mapping[str, Any], config: AnyRunConfig) -> FlopReport:
     }
     if isinstance(config, EmbedderConfig):
         return count_flops(config.model, (height, width), num_frames=sample["frames"], **kept)
+    kept["given_frames"] = config.diffusion.gives_frames
     return count_row_flops(config.model, sample["frames"], (height, width), sample["text_tokens"], **kept)
 
 

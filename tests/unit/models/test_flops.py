@@ -174,6 +174,9 @@ def test_operations_of_a_row_equal_the_formula() -> None:
     assert counted.num_forward_flops == 2 * multiplications
     assert counted.num_tokens == tokens
     assert training_flops_per_row(config, *ROW) == 3 * 2 * multiplications
+    given = count_row_flops(config, *ROW, given_frames=True)  # eight frames with a time of their own, not one
+    assert given.num_forward_flops == 2 * (multiplications + 7 * modulation)
+    assert training_flops_per_row(config, *ROW, given_frames=True) == given.num_training_flops
 
 
 def test_a_new_caption_length_needs_no_new_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +190,12 @@ def test_a_new_caption_length_needs_no_new_count(monkeypatch: pytest.MonkeyPatch
     assert found == {tokens: count_row_flops(config, *size, tokens).num_training_flops for tokens in found}
 
 
-def test_activations_of_a_row_are_what_autograd_keeps() -> None:
-    inputs = torch.rand(1, 8, 8, 8, 12), torch.ones(1), torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
-    counted = count_row_flops(_wide(), *ROW, precision="fp32").activation_bytes
+@pytest.mark.parametrize("given", [False, True])
+def test_activations_of_a_row_are_what_autograd_keeps(given: bool) -> None:
+    """Also of rows with given frames, where every token has a modulation of its own."""
+    times = torch.ones(1, 8) if given else torch.ones(1)
+    inputs = torch.rand(1, 8, 8, 8, 12), times, torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
+    counted = count_row_flops(_wide(), *ROW, precision="fp32", given_frames=given).activation_bytes
     assert counted == pytest.approx(_kept_bytes(build_model(_wide()), *inputs), rel=0.02)
 
 
