@@ -257,7 +257,8 @@ def test_the_table_of_text_to_video(row: list[str]) -> None:
     config = load_config(ROOT / "configs/t2v/5b.yaml", [f"engine.sequence_parallel={row[0]}"])
     assert isinstance(config, T2VConfig)
     video = DescribedVideo((768, 1280), 264)
-    counted = count_row_flops(config.model, latent_frames(264, 32), video.cells, video.text_tokens, **_how(config))
+    how = {**_how(config), "given_frames": config.diffusion.gives_frames}
+    counted = count_row_flops(config.model, latent_frames(264, 32), video.cells, video.text_tokens, **how)
     assert counted.num_tokens == 61_440
     assert row[1:] == _cells(config, counted, config.model, counted.num_tokens)
 
