@@ -88,7 +88,7 @@ def test_a_rank_keeps_the_modulation_of_its_own_tokens_alone() -> None:
     one, eight = (
         count_row_flops(model, 16, (16, 16), 5, sequence_parallel=size, **kept).activation_bytes for size in (1, 8)
     )
-    assert eight < 0.16 * one
+    assert eight < 0.13 * one
 
 
 def test_operations_are_those_of_the_sample_and_what_is_done_twice_is_told() -> None:
