@@ -222,6 +222,7 @@ class ClipFlops(FlopReport):
 
     clip_shape: tuple[int, int, int, int]  # channels, frames, height, width
     latent_shape: tuple[int, int, int]  # channels, rows, columns of each latent frame
+    decoded_frames: int  # of the clip's frames those that the decoder is given in training
     latent_frames: int = NUM_LATENT_FRAMES
 
     unit: ClassVar[str] = "clip"
@@ -263,20 +264,26 @@ def count_flops(
     size: tuple[int, int],
     *,
     num_frames: int | None = None,
+    decoded: int | None = None,
     precision: Precision = "bf16",
     activation_checkpointing: Recomputation = False,
     sequence_parallel: int = 1,
 ) -> ClipFlops:
     """Count the costs of an embedder for clips of `num_frames` (k+1 by default) and `size` = (height, width) pixels, of
-    which `sequence_parallel` ranks share each."""
-    num_frames = num_frames or config.num_frames
-    clip = torch.empty(1, 3, num_frames, *size, device="meta", dtype=_DTYPE[precision])
+    which `sequence_parallel` ranks share each. REGEN decodes at most `decoded` of the frames
+    (`diffusion.train_frames`), all by default; the baseline all."""
+    num_frames, regen = num_frames or config.num_frames, config.kind == "regen"
+    decoded = min(decoded or num_frames, num_frames) if regen else num_frames
+    clip, noisy = (
+        torch.empty(1, 3, frames, *size, device="meta", dtype=_DTYPE[precision]) for frames in (num_frames, decoded)
+    )
     model = _on_meta(config, precision)
-    inputs = (clip, clip, _ones(1)) if config.kind == "regen" else (clip,)
+    inputs = (clip, noisy, _ones(1), None, _ones(1, decoded)) if regen else (clip,)
     return ClipFlops(
         **_parameters(model),
         **_count_shared(model, inputs, activation_checkpointing, sequence_parallel)._asdict(),
         clip_shape=(3, num_frames, *size),
+        decoded_frames=decoded,
         latent_shape=(config.latent.channels, size[0] // config.encoder.spatial, size[1] // config.encoder.spatial),
         latent_frames=config.latent_frames,
     )
@@ -332,15 +339,10 @@ def training_flops_per_clip(
 ) -> int:
     """Count the operations that training needs for one clip of `size` = (height, width) pixels: the reference of MFU.
 
-    What activation checkpointing computes a second time is no progress, and is left out. Where only `decoded` of the
-    frames are, all but the encoder counts by that share (attention a little too high).
+    What activation checkpointing computes a second time is no progress, and is left out. `decoded` as in
+    `count_flops`.
     """
-    counted = count_flops(config, size, num_frames=num_frames)
-    if decoded is None or decoded == counted.clip_shape[1]:
-        return counted.num_training_flops
-    encoder = counted.forward_flops["encoder"]
-    rest = (counted.num_forward_flops - encoder) * decoded // counted.clip_shape[1]
-    return _FORWARD_AND_BACKWARD * (encoder + rest)
+    return count_flops(config, size, num_frames=num_frames, decoded=decoded).num_training_flops
 
 
 def training_flops_per_row(
@@ -401,7 +403,7 @@ def _count_blocks(
 
 
 def _count_shared(
-    model: nn.Module, inputs: tuple[Tensor, ...], checkpointing: Recomputation, sequence_parallel: int
+    model: nn.Module, inputs: tuple[Tensor | None, ...], checkpointing: Recomputation, sequence_parallel: int
 ) -> Pass:
     """Return the operations of a sample; those that are repeated, by checkpointing and by each of the ranks that share
     the sample; and the bytes that each of these ranks keeps."""

@@ -79,6 +79,18 @@ def test_activations_are_what_autograd_keeps_in_a_real_forward_pass(nano: Embedd
     assert counted == pytest.approx(_kept_bytes(build_model(nano.model), clip, clip, torch.ones(1)), rel=0.01)
 
 
+def test_frames_that_are_not_decoded_are_not_counted(nano: EmbedderConfig, root: Path) -> None:
+    """`diffusion.train_frames`: the transformer sees fewer tokens and keeps less; the baseline decodes all frames."""
+    counted = count_flops(nano.model, (64, 64), decoded=2, precision="fp32")
+    assert counted.forward_flops["decoder"] == _decoder_flops(nano, 2 * 8 * 8, 2 * 8 * 8)
+    clip, times = torch.rand(1, 3, 9, 64, 64), torch.tensor([[1.0, 5.0]])
+    kept = _kept_bytes(build_model(nano.model), clip, clip[:, :, :2].clone(), torch.ones(1), None, times)
+    assert counted.activation_bytes == pytest.approx(kept, rel=0.01)
+    assert count_flops(nano.model, (64, 64), num_frames=1, decoded=2) == count_flops(nano.model, (64, 64), num_frames=1)
+    baseline = load_embedder_config(root / "configs/embedder/nano_magvit2.yaml", NANO_AT_8).model
+    assert count_flops(baseline, (64, 64), decoded=2) == count_flops(baseline, (64, 64))
+
+
 def test_weights_of_attention_are_counted_where_the_backend_keeps_them() -> None:
     config = tiny_t2v_model(width=64, attention__backend="eager")
     inputs = torch.rand(1, 8, 8, 8, 12), torch.ones(1), torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
