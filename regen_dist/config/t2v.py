@@ -101,6 +101,11 @@ class FlowConfig(Section):
             )
         return self
 
+    @property
+    def gives_frames(self) -> bool:
+        """Return whether a share of the rows is trained with given frames."""
+        return self.given_content + self.given_clips > 0
+
     def shift_at(self, tokens: int) -> float:
         """Return the shift of a row of this many tokens."""
         return float(self.shift * (tokens / self.shift_tokens) ** 0.5)

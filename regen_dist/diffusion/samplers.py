@@ -137,9 +137,9 @@ def draw_given_frames(flow: FlowConfig, seed: int, keys: Tensor, step: int, clea
     Returns:
         None if the config gives no frames.
     """
-    content, clips, frames = flow.given_content, flow.given_clips, clean.shape[2]
-    if not content + clips:
+    if not flow.gives_frames:
         return None
+    content, clips, frames = flow.given_content, flow.given_clips, clean.shape[2]
     chance, quantile = uniforms(seed, keys, step, NoiseStream.GIVEN)[:, :2].unbind(1)  # [B] each
     most = max(frames // _CLIP_FRAMES - 1, 0)  # clips that may be given: one at least is generated
     some = (quantile * most).long() + min(most, 1)  # [B], 1 ... most alike

@@ -28,6 +28,7 @@ class PlainEngine(Engine):
 
     def __init__(self, config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
         super().__init__(config, ranks)
+        self._sums: dict[str, Tensor] = {}  # float32 gradients of this step's micro-batches; empty where there is one
         self.module = build().to(ranks.device)
         self._masters = {name: param.detach().float() for name, param in self.module.named_parameters()}
         self.optimizer = build_optimizer(config.optimizer, list(self._masters.values()), ranks.device)
@@ -40,9 +41,15 @@ class PlainEngine(Engine):
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         (loss / self.config.train.accumulation).backward()
+        if self.config.engine.precision == "fp32" or (is_last and not self._sums):
+            return
+        for name, param in self.module.named_parameters():  # autograd would round every sum to bf16
+            if param.grad is not None:
+                own, param.grad = param.grad.float(), None
+                self._sums[name] = self._sums[name].add_(own) if name in self._sums else own
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, _gradient(param).view(-1)) for name, param in self.module.named_parameters())
+        return ((name, self._gradient(name, param).view(-1)) for name, param in self.module.named_parameters())
 
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, master.view(-1)) for name, master in self._masters.items())
@@ -60,9 +67,10 @@ class PlainEngine(Engine):
     @torch.no_grad()
     def _update(self, lr: float) -> StepResult:
         params = dict(self.module.named_parameters())
-        grads = [_gradient(params[n]) for n, m in self._masters.items()]
+        grads = [self._gradient(name, params[name]) for name in self._masters]
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
         self.module.zero_grad(set_to_none=True)
+        self._sums = {}
         if not math.isfinite(norm):
             return StepResult(False, norm)
         if (scale := self.config.optimizer.clip_norm / (norm + 1e-6)) < 1:
@@ -75,6 +83,12 @@ class PlainEngine(Engine):
         self._refresh_weights()
         return StepResult(True, norm)
 
+    def _gradient(self, name: str, param: nn.Parameter) -> Tensor:
+        """The gradient in float32; zeros where the parameter took no part (the motion path of a batch of images)."""
+        if name in self._sums:
+            return self._sums[name]
+        return torch.zeros_like(param, dtype=torch.float32) if param.grad is None else param.grad.float()
+
     def _refresh_weights(self) -> None:
         if self.config.engine.precision == "fp32":
             return
@@ -84,11 +98,6 @@ class PlainEngine(Engine):
     def _after_restore(self) -> None:
         set_num_updates(self.optimizer, self.num_updates)
         self._refresh_weights()
-
-
-def _gradient(param: nn.Parameter) -> Tensor:
-    """The gradient in float32; zeros where the parameter took no part (the motion path of a batch of images)."""
-    return torch.zeros_like(param, dtype=torch.float32) if param.grad is None else param.grad.float()
 
 
 # --- torch.compile of blocks: they are where the time goes and are alike, so that one compilation serves them all ---

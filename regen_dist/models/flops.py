@@ -223,6 +223,7 @@ class ClipFlops(FlopReport):
 
     clip_shape: tuple[int, int, int, int]  # channels, frames, height, width
     latent_shape: tuple[int, int, int]  # channels, rows, columns of each latent frame
+    decoded_frames: int  # of the clip's frames those that the decoder is given in training
     latent_frames: int = NUM_LATENT_FRAMES
 
     unit: ClassVar[str] = "clip"
@@ -264,20 +265,26 @@ def count_flops(
     size: tuple[int, int],
     *,
     num_frames: int | None = None,
+    decoded: int | None = None,
     precision: Precision = "bf16",
     activation_checkpointing: Recomputation = False,
     sequence_parallel: int = 1,
 ) -> ClipFlops:
     """Count the costs of an embedder for clips of `num_frames` (k+1 by default) and `size` = (height, width) pixels, of
-    which `sequence_parallel` ranks share each."""
-    num_frames = num_frames or config.num_frames
-    clip = torch.empty(1, 3, num_frames, *size, device="meta", dtype=_DTYPE[precision])
+    which `sequence_parallel` ranks share each. REGEN decodes at most `decoded` of the frames
+    (`diffusion.train_frames`), all by default; the baseline all."""
+    num_frames, regen = num_frames or config.num_frames, config.kind == "regen"
+    decoded = min(decoded or num_frames, num_frames) if regen else num_frames
+    clip, noisy = (
+        torch.empty(1, 3, frames, *size, device="meta", dtype=_DTYPE[precision]) for frames in (num_frames, decoded)
+    )
     model = _on_meta(config, precision)
-    inputs = (clip, clip, _ones(1)) if config.kind == "regen" else (clip,)
+    inputs = (clip, noisy, _ones(1), None, _ones(1, decoded)) if regen else (clip,)
     return ClipFlops(
         **_parameters(model),
         **_count_shared(model, inputs, activation_checkpointing, sequence_parallel)._asdict(),
         clip_shape=(3, num_frames, *size),
+        decoded_frames=decoded,
         latent_shape=(config.latent.channels, size[0] // config.encoder.spatial, size[1] // config.encoder.spatial),
         latent_frames=config.latent_frames,
     )
@@ -292,6 +299,7 @@ def count_row_flops(
     precision: Precision = "bf16",
     activation_checkpointing: Recomputation = False,
     sequence_parallel: int = 1,
+    given_frames: bool = False,
 ) -> RowFlops:
     """Count the costs of the text-to-video transformer for one row of clips.
 
@@ -303,20 +311,26 @@ def count_row_flops(
         precision: precision of the computation.
         activation_checkpointing: the activations of blocks that are recomputed.
         sequence_parallel: ranks that share a row.
+        given_frames: true where rows are trained with given frames: each latent frame then has a time of its own, and
+            every token a modulation.
 
     Raises:
         DataError: an odd side.
     """
     shape = (config.latent_channels, frames, *size)
-    counted = _count_row(config, shape, text_tokens, precision, activation_checkpointing, sequence_parallel)
+    how = precision, activation_checkpointing, sequence_parallel, given_frames
+    counted = _count_row(config, shape, text_tokens, *how)
     return RowFlops(
         **_parameters(_on_meta(config, precision)), **counted._asdict(), latent_shape=shape, text_tokens=text_tokens
     )
 
 
-def row_forward_flops(config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int) -> int:
+def row_forward_flops(
+    config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int, *, given_frames: bool = False
+) -> int:
     """Count the operations of one forward pass of a row as `count_row_flops` does, but faster: from one block."""
-    flops = _count_blocks(config, 1, (config.latent_channels, frames, *size), text_tokens).forward_flops
+    shape = (config.latent_channels, frames, *size)
+    flops = _count_blocks(config, 1, shape, text_tokens, given_frames=given_frames).forward_flops
     return sum(flops.values()) + (config.blocks - 1) * flops["blocks"]
 
 
@@ -326,31 +340,28 @@ def training_flops_per_clip(
 ) -> int:
     """Count the operations that training needs for one clip of `size` = (height, width) pixels: the reference of MFU.
 
-    What activation checkpointing computes a second time is no progress, and is left out. Where only `decoded` of the
-    frames are, all but the encoder counts by that share (attention a little too high).
+    What activation checkpointing computes a second time is no progress, and is left out. `decoded` as in
+    `count_flops`.
     """
-    counted = count_flops(config, size, num_frames=num_frames)
-    if decoded is None or decoded == counted.clip_shape[1]:
-        return counted.num_training_flops
-    encoder = counted.forward_flops["encoder"]
-    rest = (counted.num_forward_flops - encoder) * decoded // counted.clip_shape[1]
-    return _FORWARD_AND_BACKWARD * (encoder + rest)
+    return count_flops(config, size, num_frames=num_frames, decoded=decoded).num_training_flops
 
 
-def training_flops_per_row(config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int) -> int:
+def training_flops_per_row(
+    config: T2VModelConfig, frames: int, size: tuple[int, int], text_tokens: int, *, given_frames: bool = False
+) -> int:
     """Count the same for one row of `frames` latent frames of `size` = (h, w) cells, with `text_tokens` tokens.
 
     Every operation on text is a matrix product with as many rows or columns as there are tokens, so the count is affine
     in them: it is taken at two lengths for each kind of row, and a new caption length costs nothing.
     """
-    one, more = _flops_of_text(config, frames, size)
+    one, more = _flops_of_text(config, frames, size, given_frames)
     return _FORWARD_AND_BACKWARD * (one + (text_tokens - 1) * more)
 
 
 @lru_cache(maxsize=256)
-def _flops_of_text(config: T2VModelConfig, frames: int, size: tuple[int, int]) -> tuple[int, int]:
+def _flops_of_text(config: T2VModelConfig, frames: int, size: tuple[int, int], given: bool) -> tuple[int, int]:
     """Operations of a forward pass with one text token, and those of each further one."""
-    one, two = (row_forward_flops(config, frames, size, tokens) for tokens in (1, 2))
+    one, two = (row_forward_flops(config, frames, size, tokens, given_frames=given) for tokens in (1, 2))
     return one, two - one
 
 
@@ -361,10 +372,11 @@ def _count_row(
     precision: Precision,
     checkpointing: Recomputation,
     sequence_parallel: int,
+    given_frames: bool,
 ) -> Pass:
     """Count a row from a model of one block and one of two: all blocks are alike, so each further block costs what the
     second does, and the meta device is slow."""
-    how = precision, checkpointing, sequence_parallel
+    how = precision, checkpointing, sequence_parallel, given_frames
     one, two = (_count_blocks(config, blocks, shape, text_tokens, *how) for blocks in (1, 2))
     more = config.blocks - 1
     return Pass(
@@ -382,15 +394,17 @@ def _count_blocks(
     precision: Precision = "bf16",
     checkpointing: Recomputation = False,
     sequence_parallel: int = 1,
+    given_frames: bool = False,
 ) -> Pass:
     """Count one pass of a row through a model of this many blocks."""
     model = _on_meta(config.model_copy(update={"blocks": blocks}), precision)
-    inputs = _ones(1, *shape), _ones(1), _ones(1, text_tokens, config.text_width), _ones(1, text_tokens).bool()
+    times = _ones(1, shape[1]) if given_frames else _ones(1)
+    inputs = _ones(1, *shape), times, _ones(1, text_tokens, config.text_width), _ones(1, text_tokens).bool()
     return _count_shared(model, inputs, checkpointing, sequence_parallel)
 
 
 def _count_shared(
-    model: nn.Module, inputs: tuple[Tensor, ...], checkpointing: Recomputation, sequence_parallel: int
+    model: nn.Module, inputs: tuple[Tensor | None, ...], checkpointing: Recomputation, sequence_parallel: int
 ) -> Pass:
     """Return the operations of a sample; those that are repeated, by checkpointing and by each of the ranks that share
     the sample; and the bytes that each of these ranks keeps."""

@@ -66,7 +66,10 @@ def _of_tokens(vectors: Tensor, grid: Grid, share: SequenceShard) -> Tensor:
     part; one for the whole row, [B, 1, n, D], stays one."""
     if vectors.shape[1] == 1:
         return vectors
-    return vectors.repeat_interleave(grid[1] * grid[2], 1)[:, share.own]
+    cells, (start, stop, _) = grid[1] * grid[2], share.own.indices(prod(grid))
+    first = start // cells  # of the frames that the part lies in: a cut from the whole row would keep all of it
+    tokens = vectors[:, first : -(-stop // cells)].repeat_interleave(cells, 1)
+    return tokens[:, start - first * cells : stop - first * cells]
 
 
 def fold_latents(x: Tensor) -> Tensor:

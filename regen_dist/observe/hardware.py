@@ -47,6 +47,7 @@ GPU_PEAKS = {
     "4090": Peak(165.0, 82.6, "Ada GPU architecture white paper, RTX 4090"),
     "V100": Peak(None, 15.7, "V100 Tensor Core GPU, SXM2 (tensor cores take fp16 alone)"),
 }
+_PARTIAL = {"MIG", "Laptop", "D"}  # words of a slice of a GPU, and of lesser chips under the same name (RTX 4090 D)
 GPU_PEAK_TFLOPS = {name: peak.bf16 for name, peak in GPU_PEAKS.items() if peak.bf16 is not None}
 
 
@@ -54,8 +55,11 @@ def known_peak(name: str) -> Peak | None:
     """Return the data sheet's peak of a device by its torch name; None if no entry fits.
 
     The entry with the most words wins: "NVIDIA H100 PCIe" is no "H100" of the SXM kind, and "A100-SXM4-80GB" no "A10".
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb" is a seventh of one, and fits none.
     """
     words = set(re.split(r"[\s-]+", name))
+    if words & _PARTIAL:
+        return None
     fitting = [entry for entry in GPU_PEAKS if words.issuperset(entry.split())]
     return GPU_PEAKS[max(fitting, key=lambda entry: len(entry.split()))] if fitting else None
 

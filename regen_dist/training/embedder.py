@@ -72,7 +72,7 @@ class EmbedderTask:
     def flops(self, batch: ClipBatch) -> float:
         """Operations that training on a micro-batch needs; buckets differ."""
         clips, _, num_frames, height, width = batch.video.shape
-        decoded = min(self.config.diffusion.train_frames or num_frames, num_frames)
+        decoded = self.config.diffusion.train_frames
         return clips * training_flops_per_clip(self.config.model, (height, width), num_frames, decoded)
 
     def build(self, ranks: Ranks = Ranks(), *, resumes: bool = False) -> nn.Module:  # noqa: B008 - frozen

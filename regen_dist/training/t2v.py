@@ -88,7 +88,8 @@ class TextToVideoTask:
         rows, clips, _, height, width = batch.content.shape
         frames = 1 if batch.motion.shape[1] == 0 else 2 * clips
         assert batch.mask is not None, "the caches were checked for text"
-        return rows * training_flops_per_row(self.config.model, frames, (height, width), batch.mask.shape[1])
+        given, tokens = self.config.diffusion.gives_frames, batch.mask.shape[1]
+        return rows * training_flops_per_row(self.config.model, frames, (height, width), tokens, given_frames=given)
 
     def read_validation(self, ranks: Ranks) -> None:
         _ = self._validation

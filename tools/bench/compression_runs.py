@@ -311,9 +311,7 @@ def _total(lines: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def _flops_per_clip(config: EmbedderConfig) -> int:
-    frames = config.model.num_frames
-    decoded = min(config.diffusion.train_frames or frames, frames) if config.model.kind == "regen" else frames
-    return training_flops_per_clip(config.model, config.data.size, frames, decoded)
+    return training_flops_per_clip(config.model, config.data.size, decoded=config.diffusion.train_frames)
 
 
 def _model_facts(config: EmbedderConfig) -> dict[str, Any]:

@@ -375,7 +375,9 @@ def _account(sample: Mapping[str, Any], config: AnyRunConfig) -> FlopReport:
         "sequence_parallel": config.engine.sequence_parallel,
     }
     if isinstance(config, EmbedderConfig):
+        kept["decoded"] = config.diffusion.train_frames
         return count_flops(config.model, (height, width), num_frames=sample["frames"], **kept)
+    kept["given_frames"] = config.diffusion.gives_frames
     return count_row_flops(config.model, sample["frames"], (height, width), sample["text_tokens"], **kept)
 
 

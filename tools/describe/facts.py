@@ -75,9 +75,8 @@ def _loss_memory(config: AnyRunConfig, counted: FlopReport, clips_per_gpu: int) 
     from regen_dist.models.memory import loss_memory_bytes
 
     assert isinstance(counted, ClipFlops), "what a clip was counted as"
-    channels, frames, height, width = counted.clip_shape
-    decoded = frames if config.model.kind == "magvit2" else min(config.diffusion.train_frames or frames, frames)
-    return loss_memory_bytes(config.train.losses, (channels, decoded, height, width), clips_per_gpu)
+    channels, _, height, width = counted.clip_shape
+    return loss_memory_bytes(config.train.losses, (channels, counted.decoded_frames, height, width), clips_per_gpu)
 
 
 def with_clips_per_gpu(config: Config, world_size: int, clips: int) -> Config:
@@ -125,19 +124,26 @@ def _counted(config: AnyRunConfig, video: DescribedVideo | None) -> tuple[FlopRe
         )
     largest = max(config.data.sizes, key=lambda size: size[0] * size[1])
     engine = config.engine
-    clip = _account(config.model, largest, engine.precision, engine.activation_checkpointing, engine.sequence_parallel)
+    how = engine.precision, engine.activation_checkpointing, engine.sequence_parallel, config.diffusion.train_frames
+    clip = _account(config.model, largest, *how)
     return clip, _clip_shapes(config, clip)
 
 
 @lru_cache(maxsize=32)
 def _account(
-    model: ModelConfig, size: tuple[int, int], precision: Any, checkpointing: Recomputation, shared: int
+    model: ModelConfig,
+    size: tuple[int, int],
+    precision: Any,
+    checkpointing: Recomputation,
+    shared: int,
+    decoded: int | None,
 ) -> ClipFlops:
     from regen_dist.models.flops import count_flops
 
     return count_flops(
-        model, size, precision=precision, activation_checkpointing=checkpointing, sequence_parallel=shared
-    )
+        model, size,
+        decoded=decoded, precision=precision, activation_checkpointing=checkpointing, sequence_parallel=shared,
+    )  # fmt: skip
 
 
 def _costs(config: AnyRunConfig, counted: FlopReport, world_size: int, assumed: Assumptions | None) -> dict[str, Any]:
@@ -183,12 +189,14 @@ def _clip_shapes(config: EmbedderConfig, counted: ClipFlops) -> dict[str, Any]:
 
 
 def _tokens(model: ModelConfig, counted: ClipFlops) -> int:
-    """Return the tokens of the decoder's blocks: one per latent cell and frame, plus those of in-context latents."""
+    """Return the tokens of the decoder's blocks: one per 8x8 pixels and decoded frame, plus those of in-context
+    latents."""
+    from regen_dist.config.run import SPATIAL_COMPRESSION
     from regen_dist.models.flops import NUM_LATENT_FRAMES
 
     in_context = NUM_LATENT_FRAMES if model.conditioning.kind == "in_context" else 0
-    _, rows, columns = counted.latent_shape
-    return (counted.clip_shape[1] + in_context) * rows * columns
+    rows, columns = (side // SPATIAL_COMPRESSION for side in counted.clip_shape[-2:])
+    return (counted.decoded_frames + in_context) * rows * columns
 
 
 def _transformer(config: AnyRunConfig, counted: FlopReport) -> tuple[DecoderConfig | T2VModelConfig, int]:

@@ -87,7 +87,7 @@ def latent_frames(frames: int, k: int) -> int:
 def row_account(config: T2VConfig, video: DescribedVideo) -> RowFlops:
     """Return the FLOP report of the video as one row."""
     frames, engine = latent_frames(video.num_frames(config), _CLIP_FRAMES - 1), config.engine
-    how = engine.precision, engine.activation_checkpointing, engine.sequence_parallel
+    how = engine.precision, engine.activation_checkpointing, engine.sequence_parallel, config.diffusion.gives_frames
     return _account(config.model, frames, video.cells, video.text_tokens, *how)
 
 
@@ -114,7 +114,8 @@ def by_embedder(config: T2VConfig, video: DescribedVideo) -> list[dict[str, Any]
     whole = video.num_frames(config)
     frames = {("conventional", CONVENTIONAL): -(-whole // CONVENTIONAL)}
     frames |= {("regen", k): latent_frames(whole, k) for k in COMPRESSIONS}
-    flops = {key: _forward_flops(config.model, count, video.cells, video.text_tokens) for key, count in frames.items()}
+    how = video.cells, video.text_tokens, config.diffusion.gives_frames
+    flops = {key: _forward_flops(config.model, count, *how) for key, count in frames.items()}
     return [
         {
             "embedder": embedder,
@@ -129,10 +130,10 @@ def by_embedder(config: T2VConfig, video: DescribedVideo) -> list[dict[str, Any]
 
 
 @lru_cache(maxsize=64)
-def _forward_flops(model: T2VModelConfig, frames: int, cells: tuple[int, int], text_tokens: int) -> int:
+def _forward_flops(model: T2VModelConfig, frames: int, cells: tuple[int, int], text_tokens: int, given: bool) -> int:
     from regen_dist.models.flops import row_forward_flops
 
-    return row_forward_flops(model, frames, cells, text_tokens)
+    return row_forward_flops(model, frames, cells, text_tokens, given_frames=given)
 
 
 @lru_cache(maxsize=64)
@@ -144,8 +145,11 @@ def _account(
     precision: Any,
     checkpointing: Recomputation,
     shared: int,
+    given: bool,
 ) -> RowFlops:
     from regen_dist.models.flops import count_row_flops
 
-    how = {"precision": precision, "activation_checkpointing": checkpointing, "sequence_parallel": shared}
-    return count_row_flops(model, frames, cells, text_tokens, **how)
+    return count_row_flops(
+        model, frames, cells, text_tokens,
+        precision=precision, activation_checkpointing=checkpointing, sequence_parallel=shared, given_frames=given,
+    )  # fmt: skip

@@ -17,6 +17,8 @@ from regen_dist.errors import RegenError
 from regen_dist.jsontext import json_text
 from tools.gpu_check.machine import Machine, PartLeftOut
 
+_SIZED_GIB = 70  # of a GPU of 80 GB, for which the parts are sized, torch sees 79
+
 
 def run_check(function: str, machine: Machine) -> dict[str, Any]:
     """Return the result of a part: `status`, a one-line `summary`, and figures (`facts`)."""
@@ -27,6 +29,12 @@ def run_check(function: str, machine: Machine) -> dict[str, Any]:
         return {"status": "left out", "summary": str(why), "facts": {}}
     except RegenError as error:
         return {"status": "failed", "summary": str(error), "facts": {}}
+    except torch.OutOfMemoryError as error:
+        has_gib = torch.cuda.get_device_properties(machine.device).total_memory / 2**30
+        if has_gib < _SIZED_GIB:
+            summary = f"needs more than the {has_gib:.0f} GiB of this GPU: its sizes are for one of 80 GB"
+            return {"status": "left out", "summary": summary, "facts": {}}
+        return {"status": "failed", "summary": str(error), "facts": {"traceback": traceback.format_exc()}}
     except Exception as error:  # noqa: BLE001 - a part must not hide what the others find
         summary = f"{type(error).__name__}: {error}"
         return {"status": "failed", "summary": summary, "facts": {"traceback": traceback.format_exc()}}

@@ -132,6 +132,21 @@ def test_bf16_keeps_masters_in_float32() -> None:
         assert torch.equal(parameter.flatten(), masters[name].bfloat16())
 
 
+def test_micro_batches_add_up_in_float32() -> None:
+    """As under ZeRO-3: sums in bf16 lose what is small beside them."""
+    engine = _engine(engine__precision="bf16", train__accumulation=64, train__batch_global=64)
+    single = []
+    for number in range(64):
+        engine.backward((engine(_data(number).bfloat16()).float() - 1).square().mean(), is_last=number == 63)
+        alone = _engine(engine__precision="bf16", train__accumulation=64, train__batch_global=64)
+        alone.backward((alone(_data(number).bfloat16()).float() - 1).square().mean(), is_last=True)
+        single.append(torch.cat([gradient for _, gradient in alone.named_gradients()]))
+    found = torch.cat([gradient for _, gradient in engine.named_gradients()])
+    torch.testing.assert_close(found, torch.stack(single).sum(0), rtol=1e-5, atol=1e-7)
+    assert engine.step(1e-2).applied
+    assert not any(gradient.any() for _, gradient in engine.named_gradients())
+
+
 class _Source:
     """Pieces in memory, read as a checkpoint's are."""
 

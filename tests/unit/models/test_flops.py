@@ -79,6 +79,18 @@ def test_activations_are_what_autograd_keeps_in_a_real_forward_pass(nano: Embedd
     assert counted == pytest.approx(_kept_bytes(build_model(nano.model), clip, clip, torch.ones(1)), rel=0.01)
 
 
+def test_frames_that_are_not_decoded_are_not_counted(nano: EmbedderConfig, root: Path) -> None:
+    """`diffusion.train_frames`: the transformer sees fewer tokens and keeps less; the baseline decodes all frames."""
+    counted = count_flops(nano.model, (64, 64), decoded=2, precision="fp32")
+    assert counted.forward_flops["decoder"] == _decoder_flops(nano, 2 * 8 * 8, 2 * 8 * 8)
+    clip, times = torch.rand(1, 3, 9, 64, 64), torch.tensor([[1.0, 5.0]])
+    kept = _kept_bytes(build_model(nano.model), clip, clip[:, :, :2].clone(), torch.ones(1), None, times)
+    assert counted.activation_bytes == pytest.approx(kept, rel=0.01)
+    assert count_flops(nano.model, (64, 64), num_frames=1, decoded=2) == count_flops(nano.model, (64, 64), num_frames=1)
+    baseline = load_embedder_config(root / "configs/embedder/nano_magvit2.yaml", NANO_AT_8).model
+    assert count_flops(baseline, (64, 64), decoded=2) == count_flops(baseline, (64, 64))
+
+
 def test_weights_of_attention_are_counted_where_the_backend_keeps_them() -> None:
     config = tiny_t2v_model(width=64, attention__backend="eager")
     inputs = torch.rand(1, 8, 8, 8, 12), torch.ones(1), torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
@@ -174,6 +186,9 @@ def test_operations_of_a_row_equal_the_formula() -> None:
     assert counted.num_forward_flops == 2 * multiplications
     assert counted.num_tokens == tokens
     assert training_flops_per_row(config, *ROW) == 3 * 2 * multiplications
+    given = count_row_flops(config, *ROW, given_frames=True)  # eight frames with a time of their own, not one
+    assert given.num_forward_flops == 2 * (multiplications + 7 * modulation)
+    assert training_flops_per_row(config, *ROW, given_frames=True) == given.num_training_flops
 
 
 def test_a_new_caption_length_needs_no_new_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +202,12 @@ def test_a_new_caption_length_needs_no_new_count(monkeypatch: pytest.MonkeyPatch
     assert found == {tokens: count_row_flops(config, *size, tokens).num_training_flops for tokens in found}
 
 
-def test_activations_of_a_row_are_what_autograd_keeps() -> None:
-    inputs = torch.rand(1, 8, 8, 8, 12), torch.ones(1), torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
-    counted = count_row_flops(_wide(), *ROW, precision="fp32").activation_bytes
+@pytest.mark.parametrize("given", [False, True])
+def test_activations_of_a_row_are_what_autograd_keeps(given: bool) -> None:
+    """Also of rows with given frames, where every token has a modulation of its own."""
+    times = torch.ones(1, 8) if given else torch.ones(1)
+    inputs = torch.rand(1, 8, 8, 8, 12), times, torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
+    counted = count_row_flops(_wide(), *ROW, precision="fp32", given_frames=given).activation_bytes
     assert counted == pytest.approx(_kept_bytes(build_model(_wide()), *inputs), rel=0.02)
 
 

@@ -82,6 +82,15 @@ def test_conditioning_is_made_of_the_frames_that_a_rank_has_tokens_of(
     assert decoder.own_frames((5, 4, 4)) == slice(*frames)
 
 
+def test_a_rank_keeps_the_modulation_of_its_own_tokens_alone() -> None:
+    """Of rows with given frames, where every token has its own."""
+    model, kept = tiny_t2v_model(width=64, heads=8, blocks=1), {"activation_checkpointing": True, "given_frames": True}
+    one, eight = (
+        count_row_flops(model, 16, (16, 16), 5, sequence_parallel=size, **kept).activation_bytes for size in (1, 8)
+    )
+    assert eight < 0.13 * one
+
+
 def test_operations_are_those_of_the_sample_and_what_is_done_twice_is_told() -> None:
     """Ranks that share a clip all run its encoder; of text to video they share all but the text's part."""
     model, text = tiny_model(), tiny_t2v_model()

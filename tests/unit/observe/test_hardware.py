@@ -52,7 +52,8 @@ def test_a_system_that_does_not_tell_is_not_warned_of(tmp_path: Path) -> None:
         ("NVIDIA H200", "H200"), ("NVIDIA H200 NVL", "H200 NVL"), ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA A10G", "A10G"), ("NVIDIA A10", "A10"), ("NVIDIA L40S", "L40S"), ("NVIDIA L4", "L4"),
         ("NVIDIA GeForce RTX 4090", "4090"), ("Tesla V100-SXM2-16GB", "V100"),
-        ("NVIDIA H20", None), ("NVIDIA RTX A1000", None),
+        ("NVIDIA H20", None), ("NVIDIA RTX A1000", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
     ],
 )  # fmt: skip
 def test_a_gpu_has_the_peak_of_its_own_kind(name: str, entry: str | None) -> None:

@@ -45,6 +45,16 @@ def test_every_config_can_be_described(path: Path) -> None:
     assert facts["training_flops_per_step"] == facts[f"training_flops_per_{unit}"] * config.train.batch_global
 
 
+def test_frames_that_the_decoder_is_not_trained_on_take_no_memory_and_no_time() -> None:
+    whole, some = (
+        gather(load_config(ROOT / "configs/embedder/nano.yaml", [*NANO_AT_8, f"diffusion.train_frames={frames}"]), 2)
+        for frames in ("null", "3")
+    )
+    assert some["tokens_per_clip"] * 3 == whole["tokens_per_clip"]
+    assert sum(some["memory_bytes_per_gpu"].values()) < sum(whole["memory_bytes_per_gpu"].values())
+    assert some["cost"]["computation_s"] < 0.8 * whole["cost"]["computation_s"]
+
+
 def _check_clip(config: EmbedderConfig, facts: dict[str, Any]) -> None:
     channels, frames, height, width = facts["input_shape"]
     assert (channels, frames) == (3, config.model.temporal_compression + 1)
@@ -257,7 +267,8 @@ def test_the_table_of_text_to_video(row: list[str]) -> None:
     config = load_config(ROOT / "configs/t2v/5b.yaml", [f"engine.sequence_parallel={row[0]}"])
     assert isinstance(config, T2VConfig)
     video = DescribedVideo((768, 1280), 264)
-    counted = count_row_flops(config.model, latent_frames(264, 32), video.cells, video.text_tokens, **_how(config))
+    how = {**_how(config), "given_frames": config.diffusion.gives_frames}
+    counted = count_row_flops(config.model, latent_frames(264, 32), video.cells, video.text_tokens, **how)
     assert counted.num_tokens == 61_440
     assert row[1:] == _cells(config, counted, config.model, counted.num_tokens)
 

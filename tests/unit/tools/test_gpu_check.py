@@ -137,6 +137,20 @@ def test_errors_of_a_part_become_its_result(monkeypatch: pytest.MonkeyPatch) -> 
     assert "ZeroDivisionError: x" in made(ZeroDivisionError("x"))["facts"]["traceback"]
 
 
+@pytest.mark.parametrize(("gib", "status"), [(23.6, "left out"), (79.1, "failed")])
+def test_a_part_that_a_small_gpu_has_no_room_for_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, gib: float, status: str
+) -> None:
+    """On one of 80 GB, for which the parts are sized, it fails."""
+    from tools.gpu_check import machine as module
+
+    monkeypatch.setattr(module, "versions", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: mock.Mock(total_memory=gib * 2**30))
+    found = run_check("machine:versions", Machine(torch.device("cuda", 0)))
+    assert found["status"] == status
+    assert ("24 GiB of this GPU" in found["summary"]) == (status == "left out")
+
+
 def test_a_comparison_fails_where_numbers_differ_or_are_none() -> None:
     x = torch.ones(4)
     assert require_close("equal", relative_error(x, x), 1e-6) == 0

@@ -207,10 +207,10 @@ def test_training_is_told_with_its_time_and_operations(tmp_path: Path, kind: str
     found = training_facts(config.folder)
     assert (found["steps"], found["clips"], found["seconds"], found["cpu_seconds"]) == (25, 100, 80.0, 40.0)
     counted = count_flops(config.model, config.data.size)
-    forward, encoder = counted.num_forward_flops, counted.forward_flops["encoder"]
-    decoded = 2 / 5 if kind == "regen" else 1
-    assert found["flops"] == pytest.approx(100 * 3 * (encoder + decoded * (forward - encoder)), rel=1e-6)
-    assert found["encode_flops"] + found["decode_flops"] == forward
+    trained = count_flops(config.model, config.data.size, decoded=2)
+    assert found["flops"] == 100 * trained.num_training_flops
+    assert (trained == counted) == (kind == "magvit2")
+    assert found["encode_flops"] + found["decode_flops"] == counted.num_forward_flops
     assert found["parameters"] == counted.parameters
 
 
