@@ -85,6 +85,12 @@ def test_every_config_begins_with_the_command_that_runs_it() -> None:
     assert [str(path) for path, header in headers.items() if not header or "regen " not in header.group()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_checkout_is_installed_editable(page: Path) -> None:
+    """`setup.py` refuses anything else."""
+    assert re.findall(r"pip install '?\..*", page.read_text()) == []
+
+
 def test_the_demos_run_is_named_where_it_lies() -> None:
     """In the pages and the commands' help: the demo's folder holds more than its run, and is no run folder."""
     run = str(load_config(ROOT / "configs" / "demo" / "embedder.yaml").folder)
