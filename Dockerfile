@@ -43,4 +43,5 @@ RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-ins
 COPY --from=build /opt/regen /opt/regen
 ENV PATH=/opt/regen/bin:$PATH PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 WORKDIR /workspace
-CMD ["python", "-m", "tools.cli", "--help"]
+# With the checkout mounted there (-v "$PWD:/workspace"): safe paths leave the current folder out.
+CMD ["env", "PYTHONPATH=/workspace", "python", "-m", "tools.cli", "--help"]

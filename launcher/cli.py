@@ -104,8 +104,8 @@ def run(
 ) -> None:
     """Run any command of regen as a job, or as an array of tasks that share its work.
 
-    Example: regen submit run shards --cluster slurm --array 16 -- shards build s3://raw/videos --out s3://data/train
-    --task {task}/{tasks}
+    Example: regen submit run shards --cluster slurm --gpus-per-node 0 --array 16 -- shards build s3://raw/videos
+    --out s3://data/train --task {task}/{tasks}
     """
     from launcher.cluster import load_cluster
     from launcher.submit import command_request

@@ -48,7 +48,7 @@ def check(
 
     Exit code: 0 if there are no problems, otherwise that of the run.
 
-    Example: regen check configs/embedder/nano.yaml --world-size 2 data.url=runs/shapes
+    Example: regen check configs/embedder/nano.yaml --world-size 2 data.url=runs/shapes data.validation_url=null
     """
     from regen_dist.checks.findings import Target
 

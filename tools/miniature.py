@@ -134,8 +134,8 @@ def score_shapes(
 
     Missing inputs are listed on the page, not refused.
 
-    Example: regen score-shapes --held-out runs/miniature/held_out --embedder runs/miniature/embedder
-    --generated generated=runs/miniature/generated --out runs/miniature/report
+    Example: regen score-shapes --held-out runs/miniature/data/held_out --embedder runs/miniature/model
+    --generated generated=runs/miniature/generated/guided --out runs/scores
     """
     from rich.console import Console
 

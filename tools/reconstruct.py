@@ -29,7 +29,7 @@ def reconstruct(
     run: Annotated[
         Path | None,
         typer.Option(
-            help="Run folder with a checkpoint, such as runs/demo; or a model that was exported. "
+            help="Run folder with a checkpoint, such as runs/demo/embedder; or a model that was exported. "
             "The packaged embedder by default."
         ),
     ] = None,

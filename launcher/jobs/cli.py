@@ -57,7 +57,7 @@ def logs(
 ) -> None:
     """Show the log of a rank; if rank 0 has not begun, the log of the launcher.
 
-    Example: regen jobs logs embedder_nano --rank 3 --follow
+    Example: regen jobs logs nano --rank 3 --follow
     """
     from launcher.jobs import logs as following
     from launcher.jobs.find import choose_job
@@ -83,7 +83,7 @@ def stop(
 ) -> None:
     """Save and end a job; it is not requeued until it is resumed. Pending tasks do not start.
 
-    Example: regen jobs stop embedder_nano
+    Example: regen jobs stop nano
     """
     from launcher.jobs import stop as stopping
     from launcher.jobs.find import choose_job
@@ -119,7 +119,7 @@ def resume(
     """Submit an incomplete job again: same command, config and code, from its newest checkpoint. For an array, only the
     incomplete tasks are submitted.
 
-    Example: regen jobs resume embedder_nano --nodes 2
+    Example: regen jobs resume nano --nodes 2
     """
     from contextlib import chdir
 

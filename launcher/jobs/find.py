@@ -163,7 +163,10 @@ def _explain_no_jobs(folder: Path) -> str:
             "submit it anew with the output folder that it has now"
         )
     if (folder / "heartbeats").is_dir():
-        return f"{folder}: not started by `regen submit`; to stop it cleanly, create the file {folder / 'STOP'}"
+        return (
+            f"{folder}: not started by `regen submit`; what its ranks print is in {folder / 'logs'}; to stop it "
+            f"cleanly, create the file {folder / 'STOP'}; its own `regen train` resumes it"
+        )
     return f"{folder}: nothing was submitted here (no {LAUNCH}/*/{JOB_FILE})"
 
 

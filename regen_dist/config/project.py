@@ -36,8 +36,7 @@ prints a config as a run would see it. Changes can be made in the files, or behi
     regen train configs/embedder.yaml --ranks 2
     regen reconstruct VIDEO --run runs/embedder --out runs/reconstructed
 
-    # 3. Latents and text embeddings. The small text encoder is made of the captions; or name one of your own
-    regen text make data/train --out runs/text
+    # 3. Latents and text embeddings. {text}
     regen preencode configs/preencode.yaml
     regen preencode configs/preencode.yaml data=data/held_out output=data/latents_held_out
 
@@ -66,6 +65,14 @@ and resubmits what is preempted; no script of your own is needed.
 | `configs/schema/` | what an editor with a YAML extension completes and checks these files by |
 | `data/`, `runs/` | shards and latents; run folders. Not for version control |
 """
+# How the text encoder comes, by whether the small one's embeddings are as wide as what the model takes.
+_TEXT = {
+    True: """The small text encoder is made of the captions; or name one of your own
+    regen text make data/train --out runs/text""",
+    False: """The text encoder is published as pickles, which are converted once; or name one of your own
+    regen text convert google/t5-v1_1-xxl --out runs/text --dtype bfloat16""",
+}
+_SMALL_TEXT_WIDTH = 64  # of `regen text make`
 
 
 def lay_out(folder: Path, embedder: str = "nano", t2v: str = "nano") -> list[Path]:
@@ -83,12 +90,16 @@ def lay_out(folder: Path, embedder: str = "nano", t2v: str = "nano") -> list[Pat
         ConfigError: there is something in the folder, it cannot be written, or there is no such preset.
     """
     presets = {"embedder": _preset("embedder", embedder), "t2v": _preset("t2v", t2v)}
+    model = _t2v(presets["t2v"])
+    small = model.get("model", {}).get("text_width") == _SMALL_TEXT_WIDTH
     name = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
     texts = {
-        "README.md": _README.format(name=name, **{key: f"`{path}`" for key, path in presets.items()}),
+        "README.md": _README.format(
+            name=name, text=_TEXT[small], **{key: f"`{path}`" for key, path in presets.items()}
+        ),
         "configs/embedder.yaml": _text("embedder", _embedder(presets["embedder"])),
-        "configs/preencode.yaml": _text("preencode", _preencode()),
-        "configs/t2v.yaml": _text("t2v", _t2v(presets["t2v"])),
+        "configs/preencode.yaml": _text("preencode", _preencode("nano" if small else "paper")),
+        "configs/t2v.yaml": _text("t2v", model),
         "cluster.yaml": _cluster(),
         ".gitignore": "/data/\n/runs/\n",
         **{f"{_SCHEMAS}/{kind}.json": find_preset(_SCHEMAS / f"{kind}.json").read_text("utf-8") for kind in _KINDS},
@@ -140,9 +151,10 @@ def _t2v(preset: Path) -> dict[str, Any]:
     return values | {"name": "t2v", "output": "runs"}
 
 
-def _preencode() -> dict[str, Any]:
+def _preencode(text: str) -> dict[str, Any]:
+    """Return the pre-encoding of nano, with captions as in the preset `text`."""
     values = inherited(Path("configs/preencode/nano.yaml"))
-    values["text"] = values["text"] | {"encoder": "runs/text"}
+    values["text"] = inherited(Path(f"configs/preencode/{text}.yaml"))["text"] | {"encoder": "runs/text"}
     return values | {"embedder": "runs/embedder", "data": _DATA["url"], "output": _LATENTS["url"]}
 
 

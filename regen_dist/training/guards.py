@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regen_dist.config import AnyRunConfig
+from regen_dist.config import AnyRunConfig, EmbedderConfig
 from regen_dist.config.run import LatentStdConfig, SpikeConfig
 from regen_dist.distributed.engine import StepResult
 from regen_dist.errors import DataError, TrainingError
@@ -148,7 +148,7 @@ class Guards:
         self.nonfinite = NonFiniteGuard(config.guards.nonfinite_budget, in_a_row=config.guards.nonfinite_in_a_row)
         self.bad_samples = BadSampleGuard(config.data.max_bad_share)
         self.spikes = SpikeGuard(config.guards.spike)
-        self.latents = LatentGuard(config.guards.latent_std)
+        self.latents = LatentGuard(_latent_std(config))
         self._clips = config.train.batch_global
 
     def after_step(self, step: int, result: StepResult, num_replaced: int) -> None:
@@ -175,6 +175,12 @@ class Guards:
 
 
 _GUARDS = ("nonfinite", "bad_samples", "spikes", "latents")
+
+
+def _latent_std(config: AnyRunConfig) -> LatentStdConfig:
+    """Return the range of the latents; off for a frozen encoder, whose latents have a std of about 1 and no bound."""
+    frozen = isinstance(config, EmbedderConfig) and config.model.encoder.frozen
+    return config.guards.latent_std.model_copy(update={"action": "off"}) if frozen else config.guards.latent_std
 
 
 class SkippedSteps(TrainingError):

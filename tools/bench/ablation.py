@@ -18,11 +18,16 @@ from regen_dist.jsontext import json_text
 from regen_dist.observe.record import read_record
 from regen_dist.pixels import to_float
 from regen_dist.tables import Column, Table, numbers
+from tools.bench.common import split_arguments
+
+_CONFIG = Path("configs/bench/ablation.yaml")
 
 
 def ablation(
-    config: Annotated[Path, typer.Argument(help="What every arm starts from.")] = Path("configs/bench/ablation.yaml"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as a.b=value.")] = None,
+    config: Annotated[Path, typer.Argument(help="What every arm starts from.", metavar="[CONFIG]")] = _CONFIG,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs, the JSON and the table.")] = Path("runs/ablation"),
     at_once: Annotated[int, typer.Option(min=1, help="Arms that train side by side.")] = 2,
 ) -> None:
@@ -40,7 +45,8 @@ def ablation(
     from tools.bench.compression_runs import run_side_by_side
 
     console, grid = Console(), list(arms())
-    own = [*(overrides or []), f"output={out}/arms", "engine.kind=plain"]
+    config, asked = split_arguments(config, overrides or [], _CONFIG)
+    own = [*asked, f"output={out}/arms", "engine.kind=plain"]
     base = load_embedder_config(config, own)
     train = regen("train", str(config), *own)
     commands = {arm.name: [*train, f"name={arm.name}", *arm.overrides] for arm in grid}
@@ -52,7 +58,7 @@ def ablation(
         "steps": base.train.steps,
         "machine": describe_machine(),
     }
-    facts |= {"config": str(config), "overrides": overrides or [], "config_hash": config_hash(base), "arms": results}
+    facts |= {"config": str(config), "overrides": asked, "config_hash": config_hash(base), "arms": results}
     (out / "ablation.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     (out / "ablation.md").write_text(table(results), encoding="utf-8")
     print(table(results))

@@ -30,16 +30,20 @@ from regen_dist.programs import python, regen
 from regen_dist.tables import Table
 from tools.bench import checkpoint_cases
 from tools.bench.checkpoint_cases import Saving, saving
-from tools.bench.common import MEASURED, Figure, spread, spread_text
+from tools.bench.common import MEASURED, Figure, split_arguments, spread, spread_text
 from tools.local_services.s3 import start_store
 from tools.shards.progress import stopping_cleanly
 
 _CLIPS = 32
 
+_CONFIG = Path("configs/bench/checkpoint.yaml")
+
 
 def checkpoint(
-    config: Annotated[Path, typer.Argument(help="What is trained.")] = Path("configs/bench/checkpoint.yaml"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as a.b=value.")] = None,
+    config: Annotated[Path, typer.Argument(help="What is trained.", metavar="[CONFIG]")] = _CONFIG,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+    ] = None,
     url: Annotated[
         str | None, typer.Option(help="Folder in a bucket to save to, too; a SeaweedFS on this machine by default.")
     ] = None,
@@ -65,7 +69,8 @@ def checkpoint(
     from regen_dist.observe.hardware import describe_machine
 
     console = Console(stderr=True)
-    own = [*(overrides or []), "train.log_every=1", "data.validation_url=null", "checkpoint.url=null"]
+    config, asked = split_arguments(config, overrides or [], _CONFIG)
+    own = [*asked, "train.log_every=1", "data.validation_url=null", "checkpoint.url=null"]
     base = load_embedder_config(config, own)
     clips_per_rank(base, ranks)
     facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}

@@ -16,6 +16,14 @@ from typing import Any, NamedTuple
 from regen_dist.errors import DataError
 from regen_dist.tables import Column, Table, numbers
 
+
+def split_arguments(config: Path, overrides: Sequence[str], default: Path) -> tuple[Path, list[str]]:
+    """Separate the optional config from overrides: a first argument that is not a config is an override of the default
+    one."""
+    given = "=" not in str(config)
+    return config if given else default, [*([] if given else [str(config)]), *overrides]
+
+
 # Figures that a bench declares for its record, so that two records can be compared: each with the better direction
 # and its noise.
 

@@ -12,6 +12,7 @@ import typer
 
 from regen_dist.jsontext import json_text
 from tools import stages
+from tools.bench.common import split_arguments
 from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def compression(
     from tools.bench.compression_report import budgets_markdown, read_budgets
 
     budgets = sorted(set(minutes_per_arm or [10.0]))
-    asked = _split_arguments(config, overrides or [])
+    asked = split_arguments(config, overrides or [], _CONFIG)
     folders = {minutes: out if len(budgets) == 1 else out / f"{minutes:g}_minutes" for minutes in budgets}
     for minutes, folder in folders.items():
         shorter = None if minutes == budgets[0] else folders[budgets[0]]
@@ -121,13 +122,6 @@ def _one_budget(
     facts |= {"tuning": tuning, "fvd": network}
     facts["arms"] = {arm.name: {**runs.facts(arm), "measures": measures[arm.name]} for arm in chosen}
     _write(out, facts, {arm.name: runs.kept(arm).with_suffix(".npz") for arm in chosen})
-
-
-def _split_arguments(config: Path, overrides: Sequence[str]) -> tuple[Path, list[str]]:
-    """Separate the optional config from overrides: an argument that is not a config is an override of the default
-    one."""
-    given = "=" not in str(config)
-    return config if given else _CONFIG, [*([] if given else [str(config)]), *overrides]
 
 
 def _changes(data: Path, out: Path, asked: Sequence[str]) -> list[str]:

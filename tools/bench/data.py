@@ -31,7 +31,19 @@ from regen_dist.programs import regen
 from regen_dist.tables import Table
 from tools.bench import data_cases
 from tools.bench import data_cases as clipping
-from tools.bench.common import MEASURED, Case, Figure, Rounds, Turn, in_turn, ratio, spread, spread_text, summary
+from tools.bench.common import (
+    MEASURED,
+    Case,
+    Figure,
+    Rounds,
+    Turn,
+    in_turn,
+    ratio,
+    split_arguments,
+    spread,
+    spread_text,
+    summary,
+)
 from tools.bench.data_start import first_batch
 from tools.shards.progress import stopping_cleanly
 
@@ -54,9 +66,14 @@ class DataPart(StrEnum):
     START = "start"
 
 
+_CONFIG = Path("configs/bench/data.yaml")
+
+
 def data(
-    config: Annotated[Path, typer.Argument(help="What is trained.")] = Path("configs/bench/data.yaml"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as a.b=value.")] = None,
+    config: Annotated[Path, typer.Argument(help="What is trained.", metavar="[CONFIG]")] = _CONFIG,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+    ] = None,
     url: Annotated[
         str | None, typer.Option(help="Folder in a bucket for the data; a SeaweedFS on this machine by default.")
     ] = None,
@@ -91,7 +108,8 @@ def data(
         console.print(f"measuring {', '.join(parts)} on {place.described}")
         copy_dataset(folder, f"{place.url}/clips")
         make_small_samples(f"{place.url}/small", samples)
-        own = [*(overrides or []), f"data.url={place.url}/clips"]
+        config, asked = split_arguments(config, overrides or [], _CONFIG)
+        own = [*asked, f"data.url={place.url}/clips"]
         base = load_embedder_config(config, own)
         facts |= {"config": str(config), "overrides": own, "config_hash": config_hash(base)}
         suite = Suite(

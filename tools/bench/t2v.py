@@ -37,7 +37,18 @@ from regen_dist.models.text import make_small_encoder
 from regen_dist.pixels import to_float
 from regen_dist.tables import Table, numbers
 from tools import stages
-from tools.bench.common import Figure, Rounds, Turn, in_turn, measured, ratio, spread_text, summary, turn_of
+from tools.bench.common import (
+    Figure,
+    Rounds,
+    Turn,
+    in_turn,
+    measured,
+    ratio,
+    split_arguments,
+    spread_text,
+    summary,
+    turn_of,
+)
 from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
@@ -47,10 +58,14 @@ if TYPE_CHECKING:
 
 _KEPT_STEPS = 8  # whose batches are kept in memory
 
+_CONFIG = Path("configs/t2v/nano.yaml")
+
 
 def t2v(
-    config: Annotated[Path, typer.Argument(help="What is trained.")] = Path("configs/t2v/nano.yaml"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as a.b=value.")] = None,
+    config: Annotated[Path, typer.Argument(help="What is trained.", metavar="[CONFIG]")] = _CONFIG,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as a.b=value.", metavar="[a.b=c …]")
+    ] = None,
     embedder: Annotated[Path, typer.Option(help="Config of the embedder that makes the cache.")] = Path(
         "configs/embedder/nano.yaml"
     ),
@@ -72,7 +87,8 @@ def t2v(
     from regen_dist.config import config_hash
     from regen_dist.observe.hardware import describe_machine
 
-    console, asked = Console(stderr=True), overrides or []
+    console = Console(stderr=True)
+    config, asked = split_arguments(config, overrides or [], _CONFIG)
     run, own = _run(config, asked)
     encoding, encoding_own = _embedder(embedder, run)
     facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}

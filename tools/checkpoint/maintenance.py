@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Arguments and progress bar that several subcommands share.
 RUN: Any = typer.Argument(
-    help="Run folder, such as runs/demo; or the folder or URL (s3://…) of its checkpoints.", metavar="RUN"
+    help="Run folder, such as runs/demo/embedder; or the folder or URL (s3://…) of its checkpoints.", metavar="RUN"
 )
 
 
@@ -50,7 +50,7 @@ def list_checkpoints(
 ) -> None:
     """List the committed checkpoints of a run, problems visible from file sizes, and uncommitted saves.
 
-    Example: regen checkpoint list runs/demo
+    Example: regen checkpoint list runs/demo/embedder
     """
 
     from rich.console import Console
@@ -110,7 +110,7 @@ _STEP = typer.Argument(help="Step of the checkpoint.", min=0, metavar="STEP")
 def pin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
     """Protect a checkpoint from deletion, whatever the run's retention policy.
 
-    Example: regen checkpoint pin runs/demo 400
+    Example: regen checkpoint pin runs/demo/embedder 500
     """
     from regen_dist.checkpoint.maintenance import open_checkpoints
 
@@ -122,7 +122,7 @@ def pin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
 def unpin(run: Annotated[str, RUN], step: Annotated[int, _STEP]) -> None:
     """Return a checkpoint to the run's retention policy.
 
-    Example: regen checkpoint unpin runs/demo 400
+    Example: regen checkpoint unpin runs/demo/embedder 500
     """
     from regen_dist.checkpoint.maintenance import open_checkpoints
 
@@ -147,7 +147,7 @@ def prune(
     """Delete what the run's retention policy (with these changes) does not keep, and uncommitted saves. Pinned
     checkpoints and the two newest good ones are always kept. Refused while the run trains.
 
-    Example: regen checkpoint prune runs/demo --keep-last 2 --keep-every 1000 --dry-run
+    Example: regen checkpoint prune runs/demo/embedder --keep-last 2 --keep-every 1000 --dry-run
     """
     from regen_dist.checkpoint.maintenance import open_checkpoints
     from regen_dist.checkpoint.maintenance import prune as job
@@ -190,7 +190,7 @@ def verify(
     """Read every byte of every committed checkpoint and compare checksums. Lists each damaged file; exit code 4 if
     there are any.
 
-    Example: regen checkpoint verify runs/demo
+    Example: regen checkpoint verify runs/demo/embedder
     """
     from regen_dist.checkpoint.maintenance import check, dangling_pointer, open_checkpoints
 
@@ -251,7 +251,7 @@ def export(
     run: Annotated[
         Path | None,
         typer.Argument(
-            help="Run folder with a checkpoint, such as runs/demo, or an exported model; without one, "
+            help="Run folder with a checkpoint, such as runs/demo/embedder, or an exported model; without one, "
             "the packaged embedder.",
             metavar="[RUN]",
         ),
@@ -283,7 +283,7 @@ def export(
     statistics of its caches, `regen generate --run FOLDER`. The folder also has the files that diffusers opens without
     this package (docs/diffusers.md).
 
-    Example: regen checkpoint export runs/demo --out runs/demo-model
+    Example: regen checkpoint export runs/demo/embedder --out runs/demo-model
     """
     from regen_dist.config.exported import T2VExportConfig
     from regen_dist.inference.codec import PACKAGED_EMBEDDER

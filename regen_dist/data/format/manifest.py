@@ -125,7 +125,8 @@ def manifest_bytes(store: Store) -> bytes:
             raise
         raise DataError(
             f"{store.url}: there is no {MANIFEST}, so no finished dataset. Build one with `regen shards build SOURCE "
-            f"--out {store.url}`, or index tars that are there with `regen shards index {store.url}`"
+            f"--out {store.url}`, a cache of latents with `regen preencode`, or index tars that are there with `regen "
+            f"shards index {store.url}`"
         ) from None
 
 

@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from regen_dist import errors
+from regen_dist.config import load_config
 from regen_dist.inference.card import SNIPPET
 
 ROOT = Path(__file__).parents[3]
@@ -82,6 +83,21 @@ def test_every_config_begins_with_the_command_that_runs_it() -> None:
     configs = sorted((ROOT / "configs").rglob("*.yaml"))
     headers = {path: re.match(r"(#.*\n)+", path.read_text()) for path in configs}
     assert [str(path) for path, header in headers.items() if not header or "regen " not in header.group()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_checkout_is_installed_editable(page: Path) -> None:
+    """`setup.py` refuses anything else."""
+    assert re.findall(r"pip install '?\..*", page.read_text()) == []
+
+
+def test_the_demos_run_is_named_where_it_lies() -> None:
+    """In the pages and the commands' help: the demo's folder holds more than its run, and is no run folder."""
+    run = str(load_config(ROOT / "configs" / "demo" / "embedder.yaml").folder)
+    texts = [path.read_text() for path in (*PAGES, *(ROOT / "tools").rglob("*.py"))]
+    asked = r"(?:checkpoint (?:list|verify|prune|pin|unpin|export)|--run|such as) (runs/demo[\w/-]*)"
+    named = {name for text in texts for name in re.findall(asked, text)}
+    assert named == {run, "runs/demo-model"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import fastjsonschema
@@ -22,6 +23,7 @@ from regen_dist.config.yaml_files import read_yaml
 from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_dataset
 from tools.cli import app
+from tools.text import make
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[3] / "configs" / "embedder").glob("*.yaml"))
 
@@ -71,6 +73,24 @@ def test_every_embedder_can_be_begun_with(tmp_path: Path, preset: str, monkeypat
     found = load_config("configs/embedder.yaml")
     assert (found.model, found.optimizer, found.train) == (wanted.model, wanted.optimizer, wanted.train)
     assert (found.name, found.data.url) == ("embedder", "data/train")
+
+
+@pytest.mark.parametrize("preset", ["nano", "1b", "5b"])
+def test_the_text_encoder_is_as_wide_as_its_model_takes(
+    tmp_path: Path, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latents would be refused only when all are made. 4096: T5 v1.1 XXL."""
+    _init(tmp_path / "mine", "--t2v", preset)
+    monkeypatch.chdir(tmp_path / "mine")
+    made = {
+        "regen text make data/train": signature(make).parameters["width"].default,
+        "regen text convert google/t5-v1_1-xxl": 4096,
+    }
+    (width,) = [
+        width for command, width in made.items() if f"{command} --out runs/text" in Path("README.md").read_text()
+    ]
+    model, text = load_config("configs/t2v.yaml").model, load_preencode_config("configs/preencode.yaml").text
+    assert (model.text_width, text.encoder) == (width, "runs/text")
 
 
 def test_the_commands_of_its_readme_are_there(tmp_path: Path) -> None:

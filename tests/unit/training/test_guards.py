@@ -7,14 +7,26 @@ import math
 import random
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from regen_dist.config import load_config
 from regen_dist.config.run import LatentStdConfig, SpikeConfig
 from regen_dist.distributed.engine import StepResult
 from regen_dist.errors import DataError, TrainingError
-from regen_dist.training.guards import BadSampleGuard, LatentGuard, NonFiniteGuard, Spike, SpikeGuard, running_median
+from regen_dist.training.guards import (
+    BadSampleGuard,
+    Guards,
+    LatentGuard,
+    NonFiniteGuard,
+    Spike,
+    SpikeGuard,
+    running_median,
+)
+
+ROOT = Path(__file__).parents[3]
 
 
 def figures(bad: float, clips: float = 100) -> dict[str, float]:
@@ -146,6 +158,13 @@ def test_other_tasks_are_left_alone() -> None:
     guard = latent_guard("stop", patience=1)
     assert guard.check(1, {"loss": 0.0, "grad_norm": math.nan}) == []
     assert guard.state() == {}
+
+
+@pytest.mark.parametrize(("path", "warned"), [("bench/frozen_tiny", False), ("embedder/nano", True)])
+def test_a_frozen_encoder_has_latents_of_any_spread(path: str, warned: bool) -> None:
+    """They are normalised to a std of 1, and nothing about them is trained."""
+    guard = Guards(load_config(ROOT / "configs" / f"{path}.yaml")).latents
+    assert any(guard.check(step, {"latent_std_content": 1.05}) for step in range(10)) == warned
 
 
 def test_a_resumed_run_goes_on_counting_log_lines() -> None:

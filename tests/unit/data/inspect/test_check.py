@@ -150,6 +150,7 @@ def test_manifests(folder: Path) -> None:
     with pytest.raises(DataError, match=r"there is no manifest\.json, so no finished dataset") as caught:
         bad(folder, "quick")
     assert caught.value.exit_code == 3
+    assert "latents with `regen preencode`" in str(caught.value)
 
 
 @pytest.mark.parametrize(

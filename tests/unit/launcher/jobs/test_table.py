@@ -206,7 +206,7 @@ def test_runs_without_the_launcher_are_told_by_their_heartbeats(
     beaten(run, at=time.time() - age_s, left=left, why=why)
     row = rows_of(tmp_path)["plain"]
     assert (row.state, row.step, row.steps) == (state, 8, 8)
-    with pytest.raises(ConfigError, match=r"not started by `regen submit`.*STOP"):
+    with pytest.raises(ConfigError, match=r"not started by `regen submit`.*/logs;.*STOP"):
         choose_job("plain", tmp_path)
 
 

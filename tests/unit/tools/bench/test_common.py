@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from regen_dist.errors import ConfigError, DataError, TrainingError
-from tools.bench.common import ChangeKind, Figure, changes, table
+from tools.bench.common import ChangeKind, Figure, changes, split_arguments, table
 from tools.bench.everything import SpeedBench, declared
 from tools.cli import app
 
@@ -135,3 +135,16 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(records: tuple[Path
         assert isinstance(result.exception, error), result.output
         assert why in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_config_may_be_left_out() -> None:
+    default = Path("configs/bench/data.yaml")
+    assert split_arguments(Path("a.b=c"), ["d=e"], default) == (default, ["a.b=c", "d=e"])
+    assert split_arguments(Path("my.yaml"), ["d=e"], default) == (Path("my.yaml"), ["d=e"])
+
+
+@pytest.mark.parametrize("bench", ["ablation", "checkpoint", "compression", "t2v"])
+def test_an_override_alone_is_one_of_the_default_config(bench: str) -> None:
+    result = CliRunner().invoke(app, ["bench", bench, "nothing.at=1"])
+    assert isinstance(result.exception, ConfigError)
+    assert "nothing: unknown key" in str(result.exception)

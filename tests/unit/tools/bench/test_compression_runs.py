@@ -23,7 +23,6 @@ from tests.helpers.jobs import wait_until
 from tests.helpers.machine import wait_until_gone
 from tests.helpers.tiny import tiny_dataset, tiny_model, tiny_run
 from tools.bench import compression_runs
-from tools.bench.compression import _split_arguments
 from tools.bench.compression_runs import (
     COMPRESSIONS,
     LEAST_STEPS,
@@ -296,11 +295,6 @@ def test_measures_and_runs_have_their_places(tmp_path: Path) -> None:
     runs, arm = _runs(tmp_path), CompressionArm("regen", 8)
     assert runs.folder(arm) == tmp_path / "arms" / "regen-k8"
     assert runs.kept(arm) == tmp_path / "measures" / "regen-k8.json"
-
-
-def test_the_config_may_be_left_out() -> None:
-    assert _split_arguments(Path("a.b=c"), ["d=e"]) == (Path("configs/bench/compression.yaml"), ["a.b=c", "d=e"])
-    assert _split_arguments(Path("my.yaml"), ["d=e"]) == (Path("my.yaml"), ["d=e"])
 
 
 def test_a_longer_budget_takes_pace_and_rates_of_the_shorter(tmp_path: Path) -> None:
