@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline
+from huggingface_hub.utils import filter_repo_objects
 
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
@@ -131,6 +133,28 @@ def test_what_was_saved_opens_again(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "model")
     found = _opened(str(tmp_path / "again"))
     np.testing.assert_array_equal(found(PROMPTS, output_type="uint8").frames, wanted)
+
+
+def test_the_hub_gives_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub in the form of a folder, of which diffusers fetches what it selects: the tokenizer too."""
+    folder = Path(_export(tmp_path, saved_parts(tmp_path)))
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names], sha="1")
+
+    def fetch(repository: str, allow_patterns: Any = "*", ignore_patterns: Any = None, **options: Any) -> str:
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    for place in ("pipelines.pipeline_utils", "utils.dynamic_modules_utils"):
+        monkeypatch.setattr(f"diffusers.{place}.model_info", lambda *args, **options: info)
+        fetch_one = lambda repository, file, **options: f"{fetch(repository, file)}/{file}"  # noqa: E731
+        monkeypatch.setattr(f"diffusers.{place}.hf_hub_download", fetch_one)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.snapshot_download", fetch)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils._resolve_revision", lambda *args, **options: None)
+    found = _opened("somebody/model")(PROMPTS, output_type="uint8").frames
+    np.testing.assert_array_equal(found, _opened(str(folder))(PROMPTS, output_type="uint8").frames)
 
 
 def test_the_transformer_alone(tmp_path: Path) -> None:
