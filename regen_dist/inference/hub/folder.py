@@ -27,6 +27,7 @@ from regen_dist.checkpoint.export import MODEL_FILE
 from regen_dist.config.exported import ExportConfig, T2VExportConfig
 from regen_dist.config.files import write_text_atomically
 from regen_dist.data.storage.local import sync
+from regen_dist.errors import CheckpointError
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
 from regen_dist.inference.latent_space import LatentSpace, LatentStatistics
 from regen_dist.jsontext import json_text
@@ -176,6 +177,13 @@ def in_trained_precision(kind: Any, path: str | Path, options: dict[str, Any]) -
     found = kind.load_config(path, **{name: options[name] for name in _LOADING if name in options})
     dtype = torch.bfloat16 if found.get("precision", "bf16") == "bf16" else torch.float32
     return {name: value for name, value in options.items() if name != "dtype"} | {"torch_dtype": dtype}
+
+
+def refuse_export(folder: str | Path) -> None:
+    """Raise CheckpointError if a folder holds an exported model: whatever was saved there, its index would go on to
+    name the old weights, and its `config.yaml` their origin."""
+    if (Path(folder) / MODEL_FILE).is_file():
+        raise CheckpointError(f"{folder} holds an exported model; save into another folder")
 
 
 def write_code(folder: str | Path, module: tuple[str, str], kind: str) -> dict[str, str]:

@@ -180,6 +180,14 @@ def test_what_was_saved_opens_again(tmp_path: Path, saved_by: str) -> None:
     assert torch.equal(VideoEmbedder.from_pretrained(tmp_path / "again")(clips(1)).sample, again(clips(1)).sample)
 
 
+def test_an_export_is_not_saved_over(tmp_path: Path) -> None:
+    """diffusers would go on to open the weights that its index names, so that the saved ones were lost."""
+    model = _opened(_exported(tmp_path))
+    with pytest.raises(Exception, match="holds an exported model; save into another folder"):
+        model.save_pretrained(str(tmp_path / "model"))
+    assert not (tmp_path / "model" / "diffusion_pytorch_model.safetensors").exists()
+
+
 def test_what_was_pushed_opens_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub in the form of a folder: what is uploaded is a model that opens."""
     place = tmp_path / "hub"

@@ -129,6 +129,8 @@ def test_what_was_saved_opens_again(tmp_path: Path) -> None:
     assert 'found("a prompt").frames' in (Path(folder) / "README.md").read_text()
     pipeline = _opened(folder)
     wanted = pipeline(PROMPTS, output_type="uint8").frames
+    with pytest.raises(Exception, match="holds an exported model; save into another folder"):
+        pipeline.save_pretrained(folder)
     pipeline.save_pretrained(tmp_path / "again")
     shutil.rmtree(tmp_path / "model")
     found = _opened(str(tmp_path / "again"))
