@@ -251,7 +251,7 @@ def _check_target(out: Path, force: bool) -> None:
 @contextmanager
 def _staged_folder(out: Path, force: bool) -> Iterator[Path]:
     """New folder beside `out` that replaces it when the block succeeds and is removed when it fails."""
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # a link stays, and so does the disk that it leads to
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
     try:

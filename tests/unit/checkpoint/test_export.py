@@ -190,6 +190,19 @@ def test_a_folder_that_holds_something_is_not_overwritten(run: EmbedderConfig, t
 
 
 @pytest.mark.parametrize("force", [False, True])
+def test_a_link_leads_to_the_folder(run: EmbedderConfig, tmp_path: Path, force: bool) -> None:
+    """The export lies where the link leads, often to a larger disk; the link stays."""
+    (tmp_path / "disk" / "models").mkdir(parents=True)
+    (tmp_path / "model").symlink_to(tmp_path / "disk" / "models")
+    if force:
+        _export(run)
+    out = _export(run, force=force)
+    assert out.is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["models"]
+    assert {path.name for path in (tmp_path / "disk" / "models").iterdir()} == FILES | FOR_DIFFUSERS
+
+
+@pytest.mark.parametrize("force", [False, True])
 def test_an_export_that_fails_leaves_nothing(run: EmbedderConfig, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
     """When the disk is full half way, there is no half export and no debris, and an older export is as it was."""
     if force:
