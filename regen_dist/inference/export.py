@@ -242,7 +242,7 @@ def _check_target(out: Path, force: bool) -> None:
         raise CheckpointError(f"{out} is a file; give a folder that is empty or not there yet")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    if not is_export(out):
+    if not (is_export(out) and (out / EXPORT_CONFIG_FILE).is_file()):  # transformers have a model.safetensors, too
         raise CheckpointError(f"{out} holds something else than an exported model; give another folder")
     if not force:
         raise CheckpointError(f"{out} holds an exported model; give another folder, or --force to replace it")

@@ -187,6 +187,10 @@ def test_a_folder_that_holds_something_is_not_overwritten(run: EmbedderConfig, t
     assert {path.name for path in out.iterdir()} == FILES | FOR_DIFFUSERS
     with pytest.raises(CheckpointError, match="holds something else"):
         export_model(run.folder, run.folder, ExportOptions(statistics_clips=0, force=True))
+    (out / "config.yaml").unlink()  # as in a model of transformers, whose weights are called model.safetensors, too
+    with pytest.raises(CheckpointError, match="holds something else"):
+        _export(run, force=True)
+    assert (out / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("force", [False, True])
