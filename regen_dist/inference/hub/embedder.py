@@ -205,12 +205,13 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
         if times is None:
             held = 1 if z.shape[2] == 1 else z.shape[2] // 2 * self.num_frames
-            if not 1 <= (num_frames or held) <= held:
+            if not 1 <= (held if num_frames is None else num_frames) <= held:
                 raise DataError(f"these latents hold {held} frames, asked for {num_frames}; give times beyond them")
             times = torch.arange(held)
         else:
             num_frames = None
-        codec, steps = self._codec(), num_inference_steps or self._exported.diffusion.steps
+        default = 1 if self._exported.model.kind == "magvit2" else self._exported.diffusion.steps
+        codec, steps = self._codec(), num_inference_steps or default
         videos = []
         for number, row in zip(range(len(z)) if sample_ids is None else sample_ids, z.split(1), strict=True):
             windows, at = list(_windows(row, self.num_frames, start)), times.double() + start
