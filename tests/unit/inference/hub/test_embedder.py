@@ -20,7 +20,7 @@ from torch import Tensor
 from regen_dist.config import load_config
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.inference.codec import Codec
+from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.hub.embedder import VideoEmbedder
 from regen_dist.inference.hub.inlining import own_module
@@ -131,6 +131,13 @@ def test_types_and_moves(tmp_path: Path) -> None:
     assert (exact.dtype, rounded.dtype, half.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
     assert half.decode(rounded).sample.dtype == torch.float32
     assert 0 < float((half.decode(rounded).sample - made).abs().mean()) < 0.1
+
+
+def test_float16_is_too_small(tmp_path: Path) -> None:
+    """Activations of the packaged embedder exceed it: said as such, and not as broken weights."""
+    export_model(PACKAGED_EMBEDDER, tmp_path / "model", ExportOptions())
+    with pytest.raises(Exception, match=r"in float16 .* Load it with torch_dtype=torch.bfloat16"):
+        _opened(tmp_path / "model", torch_dtype=torch.float16).encode(clips(1, 17))
 
 
 def test_the_latents_have_a_distribution(tmp_path: Path) -> None:
