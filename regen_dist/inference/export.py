@@ -29,6 +29,7 @@ from regen_dist.checkpoint.export import (
     read_model,
     write_model,
 )
+from regen_dist.checkpoint.load_model import find_embedder
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.config import AnyRunConfig, EmbedderConfig, T2VConfig
 from regen_dist.config.datasets import DataConfig
@@ -209,11 +210,12 @@ def _complete_t2v(
     if options.embedder is None:
         return
     cpu = torch.device("cpu")
-    codec = Codec.load(options.embedder, device=cpu)
-    check_embedder(codec, space.facts["encoder"], str(options.embedder))
+    found = find_embedder(options.embedder)
+    export_model(options.embedder, made / EMBEDDER, ExportOptions(weights=found.config.weights, statistics_clips=0))
+    # The copy is checked: a run that trains may have saved another checkpoint meanwhile.
+    check_embedder(Codec.load(made / EMBEDDER, device=cpu), space.facts["encoder"], str(options.embedder))
     text = load_text_encoder(space, options.text, cpu)
     check_text_encoder(text, space)
-    export_model(options.embedder, made / EMBEDDER, ExportOptions(weights=codec.weights, statistics_clips=0))
     write_pipeline_files(made, exported, space, text)
 
 

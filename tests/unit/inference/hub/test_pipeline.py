@@ -16,15 +16,17 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 from huggingface_hub.utils import filter_repo_objects
 
+from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
+from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.generate import Prompt, _generated, embed_prompts, load_text_encoder, resolve_settings
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
 from regen_dist.inference.hub.pipeline import TextToVideoTransformer
 from regen_dist.inference.sampler import Text, TextToVideoModel
 from regen_dist.models.text import make_small_encoder
-from tests.helpers.checkpoints import saved_run
+from tests.helpers.checkpoints import model_state, save_checkpoint, saved_run
 from tests.helpers.t2v import CAPTIONS, Parts, saved_parts, saved_t2v
 
 CPU = torch.device("cpu")
@@ -210,6 +212,18 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="text encoder is not the one"):
         _export(tmp_path, parts, text=str(tmp_path / "t6"))
     assert not (tmp_path / "model").exists()
+
+
+def test_what_is_checked_is_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedder's run goes on training meanwhile; the embedder of the pipeline is that of the latents."""
+    parts = saved_parts(tmp_path)
+
+    def slow_check(*args: Any) -> None:
+        check_embedder(*args)
+        save_checkpoint(CheckpointFolder(parts.embedder.checkpoints), 9, model_state(parts.embedder, seed=9))
+
+    monkeypatch.setattr("regen_dist.inference.export.check_embedder", slow_check)
+    assert Codec.load(Path(_export(tmp_path, parts)) / "vae", device=CPU).step == 7
 
 
 @pytest.mark.parametrize("module", [own_module, pipeline_module], ids=["embedder", "pipeline"])
