@@ -189,7 +189,7 @@ def _complete(
     assert exported.origin is not None, "it was described with one"
     if isinstance(exported, T2VExportConfig):
         assert isinstance(config, T2VConfig), "what is exported is of the run's kind"
-        embedder = options.embedder or (Path(config.generation.embedder) if config.generation.embedder else None)
+        embedder = options.embedder or _embedder_of(config)
         space = read_space(run)
         _complete_t2v(made, exported, manifest.shapes, space, replace(options, embedder=embedder))
         return t2v_card(exported, exported.origin, manifest.shapes, space, pipeline=(made / PIPELINE_FILE).is_file())
@@ -199,6 +199,14 @@ def _complete(
         write_text_atomically(made / STATISTICS_FILE, statistics.to_text())
     write_embedder_files(made, exported, manifest.shapes, statistics)
     return model_card(exported, exported.origin, manifest.shapes, config.data.sizes[0], statistics)
+
+
+def _embedder_of(config: T2VConfig) -> Path | None:
+    """Return the embedder that a run generates with, if it can be part of a pipeline."""
+    if config.generation.embedder is None:
+        return None
+    embedder = Path(config.generation.embedder)
+    return None if find_embedder(embedder).config.model.encoder.frozen else embedder
 
 
 def _complete_t2v(
@@ -211,6 +219,11 @@ def _complete_t2v(
         return
     cpu = torch.device("cpu")
     found = find_embedder(options.embedder)
+    if found.config.model.encoder.frozen:
+        raise CheckpointError(
+            f"{options.embedder} has somebody else's encoder, which no export holds, so that diffusers could not open "
+            "the pipeline; leave --embedder out, which exports the transformer alone"
+        )
     export_model(options.embedder, made / EMBEDDER, ExportOptions(weights=found.config.weights, statistics_clips=0))
     # The copy is checked: a run that trains may have saved another checkpoint meanwhile.
     check_embedder(Codec.load(made / EMBEDDER, device=cpu), space.facts["encoder"], str(options.embedder))

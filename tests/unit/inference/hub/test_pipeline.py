@@ -27,6 +27,7 @@ from regen_dist.inference.hub.pipeline import TextToVideoTransformer
 from regen_dist.inference.sampler import Text, TextToVideoModel
 from regen_dist.models.text import make_small_encoder
 from tests.helpers.checkpoints import model_state, save_checkpoint, saved_run
+from tests.helpers.networks import frozen_model, save_autoencoder
 from tests.helpers.t2v import CAPTIONS, Parts, saved_parts, saved_t2v
 
 CPU = torch.device("cpu")
@@ -212,6 +213,16 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="text encoder is not the one"):
         _export(tmp_path, parts, text=str(tmp_path / "t6"))
     assert not (tmp_path / "model").exists()
+
+
+def test_an_embedder_on_another_encoder_is_no_part(tmp_path: Path) -> None:
+    """Asked for it is refused; that of the run's config is left out."""
+    model = frozen_model("wan", save_autoencoder("wan", tmp_path / "wan"), temporal_compression=4)
+    at = {"generation__embedder": str(tmp_path / "runs" / "tiny")}
+    parts = saved_parts(tmp_path, embedder={"model": model}, model__latent_channels=4, **at)
+    with pytest.raises(CheckpointError, match="somebody else's encoder"):
+        _export(tmp_path, parts)
+    assert not (Path(_export(tmp_path, parts, embedder=None)) / "model_index.json").exists()
 
 
 def test_what_is_checked_is_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
