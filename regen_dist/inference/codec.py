@@ -214,6 +214,11 @@ class Codec:
 
     def _finite(self, made: Tensor, what: str) -> Tensor:
         if not bool(torch.isfinite(made).all()):
+            if self._dtype is torch.float16:
+                raise CheckpointError(
+                    f"in float16 the embedder {what} that are not finite: its activations exceed 65504, the largest "
+                    "number of float16. Load it with torch_dtype=torch.bfloat16, or torch.float32"
+                )
             raise CheckpointError(
                 f"the embedder of step {self.step} {what} that are not finite: its weights, or what it was given, are "
                 "broken. Take an earlier checkpoint, or train on from one with a lower optimizer.lr"

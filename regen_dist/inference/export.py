@@ -29,6 +29,7 @@ from regen_dist.checkpoint.export import (
     read_model,
     write_model,
 )
+from regen_dist.checkpoint.load_model import find_embedder
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.config import AnyRunConfig, EmbedderConfig, T2VConfig
 from regen_dist.config.datasets import DataConfig
@@ -188,7 +189,7 @@ def _complete(
     assert exported.origin is not None, "it was described with one"
     if isinstance(exported, T2VExportConfig):
         assert isinstance(config, T2VConfig), "what is exported is of the run's kind"
-        embedder = options.embedder or (Path(config.generation.embedder) if config.generation.embedder else None)
+        embedder = options.embedder or _embedder_of(config)
         space = read_space(run)
         _complete_t2v(made, exported, manifest.shapes, space, replace(options, embedder=embedder))
         return t2v_card(exported, exported.origin, manifest.shapes, space, pipeline=(made / PIPELINE_FILE).is_file())
@@ -200,6 +201,14 @@ def _complete(
     return model_card(exported, exported.origin, manifest.shapes, config.data.sizes[0], statistics)
 
 
+def _embedder_of(config: T2VConfig) -> Path | None:
+    """Return the embedder that a run generates with, if it can be part of a pipeline."""
+    if config.generation.embedder is None:
+        return None
+    embedder = Path(config.generation.embedder)
+    return None if find_embedder(embedder).config.model.encoder.frozen else embedder
+
+
 def _complete_t2v(
     made: Path, exported: T2VExportConfig, shapes: dict[str, list[int]], space: LatentSpace, options: ExportOptions
 ) -> None:
@@ -209,11 +218,17 @@ def _complete_t2v(
     if options.embedder is None:
         return
     cpu = torch.device("cpu")
-    codec = Codec.load(options.embedder, device=cpu)
-    check_embedder(codec, space.facts["encoder"], str(options.embedder))
+    found = find_embedder(options.embedder)
+    if found.config.model.encoder.frozen:
+        raise CheckpointError(
+            f"{options.embedder} has somebody else's encoder, which no export holds, so that diffusers could not open "
+            "the pipeline; leave --embedder out, which exports the transformer alone"
+        )
+    export_model(options.embedder, made / EMBEDDER, ExportOptions(weights=found.config.weights, statistics_clips=0))
+    # The copy is checked: a run that trains may have saved another checkpoint meanwhile.
+    check_embedder(Codec.load(made / EMBEDDER, device=cpu), space.facts["encoder"], str(options.embedder))
     text = load_text_encoder(space, options.text, cpu)
     check_text_encoder(text, space)
-    export_model(options.embedder, made / EMBEDDER, ExportOptions(weights=codec.weights, statistics_clips=0))
     write_pipeline_files(made, exported, space, text)
 
 
@@ -242,7 +257,7 @@ def _check_target(out: Path, force: bool) -> None:
         raise CheckpointError(f"{out} is a file; give a folder that is empty or not there yet")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    if not is_export(out):
+    if not (is_export(out) and (out / EXPORT_CONFIG_FILE).is_file()):  # transformers have a model.safetensors, too
         raise CheckpointError(f"{out} holds something else than an exported model; give another folder")
     if not force:
         raise CheckpointError(f"{out} holds an exported model; give another folder, or --force to replace it")
@@ -251,7 +266,7 @@ def _check_target(out: Path, force: bool) -> None:
 @contextmanager
 def _staged_folder(out: Path, force: bool) -> Iterator[Path]:
     """New folder beside `out` that replaces it when the block succeeds and is removed when it fails."""
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # a link stays, and so does the disk that it leads to
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
     try:

@@ -302,14 +302,14 @@ def export(
     )
     with stopping_cleanly(), progress_bar() as progress:
         made = export_model(run or PACKAGED_EMBEDDER, out, options, progress)
-    assert made.origin is not None, "it comes from a checkpoint"
     if isinstance(made, T2VExportConfig) and (data or not statistics):
         typer.echo("Note: a text-to-video model has the statistics of its caches; options about them were ignored")
     if isinstance(made, T2VExportConfig) and not (out / PIPELINE_FILE).exists():
         typer.echo("Note: the transformer alone; --embedder makes it a pipeline of diffusers (docs/diffusers.md)")
+    source = f"{made.origin.run} at step {made.origin.step}" if made.origin else f"{run}, of unknown origin,"
     size = sum(path.stat().st_size for path in out.rglob("*"))
     typer.echo(
-        f"{out}: the {weights.value} weights of {made.origin.run} at step {made.origin.step} as {made.dtype}, "
+        f"{out}: the {weights.value} weights of {source} as {made.dtype}, "
         f"{size / 1e6:,.1f} MB: {', '.join(sorted(path.name for path in out.iterdir()))}"
     )
 
@@ -327,12 +327,16 @@ def import_model(
     """
     from regen_dist.checkpoint.export import import_model as job
     from regen_dist.config import T2VConfig, load_config
+    from regen_dist.config.exported import T2VExportConfig, load_any_export_config
     from regen_dist.inference.latent_space import read_space
 
     loaded = load_config(config, overrides or [])
+    # Read before anything is written; needed to generate before any training.
+    both = isinstance(loaded, T2VConfig) and isinstance(load_any_export_config(export), T2VExportConfig)
+    space = read_space(export) if both else None
     for difference in job(export, loaded):
         typer.echo(f"Note: {difference}")
-    if isinstance(loaded, T2VConfig):  # needed to generate before any training
-        read_space(export).write(loaded.folder)
+    if space is not None:
+        space.write(loaded.folder)
     again = f"regen train {shlex.quote(str(config))} …"
     typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `{again}`")

@@ -26,7 +26,7 @@ from regen_dist.config.embedder import DiffusionConfig, ModelConfig
 from regen_dist.config.exported import ExportConfig
 from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec, Window
-from regen_dist.inference.hub.folder import in_trained_precision, write_code
+from regen_dist.inference.hub.folder import in_trained_precision, refuse_export, write_code
 from regen_dist.inference.hub.inlining import own_module
 from regen_dist.models.embedder import build_embedder
 from regen_dist.models.encoder import Latents
@@ -115,7 +115,9 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return super().from_pretrained(path, **in_trained_precision(cls, path, options))
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
-        """Write the config and, beside it, the module of code that opens the model."""
+        """Write the config and, beside it, the module of code that opens the model; raise CheckpointError if the
+        folder holds an exported model."""
+        refuse_export(save_directory)
         self.register_to_config(auto_map=write_code(save_directory, own_module(), type(self).__name__))
         super().save_config(save_directory, push_to_hub=push_to_hub, **options)
 
@@ -203,12 +205,13 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
         if times is None:
             held = 1 if z.shape[2] == 1 else z.shape[2] // 2 * self.num_frames
-            if not 1 <= (num_frames or held) <= held:
+            if not 1 <= (held if num_frames is None else num_frames) <= held:
                 raise DataError(f"these latents hold {held} frames, asked for {num_frames}; give times beyond them")
             times = torch.arange(held)
         else:
             num_frames = None
-        codec, steps = self._codec(), num_inference_steps or self._exported.diffusion.steps
+        default = 1 if self._exported.model.kind == "magvit2" else self._exported.diffusion.steps
+        codec, steps = self._codec(), num_inference_steps or default
         videos = []
         for number, row in zip(range(len(z)) if sample_ids is None else sample_ids, z.split(1), strict=True):
             windows, at = list(_windows(row, self.num_frames, start)), times.double() + start

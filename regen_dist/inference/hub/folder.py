@@ -9,7 +9,7 @@ A text-to-video model with its embedder and text encoder is also a pipeline:
 EXPORT/model_index.json     its parts, which are in:
 EXPORT/transformer/         config.json, code, and the weights again (as a hard link, where the file system has them)
 EXPORT/vae/                 the embedder, exported
-EXPORT/text_encoder/        copies of the encoder's files, and code
+EXPORT/text_encoder/        code, and copies of the encoder's files in encoder/
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from regen_dist.checkpoint.export import MODEL_FILE
 from regen_dist.config.exported import ExportConfig, T2VExportConfig
 from regen_dist.config.files import write_text_atomically
 from regen_dist.data.storage.local import sync
+from regen_dist.errors import CheckpointError
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
 from regen_dist.inference.latent_space import LatentSpace, LatentStatistics
 from regen_dist.jsontext import json_text
 from regen_dist.models.text import TextEncoder
+from regen_dist.models.text.files import ENCODER_FOLDER
 
 CONFIG_FILE, INDEX_FILE = "config.json", "diffusion_pytorch_model.safetensors.index.json"
 PIPELINE_FILE, TRANSFORMER, EMBEDDER, TEXT_ENCODER = "model_index.json", "transformer", "vae", "text_encoder"
@@ -94,9 +96,7 @@ def write_pipeline_files(folder: Path, config: T2VExportConfig, space: LatentSpa
     _write_json(transformer / CONFIG_FILE, _transformer(transformer, config, space))
     _second_name(folder / MODEL_FILE, transformer / _WEIGHTS_FILE)
     write_code(encoder, pipeline_module(), "PromptEncoder")
-    for path in text.files:
-        shutil.copyfile(path, encoder / path.name)
-        sync(encoder / path.name)
+    copy_text_encoder(text, encoder)
     write_code(folder, pipeline_module(), "TextToVideoPipeline")
     ours, theirs = (Path(module[0]).stem for module in (pipeline_module(), own_module()))
     index = {
@@ -120,6 +120,14 @@ def _transformer(folder: Path, config: T2VExportConfig, space: LatentSpace) -> d
         "space": space.to_json(),
         "null_text": space.null_text.text.tolist(),
     }
+
+
+def copy_text_encoder(text: TextEncoder, folder: Path) -> None:
+    """Copy a text encoder's files, which never change, into the folder of a pipeline's part."""
+    (folder / ENCODER_FOLDER).mkdir(exist_ok=True)
+    for path in text.files:
+        shutil.copyfile(path, folder / ENCODER_FOLDER / path.name)
+        sync(folder / ENCODER_FOLDER / path.name)
 
 
 def _second_name(file: Path, link: Path) -> None:
@@ -169,6 +177,13 @@ def in_trained_precision(kind: Any, path: str | Path, options: dict[str, Any]) -
     found = kind.load_config(path, **{name: options[name] for name in _LOADING if name in options})
     dtype = torch.bfloat16 if found.get("precision", "bf16") == "bf16" else torch.float32
     return {name: value for name, value in options.items() if name != "dtype"} | {"torch_dtype": dtype}
+
+
+def refuse_export(folder: str | Path) -> None:
+    """Raise CheckpointError if a folder holds an exported model: whatever was saved there, its index would go on to
+    name the old weights, and its `config.yaml` their origin."""
+    if (Path(folder) / MODEL_FILE).is_file():
+        raise CheckpointError(f"{folder} holds an exported model; save into another folder")
 
 
 def write_code(folder: str | Path, module: tuple[str, str], kind: str) -> dict[str, str]:

@@ -8,7 +8,6 @@ video, H x W pixels.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from regen_dist.inference.generate import (
     resolve_settings,
     sample_rows,
 )
-from regen_dist.inference.hub.folder import in_trained_precision, write_code
+from regen_dist.inference.hub.folder import copy_text_encoder, in_trained_precision, refuse_export, write_code
 from regen_dist.inference.hub.inlining import pipeline_module
 from regen_dist.inference.latent_space import LatentSpace, parse_statistics
 from regen_dist.inference.long_video import row_frames
@@ -103,7 +102,9 @@ class TextToVideoTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return super().from_pretrained(path, **in_trained_precision(cls, path, options))
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
-        """Write the config and, beside it, the module of code that opens the model."""
+        """Write the config and, beside it, the module of code that opens the model; raise CheckpointError if the
+        folder holds an exported model."""
+        refuse_export(save_directory)
         self.register_to_config(auto_map=write_code(save_directory, pipeline_module(), type(self).__name__))
         super().save_config(save_directory, push_to_hub=push_to_hub, **options)
 
@@ -144,11 +145,9 @@ class PromptEncoder(ModelMixin):  # type: ignore[misc]
         return cls(TextEncoder.load(TextConfig(encoder=str(path)), "cpu", torch_dtype or torch.float32))
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Copy the encoder's files, which never change, and the module of code."""
-        folder = Path(save_directory)
-        write_code(folder, pipeline_module(), type(self).__name__)
-        for path in self.encoder.files:
-            shutil.copyfile(path, folder / path.name)
+        """Copy the encoder's files and the module of code."""
+        write_code(save_directory, pipeline_module(), type(self).__name__)
+        copy_text_encoder(self.encoder, Path(save_directory))
 
 
 class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -228,7 +227,12 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         return GeneratedVideos(frames=made, fps=settings.fps) if return_dict else (made,)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write a folder that `DiffusionPipeline.from_pretrained` opens without this package."""
+        """Write a folder that `DiffusionPipeline.from_pretrained` opens without this package.
+
+        Raises:
+            CheckpointError: the folder holds an exported model.
+        """
+        refuse_export(save_directory)
         name, text = pipeline_module()
         super().save_pretrained(save_directory, **options)
         index = Path(save_directory) / self.config_name

@@ -5,6 +5,8 @@
     FOLDER/model.safetensors                 its weights; or, in several files:
     FOLDER/model.safetensors.index.json      which tensor is in which of FOLDER/model-….safetensors
 
+In a pipeline of diffusers they are in FOLDER/encoder/ (`ENCODER_FOLDER`).
+
 Weights that are pickled are not read: `regen text convert` writes them anew (`convert_encoder`).
 """
 
@@ -37,6 +39,8 @@ TOKENIZER_FILES = (
     "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", TOKENIZER_FILE,
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
+# diffusers fetches from the hub all files of a pipeline's folder only if no weights lie in the folder itself.
+ENCODER_FOLDER = "encoder"
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED_FILE}.index.json"
 _DESCRIBED = [CONFIG_FILE, *TOKENIZER_FILES]
@@ -68,8 +72,8 @@ class EncoderFiles(NamedTuple):
 
 
 def find_files(name: str) -> EncoderFiles:
-    """The files of the encoder that a config names: a folder, else a name on the Hugging Face hub, which is fetched
-    into Hugging Face's own cache.
+    """The files of the encoder that a config names: a folder (also that of an exported pipeline), else a name on the
+    Hugging Face hub, which is fetched into Hugging Face's own cache.
 
     Raises:
         CheckpointError: there is no such encoder, the hub cannot be reached, or a file is missing.
@@ -78,6 +82,8 @@ def find_files(name: str) -> EncoderFiles:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _fetch(name, _FETCHED)
+    if not (folder / CONFIG_FILE).is_file() and (folder / ENCODER_FOLDER / CONFIG_FILE).is_file():
+        folder /= ENCODER_FOLDER
     tokenizer, kind = described_by(name, folder)
     return EncoderFiles(folder, folder / CONFIG_FILE, tokenizer, _weights(name, folder), kind)
 

@@ -187,6 +187,23 @@ def test_a_folder_that_holds_something_is_not_overwritten(run: EmbedderConfig, t
     assert {path.name for path in out.iterdir()} == FILES | FOR_DIFFUSERS
     with pytest.raises(CheckpointError, match="holds something else"):
         export_model(run.folder, run.folder, ExportOptions(statistics_clips=0, force=True))
+    (out / "config.yaml").unlink()  # as in a model of transformers, whose weights are called model.safetensors, too
+    with pytest.raises(CheckpointError, match="holds something else"):
+        _export(run, force=True)
+    assert (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_link_leads_to_the_folder(run: EmbedderConfig, tmp_path: Path, force: bool) -> None:
+    """The export lies where the link leads, often to a larger disk; the link stays."""
+    (tmp_path / "disk" / "models").mkdir(parents=True)
+    (tmp_path / "model").symlink_to(tmp_path / "disk" / "models")
+    if force:
+        _export(run)
+    out = _export(run, force=force)
+    assert out.is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["models"]
+    assert {path.name for path in (tmp_path / "disk" / "models").iterdir()} == FILES | FOR_DIFFUSERS
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from regen_dist.checkpoint.folder import CheckpointFolder
@@ -246,6 +247,10 @@ def test_export_and_import(tmp_path: Path) -> None:
     shown = _regen("export", source.folder, "--out", out, "--no-statistics", "--weights", "plain").output
     assert "the plain weights of tiny at step 7 as float32" in shown
     assert "README.md, config.json, config.yaml" in shown
+    bare = yaml.safe_load((out / "config.yaml").read_text()) | {"origin": None}
+    (out / "config.yaml").write_text(yaml.safe_dump(bare))
+    shown = _regen("export", out, "--out", tmp_path / "copy", "--weights", "plain").output
+    assert f"the plain weights of {out}, of unknown origin, as float32" in shown
     listed = _regen("import", out, source.folder / "config.yaml", "name=next", "model.conditioning.omega=9").output
     assert "Note: model.conditioning.omega is 9.0, the weights were trained with 10.0" in listed
     assert "step 0 has the weights of" in listed
@@ -260,6 +265,10 @@ def test_export_and_import_of_text_to_video(tmp_path: Path) -> None:
     assert "Note: a text-to-video model has the statistics of its caches" in shown
     assert "Note: the transformer alone; --embedder makes it a pipeline" in shown
     assert "statistics of its caches" not in _regen("export", source.folder, "--out", out, "--force").output
+    (out / "latent_space").rename(tmp_path / "aside")
+    with pytest.raises(CheckpointError, match="latent_space is not there"):
+        _regen("import", out, source.folder / "config.yaml", "name=next")
+    (tmp_path / "aside").rename(out / "latent_space")
     _regen("import", out, source.folder / "config.yaml", "name=next")
     found = [tmp_path / "runs" / name / "latent_space" / "facts.json" for name in ("tiny_t2v", "next")]
     assert found[0].read_bytes() == found[1].read_bytes()

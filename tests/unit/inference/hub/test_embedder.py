@@ -20,7 +20,7 @@ from torch import Tensor
 from regen_dist.config import load_config
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.inference.codec import Codec
+from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.hub.embedder import VideoEmbedder
 from regen_dist.inference.hub.inlining import own_module
@@ -32,7 +32,7 @@ from tests.helpers.tiny import clips, tiny_dataset
 CPU = torch.device("cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
     "regen": {},
-    "baseline": {"model__kind": "magvit2"},
+    "baseline": {"model__kind": "magvit2", "diffusion": {"steps": 4}},  # which it takes nothing from
     "bf16": {"engine__precision": "bf16"},
     "in_context": {"model__conditioning__kind": "in_context"},
     "learned": {"model__conditioning__time": "learned", "model__decoder__linear": False},
@@ -59,7 +59,7 @@ def test_it_gives_the_pixels_of_the_codec(tmp_path: Path, variant: str) -> None:
     """Latents and frames, of two clips and of images, bit for bit, in the precision that it was trained in."""
     folder = _exported(tmp_path, **VARIANTS[variant])
     model, codec = _opened(folder), Codec.load(folder, device=CPU)
-    steps = codec.config.diffusion.steps
+    steps = 1 if variant == "baseline" else codec.config.diffusion.steps
     times = torch.tensor([0.0, 2.0, 4.0] if variant == "baseline" else [0.0, 0.5, 4.25])
     for frames in (5, 1):
         video = clips(2, frames)
@@ -133,6 +133,13 @@ def test_types_and_moves(tmp_path: Path) -> None:
     assert 0 < float((half.decode(rounded).sample - made).abs().mean()) < 0.1
 
 
+def test_float16_is_too_small(tmp_path: Path) -> None:
+    """Activations of the packaged embedder exceed it: said as such, and not as broken weights."""
+    export_model(PACKAGED_EMBEDDER, tmp_path / "model", ExportOptions())
+    with pytest.raises(Exception, match=r"in float16 .* Load it with torch_dtype=torch.bfloat16"):
+        _opened(tmp_path / "model", torch_dtype=torch.float16).encode(clips(1, 17))
+
+
 def test_the_latents_have_a_distribution(tmp_path: Path) -> None:
     """The noise that the decoder was trained to bear, drawn by the generator that is given; none where there was
     none."""
@@ -178,6 +185,14 @@ def test_what_was_saved_opens_again(tmp_path: Path, saved_by: str) -> None:
     assert one == other
     shutil.rmtree(folder)
     assert torch.equal(VideoEmbedder.from_pretrained(tmp_path / "again")(clips(1)).sample, again(clips(1)).sample)
+
+
+def test_an_export_is_not_saved_over(tmp_path: Path) -> None:
+    """diffusers would go on to open the weights that its index names, so that the saved ones were lost."""
+    model = _opened(_exported(tmp_path))
+    with pytest.raises(Exception, match="holds an exported model; save into another folder"):
+        model.save_pretrained(str(tmp_path / "model"))
+    assert not (tmp_path / "model" / "diffusion_pytorch_model.safetensors").exists()
 
 
 def test_what_was_pushed_opens_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,5 +323,7 @@ def test_latents_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="two for each clip"):
             model.decode(wrong)
     latents: Tensor = torch.rand(1, 8, 2, 4, 4) / 4
+    with pytest.raises(DataError, match="hold 5 frames, asked for 0"):
+        model.decode(latents, num_frames=0)
     with pytest.raises(ConfigError, match="not times between"):
         model.decode(latents, times=torch.tensor([0.5]))

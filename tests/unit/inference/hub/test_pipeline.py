@@ -7,22 +7,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline
+from huggingface_hub.utils import filter_repo_objects
 
+from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
+from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.generate import Prompt, _generated, embed_prompts, load_text_encoder, resolve_settings
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
 from regen_dist.inference.hub.pipeline import TextToVideoTransformer
 from regen_dist.inference.sampler import Text, TextToVideoModel
 from regen_dist.models.text import make_small_encoder
-from tests.helpers.checkpoints import saved_run
+from tests.helpers.checkpoints import model_state, save_checkpoint, saved_run
+from tests.helpers.networks import frozen_model, save_autoencoder
 from tests.helpers.t2v import CAPTIONS, Parts, saved_parts, saved_t2v
 
 CPU = torch.device("cpu")
@@ -127,10 +132,34 @@ def test_what_was_saved_opens_again(tmp_path: Path) -> None:
     assert 'found("a prompt").frames' in (Path(folder) / "README.md").read_text()
     pipeline = _opened(folder)
     wanted = pipeline(PROMPTS, output_type="uint8").frames
+    with pytest.raises(Exception, match="holds an exported model; save into another folder"):
+        pipeline.save_pretrained(folder)
     pipeline.save_pretrained(tmp_path / "again")
     shutil.rmtree(tmp_path / "model")
     found = _opened(str(tmp_path / "again"))
     np.testing.assert_array_equal(found(PROMPTS, output_type="uint8").frames, wanted)
+
+
+def test_the_hub_gives_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub in the form of a folder, of which diffusers fetches what it selects: the tokenizer too."""
+    folder = Path(_export(tmp_path, saved_parts(tmp_path)))
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names], sha="1")
+
+    def fetch(repository: str, allow_patterns: Any = "*", ignore_patterns: Any = None, **options: Any) -> str:
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    for place in ("pipelines.pipeline_utils", "utils.dynamic_modules_utils"):
+        monkeypatch.setattr(f"diffusers.{place}.model_info", lambda *args, **options: info)
+        fetch_one = lambda repository, file, **options: f"{fetch(repository, file)}/{file}"  # noqa: E731
+        monkeypatch.setattr(f"diffusers.{place}.hf_hub_download", fetch_one)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.snapshot_download", fetch)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils._resolve_revision", lambda *args, **options: None)
+    found = _opened("somebody/model")(PROMPTS, output_type="uint8").frames
+    np.testing.assert_array_equal(found, _opened(str(folder))(PROMPTS, output_type="uint8").frames)
 
 
 def test_the_transformer_alone(tmp_path: Path) -> None:
@@ -184,6 +213,28 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="text encoder is not the one"):
         _export(tmp_path, parts, text=str(tmp_path / "t6"))
     assert not (tmp_path / "model").exists()
+
+
+def test_an_embedder_on_another_encoder_is_no_part(tmp_path: Path) -> None:
+    """Asked for it is refused; that of the run's config is left out."""
+    model = frozen_model("wan", save_autoencoder("wan", tmp_path / "wan"), temporal_compression=4)
+    at = {"generation__embedder": str(tmp_path / "runs" / "tiny")}
+    parts = saved_parts(tmp_path, embedder={"model": model}, model__latent_channels=4, **at)
+    with pytest.raises(CheckpointError, match="somebody else's encoder"):
+        _export(tmp_path, parts)
+    assert not (Path(_export(tmp_path, parts, embedder=None)) / "model_index.json").exists()
+
+
+def test_what_is_checked_is_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedder's run goes on training meanwhile; the embedder of the pipeline is that of the latents."""
+    parts = saved_parts(tmp_path)
+
+    def slow_check(*args: Any) -> None:
+        check_embedder(*args)
+        save_checkpoint(CheckpointFolder(parts.embedder.checkpoints), 9, model_state(parts.embedder, seed=9))
+
+    monkeypatch.setattr("regen_dist.inference.export.check_embedder", slow_check)
+    assert Codec.load(Path(_export(tmp_path, parts)) / "vae", device=CPU).step == 7
 
 
 @pytest.mark.parametrize("module", [own_module, pipeline_module], ids=["embedder", "pipeline"])
