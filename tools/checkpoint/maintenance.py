@@ -330,9 +330,12 @@ def import_model(
     from regen_dist.inference.latent_space import read_space
 
     loaded = load_config(config, overrides or [])
-    for difference in job(export, loaded):
+
+    def write_space() -> None:
+        if isinstance(loaded, T2VConfig):  # needed to generate before any training
+            read_space(export).write(loaded.folder)
+
+    for difference in job(export, loaded, write_space):
         typer.echo(f"Note: {difference}")
-    if isinstance(loaded, T2VConfig):  # needed to generate before any training
-        read_space(export).write(loaded.folder)
     again = f"regen train {shlex.quote(str(config))} …"
     typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `{again}`")
