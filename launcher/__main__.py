@@ -5,14 +5,14 @@ from __future__ import annotations
 import launcher.pipelines.cli  # noqa: F401 - adds its command
 from launcher.cli import app
 from regen_dist.errors import errors_in_one_line
-from regen_dist.programs import print_any_text, start_safely
+from regen_dist.programs import flushing_stdout, print_any_text, start_safely
 
 
 def main() -> None:
     """Entry point: user-facing errors become one message on stderr and an exit code."""
     start_safely()
     print_any_text()
-    with errors_in_one_line():
+    with errors_in_one_line(), flushing_stdout():
         app(prog_name="python -m launcher")
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 
 SAFE_PATH = "PYTHONSAFEPATH"
 REGEN = "tools.cli"  # the module behind the command `regen`: named here alone
@@ -40,6 +41,30 @@ def print_any_text() -> None:
     "…" under a locale without them. Otherwise printing these raises UnicodeEncodeError."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def flushing_stdout() -> Iterator[None]:
+    """Flush stdout at the end of the block, where what refuses it can still be reported. At its own end Python would
+    show "Exception ignored" and exit with 120. An error of the block comes first.
+
+    Raises:
+        OSError: the disk under stdout refuses.
+        SystemExit: nobody reads the pipe any more (exit code 1, as where a command notices earlier).
+    """
+    try:
+        yield
+    finally:
+        block = sys.exception()
+        try:
+            if sys.stdout is not None:  # closed from the start
+                sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what it still holds
+            if block is None or (isinstance(block, SystemExit) and not block.code):
+                if isinstance(error, BrokenPipeError):
+                    raise SystemExit(1) from None
+                raise
 
 
 def start_safely(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import typer
 
 from regen_dist.distributed.environment import without_ranks
+from regen_dist.errors import EXIT_OK, EXIT_RESUME
 from regen_dist.programs import regen
 
 _POLL_S = 0.5
@@ -38,10 +39,9 @@ def working_precision() -> str:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Print and run one `regen` command; if it fails, exit with its exit code."""
+    """Print and run one `regen` command, as `run_until` does; if it fails, exit with its exit code."""
     announce(arguments)
-    code = subprocess.run(command(arguments), env=without_ranks(os.environ), check=False).returncode
-    if code:
+    if code := run_until(arguments, Path(), None).code:
         raise typer.Exit(code)
 
 
@@ -60,7 +60,9 @@ def run_until(
 ) -> StageExit:
     """Run a command; once the record of its training reaches a step, ask that training to stop.
 
-    Signals to this program are forwarded to the command, which saves and ends.
+    Signals to this program are forwarded to the command, which saves and ends. Where this program is killed, the
+    command ends with it. The exit code is 128 + n where signal n ended the command, and 75 where a signal came too late
+    for it.
 
     Args:
         arguments: arguments of `regen`.
@@ -76,7 +78,8 @@ def run_until(
             if stop_at is not None and not asked and last_step(training) >= stop_at:
                 (training / "STOP").touch()
                 asked = True
-    return StageExit(process.returncode, asked and not signals)
+    code = process.returncode or (EXIT_RESUME if signals else EXIT_OK)
+    return StageExit(code if code >= 0 else 128 - code, asked and not signals)
 
 
 @contextmanager
@@ -85,7 +88,7 @@ def _started(
 ) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
     """Start a command in a session of its own and forward the signals of this program to it, as the launcher forwards
     them to ranks, also those that come while it starts; yield its process and the signals received."""
-    from launcher.supervise import FORWARDED
+    from launcher.supervise import FORWARDED, die_with
 
     process: subprocess.Popen[bytes] | None = None
     early: list[int] = []
@@ -98,11 +101,19 @@ def _started(
         else:
             process.send_signal(FORWARDED[signal.Signals(number)])
 
-    before = {
-        number: signal.signal(number, forward_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    wanted = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup ignores SIGHUP
+    ]
+    before = {number: signal.signal(number, forward_signal) for number in wanted}
     try:
-        process = subprocess.Popen(program, env=environment, start_new_session=True)  # one signal instead of two
+        process = subprocess.Popen(
+            program,
+            env=environment,
+            start_new_session=True,  # one signal instead of two
+            preexec_fn=die_with(os.getpid()),
+        )
         for number in early:
             process.send_signal(FORWARDED[signal.Signals(number)])
         yield process, came

@@ -150,7 +150,7 @@ def _in_netrc(given: dict[str, str]) -> bool:
 
 
 def _netrc(given: dict[str, str]) -> Path:
-    return Path(given.get("NETRC") or "~/.netrc").expanduser()
+    return Path(os.path.expanduser(given.get("NETRC") or "~/.netrc"))
 
 
 def _host(given: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ EXPORT/README.md            the model card
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -242,9 +242,15 @@ _FREE = {
 }
 
 
-def import_model(export: Path, config: AnyRunConfig) -> list[str]:
+def import_model(export: Path, config: AnyRunConfig, prepare: Callable[[], None] = lambda: None) -> list[str]:
     """Commit checkpoint 0 of the run that `config` describes: masters and EMA are the exported weights, the moments
     are zero, and no data was seen.
+
+    Args:
+        export: exported model.
+        config: config of the new run.
+        prepare: writes what else the run folder needs. It is called before the commit, after which the same import is
+            refused.
 
     Returns:
         settings that differ between the export and the config and change what the weights compute.
@@ -266,8 +272,9 @@ def import_model(export: Path, config: AnyRunConfig) -> list[str]:
     folder.begin(0)
     name = shard_name(0, 1)
     facts = folder.write_shard(0, name, _pieces(read_model(export, exported), OPTIMIZERS[config.optimizer.kind].state))
-    folder.commit(_manifest(export, exported, config, shapes).with_files({name: facts}))
     save_config(config, config.folder)
+    prepare()
+    folder.commit(_manifest(export, exported, config, shapes).with_files({name: facts}))
     return differences(exported, config)
 
 

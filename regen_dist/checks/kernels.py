@@ -98,7 +98,7 @@ def losses(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
 
         from regen_dist.models.perceptual import load_perceptual
     except ImportError:  # no torch on this machine
-        if not Path(settings.network).expanduser().is_file():
+        if not Path(os.path.expanduser(settings.network)).is_file():
             yield error(key, f"{key}={settings.network} is no file; correct the path")
         return
     smallest = min(min(size) for size in config.data.sizes)

@@ -5,6 +5,7 @@ Imports neither torch nor the library, so that a launcher can validate a config 
 
 from __future__ import annotations
 
+import os
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -110,7 +111,7 @@ class EncoderConfig(Section):
         Raises:
             ConfigError: there is none.
         """
-        folder = Path(self.path or "").expanduser()
+        folder = Path(os.path.expanduser(self.path or ""))
         for found in (folder / "vae" / "config.json", folder / "config.json"):
             if found.is_file():
                 return found

@@ -101,6 +101,7 @@ def reconstruct(
             both.write(_side_by_side(pair.source, pair.decoded), seconds)
 
         measurement = measure(Roundtrip(source, codec, options, on_output), on_pair=on_pair)
+        (out / METRICS).unlink(missing_ok=True)  # of an earlier run: it must not describe the new videos
     title = f"{source.path.name}   {measurement.psnr_db:.2f} dB, {measurement.latent_bits_per_pixel:.3f} bits per pixel"
     write_sheet(out / SHEET, columns.numbers, columns.source, {label: columns.decoded}, title=title)
     report = _report(source, options, label, model, measurement)

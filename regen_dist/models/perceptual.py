@@ -13,6 +13,7 @@ Legend: N images, H x W pixels, C channels of a stage.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,7 +114,7 @@ def load_perceptual(
     """
     where = f"train.losses.perceptual.network={path}"
     try:
-        data = Path(path).expanduser().read_bytes()
+        data = Path(os.path.expanduser(path)).read_bytes()
     except OSError as error:
         raise ConfigError(
             f"{where} cannot be read: {error.strerror or error}; give a safetensors file ({_FORMAT}), or set "

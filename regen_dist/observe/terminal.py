@@ -1,4 +1,4 @@
-"""A run in the terminal: its progress line, warnings, and standard streams that survive a full disk."""
+"""A run in the terminal: its progress line, warnings, and standard streams that survive full disks and closed pipes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
@@ -78,17 +79,16 @@ def describe(step: int, total: int, values: Mapping[str, Any], validation: str =
     return "  ".join(parts)
 
 
-# Standard streams that survive a full disk: the log loses lines, but the run does not end; and user warnings.
+# Standard streams that survive a full disk, and a reader that ended (Ctrl-C ends `| tee LOG` at once): the log loses
+# lines, but the run does not end; and user warnings.
 
 
 class _Lossy(io.FileIO):
-    """File that drops bytes while its disk refuses them. A broken pipe still raises."""
+    """File that drops bytes while its disk refuses them, or once nobody reads its pipe."""
 
     def write(self, data: Buffer, /) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            raise
         except OSError:
             return memoryview(data).nbytes
 
@@ -100,12 +100,16 @@ def shield_streams() -> None:
 
 def _shielded(stream: TextIO) -> TextIO:
     """Return the stream on top of a lossy file; unchanged if it has no file descriptor of its own."""
-    if not isinstance(stream, io.TextIOWrapper) or not isinstance(getattr(stream.buffer, "raw", None), io.FileIO):
+    if not isinstance(stream, io.TextIOWrapper):
         return stream
-    stream.flush()
+    unbuffered = isinstance(stream.buffer, io.FileIO)  # by PYTHONUNBUFFERED, which every rank has
+    if not unbuffered and not isinstance(getattr(stream.buffer, "raw", None), io.FileIO):
+        return stream
+    with suppress(OSError):
+        stream.flush()
     raw = _Lossy(stream.fileno(), "w", closefd=False)
     shielded = io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        raw if unbuffered else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering or stream is sys.stderr,

@@ -156,9 +156,10 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_too_little_shared_memory_is_one_clear_error(dataset_folder: Path, script: Path, root: Path) -> None:
-    """A container has 64 MB of it by default; this one has less than a batch."""
-    mount = 'mount -t tmpfs -o size=200k none /dev/shm || exit 42; exec "$0" "$@"'
+@pytest.mark.parametrize("fill", ["", "head -c 204800 /dev/zero > /dev/shm/others; "])
+def test_too_little_shared_memory_is_one_clear_error(dataset_folder: Path, script: Path, root: Path, fill: str) -> None:
+    """A container has 64 MB of it by default; this one has less than a batch, or none that others left."""
+    mount = f'mount -t tmpfs -o size=200k none /dev/shm || exit 42; {fill}exec "$0" "$@"'
     ran = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, sys.executable, script, dataset_folder],
         capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"PYTHONPATH": str(root)},

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import torch
 import typer
 
+from launcher.supervise import die_with
 from regen_dist.jsontext import json_text
 from regen_dist.programs import python
 from regen_dist.tables import Column, Table, numbers
@@ -483,7 +484,8 @@ def run(job: CodecJob, limits: CodecLimits) -> list[dict[str, Any]]:
     command = python("-W", "ignore", "-m", __name__, json_text(job._asdict()))
     environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(limits.threads))
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+    ending = die_with(os.getpid())  # this command may be killed
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=ending) as process:
         try:
             out, errors = process.communicate(timeout=limits.seconds)
         except subprocess.TimeoutExpired:

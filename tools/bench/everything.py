@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -12,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regen_dist.distributed.environment import without_ranks
-from regen_dist.errors import ConfigError, DataError, TrainingError
+from regen_dist.errors import EXIT_RESUME, ConfigError, DataError, TrainingError
 from regen_dist.jsontext import json_text
-from regen_dist.programs import regen
+from tools import stages
 
 if TYPE_CHECKING:
     from tools.bench.common import Declared, Figure
@@ -83,7 +80,9 @@ def _run(chosen: Sequence[SpeedBench], further: Sequence[str], out: Path) -> dic
         folder = out / bench
         arguments = ["bench", bench.value, *(further or _SHORT[bench]), f"--out={folder}"]
         print(f"$ regen {' '.join(arguments)}", flush=True)
-        code = subprocess.run(regen(*arguments), env=without_ranks(os.environ), check=False).returncode
+        code = stages.run_until(arguments, folder, None).code
+        if code == EXIT_RESUME:
+            raise typer.Exit(code)  # a signal
         if code:
             raise TrainingError(f"the bench {bench} ended with exit code {code}; leave it out with --only, or fix it")
         found[bench.value] = _json(folder / f"{bench}.json")

@@ -334,9 +334,12 @@ def import_model(
     # Read before anything is written; needed to generate before any training.
     both = isinstance(loaded, T2VConfig) and isinstance(load_any_export_config(export), T2VExportConfig)
     space = read_space(export) if both else None
-    for difference in job(export, loaded):
+
+    def write_space() -> None:
+        if space is not None:
+            space.write(loaded.folder)
+
+    for difference in job(export, loaded, write_space):
         typer.echo(f"Note: {difference}")
-    if space is not None:
-        space.write(loaded.folder)
     again = f"regen train {shlex.quote(str(config))} …"
     typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `{again}`")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def _bytes_of(place: str | Path) -> bytes:
     if folder:
         return Store(folder).get(unquote(name) if parse_url(str(place)).read_only else name)
     try:
-        return Path(place).expanduser().read_bytes()
+        return Path(os.path.expanduser(place)).read_bytes()
     except OSError as error:
         raise DataError(
             f"{place}: cannot be read: {error.strerror or error}; check the path, its owner and mode"

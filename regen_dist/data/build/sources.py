@@ -121,7 +121,9 @@ def find_sources(
     Raises:
         DataError: a place is missing, a list has wrong rows, there is no video at all, or no caption fits any.
     """
-    missing = [str(place) for place in places if "://" not in str(place) and not Path(place).expanduser().exists()]
+    missing = [
+        str(place) for place in places if "://" not in str(place) and not os.path.exists(os.path.expanduser(place))
+    ]
     if missing:
         raise DataError(f"no such file or folder: {', '.join(missing)}; check the paths")
     found: dict[str, VideoSource] = {}

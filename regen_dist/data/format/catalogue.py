@@ -149,11 +149,19 @@ class Dataset:
 
 
 def cache_folder(configured: str | Path | None = None) -> Path:
-    """Return the folder of local copies: as configured, else $REGEN_CACHE, else the user's cache folder."""
-    chosen = configured or os.environ.get("REGEN_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regen"
+    """Return the folder of local copies: as configured, else $REGEN_CACHE, else the user's cache folder.
+
+    Raises:
+        DataError: its home folder is not known (HOME is not set, and the user id has no name, as in containers).
+    """
+    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "regen"
+    folder = os.path.expanduser(configured or os.environ.get("REGEN_CACHE") or users)
+    if folder.startswith("~"):
+        raise DataError(
+            f"{folder}: the home folder for local copies is not known; set data.read.cache, REGEN_CACHE or HOME to a "
+            "folder"
+        )
+    return Path(folder).absolute()
 
 
 def open_dataset(url: str | Path, cache: str | Path | None = None, limits: StoreLimits = StoreLimits()) -> Dataset:  # noqa: B008

@@ -129,7 +129,7 @@ class Slots:
         self._each, self._number = each, next(_numbers)
         _made_here[self._number] = self
         self._room = _shared(workers * each * batch_bytes).view(workers * each, batch_bytes)
-        self._taken = torch.zeros(workers * each, dtype=torch.uint8).share_memory_()
+        self._taken = _shared(workers * each).zero_()
 
     def take(self, worker: int, shape: Sequence[int]) -> tuple[Tensor, int]:
         """Return, in a worker, an uninitialised uint8 tensor of this shape and the number of its slot (NONE if it has
@@ -343,7 +343,7 @@ def _start_worker(_: int) -> None:
 
 
 def _iterate(plan: BatchPlan[TrainingSet]) -> Generator[ClipBatch]:
-    board = torch.full((max(1, plan.data.config.workers), 3), -1, dtype=torch.int64).share_memory_()
+    board = _shared(8 * 3 * max(1, plan.data.config.workers)).view(torch.int64).view(-1, 3).fill_(-1)
     slots = _slots(plan)
     batches = iter(_loader(plan, board, slots))
     try:

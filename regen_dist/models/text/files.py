@@ -79,7 +79,7 @@ def find_files(name: str) -> EncoderFiles:
         CheckpointError: there is no such encoder, the hub cannot be reached, or a file is missing.
         BackendError: huggingface_hub is not installed.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         folder = _fetch(name, _FETCHED)
     if not (folder / CONFIG_FILE).is_file() and (folder / ENCODER_FOLDER / CONFIG_FILE).is_file():
@@ -95,7 +95,7 @@ def find_pickled(name: str) -> tuple[Path, tuple[Path, ...]]:
         CheckpointError: there are none, or the encoder has safetensors and needs no conversion.
         BackendError: huggingface_hub is not installed.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         folder = _fetch(name, _FETCHED_PICKLED)
     described_by(name, folder)

@@ -109,6 +109,24 @@ def test_a_run_that_has_checkpoints_is_refused(export: Path, source: EmbedderCon
     assert newest(source.folder).step == 7
 
 
+def test_an_import_that_ends_early_can_be_repeated(export: Path, tmp_path: Path) -> None:
+    """What the run folder lacks is written before the commit: a full disk there leaves no checkpoint."""
+    run = _new(tmp_path)
+    (run.folder / "config.yaml").mkdir(parents=True)  # refuses a file
+    with pytest.raises(OSError, match="config"):
+        import_model(export, run)
+    (run.folder / "config.yaml").rmdir()
+    with pytest.raises(CheckpointError, match="no latent space"):
+        import_model(export, run, lambda: _refuse("no latent space"))
+    assert CheckpointFolder(run.checkpoints).steps() == []
+    import_model(export, run)
+    assert newest(run.folder).step == 0
+
+
+def _refuse(text: str) -> None:
+    raise CheckpointError(text)
+
+
 def test_a_run_that_trains_is_refused(export: Path, tmp_path: Path) -> None:
     """Before its first checkpoint, too: what it is saving would be deleted, and its config replaced."""
     run = _new(tmp_path)

@@ -164,6 +164,17 @@ def test_an_earlier_result_outlives_a_failure(video: Path, tmp_path: Path) -> No
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_earlier_measures_never_describe_new_videos(
+    video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the videos and metrics.json, which says that all is there."""
+    run(video, tmp_path)
+    monkeypatch.setattr("regen_dist.evaluation.reconstruct.write_sheet", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(video, tmp_path, TrivialCodec("mean", 5))
+    assert not (tmp_path / "metrics.json").exists()
+
+
 @pytest.mark.parametrize(
     "options", [{"steps": 0}, {"fps": 0.0}, {"fps": -3.0}, {"fps": float("nan")}, {"overlap": 9}, {"overlap": -1}]
 )

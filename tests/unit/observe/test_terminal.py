@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from regen_dist.observe.terminal import ProgressLine, describe
+from regen_dist.programs import python
 
 VALUES = {"loss": 0.12345, "clips_per_s": 12.34, "mfu": 0.256, "data_wait": 0.031, "memory_bytes": 3 * 2**29}
 LINE = "step 40/1000  loss 0.1235  val 21.37 dB  12.3 clips/s  MFU 25.6%  data wait 3.1%  1.50 GiB"
@@ -67,3 +71,30 @@ def test_on_a_terminal_the_line_is_live() -> None:
     line.train(40, VALUES)
     line.close()
     assert "clips/s" in file.getvalue()
+
+
+_PRINTS = """
+from regen_dist.observe.terminal import ProgressLine, shield_streams, warn
+shield_streams()
+print("out")
+warn("a warning")
+ProgressLine(10, 0).message("a message")
+open({mark!r}, "w").close()
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_streams_without_room_or_reader_end_no_run(tmp_path: Path, closed: bool, unbuffered: str) -> None:
+    """A full disk, and a pipe whose reader has ended, as `| tee LOG` after Ctrl-C; buffered or as ranks are."""
+    mark = tmp_path / "mark"
+    if closed:
+        reader, output = os.pipe()
+        os.close(reader)
+    else:
+        output = os.open("/dev/full", os.O_WRONLY)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = python("-c", _PRINTS.format(mark=str(mark)))
+    with os.fdopen(output, "wb") as file:
+        assert subprocess.run(command, env=environment, stdout=file, stderr=file, check=False).returncode == 0
+    assert mark.exists()

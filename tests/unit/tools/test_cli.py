@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from launcher.submit import command_request
 from regen_dist import __version__
 from regen_dist.config import load_config
 from regen_dist.errors import DataError, refusal
+from regen_dist.programs import regen
 from tools.bench.codec_systems import CONFIGS, own_config
 from tools.bench.compression_measure import load_clips
 from tools.cli import app
@@ -72,6 +74,31 @@ def test_stdout_without_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
     done = _regen("config", "explain", "data")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_stdout_without_room() -> None:
+    """One line and an exit code, not Python's "Exception ignored" and 120."""
+    command = regen("config", "show", "configs/embedder/nano.yaml")
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: No space left on device; make room on that disk, and run the same again\n"
+
+
+def test_stdout_without_a_reader() -> None:
+    """`regen … | true`: exit code 1, and nothing on stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    command = regen("config", "show", "configs/embedder/nano.yaml")
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_working_folder_that_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,11 @@ import typer
 from regen_dist.config import load_config
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import EXIT_RESUME
+from tests.helpers.jobs import wait_until
+from tests.helpers.machine import wait_until_gone
 from tools import demo, stages
 
+ROOT = Path(__file__).parents[3]
 CONFIG = Path("configs/demo/embedder.yaml")
 
 # Stands in for `regen train`: a step every 20 ms, code 75 when it finds the file STOP; a second start goes on. The
@@ -123,8 +126,35 @@ def test_a_signal_that_comes_while_the_command_starts_reaches_it(
 
     monkeypatch.setattr(stages.subprocess, "Popen", signalled)
     code, on_purpose = stages.run_until([str(training), "6000"], training, None)
-    assert code in (-signal.SIGTERM, EXIT_RESUME)  # it was told before or after it could listen
+    assert code in (128 + signal.SIGTERM, EXIT_RESUME)  # it was told before or after it could listen
     assert not on_purpose
+
+
+@pytest.mark.parametrize(("number", "nohup", "code"), [("SIGTERM", 0, 143), ("SIGKILL", 0, -9), ("SIGHUP", 1, 0)])
+def test_no_command_is_left_running(tmp_path: Path, number: str, nohup: int, code: int) -> None:
+    """A stage ends with the demo that is asked to end, or killed; a demo under nohup outlives its terminal."""
+    mark, done = tmp_path / "pid", tmp_path / "done"
+    stage = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep({1 if nohup else 60})"
+    program = f"""
+import signal, sys
+from tools import stages
+if {nohup}:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+stages.command = lambda arguments: [sys.executable, "-c", {stage!r}]
+try:
+    {"ended = stages.run_until(['train'], stages.Path(), None)" if nohup else "stages.run(['shards'])"}
+except stages.typer.Exit as ended:
+    sys.exit(ended.exit_code)
+if {nohup} and ended.code:
+    sys.exit(ended.code)
+open({str(done)!r}, "w").close()
+"""
+    demo = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_until(lambda: mark.is_file() and bool(mark.read_text()), lambda: "the stage did not start")
+    demo.send_signal(signal.Signals[number])
+    assert demo.wait(30) == code
+    wait_until_gone([int(mark.read_text())])
+    assert done.exists() == bool(nohup)
 
 
 def test_a_failure_ends_the_demo_with_its_code(training: Path, config: EmbedderConfig) -> None:

@@ -150,6 +150,9 @@ def test_where_local_copies_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder("~/here") == tmp_path / "here"
     assert cache_folder() == tmp_path / ".cache" / "regen"
+    monkeypatch.setattr("os.path.expanduser", str)  # as without HOME, for a user id without a name
+    with pytest.raises(DataError, match="home folder for local copies is not known; set"):
+        cache_folder()
 
 
 def test_a_row_takes_64_bytes() -> None:
