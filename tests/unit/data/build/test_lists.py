@@ -367,6 +367,19 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch: pytest.Monke
         find_sources(["hf://datasets/me/videos"])
 
 
+@pytest.mark.parametrize(
+    ("url", "says"), [("hf://datasets/me/my videos", "not the name of a repository"), ("hf://me/v", "than a listing")]
+)
+def test_listings_that_the_hub_does_not_give(
+    server: WebServer, monkeypatch: pytest.MonkeyPatch, url: str, says: str
+) -> None:
+    (page := server.folder / "api/models/me/v/tree/main").parent.mkdir(parents=True)
+    page.write_text("<html>log in to this network</html>")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    with pytest.raises(DataError, match=says):
+        find_sources([url])
+
+
 def test_a_dataset_of_ours_is_read_where_it_lies_on_the_web(
     tmp_path: Path, server: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
