@@ -9,7 +9,7 @@ from regen_dist.checkpoint.manifest import CheckpointManifest, foreign_run_reaso
 from regen_dist.checks.data import READING, dataset_manifest
 from regen_dist.checks.findings import Finding, Target, error, note
 from regen_dist.config import AnyRunConfig, EmbedderConfig, T2VConfig, load_saved_config
-from regen_dist.config.identity import latent_identity, order_changes, order_identity
+from regen_dist.config.identity import facts_identity, latent_identity, order_changes, order_identity
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, ConfigError, DataError, NoGoodCheckpoint, ObjectMissing, RunBusy
 from regen_dist.observe.record import read_record
@@ -151,12 +151,13 @@ def _identity(config: AnyRunConfig, before: dict[str, str], target: Target) -> d
     try:
         manifests = [target.once("manifest", url, dataset_manifest) for url in config.data.sources]
         prints = [str(each["fingerprint"]) for each in manifests]
+        facts = facts_identity([(each.get("described") or {}).get("facts") for each in manifests])
     except (DataError, KeyError, ValueError, AttributeError):  # reported by another check; the rest is compared
-        prints = None
+        prints, facts = None, {}
     known = ["dataset fingerprint"] if not prints else []
     if isinstance(config, EmbedderConfig) and config.model.encoder.frozen and _ENCODER in before:
         known.append(_ENCODER)  # takes the weights; the run compares it
-    return _order_of(config, prints or []) | {name: before.get(name, "unknown") for name in known}
+    return _order_of(config, prints or []) | facts | {name: before.get(name, "unknown") for name in known}
 
 
 def _order_of(config: AnyRunConfig, prints: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,8 @@ from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.errors import ConfigError
 from regen_dist.registry import Site, problems
 
+_FACTS = "frames, sizes and sources of the samples"
+
 
 def order_identity(
     config: DataConfig, fingerprints: Sequence[str], *, num_frames: int, batch_global: int, seed: int
@@ -66,9 +68,21 @@ def latent_identity(
     return _as_text(facts)
 
 
+def facts_identity(digests: Sequence[str | None]) -> dict[str, str]:
+    """Return the part of an identity that sorts samples into buckets: a new index of the same bytes, by another version
+    of a decoder, may count other frames.
+
+    Args:
+        digests: `described.facts` of the manifests; nothing is returned where one is older than that.
+    """
+    return _as_text({_FACTS: digests}) if digests and all(digests) else {}
+
+
 def order_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Describe the differences between two identities; empty if there are none."""
+    """Describe the differences between two identities; empty if there are none. Samples' facts are compared where both
+    have them."""
     names = [*now, *(name for name in before if name not in now)]
+    names = [name for name in names if name != _FACTS or (name in before and name in now)]
     return [
         f"{name} was {before.get(name, 'not recorded')}, is {now.get(name, 'not recorded')}"
         for name in names

@@ -298,10 +298,10 @@ class Evaluation:
 
     def _source(self, video: PinnedVideo) -> dict[str, Any]:
         digest, shown = video.sha256(), self.out / MEDIA / "source" / f"{video.name}.mp4"
-        mark = shown.with_name(f"{short_name(video.name)}.sha256")
-        if not shown.is_file() or not mark.is_file() or mark.read_text(encoding="ascii") != digest:
+        mark, marked = shown.with_name(f"{short_name(video.name)}.sha256"), f"{digest} {video.rate}"
+        if not shown.is_file() or not mark.is_file() or mark.read_text(encoding="ascii") != marked:
             write_video(shown, video.frames(), video.rate)
-            write_text_atomically(mark, digest)
+            write_text_atomically(mark, marked)
         size = {"frames": video.num_frames, "height": video.height, "width": video.width, "fps": float(video.rate)}
         return {"name": video.name, **size, "sha256": digest, "notes": list(video.notes)}
 
@@ -328,6 +328,7 @@ class Evaluation:
         """Measures of one video, read from their file where it has the same key."""
         decided_by = [self.protocol.hash, digest, model.fingerprint, model.codec.num_frames, model.steps]
         decided_by += [self.networks.names(), self.with_vmaf and has_ffmpeg()]  # measured again once it is installed
+        decided_by += [str(video.rate), describe_machine()["device"]]  # times of another machine would be shown as ours
         key = hashlib.sha256(json_text(decided_by).encode()).hexdigest()
         path = self.out / MEASURED / model.name / f"{short_name(video.name)}.json"
         arrays = path.with_suffix(".npz")

@@ -217,10 +217,11 @@ def _own(name: str, folder: Path, steps: int) -> EvaluatedModel:
         rest = sum(counted.values()) - counted["encoder"]
         return None if model.encoder.frozen else counted["encoder"], rest * steps  # a frozen one is not counted
 
+    settings = codec.config.model_dump_json(include={"model", "diffusion"})
     kind = "MAGVIT-v2 baseline" if baseline else f"REGEN, {steps} step{'s' if steps > 1 else ''}"
     label = f"{name} ({kind}, k = {codec.temporal_compression})"
     return EvaluatedModel(
-        name, label, codec, steps, _latent_bits, _parameters(codec.model), _digest(codec.model), flops
+        name, label, codec, steps, _latent_bits, _parameters(codec.model), _digest(codec.model, settings), flops
     )
 
 
@@ -242,7 +243,8 @@ def _diffusers(name: str, folder: Path, clip_frames: int) -> EvaluatedModel:
         return int(encoding.get_total_flops()), int(decoding.get_total_flops())
 
     label = f"{name} ({type(codec.model).__name__})"
-    size, digest = _parameters(codec.model), _digest(codec.model)
+    settings = repr(sorted((name, value) for name, value in codec.model.config.items() if not name.startswith("_")))
+    size, digest = _parameters(codec.model), _digest(codec.model, settings)
     return EvaluatedModel(name, label, codec, 1, _latent_bits, size, digest, flops)
 
 
@@ -265,8 +267,9 @@ def _parameters(model: nn.Module) -> int:
     return sum(each.numel() for each in model.parameters())
 
 
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256(type(model).__name__.encode())
+def _digest(model: nn.Module, settings: str) -> str:
+    """Digest of weights and settings: some of these, such as the number of heads, leave the weights' shapes alone."""
+    digest = hashlib.sha256(f"{type(model).__name__} {settings}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from regen_dist.evaluation.evaluated_models import DiffusersCodec, load_models
 from regen_dist.evaluation.metrics import VideoMeter
 from regen_dist.inference.codec import Window
 from regen_dist.inference.frames import SourceVideo, write_video
+from regen_dist.observe.hardware import describe_machine
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.video import moving_square
 from tools.cli import app
@@ -159,14 +161,34 @@ def test_a_diffusers_autoencoder_decodes_as_by_itself(place: Path) -> None:
         other.decode_windows([window], torch.arange(7.0))
 
 
-def test_what_changes_the_figures_is_measured_again(place: Path) -> None:
-    """Other clips of the same weights; a video of the page that was deleted. Nothing else."""
+def test_what_changes_the_figures_is_measured_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other clips of the same weights; a deleted video of the page; another machine. Nothing else."""
     out = place / "again"
     fixed = ["--model", place / "wan", "--no-baselines", "--no-vmaf", "--frames", 5, "--out", out]
     assert evaluate(place, *fixed, "--clip-frames", 5).output.count("wan: ") == 3
     (out / "media" / "wan" / "two.mp4").unlink()
     assert evaluate(place, *fixed, "--clip-frames", 5).output.count("wan: ") == 1
     assert evaluate(place, *fixed, "--clip-frames", 1).output.count("wan: ") == 3
+    assert "wan: " not in evaluate(place, *fixed, "--clip-frames", 1).output
+    another = {**describe_machine(), "device": "another"}
+    monkeypatch.setattr("regen_dist.evaluation.evaluate.describe_machine", lambda: another)
+    assert evaluate(place, *fixed, "--clip-frames", 1).output.count("wan: ") == 3, "its times are another machine's"
+
+
+@pytest.mark.parametrize(("folder", "file"), [("wan", "config.json"), ("tiny", "config.yaml")])
+def test_settings_of_a_model_are_part_of_its_fingerprint(place: Path, tmp_path: Path, folder: str, file: str) -> None:
+    source = place / folder if folder == "wan" else place / "runs" / folder
+    shutil.copytree(source, tmp_path / folder)
+    text = (tmp_path / folder / file).read_text()
+    other = {
+        "wan": ('"num_res_blocks": 1', '"num_res_blocks": 1, "clip_output": false'),
+        "tiny": ("omega: 10.0", "omega: 20.0"),
+    }[folder]
+    (tmp_path / folder / file).write_text(text.replace(*other))
+    before, after = (
+        load_models([str(each)], steps=1, clip_frames=5, baselines=False)[0]() for each in (source, tmp_path / folder)
+    )
+    assert before.fingerprint != after.fingerprint
 
 
 def test_vmaf_is_measured_once_it_can_be(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,10 +256,11 @@ def index_tars(
     if not tars and not broken:
         raise DataError(f"{source.url}: there is no *.tar below it; give the folder that holds the shards")
     _claim(store, [index_name(name) for name in tars], apart)
-    todo = _unfinished(store, tars, unwanted)
+    marks = {name: _mark(source, name, listing.found[name].etag) for name in tars}
+    todo = _unfinished(store, tars, marks, unwanted)
     if todo:
         store.delete(MANIFEST)  # it speaks of indices that are about to change
-    calls = ((name, (source, store, name, unwanted)) for name in todo)
+    calls = ((name, (source, store, name, unwanted, marks[name])) for name in todo)
     progress("index", len(tars) - len(todo), len(tars))
     with worker_pool(workers) as pool:
         for done, (name, problem) in enumerate(pool.run(index_tar, calls), len(tars) - len(todo) + 1):
@@ -275,8 +276,8 @@ def index_tars(
     return IndexedTars(manifest, len(todo) - len(left_out & tars.keys()), tuple(broken))
 
 
-def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHING) -> str:
-    """Read one tar and write its index. Returns why there is none, or nothing."""
+def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHING, mark: str | None = None) -> str:
+    """Read one tar and write its index, which keeps its `_mark`. Returns why there is none, or nothing."""
     samples: list[Sample] = []
     skipped: list[Skip] = []
     notes: list[Note] = []
@@ -294,7 +295,7 @@ def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHIN
         skipped += _trailing_members(name, pieces)
         facts: dict[str, Any] = {"name": name, "sha256": pieces.sha256(), "size": pieces.position}
     facts |= {"units": len(samples) + len(skipped), "skipped": [skip.model_dump() for skip in skipped]}
-    facts["options"] = unwanted.recorded()
+    facts |= {"options": unwanted.recorded(), "mark": mark}
     facts["notes"] = [note.model_dump() for note in notes]
     store.put(index_name(name), write_index(samples, facts))
     return ""
@@ -348,8 +349,18 @@ def _plan(data: bytes) -> dict[str, Any] | None:
     return plan if isinstance(plan, dict) and "schema_version" in plan else None
 
 
-def _unfinished(store: Store, tars: dict[str, int], unwanted: LeftOut) -> list[str]:
-    """The tars without an index that speaks of a tar of this name and size, and leaves the same out."""
+def _mark(source: Store, name: str, etag: str | None) -> str | None:
+    """What changes when a tar is replaced by another one of its size: the store's tag, or when a file was written."""
+    if source.folder is None:
+        return etag
+    try:
+        return f"written {(source.folder / name).stat().st_mtime_ns}"
+    except OSError:  # removed since; reading it says so
+        return None
+
+
+def _unfinished(store: Store, tars: dict[str, int], marks: dict[str, str | None], unwanted: LeftOut) -> list[str]:
+    """The tars without an index that speaks of a tar of this name, size and mark, and leaves the same out."""
     found = store.list()
     there = {index_name(name): name for name in tars if index_name(name) in found}
     finished = set()
@@ -358,9 +369,10 @@ def _unfinished(store: Store, tars: dict[str, int], unwanted: LeftOut) -> list[s
             facts = read_index(data)[1]
         except DataError:
             continue  # damaged or of another version: made again
-        options = facts.get("options", NOTHING.recorded())
-        if (facts["name"], facts["size"], options) == (there[index], tars[there[index]], unwanted.recorded()):
-            finished.add(there[index])
+        name, options = there[index], facts.get("options", NOTHING.recorded())
+        same_mark = facts.get("mark") in (None, marks[name])  # older indices have none
+        if same_mark and (facts["name"], facts["size"], options) == (name, tars[name], unwanted.recorded()):
+            finished.add(name)
     return [name for name in tars if name not in finished]
 
 

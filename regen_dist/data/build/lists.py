@@ -7,7 +7,7 @@ import io
 import json
 import os
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -57,22 +57,34 @@ class CaptionRow(NamedTuple):
     caption: str | None
 
 
+class ReadList(NamedTuple):
+    """The rows of a list, and why none has a caption, where another column may hold it; empty otherwise."""
+
+    rows: list[CaptionRow]
+    uncaptioned: str = ""
+
+
 def is_list(place: str | Path) -> bool:
     """Return true if a path or URL names a list, by its ending."""
     return PurePosixPath(str(place)).suffix.lower() in LIST_SUFFIXES
 
 
 def read_rows(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool = False) -> list[CaptionRow]:
-    """The rows of a list: a local file, or an object of a store.
+    """The rows of a list, like `read_list`."""
+    return read_list(place, columns, need_caption=need_caption).rows
+
+
+def read_list(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool = False) -> ReadList:
+    """Read a list: a local file, or an object of a store.
 
     Raises:
         DataError: it cannot be read, a column is missing, or rows are wrong: all of them, each with its line.
     """
     data = _bytes_of(place)
     needed = (columns.video, columns.caption) if need_caption else (columns.video,)
-    rows, wrong = [], []
+    rows, wrong, found = [], [], dict[str, None]()
     try:
-        for where, values in _raw_rows(PurePosixPath(str(place)).suffix.lower(), data, columns, needed):
+        for where, values in _raw_rows(PurePosixPath(str(place)).suffix.lower(), data, columns, needed, found):
             problem = values if isinstance(values, str) else _problem(values, columns, needed)
             if problem or isinstance(values, str):
                 wrong.append(f"{where}: {problem}")
@@ -88,7 +100,17 @@ def read_rows(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool
         )
     if columns.caption not in (PLAIN.caption, METADATA.caption) and not any(row.caption for row in rows):
         raise DataError(f"{place}: no row has a {_named(columns.caption)}, which --columns names; check its name")
-    return rows
+    return ReadList(rows, _uncaptioned(found, columns))
+
+
+def _uncaptioned(found: Iterable[str], columns: Columns) -> str:
+    others = [name for name in found if name not in columns.video]
+    if not others or set(others) & set(columns.caption):
+        return ""
+    return (
+        f"no captions: none of its columns ({', '.join(others)}) is called {_named(columns.caption)}; --columns "
+        "video=COLUMN,caption=COLUMN names another"
+    )
 
 
 def read_lines(videos: str | Path, captions: str | Path) -> list[CaptionRow]:
@@ -147,24 +169,26 @@ def _bytes_of(place: str | Path) -> bytes:
 
 
 def _raw_rows(
-    suffix: str, data: bytes, columns: Columns, needed: Sequence[Sequence[str]]
+    suffix: str, data: bytes, columns: Columns, needed: Sequence[Sequence[str]], found: dict[str, None]
 ) -> Iterator[tuple[str, dict[Any, Any] | str]]:
-    """Yield the position of each row and its values, or its problem."""
+    """Yield the position of each row and its values, or its problem; the names of all columns are added to `found`."""
     if suffix == ".parquet":
-        yield from _parquet_rows(data, columns, needed)
+        yield from _parquet_rows(data, columns, needed, found)
     elif suffix == ".csv":
         csv.field_size_limit(_LONGEST_FIELD)
         reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True, skipinitialspace=True)
         _need(needed, reader.fieldnames or ())
+        found |= dict.fromkeys(reader.fieldnames or ())
         for values in reader:
             yield f"line {reader.line_num}", values
     elif suffix == ".jsonl":
         # Not splitlines: a caption may hold U+2028, which JSON leaves as it is.
         for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
             if line.strip():
-                yield f"line {number}", _object(line)
+                yield f"line {number}", _noted(_object(line), found)
     elif suffix == ".json":
-        yield from _json_rows(json.loads(data.decode("utf-8-sig")), columns)
+        rows = _json_rows(json.loads(data.decode("utf-8-sig")), columns)
+        yield from ((where, _noted(values, found)) for where, values in rows)
     else:
         raise ValueError(f"lists end in {', '.join(sorted(LIST_SUFFIXES))}")
 
@@ -183,16 +207,23 @@ def _json_rows(rows: object, columns: Columns) -> Iterator[tuple[str, dict[Any, 
 
 
 def _parquet_rows(
-    data: bytes, columns: Columns, needed: Sequence[Sequence[str]]
+    data: bytes, columns: Columns, needed: Sequence[Sequence[str]], found: dict[str, None]
 ) -> Iterator[tuple[str, dict[Any, Any]]]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(io.BytesIO(data))
     _need(needed, file.schema_arrow.names)
+    found |= dict.fromkeys(file.schema_arrow.names)
     wanted = [name for name in (*columns.video, *columns.caption) if name in file.schema_arrow.names]
     rows = (values for batch in file.iter_batches(columns=wanted) for values in batch.to_pylist())
     for number, values in enumerate(rows, 1):
         yield f"row {number}", values
+
+
+def _noted(values: dict[Any, Any] | str, found: dict[str, None]) -> dict[Any, Any] | str:
+    if isinstance(values, dict):
+        found |= dict.fromkeys(values)
+    return values
 
 
 def _need(needed: Sequence[Sequence[str]], found: Sequence[str]) -> None:

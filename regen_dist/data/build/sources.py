@@ -26,10 +26,11 @@ from regen_dist.data.build.lists import (
     VIDEO_LINES,
     CaptionRow,
     Columns,
+    ReadList,
     is_list,
     read_captions,
     read_lines,
-    read_rows,
+    read_list,
     refuse,
 )
 from regen_dist.data.build.tarscan import printable
@@ -223,16 +224,16 @@ def _neighbours(folder: str, file: str) -> dict[str, ObjectInfo]:
     return {name: found for name in asked if (found := _looked_up(store, name)) is not None}
 
 
-def _own_rows(folder: str, sizes: dict[str, int], columns: Columns | None) -> tuple[str, str, list[CaptionRow]] | None:
+def _own_rows(folder: str, sizes: dict[str, int], columns: Columns | None) -> tuple[str, str, ReadList] | None:
     """The folder, its own list (`metadata.jsonl`, or `videos.txt` with `prompts.txt`) and that list's rows; None when
     it has none."""
     for name in FOLDER_LISTS:
         if name in sizes:
-            return folder, f"{folder}/{name}", read_rows(_spelled(folder, name), columns or METADATA)
+            return folder, f"{folder}/{name}", read_list(_spelled(folder, name), columns or METADATA)
     videos, captions = (next((name for name in names if name in sizes), None) for names in (VIDEO_LINES, CAPTION_LINES))
     if videos is None or captions is None:
         return None
-    return folder, f"{folder}/{videos}", read_lines(_spelled(folder, videos), _spelled(folder, captions))
+    return folder, f"{folder}/{videos}", ReadList(read_lines(_spelled(folder, videos), _spelled(folder, captions)))
 
 
 def _spelled(folder: str, name: str) -> str:
@@ -270,12 +271,15 @@ def _place(place: str) -> tuple[str, str]:
 def _in_list(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip]:
     """The videos that a list names, in its order."""
     base, _ = _place(place) if "://" not in place else (Store(place).url.rpartition("/")[0], "")
-    return _listed(base, place, read_rows(place, columns or PLAIN))
+    return _listed(base, place, read_list(place, columns or PLAIN))
 
 
-def _listed(base: str, place: str, rows: Sequence[CaptionRow]) -> Iterator[VideoSource | Skip]:
+def _listed(base: str, place: str, found: ReadList) -> Iterator[VideoSource | Skip]:
     """The videos of the rows of a list. DataError for all rows that name none; but links to the web rot, those that
     lead to no file are left out."""
+    rows = found.rows
+    if found.uncaptioned:
+        yield Skip(source=place.rpartition("/")[2], reason=found.uncaptioned)
     located: dict[CaptionRow, tuple[str, str]] = {}
     wrong: dict[CaptionRow, str] = {}
     by_folder: dict[str, list[str]] = defaultdict(list)

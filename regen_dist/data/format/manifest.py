@@ -105,12 +105,20 @@ def read_manifest(store: Store) -> DatasetManifest:
 
 def finished_manifest(store: Store) -> DatasetManifest | None:
     """Return the manifest of a folder; None if there is none, or a damaged one, which is written anew."""
-    if store.size(MANIFEST) is None:
-        return None
-    data = store.get(MANIFEST)
+    data = _stored(store)
     try:
-        return parse_manifest(store, data)
+        return None if data is None else parse_manifest(store, data)
     except DataError:
+        return None
+
+
+def _stored(store: Store) -> bytes | None:
+    """Return the stored bytes of the manifest; None if there is none, by one request: another task may remove it."""
+    try:
+        return store.get(MANIFEST)
+    except BucketMissing:
+        raise
+    except ObjectMissing:
         return None
 
 
@@ -204,7 +212,7 @@ def write_manifest(
         described=described.digests(),
     )
     data = to_json(manifest.model_dump(mode="json"))
-    if store.size(MANIFEST) is None or store.get(MANIFEST) != data:
+    if _stored(store) != data:
         store.put(MANIFEST, data)
     return manifest
 

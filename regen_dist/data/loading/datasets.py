@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regen_dist.config.datasets import DataConfig, MixtureConfig
-from regen_dist.config.identity import different_latents, latent_identity, order_identity
+from regen_dist.config.identity import different_latents, facts_identity, latent_identity, order_identity
 from regen_dist.config.t2v import LatentDataConfig
 from regen_dist.data.format.catalogue import Dataset, cache_folder, make_once, open_dataset
 from regen_dist.data.format.latents import CacheFacts, TextEmbedding, read_null_text
@@ -202,6 +202,10 @@ class SampleSet(ABC, Generic[Config]):
             )
         return text
 
+    def _facts(self) -> dict[str, str]:
+        described = (dataset.manifest.described for dataset in self.datasets)
+        return facts_identity([None if each is None else each.facts for each in described])
+
     @abstractmethod
     def _least(self) -> str:
         """Describe the least length of a sample for a clip."""
@@ -259,7 +263,7 @@ class TrainingSet(SampleSet[DataConfig]):
         return order_identity(
             self.config, [each.fingerprint for each in self.datasets], num_frames=self._num_frames,
             batch_global=self.order.batch_global, seed=self.seed,
-        ) | self._also  # fmt: skip
+        ) | self._facts() | self._also  # fmt: skip
 
     def _least(self) -> str:
         return f"{self._num_frames} frames"
@@ -328,7 +332,7 @@ class LatentSet(SampleSet[LatentDataConfig]):
         return latent_identity(
             self.config, [each.fingerprint for each in self.datasets], batch_global=self.order.batch_global,
             seed=self.seed,
-        )  # fmt: skip
+        ) | self._facts()  # fmt: skip
 
     def _least(self) -> str:
         return f"{min(self.config.clips)} clip(s)"

@@ -68,7 +68,7 @@ def list_repository(place: Location, folder: str) -> Iterator[tuple[str, int, st
     """Name below `place`, size in bytes and tag of every file below a folder of it; nothing where there is no such
     folder."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
     from huggingface_hub.hf_api import RepoFile
 
     here = Repository.of(place)
@@ -84,10 +84,14 @@ def list_repository(place: Location, folder: str) -> Iterator[tuple[str, int, st
         return
     except HfHubHTTPError as error:  # its text quotes the address alone
         raise explained_status(error.response.status_code, place, "") from None
-    except (
-        OSError,
-        *HfHubHTTPError.__bases__,
-    ) as error:  # no answer: an error of the hub's HTTP client, whichever it is
+    except HFValidationError:
+        raise DataError(f"{place.url}: {here.name!r} is not the name of a repository; check the address") from None
+    except ValueError:  # its answer is no JSON
+        raise DataError(
+            f"{place.url}: {hub()} answered with something else than a listing (a login page of the network, a proxy); "
+            "check HF_ENDPOINT and the network"
+        ) from None
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # no answer: of httpx or httpx2, by the version of the hub
         raise _unavailable(place.url, 0.0, type(error).__name__) from None
 
 

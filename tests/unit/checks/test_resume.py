@@ -17,7 +17,7 @@ from regen_dist.checks.resume import resume
 from regen_dist.checks.run import check_runs
 from regen_dist.config import save_config
 from regen_dist.config.embedder import EmbedderConfig
-from regen_dist.config.identity import order_identity
+from regen_dist.config.identity import facts_identity, order_identity
 from regen_dist.errors import StoreUnavailable
 from regen_dist.models.diffusers_encoder import ENCODER_FACT
 from tests.helpers.networks import frozen_model
@@ -87,6 +87,18 @@ def test_other_data_of_the_same_url(tmp_path: Path) -> None:
     told = texts(resume(config, Target()))
     assert len(told) == 1
     assert "dataset fingerprint was ['abc'], is ['def']" in told[0]
+
+
+def test_a_new_index_of_the_same_data(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, tmp_path / "data")
+    committed(config, 4, identity(config) | facts_identity(["these"]))
+    (tmp_path / "data").mkdir()
+    manifest = {"schema_version": 2, "fingerprint": "abc"}
+    for described, told in ((None, []), ({"facts": "these"}, []), ({"facts": "others"}, ["['these'], is ['others']"])):
+        (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"described": described}))
+        found = texts(resume(config, Target()))
+        assert len(found) == len(told)
+        assert all(part in text for part, text in zip(told, found, strict=True))
 
 
 def test_weights_that_were_imported_go_on_with_any_data(tmp_path: Path) -> None:

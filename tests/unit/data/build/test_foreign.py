@@ -261,6 +261,18 @@ def test_indexing_again_does_nothing_and_takes_in_what_is_new(tmp_path: Path) ->
     assert index(tmp_path).manifest.totals.samples == 8
 
 
+def test_a_tar_that_another_of_its_size_replaces_is_indexed_again(tmp_path: Path) -> None:
+    tar = tmp_path / "00000.tar"
+    write_tar(tar, [{"__key__": "a", "mp4": clip(5), "txt": "one"}])
+    index(tmp_path)
+    size = tar.stat().st_size
+    write_tar(tar, [{"__key__": "a", "mp4": clip(5), "txt": "two"}])
+    assert tar.stat().st_size == size
+    assert index(tmp_path).shards_made == 1
+    assert open_dataset(tmp_path).sample(0).caption == "two"
+    assert verify_dataset(tmp_path, workers=0).bad == ()
+
+
 def test_the_source_is_not_touched_with_out(tmp_path: Path) -> None:
     write_shards(tmp_path / "in")
     before = contents(tmp_path / "in")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -132,6 +132,27 @@ def test_folders_of_finetrainers_and_diffusion_pipe(tmp_path: Path, name: str) -
     found = find_sources([tmp_path])
     assert captions(found) == {"videos/1.mp4": "number 1", "videos/0.mp4": "number 0"}
     assert [(skip.source, skip.reason.partition(":")[0]) for skip in found.skipped] == [("videos/2.mp4", "not named")]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])
+def test_a_list_whose_captions_have_another_name_says_so(tmp_path: Path, kind: str) -> None:
+    videos(tmp_path, "0.mp4")
+    place = tmp_path / f"metadata.{kind}"
+    row: dict[str, object] = {"file_name": "0.mp4", "description": "a dog"}
+    write: dict[str, Callable[[dict[str, object]], object]] = {
+        "csv": lambda row: table(place, [row]),
+        "jsonl": lambda row: place.write_text(json.dumps(row)),
+        "json": lambda row: place.write_text(json.dumps([row])),
+        "parquet": lambda row: pq.write_table(pa.Table.from_pylist([row]), place),
+    }
+    write[kind](row)
+    (skip,) = find_sources([tmp_path]).skipped
+    assert skip.source == f"metadata.{kind}"
+    assert skip.reason.startswith("no captions: none of its columns (description) is called caption or text or prompt")
+    columns = Columns.parse("video=file_name,caption=description")
+    assert captions(find_sources([tmp_path], columns=columns)) == {"0.mp4": "a dog"}
+    write[kind]({"file_name": "0.mp4"})
+    assert find_sources([tmp_path]).skipped == ()
 
 
 @pytest.mark.parametrize(("listed", "said"), [("videos.txt", "prompts.txt"), ("video.txt", "captions.txt")])
@@ -265,7 +286,7 @@ def test_dead_links_are_left_out_with_their_names_and_denied_ones_too(server: We
     (server.folder / "private.mp4").write_bytes(b"x")
     from regen_dist.data.build.lists import Columns
 
-    found = find_sources([server.folder / "list.csv"], columns=Columns.parse("video=path"))
+    found = find_sources([server.folder / "list.csv"], columns=Columns.parse("video=path,caption=text"))
     assert len(found.found) == 1
     assert [skip.source.rpartition("/")[2] for skip in found.skipped] == ["gone.mp4", "private.mp4"]
     assert all(skip.reason.startswith("dead link: ") for skip in found.skipped)
@@ -344,6 +365,19 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", refuse)
     with pytest.raises(StoreUnavailable, match=r"hf://datasets/me/videos: no usable answer.*check the address"):
         find_sources(["hf://datasets/me/videos"])
+
+
+@pytest.mark.parametrize(
+    ("url", "says"), [("hf://datasets/me/my videos", "not the name of a repository"), ("hf://me/v", "than a listing")]
+)
+def test_listings_that_the_hub_does_not_give(
+    server: WebServer, monkeypatch: pytest.MonkeyPatch, url: str, says: str
+) -> None:
+    (page := server.folder / "api/models/me/v/tree/main").parent.mkdir(parents=True)
+    page.write_text("<html>log in to this network</html>")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    with pytest.raises(DataError, match=says):
+        find_sources([url])
 
 
 def test_a_dataset_of_ours_is_read_where_it_lies_on_the_web(

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from regen_dist.data.format.catalogue import RECORD, Dataset, cache_folder, make_once, open_dataset
-from regen_dist.data.format.manifest import Skip
+from regen_dist.data.format.manifest import Skip, finished_manifest
 from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
 
 
@@ -157,3 +158,9 @@ def test_where_local_copies_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_a_row_takes_64_bytes() -> None:
     assert RECORD.itemsize == 64
+
+
+def test_a_manifest_that_is_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another task of an array: between two requests it could go, and the task ended in an error."""
+    monkeypatch.setattr(Store, "size", lambda *_: 7)
+    assert finished_manifest(Store(tmp_path)) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from regen_dist.config.datasets import DataConfig, SourceConfig
+from regen_dist.config.identity import order_changes
 from regen_dist.data.format.catalogue import RECORD, Dataset, open_dataset
 from regen_dist.data.format.manifest import Skip
 from regen_dist.data.loading import datasets as module
@@ -244,10 +246,11 @@ def test_what_changes_the_clips_changes_the_identity(mixed: DataConfig, name: st
 def test_weights_order_and_datasets_are_part_of_the_identity(mixed: DataConfig) -> None:
     before = made(mixed).identity()
     first, second = mixed.mixture
+    facts = "frames, sizes and sources of the samples"
     for mixture, changed in (
         (_weighed([first, second], [3.0, 1.0]), ["data.mixture weights"]),
-        (_weighed([second, first], [2.0, 1.0]), ["dataset fingerprint"]),
-        (_weighed([first], [1.0]), ["dataset fingerprint", "data.mixture weights"]),
+        (_weighed([second, first], [2.0, 1.0]), ["dataset fingerprint", facts]),
+        (_weighed([first], [1.0]), ["dataset fingerprint", "data.mixture weights", facts]),
     ):
         after = made(mixed.model_copy(update={"mixture": mixture})).identity()
         assert [key for key in before if before[key] != after[key]] == changed
@@ -291,3 +294,21 @@ def test_it_crosses_to_workers_small_however_large_the_data(
     assert copy.places(copy.order.global_batch(5)) == before
     assert copy.identity() == data.identity()
     assert sorted(stream.sizes for stream in data.order.streams) == [(333_334,), (666_666,)]
+
+
+def test_other_frames_of_the_same_bytes_change_the_identity(mixed: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tar that is indexed again by another version of a decoder: the samples' bytes, and the fingerprint, stay."""
+    before, opened = made(mixed).identity(), module.open_dataset
+
+    def indexed_again(*args: Any, facts: str | None) -> Dataset:
+        dataset = opened(*args)
+        described = facts and dataset.manifest.described.model_copy(update={"facts": facts})
+        return Dataset(
+            dataset.store, dataset.manifest.model_copy(update={"described": described or None}), dataset.catalogue
+        )
+
+    monkeypatch.setattr(module, "open_dataset", partial(indexed_again, facts="others"))
+    (changed,) = order_changes(before, made(mixed).identity())
+    assert "frames, sizes and sources of the samples was" in changed
+    monkeypatch.setattr(module, "open_dataset", partial(indexed_again, facts=None))
+    assert order_changes(before, made(mixed).identity()) == [], "a manifest older than the field"
