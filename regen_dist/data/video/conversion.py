@@ -331,6 +331,21 @@ def to_yuv(frame: VideoFrame, width: int, height: int, interpolation: int) -> Vi
     return ready
 
 
+def has_centred_chroma(frame: VideoFrame) -> bool:
+    """Return true if the chroma of a 4:2:0 frame lies in the middle of its pixels (JPEG, whatever swscale makes of
+    R'G'B'), false if at their left edge (nearly all video).
+
+    PyAV does not show the mark that says it. So a copy with the same mark gets an edge of colour, and it is looked at
+    where swscale sees that.
+    """
+    copy = frame.reformat(width=16, height=16, format="yuva420p", threads=1)
+    for plane, rows in zip(copy.planes, ([128], [64] * 4 + [192] * 4, [128], [255]), strict=True):
+        row = bytes(rows * (plane.width // len(rows))).ljust(plane.line_size, b"\0")
+        plane.update(row * plane.height)
+    blue = frame_to_rgb(copy)[8, :, 2].astype(float)
+    return bool((blue[7] - blue[0]) / (blue[15] - blue[0]) < 0.4)  # one half where the edge is at pixel 7 itself
+
+
 # From decoded frames to RGB arrays: colour conversion, antialiased resizing, crops.
 
 UInt8s = npt.NDArray[np.uint8]
