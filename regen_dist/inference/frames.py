@@ -100,11 +100,14 @@ def _seconds(reader: VideoReader, max_frames: int | None) -> Seconds:
 
 
 def _average_rate(reader: VideoReader, timestamps: Seconds) -> Fraction:
-    """Average frame rate from the timestamps; the container's own value is used only for a single frame."""
-    if len(timestamps) > 1:
-        rate = Fraction((len(timestamps) - 1) / timestamps[-1]).limit_denominator(LONGEST_FRAME_S)
-        return max(rate, Fraction(1, LONGEST_FRAME_S))  # of slides
-    return Fraction(reader.stream.average_rate or reader.stream.guessed_rate or FALLBACK_RATE)
+    """Average frame rate from the timestamps; the container's own where it agrees with them, as they may be rounded."""
+    steps, tick = len(timestamps) - 1, max(float(reader.stream.time_base or 0), ROUNDING_S)
+    declared = [rate for rate in (reader.stream.guessed_rate, reader.stream.average_rate) if rate]
+    if not steps:
+        return Fraction(next(iter(declared), FALLBACK_RATE))
+    near = (rate for rate in declared if abs(steps / rate - timestamps[-1]) <= tick)
+    rate = Fraction(next(near, Fraction(steps / timestamps[-1]).limit_denominator(LONGEST_FRAME_S)))
+    return max(rate, Fraction(1, LONGEST_FRAME_S))  # of slides
 
 
 def _upright_sides(reader: VideoReader) -> tuple[int, int]:

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from regen_dist.data.video.conversion import fit_geometry
+from regen_dist.data.video.conversion import fit_geometry, picture_to_rgb
 from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
@@ -27,9 +27,6 @@ from regen_dist.inference.frames import Frame, SourceVideo, num_frames_at
 from regen_dist.inference.latent_space import LatentScale
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_video
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _TEXTS = {".txt", ".json"}  # beside media: captions and settings
 _PART = 16  # frames passed on at a time
@@ -114,20 +111,19 @@ GivenMedia = GivenImage | GivenVideo
 
 
 def read_image(path: Path, size: tuple[int, int]) -> GivenImage:
-    """Read an image file, fitted to (height, width): upright, with transparent parts over white.
+    """Read an image file (`picture_to_rgb`), fitted to (height, width).
 
     Raises:
         DataError: the file is missing, or is not a readable image.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if not path.is_file():
         found = "it is a folder" if path.is_dir() else "there is no such file"
         raise DataError(f"no image at {path}: {found}; give a PNG or JPEG file, or a folder of them")
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            return GivenImage(path, fitted(_rgb(upright), size))
+            return GivenImage(path, fitted(picture_to_rgb(image), size))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{path} is not an image that can be read ({error}); give a PNG, JPEG or WebP file. A video is continued "
@@ -230,19 +226,6 @@ def fitted(frame: Frame, size: tuple[int, int]) -> Frame:
     place = fit_geometry(frame.shape[0], frame.shape[1], size, short_side)
     scaled = np.asarray(Image.fromarray(frame).resize((place.width, place.height), Image.Resampling.LANCZOS))
     return np.ascontiguousarray(scaled[place.top : place.top + size[0], place.left : place.left + size[1]])
-
-
-def _rgb(image: Image.Image) -> Frame:
-    from PIL import Image
-
-    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip values at 255
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        clear = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
-    pixels: Frame = np.asarray(image.convert("RGB"))
-    return pixels
 
 
 def _nearest(source: SourceVideo, fps: float, count: int) -> npt.NDArray[np.int64]:

@@ -32,6 +32,7 @@ from regen_dist.data.format.writing import NewSample, ShardWriter
 from regen_dist.data.pool import Pool, Progress, worker_pool
 from regen_dist.data.storage.local import remove_leftovers
 from regen_dist.data.storage.store import Store
+from regen_dist.data.video.conversion import picture_to_rgb
 from regen_dist.data.video.transcode import EncodedSegment, Segment, encode_segments
 from regen_dist.errors import DataError, DiskFull
 
@@ -251,8 +252,8 @@ def assemble(source: Path, target: Path, fps: float | None = None) -> int:
     """Write the frames of a folder of pictures, or of a raw file, as a lossless video; whole or not at all.
 
     Args:
-        source: a folder whose pictures are the frames in order of their names; or `NAME_WIDTHxHEIGHT[_FPS].yuv`, planar
-            8-bit 4:2:0.
+        source: a folder whose pictures are the frames in order of their names (2 before 10); or
+            `NAME_WIDTHxHEIGHT[_FPS].yuv`, planar 8-bit 4:2:0.
         target: ends in `.mkv`.
         fps: frames a second; None takes the raw file's own.
 
@@ -291,20 +292,26 @@ def assemble(source: Path, target: Path, fps: float | None = None) -> int:
 
 def _pictures(folder: Path) -> Iterator[VideoFrame]:
     import av
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     size = None
-    for path in sorted(path for path in folder.iterdir() if _is_picture(path.name)):
+    for path in sorted((path for path in folder.iterdir() if _is_picture(path.name)), key=_place_in_sequence):
         try:
             with Image.open(path) as picture:
-                shown = picture.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+                shown = picture_to_rgb(picture)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: cannot be read as a picture: {error}; replace or remove the file") from error
-        if size not in (None, shown.size):
-            raise DataError(f"{path}: {shown.size} pixels where those before are {size}; one size a folder")
-        size = shown.size
-        yield av.VideoFrame.from_ndarray(np.asarray(shown), format="rgb24").reformat(format="bgr0")
+        width_height = shown.shape[1::-1]
+        if size not in (None, width_height):
+            raise DataError(f"{path}: {width_height} pixels where those before are {size}; one size a folder")
+        size = width_height
+        yield av.VideoFrame.from_ndarray(shown, format="rgb24").reformat(format="bgr0")
+
+
+def _place_in_sequence(path: Path) -> tuple[list[str | int], str]:
+    """Key of a picture's place: by name, but numbers count as numbers, so that f2.png is before f10.png."""
+    parts = re.split(r"(\d+)", path.name)
+    return [int(part) if at % 2 else part for at, part in enumerate(parts)], path.name
 
 
 def _raw_frames(path: Path) -> Iterator[VideoFrame]:

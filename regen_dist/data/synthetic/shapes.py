@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from regen_dist.data.video.colour import Primaries, Transfer
+from regen_dist.data.video.conversion import BT709_MATRIX
 from regen_dist.data.video.reader import VideoInfo, VideoReader
 from regen_dist.data.video.transcode import StreamTags, encode_frames, prepare_encoder
 from regen_dist.errors import DataError
@@ -292,9 +294,8 @@ _EXAMPLE = Attributes("red", "triangle", "small", "up-left", "slow", "grey")
 # combinations ask for putting together what is known, not for what was never seen.
 
 Split = Literal["all", "train", "held-out"]
-DRAWING_VERSION = 2  # raise it when the same options would show or say something else
+DRAWING_VERSION = 3  # raise it when the same options would show or say something else
 _SCENE_STREAM, _COMBINATION_STREAM = 0x7363656E, 0x636F6D62  # set the draws apart from other uses of a seed
-_BT601 = 6  # colour matrix, primaries and transfer: ffmpeg's default when it converts RGB
 _MAX_HELD_OUT = 0.5
 
 
@@ -473,4 +474,4 @@ def _rate(options: SyntheticOptions) -> Fraction:
 
 def _tags(options: SyntheticOptions) -> StreamTags:
     rate = _rate(options)
-    return StreamTags(rate, 1 / rate, _BT601, _BT601, _BT601)
+    return StreamTags(rate, 1 / rate, BT709_MATRIX, Primaries.BT709, Transfer.IEC61966_2_1)  # those of `to_yuv`

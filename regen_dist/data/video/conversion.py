@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
+from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from av.filter.context import FilterContext
     from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
+    from PIL import Image
     from typing_extensions import Buffer
 
     Frames = Callable[[Sequence[int]], Iterator[tuple[int, VideoFrame]]]
@@ -331,9 +333,64 @@ def to_yuv(frame: VideoFrame, width: int, height: int, interpolation: int) -> Vi
     return ready
 
 
-# From decoded frames to RGB arrays: colour conversion, antialiased resizing, crops.
+def has_centred_chroma(frame: VideoFrame) -> bool:
+    """Return true if the chroma of a 4:2:0 frame lies in the middle of its pixels (JPEG, whatever swscale makes of
+    R'G'B'), false if at their left edge (nearly all video).
+
+    PyAV does not show the mark that says it. So a copy with the same mark gets an edge of colour, and it is looked at
+    where swscale sees that.
+    """
+    copy = frame.reformat(width=16, height=16, format="yuva420p", threads=1)
+    for plane, rows in zip(copy.planes, ([128], [64] * 4 + [192] * 4, [128], [255]), strict=True):
+        row = bytes(rows * (plane.width // len(rows))).ljust(plane.line_size, b"\0")
+        plane.update(row * plane.height)
+    blue = frame_to_rgb(copy)[8, :, 2].astype(float)
+    return bool((blue[7] - blue[0]) / (blue[15] - blue[0]) < 0.4)  # one half where the edge is at pixel 7 itself
+
 
 UInt8s = npt.NDArray[np.uint8]
+
+
+def picture_to_rgb(image: Image.Image) -> UInt8s:
+    """A picture that PIL opened as uint8 sRGB [H, W, 3]: upright, its colour profile applied, transparent parts over
+    white; of an animation, the first picture.
+
+    Raises:
+        ValueError: its values are no colours (floating point up to 1, or integers of more than 16 bits).
+        OSError, SyntaxError: the file is damaged.
+    """
+    from PIL import Image, ImageOps
+
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        low, high = values.min(initial=0), values.max(initial=0)
+        if low < 0 or high > 0xFFFF or (image.mode == "F" and not 1 < high <= 0xFF):  # floats up to 1 would be black
+            raise ValueError(f"its values, {low:g} to {high:g} ({image.mode}), are no colours of 8 or 16 bits")
+        is_deep = image.mode.startswith("I;16") or high > 0xFF  # PIL would clip them at 255
+        image = Image.fromarray((values >> 8 if is_deep else values).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    elif image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    pixels: UInt8s = np.asarray(_in_srgb(image, profile).convert("RGB"))
+    return pixels
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """A picture (RGB, L or CMYK) by its colour profile as sRGB; as it is where it has none that can be used."""
+    from PIL import ImageCms
+
+    if profile:
+        with suppress(ImageCms.PyCMSError, OSError):
+            found = ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return found or image
+    return image
+
+
+# From decoded frames to RGB arrays: colour conversion, antialiased resizing, crops.
 
 # Bicubic whose support grows with the reduction, so it filters before it drops pixels; exact rounding and full
 # chroma cost little and keep the result equal over machines.

@@ -12,7 +12,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regen_dist.data.video.conversion import LIMITED_RANGE, RESIZE, UPRIGHT, Orientation, frame_to_rgb, to_yuv
+from regen_dist.data.video.conversion import (
+    LIMITED_RANGE,
+    RESIZE,
+    UPRIGHT,
+    Orientation,
+    frame_to_rgb,
+    has_centred_chroma,
+    to_yuv,
+)
 from regen_dist.data.video.reader import VideoInfo, VideoReader
 from regen_dist.data.video.timing import FrameTable
 from regen_dist.errors import DataError
@@ -193,12 +201,9 @@ def encode_frames(frames: Iterable[VideoFrame], tags: StreamTags, crf: int) -> b
 
 def _add_stream(output: OutputContainer, frame: VideoFrame, tags: StreamTags, crf: int) -> VideoStream:
     # One thread and no other changing input: the same source and options give the same bytes.
-    options = {
-        "crf": str(crf),
-        "preset": PRESET,
-        "threads": "1",
-        "x264-params": X264_PARAMS,
-    }
+    # Untagged, H.264 means chroma at the left edge of its pixels.
+    params = f"{X264_PARAMS}:chromaloc=1" if has_centred_chroma(frame) else X264_PARAMS
+    options = {"crf": str(crf), "preset": PRESET, "threads": "1", "x264-params": params}
     stream = output.add_stream("libx264", rate=tags.rate, options=options)
     stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
     context = stream.codec_context

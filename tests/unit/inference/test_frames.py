@@ -15,6 +15,7 @@ import pytest
 
 from regen_dist.errors import DataError
 from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
+from tests.helpers.video import H264, ffmpeg
 
 
 def gradient(num_frames: int, height: int, width: int) -> list[Frame]:
@@ -46,6 +47,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_any_rate(tmp_path: Path, rate: float) -> None:
     source = SourceVideo(write(tmp_path / "a.mp4", gradient(3, 16, 16), rate))
     assert float(source.rate) == pytest.approx(rate, rel=1e-4)
+
+
+def test_the_rate_of_rounded_times_is_the_containers(tmp_path: Path) -> None:
+    """Matroska rounds times to milliseconds: by them 24 frames of 24000/1001 a second have 23.983."""
+    path = tmp_path / "a.mkv"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=32x32:rate=24000/1001:duration=1", *H264, path)
+    assert SourceVideo(path).rate == SourceVideo(path, max_frames=5).rate == Fraction(24000, 1001)
 
 
 def test_variable_rate(tmp_path: Path) -> None:

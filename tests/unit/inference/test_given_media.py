@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from typer.testing import CliRunner
 
 from regen_dist.config import T2VConfig
@@ -161,6 +161,24 @@ class TestImage:
         frame = read_image(path, (10, 20)).frame
         assert frame.shape == (10, 20, 3)
         assert np.abs(frame.astype(int) - (255 if mode == "1" else 128)).max() <= 1
+
+    def test_deep_values_keep_their_brightness_and_floats_are_refused(self, tmp_path: Path) -> None:
+        """A dark picture of 16 bits is dark; floating point from 0 to 1 became black."""
+        dark, floats = tmp_path / "dark.png", tmp_path / "floats.tif"
+        Image.fromarray(np.full((8, 8), 200, np.uint16)).save(dark)
+        assert (read_image(dark, (8, 8)).frame == 0).all()
+        Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(floats)
+        with pytest.raises(DataError, match=r"its values, 0 to 0\.5 \(F\)"):
+            read_image(floats, (8, 8))
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+    def test_a_colour_profile_is_applied(self, tmp_path: Path, mode: str) -> None:
+        """By a profile whose red and blue are exchanged, red is blue; so the P3 of a phone becomes sRGB."""
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        exchanged = profile.replace(b"rXYZ", b"....", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"....", b"bXYZ", 1)
+        path = tmp_path / "a.png"
+        Image.new("RGB", (8, 8), (200, 60, 40)).convert(mode).save(path, icc_profile=exchanged)
+        assert np.abs(read_image(path, (8, 8)).frame.astype(int) - [40, 60, 200]).max() <= 3
 
     def test_transparent_parts_are_white_and_cameras_turned(self, tmp_path: Path) -> None:
         Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")

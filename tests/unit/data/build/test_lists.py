@@ -232,6 +232,18 @@ def test_davis(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*x.mkv*"))
 
 
+def test_pictures_of_any_kind_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """f10 is behind f9, whatever the alphabet says; 16 bits do not become white."""
+    folder, target = tmp_path / "sequence", tmp_path / "a.mkv"
+    folder.mkdir()
+    for number in range(1, 13):
+        Image.fromarray(np.full((8, 8), number * 20 << 8, np.uint16)).save(folder / f"f{number}.png")
+    assemble(folder, target, 24)
+    with av.open(str(target)) as container:
+        read = [int(frame.to_ndarray(format="rgb24").mean()) for frame in container.decode(video=0)]
+    assert read == [20 * number for number in range(1, 13)]
+
+
 def test_mcl_jcv(tmp_path: Path) -> None:
     raw = np.random.default_rng(0).integers(0, 256, (5, 32 * 3 // 2, 48), np.uint8)
     source = tmp_path / "videoSRC01_48x32_30.yuv"

@@ -211,7 +211,7 @@ def test_a_detector_without_learning_reads_the_files(side: int) -> None:
         assert np.abs(np.subtract(seen.path, truth)).max() < 0.02 * side, clip.caption
         assert compass(seen.path) == scene.attributes.direction
         assert ("fast" if hypot(*seen.path) > 0.16 * side else "slow") == scene.attributes.speed
-        assert seen.error < (40 if side == 64 else 60), clip.caption  # of 255: 4:2:0 chroma; encoders differ by CPU
+        assert seen.error < (16 if side == 64 else 20), clip.caption  # of 255: 4:2:0 chroma; encoders differ by CPU
     assert asked == set(product(DIRECTIONS, SPEEDS))
 
 
@@ -221,7 +221,7 @@ def test_files_are_plain_h264() -> None:
         context = reader.stream.codec_context
         assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
         assert (context.width, context.height, reader.table.pts[0]) == (34, 34, 0)
-        assert (context.colorspace, int(context.color_range)) == (6, 1)
+        assert (context.colorspace, int(context.color_range)) == (1, 1)
     assert clip.info.fps == pytest.approx(29.97, abs=1e-3)
     assert clip.info.frames == 9
 

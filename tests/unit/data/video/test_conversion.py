@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from regen_dist.data.video.colour import hlg_light, pq_light, pq_signal, to_bt709, to_standard, tone_curve
 from regen_dist.data.video.conversion import Converter, frame_to_rgb
@@ -172,6 +173,19 @@ def test_turned_videos_keep_their_colours_too(tmp_path: Path) -> None:
     stored = tmp_path / "stored.mp4"
     stored.write_bytes(transcoded(turned))
     assert np.abs(shown_frames(stored, 96, 64).mean((0, 1, 2)) - [0x20, 0xC0, 0x40]).max() < 4
+
+
+@pytest.mark.parametrize("kind", ["R'G'B'", "turned", "JPEG"])
+def test_chroma_stays_where_it_is(tmp_path: Path, kind: str) -> None:
+    """Untagged, H.264 means the left edge of two pixels; in these it lies in their middle, half a pixel aside."""
+    waves = np.sin(np.add.outer(np.arange(64), np.arange(96)) * 2 * np.pi / 16)
+    Image.fromarray((128 + 90 * waves[..., None] * [1, -0.5, 0]).round().astype(np.uint8)).save(tmp_path / "a.png")
+    codecs = {"R'G'B'": "png", "turned": "libx264 -qp 0 -pix_fmt yuv444p", "JPEG": "mjpeg -q:v 1 -pix_fmt yuvj420p"}
+    flat, path = tmp_path / "flat.mov", tmp_path / "a.mov"
+    ffmpeg("-i", tmp_path / "a.png", "-c:v", *codecs[kind].split(), flat)
+    ffmpeg("-display_rotation", "90" if kind == "turned" else "0", "-i", flat, "-c", "copy", path)
+    difference = read_all(path).astype(float) - read_all(transcoded(path))
+    assert np.square(difference[:, 8:-8, 8:-8]).mean() < 30
 
 
 def test_a_matrix_that_cannot_be_read_is_named() -> None:
