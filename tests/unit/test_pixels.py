@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from regen_dist.pixels import to_float, to_frames, to_uint8, to_video, to_videos
-from tests.unit.house.test_contracts import ROOT, _sources
+from tests.unit.house.test_contracts import ROOT, _nodes, _sources
 
 MODULE = ROOT / "regen_dist" / "pixels.py"
 TRAINING = ROOT / "regen_dist" / "training"  # converts on its own until its parts are rebuilt
@@ -18,11 +18,7 @@ TRAINING = ROOT / "regen_dist" / "training"  # converts on its own until its par
 
 def _half_ranges(path: Path) -> list[int]:
     """Lines that name 127.5, by which alone uint8 becomes [-1, 1]."""
-    return [
-        node.lineno
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Constant) and node.value == 127.5
-    ]
+    return [node.lineno for node in _nodes(path) if isinstance(node, ast.Constant) and node.value == 127.5]
 
 
 def test_pixels_are_converted_in_one_module() -> None:

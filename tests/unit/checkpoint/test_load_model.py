@@ -13,7 +13,7 @@ from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.export import ExportOptions, export_model
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.t2v import saved_t2v
-from tests.unit.house.test_contracts import ROOT, _sources
+from tests.unit.house.test_contracts import ROOT, _nodes, _sources
 
 DOOR = ROOT / "regen_dist" / "checkpoint"
 
@@ -55,7 +55,7 @@ def test_nobody_else_asks_whether_a_folder_is_a_run_or_an_export() -> None:
         str(path.relative_to(ROOT))
         for path in _sources()
         if path.parent != DOOR and path not in allowed
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in _nodes(path)
         if isinstance(node, ast.Name) and node.id in ("is_export", "read_model", "checkpoint_weights")
         and isinstance(node.ctx, ast.Load)
     ]  # fmt: skip

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -22,14 +23,23 @@ NOT_INSTALLED = {"flash_attn", "apex"}  # optional kernels
 COMPANIONS = {"pydantic-core", "markupsafe", "typing-extensions"}  # parts of pydantic and of jinja2, by their own names
 
 
-def _sources() -> list[Path]:
-    return [path for folder in ("regen_dist", "launcher", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+@cache
+def _sources() -> tuple[Path, ...]:
+    return tuple(
+        path for folder in ("regen_dist", "launcher", "tools") for path in sorted((ROOT / folder).rglob("*.py"))
+    )
+
+
+@cache
+def _nodes(path: Path) -> tuple[ast.AST, ...]:
+    """The syntax tree of a file, its module first: parsed once for all tests of the house."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def _imported(path: Path) -> set[str]:
     """Top-level names that a file imports, inside functions too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -37,6 +47,7 @@ def _imported(path: Path) -> set[str]:
     return names
 
 
+@cache
 def _outside() -> set[str]:
     """Distributions that the library, the launcher and the programs import."""
     names = set().union(*map(_imported, _sources())) - OWN - NOT_INSTALLED - set(sys.stdlib_module_names)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 
 from regen_dist import errors
@@ -20,17 +21,26 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
-    local = [target for target in targets if not re.match(r"[a-z]+:", target)]
-    assert [target for target in local if not (page.parent / target).exists()] == []
+def found_on(pages: Iterable[Path], find: Callable[[Path, str], Iterable[object]]) -> dict[str, list[object]]:
+    """What `find` finds on each page, given its path and its text; pages without a finding are left out."""
+    found = {str(page.relative_to(ROOT)): list(find(page, page.read_text(encoding="utf-8"))) for page in pages}
+    return {page: each for page, each in found.items() if each}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_configs_that_are_named_exist(page: Path) -> None:
-    named = set(re.findall(r"configs/[\w/.-]+\.yaml", page.read_text()))
-    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+def test_links_lead_to_files() -> None:
+    def missing(page: Path, text: str) -> list[str]:
+        targets = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if not re.match(r"[a-z]+:", target)]
+        return [target for target in targets if not (page.parent / target).exists()]
+
+    assert found_on(PAGES, missing) == {}
+
+
+def test_configs_that_are_named_exist() -> None:
+    def missing(_: Path, text: str) -> list[str]:
+        named = set(re.findall(r"configs/[\w/.-]+\.yaml", text))
+        return [name for name in sorted(named) if not (ROOT / name).is_file()]
+
+    assert found_on(PAGES, missing) == {}
 
 
 def test_every_dependency_is_explained() -> None:
@@ -54,7 +64,8 @@ def test_sizes_of_dependencies_are_those_installed() -> None:
             files = distribution(name).files or ()
         except PackageNotFoundError:
             continue  # GPU packages are nowhere, those of the site may be missing
-        sizes = [Path(str(file.locate())).lstat().st_size for file in files if Path(str(file.locate())).exists()]
+        paths = [str(file.locate()) for file in files]
+        sizes = [os.lstat(path).st_size for path in paths if os.path.exists(path)]
         found = sum(sizes) / 1e6
         if not found / 2 - 0.5 < float(megabytes) < found * 2 + 0.5:
             wrong[name] = (megabytes, round(found, 1))
@@ -85,10 +96,9 @@ def test_every_config_begins_with_the_command_that_runs_it() -> None:
     assert [str(path) for path, header in headers.items() if not header or "regen " not in header.group()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_checkout_is_installed_editable(page: Path) -> None:
+def test_the_checkout_is_installed_editable() -> None:
     """`setup.py` refuses anything else."""
-    assert re.findall(r"pip install '?\..*", page.read_text()) == []
+    assert found_on(PAGES, lambda _, text: re.findall(r"pip install '?\..*", text)) == {}
 
 
 def test_the_demos_run_is_named_where_it_lies() -> None:
@@ -100,16 +110,18 @@ def test_the_demos_run_is_named_where_it_lies() -> None:
     assert named == {run, "runs/demo-model"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_that_are_named_exist(page: Path) -> None:
+def test_tests_that_are_named_exist() -> None:
     """`tests/a/test_b.py::test_c` as it stands, and `…::test_d` for another test of the file named before."""
-    file, missing = "", []
-    for found in re.finditer(r"`(?:(tests/[\w/]+\.py)|…)(?:::(\w+))?`", page.read_text()):
-        file = found[1] or file
-        source = (ROOT / file).read_text() if (ROOT / file).is_file() else ""
-        if not source or (found[2] and f"def {found[2]}(" not in source):
-            missing.append(found[0])
-    assert missing == []
+
+    def missing(_: Path, text: str) -> Iterator[str]:
+        file = ""
+        for found in re.finditer(r"`(?:(tests/[\w/]+\.py)|…)(?:::(\w+))?`", text):
+            file = found[1] or file
+            source = (ROOT / file).read_text() if (ROOT / file).is_file() else ""
+            if not source or (found[2] and f"def {found[2]}(" not in source):
+                yield found[0]
+
+    assert found_on(PAGES, missing) == {}
 
 
 def test_the_snippet_of_the_docs_is_the_model_cards() -> None:

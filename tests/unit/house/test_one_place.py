@@ -6,26 +6,26 @@ import ast
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from regen_dist.jsontext import json_text
-from tests.unit.house.test_contracts import ROOT, _sources
+from tests.unit.house.test_contracts import ROOT, _nodes, _sources
 
 JSON_WRITER = ROOT / "regen_dist" / "jsontext.py"
 
 
 def _writes_json(path: Path) -> list[int]:
     """Lines that write JSON by the standard library, under whatever name, without `allow_nan=False`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    modules = {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+    modules = {alias.asname or alias.name for node in _nodes(path) if isinstance(node, ast.Import)
                for alias in node.names if alias.name == "json"}  # fmt: skip
-    functions = {alias.asname or alias.name for node in ast.walk(tree)
+    functions = {alias.asname or alias.name for node in _nodes(path)
                  if isinstance(node, ast.ImportFrom) and node.module == "json"
                  for alias in node.names if alias.name in ("dump", "dumps", "JSONEncoder")}  # fmt: skip
     lines = []
-    for node in ast.walk(tree):
+    for node in _nodes(path):
         if not isinstance(node, ast.Attribute | ast.Name):
             continue
         by_module = (
@@ -69,10 +69,10 @@ TABLE_WRITER = ROOT / "regen_dist" / "tables.py"
 PAGES = [ROOT / "regen_dist" / "config" / "project.py"]  # a whole page of a new project, with the table in it
 
 
-def _lays_out(source: str) -> list[int]:
+def _lays_out(nodes: Iterable[ast.AST]) -> list[int]:
     """Lines that import rich's table, or join the cells or write the rule of a Markdown table."""
     lines = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module == "rich.table":
             lines.append(node.lineno)
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -83,11 +83,11 @@ def _lays_out(source: str) -> list[int]:
 
 
 def test_tables_are_laid_out_in_one_module() -> None:
-    assert _lays_out('x = " | ".join(cells)')
-    assert _lays_out('rule = "| --- | ---: |"')
-    assert _lays_out(TABLE_WRITER.read_text(encoding="utf-8")), "the check finds what it looks for"
+    for source in ('x = " | ".join(cells)', 'rule = "| --- | ---: |"'):
+        assert _lays_out(ast.walk(ast.parse(source)))
+    assert _lays_out(_nodes(TABLE_WRITER)), "the check finds what it looks for"
     files = [path for path in _sources() if path not in (TABLE_WRITER, *PAGES)]
-    found = {str(path.relative_to(ROOT)): lines for path in files if (lines := _lays_out(path.read_text("utf-8")))}
+    found = {str(path.relative_to(ROOT)): lines for path in files if (lines := _lays_out(_nodes(path)))}
     assert found == {}, "use regen_dist.tables.Table"
 
 
@@ -98,7 +98,7 @@ def test_fonts_are_loaded_in_one_place() -> None:
     found = [
         str(path.relative_to(ROOT))
         for path in _sources()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in _nodes(path)
         if isinstance(node, ast.Attribute) and node.attr == "truetype"
     ]
     assert found == ["regen_dist/data/inspect/contact.py"]

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import get_args
 
 import click
-import pytest
 import typer
 
 from regen_dist.config import EmbedderConfig, T2VConfig
 from regen_dist.config.run import Section
-from tests.unit.house.test_contracts import ROOT
-from tests.unit.house.test_docs import PAGES
+from tests.unit.house.test_contracts import ROOT, _nodes, _sources
+from tests.unit.house.test_docs import PAGES, found_on
 from tools.cli import app
 
 LONGEST_LINE = 299
@@ -24,20 +23,21 @@ TABLE = (ROOT / "docs" / "where-to-change.md").read_text(encoding="utf-8")
 CHANGES = re.findall(r"^\| (?!change|what|---)([^|]+) \|", TABLE.split("\n## ")[0], re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_no_line_is_long(page: Path) -> None:
+CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_no_line_is_long() -> None:
     """Code blocks aside: a batch script is shown as it is written."""
-    text = re.sub(
-        r"^```.*?^```$", lambda block: "\n" * block.group().count("\n"), page.read_text("utf-8"), flags=re.M | re.S
-    )
-    assert [number for number, line in enumerate(text.splitlines(), 1) if len(line) > LONGEST_LINE] == []
+
+    def long(_: Path, text: str) -> list[int]:
+        text = CODE_BLOCK.sub(lambda block: "\n" * block.group().count("\n"), text)
+        return [number for number, line in enumerate(text.splitlines(), 1) if len(line) > LONGEST_LINE]
+
+    assert found_on(PAGES, long) == {}
 
 
 def test_no_page_has_a_merge_left_in_it() -> None:
-    found = [
-        page.name for page in PAGES if re.search(r"^(<{7}|>{7}|={7}$)", page.read_text(encoding="utf-8"), re.MULTILINE)
-    ]
-    assert found == []
+    assert found_on(PAGES, lambda _, text: re.findall(r"^(<{7}|>{7}|={7}$)", text, re.MULTILINE)) == {}
 
 
 def _names(source: str) -> set[str]:
@@ -77,11 +77,14 @@ def test_what_is_to_change_is_there() -> None:
     assert _wrong_names(TABLE) == []
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
-def test_files_that_are_named_exist(page: Path) -> None:
+def test_files_that_are_named_exist() -> None:
     """Also by the library's own short form, as in `models/attention.py`."""
-    named = re.findall(r"`((?:\w+/)+\w+\.py)(?:`|:)", page.read_text(encoding="utf-8"))
-    assert [file for file in named if not ((ROOT / file).exists() or (ROOT / "regen_dist" / file).exists())] == []
+
+    def missing(_: Path, text: str) -> list[str]:
+        named = re.findall(r"`((?:\w+/)+\w+\.py)(?:`|:)", text)
+        return [file for file in named if not ((ROOT / file).exists() or (ROOT / "regen_dist" / file).exists())]
+
+    assert found_on(GUIDES, missing) == {}
 
 
 def test_the_glossary_has_each_term_once() -> None:
@@ -121,8 +124,7 @@ def test_each_guarantee_has_a_test() -> None:
 
 def test_guarantees_stand_on_one_page() -> None:
     """No other page has a table of them."""
-    found = [page.name for page in PAGES if re.search(r"^\| guarantee", page.read_text(encoding="utf-8"), re.MULTILINE)]
-    assert found == []
+    assert found_on(PAGES, lambda _, text: re.findall(r"^\| guarantee", text, re.MULTILINE)) == {}
 
 
 PRIVATE = re.compile(
@@ -137,23 +139,23 @@ def _prose(text: str) -> str:
     return re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", " ", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
-def test_a_page_uses_standard_words(page: Path) -> None:
+def test_a_page_uses_standard_words() -> None:
     """STYLE: report, fix, forever, replacement sample, inspect, roll back, unchanged, record, instead of."""
     assert PRIVATE.search("It is told once")
     assert not PRIVATE.search(_prose("`for ever` for every"))
-    prose = " ".join(_prose(page.read_text(encoding="utf-8")).split())
-    assert [found.group() for found in PRIVATE.finditer(prose)] == []
+
+    def private(_: Path, text: str) -> list[str]:
+        return [found.group() for found in PRIVATE.finditer(" ".join(_prose(text).split()))]
+
+    assert found_on(GUIDES, private) == {}
 
 
 LIST_WITHOUT_A_GAP = re.compile(r"^(?![-*|#>` ]|\d+\.)[^\n]+\n[-*] ", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_list_begins_after_an_empty_line(page: Path) -> None:
+def test_a_list_begins_after_an_empty_line() -> None:
     """Or the site shows it as one paragraph (GitHub does not)."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    assert [found.group()[:60] for found in LIST_WITHOUT_A_GAP.finditer(text)] == []
+    assert found_on(PAGES, lambda _, text: LIST_WITHOUT_A_GAP.findall(CODE_BLOCK.sub("", text))) == {}
 
 
 def _sections(annotation: object) -> Iterator[type[Section]]:
@@ -174,14 +176,17 @@ GROUPS = "|".join(sorted({name for run in RUNS for name, field in run.model_fiel
                           if list(_sections(field.annotation))}))  # fmt: skip
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
-def test_keys_of_the_config_that_are_named_exist(page: Path) -> None:
+def test_keys_of_the_config_that_are_named_exist() -> None:
     assert _is_a_key(["model", "decoder", "attention", "backend"], RUNS)
     assert not _is_a_key(["model", "nothing"], RUNS)
-    text = re.sub(r"```python.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    named = set(re.findall(rf"(?<![\w./\"])((?:{GROUPS})(?:\.[a-z_0-9]+)+)(?![\w(/])", text))
-    files = {name for name in named if name.rpartition(".")[2] in ("py", "md", "json", "yaml", "safetensors")}
-    assert [name for name in sorted(named - files) if not _is_a_key(name.split("."), RUNS)] == []
+
+    def wrong(_: Path, text: str) -> list[str]:
+        text = re.sub(r"```python.*?```", "", text, flags=re.DOTALL)
+        named = set(re.findall(rf"(?<![\w./\"])((?:{GROUPS})(?:\.[a-z_0-9]+)+)(?![\w(/])", text))
+        files = {name for name in named if name.rpartition(".")[2] in ("py", "md", "json", "yaml", "safetensors")}
+        return [name for name in sorted(named - files) if not _is_a_key(name.split("."), RUNS)]
+
+    assert found_on(GUIDES, wrong) == {}
 
 
 def _messages(text: str) -> list[str]:
@@ -192,8 +197,7 @@ def _messages(text: str) -> list[str]:
 
 def _constant_texts() -> str:
     """All strings in the code, an f-string's fixed parts with a gap between them."""
-    nodes = (node for path in (*(ROOT / "launcher").rglob("*.py"), *(ROOT / "regen_dist").rglob("*.py"))
-             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))  # fmt: skip
+    nodes = (node for path in _sources() if not path.is_relative_to(ROOT / "tools") for node in _nodes(path))
     return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
@@ -221,27 +225,31 @@ def _is_a_module(name: str) -> bool:
     return file.is_file() and path.name in re.findall(r"\w+", file.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
-def test_modules_and_folders_that_are_named_exist(page: Path) -> None:
-    text, ours = page.read_text(encoding="utf-8"), "regen_dist|launcher|tools"
-    modules = set(re.findall(rf"\b((?:{ours})(?:\.\w+)+)", text))
-    for module, names in re.findall(rf"from ((?:{ours})(?:\.\w+)+) import ([\w, ]+)", text):
-        modules |= {f"{module}.{name.strip()}" for name in names.split(",")}
-    assert [name for name in sorted(modules) if not _is_a_module(name)] == []
-    folders = set(re.findall(rf"`((?:{ours}|configs|tests|docs)/[\w/.-]+)`", text))
-    assert [name for name in sorted(folders) if not (ROOT / name).exists()] == []
+def test_modules_and_folders_that_are_named_exist() -> None:
+    ours = "regen_dist|launcher|tools"
+
+    def missing(_: Path, text: str) -> list[str]:
+        modules = set(re.findall(rf"\b((?:{ours})(?:\.\w+)+)", text))
+        for module, names in re.findall(rf"from ((?:{ours})(?:\.\w+)+) import ([\w, ]+)", text):
+            modules |= {f"{module}.{name.strip()}" for name in names.split(",")}
+        folders = set(re.findall(rf"`((?:{ours}|configs|tests|docs)/[\w/.-]+)`", text))
+        return [name for name in sorted(modules) if not _is_a_module(name)] + [
+            name for name in sorted(folders) if not (ROOT / name).exists()
+        ]
+
+    assert found_on(GUIDES, missing) == {}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_that_are_named_exist(page: Path) -> None:
-    if page.name == "CHANGELOG.md":
-        pytest.skip("it names commands of earlier versions, too")
+def test_commands_that_are_named_exist() -> None:
+    """The changelog aside, which names commands of earlier versions, too."""
     cli = typer.main.get_command(app)
-    named = re.findall(
-        r"(?:^|`|# |\$ )regen ([a-z][a-z-]*)(?: ([a-z][a-z-]*)(?![\w./=-]))?", page.read_text(), re.MULTILINE
-    )
-    for first, second in named:
-        command = cli.get_command(click.Context(cli), first)
-        assert command is not None, first
-        if second and isinstance(command, click.Group):
-            assert command.get_command(click.Context(command), second) is not None, f"{first} {second}"
+
+    def unknown(_: Path, text: str) -> Iterator[str]:
+        named = r"(?:^|`|# |\$ )regen ([a-z][a-z-]*)(?: ([a-z][a-z-]*)(?![\w./=-]))?"
+        for first, second in re.findall(named, text, re.MULTILINE):
+            command = cli.get_command(click.Context(cli), first)
+            is_group = second and isinstance(command, click.Group)
+            if command is None or (is_group and command.get_command(click.Context(command), second) is None):
+                yield f"{first} {second}"
+
+    assert found_on([page for page in PAGES if page.name != "CHANGELOG.md"], unknown) == {}

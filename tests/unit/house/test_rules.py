@@ -10,15 +10,14 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
-from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from tests.unit.house.test_contracts import ROOT, _sources
+from tests.unit.house.test_contracts import ROOT, _nodes, _sources
 
 FEWEST_LINES, MOST_LINES, MOST_FUNCTION_LINES, MOST_MODULES_OF_A_NAME = 100, 500, 60, 2
 SHORT = """
@@ -56,11 +55,6 @@ def _named(path: Path) -> str:
 def _modules() -> list[Path]:
     """Files with code of their own: a package's `__init__.py` only gathers names."""
     return [path for path in _sources() if path.name not in ("__init__.py", "__main__.py")]
-
-
-@cache
-def _nodes(path: Path) -> tuple[ast.AST, ...]:
-    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def _lines(path: Path) -> int:
@@ -127,10 +121,10 @@ def test_a_name_is_a_standard_word() -> None:
     assert found == FIELDS_ON_DISK
 
 
-def _small_helpers(source: str) -> list[str]:
+def _small_helpers(source: str, nodes: Iterable[ast.AST]) -> list[str]:
     """Private functions of at most four lines that are named once beside their definition."""
     found, words = [], Counter(re.findall(r"\w+", source))
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if not isinstance(node, ast.FunctionDef) or not re.match(r"_[^_]", node.name):
             continue
         body = node.body[1:] if ast.get_docstring(node) else node.body
@@ -142,8 +136,10 @@ def _small_helpers(source: str) -> list[str]:
 
 def test_a_small_helper_has_two_callers() -> None:
     """Or a reason to be named: the bound leaves room for those, and no more than there are."""
-    assert _small_helpers("def _a():\n    return 1\ndef _b():\n    return _a() + _c() + _c()\ndef _c(): ...") == ["_a"]
-    found = [f"{_named(path)}:{name}" for path in _sources() for name in _small_helpers(path.read_text("utf-8"))]
+    source = "def _a():\n    return 1\ndef _b():\n    return _a() + _c() + _c()\ndef _c(): ..."
+    assert _small_helpers(source, ast.walk(ast.parse(source))) == ["_a"]
+    found = [f"{_named(path)}:{name}" for path in _sources()
+             for name in _small_helpers(path.read_text("utf-8"), _nodes(path))]  # fmt: skip
     assert len(found) <= MOST_SMALL_HELPERS, f"{len(found)}: {_summary(found)}"
 
 
