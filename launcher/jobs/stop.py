@@ -69,7 +69,7 @@ class StopRequest:
                 self._active = [each for each in self._active if each not in waiting]
 
     def _request(self, active: Sequence[Member]) -> None:
-        for member in active:  # repeated: a starting rank deletes the file, which it takes for an old request
+        for member in active:  # repeated: code that was submitted earlier deletes the file as a training starts
             member.task.folder.mkdir(parents=True, exist_ok=True)
             member.task.stop_file.touch()
         for job, members in _by_job(active):
