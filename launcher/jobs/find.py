@@ -191,7 +191,7 @@ def shown_name(folder: Path, root: Path) -> str:
 # Scheduler states: one query to Slurm for all jobs, and a lock check for jobs of this machine.
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-WORKING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
+SUSPENDED = ("SUSPENDED", "STOPPED")
 
 
 class QueueState(NamedTuple):
@@ -206,7 +206,7 @@ class QueueState(NamedTuple):
 
     @property
     def works(self) -> bool:
-        return self.state in WORKING
+        return self.state not in ("", *WAITING, *slurm.ENDED)
 
 
 class Queue:
@@ -302,7 +302,8 @@ def derive_state(history: Sequence[Attempt], queue_state: QueueState | None, *, 
     if queue_state.works:
         if end:
             return _state_of_waiting(history, end, "")
-        return _state_of_running(history, stop=stop)
+        running = _state_of_running(history, stop=stop)
+        return running._replace(note="suspended by Slurm") if queue_state.state in SUSPENDED else running
     if end and time.time() - end.time < _MOMENT_S and queue_state.state in ("", "COMPLETED") and not stop:
         return _state_of_waiting(history, end, "")
     return _state_of_gone(history, end, queue_state.state, stop=stop, complete=complete)
