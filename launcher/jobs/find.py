@@ -117,6 +117,11 @@ def _gather(jobs: Iterable[Submission]) -> list[SubmittedRun]:
     return sorted(runs, key=lambda run: max(member.job.submitted for member in run.members))
 
 
+def current_members(folder: Path) -> list[Member]:
+    """Return every task that was submitted in a folder, by its newest submission there."""
+    return [member for run in _gather(_jobs(folder, [])) for member in run.members]
+
+
 def choose_job(name: str, root: Path) -> list[Member]:
     """Return the tasks of a run folder, given as a path or a name under `root`: a run, an array, a pipeline, or one
     task of an array.
