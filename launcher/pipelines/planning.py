@@ -18,6 +18,8 @@ from regen_dist.config import load_config
 from regen_dist.config.yaml_files import shown_value
 from regen_dist.errors import ConfigError
 
+_NAMED = 3  # tasks that a message names
+
 
 @dataclass(frozen=True)
 class PlannedStep:
@@ -128,7 +130,15 @@ def _conflict_text(job: Submission, request: SubmissionRequest, before: Mapping[
         return f"{what}, while {_joined(again)} before it must run again; {first}"
     if failed := [task.name for task in job.tasks if _has_failed(job, task)]:
         return f"{what}, but {_joined(failed)} failed, so that what follows would be cancelled; {first}"
+    if left := [task.name for task in request.tasks if not request.configs and not _is_left_to(job, task)]:
+        return f"{what}, without {_joined(left[:_NAMED])}, which must end well before what follows; {first}"
     return ""
+
+
+def _is_left_to(job: Submission, task: JobTask) -> bool:
+    """Return whether a task belongs to a job, which may be a part of an array that was resumed, or is complete."""
+    own = any(each.folder == task.folder for each in job.tasks)
+    return own or is_complete(read_history(task.launch), step=None, steps=None)
 
 
 def _has_failed(job: Submission, task: JobTask) -> bool:
