@@ -19,10 +19,10 @@ from typing import Any, Literal
 import yaml
 
 from launcher import local_executor, slurm
-from launcher.attempts import HISTORY_FILE, archive, archive_history, read_history, submission_time
+from launcher.attempts import HISTORY_FILE, archive, archive_history, attempts_since, read_history, submission_time
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, LAUNCH, JobTask, Submission, TaskProgress, new_folder, write_job
-from launcher.retry import attempts_since, is_complete, newest_step
+from launcher.retry import is_complete, newest_step
 from launcher.script import slurm_executor, slurm_tasks
 from regen_dist.config import AnyRunConfig, config_hash, load_config, to_yaml
 from regen_dist.config.files import write_text_atomically

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from launcher import local_executor, slurm
-from launcher.attempts import Attempt, End, read_history
+from launcher.attempts import Attempt, End, attempts_since, read_history
 from launcher.job import JOB_FILE, LAUNCH, JobTask, Submission, read_job
-from launcher.retry import attempts_since
 from regen_dist.errors import BackendError, ConfigError, RegenError
 
 TASKS = "tasks"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from launcher.attempts import read_history
+from launcher.attempts import attempts_since, read_history
 from launcher.cluster import load_cluster
 from launcher.job import JobTask, Submission, newest_job
 from launcher.pipelines.schema import Pipeline, PipelineStep, missing_outputs, with_inputs
-from launcher.retry import attempts_since, is_complete, newest_step
+from launcher.retry import is_complete, newest_step
 from launcher.submit import SubmissionRequest, command_request, is_alive, train_request
 from regen_dist.config import load_config
 from regen_dist.config.yaml_files import shown_value
@@ -130,15 +130,11 @@ def _conflict_text(job: Submission, request: SubmissionRequest, before: Mapping[
         return f"{what}, while {_joined(again)} before it must run again; {first}"
     if failed := [task.name for task in job.tasks if _has_failed(job, task)]:
         return f"{what}, but {_joined(failed)} failed, so that what follows would be cancelled; {first}"
-    if left := [task.name for task in request.tasks if not request.configs and not _is_left_to(job, task)]:
+    own = {task.folder for task in job.tasks}  # it may be a part of an array that was resumed
+    others = [] if request.configs else [task for task in request.tasks if task.folder not in own]
+    if left := [each.name for each in others if not is_complete(read_history(each.launch), step=None, steps=None)]:
         return f"{what}, without {_joined(left[:_NAMED])}, which must end well before what follows; {first}"
     return ""
-
-
-def _is_left_to(job: Submission, task: JobTask) -> bool:
-    """Return whether a task belongs to a job, which may be a part of an array that was resumed, or is complete."""
-    own = any(each.folder == task.folder for each in job.tasks)
-    return own or is_complete(read_history(task.launch), step=None, steps=None)
 
 
 def _has_failed(job: Submission, task: JobTask) -> bool:
