@@ -125,6 +125,11 @@ def read_history(launch: Path) -> list[Attempt]:
     return attempts
 
 
+def attempts_since(history: Sequence[Attempt], since: float) -> Sequence[Attempt]:
+    """Return the attempts that began after a submission (seconds since the epoch)."""
+    return [each for each in history if each.start.time >= since]
+
+
 def _parse(line: str) -> Start | End | None:
     try:
         values = json.loads(line)

@@ -28,6 +28,7 @@ from launcher.attempts import (
     RankExit,
     Start,
     Why,
+    attempts_since,
     hung_hosts,
     now,
     prune_rank_exits,
@@ -216,11 +217,6 @@ def decide_start(
             False, "a stop was requested (file STOP in its folder); `regen jobs resume` continues", EXIT_RESUME
         )
     return _within_limits(attempts_since(history, since), step, retry)
-
-
-def attempts_since(history: Sequence[Attempt], since: float) -> Sequence[Attempt]:
-    """Return the attempts that began after a submission (seconds since the epoch)."""
-    return [each for each in history if each.start.time >= since]
 
 
 def is_complete(history: Sequence[Attempt], *, step: int | None, steps: int | None) -> bool:
@@ -476,8 +472,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _requeue(job: Submission, task: JobTask, scheduler: SlurmScheduler) -> int:
     """Requeue this job, then exclude the nodes on which it failed: Slurm accepts that for pending jobs only."""
-    bad = bad_nodes(read_history(task.launch), job.cluster.retry)
-    left_out = scheduler.excludable(job, bad)
+    left_out = scheduler.excludable(job, bad := bad_nodes(read_history(task.launch), job.cluster.retry))
     if bad and not left_out:
         log_line(f"{', '.join(bad)} failed too often, but Slurm could not start the job without: not excluded")
     try:

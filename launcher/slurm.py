@@ -21,6 +21,11 @@ from regen_dist.programs import with_safe_path
 _TIMEOUT_S = 60.0
 _GONE = ("DOWN", "DRAIN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN", "REBOOT")  # states of a node that lost its jobs
 _FINISHING = ("DRAINING", "FAILING")  # it takes no new jobs, but runs those that it has
+# States of jobs that have ended; jobs in any other, also one that later versions add, are in the queue or run.
+ENDED = (
+    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
+    "LAUNCH_FAILED", "RECONFIG_FAIL", "REVOKED",
+)  # fmt: skip
 _UNKNOWN_JOB = "Invalid job id"
 _PENDING = "Job is pending execution"
 # Messages of a controller that restarts, hands over to its backup, or is busy.

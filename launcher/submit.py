@@ -19,10 +19,10 @@ from typing import Any, Literal
 import yaml
 
 from launcher import local_executor, slurm
-from launcher.attempts import HISTORY_FILE, archive, archive_history, read_history, submission_time
+from launcher.attempts import HISTORY_FILE, archive, archive_history, attempts_since, read_history, submission_time
 from launcher.cluster import ClusterConfig
 from launcher.job import ID_FILE, LAUNCH, JobTask, Submission, TaskProgress, new_folder, write_job
-from launcher.retry import attempts_since, is_complete, newest_step
+from launcher.retry import is_complete, newest_step
 from launcher.script import slurm_executor, slurm_tasks
 from regen_dist.config import AnyRunConfig, config_hash, load_config, to_yaml
 from regen_dist.config.files import write_text_atomically
@@ -372,10 +372,6 @@ def sweep_request(
 # Waiting for a job.
 
 _LOCAL_POLL_S, _SLURM_POLL_S = 0.3, 5.0
-_ENDED = (
-    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
-    "LAUNCH_FAILED", "RECONFIG_FAIL", "REVOKED",
-)  # fmt: skip
 
 
 def wait_for(job: Submission) -> int:
@@ -394,7 +390,7 @@ def is_alive(job: Submission) -> bool:
         return local_executor.is_running_locally(job)
     known = slurm.queue([job.id() or ""])
     # A requeued job is COMPLETED for a moment.
-    return any(state not in _ENDED for state, _ in known.values()) or any(
+    return any(state not in slurm.ENDED for state, _ in known.values()) or any(
         _will_be_requeued(job, task) for task in job.tasks if known
     )
 

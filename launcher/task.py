@@ -23,7 +23,7 @@ from regen_dist.config.files import write_text_atomically
 from regen_dist.distributed.environment import SLURM, RankInfo, meeting_port, rank_variables, read_variables
 from regen_dist.errors import EXIT_OK, EXIT_RESUME
 from regen_dist.observe.terminal import shield_streams
-from regen_dist.programs import GPUS_PER_NODE, regen
+from regen_dist.programs import GPUS_PER_NODE, STOP_CHECKED, regen
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -151,9 +151,12 @@ def _run_here(job: Submission, task: JobTask) -> JobExit:
 
 def child_environment(job: Submission) -> dict[str, str]:
     """Return the environment of a command: the code snapshot precedes installed code and the current folder, and the
-    requested number of GPUs keeps it from silently computing on CPU."""
+    requested number of GPUs keeps it from silently computing on CPU. A training obeys a file STOP that comes while it
+    starts: an earlier one would have kept it from starting."""
     code = os.pathsep.join([str(job.code), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"PYTHONPATH": code, GPUS_PER_NODE: str(job.cluster.gpus_per_node)}
+    if job.distributed:
+        own[STOP_CHECKED] = "1"
     return program_environment({**os.environ, **own})
 
 

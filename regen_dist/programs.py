@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 SAFE_PATH = "PYTHONSAFEPATH"
 REGEN = "tools.cli"  # the module behind the command `regen`: named here alone
+STOP_CHECKED = "REGEN_STOP_CHECKED"  # set by our launcher, which starts no training whose folder has a file STOP
 GPUS_PER_NODE = "REGEN_GPUS_PER_NODE"  # set by our launcher: the number of GPUs that it requested on each node
 
 

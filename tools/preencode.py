@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from regen_dist.errors import DataError
-from regen_dist.seeds import SEED_END
 from tools.shards.progress import parse_task, progress_bar, stopping_cleanly
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def preencode(
     verify: Annotated[
         int, typer.Option(min=0, help="Re-encode this many entries of a finished cache and compare them.")
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, max=SEED_END - 1, help="Seed of the choice of entries for --verify.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the choice of entries for --verify.")] = 0,
 ) -> None:
     """Encode videos clip by clip and embed their captions. The same command finishes an interrupted cache.
 

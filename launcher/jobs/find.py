@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from launcher import local_executor, slurm
-from launcher.attempts import Attempt, End, read_history
+from launcher.attempts import Attempt, End, attempts_since, read_history
 from launcher.job import JOB_FILE, LAUNCH, JobTask, Submission, read_job
-from launcher.retry import attempts_since
 from regen_dist.errors import BackendError, ConfigError, RegenError
 
 TASKS = "tasks"
@@ -117,6 +116,11 @@ def _gather(jobs: Iterable[Submission]) -> list[SubmittedRun]:
     return sorted(runs, key=lambda run: max(member.job.submitted for member in run.members))
 
 
+def current_members(folder: Path) -> list[Member]:
+    """Return every task that was submitted in a folder, by its newest submission there."""
+    return [member for run in _gather(_jobs(folder, [])) for member in run.members]
+
+
 def choose_job(name: str, root: Path) -> list[Member]:
     """Return the tasks of a run folder, given as a path or a name under `root`: a run, an array, a pipeline, or one
     task of an array.
@@ -194,7 +198,7 @@ def shown_name(folder: Path, root: Path) -> str:
 # Scheduler states: one query to Slurm for all jobs, and a lock check for jobs of this machine.
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-WORKING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
+SUSPENDED = ("SUSPENDED", "STOPPED")
 
 
 class QueueState(NamedTuple):
@@ -209,7 +213,7 @@ class QueueState(NamedTuple):
 
     @property
     def works(self) -> bool:
-        return self.state in WORKING
+        return self.state not in ("", *WAITING, *slurm.ENDED)
 
 
 class Queue:
@@ -305,7 +309,8 @@ def derive_state(history: Sequence[Attempt], queue_state: QueueState | None, *, 
     if queue_state.works:
         if end:
             return _state_of_waiting(history, end, "")
-        return _state_of_running(history, stop=stop)
+        running = _state_of_running(history, stop=stop)
+        return running._replace(note="suspended by Slurm") if queue_state.state in SUSPENDED else running
     if end and time.time() - end.time < _MOMENT_S and queue_state.state in ("", "COMPLETED") and not stop:
         return _state_of_waiting(history, end, "")
     return _state_of_gone(history, end, queue_state.state, stop=stop, complete=complete)

@@ -14,12 +14,12 @@ from contextlib import chdir
 from pathlib import Path
 
 from launcher import slurm
-from launcher.attempts import Attempt, End, now, read_history, submission_time, write_entry
+from launcher.attempts import Attempt, End, attempts_since, now, read_history, submission_time, write_entry
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.job import LAUNCH, JobTask, Submission
 from launcher.jobs.find import NEVER, JobState, Member, has_final_end, job_state, query_queue, shown_name
 from launcher.jobs.table import duration
-from launcher.retry import attempts_since, is_complete, newest_step
+from launcher.retry import is_complete, newest_step
 from launcher.submit import SubmissionRequest, claim_folder, submit_to_slurm, take_snapshot
 from regen_dist.config import load_config
 from regen_dist.config.files import load_section
@@ -69,7 +69,7 @@ class StopRequest:
                 self._active = [each for each in self._active if each not in waiting]
 
     def _request(self, active: Sequence[Member]) -> None:
-        for member in active:  # repeated: a starting rank deletes the file, which it takes for an old request
+        for member in active:  # repeated: code that was submitted earlier deletes the file as a training starts
             member.task.folder.mkdir(parents=True, exist_ok=True)
             member.task.stop_file.touch()
         for job, members in _by_job(active):

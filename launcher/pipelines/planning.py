@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from launcher.attempts import read_history
+from launcher.attempts import attempts_since, read_history
 from launcher.cluster import load_cluster
 from launcher.job import JobTask, Submission, newest_job
 from launcher.pipelines.schema import Pipeline, PipelineStep, missing_outputs, with_inputs
-from launcher.retry import attempts_since, is_complete, newest_step
+from launcher.retry import is_complete, newest_step
 from launcher.submit import SubmissionRequest, command_request, is_alive, train_request
 from regen_dist.config import load_config
 from regen_dist.config.yaml_files import shown_value
 from regen_dist.errors import ConfigError
+
+_NAMED = 3  # tasks that a message names
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,10 @@ def _conflict_text(job: Submission, request: SubmissionRequest, before: Mapping[
         return f"{what}, while {_joined(again)} before it must run again; {first}"
     if failed := [task.name for task in job.tasks if _has_failed(job, task)]:
         return f"{what}, but {_joined(failed)} failed, so that what follows would be cancelled; {first}"
+    own = {task.folder for task in job.tasks}  # it may be a part of an array that was resumed
+    others = [] if request.configs else [task for task in request.tasks if task.folder not in own]
+    if left := [each.name for each in others if not is_complete(read_history(each.launch), step=None, steps=None)]:
+        return f"{what}, without {_joined(left[:_NAMED])}, which must end well before what follows; {first}"
     return ""
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from launcher.attempts import read_history
 from launcher.cluster import ClusterConfig
 from launcher.job import JOB_FILE, LAUNCH, Submission, newest_job
+from launcher.jobs.find import Member, current_members, has_final_end
 from launcher.preflight.findings import (
     NoEstimate,
     PreflightFinding,
@@ -26,7 +27,7 @@ from launcher.preflight.findings import (
     shortened,
 )
 from launcher.preflight.storage import nearest
-from launcher.submit import is_alive
+from launcher.submit import SubmissionRequest, is_alive
 from regen_dist.checks.findings import Finding as Checked
 from regen_dist.config import AnyRunConfig, to_yaml
 from regen_dist.config.identity import clips_per_rank
@@ -39,28 +40,37 @@ from regen_dist.programs import regen
 
 
 def alive(subject: Subject) -> Iterator[PreflightFinding]:
-    """Check that no active job works in the same folders."""
+    """Check that no active job works in the same folders. Of an array those tasks count that are submitted here."""
     wanted = {task.folder for task in subject.request.tasks}
     for base in dict.fromkeys([subject.request.base, *sorted(wanted), *_sweeps(subject.request.base.parent)]):
         try:
-            job = newest_job(base)
-            shared = _shared(job, base, subject) if job else []
-            lives = job is not None and bool(shared) and is_alive(job)
+            newest_job(base)  # one that cannot be read may run
+            living = _living(base, subject)
         except RegenError as error:
             yield make_note(f"it could not be determined whether the newest job in {base} still runs: {error}")
             continue
-        if job is not None and lives:
-            which = "it" if len(wanted) == 1 else ", ".join(folder.name for folder in shared[:3])
+        for job, folders in living.values():
+            which = "it" if len(wanted) == 1 else ", ".join(folder.name for folder in folders[:3])
             yield problem(
                 f"job {job.id()} ({job.cluster_name}) runs or waits for {which} already, in {base}; wait for it, or "
                 f"end it first: `regen jobs stop {shlex.quote(str(base))}`"
             )
 
 
-def _shared(job: Submission, base: Path, subject: Subject) -> list[Path]:
-    """Return the folders of a job in which this job would also work."""
-    wanted = [task.folder for task in subject.request.tasks]
-    return [base] if base == subject.request.base else [task.folder for task in job.tasks if task.folder in wanted]
+def _living(base: Path, subject: Subject) -> dict[Path, tuple[Submission, list[Path]]]:
+    """Return the jobs of a folder that are active, with the folders of the tasks in whose way they are."""
+    found: dict[Path, tuple[Submission, list[Path]]] = {}
+    for member in current_members(base):
+        if _disturbs(member, subject.request) and not has_final_end(member):
+            found.setdefault(member.job.folder, (member.job, []))[1].append(member.task.folder)
+    return {folder: (job, folders) for folder, (job, folders) in found.items() if is_alive(job)}
+
+
+def _disturbs(member: Member, request: SubmissionRequest) -> bool:
+    """Return whether a task works in a folder of the request, or one of the two is no array, in one folder."""
+    wanted = {task.folder for task in request.tasks}
+    alone = request.base in (member.task.folder, *wanted)
+    return member.task.folder in wanted or (member.base == request.base and alone)
 
 
 def _sweeps(folder: Path) -> list[Path]:

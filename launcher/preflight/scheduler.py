@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from launcher import slurm
@@ -13,6 +14,7 @@ from regen_dist.config import AnyRunConfig
 from regen_dist.config.identity import clips_per_rank
 from regen_dist.errors import ConfigError
 
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]")
 _NO_SUCH_NODES = "node configuration is not available"  # also where the nodes are there, but down
 _WRONG_ARRAY = "Invalid job array specification"
 _NOTHING = ("UNLIMITED", "INFINITE", "N/A", "")
@@ -20,9 +22,14 @@ _NOTHING = ("UNLIMITED", "INFINITE", "N/A", "")
 
 def scheduler(subject: Subject) -> Iterator[PreflightFinding]:
     """Check the batch script with Slurm, and limits that Slurm would accept but never satisfy."""
+    request, cluster = subject.request, subject.request.cluster
+    if literal := [name for name, value in cluster.environment.items() if _VARIABLE.search(value)]:
+        yield make_note(
+            f"cluster key environment: {', '.join(literal)}: `$` is taken literally; what builds on a variable of "
+            "the node is a line of activate, `export NAME=…:$NAME`"
+        )
     if not subject.on_slurm:
         return
-    request, cluster = subject.request, subject.request.cluster
     script = batch_script(request.job(request.base / LAUNCH / "DATE", request.base / LAUNCH / "code" / "HASH"))
     if not slurm.is_available():
         yield problem("sbatch not found: submit where Slurm is installed, or with --cluster local")

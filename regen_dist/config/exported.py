@@ -11,12 +11,11 @@ from pydantic import Field, ValidationError
 
 from regen_dist.config.embedder import DiffusionConfig, EmbedderConfig, ModelConfig
 from regen_dist.config.files import Composed, describe_problem, problem_message
-from regen_dist.config.run import PositiveInt, Section
+from regen_dist.config.run import SEED_END, PositiveInt, Section
 from regen_dist.config.t2v import FlowConfig, T2VConfig, T2VModelConfig
 from regen_dist.config.version import fill_later_fields
 from regen_dist.config.yaml_files import display, read_yaml
 from regen_dist.errors import CheckpointError, ConfigError
-from regen_dist.seeds import SEED_END
 
 EXPORT_CONFIG_FILE = "config.yaml"
 

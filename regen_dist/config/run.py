@@ -8,11 +8,14 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from regen_dist.config.urls import checked_url, expand_home
-from regen_dist.seeds import SEED_END
+from regen_dist.errors import ConfigError
 
 SPATIAL_COMPRESSION = 8  # paper: one latent cell per 8x8 pixels
+SEED_END = 2**63  # seeds are keys of noise and orders, of 64 bits with a sign; a run and data take none below 0
 
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]  # AdamW moves every weight by about so much in a step
+
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -20,6 +23,12 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 SamplerName = Literal["euler", "heun", "dpmpp_2m"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HomePath = Annotated[str, AfterValidator(expand_home)]  # a path or URL whose `~` is expanded once, here
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError if a seed is out of the range."""
+    if not -SEED_END <= seed < SEED_END:
+        raise ConfigError(f"seed is {seed}; it must be in -2**63 to 2**63 - 1")
 
 
 class Section(BaseModel):

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from regen_dist.config.run import check_seed
 from regen_dist.errors import BackendError, ConfigError, DataError, needing_extra
 from regen_dist.evaluation.perceptual import SSIM_WINDOW, frame_planes, ssim_terms
 from regen_dist.inference.frames import ROUNDING_S, Frame, Seconds, VideoWriter
@@ -33,7 +34,6 @@ from regen_dist.inference.long_video import (
     make_plan,
     output_positions,
 )
-from regen_dist.seeds import check_seed
 
 PEAK = 255.0
 PSNR_CEILING = 100.0  # dB, the value for equal frames, so that means stay finite

@@ -17,12 +17,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from regen_dist.config.files import load_section
-from regen_dist.config.run import PositiveInt, Section
+from regen_dist.config.run import SEED_END, PositiveInt, Section
 from regen_dist.data.build.sources import VIDEO_SUFFIXES as BUILT_SUFFIXES
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.frames import Frame, Seconds, SourceVideo
 from regen_dist.jsontext import json_text
-from regen_dist.seeds import SEED_END
 
 VIDEO_SUFFIXES = BUILT_SUFFIXES | {".y4m"}  # whatever `regen shards build` takes, and raw video
 VERSION = 1  # version of the measures: raising it changes every protocol hash

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.config.files import write_bytes_atomically, write_text_atomically
-from regen_dist.config.run import SPATIAL_COMPRESSION, SamplerName
+from regen_dist.config.run import SEED_END, SPATIAL_COMPRESSION, SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, TextConfig
 from regen_dist.config.version import code_version
 from regen_dist.data.pool import Progress
@@ -45,7 +45,6 @@ from regen_dist.models.t2v import FRAMES_PER_CLIP
 from regen_dist.models.text import TextEncoder
 from regen_dist.observe.hardware import describe_machine
 from regen_dist.pixels import to_frames
-from regen_dist.seeds import SEED_END
 
 # Settings of a generation, and the positions of its videos' frames.
 

@@ -74,6 +74,7 @@ class RunCheckpoints:
         self.on_saved: Callable[[Outcome], None] = lambda outcome: None
         self.newest: int | None = None
         self.rollbacks: list[int] = []
+        self._permit = permit
         self._rated: RunProgress | None = None  # step and figures of a validation after its save began
         self._hash = config_hash(config)
         self._version = code_version() if ranks.is_main else ""  # rank 0 writes the manifest
@@ -199,8 +200,9 @@ class RunCheckpoints:
         if self._rated is None or self._rated.step != self.newest or not self._ranks.is_main:
             return
         try:
+            self._permit()
             self.folder.update_manifest(self.folder.manifest(self.newest), metrics=self._rated.metrics)
-        except RegenError as error:
+        except (RegenError, OSError) as error:  # a full disk costs no training
             warn(f"the checkpoint of step {self.newest} has not got the figures of its validation: {error}")
 
     def point_before(self, step: int) -> str:

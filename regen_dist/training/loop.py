@@ -266,7 +266,9 @@ class Trainer(Stepper):
         self.checkpoints.rate(self.step, self.metrics)
 
     def _meet(self) -> None:
-        """Wait for the other ranks within a validation, and mark that it goes on: one that is long is no hang."""
+        """Wait for the other ranks within a validation, and mark that it goes on: one that is long is no hang. A rank
+        that hangs in it is behind those that wait."""
+        self._mark("meet")
         self.ranks.barrier()
         self._mark("validate")
 

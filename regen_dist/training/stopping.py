@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from regen_dist.distributed.ranks import Ranks
+from regen_dist.programs import STOP_CHECKED
 
 # The signals that ask a rank to stop, from its first moment to its last. Imports no torch.
 #
@@ -95,7 +96,7 @@ class Stopper:
 
     def __enter__(self) -> Stopper:
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        if self._ranks.is_main:
+        if self._ranks.is_main and STOP_CHECKED not in os.environ:  # else the file has come since then
             self._old = self._remove_old_stop_file()
         return self
 

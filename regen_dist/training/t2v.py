@@ -94,10 +94,7 @@ class TextToVideoTask:
     def read_validation(self, ranks: Ranks) -> None:
         _ = self._validation
         if self.config.generation.embedder is not None:
-            ranks.on_main(self._read_codec)
-
-    def _read_codec(self) -> None:
-        _ = self._codec
+            ranks.on_main(lambda: self._codec is not None)
 
     @torch.no_grad()
     def validate(self, engine: Engine, meet: Callable[[], None] = lambda: None) -> Validation:

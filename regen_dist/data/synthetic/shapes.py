@@ -23,10 +23,10 @@ import numpy.typing as npt
 
 from regen_dist.data.video.colour import Primaries, Transfer
 from regen_dist.data.video.conversion import BT709_MATRIX
+from regen_dist.config.run import SEED_END
 from regen_dist.data.video.reader import VideoInfo, VideoReader
 from regen_dist.data.video.transcode import StreamTags, encode_frames, prepare_encoder
 from regen_dist.errors import DataError
-from regen_dist.seeds import SEED_END
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame

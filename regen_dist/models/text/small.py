@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from regen_dist.config.run import check_seed
 from regen_dist.errors import CheckpointError, ConfigError, needing_extra
 from regen_dist.jsontext import json_text
 from regen_dist.models.text.files import (
@@ -27,7 +28,6 @@ from regen_dist.models.text.files import (
     atomic_folder,
     quiet_transformers,
 )
-from regen_dist.seeds import check_seed
 
 RECIPE_FILE = "recipe.json"
 _BIAS_STD = 0.5  # of the attention's biases by distance, beside scores of about 1

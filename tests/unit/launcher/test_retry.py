@@ -20,6 +20,7 @@ from launcher.attempts import (
     Start,
     Why,
     archive_history,
+    attempts_since,
     read_history,
     submission_time,
     write_entry,
@@ -27,7 +28,6 @@ from launcher.attempts import (
 from launcher.cluster import ClusterConfig, RetryConfig
 from launcher.job import JobTask, Submission, TaskProgress, new_folder, newest_job, read_job, write_job
 from launcher.retry import (
-    attempts_since,
     bad_nodes,
     begin,
     combined_exit_code,

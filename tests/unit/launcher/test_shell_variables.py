@@ -23,7 +23,7 @@ from launcher.supervise import launch
 from launcher.task import _rank_variables, child_environment
 from regen_dist.distributed.environment import RankInfo, read_rank_info, starts_ranks, without_ranks
 from regen_dist.errors import ConfigError
-from regen_dist.programs import GPUS_PER_NODE
+from regen_dist.programs import GPUS_PER_NODE, STOP_CHECKED
 from tools import stages, train
 from tools.bench.compression_runs import run_side_by_side
 
@@ -125,6 +125,7 @@ def test_a_job_is_told_how_many_gpus_it_asked_for(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv(GPUS_PER_NODE, "4")
     assert child_environment(_job(tmp_path, gpus_per_node=8))[GPUS_PER_NODE] == "8"
     assert child_environment(_job(tmp_path))[GPUS_PER_NODE] == "0"
+    assert STOP_CHECKED not in child_environment(_job(tmp_path)), "a command that trains has a folder of its own"
 
 
 def test_a_cluster_cannot_set_the_variables_of_ranks() -> None:

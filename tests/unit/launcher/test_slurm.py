@@ -210,6 +210,15 @@ def test_a_job_that_waits_for_nodes_that_are_down_is_not_refused(tmp_path: Path,
     assert problem.forbids
 
 
+def test_a_variable_within_a_variable_is_told(tmp_path: Path) -> None:
+    """The environment of a cluster file passes through no shell."""
+    values = {"PATH": "/opt/bin:$PATH", "PRICE": "5 $", "LD_LIBRARY_PATH": "/opt/lib:${LD_LIBRARY_PATH}"}
+    place = ClusterConfig(kind="local", environment=values)
+    (note,) = scheduler(Subject(command_request("job", tmp_path / "job", ["a"], place, "test")))
+    assert "environment: PATH, LD_LIBRARY_PATH: `$` is taken literally" in note.text
+    assert not note.forbids
+
+
 def test_an_array_that_is_too_large_names_the_limit(tmp_path: Path, programs: Programs) -> None:
     request = command_request("job", tmp_path / "job", ["a"], ClusterConfig(time_min=9), "test", tasks=1200)
     programs(

@@ -16,6 +16,7 @@ from regen_dist.config.run import TrainConfig
 from regen_dist.distributed.engine import StepResult
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import TrainingError
+from regen_dist.programs import STOP_CHECKED
 from regen_dist.training.guards import NonFiniteGuard
 from regen_dist.training.stopping import SIGNALS, SignalInbox, Stopper, process_age_s
 from tests.helpers.machine import make_read_only, small_disk
@@ -38,6 +39,15 @@ def test_the_first_reason_stays(tmp_path: Path) -> None:
             os.kill(os.getpid(), number)
         assert stopper.wanted()
         assert stopper.reason == "SIGUSR1"
+
+
+def test_a_stop_that_came_while_the_launcher_started_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher has looked for an earlier one."""
+    monkeypatch.setenv(STOP_CHECKED, "1")
+    (tmp_path / "STOP").touch()
+    with Stopper(tmp_path, Ranks()) as stopper:
+        assert stopper.wanted()
+        assert stopper.reason == "the file STOP"
 
 
 def test_a_signal_that_came_before_the_run_began(tmp_path: Path) -> None:

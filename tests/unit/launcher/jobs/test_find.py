@@ -33,6 +33,8 @@ GONE, CANCELLED, FAILED = QueueState(), QueueState("CANCELLED"), QueueState("FAI
         pytest.param([], QueueState("PENDING", "None"), JobState("pending"), id="waits, no reason yet"),
         pytest.param([], RUNNING, JobState("running", "it is starting"), id="before its first word"),
         pytest.param([start()], RUNNING, JobState("running"), id="runs"),
+        pytest.param([start()], QueueState("SUSPENDED"), JobState("running", "suspended by Slurm"), id="suspended"),
+        pytest.param([start()], QueueState("POWER_UP_NODE"), JobState("running"), id="a state that is not known"),
         pytest.param([over("preempted", again=True)], PENDING, JobState("requeued", "preempted; Priority"), id="again"),
         pytest.param([start()], PENDING, JobState("requeued", "it was cut off; Priority"), id="after a power cut"),
         pytest.param(

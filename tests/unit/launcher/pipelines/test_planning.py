@@ -244,6 +244,18 @@ def test_the_failure_of_an_earlier_submission_is_none_of_a_resumed_job(pipe: Pip
     assert pipe.plan()["shards"].problem == ""
 
 
+def test_a_resumed_part_of_a_step_does_not_stand_for_the_rest(pipe: Pipe) -> None:
+    """What follows would begin when this part has ended."""
+    request = pipe.plan()["shards"].request
+    pipe.submit(request, tasks=[0])
+    part = request.part(request.tasks[1:2])
+    pipe.submit(part, why=None)
+    pipe.alive = {"p.shards"}
+    assert "runs or waits, without p.shards[2], which must end well" in pipe.plan()["shards"].problem
+    ends(request.tasks[2], "done")
+    assert pipe.plan()["shards"].problem == ""
+
+
 def test_a_job_that_runs_while_what_is_before_it_must_run_again(pipe: Pipe) -> None:
     pipe.complete("shards")
     pipe.submit(pipe.plan()["embedder"].request, why=None)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,11 @@ from launcher.preflight import findings, runs, scheduler, storage
 from launcher.preflight import runs as timing
 from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
 from launcher.preflight.runs import measured
-from launcher.submit import SubmissionRequest, sweep_request, train_request
+from launcher.submit import SubmissionRequest, command_request, sweep_request, train_request
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import BackendError
 from tests.helpers.commands import run_here
+from tests.helpers.jobs import ended, started
 from tests.helpers.latents import write_cache
 from tests.helpers.t2v import t2v_run
 from tests.helpers.tiny import tiny_run
@@ -156,6 +158,21 @@ def test_a_run_of_a_sweep_that_is_running(tmp_path: Path) -> None:
         assert list(runs.alive(subject(tiny_run(tmp_path, name="other")))) == []
     with submitted(alone.request, alone.request.base):
         assert "for tiny-lr2 already" in texts(runs.alive(sweep))[0]
+
+
+def test_an_array_of_which_a_part_was_resumed_and_has_ended(tmp_path: Path) -> None:
+    """Its other tasks may still run, by the submission before; they are not in the way of the one that failed."""
+    array = command_request("many", tmp_path / "many", ["shards", "{task}"], LOCAL, "test", tasks=3)
+    part = array.part(array.tasks[:1])
+    with submitted(array, array.base):
+        assert "job 4711 (test) runs or waits for it" in texts(runs.alive(Subject(part)))[0]
+        started(array.tasks[0], at=time.time())
+        ended(array.tasks[0], "failed", at=time.time())
+        assert list(runs.alive(Subject(part))) == []
+        with submitted(part, array.base):
+            pass
+        (told,) = texts(runs.alive(Subject(array)))
+        assert "for 00001, 00002 already" in told
 
 
 def test_a_job_that_nobody_can_be_asked_about_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
