@@ -55,6 +55,13 @@ def test_frames_that_the_decoder_is_not_trained_on_take_no_memory_and_no_time() 
     assert some["cost"]["computation_s"] < 0.8 * whole["cost"]["computation_s"]
 
 
+def test_tokens_of_a_decoder_on_larger_cells_are_those_of_eight_pixels() -> None:
+    own = ["model.temporal_compression=8", "model.linear_start=dct", "data.size=[64, 64]", "data.buckets=[]"]
+    frozen = [f"model.encoder={{kind: diffusers, path: absent, cell: {cell}, stride: 4}}" for cell in (8, 16)]
+    configs = [load_config(ROOT / "configs/embedder/nano.yaml", [*own, each]) for each in frozen]
+    assert [gather(config, 2)["tokens_per_clip"] for config in configs] == [9 * 8 * 8] * 2
+
+
 def _check_clip(config: EmbedderConfig, facts: dict[str, Any]) -> None:
     channels, frames, height, width = facts["input_shape"]
     assert (channels, frames) == (3, config.model.temporal_compression + 1)
