@@ -118,6 +118,7 @@ def test_forms_of_frames(tmp_path: Path) -> None:
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
     refused = {"np, uint8, pt, pil": {"output_type": "gif"}, "give both": {"height": 32}, "fps is -1": {"fps": -1.0}}
+    refused["it can be euler, heun, dpmpp_2m"] = {"sampler": "ddim"}
     for said, wrong in refused.items():
         with pytest.raises(Exception, match=said):
             pipeline(PROMPTS[0], **wrong)
