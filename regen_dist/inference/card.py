@@ -190,7 +190,7 @@ def t2v_card(
         space: the model's latent space.
         pipeline: true if the folder also holds the embedder and the text encoder.
     """
-    sections = {"Generating with it": _generating(pipeline), "Latents and text": _space(space)}
+    sections = {"Generating with it": generating(pipeline=pipeline), "Latents and text": _space(space)}
     return _write_card("a text-to-video model", config, origin, shapes, _t2v_facts(config, space), sections)
 
 
@@ -208,7 +208,8 @@ def _t2v_facts(config: T2VExportConfig, space: LatentSpace) -> dict[str, str]:
     }
 
 
-def _generating(pipeline: bool) -> str:
+def generating(*, pipeline: bool) -> str:
+    """Return the section of a text-to-video model's card on how to generate, also as a `pipeline` of diffusers."""
     kind = "DiffusionPipeline" if pipeline else "AutoModel"
     what = "The pipeline" if pipeline else "The transformer alone"
     use = 'print(found("a prompt").frames.shape)' if pipeline else "print(type(found))"

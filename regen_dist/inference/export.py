@@ -45,7 +45,7 @@ from regen_dist.config.files import write_text_atomically
 from regen_dist.data.pool import Progress
 from regen_dist.data.storage.local import full_disk, sync
 from regen_dist.errors import CheckpointError, DataError
-from regen_dist.inference.card import model_card, t2v_card
+from regen_dist.inference.card import generating, model_card, t2v_card
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.generate import check_text_encoder, load_text_encoder
@@ -148,6 +148,11 @@ def _export_again(folder: Path, out: Path, options: ExportOptions) -> AnyExportC
             write_embedder_files(made, config, shapes, read_statistics(folder / STATISTICS_FILE))
         else:
             _complete_t2v(made, config, shapes, read_space(folder), _with_own_parts(folder, options))
+            if (made / PIPELINE_FILE).is_file() and (made / CARD_FILE).is_file():
+                card = (made / CARD_FILE).read_text(encoding="utf-8")
+                write_text_atomically(
+                    made / CARD_FILE, card.replace(generating(pipeline=False), generating(pipeline=True))
+                )
     return config
 
 

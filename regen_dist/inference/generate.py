@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import chain
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -93,6 +93,8 @@ class GenerationSettings:
             for name, low in least.items()
             if getattr(self, name) < low
         ]
+        if self.sampler not in get_args(SamplerName):
+            problems.append(f"sampler is {self.sampler!r}; it can be {', '.join(get_args(SamplerName))}")
         if self.seed >= SEED_END:
             problems.append(f"seed is {self.seed}; it must be at most 2**63 - 1")
         if not self.fps > 0:

@@ -84,7 +84,8 @@ class DecodePlan:
     def share(self, group: range, positions: Positions) -> Tensor:
         """Share of this group in the frames at `positions`: [F], 0 to 1; the groups' shares sum to 1."""
         first, last = self.starts[group[0]], self.starts[group[-1]]
-        near = range(bisect_left(self.starts, first - 2 * self.clip), bisect_right(self.starts, last + 2 * self.clip))
+        reach = 2 * (self.clip + self.fade + 1)
+        near = range(bisect_left(self.starts, first - reach), bisect_right(self.starts, last + reach))
         starts = [self.starts[i] for i in near]
         weights = blend_weights(starts, self.clip, torch.from_numpy(positions), fade=self.fade)
         return weights[[i in group for i in near]].sum(dim=0).float()

@@ -207,7 +207,8 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             held = 1 if z.shape[2] == 1 else z.shape[2] // 2 * self.num_frames
             if not 1 <= (held if num_frames is None else num_frames) <= held:
                 raise DataError(f"these latents hold {held} frames, asked for {num_frames}; give times beyond them")
-            times = torch.arange(held)
+            clips = -(-(num_frames or held) // self.num_frames)  # those that hold the requested frames
+            times = torch.arange(min(held, clips * self.num_frames))
         else:
             num_frames = None
         default = 1 if self._exported.model.kind == "magvit2" else self._exported.diffusion.steps

@@ -21,6 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from regen_dist.config.exported import T2VExportConfig
+from regen_dist.config.run import SamplerName
 from regen_dist.config.t2v import FlowConfig, T2VModelConfig, TextConfig
 from regen_dist.data.format.latents import TextEmbedding
 from regen_dist.errors import ConfigError
@@ -179,7 +180,7 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         fps: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        sampler: Literal["euler", "heun"] | None = None,
+        sampler: SamplerName | None = None,
         num_decode_steps: int = 1,
         seed: int = 0,
         generator: torch.Generator | None = None,

@@ -126,8 +126,8 @@ def test_groups_do_not_matter(overlap: int) -> None:
 
 def test_shares_are_a_partition_of_unity() -> None:
     positions = np.arange(0, 99.01, 0.25)
-    for overlap in (0, 1, 4, 7):
-        plan = make_plan(100, 9, overlap=overlap, group=3)
+    for overlap, group, fade in ((0, 3, 0), (1, 3, 0), (4, 3, 0), (7, 3, 0), (1, 1, 2), (2, 1, 12)):
+        plan = make_plan(100, 9, overlap=overlap, group=group, fade=fade)
         total = sum(plan.share(group, positions) for group in plan.groups)
         torch.testing.assert_close(total, torch.ones(len(positions)))
 

@@ -91,6 +91,10 @@ def test_long_videos_are_rows_of_clips(tmp_path: Path) -> None:
         made = model.decode(rows).sample
         torch.testing.assert_close(made[:, :, 5 * clip : 5 * clip + 5], expected, rtol=0, atol=1e-5)
     assert torch.equal(model.decode(rows, num_frames=12).sample, made[:, :, :12])
+    decoded: list[int] = []
+    model.decoder.register_forward_hook(lambda *args: decoded.append(1))
+    assert torch.equal(model.decode(rows[:1], num_frames=7).sample, made[:1, :, :7])
+    assert len(decoded) == 2, "clips that were not asked for"
     with pytest.raises(Exception, match="hold 15 frames, asked for 16"):
         model.decode(rows, num_frames=16)
     model.enable_slicing()

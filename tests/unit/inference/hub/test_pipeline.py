@@ -118,6 +118,7 @@ def test_forms_of_frames(tmp_path: Path) -> None:
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
     refused = {"np, uint8, pt, pil": {"output_type": "gif"}, "give both": {"height": 32}, "fps is -1": {"fps": -1.0}}
+    refused["it can be euler, heun, dpmpp_2m"] = {"sampler": "ddim"}
     for said, wrong in refused.items():
         with pytest.raises(Exception, match=said):
             pipeline(PROMPTS[0], **wrong)
@@ -223,6 +224,18 @@ def test_an_embedder_on_another_encoder_is_no_part(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="somebody else's encoder"):
         _export(tmp_path, parts)
     assert not (Path(_export(tmp_path, parts, embedder=None)) / "model_index.json").exists()
+
+
+def test_a_copy_that_becomes_a_pipeline_says_so(tmp_path: Path) -> None:
+    """Its card shows how to open it; what else somebody wrote there stays."""
+    parts = saved_parts(tmp_path)
+    card = Path(_export(tmp_path, parts, embedder=None)) / "README.md"
+    card.write_text(card.read_text() + "My license.\n")
+    export_model(card.parent, tmp_path / "copy", ExportOptions(embedder=parts.embedder.folder))
+    found = (tmp_path / "copy" / "README.md").read_text()
+    assert 'found("a prompt").frames' in found
+    assert "AutoModel" not in found
+    assert found.endswith("My license.\n")
 
 
 def test_what_is_checked_is_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
