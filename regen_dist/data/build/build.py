@@ -251,8 +251,8 @@ def assemble(source: Path, target: Path, fps: float | None = None) -> int:
     """Write the frames of a folder of pictures, or of a raw file, as a lossless video; whole or not at all.
 
     Args:
-        source: a folder whose pictures are the frames in order of their names; or `NAME_WIDTHxHEIGHT[_FPS].yuv`, planar
-            8-bit 4:2:0.
+        source: a folder whose pictures are the frames in order of their names, 2.png before 10.png; or
+            `NAME_WIDTHxHEIGHT[_FPS].yuv`, planar 8-bit 4:2:0.
         target: ends in `.mkv`.
         fps: frames a second; None takes the raw file's own.
 
@@ -295,7 +295,7 @@ def _pictures(folder: Path) -> Iterator[VideoFrame]:
     from PIL import Image, UnidentifiedImageError
 
     size = None
-    for path in sorted(path for path in folder.iterdir() if _is_picture(path.name)):
+    for path in sorted((path for path in folder.iterdir() if _is_picture(path.name)), key=_by_number):
         try:
             with Image.open(path) as picture:
                 shown = picture.convert("RGB")
@@ -305,6 +305,13 @@ def _pictures(folder: Path) -> Iterator[VideoFrame]:
             raise DataError(f"{path}: {shown.size} pixels where those before are {size}; one size a folder")
         size = shown.size
         yield av.VideoFrame.from_ndarray(np.asarray(shown), format="rgb24").reformat(format="bgr0")
+
+
+def _by_number(path: Path) -> tuple[list[str | int], str]:
+    """Key that sorts names by the numbers in them."""
+    parts: list[str | int] = list(re.split(r"([0-9]+)", path.name))  # every second part is a number
+    parts[1::2] = [int(part) for part in parts[1::2]]
+    return parts, path.name
 
 
 def _raw_frames(path: Path) -> Iterator[VideoFrame]:

@@ -232,6 +232,18 @@ def test_davis(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*x.mkv*"))
 
 
+def test_pictures_are_in_order_of_their_numbers(tmp_path: Path) -> None:
+    """As ffmpeg's %d writes them, without leading zeros."""
+    frames = moving_square(11, height=48, width=64)
+    (tmp_path / "bear").mkdir()
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "bear" / f"frame {number}.png")
+    assert assemble(tmp_path / "bear", tmp_path / "bear.mkv", 24) == 11
+    with av.open(str(tmp_path / "bear.mkv")) as container:
+        read = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert (read == frames).all()
+
+
 def test_mcl_jcv(tmp_path: Path) -> None:
     raw = np.random.default_rng(0).integers(0, 256, (5, 32 * 3 // 2, 48), np.uint8)
     source = tmp_path / "videoSRC01_48x32_30.yuv"
