@@ -317,6 +317,14 @@ def test_a_body_that_is_cut_once_goes_on_and_one_that_always_is_has_a_clear_erro
         Store(f"{server.url}/clips", QUICK).get("c.mp4")
 
 
+def test_a_server_without_ranges_is_named(server: WebServer) -> None:
+    """Samples of a dataset are read by ranges; the file was said to be cut."""
+    server.ranges = False
+    with pytest.raises(DataError, match=r"c\.mp4: the server sends no ranges of bytes") as caught:
+        Store(f"{server.url}/clips", QUICK).get_range("c.mp4", 10, 20)
+    assert not isinstance(caught.value, ObjectCut)
+
+
 def test_errors_say_what_the_server_said(server: WebServer) -> None:
     store = Store(f"{server.url}/clips")
     with pytest.raises(ObjectMissing, match="HTTP 404"):
