@@ -325,6 +325,16 @@ def test_a_server_without_ranges_is_named(server: WebServer) -> None:
     assert not isinstance(caught.value, ObjectCut)
 
 
+def test_a_server_without_ranges_sends_a_file_once(server: WebServer) -> None:
+    """It sent the whole file for each piece of it."""
+    server.ranges, store = False, Store(f"{server.url}/clips")
+    whole = (server.folder / "clips/c.mp4").read_bytes()
+    for _ in range(2):
+        assert b"".join(store.stream("c.mp4", len(whole) // 7)) == whole
+    sent = [asked for method, _, asked, _ in server.seen if method == "GET" and asked is None]
+    assert len(sent) == 2
+
+
 def test_errors_say_what_the_server_said(server: WebServer) -> None:
     store = Store(f"{server.url}/clips")
     with pytest.raises(ObjectMissing, match="HTTP 404"):
