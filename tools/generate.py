@@ -93,6 +93,8 @@ def generate(
     if image is not None and continued is not None:
         raise ConfigError("--image sets the first frame, --continue a video to continue; give only one of them")
     names = Layout(samples, layout is FileLayout.vbench)
+    for given in (*(prompt or []), negative or ""):
+        check_text(given)
     wanted = names.expanded(_prompts(prompt or [], prompts))
     place = read_rank_info(os.environ) if task is None else RankInfo()  # --task alone says which part is this one's
     number, count = parse_task(task) if task else place[:2]
@@ -135,6 +137,14 @@ def parse_size(text: str) -> tuple[int, int]:
     if not match:
         raise ConfigError(f"--size {text}: write HEIGHTxWIDTH in pixels, such as 192x320")
     return int(match[1]), int(match[2])
+
+
+def check_text(text: str) -> None:
+    """Raise ConfigError for an argument of the command line whose bytes are not UTF-8: no text encoder takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text[:80]!r} is not UTF-8; set the terminal to UTF-8, or write it to a file") from None
 
 
 def _prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:

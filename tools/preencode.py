@@ -68,8 +68,10 @@ def _verify(config: PreencodeConfig, samples: int, seed: int) -> None:
 
 def _print(made: Preencoded, output: str) -> None:
     if made.shards_made:
-        clips, images = made.encoded
+        clips, images, cut = made.encoded
         typer.echo(f"{clips} clips and {images} images in {made.seconds:.1f} s: {made.clips_per_s:.1f} a second")
+        if cut:
+            typer.echo(f"warning: {cut} captions have more tokens than text.max_tokens keeps, and were cut", err=True)
     if made.manifest is None:
         typer.echo(
             f"{output}: {made.shards_made} shards made now; {made.shards_missing} of {made.shards} are left to other "

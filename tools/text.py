@@ -68,7 +68,9 @@ def show(
     """
     from regen_dist.config.t2v import TextConfig
     from regen_dist.models.text import TextEncoder
+    from tools.generate import check_text
 
+    check_text(caption)
     text = TextEncoder.load(TextConfig(encoder=encoder, max_tokens=max_tokens))
     (embedding,) = text.encode([caption])
     typer.echo(f"tokens: {' '.join(text.pieces(caption))}")

@@ -264,11 +264,11 @@ def embed_prompts(
         CheckpointError: the encoder differs from that of the caches.
     """
     check_text_encoder(encoder, space)
-    texts = [prompt.text for prompt in prompts]
-    found = [as_in_cache(each) for each in encoder.encode(texts)]
-    null = space.null_text.text if negative is None else as_in_cache(encoder.encode([negative])[0])
-    asked = texts if negative is None else [*texts, negative]
-    return Embedded(found, null, [text for text in asked if encoder.cuts(text)])
+    asked = dict.fromkeys([*(prompt.text for prompt in prompts), *([] if negative is None else [negative])])
+    # One by one: those of a long list do not fit on a GPU together. The samples of a prompt share one.
+    found = {text: as_in_cache(encoder.encode([text])[0]) for text in asked}
+    null = space.null_text.text if negative is None else found[negative]
+    return Embedded([found[prompt.text] for prompt in prompts], null, [text for text in asked if encoder.cuts(text)])
 
 
 def check_text_encoder(encoder: CaptionEncoder, space: LatentSpace) -> None:

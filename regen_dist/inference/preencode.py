@@ -96,6 +96,10 @@ class Captions:
             self._embed(self._positions[caption])
         return self._embeddings[caption]
 
+    def cuts(self, caption: str | None) -> bool:
+        """Return whether a caption has more tokens than are kept."""
+        return bool(caption) and self._encoder.cuts(caption or "")
+
     def _embed(self, start: int) -> None:
         some = self._captions[start : start + _TOGETHER]
         for caption, text in zip(some, self._encoder.encode(some), strict=True):
@@ -195,10 +199,15 @@ class Tools(NamedTuple):
 
 
 class EncodedCounts(NamedTuple):
-    """Numbers of encoded clips and images."""
+    """Numbers of encoded clips and images, and of captions with more tokens than are kept."""
 
     clips: int = 0
     images: int = 0
+    captions_cut: int = 0
+
+    def plus(self, other: EncodedCounts) -> EncodedCounts:
+        """Return the sums of both."""
+        return EncodedCounts(*map(add, self, other))
 
 
 def stem_of(number: int) -> str:
@@ -233,7 +242,8 @@ def encode_shard(tools: Tools, number: int, store: Store, report_progress: Calla
                 writer.skip(bad[-1])
                 continue
             sums += _add(writer, video, captions)
-            encoded = EncodedCounts(encoded.clips + video.cut.clips, encoded.images + video.cut.is_image)
+            is_cut = captions is not None and captions.cuts(video.sample.caption)
+            encoded = encoded.plus(EncodedCounts(video.cut.clips, int(video.cut.is_image), int(is_cut)))
         _guard(tools, number, len(samples), bad)
         store.put(sums_name(stem_of(number)), sums.to_bytes())
     return encoded
@@ -470,7 +480,7 @@ class Preencoded(NamedTuple):
     @property
     def clips_per_s(self) -> float:
         """Clips and images per second of this call, including reading and writing."""
-        return sum(self.encoded) / self.seconds if self.seconds else 0.0
+        return (self.encoded.clips + self.encoded.images) / self.seconds if self.seconds else 0.0
 
 
 def preencode(
@@ -545,7 +555,7 @@ def _encode(tools: Tools, store: Store, todo: Sequence[int], progress: Progress)
 
     for number in todo:
         made = encode_shard(tools, number, store, report_progress)
-        encoded = EncodedCounts(encoded.clips + made.clips, encoded.images + made.images)
+        encoded = encoded.plus(made)
     return encoded
 
 

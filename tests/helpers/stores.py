@@ -20,13 +20,15 @@ from tests.helpers.proxy import FaultProxy
 from tools.local_services.s3 import Identity, ObjectServer
 
 BUCKET = "regen"
+_OF_HEAD = ("AccessDenied", "ExpiredToken")  # a HEAD is refused by these alone
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")  # of C#: what Azure takes as a name of metadata
 
 
 @dataclass
 class FakeStore:
     """What a server holds: bytes by key. `refused` answers a GET of a key by (status, code), `region` asks for another
-    one in every answer, `page` is how many keys a listing gives at once. `requests` were made."""
+    one in every answer, `page` is how many keys a listing gives at once, `tags` gives ETags of objects. `requests` were
+    made."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -35,6 +37,7 @@ class FakeStore:
     requests: list[str] = field(default_factory=list)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     lost_answers: int = 0
+    tags: bool = True
     endpoint: str = ""
 
     def environment(self) -> dict[str, str]:
@@ -78,10 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(400, code, f"the region 'us-east-1' is wrong; expecting '{region}'", region=region)
         elif "list-type=2" in address.query:
             self._list({name: values[0] for name, values in parse_qs(address.query).items()})
-        elif self.command == "GET" and key in self.store.refused:
+        elif key in self.store.refused and (self.command == "GET" or self.store.refused[key][1] in _OF_HEAD):
             self._error(*self.store.refused[key])
-        elif self.command == "HEAD" and self.store.refused.get(key, (0, ""))[1] == "AccessDenied":
-            self._error(403, "AccessDenied")
         elif key not in self.store.objects:
             self._error(404, "NoSuchKey")
         else:
@@ -112,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
             200,
             {"ETag": f'"{_tag(self.store.objects[key])}"', "Last-Modified": _DATE},
         )
+        if not self.store.tags:
+            del more["ETag"]
         if asked := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("range") or ""):
             start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
             more["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"

@@ -125,6 +125,15 @@ def _is_hidden(name: str) -> bool:
     return file.startswith(".") or "." not in file or (first.startswith("__") and first.endswith("__"))
 
 
+def _no_file(member: tarfile.TarInfo) -> str:
+    """Explain why a member that is called as a video is none; empty for folders, hidden and other members."""
+    if _is_hidden(member.name) or not _is_video(split_member(member.name)[1]):
+        return ""
+    if member.islnk() or member.issym():
+        return "a link: the video is not in its place; pack the tar with --dereference and --hard-dereference"
+    return "a sparse file, which is not there as one range of bytes; pack the tar without --sparse" * member.isreg()
+
+
 def _is_video(extension: str) -> bool:
     return extension.rpartition(".")[2] in VIDEO_EXTENSIONS
 
@@ -200,8 +209,13 @@ def _plain_caption(data: bytes) -> str:
 
 def _described_caption(data: bytes) -> str:
     facts = json.loads(data)
-    values = [facts.get(key) for key in _CAPTION_KEYS] if isinstance(facts, dict) else []
+    values = [_first_of(facts.get(key)) for key in _CAPTION_KEYS] if isinstance(facts, dict) else []
     return next((value for value in values if isinstance(value, str) and value.strip()), "")
+
+
+def _first_of(value: object) -> object:
+    """The first of several captions, as of lists (`lists.read_rows`)."""
+    return value[0] if isinstance(value, list) and value else value
 
 
 _COMPRESSED = (
@@ -281,9 +295,14 @@ def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHIN
     samples: list[Sample] = []
     skipped: list[Skip] = []
     notes: list[Note] = []
+
+    def pass_over(member: tarfile.TarInfo) -> None:
+        if reason := _no_file(member):
+            skipped.append(Skip(source=f"{name}: {printable(member.name)}", reason=reason))
+
     with Pieces(source, name) as pieces:
         try:
-            for found in samples_in(name, scan_members(pieces, is_wanted), unwanted):
+            for found in samples_in(name, scan_members(pieces, is_wanted, pass_over), unwanted):
                 if isinstance(found, Skip):
                     skipped.append(found)
                 elif isinstance(found, Note):

@@ -157,6 +157,8 @@ def read_captions(place: str | Path, columns: Columns = PLAIN) -> dict[str, str]
 
 
 def _bytes_of(place: str | Path) -> bytes:
+    local = Store(place).folder if str(place).startswith("file:") else None
+    place = place if local is None else local  # a URL, in which a space is %20
     folder, _, name = str(place).rpartition("/") if "://" in str(place) else ("", "", "")
     if folder:
         return Store(folder).get(unquote(name) if parse_url(str(place)).read_only else name)

@@ -88,13 +88,15 @@ class Pieces:
 
 
 def scan_members(
-    pieces: Pieces, wanted: Callable[[tarfile.TarInfo], bool]
+    pieces: Pieces,
+    wanted: Callable[[tarfile.TarInfo], bool],
+    pass_over: Callable[[tarfile.TarInfo], None] = lambda info: None,
 ) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """Every regular file of a tar, in order, with its place (`offset_data`, `size`), and its bytes where they are
     `wanted`.
 
-    GNU long names and PAX headers are followed. Links, folders and sparse files are passed over. The scan ends at the
-    archive's end; what may lie behind it is left in `pieces`.
+    GNU long names and PAX headers are followed. Links, folders and sparse files are passed over: `pass_over` is called
+    with each. The scan ends at the archive's end; what may lie behind it is left in `pieces`.
 
     Raises:
         BrokenTar: compressed, cut, or a header is damaged.
@@ -117,6 +119,8 @@ def scan_members(
             data = _payload(pieces, info, keep=plain and wanted(info)) if _has_payload(info) else None
             if plain:
                 yield info, data
+            else:
+                pass_over(info)
 
 
 def _header(pieces: Pieces) -> tarfile.TarInfo | None:

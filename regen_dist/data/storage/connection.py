@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from regen_dist.config.datasets import ReadConfig
 from regen_dist.config.urls import WEB_SCHEMES, Location
-from regen_dist.data.storage.web import explained_web, open_web
+from regen_dist.data.storage.web import NO_RANGES, explained_web, open_web, sends_whole
 from regen_dist.errors import (
     AccessDenied,
     BackendError,
@@ -142,6 +142,8 @@ def explain_store_error(error: Exception, place: Location, name: str, verb: str,
         return BucketMissing(f"{place.url}: there is no bucket {place.bucket!r}{_endpoint()}; check the URL")
     if status == 416:
         return ObjectCut(f"{where}: shorter than the range that was asked for; run `regen shards verify {place.url}`")
+    if sends_whole(text):
+        return DataError(f"{where}: {NO_RANGES}")
     if isinstance(error, PreconditionError):
         return DataError(f"{where}: it was replaced while it was read; read it again from the start")
     if isinstance(error, FileNotFoundError) or status == 404:

@@ -272,28 +272,26 @@ class ObjectStoreFolder:
         return split_span(ranges, spans, [memoryview(part) for part in many])
 
     def get_pinned(self, name: str, offset: int, size: int, etag: str | None) -> bytes:
-        """Read exactly these bytes of the version `etag`; raise DataError if the object was replaced."""
+        """Read exactly these bytes of the version `etag`; raise DataError if the object was replaced. Where a store
+        gives no tags (None), any version is read."""
         import obstore
 
-        data = self._call(
-            "read",
-            name,
-            lambda: bytes(
-                obstore.get(self._store(), name, options={"range": (offset, offset + size), "if_match": etag}).bytes()
-            ),
-        )
+        options: Any = {"range": (offset, offset + size)} | ({} if etag is None else {"if_match": etag})
+        data = self._call("read", name, lambda: bytes(obstore.get(self._store(), name, options=options).bytes()))
         return exact_bytes(data, offset, size, f"{self._place.url}/{name}")
 
     def head(self, name: str) -> ObjectInfo:
         """Return size and tag of an object."""
         import obstore
-        from obstore.exceptions import PermissionDeniedError
+        from obstore.exceptions import BaseError, PermissionDeniedError
 
         def head() -> ObjectInfo:
             try:
                 meta = obstore.head(self._store(), name)
-            except PermissionDeniedError:  # an answer without a body: only that of a GET says why
-                obstore.get_range(self._store(), name, start=0, end=1)
+            except BaseError as error:
+                # 403, or 400 (expired credentials, another region): without a body, and only that of a GET says why.
+                if isinstance(error, PermissionDeniedError) or "status code: 400" in str(error):
+                    obstore.get_range(self._store(), name, start=0, end=1)
                 raise
             return ObjectInfo(int(meta["size"]), meta["e_tag"])
 

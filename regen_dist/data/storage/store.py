@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from regen_dist.config.urls import parse_url
+from regen_dist.config.urls import Location, parse_url
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.local import LocalFolder, full_disk, sync
 from regen_dist.data.storage.object_store import Listing, ObjectInfo, ObjectStoreFolder, Range, exact_bytes, pieces_of
@@ -28,24 +28,34 @@ from regen_dist.errors import DataError, ObjectCut, ObjectMissing
 class WebFolder(ObjectStoreFolder):
     """The files under a web address or in a repository. Belongs to the process that made it."""
 
+    def __init__(self, place: Location, limits: StoreLimits) -> None:
+        super().__init__(place, limits)
+        self._whole: dict[str, tuple[bytes, str | None]] = {}  # of servers without ranges, until the last piece
+
     def get_pinned(self, name: str, offset: int, size: int, etag: str | None) -> bytes:
         """Exactly these bytes; DataError when the file is not the one that `etag` names any more.
 
         The tag is compared here, not sent: behind a redirect two servers have tags of their own. A server that knows no
-        ranges sends the whole file.
+        ranges sends the whole file, which is kept from the first piece to the last.
         """
         import obstore
         from obstore.exceptions import NotSupportedError
 
         def read() -> tuple[bytes, str | None]:
+            if offset and (kept := self._whole.get(name)) is not None:
+                return kept[0][offset : offset + size], kept[1]
             try:
                 got = obstore.get(self._store(), name, options={"range": (offset, offset + size)})
                 return bytes(got.bytes()), got.meta["e_tag"]
             except NotSupportedError:
                 got = obstore.get(self._store(), name)
-                return bytes(got.bytes())[offset : offset + size], got.meta["e_tag"]
+                self._whole[name] = whole = bytes(got.bytes()), got.meta["e_tag"]
+                return whole[0][offset : offset + size], whole[1]
 
         data, tag = self._call("read", name, read)
+        kept = self._whole.get(name)
+        if kept is not None and (tag != etag or offset + size >= len(kept[0])):
+            self._whole.pop(name, None)
         if tag != etag:
             raise DataError(f"{self._place.url}/{name}: it was replaced while it was read; read it again")
         return exact_bytes(data, offset, size, f"{self._place.url}/{name}")

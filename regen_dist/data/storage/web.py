@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 _HUB = "https://huggingface.co"
+NO_RANGES = (
+    "the server sends no ranges of bytes, by which samples are read (python -m http.server is such a one): copy the "
+    "dataset to a disk, or serve it by another server (nginx, an object store)"
+)
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,19 @@ def explained_web(error: Exception, place: Location, name: str, waited_s: float)
         return explained_status(int(found[1]) if found else 404, place, name, waited_s)
     if "following redirect" in text:
         return DataError(f"{where}: its redirects do not end; open the address in a browser, and give the last one")
+    if sends_whole(text):
+        return DataError(f"{where}: {NO_RANGES}")
     if any(sign in text for sign in ("kind: Interrupted", "kind: Decode", "RangeNotSupported")):
         return ObjectCut(f"{where}: every try of {waited_s:.0f} s ended early; the file is cut there: replace it")
     if isinstance(error, ValueError):
         return DataError(f"{place.url}: {name!r} is not a name that a file can have")
     return _unavailable(where, waited_s, "no answer")
+
+
+def sends_whole(text: str) -> bool:
+    """Return true for the error of obstore about a server that answers with the whole file where a range was asked
+    for. (Where the rest of a body that was cut is asked for, it begins otherwise.)"""
+    return text.startswith("Operation not supported: Range request") or "non-partial response" in text
 
 
 def explained_status(status: int, place: Location, name: str, waited_s: float = 0.0) -> DataError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -397,6 +398,22 @@ class TestTexts:
     def test_long_prompts_are_told(self, made: Made, tmp_path: Path) -> None:
         assert _generate(made, tmp_path, [Prompt(0, LONG), Prompt(1, "short")]).cut == [LONG]
         assert _generate(made, tmp_path, [Prompt(1, "short")], negative=LONG).cut == [LONG]
+
+    def test_a_long_list_is_embedded_one_by_one(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All at once they would fill a GPU; samples of a prompt share its embedding, and one warning."""
+        calls: list[list[str]] = []
+        encode = WordEncoder.encode
+
+        def noted(self: WordEncoder, texts: Sequence[str]) -> list[torch.Tensor]:
+            calls.append([*texts])
+            return encode(self, texts)
+
+        monkeypatch.setattr(WordEncoder, "encode", noted)
+        prompts = Layout(samples=3).expanded([Prompt(0, LONG), Prompt(1, "short")])
+        found = embed_prompts(WordEncoder(), made.model.space, prompts, "negative")
+        assert calls == [[LONG], ["short"], ["negative"]]
+        assert found.texts[0] is found.texts[2]
+        assert found.cut == [LONG]
 
     def test_a_negative_prompt_leads_elsewhere(self, made: Made) -> None:
         """With guidance alone: at 1 nothing is led away from."""

@@ -247,7 +247,7 @@ def test_a_second_run_does_nothing(data: Path, embedder: Path, whole: Path, monk
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
     again = preencode(preencode_config(embedder, data, whole, text=TEXT))
     assert again.manifest == open_dataset(whole).manifest
-    assert (again.shards_made, again.encoded) == (0, (0, 0))
+    assert (again.shards_made, again.encoded) == (0, (0, 0, 0))
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
@@ -343,7 +343,7 @@ def test_videos_that_cannot_be_encoded_are_left_out(embedder: Path, tmp_path: Pa
         "video-4": "it has 6 frames, the index says 7; build its shard again",
     }
     assert open_dataset(tmp_path / "out").table()["key"].to_pylist() == ["video-0", "video-3"]
-    assert made.encoded == (3, 0)
+    assert made.encoded == (3, 0, 0)
 
 
 def test_too_many_bad_videos_stop_it(embedder: Path, tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_progress_and_counts(data: Path, embedder: Path, tmp_path: Path) -> None
     told: list[tuple[str, int, int]] = []
     config: PreencodeConfig = preencode_config(embedder, data, tmp_path / "out")
     made = preencode(config, progress=lambda *each: told.append(each))
-    assert made.encoded == (11, 2)
+    assert made.encoded == (11, 2, 0)
     assert told[-1] == ("encode", 13, 13)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
     assert made.clips_per_s == pytest.approx(13 / made.seconds)

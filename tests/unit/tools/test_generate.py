@@ -67,6 +67,13 @@ def test_prompts_of_the_command_line(made: Made, tmp_path: Path) -> None:
     assert "0 generated; 2 were there" in again
 
 
+@pytest.mark.parametrize("arguments", [["caf\udce9"], ["a dog", "--negative", "caf\udce9"]])
+def test_a_prompt_that_is_not_utf8_is_refused(made: Made, tmp_path: Path, arguments: list[str]) -> None:
+    """As it comes from a terminal in Latin-1; no tokenizer takes it."""
+    with pytest.raises(ConfigError, match=r"'caf\\udce9' is not UTF-8"):
+        _regen(made, tmp_path, *arguments)
+
+
 def test_shares_of_a_file(made: Made, tmp_path: Path) -> None:
     """Task 1 of 2 makes the odd ones; a rank of a job does so unasked, unless told otherwise."""
     file = tmp_path / "prompts.txt"

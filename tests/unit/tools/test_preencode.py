@@ -66,6 +66,12 @@ def test_command(config: Path, tmp_path: Path) -> None:
     assert "2 entries encoded again; all agree" in _run(config, output, "--verify", 16)
 
 
+def test_captions_that_are_cut_are_told(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StandInText, "cuts", lambda self, caption: len(caption.split()) > 2)
+    result = CliRunner().invoke(app, ["preencode", str(config), f"output={tmp_path / 'out'}"])
+    assert "warning: 1 captions have more tokens than text.max_tokens keeps, and were cut" in result.stderr
+
+
 def test_verify_names_what_is_wrong(config: Path, tmp_path: Path) -> None:
     _run(config, f"output={tmp_path}")
     sample = open_dataset(tmp_path).sample(0)

@@ -104,6 +104,7 @@ def test_captions(tmp_path: Path) -> None:
             {"__key__": "text", "mp4": video, "json": {"caption": None, "text": "taken"}},
             {"__key__": "empty", "mp4": video, "txt": " \n", "json": {"caption": "used"}},
             {"__key__": "list", "mp4": video, "json": b"[1, 2]"},
+            {"__key__": "several", "mp4": video, "json": {"caption": ["first", "second"], "text": "no"}},
             {"__key__": "mark", "mp4": video, "txt": b"\xef\xbb\xbfmarked"},
             {"__key__": "half", "mp4": video, "json": b'{"caption": "a\\ud800b"}'},
             {"__key__": "UPPER", "MP4": video, "TXT": b"big"},
@@ -119,6 +120,7 @@ def test_captions(tmp_path: Path) -> None:
         "text": "taken",
         "empty": "used",
         "list": None,
+        "several": "first",
         "mark": "marked",
         "half": "a?b",
         "UPPER": "big",
@@ -189,6 +191,31 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path: Path, monkeyp
     for key, reason in expected.items():
         assert reason in reasons[key], key
     assert reasons["apart"] == "it has no video, only txt"
+
+
+def test_videos_that_are_links_or_sparse_are_told(tmp_path: Path) -> None:
+    """Packed out of a folder of links, or with --sparse: their bytes are not there, and all else is used."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add_member(tar, "a.mp4", clip())
+        for name, kind in (("b.mp4", tarfile.SYMTYPE), ("c.mp4", tarfile.LNKTYPE), ("folder.mp4", tarfile.DIRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.mp4"
+            tar.addfile(info)
+        info = tarfile.TarInfo("d.mp4")
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+        tar.addfile(info)
+    skipped = index(tmp_path).manifest.skipped
+    assert [(skip.source, skip.reason.partition(",")[0]) for skip in skipped] == [
+        (
+            "x.tar: b.mp4",
+            "a link: the video is not in its place; pack the tar with --dereference and --hard-dereference",
+        ),
+        (
+            "x.tar: c.mp4",
+            "a link: the video is not in its place; pack the tar with --dereference and --hard-dereference",
+        ),
+        ("x.tar: d.mp4", "a sparse file"),
+    ]
 
 
 def test_captions_of_names_with_dots(tmp_path: Path) -> None:

@@ -317,6 +317,24 @@ def test_a_body_that_is_cut_once_goes_on_and_one_that_always_is_has_a_clear_erro
         Store(f"{server.url}/clips", QUICK).get("c.mp4")
 
 
+def test_a_server_without_ranges_is_named(server: WebServer) -> None:
+    """Samples of a dataset are read by ranges; the file was said to be cut."""
+    server.ranges = False
+    with pytest.raises(DataError, match=r"c\.mp4: the server sends no ranges of bytes") as caught:
+        Store(f"{server.url}/clips", QUICK).get_range("c.mp4", 10, 20)
+    assert not isinstance(caught.value, ObjectCut)
+
+
+def test_a_server_without_ranges_sends_a_file_once(server: WebServer) -> None:
+    """It sent the whole file for each piece of it."""
+    server.ranges, store = False, Store(f"{server.url}/clips")
+    whole = (server.folder / "clips/c.mp4").read_bytes()
+    for _ in range(2):
+        assert b"".join(store.stream("c.mp4", len(whole) // 7)) == whole
+    sent = [asked for method, _, asked, _ in server.seen if method == "GET" and asked is None]
+    assert len(sent) == 2
+
+
 def test_errors_say_what_the_server_said(server: WebServer) -> None:
     store = Store(f"{server.url}/clips")
     with pytest.raises(ObjectMissing, match="HTTP 404"):

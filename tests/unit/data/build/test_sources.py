@@ -132,6 +132,11 @@ def test_a_list_may_point_outside_its_folder_and_tells_no_absolute_path(videos: 
     assert [source.local for source in found.found] == [videos / "b.mp4", videos / "deep" / "c.webm"]
 
 
+def test_a_list_by_a_file_url(videos: Path) -> None:
+    place = write_list(videos / "a list #1.csv", [{"video": "b.mp4", "caption": "b"}])
+    assert [source.caption for source in find_sources([place.as_uri()]).found] == ["b"]
+
+
 def test_a_video_named_twice_is_used_once(videos: Path) -> None:
     found = find_sources([write_list(videos / "l.csv", [{"video": "b.mp4"}, {"video": "./b.mp4"}])])
     assert names(found) == ["b.mp4"]
