@@ -58,7 +58,8 @@ class SourceVideo:
         if short_side is not None and short_side > LARGEST_SIDE:
             raise DataError(f"the short side is {short_side}; it must be at most {LARGEST_SIDE}")
         if not path.is_file():
-            found = "it is a folder" if path.is_dir() else "there is no such file"
+            found = "it is a pipe or a device" if path.exists() else "there is no such file"
+            found = "it is a folder" if path.is_dir() else found
             raise DataError(f"no video at {path}: {found}; give the path of a video file")
         self.path = path
         with _named_errors(path), VideoReader(path) as reader:

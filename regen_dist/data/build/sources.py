@@ -47,6 +47,7 @@ VIDEO_SUFFIXES = frozenset(f".{extension}" for extension in (*VIDEO_EXTENSIONS, 
 _REQUESTS_AT_ONCE = 32
 _ASKING = StoreLimits(stall_s=10.0, deadline_s=20.0)  # a web server for a size: what gives no answer now is dead
 _NOT_UTF8 = "unreadable: its name is not UTF-8; rename it"
+_NO_FILE = "unreadable: it is a pipe or a device; copy what it gives to a file"
 _WORTH_LISTING = 1000  # so many objects of one folder are sized by listing it: a request gives a thousand
 
 
@@ -127,6 +128,9 @@ def find_sources(
     ]
     if missing:
         raise DataError(f"no such file or folder: {', '.join(missing)}; check the paths")
+    local = [Path(place).expanduser() for place in places if "://" not in str(place)]
+    if odd := [str(path) for path in local if not path.is_file() and not path.is_dir()]:
+        raise DataError(f"{', '.join(odd)}: {_NO_FILE}")
     found: dict[str, VideoSource] = {}
     skipped: list[Skip] = []
     for place in places:
@@ -433,6 +437,9 @@ def _files_below(folder: str) -> tuple[dict[str, ObjectInfo], dict[str, str]]:
                 name = path.relative_to(store.folder).as_posix()
                 if printable(name) != name:
                     unreadable[printable(name)] = _NOT_UTF8
+                    continue
+                if path.exists() and not path.is_file():
+                    unreadable[name] = _NO_FILE
                     continue
                 size = path.stat().st_size if path.exists() else 0
                 found[name] = ObjectInfo(size, None)

@@ -114,6 +114,12 @@ def test_unreadable(tmp_path: Path) -> None:
             SourceVideo(path)
 
 
+def test_a_pipe_is_no_missing_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(DataError, match="it is a pipe or a device"):
+        SourceVideo(tmp_path / "a.mp4")
+
+
 def test_cut_file(tmp_path: Path) -> None:
     """What is there is read and noted where the index comes first; without an index nothing can be read."""
     path = write(tmp_path / "a.mp4", gradient(30, 64, 64))

@@ -61,6 +61,16 @@ def test_a_dangling_link_is_a_source_that_cannot_be_read(videos: Path) -> None:
     assert names(find_sources([videos]))[-1] == "z.mp4"
 
 
+def test_a_pipe_is_left_out(videos: Path) -> None:
+    """Opening one waits for somebody who writes into it: the build hung."""
+    os.mkfifo(videos / "pipe.mp4")
+    found = find_sources([videos])
+    assert [skip.source for skip in found.skipped if "it is a pipe" in skip.reason] == ["pipe.mp4"]
+    assert "pipe.mp4" not in [source.name for source in found.found]
+    with pytest.raises(DataError, match=r"pipe\.mp4: unreadable: it is a pipe"):
+        find_sources([videos / "pipe.mp4"])
+
+
 def test_linked_folders_are_followed_once(videos: Path, tmp_path: Path) -> None:
     """As links to files are; a link back to a folder above ends there."""
     (tmp_path / "elsewhere").mkdir()
