@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from regen_dist.config import load_config
 from regen_dist.data.inspect.check import verify_dataset
 from regen_dist.inference.codec import Codec
 from regen_dist.observe.record import read_record
-from tests.helpers.ranks import run_regen_alone
+from regen_dist.training.run import train
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "004112b"
 
@@ -38,7 +39,7 @@ def test_a_run_and_its_export_decode_alike(files: Path) -> None:
 
 
 def test_training_goes_on_from_its_checkpoint(files: Path) -> None:
-    arguments = [str(files / "trained/tiny/config.yaml"), f"output={files}/trained", f"data.url={files}/data/shards"]
     # A config of then says nothing of local mixing, which is on by default today.
-    assert run_regen_alone("train", *arguments, "model.decoder.local=false", "train.steps=3", logs=files) == 0
+    changes = ["model.decoder.local=false", "train.steps=3", f"output={files}/trained", f"data.url={files}/data/shards"]
+    assert train(load_config(files / "trained/tiny/config.yaml", changes)) == 0
     assert [line["step"] for line in read_record(files / "trained/tiny/metrics.jsonl", "train")] == [1, 2, 3]

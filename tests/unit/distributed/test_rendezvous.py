@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed import Store
 
 from launcher.supervise import rank_environments
+from regen_dist.distributed import rendezvous
 from regen_dist.distributed.environment import JOIN_S, join_timeout_s, left_over_advice, without_ranks
 from regen_dist.distributed.rendezvous import find_mismatch
-from regen_dist.errors import ConfigError
+from regen_dist.errors import ConfigError, RegenError
 
 
 def _told(device: str = "cuda", gpu: str = "", host: str = "n0", problem: str = "") -> dict[str, Any]:
@@ -38,56 +41,44 @@ def test_what_does_not_fit_is_named(told: list[dict[str, Any]], said: str) -> No
     assert bool(said) == bool(found)
 
 
-_MEET = """
-import sys, time, torch
-from datetime import timedelta
-from regen_dist.distributed import rendezvous
-from regen_dist.errors import RegenError
-rendezvous._NOTICE_S = 0.5
-time.sleep(float(sys.argv[2]))
-try:
-    store = rendezvous.rendezvous_ranks(int(sys.argv[1]), 2, torch.device("cpu"), "", timedelta(minutes=2))
-except RegenError as error:
-    sys.exit(f"error: {error}")
-if sys.argv[1] == "0":
-    sys.stdin.read()  # its store ends with it, or with the variable: the others must have met before
-"""
-
-
-def _start(environment: Mapping[str, str], rank: int, late_s: float = 0.0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _MEET, str(rank), str(late_s)]
-    return subprocess.Popen(command, env=dict(environment), stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def _start(rank: int, join_s: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Store]:
+    """Set the variables of a rank of two, which waits so long for the other; return the rendezvous of a rank."""
+    own = {**without_ranks(os.environ), **rank_environments({}, 2)[rank], JOIN_S: join_s}
+    for name in os.environ.keys() - own.keys():
+        monkeypatch.delenv(name)
+    for name in own:
+        monkeypatch.setenv(name, own[name])
+    monkeypatch.setattr(rendezvous, "_NOTICE_S", 0.3)
+    return lambda each: rendezvous.rendezvous_ranks(each, 2, torch.device("cpu"), "", timedelta(minutes=2))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_that_nobody_started_are_not_waited_for(rank: int) -> None:
+def test_ranks_that_nobody_started_are_not_waited_for(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Rank 0 serves the store and waits for clients, another looks for a server: both end, name the variables, and say
     the way out; before that, a line says who is waited for."""
-    base = {**without_ranks(os.environ), **rank_environments({}, 2)[rank], JOIN_S: "2"}
-    with _start(base, rank) as process:
-        _, told = process.communicate(timeout=120)
-    lines = [line for line in told.splitlines() if "did not meet" in line]
-    assert process.returncode == 1
-    assert len(lines) == 1, told
-    assert f"RANK={rank} WORLD_SIZE=2" in lines[0]
-    assert "unset " in lines[0]
-    assert "MASTER_ADDR" in lines[0].partition("unset ")[2]
-    assert "waits for the others, 2 s at most" in told
+    meet = _start(rank, "1", monkeypatch)
+    with pytest.raises(RegenError, match=rf"rank {rank} of 2 did not meet .*RANK={rank} WORLD_SIZE=2") as caught:
+        meet(rank)
+    assert "MASTER_ADDR" in str(caught.value).partition("unset ")[2]
+    told = capfd.readouterr().err
+    assert "waits for the others, 1 s at most" in told
     assert "Traceback" not in told
 
 
-def test_ranks_that_come_late_are_waited_for() -> None:
+def test_ranks_that_come_late_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Well after the notice; as ranks that somebody starts one after the other."""
-    base = {**without_ranks(os.environ), JOIN_S: "120"}
-    began = time.monotonic()
-    first, second = (
-        _start({**base, **environment, JOIN_S: "120"}, rank, late_s=2.0 * rank)
-        for rank, environment in rank_environments({}, 2).items()
-    )
-    with first, second:
-        assert second.wait(timeout=120) == 0, time.monotonic() - began
-        first.communicate(timeout=120)
-        assert first.returncode == 0
+    meet = _start(0, "60", monkeypatch)
+    with ThreadPoolExecutor(2) as ranks:
+        first = ranks.submit(meet, 0)
+        time.sleep(1.0)
+        assert not first.done()
+        assert ranks.submit(meet, 1).result()
+        assert first.result()
+    assert "rank 0 of 2 waits for the others, 60 s at most" in capfd.readouterr().err
 
 
 def test_how_long_others_are_waited_for() -> None:

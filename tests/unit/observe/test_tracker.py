@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regen_dist.config import to_yaml
 from regen_dist.config.identity import read_run_id
 from regen_dist.observe import tracker as tracking
 from regen_dist.observe.tracker import TensorBoard, Trackers, WandbTracker
@@ -193,10 +194,12 @@ def test_a_call_that_never_returns_is_given_up(
 _PROCESS = """
 import sys
 from pathlib import Path
+import wandb  # before the time limit, in which its service is to start
+from regen_dist.config import load_config
 from regen_dist.observe import tracker as tracking
-from tests.helpers.tiny import tiny_run
 tracking.START_S = tracking.FINISH_S = 3.0
-tracker = tracking.WandbTracker(tiny_run(wandb__mode="online"), Path(sys.argv[1]))
+run = Path(sys.argv[1])
+tracker = tracking.WandbTracker(load_config(run / "config.yaml"), run)
 tracker.log(1, {"loss": 0.5})
 tracker.close()
 sys.exit(75)
@@ -205,6 +208,7 @@ sys.exit(75)
 
 def test_a_silent_server_does_not_hold_the_process(tmp_path: Path) -> None:
     """A server that accepts and never answers: the process ends by itself, within seconds, with its own exit code."""
+    (tmp_path / "config.yaml").write_text(to_yaml(tiny_run(wandb__mode="online")))
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         environment = os.environ | {
             "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}",

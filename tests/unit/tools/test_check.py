@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ import yaml
 
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import EmbedderConfig, to_yaml
+from regen_dist.programs import regen
 from tests.helpers.checkpoints import saved_run
+from tests.helpers.commands import run_here
 from tests.helpers.latents import write_cache
 from tests.helpers.tiny import tiny_dataset, tiny_run
-from tests.unit.house.test_contracts import ROOT, _sources
+from tests.unit.house.test_contracts import ROOT, _nodes, _sources
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_dataset(tmp_path_factory.mktemp("data"))
 
 
-def regen_check(folder: Path, *arguments: object) -> tuple[int, dict[str, Any]]:
+def regen_check(folder: Path, *arguments: object, run: Any = run_here) -> tuple[int, dict[str, Any]]:
     """Exit code and JSON of the command, in a folder of its own."""
-    command = [sys.executable, "-m", "tools.cli", "check", "--json", *map(str, arguments)]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    ended = run(regen("check", "--json", *map(str, arguments)), cwd=folder, capture_output=True, text=True)
     assert ended.stdout, ended.stderr
     return ended.returncode, json.loads(ended.stdout)
 
@@ -46,7 +46,7 @@ def keys(told: dict[str, Any], level: str = "error") -> list[str]:
 
 def test_a_run_that_would_start(dataset: Path, tmp_path: Path) -> None:
     config = tiny_run(tmp_path / "runs", dataset)
-    code, told = regen_check(tmp_path, written(config, tmp_path))
+    code, told = regen_check(tmp_path, written(config, tmp_path), run=subprocess.run)
     assert (code, told["ok"], told["findings"]) == (0, True, [])
     assert sorted(os.listdir(tmp_path)) == ["tiny.yaml"], "nothing is written"
 
@@ -132,10 +132,7 @@ def test_the_trainings_of_a_pipeline(dataset: Path, tmp_path: Path) -> None:
 
 def test_the_table_of_a_terminal(tmp_path: Path) -> None:
     path = written(tiny_run(tmp_path / "runs", tmp_path / "nowhere"), tmp_path)
-    command = [sys.executable, "-m", "tools.cli", "check", str(path)]
-    ended = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, check=False
-    )
+    ended = run_here(regen("check", str(path)), cwd=tmp_path, env={**os.environ, "COLUMNS": "200"})
     assert ended.returncode == 3
     assert "what is wrong" in ended.stdout
     assert "build the data, or correct the path" in ended.stdout
@@ -146,7 +143,7 @@ def test_the_programs_are_named_in_one_constant() -> None:
     found = [
         str(path.relative_to(ROOT))
         for path in _sources()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in _nodes(path)
         if isinstance(node, ast.Constant) and node.value == "tools.cli"
     ]
     assert found == ["regen_dist/programs.py"]

@@ -19,6 +19,8 @@ from launcher.submit import command_request
 from regen_dist import __version__
 from regen_dist.config import load_config
 from regen_dist.errors import DataError, refusal
+from regen_dist.programs import regen
+from tests.helpers.commands import run_here
 from tools.bench.codec_systems import CONFIGS, own_config
 from tools.bench.compression_measure import load_clips
 from tools.cli import app
@@ -26,9 +28,8 @@ from tools.cli import app
 ROOT = Path(__file__).parents[3]
 
 
-def _regen(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def _regen(*arguments: str, run: Any = run_here) -> subprocess.CompletedProcess[str]:
+    return run(regen(*arguments), cwd=ROOT, capture_output=True, text=True)
 
 
 def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -61,7 +62,7 @@ def test_every_command_shows_an_example(name: str, text: str) -> None:
 
 
 def test_an_error_of_the_user_is_one_message_and_its_exit_code() -> None:
-    done = _regen("config", "show", "configs/embedder/nano.yaml", "train.stepz=1")
+    done = _regen("config", "show", "configs/embedder/nano.yaml", "train.stepz=1", run=subprocess.run)
     assert done.returncode == 2
     assert done.stderr.startswith("error: configs/embedder/nano.yaml: 1 problem\n  command line: train.stepz: ")
     assert "Traceback" not in done.stderr
@@ -70,7 +71,7 @@ def test_an_error_of_the_user_is_one_message_and_its_exit_code() -> None:
 
 def test_stdout_without_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
-    done = _regen("config", "explain", "data")
+    done = _regen("config", "explain", "data", run=subprocess.run)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -20,6 +20,8 @@ from launcher.preflight.storage import wandb_key
 from launcher.submit import SubmissionRequest, command_request, sweep_request, train_request
 from regen_dist.config import to_yaml
 from regen_dist.errors import BackendError
+from regen_dist.programs import regen
+from tests.helpers.commands import run_here
 from tests.helpers.tiny import tiny_run
 
 HERE = {"kind": "local"}
@@ -65,6 +67,13 @@ def test_wandb_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(wandb_key(Subject(order(**online)))) == []
 
 
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`regen check` runs in this process."""
+    monkeypatch.setattr(subprocess, "run", run_here)
+
+
+@pytest.mark.usefixtures("quickly")
 def test_several_runs_with_the_same_problem_are_told_once() -> None:
     runs = [
         tiny_run(name=f"run{n}", engine__kind="zero3", train__batch_global=b) for n, b in enumerate((4, 4, 4, 4, 6))
@@ -75,7 +84,7 @@ def test_several_runs_with_the_same_problem_are_told_once() -> None:
     assert any(each.startswith("run0, run1, run2 and 1 more: train.batch_global 4") for each in told)
 
 
-def test_the_library_is_told_where_the_job_runs(tmp_path: Path) -> None:
+def test_the_library_is_told_where_the_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks, GPUs, another Python, what an earlier job makes and --fresh come through to `regen check`."""
     flash = {"model__decoder__attention": {"backend": "flash"}, "engine__precision": "bf16"}
     data = str(tmp_path / "made")
@@ -86,6 +95,7 @@ def test_the_library_is_told_where_the_job_runs(tmp_path: Path) -> None:
     assert any("4 samples at a time, not a multiple of 3 ranks" in each for each in told)
     assert any("flash needs the package flash-attn" in each for each in told)
     assert any(f"there is no folder {data}" in each for each in told)
+    monkeypatch.setattr(subprocess, "run", run_here)
     elsewhere = {**cluster, "tasks_per_node": 4, "python": "apptainer exec --nv image.sif python"}
     assert problems(library_checks(Subject(order(elsewhere, **config, **flash), produced=[data]))) == []
 
@@ -145,17 +155,13 @@ def test_a_command_that_is_no_training_is_checked_too(tmp_path: Path) -> None:
     assert report.problems == []
 
 
-def _submit(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.cli", "submit", "train", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-
-
+@pytest.mark.usefixtures("quickly")
 def test_everything_that_is_wrong_is_told_at_once_and_force_submits_anyway(tmp_path: Path) -> None:
     """By the command line: exit code 2, each problem a line, nothing left; with --force they are warnings."""
     config = tmp_path / "tiny.yaml"
     config.write_text(to_yaml(tiny_run("runs", "nowhere", optimizer__kind="cpu_adam", wandb__mode="offline")))
-    asked = (config, "--tasks-per-node", 2)
-    refused = _submit(*asked, cwd=tmp_path)
+    asked = regen("submit", "train", str(config), "--tasks-per-node", "2")
+    refused = run_here(asked, cwd=tmp_path)
     assert refused.returncode == 2, refused.stderr
     assert "tiny was not submitted: 3 problems\n" in refused.stderr
     for told in (
@@ -166,7 +172,7 @@ def test_everything_that_is_wrong_is_told_at_once_and_force_submits_anyway(tmp_p
     ):
         assert told in refused.stderr
     assert not (tmp_path / "runs").exists()
-    forced = _submit(*asked, "--force", "--wait", cwd=tmp_path)
+    forced = run_here([*asked, "--force", "--wait"], cwd=tmp_path)
     assert forced.stdout.startswith("submitted tiny on this machine as job ")
     assert forced.stderr.count("warning: submitted despite: ") == 3
     assert forced.returncode != 0, "the ranks say the same"
@@ -176,9 +182,10 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny_run("runs", "nowhere")))
     code = (
         "import sys; from launcher.cluster import load_cluster; from launcher.preflight import check\n"
+        "sys.executable = '/bin/false'  # which is started in place of `regen check`\n"
         "from launcher.submit import train_request; from regen_dist.config import load_config\n"
         "report = check(train_request(load_config('tiny.yaml'), load_cluster('local'), 'local'))\n"
-        "assert len(report.problems) == 1, report\n"
+        "assert report.problems == ['`regen check` failed: exit code 1'], report\n"
         "sys.exit(bool({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)

@@ -24,6 +24,7 @@ from launcher.preflight.runs import measured
 from launcher.submit import SubmissionRequest, sweep_request, train_request
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import BackendError
+from tests.helpers.commands import run_here
 from tests.helpers.latents import write_cache
 from tests.helpers.t2v import t2v_run
 from tests.helpers.tiny import tiny_run
@@ -245,6 +246,7 @@ def test_describe_is_asked_with_the_overrides(monkeypatch: pytest.MonkeyPatch, t
     """The real one, from a folder that is no checkout."""
     monkeypatch.chdir(tmp_path)
     found = findings.describe(tiny_run(engine__kind="zero3"), 2, 120.0)
+    monkeypatch.setattr(subprocess, "run", run_here)
     wider = findings.describe(tiny_run(engine__kind="zero3", model__decoder__width=64), 2, 120.0)
     assert 50_000 < found.parameters < wider.parameters
     assert "AdamW's two moments (fp32, sharded)" in found.memory

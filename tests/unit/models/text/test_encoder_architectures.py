@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from regen_dist.config.t2v import TextConfig
 from regen_dist.errors import CheckpointError
 from regen_dist.models.text import TextEncoder, convert_encoder, make_small_encoder
+from regen_dist.programs import regen
+from tests.helpers.commands import run_here
 
 WORDS = ["a", "red", "blue", "ring", "disk", "moves", "up", "down", "left", "right"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -195,6 +196,12 @@ def test_code_of_an_encoders_folder_is_not_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickled files are converted in this process instead of one of their own."""
+    monkeypatch.setattr(subprocess, "run", run_here)
+
+
 def _pickle_weights(folder: Path, shards: int = 1, legacy: bool = False) -> None:
     """As older models are published: pytorch_model.bin, or several with an index; tied weights share memory."""
     weights = load_file(folder / "model.safetensors")
@@ -210,6 +217,7 @@ def _pickle_weights(folder: Path, shards: int = 1, legacy: bool = False) -> None
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     ("kind", "shards", "legacy"),
     [
@@ -243,6 +251,7 @@ def test_pickled_weights_are_converted(kind: str, shards: int, legacy: bool, tmp
         convert_encoder(str(source), out, "bfloat16")
 
 
+@pytest.mark.usefixtures("quickly")
 def test_weights_may_be_halved(tmp_path: Path) -> None:
     _saved("bert", tmp_path / "source")
     _pickle_weights(tmp_path / "source")
@@ -262,6 +271,7 @@ class _Evil:
         return os.mkdir, (self.mark,)
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("by_torch", [True, False])
 def test_a_pickle_that_runs_something_is_refused_and_nothing_is_left(by_torch: bool, tmp_path: Path) -> None:
     _saved("bert", tmp_path / "source")
@@ -277,6 +287,7 @@ def test_a_pickle_that_runs_something_is_refused_and_nothing_is_left(by_torch: b
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     ("content", "match"), [([1, 2], "not tensors by name"), ({"a": 1}, "a is no tensor"), (None, "is not converted")]
 )
@@ -312,16 +323,7 @@ def test_safetensors_need_no_conversion(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     _saved("umt5", tmp_path / "source")
     _pickle_weights(tmp_path / "source")
-    command = [sys.executable, "-m", "tools.cli", "text"]
+    source, out = str(tmp_path / "source"), str(tmp_path / "out")
     for said in ("the encoder with safetensors", "complete already"):
-        done = subprocess.run(
-            [*command, "convert", tmp_path / "source", "--out", tmp_path / "out"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert said in done.stdout
-    done = subprocess.run(
-        [*command, "show", tmp_path / "out", "a red ring"], capture_output=True, text=True, check=True
-    )
-    assert "embedding: 5 tokens x 32" in done.stdout
+        assert said in run_here(regen("text", "convert", source, "--out", out)).stdout
+    assert "embedding: 5 tokens x 32" in run_here(regen("text", "show", out, "a red ring")).stdout
