@@ -135,7 +135,6 @@ class Speed:
 
     encode_s: float = 0.0
     decode_s: float = 0.0
-    frames_encoded: int = 0
     frames_decoded: int = 0
     latent_values: int = 0
 
@@ -202,7 +201,6 @@ def _encode(codec: VideoCodec, clips: list[list[Frame]], starts: list[int], fade
     latents = codec.encode(videos)
     _wait_for_device()
     speed.encode_s += time.perf_counter() - began
-    speed.frames_encoded += videos.shape[0] * videos.shape[2]
     parts = latents if videos.shape[2] > 1 else latents[:1]  # an image has no motion latent to store
     speed.latent_values += sum(part.numel() for part in parts)
     return [

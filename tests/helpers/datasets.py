@@ -25,8 +25,8 @@ from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
 from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.data.storage.store import Store
 from regen_dist.data.synthetic.dataset import build_synthetic
-from regen_dist.data.synthetic.shapes import SyntheticOptions
-from tests.helpers.video import moving_square, write_video
+from regen_dist.data.synthetic.shapes import Attributes, SyntheticOptions, describe_scene, draw_frames
+from tests.helpers.video import UInt8s, moving_square, write_video
 
 OPTIONS = BuildOptions(segment_seconds=1.5, short_side=48, crf=20, samples_per_shard=4, min_frames=20)
 PARTS = replace(OPTIONS, part_gb=1e-6, samples_per_shard=2)  # every source is a part
@@ -40,6 +40,12 @@ def write_sources(folder: Path) -> Path:
     write_video(folder / "tall.mp4", moving_square(108, 96, 64, seed=2))
     write_video(folder / "more" / "short one.mkv", moving_square(96, 64, 64, seed=3))
     return folder
+
+
+def render_scene(number: int, options: SyntheticOptions) -> tuple[UInt8s, Attributes]:
+    """Clip `number` without encoding: uint8 RGB [frames, side, side, 3], and its attributes."""
+    scene, _ = describe_scene(number, options)
+    return draw_frames(scene), scene.attributes
 
 
 def start_build(*arguments: str | Path) -> subprocess.Popen[str]:

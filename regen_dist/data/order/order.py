@@ -92,10 +92,6 @@ class DataOrder:
             )
         return step
 
-    def stream_of(self, step: int) -> int:
-        """Return the number of the stream that a step's samples come from."""
-        return self._batch(step)[0]
-
     def global_batch(self, step: int) -> MicroBatch:
         """Return all samples of a step."""
         return self._slice(step, 0, self.batch_global)

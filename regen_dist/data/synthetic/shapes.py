@@ -421,12 +421,6 @@ def describe_scene(number: int, options: SyntheticOptions) -> tuple[Scene, str]:
     return scene, caption(attributes, int(wording * WORDINGS))
 
 
-def render_scene(number: int, options: SyntheticOptions) -> tuple[UInt8s, Attributes]:
-    """Draw clip `number` without encoding: uint8 RGB [frames, side, side, 3], and its attributes."""
-    scene, _ = describe_scene(number, options)
-    return draw_frames(scene), scene.attributes
-
-
 def make_clip(number: int, options: SyntheticOptions) -> SyntheticClip:
     """Encode clip `number` as an H.264 file; the same bytes in every process."""
     scene, text = describe_scene(number, options)

@@ -21,12 +21,12 @@ from regen_dist.data.synthetic.shapes import (
     draw_frames,
     make_clip,
     place_shape,
-    render_scene,
 )
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.evaluation import shapes
 from regen_dist.evaluation.shapes import Reading, read
+from tests.helpers.datasets import render_scene
 
 UInt8s = npt.NDArray[np.uint8]
 NUMBER = 32  # of clips, among which every value of every attribute is met

@@ -180,7 +180,6 @@ def test_memory_does_not_grow_with_the_video() -> None:
         assert num_read - num_done <= 17
     assert num_done == 400
     assert max(codec.batches) <= 2
-    assert speed.frames_encoded == len(plan.starts) * 9
     assert speed.frames_decoded >= 400
     assert speed.encode_s > 0 < speed.decode_s
 

@@ -72,8 +72,9 @@ def test_an_error_of_the_user_is_one_message_and_its_exit_code() -> None:
 
 def test_stdout_without_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
-    done = _regen("config", "explain", "data", run=subprocess.run)
+    done = _regen("check", "--help", run=subprocess.run)
     assert (done.returncode, done.stderr) == (0, "")
+    assert r"[a.b=c \u2026]" in done.stdout
 
 
 def test_stdout_without_room() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +120,7 @@ def _nonfinite_config(tmp_path: Path, data: Path, every: int = 2, **changes: Any
     return tiny_run(tmp_path, data, checkpoint__every=every, **changes)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("every", [1, 3])
 def test_a_skipped_tail_is_no_success_and_keeps_what_was_good(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
@@ -171,13 +172,19 @@ def test_broken_results_are_refused(tmp_path: Path, data: Path, monkeypatch: pyt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run of four steps. Copy it, do not change it."""
+    folder = tmp_path_factory.mktemp("healthy")
+    assert train(_nonfinite_config(folder, data, train__steps=HEALTHY)) == 0
+    return folder / "tiny"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_broken_weights_are_no_checkpoint(tmp_path: Path, data: Path, value: float) -> None:
+def test_broken_weights_are_no_checkpoint(tmp_path: Path, data: Path, healthy: Path, value: float) -> None:
     """One value among all: it is not saved, not resumed from, not verified, not loaded and not exported. One that an
     earlier version saved is passed over, and named."""
-    config = _nonfinite_config(tmp_path, data, train__steps=4)
-    assert train(config) == 0
-    run = tmp_path / "tiny"
+    run = Path(shutil.copytree(healthy, tmp_path / "tiny"))
     folder, good = folder_of(run), newest(run)
     kinds = ("master", "ema", "exp_avg", "exp_avg_sq")
     pieces = {f"{kind}/{name}": folder.reader(good).whole(f"{kind}/{name}").reshape(-1)

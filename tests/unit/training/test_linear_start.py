@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from regen_dist.data.synthetic.shapes import SyntheticOptions, render_scene
+from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import DataError
 from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.training.linear_start import fit_linear_code, frames_to_cells
+from tests.helpers.datasets import render_scene
 from tests.helpers.tiny import tiny_model
 
 K = 8

@@ -147,8 +147,14 @@ def _step(task: Any, engine: PlainEngine, batch: Any, config: Any) -> Loss:
     return loss
 
 
-@pytest.mark.parametrize("frames", [5, 1], ids=["clips", "images"])
-@pytest.mark.parametrize("name", EMBEDDERS)
+# What a value of these changes knows nothing of the number of frames.
+ELEMENTWISE = ("baseline with noise", "velocity", "eps", "recomputed", "selective", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [*((name, 5) for name in EMBEDDERS), *((name, 1) for name in EMBEDDERS if name not in ELEMENTWISE)],
+)
 def test_a_step_of_an_embedder(name: str, frames: int) -> None:
     config = tiny_run(**EMBEDDERS[name])
     task: Any = build_task(config, META)
@@ -184,10 +190,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cache(tmp_path_factory.mktemp("meta") / "cache", clips=[1, 2, 0])
 
 
-@pytest.mark.parametrize("clips", [2, 1, 0], ids=["two clips", "a clip", "images"])
-@pytest.mark.parametrize("backend", ["sdpa", "eager", "reference"])
+@pytest.mark.parametrize(
+    ("clips", "backend"), [(2, "sdpa"), (1, "sdpa"), (0, "sdpa"), (2, "eager"), (2, "reference"), (0, "reference")]
+)
 def test_a_step_of_text_to_video(cache: Path, clips: int, backend: str) -> None:
-    config = tiny_t2v("runs", cache, data__text_dropout=0.4, model__attention__backend=backend)
+    config = tiny_t2v(
+        "runs", cache, data__text_dropout=0.4, diffusion__steps=2, model__blocks=1, model__attention__backend=backend
+    )
     task: Any = build_task(config, META)
     engine = PlainEngine(config, MetaRanks(), task.build)
     content, motion = torch.zeros(4, max(clips, 1), 8, 4, 4), torch.zeros(4, clips, 8, 4, 4)

@@ -39,12 +39,12 @@ from regen_dist.data.synthetic.shapes import (
     make_clip,
     parse_caption,
     place_shape,
-    render_scene,
     split_combinations,
 )
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import ConfigError, DataError
+from tests.helpers.datasets import render_scene
 from tools import shards
 
 UInt8s = npt.NDArray[np.uint8]

@@ -122,7 +122,7 @@ def test_without_aws_there_is_no_pipe(small: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_planning_costs_time_and_memory(mixed: bool) -> None:
-    large = np.ones(1 << 27)  # a gigabyte: what another process holds does not count
+    large = np.ones(1 << 26)  # half a gigabyte: what another process holds does not count
     found = data_cases.plan(20_000, mixed=mixed)
     del large
     assert found["peak_mb"] < 500
