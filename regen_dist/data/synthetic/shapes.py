@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from regen_dist.config.run import SEED_END
 from regen_dist.data.video.colour import Primaries, Transfer
 from regen_dist.data.video.conversion import BT709_MATRIX
-from regen_dist.config.run import SEED_END
 from regen_dist.data.video.reader import VideoInfo, VideoReader
 from regen_dist.data.video.transcode import StreamTags, encode_frames, prepare_encoder
 from regen_dist.errors import DataError
