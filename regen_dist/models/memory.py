@@ -287,9 +287,10 @@ def memory_bytes(
     second = low * -(-model.num_parameters // engine.zero.partition_size) if engine.zero.partition_size > 1 else 0
     activations = clips_per_gpu * model.activation_bytes
     gradients = (4 if zero3 or not mixed else low + 4) * share  # in fp32 for the update, whatever they are reduced in
+    copies = 4 * share if mixed else 0  # of gradients in bf16, by the update
     terms = {
         f"weights ({engine.precision}, sharded)": low * share,
-        "gradients (fp32, sharded)": max(gradients - _replaced(activations, engine, accumulation), 0),
+        "gradients (fp32, sharded)": max(gradients - _replaced(activations, copies, engine, accumulation), 0),
         "fp32 master weights (sharded)": 4 * share if zero3 or mixed else 0,
         "AdamW's two moments (fp32, sharded)": 8 * share,
         "EMA (fp32, sharded)": 4 * share,
@@ -316,12 +317,13 @@ def host_bytes(parameter_sizes: Sequence[int], engine: EngineConfig, *, world_si
     return 4 * sum(1 << (size - 1).bit_length() for size in pieces if size)
 
 
-def _replaced(activations: int, engine: EngineConfig, accumulation: int) -> int:
-    """Return the activations that are gone once there are gradients. ZeRO-3 reserves memory for all gradients from the
-    start (fp32, whatever they are reduced in); sums of micro-batches outlive a backward pass; recomputed activations
-    return."""
-    frees = engine.kind == "plain" and accumulation == 1 and not engine.activation_checkpointing
-    return activations if frees else 0
+def _replaced(activations: int, copies: int, engine: EngineConfig, accumulation: int) -> int:
+    """Return the bytes of activations that are gone once there are gradients. ZeRO-3 reserves memory for all gradients
+    from the start (fp32, whatever they are reduced in); sums of micro-batches outlive a backward pass. Recomputed
+    activations return, but not in the update, which makes the fp32 copies of gradients in bf16 (`copies` bytes)."""
+    if engine.kind != "plain" or accumulation > 1:
+        return 0
+    return min(activations, copies) if engine.activation_checkpointing else activations
 
 
 # Memory of the networks of `train.losses`, beside the model's.

@@ -203,6 +203,4 @@ def test_tensors_hold_what_was_promised(runs: dict[str, BenchRun], name: str, re
     assert launch([*program, "--tensors", "--warm", "1", "--out", str(tmp_path)], ranks=1, logs=tmp_path) == 0
     found = json.loads(step_rank.result_file(tmp_path, 0).read_text())
     promised = sum(estimate(found["sample"], run.config, world_size=1).values())
-    # With given frames and recomputation the estimate was 13 % too high where this was written (535 for 472 MB).
-    allowed = 0.15 if recomputed == "true" else MEMORY_TARGET
-    assert found["tensor_bytes"] == pytest.approx(promised, rel=allowed)
+    assert found["tensor_bytes"] == pytest.approx(promised, rel=MEMORY_TARGET)
