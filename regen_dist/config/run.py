@@ -14,8 +14,6 @@ SPATIAL_COMPRESSION = 8  # paper: one latent cell per 8x8 pixels
 SEED_END = 2**63  # seeds are keys of noise and orders, of 64 bits with a sign; a run and data take none below 0
 
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]  # AdamW moves every weight by about so much in a step
-
-
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

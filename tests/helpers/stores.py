@@ -26,7 +26,7 @@ _IDENTIFIER = re.compile(r"[^\W\d]\w*")  # of C#: what Azure takes as a name of 
 
 @dataclass
 class FakeStore:
-    """What a server holds: bytes by key. `refused` answers a GET of a key by (status, code), `region` asks for another
+    """Objects of a server, bytes by key. `refused` answers a GET of a key by (status, code), `region` asks for another
     one in every answer, `page` is how many keys a listing gives at once, `tags` gives ETags of objects. `requests` were
     made."""
 

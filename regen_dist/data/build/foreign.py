@@ -369,7 +369,8 @@ def _plan(data: bytes) -> dict[str, Any] | None:
 
 
 def _mark(source: Store, name: str, etag: str | None) -> str | None:
-    """What changes when a tar is replaced by another one of its size: the store's tag, or when a file was written."""
+    """Return the mark that tells a tar from another one of its name and size: the store's tag, or the time of writing
+    of a local file."""
     if source.folder is None:
         return etag
     try:

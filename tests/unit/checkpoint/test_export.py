@@ -136,7 +136,7 @@ def test_the_card_says_what_it_is(run: EmbedderConfig) -> None:
 
 
 def test_the_snippet_of_the_card_runs(run: EmbedderConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the card shows, as it stands but for the folder: ten lines at most. (tests/e2e/test_export.py runs it where
+    """The card's snippet, as it stands but for the folder: ten lines at most. (tests/e2e/test_export.py runs it where
     DeepSpeed cannot be imported.)"""
     out = _export(run)
     found = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)

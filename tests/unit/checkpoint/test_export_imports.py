@@ -110,7 +110,7 @@ def test_a_run_that_has_checkpoints_is_refused(export: Path, source: EmbedderCon
 
 
 def test_an_import_that_ends_early_can_be_repeated(export: Path, tmp_path: Path) -> None:
-    """What the run folder lacks is written before the commit: a full disk there leaves no checkpoint."""
+    """The rest of the run folder is written before the commit: a full disk there leaves no checkpoint."""
     run = _new(tmp_path)
     (run.folder / "config.yaml").mkdir(parents=True)  # refuses a file
     with pytest.raises(OSError, match="config"):

@@ -93,7 +93,7 @@ def test_after_a_rollback_everything_is_newer() -> None:
 
 
 def test_metrics_that_are_not_finite_are_null_in_the_file_and_nan_when_read() -> None:
-    """Of this version, and of those before, which wrote a bare NaN."""
+    """In manifests of this version, and of those before, which wrote a bare NaN."""
     text = to_text(replace(MANIFEST, metrics={"psnr_db": math.nan, "loss": math.inf}))
     assert "NaN" not in text
     assert "Infinity" not in text

@@ -1,4 +1,4 @@
-"""What a run cannot go on from is found before it starts: checkpoints lost, of another model, of other data."""
+"""Reasons why a run cannot go on are found before it starts: checkpoints lost, of another model, of other data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build finds to build from: folders, files, lists, captions. No video is opened."""
+"""The sources that a build finds: folders, files, lists, captions. No video is opened."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_pipe_is_left_out(videos: Path) -> None:
 
 
 def test_linked_folders_are_followed_once(videos: Path, tmp_path: Path) -> None:
-    """As links to files are; a link back to a folder above ends there."""
+    """Links to folders are followed as links to files are; a link back to a folder above ends there."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "d.mp4").write_bytes(b"abc")
     (videos / "linked").symlink_to(tmp_path / "elsewhere")
