@@ -11,19 +11,29 @@ from regen_dist.tables import Column, Table, numbers
 
 @dataclass(frozen=True)
 class Measure:
-    """Figure of a table: key in the JSON, title with its unit, digits, and 1 if more is better, -1 if less, 0 if
-    neither."""
+    """Figure of a table: key in the JSON, title, digits, 1 if more is better, -1 if less, 0 if neither; and a unit that
+    is not part of the title."""
 
     key: str
     title: str
     digits: int
     better: int = 0
     scale: float = 1.0
+    unit: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Return title and unit."""
+        return f"{self.title} {self.unit}".rstrip()
+
+    def shown(self, value: float | None) -> str:
+        """Return a value with its unit, or a dash where it was not measured."""
+        return figure(value, self.digits) + (f" {self.unit}" if self.unit and value is not None else "")
 
 
 # Columns of the table; each is an attribute of `evaluation.metrics.Measurement`.
 RECONSTRUCTION_MEASURES = (
-    Measure("psnr_db", "PSNR dB", 2, 1),
+    Measure("psnr_db", "PSNR", 2, 1, unit="dB"),
     Measure("psnr_mean_over_frames_db", "mean over frames", 2, 1),
     Measure("ssim", "SSIM", 3, 1),
     Measure("vmaf", "VMAF", 1, 1),
@@ -45,7 +55,7 @@ def measures_table(
         (row["label"], *(figure(row[measure.key], measure.digits) for measure in RECONSTRUCTION_MEASURES))
         for row in rows
     ]
-    columns = [Column("decoder"), *numbers(*(measure.title for measure in RECONSTRUCTION_MEASURES))]
+    columns = [Column("decoder"), *numbers(*(measure.heading for measure in RECONSTRUCTION_MEASURES))]
     return Table(columns, cells, title=title, note=note, styles=styles or {})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from regen_dist.errors import ConfigError, RegenError
-from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES, figure
+from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES
 from regen_dist.tables import Table
 from tools.app.runner import Job, JobRunner, Kind, checked
 from tools.app.uploads import (
@@ -177,7 +177,7 @@ def measures_table(found: Mapping[str, Any]) -> str:
     video = found["video"]
     latent_bytes = found["latent_bits_per_pixel"] * video["frames"] * video["height"] * video["width"] / 8
     values = {
-        **{each.title: figure(found[each.key], each.digits) for each in RECONSTRUCTION_MEASURES},
+        **{each.title: each.shown(found[each.key]) for each in RECONSTRUCTION_MEASURES},
         "bits of latent per pixel": f"{found['latent_bits_per_pixel']:.3f}, 1:{found['compression']:.0f} of raw RGB",
         "size of the latents": f"{latent_bytes / 1024:.1f} KiB, 16 bits a value",
         "video": f"{video['frames']} frames of {video['width']}x{video['height']}",
