@@ -101,7 +101,7 @@ class RunBusy(RegenError):
 EXTRAS = {  # optional packages by the name that is imported: the extra of pyproject.toml that brings each
     "PIL": "video",
     "av": "video",
-    "cv2": "data",
+    "cv2": "video",
     "diffusers": "hub",
     "gradio": "app",
     "huggingface_hub": "text",
@@ -109,7 +109,7 @@ EXTRAS = {  # optional packages by the name that is imported: the extra of pypro
     "matplotlib": "eval",
     "obstore": "data",
     "pyarrow": "data",
-    "scenedetect": "data",
+    "scenedetect": "video",
     "sentencepiece": "text",
     "tensorboard": "track",
     "transformers": "text",

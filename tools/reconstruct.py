@@ -48,6 +48,9 @@ def reconstruct(
         int | None,
         typer.Option(help="Work in tiles of so many pixels a side: less memory for large frames, the same result."),
     ] = None,
+    cuts: Annotated[
+        bool, typer.Option("--cuts/--no-cuts", help="Begin a new clip at every cut: no clip shows two shots.")
+    ] = True,
     compare: Annotated[bool, typer.Option("--compare", help="Also measure the trivial baselines.")] = False,
 ) -> None:
     """Encode a video clip by clip, decode it from the latents alone, and measure the result.
@@ -63,7 +66,7 @@ def reconstruct(
 
     run = PACKAGED_EMBEDDER if run is None else run
     console = Console()
-    options = Options(steps=steps, fps=fps, overlap=overlap, seed=seed, group=group, tile=tile)
+    options = Options(steps=steps, fps=fps, overlap=overlap, seed=seed, group=group, cuts=cuts, tile=tile)
     source = SourceVideo(video, short_side=short_side, max_frames=max_frames)
     codec = Codec.load(run, weights=None if weights is None else weights.value)
     codec.use_tiles(tile)
@@ -143,4 +146,5 @@ def _caption(report: dict[str, Any]) -> str:
     seams = f"seam ratio {figure(report['seam_ratio'], 3)}, the source's {figure(report['seam_ratio_source'], 3)}"
     size = f"{report['latent_bits_per_pixel']:.3f} bits of latent per pixel, 1:{report['compression']:.0f} of raw RGB"
     encode, decode = (f"{report[f'{what}_frames_per_s']:.1f} frames/s" for what in ("encode", "decode"))
-    return "\n".join([size, f"encodes {encode}, decodes {decode}", f"{report['windows']} clips, {seams}"])
+    shots = f" in {len(report['video']['cuts']) + 1} shots" if report["video"]["cuts"] else ""
+    return "\n".join([size, f"encodes {encode}, decodes {decode}", f"{report['windows']} clips{shots}, {seams}"])

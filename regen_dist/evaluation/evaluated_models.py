@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import LATENT_BITS
 from regen_dist.evaluation.reconstruct import LABELS, TRIVIAL_KINDS, TrivialCodec
-from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec, Window, blend_weights
+from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec, Window, window_weights
 from regen_dist.inference.long_video import VideoCodec
 from regen_dist.models.diffusers_encoder import load_autoencoder
 from regen_dist.models.encoder import Latents
@@ -92,7 +92,7 @@ class DiffusersCodec:
         self, windows: list[Window], times: Tensor, *, steps: int = 1, seed: int = 0, sample_id: int = 0
     ) -> Tensor:
         """Decode frames [1, 3, F, H, W] at `times` [F], whole numbers; overlapping windows are blended."""
-        weights = blend_weights([window.start for window in windows], windows[0].length, times).float()
+        weights = window_weights(windows, times).float()
         total: Tensor | None = None
         for window, weight in zip(windows, weights, strict=True):
             seen = weight.nonzero().squeeze(1)

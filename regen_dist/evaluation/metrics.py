@@ -115,19 +115,21 @@ def frame_change(before: Frame, after: Frame) -> float:
     return float(np.mean(np.abs(after.astype(np.int16) - before), dtype=np.float64))
 
 
-def seam_ratio(changes: Sequence[float], crosses: Sequence[bool]) -> float | None:
+def seam_ratio(changes: Sequence[float], crosses: Sequence[bool | None]) -> float | None:
     """Mean change between frames across clip borders over the mean change inside clips.
 
     Compare it with the same ratio of the source: a larger value means visible seams.
 
     Args:
         changes: mean absolute difference of frames t and t + 1.
-        crosses: true where frames t and t + 1 come from different clips, or in different proportions.
+        crosses: true where frames t and t + 1 come from different clips, or in different proportions; None where they
+            are of different shots, a step that is left out.
 
     Returns:
         The ratio; None when all steps or none cross a border, or when nothing moves inside the clips.
     """
-    values, across = np.asarray(changes, dtype=np.float64), np.asarray(crosses, dtype=bool)
+    values = np.array([change for change, across in zip(changes, crosses, strict=True) if across is not None])
+    across = np.array([across for across in crosses if across is not None], dtype=bool)
     if across.all() or not across.any():
         return None
     inside = float(values[~across].mean())
@@ -238,6 +240,7 @@ class Options:
         overlap: frames that neighbouring clips share.
         seed: seed of the decoder's noise.
         group: clips that are decoded together; bounds the memory.
+        cuts: begin a new clip at each cut that is found, instead of encoding two shots as one clip.
         tile: side in pixels of the codec's tiles (`Codec.use_tiles`), for the record; None without tiles.
     """
 
@@ -246,6 +249,7 @@ class Options:
     overlap: int = 1
     seed: int = 0
     group: int = DEFAULT_GROUP
+    cuts: bool = True
     tile: int | None = None
 
     def __post_init__(self) -> None:
@@ -276,7 +280,7 @@ class Pair:
 
 @dataclass
 class Roundtrip:
-    """One video on its way through a codec.
+    """One video on its way through a codec, cut into clips that do not cross `cuts`, the frames that begin a shot.
 
     `measured` yields a pair for every frame of the source. `on_output` is called with the pairs of the output: the
     same ones, or those at `options.fps`. After the last pair, `speed` and `plan` describe the work done.
@@ -286,6 +290,7 @@ class Roundtrip:
     codec: VideoCodec
     options: Options
     on_output: Callable[[Pair], None] = lambda pair: None
+    cuts: Sequence[int] = ()
     speed: Speed = field(default_factory=Speed)
 
     def __post_init__(self) -> None:
@@ -293,7 +298,7 @@ class Roundtrip:
         frames, clip = self.source.num_frames, self.codec.num_frames
         fade = DEFAULT_FADE if self.codec.kind == "regen" else 0  # only REGEN can decode past a clip's ends
         overlap, group = self.options.overlap, self.options.group
-        self.plan: DecodePlan = make_plan(frames, clip, overlap=overlap, group=group, fade=fade)
+        self.plan: DecodePlan = make_plan(frames, clip, overlap=overlap, group=group, fade=fade, cuts=self.cuts)
         self._source_frames: dict[int, Frame] = {}  # the source's frames that are still needed
 
     def measured(self) -> Iterator[Pair]:

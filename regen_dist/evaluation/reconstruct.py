@@ -4,7 +4,7 @@ beside trivial decoders."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import Measurement, Options, Pair, Roundtrip, measure
 from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
-from regen_dist.inference.codec import Window, blend_weights
+from regen_dist.inference.codec import Window, window_weights
 from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
 from regen_dist.inference.long_video import VideoCodec
 from regen_dist.jsontext import json_text
@@ -86,6 +86,7 @@ def reconstruct(
         progress(pair.index + 1)
 
     options.check(codec)
+    cuts = source.cuts() if options.cuts else ()
     if source.path.resolve() in ((out / name).resolve() for name in (RECONSTRUCTION, SIDE_BY_SIDE)):
         raise DataError(f"{source.path} would be replaced by its reconstruction; choose another --out")
     _make_folder(out)
@@ -99,30 +100,37 @@ def reconstruct(
             alone.write(pair.decoded, seconds)
             both.write(_side_by_side(pair.source, pair.decoded), seconds)
 
-        measurement = measure(Roundtrip(source, codec, options, on_output), on_pair=on_pair)
+        measurement = measure(Roundtrip(source, codec, options, on_output, cuts), on_pair=on_pair)
         (out / METRICS).unlink(missing_ok=True)  # of an earlier run: it must not describe the new videos
     title = f"{source.path.name}   {measurement.psnr_db:.2f} dB, {measurement.latent_bits_per_pixel:.3f} bits per pixel"
     write_sheet(out / SHEET, columns.numbers, columns.source, {label: columns.decoded}, title=title)
-    report = _report(source, options, label, model, measurement)
+    report = _report(source, cuts, options, label, model, measurement)
     if compare:
-        report["trivial"] = measure_trivial(source, codec.num_frames, options)
+        report["trivial"] = measure_trivial(source, codec.num_frames, options, cuts)
     write_json(out / METRICS, report)
     return report
 
 
-def measure_trivial(source: SourceVideo, num_frames: int, options: Options) -> dict[str, dict[str, Any]]:
+def measure_trivial(
+    source: SourceVideo, num_frames: int, options: Options, cuts: Sequence[int]
+) -> dict[str, dict[str, Any]]:
     """Measure the trivial decoders on the same video, cut into the same clips, at the source's own times."""
     plain = replace(options, fps=None, steps=1)
     found: dict[str, dict[str, Any]] = {}
     for kind in TRIVIAL_KINDS:
-        measurement = measure(Roundtrip(source, TrivialCodec(kind, num_frames), plain))
+        measurement = measure(Roundtrip(source, TrivialCodec(kind, num_frames), plain, cuts=cuts))
         figures = {each.key: getattr(measurement, each.key) for each in RECONSTRUCTION_MEASURES}
         found[kind] = {"label": LABELS[kind], **figures}
     return found
 
 
 def _report(
-    source: SourceVideo, options: Options, label: str, model: Mapping[str, Any], measurement: Measurement
+    source: SourceVideo,
+    cuts: Sequence[int],
+    options: Options,
+    label: str,
+    model: Mapping[str, Any],
+    measurement: Measurement,
 ) -> dict[str, Any]:
     video = {
         "file": source.path.name,
@@ -132,6 +140,7 @@ def _report(
         "fps": float(source.rate),
         "stored_height": source.stored[0],
         "stored_width": source.stored[1],
+        "cuts": list(cuts),
     }
     return {
         "label": label,
@@ -206,7 +215,7 @@ class TrivialCodec:
         self, windows: list[Window], times: Tensor, *, steps: int = 1, seed: int = 0, sample_id: int = 0
     ) -> Tensor:
         """Decode frames [1, 3, F, H, W] at `times` [F], blending overlapping windows. Steps and noise are ignored."""
-        weights = blend_weights([window.start for window in windows], windows[0].length, times).float()
+        weights = window_weights(windows, times).float()
         frames = [
             self._decode(window, times) * weight[:, None, None] for window, weight in zip(windows, weights, strict=True)
         ]

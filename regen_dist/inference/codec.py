@@ -6,6 +6,7 @@ Legend: B clips, T frames, F frames of a longer video, H x W pixels, h = H/8, w 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,7 +24,6 @@ from regen_dist.config.run import SPATIAL_COMPRESSION as P
 from regen_dist.diffusion.noise import gaussian
 from regen_dist.diffusion.path import x0_from
 from regen_dist.diffusion.samplers import Denoiser, sample
-from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.latent_space import LatentStatistics, only_raw, read_statistics
 from regen_dist.models.decoder import ReceptiveField, decoder_receptive_field, encoder_receptive_field
@@ -31,7 +31,7 @@ from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
 from regen_dist.models.embedder import Baseline, Regen
 from regen_dist.models.encoder import Latents, check_clip
 from regen_dist.models.layers import require_cudnn
-from regen_dist.observe.hardware import choose_device
+from regen_dist.observe.hardware import choose_device, inference_dtype
 
 # Tiled encoding and decoding of frames. Each tile is read with its full receptive field, so nothing is blended and the
 # result equals that of the whole frame up to rounding. Memory is bounded by the size of a tile; the cost is that the
@@ -129,7 +129,7 @@ PACKAGED_EMBEDDER = Path(__file__).parents[1] / "pretrained" / "pocket"
 
 class Codec:
     """Embedder for inference. Takes and returns float32 videos in [-1, 1]; computes in the precision of training
-    unless another `dtype` is given.
+    (`inference_dtype`) unless another `dtype` is given.
 
     Attributes:
         tile: side in pixels of the tiles that frames are processed in; None for whole frames (`use_tiles`).
@@ -146,7 +146,7 @@ class Codec:
     ) -> None:
         self.config = config if isinstance(config, ExportConfig) else ExportConfig.of(config)
         self.device, self.step, self.weights, self.statistics = device, step, self.config.weights, statistics
-        self._dtype = dtype or precision_of(self.config.precision)
+        self._dtype = dtype or inference_dtype(self.config.precision, device)
         require_cudnn(device.type, self._dtype)
         self.model = model.to(device, self._dtype).eval()
         self.kind, self.num_frames = config.model.kind, config.model.num_frames
@@ -280,8 +280,7 @@ class Codec:
             ConfigError: fewer than one step; or times between frames were requested from the baseline, which decodes
                 whole frames only.
         """
-        starts, length, fade = [window.start for window in windows], windows[0].length, windows[0].fade
-        weights = blend_weights(starts, length, times, fade=fade).to(self.device).float()
+        weights = window_weights(windows, times).to(self.device).float()
         denoise = self._blended(windows, times.to(self.device), weights)
         if isinstance(self.model, Baseline):
             if steps != 1:
@@ -368,10 +367,20 @@ def _whole(times: Tensor, length: int) -> Tensor:
 # with one shared frame each window counts one half there, with two the weights go 1/4, 3/4. With a `fade` the ramp is
 # wider than what they share: both windows are decoded past their ends (docs/reconstruct.md). The blending is our own
 # choice, not the paper's.
+Shot = tuple[float, float]  # times [first, stop) of a video without a cut
+WHOLE: Shot = (-math.inf, math.inf)
+
+
 @dataclass(frozen=True, eq=False)
 class Window:
-    """One encoded clip of a longer video: latents (B = 1), the frame of the video where it starts, its frames, and how
-    many frames a cross-fade with a neighbour may reach past the middle (`blend_weights`).
+    """One encoded clip of a longer video.
+
+    Attributes:
+        latents: of one clip (B = 1).
+        start: frame of the video where it starts.
+        length: its frames.
+        fade: frames that a cross-fade with a neighbour may reach past the middle (`blend_weights`).
+        shot: times that it may be used for; windows of two shots are never blended.
 
     Raises:
         DataError: the latents are normalised ones.
@@ -381,6 +390,7 @@ class Window:
     start: float
     length: int
     fade: int = 0
+    shot: Shot = WHOLE
 
     def __post_init__(self) -> None:
         only_raw(self.latents)
@@ -407,6 +417,32 @@ def plan_windows(num_frames_video: int, num_frames_clip: int, overlap: int = 1) 
         return [0]
     last = num_frames_video - num_frames_clip
     return [*range(0, last, num_frames_clip - overlap), last]
+
+
+def window_weights(windows: Sequence[Window], times: Tensor) -> Tensor:
+    """Weights of windows of one length at `times` [F], [num_windows, F], by `blend_weights` within each shot."""
+    starts, shots = [window.start for window in windows], [window.shot for window in windows]
+    return shot_weights(starts, shots, windows[0].length, times, fade=windows[0].fade)
+
+
+def shot_weights(
+    starts: Sequence[float], shots: Sequence[Shot], num_frames: int, times: Tensor, *, fade: int = 0
+) -> Tensor:
+    """Weights of windows in several shots: those of `blend_weights` inside a shot, 0 outside of it.
+
+    Args:
+        shots: the shot of each window. Times in no window's shot get no weight at all.
+    """
+    weights: Tensor | None = None
+    for shot in dict.fromkeys(shots):
+        rows = [number for number, own in enumerate(shots) if own == shot]
+        inside = (times >= shot[0]) & (times < shot[1])
+        own = blend_weights([starts[number] for number in rows], num_frames, times[inside], fade=fade)
+        if weights is None:
+            weights = own.new_zeros(len(starts), len(times))
+        weights[torch.tensor(rows)[:, None], inside.nonzero()[:, 0]] = own
+    assert weights is not None, "there are windows"
+    return weights
 
 
 def blend_weights(starts: Sequence[float], num_frames: int, times: Tensor, *, fade: int = 0) -> Tensor:

@@ -24,13 +24,13 @@ from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
 from regen_dist.models.embedder import build_encoder
 from regen_dist.models.encoder import Encoder, Latents
 from regen_dist.models.layers import require_cudnn
-from regen_dist.observe.hardware import choose_device
+from regen_dist.observe.hardware import choose_device, inference_dtype
 
 _PREFIX = "encoder."  # prefix of its parameter names in an embedder, the baseline's too
 
 
 class FrozenEncoder:
-    """Encoder for inference, in the precision of its training.
+    """Encoder for inference, with the weights in the precision of its training (`inference_dtype` of the computation).
 
     Args:
         encoder: the module with its weights loaded.
@@ -54,7 +54,7 @@ class FrozenEncoder:
         require_cudnn(device.type, precision_of(config.precision))
         encoder = encoder.to(precision_of(config.precision)).eval()
         self.fingerprint = _fingerprint(encoder, config)
-        self.encoder = encoder.to(device)
+        self.encoder = encoder.to(device, inference_dtype(config.precision, device))
         self.num_frames, self.channels = config.model.num_frames, config.model.latent.channels
 
     @classmethod

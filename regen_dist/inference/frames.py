@@ -16,7 +16,8 @@ import numpy.typing as npt
 from regen_dist.config.files import short_name
 from regen_dist.data.video.conversion import BT709_MATRIX, LIMITED_RANGE, RESIZE, frame_to_rgb, shown_sides
 from regen_dist.data.video.reader import VideoReader
-from regen_dist.errors import DataError
+from regen_dist.data.video.scenes import analyse
+from regen_dist.errors import DataError, needing_extra
 
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
@@ -87,6 +88,11 @@ class SourceVideo:
                         f"the file there, or take the frames before it (--max-frames {number})"
                     )
                 yield frame_to_rgb(frame, self.height, self.width)
+
+    def cuts(self) -> tuple[int, ...]:
+        """Numbers of the frames that begin another shot, increasing; a pass over the whole video."""
+        with needing_extra("finding cuts"), _named_errors(self.path), VideoReader(self.path, self._table) as reader:
+            return analyse(frame for _, frame in reader.frames(range(self.num_frames))).cuts
 
 
 def num_frames_at(timestamps: Seconds, fps: float) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.inference.codec import Codec, Window, blend_weights, plan_windows
+from regen_dist.inference.codec import Codec, Shot, Window, plan_windows, shot_weights
 from regen_dist.inference.frames import Frame, Seconds, num_frames_at
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_frames, to_video
@@ -58,13 +58,14 @@ class VideoCodec(Protocol):
 @dataclass(frozen=True)
 class DecodePlan:
     """Plan for cutting one video: `starts` of windows of `clip` frames (1 for an image), decoded `group` at a time and
-    cross-faded over at least `2 fade + 1` frames."""
+    cross-faded over at least `2 fade + 1` frames. No window shows frames of two shots, which part at `cuts`."""
 
     num_frames: int
     clip: int
     starts: tuple[int, ...]
     group: int
     fade: int = 0
+    cuts: tuple[int, ...] = ()  # numbers of the frames that begin another shot, increasing
 
     @property
     def groups(self) -> list[range]:
@@ -72,13 +73,28 @@ class DecodePlan:
         count = len(self.starts)
         return [range(first, min(first + self.group, count)) for first in range(0, count, self.group)]
 
-    def crosses(self) -> list[bool]:
+    def shot(self, start: int) -> Shot:
+        """The shot of the window that starts at this frame; the first and the last have no end."""
+        place = bisect_right(self.cuts, start)
+        return (
+            self.cuts[place - 1] if place else -math.inf,
+            self.cuts[place] if place < len(self.cuts) else math.inf,
+        )
+
+    def stop(self, start: int) -> int:
+        """The first frame after the window that starts at this frame: past the clip, the shot or the video."""
+        return int(min(start + self.clip, self.num_frames, self.shot(start)[1]))
+
+    def crosses(self) -> list[bool | None]:
         """Flags, one for each frame but the last: whether the step to the next frame crosses from clip to clip, or
-        touches a frame that two clips share. A fade does not widen this: the same steps are measured for any blend."""
-        steps = [False] * (self.num_frames - 1)
+        touches a frame that two clips share; None for a step into another shot. A fade does not widen this: the same
+        steps are measured for any blend."""
+        steps: list[bool | None] = [False] * (self.num_frames - 1)
         for before, after in pairwise(self.starts):
             for frame in range(after - 1, min(before + self.clip, self.num_frames - 1)):
                 steps[frame] = True
+        for cut in self.cuts:
+            steps[cut - 1] = None
         return steps
 
     def share(self, group: range, positions: Positions) -> Tensor:
@@ -87,18 +103,30 @@ class DecodePlan:
         reach = 2 * (self.clip + self.fade + 1)
         near = range(bisect_left(self.starts, first - reach), bisect_right(self.starts, last + reach))
         starts = [self.starts[i] for i in near]
-        weights = blend_weights(starts, self.clip, torch.from_numpy(positions), fade=self.fade)
+        shots = [self.shot(start) for start in starts]
+        weights = shot_weights(starts, shots, self.clip, torch.from_numpy(positions), fade=self.fade)
         return weights[[i in group for i in near]].sum(dim=0).float()
 
 
 def make_plan(
-    num_frames_video: int, num_frames_clip: int, *, overlap: int = 1, group: int = DEFAULT_GROUP, fade: int = 0
+    num_frames_video: int,
+    num_frames_clip: int,
+    *,
+    overlap: int = 1,
+    group: int = DEFAULT_GROUP,
+    fade: int = 0,
+    cuts: Sequence[int] = (),
 ) -> DecodePlan:
-    """Plan the windows of a video; ConfigError when the overlap or the group does not fit."""
+    """Plan the windows of a video, of each shot by itself; ConfigError when the overlap or the group does not fit."""
     if group < 1:
         raise ConfigError(f"windows are decoded {group} at a time; it must be at least 1")
-    starts = plan_windows(num_frames_video, num_frames_clip, overlap)
-    return DecodePlan(num_frames_video, 1 if num_frames_video == 1 else num_frames_clip, tuple(starts), group, fade)
+    starts = [
+        first + start
+        for first, stop in pairwise([0, *cuts, num_frames_video])
+        for start in plan_windows(stop - first, num_frames_clip, overlap)
+    ]
+    clip = 1 if num_frames_video == 1 else num_frames_clip
+    return DecodePlan(num_frames_video, clip, tuple(starts), group, fade, tuple(cuts))
 
 
 def output_positions(timestamps: Seconds, fps: float | None) -> Positions:
@@ -166,36 +194,37 @@ class _Track:
 
 
 def encode_groups(codec: VideoCodec, frames: Iterable[Frame], plan: DecodePlan, speed: Speed) -> Iterator[list[Window]]:
-    """Encode a video's frames, group by group. A video shorter than a clip is padded with its last frame."""
+    """Encode a video's frames, group by group. A shot shorter than a clip is padded with its last frame."""
     source = iter(frames)
     buffer: deque[Frame] = deque()
     first = 0  # number of the frame buffer[0]
     for group in plan.groups:
-        start, stop = plan.starts[group[0]], plan.starts[group[-1]] + plan.clip
+        start, stop = plan.starts[group[0]], plan.stop(plan.starts[group[-1]])
         for _ in range(min(start - first, len(buffer))):
             buffer.popleft()
         first = start
         buffer.extend(
             pad_sides(frame, getattr(codec, "cell", SPATIAL_COMPRESSION))
-            for frame in islice(source, min(stop, plan.num_frames) - first - len(buffer))
+            for frame in islice(source, max(stop - first - len(buffer), 0))
         )
-        if len(buffer) < min(stop, plan.num_frames) - first:
+        if len(buffer) < stop - first:
             raise DataError(
                 f"the video ends after frame {first + len(buffer) - 1}; {plan.num_frames} frames were announced"
             )
         starts = [plan.starts[i] for i in group]
-        # Nothing here keeps the clips while the group is decoded.
-        yield _encode(codec, _clips(buffer, [start - first for start in starts], plan.clip), starts, plan.fade, speed)
+        clips = [_clip(buffer, start - first, plan.stop(start) - first, plan.clip) for start in starts]
+        yield _encode(codec, clips, starts, plan, speed)
 
 
-def _clips(held: Iterable[Frame], starts: Sequence[int], length: int) -> list[list[Frame]]:
-    """Clips of `length` frames that begin at these of the held frames, padded with the last frame."""
-    frames = list(held)
-    frames += [frames[-1]] * (starts[-1] + length - len(frames))
-    return [frames[start : start + length] for start in starts]
+def _clip(held: Iterable[Frame], start: int, stop: int, length: int) -> list[Frame]:
+    """Clip of `length` frames: these of the held frames, padded with the last of them."""
+    frames = list(islice(held, start, stop))
+    return frames + [frames[-1]] * (length - len(frames))
 
 
-def _encode(codec: VideoCodec, clips: list[list[Frame]], starts: list[int], fade: int, speed: Speed) -> list[Window]:
+def _encode(
+    codec: VideoCodec, clips: list[list[Frame]], starts: list[int], plan: DecodePlan, speed: Speed
+) -> list[Window]:
     videos = torch.stack([to_video(clip) for clip in clips])  # W 3 T H W
     began = time.perf_counter()
     latents = codec.encode(videos)
@@ -204,7 +233,13 @@ def _encode(codec: VideoCodec, clips: list[list[Frame]], starts: list[int], fade
     parts = latents if videos.shape[2] > 1 else latents[:1]  # an image has no motion latent to store
     speed.latent_values += sum(part.numel() for part in parts)
     return [
-        Window(Latents(*(part[place : place + 1] for part in latents)), float(start), len(clips[0]), fade)
+        Window(
+            Latents(*(part[place : place + 1] for part in latents)),
+            float(start),
+            plan.clip,
+            plan.fade,
+            plan.shot(start),
+        )
         for place, start in enumerate(starts)
     ]
 

@@ -22,12 +22,11 @@ from regen_dist.config.run import SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, FlowConfig
 from regen_dist.diffusion.path import x0_from
 from regen_dist.diffusion.samplers import GivenFrames, sample
-from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.latent_space import LatentSpace, NormalisedLatents, read_space
 from regen_dist.models.embedder import build_model
 from regen_dist.models.t2v import TextToVideo
-from regen_dist.observe.hardware import choose_device
+from regen_dist.observe.hardware import choose_device, inference_dtype
 
 # map from x_t [B, C, F, h, w], t [B] or [B, F], text [B, M, D], mask [B, M] to the velocity [B, C, F, h, w]
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -144,7 +143,7 @@ class TextToVideoModel:
         space: latent space of the caches that it was trained on.
         device: device to compute on.
         origin: facts about the weights for records: run, step and so on.
-        dtype: precision to compute in, if different from that of training.
+        dtype: precision to compute in, if different from that of training (`inference_dtype`).
     """
 
     def __init__(
@@ -152,7 +151,7 @@ class TextToVideoModel:
         origin: Mapping[str, Any], dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.config, self.space, self.device, self._origin = config, space, device, dict(origin)
-        self.model = model.to(device, dtype or precision_of(config.precision)).eval()
+        self.model = model.to(device, dtype or inference_dtype(config.precision, device)).eval()
 
     @classmethod
     def load(

@@ -33,6 +33,7 @@ from regen_dist.inference.latent_space import LatentSpace, LatentStatistics
 from regen_dist.jsontext import json_text
 from regen_dist.models.text import TextEncoder
 from regen_dist.models.text.files import ENCODER_FOLDER
+from regen_dist.observe.hardware import choose_device, inference_dtype
 
 CONFIG_FILE, INDEX_FILE = "config.json", "diffusion_pytorch_model.safetensors.index.json"
 PIPELINE_FILE, TRANSFORMER, EMBEDDER, TEXT_ENCODER = "model_index.json", "transformer", "vae", "text_encoder"
@@ -175,7 +176,7 @@ def in_trained_precision(kind: Any, path: str | Path, options: dict[str, Any]) -
     if options.get("torch_dtype") is not None or options.get("dtype") is not None:
         return options
     found = kind.load_config(path, **{name: options[name] for name in _LOADING if name in options})
-    dtype = torch.bfloat16 if found.get("precision", "bf16") == "bf16" else torch.float32
+    dtype = inference_dtype(found.get("precision", "bf16"), choose_device())
     return {name: value for name, value in options.items() if name != "dtype"} | {"torch_dtype": dtype}
 
 

@@ -70,6 +70,18 @@ def test_all_files(video: Path, tmp_path: Path) -> None:
     assert report["seam_ratio_source"] == pytest.approx(1, abs=0.3)
 
 
+def test_clips_begin_at_cuts(tmp_path: Path) -> None:
+    """A hard cut in the middle of a clip is found, and neither side of it shows the other."""
+    video, cut = tmp_path / "cut.mp4", 20
+    with VideoWriter(video, 20, crf=8, preset="ultrafast") as writer:
+        for number in range(40):
+            colour = (200, 40, 30) if number < cut else (20, 60, 220)
+            writer.write(np.full((48, 64, 3), colour, np.uint8))
+    found, whole = (run(video, tmp_path / str(cuts), TrivialCodec("mean", 9), cuts=cuts) for cuts in (True, False))
+    assert (found["video"]["cuts"], whole["video"]["cuts"]) == ([cut], [])
+    assert found["psnr_db"] > 35 > 25 > whole["psnr_db"]
+
+
 @pytest.mark.parametrize("fps", [40.0, 23.5, 7.0])
 def test_another_rate(video: Path, plain: Measurement, tmp_path: Path, fps: float) -> None:
     other = run(video, tmp_path / "other", fps=fps)

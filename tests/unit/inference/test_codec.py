@@ -167,14 +167,19 @@ def test_no_steps_are_refused() -> None:
         codec.decode(codec.encode(clips(1)), _times(0), steps=0)
 
 
-def test_bf16_gives_float32_close_to_that_of_fp32() -> None:
+def test_bf16_gives_float32_close_to_that_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """A codec works in the precision that it was trained in, and still takes and gives float32."""
+    monkeypatch.setattr("regen_dist.observe.hardware.has_native_bf16", lambda: True)
     exact, rounded = _codec(), _codec(engine__precision="bf16")
     video = clips(1)
     a, b = (codec.decode(codec.encode(video), _times(0, 2, 4)) for codec in (exact, rounded))
     assert a.dtype == b.dtype == torch.float32
     assert next(rounded.model.parameters()).dtype == torch.bfloat16
     torch.testing.assert_close(a, b, rtol=0, atol=0.1)
+    monkeypatch.setattr("regen_dist.observe.hardware.has_native_bf16", lambda: False)
+    emulated = _codec(engine__precision="bf16")
+    assert next(emulated.model.parameters()).dtype == torch.float32  # bf16 would take 30 times as long
+    torch.testing.assert_close(emulated.decode(emulated.encode(video), _times(0, 2, 4)), a)
 
 
 class TestBaseline:

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.reconstruct import TrivialCodec
-from regen_dist.inference.codec import Codec, Window, blend_weights
+from regen_dist.inference.codec import Codec, Window, window_weights
 from regen_dist.inference.frames import Frame
 from regen_dist.inference.long_video import (
     DecodePlan,
@@ -53,7 +53,7 @@ class PooledCodec:
 
     def decode_windows(self, windows: list[Window], times: Tensor, *, steps: int, seed: int, sample_id: int) -> Tensor:
         self.times.append(times)
-        weights = blend_weights([w.start for w in windows], windows[0].length, times, fade=windows[0].fade)
+        weights = window_weights(windows, times)
         return sum(  # type: ignore[return-value]
             (self._decode(window, times) * row[:, None, None] for window, row in zip(windows, weights, strict=True)),
             start=torch.zeros(()),
@@ -100,6 +100,24 @@ def test_every_frame_comes_back_in_order(num_frames: int, overlap: int, group: i
     plan = make_plan(num_frames, 9, overlap=overlap, group=group)
     (done,) = run(PooledCodec(), frames, plan, output_positions(np.arange(num_frames) / 25, None))
     np.testing.assert_array_equal(np.stack(done), np.stack(frames))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("cuts", [(1,), (9,), (8, 10, 29), (20, 39)])
+def test_no_clip_shows_two_shots(cuts: tuple[int, ...], group: int) -> None:
+    """Shots shorter and longer than a clip: the mean of a clip never holds a frame of another shot, nor is any frame
+    between two frames blended across a cut."""
+    shots = [sum(frame >= cut for cut in cuts) for frame in range(40)]
+    frames = [np.full((8, 8, 3), 60 * shot, np.uint8) for shot in shots]
+    plan = make_plan(40, 9, group=group, fade=2, cuts=cuts)
+    own, dense = np.arange(40.0), np.arange(0, 39.01, 0.25)
+    for codec in (TrivialCodec("mean", 9), PooledCodec()):
+        done, between = run(codec, frames, plan, own, dense)
+        np.testing.assert_array_equal(np.stack(done), np.stack(frames))
+        np.testing.assert_array_equal(np.stack(between), np.stack([frames[int(time)] for time in dense]))
+    crosses = plan.crosses()
+    assert [number + 1 for number, step in enumerate(crosses) if step is None] == list(cuts)
+    assert make_plan(40, 9, group=group, fade=2).starts == make_plan(40, 9, group=group, fade=2, cuts=()).starts
 
 
 @pytest.mark.parametrize("sides", [(13, 22), (8, 8), (5, 3), (16, 17)])
