@@ -214,7 +214,7 @@ def _described_caption(data: bytes) -> str:
 
 
 def _first_of(value: object) -> object:
-    """The first of several captions, as of lists (`lists.read_rows`)."""
+    """The first of several captions, as of lists (`lists.read_list`)."""
     return value[0] if isinstance(value, list) and value else value
 
 
@@ -270,7 +270,7 @@ def index_tars(
     if not tars and not broken:
         raise DataError(f"{source.url}: there is no *.tar below it; give the folder that holds the shards")
     _claim(store, [index_name(name) for name in tars], apart)
-    marks = {name: _mark(source, name, listing.found[name].etag) for name in tars}
+    marks = {name: listing.found[name].etag for name in tars}
     todo = _unfinished(store, tars, marks, unwanted)
     if todo:
         store.delete(MANIFEST)  # it speaks of indices that are about to change
@@ -291,7 +291,7 @@ def index_tars(
 
 
 def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHING, mark: str | None = None) -> str:
-    """Read one tar and write its index, which keeps its `_mark`. Returns why there is none, or nothing."""
+    """Read one tar and write its index, which keeps `mark`, the store's tag. Returns why there is none, or nothing."""
     samples: list[Sample] = []
     skipped: list[Skip] = []
     notes: list[Note] = []
@@ -366,17 +366,6 @@ def _plan(data: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return plan if isinstance(plan, dict) and "schema_version" in plan else None
-
-
-def _mark(source: Store, name: str, etag: str | None) -> str | None:
-    """Return the mark that tells a tar from another one of its name and size: the store's tag, or the time of writing
-    of a local file."""
-    if source.folder is None:
-        return etag
-    try:
-        return f"written {(source.folder / name).stat().st_mtime_ns}"
-    except OSError:  # removed since; reading it says so
-        return None
 
 
 def _unfinished(store: Store, tars: dict[str, int], marks: dict[str, str | None], unwanted: LeftOut) -> list[str]:
