@@ -222,7 +222,10 @@ _COMPRESSED = (
     "it is compressed: samples are read by byte ranges, which a compressed tar does not have; unpack it (videos are "
     "compressed already) and index that"
 )
-_COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_COMPRESSED_NAMES = (
+    *(".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".tar.lzma", ".tar.z"),
+    *(".tgz", ".tbz", ".tbz2", ".txz", ".tzst"),
+)
 
 
 class IndexedTars(NamedTuple):
@@ -259,14 +262,10 @@ def index_tars(
     source, store = Store(url), Store(url if out is None else out)
     apart = source.url if source.url != store.url else None
     listing = source.list_all()
-    named = {name: each.size for name, each in listing.found.items() if name.endswith((".tar", *_COMPRESSED_NAMES))}
+    named = {name: each.size for name, each in listing.found.items() if _is_tar(name)}
     tars = {name: size for name, size in named.items() if name.endswith(".tar") and printable(name) == name}
     broken = [Skip(source=printable(name), reason=_unusable_tar(name)) for name in named if name not in tars]
-    broken += [
-        Skip(source=name, reason=why)
-        for name, why in listing.unreadable.items()
-        if name.endswith((".tar", *_COMPRESSED_NAMES))
-    ]
+    broken += [Skip(source=name, reason=why) for name, why in listing.unreadable.items() if _is_tar(name)]
     if not tars and not broken:
         raise DataError(f"{source.url}: there is no *.tar below it; give the folder that holds the shards")
     _claim(store, [index_name(name) for name in tars], apart)
@@ -320,8 +319,14 @@ def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHIN
     return ""
 
 
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith((".tar", *_COMPRESSED_NAMES))
+
+
 def _unusable_tar(name: str) -> str:
-    return _COMPRESSED if name.endswith(_COMPRESSED_NAMES) else "its name is not UTF-8; rename it"
+    if name.lower().endswith(_COMPRESSED_NAMES):
+        return _COMPRESSED
+    return "its name is not UTF-8; rename it" if printable(name) != name else "its name must end in .tar; rename it"
 
 
 def index_name(tar: str) -> str:
