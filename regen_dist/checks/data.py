@@ -11,6 +11,7 @@ from regen_dist.checks.findings import Finding, Target, error, run_concurrently
 from regen_dist.config import AnyRunConfig, EmbedderConfig, T2VConfig
 from regen_dist.config.identity import different_latents
 from regen_dist.config.run import SPATIAL_COMPRESSION
+from regen_dist.config.t2v import SIDE_MULTIPLE
 from regen_dist.config.yaml_files import read_yaml
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
@@ -121,6 +122,8 @@ class LatentFacts(Protocol):
     def text_width(self) -> int | None: ...
     @property
     def encoder(self) -> Mapping[str, Any]: ...
+    @property
+    def preprocessing(self) -> Mapping[str, Any]: ...
 
 
 class _Space(NamedTuple):
@@ -131,6 +134,7 @@ class _Space(NamedTuple):
     channels: int
     text_width: int | None
     encoder: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
 
 
 def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
@@ -181,7 +185,8 @@ def _space(manifest: Mapping[str, Any]) -> _Space:
     options = manifest["options"]
     text_width = int(options["text"]["width"]) if options["text"] else None
     channels, encoder = int(options["channels"]), dict(options.get("encoder") or {})
-    return _Space(str(options["fingerprint"]), int(options["num_frames"]), channels, text_width, encoder)
+    preprocessing = dict(options.get("preprocessing") or {})
+    return _Space(str(options["fingerprint"]), int(options["num_frames"]), channels, text_width, encoder, preprocessing)
 
 
 def fits(config: T2VConfig, url: str, space: LatentFacts) -> Iterator[Finding]:
@@ -193,6 +198,13 @@ def fits(config: T2VConfig, url: str, space: LatentFacts) -> Iterator[Finding]:
             f"the latents in {url} have cells of {cell} pixels and {frames} latent frames a clip; text to video takes "
             "cells of 8 pixels and 2 latent frames, as this project's encoders make: run `regen preencode` with such "
             "an embedder, into a new cache"
+        )
+        yield error("data", text, DataError)
+    sizes = space.preprocessing.get("buckets", ())
+    if odd := [f"{height}x{width}" for height, width in sizes if height % SIDE_MULTIPLE or width % SIDE_MULTIPLE]:
+        text = (
+            f"{url} has latents of videos of {', '.join(odd)} pixels; text to video takes sides that are multiples of "
+            f"{SIDE_MULTIPLE}: run `regen preencode` with such buckets, into a new cache"
         )
         yield error("data", text, DataError)
     if model.latent_channels != space.channels:

@@ -9,8 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from regen_dist.config.datasets import ReadConfig
 from regen_dist.config.files import load_section
-from regen_dist.config.run import SPATIAL_COMPRESSION, HomePath, PositiveInt, Section
-from regen_dist.config.t2v import TextConfig
+from regen_dist.config.run import HomePath, PositiveInt, Section
+from regen_dist.config.t2v import SIDE_MULTIPLE, TextConfig
 from regen_dist.config.urls import checked_url, expand_home, parse_url
 
 
@@ -55,8 +55,8 @@ class PreencodeConfig(Section):
     @model_validator(mode="after")
     def _check_sides(self) -> PreencodeConfig:
         for size in self.buckets:
-            if any(side % SPATIAL_COMPRESSION for side in size):
-                raise ValueError(f"buckets {size} must be multiples of {SPATIAL_COMPRESSION}")
+            if any(side % SIDE_MULTIPLE for side in size):
+                raise ValueError(f"buckets {size} must be multiples of {SIDE_MULTIPLE}, as text to video takes them")
         if len(set(self.buckets)) < len(self.buckets):
             raise ValueError(f"buckets {self.buckets}: a size is given twice; keep one")
         return self

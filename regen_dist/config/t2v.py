@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from regen_dist.config.datasets import MixtureConfig
 from regen_dist.config.embedder import AttentionConfig, DensityConfig
 from regen_dist.config.run import (
+    SPATIAL_COMPRESSION,
     CommonConfig,
     Fraction,
     HomePath,
@@ -21,6 +22,7 @@ from regen_dist.config.run import (
 from regen_dist.config.urls import parse_url
 
 LATENT_PATCH = 2  # latent cells a side of one token (paper: patch 2x2)
+SIDE_MULTIPLE = LATENT_PATCH * SPATIAL_COMPRESSION  # pixels a side of one token
 
 
 class T2VModelConfig(Section):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from regen_dist import __version__
 from regen_dist.config.preencode import PreencodeConfig
+from regen_dist.config.t2v import SIDE_MULTIPLE
 from regen_dist.data.format.catalogue import Dataset, open_dataset
 from regen_dist.data.format.index import SCHEMA_VERSION, Sample, read_index
 from regen_dist.data.format.manifest import Kind, described, only_videos, read_all
@@ -45,7 +46,6 @@ from regen_dist.pixels import to_float
 
 KIND: Kind = "latents"
 ENCODING_VERSION = 1  # raise it when the same config, weights and videos would give other bytes
-SIDE_MULTIPLE = 16  # pixels: a latent cell of 8, and 2 x 2 cells for a token of a text-to-video model
 _SPACE = ("encoder", "preprocessing", "text", "code")  # the parts that the fingerprint covers
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from regen_dist.checks.data import embedder, fits
 from regen_dist.checks.findings import Target, refuse
-from regen_dist.config.run import SPATIAL_COMPRESSION
-from regen_dist.config.t2v import LATENT_PATCH, T2VConfig
+from regen_dist.config.t2v import T2VConfig
 from regen_dist.data.loading.datasets import LatentSet, sizes_of
 from regen_dist.data.loading.latent_loader import LatentBatch, latent_batches
 from regen_dist.data.loading.validation import ValidationRows, validation_rows
@@ -27,7 +26,6 @@ from regen_dist.diffusion.path import noisy, target_of, timesteps
 from regen_dist.diffusion.samplers import draw_given_frames, error_without_given
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.latent_space import LatentScale, LatentSpace, NormalisedLatents, parse_statistics
@@ -37,7 +35,6 @@ from regen_dist.models.embedder import build_model
 from regen_dist.models.flops import training_flops_per_row
 from regen_dist.training.task import Loss, Validation, on_device
 
-_SIDE_MULTIPLE = LATENT_PATCH * SPATIAL_COMPRESSION  # pixels: a token is 2 x 2 cells of 8 x 8
 _VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -55,14 +52,6 @@ class TextToVideoTask:
         facts = data.facts
         refuse(fits(config, facts.url, facts))
         refuse(embedder(config, {facts.url: facts}, Target()))
-        sides = {each.bucket[:2] for each in data.order.streams if any(each.sizes)}
-        if odd := sorted(size for size in sides if any(side % _SIDE_MULTIPLE for side in size)):
-            found = ", ".join(f"{height}x{width}" for height, width in odd)
-            raise DataError(
-                f"{facts.url} has latents of videos of {found} pixels; "
-                f"text to video takes sides that are multiples of {_SIDE_MULTIPLE}: run `regen preencode` with such "
-                "buckets, into a new cache"
-            )
         return data
 
     def build(self, ranks: Ranks = Ranks(), *, resumes: bool = False) -> nn.Module:  # noqa: B008 - frozen

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+from collections.abc import Sequence
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import av
@@ -93,3 +96,31 @@ def shown_frames(path: Path, height: int, width: int, filters: str = "null") -> 
     resize = f"{filters},scale={width}:{height}:{flags}"
     raw = ffmpeg("-i", path, "-vf", resize, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
     return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+
+
+# H.264 whose frames are two field pictures (PAFF), as cameras write AVCHD, and as no encoder of ffmpeg does.
+
+
+_PICTURES_OF_16X32 = f"{0x4D001E:024b}110110100110010100001{1:032b}{50:032b}10000"  # Main; 50 fields a second
+
+
+def field_pictures(levels: Sequence[int]) -> bytes:
+    """An elementary stream of 25 frames a second, each of one grey, 32 rows of 16: raw macroblocks (I_PCM)."""
+    stream = _nal(7, 3, _PICTURES_OF_16X32) + _nal(8, 3, "1100111000111100")
+    for number, bottom in product(range(len(levels)), (0, 1)):
+        first = number == bottom == 0
+        head = f"{_ue(0)}{_ue(7)}{_ue(0)}{number % 16:04b}1{bottom}{_ue(0) + '00' if first else '0'}"
+        head += _ue(0) + _ue(1) + _ue(25)  # quantiser, no deblocking, the kind of macroblock
+        head += "0" * (-len(head) % 8) + f"{levels[number]:08b}" * 256 + f"{128:08b}" * 128
+        stream += _nal(9, 0, "000") + _nal(5 if first else 1, 2, head)
+    return stream
+
+
+def _ue(value: int) -> str:
+    return f"{value + 1:0{2 * (value + 1).bit_length() - 1}b}"
+
+
+def _nal(kind: int, reference: int, bits: str) -> bytes:
+    bits += "1" + "0" * (-(len(bits) + 1) % 8)
+    data = int(bits, 2).to_bytes(len(bits) // 8)
+    return b"\0\0\0\1" + bytes([reference << 5 | kind]) + re.sub(rb"\0\0([\0-\3])", b"\0\0\3\\1", data)

@@ -129,7 +129,7 @@ def check_video(path: Path, limits: Limits) -> VideoFacts:
 
 
 def _video_facts(container: InputContainer, name: str, limits: Limits) -> VideoFacts:
-    from regen_dist.data.video.reader import choose_video
+    from regen_dist.data.video.container import choose_video
 
     try:
         stream = choose_video(container)

@@ -214,7 +214,7 @@ def _described_caption(data: bytes) -> str:
 
 
 def _first_of(value: object) -> object:
-    """The first of several captions, as of lists (`lists.read_rows`)."""
+    """The first of several captions, as of lists (`lists.read_list`)."""
     return value[0] if isinstance(value, list) and value else value
 
 
@@ -222,7 +222,10 @@ _COMPRESSED = (
     "it is compressed: samples are read by byte ranges, which a compressed tar does not have; unpack it (videos are "
     "compressed already) and index that"
 )
-_COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_COMPRESSED_NAMES = (
+    *(".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".tar.lzma", ".tar.z"),
+    *(".tgz", ".tbz", ".tbz2", ".txz", ".tzst"),
+)
 
 
 class IndexedTars(NamedTuple):
@@ -259,18 +262,14 @@ def index_tars(
     source, store = Store(url), Store(url if out is None else out)
     apart = source.url if source.url != store.url else None
     listing = source.list_all()
-    named = {name: each.size for name, each in listing.found.items() if name.endswith((".tar", *_COMPRESSED_NAMES))}
+    named = {name: each.size for name, each in listing.found.items() if _is_tar(name)}
     tars = {name: size for name, size in named.items() if name.endswith(".tar") and printable(name) == name}
     broken = [Skip(source=printable(name), reason=_unusable_tar(name)) for name in named if name not in tars]
-    broken += [
-        Skip(source=name, reason=why)
-        for name, why in listing.unreadable.items()
-        if name.endswith((".tar", *_COMPRESSED_NAMES))
-    ]
+    broken += [Skip(source=name, reason=why) for name, why in listing.unreadable.items() if _is_tar(name)]
     if not tars and not broken:
         raise DataError(f"{source.url}: there is no *.tar below it; give the folder that holds the shards")
     _claim(store, [index_name(name) for name in tars], apart)
-    marks = {name: _mark(source, name, listing.found[name].etag) for name in tars}
+    marks = {name: listing.found[name].etag for name in tars}
     todo = _unfinished(store, tars, marks, unwanted)
     if todo:
         store.delete(MANIFEST)  # it speaks of indices that are about to change
@@ -291,7 +290,7 @@ def index_tars(
 
 
 def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHING, mark: str | None = None) -> str:
-    """Read one tar and write its index, which keeps its `_mark`. Returns why there is none, or nothing."""
+    """Read one tar and write its index, which keeps `mark`, the store's tag. Returns why there is none, or nothing."""
     samples: list[Sample] = []
     skipped: list[Skip] = []
     notes: list[Note] = []
@@ -320,8 +319,14 @@ def index_tar(source: Store, store: Store, name: str, unwanted: LeftOut = NOTHIN
     return ""
 
 
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith((".tar", *_COMPRESSED_NAMES))
+
+
 def _unusable_tar(name: str) -> str:
-    return _COMPRESSED if name.endswith(_COMPRESSED_NAMES) else "its name is not UTF-8; rename it"
+    if name.lower().endswith(_COMPRESSED_NAMES):
+        return _COMPRESSED
+    return "its name is not UTF-8; rename it" if printable(name) != name else "its name must end in .tar; rename it"
 
 
 def index_name(tar: str) -> str:
@@ -366,17 +371,6 @@ def _plan(data: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return plan if isinstance(plan, dict) and "schema_version" in plan else None
-
-
-def _mark(source: Store, name: str, etag: str | None) -> str | None:
-    """Return the mark that tells a tar from another one of its name and size: the store's tag, or the time of writing
-    of a local file."""
-    if source.folder is None:
-        return etag
-    try:
-        return f"written {(source.folder / name).stat().st_mtime_ns}"
-    except OSError:  # removed since; reading it says so
-        return None
 
 
 def _unfinished(store: Store, tars: dict[str, int], marks: dict[str, str | None], unwanted: LeftOut) -> list[str]:

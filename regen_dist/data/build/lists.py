@@ -22,7 +22,7 @@ LIST_SUFFIXES = frozenset({".csv", ".json", ".jsonl", ".parquet"})
 FOLDER_LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json", "captions.json")
 VIDEO_LINES = ("videos.txt", "video.txt")  # a path a line; and in the same order
 CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
-_SHOWN = 20
+_SHOWN, _NAMED = 20, 5
 _LONGEST_FIELD = (1 << 31) - 1  # of a CSV, in characters; Python's own limit is 131072, and long captions exist
 
 
@@ -58,7 +58,7 @@ class CaptionRow(NamedTuple):
 
 
 class ReadList(NamedTuple):
-    """The rows of a list, and why none has a caption, where another column may hold it; empty otherwise."""
+    """The rows of a list, and which of them have no caption, where the list has any; empty otherwise."""
 
     rows: list[CaptionRow]
     uncaptioned: str = ""
@@ -69,13 +69,9 @@ def is_list(place: str | Path) -> bool:
     return PurePosixPath(str(place)).suffix.lower() in LIST_SUFFIXES
 
 
-def read_rows(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool = False) -> list[CaptionRow]:
-    """The rows of a list, like `read_list`."""
-    return read_list(place, columns, need_caption=need_caption).rows
-
-
 def read_list(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool = False) -> ReadList:
-    """Read a list: a local file, or an object of a store.
+    """Read a list: a local file, or an object of a store. A caption may be empty, whatever `need_caption` says of its
+    column.
 
     Raises:
         DataError: it cannot be read, a column is missing, or rows are wrong: all of them, each with its line.
@@ -85,7 +81,7 @@ def read_list(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool
     rows, wrong, found = [], [], dict[str, None]()
     try:
         for where, values in _raw_rows(PurePosixPath(str(place)).suffix.lower(), data, columns, needed, found):
-            problem = values if isinstance(values, str) else _problem(values, columns, needed)
+            problem = values if isinstance(values, str) else _problem(values, columns)
             if problem or isinstance(values, str):
                 wrong.append(f"{where}: {problem}")
             else:
@@ -98,15 +94,19 @@ def read_list(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool
             f"{place}: the list is empty; it needs the column {_named(columns.video)}, and may have the column "
             f"{_named(columns.caption)}"
         )
-    if columns.caption not in (PLAIN.caption, METADATA.caption) and not any(row.caption for row in rows):
-        raise DataError(f"{place}: no row has a {_named(columns.caption)}, which --columns names; check its name")
-    return ReadList(rows, _uncaptioned(found, columns))
+    wanted = need_caption or columns.caption not in (PLAIN.caption, METADATA.caption)
+    if wanted and not any(row.caption for row in rows):
+        raise DataError(f"{place}: no row has a {_named(columns.caption)}; check the column or --columns")
+    return ReadList(rows, _uncaptioned(found, columns, rows))
 
 
-def _uncaptioned(found: Iterable[str], columns: Columns) -> str:
+def _uncaptioned(found: Iterable[str], columns: Columns, rows: Sequence[CaptionRow]) -> str:
     others = [name for name in found if name not in columns.video]
-    if not others or set(others) & set(columns.caption):
+    if not others:
         return ""
+    if set(others) & set(columns.caption):
+        empty = [row.where for row in rows if row.caption is None]
+        return f"no captions: {len(empty)} of {len(rows)} rows have none ({first_of(empty)})" if empty else ""
     return (
         f"no captions: none of its columns ({', '.join(others)}) is called {_named(columns.caption)}; --columns "
         "video=COLUMN,caption=COLUMN names another"
@@ -144,16 +144,22 @@ def refuse(place: str | Path, wrong: list[str]) -> None:
         raise DataError(f"{place}: {len(wrong)} rows are wrong; fix or remove them:\n{lines}")
 
 
-def read_captions(place: str | Path, columns: Columns = PLAIN) -> dict[str, str]:
-    """Captions by video name from a list with both columns; DataError as for `read_rows`, and when one video has two
-    captions."""
+def read_captions(place: str | Path, columns: Columns = PLAIN) -> tuple[dict[str, str], str]:
+    """Captions by video name from a list with both columns, and which rows have none; DataError as for `read_list`, and
+    when one video has two captions."""
     captions: dict[str, str] = {}
     wrong = []
-    for row in read_rows(place, columns, need_caption=True):
-        if captions.setdefault(row.video, row.caption or "") != (row.caption or ""):
+    found = read_list(place, columns, need_caption=True)
+    for row in found.rows:
+        if row.caption is not None and captions.setdefault(row.video, row.caption) != row.caption:
             wrong.append(f"{row.where}: another caption for {row.video}")
     refuse(place, wrong)
-    return captions
+    return captions, found.uncaptioned
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Format the first of many names on one line."""
+    return ", ".join(names[:_NAMED]) + ", …" * (len(names) > _NAMED)
 
 
 def _bytes_of(place: str | Path) -> bytes:
@@ -246,7 +252,8 @@ def _cell(values: dict[Any, Any], names: Sequence[str]) -> str:
 
 
 def _value(values: dict[Any, Any], names: Sequence[str]) -> object:
-    return next((values[name] for name in names if values.get(name) is not None), None)
+    found = (values.get(name) for name in names)
+    return next((value for value in found if value is not None and value == value), None)  # not NaN: an empty cell
 
 
 def _object(line: str) -> dict[Any, Any] | str:
@@ -257,7 +264,7 @@ def _object(line: str) -> dict[Any, Any] | str:
     return values if isinstance(values, dict) else "not a JSON object"
 
 
-def _problem(values: dict[Any, Any], columns: Columns, needed: Sequence[Sequence[str]]) -> str:
+def _problem(values: dict[Any, Any], columns: Columns) -> str:
     """Describe the problem with the values of a row; empty if there is none."""
     if None in values:
         return "more fields than columns; put a text with commas into quotes"
@@ -265,9 +272,7 @@ def _problem(values: dict[Any, Any], columns: Columns, needed: Sequence[Sequence
         value = _value(values, names)
         if value is not None and not isinstance(value, str):
             return f"its {_named(names)} is {reprlib.repr(value)}, not a text"
-        if names in needed and not (value or "").strip():
-            return f"it has no {_named(names)}"
-    return ""
+    return "" if _cell(values, columns.video) else f"it has no {_named(columns.video)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -27,6 +27,7 @@ from regen_dist.data.build.lists import (
     CaptionRow,
     Columns,
     ReadList,
+    first_of,
     is_list,
     read_captions,
     read_lines,
@@ -114,7 +115,7 @@ def find_sources(
     """The videos of all places, each once, in order of the places, and by name inside a folder.
 
     Args:
-        places: video files, folders, prefixes of buckets, and lists (`lists.read_rows`), as paths or URLs. What a
+        places: video files, folders, prefixes of buckets, and lists (`lists.read_list`), as paths or URLs. What a
             list names is relative to its own folder or URL.
         captions: a list that gives captions to videos by path inside the folder or by file name, with or without its
             ending.
@@ -144,7 +145,9 @@ def find_sources(
         raise DataError(f"no videos ({', '.join(sorted(VIDEO_SUFFIXES))}) in {', '.join(map(str, places))}{left_out}")
     if captions is None:
         return Sources(tuple(found.values()), tuple(skipped))
-    return _captioned(list(found.values()), read_captions(captions, columns or PLAIN), skipped)
+    listed_captions, uncaptioned = read_captions(captions, columns or PLAIN)
+    skipped += [Skip(source=str(captions).rpartition("/")[2], reason=uncaptioned)] if uncaptioned else []
+    return _captioned(list(found.values()), listed_captions, str(captions), skipped)
 
 
 def _below(place: str, columns: Columns | None) -> Iterator[VideoSource | Skip]:
@@ -446,30 +449,42 @@ def _files_below(folder: str) -> tuple[dict[str, ObjectInfo], dict[str, str]]:
     return found, unreadable
 
 
-def _captioned(found: Sequence[VideoSource], captions: dict[str, str], skipped: Sequence[Skip]) -> Sources:
-    """The sources with the captions of a list; what they say of videos that are not there is left out."""
-    names = {name for source in found for name in _called(source)}
-    unused = [name for name in captions if name not in names]
-    if len(unused) == len(captions):
+def _captioned(found: Sequence[VideoSource], captions: dict[str, str], place: str, skipped: Sequence[Skip]) -> Sources:
+    """The sources with the captions of a list, each that of the name that calls it most exactly. Names of no video are
+    counted among what is left out.
+
+    Raises:
+        DataError: no name calls a video, or one calls videos of several folders alike.
+    """
+    left, own, wrong = dict(captions), dict[VideoSource, str](), list[str]()
+    all_names = [_called(source) for source in found]
+    for exactness in range(len(all_names[0])):
+        videos: dict[str, list[VideoSource]] = defaultdict(list)
+        for source, names in zip(found, all_names, strict=True):
+            if names[exactness] in left:
+                videos[names[exactness]].append(source)
+        for name, sources in videos.items():
+            caption = left.pop(name)
+            for source in sources:
+                own.setdefault(source, caption)
+            if len({source.place.rpartition("/")[0] for source in sources}) > 1:
+                wrong.append(f"{name} is {first_of([source.place for source in sources])}: give the path in the folder")
+    if len(left) == len(captions):
         raise DataError(
-            f"no caption belongs to a video: captions name {unused[:3]}, the videos are {sorted(names)[:3]}; "
-            "name videos by their path in the folder or their file name"
+            f"no caption belongs to a video: captions name {first_of([*left])}, the videos are "
+            f"{first_of([one.name for one in found])}; name videos by their path in the folder or their file name"
         )
-    return Sources(
-        tuple(_with_caption(source, captions) for source in found),
-        (*skipped, *(Skip(source=name, reason="no video: a caption without a video") for name in unused)),
-    )
+    refuse(place, wrong)
+    if left:
+        reason = f"no video: {len(left)} captions without a video ({first_of([*left])})"
+        skipped = (*skipped, Skip(source=place.rpartition("/")[2], reason=reason))
+    return Sources(tuple(replace(one, caption=one.caption or own.get(one)) for one in found), tuple(skipped))
 
 
-def _with_caption(source: VideoSource, captions: dict[str, str]) -> VideoSource:
-    listed_as = next((name for name in _called(source) if name in captions), None)
-    return replace(source, caption=source.caption or (captions[listed_as] if listed_as else None))
-
-
-def _called(source: VideoSource) -> Iterator[str]:
-    """Return the names by which a list may refer to a video: path or file name, with or without its ending."""
+def _called(source: VideoSource) -> tuple[str, ...]:
+    """Names by which a list may refer to a video, the most exact first: path or file name, with or without ending."""
     path = PurePosixPath(source.name)
-    yield from (source.name, path.name, str(path.with_suffix("")), path.stem)
+    return source.name, str(path.with_suffix("")), path.name, path.stem
 
 
 def _is_video(name: str) -> bool:

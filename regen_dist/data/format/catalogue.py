@@ -45,7 +45,7 @@ RECORD = np.dtype(
         ("checksum", "V16"),
     ]
 )
-_STALE_S = 3600.0
+_STALE_S, _UNUSED_S = 3600.0, 90 * 24 * 3600.0  # of what a killed process left, and of what no run has opened
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _COLUMNS = ("id", "offset", "size", "frames", "height", "width", "fps")
 
@@ -191,6 +191,8 @@ def make_once(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         DataError: it cannot be written.
     """
     if path.exists():
+        with suppress(OSError):  # another user's
+            os.utime(path)
         return
     with _disk_failures(path.parent), _alone(path):
         if path.exists():
@@ -208,11 +210,12 @@ def make_once(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove what killed processes left. The folder may be shared by machines, whose locks some network disks keep
-    apart: what was written lately may be in use."""
-    for left in path.parent.glob(f"{path.stem}.*.tmp"):
-        with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime >= _STALE_S:
+    """Remove what killed processes left of a file, and all that has long been unused. The folder may be shared by
+    machines, whose locks some network disks keep apart: what was written lately may be in use."""
+    for left in path.parent.iterdir():
+        with suppress(OSError):
+            is_ours = left.match(f"{path.stem}.*.tmp")
+            if time.time() - left.stat().st_mtime >= (_STALE_S if is_ours else _UNUSED_S):
                 left.unlink()
 
 

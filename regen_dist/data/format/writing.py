@@ -166,8 +166,25 @@ class ShardWriter:
             samples = [replace(sample, id=self._ids.get(sample.key, sample.id)) for sample in scanned]
             with self._path.open("rb") as file:
                 facts |= {"size": self._path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-            self._store.put_file(self._name, self._path)
-        self._store.put(index_name(self._stem, self.shards), write_index(samples, facts))
+        self._put(write_index(samples, facts), facts["sha256"])
         self._open_files.close()
         self._reset()
         self.shards, self.made = self.shards + 1, self.made + 1
+
+    def _put(self, index: bytes, sha256: str) -> None:
+        """Write the tar (unless the shard is empty), then the index; DataError where they would not belong together:
+        another process writes the same shard, and two machines need not make the same bytes."""
+        name, tar = index_name(self._stem, self.shards), self._name if self._described else None
+        self._store.delete(name)  # damaged, or of other bytes
+        if tar:
+            self._store.put_file(tar, self._path)
+        mine = self._store.info(tar) if tar else None
+        is_ours = self._store.put_new(name, index) or self._store.get(name) == index
+        if tar and self._store.info(tar) != mine:
+            is_ours &= self._store.sha256(tar) == sha256
+        if not is_ours:
+            self._store.delete(name)
+            raise DataError(
+                f"{self._store.url}/{name}: another process makes this shard, too; end one of them (each --task once "
+                "at a time), then run the same command again, which makes what is missing"
+            )

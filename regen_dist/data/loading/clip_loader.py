@@ -33,7 +33,9 @@ from regen_dist.data.loading.plan import (
 from regen_dist.data.order.mixture import Bucket
 from regen_dist.data.order.order import MicroBatch, draw_clip
 from regen_dist.data.pool import end_with_parent
-from regen_dist.data.video import reader as video
+from regen_dist.data.video.conversion import Geometry, UInt8s, fit_geometry
+from regen_dist.data.video.reader import VideoReader, read_clip
+from regen_dist.data.video.timing import clip_frames
 from regen_dist.errors import DataError
 from regen_dist.programs import start_safely
 
@@ -58,7 +60,7 @@ class ClipReader:
         self._board = board.numpy()  # torch takes 30 times as long to set a number
         self._board[0] = os.getpid()
 
-    def read(self, batch: MicroBatch, found: Sequence[FetchResult], out: video.UInt8s) -> BatchWithReplacements:
+    def read(self, batch: MicroBatch, found: Sequence[FetchResult], out: UInt8s) -> BatchWithReplacements:
         """Decode a micro-batch, with replacements for its bad samples, into `out`, [b, 3, T, H, W].
 
         Raises:
@@ -74,13 +76,13 @@ class ClipReader:
 
         return take_with_replacements(self._data, self._fetcher, batch, found, decode)
 
-    def _decode_bytes(self, batch: MicroBatch, slot: int, row: SampleRow, data: bytes, out: video.UInt8s) -> None:
+    def _decode_bytes(self, batch: MicroBatch, slot: int, row: SampleRow, data: bytes, out: UInt8s) -> None:
         config, frames = self._data.config, batch.bucket.frames
         draw = draw_clip(self._data.seed, int(batch.epochs[slot]), row.id, row.frames, frames, config.stride)
         geometry = clip_geometry(row.height, row.width, batch.bucket, config.short_side, (draw.crop_y, draw.crop_x))
-        with video.VideoReader(data) as reader:
-            numbers = video.clip_frames(reader.table, draw.start, draw.stride, frames)
-            video.read_clip(reader, numbers, geometry, flip=draw.flip and config.flip, out=out)
+        with VideoReader(data) as reader:
+            numbers = clip_frames(reader.table, draw.start, draw.stride, frames)
+            read_clip(reader, numbers, geometry, flip=draw.flip and config.flip, out=out)
 
 
 def decoding_problems(board: Sequence[int]) -> tuple[int, int, bool] | None:
@@ -92,15 +94,15 @@ def decoding_problems(board: Sequence[int]) -> tuple[int, int, bool] | None:
 
 def clip_geometry(
     height: int, width: int, bucket: Bucket, short_side: int | str | None, crop: tuple[float, float] = (0.5, 0.5)
-) -> video.Geometry:
+) -> Geometry:
     """Compute how frames of `height` x `width` become a bucket's crop; `short_side` as in `DataConfig`."""
     size = (bucket.height, bucket.width)
     if short_side == "fit":  # resize to the smallest frame that contains the crop
         scale = max(size[0] / height, size[1] / width)
         height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
-        return video.fit_geometry(height, width, size, None, *crop)
+        return fit_geometry(height, width, size, None, *crop)
     assert short_side is None or isinstance(short_side, int), "the config knows no other word"
-    return video.fit_geometry(height, width, size, short_side, *crop)
+    return fit_geometry(height, width, size, short_side, *crop)
 
 
 # --- shared memory for batches, reused: writing to new pages, and freeing them, costs several times more ---

@@ -17,7 +17,8 @@ from regen_dist.data.loading.clip_loader import ClipBatch, clip_geometry
 from regen_dist.data.loading.datasets import check_same_space, open_latents, open_videos
 from regen_dist.data.loading.latent_loader import LatentBatch, collate_latents, read_entry, row_of
 from regen_dist.data.order.mixture import Bucket
-from regen_dist.data.video import reader as video
+from regen_dist.data.video.conversion import UInt8s
+from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.errors import DataError
 
 _MOST_CLIPS = 4
@@ -69,13 +70,13 @@ def _spread(count: int, most: int) -> list[int]:
     return [place * count // number for place in range(number)]
 
 
-def _clip(dataset: Dataset, number: int, bucket: Bucket, short_side: int | str | None) -> video.UInt8s:
+def _clip(dataset: Dataset, number: int, bucket: Bucket, short_side: int | str | None) -> UInt8s:
     row = dataset.row(number)
     try:
         data = dataset.read(row)
-        with video.VideoReader(data) as reader:
+        with VideoReader(data) as reader:
             geometry = clip_geometry(row.height, row.width, bucket, short_side)
-            return video.read_clip(reader, range(bucket.frames), geometry)
+            return read_clip(reader, range(bucket.frames), geometry)
     except DataError as error:
         raise DataError(f"validation clip, row {number} in {row.shard} of {dataset.store.url}: {error}") from error
 

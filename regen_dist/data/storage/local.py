@@ -44,12 +44,12 @@ class LocalFolder:
                 yield piece
 
     def head(self, name: str) -> ObjectInfo:
-        """Size of an object."""
+        """Size of an object, and when it was written as its tag."""
         with self._failures(name, "read"):
             path = self._path(name)
             if path.is_dir():
                 raise FileNotFoundError
-            return ObjectInfo(path.stat().st_size, None)
+            return _info(path)
 
     def list(self, prefix: str) -> dict[str, ObjectInfo]:
         """Every object whose name starts with `prefix`; an absent folder is empty. Links are followed, but for those to
@@ -66,7 +66,7 @@ class LocalFolder:
                     name = path.relative_to(self.folder).as_posix()
                     if name.startswith(prefix) and not _TEMPORARY.match(file):
                         try:
-                            found[name] = ObjectInfo(path.stat().st_size, None)
+                            found[name] = _info(path)
                         except FileNotFoundError:
                             if path.is_symlink():  # a dangling link; anything else was deleted meanwhile
                                 raise
@@ -231,6 +231,11 @@ def _runs(process: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+def _info(path: Path) -> ObjectInfo:
+    found = path.stat()
+    return ObjectInfo(found.st_size, f"written {found.st_mtime_ns}")
 
 
 def _leads_back(folder: str) -> bool:

@@ -237,7 +237,8 @@ class Store:
         return {name: found.size for name, found in self.list_found(prefix).items()}
 
     def list_found(self, prefix: str = "") -> dict[str, ObjectInfo]:
-        """List objects like `list`, with size and tag (`etag`, None for local files)."""
+        """List objects like `list`, with size and tag (`etag`: of a local file when it was
+        written)."""
         return self.list_all(prefix).found
 
     def list_all(self, prefix: str = "") -> Listing:

@@ -13,24 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from regen_dist.data.video.conversion import (
-    RESIZE,
-    Converter,
-    Geometry,
-    UInt8s,
-    deinterlaced,
-    fit_geometry,
-    frame_to_planes,
-    frame_to_rgb,
-    shown_sides,
-)
-from regen_dist.data.video.timing import FrameTable, clip_frames, gaps, has_variable_rate, presentation_times
+from regen_dist.data.video.container import MADE_UP, Aspects, BufferFile, choose_video, is_cut, is_repeat
+from regen_dist.data.video.conversion import Converter, Geometry, UInt8s, deinterlaced, frame_to_planes, shown_sides
+from regen_dist.data.video.timing import FrameTable, gaps, presentation_times
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,56 +31,12 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from typing_extensions import Buffer
 
-
-# --- choice of the video stream, as on ffmpeg's command line ---
-
-_DEFAULT_PIXELS = 5_000_000  # ffmpeg counts the mark "default" as so many pixels
-
-
-def choose_video(container: InputContainer) -> VideoStream:
-    """The stream with the most pixels, where one that is marked as default counts for five million more; the first of
-    equals. Attached pictures (cover art, thumbnails) are no video.
-
-    Raises:
-        DataError: there is no such stream, or no decoder for any.
-    """
-    from av.stream import Disposition
-
-    streams = container.streams.video
-    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
-    videos = [stream for stream in streams if not stream.disposition & pictures]
-    if not videos:
-        what = f", only {len(streams)} attached pictures (cover art)" if streams else ""
-        raise DataError(f"it has no video stream{what}; leave the file out")
-    decodable = [stream for stream in videos if stream.codec_context is not None]  # so PyAV says it, against its types
-    if not decodable:
-        raise DataError(
-            "there is no decoder for its video"
-            "; convert it with an FFmpeg that has one, for example ffmpeg -i IN OUT.mp4"
-        )
-    return max(decodable, key=_score)  # the first of equals
-
-
-def _score(stream: VideoStream) -> int:
-    from av.stream import Disposition
-
-    pixels = stream.codec_context.width * stream.codec_context.height
-    return pixels + _DEFAULT_PIXELS * bool(stream.disposition & Disposition.default)
-
-
-__all__ = [
-    "VideoInfo", "VideoReader", "read_clip",
-    "FrameTable", "clip_frames", "has_variable_rate",
-    "RESIZE", "Geometry", "UInt8s", "fit_geometry", "frame_to_rgb",
-]  # fmt: skip
-
 # Containers that give every packet its own timestamp and seek by it. A transport stream does the first, but its clock
 # may jump and its packets may be lost.
 _INDEXED = {"mov", "mp4", "matroska", "webm"}
-_MADE_UP = {"avi"}  # containers without timestamps: those that ffmpeg gives count packets, B-frames out of order
 _RATE_TOLERANCE = 1e-3  # timestamps in milliseconds make 24 fps look like 24.005
 _NO_LIMIT = 1 << 62
-_HEAD = 4096
+_PROGRESSIVE, _FIRST_FRAMES = 1, 16  # FFmpeg's number of the order of fields; frames that show how packets are timed
 
 
 @dataclass(frozen=True)
@@ -264,7 +211,7 @@ class VideoReader:
         import av
 
         container, stream = self._open()
-        self._lost, aspects, count = 0, _Aspects(stream, container), 0
+        self._lost, aspects, count = 0, Aspects(stream, container), 0
         self._aspects = aspects.found
         try:
             packets = container.demux(stream)
@@ -274,7 +221,7 @@ class VideoReader:
                 except av.FFmpegError:  # the file breaks off here
                     self._lost += 1
                     packet = None
-                if packet is not None and _is_repeat(packet):
+                if packet is not None and is_repeat(packet):
                     continue
                 damaged = packet is not None and packet.is_corrupt
                 try:
@@ -379,14 +326,14 @@ class VideoReader:
 
     def _seek(self, position: int) -> Iterator[Packet[VideoStream]]:
         self._container.seek(position, stream=self.stream)
-        return (packet for packet in self._container.demux(self.stream) if not _is_repeat(packet))
+        return (packet for packet in self._container.demux(self.stream) if not is_repeat(packet))
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
         import av
 
         with _av_failures("cannot be opened"):
             source = self._source
-            container = av.open(f"file:{source}" if isinstance(source, Path) else _BufferFile(source), "r")
+            container = av.open(f"file:{source}" if isinstance(source, Path) else BufferFile(source), "r")
         try:
             stream = choose_video(container)
         except BaseException:
@@ -406,7 +353,7 @@ class VideoReader:
             for packet in self._container.demux(self.stream):
                 if packet.size == 0 and packet.pts is None:
                     continue  # behind the last
-                if packet.is_discard or _is_repeat(packet):
+                if packet.is_discard or is_repeat(packet):
                     continue
                 if packet.pts is None:
                     return self._counted_table()
@@ -425,7 +372,9 @@ class VideoReader:
         if len(set(pts)) < len(pts) and not self._holds_fields():
             return self._counted_table()
         shown = tuple(sorted(set(pts) - self._undecodable(pts, keyframes)))
-        return FrameTable(shown, tuple(sorted(keyframes)), lost=lost, cut=bool(partial) or self._is_cut())
+        if self._times_fields(shown):
+            return self._counted_table()
+        return FrameTable(shown, tuple(sorted(keyframes)), lost=lost, cut=bool(partial) or is_cut(self._source))
 
     def _undecodable(self, pts: Sequence[int], keyframes: Sequence[tuple[int, int]]) -> set[int]:
         """Return the times of pictures before the first keyframe that refer to frames that were cut away (open GOP)."""
@@ -443,25 +392,28 @@ class VideoReader:
                         leading.discard(frame.pts or 0)
         return leading
 
-    def _is_cut(self) -> bool:
-        """Return true if a Matroska file is shorter than its header says, the only sign that it is truncated there."""
-        if isinstance(self._source, Path):
-            with self._source.open("rb") as file:
-                head, size = file.read(_HEAD), self._source.stat().st_size
-        else:
-            view = memoryview(self._source).cast("B")
-            head, size = bytes(view[:_HEAD]), len(view)
-        return (matroska_end(head) or 0) > size
-
     def _holds_fields(self) -> bool:
         """Return true if the first frame is interlaced: its two fields may come in packets of one timestamp."""
         frame = next((frame for packet in self._seek(0) for frame in packet.decode()), None)
         return frame is not None and frame.interlaced_frame
 
+    def _times_fields(self, shown: Sequence[int]) -> bool:
+        """Return true if both fields of an H.264 frame have a packet, and a time, of their own: AVCHD, remuxed."""
+        import av
+
+        context = self.stream.codec_context
+        if context.name != "h264" or context.field_order == _PROGRESSIVE:
+            return False
+        with suppress(av.FFmpegError):
+            decoded = (frame for packet in self._seek(0) for frame in packet.decode())
+            frames = list(islice(decoded, _FIRST_FRAMES))
+            return any(f.interlaced_frame for f in frames) and [f.pts for f in frames] != [*shown[: len(frames)]]
+        return False  # told when it is decoded
+
     def _counted_table(self) -> FrameTable:
         """Build the frame table by decoding every frame."""
         times: list[int | None] = []
-        made_up = _MADE_UP & set(self._container.format.name.split(","))
+        made_up = MADE_UP & set(self._container.format.name.split(","))
         resized, sides = list[int](), (0, 0)
         for frame in self._decode_from_start():
             if sides not in ((0, 0), (frame.width, frame.height)):
@@ -475,84 +427,10 @@ class VideoReader:
             raise DataError(f"it has no frames{found}; copy the file again, or leave it out")
         rate = self.stream.guessed_rate or self.stream.average_rate
         step = max(1, round(1 / (rate * self.stream.time_base))) if rate and self.stream.time_base else 1
-        return FrameTable(presentation_times(times, step), (), False, tuple(resized), self._lost, tuple(self._aspects))
-
-
-def _is_repeat(packet: Packet[VideoStream]) -> bool:
-    """Return true for a packet without bytes: the frame before it stays (Theora, QuickTime). The one behind the last
-    packet has no time."""
-    return packet.size == 0 and packet.dts is not None
-
-
-def matroska_end(head: bytes) -> int | None:
-    """Return the end of a Matroska file by the size of its segment (RFC 8794, 4.4; RFC 9559); None if the size is not
-    given, or it is no such file.
-
-    Args:
-        head: its beginning.
-    """
-    at = 0
-    for element in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # the header, the segment
-        if not head.startswith(element, at) or len(head) < at + 12 or not head[at + 4]:
-            return None
-        width = 9 - head[at + 4].bit_length()
-        size = int.from_bytes(head[at + 4 : at + 4 + width]) & ~(1 << 7 * width)
-        if size == (1 << 7 * width) - 1:
-            return None  # written before it was known
-        at += 4 + width + size
-    return at
-
-
-class _Aspects:
-    """Shapes of pixels, as they are found while a video is decoded: `found` has the frames at which they change.
-
-    Where the container has it (AVI), that counts; otherwise it is the decoder's, which changes when a packet goes in:
-    the frame of that packet may come out later.
-    """
-
-    def __init__(self, stream: VideoStream, container: InputContainer) -> None:
-        self._stream, self._fixed = stream, bool(_MADE_UP & set(container.format.name.split(",")))
-        self._waiting: tuple[int | None, Fraction | None] | None = None  # the time of that frame, and its aspect
-        self._last: Fraction | None = None
-        self.found: list[tuple[int, Fraction | None]] = []
-
-    def decode(self, packet: Packet[VideoStream] | None, number: int) -> Iterator[VideoFrame]:
-        """The frames that come out when a packet goes in, the first of which is frame `number`."""
-        frames = self._stream.codec_context.decode(packet)
-        container_aspect, codec_aspect = (
-            self._stream.sample_aspect_ratio,
-            self._stream.codec_context.sample_aspect_ratio,
-        )
-        aspect = container_aspect if self._fixed else codec_aspect or container_aspect
-        if aspect != self._last and packet is not None:
-            self._waiting, self._last = (packet.pts, aspect), aspect
-        for at, frame in enumerate(frames, number):
-            if not self.found:
-                self.found.append((at, aspect))
-                self._waiting = None
-            elif self._waiting and (frame.key_frame if self._waiting[0] is None else frame.pts == self._waiting[0]):
-                self.found.append((at, self._waiting[1]))
-                self._waiting = None
-            yield frame
-
-
-class _BufferFile:
-    """A buffer as a file to read from. `io.BytesIO` would copy all of it, unless it is `bytes`."""
-
-    def __init__(self, data: Buffer) -> None:
-        self._view, self._at = memoryview(data).cast("B"), 0
-
-    def read(self, size: int) -> bytes:
-        data = bytes(self._view[self._at : self._at + size])
-        self._at += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, len(self._view))[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
+        return FrameTable(
+            presentation_times(times, step), (), False, tuple(resized), self._lost, tuple(self._aspects),
+            cut=is_cut(self._source),
+        )  # fmt: skip
 
 
 def read_clip(

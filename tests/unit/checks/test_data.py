@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from regen_dist.checkpoint.export import model_shapes
 from regen_dist.checkpoint.manifest import CheckpointManifest, to_text
@@ -20,6 +21,8 @@ from regen_dist.config import AnyRunConfig, T2VConfig, save_config
 from regen_dist.config.identity import latent_identity
 from regen_dist.data.format.index import SCHEMA_VERSION
 from regen_dist.data.format.manifest import MANIFEST
+from regen_dist.errors import DataError
+from regen_dist.training.run import build_task
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
 from tests.helpers.networks import frozen_model
@@ -166,15 +169,25 @@ def test_a_model_that_does_not_fit_its_cache(cache: Path, tmp_path: Path) -> Non
     ]
 
 
-@pytest.mark.parametrize("facts", [{"cell": 32}, {"latent_frames": 3}])
-def test_a_cache_of_another_autoencoder(tmp_path: Path, facts: dict[str, int]) -> None:
-    """Generated videos would be cut to a corner of the frame, or no batch could be made."""
+@pytest.mark.parametrize(
+    ("part", "facts", "takes"),
+    [
+        ("encoder", {"cell": 32}, "cells of 8 pixels and 2 latent frames"),
+        ("encoder", {"latent_frames": 3}, "cells of 8 pixels and 2 latent frames"),
+        ("preprocessing", {"buckets": [[32, 32], [40, 32]]}, "sides that are multiples of 16"),
+    ],
+)
+def test_a_cache_of_other_latents(tmp_path: Path, part: str, facts: dict[str, Any], takes: str) -> None:
+    """Generated videos would be cut to a corner of the frame, or no batch could be made, or not one of a size."""
     foreign = write_cache(tmp_path / "foreign", videos=2)
     manifest = json.loads((foreign / "manifest.json").read_text())
-    manifest["options"]["encoder"] |= facts
+    manifest["options"][part] |= facts
     (foreign / "manifest.json").write_text(json.dumps(manifest))
-    (wrong,) = told(t2v_run(tmp_path, foreign))
-    assert "text to video takes cells of 8 pixels and 2 latent frames" in wrong
+    run = t2v_run(tmp_path, foreign)
+    (wrong,) = told(run)
+    assert f"text to video takes {takes}" in wrong
+    with pytest.raises(DataError, match=f"text to video takes {takes}"):
+        _ = build_task(run, torch.device("cpu")).data
 
 
 def test_a_cache_without_text(tmp_path: Path) -> None:

@@ -271,6 +271,36 @@ def test_what_is_lost_is_made_again(
     assert objects(out) == objects(whole)
 
 
+@pytest.mark.parametrize("others", ["latents-000001-000000.tar", "latents-000001-000000.parquet"])
+def test_two_that_make_the_same_shard(
+    data: Path, embedder: Path, in_four: tuple[Path, list[Any]], whole: Path, others: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A job that was requeued while it ran, on another kind of GPU: a tar and an index of other bytes, of the same
+    size, lay beside each other. Where the bytes are the same nothing is wrong."""
+    out = in_four[0]
+    config = preencode_config(embedder, data, out, text=TEXT)
+    put_new, theirs = Store.put_new, (out / others).read_bytes()
+
+    def meanwhile(store: Store, name: str, data: bytes) -> bool:
+        if name.endswith(".parquet"):
+            (out / others).unlink(missing_ok=True)
+            (out / others).write_bytes(theirs)
+        return put_new(store, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put_new", meanwhile)
+        (out / "latents-000001.statistics.json").unlink()
+        preencode(config)
+        assert objects(out) == objects(whole)
+        theirs = bytes([*theirs[:-1], theirs[-1] ^ 1])
+        (out / "latents-000001.statistics.json").unlink()
+        with pytest.raises(DataError, match=r"latents-000001-000000.*another process makes this shard, too; end one"):
+            preencode(config)
+    preencode(config)
+    assert objects(out) == objects(whole)
+
+
 @pytest.mark.parametrize("damaged", ["latents-000001-000000.parquet", "null.safetensors", "manifest.json"])
 def test_what_is_damaged_is_made_again(
     data: Path, embedder: Path, in_four: tuple[Path, list[Any]], whole: Path, damaged: str

@@ -90,7 +90,7 @@ def test_verify_names_what_is_wrong(config: Path, tmp_path: Path) -> None:
         (["data=nowhere"], DataError, r"there is no manifest\.json"),
         (["--task", "2/2"], ConfigError, "2 tasks are numbered 0 to 1"),
         (["--verify", "4"], DataError, "not finished"),
-        (["buckets=[[30, 32]]"], ConfigError, "must be multiples of 8"),
+        (["buckets=[[40, 32]]"], ConfigError, "must be multiples of 16, as text to video takes them"),
         (["stride=0", "batch=3"], ConfigError, r"(?s)2 problems.*stride: found 0.*did you mean batch_clips"),
     ],
 )

@@ -91,14 +91,6 @@ def test_randomness_is_keyed_by_seed_step_and_sample(cache: Path) -> None:
     assert not torch.equal(other.loss(engine, batch, 7).value, loss)
 
 
-@torch.no_grad()
-def test_odd_latents_are_refused_at_the_start(tmp_path: Path) -> None:
-    """And not at the first step of that size."""
-    task = build_task(tiny_t2v("runs", write_cache(tmp_path / "cache", size=[(32, 32), (40, 32)])), CPU)
-    with pytest.raises(DataError, match=r"40x32 pixels; text to video takes sides that are multiples of 16"):
-        _ = task.data
-
-
 def test_a_model_that_knows_the_latents_has_no_loss(cache: Path) -> None:
     """The target is the velocity from the normalised latents to the noise: an oracle, which finds them by x_t and t,
     has a loss of zero; one that predicts nothing has their power and the noise's."""

@@ -299,15 +299,15 @@ def test_a_rerun_goes_on_though_a_source_can_no_longer_be_fetched(
 ) -> None:
     """It was planned, and then archived: its segments that are not made yet are left out."""
     build_shards([URL], tmp_path / "whole", OPTIONS, workers=0)
-    put, out = Store.put, tmp_path / "out"
+    put_new, out = Store.put_new, tmp_path / "out"
 
-    def die(store: Store, name: str, data: bytes) -> None:
+    def die(store: Store, name: str, data: bytes) -> bool:
         if name == "part-00000-000003.parquet":
             raise KeyboardInterrupt
-        put(store, name, data)
+        return put_new(store, name, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "put", die)
+        patch.setattr(Store, "put_new", die)
         with pytest.raises(KeyboardInterrupt):
             build_shards([URL], out, OPTIONS, workers=0)
     server.refused = {"v/z.mp4": (403, "InvalidObjectState")}

@@ -88,7 +88,7 @@ def test_a_column_of_captions_that_is_not_there_is_refused(tmp_path: Path) -> No
     """A slip in its name gave a dataset without captions."""
     videos(tmp_path, "a.mp4")
     place = table(tmp_path / "list.csv", [{"video": "a.mp4", "text": "one"}])
-    with pytest.raises(DataError, match="no row has a txt, which --columns names"):
+    with pytest.raises(DataError, match="no row has a txt; check the column or --columns"):
         find_sources([place], columns=Columns.parse("video=video,caption=txt"))
 
 

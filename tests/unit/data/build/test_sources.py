@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from regen_dist.data.build.lists import read_rows
+from regen_dist.data.build.lists import read_list
 from regen_dist.data.build.sources import Sources, find_sources
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
@@ -206,12 +209,12 @@ def test_what_is_no_list_is_told(videos: Path) -> None:
     ):
         (videos / name).write_bytes(data)
         with pytest.raises(DataError, match=message):
-            read_rows(videos / name)
+            read_list(videos / name)
 
 
 def test_a_spreadsheet_s_byte_order_mark_is_not_part_of_the_column(videos: Path) -> None:
     (videos / "l.csv").write_bytes("﻿video,caption\nb.mp4,été\n".encode())
-    assert read_rows(videos / "l.csv")[0][1:] == ("b.mp4", "été")
+    assert read_list(videos / "l.csv").rows[0][1:] == ("b.mp4", "été")
 
 
 def test_captions_for_folders_by_path_or_by_name(videos: Path) -> None:
@@ -228,7 +231,7 @@ def test_captions_for_folders_by_path_or_by_name(videos: Path) -> None:
         "deep/c.webm": "by path",
     }
     assert [(skip.source, skip.reason) for skip in found.skipped] == [
-        ("absent.mp4", "no video: a caption without a video")
+        ("captions.jsonl", "no video: 1 captions without a video (absent.mp4)")
     ]
 
 
@@ -237,11 +240,38 @@ def test_captions_that_fit_nothing_or_contradict_are_refused(videos: Path) -> No
         find_sources([videos], write_list(videos / "c.csv", [{"video": "other.mp4", "caption": "hello"}]))
     with pytest.raises(DataError, match="every row needs a video and a caption"):
         find_sources([videos], write_list(videos / "c.csv", [{"video": "b.mp4", "text": "hello"}]))
-    with pytest.raises(DataError, match=r"line 2: it has no caption"):
+    with pytest.raises(DataError, match=r"no row has a caption"):
         find_sources([videos], write_list(videos / "c.csv", [{"video": "b.mp4", "caption": ""}]))
     rows: list[dict[str, str | None]] = [{"video": "b.mp4", "caption": text} for text in ("one", "another")]
     with pytest.raises(DataError, match=r"line 3: another caption for b\.mp4"):
         find_sources([videos], write_list(videos / "c.csv", rows))
+
+
+def test_a_file_name_in_several_folders_is_no_name(videos: Path) -> None:
+    """Both videos got the caption. A path is one, also where a file in another folder is called so."""
+    (videos / "c.webm").write_bytes(b"abc")
+    (videos / "deep" / "b.mp4").write_bytes(b"abc")
+    rows: list[dict[str, str | None]] = [{"video": "c.webm", "caption": "c"}, {"video": "deep/b", "caption": "deep b"}]
+    found = find_sources([videos], write_list(videos / "c.csv", rows))
+    assert [source.caption for source in found.found] == [None, None, "c", "deep b", None]
+    with pytest.raises(DataError, match=r"c is .*videos/deep/c\.webm, .*videos/c\.webm: give the path in the folder"):
+        find_sources([videos / "deep", videos], write_list(videos / "c.csv", [{"video": "c", "caption": "c"}]))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])
+def test_an_empty_cell_is_a_video_without_caption(videos: Path, kind: str) -> None:
+    """And no reason to refuse the list: in tables of numbers too, where it is NaN."""
+    rows: list[dict[str, Any]] = [{"video": "b.mp4", "caption": math.nan}, {"video": "deep/c.webm", "caption": "c"}]
+    place = videos / f"list.{kind}"
+    if kind == "json":
+        place.write_text(json.dumps(rows))
+    else:
+        write_list(place, rows if kind == "jsonl" else [rows[0] | {"caption": None}, rows[1]])
+    for found in (find_sources([place]), find_sources([videos], place)):
+        assert {source.caption for source in found.found} == {None, "c"}
+        ((name, why),) = ((skip.source, skip.reason) for skip in found.skipped)
+        assert name == place.name
+        assert re.fullmatch(r"no captions: 1 of 2 rows have none \((line|row) [12]\)", why)
 
 
 def test_texts_beside_videos_are_found(videos: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -85,12 +86,16 @@ def test_it_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.glob("x*.[nt][pm]*")) == []
 
 
-def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
-    for name in ("x.999999999.tmp", "y.999999999.tmp"):
+def test_what_killed_processes_left_and_what_is_long_unused_is_removed(tmp_path: Path) -> None:
+    """Each dataset that was built again and each change of buckets leaves a file that grows with the dataset."""
+    hours = {"x.9.tmp": 2, "y.9.tmp": 2, "old.npy": 100 * 24, "pools-old.npy": 100 * 24, "newer.npy": 80 * 24}
+    for name, age in {**hours, "opened.npy": 100 * 24}.items():
         (tmp_path / name).write_bytes(bytes(1000))
-        os.utime(tmp_path / name, (0, 0))
+        os.utime(tmp_path / name, (0, time.time() - 3600 * age))
+    make_once(tmp_path / "opened.npy", lambda file: None)
     make_once(tmp_path / "x.npy", lambda file: None)
-    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == ["y.999999999.tmp"], "others may be at work on y"
+    left = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock")
+    assert left == ["newer.npy", "opened.npy", "x.npy", "y.9.tmp"], "others may be at work on y"
 
 
 def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

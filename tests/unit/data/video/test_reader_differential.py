@@ -13,7 +13,7 @@ import pytest
 from regen_dist.data.video.conversion import Geometry, frame_to_rgb
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.errors import DataError
-from tests.helpers.video import H264, PATTERN, UInt8s, ffmpeg, shown_frames
+from tests.helpers.video import H264, PATTERN, UInt8s, ffmpeg, field_pictures, shown_frames
 
 # testsrc2 counts frames in large digits and moves everything: another frame differs by more than this.
 TOLERANCE = 4.0  # mean difference of 8-bit values; versions of swscale differ in how they enlarge chroma
@@ -229,7 +229,7 @@ def test_a_change_of_the_pixels_shape_is_a_break(tmp_path: Path, codec: str) -> 
     assert (late.width, early.width) == (283, 192)
 
 
-CUT = [("mp4", "h264-index-first"), ("mkv", "h264"), ("mkv", "ffv1"), ("webm", "vp9")]
+CUT = [("mp4", "h264-index-first"), ("mkv", "h264"), ("mkv", "ffv1"), ("webm", "vp9"), ("avi", "ffv1")]
 
 
 @pytest.mark.parametrize(("container", "codec"), CUT)
@@ -268,6 +268,19 @@ def test_a_matroska_file_that_begins_inside_an_open_group_of_pictures(tmp_path: 
                 packet.stream = copied
                 target.mux(packet)
     assert_as_ffmpeg(cut)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
+def test_fields_that_have_a_packet_each(tmp_path: Path, container: str) -> None:
+    """As remuxed from a camera's AVCHD: two packets a frame, of which the second has a time but no frame."""
+    path, levels = tmp_path / f"a.{container}", range(40, 220, 6)
+    (tmp_path / "a.h264").write_bytes(field_pictures(levels))
+    ffmpeg("-fflags", "+genpts", "-i", tmp_path / "a.h264", "-c", "copy", path)
+    with VideoReader(path) as reader:
+        assert (len(reader.table.pts), reader.rate) == (len(levels), 25)
+        for numbers in (range(len(levels)), [7], [3, 21]):
+            found = [int(frame.to_ndarray()[:16].mean().round()) for _, frame in reader.frames(numbers)]
+            assert found == [levels[number] for number in numbers]
 
 
 def test_repeated_pictures_of_theora_have_no_end_in_them(tmp_path: Path) -> None:
