@@ -34,7 +34,7 @@ from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
-from regen_dist.inference.frames import Frame, VideoWriter
+from regen_dist.inference.frames import Frame, write_video
 from regen_dist.inference.given_media import GivenImage, GivenMedia, clips_given, given_row
 from regen_dist.inference.latent_space import LatentSpace
 from regen_dist.inference.long_video import Positions, row_frames
@@ -401,7 +401,10 @@ class GeneratedFiles:
             folder.mkdir(parents=True, exist_ok=True)
         record, path = self._path(prompt, _RECORD), self._media_path(prompt)
         record.unlink(missing_ok=True)  # first, so that it never describes another video
-        _write_image(path, frames) if self._settings.is_image else _write_video(path, frames, self._settings.fps)
+        if self._settings.is_image:
+            _write_image(path, frames)
+        else:
+            write_video(path, chain.from_iterable(frames), self._settings.fps)
         self._path(prompt, _VIDEO if self._settings.is_image else _IMAGE).unlink(missing_ok=True)
         about = {"paths": self._paths, "version": code_version(), "machine": describe_machine()}
         write_text_atomically(record, json_text(self._decided(prompt) | about, indent=1, ensure_ascii=False) + "\n")
@@ -429,13 +432,6 @@ class GeneratedFiles:
     def _path(self, prompt: Prompt, suffix: str) -> Path:
         folder = self._layout.records(self.folder) if suffix == _RECORD else self.folder
         return folder / f"{self._layout.stem(prompt)}{suffix}"
-
-
-def _write_video(path: Path, frames: Iterable[list[Frame]], fps: float) -> None:
-    with VideoWriter(path, fps) as writer:
-        for part in frames:
-            for frame in part:
-                writer.write(frame)
 
 
 def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:

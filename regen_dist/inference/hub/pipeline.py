@@ -211,8 +211,7 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         if (height is None) != (width is None):
             raise ConfigError(f"height is {height} and width is {width}; give both, or none")
         prompts = _prompts(prompt)
-        if generator is not None:
-            seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+        seed = seed if generator is None else _drawn_seed(generator)
         model = PipelineModel(self.transformer, self._execution_device)
         settings = resolve_settings(
             model, size=None if height is None or width is None else (height, width), frames=num_frames, fps=fps,
@@ -295,6 +294,15 @@ class RowDecoder:
             sample_ids=[sample_id],
         ).sample  # fmt: skip
         return made
+
+
+def _drawn_seed(generator: Any) -> int:
+    if not isinstance(generator, torch.Generator):  # diffusers' own pipelines take a list, too
+        raise ConfigError(
+            f"generator is a {type(generator).__name__}; give one torch.Generator, from which the seed of all prompts "
+            "is drawn, or call the pipeline once for each prompt"
+        )
+    return int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
 
 
 def _prompts(given: Any) -> list[str]:
