@@ -274,8 +274,9 @@ def reconstruct(request: dict[str, Any], out: Path) -> None:
 def generate(request: dict[str, Any], out: Path) -> None:
     """Generate videos of a prompt, as `regen generate` does; with an image they begin with it."""
     from regen_dist.inference.codec import Codec
-    from regen_dist.inference.generate import Layout, Prompt, load_text_encoder, resolve_settings
+    from regen_dist.inference.generate import Layout, Prompt, load_text_encoder
     from regen_dist.inference.generate import generate as job
+    from regen_dist.inference.generation_settings import resolve_settings
     from regen_dist.inference.given_media import read_image
     from regen_dist.inference.sampler import TextToVideoModel
 

@@ -26,14 +26,8 @@ from regen_dist.config.t2v import FlowConfig, T2VModelConfig, TextConfig
 from regen_dist.data.format.latents import TextEmbedding
 from regen_dist.errors import ConfigError
 from regen_dist.inference.codec import Window
-from regen_dist.inference.generate import (
-    GenerationSettings,
-    Prompt,
-    as_in_cache,
-    frame_positions,
-    resolve_settings,
-    sample_rows,
-)
+from regen_dist.inference.generate import Prompt, as_in_cache, sample_rows
+from regen_dist.inference.generation_settings import GenerationSettings, frame_positions, resolve_settings
 from regen_dist.inference.hub.folder import copy_text_encoder, in_trained_precision, refuse_export, write_code
 from regen_dist.inference.hub.inlining import pipeline_module
 from regen_dist.inference.latent_space import LatentSpace, parse_statistics

@@ -21,7 +21,8 @@ from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.inference.generate import Prompt, _generated, embed_prompts, load_text_encoder, resolve_settings
+from regen_dist.inference.generate import Prompt, _generated, embed_prompts, load_text_encoder
+from regen_dist.inference.generation_settings import resolve_settings
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
 from regen_dist.inference.hub.pipeline import TextToVideoTransformer
 from regen_dist.inference.sampler import Text, TextToVideoModel
