@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from tools.shards.progress import stopping_cleanly
+
 
 def evaluate(
     videos: Annotated[Path, typer.Argument(help="Folder with videos, searched with its subfolders; or one video.")],
@@ -66,7 +68,8 @@ def evaluate(
     )
     log = Console(stderr=True, highlight=False, markup=False).print
     evaluation = Evaluation(out, pinned, find_videos(videos, pinned, out), networks, log, with_vmaf=vmaf)
-    facts = evaluation.run(models)
+    with stopping_cleanly():
+        facts = evaluation.run(models)
     text = markdown(facts)
     write_text_atomically(out / "evaluation.md", text)
     page = write_page(out, facts)

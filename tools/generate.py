@@ -18,7 +18,8 @@ from tools.reconstruct import Weights
 from tools.shards.progress import parse_task, stopping_cleanly
 
 if TYPE_CHECKING:
-    from regen_dist.inference.generate import Generated, GenerationSettings, Prompt
+    from regen_dist.inference.generate import Generated, Prompt
+    from regen_dist.inference.generation_settings import GenerationSettings
     from regen_dist.inference.given_media import GivenMedia
     from regen_dist.inference.sampler import TextToVideoModel
 
@@ -107,7 +108,8 @@ def generate(
     from regen_dist.distributed.ranks import Ranks
     from regen_dist.inference.codec import Codec
     from regen_dist.inference.generate import generate as job
-    from regen_dist.inference.generate import load_text_encoder, resolve_settings
+    from regen_dist.inference.generate import load_text_encoder
+    from regen_dist.inference.generation_settings import resolve_settings
     from regen_dist.inference.sampler import TextToVideoModel
 
     device = Ranks(*place).device
@@ -160,7 +162,7 @@ def _media(
 ) -> tuple[AnyGivenMedia | None, int | None]:
     """Return the given media, and the number of frames per row that the model has room for beside given clips (None: no
     limit)."""
-    from regen_dist.inference.generate import longest_row, resolve_settings, size_for
+    from regen_dist.inference.generation_settings import longest_row, resolve_settings, size_for
     from regen_dist.inference.given_media import clips_given, read_image, read_images, read_video, read_videos
 
     resolve_settings(model, size=sides)  # rejects an impossible size
@@ -177,7 +179,7 @@ def _media(
 
 def _note(model: TextToVideoModel, settings: GenerationSettings, media: AnyGivenMedia | None) -> None:
     """Print notes on settings that the model was not trained for."""
-    from regen_dist.inference.generate import clips_of, longest_row
+    from regen_dist.inference.generation_settings import clips_of, longest_row
     from regen_dist.inference.given_media import clips_given, notes
 
     flow, clips = model.config.diffusion, clips_of(settings, model.space, clips_given(media))
@@ -186,7 +188,7 @@ def _note(model: TextToVideoModel, settings: GenerationSettings, media: AnyGiven
 
 
 def _describe(model: TextToVideoModel, settings: GenerationSettings, count: int, *, sized: bool) -> None:
-    from regen_dist.inference.generate import trained_size
+    from regen_dist.inference.generation_settings import trained_size
 
     if not sized and trained_size(model.space) is None:
         typer.echo("Note: the caches are not of one size; --size gives another", err=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tools.shards.progress import stopping_cleanly
+
 if TYPE_CHECKING:
     from regen_dist.inference.codec import Codec
     from regen_dist.inference.frames import SourceVideo
@@ -77,7 +79,7 @@ def reconstruct(
         )
     for note in source.notes:
         console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
-    with _progress(source) as progress:
+    with stopping_cleanly(), _progress(source) as progress:
         report = job(
             source,
             codec,

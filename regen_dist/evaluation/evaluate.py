@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regen_dist.config.files import short_name, write_text_atomically
+from regen_dist.config.files import short_name, write_bytes_atomically, write_text_atomically
 from regen_dist.errors import DataError
 from regen_dist.evaluation.evaluated_models import EvaluatedModel
 from regen_dist.evaluation.metrics import (
@@ -341,8 +342,9 @@ class Evaluation:
         self.log(f"{model.name}: {video.name}, {video.num_frames} frames of {video.height}x{video.width}")
         path.unlink(missing_ok=True)  # first, so that it never describes other files
         facts, features = measure_video(video, model, self.protocol, self.networks, self.out, with_vmaf=self.with_vmaf)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(arrays, **{name: each.numpy() for name, each in features.items()})  # type: ignore[arg-type]
+        data = io.BytesIO()
+        np.savez_compressed(data, **{name: each.numpy() for name, each in features.items()})  # type: ignore[arg-type]
+        write_bytes_atomically(arrays, data.getvalue())
         write_text_atomically(path, json_text({"key": key, "facts": facts}, indent=1) + "\n")
         return facts, features
 

@@ -390,9 +390,10 @@ def measure(
     meter = VideoMeter() if meter is None else meter
     with tempfile.TemporaryDirectory() as folder:
         copies = [Path(folder) / name for name in ("source.mp4", "decoded.mp4")]
+        remedy = "lossless copies for VMAF lie there: make room, or set TMPDIR to a folder with room"
         with ExitStack() as stack:
             writers = [
-                stack.enter_context(VideoWriter(path, roundtrip.source.rate, crf=0, preset="ultrafast"))
+                stack.enter_context(VideoWriter(path, roundtrip.source.rate, crf=0, preset="ultrafast", remedy=remedy))
                 for path in (copies if with_vmaf else ())
             ]
             for pair in roundtrip.measured():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from regen_dist.config.files import write_text_atomically
 from regen_dist.config.urls import parse_url
 from regen_dist.data.format.catalogue import Dataset, open_dataset
 from regen_dist.data.inspect.contact import choose_rows
@@ -43,8 +44,8 @@ from regen_dist.evaluation.miniature_scores import (
     seen_in_training,
     with_wrong_captions,
 )
-from regen_dist.evaluation.reconstruct import write_json
 from regen_dist.inference.codec import Codec
+from regen_dist.jsontext import json_text
 from regen_dist.observe.hardware import describe_machine
 
 # Videos generated from a given first frame: the distance of their own first frame from it, compared with the
@@ -216,7 +217,7 @@ def judge_videos(request: Request, out: Path, progress: Progress = lambda stage,
     report["continued"] = _of_given(request, dataset, codec, arms, "video", judge_continuations)
     report["missed"] += missed_first_frames(report["first_frames"]) + missed_continuations(report["continued"])
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / SCORES, report)
+    write_text_atomically(out / SCORES, json_text(report, indent=2) + "\n")
     return Judgement(arms, report, write_page(out, report, arms, shown, request.runs))
 
 

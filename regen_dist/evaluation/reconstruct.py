@@ -3,7 +3,6 @@ beside trivial decoders."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regen_dist.config.files import write_text_atomically
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import Measurement, Options, Pair, Roundtrip, measure
 from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES
@@ -107,7 +107,7 @@ def reconstruct(
     report = _report(source, cuts, options, label, model, measurement)
     if compare:
         report["trivial"] = measure_trivial(source, codec.num_frames, options, cuts)
-    write_json(out / METRICS, report)
+    write_text_atomically(out / METRICS, json_text(report, indent=2) + "\n")
     return report
 
 
@@ -163,19 +163,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"the folder {folder} cannot be made: {error}; choose another --out") from error
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON under a temporary name, then move it into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json_text(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # Decoders that a trained one must beat.

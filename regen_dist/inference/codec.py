@@ -213,17 +213,7 @@ class Codec:
         return encode_in_tiles(lambda part: self.model.encode(part.to(self.device)), clips, self.tile, reach)
 
     def _finite(self, made: Tensor, what: str) -> Tensor:
-        if not bool(torch.isfinite(made).all()):
-            if self._dtype is torch.float16:
-                raise CheckpointError(
-                    f"in float16 the embedder {what} that are not finite: its activations exceed 65504, the largest "
-                    "number of float16. Load it with torch_dtype=torch.bfloat16, or torch.float32"
-                )
-            raise CheckpointError(
-                f"the embedder of step {self.step} {what} that are not finite: its weights, or what it was given, are "
-                "broken. Take an earlier checkpoint, or train on from one with a lower optimizer.lr"
-            )
-        return made
+        return finite(made, self._dtype, f"the embedder of step {self.step} {what}", "what it was given")
 
     def decode(
         self,
@@ -341,6 +331,28 @@ class Codec:
     @staticmethod
     def _reconstruct(model: Baseline, length: int) -> Decode:
         return lambda latents, tile: model.reconstruct(latents, length)
+
+
+def finite(made: Tensor, dtype: torch.dtype, act: str, given: str) -> Tensor:
+    """Return a model's result; CheckpointError where it is not finite.
+
+    Args:
+        made: the result.
+        dtype: precision that the model computes in.
+        act: the model and its act, for the error.
+        given: another cause than the weights, for the error.
+    """
+    if bool(torch.isfinite(made).all()):
+        return made
+    if dtype is torch.float16:
+        raise CheckpointError(
+            f"in float16 {act} that are not finite: activations exceed 65504, the largest number of float16. Load it "
+            "with torch_dtype=torch.bfloat16, or torch.float32"
+        )
+    raise CheckpointError(
+        f"{act} that are not finite: its weights, or {given}, are broken. Take an earlier checkpoint, or train on from "
+        "one with a lower optimizer.lr"
+    )
 
 
 def set_expected_encoder(model: Regen | Baseline, facts: Mapping[str, Any] | None) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,13 +42,14 @@ from regen_dist.config.exported import (
     T2VExportConfig,
     load_any_export_config,
 )
-from regen_dist.config.files import write_text_atomically
+from regen_dist.config.files import short_name, write_text_atomically
 from regen_dist.data.pool import Progress
-from regen_dist.data.storage.local import full_disk, sync
+from regen_dist.data.storage.local import full_disk, remove_leftovers, sync
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.card import generating, model_card, t2v_card
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
+from regen_dist.inference.frames import IDLE_S
 from regen_dist.inference.generate import check_text_encoder, load_text_encoder
 from regen_dist.inference.hub.folder import (
     EMBEDDER,
@@ -260,6 +262,9 @@ def _data_at(data: DataConfig, url: str) -> DataConfig:
 def _check_target(out: Path, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; give a folder that is empty or not there yet")
+    if os.path.ismount(out) or (out.is_dir() and out.samefile(os.curdir)):
+        what = "a mount point" if os.path.ismount(out) else "the working folder"
+        raise CheckpointError(f"{out} is {what}, whose place no new folder can take; give a folder in it: {out}/model")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (is_export(out) and (out / EXPORT_CONFIG_FILE).is_file()):  # transformers have a model.safetensors, too
@@ -270,14 +275,16 @@ def _check_target(out: Path, force: bool) -> None:
 
 @contextmanager
 def _staged_folder(out: Path, force: bool) -> Iterator[Path]:
-    """New folder beside `out` that replaces it when the block succeeds and is removed when it fails."""
+    """New folder beside `out` that replaces it when the block succeeds and is removed when it fails; by the next export
+    beside it where this one is killed."""
     out = Path(os.path.realpath(out))  # a link stays, and so does the disk that it leads to
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
+    remove_leftovers(out.parent, idle_s=IDLE_S)
+    made = out.with_name(f".{short_name(out.name)}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
+    made.mkdir()
     try:
         with full_disk(out.parent, str(out)):
             yield made
-            made.chmod(0o755)
             sync(made)
             _check_target(out, force)  # again: it took a while
             _replace_folder(made, out)
@@ -286,18 +293,23 @@ def _staged_folder(out: Path, force: bool) -> Iterator[Path]:
 
 
 def _replace_folder(made: Path, out: Path) -> None:
-    """Rename `made` to `out`. An existing export is first moved aside, is restored when the rename fails, and is
-    deleted last."""
-    aside = made.with_suffix(".old")
-    replaced = out.exists()
-    if replaced:
-        os.replace(out, aside)
-    try:
+    """Rename `made` to `out`; an older export there is `made` afterwards. They change places in one step. Where the
+    disk has none, the older one is first moved aside, and is restored when the rename fails."""
+    if not out.exists():
         os.replace(made, out)
-    except OSError:
-        if replaced:
+    elif not _exchange(made, out):
+        aside = made.with_suffix(".old")
+        os.replace(out, aside)
+        try:
+            os.replace(made, out)
+        except OSError:
             os.replace(aside, out)
-        raise
+            raise
+        os.replace(aside, made)
     sync(out.parent)
-    if replaced:
-        shutil.rmtree(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places, by renameat2(AT_FDCWD, …, RENAME_EXCHANGE) of Linux; False where it refuses."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0

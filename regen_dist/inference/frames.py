@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regen_dist.config.files import short_name
+from regen_dist.data.storage.local import remove_leftovers
 from regen_dist.data.video.conversion import BT709_MATRIX, LIMITED_RANGE, RESIZE, frame_to_rgb, shown_sides
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.data.video.scenes import analyse
@@ -30,6 +31,7 @@ CLOCK = 90_000  # ticks a second of files in which each frame has its own time
 LARGEST_SIDE = 4320  # shorter side of 8K video
 FALLBACK_RATE = Fraction(25)
 LONGEST_FRAME_S = 1001  # rates are written as a fraction of at most this denominator, as 30000/1001 is
+IDLE_S = 3600.0  # age of unfinished files that no process of this machine is writing; those of other machines are newer
 ROUNDING_S = 1e-3  # error of times in a file: Matroska and WebM round them to milliseconds
 
 
@@ -67,7 +69,7 @@ class SourceVideo:
             self._table = reader.table
             self.timestamps = _seconds(reader, max_frames)
             self.rate = _average_rate(reader, self.timestamps)
-            self.stored = _upright_sides(reader)
+            self.stored = shown_sides(next(frame for _, frame in reader.frames([0])))
             self.notes = reader.notes
         scale = short_side / min(self.stored) if short_side else 1.0
         self.height, self.width = (max(1, round(side * scale)) for side in self.stored)
@@ -117,10 +119,6 @@ def _average_rate(reader: VideoReader, timestamps: Seconds) -> Fraction:
     return max(rate, Fraction(1, LONGEST_FRAME_S))  # of slides
 
 
-def _upright_sides(reader: VideoReader) -> tuple[int, int]:
-    return shown_sides(next(frame for _, frame in reader.frames([0])))
-
-
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
     """Add the file's name to the reader's errors."""
@@ -135,21 +133,26 @@ def _named_errors(path: Path) -> Iterator[None]:
 class VideoWriter:
     """Writer of uint8 RGB frames as an H.264 mp4 (yuv420p, BT.709), under a temporary name until it is complete.
 
-    A context manager: a normal exit moves the file to `path`, an exception removes it. An odd side gets one more row
-    or column, a copy of the last, because 4:2:0 needs even sides.
+    A context manager: a normal exit moves the file to `path`, an exception removes it, and the next writer in the
+    folder what a killed process left. An odd side gets one more row or column, a copy of the last, because 4:2:0 needs
+    even sides.
 
     Args:
         path: the file; its folder must exist.
         rate: frames a second; the pace of the file, unless the time of every frame is passed to `write`.
         crf: x264's constant rate factor; 0 is lossless except for the 4:2:0 colour.
         preset: x264's preset.
+        remedy: advice of the error where the disk refuses.
 
     Raises:
         DataError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, rate: Fraction | float, *, crf: int = 16, preset: str = "medium") -> None:
-        self.path, self._rate = path, Fraction(rate).limit_denominator(LONGEST_FRAME_S)
+    def __init__(
+        self, path: Path, rate: Fraction | float, *, crf: int = 16, preset: str = "medium",
+        remedy: str = "choose another --out, or make room",
+    ) -> None:  # fmt: skip
+        self.path, self._remedy, self._rate = path, remedy, Fraction(rate).limit_denominator(LONGEST_FRAME_S)
         if self._rate <= 0:
             raise DataError(
                 f"{path.name}: the frame rate is {float(rate):g}; it must be at least 1 frame in {LONGEST_FRAME_S} s"
@@ -158,7 +161,7 @@ class VideoWriter:
         # rate control then depends on uninitialised memory (core 165, measured). From RGB, swscale puts chroma in the
         # middle of its pixels (chromaloc=1); untagged, H.264 means their left edge: colours half a pixel aside.
         self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1:chromaloc=1"}
-        self._partial = path.with_name(f".{short_name(path.stem)}.{os.getpid()}.partial{path.suffix}")
+        self._partial = path.with_name(f".{short_name(path.name)}.{os.getpid()}.tmp")
         self._stream: VideoStream | None = None
         self._num_written = 0
 
@@ -170,6 +173,7 @@ class VideoWriter:
                 f"{self.path} cannot be written: there is no folder {self.path.parent}"
                 "; make it, or choose another --out"
             )
+        remove_leftovers(self.path.parent, idle_s=IDLE_S)
         with self._write_errors():
             self._container = av.open(f"file:{self._partial}", "w", format="mp4", options={"movflags": "+faststart"})
         return self
@@ -200,7 +204,8 @@ class VideoWriter:
             if kind is None:
                 self._finish()
             else:
-                self._container.close()
+                with suppress(OSError):  # the disk refuses the file's end, too; the error that is on its way says so
+                    self._container.close()
         finally:
             self._partial.unlink(missing_ok=True)
 
@@ -232,7 +237,8 @@ class VideoWriter:
         try:
             yield
         except (av.FFmpegError, OSError) as error:
-            raise DataError(f"{self.path} cannot be written: {error}; choose another --out, or make room") from error
+            why = error.strerror or error
+            raise DataError(f"{self.path} cannot be written: {why}; {self._remedy}") from error
 
 
 def write_video(path: Path, frames: Iterable[Frame], rate: Fraction | float, *, crf: int = 16) -> None:

@@ -16,17 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain
-from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from regen_dist.config.files import write_bytes_atomically, write_text_atomically
-from regen_dist.config.run import SEED_END, SPATIAL_COMPRESSION, SamplerName
-from regen_dist.config.t2v import LATENT_PATCH, TextConfig
+from regen_dist.config.t2v import TextConfig
 from regen_dist.config.version import code_version
 from regen_dist.data.pool import Progress
 from regen_dist.diffusion.noise import latent_gaussian
@@ -34,10 +31,11 @@ from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
-from regen_dist.inference.frames import Frame, VideoWriter
+from regen_dist.inference.frames import Frame, write_video
+from regen_dist.inference.generation_settings import GenerationSettings, clips_of, frame_positions
 from regen_dist.inference.given_media import GivenImage, GivenMedia, clips_given, given_row
 from regen_dist.inference.latent_space import LatentSpace
-from regen_dist.inference.long_video import Positions, row_frames
+from regen_dist.inference.long_video import row_frames
 from regen_dist.inference.sampler import Text, TextToVideoModel
 from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Latents
@@ -45,143 +43,6 @@ from regen_dist.models.t2v import FRAMES_PER_CLIP
 from regen_dist.models.text import TextEncoder
 from regen_dist.observe.hardware import describe_machine
 from regen_dist.pixels import to_frames
-
-# Settings of a generation, and the positions of its videos' frames.
-
-SIDE_MULTIPLE = LATENT_PATCH * SPATIAL_COMPRESSION  # pixels: a token is 2 x 2 cells of 8 x 8
-DEFAULT_SIZE = (192, 320)  # paper, Sec. 4
-_DIGITS = 6  # decimals of a position: 24 frames at 30 a second must not end at 32.99999…
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """Settings of a generation, apart from the prompts.
-
-    Args:
-        height, width: size in pixels, multiples of 16.
-        frames: frames of each video; 1 makes images.
-        fps: frames a second of the videos.
-        steps: number of sampler steps.
-        guidance: scale of classifier-free guidance; 1 is none.
-        sampler: `euler`, `heun` or `dpmpp_2m` (second order).
-        decode_steps: sampling steps of the embedder's decoder.
-        seed: seed of all noise.
-        negative: negative prompt that guidance leads away from; None is the empty caption.
-
-    Raises:
-        ConfigError: at least one value is invalid; the message lists all of them.
-    """
-
-    height: int
-    width: int
-    frames: int
-    fps: float
-    steps: int
-    guidance: float
-    sampler: SamplerName
-    decode_steps: int = 1
-    seed: int = 0
-    negative: str | None = None
-
-    def __post_init__(self) -> None:
-        floats = [name for name in ("fps", "guidance") if not isfinite(getattr(self, name))]
-        if floats:  # the other checks need finite values
-            raise ConfigError("; ".join(f"{name} is {getattr(self, name)}; it must be finite" for name in floats))
-        least = {"frames": 1, "steps": 1, "decode_steps": 1, "guidance": 0, "seed": 0}
-        problems = [
-            f"{name} is {getattr(self, name):g}; it must be at least {low}"
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        if self.sampler not in get_args(SamplerName):
-            problems.append(f"sampler is {self.sampler!r}; it can be {', '.join(get_args(SamplerName))}")
-        if self.seed >= SEED_END:
-            problems.append(f"seed is {self.seed}; it must be at most 2**63 - 1")
-        if not self.fps > 0:
-            problems.append(f"fps is {self.fps:g}; it must be above 0")
-        if self.height % SIDE_MULTIPLE or self.width % SIDE_MULTIPLE or min(self.height, self.width) < 1:
-            nearest = "x".join(str(_nearest(side)) for side in (self.height, self.width))
-            problems.append(
-                f"size is {self.height}x{self.width}; sides are multiples of {SIDE_MULTIPLE}, the nearest is {nearest}"
-            )
-        if problems:
-            raise ConfigError("; ".join(problems))
-
-    @property
-    def is_image(self) -> bool:
-        """True when images are generated."""
-        return self.frames == 1
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        """Size of a frame in latent cells, (h, w)."""
-        return self.height // SPATIAL_COMPRESSION, self.width // SPATIAL_COMPRESSION
-
-
-def resolve_settings(
-    model: TextToVideoModel,
-    *,
-    size: tuple[int, int] | None = None,
-    frames: int | None = None,
-    fps: float | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: SamplerName | None = None,
-    decode_steps: int = 1,
-    seed: int = 0,
-    negative: str | None = None,
-) -> GenerationSettings:
-    """Fill in settings that are not given from the model's training: the size of its caches (the paper's where they
-    have several), its longest row, its frame rate, and the sampling in its config."""
-    flow, space = model.config.diffusion, model.space
-    height, width = size or size_for(space)
-    longest = longest_row(model) * space.num_frames or 1
-    return GenerationSettings(
-        height=height, width=width, frames=longest if frames is None else frames,
-        fps=space.fps if fps is None else fps, steps=flow.steps if steps is None else steps,
-        guidance=flow.guidance if guidance is None else guidance, sampler=sampler or flow.sampler,
-        decode_steps=decode_steps, seed=seed, negative=negative,
-    )  # fmt: skip
-
-
-def longest_row(model: TextToVideoModel) -> int:
-    """Number of clips in the longest row that the model was trained on; 0 for a model trained on images only."""
-    return max(model.config.clips, default=0)
-
-
-def size_for(space: LatentSpace) -> tuple[int, int]:
-    """Default (height, width): the size of the caches where they have a single one, else that of the paper."""
-    return trained_size(space) or DEFAULT_SIZE
-
-
-def trained_size(space: LatentSpace) -> tuple[int, int] | None:
-    """The (height, width) of all videos in the caches; None where there are several sizes, or none is recorded."""
-    sizes = space.facts.get("sizes") or space.facts["preprocessing"].get("buckets") or []
-    return (int(sizes[0][0]), int(sizes[0][1])) if len(sizes) == 1 else None
-
-
-def frame_positions(settings: GenerationSettings, space_fps: float, before: int = 0) -> Positions:
-    """Positions of the output's frames, in frames of the training videos, counted from the first clip's first frame.
-    Where they continue `before` frames of the row, they begin one output frame after the last of those."""
-    first = before - 1 + space_fps / settings.fps if before else 0.0
-    positions: Positions = np.round(first + np.arange(settings.frames) * space_fps / settings.fps, _DIGITS)
-    return positions
-
-
-def clips_of(settings: GenerationSettings, space: LatentSpace, before: int = 0) -> int:
-    """Number of clips in a row, including the `before` clips that it continues."""
-    return clips_for(frame_positions(settings, space.fps, before * space.num_frames), space.num_frames)
-
-
-def clips_for(positions: Positions, num_frames: int) -> int:
-    """Number of clips of `num_frames` frames needed to reach the last position: clip i takes the positions from
-    i * num_frames to below (i + 1) * num_frames, which extends past its own last frame by less than one frame."""
-    return int(positions[-1] // num_frames) + 1
-
-
-def _nearest(side: int) -> int:
-    return max(1, round(side / SIDE_MULTIPLE)) * SIDE_MULTIPLE
-
 
 # Prompts: read from a file, and embedded as the captions of the caches were.
 #
@@ -401,7 +262,10 @@ class GeneratedFiles:
             folder.mkdir(parents=True, exist_ok=True)
         record, path = self._path(prompt, _RECORD), self._media_path(prompt)
         record.unlink(missing_ok=True)  # first, so that it never describes another video
-        _write_image(path, frames) if self._settings.is_image else _write_video(path, frames, self._settings.fps)
+        if self._settings.is_image:
+            _write_image(path, frames)
+        else:
+            write_video(path, chain.from_iterable(frames), self._settings.fps)
         self._path(prompt, _VIDEO if self._settings.is_image else _IMAGE).unlink(missing_ok=True)
         about = {"paths": self._paths, "version": code_version(), "machine": describe_machine()}
         write_text_atomically(record, json_text(self._decided(prompt) | about, indent=1, ensure_ascii=False) + "\n")
@@ -429,13 +293,6 @@ class GeneratedFiles:
     def _path(self, prompt: Prompt, suffix: str) -> Path:
         folder = self._layout.records(self.folder) if suffix == _RECORD else self.folder
         return folder / f"{self._layout.stem(prompt)}{suffix}"
-
-
-def _write_video(path: Path, frames: Iterable[list[Frame]], fps: float) -> None:
-    with VideoWriter(path, fps) as writer:
-        for part in frames:
-            for frame in part:
-                writer.write(frame)
 
 
 def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:

@@ -22,7 +22,7 @@ from regen_dist.config.run import SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, FlowConfig
 from regen_dist.diffusion.path import x0_from
 from regen_dist.diffusion.samplers import GivenFrames, sample
-from regen_dist.errors import CheckpointError
+from regen_dist.inference.codec import finite
 from regen_dist.inference.latent_space import LatentSpace, NormalisedLatents, read_space
 from regen_dist.models.embedder import build_model
 from regen_dist.models.t2v import TextToVideo
@@ -151,7 +151,8 @@ class TextToVideoModel:
         origin: Mapping[str, Any], dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.config, self.space, self.device, self._origin = config, space, device, dict(origin)
-        self.model = model.to(device, dtype or inference_dtype(config.precision, device)).eval()
+        self._dtype = dtype or inference_dtype(config.precision, device)
+        self.model = model.to(device, self._dtype).eval()
 
     @classmethod
     def load(
@@ -206,13 +207,8 @@ class TextToVideoModel:
             self.predict, noise, text, null, self.config.diffusion,
             steps=steps, guidance=guidance, sampler=sampler, given=given,
         )  # fmt: skip
-        if not bool(torch.isfinite(made.frames).all()):
-            raise CheckpointError(
-                f"the model of step {self._origin.get('step', '?')} generates latents that are not finite: its "
-                "weights, or the guidance, are broken. Take an earlier checkpoint, or train on from one with a lower "
-                "optimizer.lr"
-            )
-        return made
+        act = f"the model of step {self._origin.get('step', '?')} generates latents"
+        return NormalisedLatents(finite(made.frames, self._dtype, act, "the guidance"))
 
     def predict(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """The velocity at x_t; see `TextToVideo`."""

@@ -86,6 +86,20 @@ def facts(place: Path) -> dict[str, Any]:
     return found
 
 
+def test_features_are_kept_whole_or_not_at_all(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file that was cut off beside whole measures ended every later evaluation in its folder."""
+
+    def cut(file: Any, **_: object) -> None:
+        (file if hasattr(file, "write") else open(file, "wb")).write(b"PK")  # noqa: SIM115
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", cut)
+    options = ["--frames", 3, "--clip-frames", 3, "--no-vmaf", "--no-baselines", "--model", "mean"]
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(place, *options, "--out", tmp_path / "out")
+    assert list((tmp_path / "out").rglob("*.npz")) == []
+
+
 def test_every_model_is_measured_on_every_video(facts: dict[str, Any]) -> None:
     assert [model["name"] for model in facts["models"]] == ["trained", "wan", "repeat_first", "blend", "mean"]
     for model in facts["models"]:

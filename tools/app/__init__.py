@@ -38,13 +38,15 @@ def serve_app(
         "GRADIO_TEMP_DIR": str(out.absolute() / "uploads"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
+    environment = dict(os.environ)  # of jobs, which may read models through a proxy
+    os.environ |= {"NO_PROXY": "*", "no_proxy": "*"}  # gradio asks its own address whether it answers
     with needing_extra("regen app"):
         from tools.app.page import AppState, build_page, launch
     from tools.app.runner import JobRunner
     from tools.app.uploads import Limits
 
     limits = Limits(num_bytes=max_upload_mb * 2**20, seconds=max_seconds, num_frames=round(30 * max_seconds))
-    state = AppState(runs, JobRunner(out), limits, text)
+    state = AppState(runs, JobRunner(out, environment=environment), limits, text)
     page = build_page(state)
     try:
         address = launch(page, state, host, port)

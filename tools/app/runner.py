@@ -76,15 +76,18 @@ class JobRunner:
     Args:
         folder: the app's own folder; created if needed.
         command: command of the worker process, which takes the folder of the job as its last argument.
+        environment: environment of the worker process; that of this process by default.
 
     Raises:
         ConfigError: the folder holds something else, or another app uses it.
     """
 
-    def __init__(self, folder: Path, command: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self, folder: Path, command: tuple[str, ...] | None = None, environment: Mapping[str, str] = os.environ
+    ) -> None:
         self.folder = folder.absolute()
         self.uploads, self._work, self.results = (self.folder / name for name in (UPLOADS, WORK, RESULTS))
-        self._command = command or tuple(python("-m", WORKER))
+        self._command, self._environment = command or tuple(python("-m", WORKER)), environment
         self._claim = _claim(self.folder)
         for each in (self.uploads, self._work):
             shutil.rmtree(each, ignore_errors=True)
@@ -119,7 +122,7 @@ class JobRunner:
             job = Job(number, kind, self.results / f"{number:04d}-{kind}")
             self._process = subprocess.Popen(
                 [*self._command, str(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, errors="replace", env=with_safe_path(os.environ), start_new_session=True,
+                text=True, errors="replace", env=with_safe_path(self._environment), start_new_session=True,
             )  # fmt: skip
             self.job = job
             threading.Thread(target=self._follow, args=(job, self._process, work), daemon=True).start()
@@ -271,8 +274,9 @@ def reconstruct(request: dict[str, Any], out: Path) -> None:
 def generate(request: dict[str, Any], out: Path) -> None:
     """Generate videos of a prompt, as `regen generate` does; with an image they begin with it."""
     from regen_dist.inference.codec import Codec
-    from regen_dist.inference.generate import Layout, Prompt, load_text_encoder, resolve_settings
+    from regen_dist.inference.generate import Layout, Prompt, load_text_encoder
     from regen_dist.inference.generate import generate as job
+    from regen_dist.inference.generation_settings import resolve_settings
     from regen_dist.inference.given_media import read_image
     from regen_dist.inference.sampler import TextToVideoModel
 

@@ -113,7 +113,8 @@ def _measured(
 ) -> dict[str, Any]:
     """Generate the videos of one setting, read them, and return their row of the record."""
     from regen_dist.evaluation.miniature_scores import generated_clips, read_arm
-    from regen_dist.inference.generate import generate, resolve_settings
+    from regen_dist.inference.generate import generate
+    from regen_dist.inference.generation_settings import resolve_settings
 
     folder = out / f"{setting.sampler}-{setting.steps:02d}"
     settings = resolve_settings(model, size=sides, steps=setting.steps, sampler=setting.sampler, guidance=guidance)

@@ -153,8 +153,9 @@ def full_disk(folder: Path, where: str) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path, *, idle_s: float = 0.0) -> list[str]:
-    """Remove the temporary files that a killed `staging` left in a folder: those of processes that no longer run on
-    this machine, and that were idle for `idle_s` seconds (for writers on other machines). Returns their names."""
+    """Remove the temporary files and folders (as of `staging`) that killed processes left in a folder: those of none
+    that runs on this machine, and that were idle for `idle_s` seconds (for writers on other machines). Returns their
+    names."""
     left = []
     for path in sorted(folder.glob(".*.tmp")):
         writer = _TEMPORARY.match(path.name)
@@ -162,9 +163,9 @@ def remove_leftovers(folder: Path, *, idle_s: float = 0.0) -> list[str]:
             continue
         try:
             if time.time() - path.stat().st_mtime >= idle_s:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
                 left.append(path.name)
-        except FileNotFoundError:  # somebody else has removed it
+        except OSError:  # somebody else has removed it, or owns it
             continue
     return left
 

@@ -423,8 +423,9 @@ class VideoReader:
         if made_up and any(b is None or a is None or b <= a for a, b in pairwise(times)):
             times = [None] * len(times)
         if not times:
-            found = f": none of {self._lost} packets can be decoded" if self._lost else ""
-            raise DataError(f"it has no frames{found}; copy the file again, or leave it out")
+            found = f": none of {self._lost} packets can be decoded as {self.stream.name}" if self._lost else ""
+            remedy = "copy the file again, convert it (an animated WebP to mp4), or leave it out"
+            raise DataError(f"it has no frames{found}; {remedy}")
         rate = self.stream.guessed_rate or self.stream.average_rate
         step = max(1, round(1 / (rate * self.stream.time_base))) if rate and self.stream.time_base else 1
         return FrameTable(

@@ -26,14 +26,8 @@ from regen_dist.config.t2v import FlowConfig, T2VModelConfig, TextConfig
 from regen_dist.data.format.latents import TextEmbedding
 from regen_dist.errors import ConfigError
 from regen_dist.inference.codec import Window
-from regen_dist.inference.generate import (
-    GenerationSettings,
-    Prompt,
-    as_in_cache,
-    frame_positions,
-    resolve_settings,
-    sample_rows,
-)
+from regen_dist.inference.generate import Prompt, as_in_cache, sample_rows
+from regen_dist.inference.generation_settings import GenerationSettings, frame_positions, resolve_settings
 from regen_dist.inference.hub.folder import copy_text_encoder, in_trained_precision, refuse_export, write_code
 from regen_dist.inference.hub.inlining import pipeline_module
 from regen_dist.inference.latent_space import LatentSpace, parse_statistics
@@ -211,8 +205,7 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         if (height is None) != (width is None):
             raise ConfigError(f"height is {height} and width is {width}; give both, or none")
         prompts = _prompts(prompt)
-        if generator is not None:
-            seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+        seed = seed if generator is None else _drawn_seed(generator)
         model = PipelineModel(self.transformer, self._execution_device)
         settings = resolve_settings(
             model, size=None if height is None or width is None else (height, width), frames=num_frames, fps=fps,
@@ -295,6 +288,15 @@ class RowDecoder:
             sample_ids=[sample_id],
         ).sample  # fmt: skip
         return made
+
+
+def _drawn_seed(generator: Any) -> int:
+    if not isinstance(generator, torch.Generator):  # diffusers' own pipelines take a list, too
+        raise ConfigError(
+            f"generator is a {type(generator).__name__}; give one torch.Generator, from which the seed of all prompts "
+            "is drawn, or call the pipeline once for each prompt"
+        )
+    return int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
 
 
 def _prompts(given: Any) -> list[str]:

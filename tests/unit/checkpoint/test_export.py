@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.exported import load_export_config, load_t2v_export_config
 from regen_dist.errors import CheckpointError, ConfigError, DataError
+from regen_dist.inference import export as exporting_folders
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
@@ -204,6 +206,51 @@ def test_a_link_leads_to_the_folder(run: EmbedderConfig, tmp_path: Path, force: 
     assert out.is_symlink()
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["models"]
     assert {path.name for path in (tmp_path / "disk" / "models").iterdir()} == FILES | FOR_DIFFUSERS
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_an_older_export_is_replaced_at_once(
+    run: EmbedderConfig, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """There is no moment without an export, where the disk can exchange two folders; it is whole where it cannot."""
+    out, parent, replace = _export(run, weights="plain"), run.folder.parent.parent, os.replace
+    if not at_once:
+        monkeypatch.setattr(exporting_folders, "_exchange", lambda *_: False)
+
+    def rename(source: Path, target: Path) -> None:
+        assert source != out or not at_once
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", rename)
+    assert Codec.load(_export(run, force=True), device=CPU).weights == "ema"
+    assert {path.name for path in parent.iterdir()} == {"runs", "model"}
+
+
+def test_leftovers_of_a_killed_export_are_removed(run: EmbedderConfig) -> None:
+    """And nothing of a process that runs."""
+    parent, gone = run.folder.parent.parent, subprocess.Popen(["true"])
+    gone.wait()
+    dead, alive = (parent / f".model.0a1b2c3d.{number}.tmp" for number in (gone.pid, os.getppid()))
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        os.utime(folder, (0, 0))
+    _export(run)
+    assert {path.name for path in parent.iterdir()} == {"runs", "model", alive.name}
+
+
+def test_the_place_of_an_export_can_be_taken(run: EmbedderConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a disk, nor of the folder in which the command runs: its shell would be in a deleted one."""
+    out = run.folder.parent.parent / "model"
+    out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: path == out)
+        with pytest.raises(CheckpointError, match=f"model is a mount point, .* give a folder in it: {out}/model"):
+            _export(run)
+    monkeypatch.chdir(out)
+    with pytest.raises(CheckpointError, match=r"^\. is the working folder, .* give a folder in it: \./model"):
+        export_model(run.folder, Path(), BARE)
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from regen_dist.config import config_hash, load_config, load_saved_config, save_config
+from regen_dist.config.files import write_text_atomically
 from regen_dist.config.run import HangConfig
 from regen_dist.errors import ConfigError
 
@@ -268,6 +269,15 @@ def test_a_save_that_fails_leaves_what_was_there(write: Write, tmp_path: Path, m
         save_config(config.model_copy(update={"name": "other"}), tmp_path / "run")
     assert load_saved_config(tmp_path / "run") == config
     assert sorted(each.name for each in (tmp_path / "run").iterdir()) == ["config.hash", "config.yaml"]
+
+
+def test_files_have_the_mode_that_the_user_asks_for(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text_atomically(tmp_path / "a.json", "{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -50,6 +50,17 @@ def plain(video: Path) -> Measurement:
     return measure(Roundtrip(SourceVideo(video), TrivialCodec("blend", 9), Options()), with_vmaf=False)
 
 
+def test_a_full_folder_of_temporary_files_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies for VMAF lie there; another --out would not help."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(VideoWriter, "_add_stream", full)
+    with pytest.raises(DataError, match=r"/source\.mp4 cannot be written: No space left; .*set TMPDIR to a folder"):
+        measure(Roundtrip(SourceVideo(video), TrivialCodec("blend", 9), Options()))
+
+
 def test_all_files(video: Path, tmp_path: Path) -> None:
     report = run(video, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES

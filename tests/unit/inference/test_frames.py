@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from fractions import Fraction
@@ -12,6 +13,7 @@ import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from PIL import Image
 
 from regen_dist.errors import DataError
 from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
@@ -186,6 +188,41 @@ def test_an_older_file_stays_when_writing_fails(tmp_path: Path) -> None:
     with pytest.raises(DataError), VideoWriter(path, 25):
         pass
     assert path.read_bytes() == before
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """And nothing that a writer on another machine may be at, whose process is not known here."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    old, new = (tmp_path / f".{name}.mp4.{gone.pid}.tmp" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    write(tmp_path / "a.mp4", gradient(1, 16, 16))
+    assert set(tmp_path.iterdir()) == {new, tmp_path / "a.mp4"}
+
+
+def test_a_full_disk_is_one_error_with_its_remedy(tmp_path: Path) -> None:
+    """Also where the file cannot be ended either; a limit of the file size stands for the disk."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(DataError) as caught:
+            write(tmp_path / "a.mp4", list(noise))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    found = str(caught.value)
+    assert found == f"{tmp_path}/a.mp4 cannot be written: File too large; choose another --out, or make room"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_animated_webp_is_named(tmp_path: Path) -> None:
+    """FFmpeg opens it as one packet and decodes none."""
+    frames = [Image.fromarray(frame) for frame in gradient(3, 16, 16)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError, match=r"none of 1 packets can be decoded as webp; .*convert it"):
+        SourceVideo(tmp_path / "a.webp")
 
 
 def test_writer_names_what_it_cannot_write(tmp_path: Path) -> None:

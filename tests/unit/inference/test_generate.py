@@ -21,18 +21,8 @@ from regen_dist.evaluation.miniature_scores import generated_names
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.frames import SourceVideo
-from regen_dist.inference.generate import (
-    Generated,
-    Layout,
-    Prompt,
-    clips_for,
-    embed_prompts,
-    frame_positions,
-    generate,
-    read_prompts,
-    resolve_settings,
-    sample_rows,
-)
+from regen_dist.inference.generate import Generated, Layout, Prompt, embed_prompts, generate, read_prompts, sample_rows
+from regen_dist.inference.generation_settings import clips_for, frame_positions, resolve_settings
 from regen_dist.inference.sampler import TextToVideoModel
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.t2v import CPU, WordEncoder, latent_space, saved_t2v

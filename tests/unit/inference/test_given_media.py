@@ -24,7 +24,8 @@ from regen_dist.inference import generate as prompts_module
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.frames import SourceVideo
-from regen_dist.inference.generate import Prompt, embed_prompts, generate, resolve_settings, sample_rows
+from regen_dist.inference.generate import Prompt, embed_prompts, generate, sample_rows
+from regen_dist.inference.generation_settings import resolve_settings
 from regen_dist.inference.given_media import (
     fitted,
     frames_at,

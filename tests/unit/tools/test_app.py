@@ -210,6 +210,16 @@ def test_a_failed_job_says_why_and_leaves_nothing(tmp_path: Path) -> None:
         runner.close()
 
 
+def test_jobs_have_the_environment_that_they_are_given(tmp_path: Path) -> None:
+    """The page's own process goes past every proxy; a job may read a model from object storage through one."""
+    command = (sys.executable, "-c", "import os; print(os.environ.get('NO_PROXY')); raise SystemExit(1)")
+    runner = JobRunner(tmp_path / "app", command, {**os.environ, "NO_PROXY": "localhost"})
+    job = runner.start("reconstruct", {})
+    assert job.ended.wait(60)
+    assert job.message == "the job ended with code 1: localhost"
+    runner.close()
+
+
 def test_a_folder_belongs_to_one_app_and_nothing_else_is_removed(tmp_path: Path) -> None:
     mine = tmp_path / "mine" / "work" / "thesis.txt"
     mine.parent.mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,18 @@ def test_wrong_values(
     with pytest.raises(error, match=message):
         invoke(video, "--run", run_folder, "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_request_to_end_leaves_no_half_written_file(
+    video: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("it would have been killed"))
+    monkeypatch.setattr(Codec, "decode_windows", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    arguments = ["reconstruct", video, "--run", run_folder, "--out", tmp_path / "o"]
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 75
+    assert list((tmp_path / "o").iterdir()) == []
 
 
 def test_missing_video(run_folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from regen_dist.diffusion.samplers import GivenFrames, draw_given_frames, error_
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError, DataError
-from regen_dist.inference.generate import trained_size
+from regen_dist.inference.generation_settings import trained_size
 from regen_dist.inference.latent_space import parse_statistics, read_space
 from regen_dist.training.run import build_task
 from regen_dist.training.t2v import TextToVideoTask

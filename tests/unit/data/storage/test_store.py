@@ -170,6 +170,9 @@ def test_leftovers_of_a_killed_write_are_removed_and_nothing_else(tmp_path: Path
     assert remove_leftovers(tmp_path, idle_s=60) == []
     assert remove_leftovers(tmp_path) == [dead]
     assert sorted(os.listdir(tmp_path)) == sorted([alive, ".notes.tmp", "shard-000000.tar"])
+    (tmp_path / dead).mkdir()
+    (tmp_path / dead / "half").touch()
+    assert remove_leftovers(tmp_path) == [dead]
     assert free_bytes(tmp_path / "not" / "there") > 0
 
 

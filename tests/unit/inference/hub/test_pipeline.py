@@ -21,7 +21,8 @@ from regen_dist.errors import CheckpointError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.inference.generate import Prompt, _generated, embed_prompts, load_text_encoder, resolve_settings
+from regen_dist.inference.generate import Prompt, _generated, embed_prompts, load_text_encoder
+from regen_dist.inference.generation_settings import resolve_settings
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
 from regen_dist.inference.hub.pipeline import TextToVideoTransformer
 from regen_dist.inference.sampler import Text, TextToVideoModel
@@ -119,12 +120,16 @@ def test_forms_of_frames(tmp_path: Path) -> None:
     assert (drawn[0] != drawn[2]).any()
     refused = {"np, uint8, pt, pil": {"output_type": "gif"}, "give both": {"height": 32}, "fps is -1": {"fps": -1.0}}
     refused["it can be euler, heun, dpmpp_2m"] = {"sampler": "ddim"}
+    refused["generator is a list; give one torch.Generator"] = {"generator": [torch.Generator()]}
     for said, wrong in refused.items():
         with pytest.raises(Exception, match=said):
             pipeline(PROMPTS[0], **wrong)
     for textless in ("", " \n", [], None, 3, ["a red circle", ""], ["a red circle", None]):
         with pytest.raises(Exception, match="give a text with words in it"):
             pipeline(textless)
+    torch.nn.init.constant_(pipeline.transformer.half().head.weight, 6e4)
+    with pytest.raises(Exception, match=r"in float16 the model .* Load it with torch_dtype"):
+        pipeline(PROMPTS[0])
 
 
 def test_what_was_saved_opens_again(tmp_path: Path) -> None:
