@@ -58,8 +58,8 @@ class ClusterConfig(Section):
     )
     signal_lead_s: PositiveInt = Field(
         default=300,
-        description="Seconds before the time limit at which a job is signalled to save; two steps and two saves must "
-        "fit.",
+        description="Seconds before the time limit at which a job is signalled to save; two steps, two saves and a "
+        "validation must fit.",
     )
     gpu_type: str | None = Field(default=None, description="GPU type of the site's GRES, such as h100; null: any.")
     gpu_memory_gb: PositiveFloat | None = Field(

@@ -47,12 +47,17 @@ def start_locally(job: Submission) -> str:
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     deadline = time.monotonic() + _START_S
-    while (found := job.id()) is None:
-        if process.poll() is not None or time.monotonic() > deadline:
-            tail = log.read_text(errors="replace").splitlines()[-5:]
-            raise RegenError("\n".join([f"the job did not start; {log} ends with:", *tail]))
-        time.sleep(_POLL_S)
-    return found
+    try:
+        while (found := job.id()) is None:
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = log.read_text(errors="replace").splitlines()[-5:]
+                raise RegenError("\n".join([f"the job did not start; {log} ends with:", *tail]))
+            time.sleep(_POLL_S)
+        return found
+    except BaseException:  # also Ctrl-C: what is not submitted must not run
+        process.terminate()
+        process.wait()
+        raise
 
 
 def _environment(job: Submission) -> dict[str, str]:

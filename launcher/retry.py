@@ -15,11 +15,12 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from launcher import slurm
 from launcher.attempts import (
@@ -60,6 +61,7 @@ from regen_dist.observe.terminal import shield_streams
 _LATE_S = 120.0  # Slurm signals up to a minute before the requested time
 _EARLY_S = 10.0  # this process started slightly after its time limit began
 _STARTED = time.monotonic()  # start of this process, approximately
+Answer = TypeVar("Answer")
 
 
 class Scheduler(Protocol):
@@ -100,11 +102,7 @@ class SlurmScheduler:
     @cached_property
     def _facts(self) -> dict[str, str]:
         """The controller's fields of the job at its end; none if it does not answer."""
-        try:
-            return slurm.ask_patiently(lambda: slurm.show_job(self.name))
-        except BackendError as error:
-            log_line(f"warning: {error}")
-            return {}
+        return _answer(lambda: slurm.show_job(self.name), {})
 
     def was_cancelled(self) -> bool:
         """Return whether somebody has cancelled the job, which then may not be requeued. The controller calls it
@@ -124,11 +122,7 @@ class SlurmScheduler:
 
     def down_nodes(self, nodes: Sequence[str]) -> tuple[str, ...]:
         """Ask the controller; none if it does not answer."""
-        try:
-            return slurm.ask_patiently(lambda: slurm.lost_nodes(nodes))
-        except BackendError as error:
-            log_line(f"warning: {error}")
-            return ()
+        return _answer(lambda: slurm.lost_nodes(nodes), ())
 
     def excludable(self, job: Submission, nodes: Sequence[str]) -> tuple[str, ...]:
         """Return all, or none if Slurm could not start the job without them, or does not answer."""
@@ -138,11 +132,16 @@ class SlurmScheduler:
 
         without = job.cluster.model_copy(update={"exclude": (*job.cluster.exclude, *nodes)})
         script = batch_script(job.model_copy(update={"cluster": without}))
-        try:
-            return () if slurm.ask_patiently(lambda: slurm.refusal(script)) else tuple(nodes)
-        except BackendError as error:
-            log_line(f"warning: {error}")
-            return ()
+        return () if _answer(lambda: slurm.refusal(script), "Slurm does not answer") else tuple(nodes)
+
+
+def _answer(question: Callable[[], Answer], otherwise: Answer) -> Answer:
+    """Return the controller's answer; `otherwise`, with a warning, if it gives none for some minutes."""
+    try:
+        return slurm.ask_patiently(question)
+    except BackendError as error:
+        log_line(f"warning: {error}")
+        return otherwise
 
 
 class LocalScheduler:
@@ -179,6 +178,7 @@ class LocalScheduler:
 # Errors that a restart would repeat.
 PERMANENT = frozenset(error.exit_code for error in (ConfigError, CheckpointError, BackendError, TrainingError, RunBusy))
 _FAILURES: tuple[Why, ...] = ("failed", "node lost", "unknown")
+_AT_ONCE_S = 60.0  # data that is not there fails within this time; a store that does not answer takes longer
 
 
 class RetryDecision(NamedTuple):
@@ -246,6 +246,9 @@ def decide_end(
         return RetryDecision(
             False, f"exit code {code} would occur again: see its log, fix the cause, `regen jobs resume`", code
         )
+    if code == DataError.exit_code and _failed_at_once(history[:-1], code, step):
+        text = f"exit code {code} came twice, the first time at once: see its log, fix the cause, `regen jobs resume`"
+        return RetryDecision(False, text, code)
     limits = _within_limits(history, step, retry)
     if not limits.go:
         return limits._replace(code=code)
@@ -254,6 +257,12 @@ def decide_end(
         reason = f"it failed {failures} times without a new checkpoint in between (retry.failures: {retry.failures})"
         return RetryDecision(False, reason, code)
     return RetryDecision(True, f"{why}: continues from {_resume_point(step)}")
+
+
+def _failed_at_once(history: Sequence[Attempt], code: int, step: int | None) -> bool:
+    """Return whether the newest attempt failed with this code soon after its start, and no checkpoint came since."""
+    start, end = history[-1] if history else (None, None)
+    return bool(start and end and (end.code, start.step) == (code, step) and end.time - start.time < _AT_ONCE_S)
 
 
 def _within_limits(history: Sequence[Attempt], step: int | None, retry: RetryConfig) -> RetryDecision:
@@ -272,12 +281,7 @@ def _within_limits(history: Sequence[Attempt], step: int | None, retry: RetryCon
 
 def _starts_without_progress(history: Sequence[Attempt], step: int | None) -> int:
     """Count the newest starts that began at the current step; 0 if there are no steps."""
-    count = 0
-    for attempt in reversed(history):
-        if step is None or attempt.start.step != step:
-            break
-        count += 1
-    return count
+    return sum(1 for _ in takewhile(lambda each: each.start.step == step is not None, reversed(history)))
 
 
 def _failures_in_a_row(history: Sequence[Attempt], step: int | None) -> int:
@@ -373,7 +377,9 @@ def end(job: Submission, task: JobTask, scheduler: Scheduler, srun_code: int) ->
         srun_code: exit code of the program that ran the ranks.
     """
     history = read_history(task.launch)
-    if unknown := not history or not _belongs_to(history[-1].start, scheduler):  # the start could not be recorded
+    newest = history[-1].start if history else None
+    unknown = newest is None or (newest.job, newest.restart) != (scheduler.job, scheduler.restart)
+    if unknown:  # the start could not be recorded
         history = [*history, Attempt(_start(job, scheduler), None)]
     found = read_rank_exits(task.launch, scheduler.job, scheduler.restart, job.world_size)
     code = combined_exit_code([each.code if each else None for each in found], srun_code)
@@ -384,14 +390,12 @@ def end(job: Submission, task: JobTask, scheduler: Scheduler, srun_code: int) ->
     if unknown and decision.go:  # without a history, starts cannot be counted
         text = f"{decision.text}; not restarted, because its history cannot be written"
         decision = RetryDecision(False, text, code)
-    text = f"{decision.text}{_failed_rank(code, found)}"
+    text, failed = decision.text, next((each for each in found if each and each.code == code), None)
+    if failed and code not in (EXIT_OK, EXIT_RESUME):
+        text += f" (rank {failed.rank} on {failed.node}, exit code {code})"
     entry = End(why=why, code=code, text=text, again=decision.go, at_fault=at_fault, time=now())
     _append(task, entry)
     return decision._replace(text=text)
-
-
-def _belongs_to(start: Start, scheduler: Scheduler) -> bool:
-    return (start.job, start.restart) == (scheduler.job, scheduler.restart)
 
 
 def _end_reason(job: Submission, task: JobTask, scheduler: Scheduler, code: int) -> Why:
@@ -414,13 +418,6 @@ def _nodes_at_fault(
     failed = [each for each in found if each and each.code not in (EXIT_OK, EXIT_RESUME)]
     by_node = failed and (failed[0].code >= 128 or failed[0].code in (1, HangError.exit_code))
     return (failed[0].node,) if by_node else ()
-
-
-def _failed_rank(code: int, found: Sequence[RankExit | None]) -> str:
-    failed = [each for each in found if each and each.code == code]
-    if code in (EXIT_OK, EXIT_RESUME) or not failed:
-        return ""
-    return f" (rank {failed[0].rank} on {failed[0].node}, exit code {code})"
 
 
 def newest_step(progress: TaskProgress | None) -> int | None:

@@ -131,7 +131,7 @@ def is_available() -> bool:
 def show_job(job: str) -> dict[str, str]:
     """Return the controller's fields of a job: "JobState", "PreemptTime", "EndTime", …"""
     words = run_program("scontrol", "show", "job", "--oneliner", job).split()
-    return dict(word.split("=", 1) for word in words if "=" in word)
+    return dict(word.split("=", 1) for word in reversed(words) if "=" in word)  # a comment, which is late, may hold any
 
 
 def seconds_until(printed: str | None) -> float | None:

@@ -173,15 +173,19 @@ def train_request(
     return SubmissionRequest(config.name, "train", task.folder, (task,), cluster, cluster_name, (config,))
 
 
+def fill_placeholders(text: str, number: int, tasks: int) -> str:
+    """Replace `{task}` and `{tasks}` in a text by a task's index (from 0) and the number of tasks."""
+    return text.replace("{task}", str(number)).replace("{tasks}", str(tasks))
+
+
 def command_request(
     name: str, base: Path, command: Sequence[str], cluster: ClusterConfig, cluster_name: str, *, tasks: int = 1
 ) -> SubmissionRequest:
-    """Return the request of any `regen` command, or of an array of them. `{task}` and `{tasks}` in an argument are
-    replaced by the task's index (from 0) and the number of tasks."""
+    """Return the request of any `regen` command, or of an array of them."""
     base = base.absolute()
 
     def one(number: int) -> JobTask:
-        filled = tuple(each.replace("{task}", str(number)).replace("{tasks}", str(tasks)) for each in command)
+        filled = tuple(fill_placeholders(each, number, tasks) for each in command)
         folder = base if tasks == 1 else base / "tasks" / f"{number:05d}"
         return JobTask(name=name if tasks == 1 else f"{name}[{number}]", folder=folder, command=filled)
 
@@ -234,12 +238,12 @@ def _submissions(base: Path) -> frozenset[tuple[str, bool]]:
 
 @contextmanager
 def _put_back(paths: Sequence[Path]) -> Iterator[None]:
-    """Give small files their earlier content if the job is refused. They are written before a scheduler is asked,
+    """Give small files their earlier content if the job is not submitted. They are written before a scheduler is asked,
     because a job may start at once."""
     before = {path: path.read_bytes() if path.is_file() else None for path in paths}
     try:
         yield
-    except RegenError:
+    except BaseException:  # Ctrl-C and a full disk, too
         for path, content in before.items():
             if content is None:
                 path.unlink(missing_ok=True)
@@ -263,8 +267,8 @@ def submit_to_slurm(job: Submission, dependency: str | None = None) -> Submissio
                 local_executor.start_locally(job)
             else:
                 write_text_atomically(job.folder / ID_FILE, f"{_sbatch(job, dependency)}\n")
-        except RegenError:
-            shutil.rmtree(job.folder, ignore_errors=True)  # it was never submitted
+        except BaseException:
+            shutil.rmtree(job.folder, ignore_errors=True)  # without it a job that Slurm has taken does not begin
             raise
     return job
 

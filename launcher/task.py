@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from launcher import attempts
 from launcher.job import JobTask, Submission, read_job
 from launcher.retry import LocalScheduler, RetryDecision, begin, end, log_line
-from launcher.supervise import FORWARDED, JobExit, program_environment, rank_environment, rank_environments, supervise
+from launcher.supervise import FORWARDED, program_environment, rank_environment, rank_environments, supervise
 from regen_dist.config.files import write_text_atomically
 from regen_dist.distributed.environment import SLURM, RankInfo, meeting_port, rank_variables, read_variables
 from regen_dist.errors import EXIT_OK, EXIT_RESUME
@@ -32,8 +33,22 @@ COMMAND = tuple(regen())
 LOCAL_REQUEUE = 144  # exit code at which Submitit's local executor restarts a task with a new time limit
 
 
+class _Task(ABC):
+    """Part that Submitit needs of a task."""
+
+    @abstractmethod
+    def __call__(self) -> None:
+        """Run the task."""
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Return the same task: Submitit asks for it when a task is signalled before it has begun."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
 @dataclass(frozen=True)
-class SlurmTask:
+class SlurmTask(_Task):
     """One process of a Slurm job: one rank, or a single-process command."""
 
     folder: str  # of the submission
@@ -52,7 +67,7 @@ class SlurmTask:
         rank, restart = here.global_rank, int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         environment = child_environment(job)
         if job.distributed:
-            environment |= _rank_variables(job, here.hostnames[0], here.raw_job_id, restart)
+            environment |= _rank_variables(job, meeting_address(here.hostnames[0]), here.raw_job_id, restart)
         # Replaces Submitit's handlers, which would requeue the job after its command has ended.
         for number in FORWARDED:
             signal.signal(number, _ignore_signal)
@@ -64,15 +79,9 @@ class SlurmTask:
         if code not in (EXIT_OK, EXIT_RESUME):
             raise SystemExit(code)
 
-    def checkpoint(self) -> DelayedSubmission:
-        """Return the same task: Submitit asks for it when a task is signalled before it has begun."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
 
 @dataclass(frozen=True)
-class LocalTask:
+class LocalTask(_Task):
     """A whole task on this machine, with all its ranks, under Submitit's local executor and the same restart policy."""
 
     folder: str
@@ -110,27 +119,17 @@ class LocalTask:
 
     @staticmethod
     def _start(job: Submission, task: JobTask, scheduler: LocalScheduler) -> RetryDecision:
-        ended = _run_here(job, task)
-        codes = {rank: _code(code, ended.signals) for rank, code in ended.codes.items()}
-        for rank, code in codes.items():
+        inherited, ranks = child_environment(job), job.world_size
+        places = rank_environments(rank_environment(inherited, ranks), ranks) if job.distributed else {0: inherited}
+        ended = supervise([*COMMAND, *task.command], places, logs=task.logs)
+        for rank, each in ended.codes.items():
             attempts.write_rank_exit(
-                task.launch,
-                scheduler.job,
-                scheduler.restart,
-                rank=rank,
-                node=scheduler.nodes[0],
-                code=code,
-                signals=ended.signals,
-            )
+                task.launch, scheduler.job, scheduler.restart, rank=rank, node=scheduler.nodes[0],
+                code=_code(each, ended.signals), signals=ended.signals,
+            )  # fmt: skip
         decision = end(job, task, scheduler, _code(ended.code, ended.signals))
         log_line(f"{task.name}: {decision.text}")
         return decision
-
-    def checkpoint(self) -> DelayedSubmission:
-        """Return the same task, as `SlurmTask.checkpoint`."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
 
 
 def _ignore_signal(_number: int, _frame: FrameType | None) -> None:
@@ -140,13 +139,6 @@ def _ignore_signal(_number: int, _frame: FrameType | None) -> None:
 def _code(code: int, signals: Sequence[str]) -> int:
     """Return 75 for a command ended by a signal that it was sent: it did not handle it (yet), but has not failed."""
     return EXIT_RESUME if code in {128 + signal.Signals[each] for each in signals} else code
-
-
-def _run_here(job: Submission, task: JobTask) -> JobExit:
-    inherited = child_environment(job)
-    ranks = job.world_size
-    places = rank_environments(rank_environment(inherited, ranks), ranks) if job.distributed else {0: inherited}
-    return supervise([*COMMAND, *task.command], places, logs=task.logs)
 
 
 def child_environment(job: Submission) -> dict[str, str]:
@@ -160,12 +152,19 @@ def child_environment(job: Submission) -> dict[str, str]:
     return program_environment({**os.environ, **own})
 
 
-def _rank_variables(job: Submission, first_host: str, job_id: str, restart: int) -> dict[str, str]:
+def meeting_address(node: str) -> str:
+    """Return the address of the first node: its name in Slurm or, where that is no host's name, what srun knows."""
+    try:
+        socket.getaddrinfo(node, None)
+    except OSError:
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", node)
+    return node
+
+
+def _rank_variables(job: Submission, address: str, job_id: str, restart: int) -> dict[str, str]:
     """Return the rank that Slurm assigned to this task, as the variables that the command reads."""
     cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": cores}
     scheduler = read_variables(os.environ, SLURM) or RankInfo()
     port = meeting_port(job_id, restart)
-    return threads | rank_variables(
-        scheduler, local_world_size=job.cluster.ranks_per_node, address=first_host, port=port
-    )
+    return threads | rank_variables(scheduler, local_world_size=job.cluster.ranks_per_node, address=address, port=port)

@@ -10,6 +10,7 @@ import typer
 
 from regen_dist import __version__
 from regen_dist.errors import errors_in_one_line
+from regen_dist.observe.terminal import shield_stderr
 from regen_dist.programs import flushing_stdout, print_any_text, start_safely
 
 app = typer.Typer(
@@ -78,6 +79,7 @@ def main() -> None:
     """Entry point: user-facing errors become one message on stderr and an exit code."""
     start_safely()
     print_any_text()
+    shield_stderr()
     with errors_in_one_line(), flushing_stdout():
         app(prog_name="regen")
 

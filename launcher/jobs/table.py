@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,9 +78,9 @@ def run_figures(task: JobTask, history: Sequence[Attempt]) -> RunFigures:
     )
 
 
-def read_tail(path: Path, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
+def read_tail(path: Path) -> list[dict[str, Any]]:
     """Return the newest lines of a record, oldest first; empty if there is none."""
-    return list(_parsed(read_end(path, size).splitlines()))
+    return list(_parsed(read_end(path, TAIL_BYTES).splitlines()))
 
 
 def read_end(path: Path, size: int) -> str:
@@ -121,15 +121,14 @@ def _saved(task: JobTask, lines: Sequence[dict[str, Any]]) -> tuple[int | None, 
             return int(pointer.read_text(encoding="utf-8").strip().removeprefix("step-")), pointer.stat().st_mtime
         except (OSError, ValueError):
             return None, None
-    saved = _saves(lines) or _saves(list(_parsed(_save_lines(task.folder / "metrics.jsonl"))))
+    saved = _saves(lines)
+    if not saved:
+        longer = read_end(task.folder / "metrics.jsonl", LONG_TAIL_BYTES).splitlines()
+        saved = _saves(_parsed([line for line in longer if '"checkpoint"' in line]))
     return (saved[-1]["step"], saved[-1]["time"]) if saved else (None, None)
 
 
-def _save_lines(path: Path) -> list[str]:
-    return [line for line in read_end(path, LONG_TAIL_BYTES).splitlines() if '"checkpoint"' in line]
-
-
-def _saves(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _saves(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == "checkpoint" and not line.get("problem")]
 
 
@@ -204,10 +203,6 @@ class JobRow:
     checkpoint_age_s: float | None = None
     heartbeat_age_s: float | None = None
     tasks: dict[str, int] | None = None  # arrays: number of tasks in each state
-
-    def to_json(self) -> dict[str, Any]:
-        """Return every field by name, for scripts."""
-        return asdict(self)
 
 
 def rows(found: FoundJobs, queue: Queue, root: Path, *, fold: bool = True) -> list[JobRow]:
@@ -290,18 +285,16 @@ def _plain_row(folder: Path, root: Path) -> JobRow | None:
     beat, age_s = newest_heartbeat(folder), heartbeat_age_s(folder)
     if beat is None or age_s is None:
         return None
-    steps = _steps(folder)
-    task = JobTask(
-        name=folder.name, folder=folder, command=(),
-        progress=TaskProgress(checkpoints=str(folder / "checkpoints"), steps=steps or 1),
-    )  # fmt: skip
+    steps, checkpoints = _steps_and_checkpoints(folder)
+    progress = TaskProgress(checkpoints=checkpoints, steps=steps or 1)
+    task = JobTask(name=folder.name, folder=folder, command=(), progress=progress)
     known = run_figures(task, ())
     state = _state_by_heartbeat(beat.left, beat.why, age_s, finished=steps is not None and (known.step or 0) >= steps)
     row = JobRow(
         run=shown_name(folder, root), state=state.state, note=state.note, folder=str(folder),
         heartbeat_age_s=age_s if state.active else None,
     )  # fmt: skip
-    result = _with_figures(row, known, task.progress) if task.progress else row
+    result = _with_figures(row, known, progress)
     return result if steps else replace(result, steps=None, eta_s=None)
 
 
@@ -313,11 +306,15 @@ def _state_by_heartbeat(left: str, why: str, age_s: float, *, finished: bool) ->
     return JobState("running") if age_s <= QUIET_S else JobState("lost", f"no heartbeat for {duration(age_s)}")
 
 
-def _steps(folder: Path) -> int | None:
+def _steps_and_checkpoints(folder: Path) -> tuple[int | None, str]:
+    """Return what the config in a run folder says, which may be of another version."""
+    own = str(folder / "checkpoints")
     try:
-        return int(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["train"]["steps"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        return None
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        url = config.get("checkpoint", {}).get("url")
+        return int(config["train"]["steps"]), own if url is None else f"{url.rstrip('/')}/{config['name']}"
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+        return None, own
 
 
 _WIDE = 130  # minimum width in columns at which notes and job ids get their own columns
@@ -380,16 +377,11 @@ def list_jobs(root: Path, *, fold: bool = True) -> tuple[list[JobRow], list[str]
         raise ConfigError(f"{root}: no such folder; give the one that holds the runs by --root")
     found = find_jobs(root)
     queue = query_queue([member for run in found.runs for member in run.members])
-    return rows(found, queue, root, fold=fold), [
-        *_no_answer_note(queue),
-        *(f"left out: {text}" for text in found.unread),
-    ]
-
-
-def _no_answer_note(queue: Queue) -> list[str]:
-    if not queue.no_answer:
-        return []
-    return [f"Slurm does not answer ({queue.no_answer}): the states of its jobs are taken from their histories"]
+    problems = [f"left out: {text}" for text in found.unread]
+    if queue.no_answer:
+        text = f"Slurm does not answer ({queue.no_answer}): the states of its jobs are taken from their histories"
+        problems.insert(0, text)
+    return rows(found, queue, root, fold=fold), problems
 
 
 def show(root: Path, *, as_json: bool, fold: bool, every_s: float | None) -> None:
@@ -402,21 +394,13 @@ def show(root: Path, *, as_json: bool, fold: bool, every_s: float | None) -> Non
         if every_s is not None and console.is_terminal and not as_json:
             console.clear()
         if as_json:
-            print(json_text({"runs": [row.to_json() for row in found], "problems": problems}, indent=1), flush=True)
+            print(json_text({"runs": list(map(asdict, found)), "problems": problems}, indent=1), flush=True)
+        elif found:
+            print_rows(console, found)
         else:
-            _print(console, root, found, problems)
+            console.print(f"no runs in {root}; `regen submit train CONFIG` starts one", highlight=False, markup=False)
+        for problem in () if as_json else problems:
+            console.print(f"note: {problem}", highlight=False, markup=False, soft_wrap=True)
         if every_s is None:
             return
         time.sleep(every_s)
-
-
-def _print(console: object, root: Path, found: list[JobRow], problems: list[str]) -> None:
-    from rich.console import Console
-
-    assert isinstance(console, Console)
-    if found:
-        print_rows(console, found)
-    else:
-        console.print(f"no runs in {root}; `regen submit train CONFIG` starts one", highlight=False, markup=False)
-    for problem in problems:
-        console.print(f"note: {problem}", highlight=False, markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from launcher.job import JobTask
-from launcher.submit import SubmissionRequest
+from launcher.submit import SubmissionRequest, fill_placeholders
 from regen_dist.checks.data import READING
 from regen_dist.checks.findings import run_concurrently
 from regen_dist.config.files import compose, find_preset, load_section
@@ -237,11 +237,6 @@ def missing_outputs(request: SubmissionRequest, step: PipelineStep) -> dict[str,
             makers[fill_placeholders(output, number, step.array)] = [task] if "{task}" in output else request.tasks
     there = run_concurrently(exists, makers)
     return {place: tasks for (place, tasks), is_there in zip(makers.items(), there, strict=True) if not is_there}
-
-
-def fill_placeholders(text: str, number: int, tasks: int) -> str:
-    """Replace `{task}` and `{tasks}` in a text for one task."""
-    return text.replace("{task}", str(number)).replace("{tasks}", str(tasks))
 
 
 def exists(url: str) -> bool:

@@ -89,6 +89,7 @@ class MeasuredRun(NamedTuple):
         step_s: seconds per step, with `ranks` ranks.
         save_s: seconds per save, from beginning to end; None before the first.
         save_bytes: size of a checkpoint; None before the first.
+        validation_s: seconds per validation; 0 before the first.
         start_s: seconds from a start of the job to its first step; None if unknown.
         ranks: number of ranks of the newest start.
     """
@@ -96,6 +97,7 @@ class MeasuredRun(NamedTuple):
     step_s: float
     save_s: float | None
     save_bytes: int | None
+    validation_s: float
     start_s: float | None
     ranks: int
 
@@ -112,6 +114,9 @@ def measured(config: AnyRunConfig) -> MeasuredRun | None:
         step_s=max(steps[-_NEWEST:]),
         save_s=max((line["seconds"] for line in saves), default=None),
         save_bytes=saves[-1]["bytes"] if saves else None,
+        validation_s=max(
+            [0.0, *(line.get("seconds", 0.0) for line in lines if line["kind"] == "validation")][-_NEWEST:]
+        ),
         start_s=_start_s(config.folder, lines),
         ranks=next((line["world_size"] for line in reversed(lines) if _is_start(line)), 1),
     )
@@ -144,6 +149,7 @@ def _start_s(folder: Path, lines: Sequence[dict[str, Any]]) -> float | None:
 
 # Disk space for the checkpoints that a run keeps.
 BYTES_PER_PARAMETER = 16  # float32: master weights, two moments, EMA
+_DISCRIMINATOR = "discriminator (fp32, on every GPU)"  # of `regen describe`: weights, moments, and gradients
 GIB = 2**30
 
 
@@ -193,7 +199,8 @@ def _checkpoint_bytes(config: AnyRunConfig, subject: Subject) -> int:
     if found is not None and found.save_bytes is not None:
         return found.save_bytes
     clips_per_rank(config, world_size)  # otherwise the estimate would fail with another message
-    return BYTES_PER_PARAMETER * subject.estimates.of(config, world_size).parameters
+    found_by = subject.estimates.of(config, world_size)
+    return BYTES_PER_PARAMETER * found_by.parameters + found_by.memory.get(_DISCRIMINATOR, 0)
 
 
 # Time to save after the signal.
@@ -201,8 +208,8 @@ _ROUND_S = 10
 
 
 def times(subject: Subject) -> Iterator[PreflightFinding]:
-    """Check that the signal comes at least two steps and two saves before the limit, and the run's own limit
-    likewise."""
+    """Check that the signal comes at least two steps, two saves and a validation, amid which it may come, before the
+    limit, and the run's own limit likewise."""
     yield from by_run(subject.configs, lambda config: _times_of(config, subject.request.cluster))
 
 
@@ -236,10 +243,11 @@ def _too_short(
     name: str, lead_s: float, found: MeasuredRun, cluster: ClusterConfig, key: str
 ) -> Iterator[PreflightFinding]:
     step_s = _step_s(found, cluster)
-    needed_s = 2 * step_s + 2 * (found.save_s or 0.0)
+    needed_s = 2 * step_s + 2 * (found.save_s or 0.0) + found.validation_s
     if lead_s > needed_s:
         return
     saves = f"two saves of {found.save_s:.1f} s" if found.save_s is not None else "no save was measured yet"
+    saves += f", a validation of {found.validation_s:.1f} s" if found.validation_s else ""
     at_least = _ROUND_S * (math.floor(needed_s / _ROUND_S) + 1)
     yield problem(
         f"{name} {lead_s:g} is too short for two steps of {step_s:.1f} s and {saves}, {needed_s:.1f} s in all "

@@ -69,12 +69,6 @@ class CheckpointManifest:
         return int(guards.get("nonfinite", {}).get("in_a_row", 0))
 
     @property
-    def trusted_before(self) -> int:
-        """Return the step below which checkpoints precede the skipped steps and the update that may have broken the
-        weights."""
-        return self.step - self.skipped_in_a_row
-
-    @property
     def world_size(self) -> int:
         """Return the number of ranks that saved the checkpoint."""
         return int(self.topology["world_size"])
@@ -126,12 +120,9 @@ def parse_manifest(text: bytes | str, where: str) -> CheckpointManifest:
             f"{where} is damaged: {type(error).__name__}: {error}"
             "; `regen checkpoint verify RUN` shows which checkpoints are whole"
         ) from error
-    if schema != SCHEMA and stored is None:  # older than checksums, or not written by this package
-        raise CheckpointError(
-            f"{where} has schema {schema}, this version reads {SCHEMA}"
-            "; use the version that wrote it, or start a new run"
-        )
-    if stored != _sha256(text.replace(f',\n "{_CHECKSUM}": "{stored}"\n}}\n', "\n}\n")):
+    is_intact = stored == _sha256(text.replace(f',\n "{_CHECKSUM}": "{stored}"\n}}\n', "\n}\n"))
+    older = schema != SCHEMA and stored is None  # older than checksums, or not written by this package
+    if not is_intact and not older:
         raise CheckpointError(
             f"{where} is damaged: it does not match its own checksum"
             "; `regen checkpoint verify RUN` shows which checkpoints are whole"

@@ -40,7 +40,8 @@ def to_delete(
     if len(last) < LEAST_GOOD:
         return []
     best = _first(best_first(history, policy), policy.keep_best, is_good)
-    before = [each for each in history if each.step < newest.trusted_before] if newest.skipped_in_a_row else []
+    skipped = newest.skipped_in_a_row
+    before = [each for each in history if each.step < newest.step - skipped] if skipped else []
     kept = {each.step for each in (*last, *best, *_first(before, 1, is_good))} | set(pinned)
     if policy.keep_every:
         kept |= {each.step for each in history if each.step % policy.keep_every == 0}

@@ -318,7 +318,8 @@ class TrainConfig(Section):
         default=None, description="Seconds from the start until it has saved and ended (exit code 75); null: no limit."
     )
     time_limit_lead_s: NonNegativeFloat = Field(
-        default=120.0, description="Seconds before `time_limit_s` when training stops: time for a step and a save."
+        default=120.0,
+        description="Seconds before `time_limit_s` when training stops: time for steps, saves and a validation.",
     )
     grad_norms_every: PositiveInt | None = Field(
         default=None, description="Optimizer steps between records of the norm of each layer's gradient; null: never."
@@ -327,7 +328,7 @@ class TrainConfig(Section):
     trace_samples: bool = Field(
         default=False, description="Write the ids of all trained clips to samples/ in the run folder."
     )
-    peak_tflops: float | None = Field(
+    peak_tflops: PositiveFloat | None = Field(
         default=None, description="Peak TFLOP/s of a rank, for MFU; null: looked up for a GPU, measured on a CPU."
     )
 

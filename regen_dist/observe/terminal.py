@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 if TYPE_CHECKING:
+    from rich.console import Console
     from typing_extensions import Buffer
 
 PLAIN_EVERY_S = 10.0
@@ -23,6 +21,9 @@ class ProgressLine:
     wait, memory and ETA."""
 
     def __init__(self, total_steps: int, start: int, console: Console | None = None) -> None:
+        from rich.console import Console  # later than every command's start, which imports this module
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._console = console or Console(stderr=True)
         self._total, self._start, self._began, self._printed = total_steps, start, time.monotonic(), 0.0
         self._validation = ""
@@ -93,9 +94,15 @@ class _Lossy(io.FileIO):
             return memoryview(data).nbytes
 
 
+def shield_stderr() -> None:
+    """Make stderr of this process lossy: warnings that nobody reads end no command."""
+    sys.stderr = _shielded(sys.stderr)
+
+
 def shield_streams() -> None:
     """Make stdout and stderr of this process lossy. Call it once, at the start of a long-running process."""
-    sys.stdout, sys.stderr = _shielded(sys.stdout), _shielded(sys.stderr)
+    sys.stdout = _shielded(sys.stdout)
+    shield_stderr()
 
 
 def _shielded(stream: TextIO) -> TextIO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -220,12 +221,12 @@ class Trainer(Stepper):
                 self.checkpoints.settle()
             if heartbeat.stop or self._due(self.config.checkpoint.every):
                 self._save(wait=heartbeat.stop or self.step == train.steps)
-            if self._due(train.validate_every):  # after the save, which an error in it must not lose
-                self._validate()
-            if heartbeat.stop and self.step < train.steps:
+            if heartbeat.stop and self.step < train.steps:  # now: a validation may outlast the time that is left
                 why = stopper.reason or "another rank"
                 self.reporter.event(self.step, f"stopped by {why} after step {self.step}: run it again to go on")
                 return EXIT_RESUME
+            if self._due(train.validate_every):  # after the save, which an error in it must not lose
+                self._validate()
         return EXIT_OK
 
     def close(self) -> None:
@@ -260,9 +261,10 @@ class Trainer(Stepper):
     def _validate(self) -> None:
         self._mark("validate")
         with self.meter.paused():
+            began = time.perf_counter()
             result = self.task.validate(self.engine, self._meet)
             self.metrics = result.figures
-            self.reporter.validation(self.step, result)
+            self.reporter.validation(self.step, result, time.perf_counter() - began)
         self.checkpoints.rate(self.step, self.metrics)
 
     def _meet(self) -> None:

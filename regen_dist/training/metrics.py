@@ -228,12 +228,12 @@ class Reporter:
         self._line.train(step, figures)
         self._trackers.log(step, {f"train/{name}": value for name, value in figures.items()})
 
-    def validation(self, step: int, result: Validation) -> None:
-        """Report the figures of the validation, and its media: the first sample's source beside its reconstruction; and
-        videos, if any were generated from captions."""
+    def validation(self, step: int, result: Validation, seconds: float) -> None:
+        """Report the figures of a validation, which took `seconds`, and its media: the first sample's source beside its
+        reconstruction; and videos, if any were generated from captions."""
         if self._silent:
             return
-        self._record.write("validation", step, result.figures)
+        self._record.write("validation", step, {**result.figures, "seconds": seconds})
         self._line.validation(result.figures)
         figures = {f"validation/{name}": value for name, value in result.figures.items()}
         pictures, videos = (self._media_files(write, step, result) for write in (self._draw, self._write_videos))
@@ -420,6 +420,6 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     """Linear warm-up to `lr`, then a cosine to `lr * min_lr_ratio` at the last step. `step` counts from 0."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    done = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)

@@ -11,8 +11,8 @@ from typer.main import get_command
 
 from launcher.cluster import load_cluster
 from launcher.pipelines.planning import plan
-from launcher.pipelines.schema import fill_placeholders, load_pipeline
-from launcher.submit import expand_sweep, sweep_request
+from launcher.pipelines.schema import load_pipeline
+from launcher.submit import expand_sweep, fill_placeholders, sweep_request
 from regen_dist.errors import ConfigError
 from tools.cli import app
 

@@ -138,6 +138,16 @@ def test_what_may_pass_is_tried_again(code: int) -> None:
     assert decide_end([attempt(0, None)], code=code, why="failed", step=0, retry=RETRY).go
 
 
+@pytest.mark.parametrize(("lasted_s", "step", "goes"), [(9.0, 0, False), (300.0, 0, True), (9.0, 10, True)])
+def test_data_that_is_not_there_is_looked_for_twice(lasted_s: float, step: int, goes: bool) -> None:
+    """A store that does not answer takes its time; and a run that has got on since has had its data."""
+    start, end = attempt(0, "failed")
+    assert end is not None
+    before = Attempt(start, end.model_copy(update={"code": 3, "time": lasted_s}))
+    decision = decide_end([before, attempt(0, None)], code=3, why="failed", step=step, retry=RetryConfig())
+    assert (decision.go, decision.code) == (goes, 0 if goes else 3)
+
+
 def test_the_last_fuse() -> None:
     """However well it gets on, nothing is started without an end."""
     many = history(*((step, "preempted") for step in range(10)))

@@ -20,7 +20,7 @@ from launcher.script import batch_script, slurm_executor, slurm_tasks
 from launcher.slurm import refusal
 from launcher.submit import command_request
 from launcher.supervise import launch
-from launcher.task import _rank_variables, child_environment
+from launcher.task import _rank_variables, child_environment, meeting_address
 from regen_dist.distributed.environment import RankInfo, read_rank_info, starts_ranks, without_ranks
 from regen_dist.errors import ConfigError
 from regen_dist.programs import GPUS_PER_NODE, STOP_CHECKED
@@ -118,6 +118,13 @@ def test_a_rank_of_a_slurm_job_is_what_slurm_says(tmp_path: Path, monkeypatch: p
     told = child_environment(job) | _rank_variables(job, "node1", "12", 0)
     assert read_rank_info(told) == RankInfo(1, 2, 1)
     assert told["MASTER_ADDR"] == "node1"
+
+
+def test_a_node_whose_name_no_host_has_is_met_at_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`NodeName` need not be the name of a host."""
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.7")
+    assert meeting_address("localhost") == "localhost"
+    assert meeting_address("no such host") == "10.0.0.7"
 
 
 def test_a_job_is_told_how_many_gpus_it_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launcher import attempts, retry, slurm
+from launcher import attempts, local_executor, retry, slurm
 from launcher.attempts import Start, read_history, write_entry
 from launcher.cluster import ClusterConfig
 from launcher.job import Submission, new_folder, write_job
@@ -113,6 +113,7 @@ def test_a_cancelled_job_does_not_come_back(
         ("JobState=COMPLETING Reason=None Restarts=0 PreemptTime=2020-01-01T00:00:00", "preempted"),
         ("JobState=COMPLETING Reason=None Restarts=1 EndTime=Unknown", "signal"),  # Slurm has requeued it itself
         (RUNNING, "signal"),
+        (f"{RUNNING} Comment=not PreemptTime=2020-01-01T00:00:00", "signal"),
     ],
 )
 def test_a_job_that_nobody_cancelled_goes_on(
@@ -261,6 +262,46 @@ def test_a_refused_submission_leaves_the_run_as_it_was(
         with pytest.raises(BackendError, match="Slurm refused the job: sbatch: error: Invalid qos"):
             submit(request)
         assert {path: path.read_bytes() for path in task.folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
+def test_an_interrupted_submission_leaves_the_run_as_it_was(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing that a job which Slurm has taken nevertheless could begin with."""
+
+    def fail(*_: object) -> str:
+        raise error
+
+    monkeypatch.setattr("launcher.submit.take_snapshot", lambda _folder: tmp_path)
+    monkeypatch.setattr("launcher.submit._sbatch", fail)
+    request = train_request(tiny_run(tmp_path), ClusterConfig(time_min=9), "test")
+    (request.tasks[0].launch / "config.yaml").parent.mkdir(parents=True)
+    (request.tasks[0].launch / "config.yaml").write_text("earlier")
+    with pytest.raises(type(error)):
+        submit(request)
+    assert (request.tasks[0].launch / "config.yaml").read_text() == "earlier"
+    assert list(request.base.glob("launch/*/job.json")) == []
+
+
+def test_ctrl_c_before_a_local_job_has_its_id_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupt(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    class Started(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(local_executor, "python", lambda *_: command)
+    monkeypatch.setattr(local_executor.subprocess, "Popen", Started)
+    monkeypatch.setattr(local_executor.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        local_executor.start_locally(_job(tmp_path, kind="local"))
+    assert [each.returncode for each in started] == [-signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

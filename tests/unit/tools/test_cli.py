@@ -102,6 +102,15 @@ def test_stdout_without_a_reader() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_stderr_without_a_reader() -> None:
+    """Warnings that nobody reads end no command, and an error keeps its exit code."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run(regen("config", "show", "none.yaml"), stderr=pipe, check=False)
+    assert done.returncode == 2
+
+
 def test_a_working_folder_that_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

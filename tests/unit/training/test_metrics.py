@@ -222,7 +222,7 @@ def test_a_video_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pyte
     run = tiny_run(tmp_path)
     (run.folder / "generated" / "step-00000005" / "00.mp4").mkdir(parents=True)
     reporter, video = Reporter(run, Ranks(), 0), torch.zeros(1, 3, 5, 32, 32)
-    reporter.validation(5, Validation({"loss": 1.0}, video, video, "", "", ("a caption",), 8.0))
+    reporter.validation(5, Validation({"loss": 1.0}, video, video, "", "", ("a caption",), 8.0), 2.0)
     reporter.close()
     assert "warning: no picture or video of step 5, and the run goes on: " in capsys.readouterr().err
 
@@ -232,11 +232,11 @@ def test_a_validation_before_the_first_step_stands_there_once(tmp_path: Path) ->
     imported checkpoint of step 0 does not validate again."""
     for loss in (1.0, 2.0):
         reporter = Reporter(tiny_run(tmp_path), Ranks(), 0)
-        reporter.validation(0, Validation({"loss": loss}))
+        reporter.validation(0, Validation({"loss": loss}), 2.0)
         reporter.rewind(0)
         reporter.close()
     lines = read_record(tiny_run(tmp_path).folder / "metrics.jsonl", "validation")
-    assert [line["loss"] for line in lines] == [2.0]
+    assert [(line["loss"], line["seconds"]) for line in lines] == [(2.0, 2.0)]
 
 
 # The learning rate is a function of the step.
@@ -251,10 +251,12 @@ def test_warmup_is_linear_and_starts_above_zero() -> None:
 
 
 def test_cosine_from_the_rate_to_its_floor() -> None:
-    """Full right after the warm-up, half way between rate and floor in the middle, the floor at the end and after."""
-    rates = [learning_rate(CONFIG, step, 104) for step in range(4, 120)]
+    """Full right after the warm-up, half way between rate and floor in the middle, the floor at the last step (the
+    105th) and after."""
+    rates = [learning_rate(CONFIG, step, 105) for step in range(4, 120)]
     assert rates[0] == pytest.approx(1.0)
     assert rates[50] == pytest.approx(0.55)
+    assert rates[99] > rates[100]
     assert rates[100:] == pytest.approx([0.1] * 16)
     assert all(after <= before for before, after in itertools.pairwise(rates))
 

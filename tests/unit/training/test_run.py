@@ -18,10 +18,11 @@ from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import load_config, load_saved_config
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.identity import read_or_create_run_id, read_run_id
-from regen_dist.errors import CheckpointError, ConfigError, DataError, NoGoodCheckpoint
+from regen_dist.errors import EXIT_RESUME, CheckpointError, ConfigError, DataError, NoGoodCheckpoint
 from regen_dist.observe.record import read_record
 from regen_dist.training.embedder import EmbedderTask
 from regen_dist.training.run import replace_config, train
+from regen_dist.training.stopping import SignalInbox
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
 from tests.helpers.machine import fill, small_disk
@@ -159,6 +160,18 @@ def test_an_error_in_a_validation_loses_no_checkpoint(
     assert {step: folder.manifest(step).metrics["psnr_db"] for step in folder.steps()} == {
         2: psnr[2], 4: psnr[2], 6: psnr[6]
     }  # fmt: skip
+
+
+def test_a_run_that_is_asked_to_stop_does_not_validate_first(tmp_path: Path, data: Path) -> None:
+    """A validation may outlast the time that is left; the next start goes on with the step after."""
+    config, inbox = tiny_run(tmp_path, data, train__steps=2, train__validate_every=1), SignalInbox()
+    inbox.first = "SIGUSR2"
+    assert train(config, earlier=inbox) == EXIT_RESUME
+    assert CheckpointFolder(str(config.checkpoints)).steps() == [1]
+    assert read_record(config.folder / "metrics.jsonl", "validation") == []
+    assert train(config) == 0
+    lines = read_record(config.folder / "metrics.jsonl", "validation")
+    assert [(line["step"], line["seconds"] > 0) for line in lines] == [(2, True)]
 
 
 def test_another_embedder_ends_text_to_video_at_its_start(tmp_path: Path) -> None:

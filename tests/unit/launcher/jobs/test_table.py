@@ -205,7 +205,12 @@ def test_runs_without_the_launcher_are_told_by_their_heartbeats(
     (run / "config.yaml").write_text("train:\n  steps: 8\n")
     beaten(run, at=time.time() - age_s, left=left, why=why)
     row = rows_of(tmp_path)["plain"]
-    assert (row.state, row.step, row.steps) == (state, 8, 8)
+    assert (row.state, row.step, row.steps, row.checkpoint_step) == (state, 8, 8, None)
+    committed(tmp_path / "disk", 4, at=time.time())
+    (run / "config.yaml").write_text(
+        f"train:\n  steps: 8\nname: checkpoints\ncheckpoint:\n  url: {tmp_path / 'disk'}/\n"
+    )
+    assert rows_of(tmp_path)["plain"].checkpoint_step == 4
     with pytest.raises(ConfigError, match=r"not started by `regen submit`.*/logs;.*STOP"):
         choose_job("plain", tmp_path)
 

@@ -85,6 +85,13 @@ def test_a_signal_that_comes_too_late(tmp_path: Path) -> None:
     assert texts(timing.times(subject(config, TIMED))) == []
 
 
+def test_a_signal_may_come_amid_a_validation(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    record(config, began(), step(9.0), step(5.0), saved(5.0), {"kind": "validation", "seconds": 40.0})
+    (told,) = texts(timing.times(subject(config, TIMED)))
+    assert "two saves of 5.0 s, a validation of 40.0 s, 60.0 s in all" in told
+
+
 def test_fewer_ranks_take_longer_for_a_step(tmp_path: Path) -> None:
     config = tiny_run(tmp_path)
     record(config, began(4), step(1.0), step(9.0), saved(1.0))

@@ -86,15 +86,15 @@ def test_a_shared_folder_that_is_not_mounted(tmp_path: Path) -> None:
 class Told(Estimates):
     """Estimates without a model; None: it did not answer."""
 
-    def __init__(self, parameters: int | None) -> None:
+    def __init__(self, parameters: int | None, **memory: int) -> None:
         super().__init__()
-        self.parameters, self.asked = parameters, 0
+        self.parameters, self.memory, self.asked = parameters, memory, 0
 
     def of(self, config: Any, world_size: int) -> Estimate:
         self.asked += 1
         if self.parameters is None:
             raise NoEstimate("`regen describe` failed: no torch")
-        return Estimate(self.parameters, {})
+        return Estimate(self.parameters, self.memory)
 
 
 def _with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -113,6 +113,9 @@ def test_a_disk_without_room_for_the_checkpoints(tmp_path: Path, monkeypatch: py
         f"the disk of {tmp_path}/tiny/checkpoints has 64.0 GiB free, the checkpoints of tiny need 64.0 GiB" in told[0]
     )
     assert "4 at once" in told[0]
+    subject = Subject(order(tmp_path), estimates=Told(2**30, **{"discriminator (fp32, on every GPU)": 2**30}))
+    _with_free(monkeypatch, 3 * 16 * 2**30)
+    assert "the checkpoints of tiny need 51.0 GiB" in texts(space.space(subject))[0]
 
 
 def test_what_lies_there_already_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
