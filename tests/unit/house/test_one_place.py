@@ -1,4 +1,4 @@
-"""Acts that only one module does: writing JSON, laying out tables, drawing contact sheets, telling runs from exports."""
+"""Acts of one module: writing JSON, laying out tables, drawing contact sheets, telling runs from exports."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ from regen_dist.training.run import build_task, build_trainer, train
 from regen_dist.training.task import Loss, Validation
 from tests.helpers.latents import write_cache
 from tests.helpers.machine import META, Answers, MetaRanks
-from tests.helpers.tiny import tiny_dataset, tiny_run, tiny_t2v
+from tests.helpers.tiny import tiny_run, tiny_t2v
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("data"))
+def data(tiny_shards: Path) -> Path:
+    return tiny_shards
 
 
 @pytest.mark.parametrize(
