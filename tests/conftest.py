@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 _MARKED = ("dist", "fault", "cluster", "e2e", "cuda")
+
+# Bytecode is kept even where the environment forbids it, as many images do: else every worker rewrites the assertions
+# of all tests, and each of hundreds of processes compiles the library.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Before anything imports torch: several workers share few cores, and the ranks share one folder of compiled operators.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -26,18 +26,22 @@ from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
 from tests.helpers.checkpoints import model_state, save_checkpoint, saved_run
 from tests.helpers.t2v import saved_t2v
-from tests.helpers.tiny import clips, tiny_dataset, tiny_run
+from tests.helpers.tiny import clips, tiny_run
 
 CPU = torch.device("cpu")
 BARE = ExportOptions(statistics_clips=0)
 FILES = {"model.safetensors", "config.yaml", "README.md"}
 BY_DIFFUSERS = {"config.json", "diffusion_pytorch_model.safetensors.index.json"}
-FOR_DIFFUSERS = {*BY_DIFFUSERS, own_module()[0]}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> EmbedderConfig:
     return saved_run(tmp_path / "runs")
+
+
+def _files() -> set[str]:
+    """Files of an exported embedder; diffusers' module among them takes seconds to make, so not on import."""
+    return {*FILES, *BY_DIFFUSERS, own_module()[0]}
 
 
 def _export(run: EmbedderConfig, **options: Any) -> Path:
@@ -63,7 +67,7 @@ def test_the_weights_are_those_of_the_checkpoint(run: EmbedderConfig, weights: s
     found, expected = load_file(out / "model.safetensors"), _expected(run, kind)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert {path.name for path in out.iterdir()} == FILES | FOR_DIFFUSERS
+    assert {path.name for path in out.iterdir()} == _files()
 
 
 @pytest.mark.parametrize("changes", [{}, {"model__kind": "magvit2"}, {"engine__precision": "bf16"}])
@@ -186,7 +190,7 @@ def test_a_folder_that_holds_something_is_not_overwritten(run: EmbedderConfig, t
     assert (out / "model.safetensors").stat().st_ino == before
     (out / "old").touch()
     _export(run, force=True)
-    assert {path.name for path in out.iterdir()} == FILES | FOR_DIFFUSERS
+    assert {path.name for path in out.iterdir()} == _files()
     with pytest.raises(CheckpointError, match="holds something else"):
         export_model(run.folder, run.folder, ExportOptions(statistics_clips=0, force=True))
     (out / "config.yaml").unlink()  # as in a model of transformers, whose weights are called model.safetensors, too
@@ -205,7 +209,7 @@ def test_a_link_leads_to_the_folder(run: EmbedderConfig, tmp_path: Path, force: 
     out = _export(run, force=force)
     assert out.is_symlink()
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["models"]
-    assert {path.name for path in (tmp_path / "disk" / "models").iterdir()} == FILES | FOR_DIFFUSERS
+    assert {path.name for path in (tmp_path / "disk" / "models").iterdir()} == _files()
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -409,17 +413,12 @@ def test_checkpoints_that_lie_elsewhere_are_found(tmp_path: Path) -> None:
     assert Codec.load(run.folder, device=CPU).step == Codec.load(_export(run), device=CPU).step == 7
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("export"))
-
-
 class TestStatistics:
     """Measured on the run's data with the weights as they are stored."""
 
-    def test_they_are_of_the_exported_weights(self, shards: Path, tmp_path: Path) -> None:
+    def test_they_are_of_the_exported_weights(self, tiny_shards: Path, tmp_path: Path) -> None:
         """They equal what counting the codec's own latents of the same clips gives; EMA and plain weights differ."""
-        run = saved_run(tmp_path / "runs", shards)
+        run = saved_run(tmp_path / "runs", tiny_shards)
         codec = Codec.load(_export(run, statistics_clips=3), device=CPU)
         assert codec.statistics is not None
         assert codec.statistics.clips is not None
@@ -434,11 +433,11 @@ class TestStatistics:
         assert plain.statistics is not None
         assert plain.statistics.to_text() != codec.statistics.to_text()
 
-    def test_data_out_of_reach(self, shards: Path, tmp_path: Path) -> None:
+    def test_data_out_of_reach(self, tiny_shards: Path, tmp_path: Path) -> None:
         """One error that names both ways out, and nothing is written; with --data it works."""
         run = saved_run(tmp_path / "runs", tmp_path / "gone")
         with pytest.raises(DataError, match=r"give --data URL, .* or --no-statistics: .*gone"):
             _export(run, statistics_clips=2)
         assert not (tmp_path / "model").exists()
-        out = _export(run, statistics_clips=2, data=str(shards))
-        assert {path.name for path in out.iterdir()} == {*FILES, *FOR_DIFFUSERS, "statistics.json"}
+        out = _export(run, statistics_clips=2, data=str(tiny_shards))
+        assert {path.name for path in out.iterdir()} == {*_files(), "statistics.json"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,6 @@ from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.export import ExportOptions, export_model
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.t2v import saved_t2v
-from tests.unit.house.test_contracts import ROOT, _nodes, _sources
-
-DOOR = ROOT / "regen_dist" / "checkpoint"
 
 
 def test_a_run_and_what_was_exported_from_it_are_the_same_model(tmp_path: Path) -> None:
@@ -46,17 +42,3 @@ def test_a_model_of_the_other_task(tmp_path: Path) -> None:
         find_embedder(getattr(t2v, "folder", t2v))
     with pytest.raises(ConfigError, match="not a run folder"):
         find_embedder(tmp_path)
-
-
-def test_nobody_else_asks_whether_a_folder_is_a_run_or_an_export() -> None:
-    """Deciding for oneself is a second door. What makes exports looks at its own target folder."""
-    allowed = {ROOT / "regen_dist" / "inference" / "export.py"}
-    callers = [
-        str(path.relative_to(ROOT))
-        for path in _sources()
-        if path.parent != DOOR and path not in allowed
-        for node in _nodes(path)
-        if isinstance(node, ast.Name) and node.id in ("is_export", "read_model", "checkpoint_weights")
-        and isinstance(node.ctx, ast.Load)
-    ]  # fmt: skip
-    assert callers == []

@@ -27,7 +27,7 @@ from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
 from tests.helpers.networks import frozen_model
 from tests.helpers.t2v import t2v_run
-from tests.helpers.tiny import tiny_dataset, tiny_model, tiny_run
+from tests.helpers.tiny import tiny_model, tiny_run
 
 
 def texts(found: Any) -> list[str]:
@@ -35,8 +35,8 @@ def texts(found: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("data"))
+def dataset(tiny_shards: Path) -> Path:
+    return tiny_shards
 
 
 def test_data_that_is_there(dataset: Path, tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("data"))
+def videos(tiny_shards: Path) -> Path:
+    return tiny_shards
 
 
 def export(folder: Path, temporal_compression: int = 4) -> Path:

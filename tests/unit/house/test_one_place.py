@@ -1,4 +1,4 @@
-"""Acts that only one module does: writing JSON, laying out tables, drawing contact sheets."""
+"""Acts of one module: writing JSON, laying out tables, drawing contact sheets, telling runs from exports."""
 
 from __future__ import annotations
 
@@ -102,3 +102,17 @@ def test_fonts_are_loaded_in_one_place() -> None:
         if isinstance(node, ast.Attribute) and node.attr == "truetype"
     ]
     assert found == ["regen_dist/data/inspect/contact.py"]
+
+
+def test_nobody_else_asks_whether_a_folder_is_a_run_or_an_export() -> None:
+    """Deciding for oneself is a second door. What makes exports looks at its own target folder."""
+    door, allowed = ROOT / "regen_dist" / "checkpoint", {ROOT / "regen_dist" / "inference" / "export.py"}
+    callers = [
+        str(path.relative_to(ROOT))
+        for path in _sources()
+        if path.parent != door and path not in allowed
+        for node in _nodes(path)
+        if isinstance(node, ast.Name) and node.id in ("is_export", "read_model", "checkpoint_weights")
+        and isinstance(node.ctx, ast.Load)
+    ]  # fmt: skip
+    assert callers == []

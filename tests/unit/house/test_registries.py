@@ -26,7 +26,7 @@ from regen_dist.models.text.files import EncoderKind
 from regen_dist.registry import REQUIREMENTS, Entry, Registry, Site
 from regen_dist.training.run import TASKS, train
 from tests.helpers.checkpoints import folder_of, newest, saved_run
-from tests.helpers.tiny import tiny_dataset, tiny_run
+from tests.helpers.tiny import tiny_run
 
 CHOICES: dict[tuple[type[Section], str], Registry[Any]] = {
     (AttentionConfig, "backend"): BACKENDS,
@@ -105,7 +105,7 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")
-def test_a_new_optimizer_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_optimizer_is_one_entry(tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one line it trains, its own state goes into checkpoints, a resumed run ends where a straight one does, and
     imported weights begin with that state at zero: nothing but its entry knows of it."""
 
@@ -114,10 +114,9 @@ def test_a_new_optimizer_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monkey
 
     more = {**OPTIMIZERS, "sgd": OptimizerEntry(sgd, state=("momentum_buffer",))}
     monkeypatch.setattr(OPTIMIZERS, "_entries", more)
-    data = tiny_dataset(tmp_path / "data")
 
     def config(name: str, steps: int) -> EmbedderConfig:
-        run = tiny_run(tmp_path, data, name=name, train__steps=steps, optimizer__warmup_steps=0,
+        run = tiny_run(tmp_path, tiny_shards, name=name, train__steps=steps, optimizer__warmup_steps=0,
                        optimizer__min_lr_ratio=1.0)  # fmt: skip
         return run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"kind": "sgd"})})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from PIL import Image, ImageCms
 from typer.testing import CliRunner
 
 from regen_dist.config import T2VConfig
+from regen_dist.config.exported import EXPORT_CONFIG_FILE
 from regen_dist.config.t2v import FlowConfig
 from regen_dist.data.format.latents import TextEmbedding
 from regen_dist.diffusion.samplers import GivenFrames
@@ -48,28 +50,33 @@ LENGTH, SIDE = 17, 64  # of the packaged embedder's clips
 
 
 class Made(NamedTuple):
-    """The packaged embedder, and a run of random weights on its latents."""
+    """The packaged embedder in float32, which any CPU computes quickly, and a run of random weights on its latents."""
 
     run: T2VConfig
     model: TextToVideoModel
     codec: Codec
+    embedder: Path
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    codec = Codec.load(PACKAGED_EMBEDDER, device=CPU)
+    embedder = tmp_path_factory.mktemp("embedder") / PACKAGED_EMBEDDER.name
+    shutil.copytree(PACKAGED_EMBEDDER, embedder)
+    settings = (embedder / EXPORT_CONFIG_FILE).read_text()
+    (embedder / EXPORT_CONFIG_FILE).write_text(settings.replace("precision: bf16", "precision: fp32"))
+    codec = Codec.load(embedder, device=CPU)
     assert codec.statistics is not None
     run = saved_t2v(
         tmp_path_factory.mktemp("given"), data__clips=(1, 2), diffusion__given_content=0.2, diffusion__given_clips=0.1
     )
     facts: dict[str, Any] = {
         "fingerprint": "cache", "num_frames": LENGTH, "channels": 8, "fps": FPS,
-        "encoder": FrozenEncoder.load(PACKAGED_EMBEDDER, device=CPU).facts(),
+        "encoder": FrozenEncoder.load(embedder, device=CPU).facts(),
         "preprocessing": {"buckets": [[SIDE, SIDE]], "stride": 1}, "text": WordEncoder().facts(),
     }  # fmt: skip
     null = TextEmbedding(WordEncoder().null(), torch.ones(1, dtype=torch.bool))
     LatentSpace(facts, codec.statistics, null).write(run.folder)
-    return Made(run, TextToVideoModel.load(run.folder, device=CPU), codec)
+    return Made(run, TextToVideoModel.load(run.folder, device=CPU), codec, embedder)
 
 
 def _psnr(one: Any, other: Any) -> float:
@@ -345,7 +352,7 @@ class TestCommand:
         monkeypatch.setattr(prompts_module, "load_text_encoder", lambda space, path, device: WordEncoder())
 
     def _regen(self, made: Made, out: Path, *arguments: object) -> str:
-        given = ["generate", "a dog", "--run", made.run.folder, "--embedder", PACKAGED_EMBEDDER, "--out", out]
+        given = ["generate", "a dog", "--run", made.run.folder, "--embedder", made.embedder, "--out", out]
         result = CliRunner().invoke(app, [*map(str, [*given, "--steps", 1, *arguments])])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception

@@ -28,7 +28,7 @@ from regen_dist.inference.latent_space import (
 from regen_dist.models.encoder import Latents
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.t2v import CHANNELS, CPU, latent_space, latent_statistics
-from tests.helpers.tiny import SIDE, tiny_dataset
+from tests.helpers.tiny import SIDE
 
 
 def _latents(clips: int = 3, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,8 +289,8 @@ class MeanCodec:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("statistics"))
+def shards(tiny_shards: Path) -> Path:
+    return tiny_shards
 
 
 def test_clips_and_images_are_measured_apart(shards: Path) -> None:

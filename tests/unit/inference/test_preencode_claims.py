@@ -88,8 +88,9 @@ def _as_before(folder: str | Path, *names: str) -> None:
         (Path(folder) / name).write_bytes(to_json(content))
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new", "of an earlier version"])
-@pytest.mark.parametrize("change", [_another_caption, _no_caption, _swapped])
+@pytest.mark.parametrize(
+    ("change", "old"), [(_another_caption, False), (_no_caption, False), (_swapped, False), (_swapped, True)]
+)
 def test_a_dataset_with_another_caption_is_refused(
     config: PreencodeConfig, change: Callable[[SampleFacts], SampleFacts], old: bool
 ) -> None:
@@ -105,9 +106,10 @@ def test_a_dataset_with_another_caption_is_refused(
     assert objects(config.output) == before
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new", "of an earlier version"])
-@pytest.mark.parametrize("samples_per_shard", [1, 3, 7])
-@pytest.mark.parametrize("tasks", [(0,), (0, 1, 2, 3)], ids=["begun", "finished"])
+@pytest.mark.parametrize(
+    ("tasks", "samples_per_shard", "old"),
+    [((0,), 1, False), ((0,), 3, True), ((0, 1, 2, 3), 7, False), ((0, 1, 2, 3), 1, True)],
+)
 def test_other_shards_are_refused(
     config: PreencodeConfig, tasks: Sequence[int], samples_per_shard: int, old: bool
 ) -> None:

@@ -18,13 +18,13 @@ from regen_dist.programs import regen
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.commands import run_here
 from tests.helpers.latents import write_cache
-from tests.helpers.tiny import tiny_dataset, tiny_run
+from tests.helpers.tiny import tiny_run
 from tests.unit.house.test_contracts import ROOT, _nodes, _sources
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("data"))
+def dataset(tiny_shards: Path) -> Path:
+    return tiny_shards
 
 
 def regen_check(folder: Path, *arguments: object, run: Any = run_here) -> tuple[int, dict[str, Any]]:

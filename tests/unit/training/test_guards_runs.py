@@ -25,7 +25,7 @@ from regen_dist.training import loop
 from regen_dist.training.embedder import EmbedderTask
 from regen_dist.training.run import train
 from tests.helpers.checkpoints import folder_of, newest, write_checkpoint
-from tests.helpers.tiny import tiny_dataset, tiny_run
+from tests.helpers.tiny import tiny_run
 
 STEPS = 12
 GUARD = {"action": "rollback", "window": 16, "least": 4, "threshold": 20.0, "patience": 2, "max_rollbacks": 1}
@@ -33,8 +33,8 @@ Spiky = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("data"))
+def data(tiny_shards: Path) -> Path:
+    return tiny_shards
 
 
 @pytest.fixture

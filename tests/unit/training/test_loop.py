@@ -24,12 +24,12 @@ from regen_dist.training.run import build_task, build_trainer, train
 from regen_dist.training.task import Loss, Validation
 from tests.helpers.latents import write_cache
 from tests.helpers.machine import META, Answers, MetaRanks
-from tests.helpers.tiny import tiny_dataset, tiny_run, tiny_t2v
+from tests.helpers.tiny import tiny_run, tiny_t2v
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("data"))
+def data(tiny_shards: Path) -> Path:
+    return tiny_shards
 
 
 @pytest.mark.parametrize(
@@ -110,17 +110,18 @@ WINDOWS = {"backend": "sdpa", "pattern": "window", "window": [2, 2, 3]}
 EMBEDDERS: dict[str, dict[str, Any]] = {
     "regen": {},
     "baseline": {"model__kind": "magvit2"},
-    "latent noise": {"model__latent__noise_std": 0.3},
     "baseline with noise": {"model__kind": "magvit2", "model__latent__noise_std": 0.3},
-    "windows": {"model__decoder__attention": WINDOWS},
-    "in context": {"model__conditioning__kind": "in_context"},
-    "learned times": {"model__conditioning__time": "learned"},
-    "some frames": {"diffusion__train_frames": 3},
-    "velocity": {"diffusion__target": "velocity", "diffusion__path": "cosine_vp", "diffusion__weighting": "velocity"},
-    "eps": {"diffusion__target": "eps", "diffusion__density__pure_noise": 0.0},
-    "recomputed": {"engine__activation_checkpointing": True},
-    "selective": {"engine__activation_checkpointing": "selective"},
-    "bf16": {"engine__precision": "bf16"},
+    "windows, latent noise": {"model__decoder__attention": WINDOWS, "model__latent__noise_std": 0.3},
+    "in context, learned times": {"model__conditioning": {"kind": "in_context", "time": "learned"}},
+    "some frames, recomputed": {"diffusion__train_frames": 3, "engine__activation_checkpointing": True},
+    "velocity, selective": {
+        "diffusion": {"target": "velocity", "path": "cosine_vp", "weighting": "velocity"},
+        "engine__activation_checkpointing": "selective",
+    },
+    "eps, bf16": {
+        "diffusion": {"target": "eps", "density": {"pure_noise": 0.0}},
+        "engine__precision": "bf16",
+    },
 }
 
 
@@ -148,7 +149,7 @@ def _step(task: Any, engine: PlainEngine, batch: Any, config: Any) -> Loss:
 
 
 # What a value of these changes knows nothing of the number of frames.
-ELEMENTWISE = ("baseline with noise", "velocity", "eps", "recomputed", "selective", "bf16")
+ELEMENTWISE = ("baseline with noise", "velocity, selective", "eps, bf16")
 
 
 @pytest.mark.parametrize(
@@ -190,9 +191,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cache(tmp_path_factory.mktemp("meta") / "cache", clips=[1, 2, 0])
 
 
-@pytest.mark.parametrize(
-    ("clips", "backend"), [(2, "sdpa"), (1, "sdpa"), (0, "sdpa"), (2, "eager"), (2, "reference"), (0, "reference")]
-)
+@pytest.mark.parametrize(("clips", "backend"), [(2, "sdpa"), (0, "sdpa"), (1, "eager"), (2, "reference")])
 def test_a_step_of_text_to_video(cache: Path, clips: int, backend: str) -> None:
     config = tiny_t2v(
         "runs", cache, data__text_dropout=0.4, diffusion__steps=2, model__blocks=1, model__attention__backend=backend

@@ -23,7 +23,7 @@ from regen_dist.errors import CheckpointError
 from regen_dist.models.perceptual import PatchDiscriminator, discriminator_loss, load_perceptual, r1_penalty
 from regen_dist.training.run import build_task, train
 from tests.helpers.networks import vgg_tensors, write_vgg
-from tests.helpers.tiny import ADVERSARIAL, saved_tensors, tiny_dataset, tiny_run, wake
+from tests.helpers.tiny import ADVERSARIAL, saved_tensors, tiny_run, wake
 from tools.describe import gather
 
 CPU = torch.device("cpu")
@@ -250,8 +250,8 @@ def test_updates_are_skipped_as_the_models_are(applied: bool, scale: float) -> N
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("data"))
+def data(tiny_shards: Path) -> Path:
+    return tiny_shards
 
 
 CONSTANT: dict[str, Any] = {"optimizer__warmup_steps": 0, "optimizer__min_lr_ratio": 1.0}

@@ -26,13 +26,13 @@ from regen_dist.training.stopping import SignalInbox
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.latents import write_cache
 from tests.helpers.machine import fill, small_disk
-from tests.helpers.tiny import tiny_dataset, tiny_run, tiny_t2v
+from tests.helpers.tiny import tiny_run, tiny_t2v
 from tools.checkpoint import app
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_dataset(tmp_path_factory.mktemp("data"))
+def data(tiny_shards: Path) -> Path:
+    return tiny_shards
 
 
 def _told(run: Path) -> list[str]:

@@ -74,8 +74,7 @@ ORDERS = {name: DataOrder(streams, 32, 5, weights, images) for name, (streams, w
 
 
 @pytest.mark.parametrize("name", ORDERS)
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (8, 1), (1, 4), (2, 2)])
 def test_ranks_and_accumulation_only_slice_the_global_batch(name: str, world_size: int, accumulation: int) -> None:
     order = ORDERS[name]
     for step in (0, 1, 17, 10**9):
@@ -115,7 +114,7 @@ def test_a_resumed_order_goes_on_with_the_same_batches_at_any_world_size(cursor:
 
 
 @pytest.mark.parametrize("name", ORDERS)
-@pytest.mark.parametrize("batch_global", [1, 7, 32, 500])
+@pytest.mark.parametrize("batch_global", [7, 500])
 def test_each_line_goes_epoch_by_epoch_with_each_row_once(name: str, batch_global: int) -> None:
     streams, weights, images = SETTINGS[name]
     order = DataOrder(streams, batch_global, 0, weights, images)
@@ -132,7 +131,7 @@ def test_each_line_goes_epoch_by_epoch_with_each_row_once(name: str, batch_globa
     assert set(lines) == {(stream, d) for stream, used, sizes in drawn for d, size in enumerate(sizes) if used and size}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 10, 63, 64, 65, 1000])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 63, 64, 65])
 def test_batches_of_one_dataset_have_no_gaps(size: int) -> None:
     batches = [DataOrder.single(size, 7, 0).global_batch(step) for step in range(3 * size)]
     seen = np.concatenate([batch.epochs * size + batch.rows for batch in batches])
@@ -284,10 +283,10 @@ def rows_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shares_of_datasets_follow_their_weights(weights: tuple[float, ...], images: float) -> None:
     order = DataOrder(STREAMS, 20, 5, weights, images)
     counts: Counter[int] = Counter()
-    for step in range(1500):
+    for step in range(500):
         counts.update(order.global_batch(step).datasets.tolist())
     for dataset, weight in enumerate(weights):
-        wanted = 1500 * 20 * weight / sum(weights)
+        wanted = 500 * 20 * weight / sum(weights)
         assert abs(counts[dataset] - wanted) <= 5 * 20  # one batch a stream, and one over
 
 

@@ -106,12 +106,15 @@ ORIENTED: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("how", ORIENTED)
-@pytest.mark.parametrize("container", ["mp4", "mov"])
-def test_orientation_is_ffmpegs(tmp_path: Path, container: str, how: str) -> None:
-    base = plain(tmp_path, "mkv", "h264")
+@pytest.fixture(scope="module")
+def upright(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain(tmp_path_factory.mktemp("upright"), "mkv", "h264")
+
+
+@pytest.mark.parametrize(("how", "container"), [*((how, "mp4") for how in ORIENTED), ("90 mirrored", "mov")])
+def test_orientation_is_ffmpegs(tmp_path: Path, upright: Path, container: str, how: str) -> None:
     path = tmp_path / f"turned.{container}"
-    ffmpeg(*ORIENTED[how], "-i", base, "-c", "copy", path)
+    ffmpeg(*ORIENTED[how], "-i", upright, "-c", "copy", path)
     assert_as_ffmpeg(path)
 
 
@@ -319,9 +322,11 @@ def test_damage_in_the_first_group_of_pictures_loses_that_alone(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("matrix", [8, 12, 15, 16, 17])
-def test_colours_that_cannot_be_converted_are_an_error_that_names_them(tmp_path: Path, matrix: int) -> None:
-    base, path = plain(tmp_path, "mp4", "h264"), tmp_path / "matrix.mp4"
+def test_colours_that_cannot_be_converted_are_an_error_that_names_them(
+    tmp_path: Path, upright: Path, matrix: int
+) -> None:
+    path = tmp_path / "matrix.mp4"
     tags = f"h264_metadata=matrix_coefficients={matrix}:colour_primaries=1:transfer_characteristics=1"
-    ffmpeg("-i", base, "-c", "copy", "-bsf:v", tags, path)
+    ffmpeg("-i", upright, "-c", "copy", "-bsf:v", tags, path)
     with VideoReader(path) as reader, pytest.raises(DataError, match=rf"matrix {matrix} of H\.273"):
         read_clip(reader, range(3), Geometry(128, 192, 0, 0, (128, 192)))

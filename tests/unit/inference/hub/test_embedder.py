@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import diffusers.utils.hub_utils as hub
 import pytest
 import torch
-from diffusers import AutoModel
 from torch import Tensor
 
 from regen_dist.config import load_config
@@ -22,7 +19,6 @@ from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
 from regen_dist.inference.export import ExportOptions, export_model
-from regen_dist.inference.hub.embedder import VideoEmbedder
 from regen_dist.inference.hub.inlining import own_module
 from regen_dist.inference.latent_space import read_statistics
 from regen_dist.models.encoder import Latents
@@ -47,8 +43,17 @@ def _exported(folder: Path, *, export: dict[str, Any] | None = None, **changes: 
     return folder / "model"
 
 
+def _ours(folder: Path) -> Any:
+    """By our class."""
+    from regen_dist.inference.hub.embedder import VideoEmbedder
+
+    return VideoEmbedder.from_pretrained(folder)
+
+
 def _opened(folder: Path, **options: Any) -> Any:
     """By the module of code in the folder, as diffusers loads it; not by our class."""
+    from diffusers import AutoModel
+
     found = AutoModel.from_pretrained(str(folder), trust_remote_code=True, **options)
     assert type(found).__module__.startswith("diffusers_modules.")
     return found
@@ -180,7 +185,7 @@ def test_what_was_saved_opens_again(tmp_path: Path, saved_by: str) -> None:
     """By our class and by that of the exported module: code, config and weights, with which diffusers gets the same
     pixels, and the statistics as they were."""
     folder = _exported(tmp_path)
-    model = VideoEmbedder.from_pretrained(folder) if saved_by == "package" else _opened(folder)
+    model = _ours(folder) if saved_by == "package" else _opened(folder)
     model.save_pretrained(tmp_path / "again")
     again = _opened(tmp_path / "again")
     assert torch.equal(again(clips(1)).sample, model(clips(1)).sample)
@@ -188,7 +193,7 @@ def test_what_was_saved_opens_again(tmp_path: Path, saved_by: str) -> None:
     one, other = ({name: value for name, value in each.config.items() if name not in hidden} for each in (model, again))
     assert one == other
     shutil.rmtree(folder)
-    assert torch.equal(VideoEmbedder.from_pretrained(tmp_path / "again")(clips(1)).sample, again(clips(1)).sample)
+    assert torch.equal(_ours(tmp_path / "again")(clips(1)).sample, again(clips(1)).sample)
 
 
 def test_an_export_is_not_saved_over(tmp_path: Path) -> None:
@@ -208,11 +213,15 @@ def test_what_was_pushed_opens_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return repo_id
 
     card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
-    monkeypatch.setattr(hub, "create_repo", lambda name, **options: SimpleNamespace(repo_id=name))
-    monkeypatch.setattr(hub, "load_or_create_model_card", lambda *args, **options: card)
-    monkeypatch.setattr(hub, "populate_model_card", lambda found: found)
-    monkeypatch.setattr(hub, "upload_folder", upload)
-    model = VideoEmbedder.from_pretrained(_exported(tmp_path))
+    hub: dict[str, Any] = {
+        "create_repo": lambda name, **options: SimpleNamespace(repo_id=name),
+        "load_or_create_model_card": lambda *args, **options: card,
+        "populate_model_card": lambda found: found,
+        "upload_folder": upload,
+    }
+    for name, function in hub.items():
+        monkeypatch.setattr(f"diffusers.utils.hub_utils.{name}", function)
+    model = _ours(_exported(tmp_path))
     model.push_to_hub("somebody/embedder")
     found = _opened(place / "somebody" / "embedder")
     assert torch.equal(found(clips(1)).sample, model(clips(1)).sample)
@@ -247,16 +256,12 @@ def test_an_export_of_before_gets_what_diffusers_needs(tmp_path: Path) -> None:
     assert not (tmp_path / "third").exists()
 
 
-def test_exporting_needs_no_diffusers(tmp_path: Path) -> None:
-    """The same folder, by a process that cannot import it."""
+def test_exporting_needs_no_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same folder, where it cannot be imported; which modules do so at once a contract of imports says."""
     wanted = _exported(tmp_path)
-    code = (
-        "import sys\nsys.modules['diffusers'] = None\nfrom pathlib import Path\n"
-        "from regen_dist.inference.export import ExportOptions, export_model\n"
-        "export_model(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions(statistics_clips=0))"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "runs" / "tiny"), str(tmp_path / "other")]
-    subprocess.run(command, check=True)
+    own_module.cache_clear()
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    export_model(tmp_path / "runs" / "tiny", tmp_path / "other", ExportOptions(statistics_clips=0))
     for path in wanted.iterdir():
         assert (tmp_path / "other" / path.name).read_bytes() == path.read_bytes()
 
@@ -314,15 +319,15 @@ def _same(found: Any, real: Any) -> None:
         assert found == real
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 32), (1, 3, 5, 30, 32), (1, 4, 5, 32, 32), (1, 3, 0, 32, 32)], ids=str)
-def test_videos_that_do_not_fit(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    model = VideoEmbedder.from_pretrained(_exported(tmp_path))
-    with pytest.raises(DataError):
-        model.encode(torch.zeros(shape))
+def test_videos_that_do_not_fit(tmp_path: Path) -> None:
+    model = _ours(_exported(tmp_path))
+    for shape in [(2, 3, 5, 32), (1, 3, 5, 30, 32), (1, 4, 5, 32, 32), (1, 3, 0, 32, 32)]:
+        with pytest.raises(DataError):
+            model.encode(torch.zeros(shape))
 
 
 def test_latents_that_do_not_fit(tmp_path: Path) -> None:
-    model = VideoEmbedder.from_pretrained(_exported(tmp_path, **VARIANTS["baseline"]))
+    model = _ours(_exported(tmp_path, **VARIANTS["baseline"]))
     for wrong in (torch.zeros(1, 8, 3, 4, 4), torch.zeros(1, 4, 2, 4, 4), torch.zeros(1, 8, 4, 4)):
         with pytest.raises(DataError, match="two for each clip"):
             model.decode(wrong)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoModel, DiffusionPipeline
 from huggingface_hub.utils import filter_repo_objects
 
 from regen_dist.checkpoint.folder import CheckpointFolder
@@ -24,7 +23,6 @@ from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.generate import Prompt, _generated, embed_prompts, load_text_encoder
 from regen_dist.inference.generation_settings import resolve_settings
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
-from regen_dist.inference.hub.pipeline import TextToVideoTransformer
 from regen_dist.inference.sampler import Text, TextToVideoModel
 from regen_dist.models.text import make_small_encoder
 from tests.helpers.checkpoints import model_state, save_checkpoint, saved_run
@@ -42,6 +40,8 @@ def _export(folder: Path, parts: Parts, **options: Any) -> str:
 
 
 def _opened(folder: str, **options: Any) -> Any:
+    from diffusers import DiffusionPipeline
+
     found = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **options)
     parts = (found, found.transformer, found.vae, found.text_encoder)
     assert all(type(part).__module__.startswith("diffusers_modules.") for part in parts)
@@ -171,6 +171,10 @@ def test_the_hub_gives_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_transformer_alone(tmp_path: Path) -> None:
     """Without an embedder the export is no pipeline; AutoModel opens it, and predicts what the run's model does. Saved
     by our class it opens again."""
+    from diffusers import AutoModel
+
+    from regen_dist.inference.hub.pipeline import TextToVideoTransformer
+
     run = saved_t2v(tmp_path / "runs", saved_run(tmp_path / "runs"))
     export_model(run.folder, tmp_path / "model", ExportOptions())
     assert not (tmp_path / "model" / "model_index.json").exists()
