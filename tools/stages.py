@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -50,9 +50,34 @@ def announce(arguments: Sequence[str]) -> None:
     print(f"\n$ regen {shlex.join(arguments)}", flush=True)
 
 
-def command(arguments: Sequence[str]) -> list[str]:
-    """Return the command line of a `regen` command in this Python."""
-    return regen(*arguments)
+def run_program(
+    program: Sequence[str],
+    *,
+    log: Path | None = None,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    check: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end. Where this program is killed, it ends with it.
+
+    Args:
+        program: command line.
+        log: file of its output; None: it is captured.
+        folder: folder in which it runs; None: this program's own.
+        environment: its environment; None: this program's own.
+        check: fail where it fails.
+
+    Raises:
+        CalledProcessError: it failed, and `check` was asked for.
+    """
+    from launcher.supervise import die_with
+
+    own = without_ranks(os.environ if environment is None else environment)
+    with nullcontext(subprocess.PIPE) if log is None else log.open("wb") as output:
+        return subprocess.run(
+            program, env=own, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True,
+            check=check, preexec_fn=die_with(os.getpid()),
+        )  # fmt: skip
 
 
 def run_until(
@@ -72,7 +97,7 @@ def run_until(
     """
     inherited = without_ranks(os.environ if environment is None else environment)
     asked = False
-    with _started(command(arguments), inherited) as (process, signals):
+    with _started(regen(*arguments), inherited) as (process, signals):
         while process.poll() is None:
             time.sleep(_POLL_S)
             if stop_at is not None and not asked and last_step(training) >= stop_at:

@@ -26,7 +26,6 @@ from tests.helpers.tiny import tiny_model, tiny_run, tiny_t2v
 from tools.bench import data_cases
 from tools.bench.checkpoint import STATE_BYTES
 from tools.bench.checkpoint import table as checkpoint_table
-from tools.bench.data_start import first_batch
 from tools.bench.step import table as step_table
 from tools.bench.t2v import CACHE, ENCODER, MEMORY, READER, encoding, prepare, texts_of
 from tools.bench.t2v import table as t2v_table
@@ -61,7 +60,7 @@ def test_both_sides_count_every_clip(shapes: Path) -> None:
 
 
 def test_a_start_is_told_in_parts(shapes: Path, tmp_path: Path) -> None:
-    found = first_batch(str(shapes), tmp_path, crop=32, num_frames=5, batch=2)
+    found = data_cases.first_batch(str(shapes), tmp_path, crop=32, num_frames=5, batch=2)
     assert 0 < found["import_s"] + found["open_s"] + found["batch_s"] <= found["seconds"]
     assert list((tmp_path / "catalogues").glob("*.npy")), "it opened the dataset with this cache"
 

@@ -14,11 +14,11 @@ from regen_dist.config import embedder_only, load_saved_config
 from regen_dist.data.loading.validation import validation_clip
 from regen_dist.errors import ConfigError
 from regen_dist.inference.codec import Codec
-from regen_dist.jsontext import json_text
 from regen_dist.observe.record import read_record
 from regen_dist.pixels import to_float
 from regen_dist.tables import Column, Table, numbers
-from tools.bench.common import split_arguments
+from tools.bench.common import config_facts, only_one, opening_facts, run_side_by_side, split_arguments, write_record
+from tools.shards.progress import stopping_cleanly
 
 _CONFIG = Path("configs/bench/ablation.yaml")
 
@@ -37,32 +37,21 @@ def ablation(
 
     Example: regen bench ablation train.steps=400
     """
-    from rich.console import Console
-
-    from regen_dist.config import config_hash, load_embedder_config
-    from regen_dist.observe.hardware import describe_machine
+    from regen_dist.config import load_embedder_config
     from regen_dist.programs import regen
-    from tools.bench.compression_runs import run_side_by_side
 
-    console, grid = Console(), list(arms())
+    grid = list(arms())
     config, asked = split_arguments(config, overrides or [], _CONFIG)
     own = [*asked, f"output={out}/arms", "engine.kind=plain"]
     base = load_embedder_config(config, own)
     train = regen("train", str(config), *own)
     commands = {arm.name: [*train, f"name={arm.name}", *arm.overrides] for arm in grid}
-    console.print(f"{len(grid)} arms of {base.train.steps} steps, {at_once} at a time")
-    run_side_by_side(commands, logs=out / "logs", at_once=at_once, done=lambda name: console.print(f"done: {name}"))
-    results = [measure_arm(arm, out / "arms" / arm.name) for arm in grid]
-    facts: dict[str, Any] = {
-        "command": "regen bench ablation",
-        "steps": base.train.steps,
-        "machine": describe_machine(),
-    }
-    facts |= {"config": str(config), "overrides": asked, "config_hash": config_hash(base), "arms": results}
-    (out / "ablation.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
-    (out / "ablation.md").write_text(table(results), encoding="utf-8")
-    print(table(results))
-    console.print(f"written: {out / 'ablation.json'}, {out / 'ablation.md'}", markup=False)
+    facts = opening_facts() | config_facts(config, asked, base) | {"steps": base.train.steps}
+    with stopping_cleanly(), only_one(out):
+        print(f"{len(grid)} arms of {base.train.steps} steps, {at_once} at a time", flush=True)
+        run_side_by_side(commands, logs=out / "logs", at_once=at_once, done=lambda name: print(f"done: {name}"))
+        facts["arms"] = [measure_arm(arm, out / "arms" / arm.name) for arm in grid]
+        write_record(out, "ablation", facts, table(facts["arms"]))
 
 
 # Arms of the ablation: prediction target x timestep density x loss weighting, all at the same budget.

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,20 +15,30 @@ from uuid import uuid4
 
 import typer
 
-from launcher.supervise import die_with, launch
+from launcher.supervise import launch
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import load_config, save_config
 from regen_dist.data.storage.store import Store
-from regen_dist.distributed.environment import without_ranks
-from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
-from regen_dist.jsontext import json_text
 from regen_dist.observe.record import read_record
 from regen_dist.programs import python, regen
 from regen_dist.tables import Table
+from tools import stages
 from tools.bench import checkpoint_cases
 from tools.bench.checkpoint_cases import Saving, saving
-from tools.bench.common import MEASURED, Figure, split_arguments, spread, spread_text
-from tools.local_services.s3 import start_store
+from tools.bench.common import (
+    GIVEN_STORE,
+    LOCAL_STORE,
+    MEASURED,
+    Figure,
+    config_facts,
+    local_store,
+    opening_facts,
+    require_success,
+    split_arguments,
+    spread,
+    spread_text,
+    write_record,
+)
 from tools.shards.progress import stopping_cleanly
 
 _CLIPS = 32
@@ -62,19 +69,17 @@ def checkpoint(
     """
     from rich.console import Console
 
-    from regen_dist.config import config_hash, load_embedder_config
+    from regen_dist.config import load_embedder_config
     from regen_dist.config.identity import clips_per_rank
     from regen_dist.data.synthetic.dataset import build_synthetic
     from regen_dist.data.synthetic.shapes import SyntheticOptions
-    from regen_dist.observe.hardware import describe_machine
 
     console = Console(stderr=True)
     config, asked = split_arguments(config, overrides or [], _CONFIG)
     own = [*asked, "train.log_every=1", "data.validation_url=null", "checkpoint.url=null"]
     base = load_embedder_config(config, own)
     clips_per_rank(base, ranks)
-    facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}
-    facts |= {"load_before": os.getloadavg(), "config": str(config), "overrides": own, "config_hash": config_hash(base)}
+    facts = opening_facts() | config_facts(config, own, base)
     facts |= {"ranks": ranks, "rounds": rounds, "repeats": repeats, "reads": "warm page cache"}
     out.mkdir(parents=True, exist_ok=True)
     with stopping_cleanly(), TemporaryDirectory(dir=out, prefix=".work-") as work:
@@ -86,11 +91,8 @@ def checkpoint(
         for number in range(rounds):
             console.print(f"round {number + 1} of {rounds}")
             found.append(bench.round(number, url, bucket=bucket))
-    facts |= sections(found) | {"load_after": os.getloadavg()}
-    (out / "checkpoint.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
-    (out / "checkpoint.md").write_text(table(facts), encoding="utf-8")
-    print(table(facts))
-    console.print(f"written: {out / 'checkpoint.json'}, {out / 'checkpoint.md'}", markup=False)
+    facts |= sections(found)
+    write_record(out, "checkpoint", facts, table(facts))
 
 
 # Figures of `regen bench checkpoint` from the measurements, and their Markdown table.
@@ -133,7 +135,7 @@ def training_section(
     asynchronous: Sequence[Saving], synchronous: Sequence[Saving], copies_s: Sequence[float]
 ) -> dict[str, Any]:
     """Return the cost of saving during a run: one `Saving` and one plain copy of the state per round."""
-    rounds = list(zip(asynchronous, copies_s, strict=True))
+    rounds = [(run, BLOCKED_TARGET * run.step_s + copy) for run, copy in zip(asynchronous, copies_s, strict=True)]
     beside = [(run, save) for run in asynchronous for save in run.saves if save.beside]
     return {
         "target": f"standing still at most {BLOCKED_TARGET:.0%} of one step and one copy of the state",
@@ -143,10 +145,8 @@ def training_section(
             **_save_figures(asynchronous),
             "first_blocked_s": figure([run.first_blocked_s for run in asynchronous]),
             "still_of_step": figure([save.still_s / run.step_s for run, _ in rounds for save in run.saves]),
-            "allowed_of_step": figure([_allowed_s(run, copy_s) / run.step_s for run, copy_s in rounds]),
-            "still_of_allowed": figure(
-                [save.still_s / _allowed_s(run, copy_s) for run, copy_s in rounds for save in run.saves]
-            ),
+            "allowed_of_step": figure([most_s / run.step_s for run, most_s in rounds]),
+            "still_of_allowed": figure([save.still_s / most_s for run, most_s in rounds for save in run.saves]),
             "steps_beside": figure([save.beside for run in asynchronous for save in run.saves]),
             "step_beside_of_step": figure([save.beside_s / save.beside / run.step_s for run, save in beside] or [1.0]),
         },
@@ -158,23 +158,12 @@ def training_section(
 
 
 def _save_figures(runs: Sequence[Saving]) -> dict[str, Any]:
-    def each(value: Any) -> dict[str, Any]:
-        return figure([value(run, save) for run in runs for save in run.saves])
-
-    def of(name: str) -> dict[str, Any]:
-        return each(lambda run, save: getattr(save, name))
-
+    saves = [(run, save) for run in runs for save in run.saves]
     return {
-        "blocked_s": of("blocked_s"),
-        "still_s": of("still_s"),
-        "seconds": of("seconds"),
-        "cost_s": each(lambda run, save: run.cost_s(save)),
-        "cost_of_step": each(lambda run, save: run.cost_s(save) / run.step_s),
+        **{name: figure([getattr(save, name) for _, save in saves]) for name in ("blocked_s", "still_s", "seconds")},
+        "cost_s": figure([run.cost_s(save) for run, save in saves]),
+        "cost_of_step": figure([run.cost_s(save) / run.step_s for run, save in saves]),
     }
-
-
-def _allowed_s(run: Saving, copy_s: float) -> float:
-    return BLOCKED_TARGET * run.step_s + copy_s
 
 
 def _cost(run: Saving) -> float:
@@ -195,37 +184,26 @@ def cases_section(kind: str, cases: Mapping[str, Turns]) -> dict[str, Any]:
         found["cases"][name] = {"seconds": seconds, "bytes": median(turn["amount"] for turn in turns), **extra}
         base = _IN_BUCKET[kind] if name.startswith("bucket") else _AGAINST[kind]
         if name != base:
-            found["ratios"][name] = times_as_long(turns, cases[base])
+            pairs = zip(turns, cases[base], strict=True)
+            found["ratios"][name] = figure([turn["seconds"] / other["seconds"] for turn, other in pairs])
     if kind == "load":
         whole = [cases[f"{_CHOSEN}{how}"] for how in ("checksums verified", "sizes compared")]
         found["checksums_add_s"] = figure([a["seconds"] - b["seconds"] for a, b in zip(*whole, strict=True)])
     return found
 
 
-def times_as_long(turns: Turns, others: Turns) -> dict[str, Any]:
-    """Return the durations of `turns` relative to `others`, round by round."""
-    return figure([turn["seconds"] / other["seconds"] for turn, other in zip(turns, others, strict=True)])
-
-
 def table(facts: Mapping[str, Any]) -> str:
     """Format all figures, and features that the alternatives lack."""
     state = facts["state"]
     size = f"{state['state_bytes'] / 1e6:.0f} MB"
+    written = f"bytes written, for a state of {size} ({STATE_BYTES} bytes a parameter)"
     rows = [
         *_training_rows(facts["training"], size),
-        [
-            f"bytes written, for a state of {size} ({STATE_BYTES} bytes a parameter)",
-            f"{state['written_bytes'] / 1e6:.1f} MB",
-            f"{state['ratio']:.4f}",
-            "",
-        ],
+        [written, f"{state['written_bytes'] / 1e6:.1f} MB", f"{state['ratio']:.4f}", ""],
         *_case_rows("saving", facts["save"], f"{facts['ranks']} ranks"),
-        *(
-            row
-            for ranks, section in facts["load"].items()
-            for row in _case_rows("loading", section, f"{ranks} rank(s)")
-        ),
     ]
+    for ranks, section in facts["load"].items():
+        rows += _case_rows("loading", section, f"{ranks} rank(s)")
     lacks = "\n".join(f"- {name}: {text}." for name, text in LACKS.items())
     return Table(MEASURED, rows, note=lacks).to_markdown()
 
@@ -241,29 +219,18 @@ def _training_rows(training: Mapping[str, Any], size: str) -> Iterator[list[str]
     beside = f"steps while the thread writes ({ours['steps_beside']['median']:g} a save), beside an undisturbed one"
     yield [beside, "", spread_text(ours["step_beside_of_step"]), ""]
     for name, run in (("asynchronous", ours), ("synchronous", waited)):
-        yield [
-            f"{name} save: all that it costs the run",
-            _seconds(run["cost_s"]),
-            f"{_share(run['cost_of_step'])} of a step",
-            "",
-        ]
+        cost = f"{_share(run['cost_of_step'])} of a step"
+        yield [f"{name} save: all that it costs the run", _seconds(run["cost_s"]), cost, ""]
 
 
 def _case_rows(verb: str, section: Mapping[str, Any], who: str) -> Iterator[list[str]]:
     for name, case in section["cases"].items():
         ratio = section["ratios"].get(name)
-        yield [
-            f"{verb} by {who}: {name}",
-            f"{_seconds(case['seconds'])}, {case['bytes'] / 1e6:.0f} MB{_sync_text(case)}",
-            spread_text(ratio) if ratio else "",
-            "",
-        ]
+        sync = f"; syncing then takes {_seconds(case['sync_s'])}" if "sync_s" in case else ""
+        figures = f"{_seconds(case['seconds'])}, {case['bytes'] / 1e6:.0f} MB{sync}"
+        yield [f"{verb} by {who}: {name}", figures, spread_text(ratio) if ratio else "", ""]
     if "checksums_add_s" in section:
         yield [f"{verb} by {who}: verifying checksums adds", _seconds(section["checksums_add_s"]), "", ""]
-
-
-def _sync_text(case: Mapping[str, Any]) -> str:
-    return f"; syncing then takes {case['sync_s']['median']:.3f} s" if "sync_s" in case else ""
 
 
 def _seconds(found: Mapping[str, float]) -> str:
@@ -292,15 +259,13 @@ def checkpoint_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
 # Rounds of `regen bench checkpoint`: each starts new runs and ranks, one after the other.
 
 _MODES = {"asynchronous": "true", "synchronous": "false"}
-_TAIL_LINES = 20
 
 
 class BenchStore(NamedTuple):
-    """A folder in a bucket, or None; what it is; and the environment in which it can be reached."""
+    """A folder in a bucket, or None; and what it is."""
 
     url: str | None
     described: str
-    environment: dict[str, str]
 
 
 class Round(NamedTuple):
@@ -355,15 +320,10 @@ class CheckpointBench:
     def _train(self, folder: Path, mode: str) -> Saving:
         """Train a run from start to end; return the saves in its record."""
         places = [*self._places(folder), f"name={mode}", f"checkpoint.asynchronous={_MODES[mode]}"]
-        program = regen("train", str(self.config), *self.overrides, *places)
-        program += ["--ranks", str(self.ranks)]
+        program = regen("train", str(self.config), *self.overrides, *places, "--ranks", str(self.ranks))
         folder.mkdir(exist_ok=True)
         log = folder / f"{mode}.log"
-        with log.open("wb") as file:
-            ending = die_with(os.getpid())  # this command may be killed
-            own = without_ranks(os.environ)
-            ended = subprocess.run(program, env=own, stdout=file, stderr=file, check=False, preexec_fn=ending)
-        _check(ended.returncode, f"the run with {mode} saves", log)
+        require_success(stages.run_program(program, log=log).returncode, f"the run with {mode} saves", log)
         found = saving(read_record(folder / mode / "metrics.jsonl"))
         cost = median(found.cost_s(save) for save in found.saves)
         self.log(f"  {mode} saves: {cost:.3f} s each, of a run whose steps take {found.step_s:.3f} s")
@@ -375,8 +335,8 @@ class CheckpointBench:
         save_config(load_config(self.config, [*self.overrides, *self._places(folder)]), measured)
         program = python("-m", checkpoint_cases.__name__, str(measured), f"--repeats={self.repeats}", *options)
         program += [f"--url={there.url}"] if there.url else []
-        code = launch(program, ranks=ranks, logs=measured, environment=there.environment)
-        _check(code, f"measuring with {ranks} rank(s)", checkpoint_cases.log_file(measured, ranks))
+        code = launch(program, ranks=ranks, logs=measured)
+        require_success(code, f"measuring with {ranks} rank(s)", checkpoint_cases.log_file(measured, ranks))
         self.log(f"  saved and loaded by {ranks} rank(s)" if not options else f"  loaded by {ranks} rank(s)")
         return json.loads(checkpoint_cases.result_file(measured, ranks).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
@@ -388,17 +348,15 @@ class CheckpointBench:
 def place(url: str | None, *, bucket: bool) -> Iterator[BenchStore]:
     """Yield the store of checkpoints beside the disk: a new folder in the bucket `url`, emptied at the end, or a local
     server for the duration of the block."""
-    inherited = dict(os.environ)
     if not bucket:
-        yield BenchStore(None, "none", inherited)
+        yield BenchStore(None, "none")
     elif url is None:
-        with TemporaryDirectory(prefix="regen-bench-") as folder, start_store(Path(folder)) as server:
-            address = f"s3://{server.bucket}/checkpoints"
-            yield BenchStore(address, "SeaweedFS on this machine, on its cores", inherited | server.environment())
+        with local_store() as (address, _):
+            yield BenchStore(f"{address}/checkpoints", LOCAL_STORE)
     else:
         address = f"{url.rstrip('/')}/regen-bench-{uuid4().hex[:8]}"
         try:
-            yield BenchStore(address, "the store that --url names", inherited)
+            yield BenchStore(address, GIVEN_STORE)
         finally:
             store = Store(address)
             for name in store.list():
@@ -427,11 +385,3 @@ def sections(rounds: Sequence[Round]) -> dict[str, Any]:
 
 def _merge_rounds(rounds: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
     return {name: [turn for each in rounds for turn in each[name]] for name in rounds[0]}
-
-
-def _check(code: int, what: str, log: Path) -> None:
-    if code == EXIT_RESUME:
-        raise KeyboardInterrupt  # it was asked to stop, and this command with it
-    if code != EXIT_OK:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
-        raise TrainingError(f"{what} ended with exit code {code}:\n{tail}")

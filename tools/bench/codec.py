@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
@@ -23,21 +24,20 @@ from regen_dist.programs import python
 from regen_dist.tables import Column, Table, numbers
 from tools import stages
 from tools.bench.codec_systems import (
+    CONFIGS,
     DTYPES,
     REFERENCES,
     ClipSize,
     Coder,
     System,
     check_frames,
+    chosen_systems,
     named_system,
+    own_config,
     parse_size,
 )
-from tools.bench.common import spread
+from tools.bench.common import Figure, forget_peak, memory_now_bytes, opening_facts, spread, write_record
 from tools.shards.progress import stopping_cleanly
-
-if TYPE_CHECKING:
-    from tools.bench.codec_systems import System
-
 
 _SIZES = ["17x64x64", "33x64x64", "17x128x128"]
 _COUNTED = ["17x256x256", "33x512x512"]
@@ -72,38 +72,19 @@ def codec(
     from rich.console import Console
 
     from regen_dist.config import config_hash
-    from regen_dist.config.files import write_text_atomically
-    from regen_dist.observe.hardware import describe_machine
-    from tools.bench.codec_systems import chosen_systems, parse_size
 
     console, found = Console(stderr=True), chosen_systems(systems)
     run, count = ([parse_size(text) for text in texts] for texts in (size or _SIZES, counted or _COUNTED))
-    limits = CodecLimits(
-        limit_seconds,
-        limit_gib,
-        threads,
-        repeats,
-        stages.working_precision(),
-        str(packages.resolve()) if packages else "",
-    )
-    facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}
-    facts |= {"versions": _versions(packages), "threads": threads, "precision": limits.precision, "repeats": repeats}
-    facts |= {"rounds": rounds, "limit_seconds": limit_seconds, "limit_gib": limit_gib, "load_before": os.getloadavg()}
-    facts |= {"config_hashes": {name: config_hash(config) for name, config in _configs(found).items()}}
+    more = str(packages.resolve()) if packages else ""
+    limits = CodecLimits(limit_seconds, limit_gib, threads, repeats, stages.working_precision(), more)
+    own = [each.name for each in found if each.is_own]
+    facts = opening_facts() | {"versions": _versions(packages), "precision": limits.precision, "rounds": rounds}
+    facts |= {"threads": threads, "repeats": repeats, "limit_seconds": limit_seconds, "limit_gib": limit_gib}
+    facts["config_hashes"] = {name: config_hash(own_config(CONFIGS / f"{name}.yaml", "fp32")) for name in own}
     out.mkdir(parents=True, exist_ok=True)
     with stopping_cleanly():
         facts["rows"] = measure_all(found, run, count, limits, rounds=rounds, report_progress=console.print)
-    facts["load_after"] = os.getloadavg()
-    write_text_atomically(out / "codec.json", json_text(facts, indent=1) + "\n")
-    write_text_atomically(out / "codec.md", table(facts))
-    print(table(facts))
-    console.print(f"written: {out / 'codec.json'}, {out / 'codec.md'}", markup=False)
-
-
-def _configs(systems: list[System]) -> dict[str, Any]:
-    from tools.bench.codec_systems import CONFIGS, own_config
-
-    return {each.name: own_config(CONFIGS / f"{each.name}.yaml", "fp32") for each in systems if each.is_own}
+    write_record(out, "codec", facts, table(facts))
 
 
 def _versions(packages: Path | None) -> dict[str, str]:
@@ -136,51 +117,48 @@ _SLOPES: list[Column | str] = [
     *numbers("pixels", "encode s", "decode s", "encode memory", "decode memory"),
 ]
 Row = Mapping[str, Any]
-Figure = Callable[[Row], float | None]
-
-
-def _seconds(call: str) -> Figure:
-    return lambda row: row[call]["cpu_s"]["median"] if call in row else None
-
-
-def _memory(call: str) -> Figure:
-    return lambda row: row[call]["peak_bytes"] if call in row else None
-
-
-def _counted(name: str) -> Figure:
-    return lambda row: row.get(name)
-
-
-def _tera(value: float) -> str:
-    return f"{value / 1e12:.3g} T"
-
-
-_FIGURES: list[tuple[Figure, Callable[[float], str]]] = [  # of a row, in the order of the table
-    (_counted("parameters"), lambda value: f"{value / 1e6:.1f} M"),
-    (_counted("encode_flops"), _tera),
-    (_counted("decode_flops"), _tera),
-    (_seconds("encode"), lambda value: f"{value:.2f}"),
-    (_seconds("decode"), lambda value: f"{value:.2f}"),
-    (_memory("encode"), lambda value: f"{value / 1e6:.0f} MB"),
-    (_memory("decode"), lambda value: f"{value / 1e6:.0f} MB"),
+Format = Callable[[float], str]
+_TERA: Format = lambda value: f"{value / 1e12:.3g} T"  # noqa: E731
+_SECONDS: Format = lambda value: f"{value:.2f}"  # noqa: E731
+_MEGABYTES: Format = lambda value: f"{value / 1e6:.0f} MB"  # noqa: E731
+_FIGURES: list[tuple[tuple[str, ...], Format]] = [  # keys of a row that lead to each, in the order of the table
+    (("parameters",), lambda value: f"{value / 1e6:.1f} M"),
+    (("encode_flops",), _TERA),
+    (("decode_flops",), _TERA),
+    (("encode", "cpu_s", "median"), _SECONDS),
+    (("decode", "cpu_s", "median"), _SECONDS),
+    (("encode", "peak_bytes"), _MEGABYTES),
+    (("decode", "peak_bytes"), _MEGABYTES),
 ]
 _RUN = 3  # the first of them that is had by running
+
+
+def _value(row: Row, keys: Sequence[str]) -> float | None:
+    """Return the figure of a row at the end of these keys; None where it has none."""
+    found: Any = row
+    for key in keys:
+        found = None if found is None else found.get(key)
+    return None if found is None else float(found)
 
 
 def table(facts: Mapping[str, Any]) -> str:
     """Format targets, sizes and slopes."""
     rows = facts["rows"]
-    return "\n".join([_targets(rows), *(_size_table(rows, size) for size in _sizes(rows)), _slopes(rows)])
+    met = [
+        (what, f"{figure:.2f}", f"≤ {most:g}", "yes" if figure <= most else "**no**")
+        for what, figure, most in targets(rows)
+    ]
+    sizes = [list(size) for size in dict.fromkeys(tuple(row["size"]) for row in rows)]
+    heading = Table(["target", *numbers("figure", "limit"), "met"], met).to_markdown()
+    return "\n".join([heading, *(_size_table(rows, size) for size in sizes), _slopes(rows)])
 
 
-def figures(facts: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures that are compared between runs: CPU seconds of this project's codecs."""
-    found = {}
+def codec_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
+    """Yield the figures by which two records are compared: CPU seconds of this project's codecs."""
     for row in facts["rows"]:
-        for call in ("encode", "decode"):
+        for call in _CALLS:
             if row["own"] and call in row:
-                found[f"{row['system']} {_named(row)} {call}_cpu_s"] = row[call]["cpu_s"]["median"]
-    return found
+                yield Figure(f"{row['system']} {_named(row)} {call}_cpu_s", row[call]["cpu_s"]["median"], False)
 
 
 def targets(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
@@ -190,32 +168,11 @@ def targets(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
             what = f"{row['system']}: TFLOP of a decoder step at 17x256x256"
             yield what, row["decode_flops"] / 1e12, DECODER_TARGET / 1e12
     for row in rows:
-        if row["system"].startswith(_COSMOS):
-            yield from _encoders(row, _reference(rows, row))
-
-
-def _encoders(cosmos: Row, own: Row | None) -> Iterator[tuple[str, float, float]]:
-    """Yield the cost of our encoder relative to Cosmos' at one size."""
-    for name, of in (("FLOP", _counted("encode_flops")), ("CPU seconds", _seconds("encode"))):
-        if own is not None and (ours := of(own)) is not None and (theirs := of(cosmos)):
-            size = "x".join(map(str, own["size"]))
-            yield (
-                f"{own['system']}: {name} of the encoder at {size}, of those of {cosmos['system']}",
-                ours / theirs,
-                1.0,
-            )
-
-
-def _targets(rows: Sequence[Row]) -> str:
-    found = [
-        (what, f"{figure:.2f}", f"≤ {most:g}", "yes" if figure <= most else "**no**")
-        for what, figure, most in targets(rows)
-    ]
-    return Table(["target", *numbers("figure", "limit"), "met"], found).to_markdown()
-
-
-def _sizes(rows: Sequence[Row]) -> list[list[int]]:
-    return [list(size) for size in dict.fromkeys(tuple(row["size"]) for row in rows)]
+        own = _reference(rows, row) if row["system"].startswith(_COSMOS) else None
+        for name, keys in (("FLOP", ("encode_flops",)), ("CPU seconds", ("encode", "cpu_s", "median"))):
+            if own is not None and (ours := _value(own, keys)) is not None and (theirs := _value(row, keys)):
+                what = f"{own['system']}: {name} of the encoder at {_named(own)}, of those of {row['system']}"
+                yield what, ours / theirs, 1.0
 
 
 def _size_table(rows: Sequence[Row], size: list[int]) -> str:
@@ -227,22 +184,14 @@ def _size_table(rows: Sequence[Row], size: list[int]) -> str:
 
 
 def _line(row: Row, reference: Row | None) -> list[str]:
-    cells = [row["system"], str(row["temporal_compression"]), _latents(row)]
+    latents = " + ".join("x".join(map(str, shape)) for shape in row.get("latents", ())) or "–"
+    cells = [row["system"], str(row["temporal_compression"]), latents]
     cells.append(f"{row['bits_per_pixel']:.3g}" if "bits_per_pixel" in row else "")
-    for of, format_figure in _FIGURES:
-        cells.append(_cell(of(row), None if reference is None or reference is row else of(reference), format_figure))
+    for keys, format_figure in _FIGURES:
+        figure, ours = _value(row, keys), None if reference in (None, row) else _value(reference or {}, keys)
+        relative = f" ({figure / ours:.2g}×)" if figure is not None and ours else ""
+        cells.append("–" if figure is None else format_figure(figure) + relative)
     return [*cells, row.get("problem") or row.get("not_counted") or ""]
-
-
-def _cell(figure: float | None, reference: float | None, format_figure: Callable[[float], str]) -> str:
-    if figure is None:
-        return "–"
-    return format_figure(figure) + (f" ({figure / reference:.2g}×)" if reference else "")
-
-
-def _latents(row: Row) -> str:
-    shapes = row.get("latents", ())
-    return " + ".join("x".join(map(str, shape)) for shape in shapes) or "–"
 
 
 def _named(row: Row) -> str:
@@ -261,19 +210,14 @@ def _slopes(rows: Sequence[Row]) -> str:
     for name in dict.fromkeys(row["system"] for row in rows):
         run = sorted((row for row in rows if row["system"] == name and "decode" in row), key=_pixels)
         for row in run[1:]:
-            ratios = (_ratio(of(row), of(run[0])) for of, _ in _FIGURES[_RUN:])
-            sizes = ("x".join(map(str, each["size"])) for each in (run[0], row))
-            found.append((name, *sizes, f"{_pixels(row) / _pixels(run[0]):.2f}×", *ratios))
+            pairs = [(_value(row, keys), _value(run[0], keys)) for keys, _ in _FIGURES[_RUN:]]
+            ratios = (f"{figure / smallest:.2f}×" if figure and smallest else "–" for figure, smallest in pairs)
+            found.append((name, _named(run[0]), _named(row), f"{_pixels(row) / _pixels(run[0]):.2f}×", *ratios))
     return Table(_SLOPES, found).to_markdown()
 
 
-def _ratio(figure: float | None, of: float | None) -> str:
-    return f"{figure / of:.2f}×" if figure and of else "–"
-
-
 def _pixels(row: Row) -> int:
-    frames, height, width = row["size"]
-    return int(frames * height * width)
+    return prod(row["size"])
 
 
 # One codec at one size per process, so that its memory can be measured.
@@ -281,11 +225,9 @@ def _pixels(row: Row) -> int:
 #     python -m tools.bench.codec '{"do": "measure", "system": "nano", "sizes": ["17x64x64"]}'
 #
 # Each result is printed immediately, one JSON object per line, so that a killed process loses only what
-# follows. Memory is reported on Linux only.
+# follows.
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _C = ctypes.CDLL(None)
-_RESET_PEAK = "5"  # see proc(5)
 _AGAIN_WITHIN_S = 30.0  # a pass that takes longer needs no second: what is done once weighs little in it
 
 
@@ -318,7 +260,7 @@ class Spent(NamedTuple):
 
     wall_s: float
     cpu_s: float
-    peak_bytes: int | None
+    peak_bytes: int
 
 
 def main(arguments: list[str]) -> None:
@@ -362,7 +304,7 @@ def measure(system: System, size: ClipSize, job: CodecJob) -> None:
     coder = system.coder(job.precision)
     video = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     video = video if system.is_own else video.to(DTYPES[job.precision])
-    base = _resident("VmRSS")
+    base = memory_now_bytes("VmRSS")
     print_result(built_s=time.perf_counter() - begun, base_bytes=base)
     with torch.no_grad():
         for number in range(1 + job.repeats):
@@ -371,7 +313,7 @@ def measure(system: System, size: ClipSize, job: CodecJob) -> None:
                 break
 
 
-def one_pass(coder: Coder, video: torch.Tensor, base: int | None, number: int) -> float:
+def one_pass(coder: Coder, video: torch.Tensor, base: int, number: int) -> float:
     """Encode and decode once; returns the seconds of both."""
     latents, encoding = spent(lambda: coder.encode(video), base)
     print_result(encode=encoding._asdict(), number=number)
@@ -381,30 +323,15 @@ def one_pass(coder: Coder, video: torch.Tensor, base: int | None, number: int) -
     return encoding.wall_s + decoding.wall_s
 
 
-def spent(call: Callable[[], Any], base: int | None) -> tuple[Any, Spent]:
+def spent(call: Callable[[], Any], base: int) -> tuple[Any, Spent]:
     """Return a call's result and its cost."""
-    _forget_peak()
+    if hasattr(_C, "malloc_trim"):  # of glibc: memory that earlier calls have left
+        _C.malloc_trim(0)
+    forget_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     result = call()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = _resident("VmHWM")
-    return result, Spent(wall, cpu, None if peak is None or base is None else max(peak - base, 0))
-
-
-def _forget_peak() -> None:
-    """Release memory cached by earlier calls, and reset the peak to the current value."""
-    if hasattr(_C, "malloc_trim"):  # glibc's
-        _C.malloc_trim(0)
-    if _RESET.exists():
-        _RESET.write_text(_RESET_PEAK)
-
-
-def _resident(name: str) -> int | None:
-    """Return this process's resident bytes: now (VmRSS) or at peak (VmHWM); None if the system does not report it."""
-    if not _STATUS.exists():
-        return None
-    found = [line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith(name)]
-    return int(found[0].split()[1]) * 1024 if found else None
+    return result, Spent(wall, cpu, max(memory_now_bytes("VmHWM") - base, 0))
 
 
 if __name__ == "__main__":
@@ -463,7 +390,11 @@ def measure_all(
         rounds: number of repetitions of everything.
         report_progress: called with progress messages.
     """
-    rows = {(size, system.name): _row(system, size) for size in [*sizes, *counted] for system in systems}
+    rows: dict[tuple[ClipSize, str], dict[str, Any]] = {}
+    for size in [*sizes, *counted]:
+        for each in systems:
+            facts = {"own": each.is_own, "temporal_compression": each.temporal_compression, "size": list(size)}
+            rows[size, each.name] = {"system": each.name, **facts}
     for system in systems:
         report_progress(f"counting {system.name}")
         for size, found in _counts(system, list(dict.fromkeys([*sizes, *counted])), limits):
@@ -508,11 +439,6 @@ def _lines(out: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _row(system: System, size: ClipSize) -> dict[str, Any]:
-    row = {"system": system.name, "own": system.is_own, "temporal_compression": system.temporal_compression}
-    return row | {"size": list(size)}
-
-
 def _counts(system: System, sizes: list[ClipSize], limits: CodecLimits) -> Iterator[tuple[ClipSize, dict[str, Any]]]:
     """Yield the counted operations of a codec at each size, or the reason why there are none."""
     results = run(limits.job("count", system, sizes), limits)
@@ -534,8 +460,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         later = [line[call] for line in lines if line["number"]] or [line[call] for line in lines]
         if later:
             found[call] = {name: spread([each[name] for each in later]) for name in ("wall_s", "cpu_s")}
-            peaks = [line[call]["peak_bytes"] for line in lines if line[call]["peak_bytes"] is not None]
-            found[call] |= {"peak_bytes": max(peaks) if peaks else None, "passes": len(later)}
+            found[call] |= {"peak_bytes": max(line[call]["peak_bytes"] for line in lines), "passes": len(later)}
     problems = [line["problem"] for line in results if "problem" in line]
-    base = [line["base_bytes"] for line in results if line.get("base_bytes") is not None]
+    base = [line["base_bytes"] for line in results if "base_bytes" in line]
     return found | ({"base_bytes": max(base)} if base else {}) | ({"problem": problems[0]} if problems else {})

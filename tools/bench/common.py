@@ -1,20 +1,33 @@
-"""Common base of the benches: turns, costs, figures, and the comparison of two records."""
+"""Common base of the benches: records, their folders, child programs, turns, costs, and the comparison of two
+records."""
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from regen_dist.errors import DataError
+from launcher.supervise import die_with
+from regen_dist.distributed.environment import without_ranks
+from regen_dist.errors import EXIT_RESUME, ConfigError, DataError, TrainingError
+from regen_dist.jsontext import json_text
 from regen_dist.tables import Column, Table, numbers
+
+if TYPE_CHECKING:
+    from regen_dist.config import AnyRunConfig
 
 
 def split_arguments(config: Path, overrides: Sequence[str], default: Path) -> tuple[Path, list[str]]:
@@ -22,6 +35,142 @@ def split_arguments(config: Path, overrides: Sequence[str], default: Path) -> tu
     one."""
     given = "=" not in str(config)
     return config if given else default, [*([] if given else [str(config)]), *overrides]
+
+
+# The record of a bench: NAME.json and, as tables, NAME.md in a folder that one process fills at a time.
+
+
+def opening_facts() -> dict[str, Any]:
+    """Return the first facts of every record: command, machine, and load of the machine."""
+    from regen_dist.observe.hardware import describe_machine
+
+    command = " ".join(["regen", *sys.argv[1:]])
+    return {"command": command, "machine": describe_machine(), "load_before": os.getloadavg()}
+
+
+def config_facts(path: Path, overrides: Sequence[str], config: AnyRunConfig) -> dict[str, Any]:
+    """Return the description of a config for a record."""
+    from regen_dist.config import config_hash
+
+    return {"config": str(path), "overrides": list(overrides), "config_hash": config_hash(config)}
+
+
+def write_record(out: Path, name: str, facts: dict[str, Any], text: str) -> None:
+    """Write a finished record and its tables, print the tables, and say where both are."""
+    from regen_dist.config.files import write_text_atomically
+
+    facts["load_after"] = os.getloadavg()
+    files = {out / f"{name}.json": json_text(facts, indent=1) + "\n", out / f"{name}.md": text}
+    for path, content in files.items():
+        write_text_atomically(path, content)
+    print(text)
+    print(f"written: {', '.join(map(str, files))}", file=sys.stderr)
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Keep a bench's folder from a second process, whose runs and figures would mix with these.
+
+    Raises:
+        ConfigError: another process uses the folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(f"{out} is in use by {lock.read()}; wait for its end, or give another --out") from None
+        except OSError:  # a disk without file locks
+            print(f"note: {out} supports no locks; let no other process work on it", file=sys.stderr)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        yield
+
+
+_TAIL_LINES = 20
+
+
+def require_success(code: int, what: str, log: Path | None = None) -> None:
+    """Check the exit code of a program of a bench.
+
+    Raises:
+        KeyboardInterrupt: it was asked to stop, and this command with it.
+        TrainingError: it failed; with the end of its log.
+    """
+    if code == EXIT_RESUME:
+        raise KeyboardInterrupt
+    if code:
+        tail = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if log else ()
+        raise TrainingError("\n".join([f"{what} ended with exit code {code}{':' if tail else ''}", *tail]))
+
+
+# Several commands side by side on this machine, each with its log; what is done already is skipped by the commands.
+
+
+def run_side_by_side(
+    commands: Mapping[str, Sequence[str]], *, logs: Path, at_once: int, done: Callable[[str], None] = lambda name: None
+) -> None:
+    """Run every command, `at_once` at a time with an equal share of the cores; `done(name)` is called as they end.
+
+    On an interrupt nothing more is started; running commands are asked to end (SIGTERM) and waited for. Where this
+    process is killed they end with it.
+
+    Raises:
+        TrainingError: some failed (the others were still run); lists them with their logs.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    environment = {**without_ranks(os.environ), "OMP_NUM_THREADS": str(threads)}
+
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    starting, stopping = Lock(), Event()
+
+    def run(name: str) -> int:
+        with (logs / f"{name}.log").open("ab") as log, starting:
+            if stopping.is_set():
+                return EXIT_RESUME
+            running[name] = subprocess.Popen(
+                commands[name], env=environment, stdout=log, stderr=log, preexec_fn=die_with(os.getpid())
+            )
+        code = running[name].wait()
+        if not stopping.is_set():
+            done(name)
+        return code
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            codes = dict(zip(commands, pool.map(run, commands), strict=True))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            with starting:
+                stopping.set()
+                for process in running.values():
+                    process.terminate()  # nothing where it has ended
+            raise
+    if failed := {name: code for name, code in codes.items() if code}:
+        listed = ", ".join(f"{name} (exit code {code}, see {logs / name}.log)" for name, code in failed.items())
+        raise TrainingError(f"{len(failed)} of {len(codes)} runs failed: {listed}")
+
+
+@contextmanager
+def local_store() -> Iterator[tuple[str, int]]:
+    """Start an S3 server that this process and its children use for the duration of the block; yield the URL of its
+    bucket, and its process."""
+    from tools.local_services.s3 import start_store
+
+    with TemporaryDirectory(prefix="regen-bench-") as folder, start_store(Path(folder)) as server:
+        before = dict(os.environ)
+        os.environ |= server.environment() | {"REGEN_CACHE": f"{folder}/cache"}
+        try:
+            yield f"s3://{server.bucket}", server.process.pid
+        finally:
+            os.environ.clear()
+            os.environ |= before
+
+
+LOCAL_STORE, GIVEN_STORE = "SeaweedFS on this machine, on its cores", "the store that --url names"
 
 
 # Figures that a bench declares for its record, so that two records can be compared: each with the better direction
@@ -95,23 +244,23 @@ def changes(
             f"the records have no bench in common: {', '.join(old) or 'none'} in the old one, "
             f"{', '.join(new) or 'none'} in the new one; compare files that `regen bench all` wrote"
         )
-    return [change for bench in both for change in _of_bench(bench, declared[bench], old[bench], new[bench])]
+    found = []
+    for bench in both:
+        before, after = (_figures(bench, declared[bench], facts[bench]) for facts in (old, new))
+        for name in before | after:
+            one, other = before.get(name), after.get(name)
+            found.append(Change(bench, name, one and one.value, other and other.value, _change_kind(one, other)))
+    return found
 
 
 def table(found: Iterable[Change]) -> str:
     """A row for each figure: those that got worse first, then those that got better."""
     order = list(ChangeKind)
-    rows = sorted(found, key=lambda change: order.index(change.kind))
-    return Table(
-        ["bench", "figure", *numbers("old", "new", "new / old"), "change"], list(map(_row, rows))
-    ).to_markdown()
-
-
-def _of_bench(bench: str, declared: Declared, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[Change]:
-    before, after = (_figures(bench, declared, facts) for facts in (old, new))
-    for name in before | after:
-        one, other = before.get(name), after.get(name)
-        yield Change(bench, name, one and one.value, other and other.value, _change_kind(one, other))
+    rows = []
+    for each in sorted(found, key=lambda change: order.index(change.kind)):
+        values = ("" if value is None else f"{value:,.4g}" for value in (each.old, each.new, each.ratio))
+        rows.append([each.bench, each.name, *values, each.kind.value])
+    return Table(["bench", "figure", *numbers("old", "new", "new / old"), "change"], rows).to_markdown()
 
 
 def _figures(bench: str, declared: Declared, facts: Mapping[str, Any]) -> dict[str, Figure]:
@@ -128,15 +277,6 @@ def _change_kind(old: Figure | None, new: Figure | None) -> ChangeKind:
     if gain < 1 - new.noise:
         return ChangeKind.WORSE
     return ChangeKind.BETTER if gain > 1 / (1 - new.noise) else ChangeKind.SAME
-
-
-def _row(change: Change) -> list[str]:
-    values = [_shown(change.old), _shown(change.new), _shown(change.ratio)]
-    return [change.bench, change.name, *values, change.kind.value]
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:,.4g}"
 
 
 # Measurements that are compared are taken in turn, over and over, so that what disturbs the machine disturbs them all
@@ -217,6 +357,18 @@ def measured(store: int | None) -> Iterator[dict[str, float]]:
 def turn_of(amount: float, costs: Mapping[str, float], **facts: float) -> Turn:
     """Return the turn of the costs that `measured` recorded."""
     return Turn(amount, costs["seconds"], {name: costs[name] for name in costs if name != "seconds"} | facts)
+
+
+def memory_now_bytes(name: str) -> int:
+    """Return a figure of /proc/self/status: `VmRSS` is resident now, `VmHWM` was at most since the process began, or
+    since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def forget_peak() -> None:
+    """Reset `VmHWM` (Linux, proc(5): clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def cpu_seconds(process: int) -> float:

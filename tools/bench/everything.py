@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ from regen_dist.jsontext import json_text
 from tools import stages
 
 if TYPE_CHECKING:
-    from tools.bench.common import Declared, Figure
+    from tools.bench.common import Declared
 
 
 class SpeedBench(StrEnum):
@@ -58,13 +58,22 @@ def everything(
 
     regen bench all --compare old/all.json --new runs/bench/all/all.json --require
     """
-    if new is not None and compare is None:
-        raise ConfigError("--new is compared with an old record; give that as --compare OLD.json")
+    from tools.bench.common import only_one
+
+    if new is not None and (compare is None or only or further):
+        raise ConfigError(
+            "--new is compared as it is with an old record, and nothing runs; give that as --compare OLD.json, and "
+            "leave out --only and options after --"
+        )
     chosen = only or list(SpeedBench)
     if further and len(chosen) > 1:
         raise ConfigError(f"options after -- go to one bench, {len(chosen)} are chosen; name one with --only")
     old = None if compare is None else _read(compare)  # before anything runs for nothing
-    found = _run(chosen, further or [], out) if new is None else _read(new)
+    if new is None:
+        with only_one(out):
+            found = _run(chosen, further or [], out)
+    else:
+        found = _read(new)
     if old is not None:
         worse = _compared(old, found)
         if worse and require:
@@ -72,10 +81,11 @@ def everything(
 
 
 def _run(chosen: Sequence[SpeedBench], further: Sequence[str], out: Path) -> dict[str, Any]:
-    """Return the facts of each bench, written as they arrive."""
+    """Return the facts of each bench, written as they arrive, beside those of other benches that are there."""
     from regen_dist.config.files import write_text_atomically
 
     found: dict[str, Any] = {}
+    kept = _read(out / _FILE) if (out / _FILE).exists() else {}
     for bench in chosen:
         folder = out / bench
         arguments = ["bench", bench.value, *(further or _SHORT[bench]), f"--out={folder}"]
@@ -86,8 +96,9 @@ def _run(chosen: Sequence[SpeedBench], further: Sequence[str], out: Path) -> dic
         if code:
             raise TrainingError(f"the bench {bench} ended with exit code {code}; leave it out with --only, or fix it")
         found[bench.value] = _json(folder / f"{bench}.json")
-        write_text_atomically(out / _FILE, json_text(found, indent=1) + "\n")
-    print(f"written: {out / _FILE}")
+        write_text_atomically(out / _FILE, json_text(kept | found, indent=1) + "\n")
+    earlier = ", ".join(sorted(kept.keys() - found.keys()))
+    print(f"written: {out / _FILE}{f' (as they were: {earlier})' if earlier else ''}")
     return found
 
 
@@ -107,25 +118,18 @@ def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
 def declared() -> dict[str, Declared]:
     """Return the figures declared by each bench."""
     from tools.bench.checkpoint import checkpoint_figures
+    from tools.bench.codec import codec_figures
     from tools.bench.data import data_figures
     from tools.bench.step import step_figures
     from tools.bench.t2v import t2v_figures
 
     return {
         SpeedBench.CHECKPOINT.value: checkpoint_figures,
-        SpeedBench.CODEC.value: _codec_figures,
+        SpeedBench.CODEC.value: codec_figures,
         SpeedBench.DATA.value: data_figures,
         SpeedBench.STEP.value: step_figures,
         SpeedBench.T2V.value: t2v_figures,
     }
-
-
-def _codec_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:
-    """Yield the CPU seconds of our codecs."""
-    from tools.bench.codec import figures
-    from tools.bench.common import Figure
-
-    return (Figure(name, value, False) for name, value in figures(facts).items())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -17,21 +16,28 @@ import torch
 import typer
 
 from launcher.supervise import launch
-from regen_dist.config import AnyRunConfig, EmbedderConfig, config_hash, load_config, load_embedder_config
+from regen_dist.config import AnyRunConfig, EmbedderConfig, load_config, load_embedder_config
 from regen_dist.config.files import t2v_only
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.distributed.engine import precision_of
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import EXIT_OK, EXIT_RESUME, TrainingError
-from regen_dist.jsontext import json_text
+from regen_dist.errors import ConfigError
 from regen_dist.programs import python
 from regen_dist.tables import Table, numbers
 from tools import stages
 from tools.bench import step_rank
-from tools.bench import step_rank as found_by_ranks
-from tools.bench.common import MEASURED, Figure, in_turn, spread_text
-from tools.bench.step_rank import MEMORY_TARGET, Training, matrix_peak, profiled, section, steps_case
+from tools.bench.common import (
+    MEASURED,
+    Figure,
+    config_facts,
+    in_turn,
+    opening_facts,
+    require_success,
+    spread_text,
+    write_record,
+)
+from tools.bench.step_rank import MEMORY_TARGET, Job, Training, matrix_peak, profiled, quiet, section, steps_case
 from tools.bench.t2v import prepare
 from tools.shards.progress import stopping_cleanly
 
@@ -68,14 +74,9 @@ def step(
     """
     from rich.console import Console
 
-    from regen_dist.observe.hardware import describe_machine
-    from tools import stages
-    from tools.bench.step_rank import quiet
-
+    program = None if against is None else _rank_of(against)
     console, parts = Console(stderr=True), only or ([] if against else list(StepPart))
-    facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}
-    facts |= {"load_before": os.getloadavg(), "precision": stages.working_precision()}
-    facts |= {"steps": steps, "repeats": repeats, "runs": {}}
+    facts = opening_facts() | {"precision": stages.working_precision(), "steps": steps, "repeats": repeats}
     out.mkdir(parents=True, exist_ok=True)
     quiet(torch.device("cpu"))
     with stopping_cleanly(), TemporaryDirectory(dir=out, prefix=".work-") as folder:
@@ -84,21 +85,24 @@ def step(
         facts["runs"] = {name: run.facts() for name, run in runs.items()}
         for part in parts:
             console.print(f"measuring {part}")
-            facts[part.value] = _measure(bench, part, compiled=compiled)
-        if against is not None:
+            options = {"compiled": compiled} if part is StepPart.UTILISATION else {}
+            facts[part.value] = getattr(bench, part.value)(**options)
+        if program is not None:
             console.print(f"measuring beside {against}")
-            facts["against"] = bench.against(against)
-    facts["load_after"] = os.getloadavg()
-    (out / "step.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
-    (out / "step.md").write_text(table(facts), encoding="utf-8")
-    print(table(facts))
-    console.print(f"written: {out / 'step.json'}, {out / 'step.md'}", markup=False)
+            facts["against"] = bench.against(program)
+    write_record(out, "step", facts, table(facts))
 
 
-def _measure(bench: StepBench, part: StepPart, *, compiled: bool) -> dict[str, Any]:
-    if part is StepPart.UTILISATION:
-        return bench.utilisation(compiled=compiled)
-    return bench.memory() if part is StepPart.MEMORY else bench.sharding()
+def _rank_of(checkout: Path) -> Path:
+    """Return the rank program of another checkout.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    program = checkout.resolve() / _RANK.relative_to(_RANK.parents[2])
+    if not program.is_file():
+        raise ConfigError(f"--against {checkout}: {program} does not exist; give a checkout of this repository")
+    return program
 
 
 # Parts of `regen bench step`: trainings, in this process or on ranks that it starts.
@@ -129,7 +133,7 @@ class BenchRun(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """Return its description for the record."""
-        return {"config": str(self.path), "overrides": self.overrides, "config_hash": config_hash(self.config)}
+        return config_facts(self.path, self.overrides, self.config)
 
 
 def prepared(paths: Mapping[str, Path], work: Path, side: int) -> dict[str, BenchRun]:
@@ -189,7 +193,10 @@ class StepBench:
             if compiled:
                 variants[f"{name}, {COMPILED}"] = (self.runs[name], True)
         with ExitStack() as stack:
-            trained = {name: stack.enter_context(closing(_training(*each))) for name, each in variants.items()}
+            trained = {
+                name: stack.enter_context(closing(Training(run.config, Ranks(), compiled=through)))
+                for name, (run, through) in variants.items()
+            }
             return self._measured(trained)
 
     def _measured(self, trained: Mapping[str, Training]) -> dict[str, Any]:
@@ -199,7 +206,11 @@ class StepBench:
             training.step()
             training.step()  # what the allocator and the kernels learn from the first
         cases = {name: steps_case(each.step, each.flops, peak, self.steps) for name, each in trained.items()}
-        rounds = in_turn(cases, self.repeats, lambda name, turn: self.log(f"  {name}: {_mfu(turn):.2f} of the peak"))
+        rounds = in_turn(
+            cases,
+            self.repeats,
+            lambda name, turn: self.log(f"  {name}: {turn.rate / turn.facts['peak']:.2f} of the peak"),
+        )
         against = {name: name.rpartition(", ")[0] for name in trained if ", " in name}
         figures = section(rounds, threads=torch.get_num_threads(), against=against)
         for name, training in trained.items():
@@ -219,67 +230,45 @@ class StepBench:
     def sharding(self) -> dict[str, Any]:
         """Measure the same global batch on one process and on two ranks in turn, and the memory of both."""
         runs = {ONE: self.runs[SHARDED], TWO: self.runs[SHARDED].with_changes("engine.kind=zero3")}
-        jobs: dict[str, list[found_by_ranks.Job]] = {name: [] for name in runs}
+        jobs: dict[str, list[Job]] = {name: [] for name in runs}
         for _ in range(self.repeats):
             for name, run in runs.items():
                 jobs[name].append(self._job(run, 1 if name == ONE else 2))
-                self.log(f"  {name}: {found_by_ranks.cpu_s(jobs[name][-1]):.2f} s of CPU time a step")
+                self.log(f"  {name}: {step_rank.cpu_s(jobs[name][-1]):.2f} s of CPU time a step")
         memory = {name: self._memory(name, each[-1], runs[name]) for name, each in jobs.items()}
-        target = {"target": found_by_ranks.CPU_TARGET}
-        return {**found_by_ranks.compared(jobs, ONE), **target, "memory": memory, **self.runs[SHARDED].facts()}
+        facts = {**step_rank.compared(jobs, ONE), "target": step_rank.CPU_TARGET, "memory": memory}
+        return facts | self.runs[SHARDED].facts()
 
-    def against(self, checkout: Path) -> dict[str, Any]:
+    def against(self, program: Path) -> dict[str, Any]:
         """Measure the step of another checkout of this repository in turn with this one's, each by its own program."""
-        places = {THERE: checkout.resolve(), HERE: None}
+        places = {THERE: program, HERE: _RANK}
         found = {}
         for name in (EMBEDDER, T2V):
-            jobs: dict[str, list[found_by_ranks.Job]] = {place: [] for place in places}
+            jobs: dict[str, list[Job]] = {place: [] for place in places}
             for _ in range(self.repeats):
-                for place, tree in places.items():
-                    jobs[place].append(self._job(self.runs[name], 1, tree))
-                    self.log(f"  {name}, {place}: {found_by_ranks.cpu_s(jobs[place][-1]):.3f} s of CPU time a step")
-            found[name] = found_by_ranks.compared(jobs, THERE) | {"losses": _losses(jobs)}
+                for place, rank in places.items():
+                    jobs[place].append(self._job(self.runs[name], 1, rank))
+                    self.log(f"  {name}, {place}: {step_rank.cpu_s(jobs[place][-1]):.3f} s of CPU time a step")
+            losses = {place: each[-1][0]["loss"] for place, each in jobs.items()}  # equal where the code computes alike
+            found[name] = step_rank.compared(jobs, THERE) | {"losses": losses}
         return found
 
-    def _memory(self, name: str, job: found_by_ranks.Job, run: BenchRun) -> dict[str, Any]:
+    def _memory(self, name: str, job: Job, run: BenchRun) -> dict[str, Any]:
         """Return the memory of ranks that were timed, and of as many others whose tensors are counted."""
-        figures = found_by_ranks.memory(job, self._job(run, len(job), options=["--tensors"]), run.config)
+        figures = step_rank.memory(job, self._job(run, len(job), options=["--tensors"]), run.config)
         self.log(f"  memory, {name}: {figures['tensor_bytes'] / 1e6:.0f} MB, {figures['ratio']:.2f} of the estimate")
         return figures
 
-    def _job(
-        self, run: BenchRun, ranks: int, checkout: Path | None = None, options: Sequence[str] = ()
-    ) -> list[dict[str, Any]]:
-        """Return the results of each rank of a new start, with one thread per rank; by another checkout's program if
-        given."""
-        rank = _RANK if checkout is None else checkout / "tools" / "bench" / _RANK.name
-        if not rank.is_file():
-            raise TrainingError(f"{checkout} has no {rank.relative_to(rank.parents[2])}; give a checkout that has it")
+    def _job(self, run: BenchRun, ranks: int, rank: Path = _RANK, options: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """Return the results of each rank of a new start, with one thread per rank, by this checkout's program or
+        another's, with its library."""
         program = python(str(rank), str(run.path.resolve()), *run.overrides)
         program += ["--out", str(self.work), "--steps", str(self.steps), *options]
-        own = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if checkout is not None:
-            own["PYTHONPATH"] = str(checkout)
+        own = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(rank.parents[2])} if rank != _RANK else {})
         code = launch(program, ranks=ranks, logs=self.work, environment=own)
-        if code == EXIT_RESUME:
-            raise KeyboardInterrupt  # it was asked to stop, and this command with it
-        if code != EXIT_OK:
-            raise TrainingError(f"measuring {run.path} with {ranks} rank(s) ended with exit code {code}")
+        require_success(code, f"measuring {run.path} with {ranks} rank(s)")
         files = [step_rank.result_file(self.work, rank) for rank in range(ranks)]
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
-
-
-def _training(run: BenchRun, compiled: bool) -> Training:
-    return Training(run.config, Ranks(), compiled=compiled)
-
-
-def _mfu(turn: Any) -> float:
-    return float(turn.rate / turn.facts["peak"])
-
-
-def _losses(jobs: Mapping[str, Sequence[found_by_ranks.Job]]) -> dict[str, float]:
-    """Return the losses after the last step: equal unless a code change affected the computation."""
-    return {place: each[-1][0]["loss"] for place, each in jobs.items()}
 
 
 # Figures of `regen bench step`: Markdown tables, and those that are compared between records.
@@ -291,24 +280,26 @@ Row = tuple[str, str, str, str]
 def table(facts: Mapping[str, Any]) -> str:
     """Format the measured parts; omitted parts are missing."""
     rows = [*_utilisation(facts), *_memory(facts.get("memory", {})), *_sharding(facts), *_against(facts)]
-    return Table(MEASURED, rows).to_markdown() + _profile(facts.get("utilisation", {}).get("profile", {}))
+    text = Table(MEASURED, rows).to_markdown()
+    if profiles := facts.get("utilisation", {}).get("profile"):
+        groups = next(iter(profiles.values()))["groups"]
+        shares = [(group, *(f"{each['groups'][group]:.1%}" for each in profiles.values())) for group in groups]
+        text += "\n" + Table(["share of a step", *numbers(*profiles)], shares).to_markdown()
+    return text
 
 
 def _utilisation(facts: Mapping[str, Any]) -> Iterator[Row]:
     found = facts.get("utilisation", {"cases": {}, "time_ratios": {}})
     for name, case in found["cases"].items():
         peak = f"{case['peak_tflops']['median'] * 1e3:.0f} GFLOP/s"
-        beside = f"{_NAMES[facts['precision']]} matrix products on {_threads(found)}, {peak}"
+        threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+        beside = f"{_NAMES[facts['precision']]} matrix products on {threads}, {peak}"
         target = f"≥ {found['target']:g}" * (name not in found["time_ratios"])
         figure = f"{case['step_s']['median']:.2f} s a step of {case['flops_per_step'] / 1e9:.0f} GFLOP"
         yield f"{name}: the model's operations over {beside}", figure, spread_text(case["mfu"]), target
         yield f"{name}: the same by CPU time", "", spread_text(case["mfu_by_cpu"]), ""
     for name, ratio in found["time_ratios"].items():
         yield f"{name}: CPU time of a step, beside without", "", spread_text(ratio), ""
-
-
-def _threads(found: Mapping[str, Any]) -> str:
-    return f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
 
 
 def _memory(found: Mapping[str, Any]) -> Iterator[Row]:
@@ -340,14 +331,6 @@ def _against(facts: Mapping[str, Any]) -> Iterator[Row]:
             yield f"{run}: CPU time of a step, {beside}", f"{own['cpu_s']['median']:.3f} s", spread_text(ratio), ""
             less = f"{own['peak_bytes'] / other['peak_bytes']:.2f}"
             yield f"{run}: peak memory, {beside}", f"{own['peak_bytes'] / 1e6:.0f} MB", less, ""
-
-
-def _profile(found: Mapping[str, Any]) -> str:
-    if not found:
-        return ""
-    groups = next(iter(found.values()))["groups"]
-    rows = [(group, *(f"{each['groups'][group]:.1%}" for each in found.values())) for group in groups]
-    return "\n" + Table(["share of a step", *numbers(*found)], rows).to_markdown()
 
 
 def step_figures(facts: Mapping[str, Any]) -> Iterator[Figure]:

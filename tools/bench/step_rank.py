@@ -33,9 +33,7 @@ from regen_dist.observe.hardware import peak_tflops
 from regen_dist.training.loop import Stepper
 from regen_dist.training.metrics import StepMeter
 from regen_dist.training.run import build_task
-from tools.bench.common import Case, Rounds, Turn, ratio, spread
-
-_KIB = 1024
+from tools.bench.common import Case, Rounds, Turn, forget_peak, memory_now_bytes, ratio, spread
 
 
 def result_file(folder: Path, rank: int) -> Path:
@@ -114,18 +112,6 @@ def _shape(batch: Any) -> dict[str, Any]:
         return {"samples": samples, "frames": frames, "size": size}
     samples, clips, _, *size = batch.content.shape
     return {"samples": samples, "frames": 2 * clips, "size": size, "text_tokens": batch.mask.shape[1]}
-
-
-def memory_now_bytes(name: str) -> int:
-    """A figure of /proc/self/status: `VmRSS` is resident now, `VmHWM` was at most since the process began, or since
-    `forget_peak`."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) * _KIB for line in lines if line.startswith(f"{name}:"))
-
-
-def forget_peak() -> None:
-    """Reset `VmHWM` (Linux, proc(5): clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def tensor_peak(work: Callable[[], object]) -> int:

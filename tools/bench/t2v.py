@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from torch import Tensor
 
 from regen_dist.checkpoint.export import MODEL_FILE, write_model
-from regen_dist.config.embedder import EmbedderConfig
+from regen_dist.config import EmbedderConfig, T2VConfig, config_hash, load_config, load_embedder_config
 from regen_dist.config.exported import EXPORT_CONFIG_FILE, ExportConfig
-from regen_dist.config.files import write_text_atomically
+from regen_dist.config.files import t2v_only, write_text_atomically
 from regen_dist.config.preencode import PreencodeConfig
 from regen_dist.config.t2v import TextConfig
 from regen_dist.data.format.catalogue import open_dataset
@@ -31,7 +29,6 @@ from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import DataError
 from regen_dist.inference.encoder import FrozenEncoder
 from regen_dist.inference.preencode import preencode
-from regen_dist.jsontext import json_text
 from regen_dist.models.embedder import build_model
 from regen_dist.models.text import make_small_encoder
 from regen_dist.pixels import to_float
@@ -41,20 +38,18 @@ from tools.bench.common import (
     Figure,
     Rounds,
     Turn,
+    config_facts,
     in_turn,
     measured,
+    opening_facts,
     ratio,
     split_arguments,
     spread_text,
     summary,
     turn_of,
+    write_record,
 )
 from tools.shards.progress import stopping_cleanly
-
-if TYPE_CHECKING:
-    from regen_dist.config import EmbedderConfig, T2VConfig
-    from regen_dist.data.loading.latent_loader import LatentBatch
-
 
 _KEPT_STEPS = 8  # whose batches are kept in memory
 
@@ -84,15 +79,11 @@ def t2v(
     """
     from rich.console import Console
 
-    from regen_dist.config import config_hash
-    from regen_dist.observe.hardware import describe_machine
-
     console = Console(stderr=True)
     config, asked = split_arguments(config, overrides or [], _CONFIG)
     run, own = _run(config, asked)
     encoding, encoding_own = _embedder(embedder, run)
-    facts: dict[str, Any] = {"command": " ".join(["regen", *sys.argv[1:]]), "machine": describe_machine()}
-    facts |= {"load_before": os.getloadavg(), "config": str(config), "overrides": own, "config_hash": config_hash(run)}
+    facts = opening_facts() | config_facts(config, own, run)
     facts |= {"embedder": str(embedder), "embedder_overrides": encoding_own, "embedder_hash": config_hash(encoding)}
     facts |= {"batch": run.train.batch_global, "seconds": seconds, "repeats": repeats, "warm_steps": WARM_STEPS}
     out.mkdir(parents=True, exist_ok=True)
@@ -106,11 +97,7 @@ def t2v(
             on_turn=lambda name, turn: console.print(f"  {name}: {turn.rate:.2f} steps/s"),
         )  # fmt: skip
         facts["data"] = made.facts | {"reads": "local folder, warm page cache", "text_bytes": trained.text_bytes}
-    facts["load_after"] = os.getloadavg()
-    (out / "t2v.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
-    (out / "t2v.md").write_text(table(facts), encoding="utf-8")
-    print(table(facts))
-    console.print(f"written: {out / 't2v.json'}, {out / 't2v.md'}", markup=False)
+    write_record(out, "t2v", facts, table(facts))
 
 
 class _Training:
@@ -146,9 +133,6 @@ class _Training:
 
     def feeds(self, embedder: EmbedderConfig, side: int) -> dict[str, Feed]:
         """Return the sources of batches by name."""
-        from regen_dist.data.loading.datasets import TrainingSet
-        from regen_dist.inference.encoder import FrozenEncoder
-
         train, accumulation = self._config.train, self._config.train.accumulation
         encoder = FrozenEncoder.load(self._made.embedder, device=self._ranks.device)
         held = kept(self._task.batches(self._ranks, 0), _KEPT_STEPS * accumulation)
@@ -169,9 +153,6 @@ class _Training:
 
 def _run(config: Path, asked: Sequence[str]) -> tuple[T2VConfig, list[str]]:
     """Return the config and overrides of the training: one process, uniform rows."""
-    from regen_dist.config import load_config
-    from regen_dist.config.files import t2v_only
-
     own = [f"engine.precision={stages.working_precision()}", *asked, "engine.kind=plain", "data.image_fraction=0"]
     own += ["data.validation_url=null", "generation.embedder=null"]
     rows = max(t2v_only(load_config(config, own), str(config)).data.clips)
@@ -181,8 +162,6 @@ def _run(config: Path, asked: Sequence[str]) -> tuple[T2VConfig, list[str]]:
 
 def _embedder(config: Path, run: T2VConfig) -> tuple[EmbedderConfig, list[str]]:
     """Return the config and overrides of the embedder that makes a run's cache."""
-    from regen_dist.config import load_embedder_config
-
     own = [f"model.latent.channels={run.model.latent_channels}", f"engine.precision={run.engine.precision}"]
     own += ["data.image_fraction=0", "data.stride=[1]", "data.flip=false", "data.validation_url=null"]
     return load_embedder_config(config, own), own
@@ -342,8 +321,10 @@ def compare(
         repeats: turns of each.
         on_turn: called after each turn.
     """
-    cases = {name: _case(step, feed, seconds) for name, feed in feeds.items()}
-    cases[READER] = _case(take, feeds[CACHE], seconds)
+    wanted = {name: (step, feed) for name, feed in feeds.items()} | {READER: (take, feeds[CACHE])}
+    cases = {
+        name: lambda run=run, feed=feed: steps_per_second(run, feed(), seconds) for name, (run, feed) in wanted.items()
+    }
     return section(in_turn(cases, repeats, on_turn))
 
 
@@ -385,10 +366,6 @@ def steps_per_second(step: TakeStep, batches: Generator[LatentBatch], seconds: f
     finally:
         batches.close()
     return turn_of(steps, costs, data_wait=timed.waited_s / costs["seconds"])
-
-
-def _case(step: TakeStep, feed: Feed, seconds: float) -> Callable[[], Turn]:
-    return lambda: steps_per_second(step, feed(), seconds)
 
 
 class _Timed(Iterator[LatentBatch]):

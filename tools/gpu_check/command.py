@@ -118,14 +118,14 @@ class Part:
 
 PARTS = (
     Part("versions", "machine:versions", "driver, CUDA, cuDNN, NCCL; a group of one rank and its gloo twin"),
-    Part("attention", "attention:attention", "every kernel against the textbook, forward and backward; TFLOP/s"),
-    Part("convolutions", "convolutions:convolutions", "bf16 Conv3d against float32, beyond 1.8e9 elements too"),
-    Part("optimizers", "optimizers:optimizers", "fused AdamW and FusedAdam against AdamW, saved and resumed"),
+    Part("attention", "numerics:attention", "every kernel against the textbook, forward and backward; TFLOP/s"),
+    Part("convolutions", "numerics:convolutions", "bf16 Conv3d against float32, beyond 1.8e9 elements too"),
+    Part("optimizers", "numerics:optimizers", "fused AdamW and FusedAdam against AdamW, saved and resumed"),
     Part("zero3", "zero3:zero3", "ZeRO-3 of one rank against the plain engine; prefetch; save and restore", 180.0),
     Part("embedders", "speed:embedders", "clips/s of encoder and decoder, profile, synchronisations of a step", 180.0),
     Part("t2v-blocks", "speed:t2v_blocks", "eight blocks of the 5B transformer: MFU and HFU"),
     Part("t2v-5b", "speed:t2v_5b", "the whole 5B model, one row: peak memory against `regen describe`", 180.0),
-    Part("ranks", "ranks:ranks", "a rank that raises amid a collective ends the job in seconds, with its traceback"),
+    Part("ranks", "worker:ranks", "a rank that raises amid a collective ends the job in seconds, with its traceback"),
     Part("tests", "machine:tests", "the tests that are marked `cuda`", 180.0),
 )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from regen_dist.errors import RegenError
 from regen_dist.programs import python
+from tools import stages
 
 Choice = TypeVar("Choice")
 _PACKAGES = ("regen-dist", "torch", "deepspeed", "flash-attn", "flash-attn-3", "apex")
@@ -172,7 +172,7 @@ def tests(machine: Machine) -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         raise PartLeftOut("needs pytest: pip install -e '.[dev]'")
     command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", str(folder))
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    done = stages.run_program(command, folder=_ROOT)
     print(done.stdout, done.stderr, flush=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
     if done.returncode:

@@ -26,6 +26,7 @@ from regen_dist.models.memory import memory_bytes
 from regen_dist.observe.hardware import peak_tflops
 from regen_dist.programs import regen as regen_command
 from regen_dist.training.run import build_task
+from tools.bench.common import run_side_by_side
 from tools.bench.compression_measure import TRAINED, CropSize, load_clips, measure_arm
 from tools.bench.compression_runs import (
     CompressionArm,
@@ -33,7 +34,6 @@ from tools.bench.compression_runs import (
     num_steps,
     paced_config,
     regen,
-    run_side_by_side,
     training_facts,
     training_pace,
 )

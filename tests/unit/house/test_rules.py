@@ -25,14 +25,12 @@ SHORT = """
     regen_dist/config/version.py regen_dist/evaluation/reconstruction_table.py
     regen_dist/inference/hub/replacements.py regen_dist/jsontext.py
     regen_dist/pixels.py regen_dist/programs.py
-    launcher/pipelines/cli.py launcher/preflight/report.py tools/bench/data_start.py tools/cli.py
-    tools/describe/command.py tools/evaluate.py tools/gpu_check/convolutions.py tools/gpu_check/ranks.py
-    tools/gpu_check/worker.py tools/preencode.py tools/text.py tools/train.py
+    launcher/pipelines/cli.py launcher/preflight/report.py tools/cli.py
+    tools/describe/command.py tools/evaluate.py tools/preencode.py tools/text.py tools/train.py
 """
 LONG = """
     regen_dist/data/video/reader.py regen_dist/inference/preencode.py regen_dist/observe/hang_detector.py
-    tools/bench/checkpoint_cases.py tools/bench/codec.py
-    tools/bench/compression_report.py tools/bench/compression_runs.py
+    tools/bench/checkpoint_cases.py tools/bench/compression_report.py
 """
 LONG_FUNCTIONS = {  # of these all but one are commands, whose parameters are their flags
     "tools/checkpoint/maintenance.py:export", "tools/describe/command.py:describe", "tools/evaluate.py:evaluate",

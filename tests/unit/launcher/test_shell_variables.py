@@ -25,7 +25,7 @@ from regen_dist.distributed.environment import RankInfo, read_rank_info, starts_
 from regen_dist.errors import ConfigError
 from regen_dist.programs import GPUS_PER_NODE, STOP_CHECKED
 from tools import generate, stages, train
-from tools.bench.compression_runs import run_side_by_side
+from tools.bench.common import run_side_by_side
 
 MEETING = {"MASTER_ADDR": "10.9.9.9", "MASTER_PORT": "1"}
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
@@ -81,7 +81,7 @@ def test_ranks_hear_of_their_place_from_the_launcher_alone(tmp_path: Path) -> No
 def test_commands_that_show_or_compare_hand_no_ranks_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Demo and miniature run commands by `stages`, benches by `arms` too."""
     program = [sys.executable, "-c", written(tmp_path / "told")]
-    monkeypatch.setattr(stages, "command", lambda arguments: program)
+    monkeypatch.setattr(stages, "regen", lambda *arguments: program)
     for start in (
         lambda: stages.run(["generate"]),
         lambda: stages.run_until(["train"], tmp_path, None),

@@ -62,7 +62,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run folder of a stand-in for the training."""
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
-    monkeypatch.setattr(stages, "command", lambda arguments: [sys.executable, str(script), *arguments])
+    monkeypatch.setattr(stages, "regen", lambda *arguments: [sys.executable, str(script), *arguments])
     monkeypatch.setattr(stages, "_POLL_S", 0.02)
     return tmp_path / "run"
 
@@ -140,7 +140,7 @@ import signal, sys
 from tools import stages
 if {nohup}:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-stages.command = lambda arguments: [sys.executable, "-c", {stage!r}]
+stages.regen = lambda *arguments: [sys.executable, "-c", {stage!r}]
 try:
     {"ended = stages.run_until(['train'], stages.Path(), None)" if nohup else "stages.run(['shards'])"}
 except stages.typer.Exit as ended:

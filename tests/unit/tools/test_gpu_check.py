@@ -19,7 +19,8 @@ from regen_dist.config.run import OptimizerConfig
 from regen_dist.errors import BackendError, ConfigError, RegenError
 from tests.helpers.machine import wait_until_gone
 from tools.cli import app
-from tools.gpu_check import command, optimizers, speed
+from tools.gpu_check import command, numerics, speed
+from tools.gpu_check import machine as machine_module
 from tools.gpu_check import worker as worker_module
 from tools.gpu_check.command import PARTS, Part, all_passed, chosen_parts, run_part, training_part
 from tools.gpu_check.machine import Machine, PartLeftOut, relative_error, require_close
@@ -118,8 +119,6 @@ def test_one_failed_part_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_errors_of_a_part_become_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools.gpu_check import machine as module
-
     machine = Machine(torch.device("cpu"))
 
     def made(error: Exception | None) -> dict[str, Any]:
@@ -128,7 +127,7 @@ def test_errors_of_a_part_become_its_result(monkeypatch: pytest.MonkeyPatch) -> 
                 raise error
             return {"figure": 1, "summary": "fine"}
 
-        monkeypatch.setattr(module, "versions", part)
+        monkeypatch.setattr(machine_module, "versions", part)
         return run_check("machine:versions", machine)
 
     assert made(None) == {"status": "passed", "summary": "fine", "facts": {"figure": 1}}
@@ -142,9 +141,7 @@ def test_a_part_that_a_small_gpu_has_no_room_for_is_left_out(
     monkeypatch: pytest.MonkeyPatch, gib: float, status: str
 ) -> None:
     """On one of 80 GB, for which the parts are sized, it fails."""
-    from tools.gpu_check import machine as module
-
-    monkeypatch.setattr(module, "versions", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(machine_module, "versions", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: mock.Mock(total_memory=gib * 2**30))
     found = run_check("machine:versions", Machine(torch.device("cuda", 0)))
     assert found["status"] == status
@@ -159,7 +156,7 @@ def test_a_comparison_fails_where_numbers_differ_or_are_none() -> None:
             require_close("wrong", relative_error(wrong, x), 1e-2)
 
 
-@pytest.mark.parametrize("function", ["attention:attention", "convolutions:convolutions", "optimizers:optimizers"])
+@pytest.mark.parametrize("function", ["numerics:attention", "numerics:convolutions", "numerics:optimizers"])
 def test_numeric_parts_run_on_the_cpu(function: str) -> None:
     found = run_check(function, Machine(torch.device("cpu")))
     assert found["status"] == "passed", found
@@ -174,14 +171,14 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, kernels = Machine(torch.device("cpu")), BACKENDS["sdpa"].build
     wrong = Entry(kernels._replace(attend=lambda q, k, v: kernels.attend(q, k, v) * 1.01))
     monkeypatch.setitem(BACKENDS._entries, "sdpa", wrong)
-    assert "sdpa, full, result" in run_check("attention:attention", machine)["summary"]
+    assert "sdpa, full, result" in run_check("numerics:attention", machine)["summary"]
     rest = CausalConv._rest
     monkeypatch.setattr(
         CausalConv, "_rest", lambda self, x, rows: rest(self, x, rows) * (1.05 if x.dtype == torch.bfloat16 else 1)
     )
-    assert "frames after it" in run_check("convolutions:convolutions", machine)["summary"]
-    monkeypatch.setattr(optimizers, "set_num_updates", lambda optimizer, updates: None)
-    assert run_check("optimizers:optimizers", machine)["status"] == "failed"
+    assert "frames after it" in run_check("numerics:convolutions", machine)["summary"]
+    monkeypatch.setattr(numerics, "set_num_updates", lambda optimizer, updates: None)
+    assert run_check("numerics:optimizers", machine)["status"] == "failed"
 
 
 class _Precise(torch.optim.AdamW):
@@ -206,9 +203,9 @@ def test_an_optimizer_that_rounds_less_is_far_from_the_tolerance(monkeypatch: py
         groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, decays, strict=True)]
         return _Precise(groups, lr=config.lr, betas=config.betas)
 
-    monkeypatch.setattr(optimizers, "build_optimizer", build)
-    errors = optimizers.optimizers(Machine(torch.device("cpu")))["errors"]
-    assert max(errors.values()) < optimizers._TOLERANCE / 2
+    monkeypatch.setattr(numerics, "build_optimizer", build)
+    errors = numerics.optimizers(Machine(torch.device("cpu")))["errors"]
+    assert max(errors.values()) < numerics._UPDATE_TOLERANCE / 2
 
 
 @pytest.mark.parametrize(
@@ -280,3 +277,12 @@ def test_parts_compute_as_a_training_does(on_gpu: bool, tmp_path: Path, monkeypa
     )
     worker_module.main()
     assert asked == [("cuda" if on_gpu else "cpu", False)]
+
+
+def test_the_tests_end_with_a_check_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their process is the kernel's to end, as those of the other parts."""
+    parents: list[int] = []
+    monkeypatch.setattr("launcher.supervise.die_with", lambda parent: parents.append(parent) or (lambda: None))
+    monkeypatch.setattr(machine_module, "python", lambda *_: [sys.executable, "-c", "print('1 passed in 1 s')"])
+    assert machine_module.tests(Machine(torch.device("cpu"))) == {"summary": "1 passed in 1 s"}
+    assert parents == [os.getpid()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from regen_dist.errors import ConfigError, DataError, TrainingError
-from tools.bench.common import ChangeKind, Figure, changes, split_arguments, table
+from tools import stages
+from tools.bench.common import ChangeKind, Figure, changes, only_one, split_arguments, table
 from tools.bench.everything import SpeedBench, declared
 from tools.cli import app
 
@@ -127,6 +129,7 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(records: tuple[Path
     other.write_text(json.dumps({"command": "regen bench step"}))
     for arguments, error, why in (
         (["--new", records[0]], ConfigError, "--compare OLD.json"),
+        (["--new", records[0], "--compare", records[0], "--only", "t2v"], ConfigError, "leave out --only"),
         (["--compare", tmp_path / "none.json"], DataError, "cannot be read"),
         (["--compare", other], DataError, "no record of `regen bench all`"),
         (["--out", tmp_path / "out", "--", "--steps=1"], ConfigError, "name one with --only"),
@@ -135,6 +138,38 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(records: tuple[Path
         assert isinstance(result.exception, error), result.output
         assert why in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bench_alone_leaves_those_of_others_in_the_record(
+    records: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is compared alone: the others are not of this run."""
+    record = json.loads(records[1].read_text())
+
+    def ran(arguments: list[str], folder: Path, *_: Any) -> stages.StageExit:
+        folder.mkdir(exist_ok=True)
+        (folder / "t2v.json").write_text(json.dumps(record["t2v"]))
+        return stages.StageExit(0, False)
+
+    monkeypatch.setattr(stages, "run_until", ran)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "all.json").write_text(records[0].read_text())
+    result = _all("--only", "t2v", "--out", out, "--compare", records[0])
+    assert "as they were: checkpoint, data" in result.output
+    assert "| checkpoint |" not in result.output
+    assert json.loads((out / "all.json").read_text()) == record
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
+    with only_one(tmp_path):
+        for arguments in (["ablation", f"--out={tmp_path}"], ["all", f"--out={tmp_path}"]):
+            result = CliRunner().invoke(app, ["bench", *arguments])
+            assert isinstance(result.exception, ConfigError)
+            assert f"in use by process {os.getpid()} on " in str(result.exception)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"], "nothing was begun"
+    with only_one(tmp_path):
+        pass
 
 
 def test_the_config_may_be_left_out() -> None:

@@ -23,6 +23,7 @@ from tests.helpers.jobs import wait_until
 from tests.helpers.machine import wait_until_gone
 from tests.helpers.tiny import tiny_dataset, tiny_model, tiny_run
 from tools.bench import compression_runs
+from tools.bench.common import run_side_by_side
 from tools.bench.compression_runs import (
     COMPRESSIONS,
     LEAST_STEPS,
@@ -43,7 +44,6 @@ from tools.bench.compression_runs import (
     paper_form_alone,
     regen,
     regen_alone,
-    run_side_by_side,
     stages_of,
     training_facts,
     training_pace,
@@ -249,7 +249,7 @@ def _runs(out: Path, minutes: float = 2.0) -> Runs:
 def test_every_arm_is_paced_tuned_and_trained_once(tmp_path: Path, started: list[dict[str, Sequence[str]]]) -> None:
     runs = _runs(tmp_path)
     for _ in range(2):
-        runs.claim()
+        runs.claim(tune=True)
         runs.pace(ARMS, tune=True)
         tuning = runs.tune(ARMS, tune=True)
     probes, tuned = started
@@ -280,15 +280,31 @@ def test_without_tuning_the_rate_is_the_configs(tmp_path: Path, started: list[di
 
 def test_another_budget_or_config_needs_another_folder(tmp_path: Path) -> None:
     runs = _runs(tmp_path)
-    runs.claim()
-    runs.claim()
+    runs.claim(tune=True)
+    runs.claim(tune=True)
     with pytest.raises(ConfigError, match=r"have 2 minutes each, now 3 are asked for; give --minutes-per-arm 2"):
-        replace(runs, minutes=3.0).claim()
+        replace(runs, minutes=3.0).claim(tune=True)
     with pytest.raises(ConfigError, match="start from another config"):
         replace(
             runs, base=runs.base.model_copy(update={"data": runs.base.data.model_copy(update={"flip": False})})
-        ).claim()
+        ).claim(tune=True)
     assert json.loads((tmp_path / "minutes.json").read_text()) == 2.0
+
+
+def test_tuned_and_untuned_arms_need_folders_of_their_own(tmp_path: Path) -> None:
+    """Beside arms that were trained at tuned rates, others at the config's would stand in one table."""
+    tuned, plain = _runs(tmp_path / "tuned"), _runs(tmp_path / "plain")
+    for runs in (tuned, plain):
+        runs.claim(tune=True)
+        runs.claim(tune=False)
+    (tuned.out / "tuning.json").write_text("{}")
+    (plain.out / "arms").mkdir()
+    with pytest.raises(ConfigError, match="have tuned learning rates; leave out --no-tune"):
+        tuned.claim(tune=False)
+    with pytest.raises(ConfigError, match="have the learning rate of the config; give --no-tune"):
+        plain.claim(tune=True)
+    tuned.claim(tune=True)
+    plain.claim(tune=False)
 
 
 def test_measures_and_runs_have_their_places(tmp_path: Path) -> None:
@@ -363,7 +379,7 @@ def test_an_interruption_ends_what_runs_and_starts_nothing_more(tmp_path: Path) 
 def test_a_killed_bench_leaves_no_training_behind(tmp_path: Path) -> None:
     """SIGKILL of the bench: the kernel ends what it has started."""
     code = (
-        "import sys; from pathlib import Path; from tools.bench.compression_runs import run_side_by_side\n"
+        "import sys; from pathlib import Path; from tools.bench.common import run_side_by_side\n"
         "wait = 'import os, time; print(os.getpid(), flush=True); time.sleep(300)'\n"
         "run_side_by_side({'a': [sys.executable, '-c', wait]}, logs=Path(sys.argv[1]), at_once=1)\n"
     )
