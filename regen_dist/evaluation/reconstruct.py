@@ -86,10 +86,10 @@ def reconstruct(
         progress(pair.index + 1)
 
     options.check(codec)
-    cuts = source.cuts() if options.cuts else ()
     if source.path.resolve() in ((out / name).resolve() for name in (RECONSTRUCTION, SIDE_BY_SIDE)):
         raise DataError(f"{source.path} would be replaced by its reconstruction; choose another --out")
     _make_folder(out)
+    cuts = source.cuts() if options.cuts else ()
     with ExitStack() as stack:
         rate = source.rate if options.fps is None else options.fps
         alone = stack.enter_context(VideoWriter(out / RECONSTRUCTION, rate))
@@ -104,9 +104,8 @@ def reconstruct(
         (out / METRICS).unlink(missing_ok=True)  # of an earlier run: it must not describe the new videos
     title = f"{source.path.name}   {measurement.psnr_db:.2f} dB, {measurement.latent_bits_per_pixel:.3f} bits per pixel"
     write_sheet(out / SHEET, columns.numbers, columns.source, {label: columns.decoded}, title=title)
-    report = _report(source, cuts, options, label, model, measurement)
-    if compare:
-        report["trivial"] = measure_trivial(source, codec.num_frames, options, cuts)
+    trivial = {"trivial": measure_trivial(source, codec.num_frames, options, cuts)} if compare else {}
+    report = _report(source, cuts, options, label, model, measurement) | trivial
     write_text_atomically(out / METRICS, json_text(report, indent=2) + "\n")
     return report
 

@@ -388,7 +388,7 @@ class Window:
     """One encoded clip of a longer video.
 
     Attributes:
-        latents: of one clip (B = 1).
+        latents: the clip's latents (B = 1).
         start: frame of the video where it starts.
         length: its frames.
         fade: frames that a cross-fade with a neighbour may reach past the middle (`blend_weights`).

@@ -26,6 +26,7 @@ from regen_dist.config import EmbedderConfig, config_hash
 from regen_dist.config.files import load_section, write_text_atomically
 from regen_dist.config.run import SPATIAL_COMPRESSION, Fraction, PositiveInt, Section
 from regen_dist.data.video import reader as video
+from regen_dist.data.video.conversion import fit_geometry
 from regen_dist.data.video.scenes import Analysis, analyse, is_frozen, missed_cut, shots
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import VideoMeter, Vmaf, psnr_db, squared_error, vmaf
@@ -159,7 +160,7 @@ def read_stretch(folder: Path, stretch: ClipSpan, size: tuple[int, int], short_s
         with video.VideoReader(path) as reader:
             shape = reader.info()
             place = stretch.crop_y, stretch.crop_x
-            geometry = video.fit_geometry(shape.height, shape.width, size, short_side, *map(_below_one, place))
+            geometry = fit_geometry(shape.height, shape.width, size, short_side, *map(_below_one, place))
             numbers = range(stretch.first, stretch.first + stretch.frames)
             return np.ascontiguousarray(video.read_clip(reader, numbers, geometry).transpose(1, 2, 3, 0))
     except DataError as error:

@@ -29,7 +29,7 @@ SHORT = """
     tools/describe/command.py tools/evaluate.py tools/preencode.py tools/text.py tools/train.py
 """
 LONG = """
-    regen_dist/data/video/reader.py regen_dist/inference/preencode.py regen_dist/observe/hang_detector.py
+    regen_dist/inference/preencode.py regen_dist/observe/hang_detector.py
     tools/bench/checkpoint_cases.py tools/bench/compression_report.py
 """
 LONG_FUNCTIONS = {  # of these all but one are commands, whose parameters are their flags
