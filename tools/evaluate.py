@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tools.generate import parse_size
 from tools.shards.progress import stopping_cleanly
 
 
@@ -57,7 +57,8 @@ def evaluate(
     from regen_dist.evaluation.perceptual import load_features, load_lpips
     from regen_dist.evaluation.protocol import find_videos, load_protocol
 
-    changes = {"short_side": short_side, "crop": _sides(crop), "frames": frames, "steps": steps, "seed": seed}
+    sides = None if crop is None else parse_size(crop, "--crop")
+    changes = {"short_side": short_side, "crop": sides, "frames": frames, "steps": steps, "seed": seed}
     pinned = load_protocol(protocol, **changes, segment_frames=segment_frames)
     models = load_models([PACKAGED] if model is None else model,
                          steps=pinned.steps, clip_frames=clip_frames, baselines=baselines)  # fmt: skip
@@ -75,14 +76,3 @@ def evaluate(
     page = write_page(out, facts)
     print(text)
     log(f"Written: {page}, {out / 'evaluation.json'}, {out / 'evaluation.md'}")
-
-
-def _sides(crop: str | None) -> tuple[int, int] | None:
-    from regen_dist.errors import ConfigError
-
-    if crop is None:
-        return None
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", crop)
-    if not found:
-        raise ConfigError(f"--crop {crop!r} is no size: give HEIGHTxWIDTH, such as 256x256")
-    return int(found[1]), int(found[2])

@@ -18,7 +18,7 @@ from tools.reconstruct import Weights
 from tools.shards.progress import parse_task, stopping_cleanly
 
 if TYPE_CHECKING:
-    from regen_dist.inference.generate import Generated, Prompt
+    from regen_dist.inference.generate import Prompt
     from regen_dist.inference.generation_settings import GenerationSettings
     from regen_dist.inference.given_media import GivenMedia
     from regen_dist.inference.sampler import TextToVideoModel
@@ -130,14 +130,17 @@ def generate(
             model, codec, lambda: load_text_encoder(model.space, text, device), share, out, settings, batch=batch,
             paths=paths, layout=names, given=media, progress=progress,
         )  # fmt: skip
-    _print_summary(found, out)
+    for cut in found.cut:
+        typer.echo(f"warning: a prompt has more tokens than the text encoder takes and was cut: {cut[:80]}…", err=True)
+    there = f"; {len(found.skipped)} were there" if found.skipped else ""
+    typer.echo(f"{out}: {len(found.made)} generated{there}")
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     """Parse "192x320" to (height, width); ConfigError if it is malformed."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
-        raise ConfigError(f"--size {text}: write HEIGHTxWIDTH in pixels, such as 192x320")
+        raise ConfigError(f"{option} {text}: write HEIGHTxWIDTH in pixels, such as 192x320")
     return int(match[1]), int(match[2])
 
 
@@ -198,10 +201,3 @@ def _describe(model: TextToVideoModel, settings: GenerationSettings, count: int,
         f"{settings.frames} frames of {settings.height}x{settings.width} at {settings.fps:g} fps, {settings.steps} "
         f"steps of {settings.sampler}, guidance {settings.guidance:g}"
     )
-
-
-def _print_summary(found: Generated, out: Path) -> None:
-    for cut in found.cut:
-        typer.echo(f"warning: a prompt has more tokens than the text encoder takes and was cut: {cut[:80]}…", err=True)
-    there = f"; {len(found.skipped)} were there" if found.skipped else ""
-    typer.echo(f"{out}: {len(found.made)} generated{there}")

@@ -167,7 +167,8 @@ def vmaf(reference: Path, distorted: Path, *, executable: str | None = None) -> 
         try:
             run = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
             if run.returncode:
-                return Vmaf(None, f"ffmpeg ended with {run.returncode}: {_last_line(run.stderr)}")
+                last_line = (run.stderr.strip().splitlines() or ["no output"])[-1]
+                return Vmaf(None, f"ffmpeg ended with {run.returncode}: {last_line}")
             log = json.loads((Path(folder) / "vmaf.json").read_text())
             return Vmaf(float(log["pooled_metrics"]["vmaf"]["mean"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -186,11 +187,6 @@ def _ffmpeg() -> str:
     with needing_extra("VMAF"):
         import imageio_ffmpeg
     return str(imageio_ffmpeg.get_ffmpeg_exe())
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
 
 
 # Roundtrip of a whole video through a codec, measured against its source on the way.

@@ -100,7 +100,11 @@ def write_page(
             main=next((row for row in rows if row.main), None),
             gallery=[(caption, _videos(arms, caption)) for caption in captions],
             curves={name: found for name, run in runs.items() if (found := _curves(run))},
-            grids={arm.name: _grids(arm) for arm in arms if arm.name != WRONG_CAPTIONS},
+            grids={
+                arm.name: [_grid(name, confusion) for name, confusion in arm.confusions.items()]
+                for arm in arms
+                if arm.name != WRONG_CAPTIONS
+            },
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )
@@ -138,10 +142,6 @@ def _words(reading: Reading, wanted: Attributes) -> list[tuple[str, bool]]:
 def _curves(run: Path) -> list[Curve]:
     record = run / "metrics.jsonl"
     return draw_curves(read_record(record)) if record.is_file() else []
-
-
-def _grids(arm: ScoredVideos) -> list[_Grid]:
-    return [_grid(name, confusion) for name, confusion in arm.confusions.items()]
 
 
 def _grid(attribute: str, confusion: Confusion) -> _Grid:

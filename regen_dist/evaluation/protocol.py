@@ -195,10 +195,10 @@ def find_videos(folder: Path, protocol: Protocol, out: Path | None = None) -> li
 
     Raises:
         DataError: there is no such folder, no video in it, or a listed one is missing or found twice; two videos have
-            one name; a video cannot be read.
+            one name, or a name is not UTF-8; a video cannot be read.
     """
     if folder.is_file() and not protocol.videos:
-        return [PinnedVideo(folder, protocol)]
+        return _each_name_once([PinnedVideo(folder, protocol)])
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder with videos; give the folder that holds them")
     files = sorted(path for path in folder.rglob("*") if _is_source(path, out))
@@ -231,6 +231,9 @@ def _is_source(path: Path, out: Path | None) -> bool:
 
 def _each_name_once(videos: list[PinnedVideo]) -> list[PinnedVideo]:
     names = [video.name for video in videos]
+    odd = [name for name in names if name.encode(errors="ignore").decode() != name]
+    if odd:
+        raise DataError(f"the name of {odd[0]!a} is not UTF-8; rename it, as the page and the JSON name videos")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"several videos are called {', '.join(twice)}; rename them: the page identifies them by name")

@@ -95,11 +95,9 @@ def draw_curves(lines: Sequence[dict[str, Any]]) -> list[Curve]:
 
 
 def _series(lines: Sequence[dict[str, Any]], line_kind: str, key: str) -> Series:
-    return [(line["step"], line[key]) for line in lines if line["kind"] == line_kind and _is_number(line.get(key))]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Points of one figure, where it is a number."""
+    of_kind = [line for line in lines if line["kind"] == line_kind and isinstance(line.get(key), int | float)]
+    return [(line["step"], line[key]) for line in of_kind if math.isfinite(line[key])]
 
 
 def _draw(kind: _Kind, series: Mapping[str, Series], resumed: Sequence[int]) -> str:

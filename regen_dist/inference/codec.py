@@ -29,7 +29,7 @@ from regen_dist.inference.latent_space import LatentStatistics, only_raw, read_s
 from regen_dist.models.decoder import ReceptiveField, decoder_receptive_field, encoder_receptive_field
 from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
 from regen_dist.models.embedder import Baseline, Regen
-from regen_dist.models.encoder import Latents, check_clip
+from regen_dist.models.encoder import Encoder, Latents, check_clip
 from regen_dist.models.layers import require_cudnn
 from regen_dist.observe.hardware import choose_device, inference_dtype
 
@@ -172,7 +172,7 @@ class Codec:
         """
         found = find_embedder(path, weights)
         model = build_with_weights(found.config.model, found.weights(), found.what)
-        set_expected_encoder(model, found.data)
+        set_expected_encoder(model.encoder, found.data)
         statistics = None if found.run is not None else read_statistics(found.path / STATISTICS_FILE)
         return cls(model, found.config, device or choose_device(), found.step, statistics)
 
@@ -334,14 +334,8 @@ class Codec:
 
 
 def finite(made: Tensor, dtype: torch.dtype, act: str, given: str) -> Tensor:
-    """Return a model's result; CheckpointError where it is not finite.
-
-    Args:
-        made: the result.
-        dtype: precision that the model computes in.
-        act: the model and its act, for the error.
-        given: another cause than the weights, for the error.
-    """
+    """Return the result `made` of a model's `act` in `dtype`; CheckpointError where it is not finite, because of the
+    weights or of what was `given`."""
     if bool(torch.isfinite(made).all()):
         return made
     if dtype is torch.float16:
@@ -355,10 +349,10 @@ def finite(made: Tensor, dtype: torch.dtype, act: str, given: str) -> Tensor:
     )
 
 
-def set_expected_encoder(model: Regen | Baseline, facts: Mapping[str, Any] | None) -> None:
-    """Check that a model has the frozen encoder that it was trained with, where the checkpoint's `facts` name one."""
-    if isinstance(model.encoder, DiffusersEncoder):
-        model.encoder.expected = (facts or {}).get(ENCODER_FACT)
+def set_expected_encoder(encoder: Encoder | DiffusersEncoder, facts: Mapping[str, Any] | None) -> None:
+    """Let a frozen encoder check that it is the one of the training, where the checkpoint's `facts` name one."""
+    if isinstance(encoder, DiffusersEncoder):
+        encoder.expected = (facts or {}).get(ENCODER_FACT)
 
 
 def _whole(times: Tensor, length: int) -> Tensor:

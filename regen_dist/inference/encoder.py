@@ -18,9 +18,9 @@ from regen_dist.checkpoint.load_model import find_embedder
 from regen_dist.config.exported import ExportConfig
 from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError
-from regen_dist.inference.codec import Codec
+from regen_dist.inference.codec import Codec, set_expected_encoder
 from regen_dist.jsontext import json_text
-from regen_dist.models.diffusers_encoder import ENCODER_FACT, DiffusersEncoder
+from regen_dist.models.diffusers_encoder import DiffusersEncoder
 from regen_dist.models.embedder import build_encoder
 from regen_dist.models.encoder import Encoder, Latents
 from regen_dist.models.layers import require_cudnn
@@ -72,7 +72,7 @@ class FrozenEncoder:
         """
         found = find_embedder(path, weights)
         encoder = _encoder_with(found.config, found.weights(_PREFIX), found.what)
-        _expect(encoder, found.data)
+        set_expected_encoder(encoder, found.data)
         is_known = found.run is not None or found.config.origin is not None
         origin = {"run": found.name, "step": found.step} if is_known else {}
         return cls(encoder, found.config, device or choose_device(), origin)
@@ -95,11 +95,6 @@ class FrozenEncoder:
             "weights": self.config.weights,
             **self._origin,
         }
-
-
-def _expect(encoder: Encoder | DiffusersEncoder, facts: Mapping[str, Any] | None) -> None:
-    if isinstance(encoder, DiffusersEncoder):
-        encoder.expected = (facts or {}).get(ENCODER_FACT)
 
 
 def check_embedder(codec: Codec, facts: Mapping[str, Any], where: str) -> None:

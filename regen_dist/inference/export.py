@@ -240,7 +240,9 @@ def _complete_t2v(
 
 
 def _statistics(made: Path, config: EmbedderConfig, options: ExportOptions, progress: Progress) -> LatentStatistics:
-    data = config.data if options.data is None else _data_at(config.data, options.data)
+    data = config.data
+    if options.data is not None:  # clips cut in the same way, of another dataset
+        data = DataConfig.model_validate(data.model_dump() | {"url": options.data, "mixture": ()})
     codec = Codec.load(made)
     try:
         return measure_statistics(
@@ -252,11 +254,6 @@ def _statistics(made: Path, config: EmbedderConfig, options: ExportOptions, prog
             f"the clips for the latent statistics cannot be read; give --data URL, where such clips are, or "
             f"--no-statistics: {error}"
         ) from error
-
-
-def _data_at(data: DataConfig, url: str) -> DataConfig:
-    """Data config that cuts clips in the same way, read from another location."""
-    return DataConfig.model_validate(data.model_dump() | {"url": url, "mixture": ()})
 
 
 def _check_target(out: Path, force: bool) -> None:

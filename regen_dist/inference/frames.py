@@ -64,6 +64,8 @@ class SourceVideo:
             found = "it is a pipe or a device" if path.exists() else "there is no such file"
             found = "it is a folder" if path.is_dir() else found
             raise DataError(f"no video at {path}: {found}; give the path of a video file")
+        if not path.stat().st_size:
+            raise DataError(f"{path} is empty (0 bytes); copy the file again, or leave it out")
         self.path = path
         with _named_errors(path), VideoReader(path) as reader:
             self._table = reader.table

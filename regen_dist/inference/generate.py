@@ -57,6 +57,9 @@ class Prompt(NamedTuple):
     sample: int = 0  # index among several videos of one prompt, from 0
 
 
+MediaLookup = Callable[[Prompt], GivenMedia | None]
+
+
 class CaptionEncoder(Protocol):
     """Interface of a text encoder: `regen_dist.models.text.TextEncoder`, or any object with the same methods."""
 
@@ -229,7 +232,7 @@ class GeneratedFiles:
         provenance: dict[str, Any],
         paths: dict[str, str | None],
         layout: Layout = Layout(),
-        given: Callable[[Prompt], dict[str, Any] | None] = lambda prompt: None,
+        given: MediaLookup = lambda prompt: None,
     ) -> None:
         self.folder, self._settings, self._layout, self._given = folder, settings, layout, given
         self._provenance, self._paths = provenance, paths
@@ -281,7 +284,7 @@ class GeneratedFiles:
             "file": self._media_path(prompt).name,
             "settings": asdict(self._settings),
             **({"sample": prompt.sample, "seed": self._settings.seed + prompt.sample} if prompt.sample else {}),
-            **({} if given is None else {"given": given}),
+            **({} if given is None else {"given": given.facts()}),
             **self._provenance,
         }
         read_back: dict[str, Any] = json.loads(json_text(facts))
@@ -302,9 +305,6 @@ def _write_image(path: Path, frames: Iterable[list[Frame]]) -> None:
     data = io.BytesIO()
     Image.fromarray(frame).save(data, "PNG")
     write_bytes_atomically(path, data.getvalue())
-
-
-MediaLookup = Callable[[Prompt], GivenMedia | None]
 
 
 class Generated(NamedTuple):
@@ -357,7 +357,7 @@ def generate(
         raise ConfigError("one frame is asked for, and an image or a video is given to go on from; ask for more frames")
     media_of = _media_lookup(given, prompts)
     provenance = _provenance(model, codec, settings, clips_given(given))
-    files = GeneratedFiles(out, settings, provenance, paths or {}, layout, lambda prompt: _facts(media_of(prompt)))
+    files = GeneratedFiles(out, settings, provenance, paths or {}, layout, media_of)
     for prompt in prompts:
         if (media := media_of(prompt)) is not None:
             files.check_kept(prompt, media.path)
@@ -387,10 +387,6 @@ def _media_lookup(given: GivenMedia | Mapping[int, GivenMedia] | None, prompts: 
             f"{missing[0]:05d}{suffix}"
         )
     return lambda prompt: given[prompt.number]
-
-
-def _facts(media: GivenMedia | None) -> dict[str, Any] | None:
-    return None if media is None else media.facts()
 
 
 def sample_rows(

@@ -147,7 +147,8 @@ class LatentStatistics:
 
     def to_text(self) -> str:
         """Serialise to JSON; equal numbers give equal bytes."""
-        parts = {name: None if part is None else part.to_json() for name, part in self._parts().items()}
+        clips, images = (None if part is None else part.to_json() for part in (self.clips, self.images))
+        parts = {"clips": clips, "images": images}
         return json_text({"format": STATISTICS_FORMAT, **parts, "measured_on": self.measured_on}, indent=1) + "\n"
 
     def __add__(self, other: LatentStatistics) -> LatentStatistics:
@@ -157,9 +158,6 @@ class LatentStatistics:
             for mine, theirs in ((self.clips, other.clips), (self.images, other.images))
         )
         return LatentStatistics(clips, images, self.measured_on)
-
-    def _parts(self) -> dict[str, LatentSpread | None]:
-        return {"clips": self.clips, "images": self.images}
 
 
 def read_statistics(path: Path) -> LatentStatistics | None:

@@ -19,7 +19,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from regen_dist import __version__
 from regen_dist.config.preencode import PreencodeConfig
@@ -208,7 +207,7 @@ def encode_pixels(encoder: FrozenEncoder, clips: list[UInt8s]) -> Latents:
     tf32 = torch.backends.cudnn.allow_tf32
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
         latents = encoder.encode(to_float(video))
-    return Latents(*(_stored(part) for part in latents))
+    return Latents(*(part.to("cpu", torch.bfloat16) for part in latents))
 
 
 class Batches:
@@ -248,10 +247,6 @@ class Batches:
         latents = encode_pixels(self._encoder, [clip for _, _, clip in batch])
         for place, (video, number, _) in enumerate(batch):
             video.done[number] = Latents(*(part[place : place + 1] for part in latents))
-
-
-def _stored(latents: Tensor) -> Tensor:
-    return latents.to("cpu", torch.bfloat16)
 
 
 # Clips of many videos, decoded ahead by several threads, in order and with bounded memory.

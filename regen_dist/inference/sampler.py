@@ -181,7 +181,9 @@ class TextToVideoModel:
         space = read_space(found.path)
         if untrained:
             facts = {"run": found.name, "step": 0, "weights": "untrained", "config_hash": found.config_hash}
-            return cls(_fresh(found.config), found.config, space, device, facts)
+            with torch.random.fork_rng(devices=[]):  # torch's own generator neither matters nor changes
+                torch.manual_seed(found.config.seed)
+                return cls(build_model(found.config.model), found.config, space, device, facts)
         model = build_with_weights(found.config.model, found.weights(), found.what)
         return cls(model, found.config, space, device, found.facts())
 
@@ -217,10 +219,3 @@ class TextToVideoModel:
     def facts(self) -> dict[str, Any]:
         """Facts about the weights for records. A run and its unrounded export have the same facts."""
         return dict(self._origin)
-
-
-def _fresh(config: T2VExportConfig) -> TextToVideo:
-    """Model with the initial weights of training. The state of torch's own generator neither matters nor changes."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return build_model(config.model)

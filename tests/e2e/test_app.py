@@ -71,7 +71,7 @@ def address(folder: Path) -> Iterator[str]:
     log = folder / "app.log"
     with log.open("w") as file:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "True"}
-        environment |= dict.fromkeys(("ALL_PROXY", "HTTP_PROXY", "http_proxy"), "socks5://127.0.0.1:9")  # of no use
+        environment |= dict.fromkeys(("ALL_PROXY", "HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")  # of no use
         server = subprocess.Popen(regen("app", *map(str, options)), stdout=file, stderr=file, env=environment)
     try:
         for _ in range(1200):

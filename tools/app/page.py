@@ -14,7 +14,7 @@ import gradio as gr
 from regen_dist.errors import ConfigError, RegenError
 from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES
 from regen_dist.tables import Table
-from tools.app.runner import Job, JobRunner, Kind, checked
+from tools.app.runner import Job, JobRunner, checked
 from tools.app.uploads import (
     Limits,
     ListedModel,
@@ -386,6 +386,3 @@ def launch(page: gr.Blocks, state: AppState, host: str, port: int) -> str:
     except OSError as error:
         raise ConfigError(f"{host}:{port} cannot be bound ({error}); give another port with --port") from error
     return str(address)
-
-
-__all__ = ["AppState", "Kind", "banner", "build_page", "job_banner", "launch"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -86,6 +87,10 @@ def test_what_does_not_fit_is_refused_with_names(folder: Path, tmp_path: Path) -
     write_video(folder / "deep" / "a.mp4", moving_square(2, 48, 64), 10)
     with pytest.raises(DataError, match="several videos are called a"):
         find_videos(folder, Protocol())
+    foreign = tmp_path / os.fsdecode(b"\xe9t\xe9.mp4")
+    shutil.copy(folder / "a.mp4", foreign)
+    with pytest.raises(DataError, match=r"the name of '\\udce9t\\udce9' is not UTF-8; rename it"):
+        find_videos(foreign, Protocol())
     with pytest.raises(ConfigError, match="protocol is not valid"):
         load_protocol(None, frames=0)
     with pytest.raises(ConfigError, match="protocol is not valid"):

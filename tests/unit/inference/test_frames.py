@@ -114,6 +114,8 @@ def test_unreadable(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.mp4", tmp_path, text, empty, sound):
         with pytest.raises(DataError, match=path.name):
             SourceVideo(path)
+    with pytest.raises(DataError, match=r"empty\.mp4 is empty \(0 bytes\)"):
+        SourceVideo(empty)
 
 
 def test_a_pipe_is_no_missing_file(tmp_path: Path) -> None:
