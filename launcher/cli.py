@@ -177,13 +177,11 @@ def run_preflight(request: SubmissionRequest, *, force: bool) -> None:
 
 def print_submitted(job: Submission) -> None:
     """Print where the job was submitted and how to follow it."""
+    from regen_dist.config.yaml_files import display
+
     where = "on this machine" if job.cluster.kind == "local" else f"to {job.cluster_name}"
     size = f"{job.cluster.nodes} node(s) x {job.cluster.ranks_per_node} rank(s)" if job.distributed else "1 process"
     array = f", {len(job.tasks)} tasks" if job.is_array else ""
-    base = shlex.quote(_relative(job.folder.parents[1]))
+    base = shlex.quote(display(job.folder.parents[1]))
     print(f"submitted {job.name} {where} as job {job.id()}: {size}{array}")
     print(f"watch it: regen jobs; regen jobs logs {base} --follow; regen jobs stop {base}")
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

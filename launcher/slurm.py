@@ -100,15 +100,7 @@ def run_program(program: str, *arguments: str) -> str:
         SlurmUnreachable: the controller did not answer.
         BackendError: the program is not installed, or failed (with its message).
     """
-    if shutil.which(program) is None:
-        raise BackendError(f"{program} not found: run this where Slurm is installed, such as a login node")
-    try:
-        ended = subprocess.run(
-            [program, *arguments], env=client_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=_TIMEOUT_S, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise SlurmUnreachable(f"{program} did not answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
+    ended = _run(program, *arguments)
     if ended.returncode:
         output = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()
         raise (SlurmUnreachable if is_unreachable("\n".join(output)) else BackendError)(
@@ -116,6 +108,18 @@ def run_program(program: str, *arguments: str) -> str:
             "; check the job's settings, and with `sinfo` that Slurm answers"
         )
     return ended.stdout.strip()
+
+
+def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which(program) is None:
+        raise BackendError(f"{program} not found: run this where Slurm is installed, such as a login node")
+    try:
+        return subprocess.run(
+            [program, *arguments], env=client_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise SlurmUnreachable(f"{program} did not answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
 
 
 def is_unreachable(message: str) -> bool:
@@ -163,11 +167,13 @@ def expand(nodelist: str) -> tuple[str, ...]:
 
 def lost_nodes(nodes: Sequence[str]) -> tuple[str, ...]:
     """Return the nodes among `nodes` that have lost their jobs. A node that is being drained still runs its own."""
-    if not nodes:
-        return ()
-    lines = run_program("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T").splitlines()
-    states = dict(line.split(maxsplit=1) for line in lines)
+    states = _node_states(f"--nodes={','.join(nodes)}") if nodes else {}
     return tuple(node for node in nodes if _is_lost(states.get(node, "").upper()))
+
+
+def _node_states(*chosen: str) -> dict[str, str]:
+    lines = run_program("sinfo", "--noheader", "--Node", "--format=%N %T", *chosen).splitlines()
+    return dict(line.split(maxsplit=1) for line in lines)
 
 
 def _is_lost(state: str) -> bool:
@@ -176,9 +182,7 @@ def _is_lost(state: str) -> bool:
 
 def unavailable_nodes(partition: str | None) -> int:
     """Count the nodes of a partition, or of all, on which no job starts now: down, drained or being drained."""
-    chosen = [f"--partition={partition}"] if partition else []
-    lines = run_program("sinfo", "--noheader", "--Node", "--format=%N %T", *chosen).splitlines()
-    states = dict(line.split(maxsplit=1) for line in lines)
+    states = _node_states(*([f"--partition={partition}"] if partition else []))
     return sum(state.endswith("*") or state.upper().startswith(_GONE) for state in states.values())
 
 
@@ -190,18 +194,10 @@ def refusal(script: str) -> str:
         SlurmUnreachable: the controller did not answer.
         BackendError: there is no sbatch.
     """
-    if not is_available():
-        raise BackendError("sbatch not found: no job can be tried out here")
     with tempfile.TemporaryDirectory(prefix="regen-") as folder:
         path = Path(folder) / "job.sh"
         path.write_text(script, encoding="utf-8")
-        try:
-            ended = subprocess.run(
-                ["sbatch", "--test-only", *options(script), str(path)], env=client_environment(),
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise SlurmUnreachable(f"sbatch gave no answer within {_TIMEOUT_S:.0f} s; is the controller up?") from None
+        ended = _run("sbatch", "--test-only", *options(script), str(path))
     if ended.returncode == 0:
         return ""
     if is_unreachable(ended.stderr):

@@ -149,7 +149,7 @@ def _folder(name: str, root: Path) -> Path:
         waits = folder.parent.name == TASKS and (folder.parents[1] / LAUNCH).is_dir()  # pending: it has no folder yet
         if folder.is_dir() or waits:
             return folder.resolve() if folder.is_symlink() else Path(os.path.normpath(folder.absolute()))
-    known = _names(find_jobs(root).runs, root)
+    known = [shown_name(run.folder, root) for run in find_jobs(root).runs]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[-5:]
     hint = f"; there are {', '.join(close)}" if close else ""
     raise ConfigError(f"{name}: no such folder here or in {root}{hint} (another root: --root)")
@@ -181,10 +181,6 @@ def _earlier_place(folder: Path) -> Path | None:
             was = read_job(path.parent).folder.parents[1]
             return None if was.resolve() == folder.resolve() else was
     return None
-
-
-def _names(runs: Sequence[SubmittedRun], root: Path) -> list[str]:
-    return [shown_name(run.folder, root) for run in runs]
 
 
 def shown_name(folder: Path, root: Path) -> str:

@@ -40,15 +40,12 @@ def rank_log(member: Member, rank: int) -> Path:
 def launcher_logs(member: Member) -> list[Path]:
     """Return the non-empty logs of the batch script, srun and Submitit for the newest submission, or of its supervisor
     on this machine."""
-    names = [member.queue_id]
-    if member.job.cluster.kind == "local":
-        names = [each.start.job for each in read_history(member.task.launch)]
-    log_files = [path for name in names for path in sorted((member.job.folder / "submitit").glob(f"{name}_*_log.*"))]
-    if member.job.cluster.kind == "slurm":  # "12_0_log.err": task 0 of an array, or node 0 of a single job
-        log_files = sorted((member.job.folder / "submitit").glob(f"{member.queue_id}_[0-9]*_log.*"))
-    return [
-        path for path in [*log_files, member.job.folder / local_executor.LOG] if path.is_file() and path.stat().st_size
-    ]
+    local = member.job.cluster.kind == "local"
+    names = [each.start.job for each in read_history(member.task.launch)] if local else [member.queue_id]
+    folder = member.job.folder / "submitit"  # "12_0_log.err": task 0 of an array, or node 0 of a single job
+    log_files = [path for name in names for path in sorted(folder.glob(f"{name}_[0-9]*_log.*"))]
+    log_files.append(member.job.folder / local_executor.LOG)
+    return [path for path in log_files if path.is_file() and path.stat().st_size]
 
 
 def log_sources(member: Member, rank: int | None, *, launcher: bool) -> list[Path]:

@@ -46,7 +46,11 @@ def scheduler(subject: Subject) -> Iterator[PreflightFinding]:
     elif _WRONG_ARRAY in refused:
         yield problem(f"Slurm would refuse the array of {len(request.tasks)} tasks: {refused}. {_array_limit()}")
     elif refused:
-        what = f"{cluster.nodes} node(s) x {cluster.gpus_per_node} GPU(s) for {cluster.time_min} min"
+        what = (
+            f"{cluster.nodes} node(s) x {cluster.gpus_per_node} GPU(s) for {cluster.time_min} min; "
+            f"{cluster.ranks_per_node} rank(s) a node, cpus_per_task {cluster.cpus_per_task or 'not set'}, "
+            f"memory_gb {cluster.memory_gb or 'not set'}"
+        )
         yield problem(f"Slurm would refuse the job ({what}): {refused}. {_allowed(partitions, cluster)}")
     elif partitions:
         yield from _check_time_limit(partitions, cluster)

@@ -10,6 +10,7 @@ is alive as long as it renews its claim. Clocks of other machines are never comp
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -117,8 +118,6 @@ def _process_start(pid: int) -> int | None:
 
 def parse_holder(text: bytes) -> Holder | None:
     """Parse the JSON text of a claim; None if it is not a claim."""
-    import json
-
     try:
         found = json.loads(text)
         return Holder(**{each.name: found[each.name] for each in fields(Holder)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from regen_dist.config.run import (
     SPATIAL_COMPRESSION,
@@ -13,9 +13,9 @@ from regen_dist.config.run import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ReadableUrl,
     Section,
 )
-from regen_dist.config.urls import expand_home, parse_url
 
 
 class ReadConfig(Section):
@@ -43,24 +43,18 @@ class ReadConfig(Section):
 class SourceConfig(Section):
     """One dataset of a mixture."""
 
-    url: str = Field(description="Dataset: a folder or a URL (s3://, gs://, az://, https://, hf://).")
+    url: ReadableUrl = Field(description="Dataset: a folder or a URL (s3://, gs://, az://, https://, hf://).")
     weight: PositiveFloat = Field(default=1.0, description="Share of the samples, relative to the other weights.")
-
-    @field_validator("url")
-    @classmethod
-    def _url_is_one_we_read(cls, url: str) -> str:
-        parse_url(url)
-        return expand_home(url)
 
 
 class MixtureConfig(Section):
     """Sources of samples: one dataset or several, and how they are read."""
 
-    url: str | None = Field(
+    url: ReadableUrl | None = Field(
         default=None, description="The one training dataset, a folder or a URL; for several give `mixture` instead."
     )
     mixture: tuple[SourceConfig, ...] = Field(default=(), description="Several training datasets, drawn by weight.")
-    validation_url: str | None = Field(
+    validation_url: ReadableUrl | None = Field(
         default=None, description="Dataset of the validation, a folder or a URL; null: the first training dataset."
     )
     image_fraction: Fraction = Field(
@@ -80,13 +74,6 @@ class MixtureConfig(Section):
     def weights(self) -> tuple[float, ...] | None:
         """Return the weights of `sources`; None for a single dataset."""
         return tuple(source.weight for source in self.mixture) if self.url is None else None
-
-    @field_validator("url", "validation_url")
-    @classmethod
-    def _url_is_one_we_read(cls, url: str | None) -> str | None:
-        if url is not None:
-            parse_url(url)
-        return None if url is None else expand_home(url)
 
     @model_validator(mode="after")
     def _check_sources(self) -> Self:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from regen_dist.config.datasets import ReadConfig
 from regen_dist.config.files import load_section
-from regen_dist.config.run import HomePath, PositiveInt, Section
+from regen_dist.config.run import HomePath, PositiveInt, ReadableUrl, Section, WritableUrl
 from regen_dist.config.t2v import SIDE_MULTIPLE, TextConfig
-from regen_dist.config.urls import checked_url, expand_home, parse_url
 
 
 class PreencodeConfig(Section):
@@ -21,8 +20,8 @@ class PreencodeConfig(Section):
     weights: Literal["ema", "plain"] = Field(
         default="ema", description="Weights of a run: their moving average, or those of the last step."
     )
-    data: str = Field(description="Dataset of videos: a folder or a URL.")
-    output: str = Field(description="Folder or URL of the cache; empty, or begun by the same config.")
+    data: ReadableUrl = Field(description="Dataset of videos: a folder or a URL.")
+    output: WritableUrl = Field(description="Folder or URL of the cache; empty, or begun by the same config.")
     buckets: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
         default=(),
         description="Sizes (height, width) in pixels, each video goes to the one it fits best; empty: stored sides, "
@@ -40,17 +39,6 @@ class PreencodeConfig(Section):
         description="Clips that are encoded at once: changes speed, memory, and the last bits of the latents.",
     )
     read: ReadConfig = Field(default=ReadConfig(), description="Reading from the store.")
-
-    @field_validator("data")
-    @classmethod
-    def _url_is_one_we_read(cls, url: str) -> str:
-        parse_url(url)
-        return expand_home(url)
-
-    @field_validator("output")
-    @classmethod
-    def _url_is_one_we_write(cls, url: str) -> str:
-        return expand_home(checked_url(url))
 
     @model_validator(mode="after")
     def _check_sides(self) -> PreencodeConfig:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from regen_dist.config.urls import checked_url, expand_home
+from regen_dist.config.urls import checked_url, expand_home, readable_url
 from regen_dist.errors import ConfigError
 
 SPATIAL_COMPRESSION = 8  # paper: one latent cell per 8x8 pixels
@@ -21,6 +21,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 SamplerName = Literal["euler", "heun", "dpmpp_2m"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HomePath = Annotated[str, AfterValidator(expand_home)]  # a path or URL whose `~` is expanded once, here
+WritableUrl = Annotated[str, AfterValidator(checked_url), AfterValidator(expand_home)]
+ReadableUrl = Annotated[str, AfterValidator(readable_url)]
 
 
 def check_seed(seed: int) -> None:
@@ -38,7 +40,7 @@ class Section(BaseModel):
 class CheckpointConfig(Section):
     """Checkpoints: location, interval, retention and verification. Intervals in optimizer steps."""
 
-    url: str | None = Field(
+    url: WritableUrl | None = Field(
         default=None, description="Folder or URL, the run's name is appended; null: checkpoints/ in the run folder."
     )
     every: PositiveInt = Field(default=1000, description="Optimizer steps between checkpoints.")
@@ -62,11 +64,6 @@ class CheckpointConfig(Section):
     best_is: Literal["max", "min"] = Field(
         default="max", description="Best value of `best_metric`: the largest or smallest."
     )
-
-    @field_validator("url")
-    @classmethod
-    def _url_is_one_we_write(cls, url: str | None) -> str | None:
-        return None if url is None else expand_home(checked_url(url))
 
 
 class SpikeConfig(Section):

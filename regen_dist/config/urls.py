@@ -106,6 +106,12 @@ def expand_home(path: str) -> str:
     return expanded
 
 
+def readable_url(url: str) -> str:
+    """Return `url` with its `~` expanded; raise ValueError if it cannot be read from (for the config's validators)."""
+    parse_url(url)
+    return expand_home(url)
+
+
 def checked_url(url: str) -> str:
     """Return `url` unchanged; raise ValueError if it cannot be written to (for the config's validators)."""
     if parse_url(url).read_only:

@@ -140,7 +140,11 @@ class RunCheckpoints:
             manifest = None
         self._run_id = self._ranks.on_main(lambda: own_run_id(self._config, manifest))
         if manifest is not None:
-            self._check_belongs(manifest)
+            # The same model, discriminator and order of the data, as `regen check` looks for beforehand.
+            trainer = self._engine.discriminator
+            refuse(another_model(self._config, manifest, self._shapes))
+            refuse(another_discriminator(self._config, manifest, None if trainer is None else trainer.shapes()))
+            refuse(another_order(self._config, manifest, self._identity))
             self.newest, self.rollbacks = manifest.step, manifest.rollbacks
         return manifest
 
@@ -249,10 +253,3 @@ class RunCheckpoints:
     def checksums(self) -> bool:
         """Return whether every byte of a checkpoint is compared before it is loaded."""
         return self._config.checkpoint.verify == "checksums"
-
-    def _check_belongs(self, manifest: CheckpointManifest) -> None:
-        """Refuse another model, discriminator or order of the data, as `regen check` does beforehand."""
-        trainer = self._engine.discriminator
-        refuse(another_model(self._config, manifest, self._shapes))
-        refuse(another_discriminator(self._config, manifest, None if trainer is None else trainer.shapes()))
-        refuse(another_order(self._config, manifest, self._identity))

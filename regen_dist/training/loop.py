@@ -1,4 +1,4 @@
-"""The training step and loop of every task: load, step, guard, log, validate, save, stop?"""
+"""The training step and loop of every task: load, step, guard, log, save, stop? validate."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ def build_trainer(
     progress = checkpoints.resume(fresh=fresh)
     if progress.step < config.train.steps:  # what is wrong with it must not end the run at its first validation
         task.read_validation(ranks)
-    meter = StepMeter(ranks, config.train.batch_global, _peak_tflops(config, ranks))
+    peak = config.train.peak_tflops or peak_tflops(ranks.device, precision_of(config.engine.precision))
+    meter = StepMeter(ranks, config.train.batch_global, peak)
     reporter = Reporter(config, ranks, progress.step)
     reporter.event(progress.step, task.data.summary())
     checkpoints.on_saved = reporter.checkpoint
@@ -118,11 +119,6 @@ def build_trainer(
         mark=mark,
         gradient_hooks=hooks,
     )  # fmt: skip
-
-
-def _peak_tflops(config: AnyRunConfig, ranks: Ranks) -> float:
-    """Return the peak rate of one rank, for MFU: as configured, else looked up or measured."""
-    return config.train.peak_tflops or peak_tflops(ranks.device, precision_of(config.engine.precision))
 
 
 def _show_kernels() -> None:

@@ -131,7 +131,14 @@ def test_a_job_that_fits(here: SlurmCluster, tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"partition": "nope"}, ["Invalid partition name", "no partition 'nope'; set partition to one of: main, high"]),
-        ({"nodes": 3}, ["(3 node(s) x 0 GPU(s) for 10 min)", "configuration is not available", "at most 2 node(s)"]),
+        (
+            {"nodes": 3},
+            [
+                "(3 node(s) x 0 GPU(s) for 10 min;",
+                "configuration is not available",
+                "at most 2 node(s)",
+            ],
+        ),
         ({"gpus_per_node": 8}, ["(2 node(s) x 8 GPU(s)", "configuration is not available", "(gpu:2, 4 cores"]),
         ({"gpu_type": "h100", "gpus_per_node": 1}, ["configuration is not available"]),
         ({"constraint": "a100"}, ["Invalid feature specification"]),

@@ -45,7 +45,7 @@ def shards(folder: Path) -> Path:
 def config(folder: Path, shards: Path) -> Path:
     made = tiny_run(
         folder / "runs", shards, engine__kind="zero3", engine__precision="bf16", data__workers=1,
-        train__steps=STEPS, train__validate_every=8, wandb__mode="offline",
+        train__steps=STEPS, train__validate_at_start=True, wandb__mode="offline",
     )  # fmt: skip
     path = folder / "tiny.yaml"
     path.write_text(to_yaml(made))
@@ -92,10 +92,10 @@ def test_a_run_folder_holds_all_that_was_promised(run: Path, config: Path) -> No
     ):
         assert all(math.isfinite(line[name]) for line in train), name
     validations = read_record(run / "metrics.jsonl", "validation")
-    assert [line["step"] for line in validations] == [8, STEPS]
+    assert [line["step"] for line in validations] == [0, STEPS]
     assert all(line["psnr_db"] > 3 for line in validations)
     pictures = sorted((run / "pictures").iterdir())
-    assert [picture.name for picture in pictures] == ["step-00000008.png", f"step-{STEPS:08d}.png"]
+    assert [picture.name for picture in pictures] == ["step-00000000.png", f"step-{STEPS:08d}.png"]
     with Image.open(pictures[0]) as picture:
         assert picture.width > 100
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
