@@ -58,7 +58,6 @@ from regen_dist.inference.preencode_clips import (
     Pending,
     count_clips,
     cut_video,
-    decoders,
     fingerprint_of,
     open_inputs,
 )
@@ -271,7 +270,6 @@ def _encoded(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[P
 
 
 def _jobs(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[DecodeJob[Pending]]:
-    """Yield the videos to decode as their bytes arrive."""
     first = int(np.sum([shard.samples for shard in tools.dataset.manifest.shards[:number]], dtype=np.int64))
     wanted = (
         (video, [SampleLocation(0, tools.dataset.row(first + place))])
@@ -283,7 +281,6 @@ def _jobs(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[Deco
 
 
 def _add(writer: ShardWriter, video: Pending, captions: Captions | None) -> Sums:
-    """Write an entry and return its contribution to the sums."""
     sample, cut, latents = video.sample, video.cut, video.latents()
     text = None if captions is None else captions.embedding(sample.caption)
     data = pack_latents(*latents, text, {"frames_left_out": str(cut.left_out)})
@@ -528,7 +525,7 @@ def _tools(config: PreencodeConfig, inputs: Inputs, store: Store, max_bad_share:
     if inputs.text is not None:
         text = inputs.text, as_stored(inputs.text.null())
         _write_null_text(store, pack_null_text(text[1]))
-    with Fetcher([inputs.dataset], config.read) as fetcher, decoders() as threads:
+    with Fetcher([inputs.dataset], config.read) as fetcher, Decoders() as threads:
         yield Tools(config, inputs.dataset, inputs.encoder, text, fetcher, threads, max_bad_share)
 
 
@@ -545,7 +542,6 @@ def _write_null_text(store: Store, data: bytes) -> None:
 
 
 def _encode(tools: Tools, store: Store, todo: Sequence[int], progress: Progress) -> EncodedCounts:
-    """Make the shards of these source shards."""
     total, done, encoded = _units(tools, todo), 0, EncodedCounts()
 
     def report_progress(units: int) -> None:

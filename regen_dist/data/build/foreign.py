@@ -33,6 +33,7 @@ from regen_dist.data.format.manifest import (
     Note,
     Skip,
     read_all,
+    read_plan,
     to_json,
     write_manifest,
 )
@@ -336,8 +337,7 @@ def index_name(tar: str) -> str:
 
 def _claim(store: Store, indices: Sequence[str], shards_url: str | None) -> None:
     """Make sure that nothing is overwritten that this command did not make."""
-    found = store.list()
-    plan = _plan(store.get(PLAN)) if PLAN in found else None
+    plan = read_plan(store)
     if plan is not None:
         made_by, tars = plan.get("kind", "build"), plan.get("shards_url")
         if made_by != "index":
@@ -353,6 +353,7 @@ def _claim(store: Store, indices: Sequence[str], shards_url: str | None) -> None
         if store.folder is not None:
             remove_leftovers(store.folder)
         return
+    found = store.list()
     theirs = [name for name in (PLAN, MANIFEST, *indices) if name in found]
     if theirs:
         raise DataError(
@@ -362,15 +363,6 @@ def _claim(store: Store, indices: Sequence[str], shards_url: str | None) -> None
     plan = {"kind": "index", "schema_version": SCHEMA_VERSION, "shards_url": shards_url}
     if not store.put_new(PLAN, to_json(plan)):
         _claim(store, indices, shards_url)  # another process was quicker; it may have claimed it for something else
-
-
-def _plan(data: bytes) -> dict[str, Any] | None:
-    """A plan of ours; None when another program wrote it."""
-    try:
-        plan = json.loads(data)
-    except ValueError:
-        return None
-    return plan if isinstance(plan, dict) and "schema_version" in plan else None
 
 
 def _unfinished(store: Store, tars: dict[str, int], marks: dict[str, str | None], unwanted: LeftOut) -> list[str]:

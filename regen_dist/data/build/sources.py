@@ -244,7 +244,6 @@ def _own_rows(folder: str, sizes: dict[str, int], columns: Columns | None) -> tu
 
 
 def _spelled(folder: str, name: str) -> str:
-    """The path or the URL of a file of a folder."""
     local = Store(folder).folder
     return f"{folder}/{name}" if local is None else str(local / name)
 

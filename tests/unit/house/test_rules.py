@@ -30,7 +30,7 @@ SHORT = """
     tools/gpu_check/worker.py tools/preencode.py tools/text.py tools/train.py
 """
 LONG = """
-    regen_dist/data/video/reader.py regen_dist/inference/generate.py regen_dist/inference/preencode.py
+    regen_dist/inference/generate.py regen_dist/inference/preencode.py
     regen_dist/observe/hang_detector.py tools/bench/checkpoint_cases.py tools/bench/codec.py
     tools/bench/compression_report.py tools/bench/compression_runs.py
 """
