@@ -127,13 +127,21 @@ class _Space(NamedTuple):
 def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
     """Check the kind of the data, the facts of the latents against the config, and the embedder that decodes generated
     videos."""
-    manifests = {url: manifest_of(url, target) for url in dict.fromkeys(_urls(config)) if not target.will_be_there(url)}
+    urls = dict.fromkeys([*config.data.sources, config.data.validation_url])
+    manifests = {url: manifest_of(url, target) for url in urls if url and not target.will_be_there(url)}
     found = {url: manifest for url, manifest in manifests.items() if manifest}
     caches = {url: manifest for url, manifest in found.items() if manifest.get("kind") == KIND}
     if isinstance(config, EmbedderConfig):
-        yield from map(_no_videos, caches)
+        for url in caches:
+            text = (
+                f"{url} holds latents that `regen preencode` made, not videos; give the dataset of videos, or train a "
+                "text-to-video model on it (task: t2v)"
+            )
+            yield error("data", text, DataError)
         return
-    yield from (_no_latents(url) for url in found if url not in caches)
+    for url in (each for each in found if each not in caches):
+        text = f"{url} holds videos, not latents; make a cache of it with `regen preencode`, and give that cache"
+        yield error("data", text, DataError)
     spaces: dict[str, _Space] = {}
     for url, manifest in caches.items():
         try:
@@ -147,25 +155,6 @@ def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
         yield error("data", problem, DataError)
     yield from (finding for url, space in spaces.items() for finding in fits(config, url, space))
     yield from embedder(config, spaces, target)
-
-
-def _urls(config: AnyRunConfig) -> list[str]:
-    validation = config.data.validation_url
-    return [*config.data.sources, *([validation] if validation else [])]
-
-
-def _no_videos(url: str) -> Finding:
-    return error(
-        "data",
-        f"{url} holds latents that `regen preencode` made, not videos; give the dataset of videos, or train a "
-        "text-to-video model on it (task: t2v)",
-        DataError,
-    )
-
-
-def _no_latents(url: str) -> Finding:
-    text = f"{url} holds videos, not latents; make a cache of it with `regen preencode`, and give that cache"
-    return error("data", text, DataError)
 
 
 def _space(manifest: Mapping[str, Any]) -> _Space:

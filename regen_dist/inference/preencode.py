@@ -331,7 +331,6 @@ def write_cache_manifest(
         DataError: no entry is left, or a file is damaged.
     """
     numbers = range(len(dataset.manifest.shards))
-    _check_counts(store, dataset)
     sums = _sums(store, numbers)
     measured_on = {"dataset fingerprint": dataset.fingerprint}
     statistics = LatentStatistics(sums.clips, sums.images, measured_on).to_text()
@@ -354,19 +353,6 @@ def write_cache_manifest(
     return write_manifest(store, [_index(number) for number in numbers], KIND, options)
 
 
-def _check_counts(store: Store, dataset: Dataset) -> None:
-    """Raise DataError unless each shard accounts for every sample of its source shard, as an entry or as left out."""
-    shards = dataset.manifest.shards
-    for number, (name, data) in enumerate(read_all(store, [_index(number) for number in range(len(shards))])):
-        table, facts = read_index(data)
-        accounted = table.num_rows + len(facts["skipped"])
-        if accounted != shards[number].samples:
-            raise DataError(
-                f"{store.url}/{name}: accounts for {accounted} videos, {shards[number].name} holds "
-                f"{shards[number].samples}; remove {name} and run the same again, which makes that shard anew"
-            )
-
-
 def _index(number: int) -> str:
     return index_name(stem_of(number), 0)
 
@@ -379,10 +365,20 @@ def _sums(store: Store, numbers: Sequence[int]) -> Sums:
 
 
 def _of_entries(store: Store, numbers: Sequence[int], dataset: Dataset) -> dict[str, Any]:
-    """Median frame rate of the clips (of the images, where there are no clips), and source and pixel bytes."""
+    """Median frame rate of the clips (of the images, where there are no clips), and source and pixel bytes.
+
+    Raises:
+        DataError: a shard does not account for every sample of its source shard, as an entry or as left out.
+    """
     rates, still_rates, pixels = [np.empty(0)], [np.empty(0)], 0
-    for _, data in read_all(store, [_index(number) for number in numbers]):
-        table = read_index(data)[0]
+    indices = read_all(store, [_index(number) for number in numbers])
+    for source, (name, data) in zip(dataset.manifest.shards, indices, strict=True):
+        table, facts = read_index(data)
+        if (accounted := table.num_rows + len(facts["skipped"])) != source.samples:
+            raise DataError(
+                f"{store.url}/{name}: accounts for {accounted} videos, {source.name} holds {source.samples}; remove "
+                f"{name} and run the same again, which makes that shard anew"
+            )
         fps, frames = table["fps"].to_numpy(), table["frames"].to_numpy().astype(np.int64)
         rates.append(fps[frames > 1])
         still_rates.append(fps[frames == 1])

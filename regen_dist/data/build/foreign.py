@@ -191,7 +191,7 @@ def _caption(group: _Group, inner: str) -> str | None:
 
     Of KEY.left.mp4, whose `inner` name is "left", KEY.left.txt and KEY.left.json go before KEY.txt and KEY.json.
     """
-    kinds = (("txt", _plain_caption), ("json", _described_caption))
+    kinds = (("txt", lambda data: data.decode("utf-8-sig")), ("json", _described_caption))
     own = [(f"{inner}.{extension}", read) for extension, read in kinds] if inner else []
     for extension, read in (*own, *kinds):
         data = group.members.get(extension, (None, None))[1]
@@ -202,10 +202,6 @@ def _caption(group: _Group, inner: str) -> str | None:
         if caption:
             return caption.encode("utf-8", "replace").decode()  # JSON can carry halves of characters
     return None
-
-
-def _plain_caption(data: bytes) -> str:
-    return data.decode("utf-8-sig")
 
 
 def _described_caption(data: bytes) -> str:
