@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from regen_dist.errors import DataError
+from tools.shards.build import print_skipped
 from tools.shards.progress import parse_task, progress_bar, stopping_cleanly
 
 if TYPE_CHECKING:
     from regen_dist.config.preencode import PreencodeConfig
     from regen_dist.inference.preencode import Preencoded
-
-_SHOWN = 10
 
 
 def preencode(
@@ -88,10 +87,7 @@ def _print(made: Preencoded, output: str) -> None:
         f"{totals.bytes / 1e6:.2f} MB: {_share(totals.bytes, source)} of the videos' shards ({source / 1e6:.2f} MB), "
         f"{_share(totals.bytes, pixels)} of the pixels ({pixels / 1e6:.2f} MB)"
     )
-    for skip in skipped[:_SHOWN]:
-        typer.echo(f"  left out: {skip.source}: {skip.reason}")
-    if len(skipped) > _SHOWN:
-        typer.echo(f"  and {len(skipped) - _SHOWN} more, listed in manifest.json")
+    print_skipped(made.manifest)
 
 
 def _share(part: int, whole: int) -> str:

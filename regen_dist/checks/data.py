@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regen_dist.checks.findings import Finding, Target, error, run_concurrently
 from regen_dist.config import AnyRunConfig, EmbedderConfig, T2VConfig
@@ -16,6 +16,9 @@ from regen_dist.config.yaml_files import read_yaml
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, ConfigError, DataError, ObjectMissing
+
+if TYPE_CHECKING:
+    from regen_dist.data.format.latents import CacheFacts
 
 # A user is waiting: a store that is down is reported within seconds.
 READING = StoreLimits(stall_s=4.0, deadline_s=8.0, connect_s=4.0)
@@ -109,25 +112,9 @@ _OWN_LATENTS = {"cell": SPATIAL_COMPRESSION, "latent_frames": 2}  # facts about 
 _CONFIG = "config.yaml"  # in every run folder, and in every exported model
 
 
-class LatentFacts(Protocol):
-    """Facts about the latents of a cache; `text_width` is None where it has no text."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def num_frames(self) -> int: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def text_width(self) -> int | None: ...
-    @property
-    def encoder(self) -> Mapping[str, Any]: ...
-    @property
-    def preprocessing(self) -> Mapping[str, Any]: ...
-
-
 class _Space(NamedTuple):
-    """Facts about the latents, read from a manifest."""
+    """Facts about the latents, read from a manifest; `text_width` is None where there is no text. Of `CacheFacts`,
+    which needs torch, the same ones are taken."""
 
     fingerprint: str
     num_frames: int
@@ -140,13 +127,21 @@ class _Space(NamedTuple):
 def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
     """Check the kind of the data, the facts of the latents against the config, and the embedder that decodes generated
     videos."""
-    manifests = {url: manifest_of(url, target) for url in dict.fromkeys(_urls(config)) if not target.will_be_there(url)}
+    urls = dict.fromkeys([*config.data.sources, config.data.validation_url])
+    manifests = {url: manifest_of(url, target) for url in urls if url and not target.will_be_there(url)}
     found = {url: manifest for url, manifest in manifests.items() if manifest}
     caches = {url: manifest for url, manifest in found.items() if manifest.get("kind") == KIND}
     if isinstance(config, EmbedderConfig):
-        yield from map(_no_videos, caches)
+        for url in caches:
+            text = (
+                f"{url} holds latents that `regen preencode` made, not videos; give the dataset of videos, or train a "
+                "text-to-video model on it (task: t2v)"
+            )
+            yield error("data", text, DataError)
         return
-    yield from (_no_latents(url) for url in found if url not in caches)
+    for url in (each for each in found if each not in caches):
+        text = f"{url} holds videos, not latents; make a cache of it with `regen preencode`, and give that cache"
+        yield error("data", text, DataError)
     spaces: dict[str, _Space] = {}
     for url, manifest in caches.items():
         try:
@@ -162,25 +157,6 @@ def latents(config: AnyRunConfig, target: Target) -> Iterator[Finding]:
     yield from embedder(config, spaces, target)
 
 
-def _urls(config: AnyRunConfig) -> list[str]:
-    validation = config.data.validation_url
-    return [*config.data.sources, *([validation] if validation else [])]
-
-
-def _no_videos(url: str) -> Finding:
-    return error(
-        "data",
-        f"{url} holds latents that `regen preencode` made, not videos; give the dataset of videos, or train a "
-        "text-to-video model on it (task: t2v)",
-        DataError,
-    )
-
-
-def _no_latents(url: str) -> Finding:
-    text = f"{url} holds videos, not latents; make a cache of it with `regen preencode`, and give that cache"
-    return error("data", text, DataError)
-
-
 def _space(manifest: Mapping[str, Any]) -> _Space:
     options = manifest["options"]
     text_width = int(options["text"]["width"]) if options["text"] else None
@@ -189,7 +165,7 @@ def _space(manifest: Mapping[str, Any]) -> _Space:
     return _Space(str(options["fingerprint"]), int(options["num_frames"]), channels, text_width, encoder, preprocessing)
 
 
-def fits(config: T2VConfig, url: str, space: LatentFacts) -> Iterator[Finding]:
+def fits(config: T2VConfig, url: str, space: _Space | CacheFacts) -> Iterator[Finding]:
     """Check that the model's inputs match the cache."""
     model = config.model
     cell, frames = (int(space.encoder.get(name, own)) for name, own in _OWN_LATENTS.items())
@@ -226,7 +202,7 @@ def fits(config: T2VConfig, url: str, space: LatentFacts) -> Iterator[Finding]:
         )
 
 
-def embedder(config: T2VConfig, spaces: Mapping[str, LatentFacts], target: Target) -> Iterator[Finding]:
+def embedder(config: T2VConfig, spaces: Mapping[str, _Space | CacheFacts], target: Target) -> Iterator[Finding]:
     """Check that the embedder that decodes generated videos at validations exists and matches the caches."""
     path = config.generation.embedder
     if path is None or target.will_be_there(path):

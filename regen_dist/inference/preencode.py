@@ -58,7 +58,6 @@ from regen_dist.inference.preencode_clips import (
     Pending,
     count_clips,
     cut_video,
-    decoders,
     fingerprint_of,
     open_inputs,
 )
@@ -271,7 +270,6 @@ def _encoded(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[P
 
 
 def _jobs(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[DecodeJob[Pending]]:
-    """Yield the videos to decode as their bytes arrive."""
     first = int(np.sum([shard.samples for shard in tools.dataset.manifest.shards[:number]], dtype=np.int64))
     wanted = (
         (video, [SampleLocation(0, tools.dataset.row(first + place))])
@@ -283,7 +281,6 @@ def _jobs(tools: Tools, number: int, videos: Sequence[Pending]) -> Iterator[Deco
 
 
 def _add(writer: ShardWriter, video: Pending, captions: Captions | None) -> Sums:
-    """Write an entry and return its contribution to the sums."""
     sample, cut, latents = video.sample, video.cut, video.latents()
     text = None if captions is None else captions.embedding(sample.caption)
     data = pack_latents(*latents, text, {"frames_left_out": str(cut.left_out)})
@@ -334,7 +331,6 @@ def write_cache_manifest(
         DataError: no entry is left, or a file is damaged.
     """
     numbers = range(len(dataset.manifest.shards))
-    _check_counts(store, dataset)
     sums = _sums(store, numbers)
     measured_on = {"dataset fingerprint": dataset.fingerprint}
     statistics = LatentStatistics(sums.clips, sums.images, measured_on).to_text()
@@ -357,19 +353,6 @@ def write_cache_manifest(
     return write_manifest(store, [_index(number) for number in numbers], KIND, options)
 
 
-def _check_counts(store: Store, dataset: Dataset) -> None:
-    """Raise DataError unless each shard accounts for every sample of its source shard, as an entry or as left out."""
-    shards = dataset.manifest.shards
-    for number, (name, data) in enumerate(read_all(store, [_index(number) for number in range(len(shards))])):
-        table, facts = read_index(data)
-        accounted = table.num_rows + len(facts["skipped"])
-        if accounted != shards[number].samples:
-            raise DataError(
-                f"{store.url}/{name}: accounts for {accounted} videos, {shards[number].name} holds "
-                f"{shards[number].samples}; remove {name} and run the same again, which makes that shard anew"
-            )
-
-
 def _index(number: int) -> str:
     return index_name(stem_of(number), 0)
 
@@ -382,10 +365,20 @@ def _sums(store: Store, numbers: Sequence[int]) -> Sums:
 
 
 def _of_entries(store: Store, numbers: Sequence[int], dataset: Dataset) -> dict[str, Any]:
-    """Median frame rate of the clips (of the images, where there are no clips), and source and pixel bytes."""
+    """Median frame rate of the clips (of the images, where there are no clips), and source and pixel bytes.
+
+    Raises:
+        DataError: a shard does not account for every sample of its source shard, as an entry or as left out.
+    """
     rates, still_rates, pixels = [np.empty(0)], [np.empty(0)], 0
-    for _, data in read_all(store, [_index(number) for number in numbers]):
-        table = read_index(data)[0]
+    indices = read_all(store, [_index(number) for number in numbers])
+    for source, (name, data) in zip(dataset.manifest.shards, indices, strict=True):
+        table, facts = read_index(data)
+        if (accounted := table.num_rows + len(facts["skipped"])) != source.samples:
+            raise DataError(
+                f"{store.url}/{name}: accounts for {accounted} videos, {source.name} holds {source.samples}; remove "
+                f"{name} and run the same again, which makes that shard anew"
+            )
         fps, frames = table["fps"].to_numpy(), table["frames"].to_numpy().astype(np.int64)
         rates.append(fps[frames > 1])
         still_rates.append(fps[frames == 1])
@@ -528,7 +521,7 @@ def _tools(config: PreencodeConfig, inputs: Inputs, store: Store, max_bad_share:
     if inputs.text is not None:
         text = inputs.text, as_stored(inputs.text.null())
         _write_null_text(store, pack_null_text(text[1]))
-    with Fetcher([inputs.dataset], config.read) as fetcher, decoders() as threads:
+    with Fetcher([inputs.dataset], config.read) as fetcher, Decoders() as threads:
         yield Tools(config, inputs.dataset, inputs.encoder, text, fetcher, threads, max_bad_share)
 
 
@@ -545,7 +538,6 @@ def _write_null_text(store: Store, data: bytes) -> None:
 
 
 def _encode(tools: Tools, store: Store, todo: Sequence[int], progress: Progress) -> EncodedCounts:
-    """Make the shards of these source shards."""
     total, done, encoded = _units(tools, todo), 0, EncodedCounts()
 
     def report_progress(units: int) -> None:

@@ -10,11 +10,10 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Full, Queue
 from threading import Event
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -271,11 +270,19 @@ Message = UInt8s | BaseException | None  # a clip; an error; the end
 
 
 class Decoders:
-    """Decoding threads (the decoder releases the GIL)."""
+    """Decoding threads, one a core by default (the decoder releases the GIL). A context manager: its end stops them,
+    even in the middle of a video."""
 
-    def __init__(self, count: int) -> None:
-        self._count, self._stop = count, Event()
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
+    def __init__(self, count: int | None = None) -> None:
+        self._count, self._stop = count or min(_MOST_THREADS, len(os.sched_getaffinity(0))), Event()
+        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="decode")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
     def run(self, jobs: Iterable[DecodeJob[Item]]) -> Generator[tuple[Item, Iterator[UInt8s]]]:
         """Yield each video in order with an iterator of its clips, uint8 [3, T, H, W], to use before the next video.
@@ -290,11 +297,6 @@ class Decoders:
                 yield _taken(waiting.popleft())
         while waiting:
             yield _taken(waiting.popleft())
-
-    def stop(self) -> None:
-        """Stop the threads, even in the middle of a video."""
-        self._stop.set()
-        self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, job: DecodeJob[Item]) -> Queue[Message]:
         clips: Queue[Message] = Queue(_CLIPS_AHEAD)
@@ -319,16 +321,6 @@ class Decoders:
             except Full:
                 continue
             return
-
-
-@contextmanager
-def decoders(count: int | None = None) -> Iterator[Decoders]:
-    """Open `count` decoding threads, one a core by default."""
-    made = Decoders(count or min(_MOST_THREADS, len(os.sched_getaffinity(0))))
-    try:
-        yield made
-    finally:
-        made.stop()
 
 
 def decode_clips(found: FetchResult, frames: int, cut: ClipCut) -> Iterator[UInt8s]:

@@ -25,8 +25,8 @@ from regen_dist.checkpoint.export import find_checkpoint, open_run
 from regen_dist.config import EmbedderConfig, config_hash
 from regen_dist.config.files import load_section, write_text_atomically
 from regen_dist.config.run import SPATIAL_COMPRESSION, Fraction, PositiveInt, Section
-from regen_dist.data.video import reader as video
 from regen_dist.data.video.conversion import fit_geometry
+from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.scenes import Analysis, analyse, is_frozen, missed_cut, shots
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import VideoMeter, Vmaf, psnr_db, squared_error, vmaf
@@ -127,7 +127,7 @@ def find_clips(folder: Path) -> TestSet:
 
 def _stretches_of(path: Path, name: str) -> Iterator[ClipSpan]:
     """Yield the stretches of a video by the rule."""
-    with video.VideoReader(path) as reader:
+    with VideoReader(path) as reader:
         number = min(len(reader.table.pts), LOOKED_AT)
         seen = analyse(frame for _, frame in reader.frames(range(number)))
     good = [shot for shot in shots(seen.cuts, 0, number) if _serves(seen, *shot)]
@@ -157,12 +157,12 @@ def read_stretch(folder: Path, stretch: ClipSpan, size: tuple[int, int], short_s
     """
     path = folder / stretch.video
     try:
-        with video.VideoReader(path) as reader:
+        with VideoReader(path) as reader:
             shape = reader.info()
             place = stretch.crop_y, stretch.crop_x
             geometry = fit_geometry(shape.height, shape.width, size, short_side, *map(_below_one, place))
             numbers = range(stretch.first, stretch.first + stretch.frames)
-            return np.ascontiguousarray(video.read_clip(reader, numbers, geometry).transpose(1, 2, 3, 0))
+            return np.ascontiguousarray(read_clip(reader, numbers, geometry).transpose(1, 2, 3, 0))
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -34,8 +34,8 @@ from regen_dist.data.order.mixture import Bucket, BucketStream
 from regen_dist.data.order.order import ClipDraw, DataOrder, draw_clip
 from regen_dist.data.storage.connection import StoreLimits, open_backend
 from regen_dist.data.storage.store import Store
-from regen_dist.data.video import reader as video
 from regen_dist.data.video.conversion import Geometry, UInt8s
+from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.timing import clip_frames
 from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
@@ -109,9 +109,9 @@ class ClipToDecode(NamedTuple):
 
     def decode(self) -> UInt8s:
         """Decode the clip, uint8 [3, T, H, W]."""
-        with video.VideoReader(self.data) as reader:
+        with VideoReader(self.data) as reader:
             numbers = clip_frames(reader.table, self.draw.start, self.draw.stride, self.frames)
-            return video.read_clip(reader, numbers, self.geometry, flip=self.flip)
+            return read_clip(reader, numbers, self.geometry, flip=self.flip)
 
 
 def clips_of(stretch: Workload, worker: int) -> Iterator[ClipToDecode]:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from regen_dist.data.format.manifest import DatasetManifest
 
 
-_SHOWN = 10
 HDR_HELP = "High dynamic range and wide primaries (PQ, HLG, BT.2020, P3): tone-map to BT.709, or leave-out."
 INTERLACED_HELP = "Interlaced frames (two fields): deinterlace, or leave-out."
 
@@ -124,11 +123,17 @@ def _print_summary(manifest: DatasetManifest, made: int, out: str) -> None:
         return
     for kind, number in Counter(skip.reason.partition(":")[0] for skip in skipped).most_common():
         typer.echo(f"{number:8d}  {kind}")
-    for skip in skipped[:_SHOWN]:
-        part = "" if skip.segment is None else f" segment {skip.segment}"
-        typer.echo(f"  left out: {skip.source}{part}: {skip.reason}")
-    if len(skipped) > _SHOWN:
-        typer.echo(f"  and {len(skipped) - _SHOWN} more, listed in manifest.json")
+    print_skipped(manifest)
+
+
+def print_skipped(manifest: DatasetManifest) -> None:
+    """Print the first sources that were left out, each with its reason."""
+    from regen_dist.data.format.manifest import listed
+
+    if manifest.skipped:
+        typer.echo(
+            f"Left out (all are in manifest.json, `regen shards inspect` counts them):\n{listed(manifest.skipped)}"
+        )
 
 
 def print_notes(manifest: DatasetManifest) -> None:
@@ -157,7 +162,6 @@ def index(
     Example: regen shards index s3://bucket/videos --out runs/videos-index
     """
     from regen_dist.data.build.foreign import index_tars
-    from regen_dist.data.format.manifest import listed
     from regen_dist.data.video.conversion import LeftOut
 
     unwanted = LeftOut.of(hdr, interlaced)
@@ -168,10 +172,7 @@ def index(
         f"{out or url}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
         f"{totals.shards} shards ({made.shards_made} indexed now), {len(manifest.skipped)} left out"
     )
-    if manifest.skipped:
-        typer.echo(
-            f"Left out (all are in manifest.json, `regen shards inspect` counts them):\n{listed(manifest.skipped)}"
-        )
+    print_skipped(manifest)
     print_notes(manifest)
 
 

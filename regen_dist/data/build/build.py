@@ -90,7 +90,8 @@ def build_shards(
     with local_copies(found.found) as copies, worker_pool(workers) as pool:
         builder = _Builder(store, parts, todo, options, pool, copies, max_bad_share, progress)
         builder.run()
-    missing = _missing(store, parts)
+    found_parts = store.list("part-")
+    missing = sum(part.done_name not in found_parts for part in parts)
     if missing:
         return Built(None, builder.shards_made, len(parts), missing)
     if not todo and (manifest := finished_manifest(store)) is not None:
@@ -98,11 +99,6 @@ def build_shards(
     indices = [name for _, files in files_of(store, parts) for name in files if name.endswith(".parquet")]
     manifest = write_manifest(store, indices, KIND, options.recorded(), found.skipped)
     return Built(manifest, builder.shards_made, len(parts), 0)
-
-
-def _missing(store: Store, parts: Sequence[BuildPart]) -> int:
-    found = store.list("part-")
-    return sum(part.done_name not in found for part in parts)
 
 
 def _unfinished(store: Store, parts: Sequence[BuildPart]) -> list[BuildPart]:
@@ -204,10 +200,8 @@ class _Builder:
             else:
                 for note in planned.notes:
                     writer.note(Note(source=source.name, note=note))
-                writer.add(_sample(source, planned, unit, result, self._extension(source)))
-
-    def _extension(self, source: VideoSource) -> str:
-        return source.suffix[1:] if self._options.keep else "mp4"
+                extension = source.suffix[1:] if self._options.keep else "mp4"
+                writer.add(_sample(source, planned, unit, result, extension))
 
     def _report_surveyed(self, sources: int) -> None:
         self._sources_done += sources

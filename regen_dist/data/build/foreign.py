@@ -33,6 +33,7 @@ from regen_dist.data.format.manifest import (
     Note,
     Skip,
     read_all,
+    read_plan,
     to_json,
     write_manifest,
 )
@@ -190,7 +191,7 @@ def _caption(group: _Group, inner: str) -> str | None:
 
     Of KEY.left.mp4, whose `inner` name is "left", KEY.left.txt and KEY.left.json go before KEY.txt and KEY.json.
     """
-    kinds = (("txt", _plain_caption), ("json", _described_caption))
+    kinds = (("txt", lambda data: data.decode("utf-8-sig")), ("json", _described_caption))
     own = [(f"{inner}.{extension}", read) for extension, read in kinds] if inner else []
     for extension, read in (*own, *kinds):
         data = group.members.get(extension, (None, None))[1]
@@ -201,10 +202,6 @@ def _caption(group: _Group, inner: str) -> str | None:
         if caption:
             return caption.encode("utf-8", "replace").decode()  # JSON can carry halves of characters
     return None
-
-
-def _plain_caption(data: bytes) -> str:
-    return data.decode("utf-8-sig")
 
 
 def _described_caption(data: bytes) -> str:
@@ -336,8 +333,7 @@ def index_name(tar: str) -> str:
 
 def _claim(store: Store, indices: Sequence[str], shards_url: str | None) -> None:
     """Make sure that nothing is overwritten that this command did not make."""
-    found = store.list()
-    plan = _plan(store.get(PLAN)) if PLAN in found else None
+    plan = read_plan(store)
     if plan is not None:
         made_by, tars = plan.get("kind", "build"), plan.get("shards_url")
         if made_by != "index":
@@ -353,6 +349,7 @@ def _claim(store: Store, indices: Sequence[str], shards_url: str | None) -> None
         if store.folder is not None:
             remove_leftovers(store.folder)
         return
+    found = store.list()
     theirs = [name for name in (PLAN, MANIFEST, *indices) if name in found]
     if theirs:
         raise DataError(
@@ -362,15 +359,6 @@ def _claim(store: Store, indices: Sequence[str], shards_url: str | None) -> None
     plan = {"kind": "index", "schema_version": SCHEMA_VERSION, "shards_url": shards_url}
     if not store.put_new(PLAN, to_json(plan)):
         _claim(store, indices, shards_url)  # another process was quicker; it may have claimed it for something else
-
-
-def _plan(data: bytes) -> dict[str, Any] | None:
-    """A plan of ours; None when another program wrote it."""
-    try:
-        plan = json.loads(data)
-    except ValueError:
-        return None
-    return plan if isinstance(plan, dict) and "schema_version" in plan else None
 
 
 def _unfinished(store: Store, tars: dict[str, int], marks: dict[str, str | None], unwanted: LeftOut) -> list[str]:

@@ -129,7 +129,7 @@ def find_sources(
     ]
     if missing:
         raise DataError(f"no such file or folder: {', '.join(missing)}; check the paths")
-    local = [Path(place).expanduser() for place in places if "://" not in str(place)]
+    local = (Path(place).expanduser() for place in places if "://" not in str(place))
     if odd := [str(path) for path in local if not path.is_file() and not path.is_dir()]:
         raise DataError(f"{', '.join(odd)}: {_NO_FILE}")
     found: dict[str, VideoSource] = {}
@@ -244,7 +244,6 @@ def _own_rows(folder: str, sizes: dict[str, int], columns: Columns | None) -> tu
 
 
 def _spelled(folder: str, name: str) -> str:
-    """The path or the URL of a file of a folder."""
     local = Store(folder).folder
     return f"{folder}/{name}" if local is None else str(local / name)
 

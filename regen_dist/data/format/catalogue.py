@@ -144,7 +144,6 @@ class Dataset:
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
-        """Return the first row of every shard."""
         return np.cumsum([0, *(entry.samples for entry in self.manifest.shards)])
 
 

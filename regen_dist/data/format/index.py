@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
@@ -77,14 +77,14 @@ def scan_shard(path: Path, name: str, described: dict[str, SampleFacts]) -> list
         name: name of the shard in its dataset.
         described: properties by key; other samples are left out.
     """
-    with tarfile.open(path) as tar:
-        members = [(split_member(member.name), member) for member in tar if member.isfile()]
-    with path.open("rb") as raw:
-        return [
-            _scanned(raw, key, name, member, described[key])
-            for (key, extension), member in members
-            if extension in PAYLOAD_EXTENSIONS and key in described
-        ]
+    samples = []
+    with tarfile.open(path) as tar, path.open("rb") as raw:
+        for member in tar:
+            key, extension = split_member(member.name)
+            if member.isfile() and extension in PAYLOAD_EXTENSIONS and key in described:
+                raw.seek(member.offset_data)
+                samples.append(indexed(key, name, member, raw.read(member.size), described[key]))
+    return samples
 
 
 def split_member(name: str) -> tuple[str, str]:
@@ -93,11 +93,6 @@ def split_member(name: str) -> tuple[str, str]:
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
-
-
-def _scanned(raw: IO[bytes], key: str, shard: str, member: tarfile.TarInfo, facts: SampleFacts) -> Sample:
-    raw.seek(member.offset_data)
-    return indexed(key, shard, member, raw.read(member.size), facts)
 
 
 def indexed(key: str, shard: str, member: tarfile.TarInfo, data: bytes, facts: SampleFacts) -> Sample:

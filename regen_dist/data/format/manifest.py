@@ -116,9 +116,9 @@ def _stored(store: Store) -> bytes | None:
     """Return the stored bytes of the manifest; None if there is none, by one request: another task may remove it."""
     try:
         return store.get(MANIFEST)
-    except BucketMissing:
-        raise
-    except ObjectMissing:
+    except ObjectMissing as error:
+        if isinstance(error, BucketMissing):
+            raise
         return None
 
 
@@ -126,10 +126,8 @@ def manifest_bytes(store: Store) -> bytes:
     """Return the stored bytes of the manifest; raise DataError if there is none."""
     try:
         return store.get(MANIFEST)
-    except BucketMissing:
-        raise
-    except ObjectMissing:
-        if not store.can_list:
+    except ObjectMissing as error:
+        if isinstance(error, BucketMissing) or not store.can_list:
             raise
         raise DataError(
             f"{store.url}: there is no {MANIFEST}, so no finished dataset. Build one with `regen shards build SOURCE "

@@ -44,14 +44,12 @@ def choose_video(container: InputContainer) -> VideoStream:
             "there is no decoder for its video"
             "; convert it with an FFmpeg that has one, for example ffmpeg -i IN OUT.mp4"
         )
-    return max(decodable, key=_score)  # the first of equals
 
+    def score(stream: VideoStream) -> int:
+        pixels = stream.codec_context.width * stream.codec_context.height
+        return pixels + _DEFAULT_PIXELS * bool(stream.disposition & Disposition.default)
 
-def _score(stream: VideoStream) -> int:
-    from av.stream import Disposition
-
-    pixels = stream.codec_context.width * stream.codec_context.height
-    return pixels + _DEFAULT_PIXELS * bool(stream.disposition & Disposition.default)
+    return max(decodable, key=score)  # the first of equals
 
 
 def is_cut(source: Path | Buffer) -> bool:

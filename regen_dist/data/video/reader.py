@@ -411,7 +411,6 @@ class VideoReader:
         return False  # told when it is decoded
 
     def _counted_table(self) -> FrameTable:
-        """Build the frame table by decoding every frame."""
         times: list[int | None] = []
         made_up = MADE_UP & set(self._container.format.name.split(","))
         resized, sides = list[int](), (0, 0)

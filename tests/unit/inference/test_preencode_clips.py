@@ -17,7 +17,7 @@ from regen_dist.data.loading.fetch import FetchResult
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.errors import DataError
 from regen_dist.inference import preencode_clips
-from regen_dist.inference.preencode_clips import Batches, ClipCut, DecodeJob, Pending, cut_video, decode_clips, decoders
+from regen_dist.inference.preencode_clips import Batches, ClipCut, DecodeJob, Decoders, Pending, cut_video, decode_clips
 from regen_dist.models.encoder import Latents
 from tests.helpers.video import frame_numbers, moving_square, numbered_frames, write_video
 
@@ -96,7 +96,7 @@ def test_threads_keep_the_order(tmp_path: Path) -> None:
         DecodeJob(n, found[n], frames, cut_video(_sample(frames), _config(), 5)) for n, frames in enumerate(lengths)
     ]
     seen: list[tuple[int, Any]] = []
-    with decoders(3) as threads:
+    with Decoders(3) as threads:
         for number, clips in threads.run(jobs):
             try:
                 seen.append((number, [clip.copy() for clip in clips]))
@@ -123,7 +123,7 @@ def test_what_is_decoded_ahead_is_bounded_and_threads_end(tmp_path: Path, monkey
     monkeypatch.setattr(preencode_clips, "decode_clips", endless)
     cut = cut_video(_sample(5), _config(), 5)
     before = threading.active_count()
-    with decoders(2) as threads:
+    with Decoders(2) as threads:
         run = threads.run(DecodeJob(n, FetchResult(b""), 5, cut) for n in range(10))
         _, clips = next(run)
         next(clips)
@@ -139,7 +139,7 @@ def test_what_else_goes_wrong_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPa
         yield
 
     monkeypatch.setattr(preencode_clips, "decode_clips", broken)
-    with decoders(1) as threads:
+    with Decoders(1) as threads:
         _, clips = next(threads.run([DecodeJob(0, FetchResult(b""), 5, cut_video(_sample(5), _config(), 5))]))
         with pytest.raises(ZeroDivisionError):
             list(clips)

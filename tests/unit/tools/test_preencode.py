@@ -58,7 +58,7 @@ def test_command(config: Path, tmp_path: Path) -> None:
     assert "2 clips and 1 images in " in second
     assert "2 entries in 2 shards" not in second  # the damaged video's shard holds nothing
     assert "2 entries in 1 shards (1 made now), 1 videos and 4 frames left out" in second
-    assert "left out: video-2: it cannot be opened" in second
+    assert "  video-2: it cannot be opened" in second
     assert "% of the pixels (0.03 MB)" in second
     again = _run(config, output)
     assert "(0 made now)" in again
