@@ -107,6 +107,21 @@ def run_until(
     return StageExit(code if code >= 0 else 128 - code, asked and not signals)
 
 
+def run_stopping_once(
+    arguments: Sequence[str], training: Path, stop_at: int | None, environment: Mapping[str, str] | None = None
+) -> None:
+    """Print and run a command whose training is stopped at a step on purpose, and once more, to resume. If it fails,
+    exit with its exit code. The arguments are those of `run_until`."""
+    announce(arguments)
+    ended = run_until(arguments, training, stop_at, environment)
+    if ended.code == EXIT_RESUME and ended.on_purpose:
+        print(f"Stopped half-way on purpose (exit code {EXIT_RESUME}). The same command resumes:", flush=True)
+        announce(arguments)
+        ended = run_until(arguments, training, None, environment)
+    if ended.code:
+        raise typer.Exit(ended.code)
+
+
 @contextmanager
 def _started(
     program: Sequence[str], environment: Mapping[str, str]

@@ -4,6 +4,7 @@ records."""
 from __future__ import annotations
 
 import fcntl
+import json
 import multiprocessing
 import os
 import subprocess
@@ -87,6 +88,26 @@ def only_one(out: Path) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
         yield
+
+
+def claim_minutes(out: Path, minutes: float, option: str) -> None:
+    """Keep a folder for arms of one training time, which `option` sets.
+
+    Raises:
+        ConfigError: its arms have another.
+    """
+    from regen_dist.config.files import write_text_atomically
+
+    path = out / "minutes.json"
+    if not path.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, json_text(minutes) + "\n")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found != minutes:
+        raise ConfigError(
+            f"the arms in {out} have {found:g} minutes each, now {minutes:g} are asked for; give {option} {found:g}, "
+            "or another --out"
+        )
 
 
 _TAIL_LINES = 20
