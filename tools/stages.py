@@ -56,7 +56,6 @@ def run_program(
     log: Path | None = None,
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
-    check: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end. Where this program is killed, it ends with it.
 
@@ -65,10 +64,6 @@ def run_program(
         log: file of its output; None: it is captured.
         folder: folder in which it runs; None: this program's own.
         environment: its environment; None: this program's own.
-        check: fail where it fails.
-
-    Raises:
-        CalledProcessError: it failed, and `check` was asked for.
     """
     from launcher.supervise import die_with
 
@@ -76,7 +71,7 @@ def run_program(
     with nullcontext(subprocess.PIPE) if log is None else log.open("wb") as output:
         return subprocess.run(
             program, env=own, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True,
-            check=check, preexec_fn=die_with(os.getpid()),
+            check=False, preexec_fn=die_with(os.getpid()),
         )  # fmt: skip
 
 

@@ -113,8 +113,8 @@ def claim_minutes(out: Path, minutes: float, option: str) -> None:
 _TAIL_LINES = 20
 
 
-def require_success(code: int, what: str, log: Path | None = None) -> None:
-    """Check the exit code of a program of a bench.
+def require_success(code: int, what: str, log: Path | str = "") -> None:
+    """Check the exit code of a program of a bench, which printed `log` (a text, or its file).
 
     Raises:
         KeyboardInterrupt: it was asked to stop, and this command with it.
@@ -123,7 +123,8 @@ def require_success(code: int, what: str, log: Path | None = None) -> None:
     if code == EXIT_RESUME:
         raise KeyboardInterrupt
     if code:
-        tail = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if log else ()
+        printed = log if isinstance(log, str) else log.read_text(encoding="utf-8", errors="replace")
+        tail = printed.splitlines()[-_TAIL_LINES:]
         raise TrainingError("\n".join([f"{what} ended with exit code {code}{':' if tail else ''}", *tail]))
 
 
