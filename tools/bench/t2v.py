@@ -273,7 +273,7 @@ def prepare(work: Path, embedder: EmbedderConfig, *, videos: int, side: int, cli
     captions = open_dataset(paths.videos).table()["caption"].to_pylist()
     make_small_encoder(captions, work / "text", width=text_width)
     text = TextConfig(encoder=str(work / "text"), max_tokens=_MAX_TOKENS)
-    places = {"embedder": str(paths.embedder), "data": str(paths.videos), "output": str(paths.cache)}
+    places: dict[str, Any] = {"embedder": str(paths.embedder), "data": str(paths.videos), "output": str(paths.cache)}
     done = preencode(PreencodeConfig(**places, text=text, batch_clips=_BATCH_CLIPS))
     assert done.manifest is not None, "one task makes all shards"
     facts = {"videos": videos, "frames": frames, "side": side, "cache_bytes": done.manifest.totals.bytes}
