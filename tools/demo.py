@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regen_dist.errors import EXIT_RESUME, RegenError
+from regen_dist.errors import RegenError
 from tools import stages
 
 if TYPE_CHECKING:
@@ -80,18 +80,11 @@ def _build_shards(config: EmbedderConfig, videos: Path) -> None:
 def _train(arguments: Sequence[str], config: EmbedderConfig, run: Path) -> None:
     """Train to the end; the first time, stop half-way by the file STOP and resume by the same command."""
     total = config.train.steps
-    stages.announce(arguments)
     if stages.last_step(run) >= total:
+        stages.announce(arguments)
         print(f"skipped: {run} has all its {total} steps")
         return
-    stop_at = None if stages.was_resumed(run) else total // 2
-    ended = stages.run_until(arguments, run, stop_at)
-    if ended.code == EXIT_RESUME and ended.on_purpose:
-        print(f"Stopped half-way on purpose (exit code {EXIT_RESUME}). The same command resumes:", flush=True)
-        stages.announce(arguments)
-        ended = stages.run_until(arguments, run, None)
-    if ended.code:
-        raise typer.Exit(ended.code)
+    stages.run_stopping_once(arguments, run, None if stages.was_resumed(run) else total // 2)
 
 
 def _reconstruct(paths: _OutputPaths) -> None:

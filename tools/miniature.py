@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regen_dist.errors import EXIT_RESUME, ConfigError, TrainingError
+from regen_dist.errors import ConfigError, TrainingError
 from regen_dist.tables import Table, numbers
 from tools import stages
 from tools.shards.progress import progress_bar
@@ -76,18 +76,7 @@ def _run_pipeline(arguments: Sequence[str], planned: Pipeline, environment: Mapp
     training = load_config(step.train or "", step.overrides)
     half = training.train.steps // 2
     has_been = stages.was_resumed(training.folder) or stages.last_step(training.folder) >= half
-    stages.announce(arguments)
-    ended = stages.run_until(arguments, training.folder, None if has_been else half, environment)
-    if ended.code == EXIT_RESUME and ended.on_purpose:
-        print(
-            f"The training of {_TRAINING} was stopped half-way on purpose (exit code {EXIT_RESUME}). The same command "
-            "goes on:",
-            flush=True,
-        )
-        stages.announce(arguments)
-        ended = stages.run_until(arguments, training.folder, None, environment)
-    if ended.code:
-        raise typer.Exit(ended.code)
+    stages.run_stopping_once(arguments, training.folder, None if has_been else half, environment)
 
 
 def _print_summary(planned: Pipeline, seconds: float) -> None:

@@ -56,7 +56,6 @@ def run_program(
     log: Path | None = None,
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
-    check: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end. Where this program is killed, it ends with it.
 
@@ -65,10 +64,6 @@ def run_program(
         log: file of its output; None: it is captured.
         folder: folder in which it runs; None: this program's own.
         environment: its environment; None: this program's own.
-        check: fail where it fails.
-
-    Raises:
-        CalledProcessError: it failed, and `check` was asked for.
     """
     from launcher.supervise import die_with
 
@@ -76,7 +71,7 @@ def run_program(
     with nullcontext(subprocess.PIPE) if log is None else log.open("wb") as output:
         return subprocess.run(
             program, env=own, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True,
-            check=check, preexec_fn=die_with(os.getpid()),
+            check=False, preexec_fn=die_with(os.getpid()),
         )  # fmt: skip
 
 
@@ -105,6 +100,21 @@ def run_until(
                 asked = True
     code = process.returncode or (EXIT_RESUME if signals else EXIT_OK)
     return StageExit(code if code >= 0 else 128 - code, asked and not signals)
+
+
+def run_stopping_once(
+    arguments: Sequence[str], training: Path, stop_at: int | None, environment: Mapping[str, str] | None = None
+) -> None:
+    """Print and run a command whose training is stopped at a step on purpose, and once more, to resume. If it fails,
+    exit with its exit code. The arguments are those of `run_until`."""
+    announce(arguments)
+    ended = run_until(arguments, training, stop_at, environment)
+    if ended.code == EXIT_RESUME and ended.on_purpose:
+        print(f"Stopped half-way on purpose (exit code {EXIT_RESUME}). The same command resumes:", flush=True)
+        announce(arguments)
+        ended = run_until(arguments, training, None, environment)
+    if ended.code:
+        raise typer.Exit(ended.code)
 
 
 @contextmanager

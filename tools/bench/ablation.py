@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import typer
 
 from regen_dist.config import embedder_only, load_saved_config
+from regen_dist.data.format.catalogue import open_dataset
 from regen_dist.data.loading.validation import validation_clip
 from regen_dist.errors import ConfigError
 from regen_dist.inference.codec import Codec
@@ -44,6 +45,8 @@ def ablation(
     config, asked = split_arguments(config, overrides or [], _CONFIG)
     own = [*asked, f"output={out}/arms", "engine.kind=plain"]
     base = load_embedder_config(config, own)
+    for url in filter(None, (base.data.url, base.data.validation_url)):
+        open_dataset(url)  # a missing one is refused now, not by every arm
     train = regen("train", str(config), *own)
     commands = {arm.name: [*train, f"name={arm.name}", *arm.overrides] for arm in grid}
     facts = opening_facts() | config_facts(config, asked, base) | {"steps": base.train.steps}

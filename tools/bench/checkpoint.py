@@ -79,6 +79,8 @@ def checkpoint(
     own = [*asked, "train.log_every=1", "data.validation_url=null", "checkpoint.url=null"]
     base = load_embedder_config(config, own)
     clips_per_rank(base, ranks)
+    if bucket and url is not None:
+        Store(url).size("regen-bench")  # what refuses is found now, not after the trainings
     facts = opening_facts() | config_facts(config, own, base)
     facts |= {"ranks": ranks, "rounds": rounds, "repeats": repeats, "reads": "warm page cache"}
     out.mkdir(parents=True, exist_ok=True)

@@ -238,7 +238,7 @@ class MeasuredEngine:
         """Return the cases of saving, by name."""
         pieces = self.engine.pieces()
         buffers = {name: torch.empty(piece.shape, pin_memory=piece.is_cuda) for name, piece in pieces.items()}
-        own = self._saver(self.ours)
+        own = Saver(self.ours, self.ranks, self.config.checkpoint)
         cases: dict[str, Case] = {
             "bare copy": lambda: self.timed(lambda: _copy(pieces, buffers), lambda: self._state_bytes(buffers)),
             "plain files": lambda: self._written("plain", lambda folder: _write_plain(folder, self.ranks, buffers)),
@@ -250,31 +250,29 @@ class MeasuredEngine:
             cases["DeepSpeed"] = lambda: self._written("deepspeed/saved", deepspeed.save)
         if self.url is not None:
             bucket = CheckpointFolder(self.url)
-            there = self._saver(bucket)
+            there = Saver(bucket, self.ranks, self.config.checkpoint)
             cases["bucket: plain objects"] = lambda: self.timed(lambda: self._put_plain(bucket), self._files_bytes)
             cases["bucket: ours"] = lambda: self._save(there)
         return cases
 
     def loads(self) -> dict[str, Case]:
         """Return the cases of loading what `saves` wrote, by name: with any number of ranks, except DeepSpeed's."""
-        cases: dict[str, Case] = {
-            "plain reads": lambda: self.timed(self._read_plain, self._files_bytes),
-            "ours": lambda: self.timed(lambda: self._restore(self.ours), self._files_bytes),
-            "ours, from choosing to loaded, sizes compared": lambda: self.timed(
-                lambda: self._choose_and_restore(checksums=False), self._files_bytes
-            ),
-            "ours, from choosing to loaded, checksums verified": lambda: self.timed(
-                lambda: self._choose_and_restore(checksums=True), self._files_bytes
-            ),
-            "torch.distributed.checkpoint": lambda: self._loaded("dcp", self.dcp.load),
+        whole = "ours, from choosing to loaded, "
+        jobs: dict[str, Job] = {
+            "plain reads": self._read_plain,
+            "ours": lambda: self._restore(self.ours),
+            f"{whole}sizes compared": lambda: self._choose_and_restore(checksums=False),
+            f"{whole}checksums verified": lambda: self._choose_and_restore(checksums=True),
         }
+        cases: dict[str, Case] = {name: partial(self.timed, job, self._files_bytes) for name, job in jobs.items()}
+        cases["torch.distributed.checkpoint"] = lambda: self._loaded("dcp", self.dcp.load)
         if self.deepspeed is not None and self.ranks.world_size == self._newest(self.ours).world_size:
             deepspeed = self.deepspeed
             cases["DeepSpeed"] = lambda: self._loaded("deepspeed/saved", deepspeed.load)
         if self.url is not None:
             bucket = CheckpointFolder(self.url)
-            cases["bucket: plain gets"] = lambda: self.timed(lambda: self._get_plain(bucket), self._files_bytes)
-            cases["bucket: ours"] = lambda: self.timed(lambda: self._restore(bucket), self._files_bytes)
+            cases["bucket: plain gets"] = partial(self.timed, lambda: self._get_plain(bucket), self._files_bytes)
+            cases["bucket: ours"] = partial(self.timed, lambda: self._restore(bucket), self._files_bytes)
         return cases
 
     def digests(self) -> dict[str, str]:
@@ -309,12 +307,12 @@ class MeasuredEngine:
         own = sum(buffer.numel() * buffer.element_size() for buffer in buffers.values())
         return int(self.ranks.sum([float(own)])[0])
 
-    def _saver(self, folder: CheckpointFolder) -> Saver:
-        return Saver(folder, self.ranks, self.config.checkpoint)
-
     def _save(self, saver: Saver) -> Turn:
         self._step += 1
-        manifest, pieces = self._manifest(self._step), self.engine.pieces()
+        engine, pieces, version = self.config.engine, self.engine.pieces(), code_version()
+        topology = {"world_size": self.ranks.world_size, "engine": engine.kind, "precision": engine.precision}
+        shapes, digest = self.engine.shapes(), config_hash(self.config)
+        manifest = CheckpointManifest(self._step, 0, digest, version, topology, {}, {}, [], shapes)
 
         def job() -> None:
             saver.save(manifest, pieces)
@@ -333,22 +331,16 @@ class MeasuredEngine:
             folder.parent.mkdir(parents=True, exist_ok=True)
         turn = self.timed(lambda: write(folder), lambda: _bytes_in(folder))
         begun = time.perf_counter()
-        if self.ranks.is_main:
-            _sync(folder)
+        for path in folder.rglob("*") if self.ranks.is_main else ():
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         return Turn(turn.amount, turn.seconds, {**turn.facts, "sync_s": time.perf_counter() - begun})
-
-    def _manifest(self, step: int) -> CheckpointManifest:
-        engine = self.config.engine
-        topology = {"world_size": self.ranks.world_size, "engine": engine.kind, "precision": engine.precision}
-        return CheckpointManifest(
-            step, 0, config_hash(self.config), code_version(), topology, {}, {}, [], self.engine.shapes()
-        )
 
     def _put_plain(self, bucket: CheckpointFolder) -> None:
         file = shard_name(self.ranks.rank, self.ranks.world_size)
-        bucket.store.put_file(
-            f"plain/{file}", self.folder / "ours" / checkpoint_name(self._newest(self.ours).step) / file
-        )
+        own = self.folder / "ours" / checkpoint_name(self._newest(self.ours).step)
+        bucket.store.put_file(f"plain/{file}", own / file)
 
     # -- loading
 
@@ -402,18 +394,8 @@ def _write_plain(folder: Path, ranks: Ranks, buffers: Mapping[str, Tensor]) -> N
         os.fsync(file.fileno())
 
 
-def _all_files(folder: Path) -> Sequence[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
 def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in _all_files(folder))
-
-
-def _sync(folder: Path) -> None:
-    for path in _all_files(folder):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 # One rank of `regen bench checkpoint`: `python -m tools.bench.checkpoint_cases --help`.
@@ -447,14 +429,8 @@ def main() -> None:
         _print_to(log_file(given.folder, ranks.world_size))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with ending_at_once(), process_group(ranks, needed=True):
-        found = measure(
-            embedder_only(load_saved_config(given.folder), str(given.folder)),
-            ranks,
-            given.folder,
-            given.url,
-            given.repeats,
-            given.load,
-        )
+        config = embedder_only(load_saved_config(given.folder), str(given.folder))
+        found = measure(config, ranks, given.folder, given.url, given.repeats, given.load)
         if ranks.is_main:
             result_file(given.folder, ranks.world_size).write_text(json_text(found) + "\n", encoding="utf-8")
 
@@ -463,14 +439,20 @@ def measure(
     config: EmbedderConfig, ranks: Ranks, folder: Path, url: str | None, repeats: int, load_only: bool
 ) -> dict[str, Any]:
     """Time the `saves` and `loads` of a `MeasuredEngine` in turn, and check that all loads restored the same state."""
-    engine = build_engine(config, ranks, partial(_build, config))
+
+    def build() -> nn.Module:
+        torch.manual_seed(config.train.seed)
+        return build_model(config.model)
+
+    engine = build_engine(config, ranks, build)
     measured = MeasuredEngine(config, engine, ranks, folder, url)
-    found: dict[str, Any] = {"ranks": ranks.world_size, "parameters": _parameters(engine.shapes())}
+    found: dict[str, Any] = {"ranks": ranks.world_size, "parameters": sum(map(prod, engine.shapes().values()))}
     expected: dict[str, str] = {}
     if not load_only:
         _fill(measured, seed=ranks.rank)
-        expected = measured.digests()
-        found["save"] = _plain(_warm_in_turn(measured.saves(), repeats))
+        expected, saves = measured.digests(), measured.saves()
+        in_turn(saves, 1)  # a first round, in which buffers are made, does not count
+        found["save"] = _plain(in_turn(saves, repeats))
     cases = measured.loads()
     digests = {name: _digests_after(measured, case) for name, case in cases.items() if not name.endswith(_READS)}
     digests.get("DeepSpeed", {}).pop("ema", None)  # it does not know of it
@@ -491,27 +473,12 @@ def _digests_after(measured: MeasuredEngine, case: Case) -> dict[str, str]:
     return measured.digests()
 
 
-def _warm_in_turn(cases: Mapping[str, Case], repeats: int) -> Rounds:
-    """A first round, in which buffers are made, does not count."""
-    in_turn(cases, 1)
-    return in_turn(cases, repeats)
-
-
 @torch.no_grad()
 def _fill(measured: MeasuredEngine, seed: int) -> None:
     """Fill the state with random numbers, so that loaded state differs from never-saved state."""
     generator = torch.Generator().manual_seed(seed)
     for piece in measured.engine.pieces().values():
         piece.detach().copy_(torch.rand(piece.shape, generator=generator))
-
-
-def _build(config: EmbedderConfig) -> nn.Module:
-    torch.manual_seed(config.train.seed)
-    return build_model(config.model)
-
-
-def _parameters(shapes: Mapping[str, list[int]]) -> int:
-    return sum(int(torch.Size(shape).numel()) for shape in shapes.values())
 
 
 def _plain(rounds: Rounds) -> dict[str, list[dict[str, Any]]]:

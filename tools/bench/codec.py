@@ -60,7 +60,10 @@ def codec(
     limit_seconds: Annotated[float, typer.Option(help="Of one codec at one size, loading included.", min=1.0)] = 300.0,
     limit_gib: Annotated[float, typer.Option(help="Of memory that one codec may take.", min=0.5)] = 12.0,
     packages: Annotated[
-        Path | None, typer.Option(help="Folder with packages that are not installed, such as magvit2-pytorch.")
+        Path | None,
+        typer.Option(
+            help="Folder with packages that are not installed, such as magvit2-pytorch.", exists=True, file_okay=False
+        ),
     ] = None,
 ) -> None:
     """Measure the cost of encoding and decoding the same clip: this project's codecs (full, fast, nano), those of

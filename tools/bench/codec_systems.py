@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,7 @@ from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import Codec, Window, blend_weights
 from regen_dist.inference.frames import Frame
-from regen_dist.inference.long_video import DecodePlan, decode_stream, make_plan
+from regen_dist.inference.long_video import decode_stream, make_plan
 from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.models.encoder import Latents
 
@@ -137,11 +138,6 @@ class DiffusersCoder:
     def bits(self, latents: Tensor) -> int:
         """Return the bits of the latents."""
         return _BITS * latents.numel()
-
-
-def diffusers_coder(name: str, **options: Any) -> Callable[[], DiffusersCoder]:
-    """Return a function that creates the codec."""
-    return lambda: DiffusersCoder(name, **options)
 
 
 # Clip sizes, and the counted operations of a codec at a size.
@@ -263,7 +259,9 @@ def count_own(config: ModelConfig, size: ClipSize) -> Counted:
         clip = torch.empty(1, 3, plan.clip, height, width)
         with torch.no_grad(), FlopCounterMode(display=False) as encoding:
             latents = model.encode(clip)
-        given = Counter(_frames_given(plan))
+        times = torch.arange(plan.num_frames, dtype=torch.float64, device="cpu")
+        blended = blend_weights(plan.starts, plan.clip, times) > 0  # neighbours both decode shared frames
+        given = Counter(blended.sum(1).tolist())
         decode_flops = sum(count * _decode(model, latents, frames, plan.clip) for frames, count in given.items())
     windows = len(plan.starts)
     kept = tuple((windows, *part.shape[1:]) for part in (latents if plan.clip > 1 else latents[:1]))
@@ -280,12 +278,6 @@ def _on_meta(config: ModelConfig) -> ModelConfig:
     """Return the config with an attention backend that runs on the meta device; it does not affect the counts."""
     attention = config.decoder.attention.model_copy(update={"backend": "sdpa"})
     return config.model_copy(update={"decoder": config.decoder.model_copy(update={"attention": attention})})
-
-
-def _frames_given(plan: DecodePlan) -> list[int]:
-    """Return the number of frames that each window decodes; neighbours both decode shared frames."""
-    times = torch.arange(plan.num_frames, dtype=torch.float64, device="cpu")
-    return (blend_weights(plan.starts, plan.clip, times) > 0).sum(1).tolist()
 
 
 def _decode(model: Regen | Baseline, latents: Latents, frames: int, clip: int) -> int:
@@ -363,7 +355,7 @@ def systems() -> list[System]:
     ]
     for name, k, options in diffusers:
         called = f"{name} {k}x" if name == "AutoencoderKLCosmos" else name
-        found.append(System(called, k, diffusers_coder(name, **options), "diffusers"))
+        found.append(System(called, k, partial(DiffusersCoder, name, **options), "diffusers"))
     return [*found, System("magvit2-pytorch", 32, Magvit2Coder, "magvit2-pytorch")]
 
 

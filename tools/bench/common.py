@@ -4,6 +4,7 @@ records."""
 from __future__ import annotations
 
 import fcntl
+import json
 import multiprocessing
 import os
 import subprocess
@@ -89,11 +90,31 @@ def only_one(out: Path) -> Iterator[None]:
         yield
 
 
+def claim_minutes(out: Path, minutes: float, option: str) -> None:
+    """Keep a folder for arms of one training time, which `option` sets.
+
+    Raises:
+        ConfigError: its arms have another.
+    """
+    from regen_dist.config.files import write_text_atomically
+
+    path = out / "minutes.json"
+    if not path.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, json_text(minutes) + "\n")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found != minutes:
+        raise ConfigError(
+            f"the arms in {out} have {found:g} minutes each, now {minutes:g} are asked for; give {option} {found:g}, "
+            "or another --out"
+        )
+
+
 _TAIL_LINES = 20
 
 
-def require_success(code: int, what: str, log: Path | None = None) -> None:
-    """Check the exit code of a program of a bench.
+def require_success(code: int, what: str, log: Path | str = "") -> None:
+    """Check the exit code of a program of a bench, which printed `log` (a text, or its file).
 
     Raises:
         KeyboardInterrupt: it was asked to stop, and this command with it.
@@ -102,7 +123,8 @@ def require_success(code: int, what: str, log: Path | None = None) -> None:
     if code == EXIT_RESUME:
         raise KeyboardInterrupt
     if code:
-        tail = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if log else ()
+        printed = log if isinstance(log, str) else log.read_text(encoding="utf-8", errors="replace")
+        tail = printed.splitlines()[-_TAIL_LINES:]
         raise TrainingError("\n".join([f"{what} ended with exit code {code}{':' if tail else ''}", *tail]))
 
 

@@ -70,8 +70,8 @@ def compression(
     with stopping_cleanly(), only_one(out):
         for runs in several:
             runs.claim(tune=tune)
-        _make_shards(several[0].base)
         test_set = _test_set(tests, clips)
+        _make_shards(several[0].base)
         for runs in several:
             if runs is not several[0]:
                 runs.take_over(several[0].out)

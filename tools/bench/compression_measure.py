@@ -27,7 +27,7 @@ from regen_dist.config.files import load_section, write_text_atomically
 from regen_dist.config.run import SPATIAL_COMPRESSION, Fraction, PositiveInt, Section
 from regen_dist.data.video.conversion import fit_geometry
 from regen_dist.data.video.reader import VideoReader, read_clip
-from regen_dist.data.video.scenes import Analysis, analyse, is_frozen, missed_cut, shots
+from regen_dist.data.video.scenes import analyse, is_frozen, missed_cut, shots
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import VideoMeter, Vmaf, psnr_db, squared_error, vmaf
 from regen_dist.evaluation.perceptual import SSIM_WINDOW, GivenNetwork, frechet_distance, load_features, segments
@@ -40,6 +40,7 @@ SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".y4m", "
 LEAST_FRAMES, MOST_FRAMES = 33, 66  # one clip of k = 32, and two
 MOST_STRETCHES = 4  # of one video
 LOOKED_AT = 1500  # frames of a video that are searched for shots
+_BELOW_1 = 1 - 1e-9  # position of the far edge, which is 1 in the list
 RULE = (
     f"every video of the folder, in order of name; its first {LOOKED_AT} frames are parted at scene changes; of each "
     f"shot of at least {LEAST_FRAMES} frames in which something moves, the middle {MOST_FRAMES} frames (or all); at "
@@ -130,17 +131,17 @@ def _stretches_of(path: Path, name: str) -> Iterator[ClipSpan]:
     with VideoReader(path) as reader:
         number = min(len(reader.table.pts), LOOKED_AT)
         seen = analyse(frame for _, frame in reader.frames(range(number)))
-    good = [shot for shot in shots(seen.cuts, 0, number) if _serves(seen, *shot)]
+    good = [
+        (start, stop)
+        for start, stop in shots(seen.cuts, 0, number)
+        if stop - start >= LEAST_FRAMES
+        and not missed_cut(seen.change, start, stop)
+        and not is_frozen(seen.change, start, stop)
+    ]
     for place in range(min(MOST_STRETCHES, len(good))):
         start, stop = good[place * len(good) // min(MOST_STRETCHES, len(good))]
         frames = min(MOST_FRAMES, stop - start)
         yield ClipSpan(video=name, first=start + (stop - start - frames) // 2, frames=frames)
-
-
-def _serves(seen: Analysis, start: int, stop: int) -> bool:
-    if stop - start < LEAST_FRAMES or missed_cut(seen.change, start, stop):
-        return False
-    return not is_frozen(seen.change, start, stop)
 
 
 def read_stretch(folder: Path, stretch: ClipSpan, size: tuple[int, int], short_side: int) -> Frame:
@@ -159,17 +160,12 @@ def read_stretch(folder: Path, stretch: ClipSpan, size: tuple[int, int], short_s
     try:
         with VideoReader(path) as reader:
             shape = reader.info()
-            place = stretch.crop_y, stretch.crop_x
-            geometry = fit_geometry(shape.height, shape.width, size, short_side, *map(_below_one, place))
+            place = (min(each, _BELOW_1) for each in (stretch.crop_y, stretch.crop_x))
+            geometry = fit_geometry(shape.height, shape.width, size, short_side, *place)
             numbers = range(stretch.first, stretch.first + stretch.frames)
             return np.ascontiguousarray(read_clip(reader, numbers, geometry).transpose(1, 2, 3, 0))
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-
-
-def _below_one(place: float) -> float:
-    """Return a position just below 1 for the far edge, which is 1 in the list."""
-    return min(place, 1 - 1e-9)
 
 
 def cut(frames: Frame, length: int, stride: int = 1) -> Sequence[Frame]:

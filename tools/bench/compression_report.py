@@ -7,11 +7,10 @@ import io
 import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,9 +37,6 @@ from tools.bench.compression_runs import (
     regen,
     regen_alone,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Facts = Mapping[str, Any]
 
@@ -76,19 +72,14 @@ def margins(facts: Facts) -> dict[str, Any]:
 
 def missed(facts: Facts) -> list[str]:
     """Return descriptions of the measured targets that are not met."""
-    return [
+    found = [
         f"{name}: {each['margin_db']:+.2f} dB, the target is {each['target_db']:+.1f} dB"
         for name, each in margins(facts).items()
         if each["met"] is False
-    ] + _not_growing(facts)
-
-
-def _not_growing(facts: Facts) -> list[str]:
-    """Return violations of the target that the margin over the baseline grows with k."""
-    found = [(k, lead_db(facts, k)) for k in sorted(MARGIN_TARGETS_DB)]
-    known = [(k, margin) for k, margin in found if margin is not None]
-    falls = [(a, b) for a, b in pairwise(known) if b[1] <= a[1]]
-    return [f"the margin does not grow from k = {a[0]} to k = {b[0]}" for a, b in falls]
+    ]
+    leads = [(k, lead) for k in sorted(MARGIN_TARGETS_DB) if (lead := lead_db(facts, k)) is not None]
+    falls = [(a, b) for (a, lead), (b, next_lead) in pairwise(leads) if next_lead <= lead]
+    return found + [f"the margin does not grow from k = {a} to k = {b}" for a, b in falls]
 
 
 def compressions(facts: Facts) -> list[int]:
@@ -104,8 +95,7 @@ _DASHED, _DOTTED = (0, (5, 2)), (0, (1, 2))
 _MARKERS = ("o", "s", "^", "D")
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """One plot: a short name for its file, its title, its SVG for a page, and its SVG as a file."""
 
     name: str
@@ -114,8 +104,7 @@ class Plot:
     file: str
 
 
-@dataclass(frozen=True)
-class _Series:
+class _Series(NamedTuple):
     label: str
     points: Sequence[tuple[float, float]]
     colour: str = ACCENT
@@ -174,6 +163,7 @@ def _known(found: Mapping[int, float | None]) -> list[tuple[float, float]]:
 def _plot(name: str, title: str, labels: tuple[str, str], series: Sequence[_Series]) -> Plot:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
@@ -184,28 +174,22 @@ def _plot(name: str, title: str, labels: tuple[str, str], series: Sequence[_Seri
                     *zip(*each.points, strict=True), color=each.colour, linestyle=each.dashes, marker=each.marker,
                     markersize=4, linewidth=1.8, label=each.label,
                 )  # fmt: skip
-        _style_axes(axes, labels, sorted({x for each in series for x, _ in each.points}))
+        ticks = sorted({x for each in series for x, _ in each.points})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.legend(frameon=False, fontsize=9)
+        axes.grid(axis="y", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    file = text
+    text = file = buffer.getvalue()
     for placeholder, colour in _COLOURS.items():
         file = file.replace(placeholder, colour)
     return Plot(name, title, for_page(text, title), file)
-
-
-def _style_axes(axes: Axes, labels: tuple[str, str], ticks: Sequence[float]) -> None:
-    from matplotlib.ticker import NullLocator
-
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    axes.legend(frameon=False, fontsize=9)
-    axes.grid(axis="y", linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0)
 
 
 # Tables from the JSON: for the page and, as Markdown, for the terminal.
@@ -217,17 +201,8 @@ _SIZES = (TRAINED, DOUBLE, OTHER)
 
 def tables(facts: Facts) -> list[Table]:
     """Return all tables for which arms were trained."""
-    made = [
-        _headline(facts),
-        _linear_code(facts),
-        _paper_form(facts),
-        _variants(facts),
-        _steps(facts),
-        _sizes(facts),
-        _between(facts),
-        _cost(facts),
-    ]
-    return [table for table in made if table.rows]
+    kinds = (_headline, _linear_code, _paper_form, _variants, _steps, _sizes, _between, _cost)
+    return [table for kind in kinds if (table := kind(facts)).rows]
 
 
 def markdown(facts: Facts) -> str:
@@ -253,14 +228,14 @@ def _headline(facts: Facts) -> Table:
     ours: set[int] = set()
     for k in compressions(facts):
         margin, target = lead_db(facts, k), MARGIN_TARGETS_DB.get(k)
-        for arm in (baseline(k), regen(k)):
+        for is_ours, arm in enumerate((baseline(k), regen(k))):
             if (found := facts["arms"].get(arm.name)) is None:
                 continue
-            is_ours = arm.kind == "regen"
-            if is_ours:
-                ours.add(len(rows))
+            ours |= {len(rows)} if is_ours else set()
             end = _against(margin, target) if is_ours else ["", "", ""]
-            rows.append([found["label"], *_quality(found["measures"][TRAINED]["1"]), *end, _paper(k, is_ours)])
+            paper = (PAPER_DB[name][k][is_ours] for name in ("MCL-JCV", "DAVIS") if k in PAPER_DB[name])
+            figures = _quality(found["measures"][TRAINED]["1"])
+            rows.append([found["label"], *figures, *end, " / ".join(f"{each:.2f}" for each in paper)])
     columns = ["one step, training resolution", *_MEASURES, "over the baseline", "target", "", "paper, MCL-JCV / DAVIS"]
     note = (
         "The baseline is MAGVIT-v2's decoder as it was published; the next table has it with our linear code, too. "
@@ -296,14 +271,11 @@ def _paper_form(facts: Facts) -> Table:
     for k in compressions(facts):
         pairs = ((paper_form(k).name, regen(k).name), (paper_form_alone(k).name, regen_alone(k).name))
         if any(name in facts["arms"] for name, _ in pairs):
-            cells = (
-                (_db(psnr_db(facts, paper)), _db(psnr_db(facts, ours)), _signed(margin_db(facts, ours, paper)))
-                for paper, ours in pairs
-            )
-            rows.append([f"{k}", *(cell for pair in cells for cell in pair)])
-    columns = [
-        "k", "paper's decoder, with the code", "ours", "gain", "paper's decoder, without", "ours", "gain",
-    ]  # fmt: skip
+            rows.append([f"{k}"])
+            for paper, ours in pairs:
+                gain = _signed(margin_db(facts, ours, paper))
+                rows[-1] += [_db(psnr_db(facts, paper)), _db(psnr_db(facts, ours)), gain]
+    columns = ["k", "paper's decoder, with the code", "ours", "gain", "paper's decoder, without", "ours", "gain"]
     return _table("What local convolutions do", columns, rows, "One-step PSNR in dB, training resolution.")
 
 
@@ -312,11 +284,6 @@ def _against(margin: float | None, target: float | None) -> list[str]:
         return ["", "" if target is None else f"≥ {target:+.1f}", ""]
     outcome = "" if target is None else MET if margin >= target else MISSED
     return [f"{margin:+.2f} dB", "" if target is None else f"≥ {target:+.1f} dB", outcome]
-
-
-def _paper(k: int, ours: bool) -> str:
-    figures = [PAPER_DB[name].get(k) for name in ("MCL-JCV", "DAVIS")]
-    return " / ".join(f"{pair[ours]:.2f}" for pair in figures if pair is not None)
 
 
 def _quality(found: Facts) -> list[str]:
@@ -354,18 +321,11 @@ def _variants(facts: Facts) -> Table:
         against = facts["arms"].get(variant.against, {}).get("label", variant.against)
         rows.append([variant.label, against, *(f"{a} ({b})" for a, b in zip(figures, changes, strict=True))])
     columns = ["variant", "differs in one thing from", *(f"{size}: PSNR dB (change)" for size in _SIZES)]
-    return _table(f"Variants at k = {ABLATED}, one step", columns, rows, _in_context(facts))
-
-
-def _in_context(facts: Facts) -> str:
-    margin = margin_db(facts, CONTENT_AWARE, IN_CONTEXT, DOUBLE)
-    if margin is None:
-        return ""
-    shown, target, outcome = _against(margin, IN_CONTEXT_TARGET_DB)
-    return (
-        f"Content-aware positions over latents in context, at twice the training resolution: {shown}, the target is "
-        f"{target} {outcome} (the paper: +6.02 dB)."
-    )
+    note, margin = "", margin_db(facts, CONTENT_AWARE, IN_CONTEXT, DOUBLE)
+    if margin is not None:
+        note = "Content-aware positions over latents in context, at twice the training resolution: "
+        note += "{}, the target is {} {} (the paper: +6.02 dB).".format(*_against(margin, IN_CONTEXT_TARGET_DB))
+    return _table(f"Variants at k = {ABLATED}, one step", columns, rows, note)
 
 
 def _between(facts: Facts) -> Table:
@@ -387,24 +347,18 @@ def _cost(facts: Facts) -> Table:
         "decoder", "learning rate", "steps", "core seconds", "seconds by the clock", "training TFLOP", "parameters",
         "GFLOP to decode a clip",
     ]  # fmt: skip
-    return _table("What each arm took", columns, list(_cost_rows(facts)), _tuning(facts))
-
-
-def _cost_rows(facts: Facts) -> Iterator[list[str]]:
+    rows = []
     for arm in facts["arms"].values():
         training = arm["training"]
         parameters = sum(training["parameters"].values())
-        yield [
+        rows.append([
             arm["label"], f"{training['lr']:.2g}", f"{training['steps']}", f"{training['cpu_seconds']:.0f}",
             f"{training['seconds']:.0f}", f"{training['flops'] / 1e12:.1f}", f"{parameters / 1e6:.2f} M",
             f"{training['decode_flops'] / 1e9:.2f}",
-        ]  # fmt: skip
-
-
-def _tuning(facts: Facts) -> str:
-    """Describe the choice of the learning rates."""
+        ])  # fmt: skip
     rates = [f"{kind} {found['lr']:.2g}{_tried(found)}" for kind, found in facts["tuning"].items()]
-    return "Learning rates:\n" + ";\n".join(rates) + "."  # short lines, for readers of the file
+    note = "Learning rates:\n" + ";\n".join(rates) + "."  # short lines, for readers of the file
+    return _table("What each arm took", columns, rows, note)
 
 
 def _tried(found: Facts) -> str:
@@ -424,12 +378,8 @@ def _signed(value: float | None) -> str:
 
 def not_measured(facts: Facts) -> list[str]:
     """Return what could not be measured, with reasons."""
-    return [
-        f"{arm['label']}, {size}: {note}"
-        for arm in facts["arms"].values()
-        for size in _SIZES
-        for note in arm["measures"][size]["1"]["notes"]
-    ]
+    measured = [(arm, size) for arm in facts["arms"].values() for size in _SIZES]
+    return [f"{arm['label']}, {size}: {note}" for arm, size in measured for note in arm["measures"][size]["1"]["notes"]]
 
 
 # The page: a single self-contained `index.html`.
@@ -438,8 +388,7 @@ _COLUMNS = 5
 _QUALITY = 82  # of WebP
 
 
-@dataclass(frozen=True)
-class Sheet:
+class Sheet(NamedTuple):
     """Frames side by side, as a data URI."""
 
     title: str
@@ -447,17 +396,7 @@ class Sheet:
 
 
 def write_page(out: Path, facts: Facts, plots: Sequence[Plot], kept: Mapping[str, Path]) -> Path:
-    """Write `index.html` atomically.
-
-    Args:
-        out: existing folder.
-        facts: content of compression.json.
-        plots: plots of the facts.
-        kept: file with decoded frames by arm.
-
-    Returns:
-        The page's path.
-    """
+    """Write `index.html` atomically; `kept` has the file with decoded frames of each arm. Return the page's path."""
     text = (
         page_environment()
         .get_template("compression.html.j2")
@@ -476,14 +415,16 @@ def _sheets(facts: Facts, kept: Mapping[str, Path]) -> list[Sheet]:
     """Return the sheets of both kinds for each k, with and without the linear code, on the same clips; then of both
     kinds of conditioning at twice the resolution."""
     kinds = (baseline, regen_alone, baseline_with_code, regen)
-    wanted = [(tuple(arm(k).name for arm in kinds), TRAINED, f"k = {k}") for k in COMPRESSIONS]
-    wanted.append(((IN_CONTEXT, CONTENT_AWARE), DOUBLE, "twice the training resolution"))
+    wanted = [([arm(k).name for arm in kinds], TRAINED, f"k = {k}") for k in COMPRESSIONS]
+    wanted.append(([IN_CONTEXT, CONTENT_AWARE], DOUBLE, "twice the training resolution"))
     found = []
     for arms, size, title in wanted:
         frames = {name: _frames(kept[name], size) for name in arms if name in kept}
         labels = {name: facts["arms"][name]["label"] for name in frames}
         for place in sorted(set.intersection(*map(set, frames.values()))) if frames else ():
-            found.append(_sheet(f"{title}: {_stretch(facts, place)}", {labels[n]: frames[n][place] for n in frames}))
+            stretch = facts["tests"]["stretches"][place]
+            shown = {labels[name]: frames[name][place] for name in frames}
+            found.append(Sheet(f"{title}: {stretch['video']}, from frame {stretch['first']}", _data_uri(shown)))
     return found
 
 
@@ -498,28 +439,19 @@ def _frames(kept: Path, size: str) -> dict[int, dict[str, Frame]]:
     return found
 
 
-def _stretch(facts: Facts, place: int) -> str:
-    stretch: Mapping[str, Any] = facts["tests"]["stretches"][place]
-    return f"{stretch['video']}, from frame {stretch['first']}"
-
-
-def _sheet(title: str, arms: Mapping[str, Mapping[str, Frame]]) -> Sheet:
-    """Return the source and each arm's reconstruction; the arms share k and therefore the frames."""
-    source = next(iter(arms.values()))["source"]
-    numbers = sheet_frames(len(source), _COLUMNS)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "sheet.png"
-        made = {label: [each["made"][n] for n in numbers] for label, each in arms.items()}
-        write_sheet(path, numbers, [source[n] for n in numbers], made, errors=False)
-        return Sheet(title, _data_uri(path))
-
-
-def _data_uri(path: Path) -> str:
+def _data_uri(arms: Mapping[str, Mapping[str, Frame]]) -> str:
+    """Draw the source and each arm's reconstruction; the arms share k and therefore the frames."""
     from PIL import Image
 
+    source = next(iter(arms.values()))["source"]
+    chosen = sheet_frames(len(source), _COLUMNS)
+    made = {label: [each["made"][number] for number in chosen] for label, each in arms.items()}
     buffer = io.BytesIO()
-    with Image.open(path) as image:
-        image.save(buffer, "WEBP", quality=_QUALITY, method=4)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sheet.png"
+        write_sheet(path, chosen, [source[number] for number in chosen], made, errors=False)
+        with Image.open(path) as image:
+            image.save(buffer, "WEBP", quality=_QUALITY, method=4)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -535,15 +467,11 @@ def read_budgets(folders: Mapping[float, Path]) -> dict[float, dict[str, Any]]:
     return {minutes: json.loads(file.read_text("utf-8")) for minutes, file in files.items() if file.is_file()}
 
 
-def budget_tables(budgets: Budgets) -> list[Table]:
-    """Return for each k the one-step PSNR of each trained arm at every budget, then the leads without the linear code
-    and with it on both sides."""
-    return [table for k in COMPRESSIONS if (table := _budget_table(budgets, k)).rows]
-
-
 def budgets_markdown(budgets: Budgets) -> str:
-    """Format the tables as Markdown."""
-    return "\n".join(table.to_markdown() for table in budget_tables(budgets))
+    """Format for each k, as Markdown, the one-step PSNR of each trained arm at every budget, then the leads without the
+    linear code and with it on both sides."""
+    tables = (_budget_table(budgets, k) for k in COMPRESSIONS)
+    return "\n".join(table.to_markdown() for table in tables if table.rows)
 
 
 def _budget_table(budgets: Budgets, k: int) -> Table:

@@ -23,7 +23,7 @@ from regen_dist.models.flops import count_flops, training_flops_per_clip
 from regen_dist.observe.record import read_record
 from regen_dist.pixels import to_float, to_frames
 from regen_dist.programs import regen as program
-from tools.bench.common import run_side_by_side
+from tools.bench.common import claim_minutes, run_side_by_side
 from tools.bench.compression_measure import Decoded, mean_psnr_db
 
 # Arms of the comparison: model, counterpart, and the paper's result.
@@ -280,22 +280,26 @@ def training_facts(run: Path) -> dict[str, Any]:
     """Return facts of an arm's training and model.
 
     `seconds` and `cpu_seconds` are wall and CPU time of its steps, without validation and saving; `flops` are those of
-    forward and backward passes.
+    forward and backward passes, `encode_flops` and `decode_flops` those of a clip in one step.
     """
     config = embedder_only(load_saved_config(run), str(run))
     lines = read_record(run / "metrics.jsonl", "train")
     steps = lines[-1]["step"]
-    clips = steps * config.train.batch_global
+    clips, counted = steps * config.train.batch_global, count_flops(config.model, config.data.size)
+    encode = counted.forward_flops["encoder"]
     return {
         "lr": config.optimizer.lr,
         "steps": steps,
         "clips": clips,
         "seconds": _total(lines, "step_s"),
         "cpu_seconds": _total(lines, "cpu_step_s"),
-        "flops": clips * _flops_per_clip(config),
+        "flops": clips * training_flops_per_clip(config.model, config.data.size, decoded=config.diffusion.train_frames),
         "loss": lines[-1]["loss"],
         "skipped": lines[-1]["skipped"],
-        **_model_facts(config),
+        "parameters": counted.parameters,
+        "encode_flops": encode,
+        "decode_flops": counted.num_forward_flops - encode,
+        "bits_per_pixel": counted.bits_per_pixel,
     }
 
 
@@ -303,22 +307,6 @@ def _total(lines: Sequence[Mapping[str, Any]], name: str) -> float:
     """Return the sum over all steps; a line holds the mean since the previous line."""
     begun = [0, *(line["step"] for line in lines)]
     return float(sum(line[name] * (line["step"] - before) for line, before in zip(lines, begun, strict=False)))
-
-
-def _flops_per_clip(config: EmbedderConfig) -> int:
-    return training_flops_per_clip(config.model, config.data.size, decoded=config.diffusion.train_frames)
-
-
-def _model_facts(config: EmbedderConfig) -> dict[str, Any]:
-    """Return the parameters of each part and the FLOPs to encode a clip and to decode it in one step."""
-    counted = count_flops(config.model, config.data.size)
-    encode = counted.forward_flops["encoder"]
-    return {
-        "parameters": counted.parameters,
-        "encode_flops": encode,
-        "decode_flops": counted.num_forward_flops - encode,
-        "bits_per_pixel": counted.bits_per_pixel,
-    }
 
 
 _PROBED_STEPS, _WARM_STEPS = 8, 3
@@ -363,16 +351,9 @@ class Runs:
         Raises:
             ConfigError: it belongs to others, whose trainings would not be comparable.
         """
-        path = self.out / "minutes.json"
-        if not path.is_file():
+        if not (self.out / "minutes.json").is_file():
             save_config(self.base, self.out)
-            write_text_atomically(path, json_text(self.minutes) + "\n")
-        minutes = json.loads(path.read_text(encoding="utf-8"))
-        if minutes != self.minutes:
-            raise ConfigError(
-                f"the arms in {self.out} have {minutes:g} minutes each, now {self.minutes:g} are asked for; give "
-                f"--minutes-per-arm {minutes:g}, or another --out"
-            )
+        claim_minutes(self.out, self.minutes, "--minutes-per-arm")
         if load_saved_config(self.out) != self.base:
             raise ConfigError(
                 f"the arms in {self.out} start from another config, see {self.out / 'config.yaml'}; give the same "

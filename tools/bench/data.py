@@ -112,7 +112,7 @@ def data(
         facts |= config_facts(config, own, base)
         suite = Suite(
             folder, f"{place.url}/clips", f"{place.url}/small", base.model.num_frames, base.data.read, seconds, repeats,
-            place.process, lambda name, turn: console.print(f"  {name}: {_shown(turn.rate)} a second"),
+            place.process, lambda name, turn: console.print(f"  {name}: {turn.rate:,.1f} a second"),
         )  # fmt: skip
         for part in parts:
             facts[part.value] = (
@@ -150,10 +150,6 @@ def _waits(config: Path, overrides: list[str], log: Callable[[str], None]) -> di
             found[name] = data_cases.waited(read_record(Path(folder) / "run" / "metrics.jsonl", "train"))
         log(f"  data wait, {name}: {found[name]['data_wait']:.2%}")
     return found
-
-
-def _shown(rate: float) -> str:
-    return f"{rate / 1e6:.1f} million" if rate > 1e6 else f"{rate:.1f}"
 
 
 def _version(package: str) -> str:
@@ -275,7 +271,7 @@ class Suite:
         return {
             "what": f"{self.num_frames} frames of {crop}x{crop}",
             "unit": "clips",
-            "settings": {**_plain(local), "config": local.config.model_dump(mode="json")},
+            "settings": local._asdict() | {"config": local.config.model_dump(mode="json")},
             "against": "decoding alone, from memory",
             "target": CLIPS_TARGET,
             **_suite_compared(rounds, ratios),
@@ -393,10 +389,6 @@ def faster(*several: Sequence[Turn]) -> list[Turn]:
 
 def _suite_compared(rounds: Rounds, ratios: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return {"cases": {name: summary(turns) for name, turns in rounds.items()}, "ratios": dict(ratios)}
-
-
-def _plain(stretch: data_cases.Workload) -> dict[str, Any]:
-    return {name: getattr(stretch, name) for name in ("num_frames", "batch", "batches", "workers", "seed")}
 
 
 # Measured datasets: built once in a local folder by the shard tools, then copied to the store.

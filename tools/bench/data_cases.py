@@ -41,7 +41,7 @@ from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
 from regen_dist.programs import python, start_safely
 from tools import stages
-from tools.bench.common import Turn, measured, memory_now_bytes, turn_of
+from tools.bench.common import Turn, measured, memory_now_bytes, require_success, turn_of
 
 if TYPE_CHECKING:
     from threading import Barrier
@@ -298,8 +298,9 @@ def first_batch(url: str, cache: Path, *, crop: int, num_frames: int, batch: int
 
 def _in_a_process(what: str, environment: Mapping[str, str] | None = None, **options: Any) -> dict[str, float]:
     """Return the result of one of `_MEASURED` from `python -m` of this module."""
-    program = python("-m", __name__, what, json_text(options))
-    found: dict[str, float] = json.loads(stages.run_program(program, environment=environment, check=True).stdout)
+    done = stages.run_program(python("-m", __name__, what, json_text(options)), environment=environment)
+    require_success(done.returncode, f"measuring {what}", done.stderr)
+    found: dict[str, float] = json.loads(done.stdout)
     return found
 
 

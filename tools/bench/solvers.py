@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _EVALUATIONS = "3,5,9,15,25"
 _FILE = "solvers.json"
+_TIMED = "seconds_per_video.json"  # beside the videos, for a later call, which keeps them
 
 
 class SolverSetting(NamedTuple):
@@ -112,6 +114,7 @@ def _measured(
     guidance: float | None,
 ) -> dict[str, Any]:
     """Generate the videos of one setting, read them, and return their row of the record."""
+    from regen_dist.config.files import write_text_atomically
     from regen_dist.evaluation.miniature_scores import generated_clips, read_arm
     from regen_dist.inference.generate import generate
     from regen_dist.inference.generation_settings import resolve_settings
@@ -120,14 +123,16 @@ def _measured(
     settings = resolve_settings(model, size=sides, steps=setting.steps, sampler=setting.sampler, guidance=guidance)
     began = time.monotonic()
     found = generate(model, codec, lambda: encoder, wanted, folder, settings)
-    seconds = time.monotonic() - began
+    seconds, timed = time.monotonic() - began, folder / _TIMED
+    if found.made:
+        write_text_atomically(timed, json_text(seconds / len(found.made)) + "\n")
     names = [f"{prompt.number:05d}" for prompt in wanted]
     arm = read_arm(folder.name, generated_clips(folder, names), {})
     return {
         "sampler": setting.sampler,
         "steps": setting.steps,
         "evaluations": setting.evaluations,
-        "seconds_per_video": seconds / len(found.made) if found.made else None,
+        "seconds_per_video": json.loads(timed.read_text(encoding="utf-8")) if timed.is_file() else None,
         "scores": {name: share.to_json() for name, share in arm.scores.items()},
     }
 
@@ -137,12 +142,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     names = rows[0]["scores"]
     lines = [
         [row["sampler"], str(row["evaluations"]), *(f"{share['share']:.1%}" for share in row["scores"].values())]
-        for row in _by_evaluations(rows)
+        for row in sorted(rows, key=lambda row: row["evaluations"])
     ]
     return Table(
         ["solver", *numbers("evaluations", *names)], lines, title="read right, by solver and evaluations of the model"
     )
-
-
-def _by_evaluations(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield from sorted(rows, key=lambda row: row["evaluations"])

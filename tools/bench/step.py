@@ -144,16 +144,12 @@ def prepared(paths: Mapping[str, Path], work: Path, side: int) -> dict[str, Benc
     runs = {EMBEDDER: BenchRun.of(paths[EMBEDDER], [*common, f"data.url={work / 'clips'}"])}
     runs |= {name: BenchRun.of(path, t2v_own) for name, path in paths.items() if name != EMBEDDER}
     embedder = load_embedder_config(paths[EMBEDDER], runs[EMBEDDER].overrides)
-    _make_clips(embedder, work / "clips")
+    frames, side_px = 2 * embedder.model.num_frames, max(map(max, embedder.data.sizes))
+    options = SyntheticOptions(_VIDEOS, seed=0, side=side_px, frames=frames, samples_per_shard=_VIDEOS)
+    build_synthetic(work / "clips", options, workers=0)
     if len(runs) > 1:
         _make_cache([runs[name] for name in runs if name != EMBEDDER], embedder, work / "cached", side)
     return runs
-
-
-def _make_clips(config: EmbedderConfig, folder: Path) -> None:
-    frames, side = 2 * config.model.num_frames, max(map(max, config.data.sizes))
-    options = SyntheticOptions(_VIDEOS, seed=0, side=side, frames=frames, samples_per_shard=_VIDEOS)
-    build_synthetic(folder, options, workers=0)
 
 
 def _make_cache(runs: Sequence[BenchRun], embedder: EmbedderConfig, work: Path, side: int) -> None:

@@ -272,17 +272,12 @@ def prepare(work: Path, embedder: EmbedderConfig, *, videos: int, side: int, cli
     _write_embedder(embedder, paths.embedder)
     captions = open_dataset(paths.videos).table()["caption"].to_pylist()
     make_small_encoder(captions, work / "text", width=text_width)
-    done = preencode(_preencoding(paths, work / "text"))
+    text = TextConfig(encoder=str(work / "text"), max_tokens=_MAX_TOKENS)
+    places: dict[str, Any] = {"embedder": str(paths.embedder), "data": str(paths.videos), "output": str(paths.cache)}
+    done = preencode(PreencodeConfig(**places, text=text, batch_clips=_BATCH_CLIPS))
     assert done.manifest is not None, "one task makes all shards"
     facts = {"videos": videos, "frames": frames, "side": side, "cache_bytes": done.manifest.totals.bytes}
     return paths._replace(facts=facts | done.manifest.options["sizes"] | {"preencoded_per_s": done.clips_per_s})
-
-
-def _preencoding(paths: Prepared, text: Path) -> PreencodeConfig:
-    return PreencodeConfig(
-        embedder=str(paths.embedder), data=str(paths.videos), output=str(paths.cache),
-        text=TextConfig(encoder=str(text), max_tokens=_MAX_TOKENS), batch_clips=_BATCH_CLIPS,
-    )  # fmt: skip
 
 
 def _write_embedder(config: EmbedderConfig, folder: Path) -> None:

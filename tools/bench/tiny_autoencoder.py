@@ -63,24 +63,19 @@ def build_autoencoder(channels: int, width: int) -> Any:
     )
 
 
-def as_input(clips: Tensor) -> Tensor:
-    """Convert uint8 clips to float32 in [-1, 1]."""
-    return to_float(clips)
-
-
 @torch.no_grad()
 def psnr_of(model: Any, clips: Tensor) -> float:
     """Compute the PSNR in dB of the model's reconstruction of uint8 clips, of the mean squared error over all."""
     errors = []
     for one in clips.split(8):
-        made = model.decode(model.encode(as_input(one)).latent_dist.mode()).sample.clamp(-1, 1)
-        errors += (made - as_input(one)).square().mean((1, 2, 3, 4)).tolist()
+        made = model.decode(model.encode(to_float(one)).latent_dist.mode()).sample.clamp(-1, 1)
+        errors += (made - to_float(one)).square().mean((1, 2, 3, 4)).tolist()
     return float(10 * np.log10(4 / np.mean(errors)))
 
 
 def psnr_of_mean_colour(clips: Tensor) -> float:
     """Compute the PSNR in dB of clips [clips, 3, T, H, W] of one colour each, their mean: what learns nothing else."""
-    video = as_input(clips)
+    video = to_float(clips)
     return float(10 * np.log10(4 / (video - video.mean((2, 3, 4), keepdim=True)).square().mean().item()))
 
 
@@ -93,7 +88,7 @@ def train_autoencoder(
     draw, began, losses = torch.Generator().manual_seed(0), time.monotonic(), [0.0]
     curve = [{"step": 0, "loss": float("nan"), "psnr_db": psnr_of(model, held_out), "seconds": 0.0}]
     for step in range(1, steps + 1):
-        video = as_input(clips[torch.randint(len(clips), (batch,), generator=draw)])
+        video = to_float(clips[torch.randint(len(clips), (batch,), generator=draw)])
         z = model.encode(video).latent_dist.mode()
         loss = (model.decode(z).sample - video).square().mean()
         optimizer.zero_grad(set_to_none=True)
@@ -113,7 +108,7 @@ def train_autoencoder(
 def record_statistics(model: Any, clips: Tensor) -> None:
     """Record the mean and std of each latent channel in the config, as pretrained models have them."""
     with torch.no_grad():
-        latents = torch.cat([model.encode(as_input(one)).latent_dist.mode() for one in clips.split(8)])
+        latents = torch.cat([model.encode(to_float(one)).latent_dist.mode() for one in clips.split(8)])
     spread, mean = torch.std_mean(latents, (0, 2, 3, 4))
     model.register_to_config(latents_mean=mean.tolist(), latents_std=spread.tolist())
 

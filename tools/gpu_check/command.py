@@ -21,6 +21,8 @@ from regen_dist.errors import BackendError, ConfigError
 from regen_dist.jsontext import json_text
 from regen_dist.programs import python
 from regen_dist.tables import Table, numbers
+from tools.bench.common import claim_minutes
+from tools.shards.progress import stopping_cleanly
 
 _CPU_PATIENCE = 10  # times the limits: CPUs are slower, and shared
 
@@ -45,13 +47,14 @@ def gpu_check(
 
     Example: regen gpu-check --train 20
     """
-
     parts = chosen_parts(only)
     if not cpu:
         _require_cuda()
+    if train is not None:
+        claim_minutes(out, train, "--train")
     more = [] if train is None else ["--minutes", str(train), "--folder", str(out)]
     results = []
-    with TemporaryDirectory(prefix="regen-gpu-check-") as folder:
+    with stopping_cleanly(), TemporaryDirectory(prefix="regen-gpu-check-") as folder:
         for part in (*parts, *([] if train is None else [training_part(train)])):
             print(f"{part.name} …", end=" ", file=sys.stderr, flush=True)
             limit_s = part.limit_s * (_CPU_PATIENCE if cpu else 1)

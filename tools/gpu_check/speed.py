@@ -38,7 +38,7 @@ from tools.bench.compression_runs import (
     training_pace,
 )
 from tools.gpu_check.machine import Machine, PartLeftOut
-from tools.gpu_check.zero3 import SMALL_ENCODER
+from tools.gpu_check.zero3 import SMALL_EMBEDDER, embedder_config, row_config
 
 _TOP = 8  # kernels that a profile names
 _GIB = 2**30
@@ -49,26 +49,15 @@ _ROW_FRAMES, _TEXT = 8, 256  # latent frames of a row of four clips, and tokens 
 def embedders(machine: Machine) -> dict[str, Any]:
     """Return clips per second of encoder and decoder, the most expensive kernels of a training step, and the number of
     its synchronisations with the device."""
-    found = {name: _embedder(machine, _embedder_config(machine, name)) for name in ("regen_k32", "fast_k32")}
+    small = machine.size((), (*SMALL_EMBEDDER, "model.decoder.blocks=2", "data.size=[16, 32]"))
+    names = ("regen_k32", "fast_k32")
+    found = {name: _embedder(machine, embedder_config(machine, name, "plain", small)) for name in names}
     summary = [
         f"{name}: encodes {each['encode_clips_per_s']:.3g}, decodes {each['decode_clips_per_s']:.3g} clips/s, "
         f"{each['synchronisations']} synchronisations a step"
         for name, each in found.items()
     ]
     return {**found, "summary": "; ".join(summary)}
-
-
-def _embedder_config(machine: Machine, name: str) -> EmbedderConfig:
-    small = [SMALL_ENCODER, "model.conditioning.width=16", "model.decoder.width=32", "model.decoder.heads=2"]
-    small += ["model.decoder.blocks=2", "data.size=[16, 32]"]
-    changes = [
-        "engine.kind=plain",
-        f"engine.precision={machine.precision}",
-        "data.url=absent",
-        "data.validation_url=absent",
-    ]
-    changes += ["train.batch_global=1", "train.accumulation=1", *machine.size([], small)]
-    return load_embedder_config(Path(f"configs/embedder/{name}.yaml"), changes)
 
 
 def _embedder(machine: Machine, config: EmbedderConfig) -> dict[str, Any]:
@@ -140,11 +129,9 @@ def _kernels(machine: Machine, step: Callable[[], object]) -> dict[str, float]:
 def t2v_blocks(machine: Machine) -> dict[str, Any]:
     """Run forward and backward pass of eight blocks on rows of four clips; return model FLOPs as a share of the
     device's peak (MFU), and including recomputation (HFU)."""
-    config, rows = _row_config(machine, 8, "plain"), machine.size(4, 1)
+    config, rows = row_config(machine, "plain", 8, activation_checkpointing=True), machine.size(4, 1)
     counted, inputs = _counted(machine, config), _row(machine, config, rows)
-    torch.manual_seed(0)
-    model = build_model(config.model).to(machine.device, machine.dtype)
-    model.set_activation_checkpointing(True)
+    model = _recomputing(config).to(machine.device, machine.dtype)
 
     def step() -> None:
         model(*inputs).square().mean().backward()
@@ -162,7 +149,7 @@ def t2v_blocks(machine: Machine) -> dict[str, Any]:
 
 def t2v_5b(machine: Machine) -> dict[str, Any]:
     """One step of the whole model by ZeRO-3 with one rank: its peak of memory beside the estimate."""
-    config = _row_config(machine, 32, "zero3")
+    config = row_config(machine, "zero3", 32, activation_checkpointing=True)
     terms = memory_bytes(_counted(machine, config), config.engine, world_size=1, clips_per_gpu=1)
     estimated = sum(terms.values())
     if machine.is_cuda and estimated > (free := torch.cuda.mem_get_info(machine.device)[0]):
@@ -205,18 +192,6 @@ def _recomputing(config: T2VConfig) -> torch.nn.Module:
     return model
 
 
-def _row_config(machine: Machine, blocks: int, kind: str) -> T2VConfig:
-    sizes = machine.size({"heads": 24, "width": 3072, "text_width": 4096}, {"heads": 4, "width": 64, "text_width": 32})
-    engine = {"kind": kind, "precision": machine.precision, "partitioned_init": kind == "zero3"}
-    return T2VConfig.model_validate({
-        "name": "gpu_check",
-        "model": {**sizes, "blocks": machine.size(blocks, 2)},
-        "data": {"url": "none"},
-        "engine": {**engine, "activation_checkpointing": True},
-        "train": {"steps": 1, "batch_global": 1},
-    })  # fmt: skip
-
-
 def _counted(machine: Machine, config: T2VConfig) -> RowFlops:
     size = machine.size((24, 40), (4, 6))
     precision: Any = machine.precision
@@ -248,31 +223,26 @@ def training(machine: Machine) -> dict[str, Any]:
     base = load_embedder_config(_CONFIG, own)
     _make_shards(machine, base)
     tests, size = load_clips(_CLIPS, _VIDEOS), CropSize(base.data.size, 128)
-    found = {}
+    found: dict[str, Any] = {}
     for arm in (kind(k) for k in _COMPRESSIONS for kind in (regen, baseline)):
         steps = _trained(machine, own, base, arm)
         run, kept = machine.folder / "arms" / arm.name, machine.folder / "measures" / f"{arm.name}.json"
-        measured = measure_arm(run, tests, {TRAINED: size}, kept, (1,))
-        quality = measured[TRAINED]["1"]
-        found[arm.name] = {"steps": steps, "psnr_db": quality["psnr_db"], "measures": quality, **_facts(run)}
+        quality = measure_arm(run, tests, {TRAINED: size}, kept, (1,))[TRAINED]["1"]
+        facts = training_facts(run)
+        shown = {name: facts[name] for name in ("seconds", "clips", "flops", "loss", "skipped", "parameters")}
+        found[arm.name] = {"steps": steps, "psnr_db": quality["psnr_db"], "measures": quality, **shown}
         print(f"{arm.label}: {steps} steps, {quality['psnr_db']:.2f} dB", flush=True)
-    return {
-        "minutes": machine.minutes,
-        "arms": found,
-        "summary": "; ".join(_train_summary(k, found) for k in _COMPRESSIONS),
-    }
-
-
-def _train_summary(k: int, found: dict[str, Any]) -> str:
-    ours, theirs = (found[arm(k).name]["psnr_db"] for arm in (regen, baseline))
-    return f"k = {k}: REGEN {ours:.2f} dB, baseline {theirs:.2f} dB, {ours - theirs:+.2f} dB in one step"
+    lines = []
+    for k in _COMPRESSIONS:
+        ours, theirs = (found[arm(k).name]["psnr_db"] for arm in (regen, baseline))
+        lines.append(f"k = {k}: REGEN {ours:.2f} dB, baseline {theirs:.2f} dB, {ours - theirs:+.2f} dB in one step")
+    return {"minutes": machine.minutes, "arms": found, "summary": "; ".join(lines)}
 
 
 def _own(machine: Machine) -> list[str]:
     """Return the config overrides."""
-    small = [SMALL_ENCODER, "model.conditioning.width=16", "model.decoder.width=32", "model.decoder.heads=2"]
-    small += ["model.decoder.blocks=1", "data.size=[32, 32]", "data.validation_size=[32, 32]", "train.batch_global=2"]
-    small += ["data.workers=0", "engine.precision=fp32"]
+    small = [*SMALL_EMBEDDER, "model.decoder.blocks=1", "data.size=[32, 32]", "data.validation_size=[32, 32]"]
+    small += ["train.batch_global=2", "data.workers=0", "engine.precision=fp32"]
     return [f"data.url={machine.folder / 'shards'}", f"output={machine.folder / 'arms'}", *machine.size([], small)]
 
 
@@ -329,13 +299,6 @@ def train_for(seconds: float, pace: float, train: Callable[[int], float]) -> int
     return steps
 
 
-def _facts(run: Path) -> dict[str, Any]:
-    facts = training_facts(run)
-    return {name: facts[name] for name in ("seconds", "clips", "flops", "loss", "skipped", "parameters")}
-
-
-def _run(
-    machine: Machine, name: str, arguments: Sequence[str], *, done: Callable[[str], None] = lambda _: None
-) -> None:
-    """One `regen` command, with its log."""
-    run_side_by_side({name: regen_command(*arguments)}, logs=machine.folder / "logs", at_once=1, done=done)
+def _run(machine: Machine, name: str, arguments: Sequence[str]) -> None:
+    """Run one `regen` command, with its log."""
+    run_side_by_side({name: regen_command(*arguments)}, logs=machine.folder / "logs", at_once=1)

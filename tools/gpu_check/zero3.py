@@ -4,7 +4,7 @@ alternate, and a state that is saved and restored."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,9 +29,12 @@ from tools.gpu_check.machine import Machine, relative_error, require_close
 
 _TURNS = (8, 1, 8, 1, 1, 8)  # latent frames of the row of each step: clips and images in turn
 _LR = 1e-3
-SMALL_ENCODER = (
+SMALL_EMBEDDER = (  # for the CPU
     "model.encoder={stem_patch: 4, stages: [{channels: 8, temporal: 2}, {channels: 8, spatial: 2, temporal: 2}, "
-    "{channels: 8, temporal: 2}, {channels: 8, temporal: 2}, {channels: 8, temporal: 2}]}"
+    "{channels: 8, temporal: 2}, {channels: 8, temporal: 2}, {channels: 8, temporal: 2}]}",
+    "model.conditioning.width=16",
+    "model.decoder.width=32",
+    "model.decoder.heads=2",
 )
 
 
@@ -78,13 +81,18 @@ def _rows(machine: Machine, ranks: Ranks) -> dict[str, Any]:
 
 
 def _config(machine: Machine, kind: str) -> T2VConfig:
-    sizes = machine.size({"blocks": 4, "heads": 24, "width": 3072}, {"blocks": 2, "heads": 4, "width": 64})
-    engine = {"kind": kind, "precision": machine.precision, "partitioned_init": kind == "zero3"}
+    return row_config(machine, kind, 4, persistence_threshold=machine.size(100_000, 0))
+
+
+def row_config(machine: Machine, kind: str, blocks: int, **engine: Any) -> T2VConfig:
+    """Return a text-to-video model as wide as that of 5B with so many blocks, without data, one row a step."""
+    sizes = machine.size({"heads": 24, "width": 3072, "text_width": 4096}, {"heads": 4, "width": 64, "text_width": 32})
+    own = {"kind": kind, "precision": machine.precision, "partitioned_init": kind == "zero3"}
     return T2VConfig.model_validate({
         "name": "gpu_check",
-        "model": {**sizes, "text_width": machine.size(4096, 32)},
+        "model": {**sizes, "blocks": machine.size(blocks, 2)},
         "data": {"url": "none"},
-        "engine": {**engine, "persistence_threshold": machine.size(100_000, 0)},
+        "engine": {**own, **engine},
         "train": {"steps": len(_TURNS), "batch_global": 1},
     })  # fmt: skip
 
@@ -163,11 +171,15 @@ def _embedder(machine: Machine, ranks: Ranks) -> int:
 
 
 def _embedder_config(machine: Machine) -> EmbedderConfig:
-    small = [SMALL_ENCODER, "model.conditioning.width=16", "model.decoder.width=32", "model.decoder.heads=2"]
-    changes = ["model.decoder.blocks=2", "engine.kind=zero3", f"engine.precision={machine.precision}"]
-    changes += ["data.url=absent", "data.validation_url=absent", "train.batch_global=1", "train.accumulation=1"]
-    changes += machine.size([], [*small, "engine.persistence_threshold=0"])
-    return load_embedder_config(Path("configs/embedder/regen_k32.yaml"), changes)
+    changes = ["model.decoder.blocks=2", *machine.size((), (*SMALL_EMBEDDER, "engine.persistence_threshold=0"))]
+    return embedder_config(machine, "regen_k32", "zero3", changes)
+
+
+def embedder_config(machine: Machine, name: str, kind: str, changes: Sequence[str]) -> EmbedderConfig:
+    """Return a preset without data, one clip a step."""
+    own = [f"engine.kind={kind}", f"engine.precision={machine.precision}", "data.url=absent"]
+    own += ["data.validation_url=absent", "train.batch_global=1", "train.accumulation=1"]
+    return load_embedder_config(Path(f"configs/embedder/{name}.yaml"), [*own, *changes])
 
 
 @contextmanager

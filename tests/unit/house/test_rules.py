@@ -26,11 +26,10 @@ SHORT = """
     regen_dist/inference/hub/replacements.py regen_dist/jsontext.py
     regen_dist/pixels.py regen_dist/programs.py
     launcher/pipelines/cli.py launcher/preflight/report.py tools/cli.py
-    tools/describe/command.py tools/evaluate.py tools/preencode.py tools/text.py tools/train.py
+    tools/evaluate.py tools/preencode.py tools/text.py tools/train.py
 """
 LONG = """
     regen_dist/inference/preencode.py regen_dist/observe/hang_detector.py
-    tools/bench/checkpoint_cases.py tools/bench/compression_report.py
 """
 LONG_FUNCTIONS = {  # of these all but one are commands, whose parameters are their flags
     "tools/checkpoint/maintenance.py:export", "tools/describe/command.py:describe", "tools/evaluate.py:evaluate",
@@ -41,7 +40,7 @@ COMMON_NAMES = {"cli": 4, "embedder": 4, "encoder": 3, "preencode": 3, "run": 4,
 CROSS_SUBJECT_TESTS = "tests/unit/launcher/test_shell_variables.py tests/unit/test_older_files.py"
 # Upper bounds, measured when each rule was written. Lower one after rewording or inlining; never raise one.
 MOST_BAD_OPENINGS = 0
-MOST_SMALL_HELPERS = 359
+MOST_SMALL_HELPERS = 330
 BAD_OPENING = re.compile(
     r"(What|Whatever|Of|As|By|Whether|Where|Wherever|Which|Who|Whose|How|Why|When|For|From|In|On|To|With|That|Those|There)\b"
 )

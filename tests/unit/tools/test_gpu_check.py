@@ -234,7 +234,7 @@ def test_recomputed_operations_count_for_the_hfu_alone(monkeypatch: pytest.Monke
     machine = Machine(torch.device("cpu"))
     monkeypatch.setattr(speed, "peak_tflops", lambda device, dtype: 1e3)
     found = speed.t2v_blocks(machine)
-    counted = speed._counted(machine, speed._row_config(machine, 8, "plain"))
+    counted = speed._counted(machine, speed.row_config(machine, "plain", 8, activation_checkpointing=True))
     done = found["seconds"] * 1e15
     assert found["mfu"] * done == pytest.approx(3 * counted.num_forward_flops)
     assert found["hfu"] * done == pytest.approx(3 * counted.num_forward_flops + counted.recomputed_flops)
@@ -286,3 +286,17 @@ def test_the_tests_end_with_a_check_that_is_killed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(machine_module, "python", lambda *_: [sys.executable, "-c", "print('1 passed in 1 s')"])
     assert machine_module.tests(Machine(torch.device("cpu"))) == {"summary": "1 passed in 1 s"}
     assert parents == [os.getpid()]
+
+
+def test_arms_of_another_training_time_are_not_reported_as_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained and measured arms stay, so another time needs another folder."""
+    result = {"part": "", "status": "passed", "summary": "", "seconds": 1.0}
+    monkeypatch.setattr(command, "run_part", lambda *_, **__: result)
+    run = ["gpu-check", "--cpu", "--only", "versions", "--out", str(tmp_path), "--train"]
+    for _ in range(2):
+        assert CliRunner().invoke(app, [*run, "1"]).exit_code == 0
+    refused = CliRunner().invoke(app, [*run, "20"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "have 1 minutes each, now 20 are asked for; give --train 1, or another --out" in str(refused.exception)

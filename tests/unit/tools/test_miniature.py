@@ -77,7 +77,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path,
     script = tmp_path / "pipeline.py"
     script.write_text(PIPELINE)
     monkeypatch.setattr(s3, "start_store", start_store)
-    monkeypatch.setattr(stages, "command", lambda arguments: [sys.executable, str(script), *arguments])
+    monkeypatch.setattr(stages, "regen", lambda *arguments: [sys.executable, str(script), *arguments])
     monkeypatch.setattr(stages, "_POLL_S", 0.02)
     monkeypatch.setattr(stages, "working_precision", lambda: "fp32")
     return started
@@ -135,7 +135,7 @@ def test_a_target_that_is_missed_fails_it(folders: list[tuple[Path, str]], tmp_p
 def test_a_failure_ends_it_with_its_code(
     folders: list[tuple[Path, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "command", lambda _: [sys.executable, "-c", "raise SystemExit(4)"])
+    monkeypatch.setattr(stages, "regen", lambda *_: [sys.executable, "-c", "raise SystemExit(4)"])
     with pytest.raises(typer.Exit) as ended:
         miniature.miniature(out=tmp_path / "mini")
     assert ended.value.exit_code == 4

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from regen_dist.errors import ConfigError, DataError, TrainingError
+from regen_dist.errors import ConfigError, DataError, RegenError, TrainingError
 from tools import stages
 from tools.bench.common import ChangeKind, Figure, changes, only_one, split_arguments, table
 from tools.bench.everything import SpeedBench, declared
@@ -161,7 +161,8 @@ def test_a_bench_alone_leaves_those_of_others_in_the_record(
     assert json.loads((out / "all.json").read_text()) == record
 
 
-def test_a_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.bench.ablation.open_dataset", lambda url: None)
     with only_one(tmp_path):
         for arguments in (["ablation", f"--out={tmp_path}"], ["all", f"--out={tmp_path}"]):
             result = CliRunner().invoke(app, ["bench", *arguments])
@@ -176,6 +177,27 @@ def test_the_config_may_be_left_out() -> None:
     default = Path("configs/bench/data.yaml")
     assert split_arguments(Path("a.b=c"), ["d=e"], default) == (default, ["a.b=c", "d=e"])
     assert split_arguments(Path("my.yaml"), ["d=e"], default) == (Path("my.yaml"), ["d=e"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["ablation", "data.url=absent"], "absent"),
+        (["checkpoint", "--url", "absent://bucket"], "absent"),
+        (["compression", "--tests", "absent"], "absent is no folder; give one with videos to --tests"),
+        (["data", "nothing.at=1"], "nothing: unknown key"),
+        (["step", "--against", "absent"], "give a checkout of this repository"),
+    ],
+)
+def test_what_is_missing_is_refused_before_anything_is_made(
+    arguments: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "run_until", lambda *_: pytest.fail("something ran"))
+    result = CliRunner().invoke(app, ["bench", *arguments, "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, RegenError), result.output
+    assert why in str(result.exception)
+    assert not list(tmp_path.rglob("arms"))
+    assert not list(tmp_path.rglob("clips"))
 
 
 @pytest.mark.parametrize("bench", ["ablation", "checkpoint", "compression", "t2v"])

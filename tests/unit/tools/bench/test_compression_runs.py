@@ -357,7 +357,7 @@ def test_an_interruption_ends_what_runs_and_starts_nothing_more(tmp_path: Path) 
         "import signal, sys, time\n"
         f"signal.signal(signal.SIGTERM, lambda *_: (open({str(saved)!r}, 'w'), sys.exit(75)))\n"
         f"open({str(started)!r}, 'w')\n"
-        "time.sleep(120)"
+        "for _ in range(1200): time.sleep(0.1)"  # a signal just before one long sleep would be handled at its end
     )
 
     def interrupt() -> None:

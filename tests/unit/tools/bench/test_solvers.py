@@ -78,4 +78,5 @@ def test_every_setting_is_scored(run: Path, tmp_path: Path, monkeypatch: pytest.
     assert all(row["seconds_per_video"] > 0 for row in record["rows"])
     again = CliRunner().invoke(app, list(map(str, command)), catch_exceptions=False)
     assert again.exit_code == 0, again.output
+    assert json.loads((tmp_path / "out" / "solvers.json").read_text()) == record
     assert calls == sum(row["evaluations"] for row in record["rows"])

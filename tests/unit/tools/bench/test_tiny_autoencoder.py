@@ -10,11 +10,11 @@ import torch
 
 from regen_dist.config.embedder import ModelConfig
 from regen_dist.models.diffusers_encoder import DiffusersEncoder
+from regen_dist.pixels import to_float
 from tests.helpers.video import moving_square
 from tools.bench.tiny_autoencoder import (
     CELL,
     STRIDE,
-    as_input,
     build_autoencoder,
     psnr_of_mean_colour,
     record_statistics,
@@ -34,7 +34,7 @@ def test_its_loss_falls(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "vae")
     settings = {"kind": "diffusers", "path": str(tmp_path / "vae"), "cell": CELL, "stride": STRIDE}
     config = ModelConfig.model_validate({"encoder": settings, "latent": {"channels": 4}})
-    latents = DiffusersEncoder(config)(as_input(clips))
+    latents = DiffusersEncoder(config)(to_float(clips))
     frames = torch.cat([latents.content, latents.motion], 1).unflatten(1, (3, 4))  # [1, n, Z, h, w]
     assert frames.mean((0, 1, 3, 4)).tolist() == pytest.approx([0.0] * 4, abs=1e-4)
     assert frames.std((0, 1, 3, 4)).tolist() == pytest.approx([1.0] * 4, abs=1e-3)
