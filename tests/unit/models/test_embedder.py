@@ -54,21 +54,6 @@ def test_presets_exist() -> None:
     assert names >= {"nano", *(f"{kind}_k{k}" for kind in ("regen", "magvit2") for k in (4, 8, 16, 32))}
 
 
-@pytest.mark.parametrize("pattern", ["full", "window"])
-@pytest.mark.parametrize("size", [(8, 56), (48, 24)])
-@torch.no_grad()
-def test_one_call_decodes_an_unseen_size_at_times_between_frames(size: tuple[int, int], pattern: str) -> None:
-    """Nothing in the decoder is tied to a resolution, an aspect ratio, a number of frames or whole times."""
-    model = _regen(decoder__attention={"pattern": pattern, "window": [2, 3, 3]})
-    latents = model.encode(clips(2, 5, *size))
-    times = torch.tensor([0.0, 0.5, 2.25, 4.0, 4.5, 1.0, 3.0]).expand(2, -1)
-    frames = model.denoise(torch.randn(2, 3, 7, *size), torch.ones(2), latents, times)
-    assert frames.shape == (2, 3, 7, *size)
-    assert frames.dtype == torch.float32
-    assert frames.isfinite().all()
-    assert frames.std() > 1e-3
-
-
 @torch.no_grad()
 def test_training_decodes_the_frames_of_the_clip() -> None:
     """`forward` is `encode` and then `denoise` at the times 0, 1, 2, ..., and returns the clean latents."""
@@ -257,12 +242,14 @@ def _variant(name: str, *, fresh: bool = False) -> Regen:
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
 def test_any_size_and_any_times_can_be_decoded(name: str) -> None:
-    """Other sides than a clip's of training, times between frames and past the end, and an image."""
+    """Nothing is tied to a resolution, an aspect ratio (here one patch high), a number of frames, whole times or their
+    order; past the end, and an image."""
     model = _variant(name)
-    latents = model.encode(clips(2, 5, 24, 40))
-    times = torch.tensor([0.0, 0.5, 3.0, 4.5]).expand(2, -1)
-    frames = model.denoise(torch.randn(2, 3, 4, 24, 40), torch.ones(2), latents, times)
-    assert frames.shape == (2, 3, 4, 24, 40)
+    latents = model.encode(clips(2, 5, 8, 56))
+    times = torch.tensor([0.0, 0.5, 2.25, 4.5, 1.0, 3.0]).expand(2, -1)
+    noise = torch.randn(2, 3, 1, 8, 56).expand(-1, -1, 6, -1, -1)  # what differs is the time
+    frames = model.denoise(noise, torch.ones(2), latents, times)
+    assert frames.shape == (2, 3, 6, 8, 56)
     assert frames.dtype == torch.float32
     assert frames.isfinite().all()
     assert frames.diff(dim=2).abs().amax((0, 1, 3, 4)).min() > 1e-3  # no two of the times look alike

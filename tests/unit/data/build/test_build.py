@@ -270,16 +270,15 @@ def test_parts_hold_the_sources_in_order(whole: dict[str, bytes]) -> None:
     assert [entry.samples for entry in manifest.shards] == [2, 1, 2, 1, 2, 2, 1]
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_tasks_one_after_the_other_make_the_same_dataset(
-    sources: Path, tmp_path: Path, whole: dict[str, bytes], order: tuple[int, ...]
+    sources: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
-    for task in order[:-1]:
+    for task in (2, 0):
         built = build_shards([sources], tmp_path / "out", PARTS, task=(task, 3), workers=0)
         assert built.manifest is None
         assert built.shards_made in (2, 3)
     assert built.parts_missing == 1
-    assert build_shards([sources], tmp_path / "out", PARTS, task=(order[-1], 3), workers=0).manifest
+    assert build_shards([sources], tmp_path / "out", PARTS, task=(1, 3), workers=0).manifest
     assert objects(tmp_path / "out") == whole
 
 
@@ -287,9 +286,9 @@ def test_what_is_known_of_sources_is_not_looked_for_again(
     sources: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    build_shards([sources], out, PARTS, workers=0)
-    for name in ("part-00001.json", "part-00001-000001.parquet", "manifest.json"):
-        (out / name).unlink()
+    out.mkdir()
+    for name in whole.keys() - {"part-00001.json", "part-00001-000001.parquet", "manifest.json"}:
+        (out / name).write_bytes(whole[name])
     monkeypatch.setattr(plan, "survey_source", None)
     assert build_shards([sources], out, PARTS, workers=0).shards_made == 1
     assert objects(out) == whole

@@ -202,7 +202,7 @@ def test_a_detector_without_learning_reads_the_files(side: int) -> None:
     """Every direction at both speeds, every colour and shape; at 32 pixels too, where chroma has 16."""
     options = SyntheticOptions(number=1, seed=2, side=side, frames=13)  # over a keyframe
     asked = set()
-    for number in range(120):
+    for number in range(60):
         clip = make_clip(number, options)
         scene, seen = clip.scene, look(decode(clip.data))
         asked.add((scene.attributes.direction, scene.attributes.speed))

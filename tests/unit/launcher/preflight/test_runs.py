@@ -25,7 +25,7 @@ from launcher.preflight.runs import measured
 from launcher.submit import SubmissionRequest, command_request, sweep_request, train_request
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import BackendError
-from tests.helpers.commands import run_here
+from regen_dist.models.embedder import build_model
 from tests.helpers.jobs import ended, started
 from tests.helpers.latents import write_cache
 from tests.helpers.t2v import t2v_run
@@ -269,10 +269,9 @@ def test_describing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_describe_is_asked_with_the_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real one, from a folder that is no checkout."""
     monkeypatch.chdir(tmp_path)
-    found = findings.describe(tiny_run(engine__kind="zero3"), 2, 120.0)
-    monkeypatch.setattr(subprocess, "run", run_here)
-    wider = findings.describe(tiny_run(engine__kind="zero3", model__decoder__width=64), 2, 120.0)
-    assert 50_000 < found.parameters < wider.parameters
+    config = tiny_run(engine__kind="zero3", model__decoder__width=64)
+    found = findings.describe(config, 2, 120.0)
+    assert found.parameters == sum(each.numel() for each in build_model(config.model).parameters())
     assert "AdamW's two moments (fp32, sharded)" in found.memory
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(NoEstimate, match="exit code 1"):
