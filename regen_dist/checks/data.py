@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from regen_dist.checks.findings import Finding, Target, error, run_concurrently
 from regen_dist.config import AnyRunConfig, EmbedderConfig, T2VConfig
@@ -16,9 +16,6 @@ from regen_dist.config.yaml_files import read_yaml
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, ConfigError, DataError, ObjectMissing
-
-if TYPE_CHECKING:
-    from regen_dist.data.format.latents import CacheFacts
 
 # A user is waiting: a store that is down is reported within seconds.
 READING = StoreLimits(stall_s=4.0, deadline_s=8.0, connect_s=4.0)
@@ -112,9 +109,25 @@ _OWN_LATENTS = {"cell": SPATIAL_COMPRESSION, "latent_frames": 2}  # facts about 
 _CONFIG = "config.yaml"  # in every run folder, and in every exported model
 
 
+class LatentFacts(Protocol):
+    """Facts about the latents of a cache; `text_width` is None where it has no text."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def num_frames(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def text_width(self) -> int | None: ...
+    @property
+    def encoder(self) -> Mapping[str, Any]: ...
+    @property
+    def preprocessing(self) -> Mapping[str, Any]: ...
+
+
 class _Space(NamedTuple):
-    """Facts about the latents, read from a manifest; `text_width` is None where there is no text. Of `CacheFacts`,
-    which needs torch, the same ones are taken."""
+    """Facts about the latents, read from a manifest."""
 
     fingerprint: str
     num_frames: int
@@ -165,7 +178,7 @@ def _space(manifest: Mapping[str, Any]) -> _Space:
     return _Space(str(options["fingerprint"]), int(options["num_frames"]), channels, text_width, encoder, preprocessing)
 
 
-def fits(config: T2VConfig, url: str, space: _Space | CacheFacts) -> Iterator[Finding]:
+def fits(config: T2VConfig, url: str, space: LatentFacts) -> Iterator[Finding]:
     """Check that the model's inputs match the cache."""
     model = config.model
     cell, frames = (int(space.encoder.get(name, own)) for name, own in _OWN_LATENTS.items())
@@ -202,7 +215,7 @@ def fits(config: T2VConfig, url: str, space: _Space | CacheFacts) -> Iterator[Fi
         )
 
 
-def embedder(config: T2VConfig, spaces: Mapping[str, _Space | CacheFacts], target: Target) -> Iterator[Finding]:
+def embedder(config: T2VConfig, spaces: Mapping[str, LatentFacts], target: Target) -> Iterator[Finding]:
     """Check that the embedder that decodes generated videos at validations exists and matches the caches."""
     path = config.generation.embedder
     if path is None or target.will_be_there(path):

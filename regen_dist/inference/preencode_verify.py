@@ -134,7 +134,6 @@ def _source_of(dataset: Dataset, entry: Sample) -> Sample:
 
 
 def _encoded(config: PreencodeConfig, inputs: Inputs, source: Sample) -> Latents:
-    """Encode one video in batches of its own."""
     video = Pending(source, cut_video(source, config, inputs.encoder.num_frames))
     batches = Batches(inputs.encoder, config.batch_clips, [video])
     found = FetchResult(inputs.dataset.read(source))

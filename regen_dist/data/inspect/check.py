@@ -218,7 +218,6 @@ def _against_source(manifest: DatasetManifest) -> list[str]:
 
 
 def _unknown(store: Store, manifest: DatasetManifest, found: dict[str, int]) -> Iterator[str]:
-    """Report objects in the dataset's folder that do not belong to it."""
     known = {*_OURS, *(entry.name for entry in manifest.shards), *(entry.index for entry in manifest.shards)}
     known |= {str(manifest.options["null_text"])} if manifest.kind == "latents" else set()
     tars = {skip.source.partition(": ")[0] for skip in manifest.skipped} if manifest.kind == "index" else set()

@@ -202,7 +202,6 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> 
 
 
 def _prefix(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
-    """Return the length of the longest prefix no wider than `width`."""
     most = min(len(text), width)  # no character is narrower than a pixel: a long text is not measured whole
     return _fitting(most, lambda count: font.getlength(text[:count]) <= width)
 

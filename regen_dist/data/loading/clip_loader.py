@@ -371,7 +371,6 @@ def _workers(batches: object) -> Sequence[BaseProcess]:
 
 
 def _dead_workers(error: Exception, batches: object) -> list[int]:
-    """Return the process ids of the dead workers that an error reports."""
     if found := _DEAD.search(str(error)):
         return [int(number) for number in re.findall(r"\d+", found[1])]
     if isinstance(error, RuntimeError):
@@ -392,7 +391,6 @@ def _received(made: _WorkerBatch, slots: Slots) -> ClipBatch:
 
 
 def _dead_workers_message(dead: Sequence[int], board: Tensor, datasets: tuple[Dataset, ...]) -> str:
-    """Describe the samples that dead workers (given by process id) were decoding."""
     notes = [decoding_problems(row) for row in board.tolist() if row[0] in dead]
     samples = [
         f"{'while it decoded' if still else 'between two samples, the last was'} {name_of(datasets[dataset], row)}"

@@ -104,7 +104,6 @@ class Fetcher:
         return [(item, [shards[place.dataset, place.row.shard][place] for place in places]) for item, places in window]
 
     def _fetch(self, futures: dict[SampleLocation, Future[FetchResult]]) -> None:
-        """Set the results of the futures of some samples of one shard."""
         try:
             missing = []
             for place, future in futures.items():

@@ -259,7 +259,6 @@ def _has_metadata() -> bool:
 
 
 def _region(text: str) -> str:
-    """Return the advice on setting the region."""
     found = re.search(r"<Region>([\w-]{1,40})</Region>|expecting (?:'|&apos;|&#39;)([\w-]{1,40})", text)
     theirs = found and (found[1] or found[2])
     ours = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")

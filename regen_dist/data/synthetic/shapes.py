@@ -121,7 +121,6 @@ def _square(x: Floats, y: Floats, radius: float) -> Floats:
 
 
 def _triangle(x: Floats, y: Floats, radius: float) -> Floats:
-    """Draw a triangle that stands on its base."""
     base = _POINT / 2 * radius  # every edge is this far from the centroid
     return _ramp(base - np.maximum(y, np.abs(x) * np.float32(sqrt(3) / 2) - y / 2))
 

@@ -290,7 +290,6 @@ class _Filters:
 
 
 def _tagged(done: VideoFrame, source: VideoFrame, properties: FrameProperties) -> VideoFrame:
-    """Tag a converted frame with its colours and time."""
     _timed(done, source)
     if properties.colours:
         done.colorspace, done.color_range = 0, FULL_RANGE  # 0: R'G'B'
