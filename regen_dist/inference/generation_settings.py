@@ -9,13 +9,12 @@ from typing import get_args
 import numpy as np
 
 from regen_dist.config.run import SEED_END, SPATIAL_COMPRESSION, SamplerName
-from regen_dist.config.t2v import LATENT_PATCH
+from regen_dist.config.t2v import SIDE_MULTIPLE
 from regen_dist.errors import ConfigError
 from regen_dist.inference.latent_space import LatentSpace
 from regen_dist.inference.long_video import Positions
 from regen_dist.inference.sampler import TextToVideoModel
 
-SIDE_MULTIPLE = LATENT_PATCH * SPATIAL_COMPRESSION  # pixels: a token is 2 x 2 cells of 8 x 8
 DEFAULT_SIZE = (192, 320)  # paper, Sec. 4
 _DIGITS = 6  # decimals of a position: 24 frames at 30 a second must not end at 32.99999…
 

@@ -91,7 +91,7 @@ class DecodePlan:
         steps are measured for any blend."""
         steps: list[bool | None] = [False] * (self.num_frames - 1)
         for before, after in pairwise(self.starts):
-            for frame in range(after - 1, min(before + self.clip, self.num_frames - 1)):
+            for frame in range(after - 1, min(self.stop(before), self.num_frames - 1)):
                 steps[frame] = True
         for cut in self.cuts:
             steps[cut - 1] = None

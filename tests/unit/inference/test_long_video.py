@@ -115,9 +115,16 @@ def test_no_clip_shows_two_shots(cuts: tuple[int, ...], group: int) -> None:
         done, between = run(codec, frames, plan, own, dense)
         np.testing.assert_array_equal(np.stack(done), np.stack(frames))
         np.testing.assert_array_equal(np.stack(between), np.stack([frames[int(time)] for time in dense]))
+
+
+def test_a_short_shot_has_no_borders_of_clips() -> None:
+    """The clip of a shot of five frames is padded, and does not reach into the next one; a cut is a step apart."""
+    plan = make_plan(30, 9, cuts=(5,))
+    assert plan.starts == (0, 5, 13, 21)
     crosses = plan.crosses()
-    assert [number + 1 for number, step in enumerate(crosses) if step is None] == list(cuts)
-    assert make_plan(40, 9, group=group, fade=2).starts == make_plan(40, 9, group=group, fade=2, cuts=()).starts
+    assert [frame for frame, step in enumerate(crosses) if step] == [12, 13, 20, 21]
+    assert [frame for frame, step in enumerate(crosses) if step is None] == [4]
+    assert make_plan(30, 9, cuts=()).crosses() == make_plan(30, 9).crosses()
 
 
 @pytest.mark.parametrize("sides", [(13, 22), (8, 8), (5, 3), (16, 17)])
