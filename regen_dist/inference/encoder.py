@@ -128,7 +128,8 @@ def _encoder_with(config: ExportConfig, weights: Mapping[str, Tensor], what: str
 
 
 def _fingerprint(encoder: Encoder | DiffusersEncoder, config: ExportConfig) -> str:
-    """Fingerprint in the working precision, so that neither the stored type nor the decoder changes it."""
+    """Fingerprint in the precision of training, so that neither the stored type, nor that of the computation, nor the
+    decoder changes it."""
     if isinstance(encoder, DiffusersEncoder):
         return encoder.fingerprint
     model = config.model
@@ -141,5 +142,6 @@ def _fingerprint(encoder: Encoder | DiffusersEncoder, config: ExportConfig) -> s
     digest = hashlib.sha256(json_text(built_by, sort_keys=True).encode())
     for name, tensor in sorted(encoder.named_parameters()):
         digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        working = tensor.detach().to("cpu", precision_of(config.precision))
+        digest.update(working.float().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -212,7 +212,8 @@ def encode_groups(codec: VideoCodec, frames: Iterable[Frame], plan: DecodePlan, 
                 f"the video ends after frame {first + len(buffer) - 1}; {plan.num_frames} frames were announced"
             )
         starts = [plan.starts[i] for i in group]
-        clips = [_clip(buffer, start - first, plan.stop(start) - first, plan.clip) for start in starts]
+        # Nothing here keeps the clips while the group is decoded.
+        clips = (_clip(buffer, start - first, plan.stop(start) - first, plan.clip) for start in starts)
         yield _encode(codec, clips, starts, plan, speed)
 
 
@@ -223,7 +224,7 @@ def _clip(held: Iterable[Frame], start: int, stop: int, length: int) -> list[Fra
 
 
 def _encode(
-    codec: VideoCodec, clips: list[list[Frame]], starts: list[int], plan: DecodePlan, speed: Speed
+    codec: VideoCodec, clips: Iterable[list[Frame]], starts: list[int], plan: DecodePlan, speed: Speed
 ) -> list[Window]:
     videos = torch.stack([to_video(clip) for clip in clips])  # W 3 T H W
     began = time.perf_counter()

@@ -13,7 +13,7 @@ from regen_dist.config import save_config
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
-from regen_dist.inference.encoder import FrozenEncoder
+from regen_dist.inference.encoder import FrozenEncoder, check_embedder
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models.decoder import GenerativeDecoder
 from regen_dist.models.embedder import ConvDecoder, Regen
@@ -78,10 +78,16 @@ def test_a_run_and_its_exports_have_one_fingerprint(run: EmbedderConfig, tmp_pat
     assert FrozenEncoder.load(_exported(run, tmp_path / "plain", weights="plain"), device=CPU).fingerprint == plain
 
 
-def test_of_a_bf16_run_even_the_export_in_bf16(tmp_path: Path) -> None:
-    """What counts is the weights that it works with."""
+def test_of_a_bf16_run_even_the_export_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is the weights in the precision of the training, whatever this machine computes in."""
     run = saved_run(tmp_path / "runs", engine__precision="bf16")
-    fingerprints = {FrozenEncoder.load(run.folder, device=CPU).fingerprint}
+    fingerprints = set()
+    for is_native in (True, False):
+        monkeypatch.setattr("regen_dist.observe.hardware.has_native_bf16", lambda native=is_native: native)
+        encoder = FrozenEncoder.load(run.folder, device=CPU)
+        check_embedder(Codec.load(run.folder, device=CPU), encoder.facts(), "the run")
+        assert encoder.encode(clips(1)).content.dtype == (torch.bfloat16 if is_native else torch.float32)
+        fingerprints.add(encoder.fingerprint)
     for dtype in ("float32", "bfloat16"):
         fingerprints.add(FrozenEncoder.load(_exported(run, tmp_path / dtype, dtype=dtype), device=CPU).fingerprint)
     assert len(fingerprints) == 1
@@ -125,7 +131,7 @@ def test_the_packaged_embedder_beats_its_linear_code() -> None:
     clip = torch.from_numpy(moving_square(17)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     latents, times = codec.encode(clip), torch.arange(17)
     made = codec.decode(latents, times)
-    linear = codec.model.linear(*(part.bfloat16() for part in latents), times[None].float())
+    linear = codec.model.linear(*latents, times[None].float())
     errors = [float((each.clamp(-1, 1) - clip).square().mean()) for each in (made, linear)]
     assert errors[0] < 0.8 * errors[1]
 

@@ -22,6 +22,7 @@ from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.inference.hub.inlining import own_module
 from regen_dist.inference.latent_space import read_statistics
 from regen_dist.models.encoder import Latents
+from regen_dist.observe.hardware import inference_dtype
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.tiny import clips, tiny_dataset
 
@@ -130,7 +131,7 @@ def test_tiles(tmp_path: Path) -> None:
 def test_types_and_moves(tmp_path: Path) -> None:
     """The dtype that is asked for; then another one; latents come in it, frames in float32."""
     folder = _exported(tmp_path, engine__precision="bf16")
-    assert _opened(folder).dtype == torch.bfloat16
+    assert _opened(folder).dtype == inference_dtype("bf16", torch.device("cpu"))
     model = _opened(folder, torch_dtype=torch.float32)
     assert model.dtype == torch.float32
     exact = model.encode(clips(1)).latent_dist.mode()
