@@ -478,6 +478,7 @@ def _av_failures(what: str) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error  # without FFmpeg's number and the name, which is said elsewhere
         raise DataError(
-            f"it {what}: {error}; copy the file again, or re-encode it, for example with ffmpeg -i IN OUT.mp4"
+            f"it {what}: {why}; copy the file again, or re-encode it, for example with ffmpeg -i IN OUT.mp4"
         ) from error
