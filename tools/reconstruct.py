@@ -137,7 +137,7 @@ def _table(report: dict[str, Any]) -> Table:
     rate = f"{video['fps']:.4g} fps" + (f" in, {options['fps']:.4g} out" if options["fps"] else "")
     return measures_table(
         [report, *report.get("trivial", {}).values()],
-        title=f"{video['file']}: {video['frames']} frames of {video['height']}x{video['width']}, {rate}",
+        title=f"{video['file']}: {_counted(video['frames'], 'frame')} of {video['height']}x{video['width']}, {rate}",
         note=_caption(report),
     )
 
@@ -148,5 +148,10 @@ def _caption(report: dict[str, Any]) -> str:
     seams = f"seam ratio {figure(report['seam_ratio'], 3)}, the source's {figure(report['seam_ratio_source'], 3)}"
     size = f"{report['latent_bits_per_pixel']:.3f} bits of latent per pixel, 1:{report['compression']:.0f} of raw RGB"
     encode, decode = (f"{report[f'{what}_frames_per_s']:.1f} frames/s" for what in ("encode", "decode"))
-    shots = f" in {len(report['video']['cuts']) + 1} shots" if report["video"]["cuts"] else ""
-    return "\n".join([size, f"encodes {encode}, decodes {decode}", f"{report['windows']} clips{shots}, {seams}"])
+    clips, cuts = _counted(report["windows"], "clip"), report["video"]["cuts"]
+    shots = f" in {len(cuts) + 1} shots" if cuts else ""
+    return "\n".join([size, f"encodes {encode}, decodes {decode}", f"{clips}{shots}, {seams}"])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
