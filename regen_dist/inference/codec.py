@@ -446,7 +446,7 @@ def shot_weights(
         own = blend_weights([starts[number] for number in rows], num_frames, times[inside], fade=fade)
         if weights is None:
             weights = own.new_zeros(len(starts), len(times))
-        weights[torch.tensor(rows)[:, None], inside.nonzero()[:, 0]] = own
+        weights[torch.tensor(rows, device=times.device)[:, None], inside.nonzero()[:, 0]] = own
     assert weights is not None, "there are windows"
     return weights
 

@@ -179,7 +179,7 @@ ROUNDS, REPEATS = 1, 2
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command leaves behind, at a model whose state is large beside a file's header."""
+    """Result of the command, at a model whose state is large beside a file's header."""
     folder = tmp_path_factory.mktemp("bench")
     model = tiny_model(decoder__width=128).model_dump(mode="json")
     run = tiny_run(
@@ -239,7 +239,7 @@ def test_every_way_has_every_turn_and_a_ratio(facts: dict[str, Any]) -> None:
 
 
 def test_a_run_tells_what_its_saves_cost(facts: dict[str, Any]) -> None:
-    """Of each run of nine steps that saves after the third, sixth and ninth, one save can be judged."""
+    """One save can be judged of each run of nine steps that saves after the third, sixth and ninth."""
     training = facts["training"]
     for mode in ("asynchronous", "synchronous"):
         assert len(training[mode]["still_s"]["values"]) == ROUNDS

@@ -209,7 +209,7 @@ def test_damaged_manifest_and_index_are_refused(dataset_folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("damaged", ["part-00000-000001.parquet", MANIFEST])
 def test_what_is_cut_is_made_again(dataset_folder: Path, sources: Path, tmp_path: Path, damaged: str) -> None:
-    """As the errors of all readers say: run the build again."""
+    """Run the build again, as the errors of all readers say."""
     folder = tmp_path / "copy"
     shutil.copytree(dataset_folder, folder)
     (folder / damaged).write_bytes((folder / damaged).read_bytes()[:50])
@@ -254,7 +254,7 @@ def reasons(manifest: DatasetManifest) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one undisturbed process makes of the sources in parts."""
+    """Result of one undisturbed process, of the sources in parts."""
     folder = tmp_path_factory.mktemp("whole")
     assert build_shards([sources], folder, PARTS, workers=0).parts == 3
     return objects(folder)
@@ -425,7 +425,7 @@ def test_tasks_are_numbered_from_nought_or_by_slurm(text: str, task: tuple[int, 
 
 
 def test_an_array_with_gaps_is_refused_by_that_name() -> None:
-    """Of sbatch --array=0,2,5 Slurm tells the least number and how many there are."""
+    """Slurm tells the least number and how many there are of sbatch --array=0,2,5."""
     environ = {f"SLURM_ARRAY_TASK_{name}": value for name, value in {"ID": "5", "MIN": "0", "COUNT": "3"}.items()}
     with pytest.raises(ConfigError, match=r"array with gaps .*--array=0-2"):
         parse_task("slurm", environ)

@@ -321,7 +321,7 @@ def test_videos_of_cameras_and_archives_are_found(tmp_path: Path) -> None:
 
 
 def test_another_text_of_the_same_length_is_another_dataset(videos: Path) -> None:
-    """By its bytes, not by when it was written."""
+    """Known by its bytes, not by when it was written."""
     text = videos / "deep" / "c.txt"
     text.write_text("a red cat")
     before = find_sources([videos]).identity()

@@ -166,6 +166,6 @@ def test_a_row_takes_64_bytes() -> None:
 
 
 def test_a_manifest_that_is_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another task of an array: between two requests it could go, and the task ended in an error."""
+    """Another task of an array removes it: between two requests it could go, and the task ended in an error."""
     monkeypatch.setattr(Store, "size", lambda *_: 7)
     assert finished_manifest(Store(tmp_path)) is None

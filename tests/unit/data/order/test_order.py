@@ -44,7 +44,7 @@ def samples(batch: MicroBatch) -> Samples:
 
 
 def plan(order: DataOrder, steps: range, accumulation: int, rank: int, world_size: int) -> list[MicroBatch]:
-    """What a rank reads in some steps."""
+    """Samples that a rank reads in some steps."""
     return [
         order.micro_batch(step, micro, accumulation, rank, world_size)
         for step in steps
