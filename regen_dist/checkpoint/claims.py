@@ -18,7 +18,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -77,13 +77,13 @@ class Holder:
         return f"rank {self.rank} on {self.host} (process {self.pid}{job}) since {since}, in the run folder {self.run}"
 
 
-def this_process(run: Path, environment: Mapping[str, str] = os.environ) -> Holder:
+def this_process(run: Path) -> Holder:
     """Return the holder that describes this process."""
     host, namespace = host_and_namespace()
-    now, restart = time.time(), environment.get("SLURM_RESTART_COUNT", "0")
+    now, restart = time.time(), os.environ.get("SLURM_RESTART_COUNT", "0")
     return Holder(
         rank=0, host=host, pid=os.getpid(), started=_process_start(os.getpid()) or 0, boot=_boot(),
-        namespace=namespace, job=environment.get("SLURM_JOB_ID", ""), restart=int(restart) if restart.isdigit() else 0,
+        namespace=namespace, job=os.environ.get("SLURM_JOB_ID", ""), restart=int(restart) if restart.isdigit() else 0,
         run=str(run.absolute()), since=now, written=now, number=0, token=secrets.token_hex(8),
     )  # fmt: skip
 
@@ -217,7 +217,6 @@ class Claim:
             self._name = ""
 
     def _all(self) -> list[_Found]:
-        """Return all existing claims."""
         found = []
         for name in filter(_CLAIM.fullmatch, self._store.list()):
             with suppress(ObjectMissing):  # released meanwhile
@@ -339,6 +338,5 @@ class Claims:
         return next((claim.lost for claim in self._claims if claim.lost), "")
 
     def release(self) -> None:
-        """Release all claims."""
         for claim in self._claims:
             claim.release()

@@ -107,7 +107,6 @@ class CheckpointFolder:
         return problems
 
     def reader(self, manifest: CheckpointManifest) -> ShardReader:
-        """Return a reader of the checkpoint's tensors."""
         return ShardReader(self.store, checkpoint_name(manifest.step), manifest)
 
     def pointer(self) -> int | None:
@@ -128,7 +127,6 @@ class CheckpointFolder:
         return int(match[1])
 
     def set_latest(self, step: int) -> None:
-        """Make `latest` name a step, atomically."""
         self.store.put(POINTER, f"{checkpoint_name(step)}\n".encode())
 
     def pins(self) -> set[int]:

@@ -13,8 +13,7 @@ from regen_dist.checkpoint.claims import Claim, this_process
 from regen_dist.checkpoint.export import open_run
 from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest, adopt
-from regen_dist.checkpoint.retention import best_first
-from regen_dist.checkpoint.saver import deletable
+from regen_dist.checkpoint.saver import best_first, deletable
 from regen_dist.config.files import CONFIG_FILE
 from regen_dist.config.run import CheckpointConfig
 from regen_dist.data.storage.store import Store
@@ -70,7 +69,6 @@ class CheckpointEntry:
     marks: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for JSON; None for unknown ones."""
         found = self.manifest
         facts: dict[str, Any] = {"step": self.step, "marks": self.marks, "problems": self.problems}
         return facts | {

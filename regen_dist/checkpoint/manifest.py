@@ -70,12 +70,10 @@ class CheckpointManifest:
 
     @property
     def world_size(self) -> int:
-        """Return the number of ranks that saved the checkpoint."""
         return int(self.topology["world_size"])
 
     @property
     def size_bytes(self) -> int:
-        """Return the total size of all shards."""
         return sum(facts["bytes"] for facts in self.files.values())
 
     @property
@@ -102,10 +100,6 @@ def to_text(manifest: CheckpointManifest) -> str:
 
 def parse_manifest(text: bytes | str, where: str) -> CheckpointManifest:
     """Parse a manifest that `to_text` wrote.
-
-    Args:
-        text: the file's content.
-        where: description of the file for messages.
 
     Raises:
         CheckpointError: it is damaged, or of another schema.

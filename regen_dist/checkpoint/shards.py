@@ -109,13 +109,7 @@ class _Slice(NamedTuple):
 
 
 class ShardReader:
-    """Reader of slices of flat parameters from the shards of a checkpoint.
-
-    Args:
-        store: the folder of all checkpoints.
-        folder: name of this checkpoint in it.
-        manifest: manifest of this checkpoint.
-    """
+    """Reader of slices of flat parameters from the shards of a checkpoint."""
 
     def __init__(self, store: Store, folder: str, manifest: CheckpointManifest) -> None:
         self._store, self._folder, self._manifest = store, folder, manifest

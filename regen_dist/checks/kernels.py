@@ -115,7 +115,7 @@ def decoding_embedder(config: AnyRunConfig, target: Target) -> Iterator[Finding]
     if path is None or target.will_be_there(path) or not (Path(path) / "config.yaml").is_file():
         return
     try:
-        from regen_dist.checkpoint.load_model import find_embedder
+        from regen_dist.checkpoint.export import find_embedder
     except ImportError:  # no torch on this machine
         return
     try:

@@ -57,7 +57,7 @@ def _preencode(config: PreencodeConfig, target: Target) -> Iterator[Finding]:
     if target.will_be_there(config.embedder):
         return
     try:
-        from regen_dist.checkpoint.load_model import find_embedder
+        from regen_dist.checkpoint.export import find_embedder
     except ImportError:  # no torch on this machine
         if not (Path(config.embedder) / "config.yaml").is_file():
             yield error("embedder", f"{config.embedder} is neither a run nor an exported model; correct the path")

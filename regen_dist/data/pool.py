@@ -48,7 +48,6 @@ class Pool:
         self._executor, self._ahead = executor, ahead
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
-        """Submit `function(*arguments)`."""
         if self._executor is None:
             return Call(lambda: function(*arguments))
         try:

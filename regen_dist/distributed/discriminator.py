@@ -75,13 +75,7 @@ class DiscriminatorTrainer:
         self._logits: list[Tensor] = []  # mean of each micro-batch, of sources and of reconstructions
 
     def backward(self, loss: Tensor, real: Tensor, fake: Tensor) -> None:
-        """Accumulate the gradients of a micro-batch.
-
-        Args:
-            loss: the discriminator's.
-            real: logits of sources.
-            fake: logits of reconstructions.
-        """
+        """Accumulate the gradients of a micro-batch."""
         (loss / self._accumulation).backward()
         self._logits.append(torch.stack([real.detach().mean(), fake.detach().mean()]).float())
 
@@ -167,7 +161,6 @@ class DiscriminatorTrainer:
         set_num_updates(self._optimizer, self.num_updates)
 
     def shapes(self) -> dict[str, list[int]]:
-        """Return the full shape of every parameter."""
         return {name: list(param.shape) for name, param in self._params.items()}
 
     def _flat_tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Interface of the engines that run a training step.
+"""Interface of the engines that run a training step, and the one in plain PyTorch.
 
 An engine keeps float32 master weights, the optimizer's moments and the weights' moving average (EMA); the forward and
 backward passes run in the configured precision. State is exposed as *pieces*: for every parameter the flat chunk that
@@ -9,8 +9,8 @@ communication.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from math import prod
+from collections.abc import Callable, Iterator, Mapping
+from math import isfinite, prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from regen_dist.config.run import CommonConfig
 from regen_dist.distributed.discriminator import build_discriminator_trainer
-from regen_dist.distributed.optimizer import OPTIMIZERS
+from regen_dist.distributed.optimizer import OPTIMIZERS, build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.sequence_parallel import RowGroup
 from regen_dist.errors import RegenError
+from regen_dist.models.layers import Checkpointed
 
 Pieces = dict[str, Tensor]  # "<kind>/<parameter>" to a flat float32 tensor: kind is of WEIGHTS or of the optimizer
 WEIGHTS = ("master", "ema")  # kinds that every engine has
@@ -56,7 +57,6 @@ class Engine(ABC):
         self.discriminator = build_discriminator_trainer(config, ranks)  # None without an adversarial loss
 
     def __call__(self, *args: Any) -> Any:
-        """The module's forward pass."""
         return self._forward(*args)
 
     def step(self, lr: float) -> StepResult:
@@ -78,16 +78,16 @@ class Engine(ABC):
         """Return this rank's flat float32 piece of every parameter's gradient, without padding, averaged over
         micro-batches and ranks, before clipping. Call it between the last `backward` of a step and its `step`."""
 
-    @abstractmethod
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's flat float32 piece of every parameter, without padding: a view that updates write through."""
+        return ((name, self._own(name, None)) for name, _ in self.module.named_parameters())
 
-    @abstractmethod
     def named_moments(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's flat piece of every moment, named `<moment>/<parameter>`: views."""
+        names = [name for name, _ in self.module.named_parameters()]
+        return ((f"{moment}/{name}", self._own(name, moment)) for moment in self.moments for name in names)
 
     def shapes(self) -> dict[str, list[int]]:
-        """Return the full shape of every parameter."""
         return self._shapes
 
     def pieces(self) -> Pieces:
@@ -122,6 +122,10 @@ class Engine(ABC):
         return chunk(size, self.ranks.world_size, self.ranks.rank)
 
     @abstractmethod
+    def _own(self, name: str, moment: str | None) -> Tensor:
+        """Return this rank's flat piece of a parameter's master or moment, without padding: a view."""
+
+    @abstractmethod
     def _forward(self, *args: Any) -> Any: ...
 
     @abstractmethod
@@ -152,3 +156,104 @@ def precision_of(name: str) -> torch.dtype:
 def full_shape(param: Tensor) -> torch.Size:
     """Return a parameter's full shape, sharded or not."""
     return getattr(param, "ds_shape", param.shape)
+
+
+# Plain PyTorch in one process: the reference that ZeRO-3 is compared with.
+
+BACKEND = "inductor"
+# Compilations of one kind of block before it is left as it is: one for each shape of a batch (images, clips, every
+# bucket), with gradients and without.
+_MOST_SHAPES = 64
+
+
+class PlainEngine(Engine):
+    """One process, no DeepSpeed: working weights in the configured precision, float32 masters beside them. In float32
+    the masters are the working weights themselves."""
+
+    def __init__(self, config: CommonConfig, ranks: Ranks, build: Callable[[], nn.Module]) -> None:
+        super().__init__(config, ranks)
+        self._sums: dict[str, Tensor] = {}  # float32 gradients of this step's micro-batches; empty where there is one
+        self.module = build().to(ranks.device)
+        self._masters = {name: param.detach().float() for name, param in self.module.named_parameters()}
+        self.optimizer = build_optimizer(config.optimizer, list(self._masters.values()), ranks.device)
+        self.module.to(precision_of(config.engine.precision))
+        for master in self._masters.values():
+            self.optimizer.state[master] = fresh_state(config.optimizer, master)
+        self._start()
+        if config.engine.compile:
+            compile_blocks(self.module)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        (loss / self.config.train.accumulation).backward()
+        if self.config.engine.precision == "fp32" or (is_last and not self._sums):
+            return
+        for name, param in self.module.named_parameters():  # autograd would round every sum to bf16
+            if param.grad is not None:
+                own, param.grad = param.grad.float(), None
+                self._sums[name] = self._sums[name].add_(own) if name in self._sums else own
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self._gradient(name, param).view(-1)) for name, param in self.module.named_parameters())
+
+    def _own(self, name: str, moment: str | None) -> Tensor:
+        master = self._masters[name]
+        tensor: Tensor = master if moment is None else self.optimizer.state[master][moment]
+        return tensor.view(-1)
+
+    def _forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    @torch.no_grad()
+    def _update(self, lr: float) -> StepResult:
+        params = dict(self.module.named_parameters())
+        grads = [self._gradient(name, params[name]) for name in self._masters]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+        self.module.zero_grad(set_to_none=True)
+        self._sums = {}
+        if not isfinite(norm):
+            return StepResult(False, norm)
+        if (scale := self.config.optimizer.clip_norm / (norm + 1e-6)) < 1:
+            torch._foreach_mul_(grads, scale)
+        for master, grad in zip(self._masters.values(), grads, strict=True):
+            master.grad = grad
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._refresh_weights()
+        return StepResult(True, norm)
+
+    def _gradient(self, name: str, param: nn.Parameter) -> Tensor:
+        """The gradient in float32; zeros where the parameter took no part (the motion path of a batch of images)."""
+        if name in self._sums:
+            return self._sums[name]
+        return torch.zeros_like(param, dtype=torch.float32) if param.grad is None else param.grad.float()
+
+    def _refresh_weights(self) -> None:
+        if self.config.engine.precision == "fp32":
+            return
+        params = dict(self.module.named_parameters())
+        torch._foreach_copy_([params[name].data for name in self._masters], list(self._masters.values()))
+
+    def _after_restore(self) -> None:
+        set_num_updates(self.optimizer, self.num_updates)
+        self._refresh_weights()
+
+
+# --- torch.compile of blocks: they are where the time goes and are alike, so that one compilation serves them all ---
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the blocks of every `Checkpointed` part of a model, at their first call for each shape.
+
+    In place (`nn.Module.compile`): the names of parameters, and so checkpoints, stay as they are.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
+    for block in blocks_of(model):
+        block.compile(backend=BACKEND, dynamic=False)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that `Checkpointed` parts run one after the other."""
+    owners = [module for module in model.modules() if isinstance(module, Checkpointed)]
+    lists = [child for owner in owners for child in owner.children() if isinstance(child, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]

@@ -152,12 +152,7 @@ def make_repeatable(device: torch.device, *, deterministic: bool) -> None:
     convolutions (cuDNN), matrix products (cuBLAS) and attention's backward pass (no atomic additions) to repeatable
     algorithms, and an operation that has none is an error: where torch merely warned of it, attention would stay as it
     is (aten/src/ATen/native/transformers/cuda/attention_backward.cu). Without it cuDNN tries its algorithms for each
-    new shape, and keeps the fastest.
-
-    Args:
-        device: device of the process.
-        deterministic: `engine.deterministic`.
-    """
+    new shape, and keeps the fastest."""
     on_gpu = device.type == "cuda"
     if on_gpu and deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it at its first call

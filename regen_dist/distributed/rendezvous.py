@@ -69,7 +69,8 @@ def _connect(rank: int, world_size: int) -> Store:
     """
     seconds = join_timeout_s(os.environ)
     where = f"rank {rank} of {world_size}"
-    notice = threading.Timer(_NOTICE_S, _say_waiting, [f"{where} waits for the others, {seconds:g} s at most"])
+    text = f"{where} waits for the others, {seconds:g} s at most: "
+    notice = threading.Timer(_NOTICE_S, lambda: print(text + left_over_advice(os.environ), file=sys.stderr, flush=True))
     notice.daemon = True
     notice.start()
     end = time.monotonic() + seconds
@@ -102,10 +103,6 @@ def _wait_for_server(rank: int, end: float) -> None:
             if time.monotonic() >= end:
                 raise OSError(f"nobody answers at {address}:{port}: {error}") from error
         time.sleep(_POLL_S)
-
-
-def _say_waiting(text: str) -> None:
-    print(f"{text}: {left_over_advice(os.environ)}", file=sys.stderr, flush=True)
 
 
 def _wait_for_readers(store: Store, rank: int, world_size: int) -> None:

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from regen_dist.config.identity import check_partition_size, micro_batch_size, num_readers
 from regen_dist.config.run import CommonConfig
-from regen_dist.distributed.engine import WEIGHTS, Engine, StepResult, full_shape
+from regen_dist.distributed.engine import WEIGHTS, Engine, PlainEngine, StepResult, full_shape
 from regen_dist.distributed.optimizer import build_optimizer, fresh_state, set_lr, set_num_updates
 from regen_dist.distributed.ranks import Ranks, chunk
 from regen_dist.distributed.sequence_parallel import join_rows
-from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.models.sequence_parallel import share_rows
 from regen_dist.registry import Entry, Registry, Site
 
@@ -56,19 +55,12 @@ class Zero3Engine(Engine):
             low, high = chunk(param.ds_numel, self.ranks.world_size, self.ranks.rank)
             yield name, self._zero.get_local_fp32_grad_for_param(param)[: high - low]
 
-    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, self._own(name, None)) for name in self._params)
-
-    def named_moments(self) -> Iterator[tuple[str, Tensor]]:
-        return ((f"{moment}/{name}", self._own(name, moment)) for moment in self.moments for name in self._params)
-
     @property
     def deepspeed(self) -> Any:
         """DeepSpeed's own engine, for measurements of what it does without us."""
         return self._engine
 
     def _own(self, name: str, moment: str | None) -> Tensor:
-        """This rank's chunk of a parameter's master or moment, cut free of ZeRO-3's padding."""
         param = self._params[name]
         low, high = chunk(param.ds_numel, self.ranks.world_size, self.ranks.rank)
         piece: Tensor = self._zero.get_local_fp32_param(param, moment)[: high - low]

@@ -106,7 +106,6 @@ class _FrameMeasures:
     _pending: list[Pair] = field(default_factory=list)  # pairs of the segment that is not full yet
 
     def add(self, pair: Pair) -> None:
-        """Measure one more pair of frames."""
         similarity, grid = ms_ssim(pair.source, pair.decoded), grid_energy(pair.source, pair.decoded, self.period)
         self.ms_ssim += [] if similarity is None else [similarity]
         self.grid += [] if grid is None else [grid]

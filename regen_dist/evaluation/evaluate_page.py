@@ -93,16 +93,13 @@ def write_page(out: Path, facts: Mapping[str, Any]) -> Path:
         .get_template("evaluate.html.j2")
         .render(
             facts=facts, rows=table(facts), missing=why_missing(facts), identity=identity(facts),
-            worst=[frame for model in range(len(facts["models"])) for frame in _of_model(worst, model)],
+            worst=[frame for model in range(len(facts["models"]))
+                   for frame in [each for each in worst if each["model"] == model][:_WORST_SHOWN]],
             data=_embedded(facts),
         )
     )  # fmt: skip
     replace_file(out / PAGE, lambda file: file.write_text(page, encoding="utf-8"))
     return out / PAGE
-
-
-def _of_model(worst: list[dict[str, Any]], model: int) -> list[dict[str, Any]]:
-    return [frame for frame in worst if frame["model"] == model][:_WORST_SHOWN]
 
 
 def _embedded(facts: Mapping[str, Any]) -> Markup:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import LATENT_BITS
 from regen_dist.evaluation.reconstruct import LABELS, TRIVIAL_KINDS, TrivialCodec
-from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec, Window, window_weights
+from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec, Window, blended, window_weights
 from regen_dist.inference.long_video import VideoCodec
 from regen_dist.models.diffusers_encoder import load_autoencoder
 from regen_dist.models.encoder import Latents
@@ -92,12 +92,8 @@ class DiffusersCodec:
         self, windows: list[Window], times: Tensor, *, steps: int = 1, seed: int = 0, sample_id: int = 0
     ) -> Tensor:
         """Decode frames [1, 3, F, H, W] at `times` [F], whole numbers; overlapping windows are blended."""
-        weights = window_weights(windows, times).float()
-        total: Tensor | None = None
-        for window, weight in zip(windows, weights, strict=True):
-            seen = weight.nonzero().squeeze(1)
-            if not len(seen):
-                continue
+
+        def decode(window: Window, seen: Tensor) -> Tensor:
             z = window.latents.content.unflatten(1, (self._channels, -1))
             frames = decode_with(self.model, z, self.is_video).float().cpu().clamp(-1, 1)
             at = (times[seen] - window.start).round().long()
@@ -106,11 +102,9 @@ class DiffusersCodec:
                     f"the autoencoder gives {frames.shape[2]} frames of a clip of {window.length}: its clips must have "
                     "n r + 1 frames, with r its temporal compression; choose --clip-frames so"
                 )
-            part = frames[:, :, at] * weight[seen, None, None]
-            total = part.new_zeros(1, 3, len(times), *part.shape[-2:]) if total is None else total
-            total[:, :, seen] += part
-        assert total is not None, "every time belongs to some window"
-        return total
+            return frames[:, :, at]
+
+        return blended(windows, window_weights(windows, times).float(), decode)
 
     def _filled(self, clips: Tensor) -> Tensor:
         rows, columns = (-side % self.multiple for side in clips.shape[-2:])

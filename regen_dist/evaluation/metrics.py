@@ -12,16 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from regen_dist.config.run import check_seed
 from regen_dist.errors import BackendError, ConfigError, DataError, needing_extra
 from regen_dist.evaluation.perceptual import SSIM_WINDOW, frame_planes, ssim_terms
-from regen_dist.inference.frames import ROUNDING_S, Frame, Seconds, VideoWriter
+from regen_dist.inference.frames import ROUNDING_S, Frame, SourceVideo, VideoWriter
 from regen_dist.inference.long_video import (
     DEFAULT_FADE,
     DEFAULT_GROUP,
@@ -34,6 +33,9 @@ from regen_dist.inference.long_video import (
     make_plan,
     output_positions,
 )
+
+if TYPE_CHECKING:
+    from regen_dist.evaluation.protocol import PinnedVideo
 
 PEAK = 255.0
 PSNR_CEILING = 100.0  # dB, the value for equal frames, so that means stay finite
@@ -192,39 +194,6 @@ def _ffmpeg() -> str:
 # Roundtrip of a whole video through a codec, measured against its source on the way.
 
 
-class FrameSource(Protocol):
-    """Frames of one size with their times: a `SourceVideo`, or a part of one."""
-
-    @property
-    def num_frames(self) -> int:
-        """Number of frames that `frames` yields."""
-        ...
-
-    @property
-    def timestamps(self) -> Seconds:
-        """Seconds from the first frame, float64 [F]."""
-        ...
-
-    @property
-    def rate(self) -> Fraction:
-        """Average frames a second."""
-        ...
-
-    @property
-    def height(self) -> int:
-        """Height of the frames in pixels."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """Width of the frames in pixels."""
-        ...
-
-    def frames(self) -> Iterator[Frame]:
-        """Yield every frame in order, uint8 [height, width, 3]."""
-        ...
-
-
 @dataclass(frozen=True)
 class Options:
     """Options of a reconstruction. Steps below 1, a rate that is not above 0, or a seed that is no int64
@@ -282,7 +251,7 @@ class Roundtrip:
     same ones, or those at `options.fps`. After the last pair, `speed` and `plan` describe the work done.
     """
 
-    source: FrameSource
+    source: SourceVideo | PinnedVideo
     codec: VideoCodec
     options: Options
     on_output: Callable[[Pair], None] = lambda pair: None
@@ -313,7 +282,8 @@ class Roundtrip:
             for decoded in done[1] if other is not None else ():
                 self.on_output(self._output_pair(counts[1], other, decoded))
                 counts[1] += 1
-            self._forget(min(counts[0], _next_source_frame(other, counts[1])))
+            needed = min(counts[0], _next_source_frame(other, counts[1]))
+            self._source_frames = {index: frame for index, frame in self._source_frames.items() if index >= needed}
 
     def _decode(self, tracks: list[Positions]) -> Iterator[list[list[Frame]]]:
         groups = encode_groups(self.codec, self._frames(), self.plan, self.speed)
@@ -341,10 +311,6 @@ class Roundtrip:
         slack = min(0.5, ROUNDING_S * float(self.source.rate))
         shown = min(int(positions[index] + slack), self.source.num_frames - 1)
         return Pair(index, index / self.options.fps, self._source_frames[shown], decoded)
-
-    def _forget(self, before: int) -> None:
-        for index in [index for index in self._source_frames if index < before]:
-            del self._source_frames[index]
 
 
 def _next_source_frame(positions: Positions | None, count: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,20 +16,30 @@ from regen_dist.config.urls import parse_url
 from regen_dist.data.format.catalogue import Dataset, open_dataset
 from regen_dist.data.inspect.contact import choose_rows
 from regen_dist.data.pool import Progress
+from regen_dist.data.synthetic.shapes import (
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    Attributes,
+    parse_caption,
+)
 from regen_dist.errors import ConfigError, DataError
-from regen_dist.evaluation.miniature_page import write_page
+from regen_dist.evaluation.metrics import psnr_db, squared_error
 from regen_dist.evaluation.miniature_scores import (
+    ATTRIBUTES,
     LEAST_DIRECTION,
     LEAST_VIDEOS,
+    MEASURES,
+    NOTHING,
     REAL,
     RECONSTRUCTED,
     TARGETS,
     WRONG_CAPTIONS,
     ClipCodec,
+    Confusion,
     ContinuationMeter,
     ScoredVideos,
     ShapeClip,
-    UInt8s,
     generated_clips,
     generated_facts,
     generated_names,
@@ -44,9 +55,12 @@ from regen_dist.evaluation.miniature_scores import (
     seen_in_training,
     with_wrong_captions,
 )
+from regen_dist.evaluation.report import PAGE, Curve, draw_curves, page_environment, replace_file
+from regen_dist.evaluation.shapes import Reading
 from regen_dist.inference.codec import Codec
 from regen_dist.jsontext import json_text
 from regen_dist.observe.hardware import describe_machine
+from regen_dist.observe.record import read_record
 
 # Videos generated from a given first frame: the distance of their own first frame from it, compared with the
 # embedder's reconstruction, and whether they still move as their captions say.
@@ -70,13 +84,13 @@ def judge_first_frames(
         folder, names: folder and names of the generated videos.
         arm: readings of the same videos.
 
-        Raises:
-            DataError: a prompt is not the caption of the sample with its number.
+    Raises:
+        DataError: a prompt is not the caption of the sample with its number.
     """
     made, own = [], []
     for clip, source in _with_sources(dataset, codec, folder, names):
-        made.append(_psnr(clip.frames[0], source.frames[0]))
-        own.append(_psnr(reconstructed(source, codec).frames[0], source.frames[0]))
+        made.append(psnr_db(squared_error(source.frames[0], clip.frames[0])))
+        own.append(psnr_db(squared_error(source.frames[0], reconstructed(source, codec).frames[0])))
     direction = arm.scores["direction"].value
     return {
         "videos": len(names),
@@ -124,11 +138,6 @@ def missed_first_frames(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if figures["direction"] < LEAST_DIRECTION:
             missed.append(f"{name}: direction {figures['direction']:.1%}, the target is {LEAST_DIRECTION:.0%}")
     return missed
-
-
-def _psnr(one: UInt8s, other: UInt8s) -> float:
-    error = float(np.square(one.astype(np.float64) - other.astype(np.float64)).mean())
-    return float(10 * np.log10(255**2 / max(error, 1e-3)))
 
 
 # The job of `regen score-shapes`: read every available arm, and write scores.json and the page.
@@ -198,17 +207,10 @@ def judge_videos(request: Request, out: Path, progress: Progress = lambda stage,
     codec = None if dataset is None else _codec(request, not_made)
     sources = [*_held_out(request, dataset, codec), *_generated(request, not_made)]
     shown, length = _choose(sources, request), None if codec is None else codec.num_frames
-    arms = [
-        read_arm(
-            each.name,
-            each.clips,
-            each.facts,
-            shown,
-            partial(_report_progress, progress, each.name, len(each.captions)),
-            length,
-        )
-        for each in sources
-    ]
+    arms = []
+    for each in sources:
+        report_read = partial(_report_read, progress, each)
+        arms.append(read_arm(each.name, each.clips, each.facts, shown, report_read, length))
     main = next((arm for arm in arms if arm.name == next(iter(request.generated), None)), None)
     arms += _chance(main or next(iter(arms), None), not_made)
     solvers = _solvers(request, not_made)
@@ -249,8 +251,8 @@ def _solvers(request: Request, not_made: dict[str, str]) -> dict[str, Any] | Non
     return recorded_facts(request.solvers)
 
 
-def _report_progress(progress: Progress, name: str, total: int, done: int) -> None:
-    progress(name, done, total)
+def _report_read(progress: Progress, source: _Source, done: int) -> None:
+    progress(source.name, done, len(source.captions))
 
 
 def _open(request: Request, not_made: dict[str, str]) -> Dataset | None:
@@ -366,3 +368,95 @@ def _report(
 def _config_hash(run: Path | None) -> str | None:
     path = None if run is None else run / "config.hash"
     return path.read_text(encoding="utf-8").strip() if path is not None and path.is_file() else None
+
+
+# Page of the miniature: one self-contained index.html, which can be sent and kept as it is.
+
+_VALUES = {"colour": tuple(COLOURS), "shape": tuple(SHAPES), "direction": tuple(DIRECTIONS)}
+
+
+def write_page(
+    out: Path,
+    report: Mapping[str, Any],
+    arms: Sequence[ScoredVideos],
+    captions: Sequence[str],
+    runs: Mapping[str, Path],
+) -> Path:
+    """Write `index.html` in one move.
+
+    Args:
+        out: existing folder.
+        report: content of scores.json.
+        arms: the arms after reading, with the videos of `captions`.
+        captions: captions whose videos are shown.
+        runs: name to run folder, for the curves; curves that a run lacks are left out.
+
+    Returns:
+        The page's path.
+    """
+    rows = [_row(arm, report) for arm in arms]
+    text = (
+        page_environment()
+        .get_template("miniature.html.j2")
+        .render(
+            report=report,
+            measures=MEASURES,
+            targets={name: f"{target:.0%}" for name, target in TARGETS.items()},
+            rows=rows,
+            main=next((row for row in rows if row["main"]), None),
+            gallery=[(caption, _videos(arms, caption)) for caption in captions],
+            curves={name: found for name, run in runs.items() if (found := _curves(run))},
+            grids={
+                arm.name: [_grid(name, confusion) for name, confusion in arm.confusions.items()]
+                for arm in arms
+                if arm.name != WRONG_CAPTIONS
+            },
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+    )
+    replace_file(out / PAGE, lambda file: file.write_text(text, encoding="utf-8"))
+    return out / PAGE
+
+
+def _row(arm: ScoredVideos, report: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm in the table: its shares with their intervals, and whether they reach their targets (None: no target)."""
+    main, scores, cells = arm.name == report["targets_are_for"], arm.scores, []
+    for name in MEASURES:
+        share = scores[name]
+        low, high = (f"{100 * end:.0f}" for end in share.interval())
+        met = share.value >= TARGETS[name] if main else None
+        cells.append({"share": f"{share.value:.1%}", "low": low, "high": high, "met": met})
+    return {"name": arm.name, "main": main, "number": len(arm.videos), "cells": cells}
+
+
+def _videos(arms: Sequence[ScoredVideos], caption: str) -> list[dict[str, Any]]:
+    """Video of each arm for a caption, with the words of its reading, each with whether it is right; arms without one
+    are left out."""
+    wanted = parse_caption(caption)
+    return [
+        {"arm": arm.name, "image": arm.previews[caption], "words": _words(reading, wanted)}
+        for arm in arms
+        if (reading := arm.reading_of(caption)) is not None and caption in arm.previews
+    ]
+
+
+def _words(reading: Reading, wanted: Attributes) -> list[tuple[str, bool]]:
+    if reading == (None, None, None):
+        return [(NOTHING, False)]
+    read = {name: getattr(reading, name) for name in ATTRIBUTES}
+    return [(word or f"no {name}", word == getattr(wanted, name)) for name, word in read.items()]
+
+
+def _curves(run: Path) -> list[Curve]:
+    record = run / "metrics.jsonl"
+    return draw_curves(read_record(record)) if record.is_file() else []
+
+
+def _grid(attribute: str, confusion: Confusion) -> dict[str, Any]:
+    """Confusion table: rows of a wanted value and, for each column, count and share of the row."""
+    columns, rows = (*_VALUES[attribute], NOTHING), []
+    for wanted in _VALUES[attribute]:
+        counts = confusion.get(wanted, {})
+        total = max(1, sum(counts.values()))
+        rows.append((wanted, [(counts.get(read, 0), counts.get(read, 0) / total) for read in columns]))
+    return {"attribute": attribute, "columns": columns, "rows": rows}

@@ -192,7 +192,6 @@ class Fraction:
 
     @property
     def value(self) -> float:
-        """The share as a number between 0 and 1."""
         return self.right / self.number
 
     def interval(self) -> tuple[float, float]:
@@ -203,19 +202,14 @@ class Fraction:
         return max(0.0, middle - half), min(1.0, middle + half)
 
     def to_json(self) -> dict[str, Any]:
-        """Convert counts, share and interval to plain values."""
         return {"right": self.right, "number": self.number, "share": self.value, "interval_95": list(self.interval())}
 
 
 def score_arm(readings: Sequence[Reading], wanted: Sequence[Attributes]) -> dict[str, Fraction]:
     """Share of the readings that are right, for each of MEASURES.
 
-    Args:
-        readings: readings of the videos.
-        wanted: attributes that each video should show.
-
-        Raises:
-            DataError: there are no readings.
+    Raises:
+        DataError: there are no readings.
     """
     if not readings:
         raise DataError("there are no videos to score; give a folder of `regen generate`")
@@ -271,7 +265,6 @@ class ScoredVideo:
     reading: Reading
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to the video's line in scores.json."""
         return {"name": self.name, "caption": self.caption, "read": self.reading._asdict()}
 
 
@@ -296,12 +289,10 @@ class ScoredVideos:
 
     @property
     def scores(self) -> dict[str, Fraction]:
-        """Share that is right, by measure."""
         return score_arm(self._readings, [video.wanted for video in self.videos])
 
     @property
     def confusions(self) -> dict[str, Confusion]:
-        """Confusion counts, by attribute."""
         return confusions(self._readings, [video.wanted for video in self.videos])
 
     def reading_of(self, caption: str) -> Reading | None:
@@ -309,7 +300,6 @@ class ScoredVideos:
         return next((video.reading for video in self.videos if video.caption == caption), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to the arm's part of scores.json."""
         return {
             "facts": dict(self.facts),
             "scores": {name: share.to_json() for name, share in self.scores.items()},
@@ -386,11 +376,7 @@ LEAST_DIRECTION = 0.85  # target: videos that go on from an image or a clip and 
 
 @dataclass
 class SeamMeter:
-    """Accumulator of the changes between frames, over all videos of an arm. Videos of one clip have no seam.
-
-    Args:
-        clip_frames: frames of a clip.
-    """
+    """Accumulator of the changes between frames, over all videos of an arm. Videos of one clip have no seam."""
 
     clip_frames: int
     videos: int = 0

@@ -86,7 +86,6 @@ class Protocol(Section):
         return self
 
     def facts(self) -> dict[str, Any]:
-        """Convert to plain values, as hashed and printed."""
         return {**self.model_dump(mode="json"), "fixed": FIXED}
 
     @property
@@ -148,12 +147,10 @@ class PinnedVideo:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
         return self.path.stem
 
     @property
     def num_frames(self) -> int:
-        """Number of frames that `frames` yields."""
         return self._source.num_frames - self._first
 
     @property

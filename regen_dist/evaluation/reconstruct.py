@@ -18,7 +18,7 @@ from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import Measurement, Options, Pair, Roundtrip, measure
 from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
-from regen_dist.inference.codec import Window, window_weights
+from regen_dist.inference.codec import Window, blended, window_weights
 from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
 from regen_dist.inference.long_video import VideoCodec
 from regen_dist.jsontext import json_text
@@ -201,13 +201,10 @@ class TrivialCodec:
         self, windows: list[Window], times: Tensor, *, steps: int = 1, seed: int = 0, sample_id: int = 0
     ) -> Tensor:
         """Decode frames [1, 3, F, H, W] at `times` [F], blending overlapping windows. Steps and noise are ignored."""
-        weights = window_weights(windows, times).float()
-        frames = [
-            self._decode(window, times) * weight[:, None, None] for window, weight in zip(windows, weights, strict=True)
-        ]
-        return torch.stack(frames).sum(dim=0)[None]
 
-    def _decode(self, window: Window, times: Tensor) -> Tensor:
-        """Decode one window at all times, [3, F, H, W]."""
-        along = ((times - window.start) / max(window.length - 1, 1)).float().clamp(0, 1)
-        return torch.lerp(window.latents.content[0][:, None], window.latents.motion[0][:, None], along[:, None, None])
+        def decode(window: Window, seen: Tensor) -> Tensor:
+            along = ((times[seen] - window.start) / max(window.length - 1, 1)).float().clamp(0, 1)
+            first, last = (frame[:, :, None] for frame in window.latents)
+            return torch.lerp(first, last, along[:, None, None])
+
+        return blended(windows, window_weights(windows, times).float(), decode)

@@ -23,7 +23,6 @@ class Measure:
 
     @property
     def heading(self) -> str:
-        """Return title and unit."""
         return f"{self.title} {self.unit}".rstrip()
 
     def shown(self, value: float | None) -> str:

@@ -63,15 +63,7 @@ def model_card(
     size: tuple[int, int],
     statistics: LatentStatistics | None,
 ) -> str:
-    """The README of an export, in Markdown.
-
-    Args:
-        config: config of the export.
-        origin: the checkpoint that the weights were taken from.
-        shapes: shapes of the model's parameters.
-        size: height and width of the training videos.
-        statistics: latent statistics in the export; None when they were not measured.
-    """
+    """The README of an exported embedder, in Markdown; `size` is the (height, width) of its training videos."""
     sections = {"Loading it": _loading(config, size), "Latent statistics": _statistics(statistics)}
     return _write_card("a video embedder", config, origin, shapes, _facts(config, size), sections)
 
@@ -88,9 +80,6 @@ def _write_card(
 
     Args:
         what: kind of the model, for the title.
-        config: config of the export.
-        origin: the checkpoint that the weights were taken from.
-        shapes: shapes of the model's parameters.
         facts: facts of this kind of model; the first is followed by the number of parameters.
         sections: Markdown by heading.
     """
@@ -181,15 +170,7 @@ def t2v_card(
     *,
     pipeline: bool = False,
 ) -> str:
-    """The README of an export, in Markdown.
-
-    Args:
-        config: config of the export.
-        origin: the checkpoint that the weights were taken from.
-        shapes: shapes of the model's parameters.
-        space: the model's latent space.
-        pipeline: true if the folder also holds the embedder and the text encoder.
-    """
+    """The README of an exported text-to-video model, in Markdown; as a `pipeline` with embedder and text encoder."""
     sections = {"Generating with it": generating(pipeline=pipeline), "Latents and text": _space(space)}
     return _write_card("a text-to-video model", config, origin, shapes, _t2v_facts(config, space), sections)
 

@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.export import STATISTICS_FILE, Weights, build_with_weights
-from regen_dist.checkpoint.load_model import find_embedder
+from regen_dist.checkpoint.export import STATISTICS_FILE, Weights, build_with_weights, find_embedder
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.exported import ExportConfig
 from regen_dist.config.run import SPATIAL_COMPRESSION as P
 from regen_dist.diffusion.noise import gaussian
-from regen_dist.diffusion.path import x0_from
-from regen_dist.diffusion.samplers import Denoiser, sample
+from regen_dist.diffusion.path import Denoiser, sample, x0_from
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.latent_space import LatentStatistics, only_raw, read_statistics
 from regen_dist.models.decoder import ReceptiveField, decoder_receptive_field, encoder_receptive_field
@@ -288,30 +286,23 @@ class Codec:
     def _blended(self, windows: list[Window], times: Tensor, weights: Tensor) -> Denoiser:
         """Map from (x_t [1, 3, F, H, W], t [1]) to the windows' estimates of x0, weighted by `weights` [windows, F]."""
 
-        def estimate(x: Tensor, t: Tensor) -> Tensor:
-            total: Tensor | None = None
-            for window, weight in zip(windows, weights, strict=True):
-                seen = weight.nonzero().squeeze(1)
-                if len(seen) == 0:
-                    continue
-                part = self._window(window, times[seen] - window.start, x, seen, t)
-                if total is None:
-                    total = part.new_zeros(1, 3, len(times), *part.shape[-2:])
-                total[:, :, seen] += weight[seen, None, None] * part
-            assert total is not None, "every time belongs to some window"
-            return total
-
-        return estimate
+        return lambda x, t: blended(
+            windows, weights, lambda window, seen: self._window(window, times[seen] - window.start, x, seen, t)
+        )
 
     def _window(self, window: Window, times: Tensor, x: Tensor, seen: Tensor, t: Tensor) -> Tensor:
         """One window's estimate of the frames `seen`, [1, 3, n, H, W]."""
         latents = Latents(*(each.to(self.device, self._dtype) for each in window.latents))  # from a cache, or generated
-        if isinstance(self.model, Baseline):
-            frames = self._in_tiles(self._reconstruct(self.model, window.length), latents, window.length)
-            return frames[:, :, _whole(times, window.length)]
-        x, t, settings = x[:, :, seen], t.to(self.device), self.config.diffusion
-        prediction = self._in_tiles(self._denoise(self.model, x, t, times[None].float()), latents, len(seen))
-        return x0_from(settings.path, settings.target, prediction, x, t)
+        model, length = self.model, window.length
+        if isinstance(model, Baseline):
+            frames = self._in_tiles(lambda part, tile: model.reconstruct(part, length), latents, length)
+            return frames[:, :, _whole(times, length)]
+        noisy, t, settings = x[:, :, seen], t.to(self.device), self.config.diffusion
+
+        def denoise(part: Latents, tile: Tile | None) -> Tensor:
+            return model.denoise(noisy if tile is None else tile.read(noisy, P), t, part, times[None].float())
+
+        return x0_from(settings.path, settings.target, self._in_tiles(denoise, latents, len(seen)), noisy, t)
 
     def _in_tiles(self, decode: Decode, latents: Latents, frames: int) -> Tensor:
         """Pixels of the whole frames, [1, 3, n, H, W]."""
@@ -320,17 +311,6 @@ class Codec:
         reach = decoder_receptive_field(self.config.model)
         assert reach is not None, "use_tiles has refused"
         return decode_in_tiles(decode, latents, frames, self.tile, reach)
-
-    @staticmethod
-    def _denoise(model: Regen, x: Tensor, t: Tensor, times: Tensor) -> Decode:
-        def decode(latents: Latents, tile: Tile | None) -> Tensor:
-            return model.denoise(x if tile is None else tile.read(x, P), t, latents, times)
-
-        return decode
-
-    @staticmethod
-    def _reconstruct(model: Baseline, length: int) -> Decode:
-        return lambda latents, tile: model.reconstruct(latents, length)
 
 
 def finite(made: Tensor, dtype: torch.dtype, act: str, given: str) -> Tensor:
@@ -429,6 +409,23 @@ def window_weights(windows: Sequence[Window], times: Tensor) -> Tensor:
     """Weights of windows of one length at `times` [F], [num_windows, F], by `blend_weights` within each shot."""
     starts, shots = [window.start for window in windows], [window.shot for window in windows]
     return shot_weights(starts, shots, windows[0].length, times, fade=windows[0].fade)
+
+
+def blended(windows: Sequence[Window], weights: Tensor, decode: Callable[[Window, Tensor], Tensor]) -> Tensor:
+    """Sum of the windows' frames, [1, 3, F, H, W], by their `weights` [num_windows, F].
+
+    Args:
+        decode: map from a window and the numbers of the frames in which it has a share to these frames.
+    """
+    total: Tensor | None = None
+    for window, weight in zip(windows, weights, strict=True):
+        seen = weight.nonzero().squeeze(1)
+        if len(seen):
+            part = decode(window, seen)
+            total = part.new_zeros(1, 3, len(weight), *part.shape[-2:]) if total is None else total
+            total[:, :, seen] += weight[seen, None, None] * part
+    assert total is not None, "every time belongs to some window"
+    return total
 
 
 def shot_weights(

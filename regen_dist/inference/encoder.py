@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regen_dist.checkpoint.export import Weights, check_shapes
-from regen_dist.checkpoint.load_model import find_embedder
+from regen_dist.checkpoint.export import Weights, check_shapes, find_embedder
 from regen_dist.config.exported import ExportConfig
 from regen_dist.distributed.engine import precision_of
 from regen_dist.errors import CheckpointError

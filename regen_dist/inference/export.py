@@ -24,13 +24,13 @@ from regen_dist.checkpoint.export import (
     check_weights,
     checkpoint_weights,
     find_checkpoint,
+    find_embedder,
     is_export,
     model_shapes,
     open_run,
     read_model,
     write_model,
 )
-from regen_dist.checkpoint.load_model import find_embedder
 from regen_dist.checkpoint.manifest import CheckpointManifest
 from regen_dist.config import AnyRunConfig, EmbedderConfig, T2VConfig
 from regen_dist.config.datasets import DataConfig

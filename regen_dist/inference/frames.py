@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regen_dist.config.files import short_name
+from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.data.storage.local import remove_leftovers
 from regen_dist.data.video.conversion import BT709_MATRIX, LIMITED_RANGE, RESIZE, frame_to_rgb, shown_sides
 from regen_dist.data.video.reader import VideoReader
@@ -78,7 +79,6 @@ class SourceVideo:
 
     @property
     def num_frames(self) -> int:
-        """Number of frames that `frames` yields."""
         return len(self.timestamps)
 
     def frames(self) -> Iterator[Frame]:
@@ -184,7 +184,7 @@ class VideoWriter:
         """Add one frame [H, W, 3]. All frames have one size; `seconds` is given for all of them or for none."""
         from av.video.frame import VideoFrame
 
-        frame = _even_sides(frame)
+        frame = np.ascontiguousarray(pad_sides(frame, 2))
         with self._write_errors():
             if self._stream is None:
                 self._stream = self._add_stream(frame, timed=seconds is not None)
@@ -250,8 +250,7 @@ def write_video(path: Path, frames: Iterable[Frame], rate: Fraction | float, *, 
             writer.write(frame)
 
 
-def _even_sides(frame: Frame) -> Frame:
-    rows, columns = frame.shape[0] % 2, frame.shape[1] % 2
-    if not rows and not columns:
-        return np.ascontiguousarray(frame)
-    return np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge")
+def pad_sides(frame: Frame, multiple: int = SPATIAL_COMPRESSION) -> Frame:
+    """Repeat the last row and column until both sides are multiples of `multiple`; cropping the top left undoes it."""
+    rows, columns = (-side % multiple for side in frame.shape[:2])
+    return np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else frame

@@ -27,7 +27,7 @@ from regen_dist.config.t2v import TextConfig
 from regen_dist.config.version import code_version
 from regen_dist.data.pool import Progress
 from regen_dist.diffusion.noise import latent_gaussian
-from regen_dist.diffusion.samplers import GivenFrames
+from regen_dist.diffusion.path import GivenFrames
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
@@ -183,7 +183,6 @@ class Layout:
         return f"{name}-{prompt.sample}" if self.by_prompt or self.samples > 1 else name
 
     def records(self, folder: Path) -> Path:
-        """Folder of the JSON files."""
         whole = Path(os.path.abspath(folder))  # "." has no name
         return whole.with_name(f"{whole.name}-records") if self.by_prompt else folder
 

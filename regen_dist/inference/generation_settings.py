@@ -66,16 +66,16 @@ class GenerationSettings:
         if not self.fps > 0:
             problems.append(f"fps is {self.fps:g}; it must be above 0")
         if self.height % SIDE_MULTIPLE or self.width % SIDE_MULTIPLE or min(self.height, self.width) < 1:
-            nearest = "x".join(str(_nearest(side)) for side in (self.height, self.width))
+            nearest = (max(1, round(side / SIDE_MULTIPLE)) * SIDE_MULTIPLE for side in (self.height, self.width))
             problems.append(
-                f"size is {self.height}x{self.width}; sides are multiples of {SIDE_MULTIPLE}, the nearest is {nearest}"
+                f"size is {self.height}x{self.width}; sides are multiples of {SIDE_MULTIPLE}, the nearest is "
+                f"{'x'.join(map(str, nearest))}"
             )
         if problems:
             raise ConfigError("; ".join(problems))
 
     @property
     def is_image(self) -> bool:
-        """True when images are generated."""
         return self.frames == 1
 
     @property
@@ -143,7 +143,3 @@ def clips_for(positions: Positions, num_frames: int) -> int:
     """Number of clips of `num_frames` frames needed to reach the last position: clip i takes the positions from
     i * num_frames to below (i + 1) * num_frames, which extends past its own last frame by less than one frame."""
     return int(positions[-1] // num_frames) + 1
-
-
-def _nearest(side: int) -> int:
-    return max(1, round(side / SIDE_MULTIPLE)) * SIDE_MULTIPLE

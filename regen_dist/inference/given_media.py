@@ -8,7 +8,6 @@ Legend: n clips in a row, L = k + 1 frames of a clip, C channels, h x w latent c
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from regen_dist.data.storage.local import file_sha256
 from regen_dist.data.video.conversion import fit_geometry, picture_to_rgb
-from regen_dist.diffusion.samplers import GivenFrames
+from regen_dist.diffusion.path import GivenFrames
 from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame, SourceVideo, num_frames_at
@@ -50,12 +50,11 @@ class GivenImage:
         return iter(())
 
     def facts(self) -> dict[str, Any]:
-        """Facts about the given image or video for a record."""
         return {"kind": "image", "sha256": self._digest}
 
     @cached_property
     def _digest(self) -> str:
-        return _digest(self.path)
+        return file_sha256(self.path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,6 @@ class GivenVideo:
 
     @property
     def path(self) -> Path:
-        """File of the video."""
         return self.source.path
 
     def encoded(self, codec: Codec) -> Latents:
@@ -83,15 +81,14 @@ class GivenVideo:
 
     def before(self, fps: float) -> Iterator[list[Frame]]:
         """Frames of the whole video at another rate, ending with its last frame."""
-        return self._frames(fps, frames_at(self.source, fps))
+        return self._frames(fps, num_frames_at(self.source.timestamps, fps))
 
     def facts(self) -> dict[str, Any]:
-        """Facts about the given image or video for a record."""
         return {"kind": "video", "sha256": self._digest, "clips": self.clips}
 
     @cached_property
     def _digest(self) -> str:
-        return _digest(self.path)
+        return file_sha256(self.path)
 
     def _frames(self, fps: float, count: int) -> Iterator[list[Frame]]:
         """The last `count` frames at a rate: for each time the nearest frame."""
@@ -153,7 +150,7 @@ def read_video(path: Path, size: tuple[int, int], *, most_clips: int, length: in
         DataError: there is no such file, it is not a video that can be read, or it is shorter than a clip.
     """
     source = SourceVideo(path)
-    count = frames_at(source, fps)
+    count = num_frames_at(source.timestamps, fps)
     if count < length:
         raise DataError(
             f"{path} has {count} frame{'s' * (count != 1)} at the {fps:g} a second that the model was trained on; "
@@ -196,13 +193,12 @@ def _numbered(folder: Path, kind: str, example: str) -> dict[int, Path]:
 
 def clips_given(media: GivenMedia | Mapping[int, GivenMedia] | None) -> int:
     """Number of whole clips that are given to a prompt: the same for all."""
-    one = next(iter(media.values()), None) if isinstance(media, Mapping) else media
+    one = _any(media)
     return 0 if one is None else one.clips
 
 
-def frames_at(source: SourceVideo, fps: float) -> int:
-    """Number of frames of a video at another rate."""
-    return num_frames_at(source.timestamps, fps)
+def _any(media: GivenMedia | Mapping[int, GivenMedia] | None) -> GivenMedia | None:
+    return next(iter(media.values()), None) if isinstance(media, Mapping) else media
 
 
 def given_row(media: GivenMedia, codec: Codec, scale: LatentScale, clips: int) -> GivenFrames:
@@ -240,11 +236,6 @@ def _nearest(source: SourceVideo, fps: float, count: int) -> npt.NDArray[np.int6
     return numbers
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def notes(
     media: GivenMedia | Mapping[int, GivenMedia] | None,
     given_content: float,
@@ -260,8 +251,7 @@ def notes(
         clips: clips in a sampled row.
         longest: clips in the longest row of training.
     """
-    found = []
-    one = next(iter(media.values()), None) if isinstance(media, Mapping) else media
+    found, one = [], _any(media)
     if isinstance(one, GivenImage) and not given_content:
         found.append("this model was not trained with given images (diffusion.given_content is 0)")
     if isinstance(one, GivenVideo) and not given_clips:

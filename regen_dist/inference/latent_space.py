@@ -95,7 +95,6 @@ class ChannelStatistics:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> ChannelStatistics:
-        """Restore from the output of `to_json`."""
         mean, squares = (torch.tensor(found[name], dtype=torch.float64) for name in ("mean", "squares"))
         if mean.ndim != 1 or mean.shape != squares.shape:
             raise ValueError(f"mean has {tuple(mean.shape)} values and squares {tuple(squares.shape)}")
@@ -112,7 +111,6 @@ class LatentSpread:
 
     @classmethod
     def of(cls, latents: Latents, *, images: bool = False) -> LatentSpread:
-        """Compute the statistics of a batch."""
         motion = None if images else ChannelStatistics.of(latents.motion)
         return cls(len(latents.content), ChannelStatistics.of(latents.content), motion)
 
@@ -123,13 +121,11 @@ class LatentSpread:
         return LatentSpread(self.num_clips + other.num_clips, self.content + other.content, motion)
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to plain numbers."""
         motion = None if self.motion is None else self.motion.to_json()
         return {"num_clips": self.num_clips, "content": self.content.to_json(), "motion": motion}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> LatentSpread:
-        """Restore from the output of `to_json`."""
         motion = None if found["motion"] is None else ChannelStatistics.from_json(found["motion"])
         return cls(int(found["num_clips"]), ChannelStatistics.from_json(found["content"]), motion)
 
@@ -152,12 +148,12 @@ class LatentStatistics:
         return json_text({"format": STATISTICS_FORMAT, **parts, "measured_on": self.measured_on}, indent=1) + "\n"
 
     def __add__(self, other: LatentStatistics) -> LatentStatistics:
-        """Combine the statistics of two sets of latents."""
-        clips, images = (
-            mine + theirs if mine and theirs else mine or theirs
-            for mine, theirs in ((self.clips, other.clips), (self.images, other.images))
-        )
-        return LatentStatistics(clips, images, self.measured_on)
+        return LatentStatistics(added(self.clips, other.clips), added(self.images, other.images), self.measured_on)
+
+
+def added(one: LatentSpread | None, other: LatentSpread | None) -> LatentSpread | None:
+    """Return the sum of two spreads, either of which may be of nothing."""
+    return one + other if one and other else one or other
 
 
 def read_statistics(path: Path) -> LatentStatistics | None:
@@ -363,7 +359,6 @@ class LatentSpace:
 
     @property
     def num_frames(self) -> int:
-        """Number of frames in a clip, k + 1."""
         return int(self.facts["num_frames"])
 
     @property
@@ -381,11 +376,11 @@ class LatentSpace:
         whitening: float = 1.0,
     ) -> LatentSpace:
         """Build the space of a cache; `sizes` are its videos' (height, width), `whitening` as for `LatentScale`."""
-        kept = {name: _plain(getattr(facts, name)) for name in _KEPT}
+        known = {name: getattr(facts, name) for name in _KEPT}
+        kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in known.items()}
         return cls({**kept, "sizes": [list(size) for size in sizes], "whitening": whitening}, statistics, null_text)
 
     def to_json(self) -> dict[str, Any]:
-        """Convert facts and statistics to plain values."""
         return {**self.facts, "statistics": json.loads(self.statistics.to_text())}
 
     def write(self, folder: Path) -> None:
@@ -417,7 +412,3 @@ def read_space(folder: Path) -> LatentSpace:
         ) from None
     except (OSError, ValueError, KeyError, DataError) as error:
         raise CheckpointError(f"{place} is damaged ({type(error).__name__}: {error}); copy it from the run") from error
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value

@@ -26,7 +26,7 @@ from torch import Tensor
 from regen_dist.config.run import SPATIAL_COMPRESSION
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.codec import Codec, Shot, Window, plan_windows, shot_weights
-from regen_dist.inference.frames import Frame, Seconds, num_frames_at
+from regen_dist.inference.frames import Frame, Seconds, num_frames_at, pad_sides
 from regen_dist.models.encoder import Latents
 from regen_dist.pixels import to_frames, to_video
 
@@ -149,12 +149,6 @@ def output_positions(timestamps: Seconds, fps: float | None) -> Positions:
         raise ConfigError(f"fps is {fps:g}; it must be above 0, and finite")
     times = np.arange(num_frames_at(timestamps, fps)) / fps
     return np.interp(times, timestamps, numbers)
-
-
-def pad_sides(frame: Frame, multiple: int = SPATIAL_COMPRESSION) -> Frame:
-    """Repeat the last row and column until both sides are multiples of `multiple`; cropping the top left undoes it."""
-    rows, columns = (-side % multiple for side in frame.shape[:2])
-    return np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else frame
 
 
 @dataclass

@@ -47,7 +47,7 @@ from regen_dist.data.storage.local import remove_leftovers
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.encoder import FrozenEncoder
-from regen_dist.inference.latent_space import LatentSpread, LatentStatistics
+from regen_dist.inference.latent_space import LatentSpread, LatentStatistics, added
 from regen_dist.inference.preencode_clips import (
     KIND,
     NO_CUT,
@@ -140,7 +140,7 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         left_out = self.frames_left_out + other.frames_left_out
-        return Sums(_added(self.clips, other.clips), _added(self.images, other.images), left_out)
+        return Sums(added(self.clips, other.clips), added(self.images, other.images), left_out)
 
     def to_bytes(self) -> bytes:
         """Serialise to JSON; equal numbers give equal bytes."""
@@ -173,12 +173,6 @@ def read_sums(store: Store, stem: str, data: bytes) -> Sums:
         ) from error
 
 
-def _added(one: LatentSpread | None, other: LatentSpread | None) -> LatentSpread | None:
-    if one is None or other is None:
-        return one or other
-    return one + other
-
-
 # One shard of a cache, made from one shard of videos: the same keys in the same order, always from the beginning.
 
 _ENOUGH_TO_JUDGE = 20  # bad videos in one shard before their share is judged
@@ -205,7 +199,6 @@ class EncodedCounts(NamedTuple):
     captions_cut: int = 0
 
     def plus(self, other: EncodedCounts) -> EncodedCounts:
-        """Return the sums of both."""
         return EncodedCounts(*map(add, self, other))
 
 

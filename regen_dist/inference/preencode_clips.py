@@ -28,7 +28,7 @@ from regen_dist.data.format.manifest import Kind, described, only_videos, read_a
 from regen_dist.data.loading.clip_loader import clip_geometry
 from regen_dist.data.loading.datasets import best_size
 from regen_dist.data.loading.fetch import FetchResult
-from regen_dist.data.order.mixture import Bucket
+from regen_dist.data.order.order import Bucket
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.data.video.conversion import Geometry, UInt8s, frame_to_planes
 from regen_dist.data.video.reader import VideoReader
@@ -122,7 +122,6 @@ class ClipCut(NamedTuple):
 
     @property
     def frames(self) -> int:
-        """Number of encoded frames."""
         return self.parts * self.length
 
     @property
@@ -136,11 +135,6 @@ NO_CUT = ClipCut(0, 1, 1, Geometry(0, 0, 0, 0, (0, 0)), 0)  # the cut of a video
 
 def cut_video(sample: Sample, config: PreencodeConfig, num_frames: int) -> ClipCut:
     """Cut a video into clips.
-
-    Args:
-        sample: the video.
-        config: settings of the cut.
-        num_frames: frames of a clip (k + 1).
 
     Raises:
         DataError: the video is too small for any latent.
@@ -232,7 +226,6 @@ class Batches:
             self._encode(max(self._waiting, key=lambda each: len(self._waiting[each])))
 
     def finish(self) -> None:
-        """Encode the remaining clips."""
         for key in list(self._waiting):
             self._encode(key)
 
@@ -324,12 +317,7 @@ class Decoders:
 
 
 def decode_clips(found: FetchResult, frames: int, cut: ClipCut) -> Iterator[UInt8s]:
-    """Decode the clips of a video, uint8 [3, T, H, W] each, in one pass.
-
-    Args:
-        found: file of the video.
-        frames: number of frames in the index.
-        cut: the clips to decode.
+    """Decode the clips of a video, uint8 [3, T, H, W] each, in one pass; `frames` is what its index says.
 
     Raises:
         DataError: the video cannot be read or decoded, or its frames do not match the index.

@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regen_dist.checkpoint.export import Weights, build_with_weights
-from regen_dist.checkpoint.load_model import find_t2v
+from regen_dist.checkpoint.export import Weights, build_with_weights, find_t2v
 from regen_dist.config.exported import T2VExportConfig
 from regen_dist.config.run import SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, FlowConfig
-from regen_dist.diffusion.path import x0_from
-from regen_dist.diffusion.samplers import GivenFrames, sample
+from regen_dist.diffusion.path import GivenFrames, sample, x0_from
 from regen_dist.inference.codec import finite
 from regen_dist.inference.latent_space import LatentSpace, NormalisedLatents, read_space
 from regen_dist.models.embedder import build_model
@@ -189,7 +187,6 @@ class TextToVideoModel:
 
     @property
     def channels(self) -> int:
-        """Number of latent channels, C."""
         return self.config.model.latent_channels
 
     def sample(
@@ -213,7 +210,6 @@ class TextToVideoModel:
         return NormalisedLatents(finite(made.frames, self._dtype, act, "the guidance"))
 
     def predict(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """The velocity at x_t; see `TextToVideo`."""
         return self.model(x, t, text, mask)  # type: ignore[no-any-return]
 
     def facts(self) -> dict[str, Any]:

@@ -124,8 +124,7 @@ def _names(finding: HangFinding, world_size: int) -> str:
 def _where(beat: Beat | None) -> str:
     if beat is None:
         return "before the first heartbeat"
-    mark = beat.mark
-    return f"in phase '{mark.phase}' " + ("before the first step" if mark.step is None else f"of step {mark.step}")
+    return f"in phase '{beat.last_phase}' " + ("before the first step" if beat.step is None else f"of step {beat.step}")
 
 
 def _reason(kind: Kind, seen: Seen, state_of: Callable[[Beat], str | None]) -> str:
@@ -349,16 +348,12 @@ class Monitor:
         self._leave(now, message, speak=True, dumped=True)
 
     def _facts(self, finding: HangFinding, message: str) -> dict[str, object]:
-        ranks = [
-            {"rank": each.rank, "quiet_s": round(each.quiet_s, 3)}
-            | (
-                {}
-                if each.beat is None
-                else {name: getattr(each.beat, name) for name in ("host", "pid", "why", "stood_s")}
-            )
-            | ({} if each.beat is None else {"step": each.beat.step, "phase": each.beat.mark.phase})
-            for each in finding.ranks
-        ]
+        ranks: list[dict[str, object]] = []
+        for rank, beat, quiet_s in finding.ranks:
+            ranks.append({"rank": rank, "quiet_s": round(quiet_s, 3)})
+            if beat is not None:
+                ranks[-1] |= {name: getattr(beat, name) for name in ("host", "pid", "why", "stood_s", "step")}
+                ranks[-1]["phase"] = beat.last_phase
         return {"message": message, "kind": finding.kind, "ranks": ranks, "by": self._rank, "written": time.time()}
 
     def _leave(self, now: float, message: str, *, speak: bool, dumped: bool = False) -> None:

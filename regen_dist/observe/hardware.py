@@ -218,12 +218,7 @@ def why_no_cuda(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def accelerator(device: torch.device, driver: Path = _DRIVER) -> dict[str, Any]:
-    """Return the GPU of a process and the versions of driver, CUDA, cuDNN, NCCL and torch; on a CPU, torch's only.
-
-    Args:
-        device: device of the process.
-        driver: folder of the NVIDIA driver's information.
-    """
+    """Return the GPU of a process and the versions of driver, CUDA, cuDNN, NCCL and torch; on a CPU, torch's only."""
     found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda}
     if device.type != "cuda":
         return {"device": "cpu"} | found

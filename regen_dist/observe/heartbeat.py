@@ -21,17 +21,8 @@ from regen_dist.jsontext import json_text
 RUNNING, ENDED, FAILED = "running", "ended", "failed"
 
 
-class Mark(NamedTuple):
-    """Last progress mark of the main thread: the optimizer step (None before the first), the index of the phase in the
-    step, and the phase."""
-
-    step: int | None
-    place: int
-    phase: str
-
-
-# A plain tuple, because the main thread must create it at no cost: the fields of a Mark, and the steps begun since
-# start.
+# Last progress mark of the main thread: the optimizer step (None before the first), the index of the phase in the step,
+# the phase, and the steps begun since the start. A plain tuple, because the main thread must create it at no cost.
 Marked = tuple[int | None, int, str, int]
 FIRST_MARK: Marked = (None, 0, "start", 0)
 
@@ -68,8 +59,9 @@ class Beat:
         return self.phase if self.left else RUNNING
 
     @property
-    def mark(self) -> Mark:
-        return Mark(self.step, self.place, self.left or self.phase)
+    def last_phase(self) -> str:
+        """Return the phase of its last mark, also once it has ended."""
+        return self.left or self.phase
 
     def ending(self, why: str) -> Beat:
         """Return the last heartbeat of a rank that ended normally, or failed for the given reason."""

@@ -56,7 +56,6 @@ class Record:
         self._flush()
 
     def close(self) -> None:
-        """Write the waiting lines and close the file."""
         self._flush()
         self._close_file()
         lost = self._lost + self._waiting.count(b"\n")

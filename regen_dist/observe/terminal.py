@@ -39,7 +39,6 @@ class ProgressLine:
             self._bar.start()
 
     def train(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the newest figures of training."""
         line = describe(step, self._total, values, self._validation)
         self._bar.update(self._task, completed=step, description=line)
         now = time.monotonic()
@@ -59,7 +58,6 @@ class ProgressLine:
         self._bar.reset(self._task, completed=step, description="went back")
 
     def message(self, text: str) -> None:
-        """Print a message on a line of its own."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:

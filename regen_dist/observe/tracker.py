@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,34 +22,67 @@ from regen_dist.errors import needing_extra
 
 # This is the only module that imports wandb. The record on disk is authoritative; a tracker is a copy. A failure is
 # reported once and never stops a run: every call runs in its own thread, with a time limit in seconds.
+Numbers = Mapping[str, float]  # by name
+Files = Mapping[str, Path]
 log = logging.getLogger(__name__)
 
 START_S, SEND_S, FINISH_S, TEARDOWN_S = 30.0, 10.0, 20.0, 2.0  # time limits of calls
 _STEP = "step"  # x-axis of every curve; wandb's own counter drops points with a lower step than the last
 
 
-class WandbTracker:
-    """Weights & Biases tracker; disables itself at the first failure, or at the first call that exceeds its time
-    limit."""
+class MetricTracker(ABC):
+    """Copy of a run's metrics elsewhere; disables itself at the first failure, with one warning.
 
-    def __init__(self, config: CommonConfig, run: Path) -> None:
-        self._run: Any = None
+    Attributes:
+        failures: number of failures, at most 1.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self._target: Any = None  # what is written to, while it works
         self.failures = 0
-        self._wanted = config.wandb.mode != "disabled"
-        if self._wanted:
-            self._run = self._guard(lambda: _start(config, run), START_S)
 
     def log(
-        self,
-        step: int,
-        values: Mapping[str, Any],
-        pictures: Mapping[str, Path] | None = None,
-        videos: Mapping[str, Path] | None = None,
+        self, step: int, values: Mapping[str, Any], pictures: Files | None = None, videos: Files | None = None
     ) -> None:
         """Log the metrics (and images and videos by name) of one step, which may be lower than an earlier one."""
-        run = self._run
-        if run is not None:
-            self._guard(lambda: _send(run, step, values, pictures or {}, videos or {}), SEND_S)
+        target, numbers = self._target, {name: each for name, each in values.items() if isinstance(each, (int, float))}
+        if target is not None:
+            self._guard(lambda: self._send(target, step, numbers, pictures or {}, videos or {}))
+
+    @abstractmethod
+    def rewind(self, step: int) -> None:
+        """Handle a rollback of the run to `step`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush and close."""
+
+    @abstractmethod
+    def _send(self, target: Any, step: int, numbers: Numbers, pictures: Files, videos: Files) -> None: ...
+
+    def _guard(self, action: Callable[[], Any]) -> Any:
+        """Return the action's result, or None with a warning if it failed."""
+        try:
+            return action()
+        except Exception as error:  # noqa: BLE001 - an outage or a full disk must not end weeks of training
+            self.failures += 1
+            self._target = None
+            log.warning("%s failed and is off for the rest of this run (metrics.jsonl goes on): %s", self.name, error)
+            return None
+
+
+class WandbTracker(MetricTracker):
+    """Weights & Biases tracker, whose calls have time limits."""
+
+    name = "wandb"
+
+    def __init__(self, config: CommonConfig, run: Path) -> None:
+        super().__init__()
+        self._wanted = config.wandb.mode != "disabled"
+        if self._wanted:
+            self._target = self._guard(lambda: _bounded(lambda: _start(config, run), START_S))
 
     def rewind(self, step: int) -> None:
         """Do nothing: wandb keeps repeated points of a step, on our own x-axis."""
@@ -57,21 +91,21 @@ class WandbTracker:
         """Flush, and stop everything that the end of the process would wait for."""
         if not self._wanted:
             return
-        if self._run is not None:
-            self._guard(self._run.finish, FINISH_S)
+        if (run := self._target) is not None:
+            self._guard(lambda: _bounded(run.finish, FINISH_S))
         if self.failures:
             _abandon_service()
-        self._wanted, self._run = False, None
+        self._wanted, self._target = False, None
 
-    def _guard(self, action: Callable[[], Any], limit_s: float) -> Any:
-        """Return the action's result, or None with one warning if it failed or took too long."""
-        try:
-            return _bounded(action, limit_s)
-        except Exception as error:  # noqa: BLE001 - an outage of a web service must not end weeks of training
-            self.failures += 1
-            self._run = None
-            log.warning("wandb failed and is off for the rest of this run (metrics.jsonl goes on): %s", error)
-            return None
+    def _send(self, target: Any, step: int, numbers: Numbers, pictures: Files, videos: Files) -> None:
+        def send() -> None:
+            import wandb
+
+            shown = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+            played = {name: wandb.Video(str(path), format="mp4") for name, path in videos.items()}
+            target.log({**numbers, **shown, **played, _STEP: step})
+
+        _bounded(send, SEND_S)
 
 
 def _bounded(action: Callable[[], Any], limit_s: float) -> Any:
@@ -120,17 +154,6 @@ def _start(config: CommonConfig, folder: Path) -> Any:
     return run
 
 
-def _send(
-    run: Any, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
-) -> None:
-    import wandb
-
-    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    shown = {name: wandb.Image(str(path)) for name, path in pictures.items()}
-    played = {name: wandb.Video(str(path), format="mp4") for name, path in videos.items()}
-    run.log({**numbers, **shown, **played, _STEP: step})
-
-
 def _abandon_service() -> None:
     """End wandb's service process, which would block the end of this process without limit; unsent data is in the run
     folder (`wandb sync`)."""
@@ -161,29 +184,8 @@ def _children(name: str) -> list[int]:
     return found
 
 
-class MetricTracker(Protocol):
-    """Interface of a tracker, a copy of a run's metrics whose failures never stop the run."""
-
-    def log(
-        self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
-    ) -> None:
-        """Log metrics, images and videos by name, of one step."""
-
-    def rewind(self, step: int) -> None:
-        """Handle a rollback of the run to `step`."""
-
-    def close(self) -> None:
-        """Flush and close."""
-
-
 class Trackers:
-    """All trackers of a run.
-
-    Args:
-        config: config of the run.
-        run: the run folder.
-        step: step that the run starts from.
-    """
+    """All trackers of a run."""
 
     def __init__(self, config: CommonConfig, run: Path, step: int = 0) -> None:
         self._all: list[MetricTracker] = [WandbTracker(config, run)]
@@ -191,23 +193,16 @@ class Trackers:
             self._all.append(TensorBoard(run / "tensorboard", step))
 
     def log(
-        self,
-        step: int,
-        values: Mapping[str, Any],
-        pictures: Mapping[str, Path] | None = None,
-        videos: Mapping[str, Path] | None = None,
+        self, step: int, values: Mapping[str, Any], pictures: Files | None = None, videos: Files | None = None
     ) -> None:
-        """Log metrics, images and videos by name, of one step."""
         for each in self._all:
-            each.log(step, values, pictures or {}, videos or {})
+            each.log(step, values, pictures, videos)
 
     def rewind(self, step: int) -> None:
-        """Handle a rollback of the run to `step`."""
         for each in self._all:
             each.rewind(step)
 
     def close(self) -> None:
-        """Flush and close."""
         for each in self._all:
             each.close()
 
@@ -215,72 +210,45 @@ class Trackers:
 # TensorBoard tracker, if the config enables it. Videos become animated GIFs, which TensorBoard plays.
 
 
-class TensorBoard:
-    """Writer of metrics, images and videos; disables itself at the first failure, with one warning.
+class TensorBoard(MetricTracker):
+    """Writer of metrics, images and videos.
 
     Args:
         folder: folder of the event files; those of earlier starts stay beside the new one.
         step: step that the run starts from: later steps of an earlier start are no longer shown.
-
-    Attributes:
-        failures: number of failures, at most 1.
     """
 
+    name = "TensorBoard"
+
     def __init__(self, folder: Path, step: int = 0) -> None:
-        self._folder, self.failures = folder, 0
-        self._writer: Any = None
+        super().__init__()
+        self._folder = folder
         self._open(step + 1 if step else 0)  # anew from step 0: what came of a start before is no longer shown
 
-    def log(
-        self,
-        step: int,
-        values: Mapping[str, Any],
-        pictures: Mapping[str, Path] | None = None,
-        videos: Mapping[str, Path] | None = None,
-    ) -> None:
-        """Log the metrics (and images and videos by name) of one step."""
-        if self._writer is not None:
-            self._guard(lambda: self._write(step, values, pictures or {}, videos or {}))
-
     def rewind(self, step: int) -> None:
-        """Discard what was logged for steps after `step`."""
-        if self._writer is not None:
-            self._guard(self._writer.close)
+        if self._target is not None:
+            self._guard(self._target.close)
             self._open(step + 1)
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        if self._writer is not None:
-            self._guard(self._writer.close)
-        self._writer = None
+        if self._target is not None:
+            self._guard(self._target.close)
+        self._target = None
 
     def _open(self, first_step: int) -> None:
-        self._writer = None if self.failures else self._guard(lambda: _writer(self._folder, first_step))
+        self._target = None if self.failures else self._guard(lambda: _writer(self._folder, first_step))
 
-    def _write(
-        self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
-    ) -> None:
+    def _send(self, target: Any, step: int, numbers: Numbers, pictures: Files, videos: Files) -> None:
         from PIL import Image
 
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._writer.add_scalar(name, value, step)
+        for name, value in numbers.items():
+            target.add_scalar(name, value, step)
         for name, path in pictures.items():
             with Image.open(path) as image:
-                self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+                target.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         for name, path in videos.items():
-            _add_gif(self._writer, name, path, step)
-        self._writer.flush()
-
-    def _guard(self, action: Callable[[], Any]) -> Any:
-        """Return the action's result, or None with one warning if it failed."""
-        try:
-            return action()
-        except Exception as error:  # noqa: BLE001 - a full disk or a broken picture must not end weeks of training
-            self.failures += 1
-            self._writer = None
-            log.warning("TensorBoard failed and is off for the rest of this run (metrics.jsonl goes on): %s", error)
-            return None
+            _add_gif(target, name, path, step)
+        target.flush()
 
 
 def _writer(folder: Path, first_step: int) -> Any:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from regen_dist.data.loading.clip_loader import ClipBatch
+from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.training.run import build_task
 from tests.helpers.tiny import clips, tiny_run
 

@@ -16,8 +16,8 @@ from regen_dist.checkpoint.export import build_with_weights
 from regen_dist.config import EmbedderConfig, load_saved_config, to_yaml
 from regen_dist.data.loading.clip_loader import clip_batches
 from regen_dist.data.loading.datasets import TrainingSet
+from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import SourceVideo
 from regen_dist.observe.record import read_record

@@ -30,8 +30,7 @@ from regen_dist.data.loading.clip_loader import clip_batches, clip_geometry
 from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.data.loading.fetch import Fetcher, FetchResult, SampleLocation
 from regen_dist.data.loading.plan import BatchPlan
-from regen_dist.data.order.mixture import Bucket, BucketStream
-from regen_dist.data.order.order import ClipDraw, DataOrder, draw_clip
+from regen_dist.data.order.order import Bucket, BucketStream, ClipDraw, DataOrder, draw_clip
 from regen_dist.data.storage.connection import StoreLimits, open_backend
 from regen_dist.data.storage.store import Store
 from regen_dist.data.video.conversion import Geometry, UInt8s

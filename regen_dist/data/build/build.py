@@ -133,7 +133,6 @@ class _Builder:
         self._sources_done = self._units = self._units_done = self.shards_made = 0
 
     def run(self) -> None:
-        """Make all parts."""
         begun: list[StartedBuild] = []
         self._report_surveyed(0)
         for number, part in enumerate(self._todo):

@@ -87,7 +87,8 @@ def read_list(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool
             else:
                 rows.append(CaptionRow(where, _cell(values, columns.video), _cell(values, columns.caption) or None))
     except (ValueError, csv.Error, OSError) as error:  # pyarrow's errors are ValueErrors or OSErrors
-        raise DataError(f"{place}: cannot be read as a list: {_first_line(error)}") from error
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{place}: cannot be read as a list: {first_line}") from error
     refuse(place, wrong)
     if not rows:
         raise DataError(
@@ -273,7 +274,3 @@ def _problem(values: dict[Any, Any], columns: Columns) -> str:
         if value is not None and not isinstance(value, str):
             return f"its {_named(names)} is {reprlib.repr(value)}, not a text"
     return "" if _cell(values, columns.video) else f"it has no {_named(columns.video)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

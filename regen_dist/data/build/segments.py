@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import isfinite
@@ -98,12 +99,10 @@ class BuildOptions:
 
     @property
     def encode(self) -> EncodeOptions:
-        """The part that encoding needs."""
         return EncodeOptions(self.short_side, self.crf, self.keep)
 
     @property
     def limits(self) -> ShardLimits:
-        """Return the limits of a shard."""
         return ShardLimits(round(self.shard_mb * 1e6), self.samples_per_shard)
 
     def recorded(self) -> dict[str, Any]:
@@ -321,24 +320,19 @@ def fetch_again(origin: Origin, content: str) -> str:
 def content_of(origin: Origin, keep: bool) -> str:
     """Content hash of a source; empty when it cannot be read. `keep`: of one in a bucket a copy stays."""
     try:
-        return _content_of(origin, keep)
+        if keep:
+            fetch_source(origin)
+        if origin.path.exists() or origin.folder.startswith("file:"):
+            with suppress(OSError):
+                return content_hash(origin.path)
+            return ""
+        digest = new_hash()
+        for piece in Store(origin.folder).stream(origin.file):
+            digest.update(piece)
+        return digest.hexdigest()
     except DataError as error:
         stop_for_the_store(error)
         return ""
-
-
-def _content_of(origin: Origin, keep: bool) -> str:
-    if keep:
-        fetch_source(origin)
-    if origin.path.exists() or origin.folder.startswith("file:"):
-        try:
-            return content_hash(origin.path)
-        except OSError:
-            return ""
-    digest = new_hash()
-    for piece in Store(origin.folder).stream(origin.file):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def _caption(origin: Origin) -> str | None:

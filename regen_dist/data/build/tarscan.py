@@ -31,12 +31,7 @@ class BrokenTar(DataError):
 
 class Pieces:
     """The bytes of an object from front to back, each read once and hashed. Holds two pieces: the next one is on its
-    way while one is used. A context manager.
-
-    Args:
-        store: store that holds the object.
-        name: its name.
-    """
+    way while one is used. A context manager."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.position = 0

@@ -71,11 +71,11 @@ class Dataset:
     Args:
         store: store of the manifest and the indices.
         manifest: the dataset's manifest.
-        path: the compiled file of `RECORD`s.
+        path: the compiled file of `RECORD`s, whose name changes with anything in the manifest.
     """
 
     def __init__(self, store: Store, manifest: DatasetManifest, path: Path) -> None:
-        self.store, self.manifest, self._path = store, manifest, path
+        self.store, self.manifest, self.catalogue = store, manifest, path
         self.shards = Store(manifest.shards_url) if manifest.shards_url else store
 
     def __getstate__(self) -> dict[str, object]:
@@ -93,23 +93,17 @@ class Dataset:
         location."""
         return self.manifest.fingerprint
 
-    @property
-    def catalogue(self) -> Path:
-        """Return the path of the compiled file, whose name changes with anything in the manifest."""
-        return self._path
-
     @cached_property
     def records(self) -> npt.NDArray[np.void]:
         """Return all rows [N] of `RECORD`, memory-mapped and read-only."""
         try:
-            records: npt.NDArray[np.void] = np.load(self._path, mmap_mode="r")
+            records: npt.NDArray[np.void] = np.load(self.catalogue, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{self._path}: damaged ({error}); remove it and run the same again") from error
+            raise DataError(f"{self.catalogue}: damaged ({error}); remove it and run the same again") from error
         return records
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
-        """Return the sample ids by row, int64 [N]."""
         return np.asarray(self.records["id"], dtype=np.int64)
 
     def row(self, row: int) -> SampleRow:

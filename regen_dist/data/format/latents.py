@@ -147,12 +147,7 @@ class CacheFacts:
 
     @classmethod
     def of(cls, manifest: DatasetManifest, url: str) -> CacheFacts:
-        """Read the description from a manifest; raise DataError if it is not that of a cache.
-
-        Args:
-            manifest: manifest of the dataset.
-            url: name of the dataset in messages.
-        """
+        """Read the description from a manifest; raise DataError if it is not that of a cache."""
         only_latents(manifest, url)
         options = manifest.options
         try:

@@ -7,7 +7,6 @@ bytes.
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regen_dist.data.format.index import Sample, SampleFacts, read_index, scan_shard, write_index
 from regen_dist.data.format.manifest import Note, Skip
+from regen_dist.data.storage.local import file_sha256
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
@@ -119,7 +119,7 @@ class ShardWriter:
         self._described[sample.key] = sample.described
         self._ids |= {} if sample.id is None else {sample.key: sample.id}
         self.units += 1
-        if self._is_full():
+        if self._file.tell() >= self._limits.size_bytes or len(self._described) == self._limits.samples:
             self._finish()
 
     def skip(self, skip: Skip) -> None:
@@ -149,10 +149,6 @@ class ShardWriter:
         self._file = self._open_files.enter_context(self._path.open("wb"))
         self._tar = self._open_files.enter_context(TarWriter(self._file, encoder=False, mtime=0))
 
-    def _is_full(self) -> bool:
-        limits = self._limits
-        return self._file.tell() >= limits.size_bytes or len(self._described) == limits.samples
-
     def _finish(self) -> None:
         """Write the tar, then the index. A shard without samples has an index only."""
         samples: list[Sample] = []
@@ -164,8 +160,7 @@ class ShardWriter:
             self._file.close()
             scanned = scan_shard(self._path, self._name, self._described)
             samples = [replace(sample, id=self._ids.get(sample.key, sample.id)) for sample in scanned]
-            with self._path.open("rb") as file:
-                facts |= {"size": self._path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            facts |= {"size": self._path.stat().st_size, "sha256": file_sha256(self._path)}
         self._put(write_index(samples, facts), facts["sha256"])
         self._open_files.close()
         self._reset()

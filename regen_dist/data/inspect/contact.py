@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -221,8 +222,4 @@ def _without_middle(text: str, count: int) -> str:
 
 def _fitting(most: int, fits: Callable[[int], bool]) -> int:
     """Return the largest count up to `most` that fits, at least 1."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return bisect_left(range(most + 1), True, lo=2, key=lambda count: not fits(count)) - 1

@@ -44,7 +44,6 @@ class Histogram(NamedTuple):
     high: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
         return self._asdict() | {"bars": [vars(bar) for bar in self.bars]}
 
 
@@ -61,7 +60,6 @@ class Tally:
         self._counts = np.zeros(0, np.int64)
 
     def add(self, values: npt.NDArray[Any]) -> None:
-        """Count more values [N]."""
         new, counts = np.unique(np.round(values.astype(np.float64), self._decimals), return_counts=True)
         self._values, places = np.unique(np.concatenate([self._values, new]), return_inverse=True)
         both = np.concatenate([self._counts, counts])
@@ -70,7 +68,6 @@ class Tally:
 
     @property
     def total(self) -> int:
-        """Return the number of counted values."""
         return int(self._counts.sum())
 
     def quantile(self, share: float) -> float:
@@ -156,7 +153,6 @@ class Overview:
     options: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
         plain = vars(self) | {"totals": self.totals.model_dump(), "left_out": dict(self.left_out)}
         return plain | {"histograms": {name: shown.to_json() for name, shown in self.histograms.items()}}
 

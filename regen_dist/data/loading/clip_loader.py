@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import count
 from math import prod
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,18 +30,13 @@ from regen_dist.data.loading.plan import (
     sample_keys,
     take_with_replacements,
 )
-from regen_dist.data.order.mixture import Bucket
-from regen_dist.data.order.order import MicroBatch, draw_clip
+from regen_dist.data.order.order import Bucket, MicroBatch, draw_clip
 from regen_dist.data.pool import end_with_parent
 from regen_dist.data.video.conversion import Geometry, UInt8s, fit_geometry
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.timing import clip_frames
 from regen_dist.errors import DataError
 from regen_dist.programs import start_safely
-
-if TYPE_CHECKING:
-    from regen_dist.data.loading.datasets import TrainingSet
-
 
 # --- decoding: from bytes to cropped, mirrored clips ---
 
@@ -274,11 +269,6 @@ class _WorkerBatch(NamedTuple):
     problem: str | None
 
 
-def _sides(batch: MicroBatch) -> tuple[int, int, int]:
-    """Return T, H, W of the clips of a micro-batch."""
-    return batch.bucket.frames, batch.bucket.height, batch.bucket.width
-
-
 class _Clips(IterableDataset[_WorkerBatch | DataError]):
     """Iterable dataset in the workers, each of which reads every n-th micro-batch.
 
@@ -298,7 +288,8 @@ class _Clips(IterableDataset[_WorkerBatch | DataError]):
                 reader = ClipReader(data, fetcher, board)
                 mine = self._plan.part(number, workers)
                 for batch, found in fetcher.ahead((batch, data.places(batch)) for batch in mine):
-                    video, slot = self._slots.take(number, (len(found), 3, *_sides(batch)))
+                    height, width, frames = batch.bucket
+                    video, slot = self._slots.take(number, (len(found), 3, frames, height, width))
                     places, bad, num_replaced = reader.read(batch, found, video.numpy())
                     ids = [place.row.id for place in places]
                     sent = self._slots.sent(video, slot)

@@ -19,8 +19,7 @@ from regen_dist.data.format.catalogue import Dataset, cache_folder, make_once, o
 from regen_dist.data.format.latents import CacheFacts, TextEmbedding, read_null_text
 from regen_dist.data.format.manifest import only_videos
 from regen_dist.data.loading.fetch import SampleLocation
-from regen_dist.data.order.mixture import Bucket, BucketStream
-from regen_dist.data.order.order import DataOrder, MicroBatch
+from regen_dist.data.order.order import Bucket, BucketStream, DataOrder, MicroBatch
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.errors import DataError
 
@@ -47,7 +46,6 @@ class Pools(NamedTuple):
     bounds: tuple[int, ...]
 
     def size(self, bucket: int) -> int:
-        """Return the number of samples of a bucket."""
         return self.bounds[bucket + 1] - self.bounds[bucket]
 
 

@@ -69,10 +69,6 @@ class Fetcher:
             current = coming
         yield from _arrived(current)
 
-    def one(self, place: SampleLocation) -> FetchResult:
-        """Fetch a single sample immediately."""
-        return self._checked(place)
-
     @property
     def problem(self) -> str | None:
         """Return a message on why the cache does not work; None if it does. Reading continues without it."""
@@ -128,57 +124,52 @@ class Fetcher:
         except (AccessDenied, StoreUnavailable):
             raise
         except DataError:
-            yield from map(self._checked, places)
+            yield from map(self.one, places)
             return
         for place, data in zip(places, found, strict=True):
-            yield self._verified(place, data) or self._checked(place)
+            try:
+                result = self._accepted(place, data)
+            except DataError:
+                result = self.one(place)
+            yield result
 
-    def _checked(self, place: SampleLocation) -> FetchResult:
-        """Fetch a sample by its own request, retried if its bytes are wrong."""
+    def one(self, place: SampleLocation) -> FetchResult:
+        """Fetch a single sample immediately, by its own request, retried if its bytes are wrong."""
         problem = ""
         for _ in range(1 + _RETRIES):
             try:
                 row = place.row
                 data = self._datasets[place.dataset].shards.get_range(row.shard, row.offset, row.size)
-                self._check(place, data)
+                return self._accepted(place, data)
             except (AccessDenied, StoreUnavailable):
                 raise
             except DataError as error:
                 problem = str(error)
-            else:
-                self._keep(place, data)
-                return FetchResult(data)
         return FetchResult(b"", problem)
 
-    def _check(self, place: SampleLocation, data: bytes) -> None:
+    def _accepted(self, place: SampleLocation, data: bytes) -> FetchResult:
+        """Check the bytes, and store them in the cache; DataError if they are wrong."""
         check_bytes(place.row, data, self._datasets[place.dataset].store.url)
-
-    def _verified(self, place: SampleLocation, data: bytes) -> FetchResult | None:
-        """Verify the bytes and store them in the cache; None if they are wrong."""
-        try:
-            self._check(place, data)
-        except DataError:
-            return None
-        self._keep(place, data)
+        if (cache := self._cache_of(place)) is not None:
+            cache.put(place.row.checksum, data)
         return FetchResult(data)
 
     def _cached(self, place: SampleLocation) -> bytes | None:
-        """Return a sample's verified bytes from the cache. Samples on a local disk are not cached."""
-        if self._cache is None or self._datasets[place.dataset].shards.folder is not None:
-            return None
-        data = self._cache.get(place.row.checksum)
-        if data is None:
+        """Return a sample's verified bytes from the cache."""
+        cache = self._cache_of(place)
+        data = None if cache is None else cache.get(place.row.checksum)
+        if cache is None or data is None:
             return None
         try:
-            self._check(place, data)
+            check_bytes(place.row, data, self._datasets[place.dataset].store.url)
         except DataError:
-            self._cache.drop(place.row.checksum)
+            cache.drop(place.row.checksum)
             return None
         return data
 
-    def _keep(self, place: SampleLocation, data: bytes) -> None:
-        if self._cache is not None and self._datasets[place.dataset].shards.folder is None:
-            self._cache.put(place.row.checksum, data)
+    def _cache_of(self, place: SampleLocation) -> DiskCache | None:
+        """Return the cache for a sample: none where it lies on a local disk."""
+        return self._cache if self._datasets[place.dataset].shards.folder is None else None
 
 
 def _cache(config: ReadConfig) -> DiskCache | None:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from queue import SimpleQueue
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from regen_dist.data.format.latents import CacheFacts, LatentEntry, unpack_laten
 from regen_dist.data.loading.datasets import LatentSet
 from regen_dist.data.loading.fetch import Fetcher, FetchResult, SampleLocation
 from regen_dist.data.loading.plan import BadSample, BatchPlan, sample_keys, take_with_replacements
-from regen_dist.data.order.mixture import Bucket
-from regen_dist.data.order.order import MicroBatch, draw_row
+from regen_dist.data.order.order import Bucket, MicroBatch, draw_row
 
 # --- background thread that prepares items ahead ---
 
@@ -39,51 +38,31 @@ def in_background(items: Generator[Item], ahead: int) -> Generator[Item]:
     Raises:
         any error of preparing an item, when the item is due.
     """
-    made = _SharedQueue(items, ahead)
-    thread = threading.Thread(target=made.make, name="ahead", daemon=True)
+    room, ended = threading.Semaphore(ahead), threading.Event()
+    ready: SimpleQueue[tuple[Item] | BaseException | None] = SimpleQueue()
+
+    def make() -> None:
+        try:
+            with closing(items):
+                while room.acquire() and not ended.is_set():
+                    ready.put((next(items),))
+        except StopIteration:
+            ready.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised where the item is awaited, which would otherwise wait forever
+            ready.put(error)
+
+    thread = threading.Thread(target=make, name="ahead", daemon=True)
     thread.start()
     try:
-        yield from made.taken()
-    finally:
-        made.end()
-        thread.join(_ENDING_S)
-
-
-class _SharedQueue(Generic[Item]):
-    """Queue between the thread and the consumer."""
-
-    def __init__(self, items: Generator[Item], ahead: int) -> None:
-        self._items, self._room = items, threading.Semaphore(ahead)
-        self._ready: SimpleQueue[tuple[Item] | BaseException | None] = SimpleQueue()
-        self._ended = threading.Event()
-
-    def make(self) -> None:
-        """Prepare items in the thread while there is space."""
-        try:
-            with closing(self._items):
-                while self._has_room():
-                    self._ready.put((next(self._items),))
-        except StopIteration:
-            self._ready.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised where the item is awaited, which would otherwise wait forever
-            self._ready.put(error)
-
-    def taken(self) -> Generator[Item]:
-        """Yield items in the consumer, waiting for each."""
-        while (made := self._ready.get()) is not None:
+        while (made := ready.get()) is not None:
             if isinstance(made, BaseException):
                 raise made
-            self._room.release()
+            room.release()
             yield made[0]
-
-    def end(self) -> None:
-        """Stop the thread, also while it waits for space."""
-        self._ended.set()
-        self._room.release()
-
-    def _has_room(self) -> bool:
-        self._room.acquire()
-        return not self._ended.is_set()
+    finally:  # the thread ends, also while it waits for room
+        ended.set()
+        room.release()
+        thread.join(_ENDING_S)
 
 
 _AHEAD = 4  # batches prepared ahead: compensates for one that reads longer than a step

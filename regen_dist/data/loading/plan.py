@@ -53,7 +53,6 @@ class BatchPlan(Generic[Data]):
 
     @property
     def samples(self) -> int:
-        """Return the samples of a micro-batch."""
         return micro_batch_size(self.data.order.batch_global, self._accumulation, self._world_size)
 
 

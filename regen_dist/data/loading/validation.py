@@ -16,7 +16,7 @@ from regen_dist.data.format.latents import CacheFacts, LatentEntry
 from regen_dist.data.loading.clip_loader import ClipBatch, clip_geometry
 from regen_dist.data.loading.datasets import check_same_space, open_latents, open_videos
 from regen_dist.data.loading.latent_loader import LatentBatch, collate_latents, read_entry, row_of
-from regen_dist.data.order.mixture import Bucket
+from regen_dist.data.order.order import Bucket
 from regen_dist.data.video.conversion import UInt8s
 from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.errors import DataError

@@ -4,6 +4,7 @@ an object is there whole or not at all."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from regen_dist.data.storage.connection import checked_name
-from regen_dist.data.storage.object_store import ObjectInfo, Range
+from regen_dist.data.storage.object_store import Listing, ObjectInfo, Range
 from regen_dist.errors import AccessDenied, DataError, DiskFull, ObjectMissing
 
 _TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .NAME.RANDOM.PROCESS.tmp
@@ -28,17 +29,15 @@ class LocalFolder:
         self.folder, self._url = folder, folder.as_uri()
 
     def get(self, name: str) -> bytes:
-        """All bytes of an object."""
         with self._failures(name, "read"):
             return self._path(name).read_bytes()
 
-    def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """These ranges; too few bytes where the object is cut."""
+    def get_ranges(self, name: str, ranges: Sequence[Range], join_bytes: int) -> list[bytes]:
+        """These ranges, each by itself; too few bytes where the object is cut."""
         with self._failures(name, "read"), self._path(name).open("rb", buffering=0) as file:
             return [_read(file.fileno(), offset, size) for offset, size in ranges]
 
     def pieces(self, name: str, piece_bytes: int) -> Iterator[bytes]:
-        """An object piece by piece."""
         with self._failures(name, "read"), self._path(name).open("rb", buffering=0) as file:
             while piece := file.read(piece_bytes):
                 yield piece
@@ -51,13 +50,13 @@ class LocalFolder:
                 raise FileNotFoundError
             return _info(path)
 
-    def list(self, prefix: str) -> dict[str, ObjectInfo]:
+    def list(self, prefix: str) -> Listing:
         """Every object whose name starts with `prefix`; an absent folder is empty. Links are followed, but for those to
         a folder above, which would go round for ever."""
         top = self.folder / prefix.rpartition("/")[0]
         found: dict[str, ObjectInfo] = {}
         if not top.is_dir():
-            return found
+            return Listing(found, {})
         with self._failures(prefix or ".", "list"):
             for folder, folders, files in os.walk(top, onerror=_raise, followlinks=True):
                 folders[:] = [name for name in folders if not _leads_back(os.path.join(folder, name))]
@@ -70,7 +69,7 @@ class LocalFolder:
                         except FileNotFoundError:
                             if path.is_symlink():  # a dangling link; anything else was deleted meanwhile
                                 raise
-        return found
+        return Listing(found, {})
 
     def put_file(self, name: str, path: Path) -> None:
         """Move a finished file on the same disk to its name."""
@@ -82,14 +81,12 @@ class LocalFolder:
             sync(target.parent)
 
     def put(self, name: str, data: bytes) -> None:
-        """Write an object."""
         with self.staging(name) as temporary:
             with self._failures(name, "write"):
                 temporary.write_bytes(data)
             self.put_file(name, temporary)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Write an object unless there is one; False when there is."""
         with self.staging(name) as temporary, self._failures(name, "write"):
             target = self._path(name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +98,6 @@ class LocalFolder:
         return True
 
     def delete(self, name: str) -> None:
-        """Remove an object; nothing happens when there is none."""
         with self._failures(name, "delete"):
             self._path(name).unlink(missing_ok=True)
 
@@ -184,6 +180,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(descriptor: int, offset: int, size: int) -> bytes:

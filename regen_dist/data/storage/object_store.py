@@ -31,6 +31,7 @@ from regen_dist.data.storage.connection import (
     StoreLimits,
     checked_name,
     explain_store_error,
+    is_on,
     key_problem,
     open_backend,
     profile_provider,
@@ -117,7 +118,7 @@ def _base(place: Location) -> str:
     endpoint = next((value for name in ENDPOINTS if name.startswith("AWS_") and (value := os.environ.get(name))), None)
     if endpoint is None:
         return f"https://s3.{_region()}.amazonaws.com/{place.bucket}"
-    if os.environ.get("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "").lower() in ("1", "true", "yes", "on", "y"):
+    if is_on("AWS_VIRTUAL_HOSTED_STYLE_REQUEST"):
         return endpoint.rstrip("/")
     return f"{endpoint.rstrip('/')}/{place.bucket}"
 
@@ -128,7 +129,7 @@ def _region() -> str:
 
 def _credentials(place: Location) -> _Keys | None:
     """None where requests are not to be signed."""
-    if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y"):
+    if is_on("AWS_SKIP_SIGNATURE"):
         return None
     access, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
     if access and secret:
@@ -249,7 +250,6 @@ class ObjectStoreFolder:
         self._opened: dict[bool, ObjectStore] = {}
 
     def get(self, name: str) -> bytes:
-        """Read all bytes of an object."""
         import obstore
 
         return self._call("read", name, lambda: bytes(obstore.get(self._store(), name).bytes()))
@@ -280,8 +280,13 @@ class ObjectStoreFolder:
         data = self._call("read", name, lambda: bytes(obstore.get(self._store(), name, options=options).bytes()))
         return exact_bytes(data, offset, size, f"{self._place.url}/{name}")
 
+    def pieces(self, name: str, piece_bytes: int) -> Iterator[bytes]:
+        """Read an object piece by piece, each with a deadline of its own; DataError when it is replaced meanwhile."""
+        size, etag = self.head(name)
+        for offset in range(0, size, piece_bytes):
+            yield self.get_pinned(name, offset, min(piece_bytes, size - offset), etag)
+
     def head(self, name: str) -> ObjectInfo:
-        """Return size and tag of an object."""
         import obstore
         from obstore.exceptions import BaseError, PermissionDeniedError
 
@@ -353,8 +358,10 @@ class ObjectStoreFolder:
             pieces=1 + size // (4 * _PART_BYTES),
         )
 
+    def put_file(self, name: str, path: Path) -> None:
+        self.put(name, path)
+
     def put_new(self, name: str, data: bytes) -> bool:
-        """Write an object unless there is one; False when there is."""
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
@@ -370,7 +377,6 @@ class ObjectStoreFolder:
         return self._call("write", name, put)
 
     def delete(self, name: str) -> None:
-        """Remove an object; nothing happens when there is none."""
         import obstore
 
         try:
@@ -432,10 +438,3 @@ class ObjectStoreFolder:
             reraise=True,
         )
         return again(once)
-
-
-def pieces_of(bucket: ObjectStoreFolder, name: str, piece_bytes: int) -> Iterator[bytes]:
-    """An object piece by piece, each with a deadline of its own; DataError when it is replaced meanwhile."""
-    size, etag = bucket.head(name)
-    for offset in range(0, size, piece_bytes):
-        yield bucket.get_pinned(name, offset, min(piece_bytes, size - offset), etag)

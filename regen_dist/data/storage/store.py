@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from regen_dist.config.urls import Location, parse_url
-from regen_dist.data.storage.connection import StoreLimits
+from regen_dist.data.storage.connection import StoreLimits, list_repository
 from regen_dist.data.storage.local import LocalFolder, full_disk, sync
-from regen_dist.data.storage.object_store import Listing, ObjectInfo, ObjectStoreFolder, Range, exact_bytes, pieces_of
-from regen_dist.data.storage.web import list_repository
+from regen_dist.data.storage.object_store import Listing, ObjectInfo, ObjectStoreFolder, Range, exact_bytes
 from regen_dist.errors import DataError, ObjectCut, ObjectMissing
 
 # The files under a web address, or of a repository of the hub, as a read-only bucket.
@@ -87,15 +86,12 @@ class WebFolder(ObjectStoreFolder):
         return Listing({name: ObjectInfo(size, tag) for name, size, tag in files if name.startswith(prefix)}, {})
 
     def put(self, name: str, data: bytes | Path) -> None:
-        """Refuse: DataError."""
         self._refuse(name)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Refuse: DataError."""
         self._refuse(name)
 
     def delete(self, name: str) -> None:
-        """Refuse: DataError."""
         self._refuse(name)
 
     def _refuse(self, name: str) -> NoReturn:
@@ -172,12 +168,7 @@ class Store:
             ranges: ranges of bytes in any order; they may overlap, and may be empty.
             join_bytes: ranges with at most this gap between them come by one request. The requests run side by side.
         """
-        backend = self._open()
-        found = (
-            backend.get_ranges(name, ranges)
-            if isinstance(backend, LocalFolder)
-            else backend.get_ranges(name, ranges, join_bytes)
-        )
+        found = self._open().get_ranges(name, ranges, join_bytes)
         for data, (offset, size) in zip(found, ranges, strict=True):
             if len(data) != size:
                 raise ObjectCut.at(f"{self.url}/{name}", offset, size, len(data))
@@ -185,12 +176,7 @@ class Store:
 
     def stream(self, name: str, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
         """An object piece by piece; DataError when a bucket's object is replaced in between."""
-        backend = self._open()
-        return (
-            backend.pieces(name, piece_bytes)
-            if isinstance(backend, LocalFolder)
-            else pieces_of(backend, name, piece_bytes)
-        )
+        return self._open().pieces(name, piece_bytes)
 
     def sha256(self, name: str) -> str:
         """SHA-256 of an object in hex, read piece by piece."""
@@ -237,14 +223,12 @@ class Store:
         return {name: found.size for name, found in self.list_found(prefix).items()}
 
     def list_found(self, prefix: str = "") -> dict[str, ObjectInfo]:
-        """List objects like `list`, with size and tag (`etag`: of a local file when it was
-        written)."""
+        """List objects like `list`, with size and tag (`etag`: of a local file when it was written)."""
         return self.list_all(prefix).found
 
     def list_all(self, prefix: str = "") -> Listing:
         """List objects like `list_found`, and those with unreadable keys, with the reason."""
-        backend = self._open()
-        listing = Listing(backend.list(prefix), {}) if isinstance(backend, LocalFolder) else backend.list(prefix)
+        listing = self._open().list(prefix)
         return Listing(dict(sorted(listing.found.items())), dict(sorted(listing.unreadable.items())))
 
     def put(self, name: str, data: bytes) -> None:
@@ -258,11 +242,7 @@ class Store:
 
     def put_file(self, name: str, path: Path) -> None:
         """Move a finished local file (made under `staging`) to its name in the store, whole or not at all."""
-        backend = self._open()
-        if isinstance(backend, LocalFolder):
-            backend.put_file(name, path)
-        else:
-            backend.put(name, path)
+        self._open().put_file(name, path)
 
     def delete(self, name: str) -> None:
         """Remove an object; nothing happens when there is none."""

@@ -46,7 +46,6 @@ class SyntheticRange:
 
     @property
     def size(self) -> int:
-        """Return the number of clips."""
         return self.stop - self.start
 
 

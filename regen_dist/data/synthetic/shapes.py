@@ -347,7 +347,6 @@ class SyntheticOptions:
 
     @property
     def combinations(self) -> tuple[Combination, ...]:
-        """Return the combinations of the split."""
         train, held_out = split_combinations(self.held_out_share)
         return {"all": train + held_out, "train": train, "held-out": held_out}[self.split]
 
@@ -386,7 +385,10 @@ def split_combinations(held_out_share: float) -> tuple[tuple[Combination, ...], 
     Combinations are held out in the order of their hashes until the share is reached, passing over those that would
     take the last one of a pair of colour, shape and direction out of train.
     """
-    ordered = sorted((Combination(*words) for words in product(COLOURS, SHAPES, DIRECTIONS)), key=_hash)
+    ordered = sorted(
+        (Combination(*words) for words in product(COLOURS, SHAPES, DIRECTIONS)),
+        key=lambda words: hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(),
+    )
     left = Counter(pair for combination in ordered for pair in _pairs(combination))
     wanted = round(held_out_share * len(ordered))
     held_out: list[Combination] = []
@@ -396,10 +398,6 @@ def split_combinations(held_out_share: float) -> tuple[tuple[Combination, ...], 
             held_out.append(combination)
             left.subtract(pairs)
     return tuple(one for one in ordered if one not in held_out), tuple(held_out)
-
-
-def _hash(combination: Combination) -> bytes:
-    return hashlib.blake2b(" ".join(combination).encode(), digest_size=8).digest()
 
 
 def _pairs(words: Combination) -> list[tuple[str, str]]:
@@ -423,7 +421,9 @@ def describe_scene(number: int, options: SyntheticOptions) -> tuple[Scene, str]:
 def make_clip(number: int, options: SyntheticOptions) -> SyntheticClip:
     """Encode clip `number` as an H.264 file; the same bytes in every process."""
     scene, text = describe_scene(number, options)
-    data = encode_frames(_to_encode(draw_frames(scene), _rate(options)), _tags(options), options.crf)
+    rate = Fraction(options.fps).limit_denominator(1001)
+    tags = StreamTags(rate, 1 / rate, BT709_MATRIX, Primaries.BT709, Transfer.IEC61966_2_1)  # those of `to_yuv`
+    data = encode_frames(_to_encode(draw_frames(scene), rate), tags, options.crf)
     with VideoReader(data) as reader:
         info = reader.info()
     if info.frames != options.frames:
@@ -459,12 +459,3 @@ def _to_encode(frames: UInt8s, rate: Fraction) -> Iterator[VideoFrame]:
         frame = VideoFrame.from_ndarray(image, format="rgb24")
         frame.pts, frame.time_base = number, 1 / rate
         yield prepare_encoder(frame, None)
-
-
-def _rate(options: SyntheticOptions) -> Fraction:
-    return Fraction(options.fps).limit_denominator(1001)
-
-
-def _tags(options: SyntheticOptions) -> StreamTags:
-    rate = _rate(options)
-    return StreamTags(rate, 1 / rate, BT709_MATRIX, Primaries.BT709, Transfer.IEC61966_2_1)  # those of `to_yuv`

@@ -60,7 +60,6 @@ class LeftOut(NamedTuple):
         return cls(hdr == "leave-out", interlaced == "leave-out")
 
     def recorded(self) -> dict[str, str]:
-        """The options as they are recorded in a manifest."""
         hdr, interlaced = ("leave-out" if self.hdr else "tone-map"), "leave-out" if self.interlaced else "deinterlace"
         return {"hdr": hdr, "interlaced": interlaced}
 
@@ -164,10 +163,6 @@ class Converter:
             )
         return width, height
 
-    def note_interlaced(self) -> None:
-        """Add a note that the video is interlaced and was deinterlaced."""
-        self.notes[f"{INTERLACED_KIND}: frames of two fields, deinterlaced by bwdif"] = None
-
 
 def deinterlaced(
     frames: Frames, numbers: Sequence[int], count: int, converter: Converter
@@ -186,7 +181,7 @@ def deinterlaced(
     rest = list(dict.fromkeys(numbers))
     for done, (number, frame) in enumerate(frames(rest)):
         if frame.interlaced_frame:
-            converter.note_interlaced()
+            converter.notes[f"{INTERLACED_KIND}: frames of two fields, deinterlaced by bwdif"] = None
             yield from _with_neighbours(frames, rest[done:], count)
             return
         yield number, frame
@@ -275,7 +270,6 @@ class _Filters:
         return self._ready()
 
     def finish(self) -> list[VideoFrame]:
-        """Return the buffered frames."""
         self._graph.vpush(None)
         return self._ready()
 

@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 
 from regen_dist.data.video.conversion import RESIZE
-from regen_dist.data.video.reader import VideoReader
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
@@ -48,11 +47,11 @@ class Analysis(NamedTuple):
 
 
 def analyse(
-    frames: VideoReader | Iterable[VideoFrame], *, threshold: float = CUT, min_scene_frames: int = MIN_SCENE_FRAMES
+    frames: Iterable[VideoFrame], *, threshold: float = CUT, min_scene_frames: int = MIN_SCENE_FRAMES
 ) -> Analysis:
-    """Cuts and changes of a whole video, or of the frames given, in one pass.
+    """Cuts and changes of consecutive frames, in one pass.
 
-    Keeps two small pictures and four bytes a frame, however long the video is (a reader, its table of frames).
+    Keeps two small pictures and four bytes a frame, however long the video is.
 
     Args:
         threshold: the least change that is a cut.
@@ -67,7 +66,7 @@ def analyse(
     detector.stats_manager = scores = manager()
     cuts: set[int] = set()
     time = module.FrameTimecode(0, fps=_RATE)
-    for number, picture in enumerate(_small(_all_frames(frames))):
+    for number, picture in enumerate(_small(frames)):
         time = module.FrameTimecode(number, fps=_RATE)
         cuts.update(cut.frame_num for cut in detector.process_frame(time, picture))
         scores.fill(number + 1)
@@ -100,12 +99,6 @@ def missed_cut(change: Float32s, start: int, stop: int, threshold: float = CUT) 
     """Return true if frames [start, stop) hold a change that is as large as a cut: one that the detector merged with a
     neighbour nearer than its shortest scene, or left out at the start or the end."""
     return bool((change[start + 1 : stop] >= threshold).any())
-
-
-def _all_frames(frames: VideoReader | Iterable[VideoFrame]) -> Iterable[VideoFrame]:
-    if isinstance(frames, VideoReader):
-        return (frame for _, frame in frames.frames(range(len(frames.table.pts))))
-    return frames
 
 
 def _small(frames: Iterable[VideoFrame]) -> Iterator[npt.NDArray[np.uint8]]:

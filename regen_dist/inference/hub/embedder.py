@@ -123,12 +123,10 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def num_frames(self) -> int:
-        """Number of frames in a clip, k + 1."""
         return self._exported.model.num_frames  # type: ignore[no-any-return]
 
     @property
     def latent_channels(self) -> int:
-        """Number of latent channels, C."""
         return self._exported.model.latent.channels  # type: ignore[no-any-return]
 
     def enable_tiling(self, side: int = DEFAULT_TILE) -> None:
@@ -221,7 +219,6 @@ class VideoEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return DecodedVideo(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True) -> Any:
-        """Encode and decode."""
         found = self.encode(sample).latent_dist
         latents = found.sample() if sample_posterior else found.mode()
         return self.decode(latents, num_frames=sample.shape[2], return_dict=return_dict)

@@ -44,14 +44,7 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 def write_embedder_files(
     folder: Path, config: ExportConfig, shapes: Mapping[str, list[int]], statistics: LatentStatistics | None
 ) -> None:
-    """Add the files with which `diffusers.AutoModel.from_pretrained` opens an exported embedder.
-
-    Args:
-        folder: folder of the export, with the weights.
-        config: config of the export.
-        shapes: shapes of the parameters.
-        statistics: statistics of the latents, where they were measured.
-    """
+    """Add the files with which `diffusers.AutoModel.from_pretrained` opens an exported embedder."""
     if config.model.encoder.kind == "diffusers":  # its encoder is a model of diffusers already, and not in this export
         return
     values = {
@@ -70,27 +63,14 @@ def write_embedder_files(
 def write_transformer_files(
     folder: Path, config: T2VExportConfig, shapes: Mapping[str, list[int]], space: LatentSpace
 ) -> None:
-    """Add the files with which `diffusers.AutoModel.from_pretrained` opens an exported text-to-video model.
-
-    Args:
-        folder: folder of the export, with the weights.
-        config: config of the export.
-        shapes: shapes of the parameters.
-        space: latent space of the model.
-    """
+    """Add the files with which `diffusers.AutoModel.from_pretrained` opens an exported text-to-video model."""
     _write_json(folder / CONFIG_FILE, _transformer(folder, config, space))
     _write_json(folder / INDEX_FILE, _index(config.dtype, shapes))
 
 
 def write_pipeline_files(folder: Path, config: T2VExportConfig, space: LatentSpace, text: TextEncoder) -> None:
-    """Add the files with which `diffusers.DiffusionPipeline.from_pretrained` opens an exported text-to-video model.
-
-    Args:
-        folder: folder of the export, with the weights, and with the embedder in `vae/`.
-        config: config of the export.
-        space: latent space of the model.
-        text: text encoder of the training captions.
-    """
+    """Add the files with which `diffusers.DiffusionPipeline.from_pretrained` opens an exported text-to-video model; the
+    embedder is in `vae/` already."""
     transformer, encoder = folder / TRANSFORMER, folder / TEXT_ENCODER
     for part in (transformer, encoder):
         part.mkdir()
@@ -166,13 +146,7 @@ _LOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revis
 
 
 def in_trained_precision(kind: Any, path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Add a model's training dtype to the options of `from_pretrained`, unless they name one.
-
-    Args:
-        kind: class of the model.
-        path: a folder, or a repository on the hub.
-        options: options of the call.
-    """
+    """Add a model's training dtype to the options of `from_pretrained`, unless they name one."""
     if options.get("torch_dtype") is not None or options.get("dtype") is not None:
         return options
     found = kind.load_config(path, **{name: options[name] for name in _LOADING if name in options})

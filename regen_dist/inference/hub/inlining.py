@@ -447,8 +447,8 @@ _PIPELINE = tuple(
 )
 # Methods that read or write runs and exports of this package.
 _LEFT_OUT = {
-    Symbol(f"{_INFERENCE}.codec", "Codec"): ("load", "_of_run", "_of_export"),
-    Symbol(f"{_INFERENCE}.sampler", "TextToVideoModel"): ("load", "_of_run", "_of_export", "facts"),
+    Symbol(f"{_INFERENCE}.codec", "Codec"): ("load",),
+    Symbol(f"{_INFERENCE}.sampler", "TextToVideoModel"): ("load", "facts"),
     Symbol(f"{_INFERENCE}.latent_space", "LatentSpace"): ("of", "to_json", "write"),
     Symbol(f"{_INFERENCE}.latent_space", "LatentStatistics"): ("to_text",),
     Symbol(_CONFIG, "CommonExportConfig"): ("to_yaml",),

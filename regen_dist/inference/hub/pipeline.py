@@ -263,7 +263,6 @@ class PipelineModel(TextToVideoModel):
         self.transformer = transformer
 
     def predict(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """The velocity at x_t."""
         return self.transformer(x, t, text, mask, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
@@ -276,11 +275,9 @@ class RowDecoder:
         self.vae, self.num_frames = vae, vae.num_frames
 
     def encode(self, clips: Tensor) -> Latents:
-        """Encode clips [B, 3, T, H, W] to latents."""
         return Latents(*self.vae.encode(clips).latent_dist.mode().unbind(2))
 
     def decode_windows(self, windows: list[Window], times: Tensor, *, steps: int, seed: int, sample_id: int) -> Tensor:
-        """Decode frames [1, 3, F, H, W] at `times` [F]."""
         start, image = windows[0].start, windows[0].length == 1
         parts = [part for each in windows for part in (each.latents[:1] if image else each.latents)]
         made: Tensor = self.vae.decode(

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from regen_dist.checkpoint.claims import Claims
-from regen_dist.checkpoint.export import import_model
+from regen_dist.checkpoint.export import find_embedder, find_t2v, import_model
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config.embedder import EmbedderConfig
+from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks, chunk
-from regen_dist.distributed.single_process import PlainEngine
-from regen_dist.errors import CheckpointError, RunBusy
+from regen_dist.errors import CheckpointError, ConfigError, RunBusy
 from regen_dist.inference.export import ExportOptions, export_model
 from regen_dist.models.embedder import build_model
 from tests.helpers.checkpoints import KINDS, model_state, newest, saved_run, tensors
@@ -190,3 +190,29 @@ def test_a_damaged_export_is_refused(source: EmbedderConfig, tmp_path: Path) -> 
     (out / "config.yaml").write_text(re.sub("format: 1", "format: 2", (out / "config.yaml").read_text()))
     with pytest.raises(CheckpointError, match="no exported model of this version"):
         import_model(out, run)
+
+
+def test_a_run_and_what_was_exported_from_it_are_the_same_model(source: EmbedderConfig, export: Path) -> None:
+    trained, exported = find_embedder(source.folder), find_embedder(export)
+    assert trained.facts() == exported.facts()
+    assert (trained.name, trained.step, trained.config_hash) == (exported.name, exported.step, exported.config_hash)
+    ours, theirs = trained.weights("encoder."), exported.weights("encoder.")
+    assert ours.keys() == theirs.keys()
+    assert ours
+    assert all(name.startswith("encoder.") and torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_weights_that_an_export_does_not_hold(source: EmbedderConfig, export: Path) -> None:
+    assert find_embedder(source.folder, "plain").config.weights == "plain"
+    with pytest.raises(CheckpointError, match="--weights plain"):
+        find_embedder(export, "plain")
+
+
+def test_a_model_of_the_other_task(source: EmbedderConfig, tmp_path: Path) -> None:
+    t2v = saved_t2v(tmp_path / "t2v")
+    with pytest.raises(ConfigError, match="task 'embedder'; this needs one of text to video"):
+        find_t2v(source.folder)
+    with pytest.raises(ConfigError, match="this needs one of an embedder"):
+        find_embedder(getattr(t2v, "folder", t2v))
+    with pytest.raises(ConfigError, match="not a run folder"):
+        find_embedder(tmp_path)

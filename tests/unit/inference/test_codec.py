@@ -12,8 +12,8 @@ from torch import Tensor
 
 from regen_dist.config import save_config
 from regen_dist.diffusion.noise import gaussian
+from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference import codec as codec_module
 from regen_dist.inference.codec import Codec, Window, axis_cuts, blend_weights, plan_windows

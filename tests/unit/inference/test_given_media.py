@@ -20,17 +20,16 @@ from regen_dist.config import T2VConfig
 from regen_dist.config.exported import EXPORT_CONFIG_FILE
 from regen_dist.config.t2v import FlowConfig
 from regen_dist.data.format.latents import TextEmbedding
-from regen_dist.diffusion.samplers import GivenFrames
+from regen_dist.diffusion.path import GivenFrames
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference import generate as prompts_module
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
 from regen_dist.inference.encoder import FrozenEncoder
-from regen_dist.inference.frames import SourceVideo
+from regen_dist.inference.frames import SourceVideo, num_frames_at
 from regen_dist.inference.generate import Prompt, embed_prompts, generate, sample_rows
 from regen_dist.inference.generation_settings import resolve_settings
 from regen_dist.inference.given_media import (
     fitted,
-    frames_at,
     given_row,
     notes,
     read_image,
@@ -299,7 +298,7 @@ class TestContinue:
             assert given.clips == 2
             frames = [frame for part in given._frames(fps, 10) for frame in part]
             assert frame_numbers(np.stack(frames).transpose(3, 0, 1, 2)) == numbers
-        assert frames_at(given.source, 8.0) == 12
+        assert num_frames_at(given.source.timestamps, 8.0) == 12
         assert [len(part) for part in given.before(32.0)] == [16, 16, 13]
 
     def test_every_frame_counts_where_times_are_rounded(self, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.reconstruct import TrivialCodec
 from regen_dist.inference.codec import Codec, Window, window_weights
-from regen_dist.inference.frames import Frame
+from regen_dist.inference.frames import Frame, pad_sides
 from regen_dist.inference.long_video import (
     DecodePlan,
     Positions,
@@ -26,7 +26,6 @@ from regen_dist.inference.long_video import (
     encode_groups,
     make_plan,
     output_positions,
-    pad_sides,
 )
 from regen_dist.models.embedder import build_model
 from regen_dist.models.encoder import Latents

@@ -63,8 +63,8 @@ def test_a_heartbeat_reads_back_and_leaves_no_other_file(tmp_path: Path) -> None
 
 
 def test_an_ending_keeps_the_phase_that_was_left() -> None:
-    assert (beat().ending("").phase, beat().ending("").mark) == ("ended", beat().mark)
-    assert (beat().ending("E: x").phase, beat().ending("E: x").mark) == ("failed", beat().mark)
+    assert (beat().ending("").phase, beat().ending("").last_phase) == ("ended", beat().last_phase)
+    assert (beat().ending("E: x").phase, beat().ending("E: x").last_phase) == ("failed", beat().last_phase)
     assert (beat(phase="ended").state, beat().ending("").state) == ("running", "ended"), "a phase may be called so"
 
 

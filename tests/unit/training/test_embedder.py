@@ -12,8 +12,8 @@ from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.data.synthetic.dataset import build_synthetic
 from regen_dist.data.synthetic.shapes import SyntheticOptions
+from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.training.embedder import latent_noise, psnr_db, to_float, train_frames
 from regen_dist.training.linear_start import LINEAR_CODES
 from regen_dist.training.run import build_task

@@ -17,8 +17,8 @@ from regen_dist.checks.run import CHECKS
 from regen_dist.config import config_hash, load_saved_config, save_config
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.distributed.discriminator import DiscriminatorTrainer, build_discriminator_trainer
+from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError
 from regen_dist.models.perceptual import PatchDiscriminator, discriminator_loss, load_perceptual, r1_penalty
 from regen_dist.training.run import build_task, train

@@ -15,9 +15,9 @@ from regen_dist.config.t2v import FlowConfig
 from regen_dist.data.loading.latent_loader import LatentBatch
 from regen_dist.data.loading.plan import sample_keys
 from regen_dist.diffusion.noise import latent_gaussian
-from regen_dist.diffusion.samplers import GivenFrames, draw_given_frames, error_without_given
+from regen_dist.diffusion.path import GivenFrames, draw_given_frames, error_without_given
+from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.generation_settings import trained_size
 from regen_dist.inference.latent_space import parse_statistics, read_space

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from regen_dist.data.loading import latent_loader
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.data.loading.latent_loader import LatentBatch
+from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.distributed.single_process import PlainEngine
 from regen_dist.models import attention_kernels
 from regen_dist.models.attention_kernels import attend_reference
 from regen_dist.training.run import build_task

@@ -21,8 +21,7 @@ from regen_dist.data.format.manifest import Skip
 from regen_dist.data.loading import datasets as module
 from regen_dist.data.loading.datasets import PoolRows, TrainingSet, best_size, make_pools
 from regen_dist.data.loading.plan import BatchPlan
-from regen_dist.data.order.mixture import Bucket
-from regen_dist.data.order.order import DataOrder
+from regen_dist.data.order.order import Bucket, DataOrder
 from regen_dist.errors import DataError
 from tests.helpers.datasets import SIZES, draw_shapes, mixed_with, read
 

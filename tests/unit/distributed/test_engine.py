@@ -17,9 +17,9 @@ from regen_dist.checks.findings import Target
 from regen_dist.checks.kernels import compiler
 from regen_dist.checks.run import refuse_process
 from regen_dist.config.run import EngineConfig
-from regen_dist.distributed import single_process
+from regen_dist.distributed import engine as engines
+from regen_dist.distributed.engine import PlainEngine, blocks_of, compile_blocks
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.distributed.single_process import PlainEngine, blocks_of, compile_blocks
 from regen_dist.errors import ConfigError
 from regen_dist.models.embedder import build_model
 from regen_dist.observe.record import read_record
@@ -220,7 +220,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are traced, forward and backward pass, and no machine code is made of them."""
-    monkeypatch.setattr(single_process, "BACKEND", "aot_eager")
+    monkeypatch.setattr(engines, "BACKEND", "aot_eager")
 
 
 def _graphs() -> int:
