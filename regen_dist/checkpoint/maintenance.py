@@ -13,7 +13,8 @@ from regen_dist.checkpoint.claims import Claim, this_process
 from regen_dist.checkpoint.export import open_run
 from regen_dist.checkpoint.folder import CheckpointFolder, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest, adopt
-from regen_dist.checkpoint.saver import best_first, deletable
+from regen_dist.checkpoint.retention import best_first
+from regen_dist.checkpoint.saver import deletable
 from regen_dist.config.files import CONFIG_FILE
 from regen_dist.config.run import CheckpointConfig
 from regen_dist.data.storage.store import Store

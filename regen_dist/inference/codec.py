@@ -21,7 +21,8 @@ from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.exported import ExportConfig
 from regen_dist.config.run import SPATIAL_COMPRESSION as P
 from regen_dist.diffusion.noise import gaussian
-from regen_dist.diffusion.path import Denoiser, sample, x0_from
+from regen_dist.diffusion.path import x0_from
+from regen_dist.diffusion.samplers import Denoiser, sample
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.latent_space import LatentStatistics, only_raw, read_statistics
 from regen_dist.models.decoder import ReceptiveField, decoder_receptive_field, encoder_receptive_field

@@ -27,7 +27,7 @@ from regen_dist.config.t2v import TextConfig
 from regen_dist.config.version import code_version
 from regen_dist.data.pool import Progress
 from regen_dist.diffusion.noise import latent_gaussian
-from regen_dist.diffusion.path import GivenFrames
+from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.errors import CheckpointError, ConfigError, DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder

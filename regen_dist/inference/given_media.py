@@ -20,7 +20,7 @@ import torch
 
 from regen_dist.data.storage.local import file_sha256
 from regen_dist.data.video.conversion import fit_geometry, picture_to_rgb
-from regen_dist.diffusion.path import GivenFrames
+from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.errors import DataError
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame, SourceVideo, num_frames_at

@@ -19,7 +19,8 @@ from regen_dist.checkpoint.export import Weights, build_with_weights, find_t2v
 from regen_dist.config.exported import T2VExportConfig
 from regen_dist.config.run import SamplerName
 from regen_dist.config.t2v import LATENT_PATCH, FlowConfig
-from regen_dist.diffusion.path import GivenFrames, sample, x0_from
+from regen_dist.diffusion.path import x0_from
+from regen_dist.diffusion.samplers import GivenFrames, sample
 from regen_dist.inference.codec import finite
 from regen_dist.inference.latent_space import LatentSpace, NormalisedLatents, read_space
 from regen_dist.models.embedder import build_model

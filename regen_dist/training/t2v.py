@@ -22,7 +22,8 @@ from regen_dist.data.loading.datasets import LatentSet, sizes_of
 from regen_dist.data.loading.latent_loader import LatentBatch, latent_batches
 from regen_dist.data.loading.validation import ValidationRows, validation_rows
 from regen_dist.diffusion.noise import NoiseStream, latent_gaussian, uniforms
-from regen_dist.diffusion.path import draw_given_frames, error_without_given, noisy, target_of, timesteps
+from regen_dist.diffusion.path import noisy, target_of, timesteps
+from regen_dist.diffusion.samplers import draw_given_frames, error_without_given
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.inference.codec import Codec

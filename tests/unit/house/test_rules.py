@@ -21,7 +21,7 @@ from tests.unit.house.test_contracts import ROOT, _nodes, _sources
 
 FEWEST_LINES, MOST_LINES, MOST_FUNCTION_LINES, MOST_MODULES_OF_A_NAME = 100, 500, 60, 2
 SHORT = """
-    regen_dist/checks/run.py regen_dist/config/preencode.py
+    regen_dist/checkpoint/retention.py regen_dist/checks/run.py regen_dist/config/preencode.py
     regen_dist/config/version.py regen_dist/evaluation/reconstruction_table.py
     regen_dist/inference/hub/replacements.py regen_dist/jsontext.py
     regen_dist/pixels.py regen_dist/programs.py

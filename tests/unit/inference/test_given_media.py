@@ -20,7 +20,7 @@ from regen_dist.config import T2VConfig
 from regen_dist.config.exported import EXPORT_CONFIG_FILE
 from regen_dist.config.t2v import FlowConfig
 from regen_dist.data.format.latents import TextEmbedding
-from regen_dist.diffusion.path import GivenFrames
+from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference import generate as prompts_module
 from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regen_dist.config.t2v import FlowConfig
-from regen_dist.diffusion.path import GivenFrames
+from regen_dist.diffusion.samplers import GivenFrames
 from regen_dist.inference.sampler import Predict, Text, row_tokens, sample_latents
 from regen_dist.models.embedder import build_model
 from regen_dist.models.t2v import TextToVideo

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.data.loading.latent_loader import LatentBatch
-from regen_dist.diffusion.path import sample, x0_from
+from regen_dist.diffusion.path import x0_from
+from regen_dist.diffusion.samplers import sample
 from regen_dist.distributed.engine import PlainEngine, StepResult
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.observe.record import read_record

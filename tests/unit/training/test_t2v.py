@@ -15,7 +15,7 @@ from regen_dist.config.t2v import FlowConfig
 from regen_dist.data.loading.latent_loader import LatentBatch
 from regen_dist.data.loading.plan import sample_keys
 from regen_dist.diffusion.noise import latent_gaussian
-from regen_dist.diffusion.path import GivenFrames, draw_given_frames, error_without_given
+from regen_dist.diffusion.samplers import GivenFrames, draw_given_frames, error_without_given
 from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, DataError
