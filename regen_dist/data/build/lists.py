@@ -7,6 +7,7 @@ import io
 import json
 import os
 import reprlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -145,16 +146,21 @@ def refuse(place: str | Path, wrong: list[str]) -> None:
 
 
 def read_captions(place: str | Path, columns: Columns = PLAIN) -> tuple[dict[str, str], str]:
-    """Captions by video name from a list with both columns, and which rows have none; DataError as for `read_list`, and
-    when one video has two captions."""
+    """Captions by video name (`plain_name`) from a list with both columns, and which rows have none; DataError as for
+    `read_list`, and when one video has two captions."""
     captions: dict[str, str] = {}
     wrong = []
     found = read_list(place, columns, need_caption=True)
     for row in found.rows:
-        if row.caption is not None and captions.setdefault(row.video, row.caption) != row.caption:
+        if row.caption is not None and captions.setdefault(plain_name(row.video), row.caption) != row.caption:
             wrong.append(f"{row.where}: another caption for {row.video}")
     refuse(place, wrong)
     return captions, found.uncaptioned
+
+
+def plain_name(name: str) -> str:
+    """A video's name in one spelling: accents as single characters (NFC; macOS writes two), no `./` in front."""
+    return unicodedata.normalize("NFC", name).removeprefix("./")
 
 
 def first_of(names: Sequence[str]) -> str:

@@ -7,8 +7,9 @@ import json
 import math
 import os
 import re
+import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,8 @@ from regen_dist.data.build.lists import read_list
 from regen_dist.data.build.sources import Sources, find_sources
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
+
+Form = Literal["NFC", "NFD"]
 
 
 @pytest.fixture
@@ -233,6 +236,22 @@ def test_captions_for_folders_by_path_or_by_name(videos: Path) -> None:
     assert [(skip.source, skip.reason) for skip in found.skipped] == [
         ("captions.jsonl", "no video: 1 captions without a video (absent.mp4)")
     ]
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_list", ["NFC", "NFD"])
+def test_a_name_is_the_same_however_it_is_spelled(tmp_path: Path, on_disk: Form, in_list: Form) -> None:
+    """Accents as one character or two (macOS), `./` in front as `find` prints it."""
+    name = unicodedata.normalize(on_disk, "café/é.mp4")
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"abc")
+    rows: list[dict[str, str | None]] = [{"video": unicodedata.normalize(in_list, "./café/é.mp4"), "caption": "coffee"}]
+    found = find_sources([tmp_path], write_list(tmp_path / "c.csv", rows))
+    assert [(source.name, source.caption) for source in found.found] == [(name, "coffee")]
+    assert found.skipped == ()
+    rows.append({"video": "café/é.mp4", "caption": "tea"})
+    with pytest.raises(DataError, match=r"line 3: another caption for café/é\.mp4"):
+        find_sources([tmp_path], write_list(tmp_path / "c.csv", rows))
 
 
 def test_captions_that_fit_nothing_or_contradict_are_refused(videos: Path) -> None:
